@@ -1,0 +1,1 @@
+"""M3I pre-training."""
