@@ -1,0 +1,47 @@
+"""`Batch`: the one thing that passes from the data pipeline to training and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Views of B images with their boxes, captions and labels; B samples in the same order throughout.
+
+    A box is (y, x, height, width) in pixels of the upright image (EXIF applied) and flip (0 or 1):
+    the view is that region, resized to S x S, THEN mirrored horizontally when flip = 1.
+    """
+
+    global_views: tuple[Tensor, ...]  # V x [B, 3, S, S] uint8, contiguous
+    local_views: tuple[Tensor, ...]  # L x [B, 3, s, s] uint8, contiguous; may be empty
+    boxes: Tensor  # [B, V + L, 5] float32, global views first
+    image_size: Tensor  # [B, 2] float32: height, width of the upright image
+    token_ids: Tensor  # [B, T] int32, zero padded
+    num_tokens: Tensor  # [B] int64, 0 = no caption
+    label: Tensor  # [B] int64, -1 = no label
+    sample_id: Tensor  # [B] int64
+    group_id: (
+        Tensor  # [B] int64, shared by near duplicates: the sample_id of the group's first sample
+    )
+
+    @property
+    def batch_size(self) -> int:
+        return self.sample_id.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; tensors already there are not copied."""
+        return Batch(
+            global_views=tuple(v.to(device, non_blocking=True) for v in self.global_views),
+            local_views=tuple(v.to(device, non_blocking=True) for v in self.local_views),
+            boxes=self.boxes.to(device, non_blocking=True),
+            image_size=self.image_size.to(device, non_blocking=True),
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            num_tokens=self.num_tokens.to(device, non_blocking=True),
+            label=self.label.to(device, non_blocking=True),
+            sample_id=self.sample_id.to(device, non_blocking=True),
+            group_id=self.group_id.to(device, non_blocking=True),
+        )

@@ -1,0 +1,118 @@
+"""Settings of the loader. No DALI here: recipes and the command line import this everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """How views of one size are cut out of the decoded image, and their colours changed."""
+
+    count: int = 2
+    """Views an image."""
+    size: int = 224
+    """Side of the square view in pixels."""
+    scale: tuple[float, float] = (0.3, 1.0)
+    """Range of the crop's area as a fraction of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width / height."""
+    interpolation: Literal["cubic", "linear"] = "cubic"
+    """Resampling filter, antialiased either way."""
+    flip_probability: float = 0.5
+    """Probability of the horizontal mirror."""
+    jitter_probability: float = 0.8
+    """Probability that brightness, contrast, saturation and hue are changed at all."""
+    brightness: float = 0.4
+    """Brightness factor is uniform in 1 -+ this."""
+    contrast: float = 0.4
+    """Contrast factor, about the view's own mean gray, is uniform in 1 -+ this."""
+    saturation: float = 0.2
+    """Saturation factor is uniform in 1 -+ this."""
+    hue: float = 0.1
+    """Hue rotation is uniform in -+ this, in turns (0.5 is half a turn)."""
+    gray_probability: float = 0.2
+    """Probability that all colour is removed."""
+    blur_probability: float = 0.0
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation in pixels of the view."""
+    solarize_probability: float = 0.0
+    """Probability that values of 128 and more are inverted."""
+
+    def __post_init__(self) -> None:
+        _require(self.count >= 1, "count", self.count, "at least 1")
+        _require(self.size >= 1, "size", self.size, "at least 1")
+        low, high = self.scale
+        _require(
+            0 < low <= high <= 1,
+            "scale",
+            self.scale,
+            "0 < low <= high <= 1 (the box stays inside the image)",
+        )
+        _require(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "0 < low <= high")
+        _require(
+            0 < self.blur_sigma[0] <= self.blur_sigma[1],
+            "blur_sigma",
+            self.blur_sigma,
+            "0 < low <= high",
+        )
+        for name in (f.name for f in fields(self) if f.name.endswith("_probability")):
+            _require(
+                0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability in [0, 1]"
+            )
+        for name in ("brightness", "contrast", "saturation"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a value in [0, 1]")
+        _require(0 <= self.hue <= 0.5, "hue", self.hue, "turns in [0, 0.5]")
+
+    @property
+    def jitters(self) -> bool:
+        """Whether brightness, contrast, saturation or hue can change."""
+        return self.jitter_probability > 0 and any(
+            (self.brightness, self.contrast, self.saturation, self.hue)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoaderConfig:
+    """What is read, and how it becomes training batches."""
+
+    path: Path = Path("data/openmoji")
+    """Dataset directory (with manifest.json and shards)."""
+    split: str = "train"
+    """Split of the dataset."""
+    batch_size: int = 64
+    """Samples a batch, on this rank."""
+    pairs: bool = False
+    """Whether batches are mixed in pairs; the batch size must then be even."""
+    global_views: ViewConfig = field(default_factory=ViewConfig)
+    """Views at the full size."""
+    local_views: ViewConfig | None = None
+    """Smaller views, if any."""
+    seed: int = 0
+    """Seed of order, crops and colours."""
+    num_threads: int = 1
+    """DALI worker threads; results do not depend on it."""
+    prefetch: int = 2
+    """Batches prepared ahead."""
+    initial_fill: int = 4096
+    """Encoded samples held in the shuffle buffer."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_threads", "prefetch", "initial_fill"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        even = not self.pairs or self.batch_size % 2 == 0
+        _require(
+            even,
+            "batch_size",
+            self.batch_size,
+            "an even number, because pairs = True mixes two images",
+        )
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2^63")
