@@ -1,0 +1,202 @@
+"""Transformer block whose parameters are named as Transformer Engine names them.
+
+Letters: B batch, T tokens, D width, H heads, F hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
+INIT_STD = 0.02
+
+
+def init_weight(weight: Tensor) -> None:
+    """Truncated normal, standard deviation 0.02, as timm initialises a ViT's linear layers."""
+    nn.init.trunc_normal_(weight, std=INIT_STD)
+
+
+def reset_children(module: nn.Module) -> None:
+    """Initialise everything below `module` again, in the order of construction."""
+    for child in module.children():
+        reset = getattr(child, "reset_parameters", None)
+        if reset is None:
+            reset_children(child)
+        else:
+            reset()
+
+
+class Linear(nn.Linear):
+    """Linear layer with a ViT's initialisation: weight [out, in], bias [out]."""
+
+    def reset_parameters(self) -> None:
+        init_weight(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class LayerNormLinear(nn.Module):
+    """LayerNorm then Linear: [..., in_features] -> [..., out_features]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.layer_norm_weight = nn.Parameter(torch.empty(in_features))
+        self.layer_norm_bias = nn.Parameter(torch.empty(in_features))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.layer_norm_weight)
+        nn.init.zeros_(self.layer_norm_bias)
+        init_weight(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
+        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, LAYER_NORM_EPS)
+        return F.linear(x, self.weight, self.bias)
+
+
+class LayerNormMLP(nn.Module):
+    """LayerNorm, Linear, exact GELU, Linear: [..., dim] -> [..., dim]."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.layer_norm_weight = nn.Parameter(torch.empty(dim))
+        self.layer_norm_bias = nn.Parameter(torch.empty(dim))
+        self.fc1_weight = nn.Parameter(torch.empty(hidden_dim, dim))
+        self.fc1_bias = nn.Parameter(torch.empty(hidden_dim))
+        self.fc2_weight = nn.Parameter(torch.empty(dim, hidden_dim))
+        self.fc2_bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.layer_norm_weight)
+        init_weight(self.fc1_weight)
+        init_weight(self.fc2_weight)
+        for bias in (self.layer_norm_bias, self.fc1_bias, self.fc2_bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
+        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, LAYER_NORM_EPS)
+        x = F.gelu(F.linear(x, self.fc1_weight, self.fc1_bias))
+        return F.linear(x, self.fc2_weight, self.fc2_bias)
+
+
+class Attention(nn.Module):
+    """Scaled dot-product self-attention of all tokens with all tokens; no parameters."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, qkv: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """[B, T, 3 D] (q; k; v, each head after head) -> [B, T, D].
+
+        key_mask: [B, T] bool, True where the token is real and may be attended to.
+        """
+        B, T, width = qkv.shape
+        q, k, v = qkv.view(B, T, 3, self.num_heads, -1).transpose(1, 3).unbind(2)
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, T, D / H]
+        return out.transpose(1, 2).reshape(B, T, width // 3)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: zeroes a branch for a whole sample, scales the rest by 1 / keep."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+    def forward(self, branch: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = 1.0 - self.rate
+        return branch * branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockLayers:
+    """Constructors of a block's parts; another library's body has the same state dict.
+
+    Every part but `attention` has `reset_parameters()`.
+    """
+
+    layernorm_linear: Callable[[int, int, bool], nn.Module]  # in_features, out_features, bias
+    attention: Callable[[int], nn.Module]  # num_heads
+    linear: Callable[[int, int], nn.Module]  # in_features, out_features
+    layernorm_mlp: Callable[[int, int], nn.Module]  # dim, hidden_dim
+
+
+TORCH_LAYERS = BlockLayers(
+    layernorm_linear=LayerNormLinear,
+    attention=Attention,
+    linear=Linear,
+    layernorm_mlp=LayerNormMLP,
+)
+
+
+class Block(nn.Module):
+    """Pre-norm Transformer block with optional LayerScale and DropPath: [B, T, D] -> [B, T, D].
+
+    x <- x + drop(scale_1 * proj(attention(layernorm_qkv(x))))
+    x <- x + drop(scale_2 * layernorm_mlp(x))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        layer_scale_init: float | None = None,
+        drop_path: float = 0.0,
+        layers: BlockLayers = TORCH_LAYERS,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")
+        self.layer_scale_init = layer_scale_init
+        self.layernorm_qkv = layers.layernorm_linear(dim, 3 * dim, qkv_bias)
+        self.attention = layers.attention(num_heads)
+        self.proj = layers.linear(dim, dim)
+        self.layernorm_mlp = layers.layernorm_mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        scaled = layer_scale_init is not None
+        self.layer_scale_1 = nn.Parameter(torch.empty(dim)) if scaled else None
+        self.layer_scale_2 = nn.Parameter(torch.empty(dim)) if scaled else None
+        self._reset_layer_scale()
+
+    def reset_parameters(self) -> None:
+        reset_children(self)
+        self._reset_layer_scale()
+
+    def _reset_layer_scale(self) -> None:
+        if self.layer_scale_init is not None:
+            for scale in (self.layer_scale_1, self.layer_scale_2):
+                assert scale is not None
+                nn.init.constant_(scale, self.layer_scale_init)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """key_mask: [B, T] bool, True where the token is real; None attends to every token."""
+        attended = self.proj(self.attention(self.layernorm_qkv(x), key_mask))
+        x = self._add(x, attended, self.layer_scale_1)
+        return self._add(x, self.layernorm_mlp(x), self.layer_scale_2)
+
+    def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+        branch = self.drop_path(branch)
+        # one pass instead of two over the branch
+        return x + branch if scale is None else torch.addcmul(x, branch, scale)

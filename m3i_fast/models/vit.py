@@ -1,0 +1,205 @@
+"""Vision Transformer that encodes any subset of an image's patch tokens.
+
+Letters: B batch, N patches of the image, R prefix tokens (class and registers), D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from m3i_fast.models.blocks import LAYER_NORM_EPS, TORCH_LAYERS, Block, BlockLayers, reset_children
+from m3i_fast.models.positions import grid_embedding, resample_grid
+
+PREFIX_STD = 1e-6  # timm's class and register tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTConfig:
+    """Size and options of a Vision Transformer."""
+
+    image_size: int = 224
+    """Side of a global view in pixels; position parameters are made for it."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    dim: int = 768
+    """Width of a token."""
+    depth: int = 12
+    """Number of blocks."""
+    num_heads: int = 12
+    """Number of attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over dim."""
+    qkv_bias: bool = True
+    """Bias on queries, keys and values."""
+    class_token: bool = False
+    """One learned token before the patches."""
+    num_registers: int = 0
+    """Further learned tokens before the patches (registers)."""
+    layer_scale_init: float | None = None
+    """Initial LayerScale of each branch; none: no LayerScale."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block, rising linearly from 0 in the first."""
+    final_norm: bool = True
+    """LayerNorm after the last block."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more compute."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size: expected a multiple of patch_size = {self.patch_size}, "
+                f"got {self.image_size}"
+            )
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
+            )
+        if self.dim % 4:
+            raise ValueError(f"dim: expected a multiple of 4 (sine-cosine), got {self.dim}")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio: expected more than 0, got {self.mlp_ratio}")
+        if self.num_registers < 0:
+            raise ValueError(f"num_registers: expected at least 0, got {self.num_registers}")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of a global view."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a global view."""
+        return self.grid**2
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return int(self.class_token) + self.num_registers
+
+
+class ViT(nn.Module):
+    """Vision Transformer in three steps: `embed` patches, choose among them, `encode` the chosen.
+
+    Can be built on the meta device: `to_empty` then `reset_parameters` equal a direct build.
+    """
+
+    def __init__(self, cfg: ViTConfig, *, layers: BlockLayers = TORCH_LAYERS) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
+        self.blocks = nn.ModuleList(
+            Block(
+                cfg.dim,
+                cfg.num_heads,
+                mlp_ratio=cfg.mlp_ratio,
+                qkv_bias=cfg.qkv_bias,
+                layer_scale_init=cfg.layer_scale_init,
+                drop_path=cfg.drop_path_rate * i / max(cfg.depth - 1, 1),
+                layers=layers,
+            )
+            for i in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.dim, LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
+        self.pos_embed = nn.Parameter(torch.empty(1, cfg.num_patches, cfg.dim))
+        self.class_token = self._prefix(int(cfg.class_token))
+        self.register_tokens = self._prefix(cfg.num_registers)
+        self._reset_own()
+
+    @property
+    def dim(self) -> int:
+        """Width of a token."""
+        return self.cfg.dim
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches in what `encode` returns."""
+        return self.cfg.num_prefix
+
+    def _prefix(self, count: int) -> nn.Parameter | None:
+        return nn.Parameter(torch.empty(1, count, self.cfg.dim)) if count else None
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter: blocks as timm, patches Xavier, positions sine-cosine."""
+        reset_children(self)
+        self._reset_own()
+
+    @torch.no_grad()
+    def _reset_own(self) -> None:
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))  # a view: [D, 3 P P]
+        assert self.patch_embed.bias is not None
+        nn.init.zeros_(self.patch_embed.bias)
+        self.pos_embed.copy_(grid_embedding(self.cfg.grid, self.dim, self.pos_embed.device))
+        for prefix in (self.class_token, self.register_tokens):
+            if prefix is not None:
+                nn.init.normal_(prefix, std=PREFIX_STD)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch tokens with their position: [B, 3, H, W] -> [B, N, D]; no prefix tokens.
+
+        H and W may differ from the configured size; the position is then interpolated.
+        """
+        height, width = images.shape[-2:]
+        patch = self.cfg.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or height % patch or width % patch:
+            raise ValueError(
+                f"images: expected [B, 3, H, W] with H and W multiples of patch_size = {patch}, "
+                f"got {list(images.shape)}"
+            )
+        tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
+        old, new = (self.cfg.grid, self.cfg.grid), (height // patch, width // patch)
+        return tokens + resample_grid(self.pos_embed, old, new)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Run the blocks: [B, n, D], any subset of patch tokens -> [B, R + n, D], prefix first."""
+        prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
+        if prefix:
+            tokens = torch.cat([*(p.expand(tokens.shape[0], -1, -1) for p in prefix), tokens], 1)
+        recompute = self.cfg.activation_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+        return self.norm(tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, R + N, D]."""
+        return self.encode(self.embed(images))
+
+
+def vit_demo(**overrides: Any) -> ViTConfig:
+    """1 M parameters for drawings of 64 pixels on a CPU; keywords replace fields."""
+    cfg = ViTConfig(image_size=64, patch_size=8, dim=128, depth=4, num_heads=4)
+    return replace(cfg, **overrides)
+
+
+def vit_ti(**overrides: Any) -> ViTConfig:
+    """ViT-Ti/16: 5.5 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=192, num_heads=3), **overrides)
+
+
+def vit_s(**overrides: Any) -> ViTConfig:
+    """ViT-S/16: 22 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=384, num_heads=6), **overrides)
+
+
+def vit_b(**overrides: Any) -> ViTConfig:
+    """ViT-B/16: 86 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=768, num_heads=12), **overrides)
+
+
+def vit_l(**overrides: Any) -> ViTConfig:
+    """ViT-L/16: 303 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=1024, depth=24, num_heads=16), **overrides)
+
+
+def vit_h(**overrides: Any) -> ViTConfig:
+    """ViT-H/14: 631 M parameters; keywords replace fields."""
+    return replace(ViTConfig(patch_size=14, dim=1280, depth=32, num_heads=16), **overrides)

@@ -1,0 +1,164 @@
+"""Predictors f_psi: from the tokens of an image to its dense and its global targets.
+
+Letters: I images, n own tokens, C their width, Q target positions, D decoder width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3i_fast.models.blocks import (
+    INIT_STD,
+    LAYER_NORM_EPS,
+    TORCH_LAYERS,
+    Block,
+    BlockLayers,
+    Linear,
+    reset_children,
+)
+from m3i_fast.models.positions import grid_embedding, sincos_embedding
+
+LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of about 1
+
+
+def relative_positions(
+    input_boxes: Tensor,  # [I, 5] y, x, height, width in pixels of the upright image, flip 0 or 1
+    target_boxes: Tensor,  # [I, 5] the same image's target view
+    target_index: Tensor,  # [I, Q] int64 patches of the target view, row by row
+    *,
+    input_grid: int,
+    target_grid: int,
+) -> Tensor:
+    """Where target patches lie in the input view (SiameseIM's geometry): [I, Q, 4] fp32.
+
+    A view is its box resized to a square, then mirrored if flip = 1. Returned are py, px, ln(dh)
+    and ln(dw): the target patch's centre and size in patches of the input view, whose own patch
+    (u, v) has centre (u, v) and size (1, 1); positions outside the view are below -0.5 or above
+    input_grid - 0.5. With an input box (y, x, h, w), a target box (y', x', h', w') and a target
+    patch's centre at the fractions r and c of the target view before its mirroring:
+
+        py = input_grid * (y' - y + h' r) / h - 0.5
+        px = input_grid * q - 0.5,  q = (x' - x + w' c) / w, or 1 - q if the input is mirrored
+        dh = (h' / target_grid) / (h / input_grid),  dw likewise
+    """
+    for name, boxes in (("input_boxes", input_boxes), ("target_boxes", target_boxes)):
+        if boxes.shape != (target_index.shape[0], 5):
+            raise ValueError(
+                f"{name}: expected [{target_index.shape[0]}, 5], got {list(boxes.shape)}"
+            )
+    y, x, height, width, flip = input_boxes.float().unsqueeze(-1).unbind(1)  # each [I, 1]
+    y_t, x_t, height_t, width_t, flip_t = target_boxes.float().unsqueeze(-1).unbind(1)
+    row = (target_index // target_grid + 0.5) / target_grid
+    column = (target_index % target_grid + 0.5) / target_grid
+    column = torch.where(flip_t > 0.5, 1 - column, column)
+    across = (x_t - x + width_t * column) / width
+    across = torch.where(flip > 0.5, 1 - across, across)
+    down = (y_t - y + height_t * row) / height
+    size = torch.cat([height_t / height, width_t / width], 1) * (input_grid / target_grid)
+    position = torch.stack([down, across], -1) * input_grid - 0.5  # [I, Q, 2]
+    return torch.cat([position, size.log()[:, None].expand_as(position)], -1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """Size of the dense decoder."""
+
+    dim: int = 512
+    """Width of a token."""
+    depth: int = 4
+    """Number of blocks."""
+    num_heads: int = 16
+    """Number of attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over dim."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
+            )
+        if self.dim % 4:
+            raise ValueError(f"dim: expected a multiple of 4 (sine-cosine), got {self.dim}")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio: expected more than 0, got {self.mlp_ratio}")
+
+
+class DenseDecoder(nn.Module):
+    """Predicts target features at asked positions from an image's own tokens (M3I Fig. 2).
+
+    Mask tokens that carry the relative position of a target patch attend, together with the
+    own tokens, in Transformer blocks.
+    """
+
+    own_position: Tensor  # [input_grid ** 2, D] fp32
+
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        *,
+        input_dim: int,
+        output_dim: int,
+        input_grid: int,
+        layers: BlockLayers = TORCH_LAYERS,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.input_grid = input_grid
+        self.embed = Linear(input_dim, cfg.dim)
+        self.position = Linear(2 * cfg.dim, cfg.dim)
+        self.blocks = nn.ModuleList(
+            Block(cfg.dim, cfg.num_heads, mlp_ratio=cfg.mlp_ratio, layers=layers)
+            for _ in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.dim, LAYER_NORM_EPS)
+        self.head = Linear(cfg.dim, output_dim)
+        self.mask_token = nn.Parameter(torch.empty(cfg.dim))
+        self.register_buffer("own_position", torch.empty(input_grid**2, cfg.dim), persistent=False)
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter and the position table, as after `to_empty`."""
+        reset_children(self)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.normal_(self.mask_token, std=INIT_STD)
+        table = grid_embedding(self.input_grid, self.cfg.dim, self.own_position.device)
+        self.own_position.copy_(table)
+
+    def forward(self, tokens: Tensor, token_index: Tensor, position: Tensor) -> Tensor:
+        """[I, n, C], [I, n] int64 cells of the tokens, [I, Q, 4] -> [I, Q, output_dim].
+
+        position: py, px, ln(dh), ln(dw) of the asked patches (`relative_positions`).
+        """
+        own = self.embed(tokens) + F.embedding(token_index, self.own_position)
+        place, log_size = position.split(2, dim=-1)
+        place = sincos_embedding(torch.cat([place, LOG_SIZE_SCALE * log_size], -1), self.cfg.dim)
+        asked = self.position(place) + self.mask_token
+        x = torch.cat([own, asked.to(own.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, tokens.shape[1] :]))
+
+
+class GlobalHead(nn.Module):
+    """Predicts one embedding of an image: mean over its own tokens, then a two-layer MLP."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.hidden = Linear(input_dim, hidden_dim)
+        self.output = Linear(hidden_dim, output_dim)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter, as after `to_empty`."""
+        reset_children(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [I, n, C] -> [I, output_dim]
+        return self.output(F.gelu(self.hidden(tokens.mean(dim=1))))
