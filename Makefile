@@ -1,0 +1,37 @@
+# One thin line a target. make install builds .venv; every other target first brings it up to date.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTEST := .venv/bin/python -m pytest
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+# Tests: one process a core and one thread a process (OpenMP threads that spin while they wait cost
+# more than half the speed when they outnumber the cores). Training sets its own share.
+WORKERS ?= 2
+test test-slow lint: export OMP_NUM_THREADS = 1
+
+.PHONY: install demo test test-slow gpu lint bench clean
+
+install:
+	@$(PYTHON) scripts/install.py
+
+demo: install
+	m3i-fast demo $(ARGS)
+
+test: install lint
+	@scripts/chromium.sh
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: install
+	$(PYTEST) -m slow $(ARGS)
+
+gpu: install
+	$(PYTEST) -m gpu $(ARGS)
+
+lint: install
+	pre-commit run --all-files
+
+bench: install
+	m3i-fast bench $(ARGS)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,202 @@
+"""Make .venv and install m3i-fast into it, with torch, DALI and nvcc of one CUDA major.
+
+    python scripts/install.py          what `make install` runs; a second run rebuilds what changed
+
+The driver decides: CUDA 13, CUDA 12, or none. Standard library only and Python 3.10 or newer, since
+nothing is installed yet when this runs. M3I_CUDA=ON or OFF in the environment overrules whether the
+CUDA kernels are built.
+"""
+
+import hashlib
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed.json"
+
+# The toolkit whose compiler the kernels' budgets were read from; used where torch brings no other.
+TESTED_CUDA = "13.0"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is installed on this machine, and why in one line."""
+
+    reason: str
+    cuda_major: int  # of torch, DALI and nvcc alike
+    torch: str  # requirement
+    extras: tuple[str, ...]
+    build_cuda: bool
+
+
+def plan_for(driver_cuda: tuple[int, int] | None) -> Plan:
+    """The plan for the CUDA version that the driver runs; None where there is no driver or GPU.
+
+    A driver runs every program of its own CUDA major and of older ones, so 14 takes the CUDA 13
+    builds. Raises ValueError for CUDA 11 and older, which no torch with the stable ABI supports.
+    """
+    common = ("eval", "dev")
+    if driver_cuda is None:
+        return Plan("no GPU seen", 13, "torch>=2.10", ("data", *common), build_cuda=False)
+    major, minor = driver_cuda
+    reason = f"GPU seen, its driver runs CUDA {major}.{minor}"
+    if major >= 13:
+        return Plan(reason, 13, "torch>=2.11", ("data", "telemetry", *common), build_cuda=True)
+    if major == 12:
+        # The last torch that PyPI serves with CUDA 12; 2.11 and newer are CUDA 13 builds.
+        torch = "torch>=2.10,<2.11"
+        return Plan(reason, 12, torch, ("data-cu12", "telemetry", *common), build_cuda=True)
+    raise ValueError(f"NVIDIA driver: expected CUDA 12 or newer, got {major}.{minor}; update it")
+
+
+def overruled(plan: Plan, m3i_cuda: str) -> Plan:
+    """The plan with the environment's M3I_CUDA (AUTO, ON, OFF or empty) taken into account."""
+    if m3i_cuda not in ("", "AUTO", "ON", "OFF"):
+        raise ValueError(f"M3I_CUDA: expected AUTO, ON or OFF, got {m3i_cuda!r}")
+    if m3i_cuda in ("", "AUTO"):
+        return plan
+    return replace(plan, build_cuda=m3i_cuda == "ON")
+
+
+def nvcc_requirement(torch_cuda: str | None) -> str:
+    """The compiler and headers that PyPI serves for CUDA 13, of the minor version torch was built with."""
+    return f"cuda-toolkit[nvcc,cudart,cccl]=={torch_cuda or TESTED_CUDA}.*"
+
+
+def nvcc_major(version_text: str) -> int:
+    """13 from what `nvcc --version` prints; 0 where it says nothing of the kind."""
+    found = re.search(r"release (\d+)\.\d+", version_text)
+    return int(found.group(1)) if found else 0
+
+
+def run(*command: str | Path) -> None:
+    """Run one step, named and timed; end the program with its exit status when it fails."""
+    print("+", *(str(part).replace(f"{ROOT}/", "") for part in command), flush=True)
+    start = time.monotonic()
+    status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
+    print(f"  {time.monotonic() - start:.0f} s", flush=True)
+
+
+def pip_install(*arguments: str) -> None:
+    """pip in the venv, with the tested versions as constraints."""
+    run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+        "--constraint", "constraints.txt", *arguments)  # fmt: skip
+
+
+def installed_torch_cuda() -> str | None:
+    """"13.0" for a CUDA build of torch in the venv, None for a CPU build."""
+    code = "import torch; print(torch.version.cuda or '')"
+    return subprocess.check_output([str(PYTHON), "-c", code], text=True).strip() or None
+
+
+def find_nvcc(cuda_major: int) -> Path | None:
+    """An nvcc of that major: the venv's (from PyPI), $CUDACXX, the PATH's, or /usr/local's newest."""
+    own_wrapper = VENV / "bin" / "nvcc"
+    on_path = [Path(folder) / "nvcc" for folder in os.get_exec_path()]
+    candidates = [
+        *sorted(VENV.glob("lib/python*/site-packages/nvidia/cu*/bin/nvcc")),
+        Path(os.environ.get("CUDACXX", "/nonexistent")),
+        *(path for path in on_path if path != own_wrapper),
+        *sorted(Path("/usr/local").glob("cuda*/bin/nvcc"), reverse=True),
+    ]
+    for nvcc in filter(Path.is_file, candidates):
+        shown = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True)
+        if nvcc_major(shown.stdout) == cuda_major:
+            return nvcc
+    return None
+
+
+def complete_toolkit(toolkit: Path) -> None:
+    """Add the two names that nvcc and CMake look for and that the wheels of PyPI lack."""
+    for link, target in (("lib64", "lib"), ("lib/libcudart.so", "libcudart.so.13")):
+        if not (toolkit / link).exists():
+            (toolkit / link).symlink_to(target)
+
+
+def install_nvcc(plan: Plan) -> None:
+    """Put an nvcc of the plan's CUDA major on the venv's PATH, where CMake and the tests find it."""
+    if plan.cuda_major == 13:
+        pip_install(nvcc_requirement(installed_torch_cuda()))
+        for toolkit in VENV.glob("lib/python*/site-packages/nvidia/cu13"):
+            complete_toolkit(toolkit)
+    nvcc = find_nvcc(plan.cuda_major)
+    if nvcc is None and plan.build_cuda:
+        # PyPI's nvidia-cuda-nvcc-cu12 has ptxas but no nvcc.
+        sys.exit(
+            f"nvcc: expected one of CUDA {plan.cuda_major}, found none. Install NVIDIA's CUDA "
+            f"{plan.cuda_major} toolkit, or update the driver to CUDA 13 (580 or newer), whose nvcc "
+            "comes from PyPI; M3I_CUDA=OFF installs without CUDA kernels."
+        )
+    if nvcc is not None:
+        # A wrapper, not a link: nvcc finds its own files beside the path it was called by.
+        wrapper = VENV / "bin" / "nvcc"
+        wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@"\n')
+        wrapper.chmod(0o755)
+
+
+def install_package(plan: Plan, *arguments: str) -> None:
+    """Compile the C++ against the venv's torch and install the package in editable mode."""
+    os.environ["PATH"] = f"{VENV / 'bin'}:{os.environ['PATH']}"
+    cuda = "ON" if plan.build_cuda else "OFF"
+    pip_install("--no-build-isolation", f"--config-settings=cmake.define.M3I_CUDA={cuda}", *arguments)
+
+
+def install_everything(plan: Plan) -> None:
+    """From an empty or outdated .venv to a working one."""
+    print(f"{plan.reason}: {plan.torch}, extras {','.join(plan.extras)}", flush=True)
+    run(sys.executable, "-m", "venv", VENV)
+    pip_install("scikit-build-core", "cmake", "ninja", plan.torch)
+    install_nvcc(plan)
+    # torch again, so that no extra may move it to another CUDA major.
+    install_package(plan, plan.torch, "--editable", f".[{','.join(plan.extras)}]")
+
+
+def digest(paths: Sequence[Path], *more: object) -> str:
+    """Names and contents of the files, and whatever else the result depends on."""
+    state = hashlib.sha256(json.dumps([str(item) for item in more]).encode())
+    for path in sorted(paths):
+        state.update(f"\0{path.relative_to(ROOT)}\0".encode())
+        state.update(path.read_bytes())
+    return state.hexdigest()
+
+
+def main() -> None:
+    """Install what is missing, rebuild what changed, and say so in one line where nothing did."""
+    if sys.version_info < (3, 10):
+        sys.exit(f"Python: expected 3.10 or newer, got {sys.version.split()[0]}")
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        sys.exit("g++: not found; install a C++17 compiler (Debian: apt-get install g++)")
+    probes = runpy.run_path(str(ROOT / "m3i_fast" / "cli" / "probes.py"))
+    try:
+        plan = overruled(plan_for(probes["gpu_driver_cuda"]()), os.environ.get("M3I_CUDA", ""))
+    except ValueError as error:
+        sys.exit(str(error))
+    wanted_files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve()]
+    cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
+    packages = digest(wanted_files, asdict(plan), sys.version, ROOT)
+    wanted = {"packages": packages, "cpp": digest(cpp_files)}
+    done = json.loads(STAMP.read_text()) if STAMP.is_file() and PYTHON.exists() else {}
+    if done.get("packages") != packages:
+        STAMP.unlink(missing_ok=True)
+        install_everything(plan)
+    elif done.get("cpp") != wanted["cpp"]:
+        STAMP.write_text(json.dumps({"packages": packages}))
+        install_package(plan, "--no-deps", "--editable", ".")
+    STAMP.write_text(json.dumps(wanted))
+
+
+if __name__ == "__main__":
+    main()
