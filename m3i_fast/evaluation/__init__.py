@@ -1,0 +1,1 @@
+"""What a frozen encoder has learned: neighbours, linear probe, retrieval, features as colour."""

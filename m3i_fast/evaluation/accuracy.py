@@ -1,0 +1,49 @@
+"""Accuracy from per-item hits, and splits of the training concepts on which settings are chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balanced_accuracy(
+    predictions: Tensor,  # [N] int64
+    labels: Tensor,  # [N] int64
+) -> float:
+    """Share predicted right, class by class, averaged over the classes present in `labels`."""
+    hits = (predictions == labels).double()
+    return float(mean_by_group(hits, labels).mean())
+
+
+def mean_by_group(
+    values: Tensor,  # [N] float
+    group: Tensor,  # [N] int64
+) -> Tensor:  # [G] float64
+    """Mean of the values of each distinct group, groups in ascending order."""
+    _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(count), dtype=torch.float64).index_add_(0, index, values.double())
+    return sums / count
+
+
+def largest_class(labels: Tensor) -> int:  # [N] int64
+    """The most frequent class; the lowest of them when several are."""
+    return int(torch.bincount(labels).argmax())
+
+
+def grouped_folds(
+    group: Tensor,  # [N] int64
+    *,
+    num_folds: int,
+    seed: int,
+) -> Tensor:  # [N] int64, the fold of each item
+    """Deal whole groups into folds of equally many groups, the same ones for a seed.
+
+    Raises ValueError when there are fewer groups than folds.
+    """
+    distinct, index = torch.unique(group, return_inverse=True)
+    if len(distinct) < num_folds:
+        raise ValueError(f"group: expected at least {num_folds} groups, got {len(distinct)}")
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
+    fold = torch.empty_like(order)
+    fold[order] = torch.arange(len(distinct)) % num_folds
+    return fold[index]

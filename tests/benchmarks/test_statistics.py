@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from m3i_fast.benchmarks.statistics import (
+    Interval,
+    difference_intervals,
+    paired_bootstrap,
+    spread,
+)
+
+
+def _hits(num: int = 240) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    difficulty = rng.random(num)
+    return (difficulty < 0.62).astype(float), (difficulty + 0.1 * rng.random(num) < 0.6).astype(
+        float
+    )
+
+
+def test_interval_equals_scipys_paired_percentile_bootstrap() -> None:
+    ours, theirs = _hits()
+    oracle = stats.bootstrap(
+        (ours, theirs),
+        lambda a, b, axis: a.mean(axis) - b.mean(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=50_000,
+        method="percentile",
+        rng=np.random.default_rng(7),
+    ).confidence_interval
+    got = paired_bootstrap(ours, theirs, num_resamples=50_000)
+    assert got.difference == pytest.approx(ours.mean() - theirs.mean(), abs=1e-12)
+    # one item is 1 / 240 of the difference; the ends may fall on neighbouring steps
+    assert got.low == pytest.approx(oracle.low, abs=1.01 / 240)
+    assert got.high == pytest.approx(oracle.high, abs=1.01 / 240)
+
+
+def test_pairing_is_narrower_than_treating_the_sides_as_independent() -> None:
+    ours, theirs = _hits()
+    shuffled = np.random.default_rng(0).permutation(theirs)
+    paired, independent = paired_bootstrap(ours, theirs), paired_bootstrap(ours, shuffled)
+    assert paired.high - paired.low < 0.7 * (independent.high - independent.low)
+
+
+def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(11)
+    covered = 0
+    for seed in range(200):
+        ours, theirs = rng.random(150) < 0.6, rng.random(150) < 0.5
+        got = paired_bootstrap(ours, theirs, num_resamples=500, seed=seed)
+        covered += got.low <= 0.1 <= got.high
+    assert 180 <= covered <= 199  # 95 % of 200, and three standard errors
+
+
+def test_same_seed_same_interval_whatever_holds_the_numbers() -> None:
+    ours, theirs = _hits()
+    first = paired_bootstrap(ours, theirs, seed=5)
+    assert first == paired_bootstrap(torch.tensor(ours), list(theirs), seed=5)
+    few = [paired_bootstrap(ours, theirs, num_resamples=51, seed=seed) for seed in (5, 6)]
+    assert few[0] != few[1]
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        (Interval(0.1, 0.01, 0.2), "better"),
+        (Interval(0.1, 0.0, 0.2), "no difference found"),
+        (Interval(-0.1, -0.2, 0.0), "no difference found"),
+        (Interval(-0.1, -0.2, -0.01), "worse"),
+    ],
+)
+def test_verdict_needs_an_interval_without_zero(interval: Interval, verdict: str) -> None:
+    assert interval.verdict == verdict
+
+
+def test_every_source_is_compared_with_ours() -> None:
+    ours, theirs = _hits()
+    got = difference_intervals(
+        {
+            "knn_top1": {"trained": ours, "untrained": theirs, "chance": np.full(240, 0.5)},
+            "linear_top1": {"trained": theirs, "untrained": theirs},
+        }
+    )
+    assert set(got["knn_top1"]) == {"untrained", "chance"}
+    assert got["knn_top1"]["untrained"] == paired_bootstrap(ours, theirs)
+    assert got["linear_top1"] == {"untrained": Interval(0.0, 0.0, 0.0)}
+
+
+def test_spread_over_runs() -> None:
+    got = spread([0.5, 0.6, 0.58])
+    assert got.mean == pytest.approx(np.mean([0.5, 0.6, 0.58]))
+    assert got.std == pytest.approx(stats.tstd([0.5, 0.6, 0.58]))
+    assert (got.lowest, got.highest, got.num_runs) == (0.5, 0.6, 3)
+    assert spread([0.5]).std == 0.0
+
+
+def test_unusable_input_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"theirs: .*got \(2,\) for \(3,\)"):
+        paired_bootstrap([1, 0, 1], [1, 0])
+    with pytest.raises(ValueError, match="theirs: expected one number"):
+        paired_bootstrap([], [])
+    with pytest.raises(ValueError, match="values: expected at least one run"):
+        spread([])
