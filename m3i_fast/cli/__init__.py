@@ -1,0 +1,57 @@
+"""m3i-fast: one verb a file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+VERBS = {
+    "demo": "pack real captioned pictures, pre-train, evaluate, and write a page of what was learnt",
+    "train": "pre-train a recipe",
+    "evaluate": "measure a run's encoder on held-out pictures",
+    "data": "write a data set: openmoji, synthetic; or verify one",
+    "doctor": "say what this machine can use and, where it cannot, why",
+}
+
+console = Console(stderr=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb. Exit codes: 0 done, 1 failed, 2 wrong request, 130 or 143 saved after a signal."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print("usage: m3i-fast VERB ...   (m3i-fast VERB --help tells more)\n")
+        for verb, description in VERBS.items():
+            console.print(f"  {verb:<10}{description}", highlight=False)
+        return 0 if arguments else 2
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        return refuse(f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}." + nearest(verb, list(VERBS)))
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    try:
+        return importlib.import_module(f"m3i_fast.cli.{verb}").main(rest)
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        return refuse(str(error))
+    except (FloatingPointError, OSError, RuntimeError) as error:
+        console.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+        return 1
+
+
+def refuse(message: str) -> int:
+    """Say what is wrong with the request; exit code 2."""
+    console.print(f"[bold red]error[/]: {escape(message)}", soft_wrap=True)
+    return 2
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The known name closest to a misspelt one, as a hint; empty when none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -1,0 +1,7 @@
+"""python -m m3i_fast.cli"""
+
+import sys
+
+from m3i_fast.cli import main
+
+sys.exit(main())

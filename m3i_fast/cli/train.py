@@ -1,0 +1,81 @@
+"""m3i-fast train RECIPE [--field value]: pre-train, resume, reload a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from m3i_fast.cli import console, nearest, refuse
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.trainer import Outcome, Trainer
+from m3i_fast.recipes import RECIPES
+
+USAGE = "usage: m3i-fast train RECIPE [--out DIR] [--resume] [--field value ...]\n       m3i-fast train --config FILE [...]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    out: Path
+    """Run directory: config.json, env.json, metrics.jsonl, tensorboard/, checkpoints/."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint."""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        console.print(f"{USAGE}\n\nrecipes: {', '.join(RECIPES)}", highlight=False)
+        return 0 if argv else 2
+    if argv[0] == "--config":
+        if len(argv) < 2:
+            return refuse("--config: expected a file")
+        name, config, rest = Path(argv[1]).stem, TrainConfig.load(Path(argv[1])), argv[2:]
+    elif argv[0] in RECIPES:
+        name, config, rest = argv[0], RECIPES[argv[0]](), argv[1:]
+    else:
+        return refuse(
+            f"unknown recipe {argv[0]!r}: expected one of {', '.join(RECIPES)}." + nearest(argv[0], list(RECIPES))
+        )
+    command = tyro.cli(
+        TrainCommand,
+        prog=f"m3i-fast train {argv[0]}",
+        default=TrainCommand(config=config, out=Path("runs") / name),
+        args=rest,
+    )
+    outcome = run(command.config, command.out, resume=command.resume)
+    if outcome.signal is not None:
+        console.print(f"stopped and saved at step {outcome.step}: add --resume to continue {command.out}")
+        return 128 + outcome.signal
+    return 0
+
+
+def run(config: TrainConfig, out: Path, *, resume: bool = False) -> Outcome:
+    """Train with a progress bar: steps, images a second, time left, loss."""
+    trainer = Trainer(config, out, resume=resume)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=config.num_steps, completed=trainer.step, figures="")
+
+        def show(step: int, values: dict[str, float]) -> None:
+            figures = f"{values['throughput/img_s']:.0f} img/s  loss {values['loss/total']:.3f}"
+            bar.update(task, completed=step, figures=figures)
+
+        return trainer.train(show)

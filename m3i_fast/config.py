@@ -1,0 +1,117 @@
+"""The root config of a run: it composes the components' configs and checks what spans them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cattrs
+
+from m3i_fast.engine.ema import EmaConfig
+from m3i_fast.engine.optim import OptimConfig
+from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vit import ViTConfig
+from m3i_fast.objectives.mutual_information import ObjectiveConfig
+from m3i_fast.pipelines.config import LoaderConfig
+from m3i_fast.storage import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Everything that decides the result of a run. Written to config.json; equal configs give equal runs."""
+
+    seed: int = 0
+    """Seed of initialisation, masks, pairs and dropout; the loader has its own, data.seed."""
+    num_steps: int = 100_000
+    """Optimiser steps. Schedules are arrays of this length."""
+    num_classes: int = 1000
+    """Categories in the data; 0 if it has none."""
+    data: LoaderConfig = field(default_factory=LoaderConfig)
+    vision: ViTConfig = field(default_factory=ViTConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast of the forward pass; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere."""
+    compile: bool = False
+    """torch.compile the encoders and the decoder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the first GPU if there is one."""
+    num_threads: int = 0
+    """CPU threads of torch; 0 leaves torch's default."""
+    log_every: int = 10
+    """Steps between two reads of the metrics, the only host synchronisation."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints; the last step always writes one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        for name in ("num_classes", "num_threads", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        views = self.data.global_views
+        if views.size != self.vision.image_size:
+            raise ValueError(
+                f"data.global_views.size: expected vision.image_size = {self.vision.image_size}, got {views.size}"
+            )
+        if self.objective.uses("other_view") and views.count < 2:
+            raise ValueError(
+                f"data.global_views.count: the other_view term needs 2 views, got {views.count}"
+            )
+        mixes = self.objective.mixing.mode != "none"
+        if mixes != self.data.pairs:
+            raise ValueError(
+                f"data.pairs: expected {mixes} for objective.mixing.mode = {self.objective.mixing.mode}, "
+                f"got {self.data.pairs}"
+            )
+        self.objective.mixing.check_grid(self.vision.grid)
+
+    def to_json(self) -> str:
+        return json.dumps(_converter.unstructure(self), indent=2) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, beside and renamed."""
+        write_atomically(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        """Read a config.json. Raises ValueError that names the file and the unknown or wrong field."""
+        try:
+            return _converter.structure(json.loads(Path(path).read_text()), cls)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--config: no such file: {path}") from None
+        except (cattrs.BaseValidationError, ValueError, TypeError) as error:
+            reasons = (
+                cattrs.transform_error(error, path="config")
+                if isinstance(error, cattrs.BaseValidationError)
+                else [str(error)]
+            )
+            raise ValueError(f"{path}: " + "; ".join(reasons)) from None
+
+
+def differences(a: TrainConfig, b: TrainConfig) -> list[str]:
+    """Fields in which two configs differ, as "path: a != b"."""
+    return _differences("", _converter.unstructure(a), _converter.unstructure(b))
+
+
+def _differences(path: str, a: Any, b: Any) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = list(dict.fromkeys([*a, *b]))
+        return [
+            line
+            for key in keys
+            for line in _differences(f"{path}.{key}" if path else key, a.get(key), b.get(key))
+        ]
+    return [] if a == b else [f"{path}: {a!r} != {b!r}"]
+
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+_converter.register_unstructure_hook(Path, str)
+_converter.register_structure_hook(Path, lambda value, _: Path(value))

@@ -1,0 +1,24 @@
+"""Schedules as arrays: one value a step, known before the first step, so that a resume needs only the step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def warmup_cosine(
+    peak: float, *, num_steps: int, warmup_steps: int, final: float = 0.0
+) -> np.ndarray:  # [num_steps] fp64
+    """Linear from peak / warmup_steps to peak, then half a cosine from peak to `final` at the last step.
+
+    Raises ValueError when the warm-up is longer than the run.
+    """
+    if not 0 <= warmup_steps <= num_steps:
+        raise ValueError(f"warmup_steps: expected 0 to num_steps = {num_steps}, got {warmup_steps}")
+    warmup = peak * np.arange(1, warmup_steps + 1) / max(warmup_steps, 1)
+    return np.concatenate([warmup, cosine(peak, final, num_steps=num_steps - warmup_steps)])
+
+
+def cosine(start: float, final: float, *, num_steps: int) -> np.ndarray:  # [num_steps] fp64
+    """Half a cosine from `start` at the first step to `final` at the last."""
+    progress = np.arange(num_steps) / max(num_steps - 1, 1)
+    return final + 0.5 * (start - final) * (1 + np.cos(np.pi * progress))

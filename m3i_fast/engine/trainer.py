@@ -1,0 +1,229 @@
+"""The trainer: one step that fits a screen, and the loop around it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig, differences
+from m3i_fast.engine import checkpoint
+from m3i_fast.engine.ema import update_ema
+from m3i_fast.engine.optim import build_optimizer, set_schedules
+from m3i_fast.engine.precision import autocast, resolve_device
+from m3i_fast.models.blocks import Block
+from m3i_fast.objectives.mixing import draw_mix, step_seed
+from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.observe.environment import environment
+from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.loader import Loader
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    step: int
+    """Optimiser steps taken in all."""
+    signal: int | None
+    """The signal that ended the run before num_steps, if one did."""
+
+
+class Trainer:
+    """Trains `cfg` in `run_dir`.
+
+    Raises FileExistsError when run_dir holds a run and `resume` is False, FileNotFoundError when `resume` finds nothing,
+    ValueError when the config differs from the run's, FloatingPointError when a loss is not finite.
+    """
+
+    def __init__(self, cfg: TrainConfig, run_dir: Path, *, resume: bool = False) -> None:
+        self.cfg, self.run_dir = cfg, run_dir
+        self.checkpoint_dir = run_dir / "checkpoints"
+        saved = self._open_run_dir(resume)
+        self.device = resolve_device(cfg.device)
+        if cfg.num_threads:
+            torch.set_num_threads(cfg.num_threads)
+        self.loader = Loader(cfg.data, device_id=0 if self.device.type == "cuda" else None)
+        self._check_data()
+        torch.manual_seed(cfg.seed)
+        with self.device:
+            self.objective = build_objective(cfg)
+        self.optimizer = build_optimizer(cfg.optim, self.objective)
+        self.lr = cfg.optim.lr_schedule(cfg.num_steps)
+        self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
+        self.momentum = cfg.ema.schedule(cfg.num_steps)
+        self.step = 0
+        if saved is not None:
+            self._restore(saved)
+        self.timer = StageTimer(self.device)
+        self.means = DeviceMeans()
+        self._signal: int | None = None
+
+    def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+        """Fetch nothing, wait for nothing: schedules, targets, input, objective, backward, clip, step, EMA."""
+        cfg, stage, step = self.cfg, self.timer.stage, self.step
+        # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
+        torch.manual_seed(step_seed(cfg.seed, step))
+        set_schedules(self.optimizer, lr=self.lr[step], weight_decay=self.weight_decay[step])
+        mix = draw_mix(
+            cfg.objective.mixing,
+            batch_size=batch.batch_size,
+            grid=cfg.vision.grid,
+            context_length=batch.token_ids.shape[1],
+            seed=cfg.seed,
+            step=step,
+        ).to(self.device)
+        with autocast(cfg.precision, self.device):
+            with stage("target"):
+                targets = self.objective.encode_targets(batch, mix)
+            with stage("encoder"):
+                encoded = self.objective.encode_inputs(batch, mix)
+            with stage("loss"):
+                loss, metrics = self.objective(encoded, targets, batch, mix, monitor=monitor)
+        with stage("backward"):
+            loss.backward()
+        with stage("optim"):
+            metrics["optim/grad_norm"] = self._clip()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.objective.clamp_temperatures()
+            if pair := self.objective.momentum_pair():
+                update_ema(*pair, momentum=self.momentum[step])
+        self.step += 1
+        return metrics
+
+    def train(self, progress: Progress = lambda step, values: None) -> Outcome:
+        """Train to num_steps, or until SIGINT or SIGTERM; either way a checkpoint of the last step is written."""
+        cfg = self.cfg
+        sinks: list[Sink] = [
+            JsonlSink(self.run_dir / "metrics.jsonl", start_step=self.step),
+            TensorBoardSink(self.run_dir / "tensorboard", start_step=self.step),
+        ]
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        began, began_step = time.perf_counter(), self.step
+        try:
+            while self.step < cfg.num_steps and self._signal is None:
+                log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
+                with self.timer.stage("data"):
+                    batch = next(self.loader).to(self.device)
+                self.means.add(self.train_step(batch, monitor=log))
+                self.timer.count_step()
+                if log:
+                    values = self._read_metrics(time.perf_counter() - began, self.step - began_step)
+                    began, began_step = time.perf_counter(), self.step
+                    for sink in sinks:
+                        sink.log(self.step, values)
+                    progress(self.step, values)
+                if self.step % cfg.checkpoint_every == 0:
+                    self.save()
+            self.save()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            for sink in sinks:
+                sink.close()
+            self.loader.close()
+        return Outcome(self.step, self._signal)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, unless a loss since the last read was not finite."""
+        check_finite(self.means.read(), self.step)
+        checkpoint.save(
+            self.checkpoint_dir,
+            step=self.step,
+            model=self.objective,
+            optimizer=self.optimizer,
+            state={"loader": self.loader.state_dict()},
+            keep=self.cfg.keep_checkpoints,
+        )
+
+    def _clip(self) -> Tensor:
+        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        bound = self.cfg.optim.clip_grad_norm or math.inf
+        return torch.nn.utils.clip_grad_norm_(parameters, bound, foreach=True)
+
+    def _read_metrics(self, seconds: float, num_steps: int) -> dict[str, float]:
+        values = self.means.read()
+        check_finite(values, self.step)
+        self.means.reset()
+        values["optim/lr"] = float(self.lr[self.step - 1])
+        values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
+        values["throughput/img_s"] = num_steps * self.cfg.data.batch_size / seconds
+        if self.device.type == "cuda":
+            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return values | self.timer.read()
+
+    def _open_run_dir(self, resume: bool) -> checkpoint.Checkpoint | None:
+        config_path = self.run_dir / "config.json"
+        if not resume:
+            if config_path.exists():
+                raise FileExistsError(
+                    f"{self.run_dir} holds a run already: add --resume to continue it, or name another --out"
+                )
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            environment().save(self.run_dir / "env.json")
+            self.cfg.save(config_path)
+            return None
+        if not config_path.exists():
+            raise FileNotFoundError(f"--resume: no run in {self.run_dir}: expected {config_path}")
+        found = differences(TrainConfig.load(config_path), self.cfg)
+        if found:
+            raise ValueError(f"--resume: the config differs from {config_path}: " + "; ".join(found))
+        return checkpoint.latest(self.checkpoint_dir)
+
+    def _check_data(self) -> None:
+        manifest = self.loader.manifest
+        facts = {
+            "num_classes": (self.cfg.num_classes, len(manifest.class_names)),
+            "text.vocab_size": (self.cfg.text.vocab_size, manifest.tokenizer.vocab_size),
+            "text.context_length": (self.cfg.text.context_length, manifest.tokenizer.context_length),
+        }
+        for name, (got, expected) in facts.items():
+            if got != expected:
+                raise ValueError(f"{name}: expected {expected} as the data in {self.cfg.data.path}, got {got}")
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        saved.load_model(self.objective)
+        saved.load_optimizer(self.objective, self.optimizer)
+        self.loader.load_state_dict(saved.state()["loader"])
+        self.step = saved.step
+        logger.info("resumed %s at step %d", self.run_dir, self.step)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> Any:
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+        logger.warning("signal %d: finishing the step and saving; once more stops at once", number)
+
+
+def build_objective(cfg: TrainConfig) -> MutualInformation:
+    """The model of a run, with its blocks compiled where the config says so."""
+    objective = MutualInformation(
+        cfg.objective, vision=cfg.vision, text=cfg.text, num_classes=cfg.num_classes
+    )
+    if cfg.compile:
+        for module in objective.modules():
+            if isinstance(module, Block):
+                module.compile(fullgraph=True, dynamic=False)
+    return objective
+
+
+def check_finite(values: dict[str, float], step: int) -> None:
+    """Raise FloatingPointError that names every loss that is NaN or infinite."""
+    wrong = {k: v for k, v in values.items() if k.startswith("loss/") and not math.isfinite(v)}
+    if wrong:
+        raise FloatingPointError(
+            f"step {step}: not finite: {wrong}; no checkpoint is written from here, the last one is good. A lower "
+            "optim.lr or a longer optim.warmup_fraction usually helps"
+        )

@@ -1,0 +1,29 @@
+"""Collapse monitors: is there still entropy in the targets? Read on the device, only on logged steps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
+    """Mean over dimensions of the standard deviation over unit-length rows, times sqrt(D): 1 when spread evenly, 0 when collapsed."""
+    rows = F.normalize(features.float().flatten(0, -2), dim=-1)
+    return rows.std(0).mean() * rows.shape[-1] ** 0.5
+
+
+def rankme(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
+    """Effective rank, RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values.
+
+    Singular values come from the eigenvalues of the D x D Gram matrix in fp64.
+    """
+    rows = features.flatten(0, -2).double()
+    singular = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0).sqrt()
+    share = singular / singular.sum().clamp_min(1e-12) + 1e-7
+    return torch.exp(-(share * share.log()).sum()).float()
+
+
+def mean_cosine(a: Tensor, b: Tensor) -> Tensor:  # [..., D], [..., D] -> [] fp32
+    """Mean cosine between matching rows (teacher and student, prediction and target)."""
+    return F.cosine_similarity(a.float(), b.float(), dim=-1).mean()

@@ -1,0 +1,277 @@
+"""The objective: a sum over declared terms, each a lower bound of the mutual information between input and target.
+
+Legend: B samples, V views, P mixed inputs, I images in inputs (2 P, or P without mixing), n cells an image shows,
+N cells of the grid, Q cells predicted, C encoder width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3i_fast.models.text import TextConfig, TextEncoder
+from m3i_fast.models.vit import ViT, ViTConfig
+from m3i_fast.objectives.likelihood import IGNORED, boltzmann, decorrelation, gaussian
+from m3i_fast.objectives.methods import Term, m3i
+from m3i_fast.objectives.mixing import Mix, MixingConfig, drop_tokens
+from m3i_fast.objectives.monitors import feature_std, mean_cosine, rankme
+from m3i_fast.objectives.predictors import (
+    DecoderConfig,
+    DenseDecoder,
+    GlobalHead,
+    relative_positions,
+)
+from m3i_fast.objectives.targets import MomentumEncoder, normalise_views
+from m3i_fast.ops import mask_mix
+
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.batch import Batch
+
+MAX_SCALE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    terms: tuple[Term, ...] = field(default_factory=m3i)
+    """The terms of the sum; M3I's four by default."""
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    head_hidden_dim: int = 2048
+    """Width of the hidden layer of the category and caption heads."""
+    sigma: float = 0.5**0.5
+    """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared error."""
+    decorrelation_weight: float = 0.02
+    """Weight of the decorrelation regulariser, SiameseIM's value."""
+    temperature: float = 0.07
+    """Initial temperature of the Boltzmann likelihoods; learnt, and kept from 0.01 up."""
+
+    def __post_init__(self) -> None:
+        names = [term.name for term in self.terms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"objective.terms: expected distinct names, got {names}")
+        if not any(term.weight > 0 for term in self.terms):
+            raise ValueError("objective.terms: expected a weight > 0, got none")
+        if not 1 / MAX_SCALE <= self.temperature:
+            raise ValueError(f"objective.temperature: expected >= {1 / MAX_SCALE}, got {self.temperature}")
+
+    @property
+    def active_terms(self) -> tuple[Term, ...]:
+        return tuple(term for term in self.terms if term.weight > 0)
+
+    def uses(self, target: str) -> bool:
+        return any(term.target == target for term in self.active_terms)
+
+
+@dataclass(frozen=True, slots=True)
+class DenseTargets:
+    """What the EMA encoder says of the cells that are asked for; None where no term asks."""
+
+    same_view: Tensor | None  # [P, Q, C] fp32
+    other_view: Tensor | None  # [P, Q, C] fp32
+    tokens: Tensor | None  # [P, N, C] fp32, for the monitors
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    tokens: Tensor  # [I, n, C], each image's own cells
+
+
+class MutualInformation(nn.Module):
+    """loss = sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3; every image is asked only what exists for it."""
+
+    def __init__(
+        self, cfg: ObjectiveConfig, *, vision: ViTConfig, text: TextConfig, num_classes: int
+    ) -> None:
+        super().__init__()
+        cfg.mixing.check_grid(vision.grid)
+        self.cfg = cfg
+        self.encoder = ViT(vision)
+        if any(term.is_dense for term in cfg.active_terms):
+            self.target_encoder = MomentumEncoder(self.encoder)
+            self.decoder = DenseDecoder(
+                cfg.decoder, input_dim=vision.dim, output_dim=vision.dim, input_grid=vision.grid
+            )
+        if cfg.uses("category"):
+            if num_classes < 1:
+                raise ValueError("objective.terms: the category term needs classes, the data has none")
+            self.category_head = GlobalHead(vision.dim, cfg.head_hidden_dim, text.embed_dim)
+            self.category_embedding = nn.Parameter(torch.empty(num_classes, text.embed_dim))
+            self.category_log_scale = nn.Parameter(torch.empty(()))
+        if cfg.uses("caption"):
+            self.caption_head = GlobalHead(vision.dim, cfg.head_hidden_dim, text.embed_dim)
+            self.text_encoder = TextEncoder(text)
+            self.caption_log_scale = nn.Parameter(torch.empty(()))
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        """Initialise what belongs to no submodule: class embeddings and temperatures."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("log_scale"):
+                parameter.fill_(-math.log(self.cfg.temperature))
+            else:
+                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+    @torch.no_grad()
+    def clamp_temperatures(self) -> None:
+        """Keep every 1 / tau in [1, 100], in place, after the optimiser's step (as open_clip does)."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("log_scale"):
+                parameter.clamp_(0.0, math.log(MAX_SCALE))
+
+    def momentum_pair(self) -> tuple[nn.Module, nn.Module] | None:
+        """The EMA encoder and the encoder it follows; None when no term has dense targets."""
+        if not any(term.is_dense for term in self.cfg.active_terms):
+            return None
+        return self.target_encoder.encoder, self.encoder
+
+    @torch.no_grad()
+    def encode_targets(self, batch: Batch, mix: Mix) -> DenseTargets:
+        """EMA features of the first images' own view and of the last images' other view."""
+        num_inputs = mix.num_inputs
+        same_view = other_view = tokens = None
+        if self.cfg.uses("same_view"):
+            tokens = self._target_tokens(batch.global_views[0], mix.sample[:num_inputs])
+            same_view = _take(tokens, mix.same_view_query)
+        if self.cfg.uses("other_view"):
+            tokens = self._target_tokens(batch.global_views[1], mix.sample[-num_inputs:])
+            other_view = _take(tokens, mix.other_view_query)
+        return DenseTargets(same_view, other_view, tokens)
+
+    def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
+        """One pass of the encoder over the mixed inputs; tokens come back sorted by image."""
+        images = mask_mix(batch.global_views[0], mix.mask, mix.pairs, dtype=_compute_dtype(batch))
+        tokens_PNC = self.encoder.embed(images)
+        num_prefix = self.encoder.num_prefix
+        match self.cfg.mixing.mode:
+            case "own_image":
+                own = self.encoder.encode(_own_cells(tokens_PNC, mix.token_index))[:, num_prefix:]
+            case "joint":
+                own = _own_cells(self.encoder.encode(tokens_PNC)[:, num_prefix:], mix.token_index)
+            case "none":
+                own = self.encoder.encode(tokens_PNC)[:, num_prefix:]
+        return Encoded(own)
+
+    def forward(
+        self, encoded: Encoded, targets: DenseTargets, batch: Batch, mix: Mix, *, monitor: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and every term unweighted; with `monitor` also the collapse monitors. All on the device."""
+        total = torch.zeros((), device=encoded.tokens.device)
+        metrics: dict[str, Tensor] = {}
+        for term in self.cfg.active_terms:
+            if term.is_dense:
+                value = self._dense(term, encoded, targets, batch, mix, metrics if monitor else None)
+            elif term.target == "category":
+                value = self._category(encoded, batch, mix)
+            else:
+                value = self._caption(encoded, batch, mix)
+            metrics[f"loss/{term.name}"] = value.detach()
+            total = total + term.weight * value
+        metrics["loss/total"] = total.detach()
+        if monitor:
+            metrics |= self._monitor(targets)
+        return total, metrics
+
+    @torch.no_grad()
+    def embed_images(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, 3, S, S] uint8 whole images -> patch tokens [B, N, C], and unit image embeddings [B, E] that captions are
+        matched with; None without a caption term."""
+        every = torch.arange(views.shape[0], device=views.device)
+        images = normalise_views(views, every, _autocast_dtype(views.device.type))
+        tokens = self.encoder(images)[:, self.encoder.num_prefix :]
+        if not self.cfg.uses("caption"):
+            return tokens, None
+        return tokens, F.normalize(self.caption_head(tokens).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
+        """[B, T] int, [B] int64 -> unit caption embeddings [B, E]; ValueError without a caption term."""
+        if not self.cfg.uses("caption"):
+            raise ValueError("objective.terms: expected a caption term of weight > 0 to embed captions, got none")
+        return F.normalize(self.text_encoder(token_ids, num_tokens).float(), dim=-1)
+
+    def _dense(
+        self,
+        term: Term,
+        encoded: Encoded,
+        targets: DenseTargets,
+        batch: Batch,
+        mix: Mix,
+        metrics: dict[str, Tensor] | None,
+    ) -> Tensor:
+        num_inputs = mix.num_inputs
+        same = term.target == "same_view"
+        rows = slice(0, num_inputs) if same else slice(-num_inputs, None)
+        query = mix.same_view_query if same else mix.other_view_query
+        target = targets.same_view if same else targets.other_view
+        assert target is not None
+        boxes = batch.boxes[mix.sample[rows]]  # [P, V, 5]
+        grid = self.encoder.cfg.grid
+        position = relative_positions(
+            boxes[:, 0], boxes[:, 0 if same else 1], query, input_grid=grid, target_grid=grid
+        )
+        z_hat = self.decoder(encoded.tokens[rows], mix.token_index[rows], position)
+        if metrics is not None:
+            metrics[f"monitor/{term.name}_cosine"] = mean_cosine(z_hat.detach(), target)
+        value = gaussian(z_hat, target, sigma=self.cfg.sigma)
+        if term.regulariser == "decorrelation":
+            value = value + self.cfg.decorrelation_weight * decorrelation(z_hat, target)
+        return value
+
+    def _category(self, encoded: Encoded, batch: Batch, mix: Mix) -> Tensor:
+        z_hat = F.normalize(self.category_head(encoded.tokens).float(), dim=-1)
+        z = F.normalize(self.category_embedding, dim=-1)
+        return boltzmann(z_hat, z, self.category_log_scale.exp(), targets=batch.label[mix.sample])
+
+    def _caption(self, encoded: Encoded, batch: Batch, mix: Mix) -> Tensor:
+        z_hat = F.normalize(self.caption_head(encoded.tokens).float(), dim=-1)
+        token_ids, num_tokens = drop_tokens(
+            batch.token_ids, batch.num_tokens, mix.token_priority, self.cfg.mixing.token_dropout
+        )
+        z = F.normalize(self.text_encoder(token_ids, num_tokens).float(), dim=-1)
+        ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
+        return boltzmann(
+            z_hat, z, self.caption_log_scale.exp(), row_ids=ids[mix.sample], col_ids=ids
+        )
+
+    def _target_tokens(self, views: Tensor, rows: Tensor) -> Tensor:  # [P, N, C] fp32
+        return self.target_encoder(normalise_views(views, rows, _autocast_dtype(views.device.type)))
+
+    @torch.no_grad()
+    def _monitor(self, targets: DenseTargets) -> dict[str, Tensor]:
+        metrics = {
+            f"monitor/{name}": parameter.detach().exp()
+            for name, parameter in self.named_parameters(recurse=False)
+            if name.endswith("log_scale")
+        }
+        if targets.tokens is not None:
+            pooled = targets.tokens.mean(1)
+            metrics["monitor/target_std"] = feature_std(pooled)
+            metrics["monitor/target_rank"] = rankme(targets.tokens)
+        return metrics
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:  # [R, N, C], [R, Q] -> [R, Q, C]
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _own_cells(tokens_PNC: Tensor, token_index: Tensor) -> Tensor:  # [P, N, C], [I, n] -> [I, n, C]
+    num_inputs, num_cells, dim = tokens_PNC.shape
+    row = torch.arange(token_index.shape[0], device=tokens_PNC.device) % num_inputs
+    flat = (row[:, None] * num_cells + token_index).flatten()
+    return tokens_PNC.flatten(0, 1).index_select(0, flat).view(*token_index.shape, dim)
+
+
+def _compute_dtype(batch: Batch) -> torch.dtype:
+    return _autocast_dtype(batch.global_views[0].device.type)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype:
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.float32

@@ -1,0 +1,35 @@
+"""Target encoders f_phi whose output the predictors must find: the EMA image encoder (paper, figure 1; SiameseIM)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3i_fast.models.vit import ViT
+from m3i_fast.ops import mask_mix
+
+
+def normalise_views(views: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 3, H, W] uint8, [R] int64 -> [R, 3, H, W] `dtype`: chosen rows, normalised, in one pass over memory."""
+    whole = torch.ones(rows.shape[0], 1, 1, dtype=torch.bool, device=views.device)
+    return mask_mix(views, whole, torch.stack([rows, rows], 1), dtype=dtype)
+
+
+class MomentumEncoder(nn.Module):
+    """EMA copy of the image encoder. Its targets are patch tokens, layer-normalised without affine, without gradient."""
+
+    def __init__(self, encoder: ViT) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> MomentumEncoder:
+        """Stay in evaluation mode: targets see no stochastic depth."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, N, C] fp32
+        tokens = self.encoder(images)[:, self.encoder.num_prefix :]
+        return F.layer_norm(tokens.float(), tokens.shape[-1:])

@@ -1,0 +1,76 @@
+"""What a run or a measurement was made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from m3i_fast.storage import write_atomically
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    command: str
+    commit: str | None
+    """Of the project's checkout; None for an installed wheel. Ends in -dirty with uncommitted changes."""
+    python: str
+    torch: str
+    cuda: str | None
+    cpu: str
+    num_cores: int
+    gpu: str | None
+    num_gpus: int
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+
+def environment() -> Environment:
+    num_gpus = torch.cuda.device_count()
+    return Environment(
+        command=" ".join(["m3i-fast", *sys.argv[1:]]),
+        commit=_commit(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cpu=_cpu_name(),
+        num_cores=len(_affinity()),
+        gpu=torch.cuda.get_device_name(0) if num_gpus else None,
+        num_gpus=num_gpus,
+    )
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return None
+    status = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True
+    )
+    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))

@@ -1,0 +1,125 @@
+"""Metrics of a run: means on the device, stage times, and the sinks that share `log(step, values)`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Sink(Protocol):
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """metrics.jsonl: one object a logged step. A resume first drops the rows after the step it continues from."""
+
+    def __init__(self, path: Path, *, start_step: int = 0) -> None:
+        kept = [row for row in read_jsonl(path) if row["step"] <= start_step] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a", buffering=1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    """TensorBoard event files in `directory`."""
+
+    def __init__(self, directory: Path, *, start_step: int = 0) -> None:
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, float]]:
+    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+class DeviceMeans:
+    """Running means of scalar tensors, kept on their device until `read`, which copies all of them at once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last `reset`. The one host synchronisation."""
+        if not self._sums:
+            return {}
+        sums = torch.stack(list(self._sums.values())).tolist()
+        return {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
+
+    def reset(self) -> None:
+        self._sums.clear()
+        self._counts.clear()
+
+
+class StageTimer:
+    """Time a stage of the step: CUDA events on a GPU (and an NVTX range), the clock elsewhere. Read when logging."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: dict[str, float] = {}
+        self._steps = 0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self._cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            with torch.cuda.nvtx.range(name):
+                yield
+            end.record()
+            self._spans.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def count_step(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds a step of every stage since the last read, as `time/<stage>_ms`."""
+        for name, start, end in self._spans:
+            end.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+        steps = max(self._steps, 1)
+        means = {f"time/{name}_ms": 1000 * total / steps for name, total in self._seconds.items()}
+        self._spans.clear()
+        self._seconds.clear()
+        self._steps = 0
+        return means

@@ -1,0 +1,139 @@
+"""Recipes: functions that return a whole run. `m3i-fast train NAME --field value` starts from one.
+
+Marked with where a value comes from: [paper] M3I, [SiameseIM] its base method, the rest is chosen here and said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.ema import EmaConfig
+from m3i_fast.engine.optim import OptimConfig
+from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
+from m3i_fast.objectives.mixing import MixingConfig
+from m3i_fast.objectives.mutual_information import ObjectiveConfig
+from m3i_fast.objectives.predictors import DecoderConfig
+from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
+
+DEMO_MERGES = 1500
+
+
+def demo() -> TrainConfig:
+    """64-pixel drawings on two CPU cores: every part of M3I in minutes."""
+    return TrainConfig(
+        num_steps=1200,
+        num_classes=9,
+        data=LoaderConfig(
+            path=Path("data/openmoji"),
+            batch_size=64,
+            pairs=True,
+            global_views=ViewConfig(size=64, scale=(0.3, 1.0), jitter_probability=0.5),
+            num_threads=1,
+        ),
+        vision=vit_demo(),
+        text=TextConfig(
+            vocab_size=512 + DEMO_MERGES + 2,
+            context_length=32,
+            dim=128,
+            depth=2,
+            num_heads=4,
+            embed_dim=128,
+        ),
+        objective=ObjectiveConfig(
+            mixing=MixingConfig(mask_block=2, num_queries=16, token_dropout=0.2),
+            decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
+            head_hidden_dim=256,
+        ),
+        optim=OptimConfig(lr=1.5e-3, warmup_fraction=0.04, betas=(0.9, 0.98)),
+        ema=EmaConfig(momentum=0.99),
+        checkpoint_every=400,
+    )
+
+
+def _production(vision: ViTConfig, *, batch_size: int, num_steps: int, compile: bool) -> TrainConfig:
+    """M3I on a captioned and labelled data set; values chosen where no source is marked."""
+    colours = ViewConfig(
+        size=vision.image_size,
+        scale=(0.08, 1.0),  # [SiameseIM]
+        blur_probability=0.5,  # [SiameseIM] 1.0 and 0.1 on its two views
+        solarize_probability=0.1,  # [SiameseIM] 0.2 on one of two views
+    )
+    return TrainConfig(
+        num_steps=num_steps,
+        num_classes=1000,
+        data=LoaderConfig(
+            path=Path("data/train"), batch_size=batch_size, pairs=True, global_views=colours, num_threads=8
+        ),
+        vision=vision,
+        text=TextConfig(),  # [paper] CLIP's base text Transformer, from scratch
+        objective=ObjectiveConfig(
+            mixing=MixingConfig(mask_block=2),  # [paper] two images, block-wise, about half and half
+            decoder=DecoderConfig(dim=512, depth=4, num_heads=16),  # [SiameseIM] depth, heads
+        ),
+        optim=OptimConfig(
+            lr=6.25e-5 * 16 * batch_size / 4096,  # [SiameseIM] 1e-3 at 4096, linear in the batch
+            weight_decay=0.05,  # [SiameseIM]
+            betas=(0.9, 0.95),  # [SiameseIM]
+            clip_grad_norm=1.0,  # [SiameseIM]
+        ),
+        ema=EmaConfig(momentum=0.995),  # [SiameseIM]
+        compile=compile,
+        log_every=50,
+        checkpoint_every=2000,
+    )
+
+
+def _variants() -> dict[str, Callable[[], TrainConfig]]:
+    """m3i_vit_{s,b,l,h}, plain and for a GPU: batch sizes are chosen to fit 80 GB in bf16, not yet measured."""
+    batch_sizes = {"s": (1024, 1024), "b": (512, 768), "l": (256, 320), "h": (96, 128)}
+    found: dict[str, Callable[[], TrainConfig]] = {}
+    for size, vision in {"s": vit_s, "b": vit_b, "l": vit_l, "h": vit_h}.items():
+        a100, h100 = batch_sizes[size]
+        for suffix, batch_size in {"": a100, "_a100": a100, "_h100": h100}.items():
+            found[f"m3i_vit_{size}{suffix}"] = partial(
+                _build, vision, size, batch_size, compile=bool(suffix)
+            )
+    return found
+
+
+def _build(
+    vision: Callable[..., ViTConfig], size: str, batch_size: int, *, compile: bool
+) -> TrainConfig:
+    cfg = vision(
+        drop_path_rate={"s": 0.0, "b": 0.0, "l": 0.0, "h": 0.1}[size],
+        activation_checkpointing=size == "h",
+    )
+    # 400 epochs of 1.28 M images [paper, ablations on ImageNet-1k].
+    return _production(cfg, batch_size=batch_size, num_steps=400 * 1_281_167 // batch_size, compile=compile)
+
+
+def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) -> TrainConfig:
+    """The same recipe at a size a laptop trains in a second: for smoke tests of a recipe on other data."""
+    vision = replace(
+        cfg.vision, image_size=4 * cfg.vision.patch_size, dim=32, depth=2, num_heads=2
+    )
+    views = replace(cfg.data.global_views, size=vision.image_size)
+    return replace(
+        cfg,
+        num_steps=2,
+        num_classes=num_classes,
+        vision=vision,
+        text=text,
+        data=replace(cfg.data, path=path, batch_size=4, global_views=views, num_threads=1, initial_fill=16),
+        objective=replace(
+            cfg.objective,
+            decoder=replace(cfg.objective.decoder, dim=32, depth=1, num_heads=2),
+            head_hidden_dim=32,
+        ),
+        compile=False,
+        log_every=1,
+        checkpoint_every=2,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"demo": demo, **_variants()}

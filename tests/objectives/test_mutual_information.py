@@ -1,0 +1,225 @@
+"""The sum over terms: who is asked what, what reaches whom, and that each term learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vit import vit_demo
+from m3i_fast.objectives.methods import Term, m3i
+from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
+from m3i_fast.objectives.mutual_information import MutualInformation, ObjectiveConfig
+from m3i_fast.objectives.predictors import DecoderConfig
+from m3i_fast.pipelines.batch import Batch
+
+VISION = vit_demo(image_size=32, dim=32, depth=2, num_heads=2)
+TEXT = TextConfig(vocab_size=50, context_length=6, dim=32, depth=1, num_heads=2, embed_dim=16)
+NUM_CLASSES = 5
+
+
+def _config(mode: str = "own_image", only: str | None = None) -> ObjectiveConfig:
+    terms = tuple(replace(t, weight=float(only in (None, t.name))) for t in m3i())
+    return ObjectiveConfig(
+        terms=terms,
+        mixing=MixingConfig(mode=mode, mask_block=1, num_queries=4),  # type: ignore[arg-type]
+        decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
+        head_hidden_dim=32,
+    )
+
+
+def _build(cfg: ObjectiveConfig) -> MutualInformation:
+    torch.manual_seed(0)
+    return MutualInformation(cfg, vision=VISION, text=TEXT, num_classes=NUM_CLASSES)
+
+
+def _batch(size: int = 8) -> Batch:
+    rng = torch.Generator().manual_seed(1)
+    views = [torch.randint(0, 256, (size, 3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2)]
+    corner = torch.rand(size, 2, 2, generator=rng) * 10
+    side = 20 + torch.rand(size, 2, 2, generator=rng) * 10
+    flip = torch.randint(0, 2, (size, 2, 1), generator=rng).float()
+    num_tokens = torch.tensor([3, 0, 6, 4, 0, 3, 5, 6])[:size]
+    ids = torch.randint(1, 50, (size, 6), generator=rng, dtype=torch.int32)
+    ids[torch.arange(6) >= num_tokens[:, None]] = 0
+    return Batch(
+        global_views=tuple(views),
+        local_views=(),
+        boxes=torch.cat([corner, side, flip], -1),
+        image_size=torch.full((size, 2), 40.0),
+        token_ids=ids,
+        num_tokens=num_tokens,
+        label=torch.tensor([0, 1, -1, 3, -1, 2, 4, -1])[:size],
+        sample_id=torch.arange(size),
+        group_id=torch.arange(size),
+    )
+
+
+def _mix(cfg: ObjectiveConfig, batch: Batch) -> Mix:
+    return draw_mix(cfg.mixing, batch_size=batch.batch_size, grid=4, context_length=6, seed=0, step=0)
+
+
+def _loss(model: MutualInformation, batch: Batch, mix: Mix) -> tuple[Tensor, dict[str, Tensor]]:
+    return model(model.encode_inputs(batch, mix), model.encode_targets(batch, mix), batch, mix)
+
+
+@pytest.mark.parametrize("mode", ["own_image", "joint", "none"])
+def test_total_is_the_weighted_sum(mode: str) -> None:
+    cfg = _config(mode)
+    cfg = replace(
+        cfg, terms=tuple(replace(t, weight=w) for t, w in zip(cfg.terms, (0.5, 2, 1, 3), strict=True))
+    )
+    batch = _batch()
+    total, metrics = _loss(_build(cfg), batch, _mix(cfg, batch))
+    expected = sum(t.weight * metrics[f"loss/{t.name}"] for t in cfg.terms)
+    torch.testing.assert_close(total, expected)
+    assert all(float(metrics[f"loss/{t.name}"]) > 0 for t in cfg.terms)
+
+
+@pytest.mark.parametrize("mode", ["own_image", "joint"])
+def test_the_other_image_is_seen_only_where_attention_is_joint(mode: str) -> None:
+    cfg = _config(mode)
+    model, batch = _build(cfg), _batch()
+    mix = _mix(cfg, batch)
+    before = model.encode_inputs(batch, mix).tokens
+    changed = batch.global_views[0].clone()
+    changed[mix.sample[mix.num_inputs :]] = 0  # every second image
+    after = model.encode_inputs(
+        replace(batch, global_views=(changed, batch.global_views[1])), mix
+    ).tokens
+    firsts = slice(0, mix.num_inputs)
+    assert torch.equal(before[firsts], after[firsts]) == (mode == "own_image")
+    assert not torch.equal(before[mix.num_inputs :], after[mix.num_inputs :])
+
+
+def test_tokens_are_those_of_the_image_alone() -> None:
+    """Mixing on pixels and sorting by image equals encoding the visible patches of each image by itself."""
+    cfg = _config()
+    model, batch = _build(cfg), _batch()
+    mix = _mix(cfg, batch)
+    mixed = model.encode_inputs(batch, mix).tokens
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    for image in range(8):
+        pixels = batch.global_views[0][mix.sample[image]].float() / 255
+        whole = model.encoder.embed(((pixels - mean) / std)[None])
+        alone = model.encoder.encode(whole[:, mix.token_index[image]])
+        torch.testing.assert_close(mixed[image], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_dense_targets_are_normalised_features_of_the_asked_view() -> None:
+    cfg = _config()
+    model, batch = _build(cfg), _batch()
+    mix = _mix(cfg, batch)
+    targets = model.encode_targets(batch, mix)
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    for asked, view, rows, query in (
+        (targets.same_view, 0, mix.sample[:4], mix.same_view_query),
+        (targets.other_view, 1, mix.sample[4:], mix.other_view_query),
+    ):
+        assert asked is not None and not asked.requires_grad
+        images = (batch.global_views[view][rows].float() / 255 - mean) / std
+        tokens = F.layer_norm(model.encoder(images), (VISION.dim,))
+        for row in range(4):
+            torch.testing.assert_close(asked[row], tokens[row, query[row]], atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_not_annotated_is_not_asked() -> None:
+    """Images without class or caption change neither term, whatever they hold there."""
+    batch = _batch()
+    for only, missing in (("category", batch.label == -1), ("caption", batch.num_tokens == 0)):
+        cfg = _config(only=only)
+        model, mix = _build(cfg), _mix(cfg, batch)
+        encoded = model.encode_inputs(batch, mix)
+        noise = encoded.tokens.clone()
+        noise[missing[mix.sample]] = 7.0
+        first, _ = model(encoded, model.encode_targets(batch, mix), batch, mix)
+        second, _ = model(
+            type(encoded)(noise), model.encode_targets(batch, mix), batch, mix
+        )
+        assert torch.equal(first, second) and float(first) > 0
+
+
+def test_variants_of_one_concept_are_positives() -> None:
+    cfg = _config(only="caption")
+    batch, model = _batch(), _build(cfg)
+    mix = _mix(cfg, batch)
+    apart, _ = _loss(model, batch, mix)
+    together, _ = _loss(model, replace(batch, group_id=torch.zeros(8, dtype=torch.int64)), mix)
+    assert not torch.equal(apart, together)
+
+
+@pytest.mark.parametrize("only", ["intra", "inter", "category", "caption"])
+def test_a_term_alone_learns_and_builds_nothing_else(only: str) -> None:
+    cfg = _config(only=only)
+    model, batch = _build(cfg), _batch()
+    mix = _mix(cfg, batch)
+    names = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert ("decoder" in names) == (only in ("intra", "inter"))
+    assert ("text_encoder" in names) == (only == "caption")
+    assert ("category_head" in names) == (only == "category")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss, _ = _loss(model, batch, mix)
+        loss.backward()
+        assert all(p.grad is not None for p in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    if pair := model.momentum_pair():
+        assert all(p.grad is None for p in pair[0].parameters())
+
+
+def test_temperatures_are_clamped_in_place() -> None:
+    model = _build(_config())
+    with torch.no_grad():
+        model.caption_log_scale.fill_(9.0)
+        model.category_log_scale.fill_(-1.0)
+    model.clamp_temperatures()
+    assert float(model.caption_log_scale.exp()) == pytest.approx(100.0)
+    assert float(model.category_log_scale.exp()) == pytest.approx(1.0)
+
+
+def test_monitors_come_only_when_asked() -> None:
+    cfg = _config()
+    model, batch = _build(cfg), _batch()
+    mix = _mix(cfg, batch)
+    encoded, targets = model.encode_inputs(batch, mix), model.encode_targets(batch, mix)
+    quiet, loud = (model(encoded, targets, batch, mix, monitor=m)[1] for m in (False, True))
+    assert not any(name.startswith("monitor/") for name in quiet)
+    assert {"monitor/target_std", "monitor/target_rank", "monitor/inter_cosine"} <= set(loud)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: ObjectiveConfig(terms=(*m3i(), m3i()[0])), "distinct"),
+        (lambda: ObjectiveConfig(terms=tuple(replace(t, weight=0.0) for t in m3i())), "weight"),
+        (lambda: ObjectiveConfig(temperature=0.001), "temperature"),
+        (
+            lambda: Term(
+                name="x",
+                target="caption",
+                predictor="decoder",
+                likelihood="gaussian",
+                regulariser="stop_gradient",
+            ),
+            "caption expects",
+        ),
+        (
+            lambda: MutualInformation(
+                _config(only="category"), vision=VISION, text=TEXT, num_classes=0
+            ),
+            "classes",
+        ),
+    ],
+)
+def test_wrong_objectives_are_named(make, word: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=word):
+        make()
