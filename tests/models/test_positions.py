@@ -1,0 +1,37 @@
+"""Sine-cosine embeddings against fp64 loops and timm; resampled positions against timm."""
+
+import math
+
+import pytest
+import torch
+from timm.layers import build_sincos2d_pos_embed, resample_abs_pos_embed
+
+from m3i_fast.models.positions import grid_embedding, resample_grid, sincos_embedding
+
+
+def test_embedding_is_the_formula_in_double_precision() -> None:
+    dim, values = 16, [-7.25, 0.0, 0.5, 13.0]
+    got = sincos_embedding(torch.tensor([values]), dim)
+    expected = []
+    for p in values:
+        angles = [p * 10000 ** (-k / (dim / 4)) for k in range(dim // 4)]
+        expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    assert got.shape == (1, len(values) * dim // 2) and got.dtype == torch.float32
+    torch.testing.assert_close(got[0].double(), torch.tensor(expected).double(), atol=2e-6, rtol=0)
+
+
+def test_grid_embedding_equals_timm() -> None:
+    expected = build_sincos2d_pos_embed([7, 7], dim=64, interleave_sin_cos=True)
+    torch.testing.assert_close(grid_embedding(7, 64), expected)
+
+
+def test_dim_must_be_a_multiple_of_four() -> None:
+    with pytest.raises(ValueError, match="dim: expected a multiple of 4 .* got 6"):
+        sincos_embedding(torch.zeros(1), 6)
+
+
+@pytest.mark.parametrize("new", [(7, 7), (14, 14), (20, 20), (6, 9)])
+def test_resampled_positions_equal_timm(new: tuple[int, int]) -> None:
+    table = torch.randn(1, 14 * 14, 12)
+    expected = resample_abs_pos_embed(table, list(new), [14, 14], num_prefix_tokens=0)
+    torch.testing.assert_close(resample_grid(table, (14, 14), new), expected, atol=0, rtol=0)

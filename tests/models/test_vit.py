@@ -1,0 +1,180 @@
+"""ViT: subsets of tokens, other grids, meta device, recomputation, timm's size and FLOPs."""
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from timm.layers import calculate_drop_path_rates
+from torch.utils.flop_counter import FlopCounterMode
+
+from m3i_fast.models.vit import ViT, ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s, vit_ti
+
+SMALL = ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
+PREFIXED = ViTConfig(
+    image_size=32,
+    patch_size=8,
+    dim=32,
+    depth=2,
+    num_heads=2,
+    class_token=True,
+    num_registers=3,
+    layer_scale_init=0.1,
+    drop_path_rate=0.1,
+)
+
+
+def randomise(vit: ViT) -> ViT:
+    """Give every parameter a weight that matters, norms and tokens too."""
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return vit
+
+
+def test_encode_is_equivariant_and_keeps_the_prefix_first() -> None:
+    torch.manual_seed(0)
+    vit = randomise(ViT(PREFIXED)).eval()
+    tokens = vit.embed(torch.randn(2, 3, 32, 32))
+    order = torch.randperm(16)
+    out, permuted = vit.encode(tokens), vit.encode(tokens[:, order])
+    assert out.shape == (2, 4 + 16, 32)
+    torch.testing.assert_close(permuted[:, :4], out[:, :4], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(permuted[:, 4:], out[:, 4:][:, order], atol=1e-5, rtol=1e-5)
+
+
+def test_encode_of_a_subset_sees_nothing_else() -> None:
+    vit = randomise(ViT(SMALL))
+    images = torch.randn(2, 3, 32, 32)
+    changed = images.clone()
+    changed[:, :, :8, :8] = 5.0  # patch 0
+    own = torch.tensor([1, 5, 6, 11])
+    assert torch.equal(vit.encode(vit.embed(images)[:, own]), vit.encode(vit.embed(changed)[:, own]))
+    assert vit.encode(vit.embed(images)[:, own]).shape == (2, 4, 32)
+
+
+def test_embed_is_each_patch_on_its_own_in_reading_order() -> None:
+    vit = randomise(ViT(SMALL))
+    images = torch.randn(1, 3, 32, 32)
+    weight = vit.patch_embed.weight.flatten(1)
+    for index in (0, 1, 4, 15):
+        row, column = divmod(index, 4)
+        patch = images[0, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].flatten()
+        expected = weight @ patch + vit.patch_embed.bias + vit.pos_embed[0, index]
+        torch.testing.assert_close(vit.embed(images)[0, index], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_other_image_sizes_interpolate_the_position() -> None:
+    vit = randomise(ViT(PREFIXED)).eval()
+    assert vit(torch.randn(2, 3, 48, 24)).shape == (2, 4 + 6 * 3, 32)
+    blank = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        vit.pos_embed.copy_(torch.arange(4.0).repeat_interleave(4)[None, :, None])  # the row
+        vit.patch_embed.bias.zero_()
+        rows = vit.embed(blank)[0, :, 0].view(8, 8)
+    torch.testing.assert_close(rows, rows[:, :1].expand(8, 8), atol=1e-5, rtol=0)
+    assert rows[:, 0].diff().min() > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 30), (1, 3, 20, 32), (1, 4, 32, 32), (3, 32, 32)])
+def test_images_of_a_wrong_shape_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="images: expected .* patch_size = 8, got"):
+        ViT(SMALL).embed(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("image_size", 30),
+        ("dim", 33),
+        ("dim", 34),
+        ("depth", 0),
+        ("num_heads", 5),
+        ("mlp_ratio", 0.0),
+        ("num_registers", -1),
+        ("drop_path_rate", 1.0),
+    ],
+)
+def test_bad_sizes_are_refused_by_name(field: str, value: float) -> None:
+    named = "dim" if field == "num_heads" else field
+    with pytest.raises(ValueError, match=f"{named}: expected .*got"):
+        ViTConfig(**{"image_size": 32, "patch_size": 8, "dim": 32, "num_heads": 2, field: value})
+
+
+def test_built_on_meta_equals_built_directly() -> None:
+    torch.manual_seed(0)
+    direct = ViT(PREFIXED).state_dict()
+    with torch.device("meta"):
+        vit = ViT(PREFIXED)
+    vit.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.fill_(float("nan"))
+    torch.manual_seed(0)
+    vit.reset_parameters()
+    for name, value in vit.state_dict().items():
+        assert torch.equal(value, direct[name]), name
+
+
+def test_drop_path_rises_as_in_timm() -> None:
+    vit = ViT(vit_demo(drop_path_rate=0.3))
+    rates = [block.drop_path.rate for block in vit.blocks]
+    assert rates == pytest.approx(calculate_drop_path_rates(0.3, 4))
+
+
+def test_recomputation_changes_no_gradient() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        cfg = ViTConfig(
+            image_size=32,
+            patch_size=8,
+            dim=32,
+            depth=3,
+            num_heads=2,
+            drop_path_rate=0.5,
+            activation_checkpointing=recompute,
+        )
+        vit = ViT(cfg)
+        vit(images).square().sum().backward()
+        grads.append([parameter.grad for parameter in vit.parameters()])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("ours", "name"),
+    [
+        (vit_ti, "vit_tiny_patch16_224"),
+        (vit_s, "vit_small_patch16_224"),
+        (vit_b, "vit_base_patch16_224"),
+        (vit_l, "vit_large_patch16_224"),
+        (vit_h, "vit_huge_patch14_224"),
+    ],
+)
+def test_parameters_and_flops_equal_timm(ours: Callable[..., ViTConfig], name: str) -> None:
+    with torch.device("meta"):
+        vit = ViT(ours(class_token=True))
+        reference = timm.create_model(name, num_classes=0)
+        images = torch.zeros(2, 3, 224, 224)
+    counts = [sum(p.numel() for p in m.parameters()) for m in (vit, reference)]
+    # timm keeps a position for the class token as well
+    assert counts[0] + vit.dim == counts[1]
+    flops = []
+    for model in (vit, reference.forward_features):
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+
+
+def test_forward_compiles_without_graph_breaks() -> None:
+    torch.manual_seed(0)
+    cfg = ViTConfig(
+        image_size=16, patch_size=8, dim=32, depth=1, num_heads=2, class_token=True, num_registers=1
+    )
+    vit = randomise(ViT(cfg))
+    images = torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(vit, fullgraph=True)
+    torch.testing.assert_close(compiled(images), vit(images), atol=1e-5, rtol=1e-5)
