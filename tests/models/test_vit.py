@@ -49,7 +49,9 @@ def test_encode_of_a_subset_sees_nothing_else() -> None:
     changed = images.clone()
     changed[:, :, :8, :8] = 5.0  # patch 0
     own = torch.tensor([1, 5, 6, 11])
-    assert torch.equal(vit.encode(vit.embed(images)[:, own]), vit.encode(vit.embed(changed)[:, own]))
+    assert torch.equal(
+        vit.encode(vit.embed(images)[:, own]), vit.encode(vit.embed(changed)[:, own])
+    )
     assert vit.encode(vit.embed(images)[:, own]).shape == (2, 4, 32)
 
 

@@ -1,0 +1,226 @@
+"""Vision Transformers from timm and to timm, features equal.
+
+timm adds a position to its prefix tokens in some models and not in others; here the prefix has
+none, so a prefix position is added to the token itself once, when it is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Set
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from m3i_fast.models.blocks import LAYER_NORM_EPS
+from m3i_fast.models.positions import resample_grid
+from m3i_fast.models.vit import ViT, ViTConfig
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+Grid = tuple[int, int]  # rows, columns
+
+logger = logging.getLogger(__name__)
+
+# what timm applies after forward_features: no part of an encoder
+HEAD_PREFIXES = ("head.", "fc_norm.", "attn_pool.")
+
+_STEM = {
+    "patch_embed.proj.weight": "patch_embed.weight",
+    "patch_embed.proj.bias": "patch_embed.bias",
+}
+_NORM = {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+_BLOCK = {
+    "norm1.weight": "layernorm_qkv.layer_norm_weight",
+    "norm1.bias": "layernorm_qkv.layer_norm_bias",
+    "attn.qkv.weight": "layernorm_qkv.weight",
+    "attn.proj.weight": "proj.weight",
+    "attn.proj.bias": "proj.bias",
+    "norm2.weight": "layernorm_mlp.layer_norm_weight",
+    "norm2.bias": "layernorm_mlp.layer_norm_bias",
+    "mlp.fc1.weight": "layernorm_mlp.fc1_weight",
+    "mlp.fc1.bias": "layernorm_mlp.fc1_bias",
+    "mlp.fc2.weight": "layernorm_mlp.fc2_weight",
+    "mlp.fc2.bias": "layernorm_mlp.fc2_bias",
+}
+_QKV_BIAS = {"attn.qkv.bias": "layernorm_qkv.bias"}
+_LAYER_SCALE = {"ls1.gamma": "layer_scale_1", "ls2.gamma": "layer_scale_2"}
+
+
+def load_timm(source: nn.Module | Mapping[str, Tensor], cfg: ViTConfig) -> ViT:
+    """A ViT with a timm VisionTransformer's weights; `forward` equals its `forward_features`.
+
+    source: the model or its bare state dict. Head and pooling weights are left out; positions are
+    interpolated where cfg.image_size differs. A global-pool model that normalises after pooling
+    (`fc_norm`) has no final norm: cfg.final_norm = False. A state dict does not tell the number
+    of heads, which then is taken from cfg unchecked.
+
+    Raises ValueError naming the parameters that are missing, unexpected or of another shape, and
+    whatever else makes the model another function than cfg describes.
+    """
+    grid: Grid | None = None
+    if isinstance(source, nn.Module):
+        grid = _check_model(source, cfg)
+        source = source.state_dict()
+    head = [name for name in source if name.startswith(HEAD_PREFIXES)]
+    if head:
+        logger.info("left out, no part of the encoder: %s", ", ".join(head))
+    state = {name: value for name, value in source.items() if name not in head}
+    names = dict(_names(cfg))
+    _check_names(state.keys(), names.keys() | _special_names(cfg))
+
+    vit = ViT(cfg)
+    loaded = {ours: state[theirs] for theirs, ours in names.items()}
+    loaded.update(_tokens(state, cfg, grid))
+    wrong = [
+        f"{name}: expected {list(value.shape)}, got {list(loaded[name].shape)}"
+        for name, value in vit.state_dict().items()
+        if loaded[name].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError("timm weights of another size: " + "; ".join(wrong))
+    vit.load_state_dict(loaded)
+    return vit
+
+
+def to_timm(vit: ViT) -> VisionTransformer:
+    """A timm VisionTransformer without head whose `forward_features` equals `vit.forward`.
+
+    Its weights are copies. As in timm's own models, the position covers the class token (with
+    zeros) unless there are registers.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    cfg = vit.cfg
+    model = VisionTransformer(
+        img_size=cfg.image_size,
+        patch_size=cfg.patch_size,
+        num_classes=0,
+        global_pool="token" if cfg.class_token else "avg",
+        embed_dim=cfg.dim,
+        depth=cfg.depth,
+        num_heads=cfg.num_heads,
+        mlp_ratio=cfg.mlp_ratio,
+        qkv_bias=cfg.qkv_bias,
+        # timm reads an initial 0 as "no LayerScale"; the values are overwritten below
+        init_values=None if cfg.layer_scale_init is None else 1.0,
+        class_token=cfg.class_token,
+        reg_tokens=cfg.num_registers,
+        no_embed_class=cfg.num_registers > 0,
+        final_norm=cfg.final_norm,
+        fc_norm=False,
+        drop_path_rate=cfg.drop_path_rate,
+        dynamic_img_size=True,
+        weight_init="skip",
+    )
+    state = vit.state_dict()
+    exported = {theirs: state[ours] for theirs, ours in _names(cfg)}
+    position = state["pos_embed"]
+    if cfg.class_token:
+        exported["cls_token"] = state["class_token"]
+        if not cfg.num_registers:
+            position = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
+    if cfg.num_registers:
+        exported["reg_token"] = state["register_tokens"]
+    exported["pos_embed"] = position
+    model.load_state_dict(exported)
+    return model.to(position).train(vit.training)
+
+
+def _names(cfg: ViTConfig) -> Iterator[tuple[str, str]]:
+    """Pairs (timm's name, ours) of the parameters that are equal on both sides."""
+    yield from _STEM.items()
+    if cfg.final_norm:
+        yield from _NORM.items()
+    block = dict(_BLOCK)
+    if cfg.qkv_bias:
+        block |= _QKV_BIAS
+    if cfg.layer_scale_init is not None:
+        block |= _LAYER_SCALE
+    for i in range(cfg.depth):
+        for theirs, ours in block.items():
+            yield f"blocks.{i}.{theirs}", f"blocks.{i}.{ours}"
+
+
+def _special_names(cfg: ViTConfig) -> set[str]:
+    """timm's names of the position and the prefix tokens."""
+    names = {"pos_embed"}
+    if cfg.class_token:
+        names.add("cls_token")
+    if cfg.num_registers:
+        names.add("reg_token")
+    return names
+
+
+def _check_names(got: Set[str], expected: Set[str]) -> None:
+    problems = [
+        f"{what}: {', '.join(sorted(names))}"
+        for what, names in (("missing", expected - got), ("unexpected", got - expected))
+        if names
+    ]
+    if problems:
+        raise ValueError("timm weights do not fit this ViTConfig; " + "; ".join(problems))
+
+
+def _check_model(model: nn.Module, cfg: ViTConfig) -> Grid:
+    """Refuse what the weights alone do not show; returns the grid of the positions."""
+    from timm.models.vision_transformer import Block, VisionTransformer
+
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"expected a timm VisionTransformer, got {type(model).__name__}")
+    for i, block in enumerate(model.blocks):
+        if type(block) is not Block:
+            raise ValueError(f"blocks.{i}: expected timm's Block, got {type(block).__name__}")
+        if block.attn.num_heads != cfg.num_heads:
+            raise ValueError(f"num_heads: expected {block.attn.num_heads}, got {cfg.num_heads}")
+        act = block.mlp.act
+        if not isinstance(act, nn.GELU) or act.approximate != "none":
+            raise ValueError(f"blocks.{i}.mlp.act: expected the exact GELU, got {act}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm) and not name.startswith(HEAD_PREFIXES):
+            if module.eps != LAYER_NORM_EPS:
+                raise ValueError(f"{name}.eps: expected {LAYER_NORM_EPS}, got {module.eps}")
+    rows, columns = model.patch_embed.grid_size
+    return rows, columns
+
+
+def _tokens(state: Mapping[str, Tensor], cfg: ViTConfig, grid: Grid | None) -> dict[str, Tensor]:
+    """Our position and prefix tokens, from a position that may cover timm's prefix or not."""
+    position = state["pos_embed"]
+    if grid is None:
+        grid = _square_grid(position.shape[1], cfg)
+    covered = position.shape[1] - grid[0] * grid[1]  # prefix tokens that have a position
+    if covered not in (0, cfg.num_prefix):
+        raise ValueError(
+            f"pos_embed: expected {grid[0]} x {grid[1]} positions with none or {cfg.num_prefix} "
+            f"before them, got {position.shape[1]}"
+        )
+    patches = resample_grid(position[:, covered:], grid, (cfg.grid, cfg.grid))
+    tokens = {"pos_embed": patches}
+    num_class = int(cfg.class_token)
+    if cfg.class_token:
+        tokens["class_token"] = state["cls_token"]
+    if cfg.num_registers:
+        tokens["register_tokens"] = state["reg_token"]
+    if covered and cfg.class_token:
+        tokens["class_token"] = tokens["class_token"] + position[:, :1]
+    if covered and cfg.num_registers:
+        tokens["register_tokens"] = tokens["register_tokens"] + position[:, num_class:covered]
+    return tokens
+
+
+def _square_grid(length: int, cfg: ViTConfig) -> Grid:
+    """The grid of a position table of which only the length is known."""
+    sides = {math.isqrt(n) for n in (length, length - cfg.num_prefix) if math.isqrt(n) ** 2 == n}
+    if len(sides) > 1:  # 9 positions: 3 x 3, or 2 x 2 and a prefix of 5
+        sides &= {cfg.grid}
+    if len(sides) != 1:
+        raise ValueError(
+            f"pos_embed: expected the positions of a square grid with none or {cfg.num_prefix} "
+            f"before them, got {length}"
+        )
+    side = sides.pop()
+    return side, side
