@@ -7,6 +7,8 @@ nothing is installed yet when this runs. M3I_CUDA=ON or OFF in the environment o
 CUDA kernels are built.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -16,8 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +72,7 @@ def overruled(plan: Plan, m3i_cuda: str) -> Plan:
 
 
 def nvcc_requirement(torch_cuda: str | None) -> str:
-    """The compiler and headers that PyPI serves for CUDA 13, of the minor version torch was built with."""
+    """PyPI's compiler and headers for CUDA 13, of the minor version that torch was built with."""
     return f"cuda-toolkit[nvcc,cudart,cccl]=={torch_cuda or TESTED_CUDA}.*"
 
 
@@ -97,13 +99,13 @@ def pip_install(*arguments: str) -> None:
 
 
 def installed_torch_cuda() -> str | None:
-    """"13.0" for a CUDA build of torch in the venv, None for a CPU build."""
+    """ "13.0" for a CUDA build of torch in the venv, None for a CPU build."""
     code = "import torch; print(torch.version.cuda or '')"
     return subprocess.check_output([str(PYTHON), "-c", code], text=True).strip() or None
 
 
 def find_nvcc(cuda_major: int) -> Path | None:
-    """An nvcc of that major: the venv's (from PyPI), $CUDACXX, the PATH's, or /usr/local's newest."""
+    """An nvcc of that major: the venv's own, $CUDACXX, the PATH's, or /usr/local's newest."""
     own_wrapper = VENV / "bin" / "nvcc"
     on_path = [Path(folder) / "nvcc" for folder in os.get_exec_path()]
     candidates = [
@@ -127,7 +129,7 @@ def complete_toolkit(toolkit: Path) -> None:
 
 
 def install_nvcc(plan: Plan) -> None:
-    """Put an nvcc of the plan's CUDA major on the venv's PATH, where CMake and the tests find it."""
+    """Put an nvcc of the plan's CUDA major into .venv/bin, where CMake and the tests find it."""
     if plan.cuda_major == 13:
         pip_install(nvcc_requirement(installed_torch_cuda()))
         for toolkit in VENV.glob("lib/python*/site-packages/nvidia/cu13"):
@@ -137,8 +139,8 @@ def install_nvcc(plan: Plan) -> None:
         # PyPI's nvidia-cuda-nvcc-cu12 has ptxas but no nvcc.
         sys.exit(
             f"nvcc: expected one of CUDA {plan.cuda_major}, found none. Install NVIDIA's CUDA "
-            f"{plan.cuda_major} toolkit, or update the driver to CUDA 13 (580 or newer), whose nvcc "
-            "comes from PyPI; M3I_CUDA=OFF installs without CUDA kernels."
+            f"{plan.cuda_major} toolkit, or update the driver to CUDA 13 (580 or newer), whose "
+            "nvcc comes from PyPI; M3I_CUDA=OFF installs without CUDA kernels."
         )
     if nvcc is not None:
         # A wrapper, not a link: nvcc finds its own files beside the path it was called by.
@@ -151,7 +153,9 @@ def install_package(plan: Plan, *arguments: str) -> None:
     """Compile the C++ against the venv's torch and install the package in editable mode."""
     os.environ["PATH"] = f"{VENV / 'bin'}:{os.environ['PATH']}"
     cuda = "ON" if plan.build_cuda else "OFF"
-    pip_install("--no-build-isolation", f"--config-settings=cmake.define.M3I_CUDA={cuda}", *arguments)
+    pip_install(
+        "--no-build-isolation", f"--config-settings=cmake.define.M3I_CUDA={cuda}", *arguments
+    )
 
 
 def install_everything(plan: Plan) -> None:
@@ -164,7 +168,7 @@ def install_everything(plan: Plan) -> None:
     install_package(plan, plan.torch, "--editable", f".[{','.join(plan.extras)}]")
 
 
-def digest(paths: Sequence[Path], *more: object) -> str:
+def digest(paths: Iterable[Path], *more: object) -> str:
     """Names and contents of the files, and whatever else the result depends on."""
     state = hashlib.sha256(json.dumps([str(item) for item in more]).encode())
     for path in sorted(paths):
@@ -173,29 +177,49 @@ def digest(paths: Sequence[Path], *more: object) -> str:
     return state.hexdigest()
 
 
+def wanted_state(plan: Plan) -> dict[str, str]:
+    """What .venv was made from. A stale root, python or torch needs a new one; packages, a run of
+    pip; cpp alone, a rebuild.
+    """
+    files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve()]
+    cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
+    return {
+        "root": str(ROOT),
+        "python": sys.version,
+        "torch": plan.torch,
+        "packages": digest(files, plan.extras, plan.build_cuda),
+        "cpp": digest(cpp_files),
+    }
+
+
+def bring_up_to_date(plan: Plan) -> None:
+    """Install what is missing and rebuild what changed; nothing where .venv is as wanted."""
+    wanted = wanted_state(plan)
+    done = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
+    stale = {part for part in wanted if done.get(part) != wanted[part]}
+    if done and stale & {"root", "python", "torch"}:
+        shutil.rmtree(VENV)
+    if stale - {"cpp"}:
+        STAMP.unlink(missing_ok=True)
+        install_everything(plan)
+    elif stale:
+        STAMP.write_text(json.dumps({**wanted, "cpp": "being built"}))
+        install_package(plan, "--no-deps", "--editable", ".")
+    STAMP.write_text(json.dumps(wanted))
+
+
 def main() -> None:
-    """Install what is missing, rebuild what changed, and say so in one line where nothing did."""
-    if sys.version_info < (3, 10):
+    """Look at the machine, decide, and bring .venv up to date."""
+    if sys.version_info < (3, 10):  # noqa: UP036 - make may have found an older one
         sys.exit(f"Python: expected 3.10 or newer, got {sys.version.split()[0]}")
     if not shutil.which(os.environ.get("CXX", "g++")):
         sys.exit("g++: not found; install a C++17 compiler (Debian: apt-get install g++)")
-    probes = runpy.run_path(str(ROOT / "m3i_fast" / "cli" / "probes.py"))
+    driver = runpy.run_path(str(ROOT / "m3i_fast" / "cli" / "probes.py"))["driver"]()
     try:
-        plan = overruled(plan_for(probes["gpu_driver_cuda"]()), os.environ.get("M3I_CUDA", ""))
+        plan = plan_for(tuple(driver["cuda"]) if "cuda" in driver else None)
+        bring_up_to_date(overruled(plan, os.environ.get("M3I_CUDA", "")))
     except ValueError as error:
         sys.exit(str(error))
-    wanted_files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve()]
-    cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
-    packages = digest(wanted_files, asdict(plan), sys.version, ROOT)
-    wanted = {"packages": packages, "cpp": digest(cpp_files)}
-    done = json.loads(STAMP.read_text()) if STAMP.is_file() and PYTHON.exists() else {}
-    if done.get("packages") != packages:
-        STAMP.unlink(missing_ok=True)
-        install_everything(plan)
-    elif done.get("cpp") != wanted["cpp"]:
-        STAMP.write_text(json.dumps({"packages": packages}))
-        install_package(plan, "--no-deps", "--editable", ".")
-    STAMP.write_text(json.dumps(wanted))
 
 
 if __name__ == "__main__":

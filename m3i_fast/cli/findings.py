@@ -1,0 +1,271 @@
+"""What the facts about a machine mean: what is usable, what is not, why, and the command to type.
+
+Pure functions from a Machine to a Finding; m3i_fast/cli/doctor.py gathers and shows.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from m3i_fast.cli.probes import Facts
+
+Level = Literal["ok", "absent", "warning", "error"]
+
+REBUILD = "make install"
+# Another CUDA major needs a new .venv: pip keeps a torch that satisfies the requirement.
+START_OVER = "make clean install"
+OLDEST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    subject: str
+    level: Level
+    """ok; absent: optional and not there; warning: there and not usable; error: stops training."""
+    detail: str
+    fix: str = ""
+    """The command to type; empty where nothing needs doing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Everything the findings are drawn from."""
+
+    facts: dict[str, Facts]
+    """By probe, of those that answered."""
+    failures: dict[str, str]
+    """By probe, of those that did not: why."""
+    versions: dict[str, str]
+    """Of the installed distributions, by lower-case name with dashes."""
+    importable: frozenset[str]
+    """Which of the optional modules Python finds, without having imported them."""
+    cuda_module: tuple[str, ...] | None
+    """The architectures inside _C_cuda; None where it is not built."""
+    pip: str = "python -m pip"
+
+    @property
+    def gpus(self) -> list[Facts]:
+        return list(self.facts.get("driver", {}).get("gpus", []))
+
+    @property
+    def driver_major(self) -> int | None:
+        return self.facts["driver"]["cuda"][0] if self.gpus else None
+
+    @property
+    def torch_major(self) -> int | None:
+        """CUDA major of the torch build; None for a CPU build or a torch that does not import."""
+        return _major(self.facts.get("torch_build", {}).get("cuda"))
+
+    @property
+    def cuda_major(self) -> int:
+        """The one CUDA major that everything here should be of."""
+        return self.torch_major or min(self.driver_major or 13, 13)
+
+
+def find_driver(machine: Machine) -> Finding:
+    if reason := machine.failures.get("driver"):
+        return Finding(subject="GPU", level="error", detail=reason)
+    if not machine.gpus:
+        reason = machine.facts["driver"]["reason"]
+        return Finding(subject="GPU", level="absent", detail=f"{reason}; trains on the CPU")
+    names = ", ".join(f"{gpu['name']} ({_sm(gpu)})" for gpu in machine.gpus)
+    major, minor = machine.facts["driver"]["cuda"]
+    detail = f"{names}; the driver runs CUDA {major}.{minor}"
+    if old := [gpu for gpu in machine.gpus if tuple(gpu["capability"]) < OLDEST_CAPABILITY]:
+        detail += f"; the kernels need sm_80 or newer, {old[0]['name']} is {_sm(old[0])}"
+        return Finding(subject="GPU", level="error", detail=detail)
+    return Finding(subject="GPU", level="ok", detail=detail)
+
+
+def find_torch(machine: Machine) -> Finding:
+    if reason := machine.failures.get("torch_build"):
+        return Finding(subject="torch", level="error", detail=reason, fix=REBUILD)
+    facts = machine.facts["torch_build"]
+    detail = f"{facts['version']}, CPU build"
+    if facts["cuda"]:
+        cudnn, nccl = facts["cudnn"], facts["nccl"]
+        detail = f"{facts['version']}, CUDA {facts['cuda']}, cuDNN {cudnn}, NCCL {nccl}"
+    if not machine.gpus or facts["sees_gpu"]:
+        return Finding(subject="torch", level="ok", detail=detail)
+    if not facts["cuda"]:
+        why = "a GPU is there and this build cannot use it"
+    elif _above(machine.torch_major, machine.driver_major):
+        why = f"the driver runs CUDA {machine.driver_major} only, so torch sees no GPU"
+    else:
+        why = "torch sees no GPU although the driver does"
+    return Finding(subject="torch", level="error", detail=f"{detail}: {why}", fix=START_OVER)
+
+
+def find_cpu(machine: Machine) -> Finding:
+    facts = machine.facts.get("torch_build", {"cpu_capability": "unknown", "num_threads": "?"})
+    detail = f"vector instructions {facts['cpu_capability']}, {facts['num_threads']} threads"
+    return Finding(subject="CPU", level="ok", detail=detail)
+
+
+def find_cpu_kernels(machine: Machine) -> Finding:
+    if reason := machine.failures.get("kernels_cpu"):
+        return Finding(subject="_C", level="error", detail=reason, fix=REBUILD)
+    ops = ", ".join(machine.facts["kernels_cpu"]["ops"])
+    return Finding(subject="_C", level="ok", detail=f"CPU kernels run ({ops})")
+
+
+def find_cuda_kernels(machine: Machine) -> Finding:
+    built_for = machine.cuda_module
+    if not machine.gpus:
+        detail = "not built; only a GPU needs it"
+        if built_for is not None:
+            detail = f"built for {', '.join(built_for)}; not loaded without a GPU"
+        return Finding(subject="_C_cuda", level="absent", detail=detail)
+    if built_for is None:
+        detail = "not built, and a GPU is there"
+        return Finding(subject="_C_cuda", level="error", detail=detail, fix=REBUILD)
+    detail = f"built for {', '.join(built_for)}"
+    for gpu in machine.gpus:
+        if not any(_covers(built, tuple(gpu["capability"])) for built in built_for):
+            detail += f"; {gpu['name']} is {_sm(gpu)}"
+            return Finding(subject="_C_cuda", level="error", detail=detail, fix=START_OVER)
+    if reason := machine.failures.get("kernels_cuda"):
+        return Finding(subject="_C_cuda", level="error", detail=f"{detail}: {reason}", fix=REBUILD)
+    return Finding(subject="_C_cuda", level="ok", detail=f"{detail}; its kernels run")
+
+
+def find_dali(machine: Machine) -> Finding:
+    found = _of(machine, r"nvidia-dali-cuda\d+")
+    wanted = f"nvidia-dali-cuda{machine.cuda_major}0"
+    fix = f'{machine.pip} install "{wanted}==2.4.*"'
+    if not found:
+        return Finding(subject="DALI", level="error", detail="not installed", fix=fix)
+    detail = ", ".join(f"{name} {version}" for name, version in found.items())
+    replace = f"{machine.pip} uninstall -y {' '.join(found)} && {fix}"
+    if len(found) > 1:
+        detail += ": these overwrite each other's files"
+        return Finding(subject="DALI", level="error", detail=detail, fix=replace)
+    major = int(next(iter(found)).removeprefix("nvidia-dali-cuda")[:2])
+    if machine.gpus and _above(major, machine.driver_major):
+        detail += f": the driver runs CUDA {machine.driver_major} only"
+        return Finding(subject="DALI", level="error", detail=detail, fix=replace)
+    if reason := machine.failures.get("dali"):
+        return Finding(subject="DALI", level="error", detail=f"{detail}: {reason}", fix=replace)
+    if machine.torch_major not in (None, major):
+        detail += f": torch is a CUDA {machine.torch_major} build"
+        return Finding(subject="DALI", level="warning", detail=detail, fix=replace)
+    device = machine.facts["dali"]["device"]
+    return Finding(subject="DALI", level="ok", detail=f"{detail}, a pipeline ran on the {device}")
+
+
+def find_transformer_engine(machine: Machine) -> Finding:
+    subject, major = "Transformer Engine", machine.cuda_major
+    wanted = f'"transformer-engine[core_cu{major},pytorch]"'
+    fix = f"{machine.pip} install --no-build-isolation {wanted}"
+    if "transformer_engine" not in machine.importable:
+        return _not_installed(machine, subject, fix, "FP8 and fused blocks")
+    found = _of(machine, r"transformer-engine(-torch|-cu\d+)?")
+    detail = ", ".join(f"{name} {version}" for name, version in found.items())
+    replace = f"{machine.pip} uninstall -y {' '.join(found)} && {fix}"
+    if len(set(found.values())) > 1:
+        detail += ": the versions must be equal"
+        return Finding(subject=subject, level="warning", detail=detail, fix=replace)
+    cores = [int(name[-2:]) for name in found if re.search(r"-cu\d+$", name)]
+    if cores and machine.torch_major not in (None, *cores):
+        detail += f": torch is a CUDA {machine.torch_major} build"
+        return Finding(subject=subject, level="warning", detail=detail, fix=replace)
+    if reason := machine.failures.get("transformer_engine"):
+        return Finding(subject=subject, level="warning", detail=f"{detail}: {reason}")
+    facts = machine.facts["transformer_engine"]
+    fp8 = "FP8 runs" if facts["fp8"] else f"BF16 only: {facts['reason']}"
+    return Finding(subject=subject, level="ok", detail=f"{detail}, {fp8}")
+
+
+def find_apex(machine: Machine) -> Finding:
+    fix = "in a checkout of NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 " + (
+        f"{machine.pip} install --no-build-isolation ."
+    )
+    if "amp_C" in machine.importable:
+        if reason := machine.failures.get("apex"):
+            return Finding(subject="Apex", level="warning", detail=reason, fix=fix)
+        optimizers = ", ".join(machine.facts["apex"]["optimizers"])
+        return Finding(subject="Apex", level="ok", detail=optimizers)
+    if "apex" in machine.importable:
+        version = machine.versions.get("apex", "of unknown version")
+        detail = f"apex {version} is not NVIDIA's (it has no amp_C): PyPI's apex is another program"
+        return Finding(
+            subject="Apex", level="warning", detail=detail, fix=f"{machine.pip} uninstall -y apex"
+        )
+    return _not_installed(machine, "Apex", fix, "fused LAMB")
+
+
+def find_cupy(machine: Machine) -> Finding:
+    fix = f"{machine.pip} install cupy-cuda{machine.cuda_major}x"
+    if "cupy" not in machine.importable:
+        return _not_installed(machine, "CuPy", fix, "kNN on the GPU and roofline benchmarks")
+    found = _of(machine, r"cupy(-cuda\d+x)?")
+    detail = ", ".join(f"{name} {version}" for name, version in found.items())
+    replace = f"{machine.pip} uninstall -y {' '.join(found)} && {fix}"
+    majors = {_major(name.removeprefix("cupy-cuda").rstrip("x")) for name in found} - {None}
+    if len(found) > 1 or (majors and machine.torch_major not in (None, *majors)):
+        detail += f": expected cupy-cuda{machine.cuda_major}x alone"
+        return Finding(subject="CuPy", level="warning", detail=detail, fix=replace)
+    if reason := machine.failures.get("cupy"):
+        return Finding(subject="CuPy", level="warning", detail=f"{detail}: {reason}")
+    devices = machine.facts["cupy"]["devices"]
+    return Finding(subject="CuPy", level="ok", detail=f"{detail}, {devices} devices")
+
+
+def find_nvml(machine: Machine) -> Finding:
+    fix = f"{machine.pip} install nvidia-ml-py"
+    if "pynvml" in machine.versions:
+        fix = f"{machine.pip} uninstall -y pynvml && {fix} --force-reinstall"
+        detail = f"pynvml {machine.versions['pynvml']} is deprecated; nvidia-ml-py has the module"
+        return Finding(subject="NVML", level="warning", detail=detail, fix=fix)
+    if "pynvml" not in machine.importable:
+        return _not_installed(machine, "NVML", fix, "power, clocks and engine use")
+    if reason := machine.failures.get("nvml"):
+        level: Level = "warning" if machine.gpus else "absent"
+        return Finding(subject="NVML", level=level, detail=reason)
+    facts = machine.facts["nvml"]
+    detail = f"driver {facts['driver']}, {facts['devices']} GPUs"
+    return Finding(subject="NVML", level="ok", detail=detail)
+
+
+FINDERS = (
+    find_cpu, find_driver, find_torch, find_cpu_kernels, find_cuda_kernels, find_dali,
+    find_transformer_engine, find_apex, find_cupy, find_nvml,
+)  # fmt: skip
+
+
+def _not_installed(machine: Machine, subject: str, fix: str, brings: str) -> Finding:
+    if not machine.gpus:
+        detail = f"not installed; it brings {brings}, on a GPU"
+        return Finding(subject=subject, level="absent", detail=detail)
+    detail = f"not installed; it brings {brings}"
+    return Finding(subject=subject, level="absent", detail=detail, fix=fix)
+
+
+def _of(machine: Machine, pattern: str) -> dict[str, str]:
+    """The installed distributions whose whole name matches."""
+    return {name: v for name, v in sorted(machine.versions.items()) if re.fullmatch(pattern, name)}
+
+
+def _major(version: str | None) -> int | None:
+    found = re.match(r"\d+", version or "")
+    return int(found.group()) if found else None
+
+
+def _above(one: int | None, other: int | None) -> bool:
+    return one is not None and other is not None and one > other
+
+
+def _sm(gpu: Facts) -> str:
+    major, minor = gpu["capability"]
+    return f"sm_{major}{minor}"
+
+
+def _covers(built: str, capability: tuple[int, ...]) -> bool:
+    """Whether that code runs on a GPU: sm_90a on 9.0 alone, PTX (compute_80) on newer ones too."""
+    kind, number, exact = re.fullmatch(r"(sm|compute)_(\d+)(a?)", built).groups()  # type: ignore[union-attr]
+    code, (major, minor) = divmod(int(number), 10), capability
+    if exact:
+        return code == (major, minor)
+    return code <= (major, minor) if kind == "compute" else code[0] == major and code[1] <= minor

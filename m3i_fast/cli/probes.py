@@ -1,0 +1,212 @@
+"""Facts about this machine and the libraries installed on it, each gathered in a child process.
+
+    python probes.py NAME      prints one JSON object
+
+An import of a binary library may abort the process or hang; a child can be watched and outlived. At
+module level only the standard library: scripts/install.py reads the driver before anything is
+installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Facts = dict[str, Any]
+
+# cuDeviceGetAttribute's numbers for the compute capability, and CUDA's "no device was found".
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR, _NO_DEVICE = 75, 76, 100
+
+
+class ProbeError(Exception):
+    """A library that is there and does not work; the message is the reason."""
+
+
+def gather(name: str, *, timeout_s: float = 120.0) -> Facts:
+    """A probe's facts from a child process; ProbeError with the child's last words otherwise."""
+    code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, name]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise ProbeError(f"no answer in {timeout_s:.0f} s") from None
+    last_words = child.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+    if child.returncode < 0:
+        raise ProbeError(f"killed by signal {-child.returncode}: {last_words[0]}")
+    if child.returncode:
+        raise ProbeError(last_words[0])
+    # Imports may print; the facts are the last line.
+    facts: Facts = json.loads(child.stdout.splitlines()[-1])
+    return facts
+
+
+def driver() -> Facts:
+    """The CUDA version that the NVIDIA driver runs, and its GPUs; a reason where there is none."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {"reason": "no NVIDIA driver (libcuda.so.1 not found)"}
+    version, count = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if status == _NO_DEVICE or (status == 0 and count.value == 0):
+        return {"reason": "an NVIDIA driver, but no GPU is visible"}
+    if status:
+        return {"reason": f"the NVIDIA driver does not start (CUDA error {status})"}
+    gpus = [_gpu(cuda, index) for index in range(count.value)]
+    return {"cuda": [version.value // 1000, version.value % 1000 // 10], "gpus": gpus}
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Facts:
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    capability = []
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+        value = ctypes.c_int()
+        cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        capability.append(value.value)
+    return {"name": name.value.decode(), "capability": capability}
+
+
+def torch_build() -> Facts:
+    """torch's version, the libraries it was built with, and what it can reach here."""
+    import torch
+
+    cuda = torch.version.cuda
+    return {
+        "version": torch.__version__,
+        "cuda": cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "sees_gpu": torch.cuda.is_available(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def kernels_cpu() -> Facts:
+    """The ops of _C, one of them run on a small input."""
+    return _run_mask_mix("cpu")
+
+
+def kernels_cuda() -> Facts:
+    """The ops of _C_cuda, one of them run on the first GPU."""
+    return _run_mask_mix("cuda")
+
+
+def _run_mask_mix(device: str) -> Facts:
+    import torch
+
+    from m3i_fast.ops import mask_mix
+
+    views = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8, device=device).reshape(2, 3, 4, 4)
+    mask = torch.tensor([[[True, False], [False, True]]], device=device)
+    pairs = torch.tensor([[0, 1]], device=device)
+    mixed = mask_mix(views, mask, pairs, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    cells = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    expected = torch.where(cells, views[:1], views[1:]).float() / 255
+    if not torch.allclose(mixed, expected):
+        sys.exit("mask_mix gives wrong pixels")
+    return {"ops": ["mask_mix"]}
+
+
+def dali() -> Facts:
+    """The device of a small DALI pipeline that gave a batch: the first GPU, or the CPU."""
+    from nvidia.dali import fn, pipeline_def
+
+    device_id = 0 if "gpus" in driver() else None
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id)
+    def small() -> Any:
+        value = fn.random.uniform(range=(0.0, 1.0), shape=(2,), seed=1)
+        return value if device_id is None else value.gpu()
+
+    pipeline = small()
+    pipeline.build()
+    pipeline.run()
+    return {"device": "cpu" if device_id is None else "gpu"}
+
+
+def transformer_engine() -> Facts:
+    """Whether Transformer Engine runs FP8 here, with its own reason where not."""
+    import transformer_engine.pytorch as te
+
+    available, reason = te.is_fp8_available(return_reason=True)
+    return {"fp8": available, "reason": reason}
+
+
+def apex() -> Facts:
+    """NVIDIA's Apex by its compiled module; PyPI's apex is another program of that name."""
+    importlib.import_module("amp_C")
+    optimizers = importlib.import_module("apex.optimizers")
+    if not hasattr(optimizers, "FusedLAMB"):
+        sys.exit("apex.optimizers has no FusedLAMB")
+    return {"optimizers": [name for name in dir(optimizers) if name.startswith("Fused")]}
+
+
+def cupy() -> Facts:
+    """CuPy's version and the devices that it reaches."""
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    return {"devices": runtime.getDeviceCount(), "runtime": runtime.runtimeGetVersion()}
+
+
+def nvml() -> Facts:
+    """Driver version and number of GPUs as NVML tells them."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return {"driver": pynvml.nvmlSystemGetDriverVersion(), "devices": pynvml.nvmlDeviceGetCount()}
+
+
+def fatbin_architectures(module: Path) -> list[str]:
+    """The GPU code inside a compiled module: "sm_80", "sm_90a", "compute_80" (PTX), sorted.
+
+    Reads the fat binary containers: a header of magic, version, header size and payload size, then
+    entries of kind (1 PTX, 2 cubin), header size, payload size, architecture and flags.
+    """
+    data, found = module.read_bytes(), set()
+    magic, architecture_specific = struct.pack("<IH", 0xBA55ED50, 1), 1 << 20
+    start = data.find(magic)
+    while start >= 0:
+        header_size, payload = struct.unpack_from("<HQ", data, start + 6)
+        entry, end = start + header_size, start + header_size + payload
+        while entry < end:
+            kind, entry_header, size = struct.unpack_from("<HxxIQ", data, entry)
+            number, flags = (
+                struct.unpack_from("<I", data, entry + 28)[0],
+                data[entry + 40 : entry + 44],
+            )
+            suffix = "a" if int.from_bytes(flags, "little") & architecture_specific else ""
+            found.add(f"{'sm' if kind == 2 else 'compute'}_{number}{suffix}")
+            entry += entry_header + size
+        start = data.find(magic, end)
+    return sorted(found)
+
+
+PROBES: dict[str, Callable[[], Facts]] = {
+    probe.__name__: probe
+    for probe in (
+        driver,
+        torch_build,
+        kernels_cpu,
+        kernels_cuda,
+        dali,
+        transformer_engine,
+        apex,
+        cupy,
+        nvml,
+    )  # fmt: skip
+}
+
+if __name__ == "__main__":
+    print(json.dumps(PROBES[sys.argv[1]]()))  # noqa: T201 - the parent reads it
