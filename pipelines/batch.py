@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Views of B images with their boxes, captions and labels; B samples in the same order throughout.
+    """Views of B images with their boxes, captions and labels, in one order throughout.
 
     A box is (y, x, height, width) in pixels of the upright image (EXIF applied) and flip (0 or 1):
     the view is that region, resized to S x S, THEN mirrored horizontally when flip = 1.

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.corrupt import sample_error
+from m3i_fast.pipelines.manifest import (
+    Manifest,
+    SplitInfo,
+    check_files,
+    check_tokenizer,
+    read_manifest,
+)
+from m3i_fast.pipelines.resume import Fingerprint, Position, pack_state, unpack_state
+
+if TYPE_CHECKING:  # DALI is imported on first use: configs are read on machines without it
+    from m3i_fast.pipelines.dali import Pipeline
+    from m3i_fast.pipelines.reader import Shuffle, Source
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
+
+logger = logging.getLogger(__name__)
 
 
 class Loader:
@@ -18,6 +39,7 @@ class Loader:
     Every epoch has `steps_per_epoch` full batches on every rank; the rest of the epoch is dropped.
     The manifest gives what the model must match: `manifest.tokenizer.vocab_size`,
     `manifest.tokenizer.context_length` (T of `Batch.token_ids`), `manifest.class_names`.
+    With a `device_id` decoding and views run on that GPU, and batches lie there.
     """
 
     def __init__(
@@ -29,26 +51,117 @@ class Loader:
         device_id: int | None = None,
         tokenizer_fingerprint: str | None = None,
     ) -> None:
+        if not 0 <= shard_id < num_shards:
+            raise ValueError(f"shard_id: expected 0 to {num_shards - 1}, got {shard_id}")
         self.cfg = cfg
-        self.steps_per_epoch: int = 0
+        self.shard_id = shard_id
+        self.num_shards = num_shards
+        self.device_id = device_id
+        self.manifest, self._split = _open(cfg.path, cfg.split, tokenizer_fingerprint)
+        smallest = self._split.num_samples // num_shards
+        largest = -(-self._split.num_samples // num_shards)
+        self.steps_per_epoch: int = smallest // cfg.batch_size
+        self._runs_per_epoch = -(-largest // cfg.batch_size)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_size: expected at most {smallest} (split {cfg.split} of {cfg.path} has "
+                f"{self._split.num_samples} samples for {num_shards} ranks), got {cfg.batch_size}"
+            )
+        self._pipeline: Pipeline | None = None
+        self._fingerprint: Fingerprint | None = None
+        self._position = Position(epoch=0, step=0, checkpoint=None)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed before the one that the last batch belongs to."""
+        return self._position.epoch
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What another loader must share to continue from this one's state."""
+        if self._fingerprint is None:
+            self._fingerprint = self._make_fingerprint()
+        return self._fingerprint
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         """The next batch; RuntimeError naming the sample where one cannot be decoded."""
-        raise NotImplementedError
+        if self._pipeline is None:
+            self._pipeline = self._build(self._position.checkpoint)
+        epoch, step = self._position.epoch, self._position.step
+        if step == self.steps_per_epoch:
+            for _ in range(self._runs_per_epoch - step):
+                self._run(self._pipeline)
+            epoch, step = epoch + 1, 0
+        tensors = self._run(self._pipeline)
+        # Made afresh in state_dict: asking DALI for it every step would cost more than it is worth.
+        self._position = Position(epoch=epoch, step=step + 1, checkpoint=None)
+        return to_batch(tensors, self.cfg.global_views.count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch handed out, JSON-able."""
-        raise NotImplementedError
+        """Position after the last batch handed out, JSON-able; prefetched batches do not count."""
+        if self._pipeline is not None:
+            checkpoint = bytes(self._pipeline.checkpoint())
+            self._position = replace(self._position, checkpoint=checkpoint)
+        return pack_state(self._position, self.fingerprint)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly there; ValueError with expected and got where that is not possible."""
-        raise NotImplementedError
+        self._position = unpack_state(state, self.fingerprint)
+        self._pipeline = None
 
     def close(self) -> None:
-        """Stop DALI's threads; the loader cannot be used afterwards."""
+        """Stop DALI's threads; the next batch asked for would start them again from here."""
+        if self._pipeline is not None:
+            self.state_dict()
+            self._pipeline = None
+
+    def _run(self, pipeline: Pipeline) -> tuple[Tensor, ...]:
+        return run(pipeline, self.device_id, self.cfg.path, self._split)
+
+    def _build(self, checkpoint: bytes | None, *, for_digest: bool = False) -> Pipeline:
+        """The pipeline; `for_digest` leaves out paths, threads and prefetching."""
+        from m3i_fast.pipelines.reader import Shuffle, training_graph
+
+        cfg = self.cfg
+        shuffle = Shuffle(seed=_derived_seed(cfg.seed, "tars"), initial_fill=cfg.initial_fill)
+        source = _source(
+            Path() if for_digest else cfg.path,
+            self._split,
+            self.manifest,
+            on_gpu=self.device_id is not None,
+            shuffle=shuffle,
+            shard_id=self.shard_id,
+            num_shards=self.num_shards,
+        )
+        return training_graph(
+            source,
+            cfg.global_views,
+            cfg.local_views,
+            batch_size=cfg.batch_size,
+            num_threads=1 if for_digest else cfg.num_threads,
+            prefetch_queue_depth=1 if for_digest else cfg.prefetch,
+            device_id=0 if for_digest and self.device_id is not None else self.device_id,
+            seed=_derived_seed(cfg.seed, "rank", self.shard_id),
+            checkpoint=checkpoint,
+        )
+
+    def _make_fingerprint(self) -> Fingerprint:
+        from m3i_fast.pipelines.dali import __version__, graph_digest
+
+        return Fingerprint(
+            dali_version=__version__,
+            device="cpu" if self.device_id is None else "gpu",
+            dataset=self.manifest.digest,
+            split=self.cfg.split,
+            batch_size=self.cfg.batch_size,
+            shard_id=self.shard_id,
+            num_shards=self.num_shards,
+            seed=self.cfg.seed,
+            graph=graph_digest(lambda: self._build(None, for_digest=True)),
+        )
 
 
 def evaluation_batches(
@@ -62,9 +175,103 @@ def evaluation_batches(
     device_id: int | None = None,
     tokenizer_fingerprint: str | None = None,
 ) -> Iterator[Batch]:
-    """One ordered pass without augmentation: the centre square, resized to image_size; one global view.
+    """One ordered pass without augmentation: the centre square, resized; one global view.
 
     The last batch may be smaller. With representatives_only, one sample a group
-    (sample_id == group_id), so batches vary in size.
+    (sample_id == group_id), so batches vary in size and may be empty.
     """
-    raise NotImplementedError
+    for name, value in (("image_size", image_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    manifest, split_info = _open(path, split, tokenizer_fingerprint)
+    from m3i_fast.pipelines.reader import evaluation_graph
+
+    source = _source(path, split_info, manifest, on_gpu=device_id is not None, shuffle=None)
+    pipeline = evaluation_graph(
+        source, image_size, batch_size=batch_size, num_threads=num_threads, device_id=device_id
+    )
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, split_info.num_samples, batch_size):
+            tensors = run(pipeline, device_id, path, split_info)
+            kept = min(batch_size, split_info.num_samples - start)
+            tensors = tuple(t[:kept] for t in tensors)
+            if representatives_only:
+                first = tensors[-1] == tensors[-2]
+                tensors = tuple(t[first] for t in tensors)
+            yield to_batch(tensors, 1)
+
+    return batches()
+
+
+def run(
+    pipeline: Pipeline, device_id: int | None, path: Path, split: SplitInfo
+) -> tuple[Tensor, ...]:
+    """One iteration as tensors that own DALI's buffers: no copy, and never written again."""
+    try:
+        if device_id is None:
+            outputs = pipeline.run()
+        else:
+            outputs = pipeline.run(torch.cuda.current_stream(device_id))
+    except RuntimeError as error:
+        raise sample_error(path, split, error) from error
+    if device_id is None:
+        return tuple(torch.from_dlpack(o.as_tensor()) for o in outputs)
+    with torch.cuda.device(device_id):
+        return tuple(torch.from_dlpack(o.as_tensor()) for o in outputs)
+
+
+def to_batch(tensors: tuple[Tensor, ...], num_global: int) -> Batch:
+    """`Batch` from the outputs of a graph, in the graph's order."""
+    views, rest = tensors[:-7], tensors[-7:]
+    boxes, image_size, token_ids, num_tokens, label, sample_id, group_id = rest
+    return Batch(
+        global_views=views[:num_global],
+        local_views=views[num_global:],
+        boxes=boxes,
+        image_size=image_size,
+        token_ids=token_ids,
+        num_tokens=num_tokens,
+        label=label,
+        sample_id=sample_id,
+        group_id=group_id,
+    )
+
+
+def _open(path: Path, split: str, fingerprint: str | None) -> tuple[Manifest, SplitInfo]:
+    """Manifest and split, with the shards there and of the right tokenizer."""
+    manifest = read_manifest(path)
+    found = manifest.split(split)
+    check_files(path, found)
+    if fingerprint is not None:
+        check_tokenizer(path, manifest, fingerprint)
+    return manifest, found
+
+
+def _source(
+    path: Path,
+    split: SplitInfo,
+    manifest: Manifest,
+    *,
+    on_gpu: bool,
+    shuffle: Shuffle | None,
+    shard_id: int = 0,
+    num_shards: int = 1,
+) -> Source:
+    from m3i_fast.pipelines.reader import Source
+
+    return Source(
+        paths=tuple(str(path / shard.file) for shard in split.shards),
+        index_paths=tuple(str(path / shard.index_file) for shard in split.shards),
+        shard_id=shard_id,
+        num_shards=num_shards,
+        context_length=manifest.tokenizer.context_length,
+        on_gpu=on_gpu,
+        shuffle=shuffle,
+    )
+
+
+def _derived_seed(*key: object) -> int:
+    """31 bits from the key, so that neighbouring seeds and ranks share nothing."""
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1

@@ -1,0 +1,16 @@
+"""Imports of optional libraries, with the command that installs them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def require(module: str) -> Any:
+    """The module, or an ImportError that names the extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'{module} is not installed; the data pipeline needs: pip install "m3i-fast[data]"'
+        ) from error

@@ -1,0 +1,113 @@
+"""The DALI graphs: shards to decoded images to the tensors of a `Batch`.
+
+One graph for training and one for evaluation, on a GPU ("mixed" decoding) or wholly on the CPU.
+The order of samples and the state of a checkpoint are API: changing either is a breaking change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from m3i_fast.pipelines.config import ViewConfig
+from m3i_fast.pipelines.dali import DataNode, fn, pipeline_def, types
+from m3i_fast.pipelines.views import centre_view, random_views
+
+READER_NAME = "reader"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shuffle:
+    """Whole tars are reordered every epoch, alike on all ranks; samples pass through a buffer."""
+
+    seed: int  # the same on every rank, or ranks would read overlapping parts
+    initial_fill: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Shards of one split as one rank reads them."""
+
+    paths: tuple[str, ...]
+    index_paths: tuple[str, ...]
+    shard_id: int
+    num_shards: int
+    context_length: int
+    on_gpu: bool
+    shuffle: Shuffle | None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample after decoding."""
+
+    image: DataNode  # [H, W, 3] uint8 upright, on the GPU where there is one
+    size_hw: DataNode  # [2] int64 upright height and width
+    rest: tuple[DataNode, ...]  # image_size, token_ids, num_tokens, label, sample_id, group_id
+
+
+def read(source: Source) -> Record:
+    """Read, decode once, and pad the caption; a missing caption is all padding and 0 tokens."""
+    encoded, tokens, *scalars = fn.readers.webdataset(
+        name=READER_NAME,
+        paths=list(source.paths),
+        index_paths=list(source.index_paths),
+        ext=["jpg;png", "tok", "cls", "sid", "gid"],
+        dtypes=[types.UINT8, types.INT32, types.INT64, types.INT64, types.INT64],
+        missing_component_behavior="empty",
+        shard_id=source.shard_id,
+        num_shards=source.num_shards,
+        # Padding gives every rank the same number of batches an epoch; the padded ones are dropped.
+        pad_last_batch=True,
+        **(_shuffling(source.shuffle) if source.shuffle else {}),
+    )
+    size_hw = fn.peek_image_shape(encoded)[:2]
+    image = fn.decoders.image(
+        encoded,
+        device="mixed" if source.on_gpu else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+    )
+    num_tokens = tokens.shape(dtype=types.INT64)[0]
+    padded = fn.pad(tokens, axes=[0], shape=[source.context_length], fill_value=0)
+    image_size = fn.cast(size_hw, dtype=types.FLOAT)
+    rest = (image_size, padded, num_tokens, *(fn.reshape(s, shape=[]) for s in scalars))
+    return Record(image=image, size_hw=size_hw, rest=rest)
+
+
+def _shuffling(shuffle: Shuffle) -> dict[str, Any]:
+    return {
+        "random_shuffle": True,
+        "initial_fill": shuffle.initial_fill,
+        "shuffle_after_epoch": True,
+        "shuffle_after_epoch_seed": shuffle.seed,
+    }
+
+
+def _outputs(
+    record: Record, views: list[DataNode], boxes: list[DataNode], on_gpu: bool
+) -> tuple[DataNode, ...]:
+    """Views, boxes, then the rest: all on the views' device."""
+    small = (fn.stack(*boxes), *record.rest)
+    return (*views, *(node.gpu() if on_gpu else node for node in small))
+
+
+@pipeline_def(enable_checkpointing=True)
+def training_graph(
+    source: Source, global_views: ViewConfig, local_views: ViewConfig | None
+) -> tuple[DataNode, ...]:
+    """Global views, local views, boxes, image_size, token_ids, num_tokens, then three scalars."""
+    record = read(source)
+    views, boxes = random_views(record.image, record.size_hw, global_views)
+    if local_views is not None:
+        more, more_boxes = random_views(record.image, record.size_hw, local_views)
+        views, boxes = views + more, boxes + more_boxes
+    return _outputs(record, views, boxes, source.on_gpu)
+
+
+@pipeline_def
+def evaluation_graph(source: Source, image_size: int) -> tuple[DataNode, ...]:
+    """As `training_graph`, with the centre square as the only view."""
+    record = read(source)
+    view, box = centre_view(record.image, record.size_hw, image_size)
+    return _outputs(record, [view], [box], source.on_gpu)

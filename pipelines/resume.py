@@ -1,0 +1,67 @@
+"""The state of a loader: DALI's checkpoint, counters, and what must be equal to use them again."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict, dataclass
+from typing import Any
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fingerprint:
+    """Everything that decides which batches follow. Threads and prefetching do not."""
+
+    dali_version: str
+    device: str
+    dataset: str
+    split: str
+    batch_size: int
+    shard_id: int
+    num_shards: int
+    seed: int
+    graph: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Where a loader stands after the last batch it handed out."""
+
+    epoch: int
+    step: int  # batches of this epoch handed out
+    checkpoint: bytes | None  # DALI's own; None before the first batch
+
+
+def pack_state(position: Position, fingerprint: Fingerprint) -> dict[str, Any]:
+    """JSON-able."""
+    raw = position.checkpoint
+    return {
+        "version": STATE_VERSION,
+        "epoch": position.epoch,
+        "step": position.step,
+        "dali_checkpoint": None if raw is None else base64.b64encode(raw).decode("ascii"),
+        "fingerprint": asdict(fingerprint),
+    }
+
+
+def unpack_state(state: dict[str, Any], fingerprint: Fingerprint) -> Position:
+    """The position, or ValueError listing what differs, expected (the state's) and got."""
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(
+            f"loader state: expected version {STATE_VERSION}, got {state.get('version')!r}"
+        )
+    saved, current = state["fingerprint"], asdict(fingerprint)
+    differing = [
+        f"{key}: expected {saved.get(key)!r}, got {current.get(key)!r}"
+        for key in sorted(saved.keys() | current.keys())
+        if saved.get(key) != current.get(key)
+    ]
+    if differing:
+        raise ValueError("loader state of another run: " + "; ".join(differing))
+    raw = state["dali_checkpoint"]
+    return Position(
+        epoch=state["epoch"],
+        step=state["step"],
+        checkpoint=None if raw is None else base64.b64decode(raw),
+    )
