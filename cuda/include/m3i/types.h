@@ -1,0 +1,37 @@
+// What host, device and NVRTC code all need: fixed-width integers and the element types of tensors.
+#pragma once
+
+#ifdef __CUDACC_RTC__  // NVRTC has no <cstdint>
+using int32_t = int;
+using int64_t = long long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+#else
+#include <cstdint>
+#endif
+
+#ifdef __CUDACC__
+#define M3I_HOST_DEVICE __host__ __device__
+#else
+#define M3I_HOST_DEVICE
+#endif
+
+namespace m3i {
+
+// A bfloat16 by its bits: storage only, converted in bf16.h.
+struct alignas(2) BFloat16 {
+  uint16_t bits;
+};
+
+// The element types a launcher is asked for at run time.
+enum class DType { kFloat32, kBFloat16 };
+
+// An instance of a type, to hand a type to a generic lambda.
+template <class T>
+struct Type {
+  using type = T;
+};
+
+}  // namespace m3i
