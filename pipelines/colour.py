@@ -27,20 +27,24 @@ def jitter(view: DataNode, cfg: ViewConfig) -> DataNode:
     """Hue, saturation, grayscale, then brightness and contrast.
 
     torchvision's ColorJitter and RandomGrayscale with the order fixed: all but hue commute up to
-    rounding and clipping. Hue is turned in YIQ, where torchvision turns it in HSV.
+    rounding and clipping.
     """
     apply = coin(cfg.jitter_probability)
     if cfg.hue or cfg.saturation or cfg.gray_probability:
         saturation = around(1.0, cfg.saturation, apply)
         if cfg.gray_probability:
             saturation = saturation * (1.0 - coin(cfg.gray_probability))
-        hue = around(0.0, cfg.hue * DEGREES_A_TURN, apply)
-        view = fn.color_twist(view, hue=hue, saturation=saturation)
+        view = hue_saturation(view, around(0.0, cfg.hue, apply), saturation)
     if cfg.brightness or cfg.contrast:
         brightness = around(1.0, cfg.brightness, apply)
         contrast = around(1.0, cfg.contrast, apply)
         view = brightness_contrast(view, brightness, contrast)
     return view
+
+
+def hue_saturation(view: DataNode, hue: DataNode, saturation: DataNode) -> DataNode:
+    """Hue turned by `hue` turns in YIQ (torchvision: in HSV), saturation scaled about gray."""
+    return fn.color_twist(view, hue=hue * DEGREES_A_TURN, saturation=saturation)
 
 
 def brightness_contrast(view: DataNode, brightness: DataNode, contrast: DataNode) -> DataNode:

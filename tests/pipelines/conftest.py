@@ -1,0 +1,88 @@
+"""Small data sets for the pipeline's tests, packed by the packer itself."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from m3i_fast.pipelines.pack import DatasetInfo, write_dataset
+from m3i_fast.pipelines.samples import Sample
+from m3i_fast.pipelines.tokens import TokenizerInfo
+
+TOKENIZER = TokenizerInfo(num_merges=7, context_length=12, vocab_size=521, fingerprint="f" * 64)
+
+
+def encode_image(pixels: NDArray[np.uint8], image_format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def smooth_picture(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    """[H, W, 3] soft colour noise, which JPEG and resampling treat kindly."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def sample(index: int, image: Any, **changes: Any) -> Sample:
+    """A sample with a caption and a label that follow from its index."""
+    fields: dict[str, Any] = {
+        "image": image,
+        "extension": "png" if image.startswith(b"\x89PNG") else "jpg",
+        "name": f"picture-{index}",
+        "sample_id": index,
+        "group_id": index,
+        "token_ids": np.arange(1, 4 + index % 5, dtype=np.int32),
+        "label": index % 3,
+    }
+    return Sample(**{**fields, **changes})
+
+
+def info(**changes: Any) -> DatasetInfo:
+    fields: dict[str, Any] = {
+        "name": "test",
+        "class_names": ("a", "b", "c"),
+        "tokenizer": TOKENIZER,
+        "licence": "none",
+        "attribution": "nobody",
+        "settings": {},
+    }
+    return DatasetInfo(**{**fields, **changes})
+
+
+def pack(out: Path, samples: Sequence[Sample], samples_per_shard: int = 4) -> Path:
+    return write_dataset(
+        out, {"train": samples}, info(), seed=0, samples_per_shard=samples_per_shard
+    )
+
+
+@pytest.fixture(scope="session")
+def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 pictures of 40 x 56 in 13 shards; every fifth lacks a caption, every seventh a label."""
+    samples = [
+        sample(
+            i,
+            encode_image(smooth_picture(i, 40, 56)),
+            **({"token_ids": None} if i % 5 == 0 else {}),
+            **({"label": -1} if i % 7 == 0 else {}),
+        )
+        for i in range(50)
+    ]
+    return pack(tmp_path_factory.mktemp("fifty") / "data", samples)
+
+
+Packer = Callable[[Sequence[Sample]], Path]
+
+
+@pytest.fixture
+def packer(tmp_path: Path) -> Packer:
+    """Pack samples into a fresh directory, all in one shard."""
+    return lambda samples: pack(tmp_path / "data", samples, samples_per_shard=len(samples))
