@@ -17,6 +17,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -162,7 +163,7 @@ def install_everything(plan: Plan) -> None:
     """From an empty or outdated .venv to a working one."""
     print(f"{plan.reason}: {plan.torch}, extras {','.join(plan.extras)}", flush=True)
     run(sys.executable, "-m", "venv", VENV)
-    pip_install("scikit-build-core", "cmake", "ninja", plan.torch)
+    pip_install("scikit-build-core", "cmake", "ninja", "numpy", plan.torch)
     install_nvcc(plan)
     # torch again, so that no extra may move it to another CUDA major.
     install_package(plan, plan.torch, "--editable", f".[{','.join(plan.extras)}]")
@@ -214,6 +215,8 @@ def main() -> None:
         sys.exit(f"Python: expected 3.10 or newer, got {sys.version.split()[0]}")
     if not shutil.which(os.environ.get("CXX", "g++")):
         sys.exit("g++: not found; install a C++17 compiler (Debian: apt-get install g++)")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        sys.exit("Python.h: not found; install its headers (Debian: apt-get install python3-dev)")
     driver = runpy.run_path(str(ROOT / "m3i_fast" / "cli" / "probes.py"))["driver"]()
     try:
         plan = plan_for(tuple(driver["cuda"]) if "cuda" in driver else None)

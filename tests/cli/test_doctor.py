@@ -1,0 +1,237 @@
+"""The doctor against this environment, and against broken libraries and drivers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m3i_fast.cli import doctor, findings, probes
+from m3i_fast.cli.findings import Finding, Machine
+
+LIBRARIES = {
+    # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.
+    "apex": ("0.9.10.dev0", ""),
+    "transformer_engine": ("2.20.2", "import os; os.abort()"),
+    "transformer_engine_torch": ("2.20.2", ""),
+    "cupy": ("14.0.0", "print('loading'); raise ImportError('libcublas.so.13: cannot open')"),
+    "pynvml": ("13.0.1", ""),
+}
+
+# A driver for CUDA 12.4 with one GPU, behind the functions that the probe calls.
+DRIVER = """
+#include <cstring>
+extern "C" {
+int cuInit(unsigned) { return 0; }
+int cuDriverGetVersion(int* version) { *version = 12040; return 0; }
+int cuDeviceGetCount(int* count) { *count = 1; return 0; }
+int cuDeviceGet(int* device, int index) { *device = index; return 0; }
+int cuDeviceGetName(char* name, int size, int) { std::strncpy(name, "Test GPU", size); return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == 75 ? 9 : 0;
+  return 0;
+}
+}
+"""
+
+
+def add_library(folder: Path, name: str, release: str, source: str) -> None:
+    """An installed distribution with one package."""
+    package = folder / name.replace(".", "/")
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(source)
+    info = folder / f"{name.replace('.', '_')}-{release}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
+
+
+def run_doctor(**environment: str) -> tuple[int, dict[str, Finding]]:
+    """Exit status and findings by subject of the doctor in a process of its own."""
+    command = [sys.executable, "-m", "m3i_fast.cli", "doctor", "--json"]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    content = json.loads(run.stdout)
+    assert content["can_train"] == (run.returncode == 0)
+    return run.returncode, {each["subject"]: Finding(**each) for each in content["findings"]}
+
+
+def test_this_environment() -> None:
+    status, found = run_doctor()
+    assert status == 0, [each for each in found.values() if each.level == "error"]
+    assert found["torch"].detail.startswith(torch.__version__)
+    assert found["_C"].level == "ok"
+    assert found["DALI"].level == "ok"
+    assert version("nvidia-dali-cuda130") in found["DALI"].detail
+    assert torch.backends.cpu.get_cpu_capability() in found["CPU"].detail
+    assert found["GPU"].level == ("ok" if torch.cuda.is_available() else "absent")
+
+
+def test_broken_libraries_are_findings(tmp_path: Path) -> None:
+    for name, (release, source) in LIBRARIES.items():
+        add_library(tmp_path, name, release, source)
+    status, found = run_doctor(PYTHONPATH=str(tmp_path))
+    assert status == 0, "optional libraries do not stop training"
+    assert found["Apex"].level == "warning"
+    assert "0.9.10.dev0 is not NVIDIA's" in found["Apex"].detail
+    assert found["Apex"].fix.endswith("uninstall -y apex")
+    assert "killed by signal 6" in found["Transformer Engine"].detail
+    assert "libcublas.so.13: cannot open" in found["CuPy"].detail
+    assert "nvidia-ml-py" in found["NVML"].fix
+
+
+def test_a_dali_that_does_not_import_stops_training(tmp_path: Path) -> None:
+    (tmp_path / "nvidia").mkdir()
+    (tmp_path / "nvidia" / "__init__.py").touch()
+    add_library(tmp_path, "nvidia.dali", "2.4.0", "raise OSError('libdali.so: truncated')")
+    add_library(tmp_path, "nvidia_dali_cuda120", "2.4.0", "")
+    add_library(tmp_path, "transformer_engine", "2.20.2", "")
+    add_library(tmp_path, "transformer_engine_torch", "2.19.0", "")
+    status, found = run_doctor(PYTHONPATH=str(tmp_path))
+    assert status == 1
+    assert "these overwrite each other's files" in found["DALI"].detail
+    assert found["DALI"].fix.endswith('install "nvidia-dali-cuda130==2.4.*"')
+    assert "the versions must be equal" in found["Transformer Engine"].detail
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(probes.ProbeError, match="truncated"):
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        probes.gather("dali")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
+def test_a_gpu_that_nothing_here_can_use(tmp_path: Path) -> None:
+    source, library = tmp_path / "driver.cpp", tmp_path / "libcuda.so.1"
+    source.write_text(DRIVER)
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    status, found = run_doctor(LD_LIBRARY_PATH=str(tmp_path))
+    assert status == 1
+    assert found["GPU"].detail == "Test GPU (sm_90); the driver runs CUDA 12.4"
+    assert (found["torch"].level, found["torch"].fix) == ("error", "make clean install")
+    assert "CPU build: a GPU is there" in found["torch"].detail
+    assert "the driver runs CUDA 12 only" in found["DALI"].detail
+    assert 'nvidia-dali-cuda120==2.4.*"' in found["DALI"].fix
+    assert found["CuPy"].fix.endswith("cupy-cuda12x")
+    assert found["_C_cuda"].level == "error"
+
+
+def test_a_probe_that_hangs_is_given_up() -> None:
+    with pytest.raises(probes.ProbeError, match="no answer in 0 s"):
+        probes.gather("torch_build", timeout_s=0.01)
+
+
+def test_architectures_in_a_compiled_module(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    source, module = tmp_path / "add.cu", tmp_path / "add.so"
+    source.write_text("__global__ void add(float* x) { x[threadIdx.x] += 1; }")
+    code = [
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
+    subprocess.run([nvcc, *code, "-shared", "-Xcompiler=-fPIC", source, "-o", module], check=True)
+    assert probes.fatbin_architectures(module) == ["compute_80", "sm_80", "sm_90a"]
+
+
+def gpu_node(**changes: Any) -> Machine:
+    """An H100 with everything in place, or with one thing changed."""
+    fused = {"optimizers": ["FusedAdam", "FusedLAMB"]}
+    torch_build = {"version": "2.15.0", "cuda": "13.2", "cudnn": 92600, "nccl": "2.30.3"}
+    facts = {
+        "driver": {"cuda": [13, 0], "gpus": [{"name": "H100", "capability": [9, 0]}]},
+        "torch_build": {
+            **torch_build,
+            "sees_gpu": True,
+            "cpu_capability": "AVX2",
+            "num_threads": 8,
+        },
+        "kernels_cpu": {"ops": ["mask_mix"]},
+        "kernels_cuda": {"ops": ["mask_mix"]},
+        "dali": {"device": "gpu"},
+        "transformer_engine": {"fp8": True, "reason": ""},
+        "apex": fused,
+        "cupy": {"devices": 1, "runtime": 13000},
+        "nvml": {"driver": "580.95", "devices": 1},
+    }
+    versions = {
+        "nvidia-dali-cuda130": "2.4.0", "transformer-engine": "2.20.2", "cupy-cuda13x": "14.0.0",
+        "transformer-engine-torch": "2.20.2", "transformer-engine-cu13": "2.20.2",
+    }  # fmt: skip
+    machine = Machine(
+        facts={**facts, **changes.pop("facts", {})},
+        failures={},
+        versions={**versions, **changes.pop("versions", {})},
+        importable=frozenset({"transformer_engine", "amp_C", "apex", "cupy", "pynvml"}),
+        cuda_module=("compute_80", "sm_80", "sm_90a"),
+    )
+    return replace(machine, **changes)
+
+
+def levels(machine: Machine) -> dict[str, str]:
+    found = [finder(machine) for finder in findings.FINDERS]
+    return {each.subject: f"{each.level}: {each.detail}" for each in found if each.level != "ok"}
+
+
+def test_a_complete_gpu_node_has_nothing_to_complain_of() -> None:
+    assert levels(gpu_node()) == {}
+
+
+T4 = {"cuda": [13, 0], "gpus": [{"name": "T4", "capability": [7, 5]}]}
+A100_OLD_DRIVER = {"cuda": [12, 8], "gpus": [{"name": "A100", "capability": [8, 0]}]}
+BLIND_TORCH = {"version": "2.15.0", "cuda": "13.2", "cudnn": 92600, "nccl": "2.30.3"}
+BLIND_TORCH |= {"sees_gpu": False, "cpu_capability": "AVX2", "num_threads": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "subject", "expected"),
+    [
+        ({"cuda_module": None}, "_C_cuda", "error: not built, and a GPU is there"),
+        ({"cuda_module": ("sm_80",)}, "_C_cuda", "error: built for sm_80; H100 is sm_90"),
+        ({"failures": {"kernels_cuda": "bad symbol"}}, "_C_cuda", "error: .*: bad symbol"),
+        ({"failures": {"torch_build": "killed"}}, "torch", "error: killed"),
+        ({"versions": {"transformer-engine-cu13": "2.19"}}, "Transformer Engine", ".* be equal"),
+        ({"versions": {"cupy-cuda12x": "13.0"}}, "CuPy", "warning: .*expected cupy-cuda13x alone"),
+        ({"facts": {"driver": T4}}, "GPU", "error: .*need sm_80 or newer, T4 is sm_75"),
+        (
+            {"facts": {"torch_build": BLIND_TORCH, "driver": A100_OLD_DRIVER}},
+            "torch",
+            "error: .*the driver runs CUDA 12 only, so torch sees no GPU",
+        ),
+    ],
+)
+def test_one_thing_wrong_is_named(changes: dict[str, Any], subject: str, expected: str) -> None:
+    found = levels(gpu_node(**changes))
+    assert re.match(expected, found[subject]), found
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("sm_80", (8, 6), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("compute_80", (10, 0), True),
+        ("sm_90a", (9, 0), True),
+        ("compute_90a", (10, 0), False),
+        ("sm_100", (10, 0), True),
+    ],
+)
+def test_which_code_runs_on_which_gpu(built: str, capability: tuple[int, int], runs: bool) -> None:
+    assert findings._covers(built, capability) is runs
+
+
+def test_commands_are_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    fix = 'python -m pip install --no-build-isolation "transformer-engine[core_cu13,pytorch]" ' * 2
+    broken = Finding(subject="DALI", level="error", detail="[not] installed", fix=fix.strip())
+    doctor.show([broken], can_train=False)
+    shown = capsys.readouterr().out
+    assert fix.strip() in shown
+    assert "[not] installed" in shown
+    assert "cannot train" in shown

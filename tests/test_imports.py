@@ -1,0 +1,95 @@
+"""Who may import whom, as CONTRIBUTING.md draws it: arrows point down, and nothing goes round."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+ANYWHERE = {"storage"}
+MODELS = {"models", "ops"}
+ENGINE = {"config", "engine", "objectives", "observe", "pipelines", *MODELS}
+MAY_IMPORT = {
+    "models": {"ops"},
+    "objectives": MODELS,
+    "engine": ENGINE,
+    "config": ENGINE,
+    "recipes": ENGINE,
+    "evaluation": {"pipelines", *MODELS},
+    "export": MODELS,
+    "benchmarks": {"evaluation", "export", "recipes", *ENGINE},
+    "cli": {"benchmarks", "evaluation", "export", "recipes", *ENGINE},
+}
+# Libraries that only these files and folders import; the doctor tries each in a child process.
+DOCTOR = "m3i_fast/cli/probes.py"
+ONLY_IN = {
+    "nvidia": ("pipelines/", DOCTOR),
+    "transformer_engine": ("m3i_fast/models/blocks.py", "m3i_fast/engine/precision.py", DOCTOR),
+    "apex": ("m3i_fast/engine/optim.py",),
+    "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
+    "pynvml": ("m3i_fast/observe/telemetry.py", DOCTOR),
+    "torch.ops.m3i": ("m3i_fast/ops/",),
+}
+
+
+PATHS = [p for top in ("m3i_fast", "pipelines", "benchmarks") for p in (ROOT / top).rglob("*.py")]
+FILES = {path.relative_to(ROOT).as_posix(): path for path in PATHS}
+
+
+def module_of(file: str) -> str:
+    """The name that the file is imported by: pipelines/ and benchmarks/ are inside m3i_fast."""
+    name = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    return name if name.startswith("m3i_fast") else f"m3i_fast.{name}"
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def uses(file: str) -> Iterator[tuple[str, bool]]:
+    """(imported module or torch.ops.m3i, for type checking only), function bodies included."""
+    tree = ast.parse(FILES[file].read_text())
+    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If)]
+    guards = [guard for guard in guards if "TYPE_CHECKING" in ast.unparse(guard.test)]
+    type_only = {node for guard in guards for node in ast.walk(guard)}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in names]
+        elif isinstance(node, ast.Attribute) and node.attr == "m3i":
+            names = [ast.unparse(node)]
+        yield from ((name, node in type_only) for name in names)
+
+
+USES = {file: list(uses(file)) for file in sorted(FILES)}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("file", USES)
+def test_imports_point_down(file: str) -> None:
+    here = room(module_of(file))
+    for used, type_only in USES[file]:
+        for library, places in ONLY_IN.items():
+            if f"{used}.".startswith(f"{library}."):
+                assert file.startswith(places), f"{file} uses {used}"
+        if used.startswith("m3i_fast.") and not (type_only and used == "m3i_fast.pipelines.batch"):
+            assert room(used) in {here, *ANYWHERE, *MAY_IMPORT.get(here, ())}, f"{file}: {used}"
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {
+        module_of(file): {name for name, type_only in used if name in MODULES and not type_only}
+        for file, used in USES.items()
+    }
+    TopologicalSorter(graph).prepare()
