@@ -20,7 +20,7 @@ from m3i_fast.objectives.mutual_information import ObjectiveConfig
 from m3i_fast.objectives.predictors import DecoderConfig
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 
-DEMO_MERGES = 1500
+DEMO_MERGES = 1000
 
 
 def demo() -> TrainConfig:
@@ -38,7 +38,7 @@ def demo() -> TrainConfig:
         vision=vit_demo(),
         text=TextConfig(
             vocab_size=512 + DEMO_MERGES + 2,
-            context_length=32,
+            context_length=24,
             dim=128,
             depth=2,
             num_heads=4,

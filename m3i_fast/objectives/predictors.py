@@ -143,9 +143,11 @@ class DenseDecoder(nn.Module):
         place = sincos_embedding(torch.cat([place, LOG_SIZE_SCALE * log_size], -1), self.cfg.dim)
         asked = self.position(place) + self.mask_token
         x = torch.cat([own, asked.to(own.dtype)], dim=1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.head(self.norm(x[:, tokens.shape[1] :]))
+        # nobody reads the own tokens after the last block
+        x = self.blocks[-1](x, num_last=asked.shape[1])
+        return self.head(self.norm(x))
 
 
 class GlobalHead(nn.Module):

@@ -1,0 +1,85 @@
+"""m3i-fast data: write a data set, or verify one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from m3i_fast.cli import console
+from m3i_fast.pipelines import openmoji, synthetic
+from m3i_fast.pipelines.manifest import verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenMoji:
+    """Drawings with English captions and categories (CC BY-SA 4.0), rendered offline: the demo's data."""
+
+    out: tyro.conf.Positional[Path]
+    """Directory to write."""
+    image_size: int = 72
+    """Side of the rendered pictures in pixels."""
+    image_format: Literal["png", "jpg"] = "png"
+    labelled: float = 1.0
+    """Share of the training concepts with caption and class; of the rest a third each has the caption only, the class only,
+    neither."""
+    heldout: float = 0.2
+    """Share of the concepts kept for evaluation."""
+    tune: float = 0.0
+    """Share of the training concepts split off for choosing settings."""
+    num_merges: int | None = None
+    """Merges of CLIP's byte-pair encoding; None: all, 49,408 token ids."""
+    context_length: int = 24
+    """Most tokens of a caption."""
+    seed: int = 0
+    """Seed of split, annotation and order."""
+    limit: int | None = None
+    """Use that many concepts only."""
+
+    def run(self) -> None:
+        fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "out"}
+        openmoji.build(self.out, **fields)
+        console.print(f"wrote {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """Photograph-like JPEGs for decoder and node benchmarks."""
+
+    out: tyro.conf.Positional[Path]
+    """Directory to write."""
+    num_samples: int = 2048
+    """Pictures."""
+    seed: int = 0
+    """Seed of the pictures."""
+
+    def run(self) -> None:
+        synthetic.build(self.out, num_samples=self.num_samples, seed=self.seed)
+        console.print(f"wrote {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Read every shard of a data set and compare its digest with the manifest."""
+
+    path: tyro.conf.Positional[Path]
+    """Dataset directory."""
+
+    def run(self) -> None:
+        manifest = verify(self.path)
+        counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
+        console.print(f"{self.path}: good ({counts})")
+
+
+Command = (
+    Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
+    | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+)
+
+
+def main(argv: list[str]) -> int:
+    tyro.cli(Command, prog="m3i-fast data", args=argv).run()  # type: ignore[arg-type]
+    return 0

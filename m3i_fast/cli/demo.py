@@ -1,0 +1,114 @@
+"""m3i-fast demo: pack, pre-train for minutes, evaluate, and write the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from m3i_fast.cli import console
+from m3i_fast.cli.demo_page import gather
+from m3i_fast.cli.evaluate import build_untrained, evaluate, load_objective
+from m3i_fast.cli.train import run as train
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.report import write_report
+from m3i_fast.pipelines import openmoji
+from m3i_fast.pipelines.manifest import is_dataset
+from m3i_fast.recipes import DEMO_MERGES, demo
+
+CALIBRATION_STEPS = (10, 30)  # not timed, timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoCommand:
+    out: Path = Path("runs/demo")
+    """Run directory; an older one is moved to <out>-<time>."""
+    data: Path = Path("data/openmoji")
+    """Dataset directory; packed when it is not there."""
+    seconds: float = 280.0
+    """Training time; a short calibration turns it into steps once."""
+    num_steps: int | None = None
+    """Steps, instead of a time."""
+    seed: int = 0
+    """Seed of initialisation, masks, order and crops."""
+
+
+def main(argv: list[str]) -> int:
+    command = tyro.cli(DemoCommand, prog="m3i-fast demo", args=argv)
+    if not is_dataset(command.data):
+        console.rule("packing OpenMoji")
+        pack(command.data)
+    cfg = config(command.data, command.seed)
+    num_steps = command.num_steps or calibrate(cfg, command.seconds)
+    cfg = replace(cfg, num_steps=num_steps)
+    set_aside(command.out)
+    console.rule(f"training {num_steps} steps")
+    outcome = train(cfg, command.out)
+    if outcome.signal is not None:
+        console.print(f"stopped at step {outcome.step}: no page is written")
+        return 128 + outcome.signal
+    console.rule("evaluating on held-out concepts")
+    page = report(command.out, cfg)
+    console.print(f"open {page}")
+    return 0
+
+
+def pack(path: Path, *, labelled: float = 1.0, tune: float = 0.0) -> None:
+    """The demo's data, with the tokenizer that its recipe expects."""
+    cfg = demo()
+    openmoji.build(
+        path,
+        labelled=labelled,
+        tune=tune,
+        num_merges=DEMO_MERGES,
+        context_length=cfg.text.context_length,
+    )
+
+
+def config(data: Path, seed: int) -> TrainConfig:
+    """The demo recipe on `data`, everything random from `seed`."""
+    cfg = demo()
+    return replace(cfg, seed=seed, data=replace(cfg.data, path=data, seed=seed))
+
+
+def calibrate(cfg: TrainConfig, seconds: float) -> int:
+    """Steps that fit into `seconds` here: a few are taken and timed, then thrown away."""
+    warm, timed = CALIBRATION_STEPS
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(replace(cfg, num_steps=warm + timed), Path(scratch) / "calibration")
+        began = 0.0
+        for step in range(warm + timed):
+            if step == warm:
+                began = time.perf_counter()
+            trainer.train_step(next(trainer.loader).to(trainer.device))
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        step_seconds = (time.perf_counter() - began) / timed
+        trainer.loader.close()
+    num_steps = max(2 * warm, round(seconds / step_seconds))
+    console.print(f"{1000 * step_seconds:.0f} ms a step: {num_steps} steps in {seconds:.0f} s")
+    return num_steps
+
+
+def set_aside(out: Path) -> None:
+    """Move an older run out of the way; nothing is deleted."""
+    if out.exists():
+        moved = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        os.rename(out, moved)
+        console.print(f"moved the older {out} to {moved}")
+
+
+def report(run: Path, cfg: TrainConfig) -> Path:
+    """Evaluate the run, write evaluation.json and report.html, and return the page's path."""
+    figures, _ = evaluate(run)
+    console.print_json(json.dumps({k: v for k, v in figures.items() if k != "trained_minus"}))
+    cpu = replace(cfg, device="cpu")
+    encoders = {"trained": load_objective(run, cpu), "untrained": build_untrained(cpu)}
+    return write_report(gather(run, cpu, encoders, figures), run / "report.html")

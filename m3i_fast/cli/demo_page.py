@@ -1,0 +1,193 @@
+"""What the demo's page shows: gathered from a run, its data and its two encoders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.evaluation.patch_pca import patch_pca
+from m3i_fast.evaluation.zero_shot import nearest, retrieval_ranks
+from m3i_fast.objectives.mixing import Mix, draw_mix
+from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.observe.page.inputs import (
+    MixedPair,
+    Nearest,
+    PatchPca,
+    Picture,
+    ReportInputs,
+    RetrievalRow,
+)
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.manifest import Manifest, read_manifest
+from m3i_fast.pipelines.tokens import Tokenizer
+
+NUM_CAPTIONS = 12
+NUM_NEAREST = 5
+NUM_PCA = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heldout:
+    """All held-out pictures, one a concept, with both encoders' view of them."""
+
+    pictures: list[Picture]
+    captions: list[str]
+    tokens: dict[str, Tensor]  # who -> [M, N, C]
+    image: dict[str, Tensor]  # who -> [M, E]
+    text: dict[str, Tensor]  # who -> [M, E]
+
+
+def gather(
+    run: Path, cfg: TrainConfig, encoders: dict[str, MutualInformation], figures: dict[str, Any]
+) -> ReportInputs:
+    """Everything of the page. `encoders`: trained and untrained, in evaluation mode, on the CPU."""
+    manifest = read_manifest(cfg.data.path)
+    tokenizer = Tokenizer.from_info(manifest.tokenizer)
+    heldout = _heldout(cfg, encoders, tokenizer)
+    order = torch.randperm(len(heldout.captions), generator=torch.Generator().manual_seed(0)).tolist()
+    return ReportInputs(
+        title="M3I in one stage: labels, captions and dense self-supervision",
+        evaluation=figures,
+        metrics=read_jsonl(run / "metrics.jsonl"),
+        mixed_pair=_mixed_pair(cfg, manifest, tokenizer),
+        retrieval=[_retrieval(heldout, row) for row in order[:NUM_CAPTIONS]],
+        retrieval_choice=f"Drawn at random among all {len(order)} held-out captions, before looking.",
+        patch_pca=_patch_pca(heldout, order[-NUM_PCA:], cfg.vision.grid),
+        config=json.loads((run / "config.json").read_text()),
+        environment=json.loads((run / "env.json").read_text()),
+        attribution=manifest.attribution,
+    )
+
+
+@torch.no_grad()
+def _heldout(
+    cfg: TrainConfig, encoders: dict[str, MutualInformation], tokenizer: Tokenizer
+) -> Heldout:
+    batches = list(
+        evaluation_batches(
+            cfg.data.path,
+            "heldout",
+            image_size=cfg.vision.image_size,
+            batch_size=256,
+            representatives_only=True,
+        )
+    )
+    views = torch.cat([batch.global_views[0] for batch in batches])
+    ids = torch.cat([batch.token_ids for batch in batches])
+    counts = torch.cat([batch.num_tokens for batch in batches])
+    tokens, image, text = {}, {}, {}
+    for who, objective in encoders.items():
+        found = [objective.embed_images(chunk) for chunk in views.split(256)]
+        tokens[who] = torch.cat([t for t, _ in found])
+        image[who] = torch.cat([e for _, e in found if e is not None])
+        text[who] = objective.embed_captions(ids, counts)
+    return Heldout(
+        pictures=[_picture(view) for view in views],
+        captions=[tokenizer.decode(row.numpy()) for row in ids],
+        tokens=tokens,
+        image=image,
+        text=text,
+    )
+
+
+def _retrieval(heldout: Heldout, row: int) -> RetrievalRow:
+    groups = torch.arange(len(heldout.captions))
+
+    def found(who: str) -> Nearest:
+        query, gallery = heldout.text[who][row : row + 1], heldout.image[who]
+        rank = int(retrieval_ranks(query, gallery, groups[row : row + 1], groups)[0])
+        rows = nearest(query, gallery, k=NUM_NEAREST)[0].tolist()
+        return Nearest(
+            pictures=tuple(heldout.pictures[i] for i in rows),
+            names=tuple(heldout.captions[i] for i in rows),
+            right=rows.index(row) if row in rows else None,
+            rank=rank,
+        )
+
+    return RetrievalRow(
+        caption=heldout.captions[row],
+        picture=heldout.pictures[row],
+        trained=found("trained"),
+        untrained=found("untrained"),
+    )
+
+
+def _patch_pca(heldout: Heldout, rows: list[int], grid: int) -> list[PatchPca]:
+    colours = {
+        who: patch_pca(tokens[rows]).view(len(rows), grid, grid, 3).numpy()
+        for who, tokens in heldout.tokens.items()
+    }
+    return [
+        PatchPca(
+            name=heldout.captions[row],
+            picture=heldout.pictures[row],
+            trained=colours["trained"][i],
+            untrained=colours["untrained"][i],
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def _mixed_pair(cfg: TrainConfig, manifest: Manifest, tokenizer: Tokenizer) -> MixedPair:
+    """The first pair of the first training batch, both images captioned and labelled if one such pair exists."""
+    loader = Loader(cfg.data)
+    batch = next(loader)
+    loader.close()
+    mix = draw_mix(
+        cfg.objective.mixing,
+        batch_size=batch.batch_size,
+        grid=cfg.vision.grid,
+        context_length=batch.token_ids.shape[1],
+        seed=cfg.seed,
+        step=0,
+    )
+    complete = (batch.num_tokens[mix.pairs].min(1).values > 0) & (batch.label[mix.pairs].min(1).values >= 0)
+    p = int(complete.to(torch.int8).argmax())
+    first, second = mix.pairs[p].tolist()
+    views = [[_picture(view[i]) for i in (first, second)] for view in batch.global_views]
+    names = [*manifest.class_names, ""]  # label -1 has no name
+    return MixedPair(
+        originals=_originals(cfg, batch, (first, second)),
+        view_a=(views[0][0], views[0][1]),
+        view_b=(views[1][0], views[1][1]),
+        boxes_a=batch.boxes[[first, second], 0].numpy(),
+        boxes_b=batch.boxes[[first, second], 1].numpy(),
+        mask=mix.mask[p].numpy(),
+        mixed=_mixed(views[0][0], views[0][1], mix, p),
+        captions=(
+            tokenizer.decode(batch.token_ids[first].numpy()),
+            tokenizer.decode(batch.token_ids[second].numpy()),
+        ),
+        categories=(names[int(batch.label[first])], names[int(batch.label[second])]),
+    )
+
+
+def _mixed(first: Picture, second: Picture, mix: Mix, p: int) -> Picture:
+    mask = mix.mask[p].numpy()
+    cell = first.shape[0] // mask.shape[0]
+    return np.where(np.kron(mask, np.ones((cell, cell), bool))[..., None], first, second)
+
+
+def _originals(cfg: TrainConfig, batch: Batch, rows: tuple[int, int]) -> tuple[Picture, Picture]:
+    """The two whole pictures at their own size, found by sample id in the training split."""
+    side = int(batch.image_size[list(rows)].max())
+    wanted = [int(batch.sample_id[row]) for row in rows]
+    found: dict[int, Picture] = {}
+    for whole in evaluation_batches(cfg.data.path, cfg.data.split, image_size=side, batch_size=256):
+        for i, sample in enumerate(whole.sample_id.tolist()):
+            if sample in wanted:
+                found[sample] = _picture(whole.global_views[0][i])
+    return found[wanted[0]], found[wanted[1]]
+
+
+def _picture(view: Tensor) -> Picture:  # [3, S, S] uint8 -> [S, S, 3]
+    return view.permute(1, 2, 0).contiguous().cpu().numpy()

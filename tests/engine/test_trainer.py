@@ -1,0 +1,156 @@
+"""Training as a person runs it: it learns, stops, resumes bit for bit, and refuses what is wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m3i_fast.cli import main
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine import checkpoint
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.models.text import TextConfig
+from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.recipes import demo, shrink
+
+TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
+
+
+def _config(dataset: Path, **overrides: object) -> TrainConfig:
+    cfg = shrink(demo(), path=dataset, num_classes=9, text=TEXT)
+    cfg = replace(cfg, data=replace(cfg.data, batch_size=8), num_steps=30, log_every=5, checkpoint_every=5)
+    return replace(cfg, **overrides)  # type: ignore[arg-type]
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(run / "checkpoints").path
+    files = ("model.safetensors", "optimizer.safetensors")
+    return {f"{file}/{k}": v for file in files for k, v in load_file(newest / file).items()}
+
+
+def _assert_same_run(a: Path, b: Path) -> None:
+    first, second = _weights(a), _weights(b)
+    assert first.keys() == second.keys()
+    different = [name for name, value in first.items() if not torch.equal(value, second[name])]
+    assert not different
+    losses = [
+        [(row["step"], row["loss/total"]) for row in read_jsonl(run / "metrics.jsonl")] for run in (a, b)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def whole_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    Trainer(_config(dataset), out).train()
+    return out
+
+
+def _start(cfg: TrainConfig, out: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    config = out.with_suffix(".json")
+    cfg.save(config)
+    command = [sys.executable, "-m", "m3i_fast.cli", "train", "--config", str(config)]
+    return subprocess.Popen([*command, "--out", str(out), *arguments], env={**os.environ, "COLUMNS": "200"})
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode} before {path.name}"
+        assert time.monotonic() < deadline, f"waited for {path}"
+        time.sleep(0.005)
+
+
+def test_a_run_learns_and_leaves_its_files(whole_run: Path, dataset: Path) -> None:
+    rows = read_jsonl(whole_run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert rows[-1]["loss/total"] < rows[0]["loss/total"]
+    assert {"loss/intra", "loss/inter", "loss/category", "loss/caption"} <= rows[0].keys()
+    assert {"monitor/target_rank", "throughput/img_s", "time/data_ms", "optim/lr"} <= rows[0].keys()
+    assert TrainConfig.load(whole_run / "config.json") == _config(dataset)
+    assert (whole_run / "env.json").exists() and any((whole_run / "tensorboard").iterdir())
+    assert [c.step for c in checkpoint.checkpoints(whole_run / "checkpoints")] == [25, 30]
+
+
+def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(
+    whole_run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    cfg, out = _config(dataset), tmp_path / "killed"
+    process = _start(cfg, out)
+    _wait_for(out / "checkpoints" / "step_00000010", process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    at = checkpoint.latest(out / "checkpoints").step
+    trainer = Trainer(cfg, out, resume=True)
+    assert at < 30 and trainer.step == at and at % trainer.loader.steps_per_epoch
+    trainer.train()
+    _assert_same_run(whole_run, out)
+
+
+def test_interrupt_saves_and_resume_equals_the_whole_run(
+    whole_run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    cfg, out = _config(dataset), tmp_path / "interrupted"
+    process = _start(cfg, out)
+    _wait_for(out / "checkpoints" / "step_00000005", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 128 + signal.SIGINT
+    assert _start(cfg, out, "--resume").wait() == 0
+    first, second = _weights(whole_run), _weights(out)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_another_seed_is_another_run(whole_run: Path, dataset: Path, tmp_path: Path) -> None:
+    Trainer(_config(dataset, seed=1), tmp_path / "other").train()
+    first, second = _weights(whole_run), _weights(tmp_path / "other")
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_what_cannot_be_resumed_is_named(whole_run: Path, dataset: Path, tmp_path: Path) -> None:
+    cfg = _config(dataset)
+    with pytest.raises(FileExistsError, match="--resume"):
+        Trainer(cfg, whole_run)
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        Trainer(cfg, tmp_path / "absent", resume=True)
+    other = replace(cfg, optim=replace(cfg.optim, lr=9.0))
+    with pytest.raises(ValueError, match=r"optim\.lr: 0\.0015 != 9\.0"):
+        Trainer(other, whole_run, resume=True)
+
+
+def test_data_of_another_kind_is_named(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_classes: expected 9.*got 10"):
+        Trainer(_config(dataset, num_classes=10), tmp_path / "a")
+    text = replace(TEXT, vocab_size=900)
+    with pytest.raises(ValueError, match=r"text\.vocab_size: expected 814.*got 900"):
+        Trainer(_config(dataset, text=text), tmp_path / "b")
+
+
+def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(dataset: Path, tmp_path: Path) -> None:
+    trainer = Trainer(_config(dataset), tmp_path / "run")
+    with torch.no_grad():
+        trainer.objective.encoder.pos_embed.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="loss/intra"):
+        trainer.train()
+    assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_the_command_line_names_what_it_does_not_know(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "m3i_vit_x_h100"]) == 2
+    assert "Did you mean m3i_vit_" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit) as refused:
+        main(["train", "demo", "--optim.lrr", "1"])
+    assert refused.value.code == 2 and "--optim.lr" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "Did you mean train?" in " ".join(capsys.readouterr().err.split())
+    assert main(["train", "demo", "--out", str(tmp_path), "--data.path", str(tmp_path / "no")]) == 2
+    assert "m3i-fast data openmoji" in " ".join(capsys.readouterr().err.split())

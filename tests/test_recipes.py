@@ -1,0 +1,69 @@
+"""Every recipe builds at full size, and its shrunken twin takes two real steps."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from m3i_fast.config import TrainConfig, differences
+from m3i_fast.engine.trainer import Trainer, build_objective
+from m3i_fast.models.text import TextConfig
+from m3i_fast.objectives.mixing import MixingConfig
+from m3i_fast.pipelines import openmoji
+from m3i_fast.recipes import RECIPES, demo, shrink
+
+TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "openmoji"
+    return openmoji.build(out, limit=30, num_merges=300)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_builds_on_the_meta_device_and_survives_json(name: str, tmp_path: Path) -> None:
+    cfg = RECIPES[name]()
+    with torch.device("meta"):
+        objective = build_objective(cfg)
+    assert all(p.is_meta for p in objective.parameters())
+    cfg.save(tmp_path / "config.json")
+    assert TrainConfig.load(tmp_path / "config.json") == cfg
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shrunken_recipe_takes_two_steps(name: str, dataset: Path, tmp_path: Path) -> None:
+    cfg = shrink(RECIPES[name](), path=dataset, num_classes=9, text=TEXT)
+    outcome = Trainer(replace(cfg, device="cpu"), tmp_path).train()
+    assert outcome.step == 2
+
+
+def test_sizes_are_those_of_timm() -> None:
+    import timm
+
+    for name, model in (("m3i_vit_s", "vit_small_patch16_224"), ("m3i_vit_h", "vit_huge_patch14_224")):
+        cfg = RECIPES[name]()
+        with torch.device("meta"):
+            ours = sum(p.numel() for p in build_objective(cfg).encoder.parameters())
+            theirs = timm.create_model(model, num_classes=0, class_token=False, global_pool="avg", fc_norm=False)
+        assert ours == sum(p.numel() for p in theirs.parameters())
+
+
+def test_a_config_that_does_not_fit_together_is_named(tmp_path: Path) -> None:
+    cfg = demo()
+    with pytest.raises(ValueError, match=r"data\.global_views\.size.*64.*got 32"):
+        replace(cfg, data=replace(cfg.data, global_views=replace(cfg.data.global_views, size=32)))
+    with pytest.raises(ValueError, match=r"data\.global_views\.count"):
+        replace(cfg, data=replace(cfg.data, global_views=replace(cfg.data.global_views, count=1)))
+    with pytest.raises(ValueError, match=r"data\.pairs"):
+        replace(cfg, objective=replace(cfg.objective, mixing=MixingConfig(mode="none")))
+    with pytest.raises(ValueError, match="num_steps"):
+        replace(cfg, num_steps=0)
+    assert differences(cfg, replace(cfg, seed=5)) == ["seed: 0 != 5"]
+    path = tmp_path / "config.json"
+    path.write_text(cfg.to_json().replace('"num_steps"', '"num_stebs"'))
+    with pytest.raises(ValueError, match=r"config\.json.*num_stebs"):
+        TrainConfig.load(path)
+    with pytest.raises(FileNotFoundError, match="--config"):
+        TrainConfig.load(tmp_path / "absent.json")
