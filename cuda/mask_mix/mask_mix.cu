@@ -1,8 +1,9 @@
 // mask_mix: launcher.
-#include "mask_mix/mask_mix.cuh"
+#include "mask_mix/mask_mix.h"
 
 #include "m3i/dispatch.h"
 #include "m3i/launch.h"
+#include "mask_mix/mask_mix.cuh"
 
 #include <algorithm>
 

@@ -6,7 +6,7 @@
 // Bytes: a pixel is read once (1 byte) and written once (4 or 2 bytes), 2 flops: bound by memory.
 // Tiling: a thread owns a group of kPixels neighbours of one row and one cell, in all three
 // channels, so the cell is looked up once and three loads are in flight; a block owns 256
-// neighbouring groups of one pair. No shared memory, about 40 registers.
+// neighbouring groups of one pair. No shared memory; registers in budget.json.
 //
 // A pair that names a row outside views stops the kernel by a trap: the launch cannot check it
 // without waiting for the device. The next synchronisation reports it, and the CUDA context is
@@ -14,7 +14,7 @@
 #pragma once
 
 #include "m3i/vec.cuh"
-#include "mask_mix/mask_mix.h"
+#include "mask_mix/mask_mix_params.h"
 
 namespace m3i::mask_mix {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "m3i/check.h"
-#include "mask_mix/mask_mix.h"
+#include "mask_mix/mask_mix_params.h"
 
 #include <torch/csrc/stable/ops.h>
 

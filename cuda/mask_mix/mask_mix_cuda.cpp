@@ -1,5 +1,6 @@
 // mask_mix: registration for CUDA.
 #include "m3i/cuda_stream.h"
+#include "mask_mix/mask_mix.h"
 #include "mask_mix/mask_mix_args.h"
 
 #include <torch/csrc/stable/library.h>

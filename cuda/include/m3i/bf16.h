@@ -11,7 +11,7 @@
 namespace m3i {
 
 // NaN stays a (quiet) NaN; everything else rounds to nearest even, overflow to infinity.
-inline uint16_t bf16_bits(float value) {
+M3I_HOST_DEVICE inline uint16_t bf16_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x0040u);

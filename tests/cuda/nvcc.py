@@ -1,0 +1,103 @@
+"""Finds nvcc and compiles the CUDA sources with it, for the tests; no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "cuda"
+ARCHITECTURES = ("80", "90a")
+
+
+def site_packages(pattern: str) -> list[Path]:
+    """Files of NVIDIA's wheels, which install below site-packages/nvidia."""
+    return sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob(pattern))
+
+
+def find_nvcc() -> Path:
+    """From $CUDACXX, $CUDA_HOME, the PATH or NVIDIA's wheels; the test is skipped where none is."""
+    candidates = [os.environ.get("CUDACXX", ""), shutil.which("nvcc") or ""]
+    candidates += [f"{os.environ[name]}/bin/nvcc" for name in ("CUDA_HOME",) if name in os.environ]
+    candidates += [str(path) for path in site_packages("*/bin/nvcc")]
+    for candidate in candidates:
+        if candidate and Path(candidate).is_file():
+            return Path(candidate)
+    pytest.skip("no nvcc in $CUDACXX, $CUDA_HOME, the PATH or site-packages/nvidia/*/bin")
+
+
+def compile_options(architecture: str | None = None) -> list[str]:
+    """The build's options; every warning is an error."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.submodule_search_locations
+    options = ["-std=c++17", "-O3", f"-I{CUDA}", f"-I{CUDA / 'include'}"]
+    options += ["-isystem", f"{spec.submodule_search_locations[0]}/include"]
+    options += ["-isystem", sysconfig.get_path("include")]
+    options += [
+        "-DUSE_CUDA",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DPy_LIMITED_API=0x030a0000",
+    ]
+    options += [
+        "-Werror",
+        "all-warnings",
+        "-Xcompiler=-Wall,-Wextra,-Werror,-fPIC,-fvisibility=hidden",
+    ]
+    if architecture:
+        options += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    return options
+
+
+def run_nvcc(*arguments: str | Path) -> str:
+    """What nvcc printed; fails the test, with that, where nvcc fails or warns."""
+    done = subprocess.run(
+        [find_nvcc(), *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0 and "warning" not in printed.lower(), printed
+    return printed
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What ptxas gave a kernel."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+_KERNEL = re.compile(r"Compiling entry function '(\S+)' for")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+def parse_ptxas(printed: str) -> dict[str, Resources]:
+    """By kernel, as `kernel<float, 16>`, from what `ptxas -v` prints for one architecture."""
+    resources: dict[str, Resources] = {}
+    blocks = re.split(r"(?=ptxas info\s*: Compiling entry function)", printed)
+    for block in blocks[1:]:
+        kernel, spills, used = (p.search(block) for p in (_KERNEL, _SPILLS, _USED))
+        assert kernel and spills and used, f"ptxas -v printed something else:\n{block}"
+        resources[_short_name(kernel[1])] = Resources(
+            registers=int(used[1]),
+            spill_bytes=int(spills[1]) + int(spills[2]),
+            shared_bytes=int(used[2] or 0),
+        )
+    return resources
+
+
+def _short_name(mangled: str) -> str:
+    """`void m3i::op::op_kernel<float, 16>(m3i::Params)` to `op_kernel<float, 16>`."""
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
+    short = re.search(r"(\w+(?:<.*>)?)\(", name)
+    assert short, name
+    return short[1].replace("m3i::", "")
