@@ -190,10 +190,18 @@ class Block(nn.Module):
                 assert scale is not None
                 nn.init.constant_(scale, self.layer_scale_init)
 
-    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """key_mask: [B, T] bool, True where the token is real; None attends to every token."""
-        attended = self.proj(self.attention(self.layernorm_qkv(x), key_mask))
-        x = self._add(x, attended, self.layer_scale_1)
+    def forward(
+        self, x: Tensor, key_mask: Tensor | None = None, *, num_last: int | None = None
+    ) -> Tensor:
+        """key_mask: [B, T] bool, True where the token is real; None attends to every token.
+
+        num_last: return the last tokens only, [B, num_last, D], without computing the others.
+        """
+        attended = self.attention(self.layernorm_qkv(x), key_mask)
+        if num_last is not None:
+            first = x.shape[1] - num_last
+            x, attended = x[:, first:], attended[:, first:]
+        x = self._add(x, self.proj(attended), self.layer_scale_1)
         return self._add(x, self.layernorm_mlp(x), self.layer_scale_2)
 
     def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

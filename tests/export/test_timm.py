@@ -152,6 +152,7 @@ def test_exported_weights_fit_timms_own_models_and_are_copies() -> None:
     torch.manual_seed(0)
     vit = ViT(vit_s(depth=2, class_token=True)).bfloat16()
     exported = to_timm(vit)
+    assert exported.training and not to_timm(make_tiny()).training
     assert exported.pos_embed.dtype == torch.bfloat16
     plain = timm.create_model("vit_small_patch16_224", depth=2, num_classes=0)
     plain.load_state_dict(exported.state_dict())

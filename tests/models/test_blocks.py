@@ -82,6 +82,14 @@ def test_masked_keys_are_as_if_absent() -> None:
         torch.testing.assert_close(masked[row : row + 1, :length], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_last", [0, 1, 3, 7])
+def test_the_last_tokens_alone_are_the_last_of_all(num_last: int) -> None:
+    block = Block(32, 2, layer_scale_init=0.5)
+    perturb(block)
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(block(x, num_last=num_last), block(x)[:, 7 - num_last :])
+
+
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="dim: expected a multiple of num_heads = 5, got 32"):
         Block(32, 5)

@@ -1,9 +1,12 @@
 """Text encoder against torch's own Transformer, and what padding must not do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.models.blocks import TORCH_LAYERS, Attention
 from m3i_fast.models.text import TextConfig, TextEncoder
 
 CFG = TextConfig(
@@ -80,6 +83,27 @@ def test_order_of_the_words_matters() -> None:
     ids = torch.tensor([[3, 7, 9], [9, 7, 3]])
     a, b = encoder(ids, torch.tensor([3, 3]))
     assert (a - b).abs().max() > 1e-2
+
+
+class NaiveAttention(Attention):
+    """The softmax as written: over nothing it is NaN, which some backends' own kernels avoid."""
+
+    def forward(self, qkv: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv.chunk(3, dim=-1))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        assert key_mask is not None
+        weights = scores.masked_fill(~key_mask[:, None, None], float("-inf")).softmax(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
+
+
+def test_no_backend_of_the_attention_sees_a_softmax_over_nothing() -> None:
+    encoder = make_encoder()
+    naive = TextEncoder(CFG, layers=replace(TORCH_LAYERS, attention=NaiveAttention))
+    naive.load_state_dict(encoder.state_dict())
+    batch = make_batch()
+    torch.testing.assert_close(naive(*batch), encoder(*batch), atol=1e-5, rtol=1e-5)
+    naive(*batch).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in naive.parameters())
 
 
 def test_an_empty_caption_is_zero_and_gives_no_gradient() -> None:
