@@ -175,7 +175,7 @@ class ViT(nn.Module):
 
 
 def vit_demo(**overrides: Any) -> ViTConfig:
-    """1 M parameters for drawings of 64 pixels on a CPU; keywords replace fields."""
+    """ViT of 0.8 M parameters for drawings of 64 pixels on a CPU; keywords replace fields."""
     cfg = ViTConfig(image_size=64, patch_size=8, dim=128, depth=4, num_heads=4)
     return replace(cfg, **overrides)
 
