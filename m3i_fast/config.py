@@ -20,7 +20,8 @@ from m3i_fast.storage import write_atomically
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything that decides the result of a run. Written to config.json; equal configs give equal runs."""
+    """Everything that decides the result of a run. Written to config.json; equal configs give
+    equal runs."""
 
     seed: int = 0
     """Seed of initialisation, masks, pairs and dropout; the loader has its own, data.seed."""
@@ -59,7 +60,8 @@ class TrainConfig:
         views = self.data.global_views
         if views.size != self.vision.image_size:
             raise ValueError(
-                f"data.global_views.size: expected vision.image_size = {self.vision.image_size}, got {views.size}"
+                f"data.global_views.size: expected vision.image_size = {self.vision.image_size}, "
+                f"got {views.size}"
             )
         if self.objective.uses("other_view") and views.count < 2:
             raise ValueError(
@@ -68,7 +70,8 @@ class TrainConfig:
         mixes = self.objective.mixing.mode != "none"
         if mixes != self.data.pairs:
             raise ValueError(
-                f"data.pairs: expected {mixes} for objective.mixing.mode = {self.objective.mixing.mode}, "
+                f"data.pairs: expected {mixes} for objective.mixing.mode = "
+                f"{self.objective.mixing.mode}, "
                 f"got {self.data.pairs}"
             )
         self.objective.mixing.check_grid(self.vision.grid)
@@ -82,7 +85,8 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: Path) -> TrainConfig:
-        """Read a config.json. Raises ValueError that names the file and the unknown or wrong field."""
+        """Read a config.json. Raises ValueError that names the file and the unknown or wrong
+        field."""
         try:
             return _converter.structure(json.loads(Path(path).read_text()), cls)
         except FileNotFoundError:

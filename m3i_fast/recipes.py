@@ -1,6 +1,7 @@
 """Recipes: functions that return a whole run. `m3i-fast train NAME --field value` starts from one.
 
-Marked with where a value comes from: [paper] M3I, [SiameseIM] its base method, the rest is chosen here and said so.
+Marked with where a value comes from: [paper] M3I, [SiameseIM] its base method, the rest is chosen
+here and said so.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from m3i_fast.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
 from m3i_fast.objectives.mixing import MixingConfig
 from m3i_fast.objectives.mutual_information import ObjectiveConfig
 from m3i_fast.objectives.predictors import DecoderConfig
+from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 
 DEMO_MERGES = 1000
 
 
-def demo() -> TrainConfig:
-    """64-pixel drawings on two CPU cores: every part of M3I in minutes."""
+def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
+    """64-pixel drawings on two CPU cores: every part of M3I in minutes. Everything random comes
+    from `seed`."""
     return TrainConfig(
+        seed=seed,
         num_steps=1200,
         num_classes=9,
         data=LoaderConfig(
-            path=Path("data/openmoji"),
+            path=data,
+            seed=seed,
             batch_size=64,
             pairs=True,
             global_views=ViewConfig(size=64, scale=(0.3, 1.0), jitter_probability=0.5),
@@ -55,7 +60,20 @@ def demo() -> TrainConfig:
     )
 
 
-def _production(vision: ViTConfig, *, batch_size: int, num_steps: int, compile: bool) -> TrainConfig:
+def pack_demo(path: Path, *, labelled: float = 1.0, tune: float = 0.0) -> None:
+    """Write the demo's data, with the tokenizer that its recipe expects."""
+    openmoji.build(
+        path,
+        labelled=labelled,
+        tune=tune,
+        num_merges=DEMO_MERGES,
+        context_length=demo().text.context_length,
+    )
+
+
+def _production(
+    vision: ViTConfig, *, batch_size: int, num_steps: int, compile: bool
+) -> TrainConfig:
     """M3I on a captioned and labelled data set; values chosen where no source is marked."""
     colours = ViewConfig(
         size=vision.image_size,
@@ -67,12 +85,18 @@ def _production(vision: ViTConfig, *, batch_size: int, num_steps: int, compile: 
         num_steps=num_steps,
         num_classes=1000,
         data=LoaderConfig(
-            path=Path("data/train"), batch_size=batch_size, pairs=True, global_views=colours, num_threads=8
+            path=Path("data/train"),
+            batch_size=batch_size,
+            pairs=True,
+            global_views=colours,
+            num_threads=8,
         ),
         vision=vision,
         text=TextConfig(),  # [paper] CLIP's base text Transformer, from scratch
         objective=ObjectiveConfig(
-            mixing=MixingConfig(mask_block=2),  # [paper] two images, block-wise, about half and half
+            mixing=MixingConfig(
+                mask_block=2
+            ),  # [paper] two images, block-wise, about half and half
             decoder=DecoderConfig(dim=512, depth=4, num_heads=16),  # [SiameseIM] depth, heads
         ),
         optim=OptimConfig(
@@ -89,7 +113,8 @@ def _production(vision: ViTConfig, *, batch_size: int, num_steps: int, compile: 
 
 
 def _variants() -> dict[str, Callable[[], TrainConfig]]:
-    """m3i_vit_{s,b,l,h}, plain and for a GPU: batch sizes are chosen to fit 80 GB in bf16, not yet measured."""
+    """m3i_vit_{s,b,l,h}, plain and for a GPU: batch sizes are chosen to fit 80 GB in bf16, not
+    yet measured."""
     batch_sizes = {"s": (1024, 1024), "b": (512, 768), "l": (256, 320), "h": (96, 128)}
     found: dict[str, Callable[[], TrainConfig]] = {}
     for size, vision in {"s": vit_s, "b": vit_b, "l": vit_l, "h": vit_h}.items():
@@ -109,14 +134,15 @@ def _build(
         activation_checkpointing=size == "h",
     )
     # 400 epochs of 1.28 M images [paper, ablations on ImageNet-1k].
-    return _production(cfg, batch_size=batch_size, num_steps=400 * 1_281_167 // batch_size, compile=compile)
+    return _production(
+        cfg, batch_size=batch_size, num_steps=400 * 1_281_167 // batch_size, compile=compile
+    )
 
 
 def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) -> TrainConfig:
-    """The same recipe at a size a laptop trains in a second: for smoke tests of a recipe on other data."""
-    vision = replace(
-        cfg.vision, image_size=4 * cfg.vision.patch_size, dim=32, depth=2, num_heads=2
-    )
+    """The same recipe at a size a laptop trains in a second: for smoke tests of a recipe on other
+    data."""
+    vision = replace(cfg.vision, image_size=4 * cfg.vision.patch_size, dim=32, depth=2, num_heads=2)
     views = replace(cfg.data.global_views, size=vision.image_size)
     return replace(
         cfg,
@@ -124,7 +150,9 @@ def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) 
         num_classes=num_classes,
         vision=vision,
         text=text,
-        data=replace(cfg.data, path=path, batch_size=4, global_views=views, num_threads=1, initial_fill=16),
+        data=replace(
+            cfg.data, path=path, batch_size=4, global_views=views, num_threads=1, initial_fill=16
+        ),
         objective=replace(
             cfg.objective,
             decoder=replace(cfg.objective.decoder, dim=32, depth=1, num_heads=2),

@@ -42,11 +42,16 @@ def test_a_shrunken_recipe_takes_two_steps(name: str, dataset: Path, tmp_path: P
 def test_sizes_are_those_of_timm() -> None:
     import timm
 
-    for name, model in (("m3i_vit_s", "vit_small_patch16_224"), ("m3i_vit_h", "vit_huge_patch14_224")):
+    for name, model in (
+        ("m3i_vit_s", "vit_small_patch16_224"),
+        ("m3i_vit_h", "vit_huge_patch14_224"),
+    ):
         cfg = RECIPES[name]()
         with torch.device("meta"):
             ours = sum(p.numel() for p in build_objective(cfg).encoder.parameters())
-            theirs = timm.create_model(model, num_classes=0, class_token=False, global_pool="avg", fc_norm=False)
+            theirs = timm.create_model(
+                model, num_classes=0, class_token=False, global_pool="avg", fc_norm=False
+            )
         assert ours == sum(p.numel() for p in theirs.parameters())
 
 

@@ -12,7 +12,8 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 VERBS = {
-    "demo": "pack real captioned pictures, pre-train, evaluate, and write a page of what was learnt",
+    "demo": "pack real captioned pictures, pre-train, evaluate, and write a page of what was "
+    "learnt",
     "train": "pre-train a recipe",
     "evaluate": "measure a run's encoder on held-out pictures",
     "data": "write a data set: openmoji, synthetic; or verify one",
@@ -23,7 +24,8 @@ console = Console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb. Exit codes: 0 done, 1 failed, 2 wrong request, 130 or 143 saved after a signal."""
+    """Run a verb. Exit codes: 0 done, 1 failed, 2 wrong request, 130 or 143 saved after a
+    signal."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print("usage: m3i-fast VERB ...   (m3i-fast VERB --help tells more)\n")
@@ -32,9 +34,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
-        return refuse(f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}." + nearest(verb, list(VERBS)))
+        return refuse(
+            f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}."
+            + nearest(verb, list(VERBS))
+        )
     logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False)],
     )
     try:
         return importlib.import_module(f"m3i_fast.cli.{verb}").main(rest)

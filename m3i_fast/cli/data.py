@@ -15,7 +15,8 @@ from m3i_fast.pipelines.manifest import verify
 
 @dataclass(frozen=True, kw_only=True)
 class OpenMoji:
-    """Drawings with English captions and categories (CC BY-SA 4.0), rendered offline: the demo's data."""
+    """Drawings with English captions and categories (CC BY-SA 4.0), rendered offline: the demo's
+    data."""
 
     out: tyro.conf.Positional[Path]
     """Directory to write."""
@@ -23,7 +24,8 @@ class OpenMoji:
     """Side of the rendered pictures in pixels."""
     image_format: Literal["png", "jpg"] = "png"
     labelled: float = 1.0
-    """Share of the training concepts with caption and class; of the rest a third each has the caption only, the class only,
+    """Share of the training concepts with caption and class; of the rest a third each has the
+    caption only, the class only,
     neither."""
     heldout: float = 0.2
     """Share of the concepts kept for evaluation."""

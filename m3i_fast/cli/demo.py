@@ -14,14 +14,13 @@ import tyro
 
 from m3i_fast.cli import console
 from m3i_fast.cli.demo_page import gather
-from m3i_fast.cli.evaluate import build_untrained, evaluate, load_objective
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.report import write_report
-from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.manifest import is_dataset
-from m3i_fast.recipes import DEMO_MERGES, demo
+from m3i_fast.recipes import demo, pack_demo
 
 CALIBRATION_STEPS = (10, 30)  # not timed, timed
 
@@ -44,8 +43,8 @@ def main(argv: list[str]) -> int:
     command = tyro.cli(DemoCommand, prog="m3i-fast demo", args=argv)
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")
-        pack(command.data)
-    cfg = config(command.data, command.seed)
+        pack_demo(command.data)
+    cfg = demo(data=command.data, seed=command.seed)
     num_steps = command.num_steps or calibrate(cfg, command.seconds)
     cfg = replace(cfg, num_steps=num_steps)
     set_aside(command.out)
@@ -58,24 +57,6 @@ def main(argv: list[str]) -> int:
     page = report(command.out, cfg)
     console.print(f"open {page}")
     return 0
-
-
-def pack(path: Path, *, labelled: float = 1.0, tune: float = 0.0) -> None:
-    """The demo's data, with the tokenizer that its recipe expects."""
-    cfg = demo()
-    openmoji.build(
-        path,
-        labelled=labelled,
-        tune=tune,
-        num_merges=DEMO_MERGES,
-        context_length=cfg.text.context_length,
-    )
-
-
-def config(data: Path, seed: int) -> TrainConfig:
-    """The demo recipe on `data`, everything random from `seed`."""
-    cfg = demo()
-    return replace(cfg, seed=seed, data=replace(cfg.data, path=data, seed=seed))
 
 
 def calibrate(cfg: TrainConfig, seconds: float) -> int:

@@ -53,14 +53,15 @@ def gather(
     manifest = read_manifest(cfg.data.path)
     tokenizer = Tokenizer.from_info(manifest.tokenizer)
     heldout = _heldout(cfg, encoders, tokenizer)
-    order = torch.randperm(len(heldout.captions), generator=torch.Generator().manual_seed(0)).tolist()
+    rng = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(heldout.captions), generator=rng).tolist()
     return ReportInputs(
         title="M3I in one stage: labels, captions and dense self-supervision",
         evaluation=figures,
         metrics=read_jsonl(run / "metrics.jsonl"),
         mixed_pair=_mixed_pair(cfg, manifest, tokenizer),
         retrieval=[_retrieval(heldout, row) for row in order[:NUM_CAPTIONS]],
-        retrieval_choice=f"Drawn at random among all {len(order)} held-out captions, before looking.",
+        retrieval_choice=f"Drawn at random among all {len(order)} held-out captions.",
         patch_pca=_patch_pca(heldout, order[-NUM_PCA:], cfg.vision.grid),
         config=json.loads((run / "config.json").read_text()),
         environment=json.loads((run / "env.json").read_text()),
@@ -138,7 +139,7 @@ def _patch_pca(heldout: Heldout, rows: list[int], grid: int) -> list[PatchPca]:
 
 
 def _mixed_pair(cfg: TrainConfig, manifest: Manifest, tokenizer: Tokenizer) -> MixedPair:
-    """The first pair of the first training batch, both images captioned and labelled if one such pair exists."""
+    """A pair of the first training batch: the first whose images are both annotated, if any is."""
     loader = Loader(cfg.data)
     batch = next(loader)
     loader.close()
@@ -150,8 +151,8 @@ def _mixed_pair(cfg: TrainConfig, manifest: Manifest, tokenizer: Tokenizer) -> M
         seed=cfg.seed,
         step=0,
     )
-    complete = (batch.num_tokens[mix.pairs].min(1).values > 0) & (batch.label[mix.pairs].min(1).values >= 0)
-    p = int(complete.to(torch.int8).argmax())
+    annotated = (batch.num_tokens > 0) & (batch.label >= 0)
+    p = int(annotated[mix.pairs].all(1).to(torch.int8).argmax())
     first, second = mix.pairs[p].tolist()
     views = [[_picture(view[i]) for i in (first, second)] for view in batch.global_views]
     names = [*manifest.class_names, ""]  # label -1 has no name

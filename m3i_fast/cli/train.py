@@ -21,7 +21,10 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Outcome, Trainer
 from m3i_fast.recipes import RECIPES
 
-USAGE = "usage: m3i-fast train RECIPE [--out DIR] [--resume] [--field value ...]\n       m3i-fast train --config FILE [...]"
+USAGE = """\
+usage: m3i-fast train RECIPE [--out DIR] [--resume] [--field value ...]
+       m3i-fast train --config FILE [...]
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class TrainCommand:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(f"{USAGE}\n\nrecipes: {', '.join(RECIPES)}", highlight=False)
+        console.print(f"{USAGE}\nrecipes: {', '.join(RECIPES)}", highlight=False)
         return 0 if argv else 2
     if argv[0] == "--config":
         if len(argv) < 2:
@@ -45,7 +48,8 @@ def main(argv: list[str]) -> int:
         name, config, rest = argv[0], RECIPES[argv[0]](), argv[1:]
     else:
         return refuse(
-            f"unknown recipe {argv[0]!r}: expected one of {', '.join(RECIPES)}." + nearest(argv[0], list(RECIPES))
+            f"unknown recipe {argv[0]!r}: expected one of {', '.join(RECIPES)}."
+            + nearest(argv[0], list(RECIPES))
         )
     command = tyro.cli(
         TrainCommand,
@@ -55,7 +59,9 @@ def main(argv: list[str]) -> int:
     )
     outcome = run(command.config, command.out, resume=command.resume)
     if outcome.signal is not None:
-        console.print(f"stopped and saved at step {outcome.step}: add --resume to continue {command.out}")
+        console.print(
+            f"stopped and saved at step {outcome.step}: add --resume to continue {command.out}"
+        )
         return 128 + outcome.signal
     return 0
 

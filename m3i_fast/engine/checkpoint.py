@@ -72,7 +72,8 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Checkpoint:
-    """Write one checkpoint and delete all but the newest `keep`. An error leaves the older ones as they were."""
+    """Write one checkpoint and delete all but the newest `keep`. An error leaves the older ones
+    as they were."""
     path = directory / f"step_{step:08d}"
     if path.exists():
         return Checkpoint(path)
@@ -82,7 +83,10 @@ def save(
         for field, tensor in optimizer.state.get(parameter, {}).items()
     }
     with directory_atomically(path) as temporary:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / "model.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in model.state_dict().items()},
+            temporary / "model.safetensors",
+        )
         save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state))
     for old in checkpoints(directory)[:-keep]:

@@ -21,7 +21,8 @@ class EmaConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.momentum <= self.final_momentum <= 1:
             raise ValueError(
-                f"ema.momentum: expected 0 <= momentum <= final_momentum <= 1, got {self.momentum} and "
+                f"ema.momentum: expected 0 <= momentum <= final_momentum <= 1, got "
+                f"{self.momentum} and "
                 f"{self.final_momentum}"
             )
 
@@ -31,7 +32,8 @@ class EmaConfig:
 
 @torch.no_grad()
 def update_ema(average: nn.Module, online: nn.Module, momentum: float) -> None:
-    """average <- momentum * average + (1 - momentum) * online, over all parameters, in place; buffers are copied."""
+    """average <- momentum * average + (1 - momentum) * online, over all parameters, in place;
+    buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1.0 - momentum)
     for target, source in zip(average.buffers(), online.buffers(), strict=True):
         target.copy_(source)

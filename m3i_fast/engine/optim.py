@@ -38,14 +38,17 @@ class OptimConfig:
 
     def lr_schedule(self, num_steps: int) -> np.ndarray:  # [num_steps] fp64
         warmup_steps = round(self.warmup_fraction * num_steps)
-        return warmup_cosine(self.lr, num_steps=num_steps, warmup_steps=warmup_steps, final=self.final_lr)
+        return warmup_cosine(
+            self.lr, num_steps=num_steps, warmup_steps=warmup_steps, final=self.final_lr
+        )
 
     def weight_decay_schedule(self, num_steps: int) -> np.ndarray:  # [num_steps] fp64
         return cosine(self.weight_decay, self.final_weight_decay, num_steps=num_steps)
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; group 0 decays, group 1 (norms, biases, scalars, tokens) does not."""
+    """Fused AdamW over the trainable parameters; group 0 decays, group 1 (norms, biases, scalars,
+    tokens) does not."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [(name, p) for name, p in named if _decays(name, p)]
     others = [(name, p) for name, p in named if not _decays(name, p)]

@@ -10,7 +10,10 @@ import torch
 def resolve_device(requested: str) -> torch.device:
     """auto | cpu | cuda -> device. Raises ValueError when a GPU is asked for and there is none."""
     if requested == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: expected a GPU for cuda, got none; `m3i-fast doctor` says why, --device cpu trains without")
+        raise ValueError(
+            "device: expected a GPU for cuda, got none; `m3i-fast doctor` says why, --device cpu "
+            "trains without"
+        )
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(requested)

@@ -43,7 +43,8 @@ class Outcome:
 class Trainer:
     """Trains `cfg` in `run_dir`.
 
-    Raises FileExistsError when run_dir holds a run and `resume` is False, FileNotFoundError when `resume` finds nothing,
+    Raises FileExistsError when run_dir holds a run and `resume` is False, FileNotFoundError when
+    `resume` finds nothing,
     ValueError when the config differs from the run's, FloatingPointError when a loss is not finite.
     """
 
@@ -71,7 +72,8 @@ class Trainer:
         self._signal: int | None = None
 
     def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
-        """Fetch nothing, wait for nothing: schedules, targets, input, objective, backward, clip, step, EMA."""
+        """Fetch nothing, wait for nothing: schedules, targets, input, objective, backward, clip,
+        step, EMA."""
         cfg, stage, step = self.cfg, self.timer.stage, self.step
         # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
         torch.manual_seed(step_seed(cfg.seed, step))
@@ -104,13 +106,17 @@ class Trainer:
         return metrics
 
     def train(self, progress: Progress = lambda step, values: None) -> Outcome:
-        """Train to num_steps, or until SIGINT or SIGTERM; either way a checkpoint of the last step is written."""
+        """Train to num_steps, or until SIGINT or SIGTERM; either way a checkpoint of the last
+        step is written."""
         cfg = self.cfg
         sinks: list[Sink] = [
             JsonlSink(self.run_dir / "metrics.jsonl", start_step=self.step),
             TensorBoardSink(self.run_dir / "tensorboard", start_step=self.step),
         ]
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         began, began_step = time.perf_counter(), self.step
         try:
             while self.step < cfg.num_steps and self._signal is None:
@@ -137,7 +143,8 @@ class Trainer:
         return Outcome(self.step, self._signal)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless a loss since the last read was not finite."""
+        """Write a checkpoint of the current step, unless a loss since the last read was not
+        finite."""
         check_finite(self.means.read(), self.step)
         checkpoint.save(
             self.checkpoint_dir,
@@ -169,7 +176,8 @@ class Trainer:
         if not resume:
             if config_path.exists():
                 raise FileExistsError(
-                    f"{self.run_dir} holds a run already: add --resume to continue it, or name another --out"
+                    f"{self.run_dir} holds a run already: add --resume to continue it, or name "
+                    f"another --out"
                 )
             self.run_dir.mkdir(parents=True, exist_ok=True)
             environment().save(self.run_dir / "env.json")
@@ -179,7 +187,9 @@ class Trainer:
             raise FileNotFoundError(f"--resume: no run in {self.run_dir}: expected {config_path}")
         found = differences(TrainConfig.load(config_path), self.cfg)
         if found:
-            raise ValueError(f"--resume: the config differs from {config_path}: " + "; ".join(found))
+            raise ValueError(
+                f"--resume: the config differs from {config_path}: " + "; ".join(found)
+            )
         return checkpoint.latest(self.checkpoint_dir)
 
     def _check_data(self) -> None:
@@ -187,11 +197,16 @@ class Trainer:
         facts = {
             "num_classes": (self.cfg.num_classes, len(manifest.class_names)),
             "text.vocab_size": (self.cfg.text.vocab_size, manifest.tokenizer.vocab_size),
-            "text.context_length": (self.cfg.text.context_length, manifest.tokenizer.context_length),
+            "text.context_length": (
+                self.cfg.text.context_length,
+                manifest.tokenizer.context_length,
+            ),
         }
         for name, (got, expected) in facts.items():
             if got != expected:
-                raise ValueError(f"{name}: expected {expected} as the data in {self.cfg.data.path}, got {got}")
+                raise ValueError(
+                    f"{name}: expected {expected} as the data in {self.cfg.data.path}, got {got}"
+                )
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         saved.load_model(self.objective)
@@ -224,6 +239,7 @@ def check_finite(values: dict[str, float], step: int) -> None:
     wrong = {k: v for k, v in values.items() if k.startswith("loss/") and not math.isfinite(v)}
     if wrong:
         raise FloatingPointError(
-            f"step {step}: not finite: {wrong}; no checkpoint is written from here, the last one is good. A lower "
+            f"step {step}: not finite: {wrong}; no checkpoint is written from here, the last one "
+            f"is good. A lower "
             "optim.lr or a longer optim.warmup_fraction usually helps"
         )

@@ -27,7 +27,8 @@ def collect_features(
     """Run one encoder over batches with one view each.
 
     embed_images: [B, 3, S, S] uint8 -> patch tokens [B, N, C], image embeddings [B, E] or None;
-    embed_captions: token ids [B, T], counts [B] -> caption embeddings [B, E]. Both stay on the CPU in the result.
+    embed_captions: token ids [B, T], counts [B] -> caption embeddings [B, E]. Both stay on the
+    CPU in the result.
     Without image embeddings Features.image and .text have no columns, and retrieval is left out.
     """
     columns: list[tuple[Tensor, ...]] = []

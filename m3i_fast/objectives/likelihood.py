@@ -1,6 +1,8 @@
-"""Variational posteriors P(z | z_hat): the two likelihoods of M3I (arXiv 2211.09807, section 3) as functions.
+"""Variational posteriors P(z | z_hat): the two likelihoods of M3I (arXiv 2211.09807, section 3)
+as functions.
 
-Legend: N predictions, M targets, D feature width. Both return a scalar in fp32 (fp64 for fp64 input); lower is more mutual information.
+Legend: N predictions, M targets, D feature width. Both return a scalar in fp32 (fp64 for fp64
+input); lower is more mutual information.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ def gaussian(
     *,
     sigma: float = 1.0,
 ) -> Tensor:  # [] fp32
-    """-log N(z; z_hat, sigma^2 I) a dimension, without its constant: mean of (z - z_hat)^2 / (2 sigma^2).
+    """-log N(z; z_hat, sigma^2 I) a dimension, without its constant: mean of (z - z_hat)^2 / (2
+    sigma^2).
 
     The L2-norm of the paper's figure 1. Accumulates in fp32.
     Raises ValueError when the shapes differ or sigma is not positive.
     """
     if z_hat.shape != z.shape:
-        raise ValueError(f"z: expected the shape of z_hat {tuple(z_hat.shape)}, got {tuple(z.shape)}")
+        raise ValueError(
+            f"z: expected the shape of z_hat {tuple(z_hat.shape)}, got {tuple(z.shape)}"
+        )
     if not sigma > 0:
         raise ValueError(f"sigma: expected > 0, got {sigma}")
     return (_wide(z_hat) - _wide(z)).square().mean() / (2 * sigma**2)
@@ -55,12 +60,16 @@ def boltzmann(
 ) -> Tensor:  # [] fp32
     """Softmax cross-entropy of exp(scale * z_hat . z) over all targets: the Boltzmann posterior.
 
-    - neither ids nor targets: the diagonal is positive, both directions averaged; equals open_clip's ClipLoss.
+    - neither ids nor targets: the diagonal is positive, both directions averaged; equals
+    open_clip's ClipLoss.
     - targets: one-sided, z are the class embeddings, -1 is ignored.
-    - row_ids and col_ids: equal ids are positives, weighted 1 / count (several captions of an image, variants of a
-      concept), both directions averaged; an id of -1 has no annotation and is neither row nor candidate.
+    - row_ids and col_ids: equal ids are positives, weighted 1 / count (several captions of an
+    image, variants of a
+      concept), both directions averaged; an id of -1 has no annotation and is neither row nor
+      candidate.
 
-    Averages over rows that have a positive; a batch without any gives 0. Logits and softmax in fp32.
+    Averages over rows that have a positive; a batch without any gives 0. Logits and softmax in
+    fp32.
     Raises ValueError on contradicting arguments.
     """
     if targets is not None and (row_ids is not None or col_ids is not None):
@@ -74,7 +83,9 @@ def boltzmann(
         return _mean_over(nll_N, valid_N)
     if row_ids is None or col_ids is None:
         if z_hat.shape[0] != z.shape[0]:
-            raise ValueError(f"z: expected {z_hat.shape[0]} rows as z_hat, or ids; got {z.shape[0]}")
+            raise ValueError(
+                f"z: expected {z_hat.shape[0]} rows as z_hat, or ids; got {z.shape[0]}"
+            )
         row_ids = col_ids = torch.arange(z.shape[0], device=z.device)
     return 0.5 * (_rows(logits_NM, row_ids, col_ids) + _rows(logits_NM.T, col_ids, row_ids))
 
@@ -87,7 +98,9 @@ def _rows(
     positive_NM = row_ids[:, None] == col_ids[None, :]
     valid_N = (row_ids != IGNORED) & positive_NM.any(1)
     # A finite floor: a row of only -inf would put NaN into the gradient of rows that are ignored.
-    masked_NM = logits_NM.masked_fill((col_ids == IGNORED)[None, :], torch.finfo(logits_NM.dtype).min)
+    masked_NM = logits_NM.masked_fill(
+        (col_ids == IGNORED)[None, :], torch.finfo(logits_NM.dtype).min
+    )
     count_N = positive_NM.sum(1).clamp_min(1)
     mean_positive_N = logits_NM.masked_fill(~positive_NM, 0.0).sum(1) / count_N
     return _mean_over(masked_NM.logsumexp(1) - mean_positive_N, valid_N)

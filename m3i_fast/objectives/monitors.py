@@ -1,4 +1,5 @@
-"""Collapse monitors: is there still entropy in the targets? Read on the device, only on logged steps."""
+"""Collapse monitors: is there still entropy in the targets? Read on the device, only on logged
+steps."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from torch import Tensor
 
 
 def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
-    """Mean over dimensions of the standard deviation over unit-length rows, times sqrt(D): 1 when spread evenly, 0 when collapsed."""
+    """Mean over dimensions of the standard deviation over unit-length rows, times sqrt(D): 1 when
+    spread evenly, 0 when collapsed."""
     rows = F.normalize(features.float().flatten(0, -2), dim=-1)
     return rows.std(0).mean() * rows.shape[-1] ** 0.5
 
 
 def rankme(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
-    """Effective rank, RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values.
+    """Effective rank, RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular
+    values.
 
     Singular values come from the eigenvalues of the D x D Gram matrix in fp64.
     """

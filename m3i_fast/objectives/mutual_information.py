@@ -1,6 +1,8 @@
-"""The objective: a sum over declared terms, each a lower bound of the mutual information between input and target.
+"""The objective: a sum over declared terms, each a lower bound of the mutual information between
+input and target.
 
-Legend: B samples, V views, P mixed inputs, I images in inputs (2 P, or P without mixing), n cells an image shows,
+Legend: B samples, V views, P mixed inputs, I images in inputs (2 P, or P without mixing), n cells
+an image shows,
 N cells of the grid, Q cells predicted, C encoder width, E embedding width.
 """
 
@@ -44,7 +46,8 @@ class ObjectiveConfig:
     head_hidden_dim: int = 2048
     """Width of the hidden layer of the category and caption heads."""
     sigma: float = 0.5**0.5
-    """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared error."""
+    """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
+    error."""
     decorrelation_weight: float = 0.02
     """Weight of the decorrelation regulariser, SiameseIM's value."""
     temperature: float = 0.07
@@ -57,7 +60,9 @@ class ObjectiveConfig:
         if not any(term.weight > 0 for term in self.terms):
             raise ValueError("objective.terms: expected a weight > 0, got none")
         if not 1 / MAX_SCALE <= self.temperature:
-            raise ValueError(f"objective.temperature: expected >= {1 / MAX_SCALE}, got {self.temperature}")
+            raise ValueError(
+                f"objective.temperature: expected >= {1 / MAX_SCALE}, got {self.temperature}"
+            )
 
     @property
     def active_terms(self) -> tuple[Term, ...]:
@@ -79,10 +84,12 @@ class DenseTargets:
 @dataclass(frozen=True, slots=True)
 class Encoded:
     tokens: Tensor  # [I, n, C], each image's own cells
+    local: tuple[Tensor, ...] = ()  # L x [B, m, C], whole local views
 
 
 class MutualInformation(nn.Module):
-    """loss = sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3; every image is asked only what exists for it."""
+    """loss = sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3; every image is asked only
+    what exists for it."""
 
     def __init__(
         self, cfg: ObjectiveConfig, *, vision: ViTConfig, text: TextConfig, num_classes: int
@@ -98,7 +105,9 @@ class MutualInformation(nn.Module):
             )
         if cfg.uses("category"):
             if num_classes < 1:
-                raise ValueError("objective.terms: the category term needs classes, the data has none")
+                raise ValueError(
+                    "objective.terms: the category term needs classes, the data has none"
+                )
             self.category_head = GlobalHead(vision.dim, cfg.head_hidden_dim, text.embed_dim)
             self.category_embedding = nn.Parameter(torch.empty(num_classes, text.embed_dim))
             self.category_log_scale = nn.Parameter(torch.empty(()))
@@ -119,7 +128,8 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
-        """Keep every 1 / tau in [1, 100], in place, after the optimiser's step (as open_clip does)."""
+        """Keep every 1 / tau in [1, 100], in place, after the optimiser's step (as open_clip
+        does)."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("log_scale"):
                 parameter.clamp_(0.0, math.log(MAX_SCALE))
@@ -155,17 +165,31 @@ class MutualInformation(nn.Module):
                 own = _own_cells(self.encoder.encode(tokens_PNC)[:, num_prefix:], mix.token_index)
             case "none":
                 own = self.encoder.encode(tokens_PNC)[:, num_prefix:]
-        return Encoded(own)
+        return Encoded(own, tuple(self._encode_whole(view) for view in batch.local_views))
+
+    def _encode_whole(self, views: Tensor) -> Tensor:  # [B, 3, s, s] uint8 -> [B, m, C]
+        every = torch.arange(views.shape[0], device=views.device)
+        images = normalise_views(views, every, _autocast_dtype(views.device.type))
+        return self.encoder(images)[:, self.encoder.num_prefix :]
 
     def forward(
-        self, encoded: Encoded, targets: DenseTargets, batch: Batch, mix: Mix, *, monitor: bool = False
+        self,
+        encoded: Encoded,
+        targets: DenseTargets,
+        batch: Batch,
+        mix: Mix,
+        *,
+        monitor: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and every term unweighted; with `monitor` also the collapse monitors. All on the device."""
+        """The weighted sum, and every term unweighted; with `monitor` also the collapse monitors.
+        All on the device."""
         total = torch.zeros((), device=encoded.tokens.device)
         metrics: dict[str, Tensor] = {}
         for term in self.cfg.active_terms:
             if term.is_dense:
-                value = self._dense(term, encoded, targets, batch, mix, metrics if monitor else None)
+                value = self._dense(
+                    term, encoded, targets, batch, mix, metrics if monitor else None
+                )
             elif term.target == "category":
                 value = self._category(encoded, batch, mix)
             else:
@@ -179,20 +203,22 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, 3, S, S] uint8 whole images -> patch tokens [B, N, C], and unit image embeddings [B, E] that captions are
+        """[B, 3, S, S] uint8 whole images -> patch tokens [B, N, C], and unit image embeddings
+        [B, E] that captions are
         matched with; None without a caption term."""
-        every = torch.arange(views.shape[0], device=views.device)
-        images = normalise_views(views, every, _autocast_dtype(views.device.type))
-        tokens = self.encoder(images)[:, self.encoder.num_prefix :]
+        tokens = self._encode_whole(views)
         if not self.cfg.uses("caption"):
             return tokens, None
         return tokens, F.normalize(self.caption_head(tokens).float(), dim=-1)
 
     @torch.no_grad()
     def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
-        """[B, T] int, [B] int64 -> unit caption embeddings [B, E]; ValueError without a caption term."""
+        """[B, T] int, [B] int64 -> unit caption embeddings [B, E]; ValueError without a caption
+        term."""
         if not self.cfg.uses("caption"):
-            raise ValueError("objective.terms: expected a caption term of weight > 0 to embed captions, got none")
+            raise ValueError(
+                "objective.terms: expected a caption term of weight > 0 to embed captions, got none"
+            )
         return F.normalize(self.text_encoder(token_ids, num_tokens).float(), dim=-1)
 
     def _dense(
@@ -218,26 +244,58 @@ class MutualInformation(nn.Module):
         z_hat = self.decoder(encoded.tokens[rows], mix.token_index[rows], position)
         if metrics is not None:
             metrics[f"monitor/{term.name}_cosine"] = mean_cosine(z_hat.detach(), target)
+        value = self._dense_nll(term, z_hat, target)
+        if same or not encoded.local:
+            return value
+        return (value + self._dense_local(term, encoded, target, batch, mix)) / (
+            1 + len(encoded.local)
+        )
+
+    def _dense_local(
+        self, term: Term, encoded: Encoded, target: Tensor, batch: Batch, mix: Mix
+    ) -> Tensor:
+        """Local views of the last images predict the same cells of the other view; summed."""
+        samples = mix.sample[-mix.num_inputs :]
+        grid = self.encoder.cfg.grid
+        total = torch.zeros((), device=target.device)
+        for number, tokens in enumerate(encoded.local, start=len(batch.global_views)):
+            local_grid = math.isqrt(tokens.shape[1])
+            boxes = batch.boxes[samples]
+            position = relative_positions(
+                boxes[:, number],
+                boxes[:, 1],
+                mix.other_view_query,
+                input_grid=local_grid,
+                target_grid=grid,
+            )
+            # Cell (u, v) of a smaller grid has the position code of cell (u, v) of the large one.
+            line = torch.arange(local_grid, device=target.device)
+            index = (line[:, None] * grid + line[None, :]).flatten().expand(len(samples), -1)
+            z_hat = self.decoder(tokens[samples], index, position)
+            total = total + self._dense_nll(term, z_hat, target)
+        return total
+
+    def _dense_nll(self, term: Term, z_hat: Tensor, target: Tensor) -> Tensor:
         value = gaussian(z_hat, target, sigma=self.cfg.sigma)
         if term.regulariser == "decorrelation":
             value = value + self.cfg.decorrelation_weight * decorrelation(z_hat, target)
         return value
 
     def _category(self, encoded: Encoded, batch: Batch, mix: Mix) -> Tensor:
-        z_hat = F.normalize(self.category_head(encoded.tokens).float(), dim=-1)
+        z_hat = _unit_rows(self.category_head, encoded)
         z = F.normalize(self.category_embedding, dim=-1)
-        return boltzmann(z_hat, z, self.category_log_scale.exp(), targets=batch.label[mix.sample])
+        targets = _of_rows(batch.label, encoded, mix)
+        return boltzmann(z_hat, z, self.category_log_scale.exp(), targets=targets)
 
     def _caption(self, encoded: Encoded, batch: Batch, mix: Mix) -> Tensor:
-        z_hat = F.normalize(self.caption_head(encoded.tokens).float(), dim=-1)
+        z_hat = _unit_rows(self.caption_head, encoded)
         token_ids, num_tokens = drop_tokens(
             batch.token_ids, batch.num_tokens, mix.token_priority, self.cfg.mixing.token_dropout
         )
         z = F.normalize(self.text_encoder(token_ids, num_tokens).float(), dim=-1)
         ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
-        return boltzmann(
-            z_hat, z, self.caption_log_scale.exp(), row_ids=ids[mix.sample], col_ids=ids
-        )
+        row_ids = _of_rows(ids, encoded, mix)
+        return boltzmann(z_hat, z, self.caption_log_scale.exp(), row_ids=row_ids, col_ids=ids)
 
     def _target_tokens(self, views: Tensor, rows: Tensor) -> Tensor:  # [P, N, C] fp32
         return self.target_encoder(normalise_views(views, rows, _autocast_dtype(views.device.type)))
@@ -254,6 +312,16 @@ class MutualInformation(nn.Module):
             metrics["monitor/target_std"] = feature_std(pooled)
             metrics["monitor/target_rank"] = rankme(targets.tokens)
         return metrics
+
+
+def _unit_rows(head: GlobalHead, encoded: Encoded) -> Tensor:  # [I + L B, E] fp32
+    """Unit-length predictions of every image in an input, then of every local view."""
+    rows = torch.cat([head(tokens) for tokens in (encoded.tokens, *encoded.local)])
+    return F.normalize(rows.float(), dim=-1)
+
+
+def _of_rows(values: Tensor, encoded: Encoded, mix: Mix) -> Tensor:  # [B] -> [I + L B]
+    return torch.cat([values[mix.sample], *(values for _ in encoded.local)])
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:  # [R, N, C], [R, Q] -> [R, Q, C]

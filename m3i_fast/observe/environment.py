@@ -19,7 +19,8 @@ from m3i_fast.storage import write_atomically
 class Environment:
     command: str
     commit: str | None
-    """Of the project's checkout; None for an installed wheel. Ends in -dirty with uncommitted changes."""
+    """Of the project's checkout; None for an installed wheel. Ends in -dirty with uncommitted
+    changes."""
     python: str
     torch: str
     cuda: str | None

@@ -1,4 +1,5 @@
-"""Metrics of a run: means on the device, stage times, and the sinks that share `log(step, values)`."""
+"""Metrics of a run: means on the device, stage times, and the sinks that share `log(step,
+values)`."""
 
 from __future__ import annotations
 
@@ -22,10 +23,13 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """metrics.jsonl: one object a logged step. A resume first drops the rows after the step it continues from."""
+    """metrics.jsonl: one object a logged step. A resume first drops the rows after the step it
+    continues from."""
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
-        kept = [row for row in read_jsonl(path) if row["step"] <= start_step] if path.exists() else []
+        kept = (
+            [row for row in read_jsonl(path) if row["step"] <= start_step] if path.exists() else []
+        )
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
@@ -42,7 +46,9 @@ class TensorBoardSink:
     """TensorBoard event files in `directory`."""
 
     def __init__(self, directory: Path, *, start_step: int = 0) -> None:
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(
+            str(directory), purge_step=start_step + 1 if start_step else None
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -62,7 +68,8 @@ def read_jsonl(path: Path) -> list[dict[str, float]]:
 
 
 class DeviceMeans:
-    """Running means of scalar tensors, kept on their device until `read`, which copies all of them at once."""
+    """Running means of scalar tensors, kept on their device until `read`, which copies all of
+    them at once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -79,7 +86,9 @@ class DeviceMeans:
         if not self._sums:
             return {}
         sums = torch.stack(list(self._sums.values())).tolist()
-        return {name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)}
+        return {
+            name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)
+        }
 
     def reset(self) -> None:
         self._sums.clear()
@@ -87,7 +96,8 @@ class DeviceMeans:
 
 
 class StageTimer:
-    """Time a stage of the step: CUDA events on a GPU (and an NVTX range), the clock elsewhere. Read when logging."""
+    """Time a stage of the step: CUDA events on a GPU (and an NVTX range), the clock elsewhere.
+    Read when logging."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

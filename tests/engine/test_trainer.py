@@ -1,4 +1,5 @@
-"""Training as a person runs it: it learns, stops, resumes bit for bit, and refuses what is wrong."""
+"""Training as a person runs it: it learns, stops, resumes bit for bit, and refuses what is
+wrong."""
 
 import os
 import signal
@@ -25,7 +26,9 @@ TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=
 
 def _config(dataset: Path, **overrides: object) -> TrainConfig:
     cfg = shrink(demo(), path=dataset, num_classes=9, text=TEXT)
-    cfg = replace(cfg, data=replace(cfg.data, batch_size=8), num_steps=30, log_every=5, checkpoint_every=5)
+    cfg = replace(
+        cfg, data=replace(cfg.data, batch_size=8), num_steps=30, log_every=5, checkpoint_every=5
+    )
     return replace(cfg, **overrides)  # type: ignore[arg-type]
 
 
@@ -41,7 +44,8 @@ def _assert_same_run(a: Path, b: Path) -> None:
     different = [name for name, value in first.items() if not torch.equal(value, second[name])]
     assert not different
     losses = [
-        [(row["step"], row["loss/total"]) for row in read_jsonl(run / "metrics.jsonl")] for run in (a, b)
+        [(row["step"], row["loss/total"]) for row in read_jsonl(run / "metrics.jsonl")]
+        for run in (a, b)
     ]
     assert losses[0] == losses[1]
 
@@ -58,7 +62,9 @@ def _start(cfg: TrainConfig, out: Path, *arguments: str) -> subprocess.Popen[byt
     config = out.with_suffix(".json")
     cfg.save(config)
     command = [sys.executable, "-m", "m3i_fast.cli", "train", "--config", str(config)]
-    return subprocess.Popen([*command, "--out", str(out), *arguments], env={**os.environ, "COLUMNS": "200"})
+    return subprocess.Popen(
+        [*command, "--out", str(out), *arguments], env={**os.environ, "COLUMNS": "200"}
+    )
 
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:

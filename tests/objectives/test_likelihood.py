@@ -9,7 +9,9 @@ from torch import Tensor
 from m3i_fast.objectives.likelihood import boltzmann, decorrelation, gaussian
 
 
-def _pair(n: int, m: int, dim: int = 16, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def _pair(
+    n: int, m: int, dim: int = 16, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(n * 100 + m)
     rows = [torch.randn(k, dim, generator=rng, dtype=dtype) for k in (n, m)]
     a, b = (F.normalize(x, dim=-1).requires_grad_() for x in rows)
@@ -63,7 +65,9 @@ def test_ids_equal_a_loop(rows: list[int], cols: list[int]) -> None:
     loss = boltzmann(
         a, b, torch.tensor(7.0), row_ids=torch.tensor(rows), col_ids=torch.tensor(cols)
     )
-    assert float(loss) == pytest.approx(_by_loop(a.detach(), b.detach(), 7.0, rows, cols), abs=1e-12)
+    assert float(loss) == pytest.approx(
+        _by_loop(a.detach(), b.detach(), 7.0, rows, cols), abs=1e-12
+    )
     gradients = torch.autograd.grad(loss, (a, b))
     assert all(bool(g.isfinite().all()) for g in gradients)
     for gradient, ids in zip(gradients, (rows, cols), strict=True):
@@ -90,7 +94,9 @@ def test_gradcheck() -> None:
         lambda x, y, s: boltzmann(x, y, s, row_ids=rows, col_ids=cols), (a, b, scale)
     )
     targets = torch.tensor([0, 5, -1, 2, 2])
-    assert torch.autograd.gradcheck(lambda x, y, s: boltzmann(x, y, s, targets=targets), (a, b, scale))
+    assert torch.autograd.gradcheck(
+        lambda x, y, s: boltzmann(x, y, s, targets=targets), (a, b, scale)
+    )
     x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     z = torch.randn(3, 4, 5, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: gaussian(x, z, sigma=0.3), (x,))

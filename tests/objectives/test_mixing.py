@@ -6,7 +6,9 @@ import torch
 from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix, drop_tokens
 
 
-def _draw(cfg: MixingConfig, *, batch_size: int = 8, grid: int = 8, seed: int = 3, step: int = 5) -> Mix:
+def _draw(
+    cfg: MixingConfig, *, batch_size: int = 8, grid: int = 8, seed: int = 3, step: int = 5
+) -> Mix:
     return draw_mix(cfg, batch_size=batch_size, grid=grid, context_length=6, seed=seed, step=step)
 
 
@@ -72,9 +74,7 @@ def test_dropping_caption_tokens_equals_a_loop() -> None:
     for row in range(50):
         n = int(count[row])
         expected = [
-            int(ids[row, t])
-            for t in range(n)
-            if t in (0, n - 1) or float(priority[row, t]) >= 0.5
+            int(ids[row, t]) for t in range(n) if t in (0, n - 1) or float(priority[row, t]) >= 0.5
         ]
         assert kept[row].tolist() == expected + [0] * (9 - len(expected))
         assert int(num_kept[row]) == len(expected)

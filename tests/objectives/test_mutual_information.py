@@ -37,7 +37,9 @@ def _build(cfg: ObjectiveConfig) -> MutualInformation:
 
 def _batch(size: int = 8) -> Batch:
     rng = torch.Generator().manual_seed(1)
-    views = [torch.randint(0, 256, (size, 3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2)]
+    views = [
+        torch.randint(0, 256, (size, 3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2)
+    ]
     corner = torch.rand(size, 2, 2, generator=rng) * 10
     side = 20 + torch.rand(size, 2, 2, generator=rng) * 10
     flip = torch.randint(0, 2, (size, 2, 1), generator=rng).float()
@@ -58,7 +60,9 @@ def _batch(size: int = 8) -> Batch:
 
 
 def _mix(cfg: ObjectiveConfig, batch: Batch) -> Mix:
-    return draw_mix(cfg.mixing, batch_size=batch.batch_size, grid=4, context_length=6, seed=0, step=0)
+    return draw_mix(
+        cfg.mixing, batch_size=batch.batch_size, grid=4, context_length=6, seed=0, step=0
+    )
 
 
 def _loss(model: MutualInformation, batch: Batch, mix: Mix) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,7 +73,8 @@ def _loss(model: MutualInformation, batch: Batch, mix: Mix) -> tuple[Tensor, dic
 def test_total_is_the_weighted_sum(mode: str) -> None:
     cfg = _config(mode)
     cfg = replace(
-        cfg, terms=tuple(replace(t, weight=w) for t, w in zip(cfg.terms, (0.5, 2, 1, 3), strict=True))
+        cfg,
+        terms=tuple(replace(t, weight=w) for t, w in zip(cfg.terms, (0.5, 2, 1, 3), strict=True)),
     )
     batch = _batch()
     total, metrics = _loss(_build(cfg), batch, _mix(cfg, batch))
@@ -95,7 +100,8 @@ def test_the_other_image_is_seen_only_where_attention_is_joint(mode: str) -> Non
 
 
 def test_tokens_are_those_of_the_image_alone() -> None:
-    """Mixing on pixels and sorting by image equals encoding the visible patches of each image by itself."""
+    """Mixing on pixels and sorting by image equals encoding the visible patches of each image by
+    itself."""
     cfg = _config()
     model, batch = _build(cfg), _batch()
     mix = _mix(cfg, batch)
@@ -137,9 +143,7 @@ def test_what_is_not_annotated_is_not_asked() -> None:
         noise = encoded.tokens.clone()
         noise[missing[mix.sample]] = 7.0
         first, _ = model(encoded, model.encode_targets(batch, mix), batch, mix)
-        second, _ = model(
-            type(encoded)(noise), model.encode_targets(batch, mix), batch, mix
-        )
+        second, _ = model(type(encoded)(noise), model.encode_targets(batch, mix), batch, mix)
         assert torch.equal(first, second) and float(first) > 0
 
 
@@ -174,6 +178,27 @@ def test_a_term_alone_learns_and_builds_nothing_else(only: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
     if pair := model.momentum_pair():
         assert all(p.grad is None for p in pair[0].parameters())
+
+
+@pytest.mark.parametrize("only", ["inter", "category", "caption"])
+def test_local_views_are_asked_as_well(only: str) -> None:
+    cfg = _config(only=only)
+    model, batch = _build(cfg), _batch()
+    mix = _mix(cfg, batch)
+    rng = torch.Generator().manual_seed(2)
+    local = torch.randint(0, 256, (8, 3, 16, 16), generator=rng, dtype=torch.uint8)
+    boxes = torch.cat([batch.boxes, batch.boxes[:, :1] * torch.tensor([1, 1, 0.5, 0.5, 1])], 1)
+    with_local = replace(batch, local_views=(local,), boxes=boxes)
+    encoded = model.encode_inputs(with_local, mix)
+    assert encoded.local[0].shape == (8, 4, VISION.dim)
+    without, _ = _loss(model, batch, mix)
+    loss, _ = _loss(model, with_local, mix)
+    assert not torch.equal(loss, without)
+    if only == "inter":  # the mean of both inputs' terms, where a local view equals its input
+        whole = replace(cfg, mixing=replace(cfg.mixing, mode="none"), decoder=cfg.decoder)
+        model, mix = _build(whole), _mix(whole, batch)
+        same = replace(batch, local_views=batch.global_views[:1], boxes=batch.boxes[:, [0, 1, 0]])
+        torch.testing.assert_close(_loss(model, same, mix)[0], _loss(model, batch, mix)[0])
 
 
 def test_temperatures_are_clamped_in_place() -> None:
