@@ -20,7 +20,7 @@ def coin(probability: float) -> DataNode:
 
 def around(centre: float, strength: float, apply: DataNode) -> DataNode:
     """Uniform in centre -+ strength where `apply` is 1, the centre where it is 0."""
-    return centre + apply * fn.random.uniform(range=(-strength, strength))
+    return centre + apply * strength * fn.random.uniform(range=(-1.0, 1.0))
 
 
 def jitter(view: DataNode, cfg: ViewConfig) -> DataNode:
@@ -52,9 +52,9 @@ def brightness_contrast(view: DataNode, brightness: DataNode, contrast: DataNode
 
     DALI's contrast alone would be about 128.
     """
-    channels = fn.reductions.mean(view, axes=[0, 1])
+    channels = fn.reductions.mean(view, axes=[0, 1]).cpu()
     gray = fn.reductions.sum(channels * types.Constant(GRAY_WEIGHTS, dtype=types.FLOAT))
-    shift = brightness * (1.0 - contrast) * gray.cpu() / 255.0
+    shift = brightness * (1.0 - contrast) * gray / 255.0
     return fn.brightness_contrast(
         view,
         contrast_center=0.0,
@@ -66,7 +66,8 @@ def brightness_contrast(view: DataNode, brightness: DataNode, contrast: DataNode
 
 def blur(view: DataNode, cfg: ViewConfig) -> DataNode:
     """Gaussian of a random sigma; not applied: a window of one pixel, which changes nothing."""
-    sigma = fn.random.uniform(range=cfg.blur_sigma)
+    low, high = cfg.blur_sigma
+    sigma = low + (high - low) * fn.random.uniform(range=(0.0, 1.0))
     radius = dali_math.ceil(3.0 * sigma) * coin(cfg.blur_probability)
     window = fn.cast(2.0 * radius + 1.0, dtype=types.INT32)
     return fn.gaussian_blur(view, sigma=sigma, window_size=window)

@@ -143,7 +143,7 @@ class Loader:
             batch_size=cfg.batch_size,
             num_threads=1 if for_digest else cfg.num_threads,
             prefetch_queue_depth=1 if for_digest else cfg.prefetch,
-            device_id=0 if for_digest and self.device_id is not None else self.device_id,
+            device_id=None if for_digest else self.device_id,
             seed=_derived_seed(cfg.seed, "rank", self.shard_id),
             checkpoint=checkpoint,
         )
