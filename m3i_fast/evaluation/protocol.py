@@ -47,7 +47,7 @@ class Features:
     """What one encoder says about a set of pictures, and what is known about them."""
 
     encoder: Tensor  # [N, D] fp32, mean of the frozen encoder's patch tokens
-    image: Tensor  # [N, E] fp32, image embedding that captions are matched with
+    image: Tensor  # [N, E] fp32, image embedding that captions are matched with; E = 0: none
     text: Tensor  # [N, E] fp32, embedding of the picture's caption
     label: Tensor  # [N] int64, -1 = not labelled
     group: Tensor  # [N] int64, the concept
@@ -98,7 +98,7 @@ def measure_all(
 
 
 def evaluate_split(train: Features, heldout: Features, *, seed: int = 0) -> Measured:
-    """kNN, linear probe and retrieval of the held-out concepts by one encoder.
+    """kNN, linear probe and, where there are embeddings, retrieval of the held-out concepts.
 
     Unlabelled training items are left out of kNN and probe. Raises ValueError when a held-out item
     has no label, shares its concept with another one or with a training item.
@@ -142,6 +142,7 @@ def evaluate_chance(heldout: Features) -> Measured:
     recalls = {
         f"{way}_recall_at_{k}": torch.full_like(hits, recall_chance(k=k, num_gallery=num))
         for way, k in RECALLS
+        if heldout.image.shape[1]
     }
     return Measured(
         hits={"knn_top1": hits, "linear_top1": hits, **recalls},
@@ -254,6 +255,8 @@ def _best(
 
 
 def _recall_hits(heldout: Features) -> dict[str, Tensor]:
+    if not heldout.image.shape[1]:
+        return {}
     group = heldout.group
     ranks = {
         "caption_to_image": retrieval_ranks(heldout.text, heldout.image, group, group),

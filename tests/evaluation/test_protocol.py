@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from m3i_fast.evaluation import protocol
 from m3i_fast.evaluation.protocol import (
     Features,
+    Measured,
     compare,
     evaluate_chance,
     evaluate_pixels,
@@ -39,6 +41,11 @@ def _digits(noise: float, num_train: int = 600) -> tuple[Features, Features]:
     return everything.rows(torch.arange(num_train)), everything.rows(torch.arange(num_train, 900))
 
 
+@cache
+def _measured() -> dict[str, Measured]:
+    return measure_all(_digits(4.0), _digits(16.0))
+
+
 def _sklearn_hits(train: Features, heldout: Features, field: str, *, k: int) -> Tensor:  # [M]
     oracle = KNeighborsClassifier(
         n_neighbors=k,
@@ -51,8 +58,7 @@ def _sklearn_hits(train: Features, heldout: Features, field: str, *, k: int) -> 
 
 
 def test_figures_have_the_names_and_sources_that_are_published() -> None:
-    trained, untrained = _digits(4.0), _digits(16.0)
-    figures = compare(measure_all(trained, untrained))
+    figures = compare(_measured())
     both = {"trained", "untrained", "chance"}
     assert set(figures["knn_top1"]) == both | {"pixels"}
     for name in (
@@ -64,7 +70,7 @@ def test_figures_have_the_names_and_sources_that_are_published() -> None:
     ):
         assert set(figures[name]) == both, name
         assert figures[name]["chance"] < figures[name]["untrained"] < figures[name]["trained"], name
-    heldout = trained[1]
+    _, heldout = _digits(4.0)
     assert figures["held_out_concepts"] == 300
     assert figures["caption_to_image_recall_at_5"]["chance"] == pytest.approx(5 / 300)
     share = heldout.label.bincount().max().item() / 300
@@ -118,8 +124,7 @@ def test_pixels_and_chance_are_measured_item_by_item() -> None:
 
 
 def test_paired_hits_average_to_the_published_figures() -> None:
-    measured = measure_all(_digits(4.0), _digits(16.0))
-    figures, pairs = compare(measured), paired_hits(measured)
+    figures, pairs = compare(_measured()), paired_hits(_measured())
     assert set(pairs["knn_top1"]) == {"trained", "untrained", "chance", "pixels"}
     for name, sources in pairs.items():
         for source, hits in sources.items():
@@ -127,9 +132,17 @@ def test_paired_hits_average_to_the_published_figures() -> None:
             assert float(hits.mean()) == figures[name][source]
 
 
+def test_without_embeddings_only_retrieval_is_left_out() -> None:
+    train, heldout = (
+        replace(part, image=part.image[:, :0], text=part.text[:, :0]) for part in _digits(4.0)
+    )
+    figures = compare(measure_all((train, heldout), (train, heldout)))
+    assert {"knn_top1", "linear_top1"} <= set(figures)
+    assert not [name for name in figures if "recall" in name]
+
+
 def test_the_same_seed_gives_the_same_result() -> None:
-    train, heldout = _digits(8.0)
-    first, second = evaluate_split(train, heldout, seed=3), evaluate_split(train, heldout, seed=3)
+    first, second = _measured()["trained"], evaluate_split(*_digits(4.0))
     assert first.chosen == second.chosen and first.balanced == second.balanced
     assert all(torch.equal(first.hits[name], second.hits[name]) for name in first.hits)
 

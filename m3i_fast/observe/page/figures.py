@@ -1,0 +1,259 @@
+"""Plotly figures of the page. Colours are written as CSS variables; report.js resolves them.
+
+So one figure serves both colour schemes, and follows when the reader changes the scheme.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from m3i_fast.observe.page.verdict import SOURCES, Judgement, percent
+
+MAX_POINTS = 400  # of a curve; more steps are averaged in bins
+CURVE_HEIGHT = 170
+BAR_HEIGHT = 30
+STAGES = {
+    "time/data_ms": "Data",
+    "time/target_ms": "Targets",
+    "time/encoder_ms": "Encoder",
+    "time/loss_ms": "Predictors, loss",
+    "time/backward_ms": "Backward",
+    "time/optim_ms": "Optimiser",
+}
+NAMES = {
+    "loss/total": ("Total", "the weighted sum of the terms"),
+    "loss/intra": ("Intra-view dense", "features of hidden cells, same view"),
+    "loss/inter": ("Inter-view dense", "features of the other view"),
+    "loss/category": ("Category", "cross-entropy over the categories"),
+    "loss/caption": ("Caption", "cross-entropy over the captions of the batch"),
+    "monitor/target_std": ("Spread of targets", "1 when spread evenly, 0 when collapsed"),
+    "monitor/target_rank": ("Effective rank of targets", "RankMe: 1 when collapsed"),
+    "monitor/teacher_student_cosine": ("Teacher-student cosine", "prediction and target"),
+    "monitor/intra_cosine": ("Cosine, intra-view", "prediction and target"),
+    "monitor/inter_cosine": ("Cosine, inter-view", "prediction and target"),
+    "monitor/category_log_scale": ("Scale, category", "inverse temperature, learned"),
+    "monitor/caption_log_scale": ("Scale, caption", "inverse temperature, learned"),
+    "optim/lr": ("Learning rate", "as scheduled"),
+    "optim/grad_norm": ("Gradient norm", "before clipping"),
+    "throughput/img_s": ("Throughput", "training images a second"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A figure with its heading; `label` says to those who cannot see it what it shows."""
+
+    id: str
+    title: str
+    note: str
+    label: str
+    height: int
+    figure: dict[str, Any]
+
+
+def plotly_source() -> str:
+    """plotly.js, gzipped, in base64: 2 MB instead of 5."""
+    source: str = _plotly("plotly.offline").get_plotlyjs()
+    return base64.b64encode(gzip.compress(source.encode(), 9, mtime=0)).decode()
+
+
+def curves(metrics: Sequence[Mapping[str, float]], group: str) -> list[Panel]:
+    """A panel for every key `group/...` of the logged rows, known ones first."""
+    keys = {key for row in metrics for key in row if key.startswith(f"{group}/")}
+    known = [key for key in NAMES if key in keys]
+    return [curve(metrics, key) for key in known + sorted(keys - set(known))]
+
+
+def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
+    """The logged values of one key, with a moving mean. Values that are not finite are gaps."""
+    rows = [(row["step"], row[key]) for row in metrics if key in row]
+    steps, values = (_binned(np.array(column, float)) for column in zip(*rows, strict=True))
+    title, note = NAMES.get(key, (key.split("/", 1)[1].replace("_", " "), ""))
+    smooth = _moving_mean(values, window=max(len(values) // 12, 1))
+    mode = "lines" if len(values) > 2 else "lines+markers"
+    line = {"type": "scatter", "mode": mode, "x": _plain(steps), "showlegend": False}
+    many = len(values) >= 24
+    traces = [
+        line
+        | {
+            "y": _plain(values),
+            "line": {"color": "var(--accent)", "width": 1 if many else 2},
+            "opacity": 0.4 if many else 1,
+            "hovertemplate": "step %{x:,d}: %{y:.4~g}<extra></extra>",
+        }
+    ]
+    if many:
+        accent = {"color": "var(--accent)", "width": 2}
+        traces.append(line | {"y": _plain(smooth), "line": accent, "hoverinfo": "skip"})
+    finite = values[np.isfinite(values)]
+    label = f"{title}: no finite value was logged"
+    if len(finite):
+        label = f"{title} from {finite[0]:.4g} to {finite[-1]:.4g} over {len(rows)} logged steps"
+    layout = {
+        "xaxis": _axis(nticks=4, title="step") | {"showgrid": False},
+        "yaxis": _axis(nticks=4) | {"tickformat": "~s" if _is_large(finite) else "~g"},
+        "hovermode": "x",
+        "margin": {"l": 38, "r": 12, "t": 8, "b": 40},
+    }
+    return _panel(key.replace("/", "-"), title, note, label, CURVE_HEIGHT, traces, layout)
+
+
+def bars(judgement: Judgement) -> Panel:
+    """A measure's value for each source, as horizontal bars."""
+    values = judgement.values
+    listed = ", ".join(f"{SOURCES[s]} {percent(v)}" for s, v in values.items())
+    return _bars(
+        f"measure-{judgement.name}",
+        judgement.title,
+        judgement.meaning,
+        f"{judgement.title}: {listed}",
+        [SOURCES[source] for source in values],
+        list(values.values()),
+        [percent(value) for value in values.values()],
+        [f"var(--{source})" for source in values],
+        margin=84,
+        room=1.4,
+    )
+
+
+def time_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
+    """Where a step's time goes: the median of each stage over the logged steps, and its share."""
+    logged = {name: [r[key] for r in metrics if key in r] for key, name in STAGES.items()}
+    median = {name: float(np.median(values)) for name, values in logged.items() if values}
+    total = sum(median.values())
+    if total <= 0:
+        return None
+    names = list(median)
+    texts = [f"{100 * ms / total:.0f}%, {_milliseconds(ms)}" for ms in median.values()]
+    label = "Time of a step: " + ", ".join(map(" ".join, zip(names, texts, strict=True)))
+    return _bars(
+        "time-shares",
+        "Time of a step",
+        f"{_milliseconds(total)}, medians over the logged steps",
+        label,
+        names,
+        list(median.values()),
+        texts,
+        ["var(--accent)"] * len(names),
+        margin=116,
+        room=2.0,
+    )
+
+
+def _bars(
+    name: str,
+    title: str,
+    note: str,
+    label: str,
+    names: list[str],
+    values: list[float],
+    texts: list[str],
+    colours: list[str],
+    *,
+    margin: int,  # pixels for the names
+    room: float,  # width of the figure over the longest bar: the texts stand behind the bars
+) -> Panel:
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "y": names,
+        "x": values,
+        "text": texts,
+        "textposition": "outside",
+        "cliponaxis": False,
+        "textfont": {"color": "var(--ink)"},
+        "marker": {"color": colours, "line": {"width": 0}},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+    layout = {
+        "xaxis": {"visible": False, "fixedrange": True, "range": [0, room * max(*values, 1e-9)]},
+        "yaxis": _axis() | {"autorange": "reversed", "showgrid": False, "fixedrange": True},
+        "bargap": 0.28,
+        "margin": {"l": margin, "r": 4, "t": 2, "b": 2},
+    }
+    return _panel(name, title, note, label, BAR_HEIGHT * len(names) + 4, [trace], layout)
+
+
+def _panel(
+    name: str,
+    title: str,
+    note: str,
+    label: str,
+    height: int,
+    traces: list[dict[str, Any]],
+    layout: dict[str, Any],
+) -> Panel:
+    common = {
+        "template": None,
+        "height": height,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
+        "hoverlabel": {
+            "bgcolor": "var(--raised)",
+            "bordercolor": "var(--rule)",
+            "font": {"color": "var(--ink)"},
+        },
+    }
+    figure = _plotly("plotly.graph_objects").Figure(data=traces, layout=common | layout)
+    return Panel(name, title, note, label, height, figure.to_plotly_json())
+
+
+def _axis(*, nticks: int = 0, title: str = "") -> dict[str, Any]:
+    return {
+        "nticks": nticks,
+        "title": {"text": title, "standoff": 2, "font": {"size": 12}},
+        "gridcolor": "var(--rule)",
+        "zeroline": False,
+        "ticks": "",
+        "ticklabelstandoff": 4,
+    }
+
+
+def _plotly(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError("the report needs plotly: pip install 'm3i-fast[eval]'") from error
+
+
+def _binned(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Means of equal bins, at most MAX_POINTS of them."""
+    size = math.ceil(len(values) / MAX_POINTS)
+    edges = np.arange(0, len(values), size)
+    return np.add.reduceat(values, edges) / np.diff(np.append(edges, len(values)))
+
+
+def _moving_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
+    """Centred mean of the finite values within `window` points; narrower at the ends."""
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    index = np.arange(len(values))
+    reach = np.minimum(np.minimum(index, len(values) - 1 - index), window // 2)
+    start, end = index - reach, index + reach + 1
+    number = count[end] - count[start]
+    mean = (total[end] - total[start]) / np.maximum(number, 1)
+    return np.where(number > 0, mean, np.nan)
+
+
+def _plain(values: npt.NDArray[np.float64]) -> list[float | None]:
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
+
+
+def _is_large(values: npt.NDArray[np.float64]) -> bool:
+    return len(values) > 0 and float(np.abs(values).max()) >= 10_000
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"

@@ -1,0 +1,212 @@
+"""What the figures say, in words that are derived from them and never written beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MINUS = "\N{MINUS SIGN}"
+SOURCES = {
+    "trained": "trained",
+    "untrained": "untrained",
+    "pixels": "raw pixels",
+    "chance": "chance",
+}
+OPPONENTS = {
+    "untrained": "the untrained encoder",
+    "pixels": "raw pixels",
+    "chance": "chance",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    title: str
+    meaning: str
+
+
+MEASURES = {
+    "caption_to_image_recall_at_5": Measure(
+        "Caption to picture, top 5",
+        "held-out captions whose picture is among the five nearest",
+    ),
+    "caption_to_image_recall_at_1": Measure(
+        "Caption to picture, top 1", "held-out captions whose picture is the nearest"
+    ),
+    "image_to_caption_recall_at_5": Measure(
+        "Picture to caption, top 5",
+        "held-out pictures whose caption is among the five nearest",
+    ),
+    "knn_top1": Measure("Category by kNN", "held-out pictures whose category kNN gets right"),
+    "linear_top1": Measure(
+        "Category by linear probe",
+        "held-out pictures whose category logistic regression gets right",
+    ),
+}
+MORE_MEASURES = {
+    "knn_balanced_accuracy": Measure("kNN, balanced accuracy", "mean over the categories"),
+    "linear_balanced_accuracy": Measure(
+        "Linear probe, balanced accuracy", "mean over the categories"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The trained encoder against one opponent; differences are fractions of 1."""
+
+    source: str
+    difference: float
+    low: float | None
+    high: float | None
+
+    @property
+    def verdict(self) -> str:
+        """Better or worse only where the interval leaves out zero."""
+        if self.low is None or self.high is None:
+            if self.difference == 0:
+                return "equal, no interval computed"
+            return f"{'higher' if self.difference > 0 else 'lower'}, no interval computed"
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "no difference found"
+
+    @property
+    def mark(self) -> str:
+        """The verdict for a narrow table cell; nothing where no interval was computed."""
+        if self.low is None:
+            return ""
+        return self.verdict.removesuffix(" found")
+
+    @property
+    def text(self) -> str:
+        """The difference in points, with its interval."""
+        interval = ""
+        if self.low is not None and self.high is not None:
+            interval = f" ({points(self.low)} to {points(self.high)})"
+        return points(self.difference, sign=True) + interval
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One measure: every source's value, and the trained encoder beside each of the others."""
+
+    name: str
+    title: str
+    meaning: str
+    values: dict[str, float]  # source -> fraction of 1, in the order of SOURCES
+    comparisons: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A headline number."""
+
+    value: str
+    label: str
+    detail: str
+
+
+def judge(evaluation: Mapping[str, Any]) -> list[Judgement]:
+    """Every headline measure of evaluation.json; ValueError when it has none, or no `trained`."""
+    found = [_judge(name, MEASURES[name], evaluation) for name in MEASURES if name in evaluation]
+    if not found:
+        raise ValueError(
+            f"evaluation: expected one of {', '.join(MEASURES)}, got {sorted(evaluation)}"
+        )
+    return found
+
+
+def judge_more(evaluation: Mapping[str, Any]) -> list[Judgement]:
+    """The measures that stand in the table only."""
+    return [_judge(n, MORE_MEASURES[n], evaluation) for n in MORE_MEASURES if n in evaluation]
+
+
+def summary(judgements: Sequence[Judgement]) -> list[str]:
+    """One sentence an opponent: where the trained encoder is better, worse or neither."""
+    sentences = []
+    for source, opponent in OPPONENTS.items():
+        groups: dict[str, list[str]] = {}
+        for judgement in judgements:
+            for comparison in judgement.comparisons:
+                if comparison.source == source:
+                    groups.setdefault(comparison.verdict, []).append(judgement.title)
+        if not groups:
+            continue
+        total = sum(map(len, groups.values()))
+        parts = [
+            f"{verdict} in {_enumerate(titles, total)}"
+            for verdict, titles in sorted(groups.items())
+        ]
+        sentences.append(f"Against {opponent}: {'; '.join(parts)}.")
+    return sentences
+
+
+def tiles(
+    judgements: Sequence[Judgement], *, images_per_s: float | None, num_steps: int
+) -> list[Tile]:
+    """The numbers at the top: retrieval, categories, throughput."""
+    wanted = ("caption_to_image_recall_at_5", "knn_top1", "linear_top1")
+    by_name = {judgement.name: judgement for judgement in judgements}
+    result = [
+        Tile(
+            percent(by_name[name].values["trained"]),
+            by_name[name].meaning,
+            _beside(by_name[name].values, ratio="recall" in name),
+        )
+        for name in wanted
+        if name in by_name
+    ]
+    if images_per_s is not None:
+        speed = f"{images_per_s:,.0f}"
+        result.append(Tile(speed, "training images a second", f"over {num_steps:,} steps"))
+    return result
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"
+
+
+def points(fraction: float, *, sign: bool = False) -> str:
+    """A difference of fractions in percentage points, with a real minus sign."""
+    value = round(100 * fraction, 1) + 0.0  # no negative zero
+    return f"{value:{'+' if sign else ''}.1f}".replace("-", MINUS)
+
+
+def _judge(name: str, measure: Measure, evaluation: Mapping[str, Any]) -> Judgement:
+    figures = evaluation[name]
+    if "trained" not in figures:
+        raise ValueError(f"evaluation.{name}: expected 'trained', got {sorted(figures)}")
+    values = {source: float(figures[source]) for source in SOURCES if source in figures}
+    intervals = evaluation.get("trained_minus", {}).get(name, {})
+    comparisons = tuple(
+        Comparison(
+            source,
+            values["trained"] - value,
+            intervals[source]["low"] if source in intervals else None,
+            intervals[source]["high"] if source in intervals else None,
+        )
+        for source, value in values.items()
+        if source != "trained"
+    )
+    return Judgement(name, measure.title, measure.meaning, values, comparisons)
+
+
+def _beside(values: Mapping[str, float], *, ratio: bool) -> str:
+    """The other sources' values; with `ratio`, first how many times chance the trained one is."""
+    others = {source: value for source, value in values.items() if source != "trained"}
+    texts = []
+    if ratio and (chance := others.pop("chance", 0.0)) > 0:
+        texts.append(f"{values['trained'] / chance:.1f} times chance ({percent(chance)})")
+    texts += [f"{SOURCES[source]} {percent(value)}" for source, value in others.items()]
+    return ", ".join(texts)
+
+
+def _enumerate(titles: Sequence[str], total: int) -> str:
+    """Name one or two measures, count more: of five, the rest is named with the other verdicts."""
+    if len(titles) == total > 1:
+        return "both measures" if total == 2 else f"all {total} measures"
+    if len(titles) > 2:
+        return f"{len(titles)} of {total} measures"
+    return " and in ".join(title[0].lower() + title[1:] for title in titles)
