@@ -116,7 +116,8 @@ def find_cuda_kernels(machine: Machine) -> Finding:
     if not machine.gpus:
         detail = "not built; only a GPU needs it"
         if built_for is not None:
-            detail = f"built for {', '.join(built_for)}; not loaded without a GPU"
+            loads = "loads" if machine.torch_major else "a CPU build of torch cannot load it"
+            detail = f"built for {', '.join(built_for)}; {loads}; only a GPU needs it"
         return Finding(subject="_C_cuda", level="absent", detail=detail)
     if built_for is None:
         detail = "not built, and a GPU is there"
