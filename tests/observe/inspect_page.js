@@ -47,7 +47,8 @@ window.inspectPage = (() => {
     const found = [];
     if (document.documentElement.scrollWidth > width) found.push(`the page is ${document.documentElement.scrollWidth} px wide`);
     for (const element of document.querySelectorAll("main *")) {
-      if (!visible(element) || element.closest(".scroll *, .hidden")) continue;
+      // A figure hides what leaves its frame; cutOff() looks for text there.
+      if (!visible(element) || element.closest(".scroll *, .plot *, .hidden")) continue;
       const box = element.getBoundingClientRect();
       if (box.width && (box.right > width + 1 || box.left < -1)) {
         found.push(`${element.tagName} "${element.textContent.trim().slice(0, 40)}" spans ${Math.round(box.left)} to ${Math.round(box.right)} px of ${width}`);

@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from m3i_fast.benchmarks.statistics import (
+from m3i_fast.evaluation.statistics import (
     Interval,
     difference_intervals,
     paired_bootstrap,
