@@ -19,8 +19,8 @@ from m3i_fast.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
 from m3i_fast.objectives.mixing import MixingConfig
 from m3i_fast.objectives.mutual_information import ObjectiveConfig
 from m3i_fast.objectives.predictors import DecoderConfig
-from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.openmoji import build as build_openmoji
 
 DEMO_MERGES = 1000
 
@@ -62,7 +62,7 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
 
 def pack_demo(path: Path, *, labelled: float = 1.0, tune: float = 0.0) -> None:
     """Write the demo's data, with the tokenizer that its recipe expects."""
-    openmoji.build(
+    build_openmoji(
         path,
         labelled=labelled,
         tune=tune,

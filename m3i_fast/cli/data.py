@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from m3i_fast.cli import console
-from m3i_fast.pipelines import openmoji, synthetic
 from m3i_fast.pipelines.manifest import verify
+from m3i_fast.pipelines.openmoji import build as build_openmoji
+from m3i_fast.pipelines.synthetic import build as build_synthetic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class OpenMoji:
 
     def run(self) -> None:
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "out"}
-        openmoji.build(self.out, **fields)
+        build_openmoji(self.out, **fields)
         console.print(f"wrote {self.out}")
 
 
@@ -58,7 +59,7 @@ class Synthetic:
     """Seed of the pictures."""
 
     def run(self) -> None:
-        synthetic.build(self.out, num_samples=self.num_samples, seed=self.seed)
+        build_synthetic(self.out, num_samples=self.num_samples, seed=self.seed)
         console.print(f"wrote {self.out}")
 
 
@@ -83,5 +84,5 @@ Command = (
 
 
 def main(argv: list[str]) -> int:
-    tyro.cli(Command, prog="m3i-fast data", args=argv).run()  # type: ignore[arg-type]
+    tyro.cli(Command, prog="m3i-fast data", args=argv).run()
     return 0

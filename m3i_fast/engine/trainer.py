@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -44,14 +45,22 @@ class Trainer:
     """Trains `cfg` in `run_dir`.
 
     Raises FileExistsError when run_dir holds a run and `resume` is False, FileNotFoundError when
-    `resume` finds nothing,
-    ValueError when the config differs from the run's, FloatingPointError when a loss is not finite.
+    `resume` finds nothing, ValueError when the config differs from the run's or does not fit the
+    data; `train` raises FloatingPointError when a loss is not finite.
     """
 
     def __init__(self, cfg: TrainConfig, run_dir: Path, *, resume: bool = False) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"WORLD_SIZE: expected 1, one process on one device, got {os.environ['WORLD_SIZE']}"
+            )
         self.cfg, self.run_dir = cfg, run_dir
         self.checkpoint_dir = run_dir / "checkpoints"
-        saved = self._open_run_dir(resume)
+        saved = self._find_checkpoint() if resume else None
+        if not resume and self._config_path.exists():
+            raise FileExistsError(
+                f"{run_dir} holds a run already: add --resume to continue it, or name another --out"
+            )
         self.device = resolve_device(cfg.device)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
@@ -65,7 +74,11 @@ class Trainer:
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
-        if saved is not None:
+        if saved is None:  # nothing is written before all of the above has worked
+            run_dir.mkdir(parents=True, exist_ok=True)
+            environment().save(run_dir / "env.json")
+            cfg.save(self._config_path)
+        else:
             self._restore(saved)
         self.timer = StageTimer(self.device)
         self.means = DeviceMeans()
@@ -171,24 +184,19 @@ class Trainer:
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values | self.timer.read()
 
-    def _open_run_dir(self, resume: bool) -> checkpoint.Checkpoint | None:
-        config_path = self.run_dir / "config.json"
-        if not resume:
-            if config_path.exists():
-                raise FileExistsError(
-                    f"{self.run_dir} holds a run already: add --resume to continue it, or name "
-                    f"another --out"
-                )
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            environment().save(self.run_dir / "env.json")
-            self.cfg.save(config_path)
-            return None
-        if not config_path.exists():
-            raise FileNotFoundError(f"--resume: no run in {self.run_dir}: expected {config_path}")
-        found = differences(TrainConfig.load(config_path), self.cfg)
+    @property
+    def _config_path(self) -> Path:
+        return self.run_dir / "config.json"
+
+    def _find_checkpoint(self) -> checkpoint.Checkpoint:
+        if not self._config_path.exists():
+            raise FileNotFoundError(
+                f"--resume: no run in {self.run_dir}: expected {self._config_path}"
+            )
+        found = differences(TrainConfig.load(self._config_path), self.cfg)
         if found:
             raise ValueError(
-                f"--resume: the config differs from {config_path}: " + "; ".join(found)
+                f"--resume: the config differs from {self._config_path}: " + "; ".join(found)
             )
         return checkpoint.latest(self.checkpoint_dir)
 
