@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ANYWHERE = {"storage"}
 MODELS = {"models", "ops"}
-ENGINE = {"config", "engine", "objectives", "observe", "pipelines", *MODELS}
+ENGINE = {"config", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {
     "models": {"ops"},
     "objectives": MODELS,
@@ -22,8 +22,8 @@ MAY_IMPORT = {
     "recipes": ENGINE,
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,
-    "benchmarks": {"evaluation", "export", "recipes", *ENGINE},
-    "cli": {"benchmarks", "evaluation", "export", "recipes", *ENGINE},
+    "benchmarks": {"export", "recipes", *ENGINE},
+    "cli": {"benchmarks", "export", "recipes", *ENGINE},
 }
 # Libraries that only these files and folders import; the doctor tries each in a child process.
 DOCTOR = "m3i_fast/cli/probes.py"
