@@ -1,9 +1,13 @@
 // mask_mix: CPU kernel.
 //
-// A band is one row of cells of one pair: its runs of equal cells are found once and then copied,
-// normalised, for every pixel row and channel. Bands are independent, so threads change nothing in
-// the result; every instruction set rounds as one fused multiply-add does, so the bits are the same
-// on every machine, and those of the CUDA kernel.
+// A band is one row of cells of one pair. Its cells are spread to a byte a pixel once; then every
+// pixel row of it, in every channel, is blended from the pair's two views and normalised. Both
+// views are read even where one is hidden: a cache line holds several cells, so skipping would save
+// little traffic and cost a branch a cell.
+//
+// Bands are independent, so threads change nothing in the result. Every instruction set rounds as
+// one fused multiply-add does: the bits are the same on every machine, and those of the CUDA
+// kernel.
 #include "m3i/bf16.h"
 #include "m3i/cpu_isa.h"
 #include "m3i/dispatch.h"
@@ -26,22 +30,36 @@ using torch::stable::Tensor;
 // Below this many pixels a thread is not worth waking.
 constexpr int64_t kGrainPixels = 64 * 1024;
 
-// ---- Normalising a run --------------------------------------------------------------------------
+// ---- One row of pixels --------------------------------------------------------------------------
 
-// out[i] = round_to_out(fma(in[i], scale, shift)), i < size.
+// One channel of a pixel row, of both views of a pair.
+struct Row {
+  const uint8_t* first;   // [W]
+  const uint8_t* second;  // [W]
+  const uint8_t* shown;   // [W] 0xff: first, 0: second
+  int64_t width;          // W
+  float scale, shift;     // out = fma(pixel, scale, shift)
+};
+
 template <class Out>
-using NormaliseRun = void (*)(const uint8_t* in, Out* out, int64_t size, float scale, float shift);
+using MixRow = void (*)(const Row& row, Out* out);
 
 inline void round_into(float value, float& out) { out = value; }
 inline void round_into(float value, BFloat16& out) { out.bits = bf16_bits(value); }
 
 template <class Out>
-void normalise_run(const uint8_t* in, Out* out, int64_t size, float scale, float shift) {
-  for (int64_t i = 0; i < size; ++i) {
+void mix_pixels(const Row& row, int64_t begin, Out* out) {
+  for (int64_t x = begin; x < row.width; ++x) {
+    const uint8_t pixel = row.shown[x] ? row.first[x] : row.second[x];
     // In double both steps are exact (8 bits times 24 bits, plus 24 bits), so this rounds once, as
     // fma does.
-    round_into(static_cast<float>(static_cast<double>(in[i]) * scale + shift), out[i]);
+    round_into(static_cast<float>(static_cast<double>(pixel) * row.scale + row.shift), out[x]);
   }
+}
+
+template <class Out>
+void mix_row(const Row& row, Out* out) {
+  mix_pixels(row, 0, out);
 }
 
 #if defined(__x86_64__)
@@ -60,17 +78,20 @@ M3I_TARGET_AVX2 inline void store8(BFloat16* out, __m256 values) {
 }
 
 template <class Out>
-M3I_TARGET_AVX2 void normalise_run_avx2(const uint8_t* in, Out* out, int64_t size, float scale,
-                                        float shift) {
-  const __m256 scales = _mm256_set1_ps(scale);
-  const __m256 shifts = _mm256_set1_ps(shift);
-  int64_t i = 0;
-  for (; i + 8 <= size; i += 8) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + i));
+M3I_TARGET_AVX2 void mix_row_avx2(const Row& row, Out* out) {
+  const __m256 scale = _mm256_set1_ps(row.scale);
+  const __m256 shift = _mm256_set1_ps(row.shift);
+  const auto load8 = [](const uint8_t* from) M3I_TARGET_AVX2 {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  };
+  int64_t x = 0;
+  for (; x + 8 <= row.width; x += 8) {
+    const __m128i bytes =
+        _mm_blendv_epi8(load8(row.second + x), load8(row.first + x), load8(row.shown + x));
     const __m256 pixels = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
-    store8(out + i, _mm256_fmadd_ps(pixels, scales, shifts));
+    store8(out + x, _mm256_fmadd_ps(pixels, scale, shift));
   }
-  normalise_run(in + i, out + i, size - i, scale, shift);
+  mix_pixels(row, x, out);
 }
 
 M3I_TARGET_AVX512 inline void store16(float* out, __mmask16 lanes, __m512 values) {
@@ -88,74 +109,64 @@ M3I_TARGET_AVX512 inline void store16(BFloat16* out, __mmask16 lanes, __m512 val
 }
 
 template <class Out>
-M3I_TARGET_AVX512 void normalise_run_avx512(const uint8_t* in, Out* out, int64_t size, float scale,
-                                            float shift) {
-  const __m512 scales = _mm512_set1_ps(scale);
-  const __m512 shifts = _mm512_set1_ps(shift);
-  for (int64_t i = 0; i < size; i += 16) {
-    const int64_t left = size - i;
+M3I_TARGET_AVX512 void mix_row_avx512(const Row& row, Out* out) {
+  const __m512 scale = _mm512_set1_ps(row.scale);
+  const __m512 shift = _mm512_set1_ps(row.shift);
+  for (int64_t x = 0; x < row.width; x += 16) {
+    const int64_t left = row.width - x;
     const __mmask16 lanes = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
-    const __m128i bytes = _mm_maskz_loadu_epi8(lanes, in + i);
+    const __mmask16 first = _mm_movepi8_mask(_mm_maskz_loadu_epi8(lanes, row.shown + x));
+    const __m128i hidden = _mm_maskz_loadu_epi8(lanes, row.second + x);
+    const __m128i bytes = _mm_mask_loadu_epi8(hidden, first, row.first + x);
     const __m512 pixels = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-    store16(out + i, lanes, _mm512_fmadd_ps(pixels, scales, shifts));
+    store16(out + x, lanes, _mm512_fmadd_ps(pixels, scale, shift));
   }
 }
 
 #endif  // __x86_64__
 
 template <class Out>
-NormaliseRun<Out> fastest_normalise_run() {
+MixRow<Out> fastest_mix_row() {
 #if defined(__x86_64__)
-  if (cpu_isa() == CpuIsa::kAvx512) return normalise_run_avx512<Out>;
-  if (cpu_isa() == CpuIsa::kAvx2) return normalise_run_avx2<Out>;
+  if (cpu_isa() == CpuIsa::kAvx512) return mix_row_avx512<Out>;
+  if (cpu_isa() == CpuIsa::kAvx2) return mix_row_avx2<Out>;
 #endif
-  return normalise_run<Out>;
+  return mix_row<Out>;
 }
 
-// ---- Mixing -------------------------------------------------------------------------------------
+// ---- All rows -----------------------------------------------------------------------------------
 
-// Neighbouring cells of one row that show the same view.
-struct Run {
-  int64_t begin;         // first pixel of the row
-  int64_t size;          // pixels
-  const uint8_t* image;  // [3, H, W], the view shown
-};
-
-void find_runs(const MaskMixParams& p, int64_t pair, int64_t band, std::vector<Run>& runs) {
-  const bool* cells = p.mask + (pair * p.grid_height + band) * p.grid_width;
-  const int64_t cell_width = p.width / p.grid_width;
-  const int64_t image_size = kMaskMixChannels * p.height * p.width;
-  runs.clear();
-  for (int64_t begin = 0, end = 0; begin < p.grid_width; begin = end) {
-    while (end < p.grid_width && cells[end] == cells[begin]) ++end;
-    const int64_t view = p.pairs[2 * pair + (cells[begin] ? 0 : 1)];
-    runs.push_back({begin * cell_width, (end - begin) * cell_width, p.views + view * image_size});
+void spread_cells(const bool* cells, int64_t num_cells, int64_t cell_width, uint8_t* shown) {
+  for (int64_t i = 0; i < num_cells; ++i) {
+    std::fill_n(shown + i * cell_width, cell_width, cells[i] ? 0xff : 0);
   }
 }
 
 template <class Out>
 void mask_mix(const MaskMixParams& p) {
-  const NormaliseRun<Out> normalise = fastest_normalise_run<Out>();
+  const MixRow<Out> mix = fastest_mix_row<Out>();
   const int64_t plane = p.height * p.width;
+  const int64_t image = kMaskMixChannels * plane;
   const int64_t cell_height = p.height / p.grid_height;
+  const int64_t cell_width = p.width / p.grid_width;
   const int64_t band_pixels = kMaskMixChannels * cell_height * p.width;
   const int64_t grain = std::max<int64_t>(1, kGrainPixels / std::max<int64_t>(1, band_pixels));
 
   torch::stable::parallel_for(
-      0, p.num_pairs * p.grid_height, grain, [&](int64_t first, int64_t last) {
-        std::vector<Run> runs;
-        for (int64_t task = first; task < last; ++task) {
-          const int64_t pair = task / p.grid_height;
-          const int64_t band = task % p.grid_height;
-          find_runs(p, pair, band, runs);
-          for (int64_t row = 0; row < kMaskMixChannels * cell_height; ++row) {
-            const int64_t channel = row / cell_height;
-            const int64_t y = band * cell_height + row % cell_height;
-            const int64_t offset = channel * plane + y * p.width;
-            Out* out = static_cast<Out*>(p.out) + pair * kMaskMixChannels * plane + offset;
-            for (const Run& run : runs) {
-              normalise(run.image + offset + run.begin, out + run.begin, run.size, p.scale[channel],
-                        p.shift[channel]);
+      0, p.num_pairs * p.grid_height, grain, [&](int64_t begin, int64_t end) {
+        std::vector<uint8_t> shown(p.width);
+        for (int64_t band = begin; band < end; ++band) {
+          spread_cells(p.mask + band * p.grid_width, p.grid_width, cell_width, shown.data());
+          const int64_t pair = band / p.grid_height;
+          const uint8_t* first = p.views + p.pairs[2 * pair] * image;
+          const uint8_t* second = p.views + p.pairs[2 * pair + 1] * image;
+          Out* out = static_cast<Out*>(p.out) + pair * image;
+          for (int c = 0; c < kMaskMixChannels; ++c) {
+            for (int64_t i = 0; i < cell_height; ++i) {
+              const int64_t y = band % p.grid_height * cell_height + i;
+              const int64_t at = c * plane + y * p.width;
+              mix({first + at, second + at, shown.data(), p.width, p.scale[c], p.shift[c]},
+                  out + at);
             }
           }
         }
