@@ -1,0 +1,208 @@
+"""What every benchmark shares: timing, and the ledger that its rows are appended to.
+
+The ledger is benchmarks/results/<subject>.jsonl, one JSON object a line:
+
+    schema    int, the version of this layout
+    subject   what was measured: the file's stem
+    commit    of the checkout, -dirty with uncommitted changes; null for an installed wheel
+    machine   cpu, num_cores, gpu, num_gpus, torch, cuda, python
+    time      UTC, ISO 8601
+    command   what to type to measure it again
+    figures   the subject's own
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3i_fast.observe.environment import environment
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+# A sample on the CPU repeats a function until it lasts this long: far above the clock's resolution.
+MIN_SAMPLE_S = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one call, over all samples."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    num_samples: int
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device | str = "cpu",
+    num_samples: int = 50,
+    warmup_s: float = 0.2,
+) -> dict[str, Timing]:
+    """Time functions against one another; each is called without arguments.
+
+    Every round takes one sample of each, starting with another one, so that drifting clocks and a
+    busy neighbour meet all alike. Before that each runs for `warmup_s`. On CUDA a sample is one
+    call between two events after the L2 cache was overwritten, and nothing waits for the device
+    within a round. On the CPU it is as many calls as fill MIN_SAMPLE_S.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+    sampler = _CudaSampler(device) if torch.device(device).type == "cuda" else _CpuSampler()
+    for name, function in functions.items():
+        sampler.warm_up(name, function, warmup_s)
+    names = list(functions)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(num_samples):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            sampler.start(name, functions[name])
+        for name, milliseconds in sampler.finish():
+            samples[name].append(milliseconds)
+    return {name: _summarise(values) for name, values in samples.items()}
+
+
+def _summarise(samples_ms: list[float]) -> Timing:
+    if len(samples_ms) == 1:
+        return Timing(samples_ms[0], samples_ms[0], samples_ms[0], num_samples=1)
+    fifths = statistics.quantiles(samples_ms, n=5, method="inclusive")
+    return Timing(statistics.median(samples_ms), fifths[0], fifths[-1], len(samples_ms))
+
+
+class _CpuSampler:
+    def __init__(self) -> None:
+        self._calls: dict[str, int] = {}
+        self._done: list[tuple[str, float]] = []
+
+    def warm_up(self, name: str, function: Callable[[], object], seconds: float) -> None:
+        function()  # may compile
+        calls, begun = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - begun) < seconds or not calls:
+            function()
+            calls += 1
+        self._calls[name] = max(1, round(MIN_SAMPLE_S * calls / max(elapsed, 1e-9)))
+
+    def start(self, name: str, function: Callable[[], object]) -> None:
+        calls, begun = self._calls[name], time.perf_counter()
+        for _ in range(calls):
+            function()
+        self._done.append((name, (time.perf_counter() - begun) * 1e3 / calls))
+
+    def finish(self) -> list[tuple[str, float]]:
+        done, self._done = self._done, []
+        return done
+
+
+class _CudaSampler:
+    def __init__(self, device: torch.device | str) -> None:
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
+        self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._device = device
+
+    def warm_up(self, _name: str, function: Callable[[], object], seconds: float) -> None:
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < seconds:
+            function()
+            torch.cuda.synchronize(self._device)
+
+    def start(self, name: str, function: Callable[[], object]) -> None:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        self._pending.append((name, begin, end))
+
+    def finish(self) -> list[tuple[str, float]]:
+        torch.cuda.synchronize(self._device)
+        pending, self._pending = self._pending, []
+        return [(name, begin.elapsed_time(end)) for name, begin, end in pending]
+
+
+def results_dir() -> Path:
+    """The checkout's benchmarks/results; below the current folder for an installed package."""
+    here = Path(__file__).resolve().parent
+    return (here if (here.parent / ".git").exists() else Path("benchmarks")) / "results"
+
+
+def append_row(
+    subject: str,
+    figures: Mapping[str, Any],
+    *,
+    command: str | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Append one row to the subject's ledger and return the file; `command` is this process's.
+
+    Appended by one write: rows of several processes do not mix. Raises ValueError for figures
+    that JSON cannot hold, NaN and infinity among them.
+    """
+    if not subject.isidentifier():
+        raise ValueError(f"subject: expected letters, digits and underscores, got {subject!r}")
+    made_with = asdict(environment())
+    del made_with["command"]
+    row = {
+        "schema": SCHEMA,
+        "subject": subject,
+        "commit": made_with.pop("commit"),
+        "machine": made_with,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command or _this_command(),
+        "figures": dict(figures),
+    }
+    try:
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"figures of {subject}: expected finite JSON values, {error}") from error
+    path = (folder or results_dir()) / f"{subject}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        written = os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+    if written != len(line):
+        raise OSError(f"{path}: expected to append {len(line)} bytes, wrote {written}")
+    logger.info("appended a row to %s", path)
+    return path
+
+
+def read_rows(subject: str, *, folder: Path | None = None) -> Iterator[dict[str, Any]]:
+    """The subject's rows, oldest first; none without a ledger. ValueError names a bad line."""
+    path = (folder or results_dir()) / f"{subject}.jsonl"
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            schema = row["schema"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: expected a row of the ledger, {error}") from error
+        if schema != SCHEMA:
+            raise ValueError(f"{path}:{number}: expected schema {SCHEMA}, got {schema}")
+        yield row
+
+
+def _this_command() -> str:
+    """As typed, without this machine's paths: `python -m module ...` or `program ...`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec else None
+    program = ["python", "-m", module] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
