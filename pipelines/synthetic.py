@@ -67,7 +67,8 @@ def picture(
     luminance = one_over_f(rng, height, width)
     chroma = one_over_f(rng, height, width)
     texture = TEXTURE * (
-        luminance[..., None] + CHROMA * chroma[..., None] * np.float32([1.0, -0.3, -1.0])
+        luminance[..., None]
+        + CHROMA * chroma[..., None] * np.array([1.0, -0.3, -1.0], dtype=np.float32)
     )
     noise = NOISE * rng.standard_normal((height, width, 1), dtype=np.float32)
     result: NDArray[np.uint8] = np.clip(pixels + texture + noise, 0, 255).astype(np.uint8)

@@ -100,6 +100,16 @@ def test_ranks_share_every_epoch_without_overlap(cfg: LoaderConfig, num_shards: 
     assert len({tuple(order) for order in orders}) == 4
 
 
+def test_ranks_get_other_parts_every_epoch(cfg: LoaderConfig) -> None:
+    """Rotating fixed parts among the ranks would leave the same samples together for ever."""
+    loaders = [Loader(cfg, shard_id=i, num_shards=3) for i in range(3)]
+    first, second = (
+        [{i for b in take(r, r.steps_per_epoch) for i in b.sample_id.tolist()} for r in loaders]
+        for _ in range(2)
+    )
+    assert any(sum(bool(part & old) for old in first) > 1 for part in second)
+
+
 def test_order_and_crops_follow_the_seed_alone(cfg: LoaderConfig) -> None:
     first = take(Loader(cfg), 3)
     again = take(Loader(replace(cfg, num_threads=2, prefetch=3)), 3)

@@ -126,6 +126,25 @@ def test_foreign_directories_are_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "photos" / "holiday.png").read_bytes() == PNG
 
 
+def test_a_failed_replacement_puts_the_old_data_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = pack(tmp_path / "data", [sample(i, PNG) for i in range(3)])
+    before = contents(out)
+    rename = Path.rename
+
+    def refuse_new(self: Path, target: Path) -> Path:
+        if ".packing-" in self.name:
+            raise OSError("no rename today")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_new)
+    with pytest.raises(OSError, match="no rename today"):
+        pack(out, [sample(0, PNG)])
+    assert contents(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
 # Random bytes of one picture after another, until a file may grow no further.
 FULL_DISK = """
 import io, resource, sys
