@@ -22,7 +22,7 @@ test: install lint
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: install
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 gpu: install
 	$(PYTEST) -m gpu $(ARGS)
@@ -33,5 +33,6 @@ lint: install
 bench: install
 	m3i-fast bench $(ARGS)
 
+# What make made. runs/ and data/ are the user's.
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
