@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig
 from m3i_fast.pipelines.pack import DatasetInfo, write_dataset
 from m3i_fast.pipelines.samples import Sample
 from m3i_fast.pipelines.tokens import TokenizerInfo
@@ -86,3 +91,41 @@ Packer = Callable[[Sequence[Sample]], Path]
 def packer(tmp_path: Path) -> Packer:
     """Pack samples into a fresh directory, all in one shard."""
     return lambda samples: pack(tmp_path / "data", samples, samples_per_shard=len(samples))
+
+
+EVERYTHING = ViewConfig(size=16, blur_probability=0.5, solarize_probability=0.3)
+
+
+@pytest.fixture
+def cfg(fifty: Path) -> LoaderConfig:
+    """12 batches of 4 an epoch, every random op in use."""
+    return LoaderConfig(
+        path=fifty,
+        batch_size=4,
+        global_views=EVERYTHING,
+        local_views=replace(EVERYTHING, size=8, count=3, scale=(0.05, 0.3)),
+        seed=5,
+        initial_fill=16,
+    )
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    return [
+        *batch.global_views,
+        *batch.local_views,
+        batch.boxes,
+        batch.image_size,
+        batch.token_ids,
+        batch.num_tokens,
+        batch.label,
+        batch.sample_id,
+        batch.group_id,
+    ]
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
+
+
+def take(loader: Loader, number: int) -> list[Batch]:
+    return [next(loader) for _ in range(number)]

