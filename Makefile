@@ -15,7 +15,7 @@ install:
 	@$(PYTHON) scripts/install.py
 
 demo: install
-	m3i-fast demo $(ARGS)
+	.venv/bin/m3i-fast demo $(ARGS)
 
 test: install lint
 	@scripts/chromium.sh
@@ -28,10 +28,10 @@ gpu: install
 	$(PYTEST) -m gpu $(ARGS)
 
 lint: install
-	pre-commit run --all-files
+	.venv/bin/pre-commit run --all-files
 
 bench: install
-	m3i-fast bench $(ARGS)
+	.venv/bin/m3i-fast bench $(ARGS)
 
 # What make made. runs/ and data/ are the user's.
 clean:
