@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 Verdict = Literal["better", "worse", "no difference found"]
 _RESAMPLES_A_CHUNK = 1000  # bounds the [chunk, N] indices, not the result
@@ -40,8 +41,8 @@ class Spread:
 
 
 def paired_bootstrap(
-    ours: Any,  # [N] numbers (array, tensor or sequence), one an item
-    theirs: Any,  # [N] the same items, in the same order
+    ours: Any,  # [N] hits in 0..1 (array, tensor or sequence), one an item
+    theirs: Any,  # [N] of the same items, in the same order
     *,
     num_resamples: int = 10_000,
     confidence: float = 0.95,
@@ -49,10 +50,15 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile bootstrap interval of mean(ours) - mean(theirs), resampling items.
 
-    Pairing takes out the items' own difficulty, which both sides share. The same numbers and seed
-    give the same interval. Raises ValueError when the two are empty or of different lengths.
+    Pairing takes out the items' own difficulty, which both sides share. Two items are added before
+    resampling, one that only ours gets and one that only theirs gets (Agresti and Min 2005 add as
+    many): a plain bootstrap of hits that are all alike is certain of what it has not seen, and
+    calls 4 hits against 0 a difference. The same hits and seed give the same interval. Average
+    repetitions of an item first: they are no further items. Raises ValueError when the two are
+    empty, of different lengths or outside 0..1.
     """
-    delta = np.asarray(ours, dtype=np.float64) - _matching(ours, theirs)
+    observed = _hits("ours", ours) - _hits("theirs", theirs, like=np.shape(ours))
+    delta = np.append(observed, [1.0, -1.0])
     rng = np.random.default_rng(seed)
     means = np.concatenate(
         [
@@ -62,11 +68,11 @@ def paired_bootstrap(
     )
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(delta.mean()), float(low), float(high))
+    return Interval(float(observed.mean()), float(low), float(high))
 
 
 def difference_intervals(
-    hits: Mapping[str, Mapping[str, Any]],  # measure -> source -> [N] numbers, one an item
+    hits: Mapping[str, Mapping[str, Any]],  # measure -> source -> [N] hits, one an item
     *,
     ours: str = "trained",
     seed: int = 0,
@@ -91,11 +97,15 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(runs.mean()), std, float(runs.min()), float(runs.max()), len(runs))
 
 
-def _matching(ours: Any, theirs: Any) -> np.ndarray:  # [N] fp64
-    left, right = np.shape(ours), np.shape(theirs)
-    if left != right or len(left) != 1 or left[0] == 0:
-        raise ValueError(f"theirs: expected one number for each of ours, got {right} for {left}")
-    return np.asarray(theirs, dtype=np.float64)
+def _hits(
+    name: str, values: Any, like: tuple[int, ...] | None = None
+) -> npt.NDArray[np.float64]:  # [N]
+    hits = np.asarray(values, dtype=np.float64)
+    if hits.ndim != 1 or hits.size == 0 or hits.shape != (like or hits.shape):
+        raise ValueError(f"{name}: expected {like or '[N]'}, one number an item, got {hits.shape}")
+    if not bool(((hits >= 0) & (hits <= 1)).all()):
+        raise ValueError(f"{name}: expected hits in 0..1, got {hits.min():g} to {hits.max():g}")
+    return hits
 
 
 def _chunks(total: int) -> list[int]:

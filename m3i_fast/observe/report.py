@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def _figures(inputs: ReportInputs) -> dict[str, Any]:
         "losses": losses,
         "monitors": monitors,
         "speeds": speeds,
+        "drawn": figures.how_drawn(len(inputs.metrics)),
         "figures": {panel.id: panel.figure for panel in panels},
     }
 
@@ -146,9 +147,22 @@ def _chosen(chosen: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as `a.b.c` and a value a line."""
+    """Nested settings as `a.b.c` and a value a line; items of a list go by their name."""
     for key, value in tree.items():
+        if isinstance(value, Sequence) and value and all(isinstance(v, Mapping) for v in value):
+            value = {item.get("name", str(i)): item for i, item in enumerate(value)}
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", "none" if value is None else str(value)
+            yield f"{prefix}{key}", _text(value)
+
+
+def _text(value: Any) -> str:
+    """`0.707107` for a float, `none`, `true`, `0.9, 0.98` for a list, else as it is."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_text, value))
+    return str(value)

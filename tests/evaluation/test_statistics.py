@@ -22,7 +22,7 @@ def _hits(num: int = 240) -> tuple[np.ndarray, np.ndarray]:
 def test_interval_equals_scipys_paired_percentile_bootstrap() -> None:
     ours, theirs = _hits()
     oracle = stats.bootstrap(
-        (ours, theirs),
+        (np.append(ours, [1, 0]), np.append(theirs, [0, 1])),
         lambda a, b, axis: a.mean(axis) - b.mean(axis),
         paired=True,
         vectorized=True,
@@ -52,6 +52,17 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
         got = paired_bootstrap(ours, theirs, num_resamples=500, seed=seed)
         covered += got.low <= 0.1 <= got.high
     assert 180 <= covered <= 199  # 95 % of 200, and three standard errors
+
+
+@pytest.mark.parametrize("num_hits", range(9))
+def test_few_hits_are_judged_as_the_exact_sign_test_does(num_hits: int) -> None:
+    ours, theirs = np.arange(336) < num_hits, np.zeros(336)
+    significant = stats.binomtest(num_hits, num_hits).pvalue < 0.05 if num_hits else False
+    assert (paired_bootstrap(ours, theirs).verdict == "better") == significant
+
+
+def test_no_hit_where_chance_expects_one_is_no_difference() -> None:
+    assert paired_bootstrap(np.zeros(336), np.full(336, 1 / 336)).verdict == "no difference found"
 
 
 def test_same_seed_same_interval_whatever_holds_the_numbers() -> None:
@@ -85,7 +96,8 @@ def test_every_source_is_compared_with_ours() -> None:
     )
     assert set(got["knn_top1"]) == {"untrained", "chance"}
     assert got["knn_top1"]["untrained"] == paired_bootstrap(ours, theirs)
-    assert got["linear_top1"] == {"untrained": Interval(0.0, 0.0, 0.0)}
+    same = got["linear_top1"]["untrained"]
+    assert same.difference == 0 and same.verdict == "no difference found"
 
 
 def test_spread_over_runs() -> None:
@@ -97,9 +109,13 @@ def test_spread_over_runs() -> None:
 
 
 def test_unusable_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"theirs: .*got \(2,\) for \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"theirs: expected \(3,\), one number an item, got \(2,\)"
+    ):
         paired_bootstrap([1, 0, 1], [1, 0])
-    with pytest.raises(ValueError, match="theirs: expected one number"):
+    with pytest.raises(ValueError, match=r"ours: expected \[N\], one number an item, got \(0,\)"):
         paired_bootstrap([], [])
+    with pytest.raises(ValueError, match=r"ours: expected hits in 0\.\.1, got 0 to 7"):
+        paired_bootstrap([0, 7], [0, 1])
     with pytest.raises(ValueError, match="values: expected at least one run"):
         spread([])

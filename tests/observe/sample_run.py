@@ -204,6 +204,7 @@ def report_inputs() -> ReportInputs:
         config={
             "recipe": "demo",
             "vision": {"image_size": 64, "patch_size": 8, "dim": 128, "depth": 4},
+            "objective": {"terms": [{"name": "intra", "weight": 1.0}], "sigma": 0.5**0.5},
             "optim": {"lr": 0.0015, "betas": [0.9, 0.98], "clip_grad_norm": None},
             "data": {"shards": "a/long/path/without/any/break/in/it/heldout-{000000..000012}.tar"},
         },

@@ -86,6 +86,20 @@ def test_captions_are_text_not_markup(page: Path) -> None:
     assert "a printed page &amp; its shadow" in html
 
 
+def test_settings_are_one_a_line(page: Path) -> None:
+    rows = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page.read_text()))
+    expected = {
+        "recipe": "demo",
+        "vision.dim": "128",
+        "objective.terms.intra.weight": "1",
+        "objective.sigma": "0.707107",
+        "optim.betas": "0.9, 0.98",
+        "optim.clip_grad_norm": "none",
+        "torch": "2.13",
+    }
+    assert expected.items() <= rows.items()
+
+
 def test_words_follow_the_figures(page: Path) -> None:
     inputs = sample_run.report_inputs()
     figures = dict(inputs.evaluation)

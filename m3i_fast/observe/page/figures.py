@@ -19,6 +19,7 @@ import numpy.typing as npt
 from m3i_fast.observe.page.verdict import SOURCES, Judgement, percent
 
 MAX_POINTS = 400  # of a curve; more steps are averaged in bins
+MIN_SMOOTHED = 24  # points of a curve that gets a moving mean
 CURVE_HEIGHT = 170
 BAR_HEIGHT = 30
 STAGES = {
@@ -73,6 +74,15 @@ def curves(metrics: Sequence[Mapping[str, float]], group: str) -> list[Panel]:
     return [curve(metrics, key) for key in known + sorted(keys - set(known))]
 
 
+def how_drawn(num_rows: int) -> str:
+    """What the curves of so many logged rows show, as a sentence."""
+    size = math.ceil(num_rows / MAX_POINTS)
+    points = "Every logged step" if size == 1 else f"Means of {size} logged steps"
+    return (
+        f"{points} (thin) and a moving mean (bold)." if num_rows >= MIN_SMOOTHED else f"{points}."
+    )
+
+
 def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
     """The logged values of one key, with a moving mean. Values that are not finite are gaps."""
     rows = [(row["step"], row[key]) for row in metrics if key in row]
@@ -81,7 +91,7 @@ def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
     smooth = _moving_mean(values, window=max(len(values) // 12, 1))
     mode = "lines" if len(values) > 2 else "lines+markers"
     line = {"type": "scatter", "mode": mode, "x": _plain(steps), "showlegend": False}
-    many = len(values) >= 24
+    many = len(values) >= MIN_SMOOTHED
     traces = [
         line
         | {

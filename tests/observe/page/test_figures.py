@@ -12,6 +12,7 @@ from m3i_fast.observe.page.figures import (
     bars,
     curve,
     curves,
+    how_drawn,
     plotly_source,
     time_shares,
 )
@@ -49,6 +50,14 @@ def test_a_long_run_is_averaged_not_thinned() -> None:
     assert len(raw["x"]) <= MAX_POINTS
     np.testing.assert_allclose(raw["y"][:-1], 0.5, atol=0.05)
     assert raw["x"][0] == pytest.approx(np.mean(10.0 * np.arange(1, 12)))  # bins of 11 steps
+
+
+@pytest.mark.parametrize("num", [1, 23, 24, MAX_POINTS, MAX_POINTS + 1])
+def test_the_sentence_says_what_is_drawn(num: int) -> None:
+    traces = curve(_rows([1.0] * num), "loss/total").figure["data"]
+    sentence = how_drawn(num)
+    assert ("moving mean" in sentence) == (len(traces) == 2)
+    assert sentence.startswith("Every logged step") == (len(traces[0]["x"]) == num)
 
 
 def test_known_curves_come_first_and_unknown_ones_are_not_lost() -> None:
