@@ -103,7 +103,7 @@ class LoaderConfig:
     prefetch: int = 2
     """Batches prepared ahead."""
     initial_fill: int = 4096
-    """Encoded samples held in the shuffle buffer."""
+    """Encoded samples held in the shuffle buffer, in host memory, a rank."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_threads", "prefetch", "initial_fill"):
