@@ -74,7 +74,7 @@ def overruled(plan: Plan, m3i_cuda: str) -> Plan:
 
 def nvcc_requirement(torch_cuda: str | None) -> str:
     """PyPI's compiler and headers for CUDA 13, of the minor version that torch was built with."""
-    return f"cuda-toolkit[nvcc,cudart,cccl]=={torch_cuda or TESTED_CUDA}.*"
+    return f"cuda-toolkit[nvcc,nvrtc,cudart,cccl]=={torch_cuda or TESTED_CUDA}.*"
 
 
 def nvcc_major(version_text: str) -> int:
