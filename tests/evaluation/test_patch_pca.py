@@ -19,15 +19,18 @@ def _tokens() -> Tensor:
     return patches.reshape(2, 256, -1).float()
 
 
-def test_colours_equal_sklearn_up_to_the_fixed_sign() -> None:
-    tokens = _tokens()
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("images", [slice(0, 2), slice(0, 1), slice(1, 2)])
+def test_colours_equal_sklearn_up_to_the_fixed_sign(images: slice, reverse: bool) -> None:
+    tokens = _tokens()[images]
+    tokens = tokens.flip(-1) if reverse else tokens
     rows = tokens.flatten(0, 1).double().numpy()
     oracle = PCA(n_components=3, svd_solver="full").fit(rows)
     flat = oracle.components_
     sign = np.sign(flat[np.arange(3), np.abs(flat).argmax(1)])
     projected = oracle.transform(rows) * sign
     low, high = np.percentile(projected, [1, 99], axis=0)
-    expected = np.clip((projected - low) / (high - low), 0, 1).reshape(2, 256, 3)
+    expected = np.clip((projected - low) / (high - low), 0, 1).reshape(len(tokens), 256, 3)
     torch.testing.assert_close(
         patch_pca(tokens), torch.from_numpy(expected).float(), atol=1e-5, rtol=0
     )

@@ -5,6 +5,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from open_clip_train.train import get_clip_metrics
 from skimage import transform
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
@@ -83,6 +85,20 @@ def test_hits_are_those_of_sklearn_with_the_chosen_k() -> None:
     got = evaluate_split(train, heldout)
     oracle = _sklearn_hits(train, heldout, "encoder", k=int(got.chosen["knn_k"]))
     assert torch.equal(got.hits["knn_top1"], oracle)
+
+
+def test_recalls_are_open_clips_each_way() -> None:
+    train, heldout = _digits(16.0)
+    image, text = (F.normalize(part, dim=-1) for part in (heldout.image, heldout.text))
+    oracle = get_clip_metrics(image, text, torch.tensor(1.0))
+    figures = compare({"trained": evaluate_split(train, heldout)})
+    for ours, theirs in (
+        ("caption_to_image_recall_at_1", "text_to_image_R@1"),
+        ("caption_to_image_recall_at_5", "text_to_image_R@5"),
+        ("image_to_caption_recall_at_5", "image_to_text_R@5"),
+    ):
+        assert figures[ours]["trained"] == pytest.approx(oracle[theirs]), ours
+    assert oracle["text_to_image_R@5"] != oracle["image_to_text_R@5"]  # a swap would be seen
 
 
 def test_settings_do_not_depend_on_the_held_out_items() -> None:
