@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ class Ablation:
     """Where the data sets lie, or are packed to."""
     out: Path = Path("runs/ablation")
     """Where the run directories go."""
+    ledger: Path | None = None
+    """Folder of the ledger; None: benchmarks/results of the checkout."""
     table_only: bool = False
     """Print the table of the ledger's rows and run nothing."""
 
@@ -110,12 +112,13 @@ def main(argv: list[str] | None = None) -> None:
     if not ablation.table_only:
         run_missing(ablation)
     for labelled in ablation.labelled:
-        console.print(table(ablation.num_steps, labelled), markup=False, soft_wrap=True)
+        text = table(ablation.num_steps, labelled, ablation.ledger)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def run_missing(ablation: Ablation) -> None:
     """Run what the ledger has no row for, `jobs` at a time."""
-    done = {run for run, _ in _finished()}
+    done = {run for run, _ in _finished(ablation.ledger)}
     todo = [run for run in _planned(ablation) if run not in done]
     for labelled in {run.labelled for run in todo}:
         if not is_dataset(_dataset(ablation, labelled)):
@@ -127,7 +130,7 @@ def run_missing(ablation: Ablation) -> None:
         pending = {pool.submit(run_one, run, ablation, threads): run for run in todo}
         for future in as_completed(pending):
             run = pending[future]
-            append_row(SUBJECT, {**run.__dict__, **future.result()})
+            append_row(SUBJECT, {**asdict(run), **future.result()}, folder=ablation.ledger)
             bar.advance(task)
             console.print(f"{run.name}: done")
 
@@ -152,47 +155,53 @@ def run_one(run: Run, ablation: Ablation, num_threads: int) -> dict[str, Any]:
     return {**figures, "train_seconds": seconds, "resumed": resume, "hits": hits}
 
 
-def table(num_steps: int, labelled: float) -> str:
-    """Markdown: each method's mean, and M3I's minus its own with the 95 % interval over held-out
-    items (seeds pooled)."""
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for run, figures in _finished():
+def table(num_steps: int, labelled: float, ledger: Path | None = None) -> str:
+    """Markdown: each method's mean in percent, and M3I's minus its own with the 95 % interval.
+
+    Items are resampled, each with its mean over the seeds that both methods ran.
+    """
+    hits: dict[str, dict[int, Any]] = {}
+    for run, figures in _finished(ledger):
         if (run.num_steps, run.labelled) == (num_steps, labelled):
-            rows.setdefault(run.method, []).append(figures["hits"])
-    if "m3i" not in rows:
+            hits.setdefault(run.method, {})[run.seed] = figures["hits"]
+    if "m3i" not in hits:
         return f"labelled {labelled:g}, {num_steps} steps: no m3i row in the ledger"
+    ours = hits["m3i"]
     lines = [
-        f"labelled {labelled:g}, {num_steps} steps; in brackets M3I minus the row, 95 % interval",
+        f"labelled {labelled:g}, {num_steps} steps, seeds {sorted(ours)}; in brackets M3I minus "
+        "the row, 95 % interval",
+        "",
         "| method | " + " | ".join(MEASURES.values()) + " |",
         "|---" * (len(MEASURES) + 1) + "|",
     ]
-    ours = rows["m3i"]
-    for method, theirs in rows.items():
-        lines.append(_line(method, ours, theirs, "trained"))
-    lines.append(_line("untrained", ours, ours, "untrained"))
-    lines.append(_line("raw pixels", ours, ours, "pixels"))
+    rows = [(method, theirs, "trained") for method, theirs in hits.items()]
+    rows += [("untrained", ours, "untrained"), ("raw pixels", ours, "pixels")]
+    for name, theirs, who in rows:
+        cells = [_cell(ours, theirs, who, measure) for measure in MEASURES]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _line(method: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], who: str) -> str:
-    cells = []
-    for measure in MEASURES:
-        if measure not in theirs[0][who]:
-            cells.append("-")
-            continue
-        num_seeds = min(len(ours), len(theirs))
-        values = [v for hits in theirs[:num_seeds] for v in _decode(hits[who][measure])]
-        cell = f"{100 * sum(values) / len(values):.1f}"
-        if not (method == "m3i" and who == "trained"):
-            reference = [v for hits in ours[:num_seeds] for v in _decode(hits["trained"][measure])]
-            interval = paired_bootstrap(reference, values)
-            mean, low, high = (
-                f"{100 * value:+.1f}"
-                for value in (interval.difference, interval.low, interval.high)
-            )
-            cell += f" ({mean}: {low} to {high})"
-        cells.append(cell)
-    return f"| {method} | " + " | ".join(cells) + " |"
+def _cell(ours: dict[int, Any], theirs: dict[int, Any], who: str, measure: str) -> str:
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds or measure not in theirs[seeds[0]][who]:
+        return "-"
+    values = _item_means([theirs[seed][who][measure] for seed in seeds])
+    cell = f"{100 * sum(values) / len(values):.1f}"
+    if theirs is ours and who == "trained":
+        return cell
+    interval = paired_bootstrap(
+        _item_means([ours[seed]["trained"][measure] for seed in seeds]), values
+    )
+    mean, low, high = (
+        f"{100 * value:+.1f}" for value in (interval.difference, interval.low, interval.high)
+    )
+    return f"{cell} ({mean}: {low} to {high})"
+
+
+def _item_means(runs: list[str]) -> list[float]:
+    """Hits of several seeds, "0110..." each -> the mean hit of every item."""
+    return [sum(map(int, item)) / len(item) for item in zip(*runs, strict=True)]
 
 
 def _planned(ablation: Ablation) -> list[Run]:
@@ -207,8 +216,8 @@ def _planned(ablation: Ablation) -> list[Run]:
     ]
 
 
-def _finished() -> Iterator[tuple[Run, dict[str, Any]]]:
-    for row in read_rows(SUBJECT):
+def _finished(ledger: Path | None) -> Iterator[tuple[Run, dict[str, Any]]]:
+    for row in read_rows(SUBJECT, folder=ledger):
         figures = row["figures"]
         run = Run(**{name: figures[name] for name in ("method", "labelled", "seed", "num_steps")})
         yield run, figures
@@ -223,10 +232,6 @@ def _encode(hits: list[float]) -> str:
     if not set(hits) <= {0.0, 1.0}:
         raise ValueError(f"hits: expected 0 or 1, got {sorted(set(hits))}")
     return "".join("01"[int(hit)] for hit in hits)
-
-
-def _decode(hits: str) -> list[float]:
-    return [float(hit) for hit in hits]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from m3i_fast.objectives.predictors import DecoderConfig
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.openmoji import build as build_openmoji
 
-DEMO_MERGES = 1000
+DEMO_MERGES = 500  # unseen words split into pieces that were seen
 
 
 def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
@@ -43,7 +43,7 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
         vision=vit_demo(),
         text=TextConfig(
             vocab_size=512 + DEMO_MERGES + 2,
-            context_length=24,
+            context_length=36,
             dim=128,
             depth=2,
             num_heads=4,
@@ -66,6 +66,7 @@ def pack_demo(path: Path, *, labelled: float = 1.0, tune: float = 0.0) -> None:
         path,
         labelled=labelled,
         tune=tune,
+        max_variants=3,
         num_merges=DEMO_MERGES,
         context_length=demo().text.context_length,
     )

@@ -59,6 +59,19 @@ class _Style:
     tokenizer: Tokenizer
 
 
+def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Drawing]:
+    """At most `max_variants` drawings of each concept: its first, and others at random."""
+    left: dict[int, int] = {}
+    kept = set()
+    first = [i for i, drawing in enumerate(found) if drawing.sample_id == drawing.group_id]
+    for i in [*first, *keyed_order(len(found), "variants", seed)]:
+        group = found[i].group_id
+        if i not in kept and left.setdefault(group, max_variants) > 0:
+            left[group] -= 1
+            kept.add(i)
+    return [found[i] for i in sorted(kept)]
+
+
 class _Rendered:
     """Samples of some drawings, rendered when asked for."""
 
@@ -117,6 +130,7 @@ def build(
     seed: int = 0,
     samples_per_shard: int = 256,
     limit: int | None = None,
+    max_variants: int | None = None,
 ) -> Path:
     """Write OpenMoji as a dataset directory and return it.
 
@@ -125,11 +139,14 @@ def build(
     `heldout`: share of the concepts kept for evaluation, always fully annotated.
     `tune`: share of the training concepts split off (fully annotated) for choosing settings.
     `limit`: use that many concepts only.
+    `max_variants`: keep that many drawings of a training concept, its first one always. People have
+    14 variants each, and make up 61 % of the drawings but 10 % of the concepts.
     """
     for name, value in (("labelled", labelled), ("heldout", heldout), ("tune", tune)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a fraction from 0 to 1, got {value}")
-    for name, number in (("image_size", image_size), ("limit", limit)):
+    counts = (("image_size", image_size), ("limit", limit), ("max_variants", max_variants))
+    for name, number in counts:
         if number is not None and number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
     found = drawings()
@@ -144,12 +161,14 @@ def build(
         tokenizer=Tokenizer(num_merges, context_length),
     )
     annotation_of = annotate(members["train"], seed=seed, labelled=labelled)
+    chosen = {split: [d for d in found if d.group_id in set(m)] for split, m in members.items()}
+    if max_variants is not None:
+        chosen["train"] = thin_out(chosen["train"], max_variants, seed=seed)
     splits = {
-        split: _Rendered([d for d in found if d.group_id in set(chosen)], style, annotation_of)
-        for split, chosen in members.items()
-        if chosen
+        split: _Rendered(those, style, annotation_of) for split, those in chosen.items() if those
     }
     fractions = {"labelled": labelled, "heldout": heldout, "tune": tune, "limit": limit}
+    fractions["max_variants"] = max_variants
     info = _info(style, fractions)
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
 

@@ -17,6 +17,7 @@ VERBS = {
     "train": "pre-train a recipe",
     "evaluate": "measure a run's encoder on held-out pictures",
     "data": "write a data set: openmoji, synthetic; or verify one",
+    "bench": "run one benchmark and append its rows to the ledger",
     "doctor": "say what this machine can use and, where it cannot, why",
 }
 

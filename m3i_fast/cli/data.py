@@ -40,6 +40,8 @@ class OpenMoji:
     """Seed of split, annotation and order."""
     limit: int | None = None
     """Use that many concepts only."""
+    max_variants: int | None = None
+    """Drawings kept of a training concept (skin tones, genders); None: all."""
 
     def run(self) -> None:
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "out"}

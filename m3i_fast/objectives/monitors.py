@@ -17,14 +17,17 @@ def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
 
 def rankme(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
     """Effective rank, RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular
-    values.
-
-    Singular values come from the eigenvalues of the D x D Gram matrix in fp64.
+    values. These come from the eigenvalues of the D x D Gram matrix, in fp64; NaN where a feature
+    is not finite.
     """
     rows = features.flatten(0, -2).double()
-    singular = torch.linalg.eigvalsh(rows.T @ rows).clamp_min(0).sqrt()
+    gram = rows.T @ rows
+    finite = gram.isfinite().all()  # eigvalsh raises on NaN, and asking first would wait for it
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    singular = torch.linalg.eigvalsh(torch.where(finite, gram, identity)).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-12) + 1e-7
-    return torch.exp(-(share * share.log()).sum()).float()
+    rank = torch.exp(-(share * share.log()).sum())
+    return torch.where(finite, rank, torch.nan).float()
 
 
 def mean_cosine(a: Tensor, b: Tensor) -> Tensor:  # [..., D], [..., D] -> [] fp32

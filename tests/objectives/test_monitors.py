@@ -21,4 +21,5 @@ def test_collapse_is_seen() -> None:
     assert float(feature_std(collapsed)) == 0.0
     assert float(rankme(spread)) > 30
     assert float(rankme(collapsed)) == pytest.approx(1.0, abs=1e-3)
+    assert float(rankme(spread * float("nan"))) != float(rankme(spread))  # NaN, and no error
     assert float(mean_cosine(spread, -2 * spread)) == pytest.approx(-1.0)

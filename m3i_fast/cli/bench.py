@@ -1,0 +1,29 @@
+"""m3i-fast bench NAME: run one benchmark of m3i_fast.benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+
+from m3i_fast.cli import console, nearest, refuse
+
+BENCHMARKS = {
+    "mask_mix": "mask, mix and normalise views: ours beside the torch expressions it replaces",
+    "demo_ablation": "what each term of M3I brings to the demo",
+}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        console.print("usage: m3i-fast bench NAME ...   (NAME --help tells more)\n")
+        for name, description in BENCHMARKS.items():
+            console.print(f"  {name:<16}{description}", highlight=False)
+        return 0 if argv else 2
+    name, rest = argv[0], argv[1:]
+    if name not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        return refuse(
+            f"unknown benchmark {name!r}: expected one of {known}."
+            + nearest(name, list(BENCHMARKS))
+        )
+    importlib.import_module(f"m3i_fast.benchmarks.{name}").main(rest)
+    return 0
