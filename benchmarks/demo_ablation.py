@@ -39,6 +39,7 @@ MEASURES = {
     "linear_top1": "linear",
     "caption_to_image_recall_at_5": "caption to image R@5",
     "image_to_caption_recall_at_5": "image to caption R@5",
+    "patch_correspondence": "patch found again",
 }
 console = Console()
 
@@ -199,9 +200,9 @@ def _cell(ours: dict[int, Any], theirs: dict[int, Any], who: str, measure: str) 
     return f"{cell} ({mean}: {low} to {high})"
 
 
-def _item_means(runs: list[str]) -> list[float]:
-    """Hits of several seeds, "0110..." each -> the mean hit of every item."""
-    return [sum(map(int, item)) / len(item) for item in zip(*runs, strict=True)]
+def _item_means(runs: list[str | list[float]]) -> list[float]:
+    """Hits of several seeds, each "0110..." or shares -> the mean hit of every item."""
+    return [sum(map(float, item)) / len(item) for item in zip(*runs, strict=True)]
 
 
 def _planned(ablation: Ablation) -> list[Run]:
@@ -227,11 +228,11 @@ def _dataset(ablation: Ablation, labelled: float) -> Path:
     return ablation.data / ("openmoji" if labelled == 1.0 else f"openmoji-labelled-{labelled:g}")
 
 
-def _encode(hits: list[float]) -> str:
-    """Hits are 0 or 1; one character an item keeps a row readable."""
-    if not set(hits) <= {0.0, 1.0}:
-        raise ValueError(f"hits: expected 0 or 1, got {sorted(set(hits))}")
-    return "".join("01"[int(hit)] for hit in hits)
+def _encode(hits: list[float]) -> str | list[float]:
+    """One character an item where hits are 0 or 1, which keeps a row readable; else shares."""
+    if set(hits) <= {0.0, 1.0}:
+        return "".join("01"[int(hit)] for hit in hits)
+    return [round(hit, 3) for hit in hits]
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
+from m3i_fast.benchmarks.harness import append_row
 from m3i_fast.cli import console
 from m3i_fast.cli.demo_page import gather
 from m3i_fast.cli.train import run as train
@@ -37,6 +39,8 @@ class DemoCommand:
     """Steps, instead of a time."""
     seed: int = 0
     """Seed of initialisation, masks, order and crops."""
+    record: bool = False
+    """Append the figures to the ledger, benchmarks/results/demo.jsonl."""
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +58,10 @@ def main(argv: list[str]) -> int:
         console.print(f"stopped at step {outcome.step}: no page is written")
         return 128 + outcome.signal
     console.rule("evaluating on held-out concepts")
-    page = report(command.out, cfg)
+    figures, page = report(command.out, cfg)
+    if command.record:
+        settings = {"seed": command.seed, "num_steps": num_steps, "seconds": command.seconds}
+        append_row("demo", {**settings, **figures})
     console.print(f"open {page}")
     return 0
 
@@ -86,10 +93,10 @@ def set_aside(out: Path) -> None:
         console.print(f"moved the older {out} to {moved}")
 
 
-def report(run: Path, cfg: TrainConfig) -> Path:
-    """Evaluate the run, write evaluation.json and report.html, and return the page's path."""
+def report(run: Path, cfg: TrainConfig) -> tuple[dict[str, Any], Path]:
+    """Evaluate the run and write evaluation.json and report.html: figures and the page's path."""
     figures, _ = evaluate(run)
     console.print_json(json.dumps({k: v for k, v in figures.items() if k != "trained_minus"}))
     cpu = replace(cfg, device="cpu")
     encoders = {"trained": load_objective(run, cpu), "untrained": build_untrained(cpu)}
-    return write_report(gather(run, cpu, encoders, figures), run / "report.html")
+    return figures, write_report(gather(run, cpu, encoders, figures), run / "report.html")

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.precision import autocast, resolve_device
 from m3i_fast.engine.trainer import build_objective
 from m3i_fast.evaluation.collect import collect_features
+from m3i_fast.evaluation.correspondence import patch_correspondence, pixel_tokens
 from m3i_fast.evaluation.protocol import (
     Features,
     Measured,
@@ -25,7 +27,7 @@ from m3i_fast.evaluation.protocol import (
 from m3i_fast.evaluation.statistics import difference_intervals
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.pipelines.loader import evaluation_batches
+from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
 from m3i_fast.storage import write_atomically
 
 
@@ -39,6 +41,8 @@ def evaluate(
     measured = measure_all(
         _features(trained, cfg, split, batch_size), _features(untrained, cfg, split, batch_size)
     )
+    for who, share in _correspondence(trained, untrained, cfg, split).items():
+        measured[who].hits["patch_correspondence"] = share
     figures = compare(measured)
     figures["trained_minus"] = {
         measure: {source: asdict(interval) for source, interval in intervals.items()}
@@ -68,6 +72,40 @@ def throughput(run: Path) -> float:
     rows = read_jsonl(run / "metrics.jsonl")
     rows = rows[1:] or rows
     return len(rows) / sum(1 / row["throughput/img_s"] for row in rows)
+
+
+def _correspondence(
+    trained: MutualInformation, untrained: MutualInformation, cfg: TrainConfig, split: str
+) -> dict[str, Tensor]:  # who -> [M] fp64, share of a picture's patches found in another crop
+    """Two fresh crops of every held-out concept's picture, the same ones for every run."""
+    device = resolve_device(cfg.device)
+    views = ViewConfig(size=cfg.vision.image_size, scale=(0.5, 1.0))
+    settings = LoaderConfig(path=cfg.data.path, split=split, batch_size=1, global_views=views)
+    loader = Loader(settings, device_id=0 if device.type == "cuda" else None)
+    found: dict[int, dict[str, Tensor]] = {}
+    grid = cfg.vision.grid
+    for _ in range(loader.steps_per_epoch):
+        batch = next(loader).to(device)
+        if int(batch.sample_id) != int(batch.group_id):
+            continue  # one picture a concept
+        pair = (batch.global_views[0], batch.global_views[1])
+        tokens = {
+            "trained": tuple(trained.embed_images(view)[0] for view in pair),
+            "untrained": tuple(untrained.embed_images(view)[0] for view in pair),
+            "pixels": tuple(pixel_tokens(view, grid) for view in pair),
+        }
+        shares = {}
+        for who, (first, second) in tokens.items():
+            share, chance, asked = patch_correspondence((first, second), pair, batch.boxes)
+            shares |= {who: share, "chance": chance}
+        if int(asked):
+            found[int(batch.sample_id)] = shares
+    loader.close()
+    order = sorted(found)
+    return {
+        who: torch.cat([found[i][who] for i in order]).double().cpu()
+        for who in ("trained", "untrained", "chance", "pixels")
+    }
 
 
 def _features(

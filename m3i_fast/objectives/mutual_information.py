@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3i_fast.models.positions import relative_positions
 from m3i_fast.models.text import TextConfig, TextEncoder
 from m3i_fast.models.vit import ViT, ViTConfig
 from m3i_fast.objectives.likelihood import IGNORED, boltzmann, decorrelation, gaussian
@@ -26,7 +27,6 @@ from m3i_fast.objectives.predictors import (
     DecoderConfig,
     DenseDecoder,
     GlobalHead,
-    relative_positions,
 )
 from m3i_fast.objectives.targets import MomentumEncoder, normalise_views
 from m3i_fast.ops import mask_mix

@@ -25,44 +25,6 @@ from m3i_fast.models.positions import grid_embedding, sincos_embedding
 LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of about 1
 
 
-def relative_positions(
-    input_boxes: Tensor,  # [I, 5] y, x, height, width in pixels of the upright image, flip 0 or 1
-    target_boxes: Tensor,  # [I, 5] the same image's target view
-    target_index: Tensor,  # [I, Q] int64 patches of the target view, row by row
-    *,
-    input_grid: int,
-    target_grid: int,
-) -> Tensor:
-    """Where target patches lie in the input view (SiameseIM's geometry): [I, Q, 4] fp32.
-
-    A view is its box resized to a square, then mirrored if flip = 1. Returned are py, px, ln(dh)
-    and ln(dw): the target patch's centre and size in patches of the input view, whose own patch
-    (u, v) has centre (u, v) and size (1, 1); positions outside the view are below -0.5 or above
-    input_grid - 0.5. With an input box (y, x, h, w), a target box (y', x', h', w') and a target
-    patch's centre at the fractions r and c of the target view before its mirroring:
-
-        py = input_grid * (y' - y + h' r) / h - 0.5
-        px = input_grid * q - 0.5,  q = (x' - x + w' c) / w, or 1 - q if the input is mirrored
-        dh = (h' / target_grid) / (h / input_grid),  dw likewise
-    """
-    for name, boxes in (("input_boxes", input_boxes), ("target_boxes", target_boxes)):
-        if boxes.shape != (target_index.shape[0], 5):
-            raise ValueError(
-                f"{name}: expected [{target_index.shape[0]}, 5], got {list(boxes.shape)}"
-            )
-    y, x, height, width, flip = input_boxes.float().unsqueeze(-1).unbind(1)  # each [I, 1]
-    y_t, x_t, height_t, width_t, flip_t = target_boxes.float().unsqueeze(-1).unbind(1)
-    row = (target_index // target_grid + 0.5) / target_grid
-    column = (target_index % target_grid + 0.5) / target_grid
-    column = torch.where(flip_t > 0.5, 1 - column, column)
-    across = (x_t - x + width_t * column) / width
-    across = torch.where(flip > 0.5, 1 - across, across)
-    down = (y_t - y + height_t * row) / height
-    size = torch.cat([height_t / height, width_t / width], 1) * (input_grid / target_grid)
-    position = torch.stack([down, across], -1) * input_grid - 0.5  # [I, Q, 2]
-    return torch.cat([position, size.log()[:, None].expand_as(position)], -1)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:
     """Size of the dense decoder."""

@@ -53,7 +53,7 @@ def test_runs_are_resumed_and_not_repeated(
         num_steps=2,
         labelled=(1.0,),
         methods=("m3i", "category only"),
-        jobs=1,
+        jobs=2,  # one thread each: two that share two cores with other tests would spin
         data=tmp_path,
         out=tmp_path / "runs",
         ledger=tmp_path / "ledger",

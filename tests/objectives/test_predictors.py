@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from m3i_fast.models.positions import relative_positions
 from m3i_fast.objectives.predictors import (
     DecoderConfig,
     DenseDecoder,
     GlobalHead,
-    relative_positions,
 )
 
 NUM_CASES = 2000

@@ -43,6 +43,10 @@ MEASURES = {
         "Category by linear probe",
         "held-out pictures whose category logistic regression gets right",
     ),
+    "patch_correspondence": Measure(
+        "Same place in another crop",
+        "patches of a held-out picture that the most similar patch of another crop places right",
+    ),
 }
 MORE_MEASURES = {
     "knn_balanced_accuracy": Measure("kNN, balanced accuracy", "mean over the categories"),

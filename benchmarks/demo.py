@@ -1,0 +1,83 @@
+"""The demo over several seeds: mean, spread and range of every figure, from the ledger's rows.
+
+m3i-fast demo --seed 0 --record      (then --seed 1, --seed 2)
+m3i-fast bench demo
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from m3i_fast.benchmarks.harness import read_rows
+from m3i_fast.evaluation.statistics import spread
+
+SUBJECT = "demo"
+MEASURES = {
+    "caption_to_image_recall_at_1": "caption to image R@1",
+    "caption_to_image_recall_at_5": "caption to image R@5",
+    "image_to_caption_recall_at_5": "image to caption R@5",
+    "knn_top1": "kNN",
+    "knn_balanced_accuracy": "kNN, balanced",
+    "linear_top1": "linear",
+    "linear_balanced_accuracy": "linear, balanced",
+    "patch_correspondence": "patch found again",
+}
+SOURCES = ("trained", "untrained", "pixels", "chance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoTable:
+    ledger: Path | None = None
+    """Folder of the ledger; None: benchmarks/results of the checkout."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    command = tyro.cli(DemoTable, prog="m3i-fast bench demo", args=argv)
+    Console().print(table(command.ledger), markup=False, highlight=False, soft_wrap=True)
+
+
+def table(ledger: Path | None = None) -> str:
+    """Markdown, in percent: mean over the newest row of each seed, and the lowest and highest."""
+    newest = {row["figures"]["seed"]: row for row in read_rows(SUBJECT, folder=ledger)}
+    if not newest:
+        return "no row of the demo in the ledger: m3i-fast demo --record appends one"
+    rows = [row["figures"] for _, row in sorted(newest.items())]
+    commits = sorted({row["commit"] or "a wheel" for row in newest.values()})
+    machine = next(iter(newest.values()))["machine"]
+    speed = spread([row["train_images_per_s"] for row in rows])
+    lines = [
+        f"seeds {sorted(newest)}, {rows[0]['held_out_concepts']} held-out concepts, "
+        f"{_range([row['num_steps'] for row in rows])} steps, {speed.mean:.0f} images/s on "
+        f"{machine['num_cores']} cores of {machine['cpu']}, commit {', '.join(commits)}",
+        "",
+        "| measure | " + " | ".join(SOURCES) + " |",
+        "|---" * (len(SOURCES) + 1) + "|",
+    ]
+    for name, title in MEASURES.items():
+        cells = " | ".join(_cell(rows, name, source) for source in SOURCES)
+        lines.append(f"| {title} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(rows: list[dict[str, Any]], measure: str, source: str) -> str:
+    values = [100 * row[measure][source] for row in rows if source in row.get(measure, {})]
+    if not values:
+        return "-"
+    found = spread(values)
+    if found.lowest == found.highest:
+        return f"{found.mean:.1f}"
+    return f"{found.mean:.1f} ({found.lowest:.1f} to {found.highest:.1f})"
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The table over seeds says what the rows say."""
+
+from pathlib import Path
+
+from m3i_fast.benchmarks.demo import SUBJECT, table
+from m3i_fast.benchmarks.harness import append_row
+
+
+def _append(folder: Path, seed: int, trained: float) -> None:
+    figures = {
+        "seed": seed,
+        "num_steps": 10 + seed,
+        "train_images_per_s": 100.0,
+        "held_out_concepts": 4,
+        "knn_top1": {"trained": trained, "untrained": 0.5, "chance": 0.25},
+    }
+    append_row(SUBJECT, figures, command="test", folder=folder)
+
+
+def test_mean_and_range_of_the_newest_row_of_each_seed(tmp_path: Path) -> None:
+    assert "no row" in table(tmp_path)
+    for seed, trained in ((0, 0.99), (0, 0.6), (1, 0.7), (2, 0.8)):
+        _append(tmp_path, seed, trained)
+    text = table(tmp_path)
+    assert "| kNN | 70.0 (60.0 to 80.0) | 50.0 | - | 25.0 |" in text.splitlines()
+    assert "seeds [0, 1, 2], 4 held-out concepts, 10 to 12 steps, 100 images/s" in text
+    assert "| linear | - | - | - | - |" in text

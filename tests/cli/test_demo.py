@@ -1,0 +1,65 @@
+"""The demo as a person types it, on few concepts: files, figures, and the page in a browser."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from m3i_fast.cli import main
+from m3i_fast.pipelines import openmoji
+from m3i_fast.recipes import DEMO_MERGES, demo
+from tests.observe.chromium import check_page, skip_reason
+
+MEASURES = (
+    "knn_top1",
+    "linear_top1",
+    "caption_to_image_recall_at_1",
+    "caption_to_image_recall_at_5",
+    "image_to_caption_recall_at_5",
+)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two demos into one directory; the first is set aside."""
+    root = tmp_path_factory.mktemp("demo")
+    openmoji.build(
+        root / "data",
+        limit=110,
+        num_merges=DEMO_MERGES,
+        context_length=demo().text.context_length,
+    )
+    for _ in range(2):
+        arguments = ["--data", str(root / "data"), "--out", str(root / "run"), "--num-steps", "3"]
+        assert main(["demo", *arguments]) == 0
+    return root / "run"
+
+
+def test_evaluation_has_every_figure(out: Path) -> None:
+    figures = json.loads((out / "evaluation.json").read_text())
+    for name in MEASURES:
+        expected = {"trained", "untrained", "chance"} | (
+            {"pixels"} if name == "knn_top1" else set()
+        )
+        assert figures[name].keys() == expected
+        assert all(0 <= value <= 1 for value in figures[name].values())
+    gallery = figures["held_out_concepts"]
+    assert gallery == 22 and figures["train_images_per_s"] > 0
+    assert figures["caption_to_image_recall_at_5"]["chance"] == pytest.approx(5 / gallery)
+    assert json.loads((out / "config.json").read_text())["num_steps"] == 3
+
+
+def test_an_older_run_is_set_aside(out: Path) -> None:
+    others = [path.name for path in out.parent.iterdir() if path.name.startswith("run-")]
+    assert len(others) == 1 and re.fullmatch(r"run-\d{8}-\d{6}", others[0])
+    assert (out.parent / others[0] / "report.html").exists()
+
+
+def test_the_page_opens_without_a_complaint(out: Path, tmp_path: Path) -> None:
+    if reason := skip_reason():
+        pytest.skip(reason)
+    page = out / "report.html"
+    embedded = re.search(r'<script[^>]*id="figures"[^>]*>(.*?)</script>', page.read_text(), re.S)
+    assert embedded is not None
+    check_page(page, tmp_path, num_figures=len(json.loads(embedded[1])))
