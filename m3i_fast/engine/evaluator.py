@@ -94,7 +94,7 @@ def _correspondence(
             "untrained": tuple(untrained.embed_images(view)[0] for view in pair),
             "pixels": tuple(pixel_tokens(view, grid) for view in pair),
         }
-        shares = {}
+        shares: dict[str, Tensor] = {}
         for who, (first, second) in tokens.items():
             share, chance, asked = patch_correspondence((first, second), pair, batch.boxes)
             shares |= {who: share, "chance": chance}
