@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -30,3 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def fixed_seed() -> None:
     """Every test starts from the same random state, in whatever order they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty OpenMoji concepts, a part of them annotated only in part; 814 token ids, 24 a row."""
+    from m3i_fast.pipelines import openmoji
+
+    out = tmp_path_factory.mktemp("data") / "openmoji"
+    return openmoji.build(out, limit=60, labelled=0.5, num_merges=300, context_length=24)

@@ -10,16 +10,9 @@ from m3i_fast.config import TrainConfig, differences
 from m3i_fast.engine.trainer import Trainer, build_objective
 from m3i_fast.models.text import TextConfig
 from m3i_fast.objectives.mixing import MixingConfig
-from m3i_fast.pipelines import openmoji
 from m3i_fast.recipes import RECIPES, demo, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("data") / "openmoji"
-    return openmoji.build(out, limit=30, num_merges=300)
 
 
 @pytest.mark.parametrize("name", RECIPES)
