@@ -29,7 +29,6 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import evaluate
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.statistics import paired_bootstrap
-from m3i_fast.objectives.methods import m3i
 from m3i_fast.pipelines.manifest import is_dataset
 from m3i_fast.recipes import demo, pack_demo
 
@@ -46,7 +45,7 @@ console = Console()
 
 def _only(*names: str) -> Callable[[TrainConfig], TrainConfig]:
     def change(cfg: TrainConfig) -> TrainConfig:
-        terms = tuple(replace(t, weight=float(t.name in names)) for t in m3i())
+        terms = tuple(t if t.name in names else replace(t, weight=0.0) for t in cfg.objective.terms)
         return replace(cfg, objective=replace(cfg.objective, terms=terms))
 
     return change
