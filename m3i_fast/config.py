@@ -67,6 +67,12 @@ class TrainConfig:
             raise ValueError(
                 f"data.global_views.count: the other_view term needs 2 views, got {views.count}"
             )
+        local = self.data.local_views
+        if local is not None and local.size % self.vision.patch_size:
+            raise ValueError(
+                f"data.local_views.size: expected a multiple of vision.patch_size = "
+                f"{self.vision.patch_size}, got {local.size}"
+            )
         mixes = self.objective.mixing.mode != "none"
         if mixes != self.data.pairs:
             raise ValueError(

@@ -10,6 +10,7 @@ from m3i_fast.config import TrainConfig, differences
 from m3i_fast.engine.trainer import Trainer, build_objective
 from m3i_fast.models.text import TextConfig
 from m3i_fast.objectives.mixing import MixingConfig
+from m3i_fast.pipelines.config import ViewConfig
 from m3i_fast.recipes import RECIPES, demo, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
@@ -54,6 +55,8 @@ def test_a_config_that_does_not_fit_together_is_named(tmp_path: Path) -> None:
         replace(cfg, data=replace(cfg.data, global_views=replace(cfg.data.global_views, size=32)))
     with pytest.raises(ValueError, match=r"data\.global_views\.count"):
         replace(cfg, data=replace(cfg.data, global_views=replace(cfg.data.global_views, count=1)))
+    with pytest.raises(ValueError, match=r"data\.local_views\.size.*8, got 30"):
+        replace(cfg, data=replace(cfg.data, local_views=ViewConfig(size=30)))
     with pytest.raises(ValueError, match=r"data\.pairs"):
         replace(cfg, objective=replace(cfg.objective, mixing=MixingConfig(mode="none")))
     with pytest.raises(ValueError, match="num_steps"):

@@ -25,8 +25,7 @@ console = Console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb. Exit codes: 0 done, 1 failed, 2 wrong request, 130 or 143 saved after a
-    signal."""
+    """Run a verb; 0 done, 1 failed, 2 wrong request, 130 or 143 stopped by a signal."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print("usage: m3i-fast VERB ...   (m3i-fast VERB --help tells more)\n")
@@ -48,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(f"m3i_fast.cli.{verb}").main(rest)
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         return refuse(str(error))
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
     except (FloatingPointError, OSError, RuntimeError) as error:
         console.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
         return 1

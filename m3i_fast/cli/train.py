@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
         prog=f"m3i-fast train {argv[0]}",
         default=TrainCommand(config=config, out=Path("runs") / name),
         args=rest,
+        config=(tyro.conf.CascadeSubcommandArgs,),  # --field may stand after data.local-views:...
     )
     outcome = run(command.config, command.out, resume=command.resume)
     if outcome.signal is not None:
