@@ -75,7 +75,10 @@ class Mix:
         return self.pairs.shape[0]
 
     def to(self, device: torch.device) -> Mix:
-        fields = (getattr(self, name) for name in self.__slots__)
+        """Move without waiting: a copy to a GPU is asynchronous only from pinned memory."""
+        fields = [getattr(self, name) for name in self.__slots__]
+        if device.type == "cuda":
+            fields = [field.pin_memory() for field in fields]
         return Mix(*(field.to(device, non_blocking=True) for field in fields))
 
 
