@@ -1,12 +1,10 @@
-"""What each term of M3I brings to the demo: one run a method, the same number of steps, the same
-held-out concepts.
+"""What each term of M3I brings to the demo, at the same number of steps.
 
-    python -m m3i_fast.benchmarks.demo_ablation --num-steps 1200 --labelled 1.0 0.1
-    python -m m3i_fast.benchmarks.demo_ablation --table-only
+    m3i-fast bench demo_ablation --num-steps 700
+    m3i-fast bench demo_ablation --num-steps 700 --table-only
 
-One ledger row a run; what has a row is not run again, and an unfinished run is resumed. A row
-keeps every held-out item's
-hit, so that the table's differences carry paired bootstrap intervals.
+One ledger row a run; what has a row is not run again, and an unfinished run is resumed. A row keeps
+every held-out item's hit, so that the table's differences carry paired bootstrap intervals.
 """
 
 from __future__ import annotations

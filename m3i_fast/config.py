@@ -20,8 +20,7 @@ from m3i_fast.storage import write_atomically
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Everything that decides the result of a run. Written to config.json; equal configs give
-    equal runs."""
+    """All that decides the result of a run: equal configs give equal runs."""
 
     seed: int = 0
     """Seed of initialisation, masks, pairs and dropout; the loader has its own, data.seed."""
@@ -91,8 +90,7 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: Path) -> TrainConfig:
-        """Read a config.json. Raises ValueError that names the file and the unknown or wrong
-        field."""
+        """Read a config.json; ValueError names the file and the unknown or wrong field."""
         try:
             return _converter.structure(json.loads(Path(path).read_text()), cls)
         except FileNotFoundError:

@@ -119,8 +119,10 @@ def _production(
 
 
 def _variants() -> dict[str, Callable[[], TrainConfig]]:
-    """m3i_vit_{s,b,l,h}, plain and for a GPU: batch sizes are chosen to fit 80 GB in bf16, not
-    yet measured."""
+    """m3i_vit_{s,b,l,h}, plain and for a GPU.
+
+    Batch sizes are chosen to fit 80 GB in bf16, and not yet measured.
+    """
     batch_sizes = {"s": (1024, 1024), "b": (512, 768), "l": (256, 320), "h": (96, 128)}
     found: dict[str, Callable[[], TrainConfig]] = {}
     for size, vision in {"s": vit_s, "b": vit_b, "l": vit_l, "h": vit_h}.items():
@@ -146,8 +148,7 @@ def _build(
 
 
 def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) -> TrainConfig:
-    """The same recipe at a size a laptop trains in a second: for smoke tests of a recipe on other
-    data."""
+    """The same recipe at a size that trains in a second, to try it on other data."""
     vision = replace(cfg.vision, image_size=4 * cfg.vision.patch_size, dim=32, depth=2, num_heads=2)
     views = replace(cfg.data.global_views, size=vision.image_size)
     return replace(

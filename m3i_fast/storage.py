@@ -25,8 +25,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def directory_atomically(path: Path) -> Iterator[Path]:
-    """Yield a directory beside `path` to fill; it is synced and renamed to `path`, which must not
-    exist, on success."""
+    """Yield a directory beside `path` to fill, then sync it and rename it to `path`.
+
+    `path` must not exist. On an error nothing is left.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -16,8 +16,7 @@ from m3i_fast.pipelines.synthetic import build as build_synthetic
 
 @dataclass(frozen=True, kw_only=True)
 class OpenMoji:
-    """Drawings with English captions and categories (CC BY-SA 4.0), rendered offline: the demo's
-    data."""
+    """Captioned drawings, rendered offline: the demo's data (CC BY-SA 4.0)."""
 
     out: tyro.conf.Positional[Path]
     """Directory to write."""

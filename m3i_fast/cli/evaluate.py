@@ -1,5 +1,4 @@
-"""m3i-fast evaluate RUN: measure a run's encoder, and the untrained one it started from, on
-held-out pictures."""
+"""m3i-fast evaluate RUN: measure a run's encoder on held-out pictures."""
 
 from __future__ import annotations
 

@@ -72,8 +72,10 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Checkpoint:
-    """Write one checkpoint and delete all but the newest `keep`. An error leaves the older ones
-    as they were."""
+    """Write one checkpoint and delete all but the newest `keep`.
+
+    An error leaves the older ones as they were.
+    """
     path = directory / f"step_{step:08d}"
     if path.exists():
         return Checkpoint(path)

@@ -32,8 +32,10 @@ class EmaConfig:
 
 @torch.no_grad()
 def update_ema(average: nn.Module, online: nn.Module, momentum: float) -> None:
-    """average <- momentum * average + (1 - momentum) * online, over all parameters, in place;
-    buffers are copied."""
+    """average <- momentum * average + (1 - momentum) * online, in place.
+
+    Over all parameters; buffers are copied.
+    """
     torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1.0 - momentum)
     for target, source in zip(average.buffers(), online.buffers(), strict=True):
         target.copy_(source)

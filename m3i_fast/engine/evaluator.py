@@ -1,5 +1,4 @@
-"""Measure a run: its newest checkpoint, and the untrained model it started from, on held-out
-pictures."""
+"""Measure a run on held-out pictures, beside the untrained model it started from."""
 
 from __future__ import annotations
 
@@ -34,8 +33,10 @@ from m3i_fast.storage import write_atomically
 def evaluate(
     run: Path, *, split: str = "heldout", batch_size: int = 256
 ) -> tuple[dict[str, Any], dict[str, Measured]]:
-    """Measure the newest checkpoint of `run` and write run/evaluation.json; returns it and every
-    item's hit."""
+    """Measure the newest checkpoint of `run` and write run/evaluation.json.
+
+    Returns what was written, and every item's hit.
+    """
     cfg = TrainConfig.load(run / "config.json")
     trained, untrained = load_objective(run, cfg), build_untrained(cfg)
     measured = measure_all(

@@ -47,8 +47,10 @@ class OptimConfig:
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; group 0 decays, group 1 (norms, biases, scalars,
-    tokens) does not."""
+    """Fused AdamW over the trainable parameters.
+
+    Group 0 decays, group 1 (norms, biases, scalars, tokens and tables) does not.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [(name, p) for name, p in named if _decays(name, p)]
     others = [(name, p) for name, p in named if not _decays(name, p)]

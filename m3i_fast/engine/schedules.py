@@ -1,5 +1,4 @@
-"""Schedules as arrays: one value a step, known before the first step, so that a resume needs only
-the step."""
+"""Schedules as arrays, known before the first step: a resume needs only the step."""
 
 from __future__ import annotations
 
@@ -9,8 +8,7 @@ import numpy as np
 def warmup_cosine(
     peak: float, *, num_steps: int, warmup_steps: int, final: float = 0.0
 ) -> np.ndarray:  # [num_steps] fp64
-    """Linear from peak / warmup_steps to peak, then half a cosine from peak to `final` at the
-    last step.
+    """Linear from peak / warmup_steps to peak, then half a cosine to `final`.
 
     Raises ValueError when the warm-up is longer than the run.
     """

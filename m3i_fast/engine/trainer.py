@@ -85,8 +85,7 @@ class Trainer:
         self._signal: int | None = None
 
     def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
-        """Fetch nothing, wait for nothing: schedules, targets, input, objective, backward, clip,
-        step, EMA."""
+        """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing."""
         cfg, stage, step = self.cfg, self.timer.stage, self.step
         # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
         torch.manual_seed(step_seed(cfg.seed, step))
@@ -119,8 +118,10 @@ class Trainer:
         return metrics
 
     def train(self, progress: Progress = lambda step, values: None) -> Outcome:
-        """Train to num_steps, or until SIGINT or SIGTERM; either way a checkpoint of the last
-        step is written."""
+        """Train to num_steps, or until SIGINT or SIGTERM.
+
+        Either way a checkpoint of the last step is written.
+        """
         cfg = self.cfg
         sinks: list[Sink] = [
             JsonlSink(self.run_dir / "metrics.jsonl", start_step=self.step),
@@ -156,8 +157,7 @@ class Trainer:
         return Outcome(self.step, self._signal)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless a loss since the last read was not
-        finite."""
+        """Write a checkpoint, unless a loss since the last read was not finite."""
         check_finite(self.means.read(), self.step)
         checkpoint.save(
             self.checkpoint_dir,

@@ -1,8 +1,7 @@
-"""Variational posteriors P(z | z_hat): the two likelihoods of M3I (arXiv 2211.09807, section 3)
-as functions.
+"""The two likelihoods of M3I (arXiv 2211.09807, section 3) as functions.
 
-Legend: N predictions, M targets, D feature width. Both return a scalar in fp32 (fp64 for fp64
-input); lower is more mutual information.
+Each is a variational posterior P(z | z_hat). Legend: N predictions, M targets, D feature width.
+Both return a scalar in fp32 (fp64 for fp64 input); lower is more mutual information.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ def gaussian(
     *,
     sigma: float = 1.0,
 ) -> Tensor:  # [] fp32
-    """-log N(z; z_hat, sigma^2 I) a dimension, without its constant: mean of (z - z_hat)^2 / (2
-    sigma^2).
+    """-log N(z; z_hat, sigma^2 I) a dimension, without its constant.
 
-    The L2-norm of the paper's figure 1. Accumulates in fp32.
+    mean of (z - z_hat)^2 / (2 sigma^2), the L2-norm of the paper's figure 1. Accumulates in fp32.
     Raises ValueError when the shapes differ or sigma is not positive.
     """
     if z_hat.shape != z.shape:

@@ -1,6 +1,8 @@
-"""Methods as lists of terms. A term names what is predicted, by what, under which likelihood, and
-what keeps the target from
-collapsing: the plug-ins of the paper's equation  L = sum_k w_k * -log P_k(z_k | z_hat_k)."""
+"""Methods as lists of terms.
+
+A term names what is predicted, by what, under which likelihood, and what keeps the target from
+collapsing: the plug-ins of the paper's equation  L = sum_k w_k * -log P_k(z_k | z_hat_k).
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,11 @@ class Term:
 
 
 def m3i() -> tuple[Term, ...]:
-    """M3I, figure 2: the first image predicts its own view, the other one another view, both
-    their category and caption."""
+    """M3I, figure 2.
+
+    The first image predicts its own view, the other one another view, both their category and
+    caption.
+    """
     return (
         Term(
             name="intra",

@@ -1,10 +1,9 @@
-"""Multi-input: which images share one input, which cells show which, and what is asked of each
-(paper, figure 2).
+"""Multi-input: which images share an input, who shows which cells, and what each is asked.
 
-Legend: B samples, P mixed inputs, K images an input (2, or 1 without mixing), I = K * P images in
-inputs, N cells of the
-token grid, n = N / K cells an image shows, Q cells a dense term predicts, T caption tokens.
-Everything random here is drawn from (seed, step) alone, so that resuming needs only the step.
+Paper, figure 2. Legend: B samples, P mixed inputs, K images an input (2, or 1 without mixing),
+I = K * P images in inputs, N cells of the token grid, n = N / K cells an image shows, Q cells a
+dense term predicts, T caption tokens. Everything random here is drawn from (seed, step) alone, so
+that resuming needs only the step.
 """
 
 from __future__ import annotations
@@ -46,9 +45,8 @@ class MixingConfig:
         """Raise ValueError unless a grid of `grid` x `grid` tokens can be halved."""
         if self.num_images == 2 and grid % 2:
             raise ValueError(
-                f"objective.mixing.mode: {self.mode} gives each image half of the tokens; "
-                f"expected an even token "
-                f"grid, got {grid} x {grid}; change vision.image_size or vision.patch_size"
+                f"objective.mixing.mode: {self.mode} gives each image half of the tokens; expected "
+                f"an even token grid, got {grid} x {grid}; change vision.image_size or patch_size"
             )
 
 
@@ -57,18 +55,12 @@ class Mix:
     """One step's draw."""
 
     pairs: Tensor  # [P, 2] int64, samples in an input
-    mask: (
-        Tensor  # [P, grid, grid] bool ([P, 1, 1] without mixing), True: the cell shows pairs[:, 0]
-    )
+    mask: Tensor  # [P, grid, grid] bool, True: the cell shows pairs[:, 0]; [P, 1, 1] unmixed
     sample: Tensor  # [I] int64, the sample of each image: all firsts, then all seconds
     token_index: Tensor  # [I, n] int64, cells of the token grid that show the image
-    same_view_query: (
-        Tensor  # [P, Q] int64, cells asked of the first images, from those they do not show
-    )
+    same_view_query: Tensor  # [P, Q] int64, cells asked of the first images: none that they show
     other_view_query: Tensor  # [P, Q] int64, cells of another view asked of the last images
-    token_priority: (
-        Tensor  # [B, T] fp32, uniform: caption tokens below the dropout rate are left out
-    )
+    token_priority: Tensor  # [B, T] fp32, uniform: caption tokens below the rate are left out
 
     @property
     def num_inputs(self) -> int:
@@ -85,8 +77,7 @@ class Mix:
 def draw_mix(
     cfg: MixingConfig, *, batch_size: int, grid: int, context_length: int, seed: int, step: int
 ) -> Mix:
-    """Pair sample i with B - 1 - i and draw block masks that give each image of a pair half of
-    the cells.
+    """Pair sample i with B - 1 - i and give each of a pair half of the cells, in blocks.
 
     Raises ValueError when the batch is odd or the grid cannot be halved.
     """
@@ -123,8 +114,10 @@ def draw_mix(
 
 
 def step_seed(seed: int, step: int) -> int:
-    """A generator's seed for one step of one run, hashed to 32 bits: torch's CPU generator
-    ignores any higher ones."""
+    """A generator's seed for one step of one run.
+
+    Hashed to 32 bits: torch's CPU generator ignores any higher ones.
+    """
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=4).digest(), "big")
 
 
@@ -150,8 +143,10 @@ def drop_tokens(
 def _halves(
     num_inputs: int, grid: int, block: int, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # [P, N / 2], [P, N / 2] int64, ascending
-    """Split the cells of each grid in two halves, whole blocks first; a middle block is shared
-    row by row."""
+    """Split the cells of each grid in two halves, whole blocks first.
+
+    A block in the middle is shared row by row.
+    """
     line = torch.arange(grid) // block
     num_blocks = -(-grid // block)
     block_of_cell = (line[:, None] * num_blocks + line[None, :]).flatten()  # [N]

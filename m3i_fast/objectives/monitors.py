@@ -1,5 +1,4 @@
-"""Collapse monitors: is there still entropy in the targets? Read on the device, only on logged
-steps."""
+"""Collapse monitors: is there still entropy in the targets? Read on logged steps only."""
 
 from __future__ import annotations
 
@@ -9,16 +8,18 @@ from torch import Tensor
 
 
 def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
-    """Mean over dimensions of the standard deviation over unit-length rows, times sqrt(D): 1 when
-    spread evenly, 0 when collapsed."""
+    """Spread of unit-length rows: 1 when even over all dimensions, 0 when collapsed.
+
+    Mean over dimensions of the standard deviation, times sqrt(D).
+    """
     rows = F.normalize(features.float().flatten(0, -2), dim=-1)
     return rows.std(0).mean() * rows.shape[-1] ** 0.5
 
 
 def rankme(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
-    """Effective rank, RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular
-    values. These come from the eigenvalues of the D x D Gram matrix, in fp64; NaN where a feature
-    is not finite.
+    """Effective rank, RankMe (arXiv 2210.02885): exp of the singular values' entropy.
+
+    From the eigenvalues of the D x D Gram matrix, in fp64; NaN where a feature is not finite.
     """
     rows = features.flatten(0, -2).double()
     gram = rows.T @ rows

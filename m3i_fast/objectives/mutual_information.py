@@ -1,9 +1,8 @@
-"""The objective: a sum over declared terms, each a lower bound of the mutual information between
-input and target.
+"""The objective: a sum of terms, each a lower bound of the mutual information with a target.
 
 Legend: B samples, V views, P mixed inputs, I images in inputs (2 P, or P without mixing), n cells
-an image shows,
-N cells of the grid, Q cells predicted, C encoder width, E embedding width.
+an image shows, m cells of a local view, N cells of the grid, Q cells predicted, C encoder width,
+E embedding width.
 """
 
 from __future__ import annotations
@@ -88,8 +87,10 @@ class Encoded:
 
 
 class MutualInformation(nn.Module):
-    """loss = sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3; every image is asked only
-    what exists for it."""
+    """loss = sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3.
+
+    Every image is asked only what exists for it.
+    """
 
     def __init__(
         self, cfg: ObjectiveConfig, *, vision: ViTConfig, text: TextConfig, num_classes: int
@@ -128,8 +129,7 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
-        """Keep every 1 / tau in [1, 100], in place, after the optimiser's step (as open_clip
-        does)."""
+        """Keep every 1 / tau in [1, 100], in place, after the optimiser's step (open_clip)."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.endswith("log_scale"):
                 parameter.clamp_(0.0, math.log(MAX_SCALE))
@@ -181,8 +181,10 @@ class MutualInformation(nn.Module):
         *,
         monitor: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and every term unweighted; with `monitor` also the collapse monitors.
-        All on the device."""
+        """The weighted sum, and every term unweighted; all on the device.
+
+        With `monitor` also the collapse monitors.
+        """
         total = torch.zeros((), device=encoded.tokens.device)
         metrics: dict[str, Tensor] = {}
         for term in self.cfg.active_terms:
@@ -203,9 +205,10 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, 3, S, S] uint8 whole images -> patch tokens [B, N, C], and unit image embeddings
-        [B, E] that captions are
-        matched with; None without a caption term."""
+        """[B, 3, S, S] uint8 whole images -> patch tokens [B, N, C], unit embeddings [B, E].
+
+        Captions are matched with the embeddings; None without a caption term.
+        """
         tokens = self._encode_whole(views)
         if not self.cfg.uses("caption"):
             return tokens, None
@@ -213,8 +216,10 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
-        """[B, T] int, [B] int64 -> unit caption embeddings [B, E]; ValueError without a caption
-        term."""
+        """[B, T] int, [B] int64 -> unit caption embeddings [B, E].
+
+        Raises ValueError without a caption term.
+        """
         if not self.cfg.uses("caption"):
             raise ValueError(
                 "objective.terms: expected a caption term of weight > 0 to embed captions, got none"

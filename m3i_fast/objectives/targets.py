@@ -1,5 +1,4 @@
-"""Target encoders f_phi whose output the predictors must find: the EMA image encoder (paper,
-figure 1; SiameseIM)."""
+"""Target encoders whose output the predictors must find: the EMA image encoder."""
 
 from __future__ import annotations
 
@@ -14,15 +13,16 @@ from m3i_fast.ops import mask_mix
 
 
 def normalise_views(views: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 3, H, W] uint8, [R] int64 -> [R, 3, H, W] `dtype`: chosen rows, normalised, in one pass
-    over memory."""
+    """Chosen rows, normalised in one pass: [B, 3, H, W] uint8, [R] -> [R, 3, H, W] `dtype`."""
     whole = torch.ones(rows.shape[0], 1, 1, dtype=torch.bool, device=views.device)
     return mask_mix(views, whole, torch.stack([rows, rows], 1), dtype=dtype)
 
 
 class MomentumEncoder(nn.Module):
-    """EMA copy of the image encoder. Its targets are patch tokens, layer-normalised without
-    affine, without gradient."""
+    """EMA copy of the image encoder (paper, figure 1; SiameseIM).
+
+    Its targets are patch tokens, layer-normalised without affine, without gradient.
+    """
 
     def __init__(self, encoder: ViT) -> None:
         super().__init__()

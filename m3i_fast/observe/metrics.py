@@ -1,5 +1,4 @@
-"""Metrics of a run: means on the device, stage times, and the sinks that share `log(step,
-values)`."""
+"""Metrics of a run: means on the device, stage times, and sinks."""
 
 from __future__ import annotations
 
@@ -23,8 +22,10 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """metrics.jsonl: one object a logged step. A resume first drops the rows after the step it
-    continues from."""
+    """metrics.jsonl: one object a logged step.
+
+    A resume first drops the rows after the step it continues from.
+    """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
         kept = (
@@ -68,8 +69,7 @@ def read_jsonl(path: Path) -> list[dict[str, float]]:
 
 
 class DeviceMeans:
-    """Running means of scalar tensors, kept on their device until `read`, which copies all of
-    them at once."""
+    """Running means of scalar tensors, on their device until `read` copies all at once."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -96,8 +96,10 @@ class DeviceMeans:
 
 
 class StageTimer:
-    """Time a stage of the step: CUDA events on a GPU (and an NVTX range), the clock elsewhere.
-    Read when logging."""
+    """Times of the step's stages, read when logging.
+
+    CUDA events and an NVTX range on a GPU, the clock elsewhere.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
