@@ -1,9 +1,9 @@
 """Multi-input: which images share an input, who shows which cells, and what each is asked.
 
 Paper, figure 2. Legend: B samples, P mixed inputs, K images an input (2, or 1 without mixing),
-I = K * P images in inputs, N cells of the token grid, n = N / K cells an image shows, Q cells a
-dense term predicts, T caption tokens. Everything random here is drawn from (seed, step) alone, so
-that resuming needs only the step.
+I = K * P images in inputs, A inputs that dense terms are asked of, N cells of the token grid,
+n = N / K cells an image shows, Q cells a dense term predicts, T caption tokens. Everything random
+here is drawn from (seed, step) alone, so that resuming needs only the step.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ class MixingConfig:
     """Side of a mask block, in tokens."""
     num_queries: int = 0
     """Cells that each dense term predicts an image; 0 predicts every cell it may."""
+    dense_fraction: float = 1.0
+    """Share of the inputs that dense terms are asked of: the EMA encoder and the decoder see no
+    more, and each costs about as much as the encoder's pass."""
     token_dropout: float = 0.0
     """Share of caption tokens left out, never the first and last."""
 
@@ -34,6 +37,10 @@ class MixingConfig:
             raise ValueError(f"mixing.mask_block: expected >= 1, got {self.mask_block}")
         if self.num_queries < 0:
             raise ValueError(f"mixing.num_queries: expected >= 0, got {self.num_queries}")
+        if not 0 < self.dense_fraction <= 1:
+            raise ValueError(
+                f"mixing.dense_fraction: expected in (0, 1], got {self.dense_fraction}"
+            )
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"mixing.token_dropout: expected in [0, 1), got {self.token_dropout}")
 
@@ -58,13 +65,24 @@ class Mix:
     mask: Tensor  # [P, grid, grid] bool, True: the cell shows pairs[:, 0]; [P, 1, 1] unmixed
     sample: Tensor  # [I] int64, the sample of each image: all firsts, then all seconds
     token_index: Tensor  # [I, n] int64, cells of the token grid that show the image
-    same_view_query: Tensor  # [P, Q] int64, cells asked of the first images: none that they show
-    other_view_query: Tensor  # [P, Q] int64, cells of another view asked of the last images
+    same_view_query: Tensor  # [A, Q] int64, cells asked of the first A images: none they show
+    other_view_query: Tensor  # [A, Q] int64, cells of another view asked of the last P's first A
     token_priority: Tensor  # [B, T] fp32, uniform: caption tokens below the rate are left out
 
     @property
     def num_inputs(self) -> int:
         return self.pairs.shape[0]
+
+    @property
+    def same_view_rows(self) -> slice:
+        """The images that are asked for their own view."""
+        return slice(0, self.same_view_query.shape[0])
+
+    @property
+    def other_view_rows(self) -> slice:
+        """The images that are asked for another view: partners of the former, where mixed."""
+        first = self.sample.shape[0] - self.num_inputs
+        return slice(first, first + self.other_view_query.shape[0])
 
     def to(self, device: torch.device) -> Mix:
         """Move without waiting: a copy to a GPU is asynchronous only from pinned memory."""
@@ -101,13 +119,14 @@ def draw_mix(
         mask = torch.zeros(len(first), num_cells, dtype=torch.bool).scatter_(1, shown, True)
         mask = mask.view(-1, grid, grid)
     num_inputs = len(pairs)
-    every_cell = torch.arange(num_cells).expand(num_inputs, -1)
+    num_asked = max(round(cfg.dense_fraction * num_inputs), 1)
+    every_cell = torch.arange(num_cells).expand(num_asked, -1)
     return Mix(
         pairs=pairs,
         mask=mask,
         sample=sample,
         token_index=token_index,
-        same_view_query=_choose(hidden, cfg.num_queries, rng),
+        same_view_query=_choose(hidden[:num_asked], cfg.num_queries, rng),
         other_view_query=_choose(every_cell, cfg.num_queries, rng),
         token_priority=torch.rand(batch_size, context_length, generator=rng),
     )

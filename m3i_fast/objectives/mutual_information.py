@@ -1,8 +1,8 @@
 """The objective: a sum of terms, each a lower bound of the mutual information with a target.
 
-Legend: B samples, V views, P mixed inputs, I images in inputs (2 P, or P without mixing), n cells
-an image shows, m cells of a local view, N cells of the grid, Q cells predicted, C encoder width,
-E embedding width.
+Legend: B samples, V views, P mixed inputs, I images in inputs (2 P, or P without mixing), A inputs
+that dense terms are asked of, n cells an image shows, m cells of a local view, N cells of the grid,
+Q cells predicted, C encoder width, E embedding width.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class ObjectiveConfig:
 class DenseTargets:
     """What the EMA encoder says of the cells that are asked for; None where no term asks."""
 
-    same_view: Tensor | None  # [P, Q, C] fp32
-    other_view: Tensor | None  # [P, Q, C] fp32
-    tokens: Tensor | None  # [P, N, C] fp32, for the monitors
+    same_view: Tensor | None  # [A, Q, C] fp32
+    other_view: Tensor | None  # [A, Q, C] fp32
+    tokens: Tensor | None  # [A, N, C] fp32, for the monitors
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +143,12 @@ class MutualInformation(nn.Module):
     @torch.no_grad()
     def encode_targets(self, batch: Batch, mix: Mix) -> DenseTargets:
         """EMA features of the first images' own view and of the last images' other view."""
-        num_inputs = mix.num_inputs
         same_view = other_view = tokens = None
         if self.cfg.uses("same_view"):
-            tokens = self._target_tokens(batch.global_views[0], mix.sample[:num_inputs])
+            tokens = self._target_tokens(batch.global_views[0], mix.sample[mix.same_view_rows])
             same_view = _take(tokens, mix.same_view_query)
         if self.cfg.uses("other_view"):
-            tokens = self._target_tokens(batch.global_views[1], mix.sample[-num_inputs:])
+            tokens = self._target_tokens(batch.global_views[1], mix.sample[mix.other_view_rows])
             other_view = _take(tokens, mix.other_view_query)
         return DenseTargets(same_view, other_view, tokens)
 
@@ -235,13 +234,12 @@ class MutualInformation(nn.Module):
         mix: Mix,
         metrics: dict[str, Tensor] | None,
     ) -> Tensor:
-        num_inputs = mix.num_inputs
         same = term.target == "same_view"
-        rows = slice(0, num_inputs) if same else slice(-num_inputs, None)
+        rows = mix.same_view_rows if same else mix.other_view_rows
         query = mix.same_view_query if same else mix.other_view_query
         target = targets.same_view if same else targets.other_view
         assert target is not None
-        boxes = batch.boxes[mix.sample[rows]]  # [P, V, 5]
+        boxes = batch.boxes[mix.sample[rows]]  # [A, V, 5]
         grid = self.encoder.cfg.grid
         position = relative_positions(
             boxes[:, 0], boxes[:, 0 if same else 1], query, input_grid=grid, target_grid=grid
@@ -259,8 +257,8 @@ class MutualInformation(nn.Module):
     def _dense_local(
         self, term: Term, encoded: Encoded, target: Tensor, batch: Batch, mix: Mix
     ) -> Tensor:
-        """Local views of the last images predict the same cells of the other view; summed."""
-        samples = mix.sample[-mix.num_inputs :]
+        """Local views of the asked images predict the same cells of the other view; summed."""
+        samples = mix.sample[mix.other_view_rows]
         grid = self.encoder.cfg.grid
         total = torch.zeros((), device=target.device)
         for number, tokens in enumerate(encoded.local, start=len(batch.global_views)):
@@ -302,7 +300,7 @@ class MutualInformation(nn.Module):
         row_ids = _of_rows(ids, encoded, mix)
         return boltzmann(z_hat, z, self.caption_log_scale.exp(), row_ids=row_ids, col_ids=ids)
 
-    def _target_tokens(self, views: Tensor, rows: Tensor) -> Tensor:  # [P, N, C] fp32
+    def _target_tokens(self, views: Tensor, rows: Tensor) -> Tensor:  # [A, N, C] fp32
         return self.target_encoder(normalise_views(views, rows, _autocast_dtype(views.device.type)))
 
     @torch.no_grad()

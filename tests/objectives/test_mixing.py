@@ -47,6 +47,15 @@ def test_queries_of_the_same_view_are_hidden_cells() -> None:
     assert _draw(MixingConfig()).other_view_query.shape == (4, 64)
 
 
+def test_a_fraction_is_asked_pair_by_pair() -> None:
+    mix = _draw(MixingConfig(dense_fraction=0.5))
+    assert mix.same_view_query.shape == (2, 32) and mix.other_view_query.shape == (2, 64)
+    first, second = mix.sample[mix.same_view_rows], mix.sample[mix.other_view_rows]
+    assert list(zip(first.tolist(), second.tolist(), strict=True)) == [(0, 7), (1, 6)]
+    whole = _draw(MixingConfig(mode="none"))
+    assert whole.same_view_rows == whole.other_view_rows == slice(0, 8)
+
+
 def test_without_mixing_every_input_is_one_whole_image() -> None:
     mix = _draw(MixingConfig(mode="none"), batch_size=5)
     assert mix.num_inputs == 5 and mix.sample.tolist() == [0, 1, 2, 3, 4]
@@ -89,6 +98,7 @@ def test_dropping_caption_tokens_equals_a_loop() -> None:
         (lambda: _draw(MixingConfig(), grid=7), "7 x 7"),
         (lambda: MixingConfig(mask_block=0), "mask_block"),
         (lambda: MixingConfig(token_dropout=1.0), "token_dropout"),
+        (lambda: MixingConfig(dense_fraction=0.0), "dense_fraction"),
         (lambda: MixingConfig(num_queries=-1), "num_queries"),
     ],
 )

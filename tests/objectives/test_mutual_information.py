@@ -83,6 +83,34 @@ def test_total_is_the_weighted_sum(mode: str) -> None:
     assert all(float(metrics[f"loss/{t.name}"]) > 0 for t in cfg.terms)
 
 
+def test_asking_a_fraction_is_asking_those_inputs_alone() -> None:
+    batch = _batch()
+    whole, half = _config(only="inter"), _config(only="inter")
+    half = replace(half, mixing=replace(half.mixing, dense_fraction=0.5))
+    model, mix = _build(whole), _mix(whole, batch)
+    some = replace(
+        mix, same_view_query=mix.same_view_query[:2], other_view_query=mix.other_view_query[:2]
+    )
+    rest = replace(
+        mix,
+        pairs=mix.pairs[2:],
+        mask=mix.mask[2:],
+        sample=mix.sample[[2, 3, 6, 7]],
+        token_index=mix.token_index[[2, 3, 6, 7]],
+        same_view_query=mix.same_view_query[2:],
+        other_view_query=mix.other_view_query[2:],
+    )
+    without = replace(whole, terms=tuple(replace(t, regulariser=_plain(t)) for t in whole.terms))
+    model.cfg = without  # the decorrelation term is no mean over inputs
+    losses = [_loss(model, batch, m)[0] for m in (mix, some, rest)]
+    torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2)
+    assert _loss(_build(half), batch, _mix(half, batch))[0] > 0
+
+
+def _plain(term: Term) -> str:
+    return "stop_gradient" if term.is_dense else term.regulariser
+
+
 @pytest.mark.parametrize("mode", ["own_image", "joint"])
 def test_the_other_image_is_seen_only_where_attention_is_joint(mode: str) -> None:
     cfg = _config(mode)
