@@ -1,7 +1,7 @@
 """What each term of M3I brings to the demo, at the same number of steps.
 
-    m3i-fast bench demo_ablation --num-steps 700
-    m3i-fast bench demo_ablation --num-steps 700 --table-only
+    m3i-fast bench demo_ablation --num-steps 1500
+    m3i-fast bench demo_ablation --num-steps 1500 --table-only
 
 One ledger row a run; what has a row is not run again, and an unfinished run is resumed. A row keeps
 every held-out item's hit, so that the table's differences carry paired bootstrap intervals.
@@ -70,7 +70,7 @@ METHODS: dict[str, Callable[[TrainConfig], TrainConfig]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    num_steps: int = 1200
+    num_steps: int = 1500
     """Steps of every run."""
     labelled: tuple[float, ...] = (1.0, 0.1)
     """Shares of the training concepts that are fully annotated."""

@@ -34,14 +34,17 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
     """
     return TrainConfig(
         seed=seed,
-        num_steps=1200,
+        num_steps=2500,
         num_classes=9,
         data=LoaderConfig(
             path=data,
             seed=seed,
-            batch_size=64,
+            batch_size=32,
             pairs=True,
-            global_views=ViewConfig(size=64, scale=(0.3, 1.0), jitter_probability=0.5),
+            # Colour tells flags, faces and signs apart: no hue, saturation or gray.
+            global_views=ViewConfig(
+                size=64, jitter_probability=0.5, hue=0.0, saturation=0.0, gray_probability=0.0
+            ),
             num_threads=1,
         ),
         vision=vit_demo(),
@@ -55,13 +58,16 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
         ),
         objective=ObjectiveConfig(
             terms=tuple(replace(t, weight=0.3 if t.is_dense else 1.0) for t in m3i()),
-            mixing=MixingConfig(mask_block=2, num_queries=16, token_dropout=0.2),
+            mixing=MixingConfig(
+                mask_block=2, num_queries=16, dense_fraction=0.5, token_dropout=0.2
+            ),
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
             head_hidden_dim=256,
         ),
-        optim=OptimConfig(lr=8e-4, warmup_fraction=0.04, betas=(0.9, 0.98)),
+        optim=OptimConfig(lr=1e-3, warmup_fraction=0.04, betas=(0.9, 0.98)),
         ema=EmaConfig(momentum=0.99),
-        checkpoint_every=400,
+        log_every=20,
+        checkpoint_every=500,
     )
 
 

@@ -24,7 +24,7 @@ from m3i_fast.observe.report import write_report
 from m3i_fast.pipelines.manifest import is_dataset
 from m3i_fast.recipes import demo, pack_demo
 
-CALIBRATION_STEPS = (10, 30)  # not timed, timed
+CALIBRATION_STEPS = (20, 60)  # not timed, timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class DemoCommand:
     """Run directory; an older one is moved to <out>-<time>."""
     data: Path = Path("data/openmoji")
     """Dataset directory; packed when it is not there."""
-    seconds: float = 280.0
+    seconds: float = 330.0
     """Training time; a short calibration turns it into steps once."""
     num_steps: int | None = None
     """Steps, instead of a time."""

@@ -13,7 +13,7 @@ def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
     Mean over dimensions of the standard deviation, times sqrt(D).
     """
     rows = F.normalize(features.float().flatten(0, -2), dim=-1)
-    return rows.std(0).mean() * rows.shape[-1] ** 0.5
+    return rows.std(0, correction=0).mean() * rows.shape[-1] ** 0.5
 
 
 def rankme(features: Tensor) -> Tensor:  # [..., D] -> [] fp32

@@ -127,7 +127,7 @@ def test_what_cannot_be_resumed_is_named(whole_run: Path, dataset: Path, tmp_pat
     with pytest.raises(FileNotFoundError, match="no run in"):
         Trainer(cfg, tmp_path / "absent", resume=True)
     other = replace(cfg, optim=replace(cfg.optim, lr=9.0))
-    with pytest.raises(ValueError, match=r"optim\.lr: 0\.0015 != 9\.0"):
+    with pytest.raises(ValueError, match=rf"optim\.lr: {cfg.optim.lr} != 9\.0"):
         Trainer(other, whole_run, resume=True)
 
 
