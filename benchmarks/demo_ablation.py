@@ -9,12 +9,13 @@ every held-out item's hit, so that the table's differences carry paired bootstra
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,18 @@ class Run:
     labelled: float
     seed: int
     num_steps: int
+    recipe: str
+    """Digest of the method's config: rows of an older recipe are neither reused nor tabulated."""
 
     @property
     def name(self) -> str:
         method = "".join(c if c.isalnum() else "_" for c in self.method)
-        return f"{method}-{self.labelled:g}-{self.seed}-{self.num_steps}"
+        return f"{method}-{self.labelled:g}-{self.seed}-{self.num_steps}-{self.recipe}"
+
+
+def recipe_digest(method: str) -> str:
+    """Of the demo's config with the method's change, whatever its data, seed and length."""
+    return hashlib.sha256(METHODS[method](demo()).to_json().encode()).hexdigest()[:8]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -207,7 +215,13 @@ def _planned(ablation: Ablation) -> list[Run]:
     if unknown:
         raise SystemExit(f"--methods: expected some of {list(METHODS)}, got {sorted(unknown)}")
     return [
-        Run(method=method, labelled=labelled, seed=seed, num_steps=ablation.num_steps)
+        Run(
+            method=method,
+            labelled=labelled,
+            seed=seed,
+            num_steps=ablation.num_steps,
+            recipe=recipe_digest(method),
+        )
         for seed in ablation.seeds
         for labelled in ablation.labelled
         for method in ablation.methods
@@ -217,8 +231,9 @@ def _planned(ablation: Ablation) -> list[Run]:
 def _finished(ledger: Path | None) -> Iterator[tuple[Run, dict[str, Any]]]:
     for row in read_rows(SUBJECT, folder=ledger):
         figures = row["figures"]
-        run = Run(**{name: figures[name] for name in ("method", "labelled", "seed", "num_steps")})
-        yield run, figures
+        run = Run(**{field.name: figures[field.name] for field in fields(Run)})
+        if run.method in METHODS and run.recipe == recipe_digest(run.method):
+            yield run, figures
 
 
 def _dataset(ablation: Ablation, labelled: float) -> Path:

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.benchmarks import demo_ablation
-from m3i_fast.benchmarks.demo_ablation import METHODS, Ablation, main, run_missing, table
+from m3i_fast.benchmarks.demo_ablation import (
+    METHODS,
+    Ablation,
+    main,
+    recipe_digest,
+    run_missing,
+    table,
+)
 from m3i_fast.benchmarks.harness import append_row, read_rows
 from m3i_fast.pipelines import openmoji
 from m3i_fast.recipes import DEMO_MERGES, demo
@@ -18,6 +25,7 @@ def _row(method: str, hits: str, seed: int = 0) -> dict[str, object]:
         "labelled": 1.0,
         "seed": seed,
         "num_steps": 7,
+        "recipe": recipe_digest(method),
         "hits": {"trained": who, "untrained": {"knn_top1": "0" * len(hits)}, "pixels": {}},
     }
 
@@ -44,6 +52,9 @@ def test_the_table_averages_seeds_item_by_item(tmp_path: Path) -> None:
     assert cells["untrained"][1].startswith("0.0 (+")
     assert cells["raw pixels"][1] == "-"
     assert "no m3i row" in table(8, 1.0, tmp_path)
+    older = {**_row("category only", "1000" * 20), "recipe": "older"}
+    append_row(demo_ablation.SUBJECT, older, command="test", folder=tmp_path)
+    assert "category only" not in table(7, 1.0, tmp_path)
 
 
 def test_runs_are_resumed_and_not_repeated(
