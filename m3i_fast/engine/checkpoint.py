@@ -54,13 +54,10 @@ class Checkpoint:
             differing = sorted(entries.keys() ^ named.keys())
             raise ValueError(f"{self.path}: optimizer state and model differ in {differing}")
         for name, parameter in named.items():
+            # A fused optimiser keeps its step counts on the parameter's device as well.
             optimizer.state[parameter] = {
-                field: tensor if field == "step" else tensor.to(parameter.device)
-                for field, tensor in entries[name].items()
+                field: tensor.to(parameter.device) for field, tensor in entries[name].items()
             }
-            if optimizer.defaults["fused"]:
-                step = optimizer.state[parameter]["step"]
-                optimizer.state[parameter]["step"] = step.to(parameter.device)
 
 
 def save(
