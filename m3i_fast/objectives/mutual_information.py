@@ -154,7 +154,8 @@ class MutualInformation(nn.Module):
 
     def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
         """One pass of the encoder over the mixed inputs; tokens come back sorted by image."""
-        images = mask_mix(batch.global_views[0], mix.mask, mix.pairs, dtype=_compute_dtype(batch))
+        views = batch.global_views[0]
+        images = mask_mix(views, mix.mask, mix.pairs, dtype=_autocast_dtype(views.device.type))
         tokens_PNC = self.encoder.embed(images)
         num_prefix = self.encoder.num_prefix
         match self.cfg.mixing.mode:
@@ -336,10 +337,6 @@ def _own_cells(tokens_PNC: Tensor, token_index: Tensor) -> Tensor:  # [P, N, C],
     row = torch.arange(token_index.shape[0], device=tokens_PNC.device) % num_inputs
     flat = (row[:, None] * num_cells + token_index).flatten()
     return tokens_PNC.flatten(0, 1).index_select(0, flat).view(*token_index.shape, dim)
-
-
-def _compute_dtype(batch: Batch) -> torch.dtype:
-    return _autocast_dtype(batch.global_views[0].device.type)
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype:
