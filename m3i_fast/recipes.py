@@ -64,7 +64,12 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
             head_hidden_dim=256,
         ),
-        optim=OptimConfig(lr=1e-3, warmup_fraction=0.04, betas=(0.9, 0.98)),
+        optim=OptimConfig(
+            lr=1e-3,
+            warmup_fraction=0.04,
+            betas=(0.9, 0.98),
+            matrices="muon",  # in so few steps AdamW fits not even the training labels
+        ),
         ema=EmaConfig(momentum=0.99),
         log_every=20,
         checkpoint_every=500,

@@ -17,6 +17,8 @@ DROPPED_SIGNS = {"FE0F", "2640", "2642"} | TONES
 TONE_WORDS = re.compile(r"\b(medium-light|medium-dark|medium|light|dark) skin tone\b")
 GENDER_WORDS = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|adult|child)\b(?!\u2019)")
 CHILD_WORDS = re.compile(r"\b(boy|girl|child)\b")
+# Two regional indicators, or a black flag with tags (England, Scotland, Wales).
+REGION_FLAG = re.compile(r"1F1[EF][0-9A-F]-1F1[EF][0-9A-F]$|1F3F4(-E00[0-9A-F]{2})+$")
 SAME_CONCEPT = {
     "mrs. claus": "santa claus",
     "mx claus": "santa claus",
@@ -73,17 +75,19 @@ def _concepts(captions: dict[str, str]) -> dict[str, str]:
 
 
 def _captions(codes: list[str]) -> dict[str, str]:
-    """code -> English name, for the drawings that have one."""
+    """code -> English name, for the drawings that have one; of a country's flag "flag: Kenya", as
+    Unicode's CLDR has it, where `emoji` gives the country alone."""
     names = {
         "-".join(f"{ord(c):04X}" for c in character if c != "\ufe0f"): data["en"]
         for character, data in require("emoji").EMOJI_DATA.items()
     }
-    bare = {code: "-".join(s for s in code.split("-") if s != "FE0F") for code in codes}
-    return {
-        code: names[name].strip(":").replace("_", " ")
-        for code, name in bare.items()
-        if name in names and name not in TONES  # a swatch of a skin tone is no picture
-    }
+    found = {}
+    for code in codes:
+        bare = "-".join(s for s in code.split("-") if s != "FE0F")
+        if bare in names and bare not in TONES:  # a swatch of a skin tone is no picture
+            name = names[bare].strip(":").replace("_", " ")
+            found[code] = f"flag: {name}" if REGION_FLAG.match(bare) else name
+    return found
 
 
 def _categories(concept_of: dict[str, str]) -> dict[str, str]:

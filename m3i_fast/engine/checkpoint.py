@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from m3i_fast.engine.optim import Optimizers
 from m3i_fast.storage import directory_atomically
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -42,7 +43,7 @@ class Checkpoint:
         """Load all parameters and buffers, strictly."""
         model.load_state_dict(_read(self.path / "model.safetensors"))
 
-    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def load_optimizer(self, model: nn.Module, optimizer: Optimizers) -> None:
         """Load the moments of every trainable parameter, by name."""
         saved = _read(self.path / "optimizer.safetensors")
         entries: dict[str, dict[str, torch.Tensor]] = {}
@@ -65,7 +66,7 @@ def save(
     *,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     state: dict[str, Any],
     keep: int,
 ) -> Checkpoint:

@@ -5,26 +5,29 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import nn
 
 from m3i_fast.engine import checkpoint
+from m3i_fast.engine.optim import OptimConfig, Optimizers, build_optimizer
 
 
-def _trained(seed: int, steps: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _trained(
+    seed: int, steps: int = 3, cfg: OptimConfig | None = None
+) -> tuple[nn.Module, Optimizers]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 2))
     model[1].requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True
-    )
+    model.add_module("blocks", nn.Linear(2, 2))
+    optimizer = build_optimizer(cfg or OptimConfig(lr=1e-2), model)
     _steps(model, optimizer, steps)
     return model, optimizer
 
 
-def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+def _steps(model: nn.Module, optimizer: Optimizers, count: int) -> None:
     for step in range(count):
         x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
         model(x).square().mean().backward()
@@ -39,12 +42,16 @@ def _save(directory: Path, step: int, seed: int = 0, keep: int = 2) -> checkpoin
     )
 
 
-def test_a_loaded_checkpoint_continues_bit_for_bit(tmp_path: Path) -> None:
-    model, optimizer = _trained(0)
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_a_loaded_checkpoint_continues_bit_for_bit(
+    tmp_path: Path, matrices: Literal["adamw", "muon"]
+) -> None:
+    cfg = OptimConfig(lr=1e-2, matrices=matrices)
+    model, optimizer = _trained(0, cfg=cfg)
     saved = checkpoint.save(
         tmp_path, step=3, model=model, optimizer=optimizer, state={"loader": {"x": 1}}, keep=1
     )
-    other, other_optimizer = _trained(1)
+    other, other_optimizer = _trained(1, cfg=cfg)
     saved.load_model(other)
     saved.load_optimizer(other, other_optimizer)
     assert saved.step == 3 and saved.state() == {"loader": {"x": 1}}

@@ -78,10 +78,40 @@ def test_decay_spares_norms_biases_and_tables() -> None:
     assert all(group["lr"] == 3.0 for group in optimizer.param_groups)
 
 
+def test_muon_takes_the_matrices_of_blocks_and_follows_the_schedule() -> None:
+    torch.manual_seed(0)
+    model, twin = (ViT(vit_demo(depth=1)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    optimizer = build_optimizer(OptimConfig(lr=1e-3, matrices="muon", muon_lr=0.02), model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    assert sorted(found[2]) == [
+        "blocks.0.layernorm_mlp.fc1_weight",
+        "blocks.0.layernorm_mlp.fc2_weight",
+        "blocks.0.layernorm_qkv.weight",
+        "blocks.0.proj.weight",
+    ]
+    assert sorted(sum(found, [])) == sorted(names.values())
+    set_schedules(optimizer, lr=5e-4, weight_decay=0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4, 5e-4, 0.01])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0, 0.25]
+
+    matrices = [dict(twin.named_parameters())[name] for name in found[2]]
+    alone = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.25)
+    for vit in (model, twin):
+        vit(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).square().sum().backward()
+    optimizer.step()
+    alone.step()
+    for name, parameter in zip(found[2], matrices, strict=True):
+        assert torch.equal(dict(model.named_parameters())[name], parameter)
+    assert {len(state) for state in optimizer.state.values()} == {1, 3}  # momentum; AdamW's three
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [
         (lambda: OptimConfig(lr=0.0), "optim.lr"),
+        (lambda: OptimConfig(muon_lr=0.0), "optim.muon_lr"),
         (lambda: OptimConfig(warmup_fraction=1.5), "optim.warmup_fraction"),
         (lambda: OptimConfig(clip_grad_norm=-1.0), "optim.clip_grad_norm"),
         (lambda: EmaConfig(momentum=0.9, final_momentum=0.8), "ema.momentum"),

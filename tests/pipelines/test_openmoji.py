@@ -62,6 +62,12 @@ def test_the_drawings(drawings: list[Drawing]) -> None:
     assert len({d.group_id for d in drawings}) > 1600
 
 
+def test_flags_of_countries_are_called_flags(drawings: list[Drawing]) -> None:
+    captions = {d.caption for d in drawings if d.category == "Flags"}
+    assert all("flag" in caption.lower() for caption in captions)
+    assert {"flag: Kenya", "flag: Wales", "rainbow flag", "black flag"} <= captions
+
+
 def test_variants_of_one_drawing_are_one_concept(drawings: list[Drawing]) -> None:
     concept = {d.caption: d.group_id for d in drawings}
     for same in (
