@@ -32,19 +32,21 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
     Values are chosen on a part of the training concepts (`data openmoji --tune`), none on the
     held-out ones.
     """
+    # Colour tells flags, faces and signs apart: no hue, saturation or gray.
+    views = ViewConfig(
+        size=64, jitter_probability=0.5, hue=0.0, saturation=0.0, gray_probability=0.0
+    )
     return TrainConfig(
         seed=seed,
-        num_steps=2500,
+        num_steps=2000,
         num_classes=9,
         data=LoaderConfig(
             path=data,
             seed=seed,
             batch_size=32,
             pairs=True,
-            # Colour tells flags, faces and signs apart: no hue, saturation or gray.
-            global_views=ViewConfig(
-                size=64, jitter_probability=0.5, hue=0.0, saturation=0.0, gray_probability=0.0
-            ),
+            global_views=views,
+            local_views=replace(views, size=32, scale=(0.15, 0.6)),
             num_threads=1,
         ),
         vision=vit_demo(),
@@ -59,7 +61,7 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
         objective=ObjectiveConfig(
             terms=tuple(replace(t, weight=0.3 if t.is_dense else 1.0) for t in m3i()),
             mixing=MixingConfig(
-                mask_block=2, num_queries=16, dense_fraction=0.5, token_dropout=0.2
+                mask_block=2, num_queries=16, dense_fraction=0.25, token_dropout=0.2
             ),
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
             head_hidden_dim=256,
