@@ -22,6 +22,7 @@ from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.precision import autocast, resolve_device
 from m3i_fast.models.blocks import Block
+from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mixing import draw_mix, step_seed
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.environment import environment
@@ -237,7 +238,7 @@ def build_objective(cfg: TrainConfig) -> MutualInformation:
     )
     if cfg.compile:
         for module in objective.modules():
-            if isinstance(module, Block):
+            if isinstance(module, Block | InternImageLayer):
                 module.compile(fullgraph=True, dynamic=False)
     return objective
 

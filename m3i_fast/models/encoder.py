@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,3 +22,14 @@ class ImageEncoder(nn.Module, ABC):
     @abstractmethod
     def summarise(self, tokens: Tensor) -> Tensor:
         """Tokens whose mean speaks for the image, from any of its cells: [B, n, C] -> [B, s, P]."""
+
+
+def take_cells(tokens: Tensor, token_index: Tensor) -> Tensor:
+    """Each image's own cells of the input that it is in: [P, N, C], [I, n] int64 -> [I, n, C].
+
+    Image i is in input i % P.
+    """
+    num_inputs, num_cells, dim = tokens.shape
+    row = torch.arange(token_index.shape[0], device=tokens.device) % num_inputs
+    flat = (row[:, None] * num_cells + token_index).flatten()
+    return tokens.flatten(0, 1).index_select(0, flat).view(*token_index.shape, dim)
