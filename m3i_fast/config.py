@@ -12,8 +12,8 @@ import tyro
 
 from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.optim import OptimConfig
-from m3i_fast.models.text import TextConfig
 from m3i_fast.models.internimage_config import InternImageConfig
+from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig
 from m3i_fast.objectives.mutual_information import ObjectiveConfig
@@ -124,9 +124,13 @@ def _differences(path: str, a: Any, b: Any) -> list[str]:
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
+
+
 def _vision_config(value: dict[str, Any], _: Any) -> VisionConfig:
     """Told by a field that only one of them has, and no config lacks."""
-    return _converter.structure(value, InternImageConfig if "channels" in value else ViTConfig)
+    if "channels" in value:
+        return _converter.structure(value, InternImageConfig)
+    return _converter.structure(value, ViTConfig)
 
 
 _converter.register_structure_hook(VisionConfig, _vision_config)

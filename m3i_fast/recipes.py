@@ -254,7 +254,7 @@ def _shrink_vision(cfg: VisionConfig) -> VisionConfig:
         channels=16,
         depths=(1, 1, 1, 1),
         groups=(1, 2, 4, 8),
-        level2_post_norm_block_ids=(0,) if cfg.level2_post_norm else (),
+        level2_post_norm_block_ids=(0,) if cfg.level2_post_norm else None,
         token_dim=32,
         pool_heads=2,
         pooled_dim=32,

@@ -28,6 +28,7 @@ from m3i_fast.ops import dcnv3
 
 HEAD_RATIO = 1.5  # width of the classification head over the last stage's
 
+
 @dataclass(frozen=True, slots=True)
 class Features:
     tokens: Tensor  # [B, N, D], row by row at stride 16
@@ -52,7 +53,9 @@ class InternImage(ImageEncoder):
         self, cfg: InternImageConfig = DEFAULT, *, core: SamplingCore = dcnv3, **overrides: Any
     ) -> None:
         super().__init__()
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()}
+        given: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()
+        }
         self.cfg = cfg = replace(cfg, **given)
         self.patch_embed = Stem(cfg.channels)
         self.levels = nn.ModuleList(_stages(cfg, core))
@@ -150,7 +153,7 @@ def _stages(cfg: InternImageConfig, core: SamplingCore) -> list[Stage]:
         offset_scale=cfg.offset_scale,
         post_norm=cfg.post_norm,
         res_post_norm=cfg.res_post_norm,
-        dw_kernel_size=cfg.dw_kernel_size,
+        dw_kernel_size=cfg.context_size,
         center_feature_scale=cfg.center_feature_scale,
         core=core,
     )
@@ -166,7 +169,7 @@ def _stages(cfg: InternImageConfig, core: SamplingCore) -> list[Stage]:
                 options,
                 drop_path=rates[first : first + num_layers],
                 downsample=i < 3,
-                post_norm_ids=cfg.level2_post_norm_block_ids if i == 2 else (),
+                post_norm_ids=(cfg.level2_post_norm_block_ids or ()) if i == 2 else (),
                 activation_checkpointing=cfg.activation_checkpointing,
             )
         )

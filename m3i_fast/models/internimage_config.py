@@ -40,13 +40,13 @@ class InternImageConfig:
     """Factor of the sampling grid and of the learned offsets."""
     post_norm: bool = False
     """Normalise a branch's output instead of its input."""
-    dw_kernel_size: int = 3
-    """Side of the depthwise convolution that offsets and masks are computed from."""
+    dw_kernel_size: int | None = None
+    """Side of the depthwise convolution that offsets and masks are computed from; none: 3."""
     use_clip_projector: bool = False
     """Dense tokens and attention pooling in the place of the convolutional head."""
     level2_post_norm: bool = False
     """Further norms in the third stage, after the layers in level2_post_norm_block_ids."""
-    level2_post_norm_block_ids: tuple[int, ...] = ()
+    level2_post_norm_block_ids: tuple[int, ...] | None = None
     """Layers of the third stage, counted from 0, that level2_post_norm puts a norm after."""
     res_post_norm: bool = False
     """Normalise a branch's output as well as its input."""
@@ -73,7 +73,7 @@ class InternImageConfig:
             _require(width % groups == 0, f"groups[{stage}]", groups, f"a divisor of {width}")
         _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "more than 0")
         _require(self.num_classes >= 0, "num_classes", self.num_classes, "at least 0")
-        rate, side = self.drop_path_rate, self.dw_kernel_size
+        rate, side = self.drop_path_rate, self.context_size
         _require(0 <= rate < 1, "drop_path_rate", rate, "0 <= rate < 1")
         _require(side >= 1 and side % 2 == 1, "dw_kernel_size", side, "an odd number")
         self._check_norms()
@@ -88,11 +88,16 @@ class InternImageConfig:
             _require(not self.post_norm, "post_norm", self.post_norm, "False with res_post_norm")
             without = self.layer_scale is None
             _require(without, "layer_scale", self.layer_scale, "None with res_post_norm")
-        ids = self.level2_post_norm_block_ids
+        ids = self.level2_post_norm_block_ids or ()
         inside = all(0 <= i < self.depths[2] for i in ids) and len(set(ids)) == len(ids)
         expected = f"distinct layers of {self.depths[2]}, with level2_post_norm only"
         fits = inside and bool(ids) == self.level2_post_norm
         _require(fits, "level2_post_norm_block_ids", ids, expected)
+
+    @property
+    def context_size(self) -> int:
+        """dw_kernel_size, or the side of the deformable kernel in its place."""
+        return 3 if self.dw_kernel_size is None else self.dw_kernel_size
 
     @property
     def grid(self) -> int:

@@ -56,7 +56,6 @@ class MixingConfig:
                 f"an even token grid, got {grid} x {grid}; change vision.image_size or patch_size"
             )
 
-
     def check_cells(self, *, alone: bool, multiple: int) -> None:
         """Raise ValueError unless an encoder can be trained on these mixed inputs.
 

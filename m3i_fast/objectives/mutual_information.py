@@ -76,9 +76,7 @@ class ObjectiveConfig:
         """Raise ValueError unless this encoder can be trained with this mixing."""
         vision.check_encoder()
         self.mixing.check_grid(vision.grid)
-        self.mixing.check_cells(
-            alone=vision.encodes_cells_alone, multiple=vision.mask_multiple
-        )
+        self.mixing.check_cells(alone=vision.encodes_cells_alone, multiple=vision.mask_multiple)
 
 
 @dataclass(frozen=True, slots=True)
