@@ -145,7 +145,7 @@ class DCNv3(nn.Module):
             biases.append(self.center_feature_scale_proj_bias)
         parts = F.linear(context, torch.cat(weights), torch.cat(biases))
         offset, mask, *gate = parts.split([len(weight) for weight in weights], dim=-1)
-        return offset, mask, gate[0] if gate else None
+        return offset.contiguous(), mask.contiguous(), gate[0] if gate else None
 
 
 class MLP(nn.Module):
