@@ -139,10 +139,13 @@ class DCNv3(nn.Module):
 
         One matrix product: each of the three alone has too few columns to fill a machine.
         """
-        weights, biases = [self.offset.weight, self.mask.weight], [self.offset.bias, self.mask.bias]
-        if self.center_feature_scale_proj_weight is not None:
-            weights.append(self.center_feature_scale_proj_weight)
-            biases.append(self.center_feature_scale_proj_bias)
+        weights: list[Tensor] = [self.offset.weight, self.mask.weight]
+        biases: list[Tensor] = [self.offset.bias, self.mask.bias]
+        gate_weight = self.center_feature_scale_proj_weight
+        gate_bias = self.center_feature_scale_proj_bias
+        if gate_weight is not None and gate_bias is not None:
+            weights.append(gate_weight)
+            biases.append(gate_bias)
         parts = F.linear(context, torch.cat(weights), torch.cat(biases))
         offset, mask, *gate = parts.split([len(weight) for weight in weights], dim=-1)
         return offset.contiguous(), mask.contiguous(), gate[0] if gate else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.models.attention_pool import AttentionPool
@@ -139,7 +138,8 @@ class InternImage(ImageEncoder):
         if self.cfg.use_clip_projector:
             return self.head(self.pool(self.encode_cells(images)))
         last = to_channels_first(self.forward_stages(images)[-1])
-        return self.head(F.adaptive_avg_pool2d(self.conv_head(last), 1).flatten(1))
+        # torch 2.13 compiles adaptive_avg_pool2d of a single cell to one without gradient
+        return self.head(self.conv_head(last).mean((2, 3)))
 
     def _need_projector(self, what: str) -> None:
         if not self.cfg.use_clip_projector:

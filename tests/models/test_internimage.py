@@ -5,7 +5,6 @@ repository: outputs, gradients, and the names and shapes of every key.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from m3i_fast.models import internimage_config as sizes
 from m3i_fast.models.deformable import DCNv3, InternImageLayer, LayerOptions
 from m3i_fast.models.internimage import InternImage
 from m3i_fast.models.internimage_config import InternImageConfig
-from m3i_fast.ops import dcnv3, reference
+from m3i_fast.ops import reference
 from tests.models.official_internimage import (
     CASES,
     GOLDEN,
@@ -106,8 +105,8 @@ def test_official_keywords_build_the_same_model() -> None:
         center_feature_scale=False,
     )
     assert official.cfg == replace(TINY, drop_path_rate=0.1)
-    with pytest.raises(TypeError, match="chanels"):
-        InternImage(chanels=32)
+    with pytest.raises(TypeError, match="chans"):
+        InternImage(chans=32)
 
 
 def test_one_product_equals_the_projections_apart() -> None:
@@ -213,71 +212,6 @@ def test_drop_path_rises_as_in_timm_and_drops_whole_samples() -> None:
     moved = (last(x) - x).flatten(1).norm(dim=1)
     assert 0 < int((moved == 0).sum()) < 40  # both branches dropped: one in four
     assert ((last.eval()(x) - x).flatten(1).norm(dim=1) > 0).all()
-
-
-def test_recomputation_changes_no_gradient() -> None:
-    images = seeded_images(64, 64)
-    grads = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        model = seeded(
-            replace(TINY_H, token_dim=64, drop_path_rate=0.5), activation_checkpointing=recompute
-        )
-        weigh(model(images)).backward()
-        grads.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*grads, strict=True):
-        assert torch.equal(plain, recomputed)
-
-
-@pytest.mark.parametrize("cfg", [replace(TINY, depths=(1, 1, 1, 1))], ids=["plain"])
-def test_compiles_without_graph_breaks(cfg: InternImageConfig) -> None:
-    model = seeded(cfg).eval()
-    images = seeded_images(32, 32)
-    expected = model(images)
-    weigh(expected).backward()
-    norms = gradient_norms(model)
-    model.zero_grad()
-    got = torch.compile(model, fullgraph=True)(images)
-    weigh(got).backward()
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    assert gradient_norms(model) == pytest.approx(norms, rel=1e-3, abs=1e-5)
-
-
-def test_runs_in_bf16_under_autocast() -> None:
-    model = seeded(TINY_H).eval()
-    images = seeded_images(64, 64)
-    expected = model.forward_features(images).pooled
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = model.forward_features(images).pooled
-    assert F.cosine_similarity(got.float(), expected, dim=-1).min() > 0.99
-
-
-def _train(core: Callable[..., Tensor], num_steps: int) -> list[float]:
-    """Class of a picture of noise by its own colour: learnt in some tens of steps."""
-    torch.manual_seed(0)
-    model = InternImage(TINY, channels=16, groups=[1, 2, 4, 8], depths=[1, 1, 1, 1], core=core)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(num_steps):
-        label = torch.randint(7, (8,))
-        images = torch.randn(8, 3, 32, 32) + 0.5 * label.view(8, 1, 1, 1)
-        loss = F.cross_entropy(model(images), label)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-@pytest.mark.parametrize("num_steps", [10, pytest.param(200, marks=pytest.mark.slow)])
-def test_training_is_the_same_with_the_reference_core(num_steps: int) -> None:
-    ours, plain = _train(dcnv3, num_steps), _train(reference.dcnv3, num_steps)
-    # rounding grows from step to step; a wrong gradient is apart by more in the first ten
-    torch.testing.assert_close(ours[:10], plain[:10], atol=1e-4, rtol=1e-4)
-    mean = [sum(losses[-20:]) / len(losses[-20:]) for losses in (ours, plain)]
-    assert mean[0] == pytest.approx(mean[1], rel=0.05)
-    if num_steps == 200:
-        assert mean[0] < 0.5 * ours[0]
 
 
 @pytest.mark.parametrize(
