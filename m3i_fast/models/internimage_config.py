@@ -133,7 +133,7 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
 
 
 def internimage_demo(**overrides: Any) -> InternImageConfig:
-    """InternImage of 1 M parameters for drawings on a CPU; keywords replace fields."""
+    """InternImage of 1.8 M parameters for drawings on a CPU; keywords replace fields."""
     cfg = InternImageConfig(
         image_size=128,
         channels=32,

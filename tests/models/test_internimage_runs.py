@@ -12,6 +12,7 @@ from m3i_fast.models.internimage import InternImage
 from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.ops import dcnv3, reference
 from tests.models.official_internimage import (
+    CASES,
     TINY,
     TINY_H,
     gradient_norms,
@@ -57,13 +58,18 @@ def test_compiles_whole_without_graph_breaks(cfg: InternImageConfig, backend: st
     assert compiled_norms == pytest.approx(norms, rel=1e-3, abs=1e-5)
 
 
-def test_runs_in_bf16_under_autocast() -> None:
-    model = seeded(TINY_H).eval()
-    images = seeded_images(64, 64)
-    expected = model.forward_features(images).pooled
+@pytest.mark.parametrize("case", ["tiny h", "tiny g", "tiny l", "tiny scaled"])
+def test_runs_in_bf16_under_autocast(case: str) -> None:
+    cfg, image = CASES[case]
+    model = seeded(cfg).eval()
+    images = seeded_images(*image)
+    expected = model(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = model.forward_features(images).pooled
-    assert F.cosine_similarity(got.float(), expected, dim=-1).min() > 0.99
+        got = model(images)
+    weigh(got.float()).backward()
+    assert got.dtype == torch.bfloat16
+    assert F.cosine_similarity(got.float(), expected, dim=-1).min() > 0.98
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def train(core: Callable[..., Tensor], num_steps: int, dtype: torch.dtype) -> list[float]:
