@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor
 
+from m3i_fast import models
 from m3i_fast.models import internimage_config as sizes
 from m3i_fast.models.deformable import DCNv3, InternImageLayer, LayerOptions
 from m3i_fast.models.internimage import InternImage
@@ -87,7 +88,7 @@ def test_outputs_and_gradients_are_the_official_ones(case: str) -> None:
 
 
 def test_official_keywords_build_the_same_model() -> None:
-    official = InternImage(
+    official = models.InternImage(
         channels=32,
         depths=[1, 1, 3, 1],
         groups=[2, 4, 8, 16],
