@@ -8,6 +8,17 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "mask_mix(Tensor views, Tensor mask, Tensor pairs, float[] mean, float[] std, ScalarType "
       "dtype)"
       " -> Tensor");
+  library.def(
+      "dcnv3(Tensor x, Tensor offset, Tensor mask, int[2] kernel_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, int groups, float offset_scale, bool remove_center, "
+      "bool softmax)"
+      " -> Tensor");
+  // needs_grad: of x, offset and mask; the gradient of one that needs none is empty.
+  library.def(
+      "dcnv3_bwd(Tensor grad_out, Tensor x, Tensor offset, Tensor mask, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
+      "bool remove_center, bool softmax, bool[3] needs_grad)"
+      " -> (Tensor grad_x, Tensor grad_offset, Tensor grad_mask)");
 }
 
 M3I_PYTHON_MODULE(_C)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cattrs
+import tyro
 
 from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.optim import OptimConfig
+from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig
 from m3i_fast.objectives.mutual_information import ObjectiveConfig
 from m3i_fast.pipelines.config import LoaderConfig
@@ -29,7 +32,7 @@ class TrainConfig:
     num_classes: int = 1000
     """Categories in the data; 0 if it has none."""
     data: LoaderConfig = field(default_factory=LoaderConfig)
-    vision: ViTConfig = field(default_factory=ViTConfig)
+    vision: Annotated[VisionConfig, tyro.conf.AvoidSubcommands] = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -67,10 +70,10 @@ class TrainConfig:
                 f"data.global_views.count: the other_view term needs 2 views, got {views.count}"
             )
         local = self.data.local_views
-        if local is not None and local.size % self.vision.patch_size:
+        if local is not None and local.size % self.vision.size_multiple:
             raise ValueError(
-                f"data.local_views.size: expected a multiple of vision.patch_size = "
-                f"{self.vision.patch_size}, got {local.size}"
+                f"data.local_views.size: expected a multiple of the encoder's "
+                f"{self.vision.size_multiple}, got {local.size}"
             )
         mixes = self.objective.mixing.mode != "none"
         if mixes != self.data.pairs:
@@ -79,7 +82,7 @@ class TrainConfig:
                 f"{self.objective.mixing.mode}, "
                 f"got {self.data.pairs}"
             )
-        self.objective.mixing.check_grid(self.vision.grid)
+        self.objective.check_vision(self.vision)
 
     def to_json(self) -> str:
         return json.dumps(_converter.unstructure(self), indent=2) + "\n"
@@ -121,5 +124,15 @@ def _differences(path: str, a: Any, b: Any) -> list[str]:
 
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
+
+
+def _vision_config(value: dict[str, Any], _: Any) -> VisionConfig:
+    """Told by a field that only one of them has, and no config lacks."""
+    if "channels" in value:
+        return _converter.structure(value, InternImageConfig)
+    return _converter.structure(value, ViTConfig)
+
+
+_converter.register_structure_hook(VisionConfig, _vision_config)
 _converter.register_unstructure_hook(Path, str)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))

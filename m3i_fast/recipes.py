@@ -14,7 +14,19 @@ from pathlib import Path
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.optim import OptimConfig
+from m3i_fast.models.internimage_config import (
+    InternImageConfig,
+    internimage_b,
+    internimage_demo,
+    internimage_g,
+    internimage_h,
+    internimage_l,
+    internimage_s,
+    internimage_t,
+    internimage_xl,
+)
 from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
 from m3i_fast.objectives.methods import m3i
 from m3i_fast.objectives.mixing import MixingConfig
@@ -78,6 +90,24 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
     )
 
 
+def demo_internimage(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
+    """The demo with an InternImage: twice its pixels a side, so that the token grid is the same.
+
+    All else is the ViT's, tuned for neither.
+    """
+    cfg, vision = demo(data=data, seed=seed), internimage_demo()
+    views = replace(cfg.data.global_views, size=vision.image_size)
+    return replace(
+        cfg,
+        num_steps=1000,
+        vision=vision,
+        data=replace(cfg.data, global_views=views),
+        objective=replace(
+            cfg.objective, mixing=replace(cfg.objective.mixing, mode="joint", mask_block=2)
+        ),
+    )
+
+
 def pack_demo(path: Path, *, labelled: float = 1.0, tune: float = 0.0) -> None:
     """Write the demo's data, with the tokenizer that its recipe expects."""
     build_openmoji(
@@ -91,7 +121,7 @@ def pack_demo(path: Path, *, labelled: float = 1.0, tune: float = 0.0) -> None:
 
 
 def _production(
-    vision: ViTConfig, *, batch_size: int, num_steps: int, compile: bool
+    vision: VisionConfig, *, batch_size: int, num_steps: int, compile: bool
 ) -> TrainConfig:
     """M3I on a captioned and labelled data set; values chosen where no source is marked."""
     colours = ViewConfig(
@@ -113,9 +143,10 @@ def _production(
         vision=vision,
         text=TextConfig(),  # [paper] CLIP's base text Transformer, from scratch
         objective=ObjectiveConfig(
-            mixing=MixingConfig(
-                mask_block=2
-            ),  # [paper] two images, block-wise, about half and half
+            mixing=MixingConfig(  # [paper] two images, block-wise, about half and half
+                mode="own_image" if vision.encodes_cells_alone else "joint",
+                mask_block=2,
+            ),
             decoder=DecoderConfig(dim=512, depth=4, num_heads=16),  # [SiameseIM] depth, heads
         ),
         optim=OptimConfig(
@@ -131,7 +162,7 @@ def _production(
     )
 
 
-def _variants() -> dict[str, Callable[[], TrainConfig]]:
+def _vit_variants() -> dict[str, Callable[[], TrainConfig]]:
     """m3i_vit_{s,b,l,h}, plain and for a GPU.
 
     Batch sizes are chosen to fit 80 GB in bf16, and not yet measured.
@@ -142,19 +173,55 @@ def _variants() -> dict[str, Callable[[], TrainConfig]]:
         a100, h100 = batch_sizes[size]
         for suffix, batch_size in {"": a100, "_a100": a100, "_h100": h100}.items():
             found[f"m3i_vit_{size}{suffix}"] = partial(
-                _build, vision, size, batch_size, compile=bool(suffix)
+                _build_vit, vision, size, batch_size, compile=bool(suffix)
             )
     return found
 
 
-def _build(
+def _build_vit(
     vision: Callable[..., ViTConfig], size: str, batch_size: int, *, compile: bool
 ) -> TrainConfig:
     cfg = vision(
         drop_path_rate={"s": 0.0, "b": 0.0, "l": 0.0, "h": 0.1}[size],
         activation_checkpointing=size == "h",
     )
-    # 400 epochs of 1.28 M images [paper, ablations on ImageNet-1k].
+    return _for_400_epochs(cfg, batch_size, compile=compile)
+
+
+def _internimage_variants() -> dict[str, Callable[[], TrainConfig]]:
+    """m3i_internimage_{t,s,b,l,xl,h,g}, for a GPU of 80 GB in bf16.
+
+    Batch sizes and rates of stochastic depth are chosen, and not yet measured.
+    """
+    sizes: dict[str, tuple[Callable[..., InternImageConfig], int, float]] = {
+        "t": (internimage_t, 768, 0.1),
+        "s": (internimage_s, 512, 0.1),
+        "b": (internimage_b, 384, 0.1),
+        "l": (internimage_l, 192, 0.1),
+        "xl": (internimage_xl, 128, 0.1),
+        "h": (internimage_h, 64, 0.2),
+        "g": (internimage_g, 16, 0.4),
+    }
+    return {
+        f"m3i_internimage_{size}": partial(_build_internimage, size, *settings)
+        for size, settings in sizes.items()
+    }
+
+
+def _build_internimage(
+    size: str, vision: Callable[..., InternImageConfig], batch_size: int, drop_path_rate: float
+) -> TrainConfig:
+    cfg = vision(
+        num_classes=0,  # the terms have their own heads
+        use_clip_projector=True,
+        drop_path_rate=drop_path_rate,
+        activation_checkpointing=size in ("h", "g"),
+    )
+    return _for_400_epochs(cfg, batch_size, compile=False)
+
+
+def _for_400_epochs(cfg: VisionConfig, batch_size: int, *, compile: bool) -> TrainConfig:
+    """400 epochs of 1.28 M images [paper, ablations on ImageNet-1k]."""
     return _production(
         cfg, batch_size=batch_size, num_steps=400 * 1_281_167 // batch_size, compile=compile
     )
@@ -162,7 +229,7 @@ def _build(
 
 def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) -> TrainConfig:
     """The same recipe at a size that trains in a second, to try it on other data."""
-    vision = replace(cfg.vision, image_size=4 * cfg.vision.patch_size, dim=32, depth=2, num_heads=2)
+    vision = _shrink_vision(cfg.vision)
     views = replace(cfg.data.global_views, size=vision.image_size)
     return replace(
         cfg,
@@ -184,4 +251,26 @@ def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) 
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"demo": demo, **_variants()}
+def _shrink_vision(cfg: VisionConfig) -> VisionConfig:
+    """A grid of 4 x 4 tokens, two layers or a layer a stage; the options stay."""
+    if isinstance(cfg, ViTConfig):
+        return replace(cfg, image_size=4 * cfg.patch_size, dim=32, depth=2, num_heads=2)
+    return replace(
+        cfg,
+        image_size=64,
+        channels=16,
+        depths=(1, 1, 1, 1),
+        groups=(1, 2, 4, 8),
+        level2_post_norm_block_ids=(0,) if cfg.level2_post_norm else None,
+        token_dim=32,
+        pool_heads=2,
+        pooled_dim=32,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "demo": demo,
+    "demo_internimage": demo_internimage,
+    **_vit_variants(),
+    **_internimage_variants(),
+}

@@ -9,18 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`; on any error, a full disk included, the old file stays."""
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path` to write, then sync it and rename it to `path`.
+
+    On any error, a full disk included, the old file stays.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`; on any error, a full disk included, the old file stays."""
+    with replaced_atomically(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ cudaError_t launch_mask_mix(const MaskMixParams& params, cudaStream_t stream) {
                                        reinterpret_cast<uintptr_t>(params.views));
   const dim3 grid(static_cast<unsigned>(blocks_per_plane(plane, pixels)),
                   static_cast<unsigned>(std::min<int64_t>(params.num_pairs, kMaxGridY)));
-  return dispatch_dtype(params.out_dtype, [&](auto out) {
+  return dispatch_dtype<float, BFloat16>(params.out_dtype, [&](auto out) {
     return dispatch_int<kWideGroup, 4, 2, 1>(pixels, [&](auto size) {
       const auto kernel = mask_mix_kernel<typename decltype(out)::type, decltype(size)::value>;
       return launch(kernel, grid, kThreads, stream, params);

@@ -185,8 +185,9 @@ Tensor mask_mix_cpu(const Tensor& views, const Tensor& mask, const Tensor& pairs
                     torch::headeronly::ScalarType dtype) {
   const MaskMixCall call = prepare_mask_mix(views, mask, pairs, mean, std, dtype);
   check_pairs(call.params);
-  dispatch_dtype(call.params.out_dtype,
-                 [&](auto out) { mask_mix<typename decltype(out)::type>(call.params); });
+  dispatch_dtype<float, BFloat16>(call.params.out_dtype, [&](auto out) {
+    mask_mix<typename decltype(out)::type>(call.params);
+  });
   return call.out;
 }
 

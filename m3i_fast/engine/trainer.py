@@ -22,6 +22,7 @@ from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.precision import autocast, resolve_device
 from m3i_fast.models.blocks import Block
+from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mixing import draw_mix, step_seed
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.environment import environment
@@ -236,9 +237,13 @@ def build_objective(cfg: TrainConfig) -> MutualInformation:
         cfg.objective, vision=cfg.vision, text=cfg.text, num_classes=cfg.num_classes
     )
     if cfg.compile:
-        for module in objective.modules():
-            if isinstance(module, Block):
-                module.compile(fullgraph=True, dynamic=False)
+        blocks = [m for m in objective.modules() if isinstance(m, Block | InternImageLayer)]
+        # Blocks share one cache of graphs; it needs one for each rate of stochastic depth, size of
+        # view and mode, and with fullgraph the ninth would be an error.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
     return objective
 
 

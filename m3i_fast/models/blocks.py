@@ -120,11 +120,12 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
 
-    def forward(self, branch: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(self, branch: Tensor) -> Tensor:  # [B, ...] -> [B, ...]
         if not self.training or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
-        return branch * branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+        one_a_sample = (branch.shape[0], *(1,) * (branch.ndim - 1))
+        return branch * branch.new_empty(one_a_sample).bernoulli_(keep).div_(keep)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,13 +6,14 @@ Letters: B batch, N patches of the image, R prefix tokens (class and registers),
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3i_fast.models.blocks import LAYER_NORM_EPS, TORCH_LAYERS, Block, BlockLayers, reset_children
+from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.positions import grid_embedding, resample_grid
 
 PREFIX_STD = 1e-6  # timm's class and register tokens
@@ -21,6 +22,11 @@ PREFIX_STD = 1e-6  # timm's class and register tokens
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViTConfig:
     """Size and options of a Vision Transformer."""
+
+    encodes_cells_alone: ClassVar[bool] = True
+    """Any subset of an image's patches can be encoded as if the others were absent."""
+    mask_multiple: ClassVar[int] = 1
+    """Tokens a side of the coarsest cell, which mixing should not cut."""
 
     image_size: int = 224
     """Side of a global view in pixels; position parameters are made for it."""
@@ -86,8 +92,21 @@ class ViTConfig:
         """Tokens before the patches: class token and registers."""
         return int(self.class_token) + self.num_registers
 
+    @property
+    def summary_dim(self) -> int:
+        """Width of what the objective's global heads read: the patch tokens."""
+        return self.dim
 
-class ViT(nn.Module):
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of an image in pixels are multiples of."""
+        return self.patch_size
+
+    def check_encoder(self) -> None:
+        """Every ViTConfig describes an encoder without head, for pre-training."""
+
+
+class ViT(ImageEncoder):
     """Vision Transformer in three steps: `embed` patches, choose among them, `encode` the chosen.
 
     Can be built on the meta device: `to_empty` then `reset_parameters` equal a direct build.
@@ -172,6 +191,22 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, R + N, D]."""
         return self.encode(self.embed(images))
+
+    def encode_cells(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, N, D], without the prefix."""
+        return self(images)[:, self.num_prefix :]
+
+    def encode_alone(self, images: Tensor, token_index: Tensor) -> Tensor:
+        """Each image's own cells, which see no others: [B, 3, H, W], [I, n] -> [I, n, D].
+
+        token_index: [I, n] int64, cells of input i % B that image i has.
+        """
+        own = take_cells(self.embed(images), token_index)
+        return self.encode(own)[:, self.num_prefix :]
+
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """All tokens: [B, n, D] unchanged."""
+        return tokens
 
 
 def vit_demo(**overrides: Any) -> ViTConfig:

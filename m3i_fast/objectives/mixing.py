@@ -56,6 +56,23 @@ class MixingConfig:
                 f"an even token grid, got {grid} x {grid}; change vision.image_size or patch_size"
             )
 
+    def check_cells(self, *, alone: bool, multiple: int) -> None:
+        """Raise ValueError unless an encoder can be trained on these mixed inputs.
+
+        alone: it can encode the cells of one image as if the input held nothing else; multiple:
+        tokens a side of its coarsest cell.
+        """
+        if self.mode == "own_image" and not alone:
+            raise ValueError(
+                "objective.mixing.mode: own_image needs an encoder that can leave tokens out; "
+                "expected joint or none for a convolutional one, got own_image"
+            )
+        if self.num_images == 2 and self.mask_block % multiple:
+            raise ValueError(
+                f"objective.mixing.mask_block: expected a multiple of {multiple} tokens, the "
+                f"encoder's coarsest cell, got {self.mask_block}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Mix:

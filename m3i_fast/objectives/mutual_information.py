@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3i_fast.models.encoder import take_cells
 from m3i_fast.models.positions import relative_positions
 from m3i_fast.models.text import TextConfig, TextEncoder
-from m3i_fast.models.vit import ViT, ViTConfig
+from m3i_fast.models.vision import VisionConfig, build_encoder
+from m3i_fast.models.vit import ViT
 from m3i_fast.objectives.likelihood import IGNORED, boltzmann, decorrelation, gaussian
 from m3i_fast.objectives.methods import Term, m3i
 from m3i_fast.objectives.mixing import Mix, MixingConfig, drop_tokens
@@ -70,6 +72,12 @@ class ObjectiveConfig:
     def uses(self, target: str) -> bool:
         return any(term.target == target for term in self.active_terms)
 
+    def check_vision(self, vision: VisionConfig) -> None:
+        """Raise ValueError unless this encoder can be trained with this mixing."""
+        vision.check_encoder()
+        self.mixing.check_grid(vision.grid)
+        self.mixing.check_cells(alone=vision.encodes_cells_alone, multiple=vision.mask_multiple)
+
 
 @dataclass(frozen=True, slots=True)
 class DenseTargets:
@@ -93,12 +101,13 @@ class MutualInformation(nn.Module):
     """
 
     def __init__(
-        self, cfg: ObjectiveConfig, *, vision: ViTConfig, text: TextConfig, num_classes: int
+        self, cfg: ObjectiveConfig, *, vision: VisionConfig, text: TextConfig, num_classes: int
     ) -> None:
         super().__init__()
-        cfg.mixing.check_grid(vision.grid)
+        cfg.check_vision(vision)
         self.cfg = cfg
-        self.encoder = ViT(vision)
+        self.grid = vision.grid
+        self.encoder = build_encoder(vision)
         if any(term.is_dense for term in cfg.active_terms):
             self.target_encoder = MomentumEncoder(self.encoder)
             self.decoder = DenseDecoder(
@@ -109,11 +118,11 @@ class MutualInformation(nn.Module):
                 raise ValueError(
                     "objective.terms: the category term needs classes, the data has none"
                 )
-            self.category_head = GlobalHead(vision.dim, cfg.head_hidden_dim, text.embed_dim)
+            self.category_head = GlobalHead(vision.summary_dim, cfg.head_hidden_dim, text.embed_dim)
             self.category_embedding = nn.Parameter(torch.empty(num_classes, text.embed_dim))
             self.category_log_scale = nn.Parameter(torch.empty(()))
         if cfg.uses("caption"):
-            self.caption_head = GlobalHead(vision.dim, cfg.head_hidden_dim, text.embed_dim)
+            self.caption_head = GlobalHead(vision.summary_dim, cfg.head_hidden_dim, text.embed_dim)
             self.text_encoder = TextEncoder(text)
             self.caption_log_scale = nn.Parameter(torch.empty(()))
         self.reset_own_parameters()
@@ -156,21 +165,20 @@ class MutualInformation(nn.Module):
         """One pass of the encoder over the mixed inputs; tokens come back sorted by image."""
         views = batch.global_views[0]
         images = mask_mix(views, mix.mask, mix.pairs, dtype=_autocast_dtype(views.device.type))
-        tokens_PNC = self.encoder.embed(images)
-        num_prefix = self.encoder.num_prefix
         match self.cfg.mixing.mode:
             case "own_image":
-                own = self.encoder.encode(_own_cells(tokens_PNC, mix.token_index))[:, num_prefix:]
+                assert isinstance(self.encoder, ViT)  # check_vision
+                own = self.encoder.encode_alone(images, mix.token_index)
             case "joint":
-                own = _own_cells(self.encoder.encode(tokens_PNC)[:, num_prefix:], mix.token_index)
+                own = take_cells(self.encoder.encode_cells(images), mix.token_index)
             case "none":
-                own = self.encoder.encode(tokens_PNC)[:, num_prefix:]
+                own = self.encoder.encode_cells(images)
         return Encoded(own, tuple(self._encode_whole(view) for view in batch.local_views))
 
     def _encode_whole(self, views: Tensor) -> Tensor:  # [B, 3, s, s] uint8 -> [B, m, C]
         every = torch.arange(views.shape[0], device=views.device)
         images = normalise_views(views, every, _autocast_dtype(views.device.type))
-        return self.encoder(images)[:, self.encoder.num_prefix :]
+        return self.encoder.encode_cells(images)
 
     def forward(
         self,
@@ -187,15 +195,18 @@ class MutualInformation(nn.Module):
         """
         total = torch.zeros((), device=encoded.tokens.device)
         metrics: dict[str, Tensor] = {}
+        summaries: list[Tensor] = []
+        if not all(term.is_dense for term in self.cfg.active_terms):
+            summaries = [self.encoder.summarise(t) for t in (encoded.tokens, *encoded.local)]
         for term in self.cfg.active_terms:
             if term.is_dense:
                 value = self._dense(
                     term, encoded, targets, batch, mix, metrics if monitor else None
                 )
             elif term.target == "category":
-                value = self._category(encoded, batch, mix)
+                value = self._category(summaries, batch, mix)
             else:
-                value = self._caption(encoded, batch, mix)
+                value = self._caption(summaries, batch, mix)
             metrics[f"loss/{term.name}"] = value.detach()
             total = total + term.weight * value
         metrics["loss/total"] = total.detach()
@@ -212,7 +223,8 @@ class MutualInformation(nn.Module):
         tokens = self._encode_whole(views)
         if not self.cfg.uses("caption"):
             return tokens, None
-        return tokens, F.normalize(self.caption_head(tokens).float(), dim=-1)
+        embedding = self.caption_head(self.encoder.summarise(tokens))
+        return tokens, F.normalize(embedding.float(), dim=-1)
 
     @torch.no_grad()
     def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
@@ -241,9 +253,12 @@ class MutualInformation(nn.Module):
         target = targets.same_view if same else targets.other_view
         assert target is not None
         boxes = batch.boxes[mix.sample[rows]]  # [A, V, 5]
-        grid = self.encoder.cfg.grid
         position = relative_positions(
-            boxes[:, 0], boxes[:, 0 if same else 1], query, input_grid=grid, target_grid=grid
+            boxes[:, 0],
+            boxes[:, 0 if same else 1],
+            query,
+            input_grid=self.grid,
+            target_grid=self.grid,
         )
         z_hat = self.decoder(encoded.tokens[rows], mix.token_index[rows], position)
         if metrics is not None:
@@ -260,7 +275,6 @@ class MutualInformation(nn.Module):
     ) -> Tensor:
         """Local views of the asked images predict the same cells of the other view; summed."""
         samples = mix.sample[mix.other_view_rows]
-        grid = self.encoder.cfg.grid
         total = torch.zeros((), device=target.device)
         for number, tokens in enumerate(encoded.local, start=len(batch.global_views)):
             local_grid = math.isqrt(tokens.shape[1])
@@ -270,11 +284,11 @@ class MutualInformation(nn.Module):
                 boxes[:, 1],
                 mix.other_view_query,
                 input_grid=local_grid,
-                target_grid=grid,
+                target_grid=self.grid,
             )
             # Cell (u, v) of a smaller grid has the position code of cell (u, v) of the large one.
             line = torch.arange(local_grid, device=target.device)
-            index = (line[:, None] * grid + line[None, :]).flatten().expand(len(samples), -1)
+            index = (line[:, None] * self.grid + line[None, :]).flatten().expand(len(samples), -1)
             z_hat = self.decoder(tokens[samples], index, position)
             total = total + self._dense_nll(term, z_hat, target)
         return total
@@ -285,20 +299,20 @@ class MutualInformation(nn.Module):
             value = value + self.cfg.decorrelation_weight * decorrelation(z_hat, target)
         return value
 
-    def _category(self, encoded: Encoded, batch: Batch, mix: Mix) -> Tensor:
-        z_hat = _unit_rows(self.category_head, encoded)
+    def _category(self, summaries: list[Tensor], batch: Batch, mix: Mix) -> Tensor:
+        z_hat = _unit_rows(self.category_head, summaries)
         z = F.normalize(self.category_embedding, dim=-1)
-        targets = _of_rows(batch.label, encoded, mix)
+        targets = _of_rows(batch.label, summaries, mix)
         return boltzmann(z_hat, z, self.category_log_scale.exp(), targets=targets)
 
-    def _caption(self, encoded: Encoded, batch: Batch, mix: Mix) -> Tensor:
-        z_hat = _unit_rows(self.caption_head, encoded)
+    def _caption(self, summaries: list[Tensor], batch: Batch, mix: Mix) -> Tensor:
+        z_hat = _unit_rows(self.caption_head, summaries)
         token_ids, num_tokens = drop_tokens(
             batch.token_ids, batch.num_tokens, mix.token_priority, self.cfg.mixing.token_dropout
         )
         z = F.normalize(self.text_encoder(token_ids, num_tokens).float(), dim=-1)
         ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
-        row_ids = _of_rows(ids, encoded, mix)
+        row_ids = _of_rows(ids, summaries, mix)
         return boltzmann(z_hat, z, self.caption_log_scale.exp(), row_ids=row_ids, col_ids=ids)
 
     def _target_tokens(self, views: Tensor, rows: Tensor) -> Tensor:  # [A, N, C] fp32
@@ -318,25 +332,18 @@ class MutualInformation(nn.Module):
         return metrics
 
 
-def _unit_rows(head: GlobalHead, encoded: Encoded) -> Tensor:  # [I + L B, E] fp32
+def _unit_rows(head: GlobalHead, summaries: list[Tensor]) -> Tensor:  # [I + L B, E] fp32
     """Unit-length predictions of every image in an input, then of every local view."""
-    rows = torch.cat([head(tokens) for tokens in (encoded.tokens, *encoded.local)])
+    rows = torch.cat([head(tokens) for tokens in summaries])
     return F.normalize(rows.float(), dim=-1)
 
 
-def _of_rows(values: Tensor, encoded: Encoded, mix: Mix) -> Tensor:  # [B] -> [I + L B]
-    return torch.cat([values[mix.sample], *(values for _ in encoded.local)])
+def _of_rows(values: Tensor, summaries: list[Tensor], mix: Mix) -> Tensor:  # [B] -> [I + L B]
+    return torch.cat([values[mix.sample], *(values for _ in summaries[1:])])
 
 
 def _take(tokens: Tensor, index: Tensor) -> Tensor:  # [R, N, C], [R, Q] -> [R, Q, C]
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def _own_cells(tokens_PNC: Tensor, token_index: Tensor) -> Tensor:  # [P, N, C], [I, n] -> [I, n, C]
-    num_inputs, num_cells, dim = tokens_PNC.shape
-    row = torch.arange(token_index.shape[0], device=tokens_PNC.device) % num_inputs
-    flat = (row[:, None] * num_cells + token_index).flatten()
-    return tokens_PNC.flatten(0, 1).index_select(0, flat).view(*token_index.shape, dim)
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype:

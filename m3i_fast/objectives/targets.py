@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.models.vit import ViT
+from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.ops import mask_mix
 
 
@@ -24,7 +24,7 @@ class MomentumEncoder(nn.Module):
     Its targets are patch tokens, layer-normalised without affine, without gradient.
     """
 
-    def __init__(self, encoder: ViT) -> None:
+    def __init__(self, encoder: ImageEncoder) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
 
@@ -34,5 +34,5 @@ class MomentumEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, N, C] fp32
-        tokens = self.encoder(images)[:, self.encoder.num_prefix :]
+        tokens = self.encoder.encode_cells(images)
         return F.layer_norm(tokens.float(), tokens.shape[-1:])

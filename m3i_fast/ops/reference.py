@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from m3i_fast.ops.dcnv3 import Pair
 from m3i_fast.ops.mask_mix import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -29,3 +30,94 @@ def mask_mix(
     mask_PHW = mask_PHW.repeat_interleave(width // mask.shape[2], dim=2)
     first_PCHW, second_PCHW = views_BCHW[pairs[:, 0]], views_BCHW[pairs[:, 1]]
     return torch.where(mask_PHW[:, None], first_PCHW, second_PCHW).to(dtype)
+
+
+def _places(
+    offset: Tensor,  # [N, Yo, Xo, G, K] along one dimension
+    point_K: Tensor,  # [K] row or column of each point
+    index: Tensor,  # [Yo or Xo, 1, ...] of the output pixels, along that dimension
+    kernel: int,
+    stride: int,
+    pad: int,
+    dilation: int,
+    offset_scale: float,
+) -> Tensor:  # [N, Yo, Xo, G, K]
+    """Where x is sampled, along one dimension."""
+    half = dilation * (kernel - 1) // 2
+    base = half - pad + index * stride
+    return base - half * offset_scale + (point_K * dilation + offset) * offset_scale
+
+
+def _sample(
+    x: Tensor,  # [N, H, W, C]
+    x_NYXGK: Tensor,
+    y_NYXGK: Tensor,
+) -> Tensor:  # [N, Yo, Xo, G, K, D]
+    """Bilinear samples, each in the channels of its group; zeros outside the image."""
+    batch, height, width, channels = x.shape
+    groups = x_NYXGK.shape[3]
+    pixels_NPGD = x.reshape(batch, height * width, groups, channels // groups)
+    index_N = torch.arange(batch, device=x.device).view(batch, 1, 1, 1, 1)
+    index_G = torch.arange(groups, device=x.device).view(groups, 1)
+    left, top = x_NYXGK.detach().floor(), y_NYXGK.detach().floor()
+    right_weight, bottom_weight = x_NYXGK - left, y_NYXGK - top
+    sample = x.new_zeros(())
+    for column, weight_x in ((left, 1 - right_weight), (left + 1, right_weight)):
+        for row, weight_y in ((top, 1 - bottom_weight), (top + 1, bottom_weight)):
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            pixel = torch.where(inside, row.long() * width + column.long(), 0)
+            corner = pixels_NPGD[index_N, pixel, index_G]
+            weight = (weight_x * weight_y)[..., None]
+            sample = sample + torch.where(inside[..., None], weight * corner, 0.0)
+    return sample
+
+
+def dcnv3(
+    x: Tensor,  # [N, H, W, C]
+    offset: Tensor,  # [N, Yo, Xo, G*K*2] (x, y) pairs
+    mask: Tensor,  # [N, Yo, Xo, G*K]
+    *,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+    softmax: bool = False,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:  # [N, Yo, Xo, C]
+    """`m3i_fast.ops.dcnv3`, step by step; in float64 it is the truth. Differentiable.
+
+    Computes in `compute_dtype`, by default that of x, and rounds to that of x.
+    """
+    dtype, (height, width) = x.dtype, x.shape[1:3]
+    x, offset, mask = (tensor.to(compute_dtype or dtype) for tensor in (x, offset, mask))
+    kernel, strides, pads, dilations = (
+        (pair, pair) if isinstance(pair, int) else pair
+        for pair in (kernel_size, stride, padding, dilation)
+    )
+    points = [(j, i) for i in range(kernel[1]) for j in range(kernel[0])]  # row and column
+    if remove_center:
+        points.remove((kernel[0] // 2, kernel[1] // 2))
+    point_2K = x.new_tensor(points).T
+    offset_NYXGK2 = offset.unflatten(-1, (groups, len(points), 2)).flip(-1)  # (y, x)
+    mask_NYXGK = mask.unflatten(-1, (groups, len(points)))
+    if softmax:
+        mask_NYXGK = mask_NYXGK.softmax(dim=-1)
+    index_Y, index_X = (torch.arange(size, device=x.device) for size in offset.shape[1:3])
+    y_NYXGK, x_NYXGK = (
+        _places(
+            offset_NYXGK2[..., d],
+            point_2K[d],
+            index,
+            *(kernel[d], strides[d], pads[d], dilations[d], offset_scale),
+        )
+        for d, index in enumerate((index_Y[:, None, None, None], index_X[:, None, None]))
+    )
+    valid = (x_NYXGK > -1) & (y_NYXGK > -1) & (x_NYXGK < width) & (y_NYXGK < height)
+    sample_NYXGKD = _sample(x, *(torch.where(valid, at, 0.0) for at in (x_NYXGK, y_NYXGK)))
+    # A point that is not valid adds nothing, whatever x holds at the place that stands in for it.
+    sample_NYXGKD = torch.where(valid[..., None], sample_NYXGKD, 0.0)
+    weight_NYXGK = torch.where(valid, mask_NYXGK, 0.0)
+    return (weight_NYXGK[..., None] * sample_NYXGKD).sum(dim=-2).flatten(-2).to(dtype)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from safetensors.torch import load_file
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
-from m3i_fast.engine.trainer import Trainer
+from m3i_fast.engine.trainer import Trainer, build_objective
+from m3i_fast.models.internimage_config import internimage_demo
 from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vision import VisionConfig
+from m3i_fast.models.vit import vit_demo
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, shrink
 
@@ -160,3 +164,40 @@ def test_the_command_line_names_what_it_does_not_know(
     assert "Did you mean train?" in " ".join(capsys.readouterr().err.split())
     assert main(["train", "demo", "--out", str(tmp_path), "--data.path", str(tmp_path / "no")]) == 2
     assert "m3i-fast data openmoji" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [
+        vit_demo(image_size=32, dim=32, depth=10, num_heads=2, drop_path_rate=0.2),
+        internimage_demo(
+            image_size=32,
+            channels=16,
+            depths=(1, 1, 7, 1),
+            groups=(1, 2, 4, 8),
+            token_dim=32,
+            drop_path_rate=0.2,
+        ),
+    ],
+    ids=["vit", "internimage"],
+)
+def test_every_rate_of_stochastic_depth_is_compiled(
+    vision: VisionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More graphs than torch allows a function by itself."""
+    quick = partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    cfg = demo()
+    mixing = replace(cfg.objective.mixing, mode="joint")
+    cfg = replace(
+        cfg,
+        vision=vision,
+        data=replace(cfg.data, global_views=replace(cfg.data.global_views, size=32)),
+        objective=replace(cfg.objective, mixing=mixing),
+        compile=True,
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        encoder = build_objective(cfg).encoder
+        encoder.encode_cells(torch.randn(2, 3, 32, 32)).sum().backward()
+    torch._dynamo.reset()

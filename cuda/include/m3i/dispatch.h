@@ -7,10 +7,14 @@
 
 namespace m3i {
 
-// body(Type<float>{}) or body(Type<BFloat16>{}).
-template <class Body>
+// body(Type<T>{}) for the one of First, Rest... whose dtype it is; the last one if none is.
+template <class First, class... Rest, class Body>
 auto dispatch_dtype(DType dtype, Body&& body) {
-  return dtype == DType::kFloat32 ? body(Type<float>{}) : body(Type<BFloat16>{});
+  if constexpr (sizeof...(Rest) == 0) {
+    return body(Type<First>{});
+  } else {
+    return dtype == kDType<First> ? body(Type<First>{}) : dispatch_dtype<Rest...>(dtype, body);
+  }
 }
 
 // body(std::integral_constant<int, value>{}) for the one of kFirst, kRest... that equals value; the

@@ -25,8 +25,23 @@ struct alignas(2) BFloat16 {
   uint16_t bits;
 };
 
+// An IEEE half by its bits: storage only.
+struct alignas(2) Float16 {
+  uint16_t bits;
+};
+
 // The element types a launcher is asked for at run time.
-enum class DType { kFloat32, kBFloat16 };
+enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// The DType of an element type.
+template <class T>
+inline constexpr DType kDType = DType::kFloat32;
+template <>
+inline constexpr DType kDType<BFloat16> = DType::kBFloat16;
+template <>
+inline constexpr DType kDType<Float16> = DType::kFloat16;
+template <>
+inline constexpr DType kDType<double> = DType::kFloat64;
 
 // An instance of a type, to hand a type to a generic lambda.
 template <class T>

@@ -1,0 +1,15 @@
+"""The image encoders that can be trained, chosen by their config."""
+
+from __future__ import annotations
+
+from m3i_fast.models.internimage import InternImage
+from m3i_fast.models.internimage_config import InternImageConfig
+from m3i_fast.models.vit import ViT, ViTConfig
+
+VisionConfig = ViTConfig | InternImageConfig
+
+
+def build_encoder(cfg: VisionConfig) -> ViT | InternImage:
+    """The encoder that `cfg` describes; ValueError where it has no dense tokens or has a head."""
+    cfg.check_encoder()
+    return ViT(cfg) if isinstance(cfg, ViTConfig) else InternImage(cfg)
