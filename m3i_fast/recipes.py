@@ -96,12 +96,18 @@ def demo_internimage(*, data: Path = Path("data/openmoji"), seed: int = 0) -> Tr
     All else is the ViT's, tuned for neither.
     """
     cfg, vision = demo(data=data, seed=seed), internimage_demo()
-    views = replace(cfg.data.global_views, size=vision.image_size)
+    views, local_views = cfg.data.global_views, cfg.data.local_views
+    assert local_views is not None
+    data = replace(
+        cfg.data,
+        global_views=replace(views, size=2 * views.size),
+        local_views=replace(local_views, size=2 * local_views.size),
+    )
     return replace(
         cfg,
         num_steps=1000,
         vision=vision,
-        data=replace(cfg.data, global_views=views),
+        data=data,
         objective=replace(
             cfg.objective, mixing=replace(cfg.objective.mixing, mode="joint", mask_block=2)
         ),
