@@ -207,6 +207,18 @@ def guarded(tensor: Tensor) -> Tensor:
     return view.copy_(tensor)
 
 
+def to_c(argument: Tensor | int | float) -> object:
+    """A launcher's argument for ctypes: a float stays one, of C's kind."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else argument
+
+
+def last_report() -> str:
+    """What the runtime said last of a kernel that did something wrong."""
+    return runtime().m3i_emulator_report().decode()
+
+
 def _emulated_kernel(name: str) -> Callable[..., object]:
     emulated_op = getattr(torch.ops.m3i_emulated, name).default
 

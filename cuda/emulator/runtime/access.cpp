@@ -1,6 +1,7 @@
 // Every access of a kernel comes here: through the calls that g++'s -fsanitize=thread inserts
 // before plain accesses, those of -fsanitize=alignment,bounds, and those of the emulator's own
 // intrinsics.
+#include "access.h"
 #include "memory.h"
 #include "module.h"
 #include "race.h"
@@ -33,12 +34,12 @@ bool in_module(uintptr_t address, size_t size, Access access, uintptr_t instruct
       fail_with(cudaErrorIllegalAddress,
                 sized("out-of-bounds", access, address, size) + ", a local variable of thread " +
                     to_string(other.index),
-                {{}, instruction});
+                at(instruction));
     }
   }
   fail_with(cudaErrorIllegalAddress,
             sized("out-of-bounds", access, address, size) + ", " + describe_outside(address),
-            {{}, instruction});
+            at(instruction));
 }
 
 // Between two shared variables lies padding that no kernel may touch.
@@ -56,9 +57,11 @@ void check_shared_variable(const Region& region, uintptr_t address, size_t size,
               sized("out-of-bounds", access, address, size) + ", " +
                   (last ? "across the end of shared variable " + demangle(last->name)
                         : "outside every shared variable"),
-              {{}, instruction});
+              at(instruction));
   }
 }
+
+}  // namespace
 
 void check_at(uintptr_t address, size_t size, Access access, uintptr_t instruction) {
   if (!running || running->stack.holds(address, size) || size == 0) return;
@@ -73,7 +76,7 @@ void check_at(uintptr_t address, size_t size, Access access, uintptr_t instructi
     fail_with(cudaErrorIllegalAddress,
               sized("out-of-bounds", access, address, size) + ", of which only " +
                   std::to_string(region->end - address) + " lie in it",
-              {{}, instruction});
+              at(instruction));
   }
   check_race(*region, address, size, access, instruction);
 }
@@ -81,12 +84,18 @@ void check_at(uintptr_t address, size_t size, Access access, uintptr_t instructi
 void check_aligned(uintptr_t address, size_t size, Access access, uintptr_t instruction) {
   if (running && address % size != 0) {
     fail_with(cudaErrorMisalignedAddress, sized("misaligned", access, address, size),
-              {{}, instruction});
+              at(instruction));
   }
   check_at(address, size, access, instruction);
 }
 
-}  // namespace
+Region& shared_region(uintptr_t address, uintptr_t instruction) {
+  Region* region = region_at(address);
+  if (!region || !region->shared()) {
+    fail_with(cudaErrorIllegalAddress, hex(address) + " is not in shared memory", at(instruction));
+  }
+  return *region;
+}
 
 void check_access(const volatile void* address, size_t size, Access access,
                   const void* return_address) {

@@ -37,13 +37,10 @@ void pass_block_barrier(Block& block) {
   }
 }
 
-void pass_named_barrier(Block& block, NamedBarrier& barrier, int id) {
-  order_threads(block, barrier.members);
-  for (const uint32_t rank : barrier.members) {
-    Thread& thread = block.threads[rank];
-    if (thread.state == Thread::State::kAtNamedBarrier && thread.barrier == id) {
-      block.make_ready(thread);
-    }
+void pass_named_barrier(Block& block, NamedBarrier& barrier) {
+  for (const uint32_t rank : barrier.waiting) {
+    acquire(block.threads[rank], barrier.clock);
+    if (rank != running->rank) block.make_ready(block.threads[rank]);
   }
   barrier = {};
 }
@@ -74,29 +71,28 @@ int block_barrier(Vote vote, bool predicate, Site site) {
   }
 }
 
-void named_barrier(int id, int num_threads, bool waits, Site site) {
+void named_barrier(int id, int num_threads, bool waits) {
+  const Site site = at(reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
+  const std::string name = "named barrier " + std::to_string(id);
   if (id < 0 || id >= static_cast<int>(kNamedBarriers)) {
-    fail(("a named barrier " + std::to_string(id) + ": expected 0 to 15").c_str(), site);
+    fail((name + ": expected 0 to 15").c_str(), site);
   }
   if (num_threads <= 0 || num_threads % static_cast<int>(kWarpSize) != 0) {
-    fail(("a named barrier of " + std::to_string(num_threads) +
-          " threads: expected a multiple of 32")
-             .c_str(),
-         site);
+    const std::string count = std::to_string(num_threads);
+    fail((name + " for " + count + " threads: expected a multiple of 32").c_str(), site);
   }
-  Block& block = *running_block;
-  NamedBarrier& barrier = block.named[id];
+  NamedBarrier& barrier = running_block->named[id];
   if (barrier.arrived > 0 && barrier.expected != num_threads) {
-    fail(("named barrier " + std::to_string(id) + " for " + std::to_string(num_threads) +
-          " threads, where others came for " + std::to_string(barrier.expected))
+    fail((name + " for " + std::to_string(num_threads) + " threads, where others came for " +
+          std::to_string(barrier.expected))
              .c_str(),
          site);
   }
   barrier.expected = num_threads;
-  barrier.members.push_back(running->rank);
-  running->barrier = id;
+  release(*running, barrier.clock);
+  if (waits) barrier.waiting.push_back(running->rank);
   if (++barrier.arrived == num_threads) {
-    pass_named_barrier(block, barrier, id);
+    pass_named_barrier(*running_block, barrier);
   } else if (waits) {
     wait(Thread::State::kAtNamedBarrier, site);
   }

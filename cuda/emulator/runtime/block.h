@@ -12,6 +12,13 @@ namespace m3i::emulator {
 inline constexpr unsigned kWarpSize = 32;
 inline constexpr unsigned kNamedBarriers = 16;
 
+// A cp.async on its way.
+struct AsyncCopy {
+  uintptr_t to, from;
+  size_t bytes;
+  bool inside;  // else zeros
+};
+
 struct Thread {
   uint3 index;
   uint32_t rank;  // in the block
@@ -28,7 +35,9 @@ struct Thread {
   const char* operation = nullptr;
   Complete complete = nullptr;
   void* payload = nullptr;
-  int barrier = 0;  // the named barrier that it waits at
+  // Its copies that have not landed; of each group, how many of them end before it
+  std::vector<AsyncCopy> copies;
+  std::vector<size_t> copy_groups;
   // Of the race check: counts the thread's synchronisations since the block's last barrier
   uint32_t clock = 1;
 };
@@ -40,10 +49,17 @@ struct Warp {
   uint32_t yielded = 0;        // lanes that go on once the others had their turn
 };
 
+// What the threads that came to a barrier knew of each other's progress: see race.h.
+struct SyncClock {
+  uint64_t epoch = 0;
+  std::vector<uint32_t> row;
+};
+
 struct NamedBarrier {
   int expected = 0;  // threads; 0 while nobody has come
   int arrived = 0;
-  std::vector<uint32_t> members;  // ranks of those who have come
+  SyncClock clock;
+  std::vector<uint32_t> waiting;  // ranks
 };
 
 struct Block {

@@ -31,8 +31,8 @@ struct OutOfBounds {
 using namespace m3i::emulator;
 
 void fail_at(cudaError_t error, const std::string& what, const Location& location) {
-  const Site site{location.file, static_cast<int>(location.line)};
-  if (running) fail_with(error, what, {site, 0});
+  const Site site{location.file, static_cast<int>(location.line), nullptr};
+  if (running) fail_with(error, what, site);
   std::fprintf(stderr, "%s, in host code at %s\n", what.c_str(), to_string(site).c_str());
   std::abort();
 }

@@ -39,6 +39,6 @@ M3I_EMULATOR_API void* __wrap_memset(void* to, int value, size_t size) {
   using namespace m3i::emulator;
   if (!running) __assert_fail(condition, file, line, function);
   fail_with(cudaErrorAssert, std::string("assertion failed: ") + condition,
-            {{file, static_cast<int>(line)}, 0});
+            {file, static_cast<int>(line), nullptr});
 }
 }

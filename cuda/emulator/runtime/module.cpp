@@ -172,10 +172,17 @@ std::string demangle(const std::string& name) {
 
 std::string short_name(const std::string& mangled) {
   std::string name = demangle(mangled);
-  const size_t end = name.rfind('(');
-  if (end != std::string::npos) name.resize(end);
-  const size_t result = name.find("void ");
-  return result == 0 ? name.substr(5) : name;
+  // Cut from the parenthesis that opens the parameters on.
+  size_t at = name.rfind(')');
+  for (int depth = 0; at != std::string::npos && at > 0; --at) {
+    depth += name[at] == ')' ? 1 : name[at] == '(' ? -1 : 0;
+    if (depth == 0) break;
+  }
+  if (at != std::string::npos) name.resize(at);
+  if (name.rfind("void ", 0) == 0) name.erase(0, 5);
+  const std::string unnamed = "(anonymous namespace)::";
+  for (size_t i; (i = name.find(unnamed)) != std::string::npos;) name.erase(i, unnamed.size());
+  return name;
 }
 
 }  // namespace m3i::emulator

@@ -15,11 +15,17 @@ constexpr unsigned kClockBits = 20, kThreadBits = 14;
 constexpr Stamp kFlag = Stamp{1} << (kClockBits + kThreadBits);
 constexpr unsigned kEpochShift = kClockBits + kThreadBits + 1;
 
-constexpr uint32_t clock_of(Stamp stamp) { return stamp & ((1u << kClockBits) - 1); }
+constexpr uint32_t clock_of(Stamp stamp) {
+  return static_cast<uint32_t>(stamp & ((1u << kClockBits) - 1));
+}
 constexpr uint32_t thread_of(Stamp stamp) {
   return (stamp >> kClockBits) & ((1u << kThreadBits) - 1);
 }
 constexpr uint64_t epoch_of(Stamp stamp) { return stamp >> kEpochShift; }
+
+// Clocks start at 1: 0 marks bytes to which a copy is under way.
+constexpr Stamp kClockMask = (Stamp{1} << kClockBits) - 1;
+constexpr bool in_flight(Stamp stamp) { return stamp != 0 && clock_of(stamp) == 0; }
 
 uint64_t epoch = 1;
 uint64_t launch_epoch = 1;  // the first one of the launch
@@ -86,19 +92,31 @@ struct Accessed {
             std::string("data race: ") + name_of(a.access) + " of " +
                 describe_memory(a.region, a.address, a.size) + ", which " + who(stamp) + " " +
                 earlier + " without a barrier between the two",
-            {{}, a.instruction});
+            at(a.instruction));
 }
 
 [[noreturn]] void fail_unwritten(const Accessed& a) {
   fail_with(cudaErrorLaunchFailure,
             std::string("read before written: ") + name_of(a.access) + " of " +
                 describe_memory(a.region, a.address, a.size) + ", which this block has not written",
-            {{}, a.instruction});
+            at(a.instruction));
+}
+
+[[noreturn]] void fail_in_flight(const Accessed& a, Stamp write) {
+  fail_with(cudaErrorLaunchFailure,
+            std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
+                ", to which a cp.async of " + who(write) + " is under way: it was not waited for",
+            at(a.instruction));
 }
 
 // Fails unless an access to the byte with these stamps may follow.
 void check_byte(const Accessed& a, Stamp write, Stamp read) {
-  if (a.region.shared() && reads(a.access) && epoch_of(write) < block_epoch) fail_unwritten(a);
+  if (a.region.shared()) {  // what earlier blocks did to it is gone
+    if (epoch_of(write) < block_epoch) write = 0;
+    if (epoch_of(read) < block_epoch) read = 0;
+    if (reads(a.access) && write == 0) fail_unwritten(a);
+    if (in_flight(write)) fail_in_flight(a, write);
+  }
   const bool both_atomic = atomic(a.access) && (write & kFlag);
   if (!both_atomic && !ordered(write)) fail_race(a, "wrote", write);
   if (writes(a.access) && !readers_ordered(read)) fail_race(a, "read", read);
@@ -142,16 +160,24 @@ void begin_block_epoch() {
   }
 }
 
-void order_threads(Block& block, const std::vector<uint32_t>& ranks) {
-  const size_t count = block.threads.size();
-  static std::vector<uint32_t> joined;
-  joined.assign(count, 0);
-  for (const uint32_t rank : ranks) {
-    uint32_t* row = row_of(block, rank);
-    row[rank] = block.threads[rank].clock++;
-    for (size_t i = 0; i < count; ++i) joined[i] = std::max(joined[i], row[i]);
+void release(Thread& thread, SyncClock& clock) {
+  uint32_t* row = row_of(*running_block, thread.rank);
+  row[thread.rank] = thread.clock++;
+  if (thread.clock >> kClockBits) {
+    fail_thread(thread, "more than a million synchronisations without __syncthreads", thread.site);
   }
-  for (const uint32_t rank : ranks) std::copy(joined.begin(), joined.end(), row_of(block, rank));
+  const size_t count = running_block->threads.size();
+  if (clock.epoch != epoch) {
+    clock.epoch = epoch;
+    clock.row.assign(count, 0);
+  }
+  for (size_t i = 0; i < count; ++i) clock.row[i] = std::max(clock.row[i], row[i]);
+}
+
+void acquire(const Thread& thread, const SyncClock& clock) {
+  if (clock.epoch != epoch) return;  // a barrier since then has ordered more
+  uint32_t* row = row_of(*running_block, thread.rank);
+  for (size_t i = 0; i < clock.row.size(); ++i) row[i] = std::max(row[i], clock.row[i]);
 }
 
 void check_race(Region& region, uintptr_t address, size_t size, Access access,
@@ -172,6 +198,16 @@ void check_race(Region& region, uintptr_t address, size_t size, Access access,
   } else {
     for (size_t i = 0; i < size; ++i) read[i] = add_reader(read[i], own);
   }
+}
+
+void mark_in_flight(Region& region, uintptr_t address, size_t size) {
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  std::fill(written, written + size, stamp_of(*running) & ~kClockMask);
+}
+
+void mark_written(Region& region, uintptr_t address, size_t size) {
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  std::fill(written, written + size, stamp_of(*running));
 }
 
 }  // namespace m3i::emulator

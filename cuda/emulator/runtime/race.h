@@ -25,13 +25,19 @@ void begin_launch_epoch();
 void begin_block_epoch();
 void begin_epoch();
 
-// What each of these threads, given by rank, did before is ordered before what each does from now
-// on.
-void order_threads(Block& block, const std::vector<uint32_t>& ranks);
+// What a thread did before it releases to a clock is ordered before what a thread does after it has
+// acquired from it.
+void release(Thread& thread, SyncClock& clock);
+void acquire(const Thread& thread, const SyncClock& clock);
 
 // Notes an access of the running thread to part of a region, and fails if it races with another
 // one, or reads shared memory that the block has not written.
 void check_race(Region& region, uintptr_t address, size_t size, Access access,
                 uintptr_t instruction);
+
+// The running thread's copy to these bytes is under way: any access of them fails until it has
+// landed.
+void mark_in_flight(Region& region, uintptr_t address, size_t size);
+void mark_written(Region& region, uintptr_t address, size_t size);
 
 }  // namespace m3i::emulator

@@ -42,13 +42,11 @@ std::string kernel_name() {
 }
 
 // Keeps the first report of a launch.
-void record(cudaError_t error, const std::string& what, const std::string& where,
-            const Origin& origin) {
+void record(cudaError_t error, const std::string& what, const std::string& where, Site site) {
   if (error_of_launch != cudaSuccess) return;
   error_of_launch = error;
   text_of_last = what + "\n  kernel " + kernel_name() + where;
-  if (origin.site.file) text_of_last += "\n  at " + to_string(origin.site);
-  if (origin.instruction) text_of_last += "\n  at " + source_of(origin.instruction);
+  text_of_last += "\n  at " + to_string(site);
 }
 
 std::string place_of(const Thread& thread) {
@@ -76,7 +74,8 @@ std::string to_string(uint3 index) {
 }
 
 std::string to_string(Site site) {
-  return std::string(site.file) + ":" + std::to_string(site.line);
+  if (site.file) return std::string(site.file) + ":" + std::to_string(site.line);
+  return source_of(reinterpret_cast<uintptr_t>(site.instruction));
 }
 
 std::string hex(uint64_t value) {
@@ -85,7 +84,10 @@ std::string hex(uint64_t value) {
   return text;
 }
 
-bool same(Site a, Site b) { return a.line == b.line && std::string(a.file) == b.file; }
+bool same(Site a, Site b) {
+  return a.line == b.line && a.instruction == b.instruction &&
+         (a.file == b.file || (a.file && b.file && std::string(a.file) == b.file));
+}
 
 std::string describe_memory(const Region& region, uintptr_t address, size_t size) {
   const std::string bytes = std::to_string(size) + " bytes at " + hex(address) + ", ";
@@ -102,17 +104,17 @@ std::string describe_memory(const Region& region, uintptr_t address, size_t size
          demangle(variable->name);
 }
 
-void fail_thread(const Thread& thread, const std::string& what, Origin origin) {
-  record(cudaErrorLaunchFailure, what, place_of(thread), origin);
+void fail_thread(const Thread& thread, const std::string& what, Site site) {
+  record(cudaErrorLaunchFailure, what, place_of(thread), site);
   abandon_block();
 }
 
-void fail_with(cudaError_t error, const std::string& what, Origin origin) {
-  record(error, what, place_of(*running), origin);
+void fail_with(cudaError_t error, const std::string& what, Site site) {
+  record(error, what, place_of(*running), site);
   abandon_block();
 }
 
-void fail(const char* what, Site site) { fail_with(cudaErrorLaunchFailure, what, {site, 0}); }
+void fail(const char* what, Site site) { fail_with(cudaErrorLaunchFailure, what, site); }
 
 void report_deadlock(const Block& block) {
   // How many threads wait for what, where
@@ -127,7 +129,7 @@ void report_deadlock(const Block& block) {
   for (const auto& [wait, count] : counts) {
     what += "\n  " + std::to_string(count) + " threads wait for " + wait;
   }
-  record(cudaErrorLaunchFailure, what, place_of(*first), {first->site, 0});
+  record(cudaErrorLaunchFailure, what, place_of(*first), first->site);
 }
 
 cudaError_t launch_error() { return error_of_launch; }

@@ -9,22 +9,19 @@
 
 namespace m3i::emulator {
 
-// Where a report's line comes from: a site that an intrinsic noted, or an instruction.
-struct Origin {
-  Site site{};
-  uintptr_t instruction = 0;
-};
-
 std::string to_string(uint3 index);
 std::string to_string(Site site);
 std::string hex(uint64_t value);
 bool same(Site a, Site b);
+inline Site at(uintptr_t instruction) {
+  return {nullptr, 0, reinterpret_cast<const void*>(instruction)};
+}
 // Bytes of a region, for a message.
 std::string describe_memory(const Region& region, uintptr_t address, size_t size);
 
 // The running thread, or `thread`, did `what`; the launch returns `error`.
-[[noreturn]] void fail_with(cudaError_t error, const std::string& what, Origin origin);
-[[noreturn]] void fail_thread(const Thread& thread, const std::string& what, Origin origin);
+[[noreturn]] void fail_with(cudaError_t error, const std::string& what, Site site);
+[[noreturn]] void fail_thread(const Thread& thread, const std::string& what, Site site);
 
 // Nobody can go on.
 void report_deadlock(const Block& block);

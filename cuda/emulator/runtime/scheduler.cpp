@@ -27,6 +27,7 @@ bool abandoned = false;
 void finish_thread() {
   Block& block = *running_block;
   Warp& warp = block.warp_of(*running);
+  finish_copies(*running);
   running->state = Thread::State::kDone;
   warp.alive &= ~(1u << running->lane);
   warp.ready &= ~(1u << running->lane);

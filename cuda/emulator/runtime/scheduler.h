@@ -28,4 +28,7 @@ void wait(Thread::State state, Site site);
 // A collective of this warp may be complete now that a lane has arrived or returned.
 void complete_collectives(Warp& warp, Thread& any_lane);
 
+// Lands what the thread did not wait for.
+void finish_copies(Thread& thread);
+
 }  // namespace m3i::emulator

@@ -142,7 +142,7 @@ void complete_shuffle(uint32_t lanes, void* const* payloads, Site site) {
       fail_thread(
           running_block->lane_of(*running, lane),
           "a shuffle that reads lane " + std::to_string(own.source) + ", which takes no part in it",
-          {site, 0});
+          site);
     }
     own.result = at<Shuffled>(payloads, own.source).value;
   });
@@ -215,11 +215,13 @@ void complete_reduction(uint32_t lanes, void* const* payloads, Site) {
 }
 
 void complete_barrier(uint32_t lanes, void* const*, Site) {
-  static std::vector<uint32_t> members;
-  members.clear();
-  const uint32_t first = running->warp * kWarpSize;
-  for_each(lanes, [&](uint32_t lane) { members.push_back(first + lane); });
-  order_threads(*running_block, members);
+  static SyncClock clock;
+  clock.epoch = 0;
+  const auto thread = [](uint32_t lane) -> Thread& {
+    return running_block->lane_of(*running, lane);
+  };
+  for_each(lanes, [&](uint32_t lane) { release(thread(lane), clock); });
+  for_each(lanes, [&](uint32_t lane) { acquire(thread(lane), clock); });
 }
 
 const char* name_of(Shuffle kind) {

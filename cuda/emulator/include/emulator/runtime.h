@@ -15,9 +15,11 @@
 
 namespace m3i::emulator {
 
+// A place in a kernel: its file and line, or, where that is null, an instruction.
 struct Site {
-  const char* file;
-  int line;
+  const char* file = nullptr;
+  int line = 0;
+  const void* instruction = nullptr;
 };
 
 // Atomic ones may meet each other; kUpdate reads and writes, atomically.
@@ -36,7 +38,7 @@ M3I_EMULATOR_API void check_access(const volatile void* address, size_t size, Ac
 enum class Vote { kNone, kCount, kAnd, kOr };
 
 M3I_EMULATOR_API int block_barrier(Vote vote, bool predicate, Site site);
-M3I_EMULATOR_API void named_barrier(int id, int num_threads, bool wait, Site site);
+M3I_EMULATOR_API void named_barrier(int id, int num_threads, bool wait);
 M3I_EMULATOR_API void warp_barrier(uint32_t mask, Site site);
 M3I_EMULATOR_API void thread_fence();
 M3I_EMULATOR_API void yield();
