@@ -98,7 +98,7 @@ def demo_internimage(*, data: Path = Path("data/openmoji"), seed: int = 0) -> Tr
     cfg, vision = demo(data=data, seed=seed), internimage_demo()
     views, local_views = cfg.data.global_views, cfg.data.local_views
     assert local_views is not None
-    data = replace(
+    loader = replace(
         cfg.data,
         global_views=replace(views, size=2 * views.size),
         local_views=replace(local_views, size=2 * local_views.size),
@@ -107,7 +107,7 @@ def demo_internimage(*, data: Path = Path("data/openmoji"), seed: int = 0) -> Tr
         cfg,
         num_steps=1000,
         vision=vision,
-        data=data,
+        data=loader,
         objective=replace(
             cfg.objective, mixing=replace(cfg.objective.mixing, mode="joint", mask_block=2)
         ),

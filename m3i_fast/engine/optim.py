@@ -60,7 +60,7 @@ class Optimizers:
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
-        self.state: defaultdict[nn.Parameter, dict[str, Any]] = parts[0].state
+        self.state: defaultdict[torch.Tensor, Any] = parts[0].state
         for part in parts[1:]:
             part.state = self.state
         self.param_groups = [group for part in parts for group in part.param_groups]
