@@ -189,8 +189,8 @@ def make_functions(
         )
     )
     device = cfg.resolved_device
-    inputs = tuple(t.to(device, dtype) for t in (x, offset * reach, mask))
-    grad = grad.to(device, dtype)
+    x, offset, mask, grad = (t.to(device, dtype) for t in (x, offset * reach, mask, grad))
+    inputs = x, offset, mask
     theirs = torchvision_inputs(inputs, size.groups)
     candidates: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]] = {
         OURS: (ours, inputs, grad),
@@ -198,7 +198,7 @@ def make_functions(
         "torchvision": (by_torchvision, theirs, grad.permute(0, 3, 1, 2).contiguous()),
     }
     functions: dict[str, Callable[[], object]] = {}
-    expected = ours(*inputs, size.groups)
+    expected = ours(x, offset, mask, size.groups)
     for name, (function, tensors, gradient) in candidates.items():
         leaves = [tensor.clone().requires_grad_(backward) for tensor in tensors]
         run = partial(_run, function, leaves, size.groups, gradient if backward else None)
