@@ -14,7 +14,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD, mask_mix, reference
+from tests.cuda.emulator import emulated
 from tests.tolerance import assert_as_accurate
+
+every_kernel = pytest.mark.usefixtures("kernel")
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -61,6 +64,7 @@ def inputs(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Tensor]:
     return make(request.param)
 
 
+@every_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_as_accurate_as_torch(inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> None:
     truth = reference.mask_mix(*inputs, dtype=torch.float64, compute_dtype=torch.float64)
@@ -69,6 +73,7 @@ def test_as_accurate_as_torch(inputs: tuple[Tensor, Tensor, Tensor], dtype: torc
     )
 
 
+@every_kernel
 def test_every_byte_rounds_at_most_one_ulp_off() -> None:
     """All 256 pixels of all channels, against the docstring's bound; bf16 is float32 rounded."""
     views = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
@@ -80,6 +85,7 @@ def test_every_byte_rounds_at_most_one_ulp_off() -> None:
     assert torch.equal(mask_mix(*arguments, dtype=torch.bfloat16), ours.bfloat16())
 
 
+@every_kernel
 def test_pair_of_one_view_normalises_it_as_torchvision() -> None:
     views, mask, _ = make(CASES["patch 16"])
     pairs = torch.tensor([[3, 3], [0, 0]])
@@ -91,6 +97,7 @@ def test_pair_of_one_view_normalises_it_as_torchvision() -> None:
     torch.testing.assert_close(mask_mix(views, mask, pairs), expected, rtol=0, atol=1e-6)
 
 
+@every_kernel
 def test_mask_chooses_the_first_view_where_true() -> None:
     views = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 6)
     mask = torch.tensor([[[True, False, False], [False, True, True]]])
@@ -102,6 +109,7 @@ def test_mask_chooses_the_first_view_where_true() -> None:
     assert torch.equal(mixed, expected.expand(1, 3, 4, 6))
 
 
+@every_kernel
 def test_unaligned_views() -> None:
     views, mask, pairs = make(CASES["patch 16"])
     buffer = torch.empty(views.numel() + 1, dtype=torch.uint8)
@@ -109,6 +117,7 @@ def test_unaligned_views() -> None:
     assert torch.equal(mask_mix(shifted, mask, pairs), mask_mix(views, mask, pairs))
 
 
+@every_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> None:
     torch.library.opcheck(
@@ -117,6 +126,7 @@ def test_opcheck(inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> N
     )
 
 
+@every_kernel
 def test_compiles_to_one_graph(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -235,6 +245,25 @@ def test_fake_names_wrong_input_too(wrong: dict[str, object], message: str) -> N
 
 def test_right_input_of_the_wrong_ones() -> None:
     assert mask_mix(_VIEWS, _MASK, _PAIRS).shape == (2, 3, 8, 12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_emulated_cuda_gives_the_bits_of_the_cpu(
+    inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    on_cpu = mask_mix(*inputs, dtype=dtype)
+    with emulated("mask_mix"):
+        assert torch.equal(mask_mix(*inputs, dtype=dtype), on_cpu)
+
+
+@pytest.mark.parametrize("row", [-1, 3])
+def test_cuda_stops_at_a_pair_outside_views(row: int) -> None:
+    pairs = torch.tensor([[0, 1], [row, 0]])
+    with (
+        emulated("mask_mix"),
+        pytest.raises(RuntimeError, match=r"(?s)__trap\(\).*mask_mix_kernel"),
+    ):
+        mask_mix(_VIEWS, _MASK, pairs)
 
 
 @pytest.mark.gpu

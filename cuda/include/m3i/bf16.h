@@ -22,7 +22,7 @@ M3I_HOST_DEVICE inline uint16_t bf16_bits(float value) {
 
 // Two values in one word, `low` in the lower half (lower address). sm_80 and later.
 __device__ inline uint32_t pack_bf16x2(float low, float high) {
-#ifdef __CUDA_ARCH__
+#ifndef M3I_EMULATOR
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;

@@ -10,15 +10,32 @@ namespace m3i {
 inline constexpr long long kMaxGridX = 2147483647;
 inline constexpr long long kMaxGridY = 65535;
 
-// Queues kernel(args...) on the stream and returns the launch's error; nothing waits.
+// What a kernel may have in dynamic shared memory without asking for more.
+inline constexpr size_t kSharedUnasked = 48 * 1024;
+
+// Queues kernel(args...) with `shared_bytes` of dynamic shared memory on the stream and returns the
+// launch's error; nothing waits.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
-                   Args&&... args) {
+cudaError_t launch_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block,
+                               size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  if (shared_bytes > kSharedUnasked) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...);
+}
+
+// As above, without dynamic shared memory.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                   Args&&... args) {
+  return launch_with_shared(kernel, grid, block, 0, stream, static_cast<Args&&>(args)...);
 }
 
 }  // namespace m3i

@@ -1,0 +1,21 @@
+// CUDA's words for functions and variables, in terms of g++.
+#pragma once
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define __grid_constant__
+
+// One copy, used by one block after another; the runtime forgets what was written between them. The
+// module's thread-local variables are then exactly its shared variables: their addresses, sizes and
+// names are known. (`extern __shared__` does not compile: m3i/shared.cuh has the way.)
+#define __shared__ static thread_local
+
+// The bound is kept as that many no-operation instructions before the kernel: the one attribute of
+// g++ that puts a constant expression where the runtime can find it. The sum makes it evaluate the
+// expression.
+#define __launch_bounds__(threads, ...) \
+  __attribute__((patchable_function_entry((threads) + 0, (threads) + 0)))

@@ -1,0 +1,38 @@
+// A thread's place in its block and grid, and the barriers of its block.
+#pragma once
+
+#include "emulator/runtime.h"
+#include "emulator/vector_types.h"
+
+// Constant for the thread that reads them, so no access of them is checked, and the compiler may
+// keep what it read. (It takes no dim3 for a constant: that has constructors.)
+extern "C" {
+M3I_EMULATOR_API extern const uint3 threadIdx;
+M3I_EMULATOR_API extern const uint3 blockIdx;
+M3I_EMULATOR_API extern const uint3 blockDim;
+M3I_EMULATOR_API extern const uint3 gridDim;
+}
+inline constexpr int warpSize = 32;
+
+// Every thread of the block has to come, to the same line.
+inline void __syncthreads(M3I_EMULATOR_SITE) {
+  m3i::emulator::block_barrier(m3i::emulator::Vote::kNone, false, site);
+}
+inline int __syncthreads_count(int predicate, M3I_EMULATOR_SITE) {
+  return m3i::emulator::block_barrier(m3i::emulator::Vote::kCount, predicate, site);
+}
+inline int __syncthreads_and(int predicate, M3I_EMULATOR_SITE) {
+  return m3i::emulator::block_barrier(m3i::emulator::Vote::kAnd, predicate, site);
+}
+inline int __syncthreads_or(int predicate, M3I_EMULATOR_SITE) {
+  return m3i::emulator::block_barrier(m3i::emulator::Vote::kOr, predicate, site);
+}
+
+inline void __threadfence_block() { m3i::emulator::thread_fence(); }
+inline void __threadfence() { m3i::emulator::thread_fence(); }
+inline void __threadfence_system() { m3i::emulator::thread_fence(); }
+
+// Lets the other threads of the block run.
+inline void __nanosleep(unsigned) { m3i::emulator::yield(); }
+
+[[noreturn]] inline void __trap(M3I_EMULATOR_SITE) { m3i::emulator::fail("__trap()", site); }

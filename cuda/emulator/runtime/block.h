@@ -1,0 +1,89 @@
+// A block of threads while it runs: who waits for what.
+#pragma once
+
+#include "emulator/runtime.h"
+#include "emulator/vector_types.h"
+#include "fiber.h"
+
+#include <vector>
+
+namespace m3i::emulator {
+
+inline constexpr unsigned kWarpSize = 32;
+inline constexpr unsigned kNamedBarriers = 16;
+
+// A cp.async on its way.
+struct AsyncCopy {
+  uintptr_t to, from;
+  size_t bytes;
+  bool inside;  // else zeros
+};
+
+struct Thread {
+  uint3 index;
+  uint32_t rank;  // in the block
+  uint32_t warp;
+  uint32_t lane;
+  void* saved = nullptr;  // where its fiber is; null before it began
+  Stack stack;
+
+  enum class State { kReady, kAtCollective, kAtBarrier, kAtNamedBarrier, kYielded, kDone };
+  State state = State::kReady;
+  Site site{};  // of what it waits for
+  // Of the collective that it waits at
+  uint32_t mask = 0;
+  const char* operation = nullptr;
+  Complete complete = nullptr;
+  void* payload = nullptr;
+  // Its copies that have not landed; of each group, how many of them end before it
+  std::vector<AsyncCopy> copies;
+  std::vector<size_t> copy_groups;
+  // Of the race check: counts the thread's synchronisations since the block's last barrier
+  uint32_t clock = 1;
+};
+
+struct Warp {
+  uint32_t ready = 0;          // lanes that can go on
+  uint32_t alive = 0;          // lanes that have not returned
+  uint32_t at_collective = 0;  // lanes that wait for others of the warp
+  uint32_t yielded = 0;        // lanes that go on once the others had their turn
+};
+
+// What the threads that came to a barrier knew of each other's progress: see race.h.
+struct SyncClock {
+  uint64_t epoch = 0;
+  std::vector<uint32_t> row;
+};
+
+struct NamedBarrier {
+  int expected = 0;  // threads; 0 while nobody has come
+  int arrived = 0;
+  SyncClock clock;
+  std::vector<uint32_t> waiting;  // ranks
+};
+
+struct Block {
+  uint3 index{};
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  uint32_t alive = 0;
+
+  uint32_t at_barrier = 0;  // threads that wait at __syncthreads
+  Site barrier_site{};      // of the one who came last
+  int votes = 0;            // threads at the barrier whose predicate holds
+  int vote_total = 0;       // of the barrier that was passed last
+  NamedBarrier named[kNamedBarriers];
+
+  bool fenced = false;  // a thread of it has called a memory fence
+
+  Warp& warp_of(const Thread& thread) { return warps[thread.warp]; }
+  Thread& lane_of(const Thread& thread, uint32_t lane) {
+    return threads[thread.warp * kWarpSize + lane];
+  }
+  void make_ready(Thread& thread) {
+    thread.state = Thread::State::kReady;
+    warps[thread.warp].ready |= 1u << thread.lane;
+  }
+};
+
+}  // namespace m3i::emulator

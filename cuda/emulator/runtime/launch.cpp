@@ -1,0 +1,117 @@
+// Launches: CUDA's limits, then one block after another.
+#include "emulator/launch.h"
+
+#include "device.h"
+#include "memory.h"
+#include "module.h"
+#include "race.h"
+#include "report.h"
+#include "scheduler.h"
+
+#include <map>
+#include <mutex>
+
+extern "C" M3I_EMULATOR_API uint3 gridDim;  // scheduler.cpp
+
+namespace m3i::emulator {
+
+namespace {
+
+std::mutex one_launch_at_a_time;
+cudaError_t last_error = cudaSuccess;
+// Dynamic shared memory that a kernel has been allowed by its attribute.
+std::map<const void*, size_t> allowed_dynamic;
+
+bool within(dim3 extents, unsigned x, unsigned y, unsigned z) {
+  return 1 <= extents.x && extents.x <= x && 1 <= extents.y && extents.y <= y && 1 <= extents.z &&
+         extents.z <= z;
+}
+
+cudaError_t check_shared(const cudaLaunchConfig_t& config, const void* kernel,
+                         size_t static_bytes) {
+  const auto found = allowed_dynamic.find(kernel);
+  const size_t dynamic = config.dynamicSmemBytes;
+  if (found != allowed_dynamic.end()) {
+    return dynamic <= found->second && static_bytes + dynamic <= most_shared_bytes()
+               ? cudaSuccess
+               : cudaErrorInvalidValue;
+  }
+  return static_bytes + dynamic <= kSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
+  const Module* module = module_of(kernel);
+  const auto address = reinterpret_cast<uintptr_t>(kernel);
+  const Symbol* symbol = module ? module->function_at(address) : nullptr;
+  if (!symbol) return cudaErrorInvalidDeviceFunction;
+  if (!within(config.gridDim, 0x7fffffffu, 65535, 65535) ||
+      !within(config.blockDim, 1024, 1024, 64)) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const dim3 block = config.blockDim;
+  const unsigned long long threads = 1ull * block.x * block.y * block.z;
+  if (threads > 1024) return cudaErrorInvalidConfiguration;
+  if (threads > module->launch_bound(address)) return cudaErrorLaunchOutOfResources;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeIgnore) return cudaErrorNotSupported;
+  }
+  return check_shared(config, kernel, module->static_shared_bytes(*symbol));
+}
+
+void run_grid(const cudaLaunchConfig_t& config, const Call& call) {
+  gridDim = config.gridDim;
+  begin_launch_epoch();
+  const dim3 grid = config.gridDim;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        Block block;
+        block.index = {x, y, z};
+        scramble_shared();
+        run_block(block, config.blockDim, call);
+        if (launch_error() != cudaSuccess) return;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   void (*invoke)(void* closure), void* closure) {
+  const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  cudaError_t error = check_launch(config, kernel);
+  if (error == cudaSuccess) {
+    const Module* module = module_of(kernel);
+    set_shared(config.dynamicSmemBytes, module->shared_base(), module->shared_bytes);
+    begin_reports(kernel);
+    run_grid(config, {invoke, closure});
+    error = launch_error();
+  }
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || static_cast<size_t>(value) > most_shared_bytes()) return cudaErrorInvalidValue;
+  allowed_dynamic[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+void* dynamic_shared() { return reinterpret_cast<void*>(dynamic_shared_begin()); }
+
+void thread_fence() { running_block->fenced = true; }
+
+}  // namespace m3i::emulator
+
+extern "C" {
+
+cudaError_t cudaPeekAtLastError() { return m3i::emulator::last_error; }
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = m3i::emulator::last_error;
+  m3i::emulator::last_error = cudaSuccess;
+  return error;
+}
+}

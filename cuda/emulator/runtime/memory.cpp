@@ -1,0 +1,160 @@
+#include "memory.h"
+
+#include "cuda_runtime_api.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <map>
+#include <new>
+
+namespace m3i::emulator {
+
+namespace {
+
+struct Allocation {
+  Region region;
+  void* mapping;
+  size_t mapped;
+};
+
+// By the address of their first byte.
+std::map<uintptr_t, Allocation>& allocations() {
+  static auto* map = new std::map<uintptr_t, Allocation>;  // outlives every tensor
+  return *map;
+}
+
+Region* last_found = nullptr;
+Region dynamic_region, static_region;
+
+size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+
+void* map(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return memory;
+}
+
+}  // namespace
+
+void Region::make_shadow() {
+  const size_t bytes = end - begin;
+  shadow.writes = static_cast<Stamp*>(map(2 * sizeof(Stamp) * bytes));
+  shadow.reads = shadow.writes + bytes;
+}
+
+void Region::drop_shadow() {
+  if (shadow.writes) munmap(shadow.writes, 2 * sizeof(Stamp) * (end - begin));
+  shadow = {};
+}
+
+void* allocate_guarded(size_t size) {
+  if (size == 0) return nullptr;
+  const size_t padded = round_up(size, kAllocationAlignment);
+  const size_t mapped = round_up(padded, page()) + page();
+  void* mapping = map(mapped);
+  const uintptr_t guard = reinterpret_cast<uintptr_t>(mapping) + mapped - page();
+  mprotect(reinterpret_cast<void*>(guard), page(), PROT_NONE);
+  const uintptr_t begin = guard - padded;
+  std::memset(reinterpret_cast<void*>(begin), 0xff, padded);
+  allocations()[begin] = {{begin, begin + size, Region::Kind::kGlobal, {}}, mapping, mapped};
+  return reinterpret_cast<void*>(begin);
+}
+
+void free_guarded(void* memory) {
+  if (!memory) return;
+  const auto found = allocations().find(reinterpret_cast<uintptr_t>(memory));
+  Allocation& allocation = found->second;
+  if (last_found == &allocation.region) last_found = nullptr;
+  allocation.region.drop_shadow();
+  munmap(allocation.mapping, allocation.mapped);
+  allocations().erase(found);
+}
+
+Region* region_at(uintptr_t address) {
+  if (last_found && last_found->holds(address)) return last_found;
+  if (static_region.holds(address)) return &static_region;
+  if (dynamic_region.holds(address)) return &dynamic_region;
+  auto next = allocations().upper_bound(address);
+  if (next == allocations().begin()) return nullptr;
+  Region& region = (--next)->second.region;
+  if (!region.holds(address)) return nullptr;
+  return last_found = &region;
+}
+
+std::string describe_outside(uintptr_t address) {
+  const auto past = [&](const Region& region, const char* name) {
+    return std::to_string(address - region.end) + " bytes past the end of " + name + " of " +
+           std::to_string(region.end - region.begin) + " bytes";
+  };
+  constexpr uintptr_t kNear = 1 << 16;
+  if (dynamic_region.end <= address && address - dynamic_region.end < kNear) {
+    return past(dynamic_region, "dynamic shared memory");
+  }
+  const auto next = allocations().upper_bound(address);
+  if (next != allocations().begin()) {
+    const Region& region = std::prev(next)->second.region;
+    if (address - region.end < kNear) return past(region, "an allocation");
+  }
+  if (next != allocations().end() && next->first - address < kNear) {
+    const Region& region = next->second.region;
+    return std::to_string(region.begin - address) + " bytes before an allocation of " +
+           std::to_string(region.end - region.begin) + " bytes";
+  }
+  return address < page() ? "a null pointer" : "in no allocation";
+}
+
+// ---- Shared memory ------------------------------------------------------------------------------
+
+void set_shared(size_t dynamic_bytes, uintptr_t static_begin, size_t static_bytes) {
+  constexpr size_t kMost = 256 * 1024;  // more than any GPU gives a block
+  static const auto memory = reinterpret_cast<uintptr_t>(map(kMost));
+  if (!dynamic_region.shadow.writes) {
+    dynamic_region = {memory, memory + kMost, Region::Kind::kDynamicShared, {}};
+    dynamic_region.make_shadow();
+  }
+  dynamic_region.end = memory + dynamic_bytes;
+  if (static_begin != static_region.begin || static_begin + static_bytes != static_region.end) {
+    static_region.drop_shadow();
+    static_region = {static_begin, static_begin + static_bytes, Region::Kind::kStaticShared, {}};
+    if (static_bytes) static_region.make_shadow();
+  }
+}
+
+uintptr_t dynamic_shared_begin() { return dynamic_region.begin; }
+
+void scramble_shared() {
+  for (const Region* region : {&dynamic_region, &static_region}) {
+    std::memset(reinterpret_cast<void*>(region->begin), 0xff, region->end - region->begin);
+  }
+}
+
+}  // namespace m3i::emulator
+
+using m3i::emulator::allocate_guarded;
+
+extern "C" {
+
+cudaError_t cudaMalloc(void** memory, size_t size) {
+  *memory = allocate_guarded(size);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* memory) {
+  m3i::emulator::free_guarded(memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, size);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t) {
+  std::memset(memory, value, size);
+  return cudaSuccess;
+}
+}

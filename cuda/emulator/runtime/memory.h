@@ -1,0 +1,47 @@
+// The memory that a kernel may access, with its shadow: what is known of each byte.
+#pragma once
+
+#include "emulator/runtime.h"
+
+#include <string>
+
+namespace m3i::emulator {
+
+// Who touched a byte, and when: see race.h.
+using Stamp = uint64_t;
+
+struct Shadow {
+  Stamp* writes = nullptr;  // one a byte
+  Stamp* reads = nullptr;
+};
+
+struct Region {
+  enum class Kind { kGlobal, kDynamicShared, kStaticShared };
+  uintptr_t begin = 0, end = 0;
+  Kind kind = Kind::kGlobal;
+  Shadow shadow;  // made when a kernel first touches the region
+
+  bool holds(uintptr_t address) const { return begin <= address && address < end; }
+  bool shared() const { return kind != Kind::kGlobal; }
+  void make_shadow();
+  void drop_shadow();
+};
+
+// Memory that ends, after padding to its alignment, at an inaccessible page; filled with 0xff.
+inline constexpr size_t kAllocationAlignment = 256;
+void* allocate_guarded(size_t size);
+void free_guarded(void* memory);
+
+// The region that holds an address, or null.
+Region* region_at(uintptr_t address);
+// Of an address in no region: how it lies to the nearest allocation.
+std::string describe_outside(uintptr_t address);
+
+// The shared memory of the block that runs next: `dynamic_bytes` and the variables of a module
+// (static_bytes from static_begin). Empty between launches.
+void set_shared(size_t dynamic_bytes, uintptr_t static_begin, size_t static_bytes);
+uintptr_t dynamic_shared_begin();
+// Overwrites all of it, as if never written.
+void scramble_shared();
+
+}  // namespace m3i::emulator

@@ -1,0 +1,52 @@
+// What the runtime knows of a shared library with kernels, read from its file: functions by
+// address, launch bounds, shared variables.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace m3i::emulator {
+
+struct Symbol {
+  uintptr_t begin;  // of a shared variable: its offset among them
+  size_t size;
+  std::string name;  // mangled
+};
+
+// Part of the library's image in memory.
+struct Segment {
+  uintptr_t begin, end;
+  bool writable;
+};
+
+struct Module {
+  std::string path;
+  uintptr_t base = 0;
+  std::vector<Segment> segments;
+  std::vector<Symbol> functions;  // sorted by begin
+  std::vector<Symbol> shared;     // sorted by begin
+  std::vector<uintptr_t> bounds;  // sorted; where the padding of a kernel with launch bounds starts
+  size_t shared_bytes = 0;        // extent of the thread-local block
+  size_t tls_module = 0;          // the dynamic loader's number of it
+
+  // Address of the shared variables in this operating-system thread.
+  uintptr_t shared_base() const;
+  const Symbol* function_at(uintptr_t address) const;
+  const Symbol* shared_at(size_t offset) const;
+  const Segment* segment_at(uintptr_t address) const;
+  // Threads that the kernel at `address` may have in a block; 1024 where it does not say.
+  unsigned launch_bound(uintptr_t address) const;
+  // Bytes of static shared memory that the kernel itself declares.
+  size_t static_shared_bytes(const Symbol& kernel) const;
+};
+
+// The module that holds an address; null if no library does. Read once.
+const Module* module_of(const void* address);
+
+std::string demangle(const std::string& name);
+// `kernel<float, 16>` for `void kernel<float, 16>(Params)`.
+std::string short_name(const std::string& mangled);
+
+}  // namespace m3i::emulator

@@ -1,0 +1,213 @@
+#include "race.h"
+
+#include "report.h"
+#include "scheduler.h"
+
+#include <algorithm>
+#include <string>
+
+namespace m3i::emulator {
+
+namespace {
+
+// A stamp, from its low bits: clock, thread, flag, epoch. 0: never touched.
+constexpr unsigned kClockBits = 20, kThreadBits = 14;
+constexpr Stamp kFlag = Stamp{1} << (kClockBits + kThreadBits);
+constexpr unsigned kEpochShift = kClockBits + kThreadBits + 1;
+
+constexpr uint32_t clock_of(Stamp stamp) {
+  return static_cast<uint32_t>(stamp & ((1u << kClockBits) - 1));
+}
+constexpr uint32_t thread_of(Stamp stamp) {
+  return (stamp >> kClockBits) & ((1u << kThreadBits) - 1);
+}
+constexpr uint64_t epoch_of(Stamp stamp) { return stamp >> kEpochShift; }
+
+// Clocks start at 1: 0 marks bytes to which a copy is under way.
+constexpr Stamp kClockMask = (Stamp{1} << kClockBits) - 1;
+constexpr bool in_flight(Stamp stamp) { return stamp != 0 && clock_of(stamp) == 0; }
+
+uint64_t epoch = 1;
+uint64_t launch_epoch = 1;  // the first one of the launch
+uint64_t block_epoch = 1;   // the first one of the block
+
+// known[t * threads + u]: the clock of thread u up to which everything is ordered before what
+// thread t does now. A row counts in the epoch in which it was last written only.
+std::vector<uint32_t> known;
+std::vector<uint64_t> known_epoch;
+
+uint32_t* row_of(const Block& block, uint32_t rank) {
+  const size_t count = block.threads.size();
+  uint32_t* row = known.data() + rank * count;
+  if (known_epoch[rank] != epoch) {
+    known_epoch[rank] = epoch;
+    std::fill(row, row + count, 0);
+  }
+  return row;
+}
+
+Stamp stamp_of(const Thread& thread) {
+  return epoch << kEpochShift | Stamp{thread.rank} << kClockBits | thread.clock;
+}
+
+// What `stamp` marks happened before what the running thread does now, or is its own.
+bool ordered(Stamp stamp) {
+  const uint64_t then = epoch_of(stamp);
+  if (then < launch_epoch) return true;
+  if (then < block_epoch) return running_block->fenced;
+  if (then < epoch) return true;
+  const uint32_t other = thread_of(stamp);
+  if (other == running->rank) return true;
+  const size_t count = running_block->threads.size();
+  return known_epoch[running->rank] == epoch &&
+         known[running->rank * count + other] >= clock_of(stamp);
+}
+
+// As above for the flagged stamp of the last of several readers. Of the others nothing is known,
+// but that nobody heard of them if nobody heard of anybody.
+bool readers_ordered(Stamp stamp) {
+  if (epoch_of(stamp) == epoch && (stamp & kFlag) && known_epoch[running->rank] != epoch) {
+    return false;
+  }
+  return ordered(stamp);
+}
+
+std::string who(Stamp stamp) {
+  if (epoch_of(stamp) < block_epoch) return "a thread of another block of this launch";
+  const Thread& thread = running_block->threads[thread_of(stamp)];
+  const bool other = thread.rank != running->rank;
+  return other ? "thread " + to_string(thread.index) : "other threads";
+}
+
+struct Accessed {
+  const Region& region;
+  uintptr_t address;
+  size_t size;
+  Access access;
+  uintptr_t instruction;
+};
+
+[[noreturn]] void fail_race(const Accessed& a, const char* earlier, Stamp stamp) {
+  fail_with(cudaErrorLaunchFailure,
+            std::string("data race: ") + name_of(a.access) + " of " +
+                describe_memory(a.region, a.address, a.size) + ", which " + who(stamp) + " " +
+                earlier + " without a barrier between the two",
+            at(a.instruction));
+}
+
+[[noreturn]] void fail_unwritten(const Accessed& a) {
+  fail_with(cudaErrorLaunchFailure,
+            std::string("read before written: ") + name_of(a.access) + " of " +
+                describe_memory(a.region, a.address, a.size) + ", which this block has not written",
+            at(a.instruction));
+}
+
+[[noreturn]] void fail_in_flight(const Accessed& a, Stamp write) {
+  fail_with(cudaErrorLaunchFailure,
+            std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
+                ", to which a cp.async of " + who(write) + " is under way: it was not waited for",
+            at(a.instruction));
+}
+
+// Fails unless an access to the byte with these stamps may follow.
+void check_byte(const Accessed& a, Stamp write, Stamp read) {
+  if (a.region.shared()) {  // what earlier blocks did to it is gone
+    if (epoch_of(write) < block_epoch) write = 0;
+    if (epoch_of(read) < block_epoch) read = 0;
+    if (reads(a.access) && write == 0) fail_unwritten(a);
+    if (in_flight(write)) fail_in_flight(a, write);
+  }
+  const bool both_atomic = atomic(a.access) && (write & kFlag);
+  if (!both_atomic && !ordered(write)) fail_race(a, "wrote", write);
+  if (writes(a.access) && !readers_ordered(read)) fail_race(a, "read", read);
+}
+
+// The stamp of a byte's readers once the running thread is one of them.
+Stamp add_reader(Stamp before, Stamp own) {
+  if (epoch_of(before) != epoch) return own;
+  const bool several = (before & kFlag) || thread_of(before) != thread_of(own);
+  return several ? own | kFlag : own;
+}
+
+bool all_equal(const Stamp* stamps, size_t count) {
+  Stamp difference = 0;
+  for (size_t i = 1; i < count; ++i) difference |= stamps[i] ^ stamps[0];
+  return difference == 0;
+}
+
+void begin(uint64_t& first_of) {
+  begin_epoch();
+  first_of = epoch;
+}
+
+}  // namespace
+
+const char* name_of(Access access) {
+  constexpr const char* names[] = {"read", "write", "atomic read", "atomic write",
+                                   "atomic operation"};
+  return names[static_cast<int>(access)];
+}
+
+void begin_epoch() { ++epoch; }
+void begin_launch_epoch() { begin(launch_epoch); }
+
+void begin_block_epoch() {
+  begin(block_epoch);
+  const size_t count = running_block->threads.size();
+  if (known_epoch.size() != count) {
+    known_epoch.assign(count, 0);
+    known.assign(count * count, 0);
+  }
+}
+
+void release(Thread& thread, SyncClock& clock) {
+  uint32_t* row = row_of(*running_block, thread.rank);
+  row[thread.rank] = thread.clock++;
+  if (thread.clock >> kClockBits) {
+    fail_thread(thread, "more than a million synchronisations without __syncthreads", thread.site);
+  }
+  const size_t count = running_block->threads.size();
+  if (clock.epoch != epoch) {
+    clock.epoch = epoch;
+    clock.row.assign(count, 0);
+  }
+  for (size_t i = 0; i < count; ++i) clock.row[i] = std::max(clock.row[i], row[i]);
+}
+
+void acquire(const Thread& thread, const SyncClock& clock) {
+  if (clock.epoch != epoch) return;  // a barrier since then has ordered more
+  uint32_t* row = row_of(*running_block, thread.rank);
+  for (size_t i = 0; i < clock.row.size(); ++i) row[i] = std::max(row[i], clock.row[i]);
+}
+
+void check_race(Region& region, uintptr_t address, size_t size, Access access,
+                uintptr_t instruction) {
+  if (!region.shadow.writes) region.make_shadow();
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  Stamp* read = region.shadow.reads + (address - region.begin);
+  const Accessed accessed{region, address, size, access, instruction};
+  const Stamp own = stamp_of(*running);
+  const bool uniform = all_equal(written, size) && all_equal(read, size);
+  for (size_t i = 0; i < (uniform ? 1 : size); ++i) check_byte(accessed, written[i], read[i]);
+  if (writes(access)) {
+    std::fill(written, written + size, atomic(access) ? own | kFlag : own);
+  } else if (atomic(access)) {
+    return;
+  } else if (uniform) {
+    std::fill(read, read + size, add_reader(read[0], own));
+  } else {
+    for (size_t i = 0; i < size; ++i) read[i] = add_reader(read[i], own);
+  }
+}
+
+void mark_in_flight(Region& region, uintptr_t address, size_t size) {
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  std::fill(written, written + size, stamp_of(*running) & ~kClockMask);
+}
+
+void mark_written(Region& region, uintptr_t address, size_t size) {
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  std::fill(written, written + size, stamp_of(*running));
+}
+
+}  // namespace m3i::emulator

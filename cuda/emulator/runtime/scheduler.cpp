@@ -1,0 +1,136 @@
+#include "scheduler.h"
+
+#include "race.h"
+#include "report.h"
+
+extern "C" {
+// A kernel reads them as constants: what one of its threads sees never changes. They are set at
+// every switch.
+M3I_EMULATOR_API uint3 threadIdx;
+M3I_EMULATOR_API uint3 blockIdx;
+M3I_EMULATOR_API uint3 blockDim;
+M3I_EMULATOR_API uint3 gridDim;
+}
+
+namespace m3i::emulator {
+
+Thread* running = nullptr;
+Block* running_block = nullptr;
+
+namespace {
+
+StackPool stacks;
+void* scheduler = nullptr;  // where run_block waits for the running thread
+const Call* call = nullptr;
+bool abandoned = false;
+
+void finish_thread() {
+  Block& block = *running_block;
+  Warp& warp = block.warp_of(*running);
+  finish_copies(*running);
+  running->state = Thread::State::kDone;
+  warp.alive &= ~(1u << running->lane);
+  warp.ready &= ~(1u << running->lane);
+  --block.alive;
+  // The other lanes may have waited for this one only.
+  complete_collectives(warp, *running);
+}
+
+// Entry of every fiber.
+void run_thread() {
+  call->invoke(call->closure);
+  finish_thread();
+  switch_fiber(&running->saved, scheduler);
+  __builtin_unreachable();
+}
+
+void resume(Thread& thread) {
+  if (!thread.saved) {
+    thread.stack = stacks.take();
+    thread.saved = make_fiber(thread.stack, thread.rank, run_thread);
+  }
+  threadIdx = thread.index;
+  running = &thread;
+  switch_fiber(&scheduler, thread.saved);
+  running = nullptr;
+  if (thread.state == Thread::State::kDone || abandoned) {
+    stacks.give(thread.stack);
+    thread.stack = {};
+  }
+}
+
+// Every ready lane of the warp until it has to wait; true if there was one.
+bool run_warp(Block& block, unsigned w) {
+  Warp& warp = block.warps[w];
+  bool progress = false;
+  while (warp.ready && !abandoned) {
+    resume(block.threads[w * kWarpSize + static_cast<unsigned>(__builtin_ctz(warp.ready))]);
+    progress = true;
+  }
+  warp.ready |= warp.yielded;
+  warp.yielded = 0;
+  return progress;
+}
+
+void prepare(Block& block, dim3 size) {
+  const unsigned num_threads = size.x * size.y * size.z;
+  block.threads.resize(num_threads);
+  block.warps.assign((num_threads + kWarpSize - 1) / kWarpSize, {});
+  block.alive = num_threads;
+  for (unsigned rank = 0; rank < num_threads; ++rank) {
+    Thread& thread = block.threads[rank];
+    thread.index = {rank % size.x, rank / size.x % size.y, rank / size.x / size.y};
+    thread.rank = rank;
+    thread.warp = rank / kWarpSize;
+    thread.lane = rank % kWarpSize;
+    block.warp_of(thread).alive |= 1u << thread.lane;
+    block.make_ready(thread);
+  }
+}
+
+}  // namespace
+
+void wait(Thread::State state, Site site) {
+  Thread& thread = *running;
+  thread.state = state;
+  thread.site = site;
+  running_block->warp_of(thread).ready &= ~(1u << thread.lane);
+  switch_fiber(&thread.saved, scheduler);
+}
+
+void yield() {
+  Thread& thread = *running;
+  running_block->warp_of(thread).yielded |= 1u << thread.lane;
+  wait(Thread::State::kYielded, {});
+  thread.state = Thread::State::kReady;
+}
+
+void abandon_block() {
+  abandoned = true;
+  switch_fiber(&running->saved, scheduler);
+  __builtin_unreachable();
+}
+
+void run_block(Block& block, dim3 size, const Call& kernel_call) {
+  prepare(block, size);
+  call = &kernel_call;
+  running_block = &block;
+  blockIdx = block.index;
+  blockDim = size;
+  abandoned = false;
+  begin_block_epoch();
+  while (block.alive && !abandoned) {
+    bool progress = false;
+    for (unsigned w = 0; w < block.warps.size() && !abandoned; ++w) progress |= run_warp(block, w);
+    if (!progress && block.alive && !abandoned) {
+      report_deadlock(block);
+      abandoned = true;
+    }
+  }
+  for (Thread& thread : block.threads) {
+    if (thread.stack.low) stacks.give(thread.stack);
+  }
+  running_block = nullptr;
+}
+
+}  // namespace m3i::emulator

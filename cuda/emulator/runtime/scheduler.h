@@ -1,0 +1,34 @@
+// Runs the threads of a block in turn, each until it has to wait.
+#pragma once
+
+#include "block.h"
+
+namespace m3i::emulator {
+
+// The thread that runs, or null: then the process is in host code.
+extern Thread* running;
+extern Block* running_block;
+
+// What a kernel's thread calls: kernel(parameters...), unpacked from the closure.
+struct Call {
+  void (*invoke)(void* closure);
+  void* closure;
+};
+
+// Starts a block's threads and returns when all have returned or one has failed; then the launch's
+// report is set.
+void run_block(Block& block, dim3 size, const Call& call);
+
+// Stops the running thread until somebody makes it ready; `state` says for what it waits.
+void wait(Thread::State state, Site site);
+
+// Leaves the running thread, and the block, for good.
+[[noreturn]] void abandon_block();
+
+// A collective of this warp may be complete now that a lane has arrived or returned.
+void complete_collectives(Warp& warp, Thread& any_lane);
+
+// Lands what the thread did not wait for.
+void finish_copies(Thread& thread);
+
+}  // namespace m3i::emulator

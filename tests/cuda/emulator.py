@@ -1,0 +1,251 @@
+"""Builds an op's CUDA sources for the host and runs its kernels under cuda/emulator.
+
+`emulated("mask_mix")` is a context in which torch.ops.m3i.mask_mix runs the emulated CUDA kernel on
+CPU tensors, below the op's own fake and autograd: every test of the op then tests the CUDA kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "cuda"
+EMULATOR = CUDA / "emulator"
+BUILD = ROOT / "build" / "emulator"
+
+_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+_KERNEL = [
+    *_COMMON,
+    # As nvcc: its header first, and its pragmas
+    *("-x", "c++", "-D__CUDACC__", "-include", "cuda_runtime.h", "-Wno-unknown-pragmas"),
+    # Shared variables are told apart by their library
+    "-fno-gnu-unique",
+    # One access of the source stays one: a wider one could be misaligned
+    *("-O2", "-g1", "-fno-tree-vectorize", "-fno-store-merging"),
+    # Only what the source fuses is fused: the same bits on every CPU
+    "-ffp-contract=off",
+    *("-fsanitize=thread,alignment,bounds", "--param=tsan-instrument-func-entry-exit=0"),
+    "--param=tsan-distinguish-volatile=1",
+]
+_WRAPPED = ("memcpy", "memmove", "memset", "__assert_fail")
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+def _torch_root() -> Path:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def _digest(files: Sequence[Path], *options: str) -> str:
+    digest = hashlib.sha256("\0".join((torch.__version__, *options)).encode())
+    digest.update(Path(__file__).read_bytes())
+    for file in sorted(files):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _headers() -> list[Path]:
+    folders = (EMULATOR / "include", CUDA / "include")
+    return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+
+
+def _cached(name: str, digest: str, build: Callable[[Path, Path], None]) -> Path:
+    """build/emulator/<name>-<digest>.so, made by build(library, scratch folder) if it is missing.
+
+    Two processes may both make it; the one that ends last replaces the other's.
+    """
+    library = BUILD / f"{name}-{digest}.so"
+    if not library.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            made = Path(folder) / library.name
+            build(made, Path(folder))
+            os.replace(made, library)
+    return library
+
+
+@cache
+def runtime() -> ctypes.CDLL:
+    """The emulator's runtime, one copy a process, whatever number of kernels run on it."""
+    sources = sorted([*(EMULATOR / "runtime").glob("*.cpp"), EMULATOR / "torch" / "allocator.cpp"])
+
+    def build(library: Path, folder: Path) -> None:
+        torch_root = _torch_root()
+        options = [*_COMMON, "-O2", f"-I{EMULATOR / 'include'}"]
+        options += ["-isystem", f"{torch_root}/include"]
+        link = ["-shared", "-ldl", f"-L{torch_root}/lib", "-lc10"]
+        _run("g++", *options, *sources, "-o", library, *link, f"-Wl,-soname,{library.name}")
+
+    files = [*sources, *(EMULATOR / "runtime").glob("*.h"), *_headers()]
+    library = _cached("runtime", _digest(files), build)
+    loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    loaded.m3i_emulator_report.restype = ctypes.c_char_p
+    return loaded
+
+
+def _compile_kernels(source: Path, folder: Path, options: list[str]) -> Path:
+    """To an object in which an untouchable gap follows each shared variable.
+
+    C++ has no way to ask for one, so it is added to the assembler's text: the only thread-local
+    variables of a kernel's source are its shared ones.
+    """
+    assembly, made = folder / f"{source.stem}.s", folder / f"{source.stem}.o"
+    _run("g++", *_KERNEL, *options, "-S", source, "-o", assembly)
+    text = assembly.read_text()
+    shared = re.findall(r"\.section\s+\.tbss.*?\n(\w+):\n", text, re.DOTALL)
+    for name in shared:
+        text = re.sub(rf"(\n{name}:\n\s+\.zero\s+)(\d+)", r"\g<1>\g<2> + 64", text)
+    assembly.write_text(text)
+    _run("g++", "-c", assembly, "-o", made)
+    return made
+
+
+def build_kernels(
+    kernels: Sequence[Path],
+    host: Sequence[Path] = (),
+    *,
+    include: Sequence[Path] = (CUDA,),
+    architecture: int = 80,
+) -> Path:
+    """A library of `.cu` sources, instrumented, and of host sources that use torch.
+
+    Its `include` folders are those where the op's own folder is found.
+    """
+    runtime()
+    (runtime_library,) = (Path(runtime()._name),)
+    options = [f"-I{EMULATOR / 'include'}", f"-I{CUDA / 'include'}", *(f"-I{i}" for i in include)]
+    options += ["-DM3I_EMULATOR"]
+    arch = f"-D__CUDA_ARCH__={architecture}0"
+
+    def build(library: Path, folder: Path) -> None:
+        torch_root = _torch_root()
+        objects = [_compile_kernels(source, folder, [*options, arch]) for source in kernels]
+        for source in host:
+            objects.append(folder / f"{source.stem}.o")
+            torch_options = ["-isystem", f"{torch_root}/include", "-DUSE_CUDA"]
+            torch_options.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
+            _run("g++", *_COMMON, "-O1", *options, *torch_options, "-c", source, "-o", objects[-1])
+        link = ["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", runtime_library, "-lm"]
+        link += [f"-Wl,--wrap={name}" for name in _WRAPPED]
+        if host:
+            link += [f"-L{torch_root}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+        _run("g++", *objects, *link, "-o", library)
+
+    folders = {source.parent for source in [*kernels, *host]}
+    files = [path for folder in folders for path in folder.glob("*.*")]
+    digest = _digest([*files, *_headers()], str(architecture), runtime_library.name)
+    return _cached(kernels[0].stem, digest, build)
+
+
+# ---- Ops ----------------------------------------------------------------------------------------
+
+
+def _define_schemas() -> None:
+    """Gives the namespace m3i_emulated every schema of m3i, once a process."""
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("m3i::"):
+            schema = str(getattr(torch.ops.m3i, name.removeprefix("m3i::")).default._schema)
+            _namespace().define(schema.removeprefix("m3i::"))
+
+
+@cache
+def _namespace() -> torch.library.Library:
+    return torch.library.Library("m3i_emulated", "DEF")
+
+
+@cache
+def _load_op(op: str, folder: Path, architecture: int) -> ctypes.CDLL:
+    if "m3i_emulated::" + op not in torch._C._dispatch_get_all_op_names():
+        _define_schemas()
+    source = folder / op
+    host = [source / f"{op}_cuda.cpp", EMULATOR / "torch" / "shims.cpp"]
+    library = build_kernels(
+        [source / f"{op}.cu"], host, include=[folder], architecture=architecture
+    )
+    return ctypes.CDLL(str(library))
+
+
+@contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Tensors made within are memory that a kernel may access, up to their last byte."""
+    runtime().m3i_emulator_guard_torch(True)
+    try:
+        yield
+    finally:
+        runtime().m3i_emulator_guard_torch(False)
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy in guarded memory, of the same strides and the same address modulo 64."""
+    shift = tensor.data_ptr() % 64
+    extent = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    size = (extent + 1) * tensor.element_size() if tensor.numel() else 0
+    with guarded_memory():
+        memory = torch.empty(shift + size, dtype=torch.uint8)
+    view = memory[shift:].view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    return view.copy_(tensor)
+
+
+def to_c(argument: Tensor | int | float) -> object:
+    """A launcher's argument for ctypes: a float stays one, of C's kind."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else argument
+
+
+def last_report() -> str:
+    """What the runtime said last of a kernel that did something wrong."""
+    return runtime().m3i_emulator_report().decode()
+
+
+def _emulated_kernel(name: str) -> Callable[..., object]:
+    emulated_op = getattr(torch.ops.m3i_emulated, name).default
+
+    def call(*arguments: object) -> object:
+        copies = pytree.tree_map_only(Tensor, guarded, arguments)
+        with guarded_memory():
+            result = emulated_op(*copies)
+        return pytree.tree_map_only(Tensor, torch.clone, result)
+
+    return call
+
+
+@contextmanager
+def emulated(op: str, *, folder: Path = CUDA, architecture: int = 80) -> Iterator[None]:
+    """Within it, m3i's ops of folder/<op>/<op>_cuda.cpp run their CUDA kernels on CPU tensors."""
+    runtime().m3i_emulator_set_architecture(architecture)
+    _load_op(op, folder, architecture)
+    override = torch.library.Library("m3i", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        for name in _names_in(folder / op / f"{op}_cuda.cpp"):
+            override.impl(name, _emulated_kernel(name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        override._destroy()
+
+
+def _names_in(source: Path) -> list[str]:
+    return re.findall(r'\.impl\("(\w+)"', source.read_text())
