@@ -28,17 +28,19 @@ void sample_vectors(const PlaneLayout<kSize>& layout, const Points<A>& points, i
   using Values = Vec<A, kSize>;
   const int64_t pitch = layout.pitch, row = layout.row;
   for (int64_t pixel = 0; pixel < num_pixels; ++pixel) {
-    Values upper[kVectors] = {}, lower[kVectors] = {};
+    Values sum[kVectors] = {};
     for (int64_t i = pixel * num_points; i < (pixel + 1) * num_points; ++i) {
       const A* at = plane + points.pixel[i] * pitch;
       for (int v = 0; v < kVectors; ++v, at += kSize) {
-        upper[v] += points.corner[0][i] * load<kSize>(at);
-        lower[v] += points.corner[2][i] * load<kSize>(at + row);
-        upper[v] += points.corner[1][i] * load<kSize>(at + pitch);
-        lower[v] += points.corner[3][i] * load<kSize>(at + row + pitch);
+        // Four products first: one addition a point is what the next point waits for.
+        Values value = points.corner[0][i] * load<kSize>(at);
+        value += points.corner[1][i] * load<kSize>(at + pitch);
+        value += points.corner[2][i] * load<kSize>(at + row);
+        value += points.corner[3][i] * load<kSize>(at + row + pitch);
+        sum[v] += value;
       }
     }
-    for (int v = 0; v < kVectors; ++v) store(out + pixel * pitch + v * kSize, upper[v] + lower[v]);
+    for (int v = 0; v < kVectors; ++v) store(out + pixel * pitch + v * kSize, sum[v]);
   }
 }
 

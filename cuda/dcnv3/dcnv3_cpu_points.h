@@ -8,6 +8,8 @@
 #include "dcnv3/dcnv3_params.h"
 #include "m3i/cpu_vec.h"
 
+#include <cmath>
+
 namespace m3i {
 namespace {
 
@@ -15,6 +17,9 @@ namespace {
 constexpr int64_t kBlockPoints = 256;
 
 constexpr int64_t kAlignment = 64;
+
+// Pixels; no image is as large.
+constexpr int32_t kFar = 1 << 30;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -45,9 +50,10 @@ struct Points {
   A* corner[4];     // [points] the corners' weights times mask; 0 if not valid
   A* dots;          // [points, 4] grad_out times the corners, summed over channels
   // Tables, the same for every block:
-  A* column;       // [points] i * dilation - centre
-  A* row;          // [points] j * dilation - centre
-  IntOf<A>* step;  // [points] from the block's first output pixel to this one's, in pixels of x
+  IntOf<A>* column;    // [points] of x from that of the block's first output pixel, rounded down
+  IntOf<A>* row;       // [points] likewise
+  A* column_fraction;  // [points] what the rounding left; 0 if offset_scale is whole
+  A* row_fraction;     // [points]
 };
 
 inline int64_t block_pixels(const Dcnv3Shape& shape) {
@@ -71,9 +77,10 @@ Points<A> take_points(const Dcnv3Shape& shape, Arena& arena) {
   points.pixel = arena.take<IntOf<A>>(capacity);
   for (A*& weight : points.corner) weight = arena.take<A>(capacity);
   points.dots = arena.take<A>(4 * capacity);
-  points.column = arena.take<A>(capacity);
-  points.row = arena.take<A>(capacity);
-  points.step = arena.take<IntOf<A>>(capacity);
+  points.column = arena.take<IntOf<A>>(capacity);
+  points.row = arena.take<IntOf<A>>(capacity);
+  points.column_fraction = arena.take<A>(capacity);
+  points.row_fraction = arena.take<A>(capacity);
   return points;
 }
 
@@ -81,6 +88,13 @@ inline int64_t centre(int64_t kernel, int64_t dilation) { return dilation * (ker
 
 template <class A>
 void fill_tables(const Dcnv3Shape& shape, const Points<A>& points) {
+  const auto split = [&](int64_t distance, IntOf<A>& whole, A& fraction) {
+    const double scaled = static_cast<double>(distance) * shape.offset_scale;
+    const double below = std::floor(scaled);
+    // Out of reach of any image, so never valid, if that is more than 2^30.
+    whole = std::abs(below) < kFar ? static_cast<IntOf<A>>(below) : static_cast<IntOf<A>>(kFar);
+    fraction = static_cast<A>(scaled - below);
+  };
   int64_t at = 0;
   for (int64_t pixel = 0; pixel < block_pixels(shape); ++pixel) {
     for (int64_t i = 0; i < shape.kernel_width; ++i) {
@@ -88,52 +102,64 @@ void fill_tables(const Dcnv3Shape& shape, const Points<A>& points) {
         if (shape.remove_center && i == shape.kernel_width / 2 && j == shape.kernel_height / 2) {
           continue;
         }
-        points.column[at] = static_cast<A>(i * shape.dilation_width -
-                                           centre(shape.kernel_width, shape.dilation_width));
-        points.row[at] = static_cast<A>(j * shape.dilation_height -
-                                        centre(shape.kernel_height, shape.dilation_height));
-        points.step[at++] = static_cast<IntOf<A>>(pixel * shape.stride_width);
+        split(i * shape.dilation_width - centre(shape.kernel_width, shape.dilation_width),
+              points.column[at], points.column_fraction[at]);
+        split(j * shape.dilation_height - centre(shape.kernel_height, shape.dilation_height),
+              points.row[at], points.row_fraction[at]);
+        points.column[at++] += static_cast<IntOf<A>>(pixel * shape.stride_width);
       }
     }
   }
 }
+
+// One coordinate of points, split into whole pixels of x and the fraction beyond.
+template <class A>
+struct Places {
+  Vec<IntOf<A>, kLanes<A>> whole, valid;
+  Vec<A, kLanes<A>> fraction;
+
+  // `whole` and `fraction` come from the tables, `base` from the block. An offset is split before
+  // anything is added: the sum of fractions is off by one rounding at most, however far it leads.
+  Places(Vec<A, kLanes<A>> offset, IntOf<A> base, IntOf<A> extent, Vec<IntOf<A>, kLanes<A>> table,
+         Vec<A, kLanes<A>> table_fraction) {
+    using Values = Vec<A, kLanes<A>>;
+    const auto near = (offset > -kFar) & (offset < kFar);  // not if NaN
+    offset = near ? offset : Values{};
+    const Values below = floor_of<A, kLanes<A>>(offset);
+    fraction = offset - below + table_fraction;
+    const auto carry = fraction >= 1;
+    fraction = carry ? fraction - 1 : fraction;
+    whole = __builtin_convertvector(below, decltype(whole)) + table + base - carry;
+    valid = near & (whole < extent) & ((whole >= 0) | ((whole == -1) & (fraction > 0)));
+  }
+};
 
 // Offsets to fractions and pixels, for the block that begins at output pixel (row, column).
 template <class A>
 void locate(const Dcnv3Shape& shape, int64_t row, int64_t column, int64_t count,
             const Points<A>& points) {
   constexpr int kSize = kLanes<A>;
+  using Int = IntOf<A>;
   using Values = Vec<A, kSize>;
-  using Ints = Vec<IntOf<A>, kSize>;
-  const auto base_y = static_cast<IntOf<A>>(row * shape.stride_height - shape.pad_height +
-                                            centre(shape.kernel_height, shape.dilation_height));
-  const auto base_x = static_cast<IntOf<A>>(column * shape.stride_width - shape.pad_width +
-                                            centre(shape.kernel_width, shape.dilation_width));
-  const auto pitch = static_cast<IntOf<A>>(shape.width + 2);
+  const auto base_y = static_cast<Int>(row * shape.stride_height - shape.pad_height +
+                                       centre(shape.kernel_height, shape.dilation_height));
+  const auto base_x = static_cast<Int>(column * shape.stride_width - shape.pad_width +
+                                       centre(shape.kernel_width, shape.dilation_width));
+  const auto height = static_cast<Int>(shape.height), width = static_cast<Int>(shape.width);
   const A scale = static_cast<A>(shape.offset_scale);
-  const A height = static_cast<A>(shape.height), width = static_cast<A>(shape.width);
-  const Ints outside = broadcast<kSize>(static_cast<IntOf<A>>(nowhere(shape)));
+  const auto outside = broadcast<kSize>(static_cast<Int>(nowhere(shape)));
   for (int64_t i = 0; i < count; i += kSize) {
     const Values low = load<kSize>(points.offset + 2 * i);
     const Values high = load<kSize>(points.offset + 2 * i + kSize);
-    const Values offset_x = shuffle_by<Even, A, kSize>(low, high);
-    const Values offset_y = shuffle_by<Odd, A, kSize>(low, high);
-    const Values x = (load<kSize>(points.column + i) + offset_x) * scale;
-    const Values y = (load<kSize>(points.row + i) + offset_y) * scale;
-    const Ints start_x = load<kSize>(points.step + i) + base_x;
-    const Values place_x = __builtin_convertvector(start_x, Values) + x;
-    const Values place_y = static_cast<A>(base_y) + y;
-    const Ints valid = (place_x > -1) & (place_x < width) & (place_y > -1) & (place_y < height);
-    const Values inside_x = valid ? x : Values{};
-    const Values inside_y = valid ? y : Values{};
-    const Values whole_x = floor_of<A, kSize>(inside_x);
-    const Values whole_y = floor_of<A, kSize>(inside_y);
-    store(points.fraction_x + i, inside_x - whole_x);
-    store(points.fraction_y + i, inside_y - whole_y);
+    const Places<A> x(shuffle_by<Even, A, kSize>(low, high) * scale, base_x, width,
+                      load<kSize>(points.column + i), load<kSize>(points.column_fraction + i));
+    const Places<A> y(shuffle_by<Odd, A, kSize>(low, high) * scale, base_y, height,
+                      load<kSize>(points.row + i), load<kSize>(points.row_fraction + i));
+    store(points.fraction_x + i, x.fraction);
+    store(points.fraction_y + i, y.fraction);
     // One further right and down: the plane begins with its ring.
-    const Ints left = __builtin_convertvector(whole_x, Ints) + start_x + 1;
-    const Ints top = __builtin_convertvector(whole_y, Ints) + base_y + 1;
-    store(points.pixel + i, valid ? top * pitch + left : outside);
+    store(points.pixel + i,
+          x.valid & y.valid ? (y.whole + 1) * (width + 2) + x.whole + 1 : outside);
   }
 }
 

@@ -4,9 +4,8 @@
 // column by column (x-major), the centre left out where remove_center is set. Point (i, j) of the
 // output pixel (oy, ox), i its column, reads x at
 //
-//   loc_x = base_x + r_x,  base_x = ox * stride_width - pad_width + centre_x  (an integer)
-//   r_x = (i * dilation_width - centre_x + offset_x) * offset_scale
-//   centre_x = dilation_width * (kernel_width - 1) / 2  (rounded down), and likewise for y.
+//   loc_x = ox * stride_width - pad_width + c + (i * dilation_width - c + offset_x) * offset_scale
+//   c = dilation_width * (kernel_width - 1) / 2  (rounded down), and likewise for y.
 //
 // It counts where -1 < loc_x < width and -1 < loc_y < height, which no NaN does: test this before
 // any conversion to an integer. Then y0 = floor(loc_y), ly = loc_y - y0 and likewise for x, and
@@ -14,8 +13,8 @@
 //   sample = (1-ly)(1-lx) x[y0, x0] + (1-ly) lx x[y0, x0+1] + ly (1-lx) x[y0+1, x0] + ly lx ...
 //   out[n, oy, ox, g, :] = sum over points of m * sample,  m = mask, or its softmax over the points
 //
-// where x outside the image is zero. Split as above, floor and fraction come from the small r_x, so
-// that a wide image costs no precision.
+// where x outside the image is zero. All but the offset is whole, times offset_scale: with whole
+// and fractional parts kept apart, neither a wide image nor a far offset costs precision.
 #pragma once
 
 #include "m3i/types.h"
@@ -23,8 +22,8 @@
 namespace m3i {
 
 // Extents and geometry of one call. All arrays are contiguous, row-major, of one dtype;
-// (height + 2) * (width + 2) and the extents of a padded image are below 2^31, the product of all
-// extents need not be.
+// (height + 3) * (width + 2) is below 2^31 and a padded image's extents are at most 2^29; the
+// product of all extents may be larger.
 struct Dcnv3Shape {
   int64_t batch;       // N
   int64_t height;      // H

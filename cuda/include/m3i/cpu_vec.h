@@ -133,12 +133,12 @@ inline void store_rounded(T* to, Vec<Accumulator<T>, kSize> value) {
 
 // Order{}(i): which element of a and b, counted through both, lands in place i.
 template <class Order, class V, int... kIndices>
-inline V shuffle(V a, V b, std::integer_sequence<int, kIndices...>) {
+inline V shuffle(const V& a, const V& b, std::integer_sequence<int, kIndices...>) {
   return __builtin_shufflevector(a, b, Order::at(kIndices)...);
 }
 
 template <template <int> class Order, class T, int kSize>
-inline Vec<T, kSize> shuffle_by(Vec<T, kSize> a, Vec<T, kSize> b) {
+inline Vec<T, kSize> shuffle_by(const Vec<T, kSize>& a, const Vec<T, kSize>& b) {
   return shuffle<Order<kSize>>(a, b, std::make_integer_sequence<int, kSize>{});
 }
 
@@ -179,7 +179,7 @@ struct PairHigh {
 };
 
 template <int kFirst, class V, int... kIndices>
-inline auto slice(V vector, std::integer_sequence<int, kIndices...>) {
+inline auto slice(const V& vector, std::integer_sequence<int, kIndices...>) {
   return __builtin_shufflevector(vector, vector, kFirst + kIndices...);
 }
 
