@@ -137,6 +137,7 @@ def _fake_bwd(
     remove_center: bool,
     softmax: bool,
     needs_grad: Sequence[bool],  # [3] x, offset, mask
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # like x, offset and mask; [0] where not needed
     grads = (
         torch.empty_like(tensor) if needed else tensor.new_empty(0)
@@ -153,7 +154,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needs_grad = ctx.needs_input_grad[:3]
     grads = m3i.dcnv3_bwd.default(
-        grad_out.contiguous(), *ctx.saved_tensors, *ctx.geometry, list(needs_grad)
+        grad_out.contiguous(),
+        *ctx.saved_tensors,
+        *ctx.geometry,
+        list(needs_grad),
+        torch.are_deterministic_algorithms_enabled(),
     )
     of_tensors = [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)]
     return *of_tensors, *(None for _ in ctx.geometry)

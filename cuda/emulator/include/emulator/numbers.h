@@ -47,6 +47,7 @@ inline uint16_t double_to_half(double value) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   if (std::isnan(value)) return 0x7fff;
   const double magnitude = std::fabs(value);
+  if (magnitude == 0.0) return sign;
   if (magnitude >= 65520.0) return sign | 0x7c00;  // half way to the next power of two
   // Units of the last place: 2^-24 below the normal numbers
   int exponent = 0;

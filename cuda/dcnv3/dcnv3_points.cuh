@@ -209,26 +209,15 @@ __device__ inline void normalise(const T* logits, int64_t num_points, bool exist
   origin.inverse_sum = 1 / sum_over_lanes(sum, lanes);
 }
 
-// Points [first, first + count) of the warp's units, of which `num_units` exist, each by one lane:
-// neighbouring lanes read neighbouring offsets. Their arrays begin at the warp's first unit.
-template <class T, class A>
-__device__ inline void make_points(const Dcnv3Shape& shape, const Tiling& tiling, const T* offset,
-                                   const T* mask, int64_t first, int count, int num_units,
-                                   const Workspace<A>& work) {
+// body(unit, k) for all of `count` points of the warp's units, each in one lane: neighbouring lanes
+// have neighbouring points.
+template <class Body>
+__device__ inline void for_each_point(int count, int num_units, const Body& body) {
   const int lane = threadIdx.x % kWarpLanes;
   int unit = lane / count, k = lane % count;
   const int units_a_step = kWarpLanes / count, rest = kWarpLanes % count;
   while (unit < num_units) {
-    const int64_t at = unit * shape.points + first + k;
-    const Origin<A> origin = work.origins[unit];
-    Point<A> point;
-    const unsigned inside = locate(shape, origin, work.steps[k], load_value(offset + 2 * at),
-                                   load_value(offset + 2 * at + 1), point);
-    const A value = load_value(mask + at);
-    point.weight =
-        shape.softmax ? exp_of(value - origin.largest) * origin.inverse_sum : value;
-    work.points[unit * tiling.pitch + k] = point;
-    work.inside[unit * tiling.pitch + k] = static_cast<uint8_t>(inside);
+    body(unit, k);
     unit += units_a_step;
     k += rest;
     if (k >= count) {
@@ -236,6 +225,24 @@ __device__ inline void make_points(const Dcnv3Shape& shape, const Tiling& tiling
       ++unit;
     }
   }
+}
+
+// Points [first, first + count) of the warp's units. `offset` and `mask` begin at its first unit.
+template <class T, class A>
+__device__ inline void make_points(const Dcnv3Shape& shape, const Tiling& tiling, const T* offset,
+                                   const T* mask, int64_t first, int count, int num_units,
+                                   const Workspace<A>& work) {
+  for_each_point(count, num_units, [&](int unit, int k) {
+    const int64_t at = unit * shape.points + first + k;
+    const Origin<A> origin = work.origins[unit];
+    Point<A> point;
+    const unsigned inside = locate(shape, origin, work.steps[k], load_value(offset + 2 * at),
+                                   load_value(offset + 2 * at + 1), point);
+    const A value = load_value(mask + at);
+    point.weight = shape.softmax ? exp_of(value - origin.largest) * origin.inverse_sum : value;
+    work.points[unit * tiling.pitch + k] = point;
+    work.inside[unit * tiling.pitch + k] = static_cast<uint8_t>(inside);
+  });
 }
 
 }  // namespace m3i::dcnv3

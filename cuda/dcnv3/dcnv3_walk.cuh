@@ -1,7 +1,7 @@
 // dcnv3, device code: the units that a warp works through, chunk by chunk of their points.
 #pragma once
 
-#include "dcnv3/dcnv3_points.h"
+#include "dcnv3/dcnv3_points.cuh"
 #include "m3i/shared.cuh"
 
 namespace m3i::dcnv3 {
