@@ -70,19 +70,19 @@ def _headers() -> list[Path]:
     return [path for folder in folders for path in folder.rglob("*") if path.is_file()]
 
 
-def _cached(name: str, digest: str, build: Callable[[Path, Path], None]) -> Path:
-    """build/emulator/<name>-<digest>.so, made by build(library, scratch folder) if it is missing.
+def _cached(name: str, build: Callable[[Path, Path], None]) -> Path:
+    """build/emulator/<name>, made by build(file, scratch folder) if it is missing.
 
     Two processes may both make it; the one that ends last replaces the other's.
     """
-    library = BUILD / f"{name}-{digest}.so"
-    if not library.exists():
+    file = BUILD / name
+    if not file.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-            made = Path(folder) / library.name
+            made = Path(folder) / name
             build(made, Path(folder))
-            os.replace(made, library)
-    return library
+            os.replace(made, file)
+    return file
 
 
 @cache
@@ -98,7 +98,7 @@ def runtime() -> ctypes.CDLL:
         _run("g++", *options, *sources, "-o", library, *link, f"-Wl,-soname,{library.name}")
 
     files = [*sources, *(EMULATOR / "runtime").glob("*.h"), *_headers()]
-    library = _cached("runtime", _digest(files), build)
+    library = _cached(f"runtime-{_digest(files)}.so", build)
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     loaded.m3i_emulator_report.restype = ctypes.c_char_p
     return loaded
@@ -112,13 +112,25 @@ def _compile_kernels(source: Path, folder: Path, options: list[str]) -> Path:
     """
     assembly, made = folder / f"{source.stem}.s", folder / f"{source.stem}.o"
     _run("g++", *_KERNEL, *options, "-S", source, "-o", assembly)
-    text = assembly.read_text()
-    shared = re.findall(r"\.section\s+\.tbss.*?\n(\w+):\n", text, re.DOTALL)
-    for name in shared:
-        text = re.sub(rf"(\n{name}:\n\s+\.zero\s+)(\d+)", r"\g<1>\g<2> + 64", text)
-    assembly.write_text(text)
+    # A .zero is all there is of a variable in a section .tbss.
+    sections = re.split(r"(?=\n\t\.section\t)", assembly.read_text())
+    for i, section in enumerate(sections):
+        if section.startswith("\n\t.section\t.tbss"):
+            sections[i] = re.sub(r"(\n\t\.zero\t\d+)", r"\1 + 64", section)
+    assembly.write_text("".join(sections))
     _run("g++", "-c", assembly, "-o", made)
     return made
+
+
+def _compile_host(source: Path, options: list[str]) -> Path:
+    """A source that uses torch and the emulator's host side, to an object that is kept."""
+    options = [*_COMMON, "-O1", *options, "-isystem", f"{_torch_root()}/include"]
+    options += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    files = [source, *source.parent.glob("*.h"), *_headers()]
+    return _cached(
+        f"{source.stem}-{_digest(files)}.o",
+        lambda made, _: _run("g++", *options, "-c", source, "-o", made),
+    )
 
 
 def build_kernels(
@@ -132,58 +144,58 @@ def build_kernels(
 
     Its `include` folders are those where the op's own folder is found.
     """
-    runtime()
-    (runtime_library,) = (Path(runtime()._name),)
-    options = [f"-I{EMULATOR / 'include'}", f"-I{CUDA / 'include'}", *(f"-I{i}" for i in include)]
-    options += ["-DM3I_EMULATOR"]
-    arch = f"-D__CUDA_ARCH__={architecture}0"
-
-    def build(library: Path, folder: Path) -> None:
-        torch_root = _torch_root()
-        objects = [_compile_kernels(source, folder, [*options, arch]) for source in kernels]
-        for source in host:
-            objects.append(folder / f"{source.stem}.o")
-            torch_options = ["-isystem", f"{torch_root}/include", "-DUSE_CUDA"]
-            torch_options.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
-            _run("g++", *_COMMON, "-O1", *options, *torch_options, "-c", source, "-o", objects[-1])
-        link = ["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", runtime_library, "-lm"]
-        link += [f"-Wl,--wrap={name}" for name in _WRAPPED]
-        if host:
-            link += [f"-L{torch_root}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-        _run("g++", *objects, *link, "-o", library)
-
+    runtime_library = Path(runtime()._name)
     folders = {source.parent for source in [*kernels, *host]}
     files = [path for folder in folders for path in folder.glob("*.*")]
     digest = _digest([*files, *_headers()], str(architecture), runtime_library.name)
-    return _cached(kernels[0].stem, digest, build)
+    name = f"{kernels[0].stem}-{digest}.so"
+    options = [f"-I{EMULATOR / 'include'}", f"-I{CUDA / 'include'}", *(f"-I{i}" for i in include)]
+    options += ["-DM3I_EMULATOR"]
+
+    def build(library: Path, folder: Path) -> None:
+        for_kernels = [*options, f"-D__CUDA_ARCH__={architecture}0"]
+        objects = [_compile_kernels(source, folder, for_kernels) for source in kernels]
+        objects += [_compile_host(source, options) for source in host]
+        link = ["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", runtime_library, "-lm"]
+        link += [f"-Wl,--wrap={name}" for name in _WRAPPED]
+        if host:
+            link += [f"-L{_torch_root()}/lib", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
+            objects.append(folder / "namespace.cpp")
+            value = f'm3i_emulated_namespace[] = "{_namespace_of(library)}"'
+            objects[-1].write_text(
+                f'extern "C" {{ extern const char m3i_emulated_namespace[]; const char {value}; }}'
+            )
+        _run("g++", *objects, *link, "-o", library)
+
+    return _cached(name, build)
 
 
 # ---- Ops ----------------------------------------------------------------------------------------
 
 
-def _define_schemas() -> None:
-    """Gives the namespace m3i_emulated every schema of m3i, once a process."""
-    for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("m3i::"):
-            schema = str(getattr(torch.ops.m3i, name.removeprefix("m3i::")).default._schema)
-            _namespace().define(schema.removeprefix("m3i::"))
+def _namespace_of(library: Path) -> str:
+    """The operators' namespace of a library: two builds of one op are two sets of operators."""
+    return "m3i_" + library.stem.replace("-", "_")
 
 
 @cache
-def _namespace() -> torch.library.Library:
-    return torch.library.Library("m3i_emulated", "DEF")
-
-
-@cache
-def _load_op(op: str, folder: Path, architecture: int) -> ctypes.CDLL:
-    if "m3i_emulated::" + op not in torch._C._dispatch_get_all_op_names():
-        _define_schemas()
+def _load_op(op: str, folder: Path, architecture: int) -> tuple[str, torch.library.Library]:
+    """The namespace where the kernels of <op>_cuda.cpp are registered, with the schemas of m3i."""
     source = folder / op
     host = [source / f"{op}_cuda.cpp", EMULATOR / "torch" / "shims.cpp"]
     library = build_kernels(
         [source / f"{op}.cu"], host, include=[folder], architecture=architecture
     )
-    return ctypes.CDLL(str(library))
+    definitions = torch.library.Library(_namespace_of(library), "DEF")
+    for name in _registered_in(source / f"{op}_cuda.cpp"):
+        schema = str(getattr(torch.ops.m3i, name).default._schema)
+        definitions.define(schema.removeprefix("m3i::"))
+    ctypes.CDLL(str(library))
+    return _namespace_of(library), definitions
+
+
+def _registered_in(source: Path) -> list[str]:
+    return re.findall(r'\.impl\("(\w+)"', source.read_text())
 
 
 @contextmanager
@@ -219,9 +231,7 @@ def last_report() -> str:
     return runtime().m3i_emulator_report().decode()
 
 
-def _emulated_kernel(name: str) -> Callable[..., object]:
-    emulated_op = getattr(torch.ops.m3i_emulated, name).default
-
+def _emulated_kernel(emulated_op: Callable[..., object]) -> Callable[..., object]:
     def call(*arguments: object) -> object:
         copies = pytree.tree_map_only(Tensor, guarded, arguments)
         with guarded_memory():
@@ -234,18 +244,16 @@ def _emulated_kernel(name: str) -> Callable[..., object]:
 @contextmanager
 def emulated(op: str, *, folder: Path = CUDA, architecture: int = 80) -> Iterator[None]:
     """Within it, m3i's ops of folder/<op>/<op>_cuda.cpp run their CUDA kernels on CPU tensors."""
-    runtime().m3i_emulator_set_architecture(architecture)
-    _load_op(op, folder, architecture)
+    namespace, _ = _load_op(op, folder, architecture)
     override = torch.library.Library("m3i", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for name in _names_in(folder / op / f"{op}_cuda.cpp"):
-            override.impl(name, _emulated_kernel(name), "CPU", allow_override=True)
+        for name in _registered_in(folder / op / f"{op}_cuda.cpp"):
+            emulated_op = getattr(getattr(torch.ops, namespace), name).default
+            override.impl(name, _emulated_kernel(emulated_op), "CPU", allow_override=True)
+    runtime().m3i_emulator_set_architecture(architecture)
     try:
         yield
     finally:
         override._destroy()
-
-
-def _names_in(source: Path) -> list[str]:
-    return re.findall(r'\.impl\("(\w+)"', source.read_text())
+        runtime().m3i_emulator_set_architecture(80)

@@ -14,12 +14,15 @@ extern "C" {
 
 M3I_EMULATOR_API const char* m3i_emulator_report();
 
+// The operators' namespace of this library: the build defines it.
+extern const char m3i_emulated_namespace[];
+
 // The kernels for CUDA become kernels for the CPU of a namespace of their own.
 AOTITorchError aoti_torch_library_init_impl(const char*, const char*, const char* file,
                                             uint32_t line, TorchLibraryHandle* library) {
   static const auto original = reinterpret_cast<decltype(&aoti_torch_library_init_impl)>(
       dlsym(RTLD_NEXT, "aoti_torch_library_init_impl"));
-  return original("m3i_emulated", "CPU", file, line, library);
+  return original(m3i_emulated_namespace, "CPU", file, line, library);
 }
 
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
