@@ -7,6 +7,7 @@ K points of the kernel.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def _check_geometry(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    offset_scale: float,
     remove_center: bool,
 ) -> None:
     pairs = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
@@ -49,6 +51,10 @@ def _check_geometry(
             f"got {rows} x {columns}"
         ),
     )
+    torch._check(
+        math.isfinite(offset_scale),
+        lambda: f"offset_scale: expected a finite value, got {offset_scale}",
+    )
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor, shape: list[int], geometry: str) -> None:
@@ -59,6 +65,10 @@ def _check_like(name: str, tensor: Tensor, x: Tensor, shape: list[int], geometry
     torch._check(
         tensor.dtype == x.dtype,
         lambda: f"{name}: expected the dtype of x, {x.dtype}, got {tensor.dtype}",
+    )
+    torch._check(
+        tensor.device == x.device,
+        lambda: f"{name}: expected on the device of x ({x.device}), got {tensor.device}",
     )
 
 
@@ -103,7 +113,7 @@ def _fake(
         lambda: f"x: expected dtype float32, float64, float16 or bfloat16, got {x.dtype}",
     )
     torch._check(x.dim() == 4, lambda: f"x: expected shape [*, *, *, *], got {list(x.shape)}")
-    _check_geometry(kernel_size, stride, padding, dilation, remove_center)
+    _check_geometry(kernel_size, stride, padding, dilation, offset_scale, remove_center)
     batch, height, width, channels = x.shape
     torch._check(
         groups > 0 and channels > 0 and channels % groups == 0,
@@ -176,10 +186,15 @@ torch.library.register_autograd("m3i::dcnv3_bwd", _backward_twice)
 
 
 def _pair(name: str, value: Pair) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or not all(isinstance(extent, int) for extent in pair):
+    if isinstance(value, int):
+        return [value, value]
+    if not (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(extent, int) for extent in value)
+    ):
         raise ValueError(f"{name}: expected an int or (height, width), got {value!r}")
-    return pair
+    return list(value)
 
 
 def _prepared(name: str, tensor: Tensor, autocast_dtype: torch.dtype | None) -> Tensor:
