@@ -15,8 +15,7 @@ using namespace dcnv3;
 uint64_t address(const void* array) { return reinterpret_cast<uintptr_t>(array); }
 
 dim3 make_grid(const Dcnv3Shape& shape, const Tiling& tiling) {
-  const int64_t blocks = blocks_per_image(shape, tiling);
-  return dim3(static_cast<unsigned>(std::min<int64_t>(blocks, kMaxGridX)),
+  return dim3(static_cast<unsigned>(std::min<int64_t>(tiling.blocks, kMaxGridX)),
               static_cast<unsigned>(std::min<int64_t>(shape.batch, kMaxGridY)));
 }
 
@@ -40,7 +39,7 @@ cudaError_t launch_dcnv3(const Dcnv3Params& params, cudaStream_t stream) {
       [&](auto type, auto size) {
         using T = typename decltype(type)::type;
         constexpr int kVector = decltype(size)::value;
-        const Tiling tiling = make_tiling(shape.group_size, shape.points, kVector);
+        const Tiling tiling = make_tiling(shape, kVector);
         return launch_with_shared(dcnv3_kernel<T, kVector>, make_grid(shape, tiling), kThreads,
                                   block_bytes<Accumulator<T>>(tiling, false), stream, params,
                                   tiling);
@@ -70,36 +69,41 @@ cudaError_t launch_units(const Dcnv3BwdParams& params, void* grad_x, cudaStream_
         using T = typename decltype(type)::type;
         using A = Accumulator<T>;
         constexpr int kVector = decltype(size)::value;
-        const Tiling tiling = make_tiling(shape.group_size, shape.points, kVector);
+        const Tiling tiling = make_tiling(shape, kVector);
         return launch_with_shared(dcnv3_bwd_kernel<T, kVector>, make_grid(shape, tiling), kThreads,
                                   block_bytes<A>(tiling, true), stream, params,
                                   static_cast<A*>(grad_x), tiling);
       });
 }
 
-// In scratch memory of as many bytes.
-FixedPoint place_fixed(const Dcnv3Shape& shape, void* scratch, int64_t& bytes) {
-  const int64_t size = size_of_x(shape);
+// Words of 64 bits: the largest, the sums, the rests in float64, a bit an element.
+int64_t fixed_words(const Dcnv3BwdParams& params) {
+  const int64_t size = size_of_x(params.shape);
+  return 2 + size * (params.dtype == DType::kFloat64 ? 2 : 1) + (size + 63) / 64;
+}
+
+FixedPoint place_fixed(const Dcnv3BwdParams& params, void* scratch) {
+  const int64_t size = size_of_x(params.shape);
+  auto* words = static_cast<unsigned long long*>(scratch);
   FixedPoint fixed;
-  fixed.largest = static_cast<unsigned long long*>(scratch);
+  fixed.largest = words;
   fixed.sums = fixed.largest + 2;
-  fixed.not_finite = reinterpret_cast<uint32_t*>(fixed.sums + size);
-  bytes = (size + 2) * 8 + (size + 31) / 32 * 4;
+  fixed.rests = fixed.sums + (params.dtype == DType::kFloat64 ? size : 0);
+  fixed.not_finite = reinterpret_cast<uint32_t*>(fixed.rests + size);
   return fixed;
 }
 
 template <class T>
 cudaError_t launch_fixed(const Dcnv3BwdParams& params, void* scratch, cudaStream_t stream) {
   const Dcnv3Shape& shape = params.shape;
-  const Tiling tiling = make_tiling(shape.group_size, shape.points, 1);
+  const Tiling tiling = make_tiling(shape, 1);
   const int64_t units = shape.batch * units_per_image(shape);
-  int64_t bytes;
-  const FixedPoint fixed = place_fixed(shape, scratch, bytes);
+  const FixedPoint fixed = place_fixed(params, scratch);
   const auto largest = [&](const void* values, int64_t size, unsigned long long* to) {
     return launch(dcnv3_largest_kernel<T>, linear_blocks((size + 63) / 64), kThreads, stream,
                   static_cast<const T*>(values), size, to);
   };
-  cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(bytes), stream);
+  cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(fixed_words(params) * 8), stream);
   if (error == cudaSuccess) {
     error = largest(params.grad_out, units * shape.group_size, fixed.largest);
   }
@@ -139,12 +143,8 @@ cudaError_t round_to_grad_x(const Dcnv3BwdParams& params, const float* sums, cud
 }  // namespace
 
 int64_t dcnv3_bwd_scratch_bytes(const Dcnv3BwdParams& params, bool deterministic) {
-  int64_t bytes = 0;
   if (!params.grad_x) return 0;
-  if (deterministic) {
-    place_fixed(params.shape, nullptr, bytes);
-    return bytes;
-  }
+  if (deterministic) return fixed_words(params) * 8;
   return is_half(params.dtype) ? size_of_x(params.shape) * 4 : 0;
 }
 

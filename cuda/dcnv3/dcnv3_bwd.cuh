@@ -92,7 +92,7 @@ struct BwdUnits {
     const int64_t unit = units.first + units.own;
     const int64_t channel = pass + units.lane * kVector;
     const bool has_channels = units.exists && channel < shape.group_size;
-    const int64_t at = group_begin(shape, units.image, unit % shape.groups) + channel;
+    const int64_t at = group_begin(shape, units.image, group_of(shape, unit)) + channel;
     const int64_t step = pixel_step(shape, 1), row = shape.width * step;
     const bool of_points = params.grad_offset || params.grad_mask;
     A grad[kVector] = {};
@@ -162,7 +162,7 @@ struct BwdUnits {
 // The softmax's gradient needs a sum over all points of a unit: where they are more than a chunk,
 // a first sweep computes it.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBwdBlocks)
     dcnv3_bwd_kernel(const Dcnv3BwdParams params, Accumulator<T>* grad_x, const Tiling tiling) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;

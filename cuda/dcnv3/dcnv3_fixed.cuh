@@ -20,8 +20,13 @@ struct FixedPoint {
   // Largest finite magnitudes: bits of a double, which are in the order of the numbers.
   unsigned long long* largest;  // [2] of grad_out and of mask
   unsigned long long* sums;     // [N, H, W, G, D] two's complement
+  // The same, of what the rounding of a term to a unit left, in smaller units; float64 alone.
+  unsigned long long* rests;
   uint32_t* not_finite;         // a bit an element
 };
+
+// A smaller unit: 2^-30 of a unit, so that 2^33 rests, each half a unit at most, do not overflow.
+inline constexpr int kRestBits = 30;
 
 template <class A>
 __device__ inline bool is_finite(A value) {
@@ -59,8 +64,13 @@ __device__ inline int unit_exponent(const Dcnv3Shape& shape, const FixedPoint& f
 template <class A>
 __device__ inline void add_fixed(const FixedPoint& fixed, int64_t at, A value, int exponent) {
   if (is_finite(value)) {
-    const long long units = llrint(ldexp(static_cast<double>(value), -exponent));
+    const double scaled = ldexp(static_cast<double>(value), -exponent);
+    const long long units = llrint(scaled);
     atomicAdd(fixed.sums + at, static_cast<unsigned long long>(units));
+    if constexpr (sizeof(A) == sizeof(double)) {
+      const double rest = ldexp(scaled - static_cast<double>(units), kRestBits);
+      atomicAdd(fixed.rests + at, static_cast<unsigned long long>(llrint(rest)));
+    }
   } else {
     atomicOr(fixed.not_finite + at / 32, 1u << (at % 32));
   }
@@ -81,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   for_each_units(shape, tiling, [&](const Units& units) {
     maker.begin(units);
     const int64_t unit = units.first + units.own;
-    const int64_t begin = group_begin(shape, units.image, unit % shape.groups);
+    const int64_t begin = group_begin(shape, units.image, group_of(shape, unit));
     const T* grad_out =
         static_cast<const T*>(params.grad_out) + out_begin(shape, units.image, unit);
     for_each_chunk(shape, tiling, [&](int64_t first, int count) {
@@ -117,7 +127,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t stride = int64_t{gridDim.x} * kThreads;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += stride) {
     const bool finite = !(fixed.not_finite[i / 32] >> (i % 32) & 1u);
-    const double sum = static_cast<double>(static_cast<long long>(fixed.sums[i]));
+    double sum = static_cast<double>(static_cast<long long>(fixed.sums[i]));
+    if constexpr (sizeof(A) == sizeof(double)) {
+      const auto rest = static_cast<long long>(fixed.rests[i]);
+      sum += ldexp(static_cast<double>(rest), -kRestBits);
+    }
     store_value(grad_x + i, static_cast<A>(finite ? ldexp(sum, exponent) : nan("")));
   }
 }

@@ -52,7 +52,7 @@ __device__ inline void add_samples(const Point<A>* points, const uint8_t* inside
 
 // Grid: x over the blocks of an image, y over the images; both strided where they are too many.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     dcnv3_kernel(const Dcnv3Params params, const Tiling tiling) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
   for_each_units(shape, tiling, [&](const Units& units) {
     maker.begin(units);
     const int64_t unit = units.first + units.own;
-    const T* x = static_cast<const T*>(params.x) + group_begin(shape, units.image, unit % shape.groups);
+    const T* x = static_cast<const T*>(params.x) + group_begin(shape, units.image, group_of(shape, unit));
     T* out = static_cast<T*>(params.out) + out_begin(shape, units.image, unit);
     const int slot = units.own * tiling.pitch;
     for (int64_t pass = 0; pass < shape.group_size; pass += channels_a_pass) {

@@ -105,6 +105,21 @@ __device__ inline A sum_over_lanes(A value, int lanes) {
   return value;
 }
 
+// a / b, b > 0. The compiler's own division of 64 bits is a subroutine, and a kernel that calls one
+// spills what it holds in registers.
+__device__ inline int64_t quotient(int64_t a, int64_t b) {
+  if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  int64_t result = 0, rest = 0;
+  for (int bit = 62; bit >= 0; --bit) {
+    rest = rest << 1 | (a >> bit & 1);
+    if (rest >= b) {
+      rest -= b;
+      result |= int64_t{1} << bit;
+    }
+  }
+  return result;
+}
+
 // ---- Geometry -----------------------------------------------------------------------------------
 
 __device__ inline int64_t centre(int64_t kernel, int64_t dilation) {
@@ -124,10 +139,9 @@ __device__ inline void split_step(int64_t distance, double scale, int& whole, A&
 
 template <class A>
 __device__ inline Step<A> make_step(const Dcnv3Shape& shape, int64_t k) {
-  const int64_t middle =
-      shape.kernel_width / 2 * shape.kernel_height + shape.kernel_height / 2;
+  const int64_t middle = shape.kernel_width / 2 * shape.kernel_height + shape.kernel_height / 2;
   if (shape.remove_center && k >= middle) ++k;
-  const int64_t column = k / shape.kernel_height, row = k - column * shape.kernel_height;
+  const int64_t column = quotient(k, shape.kernel_height), row = k - column * shape.kernel_height;
   Step<A> step;
   split_step(column * shape.dilation_width - centre(shape.kernel_width, shape.dilation_width),
              shape.offset_scale, step.x, step.x_fraction);
@@ -136,16 +150,20 @@ __device__ inline Step<A> make_step(const Dcnv3Shape& shape, int64_t k) {
   return step;
 }
 
+__device__ inline int64_t group_of(const Dcnv3Shape& shape, int64_t unit) {
+  return unit - quotient(unit, shape.groups) * shape.groups;
+}
+
 // Without the softmax.
 template <class A>
 __device__ inline Origin<A> make_origin(const Dcnv3Shape& shape, int64_t unit) {
-  const uint64_t pixel = static_cast<uint64_t>(unit) / static_cast<uint64_t>(shape.groups);
-  const uint64_t row = pixel / static_cast<uint64_t>(shape.out_width);
-  const uint64_t column = pixel - row * static_cast<uint64_t>(shape.out_width);
+  const int64_t pixel = quotient(unit, shape.groups);
+  const int64_t row = quotient(pixel, shape.out_width);
+  const int64_t column = pixel - row * shape.out_width;
   Origin<A> origin{};
-  origin.x = static_cast<int>(static_cast<int64_t>(column) * shape.stride_width - shape.pad_width +
+  origin.x = static_cast<int>(column * shape.stride_width - shape.pad_width +
                               centre(shape.kernel_width, shape.dilation_width));
-  origin.y = static_cast<int>(static_cast<int64_t>(row) * shape.stride_height - shape.pad_height +
+  origin.y = static_cast<int>(row * shape.stride_height - shape.pad_height +
                               centre(shape.kernel_height, shape.dilation_height));
   return origin;
 }

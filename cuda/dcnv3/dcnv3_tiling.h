@@ -13,6 +13,10 @@ inline constexpr int kWarpLanes = 32;
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = kWarps * kWarpLanes;
 
+// Blocks on a multiprocessor at least: what leaves the compiler the registers that it needs. Told
+// nothing, it spills a few to fit one block more.
+inline constexpr int kBlocks = 6, kBwdBlocks = 5;
+
 // Points that a warp holds in shared memory: 32 units of a 3 x 3 kernel fit.
 inline constexpr int kMaxSlots = 288;
 
@@ -20,6 +24,7 @@ inline constexpr int kMaxSlots = 288;
 inline constexpr int kMaxChunk = 64;
 
 struct Tiling {
+  int64_t blocks;  // that an image is cut into
   int lanes;  // of a unit, a power of two
   int units;  // of a warp
   int chunk;  // points of a unit at once
@@ -32,9 +37,14 @@ M3I_HOST_DEVICE constexpr int vector_size(int64_t group_size, int widest, uint64
   return group_size % widest == 0 && addresses % 16 == 0 ? widest : 1;
 }
 
-M3I_HOST_DEVICE constexpr Tiling make_tiling(int64_t group_size, int64_t points, int vector) {
-  Tiling tiling{1, 0, 0, 0};
-  while (tiling.lanes < kWarpLanes && int64_t{tiling.lanes} * vector < group_size) {
+M3I_HOST_DEVICE constexpr int64_t units_per_image(const Dcnv3Shape& shape) {
+  return shape.out_height * shape.out_width * shape.groups;
+}
+
+M3I_HOST_DEVICE constexpr Tiling make_tiling(const Dcnv3Shape& shape, int vector) {
+  const int64_t points = shape.points;
+  Tiling tiling{0, 1, 0, 0, 0};
+  while (tiling.lanes < kWarpLanes && int64_t{tiling.lanes} * vector < shape.group_size) {
     tiling.lanes *= 2;
   }
   tiling.units = kWarpLanes / tiling.lanes;
@@ -44,17 +54,9 @@ M3I_HOST_DEVICE constexpr Tiling make_tiling(int64_t group_size, int64_t points,
   const int64_t num_chunks = (points + most - 1) / most;
   tiling.chunk = static_cast<int>((points + num_chunks - 1) / num_chunks);
   tiling.pitch = tiling.chunk | 1;
-  return tiling;
-}
-
-M3I_HOST_DEVICE constexpr int64_t units_per_image(const Dcnv3Shape& shape) {
-  return shape.out_height * shape.out_width * shape.groups;
-}
-
-// Blocks that an image is cut into.
-M3I_HOST_DEVICE constexpr int64_t blocks_per_image(const Dcnv3Shape& shape, const Tiling& tiling) {
   const int64_t units = int64_t{kWarps} * tiling.units;
-  return (units_per_image(shape) + units - 1) / units;
+  tiling.blocks = (units_per_image(shape) + units - 1) / units;
+  return tiling;
 }
 
 // ---- Places in memory, in elements --------------------------------------------------------------

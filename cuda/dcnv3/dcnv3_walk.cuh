@@ -81,9 +81,8 @@ class PointMaker {
 template <class Body>
 __device__ inline void for_each_units(const Dcnv3Shape& shape, const Tiling& tiling,
                                       const Body& body) {
-  const int64_t blocks = blocks_per_image(shape, tiling);
   for (int64_t image = blockIdx.y; image < shape.batch; image += gridDim.y) {
-    for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    for (int64_t block = blockIdx.x; block < tiling.blocks; block += gridDim.x) {
       body(Units(shape, tiling, image, block));
     }
   }
