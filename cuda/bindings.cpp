@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(m3i, library) {
   library.def(
       "dcnv3_bwd(Tensor grad_out, Tensor x, Tensor offset, Tensor mask, int[2] kernel_size, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
-      "bool remove_center, bool softmax, bool[3] needs_grad, bool deterministic)"
+      "bool remove_center, bool softmax, bool[3] needs_grad, bool deterministic=False)"
       " -> (Tensor grad_x, Tensor grad_offset, Tensor grad_mask)");
 }
 

@@ -21,9 +21,9 @@ __device__ inline A dot(const T* from, const A (&grad)[kVector]) {
 // Of one point, summed over this lane's channels. `x` points to them, in pixel 0; `step` and `row`
 // are elements from pixel to pixel and from row to row.
 template <int kVector, class T, class A>
-__device__ inline PointGrads<A> differentiate(const Point<A>& point, unsigned corners, const T* x,
-                                              int64_t step, int64_t row,
-                                              const A (&grad)[kVector]) {
+__device__ inline void differentiate(const Point<A>& point, unsigned corners, const T* x,
+                                     int64_t step, int64_t row, const A (&grad)[kVector],
+                                     A (&sums)[4]) {
   const T* at = x + point.pixel * step;
   A top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0;
   if (corners == kAllCorners) {  // without branches, so that all loads are under way at once
@@ -38,11 +38,40 @@ __device__ inline PointGrads<A> differentiate(const Point<A>& point, unsigned co
     if (corners & kBottomRight) bottom_right = dot<kVector>(at + row + step, grad);
   }
   const A right = point.x, left = 1 - right, bottom = point.y, top = 1 - bottom;
-  return {top * (top_right - top_left) + bottom * (bottom_right - bottom_left),
-          left * (bottom_left - top_left) + right * (bottom_right - top_right),
-          top * (left * top_left + right * top_right) +
-              bottom * (left * bottom_left + right * bottom_right)};
+  sums[kByX] = top * (top_right - top_left) + bottom * (bottom_right - bottom_left);
+  sums[kByY] = left * (bottom_left - top_left) + right * (bottom_right - top_right);
+  sums[kByWeight] = top * (left * top_left + right * top_right) +
+                    bottom * (left * bottom_left + right * bottom_right);
 }
+
+// Sums of four values over the lanes of a unit. While there are several values, lanes share them
+// out as they add: lane 0 keeps the lower half in two steps, and so on. Two lanes end with two
+// values each, more with one: 3 shuffles for 4 lanes instead of 8.
+template <class A>
+__device__ inline void sum_four(A (&values)[4], int lanes, int lane) {
+  constexpr unsigned kAll = 0xffffffffu;
+  if (lanes > 1) {
+    const bool upper = lane & 1;
+    const A first = upper ? values[0] : values[2], second = upper ? values[1] : values[3];
+    values[0] = (upper ? values[2] : values[0]) + __shfl_xor_sync(kAll, first, 1);
+    values[1] = (upper ? values[3] : values[1]) + __shfl_xor_sync(kAll, second, 1);
+  }
+  if (lanes > 2) {
+    const bool upper = lane & 2;
+    const A sent = upper ? values[0] : values[1];
+    values[0] = (upper ? values[1] : values[0]) + __shfl_xor_sync(kAll, sent, 2);
+  }
+  for (int step = 4; step < lanes; step *= 2) values[0] += __shfl_xor_sync(kAll, values[0], step);
+}
+
+// What sum_four leaves in a lane: values [first, first + count).
+struct Share {
+  int first, count;
+
+  __device__ Share(int lanes, int lane)
+      : first(lanes == 1 ? 0 : (lane & 1) * 2 + (lane >> 1 & 1)),
+        count(lane >= 4 ? 0 : lanes == 1 ? 4 : lanes == 2 ? 2 : 1) {}
+};
 
 // ---- Gradient by x ------------------------------------------------------------------------------
 
@@ -86,7 +115,8 @@ struct BwdUnits {
   A* grad_x;  // [N, H, W, G, D] or null
 
   // Gradients by the points of a chunk, of the channels from `pass` on; added to those of earlier
-  // passes. All lanes come: those of a unit add up. Returns the sum of weight * by_weight.
+  // passes. All lanes come: those of a unit add up. Returns the sum of weight * kByWeight, in the
+  // lane that has_weights().
   __device__ A differentiate_chunk(int64_t pass, int count) const {
     const Dcnv3Shape& shape = params.shape;
     const int64_t unit = units.first + units.own;
@@ -107,29 +137,31 @@ struct BwdUnits {
       Point<A> point{};
       if (corners) point = work.points[slot];
       if (of_points) {
-        PointGrads<A> sums{};
+        A sums[4] = {};
         if (corners && has_channels) {
-          sums = differentiate(point, corners, static_cast<const T*>(params.x) + at, step, row,
-                               grad);
+          differentiate(point, corners, static_cast<const T*>(params.x) + at, step, row, grad,
+                        sums);
         }
-        sums.by_x = sum_over_lanes(sums.by_x, tiling.lanes);
-        sums.by_y = sum_over_lanes(sums.by_y, tiling.lanes);
-        sums.by_weight = sum_over_lanes(sums.by_weight, tiling.lanes);
-        total += point.weight * sums.by_weight;
-        if (units.exists && units.lane == 0) add_to_grads(pass, slot, sums);
+        sum_four(sums, tiling.lanes, units.lane);
+        total += point.weight * (tiling.lanes == 1 ? sums[kByWeight] : sums[0]);
+        if (units.exists) add_to_grads(pass, slot, sums);
       }
       if (grad_x && has_channels) scatter(point, corners, grad_x + at, step, row, grad);
     }
     return total;
   }
 
-  __device__ void add_to_grads(int64_t pass, int slot, PointGrads<A> sums) const {
-    if (pass > 0) {
-      sums.by_x += work.grads[slot].by_x;
-      sums.by_y += work.grads[slot].by_y;
-      sums.by_weight += work.grads[slot].by_weight;
+  __device__ bool has_weights() const { return units.lane == (tiling.lanes > 1 ? 1 : 0); }
+
+  // This lane's share of the sums.
+  __device__ void add_to_grads(int64_t pass, int slot, const A (&sums)[4]) const {
+    const Share share(tiling.lanes, units.lane);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      if (i >= share.count || share.first + i >= 3) continue;
+      A& sum = work.grads[slot].sums[share.first + i];
+      sum = pass > 0 ? sum + sums[i] : sums[i];
     }
-    work.grads[slot] = sums;
   }
 
   // Writes the gradients by a chunk's offsets and masks, zeros where a point is not valid.
@@ -140,17 +172,17 @@ struct BwdUnits {
     for_each_point(count, units.count, [&](int unit, int k) {
       const int slot = unit * tiling.pitch + k;
       const int64_t at = begin + unit * shape.points + first + k;
-      const PointGrads<A> sums = work.grads[slot];
+      const A* sums = work.grads[slot].sums;
       const A weight = work.points[slot].weight;
       const bool valid = work.inside[slot] != 0;
       if (params.grad_offset) {
         T* to = static_cast<T*>(params.grad_offset) + 2 * at;
-        store_value(to, valid ? sums.by_x * weight * scale : A(0));
-        store_value(to + 1, valid ? sums.by_y * weight * scale : A(0));
+        store_value(to, valid ? sums[kByX] * weight * scale : A(0));
+        store_value(to + 1, valid ? sums[kByY] * weight * scale : A(0));
       }
       if (params.grad_mask) {
         const A grad =
-            shape.softmax ? weight * (sums.by_weight - work.totals[unit]) : sums.by_weight;
+            shape.softmax ? weight * (sums[kByWeight] - work.totals[unit]) : sums[kByWeight];
         store_value(static_cast<T*>(params.grad_mask) + at, grad);
       }
     });
@@ -185,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks)
           if (sweep == num_sweeps - 1) total += sum;
         }
         if (of_points && sweep == 0) {
-          if (units.exists && units.lane == 0) work.totals[units.own] = total;
+          if (units.exists && bwd.has_weights()) work.totals[units.own] = total;
           __syncwarp();
           bwd.write_chunk(first, count);
         }

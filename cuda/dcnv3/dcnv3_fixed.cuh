@@ -78,7 +78,7 @@ __device__ inline void add_fixed(const FixedPoint& fixed, int64_t at, A value, i
 
 // Grid: as the forward's, with one channel an access.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBwdBlocks)
     dcnv3_scatter_kernel(const Dcnv3BwdParams params, const FixedPoint fixed, const Tiling tiling) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;

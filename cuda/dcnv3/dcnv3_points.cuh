@@ -35,10 +35,11 @@ struct alignas(4 * sizeof(A)) Point {
 };
 
 // Of a point, summed over channels.
+inline constexpr int kByX = 0, kByY = 1;  // the sample's derivative by the place
+inline constexpr int kByWeight = 2;       // the sample
 template <class A>
 struct PointGrads {
-  A by_x, by_y;  // of the sample by the place
-  A by_weight;   // the sample
+  A sums[3];
 };
 
 // What a warp owns, and the block's steps.
