@@ -13,11 +13,9 @@ from tests.cuda.emulator import emulated
 from tests.ops.dcnv3_cases import Config, assert_right, grid, make, results
 from tests.ops.test_dcnv3 import GRID, KERNELS, SHAPES
 from tests.ops.test_dcnv3_contract import (  # noqa: F401  run here on the other kernel
-    config,
+    SMALL,
     test_a_sample_on_the_border_is_outside,
-    test_gradcheck,
     test_offsets_without_a_place_add_nothing,
-    test_only_the_gradients_that_are_needed,
     test_opcheck_of_other_types,
     test_points_outside_meet_no_infinity,
     test_unaligned_inputs,
@@ -96,7 +94,7 @@ CHUNKED = {
 
 @on_every_device
 @pytest.mark.parametrize("config", CHUNKED.values(), ids=CHUNKED.keys())
-def test_more_points_and_channels_than_fit_at_once(config: Config, device: str) -> None:  # noqa: F811
+def test_more_points_and_channels_than_fit_at_once(config: Config, device: str) -> None:
     assert_right(dcnv3, config, torch.float32, device)
 
 
@@ -109,6 +107,26 @@ def test_images_do_not_see_each_other(device: str) -> None:
     for image in range(3):
         part = [tensor[image : image + 1].to(device) for tensor in inputs]
         assert torch.equal(dcnv3(*part, **config.options), whole[image : image + 1])
+
+
+@on_every_device
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_cuda_computes_the_gradients_that_are_needed(
+    wanted: tuple[int, ...], deterministic: bool, device: str
+) -> None:
+    config = SMALL["everything"]
+    inputs, grad_out = make(config)
+    arguments = [t.to(device) for t in (grad_out, *inputs)], config.arguments
+    needs_grad = [index in wanted for index in range(3)]
+    backward = torch.ops.m3i.dcnv3_bwd.default
+    everything = backward(*arguments[0], *arguments[1], [True] * 3, True)
+    grads = backward(*arguments[0], *arguments[1], needs_grad, deterministic)
+    for needed, grad, expected in zip(needs_grad, grads, everything, strict=True):
+        if needed:
+            torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert grad.shape == (0,)
 
 
 # ---- The same bits at every run ------------------------------------------------------------------
