@@ -34,16 +34,15 @@ cudaError_t dispatch_vector(DType dtype, int64_t group_size, uint64_t addresses,
 cudaError_t launch_dcnv3(const Dcnv3Params& params, cudaStream_t stream) {
   const Dcnv3Shape& shape = params.shape;
   if (shape.batch == 0) return cudaSuccess;
-  return dispatch_vector(
-      params.dtype, shape.group_size, address(params.x) | address(params.out),
-      [&](auto type, auto size) {
-        using T = typename decltype(type)::type;
-        constexpr int kVector = decltype(size)::value;
-        const Tiling tiling = make_tiling(shape, kVector);
-        return launch_with_shared(dcnv3_kernel<T, kVector>, make_grid(shape, tiling), kThreads,
-                                  block_bytes<Accumulator<T>>(tiling, false), stream, params,
-                                  tiling);
-      });
+  return dispatch_vector(params.dtype, shape.group_size, address(params.x) | address(params.out),
+                         [&](auto type, auto size) {
+                           using T = typename decltype(type)::type;
+                           constexpr int kVector = decltype(size)::value;
+                           const Tiling tiling = make_tiling(shape, kVector);
+                           return launch_with_shared(
+                               dcnv3_kernel<T, kVector>, make_grid(shape, tiling), kThreads,
+                               block_bytes<Accumulator<T>>(tiling, false), stream, params, tiling);
+                         });
 }
 
 // ---- Backward -----------------------------------------------------------------------------------
@@ -103,7 +102,8 @@ cudaError_t launch_fixed(const Dcnv3BwdParams& params, void* scratch, cudaStream
     return launch(dcnv3_largest_kernel<T>, linear_blocks((size + 63) / 64), kThreads, stream,
                   static_cast<const T*>(values), size, to);
   };
-  cudaError_t error = cudaMemsetAsync(scratch, 0, static_cast<size_t>(fixed_words(params) * 8), stream);
+  cudaError_t error =
+      cudaMemsetAsync(scratch, 0, static_cast<size_t>(fixed_words(params) * 8), stream);
   if (error == cudaSuccess) {
     error = largest(params.grad_out, units * shape.group_size, fixed.largest);
   }

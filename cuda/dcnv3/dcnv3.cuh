@@ -4,8 +4,8 @@
 //
 // Work: a point (one k of one output pixel and group) has a place, four bilinear weights and a mask
 // that all D channels of its group share, and then 8 flops a channel. Lanes of a warp that work on
-// one pixel and group (a unit, dcnv3_tiling.h) therefore make the points together, each point in one
-// lane, with neighbouring lanes reading neighbouring offsets, and pass them on through shared
+// one pixel and group (a unit, dcnv3_tiling.h) therefore make the points together, each point in
+// one lane, with neighbouring lanes reading neighbouring offsets, and pass them on through shared
 // memory; the softmax is a reduction over the unit's lanes. Each lane then gathers 16 bytes of
 // every corner. Warps do not wait for each other, except where a kernel has more points than the
 // warp's part of shared memory (288), which then go through it in chunks.
@@ -20,14 +20,14 @@
 // which corners lie in the image; where all do, nearly everywhere, the loads have no condition.
 //
 // Bytes, backward: x, offset, mask, grad_out read, their gradients written, and grad_x summed in
-// float32: 327 MB and 98 us for the same call if that sum stayed in cache, 533 MB and 159 us if not.
-// Gradients by offset and mask are dot products over channels: shuffles over the unit's lanes, no
-// atomics, stored in the tensors' own type. The gradient by x is added by red instructions, one of
-// 16 bytes on compute capability 9.0, four before, to a float32 array; one pass rounds it where x
-// is a half type.
+// float32: 327 MB and 98 us for the same call if that sum stayed in cache, 533 MB and 159 us if
+// not. Gradients by offset and mask are dot products over channels: shuffles over the unit's lanes,
+// no atomics, stored in the tensors' own type. The gradient by x is added by red instructions, one
+// of 16 bytes on compute capability 9.0, four before, to a float32 array; one pass rounds it where
+// x is a half type.
 //
-// Tiles: 4 warps a block, so that 7 x 7 pixels of 32 groups fill the last of their 25 blocks by half.
-// Rejected, by counting, not by measurement:
+// Tiles: 4 warps a block, so that 7 x 7 pixels of 32 groups fill the last of their 25 blocks by
+// half. Rejected, by counting, not by measurement:
 //   one thread a channel (as the operator's first kernels): every point is computed D times;
 //   8 warps a block: the same code, but twice the idle tail on small images;
 //   points passed by shuffles: 4 a point against one access, and units of other than a warp's lanes

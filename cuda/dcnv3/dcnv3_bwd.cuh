@@ -70,7 +70,10 @@ struct Share {
 
   __device__ Share(int lanes, int lane)
       : first(lanes == 1 ? 0 : (lane & 1) * 2 + (lane >> 1 & 1)),
-        count(lane >= 4 ? 0 : lanes == 1 ? 4 : lanes == 2 ? 2 : 1) {}
+        count(lane >= 4    ? 0
+              : lanes == 1 ? 4
+              : lanes == 2 ? 2
+                           : 1) {}
 };
 
 // ---- Gradient by x ------------------------------------------------------------------------------
@@ -229,7 +232,8 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks)
 
 // ---- Rounding -----------------------------------------------------------------------------------
 
-// to = from, rounded; grid: x over groups of kVector elements, strided. Both are aligned to 16 bytes.
+// to = from, rounded; grid: x over groups of kVector elements, strided. Both are aligned to 16
+// bytes.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     dcnv3_round_kernel(const float* from, T* to, int64_t size) {

@@ -32,11 +32,11 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_bwd_cuda(
       grad_out, x, offset, mask,
       {kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax},
       needs_grad);
-  Tensor scratch = torch::stable::new_empty(
-      x, {dcnv3_bwd_scratch_bytes(call.params, deterministic)},
-      torch::headeronly::ScalarType::Byte);
-  STD_CUDA_CHECK(launch_dcnv3_bwd(call.params, scratch.mutable_data_ptr(), deterministic,
-                                  current_stream(x)));
+  Tensor scratch =
+      torch::stable::new_empty(x, {dcnv3_bwd_scratch_bytes(call.params, deterministic)},
+                               torch::headeronly::ScalarType::Byte);
+  STD_CUDA_CHECK(
+      launch_dcnv3_bwd(call.params, scratch.mutable_data_ptr(), deterministic, current_stream(x)));
   return call.grads;
 }
 

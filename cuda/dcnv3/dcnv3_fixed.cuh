@@ -22,7 +22,7 @@ struct FixedPoint {
   unsigned long long* sums;     // [N, H, W, G, D] two's complement
   // The same, of what the rounding of a term to a unit left, in smaller units; float64 alone.
   unsigned long long* rests;
-  uint32_t* not_finite;         // a bit an element
+  uint32_t* not_finite;  // a bit an element
 };
 
 // A smaller unit: 2^-30 of a unit, so that 2^33 rests, each half a unit at most, do not overflow.

@@ -30,7 +30,8 @@ __device__ inline void add_samples(const Point<A>* points, const uint8_t* inside
     const A left = 1 - point.x;
     if (corners == kAllCorners) {
       const auto top_left = load<kVector>(at), top_right = load<kVector>(at + step);
-      const auto bottom_left = load<kVector>(at + row), bottom_right = load<kVector>(at + row + step);
+      const auto bottom_left = load<kVector>(at + row),
+                 bottom_right = load<kVector>(at + row + step);
       A values[4][kVector];
       widen(top_left, values[0]);
       widen(top_right, values[1]);
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     dcnv3_kernel(const Dcnv3Params params, const Tiling tiling) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;
-  const Workspace<A> work = make_workspace<A>(dynamic_shared(), tiling,
-                                              threadIdx.x / kWarpLanes, false);
+  const Workspace<A> work =
+      make_workspace<A>(dynamic_shared(), tiling, threadIdx.x / kWarpLanes, false);
   PointMaker<T> maker(shape, tiling, params.offset, params.mask, work);
   const int64_t step = pixel_step(shape, 1), row = shape.width * step;
   const int channels_a_pass = tiling.lanes * kVector;
@@ -65,7 +66,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for_each_units(shape, tiling, [&](const Units& units) {
     maker.begin(units);
     const int64_t unit = units.first + units.own;
-    const T* x = static_cast<const T*>(params.x) + group_begin(shape, units.image, group_of(shape, unit));
+    const T* x =
+        static_cast<const T*>(params.x) + group_begin(shape, units.image, group_of(shape, unit));
     T* out = static_cast<T*>(params.out) + out_begin(shape, units.image, unit);
     const int slot = units.own * tiling.pitch;
     for (int64_t pass = 0; pass < shape.group_size; pass += channels_a_pass) {

@@ -23,7 +23,7 @@ struct Step {
 
 template <class A>
 struct Origin {
-  int x, y;               // base of the unit's pixel, in pixels of x
+  int x, y;                // base of the unit's pixel, in pixels of x
   A largest, inverse_sum;  // softmax: weight = exp(logit - largest) * inverse_sum
 };
 
@@ -45,12 +45,12 @@ struct PointGrads {
 // What a warp owns, and the block's steps.
 template <class A>
 struct Workspace {
-  Step<A>* steps;         // [chunk] of the block
-  Point<A>* points;       // [units, pitch]
-  PointGrads<A>* grads;   // [units, pitch] in the backward
-  Origin<A>* origins;     // [units]
-  A* totals;              // [units] in the backward
-  uint8_t* inside;        // [units, pitch] the corners that lie in the image; 0: not valid
+  Step<A>* steps;        // [chunk] of the block
+  Point<A>* points;      // [units, pitch]
+  PointGrads<A>* grads;  // [units, pitch] in the backward
+  Origin<A>* origins;    // [units]
+  A* totals;             // [units] in the backward
+  uint8_t* inside;       // [units, pitch] the corners that lie in the image; 0: not valid
 };
 
 M3I_HOST_DEVICE constexpr int round_up(int bytes) { return (bytes + 31) / 32 * 32; }
@@ -102,7 +102,8 @@ __device__ inline double product(double a, double b) { return __dmul_rn(a, b); }
 // Sum over the lanes of a unit, in all of them.
 template <class A>
 __device__ inline A sum_over_lanes(A value, int lanes) {
-  for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  for (int step = lanes / 2; step > 0; step /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, step);
   return value;
 }
 
@@ -190,16 +191,16 @@ __device__ inline unsigned locate(const Dcnv3Shape& shape, const Origin<A>& orig
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
   const A scale = static_cast<A>(shape.offset_scale);
   int x, y;
-  const bool valid_x = place(product(offset_x, scale), origin.x, width, step.x, step.x_fraction, x,
-                             point.x);
-  const bool valid_y = place(product(offset_y, scale), origin.y, height, step.y, step.y_fraction, y,
-                             point.y);
+  const bool valid_x =
+      place(product(offset_x, scale), origin.x, width, step.x, step.x_fraction, x, point.x);
+  const bool valid_y =
+      place(product(offset_y, scale), origin.y, height, step.y, step.y_fraction, y, point.y);
   const bool valid = valid_x && valid_y;
   point.pixel = valid ? y * width + x : 0;
-  const unsigned columns = (x >= 0 ? kTopLeft | kBottomLeft : 0) |
-                           (x < width - 1 ? kTopRight | kBottomRight : 0);
-  const unsigned rows = (y >= 0 ? kTopLeft | kTopRight : 0) |
-                        (y < height - 1 ? kBottomLeft | kBottomRight : 0);
+  const unsigned columns =
+      (x >= 0 ? kTopLeft | kBottomLeft : 0) | (x < width - 1 ? kTopRight | kBottomRight : 0);
+  const unsigned rows =
+      (y >= 0 ? kTopLeft | kTopRight : 0) | (y < height - 1 ? kBottomLeft | kBottomRight : 0);
   return valid ? columns & rows : 0;
 }
 

@@ -25,9 +25,9 @@ inline constexpr int kMaxChunk = 64;
 
 struct Tiling {
   int64_t blocks;  // that an image is cut into
-  int lanes;  // of a unit, a power of two
-  int units;  // of a warp
-  int chunk;  // points of a unit at once
+  int lanes;       // of a unit, a power of two
+  int units;       // of a warp
+  int chunk;       // points of a unit at once
   int pitch;  // slots from unit to unit: odd, so that the units' 16-byte slots lie in other banks
 };
 
