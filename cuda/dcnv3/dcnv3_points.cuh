@@ -107,8 +107,8 @@ __device__ inline A sum_over_lanes(A value, int lanes) {
   return value;
 }
 
-// a / b, b > 0. The compiler's own division of 64 bits is a subroutine, and a kernel that calls one
-// spills what it holds in registers.
+// a / b, a >= 0, b > 0. Nearly always both fit 32 bits, which are divided in line; the compiler's
+// own division of 64 bits is a subroutine.
 __device__ inline int64_t quotient(int64_t a, int64_t b) {
   if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   int64_t result = 0, rest = 0;

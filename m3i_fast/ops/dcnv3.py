@@ -238,8 +238,9 @@ def dcnv3(
     Computed in float32 (float64 for float64) and rounded once. On the CPU, results and gradients
     are the same bits for any number of threads. On CUDA the gradient by x is the same bits at every
     run after `torch.use_deterministic_algorithms(True)`: it is then summed in integers, to 2^-47 of
-    the largest product for 56 x 56 pixels and 9 points, and a sum that is not finite is NaN. At integer places, where the derivative by the
-    offset jumps, it is the one from the right. Differentiable once.
+    the largest product for 56 x 56 pixels and 9 points, and a sum that is not finite is NaN. At
+    integer places, where the derivative by the offset jumps, it is the one from the right.
+    Differentiable once.
 
     Under autocast the three tensors are cast to its dtype, except float64 ones.
 

@@ -65,7 +65,7 @@ def has_wide_vectors(name: str) -> bool:
 
 
 def test_corners_are_loaded_by_16_bytes(sass: dict[str, list[str]]) -> None:
-    """Four of them at least without a condition between: a copy of the loop's interior."""
+    """Of a point with all corners inside, and of one with some."""
     for stem in ("dcnv3_kernel", "dcnv3_bwd_kernel"):
         kernels = kernels_of(sass, stem)
         assert len(kernels) == 8
@@ -86,11 +86,11 @@ def test_gradients_by_x_are_added_without_waiting(
     for name, code in kernels_of(sass, "dcnv3_bwd_kernel").items():
         reds = [op for op in code if op.startswith("RED")]
         assert reds, name
-        assert not any(op.startswith(("ATOM", "ATOMG")) for op in code), name
+        assert not any(op.startswith("ATOM") for op in code), name
         if has_wide_vectors(name) and "Id" not in name and architecture == "90a":
-            assert all("128" in op or "x4" in op.lower() for op in reds), f"{name}: {set(reds)}"
+            assert all("F32x4" in op for op in reds), f"{name}: {set(reds)}"
 
 
-def test_nothing_is_called_and_nothing_spilled(sass: dict[str, list[str]]) -> None:
+def test_nothing_goes_through_local_memory(sass: dict[str, list[str]]) -> None:
     for name, code in sass.items():
-        assert not any(op.startswith(("CALL", "STL", "LDL")) for op in code), name
+        assert not any(op.startswith(("STL", "LDL")) for op in code), name
