@@ -68,12 +68,11 @@ __device__ inline void sum_four(A (&values)[4], int lanes, int lane) {
 struct Share {
   int first, count;
 
-  __device__ Share(int lanes, int lane)
-      : first(lanes == 1 ? 0 : (lane & 1) * 2 + (lane >> 1 & 1)),
-        count(lane >= 4    ? 0
-              : lanes == 1 ? 4
-              : lanes == 2 ? 2
-                           : 1) {}
+  __device__ Share(int lanes, int lane) {
+    first = lanes == 1 ? 0 : (lane & 1) * 2 + (lane >> 1 & 1);
+    count = lanes == 1 ? 4 : lanes == 2 ? 2 : 1;
+    if (lane >= 4) count = 0;
+  }
 };
 
 // ---- Gradient by x ------------------------------------------------------------------------------
