@@ -95,11 +95,11 @@ inline void check_extents(const torch::stable::Tensor& x, const Dcnv3Geometry& g
   STD_TORCH_CHECK(shape.out_height > 0 && shape.out_width > 0,
                   "x: expected an image that the kernel fits into, got none of its positions: ",
                   describe(x, geometry));
-  constexpr int64_t kExtent = 1 << 29;
+  constexpr int64_t kExtent = 1 << 28;
   STD_TORCH_CHECK((shape.height + 3) * (shape.width + 2) <= std::numeric_limits<int32_t>::max() &&
                       shape.height + 2 * shape.pad_height <= kExtent &&
                       shape.width + 2 * shape.pad_width <= kExtent,
-                  "x: expected an image of fewer than 2^31 pixels, padded extents up to 2^29, got ",
+                  "x: expected an image of fewer than 2^31 pixels, padded extents up to 2^28, got ",
                   describe(x, geometry));
 }
 

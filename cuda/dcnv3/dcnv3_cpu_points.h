@@ -18,8 +18,11 @@ constexpr int64_t kBlockPoints = 256;
 
 constexpr int64_t kAlignment = 64;
 
-// Pixels; no image is as large.
-constexpr int32_t kFar = 1 << 30;
+// Pixels: no padded image is larger, and an offset that leads further counts as outside.
+constexpr int32_t kFar = 1 << 28;
+
+// In a table: outside, wherever the block lies and whatever the offset.
+constexpr int32_t kNever = 1 << 30;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -91,8 +94,7 @@ void fill_tables(const Dcnv3Shape& shape, const Points<A>& points) {
   const auto split = [&](int64_t distance, IntOf<A>& whole, A& fraction) {
     const double scaled = static_cast<double>(distance) * shape.offset_scale;
     const double below = std::floor(scaled);
-    // Out of reach of any image, so never valid, if that is more than 2^30.
-    whole = std::abs(below) < kFar ? static_cast<IntOf<A>>(below) : static_cast<IntOf<A>>(kFar);
+    whole = static_cast<IntOf<A>>(std::abs(below) < kFar ? below : kNever);
     fraction = static_cast<A>(scaled - below);
   };
   int64_t at = 0;

@@ -22,7 +22,7 @@
 namespace m3i {
 
 // Extents and geometry of one call. All arrays are contiguous, row-major, of one dtype;
-// (height + 3) * (width + 2) is below 2^31 and a padded image's extents are at most 2^29; the
+// (height + 3) * (width + 2) is below 2^31 and a padded image's extents are at most 2^28; the
 // product of all extents may be larger.
 struct Dcnv3Shape {
   int64_t batch;       // N

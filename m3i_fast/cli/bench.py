@@ -8,6 +8,7 @@ from m3i_fast.cli import console, nearest, refuse
 
 BENCHMARKS = {
     "mask_mix": "mask, mix and normalise views: ours beside the torch expressions it replaces",
+    "dcnv3": "deformable convolution v3: ours beside grid_sample and torchvision",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
     "demo_ablation": "what each term of M3I brings to the demo",

@@ -93,34 +93,31 @@ def dcnv3(
     """
     dtype, (height, width) = x.dtype, x.shape[1:3]
     x, offset, mask = (tensor.to(compute_dtype or dtype) for tensor in (x, offset, mask))
-    (kernel_h, kernel_w), (stride_h, stride_w), (pad_h, pad_w), (step_h, step_w) = (
+    kernel, strides, pads, dilations = (
         (pair, pair) if isinstance(pair, int) else pair
         for pair in (kernel_size, stride, padding, dilation)
     )
-    points = [(i, j) for i in range(kernel_w) for j in range(kernel_h)]
+    points = [(j, i) for i in range(kernel[1]) for j in range(kernel[0])]  # row and column
     if remove_center:
-        points.remove((kernel_w // 2, kernel_h // 2))
-    column_K, row_K = x.new_tensor(points).unbind(dim=1)
-    offset_NYXGK2 = offset.unflatten(-1, (groups, len(points), 2))
+        points.remove((kernel[0] // 2, kernel[1] // 2))
+    point_2K = x.new_tensor(points).T
+    offset_NYXGK2 = offset.unflatten(-1, (groups, len(points), 2)).flip(-1)  # (y, x)
     mask_NYXGK = mask.unflatten(-1, (groups, len(points)))
     if softmax:
         mask_NYXGK = mask_NYXGK.softmax(dim=-1)
     index_Y, index_X = (torch.arange(size, device=x.device) for size in offset.shape[1:3])
-    x_NYXGK = _places(
-        offset_NYXGK2[..., 0],
-        column_K,
-        index_X[:, None, None],
-        *(kernel_w, stride_w, pad_w, step_w, offset_scale),
-    )
-    y_NYXGK = _places(
-        offset_NYXGK2[..., 1],
-        row_K,
-        index_Y[:, None, None, None],
-        *(kernel_h, stride_h, pad_h, step_h, offset_scale),
+    y_NYXGK, x_NYXGK = (
+        _places(
+            offset_NYXGK2[..., d],
+            point_2K[d],
+            index,
+            *(kernel[d], strides[d], pads[d], dilations[d], offset_scale),
+        )
+        for d, index in enumerate((index_Y[:, None, None, None], index_X[:, None, None]))
     )
     valid = (x_NYXGK > -1) & (y_NYXGK > -1) & (x_NYXGK < width) & (y_NYXGK < height)
     sample_NYXGKD = _sample(x, *(torch.where(valid, at, 0.0) for at in (x_NYXGK, y_NYXGK)))
-    weight_NYXGK = torch.where(valid, mask_NYXGK, 0.0)
-    # An invalid point adds nothing, whatever the image holds at the place that stands in for it.
+    # A point that is not valid adds nothing, whatever x holds at the place that stands in for it.
     sample_NYXGKD = torch.where(valid[..., None], sample_NYXGKD, 0.0)
+    weight_NYXGK = torch.where(valid, mask_NYXGK, 0.0)
     return (weight_NYXGK[..., None] * sample_NYXGKD).sum(dim=-2).flatten(-2).to(dtype)

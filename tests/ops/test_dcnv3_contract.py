@@ -85,11 +85,13 @@ def test_compiles_once_for_every_size() -> None:
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(dcnv3, fullgraph=True, backend=backend, dynamic=True)
-    for batch, image in ((2, (5, 6)), (3, (7, 9))):
+    counts = []
+    for batch, image in ((2, (5, 6)), (3, (7, 9)), (4, (8, 5))):
         config = Config(batch=batch, image=image)
         inputs, _ = make(config)
         assert torch.equal(compiled(*inputs, **config.options), dcnv3(*inputs, **config.options))
-    assert backend.frame_count == 1
+        counts.append(backend.frame_count)
+    assert counts[0] == counts[1] == counts[2]
 
 
 # ---- Gradients -----------------------------------------------------------------------------------
@@ -152,6 +154,23 @@ def test_offsets_without_a_place_add_nothing(bad: float, softmax: bool) -> None:
     assert not expected[2][lost].any()
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e9, -3e30])
+def test_any_finite_scale(scale: float) -> None:
+    """0: the centre, k times; -1: the window mirrored; far beyond the image: the centre alone."""
+    config = Config()
+    (x, offset, mask), _ = make(config)
+    still = torch.zeros_like(offset)
+    out = dcnv3(x, still, mask, **{**config.options, "offset_scale": scale})
+    weights = mask.unflatten(-1, (2, 9))
+    if scale == -1.0:
+        mirrored = weights.flip(-1).flatten(-2)
+        expected = dcnv3(x, still, mirrored, **config.options)
+    else:
+        weight = weights.sum(-1) if scale == 0.0 else weights[..., 4]
+        expected = (x.unflatten(-1, (2, 16)) * weight[..., None]).flatten(-2)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
 def test_points_outside_meet_no_infinity() -> None:
     config = Config(batch=1, groups=1, padding=(0, 0), image=(3, 3))
     (x, _, mask), grad_out = make(config)
@@ -203,7 +222,9 @@ def test_autocast(dtype: torch.dtype) -> None:
         out = dcnv3(*mixed, **config.options)
     assert out.dtype == dtype
     assert torch.equal(out, dcnv3(*(tensor.to(dtype) for tensor in inputs), **config.options))
+    compiled = torch.compile(dcnv3, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(compiled(*mixed, **config.options), out)
         assert dcnv3(*(t.double() for t in inputs), **config.options).dtype == torch.float64
 
 
