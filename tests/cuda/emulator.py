@@ -92,7 +92,7 @@ def runtime() -> ctypes.CDLL:
 
     def build(library: Path, folder: Path) -> None:
         torch_root = _torch_root()
-        options = [*_COMMON, "-O2", f"-I{EMULATOR / 'include'}"]
+        options = [*_COMMON, "-O3", f"-I{EMULATOR / 'include'}"]
         options += ["-isystem", f"{torch_root}/include"]
         link = ["-shared", "-ldl", f"-L{torch_root}/lib", "-lc10"]
         _run("g++", *options, *sources, "-o", library, *link, f"-Wl,-soname,{library.name}")

@@ -14,9 +14,7 @@ from tests.ops.dcnv3_cases import Config, assert_right, grid, make, results
 from tests.ops.test_dcnv3 import GRID, KERNELS, SHAPES
 from tests.ops.test_dcnv3_contract import (  # noqa: F401  run here on the other kernel
     SMALL,
-    config,
     test_a_sample_on_the_border_is_outside,
-    test_gradcheck,
     test_offsets_without_a_place_add_nothing,
     test_opcheck_of_other_types,
     test_points_outside_meet_no_infinity,
@@ -90,11 +88,17 @@ CHUNKED = {
 
 @on_every_device
 @pytest.mark.parametrize("config", CHUNKED.values(), ids=CHUNKED.keys())
-def test_more_points_and_channels_than_fit_at_once(
-    config: Config,  # noqa: F811
-    device: str,
-) -> None:
+def test_more_points_and_channels_than_fit_at_once(config: Config, device: str) -> None:
     assert_right(dcnv3, config, torch.float32, device)
+
+
+@on_every_device
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL.keys())
+def test_cuda_gradcheck(config: Config, device: str) -> None:
+    leaves = [tensor.to(device).requires_grad_() for tensor in make(config, torch.float64)[0]]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: dcnv3(*tensors, **config.options), leaves, nondet_tol=1e-12
+    )
 
 
 @on_every_device

@@ -51,6 +51,7 @@ struct Warp {
 
 // What the threads that came to a barrier knew of each other's progress: see race.h.
 struct SyncClock {
+  bool within_warp = false;  // all of them are of one warp
   uint64_t epoch = 0;
   std::vector<uint32_t> row;
 };

@@ -7,6 +7,7 @@
 #include "race.h"
 #include "report.h"
 #include "scheduler.h"
+#include "signals.h"
 
 #include <map>
 #include <mutex>
@@ -85,7 +86,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     const Module* module = module_of(kernel);
     set_shared(config.dynamicSmemBytes, module->shared_base(), module->shared_bytes);
     begin_reports(kernel);
-    run_grid(config, {invoke, closure});
+    const FaultHandler handler;
+    if (sigsetjmp(FaultHandler::leave, 1) == 0) {
+      run_grid(config, {invoke, closure});
+    } else {
+      forget_running();
+    }
     error = launch_error();
   }
   if (error != cudaSuccess) last_error = error;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <map>
 #include <new>
+#include <vector>
 
 namespace m3i::emulator {
 
@@ -38,16 +39,44 @@ void* map(size_t bytes) {
   return memory;
 }
 
+// Bytes that the shadow of a region of `size` bytes has room for.
+size_t shadow_size(size_t size) {
+  size_t power = 256;
+  while (power < size) power *= 2;
+  return power;
+}
+
+std::map<size_t, std::vector<Stamp*>>& free_shadows() {
+  static auto* lists = new std::map<size_t, std::vector<Stamp*>>;
+  return *lists;
+}
+size_t bytes_of_free_shadows = 0;
+
 }  // namespace
 
 void Region::make_shadow() {
-  const size_t bytes = end - begin;
-  shadow.writes = static_cast<Stamp*>(map(2 * sizeof(Stamp) * bytes));
-  shadow.reads = shadow.writes + bytes;
+  const size_t size = shadow_size(end - begin);
+  std::vector<Stamp*>& free = free_shadows()[size];
+  if (free.empty()) {
+    shadow.writes = static_cast<Stamp*>(map(2 * sizeof(Stamp) * size));
+  } else {
+    shadow.writes = free.back();
+    free.pop_back();
+    bytes_of_free_shadows -= 2 * sizeof(Stamp) * size;
+  }
+  shadow.reads = shadow.writes + size;
 }
 
 void Region::drop_shadow() {
-  if (shadow.writes) munmap(shadow.writes, 2 * sizeof(Stamp) * (end - begin));
+  if (!shadow.writes) return;
+  constexpr size_t kMostKept = 256 << 20;
+  const size_t size = shadow_size(end - begin), bytes = 2 * sizeof(Stamp) * size;
+  if (bytes_of_free_shadows + bytes <= kMostKept) {
+    free_shadows()[size].push_back(shadow.writes);
+    bytes_of_free_shadows += bytes;
+  } else {
+    munmap(shadow.writes, bytes);
+  }
   shadow = {};
 }
 

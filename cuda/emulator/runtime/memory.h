@@ -10,6 +10,7 @@ namespace m3i::emulator {
 // Who touched a byte, and when: see race.h.
 using Stamp = uint64_t;
 
+// Stamps of former epochs count for nothing, so a shadow is handed on as it is.
 struct Shadow {
   Stamp* writes = nullptr;  // one a byte
   Stamp* reads = nullptr;

@@ -135,6 +135,48 @@ bool all_equal(const Stamp* stamps, size_t count) {
   return difference == 0;
 }
 
+// kSize is the size, so that the compiler unrolls the loops; 0 where it is none of the usual ones.
+template <size_t kSize>
+void check_bytes(const Accessed& a) {
+  const size_t size = kSize ? kSize : a.size;
+  const size_t offset = a.address - a.region.begin;
+  Stamp* written = a.region.shadow.writes + offset;
+  Stamp* read = a.region.shadow.reads + offset;
+  const Stamp own = stamp_of(*running);
+  const bool uniform = all_equal(written, size) && all_equal(read, size);
+  for (size_t i = 0; i < (uniform ? 1 : size); ++i) check_byte(a, written[i], read[i]);
+  if (writes(a.access)) {
+    std::fill(written, written + size, atomic(a.access) ? own | kFlag : own);
+  } else if (atomic(a.access)) {
+    return;
+  } else if (uniform) {
+    std::fill(read, read + size, add_reader(read[0], own));
+  } else {
+    for (size_t i = 0; i < size; ++i) read[i] = add_reader(read[i], own);
+  }
+}
+
+// ---- Clocks -------------------------------------------------------------------------------------
+
+// The last epoch in which a thread heard of another warp otherwise than by __syncthreads. Before
+// that, a row has nothing but the own warp in it, and __syncwarp need not join the rest.
+uint64_t across_warps_epoch = 0;
+
+struct Columns {
+  size_t begin, end;
+};
+
+Columns columns(const Thread& thread, const SyncClock& clock) {
+  const size_t count = running_block->threads.size();
+  if (!clock.within_warp || across_warps_epoch == epoch) return {0, count};
+  const size_t begin = thread.warp * kWarpSize;
+  return {begin, std::min<size_t>(count, begin + kWarpSize)};
+}
+
+void join(uint32_t* into, const uint32_t* from, Columns columns) {
+  for (size_t i = columns.begin; i < columns.end; ++i) into[i] = std::max(into[i], from[i]);
+}
+
 void begin(uint64_t& first_of) {
   begin_epoch();
   first_of = epoch;
@@ -161,42 +203,41 @@ void begin_block_epoch() {
 }
 
 void release(Thread& thread, SyncClock& clock) {
-  uint32_t* row = row_of(*running_block, thread.rank);
-  row[thread.rank] = thread.clock++;
-  if (thread.clock >> kClockBits) {
+  if ((thread.clock + 1) >> kClockBits) {
     fail_thread(thread, "more than a million synchronisations without __syncthreads", thread.site);
   }
-  const size_t count = running_block->threads.size();
+  if (!clock.within_warp) across_warps_epoch = epoch;
+  uint32_t* row = row_of(*running_block, thread.rank);
+  row[thread.rank] = thread.clock++;
   if (clock.epoch != epoch) {
     clock.epoch = epoch;
-    clock.row.assign(count, 0);
+    clock.row.assign(running_block->threads.size(), 0);
   }
-  for (size_t i = 0; i < count; ++i) clock.row[i] = std::max(clock.row[i], row[i]);
+  join(clock.row.data(), row, columns(thread, clock));
 }
 
 void acquire(const Thread& thread, const SyncClock& clock) {
   if (clock.epoch != epoch) return;  // a barrier since then has ordered more
-  uint32_t* row = row_of(*running_block, thread.rank);
-  for (size_t i = 0; i < clock.row.size(); ++i) row[i] = std::max(row[i], clock.row[i]);
+  join(row_of(*running_block, thread.rank), clock.row.data(), columns(thread, clock));
 }
 
 void check_race(Region& region, uintptr_t address, size_t size, Access access,
                 uintptr_t instruction) {
   if (!region.shadow.writes) region.make_shadow();
-  Stamp* written = region.shadow.writes + (address - region.begin);
-  Stamp* read = region.shadow.reads + (address - region.begin);
   const Accessed accessed{region, address, size, access, instruction};
-  const Stamp own = stamp_of(*running);
-  const bool uniform = all_equal(written, size) && all_equal(read, size);
-  for (size_t i = 0; i < (uniform ? 1 : size); ++i) check_byte(accessed, written[i], read[i]);
-  if (writes(access)) {
-    std::fill(written, written + size, atomic(access) ? own | kFlag : own);
-  } else if (atomic(access)) {
-    return;
-  } else if (uniform) {
-    std::fill(read, read + size, add_reader(read[0], own));
-  } else {
-    for (size_t i = 0; i < size; ++i) read[i] = add_reader(read[i], own);
+  switch (size) {
+    case 1:
+      return check_bytes<1>(accessed);
+    case 2:
+      return check_bytes<2>(accessed);
+    case 4:
+      return check_bytes<4>(accessed);
+    case 8:
+      return check_bytes<8>(accessed);
+    case 16:
+      return check_bytes<16>(accessed);
+    default:
+      return check_bytes<0>(accessed);
   }
 }
 

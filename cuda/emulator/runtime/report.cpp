@@ -53,7 +53,7 @@ std::string place_of(const Thread& thread) {
   return ", block " + to_string(running_block->index) + ", thread " + to_string(thread.index);
 }
 
-const char* waits_for(const Thread& thread) {
+std::string waits_for(const Thread& thread) {
   switch (thread.state) {
     case Thread::State::kAtBarrier:
       return "__syncthreads";
@@ -75,6 +75,7 @@ std::string to_string(uint3 index) {
 
 std::string to_string(Site site) {
   if (site.file) return std::string(site.file) + ":" + std::to_string(site.line);
+  if (!site.instruction) return "an unknown place";
   return source_of(reinterpret_cast<uintptr_t>(site.instruction));
 }
 
@@ -109,27 +110,45 @@ void fail_thread(const Thread& thread, const std::string& what, Site site) {
   abandon_block();
 }
 
-void fail_with(cudaError_t error, const std::string& what, Site site) {
+void record_failure(cudaError_t error, const std::string& what, Site site) {
   record(error, what, place_of(*running), site);
+}
+
+void fail_with(cudaError_t error, const std::string& what, Site site) {
+  record_failure(error, what, site);
   abandon_block();
 }
 
 void fail(const char* what, Site site) { fail_with(cudaErrorLaunchFailure, what, site); }
 
-void report_deadlock(const Block& block) {
+namespace {
+
+void report_waiting(const Block& block, const std::string& why) {
   // How many threads wait for what, where
   std::map<std::string, int> counts;
   const Thread* first = nullptr;
   for (const Thread& thread : block.threads) {
     if (thread.state == Thread::State::kDone) continue;
     if (!first) first = &thread;
-    ++counts[std::string(waits_for(thread)) + " at " + to_string(thread.site)];
+    const bool spins = thread.state == Thread::State::kYielded;
+    ++counts[spins ? "their turn, again and again"
+                   : waits_for(thread) + " at " + to_string(thread.site)];
   }
-  std::string what = "deadlock: no thread of the block can go on";
+  std::string what = why;
   for (const auto& [wait, count] : counts) {
     what += "\n  " + std::to_string(count) + " threads wait for " + wait;
   }
   record(cudaErrorLaunchFailure, what, place_of(*first), first->site);
+}
+
+}  // namespace
+
+void report_deadlock(const Block& block) {
+  report_waiting(block, "deadlock: no thread of the block can go on");
+}
+
+void report_standstill(const Block& block) {
+  report_waiting(block, "standstill: all threads that can go on only wait for others");
 }
 
 cudaError_t launch_error() { return error_of_launch; }

@@ -23,8 +23,12 @@ std::string describe_memory(const Region& region, uintptr_t address, size_t size
 [[noreturn]] void fail_with(cudaError_t error, const std::string& what, Site site);
 [[noreturn]] void fail_thread(const Thread& thread, const std::string& what, Site site);
 
+// As fail_with, for the caller to leave the thread.
+void record_failure(cudaError_t error, const std::string& what, Site site);
+
 // Nobody can go on.
 void report_deadlock(const Block& block);
+void report_standstill(const Block& block);
 
 // Of the running launch: cudaSuccess while nothing was reported.
 cudaError_t launch_error();

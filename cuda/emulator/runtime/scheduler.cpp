@@ -23,6 +23,7 @@ StackPool stacks;
 void* scheduler = nullptr;  // where run_block waits for the running thread
 const Call* call = nullptr;
 bool abandoned = false;
+bool moved = false;  // a thread has done more than to yield
 
 void finish_thread() {
   Block& block = *running_block;
@@ -53,6 +54,7 @@ void resume(Thread& thread) {
   running = &thread;
   switch_fiber(&scheduler, thread.saved);
   running = nullptr;
+  moved |= thread.state != Thread::State::kYielded;
   if (thread.state == Thread::State::kDone || abandoned) {
     stacks.give(thread.stack);
     thread.stack = {};
@@ -90,6 +92,11 @@ void prepare(Block& block, dim3 size) {
 
 }  // namespace
 
+void forget_running() {
+  running = nullptr;
+  running_block = nullptr;
+}
+
 void wait(Thread::State state, Site site) {
   Thread& thread = *running;
   thread.state = state;
@@ -119,13 +126,16 @@ void run_block(Block& block, dim3 size, const Call& kernel_call) {
   blockDim = size;
   abandoned = false;
   begin_block_epoch();
-  while (block.alive && !abandoned) {
+  constexpr int kMostIdlePasses = 1'000'000;
+  for (int idle_passes = 0; block.alive && !abandoned; ++idle_passes) {
     bool progress = false;
+    moved = false;
     for (unsigned w = 0; w < block.warps.size() && !abandoned; ++w) progress |= run_warp(block, w);
-    if (!progress && block.alive && !abandoned) {
-      report_deadlock(block);
-      abandoned = true;
-    }
+    if (moved) idle_passes = 0;
+    if (abandoned || !block.alive) break;
+    if (!progress) report_deadlock(block);
+    if (idle_passes == kMostIdlePasses) report_standstill(block);
+    abandoned = launch_error() != cudaSuccess;
   }
   for (Thread& thread : block.threads) {
     if (thread.stack.low) stacks.give(thread.stack);

@@ -28,6 +28,9 @@ void wait(Thread::State state, Site site);
 // A collective of this warp may be complete now that a lane has arrived or returned.
 void complete_collectives(Warp& warp, Thread& any_lane);
 
+// After a jump out of a fiber: nothing runs.
+void forget_running();
+
 // Lands what the thread did not wait for.
 void finish_copies(Thread& thread);
 

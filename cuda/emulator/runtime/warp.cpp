@@ -215,7 +215,7 @@ void complete_reduction(uint32_t lanes, void* const* payloads, Site) {
 }
 
 void complete_barrier(uint32_t lanes, void* const*, Site) {
-  static SyncClock clock;
+  static SyncClock clock{true, 0, {}};
   clock.epoch = 0;
   const auto thread = [](uint32_t lane) -> Thread& {
     return running_block->lane_of(*running, lane);

@@ -30,6 +30,17 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+// Rounded once: to a float first, away from the ties that are none, and to odd where it is inexact.
+inline uint16_t double_to_bfloat16(double value) {
+  const float nearest = static_cast<float>(value);
+  if (static_cast<double>(nearest) == value || std::isnan(value) || std::isinf(nearest)) {
+    return float_to_bfloat16(nearest);
+  }
+  const bool too_far = std::fabs(static_cast<double>(nearest)) > std::fabs(value);
+  const uint32_t towards_zero = bits_of_float(nearest) - (too_far ? 1u : 0u);
+  return float_to_bfloat16(float_of_bits(towards_zero | 1u));
+}
+
 inline float half_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
   const uint32_t exponent = bits >> 10 & 0x1fu;
@@ -47,7 +58,7 @@ inline uint16_t double_to_half(double value) {
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   if (std::isnan(value)) return 0x7fff;
   const double magnitude = std::fabs(value);
-  if (magnitude == 0.0) return sign;
+  if (magnitude == 0) return sign;
   if (magnitude >= 65520.0) return sign | 0x7c00;  // half way to the next power of two
   // Units of the last place: 2^-24 below the normal numbers
   int exponent = 0;
