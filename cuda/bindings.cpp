@@ -13,11 +13,12 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "int[2] padding, int[2] dilation, int groups, float offset_scale, bool remove_center, "
       "bool softmax)"
       " -> Tensor");
-  // needs_grad: of x, offset and mask; the gradient of one that needs none is empty.
+  // needs_grad: of x, offset and mask; the gradient of one that needs none is empty. deterministic:
+  // the same bits at every run, which a CPU gives always.
   library.def(
       "dcnv3_bwd(Tensor grad_out, Tensor x, Tensor offset, Tensor mask, int[2] kernel_size, "
       "int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
-      "bool remove_center, bool softmax, bool[3] needs_grad)"
+      "bool remove_center, bool softmax, bool[3] needs_grad, bool deterministic=False)"
       " -> (Tensor grad_x, Tensor grad_offset, Tensor grad_mask)");
 }
 

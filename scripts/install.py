@@ -132,7 +132,8 @@ def complete_toolkit(toolkit: Path) -> None:
 def install_nvcc(plan: Plan) -> None:
     """Put an nvcc of the plan's CUDA major into .venv/bin, where CMake and the tests find it."""
     if plan.cuda_major == 13:
-        pip_install(nvcc_requirement(installed_torch_cuda()))
+        # A test reads the machine code; any newer nvdisasm reads that of an older nvcc.
+        pip_install(nvcc_requirement(installed_torch_cuda()), "nvidia-cuda-nvdisasm>=13")
         for toolkit in VENV.glob("lib/python*/site-packages/nvidia/cu13"):
             complete_toolkit(toolkit)
     nvcc = find_nvcc(plan.cuda_major)

@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> dcnv3_bwd_cpu(
     const Tensor& grad_out, const Tensor& x, const Tensor& offset, const Tensor& mask,
     std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, int64_t groups, double offset_scale, bool remove_center,
-    bool softmax, std::vector<bool> needs_grad) {
+    bool softmax, std::vector<bool> needs_grad, bool /*deterministic*/) {
   const Dcnv3BwdCall call = prepare_dcnv3_bwd(
       grad_out, x, offset, mask,
       {kernel_size, stride, padding, dilation, groups, offset_scale, remove_center, softmax},

@@ -147,6 +147,7 @@ def _fake_bwd(
     remove_center: bool,
     softmax: bool,
     needs_grad: Sequence[bool],  # [3] x, offset, mask
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # like x, offset and mask; [0] where not needed
     grads = (
         torch.empty_like(tensor) if needed else tensor.new_empty(0)
@@ -163,7 +164,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     needs_grad = ctx.needs_input_grad[:3]
     grads = m3i.dcnv3_bwd.default(
-        grad_out.contiguous(), *ctx.saved_tensors, *ctx.geometry, list(needs_grad)
+        grad_out.contiguous(),
+        *ctx.saved_tensors,
+        *ctx.geometry,
+        list(needs_grad),
+        torch.are_deterministic_algorithms_enabled(),
     )
     of_tensors = [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)]
     return *of_tensors, *(None for _ in ctx.geometry)
@@ -231,8 +236,11 @@ def dcnv3(
     -1 < loc_x < W, -1 < loc_y < H, a NaN among them, adds nothing and has zero gradients.
 
     Computed in float32 (float64 for float64) and rounded once. On the CPU, results and gradients
-    are the same bits for any number of threads. At integer places, where the derivative by the
-    offset jumps, it is the one from the right. Differentiable once.
+    are the same bits for any number of threads. On CUDA the gradient by x is the same bits at every
+    run after `torch.use_deterministic_algorithms(True)`: it is then summed in integers, to 2^-47 of
+    the largest product for 56 x 56 pixels and 9 points, and a sum that is not finite is NaN. At
+    integer places, where the derivative by the offset jumps, it is the one from the right.
+    Differentiable once.
 
     Under autocast the three tensors are cast to its dtype, except float64 ones.
 

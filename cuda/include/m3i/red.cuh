@@ -31,4 +31,11 @@ __device__ inline void red_add(float* to, const float (&values)[kSize]) {
 #endif
 }
 
+// In double, one instruction each.
+template <int kSize>
+__device__ inline void red_add(double* to, const double (&values)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) atomicAdd(to + i, values[i]);
+}
+
 }  // namespace m3i

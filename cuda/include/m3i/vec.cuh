@@ -3,6 +3,7 @@
 #pragma once
 
 #include "m3i/bf16.h"
+#include "m3i/f16.h"
 #include "m3i/types.h"
 
 namespace m3i {
@@ -57,24 +58,86 @@ __device__ inline void store(T* to, const Vec<T, kSize>& value) {
   __stwb(reinterpret_cast<Raw*>(to), raw);
 }
 
+// What elements are computed in.
+template <class T>
+struct AccumulatorOf : Type<float> {};
+template <>
+struct AccumulatorOf<double> : Type<double> {};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+namespace detail {
+
+// The two 16-bit elements of a word.
+__device__ inline void widen_pair(uint32_t word, BFloat16, float& low, float& high) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+}
+__device__ inline void widen_pair(uint32_t word, Float16, float& low, float& high) {
+  unpack_f16x2(word, low, high);
+}
+
+__device__ inline uint32_t round_pair(BFloat16, float low, float high) {
+  return pack_bf16x2(low, high);
+}
+__device__ inline uint32_t round_pair(Float16, float low, float high) {
+  return pack_f16x2(low, high);
+}
+
+}  // namespace detail
+
+// The elements in what they are computed in.
+template <class T, int kSize>
+__device__ inline void widen(const Vec<T, kSize>& vector, Accumulator<T> (&values)[kSize]) {
+  if constexpr (sizeof(T) >= sizeof(float)) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] = vector.at[i];
+  } else if constexpr (kSize == 1) {
+    float nothing;
+    detail::widen_pair(vector.at[0].bits, T{}, values[0], nothing);
+  } else {
+    uint32_t words[kSize / 2];
+    memcpy(words, vector.at, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < kSize; i += 2) {
+      detail::widen_pair(words[i / 2], T{}, values[i], values[i + 1]);
+    }
+  }
+}
+
 // Rounds to Out, to nearest even.
-template <class Out, int kSize>
-__device__ inline Vec<Out, kSize> round_to(const float (&values)[kSize]) {
+template <class Out, class In, int kSize>
+__device__ inline Vec<Out, kSize> round_to(const In (&values)[kSize]) {
   Vec<Out, kSize> result;
-  if constexpr (sizeof(Out) == sizeof(float)) {
+  if constexpr (sizeof(Out) == sizeof(In)) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) result.at[i] = values[i];
   } else if constexpr (kSize == 1) {
-    result.at[0].bits = static_cast<uint16_t>(pack_bf16x2(values[0], 0.0f));
+    result.at[0].bits = static_cast<uint16_t>(detail::round_pair(Out{}, values[0], 0.0f));
   } else {
+    uint32_t words[kSize / 2];
 #pragma unroll
     for (int i = 0; i < kSize; i += 2) {
-      const uint32_t packed = pack_bf16x2(values[i], values[i + 1]);
-      result.at[i].bits = static_cast<uint16_t>(packed);
-      result.at[i + 1].bits = static_cast<uint16_t>(packed >> 16);
+      words[i / 2] = detail::round_pair(Out{}, values[i], values[i + 1]);
     }
+    memcpy(result.at, words, sizeof(words));
   }
   return result;
+}
+
+// One element, in what it is computed in; read-only as in load().
+template <class T>
+__device__ inline Accumulator<T> load_value(const T* from) {
+  Accumulator<T> value[1];
+  widen(load<1>(from), value);
+  return value[0];
+}
+
+// Rounds one value.
+template <class T>
+__device__ inline void store_value(T* to, Accumulator<T> value) {
+  const Accumulator<T> values[1] = {value};
+  store(to, round_to<T>(values));
 }
 
 }  // namespace m3i
