@@ -77,9 +77,10 @@ def test_runs_are_resumed_and_not_repeated(
     )
     run_missing(ablation)
     rows = [row["figures"] for row in read_rows(demo_ablation.SUBJECT, folder=ablation.ledger)]
-    assert {row["method"] for row in rows} == {"m3i", "category only"}  # whichever ended first
-    assert len(rows[0]["hits"]["trained"]["knn_top1"]) == rows[0]["held_out_concepts"]
-    assert "caption_to_image_recall_at_5" not in rows[1]["hits"]["trained"]
+    hits = {row["method"]: row["hits"]["trained"] for row in rows}  # either may have ended first
+    assert hits.keys() == {"m3i", "category only"}
+    assert len(hits["m3i"]["knn_top1"]) == rows[0]["held_out_concepts"]
+    assert "caption_to_image_recall_at_5" not in hits["category only"]
     run_missing(ablation)
     assert len(list(read_rows(demo_ablation.SUBJECT, folder=ablation.ledger))) == 2
     main(
