@@ -18,23 +18,23 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
-from m3i_fast.benchmarks.harness import Timing, append_row, measure
+from m3i_fast.benchmarks.harness import Device, Timing, measure, publish, resolve
 from m3i_fast.ops import dcnv3
 
 SUBJECT = "dcnv3"
 OURS, COPY = "m3i_fast", "copy"
 KERNEL, POINTS = 3, 9
+GEOMETRY: dict[str, Any] = {"kernel_size": KERNEL, "stride": 1, "padding": 1, "dilation": 1}
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ GPU_SIZES = _sizes(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto: the GPU where torch sees one."""
     num_samples: int = 20
     """Samples of each function, interleaved."""
@@ -108,15 +108,9 @@ class Config:
             raise ValueError(f"num_samples: expected at least 1, got {self.num_samples}")
 
     @property
-    def resolved_device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    @property
     def rows(self) -> list[tuple[Size, torch.dtype, float]]:
         """What is measured: sizes, dtypes, and the deviation of the offsets in pixels."""
-        if self.resolved_device == "cpu":
+        if resolve(self.device) == "cpu":
             dtypes = torch.float32, torch.bfloat16
             return [(size, dtype, 1.5) for size in CPU_SIZES for dtype in dtypes]
         return [
@@ -130,32 +124,43 @@ class Config:
 # ---- What is timed -------------------------------------------------------------------------------
 
 
-def ours(x: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:  # [N, H, W, C]
-    return dcnv3(
-        x, offset, mask, kernel_size=KERNEL, stride=1, padding=1, dilation=1, groups=groups
-    )
-
-
 def by_grid_sample(
     x: Tensor,  # [N, H, W, C]
     offset: Tensor,  # [N, H, W, G*K*2] (x, y)
     mask: Tensor,  # [N, H, W, G*K]
+    *,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
     groups: int,
+    offset_scale: float = 1.0,
+    softmax: bool = False,
 ) -> Tensor:  # [N, H, W, C]
+    """dcnv3 in torch, where it keeps the size: all samples are written to memory, then summed."""
+    if stride != 1 or 2 * padding != dilation * (kernel_size - 1):
+        raise ValueError("expected a stride and padding that keep the size")
     batch, height, width, channels = x.shape
-    index = [torch.arange(size, device=x.device, dtype=x.dtype) for size in (height, width, KERNEL)]
-    y = index[0][:, None, None] + (index[2] - 1)  # [H, 1, kernel]
-    x_place = index[1][:, None, None] + (index[2][:, None] - 1)  # [W, kernel, 1]
-    window = torch.stack(torch.broadcast_tensors(x_place[None], y[:, :, None]), dim=-1)
-    window = window.reshape(height, width, 1, POINTS, 2)
-    place = window + offset.view(batch, height, width, groups, POINTS, 2)
+    reach = torch.arange(kernel_size, device=x.device, dtype=x.dtype) * dilation - padding
+    if offset_scale != 1:
+        reach, offset = reach * offset_scale, offset * offset_scale
+    column, row = (
+        torch.arange(size, device=x.device, dtype=x.dtype)[:, None] + reach
+        for size in (width, height)
+    )  # [W, kernel], [H, kernel]
+    window = torch.stack(
+        torch.broadcast_tensors(column[None, :, :, None], row[:, None, None, :]), dim=-1
+    )  # points column by column
+    place = window.reshape(height, width, 1, -1, 2) + offset.unflatten(-1, (groups, -1, 2))
     place = (2 * place + 1) / place.new_tensor([width, height]) - 1  # of align_corners=False
-    place = place.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, height * width, POINTS, 2)
-    image = x.permute(0, 3, 1, 2).reshape(batch * groups, channels // groups, height, width)
+    place = place.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, height * width, -1, 2)
+    image = x.permute(0, 3, 1, 2).reshape(batch * groups, -1, height, width)
     sample = F.grid_sample(image, place, align_corners=False)
-    mask = mask.view(batch, height * width, groups, POINTS).permute(0, 2, 1, 3)
-    out = (sample * mask.reshape(batch * groups, 1, height * width, POINTS)).sum(-1)
-    return out.view(batch, channels, height, width).permute(0, 2, 3, 1)
+    mask = mask.unflatten(-1, (groups, -1))
+    weight = mask.softmax(-1) if softmax else mask
+    weight = weight.permute(0, 3, 1, 2, 4).reshape(batch * groups, 1, height * width, -1)
+    out = (sample * weight).sum(-1).view(batch, channels, height, width)
+    return out.permute(0, 2, 3, 1)
 
 
 def torchvision_inputs(inputs: tuple[Tensor, ...], groups: int) -> tuple[Tensor, ...]:
@@ -167,7 +172,7 @@ def torchvision_inputs(inputs: tuple[Tensor, ...], groups: int) -> tuple[Tensor,
     return tuple(tensor.contiguous() for tensor in (x.permute(0, 3, 1, 2), offset, mask))
 
 
-def by_torchvision(x: Tensor, offset: Tensor, mask: Tensor, groups: int) -> Tensor:
+def by_torchvision(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
     """[N, C, H, W] of deform_conv2d's inputs."""
     weight = x.new_ones(x.shape[1], 1, KERNEL, KERNEL)
     return deform_conv2d(x, offset, weight, padding=1, mask=mask)
@@ -188,20 +193,21 @@ def make_functions(
             size.channels,
         )
     )
-    device = cfg.resolved_device
+    device = resolve(cfg.device)
     x, offset, mask, grad = (t.to(device, dtype) for t in (x, offset * reach, mask, grad))
     inputs = x, offset, mask
     theirs = torchvision_inputs(inputs, size.groups)
+    ours: Callable[..., Tensor] = partial(dcnv3, **GEOMETRY, groups=size.groups)
     candidates: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]] = {
         OURS: (ours, inputs, grad),
-        "grid_sample": (by_grid_sample, inputs, grad),
+        "grid_sample": (partial(by_grid_sample, **GEOMETRY, groups=size.groups), inputs, grad),
         "torchvision": (by_torchvision, theirs, grad.permute(0, 3, 1, 2).contiguous()),
     }
     functions: dict[str, Callable[[], object]] = {}
-    expected = ours(x, offset, mask, size.groups)
+    expected = ours(*inputs)
     for name, (function, tensors, gradient) in candidates.items():
         leaves = [tensor.clone().requires_grad_(backward) for tensor in tensors]
-        run = partial(_run, function, leaves, size.groups, gradient if backward else None)
+        run = partial(_run, function, leaves, gradient if backward else None)
         try:
             out = run().detach()
         except RuntimeError as error:
@@ -220,10 +226,8 @@ def make_functions(
     return functions
 
 
-def _run(
-    function: Callable[..., Tensor], leaves: list[Tensor], groups: int, gradient: Tensor | None
-) -> Tensor:
-    out = function(*leaves, groups)
+def _run(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor | None) -> Tensor:
+    out = function(*leaves)
     if gradient is not None:
         torch.autograd.grad(out, leaves, gradient)
     return out
@@ -243,12 +247,12 @@ def figures_of(
 ) -> dict[str, Any]:
     timings = measure(
         make_functions(cfg, size, dtype, reach, backward),
-        device=cfg.resolved_device,
+        device=resolve(cfg.device),
         num_samples=cfg.num_samples,
     )
     milliseconds = timings[OURS].median_ms
     figures = {
-        "device": cfg.resolved_device,
+        "device": resolve(cfg.device),
         "num_threads": torch.get_num_threads(),
         **asdict(size),
         "dtype": str(dtype).removeprefix("torch."),
@@ -288,11 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [
         figures_of(cfg, *row, backward=backward) for row in cfg.rows for backward in (False, True)
     ]
-    console = Console()
-    console.print(table(rows))
-    if cfg.record:
-        paths = {append_row(SUBJECT, row) for row in rows}
-        console.print(f"{len(rows)} rows appended to {', '.join(map(str, paths))}", soft_wrap=True)
+    publish(SUBJECT, rows, table(rows), record=cfg.record)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from m3i_fast.observe.environment import environment
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+
+Device = Literal["auto", "cpu", "cuda"]
 
 # A sample on the CPU repeats a function until it lasts this long: far above the clock's resolution.
 MIN_SAMPLE_S = 0.002
@@ -134,6 +138,22 @@ class _CudaSampler:
         torch.cuda.synchronize(self._device)
         pending, self._pending = self._pending, []
         return [(name, begin.elapsed_time(end)) for name, begin, end in pending]
+
+
+def resolve(device: Device) -> str:
+    """cpu or cuda; auto is the GPU where torch sees one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def publish(subject: str, rows: list[dict[str, Any]], shown: Table, *, record: bool) -> None:
+    """Print the table of some rows and, where asked for, append them to the subject's ledger."""
+    console = Console()
+    console.print(shown)
+    if record:
+        paths = {append_row(subject, row) for row in rows}
+        console.print(f"{len(rows)} rows appended to {', '.join(map(str, paths))}", soft_wrap=True)
 
 
 def results_dir() -> Path:

@@ -17,14 +17,13 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks.harness import Timing, append_row, measure
+from m3i_fast.benchmarks.dcnv3 import by_grid_sample
+from m3i_fast.benchmarks.harness import Device, Timing, measure, publish, resolve
 from m3i_fast.models import internimage_config
 from m3i_fast.models.deformable import DCNv3, SamplingCore
 from m3i_fast.models.internimage import InternImage
@@ -38,7 +37,7 @@ Size = Literal["demo", "t", "s", "b", "l", "xl", "h", "g"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto: the GPU where torch sees one."""
     sizes: tuple[Size, ...] = ("t",)
     """Models, one after another."""
@@ -62,54 +61,6 @@ class Config:
         if self.image_size < 32 or self.image_size % 32:
             raise ValueError(f"image_size: expected a multiple of 32, got {self.image_size}")
 
-    @property
-    def resolved_device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def grid_sample_core(
-    x: Tensor,  # [N, H, W, C]
-    offset: Tensor,  # [N, H, W, G*K*2] (x, y) pairs
-    mask: Tensor,  # [N, H, W, G*K] logits
-    *,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    offset_scale: float,
-    softmax: bool,
-) -> Tensor:  # [N, H, W, C]
-    """dcnv3 as InternImage calls it, in torch: every sample is written to memory, then summed."""
-    batch, height, width, channels = x.shape
-    if not softmax or stride != 1 or 2 * padding != dilation * (kernel_size - 1):
-        raise ValueError("expected softmax = True and a stride and padding that keep the size")
-    reach = torch.arange(kernel_size, device=x.device) * dilation - padding
-    column, row = torch.meshgrid(reach, reach, indexing="ij")  # points column by column
-    kernel = torch.stack([column, row], -1).view(-1, 2)  # [K, 2]
-    extent = torch.tensor([width, height], device=x.device, dtype=x.dtype)
-    cells = torch.stack(
-        torch.meshgrid(
-            torch.arange(width, device=x.device),
-            torch.arange(height, device=x.device),
-            indexing="xy",
-        ),
-        -1,
-    )  # [H, W, 2]
-    place = (
-        cells[:, :, None, None] + (offset.unflatten(-1, (groups, -1, 2)) + kernel) * offset_scale
-    )
-    grid = (2 * place + 1) / extent - 1  # [N, H, W, G, K, 2]
-    grid = grid.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, height * width, -1, 2)
-    pictures = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)
-    samples = F.grid_sample(pictures, grid.to(x.dtype), align_corners=False)  # [N G, D, H W, K]
-    weight = mask.unflatten(-1, (groups, -1)).softmax(-1)  # [N, H, W, G, K]
-    weight = weight.permute(0, 3, 1, 2, 4).reshape(batch * groups, 1, height * width, -1)
-    summed = (samples * weight).sum(-1).view(batch, channels, height, width)
-    return summed.permute(0, 2, 3, 1).contiguous()
-
 
 def model_config(size: Size) -> InternImageConfig:
     return getattr(internimage_config, f"internimage_{size}")()
@@ -118,7 +69,7 @@ def model_config(size: Size) -> InternImageConfig:
 def build(cfg: Config, size: Size, core: SamplingCore) -> InternImage:
     """The same weights for every core."""
     torch.manual_seed(0)
-    with torch.device(cfg.resolved_device):
+    with torch.device(resolve(cfg.device)):
         model = InternImage(model_config(size), core=core)
         for module in model.modules():
             if isinstance(module, DCNv3):
@@ -145,10 +96,10 @@ def make_functions(cfg: Config, size: Size) -> dict[str, Callable[[], object]]:
     """Everything that is timed, over the same images; both real models give the same outputs."""
     side = cfg.image_size
     images = torch.randn(cfg.batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
-    images = images.to(cfg.resolved_device, getattr(torch, cfg.dtype))
+    images = images.to(resolve(cfg.device), getattr(torch, cfg.dtype))
     cores: dict[str, SamplingCore] = {
         OURS: dcnv3,
-        GRID: grid_sample_core,
+        GRID: by_grid_sample,
         FREE: lambda x, offset, mask, **_: x + 0 * (offset.sum() + mask.sum()) if cfg.train else x,
     }
     models = {name: build(cfg, size, core) for name, core in cores.items()}
@@ -180,13 +131,13 @@ def _run(model: InternImage, images: Tensor) -> None:
 def figures_of(cfg: Config, size: Size) -> dict[str, Any]:
     """One row's figures."""
     timings = measure(
-        make_functions(cfg, size), device=cfg.resolved_device, num_samples=cfg.num_samples
+        make_functions(cfg, size), device=resolve(cfg.device), num_samples=cfg.num_samples
     )
     ours = timings[OURS].median_ms
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("sizes", "record", "num_samples")}
     return {
         **settings,
-        "device": cfg.resolved_device,
+        "device": resolve(cfg.device),
         "num_threads": torch.get_num_threads(),
         "size": size,
         "timings": {name: asdict(timing) for name, timing in timings.items()},
@@ -228,11 +179,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     cfg = tyro.cli(Config, prog="python -m m3i_fast.benchmarks.internimage", args=argv)
     rows = [figures_of(cfg, size) for size in cfg.sizes]
-    console = Console()
-    console.print(table(rows))
-    if cfg.record:
-        paths = {append_row(SUBJECT, row) for row in rows}
-        console.print(f"{len(rows)} rows appended to {', '.join(map(str, paths))}", soft_wrap=True)
+    publish(SUBJECT, rows, table(rows), record=cfg.record)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from m3i_fast.benchmarks.harness import Timing, append_row, measure
+from m3i_fast.benchmarks.harness import Device, Timing, measure, publish, resolve
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD, mask_mix, reference
 
 SUBJECT = "mask_mix"
@@ -44,7 +43,7 @@ SIZES = (Size(image_size=64, patch_size=8), Size(image_size=224, patch_size=16))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto: the GPU where torch sees one."""
     batch_size: int = 64
     """Views, and as many pairs."""
@@ -59,12 +58,6 @@ class Config:
         for name in ("batch_size", "num_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-
-    @property
-    def resolved_device(self) -> str:
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def bytes_first(
@@ -85,7 +78,7 @@ def bytes_first(
 
 def make_functions(cfg: Config, size: Size, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
     """Everything that is timed, over the same inputs; each that mixes gives the same pictures."""
-    device, batch = cfg.resolved_device, cfg.batch_size
+    device, batch = resolve(cfg.device), cfg.batch_size
     generator = torch.Generator().manual_seed(0)
     image, cells = (size.image_size,) * 2, (size.image_size // size.patch_size,) * 2
     views = torch.randint(256, (batch, 3, *image), dtype=torch.uint8, generator=generator)
@@ -123,13 +116,13 @@ def figures_of(cfg: Config, size: Size, dtype: torch.dtype) -> dict[str, Any]:
     """One row's figures. Bytes: each output pixel is written once and read once, as a byte."""
     timings = measure(
         make_functions(cfg, size, dtype),
-        device=cfg.resolved_device,
+        device=resolve(cfg.device),
         num_samples=cfg.num_samples,
     )
     num_pixels = cfg.batch_size * 3 * size.image_size**2
     ours = timings[OURS].median_ms
     return {
-        "device": cfg.resolved_device,
+        "device": resolve(cfg.device),
         "num_threads": torch.get_num_threads(),
         "batch_size": cfg.batch_size,
         **asdict(size),
@@ -168,11 +161,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     cfg = tyro.cli(Config, prog="python -m m3i_fast.benchmarks.mask_mix", args=argv)
     rows = [figures_of(cfg, size, dtype) for size in SIZES for dtype in DTYPES]
-    console = Console()
-    console.print(table(rows))
-    if cfg.record:
-        paths = {append_row(SUBJECT, row) for row in rows}
-        console.print(f"{len(rows)} rows appended to {', '.join(map(str, paths))}", soft_wrap=True)
+    publish(SUBJECT, rows, table(rows), record=cfg.record)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class OptimConfig:
     """AdamW's betas (SiameseIM: 0.9, 0.95)."""
     matrices: Literal["adamw", "muon"] = "adamw"
     """What updates the weight matrices of Transformer blocks; AdamW updates all else. muon
-    orthogonalises their momentum: more is learnt a step, for 5 small products a matrix."""
+    orthogonalises their momentum: more is learnt a step, for 15 small products a matrix."""
     muon_lr: float = 0.02
     """Muon's peak learning rate; it follows lr's schedule."""
     clip_grad_norm: float = 1.0

@@ -175,9 +175,10 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _backward_twice(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "dcnv3: expected to be differentiated once, got a gradient of its gradient, which is not "
-        "implemented"
+    # As torch's once_differentiable refuses it.
+    raise RuntimeError(
+        "dcnv3: expected to be differentiated once, got a gradient of its gradient; call backward "
+        "without create_graph"
     )
 
 
@@ -256,7 +257,7 @@ def dcnv3(
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
-            what was given.
+            what was given. Also when a gradient of its gradient is asked for.
         ValueError: a pair is neither an int nor two.
     """
     device = x.device.type

@@ -105,7 +105,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 def import_official(checkout: Path) -> Any:
-    """The official model class; what it imports and does not need here is stubbed."""
+    """The official model class. Two modules that it imports and does not call here are empty."""
     import timm.layers
 
     for name in ("DCNv3", "pkg_resources"):
