@@ -3,8 +3,8 @@
     .venv/bin/python tests/cuda/abi_check.py [--cuda-python PYTHON]
 
 Builds both modules with nvcc against the torch of the Python that runs this (a CPU torch will do),
-then imports them in PYTHON, whose torch must have CUDA, and looks `m3i::mask_mix` up in its
-dispatcher. No GPU is needed: nothing is launched where none is seen, and where one is, the kernel's
+then imports them in PYTHON, whose torch must have CUDA, and looks every op up in its dispatcher. No
+GPU is needed: nothing is launched where none is seen, and where one is, the kernel's
 bits are compared with the CPU's. Without --cuda-python a virtual environment is made below
 build/abi_check and the newest torch installed into it (5 GB).
 """
@@ -30,8 +30,10 @@ import torch
 assert torch.version.cuda, f"torch {torch.__version__} of {sys.executable} has no CUDA"
 import _C, _C_cuda
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-for key in ("CPU", "CUDA"):
-    assert has("m3i::mask_mix", key), f"m3i::mask_mix has no kernel for {key}"
+ops = "m3i::mask_mix", "m3i::dcnv3", "m3i::dcnv3_bwd"
+for op in ops:
+    for key in ("CPU", "CUDA"):
+        assert has(op, key), f"{op} has no kernel for {key}"
 views = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
 mask, pairs = torch.rand(2, 2, 2) < 0.5, torch.tensor([[0, 1], [2, 3]])
 rest = [0.5] * 3, [0.25] * 3, torch.float32
@@ -42,8 +44,8 @@ if torch.cuda.is_available():
     assert torch.equal(on_cuda.cpu(), mixed), "CUDA and CPU differ"
     launched = "CUDA equals CPU, bit for bit"
 print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), Python {sys.version.split()[0]}: "
-      f"loaded {_C_cuda.__file__}; m3i::mask_mix registered for CPU and CUDA; "
-      f"the CPU kernel ran; {launched}")
+      f"loaded {_C_cuda.__file__}; {', '.join(ops)} registered for CPU and CUDA; "
+      f"mask_mix: the CPU kernel ran; {launched}")
 """
 
 
