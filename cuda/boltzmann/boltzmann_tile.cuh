@@ -1,0 +1,253 @@
+// boltzmann: a tile of C, what is known of its rows and columns, and sums over it. Device code only.
+#pragma once
+
+#include "boltzmann/boltzmann_element.cuh"
+#include "boltzmann/boltzmann_partials.cuh"
+#include "boltzmann/boltzmann_product.cuh"
+
+namespace m3i::boltzmann {
+
+inline constexpr int32_t kIgnored = -1;   // id of a row: ignored, or beyond the last one
+inline constexpr int32_t kNoColumn = -2;  // id of a column beyond the last one
+
+// By row and column of the tile. A kernel fills what it reads.
+template <class A, int kRows, int kColumns, int kDown, int kAcross>
+struct Vectors {
+  int32_t row_ids[kRows], column_ids[kColumns];
+  A row_shift[kRows], column_shift[kColumns];
+  A bias[kColumns];
+  A offset[kColumns];  // of the exponents with one shift for all
+  A row_weights[kNumWeights][kRows], column_weights[kNumWeights][kColumns];
+  A row_folds[kAcross][kRows], column_folds[kDown][kColumns];  // of each warp
+};
+
+template <class T>
+using VectorsOf = Vectors<Accumulator<T>, Shape<T>::kRows, Shape<T>::kColumns,
+                          Shape<T>::kTile.warps_down, Shape<T>::kTile.warps_across>;
+
+template <class T>
+struct Shared {
+  alignas(16) Stage<T> stages[Shape<T>::kTile.stages];
+  VectorsOf<T> vectors;
+};
+
+// The tile of a thread block: grid x over the columns' tiles of its block, y over the rows'.
+template <class T>
+struct TileOrigin {
+  int64_t row, column;
+
+  __device__ explicit TileOrigin(const Block& block)
+      : row(block.row_begin + blockIdx.y * int64_t{Shape<T>::kRows}),
+        column(block.column_begin + blockIdx.x * int64_t{Shape<T>::kColumns}) {}
+};
+
+__device__ inline bool is_skipped(const BoltzmannInput& input) {
+  return input.run && !*input.run;
+}
+
+template <class A>
+__device__ inline A read_scalar(const void* from) {
+  return *static_cast<const A*>(from);
+}
+
+// ---- Rows and columns ---------------------------------------------------------------------------
+
+// body(i, whether it exists, its number): the threads share out `extent` rows or columns.
+template <class T, class Body>
+__device__ inline void for_extent(int extent, int64_t begin, int64_t end, const Body& body) {
+  for (int i = threadIdx.x; i < extent; i += Shape<T>::kThreads) {
+    body(i, begin + i < end, begin + i);
+  }
+}
+
+// Ids and bias. kChecked: a row that names a column that is not there stops the kernel by a trap,
+// as in mask_mix; labels, which col_ids are, may be any number.
+template <class T, bool kChecked>
+__device__ inline void stage_input(VectorsOf<T>& to, const BoltzmannInput& input,
+                                   const TileOrigin<T>& tile) {
+  using A = Accumulator<T>;
+  for_extent<T>(Shape<T>::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
+    const int32_t id = exists ? input.row_ids[row] : kIgnored;
+    if (kChecked && !input.col_ids && (id < kIgnored || id >= input.columns)) __trap();
+    to.row_ids[i] = id;
+  });
+  for_extent<T>(Shape<T>::kColumns, tile.column, input.columns,
+                [&](int j, bool exists, int64_t column) {
+                  const int32_t place = static_cast<int32_t>(column);
+                  const int32_t id = exists && input.col_ids ? input.col_ids[column] : place;
+                  to.column_ids[j] = exists ? id : kNoColumn;
+                  to.bias[j] = exists ? static_cast<const A*>(input.bias)[column]
+                                      : minus_infinity<A>();
+                });
+}
+
+// Where nothing is a candidate the largest logit is -inf, and so may be the shift: any finite one
+// leaves exp(-inf - shift) = 0.
+template <class A>
+__device__ inline A finite_shift(const void* shifts, int64_t i) {
+  const A shift = static_cast<const A*>(shifts)[i];
+  return shift == minus_infinity<A>() ? A{0} : shift;
+}
+
+// After stage_input, by the same threads. `exact`: each row and column has its own shift.
+template <class T>
+__device__ inline void stage_shift(VectorsOf<T>& to, const BoltzmannInput& input,
+                                   const BoltzmannShift& shift, const TileOrigin<T>& tile,
+                                   bool exact) {
+  using A = Accumulator<T>;
+  const A common = finite_shift<A>(shift.rows, 0);
+  if (exact) {
+    for_extent<T>(Shape<T>::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
+      to.row_shift[i] = exists ? finite_shift<A>(shift.rows, row) : A{0};
+    });
+  }
+  for_extent<T>(Shape<T>::kColumns, tile.column, input.columns,
+                [&](int j, bool exists, int64_t column) {
+                  if (exact) {
+                    to.column_shift[j] = exists ? finite_shift<A>(shift.columns, column) : A{0};
+                  } else {
+                    to.offset[j] = (to.bias[j] - common) * static_cast<A>(kLog2E);
+                  }
+                });
+}
+
+template <class T>
+__device__ inline void stage_weights(VectorsOf<T>& to, const BoltzmannInput& input,
+                                     const void* row_weights, const void* column_weights,
+                                     const TileOrigin<T>& tile) {
+  using A = Accumulator<T>;
+#pragma unroll
+  for (int kind = 0; kind < kNumWeights; ++kind) {
+    for_extent<T>(Shape<T>::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
+      const A* from = static_cast<const A*>(row_weights) + kind * input.rows;
+      to.row_weights[kind][i] = exists ? from[row] : A{0};
+    });
+    for_extent<T>(Shape<T>::kColumns, tile.column, input.columns,
+                  [&](int j, bool exists, int64_t column) {
+                    const A* from = static_cast<const A*>(column_weights) + kind * input.columns;
+                    to.column_weights[kind][j] = exists ? from[column] : A{0};
+                  });
+  }
+}
+
+// Whether the tile has a positive pair; its ids are staged. Where a column's id is its number, that
+// takes one comparison a row.
+template <class T>
+__device__ inline bool thread_sees_positive(const VectorsOf<T>& of, const BoltzmannInput& input,
+                                            const TileOrigin<T>& tile) {
+  constexpr int kRows = Shape<T>::kRows, kColumns = Shape<T>::kColumns;
+  constexpr int kStep = Shape<T>::kThreads / kColumns;
+  static_assert(Shape<T>::kThreads % kColumns == 0, "a thread looks at one column");
+  bool seen = false;
+  if (!input.col_ids) {
+    for_extent<T>(kRows, tile.row, input.rows, [&](int i, bool, int64_t) {
+      const int64_t column = of.row_ids[i] - tile.column;
+      seen |= column >= 0 && column < kColumns;
+    });
+  } else {
+    const int32_t id = of.column_ids[threadIdx.x % kColumns];
+    for (int i = threadIdx.x / kColumns; i < kRows; i += kStep) seen |= of.row_ids[i] == id;
+  }
+  return seen;
+}
+
+template <class T>
+__device__ inline bool thread_sees_ignored(const VectorsOf<T>& of) {
+  bool seen = false;
+  for_extent<T>(Shape<T>::kRows, 0, 0,
+                [&](int i, bool, int64_t) { seen |= of.row_ids[i] == kIgnored; });
+  return seen;
+}
+
+// Dot products of the tile; afterwards the staged vectors are there for all threads.
+template <class T>
+__device__ inline void multiply_features(Shared<T>& shared, const BoltzmannInput& input,
+                                         const TileOrigin<T>& tile, Fragments<T>& c) {
+  const Operand<T> a = make_operand<T>(input.z_hat, input.rows, input.width);
+  const Operand<T> b = make_operand<T>(input.z, input.columns, input.width);
+  multiply<T, true, true>(shared.stages, a, tile.row, b, tile.column, input.width, c);
+}
+
+// ---- Sums over a tile ---------------------------------------------------------------------------
+
+// Combines `values` over the lanes that differ in the bits kFirst, 2 kFirst, ... < kEnd. Each time
+// lanes exchange halves, so that a lane ends with values [0, kCount >> bits) of those from its
+// result on; the fewest shuffles there can be.
+template <class How, int kFirst, int kEnd, int kCount, class A>
+__device__ inline int fold_lanes(A (&values)[kCount], int lane) {
+  int begin = 0, half = kCount / 2;
+#pragma unroll
+  for (int bit = kFirst; bit < kEnd; bit *= 2, half /= 2) {
+    const bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      if (i < half) {
+        const A kept = upper ? values[half + i] : values[i];
+        const A given = upper ? values[i] : values[half + i];
+        values[i] = How::combine(kept, __shfl_xor_sync(0xffffffffu, given, bit));
+      }
+    }
+    if (upper) begin += half;
+  }
+  return begin;
+}
+
+// What an element adds to its row and to its column.
+template <class A>
+struct Pair {
+  A row, column;
+};
+
+// Folds value(c, i, j) of all elements over rows and over columns of the tile, to rows[0, kRows)
+// and columns[0, kColumns) in global memory; nothing where one is null.
+template <class How, class T, class Value>
+__device__ inline void fold_tile(Fragments<T>& c, const Value& value, VectorsOf<T>& shared,
+                                 Accumulator<T>* rows, Accumulator<T>* columns) {
+  using A = Accumulator<T>;
+  using S = Shape<T>;
+  constexpr int kLaneRows = S::kLaneRows, kLaneColumns = S::kLaneColumns;
+  const Place<T> place;
+  A row_folds[kLaneRows], column_folds[kLaneColumns];
+#pragma unroll
+  for (int r = 0; r < kLaneRows; ++r) row_folds[r] = How::template none<A>();
+#pragma unroll
+  for (int s = 0; s < kLaneColumns; ++s) {
+    column_folds[s] = How::template none<A>();
+#pragma unroll
+    for (int r = 0; r < kLaneRows; ++r) {
+      const Pair<A> both = value(c(r, s), place.row(r), place.column(s));
+      row_folds[r] = How::combine(row_folds[r], both.row);
+      column_folds[s] = How::combine(column_folds[s], both.column);
+    }
+  }
+  if (rows) {
+    const int begin = fold_lanes<How, 1, 4>(row_folds, place.lane);
+#pragma unroll
+    for (int i = 0; i < kLaneRows / 4; ++i) {
+      shared.row_folds[place.across][place.row(begin + i)] = row_folds[i];
+    }
+  }
+  if (columns) {
+    const int begin = fold_lanes<How, 4, 32>(column_folds, place.lane);
+#pragma unroll
+    for (int i = 0; i < kLaneColumns / 8; ++i) {
+      shared.column_folds[place.down][place.column(begin + i)] = column_folds[i];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; rows && i < S::kRows; i += S::kThreads) {
+    A fold = shared.row_folds[0][i];
+    for (int w = 1; w < S::kTile.warps_across; ++w) fold = How::combine(fold, shared.row_folds[w][i]);
+    rows[i] = fold;
+  }
+  for (int j = threadIdx.x; columns && j < S::kColumns; j += S::kThreads) {
+    A fold = shared.column_folds[0][j];
+    for (int w = 1; w < S::kTile.warps_down; ++w) {
+      fold = How::combine(fold, shared.column_folds[w][j]);
+    }
+    columns[j] = fold;
+  }
+  __syncthreads();  // the folds may be written again
+}
+
+}  // namespace m3i::boltzmann
