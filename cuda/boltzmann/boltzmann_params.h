@@ -5,10 +5,10 @@
 // col_ids[j], or j without col_ids. A row of id -1 is ignored: it is no candidate of any column and
 // adds nothing. A column is ignored by a bias of -inf; its id is negative and equals no row's.
 //
-// E = exp(Z - shift). With one shift for all, below the largest possible logit by kHeadroom, one
+// E = exp(Z - shift). With one shift for all, somewhat below the largest possible logit, one
 // exponential serves the softmax over a row and that over a column, and sums are plain additions.
 // Where such sums vanish, `exact` shifts (the maximum of each row and column) take their place, at
-// two exponentials an element.
+// two exponentials an element. Logits minus shift are at most 88.
 #pragma once
 
 #include "m3i/types.h"
