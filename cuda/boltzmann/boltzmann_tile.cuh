@@ -81,30 +81,24 @@ __device__ inline void stage_input(VectorsOf<T>& to, const BoltzmannInput& input
                 });
 }
 
-// Where nothing is a candidate the largest logit is -inf, and so may be the shift: any finite one
-// leaves exp(-inf - shift) = 0.
-template <class A>
-__device__ inline A finite_shift(const void* shifts, int64_t i) {
-  const A shift = static_cast<const A*>(shifts)[i];
-  return shift == minus_infinity<A>() ? A{0} : shift;
-}
-
 // After stage_input, by the same threads. `exact`: each row and column has its own shift.
 template <class T>
 __device__ inline void stage_shift(VectorsOf<T>& to, const BoltzmannInput& input,
                                    const BoltzmannShift& shift, const TileOrigin<T>& tile,
                                    bool exact) {
   using A = Accumulator<T>;
-  const A common = finite_shift<A>(shift.rows, 0);
+  const A* of_rows = static_cast<const A*>(shift.rows);
+  const A* of_columns = static_cast<const A*>(shift.columns);
+  const A common = of_rows[0];
   if (exact) {
     for_extent<T>(Shape<T>::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
-      to.row_shift[i] = exists ? finite_shift<A>(shift.rows, row) : A{0};
+      to.row_shift[i] = exists ? of_rows[row] : A{0};
     });
   }
   for_extent<T>(Shape<T>::kColumns, tile.column, input.columns,
                 [&](int j, bool exists, int64_t column) {
                   if (exact) {
-                    to.column_shift[j] = exists ? finite_shift<A>(shift.columns, column) : A{0};
+                    to.column_shift[j] = exists ? of_columns[column] : A{0};
                   } else {
                     to.offset[j] = (to.bias[j] - common) * static_cast<A>(kLog2E);
                   }

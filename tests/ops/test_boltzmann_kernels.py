@@ -110,7 +110,9 @@ def make(
         mode,
     )
     if mode == "exact":
-        row_max, col_max = (most.to(wide) for most in true_maxima(call))
+        row_max, col_max = (
+            most.to(wide).masked_fill(most == -torch.inf, 0) for most in true_maxima(call)
+        )
         call = replace(call, row_shift=row_max, col_shift=col_max)
     return call
 
@@ -139,10 +141,7 @@ def true_maxima(call: Call, dtype: torch.dtype = FP64) -> tuple[Tensor, Tensor]:
 def exponentials(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """E of the rows and of the columns."""
     z = logits(call, dtype)[1]
-    row_shift, col_shift = (
-        shift.to(dtype).masked_fill(shift == -torch.inf, 0)
-        for shift in (call.row_shift, call.col_shift)
-    )
+    row_shift, col_shift = call.row_shift.to(dtype), call.col_shift.to(dtype)
     return (z - row_shift[:, None]).exp(), (z - col_shift).exp()
 
 
