@@ -78,8 +78,8 @@ struct Matrix {
 template <class A>
 void multiply(const Matrix<A>& to, const Matrix<A>& a, const Matrix<A>& b, bool add) {
   const Tensor out = to.tensor();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
-      out.get(), out.get(), a.tensor().get(), b.tensor().get(), add ? 1.0 : 0.0, 1.0));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.tensor().get(),
+                                                         b.tensor().get(), add ? 1.0 : 0.0, 1.0));
 }
 
 // Rows of an input in wide elements: where they lie, or widened.
@@ -349,7 +349,8 @@ void compute_grads(const BoltzmannGradsParams& params) {
                      const Matrix<A>& z_hat, const Matrix<A>& z) {
     tiles.for_runs(rows, [&](int64_t run, int64_t begin, int64_t end) {
       tiles.kernels.grads(tile, begin, end, *params.exact, params.sigmoid, &scale_of_runs[run],
-                          bias_of_runs.data() + run * stride, values ? values + rows.first : values);
+                          bias_of_runs.data() + run * stride,
+                          values ? values + rows.first : values);
     });
     for (int64_t run = 0; run * kRunRows < rows.count; ++run) {
       grad_scale += scale_of_runs[run];
@@ -373,9 +374,8 @@ std::tuple<Tensor, Tensor> boltzmann_maxima_cpu(const Tensor& z_hat, const Tenso
   const BoltzmannMaximaCall call =
       prepare_boltzmann_maxima({z_hat, z, scale, bias, row_ids, std::nullopt}, run);
   if (!has_work(call.params.input)) return call.out;
-  dispatch_wide(call.params.input.dtype, [&](auto type) {
-    compute_maxima<typename decltype(type)::type>(call.params);
-  });
+  dispatch_wide(call.params.input.dtype,
+                [&](auto type) { compute_maxima<typename decltype(type)::type>(call.params); });
   return call.out;
 }
 
@@ -390,9 +390,8 @@ std::tuple<Tensor, Tensor> boltzmann_sums_cpu(const Tensor& z_hat, const Tensor&
                              symmetric, sigmoid, run);
   if (!has_work(call.params.input)) return call.out;
   check_ids(call.params.input);
-  dispatch_wide(call.params.input.dtype, [&](auto type) {
-    compute_sums<typename decltype(type)::type>(call.params);
-  });
+  dispatch_wide(call.params.input.dtype,
+                [&](auto type) { compute_sums<typename decltype(type)::type>(call.params); });
   return call.out;
 }
 
@@ -405,9 +404,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> boltzmann_grads_cpu(
       prepare_boltzmann_grads({z_hat, z, scale, bias, row_ids, col_ids}, row_shift, col_shift,
                               exact, row_weights, col_weights, sigmoid, needs_grad);
   check_ids(call.params.input);
-  dispatch_wide(call.params.input.dtype, [&](auto type) {
-    compute_grads<typename decltype(type)::type>(call.params);
-  });
+  dispatch_wide(call.params.input.dtype,
+                [&](auto type) { compute_grads<typename decltype(type)::type>(call.params); });
   return call.out;
 }
 

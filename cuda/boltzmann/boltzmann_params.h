@@ -17,8 +17,8 @@ namespace m3i {
 
 // Per row (or column), of the candidates that are
 enum BoltzmannSum {
-  kNegatives,       // no positives: sum of E; for the sigmoid of softplus(Z), positives softplus(-Z)
-  kPositives,       // positives: sum of E
+  kNegatives,  // no positives: sum of E; for the sigmoid of softplus(Z), positives softplus(-Z)
+  kPositives,  // positives: sum of E
   kPositiveLogits,  // positives: sum of Z
   kCount,           // positives: their number
   kNumSums

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m3i_fast.ops.library import m3i
 
@@ -24,8 +23,12 @@ logger = logging.getLogger(__name__)
 IGNORED = -1
 """The id of a row or column that takes no part."""
 
+# Said once in the log.
+_warned: set[str] = set()
+
 _NOT_A_COLUMN = -2  # the id of an ignored column: equals no row's
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Up to here exponentials need no shift.
 _HEADROOM = {torch.float32: 60.0, torch.float64: 600.0}
 _VANISHED = {torch.float32: 1e-30, torch.float64: 1e-290}
 # Bounds of the logits up to which a common shift is tried before exact ones.
@@ -41,6 +44,12 @@ class _Block(NamedTuple):
     bias: Tensor  # [M] wide, -inf where ignored
     row_ids: Tensor  # [N] int32
     col_ids: Tensor | None  # [M] int32, or the columns are counted
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning("boltzmann: %s", message)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -110,7 +119,7 @@ def _fake_grads(
 
 
 class _Sums(NamedTuple):
-    """Of exponentials of logits less a shift; rows of `rows` and `cols` as in boltzmann_params.h."""
+    """Of exponentials of logits less a shift; which four stands in boltzmann_params.h."""
 
     rows: Tensor  # [4, N]
     cols: Tensor  # [4, M], or [4, 0]
@@ -131,6 +140,10 @@ def _largest_logit(block: _Block) -> Tensor:  # []
     return block.scale.abs() * product + block.bias.abs().masked_fill(ignored, 0).amax()
 
 
+def _nan_unless_finite(bound: Tensor) -> Tensor:  # [] -> [] 0 or NaN
+    return bound - bound
+
+
 def _vanished(sums: Tensor) -> Tensor:  # [4, K] -> [] bool
     """Whether a sum that the loss divides by has left the range of its type."""
     total = sums[0] + sums[1]
@@ -143,7 +156,7 @@ def _softmax_sums(block: _Block, bound: Tensor, symmetric: bool) -> _Sums:
 
     Which of the two holds is known on the device alone: nothing waits for it.
     """
-    common = bound - _HEADROOM[bound.dtype]
+    common = (bound - _HEADROOM[bound.dtype]).clamp_min(0)
     row_shift = common.repeat(block.row_ids.shape)
     col_shift = common.repeat(block.bias.shape)
     run = bound <= _COMMON[bound.dtype]
@@ -158,9 +171,7 @@ def _softmax_sums(block: _Block, bound: Tensor, symmetric: bool) -> _Sums:
     row_shift, col_shift = (
         torch.where(exact, finite(most), shift) for most, shift in zip(maxima, shifts, strict=True)
     )
-    again = m3i.boltzmann_sums.default(
-        *block, row_shift, col_shift, True, symmetric, False, exact
-    )
+    again = m3i.boltzmann_sums.default(*block, row_shift, col_shift, True, symmetric, False, exact)
     rows, cols = (torch.where(exact, *both) for both in zip(again, (rows, cols), strict=True))
     return _Sums(rows, cols, row_shift, col_shift, exact)
 
@@ -192,6 +203,14 @@ def _weights(sums: Tensor) -> Tensor:  # [4, K] -> [3, K]
     return weights.masked_fill(count == 0, 0)
 
 
+def _refuse_second_derivative() -> None:
+    # torch's once_differentiable would drop it where the gradient that comes in is a constant.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "boltzmann: expected to be differentiated once, got a backward with create_graph"
+        )
+
+
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -213,6 +232,9 @@ class _Softmax(torch.autograd.Function):
             one = torch.full_like(scale, 0.5 if symmetric else 1.0)
             return one / (sums[3] > 0).sum().clamp_min(1) if mean else one
 
+        # On CUDA, asking would wait for the device.
+        if z.device.type == "cpu" and not torch.compiler.is_compiling() and not sums.rows[3].any():
+            _warn_once("no row of the batch has a positive: the loss is 0")
         row_share, col_share = share(sums.rows), share(sums.cols)
         value = row_share * _nll(sums.rows, sums.row_shift).sum()
         row_weights = _weights(sums.rows)
@@ -221,11 +243,11 @@ class _Softmax(torch.autograd.Function):
             value = value + col_share * _nll(sums.cols, sums.col_shift).sum()
             col_weights = _weights(sums.cols) * (col_share / row_share)
         ctx.save_for_backward(*block, *sums[2:], row_weights, col_weights, row_share)
-        return value + (bound - bound)  # NaN where the inputs are not finite
+        return value + _nan_unless_finite(bound)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         *op_arguments, row_share = ctx.saved_tensors
         scale, dtype = op_arguments[2], op_arguments[0].dtype
         needs_z_hat, needs_z, needs_scale, needs_bias = ctx.needs_input_grad[:4]
@@ -263,9 +285,10 @@ class _Sigmoid(torch.autograd.Function):
         block = _Block(z_hat, z, scale, bias, row_ids, col_ids)
         shifts = scale.new_zeros(z_hat.shape[0]), scale.new_zeros(z.shape[0])
         num = (row_ids != IGNORED).sum().clamp_min(1) if mean else 1
+        lost = _nan_unless_finite(_largest_logit(block))
         if not any(needs_grad):
             rows, _ = m3i.boltzmann_sums.default(*block, *shifts, False, False, True, None)
-            return rows[0].sum() / num
+            return rows[0].sum() / num + lost
         weights = scale.new_zeros(3, z_hat.shape[0]), scale.new_zeros(3, z.shape[0])
         exact = torch.zeros((), dtype=torch.bool, device=z.device)
         needs_z_hat, needs_z, _, needs_bias = needs_grad
@@ -277,11 +300,11 @@ class _Sigmoid(torch.autograd.Function):
         ctx.save_for_backward(
             *(grad.to(z.dtype) for grad in grads), grad_scale / num, grad_bias / num
         )
-        return values.sum() / num
+        return values.sum() / num + lost
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         grads = (
             (grad * saved).to(saved.dtype) if needed else None
             for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
