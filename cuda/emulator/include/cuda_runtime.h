@@ -11,6 +11,7 @@
 #include "emulator/atomics.h"
 #include "emulator/launch.h"
 #include "emulator/math.h"
+#include "emulator/mbarrier.h"
 #include "emulator/qualifiers.h"
 #include "emulator/thread.h"
 #include "emulator/tile.h"

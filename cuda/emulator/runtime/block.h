@@ -4,7 +4,9 @@
 #include "emulator/runtime.h"
 #include "emulator/vector_types.h"
 #include "fiber.h"
+#include "memory.h"
 
+#include <map>
 #include <vector>
 
 namespace m3i::emulator {
@@ -27,7 +29,15 @@ struct Thread {
   void* saved = nullptr;  // where its fiber is; null before it began
   Stack stack;
 
-  enum class State { kReady, kAtCollective, kAtBarrier, kAtNamedBarrier, kYielded, kDone };
+  enum class State {
+    kReady,
+    kAtCollective,
+    kAtBarrier,
+    kAtNamedBarrier,
+    kAtMbarrier,
+    kYielded,
+    kDone
+  };
   State state = State::kReady;
   Site site{};  // of what it waits for
   // Of the collective that it waits at
@@ -35,6 +45,9 @@ struct Thread {
   const char* operation = nullptr;
   Complete complete = nullptr;
   void* payload = nullptr;
+  // Of the mbarrier that it waits at
+  uintptr_t mbarrier = 0;
+  uint32_t parity = 0;
   // Its copies that have not landed; of each group, how many of them end before it
   std::vector<AsyncCopy> copies;
   std::vector<size_t> copy_groups;
@@ -63,6 +76,21 @@ struct NamedBarrier {
   std::vector<uint32_t> waiting;  // ranks
 };
 
+// An object that mbarrier_init has made in shared memory.
+struct Mbarrier {
+  Stamp made = 0;       // who made it, and when
+  uint32_t maker = 0;   // the thread's rank
+  bool fenced = false;  // its maker has called mbarrier_init_fence
+  uint32_t count = 0;   // arrivals of a phase
+  uint32_t pending = 0;
+  int64_t bytes = 0;   // expected ones that have not landed; negative where they landed before
+  uint32_t phase = 0;  // complete phases
+  // What those knew who arrived, and who had when the last phase completed
+  SyncClock arrived, completed;
+  uint32_t agent = 0;             // of the copies that land through it; 0 while there was none
+  std::vector<uint32_t> waiting;  // ranks
+};
+
 struct Block {
   uint3 index{};
   std::vector<Thread> threads;
@@ -74,6 +102,8 @@ struct Block {
   int votes = 0;            // threads at the barrier whose predicate holds
   int vote_total = 0;       // of the barrier that was passed last
   NamedBarrier named[kNamedBarriers];
+
+  std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
 
   bool fenced = false;  // a thread of it has called a memory fence
 

@@ -22,6 +22,9 @@ void run_block(Block& block, dim3 size, const Call& call);
 // Stops the running thread until somebody makes it ready; `state` says for what it waits.
 void wait(Thread::State state, Site site);
 
+// As yield, for a thread that has done something others may wait for.
+void give_way(Site site);
+
 // Leaves the running thread, and the block, for good.
 [[noreturn]] void abandon_block();
 
