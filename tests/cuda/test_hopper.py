@@ -82,7 +82,7 @@ class Model:
 
 
 def random_script(model: Model, length: int) -> list[tuple[int, int, bool]]:
-    """Operations, arguments and what a try_wait finds: none arrives while only bytes are awaited."""
+    """Operations, arguments, what a try_wait finds. None arrives where only bytes are awaited."""
     script = []
     for _ in range(length):
         operation = random.choice(
