@@ -11,11 +11,13 @@
 #include "emulator/atomics.h"
 #include "emulator/launch.h"
 #include "emulator/math.h"
+#include "emulator/mbarrier.h"
 #include "emulator/qualifiers.h"
 #include "emulator/thread.h"
 #include "emulator/tile.h"
 #include "emulator/vector_types.h"
 #include "emulator/warp.h"
+#include "emulator/wgmma.h"
 
 // nvcc gives kernels these names without std::.
 #include <cmath>

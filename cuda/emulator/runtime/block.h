@@ -4,12 +4,14 @@
 #include "emulator/runtime.h"
 #include "emulator/vector_types.h"
 #include "fiber.h"
+#include "memory.h"
+#include "warpgroup.h"
 
+#include <map>
 #include <vector>
 
 namespace m3i::emulator {
 
-inline constexpr unsigned kWarpSize = 32;
 inline constexpr unsigned kNamedBarriers = 16;
 
 // A cp.async on its way.
@@ -27,7 +29,16 @@ struct Thread {
   void* saved = nullptr;  // where its fiber is; null before it began
   Stack stack;
 
-  enum class State { kReady, kAtCollective, kAtBarrier, kAtNamedBarrier, kYielded, kDone };
+  enum class State {
+    kReady,
+    kAtCollective,
+    kAtWarpgroup,
+    kAtBarrier,
+    kAtNamedBarrier,
+    kAtMbarrier,
+    kYielded,
+    kDone
+  };
   State state = State::kReady;
   Site site{};  // of what it waits for
   // Of the collective that it waits at
@@ -35,11 +46,20 @@ struct Thread {
   const char* operation = nullptr;
   Complete complete = nullptr;
   void* payload = nullptr;
+  // Of the mbarrier that it waits at
+  uintptr_t mbarrier = 0;
+  uint32_t parity = 0;
   // Its copies that have not landed; of each group, how many of them end before it
   std::vector<AsyncCopy> copies;
   std::vector<size_t> copy_groups;
+  // Of its warpgroup's products, how many end before each group that it has not waited for, and
+  // before the last one; whether it has called wgmma_fence since it last waited
+  std::vector<uint64_t> product_groups;
+  uint64_t products_committed = 0;
+  bool products_fenced = false;
   // Of the race check: counts the thread's synchronisations since the block's last barrier
   uint32_t clock = 1;
+  std::vector<uint64_t> proxy_fences;  // stamps of its calls of fence_proxy_async
 };
 
 struct Warp {
@@ -63,6 +83,21 @@ struct NamedBarrier {
   std::vector<uint32_t> waiting;  // ranks
 };
 
+// An object that mbarrier_init has made in shared memory.
+struct Mbarrier {
+  Stamp made = 0;       // who made it, and when
+  uint32_t maker = 0;   // the thread's rank
+  bool fenced = false;  // its maker has called mbarrier_init_fence
+  uint32_t count = 0;   // arrivals of a phase
+  uint32_t pending = 0;
+  int64_t bytes = 0;   // expected ones that have not landed; negative where they landed before
+  uint32_t phase = 0;  // complete phases
+  // What those knew who arrived, and who had when the last phase completed
+  SyncClock arrived, completed;
+  uint32_t agent = 0;             // of the copies that land through it; 0 while there was none
+  std::vector<uint32_t> waiting;  // ranks
+};
+
 struct Block {
   uint3 index{};
   std::vector<Thread> threads;
@@ -75,7 +110,14 @@ struct Block {
   int vote_total = 0;       // of the barrier that was passed last
   NamedBarrier named[kNamedBarriers];
 
+  std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
+
   bool fenced = false;  // a thread of it has called a memory fence
+
+  std::vector<Warpgroup> warpgroups;  // once one of them multiplies
+  // Of each 16 bytes of dynamic shared memory, by how many asynchronous operations they are being
+  // read; empty before the first one
+  std::vector<uint16_t> being_read;
 
   Warp& warp_of(const Thread& thread) { return warps[thread.warp]; }
   Thread& lane_of(const Thread& thread, uint32_t lane) {

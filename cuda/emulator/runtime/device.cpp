@@ -1,6 +1,9 @@
 #include "device.h"
 
 #include "cuda_runtime_api.h"
+#include "report.h"
+
+#include <string>
 
 namespace m3i::emulator {
 
@@ -9,6 +12,14 @@ int architecture = 80;
 }
 
 size_t most_shared_bytes() { return (architecture >= 90 ? 227 : 163) * 1024; }
+
+void require_architecture(int compute_capability, const char* what, Site site) {
+  if (architecture >= compute_capability) return;
+  fail((std::string(what) + " on compute capability " + std::to_string(architecture / 10) + "." +
+        std::to_string(architecture % 10))
+           .c_str(),
+       site);
+}
 
 void m3i_emulator_set_architecture(int compute_capability) { architecture = compute_capability; }
 

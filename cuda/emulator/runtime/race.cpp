@@ -1,7 +1,9 @@
 #include "race.h"
 
+#include "async.h"
 #include "report.h"
 #include "scheduler.h"
+#include "stamp.h"
 
 #include <algorithm>
 #include <string>
@@ -10,57 +12,36 @@ namespace m3i::emulator {
 
 namespace {
 
-// A stamp, from its low bits: clock, thread, flag, epoch. 0: never touched.
-constexpr unsigned kClockBits = 20, kThreadBits = 14;
-constexpr Stamp kFlag = Stamp{1} << (kClockBits + kThreadBits);
-constexpr unsigned kEpochShift = kClockBits + kThreadBits + 1;
-
-constexpr uint32_t clock_of(Stamp stamp) {
-  return static_cast<uint32_t>(stamp & ((1u << kClockBits) - 1));
-}
-constexpr uint32_t thread_of(Stamp stamp) {
-  return (stamp >> kClockBits) & ((1u << kThreadBits) - 1);
-}
-constexpr uint64_t epoch_of(Stamp stamp) { return stamp >> kEpochShift; }
-
-// Clocks start at 1: 0 marks bytes to which a copy is under way.
-constexpr Stamp kClockMask = (Stamp{1} << kClockBits) - 1;
-constexpr bool in_flight(Stamp stamp) { return stamp != 0 && clock_of(stamp) == 0; }
-
 uint64_t epoch = 1;
 uint64_t launch_epoch = 1;  // the first one of the launch
 uint64_t block_epoch = 1;   // the first one of the block
 
-// known[t * threads + u]: the clock of thread u up to which everything is ordered before what
-// thread t does now. A row counts in the epoch in which it was last written only.
+// known[t * width + u]: the clock of thread u up to which everything is ordered before what thread
+// t does now. A row counts in the epoch in which it was last written only. After the threads'
+// columns come those of the agents.
 std::vector<uint32_t> known;
 std::vector<uint64_t> known_epoch;
+size_t width = 0;
 
-uint32_t* row_of(const Block& block, uint32_t rank) {
-  const size_t count = block.threads.size();
-  uint32_t* row = known.data() + rank * count;
+// Of each agent: the phase that a thread has heard of, and that one had when the epoch began.
+struct Agent {
+  uint32_t heard = 0, settled = 0;
+};
+std::vector<Agent> agents;
+
+uint32_t* row_of(uint32_t rank) {
+  uint32_t* row = known.data() + rank * width;
   if (known_epoch[rank] != epoch) {
     known_epoch[rank] = epoch;
-    std::fill(row, row + count, 0);
+    std::fill(row, row + width, 0);
   }
   return row;
 }
 
-Stamp stamp_of(const Thread& thread) {
-  return epoch << kEpochShift | Stamp{thread.rank} << kClockBits | thread.clock;
-}
+Stamp stamp_of(const Thread& thread) { return make_stamp(epoch, thread.rank, thread.clock); }
 
-// What `stamp` marks happened before what the running thread does now, or is its own.
-bool ordered(Stamp stamp) {
-  const uint64_t then = epoch_of(stamp);
-  if (then < launch_epoch) return true;
-  if (then < block_epoch) return running_block->fenced;
-  if (then < epoch) return true;
-  const uint32_t other = thread_of(stamp);
-  if (other == running->rank) return true;
-  const size_t count = running_block->threads.size();
-  return known_epoch[running->rank] == epoch &&
-         known[running->rank * count + other] >= clock_of(stamp);
+bool heard_of(uint32_t rank, uint32_t other, uint32_t clock) {
+  return known_epoch[rank] == epoch && known[rank * width + other] >= clock;
 }
 
 // As above for the flagged stamp of the last of several readers. Of the others nothing is known,
@@ -70,13 +51,6 @@ bool readers_ordered(Stamp stamp) {
     return false;
   }
   return ordered(stamp);
-}
-
-std::string who(Stamp stamp) {
-  if (epoch_of(stamp) < block_epoch) return "a thread of another block of this launch";
-  const Thread& thread = running_block->threads[thread_of(stamp)];
-  const bool other = thread.rank != running->rank;
-  return other ? "thread " + to_string(thread.index) : "other threads";
 }
 
 struct Accessed {
@@ -103,6 +77,12 @@ struct Accessed {
 }
 
 [[noreturn]] void fail_in_flight(const Accessed& a, Stamp write) {
+  if (thread_of(write) == kOfMbarrier) {
+    fail_with(cudaErrorLaunchFailure,
+              std::string(name_of(a.access)) + " of " +
+                  describe_memory(a.region, a.address, a.size) + ", which holds an mbarrier",
+              at(a.instruction));
+  }
   fail_with(cudaErrorLaunchFailure,
             std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
                 ", to which a cp.async of " + who(write) + " is under way: it was not waited for",
@@ -112,8 +92,8 @@ struct Accessed {
 // Fails unless an access to the byte with these stamps may follow.
 void check_byte(const Accessed& a, Stamp write, Stamp read) {
   if (a.region.shared()) {  // what earlier blocks did to it is gone
-    if (epoch_of(write) < block_epoch) write = 0;
-    if (epoch_of(read) < block_epoch) read = 0;
+    write = of_this_block(write);
+    read = of_this_block(read);
     if (reads(a.access) && write == 0) fail_unwritten(a);
     if (in_flight(write)) fail_in_flight(a, write);
   }
@@ -122,7 +102,15 @@ void check_byte(const Accessed& a, Stamp write, Stamp read) {
   if (writes(a.access) && !readers_ordered(read)) fail_race(a, "read", read);
 }
 
-// The stamp of a byte's readers once the running thread is one of them.
+void check_not_being_read(const Accessed& a) {
+  if (!is_being_read(a.region, a.address, a.size)) return;
+  fail_with(cudaErrorLaunchFailure,
+            std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
+                ", which an asynchronous operation is reading: it was not waited for",
+            at(a.instruction));
+}
+
+// The stamp of a byte's readers once the owner of `own` is one of them.
 Stamp add_reader(Stamp before, Stamp own) {
   if (epoch_of(before) != epoch) return own;
   const bool several = (before & kFlag) || thread_of(before) != thread_of(own);
@@ -143,6 +131,7 @@ void check_bytes(const Accessed& a) {
   Stamp* written = a.region.shadow.writes + offset;
   Stamp* read = a.region.shadow.reads + offset;
   const Stamp own = stamp_of(*running);
+  if (writes(a.access)) check_not_being_read(a);
   const bool uniform = all_equal(written, size) && all_equal(read, size);
   for (size_t i = 0; i < (uniform ? 1 : size); ++i) check_byte(a, written[i], read[i]);
   if (writes(a.access)) {
@@ -167,10 +156,10 @@ struct Columns {
 };
 
 Columns columns(const Thread& thread, const SyncClock& clock) {
-  const size_t count = running_block->threads.size();
-  if (!clock.within_warp || across_warps_epoch == epoch) return {0, count};
+  const size_t end = std::min(width, clock.row.size());
+  if (!clock.within_warp || across_warps_epoch == epoch) return {0, end};
   const size_t begin = thread.warp * kWarpSize;
-  return {begin, std::min<size_t>(count, begin + kWarpSize)};
+  return {begin, std::min(end, begin + kWarpSize)};
 }
 
 void join(uint32_t* into, const uint32_t* from, Columns columns) {
@@ -190,13 +179,18 @@ const char* name_of(Access access) {
   return names[static_cast<int>(access)];
 }
 
-void begin_epoch() { ++epoch; }
+void begin_epoch() {
+  ++epoch;
+  for (Agent& agent : agents) agent.settled = agent.heard;
+}
 void begin_launch_epoch() { begin(launch_epoch); }
 
 void begin_block_epoch() {
   begin(block_epoch);
+  agents.clear();
   const size_t count = running_block->threads.size();
-  if (known_epoch.size() != count) {
+  if (known_epoch.size() != count || width != count) {
+    width = count;
     known_epoch.assign(count, 0);
     known.assign(count * count, 0);
   }
@@ -207,18 +201,19 @@ void release(Thread& thread, SyncClock& clock) {
     fail_thread(thread, "more than a million synchronisations without __syncthreads", thread.site);
   }
   if (!clock.within_warp) across_warps_epoch = epoch;
-  uint32_t* row = row_of(*running_block, thread.rank);
+  uint32_t* row = row_of(thread.rank);
   row[thread.rank] = thread.clock++;
   if (clock.epoch != epoch) {
     clock.epoch = epoch;
-    clock.row.assign(running_block->threads.size(), 0);
+    clock.row.assign(width, 0);
   }
+  if (clock.row.size() < width) clock.row.resize(width);
   join(clock.row.data(), row, columns(thread, clock));
 }
 
 void acquire(const Thread& thread, const SyncClock& clock) {
   if (clock.epoch != epoch) return;  // a barrier since then has ordered more
-  join(row_of(*running_block, thread.rank), clock.row.data(), columns(thread, clock));
+  join(row_of(thread.rank), clock.row.data(), columns(thread, clock));
 }
 
 void check_race(Region& region, uintptr_t address, size_t size, Access access,
@@ -239,6 +234,82 @@ void check_race(Region& region, uintptr_t address, size_t size, Access access,
     default:
       return check_bytes<0>(accessed);
   }
+}
+
+Stamp own_stamp() { return stamp_of(*running); }
+
+Stamp of_this_block(Stamp stamp) { return epoch_of(stamp) < block_epoch ? 0 : stamp; }
+
+bool ordered(Stamp stamp) { return ordered(stamp, running->rank); }
+
+bool ordered(Stamp stamp, uint32_t rank) {
+  const uint64_t then = epoch_of(stamp);
+  if (then < launch_epoch) return true;
+  if (then < block_epoch) return running_block->fenced;
+  const uint32_t other = thread_of(stamp);
+  if (const size_t count = known_epoch.size(); other >= count) {
+    return clock_of(stamp) <= agents[other - count].settled ||
+           heard_of(rank, other, clock_of(stamp));
+  }
+  return then < epoch || other == rank || heard_of(rank, other, clock_of(stamp));
+}
+
+std::string who(Stamp stamp) {
+  if (epoch_of(stamp) < block_epoch) return "a thread of another block of this launch";
+  if (thread_of(stamp) >= known_epoch.size()) return "an asynchronous operation";
+  const Thread& thread = running_block->threads[thread_of(stamp)];
+  const bool other = thread.rank != running->rank;
+  return other ? "thread " + to_string(thread.index) : "other threads";
+}
+
+// ---- Agents -------------------------------------------------------------------------------------
+
+uint32_t add_agent() {
+  const size_t count = known_epoch.size();
+  agents.emplace_back();
+  if (const size_t needed = count + agents.size(); needed > width) {
+    const size_t wider = needed + 15;
+    std::vector<uint32_t> rows(count * wider, 0);
+    for (size_t rank = 0; rank < count; ++rank) {
+      std::copy_n(known.data() + rank * width, width, rows.data() + rank * wider);
+    }
+    known.swap(rows);
+    width = wider;
+  }
+  return static_cast<uint32_t>(count + agents.size() - 1);
+}
+
+void mark_written_by_agent(Region& region, uintptr_t address, size_t size, uint32_t agent,
+                           uint32_t phase) {
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  std::fill(written, written + size, agent_stamp(agent, phase));
+}
+
+Stamp agent_stamp(uint32_t agent, uint64_t phase) {
+  return make_stamp(epoch, agent, static_cast<uint32_t>(phase & kClockMask));
+}
+
+void note_read(Region& region, uintptr_t address, size_t size, Stamp stamp) {
+  Stamp* read = region.shadow.reads + (address - region.begin);
+  for (size_t i = 0; i < size; ++i) read[i] = add_reader(read[i], stamp);
+}
+
+void note_proxy_fence(Thread& thread) {
+  thread.proxy_fences.push_back(stamp_of(thread));
+  ++thread.clock;
+}
+
+void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase) {
+  uint32_t& clock = row_of(thread.rank)[agent];
+  clock = std::max(clock, phase);
+  uint32_t& heard = agents[agent - known_epoch.size()].heard;
+  heard = std::max(heard, phase);
+  across_warps_epoch = epoch;
+}
+
+void mark_mbarrier(Region& region, uintptr_t address) {
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  std::fill(written, written + sizeof(uint64_t), make_stamp(epoch, kOfMbarrier, 0));
 }
 
 void mark_in_flight(Region& region, uintptr_t address, size_t size) {

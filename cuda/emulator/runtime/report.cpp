@@ -1,5 +1,6 @@
 #include "report.h"
 
+#include "mbarrier.h"
 #include "memory.h"
 #include "module.h"
 #include "scheduler.h"
@@ -17,6 +18,8 @@ std::string text_of_last;
 
 // File and line of an instruction, and of the calls that were inlined to it, by addr2line.
 std::string source_of(uintptr_t instruction) {
+  static std::map<uintptr_t, std::string> found;  // each costs a process
+  if (const auto known = found.find(instruction); known != found.end()) return known->second;
   // A return address belongs to the call before it.
   const uintptr_t at = instruction - 1;
   const Module* module = module_of(reinterpret_cast<const void*>(at));
@@ -31,7 +34,7 @@ std::string source_of(uintptr_t instruction) {
     pclose(pipe);
   }
   while (!lines.empty() && lines.back() == '\n') lines.pop_back();
-  return lines.empty() ? module->path : lines;
+  return found[instruction] = lines.empty() ? module->path : lines;
 }
 
 std::string kernel_name() {
@@ -59,8 +62,14 @@ std::string waits_for(const Thread& thread) {
       return "__syncthreads";
     case Thread::State::kAtNamedBarrier:
       return "a named barrier";
+    case Thread::State::kAtMbarrier:
+      return "parity " + std::to_string(thread.parity) + " of " +
+             describe_mbarrier(thread.mbarrier);
     case Thread::State::kAtCollective:
+    case Thread::State::kAtWarpgroup:
       return thread.operation;
+    case Thread::State::kYielded:
+      return "their turn, again and again,";
     default:
       return "nothing";
   }
@@ -130,14 +139,13 @@ void report_waiting(const Block& block, const std::string& why) {
   for (const Thread& thread : block.threads) {
     if (thread.state == Thread::State::kDone) continue;
     if (!first) first = &thread;
-    const bool spins = thread.state == Thread::State::kYielded;
-    ++counts[spins ? "their turn, again and again"
-                   : waits_for(thread) + " at " + to_string(thread.site)];
+    ++counts[waits_for(thread) + " at " + to_string(thread.site)];
   }
   std::string what = why;
   for (const auto& [wait, count] : counts) {
     what += "\n  " + std::to_string(count) + " threads wait for " + wait;
   }
+  what += describe_mbarriers(block);
   record(cudaErrorLaunchFailure, what, place_of(*first), first->site);
 }
 

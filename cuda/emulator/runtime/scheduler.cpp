@@ -29,6 +29,7 @@ void finish_thread() {
   Block& block = *running_block;
   Warp& warp = block.warp_of(*running);
   finish_copies(*running);
+  finish_products(*running);
   running->state = Thread::State::kDone;
   warp.alive &= ~(1u << running->lane);
   warp.ready &= ~(1u << running->lane);
@@ -105,11 +106,16 @@ void wait(Thread::State state, Site site) {
   switch_fiber(&thread.saved, scheduler);
 }
 
-void yield() {
+void yield(Site site) {
   Thread& thread = *running;
   running_block->warp_of(thread).yielded |= 1u << thread.lane;
-  wait(Thread::State::kYielded, {});
+  wait(Thread::State::kYielded, site);
   thread.state = Thread::State::kReady;
+}
+
+void give_way(Site site) {
+  moved = true;
+  yield(site);
 }
 
 void abandon_block() {

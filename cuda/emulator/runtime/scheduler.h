@@ -22,6 +22,9 @@ void run_block(Block& block, dim3 size, const Call& call);
 // Stops the running thread until somebody makes it ready; `state` says for what it waits.
 void wait(Thread::State state, Site site);
 
+// As yield, for a thread that has done something others may wait for.
+void give_way(Site site);
+
 // Leaves the running thread, and the block, for good.
 [[noreturn]] void abandon_block();
 
@@ -33,5 +36,7 @@ void forget_running();
 
 // Lands what the thread did not wait for.
 void finish_copies(Thread& thread);
+// Fails if a product of its warpgroup has not been waited for.
+void finish_products(const Thread& thread);
 
 }  // namespace m3i::emulator

@@ -1,0 +1,132 @@
+"""Faults to plant, a line each, in the kernels that only compute capability 9.0 runs."""
+
+from __future__ import annotations
+
+from tests.cuda.faults import Fault
+
+RACE = r"(read before written|data race): read of 4 bytes .* of dynamic shared memory"
+
+FAULTS = {
+    # A wait or an arrival too few
+    "a full slot is not awaited": Fault(
+        "mbarrier",
+        "      m3i::mbarrier_wait(&ring.full[stage], parity);\n",
+        "",
+        "ring",
+        RACE,
+    ),
+    "an empty slot is not awaited": Fault(
+        "mbarrier",
+        "      m3i::mbarrier_wait(&ring.empty[stage], 1 - parity);\n",
+        "",
+        "ring",
+        r"data race: write of 4 bytes .* of dynamic shared memory, which .* read",
+    ),
+    "one consumer of two is not awaited": Fault(
+        "mbarrier",
+        "      m3i::mbarrier_arrive(&ring.empty[stage]);\n",
+        "      for (int i = 2; warp == 1 && i; --i) m3i::mbarrier_arrive(&ring.empty[stage]);\n",
+        "ring",
+        r"data race: write of 4 bytes .* of dynamic shared memory, which .* read",
+    ),
+    "consumers arrive before they read": Fault(
+        "mbarrier",
+        "      m3i::mbarrier_wait(&ring.full[stage], parity);\n",
+        "      m3i::mbarrier_wait(&ring.full[stage], parity);\n"
+        "      m3i::mbarrier_arrive(&ring.empty[stage]);\n"
+        "      for (int i = 0; i < 9; ++i) __nanosleep(1);\n",
+        "ring",
+        r"data race: .* of dynamic shared memory",
+    ),
+    # Waits that never end
+    "a producer that waits for the wrong parity": Fault(
+        "mbarrier",
+        "m3i::mbarrier_wait(&ring.empty[stage], 1 - parity);",
+        "m3i::mbarrier_wait(&ring.empty[stage], parity);",
+        "ring",
+        r"deadlock: no thread of the block can go on"
+        r"(.*\n)+  64 threads wait for parity 0 of the mbarrier of 8 bytes at \w+, byte 0 of"
+        r"(.*\n)+  32 threads wait for parity 0 of the mbarrier of 8 bytes at \w+, byte 24 of"
+        r"(.*\n)+  the mbarrier of 8 bytes at \w+, byte 0 of dynamic shared memory: phase 0, of"
+        r" parity 0, waits for 32 of 32 arrivals and for 0 bytes",
+    ),
+    "a producer that never arrives": Fault(
+        "mbarrier",
+        "      m3i::mbarrier_arrive(&ring.full[stage]);\n",
+        "",
+        "ring",
+        r"deadlock: no thread of the block can go on",
+    ),
+    "an arrival too few": Fault(
+        "mbarrier",
+        "m3i::mbarrier_init(&ring.full[i], 32);",
+        "m3i::mbarrier_init(&ring.full[i], 33);",
+        "ring",
+        r"deadlock: (.*\n)+.* waits for 1 of 33 arrivals and for 0 bytes",
+    ),
+    "bytes that do not come": Fault(
+        "mbarrier",
+        "      m3i::mbarrier_arrive(&ring.full[stage]);\n",
+        "      m3i::mbarrier_arrive_expect_tx(&ring.full[stage], 4);\n",
+        "ring",
+        r"deadlock: (.*\n)+.* waits for 0 of 32 arrivals and for 128 bytes",
+    ),
+    "polling for the wrong parity": Fault(
+        "mbarrier",
+        "m3i::mbarrier_try_wait(&empty, 1 - step % 2)",
+        "m3i::mbarrier_try_wait(&empty, step % 2)",
+        "poll",
+        r"standstill: (.*\n)+  32 threads wait for their turn, again and again, at "
+        r"(.*\n)+.* of shared variable .*::empty: phase 0, of parity 0",
+    ),
+    # Objects that are not mbarriers yet, or are no longer memory
+    "a barrier that nobody initialises": Fault(
+        "mbarrier",
+        "      m3i::mbarrier_init(&ring.full[i], 32);\n",
+        "",
+        "ring",
+        r"mbarrier_\w+ on the mbarrier of 8 bytes .*, which nobody has initialised",
+    ),
+    "no barrier after the initialisation": Fault(
+        "mbarrier",
+        "    m3i::mbarrier_init_fence();\n  }\n  __syncthreads();",
+        "    m3i::mbarrier_init_fence();\n  }",
+        "ring",
+        r"mbarrier_\w+ on .* which thread \(0, 0, 0\) initialised without a barrier between",
+    ),
+    "two threads initialise": Fault(
+        "mbarrier",
+        "if (threadIdx.x == 0) {",
+        "if (threadIdx.x <= 1) {",
+        "ring",
+        r"mbarrier_init on .* which thread \(0, 0, 0\) has initialised before",
+    ),
+    "a plain write of the barrier": Fault(
+        "mbarrier",
+        "      m3i::mbarrier_arrive(&ring.full[stage]);\n",
+        "      ring.full[stage] = 0;\n",
+        "ring",
+        r"write of 8 bytes at \w+, byte 0 of dynamic shared memory, which holds an mbarrier",
+    ),
+    "a slot over the barrier": Fault(
+        "mbarrier",
+        "ring.slots[stage][lane] = values",
+        "ring.slots[stage][lane - 2] = values",
+        "ring",
+        r"(out-of-bounds index -2|write of 4 bytes .* which holds an mbarrier)",
+    ),
+    "an address that is not a multiple of 8": Fault(
+        "mbarrier",
+        "Ring& ring = *m3i::dynamic_shared<Ring>();",
+        "Ring& ring = *reinterpret_cast<Ring*>(m3i::dynamic_shared<char>() + 4);",
+        "ring",
+        r"misaligned",
+    ),
+    "a barrier in global memory": Fault(
+        "mbarrier",
+        "m3i::mbarrier_init(&ring.full[i], 32);",
+        "m3i::mbarrier_init(reinterpret_cast<m3i::Mbarrier*>(out), 32);",
+        "ring",
+        r"is not in shared memory",
+    ),
+}
