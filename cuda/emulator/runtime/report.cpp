@@ -3,6 +3,7 @@
 #include "mbarrier.h"
 #include "memory.h"
 #include "module.h"
+#include "registers.h"
 #include "scheduler.h"
 
 #include <cstdio>
@@ -67,6 +68,8 @@ std::string waits_for(const Thread& thread) {
              describe_mbarrier(thread.mbarrier);
     case Thread::State::kAtCollective:
       return thread.operation;
+    case Thread::State::kAtRegisters:
+      return describe_wanted_registers(*running_block, thread);
     case Thread::State::kYielded:
       return "their turn, again and again,";
     default:
