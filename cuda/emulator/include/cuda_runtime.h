@@ -18,6 +18,7 @@
 #include "emulator/tile.h"
 #include "emulator/vector_types.h"
 #include "emulator/warp.h"
+#include "emulator/wgmma.h"
 
 // nvcc gives kernels these names without std::.
 #include <cmath>

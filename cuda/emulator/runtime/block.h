@@ -5,13 +5,13 @@
 #include "emulator/vector_types.h"
 #include "fiber.h"
 #include "memory.h"
+#include "warpgroup.h"
 
 #include <map>
 #include <vector>
 
 namespace m3i::emulator {
 
-inline constexpr unsigned kWarpSize = 32;
 inline constexpr unsigned kNamedBarriers = 16;
 
 // A cp.async on its way.
@@ -32,6 +32,7 @@ struct Thread {
   enum class State {
     kReady,
     kAtCollective,
+    kAtWarpgroup,
     kAtBarrier,
     kAtNamedBarrier,
     kAtMbarrier,
@@ -52,8 +53,14 @@ struct Thread {
   // Its copies that have not landed; of each group, how many of them end before it
   std::vector<AsyncCopy> copies;
   std::vector<size_t> copy_groups;
+  // Of its warpgroup's products, how many end before each group that it has not waited for, and
+  // before the last one; whether it has called wgmma_fence since it last waited
+  std::vector<uint64_t> product_groups;
+  uint64_t products_committed = 0;
+  bool products_fenced = false;
   // Of the race check: counts the thread's synchronisations since the block's last barrier
   uint32_t clock = 1;
+  std::vector<uint64_t> proxy_fences;  // stamps of its calls of fence_proxy_async
 };
 
 struct Warp {
@@ -114,6 +121,11 @@ struct Block {
   std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
 
   bool fenced = false;  // a thread of it has called a memory fence
+
+  std::vector<Warpgroup> warpgroups;  // once one of them multiplies
+  // Of each 16 bytes of dynamic shared memory, by how many asynchronous operations they are being
+  // read; empty before the first one
+  std::vector<uint16_t> being_read;
 
   Warp& warp_of(const Thread& thread) { return warps[thread.warp]; }
   Thread& lane_of(const Thread& thread, uint32_t lane) {

@@ -1,7 +1,9 @@
 #include "race.h"
 
+#include "async.h"
 #include "report.h"
 #include "scheduler.h"
+#include "stamp.h"
 
 #include <algorithm>
 #include <string>
@@ -9,25 +11,6 @@
 namespace m3i::emulator {
 
 namespace {
-
-// A stamp, from its low bits: clock, thread, flag, epoch. 0: never touched.
-constexpr unsigned kClockBits = 20, kThreadBits = 14;
-constexpr Stamp kFlag = Stamp{1} << (kClockBits + kThreadBits);
-constexpr unsigned kEpochShift = kClockBits + kThreadBits + 1;
-
-constexpr uint32_t clock_of(Stamp stamp) {
-  return static_cast<uint32_t>(stamp & ((1u << kClockBits) - 1));
-}
-constexpr uint32_t thread_of(Stamp stamp) {
-  return (stamp >> kClockBits) & ((1u << kThreadBits) - 1);
-}
-constexpr uint64_t epoch_of(Stamp stamp) { return stamp >> kEpochShift; }
-
-// Clocks start at 1: 0 marks bytes to which a copy is under way.
-constexpr Stamp kClockMask = (Stamp{1} << kClockBits) - 1;
-constexpr bool in_flight(Stamp stamp) { return stamp != 0 && clock_of(stamp) == 0; }
-// In the place of a thread it marks the bytes of an mbarrier.
-constexpr uint32_t kOfMbarrier = (1u << kThreadBits) - 1;
 
 uint64_t epoch = 1;
 uint64_t launch_epoch = 1;  // the first one of the launch
@@ -55,12 +38,10 @@ uint32_t* row_of(uint32_t rank) {
   return row;
 }
 
-Stamp stamp_of(const Thread& thread) {
-  return epoch << kEpochShift | Stamp{thread.rank} << kClockBits | thread.clock;
-}
+Stamp stamp_of(const Thread& thread) { return make_stamp(epoch, thread.rank, thread.clock); }
 
-bool heard_of(uint32_t other, uint32_t clock) {
-  return known_epoch[running->rank] == epoch && known[running->rank * width + other] >= clock;
+bool heard_of(uint32_t rank, uint32_t other, uint32_t clock) {
+  return known_epoch[rank] == epoch && known[rank * width + other] >= clock;
 }
 
 // As above for the flagged stamp of the last of several readers. Of the others nothing is known,
@@ -111,8 +92,8 @@ struct Accessed {
 // Fails unless an access to the byte with these stamps may follow.
 void check_byte(const Accessed& a, Stamp write, Stamp read) {
   if (a.region.shared()) {  // what earlier blocks did to it is gone
-    if (epoch_of(write) < block_epoch) write = 0;
-    if (epoch_of(read) < block_epoch) read = 0;
+    write = of_this_block(write);
+    read = of_this_block(read);
     if (reads(a.access) && write == 0) fail_unwritten(a);
     if (in_flight(write)) fail_in_flight(a, write);
   }
@@ -121,7 +102,15 @@ void check_byte(const Accessed& a, Stamp write, Stamp read) {
   if (writes(a.access) && !readers_ordered(read)) fail_race(a, "read", read);
 }
 
-// The stamp of a byte's readers once the running thread is one of them.
+void check_not_being_read(const Accessed& a) {
+  if (!is_being_read(a.region, a.address, a.size)) return;
+  fail_with(cudaErrorLaunchFailure,
+            std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
+                ", which an asynchronous operation is reading: it was not waited for",
+            at(a.instruction));
+}
+
+// The stamp of a byte's readers once the owner of `own` is one of them.
 Stamp add_reader(Stamp before, Stamp own) {
   if (epoch_of(before) != epoch) return own;
   const bool several = (before & kFlag) || thread_of(before) != thread_of(own);
@@ -142,6 +131,7 @@ void check_bytes(const Accessed& a) {
   Stamp* written = a.region.shadow.writes + offset;
   Stamp* read = a.region.shadow.reads + offset;
   const Stamp own = stamp_of(*running);
+  if (writes(a.access)) check_not_being_read(a);
   const bool uniform = all_equal(written, size) && all_equal(read, size);
   for (size_t i = 0; i < (uniform ? 1 : size); ++i) check_byte(a, written[i], read[i]);
   if (writes(a.access)) {
@@ -248,20 +238,25 @@ void check_race(Region& region, uintptr_t address, size_t size, Access access,
 
 Stamp own_stamp() { return stamp_of(*running); }
 
-bool ordered(Stamp stamp) {
+Stamp of_this_block(Stamp stamp) { return epoch_of(stamp) < block_epoch ? 0 : stamp; }
+
+bool ordered(Stamp stamp) { return ordered(stamp, running->rank); }
+
+bool ordered(Stamp stamp, uint32_t rank) {
   const uint64_t then = epoch_of(stamp);
   if (then < launch_epoch) return true;
   if (then < block_epoch) return running_block->fenced;
   const uint32_t other = thread_of(stamp);
   if (const size_t count = known_epoch.size(); other >= count) {
-    return clock_of(stamp) <= agents[other - count].settled || heard_of(other, clock_of(stamp));
+    return clock_of(stamp) <= agents[other - count].settled ||
+           heard_of(rank, other, clock_of(stamp));
   }
-  return then < epoch || other == running->rank || heard_of(other, clock_of(stamp));
+  return then < epoch || other == rank || heard_of(rank, other, clock_of(stamp));
 }
 
 std::string who(Stamp stamp) {
   if (epoch_of(stamp) < block_epoch) return "a thread of another block of this launch";
-  if (thread_of(stamp) >= known_epoch.size()) return "a copy through an mbarrier";
+  if (thread_of(stamp) >= known_epoch.size()) return "an asynchronous operation";
   const Thread& thread = running_block->threads[thread_of(stamp)];
   const bool other = thread.rank != running->rank;
   return other ? "thread " + to_string(thread.index) : "other threads";
@@ -287,8 +282,21 @@ uint32_t add_agent() {
 void mark_written_by_agent(Region& region, uintptr_t address, size_t size, uint32_t agent,
                            uint32_t phase) {
   Stamp* written = region.shadow.writes + (address - region.begin);
-  std::fill(written, written + size,
-            epoch << kEpochShift | Stamp{agent} << kClockBits | (phase & kClockMask));
+  std::fill(written, written + size, agent_stamp(agent, phase));
+}
+
+Stamp agent_stamp(uint32_t agent, uint64_t phase) {
+  return make_stamp(epoch, agent, static_cast<uint32_t>(phase & kClockMask));
+}
+
+void note_read(Region& region, uintptr_t address, size_t size, Stamp stamp) {
+  Stamp* read = region.shadow.reads + (address - region.begin);
+  for (size_t i = 0; i < size; ++i) read[i] = add_reader(read[i], stamp);
+}
+
+void note_proxy_fence(Thread& thread) {
+  thread.proxy_fences.push_back(stamp_of(thread));
+  ++thread.clock;
 }
 
 void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase) {
@@ -301,8 +309,7 @@ void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase) {
 
 void mark_mbarrier(Region& region, uintptr_t address) {
   Stamp* written = region.shadow.writes + (address - region.begin);
-  std::fill(written, written + sizeof(uint64_t),
-            epoch << kEpochShift | Stamp{kOfMbarrier} << kClockBits);
+  std::fill(written, written + sizeof(uint64_t), make_stamp(epoch, kOfMbarrier, 0));
 }
 
 void mark_in_flight(Region& region, uintptr_t address, size_t size) {

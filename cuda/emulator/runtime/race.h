@@ -47,18 +47,28 @@ void mark_mbarrier(Region& region, uintptr_t address);
 
 // Now, by the running thread.
 Stamp own_stamp();
-// What `stamp` marks happened before what the running thread does now, or is its own.
+// What `stamp` marks happened before what the running thread, or the thread of that rank, does now,
+// or is its own.
 bool ordered(Stamp stamp);
+bool ordered(Stamp stamp, uint32_t rank);
+// The stamp, or 0 if an earlier block made it.
+Stamp of_this_block(Stamp stamp);
 // Whose stamp it is, for a message.
 std::string who(Stamp stamp);
 
-// Somebody beside the threads of the block: the copies that land through one mbarrier. Its clock is
-// the phase in which they land, from 1 on; __syncthreads orders nobody after it who has not heard
-// of that phase.
+// Somebody beside the threads of the block: the copies that land through one mbarrier, or the
+// products of a warpgroup. Its clock is the phase in which they land, or how many were issued, from
+// 1 on; __syncthreads orders nobody after it who has not heard of that phase.
 uint32_t add_agent();
+Stamp agent_stamp(uint32_t agent, uint64_t phase);
 void mark_written_by_agent(Region& region, uintptr_t address, size_t size, uint32_t agent,
                            uint32_t phase);
 // All that it wrote up to this phase is ordered before what the thread does now.
 void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase);
+
+// The owner of a stamp reads these bytes.
+void note_read(Region& region, uintptr_t address, size_t size, Stamp stamp);
+// What the thread wrote so far is visible to the asynchronous proxy, where a barrier orders it.
+void note_proxy_fence(Thread& thread);
 
 }  // namespace m3i::emulator

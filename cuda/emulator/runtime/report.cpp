@@ -67,6 +67,7 @@ std::string waits_for(const Thread& thread) {
       return "parity " + std::to_string(thread.parity) + " of " +
              describe_mbarrier(thread.mbarrier);
     case Thread::State::kAtCollective:
+    case Thread::State::kAtWarpgroup:
       return thread.operation;
     case Thread::State::kAtRegisters:
       return describe_wanted_registers(*running_block, thread);

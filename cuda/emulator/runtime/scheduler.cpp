@@ -30,6 +30,7 @@ void finish_thread() {
   Block& block = *running_block;
   Warp& warp = block.warp_of(*running);
   finish_copies(*running);
+  finish_products(*running);
   running->state = Thread::State::kDone;
   warp.alive &= ~(1u << running->lane);
   warp.ready &= ~(1u << running->lane);

@@ -36,5 +36,7 @@ void forget_running();
 
 // Lands what the thread did not wait for.
 void finish_copies(Thread& thread);
+// Fails if a product of its warpgroup has not been waited for.
+void finish_products(const Thread& thread);
 
 }  // namespace m3i::emulator
