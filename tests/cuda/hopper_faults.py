@@ -129,4 +129,55 @@ FAULTS = {
         "ring",
         r"is not in shared memory",
     ),
+    # Registers that are not there
+    "more registers than are given up": Fault(
+        "registers",
+        "setmaxnreg_dec<24>",
+        "setmaxnreg_dec<40>",
+        "give_and_take",
+        r"deadlock: (.*\n)+  32 threads wait for 240 registers a thread in the place of 168 "
+        r"\(setmaxnreg; of 168 a thread at the launch, 256 are free\)",
+    ),
+    "a launch bound without blocks": Fault(
+        "registers",
+        "__launch_bounds__(kThreads, 1)",
+        "__launch_bounds__(kThreads)",
+        "give_and_take",
+        r"setmaxnreg_dec<24> in a kernel without __launch_bounds__\(threads, blocks\)",
+    ),
+    "a launch bound of two blocks": Fault(
+        "registers",
+        "__launch_bounds__(kThreads, 1)",
+        "__launch_bounds__(kThreads, 2)",
+        "give_and_take",
+        r"deadlock: (.*\n)+.* of 80 a thread at the launch",
+    ),
+    "an increase that decreases": Fault(
+        "registers",
+        "setmaxnreg_inc<240>",
+        "setmaxnreg_inc<160>",
+        "give_and_take",
+        r"setmaxnreg_inc<160> by a warp of 168 registers a thread",
+    ),
+    "a part of a warpgroup": Fault(
+        "registers",
+        "  if (group == 0) {",
+        "  if (threadIdx.x / 32 == 2) return;\n  if (group == 0) {",
+        "give_and_take",
+        r"setmaxnreg by a part of a warpgroup: warp 2 .* warp 0|deadlock",
+    ),
+    "a part of a warp": Fault(
+        "registers",
+        "  if (group == 0) {",
+        "  if (threadIdx.x == 5) return;\n  if (group == 0) {",
+        "give_and_take",
+        r"setmaxnreg_dec<24> by the lanes 0xffffffdf: expected the whole warp",
+    ),
+    "a block of no whole warpgroups": Fault(
+        "registers",
+        "give_and_take_kernel, 1, kThreads",
+        "give_and_take_kernel, 1, kThreads - 32",
+        "give_and_take",
+        r"setmaxnreg_\w+<\d+> in a block of 352 threads, which are no whole warpgroups",
+    ),
 }

@@ -124,11 +124,26 @@ def test_mbarriers_are_single_instructions(tmp_path: Path) -> None:
         assert any(expected in op for op in used), used
 
 
+# ---- Registers ----------------------------------------------------------------------------------
+
+
+def test_registers_pass_from_one_warpgroup_to_others() -> None:
+    out = integers(384)
+    run("registers", "give_and_take", out)
+    assert out.tolist() == [group for group in range(3) for _ in range(128)]
+
+
+def test_ptxas_does_not_ignore_setmaxnreg(tmp_path: Path) -> None:
+    (code,) = instructions(KERNELS / "registers.cu", "90a", tmp_path).values()
+    assert sum(op.startswith("USETMAXREG") for op in code) == 2
+
+
 # ---- Faults -------------------------------------------------------------------------------------
 
 CALLS = {
     "ring": lambda: (integers(20, 32), integers(20, 2, 32), 20),
     "poll": lambda: (integers(7, 32), integers(7, 32), 7),
+    "give_and_take": lambda: (integers(384),),
 }
 
 

@@ -13,6 +13,7 @@
 #include "emulator/math.h"
 #include "emulator/mbarrier.h"
 #include "emulator/qualifiers.h"
+#include "emulator/registers.h"
 #include "emulator/thread.h"
 #include "emulator/tile.h"
 #include "emulator/vector_types.h"

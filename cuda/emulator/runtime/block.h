@@ -36,6 +36,7 @@ struct Thread {
     kAtBarrier,
     kAtNamedBarrier,
     kAtMbarrier,
+    kAtRegisters,
     kYielded,
     kDone
   };
@@ -67,6 +68,10 @@ struct Warp {
   uint32_t alive = 0;          // lanes that have not returned
   uint32_t at_collective = 0;  // lanes that wait for others of the warp
   uint32_t yielded = 0;        // lanes that go on once the others had their turn
+  // Registers of each of its threads, as setmaxnreg changes them
+  uint32_t registers = 0;
+  uint32_t wanted_registers = 0;
+  std::vector<uint32_t> register_changes;
 };
 
 // What the threads that came to a barrier knew of each other's progress: see race.h.
@@ -110,6 +115,9 @@ struct Block {
   int vote_total = 0;       // of the barrier that was passed last
   NamedBarrier named[kNamedBarriers];
 
+  uint32_t launch_registers =
+      0;                        // of a thread; 0 where the kernel's launch bound does not fix them
+  uint32_t free_registers = 0;  // of a lane: a warp takes 32 times as many
   std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
 
   bool fenced = false;  // a thread of it has called a memory fence

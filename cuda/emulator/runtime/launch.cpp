@@ -5,6 +5,7 @@
 #include "memory.h"
 #include "module.h"
 #include "race.h"
+#include "registers.h"
 #include "report.h"
 #include "scheduler.h"
 #include "signals.h"
@@ -52,14 +53,15 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 block = config.blockDim;
   const unsigned long long threads = 1ull * block.x * block.y * block.z;
   if (threads > 1024) return cudaErrorInvalidConfiguration;
-  if (threads > module->launch_bound(address)) return cudaErrorLaunchOutOfResources;
+  const auto bound = module->launch_bound(address);
+  if (bound && threads > bound->threads) return cudaErrorLaunchOutOfResources;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     if (config.attrs[i].id != cudaLaunchAttributeIgnore) return cudaErrorNotSupported;
   }
   return check_shared(config, kernel, module->static_shared_bytes(*symbol));
 }
 
-void run_grid(const cudaLaunchConfig_t& config, const Call& call) {
+void run_grid(const cudaLaunchConfig_t& config, const Call& call, uint32_t registers) {
   gridDim = config.gridDim;
   begin_launch_epoch();
   const dim3 grid = config.gridDim;
@@ -68,6 +70,7 @@ void run_grid(const cudaLaunchConfig_t& config, const Call& call) {
       for (unsigned x = 0; x < grid.x; ++x) {
         Block block;
         block.index = {x, y, z};
+        block.launch_registers = registers;
         scramble_shared();
         run_block(block, config.blockDim, call);
         if (launch_error() != cudaSuccess) return;
@@ -86,9 +89,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     const Module* module = module_of(kernel);
     set_shared(config.dynamicSmemBytes, module->shared_base(), module->shared_bytes);
     begin_reports(kernel);
+    const auto address = reinterpret_cast<uintptr_t>(kernel);
+    const uint32_t registers = launch_registers(module->launch_bound(address));
     const FaultHandler handler;
     if (sigsetjmp(FaultHandler::leave, 1) == 0) {
-      run_grid(config, {invoke, closure});
+      run_grid(config, {invoke, closure}, registers);
     } else {
       forget_running();
     }

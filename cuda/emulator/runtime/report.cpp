@@ -3,6 +3,7 @@
 #include "mbarrier.h"
 #include "memory.h"
 #include "module.h"
+#include "registers.h"
 #include "scheduler.h"
 
 #include <cstdio>
@@ -68,6 +69,8 @@ std::string waits_for(const Thread& thread) {
     case Thread::State::kAtCollective:
     case Thread::State::kAtWarpgroup:
       return thread.operation;
+    case Thread::State::kAtRegisters:
+      return describe_wanted_registers(*running_block, thread);
     case Thread::State::kYielded:
       return "their turn, again and again,";
     default:

@@ -1,6 +1,7 @@
 #include "scheduler.h"
 
 #include "race.h"
+#include "registers.h"
 #include "report.h"
 
 extern "C" {
@@ -33,7 +34,7 @@ void finish_thread() {
   running->state = Thread::State::kDone;
   warp.alive &= ~(1u << running->lane);
   warp.ready &= ~(1u << running->lane);
-  --block.alive;
+  if (--block.alive == 0) check_warpgroups_changed_together(block);
   // The other lanes may have waited for this one only.
   complete_collectives(warp, *running);
 }
@@ -89,6 +90,7 @@ void prepare(Block& block, dim3 size) {
     block.warp_of(thread).alive |= 1u << thread.lane;
     block.make_ready(thread);
   }
+  for (Warp& warp : block.warps) warp.registers = warp.wanted_registers = block.launch_registers;
 }
 
 }  // namespace
