@@ -14,10 +14,10 @@ struct GradsScratch {
 
 // ---- The gradient by the logits -----------------------------------------------------------------
 
-template <class T, bool kSigmoid>
+template <class V, bool kSigmoid>
 struct GradsTile {
-  using A = Accumulator<T>;
-  const VectorsOf<T>& of;
+  using A = typename V::A;
+  const V& of;
   A scale;
 
   // E w of the row plus that of the column, of one shift or two.
@@ -110,9 +110,8 @@ __device__ inline void write_gradient(Fragments<T>& g, void* to) {
 }
 
 template <class T, bool kSigmoid>
-__device__ inline Accumulator<T> replace_by_gradient(Fragments<T>& c,
-                                                     const GradsTile<T, kSigmoid>& values,
-                                                     bool mixed, bool exact) {
+__device__ inline Accumulator<T> replace_by_gradient(
+    Fragments<T>& c, const GradsTile<VectorsOf<T>, kSigmoid>& values, bool mixed, bool exact) {
   using A = Accumulator<T>;
   if (exact && !kSigmoid) {
     return replace_by_gradient(
@@ -136,27 +135,29 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
   if (is_skipped(input)) return;
   Shared<T>& shared = *dynamic_shared<Shared<T>>();
   VectorsOf<T>& vectors = shared.vectors;
-  const TileOrigin<T> tile(block);
+  const TileOrigin tile = tile_of_block<T>(block);
   const bool exact = !kSigmoid && *params.exact;
-  stage_input<T, true>(vectors, input, tile);
+  stage_input<true>(vectors, input, tile);
   if constexpr (!kSigmoid) {
     stage_shift(vectors, input, params.shift, tile, exact);
     stage_weights(vectors, input, params.row_weights, params.col_weights, tile);
   }
   Fragments<T> c{};
   multiply_features(shared, input, tile, c);
-  const bool mixed = __syncthreads_or(thread_sees_positive(vectors, input, tile) ||
-                                      thread_sees_ignored<T>(vectors));
+  const bool mixed =
+      __syncthreads_or(thread_sees_positive(vectors, input, tile) || thread_sees_ignored(vectors));
   const A scale = read_scalar<A>(input.scale);
   if constexpr (kSigmoid) {
-    const SumsTile<T, SumsMode::kSigmoid> sums{vectors, scale, false};
+    const SumsTile<VectorsOf<T>, SumsMode::kSigmoid> sums{vectors, scale, false};
     fold_tile<Sum>(
         c, [&](A c, int i, int j) { return sums.any(kNegatives, c, i, j); }, vectors,
         rows_of_tile<T>(scratch.partials, 1, 0), static_cast<A*>(nullptr));
   }
-  const A sum = replace_by_gradient(c, GradsTile<T, kSigmoid>{vectors, scale}, mixed, exact);
+  const A sum =
+      replace_by_gradient(c, GradsTile<VectorsOf<T>, kSigmoid>{vectors, scale}, mixed, exact);
   A* scale_grads = static_cast<A*>(scratch.scale_grads);
-  add_threads(sum, vectors.row_folds[0], scale_grads + blockIdx.y * int64_t{gridDim.x} + blockIdx.x);
+  add_threads(sum, vectors.row_folds[0],
+              scale_grads + blockIdx.y * int64_t{gridDim.x} + blockIdx.x);
   if (scratch.partials.columns) {
     fold_tile<Sum>(
         c, [](A g, int, int) { return Pair<A>{0, g}; }, vectors, static_cast<A*>(nullptr),
@@ -188,8 +189,8 @@ __device__ inline void add_tile(Fragments<T>& sum, void* to, int64_t row, int64_
 
 // Phase 2: grad_z_hat (+)= G z of the block's rows, and grad_z (+)= G^T z_hat of its columns. One
 // thread adds to an element in each launch, and launches follow one another: always the same bits.
-// Grid: x over the tiles of the width, y over the row tiles where grad_z_hat is asked for, then over
-// the column tiles where grad_z is.
+// Grid: x over the tiles of the width, y over the row tiles where grad_z_hat is asked for, then
+// over the column tiles where grad_z is.
 template <class T>
 __global__ void __launch_bounds__(Shape<T>::kThreads)
     boltzmann_feature_grads_kernel(const BoltzmannGradsParams params, const Block block,

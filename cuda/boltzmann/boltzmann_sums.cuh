@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
   if (is_skipped(params.input)) return;
   Shared<T>& shared = *dynamic_shared<Shared<T>>();
   VectorsOf<T>& vectors = shared.vectors;
-  const TileOrigin<T> tile(block);
-  stage_input<T, false>(vectors, params.input, tile);
+  const TileOrigin tile = tile_of_block<T>(block);
+  stage_input<false>(vectors, params.input, tile);
   Fragments<T> c{};
   multiply_features(shared, params.input, tile, c);
   const A scale = read_scalar<A>(params.input.scale);
@@ -53,16 +53,16 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
 // ---- Sums ---------------------------------------------------------------------------------------
 
 enum class SumsMode {
-  kShared,   // one shift and one exponential for rows and columns
-  kExact,    // a shift and an exponential for each
+  kShared,  // one shift and one exponential for rows and columns
+  kExact,   // a shift and an exponential for each
   kSigmoid,
 };
 
 // Elements of a tile, and what they add to the sum of one kind.
-template <class T, SumsMode kMode>
+template <class V, SumsMode kMode>
 struct SumsTile {
-  using A = Accumulator<T>;
-  const VectorsOf<T>& of;
+  using A = typename V::A;
+  const V& of;
   A scale;
   bool columns;  // whether their sums are asked for
 
@@ -118,16 +118,17 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
   if (is_skipped(input)) return;
   Shared<T>& shared = *dynamic_shared<Shared<T>>();
   VectorsOf<T>& vectors = shared.vectors;
-  const TileOrigin<T> tile(block);
-  stage_input<T, true>(vectors, input, tile);
+  const TileOrigin tile = tile_of_block<T>(block);
+  stage_input<true>(vectors, input, tile);
   if constexpr (kMode != SumsMode::kSigmoid) {
     stage_shift(vectors, input, params.shift, tile, kMode == SumsMode::kExact);
   }
   Fragments<T> c{};
   multiply_features(shared, input, tile, c);
-  const SumsTile<T, kMode> values{vectors, read_scalar<A>(input.scale), partials.columns != nullptr};
-  const bool mixed = __syncthreads_or(thread_sees_positive(vectors, input, tile) ||
-                                      thread_sees_ignored<T>(vectors));
+  const SumsTile<VectorsOf<T>, kMode> values{vectors, read_scalar<A>(input.scale),
+                                             partials.columns != nullptr};
+  const bool mixed =
+      __syncthreads_or(thread_sees_positive(vectors, input, tile) || thread_sees_ignored(vectors));
   for (int kind = 0; kind < kNumSums; ++kind) {
     A* rows = rows_of_tile<T>(partials, kNumSums, kind);
     A* columns = columns_of_tile<T>(partials, kNumSums, kind);

@@ -1,4 +1,5 @@
-// boltzmann: a tile of C, what is known of its rows and columns, and sums over it. Device code only.
+// boltzmann: a tile of C, what is known of its rows and columns, and sums over it. Device code
+// only.
 #pragma once
 
 #include "boltzmann/boltzmann_element.cuh"
@@ -10,9 +11,13 @@ namespace m3i::boltzmann {
 inline constexpr int32_t kIgnored = -1;   // id of a row: ignored, or beyond the last one
 inline constexpr int32_t kNoColumn = -2;  // id of a column beyond the last one
 
-// By row and column of the tile. A kernel fills what it reads.
-template <class A, int kRows, int kColumns, int kDown, int kAcross>
+// By row and column of the tile of kDown x kAcross warps. A kernel fills what it reads.
+template <class Wide, int kRowsOf, int kColumnsOf, int kDown, int kAcross>
 struct Vectors {
+  using A = Wide;
+  static constexpr int kRows = kRowsOf, kColumns = kColumnsOf;
+  static constexpr int kThreads = kDown * kAcross * kWarpLanes;
+
   int32_t row_ids[kRows], column_ids[kColumns];
   A row_shift[kRows], column_shift[kColumns];
   A bias[kColumns];
@@ -31,19 +36,18 @@ struct Shared {
   VectorsOf<T> vectors;
 };
 
-// The tile of a thread block: grid x over the columns' tiles of its block, y over the rows'.
-template <class T>
 struct TileOrigin {
   int64_t row, column;
-
-  __device__ explicit TileOrigin(const Block& block)
-      : row(block.row_begin + blockIdx.y * int64_t{Shape<T>::kRows}),
-        column(block.column_begin + blockIdx.x * int64_t{Shape<T>::kColumns}) {}
 };
 
-__device__ inline bool is_skipped(const BoltzmannInput& input) {
-  return input.run && !*input.run;
+// The tile of a thread block: grid x over the columns' tiles of its block, y over the rows'.
+template <class T>
+__device__ inline TileOrigin tile_of_block(const Block& block) {
+  return {block.row_begin + blockIdx.y * int64_t{Shape<T>::kRows},
+          block.column_begin + blockIdx.x * int64_t{Shape<T>::kColumns}};
 }
+
+__device__ inline bool is_skipped(const BoltzmannInput& input) { return input.run && !*input.run; }
 
 template <class A>
 __device__ inline A read_scalar(const void* from) {
@@ -52,111 +56,105 @@ __device__ inline A read_scalar(const void* from) {
 
 // ---- Rows and columns ---------------------------------------------------------------------------
 
-// body(i, whether it exists, its number): the threads share out `extent` rows or columns.
-template <class T, class Body>
+// body(i, whether it exists, its number): the V::kThreads threads of the tile, which begin at a
+// multiple of that number, share out `extent` rows or columns.
+template <class V, class Body>
 __device__ inline void for_extent(int extent, int64_t begin, int64_t end, const Body& body) {
-  for (int i = threadIdx.x; i < extent; i += Shape<T>::kThreads) {
+  for (int i = threadIdx.x % V::kThreads; i < extent; i += V::kThreads) {
     body(i, begin + i < end, begin + i);
   }
 }
 
 // Ids and bias. kChecked: a row that names a column that is not there stops the kernel by a trap,
 // as in mask_mix; labels, which col_ids are, may be any number.
-template <class T, bool kChecked>
-__device__ inline void stage_input(VectorsOf<T>& to, const BoltzmannInput& input,
-                                   const TileOrigin<T>& tile) {
-  using A = Accumulator<T>;
-  for_extent<T>(Shape<T>::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
+template <bool kChecked, class V>
+__device__ inline void stage_input(V& to, const BoltzmannInput& input, const TileOrigin& tile) {
+  using A = typename V::A;
+  for_extent<V>(V::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
     const int32_t id = exists ? input.row_ids[row] : kIgnored;
     if (kChecked && !input.col_ids && (id < kIgnored || id >= input.columns)) __trap();
     to.row_ids[i] = id;
   });
-  for_extent<T>(Shape<T>::kColumns, tile.column, input.columns,
-                [&](int j, bool exists, int64_t column) {
-                  const int32_t place = static_cast<int32_t>(column);
-                  const int32_t id = exists && input.col_ids ? input.col_ids[column] : place;
-                  to.column_ids[j] = exists ? id : kNoColumn;
-                  to.bias[j] = exists ? static_cast<const A*>(input.bias)[column]
-                                      : minus_infinity<A>();
-                });
+  for_extent<V>(V::kColumns, tile.column, input.columns, [&](int j, bool exists, int64_t column) {
+    const int32_t place = static_cast<int32_t>(column);
+    const int32_t id = exists && input.col_ids ? input.col_ids[column] : place;
+    to.column_ids[j] = exists ? id : kNoColumn;
+    to.bias[j] = exists ? static_cast<const A*>(input.bias)[column] : minus_infinity<A>();
+  });
 }
 
 // After stage_input, by the same threads. `exact`: each row and column has its own shift.
-template <class T>
-__device__ inline void stage_shift(VectorsOf<T>& to, const BoltzmannInput& input,
-                                   const BoltzmannShift& shift, const TileOrigin<T>& tile,
-                                   bool exact) {
-  using A = Accumulator<T>;
+template <class V>
+__device__ inline void stage_shift(V& to, const BoltzmannInput& input, const BoltzmannShift& shift,
+                                   const TileOrigin& tile, bool exact) {
+  using A = typename V::A;
   const A* of_rows = static_cast<const A*>(shift.rows);
   const A* of_columns = static_cast<const A*>(shift.columns);
   const A common = of_rows[0];
   if (exact) {
-    for_extent<T>(Shape<T>::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
+    for_extent<V>(V::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
       to.row_shift[i] = exists ? of_rows[row] : A{0};
     });
   }
-  for_extent<T>(Shape<T>::kColumns, tile.column, input.columns,
-                [&](int j, bool exists, int64_t column) {
-                  if (exact) {
-                    to.column_shift[j] = exists ? of_columns[column] : A{0};
-                  } else {
-                    to.offset[j] = (to.bias[j] - common) * static_cast<A>(kLog2E);
-                  }
-                });
+  for_extent<V>(V::kColumns, tile.column, input.columns, [&](int j, bool exists, int64_t column) {
+    if (exact) {
+      to.column_shift[j] = exists ? of_columns[column] : A{0};
+    } else {
+      to.offset[j] = (to.bias[j] - common) * static_cast<A>(kLog2E);
+    }
+  });
 }
 
-template <class T>
-__device__ inline void stage_weights(VectorsOf<T>& to, const BoltzmannInput& input,
-                                     const void* row_weights, const void* column_weights,
-                                     const TileOrigin<T>& tile) {
-  using A = Accumulator<T>;
+template <class V>
+__device__ inline void stage_weights(V& to, const BoltzmannInput& input, const void* row_weights,
+                                     const void* column_weights, const TileOrigin& tile) {
+  using A = typename V::A;
 #pragma unroll
   for (int kind = 0; kind < kNumWeights; ++kind) {
-    for_extent<T>(Shape<T>::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
+    for_extent<V>(V::kRows, tile.row, input.rows, [&](int i, bool exists, int64_t row) {
       const A* from = static_cast<const A*>(row_weights) + kind * input.rows;
       to.row_weights[kind][i] = exists ? from[row] : A{0};
     });
-    for_extent<T>(Shape<T>::kColumns, tile.column, input.columns,
-                  [&](int j, bool exists, int64_t column) {
-                    const A* from = static_cast<const A*>(column_weights) + kind * input.columns;
-                    to.column_weights[kind][j] = exists ? from[column] : A{0};
-                  });
+    for_extent<V>(V::kColumns, tile.column, input.columns, [&](int j, bool exists, int64_t column) {
+      const A* from = static_cast<const A*>(column_weights) + kind * input.columns;
+      to.column_weights[kind][j] = exists ? from[column] : A{0};
+    });
   }
 }
 
 // Whether the tile has a positive pair; its ids are staged. Where a column's id is its number, that
 // takes one comparison a row.
-template <class T>
-__device__ inline bool thread_sees_positive(const VectorsOf<T>& of, const BoltzmannInput& input,
-                                            const TileOrigin<T>& tile) {
-  constexpr int kRows = Shape<T>::kRows, kColumns = Shape<T>::kColumns;
-  constexpr int kStep = Shape<T>::kThreads / kColumns;
-  static_assert(Shape<T>::kThreads % kColumns == 0, "a thread looks at one column");
+template <class V>
+__device__ inline bool thread_sees_positive(const V& of, const BoltzmannInput& input,
+                                            const TileOrigin& tile) {
+  constexpr int kStep = V::kThreads > V::kColumns ? V::kThreads / V::kColumns : 1;
+  const int thread = threadIdx.x % V::kThreads;
   bool seen = false;
   if (!input.col_ids) {
-    for_extent<T>(kRows, tile.row, input.rows, [&](int i, bool, int64_t) {
+    for_extent<V>(V::kRows, tile.row, input.rows, [&](int i, bool, int64_t) {
       const int64_t column = of.row_ids[i] - tile.column;
-      seen |= column >= 0 && column < kColumns;
+      seen |= column >= 0 && column < V::kColumns;
     });
-  } else {
-    const int32_t id = of.column_ids[threadIdx.x % kColumns];
-    for (int i = threadIdx.x / kColumns; i < kRows; i += kStep) seen |= of.row_ids[i] == id;
+    return seen;
+  }
+  for (int j = thread % V::kColumns; j < V::kColumns; j += V::kThreads) {
+    const int32_t id = of.column_ids[j];
+    for (int i = thread / V::kColumns; i < V::kRows; i += kStep) seen |= of.row_ids[i] == id;
   }
   return seen;
 }
 
-template <class T>
-__device__ inline bool thread_sees_ignored(const VectorsOf<T>& of) {
+template <class V>
+__device__ inline bool thread_sees_ignored(const V& of) {
   bool seen = false;
-  for_extent<T>(Shape<T>::kRows, 0, 0,
-                [&](int i, bool, int64_t) { seen |= of.row_ids[i] == kIgnored; });
+  for_extent<V>(V::kRows, 0, 0, [&](int i, bool, int64_t) { seen |= of.row_ids[i] == kIgnored; });
   return seen;
 }
 
 // Dot products of the tile; afterwards the staged vectors are there for all threads.
 template <class T>
 __device__ inline void multiply_features(Shared<T>& shared, const BoltzmannInput& input,
-                                         const TileOrigin<T>& tile, Fragments<T>& c) {
+                                         const TileOrigin& tile, Fragments<T>& c) {
   const Operand<T> a = make_operand<T>(input.z_hat, input.rows, input.width);
   const Operand<T> b = make_operand<T>(input.z, input.columns, input.width);
   multiply<T, true, true>(shared.stages, a, tile.row, b, tile.column, input.width, c);
@@ -231,7 +229,8 @@ __device__ inline void fold_tile(Fragments<T>& c, const Value& value, VectorsOf<
   __syncthreads();
   for (int i = threadIdx.x; rows && i < S::kRows; i += S::kThreads) {
     A fold = shared.row_folds[0][i];
-    for (int w = 1; w < S::kTile.warps_across; ++w) fold = How::combine(fold, shared.row_folds[w][i]);
+    for (int w = 1; w < S::kTile.warps_across; ++w)
+      fold = How::combine(fold, shared.row_folds[w][i]);
     rows[i] = fold;
   }
   for (int j = threadIdx.x; columns && j < S::kColumns; j += S::kThreads) {
