@@ -139,6 +139,7 @@ __device__ inline bool thread_sees_positive(const V& of, const BoltzmannInput& i
   }
   for (int j = thread % V::kColumns; j < V::kColumns; j += V::kThreads) {
     const int32_t id = of.column_ids[j];
+#pragma unroll 4  // warpgroups have no registers for more
     for (int i = thread / V::kColumns; i < V::kRows; i += kStep) seen |= of.row_ids[i] == id;
   }
   return seen;

@@ -1,0 +1,34 @@
+// boltzmann by warpgroups (compute capability 9.0): when, and in which tiles; pure functions.
+#pragma once
+
+#include "boltzmann/boltzmann_tiling.h"
+
+namespace m3i::boltzmann {
+
+// A row of `depth` terms has 128 bytes, the widest that a tensor copy swizzles.
+inline constexpr Tile kHopperTile{128, 256, 64, 4, 8, 1};
+inline constexpr int kBoxSide = 64;  // rows and columns of what one tensor copy brings
+
+inline constexpr int kWarpgroupThreads = 128;
+inline constexpr int kConsumers = 2;  // warpgroups that multiply, half of a tile's rows each
+inline constexpr int kHalfRows = kHopperTile.rows / kConsumers;
+inline constexpr int kHopperThreads = (kConsumers + 1) * kWarpgroupThreads;
+
+// Registers of a thread; the block has 65,536.
+inline constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroupThreads <= 65536);
+
+// wgmma, of 16-bit types here, and tensor copies, of rows that begin at multiples of 16 bytes.
+// `starts` is the bitwise or of the features' addresses. No compute capability but 9.0 has wgmma.
+M3I_HOST_DEVICE constexpr bool takes_warpgroups(int architecture, DType dtype, int64_t rows,
+                                                int64_t columns, int64_t width, uint64_t starts) {
+  return architecture == 90 && bytes_of(dtype) == 2 && rows > 0 && columns > 0 && width > 0 &&
+         width * 2 % 16 == 0 && starts % 16 == 0;
+}
+
+// Blocks that share out so many tiles: as many as run at once, one on a multiprocessor.
+M3I_HOST_DEVICE constexpr int64_t persistent_blocks(int64_t tiles, int64_t multiprocessors) {
+  return tiles < multiprocessors ? tiles : multiprocessors;
+}
+
+}  // namespace m3i::boltzmann
