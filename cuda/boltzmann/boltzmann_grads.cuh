@@ -115,14 +115,14 @@ __device__ inline Accumulator<T> replace_by_gradient(
   using A = Accumulator<T>;
   if (exact && !kSigmoid) {
     return replace_by_gradient(
-        c, [&](A c, int i, int j) { return values.template any<!kSigmoid>(c, i, j); });
+        c, [&](A dot, int i, int j) { return values.template any<!kSigmoid>(dot, i, j); });
   }
   if (mixed) {
     return replace_by_gradient(
-        c, [&](A c, int i, int j) { return values.template any<false>(c, i, j); });
+        c, [&](A dot, int i, int j) { return values.template any<false>(dot, i, j); });
   }
   return replace_by_gradient(
-      c, [&](A c, int i, int j) { return values.template negative<false>(c, i, j); });
+      c, [&](A dot, int i, int j) { return values.template negative<false>(dot, i, j); });
 }
 
 // Phase 1: the gradient by a block's logits, and its sums.
@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
       __syncthreads_or(thread_sees_positive(vectors, input, tile) || thread_sees_ignored(vectors));
   const A scale = read_scalar<A>(input.scale);
   if constexpr (kSigmoid) {
-    const SumsTile<VectorsOf<T>, SumsMode::kSigmoid> sums{vectors, scale, false};
+    const SumsTile<VectorsOf<T>, SumsMode::kSigmoid> sums{vectors, scale};
     fold_tile<Sum>(
-        c, [&](A c, int i, int j) { return sums.any(kNegatives, c, i, j); }, vectors,
+        c, [&](A dot, int i, int j) { return sums.any(0, kNegatives, dot, i, j); }, vectors,
         rows_of_tile<T>(scratch.partials, 1, 0), static_cast<A*>(nullptr));
   }
   const A sum =

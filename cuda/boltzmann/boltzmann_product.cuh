@@ -92,30 +92,33 @@ struct Stage {
   T b[operand_elements(Shape<T>::kTile, Shape<T>::kColumns)];
 };
 
+// The tile from row or column `side` of the product on, and `depth` on the axis summed over.
 template <class T, int kSide, bool kAlong>
 __device__ inline void copy_operand(T* tile, const Operand<T>& matrix, int64_t side,
                                     int64_t depth) {
   using To = Layout<T, kSide, kAlong>;
-  constexpr int kThreads = Shape<T>::kThreads, kChunk = kAccessBytes / static_cast<int>(sizeof(T));
+  constexpr int kThreads = Shape<T>::kThreads;
   const int64_t row = kAlong ? side : depth, column = kAlong ? depth : side;
-  const auto inside = [&](int y, int x) {
-    return row + y < matrix.rows && column + x < matrix.columns;
-  };
-  const auto from = [&](int y, int x) { return (row + y) * matrix.pitch + column + x; };
+  const T* corner = matrix.from + row * matrix.pitch + column;
+  const int64_t rows = matrix.rows - row, columns = matrix.columns - column;  // from there on
   if (matrix.aligned) {
-    constexpr int kChunks = To::kColumns / kChunk;
+    constexpr int kChunk = kAccessBytes / static_cast<int>(sizeof(T));
+    constexpr int kChunks = To::kColumns / kChunk, kCopies = To::kRows * kChunks / kThreads;
+    static_assert(kCopies * kThreads == To::kRows * kChunks, "all threads copy as much");
 #pragma unroll
-    for (int i = threadIdx.x; i < To::kRows * kChunks; i += kThreads) {
+    for (int n = 0; n < kCopies; ++n) {
+      const int i = n * kThreads + static_cast<int>(threadIdx.x);
       const int y = i / kChunks, x = i % kChunks * kChunk;
-      const bool there = inside(y, x);
-      copy_async<kAccessBytes>(tile + y * To::kPitch + x, matrix.from + (there ? from(y, x) : 0),
-                               there);
+      const bool inside = y < rows && x < columns;
+      copy_async<kAccessBytes>(tile + y * To::kPitch + x,
+                               inside ? corner + y * matrix.pitch + x : matrix.from, inside);
     }
   } else {
-#pragma unroll 4
+#pragma unroll 1
     for (int i = threadIdx.x; i < To::kRows * To::kColumns; i += kThreads) {
       const int y = i / To::kColumns, x = i % To::kColumns;
-      tile[y * To::kPitch + x] = inside(y, x) ? load<1>(matrix.from + from(y, x)).at[0] : T{};
+      const bool inside = y < rows && x < columns;
+      tile[y * To::kPitch + x] = inside ? load<1>(corner + y * matrix.pitch + x).at[0] : T{};
     }
   }
 }
@@ -126,8 +129,7 @@ __device__ inline void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4],
                            const uint32_t (&b)[2]) {
   mma_bf16(d, a, b);
 }
-__device__ inline void mma(Float16, float (&d)[4], const uint32_t (&a)[4],
-                           const uint32_t (&b)[2]) {
+__device__ inline void mma(Float16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   mma_f16(d, a, b);
 }
 
@@ -210,7 +212,9 @@ __device__ inline void multiply_terms(const double* a, const double* b, int lane
 
 // Terms of one call of multiply_terms.
 template <class T>
-inline constexpr int kTerms = sizeof(T) == 2 ? 16 : sizeof(T) == 4 ? 8 : 1;
+inline constexpr int kTerms = sizeof(T) == 2   ? 16
+                              : sizeof(T) == 4 ? 8
+                                               : 1;
 
 // ---- The tile -----------------------------------------------------------------------------------
 

@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
   const A scale = read_scalar<A>(params.input.scale);
   fold_tile<Largest>(
       c,
-      [&](A c, int i, int j) {
-        const A z = logit(c, scale, vectors.bias[j]);
+      [&](A dot, int i, int j) {
+        const A z = logit(dot, scale, vectors.bias[j]);
         const A value = vectors.row_ids[i] == kIgnored ? minus_infinity<A>() : z;
         return Pair<A>{value, value};
       },
@@ -58,36 +58,39 @@ enum class SumsMode {
   kSigmoid,
 };
 
+// With two shifts rows and columns are summed one after the other: both at once take more registers
+// than there are.
+template <SumsMode kMode>
+inline constexpr int kPasses = kMode == SumsMode::kExact ? 2 : 1;
+
 // Elements of a tile, and what they add to the sum of one kind.
 template <class V, SumsMode kMode>
 struct SumsTile {
   using A = typename V::A;
   const V& of;
   A scale;
-  bool columns;  // whether their sums are asked for
 
-  __device__ Pair<A> exponentials(A c, int i, int j) const {
+  __device__ A exponential_of(int pass, A c, int i, int j) const {
     if constexpr (kMode == SumsMode::kShared) {
-      const A both = exponential(c, scale * static_cast<A>(kLog2E), of.offset[j]);
-      return {both, both};
+      return exponential(c, scale * static_cast<A>(kLog2E), of.offset[j]);
     } else {
-      const A z = logit(c, scale, of.bias[j]);
-      return {exponential_from(z, of.row_shift[i]),
-              columns ? exponential_from(z, of.column_shift[j]) : A{0}};
+      const A row_shift = of.row_shift[i], column_shift = of.column_shift[j];
+      return exponential_from(logit(c, scale, of.bias[j]), pass == 0 ? row_shift : column_shift);
     }
   }
 
   // Of an element that is negative and whose row is not ignored.
-  __device__ Pair<A> negative(A c, int i, int j) const {
+  __device__ Pair<A> negative(int pass, A c, int i, int j) const {
     if constexpr (kMode == SumsMode::kSigmoid) {
       return {softplus(logit(c, scale, of.bias[j]), false), 0};
     } else {
-      return exponentials(c, i, j);
+      const A e = exponential_of(pass, c, i, j);
+      return {e, e};
     }
   }
 
   // Of any element.
-  __device__ Pair<A> any(int kind, A c, int i, int j) const {
+  __device__ Pair<A> any(int pass, int kind, A c, int i, int j) const {
     const int32_t id = of.row_ids[i];
     const bool positive = id == of.column_ids[j];
     const A one = 1, z = logit(c, scale, of.bias[j]);
@@ -98,7 +101,8 @@ struct SumsTile {
     } else {
       if (positive != (kind != kNegatives)) return {0, 0};
       if (kind == kCount) return {one, one};
-      return kind == kPositiveLogits ? Pair<A>{z, z} : exponentials(c, i, j);
+      const A value = kind == kPositiveLogits ? z : exponential_of(pass, c, i, j);
+      return {value, value};
     }
   }
 };
@@ -125,19 +129,23 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
   }
   Fragments<T> c{};
   multiply_features(shared, input, tile, c);
-  const SumsTile<VectorsOf<T>, kMode> values{vectors, read_scalar<A>(input.scale),
-                                             partials.columns != nullptr};
+  const SumsTile<VectorsOf<T>, kMode> values{vectors, read_scalar<A>(input.scale)};
   const bool mixed =
       __syncthreads_or(thread_sees_positive(vectors, input, tile) || thread_sees_ignored(vectors));
-  for (int kind = 0; kind < kNumSums; ++kind) {
-    A* rows = rows_of_tile<T>(partials, kNumSums, kind);
-    A* columns = columns_of_tile<T>(partials, kNumSums, kind);
+  for (int i = 0; i < kNumSums * kPasses<kMode>; ++i) {
+    const int kind = i / kPasses<kMode>, pass = i % kPasses<kMode>;
+    const bool is_last = pass == kPasses<kMode> - 1;
+    A* rows = pass == 0 ? rows_of_tile<T>(partials, kNumSums, kind) : nullptr;
+    A* columns = is_last ? columns_of_tile<T>(partials, kNumSums, kind) : nullptr;
+    if (!rows && !columns) continue;
     if (mixed) {
       fold_tile<Sum>(
-          c, [&](A c, int i, int j) { return values.any(kind, c, i, j); }, vectors, rows, columns);
+          c, [&](A dot, int i, int j) { return values.any(pass, kind, dot, i, j); }, vectors, rows,
+          columns);
     } else if (kind == kNegatives) {
       fold_tile<Sum>(
-          c, [&](A c, int i, int j) { return values.negative(c, i, j); }, vectors, rows, columns);
+          c, [&](A dot, int i, int j) { return values.negative(pass, dot, i, j); }, vectors, rows,
+          columns);
     } else {
       write_zeros(rows, Shape<T>::kRows);
       write_zeros(columns, Shape<T>::kColumns);

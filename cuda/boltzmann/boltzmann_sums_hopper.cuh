@@ -141,19 +141,18 @@ __device__ inline void write_zeros_of_half(float* to, int size) {
 // The sums of a half without positives and ignored rows test nothing of its elements.
 __device__ inline void write_sums(const Half& c, float scale, bool mixed, HalfVectors& vectors,
                                   const HalfOrigin& half, const Partials& partials) {
-  const SumsTile<HalfVectors, SumsMode::kShared> values{vectors, scale,
-                                                        partials.columns != nullptr};
+  const SumsTile<HalfVectors, SumsMode::kShared> values{vectors, scale};
 #pragma unroll 1
   for (int kind = 0; kind < kNumSums; ++kind) {
     float* rows = half.rows_of(partials, kNumSums, kind);
     float* columns = half.columns_of(partials, kNumSums, kind);
     if (mixed) {
       fold_half(
-          c, [&](float c, int i, int j) { return values.any(kind, c, i, j); }, vectors, rows,
+          c, [&](float dot, int i, int j) { return values.any(0, kind, dot, i, j); }, vectors, rows,
           columns);
     } else if (kind == kNegatives) {
       fold_half(
-          c, [&](float c, int i, int j) { return values.negative(c, i, j); }, vectors, rows,
+          c, [&](float dot, int i, int j) { return values.negative(0, dot, i, j); }, vectors, rows,
           columns);
     } else {
       write_zeros_of_half(rows, kHalfRows);
