@@ -37,27 +37,35 @@ __device__ inline TileWalk walk_block(const Block& block) {
   return {static_cast<int>(block.row_tiles) * across, across};
 }
 
-// A warpgroup's half of a tile of a block of C, and where in the partials of the block it writes.
+// A warpgroup's half of a tile of a block of C, and where it writes what it found.
 struct HalfOrigin {
-  const Block& block;
-  int half, column_tile;  // in rows of halves, and in tiles
+  static constexpr int kColumns = kHopperTile.columns;
 
+  const Block& block;
+  int half, column_tile;  // counted in halves and in tiles
+
+  __device__ int64_t height() const { return block.row_tiles * kHopperTile.rows; }
+  __device__ int64_t width() const { return block.column_tiles * kColumns; }
   __device__ TileOrigin in_c() const {
     return {block.row_begin + half * kHalfRows, block.column_begin + column_tile * kColumns};
   }
   __device__ float* rows_of(const Partials& partials, int kinds, int kind) const {
-    const int64_t height = block.row_tiles * kHopperTile.rows;
     const int64_t line = column_tile * kinds + kind;
-    return static_cast<float*>(partials.rows) + line * height + half * kHalfRows;
+    return static_cast<float*>(partials.rows) + line * height() + half * kHalfRows;
   }
   __device__ float* columns_of(const Partials& partials, int kinds, int kind) const {
-    const int64_t width = block.column_tiles * kColumns, line = half * kinds + kind;
     if (!partials.columns) return nullptr;
-    return static_cast<float*>(partials.columns) + line * width + column_tile * kColumns;
+    const int64_t line = half * kinds + kind;
+    return static_cast<float*>(partials.columns) + line * width() + column_tile * kColumns;
   }
-
- private:
-  static constexpr int kColumns = kHopperTile.columns;
+  __device__ float* scale_grad_of(void* scale_grads) const {
+    return static_cast<float*>(scale_grads) + half * block.column_tiles + column_tile;
+  }
+  // The corner of G, of width() a row.
+  template <class T>
+  __device__ T* logit_grads_of(void* logit_grads) const {
+    return static_cast<T*>(logit_grads) + half * kHalfRows * width() + column_tile * kColumns;
+  }
 };
 
 // The tile's dot products for the thread that copies: features of both operands.

@@ -144,10 +144,14 @@ __device__ inline void release(Ring& ring, int stage) {
   if (threadIdx.x % kWarpLanes == 0) mbarrier_arrive(&ring.empty[stage]);
 }
 
+// The sums begin with zeros in registers: whether the first product adds to them is not known to
+// ptxas, which would otherwise keep room for what they held before.
 template <class T, Major kA, Major kB>
 __device__ inline void multiply_half(Ring& ring, RingPlace& place, int consumer, int steps,
                                      Half& sum) {
   int last = 0;
+#pragma unroll
+  for (float& element : sum) element = 0;
   for (int step = 0; step < steps; ++step, place.advance()) {
     mbarrier_wait(&ring.full[place.stage], place.parity);
     const RingStage& stage = ring.stages[place.stage];
@@ -156,8 +160,7 @@ __device__ inline void multiply_half(Ring& ring, RingPlace& place, int consumer,
 #pragma unroll
     for (int k = 0; k < kBoxSide / 16; ++k) {
       wgmma<kHopperTile.columns, T, kA, kB>(sum, wgmma_advance(a, k * kTermsBytes<kA>),
-                                            wgmma_advance(b, k * kTermsBytes<kB>),
-                                            step > 0 || k > 0);
+                                            wgmma_advance(b, k * kTermsBytes<kB>));
     }
     wgmma_commit();
     wgmma_wait<1>();  // the step before
