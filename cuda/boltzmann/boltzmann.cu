@@ -2,72 +2,19 @@
 #include "boltzmann/boltzmann.h"
 
 #include "boltzmann/boltzmann.cuh"
-#include "m3i/dispatch.h"
-#include "m3i/launch.h"
-
-#include <algorithm>
+#include "boltzmann/boltzmann_launch.h"
 
 namespace m3i {
 namespace {
 
 using namespace boltzmann;
 
-// Of the current device: 10 times the major number plus the minor one.
-int architecture() {
-  int device = 0, major = 8, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
-}
-
 Blocks make_blocks(const BoltzmannInput& input, int64_t elements) {
   return boltzmann::make_blocks(input.rows, input.columns, tile_of(input.dtype), elements);
 }
 
-int64_t round_up(int64_t bytes) { return divide_up(bytes, 16) * 16; }
-
-// Pieces of the scratch memory, one after the other.
-class Scratch {
- public:
-  explicit Scratch(void* begin) : begin_(static_cast<unsigned char*>(begin)) {}
-
-  void* take(int64_t bytes) {
-    void* piece = begin_ ? begin_ + used_ : nullptr;
-    used_ += round_up(bytes);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  unsigned char* begin_;
-  int64_t used_ = 0;
-};
-
-Partials take_partials(Scratch& scratch, const BoltzmannInput& input, const Blocks& blocks,
-                       int kinds, bool rows, bool columns) {
-  const Tile tile = tile_of(input.dtype);
-  const int64_t bytes = blocks.rows * blocks.columns * kinds * wide_bytes(input.dtype);
-  return {rows ? scratch.take(bytes / tile.columns) : nullptr,
-          columns ? scratch.take(bytes / tile.rows) : nullptr};
-}
-
 dim3 tile_grid(const Block& block) {
   return dim3(static_cast<unsigned>(block.column_tiles), static_cast<unsigned>(block.row_tiles));
-}
-
-// body(block) for one block after the other, and for one of no tiles where there are none.
-template <class Body>
-cudaError_t for_blocks(const BoltzmannInput& input, const Blocks& blocks, const Body& body) {
-  const Tile tile = tile_of(input.dtype);
-  for (int64_t down = 0; down < std::max<int64_t>(blocks.down, 1); ++down) {
-    for (int64_t across = 0; across < std::max<int64_t>(blocks.across, 1); ++across) {
-      const cudaError_t error =
-          body(make_block(blocks, tile, input.rows, input.columns, down, across));
-      if (error != cudaSuccess) return error;
-    }
-  }
-  return cudaSuccess;
 }
 
 bool is_empty(const Block& block) { return block.row_tiles == 0 || block.column_tiles == 0; }
@@ -79,9 +26,9 @@ cudaError_t dispatch(DType dtype, const Body& body) {
 
 // What the block's tiles left, to [kinds, N] and [kinds, M]; nothing to one that is null.
 template <class How>
-cudaError_t reduce(const BoltzmannInput& input, const Block& block, const Partials& partials,
-                   int kinds, void* rows, void* columns, cudaStream_t stream) {
-  const Tile tile = tile_of(input.dtype);
+cudaError_t reduce(const BoltzmannInput& input, const Block& block, const Tile& tile,
+                   const Partials& partials, int kinds, void* rows, void* columns,
+                   cudaStream_t stream) {
   const int64_t height = block.row_tiles * tile.rows, width = block.column_tiles * tile.columns;
   const auto wide = [&](void* array, int64_t offset) -> void* {
     return array ? static_cast<char*>(array) + offset * wide_bytes(input.dtype) : nullptr;
@@ -111,14 +58,45 @@ cudaError_t reduce(const BoltzmannInput& input, const Block& block, const Partia
                       of_columns, input.run);
 }
 
+template <class A>
+cudaError_t add_scale_grads(const BoltzmannGradsParams& params, const Block& block,
+                            const GradsMemory& memory, cudaStream_t stream) {
+  const bool first = block.row_begin == 0 && block.column_begin == 0;
+  return launch(boltzmann_total_kernel<A>, 1, kReduceThreads, stream,
+                static_cast<const A*>(memory.tiles.scale_grads),
+                block.row_tiles * block.column_tiles, first, static_cast<double*>(memory.total),
+                static_cast<A*>(params.grad_scale), params.input.run);
+}
+
 }  // namespace
+
+namespace boltzmann {
+
+cudaError_t add_partials(const BoltzmannInput& input, const Block& block, const Tile& tile,
+                         const Partials& partials, int kinds, void* rows, void* columns,
+                         cudaStream_t stream) {
+  return reduce<Sum>(input, block, tile, partials, kinds, rows, columns, stream);
+}
+
+cudaError_t add_partials(const BoltzmannGradsParams& params, const Block& block, const Tile& tile,
+                         const GradsMemory& memory, cudaStream_t stream) {
+  const cudaError_t error = reduce<Sum>(params.input, block, tile, memory.tiles.partials, 1,
+                                        params.values, params.grad_bias, stream);
+  if (error != cudaSuccess) return error;
+  return params.input.dtype == DType::kFloat64
+             ? add_scale_grads<double>(params, block, memory, stream)
+             : add_scale_grads<float>(params, block, memory, stream);
+}
+
+}  // namespace boltzmann
 
 // ---- Maxima -------------------------------------------------------------------------------------
 
 namespace {
 
 Partials place(const BoltzmannMaximaParams& params, const Blocks& blocks, Scratch& scratch) {
-  return take_partials(scratch, params.input, blocks, 1, true, true);
+  return take_partials(scratch, params.input.dtype, blocks, tile_of(params.input.dtype), 1, true,
+                       true);
 }
 
 }  // namespace
@@ -135,7 +113,7 @@ cudaError_t launch_boltzmann(const BoltzmannMaximaParams& params, void* memory,
   const Blocks blocks = make_blocks(input, kSumsElements);
   Scratch scratch(memory);
   const Partials partials = place(params, blocks, scratch);
-  return for_blocks(input, blocks, [&](const Block& block) {
+  return for_blocks(input, blocks, tile_of(input.dtype), [&](const Block& block) {
     cudaError_t error = cudaSuccess;
     if (!is_empty(block)) {
       error = dispatch(input.dtype, [&](auto type) {
@@ -145,7 +123,8 @@ cudaError_t launch_boltzmann(const BoltzmannMaximaParams& params, void* memory,
       });
     }
     if (error != cudaSuccess) return error;
-    return reduce<Largest>(input, block, partials, 1, params.row_max, params.col_max, stream);
+    return reduce<Largest>(input, block, tile_of(input.dtype), partials, 1, params.row_max,
+                           params.col_max, stream);
   });
 }
 
@@ -154,7 +133,8 @@ cudaError_t launch_boltzmann(const BoltzmannMaximaParams& params, void* memory,
 namespace {
 
 Partials place(const BoltzmannSumsParams& params, const Blocks& blocks, Scratch& scratch) {
-  return take_partials(scratch, params.input, blocks, kNumSums, true, params.columns != nullptr);
+  return take_partials(scratch, params.input.dtype, blocks, tile_of(params.input.dtype), kNumSums,
+                       true, params.columns != nullptr);
 }
 
 SumsMode mode_of(const BoltzmannSumsParams& params) {
@@ -178,21 +158,24 @@ cudaError_t launch_tiles(const BoltzmannSumsParams& params, const Block& block,
 }  // namespace
 
 int64_t boltzmann_scratch_bytes(const BoltzmannSumsParams& params) {
+  if (takes_warpgroups(params)) return hopper_scratch_bytes(params);
   Scratch scratch(nullptr);
   place(params, make_blocks(params.input, kSumsElements), scratch);
   return scratch.used();
 }
 
 cudaError_t launch_boltzmann(const BoltzmannSumsParams& params, void* memory, cudaStream_t stream) {
+  if (takes_warpgroups(params)) return launch_hopper(params, memory, stream);
   const BoltzmannInput& input = params.input;
   const Blocks blocks = make_blocks(input, kSumsElements);
   Scratch scratch(memory);
   const Partials partials = place(params, blocks, scratch);
-  return for_blocks(input, blocks, [&](const Block& block) {
+  return for_blocks(input, blocks, tile_of(input.dtype), [&](const Block& block) {
     const cudaError_t error =
         is_empty(block) ? cudaSuccess : launch_tiles(params, block, partials, stream);
     if (error != cudaSuccess) return error;
-    return reduce<Sum>(input, block, partials, kNumSums, params.rows, params.columns, stream);
+    return add_partials(input, block, tile_of(input.dtype), partials, kNumSums, params.rows,
+                        params.columns, stream);
   });
 }
 
@@ -200,26 +183,12 @@ cudaError_t launch_boltzmann(const BoltzmannSumsParams& params, void* memory, cu
 
 namespace {
 
-struct GradsMemory {
-  GradsScratch tiles;
-  void* total;  // float64: the gradient by the scale so far
-};
-
 Blocks make_blocks(const BoltzmannGradsParams& params) {
   return make_blocks(params.input, grads_elements(params.input.dtype, architecture()));
 }
 
 GradsMemory place(const BoltzmannGradsParams& params, const Blocks& blocks, Scratch& scratch) {
-  const DType dtype = params.input.dtype;
-  const Tile tile = tile_of(dtype);
-  const int64_t elements = blocks.rows * blocks.columns;
-  GradsMemory memory;
-  memory.total = scratch.take(sizeof(double));
-  memory.tiles.logit_grads = scratch.take(elements * bytes_of(dtype));
-  memory.tiles.scale_grads = scratch.take(elements / (tile.rows * tile.columns) * wide_bytes(dtype));
-  memory.tiles.partials =
-      take_partials(scratch, params.input, blocks, 1, params.values, params.grad_bias);
-  return memory;
+  return take_grads_memory(scratch, params, blocks, tile_of(params.input.dtype));
 }
 
 cudaError_t launch_logit_grads(const BoltzmannGradsParams& params, const Block& block,
@@ -236,8 +205,8 @@ cudaError_t launch_logit_grads(const BoltzmannGradsParams& params, const Block& 
 cudaError_t launch_feature_grads(const BoltzmannGradsParams& params, const Block& block,
                                  const void* logit_grads, cudaStream_t stream) {
   const int64_t across = divide_up(params.input.width, tile_of(params.input.dtype).columns);
-  const int64_t down = (params.grad_z_hat ? block.row_tiles : 0) +
-                       (params.grad_z ? block.column_tiles : 0);
+  const int64_t down =
+      (params.grad_z_hat ? block.row_tiles : 0) + (params.grad_z ? block.column_tiles : 0);
   if (across == 0 || down == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
   return dispatch(params.input.dtype, [&](auto type) {
@@ -245,16 +214,6 @@ cudaError_t launch_feature_grads(const BoltzmannGradsParams& params, const Block
     return launch_with_shared(boltzmann_feature_grads_kernel<T>, grid, Shape<T>::kThreads,
                               sizeof(Shared<T>), stream, params, block, logit_grads);
   });
-}
-
-template <class A>
-cudaError_t add_scale_grads(const BoltzmannGradsParams& params, const Block& block,
-                            const GradsMemory& memory, cudaStream_t stream) {
-  const bool first = block.row_begin == 0 && block.column_begin == 0;
-  return launch(boltzmann_total_kernel<A>, 1, kReduceThreads, stream,
-                static_cast<const A*>(memory.tiles.scale_grads),
-                block.row_tiles * block.column_tiles, first, static_cast<double*>(memory.total),
-                static_cast<A*>(params.grad_scale), params.input.run);
 }
 
 // Of no rows or no columns: all gradients are 0.
@@ -278,19 +237,14 @@ cudaError_t launch_block(const BoltzmannGradsParams& params, const Block& block,
   if (error == cudaSuccess) {
     error = launch_feature_grads(params, block, memory.tiles.logit_grads, stream);
   }
-  if (error == cudaSuccess) {
-    error = reduce<Sum>(params.input, block, memory.tiles.partials, 1, params.values,
-                        params.grad_bias, stream);
-  }
   if (error != cudaSuccess) return error;
-  return params.input.dtype == DType::kFloat64
-             ? add_scale_grads<double>(params, block, memory, stream)
-             : add_scale_grads<float>(params, block, memory, stream);
+  return add_partials(params, block, tile_of(params.input.dtype), memory, stream);
 }
 
 }  // namespace
 
 int64_t boltzmann_scratch_bytes(const BoltzmannGradsParams& params) {
+  if (takes_warpgroups(params)) return hopper_scratch_bytes(params);
   Scratch scratch(nullptr);
   place(params, make_blocks(params), scratch);
   return scratch.used();
@@ -298,12 +252,13 @@ int64_t boltzmann_scratch_bytes(const BoltzmannGradsParams& params) {
 
 cudaError_t launch_boltzmann(const BoltzmannGradsParams& params, void* memory,
                              cudaStream_t stream) {
+  if (takes_warpgroups(params)) return launch_hopper(params, memory, stream);
   const BoltzmannInput& input = params.input;
   if (input.rows == 0 || input.columns == 0) return clear(params, stream);
   const Blocks blocks = make_blocks(params);
   Scratch scratch(memory);
   const GradsMemory pieces = place(params, blocks, scratch);
-  return for_blocks(input, blocks, [&](const Block& block) {
+  return for_blocks(input, blocks, tile_of(input.dtype), [&](const Block& block) {
     return launch_block(params, block, pieces, stream);
   });
 }
