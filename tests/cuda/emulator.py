@@ -183,9 +183,8 @@ def _load_op(op: str, folder: Path, architecture: int) -> tuple[str, torch.libra
     """The namespace where the kernels of <op>_cuda.cpp are registered, with the schemas of m3i."""
     source = folder / op
     host = [source / f"{op}_cuda.cpp", EMULATOR / "torch" / "shims.cpp"]
-    library = build_kernels(
-        [source / f"{op}.cu"], host, include=[folder], architecture=architecture
-    )
+    kernels = sorted(source.glob("*.cu"))
+    library = build_kernels(kernels, host, include=[folder], architecture=architecture)
     definitions = torch.library.Library(_namespace_of(library), "DEF")
     for name in _registered_in(source / f"{op}_cuda.cpp"):
         schema = str(getattr(torch.ops.m3i, name).default._schema)
@@ -249,6 +248,16 @@ def emulated_gpu(architecture: int) -> Iterator[None]:
         yield
     finally:
         runtime().m3i_emulator_set_architecture(80)
+
+
+@contextmanager
+def delayed_copies() -> Iterator[None]:
+    """Within it, tensor copies land as late as they can, the last one first."""
+    runtime().m3i_emulator_delay_copies(True)
+    try:
+        yield
+    finally:
+        runtime().m3i_emulator_delay_copies(False)
 
 
 @contextmanager

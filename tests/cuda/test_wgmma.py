@@ -7,6 +7,7 @@ modes, of which the leftmost runs fastest.
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ class Problem(ctypes.Structure):
         ("b", Operand),
         ("swizzle", ctypes.c_int),
         ("steps", ctypes.c_int),
+        ("accumulate", ctypes.c_bool),
         ("a_rows", ctypes.c_void_p),
         ("d", ctypes.c_void_p),
     ]
@@ -156,7 +158,8 @@ def arguments(
     a_mn: bool = False,
     b_mn: bool = False,
     in_registers: bool = False,
-) -> tuple[object, ...]:  # a [64, k], b [columns, k], d [64, columns] fp32, added to in place
+    accumulate: bool = True,
+) -> tuple[object, ...]:  # a [64, k], b [columns, k], d [64, columns] fp32, in place
     """Of the launcher."""
     images = [lay_out(a, swizzle, a_mn), lay_out(b, swizzle, b_mn)]
     data = [emulator.guarded(image.data) for image in images]
@@ -165,6 +168,7 @@ def arguments(
         *(to_operand(image, copy) for image, copy in zip(images, data, strict=True)),
         CODES[swizzle],
         a.shape[1] // 16,
+        accumulate,
         rows.data_ptr() if in_registers else None,
         d.data_ptr(),
     )
@@ -176,8 +180,11 @@ def check(columns: int, depth: int, dtype: torch.dtype, **options: bool | int) -
     torch.manual_seed(columns)
     a, b = torch.randn(64, depth, dtype=dtype), torch.randn(columns, depth, dtype=dtype)
     start = torch.randn(64, columns)
+    if not options.get("accumulate", True):
+        start.fill_(math.nan)
     d = emulator.guarded(start)
     assert report_of(KERNELS / "wgmma.cu", "wgmma", *arguments(a, b, d, **options)) == ""
+    start = start.nan_to_num(0)
     truth = start.double() + a.double() @ b.double().t()
     scale = start.double().abs() + a.double().abs() @ b.double().abs().t()
     bound = depth * torch.finfo(torch.float32).eps * scale
@@ -203,6 +210,11 @@ def test_layouts(a: str, b_mn: bool, swizzle: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("columns", [32, 128, 192, 256])
 def test_widths(columns: int) -> None:
     check(columns, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize("in_registers", [False, True])
+def test_the_first_product_may_set_the_accumulator(in_registers: bool) -> None:
+    check(64, 48, torch.float16, swizzle=0, in_registers=in_registers, accumulate=False)
 
 
 def test_the_layout_model_is_the_isa_s_example() -> None:

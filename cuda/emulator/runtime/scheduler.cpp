@@ -31,6 +31,7 @@ void finish_thread() {
   Warp& warp = block.warp_of(*running);
   finish_copies(*running);
   finish_products(*running);
+  finish_boxes(*running);
   running->state = Thread::State::kDone;
   warp.alive &= ~(1u << running->lane);
   warp.ready &= ~(1u << running->lane);
@@ -141,6 +142,7 @@ void run_block(Block& block, dim3 size, const Call& kernel_call) {
     for (unsigned w = 0; w < block.warps.size() && !abandoned; ++w) progress |= run_warp(block, w);
     if (moved) idle_passes = 0;
     if (abandoned || !block.alive) break;
+    if (!moved && land_box(block)) continue;
     if (!progress) report_deadlock(block);
     if (idle_passes == kMostIdlePasses) report_standstill(block);
     abandoned = launch_error() != cudaSuccess;

@@ -22,8 +22,9 @@ struct Problem {
   Operand a, b;
   m3i::Swizzle swizzle;
   int steps;
+  bool accumulate;         // to what is in d, else the first product sets it
   const uint16_t* a_rows;  // [64, 16 steps], for A in registers
-  float* d;                // [64, columns], added to
+  float* d;                // [64, columns]
 };
 
 __device__ void copy_image(unsigned char* to, const Operand& operand) {
@@ -81,11 +82,13 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const Problem problem) {
 #pragma unroll
   for (int step = 0; step < kMostSteps; ++step) {
     if (step >= problem.steps) break;
+    const bool accumulate = step > 0 || problem.accumulate;
     const uint64_t columns = describe(b, problem.b, step, problem.swizzle);
     if constexpr (kRegisters) {
-      m3i::wgmma<kColumns, T, kB>(d, words[step], columns);
+      m3i::wgmma<kColumns, T, kB>(d, words[step], columns, accumulate);
     } else {
-      m3i::wgmma<kColumns, T, kA, kB>(d, describe(a, problem.a, step, problem.swizzle), columns);
+      m3i::wgmma<kColumns, T, kA, kB>(d, describe(a, problem.a, step, problem.swizzle), columns,
+                                      accumulate);
     }
   }
   m3i::wgmma_commit();
