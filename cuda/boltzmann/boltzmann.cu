@@ -216,7 +216,8 @@ GradsMemory place(const BoltzmannGradsParams& params, const Blocks& blocks, Scra
   GradsMemory memory;
   memory.total = scratch.take(sizeof(double));
   memory.tiles.logit_grads = scratch.take(elements * bytes_of(dtype));
-  memory.tiles.scale_grads = scratch.take(elements / (tile.rows * tile.columns) * wide_bytes(dtype));
+  memory.tiles.scale_grads =
+      scratch.take(elements / (tile.rows * tile.columns) * wide_bytes(dtype));
   memory.tiles.partials =
       take_partials(scratch, params.input, blocks, 1, params.values, params.grad_bias);
   return memory;
@@ -236,8 +237,8 @@ cudaError_t launch_logit_grads(const BoltzmannGradsParams& params, const Block& 
 cudaError_t launch_feature_grads(const BoltzmannGradsParams& params, const Block& block,
                                  const void* logit_grads, cudaStream_t stream) {
   const int64_t across = divide_up(params.input.width, tile_of(params.input.dtype).columns);
-  const int64_t down = (params.grad_z_hat ? block.row_tiles : 0) +
-                       (params.grad_z ? block.column_tiles : 0);
+  const int64_t down =
+      (params.grad_z_hat ? block.row_tiles : 0) + (params.grad_z ? block.column_tiles : 0);
   if (across == 0 || down == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
   return dispatch(params.input.dtype, [&](auto type) {

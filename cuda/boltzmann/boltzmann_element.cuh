@@ -66,9 +66,9 @@ __device__ inline A softplus(A z, bool positive) {
 template <class A>
 __device__ inline A softplus_gradient(A z, bool positive) {
   const A small = decay(z);
-  const A large = fast_reciprocal(1 + small);        // sigmoid(|z|)
-  const A above = z < 0 ? small * large : large;     // sigmoid(z)
-  const A below = z < 0 ? large : small * large;     // sigmoid(-z)
+  const A large = fast_reciprocal(1 + small);     // sigmoid(|z|)
+  const A above = z < 0 ? small * large : large;  // sigmoid(z)
+  const A below = z < 0 ? large : small * large;  // sigmoid(-z)
   return positive ? -below : above;
 }
 

@@ -156,7 +156,8 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
   }
   const A sum = replace_by_gradient(c, GradsTile<T, kSigmoid>{vectors, scale}, mixed, exact);
   A* scale_grads = static_cast<A*>(scratch.scale_grads);
-  add_threads(sum, vectors.row_folds[0], scale_grads + blockIdx.y * int64_t{gridDim.x} + blockIdx.x);
+  add_threads(sum, vectors.row_folds[0],
+              scale_grads + blockIdx.y * int64_t{gridDim.x} + blockIdx.x);
   if (scratch.partials.columns) {
     fold_tile<Sum>(
         c, [](A g, int, int) { return Pair<A>{0, g}; }, vectors, static_cast<A*>(nullptr),
@@ -188,8 +189,8 @@ __device__ inline void add_tile(Fragments<T>& sum, void* to, int64_t row, int64_
 
 // Phase 2: grad_z_hat (+)= G z of the block's rows, and grad_z (+)= G^T z_hat of its columns. One
 // thread adds to an element in each launch, and launches follow one another: always the same bits.
-// Grid: x over the tiles of the width, y over the row tiles where grad_z_hat is asked for, then over
-// the column tiles where grad_z is.
+// Grid: x over the tiles of the width, y over the row tiles where grad_z_hat is asked for, then
+// over the column tiles where grad_z is.
 template <class T>
 __global__ void __launch_bounds__(Shape<T>::kThreads)
     boltzmann_feature_grads_kernel(const BoltzmannGradsParams params, const Block block,

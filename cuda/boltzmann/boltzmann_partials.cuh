@@ -1,7 +1,7 @@
 // boltzmann: the sums that tiles leave behind, put together in a fixed order. Device code only.
 //
-// Every tile writes its sums to a place of its own, and one thread adds, or compares, those of a row
-// or column in the order of the tiles: the same bits at every run, without atomics.
+// Every tile writes its sums to a place of its own, and one thread adds, or compares, those of a
+// row or column in the order of the tiles: the same bits at every run, without atomics.
 #pragma once
 
 #include "boltzmann/boltzmann_tiling.h"

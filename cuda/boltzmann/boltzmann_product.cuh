@@ -129,8 +129,7 @@ __device__ inline void mma(BFloat16, float (&d)[4], const uint32_t (&a)[4],
                            const uint32_t (&b)[2]) {
   mma_bf16(d, a, b);
 }
-__device__ inline void mma(Float16, float (&d)[4], const uint32_t (&a)[4],
-                           const uint32_t (&b)[2]) {
+__device__ inline void mma(Float16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   mma_f16(d, a, b);
 }
 
@@ -213,7 +212,9 @@ __device__ inline void multiply_terms(const double* a, const double* b, int lane
 
 // Terms of one call of multiply_terms.
 template <class T>
-inline constexpr int kTerms = sizeof(T) == 2 ? 16 : sizeof(T) == 4 ? 8 : 1;
+inline constexpr int kTerms = sizeof(T) == 2   ? 16
+                              : sizeof(T) == 4 ? 8
+                                               : 1;
 
 // ---- The tile -----------------------------------------------------------------------------------
 

@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
 // ---- Sums ---------------------------------------------------------------------------------------
 
 enum class SumsMode {
-  kShared,   // one shift and one exponential for rows and columns
-  kExact,    // a shift and an exponential for each
+  kShared,  // one shift and one exponential for rows and columns
+  kExact,   // a shift and an exponential for each
   kSigmoid,
 };
 

@@ -1,4 +1,5 @@
-// boltzmann: a tile of C, what is known of its rows and columns, and sums over it. Device code only.
+// boltzmann: a tile of C, what is known of its rows and columns, and sums over it. Device code
+// only.
 #pragma once
 
 #include "boltzmann/boltzmann_element.cuh"
@@ -41,9 +42,7 @@ struct TileOrigin {
         column(block.column_begin + blockIdx.x * int64_t{Shape<T>::kColumns}) {}
 };
 
-__device__ inline bool is_skipped(const BoltzmannInput& input) {
-  return input.run && !*input.run;
-}
+__device__ inline bool is_skipped(const BoltzmannInput& input) { return input.run && !*input.run; }
 
 template <class A>
 __device__ inline A read_scalar(const void* from) {
@@ -71,14 +70,13 @@ __device__ inline void stage_input(VectorsOf<T>& to, const BoltzmannInput& input
     if (kChecked && !input.col_ids && (id < kIgnored || id >= input.columns)) __trap();
     to.row_ids[i] = id;
   });
-  for_extent<T>(Shape<T>::kColumns, tile.column, input.columns,
-                [&](int j, bool exists, int64_t column) {
-                  const int32_t place = static_cast<int32_t>(column);
-                  const int32_t id = exists && input.col_ids ? input.col_ids[column] : place;
-                  to.column_ids[j] = exists ? id : kNoColumn;
-                  to.bias[j] = exists ? static_cast<const A*>(input.bias)[column]
-                                      : minus_infinity<A>();
-                });
+  for_extent<T>(
+      Shape<T>::kColumns, tile.column, input.columns, [&](int j, bool exists, int64_t column) {
+        const int32_t place = static_cast<int32_t>(column);
+        const int32_t id = exists && input.col_ids ? input.col_ids[column] : place;
+        to.column_ids[j] = exists ? id : kNoColumn;
+        to.bias[j] = exists ? static_cast<const A*>(input.bias)[column] : minus_infinity<A>();
+      });
 }
 
 // After stage_input, by the same threads. `exact`: each row and column has its own shift.

@@ -48,12 +48,10 @@ constexpr bool blocks_hold(DType dtype, int64_t rows, int64_t columns, int64_t e
   if (blocks.down * blocks.rows < rows || (blocks.down - 1) * blocks.rows >= rows) return false;
   if (blocks.across * blocks.columns < columns) return false;
   if ((blocks.across - 1) * blocks.columns >= columns) return false;
-  const Block last =
-      make_block(blocks, tile, rows, columns, blocks.down - 1, blocks.across - 1);
+  const Block last = make_block(blocks, tile, rows, columns, blocks.down - 1, blocks.across - 1);
   return last.row_tiles > 0 && last.row_begin + last.row_tiles * tile.rows >= rows &&
          last.row_begin + (last.row_tiles - 1) * tile.rows < rows && last.column_tiles > 0 &&
-         last.column_begin + last.column_tiles * tile.columns >= columns &&
-         last.row_tiles <= 65535;
+         last.column_begin + last.column_tiles * tile.columns >= columns && last.row_tiles <= 65535;
 }
 
 constexpr bool all_blocks_hold() {

@@ -1,4 +1,4 @@
-"""boltzmann's CUDA kernels: what a compiler and a disassembler can test, and calls of many blocks."""
+"""boltzmann's CUDA kernels by a compiler and a disassembler, and in calls of many blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.cuda import emulator
 from tests.cuda.boltzmann_source import shrink
 from tests.cuda.nvcc import ROOT, compile_options, disassemble, run_nvcc
-from tests.ops import test_boltzmann_kernels as kernels
+from tests.ops import boltzmann_kernel_cases as kernels
 
 
 def test_policy(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_float32_takes_three_products_in_tf32(sass: dict[str, Counter[str]]) -> 
 
 
 def test_operands_are_copied_16_bytes_at_a_time(sass: dict[str, Counter[str]]) -> None:
-    """Past the first-level cache, in each stage of the prologue and of the loop, in no other way."""
+    """Past the first-level cache, in the prologue and in the loop, and in no other way."""
     assert len(sass) == 5
     for name, code in sass.items():
         layouts = 2 if "feature_grads" in name else 1

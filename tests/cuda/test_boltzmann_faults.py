@@ -11,7 +11,7 @@ import torch
 from tests.cuda import emulator
 from tests.cuda.boltzmann_source import shrink
 from tests.cuda.faults import Fault
-from tests.ops.test_boltzmann_kernels import make
+from tests.ops.boltzmann_kernel_cases import make
 
 FAULTS = {
     "a row too many": Fault(
@@ -37,9 +37,8 @@ FAULTS = {
     ),
     "no barrier before the products": Fault(
         "boltzmann_product.cuh",
-        "    __syncthreads();  // the step's operands are there, and the stage that is copied to was"
-        " read\n",
-        "",
+        "    __syncthreads();  // the step's operands are there",
+        "    // the step's operands are there",
         "boltzmann_sums",
         r"(read before written|data race|under way)",
     ),
