@@ -23,8 +23,8 @@ std::tuple<Tensor, Tensor> boltzmann_maxima_cuda(const Tensor& z_hat, const Tens
                                                  const Tensor& row_ids, std::optional<Tensor> run) {
   const torch::stable::accelerator::DeviceGuard guard(z_hat.get_device_index());
   const std::optional<Tensor> col_ids;
-  return run_boltzmann(
-      prepare_boltzmann_maxima({z_hat, z, scale, bias, row_ids, col_ids}, run), z_hat);
+  return run_boltzmann(prepare_boltzmann_maxima({z_hat, z, scale, bias, row_ids, col_ids}, run),
+                       z_hat);
 }
 
 std::tuple<Tensor, Tensor> boltzmann_sums_cuda(const Tensor& z_hat, const Tensor& z,
@@ -34,10 +34,9 @@ std::tuple<Tensor, Tensor> boltzmann_sums_cuda(const Tensor& z_hat, const Tensor
                                                bool exact, bool symmetric, bool sigmoid,
                                                std::optional<Tensor> run) {
   const torch::stable::accelerator::DeviceGuard guard(z_hat.get_device_index());
-  return run_boltzmann(
-      prepare_boltzmann_sums({z_hat, z, scale, bias, row_ids, col_ids}, row_shift, col_shift, exact,
-                             symmetric, sigmoid, run),
-      z_hat);
+  return run_boltzmann(prepare_boltzmann_sums({z_hat, z, scale, bias, row_ids, col_ids}, row_shift,
+                                              col_shift, exact, symmetric, sigmoid, run),
+                       z_hat);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> boltzmann_grads_cuda(

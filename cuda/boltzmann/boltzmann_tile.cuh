@@ -191,14 +191,13 @@ struct Pair {
   A row, column;
 };
 
-// Folds value(c, i, j) of all elements over rows and over columns of the tile, to rows[0, kRows)
-// and columns[0, kColumns) in global memory; nothing where one is null.
+// Folds value(c, i, j) of all elements over rows and over columns of the warp's part of the tile,
+// to `shared`.
 template <class How, class T, class Value>
-__device__ inline void fold_tile(Fragments<T>& c, const Value& value, VectorsOf<T>& shared,
-                                 Accumulator<T>* rows, Accumulator<T>* columns) {
+__device__ inline void fold_warp(Fragments<T>& c, const Value& value, VectorsOf<T>& shared,
+                                 bool rows, bool columns) {
   using A = Accumulator<T>;
-  using S = Shape<T>;
-  constexpr int kLaneRows = S::kLaneRows, kLaneColumns = S::kLaneColumns;
+  constexpr int kLaneRows = Shape<T>::kLaneRows, kLaneColumns = Shape<T>::kLaneColumns;
   const Place<T> place;
   A row_folds[kLaneRows], column_folds[kLaneColumns];
 #pragma unroll
@@ -227,20 +226,29 @@ __device__ inline void fold_tile(Fragments<T>& c, const Value& value, VectorsOf<
       shared.column_folds[place.down][place.column(begin + i)] = column_folds[i];
     }
   }
+}
+
+// to[i] = the fold over the warps of folds[.][i]; nothing where `to` is null.
+template <class How, class A, int kWarps, int kSize>
+__device__ inline void combine_warps(const A (&folds)[kWarps][kSize], A* to) {
+  if (!to) return;
+  for (int i = threadIdx.x; i < kSize; i += blockDim.x) {
+    A fold = folds[0][i];
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) fold = How::combine(fold, folds[warp][i]);
+    to[i] = fold;
+  }
+}
+
+// Folds value(c, i, j) of all elements over rows and over columns of the tile, to rows[0, kRows)
+// and columns[0, kColumns) in global memory; nothing where one is null.
+template <class How, class T, class Value>
+__device__ inline void fold_tile(Fragments<T>& c, const Value& value, VectorsOf<T>& shared,
+                                 Accumulator<T>* rows, Accumulator<T>* columns) {
+  fold_warp<How>(c, value, shared, rows, columns);
   __syncthreads();
-  for (int i = threadIdx.x; rows && i < S::kRows; i += S::kThreads) {
-    A fold = shared.row_folds[0][i];
-    for (int w = 1; w < S::kTile.warps_across; ++w)
-      fold = How::combine(fold, shared.row_folds[w][i]);
-    rows[i] = fold;
-  }
-  for (int j = threadIdx.x; columns && j < S::kColumns; j += S::kThreads) {
-    A fold = shared.column_folds[0][j];
-    for (int w = 1; w < S::kTile.warps_down; ++w) {
-      fold = How::combine(fold, shared.column_folds[w][j]);
-    }
-    columns[j] = fold;
-  }
+  combine_warps<How>(shared.row_folds, rows);
+  combine_warps<How>(shared.column_folds, columns);
   __syncthreads();  // the folds may be written again
 }
 

@@ -14,7 +14,7 @@ inline constexpr int kWarpLanes = 32;
 struct Tile {
   int rows, columns;
   int depth;
-  int stages;              // parts of `depth` terms in shared memory
+  int stages;  // parts of `depth` terms in shared memory
   int warps_down, warps_across;
 };
 
@@ -70,8 +70,8 @@ M3I_HOST_DEVICE constexpr int shared_bytes(DType dtype) {
 
 // Tiles that are made between two reductions; all but the last blocks of a call are alike.
 struct Blocks {
-  int64_t rows, columns;        // of a block, multiples of the tile's
-  int64_t down, across;         // their numbers
+  int64_t rows, columns;  // of a block, multiples of the tile's
+  int64_t down, across;   // their numbers
 };
 
 struct Block {
