@@ -34,4 +34,6 @@
 #pragma once
 
 #include "boltzmann/boltzmann_grads.cuh"
+#include "boltzmann/boltzmann_grads_hopper.cuh"
 #include "boltzmann/boltzmann_sums.cuh"
+#include "boltzmann/boltzmann_sums_hopper.cuh"

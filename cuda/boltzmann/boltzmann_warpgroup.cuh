@@ -181,7 +181,7 @@ struct HalfPlace {
   __device__ int row(int slot) const { return warp * 16 + slot * 8 + lane / 4; }
   __device__ int column(int slot) const { return slot / 2 * 8 + lane % 4 * 2 + slot % 2; }
   // In Half.
-  __device__ static constexpr int index(int row_slot, int column_slot) {
+  M3I_HOST_DEVICE static constexpr int index(int row_slot, int column_slot) {
     return column_slot / 2 * 4 + row_slot * 2 + column_slot % 2;
   }
 };

@@ -15,9 +15,22 @@ def shrink(folder: Path, *, blocks: bool = False) -> None:
     """To bfloat16 alone and, if asked, to blocks of two tiles."""
     every = "dispatch_dtype<BFloat16, Float16, float, double>"
     _replace(folder / "boltzmann.cu", every, "dispatch_dtype<BFloat16>")
+    wgmma = "dispatch_dtype<BFloat16, Float16>"
+    _replace(folder / "boltzmann_hopper.cu", wgmma, "dispatch_dtype<BFloat16>")
     if blocks:
-        tiling = folder / "boltzmann_tiling.h"
-        two_tiles = "int64_t{2} * 128 * 128"
-        _replace(tiling, "kSumsElements = int64_t{1} << 26", f"kSumsElements = {two_tiles}")
-        whole = "(int64_t{architecture >= 90 ? 32 : 24} << 20) / bytes_of(dtype)"
-        _replace(tiling, whole, f"{two_tiles} + 0 * (architecture + bytes_of(dtype))")
+        _limit_elements(folder, "int64_t{2} * 128 * 128")
+
+
+def _limit_elements(folder: Path, elements: str) -> None:
+    tiling = folder / "boltzmann_tiling.h"
+    _replace(tiling, "kSumsElements = int64_t{1} << 26", f"kSumsElements = {elements}")
+    whole = "(int64_t{architecture >= 90 ? 32 : 24} << 20) / bytes_of(dtype)"
+    _replace(tiling, whole, f"{elements} + 0 * (architecture + bytes_of(dtype))")
+
+
+def limit_blocks(folder: Path, thread_blocks: int) -> None:
+    """By warpgroups: blocks of two tiles, which so many thread blocks share out at most."""
+    _limit_elements(folder, "int64_t{2} * 128 * 256")
+    fewer = f"tiles < {thread_blocks} ? tiles : 0 * multiprocessors + {thread_blocks}"
+    every = "tiles < multiprocessors ? tiles : multiprocessors"
+    _replace(folder / "boltzmann_hopper.h", every, fewer)
