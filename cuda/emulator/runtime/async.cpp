@@ -55,7 +55,7 @@ void check_write(AsyncRead& operation, uintptr_t address, Stamp write) {
                  "which a thread wrote without fence_proxy_async and a barrier after it");
     }
   }
-  operation.checked = write;
+  operation.checked[thread_of(write) % kWarpgroupSize] = write;
 }
 
 }  // namespace
@@ -71,7 +71,9 @@ const void* begin_read(AsyncRead& operation, uint32_t offset) {
   }
   const Stamp* written = region->shadow.writes + offset;
   for (uint32_t i = 0; i < kChunk; ++i) {
-    if (written[i] != operation.checked) check_write(operation, address + i, written[i]);
+    if (i > 0 && written[i] == written[i - 1]) continue;
+    const Stamp checked = operation.checked[thread_of(written[i]) % kWarpgroupSize];
+    if (written[i] == 0 || written[i] != checked) check_write(operation, address + i, written[i]);
   }
   note_read(*region, address, kChunk, operation.stamp);
   std::vector<uint16_t>& being_read = running_block->being_read;
