@@ -254,6 +254,16 @@ def emulated_gpu(architecture: int) -> Iterator[None]:
 
 
 @contextmanager
+def delayed_copies() -> Iterator[None]:
+    """Within it, tensor copies land as late as they can, the last one first."""
+    runtime().m3i_emulator_delay_copies(True)
+    try:
+        yield
+    finally:
+        runtime().m3i_emulator_delay_copies(False)
+
+
+@contextmanager
 def emulated(op: str, *, folder: Path = CUDA, architecture: int = 80) -> Iterator[None]:
     """Within it, m3i's ops of folder/<op>/<op>_cuda.cpp run their CUDA kernels on CPU tensors."""
     namespace, _ = _load_op(op, folder, architecture)

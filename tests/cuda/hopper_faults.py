@@ -245,7 +245,7 @@ FAULTS = {
         "m3i::map_shared_rank(own, next)[threadIdx.x] =",
         "m3i::map_shared_rank(own, next + 2)[threadIdx.x] =",
         "put",
-        r"map_shared_rank to rank [23] of a cluster of 2",
+        r"rank [23] of a cluster of 2",
     ),
     "a static shared variable": Fault(
         "cluster",

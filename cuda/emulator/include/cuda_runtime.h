@@ -17,6 +17,7 @@
 #include "emulator/registers.h"
 #include "emulator/thread.h"
 #include "emulator/tile.h"
+#include "emulator/tma.h"
 #include "emulator/vector_types.h"
 #include "emulator/warp.h"
 #include "emulator/wgmma.h"

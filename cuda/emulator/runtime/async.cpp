@@ -31,7 +31,8 @@ Stamp fence_after(Stamp write) {
   return fence == fences.end() ? 0 : *fence;
 }
 
-void fail_chunk(const AsyncRead& operation, uintptr_t address, const std::string& why) {
+[[noreturn]] void fail_chunk(const AsyncRead& operation, uintptr_t address,
+                             const std::string& why) {
   const Region& region = *region_at(address);
   fail_with(cudaErrorLaunchFailure,
             "asynchronous read of " + describe_memory(region, address, kChunk) + ", " + why,
@@ -83,6 +84,23 @@ const void* begin_read(AsyncRead& operation, uint32_t offset) {
 
 void end_read(const AsyncRead& operation) {
   for (const uint32_t chunk : operation.chunks) --running_block->being_read[chunk];
+}
+
+void check_overwritten(const Region& region, uintptr_t address, size_t size, Site site) {
+  const Stamp* written = region.shadow.writes + (address - region.begin);
+  Stamp checked = 0;
+  for (size_t i = 0; i < size; ++i) {
+    const Stamp write = of_this_cluster(written[i]);
+    if (write == checked || in_flight(write)) continue;
+    checked = write;
+    if (write == 0 || thread_of(write) >= running_cluster->num_threads()) continue;
+    const Stamp fence = fence_after(write);
+    if (fence != 0 && ordered(fence)) continue;
+    fail_with(cudaErrorLaunchFailure,
+              "a copy to " + describe_memory(region, address + i, 1) +
+                  ", which a thread wrote without fence_proxy_async and a barrier after it",
+              site);
+  }
 }
 
 bool is_being_read(const Region& region, uintptr_t address, size_t size) {

@@ -5,6 +5,7 @@
 #include "emulator/vector_types.h"
 #include "fiber.h"
 #include "memory.h"
+#include "tensor_copy.h"
 #include "warpgroup.h"
 
 #include <map>
@@ -61,6 +62,9 @@ struct Thread {
   // Its copies that have not landed; of each group, how many of them end before it
   std::vector<AsyncCopy> copies;
   std::vector<size_t> copy_groups;
+  // Its stores of boxes that have not been written, and how many end before each group
+  std::vector<BoxStore> box_stores;
+  std::vector<size_t> box_groups;
   // Of its warpgroup's products, how many end before each group that it has not waited for, and
   // before the last one; whether it has called wgmma_fence since it last waited
   std::vector<uint64_t> product_groups;
@@ -135,6 +139,7 @@ struct Block {
   // Of each 16 bytes of dynamic shared memory, by how many asynchronous operations they are being
   // read; empty before the first one
   std::vector<uint16_t> being_read;
+  std::vector<BoxLoad> box_loads;  // that land once nobody can go on
 
   Warp& warp_of(const Thread& thread) { return warps[thread.warp]; }
   Thread& lane_of(const Thread& thread, uint32_t lane) {

@@ -33,15 +33,35 @@ bool is_counted(const Cluster& cluster, const Thread& thread) {
 
 }  // namespace
 
-void visit(const Region& region, uintptr_t address, Site site) {
-  Block& owner = running_cluster->blocks[region.block];
+uintptr_t map_to_rank(uintptr_t address, uint32_t rank, Site site) {
+  const Region* region = region_at(address);
+  if (!region || region->kind != Region::Kind::kDynamicShared ||
+      region->block != running_block->rank) {
+    fail((hex(address) + " is not in the block's dynamic shared memory, and so in no other's")
+             .c_str(),
+         site);
+  }
+  if (rank >= running_cluster->blocks.size()) {
+    fail(("rank " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster_size()))
+             .c_str(),
+         site);
+  }
+  return dynamic_shared_begin(rank) + (address - region->begin);
+}
+
+void check_reachable(const Region& region, uintptr_t address, Site site) {
+  const Block& owner = running_cluster->blocks[region.block];
   const std::string what = "access of shared memory of " + name_of(owner) + ", byte " +
                            std::to_string(address - region.begin) + ", ";
   if (owner.alive == 0) fail((what + "which has returned").c_str(), site);
   if (!heard_of_block(*running, owner)) {
     fail((what + "which may not have begun: no cluster barrier was waited for").c_str(), site);
   }
-  owner.visitors[running->id] = running->clock;
+}
+
+void visit(const Region& region, uintptr_t address, Site site) {
+  check_reachable(region, address, site);
+  running_cluster->blocks[region.block].visitors[running->id] = running->clock;
 }
 
 void leave_cluster(Thread& thread) {
@@ -94,22 +114,7 @@ void cluster_wait() {
 
 void* map_shared_rank(const void* pointer, uint32_t rank) {
   const Site site = at(reinterpret_cast<uintptr_t>(__builtin_return_address(0)));
-  const auto address = reinterpret_cast<uintptr_t>(pointer);
-  const Region* region = region_at(address);
-  if (!region || region->kind != Region::Kind::kDynamicShared ||
-      region->block != running_block->rank) {
-    fail(("map_shared_rank of " + hex(address) +
-          ", which is not in the block's dynamic shared memory")
-             .c_str(),
-         site);
-  }
-  if (rank >= cluster_size()) {
-    fail(("map_shared_rank to rank " + std::to_string(rank) + " of a cluster of " +
-          std::to_string(cluster_size()))
-             .c_str(),
-         site);
-  }
-  return reinterpret_cast<void*>(dynamic_shared_begin(rank) + (address - region->begin));
+  return reinterpret_cast<void*>(map_to_rank(reinterpret_cast<uintptr_t>(pointer), rank, site));
 }
 
 }  // namespace m3i::emulator

@@ -5,8 +5,15 @@
 
 namespace m3i::emulator {
 
-// The running thread is about to access shared memory of another block of its cluster, or to arrive
-// at an mbarrier there. Fails unless that block is known to have begun and has not returned.
+// Where the block of a rank has what the running thread's has at an address.
+uintptr_t map_to_rank(uintptr_t address, uint32_t rank, Site site);
+
+// Fails unless the block, another one than the running thread's, whose shared memory this is, is
+// known to have begun and has not returned.
+void check_reachable(const Region& region, uintptr_t address, Site site);
+
+// The running thread is about to access such memory, or to arrive at an mbarrier there: checked,
+// and the owner has to hear of it before it returns.
 void visit(const Region& region, uintptr_t address, Site site);
 
 // A thread of the cluster returns: its barrier does not wait for it any more.

@@ -3,7 +3,6 @@
 #include "access.h"
 #include "cluster.h"
 #include "device.h"
-#include "emulator/cluster.h"
 #include "emulator/mbarrier.h"
 #include "race.h"
 #include "report.h"
@@ -155,7 +154,7 @@ void mbarrier_arrive_expect_tx(void* barrier, uint32_t bytes) {
 void mbarrier_arrive_remote(void* at_barrier, uint32_t rank) {
   constexpr const char* kName = "mbarrier_arrive_remote";
   const Site site = M3I_CALLER_SITE;
-  const uintptr_t address = address_of(map_shared_rank(at_barrier, rank));
+  const uintptr_t address = map_to_rank(address_of(at_barrier), rank, site);
   if (is_remote(address)) visit(*region_at(address), address, site);
   Mbarrier& barrier = find_any(kName, address, site);
   check_fenced(kName, barrier, address, site);

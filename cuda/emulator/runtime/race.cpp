@@ -87,7 +87,7 @@ struct Accessed {
   }
   fail_with(cudaErrorLaunchFailure,
             std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
-                ", to which a cp.async of " + who(write) + " is under way: it was not waited for",
+                ", to which a copy of " + who(write) + " is under way: it was not waited for",
             at(a.instruction));
 }
 

@@ -33,6 +33,7 @@ void finish_thread() {
   Warp& warp = block.warp_of(*running);
   finish_copies(*running);
   finish_products(*running);
+  finish_boxes(*running);
   running->state = Thread::State::kDone;
   warp.alive &= ~(1u << running->lane);
   warp.ready &= ~(1u << running->lane);
@@ -167,6 +168,7 @@ void run_cluster(Cluster& cluster, dim3 block_size, const Call& kernel_call) {
     for (Block& block : cluster.blocks) progress |= run_block(block);
     if (moved) idle_passes = 0;
     if (abandoned || !cluster.alive) break;
+    if (!moved && land_box(cluster)) continue;
     if (!progress) report_deadlock(cluster);
     if (idle_passes == kMostIdlePasses) report_standstill(cluster);
     abandoned = launch_error() != cudaSuccess;

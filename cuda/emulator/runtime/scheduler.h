@@ -37,6 +37,11 @@ void forget_running();
 
 // Lands what the thread did not wait for.
 void finish_copies(Thread& thread);
+// Writes the boxes that the thread did not wait for; fails if it is the last one of its block and a
+// box is still to land.
+void finish_boxes(Thread& thread);
+// Lands the box whose copy began last, if there is one.
+bool land_box(Cluster& cluster);
 // Fails if a product of its warpgroup has not been waited for.
 void finish_products(const Thread& thread);
 

@@ -6,8 +6,11 @@
 //   wgmma_commit();                   make them a group
 //   wgmma_wait<0>(d);                 until at most 0 groups are under way; d can be read
 //
-// Between the first and the last of these no thread touches d. What threads stored in shared memory
-// is visible to a product after fence_proxy_async() of those threads and then a barrier.
+// Between the first and the last of these no thread touches d, and nothing but wgmma names it:
+// while products are under way, as in a loop that waits for the group before the last, it is
+// wgmma_fence() and wgmma_wait<1>(), without d, else ptxas waits after every product. What threads
+// stored in shared memory is visible to a product after fence_proxy_async() of those threads and
+// then a barrier.
 //
 // Thread t holds, with w = t / 32 and l = t % 32, in d[4j] .. d[4j+3] of D[64, N], with row = 16w +
 // l/4 and column = 8j + 2 (l%4):  (row, column), (row, column+1), (row+8, column), (row+8,

@@ -10,6 +10,5 @@ M3I_EMULATOR_API uint32_t cluster_size();
 M3I_EMULATOR_API void cluster_arrive();
 M3I_EMULATOR_API void cluster_wait();
 M3I_EMULATOR_API void* map_shared_rank(const void* pointer, uint32_t rank);
-M3I_EMULATOR_API void mbarrier_arrive_remote(void* barrier, uint32_t rank);
 
 }  // namespace m3i::emulator
