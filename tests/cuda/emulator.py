@@ -37,6 +37,8 @@ _KERNEL = [
     "-fno-gnu-unique",
     # One access of the source stays one: a wider one could be misaligned
     *("-O2", "-g1", "-fno-tree-vectorize", "-fno-store-merging"),
+    # The return address of a call is in its caller
+    "-fno-optimize-sibling-calls",
     # Only what the source fuses is fused: the same bits on every CPU
     "-ffp-contract=off",
     *("-fsanitize=thread,alignment,bounds", "--param=tsan-instrument-func-entry-exit=0"),

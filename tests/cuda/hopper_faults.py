@@ -180,4 +180,123 @@ FAULTS = {
         "give_and_take",
         r"setmaxnreg_\w+<\d+> in a block of 352 threads, which are no whole warpgroups",
     ),
+    # Blocks of a cluster that do not wait for each other
+    "a neighbour's values are not awaited": Fault(
+        "cluster",
+        "  own[threadIdx.x] = values[i];\n  m3i::cluster_sync();\n",
+        "  m3i::cluster_sync();\n  own[threadIdx.x] = values[i];\n",
+        "exchange",
+        r"(read before written|data race): read of 4 bytes .* of dynamic shared memory of block "
+        r"\(\d, 0, 0\), (which nobody has written|which thread .* of block .* wrote)",
+    ),
+    "an arrival without a wait": Fault(
+        "cluster",
+        "  own[threadIdx.x] = values[i];\n  m3i::cluster_sync();\n",
+        "  own[threadIdx.x] = values[i];\n  m3i::cluster_arrive();\n",
+        "exchange",
+        r"which may not have begun: no cluster barrier was waited for",
+    ),
+    "an arrival for nothing": Fault(
+        "cluster",
+        "  m3i::cluster_arrive();\n  out[i]",
+        "  m3i::cluster_arrive();\n  m3i::cluster_arrive();\n  out[i]",
+        "exchange",
+        r"cluster_arrive without a cluster_wait since the last",
+    ),
+    "a wait for nothing": Fault(
+        "cluster",
+        "  m3i::cluster_arrive();\n  out[i]",
+        "  out[i]",
+        "exchange",
+        r"cluster_wait without a cluster_arrive before",
+    ),
+    "a block returns while it is read": Fault(
+        "cluster",
+        "  m3i::cluster_arrive();\n  out[i] = taken + static_cast<int>(next);\n"
+        "  m3i::cluster_wait();\n",
+        "  out[i] = taken + static_cast<int>(next);\n",
+        "exchange",
+        r"block \(\d, 0, 0\) returns, while thread \(\d+, 0, 0\) of block \(\d, 0, 0\) may still "
+        r"use|which has returned",
+    ),
+    "a write to a block that may not have begun": Fault(
+        "cluster",
+        "  m3i::cluster_sync();\n  m3i::map_shared_rank(own, next)",
+        "  m3i::map_shared_rank(own, next)",
+        "put",
+        r"access of shared memory of block \(1, 0, 0\), byte 0, which may not have begun",
+    ),
+    "values put too late": Fault(
+        "cluster",
+        "  m3i::cluster_sync();\n  __syncthreads();\n",
+        "  __syncthreads();\n",
+        "put",
+        r"(read before written|data race): read of 4 bytes .* of dynamic shared memory",
+    ),
+    "beyond a neighbour's shared memory": Fault(
+        "cluster",
+        "m3i::map_shared_rank(own, next)[threadIdx.x] =",
+        "m3i::map_shared_rank(own, next)[threadIdx.x + 1] =",
+        "put",
+        r"out-of-bounds write of 4 bytes .* 0 bytes past the end of dynamic shared memory of 256",
+    ),
+    "a rank that the cluster has not": Fault(
+        "cluster",
+        "m3i::map_shared_rank(own, next)[threadIdx.x] =",
+        "m3i::map_shared_rank(own, next + 2)[threadIdx.x] =",
+        "put",
+        r"rank [23] of a cluster of 2",
+    ),
+    "a static shared variable": Fault(
+        "cluster",
+        "  own[threadIdx.x] = values[i];\n",
+        "  __shared__ volatile int copy[kThreads];\n  copy[threadIdx.x] = values[i];\n"
+        "  own[threadIdx.x] = copy[threadIdx.x];\n",
+        "exchange",
+        r"a static shared variable in a cluster",
+    ),
+    "a remote slot is not awaited": Fault(
+        "cluster",
+        "      m3i::mbarrier_wait(&slot.empty, 1 - step % 2);\n",
+        "",
+        "broadcast",
+        r"data race: write of 4 bytes .* of dynamic shared memory of block .* which thread .* of "
+        r"block .* read",
+    ),
+    "a filled slot is not awaited": Fault(
+        "cluster",
+        "      m3i::mbarrier_wait(&slot.full, step % 2);\n",
+        "",
+        "broadcast",
+        r"(read before written|data race): read of 4 bytes .* of dynamic shared memory",
+    ),
+    "a remote barrier without the fence": Fault(
+        "cluster",
+        "    m3i::mbarrier_init_fence();\n",
+        "",
+        "broadcast",
+        r"mbarrier_arrive_remote on .* initialised without an mbarrier_init_fence",
+    ),
+    "a remote arrival too few": Fault(
+        "cluster",
+        "m3i::mbarrier_init(&slot.empty, kThreads * (size - 1));",
+        "m3i::mbarrier_init(&slot.empty, kThreads * size);",
+        "broadcast",
+        r"deadlock: no thread of the cluster can go on(.*\n)+.* of dynamic shared memory of block "
+        r"\(0, 0, 0\): phase 0, of parity 0, waits for 64 of 192 arrivals",
+    ),
+    "the arrival at another block's barrier as at one's own": Fault(
+        "cluster",
+        "m3i::mbarrier_arrive_remote(&slot.full, to);",
+        "m3i::mbarrier_arrive(m3i::map_shared_rank(&slot.full, to));",
+        "broadcast",
+        r"mbarrier_arrive on .* of block \(1, 0, 0\), which is another block's",
+    ),
+    "a block that does not wait for the others at its end": Fault(
+        "cluster",
+        "  m3i::cluster_sync();\n}\n\n}  // namespace",
+        "}\n\n}  // namespace",
+        "broadcast",
+        r"block \(0, 0, 0\) returns, while thread .* may still use|which has returned",
+    ),
 }

@@ -124,6 +124,45 @@ def test_mbarriers_are_single_instructions(tmp_path: Path) -> None:
         assert any(expected in op for op in used), used
 
 
+# ---- Clusters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", ["exchange", "put"])
+@pytest.mark.parametrize(("blocks", "cluster"), [(1, 1), (2, 2), (6, 2), (6, 3), (8, 8)])
+def test_blocks_of_a_cluster_exchange_shared_memory(
+    launcher: str, blocks: int, cluster: int
+) -> None:
+    values, out = integers(blocks, 64), integers(blocks, 64)
+    run("cluster", launcher, values, out, blocks, cluster)
+    rank = torch.arange(blocks) % cluster
+    first = torch.arange(blocks) - rank
+    if launcher == "exchange":
+        taken = (rank + 1) % cluster
+        expected = values[first + taken].flip(1) + taken[:, None]
+    else:
+        expected = values[first + (rank - 1) % cluster].flip(1)
+    assert torch.equal(out, expected.int())
+
+
+@pytest.mark.parametrize(("blocks", "cluster"), [(2, 2), (6, 3)])
+def test_remote_arrivals_hand_slots_over(blocks: int, cluster: int) -> None:
+    values, out = integers(9, 64), integers(9, blocks, 64)
+    run("cluster", "broadcast", values, out, blocks, cluster, 9)
+    takes = torch.arange(blocks) % cluster != 0
+    assert torch.equal(out[:, takes], values.flip(1)[:, None].expand(-1, int(takes.sum()), -1))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "cluster", "architecture", "error"),
+    [(4, 3, 90, 9), (9, 9, 90, 912), (4, 0, 90, 912), (4, 2, 80, 801)],
+)
+def test_limits_of_a_cluster(blocks: int, cluster: int, architecture: int, error: int) -> None:
+    library = emulator.build_kernels([KERNELS / "cluster.cu"], include=[KERNELS], architecture=90)
+    pointers = map(emulator.to_c, (integers(blocks, 64), integers(blocks, 64)))
+    with emulator.emulated_gpu(architecture):
+        assert ctypes.CDLL(str(library)).exchange(*pointers, blocks, cluster) == error
+
+
 # ---- Registers ----------------------------------------------------------------------------------
 
 
@@ -144,6 +183,9 @@ CALLS = {
     "ring": lambda: (integers(20, 32), integers(20, 2, 32), 20),
     "poll": lambda: (integers(7, 32), integers(7, 32), 7),
     "give_and_take": lambda: (integers(384),),
+    "exchange": lambda: (integers(4, 64), integers(4, 64), 4, 2),
+    "put": lambda: (integers(4, 64), integers(4, 64), 4, 2),
+    "broadcast": lambda: (integers(9, 64), integers(9, 6, 64), 6, 3, 9),
 }
 
 

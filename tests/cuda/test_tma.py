@@ -102,6 +102,19 @@ def test_load(dtype: torch.dtype, swizzle: int) -> None:
 
 
 @pytest.mark.usefixtures("landing")
+@pytest.mark.parametrize("cluster", [1, 2, 4])
+def test_blocks_of_a_cluster_share_boxes(cluster: int) -> None:
+    matrix, box = ragged(40, 37, torch.float32), (8, 32)
+    images = emulator.guarded(torch.zeros(cluster, cluster, box[0] * box[1]))
+    arguments = (ctypes.byref(tiled(matrix, box, 128)), images, 16, 8, cluster)
+    assert report_of(KERNELS / "tma.cu", "share", *arguments) == ""
+    for r in range(cluster):
+        expected = image_of(cut(matrix, 16 + 8 * r, 8, box), 128)
+        for image in images[:, r]:
+            assert torch.equal(image.view(torch.uint8), expected)
+
+
+@pytest.mark.usefixtures("landing")
 @pytest.mark.parametrize("add", [False, True], ids=["store", "add"])
 @pytest.mark.parametrize("swizzle", BOXES)
 def test_store(swizzle: int, add: bool) -> None:
@@ -200,6 +213,7 @@ def test_copies_are_single_instructions(tmp_path: Path) -> None:
 CALLS = {
     "load": lambda: _box_arguments(),
     "store": lambda: (*_box_arguments(), False),
+    "share": lambda: (*_box_arguments(), 2),
     "hopper_gemm": lambda: gemm_arguments(128, 128, 328),
 }
 

@@ -50,10 +50,10 @@ FAULTS = {
     ),
     "an mbarrier of which copies do not know": Fault(
         "tma",
-        "    m3i::mbarrier_init_fence();\n",
-        "",
+        "(landed, 1);\n    m3i::mbarrier_init_fence();\n  }",
+        "(landed, 1);\n  }",
         "load",
-        r"whose initialisation no mbarrier_init_fence has made known",
+        r"initialised without an mbarrier_init_fence",
     ),
     "a matrix with a row too many": Fault(
         "tma",
@@ -133,5 +133,26 @@ FAULTS = {
         "sizeof(shared.a[0]));",
         "hopper_gemm",
         r"asynchronous read of 16 bytes .*(to which a copy is under way|without a barrier)",
+    ),
+    "a copy to a block that may not have begun": Fault(
+        "tma",
+        "  m3i::cluster_sync();\n  if (threadIdx.x == 0) {\n    m3i::tma_load_2d_multicast",
+        "  __syncthreads();\n  if (threadIdx.x == 0) {\n    m3i::tma_load_2d_multicast",
+        "share",
+        r"a copy on the mbarrier .* of block \(\d, 0, 0\), which (nobody has initialised|thread)",
+    ),
+    "shared boxes that are not awaited": Fault(
+        "tma",
+        "  m3i::mbarrier_wait(all_landed, 0);\n  for (int i = threadIdx.x; i < size * words",
+        "  for (int i = threadIdx.x; i < size * words",
+        "share",
+        r"read before written|data race|under way",
+    ),
+    "a block that the cluster has not": Fault(
+        "tma",
+        "static_cast<uint16_t>((1 << size) - 1)",
+        "static_cast<uint16_t>((2 << size) - 1)",
+        "share",
+        r"a tensor copy to the blocks 0x7 of a cluster that has 2",
     ),
 }

@@ -9,6 +9,7 @@
 #include "cuda_runtime_api.h"
 #include "emulator/access.h"
 #include "emulator/atomics.h"
+#include "emulator/cluster.h"
 #include "emulator/launch.h"
 #include "emulator/math.h"
 #include "emulator/mbarrier.h"

@@ -17,7 +17,7 @@ bool issuers_know(const AsyncRead& operation, Stamp stamp) {
   for (uint32_t warp = operation.first; warp < operation.last; warp += kWarpSize) {
     bool known = false;
     for (uint32_t rank = warp; rank < std::min(operation.last, warp + kWarpSize); ++rank) {
-      known = known || ordered(stamp, rank);
+      known = known || ordered(stamp, running_block->threads[rank].id);
     }
     if (!known) return false;
   }
@@ -26,7 +26,7 @@ bool issuers_know(const AsyncRead& operation, Stamp stamp) {
 
 // The writer's first call of fence_proxy_async after it wrote with this stamp; 0 if there is none.
 Stamp fence_after(Stamp write) {
-  const std::vector<Stamp>& fences = running_block->threads[thread_of(write)].proxy_fences;
+  const std::vector<Stamp>& fences = running_cluster->thread(thread_of(write)).proxy_fences;
   const auto fence = std::lower_bound(fences.begin(), fences.end(), write & ~kFlag);
   return fence == fences.end() ? 0 : *fence;
 }
@@ -40,14 +40,15 @@ Stamp fence_after(Stamp write) {
 }
 
 void check_write(AsyncRead& operation, uintptr_t address, Stamp write) {
-  if (of_this_block(write) == 0) fail_chunk(operation, address, "which this block has not written");
+  if (of_this_cluster(write) == 0)
+    fail_chunk(operation, address, "which this block has not written");
   if (in_flight(write)) {
     fail_chunk(operation, address, "to which a copy is under way: it was not waited for");
   }
   if (!issuers_know(operation, write)) {
     fail_chunk(operation, address, "which was written without a barrier between the two");
   }
-  const bool by_thread = thread_of(write) < running_block->threads.size();
+  const bool by_thread = thread_of(write) < running_cluster->num_threads();
   if (by_thread) {
     const Stamp fence = fence_after(write);
     if (fence == 0 || !issuers_know(operation, fence)) {
@@ -55,13 +56,13 @@ void check_write(AsyncRead& operation, uintptr_t address, Stamp write) {
                  "which a thread wrote without fence_proxy_async and a barrier after it");
     }
   }
-  operation.checked = write;
+  operation.checked[thread_of(write) % kWarpgroupSize] = write;
 }
 
 }  // namespace
 
 const void* begin_read(AsyncRead& operation, uint32_t offset) {
-  const uintptr_t address = dynamic_shared_begin() + offset;
+  const uintptr_t address = dynamic_shared_begin(running_block->rank) + offset;
   Region* region = region_at(address);
   if (!region || region->kind != Region::Kind::kDynamicShared || address + kChunk > region->end) {
     fail_with(cudaErrorIllegalAddress,
@@ -71,7 +72,9 @@ const void* begin_read(AsyncRead& operation, uint32_t offset) {
   }
   const Stamp* written = region->shadow.writes + offset;
   for (uint32_t i = 0; i < kChunk; ++i) {
-    if (written[i] != operation.checked) check_write(operation, address + i, written[i]);
+    if (i > 0 && written[i] == written[i - 1]) continue;
+    const Stamp checked = operation.checked[thread_of(written[i]) % kWarpgroupSize];
+    if (written[i] == 0 || written[i] != checked) check_write(operation, address + i, written[i]);
   }
   note_read(*region, address, kChunk, operation.stamp);
   std::vector<uint16_t>& being_read = running_block->being_read;
@@ -89,10 +92,10 @@ void check_overwritten(const Region& region, uintptr_t address, size_t size, Sit
   const Stamp* written = region.shadow.writes + (address - region.begin);
   Stamp checked = 0;
   for (size_t i = 0; i < size; ++i) {
-    const Stamp write = of_this_block(written[i]);
+    const Stamp write = of_this_cluster(written[i]);
     if (write == checked || in_flight(write)) continue;
     checked = write;
-    if (write == 0 || thread_of(write) >= running_block->threads.size()) continue;
+    if (write == 0 || thread_of(write) >= running_cluster->num_threads()) continue;
     const Stamp fence = fence_after(write);
     if (fence != 0 && ordered(fence)) continue;
     fail_with(cudaErrorLaunchFailure,
@@ -103,8 +106,9 @@ void check_overwritten(const Region& region, uintptr_t address, size_t size, Sit
 }
 
 bool is_being_read(const Region& region, uintptr_t address, size_t size) {
-  const std::vector<uint16_t>& being_read = running_block->being_read;
-  if (being_read.empty() || region.kind != Region::Kind::kDynamicShared) return false;
+  if (region.kind != Region::Kind::kDynamicShared) return false;
+  const std::vector<uint16_t>& being_read = running_cluster->blocks[region.block].being_read;
+  if (being_read.empty()) return false;
   const size_t first = (address - region.begin) / kChunk;
   const size_t last = (address + size - 1 - region.begin) / kChunk;
   return std::any_of(being_read.begin() + static_cast<long>(first),

@@ -22,9 +22,13 @@ struct AsyncCopy {
   bool inside;  // else zeros
 };
 
+struct Block;
+
 struct Thread {
   uint3 index;
+  Block* block;
   uint32_t rank;  // in the block
+  uint32_t id;    // in the cluster
   uint32_t warp;
   uint32_t lane;
   void* saved = nullptr;  // where its fiber is; null before it began
@@ -37,6 +41,7 @@ struct Thread {
     kAtBarrier,
     kAtNamedBarrier,
     kAtMbarrier,
+    kAtCluster,
     kAtRegisters,
     kYielded,
     kDone
@@ -51,6 +56,9 @@ struct Thread {
   // Of the mbarrier that it waits at
   uintptr_t mbarrier = 0;
   uint32_t parity = 0;
+  // It has come to the cluster's barrier, in this phase, and not waited yet
+  bool arrived_at_cluster = false;
+  uint32_t cluster_phase = 0;
   // Its copies that have not landed; of each group, how many of them end before it
   std::vector<AsyncCopy> copies;
   std::vector<size_t> copy_groups;
@@ -95,7 +103,7 @@ struct NamedBarrier {
 // An object that mbarrier_init has made in shared memory.
 struct Mbarrier {
   Stamp made = 0;       // who made it, and when
-  uint32_t maker = 0;   // the thread's rank
+  uint32_t maker = 0;   // the thread's id
   bool fenced = false;  // its maker has called mbarrier_init_fence
   uint32_t count = 0;   // arrivals of a phase
   uint32_t pending = 0;
@@ -104,11 +112,12 @@ struct Mbarrier {
   // What those knew who arrived, and who had when the last phase completed
   SyncClock arrived, completed;
   uint32_t agent = 0;             // of the copies that land through it; 0 while there was none
-  std::vector<uint32_t> waiting;  // ranks
+  std::vector<uint32_t> waiting;  // ids
 };
 
 struct Block {
   uint3 index{};
+  uint32_t rank = 0;  // in the cluster
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   uint32_t alive = 0;
@@ -122,9 +131,9 @@ struct Block {
   uint32_t launch_registers =
       0;                        // of a thread; 0 where the kernel's launch bound does not fix them
   uint32_t free_registers = 0;  // of a lane: a warp takes 32 times as many
-  std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
-
-  bool fenced = false;  // a thread of it has called a memory fence
+  bool fenced = false;          // a thread of it has called a memory fence
+  // Of other blocks' threads that used its shared memory: the clock when they did it last
+  std::map<uint32_t, uint32_t> visitors;
 
   std::vector<Warpgroup> warpgroups;  // once one of them multiplies
   // Of each 16 bytes of dynamic shared memory, by how many asynchronous operations they are being
@@ -139,6 +148,25 @@ struct Block {
   void make_ready(Thread& thread) {
     thread.state = Thread::State::kReady;
     warps[thread.warp].ready |= 1u << thread.lane;
+  }
+};
+
+// Blocks that run at the same time; one alone where the launch does not say.
+struct Cluster {
+  std::vector<Block> blocks;
+  std::map<uintptr_t, Mbarrier> mbarriers;  // by their address
+
+  // Its barrier: threads that have not returned, and of them those that have arrived
+  uint32_t alive = 0;
+  uint32_t arrived = 0;
+  uint32_t phase = 0;
+  SyncClock arrivals, completed;
+  std::vector<uint32_t> waiting;  // ids
+
+  uint32_t threads_of_block() const { return static_cast<uint32_t>(blocks[0].threads.size()); }
+  uint32_t num_threads() const { return threads_of_block() * static_cast<uint32_t>(blocks.size()); }
+  Thread& thread(uint32_t id) {
+    return blocks[id / threads_of_block()].threads[id % threads_of_block()];
   }
 };
 

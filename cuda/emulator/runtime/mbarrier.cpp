@@ -1,6 +1,7 @@
 #include "mbarrier.h"
 
 #include "access.h"
+#include "cluster.h"
 #include "device.h"
 #include "emulator/mbarrier.h"
 #include "race.h"
@@ -21,10 +22,11 @@ uintptr_t address_of(const void* barrier) { return reinterpret_cast<uintptr_t>(b
   fail((std::string(operation) + " on " + describe_mbarrier(address) + why).c_str(), site);
 }
 
-// The mbarrier at an address; fails unless the running thread may use it.
-Mbarrier& find(const char* operation, uintptr_t address, Site site) {
-  const auto found = running_block->mbarriers.find(address);
-  if (found == running_block->mbarriers.end()) {
+// The mbarrier at an address, of any block of the cluster; fails unless the running thread knows of
+// it.
+Mbarrier& find_any(const char* operation, uintptr_t address, Site site) {
+  const auto found = running_cluster->mbarriers.find(address);
+  if (found == running_cluster->mbarriers.end()) {
     fail_at(operation, address, ", which nobody has initialised", site);
   }
   Mbarrier& barrier = found->second;
@@ -36,13 +38,29 @@ Mbarrier& find(const char* operation, uintptr_t address, Site site) {
   return barrier;
 }
 
+void check_fenced(const char* operation, const Mbarrier& barrier, uintptr_t address, Site site) {
+  if (barrier.fenced) return;
+  fail_at(operation, address, ", which was initialised without an mbarrier_init_fence", site);
+}
+
+bool is_remote(uintptr_t address) {
+  const Region* region = region_at(address);
+  return region && region->shared() && region->block != running_block->rank;
+}
+
+Mbarrier& find(const char* operation, uintptr_t address, Site site) {
+  if (is_remote(address)) fail_at(operation, address, ", which is another block's", site);
+  return find_any(operation, address, site);
+}
+
 void pass_if_complete(Mbarrier& barrier) {
   if (barrier.pending > 0 || barrier.bytes != 0) return;
   ++barrier.phase;
   barrier.pending = barrier.count;
   barrier.completed = barrier.arrived;
-  for (const uint32_t rank : barrier.waiting) {
-    running_block->make_ready(running_block->threads[rank]);
+  for (const uint32_t id : barrier.waiting) {
+    Thread& thread = running_cluster->thread(id);
+    thread.block->make_ready(thread);
   }
   barrier.waiting.clear();
 }
@@ -55,9 +73,8 @@ void expect(const char* operation, Mbarrier& barrier, uintptr_t address, uint32_
   }
 }
 
-void arrive(const char* operation, void* at_barrier, uint32_t bytes, Site site) {
-  const uintptr_t address = address_of(at_barrier);
-  Mbarrier& barrier = find(operation, address, site);
+void arrive_at(const char* operation, Mbarrier& barrier, uintptr_t address, uint32_t bytes,
+               Site site) {
   if (barrier.pending == 0) {
     fail_at(operation, address,
             ": all " + std::to_string(barrier.count) + " arrivals of phase " +
@@ -73,6 +90,11 @@ void arrive(const char* operation, void* at_barrier, uint32_t bytes, Site site) 
   // Who runs ahead of those that it should wait for meets them before it has overwritten what they
   // are to read.
   give_way(site);
+}
+
+void arrive(const char* operation, void* at_barrier, uint32_t bytes, Site site) {
+  const uintptr_t address = address_of(at_barrier);
+  arrive_at(operation, find(operation, address, site), address, bytes, site);
 }
 
 bool is_complete(const Mbarrier& barrier, uint32_t parity) { return (barrier.phase & 1) != parity; }
@@ -100,8 +122,8 @@ void mbarrier_init(void* at_barrier, uint32_t count) {
   require_architecture(90, "mbarrier_init", site);
   const auto instruction = reinterpret_cast<uintptr_t>(site.instruction);
   Region& region = shared_region(address, instruction);
-  if (const auto found = running_block->mbarriers.find(address);
-      found != running_block->mbarriers.end()) {
+  if (const auto found = running_cluster->mbarriers.find(address);
+      found != running_cluster->mbarriers.end()) {
     fail_at("mbarrier_init", address,
             ", which " + who(found->second.made) + " has initialised before", site);
   }
@@ -110,16 +132,16 @@ void mbarrier_init(void* at_barrier, uint32_t count) {
             " for " + std::to_string(count) + " arrivals: expected 1 to 2^20 - 1", site);
   }
   check_aligned(address, sizeof(uint64_t), Access::kWrite, instruction);
-  Mbarrier& barrier = running_block->mbarriers[address];
+  Mbarrier& barrier = running_cluster->mbarriers[address];
   barrier.made = own_stamp();
-  barrier.maker = running->rank;
+  barrier.maker = running->id;
   barrier.count = barrier.pending = count;
   mark_mbarrier(region, address);
 }
 
 void mbarrier_init_fence() {
-  for (auto& [address, barrier] : running_block->mbarriers) {
-    if (barrier.maker == running->rank) barrier.fenced = true;
+  for (auto& [address, barrier] : running_cluster->mbarriers) {
+    if (barrier.maker == running->id) barrier.fenced = true;
   }
 }
 
@@ -127,6 +149,16 @@ void mbarrier_arrive(void* barrier) { arrive("mbarrier_arrive", barrier, 0, M3I_
 
 void mbarrier_arrive_expect_tx(void* barrier, uint32_t bytes) {
   arrive("mbarrier_arrive_expect_tx", barrier, bytes, M3I_CALLER_SITE);
+}
+
+void mbarrier_arrive_remote(void* at_barrier, uint32_t rank) {
+  constexpr const char* kName = "mbarrier_arrive_remote";
+  const Site site = M3I_CALLER_SITE;
+  const uintptr_t address = map_to_rank(address_of(at_barrier), rank, site);
+  if (is_remote(address)) visit(*region_at(address), address, site);
+  Mbarrier& barrier = find_any(kName, address, site);
+  check_fenced(kName, barrier, address, site);
+  arrive_at(kName, barrier, address, 0, site);
 }
 
 void mbarrier_expect_tx(void* at_barrier, uint32_t bytes) {
@@ -158,7 +190,7 @@ void mbarrier_wait(void* at_barrier, uint32_t parity) {
   while (!is_complete(barrier, parity)) {
     running->mbarrier = address;
     running->parity = parity;
-    barrier.waiting.push_back(running->rank);
+    barrier.waiting.push_back(running->id);
     wait(Thread::State::kAtMbarrier, site);
   }
   acquire_phase(barrier);
@@ -167,11 +199,8 @@ void mbarrier_wait(void* at_barrier, uint32_t parity) {
 // ---- Copies -------------------------------------------------------------------------------------
 
 Mbarrier& mbarrier_for_copy(uintptr_t address, Site site) {
-  Mbarrier& barrier = find("a copy", address, site);
-  if (!barrier.fenced) {
-    fail_at("a copy", address, ", whose initialisation no mbarrier_init_fence has made known to it",
-            site);
-  }
+  Mbarrier& barrier = find_any("a copy", address, site);
+  check_fenced("a copy", barrier, address, site);
   if (!barrier.agent) barrier.agent = add_agent();
   return barrier;
 }
@@ -193,9 +222,9 @@ std::string describe_mbarrier(uintptr_t address) {
                                       : "8 bytes at " + hex(address) + ", in no allocation");
 }
 
-std::string describe_mbarriers(const Block& block) {
+std::string describe_mbarriers(const Cluster& cluster) {
   std::string lines;
-  for (const auto& [address, barrier] : block.mbarriers) {
+  for (const auto& [address, barrier] : cluster.mbarriers) {
     lines += "\n  " + describe_mbarrier(address) + ": phase " + std::to_string(barrier.phase) +
              ", of parity " + std::to_string(barrier.phase & 1) + ", waits for " +
              std::to_string(barrier.pending) + " of " + std::to_string(barrier.count) +

@@ -19,6 +19,6 @@ void complete_bytes(Mbarrier& barrier, size_t bytes);
 
 // For reports: where an mbarrier is, and how far.
 std::string describe_mbarrier(uintptr_t address);
-std::string describe_mbarriers(const Block& block);
+std::string describe_mbarriers(const Cluster& cluster);
 
 }  // namespace m3i::emulator

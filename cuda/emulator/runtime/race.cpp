@@ -13,8 +13,8 @@ namespace m3i::emulator {
 namespace {
 
 uint64_t epoch = 1;
-uint64_t launch_epoch = 1;  // the first one of the launch
-uint64_t block_epoch = 1;   // the first one of the block
+uint64_t launch_epoch = 1;   // the first one of the launch
+uint64_t cluster_epoch = 1;  // the first one of the cluster
 
 // known[t * width + u]: the clock of thread u up to which everything is ordered before what thread
 // t does now. A row counts in the epoch in which it was last written only. After the threads'
@@ -29,25 +29,27 @@ struct Agent {
 };
 std::vector<Agent> agents;
 
-uint32_t* row_of(uint32_t rank) {
-  uint32_t* row = known.data() + rank * width;
-  if (known_epoch[rank] != epoch) {
-    known_epoch[rank] = epoch;
+uint32_t* row_of(uint32_t id) {
+  uint32_t* row = known.data() + id * width;
+  if (known_epoch[id] != epoch) {
+    known_epoch[id] = epoch;
     std::fill(row, row + width, 0);
   }
   return row;
 }
 
-Stamp stamp_of(const Thread& thread) { return make_stamp(epoch, thread.rank, thread.clock); }
+Stamp stamp_of(const Thread& thread) { return make_stamp(epoch, thread.id, thread.clock); }
 
-bool heard_of(uint32_t rank, uint32_t other, uint32_t clock) {
-  return known_epoch[rank] == epoch && known[rank * width + other] >= clock;
+bool heard_of(uint32_t id, uint32_t other, uint32_t clock) {
+  return known_epoch[id] == epoch && known[id * width + other] >= clock;
 }
+
+bool by_agent(Stamp stamp) { return thread_of(stamp) >= known_epoch.size(); }
 
 // As above for the flagged stamp of the last of several readers. Of the others nothing is known,
 // but that nobody heard of them if nobody heard of anybody.
 bool readers_ordered(Stamp stamp) {
-  if (epoch_of(stamp) == epoch && (stamp & kFlag) && known_epoch[running->rank] != epoch) {
+  if (epoch_of(stamp) == epoch && (stamp & kFlag) && known_epoch[running->id] != epoch) {
     return false;
   }
   return ordered(stamp);
@@ -72,7 +74,7 @@ struct Accessed {
 [[noreturn]] void fail_unwritten(const Accessed& a) {
   fail_with(cudaErrorLaunchFailure,
             std::string("read before written: ") + name_of(a.access) + " of " +
-                describe_memory(a.region, a.address, a.size) + ", which this block has not written",
+                describe_memory(a.region, a.address, a.size) + ", which nobody has written",
             at(a.instruction));
 }
 
@@ -89,17 +91,28 @@ struct Accessed {
             at(a.instruction));
 }
 
+// Blocks of one cluster may order what they do to global memory by fences and atomic operations, as
+// all blocks of a launch may: that is not known here.
+bool fenced_between(const Region& region, Stamp stamp) {
+  return !region.shared() && running_block->fenced && epoch_of(stamp) >= cluster_epoch &&
+         !by_agent(stamp) && running_cluster->thread(thread_of(stamp)).block != running_block;
+}
+
 // Fails unless an access to the byte with these stamps may follow.
 void check_byte(const Accessed& a, Stamp write, Stamp read) {
   if (a.region.shared()) {  // what earlier blocks did to it is gone
-    write = of_this_block(write);
-    read = of_this_block(read);
+    write = of_this_cluster(write);
+    read = of_this_cluster(read);
     if (reads(a.access) && write == 0) fail_unwritten(a);
     if (in_flight(write)) fail_in_flight(a, write);
   }
   const bool both_atomic = atomic(a.access) && (write & kFlag);
-  if (!both_atomic && !ordered(write)) fail_race(a, "wrote", write);
-  if (writes(a.access) && !readers_ordered(read)) fail_race(a, "read", read);
+  if (!both_atomic && !ordered(write) && !fenced_between(a.region, write)) {
+    fail_race(a, "wrote", write);
+  }
+  if (writes(a.access) && !readers_ordered(read) && !fenced_between(a.region, read)) {
+    fail_race(a, "read", read);
+  }
 }
 
 void check_not_being_read(const Accessed& a) {
@@ -158,12 +171,17 @@ struct Columns {
 Columns columns(const Thread& thread, const SyncClock& clock) {
   const size_t end = std::min(width, clock.row.size());
   if (!clock.within_warp || across_warps_epoch == epoch) return {0, end};
-  const size_t begin = thread.warp * kWarpSize;
+  const size_t begin = thread.id - thread.lane;
   return {begin, std::min(end, begin + kWarpSize)};
 }
 
 void join(uint32_t* into, const uint32_t* from, Columns columns) {
   for (size_t i = columns.begin; i < columns.end; ++i) into[i] = std::max(into[i], from[i]);
+}
+
+void begin_epoch() {
+  ++epoch;
+  for (Agent& agent : agents) agent.settled = agent.heard;
 }
 
 void begin(uint64_t& first_of) {
@@ -179,16 +197,12 @@ const char* name_of(Access access) {
   return names[static_cast<int>(access)];
 }
 
-void begin_epoch() {
-  ++epoch;
-  for (Agent& agent : agents) agent.settled = agent.heard;
-}
 void begin_launch_epoch() { begin(launch_epoch); }
 
-void begin_block_epoch() {
-  begin(block_epoch);
+void begin_cluster_epoch() {
+  begin(cluster_epoch);
   agents.clear();
-  const size_t count = running_block->threads.size();
+  const size_t count = running_cluster->num_threads();
   if (known_epoch.size() != count || width != count) {
     width = count;
     known_epoch.assign(count, 0);
@@ -196,13 +210,24 @@ void begin_block_epoch() {
   }
 }
 
+void order_threads(Block& block) {
+  if (running_cluster->blocks.size() == 1) {
+    begin_epoch();
+    for (Thread& thread : block.threads) thread.clock = 1;
+    return;
+  }
+  SyncClock clock;
+  for (Thread& thread : block.threads) release(thread, clock);
+  for (const Thread& thread : block.threads) acquire(thread, clock);
+}
+
 void release(Thread& thread, SyncClock& clock) {
   if ((thread.clock + 1) >> kClockBits) {
     fail_thread(thread, "more than a million synchronisations without __syncthreads", thread.site);
   }
   if (!clock.within_warp) across_warps_epoch = epoch;
-  uint32_t* row = row_of(thread.rank);
-  row[thread.rank] = thread.clock++;
+  uint32_t* row = row_of(thread.id);
+  row[thread.id] = thread.clock++;
   if (clock.epoch != epoch) {
     clock.epoch = epoch;
     clock.row.assign(width, 0);
@@ -213,7 +238,7 @@ void release(Thread& thread, SyncClock& clock) {
 
 void acquire(const Thread& thread, const SyncClock& clock) {
   if (clock.epoch != epoch) return;  // a barrier since then has ordered more
-  join(row_of(thread.rank), clock.row.data(), columns(thread, clock));
+  join(row_of(thread.id), clock.row.data(), columns(thread, clock));
 }
 
 void check_race(Region& region, uintptr_t address, size_t size, Access access,
@@ -238,28 +263,44 @@ void check_race(Region& region, uintptr_t address, size_t size, Access access,
 
 Stamp own_stamp() { return stamp_of(*running); }
 
-Stamp of_this_block(Stamp stamp) { return epoch_of(stamp) < block_epoch ? 0 : stamp; }
+Stamp of_this_cluster(Stamp stamp) { return epoch_of(stamp) < cluster_epoch ? 0 : stamp; }
 
-bool ordered(Stamp stamp) { return ordered(stamp, running->rank); }
+bool ordered(Stamp stamp) { return ordered(stamp, running->id); }
 
-bool ordered(Stamp stamp, uint32_t rank) {
+bool ordered(Stamp stamp, uint32_t id) {
   const uint64_t then = epoch_of(stamp);
   if (then < launch_epoch) return true;
-  if (then < block_epoch) return running_block->fenced;
+  if (then < cluster_epoch) return running_block->fenced;
   const uint32_t other = thread_of(stamp);
-  if (const size_t count = known_epoch.size(); other >= count) {
-    return clock_of(stamp) <= agents[other - count].settled ||
-           heard_of(rank, other, clock_of(stamp));
+  if (by_agent(stamp)) {
+    return clock_of(stamp) <= agents[other - known_epoch.size()].settled ||
+           heard_of(id, other, clock_of(stamp));
   }
-  return then < epoch || other == rank || heard_of(rank, other, clock_of(stamp));
+  return then < epoch || other == id || heard_of(id, other, clock_of(stamp));
+}
+
+bool heard_of_block(const Thread& thread, const Block& block) {
+  for (const Thread& other : block.threads) {
+    if (heard_of(thread.id, other.id, 1)) return true;
+  }
+  return false;
+}
+
+bool block_heard_of(const Block& block, uint32_t id, uint32_t clock) {
+  for (const Thread& thread : block.threads) {
+    if (heard_of(thread.id, id, clock)) return true;
+  }
+  return false;
 }
 
 std::string who(Stamp stamp) {
-  if (epoch_of(stamp) < block_epoch) return "a thread of another block of this launch";
-  if (thread_of(stamp) >= known_epoch.size()) return "an asynchronous operation";
-  const Thread& thread = running_block->threads[thread_of(stamp)];
-  const bool other = thread.rank != running->rank;
-  return other ? "thread " + to_string(thread.index) : "other threads";
+  if (epoch_of(stamp) < cluster_epoch) return "a thread of another block of this launch";
+  if (by_agent(stamp)) return "an asynchronous operation";
+  const Thread& thread = running_cluster->thread(thread_of(stamp));
+  if (thread.id == running->id) return "other threads";
+  const bool here = thread.block == running_block;
+  return "thread " + to_string(thread.index) +
+         (here ? "" : " of block " + to_string(thread.block->index));
 }
 
 // ---- Agents -------------------------------------------------------------------------------------
@@ -300,7 +341,7 @@ void note_proxy_fence(Thread& thread) {
 }
 
 void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase) {
-  uint32_t& clock = row_of(thread.rank)[agent];
+  uint32_t& clock = row_of(thread.id)[agent];
   clock = std::max(clock, phase);
   uint32_t& heard = agents[agent - known_epoch.size()].heard;
   heard = std::max(heard, phase);

@@ -2,9 +2,10 @@
 //
 // Time is counted in epochs: a new one begins at each launch, block and __syncthreads, and
 // everything before it is ordered before everything in it, but for another block of the same
-// launch. Inside an epoch, __syncwarp and named barriers order some threads after others: each
-// thread has a clock of its own synchronisations and a row of the clocks of the others, as of when
-// it last heard of them.
+// launch. Inside an epoch, __syncwarp, named barriers and mbarriers order some threads after
+// others: each thread has a clock of its own synchronisations and a row of the clocks of the
+// others, as of when it last heard of them. A cluster of several blocks has one epoch, and
+// __syncthreads is one of these in it.
 #pragma once
 
 #include "block.h"
@@ -24,8 +25,10 @@ constexpr bool atomic(Access access) { return access >= Access::kAtomicRead; }
 const char* name_of(Access access);
 
 void begin_launch_epoch();
-void begin_block_epoch();
-void begin_epoch();
+// For the threads of the running cluster.
+void begin_cluster_epoch();
+// What the threads of a block did before is ordered before what they do now.
+void order_threads(Block& block);
 
 // What a thread did before it releases to a clock is ordered before what a thread does after it has
 // acquired from it.
@@ -47,12 +50,15 @@ void mark_mbarrier(Region& region, uintptr_t address);
 
 // Now, by the running thread.
 Stamp own_stamp();
-// What `stamp` marks happened before what the running thread, or the thread of that rank, does now,
+// What `stamp` marks happened before what the running thread, or the thread of that id, does now,
 // or is its own.
 bool ordered(Stamp stamp);
-bool ordered(Stamp stamp, uint32_t rank);
-// The stamp, or 0 if an earlier block made it.
-Stamp of_this_block(Stamp stamp);
+bool ordered(Stamp stamp, uint32_t id);
+// The stamp, or 0 if an earlier cluster made it.
+Stamp of_this_cluster(Stamp stamp);
+// The thread has heard of one of the block; one of the block has heard of that thread's clock.
+bool heard_of_block(const Thread& thread, const Block& block);
+bool block_heard_of(const Block& block, uint32_t id, uint32_t clock);
 // Whose stamp it is, for a message.
 std::string who(Stamp stamp);
 

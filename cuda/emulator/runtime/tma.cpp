@@ -3,8 +3,10 @@
 
 #include "access.h"
 #include "async.h"
+#include "cluster.h"
 #include "device.h"
 #include "mbarrier.h"
+#include "race.h"
 #include "report.h"
 #include "scheduler.h"
 
@@ -94,7 +96,7 @@ void for_each_row(const Box& box, Part part) {
 
 // ---- Loads --------------------------------------------------------------------------------------
 
-void land(Block& block, const BoxLoad& load) {
+void land(const BoxLoad& load) {
   const uint32_t total = total_bytes(load.box);
   std::vector<unsigned char> bytes(total, 0);
   for_each_row(load.box, [&](uint32_t in_box, uintptr_t from, uint32_t size) {
@@ -106,31 +108,48 @@ void land(Block& block, const BoxLoad& load) {
     std::memcpy(reinterpret_cast<void*>(region.begin + place_in_shared(load.box, offset, i)),
                 bytes.data() + i, kChunk);
   }
-  Mbarrier& barrier = block.mbarriers.at(load.mbarrier);
+  Mbarrier& barrier = running_cluster->mbarriers.at(load.mbarrier);
   mark_landed(barrier, region, load.to, total);
   complete_bytes(barrier, total);
 }
 
-void start_load(void* shared, const Box& box, void* barrier, Site site) {
+// The bytes in shared memory, of this block or another one.
+void check_target(Region& region, const BoxLoad& load, Site site) {
   const auto instruction = reinterpret_cast<uintptr_t>(site.instruction);
-  const BoxLoad load{box, reinterpret_cast<uintptr_t>(shared),
-                     reinterpret_cast<uintptr_t>(barrier)};
-  check_place(box, load.to, site);
-  mbarrier_for_copy(load.mbarrier, site);
-  for_each_row(box, [&](uint32_t, uintptr_t from, uint32_t size) {
-    check_at(from, size, Access::kRead, instruction);
-  });
+  const uint32_t total = total_bytes(load.box);
+  const bool remote = region.block != running_block->rank;
+  if (load.to + total > region.end) {
+    fail_with(cudaErrorIllegalAddress,
+              "out-of-bounds write of " + std::to_string(total) + " bytes at " + hex(load.to) +
+                  ", of which only " + std::to_string(region.end - load.to) + " lie in it",
+              site);
+  }
+  // The other block knows of the copy once it has waited for its own mbarrier.
+  if (remote) check_reachable(region, load.to, site);
+  check_overwritten(region, load.to, total, site);
+  check_race(region, load.to, total, Access::kWrite, instruction);
+}
+
+void load_to_block(const BoxLoad& load, Site site) {
+  check_place(load.box, load.to, site);
   Region& region = *region_at(load.to);
-  const uint32_t total = total_bytes(box);
-  if (load.to + total <= region.end) check_overwritten(region, load.to, total, site);
-  check_at(load.to, total, Access::kWrite, instruction);
+  mbarrier_for_copy(load.mbarrier, site);
+  check_target(region, load, site);
   if (delayed) {
-    mark_in_flight(region, load.to, total);
-    running_block->box_loads.push_back(load);
+    mark_in_flight(region, load.to, total_bytes(load.box));
+    running_cluster->blocks[region.block].box_loads.push_back(load);
   } else {
-    land(*running_block, load);
+    land(load);
   }
 }
+
+void check_source(const Box& box, Site site) {
+  for_each_row(box, [&](uint32_t, uintptr_t from, uint32_t size) {
+    check_at(from, size, Access::kRead, reinterpret_cast<uintptr_t>(site.instruction));
+  });
+}
+
+uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 // ---- Stores -------------------------------------------------------------------------------------
 
@@ -170,17 +189,29 @@ void tma_prefetch(const void* map) { box_of(map, 0, 0, caller(__builtin_return_a
 
 void tma_load_2d(void* shared, const void* map, int row, int column, void* barrier) {
   const Site site = caller(__builtin_return_address(0));
-  start_load(shared, box_of(map, row, column, site), barrier, site);
+  const Box box = box_of(map, row, column, site);
+  check_source(box, site);
+  load_to_block({box, address_of(shared), address_of(barrier)}, site);
 }
 
 void tma_load_2d_multicast(void* shared, const void* map, int row, int column, void* barrier,
                            uint16_t blocks) {
   const Site site = caller(__builtin_return_address(0));
-  if (blocks != 1) {
-    fail(("a tensor copy to the blocks " + hex(blocks) + " of a cluster that has one").c_str(),
+  const size_t size = running_cluster->blocks.size();
+  if (blocks == 0 || blocks >> size != 0) {
+    fail(("a tensor copy to the blocks " + hex(blocks) + " of a cluster that has " +
+          std::to_string(size))
+             .c_str(),
          site);
   }
-  start_load(shared, box_of(map, row, column, site), barrier, site);
+  const Box box = box_of(map, row, column, site);
+  check_source(box, site);
+  for (uint32_t rank = 0; rank < size; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    load_to_block({box, map_to_rank(address_of(shared), rank, site),
+                   map_to_rank(address_of(barrier), rank, site)},
+                  site);
+  }
 }
 
 void tma_store_2d(const void* map, int row, int column, const void* shared, bool add) {
@@ -239,12 +270,15 @@ void finish_boxes(Thread& thread) {
   }
 }
 
-bool land_box(Block& block) {
-  if (block.box_loads.empty()) return false;
-  const BoxLoad load = block.box_loads.back();
-  block.box_loads.pop_back();
-  land(block, load);
-  return true;
+bool land_box(Cluster& cluster) {
+  for (Block& block : cluster.blocks) {
+    if (block.box_loads.empty()) continue;
+    const BoxLoad load = block.box_loads.back();
+    block.box_loads.pop_back();
+    land(load);
+    return true;
+  }
+  return false;
 }
 
 // Whether boxes land only once nobody can go on, the last one first; else at once.

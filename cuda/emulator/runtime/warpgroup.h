@@ -3,6 +3,7 @@
 
 #include "emulator/runtime.h"
 
+#include <array>
 #include <bitset>
 #include <deque>
 #include <vector>
@@ -18,8 +19,9 @@ struct AsyncRead {
   uint32_t first, last;
   uint64_t stamp;  // of its reads
   Site site;
-  std::vector<uint32_t> chunks;     // of 16 bytes of dynamic shared memory
-  uint64_t checked = ~uint64_t{0};  // the stamp of a write that is known to come before
+  std::vector<uint32_t> chunks;  // of 16 bytes of dynamic shared memory
+  // Stamps of writes that are known to come before, each in the place of its thread
+  std::array<uint64_t, kWarpgroupSize> checked{};
 };
 
 // D of wgmma while products add to it: the registers hold a mark until each thread has waited.

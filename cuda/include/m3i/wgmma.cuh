@@ -6,16 +6,16 @@
 //   wgmma_commit();                   make them a group
 //   wgmma_wait<0>(d);                 until at most 0 groups are under way; d can be read
 //
-// Between the first and the last of these no thread touches d, and nothing but wgmma names it:
-// while products are under way, as in a loop that waits for the group before the last, it is
-// wgmma_fence() and wgmma_wait<1>(), without d, else ptxas waits after every product. What threads
-// stored in shared memory is visible to a product after fence_proxy_async() of those threads and
-// then a barrier.
+// Between the first and the last of these no thread touches d, and nothing but wgmma names it: in a
+// loop that waits for the group before the last, it is wgmma_fence() and wgmma_wait<1>(), without
+// d, else ptxas waits after every product. What threads stored in shared memory is visible to a
+// product after their fence_proxy_async() and then a barrier.
 //
-// Thread t holds, with w = t / 32 and l = t % 32, in d[4j] .. d[4j+3] of D[64, N], with row = 16w +
-// l/4 and column = 8j + 2 (l%4):  (row, column), (row, column+1), (row+8, column), (row+8,
-// column+1) and in the four words of A[64, 16], two neighbours in k in each, with k = 2 (l%4):
-//   (row, k..k+1), (row+8, k..k+1), (row, k+8..k+9), (row+8, k+8..k+9)
+// Thread t, with w = t / 32 and l = t % 32, holds two neighbours of a row of D and the two that lie
+// eight rows below in each four registers:
+//   d[4j], d[4j+1], d[4j+2], d[4j+3]: row 16w + l/4 (+ 8), columns 8j + 2 (l%4) and the next
+// and of A[64, 16], in the same row and the one eight below, two neighbours in k in each word:
+//   a[0], a[1] (+ 8 rows): k = 2 (l%4) and the next     a[2], a[3] (+ 8 rows): k + 8
 #pragma once
 
 #include "m3i/proxy.cuh"

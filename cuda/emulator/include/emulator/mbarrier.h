@@ -9,6 +9,7 @@ namespace m3i::emulator {
 M3I_EMULATOR_API void mbarrier_init(void* barrier, uint32_t count);
 M3I_EMULATOR_API void mbarrier_init_fence();
 M3I_EMULATOR_API void mbarrier_arrive(void* barrier);
+M3I_EMULATOR_API void mbarrier_arrive_remote(void* barrier, uint32_t rank);
 M3I_EMULATOR_API void mbarrier_arrive_expect_tx(void* barrier, uint32_t bytes);
 M3I_EMULATOR_API void mbarrier_expect_tx(void* barrier, uint32_t bytes);
 M3I_EMULATOR_API void mbarrier_complete_tx(void* barrier, uint32_t bytes);
