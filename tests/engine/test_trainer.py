@@ -111,9 +111,8 @@ def test_the_fused_likelihood_trains_as_the_plain_one(
         strict=True,
     ):
         losses = {name: value for name, value in theirs.items() if name.startswith("loss/")}
-        # Adam divides by the size of a gradient: a last place grows with the steps.
-        near = 1e-4 if theirs["step"] <= 10 else 1e-3
-        assert {name: ours[name] for name in losses} == pytest.approx(losses, rel=near)
+        # The optimisers divide by the size of a gradient: a last place grows with the steps.
+        assert {name: ours[name] for name in losses} == pytest.approx(losses, rel=5e-3)
 
 
 def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(
