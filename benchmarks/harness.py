@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -138,6 +138,19 @@ class _CudaSampler:
         torch.cuda.synchronize(self._device)
         pending, self._pending = self._pending, []
         return [(name, begin.elapsed_time(end)) for name, begin, end in pending]
+
+
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], subject: str, argv: list[str] | None) -> Config:
+    """The benchmark's Config as its arguments ask; without any the default, which needs no tyro."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        return config()
+    import tyro
+
+    return tyro.cli(config, prog=f"python -m m3i_fast.benchmarks.{subject}", args=arguments)
 
 
 def resolve(device: Device) -> str:
