@@ -10,8 +10,16 @@ import torch
 
 from m3i_fast.ops import dcnv3
 from tests.cuda.emulator import emulated
-from tests.ops.dcnv3_cases import Config, assert_right, grid, make, results
-from tests.ops.test_dcnv3 import GRID, KERNELS, SHAPES
+from tests.ops.dcnv3_cases import (
+    GRID,
+    KERNELS,
+    SHAPES,
+    Config,
+    assert_right,
+    grid,
+    make,
+    results,
+)
 from tests.ops.test_dcnv3_contract import (  # noqa: F401  run here on the other kernel
     SMALL,
     test_a_sample_on_the_border_is_outside,
