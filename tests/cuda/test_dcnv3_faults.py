@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda import emulator
+from m3i_fast.ops import dcnv3
+from tests.cuda.emulator import CUDA, emulated
 from tests.cuda.faults import Fault
-from tests.ops.dcnv3_cases import Config, make
+from tests.ops.dcnv3_cases import Config, assert_right, make
 
 KINDS = ("out of bounds by one", "missing barrier", "unwritten shared memory", "racing write")
 
@@ -134,7 +135,7 @@ def call(kernel: str) -> None:
 def folder(tmp_path: Path) -> Path:
     """dcnv3's sources for float32 and vectors alone, which compile in an eighth of the time."""
     folder = tmp_path / "dcnv3"
-    shutil.copytree(emulator.CUDA / "dcnv3", folder)
+    shutil.copytree(CUDA / "dcnv3", folder)
     source = folder / "dcnv3.cu"
     text = source.read_text()
     for before, after, count in (
@@ -151,7 +152,7 @@ def folder(tmp_path: Path) -> Path:
 def test_planted_fault_is_reported(fault: Fault, folder: Path) -> None:
     fault.plant(folder / fault.source)
     with (
-        emulator.emulated("dcnv3", folder=folder.parent),
+        emulated("dcnv3", folder=folder.parent),
         pytest.raises(RuntimeError, match=fault.report) as report,
     ):
         call(fault.launcher)
@@ -159,7 +160,40 @@ def test_planted_fault_is_reported(fault: Fault, folder: Path) -> None:
     assert re.search(r"\n  (inlined )?at .*dcnv3_\w+\.cuh:\d+", str(report.value))
 
 
+# ---- The same sources as they are, and where they differ from the ops' tests ---------------------
+
+
 def test_without_a_fault_nothing_is_reported(folder: Path) -> None:
-    with emulator.emulated("dcnv3", folder=folder.parent):
+    with emulated("dcnv3", folder=folder.parent):
         for kernel in KERNELS:
             call(kernel)
+
+
+def test_a_block_works_through_the_images_that_the_grid_has_no_row_for(folder: Path) -> None:
+    """As from 65,536 images on, with a grid of three rows; tests/ops has the real limit."""
+    source = folder / "dcnv3.cu"
+    text, limit = source.read_text(), "(shape.batch, kMaxGridY)"
+    assert text.count(limit) == 1
+    source.write_text(text.replace(limit, "(shape.batch, 3)"))
+    with emulated("dcnv3", folder=folder.parent):
+        for batch in (3, 4, 8):
+            assert_right(dcnv3, Config(batch=batch, image=(5, 3), softmax=True), torch.float32)
+
+
+def test_compute_capability_9_0(folder: Path) -> None:
+    with emulated("dcnv3", folder=folder.parent, architecture=90):
+        for config in (Config(), Config(group_size=64, image=(9, 5), stride=2, softmax=True)):
+            assert_right(dcnv3, config, torch.float32)
+
+
+def test_gradients_by_x_are_added_by_16_bytes_on_9_0(folder: Path) -> None:
+    """One instruction, which no other address takes."""
+    source = folder / "dcnv3_bwd.cuh"
+    text, added = source.read_text(), "red_add(to + i, "
+    assert text.count(added) == 1
+    source.write_text(text.replace(added, "red_add(to + i + 1, "))
+    with (
+        emulated("dcnv3", folder=folder.parent, architecture=90),
+        pytest.raises(RuntimeError, match="misaligned atomic operation of 16 bytes"),
+    ):
+        call("dcnv3_bwd_kernel")

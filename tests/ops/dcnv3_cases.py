@@ -100,6 +100,9 @@ SHAPES = {
     "no image": Config(batch=0),
 }
 
+# More images than a CUDA grid has rows (65,535).
+MANY_IMAGES = Config(batch=65_537, image=(1, 1), groups=1, group_size=4)
+
 
 def grid(kernel: tuple[int, int], stride: int, dilation: int) -> Iterator[Config]:
     """Scales, group sizes and centres; what remains goes round, so that all meet all."""

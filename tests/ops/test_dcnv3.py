@@ -19,6 +19,7 @@ from m3i_fast.ops import dcnv3, reference
 from tests.ops.dcnv3_cases import (
     GRID,
     KERNELS,
+    MANY_IMAGES,
     SHAPES,
     Config,
     assert_right,
@@ -225,6 +226,10 @@ def test_other_instruction_sets_are_as_accurate(capability: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_more_images_than_16_bits_count() -> None:
+    assert_right(dcnv3, MANY_IMAGES, torch.float32)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from tests.cuda.emulator import emulated
 from tests.ops.dcnv3_cases import (
     GRID,
     KERNELS,
+    MANY_IMAGES,
     SHAPES,
     Config,
     assert_right,
@@ -98,6 +99,12 @@ CHUNKED = {
 @pytest.mark.parametrize("config", CHUNKED.values(), ids=CHUNKED.keys())
 def test_more_points_and_channels_than_fit_at_once(config: Config, device: str) -> None:
     assert_right(dcnv3, config, torch.float32, device)
+
+
+@on_every_device
+@pytest.mark.slow
+def test_more_images_than_a_grid_has_rows(device: str) -> None:
+    assert_right(dcnv3, MANY_IMAGES, torch.float32, device)
 
 
 @on_every_device
