@@ -125,10 +125,11 @@ def make_functions(
     cfg: Config, size: Size, dtype: torch.dtype, reach: float, backward: bool
 ) -> dict[str, Callable[[], object]]:
     """Forward, or forward and backward, over the same inputs; each gives the same output."""
-    generator = torch.Generator().manual_seed(0)
+    device = resolve(cfg.device)
+    generator = torch.Generator(device).manual_seed(0)
     image = size.batch_size, size.height, size.width
     x, offset, mask, grad = (
-        torch.randn(*image, channels, generator=generator)
+        torch.randn(*image, channels, generator=generator, device=device)
         for channels in (
             size.channels,
             size.groups * POINTS * 2,
@@ -136,8 +137,7 @@ def make_functions(
             size.channels,
         )
     )
-    device = resolve(cfg.device)
-    x, offset, mask, grad = (t.to(device, dtype) for t in (x, offset * reach, mask, grad))
+    x, offset, mask, grad = (t.to(dtype) for t in (x, offset * reach, mask, grad))
     inputs = x, offset, mask
     ours: Callable[..., Tensor] = partial(dcnv3, **GEOMETRY, groups=size.groups)
     functions: dict[str, Callable[[], object]] = {
@@ -234,10 +234,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Config, SUBJECT, argv)
-    rows = [
+    rows = (
         figures_of(cfg, *row, backward=backward) for row in cfg.rows for backward in (False, True)
-    ]
-    publish(SUBJECT, rows, table(rows), record=cfg.record)
+    )
+    publish(SUBJECT, rows, table, record=cfg.record)
 
 
 if __name__ == "__main__":

@@ -177,8 +177,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Config, SUBJECT, argv)
-    rows = [figures_of(cfg, size) for size in cfg.sizes]
-    publish(SUBJECT, rows, table(rows), record=cfg.record)
+    rows = (figures_of(cfg, size) for size in cfg.sizes)
+    publish(SUBJECT, rows, table, record=cfg.record)
 
 
 if __name__ == "__main__":

@@ -159,8 +159,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Config, SUBJECT, argv)
-    rows = [figures_of(cfg, size, dtype) for size in SIZES for dtype in DTYPES]
-    publish(SUBJECT, rows, table(rows), record=cfg.record)
+    rows = (figures_of(cfg, size, dtype) for size in SIZES for dtype in DTYPES)
+    publish(SUBJECT, rows, table, record=cfg.record)
 
 
 if __name__ == "__main__":
