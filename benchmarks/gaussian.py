@@ -18,13 +18,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import tyro
 from rich import box
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3i_fast.benchmarks.harness import Device, Timing, measure, publish, resolve
+from m3i_fast.benchmarks.harness import Device, Timing, measure, parse, publish, resolve
 from m3i_fast.ops import gaussian
 
 SUBJECT = "gaussian"
@@ -205,15 +204,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = tyro.cli(Config, prog="python -m m3i_fast.benchmarks.gaussian", args=argv)
-    rows = [
+    cfg = parse(Config, SUBJECT, argv)
+    rows = (
         figures_of(cfg, size, dtype, weight, backward)
         for size in cfg.sizes
         for dtype in DTYPES
         for weight in WEIGHTS
         for backward in (False, True)
-    ]
-    publish(SUBJECT, rows, table(rows), record=cfg.record)
+    )
+    publish(SUBJECT, rows, table, record=cfg.record)
 
 
 if __name__ == "__main__":

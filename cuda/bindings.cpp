@@ -30,6 +30,25 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "int[2] stride, int[2] padding, int[2] dilation, int groups, float offset_scale, "
       "bool remove_center, bool softmax, bool[3] needs_grad, bool deterministic=False)"
       " -> (Tensor grad_x, Tensor grad_offset, Tensor grad_mask)");
+  // Softmax and sigmoid losses over all pairs of a row and a column; what each returns stands in
+  // boltzmann_params.h. run: where it holds false, nothing is done and the results mean nothing.
+  library.def(
+      "boltzmann_maxima(Tensor z_hat, Tensor z, Tensor scale, Tensor bias, Tensor row_ids, "
+      "Tensor? run)"
+      " -> (Tensor row_max, Tensor col_max)");
+  library.def(
+      "boltzmann_sums(Tensor z_hat, Tensor z, Tensor scale, Tensor bias, Tensor row_ids, "
+      "Tensor? col_ids, Tensor row_shift, Tensor col_shift, bool exact, bool symmetric, "
+      "bool sigmoid, Tensor? run)"
+      " -> (Tensor rows, Tensor cols)");
+  // needs_grad: of z_hat, z and bias; the gradient of one that needs none is empty, and so are the
+  // values of the softmax.
+  library.def(
+      "boltzmann_grads(Tensor z_hat, Tensor z, Tensor scale, Tensor bias, Tensor row_ids, "
+      "Tensor? col_ids, Tensor row_shift, Tensor col_shift, Tensor exact, Tensor row_weights, "
+      "Tensor col_weights, bool sigmoid, bool[3] needs_grad)"
+      " -> (Tensor grad_z_hat, Tensor grad_z, Tensor grad_scale, Tensor grad_bias, "
+      "Tensor values)");
 }
 
 M3I_PYTHON_MODULE(_C)

@@ -1,36 +1,12 @@
 // dcnv3 on the CPU: the softmax over the points of each pixel, and its gradient.
 #pragma once
 
-#include "m3i/cpu_vec.h"
+#include "m3i/cpu_exp.h"
 
 #include <cmath>
 
 namespace m3i {
 namespace {
-
-// exp of values that are not positive, to 2 ulp; below -87 it is 0, NaN stays NaN.
-template <int kSize>
-inline Vec<float, kSize> exp_of(Vec<float, kSize> value) {
-  using Values = Vec<float, kSize>;
-  using Bits = Vec<int32_t, kSize>;
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the last places
-  constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;
-  const auto vanishes = value < -87.0f;
-  const Values clamped = vanishes ? Values{} : value;
-  const Values shifted = clamped * 0x1.715476p0f + kRound;
-  const Values power = shifted - kRound;
-  const Values rest = (clamped - power * kLn2High) - power * kLn2Low;  // |rest| <= ln(2) / 2
-  // Taylor's series: its next term is below 6e-9.
-  Values sum = rest * (1.0f / 5040) + 1.0f / 720;
-  sum = sum * rest + 1.0f / 120;
-  sum = sum * rest + 1.0f / 24;
-  sum = sum * rest + 1.0f / 6;
-  sum = sum * rest + 0.5f;
-  sum = sum * rest + 1.0f;
-  sum = sum * rest + 1.0f;
-  const Bits exponent = bit_cast<Bits>(shifted) - bit_cast<int32_t>(kRound) + 127;
-  return vanishes ? Values{} : sum * bit_cast<Values>(exponent << 23);
-}
 
 inline void exp_all(int64_t count, float* values) {
   for (int64_t i = 0; i < count; i += kLanes<float>) {

@@ -20,7 +20,6 @@ from m3i_fast.models.positions import relative_positions
 from m3i_fast.models.text import TextConfig, TextEncoder
 from m3i_fast.models.vision import VisionConfig, build_encoder
 from m3i_fast.models.vit import ViT
-from m3i_fast.objectives.likelihood import IGNORED, boltzmann
 from m3i_fast.objectives.methods import Term, m3i
 from m3i_fast.objectives.mixing import Mix, MixingConfig, drop_tokens
 from m3i_fast.objectives.monitors import feature_std, mean_cosine, rankme
@@ -30,7 +29,7 @@ from m3i_fast.objectives.predictors import (
     GlobalHead,
 )
 from m3i_fast.objectives.targets import MomentumEncoder, normalise_tokens, normalise_views
-from m3i_fast.ops import gaussian, mask_mix
+from m3i_fast.ops import IGNORED, boltzmann, gaussian, mask_mix
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch

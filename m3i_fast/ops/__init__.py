@@ -1,7 +1,8 @@
 """Fused operators, each with a CPU and a CUDA kernel; importing this loads the compiled modules."""
 
+from m3i_fast.ops.boltzmann import IGNORED, boltzmann
 from m3i_fast.ops.dcnv3 import dcnv3
 from m3i_fast.ops.gaussian import gaussian
 from m3i_fast.ops.mask_mix import IMAGENET_MEAN, IMAGENET_STD, mask_mix
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "dcnv3", "gaussian", "mask_mix"]
+__all__ = ["IGNORED", "IMAGENET_MEAN", "IMAGENET_STD", "boltzmann", "dcnv3", "gaussian", "mask_mix"]

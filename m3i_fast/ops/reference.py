@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from m3i_fast.ops.boltzmann import IGNORED
 from m3i_fast.ops.dcnv3 import Pair
 from m3i_fast.ops.mask_mix import IMAGENET_MEAN, IMAGENET_STD
 
@@ -121,6 +124,73 @@ def dcnv3(
     sample_NYXGKD = torch.where(valid[..., None], sample_NYXGKD, 0.0)
     weight_NYXGK = torch.where(valid, mask_NYXGK, 0.0)
     return (weight_NYXGK[..., None] * sample_NYXGKD).sum(dim=-2).flatten(-2).to(dtype)
+
+
+def boltzmann(
+    z_hat: Tensor,  # [N, D]
+    z: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    *,
+    targets: Tensor | None = None,  # [N] int64
+    row_ids: Tensor | None = None,  # [N] int64
+    col_ids: Tensor | None = None,  # [M] int64
+    bias: Tensor | None = None,  # [] or [M]
+    symmetric: bool = True,
+    form: Literal["softmax", "sigmoid"] = "softmax",
+    reduction: Literal["mean", "sum"] = "mean",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:  # [] wide
+    """`m3i_fast.ops.boltzmann`, from the matrix of all logits; in float64 it is the truth.
+
+    Logits are computed in `compute_dtype`, by default that of z_hat, as torch would; the rest in
+    fp32, fp64 for fp64.
+    """
+    dtype = compute_dtype or z_hat.dtype
+    logits_NM = scale.to(dtype) * (z_hat.to(dtype) @ z.to(dtype).T)
+    if bias is not None:
+        logits_NM = logits_NM + bias.to(dtype)
+    logits_NM = logits_NM if dtype == torch.float64 else logits_NM.float()
+    if targets is not None:
+        row_ids, col_ids, symmetric = targets, torch.arange(len(z), device=z.device), False
+    elif row_ids is None or col_ids is None:
+        row_ids = col_ids = torch.arange(len(z), device=z.device)
+    if form == "sigmoid":
+        return _sigmoid_nll(logits_NM, row_ids, col_ids, reduction)
+    value = _softmax_nll(logits_NM, row_ids, col_ids, reduction)
+    if symmetric:
+        value = 0.5 * (value + _softmax_nll(logits_NM.T, col_ids, row_ids, reduction))
+    return value
+
+
+def _softmax_nll(
+    logits_NM: Tensor,
+    row_ids: Tensor,  # [N] int64
+    col_ids: Tensor,  # [M] int64
+    reduction: str,
+) -> Tensor:  # []
+    positive_NM = row_ids[:, None] == col_ids[None, :]
+    valid_N = (row_ids != IGNORED) & positive_NM.any(1)
+    # A finite floor: a row of only -inf would put NaN into the gradient of rows that are ignored.
+    masked_NM = logits_NM.masked_fill(
+        (col_ids == IGNORED)[None, :], torch.finfo(logits_NM.dtype).min
+    )
+    count_N = positive_NM.sum(1).clamp_min(1)
+    mean_positive_N = logits_NM.masked_fill(~positive_NM, 0.0).sum(1) / count_N
+    total = (masked_NM.logsumexp(1) - mean_positive_N).masked_fill(~valid_N, 0.0).sum()
+    return total / valid_N.sum().clamp_min(1) if reduction == "mean" else total
+
+
+def _sigmoid_nll(
+    logits_NM: Tensor,
+    row_ids: Tensor,  # [N] int64
+    col_ids: Tensor,  # [M] int64
+    reduction: str,
+) -> Tensor:  # []
+    positive_NM = row_ids[:, None] == col_ids[None, :]
+    ignored_NM = (row_ids == IGNORED)[:, None] | (col_ids == IGNORED)[None, :]
+    nll_NM = -F.logsigmoid(torch.where(positive_NM, logits_NM, -logits_NM))
+    total = nll_NM.masked_fill(ignored_NM, 0.0).sum()
+    return total / (row_ids != IGNORED).sum().clamp_min(1) if reduction == "mean" else total
 
 
 def gaussian(

@@ -1,0 +1,218 @@
+"""The Boltzmann likelihood: softmax or sigmoid losses over all pairs, without an array of them.
+
+Legend: N predictions, M targets, D features. C = z_hat z^T are the dot products [N, M], of which
+only tiles ever exist.
+
+The compiled ops work on blocks and return sums over rows and columns (`cuda/boltzmann`);
+`boltzmann_exchange` goes through the columns of all ranks with them; `boltzmann_autograd` turns the
+sums into the loss and its gradient. Here arguments are checked and pairs named.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from m3i_fast.ops.boltzmann_autograd import IGNORED, Sigmoid, Softmax
+from m3i_fast.ops.boltzmann_exchange import Alone, Ring
+
+_NOT_A_COLUMN = -2  # the id of an ignored column: equals no row's
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _expect(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def _expect_like(name: str, tensor: Tensor, shape: list[int], z_hat: Tensor) -> None:
+    _expect(
+        list(tensor.shape) == shape, f"{name}: expected shape {shape}, got {list(tensor.shape)}"
+    )
+    _expect(
+        tensor.device == z_hat.device,
+        f"{name}: expected on the device of z_hat ({z_hat.device}), got {tensor.device}",
+    )
+
+
+def _expect_ids(name: str, ids: Tensor, count: int, z_hat: Tensor) -> None:
+    _expect_like(name, ids, [count], z_hat)
+    integers = (torch.int64, torch.int32)
+    _expect(ids.dtype in integers, f"{name}: expected dtype int64 or int32, got {ids.dtype}")
+
+
+def _check_features(z_hat: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    _expect(
+        z_hat.dtype in _DTYPES,
+        f"z_hat: expected dtype float32, float64, float16 or bfloat16, got {z_hat.dtype}",
+    )
+    _expect(z_hat.dim() == 2, f"z_hat: expected shape [N, D], got {list(z_hat.shape)}")
+    _expect(z.dim() == 2, f"z: expected shape [M, D], got {list(z.shape)}")
+    _expect_like("z", z, [z.shape[0], z_hat.shape[1]], z_hat)
+    _expect(z.dtype == z_hat.dtype, f"z: expected dtype {z_hat.dtype} as z_hat, got {z.dtype}")
+    _expect_like("scale", scale, [], z_hat)
+    if bias is not None:
+        _expect_like("bias", bias, [] if bias.dim() == 0 else [z.shape[0]], z_hat)
+
+
+def _dense_ids(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:  # [N], [M] int32
+    """Ids by their rank, which int32 holds; nothing waits for the device."""
+    ids = torch.cat([row_ids.long(), col_ids.long()])
+    ordered, order = ids.sort()
+    rank = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
+    dense = torch.empty_like(ids).scatter_(0, order, rank)
+    rows, cols = dense.int().split([len(row_ids), len(col_ids)])
+    rows = rows.masked_fill(row_ids == IGNORED, IGNORED)
+    return rows, cols.masked_fill(col_ids == IGNORED, _NOT_A_COLUMN)
+
+
+def _pair_up(
+    z_hat: Tensor,
+    z: Tensor,
+    targets: Tensor | None,
+    row_ids: Tensor | None,
+    col_ids: Tensor | None,
+    exchange: Alone,
+) -> tuple[Tensor, Tensor | None]:
+    """Ids of the own rows and of all columns, as the compiled ops want them."""
+    if targets is not None:
+        _expect(
+            row_ids is None and col_ids is None,
+            "targets: expected either targets or row_ids and col_ids, got both",
+        )
+        _expect_ids("targets", targets, z_hat.shape[0], z_hat)
+        return _count_columns(targets.int().contiguous(), exchange)
+    if row_ids is not None and col_ids is not None:
+        _expect_ids("row_ids", row_ids, z_hat.shape[0], z_hat)
+        _expect_ids("col_ids", col_ids, z.shape[0], z_hat)
+        if not isinstance(exchange, Ring):
+            return _dense_ids(row_ids, col_ids)
+        rows, cols = _dense_ids(exchange.gather_rows(row_ids), exchange.gather(col_ids))
+        return exchange.own_rows(rows), cols
+    _expect(row_ids is None and col_ids is None, "row_ids, col_ids: expected both or neither")
+    counts = [z_hat.shape[0]], [z.shape[0]]
+    if isinstance(exchange, Ring):
+        counts = exchange.num_rows, exchange.num_columns
+    _expect(
+        counts[0] == counts[1],
+        f"z: expected {counts[0]} rows as z_hat (by rank), or targets, or ids; "
+        f"got {counts[1]} rows",
+    )
+    rows = torch.arange(sum(counts[0]), dtype=torch.int32, device=z.device)
+    return _count_columns(exchange.own(rows), exchange)
+
+
+def _count_columns(row_ids: Tensor, exchange: Alone) -> tuple[Tensor, Tensor | None]:
+    """Row ids that name a column by its place. The compiled ops count those of one process."""
+    if not isinstance(exchange, Ring):
+        return row_ids, None
+    count = sum(exchange.num_columns)
+    torch._assert_async(
+        ((row_ids >= IGNORED) & (row_ids < count)).all(),
+        f"targets: expected rows of z from 0 to {count - 1} of all ranks, or -1 to ignore",
+    )
+    return row_ids, torch.arange(count, dtype=torch.int32, device=row_ids.device)
+
+
+def _col_bias(
+    bias: Tensor | None,  # [] or [M]
+    col_ids: Tensor | None,  # [M]
+    z: Tensor,  # [M, D]
+) -> Tensor:  # [M] wide
+    wide = z.new_zeros(z.shape[0], dtype=_wide(z.dtype))
+    if bias is not None:
+        wide = wide + bias.to(wide.dtype)
+    if col_ids is not None:
+        wide = wide.masked_fill(col_ids == _NOT_A_COLUMN, -torch.inf)
+    return wide
+
+
+def boltzmann(
+    z_hat: Tensor,  # [N, D]
+    z: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    *,
+    targets: Tensor | None = None,  # [N] int64
+    row_ids: Tensor | None = None,  # [N] int64
+    col_ids: Tensor | None = None,  # [M] int64
+    bias: Tensor | None = None,  # [] or [M]
+    symmetric: bool = True,
+    form: Literal["softmax", "sigmoid"] = "softmax",
+    reduction: Literal["mean", "sum"] = "mean",
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:  # [] fp32, fp64 for fp64
+    """-log P(z | z_hat) of the Boltzmann posterior exp(scale z_hat . z + bias), over all z.
+
+    M3I, arXiv 2211.09807, section 3. `boltzmann(a, b, s)` is the scalar of open_clip's
+    `ClipLoss()(a, b, s)`, and with `form="sigmoid", bias=b` that of its `SigLipLoss()`; with
+    `targets` it is `F.cross_entropy(s * a @ b.T + bias, targets, ignore_index=-1)`.
+
+    Which pairs are positive:
+
+    - by default row i and column i, N = M;
+    - targets: row i and column targets[i]; -1 ignores the row. The softmax is over columns only.
+    - row_ids and col_ids: where they are equal. A row's loss is the mean over its positives. The
+      id -1 takes the row or column out of everything; a row or column without a positive is
+      no term of the mean, but a candidate of the others.
+
+    softmax: mean over the rows that have a positive, and, if `symmetric` (and without `targets`),
+    half of it and half of that over columns. No such row: 0. sigmoid (SigLIP, arXiv 2303.15343):
+    sum over all pairs of log(1 + exp(-y logit)), y = 1 for positives and -1 for others, divided by
+    the number of rows that are not ignored.
+
+    Memory is O(N + M) beside a tile and the gradients. Exponentials and sums are fp32 (fp64 for
+    fp64); of a pair that is all but certain, the loss and its gradient keep their precision. Rows
+    need not be normalised. Where logits leave the range that one shift covers (|scale| |z_hat| |z|
+    above 73 with rows whose largest logit is that much below the largest possible one), sums are
+    computed once more with shifts of their own. Differentiable once, by z_hat, z, scale and bias.
+
+    Under autocast z_hat and z are cast to its dtype, except float64 ones.
+
+    Args:
+        z_hat: fp32, fp64, fp16 or bf16; z has its dtype and device.
+        scale: multiplies the dot products: 1 / tau, open_clip's `logit_scale.exp()`. On the device
+            of z_hat, and never read by the host.
+        targets: class indices. On a CPU one that is out of range raises; on CUDA it stops the
+            kernel by a trap.
+        bias: added to the logits; [M] one for each column.
+        reduction: "sum" leaves the division out.
+        process_group: each of its ranks calls with its own rows of z_hat and z, as many as it has,
+            and gets the loss of all rows. Rows and columns are counted through the ranks in order,
+            targets too. Columns travel in a ring, so a rank's memory is that of its own rows.
+            Gradients are those of the sum of all ranks' losses, by what came in: a parameter's
+            gradient averaged over the ranks, as DDP and FSDP do, is that of one process with all
+            rows; scale and bias are no exception. Not for torch.compile; waits for the device
+            twice a call.
+
+    Raises:
+        ValueError: an argument is not as described, or contradicts another; the message names it,
+            what was expected and what was given.
+    """
+    device = z_hat.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        z_hat, z = (rows if rows.dtype == torch.float64 else rows.to(dtype) for rows in (z_hat, z))
+    _check_features(z_hat, z, scale, bias)
+    _expect(form in ("softmax", "sigmoid"), f"form: expected softmax or sigmoid, got {form!r}")
+    _expect(reduction in ("mean", "sum"), f"reduction: expected mean or sum, got {reduction!r}")
+    if process_group is None:
+        exchange = Alone()
+    else:
+        exchange = Ring(process_group, z_hat.shape[0], z.shape[0], z)
+    row_ids, all_col_ids = _pair_up(z_hat, z, targets, row_ids, col_ids, exchange)
+    scale = scale.to(_wide(z.dtype))
+    own_col_ids = None if all_col_ids is None else exchange.own(all_col_ids)
+    col_bias = _col_bias(bias, own_col_ids, z)
+    inputs = z_hat.contiguous(), z.contiguous(), scale, col_bias, row_ids, all_col_ids
+    mean = reduction == "mean"
+    if form == "sigmoid":
+        wanted = tuple(torch.is_grad_enabled() and value.requires_grad for value in inputs[:4])
+        return Sigmoid.apply(*inputs, wanted, mean, exchange)
+    return Softmax.apply(*inputs, symmetric and targets is None, mean, exchange)
