@@ -264,7 +264,7 @@ class Tiles {
 bool has_work(const BoltzmannInput& input) { return !input.run || *input.run; }
 
 void check_ids(const BoltzmannInput& input) {
-  if (input.col_ids) return;
+  if (input.col_ids || input.columns == 0) return;  // of no columns there are no ids either
   for (int64_t i = 0; i < input.rows; ++i) {
     STD_TORCH_CHECK(-1 <= input.row_ids[i] && input.row_ids[i] < input.columns,
                     "targets: expected rows of z from 0 to ", input.columns - 1,

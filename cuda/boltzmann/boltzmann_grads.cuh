@@ -168,21 +168,31 @@ __global__ void __launch_bounds__(Shape<T>::kThreads)
 
 // ---- The gradients by the features --------------------------------------------------------------
 
-// to (+)= sum, of the tile at (row, column) of a matrix of rows x columns.
+// to (+)= sum, of the tile at (row, column) of a matrix of rows x columns; two neighbours in one
+// access where each row starts at a multiple of their size.
 template <class T>
 __device__ inline void add_tile(Fragments<T>& sum, void* to, int64_t row, int64_t column,
                                 int64_t rows, int64_t columns, bool first) {
   using A = Accumulator<T>;
+  using Two = Vec<A, 2>;
   const Place<T> place;
+  const bool in_twos = columns % 2 == 0;
 #pragma unroll
   for (int r = 0; r < Shape<T>::kLaneRows; ++r) {
     const int64_t y = row + place.row(r);
     if (y >= rows) continue;
 #pragma unroll
-    for (int s = 0; s < Shape<T>::kLaneColumns; ++s) {
+    for (int s = 0; s < Shape<T>::kLaneColumns; s += 2) {
       const int64_t x = column + place.column(s);
+      if (x >= columns) continue;
       A* at = static_cast<A*>(to) + y * columns + x;
-      if (x < columns) *at = first ? sum(r, s) : *at + sum(r, s);
+      if (in_twos) {
+        const Two before = first ? Two{} : *reinterpret_cast<const Two*>(at);
+        store(at, Two{{before.at[0] + sum(r, s), before.at[1] + sum(r, s + 1)}});
+      } else {
+        at[0] = first ? sum(r, s) : at[0] + sum(r, s);
+        if (x + 1 < columns) at[1] = first ? sum(r, s + 1) : at[1] + sum(r, s + 1);
+      }
     }
   }
 }

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from m3i_fast.models.internimage_config import internimage_demo
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import vit_demo
+from m3i_fast.objectives import mutual_information
 from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.ops import reference
 from m3i_fast.recipes import demo, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
@@ -88,6 +91,28 @@ def test_a_run_learns_and_leaves_its_files(whole_run: Path, dataset: Path) -> No
     assert TrainConfig.load(whole_run / "config.json") == _config(dataset)
     assert (whole_run / "env.json").exists() and any((whole_run / "tensorboard").iterdir())
     assert [c.step for c in checkpoint.checkpoints(whole_run / "checkpoints")] == [25, 30]
+
+
+def test_the_fused_likelihood_trains_as_the_plain_one(
+    whole_run: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def plain(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(options.keys())
+        return reference.boltzmann(*arguments, **options)
+
+    monkeypatch.setattr(mutual_information, "boltzmann", plain)
+    Trainer(_config(dataset), tmp_path / "plain").train()
+    assert {tuple(options) for options in calls} == {("targets",), ("row_ids", "col_ids")}
+    for ours, theirs in zip(
+        read_jsonl(whole_run / "metrics.jsonl"),
+        read_jsonl(tmp_path / "plain" / "metrics.jsonl"),
+        strict=True,
+    ):
+        losses = {name: value for name, value in theirs.items() if name.startswith("loss/")}
+        # The optimisers divide by the size of a gradient: a last place grows with the steps.
+        assert {name: ours[name] for name in losses} == pytest.approx(losses, rel=5e-3)
 
 
 def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(

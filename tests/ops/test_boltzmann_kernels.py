@@ -132,6 +132,8 @@ def test_where_run_is_false_nothing_is_done(kernel: str) -> None:
         skipped = op(run=no)
         if kernel != "cpu":  # memory that is not written is NaN there
             assert all(result.isnan().all() for result in skipped)
+    call.row_ids[0] = 130  # of no column, which nobody sees
+    call.sums(run=no)
 
 
 @pytest.mark.parametrize("row_id", [-2, 130, 2**31 - 1])

@@ -1,0 +1,331 @@
+"""The compiled ops of `boltzmann` over all columns of a call: those of one process, or of many.
+
+Legend: N rows of z_hat and M rows ("columns") of z, D features. With several ranks each holds a
+part of both; N is then the rank's own part, M all columns, in the order of the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from m3i_fast.ops.library import m3i
+
+
+class Block(NamedTuple):
+    """What all compiled ops take, in their order. Wide is fp32, fp64 for fp64."""
+
+    z_hat: Tensor  # [N, D]
+    z: Tensor  # [M, D], with several ranks the rank's own part
+    scale: Tensor  # [] wide
+    bias: Tensor  # [M] wide, -inf where ignored
+    row_ids: Tensor  # [N] int32
+    col_ids: Tensor | None  # [M] int32, or the columns are counted
+
+
+class Weights(NamedTuple):
+    """Shifts and weights of `boltzmann_grads`, as in cuda/boltzmann/boltzmann_params.h."""
+
+    row_shift: Tensor  # [N] wide
+    col_shift: Tensor  # [M] wide
+    exact: Tensor  # [] bool
+    rows: Tensor  # [3, N] wide
+    cols: Tensor  # [3, M] wide
+
+
+# ---- Fake kernels --------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("m3i::boltzmann_maxima")
+def _fake_maxima(
+    z_hat: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_ids: Tensor,
+    run: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # [N], [M]
+    return scale.new_empty(z_hat.shape[0]), scale.new_empty(z.shape[0])
+
+
+@torch.library.register_fake("m3i::boltzmann_sums")
+def _fake_sums(
+    z_hat: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_ids: Tensor,
+    col_ids: Tensor | None,
+    row_shift: Tensor,  # [N]
+    col_shift: Tensor,  # [M]
+    exact: bool,
+    symmetric: bool,
+    sigmoid: bool,
+    run: Tensor | None,  # [] bool
+) -> tuple[Tensor, Tensor]:  # [4, N], [4, M or 0]
+    columns = z.shape[0] if symmetric else 0
+    return scale.new_empty(4, z_hat.shape[0]), scale.new_empty(4, columns)
+
+
+@torch.library.register_fake("m3i::boltzmann_grads")
+def _fake_grads(
+    z_hat: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    row_ids: Tensor,
+    col_ids: Tensor | None,
+    row_shift: Tensor,  # [N]
+    col_shift: Tensor,  # [M]
+    exact: Tensor,  # [] bool
+    row_weights: Tensor,  # [3, N]
+    col_weights: Tensor,  # [3, M]
+    sigmoid: bool,
+    needs_grad: Sequence[bool],  # [3] z_hat, z, bias
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        scale.new_empty(z_hat.shape if needs_grad[0] else 0),
+        scale.new_empty(z.shape if needs_grad[1] else 0),
+        scale.new_empty(()),
+        scale.new_empty(z.shape[0] if needs_grad[2] else 0),
+        scale.new_empty(z_hat.shape[0] if sigmoid else 0),
+    )
+
+
+# ---- One process ---------------------------------------------------------------------------------
+
+
+class Alone:
+    """All columns are here."""
+
+    ranks = 1
+
+    def maxima(self, block: Block, run: Tensor) -> tuple[Tensor, Tensor]:  # [N], [M]
+        return m3i.boltzmann_maxima.default(*block[:5], run)
+
+    def sums(
+        self,
+        block: Block,
+        row_shift: Tensor,  # [N]
+        col_shift: Tensor,  # [M]
+        *,
+        exact: bool = False,
+        symmetric: bool = False,
+        sigmoid: bool = False,
+        run: Tensor | None = None,  # [] bool
+    ) -> tuple[Tensor, Tensor]:  # [4, N], [4, M or 0]
+        return m3i.boltzmann_sums.default(
+            *block, row_shift, col_shift, exact, symmetric, sigmoid, run
+        )
+
+    def grads(
+        self, block: Block, weights: Weights, *, sigmoid: bool, needs_grad: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """By z_hat, z, scale, bias, and values; the third and fourth are this rank's part."""
+        return m3i.boltzmann_grads.default(*block, *weights, sigmoid, list(needs_grad))
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """Over the ranks."""
+        return partial
+
+    def max(self, partial: Tensor) -> Tensor:
+        return partial
+
+    def gather(self, columns: Tensor) -> Tensor:  # [own columns] -> [M]
+        return columns
+
+    def own(self, columns: Tensor) -> Tensor:  # [M] -> [own columns]
+        return columns
+
+    def is_settled(self, exact: Tensor) -> bool:
+        """Whether the host may know that `exact` is False: here it is left to the device."""
+        return False
+
+
+# ---- Several -------------------------------------------------------------------------------------
+
+
+class Ring(Alone):
+    """Each rank has a part of the rows and of the columns; the columns travel.
+
+    In hop h rank r computes with the part of rank r - h, while it sends that on and receives the
+    next: a rank holds two parts, never all. Gradients by a part follow it one hop behind, and are
+    home after as many hops as there are ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_rows: int, num_columns: int, like: Tensor):
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        sizes = torch.tensor([num_rows, num_columns], device=like.device)
+        of_ranks = [torch.empty_like(sizes) for _ in range(self.ranks)]
+        dist.all_gather(of_ranks, sizes, group=group)
+        pairs = torch.stack(of_ranks).tolist()
+        self.num_rows = [rows for rows, _ in pairs]
+        self.num_columns = [columns for _, columns in pairs]
+        ends = torch.tensor([0, *self.num_columns]).cumsum(0).tolist()
+        self.slices = [slice(*bounds) for bounds in zip(ends[:-1], ends[1:], strict=True)]
+
+    # ---- Collectives
+
+    def sum(self, partial: Tensor) -> Tensor:
+        total = partial.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def max(self, partial: Tensor) -> Tensor:
+        most = partial.to(torch.float64 if partial.dtype == torch.float64 else torch.float32)
+        # NaN has no place in an order: it is made the largest, and comes back as what is no number.
+        most = torch.where(most.isnan(), torch.inf, most).clone()
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
+        return most.to(partial.dtype)
+
+    def gather(self, columns: Tensor) -> Tensor:
+        return self._gather(columns, self.num_columns)
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        return self._gather(rows, self.num_rows)
+
+    def _gather(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        padded = own.new_zeros(max(counts))
+        padded[: len(own)] = own
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def own(self, columns: Tensor) -> Tensor:
+        return columns[self.slices[self.rank]]
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        first = sum(self.num_rows[: self.rank])
+        return rows[first : first + self.num_rows[self.rank]]
+
+    def is_settled(self, exact: Tensor) -> bool:
+        # Two more rounds of the ring cost more than the host's wait.
+        return not bool(exact)
+
+    # ---- Ops
+
+    def maxima(self, block: Block, run: Tensor) -> tuple[Tensor, Tensor]:
+        row_max = torch.full_like(block.row_ids, -torch.inf, dtype=block.scale.dtype)
+        col_max = torch.empty_like(block.bias)
+        for columns, part in self._parts(block):
+            of_rows, col_max[columns] = super().maxima(part, run)
+            row_max = torch.maximum(row_max, of_rows)
+        return row_max, self.max(col_max)
+
+    def sums(
+        self,
+        block: Block,
+        row_shift: Tensor,
+        col_shift: Tensor,
+        *,
+        exact: bool = False,
+        symmetric: bool = False,
+        sigmoid: bool = False,
+        run: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = block.scale.new_zeros(4, len(block.row_ids))
+        cols = block.scale.new_empty(4, len(block.bias) if symmetric else 0)
+        for columns, part in self._parts(block):
+            of_rows, of_cols = super().sums(
+                part,
+                row_shift,
+                col_shift[columns],
+                exact=exact,
+                symmetric=symmetric,
+                sigmoid=sigmoid,
+                run=run,
+            )
+            rows += of_rows
+            if symmetric:
+                cols[:, columns] = of_cols
+        return rows, self.sum(cols) if symmetric else cols
+
+    def grads(
+        self, block: Block, weights: Weights, *, sigmoid: bool, needs_grad: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        totals: list[Tensor] = []
+        grad_bias = torch.empty_like(block.bias if needs_grad[2] else block.bias[:0])
+        behind = _Follower(self, block.z.shape[1], block.scale) if needs_grad[1] else None
+        for hop, (columns, part) in enumerate(self._parts(block)):
+            own_weights = weights._replace(
+                col_shift=weights.col_shift[columns], cols=weights.cols[:, columns].contiguous()
+            )
+            grads = super().grads(part, own_weights, sigmoid=sigmoid, needs_grad=needs_grad)
+            if needs_grad[2]:
+                grad_bias[columns] = grads[3]
+            if behind:
+                behind.add(hop, grads[1])
+            kept = [grads[0], grads[2], grads[4]]
+            totals = [a + b for a, b in zip(totals, kept, strict=True)] if totals else kept
+        grad_z = behind.home() if behind else block.scale.new_empty(0)
+        return totals[0], grad_z, totals[1], grad_bias, totals[2]
+
+    def _parts(self, block: Block) -> Iterator[tuple[slice, Block]]:
+        """The columns of each rank, the own ones first."""
+        assert block.col_ids is not None
+        z = block.z
+        for hop in range(self.ranks):
+            owner = (self.rank - hop) % self.ranks
+            works: list[dist.Work] = []
+            following = z
+            if hop < self.ranks - 1:
+                size = self.num_columns[(owner - 1) % self.ranks]
+                following = z.new_empty(size, z.shape[1])
+                works = self.pass_on(z, following)
+            columns = self.slices[owner]
+            yield (
+                columns,
+                block._replace(z=z, bias=block.bias[columns], col_ids=block.col_ids[columns]),
+            )
+            for work in works:
+                work.wait()
+            z = following
+
+    def pass_on(self, own: Tensor, received: Tensor) -> list[dist.Work]:
+        """To the next rank, and from the one before."""
+        to, source = ((self.rank + step) % self.ranks for step in (1, -1))
+        peers = [dist.get_global_rank(self.group, rank) for rank in (to, source)]
+        ops = [
+            dist.P2POp(dist.isend, own, peers[0], self.group),
+            dist.P2POp(dist.irecv, received, peers[1], self.group),
+        ]
+        ops = [op for op in ops if op.tensor.numel()]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+
+class _Follower:
+    """The gradients by the columns, on their way behind them."""
+
+    def __init__(self, ring: Ring, width: int, like: Tensor):
+        self.ring, self.width, self.like = ring, width, like
+        self.sent: Any = None  # kept until it has arrived
+        self.received: Tensor | None = None
+        self.works: list[dist.Work] = []
+
+    def add(self, hop: int, partial: Tensor) -> None:
+        """This rank's part, for the columns of rank - hop; passes the sum on."""
+        if self.received is not None:
+            self._wait()
+            partial = partial + self.received
+        ring = self.ring
+        if ring.ranks == 1:
+            self.received = partial
+            return
+        size = ring.num_columns[(ring.rank - hop - 1) % ring.ranks]
+        self.sent, self.received = partial, self.like.new_empty(size, self.width)
+        self.works = ring.pass_on(self.sent, self.received)
+
+    def home(self) -> Tensor:  # [own columns, D]
+        self._wait()
+        assert self.received is not None
+        return self.received
+
+    def _wait(self) -> None:
+        for work in self.works:
+            work.wait()

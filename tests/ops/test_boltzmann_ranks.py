@@ -1,0 +1,108 @@
+"""boltzmann on several gloo ranks is boltzmann in one process with all rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from m3i_fast.ops import boltzmann
+from tests.ops.boltzmann_cases import FP32, FP64, KINDS, Case, make
+
+# Rows of each of four ranks: fewer ranks take the first; the last of a split takes what is left.
+ROWS = {"equal": (12, 12, 12, 12), "unequal": (5, 20, 0, 11), "one has all": (0, 36, 0, 0)}
+CASES = {
+    **{kind: Case(kind, 48, 50 if kind.endswith("ids") or "classes" in kind else 48, 16)
+       for kind in KINDS},
+    "modality gap": Case("diagonal", 48, 48, 16, scale=100.0, gap=10.0),
+    "very long rows": Case("classes", 48, 50, 16, scale=1.0, length=30.0),
+}  # fmt: skip
+
+
+def split(total: int, ranks: int, name: str) -> list[int]:
+    shares = [min(share, total) for share in ROWS[name][: ranks - 1]]
+    return [*shares, total - sum(shares)]
+
+
+def call(rank: int, counts: tuple[list[int], list[int]], case: Case, dtype: torch.dtype,
+         group: Any) -> dict[str, Tensor]:  # fmt: skip
+    """What one rank gets."""
+    whole = make(case, FP64)
+    first = [sum(count[:rank]) for count in counts]
+    rows, columns = (slice(f, f + count[rank]) for f, count in zip(first, counts, strict=True))
+    mine = make(case, FP64)
+    mine.tensors["z_hat"], mine.tensors["z"] = (
+        whole.tensors["z_hat"][rows],
+        whole.tensors["z"][columns],
+    )
+    for name, of in (("targets", rows), ("row_ids", rows), ("col_ids", columns)):
+        if name in whole.options:
+            mine.options[name] = whole.options[name][of]
+    if "bias" in whole.tensors and whole.tensors["bias"].dim():
+        mine.tensors["bias"] = whole.tensors["bias"][columns]
+    return mine.run(boltzmann, dtype, process_group=group)
+
+
+def work(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    results = {}
+    for name, case in CASES.items():
+        for sizes in ROWS if ranks > 1 else ["equal"]:
+            counts = split(case.rows, ranks, sizes), split(case.columns, ranks, sizes)
+            for dtype in (FP32, FP64):
+                results[name, sizes, dtype] = call(rank, counts, case, dtype, dist.group.WORLD)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def merged(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """As data-parallel training sees it: gradients of parameters are means over the ranks."""
+    ranks = len(parts)
+    whole = {name: torch.cat([part[name] for part in parts]) / ranks for name in ("z_hat", "z")}
+    whole["scale"] = sum(part["scale"] for part in parts) / ranks  # type: ignore[assignment]
+    if "bias" in parts[0]:
+        biases = [part["bias"] for part in parts]
+        whole["bias"] = (
+            torch.cat(biases) if biases[0].dim() else torch.stack(biases).sum()
+        ) / ranks
+    return whole
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
+    mp.start_processes(work, (ranks, tmp_path), nprocs=ranks, start_method="spawn")
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    assert len(of_ranks[0]) == len(CASES) * (len(ROWS) if ranks > 1 else 1) * 2
+    for key in of_ranks[0]:
+        name, sizes, dtype = key
+        expected = make(CASES[name], FP64).run(boltzmann, dtype)
+        parts = [results[key] for results in of_ranks]
+        tolerance = 1e-10 if dtype == FP64 else 1e-5
+        for part in parts:
+            torch.testing.assert_close(part["value"], expected["value"], rtol=tolerance, atol=1e-12)
+        for tensor, grad in merged(parts).items():
+            error = float((grad - expected[tensor]).norm() / expected[tensor].norm())
+            assert error < tolerance, f"{name}, {sizes}, {dtype}, {tensor}: {error}"
+
+
+def refuse(rank: int, folder: Path) -> None:
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    z_hat, z, one = torch.randn(3, 4), torch.randn(3 - rank, 4), torch.tensor(1.0)
+    message = r"z: expected \[3, 3\] rows as z_hat \(by rank\)"
+    with pytest.raises(ValueError, match=message):
+        boltzmann(z_hat, z, one, process_group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="targets: expected rows of z from 0 to 4 of all ranks"):
+        boltzmann(z_hat, z, one, targets=torch.tensor([0, 5, 1]), process_group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_all_ranks_refuse_what_one_has_wrong(tmp_path: Path) -> None:
+    mp.start_processes(refuse, (tmp_path,), nprocs=2, start_method="spawn")
