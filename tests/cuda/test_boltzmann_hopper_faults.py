@@ -1,0 +1,132 @@
+"""Faults planted in boltzmann's kernels by warpgroups, a line each, are reported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda import emulator
+from tests.cuda.boltzmann_source import limit_blocks, shrink
+from tests.cuda.faults import Fault
+from tests.ops.boltzmann_kernel_cases import make
+
+DEADLOCK = r"deadlock: no thread of the block can go on(.*\n)*"
+
+FAULTS = {
+    # A wait or an arrival too few
+    "a full stage is not awaited": Fault(
+        "boltzmann_warpgroup.cuh",
+        "    mbarrier_wait(&ring.full[place.stage], place.parity);\n",
+        "",
+        "boltzmann_sums",
+        r"asynchronous read of 16 bytes .*(has not written|under way|without a barrier|wrote)",
+    ),
+    "an empty stage is not awaited": Fault(
+        "boltzmann_warpgroup.cuh",
+        "    mbarrier_wait(&ring.empty[place.stage], place.parity ^ 1);\n",
+        "",
+        "boltzmann_sums",
+        r"(write of 8192 bytes .* of dynamic shared memory|all 1 arrivals of phase \d have come)",
+    ),
+    "a stage is released while it is read": Fault(
+        "boltzmann_warpgroup.cuh",
+        "wgmma_wait<1>();  // the step before",
+        "wgmma_wait<2>();",
+        "boltzmann_sums",
+        r"write of 8192 bytes .* of dynamic shared memory, which an asynchronous operation is "
+        r"reading",
+    ),
+    "sums are read while products are under way": Fault(
+        "boltzmann_warpgroup.cuh",
+        "  wgmma_wait<0>(sum);\n",
+        "  wgmma_wait<1>(sum);\n",
+        "boltzmann_grads",
+        r"(an accumulator of wgmma was written before wgmma_wait|without wgmma_wait)",
+    ),
+    # Waits that never end
+    "the producer waits for the wrong parity": Fault(
+        "boltzmann_warpgroup.cuh",
+        "place.parity ^ 1);",
+        "place.parity);",
+        "boltzmann_sums",
+        DEADLOCK + r".* 1 thread waits for parity 0 of the mbarrier(.*\n)*.* for 8 of 8 arrivals",
+    ),
+    "one warp of eight does not release": Fault(
+        "boltzmann_warpgroup.cuh",
+        "if (threadIdx.x % kWarpLanes == 0) mbarrier_arrive",
+        "if (threadIdx.x % kWarpLanes == 0 && threadIdx.x > 0) mbarrier_arrive",
+        "boltzmann_sums",
+        DEADLOCK + r".* waits for 1 of 8 arrivals",
+    ),
+    "a box is not copied": Fault(
+        "boltzmann_warpgroup.cuh",
+        "for (int i = 0; i < kBoxes; ++i) {",
+        "for (int i = 1; i < kBoxes; ++i) {",
+        "boltzmann_grads",
+        DEADLOCK + r".* waits for 0 of 1 arrivals and for 16384 bytes",
+    ),
+    # Outside
+    "a row too many": Fault(
+        "boltzmann_hopper.cu",
+        "make_map(&maps->z_hat, input.dtype, input.z_hat, input.rows, input.width);",
+        "make_map(&maps->z_hat, input.dtype, input.z_hat, input.rows + 1, input.width);",
+        "boltzmann_sums",
+        r"out-of-bounds read .* past the end of an allocation",
+    ),
+    "boxes behind the ring": Fault(
+        "boltzmann_warpgroup.cuh",
+        "tma_load_2d(&to[i], map",
+        "tma_load_2d(&to[i + 20], map",
+        "boltzmann_sums",
+        r"(holds an mbarrier|out-of-bounds write|has not written|data race)",
+    ),
+    "a stage too many for the shared memory": Fault(
+        "boltzmann_hopper.h",
+        "kHopperTile{128, 256, 64, 4, 8, 1}",
+        "kHopperTile{128, 256, 64, 5, 8, 1}",
+        "boltzmann_sums",
+        r"invalid argument",
+    ),
+    # Ordinary memory
+    "both warpgroups take the same half": Fault(
+        "boltzmann_sums_hopper.cuh",
+        "const HalfOrigin half{block, row_tile * kConsumers + consumer, column_tile};",
+        "const HalfOrigin half{block, row_tile * kConsumers + 0 * consumer, column_tile};",
+        "boltzmann_sums",
+        r"data race: write of 4 bytes",
+    ),
+    "what other warps saw is not awaited": Fault(
+        "boltzmann_sums_hopper.cuh",
+        "inline bool is_mixed(const HalfShared& of) {\n  sync_warpgroup();\n",
+        "inline bool is_mixed(const HalfShared& of) {\n",
+        "boltzmann_sums",
+        r"(read before written|data race): read of 1 bytes .* of dynamic shared memory",
+    ),
+    "the next tile's vectors overtake": Fault(
+        "boltzmann_sums_hopper.cuh",
+        "  sync_warpgroup();  // the folds may be written again\n",
+        "",
+        "boltzmann_sums",
+        r"data race: write of 4 bytes .* of dynamic shared memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_planted_fault_is_reported(fault: Fault, tmp_path: Path) -> None:
+    """Six steps go round the ring of four stages; one thread block takes all tiles."""
+    folder = tmp_path / "boltzmann"
+    shutil.copytree(emulator.CUDA / "boltzmann", folder)
+    shrink(folder)
+    limit_blocks(folder, 1)
+    fault.plant(folder / fault.source)
+    call = make((140, 150, 328), torch.bfloat16, "shared", labels=True)
+    run = {"boltzmann_sums": call.sums, "boltzmann_grads": call.grads}[fault.launcher]
+    with (
+        emulator.emulated("boltzmann", folder=tmp_path, architecture=90),
+        pytest.raises(RuntimeError, match=f"(?s){fault.report}.*boltzmann"),
+    ):
+        run()
