@@ -163,6 +163,13 @@ def test_limits_of_a_cluster(blocks: int, cluster: int, architecture: int, error
         assert ctypes.CDLL(str(library)).exchange(*pointers, blocks, cluster) == error
 
 
+def test_cluster_barriers_are_single_instructions(tmp_path: Path) -> None:
+    kernels = instructions(KERNELS / "cluster.cu", "90a", tmp_path)
+    (exchange,) = (code for name, code in kernels.items() if "exchange_kernel" in name)
+    for opcode in ("UCGABAR_ARV", "UCGABAR_WAIT"):
+        assert sum(op == opcode for op in exchange) == 2, opcode
+
+
 # ---- Registers ----------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ uint64_t cluster_epoch = 1;  // the first one of the cluster
 std::vector<uint32_t> known;
 std::vector<uint64_t> known_epoch;
 size_t width = 0;
+uint32_t num_threads = 0;  // of the cluster
 
 // Of each agent: the phase that a thread has heard of, and that one had when the epoch began.
 struct Agent {
@@ -44,7 +45,19 @@ bool heard_of(uint32_t id, uint32_t other, uint32_t clock) {
   return known_epoch[id] == epoch && known[id * width + other] >= clock;
 }
 
-bool by_agent(Stamp stamp) { return thread_of(stamp) >= known_epoch.size(); }
+bool by_agent(Stamp stamp) { return thread_of(stamp) >= num_threads; }
+
+bool is_ordered(Stamp stamp, uint32_t id) {
+  const uint64_t then = epoch_of(stamp);
+  if (then < launch_epoch) return true;
+  if (then < cluster_epoch) return running_block->fenced;
+  const uint32_t other = thread_of(stamp);
+  if (by_agent(stamp)) {
+    return clock_of(stamp) <= agents[other - num_threads].settled ||
+           heard_of(id, other, clock_of(stamp));
+  }
+  return then < epoch || other == id || heard_of(id, other, clock_of(stamp));
+}
 
 // As above for the flagged stamp of the last of several readers. Of the others nothing is known,
 // but that nobody heard of them if nobody heard of anybody.
@@ -52,7 +65,7 @@ bool readers_ordered(Stamp stamp) {
   if (epoch_of(stamp) == epoch && (stamp & kFlag) && known_epoch[running->id] != epoch) {
     return false;
   }
-  return ordered(stamp);
+  return is_ordered(stamp, running->id);
 }
 
 struct Accessed {
@@ -107,7 +120,7 @@ void check_byte(const Accessed& a, Stamp write, Stamp read) {
     if (in_flight(write)) fail_in_flight(a, write);
   }
   const bool both_atomic = atomic(a.access) && (write & kFlag);
-  if (!both_atomic && !ordered(write) && !fenced_between(a.region, write)) {
+  if (!both_atomic && !is_ordered(write, running->id) && !fenced_between(a.region, write)) {
     fail_race(a, "wrote", write);
   }
   if (writes(a.access) && !readers_ordered(read) && !fenced_between(a.region, read)) {
@@ -116,6 +129,7 @@ void check_byte(const Accessed& a, Stamp write, Stamp read) {
 }
 
 void check_not_being_read(const Accessed& a) {
+  if (a.region.kind != Region::Kind::kDynamicShared) return;
   if (!is_being_read(a.region, a.address, a.size)) return;
   fail_with(cudaErrorLaunchFailure,
             std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
@@ -202,7 +216,8 @@ void begin_launch_epoch() { begin(launch_epoch); }
 void begin_cluster_epoch() {
   begin(cluster_epoch);
   agents.clear();
-  const size_t count = running_cluster->num_threads();
+  num_threads = running_cluster->num_threads();
+  const size_t count = num_threads;
   if (known_epoch.size() != count || width != count) {
     width = count;
     known_epoch.assign(count, 0);
@@ -265,19 +280,8 @@ Stamp own_stamp() { return stamp_of(*running); }
 
 Stamp of_this_cluster(Stamp stamp) { return epoch_of(stamp) < cluster_epoch ? 0 : stamp; }
 
-bool ordered(Stamp stamp) { return ordered(stamp, running->id); }
-
-bool ordered(Stamp stamp, uint32_t id) {
-  const uint64_t then = epoch_of(stamp);
-  if (then < launch_epoch) return true;
-  if (then < cluster_epoch) return running_block->fenced;
-  const uint32_t other = thread_of(stamp);
-  if (by_agent(stamp)) {
-    return clock_of(stamp) <= agents[other - known_epoch.size()].settled ||
-           heard_of(id, other, clock_of(stamp));
-  }
-  return then < epoch || other == id || heard_of(id, other, clock_of(stamp));
-}
+bool ordered(Stamp stamp) { return is_ordered(stamp, running->id); }
+bool ordered(Stamp stamp, uint32_t id) { return is_ordered(stamp, id); }
 
 bool heard_of_block(const Thread& thread, const Block& block) {
   for (const Thread& other : block.threads) {
@@ -306,7 +310,7 @@ std::string who(Stamp stamp) {
 // ---- Agents -------------------------------------------------------------------------------------
 
 uint32_t add_agent() {
-  const size_t count = known_epoch.size();
+  const size_t count = num_threads;
   agents.emplace_back();
   if (const size_t needed = count + agents.size(); needed > width) {
     const size_t wider = needed + 15;
@@ -343,7 +347,7 @@ void note_proxy_fence(Thread& thread) {
 void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase) {
   uint32_t& clock = row_of(thread.id)[agent];
   clock = std::max(clock, phase);
-  uint32_t& heard = agents[agent - known_epoch.size()].heard;
+  uint32_t& heard = agents[agent - num_threads].heard;
   heard = std::max(heard, phase);
   across_warps_epoch = epoch;
 }
