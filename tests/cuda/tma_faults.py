@@ -55,6 +55,13 @@ FAULTS = {
         "load",
         r"initialised without an mbarrier_init_fence",
     ),
+    "a box over what a thread stored": Fault(
+        "tma",
+        "  if (threadIdx.x == 0) {\n    m3i::tma_prefetch(map);\n",
+        "  box[threadIdx.x] = 0;\n  if (threadIdx.x == 0) {\n    m3i::tma_prefetch(map);\n",
+        "load",
+        r"a copy to 1 bytes .*, which a thread wrote without fence_proxy_async",
+    ),
     "a matrix with a row too many": Fault(
         "tma",
         "  return m3i::make_tensor_map(map, matrix);",
