@@ -17,7 +17,6 @@ from tests.ops.boltzmann_kernel_cases import (
     BF16,
     FP16,
     FP32,
-    FP64,
     MODES,
     Call,
     assert_all_as_accurate,
