@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         HalfShared& own = shared.halves[consumer];
         RingPlace place;
         walk([&](int row_tile, int column_tile) {
-          const HalfOrigin half{block, row_tile * kConsumers + consumer, column_tile};
+          const HalfOrigin half(block, row_tile, column_tile, consumer);
           const TileOrigin tile = half.in_c();
           stage_input<true>(own.vectors, input, tile);
           if constexpr (!kSigmoid) {
@@ -186,6 +186,47 @@ __device__ inline void add_half(const Half& sum, void* to, int64_t row, int64_t 
   }
 }
 
+// The tiles of phase 2: of grad_z_hat where it is asked for, then of grad_z.
+struct FeatureTiles {
+  int height, width;        // of the block of C
+  int of_rows, of_columns;  // tiles down the gradients
+  int across;               // tiles across the features
+
+  __device__ FeatureTiles(const BoltzmannGradsParams& params, const Block& block)
+      : height(static_cast<int>(block.row_tiles) * kHopperTile.rows),
+        width(static_cast<int>(block.column_tiles) * kHopperTile.columns),
+        of_rows(params.grad_z_hat ? height / kHopperTile.rows : 0),
+        of_columns(params.grad_z ? width / kHopperTile.rows : 0),
+        across(static_cast<int>(divide_up(params.input.width, kHopperTile.columns))) {}
+
+  __device__ TileWalk walk() const { return {(of_rows + of_columns) * across, across}; }
+  __device__ bool is_of_rows(int down) const { return down < of_rows; }
+  // The first row (or column) of C that the thread block adds to, in the block of C.
+  __device__ int first(int down) const {
+    return (is_of_rows(down) ? down : down - of_rows) * kHopperTile.rows + block_row();
+  }
+};
+
+// A warpgroup's half of such a tile.
+template <class T>
+__device__ inline void add_feature_grads(const BoltzmannGradsParams& params, const Block& block,
+                                         const FeatureTiles& tiles, int down, int feature_tile,
+                                         Ring& ring, RingPlace& place, int consumer) {
+  const BoltzmannInput& input = params.input;
+  const int64_t column = int64_t{feature_tile} * kHopperTile.columns;
+  const int row = tiles.first(down) + consumer * kHalfRows;
+  Half sum;
+  if (tiles.is_of_rows(down)) {
+    multiply_half<T, Major::kK, Major::kMN>(ring, place, consumer, tiles.width / kBoxSide, sum);
+    add_half(sum, params.grad_z_hat, block.row_begin + row, column, input.rows, input.width,
+             block.column_begin == 0);
+  } else {
+    multiply_half<T, Major::kMN, Major::kMN>(ring, place, consumer, tiles.height / kBoxSide, sum);
+    add_half(sum, params.grad_z, block.column_begin + row, column, input.columns, input.width,
+             block.row_begin == 0);
+  }
+}
+
 // Phase 2: grad_z_hat (+)= G z of the block's rows, and grad_z (+)= G^T z_hat of its columns. One
 // thread adds to an element in each launch, and launches follow one another: always the same bits.
 template <class T>
@@ -194,50 +235,31 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                                           const __grid_constant__ TensorMap logit_grads,
                                           const __grid_constant__ TensorMap z_hat,
                                           const __grid_constant__ TensorMap z) {
-  constexpr Major kK = Major::kK, kMN = Major::kMN;
-  const BoltzmannInput& input = params.input;
-  if (is_skipped(input)) return;
-  HopperShared& shared = *dynamic_shared<HopperShared>();
-  const int height = static_cast<int>(block.row_tiles) * kHopperTile.rows;
-  const int width = static_cast<int>(block.column_tiles) * kHopperTile.columns;
-  const int of_rows = params.grad_z_hat ? height / kHopperTile.rows : 0;
-  const int of_columns = params.grad_z ? width / kHopperTile.rows : 0;
-  const int across = static_cast<int>(divide_up(input.width, kHopperTile.columns));
-  const TileWalk walk{(of_rows + of_columns) * across, across};
+  if (is_skipped(params.input)) return;
+  Ring& ring = dynamic_shared<HopperShared>()->ring;
+  const FeatureTiles tiles(params, block);
   run_warpgroups(
-      shared.ring,
+      ring,
       [&] {
         RingPlace place;
-        walk([&](int down, int feature_tile) {
-          const int column = feature_tile * kHopperTile.columns;
-          if (down < of_rows) {
-            copy_operands<kK, kMN>(shared.ring, place,
-                                   {logit_grads, z, down * kHopperTile.rows, 0, column,
-                                    static_cast<int>(block.column_begin), width / kBoxSide});
+        tiles.walk()([&](int down, int feature_tile) {
+          const int first = tiles.first(down), column = feature_tile * kHopperTile.columns;
+          if (tiles.is_of_rows(down)) {
+            const int depth = static_cast<int>(block.column_begin);
+            copy_operands<Major::kK, Major::kMN>(
+                ring, place, {logit_grads, z, first, 0, column, depth, tiles.width / kBoxSide});
           } else {
-            copy_operands<kMN, kMN>(shared.ring, place,
-                                    {logit_grads, z_hat, (down - of_rows) * kHopperTile.rows, 0,
-                                     column, static_cast<int>(block.row_begin), height / kBoxSide});
+            const int depth = static_cast<int>(block.row_begin);
+            copy_operands<Major::kMN, Major::kMN>(
+                ring, place,
+                {logit_grads, z_hat, first, 0, column, depth, tiles.height / kBoxSide});
           }
         });
       },
       [&](int consumer) {
         RingPlace place;
-        walk([&](int down, int feature_tile) {
-          const int64_t column = feature_tile * int64_t{kHopperTile.columns};
-          const bool by_rows = down < of_rows;
-          const int row =
-              (by_rows ? down : down - of_rows) * kHopperTile.rows + consumer * kHalfRows;
-          Half sum;
-          if (by_rows) {
-            multiply_half<T, kK, kMN>(shared.ring, place, consumer, width / kBoxSide, sum);
-            add_half(sum, params.grad_z_hat, block.row_begin + row, column, input.rows, input.width,
-                     block.column_begin == 0);
-          } else {
-            multiply_half<T, kMN, kMN>(shared.ring, place, consumer, height / kBoxSide, sum);
-            add_half(sum, params.grad_z, block.column_begin + row, column, input.columns,
-                     input.width, block.row_begin == 0);
-          }
+        tiles.walk()([&](int down, int feature_tile) {
+          add_feature_grads<T>(params, block, tiles, down, feature_tile, ring, place, consumer);
         });
       });
 }

@@ -11,7 +11,7 @@ constexpr Tile kHalfTile{kHalfRows, kHopperTile.columns, kHopperTile.depth, kHop
                          1};
 
 Block in_halves(Block block) {
-  block.row_tiles *= kConsumers;
+  block.row_tiles *= kHalves;
   return block;
 }
 
@@ -27,7 +27,7 @@ Blocks make_blocks(const BoltzmannInput& input, int64_t elements) {
 
 unsigned num_blocks(int64_t tiles) {
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
-  return static_cast<unsigned>(persistent_blocks(tiles, multiprocessors));
+  return static_cast<unsigned>(persistent_clusters(tiles, multiprocessors)) * kClusterBlocks;
 }
 
 // Boxes of 64 x 64 of a matrix of 16-bit elements.
@@ -55,8 +55,8 @@ cudaError_t dispatch(DType dtype, const Body& body) {
 template <class... Params, class... Args>
 cudaError_t launch_tiles(void (*kernel)(Params...), int64_t tiles, cudaStream_t stream,
                          Args&&... args) {
-  return launch_with_shared(kernel, num_blocks(tiles), kHopperThreads, sizeof(HopperShared), stream,
-                            static_cast<Args&&>(args)...);
+  return launch_cluster(kernel, num_blocks(tiles), kClusterBlocks, kHopperThreads,
+                        sizeof(HopperShared), stream, static_cast<Args&&>(args)...);
 }
 
 }  // namespace

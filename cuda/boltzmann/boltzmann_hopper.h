@@ -5,13 +5,17 @@
 
 namespace m3i::boltzmann {
 
-// A row of `depth` terms has 128 bytes, the widest that a tensor copy swizzles.
-inline constexpr Tile kHopperTile{128, 256, 64, 4, 8, 1};
+// Of two blocks, a cluster, one above the other. A row of `depth` terms has 128 bytes, the widest
+// that a tensor copy swizzles.
+inline constexpr Tile kHopperTile{256, 256, 64, 4, 16, 1};
+inline constexpr int kClusterBlocks = 2;
+inline constexpr int kBlockRows = kHopperTile.rows / kClusterBlocks;
 inline constexpr int kBoxSide = 64;  // rows and columns of what one tensor copy brings
 
 inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kConsumers = 2;  // warpgroups that multiply, half of a tile's rows each
-inline constexpr int kHalfRows = kHopperTile.rows / kConsumers;
+inline constexpr int kConsumers = 2;  // warpgroups that multiply, half of a block's rows each
+inline constexpr int kHalfRows = kBlockRows / kConsumers;
+inline constexpr int kHalves = kClusterBlocks * kConsumers;  // of a tile, so to speak
 inline constexpr int kHopperThreads = (kConsumers + 1) * kWarpgroupThreads;
 
 // Registers of a thread; the block has 65,536.
@@ -26,9 +30,10 @@ M3I_HOST_DEVICE constexpr bool takes_warpgroups(int architecture, DType dtype, i
          width * 2 % 16 == 0 && starts % 16 == 0;
 }
 
-// Blocks that share out so many tiles: as many as run at once, one on a multiprocessor.
-M3I_HOST_DEVICE constexpr int64_t persistent_blocks(int64_t tiles, int64_t multiprocessors) {
-  return tiles < multiprocessors ? tiles : multiprocessors;
+// Clusters that share out so many tiles: as many as run at once, a block on a multiprocessor.
+M3I_HOST_DEVICE constexpr int64_t persistent_clusters(int64_t tiles, int64_t multiprocessors) {
+  const int64_t at_once = multiprocessors / kClusterBlocks;
+  return tiles < at_once ? tiles : at_once;
 }
 
 }  // namespace m3i::boltzmann

@@ -22,15 +22,20 @@ struct HopperShared {
   HalfShared halves[kConsumers];
 };
 
-// The tiles of a block of C that a thread block takes, one after the other.
+// The tiles of a block of C that a cluster takes, one after the other.
 struct TileWalk {
   int tiles, across;
 
   template <class Body>
   __device__ void operator()(const Body& body) const {
-    for (int i = blockIdx.x; i < tiles; i += gridDim.x) body(i / across, i % across);
+    const int clusters = gridDim.x / kClusterBlocks;
+    for (int i = blockIdx.x / kClusterBlocks; i < tiles; i += clusters)
+      body(i / across, i % across);
   }
 };
+
+// The first row in the tile of the thread block's part.
+__device__ inline int block_row() { return static_cast<int>(cluster_rank()) * kBlockRows; }
 
 __device__ inline TileWalk walk_block(const Block& block) {
   const int across = static_cast<int>(block.column_tiles);
@@ -43,6 +48,11 @@ struct HalfOrigin {
 
   const Block& block;
   int half, column_tile;  // counted in halves and in tiles
+
+  __device__ HalfOrigin(const Block& block, int row_tile, int column_tile, int consumer)
+      : block(block),
+        half((row_tile * kHopperTile.rows + block_row()) / kHalfRows + consumer),
+        column_tile(column_tile) {}
 
   __device__ int64_t height() const { return block.row_tiles * kHopperTile.rows; }
   __device__ int64_t width() const { return block.column_tiles * kColumns; }
@@ -72,7 +82,7 @@ struct HalfOrigin {
 __device__ inline TileProduct feature_product(const TensorMap& z_hat, const TensorMap& z,
                                               const Block& block, int row_tile, int column_tile,
                                               int steps) {
-  const int row = static_cast<int>(block.row_begin) + row_tile * kHopperTile.rows;
+  const int row = static_cast<int>(block.row_begin) + row_tile * kHopperTile.rows + block_row();
   const int column = static_cast<int>(block.column_begin) + column_tile * kHopperTile.columns;
   return {z_hat, z, row, 0, column, 0, steps};
 }
@@ -194,7 +204,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         const float scale = read_scalar<float>(input.scale);
         RingPlace place;
         walk([&](int row_tile, int column_tile) {
-          const HalfOrigin half{block, row_tile * kConsumers + consumer, column_tile};
+          const HalfOrigin half(block, row_tile, column_tile, consumer);
           const TileOrigin tile = half.in_c();
           stage_input<true>(own.vectors, input, tile);
           stage_shift(own.vectors, input, params.shift, tile, false);

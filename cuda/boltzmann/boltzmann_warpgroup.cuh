@@ -1,29 +1,34 @@
 // boltzmann on compute capability 9.0: a tile of a product by warpgroups. Device code only.
 //
-// A block keeps to one multiprocessor and takes tiles of 128 x 256 one after the other. One thread
-// of its last warpgroup has tensor copies fill a ring of four stages, 64 terms of both operands
-// each; the two other warpgroups multiply, 64 rows of the tile each, by wgmma with 128 sums a
-// thread. Nothing joins the two but the ring: while one is done with its tile and works on its
-// sums, the other one multiplies, and the ring already takes in what comes next.
+// Two blocks, a cluster, keep to two multiprocessors and take tiles of 256 x 256 one after the
+// other, 128 rows each. One thread of a block's last warpgroup has tensor copies fill a ring of
+// four stages, 64 terms of both operands each: the block's own rows of A, and half of B, which goes
+// to both blocks. The two other warpgroups multiply by wgmma, 64 rows each with 128 sums a thread.
+// Nothing joins the two but the ring: while one is done with its tile and works on its sums, the
+// other one multiplies, and the ring already takes in what comes next.
 //
-//   shared memory   4 x (16 + 32) KiB, and 25 KiB of what is known of rows and columns: 222 KiB
+//   shared memory   4 x (16 + 32) KiB, and 25 KiB of what is known of rows and columns
 //   registers       40 for each thread that copies, 232 for those that multiply
-//   per 64 terms    4.2 Mflop, 1024 cycles of the tensor cores, 48 KiB from the second-level cache
-//                   and as much out of shared memory a second time for the second warpgroup's B
+//   per 64 terms    4.2 Mflop a block: 1024 clocks of the tensor cores, in which
+//                   wgmma reads 80 KiB of shared memory, and copies write 48: 128 bytes a clock,
+//                   as many as there are
+//                   32 KiB come from the second-level cache: 7.7 TB/s for 132 multiprocessors at
+//                   the 1.83 GHz of 989 Tflop/s
+//   64 x 256 sums   1024 clocks of the units that make exponentials
 //
-// At 989 Tflop/s all multiprocessors would ask the second-level cache for 11.3 TB/s, more than it
-// has: the two blocks of a cluster that share B (7.5 TB/s) are the next step. Rejected:
-//   two warpgroups with a tile of 64 x 256 each, in turns  40 KiB per 2.1 Mflop: 18.9 TB/s
-//   128 x 128, two blocks a multiprocessor                 32 KiB per 2.1 Mflop: 15.1 TB/s
-//   256 x 128, 128 rows of sums a warpgroup                no fewer bytes, and twice the shuffles
-//                                                          for the sums over rows
-//   128 rows of A kept for all of a row of tiles           7.5 TB/s, but 128 KiB at D = 512: leaves
-//                                                          room for no more than two stages of B
+// Rejected, by counting, with what they ask of the second-level cache in TB/s:
+//   blocks that share nothing                          11.6
+//   a tile of 64 x 256 for each warpgroup, in turns    19.3, and 11.6 where two blocks share B
+//   128 x 128, two blocks a multiprocessor             15.5
+//   256 x 128 a block, 128 rows a warpgroup            11.6, 7.7 in a cluster; but 144 KiB of
+//                                                      shared memory in 1024 clocks
+//   A kept for all of a row of tiles                   7.7, 3.9 in a cluster; but 128 KiB at
+//                                                      D = 512 leave room for two stages of B
 #pragma once
 
 #include "boltzmann/boltzmann_hopper.h"
 #include "m3i/barrier.cuh"
-#include "m3i/mbarrier.cuh"
+#include "m3i/cluster.cuh"
 #include "m3i/registers.cuh"
 #include "m3i/tma.cuh"
 #include "m3i/wgmma.cuh"
@@ -36,7 +41,7 @@ struct alignas(1024) Box {
 };
 
 struct RingStage {
-  Box a[kHopperTile.rows / kBoxSide];
+  Box a[kBlockRows / kBoxSide];
   Box b[kHopperTile.columns / kBoxSide];
 };
 
@@ -75,11 +80,11 @@ __device__ inline void start_ring(Ring& ring) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kHopperTile.stages; ++stage) {
       mbarrier_init(&ring.full[stage], 1);
-      mbarrier_init(&ring.empty[stage], kConsumers * kWarpgroupThreads / kWarpLanes);
+      mbarrier_init(&ring.empty[stage], kHalves * kWarpgroupThreads / kWarpLanes);
     }
     mbarrier_init_fence();
   }
-  __syncthreads();
+  cluster_sync();
 }
 
 // produce() by one thread, consume(0) and consume(1) by a warpgroup each.
@@ -95,22 +100,26 @@ __device__ inline void run_warpgroups(Ring& ring, const Produce& produce, const 
     setmaxnreg_inc<kConsumerRegisters>();
     consume(warpgroup);
   }
+  cluster_sync();  // the other block may still arrive at barriers here
 }
 
 // ---- Copies -------------------------------------------------------------------------------------
 
-// kK: rows of the matrix are rows (or columns) of the product; kMN: they are its terms.
-template <Major kMajor, int kBoxes>
-__device__ inline void copy_boxes(Box (&to)[kBoxes], const TensorMap& map, int side, int depth,
-                                  Mbarrier* full) {
-#pragma unroll
-  for (int i = 0; i < kBoxes; ++i) {
-    const int at = side + i * kBoxSide;
-    const int row = kMajor == Major::kK ? at : depth, column = kMajor == Major::kK ? depth : at;
-    tma_load_2d(&to[i], map, row, column, full);
+// kK: rows of the matrix are rows (or columns) of the product; kMN: they are its terms. kShared:
+// to all blocks of the cluster.
+template <Major kMajor, bool kShared>
+__device__ inline void copy_box(Box* to, const TensorMap& map, int side, int depth,
+                                Mbarrier* full) {
+  constexpr uint16_t kAll = (1u << kClusterBlocks) - 1;
+  const int row = kMajor == Major::kK ? side : depth, column = kMajor == Major::kK ? depth : side;
+  if constexpr (kShared) {
+    tma_load_2d_multicast(to, map, row, column, full, kAll);
+  } else {
+    tma_load_2d(to, map, row, column, full);
   }
 }
 
+// The block's own part of A, and every other box of B.
 template <Major kA, Major kB>
 __device__ inline void copy_operands(Ring& ring, RingPlace& place, const TileProduct& product) {
   for (int step = 0; step < product.steps; ++step, place.advance()) {
@@ -119,8 +128,17 @@ __device__ inline void copy_operands(Ring& ring, RingPlace& place, const TilePro
     mbarrier_wait(&ring.empty[place.stage], place.parity ^ 1);
     mbarrier_arrive_expect_tx(full, sizeof(RingStage));
     const int depth = step * kBoxSide;
-    copy_boxes<kA>(stage.a, product.a, product.a_side, product.a_depth + depth, full);
-    copy_boxes<kB>(stage.b, product.b, product.b_side, product.b_depth + depth, full);
+#pragma unroll
+    for (int i = 0; i < kBlockRows / kBoxSide; ++i) {
+      copy_box<kA, false>(&stage.a[i], product.a, product.a_side + i * kBoxSide,
+                          product.a_depth + depth, full);
+    }
+#pragma unroll
+    for (int i = 0; i < kHopperTile.columns / kBoxSide; i += kClusterBlocks) {
+      const int own = i + static_cast<int>(cluster_rank());
+      copy_box<kB, true>(&stage.b[own], product.b, product.b_side + own * kBoxSide,
+                         product.b_depth + depth, full);
+    }
   }
 }
 
@@ -139,9 +157,10 @@ inline constexpr int kTermsBytes = kMajor == Major::kK ? 16 * 2 : 16 * kBoxSide 
 // A warpgroup's half of a tile in the registers of its threads.
 using Half = float[kHopperTile.columns / 2];
 
-// Lets the ring's stage be filled again; each warp says so.
+// Lets the ring's stage be filled again: each warp tells both blocks, which both write there.
 __device__ inline void release(Ring& ring, int stage) {
-  if (threadIdx.x % kWarpLanes == 0) mbarrier_arrive(&ring.empty[stage]);
+  const uint32_t lane = threadIdx.x % kWarpLanes;
+  if (lane < kClusterBlocks) mbarrier_arrive_remote_relaxed(&ring.empty[stage], lane);
 }
 
 // The sums begin with zeros in registers: whether the first product adds to them is not known to

@@ -29,14 +29,14 @@ static_assert(kHopperTile.depth == kBoxSide && kHalfRows == kBoxSide, "a box of 
 
 // ---- Tiles --------------------------------------------------------------------------------------
 
-static_assert(persistent_blocks(5, 132) == 5 && persistent_blocks(512, 132) == 132, "blocks");
+static_assert(persistent_clusters(5, 132) == 5 && persistent_clusters(512, 132) == 66, "pairs");
 
 constexpr Blocks grads_blocks(int64_t rows, int64_t columns) {
   return make_blocks(rows, columns, kHopperTile, grads_elements(kBf16, 90));
 }
 static_assert(grads_blocks(32768, 32768).rows == 4096, "G of 32 MB");
 static_assert(grads_blocks(32768, 32768).columns == 4096, "G of 32 MB");
-static_assert(grads_blocks(1, 1).rows == 128 && grads_blocks(1, 1).columns == 256, "one tile");
+static_assert(grads_blocks(1, 1).rows == 256 && grads_blocks(1, 1).columns == 256, "one tile");
 
 // Every element of a half belongs to one thread, and to one of its registers.
 constexpr bool half_is_covered() {

@@ -28,9 +28,8 @@ def _limit_elements(folder: Path, elements: str) -> None:
     _replace(tiling, whole, f"{elements} + 0 * (architecture + bytes_of(dtype))")
 
 
-def limit_blocks(folder: Path, thread_blocks: int) -> None:
-    """By warpgroups: blocks of two tiles, which so many thread blocks share out at most."""
-    _limit_elements(folder, "int64_t{2} * 128 * 256")
-    fewer = f"tiles < {thread_blocks} ? tiles : 0 * multiprocessors + {thread_blocks}"
-    every = "tiles < multiprocessors ? tiles : multiprocessors"
-    _replace(folder / "boltzmann_hopper.h", every, fewer)
+def limit_blocks(folder: Path, clusters: int) -> None:
+    """By warpgroups: blocks of two tiles, which so many clusters share out at most."""
+    _limit_elements(folder, "int64_t{2} * 256 * 256")
+    every = "at_once = multiprocessors / kClusterBlocks"
+    _replace(folder / "boltzmann_hopper.h", every, f"at_once = {clusters} + 0 * multiprocessors")

@@ -138,18 +138,17 @@ def test_what_nobody_asked_for_is_not_written() -> None:
 
 
 def test_blocks_and_tiles_follow_one_another(tmp_path: Path) -> None:
-    """Blocks of C of two tiles, all by one thread block: it adds up 3 x 1 and the ring goes round.
+    """Blocks of C of two tiles, all by one cluster: it adds up 2 x 1 and the ring goes round.
 
-    In bfloat16 and, since nothing depends on which thread block takes a tile, with the same bits
-    as by as many thread blocks as there are tiles.
+    With the same bits as by as many clusters as there are tiles.
     """
-    call = make((300, 290, 328), BF16, "shared", labels=True)
+    call = make((530, 290, 328), BF16, "shared", labels=True)
     ours = []
-    for thread_blocks in (1, 132):
-        folder = tmp_path / str(thread_blocks) / "boltzmann"
+    for clusters in (1, 66):
+        folder = tmp_path / str(clusters) / "boltzmann"
         shutil.copytree(emulator.CUDA / "boltzmann", folder)
         shrink(folder)
-        limit_blocks(folder, thread_blocks)
+        limit_blocks(folder, clusters)
         with emulator.emulated("boltzmann", folder=folder.parent, architecture=90):
             assert_right(call)
             ours.append(results(call))

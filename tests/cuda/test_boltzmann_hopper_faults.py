@@ -47,27 +47,42 @@ FAULTS = {
         r"write of 8192 bytes .* of dynamic shared memory, which an asynchronous operation is "
         r"reading",
     ),
+    "the other block's warps are not awaited": Fault(
+        "boltzmann_warpgroup.cuh",
+        "mbarrier_arrive_remote_relaxed(&ring.empty[stage], lane);",
+        "mbarrier_arrive_remote_relaxed(&ring.empty[stage], cluster_rank());",
+        "boltzmann_sums",
+        r"write of 8192 bytes .* of dynamic shared memory, which an asynchronous operation is "
+        r"reading|all 16 arrivals",
+    ),
+    "a block returns before the other one": Fault(
+        "boltzmann_warpgroup.cuh",
+        "  cluster_sync();  // the other block may still arrive at barriers here\n",
+        "",
+        "boltzmann_sums",
+        r"returned",
+    ),
     # Waits that never end
     "the producer waits for the wrong parity": Fault(
         "boltzmann_warpgroup.cuh",
         "place.parity ^ 1);",
         "place.parity);",
         "boltzmann_sums",
-        DEADLOCK + r".* waits for 8 of 8 arrivals",
+        DEADLOCK + r".* waits for 16 of 16 arrivals",
     ),
-    "one warp of eight does not release": Fault(
+    "one warp of sixteen does not release": Fault(
         "boltzmann_warpgroup.cuh",
-        "if (threadIdx.x % kWarpLanes == 0) mbarrier_arrive",
-        "if (threadIdx.x % kWarpLanes == 0 && threadIdx.x > 0) mbarrier_arrive",
+        "if (lane < kClusterBlocks) mbarrier_arrive",
+        "if (lane < kClusterBlocks && threadIdx.x != lane) mbarrier_arrive",
         "boltzmann_sums",
-        DEADLOCK + r".* waits for 1 of 8 arrivals",
+        DEADLOCK + r".* waits for 1 of 16 arrivals",
     ),
     "a box is not copied": Fault(
         "boltzmann_warpgroup.cuh",
-        "for (int i = 0; i < kBoxes; ++i) {",
-        "for (int i = 1; i < kBoxes; ++i) {",
+        "for (int i = 0; i < kBlockRows / kBoxSide; ++i) {",
+        "for (int i = 1; i < kBlockRows / kBoxSide; ++i) {",
         "boltzmann_grads",
-        DEADLOCK + r".* waits for 0 of 1 arrivals and for 16384 bytes",
+        DEADLOCK + r".* waits for 0 of 1 arrivals and for 8192 bytes",
     ),
     # Outside
     "a row too many": Fault(
@@ -79,16 +94,16 @@ FAULTS = {
     ),
     "a stage too many for the shared memory": Fault(
         "boltzmann_hopper.h",
-        "kHopperTile{128, 256, 64, 4, 8, 1}",
-        "kHopperTile{128, 256, 64, 5, 8, 1}",
+        "kHopperTile{256, 256, 64, 4, 16, 1}",
+        "kHopperTile{256, 256, 64, 5, 16, 1}",
         "boltzmann_sums",
         r"invalid argument",
     ),
     # Ordinary memory
     "both warpgroups take the same half": Fault(
         "boltzmann_sums_hopper.cuh",
-        "const HalfOrigin half{block, row_tile * kConsumers + consumer, column_tile};",
-        "const HalfOrigin half{block, row_tile * kConsumers + 0 * consumer, column_tile};",
+        "/ kHalfRows + consumer),",
+        "/ kHalfRows + 0 * consumer),",
         "boltzmann_sums",
         r"data race: write of 4 bytes",
     ),
@@ -111,7 +126,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_planted_fault_is_reported(fault: Fault, tmp_path: Path) -> None:
-    """Six steps go round the ring of four stages; one thread block takes all tiles."""
+    """Six steps go round the ring of four stages; one cluster takes all tiles."""
     folder = tmp_path / "boltzmann"
     shutil.copytree(emulator.CUDA / "boltzmann", folder)
     shrink(folder)
