@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.benchmarks import (
     harness,
@@ -101,6 +102,18 @@ def test_peaks_of_cards(caplog: pytest.LogCaptureFixture) -> None:
     for card in ("NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"):
         assert mi_loss.peak_of(card) is None
     assert len(caplog.records) == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_floor_is_the_gemms_of_ours(form: Form) -> None:
+    names = {1: "one_gemm", 3: "three_gemms", 4: "four_gemms"}
+    size = small(form)
+    for backward, count in ((False, 1), (True, mi_loss_functions.OUR_GEMMS[form])):
+        name, gemms = mi_loss_functions.make_floor(size, torch.float32, "cpu", backward=backward)
+        with FlopCounterMode(display=False) as counter:
+            gemms()
+        assert counter.get_total_flops() == count * 2 * size.rows * size.columns * size.dim
+        assert name == names[count]
 
 
 @pytest.mark.parametrize("form", FORMS)
