@@ -20,17 +20,17 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import torch
-import tyro
 from rich import box
 from rich.table import Table
 
 from m3i_fast.benchmarks import mi_loss_growth, mi_loss_ranks
-from m3i_fast.benchmarks.harness import Device, Timing, measure, publish, resolve
+from m3i_fast.benchmarks.harness import Device, Timing, measure, parse, publish, resolve
 from m3i_fast.benchmarks.mi_loss_functions import (
     MODEL_GEMMS,
     OUR_GEMMS,
@@ -151,15 +151,13 @@ def peak_of(card: str) -> float | None:
     return None
 
 
-def measure_speed(cfg: Config) -> list[dict[str, Any]]:
+def measure_speed(cfg: Config) -> Iterator[dict[str, Any]]:
     on_gpu = resolve(cfg.device) == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     peak = peak_of(torch.cuda.get_device_name()) if on_gpu else None
-    return [
-        figures_of(cfg, size, dtype, backward, peak)
-        for size in (GPU_SIZES if on_gpu else CPU_SIZES)
-        for backward in (False, True)
-    ]
+    for size in GPU_SIZES if on_gpu else CPU_SIZES:
+        for backward in (False, True):
+            yield figures_of(cfg, size, dtype, backward, peak)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -187,20 +185,18 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = tyro.cli(Config, prog="python -m m3i_fast.benchmarks.mi_loss", args=argv)
+    cfg = parse(Config, SUBJECT, argv)
     if cfg.growth:
-        rows = mi_loss_growth.measure_growth(resolve(cfg.device), cfg.largest, cfg.dim)
-        publish(SUBJECT, rows, mi_loss_growth.table(rows), record=cfg.record)
+        curves = mi_loss_growth.measure_growth(resolve(cfg.device), cfg.largest, cfg.dim)
+        publish(SUBJECT, curves, mi_loss_growth.table, record=cfg.record)
         if cfg.record:
             mi_loss_growth.draw_newest(SUBJECT)
     elif cfg.ranks:
-        rows = mi_loss_ranks.measure_ranks(
-            mi_loss_ranks.parse(cfg.ranks), cfg.rows_per_rank, cfg.dim, cfg.num_samples
-        )
-        publish(SUBJECT, rows, mi_loss_ranks.table(rows), record=cfg.record)
+        counts = mi_loss_ranks.parse(cfg.ranks)
+        rows = mi_loss_ranks.measure_ranks(counts, cfg.rows_per_rank, cfg.dim, cfg.num_samples)
+        publish(SUBJECT, rows, mi_loss_ranks.table, record=cfg.record)
     else:
-        rows = measure_speed(cfg)
-        publish(SUBJECT, rows, table(rows), record=cfg.record)
+        publish(SUBJECT, measure_speed(cfg), table, record=cfg.record)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,16 @@ OURS = "m3i_fast"
 CLIP, SIGLIP = "ClipLoss", "SigLipLoss"
 SIGLIP_KERNEL, LIGER, LINEAR = "siglip-kernel", "Liger", "linear_cross_entropy"
 Form = Literal["softmax", "sigmoid", "classes"]
-_KERNELS: dict[str, tuple[Form, str]] = {
-    SIGLIP_KERNEL: ("sigmoid", "siglip_kernel"),
-    LIGER: ("classes", "liger_kernel.transformers"),
+_NAMES: dict[Form, tuple[str, ...]] = {
+    "softmax": (OURS, CLIP),
+    "sigmoid": (OURS, SIGLIP, SIGLIP_KERNEL),
+    "classes": (OURS, "cross_entropy", LINEAR, LIGER),
+}
+_MODULES = {
+    CLIP: "open_clip.loss",
+    SIGLIP: "open_clip.loss",
+    SIGLIP_KERNEL: "siglip_kernel",
+    LIGER: "liger_kernel.transformers",
 }
 
 # GEMMs of forward and backward: those that the mathematics needs where logits are kept, and those
@@ -119,22 +126,24 @@ def run(loss: Loss, inputs: Inputs) -> Tensor:  # []
 
 
 def losses(form: Form, device: str) -> dict[str, Loss]:
-    """By name, ours first; on CUDA also the fused losses that can be imported."""
-    names = [OURS, {"softmax": CLIP, "sigmoid": SIGLIP, "classes": "cross_entropy"}[form]]
-    if form == "classes":
-        if hasattr(F, LINEAR):
-            names.append(LINEAR)
-        else:
-            _say_left_out(LINEAR, f"torch {torch.__version__} is older than 2.13")
-    for name, (of_form, module) in _KERNELS.items():
-        if device == "cuda" and form == of_form:
-            try:
-                import_module(module)
-            except ImportError as error:
-                _say_left_out(name, str(error))
-            else:
-                names.append(name)
-    return {name: make_loss(name, form) for name in names}
+    """By name, ours first; those of libraries where they can be imported, fused ones on CUDA."""
+    return {name: make_loss(name, form) for name in _NAMES[form] if can_run(name, device)}
+
+
+def can_run(name: str, device: str) -> bool:
+    """Where a loss cannot, the log says why, once; fused kernels are not asked for on a CPU."""
+    if name in (SIGLIP_KERNEL, LIGER) and device != "cuda":
+        return False
+    try:
+        if name in _MODULES:
+            import_module(_MODULES[name])
+    except ImportError as error:
+        _say_left_out(name, str(error))
+        return False
+    if name == LINEAR and not hasattr(F, LINEAR):
+        _say_left_out(name, f"torch {torch.__version__} is older than 2.13")
+        return False
+    return True
 
 
 @cache

@@ -28,6 +28,7 @@ from m3i_fast.benchmarks.mi_loss_functions import (
     Form,
     Size,
     assert_same,
+    can_run,
     make_inputs,
     make_loss,
     run,
@@ -78,6 +79,7 @@ def measure_growth(device: str, largest: int | None, dim: int) -> list[dict[str,
             "stops_at": None,
         }
         for form, name in CURVES
+        if can_run(name, device)
     ]
     for count in counts(largest or LARGEST[device]):
         losses: dict[str, torch.Tensor] = {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -54,17 +54,18 @@ def parse(ranks: str) -> list[int]:
 
 def measure_ranks(
     ranks: list[int], rows_per_rank: int, dim: int, num_samples: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row for each number of ranks."""
-    rows = [_row(count, rows_per_rank, dim, num_samples) for count in ranks]
-    first = rows[0]
-    for row in rows:
+    first: dict[str, Any] | None = None
+    for count in ranks:
+        row = _row(count, rows_per_rank, dim, num_samples)
+        first = first or row
         work = row["ranks"] / first["ranks"]
         row["efficiency"] = {
             name: work * first["timings"][name]["median_ms"] / timing["median_ms"]
             for name, timing in row["timings"].items()
         }
-    return rows
+        yield row
 
 
 def _row(ranks: int, rows_per_rank: int, dim: int, num_samples: int) -> dict[str, Any]:

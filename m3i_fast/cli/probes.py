@@ -93,16 +93,23 @@ def torch_build() -> Facts:
 
 
 def kernels_cpu() -> Facts:
-    """The ops of _C, one of them run on a small input."""
-    return _run_mask_mix("cpu")
+    """The ops of _C, each run on a small input."""
+    return _run_ops("cpu")
 
 
 def kernels_cuda() -> Facts:
-    """The ops of _C_cuda, one of them run on the first GPU."""
-    return _run_mask_mix("cuda")
+    """The ops of _C_cuda, each run on the first GPU."""
+    return _run_ops("cuda")
 
 
-def _run_mask_mix(device: str) -> Facts:
+def _run_ops(device: str) -> Facts:
+    checks = {"mask_mix": _mask_mix_is_right, "dcnv3": _dcnv3_is_right}
+    if wrong := [op for op, is_right in checks.items() if not is_right(device)]:
+        sys.exit(f"{', '.join(wrong)}: wrong results")
+    return {"ops": list(checks)}
+
+
+def _mask_mix_is_right(device: str) -> bool:
     import torch
 
     from m3i_fast.ops import mask_mix
@@ -113,9 +120,21 @@ def _run_mask_mix(device: str) -> Facts:
     mixed = mask_mix(views, mask, pairs, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     cells = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
     expected = torch.where(cells, views[:1], views[1:]).float() / 255
-    if not torch.allclose(mixed, expected):
-        sys.exit("mask_mix gives wrong pixels")
-    return {"ops": ["mask_mix"]}
+    return torch.allclose(mixed, expected)
+
+
+def _dcnv3_is_right(device: str) -> bool:
+    """Every pixel takes half of what lies half a pixel to its right."""
+    import torch
+
+    from m3i_fast.ops import dcnv3
+
+    x = torch.arange(8.0, device=device).reshape(1, 1, 8, 1)
+    offset = torch.tensor([0.5, 0.0], device=device).repeat(1, 1, 8, 1)
+    mask = torch.full_like(x, 0.5)
+    out = dcnv3(x, offset, mask, kernel_size=1, stride=1, padding=0, dilation=1, groups=1)
+    expected = [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 1.75]  # beyond the last pixel lie zeros
+    return out.flatten().tolist() == expected
 
 
 def dali() -> Facts:
