@@ -185,9 +185,8 @@ def _load_op(op: str, folder: Path, architecture: int) -> tuple[str, torch.libra
     """The namespace where the kernels of <op>_cuda.cpp are registered, with the schemas of m3i."""
     source = folder / op
     host = [source / f"{op}_cuda.cpp", EMULATOR / "torch" / "shims.cpp"]
-    library = build_kernels(
-        [source / f"{op}.cu"], host, include=[folder], architecture=architecture
-    )
+    kernels = sorted(source.glob("*.cu"))
+    library = build_kernels(kernels, host, include=[folder], architecture=architecture)
     definitions = torch.library.Library(_namespace_of(library), "DEF")
     for name in _registered_in(source / f"{op}_cuda.cpp"):
         schema = str(getattr(torch.ops.m3i, name).default._schema)

@@ -1,0 +1,35 @@
+"""Copies of boltzmann's sources that compile faster, or whose blocks are small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def _replace(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert text.count(before) == 1, f"{text.count(before)} times: {before}"
+    path.write_text(text.replace(before, after))
+
+
+def shrink(folder: Path, *, blocks: bool = False) -> None:
+    """To bfloat16 alone and, if asked, to blocks of two tiles."""
+    every = "dispatch_dtype<BFloat16, Float16, float, double>"
+    _replace(folder / "boltzmann.cu", every, "dispatch_dtype<BFloat16>")
+    wgmma = "dispatch_dtype<BFloat16, Float16>"
+    _replace(folder / "boltzmann_hopper.cu", wgmma, "dispatch_dtype<BFloat16>")
+    if blocks:
+        _limit_elements(folder, "int64_t{2} * 128 * 128")
+
+
+def _limit_elements(folder: Path, elements: str) -> None:
+    tiling = folder / "boltzmann_tiling.h"
+    _replace(tiling, "kSumsElements = int64_t{1} << 26", f"kSumsElements = {elements}")
+    whole = "(int64_t{architecture >= 90 ? 32 : 24} << 20) / bytes_of(dtype)"
+    _replace(tiling, whole, f"{elements} + 0 * (architecture + bytes_of(dtype))")
+
+
+def limit_blocks(folder: Path, clusters: int) -> None:
+    """By warpgroups: blocks of two tiles, which so many clusters share out at most."""
+    _limit_elements(folder, "int64_t{2} * 256 * 256")
+    every = "at_once = multiprocessors / kClusterBlocks"
+    _replace(folder / "boltzmann_hopper.h", every, f"at_once = {clusters} + 0 * multiprocessors")
