@@ -79,10 +79,11 @@ def measure(
             sampler.start(name, functions[name])
         for name, milliseconds in sampler.finish():
             samples[name].append(milliseconds)
-    return {name: _summarise(values) for name, values in samples.items()}
+    return {name: summarise(values) for name, values in samples.items()}
 
 
-def _summarise(samples_ms: list[float]) -> Timing:
+def summarise(samples_ms: list[float]) -> Timing:
+    """Median and fifths of at least one sample."""
     if len(samples_ms) == 1:
         return Timing(samples_ms[0], samples_ms[0], samples_ms[0], num_samples=1)
     fifths = statistics.quantiles(samples_ms, n=5, method="inclusive")

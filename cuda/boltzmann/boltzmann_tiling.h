@@ -79,8 +79,8 @@ struct Block {
   int64_t row_tiles, column_tiles;
 };
 
-// The sums' parts take an eighth of this in bytes for every byte of a sum: 8 MB of rows' sums and
-// as many of columns' in float32. Products of 512 terms take 0.3 ms on such a block.
+// Each 128 of these elements leave four sums of 4 bytes by row and four by column: 17 MB in all.
+// Products of 512 terms take 0.2 ms on such a block of an A100.
 inline constexpr int64_t kSumsElements = int64_t{1} << 26;
 
 // The gradient by a block's logits is made, and read twice, from the second-level cache: 40 MB on

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -103,7 +104,12 @@ def kernels_cuda() -> Facts:
 
 
 def _run_ops(device: str) -> Facts:
-    checks = {"mask_mix": _mask_mix_is_right, "dcnv3": _dcnv3_is_right}
+    checks = {
+        "mask_mix": _mask_mix_is_right,
+        "dcnv3": _dcnv3_is_right,
+        "boltzmann": _boltzmann_is_right,
+        "gaussian": _gaussian_is_right,
+    }
     if wrong := [op for op, is_right in checks.items() if not is_right(device)]:
         sys.exit(f"{', '.join(wrong)}: wrong results")
     return {"ops": list(checks)}
@@ -135,6 +141,35 @@ def _dcnv3_is_right(device: str) -> bool:
     out = dcnv3(x, offset, mask, kernel_size=1, stride=1, padding=0, dilation=1, groups=1)
     expected = [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 1.75]  # beyond the last pixel lie zeros
     return out.flatten().tolist() == expected
+
+
+def _boltzmann_is_right(device: str) -> bool:
+    """Two pairs at right angles: each row tells its own from the other by odds of e to 1."""
+    import torch
+
+    from m3i_fast.ops import boltzmann
+
+    rows = torch.eye(2, device=device).requires_grad_()
+    value = boltzmann(rows, rows.detach(), torch.ones((), device=device))
+    (found,) = torch.autograd.grad(value, rows)
+    other = 1 / (1 + math.e)
+    grad = torch.tensor([[-other, other], [other, -other]], device=device) / 2
+    expected = torch.tensor(-math.log(1 - other), device=device)
+    return torch.allclose(value, expected) and torch.allclose(found, grad)
+
+
+def _gaussian_is_right(device: str) -> bool:
+    """Of a row that is its own layer-norm, against zeros."""
+    import torch
+
+    from m3i_fast.ops import gaussian
+
+    z_hat = torch.zeros(3, 4, device=device, requires_grad=True)
+    z = torch.tensor([3.0, 5.0, 3.0, 5.0], device=device).expand(3, 4).contiguous()
+    value = gaussian(z_hat, z, normalise=True, eps=1e-12)
+    (found,) = torch.autograd.grad(value, z_hat)
+    grad = torch.tensor([1.0, -1.0, 1.0, -1.0], device=device).expand(3, 4) / 12
+    return torch.allclose(value, torch.full_like(value, 0.5)) and torch.allclose(found, grad)
 
 
 def dali() -> Facts:

@@ -45,6 +45,8 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
 }
 """
 
+OPS = ["mask_mix", "dcnv3", "boltzmann", "gaussian"]
+
 
 def add_library(folder: Path, name: str, release: str, source: str) -> None:
     """An installed distribution with one package."""
@@ -70,7 +72,7 @@ def test_this_environment() -> None:
     assert status == 0, [each for each in found.values() if each.level == "error"]
     assert found["torch"].detail.startswith(torch.__version__)
     assert found["_C"].level == "ok"
-    assert found["_C"].detail == "CPU kernels run (mask_mix, dcnv3)"
+    assert found["_C"].detail == "CPU kernels run (mask_mix, dcnv3, boltzmann, gaussian)"
     assert found["DALI"].level == "ok"
     assert version("nvidia-dali-cuda130") in found["DALI"].detail
     assert torch.backends.cpu.get_cpu_capability() in found["CPU"].detail
@@ -129,7 +131,7 @@ def test_a_probe_that_hangs_is_given_up() -> None:
 
 
 def test_an_op_that_is_wrong_is_named() -> None:
-    assert probes.kernels_cpu() == {"ops": ["mask_mix", "dcnv3"]}
+    assert probes.kernels_cpu() == {"ops": OPS}
     broken = torch.library.Library("m3i", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
@@ -167,8 +169,8 @@ def gpu_node(**changes: Any) -> Machine:
             "cpu_capability": "AVX2",
             "num_threads": 8,
         },
-        "kernels_cpu": {"ops": ["mask_mix", "dcnv3"]},
-        "kernels_cuda": {"ops": ["mask_mix", "dcnv3"]},
+        "kernels_cpu": {"ops": OPS},
+        "kernels_cuda": {"ops": OPS},
         "dali": {"device": "gpu"},
         "transformer_engine": {"fp8": True, "reason": ""},
         "apex": fused,
@@ -197,7 +199,9 @@ def levels(machine: Machine) -> dict[str, str]:
 def test_a_complete_gpu_node_has_nothing_to_complain_of() -> None:
     node = gpu_node()
     assert levels(node) == {}
-    assert findings.find_cuda_kernels(node).detail.endswith("its kernels run (mask_mix, dcnv3)")
+    assert findings.find_cuda_kernels(node).detail.endswith(
+        "its kernels run (mask_mix, dcnv3, boltzmann, gaussian)"
+    )
 
 
 T4 = {"cuda": [13, 0], "gpus": [{"name": "T4", "capability": [7, 5]}]}

@@ -97,13 +97,8 @@ def test_nvrtc_compiles_device_code(source: Path) -> None:
     for kernel in json.loads((source.parent / "budget.json").read_text())["sm_80"]:
         assert nvrtc.nvrtcAddNameExpression(program, kernel.encode()) == 0  # instantiates it
     for architecture in ARCHITECTURES:
-        # To PTX: ptxas has its own test above
-        options = [
-            f"-arch=compute_{architecture}",
-            "-std=c++17",
-            f"-I{CUDA}",
-            f"-I{CUDA / 'include'}",
-        ]
+        target = f"compute_{architecture}"  # PTX alone: ptxas has its test above
+        options = [f"-arch={target}", "-std=c++17", f"-I{CUDA}", f"-I{CUDA / 'include'}"]
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         status = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
         size = ctypes.c_size_t()
