@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from m3i_fast.ops import boltzmann
 from tests.cuda import boltzmann_roofline, emulator
 from tests.cuda.boltzmann_source import limit_blocks, shrink
 from tests.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
@@ -17,6 +21,7 @@ from tests.ops.boltzmann_kernel_cases import (
     BF16,
     FP16,
     FP32,
+    FP64,
     MODES,
     Call,
     assert_all_as_accurate,
@@ -24,6 +29,7 @@ from tests.ops.boltzmann_kernel_cases import (
     true_grads,
     true_sums,
 )
+from tests.tolerance import assert_as_accurate
 
 NAMES = "rows cols grad_z_hat grad_z grad_scale grad_bias values"
 
@@ -80,7 +86,7 @@ def test_tensor_copies_feed_warpgroup_products(
 # ---- Results -------------------------------------------------------------------------------------
 
 
-def results(call: Call) -> list[torch.Tensor]:
+def results(call: Call) -> list[Tensor]:
     return [*call.sums(), *call.grads()]
 
 
@@ -124,6 +130,30 @@ def test_both_architectures_agree() -> None:
         if old.numel():
             # G is rounded: one that lies between two numbers may go to either
             torch.testing.assert_close(new, old, rtol=1e-5, atol=2e-3 * float(old.abs().amax()))
+
+
+def clip_loss(z_hat: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+    logits = scale.to(z.dtype) * z_hat @ z.T
+    here = torch.arange(len(z))
+    return (F.cross_entropy(logits, here) + F.cross_entropy(logits.T, here)) / 2
+
+
+def test_loss_and_gradients_beside_torchs_bfloat16_graph() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = [F.normalize(torch.randn(200, 72, generator=rng), dim=1) for _ in range(2)]
+    features[0] = F.normalize(features[0] + features[1], dim=1)
+
+    def differentiate(loss: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        z_hat, z = (rows.to(BF16).to(dtype).requires_grad_() for rows in features)
+        scale = torch.tensor(14.3, dtype=FP64 if dtype == FP64 else FP32, requires_grad=True)
+        value = loss(z_hat, z, scale)
+        return [value.to(scale.dtype), *torch.autograd.grad(value, (z_hat, z, scale))]
+
+    with emulator.emulated("boltzmann", architecture=90):
+        ours = differentiate(boltzmann, BF16)
+    torchs, truth = differentiate(clip_loss, BF16), differentiate(clip_loss, FP64)
+    for our, its, true in zip(ours, torchs, truth, strict=True):
+        assert_as_accurate(our.detach(), its.detach(), true.detach(), times=2.0)
 
 
 def test_what_tensor_copies_cannot_take_goes_the_old_way() -> None:
