@@ -15,9 +15,11 @@ from lightly import loss as lightly
 from lightly.loss import emp_ssl_loss, msn_loss, swav_loss, vicreg_loss
 from lightly.models import utils as lightly_models
 from lightly.models.modules.center import Center
+from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
 from m3i_fast.objectives import distillation, likelihood, regularisers, targets
+from m3i_fast.ops import boltzmann
 
 N, D, K = 24, 10, 16
 TEMPERATURE = 0.2
@@ -206,12 +208,30 @@ def _lightly_pixels(images: Tensor) -> Tensor:
     return lightly_models.normalize_mean_var(lightly_models.patchify(images, 4))
 
 
+def _category(z_hat: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
+    return boltzmann(z_hat, classes, scale[0], targets=torch.arange(N) % K)
+
+
+def _cross_entropy(z_hat: Tensor, classes: Tensor, scale: Tensor) -> Tensor:
+    return F.cross_entropy(scale * z_hat @ classes.T, torch.arange(N) % K)
+
+
 # ---- The table -----------------------------------------------------------------------------------
 
 PAIR = ((N, D), (N, D))
 DENSE = ((4, 9, D), (4, 9, D), (4, 9, 6), (4, 9, 6), (K, D))
 
 ORACLES = (
+    Oracle("gaussian", "torch mse_loss", lambda a, b: likelihood.gaussian(a, b, sigma=0.5**0.5),
+           F.mse_loss, PAIR, 2),
+    Oracle("boltzmann, caption", "open_clip ClipLoss",
+           lambda a, b, scale: boltzmann(_unit(a), _unit(b), scale[0]),
+           lambda a, b, scale: ClipLoss()(_unit(a), _unit(b), scale[0]), (*PAIR, (1,)), 3),
+    Oracle("boltzmann, sigmoid", "open_clip SigLipLoss",
+           lambda a, b, s: boltzmann(_unit(a), _unit(b), s[0], bias=s[1], form="sigmoid"),
+           lambda a, b, s: SigLipLoss()(_unit(a), _unit(b), s[0], s[1]), (*PAIR, (2,)), 3),
+    Oracle("boltzmann, category", "torch cross_entropy", _category, _cross_entropy,
+           ((N, D), (K, D), (1,)), 3),
     Oracle("barlow_twins", "lightly BarlowTwinsLoss",
            regularisers.barlow_twins, lightly.BarlowTwinsLoss(), PAIR, 2),
     Oracle("vicreg", "lightly VICRegLoss", regularisers.vicreg, lightly.VICRegLoss(), PAIR, 2),

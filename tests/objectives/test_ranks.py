@@ -1,4 +1,9 @@
-"""Statistics over the rows of several gloo ranks are those of one process with all rows."""
+"""Statistics over the rows of several gloo ranks are those of one process with all rows.
+
+One process is the oracle, in float64: test_regularisers.py holds it to code of others. Their code
+over ranks is none: lightly's BarlowTwinsLoss standardises each rank's rows by themselves and takes
+the ranks to be equally large.
+"""
 
 from __future__ import annotations
 
