@@ -58,7 +58,7 @@ def _moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tenso
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d over the last dimension: [..., C] -> [..., C], in the dtype of the input.
+    """BatchNorm1d over the last dimension: [N, ..., C] -> the same, in the dtype of the input.
 
     In training the mean and variance are those of the rows of all ranks of `process_group`, each
     with as many as it has; None: of this process alone. Gradients are those of the sum of all
@@ -82,8 +82,10 @@ class BatchNorm(nn.BatchNorm1d):
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-1] != self.num_features:
-            raise ValueError(f"input: expected [..., {self.num_features}], got {list(input.shape)}")
+        if input.dim() < 2 or input.shape[-1] != self.num_features:
+            raise ValueError(
+                f"input: expected [N, ..., {self.num_features}], got {list(input.shape)}"
+            )
         rows = input.flatten(0, -2)
         if self.process_group is None or not self.training:
             return super().forward(rows).view_as(input)

@@ -126,6 +126,7 @@ def test_variance_survives_a_mean_far_from_zero(alone: dist.ProcessGroup) -> Non
     torch.testing.assert_close(got.double(), truth, atol=1e-3, rtol=1e-3)
 
 
-def test_wrong_widths_are_named() -> None:
-    with pytest.raises(ValueError, match=r"input: expected \[\.\.\., 5\], got \[3, 4\]"):
-        BatchNorm(C)(torch.randn(3, 4))
+@pytest.mark.parametrize("shape", [(3, 4), (5,)])
+def test_wrong_shapes_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"input: expected \[N, \.\.\., 5\], got"):
+        BatchNorm(C)(torch.randn(shape))

@@ -136,8 +136,10 @@ def test_unigrad_has_the_papers_gradient() -> None:
         expected,
     )
     terms = [-(a @ b) + 1.5 * a @ matrix @ a for a, b in zip(z.detach(), other, strict=True)]
-    value = regularisers.unigrad(z, other, matrix, decorrelation_weight=3.0)
+    still = other.requires_grad_(), matrix.requires_grad_()
+    value = regularisers.unigrad(z, *still, decorrelation_weight=3.0)
     torch.testing.assert_close(value, sum(terms) / N)
+    assert torch.autograd.grad(value, still, allow_unused=True) == (None, None)
 
 
 def test_the_running_correlation_is_a_moving_average_of_both_views() -> None:
@@ -163,6 +165,8 @@ def test_koleo_is_of_the_nearest_of_all_distances() -> None:
     distances = np.linalg.norm(unit[:, None] - unit[None], axis=-1) + 9 * np.eye(N)
     expected = -np.log(distances.min(1)).mean()
     assert float(regularisers.koleo(5 * torch.from_numpy(unit))) == pytest.approx(expected)
+    opposite = torch.tensor([[1.0, 0.0], [-3.0, 0.0]])
+    assert float(regularisers.koleo(opposite)) == pytest.approx(-math.log(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -196,6 +200,13 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
     assert regularisers.coding_rate(z).isnan()
     assert regularisers.koleo(z).isnan()
     assert regularisers.barlow_twins(z, z).isnan()
+
+
+def test_a_scatter_that_fp32_cannot_factor_is_no_number() -> None:
+    """1 is lost beside 1e12, and what is left is singular: a value would be made of roundings."""
+    z = 1e6 * torch.randn(1, D).repeat(N, 1)
+    assert regularisers.coding_rate(z).isnan()
+    assert regularisers.coding_rate(z.double()).isfinite()
 
 
 def test_mean_entropy_is_the_divergence_from_even_use() -> None:
@@ -276,6 +287,53 @@ def test_sinkhorn_does_not_see_what_all_rows_or_one_row_have_in_common(
     of_columns = distillation.sinkhorn_knopp(logits + 7 * draw(5, seed=1), temperature=temperature)
     once = distillation.sinkhorn_knopp(logits, temperature=temperature)
     torch.testing.assert_close(of_columns, once)
+
+
+# ---- What must not matter ------------------------------------------------------------------------
+
+A, B = draw(N, D), draw(N, D, seed=1)
+INVARIANCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    # name: (rotation [D, D], shift [D], scale > 0 [N, 1], order [N]) -> the value of two calls
+    "barlow_twins, shift and scale of a feature": lambda rotation, shift, scale, order: (
+        regularisers.barlow_twins(A * scale[:D, 0] + shift, B, eps=0.0),
+        regularisers.barlow_twins(A, B, eps=0.0),
+    ),
+    "vicreg, the order of pictures": lambda rotation, shift, scale, order: (
+        regularisers.vicreg(A[order], B[order]),
+        regularisers.vicreg(A, B),
+    ),
+    "vicreg, shift of both views": lambda rotation, shift, scale, order: (
+        regularisers.vicreg(A + shift, B + shift),
+        regularisers.vicreg(A, B),
+    ),
+    "coding_rate, rotation": lambda rotation, shift, scale, order: (
+        regularisers.coding_rate(A @ rotation),
+        regularisers.coding_rate(A),
+    ),
+    "koleo, rotation and length of rows": lambda rotation, shift, scale, order: (
+        regularisers.koleo(scale * A @ rotation),
+        regularisers.koleo(A),
+    ),
+    "nt_xent, order of views and pictures, rotation": lambda rotation, shift, scale, order: (
+        likelihood.nt_xent(scale * B[order] @ rotation, A[order] @ rotation, temperature=0.2),
+        likelihood.nt_xent(A, B, temperature=0.2),
+    ),
+    "moco, rotation and order of the queue": lambda rotation, shift, scale, order: (
+        likelihood.moco(A @ rotation, A * scale, B[order], temperature=0.9),
+        likelihood.moco(A, A @ rotation.T, B @ rotation.T, temperature=0.9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INVARIANCES)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 9999))
+def test_values_do_not_depend_on(name: str, seed: int) -> None:
+    rotation, _ = torch.linalg.qr(draw(D, D, seed=seed))
+    scale = 0.2 + draw(N, 1, seed=seed + 1).abs()
+    order = draw(N, seed=seed + 2).argsort()
+    values = INVARIANCES[name](rotation, 3 * draw(D, seed=seed + 3), scale, order)
+    torch.testing.assert_close(*values)
 
 
 # ---- InfoNCE and pixels --------------------------------------------------------------------------
