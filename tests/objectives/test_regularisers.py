@@ -203,10 +203,10 @@ def test_what_is_not_finite_is_not_hidden(bad: float) -> None:
 
 
 def test_a_scatter_that_fp32_cannot_factor_is_no_number() -> None:
-    """1 is lost beside 1e12, and what is left is singular: a value would be made of roundings."""
-    z = 1e6 * torch.randn(1, D).repeat(N, 1)
-    assert regularisers.coding_rate(z).isnan()
-    assert regularisers.coding_rate(z.double()).isfinite()
+    """1 is lost beside 2^44, and what is left has a pivot of 0."""
+    z = torch.full((N, 4), 2.0**20)
+    assert regularisers.coding_rate(z, eps=0.25).isnan()
+    assert regularisers.coding_rate(z.double(), eps=0.25).isfinite()
 
 
 def test_mean_entropy_is_the_divergence_from_even_use() -> None:
