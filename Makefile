@@ -24,8 +24,9 @@ test: install lint
 test-slow: install
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
-gpu: install
-	$(PYTEST) -m gpu $(ARGS)
+# No install: the python of .venv or of the machine, or that named by PYTHON, with its own torch.
+gpu:
+	@$(if $(filter file,$(origin PYTHON)),python3,$(PYTHON)) -m scripts.gpu $(ARGS)
 
 lint: install
 	.venv/bin/pre-commit run --all-files

@@ -3,10 +3,11 @@
     python -m m3i_fast.benchmarks.dcnv3 [--device cuda] [--no-record]
 
 `grid_sample`: normalised places, F.grid_sample for each group, a weighted sum, as the operator is
-mostly written in plain torch. `torchvision`: deform_conv2d with a depthwise weight of ones; its
-inputs lie in its own layout before the clock starts. `copy`: a copy that moves as many bytes as an
-ideal forward, which reads x, offset and mask once and writes the output once. A function that
-cannot run in a dtype is left out, and the log says why.
+mostly written in plain torch. `torchvision`: deform_conv2d with a depthwise weight of ones.
+`DCNv3` and `DCNv4`: InternImage's official extension and its successor's operator, where they are
+installed. Inputs lie in each one's own layout before the clock starts. `copy`: a copy that moves as
+many bytes as an ideal forward, which reads x, offset and mask once and writes the output once. What
+is not installed or cannot run in a dtype is left out, and the log says why.
 
 A CPU runs the layers of InternImage-T at 224 pixels, a GPU those that DCNv3 and DCNv4 were
 published with and InternImage's own, with offsets of a trained network and with far ones.
@@ -21,20 +22,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import tyro
 from rich import box
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
 
-from m3i_fast.benchmarks.harness import Device, Timing, measure, publish, resolve
+from m3i_fast.benchmarks.dcnv3_others import GEOMETRY, POINTS, others
+from m3i_fast.benchmarks.harness import Device, Timing, measure, parse, publish, resolve
 from m3i_fast.ops import dcnv3
 
 SUBJECT = "dcnv3"
 OURS, COPY = "m3i_fast", "copy"
-KERNEL, POINTS = 3, 9
-GEOMETRY: dict[str, Any] = {"kernel_size": KERNEL, "stride": 1, "padding": 1, "dilation": 1}
 
 logger = logging.getLogger(__name__)
 
@@ -124,68 +121,15 @@ class Config:
 # ---- What is timed -------------------------------------------------------------------------------
 
 
-def by_grid_sample(
-    x: Tensor,  # [N, H, W, C]
-    offset: Tensor,  # [N, H, W, G*K*2] (x, y)
-    mask: Tensor,  # [N, H, W, G*K]
-    *,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    offset_scale: float = 1.0,
-    softmax: bool = False,
-) -> Tensor:  # [N, H, W, C]
-    """dcnv3 in torch, where it keeps the size: all samples are written to memory, then summed."""
-    if stride != 1 or 2 * padding != dilation * (kernel_size - 1):
-        raise ValueError("expected a stride and padding that keep the size")
-    batch, height, width, channels = x.shape
-    reach = torch.arange(kernel_size, device=x.device, dtype=x.dtype) * dilation - padding
-    if offset_scale != 1:
-        reach, offset = reach * offset_scale, offset * offset_scale
-    column, row = (
-        torch.arange(size, device=x.device, dtype=x.dtype)[:, None] + reach
-        for size in (width, height)
-    )  # [W, kernel], [H, kernel]
-    window = torch.stack(
-        torch.broadcast_tensors(column[None, :, :, None], row[:, None, None, :]), dim=-1
-    )  # points column by column
-    place = window.reshape(height, width, 1, -1, 2) + offset.unflatten(-1, (groups, -1, 2))
-    place = (2 * place + 1) / place.new_tensor([width, height]) - 1  # of align_corners=False
-    place = place.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, height * width, -1, 2)
-    image = x.permute(0, 3, 1, 2).reshape(batch * groups, -1, height, width)
-    sample = F.grid_sample(image, place, align_corners=False)
-    mask = mask.unflatten(-1, (groups, -1))
-    weight = mask.softmax(-1) if softmax else mask
-    weight = weight.permute(0, 3, 1, 2, 4).reshape(batch * groups, 1, height * width, -1)
-    out = (sample * weight).sum(-1).view(batch, channels, height, width)
-    return out.permute(0, 2, 3, 1)
-
-
-def torchvision_inputs(inputs: tuple[Tensor, ...], groups: int) -> tuple[Tensor, ...]:
-    """In deform_conv2d's layout: channels first, (y, x), points row by row."""
-    x, offset, mask = inputs
-    shape = *x.shape[:3], groups, KERNEL, KERNEL
-    offset = offset.view(*shape, 2).flip(-1).permute(0, 3, 5, 4, 6, 1, 2).flatten(1, 4)
-    mask = mask.view(shape).permute(0, 3, 5, 4, 1, 2).flatten(1, 3)
-    return tuple(tensor.contiguous() for tensor in (x.permute(0, 3, 1, 2), offset, mask))
-
-
-def by_torchvision(x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-    """[N, C, H, W] of deform_conv2d's inputs."""
-    weight = x.new_ones(x.shape[1], 1, KERNEL, KERNEL)
-    return deform_conv2d(x, offset, weight, padding=1, mask=mask)
-
-
 def make_functions(
     cfg: Config, size: Size, dtype: torch.dtype, reach: float, backward: bool
 ) -> dict[str, Callable[[], object]]:
     """Forward, or forward and backward, over the same inputs; each gives the same output."""
-    generator = torch.Generator().manual_seed(0)
+    device = resolve(cfg.device)
+    generator = torch.Generator(device).manual_seed(0)
     image = size.batch_size, size.height, size.width
     x, offset, mask, grad = (
-        torch.randn(*image, channels, generator=generator)
+        torch.randn(*image, channels, generator=generator, device=device)
         for channels in (
             size.channels,
             size.groups * POINTS * 2,
@@ -193,27 +137,20 @@ def make_functions(
             size.channels,
         )
     )
-    device = resolve(cfg.device)
-    x, offset, mask, grad = (t.to(device, dtype) for t in (x, offset * reach, mask, grad))
+    x, offset, mask, grad = (t.to(dtype) for t in (x, offset * reach, mask, grad))
     inputs = x, offset, mask
-    theirs = torchvision_inputs(inputs, size.groups)
     ours: Callable[..., Tensor] = partial(dcnv3, **GEOMETRY, groups=size.groups)
-    candidates: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], Tensor]] = {
-        OURS: (ours, inputs, grad),
-        "grid_sample": (partial(by_grid_sample, **GEOMETRY, groups=size.groups), inputs, grad),
-        "torchvision": (by_torchvision, theirs, grad.permute(0, 3, 1, 2).contiguous()),
+    functions: dict[str, Callable[[], object]] = {
+        OURS: _ready(ours, inputs, grad if backward else None)
     }
-    functions: dict[str, Callable[[], object]] = {}
     expected = ours(*inputs)
-    for name, (function, tensors, gradient) in candidates.items():
-        leaves = [tensor.clone().requires_grad_(backward) for tensor in tensors]
-        run = partial(_run, function, leaves, gradient if backward else None)
+    for name, other in others(size.groups).items():
+        run = _ready(other.function, other.inputs(*inputs), other.grad(grad) if backward else None)
         try:
-            out = run().detach()
-        except RuntimeError as error:
+            out = other.out(run().detach())
+        except (RuntimeError, TypeError) as error:  # a dtype, a device, another release's arguments
             logger.warning("%s in %s left out: %s", name, dtype, str(error).splitlines()[0])
             continue
-        out = out.permute(0, 2, 3, 1) if name == "torchvision" else out
         if dtype == torch.float32:  # plain torch's places are coarse in a half type
             torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
         functions[name] = run
@@ -224,6 +161,14 @@ def make_functions(
         )
         functions[COPY] = lambda: target.copy_(source)
     return functions
+
+
+def _ready(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor | None
+) -> Callable[[], Tensor]:
+    """A call over inputs of its own; forward and backward with a gradient of the output."""
+    leaves = [tensor.clone().requires_grad_(gradient is not None) for tensor in inputs]
+    return partial(_run, function, leaves, gradient)
 
 
 def _run(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor | None) -> Tensor:
@@ -288,11 +233,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = tyro.cli(Config, prog="python -m m3i_fast.benchmarks.dcnv3", args=argv)
-    rows = [
+    cfg = parse(Config, SUBJECT, argv)
+    rows = (
         figures_of(cfg, *row, backward=backward) for row in cfg.rows for backward in (False, True)
-    ]
-    publish(SUBJECT, rows, table(rows), record=cfg.record)
+    )
+    publish(SUBJECT, rows, table, record=cfg.record)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -79,10 +79,11 @@ def measure(
             sampler.start(name, functions[name])
         for name, milliseconds in sampler.finish():
             samples[name].append(milliseconds)
-    return {name: _summarise(values) for name, values in samples.items()}
+    return {name: summarise(values) for name, values in samples.items()}
 
 
-def _summarise(samples_ms: list[float]) -> Timing:
+def summarise(samples_ms: list[float]) -> Timing:
+    """Median and fifths of at least one sample."""
     if len(samples_ms) == 1:
         return Timing(samples_ms[0], samples_ms[0], samples_ms[0], num_samples=1)
     fifths = statistics.quantiles(samples_ms, n=5, method="inclusive")
@@ -140,6 +141,19 @@ class _CudaSampler:
         return [(name, begin.elapsed_time(end)) for name, begin, end in pending]
 
 
+Config = TypeVar("Config")
+
+
+def parse(config: type[Config], subject: str, argv: list[str] | None) -> Config:
+    """The benchmark's Config as its arguments ask; without any the default, which needs no tyro."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        return config()
+    import tyro
+
+    return tyro.cli(config, prog=f"python -m m3i_fast.benchmarks.{subject}", args=arguments)
+
+
 def resolve(device: Device) -> str:
     """cpu or cuda; auto is the GPU where torch sees one."""
     if device != "auto":
@@ -147,13 +161,28 @@ def resolve(device: Device) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def publish(subject: str, rows: list[dict[str, Any]], shown: Table, *, record: bool) -> None:
-    """Print the table of some rows and, where asked for, append them to the subject's ledger."""
+def publish(
+    subject: str,
+    rows: Iterable[dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], Table],
+    *,
+    record: bool,
+) -> None:
+    """Append rows to the subject's ledger, where asked for, each once measured; print their table.
+
+    So that an interrupted benchmark keeps what it has measured.
+    """
+    measured: list[dict[str, Any]] = []
+    paths = set()
+    for row in rows:
+        measured.append(row)
+        if record:
+            paths.add(append_row(subject, row))
     console = Console()
-    console.print(shown)
+    console.print(table(measured))
     if record:
-        paths = {append_row(subject, row) for row in rows}
-        console.print(f"{len(rows)} rows appended to {', '.join(map(str, paths))}", soft_wrap=True)
+        places = ", ".join(map(str, paths))
+        console.print(f"{len(measured)} rows appended to {places}", soft_wrap=True)
 
 
 def results_dir() -> Path:

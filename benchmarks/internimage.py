@@ -17,13 +17,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks.dcnv3 import by_grid_sample
-from m3i_fast.benchmarks.harness import Device, Timing, measure, publish, resolve
+from m3i_fast.benchmarks.dcnv3_others import by_grid_sample
+from m3i_fast.benchmarks.harness import Device, Timing, measure, parse, publish, resolve
 from m3i_fast.models import internimage_config
 from m3i_fast.models.deformable import DCNv3, SamplingCore
 from m3i_fast.models.internimage import InternImage
@@ -177,9 +176,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = tyro.cli(Config, prog="python -m m3i_fast.benchmarks.internimage", args=argv)
-    rows = [figures_of(cfg, size) for size in cfg.sizes]
-    publish(SUBJECT, rows, table(rows), record=cfg.record)
+    cfg = parse(Config, SUBJECT, argv)
+    rows = (figures_of(cfg, size) for size in cfg.sizes)
+    publish(SUBJECT, rows, table, record=cfg.record)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import tyro
 from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from m3i_fast.benchmarks.harness import Device, Timing, measure, publish, resolve
+from m3i_fast.benchmarks.harness import Device, Timing, measure, parse, publish, resolve
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD, mask_mix, reference
 
 SUBJECT = "mask_mix"
@@ -159,9 +158,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = tyro.cli(Config, prog="python -m m3i_fast.benchmarks.mask_mix", args=argv)
-    rows = [figures_of(cfg, size, dtype) for size in SIZES for dtype in DTYPES]
-    publish(SUBJECT, rows, table(rows), record=cfg.record)
+    cfg = parse(Config, SUBJECT, argv)
+    rows = (figures_of(cfg, size, dtype) for size in SIZES for dtype in DTYPES)
+    publish(SUBJECT, rows, table, record=cfg.record)
 
 
 if __name__ == "__main__":

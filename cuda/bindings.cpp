@@ -4,6 +4,16 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(m3i, library) {
+  // covariance: of the targets, [0] where decorrelation_weight is 0; mean and rstd are [0] unless
+  // normalise.
+  library.def(
+      "gaussian(Tensor z_hat, Tensor z, float sigma, bool normalise, float eps, "
+      "float decorrelation_weight)"
+      " -> (Tensor value, Tensor mean, Tensor rstd, Tensor covariance)");
+  library.def(
+      "gaussian_bwd(Tensor grad_out, Tensor z_hat, Tensor z, Tensor mean, Tensor rstd, "
+      "Tensor covariance, float sigma, bool normalise, float eps, float decorrelation_weight)"
+      " -> Tensor grad");
   library.def(
       "mask_mix(Tensor views, Tensor mask, Tensor pairs, float[] mean, float[] std, ScalarType "
       "dtype)"

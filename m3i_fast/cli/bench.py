@@ -9,7 +9,9 @@ from m3i_fast.cli import console, nearest, refuse
 BENCHMARKS = {
     "mask_mix": "mask, mix and normalise views: ours beside the torch expressions it replaces",
     "dcnv3": "deformable convolution v3: ours beside grid_sample and torchvision",
+    "gaussian": "the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
     "internimage": "a whole InternImage with our dcnv3 beside one with a grid_sample core",
+    "mi_loss": "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
     "demo_ablation": "what each term of M3I brings to the demo",

@@ -129,7 +129,8 @@ def find_cuda_kernels(machine: Machine) -> Finding:
             return Finding(subject="_C_cuda", level="error", detail=detail, fix=START_OVER)
     if reason := machine.failures.get("kernels_cuda"):
         return Finding(subject="_C_cuda", level="error", detail=f"{detail}: {reason}", fix=REBUILD)
-    return Finding(subject="_C_cuda", level="ok", detail=f"{detail}; its kernels run")
+    ops = ", ".join(machine.facts["kernels_cuda"]["ops"])
+    return Finding(subject="_C_cuda", level="ok", detail=f"{detail}; its kernels run ({ops})")
 
 
 def find_dali(machine: Machine) -> Finding:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.objectives.likelihood import expect_temperature
+from m3i_fast.objectives.similarity import expect_temperature
 from m3i_fast.objectives.statistics import full_precision, mean_row, wide
 
 

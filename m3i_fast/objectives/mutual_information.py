@@ -20,7 +20,6 @@ from m3i_fast.models.positions import relative_positions
 from m3i_fast.models.text import TextConfig, TextEncoder
 from m3i_fast.models.vision import VisionConfig, build_encoder
 from m3i_fast.models.vit import ViT
-from m3i_fast.objectives.likelihood import decorrelation, gaussian
 from m3i_fast.objectives.methods import Term, m3i
 from m3i_fast.objectives.mixing import Mix, MixingConfig, drop_tokens
 from m3i_fast.objectives.monitors import feature_std, mean_cosine, rankme
@@ -29,8 +28,8 @@ from m3i_fast.objectives.predictors import (
     DenseDecoder,
     GlobalHead,
 )
-from m3i_fast.objectives.targets import MomentumEncoder, normalise_views
-from m3i_fast.ops import IGNORED, boltzmann, mask_mix
+from m3i_fast.objectives.targets import MomentumEncoder, normalise_tokens, normalise_views
+from m3i_fast.ops import IGNORED, boltzmann, gaussian, mask_mix
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch
@@ -81,11 +80,14 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, slots=True)
 class DenseTargets:
-    """What the EMA encoder says of the cells that are asked for; None where no term asks."""
+    """What the EMA encoder says of the cells that are asked for; None where no term asks.
 
-    same_view: Tensor | None  # [A, Q, C] fp32
-    other_view: Tensor | None  # [A, Q, C] fp32
-    tokens: Tensor | None  # [A, N, C] fp32, for the monitors
+    Not yet normalised: the likelihood does that on its way.
+    """
+
+    same_view: Tensor | None  # [A, Q, C]
+    other_view: Tensor | None  # [A, Q, C]
+    tokens: Tensor | None  # [A, N, C], for the monitors
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +264,9 @@ class MutualInformation(nn.Module):
         )
         z_hat = self.decoder(encoded.tokens[rows], mix.token_index[rows], position)
         if metrics is not None:
-            metrics[f"monitor/{term.name}_cosine"] = mean_cosine(z_hat.detach(), target)
+            metrics[f"monitor/{term.name}_cosine"] = mean_cosine(
+                z_hat.detach(), normalise_tokens(target)
+            )
         value = self._dense_nll(term, z_hat, target)
         if same or not encoded.local:
             return value
@@ -294,10 +298,14 @@ class MutualInformation(nn.Module):
         return total
 
     def _dense_nll(self, term: Term, z_hat: Tensor, target: Tensor) -> Tensor:
-        value = gaussian(z_hat, target, sigma=self.cfg.sigma)
-        if term.regulariser == "decorrelation":
-            value = value + self.cfg.decorrelation_weight * decorrelation(z_hat, target)
-        return value
+        decorrelates = term.regulariser == "decorrelation"
+        return gaussian(
+            z_hat,
+            target,
+            sigma=self.cfg.sigma,
+            normalise=True,
+            decorrelation_weight=self.cfg.decorrelation_weight if decorrelates else 0.0,
+        )
 
     def _category(self, summaries: list[Tensor], batch: Batch, mix: Mix) -> Tensor:
         z_hat = _unit_rows(self.category_head, summaries)
@@ -315,7 +323,7 @@ class MutualInformation(nn.Module):
         row_ids = _of_rows(ids, summaries, mix)
         return boltzmann(z_hat, z, self.caption_log_scale.exp(), row_ids=row_ids, col_ids=ids)
 
-    def _target_tokens(self, views: Tensor, rows: Tensor) -> Tensor:  # [A, N, C] fp32
+    def _target_tokens(self, views: Tensor, rows: Tensor) -> Tensor:  # [A, N, C]
         return self.target_encoder(normalise_views(views, rows, _autocast_dtype(views.device.type)))
 
     @torch.no_grad()
@@ -326,9 +334,9 @@ class MutualInformation(nn.Module):
             if name.endswith("log_scale")
         }
         if targets.tokens is not None:
-            pooled = targets.tokens.mean(1)
-            metrics["monitor/target_std"] = feature_std(pooled)
-            metrics["monitor/target_rank"] = rankme(targets.tokens)
+            tokens = normalise_tokens(targets.tokens)
+            metrics["monitor/target_std"] = feature_std(tokens.mean(1))
+            metrics["monitor/target_rank"] = rankme(tokens)
         return metrics
 
 

@@ -83,7 +83,7 @@ def invariance(
 ) -> Tensor:  # [] fp32
     """mean_n |a_n - b_n|^2 / D: VICReg's invariance term as its authors' code divides it.
 
-    arXiv 2105.04906, equation 5. It is `gaussian` of sigma^2 = 1/2: a likelihood, here for the sum.
+    arXiv 2105.04906, equation 5. A likelihood, `ops.gaussian` of sigma^2 = 1/2, here for the sum.
     """
     _expect_pair(z_a, z_b)
     return mean_row((wide(z_a) - wide(z_b)).square(), process_group).mean()

@@ -19,10 +19,15 @@ def normalise_views(views: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return mask_mix(views, whole, torch.stack([rows, rows], 1), dtype=dtype)
 
 
+def normalise_tokens(tokens: Tensor) -> Tensor:  # [..., C] -> [..., C] fp32
+    """The targets as `ops.gaussian` normalises them on its way: layer-norm without affine."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:])
+
+
 class MomentumEncoder(nn.Module):
     """EMA copy of the image encoder (paper, figure 1; SiameseIM).
 
-    Its targets are patch tokens, layer-normalised without affine, without gradient.
+    Its patch tokens, without gradient; the likelihood normalises them.
     """
 
     def __init__(self, encoder: ImageEncoder) -> None:
@@ -34,9 +39,8 @@ class MomentumEncoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, N, C] fp32
-        tokens = self.encoder.encode_cells(images)
-        return F.layer_norm(tokens.float(), tokens.shape[-1:])
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, N, C]
+        return self.encoder.encode_cells(images)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, p * p * C]

@@ -191,3 +191,33 @@ def _sigmoid_nll(
     nll_NM = -F.logsigmoid(torch.where(positive_NM, logits_NM, -logits_NM))
     total = nll_NM.masked_fill(ignored_NM, 0.0).sum()
     return total / (row_ids != IGNORED).sum().clamp_min(1) if reduction == "mean" else total
+
+
+def gaussian(
+    z_hat: Tensor,  # [..., D]
+    z: Tensor,  # [..., D]
+    *,
+    sigma: float = 1.0,
+    normalise: bool = False,
+    eps: float = 1e-5,
+    decorrelation_weight: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:  # [] compute_dtype
+    """`m3i_fast.ops.gaussian`, step by step; in float64 it is the truth. Differentiable.
+
+    Computes in `compute_dtype`, by default float32, float64 where z_hat is.
+    """
+    dtype = compute_dtype or (torch.float64 if z_hat.dtype == torch.float64 else torch.float32)
+    pred_RD, target_RD = (x.to(dtype).reshape(-1, x.shape[-1]) for x in (z_hat, z))
+    rows, width = pred_RD.shape
+    if rows == 0:
+        return pred_RD.sum()
+    if normalise:
+        target_RD = target_RD - target_RD.mean(1, keepdim=True)
+        target_RD = target_RD / (target_RD.square().mean(1, keepdim=True) + eps).sqrt()
+    value = (pred_RD - target_RD).square().mean() / (2 * sigma**2)
+    if not decorrelation_weight:
+        return value
+    covariance_DD = target_RD.T @ target_RD / rows
+    spread = ((pred_RD @ covariance_DD) * pred_RD).sum(1).mean() / width
+    return value + decorrelation_weight * spread

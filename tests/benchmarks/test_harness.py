@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.table import Table
 
 from m3i_fast.benchmarks import harness
 from m3i_fast.benchmarks.harness import append_row, measure, read_rows
@@ -148,3 +151,17 @@ def test_command_names_the_module(tmp_path: Path) -> None:
     )
     (row,) = read_rows("speed", folder=tmp_path / "ledger")
     assert row["command"] == "python -m speed --size 'a b'"
+
+
+def test_rows_measured_before_an_interruption_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"ms": 1.0}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.publish("speed", rows(), lambda _: Table(), record=True)
+    assert [row["figures"] for row in read_rows("speed", folder=tmp_path)] == [{"ms": 1.0}]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,8 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
 }
 """
 
+OPS = ["mask_mix", "dcnv3", "boltzmann", "gaussian"]
+
 
 def add_library(folder: Path, name: str, release: str, source: str) -> None:
     """An installed distribution with one package."""
@@ -69,6 +72,7 @@ def test_this_environment() -> None:
     assert status == 0, [each for each in found.values() if each.level == "error"]
     assert found["torch"].detail.startswith(torch.__version__)
     assert found["_C"].level == "ok"
+    assert found["_C"].detail == "CPU kernels run (mask_mix, dcnv3, boltzmann, gaussian)"
     assert found["DALI"].level == "ok"
     assert version("nvidia-dali-cuda130") in found["DALI"].detail
     assert torch.backends.cpu.get_cpu_capability() in found["CPU"].detail
@@ -126,6 +130,19 @@ def test_a_probe_that_hangs_is_given_up() -> None:
         probes.gather("torch_build", timeout_s=0.01)
 
 
+def test_an_op_that_is_wrong_is_named() -> None:
+    assert probes.kernels_cpu() == {"ops": OPS}
+    broken = torch.library.Library("m3i", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
+        broken.impl("dcnv3", lambda x, *_: x.clone(), "CPU", allow_override=True)
+    try:
+        with pytest.raises(SystemExit, match="^dcnv3: wrong results$"):
+            probes.kernels_cpu()
+    finally:
+        broken._destroy()
+
+
 def test_architectures_in_a_compiled_module(tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
@@ -152,8 +169,8 @@ def gpu_node(**changes: Any) -> Machine:
             "cpu_capability": "AVX2",
             "num_threads": 8,
         },
-        "kernels_cpu": {"ops": ["mask_mix"]},
-        "kernels_cuda": {"ops": ["mask_mix"]},
+        "kernels_cpu": {"ops": OPS},
+        "kernels_cuda": {"ops": OPS},
         "dali": {"device": "gpu"},
         "transformer_engine": {"fp8": True, "reason": ""},
         "apex": fused,
@@ -180,7 +197,9 @@ def levels(machine: Machine) -> dict[str, str]:
 
 
 def test_a_complete_gpu_node_has_nothing_to_complain_of() -> None:
-    assert levels(gpu_node()) == {}
+    node = gpu_node()
+    assert levels(node) == {}
+    assert findings.find_cuda_kernels(node).detail.endswith("its kernels run (mask_mix, dcnv3, boltzmann, gaussian)")
 
 
 T4 = {"cuda": [13, 0], "gpus": [{"name": "T4", "capability": [7, 5]}]}

@@ -30,7 +30,7 @@ import torch
 assert torch.version.cuda, f"torch {torch.__version__} of {sys.executable} has no CUDA"
 import _C, _C_cuda
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-ops = "m3i::mask_mix", "m3i::dcnv3", "m3i::dcnv3_bwd"
+ops = "m3i::mask_mix", "m3i::dcnv3", "m3i::dcnv3_bwd", "m3i::gaussian", "m3i::gaussian_bwd"
 for op in ops:
     for key in ("CPU", "CUDA"):
         assert has(op, key), f"{op} has no kernel for {key}"

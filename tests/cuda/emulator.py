@@ -37,6 +37,8 @@ _KERNEL = [
     "-fno-gnu-unique",
     # One access of the source stays one: a wider one could be misaligned
     *("-O2", "-g1", "-fno-tree-vectorize", "-fno-store-merging"),
+    # The return address of a call is in its caller
+    "-fno-optimize-sibling-calls",
     # Only what the source fuses is fused: the same bits on every CPU
     "-ffp-contract=off",
     *("-fsanitize=thread,alignment,bounds", "--param=tsan-instrument-func-entry-exit=0"),
@@ -242,6 +244,26 @@ def _emulated_kernel(emulated_op: Callable[..., object]) -> Callable[..., object
 
 
 @contextmanager
+def emulated_gpu(architecture: int) -> Iterator[None]:
+    """Within it, kernels are launched on a GPU of this compute capability, times ten."""
+    runtime().m3i_emulator_set_architecture(architecture)
+    try:
+        yield
+    finally:
+        runtime().m3i_emulator_set_architecture(80)
+
+
+@contextmanager
+def delayed_copies() -> Iterator[None]:
+    """Within it, tensor copies land as late as they can, the last one first."""
+    runtime().m3i_emulator_delay_copies(True)
+    try:
+        yield
+    finally:
+        runtime().m3i_emulator_delay_copies(False)
+
+
+@contextmanager
 def emulated(op: str, *, folder: Path = CUDA, architecture: int = 80) -> Iterator[None]:
     """Within it, m3i's ops of folder/<op>/<op>_cuda.cpp run their CUDA kernels on CPU tensors."""
     namespace, _ = _load_op(op, folder, architecture)
@@ -251,9 +273,8 @@ def emulated(op: str, *, folder: Path = CUDA, architecture: int = 80) -> Iterato
         for name in _registered_in(folder / op / f"{op}_cuda.cpp"):
             emulated_op = getattr(getattr(torch.ops, namespace), name).default
             override.impl(name, _emulated_kernel(emulated_op), "CPU", allow_override=True)
-    runtime().m3i_emulator_set_architecture(architecture)
     try:
-        yield
+        with emulated_gpu(architecture):
+            yield
     finally:
         override._destroy()
-        runtime().m3i_emulator_set_architecture(80)

@@ -149,7 +149,7 @@ KERNEL_FAULTS = {
         "copy_async_wait<1>",
         "copy_async_wait<2>",
         "gemm",
-        r"to which a cp.async of .* is under way",
+        r"to which a copy of .* is under way",
     ),
     # Shared memory that nobody wrote
     "a warp's sum is missing": Fault(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,27 @@ def _short_name(mangled: str) -> str:
     short = re.search(r"(\w+(?:<.*>)?)\(", name)
     assert short, name
     return short[1].replace("m3i::", "")
+
+
+def find_nvdisasm() -> Path:
+    """From the PATH, nvcc's folder or NVIDIA's wheels; the test is skipped where none is."""
+    candidates = [shutil.which("nvdisasm"), find_nvcc().resolve().parent / "nvdisasm"]
+    for candidate in [*candidates, *site_packages("*/bin/nvdisasm")]:
+        if candidate and Path(candidate).is_file():
+            return Path(candidate)
+    pytest.skip("no nvdisasm: `pip install nvidia-cuda-nvdisasm`, of nvcc's CUDA major")
+
+
+@cache
+def instructions(source: Path, architecture: str, folder: Path) -> dict[str, list[str]]:
+    """Opcodes of each kernel, by its mangled name; the machine code is left in the folder."""
+    nvdisasm, cubin = find_nvdisasm(), folder / f"{source.stem}-{architecture}.cubin"
+    run_nvcc(*compile_options(architecture), "-cubin", source, "-o", cubin)
+    text = subprocess.run(
+        [nvdisasm, "-c", cubin], check=True, capture_output=True, text=True
+    ).stdout
+    kernels = re.split(r"\n\.text\.(\S+):\n", text)[1:]
+    return {
+        name: re.findall(r"^\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", body, re.MULTILINE)
+        for name, body in zip(kernels[::2], kernels[1::2], strict=True)
+    }

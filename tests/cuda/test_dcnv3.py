@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from tests.cuda.nvcc import CUDA, ROOT, compile_options, find_nvcc, run_nvcc, site_packages
+from tests.cuda.nvcc import CUDA, ROOT, compile_options, instructions, run_nvcc
 
 
 def test_policy(tmp_path: Path) -> None:
     source = ROOT / "tests" / "cuda" / "dcnv3_policy.cu"
     run_nvcc(*compile_options("80"), "-c", source, "-o", tmp_path / "policy.o")
-
-
-def find_nvdisasm() -> Path:
-    """From the PATH, nvcc's folder or NVIDIA's wheels; the test is skipped where none is."""
-    candidates = [shutil.which("nvdisasm"), find_nvcc().resolve().parent / "nvdisasm"]
-    for candidate in [*candidates, *site_packages("*/bin/nvdisasm")]:
-        if candidate and Path(candidate).is_file():
-            return Path(candidate)
-    pytest.skip("no nvdisasm: `pip install nvidia-cuda-nvdisasm`, of nvcc's CUDA major")
-
-
-@cache
-def instructions(architecture: str, folder: Path) -> dict[str, list[str]]:
-    """Opcodes of each kernel, by its mangled name."""
-    nvdisasm, cubin = find_nvdisasm(), folder / f"{architecture}.cubin"
-    run_nvcc(*compile_options(architecture), "-cubin", CUDA / "dcnv3" / "dcnv3.cu", "-o", cubin)
-    text = subprocess.run(
-        [nvdisasm, "-c", cubin], check=True, capture_output=True, text=True
-    ).stdout
-    kernels = re.split(r"\n\.text\.(\S+):\n", text)[1:]
-    return {
-        name: re.findall(r"^\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", body, re.MULTILINE)
-        for name, body in zip(kernels[::2], kernels[1::2], strict=True)
-    }
 
 
 @pytest.fixture(params=["80", "90a"])
@@ -49,7 +22,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def sass(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return instructions(architecture, tmp_path_factory.getbasetemp())
+    return instructions(CUDA / "dcnv3" / "dcnv3.cu", architecture, tmp_path_factory.getbasetemp())
 
 
 # Forward and backward with vectors of 16 bytes, by their mangled names' types.

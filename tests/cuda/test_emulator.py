@@ -216,8 +216,5 @@ def test_limits_of_a_launch(grid_y: int, threads: int, shared_bytes: int, error:
 
 
 def test_a_later_architecture_has_more_shared_memory() -> None:
-    emulator.runtime().m3i_emulator_set_architecture(90)
-    try:
+    with emulator.emulated_gpu(90):
         assert call("block", "bounded", 1, 64, 220 * 1024, zeros(1)) == SUCCESS
-    finally:
-        emulator.runtime().m3i_emulator_set_architecture(80)

@@ -18,8 +18,8 @@ from lightly.models.modules.center import Center
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from m3i_fast.objectives import distillation, likelihood, regularisers, targets
-from m3i_fast.ops import boltzmann
+from m3i_fast.objectives import distillation, regularisers, similarity, targets
+from m3i_fast.ops import boltzmann, gaussian
 
 N, D, K = 24, 10, 16
 TEMPERATURE = 0.2
@@ -188,7 +188,7 @@ def _with_bank(queue: Tensor) -> lightly.NTXentLoss:
 
 
 def _moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
-    return likelihood.moco(q, k, _unit(queue), temperature=TEMPERATURE)
+    return similarity.moco(q, k, _unit(queue), temperature=TEMPERATURE)
 
 
 def _lightly_moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def _lightly_moco(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
 
 
 def _dense(q: Tensor, k: Tensor, of_q: Tensor, of_k: Tensor, queue: Tensor) -> Tensor:
-    return likelihood.dense_contrastive(q, k, of_q, of_k, _unit(queue), temperature=TEMPERATURE)
+    return similarity.dense_contrastive(q, k, of_q, of_k, _unit(queue), temperature=TEMPERATURE)
 
 
 def _lightly_dense(q: Tensor, k: Tensor, of_q: Tensor, of_k: Tensor, queue: Tensor) -> Tensor:
@@ -222,8 +222,8 @@ PAIR = ((N, D), (N, D))
 DENSE = ((4, 9, D), (4, 9, D), (4, 9, 6), (4, 9, 6), (K, D))
 
 ORACLES = (
-    Oracle("gaussian", "torch mse_loss", lambda a, b: likelihood.gaussian(a, b, sigma=0.5**0.5),
-           F.mse_loss, PAIR, 2),
+    Oracle("gaussian", "torch mse_loss", lambda a, b: gaussian(a, b, sigma=0.5**0.5), F.mse_loss,
+           PAIR, 1),
     Oracle("boltzmann, caption", "open_clip ClipLoss",
            lambda a, b, scale: boltzmann(_unit(a), _unit(b), scale[0]),
            lambda a, b, scale: ClipLoss()(_unit(a), _unit(b), scale[0]), (*PAIR, (1,)), 3),
@@ -264,9 +264,9 @@ ORACLES = (
     Oracle("self_distillation, me-max", "lightly MSNLoss", _msn, _lightly_msn,
            ((N, D), (K, D), (N, D)), 2),
     Oracle("negative_cosine_similarity", "lightly NegativeCosineSimilarity",
-           likelihood.negative_cosine_similarity, lightly.NegativeCosineSimilarity(), PAIR, 2),
+           similarity.negative_cosine_similarity, lightly.NegativeCosineSimilarity(), PAIR, 2),
     Oracle("nt_xent", "lightly NTXentLoss",
-           lambda a, b: likelihood.nt_xent(a, b, temperature=TEMPERATURE),
+           lambda a, b: similarity.nt_xent(a, b, temperature=TEMPERATURE),
            lightly.NTXentLoss(temperature=TEMPERATURE), PAIR, 2),
     Oracle("moco", "lightly NTXentLoss with memory bank", _moco, _lightly_moco,
            (*PAIR, (K, D)), 2),

@@ -11,6 +11,7 @@ from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vit import vit_demo
 from m3i_fast.objectives.methods import Term, m3i
 from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
+from m3i_fast.objectives.monitors import feature_std, rankme
 from m3i_fast.objectives.mutual_information import MutualInformation, ObjectiveConfig
 from m3i_fast.objectives.predictors import DecoderConfig
 from m3i_fast.pipelines.batch import Batch
@@ -143,7 +144,7 @@ def test_tokens_are_those_of_the_image_alone() -> None:
         torch.testing.assert_close(mixed[image], alone[0], atol=1e-4, rtol=1e-4)
 
 
-def test_dense_targets_are_normalised_features_of_the_asked_view() -> None:
+def test_dense_targets_are_features_of_the_asked_view() -> None:
     cfg = _config()
     model, batch = _build(cfg), _batch()
     mix = _mix(cfg, batch)
@@ -156,9 +157,37 @@ def test_dense_targets_are_normalised_features_of_the_asked_view() -> None:
     ):
         assert asked is not None and not asked.requires_grad
         images = (batch.global_views[view][rows].float() / 255 - mean) / std
-        tokens = F.layer_norm(model.encoder(images), (VISION.dim,))
+        tokens = model.encoder(images)
         for row in range(4):
             torch.testing.assert_close(asked[row], tokens[row, query[row]], atol=1e-4, rtol=1e-4)
+
+
+def test_dense_terms_are_siameseims_of_normalised_targets() -> None:
+    """(mean_n |p_n - t_n|^2 + 0.02 mean_n p_n^T C p_n) / D, with all products of two rows."""
+    cfg = _config()
+    model, batch = _build(cfg), _batch()
+    mix = _mix(cfg, batch)
+    with torch.no_grad():  # an untrained encoder's tokens are normalised as they come
+        for parameter in model.target_encoder.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    predictions: list[Tensor] = []
+    model.decoder.register_forward_hook(lambda *call: predictions.append(call[-1].detach()))
+    encoded, targets = model.encode_inputs(batch, mix), model.encode_targets(batch, mix)
+    metrics = model(encoded, targets, batch, mix, monitor=True)[1]
+    for name, z_hat, raw in zip(
+        ("intra", "inter"), predictions, (targets.same_view, targets.other_view), strict=True
+    ):
+        assert raw is not None
+        p, t = z_hat.flatten(0, 1), F.layer_norm(raw, (VISION.dim,)).flatten(0, 1)
+        spread = (p @ (t.T @ t / len(t)) @ p.T).diagonal().mean()
+        expected = ((p - t).square().sum(1).mean() + 0.02 * spread) / VISION.dim
+        torch.testing.assert_close(metrics[f"loss/{name}"], expected)
+        cosine = F.cosine_similarity(p, t).mean()
+        torch.testing.assert_close(metrics[f"monitor/{name}_cosine"], cosine)
+    assert targets.tokens is not None
+    tokens = F.layer_norm(targets.tokens, (VISION.dim,))
+    torch.testing.assert_close(metrics["monitor/target_std"], feature_std(tokens.mean(1)))
+    torch.testing.assert_close(metrics["monitor/target_rank"], rankme(tokens))
 
 
 def test_what_is_not_annotated_is_not_asked() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from m3i_fast.objectives import distillation, likelihood, regularisers, targets
+from m3i_fast.objectives import distillation, regularisers, similarity, targets
 from tests.objectives.oracles import ORACLES, Oracle, measure
 
 N, D, K = 24, 10, 16
@@ -57,10 +57,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
         lambda x, t: distillation.self_distillation(x, t, temperature=0.3),
         ((N, K), (N, K)),
     ),
-    "cosine": (likelihood.negative_cosine_similarity, ((N, D), (N, D))),
-    "nt_xent": (lambda a, b: likelihood.nt_xent(a, b, temperature=0.3), ((N, D), (N, D))),
+    "cosine": (similarity.negative_cosine_similarity, ((N, D), (N, D))),
+    "nt_xent": (lambda a, b: similarity.nt_xent(a, b, temperature=0.3), ((N, D), (N, D))),
     "moco": (
-        lambda q, k, queue: likelihood.moco(q, k, queue, temperature=0.3),
+        lambda q, k, queue: similarity.moco(q, k, queue, temperature=0.3),
         ((N, D), (N, D), (K, D)),
     ),
 }
@@ -315,12 +315,12 @@ INVARIANCES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, 
         regularisers.koleo(A),
     ),
     "nt_xent, order of views and pictures, rotation": lambda rotation, shift, scale, order: (
-        likelihood.nt_xent(scale * B[order] @ rotation, A[order] @ rotation, temperature=0.2),
-        likelihood.nt_xent(A, B, temperature=0.2),
+        similarity.nt_xent(scale * B[order] @ rotation, A[order] @ rotation, temperature=0.2),
+        similarity.nt_xent(A, B, temperature=0.2),
     ),
     "moco, rotation and order of the queue": lambda rotation, shift, scale, order: (
-        likelihood.moco(A @ rotation, A * scale, B[order], temperature=0.9),
-        likelihood.moco(A, A @ rotation.T, B @ rotation.T, temperature=0.9),
+        similarity.moco(A @ rotation, A * scale, B[order], temperature=0.9),
+        similarity.moco(A, A @ rotation.T, B @ rotation.T, temperature=0.9),
     ),
 }
 
@@ -342,17 +342,17 @@ def test_values_do_not_depend_on(name: str, seed: int) -> None:
 def test_dense_contrastive_takes_the_most_similar_cell() -> None:
     q, features, queue = draw(2, 5, D), draw(2, 5, 7, seed=1), F.normalize(draw(K, D, seed=2))
     shuffled = torch.tensor([3, 1, 4, 0, 2])
-    got = likelihood.dense_contrastive(
+    got = similarity.dense_contrastive(
         q, q[:, shuffled], features, 2 * features[:, shuffled], queue, temperature=0.3
     )
     rows = q.flatten(0, 1)
-    torch.testing.assert_close(got, likelihood.moco(rows, rows, queue, temperature=0.3))
+    torch.testing.assert_close(got, similarity.moco(rows, rows, queue, temperature=0.3))
 
 
 def test_byols_squared_distance_is_the_gaussian_of_unit_rows() -> None:
     a, b = draw(N, D), draw(N, D, seed=1)
     of_rows = (F.normalize(a) - F.normalize(b)).square().sum(-1).mean()
-    torch.testing.assert_close(2 + 2 * likelihood.negative_cosine_similarity(a, b), of_rows)
+    torch.testing.assert_close(2 + 2 * similarity.negative_cosine_similarity(a, b), of_rows)
 
 
 def test_patches_are_crops_of_the_picture() -> None:
@@ -384,9 +384,9 @@ def test_patches_are_crops_of_the_picture() -> None:
             lambda z: distillation.self_distillation(z, z[:2], temperature=1.0),
             r"logits, targets: expected one shape \[N, K\], got \[4, 6\] and \[2, 6\]",
         ),
-        (lambda z: likelihood.negative_cosine_similarity(z, z[:2]), r"z: expected shape \[4, 6\]"),
-        (lambda z: likelihood.nt_xent(z, z[:2], temperature=1.0), "z_a, z_b: expected one shape"),
-        (lambda z: likelihood.moco(z, z, z[:, :2], temperature=1.0), "q, k, queue: expected"),
+        (lambda z: similarity.negative_cosine_similarity(z, z[:2]), r"z: expected shape \[4, 6\]"),
+        (lambda z: similarity.nt_xent(z, z[:2], temperature=1.0), "z_a, z_b: expected one shape"),
+        (lambda z: similarity.moco(z, z, z[:, :2], temperature=1.0), "q, k, queue: expected"),
         (lambda z: targets.patchify(z[None, None], 4), "patch_size: expected a divisor of 4 and 6"),
     ],
 )

@@ -77,6 +77,33 @@ class Config:
         return rows, columns
 
 
+KERNELS = ((1, 1), (2, 2), (3, 3), (5, 5), (3, 5))
+GRID = list(itertools.product(KERNELS, (1, 2), (1, 2)))
+
+# What people have met with other implementations of this operator.
+SHAPES = {
+    "batch 504": Config(batch=504, image=(3, 4), groups=1, group_size=4),
+    "batch 2": Config(batch=2, image=(56, 56), groups=4),
+    "batch 3, odd sizes": Config(batch=3, image=(13, 17), groups=3, group_size=20),
+    "stride 2": Config(image=(14, 14), stride=2, groups=4),
+    "stride 3 x 2": Config(image=(14, 15), stride=(3, 2), groups=2),
+    "dilation 3 x 1": Config(image=(9, 9), padding=(3, 1), dilation=(3, 1)),
+    "kernel 7": Config(image=(9, 8), kernel=(7, 7), padding=(3, 3)),
+    "kernel 4 x 1": Config(image=(9, 8), kernel=(4, 1), padding=(2, 0)),
+    "32 x 14 channels at 14 x 14": Config(batch=2, image=(14, 14), groups=16, group_size=32),
+    "wide: several blocks a row": Config(batch=1, image=(3, 300), groups=1),
+    "one pixel": Config(batch=1, image=(1, 1), groups=1),
+    "padding larger than the image": Config(image=(2, 3), padding=(6, 5)),
+    "more padding than reach": Config(batch=1, image=(3, 3), padding=(20, 20), groups=1),
+    "scale 0.7": Config(offset_scale=0.7, dilation=2, padding=(2, 2)),
+    "100 channels a group": Config(group_size=100, groups=1),
+    "no image": Config(batch=0),
+}
+
+# More images than a CUDA grid has rows (65,535).
+MANY_IMAGES = Config(batch=65_537, image=(1, 1), groups=1, group_size=4)
+
+
 def grid(kernel: tuple[int, int], stride: int, dilation: int) -> Iterator[Config]:
     """Scales, group sizes and centres; what remains goes round, so that all meet all."""
     paddings = ((2, 1), (1, 3), (0, 4), (3, 3)) if dilation == 1 else ((3, 4), (4, 2))

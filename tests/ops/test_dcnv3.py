@@ -16,10 +16,18 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from m3i_fast.ops import dcnv3, reference
-from tests.ops.dcnv3_cases import Config, assert_right, grid, make, results
+from tests.ops.dcnv3_cases import (
+    GRID,
+    KERNELS,
+    MANY_IMAGES,
+    SHAPES,
+    Config,
+    assert_right,
+    grid,
+    make,
+    results,
+)
 
-KERNELS = ((1, 1), (2, 2), (3, 3), (5, 5), (3, 5))
-GRID = list(itertools.product(KERNELS, (1, 2), (1, 2)))
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -38,27 +46,6 @@ def test_as_accurate_as_torch(kernel: tuple[int, int], stride: int, dilation: in
 def test_as_accurate_as_torch_in_other_types(kernel: tuple[int, int], dtype: torch.dtype) -> None:
     for config in itertools.islice(grid(kernel, 1, 1), 0, None, 2):
         assert_right(dcnv3, config, dtype)
-
-
-# What people have met with other implementations of this operator.
-SHAPES = {
-    "batch 504": Config(batch=504, image=(3, 4), groups=1, group_size=4),
-    "batch 2": Config(batch=2, image=(56, 56), groups=4),
-    "batch 3, odd sizes": Config(batch=3, image=(13, 17), groups=3, group_size=20),
-    "stride 2": Config(image=(14, 14), stride=2, groups=4),
-    "stride 3 x 2": Config(image=(14, 15), stride=(3, 2), groups=2),
-    "dilation 3 x 1": Config(image=(9, 9), padding=(3, 1), dilation=(3, 1)),
-    "kernel 7": Config(image=(9, 8), kernel=(7, 7), padding=(3, 3)),
-    "kernel 4 x 1": Config(image=(9, 8), kernel=(4, 1), padding=(2, 0)),
-    "32 x 14 channels at 14 x 14": Config(batch=2, image=(14, 14), groups=16, group_size=32),
-    "wide: several blocks a row": Config(batch=1, image=(3, 300), groups=1),
-    "one pixel": Config(batch=1, image=(1, 1), groups=1),
-    "padding larger than the image": Config(image=(2, 3), padding=(6, 5)),
-    "more padding than reach": Config(batch=1, image=(3, 3), padding=(20, 20), groups=1),
-    "scale 0.7": Config(offset_scale=0.7, dilation=2, padding=(2, 2)),
-    "100 channels a group": Config(group_size=100, groups=1),
-    "no image": Config(batch=0),
-}
 
 
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
@@ -239,6 +226,10 @@ def test_other_instruction_sets_are_as_accurate(capability: str) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_more_images_than_16_bits_count() -> None:
+    assert_right(dcnv3, MANY_IMAGES, torch.float32)
 
 
 @pytest.mark.slow

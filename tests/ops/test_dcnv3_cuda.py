@@ -10,8 +10,17 @@ import torch
 
 from m3i_fast.ops import dcnv3
 from tests.cuda.emulator import emulated
-from tests.ops.dcnv3_cases import Config, assert_right, grid, make, results
-from tests.ops.test_dcnv3 import GRID, KERNELS, SHAPES
+from tests.ops.dcnv3_cases import (
+    GRID,
+    KERNELS,
+    MANY_IMAGES,
+    SHAPES,
+    Config,
+    assert_right,
+    grid,
+    make,
+    results,
+)
 from tests.ops.test_dcnv3_contract import (  # noqa: F401  run here on the other kernel
     SMALL,
     test_a_sample_on_the_border_is_outside,
@@ -90,6 +99,12 @@ CHUNKED = {
 @pytest.mark.parametrize("config", CHUNKED.values(), ids=CHUNKED.keys())
 def test_more_points_and_channels_than_fit_at_once(config: Config, device: str) -> None:
     assert_right(dcnv3, config, torch.float32, device)
+
+
+@on_every_device
+@pytest.mark.slow
+def test_more_images_than_a_grid_has_rows(device: str) -> None:
+    assert_right(dcnv3, MANY_IMAGES, torch.float32, device)
 
 
 @on_every_device

@@ -1,77 +1,27 @@
-"""Small data sets for the pipeline's tests, packed by the packer itself."""
+"""Small data sets for the pipeline's tests, packed by the packer itself.
+
+What packs is imported by the fixtures: where DALI or Pillow is not installed, a conftest that does
+not import would end the whole session.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig
-from m3i_fast.pipelines.pack import DatasetInfo, write_dataset
-from m3i_fast.pipelines.samples import Sample
-from m3i_fast.pipelines.tokens import TokenizerInfo
-
-TOKENIZER = TokenizerInfo(num_merges=7, context_length=12, vocab_size=521, fingerprint="f" * 64)
-
-
-def encode_image(pixels: NDArray[np.uint8], image_format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, image_format, **options)
-    return buffer.getvalue()
-
-
-def smooth_picture(seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    """[H, W, 3] soft colour noise, which JPEG and resampling treat kindly."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def sample(index: int, image: Any, **changes: Any) -> Sample:
-    """A sample with a caption and a label that follow from its index."""
-    fields: dict[str, Any] = {
-        "image": image,
-        "extension": "png" if image.startswith(b"\x89PNG") else "jpg",
-        "name": f"picture-{index}",
-        "sample_id": index,
-        "group_id": index,
-        "token_ids": np.arange(1, 4 + index % 5, dtype=np.int32),
-        "label": index % 3,
-    }
-    return Sample(**{**fields, **changes})
-
-
-def info(**changes: Any) -> DatasetInfo:
-    fields: dict[str, Any] = {
-        "name": "test",
-        "class_names": ("a", "b", "c"),
-        "tokenizer": TOKENIZER,
-        "licence": "none",
-        "attribution": "nobody",
-        "settings": {},
-    }
-    return DatasetInfo(**{**fields, **changes})
-
-
-def pack(out: Path, samples: Sequence[Sample], samples_per_shard: int = 4) -> Path:
-    return write_dataset(
-        out, {"train": samples}, info(), seed=0, samples_per_shard=samples_per_shard
-    )
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.loader import LoaderConfig
+    from tests.pipelines.data import Packer
 
 
 @pytest.fixture(scope="session")
 def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 pictures of 40 x 56 in 13 shards; every fifth lacks a caption, every seventh a label."""
+    from tests.pipelines.data import encode_image, pack, sample, smooth_picture
+
     samples = [
         sample(
             i,
@@ -84,21 +34,20 @@ def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack(tmp_path_factory.mktemp("fifty") / "data", samples)
 
 
-Packer = Callable[[Sequence[Sample]], Path]
-
-
 @pytest.fixture
 def packer(tmp_path: Path) -> Packer:
     """Pack samples into a fresh directory, all in one shard."""
+    from tests.pipelines.data import pack
+
     return lambda samples: pack(tmp_path / "data", samples, samples_per_shard=len(samples))
-
-
-EVERYTHING = ViewConfig(size=16, blur_probability=0.5, solarize_probability=0.3)
 
 
 @pytest.fixture
 def cfg(fifty: Path) -> LoaderConfig:
     """12 batches of 4 an epoch, every random op in use."""
+    from m3i_fast.pipelines.loader import LoaderConfig
+    from tests.pipelines.data import EVERYTHING
+
     return LoaderConfig(
         path=fifty,
         batch_size=4,
@@ -107,25 +56,3 @@ def cfg(fifty: Path) -> LoaderConfig:
         seed=5,
         initial_fill=16,
     )
-
-
-def tensors(batch: Batch) -> list[Tensor]:
-    return [
-        *batch.global_views,
-        *batch.local_views,
-        batch.boxes,
-        batch.image_size,
-        batch.token_ids,
-        batch.num_tokens,
-        batch.label,
-        batch.sample_id,
-        batch.group_id,
-    ]
-
-
-def equal(first: Batch, second: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
-
-
-def take(loader: Loader, number: int) -> list[Batch]:
-    return [next(loader) for _ in range(number)]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from m3i_fast.pipelines.loader import Loader, LoaderConfig, evaluation_batches
-from tests.pipelines.conftest import (
+from tests.pipelines.data import (
     EVERYTHING,
     Packer,
     encode_image,

@@ -13,7 +13,7 @@ import torch
 
 from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.loader import Loader, LoaderConfig
-from tests.pipelines.conftest import (
+from tests.pipelines.data import (
     EVERYTHING,
     TOKENIZER,
     equal,

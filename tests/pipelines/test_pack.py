@@ -16,7 +16,7 @@ from wds2idx import IndexCreator
 
 from m3i_fast.pipelines.manifest import read_manifest, verify
 from m3i_fast.pipelines.pack import write_dataset
-from tests.pipelines.conftest import TOKENIZER, encode_image, info, pack, sample, smooth_picture
+from tests.pipelines.data import TOKENIZER, encode_image, info, pack, sample, smooth_picture
 
 PNG = encode_image(smooth_picture(0, 20, 30))
 JPEG = encode_image(smooth_picture(0, 20, 30), "JPEG")

@@ -14,7 +14,7 @@ from m3i_fast.pipelines import reader
 from m3i_fast.pipelines.dali import pipeline_def
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.manifest import read_manifest
-from tests.pipelines.conftest import TOKENIZER, Packer, encode_image, sample, smooth_picture
+from tests.pipelines.data import TOKENIZER, Packer, encode_image, sample, smooth_picture
 
 PICTURE = smooth_picture(1, 75, 101)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from m3i_fast.pipelines.loader import Loader, LoaderConfig
-from tests.pipelines.conftest import (
+from tests.pipelines.data import (
     EVERYTHING,
     Packer,
     encode_image,

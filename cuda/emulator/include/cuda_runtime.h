@@ -9,13 +9,18 @@
 #include "cuda_runtime_api.h"
 #include "emulator/access.h"
 #include "emulator/atomics.h"
+#include "emulator/cluster.h"
 #include "emulator/launch.h"
 #include "emulator/math.h"
+#include "emulator/mbarrier.h"
 #include "emulator/qualifiers.h"
+#include "emulator/registers.h"
 #include "emulator/thread.h"
 #include "emulator/tile.h"
+#include "emulator/tma.h"
 #include "emulator/vector_types.h"
 #include "emulator/warp.h"
+#include "emulator/wgmma.h"
 
 // nvcc gives kernels these names without std::.
 #include <cmath>

@@ -2,6 +2,7 @@
 // before plain accesses, those of -fsanitize=alignment,bounds, and those of the emulator's own
 // intrinsics.
 #include "access.h"
+#include "cluster.h"
 #include "memory.h"
 #include "module.h"
 #include "race.h"
@@ -29,7 +30,8 @@ bool in_module(uintptr_t address, size_t size, Access access, uintptr_t instruct
 
 [[noreturn]] void fail_outside(uintptr_t address, size_t size, Access access,
                                uintptr_t instruction) {
-  for (const Thread& other : running_block->threads) {
+  for (uint32_t id = 0; id < running_cluster->num_threads(); ++id) {
+    const Thread& other = running_cluster->thread(id);
     if (other.stack.low && other.stack.holds(address, 1)) {
       fail_with(cudaErrorIllegalAddress,
                 sized("out-of-bounds", access, address, size) + ", a local variable of thread " +
@@ -45,6 +47,12 @@ bool in_module(uintptr_t address, size_t size, Access access, uintptr_t instruct
 // Between two shared variables lies padding that no kernel may touch.
 void check_shared_variable(const Region& region, uintptr_t address, size_t size, Access access,
                            uintptr_t instruction) {
+  if (running_cluster->blocks.size() > 1) {
+    fail(
+        "a static shared variable in a cluster, whose blocks have one copy of it in the emulator: "
+        "use dynamic_shared()",
+        at(instruction));
+  }
   static const Symbol* last = nullptr;
   static uintptr_t last_base = 0;
   const size_t offset = address - region.begin;
@@ -77,6 +85,8 @@ void check_at(uintptr_t address, size_t size, Access access, uintptr_t instructi
               sized("out-of-bounds", access, address, size) + ", of which only " +
                   std::to_string(region->end - address) + " lie in it",
               at(instruction));
+  } else if (region->shared() && region->block != running_block->rank) {
+    visit(*region, address, at(instruction));
   }
   check_race(*region, address, size, access, instruction);
 }

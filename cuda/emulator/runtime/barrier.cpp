@@ -30,9 +30,8 @@ void pass_block_barrier(Block& block) {
   block.vote_total = block.votes;
   block.votes = 0;
   block.at_barrier = 0;
-  begin_epoch();
+  order_threads(block);
   for (Thread& thread : block.threads) {
-    thread.clock = 1;
     if (thread.state == Thread::State::kAtBarrier) block.make_ready(thread);
   }
 }

@@ -1,6 +1,9 @@
 #include "device.h"
 
 #include "cuda_runtime_api.h"
+#include "report.h"
+
+#include <string>
 
 namespace m3i::emulator {
 
@@ -9,6 +12,16 @@ int architecture = 80;
 }
 
 size_t most_shared_bytes() { return (architecture >= 90 ? 227 : 163) * 1024; }
+
+bool has_clusters() { return architecture >= 90; }
+
+void require_architecture(int compute_capability, const char* what, Site site) {
+  if (architecture >= compute_capability) return;
+  fail((std::string(what) + " on compute capability " + std::to_string(architecture / 10) + "." +
+        std::to_string(architecture % 10))
+           .c_str(),
+       site);
+}
 
 void m3i_emulator_set_architecture(int compute_capability) { architecture = compute_capability; }
 
@@ -56,15 +69,15 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
   row(cudaSuccess, "no error") row(cudaErrorInvalidValue, "invalid argument")                   \
       row(cudaErrorMemoryAllocation, "out of memory")                                           \
           row(cudaErrorInvalidConfiguration, "invalid configuration argument")                  \
-              row(cudaErrorInvalidDeviceFunction, "invalid device function")                    \
-                  row(cudaErrorInvalidDevice, "invalid device ordinal")                         \
-                      row(cudaErrorIllegalAddress, "an illegal memory access was encountered")  \
-                          row(cudaErrorLaunchOutOfResources,                                    \
-                              "too many resources requested for launch")                        \
-                              row(cudaErrorAssert, "device-side assert triggered")              \
-                                  row(cudaErrorMisalignedAddress, "misaligned address")         \
-                                      row(cudaErrorLaunchFailure, "unspecified launch failure") \
-                                          row(cudaErrorNotSupported, "operation not supported")
+              row(cudaErrorInvalidDeviceFunction, "invalid device function") row(               \
+                  cudaErrorInvalidDevice, "invalid device ordinal")                             \
+                  row(cudaErrorIllegalAddress, "an illegal memory access was encountered") row( \
+                      cudaErrorLaunchOutOfResources, "too many resources requested for launch") \
+                      row(cudaErrorAssert, "device-side assert triggered")                      \
+                          row(cudaErrorMisalignedAddress, "misaligned address")                 \
+                              row(cudaErrorLaunchFailure, "unspecified launch failure")         \
+                                  row(cudaErrorNotSupported, "operation not supported")         \
+                                      row(cudaErrorInvalidClusterSize, "cluster misconfiguration")
 
 #define M3I_NAME(error, text) \
   case error:                 \

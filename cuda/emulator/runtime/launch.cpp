@@ -1,10 +1,11 @@
-// Launches: CUDA's limits, then one block after another.
+// Launches: CUDA's limits, then one cluster of blocks after another.
 #include "emulator/launch.h"
 
 #include "device.h"
 #include "memory.h"
 #include "module.h"
 #include "race.h"
+#include "registers.h"
 #include "report.h"
 #include "scheduler.h"
 #include "signals.h"
@@ -40,6 +41,37 @@ cudaError_t check_shared(const cudaLaunchConfig_t& config, const void* kernel,
   return static_bytes + dynamic <= kSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Blocks of a cluster along each axis.
+dim3 cluster_of(const cudaLaunchConfig_t& config) {
+  dim3 cluster;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    const auto& value = config.attrs[i].val.clusterDim;
+    cluster = dim3(value.x, value.y, value.z);
+  }
+  return cluster;
+}
+
+cudaError_t check_cluster(const cudaLaunchConfig_t& config) {
+  const dim3 cluster = cluster_of(config), grid = config.gridDim;
+  const uint64_t blocks = uint64_t{cluster.x} * cluster.y * cluster.z;
+  if (blocks == 0 || blocks > kMostClusterBlocks) return cudaErrorInvalidClusterSize;
+  if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0) {
+    return cudaErrorInvalidConfiguration;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t check_attributes(const cudaLaunchConfig_t& config) {
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttributeID id = config.attrs[i].id;
+    const bool known = id == cudaLaunchAttributeIgnore ||
+                       (id == cudaLaunchAttributeClusterDimension && has_clusters());
+    if (!known) return cudaErrorNotSupported;
+  }
+  return check_cluster(config);
+}
+
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const Module* module = module_of(kernel);
   const auto address = reinterpret_cast<uintptr_t>(kernel);
@@ -52,24 +84,37 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 block = config.blockDim;
   const unsigned long long threads = 1ull * block.x * block.y * block.z;
   if (threads > 1024) return cudaErrorInvalidConfiguration;
-  if (threads > module->launch_bound(address)) return cudaErrorLaunchOutOfResources;
-  for (unsigned i = 0; i < config.numAttrs; ++i) {
-    if (config.attrs[i].id != cudaLaunchAttributeIgnore) return cudaErrorNotSupported;
-  }
+  const auto bound = module->launch_bound(address);
+  if (bound && threads > bound->threads) return cudaErrorLaunchOutOfResources;
+  const cudaError_t error = check_attributes(config);
+  if (error != cudaSuccess) return error;
   return check_shared(config, kernel, module->static_shared_bytes(*symbol));
 }
 
-void run_grid(const cudaLaunchConfig_t& config, const Call& call) {
+// Whose first block is this one.
+Cluster make_cluster(uint3 first, dim3 extents, uint32_t registers) {
+  Cluster cluster;
+  cluster.blocks.resize(size_t{extents.x} * extents.y * extents.z);
+  for (uint32_t rank = 0; rank < cluster.blocks.size(); ++rank) {
+    Block& block = cluster.blocks[rank];
+    block.rank = rank;
+    block.index = {first.x + rank % extents.x, first.y + rank / extents.x % extents.y,
+                   first.z + rank / extents.x / extents.y};
+    block.launch_registers = registers;
+  }
+  return cluster;
+}
+
+void run_grid(const cudaLaunchConfig_t& config, const Call& call, uint32_t registers) {
   gridDim = config.gridDim;
   begin_launch_epoch();
-  const dim3 grid = config.gridDim;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        Block block;
-        block.index = {x, y, z};
+  const dim3 grid = config.gridDim, extents = cluster_of(config);
+  for (unsigned z = 0; z < grid.z; z += extents.z) {
+    for (unsigned y = 0; y < grid.y; y += extents.y) {
+      for (unsigned x = 0; x < grid.x; x += extents.x) {
+        Cluster cluster = make_cluster({x, y, z}, extents, registers);
         scramble_shared();
-        run_block(block, config.blockDim, call);
+        run_cluster(cluster, config.blockDim, call);
         if (launch_error() != cudaSuccess) return;
       }
     }
@@ -84,11 +129,15 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   cudaError_t error = check_launch(config, kernel);
   if (error == cudaSuccess) {
     const Module* module = module_of(kernel);
-    set_shared(config.dynamicSmemBytes, module->shared_base(), module->shared_bytes);
+    const dim3 cluster = cluster_of(config);
+    set_shared(cluster.x * cluster.y * cluster.z, config.dynamicSmemBytes, module->shared_base(),
+               module->shared_bytes);
     begin_reports(kernel);
+    const auto address = reinterpret_cast<uintptr_t>(kernel);
+    const uint32_t registers = launch_registers(module->launch_bound(address));
     const FaultHandler handler;
     if (sigsetjmp(FaultHandler::leave, 1) == 0) {
-      run_grid(config, {invoke, closure});
+      run_grid(config, {invoke, closure}, registers);
     } else {
       forget_running();
     }
@@ -105,7 +154,9 @@ cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribu
   return cudaSuccess;
 }
 
-void* dynamic_shared() { return reinterpret_cast<void*>(dynamic_shared_begin()); }
+void* dynamic_shared() {
+  return reinterpret_cast<void*>(dynamic_shared_begin(running_block->rank));
+}
 
 void thread_fence() { running_block->fenced = true; }
 

@@ -27,7 +27,8 @@ std::map<uintptr_t, Allocation>& allocations() {
 }
 
 Region* last_found = nullptr;
-Region dynamic_region, static_region;
+Region dynamic_regions[kMostClusterBlocks], static_region;
+uintptr_t dynamic_memory = 0;  // where the first one begins
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 size_t page() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
@@ -51,6 +52,13 @@ std::map<size_t, std::vector<Stamp*>>& free_shadows() {
   return *lists;
 }
 size_t bytes_of_free_shadows = 0;
+
+// The block whose dynamic shared memory, or the gap after it, an address is in; null if it is
+// elsewhere.
+Region* dynamic_region_near(uintptr_t address) {
+  const uintptr_t block = (address - dynamic_memory) / kSharedStride;
+  return block < kMostClusterBlocks ? &dynamic_regions[block] : nullptr;
+}
 
 }  // namespace
 
@@ -89,7 +97,7 @@ void* allocate_guarded(size_t size) {
   mprotect(reinterpret_cast<void*>(guard), page(), PROT_NONE);
   const uintptr_t begin = guard - padded;
   std::memset(reinterpret_cast<void*>(begin), 0xff, padded);
-  allocations()[begin] = {{begin, begin + size, Region::Kind::kGlobal, {}}, mapping, mapped};
+  allocations()[begin] = {{begin, begin + size, Region::Kind::kGlobal, 0, {}}, mapping, mapped};
   return reinterpret_cast<void*>(begin);
 }
 
@@ -106,7 +114,9 @@ void free_guarded(void* memory) {
 Region* region_at(uintptr_t address) {
   if (last_found && last_found->holds(address)) return last_found;
   if (static_region.holds(address)) return &static_region;
-  if (dynamic_region.holds(address)) return &dynamic_region;
+  if (Region* region = dynamic_region_near(address)) {
+    return region->holds(address) ? region : nullptr;
+  }
   auto next = allocations().upper_bound(address);
   if (next == allocations().begin()) return nullptr;
   Region& region = (--next)->second.region;
@@ -120,8 +130,8 @@ std::string describe_outside(uintptr_t address) {
            std::to_string(region.end - region.begin) + " bytes";
   };
   constexpr uintptr_t kNear = 1 << 16;
-  if (dynamic_region.end <= address && address - dynamic_region.end < kNear) {
-    return past(dynamic_region, "dynamic shared memory");
+  if (const Region* region = dynamic_region_near(address); region && region->begin) {
+    return past(*region, "dynamic shared memory");
   }
   const auto next = allocations().upper_bound(address);
   if (next != allocations().begin()) {
@@ -138,27 +148,35 @@ std::string describe_outside(uintptr_t address) {
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
-void set_shared(size_t dynamic_bytes, uintptr_t static_begin, size_t static_bytes) {
-  constexpr size_t kMost = 256 * 1024;  // more than any GPU gives a block
-  static const auto memory = reinterpret_cast<uintptr_t>(map(kMost));
-  if (!dynamic_region.shadow.writes) {
-    dynamic_region = {memory, memory + kMost, Region::Kind::kDynamicShared, {}};
-    dynamic_region.make_shadow();
+void set_shared(uint32_t num_blocks, size_t dynamic_bytes, uintptr_t static_begin,
+                size_t static_bytes) {
+  static const auto memory = reinterpret_cast<uintptr_t>(map(kMostClusterBlocks * kSharedStride));
+  dynamic_memory = memory;
+  for (uint32_t block = 0; block < kMostClusterBlocks; ++block) {
+    Region& region = dynamic_regions[block];
+    const bool used = block < num_blocks;
+    if (used && !region.shadow.writes) {
+      const uintptr_t begin = dynamic_shared_begin(block);
+      region = {begin, begin + kSharedStride, Region::Kind::kDynamicShared, block, {}};
+      region.make_shadow();
+    }
+    region.end = region.begin + (used ? dynamic_bytes : 0);
   }
-  dynamic_region.end = memory + dynamic_bytes;
   if (static_begin != static_region.begin || static_begin + static_bytes != static_region.end) {
     static_region.drop_shadow();
-    static_region = {static_begin, static_begin + static_bytes, Region::Kind::kStaticShared, {}};
+    static_region = {static_begin, static_begin + static_bytes, Region::Kind::kStaticShared, 0, {}};
     if (static_bytes) static_region.make_shadow();
   }
 }
 
-uintptr_t dynamic_shared_begin() { return dynamic_region.begin; }
+uintptr_t dynamic_shared_begin(uint32_t block) { return dynamic_memory + block * kSharedStride; }
 
 void scramble_shared() {
-  for (const Region* region : {&dynamic_region, &static_region}) {
-    std::memset(reinterpret_cast<void*>(region->begin), 0xff, region->end - region->begin);
-  }
+  const auto scramble = [](const Region& region) {
+    std::memset(reinterpret_cast<void*>(region.begin), 0xff, region.end - region.begin);
+  };
+  for (const Region& region : dynamic_regions) scramble(region);
+  scramble(static_region);
 }
 
 }  // namespace m3i::emulator

@@ -20,7 +20,8 @@ struct Region {
   enum class Kind { kGlobal, kDynamicShared, kStaticShared };
   uintptr_t begin = 0, end = 0;
   Kind kind = Kind::kGlobal;
-  Shadow shadow;  // made when a kernel first touches the region
+  uint32_t block = 0;  // whose dynamic shared memory it is: its rank in the cluster
+  Shadow shadow;       // made when a kernel first touches the region
 
   bool holds(uintptr_t address) const { return begin <= address && address < end; }
   bool shared() const { return kind != Kind::kGlobal; }
@@ -38,10 +39,15 @@ Region* region_at(uintptr_t address);
 // Of an address in no region: how it lies to the nearest allocation.
 std::string describe_outside(uintptr_t address);
 
-// The shared memory of the block that runs next: `dynamic_bytes` and the variables of a module
-// (static_bytes from static_begin). Empty between launches.
-void set_shared(size_t dynamic_bytes, uintptr_t static_begin, size_t static_bytes);
-uintptr_t dynamic_shared_begin();
+inline constexpr uint32_t kMostClusterBlocks = 8;
+// Between the same bytes of two blocks of a cluster.
+inline constexpr size_t kSharedStride = 256 * 1024;
+
+// The shared memory of the blocks that run next: `dynamic_bytes` of each of them, and the variables
+// of a module (static_bytes from static_begin). Empty between launches.
+void set_shared(uint32_t num_blocks, size_t dynamic_bytes, uintptr_t static_begin,
+                size_t static_bytes);
+uintptr_t dynamic_shared_begin(uint32_t block);
 // Overwrites all of it, as if never written.
 void scramble_shared();
 

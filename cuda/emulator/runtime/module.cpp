@@ -132,15 +132,18 @@ const Segment* Module::segment_at(uintptr_t address) const {
   return nullptr;
 }
 
-unsigned Module::launch_bound(uintptr_t address) const {
-  constexpr unsigned kMost = 1024;
-  auto next = std::upper_bound(bounds.begin(), bounds.end(), address);
-  if (next == bounds.begin()) return kMost;
-  // The padding of another kernel ends before that kernel's own code.
-  const uintptr_t padding = *--next;
-  const Symbol* between = function_at(address - 1);
-  const bool own = address - padding <= kMost && (!between || between->begin < padding);
-  return own ? static_cast<unsigned>(address - padding) : kMost;
+std::optional<LaunchBound> Module::launch_bound(uintptr_t address) const {
+  constexpr unsigned kBlocks = 2048;  // qualifiers.h
+  auto padding = std::upper_bound(bounds.begin(), bounds.end(), address);
+  if (padding == bounds.begin()) return std::nullopt;
+  --padding;
+  // It is another kernel's if a function lies between.
+  const auto own =
+      std::lower_bound(functions.begin(), functions.end(), address,
+                       [](const Symbol& s, uintptr_t value) { return s.begin < value; });
+  if (own != functions.begin() && std::prev(own)->begin >= *padding) return std::nullopt;
+  const auto size = static_cast<unsigned>(address - *padding);
+  return LaunchBound{size % kBlocks, size / kBlocks};
 }
 
 size_t Module::static_shared_bytes(const Symbol& kernel) const {

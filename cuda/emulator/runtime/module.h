@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,12 @@ struct Segment {
   bool writable;
 };
 
+// What __launch_bounds__ says: threads of a block, and blocks that a multiprocessor is to hold, 0
+// where it says nothing of them.
+struct LaunchBound {
+  unsigned threads, blocks;
+};
+
 struct Module {
   std::string path;
   uintptr_t base = 0;
@@ -36,8 +43,8 @@ struct Module {
   const Symbol* function_at(uintptr_t address) const;
   const Symbol* shared_at(size_t offset) const;
   const Segment* segment_at(uintptr_t address) const;
-  // Threads that the kernel at `address` may have in a block; 1024 where it does not say.
-  unsigned launch_bound(uintptr_t address) const;
+  // Of the kernel at an address.
+  std::optional<LaunchBound> launch_bound(uintptr_t address) const;
   // Bytes of static shared memory that the kernel itself declares.
   size_t static_shared_bytes(const Symbol& kernel) const;
 };

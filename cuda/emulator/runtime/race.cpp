@@ -1,7 +1,9 @@
 #include "race.h"
 
+#include "async.h"
 #include "report.h"
 #include "scheduler.h"
+#include "stamp.h"
 
 #include <algorithm>
 #include <string>
@@ -10,73 +12,60 @@ namespace m3i::emulator {
 
 namespace {
 
-// A stamp, from its low bits: clock, thread, flag, epoch. 0: never touched.
-constexpr unsigned kClockBits = 20, kThreadBits = 14;
-constexpr Stamp kFlag = Stamp{1} << (kClockBits + kThreadBits);
-constexpr unsigned kEpochShift = kClockBits + kThreadBits + 1;
-
-constexpr uint32_t clock_of(Stamp stamp) {
-  return static_cast<uint32_t>(stamp & ((1u << kClockBits) - 1));
-}
-constexpr uint32_t thread_of(Stamp stamp) {
-  return (stamp >> kClockBits) & ((1u << kThreadBits) - 1);
-}
-constexpr uint64_t epoch_of(Stamp stamp) { return stamp >> kEpochShift; }
-
-// Clocks start at 1: 0 marks bytes to which a copy is under way.
-constexpr Stamp kClockMask = (Stamp{1} << kClockBits) - 1;
-constexpr bool in_flight(Stamp stamp) { return stamp != 0 && clock_of(stamp) == 0; }
-
 uint64_t epoch = 1;
-uint64_t launch_epoch = 1;  // the first one of the launch
-uint64_t block_epoch = 1;   // the first one of the block
+uint64_t launch_epoch = 1;   // the first one of the launch
+uint64_t cluster_epoch = 1;  // the first one of the cluster
 
-// known[t * threads + u]: the clock of thread u up to which everything is ordered before what
-// thread t does now. A row counts in the epoch in which it was last written only.
+// known[t * width + u]: the clock of thread u up to which everything is ordered before what thread
+// t does now. A row counts in the epoch in which it was last written only. After the threads'
+// columns come those of the agents.
 std::vector<uint32_t> known;
 std::vector<uint64_t> known_epoch;
+size_t width = 0;
+uint32_t num_threads = 0;  // of the cluster
 
-uint32_t* row_of(const Block& block, uint32_t rank) {
-  const size_t count = block.threads.size();
-  uint32_t* row = known.data() + rank * count;
-  if (known_epoch[rank] != epoch) {
-    known_epoch[rank] = epoch;
-    std::fill(row, row + count, 0);
+// Of each agent: the phase that a thread has heard of, and that one had when the epoch began.
+struct Agent {
+  uint32_t heard = 0, settled = 0;
+};
+std::vector<Agent> agents;
+
+uint32_t* row_of(uint32_t id) {
+  uint32_t* row = known.data() + id * width;
+  if (known_epoch[id] != epoch) {
+    known_epoch[id] = epoch;
+    std::fill(row, row + width, 0);
   }
   return row;
 }
 
-Stamp stamp_of(const Thread& thread) {
-  return epoch << kEpochShift | Stamp{thread.rank} << kClockBits | thread.clock;
+Stamp stamp_of(const Thread& thread) { return make_stamp(epoch, thread.id, thread.clock); }
+
+bool heard_of(uint32_t id, uint32_t other, uint32_t clock) {
+  return known_epoch[id] == epoch && known[id * width + other] >= clock;
 }
 
-// What `stamp` marks happened before what the running thread does now, or is its own.
-bool ordered(Stamp stamp) {
+bool by_agent(Stamp stamp) { return thread_of(stamp) >= num_threads; }
+
+bool is_ordered(Stamp stamp, uint32_t id) {
   const uint64_t then = epoch_of(stamp);
   if (then < launch_epoch) return true;
-  if (then < block_epoch) return running_block->fenced;
-  if (then < epoch) return true;
+  if (then < cluster_epoch) return running_block->fenced;
   const uint32_t other = thread_of(stamp);
-  if (other == running->rank) return true;
-  const size_t count = running_block->threads.size();
-  return known_epoch[running->rank] == epoch &&
-         known[running->rank * count + other] >= clock_of(stamp);
+  if (by_agent(stamp)) {
+    return clock_of(stamp) <= agents[other - num_threads].settled ||
+           heard_of(id, other, clock_of(stamp));
+  }
+  return then < epoch || other == id || heard_of(id, other, clock_of(stamp));
 }
 
 // As above for the flagged stamp of the last of several readers. Of the others nothing is known,
 // but that nobody heard of them if nobody heard of anybody.
 bool readers_ordered(Stamp stamp) {
-  if (epoch_of(stamp) == epoch && (stamp & kFlag) && known_epoch[running->rank] != epoch) {
+  if (epoch_of(stamp) == epoch && (stamp & kFlag) && known_epoch[running->id] != epoch) {
     return false;
   }
-  return ordered(stamp);
-}
-
-std::string who(Stamp stamp) {
-  if (epoch_of(stamp) < block_epoch) return "a thread of another block of this launch";
-  const Thread& thread = running_block->threads[thread_of(stamp)];
-  const bool other = thread.rank != running->rank;
-  return other ? "thread " + to_string(thread.index) : "other threads";
+  return is_ordered(stamp, running->id);
 }
 
 struct Accessed {
@@ -98,31 +87,57 @@ struct Accessed {
 [[noreturn]] void fail_unwritten(const Accessed& a) {
   fail_with(cudaErrorLaunchFailure,
             std::string("read before written: ") + name_of(a.access) + " of " +
-                describe_memory(a.region, a.address, a.size) + ", which this block has not written",
+                describe_memory(a.region, a.address, a.size) + ", which nobody has written",
             at(a.instruction));
 }
 
 [[noreturn]] void fail_in_flight(const Accessed& a, Stamp write) {
+  if (thread_of(write) == kOfMbarrier) {
+    fail_with(cudaErrorLaunchFailure,
+              std::string(name_of(a.access)) + " of " +
+                  describe_memory(a.region, a.address, a.size) + ", which holds an mbarrier",
+              at(a.instruction));
+  }
   fail_with(cudaErrorLaunchFailure,
             std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
-                ", to which a cp.async of " + who(write) + " is under way: it was not waited for",
+                ", to which a copy of " + who(write) + " is under way: it was not waited for",
             at(a.instruction));
+}
+
+// Blocks of one cluster may order what they do to global memory by fences and atomic operations, as
+// all blocks of a launch may: that is not known here.
+bool fenced_between(const Region& region, Stamp stamp) {
+  return !region.shared() && running_block->fenced && epoch_of(stamp) >= cluster_epoch &&
+         !by_agent(stamp) && running_cluster->thread(thread_of(stamp)).block != running_block;
 }
 
 // Fails unless an access to the byte with these stamps may follow.
 void check_byte(const Accessed& a, Stamp write, Stamp read) {
   if (a.region.shared()) {  // what earlier blocks did to it is gone
-    if (epoch_of(write) < block_epoch) write = 0;
-    if (epoch_of(read) < block_epoch) read = 0;
+    write = of_this_cluster(write);
+    read = of_this_cluster(read);
     if (reads(a.access) && write == 0) fail_unwritten(a);
     if (in_flight(write)) fail_in_flight(a, write);
   }
   const bool both_atomic = atomic(a.access) && (write & kFlag);
-  if (!both_atomic && !ordered(write)) fail_race(a, "wrote", write);
-  if (writes(a.access) && !readers_ordered(read)) fail_race(a, "read", read);
+  if (!both_atomic && !is_ordered(write, running->id) && !fenced_between(a.region, write)) {
+    fail_race(a, "wrote", write);
+  }
+  if (writes(a.access) && !readers_ordered(read) && !fenced_between(a.region, read)) {
+    fail_race(a, "read", read);
+  }
 }
 
-// The stamp of a byte's readers once the running thread is one of them.
+void check_not_being_read(const Accessed& a) {
+  if (a.region.kind != Region::Kind::kDynamicShared) return;
+  if (!is_being_read(a.region, a.address, a.size)) return;
+  fail_with(cudaErrorLaunchFailure,
+            std::string(name_of(a.access)) + " of " + describe_memory(a.region, a.address, a.size) +
+                ", which an asynchronous operation is reading: it was not waited for",
+            at(a.instruction));
+}
+
+// The stamp of a byte's readers once the owner of `own` is one of them.
 Stamp add_reader(Stamp before, Stamp own) {
   if (epoch_of(before) != epoch) return own;
   const bool several = (before & kFlag) || thread_of(before) != thread_of(own);
@@ -143,6 +158,7 @@ void check_bytes(const Accessed& a) {
   Stamp* written = a.region.shadow.writes + offset;
   Stamp* read = a.region.shadow.reads + offset;
   const Stamp own = stamp_of(*running);
+  if (writes(a.access)) check_not_being_read(a);
   const bool uniform = all_equal(written, size) && all_equal(read, size);
   for (size_t i = 0; i < (uniform ? 1 : size); ++i) check_byte(a, written[i], read[i]);
   if (writes(a.access)) {
@@ -167,14 +183,19 @@ struct Columns {
 };
 
 Columns columns(const Thread& thread, const SyncClock& clock) {
-  const size_t count = running_block->threads.size();
-  if (!clock.within_warp || across_warps_epoch == epoch) return {0, count};
-  const size_t begin = thread.warp * kWarpSize;
-  return {begin, std::min<size_t>(count, begin + kWarpSize)};
+  const size_t end = std::min(width, clock.row.size());
+  if (!clock.within_warp || across_warps_epoch == epoch) return {0, end};
+  const size_t begin = thread.id - thread.lane;
+  return {begin, std::min(end, begin + kWarpSize)};
 }
 
 void join(uint32_t* into, const uint32_t* from, Columns columns) {
   for (size_t i = columns.begin; i < columns.end; ++i) into[i] = std::max(into[i], from[i]);
+}
+
+void begin_epoch() {
+  ++epoch;
+  for (Agent& agent : agents) agent.settled = agent.heard;
 }
 
 void begin(uint64_t& first_of) {
@@ -190,16 +211,29 @@ const char* name_of(Access access) {
   return names[static_cast<int>(access)];
 }
 
-void begin_epoch() { ++epoch; }
 void begin_launch_epoch() { begin(launch_epoch); }
 
-void begin_block_epoch() {
-  begin(block_epoch);
-  const size_t count = running_block->threads.size();
-  if (known_epoch.size() != count) {
+void begin_cluster_epoch() {
+  begin(cluster_epoch);
+  agents.clear();
+  num_threads = running_cluster->num_threads();
+  const size_t count = num_threads;
+  if (known_epoch.size() != count || width != count) {
+    width = count;
     known_epoch.assign(count, 0);
     known.assign(count * count, 0);
   }
+}
+
+void order_threads(Block& block) {
+  if (running_cluster->blocks.size() == 1) {
+    begin_epoch();
+    for (Thread& thread : block.threads) thread.clock = 1;
+    return;
+  }
+  SyncClock clock;
+  for (Thread& thread : block.threads) release(thread, clock);
+  for (const Thread& thread : block.threads) acquire(thread, clock);
 }
 
 void release(Thread& thread, SyncClock& clock) {
@@ -207,18 +241,19 @@ void release(Thread& thread, SyncClock& clock) {
     fail_thread(thread, "more than a million synchronisations without __syncthreads", thread.site);
   }
   if (!clock.within_warp) across_warps_epoch = epoch;
-  uint32_t* row = row_of(*running_block, thread.rank);
-  row[thread.rank] = thread.clock++;
+  uint32_t* row = row_of(thread.id);
+  row[thread.id] = thread.clock++;
   if (clock.epoch != epoch) {
     clock.epoch = epoch;
-    clock.row.assign(running_block->threads.size(), 0);
+    clock.row.assign(width, 0);
   }
+  if (clock.row.size() < width) clock.row.resize(width);
   join(clock.row.data(), row, columns(thread, clock));
 }
 
 void acquire(const Thread& thread, const SyncClock& clock) {
   if (clock.epoch != epoch) return;  // a barrier since then has ordered more
-  join(row_of(*running_block, thread.rank), clock.row.data(), columns(thread, clock));
+  join(row_of(thread.id), clock.row.data(), columns(thread, clock));
 }
 
 void check_race(Region& region, uintptr_t address, size_t size, Access access,
@@ -239,6 +274,87 @@ void check_race(Region& region, uintptr_t address, size_t size, Access access,
     default:
       return check_bytes<0>(accessed);
   }
+}
+
+Stamp own_stamp() { return stamp_of(*running); }
+
+Stamp of_this_cluster(Stamp stamp) { return epoch_of(stamp) < cluster_epoch ? 0 : stamp; }
+
+bool ordered(Stamp stamp) { return is_ordered(stamp, running->id); }
+bool ordered(Stamp stamp, uint32_t id) { return is_ordered(stamp, id); }
+
+bool heard_of_block(const Thread& thread, const Block& block) {
+  for (const Thread& other : block.threads) {
+    if (heard_of(thread.id, other.id, 1)) return true;
+  }
+  return false;
+}
+
+bool block_heard_of(const Block& block, uint32_t id, uint32_t clock) {
+  for (const Thread& thread : block.threads) {
+    if (heard_of(thread.id, id, clock)) return true;
+  }
+  return false;
+}
+
+std::string who(Stamp stamp) {
+  if (epoch_of(stamp) < cluster_epoch) return "a thread of another block of this launch";
+  if (by_agent(stamp)) return "an asynchronous operation";
+  const Thread& thread = running_cluster->thread(thread_of(stamp));
+  if (thread.id == running->id) return "other threads";
+  const bool here = thread.block == running_block;
+  return "thread " + to_string(thread.index) +
+         (here ? "" : " of block " + to_string(thread.block->index));
+}
+
+// ---- Agents -------------------------------------------------------------------------------------
+
+uint32_t add_agent() {
+  const size_t count = num_threads;
+  agents.emplace_back();
+  if (const size_t needed = count + agents.size(); needed > width) {
+    const size_t wider = needed + 15;
+    std::vector<uint32_t> rows(count * wider, 0);
+    for (size_t rank = 0; rank < count; ++rank) {
+      std::copy_n(known.data() + rank * width, width, rows.data() + rank * wider);
+    }
+    known.swap(rows);
+    width = wider;
+  }
+  return static_cast<uint32_t>(count + agents.size() - 1);
+}
+
+void mark_written_by_agent(Region& region, uintptr_t address, size_t size, uint32_t agent,
+                           uint32_t phase) {
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  std::fill(written, written + size, agent_stamp(agent, phase));
+}
+
+Stamp agent_stamp(uint32_t agent, uint64_t phase) {
+  return make_stamp(epoch, agent, static_cast<uint32_t>(phase & kClockMask));
+}
+
+void note_read(Region& region, uintptr_t address, size_t size, Stamp stamp) {
+  Stamp* read = region.shadow.reads + (address - region.begin);
+  for (size_t i = 0; i < size; ++i) read[i] = add_reader(read[i], stamp);
+}
+
+void note_proxy_fence(Thread& thread) {
+  thread.proxy_fences.push_back(stamp_of(thread));
+  ++thread.clock;
+}
+
+void hear_of_agent(const Thread& thread, uint32_t agent, uint32_t phase) {
+  uint32_t& clock = row_of(thread.id)[agent];
+  clock = std::max(clock, phase);
+  uint32_t& heard = agents[agent - num_threads].heard;
+  heard = std::max(heard, phase);
+  across_warps_epoch = epoch;
+}
+
+void mark_mbarrier(Region& region, uintptr_t address) {
+  Stamp* written = region.shadow.writes + (address - region.begin);
+  std::fill(written, written + sizeof(uint64_t), make_stamp(epoch, kOfMbarrier, 0));
 }
 
 void mark_in_flight(Region& region, uintptr_t address, size_t size) {

@@ -1,7 +1,9 @@
 #include "report.h"
 
+#include "mbarrier.h"
 #include "memory.h"
 #include "module.h"
+#include "registers.h"
 #include "scheduler.h"
 
 #include <cstdio>
@@ -17,6 +19,8 @@ std::string text_of_last;
 
 // File and line of an instruction, and of the calls that were inlined to it, by addr2line.
 std::string source_of(uintptr_t instruction) {
+  static std::map<uintptr_t, std::string> found;  // each costs a process
+  if (const auto known = found.find(instruction); known != found.end()) return known->second;
   // A return address belongs to the call before it.
   const uintptr_t at = instruction - 1;
   const Module* module = module_of(reinterpret_cast<const void*>(at));
@@ -31,7 +35,7 @@ std::string source_of(uintptr_t instruction) {
     pclose(pipe);
   }
   while (!lines.empty() && lines.back() == '\n') lines.pop_back();
-  return lines.empty() ? module->path : lines;
+  return found[instruction] = lines.empty() ? module->path : lines;
 }
 
 std::string kernel_name() {
@@ -50,7 +54,7 @@ void record(cudaError_t error, const std::string& what, const std::string& where
 }
 
 std::string place_of(const Thread& thread) {
-  return ", block " + to_string(running_block->index) + ", thread " + to_string(thread.index);
+  return ", block " + to_string(thread.block->index) + ", thread " + to_string(thread.index);
 }
 
 std::string waits_for(const Thread& thread) {
@@ -59,8 +63,18 @@ std::string waits_for(const Thread& thread) {
       return "__syncthreads";
     case Thread::State::kAtNamedBarrier:
       return "a named barrier";
+    case Thread::State::kAtMbarrier:
+      return "parity " + std::to_string(thread.parity) + " of " +
+             describe_mbarrier(thread.mbarrier);
     case Thread::State::kAtCollective:
+    case Thread::State::kAtWarpgroup:
       return thread.operation;
+    case Thread::State::kAtRegisters:
+      return describe_wanted_registers(*thread.block, thread);
+    case Thread::State::kAtCluster:
+      return "a cluster barrier";
+    case Thread::State::kYielded:
+      return "their turn, again and again,";
     default:
       return "nothing";
   }
@@ -94,7 +108,12 @@ std::string describe_memory(const Region& region, uintptr_t address, size_t size
   const std::string bytes = std::to_string(size) + " bytes at " + hex(address) + ", ";
   const size_t offset = address - region.begin;
   const std::string at = "byte " + std::to_string(offset) + " of ";
-  if (region.kind == Region::Kind::kDynamicShared) return bytes + at + "dynamic shared memory";
+  if (region.kind == Region::Kind::kDynamicShared) {
+    const bool alone = running_cluster->blocks.size() == 1;
+    const bool own = alone || (running && region.block == running_block->rank);
+    return bytes + at + "dynamic shared memory" +
+           (own ? "" : " of block " + to_string(running_cluster->blocks[region.block].index));
+  }
   if (region.kind == Region::Kind::kGlobal) {
     return bytes + at + "an allocation of " + std::to_string(region.end - region.begin);
   }
@@ -123,32 +142,35 @@ void fail(const char* what, Site site) { fail_with(cudaErrorLaunchFailure, what,
 
 namespace {
 
-void report_waiting(const Block& block, const std::string& why) {
+void report_waiting(const Cluster& cluster, const std::string& why) {
   // How many threads wait for what, where
   std::map<std::string, int> counts;
   const Thread* first = nullptr;
-  for (const Thread& thread : block.threads) {
-    if (thread.state == Thread::State::kDone) continue;
-    if (!first) first = &thread;
-    const bool spins = thread.state == Thread::State::kYielded;
-    ++counts[spins ? "their turn, again and again"
-                   : waits_for(thread) + " at " + to_string(thread.site)];
+  for (const Block& block : cluster.blocks) {
+    for (const Thread& thread : block.threads) {
+      if (thread.state == Thread::State::kDone) continue;
+      if (!first) first = &thread;
+      ++counts[waits_for(thread) + " at " + to_string(thread.site)];
+    }
   }
   std::string what = why;
   for (const auto& [wait, count] : counts) {
     what += "\n  " + std::to_string(count) + " threads wait for " + wait;
   }
+  what += describe_mbarriers(cluster);
   record(cudaErrorLaunchFailure, what, place_of(*first), first->site);
 }
 
 }  // namespace
 
-void report_deadlock(const Block& block) {
-  report_waiting(block, "deadlock: no thread of the block can go on");
+void report_deadlock(const Cluster& cluster) {
+  const bool one = cluster.blocks.size() == 1;
+  report_waiting(cluster, std::string("deadlock: no thread of the ") + (one ? "block" : "cluster") +
+                              " can go on");
 }
 
-void report_standstill(const Block& block) {
-  report_waiting(block, "standstill: all threads that can go on only wait for others");
+void report_standstill(const Cluster& cluster) {
+  report_waiting(cluster, "standstill: all threads that can go on only wait for others");
 }
 
 cudaError_t launch_error() { return error_of_launch; }

@@ -27,8 +27,8 @@ std::string describe_memory(const Region& region, uintptr_t address, size_t size
 void record_failure(cudaError_t error, const std::string& what, Site site);
 
 // Nobody can go on.
-void report_deadlock(const Block& block);
-void report_standstill(const Block& block);
+void report_deadlock(const Cluster& cluster);
+void report_standstill(const Cluster& cluster);
 
 // Of the running launch: cudaSuccess while nothing was reported.
 cudaError_t launch_error();

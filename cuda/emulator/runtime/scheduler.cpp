@@ -1,6 +1,8 @@
 #include "scheduler.h"
 
+#include "cluster.h"
 #include "race.h"
+#include "registers.h"
 #include "report.h"
 
 extern "C" {
@@ -16,11 +18,12 @@ namespace m3i::emulator {
 
 Thread* running = nullptr;
 Block* running_block = nullptr;
+Cluster* running_cluster = nullptr;
 
 namespace {
 
 StackPool stacks;
-void* scheduler = nullptr;  // where run_block waits for the running thread
+void* scheduler = nullptr;  // where run_cluster waits for the running thread
 const Call* call = nullptr;
 bool abandoned = false;
 bool moved = false;  // a thread has done more than to yield
@@ -29,10 +32,16 @@ void finish_thread() {
   Block& block = *running_block;
   Warp& warp = block.warp_of(*running);
   finish_copies(*running);
+  finish_products(*running);
+  finish_boxes(*running);
   running->state = Thread::State::kDone;
   warp.alive &= ~(1u << running->lane);
   warp.ready &= ~(1u << running->lane);
-  --block.alive;
+  if (--block.alive == 0) {
+    check_warpgroups_changed_together(block);
+    check_visitors_are_done(block);
+  }
+  leave_cluster(*running);
   // The other lanes may have waited for this one only.
   complete_collectives(warp, *running);
 }
@@ -74,6 +83,23 @@ bool run_warp(Block& block, unsigned w) {
   return progress;
 }
 
+// Every thread of the block until it has to wait; true if one could go on.
+bool run_block(Block& block) {
+  running_block = &block;
+  blockIdx = block.index;
+  bool progress = false;
+  for (unsigned w = 0; w < block.warps.size() && !abandoned; ++w) progress |= run_warp(block, w);
+  return progress;
+}
+
+void give_stacks_back(Cluster& cluster) {
+  for (Block& block : cluster.blocks) {
+    for (Thread& thread : block.threads) {
+      if (thread.stack.low) stacks.give(thread.stack);
+    }
+  }
+}
+
 void prepare(Block& block, dim3 size) {
   const unsigned num_threads = size.x * size.y * size.z;
   block.threads.resize(num_threads);
@@ -82,12 +108,15 @@ void prepare(Block& block, dim3 size) {
   for (unsigned rank = 0; rank < num_threads; ++rank) {
     Thread& thread = block.threads[rank];
     thread.index = {rank % size.x, rank / size.x % size.y, rank / size.x / size.y};
+    thread.block = &block;
     thread.rank = rank;
+    thread.id = block.rank * num_threads + rank;
     thread.warp = rank / kWarpSize;
     thread.lane = rank % kWarpSize;
     block.warp_of(thread).alive |= 1u << thread.lane;
     block.make_ready(thread);
   }
+  for (Warp& warp : block.warps) warp.registers = warp.wanted_registers = block.launch_registers;
 }
 
 }  // namespace
@@ -95,6 +124,7 @@ void prepare(Block& block, dim3 size) {
 void forget_running() {
   running = nullptr;
   running_block = nullptr;
+  running_cluster = nullptr;
 }
 
 void wait(Thread::State state, Site site) {
@@ -105,11 +135,16 @@ void wait(Thread::State state, Site site) {
   switch_fiber(&thread.saved, scheduler);
 }
 
-void yield() {
+void yield(Site site) {
   Thread& thread = *running;
   running_block->warp_of(thread).yielded |= 1u << thread.lane;
-  wait(Thread::State::kYielded, {});
+  wait(Thread::State::kYielded, site);
   thread.state = Thread::State::kReady;
+}
+
+void give_way(Site site) {
+  moved = true;
+  yield(site);
 }
 
 void abandon_block() {
@@ -118,29 +153,29 @@ void abandon_block() {
   __builtin_unreachable();
 }
 
-void run_block(Block& block, dim3 size, const Call& kernel_call) {
-  prepare(block, size);
+void run_cluster(Cluster& cluster, dim3 block_size, const Call& kernel_call) {
+  for (Block& block : cluster.blocks) prepare(block, block_size);
+  cluster.alive = cluster.num_threads();
   call = &kernel_call;
-  running_block = &block;
-  blockIdx = block.index;
-  blockDim = size;
+  running_cluster = &cluster;
+  blockDim = block_size;
   abandoned = false;
-  begin_block_epoch();
+  begin_cluster_epoch();
   constexpr int kMostIdlePasses = 1'000'000;
-  for (int idle_passes = 0; block.alive && !abandoned; ++idle_passes) {
+  for (int idle_passes = 0; cluster.alive && !abandoned; ++idle_passes) {
     bool progress = false;
     moved = false;
-    for (unsigned w = 0; w < block.warps.size() && !abandoned; ++w) progress |= run_warp(block, w);
+    for (Block& block : cluster.blocks) progress |= run_block(block);
     if (moved) idle_passes = 0;
-    if (abandoned || !block.alive) break;
-    if (!progress) report_deadlock(block);
-    if (idle_passes == kMostIdlePasses) report_standstill(block);
+    if (abandoned || !cluster.alive) break;
+    if (!moved && land_box(cluster)) continue;
+    if (!progress) report_deadlock(cluster);
+    if (idle_passes == kMostIdlePasses) report_standstill(cluster);
     abandoned = launch_error() != cudaSuccess;
   }
-  for (Thread& thread : block.threads) {
-    if (thread.stack.low) stacks.give(thread.stack);
-  }
+  give_stacks_back(cluster);
   running_block = nullptr;
+  running_cluster = nullptr;
 }
 
 }  // namespace m3i::emulator

@@ -14,8 +14,10 @@
 // names are known. (`extern __shared__` does not compile: m3i/shared.cuh has the way.)
 #define __shared__ static thread_local
 
-// The bound is kept as that many no-operation instructions before the kernel: the one attribute of
-// g++ that puts a constant expression where the runtime can find it. The sum makes it evaluate the
-// expression.
-#define __launch_bounds__(threads, ...) \
-  __attribute__((patchable_function_entry((threads) + 0, (threads) + 0)))
+// The bound is kept as that many no-operation instructions before the kernel, and 2048 for each
+// block that a multiprocessor is to hold: the one attribute of g++ that puts a constant expression
+// where the runtime can find it. The sum makes it evaluate the expression.
+#define M3I_EMULATOR_BOUND(threads, blocks, ...) \
+  __attribute__((                                \
+      patchable_function_entry((threads) + 2048 * (blocks), (threads) + 2048 * (blocks))))
+#define __launch_bounds__(...) M3I_EMULATOR_BOUND(__VA_ARGS__, 0, 0)

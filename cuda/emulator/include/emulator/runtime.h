@@ -41,7 +41,7 @@ M3I_EMULATOR_API int block_barrier(Vote vote, bool predicate, Site site);
 M3I_EMULATOR_API void named_barrier(int id, int num_threads, bool wait);
 M3I_EMULATOR_API void warp_barrier(uint32_t mask, Site site);
 M3I_EMULATOR_API void thread_fence();
-M3I_EMULATOR_API void yield();
+M3I_EMULATOR_API void yield(Site site);
 
 // The lanes in `mask` wait for each other under the name of the operation. The last one that
 // arrives calls complete(lanes that came, payload of each lane), then all go on.

@@ -33,6 +33,6 @@ inline void __threadfence() { m3i::emulator::thread_fence(); }
 inline void __threadfence_system() { m3i::emulator::thread_fence(); }
 
 // Lets the other threads of the block run.
-inline void __nanosleep(unsigned) { m3i::emulator::yield(); }
+inline void __nanosleep(unsigned, M3I_EMULATOR_SITE) { m3i::emulator::yield(site); }
 
 [[noreturn]] inline void __trap(M3I_EMULATOR_SITE) { m3i::emulator::fail("__trap()", site); }

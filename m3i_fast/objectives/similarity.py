@@ -1,10 +1,11 @@
-"""The Gaussian likelihood of M3I (arXiv 2211.09807, section 3), and calls of the Boltzmann one.
+"""Losses of how alike the embeddings of two views are: cosine, NT-Xent, MoCo, DenseCL.
 
-A variational posterior P(z | z_hat). Legend: N pictures, Q cells, D feature width, K rows of a
-queue. Returns a scalar in fp32 (fp64 for fp64 input); lower is more mutual information.
+Likelihoods of M3I (arXiv 2211.09807, section 3): the Gaussian one of unit rows, and calls of the
+Boltzmann one. CLIP, SupCon, classification and MoCo v3 (arXiv 2104.02057) are plain calls of
+`ops.boltzmann`, on unit rows; here stand the methods that are more than that. Each returns a scalar
+in fp32 (fp64 for fp64), of the rows of one rank.
 
-CLIP, SupCon, classification and MoCo v3 (arXiv 2104.02057) are plain calls of `ops.boltzmann`, on
-unit rows; here stand those that prepare its rows.
+Legend: N rows or pictures, Q cells, D features, C features of the encoder, K rows of a queue.
 """
 
 from __future__ import annotations
@@ -13,42 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.objectives.statistics import full_precision, quadratic_form, wide
+from m3i_fast.objectives.statistics import full_precision, wide
 from m3i_fast.ops import boltzmann
-
-
-def gaussian(
-    z_hat: Tensor,  # [N, Q, D] any float
-    z: Tensor,  # [N, Q, D] any float, no gradient needed
-    *,
-    sigma: float = 1.0,
-) -> Tensor:  # [] fp32
-    """-log N(z; z_hat, sigma^2 I) a dimension, without its constant.
-
-    mean of (z - z_hat)^2 / (2 sigma^2), the L2-norm of the paper's figure 1. Accumulates in fp32.
-    Raises ValueError when the shapes differ or sigma is not positive.
-    """
-    if z_hat.shape != z.shape:
-        raise ValueError(
-            f"z: expected the shape of z_hat {tuple(z_hat.shape)}, got {tuple(z.shape)}"
-        )
-    if not sigma > 0:
-        raise ValueError(f"sigma: expected > 0, got {sigma}")
-    return (wide(z_hat) - wide(z)).square().mean() / (2 * sigma**2)
-
-
-def decorrelation(
-    z_hat: Tensor,  # [N, Q, D] any float
-    z: Tensor,  # [N, Q, D] any float, detached
-) -> Tensor:  # [] fp32
-    """SiameseIM's entropy regulariser: mean_n z_hat_n^T C z_hat_n / D with C = mean_n z_n z_n^T.
-
-    Never builds the [NQ, NQ] matrix.
-    """
-    pred_RD = wide(z_hat).flatten(0, -2)
-    target_RD = wide(z).flatten(0, -2)
-    covariance_DD = target_RD.T @ target_RD / target_RD.shape[0]
-    return quadratic_form(pred_RD, covariance_DD).mean() / pred_RD.shape[-1]
 
 
 def negative_cosine_similarity(
@@ -58,7 +25,7 @@ def negative_cosine_similarity(
     """-mean cos(z_hat, z): the Gaussian likelihood of unit rows, less a constant.
 
     SimSiam, arXiv 2011.10566, equation 1; BYOL's |u - v|^2 is 2 + 2 of it. The stop-gradient is the
-    caller's. Rows of one rank.
+    caller's.
     """
     if z_hat.shape != z.shape:
         raise ValueError(f"z: expected shape {list(z_hat.shape)} as z_hat, got {list(z.shape)}")
@@ -83,7 +50,7 @@ def nt_xent(
     """-mean log softmax(cos / temperature) of a picture's other view among all views but itself.
 
     SimCLR, arXiv 2002.05709, equation 1; rows are normalised here. Builds the [2N, 2N] logits: a
-    row is no candidate of its own, and `ops.boltzmann` cannot leave one out. Rows of one rank.
+    row is no candidate of its own, and `ops.boltzmann` cannot leave one out.
     """
     if z_a.dim() != 2 or z_b.shape != z_a.shape:
         raise ValueError(
@@ -108,7 +75,7 @@ def moco(
 
     MoCo, arXiv 1911.05722, equation 1; q and k are normalised here. Other rows' k are no
     candidates. One call of `ops.boltzmann` in memory O(N + K): q_n . k_n is one more feature of row
-    n, which only one more candidate has. Rows of one rank.
+    n, which only one more candidate has.
     """
     if q.dim() != 2 or k.shape != q.shape or queue.dim() != 2 or queue.shape[1] != q.shape[1]:
         raise ValueError(

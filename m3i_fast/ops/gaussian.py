@@ -1,0 +1,186 @@
+"""The Gaussian likelihood of dense targets: normalise, subtract, square and average in one pass.
+
+Legend: [..., D] predictions and targets, R rows of them, D feature width.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_fast.ops.library import m3i
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# Arguments that were copied to be contiguous, each named once in the log.
+_copied: set[str] = set()
+
+
+def _check_options(sigma: float, eps: float, decorrelation_weight: float) -> None:
+    for name, value in (("sigma", sigma), ("eps", eps)):
+        torch._check(
+            value > 0 and math.isfinite(value),
+            lambda name=name, value=value: f"{name}: expected a finite value > 0, got {value}",
+        )
+    torch._check(
+        math.isfinite(decorrelation_weight),
+        lambda: f"decorrelation_weight: expected a finite value, got {decorrelation_weight}",
+    )
+
+
+def _check_tensors(z_hat: Tensor, z: Tensor) -> None:
+    for name, tensor in (("z_hat", z_hat), ("z", z)):
+        torch._check(
+            tensor.dtype in _DTYPES,
+            lambda name=name, tensor=tensor: (
+                f"{name}: expected dtype float32, float64, float16 or bfloat16, got {tensor.dtype}"
+            ),
+        )
+    torch._check(
+        z_hat.dim() > 0 and z_hat.shape[-1] > 0,
+        lambda: f"z_hat: expected shape [..., D] with D > 0, got {list(z_hat.shape)}",
+    )
+    torch._check(
+        (z_hat.dtype == torch.float64) == (z.dtype == torch.float64),
+        lambda: f"z: expected float64 beside float64 alone, got {z.dtype} beside {z_hat.dtype}",
+    )
+    torch._check(
+        z.shape == z_hat.shape,
+        lambda: f"z: expected shape {list(z_hat.shape)}, got {list(z.shape)}",
+    )
+    torch._check(
+        z.device == z_hat.device,
+        lambda: f"z: expected on the device of z_hat ({z_hat.device}), got {z.device}",
+    )
+
+
+@torch.library.register_fake("m3i::gaussian")
+def _fake(
+    z_hat: Tensor,  # [..., D]
+    z: Tensor,  # [..., D]
+    sigma: float,
+    normalise: bool,
+    eps: float,
+    decorrelation_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [], [R], [R], [D, D]; [0] where not needed
+    _check_tensors(z_hat, z)
+    _check_options(sigma, eps, decorrelation_weight)
+    width = z_hat.shape[-1]
+    rows = z_hat.numel() // width if normalise else 0
+    dtype = torch.float64 if z_hat.dtype == torch.float64 else torch.float32
+    value, mean, rstd = (z_hat.new_empty(shape, dtype=dtype) for shape in ((), (rows,), (rows,)))
+    covariance = z_hat.new_empty((width, width) if decorrelation_weight else (0,))
+    return value, mean, rstd, covariance
+
+
+@torch.library.register_fake("m3i::gaussian_bwd")
+def _fake_bwd(
+    grad_out: Tensor,  # []
+    z_hat: Tensor,  # [..., D]
+    z: Tensor,  # [..., D]
+    mean: Tensor,  # [R]
+    rstd: Tensor,  # [R]
+    covariance: Tensor,  # [D, D]
+    sigma: float,
+    normalise: bool,
+    eps: float,
+    decorrelation_weight: float,
+) -> Tensor:  # [..., D]
+    return torch.empty_like(z_hat)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z_hat, z, *ctx.options = inputs
+    _, mean, rstd, covariance = output
+    ctx.mark_non_differentiable(mean, rstd, covariance)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z_hat, z, mean, rstd, covariance)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grad = None
+    if grad_out is not None and ctx.needs_input_grad[0]:
+        grad = m3i.gaussian_bwd.default(grad_out, *ctx.saved_tensors, *ctx.options)
+    return grad, None, *(None for _ in ctx.options)
+
+
+def _backward_twice(ctx: Any, *grads: Tensor) -> None:
+    # As torch's once_differentiable refuses it.
+    raise RuntimeError(
+        "gaussian: expected to be differentiated once, got a gradient of its gradient; call "
+        "backward without create_graph"
+    )
+
+
+torch.library.register_autograd("m3i::gaussian", _backward, setup_context=_setup_context)
+torch.library.register_autograd("m3i::gaussian_bwd", _backward_twice)
+
+
+def _contiguous(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor
+    if name not in _copied and not torch.compiler.is_compiling():
+        _copied.add(name)
+        logger.warning("gaussian: %s is copied at every call, it is not contiguous", name)
+    return tensor.contiguous()
+
+
+def gaussian(
+    z_hat: Tensor,  # [..., D]
+    z: Tensor,  # [..., D] no gradient
+    *,
+    sigma: float = 1.0,
+    normalise: bool = False,
+    eps: float = 1e-5,
+    decorrelation_weight: float = 0.0,
+) -> Tensor:  # [] fp32
+    """-log N(t; z_hat, sigma^2 I) a dimension, without its constant: the dense terms of M3I.
+
+    mean of (t - z_hat)^2 / (2 sigma^2)  +  decorrelation_weight * mean_r(p_r^T C p_r) / D
+
+    (arXiv 2211.09807, section 3, the L2-norm of figure 1.) The targets t are z, or with
+    `normalise` (z - mean) / sqrt(var + eps) of each row, a layer-norm without affine. The second
+    term is SiameseIM's entropy regulariser: p_r are the R rows of z_hat and C = mean_r t_r t_r^T.
+
+    Computed in float32 (float64 for float64); z_hat and z are read once, by the gradient once
+    more, and neither is copied wider. The gradient is in the dtype of z_hat. The regulariser's
+    products of matrices are torch's own, with a [D, D] result in float32: on CUDA as
+    `torch.backends.cuda.matmul` says, on the CPU half types are widened by parts. For these t is
+    rounded to the dtype of z, and C, for the gradient, to that of z_hat.
+
+    Without decorrelation the value and the gradient are the same bits at every run, on the CPU
+    for any number of threads. Of no rows at all the value is 0, so that a batch in which nobody
+    is asked breaks nothing (torch's mse_loss is NaN there). What is not finite stays so.
+    Differentiable by z_hat, once. Autocast changes nothing: the tensors go in as they are.
+
+    Args:
+        z_hat: float32, float64, float16 or bfloat16. Made contiguous, as z, with a warning in the
+            log, where it is not.
+        z: any of these types, beside float64 float64 alone; shape and device of z_hat.
+        sigma: standard deviation, positive.
+        normalise: layer-norm z.
+        eps: added to the variance, positive.
+        decorrelation_weight: of the second term; 0 leaves it out.
+
+    Raises:
+        RuntimeError: an argument is not as described; the message names it, what was expected and
+            what was given. Also when a gradient of its gradient is asked for.
+        ValueError: z requires a gradient.
+    """
+    if z.requires_grad:
+        raise ValueError("z: expected a target without gradient, got requires_grad; detach it")
+    value: Tensor = m3i.gaussian.default(
+        _contiguous("z_hat", z_hat),
+        _contiguous("z", z),
+        sigma,
+        normalise,
+        eps,
+        decorrelation_weight,
+    )[0]
+    return value
