@@ -199,7 +199,9 @@ def levels(machine: Machine) -> dict[str, str]:
 def test_a_complete_gpu_node_has_nothing_to_complain_of() -> None:
     node = gpu_node()
     assert levels(node) == {}
-    assert findings.find_cuda_kernels(node).detail.endswith("its kernels run (mask_mix, dcnv3, boltzmann, gaussian)")
+    assert findings.find_cuda_kernels(node).detail.endswith(
+        "its kernels run (mask_mix, dcnv3, boltzmann, gaussian)"
+    )
 
 
 T4 = {"cuda": [13, 0], "gpus": [{"name": "T4", "capability": [7, 5]}]}
