@@ -27,6 +27,14 @@ TEMPERATURE = 0.2
 Function = Callable[..., Tensor]
 
 
+def draw(*shape: int, seed: int = 0) -> Tensor:  # fp64
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gradient(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return torch.autograd.grad(function(x.requires_grad_()), x)[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Oracle:
     name: str
