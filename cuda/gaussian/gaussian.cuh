@@ -156,7 +156,7 @@ __device__ inline Moments<A> moments_of(Row& row, int64_t width, double eps) {
 
 // Grid: x over groups of kWarps rows, strided.
 template <class P, class T, int kVector, bool kHeld>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<Accumulator<P>, kHeld>)
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<Accumulator<P>, kHeld>))
     gaussian_kernel(const GaussianParams params, Accumulator<P>* distances) {
   using A = Accumulator<P>;
   const int64_t width = params.of.width;

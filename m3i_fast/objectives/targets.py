@@ -1,4 +1,4 @@
-"""Target encoders whose output the predictors must find: the EMA image encoder."""
+"""Targets that the predictors must find: the EMA image encoder's features, or pixels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.models.encoder import ImageEncoder
+from m3i_fast.objectives.statistics import wide
 from m3i_fast.ops import mask_mix
 
 
@@ -40,3 +41,28 @@ class MomentumEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, N, C]
         return self.encoder.encode_cells(images)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, p * p * C]
+    """The pixels of each patch: patches and the pixels in them by row, channels last, as in MAE.
+
+    Raises ValueError where patches do not fill the image.
+    """
+    batch, channels, height, width = images.shape
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size: expected a divisor of {height} and {width}, got {patch_size}"
+        )
+    grid = batch, channels, height // patch_size, patch_size, width // patch_size, patch_size
+    return images.reshape(grid).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def normalised_pixels(images: Tensor, patch_size: int, *, eps: float = 1e-6) -> Tensor:
+    """[B, C, H, W] any float -> [B, N, p * p * C] fp32: MAE's target.
+
+    Each patch less its mean, over its standard deviation: the root of the variance over
+    p * p * C - 1, plus eps. arXiv 2111.06377, section 3, and its authors' code.
+    """
+    patches = patchify(wide(images), patch_size)
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) * (variance + eps).rsqrt()

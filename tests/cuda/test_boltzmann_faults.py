@@ -33,7 +33,7 @@ FAULTS = {
         "copy_async_wait<kStages - 2>();",
         "copy_async_wait<kStages - 1>();",
         "boltzmann_sums",
-        r"cp.async of .* is under way",
+        r"a copy of .* is under way",
     ),
     "no barrier before the products": Fault(
         "boltzmann_product.cuh",

@@ -1,0 +1,83 @@
+"""Statistics over the rows of a batch that one process holds, or the ranks of a process group.
+
+With a `process_group` each rank calls with its own rows, as many as it has, and gets the statistic
+of all rows. Gradients are those of the sum of all ranks' losses: a parameter's gradient averaged
+over the ranks, as DDP and FSDP do, is that of one process with all rows. A sum whose backward
+leaves the other ranks out gives 1 / ranks of it (lightly #1977, open_clip #616). Not for
+torch.compile.
+
+Legend: N rows of this rank, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def wide(x: Tensor) -> Tensor:
+    """fp32 for anything narrower; fp64 stays, so that gradients can be checked."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with autocast off: its matrix products keep the dtype that `wide` gave them."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        with torch.autocast(next(tensors).device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = partial.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _SumOverRanks.apply(grad, ctx.group), None
+
+
+def sum_over_ranks(partial: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """The sum of every rank's tensor, of one shape and dtype; differentiable."""
+    if process_group is None:
+        return partial
+    return _SumOverRanks.apply(partial, process_group)
+
+
+def num_rows(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:  # [N, ...] -> []
+    return sum_over_ranks(rows.new_full((), rows.shape[0]), process_group)
+
+
+def mean_row(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
+    """[N, ...] fp32 or fp64 -> [...], the mean over all rows; NaN without any."""
+    return sum_over_ranks(rows.sum(0), process_group) / num_rows(rows, process_group)
+
+
+def outer_mean(
+    a: Tensor,  # [N, D] fp32 or fp64
+    b: Tensor,  # [N, E]
+    process_group: dist.ProcessGroup | None,
+) -> Tensor:  # [D, E]
+    """mean_n a_n b_n^T over all rows."""
+    return sum_over_ranks(a.T @ b, process_group) / num_rows(a, process_group)
+
+
+def quadratic_form(rows: Tensor, matrix: Tensor) -> Tensor:  # [N, D], [D, D] -> [N]
+    """z_n^T M z_n as ((Z M) * Z).sum(-1), which never builds the [N, N] matrix Z M Z^T."""
+    return ((rows @ matrix) * rows).sum(-1)

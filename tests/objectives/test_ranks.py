@@ -1,0 +1,91 @@
+"""Statistics over the rows of several gloo ranks are those of one process with all rows.
+
+One process is the oracle, in float64: test_regularisers.py holds it to code of others. Their code
+over ranks is none: lightly's BarlowTwinsLoss standardises each rank's rows by themselves and takes
+the ranks to be equally large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from m3i_fast.objectives import distillation, regularisers
+
+D = 6
+ROWS = {2: (7, 9), 3: (5, 0, 11)}  # unequal, and a rank without any
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "barlow_twins": regularisers.barlow_twins,
+    "vicreg": regularisers.vicreg,
+    "variance_hinge": lambda a, b, **group: regularisers.variance_hinge(a - b, std=20, **group),
+    "covariance": lambda a, b, **group: regularisers.covariance(a * b, **group),
+    "coding_rate": lambda a, b, **group: regularisers.coding_rate(a + b, **group),
+    "mean_entropy": lambda a, b, **group: distillation.mean_entropy(
+        a * b, temperature=0.5, **group
+    ),
+}
+
+
+def views() -> tuple[Tensor, Tensor]:  # [16, D] fp64, the same on every rank
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 16, D, generator=rng, dtype=torch.float64)
+    return a + 1, 0.5 * a + b
+
+
+def states(a: Tensor, b: Tensor, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """What has no gradient; the assignments are this rank's rows, the others are everyone's."""
+    start = torch.ones(D, dtype=torch.float64)
+    return {
+        "centre": distillation.update_centre(start, a, process_group=group),
+        "correlation": regularisers.update_correlation(start.diag(), a, b, process_group=group),
+        "assignments": distillation.sinkhorn_knopp(300 * b, temperature=0.04, process_group=group),
+    }
+
+
+def work(rank: int, ranks: int, folder: Path) -> None:
+    """What one rank gets: losses and the gradients of a network's two parameters."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    mine = [x.split(ROWS[ranks])[rank] for x in views()]
+    results = {}
+    for name, loss in LOSSES.items():
+        results[name] = evaluate(loss, *mine, process_group=dist.group.WORLD)
+    torch.save((results, states(*mine, dist.group.WORLD)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def evaluate(
+    loss: Callable[..., Tensor], a: Tensor, b: Tensor, **group: dist.ProcessGroup
+) -> list[Tensor]:
+    """The loss of two layers' outputs, and its gradients by their weights."""
+    rng = torch.Generator().manual_seed(1)
+    weights = torch.randn(2, D, D, generator=rng, dtype=torch.float64).requires_grad_()
+    value = loss(a @ weights[0], b @ weights[1], **group)
+    return [value.detach(), torch.autograd.grad(value, weights)[0]]
+
+
+@pytest.mark.parametrize("ranks", ROWS)
+def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
+    mp.start_processes(work, (ranks, tmp_path), nprocs=ranks, start_method="spawn")
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    for name, loss in LOSSES.items():
+        value, gradient = evaluate(loss, *views())
+        for results, _ in of_ranks:
+            torch.testing.assert_close(results[name][0], value, msg=lambda m, n=name: f"{n}: {m}")
+        mean = sum(results[name][1] for results, _ in of_ranks) / ranks  # as DDP averages
+        assert float(gradient.norm()) > 1e-3
+        torch.testing.assert_close(mean, gradient, msg=lambda m, n=name: f"{n}: {m}")
+    expected = states(*views(), None)
+    for _, got in of_ranks:
+        torch.testing.assert_close(got["centre"], expected["centre"])
+        torch.testing.assert_close(got["correlation"], expected["correlation"])
+    together = torch.cat([got["assignments"] for _, got in of_ranks])
+    torch.testing.assert_close(together, expected["assignments"])
