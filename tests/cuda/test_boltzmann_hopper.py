@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +38,20 @@ NAMES = "rows cols grad_z_hat grad_z grad_scale grad_bias values"
 def test_policy(tmp_path: Path) -> None:
     source = ROOT / "tests" / "cuda" / "boltzmann_hopper_policy.cu"
     run_nvcc(*compile_options("90a"), "-c", source, "-o", tmp_path / "policy.o")
+
+
+def test_the_build_takes_warpgroups_where_it_has_code_for_90a() -> None:
+    text = (ROOT / "CMakeLists.txt").read_text()
+    (default,) = re.findall(r"set\(CMAKE_CUDA_ARCHITECTURES (.*)\)", text)
+    (pattern,) = re.findall(
+        r'if\(CMAKE_CUDA_ARCHITECTURES MATCHES "(.*)"\)\n'
+        r" *target_compile_definitions\(_C_cuda PRIVATE M3I_SM90A\)",
+        text,
+    )
+    for architectures in (default.replace(" ", ";"), "90a", "80;90a"):
+        assert re.search(pattern, architectures), architectures
+    for architectures in ("80", "90", "80;90-real", "100a"):
+        assert not re.search(pattern, architectures), architectures
 
 
 def test_roofline_is_that_of_the_policy() -> None:
