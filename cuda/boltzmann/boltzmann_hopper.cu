@@ -15,10 +15,17 @@ Block in_halves(Block block) {
   return block;
 }
 
+// Whether the build has code for 90a (CMakeLists.txt).
+#if defined(M3I_SM90A) || defined(M3I_EMULATOR)
+constexpr bool kHasWgmma = true;
+#else
+constexpr bool kHasWgmma = false;
+#endif
+
 bool takes_warpgroups(const BoltzmannInput& input) {
   const auto starts = reinterpret_cast<uint64_t>(input.z_hat) | reinterpret_cast<uint64_t>(input.z);
-  return boltzmann::takes_warpgroups(architecture(), input.dtype, input.rows, input.columns,
-                                     input.width, starts);
+  return kHasWgmma && boltzmann::takes_warpgroups(architecture(), input.dtype, input.rows,
+                                                  input.columns, input.width, starts);
 }
 
 Blocks make_blocks(const BoltzmannInput& input, int64_t elements) {

@@ -15,7 +15,7 @@ inline constexpr int kBoxSide = 64;  // rows and columns of what one tensor copy
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumers = 2;  // warpgroups that multiply, half of a block's rows each
 inline constexpr int kHalfRows = kBlockRows / kConsumers;
-inline constexpr int kHalves = kClusterBlocks * kConsumers;  // of a tile, so to speak
+inline constexpr int kHalves = kClusterBlocks * kConsumers;  // of both blocks
 inline constexpr int kHopperThreads = (kConsumers + 1) * kWarpgroupThreads;
 
 // Registers of a thread; the block has 65,536.

@@ -29,8 +29,9 @@ struct TileWalk {
   template <class Body>
   __device__ void operator()(const Body& body) const {
     const int clusters = gridDim.x / kClusterBlocks;
-    for (int i = blockIdx.x / kClusterBlocks; i < tiles; i += clusters)
+    for (int i = blockIdx.x / kClusterBlocks; i < tiles; i += clusters) {
       body(i / across, i % across);
+    }
   }
 };
 

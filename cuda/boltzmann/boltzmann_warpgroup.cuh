@@ -96,6 +96,7 @@ __device__ inline void run_warpgroups(Ring& ring, const Produce& produce, const 
   if (warpgroup == kConsumers) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x % kWarpgroupThreads == 0) produce();
+    __syncwarp();
   } else {
     setmaxnreg_inc<kConsumerRegisters>();
     consume(warpgroup);

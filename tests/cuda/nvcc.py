@@ -46,6 +46,7 @@ def compile_options(architecture: str | None = None) -> list[str]:
         "-DUSE_CUDA",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-DPy_LIMITED_API=0x030a0000",
+        "-DM3I_SM90A",
     ]
     options += [
         "-Werror",

@@ -1,22 +1,28 @@
-"""boltzmann by warpgroups of compute capability 9.0: instructions, and results under the emulator."""
+"""boltzmann by warpgroups, on compute capability 9.0: instructions, and results as emulated."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from tests.cuda import emulator
+from m3i_fast.ops import boltzmann
+from tests.cuda import boltzmann_roofline, emulator
 from tests.cuda.boltzmann_source import limit_blocks, shrink
 from tests.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
 from tests.ops.boltzmann_kernel_cases import (
     BF16,
     FP16,
     FP32,
+    FP64,
     MODES,
     Call,
     assert_all_as_accurate,
@@ -24,6 +30,7 @@ from tests.ops.boltzmann_kernel_cases import (
     true_grads,
     true_sums,
 )
+from tests.tolerance import assert_as_accurate
 
 NAMES = "rows cols grad_z_hat grad_z grad_scale grad_bias values"
 
@@ -31,6 +38,36 @@ NAMES = "rows cols grad_z_hat grad_z grad_scale grad_bias values"
 def test_policy(tmp_path: Path) -> None:
     source = ROOT / "tests" / "cuda" / "boltzmann_hopper_policy.cu"
     run_nvcc(*compile_options("90a"), "-c", source, "-o", tmp_path / "policy.o")
+
+
+def test_the_build_takes_warpgroups_where_it_has_code_for_90a() -> None:
+    text = (ROOT / "CMakeLists.txt").read_text()
+    (default,) = re.findall(r"set\(CMAKE_CUDA_ARCHITECTURES (.*)\)", text)
+    (pattern,) = re.findall(
+        r'if\(CMAKE_CUDA_ARCHITECTURES MATCHES "(.*)"\)\n'
+        r" *target_compile_definitions\(_C_cuda PRIVATE M3I_SM90A\)",
+        text,
+    )
+    for architectures in (default.replace(" ", ";"), "90a", "80;90a"):
+        assert re.search(pattern, architectures), architectures
+    for architectures in ("80", "90", "80;90-real", "100a"):
+        assert not re.search(pattern, architectures), architectures
+
+
+def test_roofline_is_that_of_the_policy() -> None:
+    page = boltzmann_roofline.PAGE.read_text()
+    assert page == boltzmann_roofline.render(
+        boltzmann_roofline.read_policy(), boltzmann_roofline.Gpu()
+    ), "python -m tests.cuda.boltzmann_roofline"
+
+
+def test_roofline_of_one_tile() -> None:
+    """256 x 256 of 64 terms on a card where all rates are one: counted by hand."""
+    policy, gpu = boltzmann_roofline.read_policy(), boltzmann_roofline.Gpu(2, 1.0, 1, 1, 1, 2e-3)
+    product = boltzmann_roofline.predict_product(policy, gpu, 1, 64, exponentials=True)
+    assert product.waves == 1 and product.tensor_clocks == 2 * 128 * 256 * 64
+    assert product.cache_clocks == (128 + 128) * 64 * 2
+    assert product.exponential_clocks == 128 * 256
 
 
 # ---- Instructions --------------------------------------------------------------------------------
@@ -43,12 +80,12 @@ def opcodes(folder: Path) -> dict[str, Counter[str]]:
 
 
 @pytest.mark.parametrize(
-    ("stem", "layouts", "copied"), [("sums", 1, 1), ("logit_grads", 1, 1), ("feature_grads", 2, 2)]
+    ("stem", "layouts"), [("sums", 1), ("logit_grads", 1), ("feature_grads", 2)]
 )
 def test_tensor_copies_feed_warpgroup_products(
-    stem: str, layouts: int, copied: int, tmp_path_factory: pytest.TempPathFactory
+    stem: str, layouts: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Four products and six copies a stage, for each layout of the operands; nothing else does it.
+    """Four products and four copies a stage, for each layout of the operands; nothing else does it.
 
     A wait for all products (`DEPBAR`) stands after the loop, one for all but the last inside it.
     """
@@ -56,7 +93,7 @@ def test_tensor_copies_feed_warpgroup_products(
     (code,) = (code for name, code in sass.items() if f"boltzmann_{stem}_hopper_kernelI" in name)
     assert code["HGMMA.64x256x16.F32.BF16"] == 4 * layouts
     assert code["WARPGROUP.DEPBAR.LE"] == 2 * layouts
-    assert code["UTMALDG.2D"] == 6 * copied
+    assert code["UTMALDG.2D"] == code["UTMALDG.2D.MULTICAST"] == 2 * layouts
     assert code["USETMAXREG.TRY_ALLOC.CTAPOOL"] == code["USETMAXREG.DEALLOC.CTAPOOL"] == 1
     assert not [op for op in code if op.startswith(("HMMA", "LDGSTS", "LDSM", "STL", "LDL"))]
 
@@ -64,7 +101,7 @@ def test_tensor_copies_feed_warpgroup_products(
 # ---- Results -------------------------------------------------------------------------------------
 
 
-def results(call: Call) -> list[torch.Tensor]:
+def results(call: Call) -> list[Tensor]:
     return [*call.sums(), *call.grads()]
 
 
@@ -108,6 +145,30 @@ def test_both_architectures_agree() -> None:
         if old.numel():
             # G is rounded: one that lies between two numbers may go to either
             torch.testing.assert_close(new, old, rtol=1e-5, atol=2e-3 * float(old.abs().amax()))
+
+
+def clip_loss(z_hat: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+    logits = scale.to(z.dtype) * z_hat @ z.T
+    here = torch.arange(len(z))
+    return (F.cross_entropy(logits, here) + F.cross_entropy(logits.T, here)) / 2
+
+
+def test_loss_and_gradients_beside_torchs_bfloat16_graph() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = [F.normalize(torch.randn(200, 72, generator=rng), dim=1) for _ in range(2)]
+    features[0] = F.normalize(features[0] + features[1], dim=1)
+
+    def differentiate(loss: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        z_hat, z = (rows.to(BF16).to(dtype).requires_grad_() for rows in features)
+        scale = torch.tensor(14.3, dtype=FP64 if dtype == FP64 else FP32, requires_grad=True)
+        value = loss(z_hat, z, scale)
+        return [value.to(scale.dtype), *torch.autograd.grad(value, (z_hat, z, scale))]
+
+    with emulator.emulated("boltzmann", architecture=90):
+        ours = differentiate(boltzmann, BF16)
+    torchs, truth = differentiate(clip_loss, BF16), differentiate(clip_loss, FP64)
+    for our, its, true in zip(ours, torchs, truth, strict=True):
+        assert_as_accurate(our.detach(), its.detach(), true.detach(), times=2.0)
 
 
 def test_what_tensor_copies_cannot_take_goes_the_old_way() -> None:

@@ -13,7 +13,7 @@ from tests.cuda.boltzmann_source import limit_blocks, shrink
 from tests.cuda.faults import Fault
 from tests.ops.boltzmann_kernel_cases import make
 
-DEADLOCK = r"deadlock: no thread of the block can go on(.*\n)*"
+DEADLOCK = r"deadlock: no thread of the cluster can go on(.*\n)*"
 
 FAULTS = {
     # A wait or an arrival too few
@@ -44,23 +44,21 @@ FAULTS = {
         "  wgmma_wait<0>(sum);\n",
         "  wgmma_wait<1>(sum);\n",
         "boltzmann_grads",
-        r"write of 8192 bytes .* of dynamic shared memory, which an asynchronous operation is "
-        r"reading",
+        r"(a thread returned without wgmma_wait|which an asynchronous operation is reading)",
     ),
     "the other block's warps are not awaited": Fault(
         "boltzmann_warpgroup.cuh",
         "mbarrier_arrive_remote_relaxed(&ring.empty[stage], lane);",
         "mbarrier_arrive_remote_relaxed(&ring.empty[stage], cluster_rank());",
         "boltzmann_sums",
-        r"write of 8192 bytes .* of dynamic shared memory, which an asynchronous operation is "
-        r"reading|all 16 arrivals",
+        r"write of 8192 bytes .* of dynamic shared memory of block \(1, 0, 0\)",
     ),
     "a block returns before the other one": Fault(
         "boltzmann_warpgroup.cuh",
         "  cluster_sync();  // the other block may still arrive at barriers here\n",
         "",
         "boltzmann_sums",
-        r"returned",
+        r"block \(0, 0, 0\) returns, while thread .* may still use its shared memory",
     ),
     # Waits that never end
     "the producer waits for the wrong parity": Fault(
