@@ -25,7 +25,7 @@ namespace {
 using torch::stable::Tensor;
 
 // Of a tile; measured at N = M = 8192, D = 512 with two threads.
-constexpr int64_t kTileColumns = 2048;
+constexpr int64_t kTileColumns = 768;
 constexpr int64_t kRunRows = 128;
 constexpr int64_t kLeastRuns = 8, kMostRuns = 32;
 
