@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from tests.ops.boltzmann_kernel_cases import (
     assert_all_as_accurate,
     make,
     true_grads,
+    true_maxima,
     true_sums,
 )
 from tests.tolerance import assert_as_accurate
@@ -133,6 +135,20 @@ def test_results(mode: str) -> None:
                 assert_right(make(tuple(shape), dtype, mode, labels, scale))
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_tiles_without_positives_and_ignored_rows(architecture: int) -> None:
+    """As nearly all are, and none above: the halves of rows below 256, right of their columns."""
+    with emulator.emulated("boltzmann", architecture=architecture):
+        for mode in MODES:
+            call = make((300, 600, 72), BF16, mode, labels=False)
+            ids = torch.arange(300, dtype=torch.int32)
+            call = replace(call, row_ids=ids, bias=call.bias.clamp_min(-4))
+            if mode == "exact":
+                row_max, col_max = (most.to(FP32) for most in true_maxima(call))
+                call = replace(call, row_shift=row_max, col_shift=col_max)
+            assert_right(call)
+
+
 def test_both_architectures_agree() -> None:
     """All but the order in which sums are added is the same."""
     call = make((129, 257, 136), BF16, "shared", labels=True)
@@ -177,7 +193,7 @@ def test_what_tensor_copies_cannot_take_goes_the_old_way() -> None:
     even = make((33, 40, 16), BF16, "shared", labels=False)
     shifted = torch.cat([even.z.new_zeros(4), even.z.flatten()])[4:].view_as(even.z)
     assert shifted.data_ptr() % 16 == 8 and shifted.is_contiguous()
-    moved = Call(**{name: getattr(even, name) for name in Call.__slots__} | {"z": shifted})
+    moved = replace(even, z=shifted)
     with emulator.emulated("boltzmann", architecture=90):
         for call in (odd, moved):
             assert_right(call)
