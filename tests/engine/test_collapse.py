@@ -1,0 +1,119 @@
+"""Planted collapses are told from learning: flagged within 200 steps, a healthy run is not."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3i_fast.cli import main
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine import checkpoint
+from m3i_fast.engine.ema import EmaConfig
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives import mutual_information
+from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.targets import normalise_tokens, normalise_views
+from m3i_fast.observe.collapse import CollapseError
+from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.recipes import RECIPES, shrink
+from tests.engine.test_trainer import TEXT
+
+NUM_STEPS = 200
+
+
+def _config(dataset: Path, recipe: str = "demo") -> TrainConfig:
+    cfg = shrink(RECIPES[recipe](), path=dataset, num_classes=9, text=TEXT)
+    data = replace(cfg.data, batch_size=8)
+    return replace(
+        cfg, data=data, num_steps=NUM_STEPS, log_every=5, checkpoint_every=50, device="cpu"
+    )
+
+
+def _dense_alone(cfg: TrainConfig) -> TrainConfig:
+    """Without what holds the encoder apart: labels, captions and decorrelation."""
+    terms = tuple(
+        replace(t, regulariser="stop_gradient") if t.is_dense else replace(t, weight=0.0)
+        for t in cfg.objective.terms
+    )
+    return replace(cfg, objective=replace(cfg.objective, terms=terms))
+
+
+def _flagged(cfg: TrainConfig, out: Path) -> str:
+    """What stops the run."""
+    with pytest.raises(CollapseError) as stopped:
+        Trainer(cfg, out, stop_on_collapse=True).train()
+    return str(stopped.value)
+
+
+def _let_targets_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is the encoder itself, with its gradient: a constant predicts itself best."""
+
+    def online_tokens(self: MutualInformation, views: Tensor, rows: Tensor) -> Tensor:
+        return self.encoder.encode_cells(normalise_views(views, rows, torch.float32))
+
+    def squared_error(z_hat: Tensor, z: Tensor, **_: object) -> Tensor:
+        return (z_hat - normalise_tokens(z)).square().mean()
+
+    monkeypatch.setattr(MutualInformation, "_target_tokens", online_tokens)
+    with_gradient = MutualInformation.encode_targets.__wrapped__  # type: ignore[attr-defined]
+    monkeypatch.setattr(MutualInformation, "encode_targets", with_gradient)
+    monkeypatch.setattr(mutual_information, "gaussian", squared_error)
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_internimage"])
+def test_a_healthy_run_is_not_flagged(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, recipe: str
+) -> None:
+    outcome = Trainer(_config(dataset, recipe), tmp_path / "run", stop_on_collapse=True).train()
+    assert outcome.step == NUM_STEPS
+    assert "collapse" not in caplog.text
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["loss/total"] < rows[0]["loss/total"]
+
+
+def test_targets_that_follow_with_gradient_are_flagged(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _let_targets_follow(monkeypatch)
+    said = _flagged(_dense_alone(_config(dataset)), tmp_path / "run")
+    assert "monitor/target_" in said and "ema.momentum" in said
+
+
+def test_a_saturated_softmax_is_flagged(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MutualInformation, "clamp_temperatures", lambda self: None)
+    trainer = Trainer(_config(dataset), tmp_path / "run", stop_on_collapse=True)
+    with torch.no_grad():
+        trainer.objective.caption_log_scale.fill_(math.log(1e5))
+    with pytest.raises(CollapseError, match=r"caption_log_scale.*objective\.temperature"):
+        trainer.train()
+
+
+def test_a_collapse_is_a_warning_and_the_command_can_stop_at_it(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(MutualInformation, "clamp_temperatures", lambda self: None)
+    cfg = replace(_config(dataset), num_steps=30)
+    cfg = replace(cfg, objective=replace(cfg.objective, temperature=0.01))
+    monkeypatch.setattr(MutualInformation, "reset_own_parameters", _saturate)
+    caplog.set_level(logging.WARNING)
+    assert Trainer(cfg, tmp_path / "warned").train().step == 30
+    warnings = [r.getMessage() for r in caplog.records if "collapse?" in r.getMessage()]
+    assert len(warnings) == 2  # one a temperature, and not one a logged step
+    cfg.save(tmp_path / "config.json")
+    request = ["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    assert main([*request, "--stop-on-collapse"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--stop-on-collapse: step 15: monitor/category_log_scale" in said
+    assert [c.step for c in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == [15]
+    assert TrainConfig.load(tmp_path / "run" / "config.json") == cfg
