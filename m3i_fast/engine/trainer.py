@@ -188,7 +188,7 @@ class Trainer:
         if found and self.stop_on_collapse:
             self.save()
             raise CollapseError(
-                f"--stop-on-collapse: {found[0]}; step {self.step} is saved in {self.checkpoint_dir}"
+                f"--stop-on-collapse: {found[0]}. The run is saved in {self.checkpoint_dir}"
             )
 
     def _clip(self) -> Tensor:

@@ -115,7 +115,7 @@ def kmeans(features: Tensor, num_clusters: int) -> Tensor:  # [N, D] -> [N] int6
 
 
 def kmeans_entropy(features: Tensor, num_clusters: int = NUM_CLUSTERS) -> Tensor:  # [..., D] -> []
-    """Entropy of the k-means cluster sizes of unit rows over log k: 1 when even, 0 when one cluster.
+    """Entropy over log k of the sizes of the k-means clusters of unit rows: 1 when even, 0 of one.
 
     Says how many kinds of targets there are and not how far apart: `uniformity` does. NaN where a
     feature is not finite.

@@ -104,8 +104,9 @@ class Collapse:
 
     def __str__(self) -> str:
         return (
-            f"step {self.step}: {self.name} = {self.value:.4g} for {PATIENCE} logged steps, healthy "
-            f"is {self.healthy.text}: {self.healthy.cause}. Look at: {self.healthy.remedy}"
+            f"step {self.step}: {self.name} = {self.value:.4g}, the last {PATIENCE} logged steps "
+            f"out of its healthy range, {self.healthy.text}: {self.healthy.cause}. "
+            f"Look at: {self.healthy.remedy}"
         )
 
 
