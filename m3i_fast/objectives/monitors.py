@@ -25,10 +25,13 @@ def target_monitors(
     tokens: Tensor,  # [A, N, C], normalised targets
     student: Tensor,  # [A, n, C], the encoder's normalised tokens of the same images
 ) -> dict[str, Tensor]:
-    """All that is watched of the dense targets, by the name it is logged under."""
+    """All that is watched of the dense targets, by the name it is logged under.
+
+    One image alone has no spread over images: no `target_std` then.
+    """
     some = subsample(tokens)
-    return {
-        "monitor/target_std": feature_std(tokens.mean(1)),
+    spread = {"monitor/target_std": feature_std(tokens.mean(1))} if tokens.shape[0] > 1 else {}
+    return spread | {
         "monitor/target_rank": rankme(tokens),
         "monitor/target_alignment": alignment(student.mean(1), tokens.mean(1)),
         "monitor/target_uniformity": uniformity(some),

@@ -56,13 +56,13 @@ HEALTHY = (
     ),
     Healthy(
         pattern="monitor/target_alignment",
-        low=1e-4,
+        low=1e-3,
         cause="the encoder says the same of what it sees and of what it has to predict",
         remedy=TEACHER,
     ),
     Healthy(
         pattern="monitor/target_uniformity",
-        high=-0.02,
+        high=-0.05,
         cause="the targets of all cells point one way",
         remedy=TEACHER,
     ),

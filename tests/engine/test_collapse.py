@@ -26,9 +26,15 @@ NUM_STEPS = 200
 
 def _config(dataset: Path, recipe: str = "demo") -> TrainConfig:
     cfg = shrink(RECIPES[recipe](), path=dataset, num_classes=9, text=TEXT)
-    data = replace(cfg.data, batch_size=8)
+    mixing = replace(cfg.objective.mixing, dense_fraction=1.0)  # of 1 image there is no spread
     return replace(
-        cfg, data=data, num_steps=NUM_STEPS, log_every=5, checkpoint_every=50, device="cpu"
+        cfg,
+        data=replace(cfg.data, batch_size=8),
+        objective=replace(cfg.objective, mixing=mixing),
+        num_steps=NUM_STEPS,
+        log_every=5,
+        checkpoint_every=50,
+        device="cpu",
     )
 
 
