@@ -44,7 +44,7 @@ TEMPERATURE = "objective.temperature nearer to 0.07, a lower optim.lr"
 HEALTHY = (
     Healthy(
         pattern="monitor/target_std",
-        low=0.02,
+        low=0.01,
         cause="all images have nearly the same target, so a constant predicts it",
         remedy=TEACHER,
     ),

@@ -12,6 +12,7 @@ from torch import Tensor
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
+from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives import mutual_information
 from m3i_fast.objectives.mutual_information import MutualInformation
@@ -47,13 +48,6 @@ def _dense_alone(cfg: TrainConfig) -> TrainConfig:
     return replace(cfg, objective=replace(cfg.objective, terms=terms))
 
 
-def _flagged(cfg: TrainConfig, out: Path) -> str:
-    """What stops the run."""
-    with pytest.raises(CollapseError) as stopped:
-        Trainer(cfg, out, stop_on_collapse=True).train()
-    return str(stopped.value)
-
-
 def _let_targets_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target is the encoder itself, with its gradient: a constant predicts itself best."""
 
@@ -69,12 +63,18 @@ def _let_targets_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutual_information, "gaussian", squared_error)
 
 
-@pytest.mark.parametrize("recipe", ["demo", "demo_internimage"])
+def _constant(self: MutualInformation, views: Tensor, rows: Tensor) -> Tensor:
+    """A dead target encoder: one token, whatever it is shown."""
+    tokens = self.target_encoder(normalise_views(views, rows, torch.float32))
+    return tokens[:1, :1].expand_as(tokens).contiguous()
+
+
+@pytest.mark.parametrize(("recipe", "num_steps"), [("demo", 100), ("demo_internimage", 40)])
 def test_a_healthy_run_is_not_flagged(
-    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, recipe: str
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, recipe: str, num_steps: int
 ) -> None:
-    outcome = Trainer(_config(dataset, recipe), tmp_path / "run", stop_on_collapse=True).train()
-    assert outcome.step == NUM_STEPS
+    cfg = replace(_config(dataset, recipe), num_steps=num_steps)
+    assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == num_steps
     assert "collapse" not in caplog.text
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["loss/total"] < rows[0]["loss/total"]
@@ -84,8 +84,35 @@ def test_targets_that_follow_with_gradient_are_flagged(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _let_targets_follow(monkeypatch)
-    said = _flagged(_dense_alone(_config(dataset)), tmp_path / "run")
-    assert "monitor/target_" in said and "ema.momentum" in said
+    trainer = Trainer(_dense_alone(_config(dataset)), tmp_path / "run", stop_on_collapse=True)
+    with pytest.raises(CollapseError, match=r"step \d+: monitor/.*ema\.momentum"):
+        trainer.train()
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["loss/total"] < 0.05 * rows[0]["loss/total"]  # it looks like learning
+
+
+def test_targets_of_a_dead_encoder_are_flagged(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MutualInformation, "_target_tokens", _constant)
+    trainer = Trainer(_config(dataset), tmp_path / "run", stop_on_collapse=True)
+    with pytest.raises(CollapseError, match="target_"):
+        trainer.train()
+    row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["step"] <= 30
+    assert row["monitor/target_std"] < 1e-3 and row["monitor/target_kmeans_entropy"] == 0
+    assert row["monitor/target_uniformity"] == pytest.approx(0, abs=1e-5)
+    assert row["monitor/target_rank"] == pytest.approx(1, abs=1e-2)
+
+
+def test_an_average_of_momentum_0_does_not_collapse_by_itself(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """The stop-gradient is enough here, without labels and decorrelation: no range is left."""
+    cfg = replace(_dense_alone(_config(dataset)), num_steps=60)
+    cfg = replace(cfg, ema=EmaConfig(momentum=0.0, final_momentum=0.0))
+    assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == 60
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["monitor/target_rank"] > 5
 
 
 def _saturate(self: MutualInformation) -> None:
