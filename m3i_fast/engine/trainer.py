@@ -61,10 +61,7 @@ class Trainer:
         resume: bool = False,
         stop_on_collapse: bool = False,
     ) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"WORLD_SIZE: expected 1, one process on one device, got {os.environ['WORLD_SIZE']}"
-            )
+        _expect_one_process()
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         self.checkpoint_dir = run_dir / "checkpoints"
         saved = self._find_checkpoint() if resume else None
@@ -251,6 +248,13 @@ class Trainer:
             raise KeyboardInterrupt
         self._signal = number
         logger.warning("signal %d: finishing the step and saving; once more stops at once", number)
+
+
+def _expect_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE: expected 1, one process on one device, got {os.environ['WORLD_SIZE']}"
+        )
 
 
 def build_objective(cfg: TrainConfig) -> MutualInformation:
