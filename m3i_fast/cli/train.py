@@ -22,7 +22,7 @@ from m3i_fast.engine.trainer import Outcome, Trainer
 from m3i_fast.recipes import RECIPES
 
 USAGE = """\
-usage: m3i-fast train RECIPE [--out DIR] [--resume] [--field value ...]
+usage: m3i-fast train RECIPE [--out DIR] [--resume] [--stop-on-collapse] [--field value ...]
        m3i-fast train --config FILE [...]
 """
 
@@ -34,6 +34,8 @@ class TrainCommand:
     """Run directory: config.json, env.json, metrics.jsonl, tensorboard/, checkpoints/."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
+    stop_on_collapse: bool = False
+    """End with an error, after a checkpoint, when a monitor stays out of its healthy range."""
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +60,12 @@ def main(argv: list[str]) -> int:
         args=rest,
         config=(tyro.conf.CascadeSubcommandArgs,),  # --field may stand after data.local-views:...
     )
-    outcome = run(command.config, command.out, resume=command.resume)
+    outcome = run(
+        command.config,
+        command.out,
+        resume=command.resume,
+        stop_on_collapse=command.stop_on_collapse,
+    )
     if outcome.signal is not None:
         console.print(
             f"stopped and saved at step {outcome.step}: add --resume to continue {command.out}"
@@ -67,9 +74,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run(config: TrainConfig, out: Path, *, resume: bool = False) -> Outcome:
+def run(
+    config: TrainConfig, out: Path, *, resume: bool = False, stop_on_collapse: bool = False
+) -> Outcome:
     """Train with a progress bar: steps, images a second, time left, loss."""
-    trainer = Trainer(config, out, resume=resume)
+    trainer = Trainer(config, out, resume=resume, stop_on_collapse=stop_on_collapse)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -45,8 +45,11 @@ class OptimConfig:
         if self.clip_grad_norm < 0:
             raise ValueError(f"optim.clip_grad_norm: expected >= 0, got {self.clip_grad_norm}")
 
+    def warmup_steps(self, num_steps: int) -> int:
+        return round(self.warmup_fraction * num_steps)
+
     def lr_schedule(self, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-        warmup_steps = round(self.warmup_fraction * num_steps)
+        warmup_steps = self.warmup_steps(num_steps)
         return warmup_cosine(
             self.lr, num_steps=num_steps, warmup_steps=warmup_steps, final=self.final_lr
         )

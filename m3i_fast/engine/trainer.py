@@ -25,6 +25,7 @@ from m3i_fast.models.blocks import Block
 from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mixing import draw_mix, step_seed
 from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.observe.environment import environment
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
 from m3i_fast.pipelines.batch import Batch
@@ -47,15 +48,21 @@ class Trainer:
 
     Raises FileExistsError when run_dir holds a run and `resume` is False, FileNotFoundError when
     `resume` finds nothing, ValueError when the config differs from the run's or does not fit the
-    data; `train` raises FloatingPointError when a loss is not finite.
+    data; `train` raises FloatingPointError when a loss is not finite, and CollapseError after a
+    checkpoint when `stop_on_collapse` and a monitor stays out of its healthy range; without it a
+    collapse is a warning in the log.
     """
 
-    def __init__(self, cfg: TrainConfig, run_dir: Path, *, resume: bool = False) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(
-                f"WORLD_SIZE: expected 1, one process on one device, got {os.environ['WORLD_SIZE']}"
-            )
-        self.cfg, self.run_dir = cfg, run_dir
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        run_dir: Path,
+        *,
+        resume: bool = False,
+        stop_on_collapse: bool = False,
+    ) -> None:
+        _expect_one_process()
+        self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         self.checkpoint_dir = run_dir / "checkpoints"
         saved = self._find_checkpoint() if resume else None
         if not resume and self._config_path.exists():
@@ -83,6 +90,7 @@ class Trainer:
             self._restore(saved)
         self.timer = StageTimer(self.device)
         self.means = DeviceMeans()
+        self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         self._signal: int | None = None
 
     def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
@@ -146,6 +154,7 @@ class Trainer:
                     for sink in sinks:
                         sink.log(self.step, values)
                     progress(self.step, values)
+                    self._heed_collapse(values)
                 if self.step % cfg.checkpoint_every == 0:
                     self.save()
             self.save()
@@ -168,6 +177,16 @@ class Trainer:
             state={"loader": self.loader.state_dict()},
             keep=self.cfg.keep_checkpoints,
         )
+
+    def _heed_collapse(self, values: dict[str, float]) -> None:
+        found = self.watch.see(self.step, values)
+        for collapse in found:
+            logger.warning("collapse? %s", collapse)
+        if found and self.stop_on_collapse:
+            self.save()
+            raise CollapseError(
+                f"--stop-on-collapse: {found[0]}. The run is saved in {self.checkpoint_dir}"
+            )
 
     def _clip(self) -> Tensor:
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
@@ -229,6 +248,13 @@ class Trainer:
             raise KeyboardInterrupt
         self._signal = number
         logger.warning("signal %d: finishing the step and saving; once more stops at once", number)
+
+
+def _expect_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE: expected 1, one process on one device, got {os.environ['WORLD_SIZE']}"
+        )
 
 
 def build_objective(cfg: TrainConfig) -> MutualInformation:

@@ -1,10 +1,42 @@
-"""Collapse monitors: is there still entropy in the targets? Read on logged steps only."""
+"""Collapse monitors: is there still entropy in the targets? Read on logged steps only.
+
+Pure functions without gradient, and no host waits for them. Each returns a scalar in fp32 (of fp64
+features in fp64, RankMe aside), and computes in it, under autocast too. Healthy ranges:
+`m3i_fast.observe.collapse`.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from m3i_fast.objectives.statistics import full_precision, wide
+
+MAX_ROWS = 512  # of what grows with the square of the rows, or with rows times clusters
+NUM_CLUSTERS = 16
+NUM_ITERATIONS = 10
+
+
+@torch.no_grad()
+def target_monitors(
+    tokens: Tensor,  # [A, N, C], normalised targets
+    student: Tensor,  # [A, n, C], the encoder's normalised tokens of the same images
+) -> dict[str, Tensor]:
+    """All that is watched of the dense targets, by the name it is logged under.
+
+    One image alone has no spread over images: no `target_std` then.
+    """
+    some = subsample(tokens)
+    spread = {"monitor/target_std": feature_std(tokens.mean(1))} if tokens.shape[0] > 1 else {}
+    return spread | {
+        "monitor/target_rank": rankme(tokens),
+        "monitor/target_alignment": alignment(student.mean(1), tokens.mean(1)),
+        "monitor/target_uniformity": uniformity(some),
+        "monitor/target_kmeans_entropy": kmeans_entropy(some),
+    }
 
 
 def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
@@ -34,3 +66,83 @@ def rankme(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
 def mean_cosine(a: Tensor, b: Tensor) -> Tensor:  # [..., D], [..., D] -> [] fp32
     """Mean cosine between matching rows (teacher and student, prediction and target)."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1).mean()
+
+
+def subsample(features: Tensor) -> Tensor:  # [..., D] -> [min(rows, MAX_ROWS), D]
+    """At most MAX_ROWS rows, the same ones at every step.
+
+    A fixed draw: rows at even steps could all be of one column of the grid.
+    """
+    rows = features.flatten(0, -2)
+    if rows.shape[0] <= MAX_ROWS:
+        return rows
+    drawn = torch.randperm(rows.shape[0], generator=torch.Generator().manual_seed(0))[:MAX_ROWS]
+    return rows[drawn.sort().values.to(rows.device)]
+
+
+def alignment(a: Tensor, b: Tensor) -> Tensor:  # [..., D], [..., D] -> []
+    """mean |a / |a| - b / |b||^2 of matching rows, 0 to 4; 0 where both views' features are one.
+
+    Wang and Isola, arXiv 2005.10242, section 4.1.1, alpha = 2.
+    """
+    u, v = (F.normalize(wide(x), dim=-1) for x in (a, b))
+    return (u - v).square().sum(-1).mean()
+
+
+def uniformity(features: Tensor) -> Tensor:  # [..., D] -> []
+    """log mean exp(-2 |u_i - u_j|^2) over all pairs i < j of unit rows; 0 when collapsed.
+
+    Wang and Isola, arXiv 2005.10242, section 4.1.2, t = 2: at least -8, -4 for orthogonal rows.
+    All pairs: of a `subsample`. NaN for fewer than two rows.
+    """
+    rows = F.normalize(wide(features).flatten(0, -2), dim=-1)
+    return F.pdist(rows).square().mul(-2).exp().mean().log()
+
+
+@full_precision
+def kmeans(features: Tensor, num_clusters: int) -> Tensor:  # [N, D] -> [N] int64
+    """The cluster of every row: Lloyd's algorithm, NUM_ITERATIONS times, the same at every call.
+
+    Starts from the first row and then, again and again, from the row that is farthest from all
+    starts so far; a cluster that has lost its rows keeps its centre.
+    """
+    rows = wide(features)
+    centres_KD = _farthest_rows(rows, num_clusters)
+    for _ in range(NUM_ITERATIONS):
+        cluster = _distances(rows, centres_KD).argmin(1)
+        member_KN = _members(cluster, num_clusters).to(rows.dtype)
+        count_K1 = member_KN.sum(1, keepdim=True)
+        means_KD = member_KN @ rows / count_K1.clamp_min(1)
+        centres_KD = torch.where(count_K1 > 0, means_KD, centres_KD)
+    return _distances(rows, centres_KD).argmin(1)
+
+
+def kmeans_entropy(features: Tensor, num_clusters: int = NUM_CLUSTERS) -> Tensor:  # [..., D] -> []
+    """Entropy over log k of the sizes of the k-means clusters of unit rows: 1 when even, 0 of one.
+
+    Says how many kinds of targets there are and not how far apart: `uniformity` does. NaN where a
+    feature is not finite.
+    """
+    rows = F.normalize(wide(features).flatten(0, -2), dim=-1)
+    share = _members(kmeans(rows, num_clusters), num_clusters).to(rows.dtype).mean(1)
+    entropy = -torch.xlogy(share, share).sum() / math.log(num_clusters)
+    return torch.where(rows.isfinite().all(), entropy, torch.nan)
+
+
+def _members(cluster: Tensor, num_clusters: int) -> Tensor:  # [N] -> [K, N] bool
+    return torch.arange(num_clusters, device=cluster.device)[:, None] == cluster
+
+
+def _farthest_rows(rows: Tensor, number: int) -> Tensor:  # [N, D] -> [number, D]
+    chosen = [rows[:1]]
+    nearest = _distances(rows, chosen[0]).squeeze(1)
+    for _ in range(number - 1):
+        # An index that is a number on the device would be waited for; one in a list is not.
+        chosen.append(rows.index_select(0, nearest.argmax(keepdim=True)))
+        nearest = torch.minimum(nearest, _distances(rows, chosen[-1]).squeeze(1))
+    return torch.cat(chosen)
+
+
+def _distances(rows: Tensor, centres: Tensor) -> Tensor:  # [N, D], [K, D] -> [N, K]
+    """Not by products, whose rounding would tell equal rows apart."""
+    return torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist")

@@ -22,7 +22,7 @@ from m3i_fast.models.vision import VisionConfig, build_encoder
 from m3i_fast.models.vit import ViT
 from m3i_fast.objectives.methods import Term, m3i
 from m3i_fast.objectives.mixing import Mix, MixingConfig, drop_tokens
-from m3i_fast.objectives.monitors import feature_std, mean_cosine, rankme
+from m3i_fast.objectives.monitors import mean_cosine, target_monitors
 from m3i_fast.objectives.predictors import (
     DecoderConfig,
     DenseDecoder,
@@ -213,7 +213,7 @@ class MutualInformation(nn.Module):
             total = total + term.weight * value
         metrics["loss/total"] = total.detach()
         if monitor:
-            metrics |= self._monitor(targets)
+            metrics |= self._monitor(encoded, targets, mix)
         return total, metrics
 
     @torch.no_grad()
@@ -327,16 +327,16 @@ class MutualInformation(nn.Module):
         return self.target_encoder(normalise_views(views, rows, _autocast_dtype(views.device.type)))
 
     @torch.no_grad()
-    def _monitor(self, targets: DenseTargets) -> dict[str, Tensor]:
+    def _monitor(self, encoded: Encoded, targets: DenseTargets, mix: Mix) -> dict[str, Tensor]:
         metrics = {
             f"monitor/{name}": parameter.detach().exp()
             for name, parameter in self.named_parameters(recurse=False)
             if name.endswith("log_scale")
         }
         if targets.tokens is not None:
-            tokens = normalise_tokens(targets.tokens)
-            metrics["monitor/target_std"] = feature_std(tokens.mean(1))
-            metrics["monitor/target_rank"] = rankme(tokens)
+            rows = mix.other_view_rows if self.cfg.uses("other_view") else mix.same_view_rows
+            student = normalise_tokens(encoded.tokens[rows])
+            metrics |= target_monitors(normalise_tokens(targets.tokens), student)
         return metrics
 
 

@@ -188,6 +188,9 @@ def test_dense_terms_are_siameseims_of_normalised_targets() -> None:
     tokens = F.layer_norm(targets.tokens, (VISION.dim,))
     torch.testing.assert_close(metrics["monitor/target_std"], feature_std(tokens.mean(1)))
     torch.testing.assert_close(metrics["monitor/target_rank"], rankme(tokens))
+    seen = F.layer_norm(encoded.tokens[mix.other_view_rows].detach(), (VISION.dim,))  # same images
+    cosine = F.cosine_similarity(seen.mean(1), tokens.mean(1)).mean()
+    torch.testing.assert_close(metrics["monitor/target_alignment"], 2 - 2 * cosine)
 
 
 def test_what_is_not_annotated_is_not_asked() -> None:

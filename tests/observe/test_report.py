@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3i_fast.observe.collapse import healthy
 from m3i_fast.observe.report import MixedPair, ReportInputs, write_report
 from tests.observe import sample_run
 from tests.observe.chromium import check_page, skip_reason
@@ -73,7 +74,23 @@ def test_page_holds_everything_and_asks_for_nothing(page: Path) -> None:
 def test_figures_are_one_a_measure_a_curve_and_the_time_shares(page: Path) -> None:
     groups = [name.split("-")[0] for name in _figures(page)]
     counts = {group: groups.count(group) for group in set(groups)}
-    assert counts == {"measure": 5, "loss": 5, "monitor": 5, "time": 1, "throughput": 1}
+    assert counts == {"measure": 5, "loss": 5, "monitor": 8, "time": 1, "throughput": 1}
+
+
+def test_monitors_show_their_healthy_range(page: Path) -> None:
+    figures = _figures(page)
+    drawn = {
+        name: [(s["y0"], s["y1"]) for s in figures[name]["layout"].get("shapes", [])]
+        for name in ("monitor-target_rank", "monitor-caption_log_scale", "loss-total")
+    }
+    rank, scale = healthy("monitor/target_rank"), healthy("monitor/caption_log_scale")
+    assert rank and scale
+    assert drawn == {
+        "monitor-target_rank": [(rank.low, rank.low)],
+        "monitor-caption_log_scale": [(scale.low, scale.low), (scale.high, scale.high)],
+        "loss-total": [],
+    }
+    assert f"RankMe: 1 when collapsed; healthy: {rank.text}" in page.read_text()
 
 
 def test_captions_are_text_not_markup(page: Path) -> None:

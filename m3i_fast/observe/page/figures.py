@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from m3i_fast.observe.collapse import Healthy, healthy
 from m3i_fast.observe.page.verdict import SOURCES, Judgement, percent
 
 MAX_POINTS = 400  # of a curve; more steps are averaged in bins
@@ -38,6 +39,9 @@ NAMES = {
     "loss/caption": ("Caption", "cross-entropy over the captions of the batch"),
     "monitor/target_std": ("Spread of targets", "1 when spread evenly, 0 when collapsed"),
     "monitor/target_rank": ("Effective rank of targets", "RankMe: 1 when collapsed"),
+    "monitor/target_alignment": ("Alignment", "distance of encoder and target, squared"),
+    "monitor/target_uniformity": ("Uniformity of targets", "0 when all point one way"),
+    "monitor/target_kmeans_entropy": ("Kinds of targets", "k-means entropy: 0 when of one kind"),
     "monitor/teacher_student_cosine": ("Teacher-student cosine", "prediction and target"),
     "monitor/intra_cosine": ("Cosine, intra-view", "prediction and target"),
     "monitor/inter_cosine": ("Cosine, inter-view", "prediction and target"),
@@ -84,10 +88,16 @@ def how_drawn(num_rows: int) -> str:
 
 
 def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
-    """The logged values of one key, with a moving mean. Values that are not finite are gaps."""
+    """The logged values of one key, with a moving mean. Values that are not finite are gaps.
+
+    Dashed lines are the bounds of the healthy range, where one is known.
+    """
     rows = [(row["step"], row[key]) for row in metrics if key in row]
     steps, values = (_binned(np.array(column, float)) for column in zip(*rows, strict=True))
     title, note = NAMES.get(key, (key.split("/", 1)[1].replace("_", " "), ""))
+    bounds = healthy(key)
+    if bounds:
+        note += f"; healthy: {bounds.text}" if note else f"healthy: {bounds.text}"
     smooth = _moving_mean(values, window=max(len(values) // 12, 1))
     mode = "lines" if len(values) > 2 else "lines+markers"
     line = {"type": "scatter", "mode": mode, "x": _plain(steps), "showlegend": False}
@@ -111,10 +121,18 @@ def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
     layout = {
         "xaxis": _axis(nticks=4, title="step") | {"showgrid": False},
         "yaxis": _axis(nticks=4) | {"tickformat": "~s" if _is_large(finite) else "~g"},
+        "shapes": _bounds(bounds) if bounds else [],
         "hovermode": "x",
         "margin": {"l": 38, "r": 12, "t": 8, "b": 40},
     }
     return _panel(key.replace("/", "-"), title, note, label, CURVE_HEIGHT, traces, layout)
+
+
+def _bounds(bounds: Healthy) -> list[dict[str, Any]]:
+    line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1}
+    dashed = {"line": {"color": "var(--muted)", "width": 1, "dash": "dash"}}
+    finite = [bound for bound in (bounds.low, bounds.high) if math.isfinite(bound)]
+    return [line | dashed | {"y0": bound, "y1": bound} for bound in finite]
 
 
 def bars(judgement: Judgement) -> Panel:

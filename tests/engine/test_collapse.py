@@ -1,0 +1,145 @@
+"""Planted collapses are told from learning: flagged within 200 steps, a healthy run is not."""
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from m3i_fast.cli import main
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine import checkpoint
+from m3i_fast.engine.ema import EmaConfig
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives import mutual_information
+from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.targets import normalise_tokens, normalise_views
+from m3i_fast.observe.collapse import CollapseError
+from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.recipes import RECIPES, shrink
+from tests.engine.test_trainer import TEXT
+
+NUM_STEPS = 200
+
+
+def _config(dataset: Path, recipe: str = "demo") -> TrainConfig:
+    cfg = shrink(RECIPES[recipe](), path=dataset, num_classes=9, text=TEXT)
+    mixing = replace(cfg.objective.mixing, dense_fraction=1.0)  # of 1 image there is no spread
+    return replace(
+        cfg,
+        data=replace(cfg.data, batch_size=8),
+        objective=replace(cfg.objective, mixing=mixing),
+        num_steps=NUM_STEPS,
+        log_every=5,
+        checkpoint_every=50,
+        device="cpu",
+    )
+
+
+def _dense_alone(cfg: TrainConfig) -> TrainConfig:
+    """Without what holds the encoder apart: labels, captions and decorrelation."""
+    terms = tuple(
+        replace(t, regulariser="stop_gradient") if t.is_dense else replace(t, weight=0.0)
+        for t in cfg.objective.terms
+    )
+    return replace(cfg, objective=replace(cfg.objective, terms=terms))
+
+
+def _let_targets_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is the encoder itself, with its gradient: a constant predicts itself best."""
+
+    def online_tokens(self: MutualInformation, views: Tensor, rows: Tensor) -> Tensor:
+        return self.encoder.encode_cells(normalise_views(views, rows, torch.float32))
+
+    def squared_error(z_hat: Tensor, z: Tensor, **_: object) -> Tensor:
+        return (z_hat - normalise_tokens(z)).square().mean()
+
+    monkeypatch.setattr(MutualInformation, "_target_tokens", online_tokens)
+    with_gradient = MutualInformation.encode_targets.__wrapped__  # type: ignore[attr-defined]
+    monkeypatch.setattr(MutualInformation, "encode_targets", with_gradient)
+    monkeypatch.setattr(mutual_information, "gaussian", squared_error)
+
+
+def _constant(self: MutualInformation, views: Tensor, rows: Tensor) -> Tensor:
+    """A dead target encoder: one token, whatever it is shown."""
+    tokens = self.target_encoder(normalise_views(views, rows, torch.float32))
+    return tokens[:1, :1].expand_as(tokens).contiguous()
+
+
+@pytest.mark.parametrize(("recipe", "num_steps"), [("demo", 100), ("demo_internimage", 40)])
+def test_a_healthy_run_is_not_flagged(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, recipe: str, num_steps: int
+) -> None:
+    cfg = replace(_config(dataset, recipe), num_steps=num_steps)
+    assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == num_steps
+    assert "collapse" not in caplog.text
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["loss/total"] < rows[0]["loss/total"]
+
+
+def test_targets_that_follow_with_gradient_are_flagged(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _let_targets_follow(monkeypatch)
+    trainer = Trainer(_dense_alone(_config(dataset)), tmp_path / "run", stop_on_collapse=True)
+    with pytest.raises(CollapseError, match=r"step \d+: monitor/.*ema\.momentum"):
+        trainer.train()
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["loss/total"] < 0.05 * rows[0]["loss/total"]  # it looks like learning
+
+
+def test_targets_of_a_dead_encoder_are_flagged(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MutualInformation, "_target_tokens", _constant)
+    trainer = Trainer(_config(dataset), tmp_path / "run", stop_on_collapse=True)
+    with pytest.raises(CollapseError, match="target_"):
+        trainer.train()
+    row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["step"] <= 30
+    assert row["monitor/target_std"] < 1e-3 and row["monitor/target_kmeans_entropy"] == 0
+    assert row["monitor/target_uniformity"] == pytest.approx(0, abs=1e-5)
+    assert row["monitor/target_rank"] == pytest.approx(1, abs=1e-2)
+
+
+def test_an_average_of_momentum_0_does_not_collapse_by_itself(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """The stop-gradient is enough here, without labels and decorrelation: no range is left."""
+    cfg = replace(_dense_alone(_config(dataset)), num_steps=60)
+    cfg = replace(cfg, ema=EmaConfig(momentum=0.0, final_momentum=0.0))
+    assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == 60
+    assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["monitor/target_rank"] > 5
+
+
+def _saturate(self: MutualInformation) -> None:
+    """In place of the clamp: temperatures of nearly zero, whatever the gradients say."""
+    with torch.no_grad():
+        for scale in (self.category_log_scale, self.caption_log_scale):
+            scale.fill_(math.log(1e5))
+
+
+def test_a_saturated_softmax_is_a_warning_and_the_command_can_stop_at_it(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(MutualInformation, "clamp_temperatures", _saturate)
+    cfg = replace(_config(dataset), num_steps=30)
+    with caplog.at_level(logging.WARNING):
+        assert Trainer(cfg, tmp_path / "warned").train().step == 30
+    warnings = [r.getMessage() for r in caplog.records if "collapse?" in r.getMessage()]
+    assert len(warnings) == 2  # one a temperature, and not one a logged step
+    assert all("1e+05" in w and "objective.temperature" in w for w in warnings)
+    cfg.save(tmp_path / "config.json")
+    request = ["train", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    assert main([*request, "--stop-on-collapse"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--stop-on-collapse: step 15: monitor/category_log_scale" in said
+    assert [c.step for c in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")] == [15]
+    assert TrainConfig.load(tmp_path / "run" / "config.json") == cfg
