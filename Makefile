@@ -19,10 +19,10 @@ demo: install
 
 test: install lint
 	@scripts/chromium.sh
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-slow: install
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 # No install: the python of .venv or of the machine, or that named by PYTHON, with its own torch.
 gpu:
