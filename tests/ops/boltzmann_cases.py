@@ -106,6 +106,12 @@ def make(case: Case, dtype: torch.dtype = FP64) -> Call:
     return Call(tensors, options)
 
 
+def leaves(case: Case) -> list[Tensor]:
+    """z_hat, z, scale and perhaps the bias, in float32, each to be differentiated by."""
+    tensors = make(case, FP32).tensors
+    return [tensor.float().requires_grad_() for tensor in tensors.values()]
+
+
 def shapes(kind: str) -> Iterator[tuple[int, int, int]]:
     """Ragged, from 1 to 1,025."""
     rows = (1, 2, 33, 130, 257)
