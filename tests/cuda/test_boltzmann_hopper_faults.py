@@ -90,13 +90,6 @@ FAULTS = {
         "boltzmann_sums",
         r"out-of-bounds read .* past the end of an allocation",
     ),
-    "a stage too many for the shared memory": Fault(
-        "boltzmann_hopper.h",
-        "kHopperTile{256, 256, 64, 4, 16, 1}",
-        "kHopperTile{256, 256, 64, 5, 16, 1}",
-        "boltzmann_sums",
-        r"invalid argument",
-    ),
     # Ordinary memory
     "both warpgroups take the same half": Fault(
         "boltzmann_sums_hopper.cuh",
@@ -137,3 +130,18 @@ def test_planted_fault_is_reported(fault: Fault, tmp_path: Path) -> None:
         pytest.raises(RuntimeError, match=f"(?s){fault.report}.*boltzmann"),
     ):
         run()
+
+
+def test_a_stage_too_many_for_the_shared_memory_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "boltzmann"
+    shutil.copytree(emulator.CUDA / "boltzmann", folder)
+    tile = "kHopperTile{256, 256, 64, 4, 16, 1}"
+    source = folder / "boltzmann_hopper.h"
+    assert source.read_text().count(tile) == 1
+    source.write_text(source.read_text().replace(tile, tile.replace(" 4,", " 5,")))
+    call = make((140, 150, 328), torch.bfloat16, "shared", labels=True)
+    with (
+        emulator.emulated("boltzmann", folder=tmp_path, architecture=90),
+        pytest.raises(RuntimeError, match=r"^CUDA error: invalid argument\n$"),
+    ):
+        call.sums()

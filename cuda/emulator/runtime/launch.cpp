@@ -126,6 +126,7 @@ void run_grid(const cudaLaunchConfig_t& config, const Call& call, uint32_t regis
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    void (*invoke)(void* closure), void* closure) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
+  forget_report();
   cudaError_t error = check_launch(config, kernel);
   if (error == cudaSuccess) {
     const Module* module = module_of(kernel);
@@ -148,6 +149,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
 }
 
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  forget_report();
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || static_cast<size_t>(value) > most_shared_bytes()) return cudaErrorInvalidValue;
   allowed_dynamic[kernel] = static_cast<size_t>(value);

@@ -175,6 +175,8 @@ void report_standstill(const Cluster& cluster) {
 
 cudaError_t launch_error() { return error_of_launch; }
 
+void forget_report() { text_of_last.clear(); }
+
 void begin_reports(const void* kernel) {
   current_kernel = kernel;
   error_of_launch = cudaSuccess;

@@ -33,8 +33,10 @@ void report_standstill(const Cluster& cluster);
 // Of the running launch: cudaSuccess while nothing was reported.
 cudaError_t launch_error();
 void begin_reports(const void* kernel);
+// Before a call that may fail without a report: an older one is not its.
+void forget_report();
 
-// Text of the last report of the process; empty if there was none.
+// Text of the last launch's report; empty if there was none.
 extern "C" M3I_EMULATOR_API const char* m3i_emulator_report();
 
 }  // namespace m3i::emulator
