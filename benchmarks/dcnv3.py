@@ -22,12 +22,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 from torch import Tensor
 
 from m3i_fast.benchmarks.dcnv3_others import GEOMETRY, POINTS, others
-from m3i_fast.benchmarks.harness import Device, Timing, measure, parse, publish, resolve
+from m3i_fast.benchmarks.harness import Device, measure, parse, publish, ratio_table, resolve
 from m3i_fast.ops import dcnv3
 
 SUBJECT = "dcnv3"
@@ -212,24 +211,11 @@ def figures_of(
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    title = f"dcnv3 on {rows[0]['device']}, {rows[0]['num_threads']} threads"
-    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("N x H x W x C / groups", no_wrap=True)
-    for column in ("ms", "p20 - p80", "x ours"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
+    def label(row: dict[str, Any]) -> str:
         size = Size(**{name: row[name] for name in Size.__slots__})
-        shown.add_row(f"{size}, {row['dtype']}, {row['offset_px']:g} px, {row['pass']}")
-        for name, timing in row["timings"].items():
-            t = Timing(**timing)
-            shown.add_row(
-                f"  {name}",
-                f"{t.median_ms:.3g}",
-                f"{t.p20_ms:.3g} - {t.p80_ms:.3g}",
-                f"{row['times_slower_than_ours'][name]:.2f}",
-            )
-        shown.add_section()
-    return shown
+        return f"{size}, {row['dtype']}, {row['offset_px']:g} px, {row['pass']}"
+
+    return ratio_table(SUBJECT, "N x H x W x C / groups", rows, label)
 
 
 def main(argv: list[str] | None = None) -> None:

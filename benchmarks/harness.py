@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -183,6 +184,40 @@ def publish(
     if record:
         places = ", ".join(map(str, paths))
         console.print(f"{len(measured)} rows appended to {places}", soft_wrap=True)
+
+
+def ratio_table(
+    subject: str,
+    heading: str,
+    rows: list[dict[str, Any]],
+    label: Callable[[dict[str, Any]], str],
+    more: Mapping[str, Callable[[dict[str, Any], str], str]] | None = None,
+) -> Table:
+    """Rows with `timings` and `times_slower_than_ours`: a line for each function of each row.
+
+    label: what a row measured, under `heading`; more: further columns, of a row and a function.
+    """
+    more = more or {}
+    title = f"{subject} on {rows[0]['device']}, {rows[0]['num_threads']} threads"
+    if len(dtypes := {row["dtype"] for row in rows}) == 1:
+        title += f", {dtypes.pop()}"
+    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column(heading, no_wrap=True)
+    for column in ("ms", "p20 - p80", "x ours", *more):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(label(row))
+        for name, timing in row["timings"].items():
+            t = Timing(**timing)
+            shown.add_row(
+                f"  {name}",
+                f"{t.median_ms:.3g}",
+                f"{t.p20_ms:.3g} - {t.p80_ms:.3g}",
+                f"{row['times_slower_than_ours'][name]:.2f}",
+                *(text(row, name) for text in more.values()),
+            )
+        shown.add_section()
+    return shown
 
 
 def results_dir() -> Path:

@@ -26,11 +26,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 
 from m3i_fast.benchmarks import mi_loss_growth, mi_loss_ranks
-from m3i_fast.benchmarks.harness import Device, Timing, measure, parse, publish, resolve
+from m3i_fast.benchmarks.harness import Device, measure, parse, publish, ratio_table, resolve
 from m3i_fast.benchmarks.mi_loss_functions import (
     MODEL_GEMMS,
     OUR_GEMMS,
@@ -161,27 +160,15 @@ def measure_speed(cfg: Config) -> Iterator[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    first = rows[0]
-    title = f"mi_loss on {first['device']}, {first['num_threads']} threads, {first['dtype']}"
-    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("form, N x M x D", no_wrap=True)
-    for column in ("ms", "p20 - p80", "x ours", "TFLOP/s"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
+    def label(row: dict[str, Any]) -> str:
         size = Size(**{name: row[name] for name in Size.__slots__})
         kind = {"forward": "fwd", "forward+backward": "fwd + bwd"}[row["pass"]]
-        shown.add_row(f"{size}, {kind}")
-        for name, timing in row["timings"].items():
-            t = Timing(**timing)
-            shown.add_row(
-                f"  {name}",
-                f"{t.median_ms:.3g}",
-                f"{t.p20_ms:.3g} - {t.p80_ms:.3g}",
-                f"{row['times_slower_than_ours'][name]:.2f}",
-                f"{row['tflop_s']:.3g}" if name == OURS else "",
-            )
-        shown.add_section()
-    return shown
+        return f"{size}, {kind}"
+
+    def rate(row: dict[str, Any], name: str) -> str:
+        return f"{row['tflop_s']:.3g}" if name == OURS else ""
+
+    return ratio_table(SUBJECT, "form, N x M x D", rows, label, {"TFLOP/s": rate})
 
 
 def main(argv: list[str] | None = None) -> None:

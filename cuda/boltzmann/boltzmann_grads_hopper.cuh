@@ -137,14 +137,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const TileWalk walk = walk_block(block);
   const int steps = static_cast<int>(divide_up(input.width, kBoxSide));
   run_warpgroups(
-      shared.ring,
-      [&] {
-        RingPlace place;
-        walk([&](int row_tile, int column_tile) {
-          copy_operands<Major::kK, Major::kK>(
-              shared.ring, place, feature_product(z_hat, z, block, row_tile, column_tile, steps));
-        });
-      },
+      shared.ring, [&] { copy_features(shared.ring, walk, z_hat, z, block, steps); },
       [&](int consumer) {
         HalfShared& own = shared.halves[consumer];
         RingPlace place;

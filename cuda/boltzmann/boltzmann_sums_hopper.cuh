@@ -79,13 +79,15 @@ struct HalfOrigin {
   }
 };
 
-// The tile's dot products for the thread that copies: features of both operands.
-__device__ inline TileProduct feature_product(const TensorMap& z_hat, const TensorMap& z,
-                                              const Block& block, int row_tile, int column_tile,
-                                              int steps) {
-  const int row = static_cast<int>(block.row_begin) + row_tile * kHopperTile.rows + block_row();
-  const int column = static_cast<int>(block.column_begin) + column_tile * kHopperTile.columns;
-  return {z_hat, z, row, 0, column, 0, steps};
+// By the thread that copies: the features of all tiles' rows and columns, for their dot products.
+__device__ inline void copy_features(Ring& ring, const TileWalk& walk, const TensorMap& z_hat,
+                                     const TensorMap& z, const Block& block, int steps) {
+  RingPlace place;
+  walk([&](int row_tile, int column_tile) {
+    const int row = static_cast<int>(block.row_begin) + row_tile * kHopperTile.rows + block_row();
+    const int column = static_cast<int>(block.column_begin) + column_tile * kHopperTile.columns;
+    copy_operands<Major::kK, Major::kK>(ring, place, {z_hat, z, row, 0, column, 0, steps});
+  });
 }
 
 // After the vectors were staged: they are there for all threads, and each warp notes what it saw.
@@ -192,14 +194,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const TileWalk walk = walk_block(block);
   const int steps = static_cast<int>(divide_up(input.width, kBoxSide));
   run_warpgroups(
-      shared.ring,
-      [&] {
-        RingPlace place;
-        walk([&](int row_tile, int column_tile) {
-          copy_operands<Major::kK, Major::kK>(
-              shared.ring, place, feature_product(z_hat, z, block, row_tile, column_tile, steps));
-        });
-      },
+      shared.ring, [&] { copy_features(shared.ring, walk, z_hat, z, block, steps); },
       [&](int consumer) {
         HalfShared& own = shared.halves[consumer];
         const float scale = read_scalar<float>(input.scale);

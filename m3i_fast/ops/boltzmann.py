@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m3i_fast.ops.boltzmann_autograd import IGNORED, Sigmoid, Softmax
 from m3i_fast.ops.boltzmann_exchange import Alone, Ring
+from m3i_fast.ops.library import contiguous
 
 _NOT_A_COLUMN = -2  # the id of an ignored column: equals no row's
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -176,7 +177,8 @@ def boltzmann(
     Under autocast z_hat and z are cast to its dtype, except float64 ones.
 
     Args:
-        z_hat: fp32, fp64, fp16 or bf16; z has its dtype and device.
+        z_hat: fp32, fp64, fp16 or bf16; z has its dtype and device. Both are made contiguous, with
+            a warning in the log, where they are not.
         scale: multiplies the dot products: 1 / tau, open_clip's `logit_scale.exp()`. On the device
             of z_hat, and never read by the host.
         targets: class indices. On a CPU one that is out of range raises; on CUDA it stops the
@@ -210,7 +212,8 @@ def boltzmann(
     scale = scale.to(_wide(z.dtype))
     own_col_ids = None if all_col_ids is None else exchange.own(all_col_ids)
     col_bias = _col_bias(bias, own_col_ids, z)
-    inputs = z_hat.contiguous(), z.contiguous(), scale, col_bias, row_ids, all_col_ids
+    features = contiguous("boltzmann", "z_hat", z_hat), contiguous("boltzmann", "z", z)
+    inputs = *features, scale, col_bias, row_ids, all_col_ids
     mean = reduction == "mean"
     if form == "sigmoid":
         wanted = tuple(torch.is_grad_enabled() and value.requires_grad for value in inputs[:4])

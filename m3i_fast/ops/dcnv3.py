@@ -6,7 +6,6 @@ K points of the kernel.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_fast.ops.library import m3i
+from m3i_fast.ops.library import contiguous, m3i
 
 Pair = int | tuple[int, int]
 
-logger = logging.getLogger(__name__)
-
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-# Arguments that were copied to be contiguous, each named once in the log.
-_copied: set[str] = set()
 
 
 def _check_geometry(
@@ -202,12 +196,7 @@ def _prepared(name: str, tensor: Tensor, autocast_dtype: torch.dtype | None) -> 
     """In the dtype of autocast, if any, and contiguous."""
     if autocast_dtype is not None and tensor.dtype != torch.float64:
         tensor = tensor.to(autocast_dtype)
-    if tensor.is_contiguous():
-        return tensor
-    if name not in _copied and not torch.compiler.is_compiling():
-        _copied.add(name)
-        logger.warning("dcnv3: %s is copied at every call, it is not contiguous", name)
-    return tensor.contiguous()
+    return contiguous("dcnv3", name, tensor)
 
 
 def dcnv3(

@@ -5,21 +5,15 @@ Legend: [..., D] predictions and targets, R rows of them, D feature width.
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m3i_fast.ops.library import m3i
-
-logger = logging.getLogger(__name__)
+from m3i_fast.ops.library import contiguous, m3i
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-# Arguments that were copied to be contiguous, each named once in the log.
-_copied: set[str] = set()
 
 
 def _check_options(sigma: float, eps: float, decorrelation_weight: float) -> None:
@@ -122,15 +116,6 @@ torch.library.register_autograd("m3i::gaussian", _backward, setup_context=_setup
 torch.library.register_autograd("m3i::gaussian_bwd", _backward_twice)
 
 
-def _contiguous(name: str, tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous():
-        return tensor
-    if name not in _copied and not torch.compiler.is_compiling():
-        _copied.add(name)
-        logger.warning("gaussian: %s is copied at every call, it is not contiguous", name)
-    return tensor.contiguous()
-
-
 def gaussian(
     z_hat: Tensor,  # [..., D]
     z: Tensor,  # [..., D] no gradient
@@ -176,8 +161,8 @@ def gaussian(
     if z.requires_grad:
         raise ValueError("z: expected a target without gradient, got requires_grad; detach it")
     value: Tensor = m3i.gaussian.default(
-        _contiguous("z_hat", z_hat),
-        _contiguous("z", z),
+        contiguous("gaussian", "z_hat", z_hat),
+        contiguous("gaussian", "z", z),
         sigma,
         normalise,
         eps,
