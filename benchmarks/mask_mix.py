@@ -45,7 +45,7 @@ class Config:
     device: Device = "auto"
     """auto: the GPU where torch sees one."""
     batch_size: int = 64
-    """Views, and as many pairs."""
+    """Views, and as many pictures mixed of two."""
     num_samples: int = 50
     """Samples of each function, interleaved."""
     compile: bool = True
@@ -61,17 +61,18 @@ class Config:
 
 def bytes_first(
     views: Tensor,  # [B, 3, H, W] uint8
-    mask: Tensor,  # [P, h, w] bool
-    pairs: Tensor,  # [P, 2] int64
+    choice: Tensor,  # [P, h, w] uint8, 0 or 1
+    members: Tensor,  # [P, 2] int64
     scale: Tensor,  # [3, 1, 1] float32
     shift: Tensor,  # [3, 1, 1] float32
     dtype: torch.dtype,
 ) -> Tensor:  # [P, 3, H, W] dtype
     """The least that plain torch does: pixels chosen as bytes, one multiply-add, one rounding."""
     height, width = views.shape[2:]
-    mask = mask.repeat_interleave(height // mask.shape[1], dim=1)
-    mask = mask.repeat_interleave(width // mask.shape[2], dim=2)
-    mixed = torch.where(mask[:, None], views[pairs[:, 0]], views[pairs[:, 1]])
+    first = choice == 0
+    first = first.repeat_interleave(height // choice.shape[1], dim=1)
+    first = first.repeat_interleave(width // choice.shape[2], dim=2)
+    mixed = torch.where(first[:, None], views[members[:, 0]], views[members[:, 1]])
     return torch.addcmul(shift, mixed.float(), scale).to(dtype)
 
 
@@ -81,9 +82,9 @@ def make_functions(cfg: Config, size: Size, dtype: torch.dtype) -> dict[str, Cal
     generator = torch.Generator().manual_seed(0)
     image, cells = (size.image_size,) * 2, (size.image_size // size.patch_size,) * 2
     views = torch.randint(256, (batch, 3, *image), dtype=torch.uint8, generator=generator)
-    mask = torch.rand(batch, *cells, generator=generator) < 0.5
-    pairs = torch.randint(batch, (batch, 2), generator=generator)
-    inputs = views, mask, pairs = views.to(device), mask.to(device), pairs.to(device)
+    choice = torch.randint(2, (batch, *cells), dtype=torch.uint8, generator=generator)
+    members = torch.randint(batch, (batch, 2), generator=generator)
+    inputs = views.to(device), choice.to(device), members.to(device)
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1)
     scale = 1 / (255 * std)
     shift = -torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) / std

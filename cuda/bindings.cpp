@@ -15,8 +15,8 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "Tensor covariance, float sigma, bool normalise, float eps, float decorrelation_weight)"
       " -> Tensor grad");
   library.def(
-      "mask_mix(Tensor views, Tensor mask, Tensor pairs, float[] mean, float[] std, ScalarType "
-      "dtype)"
+      "mask_mix(Tensor views, Tensor choice, Tensor members, float[] mean, float[] std, "
+      "ScalarType dtype)"
       " -> Tensor");
   library.def(
       "dcnv3(Tensor x, Tensor offset, Tensor mask, int[2] kernel_size, int[2] stride, "

@@ -18,7 +18,7 @@ sys.path[:0] = sys.argv[1:]
 import torch
 from m3i_fast import benchmarks, ops, pipelines
 views = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
-pixels = ops.mask_mix(views, torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([[0, 0]]))
+pixels = ops.mask_mix(views, torch.zeros(1, 2, 2, dtype=torch.uint8), torch.tensor([[0]]))
 assert pixels.shape == (1, 3, 4, 4)
 print(ops.__file__, pipelines.__file__, benchmarks.__file__, sep="\\n")
 """

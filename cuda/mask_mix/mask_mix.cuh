@@ -1,16 +1,16 @@
 // mask_mix: device code.
 //
 //   out[p, c, y, x] = fma(views[v, c, y, x], scale[c], shift[c])
-//   v = pairs[p, mask[p, y / cell_height, x / cell_width] ? 0 : 1]
+//   v = members[p, choice[p, y / cell_height, x / cell_width]]
 //
 // Bytes: a pixel is read once (1 byte) and written once (4 or 2 bytes), 2 flops: bound by memory.
 // Tiling: a thread owns a group of kPixels neighbours of one row and one cell, in all three
 // channels, so the cell is looked up once and three loads are in flight; a block owns 256
-// neighbouring groups of one pair. No shared memory; registers in budget.json.
+// neighbouring groups of one picture. No shared memory; registers in budget.json.
 //
-// A pair that names a row outside views stops the kernel by a trap: the launch cannot check it
-// without waiting for the device. The next synchronisation reports it, and the CUDA context is
-// lost, as after a failed device assertion.
+// A choice of no column of members and a member outside views stop the kernel by a trap: the launch
+// cannot check them without waiting for the device. The next synchronisation reports it, and the
+// CUDA context is lost, as after a failed device assertion.
 #pragma once
 
 #include "m3i/vec.cuh"
@@ -105,7 +105,7 @@ __device__ inline void store_group(const Vec<uint8_t, kPixels>& own, unsigned ac
 
 // ---- Kernel -------------------------------------------------------------------------------------
 
-// Grid: x over the groups of a plane, y over the pairs, strided where they outnumber kMaxGridY.
+// Grid: x over the groups of a plane, y over the pictures, strided where they outnumber kMaxGridY.
 template <class Out, int kPixels>
 __global__ void __launch_bounds__(kThreads) mask_mix_kernel(const MaskMixParams params) {
   const int64_t plane = params.height * params.width;
@@ -124,8 +124,10 @@ __global__ void __launch_bounds__(kThreads) mask_mix_kernel(const MaskMixParams 
   const int64_t cell = y / cell_height * params.grid_width + x / cell_width;
   const int64_t num_cells = params.grid_height * params.grid_width;
 
-  for (int64_t p = blockIdx.y; p < params.num_pairs; p += gridDim.y) {
-    const int64_t view = params.pairs[2 * p + (params.mask[p * num_cells + cell] ? 0 : 1)];
+  for (int64_t p = blockIdx.y; p < params.num_pictures; p += gridDim.y) {
+    const uint8_t column = params.choice[p * num_cells + cell];
+    if (column >= params.num_members) __trap();
+    const int64_t view = params.members[p * params.num_members + column];
     if (view < 0 || view >= params.num_views) __trap();
     const uint8_t* in = params.views + view * kMaskMixChannels * plane + pixel;
     Out* out = static_cast<Out*>(params.out) + p * kMaskMixChannels * plane + pixel;

@@ -1,4 +1,4 @@
-// mask_mix: two uint8 pictures mixed by a patch mask and normalised, in one pass over memory.
+// mask_mix: uint8 pictures mixed cell by cell and normalised, in one pass over memory.
 #pragma once
 
 #include "mask_mix/mask_mix_params.h"

@@ -1,9 +1,11 @@
 // mask_mix: CPU kernel.
 //
-// A band is one row of cells of one pair. Its cells are spread to a byte a pixel once; then every
-// pixel row of it, in every channel, is blended from the pair's two views and normalised. Both
-// views are read even where one is hidden: a cache line holds several cells, so skipping would save
-// little traffic and cost a branch a cell.
+// A band is one row of cells of one picture. Its cells are spread to a byte a pixel once; then
+// every pixel row of it, in every channel, is blended from two rows of bytes and normalised. The
+// two are those of the picture's views, where it has one or two: both are read even where one is
+// hidden, as a cache line holds several cells, so skipping would save little traffic and cost a
+// branch a cell. Of three views or more the cells shown are first copied into one row, which is
+// both of the two.
 //
 // Bands are independent, so threads change nothing in the result. Every instruction set rounds as
 // one fused multiply-add does: the bits are the same on every machine, and those of the CUDA
@@ -32,7 +34,7 @@ constexpr int64_t kGrainPixels = 64 * 1024;
 
 // ---- One row of pixels --------------------------------------------------------------------------
 
-// One channel of a pixel row, of both views of a pair.
+// One channel of a pixel row, of two views.
 struct Row {
   const uint8_t* first;   // [W]
   const uint8_t* second;  // [W]
@@ -136,9 +138,25 @@ MixRow<Out> fastest_mix_row() {
 
 // ---- All rows -----------------------------------------------------------------------------------
 
-void spread_cells(const bool* cells, int64_t num_cells, int64_t cell_width, uint8_t* shown) {
-  for (int64_t i = 0; i < num_cells; ++i) {
-    std::fill_n(shown + i * cell_width, cell_width, cells[i] ? 0xff : 0);
+// One row of cells of a picture.
+struct Cells {
+  const uint8_t* choice;   // [w]
+  const int64_t* members;  // [K]
+  int64_t count;           // w
+  int64_t width;           // pixels of one
+};
+
+void spread_cells(const Cells& cells, uint8_t* shown) {
+  for (int64_t i = 0; i < cells.count; ++i) {
+    std::fill_n(shown + i * cells.width, cells.width, cells.choice[i] == 0 ? 0xff : 0);
+  }
+}
+
+// `at`: the pixel row of the first of all views; `image`: bytes of a view.
+void gather_cells(const Cells& cells, const uint8_t* at, int64_t image, uint8_t* row) {
+  for (int64_t i = 0; i < cells.count; ++i) {
+    const uint8_t* from = at + cells.members[cells.choice[i]] * image;
+    std::copy_n(from + i * cells.width, cells.width, row + i * cells.width);
   }
 }
 
@@ -153,38 +171,59 @@ void mask_mix(const MaskMixParams& p) {
   const int64_t grain = std::max<int64_t>(1, kGrainPixels / std::max<int64_t>(1, band_pixels));
 
   torch::stable::parallel_for(
-      0, p.num_pairs * p.grid_height, grain, [&](int64_t begin, int64_t end) {
-        std::vector<uint8_t> shown(p.width);
+      0, p.num_pictures * p.grid_height, grain, [&](int64_t begin, int64_t end) {
+        std::vector<uint8_t> shown(p.width), gathered(p.num_members > 2 ? p.width : 0);
         for (int64_t band = begin; band < end; ++band) {
-          spread_cells(p.mask + band * p.grid_width, p.grid_width, cell_width, shown.data());
-          const int64_t pair = band / p.grid_height;
-          const uint8_t* first = p.views + p.pairs[2 * pair] * image;
-          const uint8_t* second = p.views + p.pairs[2 * pair + 1] * image;
-          Out* out = static_cast<Out*>(p.out) + pair * image;
+          const int64_t picture = band / p.grid_height;
+          const int64_t* members = p.members + picture * p.num_members;
+          const Cells cells{p.choice + band * p.grid_width, members, p.grid_width, cell_width};
+          spread_cells(cells, shown.data());
+          const uint8_t* first = p.views + members[0] * image;
+          const uint8_t* second = p.views + members[p.num_members - 1] * image;
+          Out* out = static_cast<Out*>(p.out) + picture * image;
           for (int c = 0; c < kMaskMixChannels; ++c) {
             for (int64_t i = 0; i < cell_height; ++i) {
               const int64_t y = band % p.grid_height * cell_height + i;
               const int64_t at = c * plane + y * p.width;
-              mix({first + at, second + at, shown.data(), p.width, p.scale[c], p.shift[c]},
-                  out + at);
+              Row row{first + at, second + at, shown.data(), p.width, p.scale[c], p.shift[c]};
+              if (p.num_members > 2) {
+                gather_cells(cells, p.views + at, image, gathered.data());
+                row.first = row.second = gathered.data();
+              }
+              mix(row, out + at);
             }
           }
         }
       });
 }
 
-void check_pairs(const MaskMixParams& p) {
-  for (int64_t i = 0; i < 2 * p.num_pairs; ++i) {
-    STD_TORCH_CHECK(0 <= p.pairs[i] && p.pairs[i] < p.num_views, "pairs[", i / 2, ", ", i % 2,
-                    "]: expected a row of views, 0 <= row < ", p.num_views, ", got ", p.pairs[i]);
+void check_choice(const MaskMixParams& p) {
+  const int64_t num_cells = p.grid_height * p.grid_width;
+  const uint8_t* end = p.choice + p.num_pictures * num_cells;
+  // The largest by a loop that is vectorised: a search would take a cycle a cell.
+  uint8_t largest = 0;
+  for (const uint8_t* at = p.choice; at < end; ++at) largest = std::max(largest, *at);
+  if (largest < p.num_members) return;
+  const int64_t at = std::find(p.choice, end, largest) - p.choice;
+  STD_TORCH_CHECK(false, "choice[", at / num_cells, ", ", at % num_cells / p.grid_width, ", ",
+                  at % p.grid_width, "]: expected a column of members, 0 <= column < ",
+                  p.num_members, ", got ", static_cast<int>(largest));
+}
+
+void check_members(const MaskMixParams& p) {
+  for (int64_t i = 0; i < p.num_pictures * p.num_members; ++i) {
+    STD_TORCH_CHECK(0 <= p.members[i] && p.members[i] < p.num_views, "members[", i / p.num_members,
+                    ", ", i % p.num_members, "]: expected a row of views, 0 <= row < ", p.num_views,
+                    ", got ", p.members[i]);
   }
 }
 
-Tensor mask_mix_cpu(const Tensor& views, const Tensor& mask, const Tensor& pairs,
+Tensor mask_mix_cpu(const Tensor& views, const Tensor& choice, const Tensor& members,
                     std::vector<double> mean, std::vector<double> std,
                     torch::headeronly::ScalarType dtype) {
-  const MaskMixCall call = prepare_mask_mix(views, mask, pairs, mean, std, dtype);
-  check_pairs(call.params);
+  const MaskMixCall call = prepare_mask_mix(views, choice, members, mean, std, dtype);
+  check_choice(call.params);
+  check_members(call.params);
   dispatch_dtype<float, BFloat16>(call.params.out_dtype, [&](auto out) {
     mask_mix<typename decltype(out)::type>(call.params);
   });

@@ -10,11 +10,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-Tensor mask_mix_cuda(const Tensor& views, const Tensor& mask, const Tensor& pairs,
+Tensor mask_mix_cuda(const Tensor& views, const Tensor& choice, const Tensor& members,
                      std::vector<double> mean, std::vector<double> std,
                      torch::headeronly::ScalarType dtype) {
   const torch::stable::accelerator::DeviceGuard guard(views.get_device_index());
-  const MaskMixCall call = prepare_mask_mix(views, mask, pairs, mean, std, dtype);
+  const MaskMixCall call = prepare_mask_mix(views, choice, members, mean, std, dtype);
   STD_CUDA_CHECK(launch_mask_mix(call.params, current_stream(views)));
   return call.out;
 }

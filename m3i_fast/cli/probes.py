@@ -121,11 +121,11 @@ def _mask_mix_is_right(device: str) -> bool:
     from m3i_fast.ops import mask_mix
 
     views = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8, device=device).reshape(2, 3, 4, 4)
-    mask = torch.tensor([[[True, False], [False, True]]], device=device)
-    pairs = torch.tensor([[0, 1]], device=device)
-    mixed = mask_mix(views, mask, pairs, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    cells = mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
-    expected = torch.where(cells, views[:1], views[1:]).float() / 255
+    choice = torch.tensor([[[0, 1], [1, 0]]], dtype=torch.uint8, device=device)
+    members = torch.tensor([[0, 1]], device=device)
+    mixed = mask_mix(views, choice, members, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    cells = choice.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+    expected = torch.where(cells == 0, views[:1], views[1:]).float() / 255
     return torch.allclose(mixed, expected)
 
 

@@ -16,8 +16,8 @@ from m3i_fast.ops.mask_mix import IMAGENET_MEAN, IMAGENET_STD
 
 def mask_mix(
     views: Tensor,  # [B, 3, H, W] uint8
-    mask: Tensor,  # [P, h, w] bool
-    pairs: Tensor,  # [P, 2] int64
+    choice: Tensor,  # [P, h, w] uint8
+    members: Tensor,  # [P, K] int64
     *,
     mean: Sequence[float] = IMAGENET_MEAN,  # [3]
     std: Sequence[float] = IMAGENET_STD,  # [3]
@@ -29,10 +29,13 @@ def mask_mix(
     mean_C11 = torch.tensor(mean, dtype=compute_dtype, device=views.device).view(3, 1, 1)
     std_C11 = torch.tensor(std, dtype=compute_dtype, device=views.device).view(3, 1, 1)
     views_BCHW = (views.to(compute_dtype) / 255 - mean_C11) / std_C11
-    mask_PHW = mask.repeat_interleave(height // mask.shape[1], dim=1)
-    mask_PHW = mask_PHW.repeat_interleave(width // mask.shape[2], dim=2)
-    first_PCHW, second_PCHW = views_BCHW[pairs[:, 0]], views_BCHW[pairs[:, 1]]
-    return torch.where(mask_PHW[:, None], first_PCHW, second_PCHW).to(dtype)
+    choice_PHW = choice.repeat_interleave(height // choice.shape[1], dim=1)
+    choice_PHW = choice_PHW.repeat_interleave(width // choice.shape[2], dim=2)
+    mixed_PCHW = views_BCHW[members[:, 0]]
+    for k in range(1, members.shape[1]):
+        shown_P1HW = (choice_PHW == k)[:, None]
+        mixed_PCHW = torch.where(shown_P1HW, views_BCHW[members[:, k]], mixed_PCHW)
+    return mixed_PCHW.to(dtype)
 
 
 def _places(

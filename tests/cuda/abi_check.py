@@ -35,12 +35,13 @@ for op in ops:
     for key in ("CPU", "CUDA"):
         assert has(op, key), f"{op} has no kernel for {key}"
 views = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
-mask, pairs = torch.rand(2, 2, 2) < 0.5, torch.tensor([[0, 1], [2, 3]])
+choice = torch.randint(2, (2, 2, 2), dtype=torch.uint8)
+members = torch.tensor([[0, 1], [2, 3]])
 rest = [0.5] * 3, [0.25] * 3, torch.float32
-mixed = torch.ops.m3i.mask_mix(views, mask, pairs, *rest)
+mixed = torch.ops.m3i.mask_mix(views, choice, members, *rest)
 launched = "no GPU, not launched"
 if torch.cuda.is_available():
-    on_cuda = torch.ops.m3i.mask_mix(views.cuda(), mask.cuda(), pairs.cuda(), *rest)
+    on_cuda = torch.ops.m3i.mask_mix(views.cuda(), choice.cuda(), members.cuda(), *rest)
     assert torch.equal(on_cuda.cpu(), mixed), "CUDA and CPU differ"
     launched = "CUDA equals CPU, bit for bit"
 print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), Python {sys.version.split()[0]}: "

@@ -310,12 +310,19 @@ OP_FAULTS = {
         "mask_mix",
         r"data race: write of 16 bytes .* which thread \(\d+, 0, 0\) wrote",
     ),
-    "pairs that overlap": Fault(
+    "pictures that overlap": Fault(
         "mask_mix.cuh",
         "+ p * kMaskMixChannels * plane + pixel;",
         "+ p / 2 * kMaskMixChannels * plane + pixel;",
         "mask_mix",
         r"data race: write of 16 bytes .* a thread of another block of this launch wrote",
+    ),
+    "a member of the next picture": Fault(
+        "mask_mix.cuh",
+        "params.members[p * params.num_members + column]",
+        "params.members[(p + 1) * params.num_members + column]",
+        "mask_mix",
+        r"out-of-bounds read of 8 bytes .* past the end of an allocation",
     ),
     "an odd address": Fault(
         "mask_mix.cuh",

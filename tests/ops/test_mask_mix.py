@@ -23,29 +23,36 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Case(NamedTuple):
-    """Sizes of one call: B views of H x W pixels to P pictures with h x w cells."""
+    """Sizes of one call: B views of H x W pixels to P pictures with h x w cells of K views."""
 
     views: int
-    pairs: int
+    pictures: int
     height: int
     width: int
     rows: int
     columns: int
+    members: int = 2
 
 
 CASES = {
     "patch 16": Case(4, 2, 64, 64, 4, 4),
     "patch 14": Case(3, 2, 28, 42, 2, 3),
     "patch 8, non-square": Case(3, 3, 24, 40, 3, 5),
-    "more pairs than views": Case(2, 7, 32, 32, 2, 2),
+    "more pictures than views": Case(2, 7, 32, 32, 2, 2),
     "width 17: one vector and one pixel": Case(2, 2, 4, 17, 2, 1),
     "odd everything": Case(3, 2, 15, 33, 5, 11),
     "a cell a pixel": Case(2, 2, 5, 7, 5, 7),
     "one cell": Case(2, 2, 19, 23, 1, 1),
     "size 1": Case(1, 1, 1, 1, 1, 1),
-    "no pairs": Case(2, 0, 16, 16, 2, 2),
+    "no pictures": Case(2, 0, 16, 16, 2, 2),
     "no views": Case(0, 0, 16, 16, 2, 2),
     "several tasks a thread": Case(8, 16, 96, 96, 6, 6),
+    "one member": Case(3, 4, 32, 32, 2, 2, members=1),
+    "one member, one cell": Case(3, 2, 19, 23, 1, 1, members=1),
+    "three members": Case(5, 3, 48, 64, 3, 4, members=3),
+    "three members, odd everything": Case(3, 2, 15, 33, 5, 11, members=3),
+    "four members, patch 14": Case(4, 4, 28, 56, 2, 4, members=4),
+    "most members": Case(7, 2, 18, 36, 18, 18, members=255),
 }
 
 
@@ -54,9 +61,10 @@ def make(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     views = torch.randint(
         256, (case.views, 3, case.height, case.width), dtype=torch.uint8, generator=generator
     )
-    mask = torch.rand(case.pairs, case.rows, case.columns, generator=generator) < 0.5
-    pairs = torch.randint(max(1, case.views), (case.pairs, 2), generator=generator)
-    return views.to(device), mask.to(device), pairs.to(device)
+    cells = case.pictures, case.rows, case.columns
+    choice = torch.randint(case.members, cells, dtype=torch.uint8, generator=generator)
+    members = torch.randint(max(1, case.views), (case.pictures, case.members), generator=generator)
+    return views.to(device), choice.to(device), members.to(device)
 
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
@@ -77,7 +85,7 @@ def test_as_accurate_as_torch(inputs: tuple[Tensor, Tensor, Tensor], dtype: torc
 def test_every_byte_rounds_at_most_one_ulp_off() -> None:
     """All 256 pixels of all channels, against the docstring's bound; bf16 is float32 rounded."""
     views = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
-    arguments = views, torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.int64)
+    arguments = views, torch.zeros(1, 1, 1, dtype=torch.uint8), torch.tensor([[0]])
     ours = mask_mix(*arguments)
     truth = reference.mask_mix(*arguments, dtype=torch.float64, compute_dtype=torch.float64)
     ulp = torch.finfo(torch.float32).eps * truth.abs().max()
@@ -86,35 +94,51 @@ def test_every_byte_rounds_at_most_one_ulp_off() -> None:
 
 
 @every_kernel
-def test_pair_of_one_view_normalises_it_as_torchvision() -> None:
-    views, mask, _ = make(CASES["patch 16"])
-    pairs = torch.tensor([[3, 3], [0, 0]])
+@pytest.mark.parametrize("num_members", [1, 2, 3])
+def test_picture_of_one_view_normalises_it_as_torchvision(num_members: int) -> None:
+    views, choice, _ = make(CASES["patch 16"])
+    members = torch.tensor([[3], [0]]).repeat(1, num_members)
     expected = vision.normalize(
-        vision.to_dtype(views[pairs[:, 0]], torch.float32, scale=True),
+        vision.to_dtype(views[members[:, 0]], torch.float32, scale=True),
         list(IMAGENET_MEAN),
         list(IMAGENET_STD),
     )
-    torch.testing.assert_close(mask_mix(views, mask, pairs), expected, rtol=0, atol=1e-6)
+    mixed = mask_mix(views, choice.clamp(max=num_members - 1), members)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
 
 
 @every_kernel
-def test_mask_chooses_the_first_view_where_true() -> None:
-    views = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 6)
-    mask = torch.tensor([[[True, False, False], [False, True, True]]])
-    mixed = mask_mix(
-        views.contiguous(), mask, torch.tensor([[1, 0]]), mean=(0.0,) * 3, std=(1.0,) * 3
-    )
-    expected = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-    expected = expected.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
-    assert torch.equal(mixed, expected.expand(1, 3, 4, 6))
+@pytest.mark.parametrize("num_members", [1, 2, 3, 4])
+def test_a_cell_shows_the_member_of_its_column(num_members: int) -> None:
+    """Cell by cell in plain Python, of views of one byte each."""
+    views = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(4, 1, 1, 1).repeat(1, 3, 4, 6)
+    columns = [[0, 1, 2], [3, 1, 0]]
+    choice = torch.tensor([columns], dtype=torch.uint8).clamp(max=num_members - 1)
+    members = [3, 1, 2, 0][:num_members]
+    mixed = mask_mix(views, choice, torch.tensor([members]), mean=(0.0,) * 3, std=(1.0,) * 3)
+    shades = [0.0, 0.2, 0.4, 1.0]
+    for y in range(4):
+        for x in range(6):
+            view = members[min(columns[y // 2][x // 2], num_members - 1)]
+            assert mixed[0, :, y, x].tolist() == pytest.approx([shades[view]] * 3)
 
 
 @every_kernel
-def test_unaligned_views() -> None:
-    views, mask, pairs = make(CASES["patch 16"])
+def test_two_members_give_the_bits_of_the_same_two_among_more() -> None:
+    views, choice, members = make(CASES["several tasks a thread"])
+    among = torch.stack([members[:, 0], members[:, 1], members[:, 0], members[:, 1]], 1)
+    other = torch.randint(2, choice.shape, generator=torch.Generator().manual_seed(1))
+    same = choice + 2 * other.to(torch.uint8)
+    assert torch.equal(mask_mix(views, same, among), mask_mix(views, choice, members))
+
+
+@every_kernel
+@pytest.mark.parametrize("case", ["patch 16", "three members"])
+def test_unaligned_views(case: str) -> None:
+    views, choice, members = make(CASES[case])
     buffer = torch.empty(views.numel() + 1, dtype=torch.uint8)
     shifted = buffer[1:].view_as(views).copy_(views)
-    assert torch.equal(mask_mix(shifted, mask, pairs), mask_mix(views, mask, pairs))
+    assert torch.equal(mask_mix(shifted, choice, members), mask_mix(views, choice, members))
 
 
 @every_kernel
@@ -136,8 +160,9 @@ def test_compiles_to_one_graph(inputs: tuple[Tensor, Tensor, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(dtype: torch.dtype) -> None:
-    inputs = make(CASES["several tasks a thread"])
+@pytest.mark.parametrize("num_members", [2, 3])
+def test_threads_change_no_bit(num_members: int, dtype: torch.dtype) -> None:
+    inputs = make(CASES["several tasks a thread"]._replace(members=num_members))
     threads = torch.get_num_threads()
     try:
         results = []
@@ -179,74 +204,6 @@ def test_instruction_sets_change_no_bit() -> None:
     assert len(digests) == 1
 
 
-_VIEWS = torch.zeros(3, 3, 8, 12, dtype=torch.uint8)
-_MASK = torch.ones(2, 2, 3, dtype=torch.bool)
-_PAIRS = torch.tensor([[0, 1], [2, 0]])
-
-# name: (arguments that differ from the right ones, what the message must say)
-WRONG = {
-    "float views": ({"views": _VIEWS.float()}, r"views: expected dtype \S*uint8, got \S*float32"),
-    "byte mask": ({"mask": _MASK.byte()}, r"mask: expected dtype \S*bool, got \S*uint8"),
-    "int32 pairs": ({"pairs": _PAIRS.int()}, r"pairs: expected dtype \S*int64, got \S*int32"),
-    "one channel": ({"views": _VIEWS[:, :1].contiguous()}, r"views: .*\[\*, 3, .* got \[3, 1, 8"),
-    "three dimensions": ({"views": _VIEWS[0]}, r"views: expected shape .* got \[3, 8, 12\]"),
-    "triples": (
-        {"pairs": _PAIRS.new_zeros(2, 3)},
-        r"pairs: expected shape \[\*, 2\], got \[2, 3\]",
-    ),
-    "a mask short": ({"mask": _MASK[:1]}, r"mask: expected shape \[2, \*, \*\], got \[1, 2, 3\]"),
-    "flat mask": ({"mask": _MASK[:, 0]}, r"mask: expected shape \[2, \*, \*\], got \[2, 3\]"),
-    "ragged rows": (
-        {"mask": _MASK.new_ones(2, 3, 3)},
-        r"mask: expected a grid that divides views of 8 x 12 pixels, got 3 x 3 cells",
-    ),
-    "ragged columns": ({"mask": _MASK.new_ones(2, 2, 5)}, r"8 x 12 pixels, got 2 x 5 cells"),
-    "no cells": ({"mask": _MASK.new_ones(2, 0, 3)}, r"8 x 12 pixels, got 0 x 3 cells"),
-    "half": ({"dtype": torch.float16}, r"dtype: expected float32 or bfloat16, got \S*float16"),
-}
-
-# Not seen by the fake: they depend on values or strides.
-WRONG_WHEN_RUN = {
-    "pair past the end": (
-        {"pairs": torch.tensor([[0, 1], [3, 0]])},
-        r"pairs\[1, 0\]: expected a row of views, 0 <= row < 3, got 3",
-    ),
-    "negative pair": ({"pairs": torch.tensor([[0, -1], [0, 0]])}, r"pairs\[0, 1\]: .* got -1"),
-    "strided views": (
-        {"views": _VIEWS.transpose(2, 3)},
-        r"views: expected a contiguous tensor, got strides \[288, 96, 1, 12\]",
-    ),
-    "strided mask": ({"mask": torch.ones(2, 2, 6, dtype=torch.bool)[..., ::2]}, r"mask: .*strides"),
-    "strided pairs": ({"pairs": _PAIRS.t()}, r"pairs: expected a contiguous tensor"),
-    "two means": ({"mean": (0.5, 0.5)}, r"mean: expected 3 values, got 2"),
-    "two deviations": ({"std": (0.5, 0.5)}, r"std: expected 3 values, got 2"),
-    "no deviation": ({"std": (0.5, 0.0, 0.5)}, r"std: expected positive values, got 0"),
-}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    {**WRONG, **WRONG_WHEN_RUN}.values(),
-    ids={**WRONG, **WRONG_WHEN_RUN}.keys(),
-)
-def test_wrong_input_is_named(wrong: dict[str, object], message: str) -> None:
-    arguments = {"views": _VIEWS, "mask": _MASK, "pairs": _PAIRS}
-    with pytest.raises(RuntimeError, match=message):
-        mask_mix(**{**arguments, **wrong})
-
-
-@pytest.mark.parametrize(("wrong", "message"), WRONG.values(), ids=WRONG.keys())
-def test_fake_names_wrong_input_too(wrong: dict[str, object], message: str) -> None:
-    arguments = {"views": _VIEWS, "mask": _MASK, "pairs": _PAIRS, **wrong}
-    meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    with pytest.raises(RuntimeError, match=message):
-        mask_mix(**meta)
-
-
-def test_right_input_of_the_wrong_ones() -> None:
-    assert mask_mix(_VIEWS, _MASK, _PAIRS).shape == (2, 3, 8, 12)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_emulated_cuda_gives_the_bits_of_the_cpu(
     inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
@@ -254,16 +211,6 @@ def test_emulated_cuda_gives_the_bits_of_the_cpu(
     on_cpu = mask_mix(*inputs, dtype=dtype)
     with emulated("mask_mix"):
         assert torch.equal(mask_mix(*inputs, dtype=dtype), on_cpu)
-
-
-@pytest.mark.parametrize("row", [-1, 3])
-def test_cuda_stops_at_a_pair_outside_views(row: int) -> None:
-    pairs = torch.tensor([[0, 1], [row, 0]])
-    with (
-        emulated("mask_mix"),
-        pytest.raises(RuntimeError, match=r"(?s)__trap\(\).*mask_mix_kernel"),
-    ):
-        mask_mix(_VIEWS, _MASK, pairs)
 
 
 @pytest.mark.gpu
