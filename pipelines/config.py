@@ -90,8 +90,6 @@ class LoaderConfig:
     """Split of the dataset."""
     batch_size: int = 64
     """Samples a batch, on this rank."""
-    pairs: bool = False
-    """Whether batches are mixed in pairs; the batch size must then be even."""
     global_views: ViewConfig = field(default_factory=ViewConfig)
     """Views at the full size."""
     local_views: ViewConfig | None = None
@@ -108,11 +106,4 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_threads", "prefetch", "initial_fill"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        even = not self.pairs or self.batch_size % 2 == 0
-        _require(
-            even,
-            "batch_size",
-            self.batch_size,
-            "an even number, because pairs = True mixes two images",
-        )
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2^63")

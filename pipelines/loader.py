@@ -9,12 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.captions import epoch_key
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.corrupt import sample_error
 from m3i_fast.pipelines.manifest import (
     Manifest,
     SplitInfo,
@@ -22,6 +19,7 @@ from m3i_fast.pipelines.manifest import (
     check_tokenizer,
     read_manifest,
 )
+from m3i_fast.pipelines.outputs import Origin, run, to_batch
 from m3i_fast.pipelines.resume import Fingerprint, Position, pack_state, unpack_state
 
 if TYPE_CHECKING:  # DALI is imported on first use: configs are read on machines without it
@@ -40,6 +38,7 @@ class Loader:
     The manifest gives what the model must match: `manifest.tokenizer.vocab_size`,
     `manifest.tokenizer.context_length` (T of `Batch.token_ids`), `manifest.class_names`.
     With a `device_id` decoding and views run on that GPU, and batches lie there.
+    Of several captions one is drawn by (seed, epoch, sample_id), whatever rank, batch and step.
     """
 
     def __init__(
@@ -58,6 +57,7 @@ class Loader:
         self.num_shards = num_shards
         self.device_id = device_id
         self.manifest, self._split = _open(cfg.path, cfg.split, tokenizer_fingerprint)
+        self._origin = _origin(cfg.path, self._split, self.manifest, device_id)
         smallest = self._split.num_samples // num_shards
         largest = -(-self._split.num_samples // num_shards)
         self.steps_per_epoch: int = smallest // cfg.batch_size
@@ -87,18 +87,19 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch; RuntimeError naming the sample where one cannot be decoded."""
+        """The next batch; RuntimeError naming the sample where one is corrupt."""
         if self._pipeline is None:
             self._pipeline = self._build(self._position.checkpoint)
         epoch, step = self._position.epoch, self._position.step
         if step == self.steps_per_epoch:
             for _ in range(self._runs_per_epoch - step):
-                self._run(self._pipeline)
+                run(self._pipeline, self._origin)
             epoch, step = epoch + 1, 0
-        tensors = self._run(self._pipeline)
+        tensors = run(self._pipeline, self._origin)
         # Made afresh in state_dict: asking DALI for it every step would cost more than it is worth.
         self._position = Position(epoch=epoch, step=step + 1, checkpoint=None)
-        return to_batch(tensors, self.cfg.global_views.count)
+        key = epoch_key(self.cfg.seed, epoch)
+        return to_batch(tensors, self.cfg.global_views.count, self._origin, key)
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch handed out, JSON-able; prefetched batches do not count."""
@@ -117,9 +118,6 @@ class Loader:
         if self._pipeline is not None:
             self.state_dict()
             self._pipeline = None
-
-    def _run(self, pipeline: Pipeline) -> tuple[Tensor, ...]:
-        return run(pipeline, self.device_id, self.cfg.path, self._split)
 
     def _build(self, checkpoint: bytes | None, *, for_digest: bool = False) -> Pipeline:
         """The pipeline; `for_digest` leaves out paths, threads and prefetching."""
@@ -177,8 +175,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """One ordered pass without augmentation: the centre square, resized; one global view.
 
-    The last batch may be smaller. With representatives_only, one sample a group
-    (sample_id == group_id), so batches vary in size and may be empty.
+    Of several captions the first. The last batch may be smaller. With representatives_only, one
+    sample a group (sample_id == group_id), so batches vary in size and may be empty.
     """
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
@@ -190,52 +188,19 @@ def evaluation_batches(
     pipeline = evaluation_graph(
         source, image_size, batch_size=batch_size, num_threads=num_threads, device_id=device_id
     )
+    origin = _origin(path, split_info, manifest, device_id)
 
     def batches() -> Iterator[Batch]:
         for start in range(0, split_info.num_samples, batch_size):
-            tensors = run(pipeline, device_id, path, split_info)
+            tensors = run(pipeline, origin)
             kept = min(batch_size, split_info.num_samples - start)
             tensors = tuple(t[:kept] for t in tensors)
             if representatives_only:
                 first = tensors[-1] == tensors[-2]
                 tensors = tuple(t[first] for t in tensors)
-            yield to_batch(tensors, 1)
+            yield to_batch(tensors, 1, origin, None)
 
     return batches()
-
-
-def run(
-    pipeline: Pipeline, device_id: int | None, path: Path, split: SplitInfo
-) -> tuple[Tensor, ...]:
-    """One iteration as tensors that own DALI's buffers: no copy, and never written again."""
-    try:
-        if device_id is None:
-            outputs = pipeline.run()
-        else:
-            outputs = pipeline.run(torch.cuda.current_stream(device_id))
-    except RuntimeError as error:
-        raise sample_error(path, split, error) from error
-    if device_id is None:
-        return tuple(torch.from_dlpack(o.as_tensor()) for o in outputs)
-    with torch.cuda.device(device_id):
-        return tuple(torch.from_dlpack(o.as_tensor()) for o in outputs)
-
-
-def to_batch(tensors: tuple[Tensor, ...], num_global: int) -> Batch:
-    """`Batch` from the outputs of a graph, in the graph's order."""
-    views, rest = tensors[:-7], tensors[-7:]
-    boxes, image_size, token_ids, num_tokens, label, sample_id, group_id = rest
-    return Batch(
-        global_views=views[:num_global],
-        local_views=views[num_global:],
-        boxes=boxes,
-        image_size=image_size,
-        token_ids=token_ids,
-        num_tokens=num_tokens,
-        label=label,
-        sample_id=sample_id,
-        group_id=group_id,
-    )
 
 
 def _open(path: Path, split: str, fingerprint: str | None) -> tuple[Manifest, SplitInfo]:
@@ -246,6 +211,10 @@ def _open(path: Path, split: str, fingerprint: str | None) -> tuple[Manifest, Sp
     if fingerprint is not None:
         check_tokenizer(path, manifest, fingerprint)
     return manifest, found
+
+
+def _origin(path: Path, split: SplitInfo, manifest: Manifest, device_id: int | None) -> Origin:
+    return Origin(path=path, split=split, tokenizer=manifest.tokenizer, device_id=device_id)
 
 
 def _source(
@@ -266,6 +235,7 @@ def _source(
         shard_id=shard_id,
         num_shards=num_shards,
         context_length=manifest.tokenizer.context_length,
+        max_captions=split.max_captions,
         on_gpu=on_gpu,
         shuffle=shuffle,
     )

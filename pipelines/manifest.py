@@ -12,7 +12,7 @@ from m3i_fast.pipelines.tokens import TokenizerInfo
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "m3i-fast-shards"
-FORMAT_VERSION = 1
+ONE_CAPTION, SEVERAL_CAPTIONS = 1, 2  # format versions; a picture has at most one in the first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,9 @@ class SplitInfo:
     """Counts of one split and its shards in order."""
 
     num_samples: int
-    num_captions: int
+    num_captions: int  # samples with at least one caption
+    total_captions: int
+    max_captions: int  # of one sample; at least 1
     num_labels: int
     num_groups: int
     shards: tuple[ShardInfo, ...]
@@ -57,10 +59,19 @@ class Manifest:
     settings: dict[str, Any]
     splits: dict[str, SplitInfo]
     format: str = FORMAT
-    format_version: int = FORMAT_VERSION
+
+    @property
+    def format_version(self) -> int:
+        """The lowest version that holds the data: what one caption a picture fits into stays 1."""
+        several = any(split.max_captions > 1 for split in self.splits.values())
+        return SEVERAL_CAPTIONS if several else ONE_CAPTION
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        raw = {**asdict(self), "format_version": self.format_version}
+        if self.format_version == ONE_CAPTION:
+            for split in raw["splits"].values():
+                del split["total_captions"], split["max_captions"]
+        return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
     @property
     def digest(self) -> str:
@@ -93,15 +104,13 @@ def read_manifest(path: Path) -> Manifest:
         raise FileNotFoundError(f"no shards at {path} ({MANIFEST_NAME} is missing); {make}")
     try:
         raw = json.loads(file.read_text())
-        found = (raw["format"], raw["format_version"])
+        found = (raw["format"], raw.pop("format_version"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a manifest of this package ({error!r}); {make}") from error
-    if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(f"{file}: expected format {(FORMAT, FORMAT_VERSION)}, got {found}; {make}")
-    splits = {
-        name: SplitInfo(**{**split, "shards": tuple(ShardInfo(**s) for s in split["shards"])})
-        for name, split in raw.pop("splits").items()
-    }
+    known = [(FORMAT, ONE_CAPTION), (FORMAT, SEVERAL_CAPTIONS)]
+    if found not in known:
+        raise ValueError(f"{file}: expected a format of {known}, got {found}; {make}")
+    splits = {name: _split_info(split, found[1]) for name, split in raw.pop("splits").items()}
     return Manifest(
         **{
             **raw,
@@ -112,6 +121,12 @@ def read_manifest(path: Path) -> Manifest:
             "splits": splits,
         }
     )
+
+
+def _split_info(raw: dict[str, Any], version: int) -> SplitInfo:
+    if version == ONE_CAPTION:
+        raw = {**raw, "total_captions": raw["num_captions"], "max_captions": 1}
+    return SplitInfo(**{**raw, "shards": tuple(ShardInfo(**s) for s in raw["shards"])})
 
 
 def check_files(path: Path, split: SplitInfo) -> None:
@@ -144,17 +159,3 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def verify(path: Path) -> Manifest:
-    """Read every byte and compare with the recorded digests; ValueError at the first difference."""
-    manifest = read_manifest(path)
-    for split in manifest.splits.values():
-        check_files(path, split)
-        for shard in split.shards:
-            recorded = ((shard.file, shard.sha256), (shard.index_file, shard.index_sha256))
-            for file, expected in recorded:
-                got = sha256_file(path / file)
-                if got != expected:
-                    raise ValueError(f"{path / file}: expected sha256 {expected}, got {got}")
-    return manifest

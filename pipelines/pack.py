@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from m3i_fast.pipelines import captions
 from m3i_fast.pipelines.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -52,8 +53,7 @@ class DatasetInfo:
 
 def _components(sample: Sample) -> Iterator[tuple[str, bytes]]:
     yield sample.extension, sample.image
-    if sample.token_ids is not None:
-        yield "tok", np.asarray(sample.token_ids, dtype="<i4").tobytes()
+    yield from captions.components(sample.captions)
     for name, value in (("cls", sample.label), ("sid", sample.sample_id), ("gid", sample.group_id)):
         yield name, np.array([value], dtype="<i8").tobytes()
 
@@ -92,11 +92,12 @@ def _write_shard(file: Path, samples: Iterator[Sample]) -> ShardInfo:
 
 def keyed_order(num: int, *key: object) -> list[int]:
     """A permutation of range(num) that depends on the key alone, not on any library's generator."""
+    return sorted(range(num), key=lambda index: keyed_rank(*key, index))
 
-    def rank(index: int) -> bytes:
-        return hashlib.sha256("|".join(map(str, (*key, index))).encode()).digest()
 
-    return sorted(range(num), key=rank)
+def keyed_rank(*key: object) -> bytes:
+    """Sorted by this, keys are in an order that depends on each of them alone."""
+    return hashlib.sha256("|".join(map(str, key)).encode()).digest()
 
 
 def _write_splits(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from m3i_fast.pipelines.captions import LENGTHS, PADDING, TOKENS
 from m3i_fast.pipelines.config import ViewConfig
 from m3i_fast.pipelines.dali import DataNode, fn, pipeline_def, types
 from m3i_fast.pipelines.views import centre_view, random_views
@@ -33,6 +34,7 @@ class Source:
     shard_id: int
     num_shards: int
     context_length: int
+    max_captions: int  # most captions of one picture
     on_gpu: bool
     shuffle: Shuffle | None
 
@@ -43,17 +45,25 @@ class Record:
 
     image: DataNode  # [H, W, 3] uint8 upright, on the GPU where there is one
     size_hw: DataNode  # [2] int64 upright height and width
-    rest: tuple[DataNode, ...]  # image_size, token_ids, num_tokens, label, sample_id, group_id
+    image_size: DataNode  # [2] float32, the same
+    # On the CPU, where captions are checked and chosen: their lengths where a picture can have
+    # several, token_ids, num_tokens, label, sample_id, group_id.
+    rest: tuple[DataNode, ...]
 
 
 def read(source: Source) -> Record:
-    """Read, decode once, and pad the caption; a missing caption is all padding and 0 tokens."""
-    encoded, tokens, *scalars = fn.readers.webdataset(
+    """Read, decode once, and pad the captions; a missing one is all padding and 0 tokens.
+
+    Where a picture can have several captions their lengths come too, padded with -1. Where none has
+    more than one they are not asked for, so that checkpoints of before captions had lengths go on.
+    """
+    several = source.max_captions > 1
+    encoded, tokens, *others = fn.readers.webdataset(
         name=READER_NAME,
         paths=list(source.paths),
         index_paths=list(source.index_paths),
-        ext=["jpg;png", "tok", "cls", "sid", "gid"],
-        dtypes=[types.UINT8, types.INT32, types.INT64, types.INT64, types.INT64],
+        ext=["jpg;png", TOKENS, "cls", "sid", "gid"] + [LENGTHS] * several,
+        dtypes=[types.UINT8, types.INT32, *[types.INT64] * 3] + [types.INT32] * several,
         missing_component_behavior="empty",
         shard_id=source.shard_id,
         num_shards=source.num_shards,
@@ -69,10 +79,15 @@ def read(source: Source) -> Record:
         jpeg_fancy_upsampling=True,
     )
     num_tokens = tokens.shape(dtype=types.INT64)[0]
-    padded = fn.pad(tokens, axes=[0], shape=[source.context_length], fill_value=0)
+    most_tokens = source.max_captions * source.context_length
+    padded = fn.pad(tokens, axes=[0], shape=[most_tokens], fill_value=0)
     image_size = fn.cast(size_hw, dtype=types.FLOAT)
-    rest = (image_size, padded, num_tokens, *(fn.reshape(s, shape=[]) for s in scalars))
-    return Record(image=image, size_hw=size_hw, rest=rest)
+    lengths = [
+        fn.pad(node, axes=[0], shape=[source.max_captions], fill_value=PADDING)
+        for node in others[3:]
+    ]
+    rest = (*lengths, padded, num_tokens, *(fn.reshape(s, shape=[]) for s in others[:3]))
+    return Record(image=image, size_hw=size_hw, image_size=image_size, rest=rest)
 
 
 def _shuffling(shuffle: Shuffle) -> dict[str, Any]:
@@ -87,16 +102,16 @@ def _shuffling(shuffle: Shuffle) -> dict[str, Any]:
 def _outputs(
     record: Record, views: list[DataNode], boxes: list[DataNode], on_gpu: bool
 ) -> tuple[DataNode, ...]:
-    """Views, boxes, then the rest: all on the views' device."""
-    small = (fn.stack(*boxes), *record.rest)
-    return (*views, *(node.gpu() if on_gpu else node for node in small))
+    """Views, boxes and image_size on the views' device, then the rest."""
+    small = (fn.stack(*boxes), record.image_size)
+    return (*views, *(node.gpu() if on_gpu else node for node in small), *record.rest)
 
 
 @pipeline_def(enable_checkpointing=True)
 def training_graph(
     source: Source, global_views: ViewConfig, local_views: ViewConfig | None
 ) -> tuple[DataNode, ...]:
-    """Global views, local views, boxes, image_size, token_ids, num_tokens, then three scalars."""
+    """Global views, local views, boxes, image_size, then the rest of the record."""
     record = read(source)
     views, boxes = random_views(record.image, record.size_hw, global_views)
     if local_views is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from m3i_fast.pipelines import captions
 from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.manifest import ShardInfo, SplitInfo
 from m3i_fast.pipelines.tokens import TokenizerInfo
@@ -25,7 +27,7 @@ class Sample:
     name: str
     sample_id: int
     group_id: int  # sample_id of the group's first sample
-    token_ids: NDArray[np.int32] | None  # [n], None: no caption
+    captions: tuple[NDArray[np.int32], ...]  # [n] token ids of each; empty: no caption
     label: int  # -1: no label
 
 
@@ -61,6 +63,31 @@ def image_size(sample: Sample) -> tuple[int, int]:
     return height, width
 
 
+class Counts:
+    """What a manifest says of the samples of a split."""
+
+    def __init__(self) -> None:
+        self.captions: list[int] = []
+        self.num_labels = 0
+        self.groups: set[int] = set()
+
+    def add(self, *, num_captions: int, label: int, group_id: int) -> None:
+        self.captions.append(num_captions)
+        self.num_labels += label >= 0
+        self.groups.add(group_id)
+
+    def split(self, shards: Sequence[ShardInfo]) -> SplitInfo:
+        return SplitInfo(
+            num_samples=len(self.captions),
+            num_captions=sum(number > 0 for number in self.captions),
+            total_captions=sum(self.captions),
+            max_captions=max([1, *self.captions]),
+            num_labels=self.num_labels,
+            num_groups=len(self.groups),
+            shards=tuple(shards),
+        )
+
+
 class Tally:
     """Counts a split while its samples pass, and holds what must be true of all of them."""
 
@@ -71,7 +98,7 @@ class Tally:
         self.groups: dict[int, str] = {}
         self.sizes: set[tuple[int, int]] = set()
         self.extensions: set[str] = set()
-        self.counts: dict[str, list[int]] = {}
+        self.counts: dict[str, Counts] = {}
 
     def check(self, sample: Sample, split: str) -> Sample:
         """The sample, decoded and counted; ValueError naming it where something is wrong."""
@@ -88,37 +115,17 @@ class Tally:
                 f"sample {sample.name}: expected a label from -1 to {self.num_classes - 1}, "
                 f"got {sample.label}"
             )
-        if sample.token_ids is not None:
-            self._check_tokens(sample, sample.token_ids)
+        wrong = captions.fault(sample.captions, self.tokenizer)
+        if wrong is not None:
+            raise ValueError(f"sample {sample.name}: {wrong}")
         self.sizes.add(image_size(sample))
         self.extensions.add(sample.extension)
-        counts = self.counts.setdefault(split, [0, 0])
-        counts[0] += sample.token_ids is not None
-        counts[1] += sample.label >= 0
+        counts = self.counts.setdefault(split, Counts())
+        counts.add(num_captions=len(sample.captions), label=sample.label, group_id=sample.group_id)
         return sample
 
-    def _check_tokens(self, sample: Sample, token_ids: NDArray[np.int32]) -> None:
-        limit, vocabulary = self.tokenizer.context_length, self.tokenizer.vocab_size
-        if not 0 < len(token_ids) <= limit:
-            raise ValueError(
-                f"sample {sample.name}: expected 1 to {limit} token ids, got {len(token_ids)}"
-            )
-        if token_ids.min() < 0 or token_ids.max() >= vocabulary:
-            raise ValueError(
-                f"sample {sample.name}: expected token ids from 0 to {vocabulary - 1}, "
-                f"got {token_ids.min()} to {token_ids.max()}"
-            )
-
     def split(self, name: str, shards: list[ShardInfo]) -> SplitInfo:
-        groups = [group for group, split in self.groups.items() if split == name]
-        for group in groups:
+        for group in self.counts[name].groups:
             if self.split_of.get(group) != name:
                 raise ValueError(f"group {group} of split {name} holds no sample of that id")
-        captions, labels = self.counts[name]
-        return SplitInfo(
-            num_samples=sum(shard.num_samples for shard in shards),
-            num_captions=captions,
-            num_labels=labels,
-            num_groups=len(groups),
-            shards=tuple(shards),
-        )
+        return self.counts[name].split(shards)

@@ -113,7 +113,7 @@ class _Pictures:
             name="picture",
             sample_id=index,
             group_id=index,
-            token_ids=self.tokenizer.encode(caption),
+            captions=(self.tokenizer.encode(caption),),
             label=label,
         )
 

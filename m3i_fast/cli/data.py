@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import tyro
 
 from m3i_fast.cli import console
-from m3i_fast.pipelines.manifest import verify
 from m3i_fast.pipelines.openmoji import build as build_openmoji
 from m3i_fast.pipelines.synthetic import build as build_synthetic
+from m3i_fast.pipelines.verify import verify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,13 @@ class OpenMoji:
     image_format: Literal["png", "jpg"] = "png"
     labelled: float = 1.0
     """Share of the training concepts with caption and class; of the rest a third each has the
-    caption only, the class only,
-    neither."""
+    caption only, the class only, neither. With --captioned: share with a class."""
+    captioned: float | None = None
+    """Share of the training concepts with a caption, drawn independently of --labelled, so that any
+    mixture of both, either and neither comes about; of each category at least one."""
+    captions_per_picture: int = 1
+    """Most captions of a picture: its name, then other names of it where there are any; a training
+    step uses one of them."""
     heldout: float = 0.2
     """Share of the concepts kept for evaluation."""
     tune: float = 0.0
@@ -66,15 +71,22 @@ class Synthetic:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every shard of a data set and compare its digest with the manifest."""
+    """Read every shard of a data set, compare digests and counts with the manifest, show them."""
 
     path: tyro.conf.Positional[Path]
     """Dataset directory."""
 
     def run(self) -> None:
         manifest = verify(self.path)
-        counts = ", ".join(f"{name} {split.num_samples}" for name, split in manifest.splits.items())
-        console.print(f"{self.path}: good ({counts})")
+        console.print(f"{self.path}: good")
+        for name, split in manifest.splits.items():
+            console.print(
+                f"  {name}: {split.num_samples} pictures in {split.num_groups} groups, "
+                f"{split.num_captions} with a caption ({split.total_captions} captions, at most "
+                f"{split.max_captions} a picture), {split.num_labels} with a label",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 Command = (

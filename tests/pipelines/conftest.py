@@ -26,12 +26,29 @@ def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sample(
             i,
             encode_image(smooth_picture(i, 40, 56)),
-            **({"token_ids": None} if i % 5 == 0 else {}),
+            **({"captions": ()} if i % 5 == 0 else {}),
             **({"label": -1} if i % 7 == 0 else {}),
         )
         for i in range(50)
     ]
     return pack(tmp_path_factory.mktemp("fifty") / "data", samples)
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 pictures with 0 to 3 captions, in 13 shards; every third lacks a label."""
+    from tests.pipelines.data import encode_image, pack, sample, several_captions, smooth_picture
+
+    samples = [
+        sample(
+            i,
+            encode_image(smooth_picture(i, 20, 28)),
+            captions=several_captions(i),
+            label=-1 if i % 3 == 0 else i % 3,
+        )
+        for i in range(50)
+    ]
+    return pack(tmp_path_factory.mktemp("mixture") / "data", samples)
 
 
 @pytest.fixture

@@ -43,10 +43,18 @@ def sample(index: int, image: Any, **changes: Any) -> Sample:
         "name": f"picture-{index}",
         "sample_id": index,
         "group_id": index,
-        "token_ids": np.arange(1, 4 + index % 5, dtype=np.int32),
+        "captions": (np.arange(1, 4 + index % 5, dtype=np.int32),),
         "label": index % 3,
     }
     return Sample(**{**fields, **changes})
+
+
+def several_captions(index: int) -> tuple[NDArray[np.int32], ...]:
+    """0 to 3 captions of 2 to 6 ids, no two alike: the second id says which one it is."""
+    return tuple(
+        np.array([index + 1, *range(100 * k, 100 * k + 1 + (index + k) % 5)], dtype=np.int32)
+        for k in range(1, 1 + index % 4)
+    )
 
 
 def info(**changes: Any) -> DatasetInfo:

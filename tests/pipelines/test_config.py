@@ -13,7 +13,6 @@ from m3i_fast.pipelines.loader import LoaderConfig, ViewConfig
     ("fields", "message"),
     [
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"batch_size": 7, "pairs": True}, "batch_size: expected an even number.*, got 7"),
         ({"num_threads": 0}, "num_threads: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected .*, got -1"),
     ],

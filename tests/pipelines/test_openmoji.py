@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import webdataset
 from PIL import Image
 
 from m3i_fast.pipelines import openmoji
-from m3i_fast.pipelines.manifest import Manifest, verify
+from m3i_fast.pipelines.manifest import Manifest
 from m3i_fast.pipelines.openmoji import Drawing
 from m3i_fast.pipelines.tokens import Tokenizer
+from m3i_fast.pipelines.verify import verify
 
 LIMIT = 60
 
@@ -148,16 +150,6 @@ def test_the_labelled_share_is_exact_and_the_rest_falls_in_thirds(tenth: Path) -
     assert max(thirds) - min(thirds) <= 1
 
 
-def test_more_labels_keep_every_label_of_fewer(whole: Path) -> None:
-    groups = sorted({integer(row["gid"]) for row in rows(whole, "train").values()})
-    few = openmoji.annotate(groups, seed=3, labelled=0.2)
-    more = openmoji.annotate(groups, seed=3, labelled=0.6)
-    assert all(more[g] == "both" for g, kept in few.items() if kept == "both")
-    assert all(more[g] == few[g] for g in groups if more[g] != "both")
-    assert set(openmoji.annotate(groups, seed=3, labelled=1.0).values()) == {"both"}
-    assert few != openmoji.annotate(groups, seed=4, labelled=0.2)
-
-
 def test_captions_classes_and_pictures(whole: Path, drawings: list[Drawing]) -> None:
     manifest: Manifest = verify(whole)
     tokenizer = Tokenizer.from_info(manifest.tokenizer)
@@ -197,8 +189,64 @@ def test_baseline_jpeg(tmp_path: Path) -> None:
         assert picture.format == "JPEG" and "progressive" not in picture.info
 
 
-@pytest.mark.parametrize("name", ["labelled", "heldout", "tune"])
+@pytest.mark.parametrize("name", ["labelled", "captioned", "heldout", "tune"])
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
 def test_fractions_out_of_range_are_refused(tmp_path: Path, name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected a fraction .* got {value}"):
         build(tmp_path / "x", **{name: value})
+
+
+def test_other_names_are_words_of_this_concept_alone(drawings: list[Drawing]) -> None:
+    def letters(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    users: dict[str, set[int]] = defaultdict(set)
+    for d in drawings:
+        texts = [letters(text) for text in (d.caption, *d.other_captions)]
+        assert len(set(texts)) == len(texts)
+        assert not any(c.isdigit() or c in "_:" for text in d.other_captions for c in text)
+        for text in texts:
+            users[text].add(d.group_id)
+    others = {letters(text) for d in drawings for text in d.other_captions}
+    assert len(others) > 1000
+    assert all(len(users[text]) == 1 for text in others)
+    of = {d.caption: d.other_captions for d in drawings}
+    assert of["pot of food"] == ("stew",)
+    assert of["person running"] == ("runner", "running")
+    assert of["flag: Kenya"] == ("flag for Kenya", "kenya flag")
+    assert of["thumbs up"] == ("thumbs up sign",)  # "thumbsup" is the name again, "+1" no words
+
+
+def test_captions_per_picture(whole: Path, tmp_path: Path, drawings: list[Drawing]) -> None:
+    path = build(tmp_path / "data", captions_per_picture=2)
+    manifest = verify(path)
+    assert manifest.settings["captions_per_picture"] == 2
+    tokenizer = Tokenizer.from_info(manifest.tokenizer)
+    one_caption = rows(whole, "train")
+    totals = Counter[int]()
+    for sample_id, row in rows(path, "train").items():
+        drawing = drawings[sample_id]
+        ids = [tokenizer.encode(t) for t in (drawing.caption, *drawing.other_captions[:1])]
+        assert row["tok"] == b"".join(i.astype("<i4").tobytes() for i in ids)
+        if len(ids) == 1:
+            assert "len" not in row and row["tok"] == one_caption[sample_id]["tok"]
+        else:
+            assert np.frombuffer(row["len"], "<i4").tolist() == [len(i) for i in ids]
+        totals[len(ids)] += 1
+    split = manifest.splits["train"]
+    assert min(totals[1], totals[2]) > 5
+    assert (split.max_captions, split.total_captions) == (2, totals[1] + 2 * totals[2])
+    assert split.num_captions == split.num_samples
+
+
+def test_what_is_not_asked_for_leaves_no_trace(whole: Path) -> None:
+    raw = json.loads((whole / "manifest.json").read_text())
+    assert raw["format_version"] == 1
+    assert "total_captions" not in raw["splits"]["train"]
+    assert not {"captioned", "captions_per_picture"} & raw["settings"].keys()
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_captions_per_picture_out_of_range_is_refused(tmp_path: Path, value: int) -> None:
+    with pytest.raises(ValueError, match=f"captions_per_picture: expected at least 1, got {value}"):
+        build(tmp_path / "x", captions_per_picture=value)

@@ -14,8 +14,9 @@ import pytest
 import webdataset
 from wds2idx import IndexCreator
 
-from m3i_fast.pipelines.manifest import read_manifest, verify
+from m3i_fast.pipelines.manifest import read_manifest
 from m3i_fast.pipelines.pack import write_dataset
+from m3i_fast.pipelines.verify import verify
 from tests.pipelines.data import TOKENIZER, encode_image, info, pack, sample, smooth_picture
 
 PNG = encode_image(smooth_picture(0, 20, 30))
@@ -87,9 +88,9 @@ def test_same_bytes_on_every_run(fifty: Path, tmp_path: Path) -> None:
         ({"label": -2}, "picture-1: expected a label from -1 to 2, got -2"),
         ({"sample_id": 0}, "picture-1: sample_id 0 is used twice"),
         ({"group_id": 77}, "group 77 of split train holds no sample of that id"),
-        ({"token_ids": np.zeros(0, np.int32)}, "picture-1: expected 1 to 12 token ids, got 0"),
-        ({"token_ids": np.zeros(13, np.int32)}, "picture-1: expected 1 to 12 token ids, got 13"),
-        ({"token_ids": np.array([521], np.int32)}, "picture-1: expected token ids from 0 to 520"),
+        ({"captions": (np.zeros(0, np.int32),)}, "picture-1: expected 1 to 12 token ids, got 0"),
+        ({"captions": (np.zeros(13, np.int32),)}, "picture-1: expected 1 to 12 token ids, got 13"),
+        ({"captions": (np.array([521], np.int32),)}, "picture-1: expected token ids from 0 to 520"),
     ],
 )
 def test_bad_samples_are_refused_by_name(
@@ -161,7 +162,7 @@ noise = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
 Image.fromarray(noise).save(buffer, "PNG")
 samples = [
     Sample(image=buffer.getvalue(), extension="png", name="x", sample_id=i, group_id=i,
-           token_ids=None, label=-1)
+           captions=(), label=-1)
     for i in range(8)
 ]
 tokenizer = TokenizerInfo(num_merges=0, context_length=4, vocab_size=514, fingerprint="")

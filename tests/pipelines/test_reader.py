@@ -64,6 +64,7 @@ def source(path: Path) -> reader.Source:
         shard_id=0,
         num_shards=1,
         context_length=TOKENIZER.context_length,
+        max_captions=1,
         on_gpu=False,
         shuffle=None,
     )

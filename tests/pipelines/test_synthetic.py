@@ -12,7 +12,7 @@ from PIL import Image
 from skimage import data as photographs
 
 from m3i_fast.pipelines import synthetic
-from m3i_fast.pipelines.manifest import verify
+from m3i_fast.pipelines.verify import verify
 
 
 def spectral_slope(picture: Image.Image) -> float:
