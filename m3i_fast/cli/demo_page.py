@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.evaluation.patch_pca import patch_pca
 from m3i_fast.evaluation.zero_shot import nearest, retrieval_ranks
-from m3i_fast.objectives.mixing import Mix, draw_mix
+from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.page.inputs import (
@@ -150,10 +151,12 @@ def _mixed_pair(cfg: TrainConfig, manifest: Manifest, tokenizer: Tokenizer) -> M
         context_length=batch.token_ids.shape[1],
         seed=cfg.seed,
         step=0,
+        num_steps=cfg.num_steps,
     )
     annotated = (batch.num_tokens > 0) & (batch.label >= 0)
-    p = int(annotated[mix.pairs].all(1).to(torch.int8).argmax())
-    first, second = mix.pairs[p].tolist()
+    p = int(annotated[mix.members].all(1).to(torch.int8).argmax())
+    first, second = mix.members[p].tolist()
+    mask = mix.choice[p].numpy() == 0
     views = [[_picture(view[i]) for i in (first, second)] for view in batch.global_views]
     names = [*manifest.class_names, ""]  # label -1 has no name
     return MixedPair(
@@ -162,8 +165,8 @@ def _mixed_pair(cfg: TrainConfig, manifest: Manifest, tokenizer: Tokenizer) -> M
         view_b=(views[1][0], views[1][1]),
         boxes_a=batch.boxes[[first, second], 0].numpy(),
         boxes_b=batch.boxes[[first, second], 1].numpy(),
-        mask=mix.mask[p].numpy(),
-        mixed=_mixed(views[0][0], views[0][1], mix, p),
+        mask=mask,
+        mixed=_mixed(views[0][0], views[0][1], mask),
         captions=(
             tokenizer.decode(batch.token_ids[first].numpy()),
             tokenizer.decode(batch.token_ids[second].numpy()),
@@ -172,8 +175,7 @@ def _mixed_pair(cfg: TrainConfig, manifest: Manifest, tokenizer: Tokenizer) -> M
     )
 
 
-def _mixed(first: Picture, second: Picture, mix: Mix, p: int) -> Picture:
-    mask = mix.mask[p].numpy()
+def _mixed(first: Picture, second: Picture, mask: npt.NDArray[np.bool_]) -> Picture:
     cell = first.shape[0] // mask.shape[0]
     return np.where(np.kron(mask, np.ones((cell, cell), bool))[..., None], first, second)
 

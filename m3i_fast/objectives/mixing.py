@@ -1,9 +1,11 @@
-"""Multi-input: which images share an input, who shows which cells, and what each is asked.
+"""Multi-input: which images share an input, which cells each shows, and what each is asked.
 
-Paper, figure 2. Legend: B samples, P mixed inputs, K images an input (2, or 1 without mixing),
-I = K * P images in inputs, A inputs that dense terms are asked of, N cells of the token grid,
-n = N / K cells an image shows, Q cells a dense term predicts, T caption tokens. Everything random
-here is drawn from (seed, step) alone, so that resuming needs only the step.
+Paper, figure 2. An input is made of K images: one of which cells are hidden, two to four that share
+its cells, two whose pixels are blended, or one whole image. Legend: B samples, P = B / K inputs,
+I = K * P images in inputs (all first images, then all second ones), A inputs that dense terms are
+asked of, N cells of the token grid, n cells of its own that an image has, Q cells a dense term
+predicts, T caption tokens. Everything random here is drawn from (seed, step) alone, so that
+resuming needs only the step.
 """
 
 from __future__ import annotations
@@ -12,18 +14,37 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from m3i_fast.objectives.patterns import Pattern, deal_cells
+
+Asked = Literal["first", "last", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixingConfig:
-    mode: Literal["own_image", "joint", "none"] = "own_image"
-    """own_image: two images share an input, tokens attend within their own image (as MixMIM);
-    joint: they attend to
-    everything (as a CNN sees it); none: every input is one whole image."""
+    mode: Literal["own_image", "joint", "masked", "blend", "none"] = "own_image"
+    """own_image: images share an input, tokens attend within their own image (as MixMIM); joint:
+    they attend to everything (as a CNN sees it); masked: every input is one image of which some
+    cells are hidden (as MAE); blend: two images of which each pixel is a weighted mean (as mixup);
+    none: every input is one whole image."""
+    num_images: int = 2
+    """Images that share an input in own_image and joint, 2 to 4; blend: 2; masked and none: 1."""
+    pattern: Pattern = "blocks"
+    """Cells that an image gets: random blocks, or those around a random point (CutMix's rectangle,
+    of exactly the image's share)."""
     mask_block: int = 2
-    """Side of a mask block, in tokens."""
+    """Side of the blocks that either pattern is made of, in tokens."""
+    mask_ratio: float = 0.5
+    """Share of the cells that masked hides at the first step."""
+    final_mask_ratio: float = 0.5
+    """The same at the last step; linear in between."""
+    mask_per_batch: bool = False
+    """One drawing of the cells for all inputs of a batch (as MixMIM)."""
+    blend_alpha: float = 0.8
+    """Blend draws the first images' share from Beta(alpha, alpha), one for a batch (as mixup)."""
     num_queries: int = 0
     """Cells that each dense term predicts an image; 0 predicts every cell it may."""
     dense_fraction: float = 1.0
@@ -33,41 +54,71 @@ class MixingConfig:
     """Share of caption tokens left out, never the first and last."""
 
     def __post_init__(self) -> None:
-        if self.mask_block < 1:
-            raise ValueError(f"mixing.mask_block: expected >= 1, got {self.mask_block}")
-        if self.num_queries < 0:
-            raise ValueError(f"mixing.num_queries: expected >= 0, got {self.num_queries}")
-        if not 0 < self.dense_fraction <= 1:
-            raise ValueError(
-                f"mixing.dense_fraction: expected in (0, 1], got {self.dense_fraction}"
-            )
-        if not 0 <= self.token_dropout < 1:
-            raise ValueError(f"mixing.token_dropout: expected in [0, 1), got {self.token_dropout}")
+        most, images = (2, "2 in mode blend") if self.mode == "blend" else (4, "2 to 4")
+        expected = {
+            "num_images": (2 <= self.num_images <= most, images),
+            "mask_block": (self.mask_block >= 1, ">= 1"),
+            "mask_ratio": (0 < self.mask_ratio < 1, "in (0, 1)"),
+            "final_mask_ratio": (0 < self.final_mask_ratio < 1, "in (0, 1)"),
+            "blend_alpha": (self.blend_alpha > 0, "> 0"),
+            "num_queries": (self.num_queries >= 0, ">= 0"),
+            "dense_fraction": (0 < self.dense_fraction <= 1, "in (0, 1]"),
+            "token_dropout": (0 <= self.token_dropout < 1, "in [0, 1)"),
+        }
+        for name, (right, what) in expected.items():
+            if not right:
+                raise ValueError(f"mixing.{name}: expected {what}, got {getattr(self, name)}")
 
     @property
-    def num_images(self) -> int:
-        return 1 if self.mode == "none" else 2
+    def images_per_input(self) -> int:  # K
+        return 1 if self.mode in ("masked", "none") else self.num_images
 
-    def check_grid(self, grid: int) -> None:
-        """Raise ValueError unless a grid of `grid` x `grid` tokens can be halved."""
-        if self.num_images == 2 and grid % 2:
+    @property
+    def divides_cells(self) -> bool:
+        """Whether an image shows but some of the cells."""
+        return self.mode not in ("blend", "none")
+
+    def num_own(self, num_cells: int, progress: float) -> int:
+        """Cells of its own that an image has; `progress` is 0 at the first step, 1 at the last."""
+        if not self.divides_cells:
+            return num_cells
+        if self.mode == "masked":
+            ratio = self.mask_ratio + (self.final_mask_ratio - self.mask_ratio) * progress
+            return num_cells - round(ratio * num_cells)
+        return num_cells // self.num_images
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raise ValueError unless a batch of this size divides into inputs."""
+        if batch_size < 1 or batch_size % self.images_per_input:
             raise ValueError(
-                f"objective.mixing.mode: {self.mode} gives each image half of the tokens; expected "
-                f"an even token grid, got {grid} x {grid}; change vision.image_size or patch_size"
+                f"data.batch_size: expected a multiple of {self.images_per_input}, the images "
+                f"an input of objective.mixing.mode {self.mode}, got {batch_size}"
             )
 
+    def check_grid(self, grid: int) -> None:
+        """Raise ValueError unless each image has cells of this grid, and masked hides some."""
+        masked = self.mode == "masked"
+        most = grid * grid - masked
+        for ratio, progress in (("mask_ratio", 0.0), ("final_mask_ratio", 1.0)):
+            num_own = self.num_own(grid * grid, progress)
+            if not 1 <= num_own <= most:
+                raise ValueError(
+                    f"objective.mixing.{ratio if masked else 'num_images'}: expected to leave each "
+                    f"image 1 to {most} cells of a {grid} x {grid} token grid, got {num_own}"
+                )
+
     def check_cells(self, *, alone: bool, multiple: int) -> None:
-        """Raise ValueError unless an encoder can be trained on these mixed inputs.
+        """Raise ValueError unless an encoder can be trained on these inputs.
 
         alone: it can encode the cells of one image as if the input held nothing else; multiple:
         tokens a side of its coarsest cell.
         """
-        if self.mode == "own_image" and not alone:
+        if self.mode in ("own_image", "masked") and not alone:
             raise ValueError(
-                "objective.mixing.mode: own_image needs an encoder that can leave tokens out; "
-                "expected joint or none for a convolutional one, got own_image"
+                f"objective.mixing.mode: {self.mode} needs an encoder that can leave tokens out; "
+                f"expected joint, blend or none for a convolutional one, got {self.mode}"
             )
-        if self.num_images == 2 and self.mask_block % multiple:
+        if self.divides_cells and self.mask_block % multiple:
             raise ValueError(
                 f"objective.mixing.mask_block: expected a multiple of {multiple} tokens, the "
                 f"encoder's coarsest cell, got {self.mask_block}"
@@ -78,74 +129,90 @@ class MixingConfig:
 class Mix:
     """One step's draw."""
 
-    pairs: Tensor  # [P, 2] int64, samples in an input
-    mask: Tensor  # [P, grid, grid] bool, True: the cell shows pairs[:, 0]; [P, 1, 1] unmixed
-    sample: Tensor  # [I] int64, the sample of each image: all firsts, then all seconds
-    token_index: Tensor  # [I, n] int64, cells of the token grid that show the image
-    same_view_query: Tensor  # [A, Q] int64, cells asked of the first A images: none they show
-    other_view_query: Tensor  # [A, Q] int64, cells of another view asked of the last P's first A
+    members: Tensor  # [P, K] int64, samples in an input
+    choice: Tensor  # [P, grid, grid] uint8, the column of members a cell shows; [P, 1, 1] undivided
+    sample: Tensor  # [I] int64, the sample of each image
+    token_index: Tensor  # [I, n] int64, ascending, the image's own cells
+    own_query: Tensor  # [K * A, Q] int64, cells asked of the image's own view: none that it shows
+    other_query: Tensor  # [K * A, Q] int64, any cells, asked of another view
     token_priority: Tensor  # [B, T] fp32, uniform: caption tokens below the rate are left out
+    num_asked: int  # A
+    share: Tensor | None = None  # [P] fp32, of the first image in a blend; one value
 
     @property
     def num_inputs(self) -> int:
-        return self.pairs.shape[0]
+        return self.members.shape[0]
 
-    @property
-    def same_view_rows(self) -> slice:
-        """The images that are asked for their own view."""
-        return slice(0, self.same_view_query.shape[0])
+    def asked(self, which: Asked) -> Tensor:  # [A] int64, or [K * A] of all
+        """Which of the I images are asked of: of the first A inputs the first, last or all images.
 
-    @property
-    def other_view_rows(self) -> slice:
-        """The images that are asked for another view: partners of the former, where mixed."""
-        first = self.sample.shape[0] - self.num_inputs
-        return slice(first, first + self.other_view_query.shape[0])
+        All: image 0 of each input, then image 1 of each, and so on.
+        """
+        rows = torch.arange(self.sample.shape[0], device=self.sample.device)
+        return _of_images(rows.view(-1, self.num_inputs)[:, : self.num_asked], which)
+
+    def queries(self, which: Asked, *, own: bool) -> Tensor:  # [A, Q] int64, or [K * A, Q] of all
+        """The cells asked of images `asked(which)`: of their own view, or of another one."""
+        cells = self.own_query if own else self.other_query
+        return _of_images(cells.unflatten(0, (-1, self.num_asked)), which)
 
     def to(self, device: torch.device) -> Mix:
         """Move without waiting: a copy to a GPU is asynchronous only from pinned memory."""
-        fields = [getattr(self, name) for name in self.__slots__]
-        if device.type == "cuda":
-            fields = [field.pin_memory() for field in fields]
-        return Mix(*(field.to(device, non_blocking=True) for field in fields))
+
+        def moved(value: Tensor | int | None) -> Tensor | int | None:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.pin_memory() if device.type == "cuda" else value
+            return value.to(device, non_blocking=True)
+
+        return Mix(**{name: moved(getattr(self, name)) for name in self.__slots__})  # type: ignore[arg-type]
 
 
 def draw_mix(
-    cfg: MixingConfig, *, batch_size: int, grid: int, context_length: int, seed: int, step: int
+    cfg: MixingConfig,
+    *,
+    batch_size: int,
+    grid: int,
+    context_length: int,
+    seed: int,
+    step: int,
+    num_steps: int,
 ) -> Mix:
-    """Pair sample i with B - 1 - i and give each of a pair half of the cells, in blocks.
+    """Which samples share an input, which cells each shows and which cells it is asked.
 
-    Raises ValueError when the batch is odd or the grid cannot be halved.
+    Input p has sample p, then of each next P samples one, counted from their end and from their
+    beginning in turn: p and B - 1 - p where K is 2. Cells left over where K does not divide N show
+    the first image and are nobody's own.
+
+    Raises ValueError when the batch does not divide into inputs, the grid not among images, or
+    `step` is none of `num_steps`.
     """
-    if cfg.num_images == 2 and batch_size % 2:
-        raise ValueError(f"batch_size: expected an even number to mix pairs, got {batch_size}")
+    cfg.check_batch(batch_size)
     cfg.check_grid(grid)
+    if not 0 <= step < num_steps:
+        raise ValueError(f"step: expected 0 <= step < num_steps = {num_steps}, got {step}")
     rng = torch.Generator().manual_seed(step_seed(seed, step))
-    num_cells = grid * grid
-    if cfg.num_images == 1:
-        sample = torch.arange(batch_size)
-        pairs = torch.stack([sample, sample], 1)
-        mask = torch.ones(batch_size, 1, 1, dtype=torch.bool)
-        token_index = torch.arange(num_cells).expand(batch_size, -1)
-        hidden = token_index
-    else:
-        first = torch.arange(batch_size // 2)
-        pairs = torch.stack([first, batch_size - 1 - first], 1)
-        sample = pairs.T.reshape(-1)
-        shown, hidden = _halves(len(first), grid, cfg.mask_block, rng)
-        token_index = torch.cat([shown, hidden])
-        mask = torch.zeros(len(first), num_cells, dtype=torch.bool).scatter_(1, shown, True)
-        mask = mask.view(-1, grid, grid)
-    num_inputs = len(pairs)
+    members = _share_out(batch_size, cfg.images_per_input)
+    num_inputs, num_images = members.shape
+    cells = _own_cells(cfg, num_inputs, grid, step / max(num_steps - 1, 1), rng)
+    own = torch.zeros(num_images, num_inputs, grid * grid, dtype=torch.bool)
+    own.scatter_(2, cells, True)
+    choice = torch.zeros(num_inputs, 1, 1, dtype=torch.uint8)
+    if cfg.divides_cells and num_images > 1:
+        column = torch.arange(num_images, dtype=torch.uint8)[:, None, None]
+        choice = (own * column).sum(0, dtype=torch.uint8).view(-1, grid, grid)
     num_asked = max(round(cfg.dense_fraction * num_inputs), 1)
-    every_cell = torch.arange(num_cells).expand(num_asked, -1)
+    every = torch.ones_like(own[:, :num_asked])
     return Mix(
-        pairs=pairs,
-        mask=mask,
-        sample=sample,
-        token_index=token_index,
-        same_view_query=_choose(hidden[:num_asked], cfg.num_queries, rng),
-        other_view_query=_choose(every_cell, cfg.num_queries, rng),
+        members=members,
+        choice=choice,
+        sample=members.T.reshape(-1),
+        token_index=cells.flatten(0, 1),
+        own_query=_choose(~own[:, :num_asked] if cfg.divides_cells else every, cfg, rng),
+        other_query=_choose(every, cfg, rng),
         token_priority=torch.rand(batch_size, context_length, generator=rng),
+        num_asked=num_asked,
+        share=_draw_share(cfg, num_inputs, seed, step) if cfg.mode == "blend" else None,
     )
 
 
@@ -176,24 +243,54 @@ def drop_tokens(
     return kept_ids, keep.sum(1)
 
 
-def _halves(
-    num_inputs: int, grid: int, block: int, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:  # [P, N / 2], [P, N / 2] int64, ascending
-    """Split the cells of each grid in two halves, whole blocks first.
-
-    A block in the middle is shared row by row.
-    """
-    line = torch.arange(grid) // block
-    num_blocks = -(-grid // block)
-    block_of_cell = (line[:, None] * num_blocks + line[None, :]).flatten()  # [N]
-    rank = torch.rand(num_inputs, num_blocks**2, generator=rng).argsort(1)
-    order = rank[:, block_of_cell].argsort(dim=1, stable=True)
-    shown, hidden = order.chunk(2, 1)
-    return shown.sort(1).values, hidden.sort(1).values
+def _share_out(batch_size: int, num_images: int) -> Tensor:  # [P, K] int64
+    """Blocks of P samples side by side, every other one from its end."""
+    blocks = torch.arange(batch_size).view(num_images, -1)
+    return torch.stack([b.flip(0) if k % 2 else b for k, b in enumerate(blocks)], 1)
 
 
-def _choose(cells: Tensor, count: int, rng: torch.Generator) -> Tensor:  # [P, c] -> [P, count or c]
-    if count == 0 or count >= cells.shape[1]:
-        return cells.contiguous()
-    pick = torch.rand(cells.shape, generator=rng).argsort(1)[:, :count]
+def _own_cells(
+    cfg: MixingConfig, num_inputs: int, grid: int, progress: float, rng: torch.Generator
+) -> Tensor:  # [K, P, n] int64, ascending
+    num_own = cfg.num_own(grid * grid, progress)
+    if not cfg.divides_cells:
+        return torch.arange(num_own).expand(cfg.images_per_input, num_inputs, -1)
+    cells = deal_cells(
+        cfg.pattern,
+        num_draws=1 if cfg.mask_per_batch else num_inputs,
+        num_images=cfg.images_per_input,
+        num_own=num_own,
+        grid=grid,
+        block=cfg.mask_block,
+        rng=rng,
+    )
+    return cells.expand(-1, num_inputs, -1)
+
+
+def _draw_share(cfg: MixingConfig, num_inputs: int, seed: int, step: int) -> Tensor:  # [P] fp32
+    rng = np.random.default_rng(step_seed(seed, step))  # torch's Beta takes no generator
+    return torch.full((num_inputs,), rng.beta(cfg.blend_alpha, cfg.blend_alpha))
+
+
+def _choose(
+    among: Tensor,  # [K, A, N] bool, as many in each row
+    cfg: MixingConfig,
+    rng: torch.Generator,
+) -> Tensor:  # [K * A, Q] int64
+    rows = among.flatten(0, 1)
+    cells = rows.nonzero()[:, 1].view(len(rows), -1)
+    if not 0 < cfg.num_queries < cells.shape[1]:
+        return cells
+    pick = torch.rand(cells.shape, generator=rng).argsort(1)[:, : cfg.num_queries]
     return cells.gather(1, pick)
+
+
+def _of_images(rows: Tensor, which: Asked) -> Tensor:  # [K, A, ...] -> [A or K * A, ...]
+    match which:
+        case "first":
+            return rows[0]
+        case "last":
+            return rows[-1]
+        case "all":
+            return rows.flatten(0, 1)
+    raise ValueError(f"which: expected first, last or all, got {which}")

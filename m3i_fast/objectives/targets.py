@@ -15,8 +15,29 @@ from m3i_fast.ops import mask_mix
 
 def normalise_views(views: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Chosen rows, normalised in one pass: [B, 3, H, W] uint8, [R] -> [R, 3, H, W] `dtype`."""
-    whole = torch.ones(rows.shape[0], 1, 1, dtype=torch.bool, device=views.device)
-    return mask_mix(views, whole, torch.stack([rows, rows], 1), dtype=dtype)
+    whole = torch.zeros(rows.shape[0], 1, 1, dtype=torch.uint8, device=views.device)
+    return mask_mix(views, whole, rows[:, None].contiguous(), dtype=dtype)
+
+
+def blend(
+    views: Tensor,  # [B, 3, H, W] uint8
+    members: Tensor,  # [P, 2] int64, rows of views
+    share: Tensor,  # [P] fp32
+    dtype: torch.dtype,
+) -> Tensor:  # [P, 3, H, W] dtype
+    """mixup's pictures, normalised: share * first + (1 - share) * second, in fp32.
+
+    arXiv 1710.09412, equation (1). Raises ValueError unless each input has two members and a share.
+    """
+    if members.shape[1:] != (2,):
+        raise ValueError(f"members: expected shape [P, 2], got {list(members.shape)}")
+    if share.shape != members.shape[:1] or share.dtype != torch.float32:
+        raise ValueError(
+            f"share: expected shape {list(members.shape[:1])} float32, "
+            f"got {list(share.shape)} {share.dtype}"
+        )
+    first, second = (normalise_views(views, rows, torch.float32) for rows in members.unbind(1))
+    return torch.lerp(second, first, share[:, None, None, None]).to(dtype)
 
 
 def normalise_tokens(tokens: Tensor) -> Tensor:  # [..., C] -> [..., C] fp32
@@ -66,3 +87,10 @@ def normalised_pixels(images: Tensor, patch_size: int, *, eps: float = 1e-6) -> 
     patches = patchify(wide(images), patch_size)
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) * (variance + eps).rsqrt()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """Of images that an encoder is given: autocast's, else fp32."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return torch.float32

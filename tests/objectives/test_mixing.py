@@ -1,76 +1,225 @@
-"""Draws: halves, pairs, queries, caption tokens; all from (seed, step)."""
+"""Draws: who shares an input, queries, shares of a blend, caption tokens; all from (seed, step)."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix, drop_tokens
+from m3i_fast.ops import mask_mix
+
+MODES = ("own_image", "joint", "masked", "blend", "none")
 
 
 def _draw(
-    cfg: MixingConfig, *, batch_size: int = 8, grid: int = 8, seed: int = 3, step: int = 5
+    cfg: MixingConfig,
+    *,
+    batch_size: int = 12,
+    grid: int = 8,
+    seed: int = 3,
+    step: int = 5,
+    num_steps: int = 11,
 ) -> Mix:
-    return draw_mix(cfg, batch_size=batch_size, grid=grid, context_length=6, seed=seed, step=step)
+    return draw_mix(
+        cfg,
+        batch_size=batch_size,
+        grid=grid,
+        context_length=6,
+        seed=seed,
+        step=step,
+        num_steps=num_steps,
+    )
 
 
-@pytest.mark.parametrize(("grid", "block"), [(8, 2), (14, 2), (14, 4), (6, 1), (16, 3), (2, 2)])
-def test_every_image_gets_half_of_the_cells(grid: int, block: int) -> None:
-    mix = _draw(MixingConfig(mask_block=block), grid=grid)
-    cells = grid * grid
-    assert mix.token_index.shape == (8, cells // 2)
-    mask = mix.mask.flatten(1)
-    assert (mask.sum(1) == cells // 2).all()
-    for p in range(4):
-        first, second = mix.token_index[p], mix.token_index[4 + p]
-        assert sorted([*first.tolist(), *second.tolist()]) == list(range(cells))
-        assert mask[p, first].all() and not mask[p, second].any()
+def _config(mode: str, **fields: object) -> MixingConfig:
+    return MixingConfig(mode=mode, **fields)  # type: ignore[arg-type]
 
 
-def test_masks_are_made_of_blocks() -> None:
-    mix = _draw(MixingConfig(mask_block=2), batch_size=64)
-    blocks = mix.mask.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)  # [P, 4, 4, 4]
-    assert (blocks.all(-1) | ~blocks.any(-1)).all()
-    assert mix.mask.flatten(1).float().mean(0).std() > 0  # not the same blocks everywhere
+@pytest.mark.parametrize("pattern", ["blocks", "rectangle"])
+@pytest.mark.parametrize(("grid", "num_images"), [(8, 2), (14, 2), (8, 3), (14, 3), (7, 4), (2, 4)])
+def test_a_cell_shows_the_image_whose_own_it_is(pattern: str, grid: int, num_images: int) -> None:
+    mix = _draw(_config("joint", pattern=pattern, num_images=num_images), grid=grid)
+    cells, inputs = grid * grid, 12 // num_images
+    assert mix.token_index.shape == (12, cells // num_images)
+    for p in range(inputs):
+        expected = [0] * cells  # what is left over shows the first image
+        for k in range(num_images):
+            own = mix.token_index[k * inputs + p].tolist()
+            assert own == sorted(own)
+            for cell in own:
+                expected[cell] = k
+        assert mix.choice[p].flatten().tolist() == expected
+        together = mix.token_index[p::inputs].flatten().tolist()
+        assert len(set(together)) == len(together) == num_images * (cells // num_images)
 
 
-def test_pairs_cover_the_batch_once() -> None:
-    mix = _draw(MixingConfig())
-    assert mix.pairs.tolist() == [[0, 7], [1, 6], [2, 5], [3, 4]]
-    assert mix.sample.tolist() == [0, 1, 2, 3, 7, 6, 5, 4]
+def test_patterns_are_made_of_blocks() -> None:
+    for pattern in ("blocks", "rectangle"):
+        mix = _draw(_config("own_image", pattern=pattern, mask_block=2), batch_size=64)
+        blocks = (mix.choice == 0).unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)  # [P, 4, 4, 4]
+        assert (blocks.all(-1) | ~blocks.any(-1)).all()
+        assert mix.choice.flatten(1).float().mean(0).std() > 0  # not the same blocks everywhere
 
 
-def test_queries_of_the_same_view_are_hidden_cells() -> None:
-    mix = _draw(MixingConfig(num_queries=5))
-    assert mix.same_view_query.shape == mix.other_view_query.shape == (4, 5)
-    for p in range(4):
-        assert not set(mix.same_view_query[p].tolist()) & set(mix.token_index[p].tolist())
-        assert len(set(mix.other_view_query[p].tolist())) == 5
-    assert _draw(MixingConfig()).other_view_query.shape == (4, 64)
+@pytest.mark.parametrize(
+    ("num_images", "expected"),
+    [
+        (2, [[0, 11], [1, 10], [2, 9], [3, 8], [4, 7], [5, 6]]),
+        (3, [[0, 7, 8], [1, 6, 9], [2, 5, 10], [3, 4, 11]]),
+        (4, [[0, 5, 6, 11], [1, 4, 7, 10], [2, 3, 8, 9]]),
+    ],
+)
+def test_every_sample_is_in_one_input(num_images: int, expected: list[list[int]]) -> None:
+    mix = _draw(MixingConfig(num_images=num_images))
+    assert mix.members.tolist() == expected
+    assert mix.sample.tolist() == [row[k] for k in range(num_images) for row in expected]
 
 
-def test_a_fraction_is_asked_pair_by_pair() -> None:
-    mix = _draw(MixingConfig(dense_fraction=0.5))
-    assert mix.same_view_query.shape == (2, 32) and mix.other_view_query.shape == (2, 64)
-    first, second = mix.sample[mix.same_view_rows], mix.sample[mix.other_view_rows]
-    assert list(zip(first.tolist(), second.tolist(), strict=True)) == [(0, 7), (1, 6)]
-    whole = _draw(MixingConfig(mode="none"))
-    assert whole.same_view_rows == whole.other_view_rows == slice(0, 8)
+@pytest.mark.parametrize("num_images", [2, 3, 4])
+def test_each_image_is_asked_cells_it_does_not_show(num_images: int) -> None:
+    mix = _draw(MixingConfig(num_images=num_images, num_queries=5))
+    assert mix.own_query.shape == mix.other_query.shape == (12, 5)
+    shown = [set(row) for row in mix.token_index.tolist()]
+    asked = mix.asked("all").tolist()
+    for image, own, other in zip(
+        asked, mix.own_query.tolist(), mix.other_query.tolist(), strict=True
+    ):
+        assert not set(own) & shown[image]
+        assert len(set(own)) == len(set(other)) == 5
+    others = [set(row) for row in mix.other_query.tolist()]
+    assert any(other & cells for other, cells in zip(others, shown, strict=True))  # these may be
+    whole = _draw(MixingConfig(num_images=num_images))
+    for image, own in enumerate(whole.own_query.tolist()):
+        assert own == [c for c in range(64) if c not in whole.token_index[image].tolist()]
+    assert (whole.other_query == torch.arange(64)).all()
+
+
+def test_asked_are_images_of_the_first_inputs() -> None:
+    mix = _draw(MixingConfig(num_images=3, dense_fraction=0.5, num_queries=4))
+    assert mix.num_inputs == 4 and mix.num_asked == 2
+    assert mix.asked("first").tolist() == [0, 1]
+    assert mix.asked("last").tolist() == [8, 9]
+    assert mix.asked("all").tolist() == [0, 1, 4, 5, 8, 9]
+    assert mix.sample[mix.asked("all")].tolist() == [0, 1, 7, 6, 8, 9]
+    for own, table in ((True, mix.own_query), (False, mix.other_query)):
+        assert table.shape == (6, 4) and len(table.unique(dim=0)) == 6
+        assert torch.equal(mix.queries("all", own=own), table)
+        assert torch.equal(mix.queries("first", own=own), table[:2])
+        assert torch.equal(mix.queries("last", own=own), table[4:])
+    one = _draw(_config("masked", dense_fraction=0.25))
+    for which in ("first", "last", "all"):
+        assert one.asked(which).tolist() == [0, 1, 2]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="which: expected first, last or all, got second"):
+        mix.asked("second")  # type: ignore[arg-type]
 
 
 def test_without_mixing_every_input_is_one_whole_image() -> None:
     mix = _draw(MixingConfig(mode="none"), batch_size=5)
-    assert mix.num_inputs == 5 and mix.sample.tolist() == [0, 1, 2, 3, 4]
-    assert (mix.token_index == torch.arange(64)).all() and mix.mask.all()
+    assert mix.members.tolist() == [[0], [1], [2], [3], [4]]
+    assert mix.sample.tolist() == [0, 1, 2, 3, 4]
+    every = torch.arange(64).expand(5, -1)
+    for cells in (mix.token_index, mix.own_query, mix.other_query):
+        assert torch.equal(cells, every)
+    assert torch.equal(mix.choice, torch.zeros(5, 1, 1, dtype=torch.uint8))
+    assert mix.share is None
 
 
-def test_a_draw_depends_on_seed_and_step_alone() -> None:
+@pytest.mark.parametrize("pattern", ["blocks", "rectangle"])
+def test_masked_shows_one_image_and_asks_what_it_hides(pattern: str) -> None:
+    mix = _draw(_config("masked", pattern=pattern, mask_ratio=0.75, final_mask_ratio=0.75))
+    assert mix.members.tolist() == [[p] for p in range(12)]
+    assert torch.equal(mix.choice, torch.zeros(12, 1, 1, dtype=torch.uint8))
+    assert mix.token_index.shape == (12, 16) and mix.own_query.shape == (12, 48)
+    for seen, hidden in zip(mix.token_index.tolist(), mix.own_query.tolist(), strict=True):
+        assert sorted([*seen, *hidden]) == list(range(64))
+    assert len(mix.token_index.unique(dim=0)) > 6
+
+
+def test_the_mask_ratio_is_linear_in_the_step() -> None:
+    cfg = _config("masked", mask_ratio=0.5, final_mask_ratio=0.9)
+    shown = [_draw(cfg, step=step).token_index.shape[1] for step in range(11)]
+    assert shown == [64 - round((0.5 + 0.04 * step) * 64) for step in range(11)]
+    assert shown[0] == 32 and shown[-1] == 6
+    assert _draw(cfg, step=0, num_steps=1).token_index.shape[1] == 32
+
+
+@pytest.mark.parametrize("mode", ["own_image", "masked"])
+def test_one_drawing_may_serve_the_batch(mode: str) -> None:
+    mix = _draw(_config(mode, mask_per_batch=True, num_queries=9))
+    by_image = mix.token_index.unflatten(0, (-1, mix.num_inputs))
+    assert (by_image == by_image[:, :1]).all()
+    assert (mix.choice == mix.choice[:1]).all()
+    assert len(mix.own_query.unique(dim=0)) == 12  # but not the queries
+    if mode == "own_image":
+        assert set(by_image[0, 0].tolist()).isdisjoint(by_image[1, 0].tolist())
+
+
+def test_a_blend_shows_and_asks_every_cell() -> None:
+    mix = _draw(_config("blend", dense_fraction=0.5))
+    assert mix.members.tolist() == [[p, 11 - p] for p in range(6)]
+    assert torch.equal(mix.token_index, torch.arange(64).expand(12, -1))
+    assert torch.equal(mix.own_query, torch.arange(64).expand(6, -1))
+    assert torch.equal(mix.choice, torch.zeros(6, 1, 1, dtype=torch.uint8))
+    assert mix.share is not None and mix.share.dtype == torch.float32
+    assert torch.equal(mix.share, mix.share[:1].expand(6))
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.8, 4.0])
+def test_shares_follow_beta(alpha: float) -> None:
+    """Against the quantiles of torch's own Beta distribution."""
+    cfg = _config("blend", blend_alpha=alpha)
+    shares = [
+        _draw(cfg, batch_size=4, grid=1, step=step, num_steps=8000).share for step in range(8000)
+    ]
+    assert all(share is not None and share[0] == share[1] for share in shares)
+    share = torch.stack([share[0] for share in shares if share is not None])
     torch.manual_seed(0)
-    first = _draw(MixingConfig(num_queries=5))
-    torch.manual_seed(1)
-    again = _draw(MixingConfig(num_queries=5))
+    expected = torch.distributions.Beta(alpha, alpha).sample((200_000,))
+    at = torch.linspace(0.05, 0.95, 10)
+    torch.testing.assert_close(share.quantile(at), expected.quantile(at), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_draw_fits_the_kernel(mode: str) -> None:
+    """Contiguous, and each pixel of the picture is of the image whose cell it is in."""
+    mix = _draw(_config(mode))
+    views = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).repeat(1, 3, 16, 16)
+    mixed = mask_mix(views, mix.choice, mix.members, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    assert mixed.shape == (mix.num_inputs, 3, 16, 16)
+    if mode == "blend":
+        return  # its pixels are blended instead
+    cells = mixed[:, 0, ::2, ::2].flatten(1)
+    for image, index in enumerate(mix.token_index):
+        assert (cells[image % mix.num_inputs, index] == mix.sample[image]).all()
+
+
+def test_a_copy_keeps_every_field() -> None:
+    mix = _draw(_config("blend"))
     for name in Mix.__slots__:
-        assert torch.equal(getattr(first, name), getattr(again, name)), name
-    for other in (_draw(MixingConfig(), step=6), _draw(MixingConfig(), seed=4)):
-        assert not torch.equal(first.mask, other.mask)
+        before, after = getattr(mix, name), getattr(mix.to(torch.device("cpu")), name)
+        assert torch.equal(before, after) if isinstance(before, Tensor) else before == after, name
+    there = mix.to(torch.device("meta"))
+    assert there.share is not None and there.share.is_meta and there.num_asked == 6
+    assert there.asked("last").is_meta
+
+
+@pytest.mark.parametrize("pattern", ["blocks", "rectangle"])
+@pytest.mark.parametrize("mode", ["own_image", "masked", "blend"])
+def test_a_draw_depends_on_seed_and_step_alone(mode: str, pattern: str) -> None:
+    cfg = _config(mode, pattern=pattern, num_queries=5)
+    torch.manual_seed(0)
+    first = _draw(cfg)
+    torch.manual_seed(1)
+    again = _draw(cfg)
+    for name in Mix.__slots__:
+        one, two = getattr(first, name), getattr(again, name)
+        assert torch.equal(one, two) if isinstance(one, Tensor) else one == two, name
+    for other in (_draw(cfg, step=6), _draw(cfg, seed=4)):
+        differing = ["own_query", "other_query", "token_priority"]
+        differing += ["share"] if mode == "blend" else ["token_index"]
+        for name in differing:
+            assert not torch.equal(getattr(first, name), getattr(other, name)), name
 
 
 def test_dropping_caption_tokens_equals_a_loop() -> None:
@@ -94,9 +243,27 @@ def test_dropping_caption_tokens_equals_a_loop() -> None:
 @pytest.mark.parametrize(
     ("make", "word"),
     [
-        (lambda: _draw(MixingConfig(), batch_size=7), "batch_size.*7"),
-        (lambda: _draw(MixingConfig(), grid=7), "7 x 7"),
+        (lambda: _draw(MixingConfig(), batch_size=7), "batch_size: .* multiple of 2,.* got 7"),
+        (lambda: _draw(MixingConfig(num_images=3), batch_size=8), "batch_size: .* of 3,.* got 8"),
+        (lambda: _draw(MixingConfig(mode="none"), batch_size=0), "batch_size: .* got 0"),
+        (lambda: _draw(MixingConfig(num_images=4), grid=1), "num_images: .* 1 x 1 .* got 0"),
+        (
+            lambda: _draw(_config("masked", mask_ratio=0.1), grid=2),
+            r"mixing\.mask_ratio: expected to leave .* 1 to 3 cells of a 2 x 2 .* got 4",
+        ),
+        (
+            lambda: _draw(_config("masked", final_mask_ratio=0.9), grid=2),
+            r"mixing\.final_mask_ratio: .* 1 to 3 cells .* got 0",
+        ),
+        (lambda: _draw(MixingConfig(), step=11), "step: expected 0 <= step < num_steps = 11"),
+        (lambda: _draw(MixingConfig(), step=-1), "step: .* got -1"),
+        (lambda: MixingConfig(num_images=1), "num_images: expected 2 to 4, got 1"),
+        (lambda: MixingConfig(num_images=5), "num_images: expected 2 to 4, got 5"),
+        (lambda: _config("blend", num_images=3), "num_images: expected 2 in mode blend, got 3"),
         (lambda: MixingConfig(mask_block=0), "mask_block"),
+        (lambda: MixingConfig(mask_ratio=0.0), "mixing.mask_ratio: .* got 0.0"),
+        (lambda: MixingConfig(final_mask_ratio=1.0), "final_mask_ratio: .* got 1.0"),
+        (lambda: MixingConfig(blend_alpha=0.0), "blend_alpha: expected > 0, got 0.0"),
         (lambda: MixingConfig(token_dropout=1.0), "token_dropout"),
         (lambda: MixingConfig(dense_fraction=0.0), "dense_fraction"),
         (lambda: MixingConfig(num_queries=-1), "num_queries"),
@@ -105,3 +272,19 @@ def test_dropping_caption_tokens_equals_a_loop() -> None:
 def test_wrong_requests_are_named(make, word: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=word):
         make()
+
+
+@pytest.mark.parametrize("pattern", ["blocks", "rectangle"])
+def test_an_encoder_that_does_not_fit_is_refused(pattern: str) -> None:
+    for mode in MODES:
+        cfg = _config(mode, pattern=pattern, mask_block=3)
+        cfg.check_cells(alone=True, multiple=1)
+        if mode in ("own_image", "masked"):
+            with pytest.raises(ValueError, match=rf"mode: {mode} needs .* got {mode}"):
+                cfg.check_cells(alone=False, multiple=3)
+        elif mode == "joint":
+            with pytest.raises(ValueError, match="mask_block: expected a multiple of 2 .* got 3"):
+                cfg.check_cells(alone=False, multiple=2)
+            replace(cfg, mask_block=4).check_cells(alone=False, multiple=2)
+        else:
+            cfg.check_cells(alone=False, multiple=2)

@@ -1,0 +1,74 @@
+"""Views on their way to an encoder: normalised as they are, or blended as mixup does."""
+
+import pytest
+import torch
+from torchvision.transforms.v2 import MixUp
+from torchvision.transforms.v2 import functional as vision
+
+from m3i_fast.objectives.targets import blend, normalise_views
+from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
+
+_BLACK = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_blend_is_torchvisions_mixup(share: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    views = torch.randint(256, (4, 3, 9, 7), dtype=torch.uint8, generator=rng)
+    members = torch.arange(4)[:, None] - torch.tensor([0, 1])  # MixUp rolls the batch by one
+    images = vision.normalize(
+        vision.to_dtype(views, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD)
+    )
+    expected = MixUp(num_classes=2).transform(
+        images, {"lam": share, "batch_size": 4, "labels": None}
+    )
+    shares = torch.full((4,), share)
+    got = blend(views, members % 4, shares, torch.float32)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+    rounded = blend(views, members % 4, shares, torch.bfloat16)
+    assert torch.equal(rounded, got.bfloat16())
+
+
+def test_each_input_is_blended_by_its_own_share() -> None:
+    views = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).repeat(1, 3, 2, 2)
+    low, high = normalise_views(views, torch.tensor([0, 1]), torch.float32).double()
+    members, share = torch.tensor([[0, 1], [1, 0], [0, 0]]), torch.tensor([0.25, 0.25, 0.7])
+    got = blend(views, members, share, torch.float32).double()
+    expected = torch.stack([0.25 * low + 0.75 * high, 0.25 * high + 0.75 * low, low])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_a_chosen_row_is_that_view_normalised() -> None:
+    rng = torch.Generator().manual_seed(0)
+    views = torch.randint(256, (5, 3, 6, 4), dtype=torch.uint8, generator=rng)
+    rows = torch.tensor([4, 0, 4, 1, 2, 3])[::2]  # strided
+    expected = vision.normalize(
+        vision.to_dtype(views[rows], torch.float32, scale=True),
+        list(IMAGENET_MEAN),
+        list(IMAGENET_STD),
+    )
+    torch.testing.assert_close(
+        normalise_views(views, rows, torch.float32), expected, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (
+            lambda: blend(_BLACK, torch.tensor([[0, 0, 0]]), torch.ones(1), torch.float32),
+            r"members: expected shape \[P, 2\], got \[1, 3\]",
+        ),
+        (
+            lambda: blend(_BLACK, torch.tensor([[0, 0]]), torch.ones(2), torch.float32),
+            r"share: expected shape \[1\] float32, got \[2\] torch.float32",
+        ),
+        (
+            lambda: blend(_BLACK, torch.tensor([[0, 0]]), torch.ones(1).double(), torch.float32),
+            r"share: .* got \[1\] torch.float64",
+        ),
+    ],
+)
+def test_a_wrong_blend_is_named(make, word: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=word):
+        make()
