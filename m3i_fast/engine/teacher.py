@@ -1,0 +1,213 @@
+"""A frozen teacher for the dense terms: the image encoder of one of our runs, or a model of timm.
+
+Letters: B images, R prefix tokens (class and registers), N cells of the grid, C width of a token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine import checkpoint
+from m3i_fast.models.encoder import ImageEncoder
+from m3i_fast.models.vision import VisionConfig, build_encoder
+from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
+
+_TIMM = "timm:"
+_ENCODER = "encoder."  # where the objective keeps its image encoder
+
+
+class Teacher(ImageEncoder):
+    """Another encoder that never learns: no gradient, in evaluation mode whatever its owner is in.
+
+    Its `dim` and `summary_dim` are the encoder's.
+    """
+
+    def __init__(self, encoder: ImageEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.dim, self.summary_dim = encoder.dim, encoder.summary_dim
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode_cells(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, N, C]."""
+        return self.encoder.encode_cells(images)
+
+    @torch.no_grad()
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """[B, n, C] -> [B, s, P], as the encoder does."""
+        return self.encoder.summarise(tokens)
+
+
+def load_teacher(spec: str, vision: VisionConfig) -> Teacher:
+    """The encoder that `spec` names, for a student of `vision`.
+
+    It reads the student's normalised views, [B, 3, S, S] with S = vision.image_size, and gives as
+    many tokens as the student; their width is `dim`, which need not be the student's.
+
+    spec: a run directory of ours (its newest checkpoint), `timm:NAME` (downloads what the hub's
+    cache lacks) or `timm:NAME:FILE.safetensors`, all weights of that timm model. A position table
+    of another image size is interpolated.
+
+    Raises:
+        FileNotFoundError: no such run, checkpoint or file.
+        ImportError: timm is not installed.
+        ConnectionError: the weights of `timm:NAME` cannot be had.
+        ValueError: timm has no such model, or the file does not fit it; the grid of tokens is not
+            square or not the student's; the model expects other pixels than `ops.mask_mix` makes.
+    """
+    if spec.startswith(_TIMM):
+        return _load_timm(spec, vision)
+    return _load_run(Path(spec), vision)
+
+
+# ---- One of our runs -----------------------------------------------------------------------------
+
+
+def _load_run(run: Path, vision: VisionConfig) -> Teacher:
+    config = run / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"teacher: expected a run directory, timm:NAME or timm:NAME:FILE.safetensors, got "
+            f"{str(run)!r}, which has no config.json"
+        )
+    of_run = TrainConfig.load(config).vision
+    _expect_grid(str(run), _side(of_run, vision.image_size), vision)
+    encoder = build_encoder(of_run)
+    newest = checkpoint.latest(run / "checkpoints").path / "model.safetensors"
+    try:
+        with safe_open(newest, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(_ENCODER)]
+            state = {name.removeprefix(_ENCODER): file.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{newest}: missing; the checkpoint is not whole") from None
+    except SafetensorError as error:
+        raise ValueError(f"{newest}: damaged: {error}") from None
+    encoder.load_state_dict(state)
+    return Teacher(encoder)
+
+
+def _side(cfg: VisionConfig, image_size: int) -> int | None:
+    """Tokens a side that the encoder makes of an image of another size, if it takes one."""
+    if image_size % cfg.size_multiple:
+        return None
+    return replace(cfg, image_size=image_size).grid
+
+
+def _expect_grid(name: str, side: int | None, vision: VisionConfig) -> None:
+    if side != vision.grid:
+        got = f"{side} x {side}" if side else "an encoder of patches that do not fill it"
+        raise ValueError(
+            f"teacher {name}: expected {vision.grid} x {vision.grid} tokens of an image of "
+            f"{vision.image_size} pixels, the student's grid, got {got}; change vision.patch_size "
+            "or vision.image_size, or take another teacher"
+        )
+
+
+# ---- A model of timm -----------------------------------------------------------------------------
+
+
+class TimmEncoder(ImageEncoder):
+    """The patch tokens of a timm model's `forward_features`, without its prefix tokens."""
+
+    def __init__(self, model: nn.Module, *, num_prefix: int, dim: int) -> None:
+        super().__init__()
+        self.model, self.num_prefix = model, num_prefix
+        self.dim = self.summary_dim = dim
+
+    def encode_cells(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, N, C]."""
+        tokens: Tensor = self.model.forward_features(images)  # type: ignore[operator]
+        return tokens[:, self.num_prefix :]
+
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """All tokens: [B, n, C] unchanged."""
+        return tokens
+
+
+def _load_timm(spec: str, vision: VisionConfig) -> Teacher:
+    name, file = spec.removeprefix(_TIMM), None
+    if name.endswith(".safetensors"):
+        name, _, path = name.rpartition(":")
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"teacher {spec}: no such file: {file}")
+    model = _create(spec, name, file, vision.image_size)
+    _expect_pixels(spec, model)
+    features = _example(spec, model, vision.image_size)
+    num_prefix, side = _patches(spec, model, features, vision.image_size)
+    _expect_grid(spec, side, vision)
+    return Teacher(TimmEncoder(model, num_prefix=num_prefix, dim=features.shape[2]))
+
+
+def _create(spec: str, name: str, file: Path | None, image_size: int) -> Any:
+    """The model with its weights, without a head."""
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'teacher {spec}: timm is not installed: pip install timm, or "m3i-fast[dev]"'
+        ) from error
+    # timm's own way to load a file: it renames old keys and resizes positions. The head is made
+    # and dropped afterwards, since without one timm loads leniently and reports nothing missing.
+    overlay = {"file": str(file), "source": "", "custom_load": False} if file else None
+    try:
+        with torch.device("meta"):
+            options = inspect.signature(type(timm.create_model(name)).__init__).parameters
+        size = {"img_size": image_size} if "img_size" in options else {}
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"teacher {spec}: {error}") from error
+    except OSError as error:
+        raise ConnectionError(
+            f"teacher {spec}: expected to download its weights, got: {error}; without a network "
+            f"name a file: timm:{name}:FILE.safetensors"
+        ) from error
+    model.reset_classifier(0)
+    return model
+
+
+def _expect_pixels(spec: str, model: nn.Module) -> None:
+    from timm.data import resolve_model_data_config
+
+    wants = resolve_model_data_config(model)
+    for what, expected in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        if tuple(wants[what]) != expected:
+            raise ValueError(
+                f"teacher {spec}: expected pixels of {what} {expected}, as the student's are "
+                f"normalised, got a model for {tuple(wants[what])}; take a teacher trained on those"
+            )
+
+
+@torch.no_grad()
+def _example(spec: str, model: Any, size: int) -> Tensor:
+    """Features of an empty image."""
+    device = next(model.parameters()).device
+    try:
+        return model.eval().forward_features(torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"teacher {spec}: expected to read {size} pixels, got: {error}") from error
+
+
+def _patches(spec: str, model: Any, features: Tensor, size: int) -> tuple[int, int | None]:
+    """Prefix tokens, and patches a side where they fill an image of `size` pixels."""
+    embed, num_prefix = getattr(model, "patch_embed", None), getattr(model, "num_prefix_tokens", 0)
+    rows, columns = getattr(embed, "grid_size", None) or (0, 0)
+    count = num_prefix + rows * columns
+    if embed is None or rows != columns or features.ndim != 3 or features.shape[1] != count:
+        raise ValueError(
+            f"teacher {spec}: expected [B, R + N, C] features of a square grid of patches, got "
+            f"{list(features.shape)} of {rows} x {columns} patches and R = {num_prefix}; take a ViT"
+        )
+    return num_prefix, rows if rows * embed.patch_size[0] == size else None
