@@ -16,7 +16,7 @@ from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig
-from m3i_fast.objectives.mutual_information import ObjectiveConfig
+from m3i_fast.objectives.config import ObjectiveConfig
 from m3i_fast.pipelines.config import LoaderConfig
 from m3i_fast.storage import write_atomically
 
@@ -65,9 +65,10 @@ class TrainConfig:
                 f"data.global_views.size: expected vision.image_size = {self.vision.image_size}, "
                 f"got {views.size}"
             )
-        if self.objective.uses("other_view") and views.count < 2:
+        if self.objective.uses(view="other") and views.count < 2:
             raise ValueError(
-                f"data.global_views.count: the other_view term needs 2 views, got {views.count}"
+                f"data.global_views.count: a term of the other view needs 2 views, got "
+                f"{views.count}"
             )
         local = self.data.local_views
         if local is not None and local.size % self.vision.size_multiple:
@@ -75,12 +76,11 @@ class TrainConfig:
                 f"data.local_views.size: expected a multiple of the encoder's "
                 f"{self.vision.size_multiple}, got {local.size}"
             )
-        mixes = self.objective.mixing.mode != "none"
-        if mixes != self.data.pairs:
+        self.objective.mixing.check_batch(self.data.batch_size)
+        if local is not None and self.objective.mixing.mode == "blend":
             raise ValueError(
-                f"data.pairs: expected {mixes} for objective.mixing.mode = "
-                f"{self.objective.mixing.mode}, "
-                f"got {self.data.pairs}"
+                "data.local_views: expected none with objective.mixing.mode = blend, which weighs "
+                f"images by their share, got {local.count} of {local.size} pixels"
             )
         self.objective.check_vision(self.vision)
 

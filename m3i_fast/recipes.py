@@ -28,10 +28,10 @@ from m3i_fast.models.internimage_config import (
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
-from m3i_fast.objectives.methods import m3i
+from m3i_fast.objectives.config import ObjectiveConfig, m3i
+from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import MixingConfig
-from m3i_fast.objectives.mutual_information import ObjectiveConfig
-from m3i_fast.objectives.predictors import DecoderConfig
+from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.openmoji import build as build_openmoji
 
@@ -56,7 +56,6 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
             path=data,
             seed=seed,
             batch_size=32,
-            pairs=True,
             global_views=views,
             local_views=replace(views, size=32, scale=(0.15, 0.6)),
             num_threads=1,
@@ -76,7 +75,10 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
                 mask_block=2, num_queries=16, dense_fraction=0.25, token_dropout=0.2
             ),
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
+            projector=ProjectorConfig(hidden_dim=256, output_dim=128, predictor_hidden_dim=64),
             head_hidden_dim=256,
+            num_prototypes=256,
+            queue_length=1024,
         ),
         optim=OptimConfig(
             lr=1e-3,
@@ -87,6 +89,33 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
         ema=EmaConfig(momentum=0.99),
         log_every=20,
         checkpoint_every=500,
+    )
+
+
+def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
+    """The demo's data, encoder and optimiser, with another method's terms and inputs.
+
+    Nothing is tuned for it. M3I is `demo` itself.
+    """
+    cfg, method = demo(data=data, seed=seed), METHODS[name]
+    if name == "m3i":
+        return cfg
+    mixing = replace(
+        cfg.objective.mixing,
+        mode=method.mode,
+        mask_ratio=method.mask_ratio,
+        final_mask_ratio=method.mask_ratio,
+        mask_block=method.mask_block,
+        mask_per_batch=method.mask_per_batch,
+        num_queries=0,
+        dense_fraction=1.0,
+    )
+    loader = replace(
+        cfg.data,
+        local_views=cfg.data.local_views if method.local_views else None,
+    )
+    return replace(
+        cfg, data=loader, objective=replace(cfg.objective, terms=method.terms, mixing=mixing)
     )
 
 
@@ -114,11 +143,19 @@ def demo_internimage(*, data: Path = Path("data/openmoji"), seed: int = 0) -> Tr
     )
 
 
-def pack_demo(path: Path, *, labelled: float = 1.0, tune: float = 0.0) -> None:
-    """Write the demo's data, with the tokenizer that its recipe expects."""
+def pack_demo(
+    path: Path, *, labelled: float = 1.0, captioned: float | None = None, tune: float = 0.0
+) -> None:
+    """Write the demo's data, with the tokenizer that its recipe expects.
+
+    `labelled` is the share of the training concepts with a class, `captioned` of those with a
+    caption, drawn apart. Without `captioned`, `labelled` is the share with both, and thirds of the
+    rest keep the caption only, the class only, nothing.
+    """
     build_openmoji(
         path,
         labelled=labelled,
+        captioned=captioned,
         tune=tune,
         max_variants=3,
         num_merges=DEMO_MERGES,
@@ -142,7 +179,6 @@ def _production(
         data=LoaderConfig(
             path=Path("data/train"),
             batch_size=batch_size,
-            pairs=True,
             global_views=colours,
             num_threads=8,
         ),
@@ -249,7 +285,12 @@ def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) 
         objective=replace(
             cfg.objective,
             decoder=replace(cfg.objective.decoder, dim=32, depth=1, num_heads=2),
+            projector=replace(
+                cfg.objective.projector, hidden_dim=32, output_dim=16, predictor_hidden_dim=16
+            ),
             head_hidden_dim=32,
+            num_prototypes=16,
+            queue_length=16,
         ),
         compile=False,
         log_every=1,
@@ -280,3 +321,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     **_vit_variants(),
     **_internimage_variants(),
 }
+
+
+def recipes() -> dict[str, Callable[[], TrainConfig]]:
+    """All of them by name: RECIPES, and demo_<method> of every method there is by now."""
+    methods = {f"demo_{name}": partial(demo_method, name) for name in METHODS}
+    return RECIPES | methods

@@ -11,14 +11,28 @@ from m3i_fast.engine.trainer import Trainer, build_objective
 from m3i_fast.models.text import TextConfig
 from m3i_fast.objectives.mixing import MixingConfig
 from m3i_fast.pipelines.config import ViewConfig
-from m3i_fast.recipes import RECIPES, demo, shrink
+from m3i_fast.recipes import RECIPES, demo, recipes, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+TAUGHT = [name for name, make in recipes().items() if make().objective.uses(encoder="frozen")]
+
+
+def _shrunken(name: str, dataset: Path) -> TrainConfig:
+    return replace(shrink(recipes()[name](), path=dataset, num_classes=9, text=TEXT), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "teacher"
+    Trainer(_shrunken("demo_supervised", dataset), out).train()
+    return out
+
+
+@pytest.mark.parametrize("name", [name for name in recipes() if name not in TAUGHT])
 def test_a_recipe_builds_on_the_meta_device_and_survives_json(name: str, tmp_path: Path) -> None:
-    cfg = RECIPES[name]()
+    cfg = recipes()[name]()
     with torch.device("meta"):
         objective = build_objective(cfg)
     assert all(p.is_meta for p in objective.parameters())
@@ -26,11 +40,16 @@ def test_a_recipe_builds_on_the_meta_device_and_survives_json(name: str, tmp_pat
     assert TrainConfig.load(tmp_path / "config.json") == cfg
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_shrunken_recipe_takes_two_steps(name: str, dataset: Path, tmp_path: Path) -> None:
-    cfg = shrink(RECIPES[name](), path=dataset, num_classes=9, text=TEXT)
-    outcome = Trainer(replace(cfg, device="cpu"), tmp_path).train()
-    assert outcome.step == 2
+@pytest.mark.parametrize("name", recipes())
+def test_a_shrunken_recipe_takes_two_steps(
+    name: str, dataset: Path, teacher: Path, tmp_path: Path
+) -> None:
+    cfg = _shrunken(name, dataset)
+    if name in TAUGHT:
+        with pytest.raises(ValueError, match=r"objective\.teacher.*got none"):
+            Trainer(cfg, tmp_path)
+        cfg = replace(cfg, objective=replace(cfg.objective, teacher=str(teacher)))
+    assert Trainer(cfg, tmp_path).train().step == 2
 
 
 def test_sizes_are_those_of_timm() -> None:
@@ -57,8 +76,12 @@ def test_a_config_that_does_not_fit_together_is_named(tmp_path: Path) -> None:
         replace(cfg, data=replace(cfg.data, global_views=replace(cfg.data.global_views, count=1)))
     with pytest.raises(ValueError, match=r"data\.local_views\.size.*8, got 30"):
         replace(cfg, data=replace(cfg.data, local_views=ViewConfig(size=30)))
-    with pytest.raises(ValueError, match=r"data\.pairs"):
-        replace(cfg, objective=replace(cfg.objective, mixing=MixingConfig(mode="none")))
+    with pytest.raises(ValueError, match=r"data\.batch_size: .* multiple of 2, .* got 33"):
+        replace(cfg, data=replace(cfg.data, batch_size=33))
+    with pytest.raises(ValueError, match=r"data\.local_views: expected none .* blend"):
+        labels = tuple(term for term in cfg.objective.terms if not term.is_dense)
+        blended = replace(cfg.objective, terms=labels, mixing=MixingConfig(mode="blend"))
+        replace(cfg, objective=blended)
     with pytest.raises(ValueError, match="num_steps"):
         replace(cfg, num_steps=0)
     assert differences(cfg, replace(cfg, seed=5)) == ["seed: 0 != 5"]

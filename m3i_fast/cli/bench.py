@@ -12,6 +12,7 @@ BENCHMARKS = {
     "gaussian": "the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
     "internimage": "a whole InternImage with our dcnv3 beside one with a grid_sample core",
     "mi_loss": "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
+    "step": "a training step of M3I: ours beside one written plainly in eager torch",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
     "demo_ablation": "what each term of M3I brings to the demo",

@@ -19,7 +19,7 @@ from rich.progress import (
 from m3i_fast.cli import console, nearest, refuse
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Outcome, Trainer
-from m3i_fast.recipes import RECIPES
+from m3i_fast.recipes import recipes
 
 USAGE = """\
 usage: m3i-fast train RECIPE [--out DIR] [--resume] [--stop-on-collapse] [--field value ...]
@@ -39,19 +39,20 @@ class TrainCommand:
 
 
 def main(argv: list[str]) -> int:
+    known = recipes()
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(f"{USAGE}\nrecipes: {', '.join(RECIPES)}", highlight=False)
+        console.print(f"{USAGE}\nrecipes: {', '.join(known)}", highlight=False)
         return 0 if argv else 2
     if argv[0] == "--config":
         if len(argv) < 2:
             return refuse("--config: expected a file")
         name, config, rest = Path(argv[1]).stem, TrainConfig.load(Path(argv[1])), argv[2:]
-    elif argv[0] in RECIPES:
-        name, config, rest = argv[0], RECIPES[argv[0]](), argv[1:]
+    elif argv[0] in known:
+        name, config, rest = argv[0], known[argv[0]](), argv[1:]
     else:
         return refuse(
-            f"unknown recipe {argv[0]!r}: expected one of {', '.join(RECIPES)}."
-            + nearest(argv[0], list(RECIPES))
+            f"unknown recipe {argv[0]!r}: expected one of {', '.join(known)}."
+            + nearest(argv[0], list(known))
         )
     command = tyro.cli(
         TrainCommand,

@@ -21,6 +21,7 @@ from m3i_fast.engine import checkpoint
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.precision import autocast, resolve_device
+from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.models.blocks import Block
 from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mixing import draw_mix, step_seed
@@ -106,6 +107,7 @@ class Trainer:
             context_length=batch.token_ids.shape[1],
             seed=cfg.seed,
             step=step,
+            num_steps=cfg.num_steps,
         ).to(self.device)
         with autocast(cfg.precision, self.device):
             with stage("target"):
@@ -113,7 +115,10 @@ class Trainer:
             with stage("encoder"):
                 encoded = self.objective.encode_inputs(batch, mix)
             with stage("loss"):
-                loss, metrics = self.objective(encoded, targets, batch, mix, monitor=monitor)
+                measure = self.objective.balance.due(step)
+                loss, metrics = self.objective(
+                    encoded, targets, batch, mix, monitor=monitor, measure=measure
+                )
         with stage("backward"):
             loss.backward()
         with stage("optim"):
@@ -121,7 +126,7 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.clamp_temperatures()
-            if pair := self.objective.momentum_pair():
+            for pair in self.objective.momentum_pairs():
                 update_ema(*pair, momentum=self.momentum[step])
         self.step += 1
         return metrics
@@ -259,8 +264,16 @@ def _expect_one_process() -> None:
 
 def build_objective(cfg: TrainConfig) -> MutualInformation:
     """The model of a run, with its blocks compiled where the config says so."""
+    teacher = None
+    if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
+        with torch.random.fork_rng():  # the student's start does not depend on its teacher
+            teacher = load_teacher(cfg.objective.teacher, cfg.vision)
     objective = MutualInformation(
-        cfg.objective, vision=cfg.vision, text=cfg.text, num_classes=cfg.num_classes
+        cfg.objective,
+        vision=cfg.vision,
+        text=cfg.text,
+        num_classes=cfg.num_classes,
+        teacher=teacher,
     )
     if cfg.compile:
         blocks = [m for m in objective.modules() if isinstance(m, Block | InternImageLayer)]

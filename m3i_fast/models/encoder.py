@@ -15,6 +15,11 @@ from torch import Tensor, nn
 class ImageEncoder(nn.Module, ABC):
     """A network from images to a square grid of tokens, read row by row, and to a summary."""
 
+    dim: int
+    """Width of a token."""
+    summary_dim: int
+    """Width of a summary's tokens."""
+
     @abstractmethod
     def encode_cells(self, images: Tensor) -> Tensor:
         """Tokens of every cell, and of nothing else: [B, 3, H, W] -> [B, N, C]."""

@@ -56,6 +56,7 @@ class InternImage(ImageEncoder):
             k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items()
         }
         self.cfg = cfg = replace(cfg, **given)
+        self.dim, self.summary_dim = cfg.dim, cfg.summary_dim
         self.patch_embed = Stem(cfg.channels)
         self.levels = nn.ModuleList(_stages(cfg, core))
         width = cfg.channels * 2**3

@@ -115,6 +115,7 @@ class ViT(ImageEncoder):
     def __init__(self, cfg: ViTConfig, *, layers: BlockLayers = TORCH_LAYERS) -> None:
         super().__init__()
         self.cfg = cfg
+        self.dim, self.summary_dim = cfg.dim, cfg.summary_dim
         self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
         self.blocks = nn.ModuleList(
             Block(
@@ -133,11 +134,6 @@ class ViT(ImageEncoder):
         self.class_token = self._prefix(int(cfg.class_token))
         self.register_tokens = self._prefix(cfg.num_registers)
         self._reset_own()
-
-    @property
-    def dim(self) -> int:
-        """Width of a token."""
-        return self.cfg.dim
 
     @property
     def num_prefix(self) -> int:

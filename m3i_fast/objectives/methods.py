@@ -1,94 +1,360 @@
-"""Methods as lists of terms.
+"""Known methods as lists of terms: the rows of the paper's table 1, and what came of them.
 
-A term names what is predicted, by what, under which likelihood, and what keeps the target from
-collapsing: the plug-ins of the paper's equation  L = sum_k w_k * -log P_k(z_k | z_hat_k).
+A method is data: what is shown to the encoder, and the terms. The same trainer runs each of them.
+`m3i-fast methods` prints the table; a new one is an entry of METHODS (docs/new_method.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-Target = Literal["same_view", "other_view", "category", "caption"]
-_DENSE = ("same_view", "other_view")
+from m3i_fast.objectives.config import Term, m3i
+
+Family = Literal[
+    "supervised", "weakly supervised", "intra-view", "inter-view", "several targets", "M3I"
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
-    name: str
-    """Key of the term in metrics and tables."""
-    target: Target
-    """same_view, other_view: dense features of the EMA encoder; category: class embeddings;
-    caption: the text encoder."""
-    predictor: Literal["decoder", "global_head"]
-    """decoder: Transformer decoder with mask tokens; global_head: mask-weighted pooling and an
-    MLP."""
-    likelihood: Literal["gaussian", "boltzmann"]
-    """gaussian: L2; boltzmann: softmax over all candidates."""
-    regulariser: Literal["stop_gradient", "decorrelation", "negatives"]
-    """What replaces the entropy H(p(z)): stop-gradient + EMA, the same with SiameseIM's
-    decorrelation, or negatives."""
-    weight: float = 1.0
-    """Weight in the sum; 0 leaves the term out, with all that only it needs."""
-
-    def __post_init__(self) -> None:
-        if self.target in _DENSE:
-            expected = {
-                ("decoder", "gaussian", "stop_gradient"),
-                ("decoder", "gaussian", "decorrelation"),
-            }
-        else:
-            expected = {("global_head", "boltzmann", "negatives")}
-        got = (self.predictor, self.likelihood, self.regulariser)
-        if got not in expected:
-            raise ValueError(
-                f"term {self.name!r}: target {self.target} expects {sorted(expected)}, got {got}"
-            )
-        if self.weight < 0:
-            raise ValueError(f"term {self.name!r}: weight: expected >= 0, got {self.weight}")
-
-    @property
-    def is_dense(self) -> bool:
-        return self.target in _DENSE
+class Method:
+    title: str
+    paper: str
+    """arXiv number, or where the method stands in M3I's table 1."""
+    family: Family
+    terms: tuple[Term, ...]
+    mode: Literal["own_image", "joint", "masked", "none"] = "none"
+    """What the encoder is shown: `MixingConfig.mode`."""
+    mask_ratio: float = 0.5
+    """Share of the cells hidden in mode masked."""
+    mask_block: int = 1
+    """Side of a mask block, in tokens."""
+    mask_per_batch: bool = False
+    """Whether all inputs of a batch have one mask."""
+    local_views: bool = False
+    """Whether small views are inputs too."""
+    differs: str = ""
+    """Where this differs from the paper."""
 
 
-def m3i() -> tuple[Term, ...]:
-    """M3I, figure 2.
+LABEL = {"predictor": "head", "likelihood": "boltzmann", "regulariser": "negatives"}
+CATEGORY = Term(name="category", target="category", **LABEL)  # type: ignore[arg-type]
+CAPTION = Term(name="caption", target="caption", **LABEL)  # type: ignore[arg-type]
 
-    The first image predicts its own view, the other one another view, both their category and
-    caption.
-    """
-    return (
-        Term(
-            name="intra",
-            target="same_view",
-            predictor="decoder",
-            likelihood="gaussian",
-            regulariser="decorrelation",
+pixels = partial(
+    Term,
+    target="pixels",
+    predictor="decoder",
+    likelihood="gaussian",
+    regulariser="fixed",
+)
+features = partial(
+    Term,
+    target="features",
+    encoder="momentum",
+    predictor="decoder",
+    likelihood="gaussian",
+    regulariser="stop_gradient",
+)
+embedding = partial(
+    Term,
+    target="embedding",
+    view="other",
+    encoder="momentum",
+    predictor="projector",
+    likelihood="gaussian",
+    regulariser="stop_gradient",
+)
+prototypes = partial(
+    Term,
+    target="prototypes",
+    view="other",
+    encoder="momentum",
+    predictor="projector",
+    likelihood="boltzmann",
+    regulariser="centring",
+)
+SIMCLR = embedding(
+    name="views",
+    encoder="shared",
+    likelihood="boltzmann",
+    regulariser="all_views",
+    output_norm=False,
+)
+
+METHODS: dict[str, Method] = {
+    "supervised": Method(
+        title="Supervised classification",
+        paper="table 1",
+        family="supervised",
+        terms=(CATEGORY,),
+        differs="Cosine classifier with a learnt temperature, behind an MLP.",
+    ),
+    "clip": Method(
+        title="CLIP",
+        paper="arXiv 2103.00020",
+        family="weakly supervised",
+        terms=(CAPTION,),
+        differs="The projection of pictures is an MLP; captions are read in both directions and "
+        "averaged; pictures and captions of one group are positives.",
+    ),
+    "siglip": Method(
+        title="SigLIP",
+        paper="arXiv 2303.15343",
+        family="weakly supervised",
+        terms=(
+            Term(
+                name="caption",
+                target="caption",
+                predictor="head",
+                likelihood="sigmoid",
+                regulariser="negatives",
+            ),
         ),
-        Term(
-            name="inter",
-            target="other_view",
-            predictor="decoder",
-            likelihood="gaussian",
-            regulariser="decorrelation",
+        differs="As CLIP here; mean of the tokens in place of attention pooling.",
+    ),
+    "autoencoder": Method(
+        title="Auto-encoder",
+        paper="table 1",
+        family="intra-view",
+        terms=(pixels(name="pixels", predictor="linear"),),
+    ),
+    "dense_distillation": Method(
+        title="Dense distillation (FD)",
+        paper="arXiv 2205.14141",
+        family="intra-view",
+        terms=(features(name="features", encoder="frozen", predictor="linear"),),
+        differs="Squared distance instead of smooth L1.",
+    ),
+    "global_distillation": Method(
+        title="Global distillation",
+        paper="table 1",
+        family="intra-view",
+        terms=(
+            embedding(
+                name="embedding",
+                view="same",
+                encoder="frozen",
+                likelihood="boltzmann",
+                regulariser="negatives",
+            ),
         ),
-        Term(
-            name="category",
-            target="category",
-            predictor="global_head",
-            likelihood="boltzmann",
-            regulariser="negatives",
+    ),
+    "mae": Method(
+        title="MAE",
+        paper="arXiv 2111.06377",
+        family="intra-view",
+        terms=(pixels(name="pixels"),),
+        mode="masked",
+        mask_ratio=0.75,
+    ),
+    "data2vec": Method(
+        title="data2vec",
+        paper="arXiv 2202.03555",
+        family="intra-view",
+        terms=(features(name="features"),),
+        mode="masked",
+        mask_ratio=0.6,
+        mask_block=2,
+        differs="Targets are the last layer's tokens, not the mean of the last K layers'; squared "
+        "distance instead of smooth L1; a decoder predicts them.",
+    ),
+    "milan": Method(
+        title="MILAN",
+        paper="arXiv 2208.06049",
+        family="intra-view",
+        terms=(features(name="features", encoder="frozen"),),
+        mode="masked",
+        mask_ratio=0.75,
+        differs="Cells are hidden at random, not by the teacher's attention, and hidden ones alone "
+        "are asked; squared distance to layer-normed features, not the cosine; the decoder changes "
+        "the tokens shown too.",
+    ),
+    "masked_global": Method(
+        title="Masked prediction of a global feature",
+        paper="table 1",
+        family="intra-view",
+        terms=(embedding(name="embedding", view="same", predictor="projector_predictor"),),
+        mode="masked",
+        mask_ratio=0.6,
+        mask_block=2,
+    ),
+    "novel_view": Method(
+        title="Novel view synthesis",
+        paper="table 1",
+        family="inter-view",
+        terms=(pixels(name="pixels", view="other"),),
+    ),
+    "densecl": Method(
+        title="DenseCL",
+        paper="arXiv 2011.09157",
+        family="inter-view",
+        terms=(
+            embedding(
+                name="embedding",
+                likelihood="boltzmann",
+                regulariser="queue",
+                temperature=0.2,
+                output_norm=False,
+                weight=0.5,
+            ),
+            features(
+                name="cells",
+                view="other",
+                predictor="projector",
+                likelihood="boltzmann",
+                regulariser="queue",
+                temperature=0.2,
+                weight=0.5,
+            ),
         ),
-        Term(
-            name="caption",
-            target="caption",
-            predictor="global_head",
-            likelihood="boltzmann",
-            regulariser="negatives",
+        differs="The picture's projector has batch norm; that of the cells has GELU for ReLU.",
+    ),
+    "moco_v3": Method(
+        title="MoCo v3",
+        paper="arXiv 2104.02057",
+        family="inter-view",
+        terms=(
+            embedding(
+                name="embedding",
+                symmetric=True,
+                predictor="projector_predictor",
+                likelihood="boltzmann",
+                regulariser="negatives",
+                temperature=0.2,
+                weight=0.8,  # both directions' sum, each times 2 tau
+            ),
         ),
-    )
-
-
-METHODS: dict[str, Callable[[], tuple[Term, ...]]] = {"m3i": m3i}
+        differs="No batch norm after the predictor; patch embedding is learnt.",
+    ),
+    "simclr": Method(
+        title="SimCLR",
+        paper="arXiv 2002.05709",
+        family="inter-view",
+        terms=(SIMCLR,),
+        differs="Batch norm takes the statistics of each view, not of both together.",
+    ),
+    "byol": Method(
+        title="BYOL",
+        paper="arXiv 2006.07733",
+        family="inter-view",
+        terms=(
+            embedding(
+                name="embedding",
+                symmetric=True,
+                predictor="projector_predictor",
+                output_norm=False,
+                weight=4.0,  # both directions' sum of |u - v|^2 = 2 - 2 cos
+            ),
+        ),
+    ),
+    "simsiam": Method(
+        title="SimSiam",
+        paper="arXiv 2011.10566",
+        family="inter-view",
+        terms=(
+            embedding(
+                name="embedding",
+                symmetric=True,
+                encoder="shared",
+                predictor="projector_predictor",
+            ),
+        ),
+    ),
+    "barlow_twins": Method(
+        title="Barlow Twins",
+        paper="arXiv 2103.03230",
+        family="inter-view",
+        terms=(
+            embedding(
+                name="embedding",
+                encoder="shared",
+                regulariser="cross_correlation",
+                output_norm=False,
+            ),
+        ),
+    ),
+    "vicreg": Method(
+        title="VICReg",
+        paper="arXiv 2105.04906",
+        family="inter-view",
+        terms=(
+            embedding(
+                name="embedding",
+                encoder="shared",
+                regulariser="variance_covariance",
+                output_norm=False,
+            ),
+        ),
+    ),
+    "unigrad": Method(
+        title="UniGrad",
+        paper="arXiv 2112.05141",
+        family="inter-view",
+        terms=(embedding(name="embedding", symmetric=True, regulariser="running_correlation"),),
+    ),
+    "dino": Method(
+        title="DINO",
+        paper="arXiv 2104.14294",
+        family="inter-view",
+        terms=(prototypes(name="prototypes", symmetric=True),),
+        local_views=True,
+        differs="The teacher's temperature is 0.04 from the start.",
+    ),
+    "siameseim_pixel": Method(
+        title="SiameseIM, pixels",
+        paper="arXiv 2206.01204",
+        family="inter-view",
+        terms=(pixels(name="pixels", view="other"),),
+        mode="masked",
+        mask_ratio=0.6,
+        mask_block=2,
+    ),
+    "siameseim": Method(
+        title="SiameseIM",
+        paper="arXiv 2206.01204",
+        family="inter-view",
+        terms=(features(name="features", view="other", regulariser="decorrelation"),),
+        mode="masked",
+        mask_ratio=0.6,
+        mask_block=2,
+        differs="Layer norm in place of the predictor's batch norm; no projector; patch embedding "
+        "is learnt.",
+    ),
+    "msn": Method(
+        title="MSN",
+        paper="arXiv 2204.07141",
+        family="inter-view",
+        terms=(prototypes(name="prototypes", regulariser="mean_entropy"),),
+        mode="masked",
+        mask_ratio=0.3,
+        local_views=True,
+    ),
+    "mixmim": Method(
+        title="MixMIM",
+        paper="arXiv 2205.13137",
+        family="intra-view",
+        terms=(pixels(name="pixels"),),
+        mode="own_image",
+        mask_per_batch=True,
+        differs="Images are mixed as pixels, by whole patches, and not as embeddings.",
+    ),
+    "slip": Method(
+        title="SLIP",
+        paper="arXiv 2112.12750",
+        family="several targets",
+        terms=(CAPTION, SIMCLR),
+        differs="The caption is matched with one of both views, not with a third, weaker "
+        "one; as CLIP here.",
+    ),
+    "m3i": Method(
+        title="M3I",
+        paper="arXiv 2211.09807",
+        family="M3I",
+        terms=m3i(),
+        mode="own_image",
+        mask_block=2,
+        local_views=True,
+    ),
+}

@@ -22,21 +22,24 @@ NUM_ITERATIONS = 10
 
 @torch.no_grad()
 def target_monitors(
-    tokens: Tensor,  # [A, N, C], normalised targets
-    student: Tensor,  # [A, n, C], the encoder's normalised tokens of the same images
+    tokens: Tensor,  # [A, N, C], normalised targets; the encoder's own where there are none
+    student: Tensor | None = None,  # [A, n, C], the encoder's normalised tokens of the same images
 ) -> dict[str, Tensor]:
-    """All that is watched of the dense targets, by the name it is logged under.
+    """All that is watched of the features, by the name it is logged under.
 
     One image alone has no spread over images: no `target_std` then.
     """
     some = subsample(tokens)
-    spread = {"monitor/target_std": feature_std(tokens.mean(1))} if tokens.shape[0] > 1 else {}
-    return spread | {
+    found = {
         "monitor/target_rank": rankme(tokens),
-        "monitor/target_alignment": alignment(student.mean(1), tokens.mean(1)),
         "monitor/target_uniformity": uniformity(some),
         "monitor/target_kmeans_entropy": kmeans_entropy(some),
     }
+    if tokens.shape[0] > 1:
+        found["monitor/target_std"] = feature_std(tokens.mean(1))
+    if student is not None:
+        found["monitor/target_alignment"] = alignment(student.mean(1), tokens.mean(1))
+    return found
 
 
 def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32

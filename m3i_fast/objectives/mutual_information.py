@@ -1,220 +1,246 @@
 """The objective: a sum of terms, each a lower bound of the mutual information with a target.
 
-Legend: B samples, V views, P mixed inputs, I images in inputs (2 P, or P without mixing), A inputs
-that dense terms are asked of, n cells an image shows, m cells of a local view, N cells of the grid,
-Q cells predicted, C encoder width, E embedding width.
+Legend: B samples, I images in inputs (K times P inputs), V views that the encoder sees, n cells an
+image shows, m cells of a local view, N cells of the grid, C encoder width, E embedding width.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_fast.models.encoder import take_cells
-from m3i_fast.models.positions import relative_positions
-from m3i_fast.models.text import TextConfig, TextEncoder
+from m3i_fast.models.encoder import ImageEncoder, take_cells
+from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig, build_encoder
 from m3i_fast.models.vit import ViT
-from m3i_fast.objectives.methods import Term, m3i
-from m3i_fast.objectives.mixing import Mix, MixingConfig, drop_tokens
-from m3i_fast.objectives.monitors import mean_cosine, target_monitors
-from m3i_fast.objectives.predictors import (
-    DecoderConfig,
-    DenseDecoder,
-    GlobalHead,
+from m3i_fast.objectives.balance import Balance
+from m3i_fast.objectives.config import ObjectiveConfig
+from m3i_fast.objectives.mixing import Mix
+from m3i_fast.objectives.monitors import target_monitors
+from m3i_fast.objectives.predictors import DenseDecoder
+from m3i_fast.objectives.seen import Encoded, Rows, Seen, Source, Targets, target_rows
+from m3i_fast.objectives.targets import (
+    MomentumEncoder,
+    autocast_dtype,
+    blend,
+    normalise_tokens,
+    normalise_views,
 )
-from m3i_fast.objectives.targets import MomentumEncoder, normalise_tokens, normalise_views
-from m3i_fast.ops import IGNORED, boltzmann, gaussian, mask_mix
+from m3i_fast.objectives.terms import (
+    Caption,
+    Dense,
+    Label,
+    Sizes,
+    TermModule,
+    build_term,
+    dense_dim,
+)
+from m3i_fast.ops import mask_mix
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch
 
-MAX_SCALE = 100.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveConfig:
-    terms: tuple[Term, ...] = field(default_factory=m3i)
-    """The terms of the sum; M3I's four by default."""
-    mixing: MixingConfig = field(default_factory=MixingConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    head_hidden_dim: int = 2048
-    """Width of the hidden layer of the category and caption heads."""
-    sigma: float = 0.5**0.5
-    """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
-    error."""
-    decorrelation_weight: float = 0.02
-    """Weight of the decorrelation regulariser, SiameseIM's value."""
-    temperature: float = 0.07
-    """Initial temperature of the Boltzmann likelihoods; learnt, and kept from 0.01 up."""
-
-    def __post_init__(self) -> None:
-        names = [term.name for term in self.terms]
-        if len(set(names)) != len(names):
-            raise ValueError(f"objective.terms: expected distinct names, got {names}")
-        if not any(term.weight > 0 for term in self.terms):
-            raise ValueError("objective.terms: expected a weight > 0, got none")
-        if not 1 / MAX_SCALE <= self.temperature:
-            raise ValueError(
-                f"objective.temperature: expected >= {1 / MAX_SCALE}, got {self.temperature}"
-            )
-
-    @property
-    def active_terms(self) -> tuple[Term, ...]:
-        return tuple(term for term in self.terms if term.weight > 0)
-
-    def uses(self, target: str) -> bool:
-        return any(term.target == target for term in self.active_terms)
-
-    def check_vision(self, vision: VisionConfig) -> None:
-        """Raise ValueError unless this encoder can be trained with this mixing."""
-        vision.check_encoder()
-        self.mixing.check_grid(vision.grid)
-        self.mixing.check_cells(alone=vision.encodes_cells_alone, multiple=vision.mask_multiple)
-
-
-@dataclass(frozen=True, slots=True)
-class DenseTargets:
-    """What the EMA encoder says of the cells that are asked for; None where no term asks.
-
-    Not yet normalised: the likelihood does that on its way.
-    """
-
-    same_view: Tensor | None  # [A, Q, C]
-    other_view: Tensor | None  # [A, Q, C]
-    tokens: Tensor | None  # [A, N, C], for the monitors
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    tokens: Tensor  # [I, n, C], each image's own cells
-    local: tuple[Tensor, ...] = ()  # L x [B, m, C], whole local views
+T = TypeVar("T", bound=TermModule)
 
 
 class MutualInformation(nn.Module):
     """loss = sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3.
 
-    Every image is asked only what exists for it.
+    Every image is asked only what exists for it. `teacher`: the frozen encoder, where a term asks
+    for one; it is not part of the state dict. `process_group`: the ranks that share a batch; each
+    gets the loss of all rows where rows meet (`likelihoods`), and every rank runs every term, also
+    one that its own rows have no target of.
     """
 
     def __init__(
-        self, cfg: ObjectiveConfig, *, vision: VisionConfig, text: TextConfig, num_classes: int
+        self,
+        cfg: ObjectiveConfig,
+        *,
+        vision: VisionConfig,
+        text: TextConfig,
+        num_classes: int,
+        teacher: ImageEncoder | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         cfg.check_vision(vision)
-        self.cfg = cfg
-        self.grid = vision.grid
+        self.cfg, self.grid = cfg, vision.grid
         self.encoder = build_encoder(vision)
-        if any(term.is_dense for term in cfg.active_terms):
+        self._target_rows = target_rows(cfg.active_terms)
+        self._num_views = 1 + any(term.sees_both_views for term in cfg.active_terms)
+        if cfg.uses(encoder="momentum"):
             self.target_encoder = MomentumEncoder(self.encoder)
-            self.decoder = DenseDecoder(
-                cfg.decoder, input_dim=vision.dim, output_dim=vision.dim, input_grid=vision.grid
-            )
-        if cfg.uses("category"):
-            if num_classes < 1:
-                raise ValueError(
-                    "objective.terms: the category term needs classes, the data has none"
+        # In a tuple: no part of the module tree, of its state dict or of its training mode.
+        frozen = cfg.uses(encoder="frozen")
+        self._teacher = (_expect_teacher(teacher),) if frozen else None
+        sizes = replace(self._sizes(vision, text, num_classes), process_group=process_group)
+        self.terms = nn.ModuleDict({t.name: build_term(t, cfg, sizes) for t in cfg.active_terms})
+        self.decoders = nn.ModuleDict(
+            {
+                term.decoder_key: DenseDecoder(
+                    cfg.decoder,
+                    input_dim=vision.dim,
+                    output_dim=dense_dim(term.term, sizes),
+                    input_grid=vision.grid,
                 )
-            self.category_head = GlobalHead(vision.summary_dim, cfg.head_hidden_dim, text.embed_dim)
-            self.category_embedding = nn.Parameter(torch.empty(num_classes, text.embed_dim))
-            self.category_log_scale = nn.Parameter(torch.empty(()))
-        if cfg.uses("caption"):
-            self.caption_head = GlobalHead(vision.summary_dim, cfg.head_hidden_dim, text.embed_dim)
-            self.text_encoder = TextEncoder(text)
-            self.caption_log_scale = nn.Parameter(torch.empty(()))
-        self.reset_own_parameters()
+                for term in self.terms_of(Dense)
+                if term.decoder_key is not None
+            }
+        )
+        self.balance = Balance(cfg.balance, {t.name: t.weight for t in cfg.active_terms})
 
-    @torch.no_grad()
-    def reset_own_parameters(self) -> None:
-        """Initialise what belongs to no submodule: class embeddings and temperatures."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("log_scale"):
-                parameter.fill_(-math.log(self.cfg.temperature))
-            else:
-                nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    def _sizes(self, vision: VisionConfig, text: TextConfig, num_classes: int) -> Sizes:
+        target_dim = {"momentum": vision.dim}
+        summary_dim = {"momentum": vision.summary_dim}
+        if self._teacher is not None:
+            teacher = self._teacher[0]
+            target_dim["frozen"], summary_dim["frozen"] = teacher.dim, teacher.summary_dim
+        return Sizes(
+            vision=vision,
+            text=text,
+            num_classes=num_classes,
+            target_dim=target_dim,
+            summary_dim=summary_dim,
+        )
+
+    def _every_term(self) -> list[TermModule]:
+        return [term for term in self.terms.values() if isinstance(term, TermModule)]
+
+    def _labels(self) -> list[Label]:
+        return [term for term in self.terms.values() if isinstance(term, Label)]
+
+    def terms_of(self, kind: type[T]) -> list[T]:
+        """The active terms of one class."""
+        return [term for term in self.terms.values() if isinstance(term, kind)]
 
     @torch.no_grad()
     def clamp_temperatures(self) -> None:
-        """Keep every 1 / tau in [1, 100], in place, after the optimiser's step (open_clip)."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.endswith("log_scale"):
-                parameter.clamp_(0.0, math.log(MAX_SCALE))
+        """Keep every learnt 1 / tau in its range, in place, after the optimiser's step."""
+        for term in self._labels():
+            term.clamp_temperature()
 
-    def momentum_pair(self) -> tuple[nn.Module, nn.Module] | None:
-        """The EMA encoder and the encoder it follows; None when no term has dense targets."""
-        if not any(term.is_dense for term in self.cfg.active_terms):
-            return None
-        return self.target_encoder.encoder, self.encoder
+    def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(average, online) of all that follows by EMA; none without a momentum target."""
+        if self.cfg.uses(encoder="momentum"):
+            yield self.target_encoder.encoder, self.encoder
+        for term in self._every_term():
+            yield from term.momentum_pairs()
 
     @torch.no_grad()
-    def encode_targets(self, batch: Batch, mix: Mix) -> DenseTargets:
-        """EMA features of the first images' own view and of the last images' other view."""
-        same_view = other_view = tokens = None
-        if self.cfg.uses("same_view"):
-            tokens = self._target_tokens(batch.global_views[0], mix.sample[mix.same_view_rows])
-            same_view = _take(tokens, mix.same_view_query)
-        if self.cfg.uses("other_view"):
-            tokens = self._target_tokens(batch.global_views[1], mix.sample[mix.other_view_rows])
-            other_view = _take(tokens, mix.other_view_query)
-        return DenseTargets(same_view, other_view, tokens)
+    def encode_targets(self, batch: Batch, mix: Mix) -> Targets:
+        """Tokens of all target views that a term asks for, one call an encoder."""
+        tokens: dict[Source, Tensor] = {}
+        for name, encoder in self._target_encoders().items():
+            sources = [source for source in self._target_rows if source[0] == name]
+            images = [
+                normalise_views(
+                    batch.global_views[view],
+                    mix.sample[_rows(mix, self._target_rows[name, view])],
+                    autocast_dtype(mix.sample.device.type),
+                )
+                for _, view in sources
+            ]
+            if images:
+                found = encoder(torch.cat(images)).split([len(view) for view in images])
+                tokens |= dict(zip(sources, found, strict=True))
+        return Targets(tokens, self._target_rows)
+
+    def _target_encoders(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Images [R, 3, H, W] to tokens [R, N, C], by who encodes them."""
+        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        if self.cfg.uses(encoder="momentum"):
+            found["momentum"] = self.target_encoder
+        if self._teacher is not None:
+            found["frozen"] = self._teacher[0].encode_cells
+        return found
 
     def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
-        """One pass of the encoder over the mixed inputs; tokens come back sorted by image."""
-        views = batch.global_views[0]
-        images = mask_mix(views, mix.mask, mix.pairs, dtype=_autocast_dtype(views.device.type))
+        """One pass of the encoder over the inputs, of both views where a term asks for it.
+
+        Local views, of another size, are a pass each.
+        """
+        views = batch.global_views[: self._num_views]
+        images = torch.cat([_mixed(view, mix) for view in views])
+        index = self._stacked(mix)
         match self.cfg.mixing.mode:
-            case "own_image":
+            case "own_image" | "masked":
                 assert isinstance(self.encoder, ViT)  # check_vision
-                own = self.encoder.encode_alone(images, mix.token_index)
+                own = self.encoder.encode_alone(images, index)
             case "joint":
-                own = take_cells(self.encoder.encode_cells(images), mix.token_index)
+                own = take_cells(self.encoder.encode_cells(images), index)
+            case "blend":  # both images of an input have its tokens
+                own = self.encoder.encode_cells(images).repeat(2, 1, 1)
             case "none":
                 own = self.encoder.encode_cells(images)
-        return Encoded(own, tuple(self._encode_whole(view) for view in batch.local_views))
+        by_view = own.unflatten(0, (-1, self._num_views, mix.num_inputs)).unbind(1)
+        local = tuple(self._encode_whole(view) for view in batch.local_views)
+        return Encoded(tuple(view.flatten(0, 1) for view in by_view), local)
+
+    def _stacked(self, mix: Mix) -> Tensor:  # [K V P, n]
+        """Cells of the images in the inputs of all views: image i is in input i % (V P)."""
+        if self._num_views == 1:
+            return mix.token_index
+        by_image = mix.token_index.unflatten(0, (mix.members.shape[1], 1, -1))
+        return by_image.expand(-1, self._num_views, -1, -1).flatten(0, 2)
 
     def _encode_whole(self, views: Tensor) -> Tensor:  # [B, 3, s, s] uint8 -> [B, m, C]
         every = torch.arange(views.shape[0], device=views.device)
-        images = normalise_views(views, every, _autocast_dtype(views.device.type))
+        images = normalise_views(views, every, autocast_dtype(views.device.type))
         return self.encoder.encode_cells(images)
 
     def forward(
         self,
         encoded: Encoded,
-        targets: DenseTargets,
+        targets: Targets,
         batch: Batch,
         mix: Mix,
         *,
         monitor: bool = False,
+        measure: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and every term unweighted; all on the device.
+        """The weighted sum; every term unweighted, its weight and its members; all on the device.
 
-        With `monitor` also the collapse monitors.
+        `monitor`: with the collapse monitors. `measure`: weights are balanced anew.
         """
-        total = torch.zeros((), device=encoded.tokens.device)
+        seen = Seen(batch, mix, encoded, targets, self._encoders())
         metrics: dict[str, Tensor] = {}
-        summaries: list[Tensor] = []
-        if not all(term.is_dense for term in self.cfg.active_terms):
-            summaries = [self.encoder.summarise(t) for t in (encoded.tokens, *encoded.local)]
-        for term in self.cfg.active_terms:
-            if term.is_dense:
-                value = self._dense(
-                    term, encoded, targets, batch, mix, metrics if monitor else None
-                )
-            elif term.target == "category":
-                value = self._category(summaries, batch, mix)
-            else:
-                value = self._caption(summaries, batch, mix)
-            metrics[f"loss/{term.name}"] = value.detach()
-            total = total + term.weight * value
+        losses: dict[str, Tensor] = {}
+
+        def log(name: str, value: Tensor) -> None:
+            metrics[f"monitor/{name}"] = value.detach()
+
+        for term in self._every_term():
+            name = term.term.name
+            losses[name], members = term(seen, log if monitor else None, **self._shared(term))
+            metrics[f"loss/{name}"] = losses[name].detach()
+            metrics[f"members/{name}"] = encoded.views[0].new_full((), members)
+        if measure:
+            self.balance.measure(losses, encoded.every)
+        total, weights = self.balance(losses)
         metrics["loss/total"] = total.detach()
         if monitor:
-            metrics |= self._monitor(encoded, targets, mix)
+            metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
+            metrics |= self._monitor(seen)
         return total, metrics
+
+    def _shared(self, term: TermModule) -> dict[str, nn.Module]:
+        """What a term uses and does not own: the decoder of its kind of target."""
+        if isinstance(term, Dense) and term.decoder_key is not None:
+            return {"decoder": self.decoders[term.decoder_key]}
+        return {}
+
+    def _encoders(self) -> dict[str, ImageEncoder]:
+        found: dict[str, ImageEncoder] = {"online": self.encoder}
+        if self.cfg.uses(encoder="momentum"):
+            found["momentum"] = self.target_encoder.encoder
+        if self._teacher is not None:
+            found["frozen"] = self._teacher[0]
+        return found
 
     @torch.no_grad()
     def embed_images(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -223,10 +249,9 @@ class MutualInformation(nn.Module):
         Captions are matched with the embeddings; None without a caption term.
         """
         tokens = self._encode_whole(views)
-        if not self.cfg.uses("caption"):
-            return tokens, None
-        embedding = self.caption_head(self.encoder.summarise(tokens))
-        return tokens, F.normalize(embedding.float(), dim=-1)
+        for term in self.terms_of(Caption):
+            return tokens, term.embed(self.encoder.summarise(tokens))
+        return tokens, None
 
     @torch.no_grad()
     def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
@@ -234,127 +259,45 @@ class MutualInformation(nn.Module):
 
         Raises ValueError without a caption term.
         """
-        if not self.cfg.uses("caption"):
-            raise ValueError(
-                "objective.terms: expected a caption term of weight > 0 to embed captions, got none"
-            )
-        return F.normalize(self.text_encoder(token_ids, num_tokens).float(), dim=-1)
-
-    def _dense(
-        self,
-        term: Term,
-        encoded: Encoded,
-        targets: DenseTargets,
-        batch: Batch,
-        mix: Mix,
-        metrics: dict[str, Tensor] | None,
-    ) -> Tensor:
-        same = term.target == "same_view"
-        rows = mix.same_view_rows if same else mix.other_view_rows
-        query = mix.same_view_query if same else mix.other_view_query
-        target = targets.same_view if same else targets.other_view
-        assert target is not None
-        boxes = batch.boxes[mix.sample[rows]]  # [A, V, 5]
-        position = relative_positions(
-            boxes[:, 0],
-            boxes[:, 0 if same else 1],
-            query,
-            input_grid=self.grid,
-            target_grid=self.grid,
+        for term in self.terms_of(Caption):
+            return term.embed_captions(token_ids, num_tokens)
+        raise ValueError(
+            "objective.terms: expected a caption term of weight > 0 to embed captions, got none"
         )
-        z_hat = self.decoder(encoded.tokens[rows], mix.token_index[rows], position)
-        if metrics is not None:
-            metrics[f"monitor/{term.name}_cosine"] = mean_cosine(
-                z_hat.detach(), normalise_tokens(target)
-            )
-        value = self._dense_nll(term, z_hat, target)
-        if same or not encoded.local:
-            return value
-        return (value + self._dense_local(term, encoded, target, batch, mix)) / (
-            1 + len(encoded.local)
-        )
-
-    def _dense_local(
-        self, term: Term, encoded: Encoded, target: Tensor, batch: Batch, mix: Mix
-    ) -> Tensor:
-        """Local views of the asked images predict the same cells of the other view; summed."""
-        samples = mix.sample[mix.other_view_rows]
-        total = torch.zeros((), device=target.device)
-        for number, tokens in enumerate(encoded.local, start=len(batch.global_views)):
-            local_grid = math.isqrt(tokens.shape[1])
-            boxes = batch.boxes[samples]
-            position = relative_positions(
-                boxes[:, number],
-                boxes[:, 1],
-                mix.other_view_query,
-                input_grid=local_grid,
-                target_grid=self.grid,
-            )
-            # Cell (u, v) of a smaller grid has the position code of cell (u, v) of the large one.
-            line = torch.arange(local_grid, device=target.device)
-            index = (line[:, None] * self.grid + line[None, :]).flatten().expand(len(samples), -1)
-            z_hat = self.decoder(tokens[samples], index, position)
-            total = total + self._dense_nll(term, z_hat, target)
-        return total
-
-    def _dense_nll(self, term: Term, z_hat: Tensor, target: Tensor) -> Tensor:
-        decorrelates = term.regulariser == "decorrelation"
-        return gaussian(
-            z_hat,
-            target,
-            sigma=self.cfg.sigma,
-            normalise=True,
-            decorrelation_weight=self.cfg.decorrelation_weight if decorrelates else 0.0,
-        )
-
-    def _category(self, summaries: list[Tensor], batch: Batch, mix: Mix) -> Tensor:
-        z_hat = _unit_rows(self.category_head, summaries)
-        z = F.normalize(self.category_embedding, dim=-1)
-        targets = _of_rows(batch.label, summaries, mix)
-        return boltzmann(z_hat, z, self.category_log_scale.exp(), targets=targets)
-
-    def _caption(self, summaries: list[Tensor], batch: Batch, mix: Mix) -> Tensor:
-        z_hat = _unit_rows(self.caption_head, summaries)
-        token_ids, num_tokens = drop_tokens(
-            batch.token_ids, batch.num_tokens, mix.token_priority, self.cfg.mixing.token_dropout
-        )
-        z = F.normalize(self.text_encoder(token_ids, num_tokens).float(), dim=-1)
-        ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
-        row_ids = _of_rows(ids, summaries, mix)
-        return boltzmann(z_hat, z, self.caption_log_scale.exp(), row_ids=row_ids, col_ids=ids)
-
-    def _target_tokens(self, views: Tensor, rows: Tensor) -> Tensor:  # [A, N, C]
-        return self.target_encoder(normalise_views(views, rows, _autocast_dtype(views.device.type)))
 
     @torch.no_grad()
-    def _monitor(self, encoded: Encoded, targets: DenseTargets, mix: Mix) -> dict[str, Tensor]:
+    def _monitor(self, seen: Seen) -> dict[str, Tensor]:
         metrics = {
-            f"monitor/{name}": parameter.detach().exp()
-            for name, parameter in self.named_parameters(recurse=False)
-            if name.endswith("log_scale")
+            f"monitor/{term.term.name}_log_scale": term.log_scale.detach().exp()
+            for term in self._labels()
         }
-        if targets.tokens is not None:
-            rows = mix.other_view_rows if self.cfg.uses("other_view") else mix.same_view_rows
-            student = normalise_tokens(encoded.tokens[rows])
-            metrics |= target_monitors(normalise_tokens(targets.tokens), student)
-        return metrics
+        views = seen.encoded.views
+        for (encoder, view), rows in self._target_rows.items():
+            if encoder == "momentum" and view == int(self.cfg.uses(view="other")):
+                student = normalise_tokens(views[0][_rows(seen.mix, rows)])
+                target = normalise_tokens(seen.target_tokens(encoder, view, rows))
+                return metrics | target_monitors(target, student)
+        student = normalise_tokens(views[0])
+        if len(views) > 1:
+            return metrics | target_monitors(normalise_tokens(views[1]), student)
+        return metrics | target_monitors(student)
 
 
-def _unit_rows(head: GlobalHead, summaries: list[Tensor]) -> Tensor:  # [I + L B, E] fp32
-    """Unit-length predictions of every image in an input, then of every local view."""
-    rows = torch.cat([head(tokens) for tokens in summaries])
-    return F.normalize(rows.float(), dim=-1)
+def _expect_teacher(teacher: ImageEncoder | None) -> ImageEncoder:
+    if teacher is None:
+        raise ValueError(
+            "objective.teacher: a term's encoder is frozen: expected a run directory, timm:NAME or "
+            "timm:NAME:FILE, got none"
+        )
+    return teacher
 
 
-def _of_rows(values: Tensor, summaries: list[Tensor], mix: Mix) -> Tensor:  # [B] -> [I + L B]
-    return torch.cat([values[mix.sample], *(values for _ in summaries[1:])])
+def _mixed(views: Tensor, mix: Mix) -> Tensor:  # [B, 3, H, W] uint8 -> [P, 3, H, W]
+    dtype = autocast_dtype(views.device.type)
+    if mix.share is not None:
+        return blend(views, mix.members, mix.share, dtype)
+    return mask_mix(views, mix.choice, mix.members, dtype=dtype)
 
 
-def _take(tokens: Tensor, index: Tensor) -> Tensor:  # [R, N, C], [R, Q] -> [R, Q, C]
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype:
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return torch.float32
+def _rows(mix: Mix, rows: Rows) -> Tensor | slice:
+    return slice(None) if rows == "every" else mix.asked(rows)

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3i_fast.models.batch_norm import BatchNorm
 from m3i_fast.models.blocks import (
     INIT_STD,
     LAYER_NORM_EPS,
@@ -21,6 +23,7 @@ from m3i_fast.models.blocks import (
     reset_children,
 )
 from m3i_fast.models.positions import grid_embedding, sincos_embedding
+from m3i_fast.objectives.statistics import wide
 
 LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of about 1
 
@@ -50,6 +53,25 @@ class DecoderConfig:
             raise ValueError(f"dim: expected a multiple of 4 (sine-cosine), got {self.dim}")
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio: expected more than 0, got {self.mlp_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectorConfig:
+    """Sizes of the MLPs between the encoder and the embeddings that are compared."""
+
+    hidden_dim: int = 2048
+    """Width of the hidden layers."""
+    output_dim: int = 256
+    """Width of an embedding."""
+    num_layers: int = 3
+    """Linear layers of the projector."""
+    predictor_hidden_dim: int = 512
+    """Width of the hidden layer of the predictor on top of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "output_dim", "num_layers", "predictor_hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"projector.{name}: expected >= 1, got {getattr(self, name)}")
 
 
 class DenseDecoder(nn.Module):
@@ -126,3 +148,62 @@ class GlobalHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # [I, n, C] -> [I, output_dim]
         return self.output(F.gelu(self.hidden(tokens.mean(dim=1))))
+
+
+class Mlp(nn.Sequential):
+    """Linear layers; batch norm and ReLU, or GELU alone, after all but the last.
+
+    `output_norm`: the last is followed by a batch norm without affine.
+    """
+
+    def __init__(
+        self,
+        *dims: int,
+        batch_norm: bool,
+        output_norm: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        layers: list[nn.Module] = []
+        for dim_in, dim_out in zip(dims[:-2], dims[1:-1], strict=True):
+            layers.append(Linear(dim_in, dim_out, bias=not batch_norm))
+            if batch_norm:
+                layers.append(BatchNorm(dim_out, process_group=process_group))
+            layers.append(nn.ReLU() if batch_norm else nn.GELU())
+        layers.append(Linear(dims[-2], dims[-1], bias=not output_norm))
+        if output_norm:
+            layers.append(BatchNorm(dims[-1], affine=False, process_group=process_group))
+        super().__init__(*layers)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter and running statistic, as after `to_empty`."""
+        reset_children(self)
+
+
+class PrototypeHead(nn.Module):
+    """Cosines of an image's embedding with K prototypes, behind an MLP without batch norm.
+
+    DINO, arXiv 2104.14294, with its weight norm kept at one; MSN, arXiv 2204.07141.
+    """
+
+    def __init__(self, input_dim: int, cfg: ProjectorConfig, num_prototypes: int) -> None:
+        super().__init__()
+        hidden = [cfg.hidden_dim] * (cfg.num_layers - 1)
+        self.mlp = Mlp(input_dim, *hidden, cfg.output_dim, batch_norm=False)
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, cfg.output_dim))
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter, as after `to_empty`."""
+        reset_children(self)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.normal_(self.prototypes)
+
+    def forward(
+        self, features: Tensor, prototypes: Tensor | None = None
+    ) -> Tensor:  # [N, C] -> [N, K]
+        """`prototypes`: others than the own ones, [K, E]."""
+        chosen = self.prototypes if prototypes is None else prototypes
+        rows = F.normalize(wide(self.mlp(features)), dim=-1)
+        return rows @ F.normalize(wide(chosen), dim=-1).T

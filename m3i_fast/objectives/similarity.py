@@ -1,8 +1,8 @@
 """Losses of how alike the embeddings of two views are: cosine, NT-Xent, MoCo, DenseCL.
 
 Likelihoods of M3I (arXiv 2211.09807, section 3): the Gaussian one of unit rows, and calls of the
-Boltzmann one. CLIP, SupCon, classification and MoCo v3 (arXiv 2104.02057) are plain calls of
-`ops.boltzmann`, on unit rows; here stand the methods that are more than that. Each returns a scalar
+Boltzmann one. CLIP, SupCon and classification are plain calls of `ops.boltzmann`, on unit rows;
+here stand the methods that are more than that. Each returns a scalar
 in fp32 (fp64 for fp64), of the rows of one rank.
 
 Legend: N rows or pictures, Q cells, D features, C features of the encoder, K rows of a queue.
@@ -11,6 +11,7 @@ Legend: N rows or pictures, Q cells, D features, C features of the encoder, K ro
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,6 +39,24 @@ def negative_cosine_similarity(
 def expect_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature: expected > 0, got {temperature}")
+
+
+def info_nce(
+    z_hat: Tensor,  # [N, D] any float
+    z: Tensor,  # [N, D] any float
+    *,
+    temperature: float,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:  # [] fp32
+    """-mean_n log softmax_m(cos(z_hat_n, z_m) / temperature)_n: the batch's targets are candidates.
+
+    InfoNCE, arXiv 1807.03748; MoCo v3 (arXiv 2104.02057, algorithm 1) is 2 temperature times it.
+    With a process group: the batch of all ranks, as `ops.boltzmann` says.
+    """
+    expect_temperature(temperature)
+    z_hat, z = (F.normalize(wide(rows), dim=-1) for rows in (z_hat, z))
+    scale = z_hat.new_full((), 1 / temperature)
+    return boltzmann(z_hat, z, scale, symmetric=False, process_group=process_group)
 
 
 @full_precision

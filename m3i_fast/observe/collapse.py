@@ -41,9 +41,10 @@ class Healthy:
 
 TEACHER = "ema.momentum nearer to 1, objective.decorrelation-weight above 0, a lower optim.lr"
 TEMPERATURE = "objective.temperature nearer to 0.07, a lower optim.lr"
+PROTOTYPES = "ema.momentum nearer to 1, more objective.num-prototypes, a lower optim.lr"
 HEALTHY = (
     Healthy(
-        pattern="monitor/target_std",
+        pattern="monitor/*_std",
         low=0.01,
         cause="all images have nearly the same target, so a constant predicts it",
         remedy=TEACHER,
@@ -77,6 +78,18 @@ HEALTHY = (
         high=0.999,
         cause="predictions equal their targets, which only targets without content allow",
         remedy=TEACHER,
+    ),
+    Healthy(
+        pattern="monitor/*_use",
+        low=0.4,
+        cause="most images are assigned to one prototype, or to few",
+        remedy=PROTOTYPES,
+    ),
+    Healthy(
+        pattern="monitor/*_doubt",
+        high=0.999,
+        cause="assignments to prototypes are even for each image, and say nothing",
+        remedy=PROTOTYPES,
     ),
     Healthy(
         pattern="monitor/*_log_scale",

@@ -14,19 +14,23 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.objectives import mutual_information
+from m3i_fast.models.encoder import ImageEncoder
+from m3i_fast.objectives.likelihoods import LIKELIHOODS, Likelihood
+from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.targets import normalise_tokens, normalise_views
+from m3i_fast.objectives.similarity import negative_cosine_similarity
+from m3i_fast.objectives.targets import normalise_tokens
+from m3i_fast.objectives.terms import Dense
 from m3i_fast.observe.collapse import CollapseError
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.recipes import RECIPES, shrink
+from m3i_fast.recipes import recipes, shrink
 from tests.engine.test_trainer import TEXT
 
 NUM_STEPS = 200
 
 
 def _config(dataset: Path, recipe: str = "demo") -> TrainConfig:
-    cfg = shrink(RECIPES[recipe](), path=dataset, num_classes=9, text=TEXT)
+    cfg = shrink(recipes()[recipe](), path=dataset, num_classes=9, text=TEXT)
     mixing = replace(cfg.objective.mixing, dense_fraction=1.0)  # of 1 image there is no spread
     return replace(
         cfg,
@@ -51,22 +55,34 @@ def _dense_alone(cfg: TrainConfig) -> TrainConfig:
 def _let_targets_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target is the encoder itself, with its gradient: a constant predicts itself best."""
 
-    def online_tokens(self: MutualInformation, views: Tensor, rows: Tensor) -> Tensor:
-        return self.encoder.encode_cells(normalise_views(views, rows, torch.float32))
+    def online(self: MutualInformation) -> dict[str, torch.nn.Module]:
+        return {"momentum": WithGradient(self.encoder)}
 
-    def squared_error(z_hat: Tensor, z: Tensor, **_: object) -> Tensor:
+    def squared_error(z_hat: Tensor, z: Tensor) -> Tensor:
         return (z_hat - normalise_tokens(z)).square().mean()
 
-    monkeypatch.setattr(MutualInformation, "_target_tokens", online_tokens)
-    with_gradient = MutualInformation.encode_targets.__wrapped__  # type: ignore[attr-defined]
-    monkeypatch.setattr(MutualInformation, "encode_targets", with_gradient)
-    monkeypatch.setattr(mutual_information, "gaussian", squared_error)
+    monkeypatch.setattr(MutualInformation, "_target_encoders", online)
+    for owner, name in ((MutualInformation, "encode_targets"), (Dense, "_target")):
+        monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
+    plain = Likelihood("", lambda *_: squared_error)
+    monkeypatch.setitem(LIKELIHOODS, ("features", "gaussian", "stop_gradient"), plain)
 
 
-def _constant(self: MutualInformation, views: Tensor, rows: Tensor) -> Tensor:
-    """A dead target encoder: one token, whatever it is shown."""
-    tokens = self.target_encoder(normalise_views(views, rows, torch.float32))
-    return tokens[:1, :1].expand_as(tokens).contiguous()
+class WithGradient(torch.nn.Module):
+    def __init__(self, encoder: ImageEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder.encode_cells(images)
+
+
+class Dead(WithGradient):
+    """One token, whatever it is shown."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = super().forward(images)
+        return tokens[:1, :1].expand_as(tokens).contiguous()
 
 
 @pytest.mark.parametrize(("recipe", "num_steps"), [("demo", 100), ("demo_internimage", 40)])
@@ -91,10 +107,52 @@ def test_targets_that_follow_with_gradient_are_flagged(
     assert rows[-1]["loss/total"] < 0.05 * rows[0]["loss/total"]  # it looks like learning
 
 
+def test_siamese_networks_without_stop_gradient_are_flagged(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SimSiam, arXiv 2011.10566, section 4.1: all images get one embedding."""
+    plain = Likelihood("", lambda *_: negative_cosine_similarity)
+    monkeypatch.setitem(LIKELIHOODS, ("embedding", "gaussian", "none"), plain)
+    cfg = _config(dataset, "demo_simsiam")
+    terms = tuple(
+        replace(t, regulariser="none", predictor="projector", output_norm=False)
+        for t in cfg.objective.terms
+    )
+    cfg = replace(cfg, objective=replace(cfg.objective, terms=terms))
+    with pytest.raises(CollapseError, match=r"monitor/(embedding_|target_)"):
+        Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train()
+
+
+def test_prototypes_without_an_average_are_flagged(dataset: Path, tmp_path: Path) -> None:
+    """DINO, arXiv 2104.14294, section 5.2: with the student itself as the teacher it fails."""
+    cfg = _config(dataset, "demo_dino")
+    cfg = replace(cfg, ema=EmaConfig(momentum=0.0, final_momentum=0.0))
+    with pytest.raises(CollapseError, match=r"monitor/prototypes_(use|doubt)"):
+        Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_is_flagged_when_healthy(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    cfg = _config(dataset, f"demo_{method}")
+    if cfg.objective.uses(encoder="frozen"):
+        taught = replace(_config(dataset, "demo_supervised"), num_steps=20)
+        Trainer(taught, tmp_path / "teacher").train()
+        cfg = replace(cfg, objective=replace(cfg.objective, teacher=str(tmp_path / "teacher")))
+    assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == NUM_STEPS
+    assert "collapse" not in caplog.text
+
+
 def test_targets_of_a_dead_encoder_are_flagged(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MutualInformation, "_target_tokens", _constant)
+    monkeypatch.setattr(
+        MutualInformation,
+        "_target_encoders",
+        lambda self: {"momentum": Dead(self.target_encoder.encoder)},
+    )
     trainer = Trainer(_config(dataset), tmp_path / "run", stop_on_collapse=True)
     with pytest.raises(CollapseError, match="target_"):
         trainer.train()
@@ -118,8 +176,8 @@ def test_an_average_of_momentum_0_does_not_collapse_by_itself(
 def _saturate(self: MutualInformation) -> None:
     """In place of the clamp: temperatures of nearly zero, whatever the gradients say."""
     with torch.no_grad():
-        for scale in (self.category_log_scale, self.caption_log_scale):
-            scale.fill_(math.log(1e5))
+        for term in self._labels():
+            term.log_scale.fill_(math.log(1e5))
 
 
 def test_a_saturated_softmax_is_a_warning_and_the_command_can_stop_at_it(

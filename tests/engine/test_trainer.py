@@ -23,7 +23,7 @@ from m3i_fast.models.internimage_config import internimage_demo
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import vit_demo
-from m3i_fast.objectives import mutual_information
+from m3i_fast.objectives import likelihoods
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.ops import reference
 from m3i_fast.recipes import demo, shrink
@@ -99,12 +99,13 @@ def test_the_fused_likelihood_trains_as_the_plain_one(
     calls = []
 
     def plain(*arguments: Any, **options: Any) -> torch.Tensor:
+        assert options.pop("process_group", None) is None
         calls.append(options.keys())
         return reference.boltzmann(*arguments, **options)
 
-    monkeypatch.setattr(mutual_information, "boltzmann", plain)
+    monkeypatch.setattr(likelihoods, "boltzmann", plain)
     Trainer(_config(dataset), tmp_path / "plain").train()
-    assert {tuple(options) for options in calls} == {("targets",), ("row_ids", "col_ids")}
+    assert {tuple(options) for options in calls} == {("targets",), ("bias", "row_ids", "col_ids")}
     for ours, theirs in zip(
         read_jsonl(whole_run / "metrics.jsonl"),
         read_jsonl(tmp_path / "plain" / "metrics.jsonl"),

@@ -10,9 +10,9 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.models.internimage_config import internimage_demo, internimage_t
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import build_encoder
-from m3i_fast.objectives.methods import m3i
-from m3i_fast.objectives.mixing import MixingConfig, draw_mix
-from m3i_fast.objectives.mutual_information import MutualInformation, ObjectiveConfig
+from m3i_fast.objectives.config import ObjectiveConfig, m3i
+from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
+from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.objectives.predictors import DecoderConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.config import ViewConfig
@@ -62,12 +62,16 @@ def make_batch() -> Batch:
     )
 
 
+def draw(cfg: ObjectiveConfig) -> Mix:
+    return draw_mix(cfg.mixing, batch_size=B, grid=4, context_length=6, seed=0, step=0, num_steps=1)
+
+
 @pytest.mark.parametrize("mode", ["joint", "none"])
 @pytest.mark.parametrize("only", ["intra", "inter", "category", "caption"])
 def test_each_term_learns_through_the_convolutions(mode: str, only: str) -> None:
     cfg = config(mode, only)
     model, batch = build(cfg), make_batch()
-    mix = draw_mix(cfg.mixing, batch_size=B, grid=4, context_length=6, seed=0, step=0)
+    mix = draw(cfg)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=3e-3)
     losses = []
@@ -88,21 +92,22 @@ def test_each_term_learns_through_the_convolutions(mode: str, only: str) -> None
 def test_an_images_cells_are_its_own_of_the_mixed_input() -> None:
     cfg = config()
     model, batch = build(cfg).eval(), make_batch()
-    mix = draw_mix(cfg.mixing, batch_size=B, grid=4, context_length=6, seed=0, step=0)
+    mix = draw(cfg)
     encoded = model.encode_inputs(batch, mix)
-    assert encoded.tokens.shape == (B, 8, 32) and encoded.local[0].shape == (B, 4, 32)
+    assert encoded.views[0].shape == (B, 8, 32) and encoded.local[0].shape == (B, 4, 32)
     # cells of stride 32 are whole: every 2 x 2 block of tokens shows one image
-    blocks = mix.mask.unflatten(2, (2, 2)).unflatten(1, (2, 2))
+    masks = mix.choice == 0
+    blocks = masks.unflatten(2, (2, 2)).unflatten(1, (2, 2))
     assert torch.equal(blocks.all(4).all(2), blocks.any(4).any(2))
     mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
     std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
-    for p, (first, second) in enumerate(mix.pairs.tolist()):
-        shown = mix.mask[p].repeat_interleave(16, 0).repeat_interleave(16, 1)
+    for p, (first, second) in enumerate(mix.members.tolist()):
+        shown = masks[p].repeat_interleave(16, 0).repeat_interleave(16, 1)
         picture = torch.where(shown, batch.global_views[0][first], batch.global_views[0][second])
         tokens = model.encoder.encode_cells(((picture.float() / 255 - mean) / std)[None])[0]
-        for image, cells in ((p, mix.mask[p]), (p + len(mix.pairs), ~mix.mask[p])):
+        for image, cells in ((p, masks[p]), (p + len(mix.members), ~masks[p])):
             torch.testing.assert_close(
-                encoded.tokens[image], tokens[cells.flatten()], atol=1e-4, rtol=1e-4
+                encoded.views[0][image], tokens[cells.flatten()], atol=1e-4, rtol=1e-4
             )
 
 
@@ -111,7 +116,7 @@ def test_heads_read_the_pooled_vector() -> None:
     tokens, embedding = model.embed_images(batch.global_views[0])
     assert embedding is not None
     pooled = model.encoder.pool(tokens)  # type: ignore[operator]
-    head = model.caption_head
+    head = model.terms["caption"].head
     expected = head.output(torch.nn.functional.gelu(head.hidden(pooled)))
     torch.testing.assert_close(embedding, torch.nn.functional.normalize(expected, dim=-1))
 

@@ -42,7 +42,6 @@ NAMES = {
     "monitor/target_alignment": ("Alignment", "distance of encoder and target, squared"),
     "monitor/target_uniformity": ("Uniformity of targets", "0 when all point one way"),
     "monitor/target_kmeans_entropy": ("Kinds of targets", "k-means entropy: 0 when of one kind"),
-    "monitor/teacher_student_cosine": ("Teacher-student cosine", "prediction and target"),
     "monitor/intra_cosine": ("Cosine, intra-view", "prediction and target"),
     "monitor/inter_cosine": ("Cosine, inter-view", "prediction and target"),
     "monitor/category_log_scale": ("Scale, category", "inverse temperature, learned"),

@@ -1,0 +1,102 @@
+"""m3i-fast methods: the known methods as a table of terms, or one with its formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from m3i_fast.cli import nearest, refuse
+from m3i_fast.objectives.config import Term
+from m3i_fast.objectives.likelihoods import LIKELIHOODS
+from m3i_fast.objectives.methods import METHODS, Method
+
+INPUTS = {
+    "own_image": "2 images, each alone",
+    "joint": "2 images together",
+    "masked": "masked view",
+    "none": "view",
+}
+console = Console()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Methods:
+    """Every known method as a list of terms; `m3i-fast train demo_NAME` trains one."""
+
+    explain: str | None = None
+    """One method with the formula of each term."""
+
+
+def main(argv: list[str]) -> int:
+    command = tyro.cli(Methods, prog="m3i-fast methods", args=argv)
+    if command.explain is None:
+        console.print(table())
+        return 0
+    name = command.explain.lower().replace(" ", "_").replace("-", "_")
+    if name not in METHODS:
+        return refuse(
+            f"--explain: expected one of {', '.join(METHODS)}, got {command.explain!r}."
+            + nearest(name, list(METHODS))
+        )
+    console.print("\n".join(explain(name)), markup=False, highlight=False)
+    return 0
+
+
+def table() -> Table:
+    """A line a term."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("name", "paper", "input", "predicts"):
+        found.add_column(column, no_wrap=column in ("name", "paper"))
+    for name, method in METHODS.items():
+        facts = name, method.paper.removeprefix("arXiv "), shown(method)
+        for number, term in enumerate(method.terms):
+            found.add_row(*(facts if number == 0 else ("", "", "")), predicted(term))
+    return found
+
+
+def predicted(term: Term) -> str:
+    """`features, other view, EMA: decoder, gaussian, decorrelation`."""
+    parts = term.predictor.replace("_", " + "), term.likelihood, term.regulariser.replace("_", " ")
+    return f"{target(term)}: {', '.join(parts)}"
+
+
+def shown(method: Method) -> str:
+    """What the encoder sees: `masked view, 75%`."""
+    text = INPUTS[method.mode]
+    if method.mode == "masked":
+        text += f", {method.mask_ratio:.0%}"
+    return text + (", small views" if method.local_views else "")
+
+
+def target(term: Term) -> str:
+    """`features of the other view, momentum`."""
+    if term.encoder == "none" and not term.is_dense:
+        return term.target
+    view = "each other view" if term.symmetric else f"{term.view} view"
+    encoder = {"none": "", "momentum": ", EMA", "shared": ", same encoder"}
+    asked = "" if term.asked == "all" else f", {term.asked} image"
+    return f"{term.target}, {view}{encoder.get(term.encoder, ', frozen')}{asked}"
+
+
+def explain(name: str) -> list[str]:
+    """Lines: the method, then each term with its formula."""
+    method = METHODS[name]
+    lines = [f"{method.title} ({method.paper}), {method.family}", f"input: {shown(method)}"]
+    if method.differs:
+        lines.append(f"differs from the paper: {method.differs}")
+    lines += ["", "L = " + " + ".join(f"{t.weight:g} L_{t.name}" for t in method.terms)]
+    for term in method.terms:
+        formula = LIKELIHOODS[term.target, term.likelihood, term.regulariser].formula
+        lines += [
+            "",
+            f"L_{term.name} = {formula}",
+            f"  z: {target(term)}",
+            f"  z_hat: {term.predictor.replace('_', ' + ')} of the input's tokens",
+        ]
+        if term.target in ("embedding", "prototypes") or term.regulariser == "queue":
+            lines.append(f"  tau = {term.temperature:g}")
+    return lines

@@ -1,0 +1,208 @@
+"""What an objective is made of, as data: terms, and the sizes of what belongs to them.
+
+A term names what is predicted, by what, under which likelihood, and what keeps the target from
+collapsing: the plug-ins of the paper's equation  L = sum_k w_k * -log P_k(z_k | z_hat_k).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from m3i_fast.models.vision import VisionConfig
+from m3i_fast.objectives.balance import BalanceConfig
+from m3i_fast.objectives.likelihoods import LIKELIHOODS
+from m3i_fast.objectives.mixing import MixingConfig
+from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
+
+MAX_SCALE = 100.0
+DENSE = ("pixels", "features")
+LABELS = ("category", "caption")
+PREDICTORS = {
+    "category": ("head",),
+    "caption": ("head",),
+    "pixels": ("linear", "decoder"),
+    "features": ("linear", "decoder", "projector"),
+    "embedding": ("projector", "projector_predictor"),
+    "prototypes": ("projector",),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """-log P(z | z_hat) of one target: a row of the paper's table 1."""
+
+    name: str
+    """Key of the term in metrics and tables."""
+    target: Literal["category", "caption", "pixels", "features", "embedding", "prototypes"]
+    """z: class embedding; caption's embedding; pixels of a patch, normalised; features of a patch;
+    one embedding of the view; its assignment to prototypes."""
+    view: Literal["same", "other"] = "same"
+    """View of the target: the input's, or another one of the same picture."""
+    asked: Literal["first", "last", "all"] = "all"
+    """Which images of a mixed input a dense target is asked of."""
+    encoder: Literal["none", "momentum", "shared", "frozen"] = "none"
+    """What encodes the target view: nothing (labels, pixels), the EMA of the image encoder, the
+    image encoder itself, or the frozen one of `objective.teacher`."""
+    predictor: Literal["head", "linear", "decoder", "projector", "projector_predictor"]
+    """head: mean over the tokens, then an MLP; linear: of each token; decoder: Transformer with
+    mask tokens; projector: MLP with batch norm, which the target's side has too; projector_
+    predictor: another MLP on top of it, on the input's side alone."""
+    likelihood: str
+    """gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each pair."""
+    regulariser: str
+    """What stands for the entropy H(p(z)). Known combinations: `likelihoods.LIKELIHOODS`."""
+    symmetric: bool = False
+    """Whether each of both views also predicts the other: the mean of both directions."""
+    temperature: float = 0.1
+    """Of softmaxes over embeddings or prototypes; category and caption learn theirs."""
+    output_norm: bool = True
+    """Whether the projector ends in a batch norm without affine."""
+    weight: float = 1.0
+    """Weight in the sum; 0 leaves the term out, with all that only it needs."""
+
+    def __post_init__(self) -> None:
+        key = (self.target, self.likelihood, self.regulariser)
+        if key not in LIKELIHOODS:
+            known = sorted(k[1:] for k in LIKELIHOODS if k[0] == self.target)
+            raise ValueError(
+                f"term {self.name!r}: of target {self.target} expected likelihood and regulariser "
+                f"among {known}, got {key[1:]}; a new one is added to likelihoods.LIKELIHOODS"
+            )
+        if self.predictor not in PREDICTORS[self.target]:
+            raise ValueError(
+                f"term {self.name!r}: predictor: expected one of {PREDICTORS[self.target]} for "
+                f"target {self.target}, got {self.predictor}"
+            )
+        if (self.encoder == "none") != (self.target in (*LABELS, "pixels")):
+            raise ValueError(
+                f"term {self.name!r}: encoder: expected none for category, caption and pixels "
+                f"alone, got {self.encoder} for {self.target}"
+            )
+        if self.weight < 0:
+            raise ValueError(f"term {self.name!r}: weight: expected >= 0, got {self.weight}")
+        if not self.temperature > 0:
+            raise ValueError(
+                f"term {self.name!r}: temperature: expected > 0, got {self.temperature}"
+            )
+        self._check_views()
+
+    def _check_views(self) -> None:
+        if self.symmetric and (self.view != "other" or self.is_dense):
+            raise ValueError(
+                f"term {self.name!r}: symmetric: expected an embedding or prototypes of the other "
+                f"view, got {self.target} of the {self.view} view"
+            )
+        if self.encoder == "shared" and (self.view != "other" or self.is_dense):
+            raise ValueError(
+                f"term {self.name!r}: encoder: shared needs an embedding or prototypes of the "
+                f"other view, got {self.target} of the {self.view} view"
+            )
+
+    @property
+    def is_dense(self) -> bool:
+        return self.target in DENSE
+
+    @property
+    def sees_both_views(self) -> bool:
+        """Whether the input's encoder sees the other view too."""
+        return self.symmetric or self.encoder == "shared"
+
+
+def m3i() -> tuple[Term, ...]:
+    """M3I, figure 2.
+
+    The first image predicts its own view, the other one another view, both their category and
+    caption.
+    """
+    dense = {
+        "target": "features",
+        "encoder": "momentum",
+        "predictor": "decoder",
+        "likelihood": "gaussian",
+        "regulariser": "decorrelation",
+    }
+    label = {"predictor": "head", "likelihood": "boltzmann", "regulariser": "negatives"}
+    return (
+        Term(name="intra", view="same", asked="first", **dense),  # type: ignore[arg-type]
+        Term(name="inter", view="other", asked="last", **dense),  # type: ignore[arg-type]
+        Term(name="category", target="category", **label),  # type: ignore[arg-type]
+        Term(name="caption", target="caption", **label),  # type: ignore[arg-type]
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    terms: tuple[Term, ...] = field(default_factory=m3i)
+    """The terms of the sum; M3I's four by default."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """How the terms' weights are chosen."""
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    head_hidden_dim: int = 2048
+    """Width of the hidden layer of the category and caption heads."""
+    teacher: str | None = None
+    """The frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
+    sigma: float = 0.5**0.5
+    """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
+    error."""
+    decorrelation_weight: float = 0.02
+    """Weight of the decorrelation regulariser, SiameseIM's value."""
+    temperature: float = 0.07
+    """Initial temperature of categories and captions; learnt, and kept from 0.01 up."""
+    num_prototypes: int = 4096
+    """Prototypes of DINO, MSN and SwAV."""
+    queue_length: int = 65536
+    """Embeddings of earlier batches that MoCo's queue holds."""
+
+    def __post_init__(self) -> None:
+        names = [term.name for term in self.terms]
+        if len(set(names)) != len(names):
+            raise ValueError(f"objective.terms: expected distinct names, got {names}")
+        wrong = [name for name in names if not name.isidentifier()]
+        if wrong:
+            raise ValueError(
+                f"objective.terms: expected letters, digits and _ in names, got {wrong}"
+            )
+        if not any(term.weight > 0 for term in self.terms):
+            raise ValueError("objective.terms: expected a weight > 0, got none")
+        if not 1 / MAX_SCALE <= self.temperature:
+            raise ValueError(
+                f"objective.temperature: expected >= {1 / MAX_SCALE}, got {self.temperature}"
+            )
+        for name in ("head_hidden_dim", "num_prototypes", "queue_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"objective.{name}: expected >= 1, got {getattr(self, name)}")
+        self._check_linear()
+        views = [t.name for t in self.active_terms if t.target not in LABELS]
+        if self.mixing.mode == "blend" and views:
+            raise ValueError(
+                f"objective.mixing.mode: blend leaves no image's pixels alone: expected category "
+                f"and caption terms only, got {views}"
+            )
+
+    def _check_linear(self) -> None:
+        linear = [t.name for t in self.active_terms if t.predictor == "linear"]
+        if linear and (self.mixing.mode != "none" or self.uses(predictor="linear", view="other")):
+            raise ValueError(
+                f"objective.terms: {linear}: a linear predictor says only what stands where its "
+                "token does: expected mixing.mode none and the same view, else predictor decoder"
+            )
+
+    @property
+    def active_terms(self) -> tuple[Term, ...]:
+        return tuple(term for term in self.terms if term.weight > 0)
+
+    def uses(self, **facts: object) -> bool:
+        """Whether an active term has these values: `uses(target="caption")`."""
+        return any(
+            all(getattr(term, name) == value for name, value in facts.items())
+            for term in self.active_terms
+        )
+
+    def check_vision(self, vision: VisionConfig) -> None:
+        """Raise ValueError unless this encoder can be trained with this mixing."""
+        vision.check_encoder()
+        self.mixing.check_grid(vision.grid)
+        self.mixing.check_cells(alone=vision.encodes_cells_alone, multiple=vision.mask_multiple)

@@ -1,0 +1,43 @@
+"""The terms as modules: each owns what only it needs, and turns a step into -log P(z | z_hat).
+
+Legend, beside that of `seen`: Q cells predicted, E embedding width, K prototypes.
+"""
+
+from __future__ import annotations
+
+from m3i_fast.objectives.config import ObjectiveConfig, Term
+from m3i_fast.objectives.terms.base import Sizes, TermModule
+from m3i_fast.objectives.terms.dense import Dense, DenseContrast, dense_dim
+from m3i_fast.objectives.terms.labels import Caption, Category, Label
+from m3i_fast.objectives.terms.views import Embedding, PrototypeTerm
+
+__all__ = [
+    "Caption",
+    "Category",
+    "Dense",
+    "DenseContrast",
+    "Embedding",
+    "Label",
+    "PrototypeTerm",
+    "Sizes",
+    "TermModule",
+    "build_term",
+    "dense_dim",
+]
+
+
+def build_term(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> TermModule:
+    """The module of a term, with what it learns."""
+    match term.target:
+        case "category":
+            return Category(term, cfg, sizes)
+        case "caption":
+            return Caption(term, cfg, sizes)
+        case "embedding":
+            return Embedding(term, cfg, sizes)
+        case "prototypes":
+            return PrototypeTerm(term, cfg, sizes)
+        case "pixels" | "features" if term.predictor == "projector":
+            return DenseContrast(term, cfg, sizes)
+        case _:
+            return Dense(term, cfg, sizes)

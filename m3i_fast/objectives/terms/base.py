@@ -1,0 +1,67 @@
+"""What every term is: a module that turns a step into -log P(z | z_hat)."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vision import VisionConfig
+from m3i_fast.objectives.config import ObjectiveConfig, Term
+from m3i_fast.objectives.likelihoods import LIKELIHOODS
+from m3i_fast.objectives.monitors import feature_std, mean_cosine
+from m3i_fast.objectives.seen import Monitor, Seen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What terms have to know of the rest of the model."""
+
+    vision: VisionConfig
+    text: TextConfig
+    num_classes: int
+    target_dim: Mapping[str, int]
+    """Width of a token of the momentum and the frozen encoder, where there is one."""
+    summary_dim: Mapping[str, int]
+    """Width of their summaries."""
+    process_group: dist.ProcessGroup | None = None
+    """The ranks that share a batch."""
+
+
+class TermModule(nn.Module, ABC):
+    """One term of the sum."""
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, dim: int, sizes: Sizes) -> None:
+        super().__init__()
+        self.term, self.process_group = term, sizes.process_group
+        key = (term.target, term.likelihood, term.regulariser)
+        self.loss = LIKELIHOODS[key].build(term, cfg, dim, sizes.process_group)
+
+    def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(average, online): what follows the online modules by EMA."""
+        yield from ()
+
+    @abstractmethod
+    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        """-log P [] and its number of members: rows with a target, dense ones asked, images."""
+
+
+def follower(module: nn.Module, sizes: Sizes) -> nn.Module:
+    """A copy that an EMA moves; its batch norms use the batch's statistics, as in training."""
+    group = sizes.process_group
+    return copy.deepcopy(module, {id(group): group}).requires_grad_(False)
+
+
+@torch.no_grad()
+def watch(monitor: Monitor | None, name: str, *, z_hat: Tensor | None, z: Tensor) -> None:
+    """Log how far the targets are spread, and how near predictions are to them."""
+    if monitor is not None:
+        monitor(f"{name}_std", feature_std(z.detach()))
+        if z_hat is not None:
+            monitor(f"{name}_cosine", mean_cosine(z_hat.detach(), z.detach()))

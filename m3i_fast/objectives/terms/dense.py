@@ -1,0 +1,137 @@
+"""Dense targets: pixels, features or projections of single cells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from m3i_fast.models.blocks import Linear
+from m3i_fast.models.positions import relative_positions
+from m3i_fast.objectives.config import ObjectiveConfig, Term
+from m3i_fast.objectives.monitors import mean_cosine
+from m3i_fast.objectives.predictors import DenseDecoder, Mlp
+from m3i_fast.objectives.seen import Monitor, Seen
+from m3i_fast.objectives.targets import normalise_tokens, normalise_views, normalised_pixels
+from m3i_fast.objectives.terms.base import Sizes, TermModule, follower, watch
+
+
+class Dense(TermModule):
+    """z: pixels or features of single cells, of the input's view or of another one."""
+
+    decoder_key: str | None
+    """Of the decoder that terms of one kind of target share; None for a linear predictor."""
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
+        vision = sizes.vision
+        dim = dense_dim(term, sizes)
+        super().__init__(term, cfg, dim, sizes)
+        self.grid, self.patch_size = vision.grid, vision.image_size // vision.grid
+        self.decoder_key = None if term.predictor == "linear" else f"{term.target}_{term.encoder}"
+        if term.predictor == "linear":
+            self.predictor = Linear(vision.dim, dim)
+
+    def forward(
+        self, seen: Seen, monitor: Monitor | None, decoder: DenseDecoder | None = None
+    ) -> tuple[Tensor, Tensor | int]:
+        term, mix = self.term, seen.mix
+        rows = mix.asked(term.asked)
+        query = mix.queries(term.asked, own=term.view == "same")
+        target = self._target(seen, rows, query)
+        tokens = seen.encoded.views[0][rows]
+        if decoder is None:
+            z_hat = self.predictor(take(tokens, query))
+        else:
+            index = mix.token_index[rows]
+            position = self._position(seen, rows, query, view=0, input_grid=self.grid)
+            z_hat = decoder(tokens, index, position)
+        if monitor is not None:
+            z = normalise_tokens(target) if term.target == "features" else target
+            monitor(f"{term.name}_cosine", mean_cosine(z_hat.detach(), z))
+        value = self.loss(z_hat, target)
+        if term.view == "same" or decoder is None or not seen.encoded.local:
+            return value, len(rows)
+        total = value
+        for number, local in enumerate(seen.encoded.local):
+            z_hat = self._from_local(seen, rows, query, number, local, decoder)
+            total = total + self.loss(z_hat, target)
+        return total / (1 + len(seen.encoded.local)), len(rows)
+
+    @torch.no_grad()
+    def _target(self, seen: Seen, rows: Tensor, query: Tensor) -> Tensor:  # [A, Q, E]
+        term, view = self.term, int(self.term.view == "other")
+        if term.target == "features":
+            return take(seen.target_tokens(term.encoder, view, term.asked), query)
+        images = normalise_views(
+            seen.batch.global_views[view], seen.mix.sample[rows], torch.float32
+        )
+        return take(normalised_pixels(images, self.patch_size), query)
+
+    def _position(
+        self, seen: Seen, rows: Tensor, query: Tensor, *, view: int, input_grid: int
+    ) -> Tensor:  # [A, Q, 4]
+        boxes = seen.batch.boxes[seen.mix.sample[rows]]  # [A, V + L, 5]
+        return relative_positions(
+            boxes[:, view],
+            boxes[:, int(self.term.view == "other")],
+            query,
+            input_grid=input_grid,
+            target_grid=self.grid,
+        )
+
+    def _from_local(
+        self,
+        seen: Seen,
+        rows: Tensor,
+        query: Tensor,
+        number: int,
+        tokens: Tensor,
+        decoder: DenseDecoder,
+    ) -> Tensor:  # [A, Q, E]
+        """Local views of the asked images predict the same cells of the other view."""
+        samples = seen.mix.sample[rows]
+        side = math.isqrt(tokens.shape[1])
+        view = len(seen.batch.global_views) + number
+        position = self._position(seen, rows, query, view=view, input_grid=side)
+        # Cell (u, v) of a smaller grid has the position code of cell (u, v) of the large one.
+        line = torch.arange(side, device=tokens.device)
+        index = (line[:, None] * self.grid + line[None, :]).flatten().expand(len(samples), -1)
+        return decoder(tokens[samples], index, position)
+
+
+def dense_dim(term: Term, sizes: Sizes) -> int:
+    """Width of a dense target."""
+    if term.target == "features":
+        return sizes.target_dim[term.encoder]
+    return 3 * (sizes.vision.image_size // sizes.vision.grid) ** 2
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:  # [R, N, C], [R, Q] -> [R, Q, C]
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+class DenseContrast(TermModule):
+    """z: a projection of each cell's features, among those of other pictures (DenseCL)."""
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
+        sized = cfg.projector
+        super().__init__(term, cfg, sized.output_dim, sizes)
+        dims = sizes.vision.dim, sized.hidden_dim, sized.output_dim
+        self.projector = Mlp(*dims, batch_norm=False)
+        self.momentum = follower(self.projector, sizes)
+
+    def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        yield self.momentum, self.projector
+
+    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        term = self.term
+        rows = seen.mix.asked(term.asked)
+        tokens = seen.encoded.views[0][rows]
+        of_target = seen.target_tokens(term.encoder, int(term.view == "other"), term.asked)
+        z_hat = self.projector(tokens)
+        with torch.no_grad():
+            z = self.momentum(of_target)
+        watch(monitor, term.name, z_hat=None, z=z.flatten(0, 1))
+        return self.loss(z_hat, z, tokens.detach(), of_target), len(rows)

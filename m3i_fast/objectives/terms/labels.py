@@ -1,0 +1,124 @@
+"""Targets that come with the picture: its category, its caption."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3i_fast.models.text import TextEncoder
+from m3i_fast.objectives.config import MAX_SCALE, ObjectiveConfig, Term
+from m3i_fast.objectives.mixing import drop_tokens
+from m3i_fast.objectives.predictors import GlobalHead
+from m3i_fast.objectives.seen import Monitor, Seen
+from m3i_fast.objectives.statistics import wide
+from m3i_fast.objectives.terms.base import Sizes, TermModule
+from m3i_fast.ops import IGNORED
+
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # SigLIP's start, arXiv 2303.15343
+
+
+class Label(TermModule):
+    """A target that comes with the picture, and a temperature that is learnt."""
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
+        super().__init__(term, cfg, sizes.text.embed_dim, sizes)
+        self.temperature = cfg.temperature
+        self.head = GlobalHead(sizes.vision.summary_dim, cfg.head_hidden_dim, sizes.text.embed_dim)
+        self.log_scale = nn.Parameter(torch.empty(()))
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        """Initialise what belongs to no submodule."""
+        self.log_scale.fill_(-math.log(self.temperature))
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep 1 / tau in [1, 100], in place, after the optimiser's step (open_clip)."""
+        self.log_scale.clamp_(0.0, math.log(MAX_SCALE))
+
+    def embed(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, E] fp32, unit length
+        return F.normalize(wide(self.head(summary)), dim=-1)
+
+    def _rows(self, seen: Seen) -> Tensor:  # [I + L B, E]
+        """Predictions of every image in an input, then of every local view."""
+        return torch.cat([self.embed(summary) for summary in seen.summaries])
+
+    def _known_empty(self, members: Tensor) -> bool:
+        """Whether it is known, without waiting for a device, that nobody has this target.
+
+        On several ranks nobody skips a term: the others wait for it.
+        """
+        known = members.device.type == "cpu" and self.process_group is None
+        return known and not bool(members.any())
+
+    def _nothing(self) -> tuple[Tensor, int]:
+        """Of a batch without members: it costs nothing, and its backward has somewhere to go."""
+        return self.log_scale * 0, 0
+
+
+class Category(Label):
+    """z: the learnt embedding of the picture's category."""
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
+        if sizes.num_classes < 1:
+            raise ValueError(f"objective.terms: {term.name!r} needs classes, the data has none")
+        super().__init__(term, cfg, sizes)
+        self.embedding = nn.Parameter(torch.empty(sizes.num_classes, sizes.text.embed_dim))
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        super().reset_own_parameters()
+        nn.init.normal_(self.embedding, std=self.embedding.shape[-1] ** -0.5)
+
+    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        targets = seen.of_rows(seen.batch.label)
+        if self._known_empty(targets >= 0):
+            return self._nothing()
+        z = F.normalize(self.embedding, dim=-1)
+        z_hat, scale = self._rows(seen), self.log_scale.exp()
+        value = self.log_scale.new_zeros(())
+        for weight, rows in seen.weighted_rows():
+            value = value + weight * self.loss(z_hat[rows], z, scale, targets=targets[rows])
+        return value, (targets >= 0).sum()
+
+
+class Caption(Label):
+    """z: the text encoder's embedding of the picture's caption."""
+
+    def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
+        super().__init__(term, cfg, sizes)
+        self.text_encoder = TextEncoder(sizes.text)
+        self.token_dropout = cfg.mixing.token_dropout
+        self.bias = nn.Parameter(torch.empty(())) if term.likelihood == "sigmoid" else None
+        self.reset_own_parameters()
+
+    @torch.no_grad()
+    def reset_own_parameters(self) -> None:
+        super().reset_own_parameters()
+        if self.bias is not None:
+            self.log_scale.fill_(math.log(SIGMOID_SCALE))
+            self.bias.fill_(SIGMOID_BIAS)
+
+    def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
+        """[B, T] int, [B] int64 -> [B, E] fp32, unit length."""
+        return F.normalize(wide(self.text_encoder(token_ids, num_tokens)), dim=-1)
+
+    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        batch, mix = seen.batch, seen.mix
+        if self._known_empty(batch.num_tokens > 0):
+            return self._nothing()
+        z = self.embed_captions(
+            *drop_tokens(batch.token_ids, batch.num_tokens, mix.token_priority, self.token_dropout)
+        )
+        ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
+        row_ids = seen.of_rows(ids)
+        z_hat, scale = self._rows(seen), self.log_scale.exp()
+        value = self.log_scale.new_zeros(())
+        for weight, rows in seen.weighted_rows():
+            ids_of = {"row_ids": row_ids[rows], "col_ids": ids}
+            value = value + weight * self.loss(z_hat[rows], z, scale, bias=self.bias, **ids_of)
+        return value, (row_ids != IGNORED).sum()
