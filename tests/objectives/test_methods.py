@@ -1,0 +1,48 @@
+"""Every method equals its own paper, in code of others, and `docs/methods.md` says how closely."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from m3i_fast.objectives.methods import METHODS
+from tests.objectives.method_oracles import MOST, ORACLES, Errors, measure, page, read_errors
+from tests.objectives.method_steps import runs_in_fp64
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "methods.md"
+FP64 = [name for name in METHODS if runs_in_fp64(name)]
+OF_FP64 = 1e-7  # lightly holds DINO's temperature in fp32
+
+measured = cache(measure)
+
+
+def test_every_method_has_an_oracle() -> None:
+    assert list(ORACLES) == list(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_seen_and_minimised_is_the_papers(name: str) -> None:
+    """Tokens of views and targets, the value of each term and of the sum, and the gradients."""
+    assert max(_all(measured(name))) < MOST
+
+
+@pytest.mark.parametrize("name", FP64)
+def test_in_fp64_no_difference_is_left(name: str) -> None:
+    assert max(_all(measure(name, torch.float64))) < OF_FP64
+
+
+def _all(errors: Errors) -> tuple[float, float, float]:
+    return errors.tokens, errors.value, errors.gradient
+
+
+def test_the_document_is_what_is_measured() -> None:
+    document = DOCUMENT.read_text()
+    bounds = read_errors(document)
+    assert page(bounds) == document, "python -m tests.objectives.method_oracles > docs/methods.md"
+    for name, (value, gradient) in bounds.items():
+        errors = measured(name)
+        assert errors.value <= float(value) <= MOST, name
+        assert errors.gradient <= float(gradient) <= MOST, name
