@@ -151,10 +151,14 @@ def _token_errors(
 def _our_parts(step: Step, targets: Targets) -> tuple[losses.Parts, Tensor]:
     """Each term times its weight, and what is trained on."""
     found: losses.Parts = {}
-    for name, term in step.model.terms.items():
+    hooks = [
         term.register_forward_hook(partial(_keep, found, name))
+        for name, term in step.model.terms.items()
+    ]
     encoded = Encoded(step.tokens, step.local)
     total, _ = step.model(encoded, targets, step.batch, step.mix)
+    for hook in hooks:
+        hook.remove()
     weights = {term.name: term.weight for term in step.model.cfg.terms}
     return {name: weights[name] * value for name, value in found.items()}, total
 
