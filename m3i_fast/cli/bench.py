@@ -15,7 +15,7 @@ BENCHMARKS = {
     "step": "a training step of M3I: ours beside one written plainly in eager torch",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
-    "demo_ablation": "what each term of M3I brings to the demo",
+    "methods": "all methods on the demo's data with one budget, and M3I's ablations",
 }
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
 from m3i_fast.benchmarks.harness import append_row
@@ -18,13 +16,11 @@ from m3i_fast.cli import console
 from m3i_fast.cli.demo_page import gather
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine.calibration import calibrate
 from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
-from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.report import write_report
 from m3i_fast.pipelines.manifest import is_dataset
 from m3i_fast.recipes import demo, pack_demo
-
-CALIBRATION_STEPS = (20, 60)  # not timed, timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,25 +60,6 @@ def main(argv: list[str]) -> int:
         append_row("demo", {**settings, **figures})
     console.print(f"open {page}")
     return 0
-
-
-def calibrate(cfg: TrainConfig, seconds: float) -> int:
-    """Steps that fit into `seconds` here: a few are taken and timed, then thrown away."""
-    warm, timed = CALIBRATION_STEPS
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(replace(cfg, num_steps=warm + timed), Path(scratch) / "calibration")
-        began = 0.0
-        for step in range(warm + timed):
-            if step == warm:
-                began = time.perf_counter()
-            trainer.train_step(next(trainer.loader).to(trainer.device))
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        step_seconds = (time.perf_counter() - began) / timed
-        trainer.loader.close()
-    num_steps = max(2 * warm, round(seconds / step_seconds))
-    console.print(f"{1000 * step_seconds:.0f} ms a step: {num_steps} steps in {seconds:.0f} s")
-    return num_steps
 
 
 def set_aside(out: Path) -> None:

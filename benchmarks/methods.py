@@ -1,0 +1,283 @@
+"""All methods on the demo's data with one budget, and M3I with one thing changed at a time.
+
+    m3i-fast bench methods                      every method, 90 s of training a run
+    m3i-fast bench methods --num-steps 700      the same number of steps instead
+    m3i-fast bench methods --ablations          M3I's ablations, and fewer labels and captions
+    m3i-fast bench methods --table-only
+
+One ledger row a run. What has a row is not run again, and a run that was stopped goes on from its
+checkpoint with the number of steps it had. A row keeps every held-out item's hit, so that the
+table's differences carry paired bootstrap intervals. Methods with a frozen encoder take that of the
+supervised run of the same seed, data and budget, which is run first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, fields, replace
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from m3i_fast.benchmarks.harness import append_row, parse, read_rows, results_dir
+from m3i_fast.benchmarks.methods_ablation import ANNOTATED, NOTE, SHARES, VARIANTS
+from m3i_fast.benchmarks.methods_plot import draw
+from m3i_fast.benchmarks.methods_run import is_trained, train_and_measure
+from m3i_fast.benchmarks.methods_table import OURS, Rows, summarise, table
+from m3i_fast.config import TrainConfig
+from m3i_fast.objectives.methods import METHODS
+from m3i_fast.pipelines.manifest import is_dataset
+from m3i_fast.recipes import demo_method, pack_demo
+from m3i_fast.storage import write_atomically
+
+SUBJECT = "methods"
+TEACHER = "supervised"
+CHECKPOINT_EVERY = 100  # steps; what a run that is killed loses at most
+
+console = Console(stderr=True)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    seconds: float = 90.0
+    """Training time of a run on its share of the cores; a short calibration makes steps of it."""
+    num_steps: int | None = None
+    """Steps of every run, instead of a time."""
+    ablations: bool = False
+    """M3I's ablations instead of the methods."""
+    methods: str = ""
+    """Run only these: m3i,byol. All unless given."""
+    seeds: str = "0"
+    """Seeds of every run: 0,1,2."""
+    jobs: int = os.cpu_count() or 1
+    """Runs at a time; each gets its share of the cores."""
+    data: Path = Path("data")
+    """Where the data sets lie, or are packed to."""
+    out: Path = Path("runs/methods")
+    """Where the run directories go."""
+    ledger: Path | None = None
+    """Folder of the ledger and the picture; None: benchmarks/results of the checkout."""
+    table_only: bool = False
+    """Print the table of the ledger's rows and run nothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "num_steps", "jobs"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected > 0, got {value}")
+        if not re.fullmatch(r"\d+(,\d+)*", self.seeds):
+            raise ValueError(f"seeds: expected numbers as 0,1,2, got {self.seeds!r}")
+        known = dict.fromkeys(name for names in self.groups.values() for name in names)
+        unknown = [name for name in self.chosen if name not in known]
+        if unknown:
+            raise ValueError(f"methods: expected some of {', '.join(known)}, got {unknown}")
+
+    @property
+    def num_threads(self) -> int:
+        return max((os.cpu_count() or 1) // self.jobs, 1)
+
+    @property
+    def budget(self) -> str:
+        """What rows have to have in common to be compared."""
+        if self.num_steps is not None:
+            return f"{self.num_steps} steps"
+        return f"{self.seconds:g} s on {self.num_threads} thread{'s' * (self.num_threads > 1)}"
+
+    @property
+    def chosen(self) -> list[str]:
+        return [name.strip() for name in self.methods.split(",")] if self.methods else []
+
+    @property
+    def groups(self) -> dict[float, tuple[str, ...]]:
+        """What stands in one table, by the share of the concepts that are annotated."""
+        if not self.ablations:
+            return {1.0: tuple(METHODS)}
+        full = tuple(dict.fromkeys((OURS, *VARIANTS, *ANNOTATED)))
+        return {share: full if share == 1.0 else ANNOTATED for share in SHARES}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One row: what it is found by."""
+
+    method: str
+    labelled: float
+    """Share of the training concepts that are fully annotated."""
+    seed: int
+    budget: str
+    recipe: str
+    """Digest of the method's config: rows of an older one are neither reused nor tabulated."""
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        parts = (self.method, f"{self.labelled:g}", str(self.seed), self.budget, self.recipe)
+        return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts)
+
+    @property
+    def teacher(self) -> Run | None:
+        """The run whose encoder this one's frozen targets come from."""
+        if not config_of(self.method).objective.uses(encoder="frozen"):
+            return None
+        return replace(self, method=TEACHER, recipe=recipe_digest(TEACHER))
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(Config, SUBJECT, argv)
+    failures = {} if cfg.table_only else run_missing(cfg)
+    for labelled, names in cfg.groups.items():
+        title = f"{cfg.budget} a run, {100 * labelled:g} % of the concepts annotated"
+        lines = summarise(_rows(cfg, labelled, names))
+        text = table(lines, title, note=NOTE if cfg.ablations and labelled == 1.0 else "")
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        if lines and labelled == 1.0:
+            stem = f"{SUBJECT}_ablations" if cfg.ablations else SUBJECT
+            path = (cfg.ledger or results_dir()) / f"{stem}.svg"
+            write_atomically(path, draw(lines, title).encode())
+            logger.info("drawn to %s", path)
+    if failures:
+        raise RuntimeError("; ".join(f"{run.name}: {why}" for run, why in failures.items()))
+
+
+def config_of(method: str, *, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
+    """The demo with a method's terms and inputs, or with a variant of M3I's."""
+    if method in VARIANTS:
+        return VARIANTS[method](demo_method(OURS, data=data, seed=seed))
+    return demo_method(method, data=data, seed=seed)
+
+
+def recipe_digest(method: str) -> str:
+    """Of the config, whatever its data, seed and length, and of its teacher's."""
+    cfg = config_of(method)
+    teacher = recipe_digest(TEACHER) if cfg.objective.uses(encoder="frozen") else ""
+    return hashlib.sha256((cfg.to_json() + teacher).encode()).hexdigest()[:8]
+
+
+def run_missing(cfg: Config) -> dict[Run, str]:
+    """Run what the ledger has no row for, `jobs` at a time; returns what failed, and why."""
+    todo = _missing(cfg)
+    for labelled in {run.labelled for run in todo}:
+        if not is_dataset(_dataset(cfg, labelled)):
+            pack_demo(_dataset(cfg, labelled), labelled=labelled)
+    failures = {run: f"{TEACHER} did not end well" for run in todo if run.teacher in todo}
+    with Progress(console=console) as bar:
+        task = bar.add_task("runs", total=len(todo))
+        for run, future in _in_order(cfg, todo):
+            if (error := future.exception()) is None:
+                failures.pop(run, None)
+                _record(cfg, run, future.result())
+            else:
+                failures[run] = f"{type(error).__name__}: {error}"
+            bar.advance(task)
+    return failures
+
+
+def _in_order(
+    cfg: Config, todo: dict[Run, int | None]
+) -> Iterator[tuple[Run, Future[dict[str, Any]]]]:
+    """Each run as it ends, those with a teacher after it, and not at all where it failed."""
+    order = TopologicalSorter({run: [run.teacher] if run.teacher in todo else [] for run in todo})
+    order.prepare()
+    ready: list[Run] = []
+    running: dict[Future[dict[str, Any]], Run] = {}
+    pool = ProcessPoolExecutor(cfg.jobs, multiprocessing.get_context("spawn"))
+    try:
+        while order.is_active():
+            ready += order.get_ready()
+            while ready and len(running) < cfg.jobs:  # so that Ctrl-C leaves none to be started
+                run = ready.pop(0)
+                running[pool.submit(train_and_measure, *_job(cfg, run, todo[run]))] = run
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                yield run, future
+                if future.exception() is None:
+                    order.done(run)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _missing(cfg: Config) -> dict[Run, int | None]:
+    """What is to be run, each with its number of steps where that is known.
+
+    A teacher that has a row but no weights here is run once more, with as many steps.
+    """
+    done = {run: row["figures"]["num_steps"] for run, row in _finished(cfg.ledger)}
+    todo: dict[Run, int | None] = {}
+    for run in _planned(cfg):
+        if run in done:
+            continue
+        teacher = run.teacher
+        if teacher is not None and not is_trained(cfg.out / teacher.name):
+            todo[teacher] = done.get(teacher, cfg.num_steps)
+        todo[run] = cfg.num_steps
+    return todo
+
+
+def _planned(cfg: Config) -> Iterator[Run]:
+    for seed in map(int, cfg.seeds.split(",")):
+        for labelled, names in cfg.groups.items():
+            for name in names:
+                if not cfg.chosen or name in cfg.chosen:
+                    yield Run(
+                        method=name,
+                        labelled=labelled,
+                        seed=seed,
+                        budget=cfg.budget,
+                        recipe=recipe_digest(name),
+                    )
+
+
+def _job(cfg: Config, run: Run, num_steps: int | None) -> tuple[TrainConfig, Path, float | None]:
+    """The arguments of `train_and_measure`."""
+    train = config_of(run.method, data=_dataset(cfg, run.labelled), seed=run.seed)
+    train = replace(train, num_threads=cfg.num_threads, checkpoint_every=CHECKPOINT_EVERY)
+    if run.teacher is not None:
+        weights = str(cfg.out / run.teacher.name)
+        train = replace(train, objective=replace(train.objective, teacher=weights))
+    if num_steps is None:
+        return train, cfg.out / run.name, cfg.seconds
+    return replace(train, num_steps=num_steps), cfg.out / run.name, None
+
+
+def _record(cfg: Config, run: Run, figures: dict[str, Any]) -> None:
+    teacher = run.teacher.name if run.teacher else None
+    append_row(SUBJECT, {**asdict(run), "teacher": teacher, **figures}, folder=cfg.ledger)
+    console.print(f"{run.name}: {figures['num_steps']} steps", highlight=False)
+
+
+def _finished(ledger: Path | None) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Rows of today's recipes, oldest first."""
+    digests = {name: recipe_digest(name) for name in (*METHODS, *VARIANTS)}
+    for row in read_rows(SUBJECT, folder=ledger):
+        run = Run(**{field.name: row["figures"][field.name] for field in fields(Run)})
+        if run.recipe == digests.get(run.method):
+            yield run, row
+
+
+def _rows(cfg: Config, labelled: float, names: tuple[str, ...]) -> Rows:
+    """All seeds' newest rows of this budget, in the order of `names`."""
+    found: Rows = {name: {} for name in names}
+    for run, row in _finished(cfg.ledger):
+        if (run.budget, run.labelled) == (cfg.budget, labelled) and run.method in found:
+            found[run.method][run.seed] = row
+    return {name: dict(sorted(seeds.items())) for name, seeds in found.items() if seeds}
+
+
+def _dataset(cfg: Config, labelled: float) -> Path:
+    return cfg.data / ("openmoji" if labelled == 1.0 else f"openmoji-labelled-{labelled:g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""One run of the methods' benchmark, in a process of its own: calibrate, train, evaluate."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine import checkpoint
+from m3i_fast.engine.calibration import calibrate
+from m3i_fast.engine.evaluator import evaluate
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.collapse import CollapseWatch
+from m3i_fast.observe.metrics import read_jsonl
+
+Packed = str | list[float]
+
+
+def train_and_measure(cfg: TrainConfig, out: Path, seconds: float | None) -> dict[str, Any]:
+    """Train `cfg` in `out`, or go on with the run that is there, and return a row's figures.
+
+    seconds: training time that a calibration turns into steps; None takes cfg.num_steps. A run that
+    goes on keeps all of its config. Raises InterruptedError after a checkpoint at SIGINT or
+    SIGTERM, and what Trainer and evaluate raise.
+    """
+    resume = bool(checkpoint.checkpoints(out / "checkpoints"))
+    if resume:
+        cfg = TrainConfig.load(out / "config.json")
+    else:
+        if out.exists():  # stopped before its first checkpoint
+            shutil.rmtree(out)
+        if seconds is not None:
+            cfg = replace(cfg, num_steps=calibrate(cfg, seconds))
+    outcome = Trainer(cfg, out, resume=resume).train()
+    if outcome.signal is not None:
+        raise InterruptedError(
+            f"signal {outcome.signal} at step {outcome.step} of {cfg.num_steps}; the same command "
+            "goes on from there"
+        )
+    figures, measured = evaluate(out)
+    del figures["trained_minus"]  # follows from the hits
+    return {
+        **training_figures(cfg, read_jsonl(out / "metrics.jsonl")),
+        "resumed": resume,
+        **figures,
+        "hits": {
+            who: {name: pack(values.tolist()) for name, values in measured[who].hits.items()}
+            for who in ("trained", "untrained", "pixels")
+        },
+    }
+
+
+def is_trained(out: Path) -> bool:
+    """Whether `out` holds the last checkpoint of a run."""
+    steps = [found.step for found in checkpoint.checkpoints(out / "checkpoints")]
+    return bool(steps) and steps[-1] == TrainConfig.load(out / "config.json").num_steps
+
+
+def training_figures(cfg: TrainConfig, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Seconds, loss and collapses of a run, from its logged steps: all of them, resumed or not."""
+    seconds, before = 0.0, 0.0
+    watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
+    collapsed = []
+    for row in rows:
+        num_images = (row["step"] - before) * cfg.data.batch_size
+        seconds, before = seconds + num_images / row["throughput/img_s"], row["step"]
+        collapsed += [found.name for found in watch.see(int(row["step"]), row)]
+    return {
+        "num_steps": cfg.num_steps,
+        "batch_size": cfg.data.batch_size,
+        "num_threads": cfg.num_threads,
+        "train_seconds": seconds,
+        "final_loss": rows[-1]["loss/total"],
+        "collapsed": collapsed,
+    }
+
+
+def pack(hits: Sequence[float]) -> Packed:
+    """One character an item where hits are 0 or 1, which keeps a row readable; else numbers."""
+    if set(hits) <= {0.0, 1.0}:
+        return "".join("01"[int(hit)] for hit in hits)
+    return [round(hit, 4) for hit in hits]
+
+
+def unpack(hits: Packed) -> list[float]:
+    """The items' hits again."""
+    return [float(hit) for hit in hits]

@@ -1,0 +1,234 @@
+"""Rows of the methods' benchmark as tables: each method's figures, and M3I's minus its own.
+
+Figures are means over a method's seeds. A difference is taken item by item: each item's mean over
+the seeds that both methods ran, and its interval resamples the items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from m3i_fast.benchmarks.methods_run import unpack
+from m3i_fast.evaluation.statistics import Interval, paired_bootstrap
+
+Row = dict[str, Any]  # of the ledger
+Rows = dict[str, dict[int, Row]]  # method -> seed -> row
+
+OURS = "m3i"
+OTHERS = {"untrained": "untrained", "raw pixels": "pixels"}  # line -> source in M3I's rows
+# The columns, where they were measured; other measures with hits stand behind them.
+TITLES = {
+    "knn_top1": "kNN",
+    "linear_top1": "linear",
+    "few_label_top1": "few labels",
+    "scene_patch_top1": "scenes, patches",
+    "scene_miou": "scenes, mIoU",
+    "caption_to_image_recall_at_5": "caption to image R@5",
+    "image_to_caption_recall_at_5": "image to caption R@5",
+    "patch_correspondence": "patch found again",
+    "caption_bound_nats": "caption bound, nats",
+    "effective_rank": "effective rank",
+}
+LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # of those with hits
+NO_SHARE = ("caption_bound_nats", "effective_rank")  # not in percent
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A method over its seeds, or what it is compared with."""
+
+    name: str
+    values: dict[str, float]
+    """Measure -> mean, in the table's unit."""
+    minus: dict[str, Interval]
+    """Measure with hits -> M3I minus this line, in the same unit; empty for M3I."""
+    rows: list[Row]
+    """One a seed; empty for what was not trained."""
+
+    def each(self, field: str) -> list[Any]:
+        """A figure of every seed."""
+        return [row["figures"][field] for row in self.rows]
+
+
+def title(measure: str) -> str:
+    return TITLES.get(measure, measure)
+
+
+def scale(measure: str) -> float:
+    """From a row's figure to the table's unit, mostly percent."""
+    return 1.0 if measure in NO_SHARE else 100.0
+
+
+def measures(lines: Sequence[Line]) -> list[str]:
+    """What any line has, in the order of TITLES, others behind."""
+    found = dict.fromkeys(name for line in lines for name in line.values)
+    return [name for name in TITLES if name in found] + [n for n in found if n not in TITLES]
+
+
+# ---- From rows to lines --------------------------------------------------------------------------
+
+
+def summarise(rows: Rows) -> list[Line]:
+    """A line a method, in the order of `rows`; then what M3I's rows say of no training at all."""
+    ours = rows.get(OURS, {})
+    lines = [
+        _line(name, list(seeds.values()), "trained", seeds, ours) for name, seeds in rows.items()
+    ]
+    return lines + [_line(name, [], source, ours, ours) for name, source in OTHERS.items() if ours]
+
+
+def _line(
+    name: str, trained: list[Row], source: str, theirs: dict[int, Row], ours: dict[int, Row]
+) -> Line:
+    values, minus = {}, {}
+    for measure in dict.fromkeys(m for row in theirs.values() for m in _names(row)):
+        found = [
+            figures[measure][source]
+            for figures in (row["figures"] for row in theirs.values())
+            if source in figures.get(measure, {})
+        ]
+        if found:
+            values[measure] = scale(measure) * fmean(found)
+        if name != OURS and (interval := _minus(ours, theirs, source, measure)) is not None:
+            minus[measure] = interval
+    return Line(name, values, minus, trained)
+
+
+def _names(row: Row) -> Iterator[str]:
+    figures = row["figures"]
+    yield from (name for name in TITLES if name in figures)
+    yield from (name for name in figures["hits"]["trained"] if name not in LEFT_OUT)
+
+
+def _minus(
+    ours: dict[int, Row], theirs: dict[int, Row], source: str, measure: str
+) -> Interval | None:
+    """M3I's hits minus those of a source, over the seeds where both have the measure."""
+    pairs = [
+        (mine["trained"][measure], other[source][measure])
+        for mine, other in (
+            (ours[seed]["figures"]["hits"], theirs[seed]["figures"]["hits"])
+            for seed in sorted(ours.keys() & theirs.keys())
+        )
+        if measure in mine["trained"] and measure in other[source]
+    ]
+    if not pairs:
+        return None
+    found = paired_bootstrap(*(_item_means(runs) for runs in zip(*pairs, strict=True)))
+    factor = scale(measure)
+    return Interval(factor * found.difference, factor * found.low, factor * found.high)
+
+
+def _item_means(runs: Iterable[str | list[float]]) -> list[float]:
+    """Packed hits of several seeds -> the mean hit of every item."""
+    return [fmean(item) for item in zip(*map(unpack, runs), strict=True)]
+
+
+# ---- From lines to text --------------------------------------------------------------------------
+
+
+def table(lines: Sequence[Line], heading: str, *, note: str = "") -> str:
+    """Markdown: the figures, the differences, and what a reader must know of them."""
+    runs = [line for line in lines if line.rows]
+    if not runs:
+        return f"{heading}: no row in the ledger\n"
+    columns = measures(lines)
+    usual = runs[0].each("batch_size")[0]
+    text = [
+        f"{heading}, batch {usual}; {_origin(runs)}. In percent, but for nats and ranks.",
+        "",
+        *_grid(
+            ["method", *map(title, columns), "images/s", "steps", "seeds", "notes"],
+            [
+                [_label(line), *(_value(line, m) for m in columns), *_training(line, usual)]
+                for line in lines
+            ],
+        ),
+        "",
+    ]
+    compared = [name for name in columns if any(name in line.minus for line in lines)]
+    if compared:
+        text += [
+            "M3I minus each row, with its 95 % interval (paired bootstrap over the items):",
+            "",
+            *_grid(
+                ["method", *map(title, compared)],
+                [[_label(x), *(_difference(x, m) for m in compared)] for x in lines if x.minus],
+            ),
+            "",
+        ]
+    else:
+        text += ["No difference to M3I: the ledger has no row of it, or of nothing else.", ""]
+    if any(_teachers(line) for line in lines):
+        text += [
+            "(t): from the frozen encoder of `supervised` of the same seed, data and budget, whose "
+            "training is not counted.",
+            "",
+        ]
+    return "\n".join([*text, *([f"{note}.", ""] if note else [])])
+
+
+def _grid(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
+
+def _origin(runs: Sequence[Line]) -> str:
+    """What was measured where: `336 held-out concepts, 2 cores of CPU, commit 123`."""
+    rows = [row for line in runs for row in line.rows]
+    counts = sorted({row["figures"]["held_out_concepts"] for row in rows})
+    commits = sorted({row["commit"] or "a wheel" for row in rows})
+    machines = sorted(
+        {f"{m['num_cores']} cores of {m['cpu']}" for m in (r["machine"] for r in rows)}
+    )
+    return f"{_joined(counts)} held-out concepts, {_joined(machines)}, commit {_joined(commits)}"
+
+
+def _label(line: Line) -> str:
+    return f"{line.name} (t)" if _teachers(line) else line.name
+
+
+def _teachers(line: Line) -> list[str]:
+    return [name for name in line.each("teacher") if name is not None]
+
+
+def _digits(measure: str) -> int:
+    return 2 if measure.endswith("_nats") else 1
+
+
+def _value(line: Line, measure: str) -> str:
+    return f"{line.values[measure]:.{_digits(measure)}f}" if measure in line.values else "-"
+
+
+def _difference(line: Line, measure: str) -> str:
+    if measure not in line.minus:
+        return "-"
+    digits, found = _digits(measure), line.minus[measure]
+    difference, low, high = (f"{x:+.{digits}f}" for x in (found.difference, found.low, found.high))
+    return f"{difference} ({low} to {high})"
+
+
+def _training(line: Line, usual_batch: int) -> list[str]:
+    """Cells: images a second, steps, seeds, notes."""
+    if not line.rows:
+        return ["-", "-", "-", ""]
+    steps = line.each("num_steps")
+    collapsed = {
+        name.removeprefix("monitor/") for names in line.each("collapsed") for name in names
+    }
+    batches = {size for size in line.each("batch_size") if size != usual_batch}
+    notes = [f"batch {_joined(sorted(batches))}"] if batches else []
+    notes += [f"collapsed: {_joined(sorted(collapsed))}"] if collapsed else []
+    return [
+        f"{fmean(line.each('train_images_per_s')):.0f}",
+        f"{min(steps)} to {max(steps)}" if min(steps) < max(steps) else str(steps[0]),
+        _joined(line.each("seed")),
+        "; ".join(notes),
+    ]
+
+
+def _joined(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,44 @@
+"""How many steps a time allows, on this machine and on the threads of the config."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.trainer import Trainer
+
+NUM_WARM, NUM_TIMED = 20, 40  # steps
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(cfg: TrainConfig, seconds: float) -> int:
+    """Steps that fit into `seconds` on `cfg.num_threads`: a few are timed, then thrown away.
+
+    At least NUM_TIMED. Raises ValueError unless `seconds` is positive.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected > 0, got {seconds}")
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(replace(cfg, num_steps=NUM_WARM + NUM_TIMED), Path(scratch) / "run")
+        _take_steps(trainer, NUM_WARM)
+        began = time.perf_counter()
+        _take_steps(trainer, NUM_TIMED)
+        step_seconds = (time.perf_counter() - began) / NUM_TIMED
+        trainer.loader.close()
+    num_steps = max(NUM_TIMED, round(seconds / step_seconds))
+    logger.info("%.0f ms a step: %d steps in %.0f s", 1000 * step_seconds, num_steps, seconds)
+    return num_steps
+
+
+def _take_steps(trainer: Trainer, count: int) -> None:
+    for _ in range(count):
+        trainer.train_step(next(trainer.loader).to(trainer.device))
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,291 @@
+"""The methods' benchmark: one row a run, nothing run twice, teachers first, stopped runs go on."""
+
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from m3i_fast.benchmarks import methods, methods_run
+from m3i_fast.benchmarks.harness import append_row, read_rows
+from m3i_fast.benchmarks.methods import SUBJECT, Config, Run, main, recipe_digest, run_missing
+from m3i_fast.benchmarks.methods_ablation import SHARES, VARIANTS
+from m3i_fast.benchmarks.methods_run import (
+    is_trained,
+    pack,
+    train_and_measure,
+    training_figures,
+    unpack,
+)
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.models.text import TextConfig
+from m3i_fast.objectives.methods import METHODS
+from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.pipelines import openmoji
+from m3i_fast.recipes import DEMO_MERGES, demo, shrink
+
+config_of = methods.config_of
+TEXT = TextConfig(
+    vocab_size=512 + DEMO_MERGES + 2,
+    context_length=demo().text.context_length,
+    dim=32,
+    depth=1,
+    num_heads=2,
+    embed_dim=32,
+)
+SMALL = ("supervised", "dense_distillation", "m3i")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The methods of SMALL at a size that trains in a second."""
+
+    def shrunk(method: str, *, data: Path = Path("data"), seed: int = 0) -> TrainConfig:
+        cfg = config_of(method, data=data, seed=seed)
+        return shrink(cfg, path=data, num_classes=9, text=TEXT) if method in SMALL else cfg
+
+    monkeypatch.setattr(methods, "config_of", shrunk)
+
+
+def _config(tmp_path: Path, **changes: Any) -> Config:
+    """One thread a run: two threads that share two cores with other tests would spin."""
+    places = {"data": tmp_path, "out": tmp_path / "runs", "ledger": tmp_path / "ledger"}
+    return Config(**{"jobs": os.cpu_count(), **places, **changes})
+
+
+def _run(cfg: Config, method: str) -> Run:
+    return Run(method=method, labelled=1.0, seed=0, budget=cfg.budget, recipe=recipe_digest(method))
+
+
+def _rows(cfg: Config) -> list[dict[str, Any]]:
+    return [row["figures"] for row in read_rows(SUBJECT, folder=cfg.ledger)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small `openmoji`."""
+    folder = tmp_path_factory.mktemp("data")
+    length = TEXT.context_length
+    openmoji.build(folder / "openmoji", limit=60, num_merges=DEMO_MERGES, context_length=length)
+    return folder
+
+
+@pytest.mark.usefixtures("small")
+def test_from_runs_to_tables(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = _config(tmp_path, data=data, methods="dense_distillation", num_steps=2)
+    ours, teacher = (_run(cfg, name) for name in ("dense_distillation", "supervised"))
+    (cfg.out / teacher.name).mkdir(parents=True)  # stopped before it had anything to go on from
+    (cfg.out / teacher.name / "config.json").write_text("{}")
+    assert run_missing(cfg) == {}
+
+    rows = _rows(cfg)
+    assert [(row["method"], row["teacher"]) for row in rows] == [
+        ("supervised", None),
+        ("dense_distillation", teacher.name),
+    ]
+    saved = TrainConfig.load(cfg.out / ours.name / "config.json")
+    assert saved.objective.teacher == str(cfg.out / teacher.name)
+    for run, row in zip((teacher, ours), rows, strict=True):
+        hits = unpack(row["hits"]["trained"]["knn_top1"])
+        assert len(hits) == row["held_out_concepts"]
+        assert sum(hits) / len(hits) == pytest.approx(row["knn_top1"]["trained"])
+        assert (row["budget"], row["num_steps"], row["resumed"]) == ("2 steps", 2, False)
+        assert row["train_seconds"] > 0 and row["train_images_per_s"] > 0
+        logged = read_jsonl(cfg.out / run.name / "metrics.jsonl")
+        assert row["final_loss"] == logged[-1]["loss/total"]
+
+    monkeypatch.setattr(methods, "train_and_measure", None)  # nothing is run from here on
+    arguments = ["--num-steps", "2", "--ledger", str(cfg.ledger), "--data", str(data)]
+    written = (tmp_path / "ledger" / "methods.jsonl").read_bytes()
+    main([*arguments, "--out", str(cfg.out), "--methods", cfg.methods, "--jobs", str(cfg.jobs)])
+    assert (tmp_path / "ledger" / "methods.jsonl").read_bytes() == written
+    shown = capsys.readouterr().out
+    assert "| dense_distillation (t) |" in shown and "| supervised |" in shown
+    assert (tmp_path / "ledger" / "methods.svg").read_text().startswith("<svg")
+
+    main([*arguments, "--table-only", "--num-steps", "3"])  # another budget
+    assert "no row in the ledger" in capsys.readouterr().out
+    older = methods.config_of
+
+    def newer(method: str, **where: Any) -> TrainConfig:
+        cfg = older(method, **where)
+        return replace(cfg, optim=replace(cfg.optim, lr=2 * cfg.optim.lr))
+
+    monkeypatch.setattr(methods, "config_of", newer)
+    todo = methods._missing(cfg)
+    assert {run.method for run in todo} == {"supervised", "dense_distillation"}
+    assert not {run.recipe for run in todo} & {row["recipe"] for row in rows}
+    main([*arguments, "--table-only"])
+    assert "no row in the ledger" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small")
+def test_a_stopped_run_goes_on_with_its_number_of_steps(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = _config(tmp_path, data=data)
+    train, out, seconds = methods._job(cfg, _run(cfg, "m3i"), None)
+    assert seconds == 90 and train.num_threads == 1
+    measured = dict.fromkeys(("trained", "untrained", "pixels"), SimpleNamespace(hits={}))
+    monkeypatch.setattr(methods_run, "evaluate", lambda _: ({"trained_minus": {}}, measured))
+    monkeypatch.setattr(methods_run, "calibrate", lambda *_: 4)
+    step = Trainer.train_step
+
+    def stopped(trainer: Trainer, *arguments: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(trainer, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stopped)
+        with pytest.raises(InterruptedError, match="signal 2 at step 1 of 4; the same command"):
+            train_and_measure(train, out, seconds)
+    assert not is_trained(out)
+    monkeypatch.setattr(methods_run, "calibrate", None)
+    row = train_and_measure(train, out, seconds)
+    assert (row["num_steps"], row["resumed"]) == (4, True)
+    assert [logged["step"] for logged in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert is_trained(out) and not is_trained(out / "nothing")
+
+
+# ---- What is run, and in which order -------------------------------------------------------------
+
+
+def _in_threads(monkeypatch: pytest.MonkeyPatch, work: Callable[..., dict[str, Any]]) -> None:
+    monkeypatch.setattr(methods, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(methods, "is_dataset", lambda _: True)
+    monkeypatch.setattr(methods, "train_and_measure", work)
+
+
+def test_a_teacher_comes_first_and_its_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    wrong: set[str] = {"supervised", "byol"}
+
+    def work(_: TrainConfig, out: Path, __: float | None) -> dict[str, Any]:
+        method = out.name.split("-")[0]
+        begun.append(method)
+        if method in wrong:
+            raise FloatingPointError("step 1: not finite")
+        return {"num_steps": 5}
+
+    _in_threads(monkeypatch, work)
+    cfg = _config(tmp_path, methods="milan,byol,global_distillation,mae", num_steps=5, jobs=1)
+    failures = {run.method: why for run, why in run_missing(cfg).items()}
+    assert set(begun) == {"supervised", "byol", "mae"}
+    assert failures == {
+        "supervised": "FloatingPointError: step 1: not finite",
+        "byol": "FloatingPointError: step 1: not finite",
+        "milan": "supervised did not end well",
+        "global_distillation": "supervised did not end well",
+    }
+    assert [row["method"] for row in _rows(cfg)] == ["mae"]
+
+    wrong.clear()
+    begun.clear()
+    assert run_missing(cfg) == {}
+    assert begun.index("supervised") < min(map(begun.index, ("milan", "global_distillation")))
+    assert sorted(begun) == ["byol", "global_distillation", "milan", "supervised"]
+    with pytest.raises(RuntimeError, match=r"m3i-1-0-5_steps-\w+: FloatingPointError: step 1"):
+        wrong.add("m3i")
+        main(
+            ["--num-steps", "5", "--methods", "m3i", "--jobs", "1", "--out", str(cfg.out)]
+            + ["--data", str(tmp_path), "--ledger", str(tmp_path / "other")]
+        )
+
+
+def test_a_teacher_without_weights_is_run_again_with_its_steps(tmp_path: Path) -> None:
+    cfg = _config(tmp_path, methods="milan")
+    teacher = _run(cfg, "supervised")
+    assert methods._missing(cfg) == {teacher: None, _run(cfg, "milan"): None}
+    figures = {**{name: getattr(teacher, name) for name in Run.__slots__}, "num_steps": 321}
+    append_row(SUBJECT, figures, command="test", folder=cfg.ledger)
+    assert methods._missing(cfg) == {teacher: 321, _run(cfg, "milan"): None}
+    train, out, seconds = methods._job(cfg, teacher, 321)
+    assert (train.num_steps, out, seconds) == (321, cfg.out / teacher.name, None)
+    assert methods._job(cfg, teacher, None)[2] == 90
+
+
+def test_every_run_is_planned_once(tmp_path: Path) -> None:
+    cfg = _config(tmp_path, seeds="0,2", num_steps=7)
+    planned = list(methods._planned(cfg))
+    assert {(run.method, run.seed) for run in planned} == {(m, s) for m in METHODS for s in (0, 2)}
+    assert len({run.name for run in planned}) == len(planned) == 2 * len(METHODS)
+    assert {(run.labelled, run.budget) for run in planned} == {(1.0, "7 steps")}
+
+    assert replace(cfg, num_steps=None, seconds=1.5).budget == "1.5 s on 1 thread"
+    ablations = list(methods._planned(replace(cfg, ablations=True, seeds="0")))
+    assert len({run.name for run in ablations}) == len(ablations)
+    of = {share: {r.method for r in ablations if r.labelled == share} for share in SHARES}
+    assert of[1.0] == {"m3i", "supervised", "clip", *VARIANTS}
+    assert of[0.01] == of[0.1] == of[0.5] == {"m3i", "supervised", "clip", "category + caption"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seconds", 0.0, "seconds: expected > 0, got 0"),
+        ("num_steps", 0, "num_steps: expected > 0, got 0"),
+        ("jobs", 0, "jobs: expected > 0, got 0"),
+        ("seeds", "0;1", "seeds: expected numbers as 0,1,2, got '0;1'"),
+        ("methods", "m3i,m4i", r"methods: expected some of .*siglip.*, got \['m4i'\]"),
+    ],
+)
+def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**{field: value})  # type: ignore[arg-type]
+
+
+# ---- Digests, figures ----------------------------------------------------------------------------
+
+
+def test_a_digest_is_of_the_recipe_and_of_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (*METHODS, *VARIANTS)
+    before = {name: recipe_digest(name) for name in names}
+    assert len(set(before.values())) == len(names)
+
+    def changed(method: str, **where: Any) -> TrainConfig:
+        cfg = config_of(method, **where)
+        slower = replace(cfg, optim=replace(cfg.optim, lr=cfg.optim.lr / 2))
+        return slower if method == "supervised" else cfg
+
+    monkeypatch.setattr(methods, "config_of", changed)
+    different = {name for name in names if recipe_digest(name) != before[name]}
+    assert different == {"supervised", "dense_distillation", "global_distillation", "milan"}
+
+
+def test_figures_of_a_training_are_those_of_its_logged_steps() -> None:
+    cfg = replace(demo(), num_steps=100)  # 4 steps of warm-up
+    rank = {20: 1.0, 40: 1.0, 60: 1.0, 80: 9.0, 100: 9.0}  # healthy from 1.5 up
+    cosine = {20: 1.0, 40: 1.0, 60: 0.5, 80: 1.0, 100: 1.0}  # never three times in a row
+    rows = [
+        {
+            "step": step,
+            "loss/total": 3.0 - step / 100,
+            "throughput/img_s": 320.0 if step <= 40 else 160.0,
+            "monitor/target_rank": rank[step],
+            "monitor/intra_cosine": cosine[step],
+        }
+        for step in rank
+    ]
+    figures = training_figures(cfg, rows)
+    assert figures["train_seconds"] == pytest.approx(40 * 32 / 320 + 60 * 32 / 160)
+    assert figures["final_loss"] == 2.0
+    assert figures["collapsed"] == ["monitor/target_rank"]
+
+
+def test_hits_are_packed_and_unpacked() -> None:
+    assert pack([0.0, 1.0, 1.0]) == "011"
+    assert unpack("011") == [0.0, 1.0, 1.0]
+    assert unpack(pack([1 / 3, 1.0])) == [0.3333, 1.0]
