@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,20 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.precision import autocast, resolve_device
 from m3i_fast.engine.trainer import build_objective
-from m3i_fast.evaluation.collect import collect_features
-from m3i_fast.evaluation.correspondence import patch_correspondence, pixel_tokens
-from m3i_fast.evaluation.protocol import (
-    Features,
-    Measured,
-    compare,
-    measure_all,
-    paired_hits,
+from m3i_fast.evaluation.collect import collect_features, labelled_drawings
+from m3i_fast.evaluation.correspondence import patch_correspondence, patch_pixels, pixel_tokens
+from m3i_fast.evaluation.dense import (
+    NUM_SCENES,
+    DenseResult,
+    build_scenes,
+    guess_scenes,
+    probe_scenes,
 )
-from m3i_fast.evaluation.statistics import difference_intervals
+from m3i_fast.evaluation.features import Features
+from m3i_fast.evaluation.protocol import Measured, compare, measure_all, trained_minus
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
 from m3i_fast.storage import write_atomically
 
@@ -44,10 +48,12 @@ def evaluate(
     )
     for who, share in _correspondence(trained, untrained, cfg, split).items():
         measured[who].hits["patch_correspondence"] = share
+    for who, result in _scenes(trained, untrained, cfg, split, batch_size).items():
+        measured[who].add_scenes(result)
     figures = compare(measured)
     figures["trained_minus"] = {
         measure: {source: asdict(interval) for source, interval in intervals.items()}
-        for measure, intervals in difference_intervals(paired_hits(measured)).items()
+        for measure, intervals in trained_minus(measured).items()
     }
     figures["train_images_per_s"] = throughput(run)
     write_atomically(run / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
@@ -109,6 +115,31 @@ def _correspondence(
     }
 
 
+def _scenes(
+    trained: MutualInformation,
+    untrained: MutualInformation,
+    cfg: TrainConfig,
+    split: str,
+    batch_size: int,
+) -> dict[str, DenseResult]:
+    """Patches of scenes of several drawings, the same ones for every run on the same data."""
+    device = resolve_device(cfg.device)
+    sets = build_scenes(
+        *(
+            labelled_drawings(_whole_pictures(cfg, name, batch_size), 4 * NUM_SCENES)
+            for name in (cfg.data.split, split)
+        ),
+        grid=cfg.vision.grid,
+    )
+    with autocast(cfg.precision, device):
+        return {
+            "trained": probe_scenes(sets, lambda views: trained.embed_images(views)[0], device),
+            "untrained": probe_scenes(sets, lambda views: untrained.embed_images(views)[0], device),
+            "pixels": probe_scenes(sets, partial(patch_pixels, grid=cfg.vision.grid), device),
+            "chance": guess_scenes(sets),
+        }
+
+
 def _features(
     objective: MutualInformation, cfg: TrainConfig, split: str, batch_size: int
 ) -> tuple[Features, Features]:
@@ -116,17 +147,24 @@ def _features(
     device = resolve_device(cfg.device)
 
     def collect(name: str) -> Features:
-        batches = evaluation_batches(
-            cfg.data.path,
-            name,
-            image_size=cfg.vision.image_size,
-            batch_size=batch_size,
-            representatives_only=True,
-            device_id=0 if device.type == "cuda" else None,
-        )
         with autocast(cfg.precision, device):
             return collect_features(
-                batches, objective.embed_images, objective.embed_captions, device
+                _whole_pictures(cfg, name, batch_size),
+                objective.embed_images,
+                objective.embed_captions,
+                device,
             )
 
     return collect(cfg.data.split), collect(split)
+
+
+def _whole_pictures(cfg: TrainConfig, split: str, batch_size: int) -> Iterator[Batch]:
+    """One picture a concept, in the order of the shards."""
+    return evaluation_batches(
+        cfg.data.path,
+        split,
+        image_size=cfg.vision.image_size,
+        batch_size=batch_size,
+        representatives_only=True,
+        device_id=0 if resolve_device(cfg.device).type == "cuda" else None,
+    )

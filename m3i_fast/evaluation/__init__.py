@@ -1,1 +1,1 @@
-"""What a frozen encoder has learned: neighbours, linear probe, retrieval, features as colour."""
+"""What a frozen encoder has learned: categories, captions, places, features as colour."""

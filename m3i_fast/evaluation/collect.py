@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.evaluation.protocol import Features
+from m3i_fast.evaluation.features import Features, join
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch
@@ -31,7 +31,7 @@ def collect_features(
     CPU in the result.
     Without image embeddings Features.image and .text have no columns, and retrieval is left out.
     """
-    columns: list[tuple[Tensor, ...]] = []
+    parts: list[Features] = []
     for batch in batches:
         batch = batch.to(device)
         views = batch.global_views[0]
@@ -41,9 +41,34 @@ def collect_features(
         else:
             text = embed_captions(batch.token_ids, batch.num_tokens)
         pixels = F.interpolate(views.float() / 255, size=(PIXEL_SIDE, PIXEL_SIDE), mode="area")
-        row = (tokens.float().mean(1), image, text, batch.label, batch.group_id, pixels.flatten(1))
-        columns.append(tuple(part.cpu() for part in row))
-    encoder, image, text, label, group, pixels = (torch.cat(c) for c in zip(*columns, strict=True))
-    return Features(
-        encoder=encoder, image=image, text=text, label=label, group=group, pixels=pixels
-    )
+        row = Features(
+            encoder=tokens.float().mean(1),
+            image=image,
+            text=text,
+            captioned=batch.num_tokens > 0,
+            label=batch.label,
+            group=batch.group_id,
+            pixels=pixels.flatten(1),
+        )
+        parts.append(row.cpu())
+    return join(parts)
+
+
+def labelled_drawings(
+    batches: Iterable[Batch], most: int
+) -> tuple[Tensor, Tensor, Tensor]:  # [K, 3, S, S] uint8, label [K] int64, group [K] int64
+    """The first `most` labelled pictures of batches with one view each, on the CPU.
+
+    Shards are written in random order, so the first ones are a random part.
+    """
+    columns: list[tuple[Tensor, ...]] = []
+    missing = most
+    for batch in batches:
+        rows = (batch.label >= 0).nonzero()[:missing, 0]
+        row = (batch.global_views[0], batch.label, batch.group_id)
+        columns.append(tuple(part[rows].cpu() for part in row))
+        missing -= len(rows)
+        if missing == 0:
+            break
+    views, label, group = (torch.cat(column) for column in zip(*columns, strict=True))
+    return views, label, group

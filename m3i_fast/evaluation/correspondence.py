@@ -35,7 +35,7 @@ def patch_correspondence(
         ..., :2
     ]  # [B, N, 2] in patches of the first view
     inside = ((place > -0.5) & (place < grid - 0.5)).all(-1)
-    asked = inside & (_patches(views[1], grid).std(-1) > MIN_CONTRAST)
+    asked = inside & (patch_pixels(views[1], grid).std(-1) > MIN_CONTRAST)
     cosine = F.normalize(tokens[1].float(), dim=-1) @ F.normalize(tokens[0].float(), dim=-1).mT
     best = cosine.argmax(-1)  # [B, N] patches of the first view
     found = _near(place, torch.stack([best // grid, best % grid], -1))
@@ -48,14 +48,15 @@ def patch_correspondence(
     return share, expected, num_asked
 
 
+def patch_pixels(views: Tensor, grid: int) -> Tensor:
+    """[B, 3, S, S] uint8 -> [B, grid ** 2, 3 P P] fp32 in 0..1: the pixels of each patch."""
+    return F.unfold(views.float() / 255, views.shape[-1] // grid, stride=views.shape[-1] // grid).mT
+
+
 def pixel_tokens(views: Tensor, grid: int) -> Tensor:
     """[B, 3, S, S] uint8 -> [B, grid ** 2, 3 P P]: each patch's pixels about their mean."""
-    patches = _patches(views, grid)
+    patches = patch_pixels(views, grid)
     return patches - patches.mean(-1, keepdim=True)
-
-
-def _patches(views: Tensor, grid: int) -> Tensor:  # -> [B, N, 3 P P] fp32 in 0..1
-    return F.unfold(views.float() / 255, views.shape[-1] // grid, stride=views.shape[-1] // grid).mT
 
 
 def _near(place: Tensor, cell: Tensor) -> Tensor:  # [..., 2], [..., 2] -> [...] bool

@@ -1,40 +1,29 @@
 """What a frozen encoder is measured by, and against what: the numbers of evaluation.json.
 
-Every setting of a measure (k of the neighbours, strength of the probe's L2) is chosen on folds of
-the training concepts, for each encoder on its own, and never on the held-out ones.
-Legend: N items, M held-out items, D encoder width, E embedding width, C classes.
+Every setting of a measure (k of the neighbours, strength of the probe's L2, scale of the cosines)
+is chosen on the training concepts, for each encoder on its own, and never on the held-out ones.
+Legend: M held-out items, G held-out concepts of scenes, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m3i_fast.evaluation.accuracy import (
-    balanced_accuracy,
-    grouped_folds,
-    largest_class,
-    mean_by_group,
-)
-from m3i_fast.evaluation.knn import knn_predict, knn_predict_each
-from m3i_fast.evaluation.linear import LinearProbe, fit_linear
+from m3i_fast.evaluation.accuracy import balanced_accuracy, grouped_folds, largest_class
+from m3i_fast.evaluation.caption_bound import caption_bound
+from m3i_fast.evaluation.dense import DenseResult, mean_iou
+from m3i_fast.evaluation.features import Features
+from m3i_fast.evaluation.few_labels import few_label_hits
+from m3i_fast.evaluation.probes import NUM_FOLDS, Examples, knn, linear
+from m3i_fast.evaluation.statistics import Interval, difference_intervals, paired_bootstrap_of_sums
 from m3i_fast.evaluation.zero_shot import recall_chance, retrieval_ranks
+from m3i_fast.models.rank import rankme
 
-NEIGHBOURS = (1, 5, 10, 20, 50)
-L2_STRENGTHS = (
-    1.0,
-    0.3,
-    0.1,
-    0.03,
-    0.01,
-    0.003,
-    0.001,
-)  # strongest first: each fit starts from the last
-NUM_FOLDS = 5
 RECALLS = (
     ("caption_to_image", 1),
     ("caption_to_image", 5),
@@ -43,43 +32,26 @@ RECALLS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Features:
-    """What one encoder says about a set of pictures, and what is known about them."""
-
-    encoder: Tensor  # [N, D] fp32, mean of the frozen encoder's patch tokens
-    image: Tensor  # [N, E] fp32, image embedding that captions are matched with; E = 0: none
-    text: Tensor  # [N, E] fp32, embedding of the picture's caption
-    label: Tensor  # [N] int64, -1 = not labelled
-    group: Tensor  # [N] int64, the concept
-    pixels: Tensor  # [N, 12 * 12 * 3] fp32
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if len(value) != len(self.label):
-                raise ValueError(
-                    f"Features.{field.name}: expected {len(self.label)} rows, as label has, "
-                    f"got {len(value)}"
-                )
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"Features.{field.name}: expected finite values, got NaN or infinity"
-                )
-
-    def rows(self, keep: Tensor) -> Features:  # [N] bool or [n] int64
-        """The chosen rows of every field."""
-        return Features(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One source's results, item by item, so that differences can be paired."""
+    """One source's results, item by item where there are any, so that differences can be paired."""
 
     hits: dict[
         str, Tensor
     ]  # measure -> [M] fp64 in 0..1, the probability that the item was got right
-    balanced: dict[str, float]  # measure -> mean of the classes' accuracies
-    chosen: dict[str, float]  # setting -> value chosen on the training concepts
+    nats: dict[str, Tensor] = field(default_factory=dict)  # measure -> [M] fp64, no bounds
+    overlap: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # measure -> [G, 3, C] int64, of `overlaps`; the figure is its mean IoU
+    figures: dict[str, float] = field(default_factory=dict)  # measure -> what no item has alone
+    chosen: dict[str, float] = field(
+        default_factory=dict
+    )  # setting -> value chosen on the training concepts
+
+    def add_scenes(self, result: DenseResult) -> None:
+        self.hits["scene_patch_top1"] = result.hits
+        self.overlap["scene_miou"] = result.overlap
+        if result.l2 is not None:
+            self.chosen["scene_l2"] = result.l2
 
 
 def measure_all(
@@ -98,83 +70,119 @@ def measure_all(
 
 
 def evaluate_split(train: Features, heldout: Features, *, seed: int = 0) -> Measured:
-    """kNN, linear probe and, where there are embeddings, retrieval of the held-out concepts.
+    """kNN, linear probe, both from few labels, effective rank, and the captions where embedded.
 
-    Unlabelled training items are left out of kNN and probe. Raises ValueError when a held-out item
-    has no label, shares its concept with another one or with a training item.
+    Unlabelled training items are left out of kNN and probes, items without a caption out of the
+    bound. Raises ValueError when a held-out item has no label, shares its concept with another one
+    or with a training item.
     """
-    train = _checked(train, heldout)
-    folds = grouped_folds(train.group, num_folds=NUM_FOLDS, seed=seed)
-    knn, k = _knn(train.encoder, heldout.encoder, train, folds)
-    linear, l2 = _linear(train, heldout, folds)
+    labelled = _checked(train, heldout)
+    examples = _examples(labelled.encoder, labelled, seed)
+    by_knn, k = knn(examples, heldout.encoder)
+    by_probe, l2 = linear(examples, heldout.encoder)
+    nats, scale = _caption_bound(train, heldout, seed)
     return Measured(
         hits={
-            "knn_top1": (knn == heldout.label).double(),
-            "linear_top1": (linear == heldout.label).double(),
+            "knn_top1": (by_knn == heldout.label).double(),
+            "linear_top1": (by_probe == heldout.label).double(),
+            **_few_label_hits(labelled.encoder, heldout.encoder, labelled, heldout, seed),
             **_recall_hits(heldout),
         },
-        balanced={
-            "knn_balanced_accuracy": balanced_accuracy(knn, heldout.label),
-            "linear_balanced_accuracy": balanced_accuracy(linear, heldout.label),
+        nats=nats,
+        figures={
+            "knn_balanced_accuracy": balanced_accuracy(by_knn, heldout.label),
+            "linear_balanced_accuracy": balanced_accuracy(by_probe, heldout.label),
+            "effective_rank": float(rankme(heldout.encoder)),
         },
-        chosen={"knn_k": k, "linear_l2": l2},
+        chosen={"knn_k": k, "linear_l2": l2, **scale},
     )
 
 
 def evaluate_pixels(train: Features, heldout: Features, *, seed: int = 0) -> Measured:
-    """kNN on raw pixels: what no learning at all gives. Errors as `evaluate_split`."""
+    """kNN on raw pixels, kNN and probe on them from few labels: what no learning at all gives.
+
+    Errors as `evaluate_split`.
+    """
     train = _checked(train, heldout)
-    folds = grouped_folds(train.group, num_folds=NUM_FOLDS, seed=seed)
-    knn, k = _knn(train.pixels, heldout.pixels, train, folds)
+    by_knn, k = knn(_examples(train.pixels, train, seed), heldout.pixels)
     return Measured(
-        hits={"knn_top1": (knn == heldout.label).double()},
-        balanced={"knn_balanced_accuracy": balanced_accuracy(knn, heldout.label)},
+        hits={
+            "knn_top1": (by_knn == heldout.label).double(),
+            **_few_label_hits(train.pixels, heldout.pixels, train, heldout, seed),
+        },
+        figures={
+            "knn_balanced_accuracy": balanced_accuracy(by_knn, heldout.label),
+            "effective_rank": float(rankme(heldout.pixels)),
+        },
         chosen={"knn_k": k},
     )
 
 
 def evaluate_chance(heldout: Features) -> Measured:
-    """A classifier that always says the largest held-out class, and a gallery in random order."""
+    """A classifier that always says the largest held-out class, and a gallery in random order.
+
+    Its bound of the information is 0: that of a softmax that is even over all candidates.
+    """
     guess = torch.full_like(heldout.label, largest_class(heldout.label))
     hits = (guess == heldout.label).double()
     balanced = balanced_accuracy(guess, heldout.label)
     num = len(heldout.label)
+    has_captions = bool(heldout.image.shape[1])
     recalls = {
         f"{way}_recall_at_{k}": torch.full_like(hits, recall_chance(k=k, num_gallery=num))
         for way, k in RECALLS
-        if heldout.image.shape[1]
+        if has_captions
     }
+    top1 = ("knn_top1", "linear_top1", "few_label_top1", "few_label_knn_top1")
+    nats = {"caption_bound_nats": torch.zeros(int(heldout.captioned.sum()), dtype=torch.float64)}
     return Measured(
-        hits={"knn_top1": hits, "linear_top1": hits, **recalls},
-        balanced={"knn_balanced_accuracy": balanced, "linear_balanced_accuracy": balanced},
-        chosen={},
+        hits={**dict.fromkeys(top1, hits), **recalls},
+        nats=nats if has_captions else {},
+        figures={"knn_balanced_accuracy": balanced, "linear_balanced_accuracy": balanced},
     )
 
 
 def compare(measured: Mapping[str, Measured]) -> dict[str, Any]:
     """The figures of evaluation.json: {measure: {source: value}}, `held_out_concepts`, `chosen`.
 
-    A source appears where it was measured, so `pixels` stands beside kNN only.
+    A source appears where it was measured: `pixels` has no captions, chance no effective rank.
     """
     table: dict[str, Any] = {}
     for source, result in measured.items():
-        for name, hits in result.hits.items():
-            table.setdefault(name, {})[source] = float(hits.mean())
-        for name, value in result.balanced.items():
+        figures = {name: float(v.mean()) for name, v in (result.hits | result.nats).items()}
+        figures |= {name: float(mean_iou(v.sum(0))) for name, v in result.overlap.items()}
+        for name, value in (figures | result.figures).items():
             table.setdefault(name, {})[source] = value
-    table["held_out_concepts"] = len(next(iter(measured["trained"].hits.values())))
+    table["held_out_concepts"] = len(measured["trained"].hits["knn_top1"])
     table["chosen"] = {
         source: result.chosen for source, result in measured.items() if result.chosen
     }
     return table
 
 
-def paired_hits(measured: Mapping[str, Measured]) -> dict[str, dict[str, Tensor]]:
-    """Per-item hits as {measure: {source: [M] fp64}}, the input of paired statistics."""
-    names = measured["trained"].hits
+def trained_minus(measured: Mapping[str, Measured]) -> dict[str, dict[str, Interval]]:
+    """{measure: {source: interval}} of the trained encoder minus each other source.
+
+    Of every measure with items: they are resampled, the same ones for both sides.
+    """
+
+    def sources(kind: str) -> dict[str, dict[str, Tensor]]:
+        found = {source: getattr(result, kind) for source, result in measured.items()}
+        return {
+            name: {source: items[name] for source, items in found.items() if name in items}
+            for name in found["trained"]
+        }
+
+    def iou(ours: Tensor, theirs: Tensor) -> Interval:
+        return paired_bootstrap_of_sums(ours, theirs, mean_iou)
+
+    def mean(ours: Tensor, theirs: Tensor) -> Interval:
+        return paired_bootstrap_of_sums(ours, theirs, lambda sums: sums / len(ours))
+
     return {
-        name: {source: r.hits[name] for source, r in measured.items() if name in r.hits}
-        for name in names
+        **difference_intervals(sources("hits")),
+        **difference_intervals(sources("nats"), mean),
+        **difference_intervals(sources("overlap"), iou),
     }
 
 
@@ -200,58 +208,31 @@ def _checked(train: Features, heldout: Features) -> Features:
     return train.rows(train.label >= 0)
 
 
-def _knn(
-    bank: Tensor,  # [N, D]
+def _examples(rows: Tensor, train: Features, seed: int) -> Examples:  # [N, D]
+    fold = grouped_folds(train.group, num_folds=NUM_FOLDS, seed=seed)
+    return Examples(features=rows, label=train.label, group=train.group, fold=fold)
+
+
+def _few_label_hits(
+    rows: Tensor,  # [N, D]
     queries: Tensor,  # [M, D]
     train: Features,
-    folds: Tensor,  # [N]
-) -> tuple[Tensor, int]:  # [M] predictions, k
-    smallest_bank = len(folds) - int(torch.bincount(folds).max())
-    ks = [k for k in NEIGHBOURS if k <= smallest_bank]
-
-    def predict(fit: Tensor, ask: Tensor) -> list[Tensor]:
-        return list(knn_predict_each(bank[fit], train.label[fit], bank[ask], ks=ks))
-
-    k = ks[_best(predict, train, folds)]
-    return knn_predict(bank, train.label, queries, k=k), k
+    heldout: Features,
+    seed: int,
+) -> dict[str, Tensor]:
+    return few_label_hits(rows, train.label, train.group, queries, heldout.label, seed=seed)
 
 
-def _linear(train: Features, heldout: Features, folds: Tensor) -> tuple[Tensor, float]:
-    def predict(fit: Tensor, ask: Tensor) -> list[Tensor]:
-        probes = _probe_path(train.encoder[fit], train.label[fit], L2_STRENGTHS)
-        return [probe.predict(train.encoder[ask]) for probe in probes]
-
-    best = _best(predict, train, folds)
-    path = _probe_path(train.encoder, train.label, L2_STRENGTHS[: best + 1])
-    return path[-1].predict(heldout.encoder), L2_STRENGTHS[best]
-
-
-def _probe_path(features: Tensor, labels: Tensor, strengths: Sequence[float]) -> list[LinearProbe]:
-    probes: list[LinearProbe] = []
-    for l2 in strengths:
-        start = probes[-1] if probes else None
-        probes.append(fit_linear(features, labels, l2=l2, start=start))
-    return probes
-
-
-def _best(
-    predict: Callable[[Tensor, Tensor], list[Tensor]],
-    train: Features,
-    folds: Tensor,  # [N]
-) -> int:
-    """Index of the setting that is right most often over the folds, each concept counting once.
-
-    Concepts count once because the held-out set has one picture a concept.
-    """
-    hits: list[Tensor] = []  # a fold: [settings, n]
-    asked: list[Tensor] = []
-    for fold in range(NUM_FOLDS):
-        fit, ask = (folds != fold).nonzero()[:, 0], (folds == fold).nonzero()[:, 0]
-        hits.append(torch.stack(predict(fit, ask)) == train.label[ask])
-        asked.append(train.group[ask])
-    group = torch.cat(asked)
-    scores = [mean_by_group(row.double(), group).mean() for row in torch.cat(hits, dim=1)]
-    return int(torch.stack(scores).argmax())
+def _caption_bound(
+    train: Features, heldout: Features, seed: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:  # [M] of the captioned items; the scale
+    if not heldout.image.shape[1]:
+        return {}, {}
+    pairs, asked = (
+        (part.image[part.captioned], part.text[part.captioned]) for part in (train, heldout)
+    )
+    nats, scale = caption_bound(pairs, asked, seed=seed)
+    return {"caption_bound_nats": nats}, {"caption_scale": scale}
 
 
 def _recall_hits(heldout: Features) -> dict[str, Tensor]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+Floats = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "no difference found"]
 _RESAMPLES_A_CHUNK = 1000  # bounds the [chunk, N] indices, not the result
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A difference of means, ours minus theirs, with its 95 % interval."""
+    """A difference of figures, ours minus theirs, with its 95 % interval."""
 
     difference: float
     low: float
@@ -59,32 +60,59 @@ def paired_bootstrap(
     """
     observed = _hits("ours", ours) - _hits("theirs", theirs, like=np.shape(ours))
     delta = np.append(observed, [1.0, -1.0])
-    rng = np.random.default_rng(seed)
     means = np.concatenate(
-        [
-            delta[rng.integers(0, len(delta), (count, len(delta)))].mean(1)
-            for count in _chunks(num_resamples)
-        ]
+        [delta[drawn].mean(1) for drawn in _resamples(len(delta), num_resamples, seed)]
     )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(observed.mean()), float(low), float(high))
+    return _interval(float(observed.mean()), means, confidence)
+
+
+def paired_bootstrap_of_sums(
+    ours: Any,  # [N, ...] (array or tensor), one an item
+    theirs: Any,  # [N, ...] of the same items, in the same order
+    figure: Callable[[Floats], Floats],
+    *,
+    num_resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of figure(sum of ours) - figure(sum of theirs), over items.
+
+    `figure` maps sums over N items [R, ...] to their values [R], such as a mean of values without
+    bounds or a ratio of counts; no items are added. Raises ValueError when the two are empty, not
+    finite or of different shapes.
+    """
+    sides = [np.asarray(side, dtype=np.float64) for side in (ours, theirs)]
+    shape = sides[0].shape
+    for name, side in zip(("ours", "theirs"), sides, strict=True):
+        if side.shape != shape or side.size == 0:
+            raise ValueError(f"{name}: expected {shape}, at least one item, got {side.shape}")
+        if not bool(np.isfinite(side).all()):
+            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+    differences = []
+    for drawn in _resamples(shape[0], num_resamples, seed):
+        cells = drawn + shape[0] * np.arange(len(drawn))[:, None]
+        times = np.bincount(cells.ravel(), minlength=drawn.size).reshape(drawn.shape)  # [R, N]
+        sums = [(times @ side.reshape(shape[0], -1)).reshape(-1, *shape[1:]) for side in sides]
+        differences.append(figure(sums[0]) - figure(sums[1]))
+    observed = [figure(side.sum(0, keepdims=True)) for side in sides]
+    difference = float((observed[0] - observed[1])[0])
+    return _interval(difference, np.concatenate(differences), confidence)
 
 
 def difference_intervals(
-    hits: Mapping[str, Mapping[str, Any]],  # measure -> source -> [N] hits, one an item
+    items: Mapping[str, Mapping[str, Any]],  # measure -> source -> [N, ...], one an item
+    interval: Callable[[Any, Any], Interval] = paired_bootstrap,
     *,
     ours: str = "trained",
-    seed: int = 0,
 ) -> dict[str, dict[str, Interval]]:
     """Interval of `ours` minus each other source of a measure: {measure: {source: interval}}."""
     return {
         measure: {
-            source: paired_bootstrap(sources[ours], values, seed=seed)
+            source: interval(sources[ours], values)
             for source, values in sources.items()
             if source != ours
         }
-        for measure, sources in hits.items()
+        for measure, sources in items.items()
     }
 
 
@@ -97,9 +125,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(runs.mean()), std, float(runs.min()), float(runs.max()), len(runs))
 
 
-def _hits(
-    name: str, values: Any, like: tuple[int, ...] | None = None
-) -> npt.NDArray[np.float64]:  # [N]
+def _hits(name: str, values: Any, like: tuple[int, ...] | None = None) -> Floats:  # [N]
     hits = np.asarray(values, dtype=np.float64)
     if hits.ndim != 1 or hits.size == 0 or hits.shape != (like or hits.shape):
         raise ValueError(f"{name}: expected {like or '[N]'}, one number an item, got {hits.shape}")
@@ -108,6 +134,16 @@ def _hits(
     return hits
 
 
-def _chunks(total: int) -> list[int]:
-    whole, rest = divmod(total, _RESAMPLES_A_CHUNK)
-    return [_RESAMPLES_A_CHUNK] * whole + [rest] * (rest > 0)
+def _resamples(
+    num_items: int, num_resamples: int, seed: int
+) -> Iterator[npt.NDArray[np.int64]]:  # chunks of [R, N] items drawn with replacement
+    rng = np.random.default_rng(seed)
+    for done in range(0, num_resamples, _RESAMPLES_A_CHUNK):
+        count = min(_RESAMPLES_A_CHUNK, num_resamples - done)
+        yield rng.integers(0, num_items, (count, num_items))
+
+
+def _interval(difference: float, resampled: Floats, confidence: float) -> Interval:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return Interval(difference, float(low), float(high))

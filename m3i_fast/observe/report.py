@@ -83,7 +83,6 @@ def _words(inputs: ReportInputs) -> dict[str, Any]:
         "retrieval_choice": inputs.retrieval_choice,
         "attribution": inputs.attribution,
         "sources": verdict.SOURCES,
-        "percent": verdict.percent,
     }
 
 

@@ -12,17 +12,22 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from m3i_fast.evaluation import protocol
+from m3i_fast.evaluation.caption_bound import caption_bound
+from m3i_fast.evaluation.dense import DenseResult, mean_iou
+from m3i_fast.evaluation.features import Features, join
+from m3i_fast.evaluation.few_labels import few_label_hits
+from m3i_fast.evaluation.probes import L2_STRENGTHS, Examples
 from m3i_fast.evaluation.protocol import (
-    Features,
     Measured,
     compare,
     evaluate_chance,
     evaluate_pixels,
     evaluate_split,
     measure_all,
-    paired_hits,
+    trained_minus,
 )
+from m3i_fast.evaluation.statistics import paired_bootstrap
+from m3i_fast.models.rank import rankme
 
 
 def _digits(noise: float, num_train: int = 600) -> tuple[Features, Features]:
@@ -36,6 +41,7 @@ def _digits(noise: float, num_train: int = 600) -> tuple[Features, Features]:
         encoder=looks[0],
         image=looks[0],
         text=looks[1],
+        captioned=torch.arange(900) % 10 != 3,
         label=torch.from_numpy(digits.target[:900]).long(),
         group=torch.arange(900),
         pixels=pixels[..., None].expand(-1, -1, -1, 3).flatten(1),
@@ -62,13 +68,16 @@ def _sklearn_hits(train: Features, heldout: Features, field: str, *, k: int) -> 
 def test_figures_have_the_names_and_sources_that_are_published() -> None:
     figures = compare(_measured())
     both = {"trained", "untrained", "chance"}
-    assert set(figures["knn_top1"]) == both | {"pixels"}
+    for name in ("knn_top1", "few_label_top1", "few_label_knn_top1"):
+        assert set(figures[name]) == both | {"pixels"}, name
+    assert set(figures["effective_rank"]) == {"trained", "untrained", "pixels"}
     for name in (
         "linear_top1",
         "caption_to_image_recall_at_1",
         "caption_to_image_recall_at_5",
         "image_to_caption_recall_at_5",
         "linear_balanced_accuracy",
+        "caption_bound_nats",
     ):
         assert set(figures[name]) == both, name
         assert figures[name]["chance"] < figures[name]["untrained"] < figures[name]["trained"], name
@@ -108,7 +117,7 @@ def test_settings_do_not_depend_on_the_held_out_items() -> None:
     wrong = replace(heldout, label=shuffled.label, encoder=-heldout.encoder)
     assert evaluate_split(train, wrong).chosen == chosen
     assert chosen["knn_k"] > 1  # one neighbour is a poor choice for features this noisy
-    assert chosen["linear_l2"] > min(protocol.L2_STRENGTHS)
+    assert chosen["linear_l2"] > min(L2_STRENGTHS)
 
 
 def test_settings_are_chosen_across_concepts_not_within() -> None:
@@ -139,27 +148,79 @@ def test_pixels_and_chance_are_measured_item_by_item() -> None:
     assert chance.hits["caption_to_image_recall_at_1"].unique().tolist() == [1 / 300]
 
 
-def test_paired_hits_average_to_the_published_figures() -> None:
-    figures, pairs = compare(_measured()), paired_hits(_measured())
-    assert set(pairs["knn_top1"]) == {"trained", "untrained", "chance", "pixels"}
-    for name, sources in pairs.items():
-        for source, hits in sources.items():
-            assert hits.shape == (300,)
-            assert float(hits.mean()) == figures[name][source]
+def test_new_measures_are_those_of_their_functions() -> None:
+    train, heldout = _digits(4.0)
+    got = _measured()["trained"]
+    few = few_label_hits(train.encoder, train.label, train.group, heldout.encoder, heldout.label)
+    assert torch.equal(got.hits["few_label_top1"], few["few_label_top1"])
+    assert torch.equal(got.hits["few_label_knn_top1"], few["few_label_knn_top1"])
+    pairs = [(part.image[part.captioned], part.text[part.captioned]) for part in (train, heldout)]
+    nats, scale = caption_bound(*pairs)
+    assert torch.equal(got.nats["caption_bound_nats"], nats) and nats.shape == (270,)
+    assert got.chosen["caption_scale"] == scale
+    assert got.figures["effective_rank"] == float(rankme(heldout.encoder))
+    pixels = _measured()["pixels"]
+    few = few_label_hits(train.pixels, train.label, train.group, heldout.pixels, heldout.label)
+    assert torch.equal(pixels.hits["few_label_top1"], few["few_label_top1"])
+    assert pixels.figures["effective_rank"] == float(rankme(heldout.pixels))
 
 
-def test_without_embeddings_only_retrieval_is_left_out() -> None:
+def _scene_result(seed: int, right: float) -> DenseResult:
+    """Ten concepts of two classes."""
+    rng = torch.Generator().manual_seed(seed)
+    labelled = torch.tensor([[20, 0], [0, 20]]).repeat(5, 1)
+    hit = (labelled * right - torch.randint(0, 4, (10, 1), generator=rng) * (labelled > 0)).long()
+    predicted = hit + (labelled - hit).flip(1)
+    overlap = torch.stack([hit, labelled, predicted], 1)
+    return DenseResult(hits=hit.sum(1).double() / 20, overlap=overlap, l2=0.1)
+
+
+def test_scenes_stand_beside_the_other_measures() -> None:
+    measured = {
+        source: replace(
+            result, hits=dict(result.hits), overlap=dict(result.overlap), chosen=dict(result.chosen)
+        )
+        for source, result in _measured().items()
+    }
+    results = {"trained": _scene_result(0, 0.9), "untrained": _scene_result(1, 0.6)}
+    for source, result in results.items():
+        measured[source].add_scenes(result)
+    figures, intervals = compare(measured), trained_minus(measured)
+    for source, result in results.items():
+        assert figures["scene_miou"][source] == float(mean_iou(result.overlap.sum(0)))
+        assert figures["scene_patch_top1"][source] == float(result.hits.mean())
+        assert figures["chosen"][source]["scene_l2"] == 0.1
+    assert set(intervals["scene_miou"]) == {"untrained"}
+    assert intervals["scene_miou"]["untrained"].verdict == "better"
+    assert figures["held_out_concepts"] == 300
+
+
+def test_intervals_are_around_the_differences_of_the_published_figures() -> None:
+    figures, intervals = compare(_measured()), trained_minus(_measured())
+    assert set(intervals["knn_top1"]) == {"untrained", "chance", "pixels"}
+    assert set(intervals["caption_bound_nats"]) == {"untrained", "chance"}
+    assert "effective_rank" not in intervals
+    for name, sources in intervals.items():
+        for source, interval in sources.items():
+            difference = figures[name]["trained"] - figures[name][source]
+            assert interval.difference == pytest.approx(difference, abs=1e-12), (name, source)
+            assert interval.low < difference < interval.high
+    sides = (_measured()[source].hits["knn_top1"] for source in ("trained", "untrained"))
+    assert intervals["knn_top1"]["untrained"] == paired_bootstrap(*sides)
+
+
+def test_without_embeddings_only_captions_are_left_out() -> None:
     train, heldout = (
         replace(part, image=part.image[:, :0], text=part.text[:, :0]) for part in _digits(4.0)
     )
     figures = compare(measure_all((train, heldout), (train, heldout)))
     assert {"knn_top1", "linear_top1"} <= set(figures)
-    assert not [name for name in figures if "recall" in name]
+    assert not [name for name in figures if "recall" in name or "caption" in name]
 
 
 def test_the_same_seed_gives_the_same_result() -> None:
     first, second = _measured()["trained"], evaluate_split(*_digits(4.0))
-    assert first.chosen == second.chosen and first.balanced == second.balanced
+    assert first.chosen == second.chosen and first.figures == second.figures
     assert all(torch.equal(first.hits[name], second.hits[name]) for name in first.hits)
 
 
@@ -205,3 +266,17 @@ def test_features_that_are_not_finite_are_refused() -> None:
     broken[5, 3] = torch.nan
     with pytest.raises(ValueError, match="Features.text: expected finite values"):
         replace(train, text=broken)
+
+
+def test_parts_are_joined_row_by_row() -> None:
+    train, heldout = _digits(4.0)
+    both = join([train, heldout])
+    assert torch.equal(both.pixels[600:], heldout.pixels)
+    assert torch.equal(both.captioned[:600], train.captioned)
+    assert torch.equal(both.group, torch.arange(900))
+
+
+def test_examples_of_different_lengths_are_refused() -> None:
+    rows = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="Examples.fold: expected 4 rows.* got 3"):
+        Examples(features=rows[:, None].float(), label=rows, group=rows, fold=rows[:3])

@@ -7,6 +7,7 @@ from m3i_fast.evaluation.statistics import (
     Interval,
     difference_intervals,
     paired_bootstrap,
+    paired_bootstrap_of_sums,
     spread,
 )
 
@@ -65,6 +66,47 @@ def test_no_hit_where_chance_expects_one_is_no_difference() -> None:
     assert paired_bootstrap(np.zeros(336), np.full(336, 1 / 336)).verdict == "no difference found"
 
 
+def _counts(num: int = 200) -> tuple[np.ndarray, np.ndarray]:  # 2 x [num, 2]: right, asked
+    rng = np.random.default_rng(5)
+    asked = rng.integers(1, 30, num)
+    return tuple(np.stack([rng.binomial(asked, p), asked], 1) for p in (0.6, 0.5))  # type: ignore[return-value]
+
+
+def test_a_ratio_of_sums_has_scipys_interval() -> None:
+    ours, theirs = _counts()
+
+    def difference(rows: np.ndarray, axis: int) -> np.ndarray:
+        a, b = (side[rows].sum(-2) for side in (ours, theirs))
+        return a[..., 0] / a[..., 1] - b[..., 0] / b[..., 1]
+
+    oracle = stats.bootstrap(
+        (np.arange(200),),
+        difference,
+        vectorized=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(7),
+    ).confidence_interval
+    got = paired_bootstrap_of_sums(
+        torch.tensor(ours), theirs, lambda s: s[:, 0] / s[:, 1], num_resamples=20_000
+    )
+    expected = ours[:, 0].sum() / ours[:, 1].sum() - theirs[:, 0].sum() / theirs[:, 1].sum()
+    assert got.difference == pytest.approx(expected, abs=1e-12)
+    assert got.low == pytest.approx(oracle.low, abs=1e-3)
+    assert got.high == pytest.approx(oracle.high, abs=1e-3)
+    assert got.high - got.low > 0.02
+
+
+def test_the_interval_of_values_without_bounds_has_students_width() -> None:
+    rng = np.random.default_rng(2)
+    theirs = rng.normal(-3, 5, 400)
+    ours = theirs + rng.normal(0.2, 0.7, 400)
+    got = paired_bootstrap_of_sums(ours, theirs, lambda sums: sums / 400)
+    half = stats.t.ppf(0.975, 399) * stats.sem(ours - theirs)
+    assert got.difference == pytest.approx((ours - theirs).mean(), abs=1e-12)
+    assert (got.high - got.low) / 2 == pytest.approx(half, rel=0.05)
+
+
 def test_same_seed_same_interval_whatever_holds_the_numbers() -> None:
     ours, theirs = _hits()
     first = paired_bootstrap(ours, theirs, seed=5)
@@ -119,3 +161,11 @@ def test_unusable_input_is_refused() -> None:
         paired_bootstrap([0, 7], [0, 1])
     with pytest.raises(ValueError, match="values: expected at least one run"):
         spread([])
+    for wrong, message in (
+        ([[1.0], [2.0]], r"theirs: expected \(2,\), at least one item, got \(2, 1\)"),
+        ([1.0, np.nan], "theirs: expected finite values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paired_bootstrap_of_sums([1.0, 2.0], wrong, lambda sums: sums)
+    with pytest.raises(ValueError, match=r"ours: expected \(0,\), at least one item"):
+        paired_bootstrap_of_sums([], [], lambda sums: sums)

@@ -10,6 +10,7 @@ from scipy.stats import entropy
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from m3i_fast.models.rank import rankme
 from m3i_fast.objectives.monitors import (
     MAX_ROWS,
     NUM_CLUSTERS,
@@ -18,7 +19,6 @@ from m3i_fast.objectives.monitors import (
     kmeans,
     kmeans_entropy,
     mean_cosine,
-    rankme,
     subsample,
     target_monitors,
     uniformity,
@@ -36,13 +36,6 @@ def _blobs(sizes: list[int], dim: int, noise: float = 0.01) -> tuple[Tensor, Ten
     label = label[torch.randperm(len(label), generator=torch.Generator().manual_seed(1))]
     corners = torch.cat([torch.eye(dim), -torch.eye(dim)]).double()
     return corners[label] + noise * _normal(len(label), dim), label
-
-
-def test_rankme_equals_singular_values() -> None:
-    x = torch.randn(200, 24, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 25.0)
-    s = np.linalg.svd(x.double().numpy(), compute_uv=False)
-    p = s / s.sum()
-    assert float(rankme(x)) == pytest.approx(float(np.exp(-(p * np.log(p)).sum())), rel=1e-4)
 
 
 def test_collapse_is_seen() -> None:

@@ -132,6 +132,29 @@ def test_words_follow_the_figures(page: Path) -> None:
     assert "No intervals were computed" in html and "better in" not in html
 
 
+def test_figures_are_shown_in_their_unit(page: Path) -> None:
+    inputs = sample_run.report_inputs()
+    figures = inputs.evaluation | {
+        "caption_bound_nats": {"trained": 1.234, "untrained": -0.001, "chance": 0.0},
+        "effective_rank": {"trained": 31.46, "untrained": 9.0},
+        "scene_miou": {"trained": 0.125, "untrained": 0.25, "chance": 0.02, "pixels": 0.1},
+    }
+    path = page.with_name("units.html")
+    html = write_report(replace(inputs, evaluation=figures), path).read_text()
+    table = dict(re.findall(r'<tr><th scope="row">(.*?)</th>\s*(<td>.*?</td>)\s*</tr>', html, re.S))
+    cells = {title: re.findall("<td>(.*?)</td>", row) for title, row in table.items()}
+    assert cells["Information of picture and caption"] == [
+        "1.23 nats",
+        "0.00 nats",
+        "",
+        "0.00 nats",
+    ]
+    assert cells["Effective rank of features"] == ["31.5", "9.0", "", ""]
+    assert cells["Category of a patch"] == ["12.5%", "25.0%", "10.0%", "2.0%"]
+    drawn = {name for name in _figures(path) if name.startswith("measure")}
+    assert "measure-scene_miou" in drawn and "measure-effective_rank" not in drawn
+
+
 def test_a_run_of_one_logged_step_has_a_page(page: Path, tmp_path: Path) -> None:
     inputs = replace(sample_run.report_inputs(), metrics=sample_run.metrics(1))
     short = write_report(inputs, tmp_path / "short.html")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,23 @@ OPPONENTS = {
 }
 
 
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}%"
+
+
+def nats(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f} nats".replace("-", MINUS)  # no negative zero
+
+
+def dimensions(value: float) -> str:
+    return f"{value:.1f}"
+
+
 @dataclass(frozen=True, slots=True)
 class Measure:
     title: str
     meaning: str
+    text: Callable[[float], str] = percent
 
 
 MEASURES = {
@@ -47,11 +60,31 @@ MEASURES = {
         "Same place in another crop",
         "patches of a held-out picture that the most similar patch of another crop places right",
     ),
+    "few_label_top1": Measure(
+        "Category from few labels",
+        "held-out pictures that logistic regression gets right from five concepts a category",
+    ),
+    "scene_miou": Measure(
+        "Category of a patch",
+        "mean IoU over the categories, of patches in scenes of four held-out drawings",
+    ),
 }
 MORE_MEASURES = {
     "knn_balanced_accuracy": Measure("kNN, balanced accuracy", "mean over the categories"),
     "linear_balanced_accuracy": Measure(
         "Linear probe, balanced accuracy", "mean over the categories"
+    ),
+    "few_label_knn_top1": Measure("Category from few labels, kNN", "from five concepts a category"),
+    "scene_patch_top1": Measure(
+        "Category of a patch, accuracy", "patches of scenes, each held-out concept counting once"
+    ),
+    "caption_bound_nats": Measure(
+        "Information of picture and caption",
+        "lower bound from the held-out pairs, at most the log of their number",
+        nats,
+    ),
+    "effective_rank": Measure(
+        "Effective rank of features", "RankMe of the held-out pictures", dimensions
     ),
 }
 
@@ -99,7 +132,8 @@ class Judgement:
     name: str
     title: str
     meaning: str
-    values: dict[str, float]  # source -> fraction of 1, in the order of SOURCES
+    values: dict[str, float]  # source -> value, in the order of SOURCES; of MEASURES fractions of 1
+    shown: dict[str, str]  # source -> the value in its unit
     comparisons: tuple[Comparison, ...]
 
 
@@ -168,10 +202,6 @@ def tiles(
     return result
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}%"
-
-
 def points(fraction: float, *, sign: bool = False) -> str:
     """A difference of fractions in percentage points, with a real minus sign."""
     value = round(100 * fraction, 1) + 0.0  # no negative zero
@@ -194,7 +224,8 @@ def _judge(name: str, measure: Measure, evaluation: Mapping[str, Any]) -> Judgem
         for source, value in values.items()
         if source != "trained"
     )
-    return Judgement(name, measure.title, measure.meaning, values, comparisons)
+    shown = {source: measure.text(value) for source, value in values.items()}
+    return Judgement(name, measure.title, measure.meaning, values, shown, comparisons)
 
 
 def _beside(values: Mapping[str, float], *, ratio: bool) -> str:
