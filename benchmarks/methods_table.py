@@ -29,11 +29,11 @@ TITLES = {
     "caption_to_image_recall_at_5": "caption to image R@5",
     "image_to_caption_recall_at_5": "image to caption R@5",
     "patch_correspondence": "patch found again",
-    "caption_bound_nats": "caption bound, nats",
+    "caption_information_nats": "captions, nats",
     "effective_rank": "effective rank",
 }
 LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # of those with hits
-NO_SHARE = ("caption_bound_nats", "effective_rank")  # not in percent
+NO_SHARE = ("caption_information_nats", "effective_rank")  # not in percent
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """What a frozen encoder is measured by, and against what: the numbers of evaluation.json.
 
-Every setting of a measure (k of the neighbours, strength of the probe's L2, scale of the cosines)
-is chosen on the training concepts, for each encoder on its own, and never on the held-out ones.
+Every setting of a measure (k of the neighbours, strength of the probe's L2) is chosen on the
+training concepts, for each encoder on its own, and never on the held-out ones; the scale of the
+cosines in the bound on one half of these for the other.
 Legend: M held-out items, G held-out concepts of scenes, C classes.
 """
 
@@ -80,7 +81,7 @@ def evaluate_split(train: Features, heldout: Features, *, seed: int = 0) -> Meas
     examples = _examples(labelled.encoder, labelled, seed)
     by_knn, k = knn(examples, heldout.encoder)
     by_probe, l2 = linear(examples, heldout.encoder)
-    nats, scale = _caption_bound(train, heldout, seed)
+    nats, scale = _caption_bound(heldout, seed)
     return Measured(
         hits={
             "knn_top1": (by_knn == heldout.label).double(),
@@ -134,7 +135,9 @@ def evaluate_chance(heldout: Features) -> Measured:
         if has_captions
     }
     top1 = ("knn_top1", "linear_top1", "few_label_top1", "few_label_knn_top1")
-    nats = {"caption_bound_nats": torch.zeros(int(heldout.captioned.sum()), dtype=torch.float64)}
+    nats = {
+        "caption_information_nats": torch.zeros(int(heldout.captioned.sum()), dtype=torch.float64)
+    }
     return Measured(
         hits={**dict.fromkeys(top1, hits), **recalls},
         nats=nats if has_captions else {},
@@ -224,15 +227,13 @@ def _few_label_hits(
 
 
 def _caption_bound(
-    train: Features, heldout: Features, seed: int
+    heldout: Features, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:  # [M] of the captioned items; the scale
     if not heldout.image.shape[1]:
         return {}, {}
-    pairs, asked = (
-        (part.image[part.captioned], part.text[part.captioned]) for part in (train, heldout)
-    )
-    nats, scale = caption_bound(pairs, asked, seed=seed)
-    return {"caption_bound_nats": nats}, {"caption_scale": scale}
+    has = heldout.captioned
+    nats, scale = caption_bound(heldout.image[has], heldout.text[has], seed=seed)
+    return {"caption_information_nats": nats}, {"caption_scale": scale}
 
 
 def _recall_hits(heldout: Features) -> dict[str, Tensor]:

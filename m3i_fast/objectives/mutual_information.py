@@ -218,7 +218,9 @@ class MutualInformation(nn.Module):
             name = term.term.name
             losses[name], members = term(seen, log if monitor else None, **self._shared(term))
             metrics[f"loss/{name}"] = losses[name].detach()
-            metrics[f"members/{name}"] = encoded.views[0].new_full((), members)
+            if isinstance(members, int):
+                members = losses[name].new_full((), members)
+            metrics[f"members/{name}"] = members.float()
         if measure:
             self.balance.measure(losses, encoded.every)
         total, weights = self.balance(losses)

@@ -47,7 +47,7 @@ def test_evaluation_has_every_figure(out: Path) -> None:
     for name in ("scene_miou", "scene_patch_top1", "few_label_top1", "few_label_knn_top1"):
         assert figures[name].keys() == {"trained", "untrained", "chance", "pixels"}
         assert all(0 <= value <= 1 for value in figures[name].values())
-    assert figures["caption_bound_nats"].keys() == {"trained", "untrained", "chance"}
+    assert figures["caption_information_nats"].keys() == {"trained", "untrained", "chance"}
     assert figures["effective_rank"].keys() == {"trained", "untrained", "pixels"}
     assert figures["trained_minus"]["scene_miou"].keys() == {"untrained", "chance", "pixels"}
     gallery = figures["held_out_concepts"]

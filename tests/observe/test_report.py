@@ -135,7 +135,7 @@ def test_words_follow_the_figures(page: Path) -> None:
 def test_figures_are_shown_in_their_unit(page: Path) -> None:
     inputs = sample_run.report_inputs()
     figures = inputs.evaluation | {
-        "caption_bound_nats": {"trained": 1.234, "untrained": -0.001, "chance": 0.0},
+        "caption_information_nats": {"trained": 1.234, "untrained": -0.001, "chance": 0.0},
         "effective_rank": {"trained": 31.46, "untrained": 9.0},
         "scene_miou": {"trained": 0.125, "untrained": 0.25, "chance": 0.02, "pixels": 0.1},
     }

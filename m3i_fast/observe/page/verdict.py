@@ -78,9 +78,9 @@ MORE_MEASURES = {
     "scene_patch_top1": Measure(
         "Category of a patch, accuracy", "patches of scenes, each held-out concept counting once"
     ),
-    "caption_bound_nats": Measure(
+    "caption_information_nats": Measure(
         "Information of picture and caption",
-        "lower bound from the held-out pairs, at most the log of their number",
+        "lower bound from the held-out pairs, at most the log of half their number",
         nats,
     ),
     "effective_rank": Measure(
