@@ -1,0 +1,54 @@
+"""What an objective's config refuses, each with the field's name."""
+
+from dataclasses import replace
+
+import pytest
+
+from m3i_fast.objectives.config import ObjectiveConfig, m3i
+from m3i_fast.objectives.mixing import MixingConfig
+from m3i_fast.objectives.mutual_information import MutualInformation
+from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, VISION, make_config
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: ObjectiveConfig(terms=(*m3i(), m3i()[0])), "distinct"),
+        (lambda: ObjectiveConfig(terms=tuple(replace(t, weight=0.0) for t in m3i())), "weight"),
+        (lambda: ObjectiveConfig(temperature=0.001), "temperature"),
+        (
+            lambda: replace(m3i()[3], likelihood="gaussian", regulariser="stop_gradient"),
+            "of target caption expected",
+        ),
+        (lambda: replace(m3i()[3], predictor="decoder"), "predictor: expected one of"),
+        (lambda: replace(m3i()[0], encoder="none"), "encoder: expected none for"),
+        (lambda: replace(m3i()[0], encoder="shared"), "encoder: shared needs"),
+        (lambda: replace(m3i()[0], symmetric=True), "symmetric: expected"),
+        (lambda: replace(m3i()[0], temperature=0.0), "temperature: expected > 0"),
+        (lambda: ObjectiveConfig(terms=(replace(m3i()[0], name="a b"),)), "letters"),
+        (lambda: ObjectiveConfig(queue_length=0), "queue_length"),
+        (lambda: ObjectiveConfig(mixing=MixingConfig(mode="blend")), "blend .* category"),
+        (
+            lambda: ObjectiveConfig(terms=(replace(m3i()[0], predictor="linear"),)),
+            "mixing.mode none",
+        ),
+        (
+            lambda: MutualInformation(
+                replace(make_config(), terms=(replace(m3i()[0], encoder="frozen"),)),
+                vision=VISION,
+                text=TEXT,
+                num_classes=NUM_CLASSES,
+            ),
+            "objective.teacher",
+        ),
+        (
+            lambda: MutualInformation(
+                make_config(only="category"), vision=VISION, text=TEXT, num_classes=0
+            ),
+            "classes",
+        ),
+    ],
+)
+def test_wrong_objectives_are_named(make, word: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=word):
+        make()
