@@ -93,6 +93,11 @@ class Term:
                 f"term {self.name!r}: symmetric: expected an embedding or prototypes of the other "
                 f"view, got {self.target} of the {self.view} view"
             )
+        if self.symmetric and self.regulariser == "queue":
+            raise ValueError(
+                f"term {self.name!r}: symmetric: expected False with a queue, which would hold the "
+                "first direction's targets as negatives of the second, got True"
+            )
         if self.encoder == "shared" and (self.view != "other" or self.is_dense):
             raise ValueError(
                 f"term {self.name!r}: encoder: shared needs an embedding or prototypes of the "

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from m3i_fast.objectives.config import ObjectiveConfig, m3i
+from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import MixingConfig
 from m3i_fast.objectives.mutual_information import MutualInformation
 from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, VISION, make_config
@@ -24,6 +25,10 @@ from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, VISION, 
         (lambda: replace(m3i()[0], encoder="none"), "encoder: expected none for"),
         (lambda: replace(m3i()[0], encoder="shared"), "encoder: shared needs"),
         (lambda: replace(m3i()[0], symmetric=True), "symmetric: expected"),
+        (
+            lambda: replace(METHODS["densecl"].terms[0], symmetric=True),
+            "symmetric: expected False with a queue",
+        ),
         (lambda: replace(m3i()[0], temperature=0.0), "temperature: expected > 0"),
         (lambda: ObjectiveConfig(terms=(replace(m3i()[0], name="a b"),)), "letters"),
         (lambda: ObjectiveConfig(queue_length=0), "queue_length"),
