@@ -15,13 +15,7 @@ from m3i_fast.benchmarks import methods, methods_run
 from m3i_fast.benchmarks.harness import append_row, read_rows
 from m3i_fast.benchmarks.methods import SUBJECT, Config, Run, main, recipe_digest, run_missing
 from m3i_fast.benchmarks.methods_ablation import SHARES, VARIANTS
-from m3i_fast.benchmarks.methods_run import (
-    is_trained,
-    pack,
-    train_and_measure,
-    training_figures,
-    unpack,
-)
+from m3i_fast.benchmarks.methods_run import is_trained, train_and_measure, unpack
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.text import TextConfig
@@ -85,7 +79,7 @@ def test_from_runs_to_tables(
 ) -> None:
     cfg = _config(tmp_path, data=data, methods="dense_distillation", num_steps=2)
     ours, teacher = (_run(cfg, name) for name in ("dense_distillation", "supervised"))
-    (cfg.out / teacher.name).mkdir(parents=True)  # stopped before it had anything to go on from
+    (cfg.out / teacher.name).mkdir(parents=True)  # stopped before it had a checkpoint
     (cfg.out / teacher.name / "config.json").write_text("{}")
     assert run_missing(cfg) == {}
 
@@ -107,12 +101,13 @@ def test_from_runs_to_tables(
 
     monkeypatch.setattr(methods, "train_and_measure", None)  # nothing is run from here on
     arguments = ["--num-steps", "2", "--ledger", str(cfg.ledger), "--data", str(data)]
-    written = (tmp_path / "ledger" / "methods.jsonl").read_bytes()
+    ledger = tmp_path / "ledger" / "methods.jsonl"
+    written = ledger.read_bytes()
     main([*arguments, "--out", str(cfg.out), "--methods", cfg.methods, "--jobs", str(cfg.jobs)])
-    assert (tmp_path / "ledger" / "methods.jsonl").read_bytes() == written
+    assert ledger.read_bytes() == written
     shown = capsys.readouterr().out
     assert "| dense_distillation (t) |" in shown and "| supervised |" in shown
-    assert (tmp_path / "ledger" / "methods.svg").read_text().startswith("<svg")
+    assert ledger.with_suffix(".svg").read_text().startswith("<svg")
 
     main([*arguments, "--table-only", "--num-steps", "3"])  # another budget
     assert "no row in the ledger" in capsys.readouterr().out
@@ -178,7 +173,7 @@ def test_a_teacher_comes_first_and_its_failure_is_told(
         begun.append(method)
         if method in wrong:
             raise FloatingPointError("step 1: not finite")
-        return {"num_steps": 5}
+        return {"num_steps": 5, "hits": dict.fromkeys(("trained", "untrained", "pixels"), {})}
 
     _in_threads(monkeypatch, work)
     cfg = _config(tmp_path, methods="milan,byol,global_distillation,mae", num_steps=5, jobs=1)
@@ -197,6 +192,10 @@ def test_a_teacher_comes_first_and_its_failure_is_told(
     assert run_missing(cfg) == {}
     assert begun.index("supervised") < min(map(begun.index, ("milan", "global_distillation")))
     assert sorted(begun) == ["byol", "global_distillation", "milan", "supervised"]
+    run_missing(replace(cfg, methods="m3i"))
+    sources = {row["method"]: list(row["hits"]) for row in _rows(cfg)}
+    assert sources.pop("m3i") == ["trained", "untrained", "pixels"]
+    assert all(of == ["trained"] for of in sources.values())
     with pytest.raises(RuntimeError, match=r"m3i-1-0-5_steps-\w+: FloatingPointError: step 1"):
         wrong.add("m3i")
         main(
@@ -214,7 +213,6 @@ def test_a_teacher_without_weights_is_run_again_with_its_steps(tmp_path: Path) -
     assert methods._missing(cfg) == {teacher: 321, _run(cfg, "milan"): None}
     train, out, seconds = methods._job(cfg, teacher, 321)
     assert (train.num_steps, out, seconds) == (321, cfg.out / teacher.name, None)
-    assert methods._job(cfg, teacher, None)[2] == 90
 
 
 def test_every_run_is_planned_once(tmp_path: Path) -> None:
@@ -232,6 +230,16 @@ def test_every_run_is_planned_once(tmp_path: Path) -> None:
     assert of[0.01] == of[0.1] == of[0.5] == {"m3i", "supervised", "clip", "category + caption"}
 
 
+def test_there_is_a_table_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--ablations", "--table-only", "--num-steps", "7", "--ledger", str(tmp_path)])
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(" % ")[0] for line in shown if line] == [
+        f"7 steps a run, {share}" for share in (100, 50, 10, 1)
+    ]
+    assert ["thirds" in line for line in shown if line] == [False, True, True, True]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -247,7 +255,7 @@ def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None
         Config(**{field: value})  # type: ignore[arg-type]
 
 
-# ---- Digests, figures ----------------------------------------------------------------------------
+# ---- Digests -------------------------------------------------------------------------------------
 
 
 def test_a_digest_is_of_the_recipe_and_of_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,29 +271,3 @@ def test_a_digest_is_of_the_recipe_and_of_its_teacher(monkeypatch: pytest.Monkey
     monkeypatch.setattr(methods, "config_of", changed)
     different = {name for name in names if recipe_digest(name) != before[name]}
     assert different == {"supervised", "dense_distillation", "global_distillation", "milan"}
-
-
-def test_figures_of_a_training_are_those_of_its_logged_steps() -> None:
-    cfg = replace(demo(), num_steps=100)  # 4 steps of warm-up
-    rank = {20: 1.0, 40: 1.0, 60: 1.0, 80: 9.0, 100: 9.0}  # healthy from 1.5 up
-    cosine = {20: 1.0, 40: 1.0, 60: 0.5, 80: 1.0, 100: 1.0}  # never three times in a row
-    rows = [
-        {
-            "step": step,
-            "loss/total": 3.0 - step / 100,
-            "throughput/img_s": 320.0 if step <= 40 else 160.0,
-            "monitor/target_rank": rank[step],
-            "monitor/intra_cosine": cosine[step],
-        }
-        for step in rank
-    ]
-    figures = training_figures(cfg, rows)
-    assert figures["train_seconds"] == pytest.approx(40 * 32 / 320 + 60 * 32 / 160)
-    assert figures["final_loss"] == 2.0
-    assert figures["collapsed"] == ["monitor/target_rank"]
-
-
-def test_hits_are_packed_and_unpacked() -> None:
-    assert pack([0.0, 1.0, 1.0]) == "011"
-    assert unpack("011") == [0.0, 1.0, 1.0]
-    assert unpack(pack([1 / 3, 1.0])) == [0.3333, 1.0]
