@@ -24,6 +24,11 @@ def site_packages(pattern: str) -> list[Path]:
     return sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob(pattern))
 
 
+def name_of(path: Path) -> str:
+    """Of a source, below cuda/."""
+    return path.relative_to(CUDA).as_posix()
+
+
 def find_nvcc() -> Path:
     """From $CUDACXX, $CUDA_HOME, the PATH or NVIDIA's wheels; the test is skipped where none is."""
     candidates = [os.environ.get("CUDACXX", ""), shutil.which("nvcc") or ""]
