@@ -3,12 +3,15 @@
     m3i-fast bench methods                      every method, 90 s of training a run
     m3i-fast bench methods --num-steps 700      the same number of steps instead
     m3i-fast bench methods --ablations          M3I's ablations, and fewer labels and captions
+    m3i-fast bench methods --growth             four methods with 30, 90, 270 and 810 s
     m3i-fast bench methods --table-only
 
 One ledger row a run. What has a row is not run again, and a run that was stopped goes on from its
-checkpoint with the number of steps it had. A row keeps every held-out item's hit, so that the
-table's differences carry paired bootstrap intervals. Methods with a frozen encoder take that of the
-supervised run of the same seed, data and budget, which is run first.
+checkpoint with the number of steps it had. A time is made steps of by a calibration of each method
+before anything is trained; a method that has a row for any time, seed or share takes the speed of
+that. A row keeps every held-out item's hit, so that the table's differences carry paired bootstrap
+intervals. Methods with a frozen encoder take that of the supervised run of the same seed, data and
+budget, which is run first.
 """
 
 from __future__ import annotations
@@ -19,7 +22,13 @@ import multiprocessing
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    as_completed,
+    wait,
+)
 from dataclasses import asdict, dataclass, fields, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -30,10 +39,12 @@ from rich.progress import Progress
 
 from m3i_fast.benchmarks.harness import append_row, parse, read_rows, results_dir
 from m3i_fast.benchmarks.methods_ablation import ANNOTATED, NOTE, SHARES, VARIANTS
+from m3i_fast.benchmarks.methods_growth import GROWTH, draw_growth
 from m3i_fast.benchmarks.methods_plot import draw
 from m3i_fast.benchmarks.methods_run import is_trained, train_and_measure
-from m3i_fast.benchmarks.methods_table import OURS, Rows, summarise, table
+from m3i_fast.benchmarks.methods_table import OURS, Line, Rows, summarise, table
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine.calibration import calibrate
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.manifest import is_dataset
 from m3i_fast.recipes import demo_method, pack_demo
@@ -55,6 +66,8 @@ class Config:
     """Steps of every run, instead of a time."""
     ablations: bool = False
     """M3I's ablations instead of the methods."""
+    growth: bool = False
+    """A few methods with a third of the budget, with it, with three and nine times as much."""
     methods: str = ""
     """Run only these: m3i,byol. All unless given."""
     seeds: str = "0"
@@ -77,7 +90,9 @@ class Config:
                 raise ValueError(f"{name}: expected > 0, got {value}")
         if not re.fullmatch(r"\d+(,\d+)*", self.seeds):
             raise ValueError(f"seeds: expected numbers as 0,1,2, got {self.seeds!r}")
-        known = dict.fromkeys(name for names in self.groups.values() for name in names)
+        if self.ablations and self.growth:
+            raise ValueError("ablations, growth: expected one of them at most, got both")
+        known = dict.fromkeys(name for group in self.groups for name in group.methods)
         unknown = [name for name in self.chosen if name not in known]
         if unknown:
             raise ValueError(f"methods: expected some of {', '.join(known)}, got {unknown}")
@@ -86,24 +101,42 @@ class Config:
     def num_threads(self) -> int:
         return max((os.cpu_count() or 1) // self.jobs, 1)
 
-    @property
-    def budget(self) -> str:
+    def budget(self, times: float = 1.0) -> str:
         """What rows have to have in common to be compared."""
         if self.num_steps is not None:
-            return f"{self.num_steps} steps"
-        return f"{self.seconds:g} s on {self.num_threads} thread{'s' * (self.num_threads > 1)}"
+            return f"{max(round(self.num_steps * times), 1)} steps"
+        threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
+        return f"{self.seconds * times:g} s on {threads}"
 
     @property
     def chosen(self) -> list[str]:
         return [name.strip() for name in self.methods.split(",")] if self.methods else []
 
     @property
-    def groups(self) -> dict[float, tuple[str, ...]]:
-        """What stands in one table, by the share of the concepts that are annotated."""
-        if not self.ablations:
-            return {1.0: tuple(METHODS)}
-        full = tuple(dict.fromkeys((OURS, *VARIANTS, *ANNOTATED)))
-        return {share: full if share == 1.0 else ANNOTATED for share in SHARES}
+    def groups(self) -> tuple[Group, ...]:
+        """A table each."""
+        if self.growth:
+            return tuple(Group(self.budget(times), 1.0, ANNOTATED) for times in GROWTH)
+        if self.ablations:
+            full = tuple(dict.fromkeys((OURS, *VARIANTS, *ANNOTATED)))
+            return tuple(
+                Group(self.budget(), share, full if share == 1.0 else ANNOTATED) for share in SHARES
+            )
+        return (Group(self.budget(), 1.0, tuple(METHODS)),)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Runs that are compared in one table."""
+
+    budget: str
+    labelled: float
+    methods: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        share = f"{100 * self.labelled:g} %"
+        return f"{self.budget} a run, classes of {share} of the concepts, captions of {share}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +145,7 @@ class Run:
 
     method: str
     labelled: float
-    """Share of the training concepts that are fully annotated."""
+    """Share of the training concepts with a class, and of those with a caption, drawn apart."""
     seed: int
     budget: str
     recipe: str
@@ -125,6 +158,22 @@ class Run:
         return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts)
 
     @property
+    def num_steps(self) -> int | None:
+        """Where the budget is one of steps."""
+        count, is_one, _ = self.budget.partition(" steps")
+        return int(count) if is_one else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Where the budget is one of time."""
+        return None if self.num_steps else float(self.budget.partition(" s on ")[0])
+
+    @property
+    def pace(self) -> tuple[str, str, str]:
+        """What all runs that take a step in the same time have in common."""
+        return self.method, self.recipe, self.budget.partition(" on ")[2]
+
+    @property
     def teacher(self) -> Run | None:
         """The run whose encoder this one's frozen targets come from."""
         if not config_of(self.method).objective.uses(encoder="frozen"):
@@ -135,18 +184,27 @@ class Run:
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Config, SUBJECT, argv)
     failures = {} if cfg.table_only else run_missing(cfg)
-    for labelled, names in cfg.groups.items():
-        title = f"{cfg.budget} a run, {_annotated(labelled)}"
-        lines = summarise(_rows(cfg, labelled, names))
-        text = table(lines, title, note=NOTE if cfg.ablations and labelled == 1.0 else "")
+    found = {group: summarise(_rows(cfg, group)) for group in cfg.groups}
+    for group, lines in found.items():
+        text = table(lines, group.title, note=NOTE if cfg.ablations and lines else "")
         Console().print(text, markup=False, highlight=False, soft_wrap=True)
-        if lines and labelled == 1.0:
-            stem = f"{SUBJECT}_ablations" if cfg.ablations else SUBJECT
-            path = (cfg.ledger or results_dir()) / f"{stem}.svg"
-            write_atomically(path, draw(lines, title).encode())
-            logger.info("drawn to %s", path)
+    _draw(cfg, found)
     if failures:
         raise RuntimeError("; ".join(f"{run.name}: {why}" for run, why in failures.items()))
+
+
+def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
+    """The first group, or how all of them grow, as methods.svg or beside it."""
+    first, lines = next(iter(found.items()))
+    if cfg.growth and all(found.values()):
+        stem, svg = "_growth", draw_growth({g.budget: lines for g, lines in found.items()})
+    elif lines and not cfg.growth:
+        stem, svg = "_ablations" * cfg.ablations, draw(lines, first.title)
+    else:
+        return
+    path = (cfg.ledger or results_dir()) / f"{SUBJECT}{stem}.svg"
+    write_atomically(path, svg.encode())
+    logger.info("drawn to %s", path)
 
 
 def config_of(method: str, *, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
@@ -168,7 +226,8 @@ def run_missing(cfg: Config) -> dict[Run, str]:
     todo = _missing(cfg)
     for labelled in {run.labelled for run in todo}:
         if not is_dataset(_dataset(cfg, labelled)):
-            pack_demo(_dataset(cfg, labelled), labelled=labelled)
+            pack_demo(_dataset(cfg, labelled), labelled=labelled, captioned=labelled)
+    todo = _calibrated(cfg, todo)
     failures = {run: f"{TEACHER} did not end well" for run in todo if run.teacher in todo}
     with Progress(console=console) as bar:
         task = bar.add_task("runs", total=len(todo))
@@ -214,47 +273,87 @@ def _missing(cfg: Config) -> dict[Run, int | None]:
     A teacher that has a row but no weights here is run once more, with as many steps.
     """
     done = {run: row["figures"]["num_steps"] for run, row in _finished(cfg.ledger)}
+    rates: dict[tuple[str, ...], float] = {}
+    for run, num_steps in done.items():
+        if run.seconds is not None:
+            rates.setdefault(run.pace, num_steps / run.seconds)
     todo: dict[Run, int | None] = {}
     for run in _planned(cfg):
         if run in done:
             continue
         teacher = run.teacher
         if teacher is not None and not is_trained(cfg.out / teacher.name):
-            todo[teacher] = done.get(teacher, cfg.num_steps)
-        todo[run] = cfg.num_steps
+            todo[teacher] = done.get(teacher) or _steps(teacher, rates)
+        todo[run] = _steps(run, rates)
     return todo
+
+
+def _steps(run: Run, rates: dict[tuple[str, ...], float]) -> int | None:
+    """rates: pace -> steps a second."""
+    if run.seconds is None:
+        return run.num_steps
+    return max(round(rates[run.pace] * run.seconds), 1) if run.pace in rates else None
+
+
+def _calibrated(cfg: Config, todo: dict[Run, int | None]) -> dict[Run, int | None]:
+    """`todo` with the steps that a calibration of each pace gives.
+
+    What waits for its teacher to be trained is calibrated then, and what fails here fails there.
+    """
+    unknown: dict[tuple[str, ...], Run] = {}
+    for run, num_steps in todo.items():
+        if num_steps is None and run.teacher not in todo:
+            unknown.setdefault(run.pace, run)
+    if not unknown:
+        return todo
+    with (
+        Progress(console=console) as bar,
+        ProcessPoolExecutor(cfg.jobs, multiprocessing.get_context("spawn")) as pool,
+    ):
+        jobs = {
+            run: pool.submit(calibrate, _job(cfg, run, None)[0], run.seconds)
+            for run in unknown.values()
+        }
+        for _ in bar.track(as_completed(jobs.values()), len(jobs), description="calibrations"):
+            pass
+    rates = {
+        run.pace: job.result() / (run.seconds or 1)
+        for run, job in jobs.items()
+        if job.exception() is None
+    }
+    return {run: steps or _steps(run, rates) for run, steps in todo.items()}
 
 
 def _planned(cfg: Config) -> Iterator[Run]:
     for seed in map(int, cfg.seeds.split(",")):
-        for labelled, names in cfg.groups.items():
-            for name in names:
+        for group in cfg.groups:
+            for name in group.methods:
                 if not cfg.chosen or name in cfg.chosen:
                     yield Run(
                         method=name,
-                        labelled=labelled,
+                        labelled=group.labelled,
                         seed=seed,
-                        budget=cfg.budget,
+                        budget=group.budget,
                         recipe=recipe_digest(name),
                     )
 
 
-def _job(cfg: Config, run: Run, num_steps: int | None) -> tuple[TrainConfig, Path, float | None]:
-    """The arguments of `train_and_measure`."""
+def _job(
+    cfg: Config, run: Run, num_steps: int | None
+) -> tuple[TrainConfig, Path, float | None, bool]:
+    """The arguments of `train_and_measure`; what was not trained is measured with M3I alone."""
+    baselines = run.method == OURS
     train = config_of(run.method, data=_dataset(cfg, run.labelled), seed=run.seed)
     train = replace(train, num_threads=cfg.num_threads, checkpoint_every=CHECKPOINT_EVERY)
     if run.teacher is not None:
         weights = str(cfg.out / run.teacher.name)
         train = replace(train, objective=replace(train.objective, teacher=weights))
     if num_steps is None:
-        return train, cfg.out / run.name, cfg.seconds
-    return replace(train, num_steps=num_steps), cfg.out / run.name, None
+        return train, cfg.out / run.name, run.seconds, baselines
+    return replace(train, num_steps=num_steps), cfg.out / run.name, None, baselines
 
 
 def _record(cfg: Config, run: Run, figures: dict[str, Any]) -> None:
-    """Append the row; what was not trained is read from M3I's rows alone, and takes most of one."""
-    if run.method != OURS:
-        figures = {**figures, "hits": {"trained": figures["hits"]["trained"]}}
     teacher = run.teacher.name if run.teacher else None
     append_row(SUBJECT, {**asdict(run), "teacher": teacher, **figures}, folder=cfg.ledger)
     console.print(f"{run.name}: {figures['num_steps']} steps", highlight=False)
@@ -269,23 +368,17 @@ def _finished(ledger: Path | None) -> Iterator[tuple[Run, dict[str, Any]]]:
             yield run, row
 
 
-def _rows(cfg: Config, labelled: float, names: tuple[str, ...]) -> Rows:
-    """All seeds' newest rows of this budget, in the order of `names`."""
-    found: Rows = {name: {} for name in names}
+def _rows(cfg: Config, group: Group) -> Rows:
+    """All seeds' newest rows of a group, in the order of its methods."""
+    found: Rows = {name: {} for name in group.methods}
     for run, row in _finished(cfg.ledger):
-        if (run.budget, run.labelled) == (cfg.budget, labelled) and run.method in found:
+        if (run.budget, run.labelled) == (group.budget, group.labelled) and run.method in found:
             found[run.method][run.seed] = row
     return {name: dict(sorted(seeds.items())) for name, seeds in found.items() if seeds}
 
 
-def _annotated(labelled: float) -> str:
-    """What `pack_demo` keeps of the training concepts' classes and captions."""
-    whole = f"{100 * labelled:g} % of the concepts fully annotated"
-    return whole if labelled == 1.0 else f"{whole}, of the rest thirds by caption, by class, not"
-
-
 def _dataset(cfg: Config, labelled: float) -> Path:
-    return cfg.data / ("openmoji" if labelled == 1.0 else f"openmoji-labelled-{labelled:g}")
+    return cfg.data / ("openmoji" if labelled == 1.0 else f"openmoji-annotated-{labelled:g}")
 
 
 if __name__ == "__main__":

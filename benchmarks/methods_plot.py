@@ -19,13 +19,14 @@ _LEFTS = (20, 480)
 _LINE, _HEAD, _FOOT = 17, 34, 44  # heights of a method, and of what is above and below a panel's
 _NUM_TICKS = 4
 # Not by variables: viewers other than browsers do not know them.
-_STYLE = """
+STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #66635c; }
 .paper { fill: #fcfbf9; }
 .title, .name { fill: #1f1e1b; }
 .title { font-size: 15px; font-weight: 600; }
 .grid { stroke: #e5e2db; }
 .bar { stroke-width: 2; stroke: #b0501a; }
+.curve { stroke-width: 2; stroke: #b0501a; fill: none; }
 circle { fill: #b0501a; }
 path.untrained { stroke: #8d897f; }
 circle.untrained { fill: #8d897f; }
@@ -37,7 +38,7 @@ text.ours { fill: #0b6f68; font-weight: 600; }
   .paper { fill: #171614; }
   .title, .name { fill: #e9e6df; }
   .grid { stroke: #35332f; }
-  .bar { stroke: #e9985c; }
+  .bar, .curve { stroke: #e9985c; }
   circle { fill: #e9985c; }
   path.ours { stroke: #57c4b8; }
   circle.ours { fill: #57c4b8; }
@@ -63,10 +64,10 @@ def draw(lines: Sequence[Line], heading: str) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {top}" '
             f'width="{_WIDTH}" height="{top}" role="img" aria-label="{escape(heading)}">',
-            f"<style>{_STYLE}</style>",
+            f"<style>{STYLE}</style>",
             f'<rect class="paper" width="{_WIDTH}" height="{top}"/>',
-            _text(_LEFTS[0], 30, heading, "title", "start"),
-            _text(_LEFTS[0], 52, key, "", "start"),
+            text(_LEFTS[0], 30, heading, "title", "start"),
+            text(_LEFTS[0], 52, key, "", "start"),
             *parts,
             "</svg>",
             "",
@@ -80,23 +81,23 @@ def _panel(left: float, top: float, measure: str, lines: Sequence[Line]) -> Iter
     ours = next((line.values[measure] for line in lines if line.name == OURS), None)
     bars = {line.name: _bar(line, measure, ours) for line in ordered}
     ends = [x for line in ordered for x in (line.values[measure], *(bars[line.name] or ()))]
-    ticks = _ticks(min(ends), max(ends))
+    marks = ticks(min(ends), max(ends))
     start, first = left + _NAMES, top + _HEAD
     bottom = first + _LINE * len(ordered)
 
     def place(value: float) -> float:
-        return start + _PANEL * (value - ticks[0]) / (ticks[-1] - ticks[0])
+        return start + _PANEL * (value - marks[0]) / (marks[-1] - marks[0])
 
-    yield _text(left, top + 14, title(measure), "name", "start")
-    for value in ticks:
+    yield text(left, top + 14, title(measure), "name", "start")
+    for value in marks:
         yield f'<path class="grid" d="M{place(value):.1f} {first}V{bottom}"/>'
-        yield _text(place(value), bottom + 16, f"{value:.10g}", "", "middle")
+        yield text(place(value), bottom + 16, f"{value:.10g}", "", "middle")
     if ours is not None:
         yield f'<path class="ours" d="M{place(ours):.1f} {first}V{bottom}"/>'
     for index, line in enumerate(ordered):
         y, value, bar = first + _LINE * (index + 0.5), line.values[measure], bars[line.name]
         kind = _kind(line)
-        yield _text(start - 10, y + 4, line.name, kind, "end")
+        yield text(start - 10, y + 4, line.name, kind, "end")
         tip = f"{line.name}: {value:.3g}"
         if bar is not None:
             found = line.minus[measure]
@@ -124,7 +125,7 @@ def _kind(line: Line) -> str:
     return "untrained" if line.name in OTHERS else "method"
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round values around both, a few."""
     rough = max(high - low, 1e-9) / _NUM_TICKS
     power = 10.0 ** math.floor(math.log10(rough))
@@ -133,7 +134,6 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(step * i, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
-def _text(x: float, y: float, text: str, kind: str, anchor: str) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
-    )
+def text(x: float, y: float, shown: str, kind: str, anchor: str) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}"'
+    return f'<text {place} class="{kind}" text-anchor="{anchor}">{escape(shown)}</text>'

@@ -19,12 +19,14 @@ from m3i_fast.observe.metrics import read_jsonl
 Packed = str | list[float]
 
 
-def train_and_measure(cfg: TrainConfig, out: Path, seconds: float | None) -> dict[str, Any]:
+def train_and_measure(
+    cfg: TrainConfig, out: Path, seconds: float | None, baselines: bool
+) -> dict[str, Any]:
     """Train `cfg` in `out`, or go on with the run that is there, and return a row's figures.
 
     seconds: training time that a calibration turns into steps; None takes cfg.num_steps. A run that
-    goes on keeps all of its config. Raises InterruptedError after a checkpoint at SIGINT or
-    SIGTERM, and what Trainer and evaluate raise.
+    goes on keeps all of its config. baselines: as of `evaluate`. Raises InterruptedError after a
+    checkpoint at SIGINT or SIGTERM, and what Trainer and evaluate raise.
     """
     resume = bool(checkpoint.checkpoints(out / "checkpoints"))
     if resume:
@@ -40,15 +42,16 @@ def train_and_measure(cfg: TrainConfig, out: Path, seconds: float | None) -> dic
             f"signal {outcome.signal} at step {outcome.step} of {cfg.num_steps}; the same command "
             "goes on from there"
         )
-    figures, measured = evaluate(out)
+    figures, measured = evaluate(out, baselines=baselines)
     del figures["trained_minus"]  # follows from the hits
     return {
         **training_figures(cfg, read_jsonl(out / "metrics.jsonl")),
         "resumed": resume,
         **figures,
         "hits": {
-            who: {name: pack(values.tolist()) for name, values in measured[who].hits.items()}
-            for who in ("trained", "untrained", "pixels")
+            who: {name: pack(v.tolist()) for name, v in (result.hits | result.nats).items()}
+            for who, result in measured.items()
+            if who != "chance"
         },
     }
 

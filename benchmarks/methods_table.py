@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from m3i_fast.benchmarks.methods_run import unpack
-from m3i_fast.evaluation.statistics import Interval, paired_bootstrap
+from m3i_fast.evaluation.statistics import Interval, paired_bootstrap, paired_bootstrap_of_sums
 
 Row = dict[str, Any]  # of the ledger
 Rows = dict[str, dict[int, Row]]  # method -> seed -> row
@@ -117,7 +117,10 @@ def _minus(
     ]
     if not pairs:
         return None
-    found = paired_bootstrap(*(_item_means(runs) for runs in zip(*pairs, strict=True)))
+    items = [_item_means(runs) for runs in zip(*pairs, strict=True)]
+    if measure in NO_SHARE:
+        return paired_bootstrap_of_sums(*items, lambda sums: sums / len(items[0]))
+    found = paired_bootstrap(*items)
     factor = scale(measure)
     return Interval(factor * found.difference, factor * found.low, factor * found.high)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,20 +35,23 @@ from m3i_fast.storage import write_atomically
 
 
 def evaluate(
-    run: Path, *, split: str = "heldout", batch_size: int = 256
+    run: Path, *, split: str = "heldout", batch_size: int = 256, baselines: bool = True
 ) -> tuple[dict[str, Any], dict[str, Measured]]:
     """Measure the newest checkpoint of `run` and write run/evaluation.json.
 
-    Returns what was written, and every item's hit.
+    baselines: measure the untrained model, raw pixels and chance beside it, which takes longer than
+    the trained one. Returns what was written, and every item's hit.
     """
     cfg = TrainConfig.load(run / "config.json")
-    trained, untrained = load_objective(run, cfg), build_untrained(cfg)
-    measured = measure_all(
-        _features(trained, cfg, split, batch_size), _features(untrained, cfg, split, batch_size)
-    )
-    for who, share in _correspondence(trained, untrained, cfg, split).items():
-        measured[who].hits["patch_correspondence"] = share
-    for who, result in _scenes(trained, untrained, cfg, split, batch_size).items():
+    models = {"trained": load_objective(run, cfg)}
+    if baselines:
+        models["untrained"] = build_untrained(cfg)
+    features = {who: _features(model, cfg, split, batch_size) for who, model in models.items()}
+    measured = measure_all(features["trained"], features.get("untrained"))
+    for who, share in _correspondence(models, cfg, split).items():
+        if who in measured:
+            measured[who].hits["patch_correspondence"] = share
+    for who, result in _scenes(models, measured, cfg, split, batch_size).items():
         measured[who].add_scenes(result)
     figures = compare(measured)
     figures["trained_minus"] = {
@@ -82,7 +85,7 @@ def throughput(run: Path) -> float:
 
 
 def _correspondence(
-    trained: MutualInformation, untrained: MutualInformation, cfg: TrainConfig, split: str
+    models: Mapping[str, MutualInformation], cfg: TrainConfig, split: str
 ) -> dict[str, Tensor]:  # who -> [M] fp64, share of a picture's patches found in another crop
     """Two fresh crops of every held-out concept's picture, the same ones for every run."""
     device = resolve_device(cfg.device)
@@ -90,17 +93,16 @@ def _correspondence(
     settings = LoaderConfig(path=cfg.data.path, split=split, batch_size=1, global_views=views)
     loader = Loader(settings, device_id=0 if device.type == "cuda" else None)
     found: dict[int, dict[str, Tensor]] = {}
-    grid = cfg.vision.grid
     for _ in range(loader.steps_per_epoch):
         batch = next(loader).to(device)
         if int(batch.sample_id) != int(batch.group_id):
             continue  # one picture a concept
         pair = (batch.global_views[0], batch.global_views[1])
         tokens = {
-            "trained": tuple(trained.embed_images(view)[0] for view in pair),
-            "untrained": tuple(untrained.embed_images(view)[0] for view in pair),
-            "pixels": tuple(pixel_tokens(view, grid) for view in pair),
+            who: tuple(model.embed_images(view)[0] for view in pair)
+            for who, model in models.items()
         }
+        tokens["pixels"] = tuple(pixel_tokens(view, cfg.vision.grid) for view in pair)
         shares: dict[str, Tensor] = {}
         for who, (first, second) in tokens.items():
             share, chance, asked = patch_correspondence((first, second), pair, batch.boxes)
@@ -111,13 +113,13 @@ def _correspondence(
     order = sorted(found)
     return {
         who: torch.cat([found[i][who] for i in order]).double().cpu()
-        for who in ("trained", "untrained", "chance", "pixels")
+        for who in (*models, "chance", "pixels")
     }
 
 
 def _scenes(
-    trained: MutualInformation,
-    untrained: MutualInformation,
+    models: Mapping[str, MutualInformation],
+    sources: Container[str],  # whose results are asked for
     cfg: TrainConfig,
     split: str,
     batch_size: int,
@@ -131,13 +133,20 @@ def _scenes(
         ),
         grid=cfg.vision.grid,
     )
+
+    def tokens(model: MutualInformation, views: Tensor) -> Tensor:
+        return model.embed_images(views)[0]
+
     with autocast(cfg.precision, device):
-        return {
-            "trained": probe_scenes(sets, lambda views: trained.embed_images(views)[0], device),
-            "untrained": probe_scenes(sets, lambda views: untrained.embed_images(views)[0], device),
-            "pixels": probe_scenes(sets, partial(patch_pixels, grid=cfg.vision.grid), device),
-            "chance": guess_scenes(sets),
+        results = {
+            who: probe_scenes(sets, partial(tokens, model), device) for who, model in models.items()
         }
+        if "pixels" in sources:
+            pixels = partial(patch_pixels, grid=cfg.vision.grid)
+            results["pixels"] = probe_scenes(sets, pixels, device)
+    if "chance" in sources:
+        results["chance"] = guess_scenes(sets)
+    return results
 
 
 def _features(

@@ -57,11 +57,16 @@ class Measured:
 
 def measure_all(
     trained: tuple[Features, Features],
-    untrained: tuple[Features, Features],
+    untrained: tuple[Features, Features] | None,
     *,
     seed: int = 0,
 ) -> dict[str, Measured]:
-    """Measure both encoders, each given as (training, held-out), raw pixels and chance."""
+    """Measure both encoders, each given as (training, held-out), raw pixels and chance.
+
+    Without the untrained encoder, the trained one alone.
+    """
+    if untrained is None:
+        return {"trained": evaluate_split(*trained, seed=seed)}
     return {
         "trained": evaluate_split(*trained, seed=seed),
         "untrained": evaluate_split(*untrained, seed=seed),

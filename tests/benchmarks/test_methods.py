@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +54,8 @@ def _config(tmp_path: Path, **changes: Any) -> Config:
 
 
 def _run(cfg: Config, method: str) -> Run:
-    return Run(method=method, labelled=1.0, seed=0, budget=cfg.budget, recipe=recipe_digest(method))
+    budget = cfg.budget()
+    return Run(method=method, labelled=1.0, seed=0, budget=budget, recipe=recipe_digest(method))
 
 
 def _rows(cfg: Config) -> list[dict[str, Any]]:
@@ -130,10 +131,10 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = _config(tmp_path, data=data)
-    train, out, seconds = methods._job(cfg, _run(cfg, "m3i"), None)
-    assert seconds == 90 and train.num_threads == 1
-    measured = dict.fromkeys(("trained", "untrained", "pixels"), SimpleNamespace(hits={}))
-    monkeypatch.setattr(methods_run, "evaluate", lambda _: ({"trained_minus": {}}, measured))
+    train, out, seconds, baselines = methods._job(cfg, _run(cfg, "m3i"), None)
+    assert seconds == 90 and train.num_threads == 1 and baselines
+    measured = {"trained": SimpleNamespace(hits={}, nats={})}
+    monkeypatch.setattr(methods_run, "evaluate", lambda *_, **__: ({"trained_minus": {}}, measured))
     monkeypatch.setattr(methods_run, "calibrate", lambda *_: 4)
     step = Trainer.train_step
 
@@ -144,10 +145,10 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stopped)
         with pytest.raises(InterruptedError, match="signal 2 at step 1 of 4; the same command"):
-            train_and_measure(train, out, seconds)
+            train_and_measure(train, out, seconds, False)
     assert not is_trained(out)
     monkeypatch.setattr(methods_run, "calibrate", None)
-    row = train_and_measure(train, out, seconds)
+    row = train_and_measure(train, out, seconds, False)
     assert (row["num_steps"], row["resumed"]) == (4, True)
     assert [logged["step"] for logged in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
     assert is_trained(out) and not is_trained(out / "nothing")
@@ -156,10 +157,11 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
 # ---- What is run, and in which order -------------------------------------------------------------
 
 
-def _in_threads(monkeypatch: pytest.MonkeyPatch, work: Callable[..., dict[str, Any]]) -> None:
+def _in_threads(monkeypatch: pytest.MonkeyPatch, work: Callable[..., Any]) -> None:
     monkeypatch.setattr(methods, "ProcessPoolExecutor", lambda jobs, _: ThreadPoolExecutor(jobs))
     monkeypatch.setattr(methods, "is_dataset", lambda _: True)
     monkeypatch.setattr(methods, "train_and_measure", work)
+    monkeypatch.setattr(methods, "calibrate", work)
 
 
 def test_a_teacher_comes_first_and_its_failure_is_told(
@@ -168,12 +170,13 @@ def test_a_teacher_comes_first_and_its_failure_is_told(
     begun: list[str] = []
     wrong: set[str] = {"supervised", "byol"}
 
-    def work(_: TrainConfig, out: Path, __: float | None) -> dict[str, Any]:
+    def work(_: TrainConfig, out: Path, seconds: float | None, baselines: bool) -> dict[str, Any]:
         method = out.name.split("-")[0]
         begun.append(method)
         if method in wrong:
             raise FloatingPointError("step 1: not finite")
-        return {"num_steps": 5, "hits": dict.fromkeys(("trained", "untrained", "pixels"), {})}
+        assert seconds is None and not baselines
+        return {"num_steps": 5, "hits": {"trained": {}}}
 
     _in_threads(monkeypatch, work)
     cfg = _config(tmp_path, methods="milan,byol,global_distillation,mae", num_steps=5, jobs=1)
@@ -192,14 +195,10 @@ def test_a_teacher_comes_first_and_its_failure_is_told(
     assert run_missing(cfg) == {}
     assert begun.index("supervised") < min(map(begun.index, ("milan", "global_distillation")))
     assert sorted(begun) == ["byol", "global_distillation", "milan", "supervised"]
-    run_missing(replace(cfg, methods="m3i"))
-    sources = {row["method"]: list(row["hits"]) for row in _rows(cfg)}
-    assert sources.pop("m3i") == ["trained", "untrained", "pixels"]
-    assert all(of == ["trained"] for of in sources.values())
-    with pytest.raises(RuntimeError, match=r"m3i-1-0-5_steps-\w+: FloatingPointError: step 1"):
-        wrong.add("m3i")
+    with pytest.raises(RuntimeError, match=r"mae-1-0-5_steps-\w+: FloatingPointError: step 1"):
+        wrong.add("mae")
         main(
-            ["--num-steps", "5", "--methods", "m3i", "--jobs", "1", "--out", str(cfg.out)]
+            ["--num-steps", "5", "--methods", "mae", "--jobs", "1", "--out", str(cfg.out)]
             + ["--data", str(tmp_path), "--ledger", str(tmp_path / "other")]
         )
 
@@ -211,8 +210,42 @@ def test_a_teacher_without_weights_is_run_again_with_its_steps(tmp_path: Path) -
     figures = {**{name: getattr(teacher, name) for name in Run.__slots__}, "num_steps": 321}
     append_row(SUBJECT, figures, command="test", folder=cfg.ledger)
     assert methods._missing(cfg) == {teacher: 321, _run(cfg, "milan"): None}
-    train, out, seconds = methods._job(cfg, teacher, 321)
-    assert (train.num_steps, out, seconds) == (321, cfg.out / teacher.name, None)
+    train, *rest = methods._job(cfg, teacher, 321)
+    assert train.num_steps == 321 and rest == [cfg.out / teacher.name, None, False]
+
+
+def test_steps_follow_from_a_row_or_from_one_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = _config(tmp_path, methods="m3i,clip", growth=True, seeds="0,3", seconds=30)
+    known = {**asdict(_run(cfg, "m3i")), "num_steps": 60}
+    append_row(SUBJECT, known, command="test", folder=cfg.ledger)
+    todo = methods._missing(cfg)
+    of = {(run.method, run.seed, run.budget.split()[0]): steps for run, steps in todo.items()}
+    expected = {"10": 20, "30": 60, "90": 180, "270": 540}
+    assert {key[2]: n for key, n in of.items() if key[:2] == ("m3i", 3)} == expected
+    assert {key[2]: n for key, n in of.items() if key[:2] == ("m3i", 0)} == {
+        seconds: steps for seconds, steps in expected.items() if seconds != "30"
+    }
+    assert {n for key, n in of.items() if key[0] == "clip"} == {None}
+
+    asked: list[TrainConfig] = []
+
+    def calibrate(train: TrainConfig, seconds: float) -> int:
+        asked.append(train)
+        return round(7 * seconds)
+
+    _in_threads(monkeypatch, calibrate)
+    todo = methods._calibrated(cfg, todo)
+    assert len(asked) == 1 and [t.name for t in asked[0].objective.active_terms] == ["caption"]
+    steps = {run.seconds: n for run, n in todo.items() if run.method == "clip"}
+    assert steps == {10: 70, 30: 210, 90: 630, 270: 1890}
+
+    waiting = replace(cfg, methods="milan", growth=False, seeds="0")
+    asked.clear()
+    todo = methods._calibrated(waiting, methods._missing(waiting))
+    assert {run.method: n for run, n in todo.items()} == {"supervised": 210, "milan": None}
+    assert len(asked) == 1  # milan's teacher is not trained yet
 
 
 def test_every_run_is_planned_once(tmp_path: Path) -> None:
@@ -222,7 +255,7 @@ def test_every_run_is_planned_once(tmp_path: Path) -> None:
     assert len({run.name for run in planned}) == len(planned) == 2 * len(METHODS)
     assert {(run.labelled, run.budget) for run in planned} == {(1.0, "7 steps")}
 
-    assert replace(cfg, num_steps=None, seconds=1.5).budget == "1.5 s on 1 thread"
+    assert replace(cfg, num_steps=None, seconds=1.5).budget() == "1.5 s on 1 thread"
     ablations = list(methods._planned(replace(cfg, ablations=True, seeds="0")))
     assert len({run.name for run in ablations}) == len(ablations)
     of = {share: {r.method for r in ablations if r.labelled == share} for share in SHARES}
@@ -233,11 +266,19 @@ def test_every_run_is_planned_once(tmp_path: Path) -> None:
 def test_there_is_a_table_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--ablations", "--table-only", "--num-steps", "7", "--ledger", str(tmp_path)])
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split(" % ")[0] for line in shown if line] == [
-        f"7 steps a run, {share}" for share in (100, 50, 10, 1)
+    assert [line.split(":")[0] for line in shown if line] == [
+        f"7 steps a run, classes of {share} % of the concepts, captions of {share} %"
+        for share in (100, 50, 10, 1)
     ]
-    assert ["thirds" in line for line in shown if line] == [False, True, True, True]
+    main(["--growth", "--table-only", "--num-steps", "9", "--ledger", str(tmp_path)])
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(" steps")[0] for line in shown if line] == ["3", "9", "27", "81"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ablations_do_not_grow() -> None:
+    with pytest.raises(ValueError, match="ablations, growth: expected one of them at most"):
+        Config(ablations=True, growth=True)
 
 
 @pytest.mark.parametrize(
