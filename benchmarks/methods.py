@@ -54,6 +54,8 @@ SUBJECT = "methods"
 TEACHER = "supervised"
 CHECKPOINT_EVERY = 100  # steps; what a run that is killed loses at most
 
+Pace = tuple[str, str, str]
+
 console = Console(stderr=True)
 logger = logging.getLogger(__name__)
 
@@ -169,7 +171,7 @@ class Run:
         return None if self.num_steps else float(self.budget.partition(" s on ")[0])
 
     @property
-    def pace(self) -> tuple[str, str, str]:
+    def pace(self) -> Pace:
         """What all runs that take a step in the same time have in common."""
         return self.method, self.recipe, self.budget.partition(" on ")[2]
 
@@ -273,7 +275,7 @@ def _missing(cfg: Config) -> dict[Run, int | None]:
     A teacher that has a row but no weights here is run once more, with as many steps.
     """
     done = {run: row["figures"]["num_steps"] for run, row in _finished(cfg.ledger)}
-    rates: dict[tuple[str, ...], float] = {}
+    rates: dict[Pace, float] = {}
     for run, num_steps in done.items():
         if run.seconds is not None:
             rates.setdefault(run.pace, num_steps / run.seconds)
@@ -288,7 +290,7 @@ def _missing(cfg: Config) -> dict[Run, int | None]:
     return todo
 
 
-def _steps(run: Run, rates: dict[tuple[str, ...], float]) -> int | None:
+def _steps(run: Run, rates: dict[Pace, float]) -> int | None:
     """rates: pace -> steps a second."""
     if run.seconds is None:
         return run.num_steps
@@ -300,7 +302,7 @@ def _calibrated(cfg: Config, todo: dict[Run, int | None]) -> dict[Run, int | Non
 
     What waits for its teacher to be trained is calibrated then, and what fails here fails there.
     """
-    unknown: dict[tuple[str, ...], Run] = {}
+    unknown: dict[Pace, Run] = {}
     for run, num_steps in todo.items():
         if num_steps is None and run.teacher not in todo:
             unknown.setdefault(run.pace, run)
@@ -311,15 +313,13 @@ def _calibrated(cfg: Config, todo: dict[Run, int | None]) -> dict[Run, int | Non
         ProcessPoolExecutor(cfg.jobs, multiprocessing.get_context("spawn")) as pool,
     ):
         jobs = {
-            run: pool.submit(calibrate, _job(cfg, run, None)[0], run.seconds)
+            run: pool.submit(calibrate, _job(cfg, run, None)[0], cfg.seconds)
             for run in unknown.values()
         }
         for _ in bar.track(as_completed(jobs.values()), len(jobs), description="calibrations"):
             pass
     rates = {
-        run.pace: job.result() / (run.seconds or 1)
-        for run, job in jobs.items()
-        if job.exception() is None
+        run.pace: job.result() / cfg.seconds for run, job in jobs.items() if job.exception() is None
     }
     return {run: steps or _steps(run, rates) for run, steps in todo.items()}
 

@@ -117,10 +117,10 @@ def _minus(
     ]
     if not pairs:
         return None
-    items = [_item_means(runs) for runs in zip(*pairs, strict=True)]
+    ours_mean, theirs_mean = (_item_means(runs) for runs in zip(*pairs, strict=True))
     if measure in NO_SHARE:
-        return paired_bootstrap_of_sums(*items, lambda sums: sums / len(items[0]))
-    found = paired_bootstrap(*items)
+        return paired_bootstrap_of_sums(ours_mean, theirs_mean, lambda sums: sums / len(ours_mean))
+    found = paired_bootstrap(ours_mean, theirs_mean)
     factor = scale(measure)
     return Interval(factor * found.difference, factor * found.low, factor * found.high)
 
