@@ -12,6 +12,7 @@ import tyro
 
 from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.optim import OptimConfig
+from m3i_fast.engine.parallel import ParallelConfig
 from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
@@ -37,6 +38,7 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast of the forward pass; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere."""
     compile: bool = False

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from m3i_fast.engine.parallel import local
 from m3i_fast.engine.schedules import cosine
 
 
@@ -34,8 +35,9 @@ class EmaConfig:
 def update_ema(average: nn.Module, online: nn.Module, momentum: float) -> None:
     """average <- momentum * average + (1 - momentum) * online, in place.
 
-    Over all parameters; buffers are copied.
+    Over all parameters; buffers are copied. Where weights are spread over ranks, each rank averages
+    what it holds: both are spread alike.
     """
-    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1.0 - momentum)
+    torch._foreach_lerp_(local(average.parameters()), local(online.parameters()), 1.0 - momentum)
     for target, source in zip(average.buffers(), online.buffers(), strict=True):
         target.copy_(source)

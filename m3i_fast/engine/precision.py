@@ -19,9 +19,15 @@ def resolve_device(requested: str) -> torch.device:
     return torch.device(requested)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """The forward pass's autocast. auto is bf16 on a GPU that has it, fp32 elsewhere."""
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Of matrix products. auto is bf16 on a GPU that has it, fp32 elsewhere."""
     if precision == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bf16" if has_bf16 else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """The forward pass's autocast, to `compute_dtype`."""
+    low = compute_dtype(precision, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig, differences
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.optim import build_optimizer, set_schedules
-from m3i_fast.engine.precision import autocast, resolve_device
+from m3i_fast.engine.parallel import (
+    StopFlag,
+    average_whole,
+    distribute,
+    gradient_norm,
+    join_world,
+    local,
+)
+from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
+from m3i_fast.engine.step import StepForward, blocks_of
 from m3i_fast.engine.teacher import load_teacher
-from m3i_fast.models.blocks import Block
-from m3i_fast.models.deformable import InternImageLayer
-from m3i_fast.objectives.mixing import draw_mix, step_seed
+from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.observe.environment import environment
@@ -62,63 +69,69 @@ class Trainer:
         resume: bool = False,
         stop_on_collapse: bool = False,
     ) -> None:
-        _expect_one_process()
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
+        self.world = join_world(resolve_device(cfg.device))
+        self.device, rank = self.world.device, self.world.rank
+        self.seed = step_seed(cfg.seed, -rank) if rank else cfg.seed
         self.checkpoint_dir = run_dir / "checkpoints"
         saved = self._find_checkpoint() if resume else None
         if not resume and self._config_path.exists():
             raise FileExistsError(
                 f"{run_dir} holds a run already: add --resume to continue it, or name another --out"
             )
-        self.device = resolve_device(cfg.device)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
-        self.loader = Loader(cfg.data, device_id=0 if self.device.type == "cuda" else None)
+        self.loader = self._build_loader()
         self._check_data()
         torch.manual_seed(cfg.seed)
         with self.device:
-            self.objective = build_objective(cfg)
+            self.objective = build_objective(cfg, self.world.group)
+        self.mesh = self.world.mesh(cfg.parallel)
+        self.model = distribute(
+            StepForward(self.objective),
+            blocks_of(self.objective),
+            self.mesh,
+            self.world,
+            compute_dtype=compute_dtype(cfg.precision, self.device),
+        )
         self.optimizer = build_optimizer(cfg.optim, self.objective)
         self.lr = cfg.optim.lr_schedule(cfg.num_steps)
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
-        if saved is None:  # nothing is written before all of the above has worked
+        self.world.wait_for_all()  # every rank has seen what was there before this run
+        if saved is not None:
+            self._restore(saved)
+        elif self.world.is_main:  # nothing is written before all of the above has worked
             run_dir.mkdir(parents=True, exist_ok=True)
             environment().save(run_dir / "env.json")
             cfg.save(self._config_path)
-        else:
-            self._restore(saved)
         self.timer = StageTimer(self.device)
-        self.means = DeviceMeans()
+        self.means = DeviceMeans(self.world.mean)
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
-        self._signal: int | None = None
+        self._stop = StopFlag(self.world)
+
+    def draw_mix(self, batch: Batch) -> Mix:
+        """What this step mixes, hides and asks on this rank."""
+        return draw_mix(
+            self.cfg.objective.mixing,
+            batch_size=batch.batch_size,
+            grid=self.cfg.vision.grid,
+            context_length=batch.token_ids.shape[1],
+            seed=self.seed,
+            step=self.step,
+            num_steps=self.cfg.num_steps,
+        ).to(self.device)
 
     def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
         """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing."""
         cfg, stage, step = self.cfg, self.timer.stage, self.step
         # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
-        torch.manual_seed(step_seed(cfg.seed, step))
+        torch.manual_seed(step_seed(self.seed, step))
         set_schedules(self.optimizer, lr=self.lr[step], weight_decay=self.weight_decay[step])
-        mix = draw_mix(
-            cfg.objective.mixing,
-            batch_size=batch.batch_size,
-            grid=cfg.vision.grid,
-            context_length=batch.token_ids.shape[1],
-            seed=cfg.seed,
-            step=step,
-            num_steps=cfg.num_steps,
-        ).to(self.device)
+        mix, measure = self.draw_mix(batch), self.objective.balance.due(step)
         with autocast(cfg.precision, self.device):
-            with stage("target"):
-                targets = self.objective.encode_targets(batch, mix)
-            with stage("encoder"):
-                encoded = self.objective.encode_inputs(batch, mix)
-            with stage("loss"):
-                measure = self.objective.balance.due(step)
-                loss, metrics = self.objective(
-                    encoded, targets, batch, mix, monitor=monitor, measure=measure
-                )
+            loss, metrics = self.model(batch, mix, stage, monitor=monitor, measure=measure)
         with stage("backward"):
             loss.backward()
         with stage("optim"):
@@ -132,22 +145,20 @@ class Trainer:
         return metrics
 
     def train(self, progress: Progress = lambda step, values: None) -> Outcome:
-        """Train to num_steps, or until SIGINT or SIGTERM.
+        """Train to num_steps, or until SIGINT or SIGTERM of any rank.
 
         Either way a checkpoint of the last step is written.
         """
         cfg = self.cfg
-        sinks: list[Sink] = [
-            JsonlSink(self.run_dir / "metrics.jsonl", start_step=self.step),
-            TensorBoardSink(self.run_dir / "tensorboard", start_step=self.step),
-        ]
+        sinks = self._sinks()
+        stopped: int | None = None
         previous = {
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         began, began_step = time.perf_counter(), self.step
         try:
-            while self.step < cfg.num_steps and self._signal is None:
+            while self.step < cfg.num_steps and stopped is None:
                 log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
                 with self.timer.stage("data"):
                     batch = next(self.loader).to(self.device)
@@ -162,6 +173,8 @@ class Trainer:
                     self._heed_collapse(values)
                 if self.step % cfg.checkpoint_every == 0:
                     self.save()
+                stopped = self._stop.agreed()
+            self._stop.wait()
             self.save()
         finally:
             for number, handler in previous.items():
@@ -169,7 +182,16 @@ class Trainer:
             for sink in sinks:
                 sink.close()
             self.loader.close()
-        return Outcome(self.step, self._signal)
+        return Outcome(self.step, stopped)
+
+    def _sinks(self) -> list[Sink]:
+        """Of the first rank; the others' figures are in the means."""
+        if not self.world.is_main:
+            return []
+        return [
+            JsonlSink(self.run_dir / "metrics.jsonl", start_step=self.step),
+            TensorBoardSink(self.run_dir / "tensorboard", start_step=self.step),
+        ]
 
     def save(self) -> None:
         """Write a checkpoint, unless a loss since the last read was not finite."""
@@ -194,20 +216,42 @@ class Trainer:
             )
 
     def _clip(self) -> Tensor:
-        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        if self.mesh is not None:
+            average_whole(self.objective.parameters(), self.world)
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        norm = gradient_norm(gradients, self.mesh)
         bound = self.cfg.optim.clip_grad_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(parameters, bound, foreach=True)
+        torch._foreach_mul_(local(gradients), (bound / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def _read_metrics(self, seconds: float, num_steps: int) -> dict[str, float]:
         values = self.means.read()
         check_finite(values, self.step)
         self.means.reset()
+        for name in values:
+            if name.startswith("members/"):
+                values[name] *= self.world.size
         values["optim/lr"] = float(self.lr[self.step - 1])
         values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
         values["throughput/img_s"] = num_steps * self.cfg.data.batch_size / seconds
         if self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values | self.timer.read()
+
+    def _build_loader(self) -> Loader:
+        """This rank's share of the data and of each batch."""
+        size, num_ranks = self.cfg.data.batch_size, self.world.size
+        if size % num_ranks:
+            raise ValueError(
+                f"data.batch_size: expected a multiple of the {num_ranks} ranks, got {size}"
+            )
+        self.cfg.objective.mixing.check_batch(size // num_ranks)
+        return Loader(
+            replace(self.cfg.data, batch_size=size // num_ranks),
+            shard_id=self.world.rank,
+            num_shards=num_ranks,
+            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+        )
 
     @property
     def _config_path(self) -> Path:
@@ -249,20 +293,15 @@ class Trainer:
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:
-        if self._signal is not None:
+        if self._stop.signal is not None:
             raise KeyboardInterrupt
-        self._signal = number
+        self._stop.signal = number
         logger.warning("signal %d: finishing the step and saving; once more stops at once", number)
 
 
-def _expect_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"WORLD_SIZE: expected 1, one process on one device, got {os.environ['WORLD_SIZE']}"
-        )
-
-
-def build_objective(cfg: TrainConfig) -> MutualInformation:
+def build_objective(
+    cfg: TrainConfig, process_group: dist.ProcessGroup | None = None
+) -> MutualInformation:
     """The model of a run, with its blocks compiled where the config says so."""
     teacher = None
     if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
@@ -274,9 +313,10 @@ def build_objective(cfg: TrainConfig) -> MutualInformation:
         text=cfg.text,
         num_classes=cfg.num_classes,
         teacher=teacher,
+        process_group=process_group,
     )
     if cfg.compile:
-        blocks = [m for m in objective.modules() if isinstance(m, Block | InternImageLayer)]
+        blocks = blocks_of(objective)
         # Blocks share one cache of graphs; it needs one for each rate of stochastic depth, size of
         # view and mode, and with fullgraph the ninth would be an error.
         limit = torch._dynamo.config.recompile_limit

@@ -227,6 +227,7 @@ def _dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) ->
         gaussian,
         sigma=cfg.sigma,
         normalise=term.target == "features",  # pixels are normalised by their own statistics
+        process_group=group,
         decorrelation_weight=(
             cfg.decorrelation_weight if term.regulariser == "decorrelation" else 0.0
         ),

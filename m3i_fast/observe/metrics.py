@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -69,9 +69,13 @@ def read_jsonl(path: Path) -> list[dict[str, float]]:
 
 
 class DeviceMeans:
-    """Running means of scalar tensors, on their device until `read` copies all at once."""
+    """Running means of scalar tensors, on their device until `read` copies all at once.
 
-    def __init__(self) -> None:
+    over_ranks: replaces a tensor by its mean over the ranks, all of which read at the same steps.
+    """
+
+    def __init__(self, over_ranks: Callable[[Tensor], Tensor] = lambda values: values) -> None:
+        self._over_ranks = over_ranks
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -85,7 +89,7 @@ class DeviceMeans:
         """Means since the last `reset`. The one host synchronisation."""
         if not self._sums:
             return {}
-        sums = torch.stack(list(self._sums.values())).tolist()
+        sums = self._over_ranks(torch.stack(list(self._sums.values()))).tolist()
         return {
             name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)
         }

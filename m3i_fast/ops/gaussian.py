@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from m3i_fast.ops.library import contiguous, m3i
@@ -124,6 +125,7 @@ def gaussian(
     normalise: bool = False,
     eps: float = 1e-5,
     decorrelation_weight: float = 0.0,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
     """-log N(t; z_hat, sigma^2 I) a dimension, without its constant: the dense terms of M3I.
 
@@ -152,6 +154,8 @@ def gaussian(
         normalise: layer-norm z.
         eps: added to the variance, positive.
         decorrelation_weight: of the second term; 0 leaves it out.
+        process_group: C is the mean over the rows of all its ranks, of which each must call this
+            with as many rows; the value is that of the own rows. The product p C is then kept.
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
@@ -160,12 +164,24 @@ def gaussian(
     """
     if z.requires_grad:
         raise ValueError("z: expected a target without gradient, got requires_grad; detach it")
-    value: Tensor = m3i.gaussian.default(
-        contiguous("gaussian", "z_hat", z_hat),
-        contiguous("gaussian", "z", z),
-        sigma,
-        normalise,
-        eps,
-        decorrelation_weight,
-    )[0]
-    return value
+    z_hat, z = contiguous("gaussian", "z_hat", z_hat), contiguous("gaussian", "z", z)
+    options = sigma, normalise, eps
+    if process_group is None or not decorrelation_weight:
+        value: Tensor = m3i.gaussian.default(z_hat, z, *options, decorrelation_weight)[0]
+        return value
+    with torch.no_grad():
+        covariance = m3i.gaussian.default(z_hat, z, *options, decorrelation_weight)[3]
+    covariance = _mean_over_ranks(covariance, process_group).to(z_hat.dtype)
+    fit: Tensor = m3i.gaussian.default(z_hat, z, *options, 0.0)[0]
+    rows = z_hat.flatten(0, -2)
+    if not len(rows):
+        return fit
+    spread = (rows @ covariance).to(fit.dtype).mul(rows).sum()
+    return fit + decorrelation_weight / rows.numel() * spread
+
+
+def _mean_over_ranks(covariance: Tensor, group: dist.ProcessGroup) -> Tensor:  # [D, D]
+    """In float32 at least."""
+    wide = covariance if covariance.dtype == torch.float64 else covariance.float()
+    dist.all_reduce(wide, group=group)
+    return wide / dist.get_world_size(group)

@@ -21,6 +21,7 @@ from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
 from m3i_fast.pipelines.batch import Batch
+from tests.objectives.ranks import joined, part
 from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, VISION, make_batch
 
 RANKS, B = 2, 4
@@ -37,18 +38,15 @@ CHOSEN = (
     "unigrad",
     "dino",
     "msn",
+    "siameseim",
     "m3i",
 )
 
 
 def _config(name: str) -> ObjectiveConfig:
     method = METHODS[name]
-    plain = (  # the decorrelation term is of one rank's rows
-        replace(t, regulariser="stop_gradient") if t.regulariser == "decorrelation" else t
-        for t in method.terms
-    )
     return ObjectiveConfig(
-        terms=tuple(plain),
+        terms=method.terms,
         mixing=MixingConfig(mode=method.mode, mask_block=1),
         decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
         projector=ProjectorConfig(hidden_dim=16, output_dim=8, predictor_hidden_dim=8),
@@ -75,50 +73,9 @@ def _batch() -> Batch:
     )
 
 
-def _part(batch: Batch, rank: int) -> Batch:
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor[rank * B : (rank + 1) * B]
-
-    return Batch(
-        global_views=tuple(map(rows, batch.global_views)),
-        local_views=tuple(map(rows, batch.local_views)),
-        boxes=rows(batch.boxes),
-        image_size=rows(batch.image_size),
-        token_ids=rows(batch.token_ids),
-        num_tokens=rows(batch.num_tokens),
-        label=rows(batch.label),
-        sample_id=rows(batch.sample_id),
-        group_id=rows(batch.group_id),
-    )
-
-
 def _mix(cfg: ObjectiveConfig, rank: int) -> Mix:
     return draw_mix(
         cfg.mixing, batch_size=B, grid=4, context_length=6, seed=rank, step=0, num_steps=1
-    )
-
-
-def _joined(mixes: list[Mix]) -> Mix:
-    """One process's inputs: those of all ranks; images by place in the input, then by rank."""
-    num_images = mixes[0].members.shape[1]
-
-    def by_image(name: str, offset: int = 0) -> Tensor:
-        parts = [
-            (getattr(mix, name) + offset * rank).unflatten(0, (num_images, -1))
-            for rank, mix in enumerate(mixes)
-        ]
-        return torch.cat(parts, 1).flatten(0, 1)
-
-    return replace(
-        mixes[0],
-        members=torch.cat([mix.members + B * rank for rank, mix in enumerate(mixes)]),
-        choice=torch.cat([mix.choice for mix in mixes]),
-        sample=by_image("sample", B),
-        token_index=by_image("token_index"),
-        own_query=by_image("own_query"),
-        other_query=by_image("other_query"),
-        token_priority=torch.cat([mix.token_priority for mix in mixes]),
-        num_asked=sum(mix.num_asked for mix in mixes),
     )
 
 
@@ -138,7 +95,7 @@ def _work(rank: int, folder: Path) -> None:
     for name in CHOSEN:
         cfg = _config(name)
         model = _model(cfg, dist.group.WORLD)
-        found = _gradients(model, _part(_batch(), rank), _mix(cfg, rank))
+        found = _gradients(model, part(_batch(), rank, RANKS), _mix(cfg, rank))
         torch.save(found, folder / f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -153,8 +110,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_two_ranks_equal_one_process(name: str, ranks: Path) -> None:
     cfg = _config(name)
-    joined = _joined([_mix(cfg, rank) for rank in range(RANKS)])
-    expected = _gradients(_model(cfg, None), _batch(), joined)
+    together = joined([_mix(cfg, rank) for rank in range(RANKS)])
+    expected = _gradients(_model(cfg, None), _batch(), together)
     of_ranks = [torch.load(ranks / f"{name}-{r}.pt", weights_only=True) for r in range(RANKS)]
     largest = max(float(value.abs().max()) for value in expected.values())
     for parameter, value in expected.items():

@@ -1,0 +1,202 @@
+"""Several processes that train one model: who they are, what each holds, what they agree on.
+
+One optimiser step is the same whatever the number of ranks and however state is spread: every
+rank's gradient is the mean over ranks, every rank sees the loss of the whole batch.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    shard: int = 1
+    """Ranks that weights, gradients, moments and averages are spread over. 1: every rank holds all
+    (DDP); -1: all ranks (FSDP2); between: as many groups of so many ranks (HSDP)."""
+
+    def __post_init__(self) -> None:
+        if self.shard < 1 and self.shard != -1:
+            raise ValueError(f"parallel.shard: expected -1 or >= 1, got {self.shard}")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of a run, as one of them sees it."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """All ranks; None where there is one process."""
+    control: dist.ProcessGroup | None = None
+    """All ranks over gloo: small numbers of the host, for which no device is waited for."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Over the ranks, in place; no rank waits for its device."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+            values /= self.size
+        return values
+
+    def wait_for_all(self) -> None:
+        """Until every rank has come here."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def gather(self, value: object) -> list[object]:
+        """Every rank's picklable value, in the order of the ranks."""
+        if self.control is None:
+            return [value]
+        found: list[object] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def mesh(self, cfg: ParallelConfig) -> DeviceMesh | None:
+        """(replicate, shard), or None where every rank holds all.
+
+        Raises ValueError where the ranks cannot be dealt into groups of parallel.shard.
+        """
+        shard = self.size if cfg.shard == -1 else cfg.shard
+        if self.size % shard:
+            raise ValueError(
+                f"parallel.shard: expected a divisor of the {self.size} ranks, got {cfg.shard}"
+            )
+        if shard == 1:
+            return None
+        sizes = (self.size // shard, shard)
+        return init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+
+
+def join_world(device: torch.device) -> World:
+    """The world that torchrun describes in the environment, one process without it.
+
+    Initialises torch.distributed unless that has been done: NCCL on GPUs, one a process, gloo on
+    CPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
+        return World(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    group = dist.group.WORLD
+    assert group is not None
+    control = dist.new_group(backend="gloo") if device.type == "cuda" else group
+    return World(device, dist.get_rank(), dist.get_world_size(), group, control)
+
+
+def distribute(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh | None,
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+) -> nn.Module:
+    """`model` as the ranks run it; its forward is what gradients are reduced by.
+
+    blocks: what is gathered at a time, where weights are spread. Scalars stay whole: FSDP2 does not
+    split them, and `average_whole` reduces their gradients.
+    """
+    if world.group is None:
+        return model
+    if mesh is None:
+        with warnings.catch_warnings():  # torch 2.13 has another name that 2.10 does not know
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return DistributedDataParallel(
+                model,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                broadcast_buffers=False,  # statistics are of all ranks already
+                gradient_as_bucket_view=True,
+            )
+    if mesh["replicate"].size() == 1:
+        mesh = mesh["shard"]
+    low = compute_dtype != torch.float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if low else None,
+        reduce_dtype=torch.float32 if low else None,
+        cast_forward_inputs=False,
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    scalars = {p for p in model.parameters() if p.ndim == 0}
+    return fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=scalars)
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of each."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Mean over ranks of the gradients of what is held whole, where all else is spread."""
+    gradients = [
+        p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)
+    ]
+    if gradients and world.group is not None:
+        flat = world.mean(torch.cat([g.reshape(-1) for g in gradients]))
+        for gradient, mean in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def gradient_norm(gradients: Sequence[Tensor], mesh: DeviceMesh | None) -> Tensor:  # [] fp32
+    """Of all of them together, the parts of other ranks included."""
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    parts = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+    norms = [torch.nn.utils.get_total_norm(whole, foreach=True)] if whole else []
+    if parts:
+        assert mesh is not None
+        square = torch.nn.utils.get_total_norm(parts, foreach=True).square()
+        dist.all_reduce(square, group=mesh["shard"].get_group())
+        norms.append(square.sqrt())
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+class StopFlag:
+    """A signal that one rank received, heeded by all of them after the same step."""
+
+    def __init__(self, world: World) -> None:
+        self.signal: int | None = None
+        self._world = world
+        self._asked: tuple[Tensor, dist.Work] | None = None
+
+    def agreed(self) -> int | None:
+        """What any rank had when all last called this, and asks anew; nobody waits for it."""
+        group = self._world.control
+        if group is None:
+            return self.signal
+        found = self.wait()
+        value = torch.tensor([self.signal or 0])
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, group=group, async_op=True)
+        assert work is not None
+        self._asked = value, work
+        return found
+
+    def wait(self) -> int | None:
+        """The answer to what was last asked."""
+        if self._asked is None:
+            return None
+        value, work = self._asked
+        work.wait()
+        self._asked = None
+        return int(value) or None

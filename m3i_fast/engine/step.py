@@ -1,0 +1,40 @@
+"""The forward pass of one training step as a module, so that ranks reduce its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+
+from m3i_fast.models.blocks import Block
+from m3i_fast.models.deformable import InternImageLayer
+from m3i_fast.objectives.mixing import Mix
+from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.pipelines.batch import Batch
+
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+class StepForward(nn.Module):
+    """Targets, inputs, objective."""
+
+    def __init__(self, objective: MutualInformation) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(
+        self, batch: Batch, mix: Mix, stage: Stage, *, monitor: bool, measure: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the metrics of `MutualInformation`, each part in its stage."""
+        with stage("target"):
+            targets = self.objective.encode_targets(batch, mix)
+        with stage("encoder"):
+            encoded = self.objective.encode_inputs(batch, mix)
+        with stage("loss"):
+            return self.objective(encoded, targets, batch, mix, monitor=monitor, measure=measure)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What repeats: compiled, gathered and recomputed as one."""
+    return [m for m in model.modules() if isinstance(m, Block | InternImageLayer)]
