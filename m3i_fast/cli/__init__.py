@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import sys
 
 from rich.console import Console
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             + nearest(verb, list(VERBS))
         )
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=console, show_path=False)],
     )

@@ -18,11 +18,13 @@ from rich.progress import (
 
 from m3i_fast.cli import console, nearest, refuse
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine.parallel import leave_world
 from m3i_fast.engine.trainer import Outcome, Trainer
 from m3i_fast.recipes import recipes
 
 USAGE = """\
-usage: m3i-fast train RECIPE [--out DIR] [--resume] [--stop-on-collapse] [--field value ...]
+usage: [torchrun --nproc-per-node N -m] m3i_fast.cli train RECIPE ...
+       m3i-fast train RECIPE [--out DIR] [--resume] [--stop-on-collapse] [--field value ...]
        m3i-fast train --config FILE [...]
 """
 
@@ -61,12 +63,15 @@ def main(argv: list[str]) -> int:
         args=rest,
         config=(tyro.conf.CascadeSubcommandArgs,),  # --field may stand after data.local-views:...
     )
-    outcome = run(
-        command.config,
-        command.out,
-        resume=command.resume,
-        stop_on_collapse=command.stop_on_collapse,
-    )
+    try:
+        outcome = run(
+            command.config,
+            command.out,
+            resume=command.resume,
+            stop_on_collapse=command.stop_on_collapse,
+        )
+    finally:
+        leave_world()
     if outcome.signal is not None:
         console.print(
             f"stopped and saved at step {outcome.step}: add --resume to continue {command.out}"
@@ -80,6 +85,7 @@ def run(
 ) -> Outcome:
     """Train with a progress bar: steps, images a second, time left, loss."""
     trainer = Trainer(config, out, resume=resume, stop_on_collapse=stop_on_collapse)
+    quiet = not trainer.world.is_main  # the ranks share a terminal
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -88,7 +94,7 @@ def run(
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task("training", total=config.num_steps, completed=trainer.step, figures="")
 
         def show(step: int, values: dict[str, float]) -> None:

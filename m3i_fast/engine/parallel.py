@@ -103,6 +103,12 @@ def join_world(device: torch.device) -> World:
     return World(device, dist.get_rank(), dist.get_world_size(), group, control)
 
 
+def leave_world() -> None:
+    """Undo `join_world`, so that a process ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def distribute(
     model: nn.Module,
     blocks: Sequence[nn.Module],

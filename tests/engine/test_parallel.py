@@ -18,6 +18,7 @@ from tests.engine.parallel_work import Case, run, work
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
 # Batch norms, queues, centres, prototypes, terms without an EMA encoder.
 OTHERS = ("moco_v3", "byol", "dino", "mae", "densecl", "siglip")
+BATCH_NORMS = ("moco_v3", "byol")
 Found = dict[str, Tensor]
 
 
@@ -76,8 +77,9 @@ def _worst(ours: Found, theirs: Found, kind: str) -> float:
     """
     assert ours.keys() == theirs.keys()
     rounding = {
-        name.replace("gradient/", "state/")
+        f"state/{prefix}{name.removeprefix('gradient/')}"
         for name, value in theirs.items()
+        for prefix in ("", "target_encoder.")  # whose average follows
         if name.startswith("gradient/") and float(value.abs().max()) < 1e-12
     }
     errors = [
@@ -100,8 +102,10 @@ def test_ranks_equal_one_process(
     """M3I over twenty steps, with two terms whose softmax is over all ranks' rows; others."""
     one, found = _compared(ranks, dataset, num_ranks, name, tmp_path)
     for of_rank in found:
-        for kind in ("gradient/", "norm", "losses", "state/"):
+        for kind in ("gradient/", "norm", "losses"):
             assert _worst(of_rank, one, kind) < 1e-10, kind
+        # What AdamW makes of rounding is in the means of the batch norms behind it.
+        assert _worst(of_rank, one, "state/") < (1e-9 if name in BATCH_NORMS else 1e-10)
 
 
 @pytest.mark.parametrize("shard", [1, -1])
