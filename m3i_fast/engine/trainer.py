@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig, differences
 from m3i_fast.engine import checkpoint
+from m3i_fast.engine.chunks import chunk
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import (
@@ -323,6 +324,8 @@ def build_objective(
         torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
+    if cfg.parallel.chunk:
+        chunk(objective, cfg.parallel.chunk)
     return objective
 
 

@@ -31,6 +31,7 @@ class Case:
     shard: int
     num_steps: int = 3
     double: bool = True
+    chunk: int = 0
 
 
 def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
     """
     cfg = replace(case.cfg, num_steps=case.num_steps, num_threads=1)
     if rank is not None:
-        cfg = replace(cfg, parallel=ParallelConfig(shard=case.shard))
+        cfg = replace(cfg, parallel=ParallelConfig(shard=case.shard, chunk=case.chunk))
     with _double() if case.double else nullcontext():
         whole = Loader(cfg.data)
         trainer = Trainer(cfg, folder / case.name)

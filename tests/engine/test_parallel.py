@@ -41,6 +41,7 @@ def _cases(dataset: Path) -> dict[int, list[Case]]:
         2: [
             *(Case(f"m3i, shard {s}", m3i, s, num_steps=20) for s in (1, -1)),
             *(Case(f"m3i in fp32, shard {s}", m3i, s, 20, double=False) for s in (1, -1)),
+            *(Case(f"m3i by chunks, shard {s}", m3i, s, chunk=3) for s in (1, -1)),
             *(Case(name, _config(dataset, demo_method(name)), -1) for name in OTHERS),
         ],
         4: [Case(f"m3i, shard {s}", m3i, s, num_steps=20) for s in (2, -1)],
@@ -94,6 +95,7 @@ def _worst(ours: Found, theirs: Found, kind: str) -> float:
 @pytest.mark.parametrize(
     ("num_ranks", "name"),
     [(2, "m3i, shard 1"), (2, "m3i, shard -1"), (4, "m3i, shard 2"), (4, "m3i, shard -1")]
+    + [(2, "m3i by chunks, shard 1"), (2, "m3i by chunks, shard -1")]
     + [(2, name) for name in OTHERS],
 )
 def test_ranks_equal_one_process(
