@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +41,12 @@ class TrainCommand:
     """Continue the run in --out from its newest checkpoint."""
     stop_on_collapse: bool = False
     """End with an error, after a checkpoint, when a monitor stays out of its healthy range."""
+    max_hours: float = math.inf
+    """Save and exit with 75 after so long, as at SIGTERM and SIGUSR1: before a job's time is up."""
+
+    def __post_init__(self) -> None:
+        if not self.max_hours > 0:
+            raise ValueError(f"--max-hours: expected > 0, got {self.max_hours}")
 
 
 def main(argv: list[str]) -> int:
@@ -69,6 +78,7 @@ def main(argv: list[str]) -> int:
             command.out,
             resume=command.resume,
             stop_on_collapse=command.stop_on_collapse,
+            max_hours=command.max_hours,
         )
     finally:
         leave_world()
@@ -76,12 +86,17 @@ def main(argv: list[str]) -> int:
         console.print(
             f"stopped and saved at step {outcome.step}: add --resume to continue {command.out}"
         )
-        return 128 + outcome.signal
+        return 128 + outcome.signal if outcome.signal == signal.SIGINT else os.EX_TEMPFAIL
     return 0
 
 
 def run(
-    config: TrainConfig, out: Path, *, resume: bool = False, stop_on_collapse: bool = False
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    stop_on_collapse: bool = False,
+    max_hours: float = math.inf,
 ) -> Outcome:
     """Train with a progress bar: steps, images a second, time left, loss."""
     trainer = Trainer(config, out, resume=resume, stop_on_collapse=stop_on_collapse)
@@ -101,4 +116,4 @@ def run(
             figures = f"{values['throughput/img_s']:.0f} img/s  loss {values['loss/total']:.3f}"
             bar.update(task, completed=step, figures=figures)
 
-        return trainer.train(show)
+        return trainer.train(show, max_seconds=3600 * max_hours)

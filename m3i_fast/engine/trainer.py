@@ -145,17 +145,20 @@ class Trainer:
         self.step += 1
         return metrics
 
-    def train(self, progress: Progress = lambda step, values: None) -> Outcome:
-        """Train to num_steps, or until SIGINT or SIGTERM of any rank.
+    def train(
+        self, progress: Progress = lambda step, values: None, *, max_seconds: float = math.inf
+    ) -> Outcome:
+        """Train to num_steps, or until SIGINT, SIGTERM or SIGUSR1 of any rank, or max_seconds.
 
         Either way a checkpoint of the last step is written.
         """
+        ends = time.monotonic() + max_seconds
         cfg = self.cfg
         sinks = self._sinks()
         stopped: int | None = None
         previous = {
             number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         }
         began, began_step = time.perf_counter(), self.step
         try:
@@ -174,6 +177,8 @@ class Trainer:
                     self._heed_collapse(values)
                 if self.step % cfg.checkpoint_every == 0:
                     self.save()
+                if time.monotonic() > ends:
+                    self._stop.signal = self._stop.signal or signal.SIGUSR1
                 stopped = self._stop.agreed()
             self._stop.wait()
             self.save()

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from m3i_fast.cli import main
+from m3i_fast.cli.train import TrainCommand
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.trainer import Trainer, build_objective
@@ -131,17 +132,31 @@ def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(
     _assert_same_run(whole_run, out)
 
 
-def test_interrupt_saves_and_resume_equals_the_whole_run(
-    whole_run: Path, dataset: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_saves_and_resume_equals_the_whole_run(
+    number: int, code: int, whole_run: Path, dataset: Path, tmp_path: Path
 ) -> None:
     cfg, out = _config(dataset), tmp_path / "interrupted"
     process = _start(cfg, out)
     _wait_for(out / "checkpoints" / "step_00000005", process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 128 + signal.SIGINT
+    process.send_signal(number)
+    assert process.wait() == code
     assert _start(cfg, out, "--resume").wait() == 0
     first, second = _weights(whole_run), _weights(out)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_run_out_of_time_saves_and_is_told_from_one_that_is_done(
+    dataset: Path, tmp_path: Path
+) -> None:
+    cfg, out = _config(dataset), tmp_path / "short"
+    assert _start(cfg, out, "--max-hours", "1e-9").wait() == 75
+    assert checkpoint.latest(out / "checkpoints").step == 1
+    assert _start(cfg, out, "--resume", "--max-hours", "9").wait() == 0
+    with pytest.raises(ValueError, match="--max-hours: expected > 0, got -1"):
+        TrainCommand(config=cfg, out=out, max_hours=-1)
 
 
 def test_another_seed_is_another_run(whole_run: Path, dataset: Path, tmp_path: Path) -> None:
