@@ -17,6 +17,7 @@ budget, which is run first.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import multiprocessing
 import os
@@ -30,6 +31,7 @@ from concurrent.futures import (
     wait,
 )
 from dataclasses import asdict, dataclass, fields, replace
+from functools import reduce
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,11 @@ from m3i_fast.storage import write_atomically
 SUBJECT = "methods"
 TEACHER = "supervised"
 CHECKPOINT_EVERY = 100  # steps; what a run that is killed loses at most
+# Fields that configs did not have when the first rows were made, with what was done then.
+ADDED: dict[str, object] = {
+    "parallel.shard": 1,
+    "parallel.chunk": 0,
+}
 
 Pace = tuple[str, str, str]
 
@@ -217,10 +224,20 @@ def config_of(method: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
 
 
 def recipe_digest(method: str) -> str:
-    """Of the config, whatever its data, seed and length, and of its teacher's."""
+    """Of the config, whatever its data, seed and length, and of its teacher's.
+
+    A recipe for which a field of ADDED has its value is the one of before there was that field.
+    """
     cfg = config_of(method)
     teacher = recipe_digest(TEACHER) if cfg.objective.uses(encoder="frozen") else ""
-    return hashlib.sha256((cfg.to_json() + teacher).encode()).hexdigest()[:8]
+    settings = json.loads(cfg.to_json())
+    for path, before in ADDED.items():
+        *sections, name = path.split(".")
+        section = reduce(dict.__getitem__, sections, settings)
+        if section[name] == before:
+            del section[name]
+    text = json.dumps({k: v for k, v in settings.items() if v != {}}, indent=2) + "\n"
+    return hashlib.sha256((text + teacher).encode()).hexdigest()[:8]
 
 
 def run_missing(cfg: Config) -> dict[Run, str]:

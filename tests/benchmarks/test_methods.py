@@ -299,6 +299,14 @@ def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None
 # ---- Digests -------------------------------------------------------------------------------------
 
 
+def test_the_rows_of_the_ledger_are_of_these_recipes() -> None:
+    """Else they are measured again, or what is new in a config belongs to ADDED."""
+    found = {row["figures"]["method"]: row["figures"]["recipe"] for row in read_rows(SUBJECT)}
+    assert {name: found[name] for name in METHODS} == {
+        name: recipe_digest(name) for name in METHODS
+    }
+
+
 def test_a_digest_is_of_the_recipe_and_of_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     names = (*METHODS, *VARIANTS)
     before = {name: recipe_digest(name) for name in names}
