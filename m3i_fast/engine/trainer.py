@@ -195,8 +195,7 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
-        bound = self.cfg.optim.clip_grad_norm or math.inf
-        return torch.nn.utils.clip_grad_norm_(parameters, bound, foreach=True)
+        return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
     def _read_metrics(self, seconds: float, num_steps: int) -> dict[str, float]:
         values = self.means.read()
