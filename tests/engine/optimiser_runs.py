@@ -40,7 +40,8 @@ def gradients(model: nn.Module, step: int) -> dict[str, Tensor | None]:
 def set_gradients(model: nn.Module, step: int) -> None:
     for name, gradient in gradients(model, step).items():
         p = model.get_parameter(name)
-        p.grad = None if gradient is None else gradient.to(p.device)
+        if p.requires_grad:
+            p.grad = None if gradient is None else gradient.to(p.device)
 
 
 def run(
