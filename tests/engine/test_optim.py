@@ -129,7 +129,7 @@ def test_fused_adam_is_given_what_torchs_is(impl: str, fused: None) -> None:
 
 
 def _assert_same_as_torchs(cfg: OptimConfig, device: str) -> None:
-    # Every step is clipped hard, so that clipping twice or not at all would be seen.
+    # Every step is clipped hard, and eps tells small gradients: another bound would be seen.
     cfg = replace(cfg, clip_grad_norm=0.01, eps=1e-3)
     model, twin, start = (runs.small_vit(device) for _ in range(3))
     for vit in (model, twin):
