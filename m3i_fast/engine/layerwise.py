@@ -132,7 +132,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_norms(lists: Sequence[list[Tensor]], params: list[Tensor]) -> Tensor:  # [L, N]
+def full_norms(lists: Sequence[Sequence[Tensor]], params: Sequence[Tensor]) -> Tensor:  # [L, N]
     """Euclidean norms of whole tensors, of which each list holds this rank's parts.
 
     `params` say how tensors are sharded. All norms of one sharding are reduced together: a
@@ -153,7 +153,7 @@ def full_norms(lists: Sequence[list[Tensor]], params: list[Tensor]) -> Tensor:  
     return torch.stack(columns, 1).sqrt()
 
 
-def _squares(parts: list[Tensor]) -> Tensor:  # [N]
+def _squares(parts: Sequence[Tensor]) -> Tensor:  # [N]
     norms = torch._foreach_norm(parts)
     # A rank may hold nothing of a tensor with few rows.
     whole = zip(parts, norms, strict=True)

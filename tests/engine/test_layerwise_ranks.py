@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from m3i_fast.engine.layerwise import full_norms, local
-from m3i_fast.engine.optim import OptimConfig, build_optimizer, set_schedules
+from m3i_fast.engine.optim import OptimConfig, _expect_usable, build_optimizer, set_schedules
 
 RANKS = 2
 STEPS = 10
@@ -63,6 +63,10 @@ def work(rank: int, folder: Path) -> None:
             fully_shard(layer, mesh=mesh)
         norms = train(cfg, model, slice(4 * rank, 4 * rank + 4))
         found[name] = (norms, {n: p.full_tensor().detach() for n, p in model.named_parameters()})
+        with pytest.raises(
+            ValueError, match="apex needs .*whole parameters, where these are sharded"
+        ):
+            _expect_usable("apex", list(model.parameters()))
     found["norms"] = _norms(mesh)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -71,13 +75,18 @@ def work(rank: int, folder: Path) -> None:
 def _norms(mesh: dist.DeviceMesh) -> list[tuple[Tensor, Tensor]]:
     """Ours and DTensor's own, of tensors that are sharded by rows or columns, or not at all."""
     rng = torch.Generator().manual_seed(7)
-    shapes = [(5, 4), (1, 6), (3, 5), (4, 4)]
-    places = [Shard(0), Shard(0), Shard(1), Replicate()]
+    replicas = init_device_mesh("cpu", (RANKS, 1))  # as HSDP: copies, and shards of each
     tensors: list[Tensor] = [
-        distribute_tensor(torch.randn(shape, generator=rng), mesh, [place])
-        for shape, place in zip(shapes, places, strict=True)
+        distribute_tensor(torch.randn(shape, generator=rng), among, places)
+        for shape, among, places in (
+            ((5, 4), mesh, [Shard(0)]),
+            ((1, 6), mesh, [Shard(0)]),
+            ((2, 6), replicas, [Replicate(), Shard(0)]),
+            ((3, 5), mesh, [Shard(1)]),
+            ((4, 4), mesh, [Replicate()]),
+        )
     ]
-    tensors.append(torch.randn(3, 3, generator=rng))  # a plain one between
+    tensors.insert(1, torch.randn(3, 3, generator=rng))
     (ours,) = full_norms([[local(t) for t in tensors]], tensors)
     theirs = [torch.linalg.vector_norm(t) for t in tensors]
     theirs = [t.full_tensor() if isinstance(t, DTensor) else t for t in theirs]

@@ -194,3 +194,15 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(case: str, fused: None, tmp_p
         runs.run(cfg, whole, steps=range(9))
         for (name, a), b in zip(whole.named_parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b), name
+
+
+def test_gradients_are_dropped_or_zeroed() -> None:
+    model = runs.small_vit()
+    optimizer = build_optimizer(PLAIN["lamb"], model)
+    for drop in (False, True):
+        runs.set_gradients(model, 0)
+        optimizer.zero_grad(set_to_none=drop)
+        if drop:
+            assert all(p.grad is None for p in model.parameters())
+        else:
+            assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
