@@ -7,7 +7,7 @@ the papers' implementations leave out, and here all tensors of one dimension or 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +15,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+# Elements that are stepped together. Temporaries stay in the cache of a CPU, and bounded on a GPU,
+# where more together means fewer launches and, of sharded parameters, fewer collectives.
+_CHUNK_CPU, _CHUNK = 2**18, 2**26
 
 
 class Layerwise(torch.optim.Optimizer):
-    """Steps group by group, on this rank's part of every tensor that has a gradient."""
+    """Steps a part of a group at a time, on this rank's part of every tensor with a gradient."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None, "the gradients are there already"
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self.update(group, params, [local(p.grad) for p in params])
+            for params in _chunks([p for p in group["params"] if p.grad is not None]):
+                grads = [local(p.grad) for p in params if p.grad is not None]
+                self.update(group, params, grads)
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Change `params` in place; `grads` are this rank's parts."""
@@ -127,18 +132,34 @@ class Lars(Layerwise):
         torch._foreach_add_(weights, velocities, alpha=-group["lr"])
 
 
+def _chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """In order and by whole sizes, so that the chunks of all ranks are of the same tensors."""
+    chunk: list[Tensor] = []
+    size = 0
+    for p in params:
+        limit = _CHUNK_CPU if p.device.type == "cpu" else _CHUNK
+        if chunk and size + p.numel() > limit:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(p)
+        size += p.numel()
+    if chunk:
+        yield chunk
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, of the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_norms(lists: Sequence[Sequence[Tensor]], params: Sequence[Tensor]) -> Tensor:  # [L, N]
+def full_norms(lists: Sequence[Tensors], params: Sequence[Tensor]) -> Tensor:  # [L, N]
     """Euclidean norms of whole tensors, of which each list holds this rank's parts.
 
-    `params` say how tensors are sharded. All norms of one sharding are reduced together: a
-    collective a step instead of one a tensor, as `torch.linalg.vector_norm` of a DTensor has.
+    `params` say how tensors are sharded. All norms of one sharding are reduced together, where
+    `torch.linalg.vector_norm` of a DTensor has a collective a tensor.
     """
-    squares = torch.stack([_squares(parts) for parts in lists])
+    # A rank may hold nothing of a tensor with few rows: a norm of 0.
+    squares = torch.stack([torch.stack(torch._foreach_norm(parts)) for parts in lists]).square()
     sharded: defaultdict[tuple[Any, tuple[Placement, ...]], list[int]] = defaultdict(list)
     for index, p in enumerate(params):
         if isinstance(p, DTensor):
@@ -151,10 +172,3 @@ def full_norms(lists: Sequence[Sequence[Tensor]], params: Sequence[Tensor]) -> T
         for i, column in zip(indices, whole.unbind(), strict=True):
             columns[i] = column
     return torch.stack(columns, 1).sqrt()
-
-
-def _squares(parts: Sequence[Tensor]) -> Tensor:  # [N]
-    norms = torch._foreach_norm(parts)
-    # A rank may hold nothing of a tensor with few rows.
-    whole = zip(parts, norms, strict=True)
-    return torch.stack([n if part.numel() else torch.zeros_like(n) for part, n in whole]).square()

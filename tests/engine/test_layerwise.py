@@ -9,6 +9,7 @@ import timm.optim
 import torch
 from torch import nn
 
+from m3i_fast.engine import layerwise
 from m3i_fast.engine.layerwise import Lars
 from m3i_fast.engine.optim import OptimConfig, build_optimizer
 from tests.engine import optimiser_runs as runs
@@ -78,6 +79,24 @@ def test_what_does_not_decay_is_not_adapted(name: str) -> None:
         torch.testing.assert_close(ten[other], one[other], rtol=1e-4, atol=0.0)
     for matrix in ("blocks.0.proj.weight", "patch_embed.weight"):
         assert float(ten[matrix]) > 3 * float(one[matrix])
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_steps_in_parts_are_those_of_all_at_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, model, twin = CONFIGS[name], runs.small_vit(), runs.small_vit()
+    runs.run(cfg, model)
+    matrices = [p for p in twin.parameters() if p.ndim > 1]
+    monkeypatch.setattr(layerwise, "_CHUNK_CPU", 1024)
+    chunks = list(layerwise._chunks(matrices))
+    assert 1 < len(chunks) < len(matrices)
+    assert [id(p) for chunk in chunks for p in chunk] == [id(p) for p in matrices]
+    assert all(len(chunk) == 1 or sum(p.numel() for p in chunk) <= 1024 for chunk in chunks)
+    runs.run(cfg, twin)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
 
 
 def test_a_closure_is_refused() -> None:

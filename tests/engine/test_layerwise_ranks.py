@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from m3i_fast.engine import layerwise
 from m3i_fast.engine.layerwise import full_norms, local
 from m3i_fast.engine.optim import OptimConfig, _expect_usable, build_optimizer, set_schedules
 
@@ -56,6 +57,7 @@ def work(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
+    layerwise._CHUNK_CPU = 40  # two chunks of the matrices
     found = {}
     for name, cfg in CONFIGS.items():
         model = network()
