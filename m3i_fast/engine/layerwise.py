@@ -1,7 +1,7 @@
 """LAMB and LARS: every tensor's step is scaled by its norm. Plain torch, also on sharded tensors.
 
 A group with `decays` False has neither weight decay nor a scale of its own: biases and norms, which
-the papers' implementations leave out, and here all tensors of one dimension or less.
+the papers' implementations leave out, so here all tensors of one dimension or less; and tables.
 """
 
 from __future__ import annotations

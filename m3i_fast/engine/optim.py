@@ -12,9 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from m3i_fast.engine.layerwise import Lamb, Lars
 from m3i_fast.engine.param_groups import Group, freeze_patch_embed, group_parameters, lr_scales
 from m3i_fast.engine.schedules import cosine, warmup_cosine
 from m3i_fast.engine.step_counts import keep_steps_in_state
@@ -161,14 +159,13 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizers:
     muon = cfg.matrices == "muon"
     matrices = [(name, p) for name, p in named if muon and _in_block(name, p)]
     rest = [(name, p) for name, p in named if not (muon and _in_block(name, p))]
-    parts = []
+    parts: list[torch.optim.Optimizer] = []
     if rest:
         groups = _with_rates(group_parameters(rest, scales), cfg, lr=cfg.lr)
         parts.append(_BUILDERS[cfg.name, cfg.used_impl](cfg, groups))
     if matrices:
         groups = _with_rates(group_parameters(matrices, scales), cfg, lr=cfg.muon_lr)
-        muons = torch.optim.Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay)
-        parts.append(muons)
+        parts.append(torch.optim.Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     return Optimizers(*parts, clips=(cfg.name, cfg.impl) == ("lamb", "apex"))
 
 
@@ -199,10 +196,15 @@ def _adamw(cfg: OptimConfig, groups: list[Group]) -> torch.optim.Optimizer:
 
 
 def _lamb(cfg: OptimConfig, groups: list[Group]) -> torch.optim.Optimizer:
+    # Its import of DTensor takes half a second of every command, were it at the top.
+    from m3i_fast.engine.layerwise import Lamb
+
     return Lamb(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps or 1e-6)
 
 
 def _lars(cfg: OptimConfig, groups: list[Group]) -> torch.optim.Optimizer:
+    from m3i_fast.engine.layerwise import Lars
+
     return Lars(groups, lr=cfg.lr, momentum=cfg.betas[0])
 
 
@@ -276,15 +278,16 @@ def _expect_usable(impl: str, parameters: list[nn.Parameter]) -> None:
     if impl not in _LIBRARIES:
         return
     module, how = _LIBRARIES[impl]
-    missing = []
+    missing: list[str] = []
     devices = sorted({p.device.type for p in parameters} - {"cuda"})
     if devices:
         missing.append(f"a GPU, where the model is on {', '.join(devices)}")
     if importlib.util.find_spec(module) is None:
         missing.append(how)
-    if impl == "apex" and any(isinstance(p, DTensor) for p in parameters):
+    if impl == "apex" and any(type(p.data) is not Tensor for p in parameters):
         missing.append("whole parameters, where these are sharded")
     if missing:
         raise ValueError(
-            f"optim.impl: {impl} needs {'; and '.join(missing)}. --optim.impl torch runs anywhere"
+            f"optim.impl: {impl} needs {'; and '.join(missing)}. `m3i-fast doctor` says more; "
+            "--optim.impl torch runs anywhere"
         )
