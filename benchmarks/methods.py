@@ -59,6 +59,12 @@ CHECKPOINT_EVERY = 100  # steps; what a run that is killed loses at most
 ADDED: dict[str, object] = {
     "parallel.shard": 1,
     "parallel.chunk": 0,
+    "optim.name": "adamw",
+    "optim.impl": "auto",
+    "optim.eps": None,
+    "optim.layer_decay": 1.0,
+    "optim.dcn_lr_scale": 1.0,
+    "optim.freeze_patch_embed": False,
 }
 
 Pace = tuple[str, str, str]

@@ -12,7 +12,7 @@ import tyro
 
 from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.optim import OptimConfig
-from m3i_fast.engine.parallel import ParallelConfig
+from m3i_fast.engine.parallel_config import ParallelConfig
 from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig

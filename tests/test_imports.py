@@ -29,7 +29,12 @@ MAY_IMPORT = {
 DOCTOR = "m3i_fast/cli/probes.py"
 ONLY_IN = {
     "nvidia": ("pipelines/", DOCTOR),
-    "transformer_engine": ("m3i_fast/models/blocks.py", "m3i_fast/engine/precision.py", DOCTOR),
+    "transformer_engine": (
+        "m3i_fast/models/blocks.py",
+        "m3i_fast/engine/precision.py",
+        "m3i_fast/engine/optim.py",
+        DOCTOR,
+    ),
     "apex": ("m3i_fast/engine/optim.py",),
     "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
     "pynvml": ("m3i_fast/observe/telemetry.py", DOCTOR),

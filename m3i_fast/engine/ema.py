@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from m3i_fast.engine.parallel import local
+from m3i_fast.engine.parts import local
 from m3i_fast.engine.schedules import cosine
 
 

@@ -19,21 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelConfig:
-    shard: int = 1
-    """Ranks that weights, gradients, moments and averages are spread over. 1: every rank holds all
-    (DDP); -1: all ranks (FSDP2); between: as many groups of so many ranks (HSDP)."""
-    chunk: int = 0
-    """Rows that encoders and decoders work on at a time (gradient caching): activations take the
-    memory of so many, losses see the whole batch, the forward pass is run twice. 0: all rows."""
-
-    def __post_init__(self) -> None:
-        if self.chunk < 0:
-            raise ValueError(f"parallel.chunk: expected >= 0, got {self.chunk}")
-        if self.shard < 1 and self.shard != -1:
-            raise ValueError(f"parallel.shard: expected -1 or >= 1, got {self.shard}")
+from m3i_fast.engine.parallel_config import ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +135,8 @@ def distribute(
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     scalars = {p for p in model.parameters() if p.ndim == 0}
-    return fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=scalars)
-
-
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this rank holds of each."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=scalars)  # in place
+    return model
 
 
 def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
@@ -168,19 +150,6 @@ def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
             gradients, flat.split([g.numel() for g in gradients]), strict=True
         ):
             gradient.copy_(mean.view_as(gradient))
-
-
-def gradient_norm(gradients: Sequence[Tensor], mesh: DeviceMesh | None) -> Tensor:  # [] fp32
-    """Of all of them together, the parts of other ranks included."""
-    whole = [g for g in gradients if not isinstance(g, DTensor)]
-    parts = [g.to_local() for g in gradients if isinstance(g, DTensor)]
-    norms = [torch.nn.utils.get_total_norm(whole, foreach=True)] if whole else []
-    if parts:
-        assert mesh is not None
-        square = torch.nn.utils.get_total_norm(parts, foreach=True).square()
-        dist.all_reduce(square, group=mesh["shard"].get_group())
-        norms.append(square.sqrt())
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
 class StopFlag:

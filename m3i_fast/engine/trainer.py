@@ -21,14 +21,8 @@ from m3i_fast.engine import checkpoint
 from m3i_fast.engine.chunks import chunk
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.optim import build_optimizer, set_schedules
-from m3i_fast.engine.parallel import (
-    StopFlag,
-    average_whole,
-    distribute,
-    gradient_norm,
-    join_world,
-    local,
-)
+from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
+from m3i_fast.engine.param_groups import freeze_patch_embed
 from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
 from m3i_fast.engine.step import StepForward, blocks_of
 from m3i_fast.engine.teacher import load_teacher
@@ -224,11 +218,8 @@ class Trainer:
     def _clip(self) -> Tensor:
         if self.mesh is not None:
             average_whole(self.objective.parameters(), self.world)
-        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
-        norm = gradient_norm(gradients, self.mesh)
-        bound = self.cfg.optim.clip_grad_norm or math.inf
-        torch._foreach_mul_(local(gradients), (bound / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
     def _read_metrics(self, seconds: float, num_steps: int) -> dict[str, float]:
         values = self.means.read()
@@ -321,6 +312,8 @@ def build_objective(
         teacher=teacher,
         process_group=process_group,
     )
+    if cfg.optim.freeze_patch_embed:
+        freeze_patch_embed(objective)
     if cfg.compile:
         blocks = blocks_of(objective)
         # Blocks share one cache of graphs; it needs one for each rate of stochastic depth, size of

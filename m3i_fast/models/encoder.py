@@ -28,6 +28,13 @@ class ImageEncoder(nn.Module, ABC):
     def summarise(self, tokens: Tensor) -> Tensor:
         """Tokens whose mean speaks for the image, from any of its cells: [B, n, C] -> [B, s, P]."""
 
+    def layers_above(self, parameter: str) -> int:
+        """How many layers stand above that of `parameter`, named as here: layer decay's power.
+
+        Raises NotImplementedError for an encoder that is not trained with layer decay.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no order of layers")
+
 
 def take_cells(tokens: Tensor, token_index: Tensor) -> Tensor:
     """Each image's own cells of the input that it is in: [P, N, C], [I, n] int64 -> [I, n, C].

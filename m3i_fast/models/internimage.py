@@ -142,6 +142,24 @@ class InternImage(ImageEncoder):
         # torch 2.13 compiles adaptive_avg_pool2d of a single cell to one without gradient
         return self.head(self.conv_head(last).mean((2, 3)))
 
+    def layers_above(self, parameter: str) -> int:
+        """As the official `lr_decay_keywards` counts: a layer a block, and none above the last.
+
+        The stem belongs to the first block, what follows a stage's blocks to the next stage's
+        first, and the heads to the last block.
+        """
+        depths = self.cfg.depths
+        match parameter.split("."):
+            case ["patch_embed", *_]:
+                block = 0
+            case ["levels", level, "blocks", index, *_]:
+                block = sum(depths[: int(level)]) + int(index)
+            case ["levels", level, *_]:
+                block = sum(depths[: int(level) + 1])
+            case _:
+                block = sum(depths)
+        return max(sum(depths) - 1 - block, 0)
+
     def _need_projector(self, what: str) -> None:
         if not self.cfg.use_clip_projector:
             raise ValueError(f"use_clip_projector: expected True for {what}, got False")

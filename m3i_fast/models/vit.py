@@ -204,6 +204,18 @@ class ViT(ImageEncoder):
         """All tokens: [B, n, D] unchanged."""
         return tokens
 
+    def layers_above(self, parameter: str) -> int:
+        """As timm counts: patches, positions and prefix, the blocks, the heads of the objective.
+
+        The last norm belongs to the last block.
+        """
+        match parameter.split("."):
+            case ["blocks", index, *_]:
+                return self.cfg.depth - int(index)
+            case ["norm", *_]:
+                return 1
+        return self.cfg.depth + 1
+
 
 def vit_demo(**overrides: Any) -> ViTConfig:
     """ViT of 0.8 M parameters for drawings of 64 pixels on a CPU; keywords replace fields."""

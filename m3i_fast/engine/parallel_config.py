@@ -1,0 +1,21 @@
+"""How a run is spread over ranks. Every command imports this: no torch.distributed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    shard: int = 1
+    """Ranks that weights, gradients, moments and averages are spread over. 1: every rank holds all
+    (DDP); -1: all ranks (FSDP2); between: as many groups of so many ranks (HSDP)."""
+    chunk: int = 0
+    """Rows that encoders and decoders work on at a time (gradient caching): activations take the
+    memory of so many, losses see the whole batch, the forward pass is run twice. 0: all rows."""
+
+    def __post_init__(self) -> None:
+        if self.chunk < 0:
+            raise ValueError(f"parallel.chunk: expected >= 0, got {self.chunk}")
+        if self.shard < 1 and self.shard != -1:
+            raise ValueError(f"parallel.shard: expected -1 or >= 1, got {self.shard}")
