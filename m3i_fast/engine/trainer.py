@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_fast.config import TrainConfig, differences
+from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.precision import autocast, resolve_device
+from m3i_fast.engine.run import Run
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.models.blocks import Block
 from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mixing import draw_mix, step_seed
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
-from m3i_fast.observe.environment import environment
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
@@ -47,9 +47,10 @@ class Outcome:
 class Trainer:
     """Trains `cfg` in `run_dir`.
 
-    Raises FileExistsError when run_dir holds a run and `resume` is False, FileNotFoundError when
-    `resume` finds nothing, ValueError when the config differs from the run's or does not fit the
-    data; `train` raises FloatingPointError when a loss is not finite, and CollapseError after a
+    Raises FileExistsError when run_dir holds a run and `resume` is False, or one that is going on,
+    FileNotFoundError when `resume` finds nothing, ValueError when no checkpoint is good or the
+    config differs from the run's or does not fit the data; `train` raises FloatingPointError when
+    a loss is not finite, OSError when a checkpoint cannot be written, and CollapseError after a
     checkpoint when `stop_on_collapse` and a monitor stays out of its healthy range; without it a
     collapse is a warning in the log.
     """
@@ -64,12 +65,10 @@ class Trainer:
     ) -> None:
         _expect_one_process()
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
-        self.checkpoint_dir = run_dir / "checkpoints"
-        saved = self._find_checkpoint() if resume else None
-        if not resume and self._config_path.exists():
-            raise FileExistsError(
-                f"{run_dir} holds a run already: add --resume to continue it, or name another --out"
-            )
+        self.run = Run(run_dir, cfg)
+        saved = self.run.resume() if resume else None
+        if saved is None:
+            self.run.expect_new()
         self.device = resolve_device(cfg.device)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
@@ -83,15 +82,13 @@ class Trainer:
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
+        self.means = DeviceMeans(self.device)
+        self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         if saved is None:  # nothing is written before all of the above has worked
-            run_dir.mkdir(parents=True, exist_ok=True)
-            environment().save(run_dir / "env.json")
-            cfg.save(self._config_path)
+            self.run.begin()
         else:
             self._restore(saved)
         self.timer = StageTimer(self.device)
-        self.means = DeviceMeans()
-        self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         self._signal: int | None = None
 
     def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
@@ -169,18 +166,15 @@ class Trainer:
             for sink in sinks:
                 sink.close()
             self.loader.close()
+            self.run.close()
         return Outcome(self.step, self._signal)
 
     def save(self) -> None:
         """Write a checkpoint, unless a loss since the last read was not finite."""
         check_finite(self.means.read(), self.step)
-        checkpoint.save(
-            self.checkpoint_dir,
-            step=self.step,
-            model=self.objective,
-            optimizer=self.optimizer,
-            state={"loader": self.loader.state_dict()},
-            keep=self.cfg.keep_checkpoints,
+        state = self.run.state(loader=self.loader, means=self.means, watch=self.watch)
+        self.run.saver.save(
+            step=self.step, model=self.objective, optimizer=self.optimizer, state=state
         )
 
     def _heed_collapse(self, values: dict[str, float]) -> None:
@@ -190,7 +184,7 @@ class Trainer:
         if found and self.stop_on_collapse:
             self.save()
             raise CollapseError(
-                f"--stop-on-collapse: {found[0]}. The run is saved in {self.checkpoint_dir}"
+                f"--stop-on-collapse: {found[0]}. The run is saved in {self.run.checkpoints}"
             )
 
     def _clip(self) -> Tensor:
@@ -208,22 +202,6 @@ class Trainer:
         if self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values | self.timer.read()
-
-    @property
-    def _config_path(self) -> Path:
-        return self.run_dir / "config.json"
-
-    def _find_checkpoint(self) -> checkpoint.Checkpoint:
-        if not self._config_path.exists():
-            raise FileNotFoundError(
-                f"--resume: no run in {self.run_dir}: expected {self._config_path}"
-            )
-        found = differences(TrainConfig.load(self._config_path), self.cfg)
-        if found:
-            raise ValueError(
-                f"--resume: the config differs from {self._config_path}: " + "; ".join(found)
-            )
-        return checkpoint.latest(self.checkpoint_dir)
 
     def _check_data(self) -> None:
         manifest = self.loader.manifest
@@ -244,7 +222,7 @@ class Trainer:
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         saved.load_model(self.objective)
         saved.load_optimizer(self.objective, self.optimizer)
-        self.loader.load_state_dict(saved.state()["loader"])
+        self.run.restore(saved.state(), loader=self.loader, means=self.means, watch=self.watch)
         self.step = saved.step
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 

@@ -71,7 +71,9 @@ def read_jsonl(path: Path) -> list[dict[str, float]]:
 class DeviceMeans:
     """Running means of scalar tensors, on their device until `read` copies all at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        """device: where a loaded state goes."""
+        self._device = device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -93,6 +95,15 @@ class DeviceMeans:
     def reset(self) -> None:
         self._sums.clear()
         self._counts.clear()
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """JSON-able: sum and count of every name. A host synchronisation."""
+        sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        return {n: [s, self._counts[n]] for n, s in zip(self._sums, sums, strict=True)}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        self._sums = {n: torch.tensor(s, device=self._device) for n, (s, _) in state.items()}
+        self._counts = {name: int(count) for name, (_, count) in state.items()}
 
 
 class StageTimer:

@@ -13,6 +13,7 @@ from torch import nn
 
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.optim import OptimConfig, Optimizers, build_optimizer
+from m3i_fast.engine.saver import Saver
 
 
 def _trained(
@@ -37,9 +38,9 @@ def _steps(model: nn.Module, optimizer: Optimizers, count: int) -> None:
 
 def _save(directory: Path, step: int, seed: int = 0, keep: int = 2) -> checkpoint.Checkpoint:
     model, optimizer = _trained(seed)
-    return checkpoint.save(
-        directory, step=step, model=model, optimizer=optimizer, state={"at": step}, keep=keep
-    )
+    with Saver(directory, keep=keep) as saver:
+        saver.save(step=step, model=model, optimizer=optimizer, state={"at": step})
+    return checkpoint.checkpoints(directory)[-1]
 
 
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
@@ -48,9 +49,9 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(
 ) -> None:
     cfg = OptimConfig(lr=1e-2, matrices=matrices)
     model, optimizer = _trained(0, cfg=cfg)
-    saved = checkpoint.save(
-        tmp_path, step=3, model=model, optimizer=optimizer, state={"loader": {"x": 1}}, keep=1
-    )
+    with Saver(tmp_path, keep=1) as saver:
+        saver.save(step=3, model=model, optimizer=optimizer, state={"loader": {"x": 1}})
+    saved = checkpoint.latest(tmp_path)
     other, other_optimizer = _trained(1, cfg=cfg)
     saved.load_model(other)
     saved.load_optimizer(other, other_optimizer)
@@ -77,12 +78,12 @@ def test_nothing_to_load_is_said(tmp_path: Path) -> None:
 def test_damage_is_named(tmp_path: Path) -> None:
     saved = _save(tmp_path, 1)
     model, optimizer = _trained(0)
-    file = saved.path / "model.safetensors"
+    file = saved.path / "model" / "00001-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+    with pytest.raises(ValueError, match=r"model: damaged"):
         saved.load_model(model)
-    (saved.path / "optimizer.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"optimizer\.safetensors"):
+    (saved.path / "optimizer" / "00001-of-00001.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"optimizer/00001.*missing"):
         saved.load_optimizer(model, optimizer)
 
 
@@ -112,6 +113,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     )
     assert child.returncode != 0 and "Error" in child.stderr
     assert [c.step for c in checkpoint.checkpoints(tmp_path)] == [1]
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"]
     model, _ = _trained(2)
     checkpoint.latest(tmp_path).load_model(model)
