@@ -122,16 +122,23 @@ class Saver:
         if path.exists() and checkpoint.damage() is None:
             remove_directory(temporary)
         else:
-            if path.exists():
+            if path.exists():  # passed over when this run was resumed
+                for earlier in self._up_to(checkpoint.step - 1)[-1:]:
+                    self._point_to(earlier)
                 remove_directory(path)
             os.rename(temporary, path)
             sync(path.parent)
-        write_atomically(self.directory / POINTER, f"{path.name}\n".encode())
-        # Later ones were passed over as damaged when this run was resumed: they do not count.
-        known = [c for c in checkpoints(self.directory) if c.step <= checkpoint.step]
-        for old in known[: -self._keep]:
+        self._point_to(checkpoint)
+        for old in self._up_to(checkpoint.step)[: -self._keep]:
             if not self._keep_every or old.step % self._keep_every:
                 remove_directory(old.path)
+
+    def _up_to(self, step: int) -> list[Checkpoint]:
+        """Later ones do not count: they were passed over as damaged when this run was resumed."""
+        return [c for c in checkpoints(self.directory) if c.step <= step]
+
+    def _point_to(self, checkpoint: Checkpoint) -> None:
+        write_atomically(self.directory / POINTER, f"{checkpoint.path.name}\n".encode())
 
 
 class HostCopy:
