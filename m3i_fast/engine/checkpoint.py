@@ -67,8 +67,10 @@ class Checkpoint:
             raise ValueError(f"{path}: damaged: {error!r}") from None
         if version != VERSION:
             raise ValueError(f"{path}: expected version {VERSION}, got {version!r}")
-        if step != self.step or not sizes:
-            raise ValueError(f"{path}: expected files of step {self.step}, got step {step!r}")
+        if step != self.step:
+            raise ValueError(f"{path}: expected the files of step {self.step}, got step {step!r}")
+        if not sizes:
+            raise ValueError(f"{path}: names no files")
         return manifest
 
     def verify(self) -> None:
