@@ -121,6 +121,8 @@ def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(
     cfg, out = _config(dataset), tmp_path / "killed"
     process = _start(cfg, out)
     _wait_for(out / "checkpoints" / "step_00000010", process)
+    with pytest.raises(FileExistsError, match=f"process {process.pid} on .* is training in it"):
+        Trainer(cfg, out, resume=True)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     at = checkpoint.latest(out / "checkpoints").step
