@@ -68,6 +68,11 @@ class Saver:
             self._thread.start()  # no daemon: the interpreter waits for it at its exit
         self.saved_step = step
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until nothing is being written; raises the error of what was."""
         if self._thread is not None:
@@ -101,9 +106,8 @@ class Saver:
         path = self.directory / f"step_{step:08d}"
         temporary = path.with_name(f".{path.name}.tmp")
         is_first = self.group is None or dist.get_rank(self.group) == 0
-        if is_first:  # of runs that were killed: one run at a time has the directory
-            for left_over in self.directory.glob(".*"):
-                remove_directory(left_over) if left_over.is_dir() else left_over.unlink()
+        if is_first:
+            self._sweep()
         try:
             write_shards(
                 temporary,
@@ -116,6 +120,13 @@ class Saver:
             if is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+    def _sweep(self) -> None:
+        """What killed runs left half written or half deleted: one run at a time is here."""
+        for folder in self.directory.glob(".step_*"):
+            remove_directory(folder)
+        for file in self.directory.glob(f".{POINTER}.tmp-*"):
+            file.unlink()
 
     def _commit(self, temporary: Path, checkpoint: Checkpoint) -> None:
         path = checkpoint.path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from m3i_fast.storage import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -31,9 +35,7 @@ class JsonlSink:
         kept = (
             [row for row in read_jsonl(path) if row["step"] <= start_step] if path.exists() else []
         )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -60,11 +62,13 @@ class TensorBoardSink:
 
 
 def read_jsonl(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Rows of a metrics.jsonl; lines that a crash or a power cut spoilt are left out."""
     rows = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
             rows.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s:%d: not JSON, left out", path, number)
     return rows
 
 

@@ -39,9 +39,10 @@ def _group(rank: int, num_ranks: int, folder: Path) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _sharded(num_ranks: int, seed: int, num_steps: int) -> tuple[nn.Module, Optimizers]:
+def _sharded(seed: int, num_steps: int, *mesh: int) -> tuple[nn.Module, Optimizers]:
     """Sizes 7, 5 and 2 over the ranks: parts of unequal size, and none."""
-    model = fully_shard(make_model(seed), mesh=init_device_mesh("cpu", (num_ranks,)))
+    names = ("replicas", "parts")[-len(mesh) :]
+    model = fully_shard(make_model(seed), mesh=init_device_mesh("cpu", mesh, mesh_dim_names=names))
     optimizer = build_optimizer(OptimConfig(lr=1e-2), model)
     train(model, optimizer, num_steps)
     return model, optimizer
@@ -54,20 +55,25 @@ def _whole(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
 
 def _save_on_four(rank: int, folder: Path) -> None:
     with _group(rank, 4, folder):
-        model, optimizer = _sharded(4, SEED, 3)
+        model, optimizer = _sharded(SEED, 3, 4)
         with Saver(folder / "four", keep=1, background=True) as saver:
             saver.save(step=7, model=model, optimizer=optimizer, state={"rank": rank})
             expected = _whole(model, optimizer)
             train(model, optimizer, 2)
+        hybrid, its_optimizer = _sharded(SEED, 3, 2, 2)  # each part on two ranks, and saved once
+        with Saver(folder / "hybrid", keep=1) as saver:
+            saver.save(step=7, model=hybrid, optimizer=its_optimizer, state={"rank": rank})
+        same = _whole(hybrid, its_optimizer)
         if rank == 0:
             torch.save(expected, folder / "expected.pt")
+            torch.save(same, folder / "hybrid.pt")
 
 
 def _load_on_two(rank: int, folder: Path) -> None:
     with _group(rank, 2, folder):
         expected = torch.load(folder / "expected.pt")
         for name, step in (("four", 7), ("one", 2)):  # what 4 ranks and what 1 rank saved
-            model, optimizer = _sharded(2, SEED + 1, 0)
+            model, optimizer = _sharded(SEED + 1, 0, 2)
             saved = checkpoint.latest(folder / name, dist.group.WORLD)
             saved.load_model(model)
             saved.load_optimizer(model, optimizer)
@@ -110,6 +116,10 @@ def test_ranks_change_between_save_and_load(tmp_path: Path) -> None:
     expected = torch.load(tmp_path / "expected.pt")
     assert_equal(loaded(four), expected)  # 4 to 1
     assert [four.state(rank) for rank in range(5)] == [{"rank": r} for r in (0, 1, 2, 3, 0)]
+    hybrid = checkpoint.latest(tmp_path / "hybrid")
+    assert_equal(loaded(hybrid), torch.load(tmp_path / "hybrid.pt"))
+    sizes = [sum(f.stat().st_size for f in c.path.rglob("*.safetensors")) for c in (four, hybrid)]
+    assert sizes[1] < 1.5 * sizes[0]
     _run(_load_on_two, 2, tmp_path)  # 4 to 2, 1 to 2
     assert_equal(loaded(checkpoint.latest(tmp_path / "two")), one)  # 2 to 1
 
@@ -117,3 +127,25 @@ def test_ranks_change_between_save_and_load(tmp_path: Path) -> None:
     missing.unlink()
     with pytest.raises(ValueError, match=r"00002-of-00004\.safetensors: missing"):
         checkpoint.latest(tmp_path / "four")
+
+
+def _save_and_die(rank: int, folder: Path) -> None:
+    """The second rank is killed in the middle of its part."""
+    with _group(rank, 2, folder):
+        model, optimizer = _sharded(SEED, 1, 2)
+        kill_at = 1 if rank == 1 else None
+        with Saver(folder / "run", keep=1) as saver, FaultyFiles(folder / "run", kill_at=kill_at):
+            saver.save(step=3, model=model, optimizer=optimizer, state={})
+        (folder / "went on").touch()
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_a_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    save(tmp_path / "run", 2)
+    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
+        _run(_save_and_die, 2, tmp_path)
+    assert not (tmp_path / "went on").exists()
+    assert [c.step for c in checkpoint.checkpoints(tmp_path / "run")] == [2]
+    assert checkpoint.latest(tmp_path / "run").step == 2
+    save(tmp_path / "run", 3)
+    assert sorted(os.listdir(tmp_path / "run")) == ["latest", "step_00000002", "step_00000003"]

@@ -26,7 +26,7 @@ from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe import collapse
 from m3i_fast.observe.collapse import Healthy
-from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.observe.metrics import JsonlSink, read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from tests.engine.checkpoint_cases import assert_equal
 from tests.engine.test_trainer import _config
@@ -130,6 +130,20 @@ def test_random_generators_go_on() -> None:
     first = random.random(), np.random.normal(), torch.rand(3).tolist()
     set_random_state(state)
     assert (random.random(), np.random.normal(), torch.rand(3).tolist()) == first
+
+
+def test_rows_that_a_power_cut_spoilt_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": 0.5} for step in (5, 10, 15)]
+    first, second, third = (json.dumps(row).encode() for row in rows)
+    path.write_bytes(b"\n".join([first, b"\0" * 9, second, third, b'{"step": 20, "lo']))
+    sink = JsonlSink(path, start_step=10)
+    assert "metrics.jsonl:2: not JSON" in caplog.text
+    sink.log(12, {"loss": 0.25})
+    sink.close()
+    assert read_jsonl(path) == [*rows[:2], {"step": 12, "loss": 0.25}]
 
 
 # ---- One run a directory -------------------------------------------------------------------------
