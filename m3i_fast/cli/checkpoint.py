@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -117,7 +118,7 @@ def _within(checkpoint: Checkpoint, reason: str) -> str:
     return escape(reason.replace(f"{checkpoint.path}/", ""))
 
 
-COMMANDS = {"ls": ls, "verify": verify, "consolidate": consolidate}
+COMMANDS: dict[str, Callable[..., int]] = {"ls": ls, "verify": verify, "consolidate": consolidate}
 
 
 def main(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ manifest, their directories, the name of the checkpoint, the pointer; only then 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -126,7 +127,8 @@ class Saver:
         for folder in self.directory.glob(".step_*"):
             remove_directory(folder)
         for file in self.directory.glob(f".{POINTER}.tmp-*"):
-            file.unlink()
+            with contextlib.suppress(OSError):
+                file.unlink()
 
     def _commit(self, temporary: Path, checkpoint: Checkpoint) -> None:
         path = checkpoint.path
