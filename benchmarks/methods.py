@@ -65,6 +65,8 @@ ADDED: dict[str, object] = {
     "optim.layer_decay": 1.0,
     "optim.dcn_lr_scale": 1.0,
     "optim.freeze_patch_embed": False,
+    "keep_every": 0,
+    "async_checkpoint": True,
 }
 
 Pace = tuple[str, str, str]

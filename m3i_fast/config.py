@@ -53,12 +53,16 @@ class TrainConfig:
     """Steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept for ever; 0 keeps none of them."""
+    async_checkpoint: bool = True
+    """Write checkpoints in a thread, from a copy in host memory; the step waits for the copy."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("num_classes", "num_threads", "seed"):
+        for name in ("num_classes", "num_threads", "seed", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
         views = self.data.global_views

@@ -1,12 +1,31 @@
-"""Files that are whole or absent: written beside and renamed."""
+"""Files that are whole or absent: written beside, synced and renamed.
+
+All that checkpoints write goes through the functions of `os` here, so that a test can count the
+writes of a save and end the process at any of them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+PIECE = 16 << 20  # bytes of a write: hashing and writing let go of the GIL in between
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """What a file holds."""
+
+    size: int
+    sha256: str
 
 
 @contextmanager
@@ -17,10 +36,12 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary.unlink(missing_ok=True)  # of a process of the same id that was killed
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -28,31 +49,57 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; on any error, a full disk included, the old file stays."""
     with replaced_atomically(path) as temporary:
-        temporary.write_bytes(content)
+        write_durably(temporary, [content])
 
 
-@contextmanager
-def directory_atomically(path: Path) -> Iterator[Path]:
-    """Yield a directory beside `path` to fill, then sync it and rename it to `path`.
-
-    `path` must not exist. On an error nothing is left.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> Digest:
+    """Write a new file piece by piece and sync it; hashed on the way, with no copy in memory."""
+    hashed, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        os.rename(temporary, path)
-        _sync(path.parent)
+        for chunk in chunks:
+            view = memoryview(chunk)
+            for start in range(0, len(view), PIECE):
+                piece = view[start : start + PIECE]
+                hashed.update(piece)
+                size += len(piece)
+                while len(piece):
+                    piece = piece[os.write(descriptor, piece) :]
+        os.fsync(descriptor)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+    return Digest(size, hashed.hexdigest())
 
 
-def _sync(path: Path) -> None:
+def digest(path: Path) -> Digest:
+    """Read a file and hash it."""
+    hashed, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            hashed.update(piece)
+            size += len(piece)
+    return Digest(size, hashed.hexdigest())
+
+
+def remove_directory(path: Path) -> None:
+    """Rename `path` to a hidden name, then delete it: half deleted it has no name that counts.
+
+    An error is a warning: what is left over is hidden.
+    """
+    hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.deleted")
+    try:
+        if hidden != path:
+            if hidden.exists():
+                shutil.rmtree(hidden)
+            os.rename(path, hidden)
+            sync(path.parent)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        logger.warning("could not delete %s: %s", path, error)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

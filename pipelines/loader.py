@@ -113,6 +113,16 @@ class Loader:
         self._position = unpack_state(state, self.fingerprint)
         self._pipeline = None
 
+    def restart_epoch(self, state: dict[str, Any]) -> int:
+        """Begin the epoch of a state of another number of ranks or batch size; returns it.
+
+        The order of samples is then that of a first epoch.
+        """
+        epoch = int(state["epoch"])
+        self._position = Position(epoch=epoch, step=0, checkpoint=None)
+        self._pipeline = None
+        return epoch
+
     def close(self) -> None:
         """Stop DALI's threads; the next batch asked for would start them again from here."""
         if self._pipeline is not None:

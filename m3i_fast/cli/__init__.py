@@ -18,6 +18,7 @@ VERBS = {
     "train": "pre-train a recipe",
     "methods": "list the known methods and their terms, or explain one",
     "evaluate": "measure a run's encoder on held-out pictures",
+    "checkpoint": "list, verify or consolidate the checkpoints of a run",
     "data": "write a data set: openmoji, synthetic; or verify one",
     "bench": "run one benchmark and append its rows to the ledger",
     "doctor": "say what this machine can use and, where it cannot, why",
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print("usage: m3i-fast VERB ...   (m3i-fast VERB --help tells more)\n")
         for verb, description in VERBS.items():
-            console.print(f"  {verb:<10}{description}", highlight=False)
+            console.print(f"  {verb:<12}{description}", highlight=False)
         return 0 if arguments else 2
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "internimage": "a whole InternImage with our dcnv3 beside one with a grid_sample core",
     "mi_loss": "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
     "step": "a training step of M3I: ours beside one written plainly in eager torch",
+    "checkpoint": "how long a checkpoint keeps a step waiting, at once and in the background",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",

@@ -1,26 +1,38 @@
-"""Checkpoints: a directory a step, safetensors and JSON only, written beside and renamed.
+"""Checkpoints: a directory a step, safetensors and JSON only, found by what their manifests say.
 
-step_00000100/  model.safetensors  optimizer.safetensors  state.json
+step_00000100/  manifest.json (version, step, size and SHA-256 of every file)
+                model/ optimizer/ state/, in each a file a rank: 00001-of-00002.safetensors
+latest          a file with the name of the newest one, replaced last; for people and scripts
+
+Before there were manifests a directory held model.safetensors, optimizer.safetensors and
+state.json; those are read still.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-import shutil
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from m3i_fast.engine.optim import Optimizers
-from m3i_fast.storage import directory_atomically
+from m3i_fast.engine.shards import MANIFEST, PARTS, STATE, SUFFIX, VERSION, Shards
+from m3i_fast.storage import digest
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+POINTER = "latest"
 _NAME = re.compile(r"step_(\d{8})")
+_OLD_PARTS = {part: f"{part}{SUFFIX}" for part in PARTS}
+_OLD_STATE = "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,85 +47,184 @@ class Checkpoint:
             raise ValueError(f"{self.path}: expected a directory named step_00000000")
         return int(match[1])
 
-    def state(self) -> dict[str, Any]:
-        """The JSON state: the loader's position."""
-        return json.loads((self.path / "state.json").read_text())
+    @property
+    def is_old(self) -> bool:
+        """Of the layout of before there were manifests."""
+        return not (self.path / MANIFEST).exists() and any(
+            (self.path / name).exists() for name in (*_OLD_PARTS.values(), _OLD_STATE)
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """ValueError names what is wrong with it."""
+        path = self.path / MANIFEST
+        try:
+            manifest = json.loads(path.read_bytes())
+            version, step, files = manifest["version"], manifest["step"], manifest["files"]
+            sizes = [files[name]["size"] + len(files[name]["sha256"]) for name in files]
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: damaged: {error!r}") from None
+        if version != VERSION:
+            raise ValueError(f"{path}: expected version {VERSION}, got {version!r}")
+        if step != self.step:
+            raise ValueError(f"{path}: expected the files of step {self.step}, got step {step!r}")
+        if not sizes:
+            raise ValueError(f"{path}: names no files")
+        return manifest
+
+    def verify(self) -> None:
+        """Read every byte; ValueError or FileNotFoundError names the file and what is wrong."""
+        if self.is_old:  # the header says how long a file is, so one that was cut short is seen
+            for name in _OLD_PARTS.values():
+                Shards(self.path / name)
+            self.state()
+            return
+        files = self.manifest()["files"]
+        there = {
+            p.relative_to(self.path).as_posix()
+            for p in self.path.rglob("*")
+            if p.is_file() and not p.name.startswith(".")
+        }
+        if extra := sorted(there - {MANIFEST, *files}):
+            raise ValueError(f"{self.path}: {', '.join(extra)}: not in the manifest")
+        for name, expected in files.items():
+            path = self.path / name
+            if name not in there:
+                raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole")
+            if (size := path.stat().st_size) != expected["size"]:
+                raise ValueError(f"{path}: damaged: {size} bytes of {expected['size']}")
+            if asdict(digest(path)) != expected:
+                raise ValueError(f"{path}: damaged: its SHA-256 is not that of the manifest")
+
+    def damage(self) -> str | None:
+        """What `verify` finds; None when all is good."""
+        try:
+            self.verify()
+        except (ValueError, OSError) as error:
+            return str(error)
+        return None
+
+    def state(self, rank: int | None = None) -> dict[str, Any]:
+        """The JSON state of a rank: the loader's position, generators, monitors, config.
+
+        Of this process's rank unless given; of the first where fewer ranks saved.
+        """
+        if rank is None:
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        files = sorted((self.path / STATE).glob("*.json"))
+        if not files:
+            files = [self.path / _OLD_STATE if self.is_old else self.path / STATE]
+        path = files[rank if rank < len(files) else 0]
+        try:
+            return json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged: {error}") from None
 
     def load_model(self, model: nn.Module) -> None:
-        """Load all parameters and buffers, strictly."""
-        model.load_state_dict(_read(self.path / "model.safetensors"))
+        """Load all parameters and buffers, strictly; of a sharded model this rank's part."""
+        shards, targets = self.shards("model"), model.state_dict()
+        _expect_same(self.path, "model and checkpoint", targets, shards.sizes)
+        shards.read_into(targets)
 
     def load_optimizer(self, model: nn.Module, optimizer: Optimizers) -> None:
         """Load the moments of every trainable parameter, by name."""
-        saved = _read(self.path / "optimizer.safetensors")
-        entries: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in saved.items():
-            name, _, field = key.rpartition("/")
-            entries.setdefault(name, {})[field] = tensor
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if entries.keys() != named.keys():
-            differing = sorted(entries.keys() ^ named.keys())
-            raise ValueError(f"{self.path}: optimizer state and model differ in {differing}")
-        for name, parameter in named.items():
-            # A fused optimiser keeps its step counts on the parameter's device as well.
-            optimizer.state[parameter] = {
-                field: tensor.to(parameter.device) for field, tensor in entries[name].items()
-            }
+        shards = self.shards("optimizer")
+        fields: dict[str, dict[str, str]] = {}  # of every name: field -> key
+        for key in shards.sizes:
+            name, _, field = key.rpartition("/")
+            fields.setdefault(name, {})[field] = key
+        _expect_same(self.path, "optimizer state and model", fields, named)
+        moments = {
+            key: _moment(named[name], shards.sizes[key], shards.dtypes[key])
+            for name, keys in fields.items()
+            for key in keys.values()
+        }
+        shards.read_into(moments)
+        for name, keys in fields.items():
+            optimizer.state[named[name]] = {field: moments[key] for field, key in keys.items()}
+
+    def shards(self, part: str) -> Shards:
+        """The stored tensors of "model" (by name) or "optimizer" (by `NAME/FIELD`)."""
+        if self.is_old:
+            return Shards(self.path / _OLD_PARTS[part])
+        for name in self.manifest()["files"]:
+            if not (self.path / name).is_file():
+                raise FileNotFoundError(f"{self.path / name}: missing; the checkpoint is not whole")
+        return Shards(self.path / part)
 
 
-def save(
-    directory: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    optimizer: Optimizers,
-    state: dict[str, Any],
-    keep: int,
-) -> Checkpoint:
-    """Write one checkpoint and delete all but the newest `keep`.
-
-    An error leaves the older ones as they were.
-    """
-    path = directory / f"step_{step:08d}"
-    if path.exists():
-        return Checkpoint(path)
-    moments = {
-        f"{name}/{field}": tensor.contiguous()
-        for name, parameter in model.named_parameters()
-        for field, tensor in optimizer.state.get(parameter, {}).items()
-    }
-    with directory_atomically(path) as temporary:
-        save_file(
-            {k: v.contiguous() for k, v in model.state_dict().items()},
-            temporary / "model.safetensors",
-        )
-        save_file(moments, temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state))
-    for old in checkpoints(directory)[:-keep]:
-        shutil.rmtree(old.path)
-    return Checkpoint(path)
+def tensors_of(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
+    """All that is saved of them, by `model/NAME` and `optimizer/NAME/FIELD`."""
+    model_part, optimizer_part = PARTS
+    tensors = {f"{model_part}/{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for field, tensor in optimizer.state.get(parameter, {}).items():
+            tensors[f"{optimizer_part}/{name}/{field}"] = tensor
+    return tensors
 
 
 def checkpoints(directory: Path) -> list[Checkpoint]:
-    """All complete checkpoints, oldest first; what is still being written has another name."""
+    """All checkpoints, oldest first, unverified; what is still being written has another name."""
     if not directory.is_dir():
         return []
     paths = (path for path in directory.iterdir() if _NAME.fullmatch(path.name))
     return [Checkpoint(path) for path in sorted(paths)]
 
 
-def latest(directory: Path) -> Checkpoint:
-    """The newest checkpoint. Raises FileNotFoundError when there is none."""
+def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Checkpoint:
+    """The newest good checkpoint: every byte of it is read, and damaged ones are warned of.
+
+    With a group all its ranks call this, and one of them reads. Raises FileNotFoundError when there
+    is none, ValueError with a reason each when none is good.
+    """
+    return on_first_rank(group, lambda: _latest(directory))
+
+
+def on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
+    """What `function` returns or raises on the first rank of `group`, on all of them."""
+    if group is None:
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            outcome[0] = function()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _latest(directory: Path) -> Checkpoint:
     found = checkpoints(directory)
     if not found:
         raise FileNotFoundError(f"no checkpoint in {directory}: expected a directory step_00000000")
-    return found[-1]
+    reasons: list[str] = []
+    for candidate in reversed(found):
+        reason = candidate.damage()
+        if reason is None:
+            for skipped in reasons:
+                logger.warning("checkpoint skipped, %s is used: %s", candidate.path, skipped)
+            return candidate
+        reasons.append(reason)
+    raise ValueError(f"no good checkpoint in {directory}: " + "; ".join(reasons))
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged: {error}") from None
+def _moment(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Where a moment is read to: sharded as its parameter, if it has its shape.
+
+    A fused optimiser keeps its step counts on the parameter's device as well.
+    """
+    if parameter.shape == size:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(size, dtype=dtype, device=parameter.device)
+
+
+def _expect_same(path: Path, what: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    if a.keys() != b.keys():
+        raise ValueError(f"{path}: {what} differ in {sorted(a.keys() ^ b.keys())}")

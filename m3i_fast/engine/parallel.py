@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from m3i_fast.engine.parallel_config import ParallelConfig
+from m3i_fast.engine.parts import is_spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def leave_world() -> None:
 def distribute(
     model: nn.Module,
     blocks: Sequence[nn.Module],
-    mesh: DeviceMesh | None,
+    cfg: ParallelConfig,
     world: World,
     *,
     compute_dtype: torch.dtype,
@@ -115,6 +115,7 @@ def distribute(
     """
     if world.group is None:
         return model
+    mesh = world.mesh(cfg)
     if mesh is None:
         with warnings.catch_warnings():  # torch 2.13 has another name that 2.10 does not know
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
@@ -140,11 +141,13 @@ def distribute(
 
 
 def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Mean over ranks of the gradients of what is held whole, where all else is spread."""
-    gradients = [
-        p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)
-    ]
-    if gradients and world.group is not None:
+    """Mean over ranks of the gradients of what is held whole, where all else is spread.
+
+    Where nothing is, DDP has taken it.
+    """
+    found = [p.grad for p in parameters if p.grad is not None]
+    gradients = [g for g in found if not is_spread(g)]
+    if gradients and len(gradients) < len(found):
         flat = world.mean(torch.cat([g.reshape(-1) for g in gradients]))
         for gradient, mean in zip(
             gradients, flat.split([g.numel() for g in gradients]), strict=True

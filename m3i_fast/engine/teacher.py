@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
@@ -85,15 +85,9 @@ def _load_run(run: Path, vision: VisionConfig) -> Teacher:
     of_run = TrainConfig.load(config).vision
     _expect_grid(str(run), _side(of_run, vision.image_size), vision)
     encoder = build_encoder(of_run)
-    newest = checkpoint.latest(run / "checkpoints").path / "model.safetensors"
-    try:
-        with safe_open(newest, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(_ENCODER)]
-            state = {name.removeprefix(_ENCODER): file.get_tensor(name) for name in names}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{newest}: missing; the checkpoint is not whole") from None
-    except SafetensorError as error:
-        raise ValueError(f"{newest}: damaged: {error}") from None
+    newest = checkpoint.latest(run / "checkpoints")
+    found = newest.shards("model").read(_ENCODER)
+    state = {name.removeprefix(_ENCODER): tensor for name, tensor in found.items()}
     encoder.load_state_dict(state)
     return Teacher(encoder)
 

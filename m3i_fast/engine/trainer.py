@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3i_fast.config import TrainConfig, differences
+from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.chunks import chunk
 from m3i_fast.engine.ema import update_ema
@@ -24,12 +24,12 @@ from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.param_groups import freeze_patch_embed
 from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
+from m3i_fast.engine.run import Run
 from m3i_fast.engine.step import StepForward, blocks_of
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
-from m3i_fast.observe.environment import environment
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
@@ -49,9 +49,10 @@ class Outcome:
 class Trainer:
     """Trains `cfg` in `run_dir`.
 
-    Raises FileExistsError when run_dir holds a run and `resume` is False, FileNotFoundError when
-    `resume` finds nothing, ValueError when the config differs from the run's or does not fit the
-    data; `train` raises FloatingPointError when a loss is not finite, and CollapseError after a
+    Raises FileExistsError when run_dir holds a run and `resume` is False, or one that is going on,
+    FileNotFoundError when `resume` finds nothing, ValueError when no checkpoint is good or the
+    config differs from the run's or does not fit the data; `train` raises FloatingPointError when
+    a loss is not finite, OSError when a checkpoint cannot be written, and CollapseError after a
     checkpoint when `stop_on_collapse` and a monitor stays out of its healthy range; without it a
     collapse is a warning in the log.
     """
@@ -68,12 +69,10 @@ class Trainer:
         self.world = join_world(resolve_device(cfg.device))
         self.device, rank = self.world.device, self.world.rank
         self.seed = step_seed(cfg.seed, -rank) if rank else cfg.seed
-        self.checkpoint_dir = run_dir / "checkpoints"
-        saved = self._find_checkpoint() if resume else None
-        if not resume and self._config_path.exists():
-            raise FileExistsError(
-                f"{run_dir} holds a run already: add --resume to continue it, or name another --out"
-            )
+        self.run = Run(run_dir, cfg)
+        saved = self.run.resume() if resume else None
+        if saved is None:
+            self.run.expect_new()
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.loader = self._build_loader()
@@ -81,11 +80,10 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         with self.device:
             self.objective = build_objective(cfg, self.world.group)
-        self.mesh = self.world.mesh(cfg.parallel)
         self.model = distribute(
             StepForward(self.objective),
             blocks_of(self.objective),
-            self.mesh,
+            cfg.parallel,
             self.world,
             compute_dtype=compute_dtype(cfg.precision, self.device),
         )
@@ -94,16 +92,14 @@ class Trainer:
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
-        self.world.wait_for_all()  # every rank has seen what was there before this run
-        if saved is not None:
-            self._restore(saved)
-        elif self.world.is_main:  # nothing is written before all of the above has worked
-            run_dir.mkdir(parents=True, exist_ok=True)
-            environment().save(run_dir / "env.json")
-            cfg.save(self._config_path)
-        self.timer = StageTimer(self.device)
-        self.means = DeviceMeans(self.world.mean)
+        self.means = DeviceMeans(self.device, self.world.mean)
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
+        self.world.wait_for_all()  # every rank has seen what was there before this run
+        if saved is None:  # nothing is written before all of the above has worked
+            self.run.begin()
+        else:
+            self._restore(saved)
+        self.timer = StageTimer(self.device)
         self._stop = StopFlag(self.world)
 
     def draw_mix(self, batch: Batch) -> Mix:
@@ -182,6 +178,7 @@ class Trainer:
             for sink in sinks:
                 sink.close()
             self.loader.close()
+            self.run.close()
         return Outcome(self.step, stopped)
 
     def _sinks(self) -> list[Sink]:
@@ -196,13 +193,10 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, unless a loss since the last read was not finite."""
         check_finite(self.means.read(), self.step)
-        checkpoint.save(
-            self.checkpoint_dir,
-            step=self.step,
-            model=self.objective,
-            optimizer=self.optimizer,
-            state={"loader": self.loader.state_dict()},
-            keep=self.cfg.keep_checkpoints,
+        state = self.run.state(loader=self.loader, means=self.means, watch=self.watch)
+        state["num_ranks"] = self.world.size
+        self.run.saver.save(
+            step=self.step, model=self.objective, optimizer=self.optimizer, state=state
         )
 
     def _heed_collapse(self, values: dict[str, float]) -> None:
@@ -212,13 +206,12 @@ class Trainer:
         if found and self.stop_on_collapse:
             self.save()
             raise CollapseError(
-                f"--stop-on-collapse: {found[0]}. The run is saved in {self.checkpoint_dir}"
+                f"--stop-on-collapse: {found[0]}. The run is saved in {self.run.checkpoints}"
             )
 
     def _clip(self) -> Tensor:
-        if self.mesh is not None:
-            average_whole(self.objective.parameters(), self.world)
         parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        average_whole(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
     def _read_metrics(self, seconds: float, num_steps: int) -> dict[str, float]:
@@ -250,22 +243,6 @@ class Trainer:
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
         )
 
-    @property
-    def _config_path(self) -> Path:
-        return self.run_dir / "config.json"
-
-    def _find_checkpoint(self) -> checkpoint.Checkpoint:
-        if not self._config_path.exists():
-            raise FileNotFoundError(
-                f"--resume: no run in {self.run_dir}: expected {self._config_path}"
-            )
-        found = differences(TrainConfig.load(self._config_path), self.cfg)
-        if found:
-            raise ValueError(
-                f"--resume: the config differs from {self._config_path}: " + "; ".join(found)
-            )
-        return checkpoint.latest(self.checkpoint_dir)
-
     def _check_data(self) -> None:
         manifest = self.loader.manifest
         facts = {
@@ -285,7 +262,20 @@ class Trainer:
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         saved.load_model(self.objective)
         saved.load_optimizer(self.objective, self.optimizer)
-        self.loader.load_state_dict(saved.state()["loader"])
+        state = saved.state()
+        before, now = state.get("num_ranks", 1), self.world.size
+        if before == now:
+            self.run.restore(state, loader=self.loader, means=self.means, watch=self.watch)
+        else:
+            epoch = self.loader.restart_epoch(state["loader"])
+            logger.warning(
+                "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d go on, and "
+                "a position in the data is of one number of ranks. Weights, moments, averages and "
+                "schedules go on where they were.",
+                epoch,
+                before,
+                now,
+            )
         self.step = saved.step
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 

@@ -126,8 +126,7 @@ class Collapse:
 class CollapseWatch:
     """Sees every logged step, and speaks once a metric that stays out of its healthy range.
 
-    Steps up to `first_step` do not count: a network at its start may look collapsed. A resumed run
-    counts anew.
+    Steps up to `first_step` do not count: a network at its start may look collapsed.
     """
 
     def __init__(self, *, first_step: int) -> None:
@@ -149,3 +148,10 @@ class CollapseWatch:
                 if count == PATIENCE:
                     found.append(Collapse(name, value, step, entry))
         return found
+
+    def state_dict(self) -> dict[str, int]:
+        """JSON-able: logged steps in a row that each monitor has been out of range."""
+        return dict(self._out_of_range)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._out_of_range = dict(state)

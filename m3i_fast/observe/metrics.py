@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from m3i_fast.storage import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -31,9 +35,7 @@ class JsonlSink:
         kept = (
             [row for row in read_jsonl(path) if row["step"] <= start_step] if path.exists() else []
         )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -60,22 +62,29 @@ class TensorBoardSink:
 
 
 def read_jsonl(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Rows of a metrics.jsonl; lines that a crash or a power cut spoilt are left out."""
     rows = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
             rows.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s:%d: not JSON, left out", path, number)
     return rows
 
 
 class DeviceMeans:
     """Running means of scalar tensors, on their device until `read` copies all at once.
 
-    over_ranks: replaces a tensor by its mean over the ranks, all of which read at the same steps.
+    device: where a loaded state goes. over_ranks: replaces a tensor by its mean over the ranks, all
+    of which read at the same steps.
     """
 
-    def __init__(self, over_ranks: Callable[[Tensor], Tensor] = lambda values: values) -> None:
-        self._over_ranks = over_ranks
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+    ) -> None:
+        self._device, self._over_ranks = device, over_ranks
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -97,6 +106,15 @@ class DeviceMeans:
     def reset(self) -> None:
         self._sums.clear()
         self._counts.clear()
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """JSON-able: sum and count of every name. A host synchronisation."""
+        sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        return {n: [s, self._counts[n]] for n, s in zip(self._sums, sums, strict=True)}
+
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+        self._sums = {n: torch.tensor(s, device=self._device) for n, (s, _) in state.items()}
+        self._counts = {name: int(count) for name, (_, count) in state.items()}
 
 
 class StageTimer:

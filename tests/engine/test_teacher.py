@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine import checkpoint
 from m3i_fast.engine.evaluator import load_objective
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.engine.trainer import Trainer
@@ -102,11 +101,7 @@ def test_a_run_that_is_not_there_or_not_whole_is_refused(run: Path, tmp_path: Pa
         load_teacher(str(tmp_path), vision)
     broken = tmp_path / "checkpoints" / "step_00000002"
     broken.mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="the checkpoint is not whole"):
-        load_teacher(str(tmp_path), vision)
-    whole = checkpoint.latest(run / "checkpoints").path / "model.safetensors"
-    (broken / whole.name).write_bytes(whole.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="no good checkpoint .* the checkpoint is not whole"):
         load_teacher(str(tmp_path), vision)
 
 

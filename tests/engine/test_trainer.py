@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from m3i_fast.cli import main
 from m3i_fast.cli.train import TrainCommand
@@ -41,9 +40,9 @@ def _config(dataset: Path, **overrides: object) -> TrainConfig:
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoint.latest(run / "checkpoints").path
-    files = ("model.safetensors", "optimizer.safetensors")
-    return {f"{file}/{k}": v for file in files for k, v in load_file(newest / file).items()}
+    newest = checkpoint.latest(run / "checkpoints")
+    parts = ("model", "optimizer")
+    return {f"{p}/{k}": v for p in parts for k, v in newest.shards(p).read().items()}
 
 
 def _assert_same_run(a: Path, b: Path) -> None:
@@ -123,6 +122,8 @@ def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(
     cfg, out = _config(dataset), tmp_path / "killed"
     process = _start(cfg, out)
     _wait_for(out / "checkpoints" / "step_00000010", process)
+    with pytest.raises(FileExistsError, match=f"process {process.pid} on .* is training in it"):
+        Trainer(cfg, out, resume=True)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     at = checkpoint.latest(out / "checkpoints").step

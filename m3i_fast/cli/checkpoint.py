@@ -1,0 +1,125 @@
+"""m3i-fast checkpoint: list, verify and consolidate the checkpoints of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from safetensors.torch import save_file
+
+from m3i_fast.cli import refuse
+from m3i_fast.engine.checkpoint import POINTER, Checkpoint, checkpoints, latest
+from m3i_fast.storage import replaced_atomically
+
+console = Console()
+
+
+def ls(run: tyro.conf.Positional[Path], /) -> int:
+    """List a run's checkpoints, without reading what is in them.
+
+    Args:
+        run: Run directory, or the directory of its checkpoints.
+    """
+    directory = _directory(run)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("step", "saved", "ranks", "files", "MiB", "note"):
+        table.add_column(column, justify="right" if column in ("step", "MiB") else "left")
+    pointer = directory / POINTER
+    newest = pointer.read_text().strip() if pointer.is_file() else ""
+    for found in _found(directory):
+        files = [path for path in found.path.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        note = "latest" if found.path.name == newest else ""
+        try:
+            ranks = "1" if found.is_old else str(found.manifest()["num_ranks"])
+            note = "layout without a manifest" if found.is_old else note
+        except (ValueError, OSError, KeyError) as error:
+            ranks, note = "?", _within(found, str(error))
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.path.stat().st_mtime))
+        cells = str(found.step), saved, ranks, str(len(files)), f"{size / 2**20:.2f}", note
+        table.add_row(*cells)
+    console.print(table)
+    return 0
+
+
+def verify(path: tyro.conf.Positional[Path], /) -> int:
+    """Read every byte and compare it with the manifest; exit code 1 if anything is damaged.
+
+    Args:
+        path: Run directory, the directory of its checkpoints, or one checkpoint.
+    """
+    found = [Checkpoint(path)] if _is_checkpoint(path) else _found(_directory(path))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("step", "state"):
+        table.add_column(column, justify="right" if column == "step" else "left")
+    reasons = [checkpoint.damage() for checkpoint in found]
+    for checkpoint, reason in zip(found, reasons, strict=True):
+        text = "[green]good" + (", as far as can be told without a manifest" * checkpoint.is_old)
+        if reason is not None:
+            text = f"[red]{_within(checkpoint, reason)}"
+        table.add_row(str(checkpoint.step), text)
+    console.print(table)
+    return int(any(reasons))
+
+
+def consolidate(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], /) -> int:
+    """Write the model of a checkpoint, whole, into one file of safetensors.
+
+    Args:
+        checkpoint: One checkpoint, or a run directory, whose newest good one is taken.
+        out: File to write, ending in .safetensors; it must not exist.
+    """
+    if out.suffix != ".safetensors":
+        return refuse(f"OUT: expected a name ending in .safetensors, got {out}")
+    if out.exists():
+        return refuse(f"{out} exists already: name another file")
+    if _is_checkpoint(checkpoint):
+        source = Checkpoint(checkpoint)
+        source.verify()
+    else:
+        source = latest(_directory(checkpoint))
+    tensors = source.shards("model").read()
+    with replaced_atomically(out) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "step": str(source.step)})
+    console.print(f"wrote {len(tensors)} tensors of {source.path} to {out}", soft_wrap=True)
+    return 0
+
+
+def _is_checkpoint(path: Path) -> bool:
+    try:
+        return Checkpoint(path).step >= 0 and path.is_dir()
+    except ValueError:
+        return False
+
+
+def _directory(path: Path) -> Path:
+    """That of the checkpoints."""
+    inside = path / "checkpoints"
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such directory: {path}")
+    return inside if inside.is_dir() else path
+
+
+def _found(directory: Path) -> list[Checkpoint]:
+    found = checkpoints(directory)
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {directory}: expected a directory step_00000000")
+    return found
+
+
+def _within(checkpoint: Checkpoint, reason: str) -> str:
+    """A reason as markup, with its files named from the checkpoint on."""
+    return escape(reason.replace(f"{checkpoint.path}/", ""))
+
+
+COMMANDS: dict[str, Callable[..., int]] = {"ls": ls, "verify": verify, "consolidate": consolidate}
+
+
+def main(argv: list[str]) -> int:
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="m3i-fast checkpoint", args=argv)

@@ -1,0 +1,106 @@
+"""A run's directory: config.json, env.json, run.lock and checkpoints/, held by one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from m3i_fast.config import TrainConfig, differences
+from m3i_fast.engine.checkpoint import Checkpoint, latest, on_first_rank
+from m3i_fast.engine.random_state import random_state, set_random_state
+from m3i_fast.engine.run_lock import RunLock
+from m3i_fast.engine.saver import Saver
+from m3i_fast.observe.environment import environment
+
+
+class Stateful(Protocol):
+    """What goes on where its state was taken; the state is JSON-able."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> object: ...
+
+
+class Run:
+    """One process trains in a directory at a time: `begin` or `resume` takes it, `close` frees it.
+
+    Of several ranks the first holds the lock and writes.
+    """
+
+    def __init__(self, path: Path, cfg: TrainConfig) -> None:
+        self.path, self._cfg, self._lock = path, cfg, RunLock(path)
+        self.checkpoints = path / "checkpoints"
+        self.saver = Saver(
+            self.checkpoints,
+            keep=cfg.keep_checkpoints,
+            keep_every=cfg.keep_every,
+            background=cfg.async_checkpoint,
+        )
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    def expect_new(self) -> None:
+        """FileExistsError when the directory holds a run."""
+        if self.config_path.exists():
+            raise FileExistsError(
+                f"{self.path} holds a run already: add --resume to continue it, or name another "
+                "--out"
+            )
+
+    def begin(self) -> None:
+        """Make the directory of a new run."""
+        on_first_rank(self.saver.group, self._begin)
+
+    def resume(self) -> Checkpoint:
+        """The newest good checkpoint of the run that is there."""
+        on_first_rank(self.saver.group, self._go_on)
+        saved = latest(self.checkpoints, self.saver.group)
+        self.saver.saved_step = saved.step
+        return saved
+
+    def _begin(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        self.expect_new()
+        environment().save(self.path / "env.json")
+        self._cfg.save(self.config_path)
+
+    def _go_on(self) -> None:
+        if not self.config_path.exists():
+            raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
+        self._lock.acquire()
+        # How a run is spread over ranks changes nothing of it.
+        saved = replace(TrainConfig.load(self.config_path), parallel=self._cfg.parallel)
+        found = differences(saved, self._cfg)
+        if found:
+            raise ValueError(
+                f"--resume: the config differs from {self.config_path}: " + "; ".join(found)
+            )
+
+    def state(self, **parts: Stateful) -> dict[str, Any]:
+        """JSON-able: what `restore` takes."""
+        return {
+            **{name: part.state_dict() for name, part in parts.items()},
+            "random": random_state(),
+            "config": json.loads(self._cfg.to_json()),
+        }
+
+    @staticmethod
+    def restore(state: dict[str, Any], **parts: Stateful) -> None:
+        """Older checkpoints hold the loader's position alone: other parts start anew."""
+        loads: dict[str, Callable[[Any], object]] = {n: p.load_state_dict for n, p in parts.items()}
+        for name, load in {**loads, "random": set_random_state}.items():
+            if name in state:
+                load(state[name])
+
+    def close(self) -> None:
+        """Wait for the save in flight, raise its error if it had one, and free the directory."""
+        try:
+            self.saver.close()
+        finally:
+            self._lock.release()

@@ -1,0 +1,254 @@
+"""A checkpoint's files: torch's distributed checkpoint over safetensors, a file a rank.
+
+torch plans who writes which part of which tensor, and reads the parts again on any number of ranks.
+Its own writer of safetensors makes a copy of all bytes while it holds the GIL (2.7 s of 512 MiB),
+which stops a training step, so the files, of the same format, are written here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from m3i_fast.storage import Digest, sync, write_durably
+
+PARTS = ("model", "optimizer")  # folders; a tensor's key begins with that of its part
+STATE = "state"
+MANIFEST = "manifest.json"
+VERSION = 1
+SUFFIX = ".safetensors"
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What one rank has to write; keys of tensors are `model/NAME` or `optimizer/NAME/FIELD`."""
+
+    tensors: Mapping[str, Tensor]
+    """The live ones: they say what is whose, and their values are not read."""
+    values: Mapping[str, Tensor]
+    """The same keys: this rank's part of each, on any device."""
+    state: dict[str, Any]
+    """JSON-able, of this rank."""
+
+
+def write_shards(
+    directory: Path,
+    content: Content,
+    *,
+    step: int,
+    group: dist.ProcessGroup | None,
+    commit: Callable[[], None],
+) -> None:
+    """Make `directory` and fill it, then call `commit` on the first rank.
+
+    All ranks of `group` call this; an error on any rank is raised on all, and nothing is committed.
+    """
+    planner, writer = _Planner(content.values), _Writer(directory, content.state, step, commit)
+    if group is None:
+        planner.set_up_planner(dict(content.tensors), is_coordinator=True)
+        plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+        plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
+        writer.finish(metadata, [writer.write_data(plan, planner).wait()])
+        return
+    try:
+        dcp.save(dict(content.tensors), storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:  # not an Exception, says torch
+        reasons = (f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
+        raise OSError(f"step {step}: no checkpoint written: {'; '.join(reasons)}") from None
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans by the live tensors, hands out the values of their copies."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._values = values
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._values[index.fqn]
+
+
+class _Writer(StorageWriter):
+    def __init__(
+        self, directory: Path, state: dict[str, Any], step: int, commit: Callable[[], None]
+    ) -> None:
+        self._directory, self._state, self._step, self._commit = directory, state, step, commit
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the first rank, before any rank writes."""
+        self._directory.mkdir(parents=True)
+        for folder in (*PARTS, STATE):
+            (self._directory / folder).mkdir()
+        names = [f"{rank + 1:05d}-of-{len(plans):05d}" for rank in range(len(plans))]
+        return [replace(plan, storage_data=n) for plan, n in zip(plans, names, strict=True)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        written: dict[str, Digest] = {}
+        for part in PARTS:
+            items = [item for item in plan.items if item.index.fqn.startswith(f"{part}/")]
+            if items:
+                name = f"{part}/{plan.storage_data}{SUFFIX}"
+                chunks = _safetensors(items, planner)
+                written[name] = write_durably(self._directory / name, chunks)
+        name = f"{STATE}/{plan.storage_data}.json"
+        written[name] = write_durably(self._directory / name, [json.dumps(self._state).encode()])
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(
+            [WriteResult(MetadataIndex(name), d.size, d) for name, d in written.items()]
+        )
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the first rank, after all have written."""
+        files = {r.index.fqn: asdict(r.storage_data) for rank in results for r in rank}
+        manifest = {
+            "version": VERSION,
+            "step": self._step,
+            "num_ranks": len(results),
+            "files": dict(sorted(files.items())),
+        }
+        write_durably(self._directory / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        for folder in (*PARTS, STATE, ""):
+            sync(self._directory / folder)
+        self._commit()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
+
+
+def _safetensors(items: list[WriteItem], planner: SavePlanner) -> Iterator[bytes | memoryview]:
+    """A file's bytes: header and tensors, one after the other."""
+    # The widest types first, as safetensors' own writer does: all stay aligned.
+    items = sorted(items, key=lambda i: (-_data(i).properties.dtype.itemsize, i.index.fqn))
+    header: dict[str, Any] = {}
+    offsets, end = {}, 0
+    for item in items:
+        name, data = item.index.fqn.partition("/")[2], _data(item)
+        dtype, shape = data.properties.dtype, list(data.chunk.sizes)
+        if dtype not in _DTYPES:
+            raise ValueError(f"{name}: {dtype} has no name in safetensors")
+        if name in header:
+            raise ValueError(f"{name}: expected one part of it on a rank, got several")
+        begin, end = end, end + data.chunk.sizes.numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        offsets[name] = {"saved_offsets": list(data.chunk.offsets)}
+    header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0"}
+    header["__metadata__"]["DCP_SHARDING_INFO"] = json.dumps(offsets)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for item in items:
+        tensor = planner.resolve_data(item)
+        assert isinstance(tensor, Tensor) and tensor.shape == _data(item).chunk.sizes
+        yield memoryview(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # type: ignore[arg-type]
+        )
+
+
+def _data(item: WriteItem) -> Any:
+    assert item.tensor_data is not None, item
+    return item.tensor_data
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+
+class Shards:
+    """The tensors in a folder of safetensors, whole or in parts, or in one file."""
+
+    def __init__(self, path: Path) -> None:
+        """ValueError names what is damaged, FileNotFoundError what is missing."""
+        self.path = path
+        try:
+            stored = _Reader(path).read_metadata().state_dict_metadata
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole") from None
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{path}: damaged: {error}") from None
+        self.sizes, self.dtypes = {}, {}
+        for name, entry in stored.items():
+            assert isinstance(entry, TensorStorageMetadata), name
+            self.sizes[name], self.dtypes[name] = entry.size, entry.properties.dtype
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Fill every target, in place: its own part where it is a DTensor. Asks no other rank."""
+        for name, target in targets.items():
+            if self.sizes[name] != target.shape:
+                raise ValueError(
+                    f"{self.path}: {name}: expected {list(target.shape)}, got "
+                    f"{list(self.sizes[name])}"
+                )
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            with warnings.catch_warnings():  # that it asks no other rank
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                reader = _Reader(self.path)
+                dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
+        except CheckpointException as error:  # not an Exception, says torch
+            reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
+            raise ValueError(f"{self.path}: damaged: {reasons}") from None
+
+    def read(self, prefix: str = "") -> dict[str, Tensor]:
+        """The whole tensors whose names begin with `prefix`, on the CPU."""
+        tensors = {
+            name: torch.empty(size, dtype=self.dtypes[name])
+            for name, size in self.sizes.items()
+            if name.startswith(prefix)
+        }
+        self.read_into(tensors)
+        return tensors
+
+
+class _Reader(dcp.HuggingFaceStorageReader):
+    """Torch's, that takes the name of a file as well: torch's own reads all of its folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        if path.suffix == SUFFIX:
+            self.fs = _OneFile()
+
+
+class _OneFile(FileSystem):
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return [str(path)]

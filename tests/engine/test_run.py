@@ -1,0 +1,205 @@
+"""A run's directory: one process at a time, and all that a resume goes on with."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import random
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine import checkpoint
+from m3i_fast.engine.random_state import random_state, set_random_state
+from m3i_fast.engine.run import Run
+from m3i_fast.engine.run_lock import RunLock
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe import collapse
+from m3i_fast.observe.collapse import Healthy
+from m3i_fast.observe.metrics import JsonlSink, read_jsonl
+from m3i_fast.pipelines.batch import Batch
+from tests.engine.checkpoint_cases import assert_equal
+from tests.engine.test_trainer import _config
+from tests.faults.files import flip_byte, in_child
+
+
+class Watched(Trainer):
+    """Notes the ids of its samples, and has SIGTERM sent to it in the step `stop_at`."""
+
+    stop_at = 0
+    sample_ids: list[list[int]]
+
+    def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+        self.sample_ids.append(batch.sample_id.tolist())
+        if len(self.sample_ids) == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().train_step(batch, monitor=monitor)
+
+
+def _train(cfg: TrainConfig, out: Path, *, resume: bool = False, stop_at: int = 0) -> Watched:
+    trainer = Watched(cfg, out, resume=resume)
+    trainer.sample_ids, trainer.stop_at = [], stop_at
+    trainer.train()
+    return trainer
+
+
+def _saved(run: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    newest = checkpoint.latest(run / "checkpoints")
+    tensors = {
+        f"{part}/{name}": tensor
+        for part in ("model", "optimizer")
+        for name, tensor in newest.shards(part).read().items()
+    }
+    return tensors, newest.state()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    background: bool,
+) -> None:
+    """Interrupted between two logged steps, with a monitor out of its range since one."""
+    never = Healthy(pattern="monitor/target_rank", low=1e9, cause="c", remedy="r")
+    monkeypatch.setattr(collapse, "HEALTHY", (never,))
+    cfg = _config(dataset, checkpoint_every=4, async_checkpoint=background)
+    runs = {}
+    for name, parts in {"whole": [0], "parts": [8, 0]}.items():
+        random.seed(1), np.random.seed(1)
+        ids, caplog.records[:] = [], []
+        for number, stop_at in enumerate(parts):
+            with caplog.at_level(logging.WARNING):
+                trainer = _train(cfg, tmp_path / name, resume=number > 0, stop_at=stop_at)
+            ids += trainer.sample_ids
+            random.seed(2), np.random.seed(2)  # another process has other generators
+        said = [r.getMessage() for r in caplog.records if "collapse?" in r.getMessage()]
+        rows = [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
+            for row in read_jsonl(tmp_path / name / "metrics.jsonl")
+        ]
+        runs[name] = (*_saved(tmp_path / name), ids, said, rows)
+    tensors, state, ids, said, rows = runs["whole"]
+    assert_equal(runs["parts"][0], tensors)
+    assert runs["parts"][1] == state and state["watch"] == {"monitor/target_rank": 3}
+    assert runs["parts"][2] == ids and len(ids) == cfg.num_steps
+    assert runs["parts"][3] == said and len(said) == 1 and "step 15" in said[0]
+    assert runs["parts"][4] == rows
+    assert any("target" in name or "momentum" in name for name in tensors)  # the EMA
+    assert TrainConfig.load(tmp_path / "whole" / "config.json") == cfg
+    assert state["config"] == json.loads(cfg.to_json())
+
+
+def test_a_resume_passes_a_damaged_checkpoint_over(dataset: Path, tmp_path: Path) -> None:
+    cfg = _config(dataset, num_steps=10)
+    _train(cfg, tmp_path / "whole")
+    expected = _saved(tmp_path / "whole")[0]
+    for path in (tmp_path / "whole" / "checkpoints" / "step_00000010").glob("model/*"):
+        flip_byte(path)
+    assert _train(cfg, tmp_path / "whole", resume=True).step == 10
+    assert_equal(_saved(tmp_path / "whole")[0], expected)
+    found = checkpoint.checkpoints(tmp_path / "whole" / "checkpoints")
+    assert [(c.step, c.damage()) for c in found] == [(5, None), (10, None)]
+
+
+def test_a_failed_save_ends_the_run_with_its_error(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("m3i_fast.engine.saver.write_shards", full)
+    with pytest.raises(OSError, match="No space"):
+        Trainer(_config(dataset, num_steps=5), tmp_path / "run").train()
+    assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_random_generators_go_on() -> None:
+    state = json.loads(json.dumps(random_state()))
+    first = random.random(), np.random.normal(), torch.rand(3).tolist()
+    set_random_state(state)
+    assert (random.random(), np.random.normal(), torch.rand(3).tolist()) == first
+
+
+def test_rows_that_a_power_cut_spoilt_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": 0.5} for step in (5, 10, 15)]
+    first, second, third = (json.dumps(row).encode() for row in rows)
+    path.write_bytes(b"\n".join([first, b"\0" * 9, second, third, b'{"step": 20, "lo']))
+    sink = JsonlSink(path, start_step=10)
+    assert "metrics.jsonl:2: not JSON" in caplog.text
+    sink.log(12, {"loss": 0.25})
+    sink.close()
+    assert read_jsonl(path) == [*rows[:2], {"step": 12, "loss": 0.25}]
+
+
+# ---- One run a directory -------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_with_who_holds_it(tmp_path: Path) -> None:
+    first = RunLock(tmp_path)
+    first.acquire()
+    who = rf"process {os.getpid()} on {socket.gethostname()}, since 20.* is training in it"
+    with pytest.raises(FileExistsError, match=who):
+        RunLock(tmp_path).acquire()
+
+    def try_from_another_process() -> None:
+        with pytest.raises(FileExistsError, match=who):
+            RunLock(tmp_path).acquire()
+
+    assert in_child(try_from_another_process) == 0
+    first.release()
+    RunLock(tmp_path).acquire()
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    def die() -> None:
+        lock = RunLock(tmp_path)
+        lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(die) == -signal.SIGKILL
+    left = json.loads((tmp_path / "run.lock").read_text())
+    assert left["pid"] != os.getpid()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+
+
+def test_of_two_new_runs_in_a_directory_one_begins(tmp_path: Path) -> None:
+    cfg = TrainConfig()
+    first, second = Run(tmp_path / "run", cfg), Run(tmp_path / "run", replace(cfg, seed=1))
+    first.expect_new(), second.expect_new()
+    first.begin()
+    with pytest.raises(FileExistsError, match="is training in it"):
+        second.begin()
+    with pytest.raises(FileExistsError, match="is training in it"):
+        second.resume()
+    first.close()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        second.begin()
+    assert TrainConfig.load(tmp_path / "run" / "config.json") == cfg
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    RunLock(tmp_path).acquire()
+    assert "has no locks" in caplog.text
