@@ -57,7 +57,7 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
                 _keep_gradients(trainer, found)
             losses.append(trainer.world.mean(trainer.train_step(mine)["loss/total"].clone()))
         found["losses"] = torch.stack(losses)
-        found |= {f"state/{k}": _full(v) for k, v in trainer.objective.state_dict().items()}
+        found |= {f"state/{k}": full(v) for k, v in trainer.objective.state_dict().items()}
         trainer.loader.close()
         whole.close()
     return found
@@ -81,7 +81,7 @@ def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
         norm = clip()
         for name, parameter in trainer.objective.named_parameters():
             if parameter.grad is not None:
-                found[f"gradient/{name}"] = _full(parameter.grad)
+                found[f"gradient/{name}"] = full(parameter.grad)
         found["norm"] = norm.detach().clone()
         trainer.cfg = cfg
         del trainer._clip  # type: ignore[attr-defined]
@@ -90,7 +90,7 @@ def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
     trainer._clip = kept  # type: ignore[method-assign]
 
 
-def _full(value: Tensor) -> Tensor:
+def full(value: Tensor) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
