@@ -89,6 +89,23 @@ class TrainConfig:
                 f"images by their share, got {local.count} of {local.size} pixels"
             )
         self.objective.check_vision(self.vision)
+        if self.parallel.shard != 1:
+            self._check_spread()
+
+    def _check_spread(self) -> None:
+        """What needs whole weights on every rank is refused."""
+        whole = "with parallel.shard = 1 alone, which"
+        if self.optim.matrices == "muon":
+            raise ValueError(
+                f"optim.matrices: expected adamw, or muon {whole} takes a whole matrix at a time; "
+                f"got muon and shard = {self.parallel.shard}"
+            )
+        if self.objective.balance.mode == "gradient_norm":
+            raise ValueError(
+                "objective.balance.mode: expected fixed or uncertainty, or gradient_norm "
+                f"{whole} goes back through the predictors in the forward pass; got gradient_norm "
+                f"and shard = {self.parallel.shard}"
+            )
 
     def to_json(self) -> str:
         return json.dumps(_converter.unstructure(self), indent=2) + "\n"

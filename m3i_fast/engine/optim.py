@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.engine.param_groups import Group, group_parameters, lr_scales
-from m3i_fast.engine.parts import gradient_norm, is_spread, local
+from m3i_fast.engine.parts import gradient_norm, local
 from m3i_fast.engine.schedules import cosine, warmup_cosine
 from m3i_fast.engine.step_counts import keep_steps_in_state
 
@@ -164,11 +164,6 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizers:
     if rest:
         groups = _with_rates(group_parameters(rest, scales), cfg, lr=cfg.lr)
         parts.append(_BUILDERS[cfg.name, cfg.used_impl](cfg, groups))
-    if any(is_spread(p) for _, p in matrices):
-        raise ValueError(
-            "optim.matrices: expected adamw with parallel.shard > 1, got muon, which takes a whole "
-            "matrix at a time"
-        )
     if matrices:
         groups = _with_rates(group_parameters(matrices, scales), cfg, lr=cfg.muon_lr)
         parts.append(torch.optim.Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_fast.objectives.statistics import wide
@@ -47,7 +48,7 @@ class Balance(nn.Module):
     gradient_norm: z are the shared encoder's outputs. A term then pulls on them with norm w_k g, so
     that weights are priorities, and the norms add up to those of the unbalanced sum. n_k is a
     bias-corrected exponential average, set by its first measurement; before that the term counts
-    w_k. g / n_k is at most 10^4. The norms are those of this process.
+    w_k. g / n_k is at most 10^4. In a process group z are the outputs of all ranks.
 
     uncertainty: Kendall, Gal and Cipolla, arXiv 1705.07115, section 3.2. With a variance exp(s) of
     its own each term is the negative log-likelihood  exp(-s) L_k + s / 2.  Of a Gaussian: a
@@ -67,7 +68,12 @@ class Balance(nn.Module):
     norm: Tensor  # [K] fp32
     num_measured: Tensor  # [K] int64
 
-    def __init__(self, cfg: BalanceConfig, weights: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        cfg: BalanceConfig,
+        weights: Mapping[str, float],
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         """weights: configured weight by name of the active terms, in the order of the sum.
 
         Raises ValueError without a term, or where a weight is not positive.
@@ -78,7 +84,7 @@ class Balance(nn.Module):
         for name, value in weights.items():
             if not value > 0:
                 raise ValueError(f"weights[{name!r}]: expected > 0, got {value}")
-        self.cfg, self.weights = cfg, dict(weights)
+        self.cfg, self.weights, self.process_group = cfg, dict(weights), process_group
         count = len(weights)
         self.register_buffer("weight", torch.empty(count), persistent=False)
         if cfg.mode == "gradient_norm":
@@ -145,13 +151,21 @@ class Balance(nn.Module):
             got = [tensor.requires_grad for tensor in shared]
             raise ValueError(f"shared: expected tensors that require a gradient, got {got}")
         norms = [_gradient_norm(losses[name], shared) for name in self.weights]
-        newest = torch.stack(norms).to(self.norm.dtype)
+        newest = self._over_ranks(torch.stack(norms)).to(self.norm.dtype)
         found = (newest > 0) & newest.isfinite()
         count = self.num_measured + found
         # (1 - m) / (1 - m^t): 1 at first, and then the bias-corrected average stays one.
         rate = (1 - self.cfg.momentum) / (1 - self.cfg.momentum ** count.clamp_min(1))
         self.norm.copy_(torch.where(found, torch.lerp(self.norm, newest, rate), self.norm))
         self.num_measured.copy_(count)
+
+    def _over_ranks(self, norms: Tensor) -> Tensor:  # [K]
+        """Of the gradient of the mean over the ranks' losses, by all ranks' outputs together."""
+        if self.process_group is None:
+            return norms
+        squares = norms.square()
+        dist.all_reduce(squares, group=self.process_group)
+        return squares.sqrt() / dist.get_world_size(self.process_group)
 
     def _scales(self) -> Tensor:  # [K], g / n_k; 1 where nothing is measured yet
         known = self.num_measured > 0

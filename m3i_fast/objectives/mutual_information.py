@@ -92,7 +92,8 @@ class MutualInformation(nn.Module):
                 if term.decoder_key is not None
             }
         )
-        self.balance = Balance(cfg.balance, {t.name: t.weight for t in cfg.active_terms})
+        weights = {t.name: t.weight for t in cfg.active_terms}
+        self.balance = Balance(cfg.balance, weights, process_group)
 
     def _sizes(self, vision: VisionConfig, text: TextConfig, num_classes: int) -> Sizes:
         target_dim = {"momentum": vision.dim}

@@ -6,7 +6,6 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -74,7 +73,4 @@ def work(rank: int, cfg: TrainConfig, folder: Path) -> None:
         alone = Watched(mine, folder / f"alone-{shard}", resume=True)
         keep("of one", alone.state())
         alone.train()
-    muon = replace(cfg, optim=replace(cfg.optim, matrices="muon"))
-    with pytest.raises(ValueError, match="optim.matrices: expected adamw with parallel.shard > 1"):
-        Trainer(spread(muon, -1), folder / "muon")
     dist.destroy_process_group()

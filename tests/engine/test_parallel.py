@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.models.text import TextConfig
+from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel_work import Case, run, work
 
@@ -37,11 +38,16 @@ def _config(dataset: Path, cfg: TrainConfig) -> TrainConfig:
 def _cases(dataset: Path) -> dict[int, list[Case]]:
     """By the number of ranks."""
     m3i = _config(dataset, demo())
+    balanced = replace(
+        m3i,
+        objective=replace(m3i.objective, balance=BalanceConfig(mode="gradient_norm", every=2)),
+    )
     return {
         2: [
             *(Case(f"m3i, shard {s}", m3i, s, num_steps=20) for s in (1, -1)),
             *(Case(f"m3i in fp32, shard {s}", m3i, s, 20, double=False) for s in (1, -1)),
             *(Case(f"m3i by chunks, shard {s}", m3i, s, chunk=3) for s in (1, -1)),
+            Case("m3i balanced", balanced, 1, num_steps=4),
             *(Case(name, _config(dataset, demo_method(name)), -1) for name in OTHERS),
         ],
         4: [Case(f"m3i, shard {s}", m3i, s, num_steps=20) for s in (2, -1)],
@@ -96,6 +102,7 @@ def _worst(ours: Found, theirs: Found, kind: str) -> float:
     ("num_ranks", "name"),
     [(2, "m3i, shard 1"), (2, "m3i, shard -1"), (4, "m3i, shard 2"), (4, "m3i, shard -1")]
     + [(2, "m3i by chunks, shard 1"), (2, "m3i by chunks, shard -1")]
+    + [(2, "m3i balanced")]
     + [(2, name) for name in OTHERS],
 )
 def test_ranks_equal_one_process(

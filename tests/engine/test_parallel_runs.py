@@ -14,6 +14,7 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, shrink
 from tests.engine.run_work import NUM_RANKS, SHARDS, Watched, spread, work
@@ -116,3 +117,9 @@ def test_what_cannot_be_dealt_out_is_refused(
     with pytest.raises(ValueError, match="parallel.shard: expected a divisor of the 3 ranks"):
         world.mesh(spread(_config(dataset), 2).parallel)
     assert not (tmp_path / "run").exists()
+    cfg = _config(dataset)
+    with pytest.raises(ValueError, match=r"optim\.matrices: .* got muon and shard = -1"):
+        spread(replace(cfg, optim=replace(cfg.optim, matrices="muon")), -1)
+    balance = BalanceConfig(mode="gradient_norm")
+    with pytest.raises(ValueError, match=r"objective\.balance\.mode: .* and shard = 2"):
+        spread(replace(cfg, objective=replace(cfg.objective, balance=balance)), 2)
