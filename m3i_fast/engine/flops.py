@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from m3i_fast.config import TrainConfig
 from m3i_fast.models.flops import Flops
 from m3i_fast.objectives import flops as objective_flops
@@ -37,6 +39,6 @@ def step_flops(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) -
     return objective_flops.step(counts_of(cfg, num_ranks=num_ranks, progress=progress))
 
 
-def total(parts: dict[str, Flops]) -> Flops:
-    """The sum of all parts."""
-    return sum(parts.values(), start=Flops())
+def without_sampling(parts: Mapping[str, Flops]) -> Flops:
+    """The sum of all matrix products and convolutions: what a peak rate is divided into."""
+    return sum((v for k, v in parts.items() if k != objective_flops.SAMPLING), start=Flops())
