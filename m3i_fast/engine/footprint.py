@@ -9,22 +9,20 @@ Not seen: what kernels allocate for themselves, fragmentation, and what torch.co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.ledger import GRADIENTS, OTHER, Ledger
 from m3i_fast.engine.optim import Optimizers, build_optimizer
 from m3i_fast.engine.trainer import build_objective
-from m3i_fast.models.blocks import Block
+from m3i_fast.models.blocks import Block, LayerNormLinear, LayerNormMLP
 from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.mutual_information import MutualInformation
@@ -69,9 +67,10 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
         mix = Mix(**{name: _faked(fake, getattr(mix, name)) for name in mix.__slots__})
         _book_what_is_held(ledger, objective, batch, mix)
         _name_parts(ledger, objective)
+        if cuda:
+            _widen_norms(objective)
         optimizer = build_optimizer(cfg.optim, objective)
-        with _WideNorms() if cuda else nullcontext():
-            return _step(ledger, objective, optimizer, batch, mix, bf16=bf16)
+        return _step(ledger, objective, optimizer, batch, mix, bf16=bf16)
 
 
 def build_on_meta(cfg: TrainConfig) -> MutualInformation:
@@ -89,7 +88,7 @@ def count_parameters(objective: MutualInformation) -> dict[str, int]:
     """Trained parameters by part, and all that follow by EMA."""
     found = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
     found[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
-    found[HEADS] = _count(objective) - sum(found.values())
+    found["heads"] = _count(objective) - sum(found.values())
     found[AVERAGE] = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
     return found
 
@@ -136,17 +135,6 @@ def empty_batch(cfg: TrainConfig) -> Batch:
     )
 
 
-class _WideNorms(TorchFunctionMode):
-    """CUDA's autocast computes layer norms in fp32 and returns fp32; the CPU's does not."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
 def _faked(fake: FakeTensorMode, value: Any) -> Any:
     return fake.from_tensor(value) if isinstance(value, Tensor) else value
 
@@ -180,6 +168,19 @@ def _name_parts(ledger: Ledger, objective: MutualInformation) -> None:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: ledger.book(GRADIENTS, [p.grad])  # type: ignore[list-item]
             )
+
+
+def _widen_norms(objective: nn.Module) -> None:
+    """CUDA's autocast computes layer norms in fp32 and returns fp32; the CPU's does not."""
+
+    def widen(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not torch.is_autocast_enabled("cpu"):
+            return args
+        return args[0].float(), *args[1:]
+
+    for module in objective.modules():
+        if isinstance(module, nn.LayerNorm | LayerNormLinear | LayerNormMLP):
+            module.register_forward_pre_hook(widen)
 
 
 def _step(

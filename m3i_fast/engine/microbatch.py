@@ -52,38 +52,38 @@ def legal_batches(cfg: TrainConfig) -> list[Legal]:
 
 
 def token_rows(counts: Counts) -> dict[str, int]:
-    """Tokens of all images in each pass through blocks, or cells of each stage."""
-    found = _encoder_rows(counts)
+    """Tokens of all images in each pass."""
+    return _rows(counts, stride=counts.vision.image_size // counts.vision.grid)
+
+
+def _rows(counts: Counts, *, stride: int) -> dict[str, int]:
+    """`stride`: pixels a side of an encoder's cell; a convolutional one has larger ones, too."""
+    found = _encoder_rows(counts, stride)
     for term in counts.objective.active_terms:
         if term.target == "caption":
             found["text encoder"] = counts.batch_size * counts.text.context_length
         if term.predictor == "decoder":
             asked, queries = counts.num_asked(term.asked), counts.num_queries(term)
-            found[f"decoder, {term.name}"] = asked * (counts.num_own + queries)
-            found[f"decoder, {term.name}, asked"] = asked * queries
+            found[f"decoder of {term.name}"] = asked * (counts.num_own + queries)
+            found[f"cells asked by {term.name}"] = asked * queries
     return found
 
 
-def _encoder_rows(counts: Counts) -> dict[str, int]:
-    vision, views = counts.vision, counts.num_views
+def _encoder_rows(counts: Counts, stride: int) -> dict[str, int]:
+    vision, mode = counts.vision, counts.objective.mixing.mode
+    prefix = vision.num_prefix if isinstance(vision, ViTConfig) else 0
+    whole = (vision.image_size // stride) ** 2 + prefix
+    inputs = counts.num_inputs * whole
+    if mode in ("own_image", "masked"):
+        inputs = counts.num_images * (counts.num_own + prefix)
     targets = target_rows(counts.objective.active_terms).values()
-    num_targets = sum(counts.num_asked(rows) for rows in targets)
-    num_local = counts.num_local * counts.batch_size
-    if isinstance(vision, ViTConfig):
-        alone = counts.objective.mixing.mode in ("own_image", "masked")
-        images = (counts.num_images if alone else counts.num_inputs) * views
-        found = {
-            "encoder": images * (counts.num_own + vision.num_prefix),
-            "target encoder": num_targets * (counts.num_cells + vision.num_prefix),
-            "local views": num_local * (counts.num_local_cells + vision.num_prefix),
-        }
-    else:
-        last = vision.image_size // vision.size_multiple  # the fewest cells, of the last stage
-        found = {
-            "encoder": counts.num_inputs * views * last**2,
-            "target encoder": num_targets * last**2,
-            "local views": num_local * (counts.local_size // vision.size_multiple) ** 2,
-        }
+    found = {
+        "encoder": inputs * counts.num_views,
+        "target encoder": sum(counts.num_asked(rows) for rows in targets) * whole,
+        "local views": counts.num_local
+        * counts.batch_size
+        * ((counts.local_size // stride) ** 2 + prefix),
+    }
     return {part: rows for part, rows in found.items() if rows}
 
 
@@ -92,7 +92,7 @@ def _misfit(cfg: TrainConfig, batch_size: int, alignment: int) -> str:
     if batch_size % multiple:
         return f"{batch_size} images do not divide into inputs of {multiple}"
     counts = replace(counts_of(cfg), batch_size=batch_size)
-    for part, rows in token_rows(counts).items():
+    for part, rows in _rows(counts, stride=cfg.vision.size_multiple).items():
         if rows % alignment:
             return f"{part}: {rows} tokens, {rows % alignment} more than a multiple of {alignment}"
     return ""
