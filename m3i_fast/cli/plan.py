@@ -129,7 +129,13 @@ def show(name: str, plan: Plan) -> None:
     )
     console.print(_work(plan))
     console.print(_in_all(plan), highlight=False)
-    for table in (_memory(plan), _batches(plan), _sent(plan), _speed(plan)):
+    console.print(_memory(plan))
+    console.print(
+        f"All gradients are {plan.footprint.gradients / GIB:.2f} GiB, activations for the backward "
+        f"pass {sum(plan.footprint.activations.values()) / GIB:.2f} GiB a rank.\n",
+        highlight=False,
+    )
+    for table in (_batches(plan), _sent(plan), _speed(plan)):
         console.print(table)
     console.print("Assumptions", style="bold")
     for sentence in plan.assumptions:

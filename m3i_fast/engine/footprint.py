@@ -165,9 +165,7 @@ def _name_parts(ledger: Ledger, objective: MutualInformation) -> None:
         module.register_forward_hook(lambda *_: setattr(ledger, "part", HEADS))
     for parameter in objective.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: ledger.book(GRADIENTS, [p.grad])  # type: ignore[list-item]
-            )
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.book(GRADIENTS, [p.grad]))
 
 
 def _widen_norms(objective: nn.Module) -> None:

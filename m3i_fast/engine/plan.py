@@ -46,6 +46,7 @@ CONTEXT = {"CUDA context": 0.5 * 2**30, "DALI decoder and pools": 2.0 * 2**30}
 NCCL = {"NCCL buffers": 0.5 * 2**30}
 GATHERED, REDUCED, AHEAD = "gathered weights", "gradients being reduced", "batches ahead"
 SHARDED = (PARAMETERS, AVERAGE, STATES, GRADIENTS)
+PREDICTIONS = "strategies and footprint: computed from the config, run on no card"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +106,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, and what properties say, for JSON."""
-        content = asdict(self)
+        content = asdict(self) | {"predictions": PREDICTIONS}
         content |= {"global_batch": self.global_batch, "flops_total": asdict(self.work)}
         content["model_flops_per_image"] = self.work.model / self.batch_size
         content["hardware_flops_per_image"] = self.work.hardware / self.batch_size

@@ -32,6 +32,7 @@ from m3i_fast.objectives.seen import target_rows
 TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"
 DECODER, HEADS, LIKELIHOODS = "decoder", "heads", "likelihoods"
 SAMPLING = "sampling"  # of DCNv3, in both encoders
+PARTS = (ENCODER, TARGET, SAMPLING, TEXT, DECODER, HEADS, LIKELIHOODS)
 
 Parts = dict[str, Flops]
 
@@ -48,7 +49,7 @@ def step(counts: Counts) -> Parts:
         if number >= counts.num_views:
             rows, cells = counts.batch_size, counts.num_local_cells
         parts[HEADS] += _summarise(counts.vision, rows, cells)
-    return {part: flops for part, flops in parts.items() if flops != NONE}
+    return {part: parts[part] for part in PARTS if parts[part] != NONE}
 
 
 def decoder(
