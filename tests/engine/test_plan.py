@@ -1,4 +1,4 @@
-"""The plan of a run: traffic, legal batches, the roofline, and what they are put together to."""
+"""The plan of a run: legal batches, the roofline, and what they are put together to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine import traffic
 from m3i_fast.engine.cards import CARDS
 from m3i_fast.engine.flops import counts_of
 from m3i_fast.engine.footprint import AVERAGE, PARAMETERS, STATES, trace
@@ -30,39 +29,6 @@ ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
 def small(name: str = "m3i_vit_b", batch_size: int = 8) -> TrainConfig:
     cfg = shrink(recipes()[name](), path=Path("nowhere"), num_classes=9, text=TEXT)
     return replace(cfg, data=replace(cfg.data, batch_size=batch_size))
-
-
-# ---- Traffic -------------------------------------------------------------------------------------
-
-
-def test_one_rank_sends_nothing() -> None:
-    sent = (
-        traffic.ddp(ONE, num_parameters=100),
-        traffic.fsdp(ONE, num_parameters=100, num_averaged=50, weight_bytes=2),
-        traffic.candidates(ONE, num_rows=8, dim=4, weight_bytes=2),
-    )
-    assert all(one == Traffic(0, 0) for one in sent)
-
-
-def test_ranks_of_one_node_use_no_network() -> None:
-    # a ring's 2 (n - 1) / n of 400 bytes
-    assert traffic.ddp(NODE, num_parameters=100) == Traffic(2 * 7 / 8 * 400, 0)
-
-
-def test_nodes_share_what_a_rank_holds_of_their_sum() -> None:
-    assert traffic.ddp(TWO_NODES, num_parameters=100) == Traffic(700, 2 * (400 / 8) / 2)
-
-
-def test_fsdp_gathers_weights_twice_and_averages_once() -> None:
-    sent = traffic.fsdp(NODE, num_parameters=100, num_averaged=50, weight_bytes=2)
-    assert sent.nvlink == pytest.approx(7 / 8 * (200 + 200 + 100 + 400))
-
-
-def test_candidates_go_round_twice_and_their_gradients_home() -> None:
-    sent = traffic.candidates(TWO_NODES, num_rows=3, dim=4, weight_bytes=2)
-    assert sent.nvlink == sent.network == 12 * (2 * 15 * 2 + 16 * 4)
-    sigmoid = traffic.candidates(NODE, num_rows=3, dim=4, weight_bytes=2, sigmoid=True)
-    assert sigmoid == Traffic(12 * (7 * 2 + 8 * 4), 0)
 
 
 # ---- Legal batches -------------------------------------------------------------------------------
