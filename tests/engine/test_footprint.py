@@ -142,7 +142,7 @@ def test_the_ledger_knows_the_peak_where_gradients_are_sharded() -> None:
             ledger.book(GRADIENTS, gradients[-1:])
         assert ledger.total == 4000
     assert sum(ledger.peak.values()) == 4000
-    assert ledger.sharded_peak == {"x": 3000}
+    assert {part: size for part, size in ledger.sharded_peak.items() if size} == {"x": 3000}
 
 
 def test_blocks_are_those_that_are_trained() -> None:
