@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from m3i_fast.cli import console, nearest, refuse
+from m3i_fast.cli import console, nearest
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import leave_world
 from m3i_fast.engine.trainer import Outcome, Trainer
@@ -50,21 +50,10 @@ class TrainCommand:
 
 
 def main(argv: list[str]) -> int:
-    known = recipes()
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(f"{USAGE}\nrecipes: {', '.join(known)}", highlight=False)
+        console.print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
         return 0 if argv else 2
-    if argv[0] == "--config":
-        if len(argv) < 2:
-            return refuse("--config: expected a file")
-        name, config, rest = Path(argv[1]).stem, TrainConfig.load(Path(argv[1])), argv[2:]
-    elif argv[0] in known:
-        name, config, rest = argv[0], known[argv[0]](), argv[1:]
-    else:
-        return refuse(
-            f"unknown recipe {argv[0]!r}: expected one of {', '.join(known)}."
-            + nearest(argv[0], list(known))
-        )
+    name, config, rest = find_recipe(argv)
     command = tyro.cli(
         TrainCommand,
         prog=f"m3i-fast train {argv[0]}",
@@ -88,6 +77,24 @@ def main(argv: list[str]) -> int:
         )
         return 128 + outcome.signal if outcome.signal == signal.SIGINT else os.EX_TEMPFAIL
     return 0
+
+
+def find_recipe(argv: list[str]) -> tuple[str, TrainConfig, list[str]]:
+    """`RECIPE ...` or `--config FILE ...` -> its name, its config and the other arguments.
+
+    Raises ValueError for an unknown recipe, FileNotFoundError for a missing file.
+    """
+    if argv[0] == "--config":
+        if len(argv) < 2:
+            raise ValueError("--config: expected a file")
+        return Path(argv[1]).stem, TrainConfig.load(Path(argv[1])), argv[2:]
+    known = recipes()
+    if argv[0] not in known:
+        raise ValueError(
+            f"unknown recipe {argv[0]!r}: expected one of {', '.join(known)}."
+            + nearest(argv[0], list(known))
+        )
+    return argv[0], known[argv[0]](), argv[1:]
 
 
 def run(

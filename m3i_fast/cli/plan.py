@@ -1,0 +1,249 @@
+"""m3i-fast plan RECIPE --gpus N --card NAME: what a run needs and how fast it can be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from m3i_fast.cli import console as messages
+from m3i_fast.cli import nearest
+from m3i_fast.cli.train import find_recipe
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.cards import CARDS, Card
+from m3i_fast.engine.plan import Plan, make_plan
+from m3i_fast.engine.roofline import UTILISATION
+from m3i_fast.engine.traffic import Nodes
+from m3i_fast.recipes import recipes
+
+USAGE = """\
+usage: m3i-fast plan RECIPE --gpus N --card NAME [--gpus-per-node 8] [--global-batch N] [--json]
+                     [--utilisation 0.4] [--field value ...]
+       m3i-fast plan --config FILE [...]
+"""
+GIB, MIB = 2**30, 2**20
+HFU_HAS = "with what is computed again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """What a run needs and how fast it can be, from its config: nothing is run."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    gpus: int = 1
+    """Ranks, one GPU each."""
+    card: str = "h100"
+    """a100, h100, h200, b200 (SXM), or cpu."""
+    gpus_per_node: int = 8
+    """GPUs that NVLink connects."""
+    global_batch: int | None = None
+    """Images a step of all ranks, in the place of data.batch_size of each."""
+    utilisation: float = UTILISATION
+    """Assumed share of the card's published rate that matrix products reach."""
+    json: bool = False
+    """One JSON object on standard output instead of the tables; bytes, FLOPs, seconds."""
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        messages.print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
+        return 0 if argv else 2
+    name, config, rest = find_recipe(argv)
+    command = tyro.cli(
+        PlanCommand,
+        prog=f"m3i-fast plan {argv[0]}",
+        default=PlanCommand(config=config),
+        args=rest,
+        config=(tyro.conf.CascadeSubcommandArgs,),
+    )
+    plan = make_plan(
+        _sized(command),
+        card=_card(command.card),
+        nodes=_nodes(command),
+        utilisation=command.utilisation,
+    )
+    if command.json:
+        sys.stdout.write(json.dumps({"recipe": name, **plan.to_dict()}, indent=2) + "\n")
+    else:
+        show(name, plan)
+    return 0
+
+
+def _card(name: str) -> Card:
+    if name not in CARDS:
+        raise ValueError(
+            f"--card: expected one of {', '.join(CARDS)}, got {name!r}."
+            + nearest(name, list(CARDS))
+        )
+    return CARDS[name]
+
+
+def _nodes(command: PlanCommand) -> Nodes:
+    for flag, value in (("gpus", command.gpus), ("gpus-per-node", command.gpus_per_node)):
+        if value < 1:
+            raise ValueError(f"--{flag}: expected at least 1, got {value}")
+    if command.gpus > command.gpus_per_node and command.gpus % command.gpus_per_node:
+        raise ValueError(
+            f"--gpus: expected a multiple of --gpus-per-node {command.gpus_per_node}, got "
+            f"{command.gpus}"
+        )
+    if not 0 < command.utilisation <= 1:
+        raise ValueError(f"--utilisation: expected in (0, 1], got {command.utilisation}")
+    return Nodes(command.gpus, command.gpus_per_node)
+
+
+def _sized(command: PlanCommand) -> TrainConfig:
+    """The config with its share of --global-batch."""
+    config = command.config
+    if command.global_batch is None:
+        return config
+    if command.global_batch < 1 or command.gpus < 1 or command.global_batch % command.gpus:
+        raise ValueError(
+            f"--global-batch: expected a multiple of --gpus {command.gpus}, got "
+            f"{command.global_batch}"
+        )
+    own = command.global_batch // command.gpus
+    return replace(config, data=replace(config.data, batch_size=own))
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def show(name: str, plan: Plan) -> None:
+    """For people, on standard output."""
+    console, nodes = Console(), plan.nodes
+    arithmetic = "bf16" if plan.bf16 else "fp32"
+    console.print(
+        f"[bold]{escape(name)}[/]: {nodes.num_ranks} x {plan.card.name}, {nodes.count} nodes, "
+        f"{plan.batch_size} images a rank, {plan.global_batch:,} a step, {arithmetic}\n"
+        "[yellow]All below is computed from the config; times and memory are predictions, and no "
+        "card has run them.[/]",
+        highlight=False,
+    )
+    console.print(_work(plan))
+    console.print(_in_all(plan), highlight=False)
+    console.print(_memory(plan))
+    console.print(
+        f"All gradients are {plan.footprint.gradients / GIB:.2f} GiB, activations for the backward "
+        f"pass {sum(plan.footprint.activations.values()) / GIB:.2f} GiB a rank.\n",
+        highlight=False,
+    )
+    for table in (_batches(plan), _sent(plan), _speed(plan)):
+        console.print(table)
+    console.print("Assumptions", style="bold")
+    for sentence in plan.assumptions:
+        console.print(f"- {escape(sentence)}", highlight=False)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+    return table
+
+
+def _work(plan: Plan) -> Table:
+    table = _table(
+        "A rank's step, in GFLOP an image", "part", "parameters", "forward", "backward", "again"
+    )
+    scale = 1e9 * plan.batch_size
+    for part in dict.fromkeys([*plan.flops, *plan.parameters]):
+        size = plan.parameters.get(part)
+        shown = [f"{size / 1e6:.1f} M" if size else ""]
+        if part in plan.flops:
+            one = plan.flops[part]
+            shown += [f"{x / scale:.2f}" for x in (one.forward, one.backward, one.recompute)]
+        table.add_row(part, *shown)
+    return table
+
+
+def _in_all(plan: Plan) -> str:
+    work, scale = plan.work, 1e9 * plan.batch_size
+    tokens = ", ".join(f"{part} {count:,}" for part, count in plan.tokens.items())
+    return (
+        f"model {work.model / scale:.1f} GFLOP an image (MFU), hardware "
+        f"{work.hardware / scale:.1f} (HFU, {HFU_HAS}); {work.hardware / 1e12:,.1f} TFLOP a step\n"
+        f"tokens a step: {tokens}\n"
+    )
+
+
+def _memory(plan: Plan) -> Table:
+    names = [strategy.name for strategy in plan.strategies]
+    table = _table("Memory of a rank at the step's peak, GiB (prediction)", "part", *names)
+    memories = [strategy.memory for strategy in plan.strategies]
+    for part in dict.fromkeys(part for memory in memories for part in memory.parts):
+        sizes = [memory.parts.get(part, 0.0) for memory in memories]
+        if max(sizes) >= MIB:
+            table.add_row(part, *(f"{size / GIB:.2f}" for size in sizes))
+    for part in memories[0].assumed:
+        shown = (f"{memory.assumed[part] / GIB:.2f}" for memory in memories)
+        table.add_row(f"{part} (assumed)", *shown)
+    table.add_section()
+    table.add_row("in all", *(f"{memory.total / GIB:.2f}" for memory in memories))
+    if plan.card.memory_bytes is not None:
+        words = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: ""}
+        limit = f"{plan.card.name}: {plan.card.memory_bytes / GIB:.1f}"
+        table.add_row(limit, *(words[memory.fits] for memory in memories))
+    return table
+
+
+def _batches(plan: Plan) -> Table:
+    table = _table(
+        "Legal batches of a rank", "arithmetic", "tokens a multiple of", "this one", "nearest"
+    )
+    table.add_column("why", overflow="fold")
+    for row in plan.legal:
+        found = dict.fromkeys(str(x) for x in (row.below, row.above) if x is not None)
+        reason = row.reason
+        if row.recipe != "bf16" and row.recipe not in plan.card.formats:
+            reason = f"{plan.card.name} does not compute it natively" + "; " * bool(reason) + reason
+        table.add_row(
+            row.recipe,
+            str(row.alignment),
+            f"{plan.batch_size} {'yes' if row.is_legal else 'no'}",
+            ", ".join(found),
+            reason,
+        )
+    return table
+
+
+def _sent(plan: Plan) -> Table:
+    table = _table("Sent by a rank in a step, MiB", "what", "NVLink", "network")
+    for strategy in plan.strategies:
+        for what, sent in strategy.sent.items():
+            row = f"{strategy.name}: {what}"
+            table.add_row(row, f"{sent.nvlink / MIB:,.0f}", f"{sent.network / MIB:,.0f}")
+    return table
+
+
+def _speed(plan: Plan) -> Table:
+    names = [strategy.name for strategy in plan.strategies]
+    table = _table("Speed (prediction)", "", *names)
+    speeds = [strategy.speed for strategy in plan.strategies]
+    for label, field in (
+        ("matrix products, ms", "compute_s"),
+        ("card memory, ms", "memory_s"),
+        ("gradients and weights sent, ms", "gradients_s"),
+        ("candidates sent, ms", "candidates_s"),
+        ("loader, ms", "loader_s"),
+        ("step with overlap, ms", "step_s"),
+        ("step without overlap, ms", "step_without_overlap_s"),
+    ):
+        table.add_row(label, *(f"{1e3 * getattr(speed, field):,.1f}" for speed in speeds))
+    table.add_section()
+    for label, field in (
+        ("images/s", "images_s"),
+        ("images/s without overlap", "images_without_overlap_s"),
+        ("images/s of the loader", "loader_images_s"),
+    ):
+        table.add_row(label, *(f"{getattr(speed, field):,.0f}" for speed in speeds))
+    table.add_row("MFU", *(f"{speed.mfu:.1%}" for speed in speeds))
+    table.add_row("bottleneck", *(speed.bottleneck for speed in speeds))
+    return table

@@ -1,0 +1,92 @@
+"""What the makers publish of cards and nodes: rates are peaks, which no program reaches.
+
+Dense rates, without sparsity, and 10^9 bytes to a GB. From NVIDIA's data sheets of the A100 80 GB
+SXM, H100 SXM, H200 SXM and DGX B200 (an eighth of the node: 180 GB, 8 TB/s, 36 PFLOP/s of sparse
+FP8 / 16 for BF16 dense): BF16 312, 989, 989 and 2,250 TFLOP/s; HBM 2,039, 3,350, 4,800 and
+8,000 GB/s; NVLink 600, 900, 900 and 1,800 GB/s, which are both directions together. Networks are
+an assumption: one adapter a GPU, as in DGX A100 (200 Gbit/s), DGX H100, H200 and B200 (400 Gbit/s).
+The row `cpu` is an assumption throughout: two cores of a server, 10 Gbit/s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    name: str
+    bf16_flop_s: float
+    fp32_flop_s: float
+    """Without tensor cores."""
+    memory_bytes: float | None
+    """None: not known."""
+    memory_byte_s: float
+    nvlink_byte_s: float
+    """One direction."""
+    network_byte_s: float
+    """One direction, of the adapter of one GPU."""
+    formats: tuple[str, ...] = ()
+    """FP8 recipes that it computes natively."""
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "cpu"
+
+
+HOPPER = ("fp8_current", "fp8_block")
+BLACKWELL = ("fp8_current", "mxfp8")
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card(
+            name="a100",
+            bf16_flop_s=312e12,
+            fp32_flop_s=19.5e12,
+            memory_bytes=80e9,
+            memory_byte_s=2039e9,
+            nvlink_byte_s=300e9,
+            network_byte_s=25e9,
+        ),
+        Card(
+            name="h100",
+            bf16_flop_s=989e12,
+            fp32_flop_s=67e12,
+            memory_bytes=80e9,
+            memory_byte_s=3350e9,
+            nvlink_byte_s=450e9,
+            network_byte_s=50e9,
+            formats=HOPPER,
+        ),
+        Card(
+            name="h200",
+            bf16_flop_s=989e12,
+            fp32_flop_s=67e12,
+            memory_bytes=141e9,
+            memory_byte_s=4800e9,
+            nvlink_byte_s=450e9,
+            network_byte_s=50e9,
+            formats=HOPPER,
+        ),
+        Card(
+            name="b200",
+            bf16_flop_s=2250e12,
+            fp32_flop_s=80e12,
+            memory_bytes=180e9,
+            memory_byte_s=8000e9,
+            nvlink_byte_s=900e9,
+            network_byte_s=50e9,
+            formats=BLACKWELL,
+        ),
+        Card(
+            name="cpu",
+            bf16_flop_s=100e9,
+            fp32_flop_s=100e9,
+            memory_bytes=None,
+            memory_byte_s=20e9,
+            nvlink_byte_s=20e9,
+            network_byte_s=1.25e9,
+        ),
+    )
+}

@@ -1,0 +1,231 @@
+"""Floating-point operations of the encoders, in closed form from their configs.
+
+A multiply-accumulate is two. Counted are matrix products and convolutions; what is done to single
+elements (norms, activations, softmax) is not, nor is it by `torch.utils.flop_counter`, with which
+these formulas agree. DCNv3's sampling, which that counter does not see, is a function of its own.
+
+Letters: B images, T tokens of each, D width, n cells of a map, c its channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m3i_fast.models.deformable import NUM_POINTS
+from m3i_fast.models.internimage import HEAD_RATIO
+from m3i_fast.models.internimage_config import InternImageConfig
+from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vit import ViTConfig
+
+SAMPLING_PER_POINT = 5  # InternImage's convention: 5 n k c for n cells, k points, c channels
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Of one training step, or of a part of it."""
+
+    forward: int = 0
+    backward: int = 0
+    """By inputs and weights, each where it is needed."""
+    recompute: int = 0
+    """Forward work that is done once more in the backward pass."""
+
+    @property
+    def model(self) -> int:
+        """What the mathematics asks for: the numerator of MFU."""
+        return self.forward + self.backward
+
+    @property
+    def hardware(self) -> int:
+        """What is done: the numerator of HFU."""
+        return self.model + self.recompute
+
+    @property
+    def forward_only(self) -> Flops:
+        return Flops(self.forward)
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.recompute + other.recompute,
+        )
+
+    def __mul__(self, count: int) -> Flops:
+        return Flops(self.forward * count, self.backward * count, self.recompute * count)
+
+    def recomputed(self, *, but: int = 0) -> Flops:
+        """With the forward pass done once more, `but` what follows the last tensor to be saved."""
+        return Flops(self.forward, self.backward, self.recompute + self.forward - but)
+
+
+NONE = Flops()
+
+
+def linear(rows: int, dim_in: int, dim_out: int, *, input_grad: bool = True) -> Flops:
+    """[rows, dim_in] -> [rows, dim_out]; the gradient of weights, and of inputs where asked."""
+    forward = 2 * rows * dim_in * dim_out
+    return Flops(forward, forward * (1 + input_grad))
+
+
+def convolution(
+    cells: int, dim_in: int, dim_out: int, side: int, *, groups: int = 1, input_grad: bool = True
+) -> Flops:
+    """cells: of the output, over all images."""
+    forward = 2 * cells * side**2 * dim_in * dim_out // groups
+    return Flops(forward, forward * (1 + input_grad))
+
+
+def attention(batch: int, queries: int, keys: int, dim: int) -> Flops:
+    """Scores and their product with the values; the backward pass computes scores again."""
+    product = 2 * batch * queries * keys * dim
+    return Flops(2 * product, 4 * product, product)
+
+
+def block(
+    batch: int,
+    tokens: int,
+    dim: int,
+    *,
+    mlp_ratio: float,
+    num_last: int | None = None,
+) -> Flops:
+    """A Transformer block: F = 24 T D^2 + 4 T^2 D forward for mlp_ratio 4.
+
+    num_last: tokens that go on after attention.
+    """
+    rows = batch * (tokens if num_last is None else num_last)
+    hidden = int(dim * mlp_ratio)
+    return (
+        linear(batch * tokens, dim, 3 * dim)
+        + attention(batch, tokens, tokens, dim)
+        + linear(rows, dim, dim)
+        + linear(rows, dim, hidden)
+        + linear(rows, hidden, dim)
+    )
+
+
+# ---- Vision Transformer, text --------------------------------------------------------------------
+
+
+def vit_embed(cfg: ViTConfig, num_images: int, image_size: int | None = None) -> Flops:
+    """The patches of whole images."""
+    num_patches = ((image_size or cfg.image_size) // cfg.patch_size) ** 2
+    return linear(num_images * num_patches, 3 * cfg.patch_size**2, cfg.dim, input_grad=False)
+
+
+def vit_encode(cfg: ViTConfig, num_images: int, num_tokens: int) -> Flops:
+    """The blocks, over this many patch tokens an image and the prefix."""
+    tokens = num_tokens + cfg.num_prefix
+    found = block(num_images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio) * cfg.depth
+    if not cfg.activation_checkpointing:
+        return found
+    last = linear(num_images * tokens, int(cfg.dim * cfg.mlp_ratio), cfg.dim).forward
+    reads_branch = cfg.layer_scale_init is not None
+    return found.recomputed(
+        but=last * _num_unread(cfg.depth, cfg.drop_path_rate, reads_branch=reads_branch)
+    )
+
+
+def vit(cfg: ViTConfig, num_images: int = 1, image_size: int | None = None) -> Flops:
+    """Whole images."""
+    size = image_size or cfg.image_size
+    tokens = (size // cfg.patch_size) ** 2
+    return vit_embed(cfg, num_images, size) + vit_encode(cfg, num_images, tokens)
+
+
+def text(cfg: TextConfig, num_captions: int = 1) -> Flops:
+    """Captions of the full context length, padding included."""
+    one = block(num_captions, cfg.context_length, cfg.dim, mlp_ratio=cfg.mlp_ratio)
+    return one * cfg.depth + linear(num_captions, cfg.dim, cfg.embed_dim)
+
+
+def _num_unread(depth: int, drop_path_rate: float, *, reads_branch: bool) -> int:
+    """Layers in which nothing after the MLP saves its output: there recomputation ends before it.
+
+    A scale or a norm on the branch saves it; stochastic depth, of which the first layer has none,
+    saves its draw after it.
+    """
+    if reads_branch:
+        return 0
+    return 1 if drop_path_rate else depth
+
+
+# ---- InternImage ---------------------------------------------------------------------------------
+
+
+def internimage(
+    cfg: InternImageConfig, num_images: int = 1, image_size: int | None = None
+) -> Flops:
+    """Dense tokens, with use_clip_projector; else the whole classifier. Without the sampling."""
+    side = image_size or cfg.image_size
+    half, cells = -(-side // 2), _cells(num_images, side)
+    found = convolution(num_images * half**2, 3, cfg.channels // 2, 3, input_grad=False)
+    found += convolution(cells[0], cfg.channels // 2, cfg.channels, 3)
+    for stage in range(4):
+        width = cfg.channels * 2**stage
+        found += _layers(cfg, stage, cells[stage])
+        if stage < 3:
+            found += convolution(cells[stage + 1], width, 2 * width, 3)
+    width = cfg.channels * 2**3
+    if cfg.use_clip_projector:
+        found += linear(cells[3], width, 4 * cfg.token_dim)
+        return found + linear(cells[2], width // 2, cfg.token_dim)
+    head_dim = int(width * HEAD_RATIO)
+    return found + linear(cells[3], width, head_dim) + linear(num_images, head_dim, cfg.num_classes)
+
+
+def internimage_sampling(
+    cfg: InternImageConfig, num_images: int = 1, image_size: int | None = None
+) -> Flops:
+    """DCNv3's bilinear samples, 5 n k c a layer; twice that backward is assumed."""
+    found = NONE
+    for stage, cells in enumerate(_cells(num_images, image_size or cfg.image_size)):
+        points = SAMPLING_PER_POINT * NUM_POINTS * cells * cfg.channels * 2**stage
+        one = Flops(points, 2 * points)
+        one = one.recomputed() if cfg.activation_checkpointing else one
+        found += one * cfg.depths[stage]
+    return found
+
+
+def internimage_pool(cfg: InternImageConfig, num_images: int, num_tokens: int) -> Flops:
+    """Attention pooling of this many tokens an image: one query."""
+    dim, rows = cfg.token_dim, num_images * num_tokens
+    return (
+        linear(num_images, dim, dim)
+        + linear(rows, dim, dim) * 2
+        + attention(num_images, 1, num_tokens, dim)
+        + linear(num_images, dim, cfg.pooled_dim)
+    )
+
+
+def _cells(num_images: int, side: int) -> list[int]:
+    """Cells of each stage's map, over all images; sides are rounded up."""
+    found = []
+    side = -(-side // 2)
+    for _ in range(4):
+        side = -(-side // 2)
+        found.append(num_images * side**2)
+    return found
+
+
+def _layers(cfg: InternImageConfig, stage: int, cells: int) -> Flops:
+    """All layers of one stage."""
+    width, groups, depth = cfg.channels * 2**stage, cfg.groups[stage], cfg.depths[stage]
+    hidden = int(width * cfg.mlp_ratio)
+    outputs = groups * (3 * NUM_POINTS + cfg.center_feature_scale)  # offsets, weights, gates
+    last = linear(cells, hidden, width)
+    found = (
+        linear(cells, width, width) * 2
+        + convolution(cells, width, width, cfg.context_size, groups=width)
+        + linear(cells, width, outputs)
+        + linear(cells, width, hidden)
+        + last
+    ) * depth
+    if not cfg.activation_checkpointing:
+        return found
+    reads_branch = cfg.post_norm or cfg.res_post_norm or cfg.layer_scale is not None
+    unread = _num_unread(depth, cfg.drop_path_rate, reads_branch=reads_branch)
+    if stage and cfg.drop_path_rate:  # the network's first layer alone drops nothing
+        unread = 0
+    return found.recomputed(but=last.forward * unread)

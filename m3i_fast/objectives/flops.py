@@ -1,0 +1,264 @@
+"""Floating-point operations of the terms, in closed form from the configs.
+
+As in `models.flops`. Legend: B samples, I images in inputs, A of them (or all) asked by a dense
+term, n cells an image shows, N cells of the grid, Q cells asked, m cells of a local view.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from m3i_fast.models.flops import (
+    NONE,
+    Flops,
+    block,
+    internimage,
+    internimage_pool,
+    internimage_sampling,
+    linear,
+    text,
+    vit,
+    vit_embed,
+    vit_encode,
+)
+from m3i_fast.models.internimage_config import InternImageConfig
+from m3i_fast.models.vision import VisionConfig
+from m3i_fast.models.vit import ViTConfig
+from m3i_fast.objectives.config import Term
+from m3i_fast.objectives.counts import Counts
+from m3i_fast.objectives.predictors import DecoderConfig
+from m3i_fast.objectives.seen import target_rows
+
+TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"
+DECODER, HEADS, LIKELIHOODS = "decoder", "heads", "likelihoods"
+SAMPLING = "sampling"  # of DCNv3, in both encoders
+PARTS = (ENCODER, TARGET, SAMPLING, TEXT, DECODER, HEADS, LIKELIHOODS)
+
+Parts = dict[str, Flops]
+
+
+def step(counts: Counts) -> Parts:
+    """One training step of one rank, by part; optimiser and moving average are not in it."""
+    parts: defaultdict[str, Flops] = defaultdict(Flops)
+    _encode_targets(counts, parts)
+    _encode_inputs(counts, parts)
+    for term in counts.objective.active_terms:
+        _add_term(term, counts, parts)
+    for number in sorted(_summaries(counts)):
+        rows, cells = counts.num_images, counts.num_own
+        if number >= counts.num_views:
+            rows, cells = counts.batch_size, counts.num_local_cells
+        parts[HEADS] += _summarise(counts.vision, rows, cells)
+    return {part: parts[part] for part in PARTS if parts[part] != NONE}
+
+
+def decoder(
+    cfg: DecoderConfig, *, num_images: int, num_own: int, num_asked: int, dims: tuple[int, int]
+) -> Flops:
+    """The dense decoder; dims: of the encoder's tokens and of what is predicted."""
+    asked, tokens = num_images * num_asked, num_own + num_asked
+
+    def layer(num_last: int | None) -> Flops:
+        return block(num_images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio, num_last=num_last)
+
+    return (
+        linear(num_images * num_own, dims[0], cfg.dim)
+        + linear(asked, 2 * cfg.dim, cfg.dim, input_grad=False)
+        + layer(None) * (cfg.depth - 1)
+        + layer(num_asked)
+        + linear(asked, cfg.dim, dims[1])
+    )
+
+
+def mlp(rows: int, *dims: int) -> Flops:
+    """Linear layers one after the other."""
+    found = NONE
+    for dim_in, dim_out in zip(dims[:-1], dims[1:], strict=True):
+        found += linear(rows, dim_in, dim_out)
+    return found
+
+
+def all_pairs(
+    rows: int, columns: int, dim: int, *, column_grad: bool = True, sigmoid: bool = False
+) -> Flops:
+    """`ops.boltzmann`: logits, and the gradients by rows and columns, from logits computed again.
+
+    The sigmoid form computes its gradients in the forward pass, from the same logits.
+    """
+    product = 2 * rows * columns * dim
+    return Flops(product, product * (1 + column_grad), 0 if sigmoid else product)
+
+
+def decorrelation(rows: int, dim: int) -> Flops:
+    """`ops.gaussian`'s regulariser: two [D, D] products of all rows, and C p for the gradient."""
+    product = 2 * rows * dim**2
+    return Flops(2 * product, product)
+
+
+# ---- Encoders ------------------------------------------------------------------------------------
+
+
+def _encode_targets(counts: Counts, parts: Parts) -> None:
+    for (_, _), rows in target_rows(counts.objective.active_terms).items():
+        count = counts.num_asked(rows)
+        parts[TARGET] += _whole(counts.vision, count).forward_only
+        if isinstance(counts.vision, InternImageConfig):
+            sampling = internimage_sampling(counts.vision, count)
+            parts[SAMPLING] += sampling.forward_only
+
+
+def _encode_inputs(counts: Counts, parts: Parts) -> None:
+    """The pass over the mixed inputs, in which an image may show but some of its cells."""
+    vision, num_inputs = counts.vision, counts.num_inputs * counts.num_views
+    num_images = counts.num_images * counts.num_views
+    if counts.objective.mixing.mode in ("own_image", "masked"):
+        assert isinstance(vision, ViTConfig)  # check_vision
+        parts[ENCODER] += vit_embed(vision, num_inputs)
+        parts[ENCODER] += vit_encode(vision, num_images, counts.num_own)
+    else:
+        parts[ENCODER] += _whole(vision, num_inputs)
+    num_local = counts.num_local * counts.batch_size
+    if num_local:
+        parts[ENCODER] += _whole(vision, num_local, counts.local_size)
+    if isinstance(vision, InternImageConfig):
+        parts[SAMPLING] += internimage_sampling(vision, num_inputs)
+        if num_local:
+            parts[SAMPLING] += internimage_sampling(vision, num_local, counts.local_size)
+
+
+def _whole(vision: VisionConfig, num_images: int, size: int | None = None) -> Flops:
+    if isinstance(vision, ViTConfig):
+        return vit(vision, num_images, size)
+    return internimage(vision, num_images, size)
+
+
+def _summarise(vision: VisionConfig, num_images: int, num_tokens: int) -> Flops:
+    """A ViT's summary is its tokens."""
+    if isinstance(vision, ViTConfig):
+        return NONE
+    return internimage_pool(vision, num_images, num_tokens)
+
+
+def _summaries(counts: Counts) -> set[int]:
+    """Views whose summaries any term reads: the encoder's, then local ones."""
+    local = range(counts.num_views, counts.num_views + counts.num_local)
+    found: set[int] = set()
+    for term in counts.objective.active_terms:
+        if term.target in ("category", "caption"):
+            found |= {0, *local}
+        elif term.target == "prototypes":
+            found |= {*range(2 if term.sees_both_views else 1), *local}
+        elif term.target == "embedding":
+            found |= set(range(1 + term.sees_both_views))
+    return found
+
+
+# ---- Terms ---------------------------------------------------------------------------------------
+
+
+def _add_term(term: Term, counts: Counts, parts: Parts) -> None:
+    match term.target:
+        case "category" | "caption":
+            _add_label(term, counts, parts)
+        case "embedding":
+            _add_embedding(term, counts, parts)
+        case "prototypes":
+            _add_prototypes(term, counts, parts)
+        case _ if term.predictor == "projector":
+            _add_dense_contrast(term, counts, parts)
+        case _:
+            _add_dense(term, counts, parts)
+
+
+def _add_label(term: Term, counts: Counts, parts: Parts) -> None:
+    rows, dim = counts.num_summaries, counts.text.embed_dim
+    hidden = counts.objective.head_hidden_dim
+    parts[HEADS] += mlp(rows, counts.vision.summary_dim, hidden, dim)
+    if term.target == "category":
+        parts[LIKELIHOODS] += all_pairs(rows, counts.num_classes, dim)
+        return
+    parts[TEXT] += text(counts.text, counts.batch_size)
+    columns, sigmoid = counts.batch_size * counts.num_ranks, term.likelihood == "sigmoid"
+    parts[LIKELIHOODS] += all_pairs(rows, columns, dim, sigmoid=sigmoid)
+
+
+def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
+    vision, cfg = counts.vision, counts.objective
+    dim = vision.dim
+    if term.target == "pixels":
+        dim = 3 * (vision.image_size // vision.grid) ** 2
+    count, asked = counts.num_asked(term.asked), counts.num_queries(term)
+    own = [counts.num_own]
+    if term.predictor == "linear":
+        parts[HEADS] += linear(count * asked, vision.dim, dim)
+    else:
+        own += [counts.num_local_cells] * counts.num_local * (term.view == "other")
+        for cells in own:
+            parts[DECODER] += decoder(
+                cfg.decoder,
+                num_images=count,
+                num_own=cells,
+                num_asked=asked,
+                dims=(vision.dim, dim),
+            )
+    if term.regulariser == "decorrelation" and cfg.decorrelation_weight:
+        parts[LIKELIHOODS] += decorrelation(count * asked, dim) * len(own)
+
+
+def _add_dense_contrast(term: Term, counts: Counts, parts: Parts) -> None:
+    vision, cfg, count = counts.vision, counts.objective, counts.num_asked(term.asked)
+    dims = vision.dim, cfg.projector.hidden_dim, cfg.projector.output_dim
+    rows = count * counts.num_own
+    parts[HEADS] += mlp(rows, *dims) + mlp(count * counts.num_cells, *dims).forward_only
+    matching = linear(rows, vision.dim, counts.num_cells).forward_only
+    dim, columns = cfg.projector.output_dim + 1, cfg.queue_length + 1
+    parts[LIKELIHOODS] += matching + all_pairs(rows, columns, dim, column_grad=False)
+
+
+def _add_embedding(term: Term, counts: Counts, parts: Parts) -> None:
+    sized, rows = counts.objective.projector, counts.num_images
+    dim = sized.output_dim
+    directions, shared = 1 + term.symmetric, term.encoder == "shared"
+    hidden = [sized.hidden_dim] * (sized.num_layers - 1)
+    projector = mlp(rows, counts.vision.summary_dim, *hidden, dim)
+    parts[HEADS] += projector * (2 if shared else directions)
+    if term.encoder == "momentum":
+        parts[HEADS] += (projector * directions).forward_only
+        pooled = _summarise(counts.vision, rows, counts.num_cells)
+        parts[HEADS] += (pooled * directions).forward_only
+    if term.predictor == "projector_predictor":
+        parts[HEADS] += mlp(rows, dim, sized.predictor_hidden_dim, dim) * directions
+    parts[LIKELIHOODS] += _embedding_loss(term, counts, rows, dim) * directions
+    if term.regulariser == "running_correlation":  # both views' products, twice a step
+        parts[LIKELIHOODS] += Flops(4 * 2 * rows * dim**2)
+
+
+def _embedding_loss(term: Term, counts: Counts, rows: int, dim: int) -> Flops:
+    both, square = term.encoder == "shared", 2 * rows * dim**2
+    match term.regulariser:
+        case "queue":
+            columns = counts.objective.queue_length + 1
+            return all_pairs(rows, columns, dim + 1, column_grad=False)
+        case "negatives":
+            return all_pairs(rows, rows * counts.num_ranks, dim, column_grad=both)
+        case "all_views":
+            return linear(2 * rows, dim, 2 * rows)
+        case "cross_correlation":
+            return Flops(square, 2 * square)
+        case "variance_covariance":
+            return Flops(2 * square, 4 * square)
+        case "running_correlation":
+            return Flops(square, square)
+    return NONE
+
+
+def _add_prototypes(term: Term, counts: Counts, parts: Parts) -> None:
+    cfg, rows = counts.objective, counts.num_images
+    sized = cfg.projector
+    hidden = [sized.hidden_dim] * (sized.num_layers - 1)
+    dims = counts.vision.summary_dim, *hidden, sized.output_dim, cfg.num_prototypes
+    seen = rows * (2 if term.sees_both_views else 1) + counts.num_local * counts.batch_size
+    parts[HEADS] += mlp(seen, *dims)
+    if term.encoder == "momentum":
+        targets = mlp(rows, *dims) + _summarise(counts.vision, rows, counts.num_cells)
+        parts[HEADS] += (targets * (1 + term.symmetric)).forward_only
