@@ -56,12 +56,24 @@ class Run:
         """Make the directory of a new run."""
         on_first_rank(self.saver.group, self._begin)
 
-    def resume(self) -> Checkpoint:
-        """The newest good checkpoint of the run that is there."""
+    def resume(self, num_ranks: int = 1) -> Checkpoint:
+        """The newest good checkpoint of the run that is there, to go on with so many ranks."""
         on_first_rank(self.saver.group, self._go_on)
         saved = latest(self.checkpoints, self.saver.group)
+        self._expect_batch(saved.state(), num_ranks)
         self.saver.saved_step = saved.step
         return saved
+
+    def _expect_batch(self, state: dict[str, Any], num_ranks: int) -> None:
+        """The batch of all ranks stays what it was, whatever their number."""
+        before = state.get("num_ranks", 1)
+        saved = state.get("config", {"data": {"batch_size": self._cfg.data.batch_size}})
+        whole = saved["data"]["batch_size"] * before
+        if self._cfg.data.batch_size * num_ranks != whole:
+            raise ValueError(
+                f"--data.batch-size: expected {whole / num_ranks:g}, with which {num_ranks} ranks "
+                f"make the batch of {whole} that {before} made, got {self._cfg.data.batch_size}"
+            )
 
     def _begin(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -74,9 +86,10 @@ class Run:
         if not self.config_path.exists():
             raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
         self._lock.acquire()
-        # How a run is spread over ranks changes nothing of it.
-        saved = replace(TrainConfig.load(self.config_path), parallel=self._cfg.parallel)
-        found = differences(saved, self._cfg)
+        # How a run is spread over ranks changes nothing of it; the batch is seen to in `resume`.
+        saved = TrainConfig.load(self.config_path)
+        data = replace(saved.data, batch_size=self._cfg.data.batch_size)
+        found = differences(replace(saved, data=data, parallel=self._cfg.parallel), self._cfg)
         if found:
             raise ValueError(
                 f"--resume: the config differs from {self.config_path}: " + "; ".join(found)

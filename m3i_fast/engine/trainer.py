@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -70,12 +70,17 @@ class Trainer:
         self.device, rank = self.world.device, self.world.rank
         self.seed = step_seed(cfg.seed, -rank) if rank else cfg.seed
         self.run = Run(run_dir, cfg)
-        saved = self.run.resume() if resume else None
+        saved = self.run.resume(self.world.size) if resume else None
         if saved is None:
             self.run.expect_new()
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
-        self.loader = self._build_loader()
+        self.loader = Loader(
+            cfg.data,
+            shard_id=rank,
+            num_shards=self.world.size,
+            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+        )
         self._check_data()
         torch.manual_seed(cfg.seed)
         with self.device:
@@ -223,25 +228,11 @@ class Trainer:
                 values[name] *= self.world.size
         values["optim/lr"] = float(self.lr[self.step - 1])
         values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
-        values["throughput/img_s"] = num_steps * self.cfg.data.batch_size / seconds
+        images = num_steps * self.cfg.data.batch_size * self.world.size
+        values["throughput/img_s"] = images / seconds
         if self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values | self.timer.read()
-
-    def _build_loader(self) -> Loader:
-        """This rank's share of the data and of each batch."""
-        size, num_ranks = self.cfg.data.batch_size, self.world.size
-        if size % num_ranks:
-            raise ValueError(
-                f"data.batch_size: expected a multiple of the {num_ranks} ranks, got {size}"
-            )
-        self.cfg.objective.mixing.check_batch(size // num_ranks)
-        return Loader(
-            replace(self.cfg.data, batch_size=size // num_ranks),
-            shard_id=self.world.rank,
-            num_shards=num_ranks,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-        )
 
     def _check_data(self) -> None:
         manifest = self.loader.manifest

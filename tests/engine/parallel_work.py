@@ -40,10 +40,13 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
     rank: None for the one process that has the batches of all ranks.
     """
     cfg = replace(case.cfg, num_steps=case.num_steps, num_threads=1)
+    all_data = cfg.data
     if rank is not None:
-        cfg = replace(cfg, parallel=ParallelConfig(shard=case.shard, chunk=case.chunk))
+        data = replace(cfg.data, batch_size=cfg.data.batch_size // num_ranks)
+        parallel = ParallelConfig(shard=case.shard, chunk=case.chunk)
+        cfg = replace(cfg, data=data, parallel=parallel)
     with _double() if case.double else nullcontext():
-        whole = Loader(cfg.data)
+        whole = Loader(all_data)
         trainer = Trainer(cfg, folder / case.name)
         found: dict[str, Tensor] = {}
         losses = []

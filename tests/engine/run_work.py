@@ -22,7 +22,9 @@ SHARDS = (1, -1)
 
 
 def spread(cfg: TrainConfig, shard: int) -> TrainConfig:
-    return replace(cfg, parallel=ParallelConfig(shard=shard))
+    """The same run on NUM_RANKS ranks."""
+    data = replace(cfg.data, batch_size=cfg.data.batch_size // NUM_RANKS)
+    return replace(cfg, data=data, parallel=ParallelConfig(shard=shard))
 
 
 class Watched:

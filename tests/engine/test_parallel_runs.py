@@ -41,7 +41,7 @@ def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     cfg = _config(dataset)
     for shard in SHARDS:  # runs of one process that stopped after four steps
-        run = Watched(spread(cfg, shard), folder / f"alone-{shard}")
+        run = Watched(cfg, folder / f"alone-{shard}")
         torch.save(run.train(stop_at=4), folder / f"alone-{shard}.pt")
     mp.start_processes(work, (cfg, folder), nprocs=NUM_RANKS, start_method="spawn")
     return folder
@@ -111,13 +111,15 @@ def test_what_cannot_be_dealt_out_is_refused(
     from m3i_fast.engine.parallel import World
 
     world = World(torch.device("cpu"), rank=0, size=3)
-    monkeypatch.setattr(trainer, "join_world", lambda _: world)
-    with pytest.raises(ValueError, match="data.batch_size: expected a multiple of the 3 ranks"):
-        Trainer(_config(dataset), tmp_path / "run")
-    with pytest.raises(ValueError, match="parallel.shard: expected a divisor of the 3 ranks"):
-        world.mesh(spread(_config(dataset), 2).parallel)
-    assert not (tmp_path / "run").exists()
     cfg = _config(dataset)
+    with pytest.raises(ValueError, match="parallel.shard: expected a divisor of the 3 ranks"):
+        world.mesh(spread(cfg, 2).parallel)
+    Trainer(replace(cfg, num_steps=1), tmp_path / "run").train()
+    monkeypatch.setattr(trainer, "join_world", lambda _: world)
+    with pytest.raises(
+        ValueError, match=r"--data.batch-size: expected 2.66667, with which 3 ra.*8"
+    ):
+        Trainer(replace(cfg, num_steps=1), tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match=r"optim\.matrices: .* got muon and shard = -1"):
         spread(replace(cfg, optim=replace(cfg.optim, matrices="muon")), -1)
     balance = BalanceConfig(mode="gradient_norm")
