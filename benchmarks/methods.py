@@ -251,7 +251,7 @@ def recipe_digest(method: str) -> str:
 def run_missing(cfg: Config) -> dict[Run, str]:
     """Run what the ledger has no row for, `jobs` at a time; returns what failed, and why."""
     todo = _missing(cfg)
-    for labelled in {run.labelled for run in todo}:
+    for labelled in {1.0, *(run.labelled for run in todo)} if todo else ():
         if not is_dataset(_dataset(cfg, labelled)):
             pack_demo(_dataset(cfg, labelled), labelled=labelled, captioned=labelled)
     todo = _calibrated(cfg, todo)
@@ -365,17 +365,20 @@ def _planned(cfg: Config) -> Iterator[Run]:
 
 def _job(
     cfg: Config, run: Run, num_steps: int | None
-) -> tuple[TrainConfig, Path, float | None, bool]:
-    """The arguments of `train_and_measure`; what was not trained is measured with M3I alone."""
-    baselines = run.method == OURS
+) -> tuple[TrainConfig, Path, float | None, bool, Path]:
+    """The arguments of `train_and_measure`; what was not trained is measured with M3I alone.
+
+    Every run is measured by all labels and captions, whatever share it was trained with.
+    """
+    rest = run.method == OURS, _dataset(cfg, 1.0)
     train = config_of(run.method, data=_dataset(cfg, run.labelled), seed=run.seed)
     train = replace(train, num_threads=cfg.num_threads, checkpoint_every=CHECKPOINT_EVERY)
     if run.teacher is not None:
         weights = str(cfg.out / run.teacher.name)
         train = replace(train, objective=replace(train.objective, teacher=weights))
     if num_steps is None:
-        return train, cfg.out / run.name, run.seconds, baselines
-    return replace(train, num_steps=num_steps), cfg.out / run.name, None, baselines
+        return train, cfg.out / run.name, run.seconds, *rest
+    return replace(train, num_steps=num_steps), cfg.out / run.name, None, *rest
 
 
 def _record(cfg: Config, run: Run, figures: dict[str, Any]) -> None:

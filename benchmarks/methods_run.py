@@ -20,13 +20,13 @@ Packed = str | list[float]
 
 
 def train_and_measure(
-    cfg: TrainConfig, out: Path, seconds: float | None, baselines: bool
+    cfg: TrainConfig, out: Path, seconds: float | None, baselines: bool, data: Path
 ) -> dict[str, Any]:
     """Train `cfg` in `out`, or go on with the run that is there, and return a row's figures.
 
     seconds: training time that a calibration turns into steps; None takes cfg.num_steps. A run that
-    goes on keeps all of its config. baselines: as of `evaluate`. Raises InterruptedError after a
-    checkpoint at SIGINT or SIGTERM, and what Trainer and evaluate raise.
+    goes on keeps all of its config. baselines, data: as of `evaluate`. Raises InterruptedError
+    after a checkpoint at SIGINT or SIGTERM, and what Trainer and evaluate raise.
     """
     resume = bool(checkpoint.checkpoints(out / "checkpoints"))
     if resume:
@@ -42,7 +42,7 @@ def train_and_measure(
             f"signal {outcome.signal} at step {outcome.step} of {cfg.num_steps}; the same command "
             "goes on from there"
         )
-    figures, measured = evaluate(out, baselines=baselines)
+    figures, measured = evaluate(out, baselines=baselines, data=data)
     del figures["trained_minus"]  # follows from the hits
     return {
         **training_figures(cfg, read_jsonl(out / "metrics.jsonl")),

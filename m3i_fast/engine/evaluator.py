@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,29 @@ from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
+from m3i_fast.pipelines.manifest import read_manifest
 from m3i_fast.storage import write_atomically
 
 
 def evaluate(
-    run: Path, *, split: str = "heldout", batch_size: int = 256, baselines: bool = True
+    run: Path,
+    *,
+    split: str = "heldout",
+    batch_size: int = 256,
+    baselines: bool = True,
+    data: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Measured]]:
     """Measure the newest checkpoint of `run` and write run/evaluation.json.
 
     baselines: measure the untrained model, raw pixels and chance beside it, which takes longer than
-    the trained one. Returns what was written, and every item's hit.
+    the trained one. data: the data set whose labels and captions measures are taken by, as when the
+    run's own, which is used otherwise, has few. Returns what was written, and every item's hit.
+    Raises ValueError where the two have different tokenizers.
     """
     cfg = TrainConfig.load(run / "config.json")
+    if data is not None:
+        _expect_same_tokenizer(cfg.data.path, data)
+        cfg = replace(cfg, data=replace(cfg.data, path=data))
     models = {"trained": load_objective(run, cfg)}
     if baselines:
         models["untrained"] = build_untrained(cfg)
@@ -61,6 +72,15 @@ def evaluate(
     figures["train_images_per_s"] = throughput(run)
     write_atomically(run / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures, measured
+
+
+def _expect_same_tokenizer(of_run: Path, of_measures: Path) -> None:
+    ours, theirs = (read_manifest(path).tokenizer.fingerprint for path in (of_run, of_measures))
+    if ours != theirs:
+        raise ValueError(
+            f"data: expected {of_measures} to have the tokenizer of {of_run}, {ours[:8]}, got "
+            f"{theirs[:8]}"
+        )
 
 
 def load_objective(run: Path, cfg: TrainConfig) -> MutualInformation:

@@ -131,8 +131,8 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = _config(tmp_path, data=data)
-    train, out, seconds, baselines = methods._job(cfg, _run(cfg, "m3i"), None)
-    assert seconds == 90 and train.num_threads == 1 and baselines
+    train, out, seconds, *rest = methods._job(cfg, _run(cfg, "m3i"), None)
+    assert seconds == 90 and train.num_threads == 1 and rest == [True, data / "openmoji"]
     measured = {"trained": SimpleNamespace(hits={}, nats={})}
     monkeypatch.setattr(methods_run, "evaluate", lambda *_, **__: ({"trained_minus": {}}, measured))
     monkeypatch.setattr(methods_run, "calibrate", lambda *_: 4)
@@ -145,10 +145,10 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stopped)
         with pytest.raises(InterruptedError, match="signal 2 at step 1 of 4; the same command"):
-            train_and_measure(train, out, seconds, False)
+            train_and_measure(train, out, seconds, False, data)
     assert not is_trained(out)
     monkeypatch.setattr(methods_run, "calibrate", None)
-    row = train_and_measure(train, out, seconds, False)
+    row = train_and_measure(train, out, seconds, False, data)
     assert (row["num_steps"], row["resumed"]) == (4, True)
     assert [logged["step"] for logged in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
     assert is_trained(out) and not is_trained(out / "nothing")
@@ -170,7 +170,9 @@ def test_a_teacher_comes_first_and_its_failure_is_told(
     begun: list[str] = []
     wrong: set[str] = {"supervised", "byol"}
 
-    def work(_: TrainConfig, out: Path, seconds: float | None, baselines: bool) -> dict[str, Any]:
+    def work(
+        _: TrainConfig, out: Path, seconds: float | None, baselines: bool, __: Path
+    ) -> dict[str, Any]:
         method = out.name.split("-")[0]
         begun.append(method)
         if method in wrong:
@@ -211,7 +213,8 @@ def test_a_teacher_without_weights_is_run_again_with_its_steps(tmp_path: Path) -
     append_row(SUBJECT, figures, command="test", folder=cfg.ledger)
     assert methods._missing(cfg) == {teacher: 321, _run(cfg, "milan"): None}
     train, *rest = methods._job(cfg, teacher, 321)
-    assert train.num_steps == 321 and rest == [cfg.out / teacher.name, None, False]
+    assert train.num_steps == 321
+    assert rest == [cfg.out / teacher.name, None, False, tmp_path / "openmoji"]
 
 
 def test_steps_follow_from_a_row_or_from_one_calibration(
