@@ -122,6 +122,21 @@ def test_differences_are_over_common_seeds_and_pair_the_items(rows: Rows) -> Non
     assert "m3i" not in cells and "effective rank" not in cells["byol"]
 
 
+def test_nats_have_their_interval_in_nats() -> None:
+    rng = np.random.default_rng(7)
+    ours, theirs = rng.normal(0.5, 1.0, NUM), rng.normal(0.2, 1.0, NUM)  # below 0, above 1
+    rows: Rows = {
+        name: {0: _row({"caption_information_nats": {"trained": values}}, 0)}
+        for name, values in (("m3i", ours), ("clip", theirs))
+    }
+    found = _cells(table(summarise(rows), "10 s a run"), 1)["clip"]["captions, nats"]
+    delta = np.round(ours, 4) - np.round(theirs, 4)
+    resampled = delta[rng.integers(0, NUM, (4000, NUM))].mean(1)
+    expected = [delta.mean(), *np.quantile(resampled, [0.025, 0.975])]
+    shown = [float(x) for x in found.replace("(", "").replace(")", "").replace("to ", "").split()]
+    assert shown == pytest.approx(expected, abs=0.02)
+
+
 def test_what_stands_around_the_tables(rows: Rows) -> None:
     text = table(summarise(rows), "10 s a run", note="about variants")
     assert text.startswith("10 s a run, batch 32; 400 held-out concepts, 2 cores of A, commit abc")

@@ -1,0 +1,53 @@
+"""What a run is measured by: without baselines, and by another data set's annotation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from m3i_fast.engine.evaluator import evaluate
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.pipelines import openmoji
+from m3i_fast.recipes import demo, shrink
+from tests.engine.test_parallel import TEXT
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two steps, on data of which a part has labels."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    cfg = shrink(demo(), path=dataset, num_classes=9, text=TEXT)
+    Trainer(replace(cfg, num_threads=1), out).train()
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures, all of them annotated."""
+    out = tmp_path_factory.mktemp("whole") / "openmoji"
+    return openmoji.build(out, limit=60, num_merges=300, context_length=24)
+
+
+def test_without_baselines_the_trained_figures_are_the_same(run: Path, whole: Path) -> None:
+    everything, hits = evaluate(run, data=whole)
+    alone, hits_alone = evaluate(run, data=whole, baselines=False)
+    assert hits.keys() == {"trained", "untrained", "chance", "pixels"}
+    assert hits_alone.keys() == {"trained"}
+    of_trained = {name: of["trained"] for name, of in everything.items() if _has_sources(of)}
+    assert {name: of["trained"] for name, of in alone.items() if _has_sources(of)} == of_trained
+    assert {"knn_top1", "scene_miou", "patch_correspondence", "effective_rank"} <= of_trained.keys()
+    assert all(of.keys() == {"trained"} for of in alone.values() if _has_sources(of))
+
+
+def _has_sources(value: object) -> bool:
+    return isinstance(value, dict) and "trained" in value
+
+
+def test_the_data_of_the_measures_has_the_tokenizer_of_the_run(run: Path, tmp_path: Path) -> None:
+    other = openmoji.build(tmp_path / "other", limit=60, num_merges=200, context_length=24)
+    with pytest.raises(
+        ValueError, match=r"data: expected .*other to have the tokenizer of"
+    ):
+        evaluate(run, data=other)
