@@ -9,7 +9,6 @@ import pytest
 from m3i_fast.benchmarks import checkpoint, harness
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_row_is_shown_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
