@@ -4,7 +4,8 @@
 
 Saves the same state, in turn, with either saver into a fresh directory of --directory, and times
 the call that a step waits for, and the whole save. Beside it, how a step of the same process (a
-product of matrices) slows down while a thread writes.
+product of matrices) slows down while a thread writes, and for how long at most a thread that writes
+keeps Python from the others: ours, and torch's own writer of safetensors.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from rich import box
 from rich.table import Table
 from torch import nn
 
 from m3i_fast.benchmarks.harness import Device, parse, publish, resolve
+from m3i_fast.engine.checkpoint import tensors_of
 from m3i_fast.engine.optim import OptimConfig, Optimizers, build_optimizer
 from m3i_fast.engine.saver import Saver
 
@@ -81,13 +86,40 @@ def measure_saves(config: Config) -> dict[str, Any]:
                 if number:
                     times.setdefault(f"{name}_waited_ms", []).append(1e3 * waited)
                     times.setdefault(f"{name}_whole_ms", []).append(1e3 * whole)
+        pauses = _pauses(folder, model, optimizer)
     finally:
         for saver in savers.values():
             saver.close()
         shutil.rmtree(folder)
-    figures = {name: statistics.median(values) for name, values in times.items()}
+    figures: dict[str, Any] = {name: statistics.median(v) for name, v in times.items()}
     share = figures["background_waited_ms"] / figures["at_once_waited_ms"]
-    return {"mib": config.mib, "device": device, **figures, "waited_share": share}
+    return {"mib": config.mib, "device": device, **figures, "waited_share": share, **pauses}
+
+
+def _pauses(folder: Path, model: nn.Module, optimizer: Optimizers) -> dict[str, float]:
+    def ours() -> None:
+        with Saver(folder / "ours", keep=1) as saver:
+            saver.save(step=0, model=model, optimizer=optimizer, state={})
+
+    def torchs() -> None:
+        writer = dcp.HuggingFaceStorageWriter(str(folder / "torch"), save_distributed=True)
+        dcp.save(tensors_of(model, optimizer), storage_writer=writer, no_dist=True)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        return {f"pause_{f.__name__}_ms": 1e3 * _longest_pause(f) for f in (ours, torchs)}
+
+
+def _longest_pause(write: Callable[[], None]) -> float:
+    """Seconds that this thread was kept from running Python while another one writes."""
+    thread = threading.Thread(target=write)
+    thread.start()
+    longest, last = 0.0, time.perf_counter()
+    while thread.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest
 
 
 def _state(mib: int, device: str) -> tuple[nn.Module, Optimizers]:
@@ -122,7 +154,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             table.add_row(str(row["mib"]), row["device"], name.replace("_", " "), *figures)
     table.caption = ", ".join(
         f"{row['waited_share']:.1%} of the wait; a step beside the thread takes "
-        f"{row.get('step_slowdown', 1):.2f} times as long"
+        f"{row.get('step_slowdown', 1):.2f} times as long; longest pause of Python "
+        f"{row['pause_ours_ms']:.0f} ms, of torch's writer {row['pause_torchs_ms']:.0f} ms"
         for row in rows
     )
     return table

@@ -33,6 +33,7 @@ POINTER = "latest"
 _NAME = re.compile(r"step_(\d{8})")
 _OLD_PARTS = {part: f"{part}{SUFFIX}" for part in PARTS}
 _OLD_STATE = "state.json"
+_NO_MOMENTS = "none"  # field of a parameter that has had no gradient yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,9 @@ class Checkpoint:
         fields: dict[str, dict[str, str]] = {}  # of every name: field -> key
         for key in shards.sizes:
             name, _, field = key.rpartition("/")
-            fields.setdefault(name, {})[field] = key
+            of_name = fields.setdefault(name, {})
+            if field != _NO_MOMENTS:
+                of_name[field] = key
         _expect_same(self.path, "optimizer state and model", fields, named)
         moments = {
             key: _moment(named[name], shards.sizes[key], shards.dtypes[key])
@@ -145,7 +148,8 @@ class Checkpoint:
         }
         shards.read_into(moments)
         for name, keys in fields.items():
-            optimizer.state[named[name]] = {field: moments[key] for field, key in keys.items()}
+            if keys:
+                optimizer.state[named[name]] = {f: moments[key] for f, key in keys.items()}
 
     def shards(self, part: str) -> Shards:
         """The stored tensors of "model" (by name) or "optimizer" (by `NAME/FIELD`)."""
@@ -162,7 +166,10 @@ def tensors_of(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     model_part, optimizer_part = PARTS
     tensors = {f"{model_part}/{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        for field, tensor in optimizer.state.get(parameter, {}).items():
+        moments = optimizer.state.get(parameter, {})
+        if not moments and parameter.requires_grad:
+            moments = {_NO_MOMENTS: torch.empty(0)}
+        for field, tensor in moments.items():
             tensors[f"{optimizer_part}/{name}/{field}"] = tensor
     return tensors
 
@@ -192,7 +199,7 @@ def on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]) ->
     if dist.get_rank(group) == 0:
         try:
             outcome[0] = function()
-        except (ValueError, OSError) as error:
+        except Exception as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[1] is not None:

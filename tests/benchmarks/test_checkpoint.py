@@ -20,6 +20,7 @@ def test_a_row_is_shown_and_recorded(
     assert row["at_once_waited_ms"] <= row["at_once_whole_ms"]
     assert 0 < row["background_waited_ms"] < row["background_whole_ms"]
     assert row["waited_share"] == row["background_waited_ms"] / row["at_once_waited_ms"]
+    assert row["pause_ours_ms"] > 0 and row["pause_torchs_ms"] > 0
     said = capsys.readouterr().out
     assert "at once" in said and "background" in said
     assert list((tmp_path / "disk").iterdir()) == []

@@ -10,12 +10,21 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from torch import nn
 
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.checkpoint import Checkpoint
-from m3i_fast.engine.optim import OptimConfig
+from m3i_fast.engine.optim import OptimConfig, Optimizers, build_optimizer
 from m3i_fast.engine.saver import Saver
-from tests.engine.checkpoint_cases import assert_equal, loaded, save, train, trained, weights
+from tests.engine.checkpoint_cases import (
+    assert_equal,
+    loaded,
+    make_model,
+    save,
+    train,
+    trained,
+    weights,
+)
 from tests.faults.files import flip_byte, truncate
 
 OLD = Path(__file__).parent / "old_checkpoint" / "step_00000004"
@@ -85,6 +94,30 @@ def test_a_step_is_saved_once(tmp_path: Path) -> None:
 def test_nothing_to_load_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         checkpoint.latest(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_parameters_without_a_gradient_yet_have_no_moments(tmp_path: Path, num_steps: int) -> None:
+    """Before the first step, and those of a term that no sample has asked for yet."""
+
+    def make(seed: int, num_steps: int) -> tuple[nn.Module, Optimizers]:
+        model = make_model(seed)
+        model.register_parameter("unused", nn.Parameter(torch.randn(2)))
+        optimizer = build_optimizer(OptimConfig(lr=1e-2), model)
+        train(model, optimizer, num_steps)
+        return model, optimizer
+
+    model, optimizer = make(0, num_steps)
+    with Saver(tmp_path, keep=1, background=True) as saver:
+        saver.save(step=num_steps, model=model, optimizer=optimizer, state={})
+    other, other_optimizer = make(1, 0)
+    saved = checkpoint.latest(tmp_path)
+    saved.load_model(other)
+    saved.load_optimizer(other, other_optimizer)
+    assert_equal(weights(other, other_optimizer), weights(model, optimizer))
+    for m, o in ((model, optimizer), (other, other_optimizer)):
+        train(m, o, 2)
+    assert_equal(weights(other, other_optimizer), weights(model, optimizer))
 
 
 # ---- Damage --------------------------------------------------------------------------------------

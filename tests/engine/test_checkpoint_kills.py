@@ -78,8 +78,8 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "background"),
     [
-        ({"torn": True}, False),
         ({"torn": True}, True),
+        pytest.param({"torn": True}, False, marks=SLOW),
         ({"power_cut": True}, False),
         pytest.param({"power_cut": True}, True, marks=SLOW),
         pytest.param({}, False, marks=SLOW),

@@ -8,14 +8,18 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
@@ -99,6 +103,50 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
     assert any("target" in name or "momentum" in name for name in tensors)  # the EMA
     assert TrainConfig.load(tmp_path / "whole" / "config.json") == cfg
     assert state["config"] == json.loads(cfg.to_json())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["", "power_cut"])
+def test_a_run_that_is_killed_again_and_again_is_the_whole_run(
+    dataset: Path, tmp_path: Path, option: str
+) -> None:
+    """At writes of its first save, between saves and in later ones, in turn."""
+    cfg, out, config = _config(dataset), tmp_path / "killed", tmp_path / "config.json"
+    cfg.save(config)
+    command = [sys.executable, "-m", "tests.faults.killed_run", str(config), str(out)]
+    for kill_at in (5, 40, 90, 75, 64, 121):
+        died = subprocess.run([*command, str(kill_at), *option.split()])
+        assert died.returncode == -signal.SIGKILL, kill_at
+    assert subprocess.run(command).returncode == 0
+    _train(cfg, tmp_path / "whole")
+    (tensors, state), (expected, expected_state) = _saved(out), _saved(tmp_path / "whole")
+    assert_equal(tensors, expected)
+    assert state["loader"] == expected_state["loader"]
+    losses = [
+        [(row["step"], row["loss/total"]) for row in read_jsonl(run / "metrics.jsonl")]
+        for run in (out, tmp_path / "whole")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_of_before_there_were_manifests_goes_on(dataset: Path, tmp_path: Path) -> None:
+    cfg, out = _config(dataset, num_steps=10, checkpoint_every=5), tmp_path / "older"
+    _train(cfg, tmp_path / "whole")
+    _train(cfg, out, stop_at=7)
+    newest = checkpoint.latest(out / "checkpoints")
+    state = newest.state()
+    parts = {part: newest.shards(part).read() for part in ("model", "optimizer")}
+    shutil.rmtree(out / "checkpoints")
+    newest.path.mkdir(parents=True)
+    for part, tensors in parts.items():
+        save_file(tensors, newest.path / f"{part}.safetensors")
+    (newest.path / "state.json").write_text(json.dumps({"loader": state["loader"]}))
+    fields = json.loads((out / "config.json").read_text())
+    del fields["keep_every"], fields["async_checkpoint"]
+    (out / "config.json").write_text(json.dumps(fields))
+    assert _train(cfg, out, resume=True).sample_ids
+    assert_equal(_saved(out)[0], _saved(tmp_path / "whole")[0])
+    assert [c.step for c in checkpoint.checkpoints(out / "checkpoints")] == [7, 10]
 
 
 def test_a_resume_passes_a_damaged_checkpoint_over(dataset: Path, tmp_path: Path) -> None:
