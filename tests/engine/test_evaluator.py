@@ -47,7 +47,5 @@ def _has_sources(value: object) -> bool:
 
 def test_the_data_of_the_measures_has_the_tokenizer_of_the_run(run: Path, tmp_path: Path) -> None:
     other = openmoji.build(tmp_path / "other", limit=60, num_merges=200, context_length=24)
-    with pytest.raises(
-        ValueError, match=r"data: expected .*other to have the tokenizer of"
-    ):
+    with pytest.raises(ValueError, match=r"data: expected .*other to have the tokenizer of"):
         evaluate(run, data=other)
