@@ -203,7 +203,9 @@ def main(argv: list[str] | None = None) -> None:
     failures = {} if cfg.table_only else run_missing(cfg)
     found = {group: summarise(_rows(cfg, group)) for group in cfg.groups}
     for group, lines in found.items():
-        text = table(lines, group.title, note=NOTE if cfg.ablations and lines else "")
+        text = table(
+            lines, group.title, note=NOTE if cfg.ablations and group.labelled == 1.0 else ""
+        )
         Console().print(text, markup=False, highlight=False, soft_wrap=True)
     _draw(cfg, found)
     if failures:

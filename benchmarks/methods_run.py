@@ -17,6 +17,7 @@ from m3i_fast.observe.collapse import CollapseWatch
 from m3i_fast.observe.metrics import read_jsonl
 
 Packed = str | list[float]
+LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # in the figures alone
 
 
 def train_and_measure(
@@ -49,7 +50,11 @@ def train_and_measure(
         "resumed": resume,
         **figures,
         "hits": {
-            who: {name: pack(v.tolist()) for name, v in (result.hits | result.nats).items()}
+            who: {
+                name: pack(values.tolist())
+                for name, values in (result.hits | result.nats).items()
+                if name not in LEFT_OUT
+            }
             for who, result in measured.items()
             if who != "chance"
         },
@@ -82,12 +87,23 @@ def training_figures(cfg: TrainConfig, rows: Sequence[Mapping[str, float]]) -> d
 
 
 def pack(hits: Sequence[float]) -> Packed:
-    """One character an item where hits are 0 or 1, which keeps a row readable; else numbers."""
-    if set(hits) <= {0.0, 1.0}:
-        return "".join("01"[int(hit)] for hit in hits)
+    """One character an item where hits are of a few tries, which keeps a row short; else numbers.
+
+    0 or 1 as "0110"; of three tries the number that hit, as "3:0312".
+    """
+    for tries in range(1, 10):
+        counts = [round(hit * tries) for hit in hits]
+        if all(
+            0 <= n <= tries and abs(hit * tries - n) < 1e-6
+            for hit, n in zip(hits, counts, strict=True)
+        ):
+            return f"{tries}:" * (tries > 1) + "".join(map(str, counts))
     return [round(hit, 4) for hit in hits]
 
 
 def unpack(hits: Packed) -> list[float]:
     """The items' hits again."""
+    if isinstance(hits, str):
+        tries, of_several, counts = hits.rpartition(":")
+        return [int(n) / (int(tries) if of_several else 1) for n in counts]
     return [float(hit) for hit in hits]

@@ -32,7 +32,6 @@ TITLES = {
     "caption_information_nats": "captions, nats",
     "effective_rank": "effective rank",
 }
-LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # of those with hits
 NO_SHARE = ("caption_information_nats", "effective_rank")  # not in percent
 
 
@@ -100,7 +99,7 @@ def _line(
 def _names(row: Row) -> Iterator[str]:
     figures = row["figures"]
     yield from (name for name in TITLES if name in figures)
-    yield from (name for name in figures["hits"]["trained"] if name not in LEFT_OUT)
+    yield from figures["hits"]["trained"]
 
 
 def _minus(

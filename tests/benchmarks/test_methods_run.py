@@ -30,4 +30,8 @@ def test_figures_of_a_training_are_those_of_its_logged_steps() -> None:
 
 def test_hits_are_packed_and_unpacked() -> None:
     assert pack([0.0, 1.0, 1.0]) == "011" and unpack("011") == [0.0, 1.0, 1.0]
-    assert unpack(pack([1 / 3, 1.0])) == [0.3333, 1.0]
+    thirds = [1 / 3, 1.0, 0.0, 2 / 3]
+    assert pack(thirds) == "3:1302" and unpack("3:1302") == thirds
+    assert pack([0.125, -0.5]) == [0.125, -0.5] and unpack([0.125, -0.5]) == [0.125, -0.5]
+    assert pack([0.12345]) == [0.1235]
+    assert unpack(pack([])) == []
