@@ -39,8 +39,8 @@ from m3i_fast.benchmarks.harness import (
 from m3i_fast.benchmarks.step_eager import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import update_ema
+from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.optim import build_optimizer
-from m3i_fast.engine.trainer import build_objective
 from m3i_fast.models.vit import vit_demo
 from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
 from m3i_fast.objectives.mutual_information import MutualInformation

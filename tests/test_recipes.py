@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig, differences
-from m3i_fast.engine.trainer import Trainer, build_objective
+from m3i_fast.engine.model import build_objective
+from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.text import TextConfig
 from m3i_fast.objectives.mixing import MixingConfig
 from m3i_fast.pipelines.config import ViewConfig

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
+from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.precision import autocast, resolve_device
-from m3i_fast.engine.trainer import build_objective
 from m3i_fast.evaluation.collect import collect_features, labelled_drawings
 from m3i_fast.evaluation.correspondence import patch_correspondence, patch_pixels, pixel_tokens
 from m3i_fast.evaluation.dense import (

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.ledger import GRADIENTS, OTHER, Ledger
+from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.optim import Optimizers, build_optimizer
-from m3i_fast.engine.trainer import build_objective
 from m3i_fast.models.blocks import Block, LayerNormLinear, LayerNormMLP
 from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mixing import Mix, draw_mix

@@ -7,8 +7,6 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from m3i_fast.models.blocks import Block
-from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.pipelines.batch import Batch
@@ -33,8 +31,3 @@ class StepForward(nn.Module):
             encoded = self.objective.encode_inputs(batch, mix)
         with stage("loss"):
             return self.objective(encoded, targets, batch, mix, monitor=monitor, measure=measure)
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What repeats: compiled, gathered and recomputed as one."""
-    return [m for m in model.modules() if isinstance(m, Block | InternImageLayer)]

@@ -13,22 +13,18 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
-from m3i_fast.engine.chunks import chunk
 from m3i_fast.engine.ema import update_ema
+from m3i_fast.engine.model import blocks_of, build_objective
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
-from m3i_fast.engine.param_groups import freeze_patch_embed
 from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
 from m3i_fast.engine.run import Run
-from m3i_fast.engine.step import StepForward, blocks_of
-from m3i_fast.engine.teacher import load_teacher
+from m3i_fast.engine.step import StepForward
 from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
-from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
 from m3i_fast.pipelines.batch import Batch
@@ -85,13 +81,7 @@ class Trainer:
         torch.manual_seed(cfg.seed)
         with self.device:
             self.objective = build_objective(cfg, self.world.group)
-        self.model = distribute(
-            StepForward(self.objective),
-            blocks_of(self.objective),
-            cfg.parallel,
-            self.world,
-            compute_dtype=compute_dtype(cfg.precision, self.device),
-        )
+        self.model = self._distribute()
         self.optimizer = build_optimizer(cfg.optim, self.objective)
         self.lr = cfg.optim.lr_schedule(cfg.num_steps)
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
@@ -106,6 +96,16 @@ class Trainer:
             self._restore(saved)
         self.timer = StageTimer(self.device)
         self._stop = StopFlag(self.world)
+
+    def _distribute(self) -> nn.Module:
+        """The forward pass of a step, whose gradients the ranks reduce."""
+        return distribute(
+            StepForward(self.objective),
+            blocks_of(self.objective),
+            self.cfg.parallel,
+            self.world,
+            compute_dtype=compute_dtype(self.cfg.precision, self.device),
+        )
 
     def draw_mix(self, batch: Batch) -> Mix:
         """What this step mixes, hides and asks on this rank."""
@@ -275,37 +275,6 @@ class Trainer:
             raise KeyboardInterrupt
         self._stop.signal = number
         logger.warning("signal %d: finishing the step and saving; once more stops at once", number)
-
-
-def build_objective(
-    cfg: TrainConfig, process_group: dist.ProcessGroup | None = None
-) -> MutualInformation:
-    """The model of a run, with its blocks compiled where the config says so."""
-    teacher = None
-    if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
-        with torch.random.fork_rng():  # the student's start does not depend on its teacher
-            teacher = load_teacher(cfg.objective.teacher, cfg.vision)
-    objective = MutualInformation(
-        cfg.objective,
-        vision=cfg.vision,
-        text=cfg.text,
-        num_classes=cfg.num_classes,
-        teacher=teacher,
-        process_group=process_group,
-    )
-    if cfg.optim.freeze_patch_embed:
-        freeze_patch_embed(objective)
-    if cfg.compile:
-        blocks = blocks_of(objective)
-        # Blocks share one cache of graphs; it needs one for each rate of stochastic depth, size of
-        # view and mode, and with fullgraph the ninth would be an error.
-        limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
-        for block in blocks:
-            block.compile(fullgraph=True, dynamic=False)
-    if cfg.parallel.chunk:
-        chunk(objective, cfg.parallel.chunk)
-    return objective
 
 
 def check_finite(values: dict[str, float], step: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from m3i_fast.benchmarks import harness, step, step_eager
 from m3i_fast.benchmarks.step import Config
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.trainer import build_objective
+from m3i_fast.engine.model import build_objective
 from m3i_fast.models.vit import ViT
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.pipelines.batch import Batch

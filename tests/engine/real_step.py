@@ -10,8 +10,8 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import update_ema
+from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.optim import build_optimizer
-from m3i_fast.engine.trainer import build_objective
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.pipelines.batch import Batch
 

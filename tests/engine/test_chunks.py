@@ -14,9 +14,9 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.chunks import by_chunks
+from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.parallel_config import ParallelConfig
 from m3i_fast.engine.step import StepForward
-from m3i_fast.engine.trainer import build_objective
 from m3i_fast.models.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.recipes import recipes, shrink
