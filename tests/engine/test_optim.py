@@ -14,6 +14,7 @@ from torch import nn
 
 from m3i_fast.engine import checkpoint, optim
 from m3i_fast.engine.optim import OptimConfig, build_optimizer
+from m3i_fast.engine.saver import Saver
 from tests.engine import fused_stand_ins as stand_ins
 from tests.engine import optimiser_runs as runs
 
@@ -183,7 +184,9 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(case: str, fused: None, tmp_p
     cfg = (PLAIN | FUSED)[case]
     model, other = runs.small_vit(), runs.small_vit()
     optimizer = runs.run(cfg, model, steps=range(5))
-    saved = checkpoint.save(tmp_path, step=5, model=model, optimizer=optimizer, state={}, keep=1)
+    with Saver(tmp_path, keep=1) as saver:
+        saver.save(step=5, model=model, optimizer=optimizer, state={})
+    saved = checkpoint.latest(tmp_path)
     # A fresh optimiser, and one that has gone another way before.
     for before in (range(0), range(7)):
         resumed = runs.run(cfg, other, steps=before)

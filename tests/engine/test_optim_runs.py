@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine import checkpoint
 from m3i_fast.engine.optim import OptimConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.text import TextConfig
@@ -38,9 +38,9 @@ def _config(dataset: Path, optim: OptimConfig) -> TrainConfig:
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
-    last = run / "checkpoints" / "step_00000020"
-    files = ("model.safetensors", "optimizer.safetensors")
-    return {f"{file}/{k}": v for file in files for k, v in load_file(last / file).items()}
+    newest = checkpoint.latest(run / "checkpoints")
+    parts = ("model", "optimizer")
+    return {f"{p}/{k}": v for p in parts for k, v in newest.shards(p).read().items()}
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
