@@ -215,8 +215,9 @@ def main(argv: list[str] | None = None) -> None:
 def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
     """The first group, or how all of them grow, as methods.svg or beside it."""
     first, lines = next(iter(found.items()))
-    if cfg.growth and all(found.values()):
-        stem, svg = "_growth", draw_growth({g.budget: lines for g, lines in found.items()})
+    if cfg.growth and any(found.values()):
+        budgets = {g.budget: lines for g, lines in found.items() if lines}
+        stem, svg = "_growth", draw_growth(budgets)
     elif lines and not cfg.growth:
         stem, svg = "_ablations" * cfg.ablations, draw(lines, first.title)
     else:
