@@ -6,6 +6,7 @@ the papers' implementations leave out, so here all tensors of one dimension or l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 _CHUNK_CPU, _CHUNK = 2**18, 2**26
 
 
-class Layerwise(torch.optim.Optimizer):
+class Layerwise(torch.optim.Optimizer, ABC):
     """Steps a part of a group at a time, on this rank's part of every tensor with a gradient."""
 
     @torch.no_grad()
@@ -35,9 +36,9 @@ class Layerwise(torch.optim.Optimizer):
                 grads = local(p.grad for p in params if p.grad is not None)
                 self.update(group, params, grads)
 
+    @abstractmethod
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Change `params` in place; `grads` are this rank's parts."""
-        raise NotImplementedError
 
     def _states(self, params: list[Tensor], name: str) -> list[Tensor]:
         """This rank's parts of one field of the state, zeros at first."""

@@ -50,14 +50,6 @@ class World:
         if self.control is not None:
             dist.barrier(group=self.control)
 
-    def gather(self, value: object) -> list[object]:
-        """Every rank's picklable value, in the order of the ranks."""
-        if self.control is None:
-            return [value]
-        found: list[object] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control)
-        return found
-
     def mesh(self, cfg: ParallelConfig) -> DeviceMesh | None:
         """(replicate, shard), or None where every rank holds all.
 

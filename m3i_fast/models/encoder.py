@@ -31,9 +31,11 @@ class ImageEncoder(nn.Module, ABC):
     def layers_above(self, parameter: str) -> int:
         """How many layers stand above that of `parameter`, named as here: layer decay's power.
 
-        Raises NotImplementedError for an encoder that is not trained with layer decay.
+        Raises ValueError for an encoder whose layers have no order, such as a teacher's.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no order of layers")
+        raise ValueError(
+            f"optim.layer_decay: expected 1 for {type(self).__name__}, whose layers have no order"
+        )
 
 
 def take_cells(tokens: Tensor, token_index: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 
-class GroupSteps(torch.optim.Optimizer):
+class GroupSteps(torch.optim.Optimizer, ABC):
     """Moments in the state, the count of steps in the group."""
 
     seen: dict[str, Any]
@@ -50,8 +51,8 @@ class GroupSteps(torch.optim.Optimizer):
         root = (state["exp_avg_sq"] / (1 - b2**t)).sqrt() + group["eps"]
         return state["exp_avg"] / (1 - b1**t) / root
 
-    def change(self, p: torch.Tensor, update: torch.Tensor, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def change(self, p: torch.Tensor, update: torch.Tensor, group: dict[str, Any]) -> None: ...
 
 
 class FusedAdam(GroupSteps):
