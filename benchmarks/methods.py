@@ -16,12 +16,8 @@ budget, which is run first.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import multiprocessing
-import os
-import re
 from collections.abc import Iterator
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -30,8 +26,7 @@ from concurrent.futures import (
     as_completed,
     wait,
 )
-from dataclasses import asdict, dataclass, fields, replace
-from functools import reduce
+from dataclasses import asdict, fields, replace
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -39,9 +34,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from m3i_fast.benchmarks import methods_plan
 from m3i_fast.benchmarks.harness import append_row, parse, read_rows, results_dir
-from m3i_fast.benchmarks.methods_ablation import ANNOTATED, NOTE, SHARES, VARIANTS
-from m3i_fast.benchmarks.methods_growth import GROWTH, draw_growth
+from m3i_fast.benchmarks.methods_ablation import NOTE, VARIANTS
+from m3i_fast.benchmarks.methods_growth import draw_growth
+from m3i_fast.benchmarks.methods_plan import TEACHER, Config, Group, Pace, Run, recipe_digest
 from m3i_fast.benchmarks.methods_plot import draw
 from m3i_fast.benchmarks.methods_run import is_trained, train_and_measure
 from m3i_fast.benchmarks.methods_table import OURS, Line, Rows, summarise, table
@@ -49,153 +46,13 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.calibration import calibrate
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.manifest import is_dataset
-from m3i_fast.recipes import demo_method, pack_demo
+from m3i_fast.recipes import pack_demo
 from m3i_fast.storage import write_atomically
 
 SUBJECT = "methods"
-TEACHER = "supervised"
 CHECKPOINT_EVERY = 100  # steps; what a run that is killed loses at most
-# Fields that configs did not have when the first rows were made, with what was done then.
-ADDED: dict[str, object] = {
-    "parallel.shard": 1,
-    "parallel.chunk": 0,
-    "optim.name": "adamw",
-    "optim.impl": "auto",
-    "optim.eps": None,
-    "optim.layer_decay": 1.0,
-    "optim.dcn_lr_scale": 1.0,
-    "optim.freeze_patch_embed": False,
-    "keep_every": 0,
-    "async_checkpoint": True,
-}
-
-Pace = tuple[str, str, str]
-
 console = Console(stderr=True)
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    seconds: float = 90.0
-    """Training time of a run on its share of the cores; a short calibration makes steps of it."""
-    num_steps: int | None = None
-    """Steps of every run, instead of a time."""
-    ablations: bool = False
-    """M3I's ablations instead of the methods."""
-    growth: bool = False
-    """A few methods with a third of the budget, with it, with three and nine times as much."""
-    methods: str = ""
-    """Run only these: m3i,byol. All unless given."""
-    seeds: str = "0"
-    """Seeds of every run: 0,1,2."""
-    jobs: int = os.cpu_count() or 1
-    """Runs at a time; each gets its share of the cores."""
-    data: Path = Path("data")
-    """Where the data sets lie, or are packed to."""
-    out: Path = Path("runs/methods")
-    """Where the run directories go."""
-    ledger: Path | None = None
-    """Folder of the ledger and the picture; None: benchmarks/results of the checkout."""
-    table_only: bool = False
-    """Print the table of the ledger's rows and run nothing."""
-
-    def __post_init__(self) -> None:
-        for name in ("seconds", "num_steps", "jobs"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected > 0, got {value}")
-        if not re.fullmatch(r"\d+(,\d+)*", self.seeds):
-            raise ValueError(f"seeds: expected numbers as 0,1,2, got {self.seeds!r}")
-        if self.ablations and self.growth:
-            raise ValueError("ablations, growth: expected one of them at most, got both")
-        known = dict.fromkeys(name for group in self.groups for name in group.methods)
-        unknown = [name for name in self.chosen if name not in known]
-        if unknown:
-            raise ValueError(f"methods: expected some of {', '.join(known)}, got {unknown}")
-
-    @property
-    def num_threads(self) -> int:
-        return max((os.cpu_count() or 1) // self.jobs, 1)
-
-    def budget(self, times: float = 1.0) -> str:
-        """What rows have to have in common to be compared."""
-        if self.num_steps is not None:
-            return f"{max(round(self.num_steps * times), 1)} steps"
-        threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
-        return f"{self.seconds * times:g} s on {threads}"
-
-    @property
-    def chosen(self) -> list[str]:
-        return [name.strip() for name in self.methods.split(",")] if self.methods else []
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """A table each."""
-        if self.growth:
-            return tuple(Group(self.budget(times), 1.0, ANNOTATED) for times in GROWTH)
-        if self.ablations:
-            full = tuple(dict.fromkeys((OURS, *VARIANTS, *ANNOTATED)))
-            return tuple(
-                Group(self.budget(), share, full if share == 1.0 else ANNOTATED) for share in SHARES
-            )
-        return (Group(self.budget(), 1.0, tuple(METHODS)),)
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Runs that are compared in one table."""
-
-    budget: str
-    labelled: float
-    methods: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        share = f"{100 * self.labelled:g} %"
-        return f"{self.budget} a run, classes of {share} of the concepts, captions of {share}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
-    """One row: what it is found by."""
-
-    method: str
-    labelled: float
-    """Share of the training concepts with a class, and of those with a caption, drawn apart."""
-    seed: int
-    budget: str
-    recipe: str
-    """Digest of the method's config: rows of an older one are neither reused nor tabulated."""
-
-    @property
-    def name(self) -> str:
-        """Of its directory."""
-        parts = (self.method, f"{self.labelled:g}", str(self.seed), self.budget, self.recipe)
-        return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts)
-
-    @property
-    def num_steps(self) -> int | None:
-        """Where the budget is one of steps."""
-        count, is_one, _ = self.budget.partition(" steps")
-        return int(count) if is_one else None
-
-    @property
-    def seconds(self) -> float | None:
-        """Where the budget is one of time."""
-        return None if self.num_steps else float(self.budget.partition(" s on ")[0])
-
-    @property
-    def pace(self) -> Pace:
-        """What all runs that take a step in the same time have in common."""
-        return self.method, self.recipe, self.budget.partition(" on ")[2]
-
-    @property
-    def teacher(self) -> Run | None:
-        """The run whose encoder this one's frozen targets come from."""
-        if not config_of(self.method).objective.uses(encoder="frozen"):
-            return None
-        return replace(self, method=TEACHER, recipe=recipe_digest(TEACHER))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -225,30 +82,6 @@ def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
     path = (cfg.ledger or results_dir()) / f"{SUBJECT}{stem}.svg"
     write_atomically(path, svg.encode())
     logger.info("drawn to %s", path)
-
-
-def config_of(method: str, *, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
-    """The demo with a method's terms and inputs, or with a variant of M3I's."""
-    if method in VARIANTS:
-        return VARIANTS[method](demo_method(OURS, data=data, seed=seed))
-    return demo_method(method, data=data, seed=seed)
-
-
-def recipe_digest(method: str) -> str:
-    """Of the config, whatever its data, seed and length, and of its teacher's.
-
-    A recipe for which a field of ADDED has its value is the one of before there was that field.
-    """
-    cfg = config_of(method)
-    teacher = recipe_digest(TEACHER) if cfg.objective.uses(encoder="frozen") else ""
-    settings = json.loads(cfg.to_json())
-    for path, before in ADDED.items():
-        *sections, name = path.split(".")
-        section = reduce(dict.__getitem__, sections, settings)
-        if section[name] == before:
-            del section[name]
-    text = json.dumps({k: v for k, v in settings.items() if v != {}}, indent=2) + "\n"
-    return hashlib.sha256((text + teacher).encode()).hexdigest()[:8]
 
 
 def run_missing(cfg: Config) -> dict[Run, str]:
@@ -374,7 +207,7 @@ def _job(
     Every run is measured by all labels and captions, whatever share it was trained with.
     """
     rest = run.method == OURS, _dataset(cfg, 1.0)
-    train = config_of(run.method, data=_dataset(cfg, run.labelled), seed=run.seed)
+    train = methods_plan.config_of(run.method, data=_dataset(cfg, run.labelled), seed=run.seed)
     train = replace(train, num_threads=cfg.num_threads, checkpoint_every=CHECKPOINT_EVERY)
     if run.teacher is not None:
         weights = str(cfg.out / run.teacher.name)

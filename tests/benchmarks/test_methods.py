@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from m3i_fast.benchmarks import methods, methods_run
+from m3i_fast.benchmarks import methods, methods_plan, methods_run
 from m3i_fast.benchmarks.harness import append_row, read_rows
-from m3i_fast.benchmarks.methods import SUBJECT, Config, Run, main, recipe_digest, run_missing
+from m3i_fast.benchmarks.methods import SUBJECT, main, run_missing
 from m3i_fast.benchmarks.methods_ablation import SHARES, VARIANTS
+from m3i_fast.benchmarks.methods_plan import Config, Run, recipe_digest
 from m3i_fast.benchmarks.methods_run import is_trained, train_and_measure, unpack
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
@@ -24,7 +25,7 @@ from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines import openmoji
 from m3i_fast.recipes import DEMO_MERGES, demo, shrink
 
-config_of = methods.config_of
+config_of = methods_plan.config_of
 TEXT = TextConfig(
     vocab_size=512 + DEMO_MERGES + 2,
     context_length=demo().text.context_length,
@@ -44,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         cfg = config_of(method, data=data, seed=seed)
         return shrink(cfg, path=data, num_classes=9, text=TEXT) if method in SMALL else cfg
 
-    monkeypatch.setattr(methods, "config_of", shrunk)
+    monkeypatch.setattr(methods_plan, "config_of", shrunk)
 
 
 def _config(tmp_path: Path, **changes: Any) -> Config:
@@ -112,13 +113,13 @@ def test_from_runs_to_tables(
 
     main([*arguments, "--table-only", "--num-steps", "3"])  # another budget
     assert "no row in the ledger" in capsys.readouterr().out
-    older = methods.config_of
+    older = methods_plan.config_of
 
     def newer(method: str, **where: Any) -> TrainConfig:
         cfg = older(method, **where)
         return replace(cfg, optim=replace(cfg.optim, lr=2 * cfg.optim.lr))
 
-    monkeypatch.setattr(methods, "config_of", newer)
+    monkeypatch.setattr(methods_plan, "config_of", newer)
     todo = methods._missing(cfg)
     assert {run.method for run in todo} == {"supervised", "dense_distillation"}
     assert not {run.recipe for run in todo} & {row["recipe"] for row in rows}
@@ -320,6 +321,6 @@ def test_a_digest_is_of_the_recipe_and_of_its_teacher(monkeypatch: pytest.Monkey
         slower = replace(cfg, optim=replace(cfg.optim, lr=cfg.optim.lr / 2))
         return slower if method == "supervised" else cfg
 
-    monkeypatch.setattr(methods, "config_of", changed)
+    monkeypatch.setattr(methods_plan, "config_of", changed)
     different = {name for name in names if recipe_digest(name) != before[name]}
     assert different == {"supervised", "dense_distillation", "global_distillation", "milan"}
