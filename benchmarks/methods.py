@@ -38,10 +38,18 @@ from m3i_fast.benchmarks import methods_plan
 from m3i_fast.benchmarks.harness import append_row, parse, read_rows, results_dir
 from m3i_fast.benchmarks.methods_ablation import NOTE, VARIANTS
 from m3i_fast.benchmarks.methods_growth import draw_growth
-from m3i_fast.benchmarks.methods_plan import TEACHER, Config, Group, Pace, Run, recipe_digest
+from m3i_fast.benchmarks.methods_plan import (
+    TEACHER,
+    Config,
+    Group,
+    Pace,
+    Run,
+    recipe_digest,
+    untrained,
+)
 from m3i_fast.benchmarks.methods_plot import draw
-from m3i_fast.benchmarks.methods_run import is_trained, train_and_measure
-from m3i_fast.benchmarks.methods_table import OURS, Line, Rows, summarise, table
+from m3i_fast.benchmarks.methods_run import is_trained, measure_untrained, train_and_measure
+from m3i_fast.benchmarks.methods_table import OURS, UNTRAINED, Line, Rows, summarise, table
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.calibration import calibrate
 from m3i_fast.objectives.methods import METHODS
@@ -118,7 +126,7 @@ def _in_order(
             ready += order.get_ready()
             while ready and len(running) < cfg.jobs:  # so that Ctrl-C leaves none to be started
                 run = ready.pop(0)
-                running[pool.submit(train_and_measure, *_job(cfg, run, todo[run]))] = run
+                running[_submit(cfg, pool, run, todo[run])] = run
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -128,6 +136,14 @@ def _in_order(
                     order.done(run)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(
+    cfg: Config, pool: ProcessPoolExecutor, run: Run, num_steps: int | None
+) -> Future[dict[str, Any]]:
+    if run.method == UNTRAINED:
+        return pool.submit(measure_untrained, _train_config(cfg, run))
+    return pool.submit(train_and_measure, *_job(cfg, run, num_steps))
 
 
 def _missing(cfg: Config) -> dict[Run, int | None]:
@@ -187,6 +203,8 @@ def _calibrated(cfg: Config, todo: dict[Run, int | None]) -> dict[Run, int | Non
 
 def _planned(cfg: Config) -> Iterator[Run]:
     for seed in map(int, cfg.seeds.split(",")):
+        if not cfg.chosen or OURS in cfg.chosen:
+            yield untrained(seed)
         for group in cfg.groups:
             for name in group.methods:
                 if not cfg.chosen or name in cfg.chosen:
@@ -199,22 +217,25 @@ def _planned(cfg: Config) -> Iterator[Run]:
                     )
 
 
+def _train_config(cfg: Config, run: Run) -> TrainConfig:
+    train = methods_plan.config_of(run.method, data=_dataset(cfg, run.labelled), seed=run.seed)
+    return replace(train, num_threads=cfg.num_threads, checkpoint_every=CHECKPOINT_EVERY)
+
+
 def _job(
     cfg: Config, run: Run, num_steps: int | None
-) -> tuple[TrainConfig, Path, float | None, bool, Path]:
-    """The arguments of `train_and_measure`; what was not trained is measured with M3I alone.
+) -> tuple[TrainConfig, Path, float | None, Path]:
+    """The arguments of `train_and_measure`.
 
     Every run is measured by all labels and captions, whatever share it was trained with.
     """
-    rest = run.method == OURS, _dataset(cfg, 1.0)
-    train = methods_plan.config_of(run.method, data=_dataset(cfg, run.labelled), seed=run.seed)
-    train = replace(train, num_threads=cfg.num_threads, checkpoint_every=CHECKPOINT_EVERY)
+    train, whole = _train_config(cfg, run), _dataset(cfg, 1.0)
     if run.teacher is not None:
         weights = str(cfg.out / run.teacher.name)
         train = replace(train, objective=replace(train.objective, teacher=weights))
     if num_steps is None:
-        return train, cfg.out / run.name, run.seconds, *rest
-    return replace(train, num_steps=num_steps), cfg.out / run.name, None, *rest
+        return train, cfg.out / run.name, run.seconds, whole
+    return replace(train, num_steps=num_steps), cfg.out / run.name, None, whole
 
 
 def _record(cfg: Config, run: Run, figures: dict[str, Any]) -> None:
@@ -225,7 +246,7 @@ def _record(cfg: Config, run: Run, figures: dict[str, Any]) -> None:
 
 def _finished(ledger: Path | None) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Rows of today's recipes, oldest first."""
-    digests = {name: recipe_digest(name) for name in (*METHODS, *VARIANTS)}
+    digests = {name: recipe_digest(name) for name in (*METHODS, *VARIANTS, UNTRAINED)}
     for row in read_rows(SUBJECT, folder=ledger):
         run = Run(**{field.name: row["figures"][field.name] for field in fields(Run)})
         if run.recipe == digests.get(run.method):
@@ -233,10 +254,11 @@ def _finished(ledger: Path | None) -> Iterator[tuple[Run, dict[str, Any]]]:
 
 
 def _rows(cfg: Config, group: Group) -> Rows:
-    """All seeds' newest rows of a group, in the order of its methods."""
-    found: Rows = {name: {} for name in group.methods}
+    """All seeds' newest rows of a group, in the order of its methods; then those of UNTRAINED."""
+    found: Rows = {name: {} for name in (*group.methods, UNTRAINED)}
     for run, row in _finished(cfg.ledger):
-        if (run.budget, run.labelled) == (group.budget, group.labelled) and run.method in found:
+        of_group = (run.budget, run.labelled) == (group.budget, group.labelled)
+        if run.method == UNTRAINED or (of_group and run.method in found):
             found[run.method][run.seed] = row
     return {name: dict(sorted(seeds.items())) for name, seeds in found.items() if seeds}
 

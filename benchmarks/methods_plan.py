@@ -12,7 +12,7 @@ from pathlib import Path
 
 from m3i_fast.benchmarks.methods_ablation import ANNOTATED, SHARES, VARIANTS
 from m3i_fast.benchmarks.methods_growth import GROWTH
-from m3i_fast.benchmarks.methods_table import OURS
+from m3i_fast.benchmarks.methods_table import OURS, UNTRAINED
 from m3i_fast.config import TrainConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import demo_method
@@ -143,7 +143,7 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Where the budget is one of time."""
-        return None if self.num_steps else float(self.budget.partition(" s on ")[0])
+        return None if self.num_steps is not None else float(self.budget.partition(" s on ")[0])
 
     @property
     def pace(self) -> Pace:
@@ -159,10 +159,16 @@ class Run:
 
 
 def config_of(method: str, *, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
-    """The demo with a method's terms and inputs, or with a variant of M3I's."""
+    """The demo with a method's terms and inputs, or with a variant of M3I's; UNTRAINED is M3I's."""
     if method in VARIANTS:
         return VARIANTS[method](demo_method(OURS, data=data, seed=seed))
-    return demo_method(method, data=data, seed=seed)
+    return demo_method(OURS if method == UNTRAINED else method, data=data, seed=seed)
+
+
+def untrained(seed: int) -> Run:
+    """What M3I's runs of a seed start from, whatever their budget; measured with raw pixels."""
+    recipe = recipe_digest(UNTRAINED)
+    return Run(method=UNTRAINED, labelled=1.0, seed=seed, budget="0 steps", recipe=recipe)
 
 
 def recipe_digest(method: str) -> str:

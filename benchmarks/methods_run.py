@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.calibration import calibrate
-from m3i_fast.engine.evaluator import evaluate
+from m3i_fast.engine.evaluator import evaluate, evaluate_untrained
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.evaluation.protocol import Measured
 from m3i_fast.observe.collapse import CollapseWatch
 from m3i_fast.observe.metrics import read_jsonl
 
@@ -21,13 +24,13 @@ LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # in the figu
 
 
 def train_and_measure(
-    cfg: TrainConfig, out: Path, seconds: float | None, baselines: bool, data: Path
+    cfg: TrainConfig, out: Path, seconds: float | None, data: Path
 ) -> dict[str, Any]:
     """Train `cfg` in `out`, or go on with the run that is there, and return a row's figures.
 
     seconds: training time that a calibration turns into steps; None takes cfg.num_steps. A run that
-    goes on keeps all of its config. baselines, data: as of `evaluate`. Raises InterruptedError
-    after a checkpoint at SIGINT or SIGTERM, and what Trainer and evaluate raise.
+    goes on keeps all of its config. data: as of `evaluate`. Raises InterruptedError after a
+    checkpoint at SIGINT or SIGTERM, and what Trainer and evaluate raise.
     """
     resume = bool(checkpoint.checkpoints(out / "checkpoints"))
     if resume:
@@ -43,21 +46,32 @@ def train_and_measure(
             f"signal {outcome.signal} at step {outcome.step} of {cfg.num_steps}; the same command "
             "goes on from there"
         )
-    figures, measured = evaluate(out, baselines=baselines, data=data)
+    figures, measured = evaluate(out, baselines=False, data=data)
     del figures["trained_minus"]  # follows from the hits
     return {
         **training_figures(cfg, read_jsonl(out / "metrics.jsonl")),
         "resumed": resume,
         **figures,
-        "hits": {
-            who: {
-                name: pack(values.tolist())
-                for name, values in (result.hits | result.nats).items()
-                if name not in LEFT_OUT
-            }
-            for who, result in measured.items()
-            if who != "chance"
-        },
+        "hits": _packed(measured),
+    }
+
+
+def measure_untrained(cfg: TrainConfig) -> dict[str, Any]:
+    """A row's figures of what a run of `cfg` starts from, and of raw pixels."""
+    torch.set_num_threads(cfg.num_threads)
+    figures, measured = evaluate_untrained(cfg)
+    return {"num_steps": 0, **figures, "hits": _packed(measured)}
+
+
+def _packed(measured: Mapping[str, Measured]) -> dict[str, dict[str, Packed]]:
+    return {
+        who: {
+            name: pack(values.tolist())
+            for name, values in (result.hits | result.nats).items()
+            if name not in LEFT_OUT
+        }
+        for who, result in measured.items()
+        if who != "chance"
     }
 
 

@@ -18,7 +18,8 @@ Row = dict[str, Any]  # of the ledger
 Rows = dict[str, dict[int, Row]]  # method -> seed -> row
 
 OURS = "m3i"
-OTHERS = {"untrained": "untrained", "raw pixels": "pixels"}  # line -> source in M3I's rows
+UNTRAINED = "untrained"  # the rows of what M3I's runs start from
+OTHERS = {"untrained": "untrained", "raw pixels": "pixels"}  # line -> source in those rows
 # The columns, where they were measured; other measures with hits stand behind them.
 TITLES = {
     "knn_top1": "kNN",
@@ -71,12 +72,15 @@ def measures(lines: Sequence[Line]) -> list[str]:
 
 
 def summarise(rows: Rows) -> list[Line]:
-    """A line a method, in the order of `rows`; then what M3I's rows say of no training at all."""
+    """A line a method, in the order of `rows`; then no training at all, of M3I's seeds."""
     ours = rows.get(OURS, {})
     lines = [
-        _line(name, list(seeds.values()), "trained", seeds, ours) for name, seeds in rows.items()
+        _line(name, list(seeds.values()), "trained", seeds, ours)
+        for name, seeds in rows.items()
+        if name != UNTRAINED
     ]
-    return lines + [_line(name, [], source, ours, ours) for name, source in OTHERS.items() if ours]
+    rest = {seed: row for seed, row in rows.get(UNTRAINED, {}).items() if seed in ours}
+    return lines + [_line(name, [], source, rest, ours) for name, source in OTHERS.items() if rest]
 
 
 def _line(
@@ -99,7 +103,7 @@ def _line(
 def _names(row: Row) -> Iterator[str]:
     figures = row["figures"]
     yield from (name for name in TITLES if name in figures)
-    yield from figures["hits"]["trained"]
+    yield from (name for hits in figures["hits"].values() for name in hits)
 
 
 def _minus(

@@ -57,13 +57,7 @@ def evaluate(
     models = {"trained": load_objective(run, cfg)}
     if baselines:
         models["untrained"] = build_untrained(cfg)
-    features = {who: _features(model, cfg, split, batch_size) for who, model in models.items()}
-    measured = measure_all(features["trained"], features.get("untrained"))
-    for who, share in _correspondence(models, cfg, split).items():
-        if who in measured:
-            measured[who].hits["patch_correspondence"] = share
-    for who, result in _scenes(models, measured, cfg, split, batch_size).items():
-        measured[who].add_scenes(result)
+    measured = _measure(models, cfg, split, batch_size, baselines=baselines)
     figures = compare(measured)
     figures["trained_minus"] = {
         measure: {source: asdict(interval) for source, interval in intervals.items()}
@@ -72,6 +66,33 @@ def evaluate(
     figures["train_images_per_s"] = throughput(run)
     write_atomically(run / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
     return figures, measured
+
+
+def evaluate_untrained(
+    cfg: TrainConfig, *, split: str = "heldout", batch_size: int = 256
+) -> tuple[dict[str, Any], dict[str, Measured]]:
+    """Measure what a run of `cfg` starts from, raw pixels and chance, as `evaluate` does."""
+    models = {"untrained": build_untrained(cfg)}
+    measured = _measure(models, cfg, split, batch_size, baselines=True)
+    return compare(measured), measured
+
+
+def _measure(
+    models: Mapping[str, MutualInformation],
+    cfg: TrainConfig,
+    split: str,
+    batch_size: int,
+    *,
+    baselines: bool,
+) -> dict[str, Measured]:
+    features = {who: _features(model, cfg, split, batch_size) for who, model in models.items()}
+    measured = measure_all(features, baselines=baselines)
+    for who, share in _correspondence(models, cfg, split, batch_size).items():
+        if who in measured:
+            measured[who].hits["patch_correspondence"] = share
+    for who, result in _scenes(models, measured, cfg, split, batch_size).items():
+        measured[who].add_scenes(result)
+    return measured
 
 
 def _expect_same_tokenizer(of_run: Path, of_measures: Path) -> None:
@@ -105,36 +126,44 @@ def throughput(run: Path) -> float:
 
 
 def _correspondence(
-    models: Mapping[str, MutualInformation], cfg: TrainConfig, split: str
+    models: Mapping[str, MutualInformation], cfg: TrainConfig, split: str, batch_size: int
 ) -> dict[str, Tensor]:  # who -> [M] fp64, share of a picture's patches found in another crop
     """Two fresh crops of every held-out concept's picture, the same ones for every run."""
     device = resolve_device(cfg.device)
     views = ViewConfig(size=cfg.vision.image_size, scale=(0.5, 1.0))
     settings = LoaderConfig(path=cfg.data.path, split=split, batch_size=1, global_views=views)
     loader = Loader(settings, device_id=0 if device.type == "cuda" else None)
-    found: dict[int, dict[str, Tensor]] = {}
+    crops: dict[int, tuple[Tensor, Tensor]] = {}  # [2, 3, S, S] uint8, [1, 2, 5]
     for _ in range(loader.steps_per_epoch):
-        batch = next(loader).to(device)
-        if int(batch.sample_id) != int(batch.group_id):
-            continue  # one picture a concept
-        pair = (batch.global_views[0], batch.global_views[1])
-        tokens = {
-            who: tuple(model.embed_images(view)[0] for view in pair)
-            for who, model in models.items()
-        }
-        tokens["pixels"] = tuple(pixel_tokens(view, cfg.vision.grid) for view in pair)
-        shares: dict[str, Tensor] = {}
-        for who, (first, second) in tokens.items():
-            share, chance, asked = patch_correspondence((first, second), pair, batch.boxes)
-            shares |= {who: share, "chance": chance}
-        if int(asked):
-            found[int(batch.sample_id)] = shares
+        batch = next(loader)
+        if int(batch.sample_id) == int(batch.group_id):  # one picture a concept
+            crops[int(batch.sample_id)] = torch.cat(batch.global_views[:2]), batch.boxes
     loader.close()
-    order = sorted(found)
-    return {
-        who: torch.cat([found[i][who] for i in order]).double().cpu()
-        for who in (*models, "chance", "pixels")
+    ordered = [crops[i] for i in sorted(crops)]
+    parts: dict[str, list[Tensor]] = {}
+    for start in range(0, len(ordered), batch_size):
+        pairs, boxes = zip(*ordered[start : start + batch_size], strict=True)
+        first, second = torch.stack(pairs, 1).to(device)
+        for who, share in _found_patches(models, cfg, (first, second), torch.cat(boxes)).items():
+            parts.setdefault(who, []).append(share)
+    return {who: torch.cat(shares).double().cpu() for who, shares in parts.items()}
+
+
+def _found_patches(
+    models: Mapping[str, MutualInformation],
+    cfg: TrainConfig,
+    pair: tuple[Tensor, Tensor],  # 2 x [B, 3, S, S] uint8
+    boxes: Tensor,  # [B, 2, 5]
+) -> dict[str, Tensor]:  # who -> [b] fp32, of the pictures that have a patch to ask about
+    tokens = {
+        who: tuple(model.embed_images(view)[0] for view in pair) for who, model in models.items()
     }
+    tokens["pixels"] = tuple(pixel_tokens(view, cfg.vision.grid) for view in pair)
+    shares: dict[str, Tensor] = {}
+    for who, (first, second) in tokens.items():
+        share, chance, asked = patch_correspondence((first, second), pair, boxes.to(pair[0].device))
+        shares |= {who: share[asked > 0], "chance": chance[asked > 0]}
+    return shares
 
 
 def _scenes(

@@ -34,13 +34,14 @@ def fit_linear(
     *,
     l2: float,
     start: LinearProbe | None = None,
+    tolerance: float = TOLERANCE,
     max_iterations: int = 1000,
 ) -> LinearProbe:
     """Minimise mean_i(-log softmax(W x_i + b)[label_i]) + l2 / 2 * ||W||^2 by L-BFGS in fp64.
 
     The bias is not penalised, so l2 = 1 / (N * C) of scikit-learn's LogisticRegression. `start`, a
     probe of the same features, saves iterations along a path of l2. Raises ValueError when l2 <= 0
-    and RuntimeError when the gradient has not vanished after `max_iterations`.
+    and RuntimeError when after `max_iterations` an entry of the gradient is above ten tolerances.
     """
     if l2 <= 0:
         raise ValueError(f"l2: expected > 0 (a separable set has no optimum at 0), got {l2}")
@@ -57,17 +58,24 @@ def fit_linear(
     # L-BFGS needs tens of steps for correlated features and not hundreds.
     curvature = variance / num_classes + l2
     stretch = curvature.sqrt()
-    with torch.enable_grad():
-        turned = (weight @ basis * stretch).requires_grad_()
-        shrunk = rows @ basis / stretch  # W x = turned shrunk, for the W that is returned
-        ridge = l2 / curvature
-        slope = _minimise(shrunk, labels, turned, bias.requires_grad_(), ridge, max_iterations)
-    if not slope <= 10 * TOLERANCE:
+    turned = weight @ basis * stretch
+    shrunk = rows @ basis / stretch  # W x = turned shrunk, for the W that is returned
+    solver = torch.optim.LBFGS(
+        [turned, bias],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        history_size=20,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,  # stop on the gradient alone: a small step is not an optimum
+        line_search_fn="strong_wolfe",
+    )
+    slope = _minimise(solver, shrunk, labels, turned, bias, l2 / curvature)
+    if not slope <= 10 * tolerance:
         raise RuntimeError(
             f"linear probe: L-BFGS stopped after {max_iterations} iterations with a gradient of "
-            f"{slope:.2g}, expected at most {10 * TOLERANCE:.0g}; l2 = {l2}"
+            f"{slope:.2g}, expected at most {10 * tolerance:.0g}; l2 = {l2}"
         )
-    return LinearProbe((turned.detach() / stretch) @ basis.T, bias.detach(), mean, scale)
+    return LinearProbe((turned / stretch) @ basis.T, bias, mean, scale)
 
 
 def _principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:  # [N, D] of mean 0 -> [D, K], [K]
@@ -81,31 +89,26 @@ def _principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:  # [N, D] of mean 0 
 
 
 def _minimise(
+    solver: torch.optim.LBFGS,
     rows: Tensor,  # [N, K] fp64
     labels: Tensor,  # [N]
     weight: Tensor,  # [C, K] fp64, updated in place
     bias: Tensor,  # [C] fp64, updated in place
     ridge: Tensor,  # [K] fp64, the penalty of each column of the weight
-    max_iterations: int,
 ) -> float:
     """The largest entry of the gradient that is left."""
-    solver = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_iterations,
-        max_eval=2 * max_iterations,
-        history_size=50,
-        tolerance_grad=TOLERANCE,
-        tolerance_change=0.0,  # stop on the gradient alone: a small step is not an optimum
-        line_search_fn="strong_wolfe",
-    )
+    weight.grad, bias.grad = torch.empty_like(weight), torch.empty_like(bias)
+    share = F.one_hot(labels, len(weight)).to(rows) / len(rows)
 
-    def loss_and_gradient() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(F.linear(rows, weight, bias), labels)
-        loss = loss + 0.5 * (weight.square() * ridge).sum()
-        loss.backward()
+    def loss_and_gradient() -> Tensor:  # in closed form: autograd took twice the time
+        log_p = torch.addmm(bias, rows, weight.T).log_softmax(1)
+        shrinkage = weight * ridge
+        loss = 0.5 * (weight * shrinkage).sum() - (log_p * share).sum()
+        error = log_p.exp() / len(rows) - share
+        torch.addmm(shrinkage, error.T, rows, out=weight.grad)
+        torch.sum(error, 0, out=bias.grad)
         return loss
 
     solver.step(loss_and_gradient)
     loss_and_gradient()
-    return max(float(p.grad.abs().max()) for p in (weight, bias) if p.grad is not None)
+    return float(torch.cat([weight.grad.flatten(), bias.grad]).abs().max())

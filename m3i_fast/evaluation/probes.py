@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3i_fast.evaluation.accuracy import mean_by_group
 from m3i_fast.evaluation.knn import knn_predict, knn_predict_each
-from m3i_fast.evaluation.linear import LinearProbe, fit_linear
+from m3i_fast.evaluation.linear import TOLERANCE, LinearProbe, fit_linear
 
 NEIGHBOURS = (1, 5, 10, 20, 50)
 L2_STRENGTHS = (
@@ -26,6 +26,7 @@ L2_STRENGTHS = (
     0.001,
 )  # strongest first: each fit starts from the last
 NUM_FOLDS = 5
+TOLERANCE_OF_FOLDS = 1e-5  # of a probe that only helps to choose; scikit-learn's is 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,18 +72,21 @@ def linear(
     rows, label = examples.features, examples.label
 
     def predict(fit: Tensor, ask: Tensor) -> list[Tensor]:
-        return [probe.predict(rows[ask]) for probe in _path(rows[fit], label[fit], strengths)]
+        path = _path(rows[fit], label[fit], strengths, TOLERANCE_OF_FOLDS)
+        return [probe.predict(rows[ask]) for probe in path]
 
     best = _best(predict, examples)
-    path = _path(rows, label, strengths[: best + 1])
+    path = _path(rows, label, strengths[: best + 1], TOLERANCE)
     return path[-1].predict(queries), strengths[best]
 
 
-def _path(features: Tensor, labels: Tensor, strengths: Sequence[float]) -> list[LinearProbe]:
+def _path(
+    features: Tensor, labels: Tensor, strengths: Sequence[float], tolerance: float
+) -> list[LinearProbe]:
     probes: list[LinearProbe] = []
     for l2 in strengths:
         start = probes[-1] if probes else None
-        probes.append(fit_linear(features, labels, l2=l2, start=start))
+        probes.append(fit_linear(features, labels, l2=l2, start=start, tolerance=tolerance))
     return probes
 
 

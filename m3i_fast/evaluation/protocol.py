@@ -56,23 +56,18 @@ class Measured:
 
 
 def measure_all(
-    trained: tuple[Features, Features],
-    untrained: tuple[Features, Features] | None,
-    *,
-    seed: int = 0,
+    encoders: Mapping[str, tuple[Features, Features]], *, baselines: bool, seed: int = 0
 ) -> dict[str, Measured]:
-    """Measure both encoders, each given as (training, held-out), raw pixels and chance.
+    """Measure each encoder, given as (training, held-out).
 
-    Without the untrained encoder, the trained one alone.
+    baselines: measure chance and raw pixels as well.
     """
-    if untrained is None:
-        return {"trained": evaluate_split(*trained, seed=seed)}
-    return {
-        "trained": evaluate_split(*trained, seed=seed),
-        "untrained": evaluate_split(*untrained, seed=seed),
-        "chance": evaluate_chance(trained[1]),
-        "pixels": evaluate_pixels(*trained, seed=seed),
-    }
+    measured = {who: evaluate_split(*sets, seed=seed) for who, sets in encoders.items()}
+    if baselines:
+        train, heldout = next(iter(encoders.values()))
+        measured["chance"] = evaluate_chance(heldout)
+        measured["pixels"] = evaluate_pixels(train, heldout, seed=seed)
+    return measured
 
 
 def evaluate_split(train: Features, heldout: Features, *, seed: int = 0) -> Measured:
@@ -161,7 +156,7 @@ def compare(measured: Mapping[str, Measured]) -> dict[str, Any]:
         figures |= {name: float(mean_iou(v.sum(0))) for name, v in result.overlap.items()}
         for name, value in (figures | result.figures).items():
             table.setdefault(name, {})[source] = value
-    table["held_out_concepts"] = len(measured["trained"].hits["knn_top1"])
+    table["held_out_concepts"] = len(next(iter(measured.values())).hits["knn_top1"])
     table["chosen"] = {
         source: result.chosen for source, result in measured.items() if result.chosen
     }

@@ -34,7 +34,7 @@ TEXT = TextConfig(
     num_heads=2,
     embed_dim=32,
 )
-SMALL = ("supervised", "dense_distillation", "m3i")
+SMALL = ("supervised", "dense_distillation", "m3i", "untrained")
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
 ) -> None:
     cfg = _config(tmp_path, data=data)
     train, out, seconds, *rest = methods._job(cfg, _run(cfg, "m3i"), None)
-    assert seconds == 90 and train.num_threads == 1 and rest == [True, data / "openmoji"]
+    assert seconds == 90 and train.num_threads == 1 and rest == [data / "openmoji"]
     measured = {"trained": SimpleNamespace(hits={}, nats={})}
     monkeypatch.setattr(methods_run, "evaluate", lambda *_, **__: ({"trained_minus": {}}, measured))
     monkeypatch.setattr(methods_run, "calibrate", lambda *_: 4)
@@ -146,10 +146,10 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stopped)
         with pytest.raises(InterruptedError, match="signal 2 at step 1 of 4; the same command"):
-            train_and_measure(train, out, seconds, False, data)
+            train_and_measure(train, out, seconds, data)
     assert not is_trained(out)
     monkeypatch.setattr(methods_run, "calibrate", None)
-    row = train_and_measure(train, out, seconds, False, data)
+    row = train_and_measure(train, out, seconds, data)
     assert (row["num_steps"], row["resumed"]) == (4, True)
     assert [logged["step"] for logged in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
     assert is_trained(out) and not is_trained(out / "nothing")
@@ -171,14 +171,12 @@ def test_a_teacher_comes_first_and_its_failure_is_told(
     begun: list[str] = []
     wrong: set[str] = {"supervised", "byol"}
 
-    def work(
-        _: TrainConfig, out: Path, seconds: float | None, baselines: bool, __: Path
-    ) -> dict[str, Any]:
+    def work(_: TrainConfig, out: Path, seconds: float | None, __: Path) -> dict[str, Any]:
         method = out.name.split("-")[0]
         begun.append(method)
         if method in wrong:
             raise FloatingPointError("step 1: not finite")
-        assert seconds is None and not baselines
+        assert seconds is None
         return {"num_steps": 5, "hits": {"trained": {}}}
 
     _in_threads(monkeypatch, work)
@@ -215,7 +213,7 @@ def test_a_teacher_without_weights_is_run_again_with_its_steps(tmp_path: Path) -
     assert methods._missing(cfg) == {teacher: 321, _run(cfg, "milan"): None}
     train, *rest = methods._job(cfg, teacher, 321)
     assert train.num_steps == 321
-    assert rest == [cfg.out / teacher.name, None, False, tmp_path / "openmoji"]
+    assert rest == [cfg.out / teacher.name, None, tmp_path / "openmoji"]
 
 
 def test_steps_follow_from_a_row_or_from_one_calibration(
@@ -255,15 +253,17 @@ def test_steps_follow_from_a_row_or_from_one_calibration(
 def test_every_run_is_planned_once(tmp_path: Path) -> None:
     cfg = _config(tmp_path, seeds="0,2", num_steps=7)
     planned = list(methods._planned(cfg))
-    assert {(run.method, run.seed) for run in planned} == {(m, s) for m in METHODS for s in (0, 2)}
-    assert len({run.name for run in planned}) == len(planned) == 2 * len(METHODS)
-    assert {(run.labelled, run.budget) for run in planned} == {(1.0, "7 steps")}
+    names = (*METHODS, "untrained")
+    assert {(run.method, run.seed) for run in planned} == {(m, s) for m in names for s in (0, 2)}
+    assert len({run.name for run in planned}) == len(planned) == 2 * len(names)
+    trained = [run for run in planned if run.method != "untrained"]
+    assert {(run.labelled, run.budget) for run in trained} == {(1.0, "7 steps")}
 
     assert replace(cfg, num_steps=None, seconds=1.5).budget() == "1.5 s on 1 thread"
     ablations = list(methods._planned(replace(cfg, ablations=True, seeds="0")))
     assert len({run.name for run in ablations}) == len(ablations)
     of = {share: {r.method for r in ablations if r.labelled == share} for share in SHARES}
-    assert of[1.0] == {"m3i", "supervised", "clip", *VARIANTS}
+    assert of[1.0] == {"m3i", "supervised", "clip", *VARIANTS, "untrained"}
     assert of[0.01] == of[0.1] == of[0.5] == {"m3i", "supervised", "clip", "category + caption"}
 
 

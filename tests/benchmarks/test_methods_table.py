@@ -49,15 +49,21 @@ FEW = np.random.default_rng(6).integers(0, 4, NUM) / 3
 
 @pytest.fixture
 def rows() -> Rows:
-    of = [{"knn_top1": {"trained": x, "untrained": 1 - x, "pixels": PIXELS}} for x in OURS]
+    rest = [{"knn_top1": {"untrained": 1 - x, "pixels": PIXELS}} for x in (*OURS, BYOL)]
     recall = {"caption_to_image_recall_at_5": {"trained": RECALL}}
-    rank = {"effective_rank": {"trained": 12.0, "untrained": 3.0}}
+    rank, no_rank = (
+        {"effective_rank": {who: x}} for who, x in (("trained", 12.0), ("untrained", 3.0))
+    )
     few = {"few_label_top1": {"trained": FEW}, "something_new": {"trained": FEW}}
     milan = {"collapsed": ["monitor/target_rank"], "batch_size": 30, "teacher": "supervised-1"}
     return {
         "byol": {1: _row({"knn_top1": {"trained": BYOL}, **few}, 1)},
         "milan": {0: _row({"knn_top1": {"trained": OURS[0]}}, 0, **milan)},
-        "m3i": {seed: _row(of[seed] | recall, seed, **rank) for seed in (0, 1)},
+        "m3i": {
+            seed: _row({"knn_top1": {"trained": OURS[seed]}} | recall, seed, **rank)
+            for seed in (0, 1)
+        },
+        "untrained": {seed: _row(rest[seed], seed, **no_rank) for seed in (0, 1, 2)},
     }
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from m3i_fast.engine.evaluator import evaluate
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.evaluator import evaluate, evaluate_untrained
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines import openmoji
 from m3i_fast.recipes import demo, shrink
@@ -39,6 +41,19 @@ def test_without_baselines_the_trained_figures_are_the_same(run: Path, whole: Pa
     assert {name: of["trained"] for name, of in alone.items() if _has_sources(of)} == of_trained
     assert {"knn_top1", "scene_miou", "patch_correspondence", "effective_rank"} <= of_trained.keys()
     assert all(of.keys() == {"trained"} for of in alone.values() if _has_sources(of))
+
+
+def test_what_was_not_trained_is_measured_alone(run: Path) -> None:
+    beside, hits_beside = evaluate(run)
+    alone, hits = evaluate_untrained(TrainConfig.load(run / "config.json"))
+    assert hits.keys() == {"untrained", "chance", "pixels"}
+    for name, of in alone.items():
+        if isinstance(of, dict):
+            expected = {who: value for who, value in beside[name].items() if who != "trained"}
+            assert of == expected, name
+    for who, result in hits.items():
+        for name, values in result.hits.items():
+            assert torch.equal(values, hits_beside[who].hits[name])
 
 
 def _has_sources(value: object) -> bool:
