@@ -16,6 +16,7 @@ VERBS = {
     "demo": "pack real captioned pictures, pre-train, evaluate, and write a page of what was "
     "learnt",
     "train": "pre-train a recipe",
+    "launch": "train on several GPUs or nodes under a scheduler: torchrun that passes signals on",
     "plan": "say what a recipe needs on which cards, and how fast it can be, without running it",
     "methods": "list the known methods and their terms, or explain one",
     "evaluate": "measure a run's encoder on held-out pictures",

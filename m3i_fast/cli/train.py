@@ -22,12 +22,14 @@ from rich.progress import (
 from m3i_fast.cli import console, nearest
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import leave_world
+from m3i_fast.engine.run import Resume
 from m3i_fast.engine.trainer import Outcome, Trainer
 from m3i_fast.recipes import recipes
 
 USAGE = """\
-usage: [torchrun --nproc-per-node N -m] m3i_fast.cli train RECIPE ...
-       m3i-fast train RECIPE [--out DIR] [--resume] [--stop-on-collapse] [--field value ...]
+usage: m3i-fast launch --nproc-per-node N -m m3i_fast.cli train RECIPE ...
+       m3i-fast train RECIPE [--out DIR] [--resume | --auto-resume] [--stop-on-collapse]
+                             [--field value ...]
        m3i-fast train --config FILE [...]
 """
 
@@ -38,7 +40,9 @@ class TrainCommand:
     out: Path
     """Run directory: config.json, env.json, metrics.jsonl, tensorboard/, checkpoints/."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint."""
+    """Continue the run in --out from its newest checkpoint; an error if there is none."""
+    auto_resume: bool = False
+    """Continue the run in --out if there is one, else begin it: for jobs that are started again."""
     stop_on_collapse: bool = False
     """End with an error, after a checkpoint, when a monitor stays out of its healthy range."""
     max_hours: float = math.inf
@@ -47,36 +51,44 @@ class TrainCommand:
     def __post_init__(self) -> None:
         if not self.max_hours > 0:
             raise ValueError(f"--max-hours: expected > 0, got {self.max_hours}")
+        if self.resume and self.auto_resume:
+            raise ValueError(
+                "--auto-resume: expected without --resume, which is an error where there is no run"
+            )
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         console.print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
         return 0 if argv else 2
-    name, config, rest = find_recipe(argv)
-    command = tyro.cli(
-        TrainCommand,
-        prog=f"m3i-fast train {argv[0]}",
-        default=TrainCommand(config=config, out=Path("runs") / name),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),  # --field may stand after data.local-views:...
-    )
+    command = parse(argv)
     try:
         outcome = run(
             command.config,
             command.out,
-            resume=command.resume,
+            resume="auto" if command.auto_resume else command.resume,
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
         )
     finally:
         leave_world()
     if outcome.signal is not None:
-        console.print(
-            f"stopped and saved at step {outcome.step}: add --resume to continue {command.out}"
-        )
+        how = "start it again" if command.auto_resume else "add --resume"
+        console.print(f"stopped and saved at step {outcome.step}: {how} to continue {command.out}")
         return 128 + outcome.signal if outcome.signal == signal.SIGINT else os.EX_TEMPFAIL
     return 0
+
+
+def parse(argv: list[str]) -> TrainCommand:
+    """What the arguments ask for. Raises as `find_recipe`; SystemExit for an unknown flag."""
+    name, config, rest = find_recipe(argv)
+    return tyro.cli(
+        TrainCommand,
+        prog=f"m3i-fast train {argv[0]}",
+        default=TrainCommand(config=config, out=Path("runs") / name),
+        args=rest,
+        config=(tyro.conf.CascadeSubcommandArgs,),  # --field may stand after data.local-views:...
+    )
 
 
 def find_recipe(argv: list[str]) -> tuple[str, TrainConfig, list[str]]:
@@ -101,7 +113,7 @@ def run(
     config: TrainConfig,
     out: Path,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     stop_on_collapse: bool = False,
     max_hours: float = math.inf,
 ) -> Outcome:

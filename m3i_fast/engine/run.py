@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from m3i_fast.config import TrainConfig, differences
-from m3i_fast.engine.checkpoint import Checkpoint, latest, on_first_rank
+from m3i_fast.engine.checkpoint import Checkpoint, checkpoints, latest, on_first_rank
 from m3i_fast.engine.random_state import random_state, set_random_state
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
+
+logger = logging.getLogger(__name__)
+Resume = bool | Literal["auto"]
+"""Whether a run that is there goes on; auto: if there is one, else it begins."""
 
 
 class Stateful(Protocol):
@@ -32,6 +37,7 @@ class Run:
 
     def __init__(self, path: Path, cfg: TrainConfig) -> None:
         self.path, self._cfg, self._lock = path, cfg, RunLock(path)
+        self._again = False  # a run is there that ended before its first checkpoint
         self.checkpoints = path / "checkpoints"
         self.saver = Saver(
             self.checkpoints,
@@ -45,12 +51,39 @@ class Run:
         return self.path / "config.json"
 
     def expect_new(self) -> None:
-        """FileExistsError when the directory holds a run."""
-        if self.config_path.exists():
+        """FileExistsError when the directory holds a run that does not begin again."""
+        if self.config_path.exists() and not self._again:
             raise FileExistsError(
                 f"{self.path} holds a run already: add --resume to continue it, or name another "
                 "--out"
             )
+
+    def found(self, resume: Resume, num_ranks: int = 1) -> Checkpoint | None:
+        """The checkpoint to go on from; None where the run is to `begin`.
+
+        Raises FileExistsError and FileNotFoundError where there is what should not be there, or is
+        not what should; with auto neither, but all that `resume` raises of a run that is there.
+        """
+        if resume == "auto":
+            there = on_first_rank(self.saver.group, self._look)
+            self._again, resume = there == "begun", there == "saved"
+        if resume:
+            return self.resume(num_ranks)
+        self.expect_new()
+        return None
+
+    def _look(self) -> Literal["nothing", "begun", "saved"]:
+        if not self.config_path.exists():
+            logger.info("--auto-resume: no run in %s: it begins", self.path)
+            return "nothing"
+        self._go_on()
+        if checkpoints(self.checkpoints):
+            return "saved"
+        logger.warning(
+            "--auto-resume: the run in %s ended before its first checkpoint: it begins again",
+            self.path,
+        )
+        return "begun"
 
     def begin(self) -> None:
         """Make the directory of a new run."""

@@ -30,7 +30,9 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """FileExistsError says who holds it. The run's directory must exist."""
+        """FileExistsError says which other holds it. The run's directory must exist."""
+        if self._descriptor is not None:
+            return
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,7 @@ from m3i_fast.engine.model import blocks_of, build_objective
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
-from m3i_fast.engine.run import Run
+from m3i_fast.engine.run import Resume, Run
 from m3i_fast.engine.step import StepForward
 from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
@@ -58,7 +58,7 @@ class Trainer:
         cfg: TrainConfig,
         run_dir: Path,
         *,
-        resume: bool = False,
+        resume: Resume = False,
         stop_on_collapse: bool = False,
     ) -> None:
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
@@ -66,9 +66,7 @@ class Trainer:
         self.device, rank = self.world.device, self.world.rank
         self.seed = step_seed(cfg.seed, -rank) if rank else cfg.seed
         self.run = Run(run_dir, cfg)
-        saved = self.run.resume(self.world.size) if resume else None
-        if saved is None:
-            self.run.expect_new()
+        saved = self.run.found(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.loader = Loader(

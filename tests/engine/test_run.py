@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.random_state import random_state, set_random_state
@@ -159,6 +160,46 @@ def test_a_resume_passes_a_damaged_checkpoint_over(dataset: Path, tmp_path: Path
     assert_equal(_saved(tmp_path / "whole")[0], expected)
     found = checkpoint.checkpoints(tmp_path / "whole" / "checkpoints")
     assert [(c.step, c.damage()) for c in found] == [(5, None), (10, None)]
+
+
+def test_auto_resume_begins_goes_on_and_says_which(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg, out = _config(dataset, num_steps=10), tmp_path / "run"
+
+    def started(cfg: TrainConfig) -> Trainer:
+        with caplog.at_level(logging.INFO):
+            return Trainer(cfg, out, resume="auto")
+
+    started(cfg).run.close()  # killed before its first checkpoint
+    assert f"no run in {out}: it begins" in caplog.text
+    trainer = started(cfg)
+    assert trainer.step == 0 and "before its first checkpoint: it begins again" in caplog.text
+    with pytest.raises(FileExistsError, match=f"process {os.getpid()} .* is training in it"):
+        started(cfg)
+    trainer.train()
+    assert [row["step"] for row in read_jsonl(out / "metrics.jsonl")] == [5, 10]
+    trainer = started(cfg)
+    assert trainer.step == 10
+    assert trainer.train().signal is None  # of a run that is done, the job ends well
+    with pytest.raises(ValueError, match="seed: 0 != 1"):
+        started(replace(cfg, seed=1))
+    for path in out.glob("checkpoints/*/model/*"):
+        flip_byte(path)
+    with pytest.raises(ValueError, match="no good checkpoint"):  # never begins in silence
+        started(cfg)
+
+
+def test_resume_and_auto_resume_are_two_wishes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    with pytest.raises(SystemExit) as refused:
+        main(["train", "demo", "--out", out, "--resume", "--auto-resume"])
+    assert refused.value.code == 2
+    assert "--auto-resume: expected without --resume" in capsys.readouterr().err
+    assert main(["train", "demo", "--out", out, "--resume"]) == 2
+    assert "--resume: no run in" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_failed_save_ends_the_run_with_its_error(

@@ -1,0 +1,92 @@
+"""m3i-fast launch: torchrun for a job that a scheduler stops and starts again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from m3i_fast.cli import console
+
+USAGE = """\
+usage: m3i-fast launch [--retry-code N] [options of torchrun] -m m3i_fast.cli train RECIPE ...
+
+Takes torchrun's arguments (torchrun --help) and differs from it in two things. SIGINT, SIGTERM and
+SIGUSR1 go to the ranks, which save for as long as the scheduler lets them; torchrun kills them
+after 30 s. The exit code is that of the rank which failed first, 75 where the ranks saved to be
+started again; torchrun's is 1 whatever happened.
+
+  --retry-code N   exit with N instead of 75, for a scheduler that takes 75 as final
+"""
+_RETRY = os.EX_TEMPFAIL
+_LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
+
+
+class Forwarder:
+    """A handler that passes signals on to the ranks of this node."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received.add(number)
+        ranks = _ranks()
+        if not ranks:  # nothing has been done that could be saved
+            raise SystemExit(128 + number if number == signal.SIGINT else _RETRY)
+        for pid in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        console.print(USAGE, highlight=False, markup=False)
+        return 0 if argv else 2
+    retry, arguments = retry_code(argv)
+    forward = Forwarder()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, forward)
+    args = torchrun.parse_args(arguments)
+    args.signals_to_handle = _LEFT_TO_TORCHRUN
+    try:
+        torchrun.run(args)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        code = exit_code(first.exitcode, forward.received)
+    except SystemExit as stopped:  # of the handler, while the nodes waited for each other
+        code = int(stopped.code or 0)
+    else:
+        return 0
+    return retry if code == _RETRY else code
+
+
+def retry_code(argv: list[str]) -> tuple[int, list[str]]:
+    """The code that stands for 75, and torchrun's arguments."""
+    name, _, value = argv[0].partition("=")
+    if name != "--retry-code":
+        return _RETRY, argv
+    rest = argv[1:]
+    if not value:
+        value, rest = "".join(rest[:1]), rest[1:]
+    if not value.isdecimal() or not 0 < int(value) < 256:
+        raise ValueError(f"--retry-code: expected a number from 1 to 255, got {value!r}")
+    return int(value), rest
+
+
+def exit_code(code: int, received: set[int]) -> int:
+    """A rank's, as a shell gives it; 75 if the scheduler stopped it before it could save."""
+    if code >= 0:
+        return code
+    return _RETRY if -code in received - {signal.SIGINT} else 128 - code
+
+
+def _ranks() -> list[int]:
+    """Processes that torchrun started: children that lead a session."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    children = [int(pid) for task in tasks for pid in task.read_text().split()]
+    return [pid for pid in children if os.getsid(pid) == pid]

@@ -1,0 +1,279 @@
+"""The files in launch/: their command lines, what Slurm's script does, whole runs by them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kubeflow.training import models as kubeflow
+from kubeflow_trainer_api.models import IoK8sApiCoreV1PodTemplateSpec, JobsetV1alpha2JobSet
+from torch.distributed import run as torchrun
+
+from m3i_fast.cli import launch, main, train
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine import checkpoint
+from m3i_fast.observe.metrics import read_jsonl
+from tests.engine.test_parallel_runs import _config
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+RECIPE = ("m3i_vit_b_h100", "--data.path", "/shards", "--out", "runs/x")
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NODELIST": "localhost",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_GPUS_ON_NODE": "2",
+}
+CONTROLLERS_SET = {
+    "JOB_COMPLETION_INDEX": "1",
+    "RANK": "1",
+    "MASTER_ADDR": "m3i-fast-master-0",
+    "MASTER_PORT": "23456",
+}
+# srun and scontrol without a cluster: the one becomes its command, and both tell what they do.
+STAND_INS = {
+    "srun": 'echo $$ > "$LOG/srun.pid"\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"',
+    "scontrol": 'echo "$*" >> "$LOG/scontrol"\nif [[ $1 == show ]]; then echo localhost; fi',
+}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Where the stand-ins, in log/bin, note what they do."""
+    for name, body in STAND_INS.items():
+        _script(tmp_path / "log" / "bin" / name, body)
+    return tmp_path / "log"
+
+
+def _script(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def _start(log: Path, name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(log / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "LOG": str(log), "COLUMNS": "200", **environment}
+    return subprocess.Popen([LAUNCH / name, *arguments], env=environment)
+
+
+def _command(log: Path, name: str, **environment: str) -> list[str]:
+    """What a script calls m3i-fast with."""
+    _script(log / "bin" / "m3i-fast", 'printf "%s\\n" "$@" > "$LOG/command"')
+    assert _start(log, name, *RECIPE, **environment).wait() == 0
+    return (log / "command").read_text().splitlines()
+
+
+def _expect_command(arguments: list[str]) -> Any:
+    """Parse it as it will be, by torchrun and train; what torchrun was asked for."""
+    assert arguments[0] == "launch"
+    _, rest = launch.retry_code(arguments[1:])
+    asked = torchrun.parse_args(rest)
+    assert asked.module and asked.training_script == "m3i_fast.cli"
+    verb, *of_train = asked.training_script_args
+    assert verb == "train"
+    command = train.parse(of_train)
+    assert command.auto_resume and str(command.config.data.path).endswith("shards")
+    return asked
+
+
+# ---- What the files say --------------------------------------------------------------------------
+
+
+def test_torchrun_is_asked_for_one_node_or_several(log: Path) -> None:
+    one = _expect_command(_command(log, "torchrun.sh"))
+    assert one.standalone and one.nproc_per_node == "gpu"
+    several = {"NNODES": "4", "RENDEZVOUS": "node1:29400", "NPROC_PER_NODE": "8"}
+    asked = _expect_command(_command(log, "torchrun.sh", **several))
+    assert (asked.nnodes, asked.nproc_per_node, asked.rdzv_backend) == ("4", "8", "c10d")
+    assert asked.rdzv_endpoint == "node1:29400" and not asked.standalone
+    assert _start(log, "torchrun.sh", *RECIPE, NNODES="4").wait() == 1
+
+
+def test_slurm_asks_torchrun_for_its_nodes(log: Path) -> None:
+    asked = _expect_command(_command(log, "slurm.sh", **SLURM | {"SLURM_JOB_NUM_NODES": "4"}))
+    assert (asked.nnodes, asked.nproc_per_node, asked.rdzv_endpoint) == (
+        "4",
+        "2",
+        "localhost:24711",
+    )
+    assert asked.rdzv_id == "4711-0"
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
+def test_slurm_queues_again_after_75_alone(log: Path, code: int) -> None:
+    _script(log / "bin" / "m3i-fast", f"exit {code}")
+    assert _start(log, "slurm.sh", *RECIPE, **SLURM).wait() == code
+    said = (log / "scontrol").read_text().splitlines()
+    assert said == ["show hostnames localhost", *(["requeue 4711"] if code == 75 else [])]
+
+
+def test_slurm_is_told_to_send_the_signal_that_saves() -> None:
+    lines = (LAUNCH / "slurm.sh").read_text().splitlines()
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert {"--signal=USR1@300", "--requeue", "--ntasks-per-node=1"} <= set(options)
+
+
+def _job(name: str) -> dict[str, Any]:
+    return yaml.safe_load((LAUNCH / "kubernetes" / f"{name}.yaml").read_text())
+
+
+def _asked(container: dict[str, Any]) -> Any:
+    """What its command asks for, with the variables that the controllers set."""
+    program, *arguments = [*container["command"], *container["args"]]
+    assert program == "m3i-fast"
+    for name, value in CONTROLLERS_SET.items():
+        arguments = [argument.replace(f"$({name})", value) for argument in arguments]
+    return _expect_command(arguments)
+
+
+def _container(template: dict[str, Any]) -> dict[str, Any]:
+    [container] = template["spec"]["containers"]
+    return container
+
+
+def test_the_jobset_is_one_and_restarts_after_75() -> None:
+    job = _job("jobset")
+    assert JobsetV1alpha2JobSet.from_dict(job).to_dict() == job  # an unknown field would be lost
+    [replicated] = job["spec"]["replicatedJobs"]
+    spec, container = (
+        replicated["template"]["spec"],
+        _container(replicated["template"]["spec"]["template"]),
+    )
+    asked = _asked(container)
+    assert asked.nnodes == str(spec["completions"]) == str(spec["parallelism"])
+    name = job["metadata"]["name"]
+    assert asked.master_addr == f"{name}-{replicated['name']}-0-0.{name}"
+    [rule] = [r for r in spec["podFailurePolicy"]["rules"] if "onExitCodes" in r]
+    codes = rule["onExitCodes"]
+    assert rule["action"] == "FailJob" and codes["operator"] == "NotIn" and 75 in codes["values"]
+    assert codes["containerName"] == container["name"]
+    assert not {1, 2} & set(codes["values"])
+    [ended] = job["spec"]["failurePolicy"]["rules"]
+    assert (ended["action"], ended["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    _expect_room(replicated["template"]["spec"]["template"], asked)
+
+
+def test_the_pytorchjob_is_one_and_restarts_after_75() -> None:
+    job = _job("pytorchjob")
+    assert job["apiVersion"] == "kubeflow.org/v1"
+    _expect_fields(job, kubeflow.KubeflowOrgV1PyTorchJob)
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert replicas.keys() == {"Master", "Worker"}
+    for replica in replicas.values():
+        template = replica["template"]
+        pod = IoK8sApiCoreV1PodTemplateSpec.from_dict(template)
+        assert pod.to_dict() == template and replica["restartPolicy"] == "ExitCode"
+        container = _container(template)
+        assert container["name"] == "pytorch"
+        asked = _asked(container)
+        code, _ = launch.retry_code(container["command"][2:])
+        assert code >= 128  # what the operator starts again
+        assert asked.nnodes == str(sum(r["replicas"] for r in replicas.values()))
+        assert asked.nproc_per_node == job["spec"]["nprocPerNode"]
+        _expect_room(template, asked)
+
+
+def _expect_fields(value: dict[str, Any], model: type) -> None:
+    """Every field is one of the operator's API, down to the pods."""
+    named = {api: model.openapi_types[own] for own, api in model.attribute_map.items()}  # type: ignore[attr-defined]
+    assert value.keys() <= named.keys(), model
+    for key, kind in named.items():
+        inner, one = kind.removeprefix("dict(str, ").removesuffix(")"), kind == named[key]
+        if key in value and hasattr(kubeflow, inner) and inner.startswith("Kubeflow"):
+            parts = [value[key]] if inner == kind and one else value[key].values()
+            for part in parts:
+                _expect_fields(part, getattr(kubeflow, inner))
+
+
+def _expect_room(template: dict[str, Any], asked: Any) -> None:
+    """A GPU a rank, shared memory for NCCL and the loader, claims for what is mounted."""
+    container, spec = _container(template), template["spec"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == asked.nproc_per_node
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+    assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+    of_train = train.parse(asked.training_script_args[1:])
+    for path in (of_train.config.data.path, of_train.out):
+        assert "persistentVolumeClaim" in mounts[f"/{path.parts[1]}"]
+
+
+def test_the_image_is_made_of_what_is_there() -> None:
+    lines = (LAUNCH / "Containerfile").read_text().replace("\\\n", " ").splitlines()
+    project = (ROOT / "pyproject.toml").read_text()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert copied and all((ROOT / name).exists() for name in copied)
+    ignored = (LAUNCH / "Containerfile.dockerignore").read_text().splitlines()
+    assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
+    [extras] = [line.removeprefix("ARG EXTRAS=") for line in lines if line.startswith("ARG EXTRAS")]
+    assert all(f"\n{extra} = [" in project for extra in extras.split(","))
+    users = [line.split()[1] for line in lines if line.startswith("USER ")]
+    for name in ("jobset", "pytorchjob"):
+        assert f"runAsUser: {users[-1]}\n" in (LAUNCH / "kubernetes" / f"{name}.yaml").read_text()
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode} before {path.name}"
+        assert time.monotonic() < deadline, f"waited for {path}"
+        time.sleep(0.01)
+
+
+def test_a_slurm_job_that_runs_out_of_time_goes_on_in_the_next(
+    dataset: Path, log: Path, tmp_path: Path
+) -> None:
+    """Two ranks, stopped by the signal of the time limit; ended by torchrun's script."""
+    cfg = replace(_config(dataset), num_steps=400, checkpoint_every=2, keep_checkpoints=2)
+    config, out = tmp_path / "config.json", tmp_path / "run"
+    cfg.save(config)
+    arguments = ("--config", str(config), "--out", str(out))
+    job = _start(log, "slurm.sh", *arguments, **SLURM)
+    _wait_for(out / "checkpoints" / "latest", job)
+    os.kill(int((log / "srun.pid").read_text()), signal.SIGUSR1)
+    assert job.wait() == 75
+    assert (log / "scontrol").read_text().splitlines()[-1] == "requeue 4711"
+    stopped = checkpoint.latest(out / "checkpoints").step
+    assert 0 < stopped < cfg.num_steps
+    # Nothing but the number of steps left is changed, so that the test is short.
+    shorter = replace(cfg, num_steps=stopped + 2)
+    for path in (config, out / "config.json"):
+        shorter.save(path)
+    assert _start(log, "torchrun.sh", *arguments, NPROC_PER_NODE="2").wait() == 0
+    assert checkpoint.latest(out / "checkpoints").step == stopped + 2
+    rows = read_jsonl(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, stopped + 3))
+    assert TrainConfig.load(out / "config.json") == shorter
+
+
+def test_a_wrong_request_is_a_2(log: Path, tmp_path: Path) -> None:
+    """Through torchrun, whose own exit code is 1, and not to be tried again."""
+    out = str(tmp_path / "run")
+    wrong = ("demo", "--data.path", str(tmp_path / "absent"), "--out", out)
+    assert _start(log, "slurm.sh", *wrong, **SLURM | {"SLURM_GPUS_ON_NODE": "1"}).wait() == 2
+    assert "requeue" not in (log / "scontrol").read_text()
+
+
+def test_what_launch_makes_of_exit_codes() -> None:
+    usr1, kill = int(signal.SIGUSR1), int(signal.SIGKILL)
+    assert [launch.exit_code(code, set()) for code in (2, 75, -kill, -usr1)] == [2, 75, 137, 138]
+    assert launch.exit_code(-usr1, {usr1}) == 75  # before the rank could heed it
+    assert launch.exit_code(-int(signal.SIGINT), {int(signal.SIGINT)}) == 130
+    assert launch.retry_code(["--retry-code=138", "-m", "x"]) == (138, ["-m", "x"])
+    assert launch.retry_code(["--retry-code", "138", "-m", "x"]) == (138, ["-m", "x"])
+    assert launch.retry_code(["-m", "x"]) == (75, ["-m", "x"])
+    for wrong in (["--retry-code"], ["--retry-code=0", "x"], ["--retry-code", "256"]):
+        with pytest.raises(ValueError, match="--retry-code: expected a number from 1 to 255"):
+            launch.retry_code(wrong)
+    assert main(["launch"]) == 2 and main(["launch", "--retry-code=0"]) == 2
