@@ -120,7 +120,8 @@ def run(
         task = bar.add_task("training", total=config.num_steps, completed=trainer.step, figures="")
 
         def show(step: int, values: dict[str, float]) -> None:
-            figures = f"{values['throughput/img_s']:.0f} img/s  loss {values['loss/total']:.3f}"
+            loss = values.get("loss/total", math.nan)  # none where all steps were skipped
+            figures = f"{values['throughput/img_s']:.0f} img/s  loss {loss:.3f}"
             bar.update(task, completed=step, figures=figures)
 
         return trainer.train(show, max_seconds=3600 * max_hours)

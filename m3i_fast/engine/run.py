@@ -64,6 +64,19 @@ class Run:
         self.saver.saved_step = saved.step
         return saved
 
+    def roll_back(self, step: int) -> Checkpoint | None:
+        """The newest good checkpoint of at most so many steps, later ones gone; None: none is.
+
+        All ranks call this, after which a resume would begin there.
+        """
+        self.saver.wait()
+        try:
+            saved = latest(self.checkpoints, self.saver.group, up_to=step)
+        except (FileNotFoundError, ValueError):
+            return None
+        self.saver.forget_after(saved)
+        return saved
+
     def _expect_batch(self, state: dict[str, Any], num_ranks: int) -> None:
         """The batch of all ranks stays what it was, whatever their number."""
         before = state.get("num_ranks", 1)
