@@ -7,6 +7,7 @@ for bit as they were; schedules and data go on. The host learns of it where metr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from m3i_fast.engine.guard_config import GuardConfig
 from m3i_fast.engine.parallel import World
-from m3i_fast.engine.parts import GradientNorm
+from m3i_fast.engine.parts import GradientNorm, local
 from m3i_fast.engine.unless import keep_where
 
 Record = dict[str, Any]
@@ -175,3 +176,13 @@ def written_buffers(model: nn.Module) -> list[Tensor]:
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     ]
+
+
+def not_finite(tensors: Mapping[str, Tensor], world: World) -> list[str]:
+    """Names of those that are not finite on any rank, three at most; waits for the device."""
+    parts = dict(zip(tensors, local(tensors.values()), strict=True))
+    parts = {n: p.detach() for n, p in parts.items() if p.is_floating_point() and p.numel()}
+    largest = [norm.float() for norm in torch._foreach_norm(list(parts.values()), math.inf)]
+    sound = torch.stack(largest).isfinite().tolist()
+    wrong = [name for name, ok in zip(parts, sound, strict=True) if not ok]
+    return sorted({name for names in world.gather(wrong[:3]) for name in names})[:3]

@@ -14,6 +14,7 @@ from m3i_fast.engine.random_state import random_state, set_random_state
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
+from m3i_fast.pipelines.manifest import Manifest
 
 
 class Stateful(Protocol):
@@ -130,3 +131,17 @@ class Run:
             self.saver.close()
         finally:
             self._lock.release()
+
+
+def expect_data(cfg: TrainConfig, manifest: Manifest) -> None:
+    """ValueError names what of the model does not fit the data."""
+    facts = {
+        "num_classes": (cfg.num_classes, len(manifest.class_names)),
+        "text.vocab_size": (cfg.text.vocab_size, manifest.tokenizer.vocab_size),
+        "text.context_length": (cfg.text.context_length, manifest.tokenizer.context_length),
+    }
+    for name, (got, expected) in facts.items():
+        if got != expected:
+            raise ValueError(
+                f"{name}: expected {expected} as the data in {cfg.data.path}, got {got}"
+            )

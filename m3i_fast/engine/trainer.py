@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.ema import update_ema
-from m3i_fast.engine.guard import Guard
+from m3i_fast.engine.guard import Guard, not_finite
 from m3i_fast.engine.model import blocks_of, build_objective
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
-from m3i_fast.engine.parts import GradientNorm, local
+from m3i_fast.engine.parts import GradientNorm
 from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
-from m3i_fast.engine.run import Run, Stateful
+from m3i_fast.engine.run import Run, Stateful, expect_data
 from m3i_fast.engine.skips import Skips
 from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.watchdog import Watchdog
 from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
@@ -80,7 +81,7 @@ class Trainer:
             num_shards=self.world.size,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
         )
-        self._check_data()
+        expect_data(cfg, self.loader.manifest)
         torch.manual_seed(cfg.seed)
         with self.device:
             self.objective = build_objective(cfg, self.world.group)
@@ -103,6 +104,7 @@ class Trainer:
         self.timer = StageTimer(self.device)
         self._stop = StopFlag(self.world)
         self._sinks: list[Sink] = []
+        self._watchdog = Watchdog(Path(), seconds=math.inf)
 
     def _distribute(self) -> nn.Module:
         """The forward pass of a step, whose gradients the ranks reduce."""
@@ -157,43 +159,53 @@ class Trainer:
         return metrics
 
     def train(
-        self, progress: Progress = lambda step, values: None, *, max_seconds: float = math.inf
+        self,
+        progress: Progress = lambda step, values: None,
+        *,
+        max_seconds: float = math.inf,
+        watchdog_seconds: float = math.inf,
     ) -> Outcome:
         """Train to num_steps, or until SIGINT, SIGTERM or SIGUSR1 of any rank, or max_seconds.
 
-        Either way a checkpoint of the last step is written.
+        Either way a checkpoint of the last step is written. watchdog_seconds: with no step done for
+        so long the process ends, with its stacks in the run's directory (`Watchdog`).
         """
-        ends = time.monotonic() + max_seconds
-        cfg = self.cfg
-        self._open_sinks()
-        stopped: int | None = None
-        previous = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
-        self._count_from_here()
+        number_of = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._on_signal) for number in number_of}
+        stacks = self.run_dir / f"stacks-rank{self.world.rank}.txt"
         try:
-            while self.step < cfg.num_steps and stopped is None:
-                log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
-                with self.timer.stage("data"):
-                    batch = next(self.loader).to(self.device)
-                self.means.add(self.train_step(batch, monitor=log), self.guard.skip)
-                self.timer.count_step()
-                if log:
-                    self._log(progress)
-                if self.step % cfg.checkpoint_every == 0:
-                    self.save()
-                if time.monotonic() > ends:
-                    self._stop.signal = self._stop.signal or signal.SIGUSR1
-                stopped = self._stop.agreed()
-            self._stop.wait()
-            self.save()
+            with Watchdog(stacks, seconds=watchdog_seconds) as self._watchdog:
+                try:
+                    return self._train(progress, time.monotonic() + max_seconds)
+                finally:
+                    with self._watchdog.patient("the end of the run"):
+                        self._close_sinks()
+                        self.loader.close()
+                        self.run.close()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            self._close_sinks()
-            self.loader.close()
-            self.run.close()
+
+    def _train(self, progress: Progress, ends: float) -> Outcome:
+        cfg, stopped = self.cfg, None
+        self._open_sinks()
+        self._count_from_here()
+        while self.step < cfg.num_steps and stopped is None:
+            log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
+            with self.timer.stage("data"):
+                batch = next(self.loader).to(self.device)
+            self.means.add(self.train_step(batch, monitor=log), self.guard.skip)
+            self.timer.count_step()
+            self._watchdog.beat()
+            if log:
+                self._log(progress)
+            if self.step % cfg.checkpoint_every == 0:
+                self.save()
+            if time.monotonic() > ends:
+                self._stop.signal = self._stop.signal or signal.SIGUSR1
+            stopped = self._stop.agreed()
+        self._stop.wait()
+        self.save()
         return Outcome(self.step, stopped)
 
     def _log(self, progress: Progress) -> None:
@@ -204,7 +216,8 @@ class Trainer:
         progress(self.step, values)
         self._heed_collapse(values)
         if spiked is not None:
-            self._roll_back(spiked)
+            with self._watchdog.patient("a rollback"):
+                self._roll_back(spiked)
         self._count_from_here()
 
     def _count_from_here(self) -> None:
@@ -225,8 +238,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; FloatingPointError if it would hold what is not finite."""
+        with self._watchdog.patient("a save"):
+            self._save()
+
+    def _save(self) -> None:
         tensors = checkpoint.tensors_of(self.objective, self.optimizer)
-        if wrong := self._not_finite(tensors):
+        if wrong := not_finite(tensors, self.world):
             raise self._abort(f"no checkpoint is written: not finite: {', '.join(wrong)}")
         state = self.run.state(**self._kept())
         state["num_ranks"] = self.world.size
@@ -318,18 +335,6 @@ class Trainer:
         lr = float(self.lr[min(self.step, self.cfg.num_steps) - 1])
         return self.skips.abort(self.step, reason, self.objective, self.optimizer, lr=lr)
 
-    def _not_finite(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """Names of those of any rank that are not finite, three of them at most."""
-        parts = dict(zip(tensors, local(tensors.values()), strict=True))
-        parts = {n: p.detach() for n, p in parts.items() if p.is_floating_point() and p.numel()}
-        largest = torch.stack(
-            [norm.float() for norm in torch._foreach_norm(list(parts.values()), math.inf)]
-        )
-        wrong = [
-            name for name, ok in zip(parts, largest.isfinite().tolist(), strict=True) if not ok
-        ]
-        return sorted({name for names in self.world.gather(wrong[:3]) for name in names})[:3]
-
     def _kept(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside tensors."""
         return {
@@ -339,22 +344,6 @@ class Trainer:
             "guard": self.guard,
             "skips": self.skips,
         }
-
-    def _check_data(self) -> None:
-        manifest = self.loader.manifest
-        facts = {
-            "num_classes": (self.cfg.num_classes, len(manifest.class_names)),
-            "text.vocab_size": (self.cfg.text.vocab_size, manifest.tokenizer.vocab_size),
-            "text.context_length": (
-                self.cfg.text.context_length,
-                manifest.tokenizer.context_length,
-            ),
-        }
-        for name, (got, expected) in facts.items():
-            if got != expected:
-                raise ValueError(
-                    f"{name}: expected {expected} as the data in {self.cfg.data.path}, got {got}"
-                )
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         saved.load_model(self.objective)
