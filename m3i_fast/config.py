@@ -11,6 +11,7 @@ import cattrs
 import tyro
 
 from m3i_fast.engine.ema import EmaConfig
+from m3i_fast.engine.guard_config import GuardConfig
 from m3i_fast.engine.optim import OptimConfig
 from m3i_fast.engine.parallel_config import ParallelConfig
 from m3i_fast.models.internimage_config import InternImageConfig
@@ -39,6 +40,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast of the forward pass; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere."""
     compile: bool = False

@@ -30,7 +30,10 @@ console = Console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; 0 done, 1 failed, 2 wrong request, 75 saved to be resumed, 130 interrupted."""
+    """Run a verb.
+
+    0 done, 1 failed, 2 wrong request, 75 saved to be resumed, 76 hung, 130 interrupted.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print("usage: m3i-fast VERB ...   (m3i-fast VERB --help tells more)\n")

@@ -47,10 +47,15 @@ class TrainCommand:
     """End with an error, after a checkpoint, when a monitor stays out of its healthy range."""
     max_hours: float = math.inf
     """Save and exit with 75 after so long, as at SIGTERM and SIGUSR1: before a job's time is up."""
+    watchdog_minutes: float = math.inf
+    """With no step done for so long (a first step, a save: 5 times as long) write the stacks of all
+    threads to stacks-rankN.txt in --out and exit with 76; inf: never."""
 
     def __post_init__(self) -> None:
-        if not self.max_hours > 0:
-            raise ValueError(f"--max-hours: expected > 0, got {self.max_hours}")
+        for name in ("max_hours", "watchdog_minutes"):
+            if not getattr(self, name) > 0:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag}: expected > 0, got {getattr(self, name)}")
         if self.resume and self.auto_resume:
             raise ValueError(
                 "--auto-resume: expected without --resume, which is an error where there is no run"
@@ -69,6 +74,7 @@ def main(argv: list[str]) -> int:
             resume="auto" if command.auto_resume else command.resume,
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
+            watchdog_minutes=command.watchdog_minutes,
         )
     finally:
         leave_world()
@@ -116,6 +122,7 @@ def run(
     resume: Resume = False,
     stop_on_collapse: bool = False,
     max_hours: float = math.inf,
+    watchdog_minutes: float = math.inf,
 ) -> Outcome:
     """Train with a progress bar: steps, images a second, time left, loss."""
     trainer = Trainer(config, out, resume=resume, stop_on_collapse=stop_on_collapse)
@@ -132,7 +139,10 @@ def run(
         task = bar.add_task("training", total=config.num_steps, completed=trainer.step, figures="")
 
         def show(step: int, values: dict[str, float]) -> None:
-            figures = f"{values['throughput/img_s']:.0f} img/s  loss {values['loss/total']:.3f}"
+            loss = values.get("loss/total", math.nan)  # none where all steps were skipped
+            figures = f"{values['throughput/img_s']:.0f} img/s  loss {loss:.3f}"
             bar.update(task, completed=step, figures=figures)
 
-        return trainer.train(show, max_seconds=3600 * max_hours)
+        return trainer.train(
+            show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
+        )

@@ -182,13 +182,15 @@ def checkpoints(directory: Path) -> list[Checkpoint]:
     return [Checkpoint(path) for path in sorted(paths)]
 
 
-def latest(directory: Path, group: dist.ProcessGroup | None = None) -> Checkpoint:
+def latest(
+    directory: Path, group: dist.ProcessGroup | None = None, *, up_to: int | None = None
+) -> Checkpoint:
     """The newest good checkpoint: every byte of it is read, and damaged ones are warned of.
 
-    With a group all its ranks call this, and one of them reads. Raises FileNotFoundError when there
-    is none, ValueError with a reason each when none is good.
+    up_to: of no more steps than these. With a group all its ranks call this, and one of them reads.
+    Raises FileNotFoundError when there is none, ValueError with a reason each when none is good.
     """
-    return on_first_rank(group, lambda: _latest(directory))
+    return on_first_rank(group, lambda: _latest(directory, up_to))
 
 
 def on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
@@ -207,8 +209,8 @@ def on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]) ->
     return outcome[0]
 
 
-def _latest(directory: Path) -> Checkpoint:
-    found = checkpoints(directory)
+def _latest(directory: Path, up_to: int | None) -> Checkpoint:
+    found = [c for c in checkpoints(directory) if up_to is None or c.step <= up_to]
     if not found:
         raise FileNotFoundError(f"no checkpoint in {directory}: expected a directory step_00000000")
     reasons: list[str] = []

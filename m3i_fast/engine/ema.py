@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from m3i_fast.engine.parts import local
 from m3i_fast.engine.schedules import cosine
@@ -32,12 +32,34 @@ class EmaConfig:
 
 
 @torch.no_grad()
-def update_ema(average: nn.Module, online: nn.Module, momentum: float) -> None:
-    """average <- momentum * average + (1 - momentum) * online, in place.
+def update_ema(
+    average: nn.Module,
+    online: nn.Module,
+    momentum: float,
+    skip: Tensor | None = None,  # [] fp32
+) -> None:
+    """average <- momentum * average + (1 - momentum) * online, in place; as it was if skip is 1.
 
     Over all parameters; buffers are copied. Where weights are spread over ranks, each rank averages
     what it holds: both are spread alike.
     """
-    torch._foreach_lerp_(local(average.parameters()), local(online.parameters()), 1.0 - momentum)
+    # A step of SGD down |average - online|^2 / 2 is this average, and the one fused kernel for it
+    # that takes a flag of the device: with weight decay 1, up the "gradient" online.
+    torch._fused_sgd_(
+        local(average.parameters()),
+        local(online.parameters()),
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=1.0 - momentum,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=skip,
+    )
     for target, source in zip(average.buffers(), online.buffers(), strict=True):
-        target.copy_(source)
+        if skip is None:
+            target.copy_(source)
+        else:
+            torch.where(skip > 0, target, source, out=target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from m3i_fast.engine.parts import local
+from m3i_fast.engine.unless import chunks
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 Tensors = list[Tensor] | tuple[Tensor, ...]
-
-# Elements that are stepped together. Temporaries stay in the cache of a CPU, and bounded on a GPU,
-# where more together means fewer launches and, of sharded parameters, fewer collectives.
-_CHUNK_CPU, _CHUNK = 2**18, 2**26
 
 
 class Layerwise(torch.optim.Optimizer, ABC):
@@ -32,7 +29,7 @@ class Layerwise(torch.optim.Optimizer, ABC):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None, "the gradients are there already"
         for group in self.param_groups:
-            for params in _chunks([p for p in group["params"] if p.grad is not None]):
+            for params in chunks([p for p in group["params"] if p.grad is not None]):
                 grads = local(p.grad for p in params if p.grad is not None)
                 self.update(group, params, grads)
 
@@ -77,9 +74,9 @@ class Lamb(Layerwise):
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
         scales = torch._foreach_sqrt(squares)
-        torch._foreach_div_(scales, [(1 - beta2**step) ** 0.5 for step in steps])
+        torch._foreach_div_(scales, (1 - beta2**steps).sqrt().unbind())
         torch._foreach_add_(scales, group["eps"])
-        torch._foreach_mul_(scales, [1 - beta1**step for step in steps])
+        torch._foreach_mul_(scales, (1 - beta1**steps).unbind())
         updates = torch._foreach_div(means, scales)
         del scales
         if group["decays"]:
@@ -90,12 +87,13 @@ class Lamb(Layerwise):
             torch._foreach_mul_(updates, ratios.unbind())
         torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
-    def _count(self, params: list[Tensor]) -> list[float]:
-        """Add one to the steps of each; kept on the host, where no one waits for them."""
+    def _count(self, params: list[Tensor]) -> Tensor:  # [N] fp64
+        """Add one to the steps of each; on the device, where a step may be undone."""
         for p in params:
-            step = self.state[p].get("step", torch.zeros(()))
-            self.state[p]["step"] = step.cpu() + 1  # a loaded one may be on the GPU, once
-        return [float(self.state[p]["step"]) for p in params]
+            self.state[p].setdefault("step", torch.zeros((), device=p.device))
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, 1)
+        return torch.stack(steps).double()
 
 
 class Lars(Layerwise):
@@ -133,21 +131,6 @@ class Lars(Layerwise):
         else:
             torch._foreach_add_(velocities, grads)
         torch._foreach_add_(weights, velocities, alpha=-group["lr"])
-
-
-def _chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """In order and by whole sizes, so that the chunks of all ranks are of the same tensors."""
-    chunk: list[Tensor] = []
-    size = 0
-    for p in params:
-        limit = _CHUNK_CPU if p.device.type == "cpu" else _CHUNK
-        if chunk and size + p.numel() > limit:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(p)
-        size += p.numel()
-    if chunk:
-        yield chunk
 
 
 def full_norms(lists: Sequence[Tensors], params: Sequence[Tensor]) -> Tensor:  # [L, N]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.engine.param_groups import Group, group_parameters, lr_scales
-from m3i_fast.engine.parts import gradient_norm, local
+from m3i_fast.engine.parts import GradientNorm, gradient_norm, local
 from m3i_fast.engine.schedules import cosine, warmup_cosine
 from m3i_fast.engine.step_counts import keep_steps_in_state
+from m3i_fast.engine.unless import step_unless
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,19 +118,30 @@ class OptimConfig:
 class Optimizers:
     """One or two optimisers that are stepped, scheduled and saved as one.
 
-    `clips`: the step clips the global gradient norm itself.
+    `clips`: the step clips the global gradient norm itself. `counts_on_host`: an optimiser counts
+    its steps there, so that one that may be skipped waits for the device.
     """
 
-    def __init__(self, *parts: torch.optim.Optimizer, clips: bool = False) -> None:
-        self.parts, self.clips = parts, clips
+    def __init__(
+        self, *parts: torch.optim.Optimizer, clips: bool = False, counts_on_host: bool = False
+    ) -> None:
+        self.parts, self.clips, self._counts_on_host = parts, clips, counts_on_host
         self.state: defaultdict[torch.Tensor, Any] = parts[0].state
         for part in parts[1:]:
             part.state = self.state
         self.param_groups = [group for part in parts for group in part.param_groups]
 
-    def step(self) -> None:
+    def step(self, skip: Tensor | None = None) -> None:  # [] fp32
+        """If skip is 1, weights, moments and step counts stay bit for bit as they are."""
+        if skip is not None and self._counts_on_host:
+            if skip:
+                return
+            skip = None
         for part in self.parts:
-            part.step()
+            if skip is None:
+                part.step()
+            else:
+                step_unless(part, skip)
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         for parameter in (p for group in self.param_groups for p in group["params"]):
@@ -135,16 +150,16 @@ class Optimizers:
             elif parameter.grad is not None:
                 parameter.grad.zero_()
 
-    def clip_grad_norm(self, parameters: list[nn.Parameter], bound: float) -> Tensor:
-        """The global gradient norm, after which no gradient exceeds `bound` (0: any) in a step.
+    def clip_grad_norm(self, parameters: list[nn.Parameter], bound: float) -> GradientNorm:
+        """The gradients' norms, after which no gradient exceeds `bound` (0: any) in a step.
 
-        Of parts that are spread over ranks, the norm of all of them. An optimiser that clips was
-        given its bound when it was built.
+        Of all together, and of each. An optimiser that clips was given its bound when it was built.
         """
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = gradient_norm(grads)
         if not self.clips:
-            torch._foreach_mul_(local(grads), ((bound or math.inf) / (norm + 1e-6)).clamp(max=1.0))
+            scale = ((bound or math.inf) / (norm.total + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(local(grads), scale)
         return norm
 
 
@@ -167,7 +182,15 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizers:
     if matrices:
         groups = _with_rates(group_parameters(matrices, scales), cfg, lr=cfg.muon_lr)
         parts.append(torch.optim.Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
-    return Optimizers(*parts, clips=(cfg.name, cfg.impl) == ("lamb", "apex"))
+    on_host = cfg.used_impl in _LIBRARIES
+    if on_host:
+        logger.warning(
+            "optim.impl %s: every step waits for the device, to know whether it is to be skipped; "
+            "--optim.impl torch does not",
+            cfg.impl,
+        )
+    clips = (cfg.name, cfg.impl) == ("lamb", "apex")
+    return Optimizers(*parts, clips=clips, counts_on_host=on_host)
 
 
 def set_schedules(optimizer: Optimizers, *, lr: float, weight_decay: float) -> None:

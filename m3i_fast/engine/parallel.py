@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,12 +39,23 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def mean(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """Over the ranks, in place; no rank waits for its device."""
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
-            values /= self.size
         return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Over the ranks, in place; no rank waits for its device."""
+        return self.sum(values).div_(self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's, in their order; a small one, which the host has."""
+        if self.control is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
 
     def wait_for_all(self) -> None:
         """Until every rank has come here."""

@@ -6,6 +6,7 @@ A DTensor is told by its method: to import its class costs every command half a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,14 +23,22 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if is_spread(t) else t for t in tensors]  # type: ignore[attr-defined]
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:  # []
-    """Of all of them together, the parts of other ranks included."""
-    whole = [g for g in gradients if not is_spread(g)]
-    spread = [g for g in gradients if is_spread(g)]
-    norms = [torch.nn.utils.get_total_norm(whole, foreach=True)] if whole or not spread else []
-    if spread:
-        square = torch.nn.utils.get_total_norm(local(spread), foreach=True).square()
-        mesh = spread[0].device_mesh  # type: ignore[attr-defined]
-        dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # others hold replicas
-        norms.append(square.sqrt())
-    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+@dataclass(frozen=True, slots=True)
+class GradientNorm:
+    total: Tensor  # []
+    """Of all gradients together, the parts of other ranks included."""
+    each: Tensor  # [P]
+    """Of this rank's part of each."""
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> GradientNorm:
+    """At least one gradient."""
+    each = torch.stack(torch._foreach_norm(local(gradients)))
+    spread = [index for index, g in enumerate(gradients) if is_spread(g)]
+    if not spread:
+        return GradientNorm(torch.linalg.vector_norm(each), each)
+    whole = [index for index, g in enumerate(gradients) if not is_spread(g)]
+    square = each[spread].square().sum()
+    mesh = gradients[spread[0]].device_mesh  # type: ignore[attr-defined]
+    dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # others hold replicas
+    return GradientNorm((square + each[whole].square().sum()).sqrt(), each)

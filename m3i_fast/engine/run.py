@@ -15,6 +15,7 @@ from m3i_fast.engine.random_state import random_state, set_random_state
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
+from m3i_fast.pipelines.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 Resume = bool | Literal["auto"]
@@ -97,6 +98,19 @@ class Run:
         self.saver.saved_step = saved.step
         return saved
 
+    def roll_back(self, step: int) -> Checkpoint | None:
+        """The newest good checkpoint of at most so many steps, later ones gone; None: none is.
+
+        All ranks call this, after which a resume would begin there.
+        """
+        self.saver.wait()
+        try:
+            saved = latest(self.checkpoints, self.saver.group, up_to=step)
+        except (FileNotFoundError, ValueError):
+            return None
+        self.saver.forget_after(saved)
+        return saved
+
     def _expect_batch(self, state: dict[str, Any], num_ranks: int) -> None:
         """The batch of all ranks stays what it was, whatever their number."""
         before = state.get("num_ranks", 1)
@@ -150,3 +164,17 @@ class Run:
             self.saver.close()
         finally:
             self._lock.release()
+
+
+def expect_data(cfg: TrainConfig, manifest: Manifest) -> None:
+    """ValueError names what of the model does not fit the data."""
+    facts = {
+        "num_classes": (cfg.num_classes, len(manifest.class_names)),
+        "text.vocab_size": (cfg.text.vocab_size, manifest.tokenizer.vocab_size),
+        "text.context_length": (cfg.text.context_length, manifest.tokenizer.context_length),
+    }
+    for name, (got, expected) in facts.items():
+        if got != expected:
+            raise ValueError(
+                f"{name}: expected {expected} as the data in {cfg.data.path}, got {got}"
+            )

@@ -69,6 +69,16 @@ class Saver:
             self._thread.start()  # no daemon: the interpreter waits for it at its exit
         self.saved_step = step
 
+    def forget_after(self, checkpoint: Checkpoint) -> None:
+        """Delete later ones and go on from this; nothing may be in flight."""
+        self.wait()
+        if self.group is None or dist.get_rank(self.group) == 0:
+            self._point_to(checkpoint)
+            for later in reversed(checkpoints(self.directory)):
+                if later.step > checkpoint.step:
+                    remove_directory(later.path)
+        self.saved_step = checkpoint.step
+
     @property
     def is_writing(self) -> bool:
         """Whether a save is in flight."""

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.ema import update_ema
+from m3i_fast.engine.guard import Guard, not_finite
 from m3i_fast.engine.model import blocks_of, build_objective
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
+from m3i_fast.engine.parts import GradientNorm
 from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
-from m3i_fast.engine.run import Resume, Run
+from m3i_fast.engine.run import Resume, Run, Stateful, expect_data
+from m3i_fast.engine.skips import Skips
 from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.watchdog import Watchdog
 from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
@@ -48,9 +52,9 @@ class Trainer:
     Raises FileExistsError when run_dir holds a run and `resume` is False, or one that is going on,
     FileNotFoundError when `resume` finds nothing, ValueError when no checkpoint is good or the
     config differs from the run's or does not fit the data; `train` raises FloatingPointError when
-    a loss is not finite, OSError when a checkpoint cannot be written, and CollapseError after a
-    checkpoint when `stop_on_collapse` and a monitor stays out of its healthy range; without it a
-    collapse is a warning in the log.
+    too many steps had to be skipped or a weight is not finite, OSError when a checkpoint cannot be
+    written, and CollapseError after a checkpoint when `stop_on_collapse` and a monitor stays out of
+    its healthy range; without it a collapse is a warning in the log.
     """
 
     def __init__(
@@ -75,17 +79,20 @@ class Trainer:
             num_shards=self.world.size,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
         )
-        self._check_data()
+        expect_data(cfg, self.loader.manifest)
         torch.manual_seed(cfg.seed)
         with self.device:
             self.objective = build_objective(cfg, self.world.group)
         self.model = self._distribute()
+        self._named = list(self.objective.named_parameters())
         self.optimizer = build_optimizer(cfg.optim, self.objective)
         self.lr = cfg.optim.lr_schedule(cfg.num_steps)
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
         self.means = DeviceMeans(self.device, self.world.mean)
+        self.guard = Guard(cfg.guard, self.objective, self.world)
+        self.skips = Skips(cfg, run_dir, self.world)
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         self.world.wait_for_all()  # every rank has seen what was there before this run
         if saved is None:  # nothing is written before all of the above has worked
@@ -94,6 +101,8 @@ class Trainer:
             self._restore(saved)
         self.timer = StageTimer(self.device)
         self._stop = StopFlag(self.world)
+        self._sinks: list[Sink] = []
+        self._watchdog = Watchdog(Path(), seconds=math.inf)
 
     def _distribute(self) -> nn.Module:
         """The forward pass of a step, whose gradients the ranks reduce."""
@@ -118,85 +127,123 @@ class Trainer:
         ).to(self.device)
 
     def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
-        """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing."""
+        """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing.
+
+        `guard.skip` says whether the step counts.
+        """
         cfg, stage, step = self.cfg, self.timer.stage, self.step
         # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
         torch.manual_seed(step_seed(self.seed, step))
-        set_schedules(self.optimizer, lr=self.lr[step], weight_decay=self.weight_decay[step])
+        lr = self.lr[step] * self.skips.lr_scale(step)
+        set_schedules(self.optimizer, lr=lr, weight_decay=self.weight_decay[step])
+        self.guard.keep()
         mix, measure = self.draw_mix(batch), self.objective.balance.due(step)
         with autocast(cfg.precision, self.device):
             loss, metrics = self.model(batch, mix, stage, monitor=monitor, measure=measure)
         with stage("backward"):
             loss.backward()
         with stage("optim"):
-            metrics["optim/grad_norm"] = self._clip()
-            self.optimizer.step()
+            names = [name for name, p in self._named if p.grad is not None]
+            norm = self._clip()
+            metrics["optim/grad_norm"] = norm.total
+            skip = self.guard.judge(step, metrics, norm, names=names, sample_ids=batch.sample_id)
+            self.optimizer.step(skip)
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.clamp_temperatures()
+            self.guard.undo()
             for pair in self.objective.momentum_pairs():
-                update_ema(*pair, momentum=self.momentum[step])
+                update_ema(*pair, momentum=self.momentum[step], skip=skip)
         self.step += 1
         return metrics
 
     def train(
-        self, progress: Progress = lambda step, values: None, *, max_seconds: float = math.inf
+        self,
+        progress: Progress = lambda step, values: None,
+        *,
+        max_seconds: float = math.inf,
+        watchdog_seconds: float = math.inf,
     ) -> Outcome:
         """Train to num_steps, or until SIGINT, SIGTERM or SIGUSR1 of any rank, or max_seconds.
 
-        Either way a checkpoint of the last step is written.
+        Either way a checkpoint of the last step is written. watchdog_seconds: with no step done for
+        so long the process ends, with its stacks in the run's directory (`Watchdog`).
         """
-        ends = time.monotonic() + max_seconds
-        cfg = self.cfg
-        sinks = self._sinks()
-        stopped: int | None = None
-        previous = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
-        began, began_step = time.perf_counter(), self.step
+        number_of = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._on_signal) for number in number_of}
+        stacks = self.run_dir / f"stacks-rank{self.world.rank}.txt"
         try:
-            while self.step < cfg.num_steps and stopped is None:
-                log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
-                with self.timer.stage("data"):
-                    batch = next(self.loader).to(self.device)
-                self.means.add(self.train_step(batch, monitor=log))
-                self.timer.count_step()
-                if log:
-                    values = self._read_metrics(time.perf_counter() - began, self.step - began_step)
-                    began, began_step = time.perf_counter(), self.step
-                    for sink in sinks:
-                        sink.log(self.step, values)
-                    progress(self.step, values)
-                    self._heed_collapse(values)
-                if self.step % cfg.checkpoint_every == 0:
-                    self.save()
-                if time.monotonic() > ends:
-                    self._stop.signal = self._stop.signal or signal.SIGUSR1
-                stopped = self._stop.agreed()
-            self._stop.wait()
-            self.save()
+            with Watchdog(stacks, seconds=watchdog_seconds) as self._watchdog:
+                try:
+                    return self._train(progress, time.monotonic() + max_seconds)
+                finally:
+                    with self._watchdog.patient("the end of the run"):
+                        self._close_sinks()
+                        self.loader.close()
+                        self.run.close()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            for sink in sinks:
-                sink.close()
-            self.loader.close()
-            self.run.close()
+
+    def _train(self, progress: Progress, ends: float) -> Outcome:
+        cfg, stopped = self.cfg, None
+        self._open_sinks()
+        self._count_from_here()
+        while self.step < cfg.num_steps and stopped is None:
+            log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
+            with self.timer.stage("data"):
+                batch = next(self.loader).to(self.device)
+            self.means.add(self.train_step(batch, monitor=log), self.guard.skip)
+            self.timer.count_step()
+            self._watchdog.beat()
+            if log:
+                self._log(progress)
+            if self.step % cfg.checkpoint_every == 0:
+                self.save()
+            if time.monotonic() > ends:
+                self._stop.signal = self._stop.signal or signal.SIGUSR1
+            stopped = self._stop.agreed()
+        self._stop.wait()
+        self.save()
         return Outcome(self.step, stopped)
 
-    def _sinks(self) -> list[Sink]:
+    def _log(self, progress: Progress) -> None:
+        """Read the metrics and heed what they say."""
+        spiked, values = self._read_metrics()
+        for sink in self._sinks:
+            sink.log(self.step, values)
+        progress(self.step, values)
+        self._heed_collapse(values)
+        if spiked is not None:
+            with self._watchdog.patient("a rollback"):
+                self._roll_back(spiked)
+        self._count_from_here()
+
+    def _count_from_here(self) -> None:
+        self._began, self._began_step = time.perf_counter(), self.step
+
+    def _open_sinks(self) -> None:
         """Of the first rank; the others' figures are in the means."""
-        if not self.world.is_main:
-            return []
-        return [
-            JsonlSink(self.run_dir / "metrics.jsonl", start_step=self.step),
-            TensorBoardSink(self.run_dir / "tensorboard", start_step=self.step),
-        ]
+        if self.world.is_main:
+            self._sinks = [
+                JsonlSink(self.run_dir / "metrics.jsonl", start_step=self.step),
+                TensorBoardSink(self.run_dir / "tensorboard", start_step=self.step),
+            ]
+
+    def _close_sinks(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
 
     def save(self) -> None:
-        """Write a checkpoint, unless a loss since the last read was not finite."""
-        check_finite(self.means.read(), self.step)
-        state = self.run.state(loader=self.loader, means=self.means, watch=self.watch)
+        """Write a checkpoint; FloatingPointError if it would hold what is not finite."""
+        with self._watchdog.patient("a save"):
+            self._save()
+
+    def _save(self) -> None:
+        tensors = checkpoint.tensors_of(self.objective, self.optimizer)
+        if wrong := not_finite(tensors, self.world):
+            raise self._abort(f"no checkpoint is written: not finite: {', '.join(wrong)}")
+        state = self.run.state(**self._kept())
         state["num_ranks"] = self.world.size
         self.run.saver.save(
             step=self.step, model=self.objective, optimizer=self.optimizer, state=state
@@ -212,41 +259,89 @@ class Trainer:
                 f"--stop-on-collapse: {found[0]}. The run is saved in {self.run.checkpoints}"
             )
 
-    def _clip(self) -> Tensor:
-        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+    def _clip(self) -> GradientNorm:
+        parameters = [p for _, p in self._named if p.grad is not None]
         average_whole(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
-    def _read_metrics(self, seconds: float, num_steps: int) -> dict[str, float]:
+    def _read_metrics(self) -> tuple[int | None, dict[str, float]]:
+        """The step to go back before, if any, and what is logged."""
+        seconds, num_steps = time.perf_counter() - self._began, self.step - self._began_step
         values = self.means.read()
-        check_finite(values, self.step)
         self.means.reset()
         for name in values:
             if name.startswith("members/"):
                 values[name] *= self.world.size
-        values["optim/lr"] = float(self.lr[self.step - 1])
+        values["optim/lr"] = float(self.lr[self.step - 1]) * self.skips.lr_scale(self.step - 1)
+        spiked, values["guard/skipped"] = self._heed_skips()
         values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
         images = num_steps * self.cfg.data.batch_size * self.world.size
         values["throughput/img_s"] = images / seconds
         if self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return values | self.timer.read()
+        return spiked, values | self.timer.read()
 
-    def _check_data(self) -> None:
-        manifest = self.loader.manifest
-        facts = {
-            "num_classes": (self.cfg.num_classes, len(manifest.class_names)),
-            "text.vocab_size": (self.cfg.text.vocab_size, manifest.tokenizer.vocab_size),
-            "text.context_length": (
-                self.cfg.text.context_length,
-                manifest.tokenizer.context_length,
-            ),
+    def _heed_skips(self) -> tuple[int | None, int]:
+        """The first spike to go back before, and steps skipped since the last read."""
+        steps, records = self.guard.drain()
+        self.skips.see(steps, records)
+        if reason := self.skips.excess():
+            raise self._abort(reason)
+        spikes = [record["step"] for record in records if record["reason"] == "spike"]
+        goes_back = self.cfg.guard.spikes == "rollback" and bool(spikes)
+        return (spikes[0] if goes_back else None), len(records)
+
+    def _roll_back(self, spike: int) -> None:
+        """To the newest good checkpoint of no more than `spike` steps; the data go on."""
+        limit, now = self.cfg.guard.max_rollbacks, self.step
+        if self.skips.rollbacks >= limit:
+            raise self._abort(
+                f"a spike at step {spike} after {self.skips.rollbacks} rollbacks, "
+                f"--guard.max-rollbacks {limit}"
+            )
+        saved = self.run.roll_back(spike)
+        if saved is None:
+            logger.warning(
+                "step %d was a spike, and no checkpoint is older: IT WAS SKIPPED, NOT ROLLED BACK; "
+                "a lower checkpoint_every helps",
+                spike,
+            )
+            return
+        self.optimizer.state.clear()
+        saved.load_model(self.objective)
+        saved.load_optimizer(self.objective, self.optimizer)
+        state = saved.state()
+        self.guard.rewind(state["guard"])
+        self.watch.load_state_dict(state["watch"])
+        self.skips.rolled_back()
+        self.step = saved.step
+        self.world.wait_for_all()
+        self._close_sinks()
+        self._open_sinks()
+        logger.warning(
+            "ROLLED BACK to step %d, from step %d, for the spike at step %d (%d of %d rollbacks): "
+            "the batches of those %d steps are passed over, and the data go on",
+            saved.step,
+            now,
+            spike,
+            self.skips.rollbacks,
+            limit,
+            now - saved.step,
+        )
+
+    def _abort(self, reason: str) -> FloatingPointError:
+        lr = float(self.lr[min(self.step, self.cfg.num_steps) - 1])
+        return self.skips.abort(self.step, reason, self.objective, self.optimizer, lr=lr)
+
+    def _kept(self) -> dict[str, Stateful]:
+        """What a checkpoint holds beside tensors."""
+        return {
+            "loader": self.loader,
+            "means": self.means,
+            "watch": self.watch,
+            "guard": self.guard,
+            "skips": self.skips,
         }
-        for name, (got, expected) in facts.items():
-            if got != expected:
-                raise ValueError(
-                    f"{name}: expected {expected} as the data in {self.cfg.data.path}, got {got}"
-                )
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         saved.load_model(self.objective)
@@ -254,8 +349,11 @@ class Trainer:
         state = saved.state()
         before, now = state.get("num_ranks", 1), self.world.size
         if before == now:
-            self.run.restore(state, loader=self.loader, means=self.means, watch=self.watch)
+            self.run.restore(state, **self._kept())
         else:
+            for name, part in (("guard", self.guard), ("skips", self.skips)):
+                if name in state:
+                    part.load_state_dict(state[name])
             epoch = self.loader.restart_epoch(state["loader"])
             logger.warning(
                 "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d go on, and "
@@ -266,6 +364,7 @@ class Trainer:
                 now,
             )
         self.step = saved.step
+        self.skips.forget_after(self.step)
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:
@@ -273,14 +372,3 @@ class Trainer:
             raise KeyboardInterrupt
         self._stop.signal = number
         logger.warning("signal %d: finishing the step and saving; once more stops at once", number)
-
-
-def check_finite(values: dict[str, float], step: int) -> None:
-    """Raise FloatingPointError that names every loss that is NaN or infinite."""
-    wrong = {k: v for k, v in values.items() if k.startswith("loss/") and not math.isfinite(v)}
-    if wrong:
-        raise FloatingPointError(
-            f"step {step}: not finite: {wrong}; no checkpoint is written from here, the last one "
-            f"is good. A lower "
-            "optim.lr or a longer optim.warmup_fraction usually helps"
-        )

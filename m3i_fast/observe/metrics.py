@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,36 +85,55 @@ class DeviceMeans:
         over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
         self._device, self._over_ranks = device, over_ranks
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        # Sums and, last, their number, of all metrics that came together: one addition a step.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-            self._counts[name] = self._counts.get(name, 0) + 1
+    def add(self, values: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
+        """Values of a step, left out if `skip` [] is 1; the same on all ranks."""
+        found = torch.stack([value.detach().float() for value in values.values()])
+        found = torch.cat([found, found.new_ones(1)])
+        if skip is not None:
+            found = torch.where(skip > 0, 0.0, found)
+        names = tuple(values)
+        self._sums[names] = self._sums[names] + found if names in self._sums else found
 
     def read(self) -> dict[str, float]:
-        """Means since the last `reset`. The one host synchronisation."""
+        """Means since the last `reset` of what has any. The one host synchronisation."""
         if not self._sums:
             return {}
-        sums = self._over_ranks(torch.stack(list(self._sums.values()))).tolist()
-        return {
-            name: total / self._counts[name] for name, total in zip(self._sums, sums, strict=True)
-        }
+        flat = iter(self._over_ranks(torch.cat(list(self._sums.values()))).tolist())
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for names in self._sums:
+            row = [next(flat) for _ in range(len(names) + 1)]
+            for name, value in zip(names, row, strict=False):
+                sums[name] = sums.get(name, 0.0) + value
+                counts[name] = counts.get(name, 0.0) + row[-1]
+        return {name: value / counts[name] for name, value in sums.items() if counts[name]}
 
     def reset(self) -> None:
         self._sums.clear()
-        self._counts.clear()
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """JSON-able: sum and count of every name. A host synchronisation."""
-        sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        return {n: [s, self._counts[n]] for n, s in zip(self._sums, sums, strict=True)}
+    def state_dict(self) -> list[dict[str, Any]]:
+        """JSON-able: names, sums and how many of each group. A host synchronisation."""
+        return [
+            {"names": list(names), "sums": sums[:-1].tolist(), "count": int(sums[-1])}
+            for names, sums in self._sums.items()
+        ]
 
-    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
-        self._sums = {n: torch.tensor(s, device=self._device) for n, (s, _) in state.items()}
-        self._counts = {name: int(count) for name, (_, count) in state.items()}
+    def load_state_dict(self, state: list[dict[str, Any]] | Mapping[str, list[float]]) -> None:
+        """Older checkpoints hold sum and count by name."""
+        groups: list[dict[str, Any]] = (
+            [{"names": [name], "sums": [s], "count": count} for name, (s, count) in state.items()]
+            if isinstance(state, Mapping)
+            else state
+        )
+        self._sums = {
+            tuple(group["names"]): torch.tensor(
+                [*group["sums"], group["count"]], dtype=torch.float32, device=self._device
+            )
+            for group in groups
+        }
 
 
 class StageTimer:

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel_config import ParallelConfig
+from m3i_fast.engine.parts import GradientNorm
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.terms import dense
@@ -78,14 +79,14 @@ def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
     """As they are after the ranks have reduced them and before they are clipped."""
     clip = trainer._clip
 
-    def kept() -> Tensor:
+    def kept() -> GradientNorm:
         cfg = trainer.cfg
         trainer.cfg = replace(cfg, optim=replace(cfg.optim, clip_grad_norm=0.0))
         norm = clip()
         for name, parameter in trainer.objective.named_parameters():
             if parameter.grad is not None:
                 found[f"gradient/{name}"] = full(parameter.grad)
-        found["norm"] = norm.detach().clone()
+        found["norm"] = norm.total.detach().clone()
         trainer.cfg = cfg
         del trainer._clip  # type: ignore[attr-defined]
         return norm

@@ -9,7 +9,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from m3i_fast.engine import layerwise
+from m3i_fast.engine import unless
 from m3i_fast.engine.layerwise import Lars
 from m3i_fast.engine.optim import OptimConfig, build_optimizer
 from tests.engine import optimiser_runs as runs
@@ -88,8 +88,8 @@ def test_steps_in_parts_are_those_of_all_at_once(
     cfg, model, twin = CONFIGS[name], runs.small_vit(), runs.small_vit()
     runs.run(cfg, model)
     matrices = [p for p in twin.parameters() if p.ndim > 1]
-    monkeypatch.setattr(layerwise, "_CHUNK_CPU", 1024)
-    chunks = list(layerwise._chunks(matrices))
+    monkeypatch.setattr(unless, "_CHUNK_CPU", 1024)
+    chunks = list(unless.chunks(matrices))
     assert 1 < len(chunks) < len(matrices)
     assert [id(p) for chunk in chunks for p in chunk] == [id(p) for p in matrices]
     assert all(len(chunk) == 1 or sum(p.numel() for p in chunk) <= 1024 for chunk in chunks)

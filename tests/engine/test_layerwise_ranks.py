@@ -43,7 +43,7 @@ def train(cfg: OptimConfig, model: nn.Module, rows: slice) -> list[float]:
         x, y = torch.randn(8, 6, generator=rng), torch.randn(8, 1, generator=rng)
         set_schedules(optimizer, lr=lr[step], weight_decay=decay[step])
         (model(x[rows]) - y[rows]).square().mean().backward()
-        norm = optimizer.clip_grad_norm(list(model.parameters()), cfg.clip_grad_norm)
+        norm = optimizer.clip_grad_norm(list(model.parameters()), cfg.clip_grad_norm).total
         norms.append(float(norm.full_tensor() if isinstance(norm, DTensor) else norm))
         optimizer.step()
         optimizer.zero_grad()
