@@ -28,6 +28,8 @@ ADDED: dict[str, object] = {
     "optim.layer_decay": 1.0,
     "optim.dcn_lr_scale": 1.0,
     "optim.freeze_patch_embed": False,
+    "backend": "auto",
+    "fp8_min_dim": 768,
     "keep_every": 0,
     "async_checkpoint": True,
 }
