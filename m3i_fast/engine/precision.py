@@ -19,6 +19,7 @@ INSTALL_TORCHAO = 'pip install "m3i-fast[fp8]"'
 INSTALL_TE = 'pip install --no-build-isolation "m3i-fast[te]"'
 BF16_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
+HOPPER, BLACKWELL = (9, 0), (10, 0)
 BLOCK_CUDA = (12, 9)
 FP8 = tuple(recipe for recipe in ALIGNMENT if recipe != "bf16")
 
@@ -108,7 +109,7 @@ def resolve_precision(
     if precision not in FP8:
         return _without_fp8(capabilities, precision, backend, compiled)
     if refusal := refuse_recipe(capabilities, precision):
-        raise ValueError(refusal)
+        raise ValueError(f"precision: {precision} on {capabilities.name}: {refusal}")
     if precision == "fp8_delayed" and compiled:
         raise ValueError(
             "compile: expected False with precision = fp8_delayed, whose scales torch.compile "
@@ -161,37 +162,30 @@ def _without_fp8(
 def refuse_recipe(capabilities: Capabilities, recipe: str) -> str:
     """Why a recipe of FP8 cannot run here and what to do instead; empty where it can."""
     found, instead = capabilities.capability, "set --precision bf16"
-    got = f"precision: {recipe} on {capabilities.name}:"
+    current = "set --precision fp8_current"
     if capabilities.device == "cpu":
         if recipe != "fp8_current":
-            return f"{got} it needs a GPU and Transformer Engine; set --precision fp8_current"
-        if not capabilities.torchao:
-            return f"{got} torchao emulates it there, not installed; {INSTALL_TORCHAO} or {instead}"
-        return ""
+            return f"expected a GPU and Transformer Engine; {current}"
+        missing = f"expected torchao, which emulates it; {INSTALL_TORCHAO}, or {instead}"
+        return "" if capabilities.torchao else missing
     if found is None or found < FP8_CAPABILITY:
-        return f"{got} expected sm_89 or newer (L40S, H100, B200); {instead}"
-    if recipe == "mxfp8" and found[0] != 10:
-        return f"{got} expected Blackwell, sm_100; set --precision fp8_current"
-    if recipe == "fp8_block" and found != (9, 0):
-        return f"{got} expected Hopper, sm_90; set --precision fp8_current"
-    if recipe == "fp8_block" and (capabilities.cuda or (0, 0)) < BLOCK_CUDA:
+        return f"expected sm_89 or newer (L40S, H100, B200); {instead}"
+    if recipe == "mxfp8" and found[0] != BLACKWELL[0]:
+        return f"expected Blackwell, sm_100; {current}"
+    if recipe == "fp8_block":
         have = ".".join(map(str, capabilities.cuda or ())) or "none"
-        return (
-            f"{got} expected a torch of CUDA 12.9 or newer, got {have}; install one, or set "
-            "--precision fp8_current"
-        )
-    if recipe == "fp8_current":
-        if not (capabilities.te or capabilities.torchao):
-            return (
-                f"{got} expected Transformer Engine or torchao, got neither; {INSTALL_TE} or "
-                f"{INSTALL_TORCHAO}, or {instead}"
-            )
-    elif not capabilities.te:
-        return (
-            f"{got} expected Transformer Engine, not installed; {INSTALL_TE}, or set --precision "
-            "fp8_current"
-        )
-    return ""
+        if found != HOPPER:
+            return f"expected Hopper, sm_90; {current}"
+        if (capabilities.cuda or (0, 0)) < BLOCK_CUDA:
+            return f"expected a torch of CUDA 12.9 or newer, got {have}; install one, or {current}"
+    if capabilities.te or (recipe == "fp8_current" and capabilities.torchao):
+        return ""
+    if recipe != "fp8_current":
+        return f"expected Transformer Engine, not installed; {INSTALL_TE}, or {current}"
+    return (
+        f"expected Transformer Engine or torchao, got neither; {INSTALL_TE} or {INSTALL_TORCHAO}, "
+        f"or {instead}"
+    )
 
 
 def _fp8_backend(
