@@ -37,6 +37,8 @@ ADDED: dict[str, object] = {
     "guard.spike_deviations": 6.0,
     "guard.spike_window": 100,
     "guard.max_rollbacks": 3,
+    "backend": "auto",
+    "fp8_min_dim": 768,
     "keep_every": 0,
     "async_checkpoint": True,
 }

@@ -22,6 +22,11 @@ from m3i_fast.objectives.config import ObjectiveConfig
 from m3i_fast.pipelines.config import LoaderConfig
 from m3i_fast.storage import write_atomically
 
+Precision = Literal[
+    "auto", "fp32", "bf16", "fp8_current", "fp8_delayed", "fp8_block", "mxfp8"
+]  # fmt: skip
+Backend = Literal["auto", "torch", "te", "torchao"]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -41,8 +46,14 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast of the forward pass; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere."""
+    precision: Precision = "auto"
+    """Of matrix products; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere. FP8 has one scale a
+    tensor, of now (current) or of the past (delayed), one a block of 128, or one of 32 values (mx);
+    all that is not FP8 is then bf16."""
+    backend: Backend = "auto"
+    """Library of the blocks; auto: torch, and for FP8 Transformer Engine or else torchao."""
+    fp8_min_dim: int = 768
+    """FP8 only where a linear layer has as many features in and out; narrower ones stay in bf16."""
     compile: bool = False
     """torch.compile the encoders and the decoder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,7 +72,8 @@ class TrainConfig:
     """Write checkpoints in a thread, from a copy in host memory; the step waits for the copy."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        positive = ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "fp8_min_dim")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
         for name in ("num_classes", "num_threads", "seed", "keep_every"):

@@ -22,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="skip the tests of a file that imports a package which is not installed",
     )
+    parser.addoption(
+        "--fp8-seeds",
+        type=int,
+        default=1,
+        help="runs in FP8 that are compared with bf16 (tests/engine/test_fp8_training.py)",
+    )
 
 
 def pytest_configure() -> None:

@@ -36,6 +36,7 @@ ONLY_IN = {
         DOCTOR,
     ),
     "apex": ("m3i_fast/engine/optim.py",),
+    "torchao": ("m3i_fast/models/float8.py", DOCTOR),
     "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
     "pynvml": ("m3i_fast/observe/telemetry.py", DOCTOR),
     "torch.ops.m3i": ("m3i_fast/ops/",),

@@ -180,6 +180,21 @@ def find_transformer_engine(machine: Machine) -> Finding:
     return Finding(subject=subject, level="ok", detail=f"{detail}, {fp8}")
 
 
+def find_precision(machine: Machine) -> Finding:
+    """Which `precision` a run may ask for, and of the others why not."""
+    if reason := machine.failures.get("precision"):
+        return Finding(subject="Precision", level="warning", detail=f"no FP8: {reason}")
+    facts = machine.facts["precision"]
+    runs = ", ".join(["fp32", "bf16", *facts["runs"]])
+    if facts["runs"] and not machine.gpus:
+        runs += " (emulated, for its numbers and not for speed)"
+    by_reason: dict[str, list[str]] = {}
+    for recipe, reason in facts["refused"].items():
+        by_reason.setdefault(reason, []).append(recipe)
+    refused = (f"; not {', '.join(names)}: {why}" for why, names in by_reason.items())
+    return Finding(subject="Precision", level="ok", detail=runs + "".join(refused))
+
+
 def find_apex(machine: Machine) -> Finding:
     fix = "in a checkout of NVIDIA/apex: APEX_CPP_EXT=1 APEX_CUDA_EXT=1 " + (
         f"{machine.pip} install --no-build-isolation ."
@@ -233,7 +248,7 @@ def find_nvml(machine: Machine) -> Finding:
 
 FINDERS = (
     find_cpu, find_driver, find_torch, find_cpu_kernels, find_cuda_kernels, find_dali,
-    find_transformer_engine, find_apex, find_cupy, find_nvml,
+    find_transformer_engine, find_precision, find_apex, find_cupy, find_nvml,
 )  # fmt: skip
 
 

@@ -197,6 +197,27 @@ def transformer_engine() -> Facts:
     return {"fp8": available, "reason": reason}
 
 
+def precision() -> Facts:
+    """The recipes of FP8 that run here, and of the others why not; one product, where one does."""
+    import torch
+
+    from m3i_fast.engine.precision import FP8, look_at, refuse_recipe, resolve_device
+
+    machine = look_at(resolve_device("auto"))
+    refused = {recipe: refuse_recipe(machine, recipe) for recipe in FP8}
+    if machine.torchao and not refused["fp8_current"]:
+        from m3i_fast.models.float8 import float8_linear
+
+        x, weight = torch.randn(2, 16, 64, device=machine.device).bfloat16().chunk(2)
+        found, wanted = float8_linear(x, weight[0], None), x @ weight[0].T
+        if not (found - wanted).norm() < 0.1 * wanted.norm():
+            sys.exit("torchao: a product in FP8 is wrong")
+    return {
+        "runs": [recipe for recipe, reason in refused.items() if not reason],
+        "refused": {recipe: reason for recipe, reason in refused.items() if reason},
+    }
+
+
 def apex() -> Facts:
     """NVIDIA's Apex by its compiled module; PyPI's apex is another program of that name."""
     importlib.import_module("amp_C")
@@ -256,6 +277,7 @@ PROBES: dict[str, Callable[[], Facts]] = {
         kernels_cuda,
         dali,
         transformer_engine,
+        precision,
         apex,
         cupy,
         nvml,

@@ -34,8 +34,8 @@ class Card:
         return self.name != "cpu"
 
 
-HOPPER = ("fp8_current", "fp8_block")
-BLACKWELL = ("fp8_current", "mxfp8")
+HOPPER = ("fp8_current", "fp8_delayed", "fp8_block")
+BLACKWELL = ("fp8_current", "fp8_delayed", "mxfp8")
 
 CARDS = {
     card.name: card

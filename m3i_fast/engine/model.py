@@ -10,15 +10,21 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.chunks import chunk
 from m3i_fast.engine.param_groups import freeze_patch_embed
 from m3i_fast.engine.teacher import load_teacher
-from m3i_fast.models.blocks import Block
+from m3i_fast.models.blocks import TORCH_LAYERS, Block, BlockLayers
 from m3i_fast.models.deformable import InternImageLayer
 from m3i_fast.objectives.mutual_information import MutualInformation
 
 
 def build_objective(
-    cfg: TrainConfig, process_group: dist.ProcessGroup | None = None
+    cfg: TrainConfig,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    layers: BlockLayers = TORCH_LAYERS,
 ) -> MutualInformation:
-    """The model of a run, with its blocks compiled where the config says so."""
+    """The model of a run, with its blocks compiled where the config says so.
+
+    `layers` changes how it computes (`layers_of`), not its state dict.
+    """
     teacher = None
     if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
         with torch.random.fork_rng():  # the student's start does not depend on its teacher
@@ -30,6 +36,7 @@ def build_objective(
         num_classes=cfg.num_classes,
         teacher=teacher,
         process_group=process_group,
+        layers=layers,
     )
     if cfg.optim.freeze_patch_embed:
         freeze_patch_embed(objective)

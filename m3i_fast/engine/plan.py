@@ -122,7 +122,7 @@ def make_plan(
 
     Raises ValueError where the config is not enough: a term with a frozen teacher.
     """
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and card.is_gpu)
+    bf16 = cfg.precision != "fp32" and (cfg.precision != "auto" or card.is_gpu)
     objective = build_on_meta(cfg)
     parameters = count_parameters(objective)
     footprint = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=nodes.num_ranks)

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.ema import update_ema
+from m3i_fast.engine.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.engine.guard import Guard, not_finite
+from m3i_fast.engine.microbatch import shapes_of
 from m3i_fast.engine.model import blocks_of, build_objective
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.parts import GradientNorm
-from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
+from m3i_fast.engine.precision import announce, look_at, resolve_device, resolve_precision
 from m3i_fast.engine.run import Resume, Run, Stateful, expect_data
 from m3i_fast.engine.skips import Skips
 from m3i_fast.engine.step import StepForward
@@ -68,6 +70,10 @@ class Trainer:
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         self.world = join_world(resolve_device(cfg.device))
         self.device, rank = self.world.device, self.world.rank
+        self.arithmetic = resolve_precision(
+            look_at(self.device), shapes_of(cfg), cfg.precision, cfg.backend, compiled=cfg.compile
+        )
+        announce(self.arithmetic)
         self.seed = step_seed(cfg.seed, -rank) if rank else cfg.seed
         self.run = Run(run_dir, cfg)
         saved = self.run.found(resume, self.world.size)
@@ -82,7 +88,8 @@ class Trainer:
         expect_data(cfg, self.loader.manifest)
         torch.manual_seed(cfg.seed)
         with self.device:
-            self.objective = build_objective(cfg, self.world.group)
+            layers = layers_of(self.arithmetic, cfg.fp8_min_dim)
+            self.objective = build_objective(cfg, self.world.group, layers=layers)
         self.model = self._distribute()
         self._named = list(self.objective.named_parameters())
         self.optimizer = build_optimizer(cfg.optim, self.objective)
@@ -106,12 +113,14 @@ class Trainer:
 
     def _distribute(self) -> nn.Module:
         """The forward pass of a step, whose gradients the ranks reduce."""
+        forward = StepForward(self.objective)
+        expect_fp8(forward, self.arithmetic)
         return distribute(
-            StepForward(self.objective),
+            forward,
             blocks_of(self.objective),
             self.cfg.parallel,
             self.world,
-            compute_dtype=compute_dtype(self.cfg.precision, self.device),
+            compute_dtype=self.arithmetic.compute_dtype,
         )
 
     def draw_mix(self, batch: Batch) -> Mix:
@@ -131,14 +140,14 @@ class Trainer:
 
         `guard.skip` says whether the step counts.
         """
-        cfg, stage, step = self.cfg, self.timer.stage, self.step
+        stage, step = self.timer.stage, self.step
         # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
         torch.manual_seed(step_seed(self.seed, step))
         lr = self.lr[step] * self.skips.lr_scale(step)
         set_schedules(self.optimizer, lr=lr, weight_decay=self.weight_decay[step])
         self.guard.keep()
         mix, measure = self.draw_mix(batch), self.objective.balance.due(step)
-        with autocast(cfg.precision, self.device):
+        with forward_context(self.arithmetic, self.device):
             loss, metrics = self.model(batch, mix, stage, monitor=monitor, measure=measure)
         with stage("backward"):
             loss.backward()

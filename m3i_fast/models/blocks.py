@@ -15,6 +15,9 @@ from torch import Tensor, nn
 LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
 INIT_STD = 0.02
 
+# (x [..., K], weight [N, K], bias [N] or None) -> [..., N], as F.linear
+Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 
 def init_weight(weight: Tensor) -> None:
     """Truncated normal, standard deviation 0.02, as timm initialises a ViT's linear layers."""
@@ -34,6 +37,15 @@ def reset_children(module: nn.Module) -> None:
 class Linear(nn.Linear):
     """Linear layer with a ViT's initialisation: weight [out, in], bias [out]."""
 
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, matmul: Matmul = F.linear
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.matmul = matmul
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in_features] -> [..., out_features]
+        return self.matmul(x, self.weight, self.bias)
+
     def reset_parameters(self) -> None:
         init_weight(self.weight)
         if self.bias is not None:
@@ -43,8 +55,11 @@ class Linear(nn.Linear):
 class LayerNormLinear(nn.Module):
     """LayerNorm then Linear: [..., in_features] -> [..., out_features]."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, matmul: Matmul = F.linear
+    ) -> None:
         super().__init__()
+        self.matmul = matmul
         self.layer_norm_weight = nn.Parameter(torch.empty(in_features))
         self.layer_norm_bias = nn.Parameter(torch.empty(in_features))
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -61,14 +76,15 @@ class LayerNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
         x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, LAYER_NORM_EPS)
-        return F.linear(x, self.weight, self.bias)
+        return self.matmul(x, self.weight, self.bias)
 
 
 class LayerNormMLP(nn.Module):
     """LayerNorm, Linear, exact GELU, Linear: [..., dim] -> [..., dim]."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, *, matmul: Matmul = F.linear) -> None:
         super().__init__()
+        self.matmul = matmul
         self.layer_norm_weight = nn.Parameter(torch.empty(dim))
         self.layer_norm_bias = nn.Parameter(torch.empty(dim))
         self.fc1_weight = nn.Parameter(torch.empty(hidden_dim, dim))
@@ -87,8 +103,8 @@ class LayerNormMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
         x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, LAYER_NORM_EPS)
-        x = F.gelu(F.linear(x, self.fc1_weight, self.fc1_bias))
-        return F.linear(x, self.fc2_weight, self.fc2_bias)
+        x = F.gelu(self.matmul(x, self.fc1_weight, self.fc1_bias))
+        return self.matmul(x, self.fc2_weight, self.fc2_bias)
 
 
 class Attention(nn.Module):

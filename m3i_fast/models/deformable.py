@@ -65,6 +65,8 @@ class LayerOptions:
     dw_kernel_size: int
     center_feature_scale: bool
     core: SamplingCore = dcnv3
+    linear: Callable[[int, int], nn.Module] = Linear
+    """Of the projections and of the MLP: in_features, out_features."""
 
 
 class DCNv3(nn.Module):
@@ -88,8 +90,8 @@ class DCNv3(nn.Module):
         )
         self.offset = Linear(channels, 2 * num_groups * NUM_POINTS)
         self.mask = Linear(channels, num_groups * NUM_POINTS)
-        self.input_proj = Linear(channels, channels)
-        self.output_proj = Linear(channels, channels)
+        self.input_proj = options.linear(channels, channels)
+        self.output_proj = options.linear(channels, channels)
         gates = options.center_feature_scale
         self.center_feature_scale_proj_weight = (
             nn.Parameter(torch.empty(num_groups, channels)) if gates else None
@@ -107,8 +109,8 @@ class DCNv3(nn.Module):
     def _reset_own(self) -> None:
         for projection in (self.offset, self.mask):
             nn.init.zeros_(projection.weight)
-        for projection in (self.input_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
+        for layer in (self.input_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.get_parameter("weight"))
         for gate in (self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias):
             if gate is not None:
                 nn.init.zeros_(gate)
@@ -154,10 +156,12 @@ class DCNv3(nn.Module):
 class MLP(nn.Module):
     """Linear, exact GELU, Linear: [..., dim] -> [..., dim]."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, *, linear: Callable[[int, int], nn.Module] = Linear
+    ) -> None:
         super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
+        self.fc1 = linear(dim, hidden_dim)
+        self.fc2 = linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -180,7 +184,7 @@ class InternImageLayer(nn.Module):
         self.dcn = DCNv3(channels, num_groups, options)
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_last(channels)
-        self.mlp = MLP(channels, int(channels * options.mlp_ratio))
+        self.mlp = MLP(channels, int(channels * options.mlp_ratio), linear=options.linear)
         scaled, normed = options.layer_scale is not None, options.res_post_norm
         self.gamma1 = nn.Parameter(torch.empty(channels)) if scaled else None
         self.gamma2 = nn.Parameter(torch.empty(channels)) if scaled else None

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from m3i_fast.models.attention_pool import AttentionPool
-from m3i_fast.models.blocks import Linear, reset_children
+from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers, Linear, reset_children
 from m3i_fast.models.deformable import (
     LayerOptions,
     SamplingCore,
@@ -42,14 +42,20 @@ class InternImage(ImageEncoder):
 
     Keywords replace fields of `cfg` (lists may stand for tuples), so the official constructor's
     keywords work alone: `InternImage(channels=64, depths=[4, 4, 18, 4], groups=[4, 8, 16, 32])`.
-    `core` has the signature of `m3i_fast.ops.dcnv3`, which it is by default. Can be built on the
+    `core` has the signature of `m3i_fast.ops.dcnv3`, which it is by default; `layers.linear` makes
+    the projections and MLPs of its layers. Can be built on the
     meta device: `to_empty` then `reset_parameters` equal a direct build.
 
     Raises TypeError for an unknown keyword and ValueError for a value that does not fit.
     """
 
     def __init__(
-        self, cfg: InternImageConfig = DEFAULT, *, core: SamplingCore = dcnv3, **overrides: Any
+        self,
+        cfg: InternImageConfig = DEFAULT,
+        *,
+        core: SamplingCore = dcnv3,
+        layers: BlockLayers = TORCH_LAYERS,
+        **overrides: Any,
     ) -> None:
         super().__init__()
         given: dict[str, Any] = {
@@ -58,7 +64,7 @@ class InternImage(ImageEncoder):
         self.cfg = cfg = replace(cfg, **given)
         self.dim, self.summary_dim = cfg.dim, cfg.summary_dim
         self.patch_embed = Stem(cfg.channels)
-        self.levels = nn.ModuleList(_stages(cfg, core))
+        self.levels = nn.ModuleList(_stages(cfg, core, layers))
         width = cfg.channels * 2**3
         if cfg.use_clip_projector:
             patches = nn.Conv2d(width, 4 * cfg.token_dim, 1)
@@ -165,7 +171,7 @@ class InternImage(ImageEncoder):
             raise ValueError(f"use_clip_projector: expected True for {what}, got False")
 
 
-def _stages(cfg: InternImageConfig, core: SamplingCore) -> list[Stage]:
+def _stages(cfg: InternImageConfig, core: SamplingCore, layers: BlockLayers) -> list[Stage]:
     options = LayerOptions(
         mlp_ratio=cfg.mlp_ratio,
         layer_scale=cfg.layer_scale,
@@ -175,6 +181,7 @@ def _stages(cfg: InternImageConfig, core: SamplingCore) -> list[Stage]:
         dw_kernel_size=cfg.context_size,
         center_feature_scale=cfg.center_feature_scale,
         core=core,
+        linear=layers.linear,
     )
     depth = sum(cfg.depths)
     rates = [cfg.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]

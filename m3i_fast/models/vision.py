@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
 from m3i_fast.models.internimage import InternImage
 from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.vit import ViT, ViTConfig
@@ -9,7 +10,9 @@ from m3i_fast.models.vit import ViT, ViTConfig
 VisionConfig = ViTConfig | InternImageConfig
 
 
-def build_encoder(cfg: VisionConfig) -> ViT | InternImage:
+def build_encoder(cfg: VisionConfig, *, layers: BlockLayers = TORCH_LAYERS) -> ViT | InternImage:
     """The encoder that `cfg` describes; ValueError where it has no dense tokens or has a head."""
     cfg.check_encoder()
-    return ViT(cfg) if isinstance(cfg, ViTConfig) else InternImage(cfg)
+    if isinstance(cfg, ViTConfig):
+        return ViT(cfg, layers=layers)
+    return InternImage(cfg, layers=layers)

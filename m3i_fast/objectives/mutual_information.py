@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig, build_encoder
@@ -54,7 +55,7 @@ class MutualInformation(nn.Module):
     Every image is asked only what exists for it. `teacher`: the frozen encoder, where a term asks
     for one; it is not part of the state dict. `process_group`: the ranks that share a batch; each
     gets the loss of all rows where rows meet (`likelihoods`), and every rank runs every term, also
-    one that its own rows have no target of.
+    one that its own rows have no target of. `layers`: parts of all Transformer blocks.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class MutualInformation(nn.Module):
         num_classes: int,
         teacher: ImageEncoder | None = None,
         process_group: dist.ProcessGroup | None = None,
+        layers: BlockLayers = TORCH_LAYERS,
     ) -> None:
         super().__init__()
         cfg.check_vision(vision)
         self.cfg, self.grid = cfg, vision.grid
-        self.encoder = build_encoder(vision)
+        self.encoder = build_encoder(vision, layers=layers)
         self._target_rows = target_rows(cfg.active_terms)
         self._num_views = 1 + any(term.sees_both_views for term in cfg.active_terms)
         if cfg.uses(encoder="momentum"):
@@ -78,7 +80,8 @@ class MutualInformation(nn.Module):
         # In a tuple: no part of the module tree, of its state dict or of its training mode.
         frozen = cfg.uses(encoder="frozen")
         self._teacher = (_expect_teacher(teacher),) if frozen else None
-        sizes = replace(self._sizes(vision, text, num_classes), process_group=process_group)
+        sizes = self._sizes(vision, text, num_classes)
+        sizes = replace(sizes, process_group=process_group, layers=layers)
         self.terms = nn.ModuleDict({t.name: build_term(t, cfg, sizes) for t in cfg.active_terms})
         self.decoders = nn.ModuleDict(
             {
@@ -87,6 +90,7 @@ class MutualInformation(nn.Module):
                     input_dim=vision.dim,
                     output_dim=dense_dim(term.term, sizes),
                     input_grid=vision.grid,
+                    layers=layers,
                 )
                 for term in self.terms_of(Dense)
                 if term.decoder_key is not None

@@ -19,6 +19,8 @@ import torch
 
 from m3i_fast.cli import doctor, findings, probes
 from m3i_fast.cli.findings import Finding, Machine
+from m3i_fast.engine.precision import FP8
+from m3i_fast.models import float8
 
 LIBRARIES = {
     # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.
@@ -76,6 +78,9 @@ def test_this_environment() -> None:
     assert found["DALI"].level == "ok"
     assert version("nvidia-dali-cuda130") in found["DALI"].detail
     assert torch.backends.cpu.get_cpu_capability() in found["CPU"].detail
+    assert found["Precision"].detail.startswith("fp32, bf16")
+    if not torch.cuda.is_available():
+        assert "fp8_current (emulated, for its numbers" in found["Precision"].detail
     assert found["GPU"].level == ("ok" if torch.cuda.is_available() else "absent")
 
 
@@ -173,6 +178,7 @@ def gpu_node(**changes: Any) -> Machine:
         "kernels_cuda": {"ops": OPS},
         "dali": {"device": "gpu"},
         "transformer_engine": {"fp8": True, "reason": ""},
+        "precision": {"runs": ["fp8_current"], "refused": {"mxfp8": "too old"}},
         "apex": fused,
         "cupy": {"devices": 1, "runtime": 13000},
         "nvml": {"driver": "580.95", "devices": 1},
@@ -204,6 +210,24 @@ def test_a_complete_gpu_node_has_nothing_to_complain_of() -> None:
     )
 
 
+def test_every_precision_is_named_with_a_reason_where_it_is_refused() -> None:
+    assert findings.find_precision(gpu_node()).detail == (
+        "fp32, bf16, fp8_current; not mxfp8: too old"
+    )
+    here = probes.precision()
+    assert set(here["runs"]) | set(here["refused"]) == set(FP8)
+    nothing = {"runs": [], "refused": dict.fromkeys(FP8, "expected sm_89")}
+    detail = findings.find_precision(gpu_node(facts={"precision": nothing})).detail
+    assert detail == "fp32, bf16; not fp8_current, fp8_delayed, mxfp8, fp8_block: expected sm_89"
+
+
+def test_a_wrong_product_in_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = float8.float8_linear
+    monkeypatch.setattr(float8, "float8_linear", lambda *arguments: 1.25 * right(*arguments))
+    with pytest.raises(SystemExit, match="^torchao: a product in FP8 is wrong$"):
+        probes.precision()
+
+
 T4 = {"cuda": [13, 0], "gpus": [{"name": "T4", "capability": [7, 5]}]}
 A100_OLD_DRIVER = {"cuda": [12, 8], "gpus": [{"name": "A100", "capability": [8, 0]}]}
 BLIND_TORCH = {"version": "2.15.0", "cuda": "13.2", "cudnn": 92600, "nccl": "2.30.3"}
@@ -217,6 +241,7 @@ BLIND_TORCH |= {"sees_gpu": False, "cpu_capability": "AVX2", "num_threads": 8}
         ({"cuda_module": ("sm_80",)}, "_C_cuda", "error: built for sm_80; H100 is sm_90"),
         ({"failures": {"kernels_cuda": "bad symbol"}}, "_C_cuda", "error: .*: bad symbol"),
         ({"failures": {"torch_build": "killed"}}, "torch", "error: killed"),
+        ({"failures": {"precision": "truncated"}}, "Precision", "warning: no FP8: truncated"),
         ({"versions": {"transformer-engine-cu13": "2.19"}}, "Transformer Engine", ".* be equal"),
         ({"versions": {"cupy-cuda12x": "13.0"}}, "CuPy", "warning: .*expected cupy-cuda13x alone"),
         ({"facts": {"driver": T4}}, "GPU", "error: .*need sm_80 or newer, T4 is sm_75"),

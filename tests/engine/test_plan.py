@@ -47,15 +47,16 @@ def classifier(batch_size: int) -> TrainConfig:
 @pytest.mark.parametrize(
     ("batch_size", "legal"),
     [  # rows of tokens modulo 16, 32 and 128
-        (8, [True, False, False, False]),
-        (16, [True, True, False, False]),
-        (32, [True, True, True, False]),
-        (128, [True, True, True, True]),
+        (8, [True, False, False, False, False]),
+        (16, [True, True, True, False, False]),
+        (32, [True, True, True, True, False]),
+        (128, [True, True, True, True, True]),
     ],
 )
 def test_197_tokens_ask_for_a_multiple_of_the_alignment(batch_size: int, legal: list[bool]) -> None:
     found = legal_batches(classifier(batch_size))
-    assert [row.recipe for row in found] == ["bf16", "fp8_current", "mxfp8", "fp8_block"]
+    recipes = ["bf16", "fp8_current", "fp8_delayed", "mxfp8", "fp8_block"]
+    assert [row.recipe for row in found] == recipes
     assert [row.is_legal for row in found] == legal
     assert token_rows(counts_of(classifier(batch_size))) == {"encoder": 197 * batch_size}
 
@@ -66,6 +67,7 @@ def test_the_nearest_legal_batches() -> None:
     assert nearest == {
         "bf16": (100, 100),
         "fp8_current": (96, 112),
+        "fp8_delayed": (96, 112),
         "mxfp8": (96, 128),
         "fp8_block": (None, 128),
     }
@@ -93,6 +95,9 @@ def test_an_internimage_is_aligned_in_its_last_stage() -> None:
     cfg = replace(cfg, data=replace(cfg.data, batch_size=32))
     counts = token_rows(counts_of(cfg))
     assert counts["encoder"] == 16 * 196
+    row = next(row for row in legal_batches(cfg) if row.recipe == "mxfp8")
+    assert "the widest is 512 x 512: --fp8-min-dim 512 takes it" in row.reason
+    cfg = replace(cfg, fp8_min_dim=512)
     row = next(row for row in legal_batches(cfg) if row.recipe == "mxfp8")
     assert not row.is_legal
     assert f"{16 * 49} tokens" in row.reason  # 16 inputs of 7 x 7 cells

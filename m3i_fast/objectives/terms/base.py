@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.config import ObjectiveConfig, Term
@@ -32,6 +33,8 @@ class Sizes:
     """Width of their summaries."""
     process_group: dist.ProcessGroup | None = None
     """The ranks that share a batch."""
+    layers: BlockLayers = TORCH_LAYERS
+    """Parts of the Transformer blocks."""
 
 
 class TermModule(nn.Module, ABC):

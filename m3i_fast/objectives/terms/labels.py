@@ -91,7 +91,7 @@ class Caption(Label):
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         super().__init__(term, cfg, sizes)
-        self.text_encoder = TextEncoder(sizes.text)
+        self.text_encoder = TextEncoder(sizes.text, layers=sizes.layers)
         self.token_dropout = cfg.mixing.token_dropout
         self.bias = nn.Parameter(torch.empty(())) if term.likelihood == "sigmoid" else None
         self.reset_own_parameters()
