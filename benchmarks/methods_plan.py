@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from m3i_fast.benchmarks.methods_ablation import ANNOTATED, SHARES, VARIANTS
 from m3i_fast.benchmarks.methods_growth import GROWTH
@@ -20,6 +21,7 @@ from m3i_fast.recipes import demo_method
 TEACHER = "supervised"
 # Fields that configs did not have when the first rows were made, with what was done then.
 ADDED: dict[str, object] = {
+    "vision.drop_path_mode": "mask",
     "parallel.shard": 1,
     "parallel.chunk": 0,
     "optim.name": "adamw",
@@ -41,6 +43,11 @@ ADDED: dict[str, object] = {
     "fp8_min_dim": 768,
     "keep_every": 0,
     "async_checkpoint": True,
+}
+
+# Values that were written otherwise then.
+FORMERLY: dict[str, dict[object, object]] = {
+    "vision.activation_checkpointing": {"none": False, "full": True},
 }
 
 Pace = tuple[str, str, str]
@@ -191,9 +198,17 @@ def recipe_digest(method: str) -> str:
     teacher = recipe_digest(TEACHER) if cfg.objective.uses(encoder="frozen") else ""
     settings = json.loads(cfg.to_json())
     for path, before in ADDED.items():
-        *sections, name = path.split(".")
-        section = reduce(dict.__getitem__, sections, settings)
+        section, name = _section(settings, path)
         if section[name] == before:
             del section[name]
+    for path, values in FORMERLY.items():
+        section, name = _section(settings, path)
+        section[name] = values.get(section[name], section[name])
     text = json.dumps({k: v for k, v in settings.items() if v != {}}, indent=2) + "\n"
     return hashlib.sha256((text + teacher).encode()).hexdigest()[:8]
+
+
+def _section(settings: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
+    """What holds the field of that path, and the field's name there."""
+    *sections, name = path.split(".")
+    return reduce(dict.__getitem__, sections, settings), name

@@ -164,7 +164,13 @@ _converter = cattrs.Converter(forbid_extra_keys=True)
 
 
 def _vision_config(value: dict[str, Any], _: Any) -> VisionConfig:
-    """Told by a field that only one of them has, and no config lacks."""
+    """Told by a field that only one of them has, and no config lacks.
+
+    activation_checkpointing was a bool until there was a third way.
+    """
+    name = "activation_checkpointing"
+    if isinstance(value.get(name), bool):
+        value = value | {name: "full" if value[name] else "none"}
     if "channels" in value:
         return _converter.structure(value, InternImageConfig)
     return _converter.structure(value, ViTConfig)

@@ -225,7 +225,7 @@ def _build_vit(
 ) -> TrainConfig:
     cfg = vision(
         drop_path_rate={"s": 0.0, "b": 0.0, "l": 0.0, "h": 0.1}[size],
-        activation_checkpointing=size == "h",
+        activation_checkpointing="full" if size == "h" else "none",
     )
     return _for_400_epochs(cfg, batch_size, compile=compile)
 
@@ -257,7 +257,7 @@ def _build_internimage(
         num_classes=0,  # the terms have their own heads
         use_clip_projector=True,
         drop_path_rate=drop_path_rate,
-        activation_checkpointing=size in ("h", "g"),
+        activation_checkpointing="full" if size in ("h", "g") else "none",
     )
     return _for_400_epochs(cfg, batch_size, compile=False)
 

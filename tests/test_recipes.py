@@ -53,6 +53,22 @@ def test_a_shrunken_recipe_takes_two_steps(
     assert Trainer(cfg, tmp_path).train().step == 2
 
 
+@pytest.mark.parametrize("name", ["m3i_vit_h", "m3i_internimage_h", "demo"])
+def test_a_config_from_when_recomputation_was_yes_or_no_still_loads(
+    name: str, tmp_path: Path
+) -> None:
+    cfg, path = RECIPES[name](), tmp_path / "config.json"
+    field = '"activation_checkpointing": '
+    before = {f'{field}"full"': f"{field}true", f'{field}"none"': f"{field}false"}
+    text = cfg.to_json()
+    (now,) = [now for now in before if now in text]
+    path.write_text(text.replace(now, before[now]))
+    assert TrainConfig.load(path) == cfg
+    path.write_text(text.replace(now, f'{field}"half"'))
+    with pytest.raises(ValueError, match=r"config\.json.*activation_checkpointing"):
+        TrainConfig.load(path)
+
+
 def test_sizes_are_those_of_timm() -> None:
     import timm
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from m3i_fast.models.recompute import Checkpoint, Recompute, torch_checkpoint
 
 LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
 INIT_STD = 0.02
@@ -110,38 +113,58 @@ class LayerNormMLP(nn.Module):
 class Attention(nn.Module):
     """Scaled dot-product self-attention of all tokens with all tokens; no parameters."""
 
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, head_dim
 
     def forward(self, qkv: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """[B, T, 3 D] (q; k; v, each head after head) -> [B, T, D].
 
         key_mask: [B, T] bool, True where the token is real and may be attended to.
         """
-        B, T, width = qkv.shape
-        q, k, v = qkv.view(B, T, 3, self.num_heads, -1).transpose(1, 3).unbind(2)
+        B, T, _ = qkv.shape
+        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).transpose(1, 3).unbind(2)
         mask = None if key_mask is None else key_mask[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, T, D / H]
-        return out.transpose(1, 2).reshape(B, T, width // 3)
+        return out.transpose(1, 2).flatten(2)
+
+
+DropPathMode = Literal["mask", "subset"]
+
+
+def num_kept(num_samples: int, rate: float) -> int:
+    """Samples of a batch that go through a branch with stochastic depth by subset: at least one."""
+    return max(1, round(num_samples * (1 - rate)))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: zeroes a branch for a whole sample, scales the rest by 1 / keep."""
+    """Stochastic depth: leaves a residual branch out for whole samples, when training.
 
-    def __init__(self, rate: float) -> None:
+    mask: each sample by its own draw, after the work; the others' branch is scaled by 1 / keep.
+    subset: a share of each batch that is always the same, before the work, which is not done for
+    it (DINOv2); the others' branch is scaled by B over their number.
+    """
+
+    def __init__(self, rate: float, mode: DropPathMode = "mask") -> None:
         super().__init__()
-        self.rate = rate
+        self.rate, self.mode = rate, mode
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate:g}"
+        return f"rate={self.rate:g}, mode={self.mode}"
 
     def forward(self, branch: Tensor) -> Tensor:  # [B, ...] -> [B, ...]
-        if not self.training or self.rate == 0.0:
+        """The branch with samples masked."""
+        if not self.training or self.rate == 0.0 or self.mode == "subset":
             return branch
         keep = 1.0 - self.rate
         one_a_sample = (branch.shape[0], *(1,) * (branch.ndim - 1))
         return branch * branch.new_empty(one_a_sample).bernoulli_(keep).div_(keep)
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Samples of x [B, ...] that go through the branch: [kept] int64; None for all of them."""
+        if not self.training or self.rate == 0.0 or self.mode == "mask":
+            return None
+        return torch.randperm(len(x), device=x.device)[: num_kept(len(x), self.rate)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,9 +175,10 @@ class BlockLayers:
     """
 
     layernorm_linear: Callable[[int, int, bool], nn.Module]  # in_features, out_features, bias
-    attention: Callable[[int], nn.Module]  # num_heads
+    attention: Callable[[int, int], nn.Module]  # num_heads, head_dim
     linear: Callable[[int, int], nn.Module]  # in_features, out_features
     layernorm_mlp: Callable[[int, int], nn.Module]  # dim, hidden_dim
+    checkpoint: Callable[[Recompute], Checkpoint | None] = torch_checkpoint
 
 
 TORCH_LAYERS = BlockLayers(
@@ -181,17 +205,20 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         layer_scale_init: float | None = None,
         drop_path: float = 0.0,
+        drop_path_mode: DropPathMode = "mask",
+        activation_checkpointing: Recompute = "none",
         layers: BlockLayers = TORCH_LAYERS,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")
         self.layer_scale_init = layer_scale_init
+        self.checkpoint = layers.checkpoint(activation_checkpointing)
         self.layernorm_qkv = layers.layernorm_linear(dim, 3 * dim, qkv_bias)
-        self.attention = layers.attention(num_heads)
+        self.attention = layers.attention(num_heads, dim // num_heads)
         self.proj = layers.linear(dim, dim)
         self.layernorm_mlp = layers.layernorm_mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path, drop_path_mode)
         scaled = layer_scale_init is not None
         self.layer_scale_1 = nn.Parameter(torch.empty(dim)) if scaled else None
         self.layer_scale_2 = nn.Parameter(torch.empty(dim)) if scaled else None
@@ -214,14 +241,30 @@ class Block(nn.Module):
 
         num_last: return the last tokens only, [B, num_last, D], without computing the others.
         """
-        attended = self.attention(self.layernorm_qkv(x), key_mask)
+        if self.checkpoint is None or not torch.is_grad_enabled():
+            return self._run(x, key_mask, num_last)
+        return self.checkpoint(self._run, x, key_mask, num_last)
+
+    def _run(self, x: Tensor, key_mask: Tensor | None, num_last: int | None) -> Tensor:
+        rows = self.drop_path.draw(x)
+        key_mask = None if key_mask is None else _take(key_mask, rows)
+        attended = self.attention(self.layernorm_qkv(_take(x, rows)), key_mask)
         if num_last is not None:
             first = x.shape[1] - num_last
             x, attended = x[:, first:], attended[:, first:]
-        x = self._add(x, self.proj(attended), self.layer_scale_1)
-        return self._add(x, self.layernorm_mlp(x), self.layer_scale_2)
+        x = self._add(x, self.proj(attended), self.layer_scale_1, rows)
+        rows = self.drop_path.draw(x)
+        return self._add(x, self.layernorm_mlp(_take(x, rows)), self.layer_scale_2, rows)
 
-    def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            branch = branch if scale is None else branch * scale
+            return x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
         branch = self.drop_path(branch)
         # one pass instead of two over the branch
         return x + branch if scale is None else torch.addcmul(x, branch, scale)
+
+
+def _take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of x [B, ...], or all of it."""
+    return x if rows is None else x[rows]

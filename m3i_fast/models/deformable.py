@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from m3i_fast.models.blocks import LAYER_NORM_EPS, DropPath, Linear, reset_children
+from m3i_fast.models.recompute import Recompute, torch_checkpoint
 from m3i_fast.ops import dcnv3
 
 KERNEL_SIZE = 3
@@ -64,6 +64,7 @@ class LayerOptions:
     res_post_norm: bool
     dw_kernel_size: int
     center_feature_scale: bool
+    activation_checkpointing: Recompute = "none"
     core: SamplingCore = dcnv3
     linear: Callable[[int, int], nn.Module] = Linear
     """Of the projections and of the MLP: in_features, out_features."""
@@ -178,6 +179,7 @@ class InternImageLayer(nn.Module):
         self, channels: int, num_groups: int, options: LayerOptions, *, drop_path: float
     ) -> None:
         super().__init__()
+        self.checkpoint = torch_checkpoint(options.activation_checkpointing)
         self.post_norm = options.post_norm
         self.layer_scale = options.layer_scale
         self.norm1 = norm_last(channels)
@@ -202,6 +204,11 @@ class InternImageLayer(nn.Module):
                 nn.init.constant_(gamma, self.layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.checkpoint is None or not torch.is_grad_enabled():
+            return self._run(x)
+        return self.checkpoint(self._run, x)
+
+    def _run(self, x: Tensor) -> Tensor:
         x = self._add(x, self.dcn, self.norm1, self.res_post_norm1, self.gamma1)
         return self._add(x, self.mlp, self.norm2, self.res_post_norm2, self.gamma2)
 
@@ -264,10 +271,8 @@ class Stage(nn.Module):
         drop_path: list[float],
         downsample: bool,
         post_norm_ids: tuple[int, ...],
-        activation_checkpointing: bool,
     ) -> None:
         super().__init__()
-        self.activation_checkpointing = activation_checkpointing
         self.post_norm_ids = post_norm_ids
         self.blocks = nn.ModuleList(
             InternImageLayer(channels, num_groups, options, drop_path=rate) for rate in drop_path
@@ -281,9 +286,8 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """This stage's map [B, H, W, C], and the next stage's input; after the last, both equal."""
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = block(x)
             if self.post_norms is not None and i in self.post_norm_ids:
                 x = self.post_norms[self.post_norm_ids.index(i)](x)
         if self.norm is not None:

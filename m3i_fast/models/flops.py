@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from m3i_fast.models.blocks import num_kept
 from m3i_fast.models.deformable import NUM_POINTS
 from m3i_fast.models.internimage import HEAD_RATIO
 from m3i_fast.models.internimage_config import InternImageConfig
@@ -115,10 +116,14 @@ def vit_embed(cfg: ViTConfig, num_images: int, image_size: int | None = None) ->
 
 
 def vit_encode(cfg: ViTConfig, num_images: int, num_tokens: int) -> Flops:
-    """The blocks, over this many patch tokens an image and the prefix."""
+    """The blocks in training, over this many patch tokens an image and the prefix."""
     tokens = num_tokens + cfg.num_prefix
-    found = block(num_images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio) * cfg.depth
-    if not cfg.activation_checkpointing:
+    found = NONE
+    for layer in range(cfg.depth):
+        subset = cfg.drop_path_mode == "subset"
+        kept = num_kept(num_images, cfg.drop_path(layer)) if subset else num_images
+        found += block(kept, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio)
+    if cfg.activation_checkpointing != "full":
         return found
     last = linear(num_images * tokens, int(cfg.dim * cfg.mlp_ratio), cfg.dim).forward
     reads_branch = cfg.layer_scale_init is not None
@@ -183,7 +188,7 @@ def internimage_sampling(
     for stage, cells in enumerate(_cells(num_images, image_size or cfg.image_size)):
         points = SAMPLING_PER_POINT * NUM_POINTS * cells * cfg.channels * 2**stage
         one = Flops(points, 2 * points)
-        one = one.recomputed() if cfg.activation_checkpointing else one
+        one = one.recomputed() if cfg.activation_checkpointing == "full" else one
         found += one * cfg.depths[stage]
     return found
 
@@ -222,7 +227,7 @@ def _layers(cfg: InternImageConfig, stage: int, cells: int) -> Flops:
         + linear(cells, width, hidden)
         + last
     ) * depth
-    if not cfg.activation_checkpointing:
+    if cfg.activation_checkpointing != "full":
         return found
     reads_branch = cfg.post_norm or cfg.res_post_norm or cfg.layer_scale is not None
     unread = _num_unread(depth, cfg.drop_path_rate, reads_branch=reads_branch)

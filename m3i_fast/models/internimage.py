@@ -180,6 +180,7 @@ def _stages(cfg: InternImageConfig, core: SamplingCore, layers: BlockLayers) -> 
         res_post_norm=cfg.res_post_norm,
         dw_kernel_size=cfg.context_size,
         center_feature_scale=cfg.center_feature_scale,
+        activation_checkpointing=cfg.activation_checkpointing,
         core=core,
         linear=layers.linear,
     )
@@ -196,7 +197,6 @@ def _stages(cfg: InternImageConfig, core: SamplingCore, layers: BlockLayers) -> 
                 drop_path=rates[first : first + num_layers],
                 downsample=i < 3,
                 post_norm_ids=(cfg.level2_post_norm_block_ids or ()) if i == 2 else (),
-                activation_checkpointing=cfg.activation_checkpointing,
             )
         )
     return stages

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from m3i_fast.models.recompute import Recompute, check_recompute
+
 TOKEN_STRIDE = 16  # pixels a side of a dense token's cell
 COARSEST_STRIDE = 32  # pixels a side of a cell of the last stage
 
@@ -58,8 +60,9 @@ class InternImageConfig:
     """Heads of the attention pooling."""
     pooled_dim: int = 768
     """Width of the attention-pooled vector."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more compute."""
+    activation_checkpointing: Recompute = "none"
+    """What each layer computes again in the backward pass. selective: norms and GELU, which costs
+    little; full: all of it, the least memory for about a third more compute."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "channels", "token_dim", "pool_heads", "pooled_dim"):
@@ -76,6 +79,7 @@ class InternImageConfig:
         rate, side = self.drop_path_rate, self.context_size
         _require(0 <= rate < 1, "drop_path_rate", rate, "0 <= rate < 1")
         _require(side >= 1 and side % 2 == 1, "dw_kernel_size", side, "an odd number")
+        check_recompute(self.activation_checkpointing)
         self._check_norms()
         divides = self.token_dim % self.pool_heads == 0
         _require(divides, "token_dim", self.token_dim, f"a multiple of {self.pool_heads} heads")
@@ -196,7 +200,7 @@ def _post_norm(
     )
 
 
-def _projecting(channels: int, depths: Four, groups: int, **norms: bool) -> InternImageConfig:
+def _projecting(channels: int, depths: Four, groups: int, **norms: Any) -> InternImageConfig:
     return InternImageConfig(
         channels=channels,
         depths=depths,

@@ -10,11 +10,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from m3i_fast.models.blocks import LAYER_NORM_EPS, TORCH_LAYERS, Block, BlockLayers, reset_children
+from m3i_fast.models.blocks import (
+    LAYER_NORM_EPS,
+    TORCH_LAYERS,
+    Block,
+    BlockLayers,
+    DropPathMode,
+    reset_children,
+)
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.positions import grid_embedding, resample_grid
+from m3i_fast.models.recompute import Recompute, check_recompute
 
 PREFIX_STD = 1e-6  # timm's class and register tokens
 
@@ -50,10 +57,14 @@ class ViTConfig:
     """Initial LayerScale of each branch; none: no LayerScale."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 in the first."""
+    drop_path_mode: DropPathMode = "mask"
+    """mask draws each sample by itself, and computes what is then dropped. subset drops a share of
+    every batch that is always the same, and does no work for it (DINOv2)."""
     final_norm: bool = True
     """LayerNorm after the last block."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more compute."""
+    activation_checkpointing: Recompute = "none"
+    """What each block computes again in the backward pass. selective: norms and GELU, which costs
+    little; full: all of it, the least memory for about a third more compute."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "dim", "depth", "num_heads"):
@@ -76,6 +87,11 @@ class ViTConfig:
             raise ValueError(f"num_registers: expected at least 0, got {self.num_registers}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
+        check_recompute(self.activation_checkpointing)
+
+    def drop_path(self, layer: int) -> float:
+        """Rate of stochastic depth of that block."""
+        return self.drop_path_rate * layer / max(self.depth - 1, 1)
 
     @property
     def grid(self) -> int:
@@ -124,7 +140,9 @@ class ViT(ImageEncoder):
                 mlp_ratio=cfg.mlp_ratio,
                 qkv_bias=cfg.qkv_bias,
                 layer_scale_init=cfg.layer_scale_init,
-                drop_path=cfg.drop_path_rate * i / max(cfg.depth - 1, 1),
+                drop_path=cfg.drop_path(i),
+                drop_path_mode=cfg.drop_path_mode,
+                activation_checkpointing=cfg.activation_checkpointing,
                 layers=layers,
             )
             for i in range(cfg.depth)
@@ -179,9 +197,8 @@ class ViT(ImageEncoder):
         prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
         if prefix:
             tokens = torch.cat([*(p.expand(tokens.shape[0], -1, -1) for p in prefix), tokens], 1)
-        recompute = self.cfg.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
+            tokens = block(tokens)
         return self.norm(tokens)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ term, n cells an image shows, N cells of the grid, Q cells asked, m cells of a l
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 from m3i_fast.models.flops import (
     NONE,
@@ -99,11 +100,12 @@ def decorrelation(rows: int, dim: int) -> Flops:
 
 
 def _encode_targets(counts: Counts, parts: Parts) -> None:
+    vision = replace(counts.vision, drop_path_rate=0.0)  # in evaluation mode
     for (_, _), rows in target_rows(counts.objective.active_terms).items():
         count = counts.num_asked(rows)
-        parts[TARGET] += _whole(counts.vision, count).forward_only
-        if isinstance(counts.vision, InternImageConfig):
-            sampling = internimage_sampling(counts.vision, count)
+        parts[TARGET] += _whole(vision, count).forward_only
+        if isinstance(vision, InternImageConfig):
+            sampling = internimage_sampling(vision, count)
             parts[SAMPLING] += sampling.forward_only
 
 

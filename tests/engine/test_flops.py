@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.flops import step_flops, without_sampling
 from m3i_fast.models.flops import vit
+from m3i_fast.models.recompute import Recompute
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vit import ViTConfig
 from m3i_fast.objectives.flops import DECODER, ENCODER, LIKELIHOODS, TARGET, decoder
@@ -70,14 +71,18 @@ def test_a_step_that_asks_a_part_of_the_cells_of_a_part_of_the_inputs() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize("scale", [None, 1e-5])
-def test_a_step_that_computes_blocks_again(rate: float, scale: float | None) -> None:
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_a_step_that_computes_blocks_again(
+    rate: float, scale: float | None, recompute: Recompute
+) -> None:
     cfg = small("m3i_vit_b")
     assert isinstance(cfg.vision, ViTConfig)
     vision = replace(
         cfg.vision,
-        activation_checkpointing=True,
+        activation_checkpointing=recompute,
         layer_scale_init=scale,
         drop_path_rate=rate,
+        drop_path_mode="subset" if scale else "mask",
         class_token=True,
     )
     expect_counted(replace(cfg, vision=vision))

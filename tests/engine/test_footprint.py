@@ -75,7 +75,8 @@ def measured_peak(cfg: TrainConfig, *, bf16: bool) -> int:
 CASES = {
     "vit, 8": small_vit(8),
     "vit, 32": small_vit(32),
-    "vit, recomputed, 32": small_vit(32, activation_checkpointing=True, drop_path_rate=0.1),
+    "vit, recomputed, 32": small_vit(32, activation_checkpointing="full", drop_path_rate=0.1),
+    "vit, selective, 32": small_vit(32, activation_checkpointing="selective"),
     "demo, 32": sized("demo", 32),
     "internimage, 8": sized("demo_internimage", 8),
     "internimage, 16": sized("demo_internimage", 16),
@@ -124,8 +125,13 @@ def test_activations_grow_with_the_batch_and_what_is_held_does_not() -> None:
 
 
 def test_recomputation_and_muon_save_memory() -> None:
-    plain, again = (trace(small_vit(16, activation_checkpointing=a), bf16=False) for a in (0, 1))
-    assert again.activations[ENCODER] < plain.activations[ENCODER] / 3
+    plain, selective, full = (
+        trace(small_vit(16, activation_checkpointing=a), bf16=False)
+        for a in ("none", "selective", "full")
+    )
+    assert full.activations[ENCODER] < plain.activations[ENCODER] / 3
+    assert selective.activations[ENCODER] < plain.activations[ENCODER] * 0.75
+    assert full.activations[ENCODER] < selective.activations[ENCODER]
     cfg = small_vit(16)
     muon = trace(replace(cfg, optim=replace(cfg.optim, matrices="muon")), bf16=False)
     assert muon.held[STATES] < plain.held[STATES]

@@ -100,7 +100,7 @@ def test_attention_is_the_softmax_formula() -> None:
     qkv = torch.stack([q, k, v], 2).flatten(2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
     expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(2)
-    torch.testing.assert_close(Attention(4)(qkv), expected)
+    torch.testing.assert_close(Attention(4, 8)(qkv), expected)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:

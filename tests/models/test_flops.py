@@ -144,10 +144,11 @@ def test_recomputation_is_hardware_flops_alone() -> None:
     """A third of a block is its last product, which is left out where nothing reads it."""
     plain = vit(vit_b())
     for rate, share in ((0.0, 0.67), (0.1, 0.97)):
-        again = vit(vit_b(activation_checkpointing=True, drop_path_rate=rate))
+        again = vit(vit_b(activation_checkpointing="full", drop_path_rate=rate))
         assert again.model == plain.model
         more = again.hardware - plain.hardware
         assert more / plain.forward == pytest.approx(share, abs=0.02)
+    assert vit(vit_b(activation_checkpointing="selective")) == plain
 
 
 def test_sums_and_multiples() -> None:
