@@ -11,8 +11,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,30 +102,6 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
     assert any("target" in name or "momentum" in name for name in tensors)  # the EMA
     assert TrainConfig.load(tmp_path / "whole" / "config.json") == cfg
     assert state["config"] == json.loads(cfg.to_json())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("option", ["", "power_cut"])
-def test_a_run_that_is_killed_again_and_again_is_the_whole_run(
-    dataset: Path, tmp_path: Path, option: str
-) -> None:
-    """At writes of its first save, between saves and in later ones, in turn."""
-    cfg, out, config = _config(dataset), tmp_path / "killed", tmp_path / "config.json"
-    cfg.save(config)
-    command = [sys.executable, "-m", "tests.faults.killed_run", str(config), str(out)]
-    for kill_at in (5, 40, 90, 75, 64, 121):
-        died = subprocess.run([*command, str(kill_at), *option.split()])
-        assert died.returncode == -signal.SIGKILL, kill_at
-    assert subprocess.run(command).returncode == 0
-    _train(cfg, tmp_path / "whole")
-    (tensors, state), (expected, expected_state) = _saved(out), _saved(tmp_path / "whole")
-    assert_equal(tensors, expected)
-    assert state["loader"] == expected_state["loader"]
-    losses = [
-        [(row["step"], row["loss/total"]) for row in read_jsonl(run / "metrics.jsonl")]
-        for run in (out, tmp_path / "whole")
-    ]
-    assert losses[0] == losses[1]
 
 
 def test_a_run_of_before_there_were_manifests_goes_on(dataset: Path, tmp_path: Path) -> None:

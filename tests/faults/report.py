@@ -1,0 +1,109 @@
+"""What a campaign found: a page and a picture of the rows of the newest one in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from m3i_fast.benchmarks.harness import read_rows
+from m3i_fast.benchmarks.methods_plot import text
+
+SUBJECT = "faults"
+Row = dict[str, Any]  # a row of the ledger
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+MANY = 3  # trials of a fault from which on each is not named on the page
+
+_WIDTH, _NAMES, _TOP, _LINE = 920, 250, 64, 22  # pixels
+_SIDE, _COLUMNS = 8, 78  # of a trial's square; squares a line
+STYLE = """
+text { font: 12px system-ui, sans-serif; fill: #66635c; }
+.paper { fill: #fcfbf9; }
+.title { font-size: 15px; font-weight: 600; fill: #1f1e1b; }
+.good { fill: #0b6f68; }
+.bad { fill: #b0501a; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #a5a198; }
+  .paper { fill: #171614; }
+  .title { fill: #e9e6df; }
+  .good { fill: #57c4b8; }
+  .bad { fill: #e9985c; }
+}
+"""
+HEAD = """\
+# Faults
+
+Made by `m3i-fast faults --record`; the rows are in `benchmarks/results/faults.jsonl`, one a trial.
+Each trial spoils a run of tiny M3I of twelve steps (all terms, a checkpoint every two steps, in the
+background), starts it again with the same command line, and asks of it the weights, moments,
+averages and losses of the run to which nothing happened, bit for bit. After a NaN they are those of
+a run whose step is undone by copies of all state; on another number of ranks, where the data begin
+their epoch again, what is loaded is compared with what was saved. On a CPU, over gloo; no GPU has
+had a campaign.
+
+![a square a trial](faults.svg)
+
+"""
+
+
+def newest() -> list[Row]:
+    """The rows of the ledger's last campaign."""
+    rows = read_rows(SUBJECT)
+    last = rows[-1]["figures"]["campaign"] if rows else None
+    return [row for row in rows if row["figures"]["campaign"] == last]
+
+
+def by_fault(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["figures"]["fault"], []).append(row["figures"])
+    return found
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Markdown. A fault of few trials says where it struck."""
+    good = sum(row["figures"]["weights_equal"] for row in rows)
+    first = rows[0]
+    machine = f"{first['machine']['num_cores']} cores of {first['machine']['cpu']}"
+    lines = [
+        f"{good} of {len(rows)} trials ended with equal weights (commit {first['commit']}, "
+        f"{machine}, {first['figures']['campaign']}).",
+        "",
+        "| fault | trials | recovered | weights equal | where |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for fault, trials in by_fault(rows).items():
+        counts = (sum(trial[name] for trial in trials) for name in ("recovered", "weights_equal"))
+        where = "; ".join(trial["where"] for trial in trials) if len(trials) < MANY else ""
+        lines.append(f"| {' | '.join(map(str, (fault, len(trials), *counts, where)))} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def picture(rows: Sequence[Row]) -> str:
+    """SVG: a square a trial, its tooltip where it struck."""
+    parts, y = list[str](), float(_TOP)
+    for fault, trials in by_fault(rows).items():
+        parts.append(text(_NAMES - 10, y + _SIDE, fault, "name", "end"))
+        for start in range(0, len(trials), _COLUMNS):
+            parts += _squares(trials[start : start + _COLUMNS], y)
+            y += _SIDE + 2
+        y += _LINE - _SIDE - 2
+    good = sum(row["figures"]["weights_equal"] for row in rows)
+    title = f"{good} of {len(rows)} spoilt runs ended with the weights of the run without a fault"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y:.0f}">'
+        f"<style>{STYLE}</style>"
+        f'<rect class="paper" width="{_WIDTH}" height="{y:.0f}"/>'
+        f"{text(20, 34, title, 'title', 'start')}{''.join(parts)}</svg>\n"
+    )
+
+
+def _squares(trials: Sequence[Row], y: float) -> Iterator[str]:
+    for column, trial in enumerate(trials):
+        kind = "good" if trial["weights_equal"] else "bad"
+        x = _NAMES + column * _SIDE
+        yield (
+            f'<rect class="{kind}" x="{x}" y="{y:.0f}" width="{_SIDE - 1}" height="{_SIDE - 1}">'
+            f"<title>{escape(trial['where'])}</title></rect>"
+        )

@@ -1,0 +1,189 @@
+"""A training process to which something happens: the real command line in a fork, and a fault.
+
+A fork of a server that has imported everything starts in a moment; a kill of it is a kill.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import m3i_fast.pipelines.reader  # noqa: F401
+from m3i_fast.cli import main
+from m3i_fast.engine.checkpoint import tensors_of
+from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.storage import write_atomically
+from tests.faults.files import FaultyFiles
+
+Fault = tuple[str, dict[str, Any]]  # a name of INSIDE and its options
+STEPS = "m3i_fast.engine.trainer.Trainer.train_step"
+# Where a step can be caught.
+PHASES = {
+    "start": "m3i_fast.engine.trainer.build_objective",
+    "data": "m3i_fast.pipelines.loader.Loader.__next__",
+    "targets": "m3i_fast.objectives.mutual_information.MutualInformation.encode_targets",
+    "inputs": "m3i_fast.objectives.mutual_information.MutualInformation.encode_inputs",
+    "loss": "m3i_fast.objectives.mutual_information.MutualInformation.forward",
+    "backward": "torch.Tensor.backward",
+    "optimiser": "m3i_fast.engine.optim.Optimizers.step",
+    "logging": "m3i_fast.observe.metrics.JsonlSink.log",
+    "saving": "m3i_fast.engine.saver.Saver.save",
+    "writing": "m3i_fast.engine.saver.Saver._write",
+}
+
+
+def live(
+    arguments: list[str], log: Path, environment: dict[str, str], inside: Sequence[Fault]
+) -> None:
+    """Be `m3i-fast train ARGUMENTS` with the faults inside; exits with its code."""
+    os.environ.update(environment)
+    with log.open("ab", buffering=0) as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        for name, options in inside:
+            stack.enter_context(INSIDE[name](**options))
+        code = main(["train", *arguments])
+    sys.exit(code)
+
+
+def _before(target: str, call: int, action: Callable[[], object]) -> AbstractContextManager[object]:
+    """`action` just before `target`, a dotted name, is called for the `call`-th time."""
+    real, calls = pkgutil.resolve_name(target), 0
+
+    @functools.wraps(real)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            action()
+        return real(*arguments, **options)
+
+    return mock.patch(target, wrapper)
+
+
+def send(*, number: int, phase: str, call: int) -> AbstractContextManager[object]:
+    """A signal to itself: SIGTERM as a scheduler's, SIGKILL, SIGSTOP to hang."""
+    return _before(PHASES[phase], call, lambda: os.kill(os.getpid(), number))
+
+
+@contextmanager
+def not_a_number(*, step: int) -> Iterator[None]:
+    """The loss of one step of this rank, and so its gradients, are NaN."""
+    real, calls = StepForward.forward, 0
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        loss, metrics = real(*arguments, **options)
+        return (loss * float("nan"), metrics) if calls == step else (loss, metrics)
+
+    with mock.patch.object(StepForward, "forward", forward):
+        yield
+
+
+def undone(*, step: int) -> AbstractContextManager[object]:
+    """One step is taken and all of its model and optimiser are put back, from copies."""
+    real, calls = Trainer.train_step, 0
+
+    def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls != step:
+            return real(trainer, *arguments, **options)
+        tensors = tensors_of(trainer.objective, trainer.optimizer)
+        before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        metrics = real(trainer, *arguments, **options)
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(before[name])
+        return metrics
+
+    return mock.patch.object(Trainer, "train_step", train_step)
+
+
+def dump(*, path: Path) -> AbstractContextManager[object]:
+    """Before the first step: digests of all that was loaded."""
+    real = Trainer.train_step
+
+    def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+        if not path.exists():
+            found = digests(tensors_of(trainer.objective, trainer.optimizer))
+            write_atomically(path, json.dumps(found).encode())
+        return real(trainer, *arguments, **options)
+
+    return mock.patch.object(Trainer, "train_step", train_step)
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of type, shape and bytes."""
+    found = {}
+    for name, tensor in tensors.items():
+        content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        facts = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+        found[name] = hashlib.sha256(facts + content).hexdigest()
+    return found
+
+
+def pause(*, step: int, until: Path) -> AbstractContextManager[object]:
+    """A step begins when the file `until` is there."""
+
+    def wait() -> None:
+        until.with_suffix(".asked").touch()
+        while not until.exists():
+            time.sleep(0.05)
+
+    return _before(STEPS, step, wait)
+
+
+@contextmanager
+def clock(*, step: int, seconds: float) -> Iterator[None]:
+    """The time of day jumps."""
+    real, jump = time.time, 0.0
+
+    def leap() -> None:
+        nonlocal jump
+        jump = seconds
+
+    with mock.patch("time.time", lambda: real() + jump), _before(STEPS, step, leap):
+        yield
+
+
+def files(*, root: Path, **options: Any) -> AbstractContextManager[object]:
+    return FaultyFiles(root, **options)
+
+
+@contextmanager
+def count(*, root: Path, path: Path) -> Iterator[None]:
+    """Note the operations that change files: [kind, path] of each."""
+    root.mkdir()
+    with FaultyFiles(root) as files:
+        yield
+    path.write_text(json.dumps([[each.kind, each.path] for each in files.operations]))
+
+
+INSIDE: dict[str, Callable[..., AbstractContextManager[object]]] = {
+    "send": send,
+    "nan": not_a_number,
+    "undone": undone,
+    "dump": dump,
+    "pause": pause,
+    "clock": clock,
+    "files": files,
+    "count": count,
+}
