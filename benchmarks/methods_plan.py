@@ -37,6 +37,7 @@ ADDED: dict[str, object] = {
     "guard.spike_deviations": 6.0,
     "guard.spike_window": 100,
     "guard.max_rollbacks": 3,
+    "deterministic": False,
     "keep_every": 0,
     "async_checkpoint": True,
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
+from m3i_fast.engine.determinism import make_deterministic
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.guard import Guard, not_finite
 from m3i_fast.engine.model import blocks_of, build_objective
@@ -66,7 +67,10 @@ class Trainer:
         stop_on_collapse: bool = False,
     ) -> None:
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
-        self.world = join_world(resolve_device(cfg.device))
+        device = resolve_device(cfg.device)
+        if cfg.deterministic:
+            make_deterministic(cfg, device)
+        self.world = join_world(device)
         self.device, rank = self.world.device, self.world.rank
         self.seed = step_seed(cfg.seed, -rank) if rank else cfg.seed
         self.run = Run(run_dir, cfg)
