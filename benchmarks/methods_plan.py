@@ -24,6 +24,7 @@ ADDED: dict[str, object] = {
     "vision.drop_path_mode": "mask",
     "parallel.shard": 1,
     "parallel.chunk": 0,
+    "parallel.accumulate": 1,
     "optim.name": "adamw",
     "optim.impl": "auto",
     "optim.eps": None,
@@ -41,6 +42,7 @@ ADDED: dict[str, object] = {
     "guard.max_rollbacks": 3,
     "backend": "auto",
     "fp8_min_dim": 768,
+    "deterministic": False,
     "keep_every": 0,
     "async_checkpoint": True,
 }

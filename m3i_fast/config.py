@@ -58,6 +58,9 @@ class TrainConfig:
     """torch.compile the encoders and the decoder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the first GPU if there is one."""
+    deterministic: bool = False
+    """Only operations that give the same bits at every run on the same machine, though slower ones;
+    what has none is refused."""
     num_threads: int = 0
     """CPU threads of torch; 0 leaves torch's default."""
     log_every: int = 10

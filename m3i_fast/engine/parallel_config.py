@@ -13,8 +13,13 @@ class ParallelConfig:
     chunk: int = 0
     """Rows that encoders and decoders work on at a time (gradient caching): activations take the
     memory of so many, losses see the whole batch, the forward pass is run twice. 0: all rows."""
+    accumulate: int = 1
+    """Batches of data.batch_size that a rank's step adds the gradients of: the whole batch is
+    data.batch_size x accumulate x ranks. Each term's mean is over the members of one of them."""
 
     def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"parallel.accumulate: expected >= 1, got {self.accumulate}")
         if self.chunk < 0:
             raise ValueError(f"parallel.chunk: expected >= 0, got {self.chunk}")
         if self.shard < 1 and self.shard != -1:

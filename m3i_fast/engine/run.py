@@ -115,11 +115,15 @@ class Run:
         """The batch of all ranks stays what it was, whatever their number."""
         before = state.get("num_ranks", 1)
         saved = state.get("config", {"data": {"batch_size": self._cfg.data.batch_size}})
-        whole = saved["data"]["batch_size"] * before
-        if self._cfg.data.batch_size * num_ranks != whole:
+        batches = before * saved.get("parallel", {}).get("accumulate", 1)
+        whole = saved["data"]["batch_size"] * batches
+        mine = num_ranks * self._cfg.parallel.accumulate
+        if self._cfg.data.batch_size * mine != whole:
             raise ValueError(
-                f"--data.batch-size: expected {whole / num_ranks:g}, with which {num_ranks} ranks "
-                f"make the batch of {whole} that {before} made, got {self._cfg.data.batch_size}"
+                f"--data.batch-size: expected {whole / mine:g}, with which {num_ranks} ranks make "
+                f"the batch of {whole} that {before} made with --parallel.accumulate "
+                f"{batches // before}, got {self._cfg.data.batch_size} and --parallel.accumulate "
+                f"{self._cfg.parallel.accumulate}"
             )
 
     def _begin(self) -> None:

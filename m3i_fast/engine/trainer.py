@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
+from m3i_fast.engine.accumulation import expect_additive, over_batches, reduced
+from m3i_fast.engine.determinism import make_deterministic
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.engine.guard import Guard, not_finite
@@ -68,7 +70,10 @@ class Trainer:
         stop_on_collapse: bool = False,
     ) -> None:
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
-        self.world = join_world(resolve_device(cfg.device))
+        device = resolve_device(cfg.device)
+        if cfg.deterministic:
+            make_deterministic(cfg, device)
+        self.world = join_world(device)
         self.device, rank = self.world.device, self.world.rank
         self.arithmetic = resolve_precision(
             look_at(self.device), shapes_of(cfg), cfg.precision, cfg.backend, compiled=cfg.compile
@@ -90,6 +95,7 @@ class Trainer:
         with self.device:
             layers = layers_of(self.arithmetic, cfg.fp8_min_dim)
             self.objective = build_objective(cfg, self.world.group, layers=layers)
+        expect_additive(cfg, self.objective)
         self.model = self._distribute()
         self._named = list(self.objective.named_parameters())
         self.optimizer = build_optimizer(cfg.optim, self.objective)
@@ -123,39 +129,37 @@ class Trainer:
             compute_dtype=self.arithmetic.compute_dtype,
         )
 
-    def draw_mix(self, batch: Batch) -> Mix:
-        """What this step mixes, hides and asks on this rank."""
+    def draw_mix(self, batch: Batch, index: int = 0) -> Mix:
+        """What this step mixes, hides and asks on this rank, in its batch of this index."""
+        seed = step_seed(self.seed, -(index << 32)) if index else self.seed
         return draw_mix(
             self.cfg.objective.mixing,
             batch_size=batch.batch_size,
             grid=self.cfg.vision.grid,
             context_length=batch.token_ids.shape[1],
-            seed=self.seed,
+            seed=seed,
             step=self.step,
             num_steps=self.cfg.num_steps,
         ).to(self.device)
 
-    def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+    def train_step(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
         """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing.
 
-        `guard.skip` says whether the step counts.
+        `parallel.accumulate` batches. `guard.skip` says whether the step counts.
         """
-        stage, step = self.timer.stage, self.step
+        step = self.step
         # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
         torch.manual_seed(step_seed(self.seed, step))
         lr = self.lr[step] * self.skips.lr_scale(step)
         set_schedules(self.optimizer, lr=lr, weight_decay=self.weight_decay[step])
         self.guard.keep()
-        mix, measure = self.draw_mix(batch), self.objective.balance.due(step)
-        with forward_context(self.arithmetic, self.device):
-            loss, metrics = self.model(batch, mix, stage, monitor=monitor, measure=measure)
-        with stage("backward"):
-            loss.backward()
-        with stage("optim"):
+        metrics = self._backward(batches, monitor)
+        with self.timer.stage("optim"):
             names = [name for name, p in self._named if p.grad is not None]
             norm = self._clip()
             metrics["optim/grad_norm"] = norm.total
-            skip = self.guard.judge(step, metrics, norm, names=names, sample_ids=batch.sample_id)
+            ids = torch.cat([batch.sample_id for batch in batches])
+            skip = self.guard.judge(step, metrics, norm, names=names, sample_ids=ids)
             self.optimizer.step(skip)
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.clamp_temperatures()
@@ -164,6 +168,23 @@ class Trainer:
                 update_ema(*pair, momentum=self.momentum[step], skip=skip)
         self.step += 1
         return metrics
+
+    def _backward(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
+        """The gradients of the mean over the batches, and its metrics."""
+        stage, found = self.timer.stage, []
+        measure = self.objective.balance.due(self.step)
+        for index, batch in enumerate(batches):
+            is_last = index + 1 == len(batches)
+            mix = self.draw_mix(batch, index)
+            with reduced(self.model, is_last):
+                with forward_context(self.arithmetic, self.device):
+                    loss, metrics = self.model(
+                        batch, mix, stage, monitor=monitor and is_last, measure=measure
+                    )
+                with stage("backward"):
+                    (loss / len(batches)).backward()
+            found.append(metrics)
+        return over_batches(found)
 
     def train(
         self,
@@ -200,8 +221,9 @@ class Trainer:
         while self.step < cfg.num_steps and stopped is None:
             log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
             with self.timer.stage("data"):
-                batch = next(self.loader).to(self.device)
-            self.means.add(self.train_step(batch, monitor=log), self.guard.skip)
+                count = cfg.parallel.accumulate
+                batches = [next(self.loader).to(self.device) for _ in range(count)]
+            self.means.add(self.train_step(*batches, monitor=log), self.guard.skip)
             self.timer.count_step()
             self._watchdog.beat()
             if log:
@@ -284,7 +306,8 @@ class Trainer:
         values["optim/lr"] = float(self.lr[self.step - 1]) * self.skips.lr_scale(self.step - 1)
         spiked, values["guard/skipped"] = self._heed_skips()
         values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
-        images = num_steps * self.cfg.data.batch_size * self.world.size
+        num_batches = num_steps * self.cfg.parallel.accumulate * self.world.size
+        images = num_batches * self.cfg.data.batch_size
         values["throughput/img_s"] = images / seconds
         if self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

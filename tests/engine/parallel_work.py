@@ -56,7 +56,7 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
             mixes = [_mix(trainer, r, part(batch, r, num_ranks)) for r in range(num_ranks)]
             mine = batch if rank is None else part(batch, rank, num_ranks)
             mix = joined(mixes) if rank is None else mixes[rank]
-            trainer.draw_mix = lambda _, mix=mix: mix  # type: ignore[method-assign,misc]
+            trainer.draw_mix = lambda *_, mix=mix: mix  # type: ignore[method-assign,misc]
             if step == 0:
                 _keep_gradients(trainer, found)
             losses.append(trainer.world.mean(trainer.train_step(mine)["loss/total"].clone()))

@@ -81,9 +81,11 @@ def test_the_first_step_a_save_and_a_beat_have_their_time(tmp_path: Path) -> Non
             time.sleep(2 * LIMIT)
             with watchdog.patient("a save"):
                 time.sleep(2 * LIMIT)
-            for _ in range(4):
+            for _ in range(3):
                 time.sleep(LIMIT / 2)
+                before = watchdog._deadline
                 watchdog.beat()
+                assert before < watchdog._deadline <= time.monotonic() + LIMIT
         assert not stacks.exists()
         time.sleep(2 * LIMIT)  # nothing is left that would end a process that goes on
 
@@ -106,10 +108,11 @@ def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
         if os.fork() == 0:
             time.sleep(LIMIT)
             os.kill(os.getppid(), signal.SIGSTOP)
-            time.sleep(4 * LIMIT)
+            time.sleep(6 * LIMIT)
             os.kill(os.getppid(), signal.SIGCONT)
             os._exit(0)
-        with Watchdog(tmp_path / "stacks.txt", seconds=2 * LIMIT):
+        with Watchdog(tmp_path / "stacks.txt", seconds=3 * LIMIT) as watchdog:
+            watchdog.beat()
             time.sleep(2 * LIMIT)
 
     assert _child(work) == 0

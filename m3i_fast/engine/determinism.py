@@ -1,0 +1,53 @@
+"""The same bits at every run on the same machine: settings, and what is refused with them."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.models.vit import ViTConfig
+
+# Read by cuBLAS, Transformer Engine and NCCL when they start; the first value is set where none is.
+_ENVIRONMENT = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "NCCL_ALGO": ("Ring",),
+}
+
+
+def make_deterministic(cfg: TrainConfig, device: torch.device) -> None:
+    """What `deterministic` asks of this process; before the ranks meet and the device is used.
+
+    torch then raises RuntimeError where an operation has no deterministic form, and DCNv3 sums its
+    gradient in integers; the other compiled ops have one order of summation anyway. Attention's
+    memory-efficient kernels have no such backward pass: on a GPU flash or plain attention is left.
+    Raises ValueError where an option or a variable of the environment stands against it.
+    """
+    expect_deterministic(cfg, device)
+    for name, values in _ENVIRONMENT.items():
+        os.environ.setdefault(name, values[0])
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+
+
+def expect_deterministic(cfg: TrainConfig, device: torch.device) -> None:
+    """ValueError names what to change."""
+    for name, values in _ENVIRONMENT.items():
+        got = os.environ.get(name)
+        if got is not None and got not in values:
+            raise ValueError(
+                f"--deterministic: expected {name}={' or '.join(values)} or no {name} in the "
+                f"environment, got {got}"
+            )
+    local = cfg.data.local_views
+    if device.type == "cuda" and isinstance(cfg.vision, ViTConfig) and local is not None:
+        if local.size != cfg.vision.image_size:
+            raise ValueError(
+                "--deterministic: expected no local views of another size with a ViT on a GPU, "
+                "where the gradient of its resampled positions is summed in any order; got "
+                f"data.local_views.size = {local.size} and vision.image_size = "
+                f"{cfg.vision.image_size}; take data.local-views:none, or --device cpu"
+            )
