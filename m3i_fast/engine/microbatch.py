@@ -22,6 +22,7 @@ from m3i_fast.objectives.counts import Counts
 from m3i_fast.objectives.seen import target_rows
 
 ALIGNMENT = {"bf16": 1, "fp8_current": 16, "fp8_delayed": 16, "mxfp8": 32, "fp8_block": 128}
+FP8 = tuple(recipe for recipe in ALIGNMENT if recipe != "bf16")
 
 Product = tuple[int, int]  # features in, features out
 

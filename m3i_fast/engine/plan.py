@@ -26,7 +26,7 @@ from m3i_fast.engine.footprint import (
     trace,
 )
 from m3i_fast.engine.ledger import CAST_WEIGHTS, GRADIENTS
-from m3i_fast.engine.microbatch import Legal, legal_batches, token_rows
+from m3i_fast.engine.microbatch import FP8, Legal, legal_batches, token_rows
 from m3i_fast.engine.roofline import (
     AVERAGE_BYTES,
     CANDIDATES,
@@ -125,6 +125,7 @@ def make_plan(
     bf16 = cfg.precision != "fp32" and (cfg.precision != "auto" or card.is_gpu)
     objective = build_on_meta(cfg)
     parameters = count_parameters(objective)
+    rates = [_FP8_RATE] if cfg.precision in FP8 else []
     footprint = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=nodes.num_ranks)
     flops = step_flops(cfg, num_ranks=nodes.num_ranks)
     assumed = _assumed_memory(cfg, card, nodes, footprint)
@@ -158,10 +159,11 @@ def make_plan(
         footprint=footprint,
         legal=legal_batches(cfg),
         strategies=strategies,
-        assumptions=[*_MEMORY_ASSUMPTIONS, *assumptions(card, utilisation=utilisation)],
+        assumptions=[*_MEMORY_ASSUMPTIONS, *assumptions(card, utilisation=utilisation), *rates],
     )
 
 
+_FP8_RATE = "products in FP8 run at the rate of bf16: what they gain is not predicted"
 _MEMORY_ASSUMPTIONS = [
     "every image has a label and a caption, the captions of all ranks are candidates of each",
     "memory beside torch's allocator is made of constants; left out are fragmentation, workspaces "

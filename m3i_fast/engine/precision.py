@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from m3i_fast.config import Backend, Precision
-from m3i_fast.engine.microbatch import ALIGNMENT, Product, Shapes, too_narrow
+from m3i_fast.engine.microbatch import ALIGNMENT, FP8, Product, Shapes, too_narrow
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,6 @@ BF16_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 BLOCK_CUDA = (12, 9)
-FP8 = tuple(recipe for recipe in ALIGNMENT if recipe != "bf16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

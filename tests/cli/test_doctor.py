@@ -19,8 +19,7 @@ import torch
 
 from m3i_fast.cli import doctor, findings, probes
 from m3i_fast.cli.findings import Finding, Machine
-from m3i_fast.engine.precision import FP8
-from m3i_fast.models import float8
+from m3i_fast.engine.microbatch import FP8
 
 LIBRARIES = {
     # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.
@@ -222,6 +221,9 @@ def test_every_precision_is_named_with_a_reason_where_it_is_refused() -> None:
 
 
 def test_a_wrong_product_in_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    from m3i_fast.models import float8
+
     right = float8.float8_linear
     monkeypatch.setattr(float8, "float8_linear", lambda *arguments: 1.25 * right(*arguments))
     with pytest.raises(SystemExit, match="^torchao: a product in FP8 is wrong$"):

@@ -12,7 +12,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.cards import CARDS
 from m3i_fast.engine.flops import counts_of
 from m3i_fast.engine.footprint import AVERAGE, PARAMETERS, STATES, trace
-from m3i_fast.engine.microbatch import legal_batches, token_rows
+from m3i_fast.engine.microbatch import legal_batches, shapes_of, token_rows
 from m3i_fast.engine.plan import Plan, make_plan
 from m3i_fast.engine.roofline import CANDIDATES, Work, predict
 from m3i_fast.engine.traffic import Nodes, Traffic
@@ -216,3 +216,24 @@ def test_sharding_pays_for_a_large_model() -> None:
 def test_published_rates() -> None:
     rates = {name: card.bf16_flop_s for name, card in CARDS.items() if card.is_gpu}
     assert rates == {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
+
+
+def test_a_run_in_fp8_is_planned_at_the_rate_of_bf16_and_says_so(plan: Plan) -> None:
+    cfg = replace(small(), precision="fp8_current")
+    found = make_plan(cfg, card=CARDS["h100"], nodes=TWO_NODES)
+    assert found.bf16 and found.strategies == plan.strategies
+    assert set(found.assumptions) - set(plan.assumptions) == {
+        "products in FP8 run at the rate of bf16: what they gain is not predicted"
+    }
+
+
+def test_each_local_view_is_a_pass_of_the_encoder_and_of_the_decoder() -> None:
+    cfg = recipes()["m3i_vit_b"]()
+    local = replace(cfg.data.global_views, size=96, count=3)
+    cfg = replace(cfg, data=replace(cfg.data, batch_size=32, local_views=local))
+    rows = dict(shapes_of(cfg).rows(32))
+    assert rows["local views"] == 32 * 36  # cells of one view of 96 pixels
+    assert token_rows(counts_of(cfg))["local views"] == 3 * 32 * 36
+    queries = cfg.vision.num_patches
+    asked = counts_of(cfg).num_asked("first")
+    assert rows["decoder of inter, local views"] == asked * (36 + queries)

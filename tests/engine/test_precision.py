@@ -268,7 +268,7 @@ def test_a_run_that_has_no_fp8_product_is_an_error(
         first = _forward(step, cfg, choice)
         _forward(step, cfg, choice)  # asked once
     assert [r.message for r in caplog.records if "first forward" in r.message] == [
-        "precision: 52 in fp8_current in the first forward pass"
+        "precision: 40 in fp8_current in the first forward pass"
     ]
     first.backward()
 

@@ -32,16 +32,17 @@ INTERNIMAGE = internimage_demo(
 
 
 def _gradients(
-    linear: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float32
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> list[Tensor]:
-    """Output and gradients of x [2, 24, 64], weight [96, 64], bias [96]."""
+    """Output and gradients of x [2, 24, 64], weight [96, 64], bias [96], on the CPU."""
     torch.manual_seed(0)
-    x = torch.randn(2, 24, 64, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = (0.1 * torch.randn(96, 64, dtype=torch.float64)).to(dtype).requires_grad_()
-    bias = torch.randn(96, dtype=torch.float64).to(dtype).requires_grad_()
+    drawn = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 24, 64), (96, 64), (96,)))
+    x, weight, bias = (t.to(device, dtype).requires_grad_() for t in drawn)
     y = linear(x, weight, bias)
-    y.backward(torch.randn(y.shape, dtype=torch.float64).to(y.dtype))
-    return [y.detach(), *(t.grad for t in (x, weight, bias) if t.grad is not None)]
+    y.backward(torch.randn(y.shape, dtype=torch.float64).to(device, y.dtype))
+    return [y.detach().cpu(), *(t.grad.cpu() for t in (x, weight, bias) if t.grad is not None)]
 
 
 def _torchaos_module(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -56,23 +57,32 @@ def test_products_are_torchaos_bit_for_bit() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_products_are_within_the_rounding_of_fp8_and_no_nearer() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_products_are_within_the_rounding_of_fp8_and_no_nearer(device: str) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs sm_89 or newer")
     exact = _gradients(F.linear, torch.float64)
     # e4m3 rounds to 1/16 and e5m2, gradients', to 1/8; most roundings are smaller, and cancel.
     bounds = (0.05, 0.06, 0.06)
-    for found, wanted, bound in zip(_gradients(float8_linear), exact, bounds, strict=False):
+    ours = _gradients(float8_linear, torch.bfloat16, device)
+    for found, wanted, bound in zip(ours, exact, bounds, strict=False):
         error = ((found.double() - wanted).norm() / wanted.norm()).item()
         assert 0.01 < error < bound
 
 
-def test_autocast_gives_bf16_and_the_master_weight_its_own_gradient() -> None:
+def test_autocast_rounds_what_is_kept_to_bf16_and_keeps_the_gradients_types() -> None:
+    def rounded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return float8_linear(x.bfloat16(), weight, bias)
+
     with torch.autocast("cpu", torch.bfloat16):
-        y, x_grad, weight_grad, _ = _gradients(float8_linear)
-    assert (y.dtype, x_grad.dtype, weight_grad.dtype) == (
-        torch.bfloat16,
-        torch.float32,
-        torch.float32,
-    )
+        found = _gradients(float8_linear)
+    assert [t.dtype for t in found] == [torch.bfloat16, *(torch.float32,) * 3]
+    for ours, wanted in zip(found, _gradients(rounded), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_gathered_weights_of_bf16_have_gradients_of_bf16() -> None:
+    assert {t.dtype for t in _gradients(float8_linear, torch.bfloat16)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
