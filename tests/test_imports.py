@@ -30,7 +30,7 @@ DOCTOR = "m3i_fast/cli/probes.py"
 ONLY_IN = {
     "nvidia": ("pipelines/", DOCTOR),
     "transformer_engine": (
-        "m3i_fast/models/blocks.py",
+        "m3i_fast/models/te_",
         "m3i_fast/engine/precision.py",
         "m3i_fast/engine/optim.py",
         DOCTOR,

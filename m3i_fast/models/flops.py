@@ -142,6 +142,9 @@ def vit(cfg: ViTConfig, num_images: int = 1, image_size: int | None = None) -> F
 def text(cfg: TextConfig, num_captions: int = 1) -> Flops:
     """Captions of the full context length, padding included."""
     one = block(num_captions, cfg.context_length, cfg.dim, mlp_ratio=cfg.mlp_ratio)
+    if cfg.activation_checkpointing == "full":
+        rows = num_captions * cfg.context_length
+        one = one.recomputed(but=linear(rows, int(cfg.dim * cfg.mlp_ratio), cfg.dim).forward)
     return one * cfg.depth + linear(num_captions, cfg.dim, cfg.embed_dim)
 
 

@@ -19,6 +19,7 @@ from m3i_fast.models.blocks import (
     Linear,
     reset_children,
 )
+from m3i_fast.models.recompute import Recompute, check_recompute
 
 POSITION_STD = 0.01  # CLIP
 
@@ -41,6 +42,9 @@ class TextConfig:
     """Hidden width of the MLP over dim."""
     embed_dim: int = 512
     """Width of a caption's embedding."""
+    activation_checkpointing: Recompute = "none"
+    """What each block computes again in the backward pass. selective: norms and GELU, which costs
+    little; full: all of it, the least memory for about a third more compute."""
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "context_length", "dim", "depth", "num_heads", "embed_dim")
@@ -53,6 +57,7 @@ class TextConfig:
             )
         if self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio: expected more than 0, got {self.mlp_ratio}")
+        check_recompute(self.activation_checkpointing)
 
 
 class TextEncoder(nn.Module):
@@ -63,7 +68,13 @@ class TextEncoder(nn.Module):
         self.cfg = cfg
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(
-            Block(cfg.dim, cfg.num_heads, mlp_ratio=cfg.mlp_ratio, layers=layers)
+            Block(
+                cfg.dim,
+                cfg.num_heads,
+                mlp_ratio=cfg.mlp_ratio,
+                activation_checkpointing=cfg.activation_checkpointing,
+                layers=layers,
+            )
             for _ in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.dim, LAYER_NORM_EPS)

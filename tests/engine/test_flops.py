@@ -85,7 +85,8 @@ def test_a_step_that_computes_blocks_again(
         drop_path_mode="subset" if scale else "mask",
         class_token=True,
     )
-    expect_counted(replace(cfg, vision=vision))
+    text = replace(cfg.text, activation_checkpointing=recompute)
+    expect_counted(replace(cfg, vision=vision, text=text))
 
 
 def test_the_decoder_forward() -> None:

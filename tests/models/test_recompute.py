@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from m3i_fast.engine.ledger import CAST_WEIGHTS, Ledger
 from m3i_fast.models.internimage import InternImage
 from m3i_fast.models.recompute import Recompute
+from m3i_fast.models.text import TextConfig, TextEncoder
 from m3i_fast.models.vit import ViT, ViTConfig
 from tests.models.official_internimage import TINY_H, seeded_state
 
@@ -66,6 +67,19 @@ def test_gradients_are_equal_and_less_is_kept(
         assert all(torch.equal(plain, other) for other in others)
     assert kept[0] * 0.9 > kept[1]
     assert kept[1] * 0.5 > kept[2]
+
+
+def test_a_text_encoder_repeats_its_padded_attention() -> None:
+    ids, grads = torch.randint(0, 50, (4, 7)), []
+    for way in WAYS:
+        torch.manual_seed(1)
+        cfg = TextConfig(vocab_size=50, context_length=7, dim=32, depth=2, num_heads=2)
+        model = TextEncoder(replace(cfg, activation_checkpointing=way))
+        model(ids, torch.tensor([7, 3, 1, 0])).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for plain, *others in zip(*grads, strict=True):
+        assert plain is not None
+        assert all(torch.equal(plain, other) for other in others)
 
 
 def test_selective_repeats_no_product() -> None:
