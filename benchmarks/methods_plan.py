@@ -22,6 +22,7 @@ TEACHER = "supervised"
 ADDED: dict[str, object] = {
     "parallel.shard": 1,
     "parallel.chunk": 0,
+    "parallel.prefetch": 0,
     "optim.name": "adamw",
     "optim.impl": "auto",
     "optim.eps": None,

@@ -13,8 +13,14 @@ class ParallelConfig:
     chunk: int = 0
     """Rows that encoders and decoders work on at a time (gradient caching): activations take the
     memory of so many, losses see the whole batch, the forward pass is run twice. 0: all rows."""
+    prefetch: int = 0
+    """Blocks whose weights are gathered before their turn, forward and backward, where weights are
+    spread: more of them hide a slower network, and each takes the memory of a block. 0: one, when
+    FSDP2 sees fit."""
 
     def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise ValueError(f"parallel.prefetch: expected >= 0, got {self.prefetch}")
         if self.chunk < 0:
             raise ValueError(f"parallel.chunk: expected >= 0, got {self.chunk}")
         if self.shard < 1 and self.shard != -1:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.ema import update_ema
-from m3i_fast.engine.model import blocks_of, build_objective
+from m3i_fast.engine.model import build_objective, stacks_of
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.precision import autocast, compute_dtype, resolve_device
@@ -78,7 +78,9 @@ class Trainer:
         self._check_data()
         torch.manual_seed(cfg.seed)
         with self.device:
-            self.objective = build_objective(cfg, self.world.group)
+            self.objective = build_objective(
+                cfg, self.world.group, on_meta=self.world.spreads(cfg.parallel)
+            )
         self.model = self._distribute()
         self.optimizer = build_optimizer(cfg.optim, self.objective)
         self.lr = cfg.optim.lr_schedule(cfg.num_steps)
@@ -99,10 +101,11 @@ class Trainer:
         """The forward pass of a step, whose gradients the ranks reduce."""
         return distribute(
             StepForward(self.objective),
-            blocks_of(self.objective),
+            stacks_of(self.objective),
             self.cfg.parallel,
             self.world,
             compute_dtype=compute_dtype(self.cfg.precision, self.device),
+            copies=[average for average, _ in self.objective.momentum_pairs()],
         )
 
     def draw_mix(self, batch: Batch) -> Mix:
