@@ -26,6 +26,7 @@ ADDED: dict[str, object] = {
     "parallel.shard": 1,
     "parallel.chunk": 0,
     "parallel.accumulate": 1,
+    "parallel.prefetch": 0,
     "optim.name": "adamw",
     "optim.impl": "auto",
     "optim.eps": None,

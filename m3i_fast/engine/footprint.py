@@ -80,8 +80,7 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
             "objective.terms: expected no term with a frozen encoder, whose size the recipe does "
             f"not say, got teacher {cfg.objective.teacher}"
         )
-    with torch.device("meta"):
-        return build_objective(replace(cfg, compile=False))
+    return build_objective(replace(cfg, compile=False), on_meta=True)
 
 
 def count_parameters(objective: MutualInformation) -> dict[str, int]:

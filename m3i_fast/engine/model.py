@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.chunks import chunk
+from m3i_fast.engine.chunks import ROW_WISE, chunk
 from m3i_fast.engine.param_groups import freeze_patch_embed
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.models.blocks import TORCH_LAYERS, Block, BlockLayers
@@ -20,24 +22,27 @@ def build_objective(
     process_group: dist.ProcessGroup | None = None,
     *,
     layers: BlockLayers = TORCH_LAYERS,
+    on_meta: bool = False,
 ) -> MutualInformation:
     """The model of a run, with its blocks compiled where the config says so.
 
-    `layers` changes how it computes (`layers_of`), not its state dict.
+    `layers` changes how it computes (`layers_of`), not its state dict. on_meta: without memory,
+    which `meta_init.initialise` gives it; a frozen teacher has its own.
     """
     teacher = None
     if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
         with torch.random.fork_rng():  # the student's start does not depend on its teacher
             teacher = load_teacher(cfg.objective.teacher, cfg.vision)
-    objective = MutualInformation(
-        cfg.objective,
-        vision=cfg.vision,
-        text=cfg.text,
-        num_classes=cfg.num_classes,
-        teacher=teacher,
-        process_group=process_group,
-        layers=layers,
-    )
+    with torch.device("meta") if on_meta else nullcontext():
+        objective = MutualInformation(
+            cfg.objective,
+            vision=cfg.vision,
+            text=cfg.text,
+            num_classes=cfg.num_classes,
+            teacher=teacher,
+            process_group=process_group,
+            layers=layers,
+        )
     if cfg.optim.freeze_patch_embed:
         freeze_patch_embed(objective)
     if cfg.compile:
@@ -51,6 +56,11 @@ def build_objective(
     if cfg.parallel.chunk:
         chunk(objective, cfg.parallel.chunk)
     return objective
+
+
+def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of each encoder and decoder, in the order in which they run."""
+    return [blocks_of(m) for m in model.modules() if isinstance(m, tuple(ROW_WISE))]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

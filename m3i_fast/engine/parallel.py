@@ -10,15 +10,17 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from m3i_fast.engine.meta_init import initialise, is_on_meta
 from m3i_fast.engine.parallel_config import ParallelConfig
 from m3i_fast.engine.parts import is_spread
 
@@ -61,6 +63,10 @@ class World:
         """Until every rank has come here."""
         if self.control is not None:
             dist.barrier(group=self.control)
+
+    def spreads(self, cfg: ParallelConfig) -> bool:
+        """Whether no rank holds all weights."""
+        return self.group is not None and (self.size if cfg.shard == -1 else cfg.shard) > 1
 
     def mesh(self, cfg: ParallelConfig) -> DeviceMesh | None:
         """(replicate, shard), or None where every rank holds all.
@@ -106,15 +112,18 @@ def leave_world() -> None:
 
 def distribute(
     model: nn.Module,
-    blocks: Sequence[nn.Module],
+    stacks: Sequence[Sequence[nn.Module]],
     cfg: ParallelConfig,
     world: World,
     *,
     compute_dtype: torch.dtype,
+    copies: Sequence[nn.Module] = (),
 ) -> nn.Module:
     """`model` as the ranks run it; its forward is what gradients are reduced by.
 
-    blocks: what is gathered at a time, where weights are spread. Scalars stay whole: FSDP2 does not
+    stacks: of blocks that run one after another, each gathered by itself where weights are spread;
+    a model on the meta device is then
+    initialised here, `copies` being what it fills from others. Scalars stay whole: FSDP2 does not
     split them, and `average_whole` reduces their gradients.
     """
     if world.group is None:
@@ -137,11 +146,28 @@ def distribute(
         reduce_dtype=torch.float32 if low else None,
         cast_forward_inputs=False,
     )
-    for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    share = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    blocks = [block for stack in stacks for block in stack]
+    if is_on_meta(model):
+        initialise(model, blocks, world.device, copies=copies, share=share)
+    else:
+        for block in blocks:
+            share(block)
+    for stack in stacks:
+        prefetch(stack, cfg.prefetch)
     scalars = {p for p in model.parameters() if p.ndim == 0}
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=scalars)  # in place
+    share(model, ignored_params=scalars)  # in place
     return model
+
+
+def prefetch(stack: Sequence[nn.Module], count: int) -> None:
+    """Have each of a stack's blocks gather the `count` that come after it, either way."""
+    for way, method in (
+        (stack, FSDPModule.set_modules_to_forward_prefetch),
+        (stack[::-1], FSDPModule.set_modules_to_backward_prefetch),
+    ):
+        for place, block in enumerate(way, start=1):
+            method(block, way[place : place + count])  # type: ignore[arg-type]
 
 
 def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:

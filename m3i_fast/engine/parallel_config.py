@@ -16,10 +16,16 @@ class ParallelConfig:
     accumulate: int = 1
     """Batches of data.batch_size that a rank's step adds the gradients of: the whole batch is
     data.batch_size x accumulate x ranks. Each term's mean is over the members of one of them."""
+    prefetch: int = 0
+    """Blocks whose weights are gathered before their turn, forward and backward, where weights are
+    spread: more of them hide a slower network, and each takes the memory of a block. 0: one, when
+    FSDP2 sees fit."""
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise ValueError(f"parallel.accumulate: expected >= 1, got {self.accumulate}")
+        if self.prefetch < 0:
+            raise ValueError(f"parallel.prefetch: expected >= 0, got {self.prefetch}")
         if self.chunk < 0:
             raise ValueError(f"parallel.chunk: expected >= 0, got {self.chunk}")
         if self.shard < 1 and self.shard != -1:

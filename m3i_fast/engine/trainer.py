@@ -23,7 +23,7 @@ from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.engine.guard import Guard, not_finite
 from m3i_fast.engine.microbatch import shapes_of
-from m3i_fast.engine.model import blocks_of, build_objective
+from m3i_fast.engine.model import build_objective, stacks_of
 from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.parts import GradientNorm
@@ -93,8 +93,12 @@ class Trainer:
         expect_data(cfg, self.loader.manifest)
         torch.manual_seed(cfg.seed)
         with self.device:
-            layers = layers_of(self.arithmetic, cfg.fp8_min_dim)
-            self.objective = build_objective(cfg, self.world.group, layers=layers)
+            self.objective = build_objective(
+                cfg,
+                self.world.group,
+                layers=layers_of(self.arithmetic, cfg.fp8_min_dim),
+                on_meta=self.world.spreads(cfg.parallel),
+            )
         expect_additive(cfg, self.objective)
         self.model = self._distribute()
         self._named = list(self.objective.named_parameters())
@@ -123,10 +127,11 @@ class Trainer:
         expect_fp8(forward, self.arithmetic)
         return distribute(
             forward,
-            blocks_of(self.objective),
+            stacks_of(self.objective),
             self.cfg.parallel,
             self.world,
             compute_dtype=self.arithmetic.compute_dtype,
+            copies=[average for average, _ in self.objective.momentum_pairs()],
         )
 
     def draw_mix(self, batch: Batch, index: int = 0) -> Mix:

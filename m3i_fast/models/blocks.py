@@ -5,7 +5,7 @@ Letters: B batch, T tokens, D width, H heads, F hidden width of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,14 +27,20 @@ def init_weight(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, std=INIT_STD)
 
 
-def reset_children(module: nn.Module) -> None:
-    """Initialise everything below `module` again, in the order of construction."""
+def reset_children(module: nn.Module, *, but: Collection[nn.Module] = ()) -> None:
+    """Initialise everything below `module` again, in the order of construction, without `but`."""
     for child in module.children():
-        reset = getattr(child, "reset_parameters", None)
-        if reset is None:
-            reset_children(child)
-        else:
-            reset()
+        if child not in but:
+            reset(child, but=but)
+
+
+def reset(module: nn.Module, *, but: Collection[nn.Module] = ()) -> None:
+    """Initialise `module` again: by its `reset_parameters`, or all below it that have one."""
+    own = getattr(module, "reset_parameters", None)
+    if own is None:
+        reset_children(module, but=but)
+    else:
+        own()
 
 
 class Linear(nn.Linear):

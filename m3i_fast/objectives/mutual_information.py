@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers, reset_children
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig, build_encoder
@@ -39,6 +39,7 @@ from m3i_fast.objectives.terms import (
     Sizes,
     TermModule,
     build_term,
+    copy_state,
     dense_dim,
 )
 from m3i_fast.ops import mask_mix
@@ -98,6 +99,31 @@ class MutualInformation(nn.Module):
         )
         weights = {t.name: t.weight for t in cfg.active_terms}
         self.balance = Balance(cfg.balance, weights, process_group)
+
+    def reset_parameters(self) -> None:
+        """Initialise everything, as after `to_empty`: equal to a direct build."""
+        targets = [self.target_encoder] if self.cfg.uses(encoder="momentum") else []
+        reset_children(self, but=[*targets, self.decoders])
+        self._reset_decoders()
+        for target in targets:
+            copy_state(target.encoder, self.encoder)
+
+    def _reset_decoders(self) -> None:
+        """Each as often as terms share it: the constructor makes one a term, and keeps the last."""
+        keys = [term.decoder_key for term in self.terms_of(Dense) if term.decoder_key is not None]
+        for place, key in enumerate(keys, start=1):
+            decoder = self.decoders[key]
+            assert isinstance(decoder, DenseDecoder)
+            if key not in keys[place:]:
+                decoder.reset_parameters()
+                continue
+            with decoder.mask_token.device:
+                DenseDecoder(
+                    decoder.cfg,
+                    input_dim=decoder.embed.in_features,
+                    output_dim=decoder.head.out_features,
+                    input_grid=decoder.input_grid,
+                )
 
     def _sizes(self, vision: VisionConfig, text: TextConfig, num_classes: int) -> Sizes:
         target_dim = {"momentum": vision.dim}

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers, reset_children
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.config import ObjectiveConfig, Term
@@ -46,6 +46,17 @@ class TermModule(nn.Module, ABC):
         key = (term.target, term.likelihood, term.regulariser)
         self.loss = LIKELIHOODS[key].build(term, cfg, dim, sizes.process_group)
 
+    def reset_parameters(self) -> None:
+        """Initialise everything, as after `to_empty`; what follows by EMA starts as a copy."""
+        pairs = dict(self.momentum_pairs())
+        reset_children(self, but=pairs)
+        self.reset_own_parameters()
+        for average, online in pairs.items():
+            copy_state(average, online)
+
+    def reset_own_parameters(self) -> None:
+        """Initialise what belongs to no submodule; a term that has such overrides this."""
+
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(average, online): what follows the online modules by EMA."""
         yield from ()
@@ -59,6 +70,14 @@ def follower(module: nn.Module, sizes: Sizes) -> nn.Module:
     """A copy that an EMA moves; its batch norms use the batch's statistics, as in training."""
     group = sizes.process_group
     return copy.deepcopy(module, {id(group): group}).requires_grad_(False)
+
+
+@torch.no_grad()
+def copy_state(average: nn.Module, online: nn.Module) -> None:
+    """Parameters and buffers of `online` into a copy of it, in place."""
+    targets, sources = ((*m.parameters(), *m.buffers()) for m in (average, online))
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 @torch.no_grad()

@@ -31,7 +31,6 @@ class Label(TermModule):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Initialise what belongs to no submodule."""
         self.log_scale.fill_(-math.log(self.temperature))
 
     @torch.no_grad()
