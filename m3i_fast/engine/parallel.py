@@ -122,9 +122,8 @@ def distribute(
     """`model` as the ranks run it; its forward is what gradients are reduced by.
 
     stacks: of blocks that run one after another, each gathered by itself where weights are spread;
-    a model on the meta device is then
-    initialised here, `copies` being what it fills from others. Scalars stay whole: FSDP2 does not
-    split them, and `average_whole` reduces their gradients.
+    a model on the meta device is then initialised here, `copies` being what it fills from others.
+    Scalars stay whole: FSDP2 does not split them, and `average_whole` reduces their gradients.
     """
     if world.group is None:
         return model
