@@ -240,7 +240,7 @@ class Trainer:
             stopped = self._stop.agreed()
         self._stop.wait()
         self.save()
-        return Outcome(self.step, stopped)
+        return Outcome(self.step, stopped if self.step < cfg.num_steps else None)
 
     def _log(self, progress: Progress) -> None:
         """Read the metrics and heed what they say."""
@@ -405,7 +405,8 @@ class Trainer:
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:
-        if self._stop.signal is not None:
+        if self._stop.signal is None:
+            self._stop.signal = number
+            logger.warning("signal %d: finishing the step and saving; Ctrl-C stops at once", number)
+        elif number == signal.SIGINT:  # a scheduler and torchrun may both send SIGTERM
             raise KeyboardInterrupt
-        self._stop.signal = number
-        logger.warning("signal %d: finishing the step and saving; once more stops at once", number)
