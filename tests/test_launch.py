@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +24,7 @@ from m3i_fast.cli import launch, main, train
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.observe.metrics import read_jsonl
+from tests.engine.run_work import spread
 from tests.engine.test_parallel_runs import _config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,10 +210,18 @@ def _expect_room(template: dict[str, Any], asked: Any) -> None:
         assert "persistentVolumeClaim" in mounts[f"/{path.parts[1]}"]
 
 
+def _image() -> list[str]:
+    """The container file, an instruction a line."""
+    return (LAUNCH / "Containerfile").read_text().replace("\\\n", " ").splitlines()
+
+
+def _copied(lines: list[str]) -> list[str]:
+    return [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+
+
 def test_the_image_is_made_of_what_is_there() -> None:
-    lines = (LAUNCH / "Containerfile").read_text().replace("\\\n", " ").splitlines()
-    project = (ROOT / "pyproject.toml").read_text()
-    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    lines, project = _image(), (ROOT / "pyproject.toml").read_text()
+    copied = _copied(lines)
     assert copied and all((ROOT / name).exists() for name in copied)
     ignored = (LAUNCH / "Containerfile.dockerignore").read_text().splitlines()
     assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
@@ -220,11 +232,31 @@ def test_the_image_is_made_of_what_is_there() -> None:
         assert f"runAsUser: {users[-1]}\n" in (LAUNCH / "kubernetes" / f"{name}.yaml").read_text()
 
 
+@pytest.mark.slow
+def test_what_the_image_copies_is_enough_to_build(tmp_path: Path) -> None:
+    """Its last pip command, without CUDA, in a folder with its files and nothing else."""
+    lines, source = _image(), tmp_path / "src"
+    source.mkdir()
+    for name in _copied(lines):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source)
+        else:
+            ignored = shutil.ignore_patterns("results", "__pycache__", "*.so")
+            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    [install] = [line for line in lines if line.startswith("RUN pip install") and '".[' in line]
+    words = shlex.split(install.removeprefix("RUN pip").replace("M3I_CUDA=ON", "M3I_CUDA=OFF"))
+    options = [word for word in words if "${" not in word]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *options]
+    subprocess.run([*pip, "--no-deps", "--target", tmp_path / "site", "."], check=True, cwd=source)
+    assert (tmp_path / "site" / "m3i_fast" / "_C.abi3.so").is_file()
+    assert (tmp_path / "site" / "m3i_fast" / "benchmarks" / "harness.py").is_file()
+
+
 # ---- Whole runs ----------------------------------------------------------------------------------
 
 
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+def _wait_for(path: Path, process: subprocess.Popen[bytes], *, seconds: int = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, f"ended with {process.returncode} before {path.name}"
         assert time.monotonic() < deadline, f"waited for {path}"
@@ -255,6 +287,26 @@ def test_a_slurm_job_that_runs_out_of_time_goes_on_in_the_next(
     rows = read_jsonl(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, stopped + 3))
     assert TrainConfig.load(out / "config.json") == shorter
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_node_saves_on_all(dataset: Path, log: Path, tmp_path: Path) -> None:
+    """Two agents that meet, of a rank each; FSDP2, with compiled blocks."""
+    cfg = replace(_config(dataset), num_steps=4000, checkpoint_every=2, compile=True)
+    cfg = spread(cfg, -1)
+    config, out = tmp_path / "config.json", tmp_path / "run"
+    cfg.save(config)
+    arguments = ("--config", str(config), "--out", str(out))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "RENDEZVOUS": f"localhost:{port}"}
+    first, second = (_start(log, "torchrun.sh", *arguments, **nodes) for _ in range(2))
+    _wait_for(out / "checkpoints" / "latest", first, seconds=400)
+    second.send_signal(signal.SIGTERM)
+    assert [first.wait(), second.wait()] == [75, 75]
+    saved = checkpoint.latest(out / "checkpoints")
+    assert saved.state()["num_ranks"] == 2 and saved.step < cfg.num_steps
 
 
 def test_a_wrong_request_is_a_2(log: Path, tmp_path: Path) -> None:
