@@ -46,6 +46,7 @@ ADDED: dict[str, object] = {
     "fp8_min_dim": 768,
     "deterministic": False,
     "keep_every": 0,
+    "keep_best": "",
     "async_checkpoint": True,
 }
 

@@ -71,6 +71,9 @@ class TrainConfig:
     """Newest checkpoints kept."""
     keep_every: int = 0
     """Steps between checkpoints that are kept for ever; 0 keeps none of them."""
+    keep_best: str = ""
+    """Logged metric whose best checkpoint is kept as well: loss/total its lowest,
+    +monitor/target_rank its highest; as it was when last logged before the save."""
     async_checkpoint: bool = True
     """Write checkpoints in a thread, from a copy in host memory; the step waits for the copy."""
 

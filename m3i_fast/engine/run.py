@@ -44,6 +44,7 @@ class Run:
             self.checkpoints,
             keep=cfg.keep_checkpoints,
             keep_every=cfg.keep_every,
+            keep_best=bool(cfg.keep_best),
             background=cfg.async_checkpoint,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import threading
@@ -38,10 +39,19 @@ class Saver:
     """
 
     def __init__(
-        self, directory: Path, *, keep: int, keep_every: int = 0, background: bool = False
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        keep_best: bool = False,
+        background: bool = False,
     ) -> None:
-        """keep: newest ones kept. keep_every: those of every so many steps are kept as well."""
-        self.directory, self._keep, self._keep_every = directory, keep, keep_every
+        """keep: newest ones kept. keep_every: those of every so many steps are kept as well, and
+        keep_best the one whose state has the lowest log.score.
+        """
+        self.directory, self._keep = directory, keep
+        self._keep_every, self._keep_best = keep_every, keep_best
         self._host = HostCopy() if background else None
         # Of its own, since the thread's messages must not mix with those of the training step.
         distributed = dist.is_available() and dist.is_initialized()
@@ -152,8 +162,11 @@ class Saver:
             os.rename(temporary, path)
             sync(path.parent)
         self._point_to(checkpoint)
-        for old in self._up_to(checkpoint.step)[: -self._keep]:
-            if not self._keep_every or old.step % self._keep_every:
+        found = self._up_to(checkpoint.step)
+        scored = [c for c in found if self._keep_best and _score(c) < math.inf]
+        best = min(scored, key=_score, default=None)
+        for old in found[: -self._keep]:
+            if old != best and (not self._keep_every or old.step % self._keep_every):
                 remove_directory(old.path)
 
     def _up_to(self, step: int) -> list[Checkpoint]:
@@ -162,6 +175,15 @@ class Saver:
 
     def _point_to(self, checkpoint: Checkpoint) -> None:
         write_atomically(self.directory / POINTER, f"{checkpoint.path.name}\n".encode())
+
+
+def _score(checkpoint: Checkpoint) -> float:
+    """The lower the better; infinite where there is none, or none that can be read."""
+    try:
+        score = checkpoint.state(rank=0).get("log", {}).get("score")
+    except (ValueError, OSError):
+        return math.inf
+    return math.inf if score is None else float(score)
 
 
 class HostCopy:

@@ -29,12 +29,12 @@ from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_w
 from m3i_fast.engine.parts import GradientNorm
 from m3i_fast.engine.precision import announce, look_at, resolve_device, resolve_precision
 from m3i_fast.engine.run import Resume, Run, Stateful, expect_data
+from m3i_fast.engine.run_log import RunLog
 from m3i_fast.engine.skips import Skips
 from m3i_fast.engine.step import StepForward
 from m3i_fast.engine.watchdog import Watchdog
 from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
-from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
 
@@ -107,7 +107,7 @@ class Trainer:
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
-        self.means = DeviceMeans(self.device, self.world.mean)
+        self.log = RunLog(cfg, run_dir, self.world)
         self.guard = Guard(cfg.guard, self.objective, self.world)
         self.skips = Skips(cfg, run_dir, self.world)
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
@@ -116,9 +116,7 @@ class Trainer:
             self.run.begin()
         else:
             self._restore(saved)
-        self.timer = StageTimer(self.device)
         self._stop = StopFlag(self.world)
-        self._sinks: list[Sink] = []
         self._watchdog = Watchdog(Path(), seconds=math.inf)
 
     def _distribute(self) -> nn.Module:
@@ -159,7 +157,7 @@ class Trainer:
         set_schedules(self.optimizer, lr=lr, weight_decay=self.weight_decay[step])
         self.guard.keep()
         metrics = self._backward(batches, monitor)
-        with self.timer.stage("optim"):
+        with self.log.timer.stage("optim"):
             names = [name for name, p in self._named if p.grad is not None]
             norm = self._clip()
             metrics["optim/grad_norm"] = norm.total
@@ -176,7 +174,7 @@ class Trainer:
 
     def _backward(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
         """The gradients of the mean over the batches, and its metrics."""
-        stage, found = self.timer.stage, []
+        stage, found = self.log.timer.stage, []
         measure = self.objective.balance.due(self.step)
         for index, batch in enumerate(batches):
             is_last = index + 1 == len(batches)
@@ -212,7 +210,7 @@ class Trainer:
                     return self._train(progress, time.monotonic() + max_seconds)
                 finally:
                     with self._watchdog.patient("the end of the run"):
-                        self._close_sinks()
+                        self.log.close()
                         self.loader.close()
                         self.run.close()
         finally:
@@ -221,15 +219,13 @@ class Trainer:
 
     def _train(self, progress: Progress, ends: float) -> Outcome:
         cfg, stopped = self.cfg, None
-        self._open_sinks()
-        self._count_from_here()
+        self.log.open(self.step)
         while self.step < cfg.num_steps and stopped is None:
             log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
-            with self.timer.stage("data"):
+            with self.log.timer.stage("data"):
                 count = cfg.parallel.accumulate
                 batches = [next(self.loader).to(self.device) for _ in range(count)]
-            self.means.add(self.train_step(*batches, monitor=log), self.guard.skip)
-            self.timer.count_step()
+            self.log.add(self.train_step(*batches, monitor=log), self.guard.skip)
             self._watchdog.beat()
             if log:
                 self._log(progress)
@@ -244,31 +240,17 @@ class Trainer:
 
     def _log(self, progress: Progress) -> None:
         """Read the metrics and heed what they say."""
-        spiked, values = self._read_metrics()
-        for sink in self._sinks:
-            sink.log(self.step, values)
+        values = self.log.read(self.step)
+        spiked, values["guard/skipped"] = self._heed_skips()
+        values["optim/lr"] = float(self.lr[self.step - 1]) * self.skips.lr_scale(self.step - 1)
+        values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
+        self.log.write(self.step, values)
         progress(self.step, values)
         self._heed_collapse(values)
         if spiked is not None:
             with self._watchdog.patient("a rollback"):
                 self._roll_back(spiked)
-        self._count_from_here()
-
-    def _count_from_here(self) -> None:
-        self._began, self._began_step = time.perf_counter(), self.step
-
-    def _open_sinks(self) -> None:
-        """Of the first rank; the others' figures are in the means."""
-        if self.world.is_main:
-            self._sinks = [
-                JsonlSink(self.run_dir / "metrics.jsonl", start_step=self.step),
-                TensorBoardSink(self.run_dir / "tensorboard", start_step=self.step),
-            ]
-
-    def _close_sinks(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-        self._sinks = []
+        self.log.count_from(self.step)
 
     def save(self) -> None:
         """Write a checkpoint; FloatingPointError if it would hold what is not finite."""
@@ -299,24 +281,6 @@ class Trainer:
         parameters = [p for _, p in self._named if p.grad is not None]
         average_whole(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
-
-    def _read_metrics(self) -> tuple[int | None, dict[str, float]]:
-        """The step to go back before, if any, and what is logged."""
-        seconds, num_steps = time.perf_counter() - self._began, self.step - self._began_step
-        values = self.means.read()
-        self.means.reset()
-        for name in values:
-            if name.startswith("members/"):
-                values[name] *= self.world.size
-        values["optim/lr"] = float(self.lr[self.step - 1]) * self.skips.lr_scale(self.step - 1)
-        spiked, values["guard/skipped"] = self._heed_skips()
-        values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
-        num_batches = num_steps * self.cfg.parallel.accumulate * self.world.size
-        images = num_batches * self.cfg.data.batch_size
-        values["throughput/img_s"] = images / seconds
-        if self.device.type == "cuda":
-            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        return spiked, values | self.timer.read()
 
     def _heed_skips(self) -> tuple[int | None, int]:
         """The first spike to go back before, and steps skipped since the last read."""
@@ -353,8 +317,7 @@ class Trainer:
         self.skips.rolled_back()
         self.step = saved.step
         self.world.wait_for_all()
-        self._close_sinks()
-        self._open_sinks()
+        self.log.open(self.step)
         logger.warning(
             "ROLLED BACK to step %d, from step %d, for the spike at step %d (%d of %d rollbacks): "
             "the batches of those %d steps are passed over, and the data go on",
@@ -374,7 +337,8 @@ class Trainer:
         """What a checkpoint holds beside tensors."""
         return {
             "loader": self.loader,
-            "means": self.means,
+            "means": self.log.means,
+            "log": self.log,
             "watch": self.watch,
             "guard": self.guard,
             "skips": self.skips,

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,28 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
     assert any("target" in name or "momentum" in name for name in tensors)  # the EMA
     assert TrainConfig.load(tmp_path / "whole" / "config.json") == cfg
     assert state["config"] == json.loads(cfg.to_json())
+
+
+@pytest.mark.parametrize(("name", "best"), [("loss/total", min), ("+loss/total", max)])
+def test_the_best_checkpoint_is_kept(
+    dataset: Path, tmp_path: Path, name: str, best: Callable[[dict[int, float]], int]
+) -> None:
+    """Also where a resume comes between it and the next one."""
+    out = tmp_path / "run"
+    cfg = _config(dataset, num_steps=12, log_every=2, checkpoint_every=2, keep_checkpoints=1)
+    cfg = replace(cfg, keep_best=name)
+    _train(cfg, out, stop_at=7)
+    _train(cfg, out, resume=True)
+    rows = read_jsonl(out / "metrics.jsonl")
+    losses = {int(row["step"]): row["loss/total"] for row in rows if row["step"] % 2 == 0}
+    of_best = best(losses, key=losses.__getitem__)  # type: ignore[call-arg]
+    assert [c.step for c in checkpoint.checkpoints(out / "checkpoints")] == sorted({of_best, 12})
+
+
+def test_an_unknown_metric_has_no_best(dataset: Path, tmp_path: Path) -> None:
+    cfg = _config(dataset, num_steps=2, log_every=1, keep_best="loss/totl")
+    with pytest.raises(ValueError, match=r"keep_best: expected one of .*loss/total.* 'loss/totl'"):
+        _train(cfg, tmp_path / "run")
 
 
 def test_a_run_of_before_there_were_manifests_goes_on(dataset: Path, tmp_path: Path) -> None:
