@@ -31,7 +31,9 @@ pytestmark = pytest.mark.slow
 NUM_STEPS, NUM_FAULTY = 200, 100
 WINDOW = 20  # steps that are averaged
 BF16_SEEDS = range(4)
-MOST = 3.0  # standard deviations of the bf16 seeds
+# Standard deviations of the bf16 seeds. The last bits of two processes differ, and the curves with
+# them: seeds in FP8 were 1.4 to 2.7 away, wrong scales 5 to 10.
+MOST = 4.0
 
 # [2, T]: loss, log of the blocks' share of the gradient. Optimisers divide by the size of a
 # gradient, which hides a wrong one from the loss.
