@@ -3,7 +3,7 @@
     make te-contract [ARGS="pytest's arguments"]
 
 The release is that of pyproject.toml's extra `te`; its part for torch is compiled, with nvcc of
-PyPI, into build/te: a quarter of an hour on two cores and 9 GB, once. MAX_JOBS bounds compilers.
+PyPI, into build/te: once, 33 files, ten minutes on two idle cores, 7 GB. MAX_JOBS bounds compilers.
 """
 
 from __future__ import annotations
