@@ -174,11 +174,11 @@ def _stages(cfg: InternImageConfig, core: SamplingCore) -> list[Stage]:
         res_post_norm=cfg.res_post_norm,
         dw_kernel_size=cfg.context_size,
         center_feature_scale=cfg.center_feature_scale,
+        drop_path_mode=cfg.drop_path_mode,
         activation_checkpointing=cfg.activation_checkpointing,
         core=core,
     )
-    depth = sum(cfg.depths)
-    rates = [cfg.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+    rates = [cfg.drop_path(layer) for layer in range(sum(cfg.depths))]
     stages = []
     for i, num_layers in enumerate(cfg.depths):
         first = sum(cfg.depths[:i])
