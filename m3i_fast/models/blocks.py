@@ -172,6 +172,20 @@ class DropPath(nn.Module):
             return None
         return torch.randperm(len(x), device=x.device)[: num_kept(len(x), self.rate)]
 
+    def add(self, x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None) -> Tensor:
+        """x + scale * branch, of the samples `rows` that were drawn for it, or of all of them."""
+        if rows is not None:
+            branch = branch if scale is None else branch * scale
+            return x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
+        branch = self(branch)
+        # one pass instead of two over the branch
+        return x + branch if scale is None else torch.addcmul(x, branch, scale)
+
+
+def take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of x [B, ...], or all of it."""
+    return x if rows is None else x[rows]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockLayers:
@@ -252,25 +266,12 @@ class Block(nn.Module):
         return self.checkpoint(self._run, x, key_mask, num_last)
 
     def _run(self, x: Tensor, key_mask: Tensor | None, num_last: int | None) -> Tensor:
-        rows = self.drop_path.draw(x)
-        key_mask = None if key_mask is None else _take(key_mask, rows)
-        attended = self.attention(self.layernorm_qkv(_take(x, rows)), key_mask)
+        drop, rows = self.drop_path, self.drop_path.draw(x)
+        key_mask = None if key_mask is None else take(key_mask, rows)
+        attended = self.attention(self.layernorm_qkv(take(x, rows)), key_mask)
         if num_last is not None:
             first = x.shape[1] - num_last
             x, attended = x[:, first:], attended[:, first:]
-        x = self._add(x, self.proj(attended), self.layer_scale_1, rows)
-        rows = self.drop_path.draw(x)
-        return self._add(x, self.layernorm_mlp(_take(x, rows)), self.layer_scale_2, rows)
-
-    def _add(self, x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None) -> Tensor:
-        if rows is not None:
-            branch = branch if scale is None else branch * scale
-            return x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
-        branch = self.drop_path(branch)
-        # one pass instead of two over the branch
-        return x + branch if scale is None else torch.addcmul(x, branch, scale)
-
-
-def _take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of x [B, ...], or all of it."""
-    return x if rows is None else x[rows]
+        x = drop.add(x, self.proj(attended), self.layer_scale_1, rows)
+        rows = drop.draw(x)
+        return drop.add(x, self.layernorm_mlp(take(x, rows)), self.layer_scale_2, rows)

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.models.blocks import LAYER_NORM_EPS, DropPath, Linear, reset_children
+from m3i_fast.models.blocks import (
+    LAYER_NORM_EPS,
+    DropPath,
+    DropPathMode,
+    Linear,
+    reset_children,
+    take,
+)
 from m3i_fast.models.recompute import Recompute, torch_checkpoint
 from m3i_fast.ops import dcnv3
 
@@ -64,6 +71,7 @@ class LayerOptions:
     res_post_norm: bool
     dw_kernel_size: int
     center_feature_scale: bool
+    drop_path_mode: DropPathMode = "mask"
     activation_checkpointing: Recompute = "none"
     core: SamplingCore = dcnv3
     linear: Callable[[int, int], nn.Module] = Linear
@@ -184,7 +192,7 @@ class InternImageLayer(nn.Module):
         self.layer_scale = options.layer_scale
         self.norm1 = norm_last(channels)
         self.dcn = DCNv3(channels, num_groups, options)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path, options.drop_path_mode)
         self.norm2 = norm_last(channels)
         self.mlp = MLP(channels, int(channels * options.mlp_ratio), linear=options.linear)
         scaled, normed = options.layer_scale is not None, options.res_post_norm
@@ -220,12 +228,12 @@ class InternImageLayer(nn.Module):
         res_post_norm: nn.Module | None,
         gamma: Tensor | None,
     ) -> Tensor:
-        branch = norm(body(x)) if self.post_norm else body(norm(x))
+        rows = self.drop_path.draw(x)
+        kept = take(x, rows)
+        branch = norm(body(kept)) if self.post_norm else body(norm(kept))
         if res_post_norm is not None:
             branch = res_post_norm(branch)
-        branch = self.drop_path(branch)
-        # one pass instead of two over the branch
-        return x + branch if gamma is None else torch.addcmul(x, branch, gamma)
+        return self.drop_path.add(x, branch, gamma, rows)
 
 
 class Stem(nn.Module):

@@ -120,9 +120,8 @@ def vit_encode(cfg: ViTConfig, num_images: int, num_tokens: int) -> Flops:
     tokens = num_tokens + cfg.num_prefix
     found = NONE
     for layer in range(cfg.depth):
-        subset = cfg.drop_path_mode == "subset"
-        kept = num_kept(num_images, cfg.drop_path(layer)) if subset else num_images
-        found += block(kept, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio)
+        images = _num_computed(cfg, layer, num_images)
+        found += block(images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio)
     if cfg.activation_checkpointing != "full":
         return found
     last = linear(num_images * tokens, int(cfg.dim * cfg.mlp_ratio), cfg.dim).forward
@@ -146,6 +145,13 @@ def text(cfg: TextConfig, num_captions: int = 1) -> Flops:
         rows = num_captions * cfg.context_length
         one = one.recomputed(but=linear(rows, int(cfg.dim * cfg.mlp_ratio), cfg.dim).forward)
     return one * cfg.depth + linear(num_captions, cfg.dim, cfg.embed_dim)
+
+
+def _num_computed(cfg: ViTConfig | InternImageConfig, layer: int, num_images: int) -> int:
+    """Images that go through that layer's branches in training."""
+    if cfg.drop_path_mode == "mask":
+        return num_images
+    return num_kept(num_images, cfg.drop_path(layer))
 
 
 def _num_unread(depth: int, drop_path_rate: float, *, reads_branch: bool) -> int:
@@ -172,7 +178,7 @@ def internimage(
     found += convolution(cells[0], cfg.channels // 2, cfg.channels, 3)
     for stage in range(4):
         width = cfg.channels * 2**stage
-        found += _layers(cfg, stage, cells[stage])
+        found += _layers(cfg, stage, num_images, cells[stage])
         if stage < 3:
             found += convolution(cells[stage + 1], width, 2 * width, 3)
     width = cfg.channels * 2**3
@@ -188,11 +194,11 @@ def internimage_sampling(
 ) -> Flops:
     """DCNv3's bilinear samples, 5 n k c a layer; twice that backward is assumed."""
     found = NONE
-    for stage, cells in enumerate(_cells(num_images, image_size or cfg.image_size)):
+    for stage, cells in enumerate(_cells(1, image_size or cfg.image_size)):
         points = SAMPLING_PER_POINT * NUM_POINTS * cells * cfg.channels * 2**stage
         one = Flops(points, 2 * points)
         one = one.recomputed() if cfg.activation_checkpointing == "full" else one
-        found += one * cfg.depths[stage]
+        found += one * sum(_computed(cfg, stage, num_images))
     return found
 
 
@@ -217,21 +223,29 @@ def _cells(num_images: int, side: int) -> list[int]:
     return found
 
 
-def _layers(cfg: InternImageConfig, stage: int, cells: int) -> Flops:
-    """All layers of one stage."""
+def _computed(cfg: InternImageConfig, stage: int, num_images: int) -> list[int]:
+    """Images that go through each layer of that stage."""
+    first = sum(cfg.depths[:stage])
+    layers = range(first, first + cfg.depths[stage])
+    return [_num_computed(cfg, layer, num_images) for layer in layers]
+
+
+def _layers(cfg: InternImageConfig, stage: int, num_images: int, cells: int) -> Flops:
+    """All layers of one stage; cells: over all images."""
     width, groups, depth = cfg.channels * 2**stage, cfg.groups[stage], cfg.depths[stage]
     hidden = int(width * cfg.mlp_ratio)
     outputs = groups * (3 * NUM_POINTS + cfg.center_feature_scale)  # offsets, weights, gates
-    last = linear(cells, hidden, width)
-    found = (
-        linear(cells, width, width) * 2
-        + convolution(cells, width, width, cfg.context_size, groups=width)
-        + linear(cells, width, outputs)
-        + linear(cells, width, hidden)
-        + last
-    ) * depth
+    found = NONE
+    for images in _computed(cfg, stage, num_images):
+        rows = cells // num_images * images
+        found += linear(rows, width, width) * 2
+        found += convolution(rows, width, width, cfg.context_size, groups=width)
+        found += linear(rows, width, outputs)
+        found += linear(rows, width, hidden)
+        found += linear(rows, hidden, width)
     if cfg.activation_checkpointing != "full":
         return found
+    last = linear(cells, hidden, width)  # of layers that drop nothing
     reads_branch = cfg.post_norm or cfg.res_post_norm or cfg.layer_scale is not None
     unread = _num_unread(depth, cfg.drop_path_rate, reads_branch=reads_branch)
     if stage and cfg.drop_path_rate:  # the network's first layer alone drops nothing

@@ -180,12 +180,12 @@ def _stages(cfg: InternImageConfig, core: SamplingCore, layers: BlockLayers) -> 
         res_post_norm=cfg.res_post_norm,
         dw_kernel_size=cfg.context_size,
         center_feature_scale=cfg.center_feature_scale,
+        drop_path_mode=cfg.drop_path_mode,
         activation_checkpointing=cfg.activation_checkpointing,
         core=core,
         linear=layers.linear,
     )
-    depth = sum(cfg.depths)
-    rates = [cfg.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+    rates = [cfg.drop_path(layer) for layer in range(sum(cfg.depths))]
     stages = []
     for i, num_layers in enumerate(cfg.depths):
         first = sum(cfg.depths[:i])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from m3i_fast.models.blocks import DropPathMode
 from m3i_fast.models.recompute import Recompute, check_recompute
 
 TOKEN_STRIDE = 16  # pixels a side of a dense token's cell
@@ -60,6 +61,9 @@ class InternImageConfig:
     """Heads of the attention pooling."""
     pooled_dim: int = 768
     """Width of the attention-pooled vector."""
+    drop_path_mode: DropPathMode = "mask"
+    """mask draws each sample by itself, and computes what is then dropped. subset drops a share of
+    every batch that is always the same, and does no work for it (DINOv2)."""
     activation_checkpointing: Recompute = "none"
     """What each layer computes again in the backward pass. selective: norms and GELU, which costs
     little; full: all of it, the least memory for about a third more compute."""
@@ -97,6 +101,10 @@ class InternImageConfig:
         expected = f"distinct layers of {self.depths[2]}, with level2_post_norm only"
         fits = inside and bool(ids) == self.level2_post_norm
         _require(fits, "level2_post_norm_block_ids", ids, expected)
+
+    def drop_path(self, layer: int) -> float:
+        """Rate of stochastic depth of that layer, counted over all stages."""
+        return self.drop_path_rate * layer / max(sum(self.depths) - 1, 1)
 
     @property
     def context_size(self) -> int:

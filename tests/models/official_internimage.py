@@ -118,7 +118,14 @@ def import_official(checkout: Path) -> Any:
 
 
 def build(official: Any, cfg: InternImageConfig) -> nn.Module:
-    ours = ("image_size", "token_dim", "pool_heads", "pooled_dim", "activation_checkpointing")
+    ours = (
+        "image_size",
+        "token_dim",
+        "pool_heads",
+        "pooled_dim",
+        "drop_path_mode",
+        "activation_checkpointing",
+    )
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()}
     linspace = torch.linspace  # whose values it reads, on the meta device too
     quiet = contextlib.redirect_stdout(io.StringIO())

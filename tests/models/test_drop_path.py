@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.models.blocks import Block, DropPath, num_kept
-from m3i_fast.models.flops import vit
+from m3i_fast.models.flops import internimage, internimage_sampling, vit
+from m3i_fast.models.internimage import InternImage, _stages
+from m3i_fast.models.internimage_config import InternImageConfig, internimage_demo
 from m3i_fast.models.recompute import Recompute
 from m3i_fast.models.vit import ViT, ViTConfig
+from m3i_fast.ops import reference
 from tests.flop_formulas import FORMULAS
 
 CFG = ViTConfig(
@@ -30,7 +34,7 @@ class Drawn(DropPath):
 
     def forward(self, branch: Tensor) -> Tensor:
         rows = next(self.rows)
-        mask = torch.zeros(len(branch), 1, 1, dtype=branch.dtype)
+        mask = torch.zeros(len(branch), *(1,) * (branch.ndim - 1), dtype=branch.dtype)
         mask[rows] = len(branch) / len(rows)
         return branch * mask
 
@@ -59,6 +63,26 @@ def test_it_equals_the_masked_form_of_the_same_samples(
         torch.testing.assert_close(subset, masked, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "norms", [{}, {"layer_scale": 0.3, "post_norm": True}, {"res_post_norm": True}]
+)
+def test_internimages_layers_equal_their_masked_form(norms: dict[str, Any]) -> None:
+    cfg = InternImageConfig(channels=16, groups=(1, 2, 4, 8), depths=(1, 1, 1, 1), **norms)
+    layer = _stages(cfg, reference.dcnv3)[0].blocks[0].double()
+    for parameter in layer.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    x = torch.randn(5, 4, 4, 16, dtype=torch.float64, requires_grad=True)
+    rows = [torch.tensor([3, 0, 4]), torch.tensor([1, 2, 0])]
+    found = []
+    for mode in ("mask", "subset"):
+        layer.drop_path = Drawn(rows, mode)
+        y = layer(x)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        found.append([y, *torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])])
+    for masked, subset in zip(*found, strict=True):
+        torch.testing.assert_close(subset, masked, atol=1e-12, rtol=1e-12)
+
+
 def test_every_sample_is_kept_as_often_and_their_number_is_exact() -> None:
     drop, x = DropPath(0.3, "subset"), torch.zeros(10, 1)
     kept = torch.zeros(10)
@@ -81,6 +105,26 @@ def test_what_is_dropped_is_not_computed() -> None:
     assert vit(replace(CFG, drop_path_rate=0.0), 6) == vit(
         replace(CFG, drop_path_rate=0.0, drop_path_mode="mask"), 6
     )
+
+
+@pytest.mark.parametrize("way", ["none", "full"])
+def test_internimage_computes_as_little_as_its_formula(way: Recompute) -> None:
+    cfg = replace(
+        internimage_demo(),
+        drop_path_rate=0.5,
+        drop_path_mode="subset",
+        activation_checkpointing=way,
+    )
+    model, images = InternImage(cfg), torch.randn(6, 3, 64, 64)
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        model.encode_cells(images).square().sum().backward()
+    found = internimage(cfg, 6, 64)
+    assert counter.get_total_flops() == found.hardware
+    masked = replace(cfg, drop_path_mode="mask")
+    assert found.forward < 0.85 * internimage(masked, 6, 64).forward
+    # 6, 5, 4, 4 and 3 images: cells x channels of each stage, 5 operations at each of 9 points
+    places = 6 * 256 * 32 + 5 * 64 * 64 + (4 + 4) * 16 * 128 + 3 * 4 * 256
+    assert internimage_sampling(cfg, 6, 64).forward == 5 * 9 * places
 
 
 @pytest.mark.parametrize("way", ["selective", "full"])
