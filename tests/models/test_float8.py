@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -124,6 +125,17 @@ def test_every_wide_product_of_a_vit_runs_in_fp8(min_dim: int, layers: int) -> N
     vit = build_encoder(vit_demo(image_size=32, depth=2), layers=wide_only(FLOAT8_LAYERS, min_dim))
     images = torch.randn(4, 3, 32, 32)
     assert _num_run(lambda: vit.encode_cells(images)) == (layers, 2 * layers, 3 * layers)
+
+
+def test_a_narrow_layer_changes_neither_attention_nor_recomputation() -> None:
+    """Transformer Engine's checkpointing has to be around its layers, wide or not."""
+    chosen: list[str] = []
+    layers = replace(FLOAT8_LAYERS, checkpoint=chosen.append)
+    vit = build_encoder(
+        vit_demo(image_size=32, depth=2, activation_checkpointing="full"),
+        layers=wide_only(layers, 10_000),
+    )
+    assert isinstance(vit, ViT) and set(chosen) == {"full"}
 
 
 def test_the_projections_and_mlps_of_internimage_run_in_fp8() -> None:
