@@ -214,8 +214,8 @@ class Trainer:
         while self.step < cfg.num_steps and stopped is None:
             log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
             with self.timer.stage("data"):
-                count = cfg.parallel.accumulate
-                batches = [next(self.loader).to(self.device) for _ in range(count)]
+                taken = (next(self.loader) for _ in range(cfg.parallel.accumulate))
+                batches = [batch.to(self.device) for batch in taken]
             self.means.add(self.train_step(*batches, monitor=log), self.guard.skip)
             self.timer.count_step()
             self._watchdog.beat()
@@ -296,9 +296,10 @@ class Trainer:
         for name in values:
             if name.startswith("members/"):
                 values[name] *= self.world.size
-        values["optim/lr"] = float(self.lr[self.step - 1]) * self.skips.lr_scale(self.step - 1)
+        last = self.step - 1
+        values["optim/lr"] = float(self.lr[last]) * self.skips.lr_scale(last)
         spiked, values["guard/skipped"] = self._heed_skips()
-        values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
+        values["optim/ema_momentum"] = float(self.momentum[last])
         num_batches = num_steps * self.cfg.parallel.accumulate * self.world.size
         images = num_batches * self.cfg.data.batch_size
         values["throughput/img_s"] = images / seconds
@@ -327,17 +328,16 @@ class Trainer:
         saved = self.run.roll_back(spike)
         if saved is None:
             logger.warning(
-                "step %d was a spike, and no checkpoint is older: IT WAS SKIPPED, NOT ROLLED BACK; "
-                "a lower checkpoint_every helps",
-                spike,
+                "spike at step %d: SKIPPED, NOT ROLLED BACK: no checkpoint before", spike
             )
             return
         self.optimizer.state.clear()
         saved.load_model(self.objective)
         saved.load_optimizer(self.objective, self.optimizer)
         state = saved.state()
-        self.guard.rewind(state["guard"])
-        self.watch.load_state_dict(state["watch"])
+        if "guard" in state:
+            self.guard.rewind(state["guard"])
+        self.watch.load_state_dict(state.get("watch", {}))
         self.skips.rolled_back()
         self.step = saved.step
         self.world.wait_for_all()
@@ -355,8 +355,8 @@ class Trainer:
         )
 
     def _abort(self, reason: str) -> FloatingPointError:
-        lr = float(self.lr[min(self.step, self.cfg.num_steps) - 1])
-        return self.skips.abort(self.step, reason, self.objective, self.optimizer, lr=lr)
+        self.skips.see(*self.guard.drain())
+        return self.skips.abort(self.step, reason, self.objective, self.optimizer)
 
     def _kept(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside tensors."""
@@ -389,7 +389,7 @@ class Trainer:
                 now,
             )
         self.step = saved.step
-        self.skips.forget_after(self.step)
+        self.skips.forget_after(self.guard.first_untold(self.step))
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:
