@@ -111,6 +111,10 @@ class Guard:
         self._records = list(state["records"])
         self._spikes.load_state_dict(state["spikes"])
 
+    def first_untold(self, step: int) -> int:
+        """The first step that has not been drained, of those up to `step`."""
+        return self._steps[0][0] if self._steps else step
+
     def rewind(self, state: Mapping[str, Any]) -> None:
         """Back to a checkpoint's statistics; what it had yet to report has been."""
         self.load_state_dict({**state, "steps": [], "records": []})

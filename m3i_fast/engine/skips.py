@@ -74,7 +74,7 @@ class Skips:
         return rows
 
     def forget_after(self, step: int) -> None:
-        """Drop rows of steps that a resume or a rollback does again; `step` were taken."""
+        """Drop rows of `step` and later ones, which a resume does or tells again."""
         if self._world.is_main and self._path.exists():
             kept = [row for row in read_jsonl(self._path) if row["step"] < step]
             write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept).encode())
@@ -99,7 +99,7 @@ class Skips:
         self.in_a_row = 0
 
     def abort(
-        self, step: int, reason: str, model: nn.Module, optimizer: Optimizers, **facts: Any
+        self, step: int, reason: str, model: nn.Module, optimizer: Optimizers
     ) -> FloatingPointError:
         """Leave a dump of what is known; the error to raise."""
         dump = self._run_dir / f"dump_step_{step:08d}"
@@ -111,7 +111,6 @@ class Skips:
             "skipped": self.state_dict(),
             "last_skipped": self._last,
             "groups": _groups(model, optimizer, self._last),
-            **facts,
         }
         text = json.dumps(_plain(mine), indent=2) + "\n"
         write_atomically(dump / f"rank_{self._world.rank}.json", text.encode())

@@ -223,8 +223,8 @@ class Trainer:
         while self.step < cfg.num_steps and stopped is None:
             log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
             with self.log.timer.stage("data"):
-                count = cfg.parallel.accumulate
-                batches = [next(self.loader).to(self.device) for _ in range(count)]
+                taken = (next(self.loader) for _ in range(cfg.parallel.accumulate))
+                batches = [batch.to(self.device) for batch in taken]
             self.log.add(self.train_step(*batches, monitor=log), self.guard.skip)
             self._watchdog.beat()
             if log:
@@ -303,17 +303,16 @@ class Trainer:
         saved = self.run.roll_back(spike)
         if saved is None:
             logger.warning(
-                "step %d was a spike, and no checkpoint is older: IT WAS SKIPPED, NOT ROLLED BACK; "
-                "a lower checkpoint_every helps",
-                spike,
+                "spike at step %d: SKIPPED, NOT ROLLED BACK: no checkpoint before", spike
             )
             return
         self.optimizer.state.clear()
         saved.load_model(self.objective)
         saved.load_optimizer(self.objective, self.optimizer)
         state = saved.state()
-        self.guard.rewind(state["guard"])
-        self.watch.load_state_dict(state["watch"])
+        if "guard" in state:
+            self.guard.rewind(state["guard"])
+        self.watch.load_state_dict(state.get("watch", {}))
         self.skips.rolled_back()
         self.step = saved.step
         self.world.wait_for_all()
@@ -330,8 +329,8 @@ class Trainer:
         )
 
     def _abort(self, reason: str) -> FloatingPointError:
-        lr = float(self.lr[min(self.step, self.cfg.num_steps) - 1])
-        return self.skips.abort(self.step, reason, self.objective, self.optimizer, lr=lr)
+        self.skips.see(*self.guard.drain())
+        return self.skips.abort(self.step, reason, self.objective, self.optimizer)
 
     def _kept(self) -> dict[str, Stateful]:
         """What a checkpoint holds beside tensors."""
@@ -365,7 +364,7 @@ class Trainer:
                 now,
             )
         self.step = saved.step
-        self.skips.forget_after(self.step)
+        self.skips.forget_after(self.guard.first_untold(self.step))
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:

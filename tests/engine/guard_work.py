@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import tensors_of
+from m3i_fast.engine.guard_config import GuardConfig
 from m3i_fast.engine.parallel_config import ParallelConfig
 from m3i_fast.engine.parts import GradientNorm, local
 from m3i_fast.engine.trainer import Trainer
@@ -94,4 +95,10 @@ def work(rank: int, cfg: TrainConfig, folder: Path) -> None:
         trainer.train_step = noted  # type: ignore[method-assign]
         trainer.train()
         torch.save([found, trainer.batches], folder / f"{shard}-{rank}.pt")
+    guard = GuardConfig(spikes="rollback", spike_window=2, spike_deviations=50.0)
+    cfg = replace(spread(cfg, 1), guard=guard, num_steps=6, log_every=5, checkpoint_every=2)
+    trainer = Poisoned(cfg, folder / "back")
+    poison: dict[int, str | float] = {4: 1e4} if rank else {}
+    trainer.poisoned(poison).train(lambda step, _: poison.clear())
+    torch.save(trainer.tensors(), folder / f"back-{rank}.pt")
     dist.destroy_process_group()

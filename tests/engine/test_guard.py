@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,8 @@ def test_a_resume_in_between_is_the_whole_run_and_tells_the_same(
 
     first.train_step = stopped  # type: ignore[method-assign]
     assert first.train().step == 4
+    # As a run leaves it that went on from there and was killed: all of it is told again.
+    shutil.copy(tmp_path / "whole" / "skipped.jsonl", tmp_path / "part" / "skipped.jsonl")
     second = Poisoned(cfg, tmp_path / "part", resume=True).poisoned(poison)
     second.train()
     assert first.batches + second.batches == whole.batches
@@ -339,6 +342,19 @@ def test_what_one_rank_sees_is_skipped_by_all(shard: int, of_ranks: Path) -> Non
         assert row["sample_ids"] == [batches[row["step"]] for _, batches in found]  # type: ignore[index]
     totals = [losses["loss/total"] for losses in rows[0]["losses"]]  # type: ignore[attr-defined]
     assert totals[1] == "inf" and math.isfinite(totals[0])
+
+
+def test_ranks_go_back_together(of_ranks: Path) -> None:
+    """For a loss that is high on one of them."""
+    states = [torch.load(of_ranks / f"back-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert _different(states[0], states[1]) == []
+    run = of_ranks / "back"
+    assert [c.step for c in checkpoint.checkpoints(run / "checkpoints")] == [2, 4, 6]
+    assert all(
+        checkpoint.latest(run / "checkpoints").state(r)["skips"]["rollbacks"] for r in (0, 1)
+    )
+    [row] = read_jsonl(run / "skipped.jsonl")
+    assert (row["step"], row["reason"]) == (4, "spike")
 
 
 @pytest.mark.parametrize(
