@@ -46,6 +46,14 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def make_directories(path: Path) -> None:
+    """Make a directory and those above it that are missing, so that a power cut leaves them."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; on any error, a full disk included, the old file stays."""
     with replaced_atomically(path) as temporary:

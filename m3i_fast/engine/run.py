@@ -16,6 +16,7 @@ from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
 from m3i_fast.pipelines.manifest import Manifest
+from m3i_fast.storage import make_directories
 
 logger = logging.getLogger(__name__)
 Resume = bool | Literal["auto"]
@@ -128,7 +129,7 @@ class Run:
             )
 
     def _begin(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directories(self.path)
         self._lock.acquire()
         self.expect_new()
         environment().save(self.path / "env.json")

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from m3i_fast.storage import Digest, sync, write_durably
+from m3i_fast.storage import Digest, make_directories, sync, write_durably
 
 PARTS = ("model", "optimizer")  # folders; a tensor's key begins with that of its part
 STATE = "state"
@@ -116,7 +116,7 @@ class _Writer(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On the first rank, before any rank writes."""
-        self._directory.mkdir(parents=True)
+        make_directories(self._directory)
         for folder in (*PARTS, STATE):
             (self._directory / folder).mkdir()
         names = [f"{rank + 1:05d}-of-{len(plans):05d}" for rank in range(len(plans))]

@@ -25,6 +25,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
@@ -138,7 +139,26 @@ class FaultyFiles(AbstractContextManager["FaultyFiles"]):
                 self._renamed.append((before, after))
 
     def die(self) -> None:
-        """SIGKILL, after what a power cut would have lost is lost."""
+        """SIGKILL, after what a power cut would have lost is lost.
+
+        By a child, while all of this process's threads stand still.
+        """
+        if self._power_cut:
+            this = os.getpid()
+            child = os.fork()
+            if child == 0:
+                os.kill(this, signal.SIGSTOP)
+                while Path(f"/proc/{this}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                    time.sleep(0.001)
+                try:
+                    self._lose()
+                finally:
+                    os.kill(this, signal.SIGKILL)
+                    os._exit(0)
+            os.waitpid(child, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _lose(self) -> None:
         for descriptor in self._unsynced.values():
             os.ftruncate(descriptor, 0)
         for path in reversed(self._created):
@@ -147,8 +167,8 @@ class FaultyFiles(AbstractContextManager["FaultyFiles"]):
             elif os.path.exists(path):
                 self._real["unlink"](path)
         for before, after in reversed(self._renamed):
-            self._real["rename"](after, before)
-        os.kill(os.getpid(), signal.SIGKILL)
+            if os.path.exists(after):  # else it was in a directory that is lost
+                self._real["rename"](after, before)
 
 
 def _inode(descriptor: int) -> tuple[int, int]:

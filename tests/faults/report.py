@@ -49,7 +49,7 @@ had a campaign.
 
 def newest() -> list[Row]:
     """The rows of the ledger's last campaign."""
-    rows = read_rows(SUBJECT)
+    rows = list(read_rows(SUBJECT))
     last = rows[-1]["figures"]["campaign"] if rows else None
     return [row for row in rows if row["figures"]["campaign"] == last]
 

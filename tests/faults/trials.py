@@ -94,9 +94,11 @@ def _write_points(campaign: Campaign) -> list[int]:
 
 
 def _at_write(campaign: Campaign, number: int, how: str) -> Trial:
+    """The checkpoint before the one that is struck stays."""
+
     def spoil(campaign: Campaign, run: Run) -> bool:
         campaign.go(run, inside={0: [_files(run, kill_at=number, **{how: True})]})
-        return run.codes[-1] == [KILLED]
+        return run.codes[-1] == [KILLED] and run.saved.step >= SPOILT - 2
 
     kind, path = campaign.operations[number]
     return Trial(fault=WRITES[how], where=f"{number}: {kind} {path}", spoil=spoil)
