@@ -43,23 +43,34 @@ def update_ema(
     Over all parameters; buffers are copied. Where weights are spread over ranks, each rank averages
     what it holds: both are spread alike.
     """
-    # A step of SGD down |average - online|^2 / 2 is this average, and the one fused kernel for it
-    # that takes a flag of the device: with weight decay 1, up the "gradient" online.
+    averages, onlines = local(average.parameters()), local(online.parameters())
+    if skip is None:  # also of tensors without data, for which the fused kernel has no form
+        torch._foreach_lerp_(averages, onlines, 1.0 - momentum)
+    else:
+        _descend(averages, onlines, 1.0 - momentum, skip)
+    for target, source in zip(average.buffers(), online.buffers(), strict=True):
+        if skip is None:
+            target.copy_(source)
+        else:
+            torch.where(skip > 0, target, source, out=target)
+
+
+def _descend(averages: list[Tensor], onlines: list[Tensor], rate: float, skip: Tensor) -> None:
+    """A step of SGD down |average - online|^2 / 2, which is the average.
+
+    The one fused kernel for it that takes a flag of the device: with weight decay 1, up the
+    "gradient" online.
+    """
     torch._fused_sgd_(
-        local(average.parameters()),
-        local(online.parameters()),
+        averages,
+        onlines,
         [],
         weight_decay=1.0,
         momentum=0.0,
-        lr=1.0 - momentum,
+        lr=rate,
         dampening=0.0,
         nesterov=False,
         maximize=True,
         is_first_step=False,
         found_inf=skip,
     )
-    for target, source in zip(average.buffers(), online.buffers(), strict=True):
-        if skip is None:
-            target.copy_(source)
-        else:
-            torch.where(skip > 0, target, source, out=target)
