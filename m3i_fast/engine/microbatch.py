@@ -3,8 +3,9 @@
 FP8 asks that the rows of a product (tokens over all images) are a multiple of 16 with one scale a
 tensor, 32 for MXFP8 and 128 for blocks of 128: the gradient of a weight sums over them. A batch
 that is a multiple of it fits whatever the number of tokens, so others are refused, not padded,
-which would copy every activation. The one count that is no multiple of the batch is that of the
-inputs that dense terms ask (`mixing.dense_fraction`).
+which would copy every activation. The counts that are no multiple of the batch are those of the
+inputs that dense terms ask (`mixing.dense_fraction`) and of the images that stochastic depth by
+subset keeps.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.flops import counts_of
+from m3i_fast.models.blocks import num_kept
 from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig
@@ -141,7 +143,8 @@ def shapes_of(cfg: TrainConfig) -> Shapes:
             passes = _passes(replace(counts, batch_size=batch_size, progress=at), stride)
             for part, each in passes.items():
                 for images in _chunks(each.images, chunk):
-                    yield part, images * each.tokens
+                    for kept in _kept(cfg.vision, part, images):
+                        yield part, kept * each.tokens
 
     passes = _passes(counts, stride)
     return Shapes(
@@ -228,6 +231,15 @@ def _chunks(images: int, chunk: int) -> set[int]:
     """Images of a call, where `parallel.chunk` splits them into parts as equal as can be."""
     count = -(-images // chunk) if chunk else 1
     return {images // count, -(-images // count)}
+
+
+def _kept(cfg: VisionConfig, part: str, images: int) -> set[int]:
+    """Images of a call that go through a layer: fewer with stochastic depth by subset."""
+    if part not in ("encoder", "local views") or cfg.drop_path_mode == "mask":
+        return {images}
+    depth = cfg.depth if isinstance(cfg, ViTConfig) else sum(cfg.depths)
+    rates = {cfg.drop_path(layer) for layer in range(depth)}
+    return {num_kept(images, rate) if rate else images for rate in rates}
 
 
 def _shown(cfg: TrainConfig, counts: Counts) -> Iterator[float]:

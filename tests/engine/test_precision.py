@@ -179,6 +179,16 @@ def test_a_batch_that_does_not_fit_names_the_nearest_that_do() -> None:
             resolve(H100, "fp8_block", cfg=legal)
 
 
+def test_images_that_stochastic_depth_leaves_out_are_looked_at() -> None:
+    cfg = big(64)
+    for mode, rate in (("mask", 0.3), ("subset", 0.0)):
+        vision = replace(cfg.vision, drop_path_rate=rate, drop_path_mode=mode)
+        resolve(H100, "fp8_current", cfg=replace(cfg, vision=vision))
+    vision = replace(cfg.vision, drop_path_rate=0.3, drop_path_mode="subset")
+    with pytest.raises(ValueError, match="a multiple of 16, got 64 images: encoder: .* tokens"):
+        resolve(H100, "fp8_current", cfg=replace(cfg, vision=vision))
+
+
 def test_chunks_and_changing_masks_are_looked_at() -> None:
     cfg = big(64)
     resolve(H100, "fp8_current", cfg=cfg)
@@ -233,11 +243,14 @@ def _forward(step: StepForward, cfg: TrainConfig, choice: Choice) -> torch.Tenso
     return loss
 
 
-@pytest.mark.parametrize("chunk", [0, 4])
+@pytest.mark.parametrize(("chunk", "drop_path"), [(0, 0.0), (4, 0.0), (0, 0.5)])
 def test_the_rows_of_a_real_step_are_those_that_were_checked(
-    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunk: int, drop_path: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """drop_path: half of the images, which still fit, skip the last layer."""
     cfg = replace(tiny(tmp_path, precision="fp8_current"), parallel=ParallelConfig(chunk=chunk))
+    vision = replace(cfg.vision, drop_path_rate=drop_path, drop_path_mode="subset")
+    cfg = replace(cfg, vision=vision)
     choice = resolve(CPU, "fp8_current", cfg=cfg)
     found: Counter[int] = Counter()
     plain = float8._Product.apply
