@@ -16,7 +16,7 @@ class FaultsCommand:
     kills: int = 100
     """Runs killed at a random moment."""
     writes: int | None = None
-    """Of one checkpoint's writes so many are struck, evenly spread; all unless given."""
+    """Of the writes while one checkpoint is there so many are struck; all unless given."""
     only: str = ""
     """Regular expression: only faults with such a name, as "NaN|SIGTERM"."""
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ def carry_out(campaign: Campaign, trials: Sequence[Trial], jobs: int) -> list[Ve
 
 def record(found: Sequence[Verdict], *, seed: int) -> None:
     campaign = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    logging.getLogger(append_row.__module__).setLevel(logging.WARNING)  # a line a row
     for number, verdict in enumerate(found):
         figures = {"campaign": campaign, "trial": number, "seed": seed, **asdict(verdict)}
         append_row(SUBJECT, {name: value for name, value in figures.items() if name != "log"})

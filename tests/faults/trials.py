@@ -40,8 +40,8 @@ AT_MIDDLE = f"step {MIDDLE}"
 def plan(
     campaign: Campaign, *, kills: int, writes: int | None = None, seed: int = 0
 ) -> list[Trial]:
-    """kills: at random moments. writes: of those of one checkpoint so many, evenly spread, or all;
-    each is torn by a kill, and lost with a power cut.
+    """kills: at random moments. writes: of those while one checkpoint is there so many, evenly
+    spread, or all; each is torn by a kill, and lost with a power cut.
     """
     rng = random.Random(seed)
     moments = [[rng.uniform(0, campaign.seconds) for _ in range(2)] for _ in range(kills)]
@@ -86,7 +86,10 @@ def _kill(moment: float, of_next: float) -> Trial:
 
 
 def _write_points(campaign: Campaign) -> list[int]:
-    """The operations of one checkpoint, of a file's writes in a row the first and the last."""
+    """What changes files from the first write of one checkpoint to its deletion.
+
+    Of writes to a file in a row the first and the last.
+    """
     found = campaign.operations
     ours = [n for n, (_, path) in enumerate(found) if f"step_{SPOILT:08d}" in path]
     span = range(ours[0], ours[-1] + 1)
