@@ -27,8 +27,8 @@ class Watchdog:
     Then every thread's stack is in `path`, and the exit code is EXIT_CODE; where a thread that
     keeps Python's lock hangs, it is faulthandler's 1, a limit later. seconds: inf for none of this.
     An error that leaves the `with` has its traceback written to `path` as well, since a rank that
-    dies shows as an error of the others' collectives. A process that was stopped as a whole and
-    goes on is given its time again.
+    dies shows as an error of the others' collectives. A process that was stopped as a whole, for
+    less than a limit, and goes on is given its time again.
     """
 
     def __init__(self, path: Path, *, seconds: float) -> None:

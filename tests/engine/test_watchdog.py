@@ -108,12 +108,12 @@ def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
         if os.fork() == 0:
             time.sleep(LIMIT)
             os.kill(os.getppid(), signal.SIGSTOP)
-            time.sleep(6 * LIMIT)
+            time.sleep(3 * LIMIT)
             os.kill(os.getppid(), signal.SIGCONT)
             os._exit(0)
         with Watchdog(tmp_path / "stacks.txt", seconds=3 * LIMIT) as watchdog:
             watchdog.beat()
-            time.sleep(2 * LIMIT)
+            time.sleep(5 * LIMIT)
 
     assert _child(work) == 0
 

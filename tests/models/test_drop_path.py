@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.models.blocks import Block, DropPath, num_kept
+from m3i_fast.models.blocks import TORCH_LAYERS, Block, DropPath, num_kept
 from m3i_fast.models.flops import internimage, internimage_sampling, vit
 from m3i_fast.models.internimage import InternImage, _stages
 from m3i_fast.models.internimage_config import InternImageConfig, internimage_demo
@@ -68,7 +68,7 @@ def test_it_equals_the_masked_form_of_the_same_samples(
 )
 def test_internimages_layers_equal_their_masked_form(norms: dict[str, Any]) -> None:
     cfg = InternImageConfig(channels=16, groups=(1, 2, 4, 8), depths=(1, 1, 1, 1), **norms)
-    layer = _stages(cfg, reference.dcnv3)[0].blocks[0].double()
+    layer = _stages(cfg, reference.dcnv3, TORCH_LAYERS)[0].blocks[0].double()
     for parameter in layer.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     x = torch.randn(5, 4, 4, 16, dtype=torch.float64, requires_grad=True)
