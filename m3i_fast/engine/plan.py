@@ -125,7 +125,9 @@ def make_plan(
     bf16 = cfg.precision != "fp32" and (cfg.precision != "auto" or card.is_gpu)
     objective = build_on_meta(cfg)
     parameters = count_parameters(objective)
-    rates = [_FP8_RATE] if cfg.precision in FP8 else []
+    more = [_FP8_RATE] if cfg.precision in FP8 else []
+    if (count := cfg.parallel.accumulate) > 1:
+        more.append(_ONE_OF_SEVERAL.format(count))
     footprint = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=nodes.num_ranks)
     flops = step_flops(cfg, num_ranks=nodes.num_ranks)
     assumed = _assumed_memory(cfg, card, nodes, footprint)
@@ -159,10 +161,13 @@ def make_plan(
         footprint=footprint,
         legal=legal_batches(cfg),
         strategies=strategies,
-        assumptions=[*_MEMORY_ASSUMPTIONS, *assumptions(card, utilisation=utilisation), *rates],
+        assumptions=[*_MEMORY_ASSUMPTIONS, *assumptions(card, utilisation=utilisation), *more],
     )
 
 
+_ONE_OF_SEVERAL = (
+    "parallel.accumulate: all is of one of the {} batches of a step, as if it were a step"
+)
 _FP8_RATE = "products in FP8 run at the rate of bf16: what they gain is not predicted"
 _MEMORY_ASSUMPTIONS = [
     "every image has a label and a caption, the captions of all ranks are candidates of each",

@@ -227,6 +227,15 @@ def test_a_run_in_fp8_is_planned_at_the_rate_of_bf16_and_says_so(plan: Plan) -> 
     }
 
 
+def test_a_step_of_several_batches_is_planned_as_one_of_them_and_says_so(plan: Plan) -> None:
+    cfg = replace(small(), parallel=replace(small().parallel, accumulate=4))
+    found = make_plan(cfg, card=CARDS["h100"], nodes=TWO_NODES)
+    assert found.strategies == plan.strategies
+    assert set(found.assumptions) - set(plan.assumptions) == {
+        "parallel.accumulate: all is of one of the 4 batches of a step, as if it were a step"
+    }
+
+
 def test_each_local_view_is_a_pass_of_the_encoder_and_of_the_decoder() -> None:
     cfg = recipes()["m3i_vit_b"]()
     local = replace(cfg.data.global_views, size=96, count=3)
