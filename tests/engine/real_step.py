@@ -12,7 +12,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.optim import build_optimizer
-from m3i_fast.objectives.mixing import draw_mix
+from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.pipelines.batch import Batch
 
 
@@ -42,13 +42,9 @@ def draw_batch(cfg: TrainConfig) -> Batch:
     )
 
 
-def stepper(cfg: TrainConfig, *, bf16: bool = False) -> Callable[[], None]:
-    """A function that takes one whole step: what `Trainer.train_step` does, without a loader."""
-    torch.manual_seed(0)
-    objective = build_objective(replace(cfg, compile=False)).train()
-    optimizer = build_optimizer(cfg.optim, objective)
-    batch = draw_batch(cfg)
-    mix = draw_mix(
+def first_mix(cfg: TrainConfig) -> Mix:
+    """What the first step of two mixes, hides and asks."""
+    return draw_mix(
         cfg.objective.mixing,
         batch_size=cfg.data.batch_size,
         grid=cfg.vision.grid,
@@ -57,6 +53,15 @@ def stepper(cfg: TrainConfig, *, bf16: bool = False) -> Callable[[], None]:
         step=0,
         num_steps=2,
     )
+
+
+def stepper(cfg: TrainConfig, *, bf16: bool = False) -> Callable[[], None]:
+    """A function that takes one whole step: what `Trainer.train_step` does, without a loader."""
+    torch.manual_seed(0)
+    objective = build_objective(replace(cfg, compile=False)).train()
+    optimizer = build_optimizer(cfg.optim, objective)
+    batch = draw_batch(cfg)
+    mix = first_mix(cfg)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

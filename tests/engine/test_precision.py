@@ -31,10 +31,9 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models import float8
 from m3i_fast.models.blocks import TORCH_LAYERS
 from m3i_fast.models.vit import vit_b, vit_l
-from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.recipes import demo, recipes
 from tests.engine.fp8_runs import tiny
-from tests.engine.real_step import draw_batch
+from tests.engine.real_step import draw_batch, first_mix
 
 CPU = Capabilities(device="cpu", torchao=True)
 A100 = Capabilities(device="cuda", capability=(8, 0), cuda=(13, 0), te=True, torchao=True)
@@ -227,18 +226,13 @@ def _step(cfg: TrainConfig, choice: Choice) -> StepForward:
 
 
 def _forward(step: StepForward, cfg: TrainConfig, choice: Choice) -> torch.Tensor:
-    mix = draw_mix(
-        cfg.objective.mixing,
-        batch_size=cfg.data.batch_size,
-        grid=cfg.vision.grid,
-        context_length=cfg.text.context_length,
-        seed=0,
-        step=0,
-        num_steps=2,
-    )
     with forward_context(choice, torch.device("cpu")):
         loss, _ = step(
-            draw_batch(cfg), mix, lambda _: fp8.ExitStack(), monitor=False, measure=False
+            draw_batch(cfg),
+            first_mix(cfg),
+            lambda _: fp8.ExitStack(),
+            monitor=False,
+            measure=False,
         )
     return loss
 
