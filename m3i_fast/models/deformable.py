@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from m3i_fast.models.blocks import (
     LAYER_NORM_EPS,
+    TORCH_LAYERS,
+    BlockLayers,
     DropPath,
     DropPathMode,
     Linear,
     reset_children,
     take,
 )
-from m3i_fast.models.recompute import Recompute, torch_checkpoint
+from m3i_fast.models.recompute import Recompute
 from m3i_fast.ops import dcnv3
 
 KERNEL_SIZE = 3
@@ -74,8 +76,8 @@ class LayerOptions:
     drop_path_mode: DropPathMode = "mask"
     activation_checkpointing: Recompute = "none"
     core: SamplingCore = dcnv3
-    linear: Callable[[int, int], nn.Module] = Linear
-    """Of the projections and of the MLP: in_features, out_features."""
+    layers: BlockLayers = TORCH_LAYERS
+    """Its `linear` makes the projections and the MLP, its `checkpoint` recomputes them."""
 
 
 class DCNv3(nn.Module):
@@ -99,8 +101,8 @@ class DCNv3(nn.Module):
         )
         self.offset = Linear(channels, 2 * num_groups * NUM_POINTS)
         self.mask = Linear(channels, num_groups * NUM_POINTS)
-        self.input_proj = options.linear(channels, channels)
-        self.output_proj = options.linear(channels, channels)
+        self.input_proj = options.layers.linear(channels, channels)
+        self.output_proj = options.layers.linear(channels, channels)
         gates = options.center_feature_scale
         self.center_feature_scale_proj_weight = (
             nn.Parameter(torch.empty(num_groups, channels)) if gates else None
@@ -187,14 +189,15 @@ class InternImageLayer(nn.Module):
         self, channels: int, num_groups: int, options: LayerOptions, *, drop_path: float
     ) -> None:
         super().__init__()
-        self.checkpoint = torch_checkpoint(options.activation_checkpointing)
+        self.checkpoint = options.layers.checkpoint(options.activation_checkpointing)
         self.post_norm = options.post_norm
         self.layer_scale = options.layer_scale
         self.norm1 = norm_last(channels)
         self.dcn = DCNv3(channels, num_groups, options)
         self.drop_path = DropPath(drop_path, options.drop_path_mode)
         self.norm2 = norm_last(channels)
-        self.mlp = MLP(channels, int(channels * options.mlp_ratio), linear=options.linear)
+        hidden_dim = int(channels * options.mlp_ratio)
+        self.mlp = MLP(channels, hidden_dim, linear=options.layers.linear)
         scaled, normed = options.layer_scale is not None, options.res_post_norm
         self.gamma1 = nn.Parameter(torch.empty(channels)) if scaled else None
         self.gamma2 = nn.Parameter(torch.empty(channels)) if scaled else None

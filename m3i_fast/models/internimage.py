@@ -42,8 +42,8 @@ class InternImage(ImageEncoder):
 
     Keywords replace fields of `cfg` (lists may stand for tuples), so the official constructor's
     keywords work alone: `InternImage(channels=64, depths=[4, 4, 18, 4], groups=[4, 8, 16, 32])`.
-    `core` has the signature of `m3i_fast.ops.dcnv3`, which it is by default; `layers.linear` makes
-    the projections and MLPs of its layers. Can be built on the
+    `core` has the signature of `m3i_fast.ops.dcnv3`, which it is by default; of `layers`
+    `linear` makes its projections and MLPs, `checkpoint` recomputes. Can be built on the
     meta device: `to_empty` then `reset_parameters` equal a direct build.
 
     Raises TypeError for an unknown keyword and ValueError for a value that does not fit.
@@ -183,7 +183,7 @@ def _stages(cfg: InternImageConfig, core: SamplingCore, layers: BlockLayers) -> 
         drop_path_mode=cfg.drop_path_mode,
         activation_checkpointing=cfg.activation_checkpointing,
         core=core,
-        linear=layers.linear,
+        layers=layers,
     )
     rates = [cfg.drop_path(layer) for layer in range(sum(cfg.depths))]
     stages = []

@@ -129,13 +129,12 @@ def test_every_wide_product_of_a_vit_runs_in_fp8(min_dim: int, layers: int) -> N
 
 def test_a_narrow_layer_changes_neither_attention_nor_recomputation() -> None:
     """Transformer Engine's checkpointing has to be around its layers, wide or not."""
-    chosen: list[str] = []
-    layers = replace(FLOAT8_LAYERS, checkpoint=chosen.append)
-    vit = build_encoder(
-        vit_demo(image_size=32, depth=2, activation_checkpointing="full"),
-        layers=wide_only(layers, 10_000),
-    )
-    assert isinstance(vit, ViT) and set(chosen) == {"full"}
+    for cfg in (vit_demo(image_size=32, depth=2), INTERNIMAGE):
+        chosen: list[str] = []
+        layers = replace(FLOAT8_LAYERS, checkpoint=chosen.append)
+        cfg = replace(cfg, activation_checkpointing="full")
+        build_encoder(cfg, layers=wide_only(layers, 10_000))
+        assert set(chosen) == {"full"}, cfg
 
 
 def test_the_projections_and_mlps_of_internimage_run_in_fp8() -> None:
