@@ -53,7 +53,7 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
         losses = []
         for step in range(case.num_steps):
             batch = _in_dtype(next(whole), case.double)
-            mixes = [_mix(trainer, r, part(batch, r, num_ranks)) for r in range(num_ranks)]
+            mixes = [own_mix(trainer, r, part(batch, r, num_ranks)) for r in range(num_ranks)]
             mine = batch if rank is None else part(batch, rank, num_ranks)
             mix = joined(mixes) if rank is None else mixes[rank]
             trainer.draw_mix = lambda *_, mix=mix: mix  # type: ignore[method-assign,misc]
@@ -67,7 +67,7 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
     return found
 
 
-def _mix(trainer: Trainer, rank: int, batch: Batch) -> Mix:
+def own_mix(trainer: Trainer, rank: int, batch: Batch) -> Mix:
     """What a rank draws in this step."""
     before, trainer.seed = trainer.seed, 1000 + rank
     mix = Trainer.draw_mix(trainer, batch)

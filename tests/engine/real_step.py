@@ -10,9 +10,9 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import update_ema
+from m3i_fast.engine.footprint import draw_first_mix
 from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.optim import build_optimizer
-from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.pipelines.batch import Batch
 
 
@@ -42,26 +42,13 @@ def draw_batch(cfg: TrainConfig) -> Batch:
     )
 
 
-def first_mix(cfg: TrainConfig) -> Mix:
-    """What the first step of two mixes, hides and asks."""
-    return draw_mix(
-        cfg.objective.mixing,
-        batch_size=cfg.data.batch_size,
-        grid=cfg.vision.grid,
-        context_length=cfg.text.context_length,
-        seed=0,
-        step=0,
-        num_steps=2,
-    )
-
-
 def stepper(cfg: TrainConfig, *, bf16: bool = False) -> Callable[[], None]:
     """A function that takes one whole step: what `Trainer.train_step` does, without a loader."""
     torch.manual_seed(0)
     objective = build_objective(replace(cfg, compile=False)).train()
     optimizer = build_optimizer(cfg.optim, objective)
     batch = draw_batch(cfg)
-    mix = first_mix(cfg)
+    mix = draw_first_mix(cfg)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

@@ -22,7 +22,7 @@ from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import demo, demo_method, shrink
-from tests.engine.parallel_work import _double, _in_dtype, full
+from tests.engine.parallel_work import _double, _in_dtype, full, own_mix
 from tests.engine.test_parallel import TEXT
 from tests.objectives.ranks import joined, part
 
@@ -88,7 +88,7 @@ def _train(
         for step in range(STEPS):
             batch = _in_dtype(next(loader), True)
             batch = replace(batch, label=batch.sample_id % 9)  # as many members in each part
-            mixes = [_mix(trainer, i, part(batch, i, 4)) for i in range(4)]
+            mixes = [own_mix(trainer, i, part(batch, i, 4)) for i in range(4)]
             mixes = [_join(mixes, i, num_parts) for i in range(num_parts)]
             batches = [part(batch, i, num_parts) for i in mine] if mine else [batch]
             given = iter([mixes[i] for i in mine] if mine else mixes)
@@ -105,13 +105,6 @@ def _train(
         loader.close()
         trainer.run.close()
     return found
-
-
-def _mix(trainer: Trainer, index: int, batch: Batch) -> Mix:
-    before, trainer.seed = trainer.seed, 1000 + index
-    mix = Trainer.draw_mix(trainer, batch)
-    trainer.seed = before
-    return mix
 
 
 def _join(quarters: list[Mix], index: int, num_parts: int) -> Mix:

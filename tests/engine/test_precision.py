@@ -13,6 +13,7 @@ import torch
 
 from m3i_fast.config import Backend, Precision, TrainConfig
 from m3i_fast.engine import fp8
+from m3i_fast.engine.footprint import draw_first_mix
 from m3i_fast.engine.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.engine.microbatch import shapes_of
 from m3i_fast.engine.model import build_objective
@@ -33,7 +34,7 @@ from m3i_fast.models.blocks import TORCH_LAYERS
 from m3i_fast.models.vit import vit_b, vit_l
 from m3i_fast.recipes import demo, recipes
 from tests.engine.fp8_runs import tiny
-from tests.engine.real_step import draw_batch, first_mix
+from tests.engine.real_step import draw_batch
 
 CPU = Capabilities(device="cpu", torchao=True)
 A100 = Capabilities(device="cuda", capability=(8, 0), cuda=(13, 0), te=True, torchao=True)
@@ -229,7 +230,7 @@ def _forward(step: StepForward, cfg: TrainConfig, choice: Choice) -> torch.Tenso
     with forward_context(choice, torch.device("cpu")):
         loss, _ = step(
             draw_batch(cfg),
-            first_mix(cfg),
+            draw_first_mix(cfg),
             lambda _: fp8.ExitStack(),
             monitor=False,
             measure=False,
