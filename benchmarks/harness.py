@@ -9,6 +9,8 @@ The ledger is benchmarks/results/<subject>.jsonl, one JSON object a line:
     time      UTC, ISO 8601
     command   what to type to measure it again
     figures   the subject's own
+    config    of the run that was measured, where there is one
+    telemetry of the same, as observe/telemetry.py sums it up
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from rich import box
@@ -32,6 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from m3i_fast.observe.environment import environment
+
+if TYPE_CHECKING:  # `make gpu` has no cattrs, which configs need
+    from m3i_fast.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +235,8 @@ def append_row(
     subject: str,
     figures: Mapping[str, Any],
     *,
+    config: TrainConfig | None = None,
+    telemetry: Mapping[str, Any] | None = None,
     command: str | None = None,
     folder: Path | None = None,
 ) -> Path:
@@ -251,6 +258,10 @@ def append_row(
         "command": command or _this_command(),
         "figures": dict(figures),
     }
+    if config is not None:
+        row["config"] = json.loads(config.to_json())
+    if telemetry is not None:
+        row["telemetry"] = dict(telemetry)
     try:
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
