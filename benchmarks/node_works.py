@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -70,8 +69,10 @@ class TrainWork:
         trainer, model = self._trainer, self._trainer.model
         if trainer.step == trainer.cfg.num_steps:
             trainer.step = 0
-        silent = not self._exchange and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if silent else nullcontext():
+        if isinstance(model, DistributedDataParallel) and not self._exchange:
+            with model.no_sync():
+                trainer.next_step(self._data)
+        else:
             trainer.next_step(self._data)
 
     def wait(self) -> None:

@@ -134,6 +134,8 @@ def test_rates_whose_intervals_meet_are_not_told_apart() -> None:
     wide = summarise_rates([90.0, 170.0, 220.0])
     assert verdict(FOUND).bottleneck == "loader"
     assert verdict(replace(FOUND, loader=wide)).bottleneck == "balanced"
+    near = summarise_rates([193.0, 194.0, 195.0])
+    assert verdict(replace(FOUND, loader=near)).bottleneck == "balanced"
 
 
 def test_a_slow_loader_is_the_bottleneck_whatever_the_clock_and_the_exchange() -> None:
