@@ -39,6 +39,9 @@ ONLY_IN = {
     "torchao": ("m3i_fast/models/float8.py", DOCTOR),
     "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
     "pynvml": ("m3i_fast/observe/telemetry.py", DOCTOR),
+    "prometheus_client": ("m3i_fast/observe/prometheus.py",),
+    "wandb": ("m3i_fast/observe/trackers.py",),
+    "mlflow": ("m3i_fast/observe/trackers.py",),
     "torch.ops.m3i": ("m3i_fast/ops/",),
 }
 
