@@ -157,16 +157,19 @@ class Trainer:
         set_schedules(self.optimizer, lr=lr, weight_decay=self.weight_decay[step])
         self.guard.keep()
         metrics = self._backward(batches, monitor)
-        with self.log.timer.stage("optim"):
+        stage = self.log.timer.stage
+        with stage("clip"):
             names = [name for name, p in self._named if p.grad is not None]
             norm = self._clip()
             metrics["optim/grad_norm"] = norm.total
             ids = torch.cat([batch.sample_id for batch in batches])
             skip = self.guard.judge(step, metrics, norm, names=names, sample_ids=ids)
+        with stage("optim"):
             self.optimizer.step(skip)
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.clamp_temperatures()
             self.guard.undo()
+        with stage("ema"):
             for pair in self.objective.momentum_pairs():
                 update_ema(*pair, momentum=self.momentum[step], skip=skip)
         self.step += 1
@@ -178,13 +181,14 @@ class Trainer:
         measure = self.objective.balance.due(self.step)
         for index, batch in enumerate(batches):
             is_last = index + 1 == len(batches)
-            mix = self.draw_mix(batch, index)
+            with stage("mix"):
+                mix = self.draw_mix(batch, index)
             with reduced(self.model, is_last):
                 with forward_context(self.arithmetic, self.device):
                     loss, metrics = self.model(
                         batch, mix, stage, monitor=monitor and is_last, measure=measure
                     )
-                with stage("backward"):
+                with stage("bwd"):
                     (loss / len(batches)).backward()
             found.append(metrics)
         return over_batches(found)
@@ -210,33 +214,45 @@ class Trainer:
                     return self._train(progress, time.monotonic() + max_seconds)
                 finally:
                     with self._watchdog.patient("the end of the run"):
-                        self.log.close()
-                        self.loader.close()
-                        self.run.close()
+                        self.close()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    def close(self) -> None:
+        """End the loader's threads, and let go of the run's files and its lock."""
+        self.log.close()
+        self.loader.close()
+        self.run.close()
+
     def _train(self, progress: Progress, ends: float) -> Outcome:
-        cfg, stopped = self.cfg, None
+        stopped = None
         self.log.open(self.step)
-        while self.step < cfg.num_steps and stopped is None:
-            log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
-            with self.log.timer.stage("data"):
-                taken = (next(self.loader) for _ in range(cfg.parallel.accumulate))
-                batches = [batch.to(self.device) for batch in taken]
-            self.log.add(self.train_step(*batches, monitor=log), self.guard.skip)
-            self._watchdog.beat()
-            if log:
-                self._log(progress)
-            if self.step % cfg.checkpoint_every == 0:
+        while self.step < self.cfg.num_steps and stopped is None:
+            self.advance(progress)
+            if self.step % self.cfg.checkpoint_every == 0:
                 self.save()
             if time.monotonic() > ends:
                 self._stop.signal = self._stop.signal or signal.SIGUSR1
             stopped = self._stop.agreed()
         self._stop.wait()
         self.save()
-        return Outcome(self.step, stopped if self.step < cfg.num_steps else None)
+        return Outcome(self.step, stopped if self.step < self.cfg.num_steps else None)
+
+    def advance(self, progress: Progress = lambda step, values: None) -> None:
+        """One step with its data, and its metrics where they are due."""
+        cfg, stage = self.cfg, self.log.timer.stage
+        log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
+        with stage("data.wait"):
+            taken = [next(self.loader) for _ in range(cfg.parallel.accumulate)]
+        with stage("h2d"):
+            batches = [batch.to(self.device) for batch in taken]
+        metrics = self.train_step(*batches, monitor=log)
+        with stage("log"):
+            self.log.add(metrics, self.guard.skip)
+            self._watchdog.beat()
+            if log:
+                self._log(progress)
 
     def _log(self, progress: Progress) -> None:
         """Read the metrics and heed what they say."""
@@ -254,7 +270,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; FloatingPointError if it would hold what is not finite."""
-        with self._watchdog.patient("a save"):
+        with self._watchdog.patient("a save"), self.log.timer.stage("ckpt"):
             self._save()
 
     def _save(self) -> None:
@@ -279,7 +295,8 @@ class Trainer:
 
     def _clip(self) -> GradientNorm:
         parameters = [p for _, p in self._named if p.grad is not None]
-        average_whole(parameters, self.world)
+        with self.log.timer.stage("comm"):
+            average_whole(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
     def _heed_skips(self) -> tuple[int | None, int]:
