@@ -22,6 +22,7 @@ TEACHER = "supervised"
 # Fields that configs did not have when the first rows were made, with what was done then.
 ADDED: dict[str, object] = {
     "vision.drop_path_mode": "mask",
+    "vision.position": "absolute",
     "text.activation_checkpointing": "none",
     "parallel.shard": 1,
     "parallel.chunk": 0,
