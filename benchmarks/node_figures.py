@@ -98,7 +98,7 @@ def throttling(computing: Sequence[Series]) -> Throttling:
     return Throttling(
         num_windows=len(read),
         num_throttled=len(slow),
-        reasons=sorted({r for t in slow for gpu in t["gpus"] for r in gpu["throttle_reasons"]}),
+        reasons=sorted({r for t in slow for g in t["gpus"] for r in g.get("throttle_reasons", ())}),
         mean_mhz=statistics.fmean(clocks) if clocks else None,
         max_mhz=max(_clocks(read, "max"), default=None),
     )
