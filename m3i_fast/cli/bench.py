@@ -17,6 +17,7 @@ BENCHMARKS = {
     "checkpoint": "how long a checkpoint keeps a step waiting, at once and in the background",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
+    "node": "images a second of a node: loader, training, both, what bounds them, and a sweep",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",
 }
 
