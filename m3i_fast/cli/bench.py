@@ -16,6 +16,7 @@ BENCHMARKS = {
     "checkpoint": "how long a checkpoint keeps a step waiting, at once and in the background",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
+    "compare": "this version beside another: the ledger's rows, or both measured in turns",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",
 }
 
@@ -33,5 +34,4 @@ def main(argv: list[str]) -> int:
             f"unknown benchmark {name!r}: expected one of {known}."
             + nearest(name, list(BENCHMARKS))
         )
-    importlib.import_module(f"m3i_fast.benchmarks.{name}").main(rest)
-    return 0
+    return importlib.import_module(f"m3i_fast.benchmarks.{name}").main(rest) or 0
