@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from m3i_fast.cli import console, nearest, refuse
+from m3i_fast.cli import console, refuse
+from m3i_fast.hints import nearest
 
 BENCHMARKS = {
     "mask_mix": "mask, mix and normalise views: ours beside the torch expressions it replaces",
@@ -31,7 +32,6 @@ def main(argv: list[str]) -> int:
     if name not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         return refuse(
-            f"unknown benchmark {name!r}: expected one of {known}."
-            + nearest(name, list(BENCHMARKS))
+            f"unknown benchmark {name!r}: expected one of {known}." + nearest(name, BENCHMARKS)
         )
     return importlib.import_module(f"m3i_fast.benchmarks.{name}").main(rest) or 0

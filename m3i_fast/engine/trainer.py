@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from m3i_fast.engine.accumulation import expect_additive, over_batches, reduced
 from m3i_fast.engine.determinism import make_deterministic
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.fp8 import expect_fp8, forward_context, layers_of
+from m3i_fast.engine.graphs import replay
 from m3i_fast.engine.guard import Guard, not_finite
 from m3i_fast.engine.microbatch import shapes_of
 from m3i_fast.engine.model import build_objective, stacks_of
@@ -123,6 +124,8 @@ class Trainer:
         """The forward pass of a step, whose gradients the ranks reduce."""
         forward = StepForward(self.objective)
         expect_fp8(forward, self.arithmetic)
+        if self.cfg.cuda_graphs:
+            replay(forward, self.device)
         return distribute(
             forward,
             stacks_of(self.objective),
@@ -144,6 +147,17 @@ class Trainer:
             step=self.step,
             num_steps=self.cfg.num_steps,
         ).to(self.device)
+
+    def next_step(self, data: Iterator[Batch] | None = None, *, monitor: bool = False) -> None:
+        """A step on the next batches, as `train` repeats it; waits for them alone.
+
+        data: where they come from, if not from the loader.
+        """
+        source = self.loader if data is None else data
+        with self.log.timer.stage("data"):
+            taken = (next(source) for _ in range(self.cfg.parallel.accumulate))
+            batches = [batch.to(self.device) for batch in taken]
+        self.log.add(self.train_step(*batches, monitor=monitor), self.guard.skip)
 
     def train_step(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
         """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing.
@@ -210,22 +224,23 @@ class Trainer:
                     return self._train(progress, time.monotonic() + max_seconds)
                 finally:
                     with self._watchdog.patient("the end of the run"):
-                        self.log.close()
-                        self.loader.close()
-                        self.run.close()
+                        self.close()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def close(self) -> None:
+        """Stop the loader's threads, wait for a save in flight and free the directory."""
+        self.log.close()
+        self.loader.close()
+        self.run.close()
 
     def _train(self, progress: Progress, ends: float) -> Outcome:
         cfg, stopped = self.cfg, None
         self.log.open(self.step)
         while self.step < cfg.num_steps and stopped is None:
             log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
-            with self.log.timer.stage("data"):
-                taken = (next(self.loader) for _ in range(cfg.parallel.accumulate))
-                batches = [batch.to(self.device) for batch in taken]
-            self.log.add(self.train_step(*batches, monitor=log), self.guard.skip)
+            self.next_step(monitor=log)
             self._watchdog.beat()
             if log:
                 self._log(progress)
