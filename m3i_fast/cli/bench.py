@@ -18,6 +18,7 @@ BENCHMARKS = {
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
     "node": "images a second of a node: loader, training, both, what bounds them, and a sweep",
+    "compare": "this version beside another: the ledger's rows, or both measured in turns",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",
 }
 
@@ -34,5 +35,4 @@ def main(argv: list[str]) -> int:
         return refuse(
             f"unknown benchmark {name!r}: expected one of {known}." + nearest(name, BENCHMARKS)
         )
-    importlib.import_module(f"m3i_fast.benchmarks.{name}").main(rest)
-    return 0
+    return importlib.import_module(f"m3i_fast.benchmarks.{name}").main(rest) or 0
