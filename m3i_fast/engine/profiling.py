@@ -76,10 +76,10 @@ class CudaControl:
     """Opens and closes the range that nsys captures: --capture-range=cudaProfilerApi."""
 
     def start(self, timer: StageTimer) -> None:
-        torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStart())
+        torch.cuda.profiler.start()
 
     def stop(self, timer: StageTimer) -> None:
-        torch.cuda.check_error(torch.cuda.cudart().cudaProfilerStop())
+        torch.cuda.profiler.stop()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

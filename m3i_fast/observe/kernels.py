@@ -19,9 +19,11 @@ FAMILIES = {
 # The first that is found in the name, in this order: NCCL's kernels name reductions, flash
 # attention's and cuDNN's name the products that they are made of.
 _PATTERNS = {
-    "comm": r"nccl|c10d::|gloo|all_?reduce|all_?gather|reduce_?scatter|nvshmem",
+    "comm": r"nccl|c10d::|gloo|all_?reduce|all_?gather|reduce_?scatter|nvshmem|_SumOverRanks",
     "dcnv3": r"dcnv3",
-    "mi_loss": r"\bboltzmann|m3i::boltzmann|m3i::gaussian|\bgaussian_(fwd|bwd|products|partials)",
+    # Kernels, operators, and the autograd functions around them.
+    "mi_loss": r"boltzmann|m3i[:_]+gaussian|\bgaussian_(fwd|bwd|products|partials)"
+    r"|^(Softmax|Sigmoid)(Backward)?$",
     "memcpy": r"memcpy|memset|^aten::(copy_|_to_copy|clone|contiguous)$",
     "attention": r"flash_|fmha|attention|sdpa|softmax_warp",
     "norm": r"layer_?norm|batch_?norm|group_?norm|rms_?norm|rsqrt|bn_(fw|bw)",

@@ -41,8 +41,8 @@ def render_page(summary: text.Summary) -> str:
         tables=[
             ("All stages", text.stage_table(summary)),
             (text.work_name(summary), text.kernel_table(summary)),
-            ("Lines at which the host waits", text.wait_table(summary)),
-            ("Waits in the recording", text.device_wait_table(summary)),
+            (text.wait_heading(summary), text.wait_table(summary)),
+            ("The same, as the profiler saw them", text.device_wait_table(summary)),
         ],
         style=Markup("\n".join(styles)),
         script=Markup((_PAGE / "profile.js").read_text(encoding="utf-8")),

@@ -85,8 +85,14 @@ def kernel_table(summary: Summary) -> Table:
     return head, rows
 
 
+def wait_heading(summary: Summary) -> str:
+    if summary["kind"] == "cuda":
+        return "Lines at which the host waits for the GPU"
+    return "Lines at which the host reads a tensor: it would wait for a GPU that the tensor lay on"
+
+
 def wait_table(summary: Summary) -> Table:
-    """Lines that wait for a GPU or, without one, would."""
+    """Reads in one further step, each with the line that asks for it."""
     return ["Operator", "Stage", "Calls a step", "Line"], [
         [wait["name"], wait["stage"], f"{wait['calls']:g}", " < ".join(wait["stack"]) or "-"]
         for wait in summary["waits"]
@@ -109,8 +115,8 @@ def markdown(summary: Summary) -> str:
         "Stages": stage_table,
         "Families": family_table,
         work_name(summary): kernel_table,
-        "Lines at which the host waits": wait_table,
-        "Waits in the recording": device_wait_table,
+        wait_heading(summary): wait_table,
+        "The same, as the profiler saw them": device_wait_table,
     }
     for heading, make in tables.items():
         parts.append(f"## {heading}")
