@@ -44,6 +44,7 @@ ADDED: dict[str, object] = {
     "guard.max_rollbacks": 3,
     "backend": "auto",
     "fp8_min_dim": 768,
+    "cuda_graphs": False,
     "deterministic": False,
     "keep_every": 0,
     "keep_best": "",

@@ -21,6 +21,7 @@ from m3i_fast.engine.accumulation import expect_additive, over_batches, reduced
 from m3i_fast.engine.determinism import make_deterministic
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.fp8 import expect_fp8, forward_context, layers_of
+from m3i_fast.engine.graphs import replay
 from m3i_fast.engine.guard import Guard, not_finite
 from m3i_fast.engine.microbatch import shapes_of
 from m3i_fast.engine.model import build_objective, stacks_of
@@ -128,6 +129,8 @@ class Trainer:
         """The forward pass of a step, whose gradients the ranks reduce."""
         forward = StepForward(self.objective)
         expect_fp8(forward, self.arithmetic)
+        if self.cfg.cuda_graphs:
+            replay(forward, self.device)
         return distribute(
             forward,
             stacks_of(self.objective),
