@@ -22,14 +22,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from m3i_fast.benchmarks import harness
+from m3i_fast.benchmarks import ledger
 from m3i_fast.benchmarks.mi_loss_ranks import parse as parse_counts
 from m3i_fast.benchmarks.rates import summarise_rates
 from m3i_fast.benchmarks.scaling_config import Config, Mode, card_of, parse
@@ -118,12 +118,11 @@ def measured_row(
             if seconds
         },
         "efficiency": asdict(scaled),
-        "serial_fraction": serial_fraction(scaled.value, num_ranks),
+        "karp_flatt": {"serial_fraction": serial_fraction(scaled.value, num_ranks)},
         "communication_share": asdict(share_lost(together, alone)) if several else None,
         "reduction_share": asdict(share_lost(together, unreduced)) if unreduced else None,
-        **_mfu(setting, work, found, summarise_rates(together).median),
-        "alone_ms_by_rank": own_ms,
-        "rank_spread": (max(own_ms) - min(own_ms)) / min(own_ms),
+        "model_flops": _model_flops(setting, work, found, summarise_rates(together).median),
+        "ranks_alone": {"step_ms": own_ms, "spread": (max(own_ms) - min(own_ms)) / min(own_ms)},
         "stages_ms_by_rank": [f.stages_ms for f in found],
         "all_reduce_s": {
             str(size): asdict(summarise_rates(seconds))
@@ -133,7 +132,7 @@ def measured_row(
     }
 
 
-def _mfu(
+def _model_flops(
     setting: Setting, work: Workload, found: list[Found], step_s: float
 ) -> dict[str, float | str]:
     """On a CPU, of which no rate is published, beside a product that all ranks make at once."""
@@ -144,10 +143,10 @@ def _mfu(
     if not card.is_gpu:
         peak, peak_of = gemm, "a large product by as many busy ranks"
     return {
-        "model_flop_s_per_rank": flop_s,
+        "flop_s_per_rank": flop_s,
         "mfu": flop_s / peak,
-        "mfu_peak_flop_s": peak,
-        "mfu_peak_of": peak_of,
+        "peak_flop_s": peak,
+        "peak_of": peak_of,
         "gemm_flop_s_per_rank": gemm,
     }
 
@@ -167,13 +166,16 @@ def observe(work: Workload, found: list[Found]) -> Observation:
 # ---- All rows ------------------------------------------------------------------------------------
 
 
-def rows_of(cfg: Config) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
-    """Each number of ranks in each mode, then a prediction for each mode."""
+Telemetry = Mapping[str, Any] | None
+
+
+def rows_of(cfg: Config) -> Iterator[tuple[dict[str, Any], TrainConfig, Telemetry]]:
+    """Each number of ranks in each mode, then a prediction for each mode, of which is none."""
     counts = cfg.counts
     cfg.expect_divisible(counts)
     setting = Setting(cfg=cfg, card=card_of(cfg), num_cores=environment().num_cores)
     parameters = count_parameters(build_on_meta(cfg.config))
-    started: dict[tuple[int, int], list[Found]] = {}
+    started: dict[tuple[int, int], tuple[list[Found], dict[str, Any]]] = {}
     observed: list[tuple[Mode, Observation]] = []
 
     def work_of(mode: Mode, count: int) -> Workload:
@@ -196,20 +198,20 @@ def rows_of(cfg: Config) -> Iterator[tuple[dict[str, Any], TrainConfig]]:
                         warmup_steps=cfg.warmup_steps,
                     )
                 )
-            found = started[key]
-            one = started[1, work_of(mode, 1).batch_size]
+            found, telemetry = started[key]
+            one, _ = started[1, work_of(mode, 1).batch_size]
             if not setting.shares_cores(count):
                 observed.append((mode, observe(work, found)))
-            yield measured_row(setting, mode, work, found, one), train
+            yield measured_row(setting, mode, work, found, one), train, telemetry
     for mode in cfg.modes:
-        yield predicted_row(setting, mode, observed, work_of), cfg.of_ranks(mode, 1)
+        yield predicted_row(setting, mode, observed, work_of), cfg.of_ranks(mode, 1), None
 
 
 def predicted_row(
     setting: Setting,
     mode: Mode,
     observed: list[tuple[Mode, Observation]],
-    work_of: Any,
+    work_of: Callable[[Mode, int], Workload],
 ) -> dict[str, Any]:
     """What the model says of more ranks, and how wrong it is about those that were measured."""
     observations = [observation for _, observation in observed]
@@ -239,14 +241,14 @@ def predicted_row(
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(sys.argv[1:] if argv is None else argv)
     rows = []
-    for figures, config in rows_of(cfg):
+    for figures, config, telemetry in rows_of(cfg):
         rows.append(figures)
         if cfg.record:
-            harness.append_row(SUBJECT, figures, config=config)
+            ledger.append_row(SUBJECT, figures, config=config, telemetry=telemetry)
     console.print(table(rows))
     if cfg.record:
-        picture = harness.results_dir() / f"{SUBJECT}.svg"
-        write_atomically(picture, draw(list(harness.read_rows(SUBJECT))).encode())
+        picture = ledger.results_dir() / f"{SUBJECT}.svg"
+        write_atomically(picture, draw(list(ledger.read_rows(SUBJECT))).encode())
         console.print(f"{len(rows)} rows appended, drawn in {picture}", soft_wrap=True)
 
 

@@ -38,6 +38,7 @@ from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import leave_world
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.telemetry import Telemetry
 from m3i_fast.pipelines.batch import Batch
 
 Kind = Literal["together", "unreduced", "alone"]
@@ -75,18 +76,24 @@ class Found:
     gemm_flop_s: float
     """Of a large product in the type that is computed with, while all ranks make theirs."""
     loss: float
+    span_s: tuple[float, float]
+    """When the windows began and ended, by the clock of all processes (time.monotonic)."""
 
 
-def start(job: Job) -> list[Found]:
-    """Run the job's ranks; what each found, in their order."""
-    with TemporaryDirectory() as name, _environment(job):
+def start(job: Job) -> tuple[list[Found], dict[str, Any]]:
+    """Run the job's ranks: what each found, in their order, and the telemetry of their windows."""
+    with TemporaryDirectory() as name, _environment(job), Telemetry() as telemetry:
         folder = Path(name)
         mp.start_processes(_work, (job, folder), nprocs=job.num_ranks, start_method="spawn")
         raw = [json.loads(_result(folder, rank).read_text()) for rank in range(job.num_ranks)]
-    return [
-        Found(**{**of_rank, "all_reduces": [tuple(pair) for pair in of_rank["all_reduces"]]})
-        for of_rank in raw
-    ]
+        begin = min(of_rank["span_s"][0] for of_rank in raw)
+        end = max(of_rank["span_s"][1] for of_rank in raw)
+        return [_read(of_rank) for of_rank in raw], telemetry.summary(begin, end)
+
+
+def _read(raw: dict[str, Any]) -> Found:
+    pairs = [tuple(pair) for pair in raw["all_reduces"]]
+    return Found(**{**raw, "all_reduces": pairs, "span_s": tuple(raw["span_s"])})
 
 
 @contextmanager
@@ -127,6 +134,7 @@ def _work(rank: int, job: Job, folder: Path) -> None:
     # Made before the ranks meet, so that its world is one of its own.
     trainer = Trainer(_without_end(job), folder / f"alone{rank}", data=data)
     _meet(rank, job, folder)
+    begin = time.monotonic()
     step_s, stages_ms = _windows(trainer, job, ("alone",)), _stages(trainer, job, "alone")
     gemm_flop_s = _gemm_flop_s(trainer)
     if job.num_ranks > 1:
@@ -134,14 +142,17 @@ def _work(rank: int, job: Job, folder: Path) -> None:
         del trainer
         gc.collect()
         trainer = Trainer(_without_end(job), folder / "together", data=data)
+        begin = time.monotonic()
         step_s |= _windows(trainer, job, _kinds(trainer))
         stages_ms = _stages(trainer, job, "together")
+    span_s = begin, time.monotonic()
     found = Found(
         step_s=step_s,
         stages_ms=stages_ms,
         all_reduces=_all_reduces(device),
         gemm_flop_s=gemm_flop_s,
         loss=trainer.log.means.read()["loss/total"],
+        span_s=span_s,
     )
     _result(folder, rank).write_text(json.dumps(asdict(found)))
     dist.barrier()

@@ -39,7 +39,11 @@ def _dagger(row: Mapping[str, Any]) -> str:
 
 
 def _measured(row: Mapping[str, Any]) -> list[str]:
-    rate, scaled, serial = row["images_s"]["median"], row["efficiency"], row["serial_fraction"]
+    rate, scaled, serial = (
+        row["images_s"]["median"],
+        row["efficiency"],
+        row["karp_flatt"]["serial_fraction"],
+    )
     return [
         str(row["batch_per_rank"]),
         f"{rate:,.4g}",
@@ -48,8 +52,8 @@ def _measured(row: Mapping[str, Any]) -> list[str]:
         "-" if serial is None else f"{serial:.3f}",
         _share(row["communication_share"]),
         _share(row["reduction_share"]),
-        f"{row['mfu']:.1%}",
-        f"{row['rank_spread']:.1%}",
+        f"{row['model_flops']['mfu']:.1%}",
+        f"{row['ranks_alone']['spread']:.1%}",
     ]
 
 
@@ -70,7 +74,7 @@ def _share(ratio: Mapping[str, float] | None) -> str:
 
 def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
     measured = [row for row in rows if row["kind"] == MEASURED]
-    sentences = [f"MFU: of the rate {measured[0]['mfu_peak_of']}."] if measured else []
+    sentences = [f"MFU: of the rate {measured[0]['model_flops']['peak_of']}."] if measured else []
     if any(row["shares_cores"] for row in measured):
         sentences.append(
             "+: more processes than cores, so that E(n) says how they share cores and nothing "

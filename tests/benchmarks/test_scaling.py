@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from m3i_fast.benchmarks import harness, scaling, scaling_ranks
+from m3i_fast.benchmarks import ledger, scaling, scaling_ranks
 from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.benchmarks.scaling_config import Config, parse
 from m3i_fast.benchmarks.scaling_figures import efficiency, ratio, serial_fraction, share_lost
@@ -323,15 +323,16 @@ def test_two_ranks_are_measured_and_recorded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "7")  # as in a job that is no part of this
     monkeypatch.setattr(scaling, "console", scaling.Console(width=200))
     options = "--device cpu --gpus 1,2 --mode weak --windows 3 --window-steps 1 --warmup-steps 1"
     scaling.main(["--config", str(tiny), *options.split()])
-    rows = list(harness.read_rows("scaling", folder=tmp_path))
+    rows = list(ledger.read_rows("scaling", folder=tmp_path))
     one, two, ahead = (row["figures"] for row in rows)
     assert [f["kind"] for f in (one, two, ahead)] == ["measured", "measured", "predicted"]
     assert {row["config"]["data"]["batch_size"] for row in rows} == {4}
+    assert ["telemetry" in row for row in rows] == [True, True, False]
     _check_measured(one, two)
     points = {point["ranks"]: point for point in ahead["points"]}
     assert list(points) == [16, 32, 64, 128, 256, 512, 1024]
@@ -353,16 +354,16 @@ def _check_measured(one: dict[str, Any], two: dict[str, Any]) -> None:
         median = row["step_ms"]["together"]["median"]
         # Of three windows the median of rates is the rate of the median.
         assert rate == pytest.approx(1e3 * 4 * row["ranks"] / median)
-        assert (
-            0 < row["model_flop_s_per_rank"] < row["gemm_flop_s_per_rank"] == row["mfu_peak_flop_s"]
-        )
+        flops = row["model_flops"]
+        assert 0 < flops["flop_s_per_rank"] < flops["gemm_flop_s_per_rank"] == flops["peak_flop_s"]
         assert all(0 < stages["time/backward_ms"] for stages in row["stages_ms_by_rank"])
     scaled = two["efficiency"]
     assert scaled["value"] == pytest.approx(rates[1] / (2 * rates[0]))
     assert scaled["ci_low"] <= scaled["value"] <= scaled["ci_high"]
     together, alone = (two["step_ms"][kind]["median"] for kind in ("together", "alone"))
     assert two["communication_share"]["value"] == pytest.approx(1 - alone / together)
-    assert one["communication_share"] is one["reduction_share"] is one["serial_fraction"] is None
+    assert one["communication_share"] is one["reduction_share"] is None
+    assert one["karp_flatt"]["serial_fraction"] is None
     assert two["all_reduce_s"].keys() == {"4096", str(2**20), str(25 * 2**20)}
     assert len(two["loss"]) == 2 and two["loss"][0] == two["loss"][1]  # ranks that train together
     assert two["loss"] != one["loss"]
