@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +15,7 @@ from m3i_fast.engine.random_state import random_state, set_random_state
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
+from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.manifest import Manifest
 from m3i_fast.storage import make_directories
@@ -30,6 +31,18 @@ class Stateful(Protocol):
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any) -> object: ...
+
+
+class Data(Stateful, Protocol):
+    """Where a trainer's batches come from: `pipelines.loader.Loader`, or what stands for it."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def restart_epoch(self, state: dict[str, Any]) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class Run:
