@@ -16,6 +16,7 @@ BENCHMARKS = {
     "checkpoint": "how long a checkpoint keeps a step waiting, at once and in the background",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
+    "tune": "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",
 }
 
