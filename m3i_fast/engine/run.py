@@ -16,7 +16,6 @@ from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.manifest import Manifest
 from m3i_fast.storage import make_directories
 
@@ -172,7 +171,7 @@ class Run:
 
     @staticmethod
     def restore(
-        state: dict[str, Any], *, num_ranks: int, loader: Loader, **parts: Stateful
+        state: dict[str, Any], *, num_ranks: int, loader: Data, **parts: Stateful
     ) -> None:
         """Parts that an older checkpoint does not hold start anew.
 
