@@ -42,6 +42,7 @@ from m3i_fast.engine.parallel import World, join_world, leave_world
 from m3i_fast.engine.precision import resolve_device
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.telemetry import Telemetry
+from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import find_recipe, recipes
 
 SUBJECT = "node"
@@ -192,6 +193,7 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         for name in ranks[0]
     }
     found, both = find(ranks, measured), measured[BOTH]
+    assert isinstance(trainer.loader, Loader)
     on_gpu = trainer.device.type == "cuda"
     return {
         "device": trainer.device.type,

@@ -27,7 +27,8 @@ from rich.progress import Progress
 from rich.table import Table as RichTable
 
 from m3i_fast.benchmarks import tune_policy, tune_time
-from m3i_fast.benchmarks.harness import Timing, parse, publish, read_rows
+from m3i_fast.benchmarks.harness import Timing, parse, publish
+from m3i_fast.benchmarks.ledger import read_rows
 from m3i_fast.benchmarks.tune_candidates import (
     SUBJECTS,
     Subject,

@@ -170,9 +170,7 @@ class Run:
         }
 
     @staticmethod
-    def restore(
-        state: dict[str, Any], *, num_ranks: int, loader: Data, **parts: Stateful
-    ) -> None:
+    def restore(state: dict[str, Any], *, num_ranks: int, loader: Data, **parts: Stateful) -> None:
         """Parts that an older checkpoint does not hold start anew.
 
         On another number of ranks than saved it, the data begin their epoch again, and so does what
