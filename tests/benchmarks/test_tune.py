@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_fast.benchmarks import harness, tune, tune_build, tune_policy, tune_time
+from m3i_fast.benchmarks import harness, ledger, tune, tune_build, tune_policy, tune_time
 from m3i_fast.benchmarks.harness import Timing
 from m3i_fast.benchmarks.tune_candidates import SUBJECTS, Subject, with_policy
 
@@ -28,7 +28,7 @@ BOLTZMANN, DCNV3 = (
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Policy files and ledger of the test's own."""
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     for op in tune_policy.FIELDS:
         (tmp_path / op).mkdir()
         shutil.copy(tune_policy.path_of(op), tmp_path / op)
