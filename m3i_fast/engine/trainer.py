@@ -103,7 +103,7 @@ class Trainer:
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
-        self.log = RunLog(cfg, run_dir, self.world)
+        self.log = RunLog(cfg, run_dir, self.world, self.arithmetic)
         self.guard = Guard(cfg.guard, self.objective, self.world)
         self.skips = Skips(cfg, run_dir, self.world)
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
