@@ -17,6 +17,7 @@ BENCHMARKS = {
     "checkpoint": "how long a checkpoint keeps a step waiting, at once and in the background",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
+    "page": "the ledger as a page, as tables of the README, or for other tools",
     "compare": "this version beside another: the ledger's rows, or both measured in turns",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",
 }
