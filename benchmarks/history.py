@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from m3i_fast.benchmarks import ledger
 from m3i_fast.benchmarks.readme import OURS, rates_of
@@ -27,34 +28,48 @@ class Series:
 
     subject: str
     machine_class: str
-    name: str
-    """The settings, and the measure where it is not the time of ours."""
+    settings: dict[str, Any]
+    measure: str
+    """Empty for the time of ours."""
     unit: str
     points: list[Point] = field(default_factory=list)
+
+    def name(self, common: Collection[str] = ()) -> str:
+        """What tells it from others of the subject, whose settings are equal in `common`."""
+        own = {name: value for name, value in self.settings.items() if name not in common}
+        return ", ".join(filter(None, (words(own), self.measure)))
+
+
+def words(settings: Mapping[str, Any]) -> str:
+    """`batch size 64, dtype float32`"""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None
+    )
+
+
+def common_settings(found: Sequence[Series]) -> dict[str, Any]:
+    """Those that all series have with one value; all settings of a single series."""
+    first = found[0].settings
+    return {
+        name: value
+        for name, value in first.items()
+        if all(series.settings.get(name) == value for series in found)
+    }
 
 
 def series_of(subject: str) -> list[Series]:
     """Times of ours, rates, single figures in ms or a second; those measured last come first."""
     found: dict[tuple[str, str, str], Series] = {}
     for row in ledger.read_rows(subject):
-        settings = _words(row)
+        settings = ledger.settings_of(row)
         for measure, unit, point in _points(row):
-            name = ", ".join(filter(None, (settings, measure)))
-            key = row["machine_class"], json.dumps(ledger.settings_of(row), sort_keys=True), measure
-            series = found.pop(key, None) or Series(subject, row["machine_class"], name, unit)
+            key = row["machine_class"], json.dumps(settings, sort_keys=True), measure
+            series = found.pop(key, None)
+            if series is None:
+                series = Series(subject, row["machine_class"], settings, measure, unit)
             series.points.append(point)
             found[key] = series  # moves to the end
     return list(reversed(found.values()))
-
-
-def _words(row: ledger.Row) -> str:
-    """`56 x 56 x 64` would need each subject's own words: names and values serve all."""
-    left_out = ("device", "teacher", "recipe", "kind")
-    return ", ".join(
-        f"{name.replace('_', ' ')} {value}"
-        for name, value in ledger.settings_of(row).items()
-        if name not in left_out and value is not None
-    )
 
 
 def _points(row: ledger.Row) -> Iterator[tuple[str, str, Point]]:

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 
 from m3i_fast.benchmarks import exports, ledger, readme
-from m3i_fast.benchmarks.history import Point, Series, series_of
+from m3i_fast.benchmarks.history import Point, Series, common_settings, series_of, words
 from m3i_fast.observe import report
 from m3i_fast.storage import make_directories, write_atomically
 
@@ -88,13 +88,11 @@ def render() -> str:
         last=days[-1],
         style=importlib.import_module("markupsafe").Markup(style),
         subjects=list(_subjects()),
-        tables=[{"name": name, "parts": list(_parts(table()))} for name, table in _tables()],
+        tables=[
+            {"name": name, "parts": list(_parts(table()))} for name, table in readme.TABLES.items()
+        ],
     )
     return page
-
-
-def _tables() -> Iterator[tuple[str, Any]]:
-    yield from readme.TABLES.items()
 
 
 def _subjects() -> Iterator[dict[str, Any]]:
@@ -106,17 +104,24 @@ def _subjects() -> Iterator[dict[str, Any]]:
         note = f"{len(found)} series"
         if len(found) > MANY:
             note += f", the {MANY} measured last are drawn"
-        classes = [
-            (machine, [_chart(series) for series in group])
-            for machine, group in groupby(shown, key=lambda series: series.machine_class)
-        ]
-        yield {"name": name, "note": f"{note}.", "classes": classes}
+        groups = [list(group) for _, group in groupby(shown, key=lambda s: s.machine_class)]
+        yield {"name": name, "note": f"{note}.", "classes": list(map(_machine_class, groups))}
+
+
+def _machine_class(group: list[Series]) -> dict[str, Any]:
+    """Charts of one class; what all of them have in common is said once."""
+    common = common_settings(group)
+    return {
+        "name": group[0].machine_class,
+        "note": words(common),
+        "charts": [_chart(series, series.name(common)) for series in group],
+    }
 
 
 # ---- Charts --------------------------------------------------------------------------------------
 
 
-def _chart(series: Series) -> dict[str, Any]:
+def _chart(series: Series, name: str) -> dict[str, Any]:
     """Places of a series' points, evenly spaced in the order of time."""
     points = series.points
     top = max(point.high or point.value for point in points) or 1.0
@@ -135,7 +140,7 @@ def _chart(series: Series) -> dict[str, Any]:
     path = "L".join(f"{mark['x']} {mark['y']}" for mark in marks)
     newest = _tip(points[-1], series.unit)
     return {
-        "name": series.name or series.subject,
+        "name": name or series.subject,
         "label": newest if len(points) == 1 else f"newest of {len(points)}: {newest}",
         "width": WIDTH,
         "height": HEIGHT,

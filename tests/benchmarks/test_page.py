@@ -14,7 +14,7 @@ from pytest_benchmark.stats import Stats
 from pytest_benchmark.storage.file import FileStorage
 
 from m3i_fast.benchmarks import exports, ledger, page, readme
-from m3i_fast.benchmarks.history import series_of
+from m3i_fast.benchmarks.history import common_settings, series_of
 from m3i_fast.cli import bench
 from tests.observe.chromium import check_page, skip_reason
 
@@ -53,15 +53,22 @@ def test_rows_that_measured_the_same_are_one_series(rows: Path) -> None:
     other, own = series_of("speed")
     assert [point.value for point in own.points] == [2.0, 1.5]
     assert (own.points[0].low, own.points[0].high, own.points[0].commit) == (1.0, 4.0, "aaaaaaa")
-    assert (own.name, own.unit) == ("size 64, dtype float32", "ms")
+    assert (own.name(), own.unit) == ("size 64, dtype float32", "ms")
     assert other.machine_class == "64 cores of <another>" and len(other.points) == 1
     (node,) = series_of("node")
-    assert (node.name, node.unit) == ("seed 3, images_per_s, alone", "a second")
+    assert (node.name(), node.unit) == ("recipe demo, seed 3, images_per_s, alone", "a second")
     assert (node.points[0].low, node.points[0].high) == (100.0, 130.0)
-    assert {(s.name, s.unit) for s in series_of("waits")} == {
+    assert {(s.name(), s.unit) for s in series_of("waits")} == {
         ("waited", "ms"),
         ("train images", "a second"),
     }
+
+
+def test_what_all_series_have_in_common_is_said_once(rows: Path) -> None:
+    append(rows, "speed", timed(1.0) | {"size": 128})
+    own = [series for series in series_of("speed") if "another" not in series.machine_class]
+    assert common_settings(own) == {"dtype": "float32"}
+    assert [series.name(["dtype"]) for series in own] == ["size 128", "size 64"]
 
 
 def test_a_chart_has_a_mark_a_row_at_its_place(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
