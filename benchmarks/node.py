@@ -43,6 +43,7 @@ from m3i_fast.engine.precision import resolve_device
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.environment import num_cores
 from m3i_fast.observe.telemetry import Telemetry
+from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import find_recipe, recipes
 
 SUBJECT = "node"
@@ -193,6 +194,7 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         for name in ranks[0]
     }
     found, both = find(ranks, measured), measured[BOTH]
+    assert isinstance(trainer.loader, Loader)
     on_gpu = trainer.device.type == "cuda"
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     return {
