@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from m3i_fast.cli import console, nearest, refuse
+from m3i_fast.cli import console, refuse
+from m3i_fast.hints import nearest
 
 BENCHMARKS = {
     "mask_mix": "mask, mix and normalise views: ours beside the torch expressions it replaces",
@@ -17,6 +18,7 @@ BENCHMARKS = {
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
     "tune": "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
+    "node": "images a second of a node: loader, training, both, what bounds them, and a sweep",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",
 }
 
@@ -31,8 +33,7 @@ def main(argv: list[str]) -> int:
     if name not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         return refuse(
-            f"unknown benchmark {name!r}: expected one of {known}."
-            + nearest(name, list(BENCHMARKS))
+            f"unknown benchmark {name!r}: expected one of {known}." + nearest(name, BENCHMARKS)
         )
     importlib.import_module(f"m3i_fast.benchmarks.{name}").main(rest)
     return 0
