@@ -197,6 +197,8 @@ MEASURED = {
     "timings", "times_slower_than_ours", "images_per_s", "op_share",
     "gb_s", "copy_gb_s", "tflop_s", "hfu", "model_fraction",
     "efficiency", "extra_peak_bytes", "points", "stops_at",
+    "registers", "spill_bytes", "shared_bytes", "blocks_per_multiprocessor",
+    "predicted_ms", "measured_ms", "current", "dropped", "chosen",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from m3i_fast.benchmarks import harness, tune, tune_build, tune_policy, tune_time
+from m3i_fast.benchmarks import ledger, tune, tune_build, tune_policy, tune_time
 from m3i_fast.benchmarks.tune_candidates import (
     SUBJECTS,
     Subject,
@@ -215,10 +215,10 @@ def test_the_current_policy_is_a_candidate_once_and_all_can_be_built(of_call: Su
 def test_a_sweep_without_the_card_compiles_and_measures_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     monkeypatch.setattr(tune, "card_here", lambda: None)
     tune.main(["--card", "h100", "--op", "dcnv3", "--kind", "large", "--most", "3"])
-    rows = [row["figures"] for row in harness.read_rows("tune")]
+    rows = [row["figures"] for row in ledger.read_rows("tune")]
     assert [row["current"] for row in rows] == [True, False, False]
     for row in rows:
         assert (row["op"], row["card"], row["kind"]) == ("dcnv3", "h100", "large")
