@@ -197,6 +197,7 @@ def commit_of(row: Row) -> str:
 MEASURED = re.compile(
     r"_ms$|_s$|_share$|^seconds$|_seconds$|_loss$|_nats$|^effective_rank$|_slowdown$|_top1$|_concepts$"
     r"|^(num_steps|stops_at|hfu|resumed|collapsed|recovered|weights_equal|campaign|trial|where)$"
+    r"|^(registers|(spill|shared)_bytes|blocks_per_multiprocessor|current|dropped|chosen)$"
 )
 
 
