@@ -16,7 +16,8 @@ from m3i_fast.engine.parallel import World
 from m3i_fast.engine.precision import Choice
 from m3i_fast.engine.run_telemetry import Interval, RunTelemetry
 from m3i_fast.observe.live import expect_live, open_live
-from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
+from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
+from m3i_fast.observe.stages import StageTimer
 
 
 class RunLog:
