@@ -164,10 +164,11 @@ def test_self_test_leaves_a_row(
     assert "planted 1: " in capsys.readouterr().out
 
 
-def _worktrees() -> str:
-    return subprocess.run(
-        ["git", "-C", ROOT, "worktree", "list"], capture_output=True, text=True, check=True
-    ).stdout
+def _worktrees() -> list[str]:
+    shown = subprocess.run(
+        ["git", "-C", ROOT, "worktree", "list", "--porcelain"], capture_output=True, text=True
+    )
+    return [line for line in shown.stdout.splitlines() if line.startswith("worktree ")]
 
 
 def test_no_commit_is_refused() -> None:

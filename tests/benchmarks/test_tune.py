@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_fast.benchmarks import harness, ledger, tune, tune_build, tune_policy, tune_time
+from m3i_fast.benchmarks import ledger, tune, tune_build, tune_policy, tune_time
 from m3i_fast.benchmarks.harness import Timing
 from m3i_fast.benchmarks.tune_candidates import SUBJECTS, Subject, with_policy
 
@@ -49,19 +49,19 @@ def test_candidates_are_built_checked_timed_and_written(
     monkeypatch.setattr(tune_time, "fastest", lambda timings, _: list(timings)[1])
     tune.main(["--card", "cpu", "--op", "mi_loss", "--num-samples", "2", "--write"])
 
-    (first, second) = harness.read_rows("tune")
+    (first, second) = ledger.read_rows("tune")
     assert first["figures"]["policy"]["tile_columns"] == 768
     assert second["figures"]["chosen"] and not first["figures"]["chosen"]
     for row in (first, second):
         figures = row["figures"]
         assert figures["op"] == "mi_loss" and figures["dropped"] is None
-        assert figures["measured_ms"] == figures["timing"]["median_ms"] > 0
+        assert figures["measured_ms"] == figures["timings"][figures["candidate"]]["median_ms"] > 0
         assert figures["registers"] is None and figures["predicted_ms"] is None
     entries = json.loads((files / "boltzmann" / "tiles.json").read_text())
     assert entries["cpu"]["any"] == {
         "policy": second["figures"]["policy"],
         "why": "measured",
-        "row": {"time": second["time"], "commit": second["commit"]},
+        "row": {"run_id": second["run_id"], "time": second["time"]},
     }
     assert "kCpuTileColumns = 384;" in (files / "boltzmann" / "tiles.h").read_text()
 

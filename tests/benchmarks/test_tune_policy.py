@@ -110,7 +110,7 @@ def test_an_entry_is_replaced_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "tiles.json"
     shutil.copy(tune_policy.path_of("boltzmann"), path)
     before = json.loads(path.read_text())
-    row = {"time": "2026-11-26T10:00:00+00:00", "commit": "abc"}
+    row = {"run_id": "0123456789abcdef", "time": "2026-11-26T10:00:00+00:00"}
     entry = {"policy": {"grads_mib": 16}, "why": "measured", "row": row}
     tune_policy.write_entry(path, "a100", "blocks", entry)
     after = json.loads(path.read_text())
