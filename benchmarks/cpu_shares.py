@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import tyro
 from rich.console import Console
 
-from m3i_fast.benchmarks.harness import append_row
+from m3i_fast.benchmarks.ledger import append_row
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.manifest import is_dataset
 from m3i_fast.recipes import demo, pack_demo

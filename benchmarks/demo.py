@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from m3i_fast.benchmarks.harness import read_rows
+from m3i_fast.benchmarks.ledger import commit_of, read_rows
 from m3i_fast.evaluation.statistics import spread
 
 SUBJECT = "demo"
@@ -47,7 +47,7 @@ def table(ledger: Path | None = None) -> str:
     if not newest:
         return "no row of the demo in the ledger: m3i-fast demo --record appends one"
     rows = [row["figures"] for _, row in sorted(newest.items())]
-    commits = sorted({row["commit"] or "a wheel" for row in newest.values()})
+    commits = sorted({commit_of(row) for row in newest.values()})
     machine = next(iter(newest.values()))["machine"]
     speed = spread([row["train_images_per_s"] for row in rows])
     lines = [

@@ -1,46 +1,20 @@
-"""What every benchmark shares: timing, and the ledger that its rows are appended to.
-
-The ledger is benchmarks/results/<subject>.jsonl, one JSON object a line:
-
-    schema    int, the version of this layout
-    subject   what was measured: the file's stem
-    commit    of the checkout, -dirty with uncommitted changes; null for an installed wheel
-    machine   cpu, num_cores, gpu, num_gpus, torch, cuda, python
-    time      UTC, ISO 8601
-    command   what to type to measure it again
-    figures   the subject's own
-    config    of the run that was measured, where there is one
-    telemetry of the same, as observe/telemetry.py sums it up
-"""
+"""What every benchmark shares: its arguments, timing, and tables of rows that go to the ledger."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from m3i_fast.observe.environment import environment
-
-if TYPE_CHECKING:  # `make gpu` has no cattrs, which configs need
-    from m3i_fast.config import TrainConfig
-
-logger = logging.getLogger(__name__)
-
-SCHEMA = 1
+from m3i_fast.benchmarks.ledger import append_row
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -56,6 +30,8 @@ class Timing:
     p20_ms: float
     p80_ms: float
     num_samples: int
+    samples_ms: tuple[float, ...] = ()
+    """In the order in which they were taken; empty in rows of before they were kept."""
 
 
 def measure(
@@ -90,10 +66,11 @@ def measure(
 
 def summarise(samples_ms: list[float]) -> Timing:
     """Median and fifths of at least one sample."""
+    kept = tuple(float(f"{sample:.4g}") for sample in samples_ms)
     if len(samples_ms) == 1:
-        return Timing(samples_ms[0], samples_ms[0], samples_ms[0], num_samples=1)
+        return Timing(samples_ms[0], samples_ms[0], samples_ms[0], 1, kept)
     fifths = statistics.quantiles(samples_ms, n=5, method="inclusive")
-    return Timing(statistics.median(samples_ms), fifths[0], fifths[-1], len(samples_ms))
+    return Timing(statistics.median(samples_ms), fifths[0], fifths[-1], len(samples_ms), kept)
 
 
 class _CpuSampler:
@@ -223,81 +200,3 @@ def ratio_table(
             )
         shown.add_section()
     return shown
-
-
-def results_dir() -> Path:
-    """The checkout's benchmarks/results; below the current folder for an installed package."""
-    here = Path(__file__).resolve().parent
-    return (here if (here.parent / ".git").exists() else Path("benchmarks")) / "results"
-
-
-def append_row(
-    subject: str,
-    figures: Mapping[str, Any],
-    *,
-    config: TrainConfig | None = None,
-    telemetry: Mapping[str, Any] | None = None,
-    command: str | None = None,
-    folder: Path | None = None,
-) -> Path:
-    """Append one row to the subject's ledger and return the file; `command` is this process's.
-
-    Appended by one write: rows of several processes do not mix. Raises ValueError for figures
-    that JSON cannot hold, NaN and infinity among them.
-    """
-    if not subject.isidentifier():
-        raise ValueError(f"subject: expected letters, digits and underscores, got {subject!r}")
-    made_with = asdict(environment())
-    del made_with["command"]
-    row = {
-        "schema": SCHEMA,
-        "subject": subject,
-        "commit": made_with.pop("commit"),
-        "machine": made_with,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command or _this_command(),
-        "figures": dict(figures),
-    }
-    if config is not None:
-        row["config"] = json.loads(config.to_json())
-    if telemetry is not None:
-        row["telemetry"] = dict(telemetry)
-    try:
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"figures of {subject}: expected finite JSON values, {error}") from error
-    path = (folder or results_dir()) / f"{subject}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        written = os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
-    if written != len(line):
-        raise OSError(f"{path}: expected to append {len(line)} bytes, wrote {written}")
-    logger.info("appended a row to %s", path)
-    return path
-
-
-def read_rows(subject: str, *, folder: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The subject's rows, oldest first; none without a ledger. ValueError names a bad line."""
-    path = (folder or results_dir()) / f"{subject}.jsonl"
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            schema = row["schema"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: expected a row of the ledger, {error}") from error
-        if schema != SCHEMA:
-            raise ValueError(f"{path}:{number}: expected schema {SCHEMA}, got {schema}")
-        yield row
-
-
-def _this_command() -> str:
-    """As typed, without this machine's paths: `python -m module ...` or `program ...`."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    module = spec.name.removesuffix(".__main__") if spec else None
-    program = ["python", "-m", module] if module else [Path(sys.argv[0]).name]
-    return shlex.join([*program, *sys.argv[1:]])

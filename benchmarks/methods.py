@@ -35,7 +35,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from m3i_fast.benchmarks import methods_plan
-from m3i_fast.benchmarks.harness import append_row, parse, read_rows, results_dir
+from m3i_fast.benchmarks.harness import parse
+from m3i_fast.benchmarks.ledger import append_row, read_rows, results_dir
 from m3i_fast.benchmarks.methods_ablation import NOTE, VARIANTS
 from m3i_fast.benchmarks.methods_growth import draw_growth
 from m3i_fast.benchmarks.methods_plan import (

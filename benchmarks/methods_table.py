@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from m3i_fast.benchmarks.ledger import commit_of
 from m3i_fast.benchmarks.methods_run import unpack
 from m3i_fast.evaluation.statistics import Interval, paired_bootstrap, paired_bootstrap_of_sums
 
@@ -186,7 +187,7 @@ def _origin(runs: Sequence[Line]) -> str:
     """What was measured where: `336 held-out concepts, 2 cores of CPU, commit 123`."""
     rows = [row for line in runs for row in line.rows]
     counts = sorted({row["figures"]["held_out_concepts"] for row in rows})
-    commits = sorted({row["commit"] or "a wheel" for row in rows})
+    commits = sorted({commit_of(row) for row in rows})
     machines = sorted(
         {f"{m['num_cores']} cores of {m['cpu']}" for m in (r["machine"] for r in rows)}
     )

@@ -18,7 +18,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from m3i_fast.benchmarks import harness
+from m3i_fast.benchmarks import ledger
 from m3i_fast.benchmarks.memory import free_bytes, measure_peak
 from m3i_fast.benchmarks.mi_loss_functions import (
     CLIP,
@@ -169,7 +169,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def draw_newest(subject: str) -> None:
     """The newest growth rows of each machine in the ledger, as a picture beside it."""
-    rows = [row for row in harness.read_rows(subject) if row["figures"]["kind"] == "growth"]
-    path = harness.results_dir() / f"{subject}_growth.svg"
+    rows = [row for row in ledger.read_rows(subject) if row["figures"]["kind"] == "growth"]
+    path = ledger.results_dir() / f"{subject}_growth.svg"
     write_atomically(path, draw(rows).encode())
     logger.info("drawn to %s", path)

@@ -36,6 +36,7 @@ from m3i_fast.benchmarks.harness import (
     ratio_table,
     resolve,
 )
+from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.benchmarks.step_eager import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import update_ema
@@ -97,33 +98,6 @@ def ask_everything(train: TrainConfig) -> TrainConfig:
     return replace(train, objective=replace(train.objective, mixing=mixing))
 
 
-def make_batch(train: TrainConfig) -> Batch:
-    """Random views, labels and captions; two crops of an upright square each."""
-    rng = torch.Generator().manual_seed(0)
-    count, size, text = train.data.batch_size, train.vision.image_size, train.text
-    shape = count, 3, size, size
-    views = [torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8) for _ in range(2)]
-    corner = torch.rand(count, 2, 2, generator=rng) * 0.3 * size
-    side = (0.4 + 0.3 * torch.rand(count, 2, 2, generator=rng)) * size
-    flip = torch.randint(0, 2, (count, 2, 1), generator=rng).float()
-    num_tokens = torch.randint(5, text.context_length + 1, (count,), generator=rng)
-    ids = torch.randint(
-        1, text.vocab_size, (count, text.context_length), generator=rng, dtype=torch.int32
-    )
-    ids[torch.arange(text.context_length) >= num_tokens[:, None]] = 0
-    return Batch(
-        global_views=tuple(views),
-        local_views=(),
-        boxes=torch.cat([corner, side, flip], -1),
-        image_size=torch.full((count, 2), float(size)),
-        token_ids=ids,
-        num_tokens=num_tokens,
-        label=torch.randint(0, train.num_classes, (count,), generator=rng),
-        sample_id=torch.arange(count),
-        group_id=torch.arange(count),
-    ).to(train.device)
-
-
 def draw(train: TrainConfig, batch: Batch, step: int) -> Mix:
     return draw_mix(
         train.objective.mixing,
@@ -183,7 +157,7 @@ def make_step(
 
 def make_steps(train: TrainConfig) -> dict[str, Callable[[], Tensor]]:
     """All that is timed, on one batch. Where everything is asked the first losses are equal."""
-    batch, whole = make_batch(train), ask_everything(train)
+    batch, whole = draw_batch(train).to(train.device), ask_everything(train)
     steps = {
         EVERYTHING: make_step(whole, batch, our_loss, ours=True),
         EAGER: make_step(whole, batch, eager_loss, ours=False),

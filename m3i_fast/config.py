@@ -19,6 +19,7 @@ from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig
 from m3i_fast.objectives.config import ObjectiveConfig
+from m3i_fast.observe.config import TelemetryConfig
 from m3i_fast.pipelines.config import LoaderConfig
 from m3i_fast.storage import write_atomically
 
@@ -46,6 +47,7 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     precision: Precision = "auto"
     """Of matrix products; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere. FP8 has one scale a
     tensor, of now (current) or of the past (delayed), one a block of 128, or one of 32 values (mx);
@@ -56,6 +58,10 @@ class TrainConfig:
     """FP8 only where a linear layer has as many features in and out; narrower ones stay in bf16."""
     compile: bool = False
     """torch.compile the encoders and the decoder."""
+    cuda_graphs: bool = False
+    """Replay each ViT, text encoder and decoder as one launch, forward and backward, by a graph for
+    each shape: for kernels that are shorter than their launches, as those of ViT-S and B. On a GPU,
+    alone or with DDP; every graph keeps its activations."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the first GPU if there is one."""
     deterministic: bool = False
@@ -111,6 +117,8 @@ class TrainConfig:
         self.objective.check_vision(self.vision)
         if self.parallel.shard != 1:
             self._check_spread()
+        if self.cuda_graphs:
+            self._check_graphs()
 
     def _check_spread(self) -> None:
         """What needs whole weights on every rank is refused."""
@@ -126,6 +134,40 @@ class TrainConfig:
                 f"{whole} goes back through the predictors in the forward pass; got gradient_norm "
                 f"and shard = {self.parallel.shard}"
             )
+
+    def _check_graphs(self) -> None:
+        """What a graph cannot hold, or would give wrong gradients, is refused."""
+        vision, text = self.vision, self.text
+        wanted = {
+            "vision": (isinstance(vision, ViTConfig), "a ViT", type(vision).__name__),
+            "precision": (
+                self.precision in ("auto", "fp32", "bf16"),
+                "auto, fp32 or bf16",
+                self.precision,
+            ),
+            "compile": (not self.compile, "False", self.compile),
+            "parallel.shard": (self.parallel.shard == 1, "1", self.parallel.shard),
+            "parallel.chunk": (not self.parallel.chunk, "0", self.parallel.chunk),
+            "parallel.accumulate": (self.parallel.accumulate == 1, "1", self.parallel.accumulate),
+            "objective.balance.mode": (
+                self.objective.balance.mode != "gradient_norm",
+                "fixed or uncertainty",
+                self.objective.balance.mode,
+            ),
+            "vision.drop_path_mode": (
+                getattr(vision, "drop_path_mode", "mask") == "mask",
+                "mask",
+                getattr(vision, "drop_path_mode", "mask"),
+            ),
+            "activation_checkpointing": (
+                {vision.activation_checkpointing, text.activation_checkpointing} == {"none"},
+                "none of vision and text",
+                f"{vision.activation_checkpointing} and {text.activation_checkpointing}",
+            ),
+        }
+        for name, (is_right, expected, got) in wanted.items():
+            if not is_right:
+                raise ValueError(f"{name}: expected {expected} with cuda_graphs, got {got}")
 
     def to_json(self) -> str:
         return json.dumps(_converter.unstructure(self), indent=2) + "\n"

@@ -14,6 +14,7 @@ from pathlib import Path
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.optim import OptimConfig
+from m3i_fast.hints import nearest
 from m3i_fast.models.internimage_config import (
     InternImageConfig,
     internimage_b,
@@ -327,3 +328,21 @@ def recipes() -> dict[str, Callable[[], TrainConfig]]:
     """All of them by name: RECIPES, and demo_<method> of every method there is by now."""
     methods = {f"demo_{name}": partial(demo_method, name) for name in METHODS}
     return RECIPES | methods
+
+
+def find_recipe(argv: list[str]) -> tuple[str, TrainConfig, list[str]]:
+    """`RECIPE ...` or `--config FILE ...` -> its name, its config and the other arguments.
+
+    Raises ValueError for an unknown recipe, FileNotFoundError for a missing file.
+    """
+    if argv[0] == "--config":
+        if len(argv) < 2:
+            raise ValueError("--config: expected a file")
+        return Path(argv[1]).stem, TrainConfig.load(Path(argv[1])), argv[2:]
+    known = recipes()
+    if argv[0] not in known:
+        raise ValueError(
+            f"unknown recipe {argv[0]!r}: expected one of {', '.join(known)}."
+            + nearest(argv[0], known)
+        )
+    return argv[0], known[argv[0]](), argv[1:]

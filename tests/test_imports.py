@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ANYWHERE = {"storage"}
+ANYWHERE = {"hints", "storage"}
 MODELS = {"models", "ops"}
 ENGINE = {"config", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {
@@ -38,6 +38,7 @@ ONLY_IN = {
     "apex": ("m3i_fast/engine/optim.py",),
     "torchao": ("m3i_fast/models/float8.py", DOCTOR),
     "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
+    "cupy_backends": ("benchmarks/",),
     "pynvml": ("m3i_fast/observe/telemetry.py", DOCTOR),
     "torch.ops.m3i": ("m3i_fast/ops/",),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import os
@@ -11,6 +10,8 @@ import sys
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+
+from m3i_fast.hints import nearest
 
 VERBS = {
     "demo": "pack real captioned pictures, pre-train, evaluate, and write a page of what was "
@@ -45,8 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         return refuse(
-            f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}."
-            + nearest(verb, list(VERBS))
+            f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}." + nearest(verb, VERBS)
         )
     logging.basicConfig(
         level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING,
@@ -69,9 +69,3 @@ def refuse(message: str) -> int:
     """Say what is wrong with the request; exit code 2."""
     console.print(f"[bold red]error[/]: {escape(message)}", soft_wrap=True)
     return 2
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The known name closest to a misspelt one, as a hint; empty when none is close."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f" Did you mean {close[0]}?" if close else ""

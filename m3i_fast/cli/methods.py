@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from m3i_fast.cli import nearest, refuse
+from m3i_fast.cli import refuse
+from m3i_fast.hints import nearest
 from m3i_fast.objectives.config import Term
 from m3i_fast.objectives.likelihoods import LIKELIHOODS
 from m3i_fast.objectives.methods import METHODS, Method
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     if name not in METHODS:
         return refuse(
             f"--explain: expected one of {', '.join(METHODS)}, got {command.explain!r}."
-            + nearest(name, list(METHODS))
+            + nearest(name, METHODS)
         )
     console.print("\n".join(explain(name)), markup=False, highlight=False)
     return 0

@@ -14,14 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from m3i_fast.cli import console as messages
-from m3i_fast.cli import nearest
-from m3i_fast.cli.train import find_recipe
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.cards import CARDS, Card
 from m3i_fast.engine.plan import Plan, make_plan
 from m3i_fast.engine.roofline import UTILISATION
 from m3i_fast.engine.traffic import Nodes
-from m3i_fast.recipes import recipes
+from m3i_fast.hints import nearest
+from m3i_fast.recipes import find_recipe, recipes
 
 USAGE = """\
 usage: m3i-fast plan RECIPE --gpus N --card NAME [--gpus-per-node 8] [--global-batch N] [--json]
@@ -79,8 +78,7 @@ def main(argv: list[str]) -> int:
 def _card(name: str) -> Card:
     if name not in CARDS:
         raise ValueError(
-            f"--card: expected one of {', '.join(CARDS)}, got {name!r}."
-            + nearest(name, list(CARDS))
+            f"--card: expected one of {', '.join(CARDS)}, got {name!r}." + nearest(name, CARDS)
         )
     return CARDS[name]
 

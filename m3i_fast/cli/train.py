@@ -19,12 +19,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from m3i_fast.cli import console, nearest
+from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import leave_world
 from m3i_fast.engine.run import Resume
 from m3i_fast.engine.trainer import Outcome, Trainer
-from m3i_fast.recipes import recipes
+from m3i_fast.recipes import find_recipe, recipes
 
 USAGE = """\
 usage: m3i-fast launch --nproc-per-node N -m m3i_fast.cli train RECIPE ...
@@ -95,24 +95,6 @@ def parse(argv: list[str]) -> TrainCommand:
         args=rest,
         config=(tyro.conf.CascadeSubcommandArgs,),  # --field may stand after data.local-views:...
     )
-
-
-def find_recipe(argv: list[str]) -> tuple[str, TrainConfig, list[str]]:
-    """`RECIPE ...` or `--config FILE ...` -> its name, its config and the other arguments.
-
-    Raises ValueError for an unknown recipe, FileNotFoundError for a missing file.
-    """
-    if argv[0] == "--config":
-        if len(argv) < 2:
-            raise ValueError("--config: expected a file")
-        return Path(argv[1]).stem, TrainConfig.load(Path(argv[1])), argv[2:]
-    known = recipes()
-    if argv[0] not in known:
-        raise ValueError(
-            f"unknown recipe {argv[0]!r}: expected one of {', '.join(known)}."
-            + nearest(argv[0], list(known))
-        )
-    return argv[0], known[argv[0]](), argv[1:]
 
 
 def run(

@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,7 @@ from m3i_fast.engine.accumulation import expect_additive, over_batches, reduced
 from m3i_fast.engine.determinism import make_deterministic
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.fp8 import expect_fp8, forward_context, layers_of
+from m3i_fast.engine.graphs import replay
 from m3i_fast.engine.guard import Guard, not_finite
 from m3i_fast.engine.microbatch import shapes_of
 from m3i_fast.engine.model import build_objective, stacks_of
@@ -28,7 +29,7 @@ from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.parts import GradientNorm
 from m3i_fast.engine.precision import announce, look_at, resolve_device, resolve_precision
-from m3i_fast.engine.run import Resume, Run, Stateful, expect_data
+from m3i_fast.engine.run import Data, Resume, Run, Stateful, expect_data
 from m3i_fast.engine.run_log import RunLog
 from m3i_fast.engine.skips import Skips
 from m3i_fast.engine.step import StepForward
@@ -51,7 +52,7 @@ class Outcome:
 
 
 class Trainer:
-    """Trains `cfg` in `run_dir`.
+    """Trains `cfg` in `run_dir`, on the shards that it names or on `data` in their place.
 
     Raises FileExistsError when run_dir holds a run and `resume` is False, or one that is going on,
     FileNotFoundError when `resume` finds nothing, ValueError when no checkpoint is good or the
@@ -68,6 +69,7 @@ class Trainer:
         *,
         resume: Resume = False,
         stop_on_collapse: bool = False,
+        data: Data | None = None,
     ) -> None:
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         device = resolve_device(cfg.device)
@@ -84,13 +86,7 @@ class Trainer:
         saved = self.run.found(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
-        self.loader = Loader(
-            cfg.data,
-            shard_id=rank,
-            num_shards=self.world.size,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-        )
-        expect_data(cfg, self.loader.manifest)
+        self.loader: Data = self._open_shards() if data is None else data
         torch.manual_seed(cfg.seed)
         with self.device:
             self.objective = build_objective(
@@ -107,7 +103,7 @@ class Trainer:
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
-        self.log = RunLog(cfg, run_dir, self.world)
+        self.log = RunLog(cfg, run_dir, self.world, self.arithmetic)
         self.guard = Guard(cfg.guard, self.objective, self.world)
         self.skips = Skips(cfg, run_dir, self.world)
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
@@ -119,10 +115,22 @@ class Trainer:
         self._stop = StopFlag(self.world)
         self._watchdog = Watchdog(Path(), seconds=math.inf)
 
+    def _open_shards(self) -> Loader:
+        loader = Loader(
+            self.cfg.data,
+            shard_id=self.world.rank,
+            num_shards=self.world.size,
+            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+        )
+        expect_data(self.cfg, loader.manifest)
+        return loader
+
     def _distribute(self) -> nn.Module:
         """The forward pass of a step, whose gradients the ranks reduce."""
         forward = StepForward(self.objective)
         expect_fp8(forward, self.arithmetic)
+        if self.cfg.cuda_graphs:
+            replay(forward, self.device)
         return distribute(
             forward,
             stacks_of(self.objective),
@@ -144,6 +152,22 @@ class Trainer:
             step=self.step,
             num_steps=self.cfg.num_steps,
         ).to(self.device)
+
+    def next_step(self, data: Iterator[Batch] | None = None, *, monitor: bool = False) -> None:
+        """A step on the next batches, as `train` repeats it; waits for them alone.
+
+        data: where they come from, if not from the loader.
+        """
+        source, stage = self.loader if data is None else data, self.log.timer.stage
+        batches = []
+        for _ in range(self.cfg.parallel.accumulate):
+            with stage("data.wait"):
+                batch = next(source)
+            with stage("h2d"):
+                batches.append(batch.to(self.device))
+        metrics = self.train_step(*batches, monitor=monitor)
+        with stage("log"):
+            self.log.add(metrics, self.guard.skip)
 
     def train_step(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
         """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing.
@@ -220,7 +244,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def close(self) -> None:
-        """End the loader's threads, and let go of the run's files and its lock."""
+        """Stop the loader's threads, wait for a save in flight and free the directory."""
         self.log.close()
         self.loader.close()
         self.run.close()
@@ -240,18 +264,12 @@ class Trainer:
         return Outcome(self.step, stopped if self.step < self.cfg.num_steps else None)
 
     def advance(self, progress: Progress = lambda step, values: None) -> None:
-        """One step with its data, and its metrics where they are due."""
-        cfg, stage = self.cfg, self.log.timer.stage
-        log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
-        with stage("data.wait"):
-            taken = [next(self.loader) for _ in range(cfg.parallel.accumulate)]
-        with stage("h2d"):
-            batches = [batch.to(self.device) for batch in taken]
-        metrics = self.train_step(*batches, monitor=log)
-        with stage("log"):
-            self.log.add(metrics, self.guard.skip)
-            self._watchdog.beat()
-            if log:
+        """The run's next step, and its metrics where they are due."""
+        log = (self.step + 1) % self.cfg.log_every == 0 or self.step + 1 == self.cfg.num_steps
+        self.next_step(monitor=log)
+        self._watchdog.beat()
+        if log:
+            with self.log.timer.stage("log"):
                 self._log(progress)
 
     def _log(self, progress: Progress) -> None:
@@ -277,7 +295,7 @@ class Trainer:
         tensors = checkpoint.tensors_of(self.objective, self.optimizer)
         if wrong := not_finite(tensors, self.world):
             raise self._abort(f"no checkpoint is written: not finite: {', '.join(wrong)}")
-        state = self.run.state(**self._kept())
+        state = self.run.state(loader=self.loader, **self._kept())
         state["num_ranks"] = self.world.size
         self.run.saver.save(
             step=self.step, model=self.objective, optimizer=self.optimizer, state=state
@@ -350,9 +368,8 @@ class Trainer:
         return self.skips.abort(self.step, reason, self.objective, self.optimizer)
 
     def _kept(self) -> dict[str, Stateful]:
-        """What a checkpoint holds beside tensors."""
+        """What a checkpoint holds beside tensors and the position in the data."""
         return {
-            "loader": self.loader,
             "means": self.log.means,
             "log": self.log,
             "watch": self.watch,
@@ -364,22 +381,7 @@ class Trainer:
         saved.load_model(self.objective)
         saved.load_optimizer(self.objective, self.optimizer)
         state = saved.state()
-        before, now = state.get("num_ranks", 1), self.world.size
-        if before == now:
-            self.run.restore(state, **self._kept())
-        else:
-            for name, part in (("guard", self.guard), ("skips", self.skips)):
-                if name in state:
-                    part.load_state_dict(state[name])
-            epoch = self.loader.restart_epoch(state["loader"])
-            logger.warning(
-                "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d go on, and "
-                "a position in the data is of one number of ranks. Weights, moments, averages and "
-                "schedules go on where they were.",
-                epoch,
-                before,
-                now,
-            )
+        self.run.restore(state, num_ranks=self.world.size, loader=self.loader, **self._kept())
         self.step = saved.step
         self.skips.forget_after(self.guard.first_untold(self.step))
         logger.info("resumed %s at step %d", self.run_dir, self.step)

@@ -7,13 +7,11 @@ Weights trained with either run with the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from types import ModuleType
 from typing import Any, Literal, get_args
-
-from torch import Tensor, nn
 
 from m3i_fast.models.blocks import BlockLayers
 from m3i_fast.models.recompute import Checkpoint, Recompute
@@ -84,25 +82,6 @@ def te_autocast(recipe: Any | None) -> AbstractContextManager[None]:
     enabled = recipe is not None
     used = recipe if enabled else te_recipe("fp8_current")
     return _te().autocast(enabled=enabled, recipe=used)
-
-
-def te_graphs(
-    blocks: Sequence[nn.Module],
-    sample: Tensor,  # [B, T, D]
-    recipe: Any | None,
-) -> tuple[nn.Module, ...]:
-    """The blocks, from now on replayed as CUDA graphs for inputs of `sample`'s shape and dtype.
-
-    For narrow blocks, whose kernels are shorter than their launches; not with FSDP2.
-    """
-    return _te().make_graphed_callables(
-        tuple(blocks),
-        tuple((sample,) for _ in blocks),
-        num_warmup_iters=3,
-        enabled=recipe is not None,
-        recipe=te_recipe("fp8_current") if recipe is None else recipe,
-        cache_quantized_params=False,
-    )
 
 
 def te_unavailable(recipe: Fp8Recipe) -> str | None:

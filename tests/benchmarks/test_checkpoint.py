@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.benchmarks import checkpoint, harness
+from m3i_fast.benchmarks import checkpoint, ledger
 
 
 def test_a_row_is_shown_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path / "results")
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path / "results")
     (tmp_path / "disk").mkdir()
     arguments = ["--mib", "24", "--rounds", "2", "--device", "cpu"]
     checkpoint.main([*arguments, "--directory", str(tmp_path / "disk")])
-    (row,) = (row["figures"] for row in harness.read_rows("checkpoint"))
+    (row,) = (row["figures"] for row in ledger.read_rows("checkpoint"))
     assert row["at_once_waited_ms"] <= row["at_once_whole_ms"]
     assert 0 < row["background_waited_ms"] < row["background_whole_ms"]
     assert row["waited_share"] == row["background_waited_ms"] / row["at_once_waited_ms"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_fast.benchmarks import dcnv3, dcnv3_others, harness
+from m3i_fast.benchmarks import dcnv3, dcnv3_others, harness, ledger
 from m3i_fast.benchmarks.dcnv3 import Config, Size
 from m3i_fast.ops import reference
 
@@ -23,9 +23,9 @@ def test_rows_are_shown_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dcnv3, "CPU_SIZES", (SMALL,))
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     dcnv3.main(["--device", "cpu", "--num-samples", "2"])
-    rows = [row["figures"] for row in harness.read_rows("dcnv3")]
+    rows = [row["figures"] for row in ledger.read_rows("dcnv3")]
     assert [(row["dtype"], row["pass"]) for row in rows] == [
         (dtype, kind)
         for dtype in ("float32", "bfloat16")
@@ -40,7 +40,7 @@ def test_rows_are_shown_and_recorded(
     assert "2x5x6x8 / 2, float32, 1.5 px, forward" in shown and str(tmp_path) in shown
 
     dcnv3.main(["--device", "cpu", "--num-samples", "2", "--no-record"])
-    assert len(list(harness.read_rows("dcnv3"))) == 4
+    assert len(list(ledger.read_rows("dcnv3"))) == 4
 
 
 def test_all_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

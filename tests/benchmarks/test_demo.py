@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from m3i_fast.benchmarks.demo import SUBJECT, table
-from m3i_fast.benchmarks.harness import append_row
+from m3i_fast.benchmarks.ledger import append_row
 
 
 def _append(folder: Path, seed: int, trained: float) -> None:

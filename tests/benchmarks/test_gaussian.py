@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_fast.benchmarks import gaussian, harness
+from m3i_fast.benchmarks import gaussian, ledger
 from m3i_fast.benchmarks.gaussian import Config, Size
 
 SMALL = Size(batch_size=2, queries=5, width=24)
@@ -17,10 +17,10 @@ def test_rows_are_shown_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gaussian, "CPU_SIZES", (SMALL,))
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     arguments = ["--device", "cpu", "--num-samples", "2", "--no-compile"]
     gaussian.main(arguments)
-    rows = [row["figures"] for row in harness.read_rows("gaussian")]
+    rows = [row["figures"] for row in ledger.read_rows("gaussian")]
     assert [(row["dtype"], row["decorrelation_weight"], row["pass"]) for row in rows] == [
         (dtype, weight, kind)
         for dtype in ("float32", "bfloat16")
@@ -36,7 +36,7 @@ def test_rows_are_shown_and_recorded(
     assert "2x5x24, bfloat16, forward+backward" in shown and str(tmp_path) in shown
 
     gaussian.main([*arguments, "--no-record"])
-    assert len(list(harness.read_rows("gaussian"))) == 8
+    assert len(list(ledger.read_rows("gaussian"))) == 8
 
 
 def test_different_values_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

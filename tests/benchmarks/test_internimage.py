@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.benchmarks import harness, internimage
+from m3i_fast.benchmarks import internimage, ledger
 from m3i_fast.benchmarks.internimage import Config
 
 ARGUMENTS = ["--device", "cpu", "--sizes", "demo", "--image-size", "32", "--num-samples", "2"]
@@ -15,9 +15,9 @@ ARGUMENTS = ["--device", "cpu", "--sizes", "demo", "--image-size", "32", "--num-
 def test_rows_are_shown_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     internimage.main([*ARGUMENTS, "--batch-size", "2"])
-    (row,) = harness.read_rows("internimage")
+    (row,) = ledger.read_rows("internimage")
     figures = row["figures"]
     assert set(figures["timings"]) == {"m3i_fast", "grid_sample", "no sampling", "op alone"}
     milliseconds = figures["timings"]["m3i_fast"]["median_ms"]
@@ -29,7 +29,7 @@ def test_rows_are_shown_and_recorded(
     assert "DEMO" in shown and str(tmp_path) in shown
 
     internimage.main([*ARGUMENTS, "--train", "--no-record"])
-    assert len(list(harness.read_rows("internimage"))) == 1
+    assert len(list(ledger.read_rows("internimage"))) == 1
 
 
 def test_other_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_fast.benchmarks import harness, mask_mix
+from m3i_fast.benchmarks import ledger, mask_mix
 from m3i_fast.benchmarks.mask_mix import Config, Size
 
 SMALL = Size(image_size=16, patch_size=8)
@@ -17,10 +17,10 @@ def test_rows_are_shown_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(mask_mix, "SIZES", (SMALL,))
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     arguments = ["--device", "cpu", "--batch-size", "2", "--num-samples", "2", "--no-compile"]
     mask_mix.main(arguments)
-    rows = list(harness.read_rows("mask_mix"))
+    rows = list(ledger.read_rows("mask_mix"))
     assert [row["figures"]["dtype"] for row in rows] == ["float32", "bfloat16"]
     for row in rows:
         figures = row["figures"]
@@ -34,7 +34,7 @@ def test_rows_are_shown_and_recorded(
     assert "bytes first" in shown and str(tmp_path) in shown
 
     mask_mix.main([*arguments, "--no-record"])
-    assert len(list(harness.read_rows("mask_mix"))) == 2
+    assert len(list(ledger.read_rows("mask_mix"))) == 2
 
 
 def test_different_pictures_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from m3i_fast.benchmarks import methods, methods_plan, methods_run
-from m3i_fast.benchmarks.harness import append_row, read_rows
+from m3i_fast.benchmarks.ledger import append_row, read_rows
 from m3i_fast.benchmarks.methods import SUBJECT, main, run_missing
 from m3i_fast.benchmarks.methods_ablation import SHARES, VARIANTS
 from m3i_fast.benchmarks.methods_plan import Config, Run, recipe_digest

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.benchmarks import (
     harness,
+    ledger,
     memory,
     mi_loss,
     mi_loss_functions,
@@ -39,20 +40,20 @@ def small(form: Form, rows: int = 24) -> Size:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     return tmp_path
 
 
 def recorded() -> list[dict[str, Any]]:
-    return [row["figures"] for row in harness.read_rows("mi_loss")]
+    return [row["figures"] for row in ledger.read_rows("mi_loss")]
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
 
 
 def test_rows_are_shown_and_recorded(
-    ledger: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(mi_loss, "CPU_SIZES", tuple(map(small, FORMS)))
     monkeypatch.setattr(mi_loss, "measure", partial(harness.measure, warmup_s=0.01))
@@ -69,7 +70,7 @@ def test_rows_are_shown_and_recorded(
     assert rows[3]["tflop_s"] == pytest.approx(6 * 24 * 24 * 8 / milliseconds / 1e9)
     assert "hfu" not in rows[3]
     shown = capsys.readouterr().out
-    assert "classes, 24x30x8, fwd + bwd" in shown and str(ledger) in shown
+    assert "classes, 24x30x8, fwd + bwd" in shown and str(results) in shown
 
     monkeypatch.setattr(mi_loss, "CPU_SIZES", (small("sigmoid"),))
     mi_loss.main(["--device", "cpu", "--num-samples", "2", "--no-record"])
@@ -189,7 +190,7 @@ def test_size_names_a_bad_field(form: Form, rows: int, columns: int, message: st
 
 
 def test_growth_is_measured_and_drawn(
-    ledger: Path,
+    results: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -211,7 +212,7 @@ def test_growth_is_measured_and_drawn(
     assert 0 < ours["points"][0]["extra_peak_bytes"] < 3 * whole
     assert all(0 < point["seconds"] < 60 for point in ours["points"])
 
-    picture = ElementTree.parse(ledger / "mi_loss_growth.svg").getroot()
+    picture = ElementTree.parse(results / "mi_loss_growth.svg").getroot()
     assert len(picture.findall(f".//{SVG}circle")) == 2 * 3
     text = " ".join(picture.itertext())
     assert "ClipLoss, softmax (no memory for N = 1,024)" in text
@@ -295,7 +296,7 @@ def test_peak_memory_is_what_a_call_takes() -> None:
 # ---- Ranks ---------------------------------------------------------------------------------------
 
 
-def test_ranks_are_measured(ledger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_are_measured(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--ranks", "1,2", "--rows-per-rank", "256", "--dim", "8", "--num-samples", "2"]
     mi_loss.main(arguments)
     rows = recorded()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks import harness, step, step_eager
+from m3i_fast.benchmarks import harness, ledger, step, step_eager
+from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.benchmarks.step import Config
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.model import build_objective
@@ -48,7 +49,7 @@ def _value_and_gradients(train: TrainConfig, batch: Batch, loss_of: Any) -> dict
 @pytest.mark.parametrize("annotated", ["whole", "in part"])
 def test_the_eager_loss_is_ours_in_value_and_gradient(asked_only: bool, annotated: str) -> None:
     train = step.ask_everything(step.train_config(TINY))
-    batch = step.make_batch(train)
+    batch = draw_batch(train)
     if annotated == "in part":
         batch = _partly_annotated(batch)
     eager = _value_and_gradients(
@@ -76,7 +77,7 @@ def test_the_eager_average_is_ours() -> None:
 def test_a_step_learns() -> None:
     for loss_of, ours in ((step.our_loss, True), (step_eager.eager_loss, False)):
         train = step.ask_everything(step.train_config(TINY))
-        take = step.make_step(train, step.make_batch(train), loss_of, ours=ours)
+        take = step.make_step(train, draw_batch(train), loss_of, ours=ours)
         losses = [float(take()) for _ in range(12)]
         assert losses[-1] < 0.8 * losses[0]
 
@@ -84,9 +85,9 @@ def test_a_step_learns() -> None:
 def test_rows_are_shown_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(harness, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     step.main(ARGUMENTS)
-    everything, as_demo = (row["figures"] for row in harness.read_rows("step"))
+    everything, as_demo = (row["figures"] for row in ledger.read_rows("step"))
     assert (everything["dense_fraction"], everything["num_queries"]) == (1.0, 0)
     assert (as_demo["dense_fraction"], as_demo["num_queries"]) == (0.25, 16)
     assert everything["timings"]["eager"] == as_demo["timings"]["eager"]
@@ -101,7 +102,7 @@ def test_rows_are_shown_and_recorded(
     assert "6x64^2, 64x1" in shown and "as the demo" in shown and str(tmp_path) in shown
 
     step.main([*ARGUMENTS, "--no-record"])
-    assert len(list(harness.read_rows("step"))) == 2
+    assert len(list(ledger.read_rows("step"))) == 2
 
 
 def test_each_row_has_the_step_that_asks_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

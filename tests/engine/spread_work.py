@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
+from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.model import build_objective, stacks_of
 from m3i_fast.engine.parallel import World, distribute
@@ -20,7 +21,6 @@ from m3i_fast.engine.step import StepForward
 from m3i_fast.models.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
 from tests.engine.parallel_work import full
-from tests.engine.real_step import draw_batch
 
 NUM_RANKS = 2
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def _steps(cfg: TrainConfig, world: World) -> tuple[dict[str, Tensor], list[str]
         copies=copies,
     )
     torch.manual_seed(world.rank)
-    batch, found, events = draw_batch(cfg), {}, list[str]()
+    batch, found, events = draw_batch(cfg, seed=world.rank), {}, list[str]()
     mix = draw_mix(
         cfg.objective.mixing,
         batch_size=cfg.data.batch_size,

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.config import Backend, Precision, TrainConfig
 from m3i_fast.engine import fp8
 from m3i_fast.engine.footprint import draw_first_mix
@@ -34,7 +35,6 @@ from m3i_fast.models.blocks import TORCH_LAYERS
 from m3i_fast.models.vit import vit_b, vit_l
 from m3i_fast.recipes import demo, recipes
 from tests.engine.fp8_runs import tiny
-from tests.engine.real_step import draw_batch
 
 CPU = Capabilities(device="cpu", torchao=True)
 A100 = Capabilities(device="cuda", capability=(8, 0), cuda=(13, 0), te=True, torchao=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from m3i_fast.benchmarks.harness import append_row
+from m3i_fast.benchmarks.ledger import append_row
 from m3i_fast.storage import write_atomically
 from tests.faults.campaign import Campaign, Trial, Verdict
 from tests.faults.report import DOCS, SUBJECT, newest, page, picture

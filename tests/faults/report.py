@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from m3i_fast.benchmarks.harness import read_rows
+from m3i_fast.benchmarks.ledger import commit_of, read_rows
 from m3i_fast.benchmarks.methods_plot import text
 
 SUBJECT = "faults"
@@ -67,7 +67,7 @@ def page(rows: Sequence[Row]) -> str:
     first = rows[0]
     machine = f"{first['machine']['num_cores']} cores of {first['machine']['cpu']}"
     lines = [
-        f"{good} of {len(rows)} trials ended with equal weights (commit {first['commit']}, "
+        f"{good} of {len(rows)} trials ended with equal weights (commit {commit_of(first)}, "
         f"{machine}, {first['figures']['campaign']}).",
         "",
         "| fault | trials | recovered | weights equal | where |",

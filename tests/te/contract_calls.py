@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from m3i_fast.models import ViT, ViTConfig, te_layers
 from m3i_fast.models.te_layers import (
     te_autocast,
     te_checkpoint,
-    te_graphs,
     te_recipe,
     te_unavailable,
 )
@@ -105,26 +103,6 @@ def test_selective_recomputation_is_refused_by_name() -> None:
                     activation_checkpointing="selective")  # fmt: skip
     with pytest.raises(ValueError, match="activation_checkpointing: expected none or full"):
         ViT(cfg, layers=te_layers.te_layers())
-
-
-@pytest.mark.parametrize("recipe", [None, "fp8_current"])
-def test_graphs_are_asked_for_with_real_keywords(
-    recipe: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, asked = inspect.signature(te.make_graphed_callables), []
-
-    def record(*args: Any, **kwargs: Any) -> Any:
-        asked.append(real.bind(*args, **kwargs).arguments)
-        return args[0]
-
-    monkeypatch.setattr(te, "make_graphed_callables", record)
-    vit = ViT(CFG, layers=te_layers.te_layers())
-    used = None if recipe is None else te_recipe(recipe)
-    assert te_graphs(list(vit.blocks), torch.zeros(2, 16, 32), used) == tuple(vit.blocks)
-    (given,) = asked
-    assert len(given["modules"]) == len(given["sample_args"]) == CFG.depth
-    assert given["enabled"] == (recipe is not None)
-    assert isinstance(given["recipe"], recipes.Recipe)
 
 
 class OnCpu(TorchFunctionMode):

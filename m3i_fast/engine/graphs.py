@@ -1,0 +1,217 @@
+"""CUDA graphs: an encoder or decoder replayed as one launch, for kernels shorter than launches.
+
+A graph reads and writes the memory that it was captured with, so each serves one call of a step:
+calls of one shape within a step have a graph each, and a step uses them again once the one before
+it has gone backward. A shape that comes only once gets none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from m3i_fast.engine.step import StepForward
+from m3i_fast.models.text import TextEncoder
+from m3i_fast.models.vit import ViT
+from m3i_fast.objectives.predictors import DenseDecoder
+
+logger = logging.getLogger(__name__)
+
+REPLAYED: dict[type[nn.Module], str] = {
+    ViT: "encode",
+    TextEncoder: "forward",
+    DenseDecoder: "forward",
+}
+NUM_WARMUP = 3  # as torch.cuda.make_graphed_callables
+MAX_GRAPHS = 16  # of a module: each keeps the activations of its call
+
+
+class Replayable(Protocol):
+    def replay(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Graph:
+    """One call, captured: its memory, and what computes in it."""
+
+    inputs: tuple[Tensor, ...]
+    parameters: tuple[nn.Parameter, ...]
+    """Trained ones; none without a gradient."""
+    output: Tensor
+    grad_output: Tensor | None
+    grads: tuple[Tensor | None, ...]
+    """Of inputs and parameters; None where there is none."""
+    forward: Replayable
+    backward: Replayable | None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        output: Tensor = _Replay.apply(self, *inputs, *self.parameters)
+        return output
+
+
+# (the module, its method, a call's arguments) -> the call, captured; in the modes of the caller
+Capture = Callable[[nn.Module, Callable[..., Tensor], tuple[Tensor, ...]], Graph]
+
+
+class _Replay(torch.autograd.Function):
+    """A graph's forward and backward pass, between what torch gives and what it asks for."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Graph, *given: Tensor) -> Tensor:
+        ctx.graph = graph
+        for own, tensor in zip(graph.inputs, given, strict=False):
+            own.copy_(tensor)
+        graph.forward.replay()
+        return graph.output.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        graph: Graph = ctx.graph
+        assert graph.grad_output is not None and graph.backward is not None
+        graph.grad_output.copy_(grad)
+        graph.backward.replay()
+        return None, *(None if g is None else g.detach() for g in graph.grads)
+
+
+class Graphed:
+    """A module's method, replayed where a call of this shape and place in the step came before."""
+
+    def __init__(self, module: nn.Module, method: Callable[..., Tensor], capture: Capture) -> None:
+        self._module, self._method, self._capture = module, method, capture
+        self._calls: dict[Any, int] = {}
+        self._graphs: dict[Any, Graph | None] = {}
+        self._has_warned = False
+
+    def begin_step(self) -> None:
+        """What was computed before is not needed any more, and its graphs may be replayed."""
+        self._calls.clear()
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        kind = self._kind(inputs)
+        place = self._calls.get(kind, 0)
+        self._calls[kind] = place + 1
+        key = (kind, place)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return self._method(*inputs)
+        graph = self._graphs[key]
+        if graph is None:
+            if self._is_full():
+                return self._method(*inputs)
+            graph = self._graphs[key] = self._capture(self._module, self._method, inputs)
+        return graph(*inputs)
+
+    def _kind(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """All that the kernels of a call depend on."""
+        device = inputs[0].device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        shapes = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
+        return shapes, torch.is_grad_enabled(), self._module.training, autocast
+
+    def _is_full(self) -> bool:
+        full = sum(graph is not None for graph in self._graphs.values()) >= MAX_GRAPHS
+        if full and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "cuda_graphs: %s has %d graphs already; calls of other shapes are launched kernel "
+                "by kernel",
+                type(self._module).__name__,
+                MAX_GRAPHS,
+            )
+        return full
+
+
+def replay(forward: StepForward, device: torch.device, capture: Capture | None = None) -> None:
+    """Have the encoders and decoders of a step replayed. ValueError without a GPU to capture on."""
+    if capture is None and device.type != "cuda":
+        raise ValueError(f"cuda_graphs: expected a GPU, got {device}; set --no-cuda-graphs")
+    found = []
+    for module in forward.modules():
+        name = REPLAYED.get(type(module))
+        if name is not None:
+            graphed = Graphed(module, getattr(module, name), capture or capture_on_gpu)
+            setattr(module, name, graphed)
+            found.append(graphed)
+
+    def begin_step(*_: Any) -> None:
+        for graphed in found:
+            graphed.begin_step()
+
+    forward.register_forward_pre_hook(begin_step)
+
+
+def capture_on_gpu(
+    module: nn.Module, method: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> Graph:
+    """Record a call's kernels, forward and backward, after it has run a few times.
+
+    Its memory is its own: a pool that graphs share would let one overwrite what another keeps for
+    its backward pass. Other threads go on, the loader's among them, so that only what this one does
+    is checked for what a capture cannot hold.
+    """
+    device = inputs[0].device
+    own = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+    trained = tuple(p for p in module.parameters() if p.requires_grad)
+    parameters = trained if torch.is_grad_enabled() else ()
+    wanted = [x for x in (*own, *parameters) if x.requires_grad and torch.is_grad_enabled()]
+    pool = torch.cuda.graph_pool_handle()
+    record = _Recorder(pool)
+    # a cast that autocast keeps would be read by the kernels of a later step
+    dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    uncached = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
+    with torch.random.fork_rng([device.index or 0]), uncached:
+        _warm_up(method, own, wanted)
+        with record(forward := torch.cuda.CUDAGraph()):
+            output = method(*own)
+        if not wanted:
+            return Graph(
+                inputs=own,
+                parameters=(),
+                output=output,
+                grad_output=None,
+                grads=(),
+                forward=forward,
+                backward=None,
+            )
+        grad_output = torch.empty_like(output)
+        with record(backward := torch.cuda.CUDAGraph()):
+            found = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+    grads = tuple(next(found) if x.requires_grad else None for x in (*own, *parameters))
+    return Graph(
+        inputs=own,
+        parameters=parameters,
+        output=output,
+        grad_output=grad_output,
+        grads=grads,
+        forward=forward,
+        backward=backward,
+    )
+
+
+class _Recorder:
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __call__(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+        return torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+
+
+def _warm_up(
+    method: Callable[..., Tensor], inputs: tuple[Tensor, ...], wanted: Sequence[Tensor]
+) -> None:
+    """On a stream of its own: libraries allocate and choose kernels, which no capture can hold."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(NUM_WARMUP):
+            output = method(*inputs)
+            if wanted:
+                torch.autograd.grad(output, wanted, torch.zeros_like(output), allow_unused=True)
+    torch.cuda.current_stream().wait_stream(stream)

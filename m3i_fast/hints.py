@@ -1,0 +1,12 @@
+"""What a wrong name was probably meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name closest to a misspelt one, as a hint; empty when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" Did you mean {close[0]}?" if close else ""
