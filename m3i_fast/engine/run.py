@@ -152,10 +152,14 @@ class Run:
         if not self.config_path.exists():
             raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
         self._lock.acquire()
-        # How a run is spread over ranks changes nothing of it; the batch is seen to in `resume`.
+        # How a run is spread over ranks and what it tells change nothing of it; the batch is seen
+        # to in `resume`.
         saved = TrainConfig.load(self.config_path)
         data = replace(saved.data, batch_size=self._cfg.data.batch_size)
-        found = differences(replace(saved, data=data, parallel=self._cfg.parallel), self._cfg)
+        saved = replace(
+            saved, data=data, parallel=self._cfg.parallel, telemetry=self._cfg.telemetry
+        )
+        found = differences(saved, self._cfg)
         if found:
             raise ValueError(
                 f"--resume: the config differs from {self.config_path}: " + "; ".join(found)
@@ -170,8 +174,27 @@ class Run:
         }
 
     @staticmethod
-    def restore(state: dict[str, Any], **parts: Stateful) -> None:
-        """Older checkpoints hold the loader's position alone: other parts start anew."""
+    def restore(state: dict[str, Any], *, num_ranks: int, loader: Data, **parts: Stateful) -> None:
+        """Parts that an older checkpoint does not hold start anew.
+
+        On another number of ranks than saved it, the data begin their epoch again, and so does what
+        is a rank's own.
+        """
+        before = state.get("num_ranks", 1)
+        if before != num_ranks:
+            for name in ("guard", "skips"):
+                if name in state:
+                    parts[name].load_state_dict(state[name])
+            logger.warning(
+                "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d go on, and "
+                "a position in the data is of one number of ranks. Weights, moments, averages and "
+                "schedules go on where they were.",
+                loader.restart_epoch(state["loader"]),
+                before,
+                num_ranks,
+            )
+            return
+        parts = {**parts, "loader": loader}
         loads: dict[str, Callable[[Any], object]] = {n: p.load_state_dict for n, p in parts.items()}
         for name, load in {**loads, "random": set_random_state}.items():
             if name in state:
