@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import uuid
@@ -192,14 +193,12 @@ def commit_of(row: Row) -> str:
 
 # ---- What a row measured -------------------------------------------------------------------------
 
-# Figures that are results; all others are settings.
-MEASURED = {
-    "timings", "times_slower_than_ours", "images_per_s", "op_share",
-    "gb_s", "copy_gb_s", "tflop_s", "hfu", "model_fraction",
-    "efficiency", "extra_peak_bytes", "points", "stops_at",
-    "registers", "spill_bytes", "shared_bytes", "blocks_per_multiprocessor",
-    "predicted_ms", "measured_ms", "current", "dropped", "chosen",
-}  # fmt: skip
+# Numbers that are results; all other figures of one value are settings.
+MEASURED = re.compile(
+    r"_ms$|_s$|_share$|^seconds$|_seconds$|_loss$|_nats$|^effective_rank$|_slowdown$|_top1$|_concepts$"
+    r"|^(num_steps|stops_at|hfu|resumed|collapsed|recovered|weights_equal|campaign|trial|where)$"
+    r"|^(registers|(spill|shared)_bytes|blocks_per_multiprocessor|current|dropped|chosen)$"
+)
 
 
 def settings_of(row: Row) -> dict[str, Any]:
@@ -207,7 +206,7 @@ def settings_of(row: Row) -> dict[str, Any]:
     return {
         name: value
         for name, value in row["figures"].items()
-        if name not in MEASURED and not isinstance(value, dict | list)
+        if not MEASURED.search(name) and not isinstance(value, dict | list)
     }
 
 

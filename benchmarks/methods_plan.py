@@ -44,6 +44,7 @@ ADDED: dict[str, object] = {
     "guard.spike_deviations": 6.0,
     "guard.spike_window": 100,
     "guard.max_rollbacks": 3,
+    "telemetry.hz": 1.0,
     "backend": "auto",
     "fp8_min_dim": 768,
     "cuda_graphs": False,

@@ -30,6 +30,7 @@ from m3i_fast.benchmarks.node_windows import Schedule
 from m3i_fast.config import Precision, TrainConfig
 from m3i_fast.engine.parallel import World
 from m3i_fast.hints import nearest
+from m3i_fast.observe.environment import num_cores
 
 POINT = "m3i_fast.benchmarks.node_point"
 HW_DECODER_LOADS = (0.0, 0.4, 0.65, 0.8, 1.0)
@@ -56,7 +57,7 @@ def _batches(cfg: TrainConfig) -> list[int]:
 
 
 def _threads(_: TrainConfig) -> list[int]:
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     return sorted({*(2**n for n in range(cores.bit_length()) if 2**n <= cores), cores})
 
 

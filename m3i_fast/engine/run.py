@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,7 +15,7 @@ from m3i_fast.engine.random_state import random_state, set_random_state
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
-from m3i_fast.pipelines.loader import Loader
+from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.manifest import Manifest
 from m3i_fast.storage import make_directories
 
@@ -30,6 +30,18 @@ class Stateful(Protocol):
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any) -> object: ...
+
+
+class Data(Stateful, Protocol):
+    """Where a trainer's batches come from: `pipelines.loader.Loader`, or what stands for it."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def restart_epoch(self, state: dict[str, Any]) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class Run:
@@ -140,10 +152,14 @@ class Run:
         if not self.config_path.exists():
             raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
         self._lock.acquire()
-        # How a run is spread over ranks changes nothing of it; the batch is seen to in `resume`.
+        # How a run is spread over ranks and what it tells change nothing of it; the batch is seen
+        # to in `resume`.
         saved = TrainConfig.load(self.config_path)
         data = replace(saved.data, batch_size=self._cfg.data.batch_size)
-        found = differences(replace(saved, data=data, parallel=self._cfg.parallel), self._cfg)
+        saved = replace(
+            saved, data=data, parallel=self._cfg.parallel, telemetry=self._cfg.telemetry
+        )
+        found = differences(saved, self._cfg)
         if found:
             raise ValueError(
                 f"--resume: the config differs from {self.config_path}: " + "; ".join(found)
@@ -158,9 +174,7 @@ class Run:
         }
 
     @staticmethod
-    def restore(
-        state: dict[str, Any], *, num_ranks: int, loader: Loader, **parts: Stateful
-    ) -> None:
+    def restore(state: dict[str, Any], *, num_ranks: int, loader: Data, **parts: Stateful) -> None:
         """Parts that an older checkpoint does not hold start anew.
 
         On another number of ranks than saved it, the data begin their epoch again, and so does what

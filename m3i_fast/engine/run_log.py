@@ -12,6 +12,8 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import World
+from m3i_fast.engine.precision import Choice
+from m3i_fast.engine.run_telemetry import Interval, RunTelemetry
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
 from m3i_fast.observe.stages import StageTimer
 
@@ -19,16 +21,18 @@ from m3i_fast.observe.stages import StageTimer
 class RunLog:
     """Means and times of the steps since the last read; the first rank writes them."""
 
-    def __init__(self, cfg: TrainConfig, run_dir: Path, world: World) -> None:
+    def __init__(self, cfg: TrainConfig, run_dir: Path, world: World, arithmetic: Choice) -> None:
         self._cfg, self._run_dir, self._world = cfg, run_dir, world
         self.means = DeviceMeans(world.device, world.mean)
         self.timer = StageTimer(world.device)
+        self._telemetry = RunTelemetry(cfg, world, arithmetic)
         self._sinks: list[Sink] = []
         self._best = float("nan")
 
     def open(self, step: int) -> None:
         """Write from here on; rows of later steps, of before a resume or rollback, are dropped."""
-        self.close()
+        self._close_sinks()
+        self._telemetry.start()
         if self._world.is_main:
             self._sinks = [
                 JsonlSink(self._run_dir / "metrics.jsonl", start_step=step),
@@ -37,13 +41,17 @@ class RunLog:
         self.count_from(step)
 
     def close(self) -> None:
+        self._telemetry.stop()
+        self._close_sinks()
+
+    def _close_sinks(self) -> None:
         for sink in self._sinks:
             sink.close()
         self._sinks = []
 
     def count_from(self, step: int) -> None:
         """Throughput is of the steps from this one on."""
-        self._began, self._began_step = time.perf_counter(), step
+        self._began, self._began_step = time.monotonic(), step
 
     def add(self, metrics: Mapping[str, Tensor], skip: Tensor) -> None:
         """A step's; left out of the means where `skip` [] is 1."""
@@ -51,17 +59,27 @@ class RunLog:
         self.timer.count_step()
 
     def read(self, step: int) -> dict[str, float]:
-        """Means over steps and ranks, sums of members, images a second of all ranks, times."""
-        seconds, num_steps = time.perf_counter() - self._began, step - self._began_step
+        """Means over steps and ranks, sums of members, images a second of all ranks, times, and of
+        the first rank what `RunTelemetry` tells."""
+        now, num_steps = time.monotonic(), step - self._began_step
         values = self.means.read()
         self.means.reset()
         for name in values:
             if name.startswith("members/"):
                 values[name] *= self._world.size
         num_batches = num_steps * self._cfg.parallel.accumulate * self._world.size
-        values["throughput/img_s"] = num_batches * self._cfg.data.batch_size / seconds
+        num_images = num_batches * self._cfg.data.batch_size
+        values["throughput/img_s"] = num_images / (now - self._began)
         if self._world.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self._world.is_main:
+            interval = Interval(
+                begin_s=self._began,
+                end_s=now,
+                num_images=num_images,
+                progress=step / self._cfg.num_steps,
+            )
+            values |= self._telemetry.values(interval)
         return values | self.timer.read()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

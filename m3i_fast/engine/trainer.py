@@ -29,7 +29,7 @@ from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.parts import GradientNorm
 from m3i_fast.engine.precision import announce, look_at, resolve_device, resolve_precision
-from m3i_fast.engine.run import Resume, Run, Stateful, expect_data
+from m3i_fast.engine.run import Data, Resume, Run, Stateful, expect_data
 from m3i_fast.engine.run_log import RunLog
 from m3i_fast.engine.skips import Skips
 from m3i_fast.engine.step import StepForward
@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Trainer:
-    """Trains `cfg` in `run_dir`.
+    """Trains `cfg` in `run_dir`, on the shards that it names or on `data` in their place.
 
     Raises FileExistsError when run_dir holds a run and `resume` is False, or one that is going on,
     FileNotFoundError when `resume` finds nothing, ValueError when no checkpoint is good or the
@@ -69,6 +69,7 @@ class Trainer:
         *,
         resume: Resume = False,
         stop_on_collapse: bool = False,
+        data: Data | None = None,
     ) -> None:
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         device = resolve_device(cfg.device)
@@ -85,13 +86,7 @@ class Trainer:
         saved = self.run.found(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
-        self.loader = Loader(
-            cfg.data,
-            shard_id=rank,
-            num_shards=self.world.size,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-        )
-        expect_data(cfg, self.loader.manifest)
+        self.loader: Data = self._open_shards() if data is None else data
         torch.manual_seed(cfg.seed)
         with self.device:
             self.objective = build_objective(
@@ -108,7 +103,7 @@ class Trainer:
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
-        self.log = RunLog(cfg, run_dir, self.world)
+        self.log = RunLog(cfg, run_dir, self.world, self.arithmetic)
         self.guard = Guard(cfg.guard, self.objective, self.world)
         self.skips = Skips(cfg, run_dir, self.world)
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
@@ -119,6 +114,16 @@ class Trainer:
             self._restore(saved)
         self._stop = StopFlag(self.world)
         self._watchdog = Watchdog(Path(), seconds=math.inf)
+
+    def _open_shards(self) -> Loader:
+        loader = Loader(
+            self.cfg.data,
+            shard_id=self.world.rank,
+            num_shards=self.world.size,
+            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+        )
+        expect_data(self.cfg, loader.manifest)
+        return loader
 
     def _distribute(self) -> nn.Module:
         """The forward pass of a step, whose gradients the ranks reduce."""

@@ -1,0 +1,163 @@
+"""Whether one version is slower than another, from samples of both. Pure statistics.
+
+A difference is an alarm where all of this holds:
+
+- the interval of the ratio of medians lies wholly beyond the smallest difference that counts, on
+  either side: what became too fast wants its baseline refreshed;
+- Mann-Whitney's test tells the samples apart.
+
+The interval is a percentile bootstrap made for times on a busy machine. Samples come in groups, one
+a pair of processes: groups are drawn with replacement, since a process may be a little faster than
+another of the same code all its life, and within a group circular blocks of neighbouring samples,
+since what slows down one sample mostly slows down the next. Where samples of both versions were
+taken in turns, both get the same blocks, and what slowed down both leaves the ratio alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Samples = Sequence[float]
+Floats = npt.NDArray[np.float64]
+Alarm = Literal["slower", "faster"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of a candidate against its baseline, in time a call."""
+
+    ratio: float
+    """Median of the candidate over that of the baseline: above one is slower."""
+    low: float
+    high: float
+    """The interval of the ratio at 1 - alpha."""
+    p_value: float
+    """Mann-Whitney's, two-sided."""
+    alarm: Alarm | None
+
+
+def judge(
+    baseline: Sequence[Samples],
+    candidate: Sequence[Samples],
+    *,
+    alpha: float = 0.01,
+    threshold: float = 0.05,
+    in_turns: bool = True,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Verdict:
+    """Compare groups of samples, each in the order in which they were taken.
+
+    in_turns: sample i of group g of both was taken at the same time; then both have as many groups
+    and samples. threshold: the smallest difference that counts, as a share. ValueError for
+    anything else.
+    """
+    _check(baseline, candidate, alpha, threshold, in_turns)
+    of_baseline = [np.asarray(group, np.float64) for group in baseline]
+    of_candidate = [np.asarray(group, np.float64) for group in candidate]
+    all_baseline, all_candidate = np.concatenate(of_baseline), np.concatenate(of_candidate)
+    low, high = ratio_interval(
+        of_baseline,
+        of_candidate,
+        alpha=alpha,
+        in_turns=in_turns,
+        num_resamples=num_resamples,
+        seed=seed,
+    )
+    p_value = mann_whitney(all_baseline, all_candidate)
+    alarm: Alarm | None = None
+    if p_value < alpha and low > 1 + threshold:
+        alarm = "slower"
+    elif p_value < alpha and high < 1 / (1 + threshold):
+        alarm = "faster"
+    ratio = float(np.median(all_candidate) / np.median(all_baseline))
+    return Verdict(ratio, low, high, p_value, alarm)
+
+
+def _check(
+    baseline: Sequence[Samples],
+    candidate: Sequence[Samples],
+    alpha: float,
+    threshold: float,
+    in_turns: bool,
+) -> None:
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha: expected a probability between 0 and 1, got {alpha}")
+    if threshold < 0:
+        raise ValueError(f"threshold: expected at least 0, got {threshold}")
+    for name, groups in (("baseline", baseline), ("candidate", candidate)):
+        if not groups or not all(len(group) for group in groups):
+            raise ValueError(f"{name}: expected groups of at least one sample each")
+        if not all(math.isfinite(x) and x > 0 for group in groups for x in group):
+            raise ValueError(f"{name}: expected times above 0")
+    sizes = [[len(group) for group in groups] for groups in (baseline, candidate)]
+    if in_turns and sizes[0] != sizes[1]:
+        raise ValueError(f"candidate: expected groups of {sizes[0]} samples, got {sizes[1]}")
+
+
+# ---- The interval --------------------------------------------------------------------------------
+
+
+def ratio_interval(
+    baseline: Sequence[Floats],
+    candidate: Sequence[Floats],
+    *,
+    alpha: float,
+    in_turns: bool,
+    num_resamples: int,
+    seed: int,
+    block: int | None = None,
+) -> tuple[float, float]:
+    """Percentile interval of the ratio of medians at 1 - alpha; `block` is block_length's."""
+    rng = np.random.default_rng(seed)
+    ratios = np.empty(num_resamples)
+    for index in range(num_resamples):
+        state = rng.bit_generator.state
+        below = np.median(_resample(baseline, rng, block))
+        if in_turns:
+            rng.bit_generator.state = state
+        ratios[index] = np.median(_resample(candidate, rng, block)) / below
+    low, high = np.quantile(ratios, [alpha / 2, 1 - alpha / 2])
+    return float(low), float(high)
+
+
+def _resample(groups: Sequence[Floats], rng: np.random.Generator, block: int | None) -> Floats:
+    """As many groups, drawn with replacement, of each as many samples in blocks of neighbours."""
+    drawn = []
+    for chosen in rng.integers(len(groups), size=len(groups)):
+        group = groups[chosen]
+        length = block or block_length(len(group))
+        starts = rng.integers(len(group), size=-(-len(group) // length))
+        places = (starts[:, None] + np.arange(length)).ravel()[: len(group)]
+        drawn.append(group[places % len(group)])
+    return np.concatenate(drawn)
+
+
+def block_length(num_samples: int) -> int:
+    """Of blocks of neighbours: grows with the cube root, the order that is best for a variance."""
+    return max(1, round(num_samples ** (1 / 3)))
+
+
+# ---- Mann and Whitney's test ---------------------------------------------------------------------
+
+
+def mann_whitney(a: Floats, b: Floats) -> float:
+    """Two-sided p-value, by the normal approximation with ties and continuity corrected."""
+    count_a, count_b = len(a), len(b)
+    total = count_a + count_b
+    _, place, ties = np.unique(np.concatenate([a, b]), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
+    u = ranks[:count_a].sum() - count_a * (count_a + 1) / 2
+    mean = count_a * count_b / 2
+    spread = (total + 1) - (ties.astype(np.float64) ** 3 - ties).sum() / (total * (total - 1))
+    deviation = math.sqrt(count_a * count_b / 12 * spread)
+    if not deviation:  # all samples are equal
+        return 1.0
+    z = max(abs(u - mean) - 0.5, 0.0) / deviation
+    return math.erfc(z / math.sqrt(2))

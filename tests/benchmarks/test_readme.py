@@ -1,0 +1,132 @@
+"""Tables of the README and the docs are what the ledger says, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m3i_fast.benchmarks import ledger, readme
+
+ROOT = Path(__file__).parents[2]
+Append = Callable[..., None]
+
+
+@pytest.fixture
+def append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Append:
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
+
+    def row(subject: str, figures: dict[str, Any], **changes: Any) -> None:
+        made = ledger.make_row(subject, figures, command=f"bench {subject}") | changes
+        with (tmp_path / f"{subject}.jsonl").open("a") as file:
+            file.write(json.dumps(made) + "\n")
+
+    return row
+
+
+def _timed(device: str, ours: float, **others: float) -> dict[str, Any]:
+    medians = {"m3i_fast": ours, **others}
+    return {
+        "device": device,
+        "timings": {
+            name: {"median_ms": ms, "p20_ms": ms / 2, "p80_ms": ms * 2, "num_samples": 5}
+            for name, ms in medians.items()
+        },
+        "times_slower_than_ours": {name: ms / ours for name, ms in medians.items()},
+    }
+
+
+@pytest.mark.parametrize("name", readme.FILES)
+def test_tables_are_those_of_the_ledger(name: str) -> None:
+    text = (ROOT / name).read_text()
+    assert readme.fill(text) == text, "m3i-fast bench page --readme writes them anew"
+
+
+def test_every_table_stands_somewhere() -> None:
+    marked = [
+        found[2] for f in readme.FILES for found in readme.MARKED.finditer((ROOT / f).read_text())
+    ]
+    assert sorted(marked) == sorted(readme.TABLES)
+
+
+def test_what_is_between_the_marks_is_replaced_and_all_else_kept(append: Append) -> None:
+    append("step", {**_timed("cpu", 10.0, eager=15.4), "asked": "all", "batch_size": 8,
+                    "images_per_s": {"m3i_fast": 800.0}})  # fmt: skip
+    text = "a\n<!-- ledger:step -->\nold\n<!-- /ledger -->\nb\n"
+    text += "<!-- ledger:gate -->\n<!-- /ledger -->\n"
+    filled = readme.fill(text)
+    assert "old" not in filled and filled.startswith("a\n<!-- ledger:step -->\n| a step of M3I |")
+    assert "| all, 8 pictures | 800 | 1.54 | - |" in filled
+    assert "<!-- /ledger -->\nb\n<!-- ledger:gate -->\nThe gate: not measured yet" in filled
+    assert readme.fill(filled) == filled
+
+
+def test_an_unknown_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match="ledger:speed: expected one of mask_mix"):
+        readme.fill("<!-- ledger:speed -->\n<!-- /ledger -->")
+
+
+def test_newest_row_of_each_size_on_the_machine_measured_last(append: Append) -> None:
+    size = {"batch_size": 64, "image_size": 64, "dtype": "float32"}
+    append("mask_mix", _timed("cpu", 9.0) | size, machine_class="another")
+    append("mask_mix", _timed("cpu", 7.0) | size)
+    append("mask_mix", _timed("cpu", 1.5, torch=150.0, copy=0.75) | size)
+    append("mask_mix", _timed("cpu", 2500.0) | size | {"image_size": 224})
+    shown = readme.mask_mix()
+    assert "| 64 views of 64 pixels, float32 | 1.50 (0.750 to 3.00) | 100 | - | - | 0.50 |" in shown
+    assert "| 64 views of 224 pixels, float32 | 2,500 (1,250 to 5,000) |" in shown
+    assert "7.0" not in shown and "9.0" not in shown and "`bench mask_mix`" in shown
+
+
+@pytest.mark.parametrize("name", [name for name in readme.TABLES if name != "gpu"])
+def test_without_rows_nothing_is_claimed(append: Append, name: str) -> None:
+    said = readme.TABLES[name]()
+    assert readme.ABSENT in said and "|" not in said
+
+
+def test_a_gpus_rows_are_shown_beside_the_prediction(
+    append: Append, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "_predictions", lambda: "predicted")
+    assert readme.gpu() == "On a GPU: not measured yet.\n\npredicted"
+    card = {"cpu": "X", "num_cores": 9, "gpu": "H100", "num_gpus": 1}
+    figures = _timed("cuda", 2.0, torch=8.0, copy=1.0, eager=6.0) | {"batch_size": 64}
+    append("mask_mix", figures, machine=card)
+    append("mask_mix", _timed("cpu", 3.0))
+    line = "| mask_mix, batch_size 64, H100 | 2.00 (1.00 to 4.00) | 3.00 (eager) | 0.50 (copy) |"
+    assert line in readme.gpu() and readme.gpu().endswith("predicted")
+
+
+def test_predictions_are_marked_as_such() -> None:
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"<!-- ledger:gpu -->(.*?)<!-- /ledger -->", text, re.DOTALL)
+    for recipe in readme.PREDICTED:
+        assert f"`{recipe}`" in block
+    assert "predicted, images/s" in block and "no card has confirmed them" in block
+
+
+def test_rates_of_a_loader_are_shown_with_their_interval(append: Append) -> None:
+    rate = {"median": 1234.4, "ci_low": 1200.0, "ci_high": 1300.0, "p5": 1.0}
+    append("loader", {"device": "cpu", "rates": {"DALI": rate, "other": {"note": 1}}})
+    assert "| rates, DALI | 1,234 | 1,200 to 1,300 |" in readme.loader()
+
+
+def test_gate_says_how_often_it_erred(append: Append) -> None:
+    def kind(slower: int, faster: int, *ratios: float) -> dict[str, Any]:
+        counts = {"comparisons": 20, "slower": slower, "faster": faster}
+        return counts | {"ratios": ratios, "seconds_a_comparison": 11.26}
+
+    settings = {"work": "gaussian", "alpha": 0.01, "threshold": 0.05, "slowdown": 0.1, "threads": 1}
+    for planted in (3, 19):
+        append(
+            "gate",
+            settings
+            | {"unchanged": kind(0, 1, 0.98, 1.01), "planted": kind(planted, 0, 1.08, 1.1)},
+        )
+    line = "| gaussian | 1 of 20 | 0.980 to 1.010 | 19 of 20 (+10%) | 1.080 to 1.100 | 11.3 |"
+    assert line in readme.gate() and "3 of 20" not in readme.gate()
+    assert "Alpha 0.01, threshold 0.05" in readme.gate()
