@@ -152,6 +152,15 @@ def test_a_wrong_request_is_named(fields: dict[str, Any], message: str) -> None:
         tune.Config(**fields)
 
 
+def test_a_card_without_a_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A40")
+    assert tune.card_here() is None
+    with pytest.raises(ValueError, match="card: expected .* for NVIDIA A40; name one, or cpu"):
+        tune.main(["--no-record"])
+
+
 def test_an_installed_package_has_no_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
