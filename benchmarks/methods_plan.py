@@ -22,6 +22,7 @@ TEACHER = "supervised"
 # Fields that configs did not have when the first rows were made, with what was done then.
 ADDED: dict[str, object] = {
     "vision.drop_path_mode": "mask",
+    "vision.position": "absolute",
     "text.activation_checkpointing": "none",
     "parallel.shard": 1,
     "parallel.chunk": 0,
@@ -33,6 +34,7 @@ ADDED: dict[str, object] = {
     "optim.layer_decay": 1.0,
     "optim.dcn_lr_scale": 1.0,
     "optim.freeze_patch_embed": False,
+    "data.hw_decoder_load": None,
     "guard.max_in_a_row": 10,
     "guard.max_share": 0.1,
     "guard.backoff_after": 3,

@@ -8,52 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
 from m3i_fast.benchmarks.mi_loss_functions import OURS
+from m3i_fast.benchmarks.svg import Axis, page, powers_of_ten, text
 
 _WIDTH, _BLOCK, _PANEL = 920, 420, (360, 250)  # pixels; a panel's width and height
 _LEFTS, _TOP = (80, 540), 110  # of the panels in a block
-# Not by variables: viewers other than browsers do not know them.
-_STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #66635c; }
-.paper { fill: #fcfbf9; }
-.title, .name { fill: #1f1e1b; }
-.title { font-size: 15px; font-weight: 600; }
-.grid { stroke: #e5e2db; }
-.line { fill: none; stroke-width: 2; }
-.sigmoid { stroke-dasharray: 6 4; }
-.ours { stroke: #0b6f68; }
-.others { stroke: #b0501a; }
-circle.ours { fill: #0b6f68; stroke: none; }
-circle.others { fill: #b0501a; stroke: none; }
-@media (prefers-color-scheme: dark) {
-  text { fill: #a5a198; }
-  .paper { fill: #171614; }
-  .title, .name { fill: #e9e6df; }
-  .grid { stroke: #35332f; }
-  .ours { stroke: #57c4b8; }
-  .others { stroke: #e9985c; }
-  circle.ours { fill: #57c4b8; }
-  circle.others { fill: #e9985c; }
-}
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Axis:
-    """Logarithmic, from pixel `at` over `length` pixels; a negative length goes up."""
-
-    low: float
-    high: float
-    at: float
-    length: float
-
-    def place(self, value: float) -> float:
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return self.at + self.length * share
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -78,19 +40,14 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         raise ValueError("rows: expected growth rows of mi_loss, got none")
     height = _BLOCK * len(blocks)
     label = "Seconds and memory of contrastive losses against the number of pairs"
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
-        f'width="{_WIDTH}" height="{height}" role="img" aria-label="{label}">',
-        f"<style>{_STYLE}</style>",
-        f'<rect class="paper" width="{_WIDTH}" height="{height}"/>',
-    ]
+    parts: list[str] = []
     for index, (title, curves) in enumerate(blocks.items()):
         parts += [f'<g transform="translate(0 {index * _BLOCK})">', *_block(title, curves), "</g>"]
-    return "\n".join([*parts, "</svg>", ""])
+    return page(parts, width=_WIDTH, height=height, label=label)
 
 
 def _block(title: str, curves: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield _text(_LEFTS[0], 30, title, "title", "start")
+    yield text(_LEFTS[0], 30, title, "title", "start")
     for index, curve in enumerate(curves):
         yield from _legend(curve, _LEFTS[index % 2], 54 + 18 * (index // 2))
     measures = [
@@ -110,7 +67,8 @@ def _name(curve: Mapping[str, Any]) -> str:
 
 
 def _kind(curve: Mapping[str, Any]) -> str:
-    return f"{'ours' if curve['function'] == OURS else 'others'} {curve['form']}"
+    dashed = " dashed" if curve["form"] == "sigmoid" else ""
+    return f"{'ours' if curve['function'] == OURS else 'others'}{dashed}"
 
 
 def _legend(curve: Mapping[str, Any], left: float, y: float) -> Iterator[str]:
@@ -118,7 +76,7 @@ def _legend(curve: Mapping[str, Any], left: float, y: float) -> Iterator[str]:
     name = _name(curve)
     if curve["stops_at"] is not None:
         name += f" (no memory for N = {curve['stops_at']:,})"
-    yield _text(left + 36, y, name, "name", "start")
+    yield text(left + 36, y, name, "name", "start")
 
 
 def _panel(
@@ -133,18 +91,18 @@ def _panel(
     if not points:
         return
     counts = sorted({count for count, _ in points})
-    decades = _decades([value for _, value in points])
-    x = _Axis(counts[0] / 1.2, counts[-1] * 1.2, left, width)
-    y = _Axis(decades[0], decades[-1], bottom, -height)
-    yield _text(left, _TOP - 12, name, "name", "start")
-    yield _text(left + width / 2, bottom + 40, "N, pairs", "", "middle")
+    decades = powers_of_ten([value for _, value in points])
+    x = Axis(counts[0] / 1.2, counts[-1] * 1.2, left, width)
+    y = Axis(decades[0], decades[-1], bottom, -height)
+    yield text(left, _TOP - 12, name, "name", "start")
+    yield text(left + width / 2, bottom + 40, "N, pairs", "", "middle")
     for value in decades:
         yield f'<path class="grid" d="M{left} {y.place(value):.1f}h{width}"/>'
-        yield _text(left - 8, y.place(value) + 4, f"{value:,.10g}", "", "end")
+        yield text(left - 8, y.place(value) + 4, f"{value:,.10g}", "", "end")
     step = math.ceil(len(counts) / 6)  # labels side by side
     for count in counts[::-1][::step]:
         yield f'<path class="grid" d="M{x.place(count):.1f} {bottom}v5"/>'
-        yield _text(x.place(count), bottom + 20, f"{count:,}", "", "middle")
+        yield text(x.place(count), bottom + 20, f"{count:,}", "", "middle")
     for curve, values in lines:
         places = [(x.place(count), y.place(value)) for count, value in values]
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
@@ -155,16 +113,3 @@ def _panel(
                 f'<circle class="{_kind(curve)}" cx="{px:.1f}" cy="{py:.1f}" r="3.5">'
                 f"<title>{tip}</title></circle>"
             )
-
-
-def _decades(values: Sequence[float]) -> list[float]:
-    """Powers of ten around all values, at least two."""
-    first = math.floor(math.log10(min(values)))
-    last = max(first + 1, math.ceil(math.log10(max(values))))
-    return [10.0**power for power in range(first, last + 1)]
-
-
-def _text(x: float, y: float, text: str, kind: str, anchor: str) -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
-    )

@@ -41,14 +41,14 @@ from m3i_fast.benchmarks.mi_loss_functions import (
 from m3i_fast.ops import boltzmann
 
 
-def parse(ranks: str) -> list[int]:
-    """`1,2,4`, in rising order. ValueError for anything else."""
+def parse(ranks: str, flag: str = "ranks") -> list[int]:
+    """`1,2,4`, in rising order. ValueError for anything else, with the name of the option."""
     try:
         counts = [int(count) for count in ranks.split(",")]
     except ValueError:
         counts = []
     if not counts or counts[0] < 1 or counts != sorted(set(counts)):
-        raise ValueError(f"ranks: expected rising numbers of processes, as 1,2,4, got {ranks!r}")
+        raise ValueError(f"{flag}: expected rising numbers of processes, as 1,2,4, got {ranks!r}")
     return counts
 
 

@@ -12,7 +12,7 @@ from m3i_fast.benchmarks.node_windows import Series, Window
 from m3i_fast.benchmarks.node_works import BOTH, LOADER, NO_EXCHANGE, SYNTHETIC
 from m3i_fast.benchmarks.rates import Rates, summarise_rates
 
-DATA_STAGES = ("time/data.wait_ms", "time/data_ms")
+DATA_WAIT = "time/data.wait_ms"
 MIN_KEPT = 3  # windows; and more than half of them
 
 
@@ -77,13 +77,12 @@ def kept_windows(windows: Sequence[tuple[Window, ...]]) -> list[tuple[Window, ..
 def find(ranks: Sequence[Mapping[str, Series]], measured: Mapping[str, Measurement]) -> Findings:
     """What `verdict` asks for."""
     both = measured[BOTH]
-    waited = next((both.stages_ms[name] for name in DATA_STAGES if name in both.stages_ms), 0.0)
     silent = measured.get(NO_EXCHANGE)
     return Findings(
         loader=measured[LOADER].per_gpu,
         synthetic=measured[SYNTHETIC].per_gpu,
         both=both.per_gpu,
-        data_wait=min(waited / both.step_ms, 1.0),
+        data_wait=min(both.stages_ms[DATA_WAIT] / both.step_ms, 1.0),
         num_ranks=len(ranks),
         without_exchange=silent.per_gpu if silent is not None else None,
         throttling=throttling([series[name] for series in ranks for name in (SYNTHETIC, BOTH)]),
@@ -98,7 +97,7 @@ def throttling(computing: Sequence[Series]) -> Throttling:
     return Throttling(
         num_windows=len(read),
         num_throttled=len(slow),
-        reasons=sorted({r for t in slow for gpu in t["gpus"] for r in gpu["throttle_reasons"]}),
+        reasons=sorted({r for t in slow for g in t["gpus"] for r in g.get("throttle_reasons", ())}),
         mean_mhz=statistics.fmean(clocks) if clocks else None,
         max_mhz=max(_clocks(read, "max"), default=None),
     )

@@ -102,8 +102,13 @@ class LoaderConfig:
     """Batches prepared ahead."""
     initial_fill: int = 4096
     """Encoded samples held in the shuffle buffer, in host memory, a rank."""
+    hw_decoder_load: float | None = None
+    """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
+    leaves it to DALI. For decoding on a GPU alone."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_threads", "prefetch", "initial_fill"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2^63")
+        load = self.hw_decoder_load
+        _require(load is None or 0 <= load <= 1, "hw_decoder_load", load, "a share in [0, 1]")

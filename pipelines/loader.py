@@ -56,6 +56,11 @@ class Loader:
         self.shard_id = shard_id
         self.num_shards = num_shards
         self.device_id = device_id
+        if device_id is None and cfg.hw_decoder_load is not None:
+            raise ValueError(
+                "data.hw_decoder_load: expected None without a GPU, whose decoder it is of, got "
+                f"{cfg.hw_decoder_load}"
+            )
         self.manifest, self._split = _open(cfg.path, cfg.split, tokenizer_fingerprint)
         self._origin = _origin(cfg.path, self._split, self.manifest, device_id)
         smallest = self._split.num_samples // num_shards
@@ -143,6 +148,7 @@ class Loader:
             shuffle=shuffle,
             shard_id=self.shard_id,
             num_shards=self.num_shards,
+            hw_decoder_load=cfg.hw_decoder_load,
         )
         return training_graph(
             source,
@@ -236,6 +242,7 @@ def _source(
     shuffle: Shuffle | None,
     shard_id: int = 0,
     num_shards: int = 1,
+    hw_decoder_load: float | None = None,
 ) -> Source:
     from m3i_fast.pipelines.reader import Source
 
@@ -248,6 +255,7 @@ def _source(
         max_captions=split.max_captions,
         on_gpu=on_gpu,
         shuffle=shuffle,
+        hw_decoder_load=hw_decoder_load,
     )
 
 

@@ -37,6 +37,7 @@ class Source:
     max_captions: int  # most captions of one picture
     on_gpu: bool
     shuffle: Shuffle | None
+    hw_decoder_load: float | None = None  # None: DALI's own; of decoding on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ def read(source: Source) -> Record:
         device="mixed" if source.on_gpu else "cpu",
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,
+        **_decoding(source.hw_decoder_load),
     )
     num_tokens = tokens.shape(dtype=types.INT64)[0]
     most_tokens = source.max_captions * source.context_length
@@ -88,6 +90,11 @@ def read(source: Source) -> Record:
     ]
     rest = (*lengths, padded, num_tokens, *(fn.reshape(s, shape=[]) for s in others[:3]))
     return Record(image=image, size_hw=size_hw, image_size=image_size, rest=rest)
+
+
+def _decoding(hw_decoder_load: float | None) -> dict[str, float]:
+    """Not asked for where it is DALI's own, so that checkpoints of before go on."""
+    return {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
 
 
 def _shuffling(shuffle: Shuffle) -> dict[str, Any]:

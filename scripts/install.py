@@ -51,15 +51,17 @@ def plan_for(driver_cuda: tuple[int, int] | None) -> Plan:
     """
     common = ("fp8", "eval", "dev")
     if driver_cuda is None:
-        return Plan("no GPU seen", 13, "torch>=2.10", ("data", *common), build_cuda=False)
+        return Plan("no GPU seen", 13, "torch>=2.10", ("data", "cupy", *common), build_cuda=False)
     major, minor = driver_cuda
     reason = f"GPU seen, its driver runs CUDA {major}.{minor}"
     if major >= 13:
-        return Plan(reason, 13, "torch>=2.11", ("data", "telemetry", *common), build_cuda=True)
+        extras = ("data", "cupy", "telemetry", *common)
+        return Plan(reason, 13, "torch>=2.11", extras, build_cuda=True)
     if major == 12:
         # The last torch that PyPI serves with CUDA 12; 2.11 and newer are CUDA 13 builds.
         torch = "torch>=2.10,<2.11"
-        return Plan(reason, 12, torch, ("data-cu12", "telemetry", *common), build_cuda=True)
+        extras = ("data-cu12", "cupy-cu12", "telemetry", *common)
+        return Plan(reason, 12, torch, extras, build_cuda=True)
     raise ValueError(f"NVIDIA driver: expected CUDA 12 or newer, got {major}.{minor}; update it")
 
 

@@ -38,6 +38,7 @@ ONLY_IN = {
     "apex": ("m3i_fast/engine/optim.py",),
     "torchao": ("m3i_fast/models/float8.py", DOCTOR),
     "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
+    "cupy_backends": ("benchmarks/",),
     "pynvml": ("m3i_fast/observe/telemetry.py", DOCTOR),
     "torch.ops.m3i": ("m3i_fast/ops/",),
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "boltzmann/boltzmann_cpu.h"
+#include "boltzmann/boltzmann_tiles.h"
 #include "m3i/cpu_isa.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -18,10 +19,10 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Of a tile; measured at N = M = 8192, D = 512 with two threads.
-constexpr int64_t kTileColumns = 768;
-constexpr int64_t kRunRows = 128;
-constexpr int64_t kLeastRuns = 8, kMostRuns = 32;
+// Of a tile.
+constexpr int64_t kTileColumns = boltzmann::kCpuTileColumns;
+constexpr int64_t kRunRows = boltzmann::kCpuRunRows;
+constexpr int64_t kLeastRuns = boltzmann::kCpuLeastRuns, kMostRuns = 32;
 
 // Below this many elements of a tile a thread is not worth waking.
 constexpr int64_t kGrainElements = 16 * 1024;

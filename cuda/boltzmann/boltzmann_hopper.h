@@ -7,7 +7,7 @@ namespace m3i::boltzmann {
 
 // Of two blocks, a cluster, one above the other. A row of `depth` terms has 128 bytes, the widest
 // that a tensor copy swizzles.
-inline constexpr Tile kHopperTile{256, 256, 64, 4, 16, 1};
+inline constexpr Tile kHopperTile{256, 256, 64, kHopperStages, 16, 1};
 inline constexpr int kClusterBlocks = 2;
 inline constexpr int kBlockRows = kHopperTile.rows / kClusterBlocks;
 inline constexpr int kBoxSide = 64;  // rows and columns of what one tensor copy brings
@@ -19,8 +19,8 @@ inline constexpr int kHalves = kClusterBlocks * kConsumers;  // of both blocks
 inline constexpr int kHopperThreads = (kConsumers + 1) * kWarpgroupThreads;
 
 // Registers of a thread; the block has 65,536.
-inline constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroupThreads <= 65536);
+static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroupThreads <= 65536,
+              "cuda/boltzmann/tiles.json: more registers than a multiprocessor has");
 
 // wgmma, of 16-bit types here, and tensor copies, of rows that begin at multiples of 16 bytes.
 // `starts` is the bitwise or of the features' addresses. No compute capability but 9.0 has wgmma.

@@ -6,25 +6,13 @@
 
 #include "boltzmann/boltzmann.h"
 #include "boltzmann/boltzmann_grads.cuh"
+#include "m3i/device.h"
 #include "m3i/dispatch.h"
 #include "m3i/launch.h"
 
 #include <algorithm>
 
 namespace m3i::boltzmann {
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&value, attribute, device);
-  return value;
-}
-
-// Of the current device: 10 times the major number plus the minor one.
-inline int architecture() {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
-         device_attribute(cudaDevAttrComputeCapabilityMinor);
-}
 
 // Pieces of the scratch memory, one after the other; each begins a line of the caches.
 class Scratch {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "boltzmann/boltzmann_params.h"
+#include "boltzmann/boltzmann_tiles.h"
 
 namespace m3i::boltzmann {
 
@@ -36,10 +37,29 @@ M3I_HOST_DEVICE constexpr int wide_bytes(DType dtype) { return dtype == DType::k
 // A row of `depth` terms has 64 bytes. Four warps of 64 x 64 read each byte of shared memory a
 // third less often than eight of 64 x 32, whose reads and copies would take as long as the
 // products; their sums take 128 registers, and two blocks share a multiprocessor.
-M3I_HOST_DEVICE constexpr Tile tile_of(DType dtype) {
-  const int side = dtype == DType::kFloat64 ? 64 : 128;
-  return {side, side, 64 / bytes_of(dtype), 3, 2, 2};
+M3I_HOST_DEVICE constexpr Tile make_tile(const Policy& policy, DType dtype) {
+  return {policy.side,   policy.side,       64 / bytes_of(dtype),
+          policy.stages, policy.warps_down, policy.warps_across};
 }
+
+// float64 is for tests and small problems, and is not tuned.
+M3I_HOST_DEVICE constexpr Tile tile_of(DType dtype) {
+  constexpr Policy kFloat64Policy{64, 3, 2, 2};
+  return make_tile(dtype == DType::kFloat64   ? kFloat64Policy
+                   : dtype == DType::kFloat32 ? float_policy()
+                                              : half_policy(),
+                   dtype);
+}
+
+// Warps share out a tile in fragments of 16 x 16, and all threads copy as many rows.
+M3I_HOST_DEVICE constexpr bool is_legal(const Policy& policy) {
+  const int warps = policy.warps_down * policy.warps_across;
+  return policy.stages >= 2 && warps >= 1 && warps <= 32 &&
+         policy.side % (policy.warps_down * 16) == 0 &&
+         policy.side % (policy.warps_across * 16) == 0 && policy.side % (warps * 8) == 0;
+}
+static_assert(is_legal(half_policy()) && is_legal(float_policy()),
+              "cuda/boltzmann/tiles.json: a tile that its warps cannot share out");
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
@@ -86,7 +106,7 @@ inline constexpr int64_t kSumsElements = int64_t{1} << 26;
 // The gradient by a block's logits is made, and read twice, from the second-level cache: 40 MB on
 // compute capability 8.0, 50 on 9.0.
 M3I_HOST_DEVICE constexpr int64_t grads_elements(DType dtype, int architecture) {
-  return (int64_t{architecture >= 90 ? 32 : 24} << 20) / bytes_of(dtype);
+  return (int64_t{architecture >= 90 ? kGradsMibH100 : kGradsMibA100} << 20) / bytes_of(dtype);
 }
 
 namespace detail {

@@ -2,6 +2,7 @@
 #include "dcnv3/dcnv3.h"
 
 #include "dcnv3/dcnv3.cuh"
+#include "m3i/device.h"
 #include "m3i/dispatch.h"
 #include "m3i/launch.h"
 
@@ -29,6 +30,28 @@ cudaError_t dispatch_vector(DType dtype, int64_t group_size, uint64_t addresses,
   });
 }
 
+// A type for a policy, to hand it to a generic lambda.
+template <int kIndex>
+struct Tuned {
+  static constexpr Policy kPolicy = kPolicies[kIndex];
+};
+struct Untuned {
+  static constexpr Policy kPolicy = kFloat64Policy;
+};
+
+// body(Tuned<index>{} or Untuned{})
+template <class T, class Body>
+cudaError_t dispatch_policy(const Dcnv3Shape& shape, const Body& body) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return body(Untuned{});
+  } else {
+    static_assert(kNumPolicies == 4);
+    return dispatch_int<0, 1, 2, 3>(policy_index(architecture(), shape), [&](auto index) {
+      return body(Tuned<decltype(index)::value>{});
+    });
+  }
+}
+
 }  // namespace
 
 cudaError_t launch_dcnv3(const Dcnv3Params& params, cudaStream_t stream) {
@@ -38,10 +61,16 @@ cudaError_t launch_dcnv3(const Dcnv3Params& params, cudaStream_t stream) {
                          [&](auto type, auto size) {
                            using T = typename decltype(type)::type;
                            constexpr int kVector = decltype(size)::value;
-                           const Tiling tiling = make_tiling(shape, kVector);
-                           return launch_with_shared(
-                               dcnv3_kernel<T, kVector>, make_grid(shape, tiling), kThreads,
-                               block_bytes<Accumulator<T>>(tiling, false), stream, params, tiling);
+                           return dispatch_policy<T>(shape, [&](auto tuned) {
+                             constexpr Policy kPolicy = decltype(tuned)::kPolicy;
+                             constexpr int kThreads = threads_of(kPolicy);
+                             const Tiling tiling = make_tiling(shape, kVector, kPolicy);
+                             return launch_with_shared(
+                                 dcnv3_kernel<T, kVector, kThreads, kPolicy.blocks>,
+                                 make_grid(shape, tiling), kThreads,
+                                 block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false), stream,
+                                 params, tiling);
+                           });
                          });
 }
 
@@ -56,7 +85,8 @@ int64_t size_of_x(const Dcnv3Shape& shape) {
 bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
 
 unsigned linear_blocks(int64_t threads) {
-  return static_cast<unsigned>(std::min((threads + kThreads - 1) / kThreads, int64_t{kMaxGridX}));
+  return static_cast<unsigned>(
+      std::min((threads + kLinearThreads - 1) / kLinearThreads, int64_t{kMaxGridX}));
 }
 
 // Adds to grad_x, where it is not null, and writes the others.
@@ -68,10 +98,15 @@ cudaError_t launch_units(const Dcnv3BwdParams& params, void* grad_x, cudaStream_
         using T = typename decltype(type)::type;
         using A = Accumulator<T>;
         constexpr int kVector = decltype(size)::value;
-        const Tiling tiling = make_tiling(shape, kVector);
-        return launch_with_shared(dcnv3_bwd_kernel<T, kVector>, make_grid(shape, tiling), kThreads,
-                                  block_bytes<A>(tiling, true), stream, params,
-                                  static_cast<A*>(grad_x), tiling);
+        return dispatch_policy<T>(shape, [&](auto tuned) {
+          constexpr Policy kPolicy = decltype(tuned)::kPolicy;
+          constexpr int kThreads = threads_of(kPolicy);
+          const Tiling tiling = make_tiling(shape, kVector, kPolicy);
+          return launch_with_shared(dcnv3_bwd_kernel<T, kVector, kThreads, kPolicy.bwd_blocks>,
+                                    make_grid(shape, tiling), kThreads,
+                                    block_bytes<A>(tiling, kPolicy.warps, true), stream, params,
+                                    static_cast<A*>(grad_x), tiling);
+        });
       });
 }
 
@@ -95,11 +130,10 @@ FixedPoint place_fixed(const Dcnv3BwdParams& params, void* scratch) {
 template <class T>
 cudaError_t launch_fixed(const Dcnv3BwdParams& params, void* scratch, cudaStream_t stream) {
   const Dcnv3Shape& shape = params.shape;
-  const Tiling tiling = make_tiling(shape, 1);
   const int64_t units = shape.batch * units_per_image(shape);
   const FixedPoint fixed = place_fixed(params, scratch);
   const auto largest = [&](const void* values, int64_t size, unsigned long long* to) {
-    return launch(dcnv3_largest_kernel<T>, linear_blocks((size + 63) / 64), kThreads, stream,
+    return launch(dcnv3_largest_kernel<T>, linear_blocks((size + 63) / 64), kLinearThreads, stream,
                   static_cast<const T*>(values), size, to);
   };
   cudaError_t error =
@@ -111,13 +145,18 @@ cudaError_t launch_fixed(const Dcnv3BwdParams& params, void* scratch, cudaStream
     error = largest(params.mask, units * shape.points, fixed.largest + 1);
   }
   if (error == cudaSuccess) {
-    error = launch_with_shared(dcnv3_scatter_kernel<T>, make_grid(shape, tiling), kThreads,
-                               block_bytes<Accumulator<T>>(tiling, false), stream, params, fixed,
-                               tiling);
+    error = dispatch_policy<T>(shape, [&](auto tuned) {
+      constexpr Policy kPolicy = decltype(tuned)::kPolicy;
+      constexpr int kThreads = threads_of(kPolicy);
+      const Tiling tiling = make_tiling(shape, 1, kPolicy);
+      return launch_with_shared(
+          dcnv3_scatter_kernel<T, kThreads, kPolicy.bwd_blocks>, make_grid(shape, tiling), kThreads,
+          block_bytes<Accumulator<T>>(tiling, kPolicy.warps, false), stream, params, fixed, tiling);
+    });
   }
   if (error != cudaSuccess) return error;
   const int64_t size = size_of_x(shape);
-  return launch(dcnv3_sums_kernel<T>, linear_blocks(size), kThreads, stream, shape, fixed,
+  return launch(dcnv3_sums_kernel<T>, linear_blocks(size), kLinearThreads, stream, shape, fixed,
                 static_cast<T*>(params.grad_x), size);
 }
 
@@ -135,7 +174,7 @@ cudaError_t round_to_grad_x(const Dcnv3BwdParams& params, const float* sums, cud
     using T = typename decltype(type)::type;
     const int64_t size = size_of_x(params.shape);
     const int64_t threads = (size * static_cast<int64_t>(sizeof(T)) + 15) / kAccessBytes;
-    return launch(dcnv3_round_kernel<T>, linear_blocks(threads), kThreads, stream, sums,
+    return launch(dcnv3_round_kernel<T>, linear_blocks(threads), kLinearThreads, stream, sums,
                   static_cast<T*>(params.grad_x), size);
   });
 }

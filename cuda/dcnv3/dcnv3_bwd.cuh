@@ -195,8 +195,8 @@ struct BwdUnits {
 //
 // The softmax's gradient needs a sum over all points of a unit: where they are more than a chunk,
 // a first sweep computes it.
-template <class T, int kVector>
-__global__ void __launch_bounds__(kThreads, kBwdBlocks)
+template <class T, int kVector, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     dcnv3_bwd_kernel(const Dcnv3BwdParams params, Accumulator<T>* grad_x, const Tiling tiling) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks)
   const bool needs_total = shape.softmax && params.grad_mask;
   const int num_sweeps = needs_total && tiling.chunk < shape.points ? 2 : 1;
 
-  for_each_units(shape, tiling, [&](const Units& units) {
+  for_each_units<kThreads>(shape, tiling, [&](const Units& units) {
     maker.begin(units);
     A total = 0;
     for (int sweep = num_sweeps - 1; sweep >= 0; --sweep) {
@@ -234,11 +234,12 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks)
 // to = from, rounded; grid: x over groups of kVector elements, strided. Both are aligned to 16
 // bytes.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kLinearThreads)
     dcnv3_round_kernel(const float* from, T* to, int64_t size) {
   constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(T)), kPart = kVector / 2;
-  const int64_t stride = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i * kVector < size; i += stride) {
+  const int64_t stride = int64_t{gridDim.x} * kLinearThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kLinearThreads + threadIdx.x; i * kVector < size;
+       i += stride) {
     const int64_t at = i * kVector;
     if (at + kVector <= size) {
       const auto low = load<kPart>(from + at), high = load<kPart>(from + at + kPart);

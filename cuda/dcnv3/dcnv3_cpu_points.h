@@ -6,6 +6,7 @@
 #pragma once
 
 #include "dcnv3/dcnv3_params.h"
+#include "dcnv3/dcnv3_tiles.h"
 #include "m3i/cpu_vec.h"
 
 #include <cmath>
@@ -14,7 +15,7 @@ namespace m3i {
 namespace {
 
 // Points of a block, about: their arrays stay in the first-level cache.
-constexpr int64_t kBlockPoints = 256;
+constexpr int64_t kBlockPoints = dcnv3::kCpuBlockPoints;
 
 constexpr int64_t kAlignment = 64;
 

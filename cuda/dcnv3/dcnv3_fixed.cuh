@@ -35,11 +35,11 @@ __device__ inline bool is_finite(A value) {
 
 // Grid: x, strided.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kLinearThreads)
     dcnv3_largest_kernel(const T* values, int64_t size, unsigned long long* largest) {
   double most = 0;
-  const int64_t stride = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += stride) {
+  const int64_t stride = int64_t{gridDim.x} * kLinearThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kLinearThreads + threadIdx.x; i < size; i += stride) {
     const double value = fabs(static_cast<double>(load_value(values + i)));
     if (is_finite(value)) most = fmax(most, value);
   }
@@ -77,8 +77,8 @@ __device__ inline void add_fixed(const FixedPoint& fixed, int64_t at, A value, i
 }
 
 // Grid: as the forward's, with one channel an access.
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBwdBlocks)
+template <class T, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     dcnv3_scatter_kernel(const Dcnv3BwdParams params, const FixedPoint fixed, const Tiling tiling) {
   using A = Accumulator<T>;
   const Dcnv3Shape& shape = params.shape;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks)
   const int64_t step = pixel_step(shape, 1), row = shape.width * step;
   const int exponent = unit_exponent(shape, fixed);
 
-  for_each_units(shape, tiling, [&](const Units& units) {
+  for_each_units<kThreads>(shape, tiling, [&](const Units& units) {
     maker.begin(units);
     const int64_t unit = units.first + units.own;
     const int64_t begin = group_begin(shape, units.image, group_of(shape, unit));
@@ -120,12 +120,12 @@ __global__ void __launch_bounds__(kThreads, kBwdBlocks)
 
 // Sums to numbers; grid: x, strided.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kLinearThreads)
     dcnv3_sums_kernel(const Dcnv3Shape shape, const FixedPoint fixed, T* grad_x, int64_t size) {
   using A = Accumulator<T>;
   const int exponent = unit_exponent(shape, fixed);
-  const int64_t stride = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < size; i += stride) {
+  const int64_t stride = int64_t{gridDim.x} * kLinearThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kLinearThreads + threadIdx.x; i < size; i += stride) {
     const bool finite = !(fixed.not_finite[i / 32] >> (i % 32) & 1u);
     double sum = static_cast<double>(static_cast<long long>(fixed.sums[i]));
     if constexpr (sizeof(A) == sizeof(double)) {

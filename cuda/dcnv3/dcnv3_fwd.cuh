@@ -52,7 +52,7 @@ __device__ inline void add_samples(const Point<A>* points, const uint8_t* inside
 }
 
 // Grid: x over the blocks of an image, y over the images; both strided where they are too many.
-template <class T, int kVector>
+template <class T, int kVector, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     dcnv3_kernel(const Dcnv3Params params, const Tiling tiling) {
   using A = Accumulator<T>;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t step = pixel_step(shape, 1), row = shape.width * step;
   const int channels_a_pass = tiling.lanes * kVector;
 
-  for_each_units(shape, tiling, [&](const Units& units) {
+  for_each_units<kThreads>(shape, tiling, [&](const Units& units) {
     maker.begin(units);
     const int64_t unit = units.first + units.own;
     const T* x =

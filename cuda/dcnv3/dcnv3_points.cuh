@@ -64,9 +64,9 @@ M3I_HOST_DEVICE constexpr int warp_bytes(const Tiling& tiling, bool backward) {
 }
 
 template <class A>
-M3I_HOST_DEVICE constexpr int block_bytes(const Tiling& tiling, bool backward) {
+M3I_HOST_DEVICE constexpr int block_bytes(const Tiling& tiling, int warps, bool backward) {
   return round_up(tiling.chunk * static_cast<int>(sizeof(Step<A>))) +
-         kWarps * warp_bytes<A>(tiling, backward);
+         warps * warp_bytes<A>(tiling, backward);
 }
 
 // Widest alignment first.

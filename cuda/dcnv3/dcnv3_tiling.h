@@ -6,22 +6,42 @@
 #pragma once
 
 #include "dcnv3/dcnv3_params.h"
+#include "dcnv3/dcnv3_tiles.h"
 
 namespace m3i::dcnv3 {
 
 inline constexpr int kWarpLanes = 32;
-inline constexpr int kWarps = 4;
-inline constexpr int kThreads = kWarps * kWarpLanes;
+inline constexpr int kLinearThreads = 128;  // of kernels that go from element to element
 
-// Blocks on a multiprocessor at least: what leaves the compiler the registers that it needs. Told
-// nothing, it spills a few to fit one block more.
-inline constexpr int kBlocks = 6, kBwdBlocks = 5;
+// float64 is for tests and small problems, and is not tuned.
+inline constexpr Policy kFloat64Policy{4, 6, 5, 288, 64};
 
-// Points that a warp holds in shared memory: 32 units of a 3 x 3 kernel fit.
-inline constexpr int kMaxSlots = 288;
+M3I_HOST_DEVICE constexpr int threads_of(const Policy& policy) { return policy.warps * kWarpLanes; }
 
-// Points of a unit that a warp holds at once.
-inline constexpr int kMaxChunk = 64;
+// Each of a chunk's steps is made by a thread, each unit has a slot, and a multiprocessor runs the
+// blocks: 2048 threads.
+M3I_HOST_DEVICE constexpr bool is_legal(const Policy& policy) {
+  const int threads = threads_of(policy);
+  const int most = policy.blocks > policy.bwd_blocks ? policy.blocks : policy.bwd_blocks;
+  return threads >= kWarpLanes && policy.chunk >= 1 && policy.chunk <= threads &&
+         policy.slots >= kWarpLanes && policy.blocks >= 1 && policy.bwd_blocks >= 1 &&
+         threads * most <= 2048;
+}
+
+inline constexpr int kNumPolicies = sizeof(kPolicies) / sizeof(kPolicies[0]);
+
+M3I_HOST_DEVICE constexpr bool are_legal() {
+  for (const Policy& policy : kPolicies) {
+    if (!is_legal(policy)) return false;
+  }
+  return true;
+}
+static_assert(are_legal(), "cuda/dcnv3/tiles.json: threads, slots or chunks that no kernel takes");
+
+// Of kPolicies, by the card and the size of an image's output.
+M3I_HOST_DEVICE constexpr int policy_index(int architecture, const Dcnv3Shape& shape) {
+  return (architecture >= 90 ? 2 : 0) + (shape.out_height * shape.out_width < kSmallPixels ? 0 : 1);
+}
 
 struct Tiling {
   int64_t blocks;  // that an image is cut into
@@ -41,20 +61,21 @@ M3I_HOST_DEVICE constexpr int64_t units_per_image(const Dcnv3Shape& shape) {
   return shape.out_height * shape.out_width * shape.groups;
 }
 
-M3I_HOST_DEVICE constexpr Tiling make_tiling(const Dcnv3Shape& shape, int vector) {
+M3I_HOST_DEVICE constexpr Tiling make_tiling(const Dcnv3Shape& shape, int vector,
+                                             const Policy& policy) {
   const int64_t points = shape.points;
   Tiling tiling{0, 1, 0, 0, 0};
   while (tiling.lanes < kWarpLanes && int64_t{tiling.lanes} * vector < shape.group_size) {
     tiling.lanes *= 2;
   }
   tiling.units = kWarpLanes / tiling.lanes;
-  const int slots = kMaxSlots / tiling.units;
+  const int slots = policy.slots / tiling.units;
   const int odd = slots % 2 ? slots : slots - 1;
-  const int64_t most = odd < kMaxChunk ? odd : kMaxChunk;
+  const int64_t most = odd < policy.chunk ? odd : policy.chunk;
   const int64_t num_chunks = (points + most - 1) / most;
   tiling.chunk = static_cast<int>((points + num_chunks - 1) / num_chunks);
   tiling.pitch = tiling.chunk | 1;
-  const int64_t units = int64_t{kWarps} * tiling.units;
+  const int64_t units = int64_t{policy.warps} * tiling.units;
   tiling.blocks = (units_per_image(shape) + units - 1) / units;
   return tiling;
 }

@@ -14,10 +14,12 @@ struct Units {
   int lane;              // within the unit
   bool exists;
 
-  __device__ Units(const Dcnv3Shape& shape, const Tiling& tiling, int64_t image, int64_t block)
+  // `warps`: of the block, known to the compiler.
+  __device__ Units(const Dcnv3Shape& shape, const Tiling& tiling, int warps, int64_t image,
+                   int64_t block)
       : image(image) {
     const int in_warp = threadIdx.x % kWarpLanes;
-    first = (block * kWarps + threadIdx.x / kWarpLanes) * tiling.units;
+    first = (block * warps + threadIdx.x / kWarpLanes) * tiling.units;
     const int64_t left = units_per_image(shape) - first;
     count = left <= 0 ? 0 : left < tiling.units ? static_cast<int>(left) : tiling.units;
     own = in_warp / tiling.lanes;
@@ -78,12 +80,12 @@ class PointMaker {
 };
 
 // body(units) for all that this block works through; the same number of times in all its threads.
-template <class Body>
+template <int kThreads, class Body>
 __device__ inline void for_each_units(const Dcnv3Shape& shape, const Tiling& tiling,
                                       const Body& body) {
   for (int64_t image = blockIdx.y; image < shape.batch; image += gridDim.y) {
     for (int64_t block = blockIdx.x; block < tiling.blocks; block += gridDim.x) {
-      body(Units(shape, tiling, image, block));
+      body(Units(shape, tiling, kThreads / kWarpLanes, image, block));
     }
   }
 }

@@ -18,6 +18,7 @@ VERBS = {
     "learnt",
     "train": "pre-train a recipe",
     "launch": "train on several GPUs or nodes under a scheduler: torchrun that passes signals on",
+    "profile": "say where the time of a recipe's steps goes, and what makes two profiles differ",
     "plan": "say what a recipe needs on which cards, and how fast it can be, without running it",
     "methods": "list the known methods and their terms, or explain one",
     "evaluate": "measure a run's encoder on held-out pictures",

@@ -14,11 +14,14 @@ BENCHMARKS = {
     "internimage": "a whole InternImage with our dcnv3 beside one with a grid_sample core",
     "mi_loss": "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
     "step": "a training step of M3I: ours beside one written plainly in eager torch",
+    "scaling": "images/s and efficiency over ranks of this machine, and a prediction beyond it",
     "checkpoint": "how long a checkpoint keeps a step waiting, at once and in the background",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
+    "node": "images a second of a node: loader, training, both, what bounds them, and a sweep",
     "page": "the ledger as a page, as tables of the README, or for other tools",
     "compare": "this version beside another: the ledger's rows, or both measured in turns",
+    "tune": "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",
 }
 

@@ -216,18 +216,21 @@ def find_apex(machine: Machine) -> Finding:
 def find_cupy(machine: Machine) -> Finding:
     fix = f"{machine.pip} install cupy-cuda{machine.cuda_major}x"
     if "cupy" not in machine.importable:
-        return _not_installed(machine, "CuPy", fix, "kNN on the GPU and roofline benchmarks")
+        return _not_installed(machine, "CuPy", fix, "kNN on the GPU and the sweep of tiles")
     found = _of(machine, r"cupy(-cuda\d+x)?")
     detail = ", ".join(f"{name} {version}" for name, version in found.items())
     replace = f"{machine.pip} uninstall -y {' '.join(found)} && {fix}"
     majors = {_major(name.removeprefix("cupy-cuda").rstrip("x")) for name in found} - {None}
-    if len(found) > 1 or (majors and machine.torch_major not in (None, *majors)):
+    must_match = machine.gpus or machine.torch_major  # else it compiles and no more
+    if len(found) > 1 or (majors and must_match and machine.cuda_major not in majors):
         detail += f": expected cupy-cuda{machine.cuda_major}x alone"
         return Finding(subject="CuPy", level="warning", detail=detail, fix=replace)
     if reason := machine.failures.get("cupy"):
         return Finding(subject="CuPy", level="warning", detail=f"{detail}: {reason}")
-    devices = machine.facts["cupy"]["devices"]
-    return Finding(subject="CuPy", level="ok", detail=f"{detail}, {devices} devices")
+    facts = machine.facts["cupy"]
+    detail += f", {facts['devices']} devices, NVRTC {facts['nvrtc']}"
+    level: Level = "warning" if machine.gpus and not facts["devices"] else "ok"
+    return Finding(subject="CuPy", level=level, detail=detail)
 
 
 def find_nvml(machine: Machine) -> Finding:

@@ -229,11 +229,18 @@ def apex() -> Facts:
 
 
 def cupy() -> Facts:
-    """CuPy's version and the devices that it reaches."""
+    """The devices that CuPy reaches, none without a driver, and the NVRTC that it found."""
     import cupy
 
     runtime = cupy.cuda.runtime
-    return {"devices": runtime.getDeviceCount(), "runtime": runtime.runtimeGetVersion()}
+    try:
+        devices = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        if error.status not in (35, 100):  # cudaErrorInsufficientDriver, cudaErrorNoDevice
+            raise
+        devices = 0
+    nvrtc = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    return {"devices": devices, "runtime": runtime.runtimeGetVersion(), "nvrtc": nvrtc}
 
 
 def nvml() -> Facts:

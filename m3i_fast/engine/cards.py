@@ -3,13 +3,16 @@
 Dense rates, without sparsity, and 10^9 bytes to a GB. From NVIDIA's data sheets of the A100 80 GB
 SXM, H100 SXM, H200 SXM and DGX B200 (an eighth of the node: 180 GB, 8 TB/s, 36 PFLOP/s of sparse
 FP8 / 16 for BF16 dense): BF16 312, 989, 989 and 2,250 TFLOP/s; HBM 2,039, 3,350, 4,800 and
-8,000 GB/s; NVLink 600, 900, 900 and 1,800 GB/s, which are both directions together. Networks are
+8,000 GB/s; NVLink 600, 900, 900 and 1,800 GB/s, which are both directions together. The same of the
+H100 PCIe, H100 NVL and H200 NVL: BF16 756, 835 and 835 TFLOP/s; HBM 2,000, 3,900 and 4,800 GB/s;
+NVLink (a bridge) 600, 600 and 900 GB/s. FP8 is twice BF16 on all that have it. Networks are
 an assumption: one adapter a GPU, as in DGX A100 (200 Gbit/s), DGX H100, H200 and B200 (400 Gbit/s).
 The row `cpu` is an assumption throughout: two cores of a server, 10 Gbit/s.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -32,6 +35,10 @@ class Card:
     @property
     def is_gpu(self) -> bool:
         return self.name != "cpu"
+
+    @property
+    def fp8_flop_s(self) -> float | None:
+        return 2 * self.bf16_flop_s if self.formats else None
 
 
 HOPPER = ("fp8_current", "fp8_delayed", "fp8_block")
@@ -70,6 +77,36 @@ CARDS = {
             formats=HOPPER,
         ),
         Card(
+            name="h100_pcie",
+            bf16_flop_s=756e12,
+            fp32_flop_s=51e12,
+            memory_bytes=80e9,
+            memory_byte_s=2000e9,
+            nvlink_byte_s=300e9,
+            network_byte_s=50e9,
+            formats=HOPPER,
+        ),
+        Card(
+            name="h100_nvl",
+            bf16_flop_s=835e12,
+            fp32_flop_s=60e12,
+            memory_bytes=94e9,
+            memory_byte_s=3900e9,
+            nvlink_byte_s=300e9,
+            network_byte_s=50e9,
+            formats=HOPPER,
+        ),
+        Card(
+            name="h200_nvl",
+            bf16_flop_s=835e12,
+            fp32_flop_s=60e12,
+            memory_bytes=141e9,
+            memory_byte_s=4800e9,
+            nvlink_byte_s=450e9,
+            network_byte_s=50e9,
+            formats=HOPPER,
+        ),
+        Card(
             name="b200",
             bf16_flop_s=2250e12,
             fp32_flop_s=80e12,
@@ -90,3 +127,26 @@ CARDS = {
         ),
     )
 }
+
+# What the driver calls a card, whole, with the one that it is. A100s are all as fast, whatever
+# their memory and socket; H100s and H200s are not.
+_NAMES = {
+    r"A100-(SXM4|SXM|PCIE|PCIe)-(40|80)GB|A100 80GB PCIe": "a100",
+    r"H100 80GB HBM3|H100 SXM5?( 80GB)?": "h100",
+    r"H100 PCIe": "h100_pcie",
+    r"H100 NVL": "h100_nvl",
+    r"H200": "h200",
+    r"H200 NVL": "h200_nvl",
+    r"B200": "b200",
+}
+
+
+def card_of(device_name: str) -> Card | str:
+    """The card that torch.cuda.get_device_name calls so, or the reason why it is none of CARDS."""
+    name = device_name.removeprefix("NVIDIA ").strip()
+    if "MIG" in name:
+        return f"{device_name}: a part of a card, of which no peak is published"
+    for pattern, card in _NAMES.items():
+        if re.fullmatch(pattern, name):
+            return CARDS[card]
+    return f"{device_name}: none of {', '.join(c for c in CARDS if CARDS[c].is_gpu)}"

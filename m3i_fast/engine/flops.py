@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine.teacher import teacher_vision
 from m3i_fast.models.flops import Flops
+from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives import flops as objective_flops
 from m3i_fast.objectives.counts import Counts
 
 
-def counts_of(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) -> Counts:
+def counts_of(
+    cfg: TrainConfig,
+    *,
+    num_ranks: int = 1,
+    progress: float = 0.0,
+    teacher: VisionConfig | None = None,
+) -> Counts:
     """What the step of one of `num_ranks` ranks has; `progress` of the run, 0 to 1."""
     local = cfg.data.local_views
     return Counts(
@@ -22,6 +30,8 @@ def counts_of(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) ->
         num_ranks=num_ranks,
         num_local=local.count if local is not None else 0,
         local_size=local.size if local is not None else 0,
+        chunk=cfg.parallel.chunk,
+        teacher=teacher,
         progress=progress,
     )
 
@@ -29,14 +39,23 @@ def counts_of(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) ->
 def step_flops(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) -> dict[str, Flops]:
     """Of one rank, by part of the model, without optimiser, moving average and monitors.
 
-    Raises ValueError for a frozen teacher, whose size the config does not say.
+    Raises ValueError for a frozen teacher that is no run of ours, FileNotFoundError for a run that
+    is not there: their size is unknown.
     """
-    if cfg.objective.uses(encoder="frozen"):
+    teacher = _teacher(cfg) if cfg.objective.uses(encoder="frozen") else None
+    counts = counts_of(cfg, num_ranks=num_ranks, progress=progress, teacher=teacher)
+    return objective_flops.step(counts)
+
+
+def _teacher(cfg: TrainConfig) -> VisionConfig:
+    spec = cfg.objective.teacher
+    found = teacher_vision(spec, cfg.vision.image_size) if spec is not None else None
+    if found is None:
         raise ValueError(
-            "objective.terms: expected no term with a frozen encoder, whose size the recipe does "
-            f"not say, got teacher {cfg.objective.teacher}"
+            "objective.terms: expected no term with a frozen encoder, or one of our runs as "
+            f"objective.teacher, whose size is known, got teacher {spec}"
         )
-    return objective_flops.step(counts_of(cfg, num_ranks=num_ranks, progress=progress))
+    return found
 
 
 def without_sampling(parts: Mapping[str, Flops]) -> Flops:

@@ -122,7 +122,7 @@ def make_plan(
 
     Raises ValueError where the config is not enough: a term with a frozen teacher.
     """
-    bf16 = cfg.precision != "fp32" and (cfg.precision != "auto" or card.is_gpu)
+    bf16 = in_bf16(cfg, card)
     objective = build_on_meta(cfg)
     parameters = count_parameters(objective)
     more = [_FP8_RATE] if cfg.precision in FP8 else []
@@ -138,7 +138,7 @@ def make_plan(
         if sharded:
             blocks = block_sizes(objective)
             parts = _sharded(footprint, parameters, blocks, nodes, 2 if bf16 else 4)
-        sent = _sent(cfg, nodes, parameters, bf16=bf16, sharded=sharded)
+        sent = bytes_sent(cfg, nodes, parameters, bf16=bf16, sharded=sharded)
         work = Work(
             batch_size=cfg.data.batch_size,
             flops=flops,
@@ -178,7 +178,13 @@ _MEMORY_ASSUMPTIONS = [
 ]
 
 
-def _trained(parameters: Mapping[str, int]) -> int:
+def in_bf16(cfg: TrainConfig, card: Card) -> bool:
+    """Whether matrix products that are not in FP8 run in bf16."""
+    return cfg.precision != "fp32" and (cfg.precision != "auto" or card.is_gpu)
+
+
+def trained(parameters: Mapping[str, int]) -> int:
+    """How many learn by gradients."""
     return sum(size for part, size in parameters.items() if part != AVERAGE)
 
 
@@ -204,14 +210,15 @@ def _sharded(
         for part, size in footprint.sharded_peak.items()
         if part != CAST_WEIGHTS  # they are gathered in that type
     }
-    rest, largest = _trained(parameters) - sum(blocks), max(blocks, default=0)
+    rest, largest = trained(parameters) - sum(blocks), max(blocks, default=0)
     return parts | {GATHERED: weight_bytes * (rest + 2.0 * largest), REDUCED: 4.0 * largest}
 
 
-def _sent(
+def bytes_sent(
     cfg: TrainConfig, nodes: Nodes, parameters: Mapping[str, int], *, bf16: bool, sharded: bool
 ) -> dict[str, Traffic]:
-    num_trained, weight_bytes = _trained(parameters), 2 if bf16 else 4
+    """Of one rank's step, by what is sent; `parameters` as `count_parameters` gives them."""
+    num_trained, weight_bytes = trained(parameters), 2 if bf16 else 4
     if sharded:
         of_weights = traffic.fsdp(
             nodes,
@@ -236,5 +243,5 @@ def _sent(
 def _moved(footprint: Footprint, parameters: Mapping[str, int], *, shards: int) -> float:
     """Activations once out and once in, weights twice in; the optimiser's own share."""
     activations = sum(footprint.activations.values())
-    updated = OPTIMISER_BYTES * _trained(parameters) + AVERAGE_BYTES * parameters[AVERAGE]
+    updated = OPTIMISER_BYTES * trained(parameters) + AVERAGE_BYTES * parameters[AVERAGE]
     return 2 * activations + 2 * footprint.held[PARAMETERS] + updated / shards

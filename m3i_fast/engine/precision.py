@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from m3i_fast.config import Backend, Precision
-from m3i_fast.engine.microbatch import ALIGNMENT, FP8, Product, Shapes, too_narrow
+from m3i_fast.engine.microbatch import ALIGNMENT, FP8, Shapes, too_narrow
+from m3i_fast.models.flops import Product
 
 logger = logging.getLogger(__name__)
 

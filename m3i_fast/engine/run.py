@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +15,7 @@ from m3i_fast.engine.random_state import random_state, set_random_state
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
+from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.manifest import Manifest
 from m3i_fast.storage import make_directories
 
@@ -29,6 +30,18 @@ class Stateful(Protocol):
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state: Any) -> object: ...
+
+
+class Data(Stateful, Protocol):
+    """Where a trainer's batches come from: `pipelines.loader.Loader`, or what stands for it."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __next__(self) -> Batch: ...
+
+    def restart_epoch(self, state: dict[str, Any]) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class Run:
@@ -157,8 +170,27 @@ class Run:
         }
 
     @staticmethod
-    def restore(state: dict[str, Any], **parts: Stateful) -> None:
-        """Older checkpoints hold the loader's position alone: other parts start anew."""
+    def restore(state: dict[str, Any], *, num_ranks: int, loader: Data, **parts: Stateful) -> None:
+        """Parts that an older checkpoint does not hold start anew.
+
+        On another number of ranks than saved it, the data begin their epoch again, and so does what
+        is a rank's own.
+        """
+        before = state.get("num_ranks", 1)
+        if before != num_ranks:
+            for name in ("guard", "skips"):
+                if name in state:
+                    parts[name].load_state_dict(state[name])
+            logger.warning(
+                "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d go on, and "
+                "a position in the data is of one number of ranks. Weights, moments, averages and "
+                "schedules go on where they were.",
+                loader.restart_epoch(state["loader"]),
+                before,
+                num_ranks,
+            )
+            return
+        parts = {**parts, "loader": loader}
         loads: dict[str, Callable[[Any], object]] = {n: p.load_state_dict for n, p in parts.items()}
         for name, load in {**loads, "random": set_random_state}.items():
             if name in state:

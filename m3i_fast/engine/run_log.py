@@ -12,7 +12,8 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import World
-from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, StageTimer, TensorBoardSink
+from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
+from m3i_fast.observe.stages import StageTimer
 
 
 class RunLog:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 from torch import Tensor, nn
 
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.seen import Stage
 from m3i_fast.pipelines.batch import Batch
-
-Stage = Callable[[str], AbstractContextManager[None]]
 
 
 class StepForward(nn.Module):
@@ -25,9 +21,10 @@ class StepForward(nn.Module):
         self, batch: Batch, mix: Mix, stage: Stage, *, monitor: bool, measure: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the metrics of `MutualInformation`, each part in its stage."""
-        with stage("target"):
+        with stage("fwd.target"):
             targets = self.objective.encode_targets(batch, mix)
-        with stage("encoder"):
+        with stage("fwd.input"):
             encoded = self.objective.encode_inputs(batch, mix)
-        with stage("loss"):
-            return self.objective(encoded, targets, batch, mix, monitor=monitor, measure=measure)
+        return self.objective(
+            encoded, targets, batch, mix, monitor=monitor, measure=measure, stage=stage
+        )

@@ -75,14 +75,26 @@ def load_teacher(spec: str, vision: VisionConfig) -> Teacher:
 # ---- One of our runs -----------------------------------------------------------------------------
 
 
-def _load_run(run: Path, vision: VisionConfig) -> Teacher:
+def teacher_vision(spec: str, image_size: int) -> VisionConfig | None:
+    """The encoder that `spec` names, as it reads images of that size; None for one of timm.
+
+    Raises FileNotFoundError where there is no such run.
+    """
+    return None if spec.startswith(_TIMM) else replace(_vision(Path(spec)), image_size=image_size)
+
+
+def _vision(run: Path) -> VisionConfig:
     config = run / "config.json"
     if not config.is_file():
         raise FileNotFoundError(
             f"teacher: expected a run directory, timm:NAME or timm:NAME:FILE.safetensors, got "
             f"{str(run)!r}, which has no config.json"
         )
-    of_run = TrainConfig.load(config).vision
+    return TrainConfig.load(config).vision
+
+
+def _load_run(run: Path, vision: VisionConfig) -> Teacher:
+    of_run = _vision(run)
     _expect_grid(str(run), _side(of_run, vision.image_size), vision)
     encoder = build_encoder(of_run)
     newest = checkpoint.latest(run / "checkpoints")

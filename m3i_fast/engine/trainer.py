@@ -29,7 +29,7 @@ from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.parts import GradientNorm
 from m3i_fast.engine.precision import announce, look_at, resolve_device, resolve_precision
-from m3i_fast.engine.run import Resume, Run, Stateful, expect_data
+from m3i_fast.engine.run import Data, Resume, Run, Stateful, expect_data
 from m3i_fast.engine.run_log import RunLog
 from m3i_fast.engine.skips import Skips
 from m3i_fast.engine.step import StepForward
@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Trainer:
-    """Trains `cfg` in `run_dir`.
+    """Trains `cfg` in `run_dir`, on the shards that it names or on `data` in their place.
 
     Raises FileExistsError when run_dir holds a run and `resume` is False, or one that is going on,
     FileNotFoundError when `resume` finds nothing, ValueError when no checkpoint is good or the
@@ -69,6 +69,7 @@ class Trainer:
         *,
         resume: Resume = False,
         stop_on_collapse: bool = False,
+        data: Data | None = None,
     ) -> None:
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         device = resolve_device(cfg.device)
@@ -85,13 +86,7 @@ class Trainer:
         saved = self.run.found(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
-        self.loader = Loader(
-            cfg.data,
-            shard_id=rank,
-            num_shards=self.world.size,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-        )
-        expect_data(cfg, self.loader.manifest)
+        self.loader: Data = self._open_shards() if data is None else data
         torch.manual_seed(cfg.seed)
         with self.device:
             self.objective = build_objective(
@@ -119,6 +114,16 @@ class Trainer:
             self._restore(saved)
         self._stop = StopFlag(self.world)
         self._watchdog = Watchdog(Path(), seconds=math.inf)
+
+    def _open_shards(self) -> Loader:
+        loader = Loader(
+            self.cfg.data,
+            shard_id=self.world.rank,
+            num_shards=self.world.size,
+            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+        )
+        expect_data(self.cfg, loader.manifest)
+        return loader
 
     def _distribute(self) -> nn.Module:
         """The forward pass of a step, whose gradients the ranks reduce."""
@@ -153,11 +158,16 @@ class Trainer:
 
         data: where they come from, if not from the loader.
         """
-        source = self.loader if data is None else data
-        with self.log.timer.stage("data"):
-            taken = (next(source) for _ in range(self.cfg.parallel.accumulate))
-            batches = [batch.to(self.device) for batch in taken]
-        self.log.add(self.train_step(*batches, monitor=monitor), self.guard.skip)
+        source, stage = self.loader if data is None else data, self.log.timer.stage
+        batches = []
+        for _ in range(self.cfg.parallel.accumulate):
+            with stage("data.wait"):
+                batch = next(source)
+            with stage("h2d"):
+                batches.append(batch.to(self.device))
+        metrics = self.train_step(*batches, monitor=monitor)
+        with stage("log"):
+            self.log.add(metrics, self.guard.skip)
 
     def train_step(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
         """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing.
@@ -171,16 +181,19 @@ class Trainer:
         set_schedules(self.optimizer, lr=lr, weight_decay=self.weight_decay[step])
         self.guard.keep()
         metrics = self._backward(batches, monitor)
-        with self.log.timer.stage("optim"):
+        stage = self.log.timer.stage
+        with stage("clip"):
             names = [name for name, p in self._named if p.grad is not None]
             norm = self._clip()
             metrics["optim/grad_norm"] = norm.total
             ids = torch.cat([batch.sample_id for batch in batches])
             skip = self.guard.judge(step, metrics, norm, names=names, sample_ids=ids)
+        with stage("optim"):
             self.optimizer.step(skip)
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.clamp_temperatures()
             self.guard.undo()
+        with stage("ema"):
             for pair in self.objective.momentum_pairs():
                 update_ema(*pair, momentum=self.momentum[step], skip=skip)
         self.step += 1
@@ -192,13 +205,14 @@ class Trainer:
         measure = self.objective.balance.due(self.step)
         for index, batch in enumerate(batches):
             is_last = index + 1 == len(batches)
-            mix = self.draw_mix(batch, index)
+            with stage("mix"):
+                mix = self.draw_mix(batch, index)
             with reduced(self.model, is_last):
                 with forward_context(self.arithmetic, self.device):
                     loss, metrics = self.model(
                         batch, mix, stage, monitor=monitor and is_last, measure=measure
                     )
-                with stage("backward"):
+                with stage("bwd"):
                     (loss / len(batches)).backward()
             found.append(metrics)
         return over_batches(found)
@@ -236,22 +250,27 @@ class Trainer:
         self.run.close()
 
     def _train(self, progress: Progress, ends: float) -> Outcome:
-        cfg, stopped = self.cfg, None
+        stopped = None
         self.log.open(self.step)
-        while self.step < cfg.num_steps and stopped is None:
-            log = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.num_steps
-            self.next_step(monitor=log)
-            self._watchdog.beat()
-            if log:
-                self._log(progress)
-            if self.step % cfg.checkpoint_every == 0:
+        while self.step < self.cfg.num_steps and stopped is None:
+            self.advance(progress)
+            if self.step % self.cfg.checkpoint_every == 0:
                 self.save()
             if time.monotonic() > ends:
                 self._stop.signal = self._stop.signal or signal.SIGUSR1
             stopped = self._stop.agreed()
         self._stop.wait()
         self.save()
-        return Outcome(self.step, stopped if self.step < cfg.num_steps else None)
+        return Outcome(self.step, stopped if self.step < self.cfg.num_steps else None)
+
+    def advance(self, progress: Progress = lambda step, values: None) -> None:
+        """The run's next step, and its metrics where they are due."""
+        log = (self.step + 1) % self.cfg.log_every == 0 or self.step + 1 == self.cfg.num_steps
+        self.next_step(monitor=log)
+        self._watchdog.beat()
+        if log:
+            with self.log.timer.stage("log"):
+                self._log(progress)
 
     def _log(self, progress: Progress) -> None:
         """Read the metrics and heed what they say."""
@@ -269,14 +288,14 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; FloatingPointError if it would hold what is not finite."""
-        with self._watchdog.patient("a save"):
+        with self._watchdog.patient("a save"), self.log.timer.stage("ckpt"):
             self._save()
 
     def _save(self) -> None:
         tensors = checkpoint.tensors_of(self.objective, self.optimizer)
         if wrong := not_finite(tensors, self.world):
             raise self._abort(f"no checkpoint is written: not finite: {', '.join(wrong)}")
-        state = self.run.state(**self._kept())
+        state = self.run.state(loader=self.loader, **self._kept())
         state["num_ranks"] = self.world.size
         self.run.saver.save(
             step=self.step, model=self.objective, optimizer=self.optimizer, state=state
@@ -294,7 +313,8 @@ class Trainer:
 
     def _clip(self) -> GradientNorm:
         parameters = [p for _, p in self._named if p.grad is not None]
-        average_whole(parameters, self.world)
+        with self.log.timer.stage("comm"):
+            average_whole(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
     def _heed_skips(self) -> tuple[int | None, int]:
@@ -348,9 +368,8 @@ class Trainer:
         return self.skips.abort(self.step, reason, self.objective, self.optimizer)
 
     def _kept(self) -> dict[str, Stateful]:
-        """What a checkpoint holds beside tensors."""
+        """What a checkpoint holds beside tensors and the position in the data."""
         return {
-            "loader": self.loader,
             "means": self.log.means,
             "log": self.log,
             "watch": self.watch,
@@ -362,22 +381,7 @@ class Trainer:
         saved.load_model(self.objective)
         saved.load_optimizer(self.objective, self.optimizer)
         state = saved.state()
-        before, now = state.get("num_ranks", 1), self.world.size
-        if before == now:
-            self.run.restore(state, **self._kept())
-        else:
-            for name, part in (("guard", self.guard), ("skips", self.skips)):
-                if name in state:
-                    part.load_state_dict(state[name])
-            epoch = self.loader.restart_epoch(state["loader"])
-            logger.warning(
-                "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d go on, and "
-                "a position in the data is of one number of ranks. Weights, moments, averages and "
-                "schedules go on where they were.",
-                epoch,
-                before,
-                now,
-            )
+        self.run.restore(state, num_ranks=self.world.size, loader=self.loader, **self._kept())
         self.step = saved.step
         self.skips.forget_after(self.guard.first_untold(self.step))
         logger.info("resumed %s at step %d", self.run_dir, self.step)

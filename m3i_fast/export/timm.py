@@ -61,6 +61,7 @@ def load_timm(source: nn.Module | Mapping[str, Tensor], cfg: ViTConfig) -> ViT:
     Raises ValueError naming the parameters that are missing, unexpected or of another shape, and
     whatever else makes the model another function than cfg describes.
     """
+    _expect_absolute(cfg)
     grid: Grid | None = None
     if isinstance(source, nn.Module):
         grid = _check_model(source, cfg)
@@ -95,6 +96,7 @@ def to_timm(vit: ViT) -> VisionTransformer:
     from timm.models.vision_transformer import VisionTransformer
 
     cfg = vit.cfg
+    _expect_absolute(cfg)
     model = VisionTransformer(
         img_size=cfg.image_size,
         patch_size=cfg.patch_size,
@@ -143,6 +145,14 @@ def _names(cfg: ViTConfig) -> Iterator[tuple[str, str]]:
     for i in range(cfg.depth):
         for theirs, ours in block.items():
             yield f"blocks.{i}.{theirs}", f"blocks.{i}.{ours}"
+
+
+def _expect_absolute(cfg: ViTConfig) -> None:
+    if cfg.position != "absolute":
+        raise ValueError(
+            "position: expected absolute, as timm's VisionTransformer has it, got rotary, whose "
+            "angles differ from those of timm's Eva"
+        )
 
 
 def _special_names(cfg: ViTConfig) -> set[str]:

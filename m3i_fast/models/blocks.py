@@ -5,7 +5,7 @@ Letters: B batch, T tokens, D width, H heads, F hidden width of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3i_fast.models.positions import rotate
 from m3i_fast.models.recompute import Checkpoint, Recompute, torch_checkpoint
 
 LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
@@ -116,6 +117,14 @@ class LayerNormMLP(nn.Module):
         return self.matmul(x, self.fc2_weight, self.fc2_bias)
 
 
+def turned(qkv: Sequence[Tensor], rotation: Tensor | None) -> Sequence[Tensor]:
+    """q, k, v [B, T, H, D / H] each; q and k by the rotation of their tokens, if there is one."""
+    if rotation is None:
+        return qkv
+    q, k, v = qkv
+    return rotate(q, rotation), rotate(k, rotation), v
+
+
 class Attention(nn.Module):
     """Scaled dot-product self-attention of all tokens with all tokens; no parameters."""
 
@@ -123,13 +132,17 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
 
-    def forward(self, qkv: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
+    ) -> Tensor:
         """[B, T, 3 D] (q; k; v, each head after head) -> [B, T, D].
 
-        key_mask: [B, T] bool, True where the token is real and may be attended to.
+        key_mask: [B, T] bool, True where the token is real and may be attended to. rotation:
+        [B, T, 2, D / H / 2] of the tokens' places (`positions.rotary`).
         """
         B, T, _ = qkv.shape
-        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).transpose(1, 3).unbind(2)
+        parts = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = (part.transpose(1, 2) for part in turned(parts, rotation))
         mask = None if key_mask is None else key_mask[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, T, D / H]
         return out.transpose(1, 2).flatten(2)
@@ -255,20 +268,33 @@ class Block(nn.Module):
                 nn.init.constant_(scale, self.layer_scale_init)
 
     def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, *, num_last: int | None = None
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        num_last: int | None = None,
+        rotation: Tensor | None = None,
     ) -> Tensor:
         """key_mask: [B, T] bool, True where the token is real; None attends to every token.
 
         num_last: return the last tokens only, [B, num_last, D], without computing the others.
+        rotation: [B, T, 2, D / H / 2], by which queries and keys are turned.
         """
         if self.checkpoint is None or not torch.is_grad_enabled():
-            return self._run(x, key_mask, num_last)
-        return self.checkpoint(self._run, x, key_mask, num_last)
+            return self._run(x, key_mask, num_last, rotation)
+        return self.checkpoint(self._run, x, key_mask, num_last, rotation)
 
-    def _run(self, x: Tensor, key_mask: Tensor | None, num_last: int | None) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        num_last: int | None,
+        rotation: Tensor | None,
+    ) -> Tensor:
         drop, rows = self.drop_path, self.drop_path.draw(x)
         key_mask = None if key_mask is None else take(key_mask, rows)
-        attended = self.attention(self.layernorm_qkv(take(x, rows)), key_mask)
+        rotation = None if rotation is None else take(rotation, rows)
+        attended = self.attention(self.layernorm_qkv(take(x, rows)), key_mask, rotation)
         if num_last is not None:
             first = x.shape[1] - num_last
             x, attended = x[:, first:], attended[:, first:]

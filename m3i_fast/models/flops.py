@@ -9,7 +9,8 @@ Letters: B images, T tokens of each, D width, n cells of a map, c its channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from m3i_fast.models.blocks import num_kept
 from m3i_fast.models.deformable import NUM_POINTS
@@ -18,7 +19,22 @@ from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vit import ViTConfig
 
+Product = tuple[int, int]  # features in, features out
 SAMPLING_PER_POINT = 5  # InternImage's convention: 5 n k c for n cells, k points, c channels
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFlops:
+    """Of the linear layers of blocks that have these sides: what FP8 may run."""
+
+    dim_in: int
+    dim_out: int
+    forward: int
+    backward: int
+
+    @property
+    def product(self) -> Product:
+        return self.dim_in, self.dim_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +46,8 @@ class Flops:
     """By inputs and weights, each where it is needed."""
     recompute: int = 0
     """Forward work that is done once more in the backward pass."""
+    layers: tuple[LayerFlops, ...] = ()
+    """What of it is of linear layers of blocks, a row each pair of sides."""
 
     @property
     def model(self) -> int:
@@ -43,21 +61,41 @@ class Flops:
 
     @property
     def forward_only(self) -> Flops:
-        return Flops(self.forward)
+        return Flops(self.forward, layers=tuple(replace(each, backward=0) for each in self.layers))
+
+    def of_layers(self, products: Collection[Product]) -> int:
+        """What linear layers of blocks with these sides do, forward and backward."""
+        found = (each for each in self.layers if each.product in products)
+        return sum(each.forward + each.backward for each in found)
 
     def __add__(self, other: Flops) -> Flops:
+        layers = {each.product: each for each in self.layers}
+        for each in other.layers:
+            if (mine := layers.get(each.product)) is not None:
+                forward, backward = mine.forward + each.forward, mine.backward + each.backward
+                each = replace(each, forward=forward, backward=backward)
+            layers[each.product] = each
         return Flops(
             self.forward + other.forward,
             self.backward + other.backward,
             self.recompute + other.recompute,
+            tuple(layers.values()),
         )
 
     def __mul__(self, count: int) -> Flops:
-        return Flops(self.forward * count, self.backward * count, self.recompute * count)
+        return Flops(
+            self.forward * count,
+            self.backward * count,
+            self.recompute * count,
+            tuple(
+                replace(each, forward=each.forward * count, backward=each.backward * count)
+                for each in self.layers
+            ),
+        )
 
     def recomputed(self, *, but: int = 0) -> Flops:
         """With the forward pass done once more, `but` what follows the last tensor to be saved."""
-        return Flops(self.forward, self.backward, self.recompute + self.forward - but)
+        return replace(self, recompute=self.recompute + self.forward - but)
 
 
 NONE = Flops()
@@ -67,6 +105,13 @@ def linear(rows: int, dim_in: int, dim_out: int, *, input_grad: bool = True) -> 
     """[rows, dim_in] -> [rows, dim_out]; the gradient of weights, and of inputs where asked."""
     forward = 2 * rows * dim_in * dim_out
     return Flops(forward, forward * (1 + input_grad))
+
+
+def layer(rows: int, dim_in: int, dim_out: int) -> Flops:
+    """`linear` of a block."""
+    found = linear(rows, dim_in, dim_out)
+    row = LayerFlops(dim_in, dim_out, found.forward, found.backward)
+    return replace(found, layers=(row,))
 
 
 def convolution(
@@ -98,11 +143,11 @@ def block(
     rows = batch * (tokens if num_last is None else num_last)
     hidden = int(dim * mlp_ratio)
     return (
-        linear(batch * tokens, dim, 3 * dim)
+        layer(batch * tokens, dim, 3 * dim)
         + attention(batch, tokens, tokens, dim)
-        + linear(rows, dim, dim)
-        + linear(rows, dim, hidden)
-        + linear(rows, hidden, dim)
+        + layer(rows, dim, dim)
+        + layer(rows, dim, hidden)
+        + layer(rows, hidden, dim)
     )
 
 
@@ -119,8 +164,8 @@ def vit_encode(cfg: ViTConfig, num_images: int, num_tokens: int) -> Flops:
     """The blocks in training, over this many patch tokens an image and the prefix."""
     tokens = num_tokens + cfg.num_prefix
     found = NONE
-    for layer in range(cfg.depth):
-        images = _num_computed(cfg, layer, num_images)
+    for number in range(cfg.depth):
+        images = _num_computed(cfg, number, num_images)
         found += block(images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio)
     if cfg.activation_checkpointing != "full":
         return found
@@ -238,11 +283,11 @@ def _layers(cfg: InternImageConfig, stage: int, num_images: int, cells: int) -> 
     found = NONE
     for images in _computed(cfg, stage, num_images):
         rows = cells // num_images * images
-        found += linear(rows, width, width) * 2
+        found += layer(rows, width, width) * 2
         found += convolution(rows, width, width, cfg.context_size, groups=width)
         found += linear(rows, width, outputs)
-        found += linear(rows, width, hidden)
-        found += linear(rows, hidden, width)
+        found += layer(rows, width, hidden)
+        found += layer(rows, hidden, width)
     if cfg.activation_checkpointing != "full":
         return found
     last = linear(cells, hidden, width)  # of layers that drop nothing

@@ -5,6 +5,8 @@ Letters: I images, Q patches asked for.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,43 @@ def grid_embedding(grid: int, dim: int, device: torch.device | None = None) -> T
     side = torch.arange(grid, device=device, dtype=torch.float32)
     cells = torch.cartesian_prod(side, side)  # [grid ** 2, 2]: row, column
     return sincos_embedding(cells, dim)
+
+
+ROTARY_BASE = 100.0  # DINOv3's
+
+
+def patch_centres(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """Centres of a view's patches, row by row: [rows * columns, 2] fp32 (row, column) in (-1, 1).
+
+    The same for a view of any size.
+    """
+    sides = [
+        (torch.arange(count, device=device, dtype=torch.float32) + 0.5) / count * 2 - 1
+        for count in (rows, columns)
+    ]
+    return torch.cartesian_prod(*sides)
+
+
+def rotary(centres: Tensor, head_dim: int) -> Tensor:
+    """Cosines and sines that `rotate` takes: [..., 2] -> [..., 2, head_dim / 2] fp32.
+
+    Angles are 2 pi p / 100 ** (4 k / head_dim), k < head_dim / 4, of rows and then of columns
+    (DINOv3, arXiv 2508.10104); the centre (0, 0) turns nothing.
+    """
+    exponent = torch.arange(head_dim // 4, device=centres.device, dtype=torch.float32)
+    frequency = 2 * math.pi * torch.pow(ROTARY_BASE, -4 * exponent / head_dim)
+    angles = (centres.float().unsqueeze(-1) * frequency).flatten(-2)
+    return torch.stack([angles.cos(), angles.sin()], dim=-2)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Queries or keys turned by their token's place: [B, T, H, D], [B, T, 2, D / 2] -> as x.
+
+    Pairs are the first half of a head's features with the second.
+    """
+    cos, sin = rotation.unsqueeze(2).unbind(-2)  # [B, T, 1, D / 2]
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def resample_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

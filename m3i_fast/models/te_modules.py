@@ -9,7 +9,7 @@ import torch
 import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
-from m3i_fast.models.blocks import LAYER_NORM_EPS, init_weight
+from m3i_fast.models.blocks import LAYER_NORM_EPS, init_weight, turned
 
 
 def _placed() -> dict[str, object]:
@@ -87,14 +87,18 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.core = DotProductAttention(num_heads, head_dim)
 
-    def forward(self, qkv: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
+    ) -> Tensor:
         """[B, T, 3 D] (q; k; v, each head after head) -> [B, T, D].
 
         key_mask: [B, T] bool, True for the first tokens of each row, the real ones; what stands
-        after them gets zeros.
+        after them gets zeros. rotation: as `blocks.Attention`; Transformer Engine's own has one
+        table for all rows, which have other patches each here.
         """
         B, T, _ = qkv.shape
-        q, k, v = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        parts = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = turned(parts, rotation)
         if key_mask is None:
             return self.core(q, k, v)
         masked = ~key_mask[:, None, None, :]  # True is masked out, since 1.7

@@ -6,7 +6,7 @@ Letters: B batch, N patches of the image, R prefix tokens (class and registers),
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,10 @@ from m3i_fast.models.blocks import (
     reset_children,
 )
 from m3i_fast.models.encoder import ImageEncoder, take_cells
-from m3i_fast.models.positions import grid_embedding, resample_grid
+from m3i_fast.models.positions import grid_embedding, patch_centres, resample_grid, rotary
 from m3i_fast.models.recompute import Recompute, check_recompute
+
+Position = Literal["absolute", "rotary"]
 
 PREFIX_STD = 1e-6  # timm's class and register tokens
 
@@ -53,6 +55,10 @@ class ViTConfig:
     """One learned token before the patches."""
     num_registers: int = 0
     """Further learned tokens before the patches (registers)."""
+    position: Position = "absolute"
+    """absolute: parameters, sine-cosine at the start, added to the patches. rotary: nothing is
+    added, queries and keys are turned by their patch's place (RoPE in two dimensions, as DINOv3).
+    """
     layer_scale_init: float | None = None
     """Initial LayerScale of each branch; none: no LayerScale."""
     drop_path_rate: float = 0.0
@@ -87,6 +93,11 @@ class ViTConfig:
             raise ValueError(f"num_registers: expected at least 0, got {self.num_registers}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
+        if self.position == "rotary" and self.dim // self.num_heads % 4:
+            raise ValueError(
+                "num_heads: expected heads of a multiple of 4 features with position = rotary, got "
+                f"{self.dim} / {self.num_heads}"
+            )
         check_recompute(self.activation_checkpointing)
 
     def drop_path(self, layer: int) -> float:
@@ -148,9 +159,10 @@ class ViT(ImageEncoder):
             for i in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.dim, LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
-        self.pos_embed = nn.Parameter(torch.empty(1, cfg.num_patches, cfg.dim))
-        self.class_token = self._prefix(int(cfg.class_token))
-        self.register_tokens = self._prefix(cfg.num_registers)
+        num_places = cfg.num_patches if cfg.position == "absolute" else 0
+        self.pos_embed = self._table(num_places)
+        self.class_token = self._table(int(cfg.class_token))
+        self.register_tokens = self._table(cfg.num_registers)
         self._reset_own()
 
     @property
@@ -158,7 +170,7 @@ class ViT(ImageEncoder):
         """Tokens before the patches in what `encode` returns."""
         return self.cfg.num_prefix
 
-    def _prefix(self, count: int) -> nn.Parameter | None:
+    def _table(self, count: int) -> nn.Parameter | None:
         return nn.Parameter(torch.empty(1, count, self.cfg.dim)) if count else None
 
     def reset_parameters(self) -> None:
@@ -171,13 +183,14 @@ class ViT(ImageEncoder):
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))  # a view: [D, 3 P P]
         assert self.patch_embed.bias is not None
         nn.init.zeros_(self.patch_embed.bias)
-        self.pos_embed.copy_(grid_embedding(self.cfg.grid, self.dim, self.pos_embed.device))
+        if self.pos_embed is not None:
+            self.pos_embed.copy_(grid_embedding(self.cfg.grid, self.dim, self.pos_embed.device))
         for prefix in (self.class_token, self.register_tokens):
             if prefix is not None:
                 nn.init.normal_(prefix, std=PREFIX_STD)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patch tokens with their position: [B, 3, H, W] -> [B, N, D]; no prefix tokens.
+        """Patch tokens with their absolute position: [B, 3, H, W] -> [B, N, D]; no prefix tokens.
 
         H and W may differ from the configured size; the position is then interpolated.
         """
@@ -189,21 +202,49 @@ class ViT(ImageEncoder):
                 f"got {list(images.shape)}"
             )
         tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
+        if self.pos_embed is None:
+            return tokens
         old, new = (self.cfg.grid, self.cfg.grid), (height // patch, width // patch)
         return tokens + resample_grid(self.pos_embed, old, new)
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Run the blocks: [B, n, D], any subset of patch tokens -> [B, R + n, D], prefix first."""
+    def places(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What `encode` needs to know of where the patches of images [B, 3, H, W] are.
+
+        Their centres, [B, N, 2] in (-1, 1), with rotary positions; nothing with absolute ones.
+        """
+        if self.pos_embed is not None:
+            return ()
+        rows, columns = (side // self.cfg.patch_size for side in images.shape[-2:])
+        centres = patch_centres(rows, columns, images.device)
+        return (centres.expand(len(images), -1, -1),)
+
+    def encode(self, tokens: Tensor, centres: Tensor | None = None) -> Tensor:
+        """Run the blocks: [B, n, D], any subset of patch tokens -> [B, R + n, D], prefix first.
+
+        centres: [B, n, 2] of the tokens' patches, where positions are rotary.
+        """
+        if (centres is None) != (self.cfg.position == "absolute"):
+            raise ValueError(
+                f"centres: expected {'none' if centres is not None else '[B, n, 2]'} with position "
+                f"= {self.cfg.position}, got {None if centres is None else list(centres.shape)}"
+            )
         prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
         if prefix:
             tokens = torch.cat([*(p.expand(tokens.shape[0], -1, -1) for p in prefix), tokens], 1)
+        rotation = None if centres is None else self._rotation(centres)
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = block(tokens, rotation=rotation)
         return self.norm(tokens)
+
+    def _rotation(self, centres: Tensor) -> Tensor:  # [B, n, 2] -> [B, R + n, 2, D / H / 2]
+        """A prefix token is turned by nothing."""
+        prefix = centres.new_zeros(len(centres), self.num_prefix, 2)
+        head_dim = self.cfg.dim // self.cfg.num_heads
+        return rotary(torch.cat([prefix, centres], dim=1), head_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, R + N, D]."""
-        return self.encode(self.embed(images))
+        return self.encode(self.embed(images), *self.places(images))
 
     def encode_cells(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, N, D], without the prefix."""
@@ -214,8 +255,8 @@ class ViT(ImageEncoder):
 
         token_index: [I, n] int64, cells of input i % B that image i has.
         """
-        own = take_cells(self.embed(images), token_index)
-        return self.encode(own)[:, self.num_prefix :]
+        own = [take_cells(x, token_index) for x in (self.embed(images), *self.places(images))]
+        return self.encode(*own)[:, self.num_prefix :]
 
     def summarise(self, tokens: Tensor) -> Tensor:
         """All tokens: [B, n, D] unchanged."""

@@ -28,8 +28,19 @@ class Counts:
     """Ranks whose rows meet in the likelihoods over all pairs."""
     num_local: int = 0
     local_size: int = 0
+    chunk: int = 0
+    """Rows that an encoder or decoder works on at a time, whose forward pass is then run twice."""
+    teacher: VisionConfig | None = None
+    """The frozen encoder, where a term asks one."""
     progress: float = 0.0
     """Of the run, 0 to 1: how many cells `masked` shows."""
+
+    def encoder_of(self, term_encoder: str) -> VisionConfig:
+        """Who encodes the target: the frozen teacher, or what the encoder itself is."""
+        if term_encoder != "frozen":
+            return self.vision
+        assert self.teacher is not None  # step_flops
+        return self.teacher
 
     @property
     def num_inputs(self) -> int:

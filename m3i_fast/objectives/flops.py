@@ -100,8 +100,8 @@ def decorrelation(rows: int, dim: int) -> Flops:
 
 
 def _encode_targets(counts: Counts, parts: Parts) -> None:
-    vision = replace(counts.vision, drop_path_rate=0.0)  # in evaluation mode
-    for (_, _), rows in target_rows(counts.objective.active_terms).items():
+    for (encoder, _), rows in target_rows(counts.objective.active_terms).items():
+        vision = replace(counts.encoder_of(encoder), drop_path_rate=0.0)  # in evaluation mode
         count = counts.num_asked(rows)
         parts[TARGET] += _whole(vision, count).forward_only
         if isinstance(vision, InternImageConfig):
@@ -116,16 +116,31 @@ def _encode_inputs(counts: Counts, parts: Parts) -> None:
     if counts.objective.mixing.mode in ("own_image", "masked"):
         assert isinstance(vision, ViTConfig)  # check_vision
         parts[ENCODER] += vit_embed(vision, num_inputs)
-        parts[ENCODER] += vit_encode(vision, num_images, counts.num_own)
+        own = vit_encode(vision, num_images, counts.num_own)
+        parts[ENCODER] += _chunked(counts, num_images, own)
     else:
-        parts[ENCODER] += _whole(vision, num_inputs)
-    num_local = counts.num_local * counts.batch_size
-    if num_local:
-        parts[ENCODER] += _whole(vision, num_local, counts.local_size)
-    if isinstance(vision, InternImageConfig):
-        parts[SAMPLING] += internimage_sampling(vision, num_inputs)
-        if num_local:
-            parts[SAMPLING] += internimage_sampling(vision, num_local, counts.local_size)
+        _encode_whole(counts, parts, num_inputs)
+    for _ in range(counts.num_local):  # a pass each
+        _encode_whole(counts, parts, counts.batch_size, counts.local_size)
+
+
+def _encode_whole(counts: Counts, parts: Parts, num_images: int, size: int | None = None) -> None:
+    vision = counts.vision
+    if isinstance(vision, ViTConfig):
+        tokens = ((size or vision.image_size) // vision.patch_size) ** 2
+        parts[ENCODER] += vit_embed(vision, num_images, size)
+        encoded = vit_encode(vision, num_images, tokens)
+        parts[ENCODER] += _chunked(counts, num_images, encoded)
+        return
+    encoded = internimage(vision, num_images, size)
+    parts[ENCODER] += _chunked(counts, num_images, encoded)
+    sampling = internimage_sampling(vision, num_images, size)
+    parts[SAMPLING] += _chunked(counts, num_images, sampling)
+
+
+def _chunked(counts: Counts, rows: int, flops: Flops) -> Flops:
+    """Of a call of so many rows, whose forward pass is run again where it takes them by chunks."""
+    return flops.recomputed() if 0 < counts.chunk < rows else flops
 
 
 def _whole(vision: VisionConfig, num_images: int, size: int | None = None) -> Flops:
@@ -179,14 +194,15 @@ def _add_label(term: Term, counts: Counts, parts: Parts) -> None:
     if term.target == "category":
         parts[LIKELIHOODS] += all_pairs(rows, counts.num_classes, dim)
         return
-    parts[TEXT] += text(counts.text, counts.batch_size)
+    captions = text(counts.text, counts.batch_size)
+    parts[TEXT] += _chunked(counts, counts.batch_size, captions)
     columns, sigmoid = counts.batch_size * counts.num_ranks, term.likelihood == "sigmoid"
     parts[LIKELIHOODS] += all_pairs(rows, columns, dim, sigmoid=sigmoid)
 
 
 def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
     vision, cfg = counts.vision, counts.objective
-    dim = vision.dim
+    dim = counts.encoder_of(term.encoder).dim
     if term.target == "pixels":
         dim = 3 * (vision.image_size // vision.grid) ** 2
     count, asked = counts.num_asked(term.asked), counts.num_queries(term)
@@ -196,13 +212,14 @@ def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
     else:
         own += [counts.num_local_cells] * counts.num_local * (term.view == "other")
         for cells in own:
-            parts[DECODER] += decoder(
+            decoded = decoder(
                 cfg.decoder,
                 num_images=count,
                 num_own=cells,
                 num_asked=asked,
                 dims=(vision.dim, dim),
             )
+            parts[DECODER] += _chunked(counts, count, decoded)
     if term.regulariser == "decorrelation" and cfg.decorrelation_weight:
         parts[LIKELIHOODS] += decorrelation(count * asked, dim) * len(own)
 
@@ -219,14 +236,16 @@ def _add_dense_contrast(term: Term, counts: Counts, parts: Parts) -> None:
 
 def _add_embedding(term: Term, counts: Counts, parts: Parts) -> None:
     sized, rows = counts.objective.projector, counts.num_images
-    dim = sized.output_dim
+    target = counts.encoder_of(term.encoder)
+    dim = target.summary_dim if term.encoder == "frozen" else sized.output_dim
     directions, shared = 1 + term.symmetric, term.encoder == "shared"
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)
     projector = mlp(rows, counts.vision.summary_dim, *hidden, dim)
     parts[HEADS] += projector * (2 if shared else directions)
     if term.encoder == "momentum":
         parts[HEADS] += (projector * directions).forward_only
-        pooled = _summarise(counts.vision, rows, counts.num_cells)
+    if term.encoder != "shared":
+        pooled = _summarise(target, rows, counts.num_cells)
         parts[HEADS] += (pooled * directions).forward_only
     if term.predictor == "projector_predictor":
         parts[HEADS] += mlp(rows, dim, sized.predictor_hidden_dim, dim) * directions

@@ -24,7 +24,16 @@ from m3i_fast.objectives.config import ObjectiveConfig
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.monitors import target_monitors
 from m3i_fast.objectives.predictors import DenseDecoder
-from m3i_fast.objectives.seen import Encoded, Rows, Seen, Source, Targets, target_rows
+from m3i_fast.objectives.seen import (
+    Encoded,
+    Rows,
+    Seen,
+    Source,
+    Stage,
+    Targets,
+    no_stage,
+    target_rows,
+)
 from m3i_fast.objectives.targets import (
     MomentumEncoder,
     autocast_dtype,
@@ -233,12 +242,14 @@ class MutualInformation(nn.Module):
         *,
         monitor: bool = False,
         measure: bool = False,
+        stage: Stage = no_stage,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum; every term unweighted, its weight and its members; all on the device.
 
-        `monitor`: with the collapse monitors. `measure`: weights are balanced anew.
+        `monitor`: with the collapse monitors. `measure`: weights are balanced anew. `stage`: times
+        each term, and as `loss.total` what is of all of them.
         """
-        seen = Seen(batch, mix, encoded, targets, self._encoders())
+        seen = Seen(batch, mix, encoded, targets, self._encoders(), stage)
         metrics: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
 
@@ -247,18 +258,20 @@ class MutualInformation(nn.Module):
 
         for term in self._every_term():
             name = term.term.name
-            losses[name], members = term(seen, log if monitor else None, **self._shared(term))
+            with stage(f"loss.{name}"):
+                losses[name], members = term(seen, log if monitor else None, **self._shared(term))
             metrics[f"loss/{name}"] = losses[name].detach()
             if isinstance(members, int):
                 members = losses[name].new_full((), members)
             metrics[f"members/{name}"] = members.float()
-        if measure:
-            self.balance.measure(losses, encoded.every)
-        total, weights = self.balance(losses)
-        metrics["loss/total"] = total.detach()
-        if monitor:
-            metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
-            metrics |= self._monitor(seen)
+        with stage("loss.total"):
+            if measure:
+                self.balance.measure(losses, encoded.every)
+            total, weights = self.balance(losses)
+            metrics["loss/total"] = total.detach()
+            if monitor:
+                metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
+                metrics |= self._monitor(seen)
         return total, metrics
 
     def _shared(self, term: TermModule) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ a summary, P their width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 Rows = Literal["first", "last", "all", "every"]
 Source = tuple[str, int]
 """Who encodes the target, momentum or frozen, and which global view."""
+Stage = Callable[[str], AbstractContextManager[None]]
+"""Names a part of a step to who times it (`observe.metrics.StageTimer`)."""
+
+
+def no_stage(name: str) -> AbstractContextManager[None]:
+    """Where nobody times the step."""
+    return nullcontext()
 
 
 def target_rows(terms: Iterable[Term]) -> dict[Source, Rows]:
@@ -79,6 +87,7 @@ class Seen:
     encoded: Encoded
     targets: Targets
     encoders: Mapping[str, ImageEncoder]  # online, momentum, frozen: those that there are
+    stage: Stage = no_stage
     _summaries: dict[int, Tensor] = field(default_factory=dict)
 
     def summary(self, number: int) -> Tensor:  # [I or B, s, P]

@@ -1,12 +1,10 @@
-"""Metrics of a run: means on the device, stage times, and sinks."""
+"""Metrics of a run: means on the device, and sinks."""
 
 from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -134,45 +132,3 @@ class DeviceMeans:
             )
             for group in groups
         }
-
-
-class StageTimer:
-    """Times of the step's stages, read when logging.
-
-    CUDA events and an NVTX range on a GPU, the clock elsewhere.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds: dict[str, float] = {}
-        self._steps = 0
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        if self._cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            with torch.cuda.nvtx.range(name):
-                yield
-            end.record()
-            self._spans.append((name, start, end))
-        else:
-            began = time.perf_counter()
-            yield
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
-
-    def count_step(self) -> None:
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Milliseconds a step of every stage since the last read, as `time/<stage>_ms`."""
-        for name, start, end in self._spans:
-            end.synchronize()
-            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
-        steps = max(self._steps, 1)
-        means = {f"time/{name}_ms": 1000 * total / steps for name, total in self._seconds.items()}
-        self._spans.clear()
-        self._seconds.clear()
-        self._steps = 0
-        return means

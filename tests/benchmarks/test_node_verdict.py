@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pynvml
 import pytest
 
-from m3i_fast.benchmarks.node_figures import joules_per_image, kept_windows, summarise_ranks
+from m3i_fast.benchmarks.node_figures import (
+    joules_per_image,
+    kept_windows,
+    summarise_ranks,
+    throttling,
+)
 from m3i_fast.benchmarks.node_verdict import Findings, Throttling, verdict
-from m3i_fast.benchmarks.node_windows import Schedule, Window
+from m3i_fast.benchmarks.node_windows import Schedule, Series, Window
 from m3i_fast.benchmarks.node_works import BOTH, LOADER, NO_EXCHANGE, SYNTHETIC
 from m3i_fast.benchmarks.rates import summarise_rates
 from tests.benchmarks.planted_node import BATCH, FULL_MHZ, SCHEDULE, Node, found_of, run
+from tests.observe.recorded_nvml import Recorded, hopper
+from tests.observe.test_telemetry import sampled
 
 PLANTED = {
     "loader": Node(load_s=0.1, model_s=0.04, exchange_s=0.01),
@@ -85,6 +93,26 @@ def test_a_throttled_window_is_marked_and_left_out() -> None:
     assert found.throttling.max_mhz == FULL_MHZ
     assert any(
         "windows throttled (sw_thermal_slowdown)" in line for line in verdict(found).evidence
+    )
+
+
+def test_throttling_is_read_from_what_telemetry_tells_of_cards() -> None:
+    slow = hopper(
+        0,
+        nvmlDeviceGetCurrentClocksEventReasons=pynvml.nvmlClocksEventReasonHwSlowdown,
+        nvmlDeviceGetClockInfo={pynvml.NVML_CLOCK_SM: 1200, pynvml.NVML_CLOCK_MEM: 2619},
+    )
+    windows = [
+        Window(seconds=1.0, num_steps=1, num_images=1, telemetry=sampled(Recorded(card))[0])
+        for card in (slow, hopper(0))
+    ]
+    found = throttling([Series(windows=windows, num_warmup_steps=1, is_settled=True)])
+    assert found == Throttling(
+        num_windows=2,
+        num_throttled=1,
+        reasons=["hw_slowdown"],
+        mean_mhz=1200.0,
+        max_mhz=1755.0,
     )
 
 

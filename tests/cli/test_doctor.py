@@ -49,12 +49,16 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
 OPS = ["mask_mix", "dcnv3", "boltzmann", "gaussian"]
 
 
+DISTRIBUTIONS = {"cupy": "cupy-cuda13x"}  # of another name than their package
+
+
 def add_library(folder: Path, name: str, release: str, source: str) -> None:
     """An installed distribution with one package."""
     package = folder / name.replace(".", "/")
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(source)
-    info = folder / f"{name.replace('.', '_')}-{release}.dist-info"
+    name = DISTRIBUTIONS.get(name, name)
+    info = folder / f"{name.replace('.', '_').replace('-', '_')}-{release}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n")
 
@@ -80,6 +84,8 @@ def test_this_environment() -> None:
     assert found["Precision"].detail.startswith("fp32, bf16")
     if not torch.cuda.is_available():
         assert "fp8_current (emulated, for its numbers" in found["Precision"].detail
+    assert re.search(r"\d+ devices, NVRTC \d+\.\d+$", found["CuPy"].detail)
+    assert found["CuPy"].level == "ok"
     assert found["GPU"].level == ("ok" if torch.cuda.is_available() else "absent")
 
 
@@ -179,7 +185,7 @@ def gpu_node(**changes: Any) -> Machine:
         "transformer_engine": {"fp8": True, "reason": ""},
         "precision": {"runs": ["fp8_current"], "refused": {"mxfp8": "too old"}},
         "apex": fused,
-        "cupy": {"devices": 1, "runtime": 13000},
+        "cupy": {"devices": 1, "runtime": 13000, "nvrtc": "13.0"},
         "nvml": {"driver": "580.95", "devices": 1},
     }
     versions = {
@@ -246,6 +252,7 @@ BLIND_TORCH |= {"sees_gpu": False, "cpu_capability": "AVX2", "num_threads": 8}
         ({"failures": {"precision": "truncated"}}, "Precision", "warning: no FP8: truncated"),
         ({"versions": {"transformer-engine-cu13": "2.19"}}, "Transformer Engine", ".* be equal"),
         ({"versions": {"cupy-cuda12x": "13.0"}}, "CuPy", "warning: .*expected cupy-cuda13x alone"),
+        ({"facts": {"cupy": {"devices": 0, "nvrtc": "13.0"}}}, "CuPy", "warning: .*, 0 devices"),
         ({"facts": {"driver": T4}}, "GPU", "error: .*need sm_80 or newer, T4 is sm_75"),
         (
             {"facts": {"torch_build": BLIND_TORCH, "driver": A100_OLD_DRIVER}},

@@ -24,7 +24,7 @@ def shrink(folder: Path, *, blocks: bool = False) -> None:
 def _limit_elements(folder: Path, elements: str) -> None:
     tiling = folder / "boltzmann_tiling.h"
     _replace(tiling, "kSumsElements = int64_t{1} << 26", f"kSumsElements = {elements}")
-    whole = "(int64_t{architecture >= 90 ? 32 : 24} << 20) / bytes_of(dtype)"
+    whole = "(int64_t{architecture >= 90 ? kGradsMibH100 : kGradsMibA100} << 20) / bytes_of(dtype)"
     _replace(tiling, whole, f"{elements} + 0 * (architecture + bytes_of(dtype))")
 
 

@@ -22,8 +22,10 @@ static_assert(vector_size(32, 4, 256) == 4, "16 bytes of float32");
 static_assert(vector_size(15, 4, 0) == 1, "channels that no vector divides");
 static_assert(vector_size(16, 8, 8) == 1, "an array at an odd multiple of 8 bytes");
 
+constexpr Policy kTuned = kPolicies[0];
+
 constexpr Tiling tiling_of(int64_t group_size, int64_t points, int vector) {
-  return make_tiling(make_shape(1, 7, 7, 32, group_size, points), vector);
+  return make_tiling(make_shape(1, 7, 7, 32, group_size, points), vector, kTuned);
 }
 
 // Every lane of the models' layers has channels: 16 and 32 of them, in half types and float32.
@@ -40,13 +42,14 @@ constexpr bool tilings_hold() {
     for (int64_t points = 1; points <= 130; ++points) {
       const Tiling tiling = tiling_of(group_size, points, 1);
       if (tiling.lanes * tiling.units != kWarpLanes) return false;
-      if (tiling.chunk < 1 || tiling.chunk > points || tiling.chunk > kThreads) return false;
+      if (tiling.chunk < 1 || tiling.chunk > points || tiling.chunk > threads_of(kTuned))
+        return false;
       if (tiling.pitch % 2 == 0 || tiling.pitch < tiling.chunk) return false;
-      if (tiling.units * tiling.pitch > kMaxSlots) return false;
+      if (tiling.units * tiling.pitch > kTuned.slots) return false;
       // No chunk more than there have to be.
       if (points <= 9 && tiling.chunk != points) return false;
-      const int64_t units = tiling.blocks * kWarps * tiling.units;
-      if (units < 7 * 7 * 32 || units - kWarps * tiling.units >= 7 * 7 * 32) return false;
+      const int64_t units = tiling.blocks * kTuned.warps * tiling.units;
+      if (units < 7 * 7 * 32 || units - kTuned.warps * tiling.units >= 7 * 7 * 32) return false;
     }
   }
   return true;
@@ -54,9 +57,25 @@ constexpr bool tilings_hold() {
 static_assert(tilings_hold(), "slots, pitches, chunks and blocks of all sizes");
 
 // The most that a block asks for is on every card of compute capability 8.0 and later (99 KB).
-static_assert(block_bytes<double>(tiling_of(1, 9, 1), true) <= 99 * 1024, "float64 backward");
-static_assert(block_bytes<float>(tiling_of(1, 9, 1), true) <= 48 * 1024, "float32 backward");
-static_assert(block_bytes<float>(tiling_of(16, 9, 8), false) <= 20 * 1024, "fp16, D = 16");
+static_assert(block_bytes<double>(make_tiling(make_shape(1, 7, 7, 32, 1, 9), 1, kFloat64Policy),
+                                  kFloat64Policy.warps, true) <= 99 * 1024,
+              "float64 backward");
+static_assert(block_bytes<float>(tiling_of(1, 9, 1), kTuned.warps, true) <= 48 * 1024,
+              "float32 backward");
+static_assert(block_bytes<float>(tiling_of(16, 9, 8), kTuned.warps, false) <= 20 * 1024,
+              "fp16, D = 16");
+
+// ---- Policies -----------------------------------------------------------------------------------
+
+static_assert(policy_index(80, make_shape(1, 14, 14, 32, 16, 9)) == 0, "a100, small");
+static_assert(policy_index(86, make_shape(64, 28, 28, 8, 16, 9)) == 1, "below 9.0, large");
+static_assert(policy_index(90, make_shape(64, 19, 21, 8, 16, 9)) == 2, "h100, small");
+static_assert(policy_index(100, make_shape(1, 20, 20, 8, 16, 9)) == 3, "9.0 and later, large");
+
+static_assert(is_legal(kFloat64Policy), "what is not tuned");
+static_assert(!is_legal({1, 6, 5, 288, 64}), "more steps of a chunk than threads");
+static_assert(!is_legal({16, 6, 5, 288, 64}), "3072 threads on a multiprocessor");
+static_assert(!is_legal({4, 6, 5, 16, 64}), "units without a slot");
 
 // ---- Addresses past 2^31, without such an array -------------------------------------------------
 
@@ -72,7 +91,8 @@ static_assert(out_begin(kLarge, 4095, 5) == (4095 * kPixels * 32 + 5) * 32, "an 
 static_assert(points_begin(kLarge, 4095, 5) == (4095 * kPixels * 32 + 5) * 9, "a mask");
 static_assert(units_per_image(make_shape(1, 1 << 15, 1 << 15, 8, 1, 1)) == int64_t{1} << 33,
               "more units in an image than 32 bits count");
-static_assert(make_tiling(make_shape(1, 1 << 15, 1 << 15, 8, 1, 1), 1).blocks == 1 << 26,
+static_assert(make_tiling(make_shape(1, 1 << 15, 1 << 15, 8, 1, 1), 1, kFloat64Policy).blocks ==
+                  1 << 26,
               "and the blocks for them");
 
 }  // namespace m3i::dcnv3

@@ -8,11 +8,12 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from m3i_fast.benchmarks.tune_compile import Resources, parse_ptxas
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "cuda"
@@ -73,33 +74,9 @@ def run_nvcc(*arguments: str | Path) -> str:
     return printed
 
 
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What ptxas gave a kernel."""
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-
-
-_KERNEL = re.compile(r"Compiling entry function '(\S+)' for")
-_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-
-
-def parse_ptxas(printed: str) -> dict[str, Resources]:
+def short_ptxas(printed: str) -> dict[str, Resources]:
     """By kernel, as `kernel<float, 16>`, from what `ptxas -v` prints for one architecture."""
-    resources: dict[str, Resources] = {}
-    blocks = re.split(r"(?=ptxas info\s*: Compiling entry function)", printed)
-    for block in blocks[1:]:
-        kernel, spills, used = (p.search(block) for p in (_KERNEL, _SPILLS, _USED))
-        assert kernel and spills and used, f"ptxas -v printed something else:\n{block}"
-        resources[_short_name(kernel[1])] = Resources(
-            registers=int(used[1]),
-            spill_bytes=int(spills[1]) + int(spills[2]),
-            shared_bytes=int(used[2] or 0),
-        )
-    return resources
+    return {_short_name(kernel): used for kernel, used in parse_ptxas(printed).items()}
 
 
 def _short_name(mangled: str) -> str:

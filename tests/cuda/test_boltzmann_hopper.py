@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from m3i_fast.benchmarks import tune_roofline
 from m3i_fast.ops import boltzmann
 from tests.cuda import boltzmann_roofline, emulator
 from tests.cuda.boltzmann_source import limit_blocks, shrink
@@ -58,15 +59,15 @@ def test_the_build_takes_warpgroups_where_it_has_code_for_90a() -> None:
 
 def test_roofline_is_that_of_the_policy() -> None:
     page = boltzmann_roofline.PAGE.read_text()
-    assert page == boltzmann_roofline.render(
-        boltzmann_roofline.read_policy(), boltzmann_roofline.Gpu()
-    ), "python -m tests.cuda.boltzmann_roofline"
+    assert page == boltzmann_roofline.render(tune_roofline.hopper_policy(), tune_roofline.Gpu()), (
+        "python -m tests.cuda.boltzmann_roofline"
+    )
 
 
 def test_roofline_of_one_tile() -> None:
     """256 x 256 of 64 terms on a card where all rates are one: counted by hand."""
-    policy, gpu = boltzmann_roofline.read_policy(), boltzmann_roofline.Gpu(2, 1.0, 1, 1, 1, 2e-3)
-    product = boltzmann_roofline.predict_product(policy, gpu, 1, 64, exponentials=True)
+    policy, gpu = tune_roofline.hopper_policy(), tune_roofline.Gpu(2, 1.0, 1, 1, 1, 2e-3)
+    product = tune_roofline.predict_product(policy, gpu, 1, 64, exponentials=True)
     assert product.waves == 1 and product.tensor_clocks == 2 * 128 * 256 * 64
     assert product.cache_clocks == (128 + 128) * 64 * 2
     assert product.exponential_clocks == 128 * 256

@@ -135,10 +135,10 @@ def test_planted_fault_is_reported(fault: Fault, tmp_path: Path) -> None:
 def test_a_stage_too_many_for_the_shared_memory_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "boltzmann"
     shutil.copytree(emulator.CUDA / "boltzmann", folder)
-    tile = "kHopperTile{256, 256, 64, 4, 16, 1}"
-    source = folder / "boltzmann_hopper.h"
-    assert source.read_text().count(tile) == 1
-    source.write_text(source.read_text().replace(tile, tile.replace(" 4,", " 5,")))
+    source = folder / "boltzmann_tiles.h"
+    stages = "kHopperStages = 4;"
+    assert source.read_text().count(stages) == 1
+    source.write_text(source.read_text().replace(stages, "kHopperStages = 5;"))
     call = make((140, 150, 328), torch.bfloat16, "shared", labels=True)
     with (
         emulator.emulated("boltzmann", folder=tmp_path, architecture=90),

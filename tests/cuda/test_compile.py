@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from m3i_fast.benchmarks.tune_compile import Resources
 from tests.cuda.nvcc import (
     ARCHITECTURES,
     CUDA,
     ROOT,
-    Resources,
     compile_options,
     name_of,
-    parse_ptxas,
     run_nvcc,
+    short_ptxas,
 )
 
 KERNELS = sorted(CUDA.glob("*/*.cu"))
@@ -37,7 +37,7 @@ def test_kernels_keep_their_budget(folder: Path, architecture: str, tmp_path: Pa
     for source in folder.glob("*.cu"):
         printed = run_nvcc(*options, source)
         assert "serialized" not in printed, f"wgmma that waits for itself: {printed}"
-        used |= parse_ptxas(printed)
+        used |= short_ptxas(printed)
     budget = json.loads((folder / "budget.json").read_text())[f"sm_{architecture}"]
     assert used and used.keys() == budget.keys(), f"used: {used}"
     over = {

@@ -13,12 +13,15 @@ from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.footprint import draw_first_mix
 from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.optim import build_optimizer
+from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
 
 
-def stepper(cfg: TrainConfig, *, bf16: bool = False) -> Callable[[], None]:
+def stepper(
+    cfg: TrainConfig, *, bf16: bool = False, layers: BlockLayers = TORCH_LAYERS
+) -> Callable[[], None]:
     """A function that takes one whole step: what `Trainer.train_step` does, without a loader."""
     torch.manual_seed(0)
-    objective = build_objective(replace(cfg, compile=False)).train()
+    objective = build_objective(replace(cfg, compile=False), layers=layers).train()
     optimizer = build_optimizer(cfg.optim, objective)
     batch = draw_batch(cfg)
     mix = draw_first_mix(cfg)

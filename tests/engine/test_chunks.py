@@ -25,10 +25,10 @@ from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, make_bat
 B = 12
 
 
-def _config(name: str, chunk: int) -> TrainConfig:
+def _config(name: str, chunk: int, **vision: str) -> TrainConfig:
     cfg = shrink(recipes()[name](), path=Path("data"), num_classes=NUM_CLASSES, text=TEXT)
     parallel = ParallelConfig(chunk=chunk)
-    return replace(cfg, vision=replace(cfg.vision, drop_path_rate=0.0), parallel=parallel)
+    return replace(cfg, vision=replace(cfg.vision, drop_path_rate=0.0, **vision), parallel=parallel)
 
 
 def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
@@ -63,9 +63,13 @@ def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
     return found, sum(kept.values())
 
 
-@pytest.mark.parametrize("name", ["demo", "demo_internimage"])
-def test_gradients_are_those_of_the_whole_batch(name: str) -> None:
-    (whole, of_whole), (chunked, of_chunks) = (_step(_config(name, size)) for size in (0, 2))
+@pytest.mark.parametrize(
+    ("name", "vision"),
+    [("demo", {}), ("demo", {"position": "rotary"}), ("demo_internimage", {})],
+)
+def test_gradients_are_those_of_the_whole_batch(name: str, vision: dict[str, str]) -> None:
+    cfgs = (_config(name, size, **vision) for size in (0, 2))
+    (whole, of_whole), (chunked, of_chunks) = (_step(cfg) for cfg in cfgs)
     assert chunked.keys() == whole.keys()
     largest = max(float(value.abs().max()) for value in whole.values())
     for parameter, value in whole.items():

@@ -101,7 +101,8 @@ def test_a_run_is_that_of_a_run_without_graphs_bit_for_bit(
 ) -> None:
     cfg, captures = _config(name, dataset), Captures()
     if name == "demo":
-        cfg = replace(cfg, vision=replace(cfg.vision, drop_path_rate=0.3, num_registers=2))
+        vision = replace(cfg.vision, drop_path_rate=0.3, num_registers=2, position="rotary")
+        cfg = replace(cfg, vision=vision)
     losses, weights = _train(cfg, tmp_path / "without", None)
     replayed, replayed_weights = _train(cfg, tmp_path / "with", captures)
     assert replayed == losses

@@ -215,7 +215,15 @@ def test_sharding_pays_for_a_large_model() -> None:
 
 def test_published_rates() -> None:
     rates = {name: card.bf16_flop_s for name, card in CARDS.items() if card.is_gpu}
-    assert rates == {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}
+    assert rates == {
+        "a100": 312e12,
+        "h100": 989e12,
+        "h200": 989e12,
+        "h100_pcie": 756e12,
+        "h100_nvl": 835e12,
+        "h200_nvl": 835e12,
+        "b200": 2250e12,
+    }
 
 
 def test_a_run_in_fp8_is_planned_at_the_rate_of_bf16_and_says_so(plan: Plan) -> None:

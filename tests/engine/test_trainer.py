@@ -26,6 +26,7 @@ from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import vit_demo
 from m3i_fast.objectives import likelihoods
 from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.observe.stages import STAGES
 from m3i_fast.ops import reference
 from m3i_fast.recipes import demo, shrink
 
@@ -88,7 +89,13 @@ def test_a_run_learns_and_leaves_its_files(whole_run: Path, dataset: Path) -> No
     assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
     assert rows[-1]["loss/total"] < rows[0]["loss/total"]
     assert {"loss/intra", "loss/inter", "loss/category", "loss/caption"} <= rows[0].keys()
-    assert {"monitor/target_rank", "throughput/img_s", "time/data_ms", "optim/lr"} <= rows[0].keys()
+    assert {"monitor/target_rank", "throughput/img_s", "optim/lr"} <= rows[0].keys()
+    terms = ("intra", "inter", "category", "caption", "total")
+    stages = {*STAGES, *(f"loss.{name}" for name in terms)} - {"loss"}
+    assert {key for key in rows[1] if key.startswith("time/")} == {f"time/{s}_ms" for s in stages}
+    outside = {"log", "ckpt"}  # the steps of a throughput end before them
+    named = sum(rows[1][f"time/{stage}_ms"] for stage in stages - outside)
+    assert 0.7 < named / (1000 * 8 / rows[1]["throughput/img_s"]) < 1.001
     assert TrainConfig.load(whole_run / "config.json") == _config(dataset)
     assert (whole_run / "env.json").exists() and any((whole_run / "tensorboard").iterdir())
     assert [c.step for c in checkpoint.checkpoints(whole_run / "checkpoints")] == [25, 30]

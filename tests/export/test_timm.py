@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.export.timm import load_timm, to_timm
-from m3i_fast.models.vit import ViT, ViTConfig, vit_s
+from m3i_fast.models.vit import ViT, ViTConfig, vit_demo, vit_s
 
 TINY = ViTConfig(
     image_size=32,
@@ -213,3 +213,11 @@ def test_a_model_that_is_another_function_is_refused() -> None:
     quick = timm.create_model("vit_small_patch16_224", depth=1, act_layer="quick_gelu")
     with pytest.raises(ValueError, match="blocks.0.mlp.act: expected the exact GELU"):
         load_timm(quick, cfg)
+
+
+def test_rotary_positions_are_refused() -> None:
+    cfg = vit_demo(position="rotary")
+    with pytest.raises(ValueError, match="position: expected absolute, .* got rotary"):
+        to_timm(ViT(cfg))
+    with pytest.raises(ValueError, match="position: expected absolute"):
+        load_timm({}, cfg)

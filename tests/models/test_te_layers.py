@@ -80,6 +80,7 @@ def text_inputs() -> tuple[Tensor, ...]:
 
 MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[[], tuple[Tensor, ...]]]] = {
     "vit": (lambda layers: ViT(VIT, layers=layers), vit_inputs),
+    "rotary": (lambda layers: ViT(replace(VIT, position="rotary"), layers=layers), vit_inputs),
     "text": (lambda layers: TextEncoder(TEXT, layers=layers), text_inputs),
 }
 

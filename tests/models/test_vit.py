@@ -1,11 +1,13 @@
 """ViT: subsets of tokens, other grids, meta device, recomputation, timm's size and FLOPs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
-from timm.layers import calculate_drop_path_rates
+from timm.layers import RotaryEmbeddingDinoV3, calculate_drop_path_rates
+from timm.models.eva import EvaAttention
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.models.vit import ViT, ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s, vit_ti
@@ -159,3 +161,66 @@ def test_forward_compiles_without_graph_breaks() -> None:
     images = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(vit, fullgraph=True)
     torch.testing.assert_close(compiled(images), vit(images), atol=1e-5, rtol=1e-5)
+
+
+ROTARY = replace(PREFIXED, position="rotary", drop_path_rate=0.0)
+
+
+def test_rotary_positions_add_nothing_and_tell_patches_apart() -> None:
+    torch.manual_seed(0)
+    vit = randomise(ViT(ROTARY))
+    assert "pos_embed" not in vit.state_dict()
+    same = torch.randn(1, 3, 8, 8).repeat(1, 1, 4, 4)  # every patch shows the same
+    assert (vit.embed(same) - vit.embed(same)[:, :1]).abs().max() < 1e-5
+    images = torch.randn(1, 3, 32, 32)
+    swapped = images.clone()
+    swapped[..., :8, :8], swapped[..., :8, 8:16] = images[..., :8, 8:16], images[..., :8, :8]
+    out, other = vit(images), vit(swapped)
+    assert (out[:, :4] - other[:, :4]).abs().max() > 1e-3  # the prefix sees where they stand
+    tokens, (centres,) = vit.embed(images), vit.places(images)
+    order = torch.randperm(16)
+    permuted = vit.encode(tokens[:, order], centres[:, order])
+    torch.testing.assert_close(permuted[:, 4:], out[:, 4:][:, order], atol=1e-5, rtol=1e-4)
+
+
+def test_rotated_cells_alone_are_where_they_were() -> None:
+    torch.manual_seed(0)
+    vit = randomise(ViT(ROTARY))
+    images, index = torch.randn(2, 3, 32, 32), torch.stack([torch.randperm(16)[:5] for _ in "abcd"])
+    alone = vit.encode_alone(images, index)
+    for image, cells in enumerate(index):
+        at = [x[image % 2 :][:1][:, cells] for x in (vit.embed(images), *vit.places(images))]
+        torch.testing.assert_close(alone[image], vit.encode(*at)[0, 4:], atol=1e-5, rtol=1e-4)
+    assert vit(torch.randn(1, 3, 16, 48)).shape == (1, 4 + 12, 32)  # any size, without a table
+
+
+def test_attention_with_rotary_positions_is_timms() -> None:
+    """One head's worth of a block beside timm's attention of DINOv3, whose prefix is not turned."""
+    torch.manual_seed(0)
+    vit = randomise(ViT(ROTARY))
+    block, x = vit.blocks[0], torch.randn(2, 4 + 16, 32)
+    theirs = EvaAttention(32, num_heads=2, num_prefix_tokens=4, rotate_half=True, scale_norm=False)
+    angles = RotaryEmbeddingDinoV3(16, rotate_half=True).get_embed([4, 4])
+    with torch.no_grad():
+        theirs.qkv.weight.copy_(block.layernorm_qkv.weight)
+        bias = block.layernorm_qkv.bias
+        theirs.q_bias.copy_(bias[:32])
+        theirs.v_bias.copy_(bias[64:])
+        bias[32:64] = 0  # its keys have none
+        theirs.proj.load_state_dict(block.proj.state_dict())
+    norm = torch.nn.functional.layer_norm(
+        x, (32,), block.layernorm_qkv.layer_norm_weight, block.layernorm_qkv.layer_norm_bias, 1e-6
+    )
+    rotation = vit._rotation(vit.places(torch.zeros(2, 3, 32, 32))[0])
+    ours = block.proj(block.attention(block.layernorm_qkv(x), rotation=rotation))
+    torch.testing.assert_close(ours, theirs(norm, rope=angles), atol=1e-5, rtol=1e-4)
+
+
+def test_a_wrong_place_is_refused() -> None:
+    tokens, centres = torch.zeros(1, 16, 32), torch.zeros(1, 16, 2)
+    with pytest.raises(ValueError, match=r"centres: expected \[B, n, 2\] with position = rotary"):
+        ViT(ROTARY).encode(tokens)
+    with pytest.raises(ValueError, match="centres: expected none with position = absolute"):
+        ViT(SMALL).encode(tokens, centres)
+    with pytest.raises(ValueError, match="num_heads: expected heads of a multiple of 4"):
+        replace(ROTARY, dim=36, num_heads=6)

@@ -137,11 +137,12 @@ def metrics(num: int = 120) -> list[dict[str, float]]:
             "monitor/target_kmeans_entropy": 0.9 - 0.1 * decay,
             "monitor/caption_log_scale": 14.3 + 10 * (1 - decay),
             "throughput/img_s": 317 + 9 * wave - 120 * (i == 0),
-            "time/data_ms": 4.1 + 2 * abs(wave),
-            "time/target_ms": 31.0,
-            "time/encoder_ms": 38.5 + wave,
-            "time/loss_ms": 42.0,
-            "time/backward_ms": 88.0 + wave,
+            "time/data.wait_ms": 4.1 + 2 * abs(wave),
+            "time/fwd.target_ms": 31.0,
+            "time/fwd.input_ms": 38.5 + wave,
+            "time/loss.intra_ms": 40.0,
+            "time/loss.total_ms": 2.0,
+            "time/bwd_ms": 88.0 + wave,
             "time/optim_ms": 11.2,
         }
 

@@ -15,6 +15,7 @@ from m3i_fast.pipelines.loader import LoaderConfig, ViewConfig
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
         ({"num_threads": 0}, "num_threads: expected at least 1, got 0"),
         ({"seed": -1}, "seed: expected .*, got -1"),
+        ({"hw_decoder_load": 1.5}, r"hw_decoder_load: expected a share in \[0, 1\], got 1.5"),
     ],
 )
 def test_loader_config_is_validated(fields: dict[str, Any], message: str) -> None:

@@ -95,6 +95,15 @@ def test_the_gpu_graph_is_defined_and_told_apart_without_a_gpu(cfg: LoaderConfig
     assert Loader(cfg, device_id=2).fingerprint == on_gpu
 
 
+def test_the_hardware_decoders_share_is_in_the_graph_of_a_gpu_alone(cfg: LoaderConfig) -> None:
+    """A hardware decoder has pixels of its own: a run does not go on with another share."""
+    shares = (None, 0.4, 0.65)
+    found = {Loader(replace(cfg, hw_decoder_load=s), device_id=0).fingerprint.graph for s in shares}
+    assert len(found) == 3
+    with pytest.raises(ValueError, match=r"data.hw_decoder_load: expected None without a GPU.*0.4"):
+        Loader(replace(cfg, hw_decoder_load=0.4))
+
+
 def test_batches_keep_their_values_while_held(cfg: LoaderConfig) -> None:
     """Tensors are DALI's own buffers; none may be written again while someone holds it."""
     loader = Loader(cfg)

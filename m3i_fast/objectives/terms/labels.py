@@ -110,9 +110,9 @@ class Caption(Label):
         batch, mix = seen.batch, seen.mix
         if self._known_empty(batch.num_tokens > 0):
             return self._nothing()
-        z = self.embed_captions(
-            *drop_tokens(batch.token_ids, batch.num_tokens, mix.token_priority, self.token_dropout)
-        )
+        tokens = batch.token_ids, batch.num_tokens
+        with seen.stage("fwd.text"):
+            z = self.embed_captions(*drop_tokens(*tokens, mix.token_priority, self.token_dropout))
         ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
         row_ids = seen.of_rows(ids)
         z_hat, scale = self._rows(seen), self.log_scale.exp()

@@ -18,19 +18,12 @@ import numpy.typing as npt
 
 from m3i_fast.observe.collapse import Healthy, healthy
 from m3i_fast.observe.page.verdict import SOURCES, Judgement, percent
+from m3i_fast.observe.stages import STAGES, family_of
 
 MAX_POINTS = 400  # of a curve; more steps are averaged in bins
 MIN_SMOOTHED = 24  # points of a curve that gets a moving mean
 CURVE_HEIGHT = 170
 BAR_HEIGHT = 30
-STAGES = {
-    "time/data_ms": "Data",
-    "time/target_ms": "Targets",
-    "time/encoder_ms": "Encoder",
-    "time/loss_ms": "Predictors, loss",
-    "time/backward_ms": "Backward",
-    "time/optim_ms": "Optimiser",
-}
 NAMES = {
     "loss/total": ("Total", "the weighted sum of the terms"),
     "loss/intra": ("Intra-view dense", "features of hidden cells, same view"),
@@ -154,7 +147,8 @@ def bars(judgement: Judgement) -> Panel:
 
 def time_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
     """Where a step's time goes: the median of each stage over the logged steps, and its share."""
-    logged = {name: [r[key] for r in metrics if key in r] for key, name in STAGES.items()}
+    rows = [row for row in map(_by_stage, metrics) if row]
+    logged = {name: [r[key] for r in rows if key in r] for key, name in STAGES.items()}
     median = {name: float(np.median(values)) for name, values in logged.items() if values}
     total = sum(median.values())
     if total <= 0:
@@ -174,6 +168,16 @@ def time_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
         margin=116,
         room=2.0,
     )
+
+
+def _by_stage(row: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a logged step by the keys of STAGES; those of the terms are summed."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        if key.startswith("time/"):
+            stage = family_of(key.removeprefix("time/").removesuffix("_ms"))
+            found[stage] = found.get(stage, 0.0) + value
+    return found
 
 
 def _bars(

@@ -80,7 +80,12 @@ def test_bars_carry_the_figures_and_say_them() -> None:
 
 def test_time_shares_are_medians_and_sum_to_the_step() -> None:
     rows = [
-        {"step": i, "time/data_ms": 10.0, "time/encoder_ms": 30.0 + 1000 * (i == 0)}
+        {
+            "step": i,
+            "time/data.wait_ms": 10.0,
+            "time/loss.intra_ms": 20.0 + 1000 * (i == 0),
+            "time/loss.total_ms": 10.0,
+        }
         for i in range(5)
     ]
     panel = time_shares(rows)

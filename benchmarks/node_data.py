@@ -1,0 +1,96 @@
+"""The shards that `bench node` reads: the user's, or pictures made for this one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.parallel import World
+from m3i_fast.pipelines import synthetic
+from m3i_fast.pipelines.manifest import Manifest, is_dataset, read_manifest
+
+PLACE = Path("synthetic")  # what a row says of shards that are gone
+EPOCH_BATCHES = 2  # of all ranks; the same pictures come again
+_FIRST_MERGE = 514  # ids of bytes, start and end
+
+
+@contextmanager
+def shards_of(
+    cfg: TrainConfig, *, make: bool, world: World, num_pictures: int = 0
+) -> Iterator[TrainConfig]:
+    """The config with shards that are there. `make`: in a temporary folder, gone at the end.
+
+    num_pictures: to be made; 0: as many as EPOCH_BATCHES of all ranks have.
+    Classes and vocabulary are then those of the pictures. Raises FileNotFoundError where there are
+    no shards and none are to be made.
+    """
+    if not make:
+        if not is_dataset(cfg.data.path):
+            raise FileNotFoundError(
+                f"--data.path: no shards at {cfg.data.path}: name others, make pictures with "
+                f"m3i-fast data synthetic {cfg.data.path}, or add --synthetic-data, which makes "
+                "some for this run alone"
+            )
+        yield cfg
+        return
+    with shared_folder(world) as folder:
+        path = folder / "shards"
+        if world.is_main:
+            text = cfg.text
+            synthetic.build(
+                path,
+                num_samples=num_pictures or EPOCH_BATCHES * cfg.data.batch_size * world.size,
+                num_merges=max(text.vocab_size - _FIRST_MERGE, 0),
+                context_length=text.context_length,
+            )
+        world.wait_for_all()
+        yield fit(cfg, path)
+
+
+def fit(cfg: TrainConfig, path: Path) -> TrainConfig:
+    """The config with the classes, token ids and captions of the shards there."""
+    manifest = read_manifest(path)
+    tokenizer = manifest.tokenizer
+    return replace(
+        cfg,
+        num_classes=len(manifest.class_names),
+        text=replace(
+            cfg.text,
+            vocab_size=tokenizer.vocab_size,
+            context_length=tokenizer.context_length,
+        ),
+        data=replace(cfg.data, path=path, split="train"),
+    )
+
+
+def describe(manifest: Manifest, split: str) -> dict[str, Any]:
+    """What a row says of the pictures."""
+    found = manifest.split(split)
+    size = sum(shard.num_bytes for shard in found.shards)
+    return {
+        "name": manifest.name,
+        "num_pictures": found.num_samples,
+        "smallest_hw": list(manifest.min_image_size),
+        "largest_hw": list(manifest.max_image_size),
+        "format": manifest.image_format,
+        "shard_bytes_per_picture": size / found.num_samples,
+        "settings": manifest.settings,
+    }
+
+
+@contextmanager
+def shared_folder(world: World) -> Iterator[Path]:
+    """A temporary folder of the first rank, which all see; gone when all are done."""
+    if not world.is_main:
+        yield Path(world.gather("")[0])
+        world.wait_for_all()
+        return
+    with TemporaryDirectory(prefix="m3i-node-") as name:
+        world.gather(name)
+        yield Path(name)
+        world.wait_for_all()

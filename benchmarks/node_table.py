@@ -1,0 +1,112 @@
+"""What `bench node` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+ENERGY_UNKNOWN = "energy: not known on this machine"
+
+
+def show(console: Console, figures: dict[str, Any]) -> None:
+    """The rates, and what they say."""
+    console.print(_rates(figures))
+    for line in _notes(figures):
+        console.print(line, highlight=False, soft_wrap=True)
+    said = figures["verdict"]
+    console.print(
+        f"\n[bold]bottleneck: {said['bottleneck']}[/]; without it up to "
+        f"{said['headroom']:.2f} times the images",
+        highlight=False,
+    )
+    for sentence in said["evidence"]:
+        console.print(f"- {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+def _rates(figures: dict[str, Any]) -> Table:
+    unit = "GPU" if figures["device"] == "cuda" else "process"
+    title = (
+        f"{figures['recipe']} on {figures['num_ranks']} x {figures['device']}, source images/s: "
+        f"{figures['batch_size']} a batch, {figures['precision']}, threads: torch "
+        f"{figures['num_threads']}, loader {figures['loader_threads']}"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    columns = (f"a {unit}", "95 % interval", "p5 - p95", "a node", "step, ms", "windows")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, each in figures["measurements"].items():
+        rates, windows = each["per_gpu"], str(each["num_windows"])
+        if each["num_throttled"]:
+            windows += f", {each['num_throttled']} throttled, {each['num_left_out']} left out"
+        table.add_row(
+            name if each["is_settled"] else f"{name} (not settled)",
+            f"{rates['median']:,.4g}",
+            f"{rates['ci_low']:,.4g} - {rates['ci_high']:,.4g}",
+            f"{rates['p5']:,.4g} - {rates['p95']:,.4g}",
+            f"{each['per_node']['median']:,.4g}",
+            f"{each['step_ms']:,.4g}",
+            windows,
+        )
+    return table
+
+
+def _notes(figures: dict[str, Any]) -> list[str]:
+    """Of the pictures, the ranks, the use of the card and its energy."""
+    data, used = figures["data"], figures["efficiency"]
+    notes = [
+        f"pictures: {data['num_pictures']:,} of {escape(data['name'])}, {data['smallest_hw']} to "
+        f"{data['largest_hw']} pixels, {data['shard_bytes_per_picture'] / 1024:,.0f} KiB each; the "
+        "same come again and again, from memory where they fit"
+    ]
+    if figures["num_ranks"] > 1:
+        each = figures["measurements"]["both"]["per_rank"]
+        notes.append(f"ranks: {min(each):,.4g} to {max(each):,.4g} images/s, both together")
+    if "unknown" in used:
+        notes.append(f"MFU: not known: {escape(used['unknown'])}")
+    else:
+        notes.append(
+            f"MFU {used['mfu']:.1%}, HFU {used['hfu']:.1%} of a peak that is {used['peak_of']} "
+            f"({escape(used['card'])}); {used['model_flop_s'] / 1e9:,.4g} model GFLOP/s"
+        )
+    joules = figures["joules_per_image"]
+    notes.append(ENERGY_UNKNOWN if joules is None else f"energy: {joules:.4g} J an image")
+    return notes
+
+
+def show_sweep(console: Console, figures: dict[str, Any]) -> None:
+    """A line a point, the best marked."""
+    points = figures["sweep"]
+    table = Table(
+        title=f"{figures['recipe']}: source images/s of {figures['num_ranks']} ranks",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for axis in points[0]["values"]:
+        table.add_column(axis, justify="right", no_wrap=True)
+    for column in ("loader", "synthetic", "both", "bottleneck"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for point in points:
+        table.add_row(*map(str, point["values"].values()), *_of_point(point))
+    console.print(table)
+
+
+def _of_point(point: dict[str, Any]) -> list[str]:
+    if point["status"] != "measured":
+        return ["", "", "", "", escape(f"{point['status']}: {point['reason']}")]
+    measured = point["figures"]["measurements"]
+    rates = (measured[name]["per_node"]["median"] for name in ("loader", "synthetic", "both"))
+    note = ["[green]best[/]"] if point["is_best"] else []
+    if point["reason"]:
+        note.append(escape(point["reason"]))
+    return [
+        *(f"{rate:,.4g}" for rate in rates),
+        point["figures"]["verdict"]["bottleneck"],
+        ", ".join(note),
+    ]

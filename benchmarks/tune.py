@@ -1,0 +1,301 @@
+"""The tiles of kernels: candidates are compiled, pruned by a model, and timed where a card is.
+
+    python -m m3i_fast.benchmarks.tune [--card a100|h100|cpu] [--op dcnv3|mi_loss] [--no-record]
+    python -m m3i_fast.benchmarks.tune --write     and the winners become what is built
+
+For a GPU NVRTC compiles every candidate to machine code, which needs no GPU: registers, spills,
+shared memory, and from them how many blocks a multiprocessor runs. tune_roofline.py predicts a
+time. Dropped, with the reason in the row: what cannot be built, what spills, what does not fit,
+what is another candidate's code, and what the model holds to be 1.25 times as slow as its best.
+What is left is built as operators and timed on a card of the class; without one its time is null.
+On the CPU all candidates are built and timed.
+
+A candidate counts where its results are those of plain torch, and wins where even its slow samples
+(p80) are faster than the current policy's fast ones (p20).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from rich import box
+from rich.progress import Progress
+from rich.table import Table as RichTable
+
+from m3i_fast.benchmarks import tune_policy, tune_time
+from m3i_fast.benchmarks.harness import Timing, parse, publish
+from m3i_fast.benchmarks.ledger import read_rows
+from m3i_fast.benchmarks.tune_candidates import (
+    SUBJECTS,
+    Subject,
+    candidates,
+    compile_candidate,
+    predict,
+    with_policy,
+)
+from m3i_fast.benchmarks.tune_compile import code_digest
+from m3i_fast.benchmarks.tune_policy import CUDA, Policy, Table
+
+SUBJECT = "tune"
+OPS = {"dcnv3": "dcnv3", "mi_loss": "boltzmann"}  # by what users call them
+MARGIN = 1.25  # beyond which the model's word is taken
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    op: Literal["all", "dcnv3", "mi_loss"] = "all"
+    """Whose tiles."""
+    card: Literal["auto", "a100", "h100", "cpu"] = "auto"
+    """auto: the GPU's class where torch sees one, else cpu. Without that card compile half only."""
+    kind: str = ""
+    """One class of calls: small, large, half, float or blocks. All of them unless given."""
+    most: int = 0
+    """Candidates of a class at most, the current policy among them; 0: all."""
+    num_samples: int = 20
+    """Samples of each candidate, interleaved."""
+    timing: bool = True
+    """Time what is left; with --no-timing compile half only."""
+    write: bool = False
+    """Write the winners that were measured to cuda/<op>/tiles.json; the next build takes them."""
+    record: bool = True
+    """Append the rows to the ledger, benchmarks/results/tune.jsonl."""
+
+    def __post_init__(self) -> None:
+        if self.most < 0:
+            raise ValueError(f"most: expected 0 or more, got {self.most}")
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples: expected at least 1, got {self.num_samples}")
+        if self.write and not (self.record and self.timing):
+            raise ValueError("write: expected with --record and --timing, whose row it names")
+        if not self.subjects("cpu") and not self.subjects("a100"):
+            kinds = sorted({subject.kind for subject in SUBJECTS})
+            raise ValueError(f"kind: expected one of {kinds} that {self.op} has, got {self.kind!r}")
+
+    def subjects(self, card: str) -> list[Subject]:
+        return [
+            subject
+            for subject in SUBJECTS
+            if subject.card == card
+            and self.op in ("all", *(name for name, folder in OPS.items() if folder == subject.op))
+            and self.kind in ("", subject.kind)
+        ]
+
+
+def card_here() -> str | None:
+    """The class of the GPU that torch sees."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability()
+    return {(8, 0): "a100", (9, 0): "h100"}.get(capability)
+
+
+# ---- Candidates ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Candidate:
+    """What is known of one so far."""
+
+    policy: Policy
+    current: bool
+    resources: dict[str, Any] = field(default_factory=dict)
+    predicted_ms: float | None = None
+    code: tuple[Any, ...] = ()
+    timing: Timing | None = None
+    dropped: str | None = None
+    chosen: bool = False
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.policy.items())
+
+
+def compile_half(subject: Subject, table: Table, candidate: Candidate) -> None:
+    """Resources and prediction, or why the candidate is dropped."""
+    if problem := tune_policy.problem_of(candidate.policy):
+        candidate.dropped = f"cannot be built: {problem}"
+        return
+    filled = with_policy(table, subject, candidate.policy)
+    compiled = compile_candidate(subject, filled)
+    prediction = predict(subject, filled, compiled)
+    used = compiled.kernels.values()
+    candidate.resources = {
+        "registers": max(kernel.registers for kernel in used),
+        "spill_bytes": sum(kernel.spill_bytes for kernel in used),
+        "shared_bytes": prediction.shared_bytes + max(kernel.shared_bytes for kernel in used),
+        "blocks_per_multiprocessor": prediction.blocks,
+        "kernels": {name: asdict(kernel) for name, kernel in compiled.kernels.items()},
+    }
+    candidate.predicted_ms = prediction.ms
+    on_host = candidate.policy if subject.kind == "blocks" else None  # no kernel knows of it
+    candidate.code = code_digest(compiled.cubin), compiled.constants, repr(on_host)
+    if not prediction.blocks:
+        candidate.dropped = "occupancy 0: no block fits a multiprocessor"
+    elif candidate.resources["spill_bytes"]:
+        candidate.dropped = f"spills {candidate.resources['spill_bytes']} bytes"
+
+
+def prune(found: list[Candidate]) -> None:
+    """Drops what is another's code, and what the model holds to be slow; the current one stays."""
+    left = [candidate for candidate in found if candidate.dropped is None]
+    best = min((candidate.predicted_ms or 0 for candidate in left), default=0)
+    seen: dict[tuple[Any, ...], Candidate] = {}
+    for candidate in left:
+        twin = seen.setdefault(candidate.code, candidate)
+        ratio = (candidate.predicted_ms or 0) / best if best else 1
+        if candidate.current:
+            continue
+        if twin is not candidate:
+            candidate.dropped = f"the same code as {twin.name}"
+        elif ratio > MARGIN:
+            candidate.dropped = f"dominated: {ratio:.2f} times the model's best"
+
+
+def time_half(
+    subject: Subject, table: Table, found: list[Candidate], num_samples: int, bar: Progress
+) -> None:
+    """Timings of what is left, and who wins; the current policy is among them."""
+    device = "cpu" if subject.card == "cpu" else "cuda"
+    left = [candidate for candidate in found if candidate.dropped is None]
+    built = {}
+    for candidate in bar.track(left, description=f"build {subject}"):
+        ops = tune_time.build_candidate(subject, table, candidate.policy)
+        if problem := tune_time.check(subject, ops, device):
+            candidate.dropped = f"wrong: {problem}"
+            logger.warning("%s %s: %s", subject, candidate.name, candidate.dropped)
+        else:
+            built[candidate.name] = ops
+    (current,) = (candidate for candidate in found if candidate.current)
+    if current.name not in built:
+        raise RuntimeError(f"{subject}: the current policy is dropped: {current.dropped}")
+    timings = tune_time.time_candidates(subject, built, device, num_samples)
+    winner = tune_time.fastest(timings, current.name)
+    for candidate in left:
+        candidate.timing = timings.get(candidate.name)
+        candidate.chosen = candidate.name == winner
+
+
+def sweep(cfg: Config, subject: Subject, *, timed: bool, bar: Progress) -> list[Candidate]:
+    """All candidates of a class of calls."""
+    table = tune_policy.read(subject.op)
+    current = table[subject.card][subject.kind]
+    policies = candidates(subject, current)[: cfg.most or None]
+    found = [Candidate(policy, policy == current) for policy in policies]
+    if subject.card != "cpu":
+        for candidate in bar.track(found, description=f"compile {subject}"):
+            compile_half(subject, table, candidate)
+        prune(found)
+    if timed:
+        time_half(subject, table, found, cfg.num_samples, bar)
+    return found
+
+
+# ---- Rows ----------------------------------------------------------------------------------------
+
+
+def row_of(subject: Subject, candidate: Candidate) -> dict[str, Any]:
+    (op,) = (name for name, folder in OPS.items() if folder == subject.op)
+    timing = candidate.timing
+    return {
+        "card": subject.card,
+        "op": op,
+        "kind": subject.kind,
+        "dtype": subject.dtype,
+        "shape": list(subject.shape),
+        "policy": candidate.policy,
+        "current": candidate.current,
+        **dict.fromkeys(
+            ("registers", "spill_bytes", "shared_bytes", "blocks_per_multiprocessor", "kernels")
+        ),
+        **candidate.resources,
+        "predicted_ms": candidate.predicted_ms,
+        "measured_ms": timing.median_ms if timing else None,
+        "timing": asdict(timing) if timing else None,
+        "num_threads": torch.get_num_threads(),
+        "dropped": candidate.dropped,
+        "chosen": candidate.chosen,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> RichTable:
+    shown = RichTable(title="tiles", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("policy", min_width=24)
+    for column in ("regs", "spill", "KiB", "blocks", "model ms", "ms"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    group = None
+    for row in rows:
+        heading = f"{row['op']} {row['card']}.{row['kind']}, {row['shape']}, {row['dtype']}"
+        if heading != group:
+            shown.add_section()
+            shown.add_row(heading)
+            group = heading
+        shared = row["shared_bytes"]
+        cells = (
+            *(row["registers"], row["spill_bytes"], None if shared is None else shared // 1024),
+            *(row["blocks_per_multiprocessor"], row["predicted_ms"], row["measured_ms"]),
+        )
+        texts = ("" if cell is None else f"{cell:.3g}" for cell in cells)
+        marks = ["current"] * row["current"] + ["chosen"] * row["chosen"]
+        name = ", ".join(f"{key} {value}" for key, value in row["policy"].items())
+        said = row["dropped"] or ", ".join(marks)
+        shown.add_row(f"  {name}" + (f" ({said})" if said else ""), *texts)
+    return shown
+
+
+def all_rows(cfg: Config, card: str, *, timed: bool) -> Iterator[dict[str, Any]]:
+    for subject in cfg.subjects(card):
+        with Progress(transient=True) as bar:
+            found = sweep(cfg, subject, timed=timed, bar=bar)
+        yield from (row_of(subject, candidate) for candidate in found)
+
+
+def write_winners(num_rows: int) -> list[str]:
+    """Policies of the ledger's last rows that were chosen, to their files; and the headers anew."""
+    written = []
+    for row in list(read_rows(SUBJECT))[-num_rows:]:
+        figures = row["figures"]
+        if not figures["chosen"]:
+            continue
+        op, kind = OPS[figures["op"]], figures["kind"]
+        source = {"time": row["time"], "commit": row["commit"]}
+        entry = {"policy": figures["policy"], "why": "measured", "row": source}
+        shared = (op, kind) == ("boltzmann", "float")  # one kernel serves both cards
+        for card in ("a100", "h100") if shared else (figures["card"],):
+            tune_policy.write_entry(tune_policy.path_of(op), card, kind, entry)
+            written.append(f"{op} {card}.{kind}")
+    tune_policy.write_headers()
+    return written
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = parse(Config, SUBJECT, argv)
+    if not (CUDA / "bindings.cpp").is_file():
+        raise ValueError(f"tune: expected a checkout with the kernels' sources, got none in {CUDA}")
+    here = card_here()
+    card = (here or "cpu") if cfg.card == "auto" else cfg.card
+    timed = cfg.timing and card in ("cpu", here)
+    if cfg.timing and not timed:
+        logger.warning("no GPU of the class %s: compile half only, nothing is measured", card)
+    num_rows = 0
+
+    def counted() -> Iterator[dict[str, Any]]:
+        nonlocal num_rows
+        for row in all_rows(cfg, card, timed=timed):
+            num_rows += 1
+            yield row
+
+    publish(SUBJECT, counted(), table, record=cfg.record)
+    if cfg.write and timed:
+        logger.warning(
+            "written: %s; `make install` builds them", ", ".join(write_winners(num_rows))
+        )
+
+
+if __name__ == "__main__":
+    main()

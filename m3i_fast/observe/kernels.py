@@ -1,0 +1,73 @@
+"""Names of kernels and operators: the family each belongs to, and what two runs have in common."""
+
+from __future__ import annotations
+
+import re
+
+FAMILIES = {
+    "gemm": "Matrix products and convolutions",
+    "attention": "Attention",
+    "norm": "Normalisation",
+    "dcnv3": "DCNv3",
+    "mi_loss": "Mutual-information losses",
+    "elementwise": "Elementwise and reductions",
+    "memcpy": "Copies",
+    "comm": "Communication",
+    "other": "Other",
+}
+
+# The first that is found in the name, in this order: NCCL's kernels name reductions, flash
+# attention's and cuDNN's name the products that they are made of.
+_PATTERNS = {
+    "comm": r"nccl|c10d::|gloo|all_?reduce|all_?gather|reduce_?scatter|nvshmem|_SumOverRanks",
+    "dcnv3": r"dcnv3",
+    # Kernels, operators, and the autograd functions around them.
+    "mi_loss": r"boltzmann|m3i[:_]+gaussian|\bgaussian_(fwd|bwd|products|partials)"
+    r"|^(Softmax|Sigmoid)(Backward)?$",
+    "memcpy": r"memcpy|memset|^aten::(copy_|_to_copy|clone|contiguous)$",
+    "attention": r"flash_|fmha|attention|sdpa|softmax_warp",
+    "norm": r"layer_?norm|batch_?norm|group_?norm|rms_?norm|rsqrt|bn_(fw|bw)",
+    "gemm": r"gemm|cutlass|xmma|nvjet|wgmma|winograd|implicit_convolve|convolve|fprop|dgrad|wgrad"
+    r"|^aten::(mm|bmm|addmm|baddbmm|matmul|linear|addmv|mv|dot|einsum|_scaled_mm|convolution"
+    r"|_convolution|convolution_backward|mkldnn_\w+|thnn_conv2d|slow_conv\w*|addbmm)$|gemv|mkldnn",
+    "elementwise": r"elementwise|reduce_kernel|triton_(poi|red|per)|multi_tensor_apply|softmax"
+    r"|mask_mix|_foreach_|_fused_adam|loss|cat_array|^aten::(add|sub|rsub|mul|div|addcmul|addcdiv"
+    r"|lerp|exp|log|sqrt|pow|neg|abs|sigmoid|tanh|gelu|relu|silu|where|clamp|maximum|minimum"
+    r"|sum|mean|var|std|max|min|amax|amin|argmax|norm|linalg_vector_norm|logsumexp|fill_|zero_"
+    r"|cat|stack|gt|lt|ge|le|eq|ne|isfinite|bitwise_\w+|logical_\w+|masked_fill|cumsum|square"
+    r"|gelu_backward|threshold_backward|arange|cos|sin|bernoulli|erf)_?$",
+}
+_COMPILED = {family: re.compile(pattern, re.IGNORECASE) for family, pattern in _PATTERNS.items()}
+
+
+def family(name: str) -> str:
+    """The key of FAMILIES; names as the profiler gives them, template arguments included."""
+    for found, pattern in _COMPILED.items():
+        if pattern.search(name):
+            return found
+    return "other"
+
+
+def normalised(name: str) -> str:
+    """Without return type, template arguments, parameters and running numbers.
+
+    So the same kernel of another dtype, shape or build has the same name.
+    """
+    short = re.sub(r"^void\s+", "", name.split(", op_id")[0].strip())
+    short = _without_brackets(short.replace("(anonymous namespace)::", ""))
+    if short.startswith("triton_"):
+        return re.sub(r"_\d+$", "", short)
+    return short
+
+
+def _without_brackets(name: str) -> str:
+    """What stands outside <...> and (...); `operator<` would be cut there, and no kernel has it."""
+    kept, depth = [], 0
+    for letter in name:
+        if letter in "<(":
+            depth += 1
+        elif letter in ">)":
+            depth -= 1
+        elif depth == 0:
+            kept.append(letter)
+    return "".join(kept).strip() or name

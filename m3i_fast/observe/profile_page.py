@@ -1,0 +1,81 @@
+"""A profile's summary as one self-contained page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from m3i_fast.observe import profile_text as text
+from m3i_fast.storage import write_atomically
+
+_PAGE = Path(__file__).parent / "page"
+
+
+def write_page(summary: text.Summary, path: Path) -> Path:
+    """Write the page to `path`, replacing an older one whole. Returns the path."""
+    write_atomically(path, render_page(summary).encode())
+    return path
+
+
+def render_page(summary: text.Summary) -> str:
+    """As HTML that makes no request."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    styles = [(_PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "profile.css")]
+    return environment.get_template("profile.html").render(
+        title=text.title(summary),
+        sentences=text.sentences(summary),
+        notes=summary["notes"],
+        tiles=_tiles(summary),
+        stages=_bars(summary["stages"]),
+        families=_bars(summary["families"]),
+        work_name=text.work_name(summary),
+        tables=[
+            ("All stages", text.stage_table(summary)),
+            (text.work_name(summary), text.kernel_table(summary)),
+            (text.wait_heading(summary), text.wait_table(summary)),
+            ("The same, as the profiler saw them", text.device_wait_table(summary)),
+        ],
+        style=Markup("\n".join(styles)),
+        script=Markup((_PAGE / "profile.js").read_text(encoding="utf-8")),
+    )
+
+
+def _tiles(summary: text.Summary) -> list[tuple[str, str]]:
+    """(value, what it is)."""
+    tiles = [
+        (f"{summary['step_ms']:.1f} ms", "a step, profiled"),
+        (f"{summary['pace']['slowdown']:.2f}x", "the time of a step that is not profiled"),
+        (f"{100 * summary['data_wait_share']:.1f}%", "of the step waits for data"),
+    ]
+    gpu = summary["gpu"]
+    if gpu is not None:
+        tiles.append((f"{100 * gpu['idle_share']:.1f}%", "of the step the GPU idles"))
+        if gpu["comm_overlap"] is not None:
+            tiles.append((f"{100 * gpu['comm_overlap']:.0f}%", "of communication is hidden"))
+    else:
+        outside = 100 * (1 - summary["work_share"])
+        tiles.append((f"{outside:.1f}%", "of the step is outside all operators"))
+    return tiles
+
+
+def _bars(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Of the longest as the full width, for what takes a thousandth or more."""
+    longest = max((row["ms"] for row in rows), default=0.0)
+    return [
+        {
+            "title": row["title"],
+            "width": f"{100 * max(row['ms'], 0) / longest:.1f}%" if longest > 0 else "0%",
+            "text": f"{100 * row['share']:.1f}%, {row['ms']:.2f} ms",
+        }
+        for row in rows
+        if row["share"] >= 0.001
+    ]

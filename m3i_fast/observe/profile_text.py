@@ -1,0 +1,145 @@
+"""A profile's summary as Markdown, and as what the page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_KERNELS = 30
+
+Summary = Mapping[str, Any]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Headings and rows."""
+
+
+def title(summary: Summary) -> str:
+    return f"Profile of {summary['recipe']} on {summary['device']}"
+
+
+def work_name(summary: Summary) -> str:
+    """What the work is made of."""
+    return "Kernels" if summary["kind"] == "cuda" else "Operators"
+
+
+def sentences(summary: Summary) -> list[str]:
+    """What was measured, and what stands out."""
+    pace = summary["pace"]
+    found = [
+        f"{summary['num_steps']} steps of {summary['step_ms']:.1f} ms, recorded by "
+        f"{summary['profiler']}. Without it {pace['before_ms']:.1f} ms before and "
+        f"{pace['after_ms']:.1f} ms after: profiling took {pace['slowdown']:.2f} times as long.",
+        f"Waiting for data: {_percent(summary['data_wait_share'])} of the step.",
+    ]
+    gpu = summary["gpu"]
+    if gpu is None:
+        found.append(
+            "No GPU: operators of the CPU are shown, and what runs outside all operators is "
+            f"{_percent(1 - summary['work_share'])} of the step."
+        )
+    else:
+        found.append(
+            f"The GPU idles {_percent(gpu['idle_share'])} of the step, at most "
+            f"{gpu['longest_idle_ms']:.2f} ms at once; {gpu['num_streams']} streams."
+        )
+        if gpu["comm_overlap"] is not None:
+            found.append(
+                f"Communication takes {gpu['comm_ms']:.2f} ms a step, of which "
+                f"{_percent(gpu['comm_overlap'])} runs beside other work."
+            )
+    return found
+
+
+def stage_table(summary: Summary) -> Table:
+    head = ["Stage", "Host, ms", "Share"]
+    on_gpu = summary["kind"] == "cuda"
+    if on_gpu:
+        head.append("GPU, ms")
+    rows = []
+    for stage in summary["stages"]:
+        row = [stage["name"], _ms(stage["ms"]), _percent(stage["share"])]
+        rows.append([*row, _ms(stage["device_ms"])] if on_gpu else row)
+    return head, rows
+
+
+def family_table(summary: Summary) -> Table:
+    return ["Family", "ms a step", "Share"], [
+        [row["title"], _ms(row["ms"]), _percent(row["share"])] for row in summary["families"]
+    ]
+
+
+def kernel_table(summary: Summary) -> Table:
+    """The longest ones; rates with their share of the peak where the card is known."""
+    head = ["Name", "Family", "ms a step", "Share", "Calls", "GFLOP/s", "Argument GB/s"]
+    rows = [
+        [
+            row["name"],
+            row["family"],
+            _ms(row["ms"]),
+            _percent(row["share"]),
+            f"{row['calls']:.4g}",
+            _rate(row["flop_s"], row["of_peak_flop_s"]),
+            _rate(row["byte_s"], row["of_peak_byte_s"]),
+        ]
+        for row in summary["kernels"][:MAX_KERNELS]
+    ]
+    return head, rows
+
+
+def wait_heading(summary: Summary) -> str:
+    if summary["kind"] == "cuda":
+        return "Lines at which the host waits for the GPU"
+    return "Lines at which the host reads a tensor: it would wait for a GPU that the tensor lay on"
+
+
+def wait_table(summary: Summary) -> Table:
+    """Reads in one further step, each with the line that asks for it."""
+    return ["Operator", "Stage", "Calls a step", "Line"], [
+        [wait["name"], wait["stage"], f"{wait['calls']:g}", " < ".join(wait["stack"]) or "-"]
+        for wait in summary["waits"]
+    ]
+
+
+def device_wait_table(summary: Summary) -> Table:
+    """What the profiler itself saw of the host's waiting."""
+    return ["Call", "Stage", "Calls a step", "ms a step"], [
+        [wait["name"], wait["stage"], f"{wait['calls']:.3g}", _ms(wait["ms"])]
+        for wait in summary["device_waits"]
+    ]
+
+
+def markdown(summary: Summary) -> str:
+    """summary.md."""
+    parts = [f"# {title(summary)}", *sentences(summary)]
+    parts += [f"> {note}" for note in summary["notes"]]
+    tables = {
+        "Stages": stage_table,
+        "Families": family_table,
+        work_name(summary): kernel_table,
+        wait_heading(summary): wait_table,
+        "The same, as the profiler saw them": device_wait_table,
+    }
+    for heading, make in tables.items():
+        parts.append(f"## {heading}")
+        head, rows = make(summary)
+        parts.append(table(head, rows) if rows else "None.")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _rate(per_s: float | None, of_peak: float | None) -> str:
+    if per_s is None:
+        return "-"
+    return f"{per_s / 1e9:.4g}" + (f" ({_percent(of_peak)})" if of_peak is not None else "")

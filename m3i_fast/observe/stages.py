@@ -1,0 +1,111 @@
+"""The stages of a training step, and how long each takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+STAGES = {
+    "data.wait": "Data",
+    "h2d": "Copy to device",
+    "mix": "Mixing",
+    "fwd.target": "Targets",
+    "fwd.input": "Encoder",
+    "fwd.text": "Text encoder",
+    "loss": "Predictors, loss",
+    "bwd": "Backward",
+    "comm": "Averaging over ranks",
+    "clip": "Clipping",
+    "optim": "Optimiser",
+    "ema": "EMA",
+    "log": "Metrics",
+    "ckpt": "Checkpoint",
+}
+"""What a step is made of, in its order, with names for a reader. `loss` stands for `loss.<term>`
+and for `loss.total`, which is the sum, its balance and the monitors."""
+
+
+def family_of(stage: str) -> str:
+    """The key of STAGES that a stage belongs to."""
+    return "loss" if stage.startswith("loss.") else stage
+
+
+@dataclass(slots=True, eq=False)
+class _Span:
+    name: str
+    begin: Any  # torch.cuda.Event, or seconds of the clock
+    end: Any = None
+    inner: list[_Span] = field(default_factory=list)
+
+    def seconds(self) -> float:
+        if isinstance(self.begin, float):
+            return float(self.end - self.begin)
+        self.end.synchronize()
+        return float(self.begin.elapsed_time(self.end)) / 1000
+
+
+class StageTimer:
+    """Times of the step's stages, read when logging.
+
+    CUDA events and an NVTX range on a GPU, the clock elsewhere. A stage inside another one is not
+    counted twice: the times of all stages sum to the time that any was open.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.mark: Callable[[str], AbstractContextManager[Any]] = (
+            torch.cuda.nvtx.range if self._cuda else nullcontext
+        )
+        """What else is told of a stage; a profiler puts itself here while it records."""
+        self._open: list[_Span] = []
+        self._spans: list[_Span] = []
+        self._steps = 0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        outer = self._open[-1] if self._open else None
+        span = _Span(name, self._now())
+        self._open.append(span)
+        try:
+            with self.mark(name):
+                yield
+        finally:
+            self._open.remove(span)
+        span.end = self._now()
+        self._spans.append(span)
+        if outer is not None:
+            outer.inner.append(span)
+
+    @property
+    def innermost(self) -> str | None:
+        """The stage that is open now."""
+        return self._open[-1].name if self._open else None
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def count_step(self) -> None:
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds a step of every stage since the last read, as `time/<stage>_ms`.
+
+        A stage that is open now counts at the next read.
+        """
+        sums: dict[str, float] = {}
+        for span in self._spans:
+            own = span.seconds() - sum(inner.seconds() for inner in span.inner)
+            sums[span.name] = sums.get(span.name, 0.0) + own
+        steps = max(self._steps, 1)
+        self._spans.clear()
+        self._steps = 0
+        return {f"time/{name}_ms": 1000 * total / steps for name, total in sums.items()}

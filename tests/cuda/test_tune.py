@@ -1,0 +1,251 @@
+"""The compile half of a sweep: NVRTC's code, its resources, and what is dropped and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from m3i_fast.benchmarks import ledger, tune, tune_build, tune_policy, tune_time
+from m3i_fast.benchmarks.tune_candidates import (
+    SUBJECTS,
+    Subject,
+    candidates,
+    compile_candidate,
+    predict,
+    with_policy,
+)
+from m3i_fast.benchmarks.tune_compile import code_digest, compile_cubin
+from m3i_fast.benchmarks.tune_roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
+from tests.cuda.emulator import emulated
+from tests.cuda.nvcc import CUDA
+
+pytest.importorskip("cupy")
+
+
+def subject(op: str, card: str, kind: str) -> Subject:
+    (found,) = (s for s in SUBJECTS if (s.op, s.card, s.kind) == (op, card, kind))
+    return found
+
+
+# ---- Code ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("card", "architecture"), [("a100", "sm_80"), ("h100", "sm_90a")])
+def test_resources_are_those_that_nvcc_gives(card: str, architecture: str) -> None:
+    """budget.json has nvcc's, rounded up to the eights in which registers are given out."""
+    of_call = subject("dcnv3", card, "small")
+    compiled = compile_candidate(of_call, tune_policy.read("dcnv3"))
+    budget = json.loads((CUDA / "dcnv3" / "budget.json").read_text())[architecture]
+    assert len(compiled.kernels) == 2
+    for name, used in compiled.kernels.items():
+        allowed = budget[name.replace("m3i::dcnv3::", "").replace("m3i::", "")]
+        assert allowed["registers"] - 8 < used.registers <= allowed["registers"]
+        assert used.spill_bytes == allowed["spill_bytes"] == 0
+
+
+def test_a_candidates_tiles_take_the_place_of_those_of_the_sources() -> None:
+    """64 x 64 by 2 x 4 warps: 256 threads, and shared memory as counted by hand."""
+    of_call = subject("boltzmann", "a100", "half")
+    tile = {"side": 64, "stages": 4, "warps_down": 2, "warps_across": 4}
+    table = with_policy(tune_policy.read("boltzmann"), of_call, tile)
+    compiled = compile_candidate(of_call, table)
+    operand = max(64 * (32 + 8), 32 * (64 + 8)) * 2
+    vectors = 64 * 4 * (1 + (1 + 3 + 4)) + 64 * 4 * (1 + (3 + 3 + 2))
+    assert compiled.constants == (4 * 2 * operand + vectors, 256)
+
+
+def test_what_the_model_fixes_is_what_the_sources_fix() -> None:
+    policy = hopper_policy()
+    names = ("kHopperTile.rows", "kHopperTile.columns", "kHopperTile.depth", "kHopperTile.stages")
+    names += ("kClusterBlocks", "kConsumers", "kProducerRegisters", "kConsumerRegisters")
+    source = '#include "boltzmann/boltzmann_hopper.h"\nusing namespace m3i::boltzmann;'
+    more = ("kSumsElements", "grads_elements(m3i::DType::kBFloat16, 90)")
+    compiled = compile_cubin(source, [], "sm_90a", constants=[*names, *more])
+    assert compiled.constants == (
+        *(policy.rows, policy.columns, policy.depth, policy.stages),
+        *(policy.blocks, policy.consumers, *policy.registers),
+        *(SUMS_ELEMENTS, policy.grads_elements),
+    )
+
+
+def test_an_illegal_policy_fails_to_compile_by_the_files_name() -> None:
+    table = tune_policy.read("dcnv3")
+    table["h100"]["large"]["chunk"] = 129  # of 128 threads
+    headers = {"dcnv3/dcnv3_tiles.h": tune_policy.render("dcnv3", table)}
+    with pytest.raises(RuntimeError, match=r"cuda/dcnv3/tiles\.json: threads, slots or chunks"):
+        compile_cubin('#include "dcnv3/dcnv3_tiling.h"', [], "sm_80", headers=headers)
+
+
+def test_equal_instructions_are_told_from_others() -> None:
+    """Bounds that ptxas does not need change the name of a kernel and not its code."""
+    source = """template <int kBlocks, int kFactor>
+    __global__ void __launch_bounds__(128, kBlocks) scale_kernel(float* values) {
+      values[threadIdx.x] *= kFactor;
+    }"""
+    digests = {
+        names: code_digest(compile_cubin(source, [f"scale_kernel<{names}>"], "sm_80").cubin)
+        for names in ("1, 2", "4, 2", "4, 3")
+    }
+    assert digests["1, 2"] == digests["4, 2"] != digests["4, 3"]
+
+
+# ---- Occupancy -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("card", "threads", "registers", "shared", "blocks"),
+    [
+        ("a100", 128, 80, 0, 6),  # registers: 10,240 of 65,536 a block
+        ("a100", 256, 33, 0, 6),  # a warp's 33 * 32 are rounded up to 1280
+        ("a100", 1024, 32, 0, 2),  # threads: 2048
+        ("a100", 32, 16, 0, 32),  # blocks
+        ("a100", 128, 32, 54 * 1024, 2),  # with its KiB of the driver three take 165
+        ("h100", 128, 32, 54 * 1024, 4),
+        ("a100", 128, 32, 164 * 1024, 0),
+        ("h100", 384, 168, 217 * 1024, 1),
+        ("h100", 1024, 72, 0, 0),  # registers of one block
+    ],
+)
+def test_occupancy(card: str, threads: int, registers: int, shared: int, blocks: int) -> None:
+    assert occupancy(GPUS[card], threads, registers, shared) == blocks
+
+
+def test_a_call_on_a_card_of_ones_takes_what_is_counted_by_hand() -> None:
+    """Two multiprocessors, a clock of 1 GHz, and rates so high that one bound is left."""
+    fast = {"cache_tb_s": 1e9, "memory_tb_s": 1e9, "exponentials_per_clock": 1 << 40}
+    fast |= {"shared_bytes_per_clock": 1 << 40, "multiprocessors": 2, "clock_ghz": 1.0}
+    gpu = replace(GPUS["a100"], **fast, flop_per_clock=2, latency=0)
+    tile = {"side": 64, "stages": 3, "warps_down": 2, "warps_across": 2}
+    # Sums, G, and both products with it: each 4 tiles of 64 x 64, of 64, 64 and 128 terms.
+    clocks = (2 + 2 + 4) * 64 * 64 * 64
+    assert mma_ms(tile, gpu, 128, 64, 2, False, 24) == pytest.approx(clocks / 1e6, rel=1e-6)
+    assert mma_ms(tile, gpu, 128, 64, 2, True, 24) == pytest.approx(6 * clocks / 1e6, rel=1e-6)
+    # Latency alone: steps of 32 terms, two of them on their way, of both tiles at once.
+    slow = replace(gpu, flop_per_clock=1 << 40, latency=600)
+    clocks = (2 + 2 + 4) * 300
+    assert mma_ms(tile, slow, 128, 64, 2, False, 24) == pytest.approx(clocks / 1e6, rel=1e-6)
+
+
+# ---- What is dropped -----------------------------------------------------------------------------
+
+
+def compiled_half(of_call: Subject, policy: dict[str, int]) -> tune.Candidate:
+    candidate = tune.Candidate(policy, current=False)
+    tune.compile_half(of_call, tune_policy.read(of_call.op), candidate)
+    return candidate
+
+
+def test_spills_are_dropped() -> None:
+    """Two blocks of 1024 threads leave 32 registers a thread."""
+    policy = {"warps": 32, "blocks": 2, "bwd_blocks": 2, "slots": 288, "chunk": 64}
+    candidate = compiled_half(subject("dcnv3", "a100", "large"), policy)
+    assert candidate.resources["registers"] <= 32
+    assert candidate.dropped and candidate.dropped.startswith("spills")
+
+
+def test_what_does_not_fit_is_dropped() -> None:
+    policy = {"side": 128, "stages": 8, "warps_down": 2, "warps_across": 2}
+    candidate = compiled_half(subject("boltzmann", "a100", "half"), policy)
+    assert candidate.resources["shared_bytes"] > 163 * 1024
+    assert candidate.dropped == "occupancy 0: no block fits a multiprocessor"
+    assert candidate.predicted_ms is None
+
+
+def test_what_cannot_be_built_is_not_compiled() -> None:
+    policy = {"warps": 1, "blocks": 6, "bwd_blocks": 5, "slots": 288, "chunk": 64}
+    candidate = compiled_half(subject("dcnv3", "a100", "large"), policy)
+    assert candidate.dropped == (
+        "cannot be built: chunk: expected at most the block's 32 threads, got 64"
+    )
+    assert not candidate.resources
+
+
+def known(name: int, code: str, ms: float, *, current: bool = False) -> tune.Candidate:
+    candidate = tune.Candidate({"warps": name}, current)
+    candidate.code, candidate.predicted_ms = (code,), ms
+    return candidate
+
+
+def test_twins_and_slow_ones_are_dropped_and_the_current_one_stays() -> None:
+    found = [
+        known(1, "a", 9.0, current=True),
+        known(2, "b", 1.0),
+        known(3, "b", 1.0),
+        known(4, "c", 1.2),
+        known(5, "d", 1.3),
+    ]
+    tune.prune(found)
+    dropped = [candidate.dropped for candidate in found]
+    assert dropped[:2] == [None, None] and dropped[3] is None
+    assert dropped[2] == "the same code as warps 2"
+    assert dropped[4] == "dominated: 1.30 times the model's best"
+
+
+def test_fewer_slots_mean_more_chunks_and_a_longer_prediction() -> None:
+    of_call = subject("dcnv3", "h100", "small")
+    table = tune_policy.read("dcnv3")
+    few = with_policy(table, of_call, {**table["h100"]["small"], "slots": 96})
+    predictions = [
+        predict(of_call, of_table, compile_candidate(of_call, of_table))
+        for of_table in (table, few)
+    ]
+    assert all(prediction.ms for prediction in predictions)
+    assert predictions[0].ms < predictions[1].ms
+    assert predictions[0].shared_bytes > predictions[1].shared_bytes
+
+
+# ---- The whole -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of_call", SUBJECTS, ids=str)
+def test_the_current_policy_is_a_candidate_once_and_all_can_be_built(of_call: Subject) -> None:
+    current = tune_policy.read(of_call.op)[of_call.card][of_call.kind]
+    found = candidates(of_call, current)
+    assert found[0] == current and len({repr(sorted(p.items())) for p in found}) == len(found) > 1
+    for policy in found:
+        assert policy.keys() == current.keys()
+        assert tune_policy.problem_of(policy) is None
+
+
+def test_a_sweep_without_the_card_compiles_and_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(tune, "card_here", lambda: None)
+    tune.main(["--card", "h100", "--op", "dcnv3", "--kind", "large", "--most", "3"])
+    rows = [row["figures"] for row in ledger.read_rows("tune")]
+    assert [row["current"] for row in rows] == [True, False, False]
+    for row in rows:
+        assert (row["op"], row["card"], row["kind"]) == ("dcnv3", "h100", "large")
+        assert row["registers"] > 0 and row["blocks_per_multiprocessor"] > 0
+        assert row["predicted_ms"] > 0 and row["measured_ms"] is None and not row["chosen"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "dcnv3 h100.large" in shown and "3 rows appended to" in shown
+
+
+@pytest.mark.parametrize("op", ["dcnv3", "boltzmann"])
+def test_the_check_takes_the_kernels_and_no_others(op: str) -> None:
+    """The calls that are timed on a GPU, here emulated."""
+    of_call = subject(op, "a100", {"dcnv3": "large", "boltzmann": "half"}[op])
+    with emulated(op):
+        assert tune_time.check(of_call, torch.ops.m3i, "cpu") is None
+
+
+@pytest.mark.gpu
+def test_candidates_are_timed_on_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = tune.card_here()
+    if card is None:
+        pytest.skip("tiles have no class for this card: neither an A100 nor an H100")
+    (of_call,) = (s for s in SUBJECTS if (s.op, s.card, s.kind) == ("dcnv3", card, "small"))
+    monkeypatch.setattr(tune_build, "build_folder", lambda: tmp_path)
+    cfg = tune.Config(most=2, num_samples=3, record=False)
+    with Progress() as bar:
+        found = tune.sweep(cfg, of_call, timed=True, bar=bar)
+    timed = [candidate for candidate in found if candidate.dropped is None]
+    assert all(candidate.timing and candidate.timing.median_ms > 0 for candidate in timed)
+    assert sum(candidate.chosen for candidate in timed) == 1
