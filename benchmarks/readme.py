@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m3i_fast.benchmarks import ledger
+from m3i_fast.benchmarks.demo import table as demo_table
 from m3i_fast.benchmarks.ledger import Row
 
 FILES = ("README.md", "docs/comparing.md")
@@ -122,6 +123,12 @@ def peers_table(
 
 
 # ---- Tables --------------------------------------------------------------------------------------
+
+
+def demo() -> str:
+    """Over its seeds, as `m3i-fast bench demo` prints it."""
+    found = demo_table().partition("\n\n")[2]
+    return found or f"The demo: {ABSENT}."
 
 
 def mask_mix() -> str:
@@ -312,5 +319,5 @@ def gate() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (mask_mix, gaussian, dcnv3, mi_loss, internimage, step, loader, gpu, gate)
+    for function in (demo, mask_mix, gaussian, dcnv3, mi_loss, internimage, step, loader, gpu, gate)
 }

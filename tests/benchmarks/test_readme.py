@@ -66,7 +66,7 @@ def test_what_is_between_the_marks_is_replaced_and_all_else_kept(append: Append)
 
 
 def test_an_unknown_table_is_an_error() -> None:
-    with pytest.raises(ValueError, match="ledger:speed: expected one of mask_mix"):
+    with pytest.raises(ValueError, match="ledger:speed: expected one of demo, mask_mix"):
         readme.fill("<!-- ledger:speed -->\n<!-- /ledger -->")
 
 
