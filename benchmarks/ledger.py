@@ -38,7 +38,10 @@ Row = dict[str, Any]
 
 
 def results_dir() -> Path:
-    """The checkout's benchmarks/results; below the current folder for an installed package."""
+    """M3I_RESULTS of the environment; else the checkout's benchmarks/results, which an installed
+    package has below the current folder."""
+    if named := os.environ.get("M3I_RESULTS"):
+        return Path(named)
     here = Path(__file__).resolve().parent
     return (here if (here.parent / ".git").exists() else Path("benchmarks")) / "results"
 
@@ -197,6 +200,7 @@ def commit_of(row: Row) -> str:
 MEASURED = re.compile(
     r"_ms$|_s$|_share$|^seconds$|_seconds$|_loss$|_nats$|^effective_rank$|_slowdown$|_top1$|_concepts$"
     r"|^(num_steps|stops_at|hfu|resumed|collapsed|recovered|weights_equal|campaign|trial|where)$"
+    r"|^(registers|(spill|shared)_bytes|blocks_per_multiprocessor|current|dropped|chosen)$"
 )
 
 

@@ -41,6 +41,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import World, join_world, leave_world
 from m3i_fast.engine.precision import resolve_device
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.environment import num_cores
 from m3i_fast.observe.telemetry import Telemetry
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import find_recipe, recipes
@@ -195,10 +196,12 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
     found, both = find(ranks, measured), measured[BOTH]
     assert isinstance(trainer.loader, Loader)
     on_gpu = trainer.device.type == "cuda"
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     return {
         "device": trainer.device.type,
         "num_ranks": len(ranks),
         "num_nodes": num_nodes,
+        "num_cores": num_cores(),
         "num_threads": torch.get_num_threads(),
         "loader_threads": cfg.data.num_threads,
         "batch_size": cfg.data.batch_size,
@@ -216,7 +219,7 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         "verdict": asdict(verdict(found)),
         "efficiency": efficiency_figures(trainer, images_s=both.per_gpu.median),
         "joules_per_image": joules_per_image(ranks),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        "peak_memory_gib": peak_gib,
     }
 
 

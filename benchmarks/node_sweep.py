@@ -5,7 +5,7 @@
     loader-threads   data.num_threads; usually powers of two up to the cores
     hw-decoder-load  data.hw_decoder_load, of decoding on a GPU
 
-A process leaves nothing to the next: neither memory nor compiled code. A batch that does not fit is
+A process leaves no memory to the next, and no code compiled in it. A batch that does not fit is
 halved until one does, each try in the row.
 """
 
@@ -30,6 +30,7 @@ from m3i_fast.benchmarks.node_windows import Schedule
 from m3i_fast.config import Precision, TrainConfig
 from m3i_fast.engine.parallel import World
 from m3i_fast.hints import nearest
+from m3i_fast.observe.environment import num_cores
 
 POINT = "m3i_fast.benchmarks.node_point"
 HW_DECODER_LOADS = (0.0, 0.4, 0.65, 0.8, 1.0)
@@ -56,7 +57,7 @@ def _batches(cfg: TrainConfig) -> list[int]:
 
 
 def _threads(_: TrainConfig) -> list[int]:
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cores()
     return sorted({*(2**n for n in range(cores.bit_length()) if 2**n <= cores), cores})
 
 

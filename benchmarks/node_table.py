@@ -15,6 +15,8 @@ ENERGY_UNKNOWN = "energy: not known on this machine"
 def show(console: Console, figures: dict[str, Any]) -> None:
     """The rates, and what they say."""
     console.print(_rates(figures))
+    if figures["num_ranks"] > 1:
+        console.print(_by_rank(figures["measurements"]))
     for line in _notes(figures):
         console.print(line, highlight=False, soft_wrap=True)
     said = figures["verdict"]
@@ -55,17 +57,30 @@ def _rates(figures: dict[str, Any]) -> Table:
     return table
 
 
+def _by_rank(measurements: dict[str, Any]) -> Table:
+    table = Table(
+        title="by rank, medians", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for column in ("rank", *measurements):
+        table.add_column(column, justify="right")
+    each = zip(*(measured["per_rank"] for measured in measurements.values()), strict=True)
+    for rank, rates in enumerate(each):
+        table.add_row(str(rank), *(f"{rate:,.4g}" for rate in rates))
+    return table
+
+
 def _notes(figures: dict[str, Any]) -> list[str]:
-    """Of the pictures, the ranks, the use of the card and its energy."""
+    """Of the pictures, the use of the card and its energy."""
     data, used = figures["data"], figures["efficiency"]
     notes = [
         f"pictures: {data['num_pictures']:,} of {escape(data['name'])}, {data['smallest_hw']} to "
         f"{data['largest_hw']} pixels, {data['shard_bytes_per_picture'] / 1024:,.0f} KiB each; the "
         "same come again and again, from memory where they fit"
     ]
-    if figures["num_ranks"] > 1:
-        each = figures["measurements"]["both"]["per_rank"]
-        notes.append(f"ranks: {min(each):,.4g} to {max(each):,.4g} images/s, both together")
+    threads = figures["num_threads"] + figures["loader_threads"]
+    of_node = figures["num_ranks"] // figures["num_nodes"] * threads
+    if figures["device"] == "cpu" and of_node > figures["num_cores"]:
+        notes.append(f"{of_node} threads share {figures['num_cores']} cores")
     if "unknown" in used:
         notes.append(f"MFU: not known: {escape(used['unknown'])}")
     else:

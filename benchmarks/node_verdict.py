@@ -69,8 +69,8 @@ def verdict(found: Findings) -> Verdict:
     """The first of these that holds.
 
     balanced: loader and training alone are as fast as one another. loader: it is the slower. Of
-    slower training: communication where what the exchange adds is EXCHANGE_SHARE of the step,
-    throttled clock where THROTTLED_SHARE of the windows were, else model.
+    slower training: communication where what the exchange adds is EXCHANGE_SHARE of the step and
+    told from nothing, throttled clock where THROTTLED_SHARE of the windows were, else model.
     """
     bottleneck = _bottleneck(found)
     return Verdict(
@@ -85,7 +85,8 @@ def _bottleneck(found: Findings) -> Bottleneck:
         return "balanced"
     if found.loader.median < found.synthetic.median:
         return "loader"
-    if (found.exchange_share or 0.0) >= EXCHANGE_SHARE:
+    silent, share = found.without_exchange, found.exchange_share or 0.0
+    if silent is not None and share >= EXCHANGE_SHARE and not _tied(found.synthetic, silent):
         return "communication"
     if found.throttling.share >= THROTTLED_SHARE:
         return "throttled clock"
@@ -153,8 +154,8 @@ def _of_exchange(found: Findings) -> str:
             "without it (--parallel.shard 1 can)"
         )
     return (
-        f"exchanging gradients adds {share:.0%} of a step: {found.synthetic.median:,.4g} images/s "
-        f"with it, {found.without_exchange.median:,.4g} without"  # type: ignore[union-attr]
+        f"exchanging gradients adds {share:.0%} of a step: {_shown(found.synthetic)} images/s with "
+        f"it, {_shown(found.without_exchange)} without"  # type: ignore[arg-type]
     )
 
 

@@ -267,17 +267,29 @@ def _predictions() -> str:
 
 
 def loader() -> str:
-    """Images a second of each way to load, where they were measured."""
+    """Images a second of each way to load the same views, where they were measured."""
     rows = newest("loader")
-    lines = [
-        [words, f"{rate['median']:,.0f}", f"{rate['ci_low']:,.0f} to {rate['ci_high']:,.0f}"]
-        for row in rows
-        for words, rate in rates_of(row["figures"])
-    ]
-    if not lines:
+    if not rows:
         return f"Loaders: {ABSENT}."
-    head = ["loader", "images/s", "95 % interval"]
-    return f"{markdown(head, lines)}\n\n{source(rows, 'Medians.')}"
+    lines = []
+    for row in rows:
+        figures = row["figures"]
+        for name, rate in sorted(
+            figures["images_per_s"].items(), key=lambda item: -item[1]["median"]
+        ):
+            shown = f"{rate['median']:,.0f} ({rate['ci_low']:,.0f} to {rate['ci_high']:,.0f})"
+            lines.append([f"{_views(figures)}: {name}", shown, times(row, name)])
+    floors = dict.fromkeys(row["figures"]["floor"]["decoder"] for row in rows)
+    words = (
+        "Medians and their 95 % intervals; how many times as long as ours an image takes. The floor, "
+        f"which only decodes, is {' or '.join(floors)}."
+    )
+    return f"{markdown(['loader', 'images/s', 'x ours'], lines)}\n\n{source(rows, words)}"
+
+
+def _views(figures: Mapping[str, Any]) -> str:
+    local = figures["local_views"]
+    return figures["global_views"] + ("" if local == "none" else f" + {local}")
 
 
 def rates_of(figures: Mapping[str, Any], name: str = "") -> list[tuple[str, Mapping[str, Any]]]:

@@ -28,7 +28,7 @@ from rich.table import Table as RichTable
 
 from m3i_fast.benchmarks import tune_policy, tune_time
 from m3i_fast.benchmarks.harness import Timing, parse, publish
-from m3i_fast.benchmarks.ledger import read_rows
+from m3i_fast.benchmarks.ledger import read_rows, run_id
 from m3i_fast.benchmarks.tune_candidates import (
     SUBJECTS,
     Subject,
@@ -207,7 +207,8 @@ def row_of(subject: Subject, candidate: Candidate) -> dict[str, Any]:
         "op": op,
         "kind": subject.kind,
         "dtype": subject.dtype,
-        "shape": list(subject.shape),
+        "shape": "x".join(map(str, subject.shape)),
+        "candidate": candidate.name,
         "policy": candidate.policy,
         "current": candidate.current,
         **dict.fromkeys(
@@ -216,7 +217,7 @@ def row_of(subject: Subject, candidate: Candidate) -> dict[str, Any]:
         **candidate.resources,
         "predicted_ms": candidate.predicted_ms,
         "measured_ms": timing.median_ms if timing else None,
-        "timing": asdict(timing) if timing else None,
+        "timings": {candidate.name: asdict(timing)} if timing else {},
         "num_threads": torch.get_num_threads(),
         "dropped": candidate.dropped,
         "chosen": candidate.chosen,
@@ -242,9 +243,8 @@ def table(rows: list[dict[str, Any]]) -> RichTable:
         )
         texts = ("" if cell is None else f"{cell:.3g}" for cell in cells)
         marks = ["current"] * row["current"] + ["chosen"] * row["chosen"]
-        name = ", ".join(f"{key} {value}" for key, value in row["policy"].items())
         said = row["dropped"] or ", ".join(marks)
-        shown.add_row(f"  {name}" + (f" ({said})" if said else ""), *texts)
+        shown.add_row(f"  {row['candidate']}" + (f" ({said})" if said else ""), *texts)
     return shown
 
 
@@ -255,15 +255,15 @@ def all_rows(cfg: Config, card: str, *, timed: bool) -> Iterator[dict[str, Any]]
         yield from (row_of(subject, candidate) for candidate in found)
 
 
-def write_winners(num_rows: int) -> list[str]:
-    """Policies of the ledger's last rows that were chosen, to their files; and the headers anew."""
+def write_winners() -> list[str]:
+    """Policies that this run's rows have as chosen, to their files; and the headers anew."""
     written = []
-    for row in list(read_rows(SUBJECT))[-num_rows:]:
+    for row in read_rows(SUBJECT):
         figures = row["figures"]
-        if not figures["chosen"]:
+        if row["run_id"] != run_id() or not figures["chosen"]:
             continue
         op, kind = OPS[figures["op"]], figures["kind"]
-        source = {"time": row["time"], "commit": row["commit"]}
+        source = {"run_id": row["run_id"], "time": row["time"]}
         entry = {"policy": figures["policy"], "why": "measured", "row": source}
         shared = (op, kind) == ("boltzmann", "float")  # one kernel serves both cards
         for card in ("a100", "h100") if shared else (figures["card"],):
@@ -278,23 +278,16 @@ def main(argv: list[str] | None = None) -> None:
     if not (CUDA / "bindings.cpp").is_file():
         raise ValueError(f"tune: expected a checkout with the kernels' sources, got none in {CUDA}")
     here = card_here()
+    if here is None and torch.cuda.is_available() and cfg.card == "auto":
+        name = torch.cuda.get_device_name()
+        raise ValueError(f"card: expected an A100's or H100's class for {name}; name one, or cpu")
     card = (here or "cpu") if cfg.card == "auto" else cfg.card
     timed = cfg.timing and card in ("cpu", here)
     if cfg.timing and not timed:
         logger.warning("no GPU of the class %s: compile half only, nothing is measured", card)
-    num_rows = 0
-
-    def counted() -> Iterator[dict[str, Any]]:
-        nonlocal num_rows
-        for row in all_rows(cfg, card, timed=timed):
-            num_rows += 1
-            yield row
-
-    publish(SUBJECT, counted(), table, record=cfg.record)
+    publish(SUBJECT, all_rows(cfg, card, timed=timed), table, record=cfg.record)
     if cfg.write and timed:
-        logger.warning(
-            "written: %s; `make install` builds them", ", ".join(write_winners(num_rows))
-        )
+        logger.warning("written: %s; `make install` builds them", ", ".join(write_winners()))
 
 
 if __name__ == "__main__":

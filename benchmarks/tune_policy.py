@@ -113,7 +113,7 @@ def _check_entry(where: str, key: str, entry: Any, bounds: _Bounds) -> None:
         raise ValueError(f"{where}: {key}.why: expected one of {sorted(more)}, got {why!r}")
     _expect_keys(where, key, entry, {"policy": 0, "why": 0, **more[why]})
     if why == "measured":
-        _expect_keys(where, f"{key}.row", entry["row"], {"time": 0, "commit": 0})
+        _expect_keys(where, f"{key}.row", entry["row"], {"run_id": 0, "time": 0})
     _expect_keys(where, f"{key}.policy", entry["policy"], bounds)
     for name, (least, most) in bounds.items():
         value = entry["policy"][name]
@@ -269,6 +269,9 @@ def check_headers() -> None:
 
 def main(arguments: list[str]) -> int:
     """0: all headers are those of their files (now); 1: one is not, or no kernel can be built."""
+    if arguments not in ([], ["--check"]):
+        sys.stderr.write(f"expected no argument or --check, got {' '.join(arguments)}\n")
+        return 2
     try:
         check_headers() if arguments == ["--check"] else write_headers()
     except ValueError as error:

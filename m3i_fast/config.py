@@ -19,6 +19,7 @@ from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig
 from m3i_fast.objectives.config import ObjectiveConfig
+from m3i_fast.observe.config import TelemetryConfig
 from m3i_fast.pipelines.config import LoaderConfig
 from m3i_fast.storage import write_atomically
 
@@ -46,6 +47,7 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     precision: Precision = "auto"
     """Of matrix products; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere. FP8 has one scale a
     tensor, of now (current) or of the past (delayed), one a block of 128, or one of 32 values (mx);

@@ -152,10 +152,14 @@ class Run:
         if not self.config_path.exists():
             raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
         self._lock.acquire()
-        # How a run is spread over ranks changes nothing of it; the batch is seen to in `resume`.
+        # How a run is spread over ranks and what it tells change nothing of it; the batch is seen
+        # to in `resume`.
         saved = TrainConfig.load(self.config_path)
         data = replace(saved.data, batch_size=self._cfg.data.batch_size)
-        found = differences(replace(saved, data=data, parallel=self._cfg.parallel), self._cfg)
+        saved = replace(
+            saved, data=data, parallel=self._cfg.parallel, telemetry=self._cfg.telemetry
+        )
+        found = differences(saved, self._cfg)
         if found:
             raise ValueError(
                 f"--resume: the config differs from {self.config_path}: " + "; ".join(found)

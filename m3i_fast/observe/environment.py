@@ -44,7 +44,7 @@ def environment() -> Environment:
         torch=torch.__version__,
         cuda=torch.version.cuda,
         cpu=_cpu_name(),
-        num_cores=len(_affinity()),
+        num_cores=num_cores(),
         gpu=torch.cuda.get_device_name(0) if num_gpus else None,
         num_gpus=num_gpus,
     )
@@ -75,7 +75,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _affinity() -> set[int]:
+def num_cores() -> int:
+    """That this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -107,7 +107,7 @@ class Telemetry:
         try:
             self._host = Host()
         except ImportError:
-            logger.warning("telemetry: no figures of the host: psutil is missing; %s", INSTALL)
+            logger.warning("telemetry: no figures of the host: pip install psutil")
         devices = cuda_devices() if self._devices is None else self._devices
         if not devices:
             logger.info("telemetry: no GPU, figures of the host alone")

@@ -173,6 +173,8 @@ def test_a_slow_loader_is_the_bottleneck_whatever_the_clock_and_the_exchange() -
     assert verdict(slow_all).bottleneck == "loader"
     of_step = replace(slow_all, loader=summarise_rates([799.0, 800.0, 801.0]))
     assert verdict(of_step).bottleneck == "communication"
+    noisy = replace(of_step, without_exchange=summarise_rates([190.0, 400.0, 410.0]))
+    assert noisy.exchange_share == 0.5 and verdict(noisy).bottleneck == "throttled clock"
     assert verdict(replace(of_step, without_exchange=None)).bottleneck == "throttled clock"
 
 

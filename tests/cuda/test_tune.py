@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from m3i_fast.benchmarks.tune_candidates import (
 )
 from m3i_fast.benchmarks.tune_compile import code_digest, compile_cubin
 from m3i_fast.benchmarks.tune_roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
+from m3i_fast.ops import dcnv3
 from tests.cuda.emulator import emulated
 from tests.cuda.nvcc import CUDA
+from tests.ops.dcnv3_cases import Config, assert_right, make
 
 pytest.importorskip("cupy")
 
@@ -234,6 +237,49 @@ def test_the_check_takes_the_kernels_and_no_others(op: str) -> None:
     of_call = subject(op, "a100", {"dcnv3": "large", "boltzmann": "half"}[op])
     with emulated(op):
         assert tune_time.check(of_call, torch.ops.m3i, "cpu") is None
+
+
+# Warps of a block, by the card and class of calls whose policy it is.
+WARPS = {("a100", "small"): 1, ("a100", "large"): 2, ("h100", "small"): 4, ("h100", "large"): 8}
+
+
+@pytest.fixture
+def four_policies(tmp_path: Path) -> Path:
+    """dcnv3 in float32 with four policies; the one of `offset_scale` warps refuses its calls."""
+    folder = tmp_path / "dcnv3"
+    shutil.copytree(CUDA / "dcnv3", folder)
+    table = tune_policy.read("dcnv3")
+    for (card, kind), warps in WARPS.items():
+        blocks = {"blocks": 2, "bwd_blocks": 2}
+        table[card][kind] |= {"warps": warps, "chunk": 8, **blocks}
+    (folder / "dcnv3_tiles.h").write_text(tune_policy.render("dcnv3", table))
+    launcher = folder / "dcnv3.cu"
+    text = launcher.read_text().replace("dispatch_dtype<float, BFloat16, Float16, double>",
+                                        "dispatch_dtype<float>")  # fmt: skip
+    tiling = "const Tiling tiling = make_tiling(shape, kVector, kPolicy);"
+    refusal = "if (shape.offset_scale == kPolicy.warps) return cudaErrorInvalidValue;"
+    assert text.count(tiling) == 2
+    launcher.write_text(text.replace(tiling, f"{refusal}\n{tiling}"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("card", "architecture"), [("a100", 80), ("h100", 90)])
+def test_launchers_choose_by_card_and_size(
+    card: str, architecture: int, four_policies: Path
+) -> None:
+    """Results are right with every policy, 9 points in chunks of 8 among them."""
+    with emulated("dcnv3", folder=four_policies, architecture=architecture):
+        for kind, image in (("small", (19, 21)), ("large", (20, 20))):
+            config = Config(batch=1, image=image, groups=2, group_size=8, offset_scale=0.5)
+            assert_right(dcnv3, config, torch.float32)
+            inputs, _ = make(config)
+            for scale in WARPS.values():
+                arguments = replace(config, offset_scale=float(scale)).arguments
+                if scale == WARPS[card, kind]:
+                    with pytest.raises(RuntimeError, match="invalid argument"):
+                        torch.ops.m3i.dcnv3(*inputs, *arguments)
+                else:
+                    torch.ops.m3i.dcnv3(*inputs, *arguments)
 
 
 @pytest.mark.gpu

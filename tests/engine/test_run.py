@@ -36,6 +36,8 @@ from tests.engine.checkpoint_cases import assert_equal
 from tests.engine.test_trainer import _config
 from tests.faults.files import flip_byte, in_child
 
+OF_THE_MACHINE = ("time/", "throughput/", "efficiency/", "host/", "gpu/")
+
 
 class Watched(Trainer):
     """Notes the ids of its samples, and has SIGTERM sent to it in the step `stop_at`."""
@@ -90,7 +92,7 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
             random.seed(2), np.random.seed(2)  # another process has other generators
         said = [r.getMessage() for r in caplog.records if "collapse?" in r.getMessage()]
         rows = [
-            {k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))}
+            {k: v for k, v in row.items() if not k.startswith(OF_THE_MACHINE)}
             for row in read_jsonl(tmp_path / name / "metrics.jsonl")
         ]
         runs[name] = (*_saved(tmp_path / name), ids, said, rows)

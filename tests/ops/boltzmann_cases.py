@@ -53,20 +53,29 @@ class Call:
     options: dict[str, Any]
 
     def run(
-        self, function: Callable[..., Tensor], dtype: torch.dtype, **more: Any
+        self,
+        function: Callable[..., Tensor],
+        dtype: torch.dtype,
+        *,
+        device: str = "cpu",
+        **more: Any,
     ) -> dict[str, Tensor]:
         """The value and all gradients in float64; features in `dtype`, the others wide."""
         wide = FP64 if dtype == FP64 else FP32
         leaves = {
-            name: tensor.to(dtype if name in ("z_hat", "z") else wide).requires_grad_()
+            name: tensor.to(device, dtype if name in ("z_hat", "z") else wide).requires_grad_()
             for name, tensor in self.tensors.items()
+        }
+        options = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
         }
         given = dict(leaves)
         value = function(given.pop("z_hat"), given.pop("z"), given.pop("scale"), **given,
-                         **self.options, **more)  # fmt: skip
+                         **options, **more)  # fmt: skip
         grads = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        return {"value": value.detach().double()} | {
-            name: grad.double() for name, grad in zip(leaves, grads, strict=True)
+        return {"value": value.detach().cpu().double()} | {
+            name: grad.cpu().double() for name, grad in zip(leaves, grads, strict=True)
         }
 
 
@@ -153,15 +162,15 @@ def errors(got: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]
     return {name: float((got[name] - truth[name]).norm()) for name in truth}
 
 
-def assert_right(case: Case, dtype: torch.dtype) -> None:
+def assert_right(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
     """Errors at most twice those of torch's own graph in that type, and a few last places.
 
     In float64, which is the truth's own type, and for what vanishes, the last places are all.
     """
     call = make(case, dtype)
     truth = call.run(reference.boltzmann, FP64)
-    ours = call.run(boltzmann, dtype)
-    torchs = errors(call.run(reference.boltzmann, dtype), truth)
+    ours = call.run(boltzmann, dtype, device=device)
+    torchs = errors(call.run(reference.boltzmann, dtype, device=device), truth)
     largest = abs(case.scale) * case.length**2 + 5
     for name, error in errors(ours, truth).items():
         size = float(truth[name].norm())
