@@ -281,8 +281,8 @@ def loader() -> str:
             lines.append([f"{_views(figures)}: {name}", shown, times(row, name)])
     floors = dict.fromkeys(row["figures"]["floor"]["decoder"] for row in rows)
     words = (
-        "Medians and their 95 % intervals; how many times as long as ours an image takes. The floor, "
-        f"which only decodes, is {' or '.join(floors)}."
+        "Medians and their 95 % intervals; how many times as long as ours an image takes. "
+        f"The floor, which only decodes, is {' or '.join(floors)}."
     )
     return f"{markdown(['loader', 'images/s', 'x ours'], lines)}\n\n{source(rows, words)}"
 
