@@ -278,6 +278,9 @@ def main(argv: list[str] | None = None) -> None:
     if not (CUDA / "bindings.cpp").is_file():
         raise ValueError(f"tune: expected a checkout with the kernels' sources, got none in {CUDA}")
     here = card_here()
+    if here is None and torch.cuda.is_available() and cfg.card == "auto":
+        name = torch.cuda.get_device_name()
+        raise ValueError(f"card: expected an A100's or H100's class for {name}; name one, or cpu")
     card = (here or "cpu") if cfg.card == "auto" else cfg.card
     timed = cfg.timing and card in ("cpu", here)
     if cfg.timing and not timed:

@@ -52,7 +52,7 @@ def make_run(subject: Subject, shape: tuple[int, ...], device: str) -> tuple[Run
     rows, columns, width = shape
     features = [torch.nn.functional.normalize(normal(n, width)).to(dtype) for n in (rows, columns)]
     weights = [normal(3, n).abs() for n in (rows, columns)]
-    return _boltzmann, [*features, *weights]
+    return _boltzmann(rows, columns, device), [*features, *weights]
 
 
 def _dcnv3(groups: int) -> Run:
@@ -69,18 +69,22 @@ def _dcnv3(groups: int) -> Run:
 SCALE = 10.0  # of logits, which it bounds: features have length 1
 
 
-def _boltzmann(
-    ops: Any, z_hat: Tensor, z: Tensor, row_weights: Tensor, col_weights: Tensor
-) -> list[Tensor]:
-    device = z.device
-    scale, bias = torch.tensor(SCALE, device=device), torch.zeros(len(z), device=device)
-    ids = torch.arange(len(z_hat), dtype=torch.int32, device=device)
-    shifts = torch.full((len(z_hat),), SCALE, device=device), bias + SCALE
-    features = z_hat, z, scale, bias, ids, None, *shifts
-    sums = ops.boltzmann_sums.default(*features, False, True, False, None)
+def _boltzmann(rows: int, columns: int, device: str) -> Run:
+    """Row i and column i are a pair; what every call needs besides features is made here."""
+    scale, bias = torch.tensor(SCALE, device=device), torch.zeros(columns, device=device)
+    ids = torch.arange(rows, dtype=torch.int32, device=device)
+    shifts = torch.full((rows,), SCALE, device=device), bias + SCALE
     exact = torch.tensor(False, device=device)
-    rest = exact, row_weights, col_weights, False, [True, True, False]
-    return [*sums, *ops.boltzmann_grads.default(*features, *rest)[:3]]
+
+    def run(
+        ops: Any, z_hat: Tensor, z: Tensor, row_weights: Tensor, col_weights: Tensor
+    ) -> list[Tensor]:
+        features = z_hat, z, scale, bias, ids, None, *shifts
+        sums = ops.boltzmann_sums.default(*features, False, True, False, None)
+        rest = exact, row_weights, col_weights, False, [True, True, False]
+        return [*sums, *ops.boltzmann_grads.default(*features, *rest)[:3]]
+
+    return run
 
 
 # ---- What is right -------------------------------------------------------------------------------
