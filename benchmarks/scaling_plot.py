@@ -1,7 +1,7 @@
 """Scaling rows as one SVG: images a second and efficiency against ranks, prediction told apart.
 
 A block of two panels for each machine and recipe, its newest rows. Weak scaling in the accent
-colour, strong in the second. Measured: full lines and points, with the interval of E(n). Predicted:
+colour, strong in the second. Measured: full lines and points, with 95 % intervals. Predicted:
 dashed lines and hollow points, and words that say so and how wrong the model was where it could be
 checked.
 """
@@ -67,15 +67,13 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
 def _block(title: str, curves: Mapping[str, Curve]) -> Iterator[str]:
     yield text(_LEFTS[0], 30, title, "title", "start")
     for index, (mode, curve) in enumerate(curves.items()):
-        y = 54 + 18 * index
+        left, y = _LEFTS[index], 76 + 18 * index
         shared = any(row["shares_cores"] for row in curve.measured.values())
         words = _LEGEND[mode] + (" (processes share cores)" if shared else "")
-        yield f'<path class="line {_KINDS[mode]}" d="M{_LEFTS[0]} {y - 4}h28"/>'
-        yield text(_LEFTS[0] + 36, y, words, "name", "start")
-        yield from (
-            text(_LEFTS[0] + 280, y, prediction(row), "", "start") for row in curve.predicted
-        )
-    yield text(_LEFTS[0], 54 + 18 * len(curves), "Dashed and hollow: predicted.", "", "start")
+        yield f'<path class="line {_KINDS[mode]}" d="M{left} 50h28"/>'
+        yield text(left + 36, 54, words, "name", "start")
+        for row in curve.predicted:
+            yield text(_LEFTS[0], y, f"{prediction(row)} Dashed, hollow.", "", "start")
     counts = sorted(
         {n for curve in curves.values() for n in curve.measured}
         | {p["ranks"] for curve in curves.values() for p in _points(curve)}
@@ -125,7 +123,7 @@ def _frame(
 
 
 def _line(mode: str, curve: Curve, x: Axis, y: Axis, measure: str) -> Iterator[str]:
-    """Measured, then from its last point on predicted."""
+    """Measured, and predicted by itself: the two need not meet."""
     kind = _KINDS[mode]
     middle = {"images_s": "median", "efficiency": "value"}[measure]
     places = [
@@ -140,7 +138,7 @@ def _line(mode: str, curve: Curve, x: Axis, y: Axis, measure: str) -> Iterator[s
     ahead = [(x.place(p["ranks"]), y.place(p[measure])) for p in _points(curve)]
     if not ahead:
         return
-    yield f'<polyline class="line dashed {kind}" points="{_path([places[-1], *ahead])}"/>'
+    yield f'<polyline class="line dashed {kind}" points="{_path(ahead)}"/>'
     for (px, py), point in zip(ahead, _points(curve), strict=True):
         tip = f"{mode}, {point['ranks']:,} ranks: {point[measure]:.4g}, predicted"
         yield _circle(f"{kind} hollow", px, py, tip)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 MEASURED, PREDICTED = "measured", "predicted"
 MARK = "*"
-COLUMNS = ("batch", "images/s", "E(n)", "95 %", "serial", "comm.", "reduct.", "MFU", "spread")
+COLUMNS = ("batch", "images/s", "E(n), 95 %", "serial", "comm.", "reduce", "MFU", "spread")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -18,7 +18,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     first = rows[0]
     ranks = "gloo processes of one thread" if first["device"] == "cpu" else first["card"]
     title = f"Scaling of {first['recipe']} over {ranks}"
-    shown = Table(title=title, caption=_caption(rows), box=box.SIMPLE_HEAD, pad_edge=False)
+    caption = _caption(rows)
+    shown = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("ranks", no_wrap=True)
     for column in COLUMNS:
         shown.add_column(column, justify="right", no_wrap=True)
@@ -47,8 +48,7 @@ def _measured(row: Mapping[str, Any]) -> list[str]:
     return [
         str(row["batch_per_rank"]),
         f"{rate:,.4g}",
-        f"{scaled['value']:.3f}",
-        f"{scaled['ci_low']:.3f} - {scaled['ci_high']:.3f}",
+        f"{scaled['value']:.3f} {scaled['ci_low']:.2f}-{scaled['ci_high']:.2f}",
         "-" if serial is None else f"{serial:.3f}",
         _share(row["communication_share"]),
         _share(row["reduction_share"]),
@@ -61,8 +61,8 @@ def _predicted(point: Mapping[str, float]) -> list[str]:
     return [
         f"{point['batch_per_rank']:g}",
         f"{point['images_s']:,.4g}",
-        f"{point['efficiency']:.3f}",
-        *["-"] * 2,
+        f"{point['efficiency']:.3f} {'-':>9}",
+        "-",
         f"{point['exposed_ms'] / point['step_ms']:.1%}",
         *["-"] * 3,
     ]
@@ -87,15 +87,9 @@ def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
 def prediction(row: Mapping[str, Any]) -> str:
     """What a predicted row is, and how far to trust it."""
     errors = row["leave_one_out_error"]
-    said = ", ".join(f"{error:+.1%} at {ranks} ranks" for ranks, error in errors.items())
-    checked = (
-        f"left out and predicted from the others, its step is wrong by {said}"
-        if errors
-        else "checked by nothing: one rank alone was measured"
-    )
+    said = ", ".join(f"{error:+.1%} at {ranks}" for ranks, error in errors.items())
+    checked = f"a step at ranks left out: {said}" if said else "no step of several ranks to check"
     if not row["points"]:
         return f"{row['mode']}: nothing predicted, too small a batch for so many; {checked}."
-    return (
-        f"{MARK} {row['mode']}: PREDICTED, not measured, of {row['card']} in nodes of "
-        f"{row['gpus_per_node']}; {checked}."
-    )
+    where = f"{row['card']}, nodes of {row['gpus_per_node']}"
+    return f"{MARK} {row['mode']}: PREDICTED, not measured ({where}); {checked}."

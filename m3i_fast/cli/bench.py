@@ -15,6 +15,7 @@ BENCHMARKS = {
     "mi_loss": "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
     "step": "a training step of M3I: ours beside one written plainly in eager torch",
     "scaling": "images/s and efficiency over ranks of this machine, and a prediction beyond it",
+    "loader": "our loader beside torchvision and webdataset, and beside decoding alone",
     "checkpoint": "how long a checkpoint keeps a step waiting, at once and in the background",
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
