@@ -17,8 +17,11 @@ A candidate counts where its results are those of plain torch, and wins where ev
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,7 +29,7 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table as RichTable
 
-from m3i_fast.benchmarks import tune_policy, tune_time
+from m3i_fast.benchmarks import tune_build, tune_policy, tune_time
 from m3i_fast.benchmarks.harness import Timing, parse, publish
 from m3i_fast.benchmarks.ledger import read_rows, run_id
 from m3i_fast.benchmarks.tune_candidates import (
@@ -162,8 +165,13 @@ def time_half(
     device = "cpu" if subject.card == "cpu" else "cuda"
     left = [candidate for candidate in found if candidate.dropped is None]
     built = {}
-    for candidate in bar.track(left, description=f"build {subject}"):
-        ops = tune_time.build_candidate(subject, table, candidate.policy)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:  # each compiles sources
+        made = pool.map(
+            lambda candidate: tune_time.build_candidate(subject, table, candidate.policy), left
+        )
+        libraries = list(bar.track(made, len(left), description=f"build {subject}"))
+    for candidate, library in zip(left, libraries, strict=True):
+        ops = tune_build.load_ops(library)
         if problem := tune_time.check(subject, ops, device):
             candidate.dropped = f"wrong: {problem}"
             logger.warning("%s %s: %s", subject, candidate.name, candidate.dropped)
@@ -186,8 +194,9 @@ def sweep(cfg: Config, subject: Subject, *, timed: bool, bar: Progress) -> list[
     policies = candidates(subject, current)[: cfg.most or None]
     found = [Candidate(policy, policy == current) for policy in policies]
     if subject.card != "cpu":
-        for candidate in bar.track(found, description=f"compile {subject}"):
-            compile_half(subject, table, candidate)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(partial(compile_half, subject, table), found)
+            list(bar.track(compiled, len(found), description=f"compile {subject}"))
         prune(found)
     if timed:
         time_half(subject, table, found, cfg.num_samples, bar)
