@@ -149,7 +149,18 @@ def test_spills_are_dropped() -> None:
     policy = {"warps": 32, "blocks": 2, "bwd_blocks": 2, "slots": 288, "chunk": 64}
     candidate = compiled_half(subject("dcnv3", "a100", "large"), policy)
     assert candidate.resources["registers"] <= 32
-    assert candidate.dropped and candidate.dropped.startswith("spills")
+    current = known(1, "another", 1.0, current=True)
+    tune.prune([current, candidate])
+    assert candidate.dropped == f"spills {candidate.resources['spill_bytes']} bytes"
+    assert current.dropped is None
+
+
+def test_as_much_as_the_current_policy_spills_is_allowed() -> None:
+    found = [known(1, "a", 1.0, current=True), known(2, "b", 1.0), known(3, "c", 1.0)]
+    for candidate, spilled in zip(found, (16, 16, 20), strict=True):
+        candidate.resources["spill_bytes"] = spilled
+    tune.prune(found)
+    assert [candidate.dropped for candidate in found] == [None, None, "spills 20 bytes"]
 
 
 def test_what_does_not_fit_is_dropped() -> None:
