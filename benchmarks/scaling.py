@@ -32,7 +32,7 @@ from rich.console import Console
 from m3i_fast.benchmarks import ledger
 from m3i_fast.benchmarks.mi_loss_ranks import parse as parse_counts
 from m3i_fast.benchmarks.rates import summarise_rates
-from m3i_fast.benchmarks.scaling_config import Config, Mode, card_of, parse
+from m3i_fast.benchmarks.scaling_config import Config, Mode, find_card, parse
 from m3i_fast.benchmarks.scaling_figures import efficiency, serial_fraction, share_lost
 from m3i_fast.benchmarks.scaling_model import (
     Observation,
@@ -48,7 +48,6 @@ from m3i_fast.benchmarks.scaling_table import MEASURED, PREDICTED, table
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.cards import Card
 from m3i_fast.engine.footprint import build_on_meta, count_parameters
-from m3i_fast.engine.plan import in_bf16
 from m3i_fast.engine.traffic import Nodes
 from m3i_fast.observe.environment import environment
 from m3i_fast.storage import write_atomically
@@ -121,7 +120,7 @@ def measured_row(
         "karp_flatt": {"serial_fraction": serial_fraction(scaled.value, num_ranks)},
         "communication_share": asdict(share_lost(together, alone)) if several else None,
         "reduction_share": asdict(share_lost(together, unreduced)) if unreduced else None,
-        "model_flops": _model_flops(setting, work, found, summarise_rates(together).median),
+        "model_flops": min((f.efficiency for f in found), key=lambda of_rank: of_rank["mfu"]),
         "ranks_alone": {"step_ms": own_ms, "spread": (max(own_ms) - min(own_ms)) / min(own_ms)},
         "stages_ms_by_rank": [f.stages_ms for f in found],
         "all_reduce_s": {
@@ -129,25 +128,6 @@ def measured_row(
             for size, seconds in all_reduces(found).items()
         },
         "loss": [f.loss for f in found],
-    }
-
-
-def _model_flops(
-    setting: Setting, work: Workload, found: list[Found], step_s: float
-) -> dict[str, float | str]:
-    """On a CPU, of which no rate is published, beside a product that all ranks make at once."""
-    flop_s = work.products.model / step_s
-    gemm = min(f.gemm_flop_s for f in found)
-    card, peak_of = setting.card, "published"
-    peak = card.bf16_flop_s if in_bf16(setting.cfg.config, card) else card.fp32_flop_s
-    if not card.is_gpu:
-        peak, peak_of = gemm, "a large product by as many busy ranks"
-    return {
-        "flop_s_per_rank": flop_s,
-        "mfu": flop_s / peak,
-        "peak_flop_s": peak,
-        "peak_of": peak_of,
-        "gemm_flop_s_per_rank": gemm,
     }
 
 
@@ -173,7 +153,7 @@ def rows_of(cfg: Config) -> Iterator[tuple[dict[str, Any], TrainConfig, Telemetr
     """Each number of ranks in each mode, then a prediction for each mode, of which is none."""
     counts = cfg.counts
     cfg.expect_divisible(counts)
-    setting = Setting(cfg=cfg, card=card_of(cfg), num_cores=environment().num_cores)
+    setting = Setting(cfg=cfg, card=find_card(cfg), num_cores=environment().num_cores)
     parameters = count_parameters(build_on_meta(cfg.config))
     started: dict[tuple[int, int], tuple[list[Found], dict[str, Any]]] = {}
     observed: list[tuple[Mode, Observation]] = []

@@ -11,7 +11,7 @@ import tyro
 
 from m3i_fast.benchmarks.mi_loss_ranks import parse as parse_counts
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.cards import CARDS, Card
+from m3i_fast.engine.cards import CARDS, Card, card_of
 from m3i_fast.engine.precision import resolve_device
 from m3i_fast.recipes import demo, find_recipe
 
@@ -36,8 +36,8 @@ class Config:
     warmup_steps: int = 5
     """Of each kind, before any sample."""
     card: str = ""
-    """a100, h100, h200, b200 or cpu: whose published rates MFU and predictions take. The one of
-    this machine unless given."""
+    """a100, h100, h200, b200 or cpu: whose published rates predictions take. The one of this
+    machine unless given."""
     gpus_per_node: int = 8
     """Of the predicted nodes."""
     predict: str = "16,32,64,128,256,512,1024"
@@ -122,14 +122,15 @@ def parse(argv: list[str]) -> Config:
     )
 
 
-def card_of(cfg: Config) -> Card:
+def find_card(cfg: Config) -> Card:
     """The named one, or that of this machine; ValueError where it is none whose rates are known."""
-    name = cfg.card
-    if not name and not cfg.cuda:
+    if not cfg.card and not cfg.cuda:
         return CARDS["cpu"]
-    if not name:
-        device = torch.cuda.get_device_name(0).lower()
-        name = next((known for known in CARDS if known in device), device)
-    if name not in CARDS:
-        raise ValueError(f"--card: expected one of {', '.join(CARDS)}, got {name!r}")
-    return CARDS[name]
+    if not cfg.card:
+        found = card_of(torch.cuda.get_device_name(0))
+        if isinstance(found, str):
+            raise ValueError(f"--card: expected the one whose rates to predict with, got {found}")
+        return found
+    if cfg.card not in CARDS:
+        raise ValueError(f"--card: expected one of {', '.join(CARDS)}, got {cfg.card!r}")
+    return CARDS[cfg.card]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,9 +32,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from m3i_fast.benchmarks.node_efficiency import efficiency_figures
 from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import leave_world
@@ -44,7 +45,6 @@ from m3i_fast.pipelines.batch import Batch
 Kind = Literal["together", "unreduced", "alone"]
 ALL_REDUCE_BYTES = (4096, 2**20, 25 * 2**20)  # the last as DDP's buckets
 _NUM_ALL_REDUCES = 5
-_GEMM_SIZE, _NUM_GEMMS = {"cpu": 768, "cuda": 8192}, 5
 # What describes another launch than this one.
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -73,8 +73,8 @@ class Found:
     """Of a step as it is in training, as metrics are called."""
     all_reduces: list[tuple[int, float]]
     """Bytes and seconds."""
-    gemm_flop_s: float
-    """Of a large product in the type that is computed with, while all ranks make theirs."""
+    efficiency: dict[str, Any]
+    """Of its card, as it trains together; `node_efficiency`."""
     loss: float
     span_s: tuple[float, float]
     """When the windows began and ended, by the clock of all processes (time.monotonic)."""
@@ -136,7 +136,6 @@ def _work(rank: int, job: Job, folder: Path) -> None:
     _meet(rank, job, folder)
     begin = time.monotonic()
     step_s, stages_ms = _windows(trainer, job, ("alone",)), _stages(trainer, job, "alone")
-    gemm_flop_s = _gemm_flop_s(trainer)
     if job.num_ranks > 1:
         trainer.close()
         del trainer
@@ -150,7 +149,7 @@ def _work(rank: int, job: Job, folder: Path) -> None:
         step_s=step_s,
         stages_ms=stages_ms,
         all_reduces=_all_reduces(device),
-        gemm_flop_s=gemm_flop_s,
+        efficiency=efficiency_figures(trainer, images_s=_images_s(job, step_s)),
         loss=trainer.log.means.read()["loss/total"],
         span_s=span_s,
     )
@@ -234,6 +233,12 @@ def _window(trainer: Trainer, kind: Kind, steps: int) -> float:
     return seconds / steps
 
 
+def _images_s(job: Job, step_s: dict[Kind, list[float]]) -> float:
+    """Of this rank, in training."""
+    seconds = step_s["together" if job.num_ranks > 1 else "alone"]
+    return job.config.data.batch_size / statistics.median(seconds)
+
+
 def _stages(trainer: Trainer, job: Job, kind: Kind) -> dict[str, float]:
     trainer.log.timer.read()
     _window(trainer, kind, job.steps)
@@ -259,20 +264,6 @@ def _all_reduces(device: torch.device) -> list[tuple[int, float]]:
         for _ in range(_NUM_ALL_REDUCES):
             found.append((size, _timed(partial(dist.all_reduce, values), device)))
     return found
-
-
-def _gemm_flop_s(trainer: Trainer) -> float:
-    """The best of a few, all ranks beginning together."""
-    size = _GEMM_SIZE[trainer.device.type]
-    dtype = trainer.arithmetic.compute_dtype
-    a, b = (torch.randn(size, size, device=trainer.device).to(dtype) for _ in range(2))
-
-    def product() -> Tensor:
-        return a @ b
-
-    product()
-    best = min(_timed(product, trainer.device) for _ in range(_NUM_GEMMS))
-    return 2 * size**3 / best
 
 
 def _timed(function: Callable[[], object], device: torch.device) -> float:

@@ -74,7 +74,7 @@ def _share(ratio: Mapping[str, float] | None) -> str:
 
 def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
     measured = [row for row in rows if row["kind"] == MEASURED]
-    sentences = [f"MFU: of the rate {measured[0]['model_flops']['peak_of']}."] if measured else []
+    sentences = [f"MFU of the peak: {measured[0]['model_flops']['peak_of']}."] if measured else []
     if any(row["shares_cores"] for row in measured):
         sentences.append(
             "+: more processes than cores, so that E(n) says how they share cores and nothing "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3i_fast.benchmarks.harness import Timing, measure
-from m3i_fast.benchmarks.tune_build import build_ops, load_ops
+from m3i_fast.benchmarks.tune_build import build_ops
 from m3i_fast.benchmarks.tune_candidates import POINTS, Subject, with_policy
 from m3i_fast.benchmarks.tune_policy import Policy, Table
 from m3i_fast.ops import reference
@@ -25,14 +26,14 @@ _ALLOWED = {torch.bfloat16: 2.0**-6, torch.float32: 1e-4}
 Run = Callable[..., list[Tensor]]  # of an operators' namespace and the inputs
 
 
-def build_candidate(subject: Subject, table: Table, policy: Policy) -> Any:
-    """The namespace of its operators. Calls of every size take the candidate's tiles."""
+def build_candidate(subject: Subject, table: Table, policy: Policy) -> Path:
+    """The library of its operators. Calls of every size take the candidate's tiles."""
     filled = with_policy(table, subject, policy)
     if subject.op == "dcnv3" and subject.card != "cpu":
         filled = deepcopy(filled)
         for card in ("a100", "h100"):
             filled[card] = {kind: dict(policy) for kind in filled[card]}
-    return load_ops(build_ops(subject.op, filled, subject.card))
+    return build_ops(subject.op, filled, subject.card)
 
 
 def make_run(subject: Subject, shape: tuple[int, ...], device: str) -> tuple[Run, list[Tensor]]:

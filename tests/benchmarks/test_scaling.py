@@ -355,7 +355,7 @@ def _check_measured(one: dict[str, Any], two: dict[str, Any]) -> None:
         # Of three windows the median of rates is the rate of the median.
         assert rate == pytest.approx(1e3 * 4 * row["ranks"] / median)
         flops = row["model_flops"]
-        assert 0 < flops["flop_s_per_rank"] < flops["gemm_flop_s_per_rank"] == flops["peak_flop_s"]
+        assert 0 < flops["mfu"] == flops["model_flop_s"] / flops["peak_flop_s"] < 1
         assert all(0 < stages["time/bwd_ms"] for stages in row["stages_ms_by_rank"])
     scaled = two["efficiency"]
     assert scaled["value"] == pytest.approx(rates[1] / (2 * rates[0]))

@@ -144,12 +144,23 @@ def test_only_what_is_faster_beyond_noise_wins() -> None:
         ({"num_samples": 0}, "num_samples: expected at least 1, got 0"),
         ({"write": True, "record": False}, "write: expected with --record and --timing"),
         ({"write": True, "timing": False}, "write: expected with --record and --timing"),
-        ({"op": "dcnv3", "kind": "half"}, r"kind: expected one of \[.*\] that dcnv3 has"),
     ],
 )
 def test_a_wrong_request_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tune.Config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "dcnv3", "--card", "a100", "--kind", "half"], "small, large on a100, got 'half'"),
+        (["--card", "cpu", "--kind", "small"], "kind: expected one of any on cpu, got 'small'"),
+    ],
+)
+def test_a_class_of_calls_that_is_not_there_is_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tune.main([*arguments, "--no-record"])
 
 
 def test_a_card_without_a_class_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
