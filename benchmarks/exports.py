@@ -118,16 +118,25 @@ def _entry(row: ledger.Row, samples_ms: list[float]) -> dict[str, Any]:
             "min_time": 0.0,
             "warmup": True,
         },
-        "stats": dict(_stats([sample / 1e3 for sample in samples_ms])),
+        "stats": dict(stats([sample / 1e3 for sample in samples_ms])),
     }
 
 
-def _stats(seconds: list[float]) -> Iterator[tuple[str, Any]]:
-    """pytest-benchmark's statistics; quartiles with ends included, outliers by Tukey's fences."""
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    """Medians of both halves: the mean of with and without the middle value, as theirs."""
+    ordered, half = sorted(values), len(values) // 2
+    if not half:
+        return ordered[0], ordered[0]
+    lower = ordered[:half], ordered[: len(ordered) - half]
+    upper = ordered[half:], ordered[len(ordered) - half :]
+    first, third = (statistics.fmean(map(statistics.median, halves)) for halves in (lower, upper))
+    return first, third
+
+
+def stats(seconds: list[float]) -> Iterator[tuple[str, Any]]:
+    """pytest-benchmark's statistics; outliers by Tukey's fences."""
+    (q1, q3), median = _quartiles(seconds), statistics.median(seconds)
     several = len(seconds) > 1
-    q1, median, q3 = (
-        statistics.quantiles(seconds, n=4, method="inclusive") if several else seconds * 3
-    )
     mean, stddev = statistics.fmean(seconds), statistics.stdev(seconds) if several else 0.0
     low, high = q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)
     beyond = {

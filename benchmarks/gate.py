@@ -140,8 +140,12 @@ def _resample(groups: Sequence[Floats], rng: np.random.Generator, block: int | N
 
 
 def block_length(num_samples: int) -> int:
-    """Of blocks of neighbours: grows with the cube root, the order that is best for a variance."""
-    return max(1, round(num_samples ** (1 / 3)))
+    """Of blocks of neighbours: grows with the cube root, the order that is best for a variance.
+
+    Twice that: single cube roots leave intervals too narrow where noise has a memory of a few
+    samples, and longer blocks cost little.
+    """
+    return max(1, min(round(2 * num_samples ** (1 / 3)), num_samples // 4))
 
 
 # ---- Mann and Whitney's test ---------------------------------------------------------------------

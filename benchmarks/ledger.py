@@ -38,7 +38,10 @@ Row = dict[str, Any]
 
 
 def results_dir() -> Path:
-    """The checkout's benchmarks/results; below the current folder for an installed package."""
+    """M3I_RESULTS of the environment; else the checkout's benchmarks/results, which an installed
+    package has below the current folder."""
+    if named := os.environ.get("M3I_RESULTS"):
+        return Path(named)
     here = Path(__file__).resolve().parent
     return (here if (here.parent / ".git").exists() else Path("benchmarks")) / "results"
 

@@ -5,7 +5,7 @@
     loader-threads   data.num_threads; usually powers of two up to the cores
     hw-decoder-load  data.hw_decoder_load, of decoding on a GPU
 
-A process leaves nothing to the next: neither memory nor compiled code. A batch that does not fit is
+A process leaves no memory to the next, and no code compiled in it. A batch that does not fit is
 halved until one does, each try in the row.
 """
 

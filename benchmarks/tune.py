@@ -17,8 +17,11 @@ A candidate counts where its results are those of plain torch, and wins where ev
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,7 +29,7 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table as RichTable
 
-from m3i_fast.benchmarks import tune_policy, tune_time
+from m3i_fast.benchmarks import tune_build, tune_policy, tune_time
 from m3i_fast.benchmarks.harness import Timing, parse, publish
 from m3i_fast.benchmarks.ledger import read_rows, run_id
 from m3i_fast.benchmarks.tune_candidates import (
@@ -73,18 +76,16 @@ class Config:
             raise ValueError(f"num_samples: expected at least 1, got {self.num_samples}")
         if self.write and not (self.record and self.timing):
             raise ValueError("write: expected with --record and --timing, whose row it names")
-        if not self.subjects("cpu") and not self.subjects("a100"):
-            kinds = sorted({subject.kind for subject in SUBJECTS})
-            raise ValueError(f"kind: expected one of {kinds} that {self.op} has, got {self.kind!r}")
 
     def subjects(self, card: str) -> list[Subject]:
-        return [
-            subject
-            for subject in SUBJECTS
-            if subject.card == card
-            and self.op in ("all", *(name for name, folder in OPS.items() if folder == subject.op))
-            and self.kind in ("", subject.kind)
-        ]
+        """What is tuned on the card. ValueError for a kind that the op does not have there."""
+        folders = OPS.values() if self.op == "all" else (OPS[self.op],)
+        of_op = [each for each in SUBJECTS if each.card == card and each.op in folders]
+        found = [each for each in of_op if self.kind in ("", each.kind)]
+        if not found:
+            kinds = ", ".join(dict.fromkeys(each.kind for each in of_op))
+            raise ValueError(f"kind: expected one of {kinds} on {card}, got {self.kind!r}")
+        return found
 
 
 def card_here() -> str | None:
@@ -164,8 +165,13 @@ def time_half(
     device = "cpu" if subject.card == "cpu" else "cuda"
     left = [candidate for candidate in found if candidate.dropped is None]
     built = {}
-    for candidate in bar.track(left, description=f"build {subject}"):
-        ops = tune_time.build_candidate(subject, table, candidate.policy)
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:  # each compiles sources
+        made = pool.map(
+            lambda candidate: tune_time.build_candidate(subject, table, candidate.policy), left
+        )
+        libraries = list(bar.track(made, len(left), description=f"build {subject}"))
+    for candidate, library in zip(left, libraries, strict=True):
+        ops = tune_build.load_ops(library)
         if problem := tune_time.check(subject, ops, device):
             candidate.dropped = f"wrong: {problem}"
             logger.warning("%s %s: %s", subject, candidate.name, candidate.dropped)
@@ -188,8 +194,9 @@ def sweep(cfg: Config, subject: Subject, *, timed: bool, bar: Progress) -> list[
     policies = candidates(subject, current)[: cfg.most or None]
     found = [Candidate(policy, policy == current) for policy in policies]
     if subject.card != "cpu":
-        for candidate in bar.track(found, description=f"compile {subject}"):
-            compile_half(subject, table, candidate)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(partial(compile_half, subject, table), found)
+            list(bar.track(compiled, len(found), description=f"compile {subject}"))
         prune(found)
     if timed:
         time_half(subject, table, found, cfg.num_samples, bar)
@@ -278,6 +285,9 @@ def main(argv: list[str] | None = None) -> None:
     if not (CUDA / "bindings.cpp").is_file():
         raise ValueError(f"tune: expected a checkout with the kernels' sources, got none in {CUDA}")
     here = card_here()
+    if here is None and torch.cuda.is_available() and cfg.card == "auto":
+        name = torch.cuda.get_device_name()
+        raise ValueError(f"card: expected an A100's or H100's class for {name}; name one, or cpu")
     card = (here or "cpu") if cfg.card == "auto" else cfg.card
     timed = cfg.timing and card in ("cpu", here)
     if cfg.timing and not timed:

@@ -80,7 +80,7 @@ def _build(folder: Path, sources: list[Path], header: str, op: str, command: lis
         list(pool.map(compile_one, sources, objects))
     # libtorch.so only names its parts, so the linker would drop it
     link = ["-Xlinker", "--no-as-needed", f"-L{_torch_root() / 'lib'}", "-ltorch"]
-    _run([command[0], "-shared", *objects, *link, "-o", str(folder / "ops.so")])
+    _run([*command, "-shared", *objects, *link, "-o", str(folder / "ops.so")])
 
 
 def _run(command: list[str]) -> None:

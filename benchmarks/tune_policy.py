@@ -269,6 +269,9 @@ def check_headers() -> None:
 
 def main(arguments: list[str]) -> int:
     """0: all headers are those of their files (now); 1: one is not, or no kernel can be built."""
+    if arguments not in ([], ["--check"]):
+        sys.stderr.write(f"expected no argument or --check, got {' '.join(arguments)}\n")
+        return 2
     try:
         check_headers() if arguments == ["--check"] else write_headers()
     except ValueError as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3i_fast.benchmarks.harness import Timing, measure
-from m3i_fast.benchmarks.tune_build import build_ops, load_ops
+from m3i_fast.benchmarks.tune_build import build_ops
 from m3i_fast.benchmarks.tune_candidates import POINTS, Subject, with_policy
 from m3i_fast.benchmarks.tune_policy import Policy, Table
 from m3i_fast.ops import reference
@@ -25,14 +26,14 @@ _ALLOWED = {torch.bfloat16: 2.0**-6, torch.float32: 1e-4}
 Run = Callable[..., list[Tensor]]  # of an operators' namespace and the inputs
 
 
-def build_candidate(subject: Subject, table: Table, policy: Policy) -> Any:
-    """The namespace of its operators. Calls of every size take the candidate's tiles."""
+def build_candidate(subject: Subject, table: Table, policy: Policy) -> Path:
+    """The library of its operators. Calls of every size take the candidate's tiles."""
     filled = with_policy(table, subject, policy)
     if subject.op == "dcnv3" and subject.card != "cpu":
         filled = deepcopy(filled)
         for card in ("a100", "h100"):
             filled[card] = {kind: dict(policy) for kind in filled[card]}
-    return load_ops(build_ops(subject.op, filled, subject.card))
+    return build_ops(subject.op, filled, subject.card)
 
 
 def make_run(subject: Subject, shape: tuple[int, ...], device: str) -> tuple[Run, list[Tensor]]:
@@ -52,7 +53,7 @@ def make_run(subject: Subject, shape: tuple[int, ...], device: str) -> tuple[Run
     rows, columns, width = shape
     features = [torch.nn.functional.normalize(normal(n, width)).to(dtype) for n in (rows, columns)]
     weights = [normal(3, n).abs() for n in (rows, columns)]
-    return _boltzmann, [*features, *weights]
+    return _boltzmann(rows, columns, device), [*features, *weights]
 
 
 def _dcnv3(groups: int) -> Run:
@@ -69,18 +70,22 @@ def _dcnv3(groups: int) -> Run:
 SCALE = 10.0  # of logits, which it bounds: features have length 1
 
 
-def _boltzmann(
-    ops: Any, z_hat: Tensor, z: Tensor, row_weights: Tensor, col_weights: Tensor
-) -> list[Tensor]:
-    device = z.device
-    scale, bias = torch.tensor(SCALE, device=device), torch.zeros(len(z), device=device)
-    ids = torch.arange(len(z_hat), dtype=torch.int32, device=device)
-    shifts = torch.full((len(z_hat),), SCALE, device=device), bias + SCALE
-    features = z_hat, z, scale, bias, ids, None, *shifts
-    sums = ops.boltzmann_sums.default(*features, False, True, False, None)
+def _boltzmann(rows: int, columns: int, device: str) -> Run:
+    """Row i and column i are a pair; what every call needs besides features is made here."""
+    scale, bias = torch.tensor(SCALE, device=device), torch.zeros(columns, device=device)
+    ids = torch.arange(rows, dtype=torch.int32, device=device)
+    shifts = torch.full((rows,), SCALE, device=device), bias + SCALE
     exact = torch.tensor(False, device=device)
-    rest = exact, row_weights, col_weights, False, [True, True, False]
-    return [*sums, *ops.boltzmann_grads.default(*features, *rest)[:3]]
+
+    def run(
+        ops: Any, z_hat: Tensor, z: Tensor, row_weights: Tensor, col_weights: Tensor
+    ) -> list[Tensor]:
+        features = z_hat, z, scale, bias, ids, None, *shifts
+        sums = ops.boltzmann_sums.default(*features, False, True, False, None)
+        rest = exact, row_weights, col_weights, False, [True, True, False]
+        return [*sums, *ops.boltzmann_grads.default(*features, *rest)[:3]]
+
+    return run
 
 
 # ---- What is right -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`make gpu`, as far as it goes without a GPU: what it asks for, and a dry run of all the rest."""
+"""`make gpu`, as far as it goes without a GPU: what it asks for, its steps, and small sizes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from scripts import gpu
+from m3i_fast.benchmarks.ledger import read_rows
+from scripts.gpu import machine, plan
+from scripts.gpu.plan import Machine
+from scripts.gpu.steps import Runner, Step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +38,7 @@ def run_gpu(
 def test_all_that_is_missing_is_named_before_any_work(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True)
     python, out = tmp_path / "bare" / "bin" / "python", tmp_path / "out"
-    done = run_gpu("--dry-run", python=python, PATH=str(tmp_path), OUT=str(out), CXX="g++")
+    done = run_gpu(python=python, PATH=str(tmp_path), OUT=str(out), CXX="g++")
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     for name, advice in {
@@ -49,33 +54,99 @@ def test_all_that_is_missing_is_named_before_any_work(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_compiler_and_card_are_asked_for() -> None:
-    nvcc, card = gpu.missing_gpu("99.0", None)
+def test_a_compiler_is_asked_for_and_a_missing_card_is_told() -> None:
+    (nvcc,) = machine.missing_nvcc("99.0")
     assert nvcc.startswith("nvcc: expected one of CUDA 99") and "CUDACXX" in nvcc
-    assert card.startswith("GPU: torch sees none") and "--dry-run" in card
-    (line,) = gpu.missing_gpu(None, None)
-    assert line.startswith("torch: a build with CUDA is needed") and "PYTHON=" in line
+    assert str(machine.why_no_gpu("13.0", None)).startswith("GPU: torch sees none")
+    assert "PYTHON=" in str(machine.why_no_gpu(None, None))
+    assert machine.why_no_gpu("13.0", "H100") is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_without_a_gpu_nothing_is_built(tmp_path: Path) -> None:
-    done = run_gpu(OUT=str(tmp_path / "out"))
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    assert ("GPU: torch sees none" if torch.version.cuda else "torch: a build") in done.stderr
+# ---- Steps ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Runner]:
+    made = Runner(tmp_path, {"MORE": "yes"}, benchmark_s=100.0)
+    yield made
+    made.close()
+
+
+def python(code: str, **options: Any) -> Step:
+    return Step(name="step", command=(sys.executable, "-c", code), **{"limit_s": 60.0, **options})
+
+
+def test_a_step_ends_as_it_ends_and_the_next_one_runs(runner: Runner) -> None:
+    failed = runner(python("import sys; print('once'); sys.exit(3)"))
+    assert failed.has_failed and failed.outcome == "failed with exit status 3"
+    assert (runner.out / "step.txt").read_text() == "once\n"
+    assert runner(Step(name="none", command=("/no/such",), limit_s=1.0)).has_failed
+    passed = runner(python("import os; print(os.environ['MORE'])"))
+    assert not passed.has_failed and (runner.out / "step.txt").read_text() == "yes\n"
+    left = runner(python("raise SystemExit(1)", missing="no nsys here"))
+    assert not left.has_failed and left.outcome == "left out: no nsys here"
+    assert [result.has_failed for result in runner.results] == [True, True, False, False]
+
+
+def test_a_step_that_takes_too_long_is_stopped_with_its_children(runner: Runner) -> None:
+    code = (
+        "import subprocess, sys; "
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "print(child.pid, flush=True); child.wait()"
+    )
+    stopped = runner(python(code, limit_s=3.0))
+    assert stopped.has_failed and stopped.outcome == "stopped after 3 s"
+    child = Path("/proc") / (runner.out / "step.txt").read_text().strip() / "stat"
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_benchmarks_share_the_time_that_there_is(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, {}, benchmark_s=1e-3)
+    assert runner(python("", is_benchmark=True)).outcome.startswith("stopped after 0 s")
+    late = runner(python("", is_benchmark=True))
+    assert late.outcome == "left out: the time of --minutes is used up" and not late.has_failed
+    assert runner(python("")).outcome == "passed"
+    runner.close()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_plan_names_what_exists(small: bool, tmp_path: Path) -> None:
+    inventory = dict.fromkeys((*machine.SEARCHED, *machine.OPTIONAL, "nvcc"), "there")
+    found = list(plan.steps(Machine(inventory=inventory, small=small), tmp_path, ["-x"]))
+    assert len({step.name for step in found}) == len(found)
+    for step in found:
+        for argument in step.command:
+            if argument.startswith("tests/"):
+                assert (ROOT / argument.partition("::")[0]).is_file()
+            if argument.startswith("m3i_fast.benchmarks."):
+                assert (ROOT / "benchmarks" / f"{argument.rpartition('.')[2]}.py").is_file()
+    names = [step.name for step in found if step.is_benchmark]
+    assert names == list(plan.BENCHMARKS)
+    none = Machine(inventory=dict.fromkeys(inventory), small=small)
+    left = {step.name for step in plan.steps(none, tmp_path, []) if step.missing}
+    assert {"registers", "sass", "nsys", "nsys-tables", "tune"} <= left
+    assert ("memcheck" in left) == (not small)
 
 
 @pytest.mark.slow
-def test_dry_run_builds_loads_and_collects(tmp_path: Path) -> None:
-    done = run_gpu("--dry-run", OUT=str(tmp_path))
+def test_without_a_gpu_all_runs_in_small_sizes(tmp_path: Path) -> None:
+    done = run_gpu("--small", "--minutes", "6", OUT=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "WITHOUT A GPU (--small)" in done.stdout
     facts = json.loads((tmp_path / "env.json").read_text())
     assert facts["torch"] == torch.__version__ and facts["modules"][0] == "m3i_fast._C"
     assert ("m3i_fast._C_cuda" in facts["modules"]) == (torch.version.cuda is not None)
     (suite,) = ElementTree.parse(tmp_path / "tests.xml").getroot()
     assert int(suite.attrib["tests"]) > 100 and suite.attrib["errors"] == "0"
     assert suite.attrib["skipped"] == suite.attrib["tests"]
-    assert "import m3i_fast.benchmarks.dcnv3" in (tmp_path / "log.txt").read_text()
-    assert not list(tmp_path.glob("*.jsonl"))
+    summary = (tmp_path / "summary.md").read_text()
+    assert "All steps that could run passed." in summary and "| emulator | passed |" in summary
+    measured = set(plan.BENCHMARKS) - {"dcnv3"}  # takes minutes
+    for name in measured:
+        rows = list(read_rows(name, folder=tmp_path))
+        assert rows and all(row["subject"] == name for row in rows), name
+        assert f"## {name}" in summary
+    assert {path.stem for path in tmp_path.glob("*.jsonl")} == measured
 
 
 def collect(folder: Path, source: str, *options: str) -> subprocess.CompletedProcess[str]:

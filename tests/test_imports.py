@@ -40,6 +40,9 @@ ONLY_IN = {
     "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
     "cupy_backends": ("benchmarks/",),
     "pynvml": ("m3i_fast/observe/telemetry.py", DOCTOR),
+    "prometheus_client": ("m3i_fast/observe/prometheus.py",),
+    "wandb": ("m3i_fast/observe/trackers.py",),
+    "mlflow": ("m3i_fast/observe/trackers.py",),
     "torch.ops.m3i": ("m3i_fast/ops/",),
 }
 

@@ -26,8 +26,8 @@
 // of 16 bytes on compute capability 9.0 and four before, to a float32 array; one pass rounds it
 // where x is a half type.
 //
-// Tiles: 4 warps a block, so that 7 x 7 pixels of 32 groups leave half of the last of 25 blocks
-// idle. Rejected, by counting, not by measurement:
+// Tiles (tiles.json): 4 warps a block, so that 7 x 7 pixels of 32 groups leave half of the last of
+// 25 blocks idle. Rejected, by counting, not by measurement:
 //   one thread a channel: every point is computed D times;
 //   8 warps a block: the same code, but twice the idle tail on small images;
 //   points passed on by shuffles: four a point against one access, each as wide as that access;

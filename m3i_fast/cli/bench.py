@@ -24,6 +24,7 @@ BENCHMARKS = {
     "compare": "this version beside another: the ledger's rows, or both measured in turns",
     "tune": "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
     "methods": "all methods on the demo's data with one budget, and M3I's ablations",
+    "telemetry": "what logging and telemetry cost a step: processor time, and A B A B",
 }
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from m3i_fast.engine.profiling import ended_by_signals
+
 TRACES = "cuda,nvtx,cublas,cudnn"
 
 
@@ -32,10 +34,20 @@ def run_under_nsys(arguments: list[str], out: Path) -> Path:
         "m3i_fast.cli",
         *arguments,
     ]
-    code = subprocess.run(command, check=False).returncode
-    if code:
+    if code := _run(command):
         raise RuntimeError(f"nsys profile ended with {code}; --profiler torch needs no nsys")
     return _expect(report, "nsys profile")
+
+
+def _run(command: list[str]) -> int:
+    """The exit code; whatever ends this program ends nsys, which then ends what it runs."""
+    with ended_by_signals(), subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()  # at Ctrl-C Popen itself would not
+            raise
 
 
 def export(report: Path) -> Path:

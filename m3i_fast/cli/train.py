@@ -71,6 +71,7 @@ def main(argv: list[str]) -> int:
         outcome = run(
             command.config,
             command.out,
+            recipe=find_recipe(argv)[0],
             resume="auto" if command.auto_resume else command.resume,
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
@@ -101,13 +102,14 @@ def run(
     config: TrainConfig,
     out: Path,
     *,
+    recipe: str = "",
     resume: Resume = False,
     stop_on_collapse: bool = False,
     max_hours: float = math.inf,
     watchdog_minutes: float = math.inf,
 ) -> Outcome:
     """Train with a progress bar: steps, images a second, time left, loss."""
-    trainer = Trainer(config, out, resume=resume, stop_on_collapse=stop_on_collapse)
+    trainer = Trainer(config, out, resume=resume, stop_on_collapse=stop_on_collapse, recipe=recipe)
     quiet = not trainer.world.is_main  # the ranks share a terminal
     columns = (
         TextColumn("{task.description}"),

@@ -117,7 +117,7 @@ def profile_steps(
     SystemExit with 128 + n at signal n.
     """
     trainer.log.open(trainer.step)
-    with _ended_by_signals():
+    with ended_by_signals():
         _steps(trainer, windows.warmup)
         before = _steps(trainer, windows.steps)
         with _capture(control, trainer.log.timer):
@@ -153,7 +153,9 @@ def _capture(control: Control, timer: StageTimer) -> Iterator[None]:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
+    """SystemExit with 128 + n at a signal n to end, so that what is open gets closed."""
+
     def end(number: int, frame: FrameType | None) -> Any:
         raise SystemExit(128 + number)
 

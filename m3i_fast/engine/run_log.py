@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import World
 from m3i_fast.engine.precision import Choice
 from m3i_fast.engine.run_telemetry import Interval, RunTelemetry
+from m3i_fast.observe.live import expect_live, open_live
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
 from m3i_fast.observe.stages import StageTimer
 
@@ -21,19 +23,33 @@ from m3i_fast.observe.stages import StageTimer
 class RunLog:
     """Means and times of the steps since the last read; the first rank writes them."""
 
-    def __init__(self, cfg: TrainConfig, run_dir: Path, world: World, arithmetic: Choice) -> None:
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        run_dir: Path,
+        world: World,
+        arithmetic: Choice,
+        *,
+        recipe: str = "",
+    ) -> None:
+        """Raises ValueError and OSError for a telemetry that cannot be had (`expect_live`)."""
+        if world.is_main:
+            expect_live(cfg.telemetry)
+        self._recipe = recipe
         self._cfg, self._run_dir, self._world = cfg, run_dir, world
         self.means = DeviceMeans(world.device, world.mean)
         self.timer = StageTimer(world.device)
         self._telemetry = RunTelemetry(cfg, world, arithmetic)
         self._sinks: list[Sink] = []
+        self._live: list[Sink] = []
         self._best = float("nan")
 
     def open(self, step: int) -> None:
         """Write from here on; rows of later steps, of before a resume or rollback, are dropped."""
-        self._close_sinks()
+        self._close_files()
         self._telemetry.start()
         if self._world.is_main:
+            self._live = self._live or self._open_live()
             self._sinks = [
                 JsonlSink(self._run_dir / "metrics.jsonl", start_step=step),
                 TensorBoardSink(self._run_dir / "tensorboard", start_step=step),
@@ -42,9 +58,21 @@ class RunLog:
 
     def close(self) -> None:
         self._telemetry.stop()
-        self._close_sinks()
+        for sink in self._live:
+            sink.close()
+        self._live = []
+        self._close_files()
 
-    def _close_sinks(self) -> None:
+    def _open_live(self) -> list[Sink]:
+        return open_live(
+            self._cfg.telemetry,
+            self._run_dir,
+            recipe=self._recipe,
+            rank=self._world.rank,
+            config=json.loads(self._cfg.to_json()),
+        )
+
+    def _close_files(self) -> None:
         for sink in self._sinks:
             sink.close()
         self._sinks = []
@@ -83,7 +111,7 @@ class RunLog:
         return values | self.timer.read()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for sink in self._sinks:
+        for sink in (*self._sinks, *self._live):
             sink.log(step, values)
         name = self._cfg.keep_best.removeprefix("+")
         if name in values:

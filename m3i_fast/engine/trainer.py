@@ -69,8 +69,10 @@ class Trainer:
         *,
         resume: Resume = False,
         stop_on_collapse: bool = False,
+        recipe: str = "",
         data: Data | None = None,
     ) -> None:
+        """recipe: the name that the run goes by in what is logged elsewhere."""
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         device = resolve_device(cfg.device)
         if cfg.deterministic:
@@ -103,7 +105,7 @@ class Trainer:
         self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
         self.momentum = cfg.ema.schedule(cfg.num_steps)
         self.step = 0
-        self.log = RunLog(cfg, run_dir, self.world, self.arithmetic)
+        self.log = RunLog(cfg, run_dir, self.world, self.arithmetic, recipe=recipe)
         self.guard = Guard(cfg.guard, self.objective, self.world)
         self.skips = Skips(cfg, run_dir, self.world)
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))

@@ -12,7 +12,19 @@ class TelemetryConfig:
     hz: float = 1.0
     """Samples a second of the GPUs and the processor of the first rank's node, 0.1 to 10, whose
     means are logged; 0: none."""
+    prometheus_port: int = 0
+    """Port, of all interfaces, at which the first rank serves the last logged row to Prometheus; 0:
+    none. launch/grafana.json shows it."""
+    wandb_project: str = ""
+    """Weights & Biases project that the logged rows go to, too; WANDB_MODE=offline keeps them in
+    the run's directory."""
+    mlflow_uri: str = ""
+    """MLflow tracking server (http://..., sqlite:///...) that the logged rows go to, too."""
 
     def __post_init__(self) -> None:
         if self.hz != 0 and not 0.1 <= self.hz <= 10:
             raise ValueError(f"telemetry.hz: expected 0, or 0.1 to 10, got {self.hz}")
+        if not 0 <= self.prometheus_port <= 65535:
+            raise ValueError(
+                f"telemetry.prometheus_port: expected 0 to 65535, got {self.prometheus_port}"
+            )

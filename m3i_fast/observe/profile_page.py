@@ -36,6 +36,7 @@ def render_page(summary: text.Summary) -> str:
         notes=summary["notes"],
         tiles=_tiles(summary),
         stages=_bars(summary["stages"]),
+        on_gpu=_bars(_on_gpu(summary)),
         families=_bars(summary["families"]),
         work_name=text.work_name(summary),
         tables=[
@@ -65,6 +66,15 @@ def _tiles(summary: text.Summary) -> list[tuple[str, str]]:
         outside = 100 * (1 - summary["work_share"])
         tiles.append((f"{outside:.1f}%", "of the step is outside all operators"))
     return tiles
+
+
+def _on_gpu(summary: text.Summary) -> list[dict[str, Any]]:
+    """Stages by the time in which what they launched ran; none without a GPU."""
+    return [
+        {"title": s["title"], "ms": s["device_ms"], "share": s["device_ms"] / summary["step_ms"]}
+        for s in summary["stages"]
+        if s["device_ms"] is not None
+    ]
 
 
 def _bars(rows: list[dict[str, Any]]) -> list[dict[str, str]]:

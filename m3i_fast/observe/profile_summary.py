@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,24 @@ def summarise(
         "device_waits": _waits(recording.waits, steps),
         "notes": [*recording.notes],
     }
-    if pace.slowdown > SLOWED:
-        summary["notes"].append(
-            f"PROFILING SLOWED THE RUN {pace.slowdown:.2f} times: {pace.profiled_ms:.1f} ms a step "
-            f"against {pace.before_ms:.1f} ms before and {pace.after_ms:.1f} ms after. Shares of "
-            "what has many small calls are too large; take times from the other steps."
-        )
+    summary["notes"] += _warnings(pace)
     return summary
+
+
+def _warnings(pace: Pace) -> Iterator[str]:
+    windows = f"{pace.before_ms:.1f} ms before and {pace.after_ms:.1f} ms after"
+    if pace.slowdown > SLOWED:
+        yield (
+            f"PROFILING SLOWED THE RUN {pace.slowdown:.2f} times: {pace.profiled_ms:.1f} ms a step "
+            f"against {windows}. Shares of what has many small calls are too large; take times "
+            "from the other steps."
+        )
+    faster, slower = sorted((pace.before_ms, pace.after_ms))
+    if slower > SLOWED * faster:
+        yield (
+            f"THE RUN'S OWN PACE CHANGED: {windows} a step, without profiling. The machine does "
+            "other work, or the steps are not steady yet (--warmup): compare no times with these."
+        )
 
 
 def _stages(recording: Recording, window: int) -> list[dict[str, Any]]:

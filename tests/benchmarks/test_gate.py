@@ -114,6 +114,28 @@ def test_one_slow_process_is_no_alarm() -> None:
     assert judge(baseline, [candidate[2]] * 3).alarm == "slower"
 
 
+def test_what_a_process_of_three_does_not_show_is_no_alarm() -> None:
+    rng = np.random.default_rng(0)
+    baseline = [list(rng.normal(1.0, 0.01, 50)) for _ in range(3)]
+    candidate = [list(rng.normal(level, 0.01, 50)) for level in (1.0, 1.1, 1.1)]
+    verdict = judge(baseline, candidate)
+    assert verdict.ratio > 1.05 and verdict.p_value < 1e-6
+    assert verdict.alarm is None and verdict.low < 1.02
+
+
+def test_interval_holds_what_it_says_where_noise_has_a_memory() -> None:
+    """Resampling single samples would take them for independent, and miss far more often."""
+    rng, covered = np.random.default_rng(7), {None: 0, 1: 0}
+    for _ in range(120):
+        a, b = (np.exp(0.05 * _autocorrelated(rng, 120, 0.7)) for _ in range(2))
+        for block in covered:
+            low, high = ratio_interval(
+                [a], [b], alpha=0.1, in_turns=False, num_resamples=150, seed=1, block=block
+            )
+            covered[block] += low <= 1 <= high
+    assert covered[None] >= 94 and covered[1] <= 80, covered
+
+
 def test_a_small_difference_is_told_apart_and_does_not_count() -> None:
     rng = np.random.default_rng(0)
     baseline = [list(rng.normal(1.0, 0.001, 100))]

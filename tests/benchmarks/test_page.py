@@ -50,7 +50,7 @@ def append(folder: Path, subject: str, figures: dict[str, Any], **changes: Any) 
 
 
 def test_rows_that_measured_the_same_are_one_series(rows: Path) -> None:
-    other, own = series_of("speed")
+    other, own = series_of("speed")  # what was measured last comes first
     assert [point.value for point in own.points] == [2.0, 1.5]
     assert (own.points[0].low, own.points[0].high, own.points[0].commit) == (1.0, 4.0, "aaaaaaa")
     assert (own.name(), own.unit) == ("size 64, dtype float32", "ms")
@@ -66,9 +66,10 @@ def test_rows_that_measured_the_same_are_one_series(rows: Path) -> None:
 
 def test_what_all_series_have_in_common_is_said_once(rows: Path) -> None:
     append(rows, "speed", timed(1.0) | {"size": 128})
+    append(rows, "speed", timed(1.1))
     own = [series for series in series_of("speed") if "another" not in series.machine_class]
     assert common_settings(own) == {"dtype": "float32"}
-    assert [series.name(["dtype"]) for series in own] == ["size 128", "size 64"]
+    assert [series.name(["dtype"]) for series in own] == ["size 64", "size 128"]
 
 
 def test_a_chart_has_a_mark_a_row_at_its_place(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,17 +137,17 @@ def test_pytest_benchmark_reads_its_file(rows: Path, tmp_path: Path) -> None:
     assert re.search(r"speed\[64-float32\].* 1[.,]5", shown)
 
 
-def test_statistics_are_pytest_benchmarks(rows: Path) -> None:
-    (entry,) = json.loads(exports.pytest_benchmark())["benchmarks"]
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 7, 8, 21])
+def test_statistics_are_pytest_benchmarks(rows: Path, count: int) -> None:
+    seconds = [sample / 1e3 for sample in (SAMPLES * 3)[:count]]
+    ours = dict(exports.stats(seconds))
     theirs = Stats()
-    for sample in SAMPLES:
-        theirs.update(sample / 1e3)
-    for name in ("min", "max", "mean", "stddev", "median", "rounds", "total", "ops", "outliers"):
+    for sample in seconds:
+        theirs.update(sample)
+    for name in Stats.fields:
         expected = getattr(theirs, name)
-        if isinstance(expected, str):
-            assert entry["stats"][name] == expected
-        else:
-            assert entry["stats"][name] == pytest.approx(expected), name
+        same = expected if isinstance(expected, str) else pytest.approx(expected)
+        assert ours[name] == same, name
 
 
 def test_rows_without_samples_are_no_benchmark(

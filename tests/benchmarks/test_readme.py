@@ -66,7 +66,7 @@ def test_what_is_between_the_marks_is_replaced_and_all_else_kept(append: Append)
 
 
 def test_an_unknown_table_is_an_error() -> None:
-    with pytest.raises(ValueError, match="ledger:speed: expected one of mask_mix"):
+    with pytest.raises(ValueError, match="ledger:speed: expected one of demo, mask_mix"):
         readme.fill("<!-- ledger:speed -->\n<!-- /ledger -->")
 
 
@@ -109,10 +109,26 @@ def test_predictions_are_marked_as_such() -> None:
     assert "predicted, images/s" in block and "no card has confirmed them" in block
 
 
-def test_rates_of_a_loader_are_shown_with_their_interval(append: Append) -> None:
-    rate = {"median": 1234.4, "ci_low": 1200.0, "ci_high": 1300.0, "p5": 1.0}
-    append("loader", {"device": "cpu", "rates": {"DALI": rate, "other": {"note": 1}}})
-    assert "| rates, DALI | 1,234 | 1,200 to 1,300 |" in readme.loader()
+def test_loaders_are_ordered_by_their_rate(append: Append) -> None:
+    def rate(median: float) -> dict[str, float]:
+        return {"median": median, "ci_low": median - 10, "ci_high": median + 20}
+
+    figures = {
+        "device": "cpu",
+        "global_views": "2 x 96",
+        "local_views": "4 x 48",
+        "images_per_s": {"m3i_fast": rate(1234.4), "decode": rate(4000.0), "torch": rate(400.0)},
+        "times_slower_than_ours": {"m3i_fast": 1.0, "decode": 0.3086, "torch": 3.086},
+        "floor": {"decoder": "decode"},
+    }
+    append("loader", figures)
+    lines = readme.loader().splitlines()
+    assert lines[2:5] == [
+        "| 2 x 96 + 4 x 48: decode | 4,000 (3,990 to 4,020) | 0.31 |",
+        "| 2 x 96 + 4 x 48: m3i_fast | 1,234 (1,224 to 1,254) | 1.00 |",
+        "| 2 x 96 + 4 x 48: torch | 400 (390 to 420) | 3.09 |",
+    ]
+    assert "The floor, which only decodes, is decode." in readme.loader()
 
 
 def test_gate_says_how_often_it_erred(append: Append) -> None:

@@ -140,14 +140,18 @@ def configure(tree: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
-def test_cmake_fails_on_a_policy_that_cannot_be_built(tree: Path) -> None:
+def test_cmake_fails_on_a_policy_that_is_not_or_cannot_be_built(tree: Path) -> None:
     done = configure(tree)
     assert done.returncode == 0, done.stderr
     path = tree / "cuda" / "dcnv3" / "tiles.json"
-    path.write_text(path.read_text().replace('"warps": 4', '"warps": 64'))
-    done = configure(tree)
-    assert done.returncode != 0
-    assert re.search(r"cuda/dcnv3/tiles\.json: a100\.small\.policy\.warps: expected", done.stderr)
+    text = path.read_text()
+    for warps, message in (
+        (64, r"cuda/dcnv3/tiles\.json: a100\.small\.policy\.warps: expected"),
+        (2, r"cuda/dcnv3/dcnv3_tiles\.h: expected what cuda/dcnv3/tiles\.json says; run"),
+    ):
+        path.write_text(text.replace('"warps": 4', f'"warps": {warps}'))
+        done = configure(tree)
+        assert done.returncode != 0 and re.search(message, done.stderr)
 
 
 def test_a_header_that_is_not_its_files_is_refused_and_made_anew(tree: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from m3i_fast.cli import main
-from m3i_fast.cli.profile import choose_profiler, peak_of
+from m3i_fast.cli.profile import choose_profiler, parse, peak_of, record, write_summary
 from m3i_fast.cli.profile_nsys import export, run_under_nsys
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.profiling import HostWaits, NoControl, Windows, profile_steps
@@ -116,7 +117,9 @@ def test_the_page_reads_well_in_a_browser(profiled: Path, tmp_path: Path) -> Non
         read_nsys(path), recipe="<b>", profiler="nsys", device="NVIDIA H100", pace=pace
     )
     page = write_page(summary, tmp_path / "gpu.html")
-    assert "<b>" not in page.read_text() and "of communication is hidden" in page.read_text()
+    html = page.read_text()
+    assert "<b>" not in html and "of communication is hidden" in html
+    assert "34.0%, 0.34 ms" in html  # of what fwd.input launched
     check_page(page, tmp_path, num_figures=0)
 
 
@@ -233,13 +236,21 @@ def test_windows_have_steps(name: str) -> None:
 # ---- nsys ----------------------------------------------------------------------------------------
 
 NSYS = f"""#!{sys.executable}
-import json, os, shutil, sys
+import json, os, shutil, signal, sys, time
 verb, options = sys.argv[1], [a for a in sys.argv[2:] if a.startswith("--")]
 given = dict(option.partition("=")[::2] for option in options)
 with open(os.environ["NSYS_LOG"], "a") as log:
     log.write(json.dumps(sys.argv[1:]) + "\\n")
 if os.environ.get("NSYS_FAILS") == verb:
     sys.exit("no permission")
+if os.environ.get("NSYS_HANGS"):
+    def end(number, frame):
+        with open(os.environ["NSYS_LOG"], "a") as log:
+            log.write('"ended"\\n')
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, end)
+    os.kill(os.getppid(), int(os.environ["NSYS_HANGS"]))
+    time.sleep(60)
 if verb == "profile":
     open(given["--output"] + ".nsys-rep", "w").close()
 else:
@@ -278,6 +289,55 @@ def test_a_failure_of_nsys_is_an_error(
     monkeypatch.setenv("NSYS_FAILS", verb)
     with pytest.raises(RuntimeError, match=f"nsys {verb} ended with 1"):
         export(run_under_nsys(["profile", "demo"], tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_nsys_ends_with_this_program(
+    number: int,
+    error: type[BaseException],
+    nsys: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NSYS_HANGS", str(int(number)))
+    with pytest.raises(error):
+        run_under_nsys(["profile", "demo"], tmp_path)
+    assert [json.loads(line) for line in nsys.read_text().splitlines()][1:] == ["ended"]
+
+
+def test_inside_nsys_the_capture_is_cudas(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, partial(told.append, name))
+    config, out = tmp_path / "tiny.json", tmp_path / "out"
+    _config(dataset).save(config)
+    out.mkdir()
+    counts = ["--warmup", "1", "--steps", "1"]
+    arguments = ["profile", "--config", str(config), *counts, "--out", str(out), "--inside-nsys"]
+    assert main(arguments) == 0
+    assert told == ["start", "stop"] and [path.name for path in out.iterdir()] == ["windows.json"]
+
+
+def test_a_recording_of_nsys_becomes_a_summary(
+    nsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From what nsys and the program under it leave."""
+    pace = {"before_ms": 1.0, "profiled_ms": 1.0, "after_ms": 1.0}
+    wait = {"name": "aten::nonzero", "stage": "mix", "stack": ["a.py:1 f"], "calls": 2}
+    (tmp_path / "windows.json").write_text(json.dumps({"pace": pace, "waits": [wait]}))
+    name, command = parse(["demo", "--out", str(tmp_path)])
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    recording = record(command, "nsys", device, ["demo", "--out", str(tmp_path)])
+    write_summary(name, command, recording, "nsys", device)
+    summary = read_summary(tmp_path)
+    assert summary["profiler"] == "nsys" and summary["peak"]["name"] == "h100"
+    assert summary["step_ms"] == pytest.approx(1.0) and summary["waits"] == [wait]
+    assert "| aten::nonzero | mix | 2 | a.py:1 f |" in (tmp_path / "summary.md").read_text()
 
 
 def test_nsys_is_chosen_where_there_is_a_gpu_and_nsys(

@@ -22,9 +22,10 @@ from m3i_fast.benchmarks.tune_candidates import (
 )
 from m3i_fast.benchmarks.tune_compile import code_digest, compile_cubin
 from m3i_fast.benchmarks.tune_roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
+from m3i_fast.cli.probes import fatbin_architectures
 from m3i_fast.ops import dcnv3
 from tests.cuda.emulator import emulated
-from tests.cuda.nvcc import CUDA
+from tests.cuda.nvcc import CUDA, find_nvcc
 from tests.ops.dcnv3_cases import Config, assert_right, make
 
 pytest.importorskip("cupy")
@@ -280,6 +281,20 @@ def test_launchers_choose_by_card_and_size(
                         torch.ops.m3i.dcnv3(*inputs, *arguments)
                 else:
                     torch.ops.m3i.dcnv3(*inputs, *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("card", "code"), [("a100", "sm_80"), ("h100", "sm_90a")])
+def test_nvcc_builds_a_candidate_as_operators_of_its_own(
+    card: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the timing half builds it on a card; a torch without CUDA cannot load it."""
+    find_nvcc()
+    monkeypatch.setattr(tune_build, "build_folder", lambda: tmp_path)
+    library = tune_build.build_ops("dcnv3", tune_policy.read("dcnv3"), card)
+    assert fatbin_architectures(library) == [code]
+    text = library.read_bytes()
+    assert library.stem.encode() + b"\0" in text and b"\0m3i\0" not in text
 
 
 @pytest.mark.gpu

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,10 +26,12 @@ from m3i_fast.engine.run_telemetry import Interval, RunTelemetry, flatten
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.config import TelemetryConfig
 from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.observe.prometheus import exported
 from m3i_fast.observe.telemetry import Device
 from m3i_fast.recipes import recipes
 from tests.engine.test_trainer import _config
 from tests.observe.recorded_nvml import BUS_IDS, UUIDS, Recorded, hopper
+from tests.observe.test_prometheus import ROW, scrape
 
 H100 = Capabilities(device="cuda", capability=(9, 0), cuda=(13, 0), te=True, torchao=True)
 GPU = torch.device("cuda", 0)
@@ -84,6 +88,7 @@ def test_a_row_of_two_gpus(node: Recorded) -> None:
     assert row["gpu/pcie_sent_gib_s"] == 5 / 1024 and row["gpu/nvlink_sent_gib_s"] == 0
     assert row["gpu/throttled"] == 0 and row["gpu/ecc_uncorrected"] == 0
     assert row["host/rss_gib"] > 0.05 and 0 <= row["host/cpu_percent"] <= 100
+    assert {name for name in ROW if name.startswith("gpu/")} <= row.keys()  # the dashboard's
     assert all(isinstance(value, float | int) for value in row.values())
     assert node.num_open == 0 and "telemetry" not in [t.name for t in threading.enumerate()]
 
@@ -175,6 +180,44 @@ def test_a_resume_may_tell_something_else(dataset: Path, tmp_path: Path) -> None
     again = Trainer(other, tmp_path / "run", resume=True)
     assert again.step == 5
     again.train()
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_run_is_scraped_while_it_lasts(dataset: Path, tmp_path: Path) -> None:
+    port = free_port()
+    telemetry = TelemetryConfig(hz=10, prometheus_port=port)
+    cfg = _config(dataset, num_steps=10, telemetry=telemetry, device="cpu")
+    seen = []
+    trainer = Trainer(cfg, tmp_path / "run", recipe="demo")
+    trainer.train(lambda step, values: seen.append((step, values, scrape(port))))
+    for step, values, found in seen:
+        (sample,) = found["m3i_step"]
+        assert sample.value == step
+        assert sample.labels == {"run": "run", "recipe": "demo", "rank": "0"}
+        (images,) = found["m3i_throughput_images_per_second"]
+        assert images.value == pytest.approx(values["throughput/img_s"])
+        of_a_gpu = ("gpu/", "memory/", "efficiency/mfu", "efficiency/hfu", "efficiency/joule")
+        names = [name for name in ROW if not name.startswith((*of_a_gpu, "host/"))]
+        assert {exported(name)[0] for name in names} <= found.keys()
+    assert len(seen) == 2
+    with pytest.raises(OSError):
+        scrape(port)  # closed with the run
+
+
+def test_a_port_in_use_is_told_before_the_run_begins(dataset: Path, tmp_path: Path) -> None:
+    with closing(socket.socket()) as other:
+        other.bind(("", 0))
+        other.listen()
+        telemetry = TelemetryConfig(prometheus_port=other.getsockname()[1])
+        cfg = _config(dataset, telemetry=telemetry, device="cpu")
+        with pytest.raises(OSError, match=r"telemetry\.prometheus_port: expected a free port"):
+            Trainer(cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rate_that_is_none() -> None:

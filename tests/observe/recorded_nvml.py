@@ -76,6 +76,7 @@ def hopper(number: int, **values: Any) -> Card:
         pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL: 47.0,
         pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL: 38.0,
         pynvml.NVML_GPM_METRIC_PCIE_TX_PER_SEC: 5.0,
+        pynvml.NVML_GPM_METRIC_PCIE_RX_PER_SEC: 6.0,
         pynvml.NVML_GPM_METRIC_NVJPG_0_UTIL: 80.0,
         pynvml.NVML_GPM_METRIC_NVJPG_0_UTIL + 1: 40.0,
     }

@@ -138,12 +138,20 @@ def metrics(num: int = 120) -> list[dict[str, float]]:
             "monitor/caption_log_scale": 14.3 + 10 * (1 - decay),
             "throughput/img_s": 317 + 9 * wave - 120 * (i == 0),
             "time/data.wait_ms": 4.1 + 2 * abs(wave),
+            "time/h2d_ms": 0.1,
+            "time/mix_ms": 1.2,
             "time/fwd.target_ms": 31.0,
             "time/fwd.input_ms": 38.5 + wave,
+            "time/fwd.text_ms": 9.0,
             "time/loss.intra_ms": 40.0,
             "time/loss.total_ms": 2.0,
             "time/bwd_ms": 88.0 + wave,
+            "time/comm_ms": 0.2,
+            "time/clip_ms": 1.5,
             "time/optim_ms": 11.2,
+            "time/ema_ms": 2.1,
+            "time/log_ms": 0.4,
+            "time/ckpt_ms": 3.0,
         }
 
     return [row(i) for i in range(num)]

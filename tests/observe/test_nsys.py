@@ -81,10 +81,14 @@ def test_waits_and_notes(schema: Schema, tmp_path: Path) -> None:
 
 
 def test_a_run_that_profiling_slowed_is_warned_of(tmp_path: Path) -> None:
-    slowed = Pace(before_ms=1.0, profiled_ms=2.4, after_ms=1.4)
-    summary = _summary(write_export(tmp_path / "report.sqlite", "old"), pace=slowed)
+    path = write_export(tmp_path / "report.sqlite", "old")
+    summary = _summary(path, pace=Pace(before_ms=1.0, profiled_ms=2.4, after_ms=1.4))
     assert summary["pace"]["slowdown"] == pytest.approx(2.0)
-    assert "PROFILING SLOWED THE RUN 2.00 times" in summary["notes"][-1]
+    slowed, changed = summary["notes"][-2:]
+    assert "PROFILING SLOWED THE RUN 2.00 times: 2.4 ms a step against 1.0 ms before" in slowed
+    assert "OWN PACE CHANGED: 1.0 ms before and 1.4 ms after" in changed
+    steady = _summary(path, pace=Pace(before_ms=1.0, profiled_ms=1.1, after_ms=1.05))
+    assert not [note for note in steady["notes"] if "PACE" in note or "SLOWED" in note]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""The last logged row of a run for Prometheus: named and in units as its conventions ask."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
+
+LABELS = ("run", "recipe", "rank")
+
+# Groups whose members differ from run to run are one metric, told apart by a label.
+_FAMILIES = {"loss": "term", "weight": "term", "members": "term", "monitor": "monitor"}
+# Base units: ending here, ending there, how many of it one of ours is.
+_UNITS = (
+    ("_gib_s", "_bytes_per_second", 2.0**30),
+    ("_gib", "_bytes", 2.0**30),
+    ("_mhz", "_hertz", 1e6),
+    ("_percent", "_ratio", 1e-2),
+    ("tflop_s", "flops_per_second", 1e12),
+    ("img_s", "images_per_second", 1.0),
+    ("joule_per_image", "joules_per_image", 1.0),
+    ("_w", "_watts", 1.0),
+    ("_c", "_celsius", 1.0),
+)
+
+
+def exported(name: str) -> tuple[str, str | None, str, float]:
+    """Of a logged `group/name_unit`: metric, its own label, that label's value, and a factor."""
+    group, _, rest = name.partition("/")
+    if group == "time":
+        return "m3i_stage_seconds", "stage", rest.removesuffix("_ms"), 1e-3
+    if group in _FAMILIES:
+        return f"m3i_{group}", _FAMILIES[group], rest, 1.0
+    factor = 1.0
+    for ours, theirs, scale in _UNITS:
+        if rest.endswith(ours):
+            rest, factor = rest.removesuffix(ours) + theirs, scale
+            break
+    return "m3i_" + "".join(c if c.isalnum() else "_" for c in f"{group}_{rest}"), None, "", factor
+
+
+class PrometheusSink:
+    """Serves http://HOST:port/metrics from a thread; the values are those of the last row.
+
+    Raises OSError where the port is taken.
+    """
+
+    def __init__(self, port: int, *, run: str, recipe: str, rank: int) -> None:
+        self._labels = dict(zip(LABELS, (run, recipe, str(rank)), strict=True))
+        self._registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        try:
+            self._server, self._thread = start_http_server(port, registry=self._registry)
+        except OSError as error:
+            raise taken(port, error) from error
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        rows = {"step": float(step), "logged_timestamp_seconds": time.time()}
+        for name, value in rows.items():
+            self._set(f"m3i_{name}", None, "", value)
+        for name, value in values.items():
+            metric, label, member, factor = exported(name)
+            self._set(metric, label, member, factor * value)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _set(self, metric: str, label: str | None, member: str, value: float) -> None:
+        if metric not in self._gauges:
+            names = LABELS if label is None else (*LABELS, label)
+            about = f"{metric} of the steps since the row logged before"
+            self._gauges[metric] = Gauge(metric, about, names, registry=self._registry)
+        more = {} if label is None else {label: member}
+        self._gauges[metric].labels(**self._labels, **more).set(value)
+
+
+def expect_free(port: int) -> None:
+    """Raise OSError where something listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise taken(port, error) from error
+
+
+def taken(port: int, error: OSError) -> OSError:
+    why = "which is in use" if error.errno == errno.EADDRINUSE else str(error.strerror)
+    return OSError(
+        error.errno,
+        f"telemetry.prometheus_port: expected a free port, got {port}, {why}; set "
+        "--telemetry.prometheus-port to another one, or 0 for none",
+    )

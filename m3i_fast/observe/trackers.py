@@ -1,0 +1,117 @@
+"""Experiment trackers that logged rows go to beside the run's own files, each by its own library.
+
+A run is the same run there after a resume: its id is in tracking.json of the run's directory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m3i_fast.storage import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class WandbSink:
+    """Weights & Biases. Rows carry their step, so that those after a rollback are kept, too."""
+
+    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        run_id = _known(run_dir, "wandb") or uuid.uuid4().hex[:16]
+        self._run = wandb.init(
+            project=project,
+            id=run_id,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dict(config),
+            resume="allow",
+        )
+        _remember(run_dir, "wandb", run_id)
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Handed to wandb's own process, which sends it."""
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowSink:
+    """MLflow: an experiment m3i-fast, a run a run. Rows are sent by MLflow's own thread."""
+
+    EXPERIMENT = "m3i-fast"
+    PARAM_LENGTH = 500  # of a value; longer ones some servers refuse
+
+    def __init__(self, uri: str, run_dir: Path, config: Mapping[str, Any]) -> None:
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=uri)
+        self._pending: list[Any] = []
+        known = _known(run_dir, "mlflow")
+        if known is not None:
+            self._client.update_run(known, status="RUNNING")
+            self._id = known
+            return
+        experiment = self._client.get_experiment_by_name(self.EXPERIMENT)
+        number = (
+            self._client.create_experiment(self.EXPERIMENT)
+            if experiment is None
+            else experiment.experiment_id
+        )
+        self._id = str(self._client.create_run(number, run_name=run_dir.name).info.run_id)
+        _remember(run_dir, "mlflow", self._id)
+        for name, value in _flat("", config).items():
+            self._client.log_param(self._id, name, str(value)[: self.PARAM_LENGTH])
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        metrics = [Metric(_allowed(name), value, now, step) for name, value in values.items()]
+        self._pending.append(self._client.log_batch(self._id, metrics=metrics, synchronous=False))
+
+    def close(self) -> None:
+        """Waits for what is not sent; what cannot be is said, and ends nothing."""
+        for sent in self._pending:
+            try:
+                sent.wait()
+            except Exception as error:
+                logger.warning("mlflow: rows are missing there: %s", error)
+                break
+        self._pending = []
+        self._client.set_terminated(self._id)
+
+
+def _allowed(name: str) -> str:
+    """MLflow's names have letters, digits and _ - . / and spaces."""
+    return re.sub(r"[^\w\-. /]", "_", name)
+
+
+def _flat(path: str, config: Any) -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        return {path: config}
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        found |= _flat(f"{path}.{name}" if path else name, value)
+    return found
+
+
+def _known(run_dir: Path, tracker: str) -> str | None:
+    path = run_dir / "tracking.json"
+    ids = json.loads(path.read_text()) if path.exists() else {}
+    return str(ids[tracker]) if tracker in ids else None
+
+
+def _remember(run_dir: Path, tracker: str, run_id: str) -> None:
+    path = run_dir / "tracking.json"
+    ids = json.loads(path.read_text()) if path.exists() else {}
+    write_atomically(path, (json.dumps(ids | {tracker: run_id}) + "\n").encode())

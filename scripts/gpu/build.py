@@ -1,0 +1,88 @@
+"""build/gpu: the package as it is installed, its modules built by plain CMake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.gpu.steps import ROOT, Runner, Step
+
+BUILD = ROOT / "build" / "gpu"
+SITE = BUILD / "site"
+LIMIT_S = 900.0
+
+# An editable install of this package in the same python would be found before any path.
+SITECUSTOMIZE = """import sys
+
+own = [f for f in sys.meta_path if "m3i_fast" in getattr(f, "known_source_files", ())]
+sys.meta_path[:] = [f for f in sys.meta_path if f not in own]
+"""
+
+DESCRIBE = """import json, sys
+from dataclasses import asdict
+from m3i_fast.observe.environment import environment
+from m3i_fast.ops import library
+
+names = ("m3i_fast._C", "m3i_fast._C_cuda")
+modules = {name: sys.modules[name].__file__ for name in names if name in sys.modules}
+print(json.dumps({**asdict(environment()), "command": "make gpu", "modules": modules}))
+"""
+
+
+def build(run: Runner, nvcc: Path | None) -> bool:
+    """Whether all of it was built."""
+    generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
+    configure = ["cmake", "--fresh", "-S", ROOT, "-B", BUILD, "-G", generator]
+    configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-DM3I_CUDA={'ON' if nvcc else 'OFF'}"]
+    if nvcc:
+        configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+    lay_out()
+    for name, command in {
+        "configure": configure,
+        "build": ["cmake", "--build", BUILD, "--parallel", str(os.cpu_count())],
+        "install": ["cmake", "--install", BUILD, "--prefix", SITE],
+    }.items():
+        step = Step(name=name, command=tuple(map(str, command)), limit_s=LIMIT_S)
+        if run(step).has_failed:
+            return False
+    return True
+
+
+def lay_out() -> None:
+    """Links to the sources, in the folders that pyproject.toml maps them to."""
+    package = SITE / "m3i_fast"
+    shutil.rmtree(SITE, ignore_errors=True)
+    package.mkdir(parents=True)
+    for source in (*(ROOT / "m3i_fast").iterdir(), ROOT / "pipelines", ROOT / "benchmarks"):
+        if source.name != "__pycache__" and source.suffix != ".so":
+            (package / source.name).symlink_to(source)
+    (SITE / "sitecustomize.py").write_text(SITECUSTOMIZE)
+
+
+def describe(out: Path, inventory: dict[str, str | None], nvcc: Path | None) -> str | None:
+    """Write env.json and nvidia-smi.txt; why what was built here is not what is loaded, if so."""
+    if inventory["nvidia-smi"]:
+        shown = subprocess.run([inventory["nvidia-smi"], "-q"], capture_output=True, text=True)
+        (out / "nvidia-smi.txt").write_text(shown.stdout + shown.stderr)
+    done = subprocess.run(
+        [sys.executable, "-c", DESCRIBE],
+        cwd=SITE,
+        env={**os.environ, "PYTHONPATH": str(SITE)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        return f"m3i_fast: what was built does not load\n{done.stderr}"
+    facts = json.loads(done.stdout.splitlines()[-1])
+    wanted = {"m3i_fast._C", *(["m3i_fast._C_cuda"] if nvcc else [])}
+    ours = {name for name, file in facts["modules"].items() if Path(file).is_relative_to(SITE)}
+    if ours != wanted:
+        return f"m3i_fast: expected {sorted(wanted)} of {SITE}, got {facts['modules']}"
+    facts |= {"modules": sorted(ours), "inventory": inventory}
+    (out / "env.json").write_text(json.dumps(facts, indent=2) + "\n")
+    return None

@@ -1,0 +1,123 @@
+"""Which steps `make gpu` takes: on a GPU, or in small sizes without one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.gpu.build import BUILD, SITE
+from scripts.gpu.steps import ROOT, Step
+
+TESTS_S, SANITIZER_S, TABLES_S = 1200.0, 300.0, 300.0
+
+# In order of worth, with the seconds that each may take at most; and what makes each small.
+BENCHMARKS: dict[str, tuple[float, tuple[str, ...]]] = {
+    "mi_loss": (120, ("--ranks", "1,2", "--rows-per-rank", "64", "--dim", "32")),
+    "dcnv3": (150, ()),
+    "step": (90, ("--batch-size", "8", "--depth", "1", "--num-samples", "2")),
+    "gaussian": (90, ("--num-samples", "2", "--no-compile")),
+    "mask_mix": (60, ("--num-samples", "2", "--no-compile")),
+    "internimage": (120, ("--image-size", "64", "--num-samples", "2")),
+    "tune": (300, ("--op", "dcnv3", "--card", "cpu", "--most", "2", "--num-samples", "2")),
+}
+NEEDS = {"tune": ("CuPy", "tyro")}
+SKIPPED_SMALL = ("dcnv3",)  # minutes on a CPU, whatever its samples
+# Small inputs, of each op: a sanitizer makes them slower by one or two orders of magnitude.
+SANITIZED = (
+    "tests/ops/test_mask_mix.py::test_cuda_gives_the_bits_of_the_cpu",
+    "tests/ops/test_boltzmann_cuda.py::test_small_calls",
+    "tests/ops/test_gaussian.py::test_on_a_gpu",
+    "tests/ops/test_dcnv3_cuda.py",
+)
+# The emulator reports what a sanitizer would: accesses out of bounds, and races.
+EMULATED = ("tests/cuda/test_mask_mix.py",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    inventory: dict[str, str | None]
+    small: bool
+    """No GPU is used: the emulator, and the CPU in small sizes."""
+
+    def missing(self, *names: str) -> str | None:
+        absent = [name for name in names if self.inventory[name] is None]
+        return f"no {' and no '.join(absent)} here" if absent else None
+
+
+def steps(machine: Machine, out: Path, for_pytest: list[str]) -> Iterator[Step]:
+    yield from code_steps(machine, out)
+    yield test_step("tests", ["-m", "gpu", f"--junitxml={out / 'tests.xml'}", *for_pytest])
+    yield from sanitizer_steps(machine)
+    yield from benchmark_steps(machine)
+    yield from nsys_steps(machine, out)
+
+
+def code_steps(machine: Machine, out: Path) -> Iterator[Step]:
+    """Registers, spills and shared memory of every kernel, and its machine code."""
+    library = next(iter(SITE.glob("m3i_fast/_C_cuda*.so")), None)
+    missing = machine.missing("cuobjdump")
+    if library is None:
+        missing = missing or "no CUDA kernels in this build"
+    tool = machine.inventory["cuobjdump"] or "cuobjdump"
+    for name, option in (("registers", "--dump-resource-usage"), ("sass", "--dump-sass")):
+        command = (tool, option, str(library))
+        yield Step(name=name, command=command, limit_s=TABLES_S, missing=missing, quiet=True)
+
+
+def test_step(name: str, arguments: list[str], *before: str, limit_s: float = TESTS_S) -> Step:
+    paths = f"pythonpath={SITE.relative_to(ROOT)} ."
+    pytest = [sys.executable, "-m", "pytest", "--skip-missing-packages", "-o", paths, "-q"]
+    return Step(name=name, command=(*before, *pytest, *arguments), limit_s=limit_s)
+
+
+def sanitizer_steps(machine: Machine) -> Iterator[Step]:
+    if machine.small:
+        yield test_step("emulator", [*EMULATED])
+        return
+    missing = machine.missing("compute-sanitizer")
+    tool = machine.inventory["compute-sanitizer"] or "compute-sanitizer"
+    for kind in ("memcheck", "racecheck"):
+        before = (tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all")
+        step = test_step(kind, ["-m", "gpu", *SANITIZED], *before, limit_s=SANITIZER_S)
+        yield Step(**{**vars(step), "missing": missing})
+
+
+def benchmark_steps(machine: Machine) -> Iterator[Step]:
+    for name, (limit_s, small) in BENCHMARKS.items():
+        missing = machine.missing(*NEEDS.get(name, ()))
+        if machine.small:
+            missing = missing or machine.missing("tyro")
+            if name in SKIPPED_SMALL:
+                missing = "takes minutes without a GPU"
+        arguments = small if machine.small else ()
+        yield Step(
+            name=name,
+            command=(sys.executable, "-m", f"m3i_fast.benchmarks.{name}", *arguments),
+            limit_s=limit_s,
+            cwd=SITE,
+            missing=missing,
+            is_benchmark=True,
+        )
+
+
+def nsys_steps(machine: Machine, out: Path) -> Iterator[Step]:
+    """A profile of the training step's benchmark, and its tables."""
+    missing = machine.missing("nsys") or ("no GPU" if machine.small else None)
+    tool, report = machine.inventory["nsys"] or "nsys", str(out / "step")
+    trace = ("-t", "cuda,nvtx", "-s", "none", "-o", report, "--force-overwrite", "true")
+    step = (sys.executable, "-m", "m3i_fast.benchmarks.step")
+    place = {"M3I_RESULTS": str(BUILD / "unrecorded")}  # slower than it is
+    profile = Step(
+        name="nsys",
+        command=(tool, "profile", *trace, *step),
+        limit_s=TABLES_S,
+        cwd=SITE,
+        missing=missing,
+        environment=place,
+    )
+    yield profile
+    tables = ("--report", "cuda_gpu_kern_sum", "--report", "nvtx_sum", f"{report}.nsys-rep")
+    command = (tool, "stats", "--force-export=true", *tables)
+    yield Step(name="nsys-tables", command=command, limit_s=TABLES_S, missing=missing)
