@@ -211,11 +211,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for column in ("", "value"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
     lines = {
-        "processor time of logging and telemetry, of a step's": f"{cpu['share_of_a_step']:.2%}",
-        f"  the sampling thread, {row['hz']:g} a second": f"{cpu['thread_share']:.2%} of a core",
+        "processor time, of a step's": f"{cpu['share_of_a_step']:.2%}",
+        f"  sampling, {row['hz']:g} a second": f"{cpu['thread_share']:.2%} of a core",
         "  a sample": f"{cpu['sample_ms']:.2f} ms",
         "  the log, of a step's": f"{cpu['log_share']:.2%}",
-        "  metrics of a step added": f"{cpu['add_ms']:.3f} ms",
+        "  a step's metrics added": f"{cpu['add_ms']:.3f} ms",
         "  a row read and written": f"{cpu['row_ms']:.2f} ms",
         "a step with, beside without": (
             f"{ratio['median']:.4f} ({ratio['ci_low']:.4f} - {ratio['ci_high']:.4f})"

@@ -149,6 +149,17 @@ def test_a_step_that_the_model_does_not_know_is_its_error() -> None:
     assert errors[1:] == pytest.approx([-0.5, 0.0], abs=1e-6)
 
 
+def test_what_is_left_out_is_not_fitted_to() -> None:
+    """All-reduces of two ranks take three times as long, a step of theirs does not."""
+    observed = [observe(work(count, batch=1)) for count in (2, 4, 8)]
+    slow = tuple((size, 3 * seconds) for size, seconds in observed[0].all_reduces)
+    observed[0] = replace(observed[0], all_reduces=slow)
+    ones = [observe(work(1, batch=batch)) for batch in (1, 64)]
+    of_two, *others = leave_one_out([*ones, *observed], CARD)[2:]
+    assert of_two == pytest.approx(0.0, abs=1e-6)
+    assert all(error is not None and error > 0.01 for error in others)
+
+
 def test_without_one_rank_there_is_no_model() -> None:
     with pytest.raises(ValueError, match="gpus: expected 1 among them"):
         fit([observe(work(2))], CARD)
@@ -227,6 +238,12 @@ def test_buckets_are_those_of_ddp(shapes: Sequence[tuple[int, ...]]) -> None:
         assert len(buckets) == len(tensors) <= found
     else:
         assert abs(found - len(buckets)) <= 1
+
+
+def test_how_many_buckets_there_are_at_their_edges() -> None:
+    first, full = 2**20, 25 * 2**20
+    sizes = (4, first, first + 4, first + full, first + full + 4)
+    assert [num_buckets(size) for size in sizes] == [1, 1, 2, 2, 3]
 
 
 def test_the_workload_of_a_recipe() -> None:
