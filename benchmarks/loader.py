@@ -100,7 +100,7 @@ class Config:
 
 def parse(argv: list[str]) -> Config:
     """`RECIPE --field value`; SystemExit for an unknown flag."""
-    name, config, rest = find_recipe(argv if argv and argv[0][:2] != "--" else [RECIPE, *argv])
+    name, config, rest = find_recipe(argv, RECIPE)
     return tyro.cli(
         Config,
         prog=f"m3i-fast bench loader {name}",

@@ -112,7 +112,7 @@ class Config:
 
 def parse(argv: list[str]) -> Config:
     """`RECIPE --field value`; SystemExit for an unknown flag."""
-    name, config, rest = find_recipe(argv or ["demo"])
+    name, config, rest = find_recipe(argv, "demo")
     return tyro.cli(
         Config,
         prog=f"m3i-fast bench scaling {name}",

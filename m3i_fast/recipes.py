@@ -330,11 +330,14 @@ def recipes() -> dict[str, Callable[[], TrainConfig]]:
     return RECIPES | methods
 
 
-def find_recipe(argv: list[str]) -> tuple[str, TrainConfig, list[str]]:
+def find_recipe(argv: list[str], default: str | None = None) -> tuple[str, TrainConfig, list[str]]:
     """`RECIPE ...` or `--config FILE ...` -> its name, its config and the other arguments.
 
-    Raises ValueError for an unknown recipe, FileNotFoundError for a missing file.
+    default: the recipe where the arguments name none. Raises ValueError for an unknown recipe,
+    FileNotFoundError for a missing file.
     """
+    if default is not None and (not argv or argv[0].startswith("-") and argv[0] != "--config"):
+        argv = [default, *argv]
     if argv[0] == "--config":
         if len(argv) < 2:
             raise ValueError("--config: expected a file")

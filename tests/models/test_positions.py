@@ -58,7 +58,7 @@ def test_rotary_positions_are_timms_of_dinov3() -> None:
     expected = apply_rot_embed_cat(x.transpose(1, 2), angles, half=True).transpose(1, 2)
     rotation = rotary(patch_centres(rows, columns), dim).expand(4, -1, -1, -1)
     torch.testing.assert_close(rotate(x, rotation), expected, atol=1e-6, rtol=1e-5)
-    assert (rotate(x, rotation) - x).abs().mean() > 0.5
+    assert (rotate(x, rotation) - x).abs().mean() > 0.2
 
 
 def test_only_the_distance_of_two_rotated_tokens_counts() -> None:

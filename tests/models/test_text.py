@@ -88,7 +88,10 @@ def test_order_of_the_words_matters() -> None:
 class NaiveAttention(Attention):
     """The softmax as written: over nothing it is NaN, which some backends' own kernels avoid."""
 
-    def forward(self, qkv: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
+    ) -> Tensor:
+        assert rotation is None
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv.chunk(3, dim=-1))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
         assert key_mask is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,11 @@ def test_wandb_keeps_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.M
         sink.close()
     run_id = json.loads((run_dir / "tracking.json").read_text())["wandb"]
     files = list((run_dir / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert files and all(file.stat().st_size > 200 for file in files)
+    deadline = time.monotonic() + 60  # another process writes them
+    while not all(file.stat().st_size > 200 for file in files):
+        assert time.monotonic() < deadline, [file.stat().st_size for file in files]
+        time.sleep(0.05)
+    assert files
     assert b"loss/total" in files[0].read_bytes()
 
 
