@@ -185,21 +185,6 @@ def _process_s(pid: str) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS  # utime, stime: proc(5), after the name
 
 
-def tensors_of(batch: Batch) -> list[Tensor]:
-    """In the order of the others'."""
-    return [
-        *batch.global_views,
-        *batch.local_views,
-        batch.boxes,
-        batch.image_size,
-        batch.token_ids,
-        batch.num_tokens,
-        batch.label,
-        batch.sample_id,
-        batch.group_id,
-    ]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
     """Of the first views of some images: means over them, and standard errors of those."""
@@ -217,7 +202,7 @@ def look(batches: Iterator[Any], num_images: int) -> Statistics:
     shapes: list[list[int]] = []
     while sum(len(view) for view in views) < num_images:
         batch = next(batches)
-        tensors = tensors_of(batch) if isinstance(batch, Batch) else list(batch)
+        tensors = batch.tensors() if isinstance(batch, Batch) else list(batch)
         shapes = [list(tensor.shape) for tensor in tensors]
         views.append(tensors[0].cpu())
     of_images = torch.cat(views).flatten(1).float() / 255  # [N, 3 S S]

@@ -32,6 +32,20 @@ class Batch:
     def batch_size(self) -> int:
         return self.sample_id.shape[0]
 
+    def tensors(self) -> list[Tensor]:
+        """Global views, local views, then the other fields in their order."""
+        return [
+            *self.global_views,
+            *self.local_views,
+            self.boxes,
+            self.image_size,
+            self.token_ids,
+            self.num_tokens,
+            self.label,
+            self.sample_id,
+            self.group_id,
+        ]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; tensors already there are not copied."""
         return Batch(

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader, ViewConfig
@@ -81,22 +80,8 @@ Packer = Callable[[Sequence[Sample]], Path]
 EVERYTHING = ViewConfig(size=16, blur_probability=0.5, solarize_probability=0.3)
 
 
-def tensors(batch: Batch) -> list[Tensor]:
-    return [
-        *batch.global_views,
-        *batch.local_views,
-        batch.boxes,
-        batch.image_size,
-        batch.token_ids,
-        batch.num_tokens,
-        batch.label,
-        batch.sample_id,
-        batch.group_id,
-    ]
-
-
 def equal(first: Batch, second: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
 
 
 def take(loader: Loader, number: int) -> list[Batch]:

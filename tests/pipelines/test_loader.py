@@ -18,7 +18,6 @@ from tests.pipelines.data import (
     TOKENIZER,
     equal,
     take,
-    tensors,
 )
 
 
@@ -27,8 +26,8 @@ def test_shapes_types_and_devices(cfg: LoaderConfig) -> None:
     expected = [((4, 3, 16, 16), torch.uint8)] * 2 + [((4, 3, 8, 8), torch.uint8)] * 3
     expected += [((4, 5, 5), torch.float32), ((4, 2), torch.float32)]
     expected += [((4, TOKENIZER.context_length), torch.int32)] + [((4,), torch.int64)] * 4
-    assert [(tuple(t.shape), t.dtype) for t in tensors(batch)] == expected
-    assert all(t.is_contiguous() and t.device.type == "cpu" for t in tensors(batch))
+    assert [(tuple(t.shape), t.dtype) for t in batch.tensors()] == expected
+    assert all(t.is_contiguous() and t.device.type == "cpu" for t in batch.tensors())
     assert batch.batch_size == 4
     assert equal(batch.to("cpu"), batch)
 
@@ -108,12 +107,12 @@ def test_batches_keep_their_values_while_held(cfg: LoaderConfig) -> None:
     """Tensors are DALI's own buffers; none may be written again while someone holds it."""
     loader = Loader(cfg)
     held = take(loader, 30)
-    copies = [[t.clone() for t in tensors(batch)] for batch in held]
+    copies = [[t.clone() for t in batch.tensors()] for batch in held]
     take(loader, 30)
     loader.close()
     del loader
     for batch, copied in zip(held, copies, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(tensors(batch), copied, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), copied, strict=True))
 
 
 def test_memory_is_flat(cfg: LoaderConfig) -> None:
