@@ -114,7 +114,7 @@ def test_an_error_of_a_moment_leaves_out_one_sample() -> None:
     assert found["gpus"][0]["power_w"]["min"] == 100 and found["gpus"][0]["power_w"]["max"] == 300
 
 
-@pytest.mark.parametrize("reason", gpu.THROTTLING)
+@pytest.mark.parametrize("reason", sorted(gpu.THROTTLING))
 def test_reasons_that_throttle(reason: str) -> None:
     (bit,) = (bit for bit, name in gpu.REASONS.items() if name == reason)
     card = hopper(0, nvmlDeviceGetCurrentClocksEventReasons=counting([0x4, 0x4 | bit, 0x1]))
