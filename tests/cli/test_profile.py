@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -165,6 +165,14 @@ def test_a_capture_is_of_the_steady_steps(dataset: Path, tmp_path: Path) -> None
         trainer, _ = _profile(dataset, tmp_path / "run", control)
     assert control.told == ["start", "stop"]
     assert steps == [3, 4] and trainer.step == WINDOWS.total
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises, also where these tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
