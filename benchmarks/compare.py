@@ -51,9 +51,9 @@ class Config:
     """Chance of an alarm on versions that are equally fast; shared by all rows compared."""
     threshold: float = 0.05
     """The smallest difference that counts, as a share."""
-    pairs: int = 3
+    pairs: int = 6
     """Pairs of processes that take turns."""
-    samples: int = 120
+    samples: int = 80
     """Of each process."""
     sample_ms: float = 5.0
     """What a sample lasts at least."""

@@ -30,9 +30,9 @@ class Plan:
     """How samples are taken."""
 
     work: str
-    pairs: int = 3
+    pairs: int = 6
     """Pairs of processes."""
-    samples: int = 120
+    samples: int = 80
     """Of each process."""
     sample_ms: float = 5.0
     """What a sample lasts at least."""

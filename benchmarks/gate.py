@@ -2,15 +2,16 @@
 
 A difference is an alarm where all of this holds:
 
-- the interval of the ratio of medians lies wholly beyond the smallest difference that counts, on
-  either side: what became too fast wants its baseline refreshed;
+- the interval of the ratio lies wholly beyond the smallest difference that counts, on either side:
+  what became too fast wants its baseline refreshed;
 - Mann-Whitney's test tells the samples apart.
 
 The interval is a percentile bootstrap made for times on a busy machine. Samples come in groups, one
 a pair of processes: groups are drawn with replacement, since a process may be a little faster than
 another of the same code all its life, and within a group circular blocks of neighbouring samples,
 since what slows down one sample mostly slows down the next. Where samples of both versions were
-taken in turns, both get the same blocks, and what slowed down both leaves the ratio alone.
+taken in turns, the ratio is the median over neighbours, one of each version: a machine that runs
+now fast, now slow does so to both, while the medians of all samples jump between the two speeds.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Verdict:
     """Of a candidate against its baseline, in time a call."""
 
     ratio: float
-    """Median of the candidate over that of the baseline: above one is slower."""
+    """Of the candidate over the baseline, of medians or of neighbours: above one is slower."""
     low: float
     high: float
     """The interval of the ratio at 1 - alpha."""
@@ -76,7 +77,11 @@ def judge(
         alarm = "slower"
     elif p_value < alpha and high < 1 / (1 + threshold):
         alarm = "faster"
-    ratio = float(np.median(all_candidate) / np.median(all_baseline))
+    ratio = float(
+        np.median(all_candidate / all_baseline)
+        if in_turns
+        else np.median(all_candidate) / np.median(all_baseline)
+    )
     return Verdict(ratio, low, high, p_value, alarm)
 
 
@@ -114,15 +119,16 @@ def ratio_interval(
     seed: int,
     block: int | None = None,
 ) -> tuple[float, float]:
-    """Percentile interval of the ratio of medians at 1 - alpha; `block` is block_length's."""
+    """Percentile interval of the ratio at 1 - alpha; `block` is block_length's."""
     rng = np.random.default_rng(seed)
     ratios = np.empty(num_resamples)
+    neighbours = [b / a for a, b in zip(baseline, candidate, strict=True)] if in_turns else []
     for index in range(num_resamples):
-        state = rng.bit_generator.state
-        below = np.median(_resample(baseline, rng, block))
         if in_turns:
-            rng.bit_generator.state = state
-        ratios[index] = np.median(_resample(candidate, rng, block)) / below
+            ratios[index] = np.median(_resample(neighbours, rng, block))
+        else:
+            below = np.median(_resample(baseline, rng, block))
+            ratios[index] = np.median(_resample(candidate, rng, block)) / below
     low, high = np.quantile(ratios, [alpha / 2, 1 - alpha / 2])
     return float(low), float(high)
 
