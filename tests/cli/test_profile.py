@@ -1,4 +1,4 @@
-"""m3i-fast profile: a real profile of a CPU, captures that close, nsys as a child, differences."""
+"""m3i-fast profile: a real profile of a CPU, captures that close, differences."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import os
 import re
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,6 @@ import pytest
 import torch
 
 from m3i_fast.cli import main
-from m3i_fast.cli.profile import choose_profiler, parse, peak_of, record, write_summary
-from m3i_fast.cli.profile_nsys import export, run_under_nsys
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.profiling import HostWaits, NoControl, Windows, profile_steps
 from m3i_fast.engine.trainer import Trainer
@@ -167,14 +163,6 @@ def test_a_capture_is_of_the_steady_steps(dataset: Path, tmp_path: Path) -> None
     assert steps == [3, 4] and trainer.step == WINDOWS.total
 
 
-@pytest.fixture(autouse=True)
-def interrupts() -> Iterator[None]:
-    """Ctrl-C raises, also where these tests run in the background of a shell, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize(
     ("act", "error"),
     [
@@ -239,133 +227,6 @@ def test_reads_of_a_tensor_are_noted_with_their_stage() -> None:
 def test_windows_have_steps(name: str) -> None:
     with pytest.raises(ValueError, match=f"--{name}: expected at least 1, got 0"):
         Windows(**{"warmup": 1, "steps": 1, name: 0})
-
-
-# ---- nsys ----------------------------------------------------------------------------------------
-
-NSYS = f"""#!{sys.executable}
-import json, os, shutil, signal, sys, time
-verb, options = sys.argv[1], [a for a in sys.argv[2:] if a.startswith("--")]
-given = dict(option.partition("=")[::2] for option in options)
-with open(os.environ["NSYS_LOG"], "a") as log:
-    log.write(json.dumps(sys.argv[1:]) + "\\n")
-if os.environ.get("NSYS_FAILS") == verb:
-    sys.exit("no permission")
-if os.environ.get("NSYS_HANGS"):
-    def end(number, frame):
-        with open(os.environ["NSYS_LOG"], "a") as log:
-            log.write('"ended"\\n')
-        sys.exit(0)
-    signal.signal(signal.SIGTERM, end)
-    os.kill(os.getppid(), int(os.environ["NSYS_HANGS"]))
-    time.sleep(60)
-if verb == "profile":
-    open(given["--output"] + ".nsys-rep", "w").close()
-else:
-    shutil.copy(os.environ["NSYS_EXPORT"], given["--output"])
-"""
-
-
-@pytest.fixture
-def nsys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program of that name on PATH, which notes its arguments; returns where."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "nsys").write_text(NSYS)
-    (folder / "nsys").chmod(0o755)
-    log = tmp_path / "nsys.log"
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("NSYS_LOG", str(log))
-    monkeypatch.setenv("NSYS_EXPORT", str(write_export(tmp_path / "made.sqlite", "new")))
-    return log
-
-
-def test_nsys_runs_the_verb_again_and_exports(nsys: Path, tmp_path: Path) -> None:
-    report = run_under_nsys(["profile", "demo", "--inside-nsys"], tmp_path)
-    assert len(read_nsys(export(report)).steps) == 2
-    profile, exported = map(json.loads, nsys.read_text().splitlines())
-    assert profile[0] == "profile" and "--capture-range=cudaProfilerApi" in profile
-    assert "--capture-range-end=stop" in profile
-    assert profile[-5:] == ["-m", "m3i_fast.cli", "profile", "demo", "--inside-nsys"]
-    assert exported[:2] == ["export", "--type=sqlite"] and exported[-1] == str(report)
-
-
-@pytest.mark.parametrize("verb", ["profile", "export"])
-def test_a_failure_of_nsys_is_an_error(
-    verb: str, nsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NSYS_FAILS", verb)
-    with pytest.raises(RuntimeError, match=f"nsys {verb} ended with 1"):
-        export(run_under_nsys(["profile", "demo"], tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
-)
-def test_nsys_ends_with_this_program(
-    number: int,
-    error: type[BaseException],
-    nsys: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("NSYS_HANGS", str(int(number)))
-    with pytest.raises(error):
-        run_under_nsys(["profile", "demo"], tmp_path)
-    assert [json.loads(line) for line in nsys.read_text().splitlines()][1:] == ["ended"]
-
-
-def test_inside_nsys_the_capture_is_cudas(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[str] = []
-    for name in ("start", "stop"):
-        monkeypatch.setattr(torch.cuda.profiler, name, partial(told.append, name))
-    config, out = tmp_path / "tiny.json", tmp_path / "out"
-    _config(dataset).save(config)
-    out.mkdir()
-    counts = ["--warmup", "1", "--steps", "1"]
-    arguments = ["profile", "--config", str(config), *counts, "--out", str(out), "--inside-nsys"]
-    assert main(arguments) == 0
-    assert told == ["start", "stop"] and [path.name for path in out.iterdir()] == ["windows.json"]
-
-
-def test_a_recording_of_nsys_becomes_a_summary(
-    nsys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From what nsys and the program under it leave."""
-    pace = {"before_ms": 1.0, "profiled_ms": 1.0, "after_ms": 1.0}
-    wait = {"name": "aten::nonzero", "stage": "mix", "stack": ["a.py:1 f"], "calls": 2}
-    (tmp_path / "windows.json").write_text(json.dumps({"pace": pace, "waits": [wait]}))
-    name, command = parse(["demo", "--out", str(tmp_path)])
-    device = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    recording = record(command, "nsys", device, ["demo", "--out", str(tmp_path)])
-    write_summary(name, command, recording, "nsys", device)
-    summary = read_summary(tmp_path)
-    assert summary["profiler"] == "nsys" and summary["peak"]["name"] == "h100"
-    assert summary["step_ms"] == pytest.approx(1.0) and summary["waits"] == [wait]
-    assert "| aten::nonzero | mix | 2 | a.py:1 f |" in (tmp_path / "summary.md").read_text()
-
-
-def test_nsys_is_chosen_where_there_is_a_gpu_and_nsys(
-    nsys: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose_profiler("auto", gpu) == "nsys" and choose_profiler("nsys", gpu) == "nsys"
-    assert choose_profiler("torch", gpu) == "torch" and choose_profiler("auto", cpu) == "torch"
-    with pytest.raises(ValueError, match="--profiler: expected torch or auto, got nsys: device"):
-        choose_profiler("nsys", cpu)
-    monkeypatch.setenv("PATH", "")
-    assert choose_profiler("auto", gpu) == "torch"
-    with pytest.raises(ValueError, match="got nsys: it is not on PATH"):
-        choose_profiler("nsys", gpu)
-
-
-def test_peaks_are_of_known_cards() -> None:
-    peak = peak_of("NVIDIA H100 80GB HBM3")
-    assert peak is not None and peak.name == "h100" and peak.flop_s == 989e12
-    assert peak_of("NVIDIA GeForce RTX 3090") is None
 
 
 # ---- Differences ---------------------------------------------------------------------------------
