@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -162,7 +163,7 @@ def capture_on_gpu(
     parameters = trained if torch.is_grad_enabled() else ()
     wanted = [x for x in (*own, *parameters) if x.requires_grad and torch.is_grad_enabled()]
     pool = torch.cuda.graph_pool_handle()
-    record = _Recorder(pool)
+    record = partial(torch.cuda.graph, pool=pool, capture_error_mode="thread_local")
     # a cast that autocast keeps would be read by the kernels of a later step
     dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     uncached = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
@@ -193,14 +194,6 @@ def capture_on_gpu(
         forward=forward,
         backward=backward,
     )
-
-
-class _Recorder:
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
-
-    def __call__(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        return torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
 
 
 def _warm_up(
