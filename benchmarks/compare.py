@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from m3i_fast.benchmarks import ledger
-from m3i_fast.benchmarks.compare_versions import Plan, Version, built, sample_in_turns
+from m3i_fast.benchmarks.compare_versions import Groups, Plan, Version, built, sample_in_turns
 from m3i_fast.benchmarks.compare_worker import WORKS
-from m3i_fast.benchmarks.gate import Verdict, judge
+from m3i_fast.benchmarks.gate import Verdict, judge, judge_in_looks
 
 SUBJECT = "gate"  # of the rows of --self-test
 OURS = "m3i_fast"
@@ -52,7 +52,9 @@ class Config:
     threshold: float = 0.05
     """The smallest difference that counts, as a share."""
     pairs: int = 6
-    """Pairs of processes that take turns."""
+    """Pairs of processes that take turns; as many anew at each look."""
+    looks: int = 5
+    """So often at most, while the interval neither clears nor keeps within the threshold."""
     samples: int = 80
     """Of each process."""
     sample_ms: float = 5.0
@@ -63,7 +65,7 @@ class Config:
     """Append the row of --self-test to the ledger, benchmarks/results/gate.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "samples", "threads"):
+        for name in ("pairs", "looks", "samples", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.alpha < 1:
@@ -179,9 +181,15 @@ def _of_rows(
 
 
 def compare_versions(cfg: Config, baseline: Version, candidate: Version, seed: int = 0) -> Verdict:
-    """Sample both in turns, and judge."""
-    groups = sample_in_turns(cfg.plan, (baseline, candidate))
-    return judge(*groups, alpha=cfg.alpha, threshold=cfg.threshold, seed=seed)
+    """Sample both in turns, and judge; again with new processes, until that is settled."""
+
+    def take() -> tuple[Groups, Groups]:
+        of_baseline, of_candidate = sample_in_turns(cfg.plan, (baseline, candidate))
+        return of_baseline, of_candidate
+
+    return judge_in_looks(
+        take, looks=cfg.looks, alpha=cfg.alpha, threshold=cfg.threshold, seed=seed
+    )
 
 
 def self_test(cfg: Config, console: Console) -> dict[str, Any]:
@@ -199,9 +207,11 @@ def self_test(cfg: Config, console: Console) -> dict[str, Any]:
             "faster": sum(verdict.alarm == "faster" for verdict in verdicts),
             "ratios": [round(verdict.ratio, 4) for verdict in verdicts],
             "intervals": [[round(v.low, 4), round(v.high, 4)] for v in verdicts],
+            "pairs": [verdict.num_groups for verdict in verdicts],
             "seconds_a_comparison": (time.monotonic() - begun) / len(verdicts),
         }
     settings = asdict(cfg.plan) | {
+        "looks": cfg.looks,
         "alpha": cfg.alpha,
         "threshold": cfg.threshold,
         "slowdown": cfg.planted,
@@ -214,7 +224,8 @@ def self_test(cfg: Config, console: Console) -> dict[str, Any]:
 
 def _line(name: str, verdict: Verdict) -> str:
     said = verdict.alarm or "no alarm"
-    return f"{name}: {verdict.ratio:.3f} ({verdict.low:.3f} to {verdict.high:.3f}), {said}"
+    interval = f"{verdict.low:.3f} to {verdict.high:.3f}"
+    return f"{name}: {verdict.ratio:.3f} ({interval}), {said}, {verdict.num_groups} pairs"
 
 
 def table(title: str, verdicts: Mapping[str, Verdict]) -> Table:

@@ -12,12 +12,16 @@ another of the same code all its life, and within a group circular blocks of nei
 since what slows down one sample mostly slows down the next. Where samples of both versions were
 taken in turns, the ratio is the median over neighbours, one of each version: a machine that runs
 now fast, now slow does so to both, while the medians of all samples jump between the two speeds.
+
+How many samples a busy machine needs is not known before. So `judge_in_looks` goes on while the
+interval neither clears nor keeps within the smallest difference that counts, a group-sequential
+design; its looks share alpha (Bonferroni), so that looking often does not alarm often.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +45,11 @@ class Verdict:
     p_value: float
     """Mann-Whitney's, two-sided."""
     alarm: Alarm | None
+    settled: bool
+    """Whether the interval lies wholly on one side of each difference that counts; more samples
+    would hardly change what is said."""
+    num_groups: int
+    """Of each version."""
 
 
 def judge(
@@ -50,14 +59,14 @@ def judge(
     alpha: float = 0.01,
     threshold: float = 0.05,
     in_turns: bool = True,
-    num_resamples: int = 2000,
+    num_resamples: int = 4000,
     seed: int = 0,
 ) -> Verdict:
     """Compare groups of samples, each in the order in which they were taken.
 
     in_turns: sample i of group g of both was taken at the same time; then both have as many groups
-    and samples. threshold: the smallest difference that counts, as a share. ValueError for
-    anything else.
+    and samples. All groups of a version are of one size. threshold: the smallest difference that
+    counts, as a share. ValueError for anything else.
     """
     _check(baseline, candidate, alpha, threshold, in_turns)
     of_baseline = [np.asarray(group, np.float64) for group in baseline]
@@ -72,17 +81,52 @@ def judge(
         seed=seed,
     )
     p_value = mann_whitney(all_baseline, all_candidate)
+    too_slow, too_fast = 1 + threshold, 1 / (1 + threshold)
     alarm: Alarm | None = None
-    if p_value < alpha and low > 1 + threshold:
+    if p_value < alpha and low > too_slow:
         alarm = "slower"
-    elif p_value < alpha and high < 1 / (1 + threshold):
+    elif p_value < alpha and high < too_fast:
         alarm = "faster"
     ratio = float(
         np.median(all_candidate / all_baseline)
         if in_turns
         else np.median(all_candidate) / np.median(all_baseline)
     )
-    return Verdict(ratio, low, high, p_value, alarm)
+    settled = alarm is not None or (too_fast < low and high < too_slow)
+    return Verdict(ratio, low, high, p_value, alarm, settled, len(baseline))
+
+
+def judge_in_looks(
+    take: Callable[[], tuple[Sequence[Samples], Sequence[Samples]]],
+    *,
+    looks: int,
+    alpha: float = 0.01,
+    threshold: float = 0.05,
+    num_resamples: int = 4000,
+    seed: int = 0,
+) -> Verdict:
+    """Judge all groups that `take` has given so far, until settled or so many looks.
+
+    take: new groups of both, taken in turns. Each look has alpha / looks.
+    """
+    if looks < 1:
+        raise ValueError(f"looks: expected at least 1, got {looks}")
+    baseline: list[Samples] = []
+    candidate: list[Samples] = []
+    for _ in range(looks):
+        for groups, new in zip((baseline, candidate), take(), strict=True):
+            groups.extend(new)
+        verdict = judge(
+            baseline,
+            candidate,
+            alpha=alpha / looks,
+            threshold=threshold,
+            num_resamples=num_resamples,
+            seed=seed,
+        )
+        if verdict.settled:
+            break
+    return verdict
 
 
 def _check(
@@ -101,6 +145,8 @@ def _check(
             raise ValueError(f"{name}: expected groups of at least one sample each")
         if not all(math.isfinite(x) and x > 0 for group in groups for x in group):
             raise ValueError(f"{name}: expected times above 0")
+        if len({len(group) for group in groups}) > 1:
+            raise ValueError(f"{name}: expected groups of one size")
     sizes = [[len(group) for group in groups] for groups in (baseline, candidate)]
     if in_turns and sizes[0] != sizes[1]:
         raise ValueError(f"candidate: expected groups of {sizes[0]} samples, got {sizes[1]}")
@@ -121,28 +167,34 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the ratio at 1 - alpha; `block` is block_length's."""
     rng = np.random.default_rng(seed)
-    ratios = np.empty(num_resamples)
-    neighbours = [b / a for a, b in zip(baseline, candidate, strict=True)] if in_turns else []
-    for index in range(num_resamples):
+    ratios = []
+    for count in _parts(num_resamples, 200):  # one matrix of all would be large
         if in_turns:
-            ratios[index] = np.median(_resample(neighbours, rng, block))
+            neighbours = np.stack(candidate) / np.stack(baseline)
+            ratios.append(_medians(neighbours, rng, count, block))
         else:
-            below = np.median(_resample(baseline, rng, block))
-            ratios[index] = np.median(_resample(candidate, rng, block)) / below
-    low, high = np.quantile(ratios, [alpha / 2, 1 - alpha / 2])
+            below = _medians(np.stack(baseline), rng, count, block)
+            ratios.append(_medians(np.stack(candidate), rng, count, block) / below)
+    low, high = np.quantile(np.concatenate(ratios), [alpha / 2, 1 - alpha / 2])
     return float(low), float(high)
 
 
-def _resample(groups: Sequence[Floats], rng: np.random.Generator, block: int | None) -> Floats:
-    """As many groups, drawn with replacement, of each as many samples in blocks of neighbours."""
-    drawn = []
-    for chosen in rng.integers(len(groups), size=len(groups)):
-        group = groups[chosen]
-        length = block or block_length(len(group))
-        starts = rng.integers(len(group), size=-(-len(group) // length))
-        places = (starts[:, None] + np.arange(length)).ravel()[: len(group)]
-        drawn.append(group[places % len(group)])
-    return np.concatenate(drawn)
+def _parts(total: int, most: int) -> list[int]:
+    return [min(most, total - begin) for begin in range(0, total, most)]
+
+
+def _medians(groups: Floats, rng: np.random.Generator, count: int, block: int | None) -> Floats:
+    """Of `count` resamples: as many groups with replacement, of each its samples in blocks.
+
+    groups: (groups, samples).
+    """
+    num_groups, size = groups.shape
+    length = block or block_length(size)
+    chosen = rng.integers(num_groups, size=(count, num_groups))
+    starts = rng.integers(size, size=(count, num_groups, -(-size // length)))
+    places = (starts[..., None] + np.arange(length)).reshape(count, num_groups, -1)[..., :size]
+    drawn = groups[chosen[..., None], places % size]
+    return np.asarray(np.median(drawn.reshape(count, -1), axis=1, overwrite_input=True))
 
 
 def block_length(num_samples: int) -> int:

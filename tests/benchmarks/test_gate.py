@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from scipy import signal, stats
 
 from m3i_fast.benchmarks import gate
-from m3i_fast.benchmarks.gate import judge, mann_whitney, ratio_interval
+from m3i_fast.benchmarks.gate import judge, judge_in_looks, mann_whitney, ratio_interval
 
 Groups = list[list[float]]
 
@@ -99,6 +100,44 @@ def test_a_difference_that_just_does_not_count_alarms_no_more_than_alpha_says() 
     assert alarms.count("slower") <= 24
 
 
+def _in_looks(slowdown: float, trial: int, looks: int, **how: float) -> gate.Verdict:
+    rng = np.random.default_rng([trial, round(1000 * slowdown) + 500])
+    take = functools.partial(simulate, rng, slowdown, own=0.15)
+    return judge_in_looks(take, looks=looks, num_resamples=600, **how)
+
+
+def test_looks_find_what_one_look_is_too_noisy_for() -> None:
+    once, often = ([_in_looks(0.10, trial, looks) for trial in range(20)] for looks in (1, 8))
+    assert sum(verdict.alarm == "slower" for verdict in once) <= 10
+    assert sum(verdict.alarm == "slower" for verdict in often) >= 19
+    assert {verdict.num_groups for verdict in once} == {3}
+    assert len({verdict.num_groups for verdict in often}) > 2
+    assert all(verdict.num_groups <= 24 for verdict in often)
+
+
+def test_looks_share_alpha() -> None:
+    """At the threshold itself, the worst case: unshared, four looks alarm in 14 of 100."""
+    alarms = [_in_looks(0.05, trial, looks=4, alpha=0.2).alarm for trial in range(100)]
+    assert "faster" not in alarms
+    assert alarms.count("slower") <= 10
+
+
+def test_looks_end_as_soon_as_the_interval_keeps_within_or_clears_the_threshold() -> None:
+    rng = np.random.default_rng(0)
+
+    def take(level: float) -> tuple[Groups, Groups]:
+        a, b = (list(rng.normal(x, 0.01, 50)) for x in (1.0, level))
+        return [a] * 3, [b] * 3
+
+    for level, alarm in ((1.0, None), (1.2, "slower"), (0.8, "faster")):
+        verdict = judge_in_looks(functools.partial(take, level), looks=5)
+        assert (verdict.alarm, verdict.settled, verdict.num_groups) == (alarm, True, 3)
+    verdict = judge_in_looks(functools.partial(take, 1.05), looks=5)
+    assert (verdict.alarm, verdict.settled, verdict.num_groups) == (None, False, 15)
+    with pytest.raises(ValueError, match="looks: expected at least 1, got 0"):
+        judge_in_looks(functools.partial(take, 1.0), looks=0)
+
+
 def test_taking_turns_removes_what_both_feel() -> None:
     widths = []
     for in_turns in (True, False):
@@ -154,6 +193,7 @@ def test_a_small_difference_is_told_apart_and_does_not_count() -> None:
         ([[1.0]], [[1.0]], {"threshold": -0.1}, "threshold: expected at least 0"),
         ([], [[1.0]], {}, "baseline: expected groups"),
         ([[1.0]], [[]], {}, "candidate: expected groups"),
+        ([[1.0], [1.0, 2.0]], [[1.0], [1.0, 2.0]], {}, "baseline: expected groups of one size"),
         ([[1.0]], [[0.0]], {}, "candidate: expected times above 0"),
         ([[1.0]], [[1.0, 2.0]], {}, r"groups of \[1\] samples, got \[2\]"),
     ],
