@@ -153,14 +153,17 @@ def publish(
 ) -> None:
     """Append rows to the subject's ledger, where asked for, each once measured; print their table.
 
-    So that an interrupted benchmark keeps what it has measured.
+    So that an interrupted benchmark keeps what it has measured. A row's `config`, a TrainConfig,
+    is no figure: it goes to the ledger's own field.
     """
     measured: list[dict[str, Any]] = []
     paths = set()
     for row in rows:
         measured.append(row)
         if record:
-            paths.add(append_row(subject, row))
+            figures = dict(row)
+            config = figures.pop("config", None)
+            paths.add(append_row(subject, figures, config=config))
     console = Console()
     console.print(table(measured))
     if record:

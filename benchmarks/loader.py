@@ -267,7 +267,13 @@ def _row(cfg: Config, data: LoaderConfig) -> dict[str, Any]:
             for name, batches in loaders.items()
         }
         found = measure_windows(works, cfg.schedule)
-    return {**_settings(cfg, data, cuda), **_figures(found), "statistics": _statistics(seen)}
+    measured = replace(cfg.config, data=replace(data, path=cfg.config.data.path))
+    return {
+        "config": measured,  # shards drawn for this are gone, and their place says nothing
+        **_settings(cfg, data, cuda),
+        **_figures(found),
+        "statistics": _statistics(seen),
+    }
 
 
 def _settings(cfg: Config, data: LoaderConfig, cuda: bool) -> dict[str, Any]:

@@ -35,8 +35,8 @@ from m3i_fast.benchmarks.node_figures import find, joules_per_image, summarise_r
 from m3i_fast.benchmarks.node_sweep import parse_sweep, sweep
 from m3i_fast.benchmarks.node_table import show, show_sweep
 from m3i_fast.benchmarks.node_verdict import verdict
-from m3i_fast.benchmarks.node_windows import Schedule, Series, measure_windows
-from m3i_fast.benchmarks.node_works import BOTH, LOADER, works_of
+from m3i_fast.benchmarks.node_windows import Schedule, Series, Work, measure_windows
+from m3i_fast.benchmarks.node_works import BOTH, LOADER, TrainWork, works_of
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import World, join_world, leave_world
 from m3i_fast.engine.precision import resolve_device
@@ -161,8 +161,12 @@ def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> Fo
     with shards_of(cfg, make=make_data, world=world) as cfg, shared_folder(world) as folder:
         trainer = Trainer(cfg, folder / "run")
         try:
-            series, telemetry = _windows_of(trainer, schedule)
+            works = works_of(trainer)
+            series, telemetry = _windows_of(trainer, works, schedule)
             figures = _figures(trainer, world.gather(series))
+            trained = works[BOTH]
+            assert isinstance(trained, TrainWork)
+            figures["final_loss"] = trained.loss
         finally:
             trainer.close()
     figures["schedule"] = asdict(schedule)
@@ -170,11 +174,13 @@ def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> Fo
     return Found(figures=figures, config=config, telemetry=telemetry, is_main=world.is_main)
 
 
-def _windows_of(trainer: Trainer, schedule: Schedule) -> tuple[dict[str, Series], dict[str, Any]]:
+def _windows_of(
+    trainer: Trainer, works: dict[str, Work], schedule: Schedule
+) -> tuple[dict[str, Series], dict[str, Any]]:
     samples = _local_rank() == 0
     measure = partial(
         measure_windows,
-        works_of(trainer),
+        works,
         schedule,
         slowest=lambda seconds: max(trainer.world.gather(seconds)),
     )

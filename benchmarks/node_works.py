@@ -59,6 +59,8 @@ class TrainWork:
         self.num_images = cfg.data.batch_size * cfg.parallel.accumulate
         self._trainer, self._data, self._exchange = trainer, data, exchange
         self._num_ahead = num_ahead
+        self.loss: float | None = None
+        """Of the last window, mean over its steps and all ranks; None where it skipped all."""
         trainer.log.count_from(trainer.step)
 
     def use_up(self) -> None:
@@ -81,6 +83,7 @@ class TrainWork:
     def read(self) -> dict[str, float]:
         values = self._trainer.log.read(self._trainer.step)
         self._trainer.guard.drain()  # what it has judged stays on the device until then
+        self.loss = values.get("loss/total")
         return {name: value for name, value in values.items() if name.startswith("time/")}
 
 

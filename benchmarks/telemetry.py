@@ -109,7 +109,7 @@ def rows_of(config: Config) -> Iterator[dict[str, Any]]:
             add, row = cpu_of_the_log(trainer)
         finally:
             trainer.close()
-    yield figures_of(config, cfg, sample_s, step_s, add, row)
+    yield {"config": cfg, **figures_of(config, cfg, sample_s, step_s, add, row)}
 
 
 def cpu_of_a_sample(config: Config) -> float:

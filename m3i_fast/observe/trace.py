@@ -7,11 +7,11 @@ import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.observe.closed_forms import Event, argument, bytes_of, flops_of
 from m3i_fast.observe.recording import (
     STEP,
     Inside,
@@ -27,22 +27,6 @@ from m3i_fast.observe.recording import (
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 CALLS = ("cuda_runtime", "cuda_driver")
 HOST_WAITS = re.compile(r"^(aten::(_local_scalar_dense|nonzero)$|cu(da)?\w+Synchronize)")
-ELEMENT_BYTES = {
-    "double": 8,
-    "float": 4,
-    "long int": 8,
-    "int": 4,
-    "short int": 2,
-    "signed char": 1,
-    "unsigned char": 1,
-    "bool": 1,
-    "c10::BFloat16": 2,
-    "c10::Half": 2,
-    "c10::Float8_e4m3fn": 1,
-    "c10::Float8_e5m2": 1,
-}
-
-Event = Mapping[str, Any]
 
 
 def read_trace(path: Path) -> Recording:
@@ -126,89 +110,27 @@ def _kernels(
     kernels: Sequence[Event], calls: Sequence[Event], operators: Sequence[Event], inside: Inside
 ) -> Iterator[Work]:
     """Kernels that the steps launched; an operator's FLOPs are those of its longest kernel."""
-    launched = {_argument(call, "correlation"): _interval(call).begin for call in calls}
-    by_id = {_argument(event, "External id"): event for event in operators}
+    launched = {argument(call, "correlation"): _interval(call).begin for call in calls}
+    by_id = {argument(event, "External id"): event for event in operators}
     longest: dict[Any, Event] = {}
     for kernel in kernels:
-        number = _argument(kernel, "External id")
+        number = argument(kernel, "External id")
         if number not in longest or kernel["dur"] > longest[number]["dur"]:
             longest[number] = kernel
     for kernel in kernels:
-        moment = launched.get(_argument(kernel, "correlation"))
+        moment = launched.get(argument(kernel, "correlation"))
         if moment is None:
             continue
-        interval, number = _interval(kernel), _argument(kernel, "External id")
+        interval, number = _interval(kernel), argument(kernel, "External id")
         operator = by_id.get(number) if longest[number] is kernel else None
-        copied = float(_argument(kernel, "bytes") or 0)
+        copied = float(argument(kernel, "bytes") or 0)
         yield Work(
             name=interval.name,
             begin=interval.begin,
             end=interval.end,
             own=interval.end - interval.begin,
             stage=inside(moment),
-            stream=_argument(kernel, "stream"),
+            stream=argument(kernel, "stream"),
             flops=flops_of(operator) if operator else 0.0,
             num_bytes=copied or (bytes_of(operator) if operator else 0.0),
         )
-
-
-def _argument(event: Event, name: str) -> Any:
-    return event.get("args", {}).get(name)
-
-
-def _list(event: Event, name: str) -> list[Any]:
-    return list(_argument(event, name) or [])
-
-
-# ---- Closed forms --------------------------------------------------------------------------------
-
-
-def bytes_of(event: Event) -> float:
-    """Of an operator's tensor arguments, each once; its results are not in a trace."""
-    kinds, dims = _list(event, "Input type"), _list(event, "Input Dims")
-    pairs = zip(kinds, dims, strict=False)
-    return float(sum(ELEMENT_BYTES[k] * prod(d) for k, d in pairs if k in ELEMENT_BYTES and d))
-
-
-def flops_of(event: Event) -> float:
-    """Of matrix products, attention and the losses over all pairs; 0 for all other operators."""
-    name, dims = event["name"], _list(event, "Input Dims")
-    try:
-        if name == "aten::mm" or name == "aten::_scaled_mm":
-            return _product(dims[0], dims[1])
-        if name in ("aten::addmm", "aten::baddbmm"):
-            return _product(dims[1], dims[2])
-        if name == "aten::bmm":
-            return _product(dims[0], dims[1])
-        if re.match(r"aten::_scaled_dot_product_\w*attention\w*$", name):
-            return _attention(dims, backward=name.endswith("backward"))
-        if name in ("m3i::boltzmann_sums", "m3i::boltzmann_grads") and not _is_exact(event):
-            product = 2.0 * dims[0][0] * dims[1][0] * dims[0][1]
-            wanted = _wanted(event) if name.endswith("grads") else 0
-            return product * (1 + wanted)
-    except (IndexError, TypeError):  # shapes were not recorded
-        return 0.0
-    return 0.0
-
-
-def _product(a: Sequence[int], b: Sequence[int]) -> float:
-    """[..., m, k] and [..., k, n]."""
-    return 2.0 * prod(a) * b[-1]
-
-
-def _attention(dims: Sequence[Sequence[int]], *, backward: bool) -> float:
-    """Two products of [B, H, N, d] and [B, H, M, d]; backward five, one of them again."""
-    query, key = dims[backward], dims[backward + 1]
-    product = 2.0 * prod(query) * key[-2]
-    return product * (5 if backward else 2)
-
-
-def _is_exact(event: Event) -> bool:
-    """Whether it is the call of `boltzmann_sums` that does nothing where a first one went well."""
-    return event["name"].endswith("sums") and _list(event, "Concrete Inputs")[8:9] == ["True"]
-
-
-def _wanted(event: Event) -> int:
-    """Of `boltzmann_grads`: by z_hat and z, one product each."""
-    flags = re.findall("True|False", "".join(_list(event, "Concrete Inputs")[-1:]))
-    return max(flags[:2].count("True"), 1)

@@ -146,7 +146,11 @@ def test_two_rows_are_measured_and_recorded(
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     options = "--windows 3 --window-seconds 0.15 --check-images 32 --data.batch-size 8 --device cpu"
     loader.main(["demo", "--data.path", str(shards), *options.split(), "--data.initial-fill", "8"])
-    rows = [row["figures"] for row in ledger.read_rows("loader", folder=tmp_path)]
+    written = list(ledger.read_rows("loader", folder=tmp_path))
+    views = [row["config"]["data"]["local_views"] for row in written]
+    assert views[0] is None and views[1]["count"] == 2
+    assert len({row["config_hash"] for row in written}) == 2
+    rows = [row["figures"] for row in written]
     assert [row["local_views"] for row in rows] == ["none", "2 x 32"]
     names = {"m3i_fast", PILLOW, TENSORS, *DECODERS}
     for row in rows:

@@ -60,6 +60,7 @@ def test_a_run_leaves_a_whole_row(config: str, capsys: pytest.CaptureFixture[str
     assert used["peak_of"] == "a matrix product of this machine, in the same run"
     assert used["mfu"] == pytest.approx(used["model_flop_s"] / used["peak_flop_s"])
     assert 0 < used["mfu"] < 1
+    assert 0 < figures["final_loss"] < 100
     assert (figures["num_threads"], figures["loader_threads"]) == (torch.get_num_threads(), 1)
     assert figures["data"]["largest_hw"] == [375, 500] and figures["data"]["num_pictures"] == 8
     # The config that ran: the pictures' classes and vocabulary, and no place that is gone.

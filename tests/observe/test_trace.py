@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from m3i_fast.observe.closed_forms import CONVOLUTIONS
 from m3i_fast.observe.kernels import FAMILIES, family, normalised
 from m3i_fast.observe.profile_summary import Pace, summarise
 from m3i_fast.observe.recording import Inside, Interval, length, overlap, own_times, union
 from m3i_fast.observe.trace import read_trace
-from m3i_fast.ops import boltzmann
+from m3i_fast.ops import boltzmann, gaussian
+from tests.flop_formulas import FORMULAS
 
 ABOUT = {
     "recipe": "demo",
@@ -88,6 +91,48 @@ def test_flops_are_those_that_torch_counts(trace: Path) -> None:
     assert theirs == 2 * (counter.get_total_flops() + attention)
     # Logits; in the backward pass these again, and products by z_hat and by z, which is x.
     assert ours == 2 * 4 * 2 * N * N * D
+
+
+def _convolutions() -> None:
+    """All that a convolution has: strides, padding, dilation, groups, with and without gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 15, 14, requires_grad=True)
+    dense, deep = (torch.randn(s, requires_grad=True) for s in ((16, 8, 3, 3), (8, 1, 5, 5)))
+    y = F.conv2d(x, dense, torch.ones(16), stride=2, padding=1)
+    y = F.conv2d(y, torch.randn(4, 16, 3, 2), dilation=(2, 1))
+    z = F.conv2d(x, deep, groups=8, padding=2)
+    patches = F.conv2d(x.detach(), torch.randn(6, 8, 7, 7, requires_grad=True), stride=7)
+    (y.sum() + z.sum() + patches.sum()).backward()
+
+
+def _decorrelated() -> None:
+    """The products of the regulariser are torch's, and stand in a trace themselves."""
+    z_hat = torch.randn(4, 16, 8, requires_grad=True)
+    gaussian(z_hat, torch.randn(4, 16, 8), normalise=True, decorrelation_weight=0.1).backward()
+
+
+@pytest.mark.parametrize("work", [_convolutions, _decorrelated])
+def test_flops_of_other_operators_are_those_that_torch_counts(
+    work: Callable[[], None], tmp_path: Path
+) -> None:
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with counter:
+        work()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        with record_function("step"):
+            work()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    assert counter.get_total_flops() > 0
+    assert sum(w.flops for w in read_trace(tmp_path / "trace.json").work) == (
+        counter.get_total_flops()
+    )
+
+
+@pytest.mark.parametrize("name", sorted(CONVOLUTIONS))
+def test_arguments_of_convolutions_stand_where_torch_has_them(name: str) -> None:
+    schema = getattr(torch.ops.aten, name.removeprefix("aten::")).default._schema
+    names = [a.name for a in schema.arguments]
+    assert [names[i] for i in CONVOLUTIONS[name]] == ["stride", "padding", "dilation"]
 
 
 def test_bytes_are_of_the_arguments(trace: Path) -> None:

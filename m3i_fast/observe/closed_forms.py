@@ -1,0 +1,115 @@
+"""What an operator of a trace computes and reads, from the shapes that were recorded with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+ELEMENT_BYTES = {
+    "double": 8,
+    "float": 4,
+    "long int": 8,
+    "int": 4,
+    "short int": 2,
+    "signed char": 1,
+    "unsigned char": 1,
+    "bool": 1,
+    "c10::BFloat16": 2,
+    "c10::Half": 2,
+    "c10::Float8_e4m3fn": 1,
+    "c10::Float8_e5m2": 1,
+}
+# Those that compute a convolution themselves: where stride, padding and dilation stand in their
+# arguments. Others, as aten::conv2d, call one of these.
+CONVOLUTIONS = {
+    "aten::mkldnn_convolution": (4, 3, 5),
+    "aten::cudnn_convolution": (3, 2, 4),
+    "aten::_conv_depthwise2d": (4, 5, 6),
+}
+
+Event = Mapping[str, Any]
+
+
+def argument(event: Event, name: str) -> Any:
+    return event.get("args", {}).get(name)
+
+
+def _list(event: Event, name: str) -> list[Any]:
+    return list(argument(event, name) or [])
+
+
+def bytes_of(event: Event) -> float:
+    """Of an operator's tensor arguments, each once; its results are not in a trace."""
+    kinds, dims = _list(event, "Input type"), _list(event, "Input Dims")
+    pairs = zip(kinds, dims, strict=False)
+    return float(sum(ELEMENT_BYTES[k] * prod(d) for k, d in pairs if k in ELEMENT_BYTES and d))
+
+
+def flops_of(event: Event) -> float:
+    """Of matrix products, convolutions, attention and the losses over all pairs.
+
+    0 for all other operators, and where shapes were not recorded.
+    """
+    name, dims = event["name"], _list(event, "Input Dims")
+    try:
+        if name == "aten::mm" or name == "aten::_scaled_mm":
+            return _product(dims[0], dims[1])
+        if name in ("aten::addmm", "aten::baddbmm"):
+            return _product(dims[1], dims[2])
+        if name == "aten::bmm":
+            return _product(dims[0], dims[1])
+        if re.match(r"aten::_scaled_dot_product_\w*attention\w*$", name):
+            return _attention(dims, backward=name.endswith("backward"))
+        if name in ("m3i::boltzmann_sums", "m3i::boltzmann_grads") and not _is_exact(event):
+            product = 2.0 * dims[0][0] * dims[1][0] * dims[0][1]
+            wanted = _wanted(event) if name.endswith("grads") else 0
+            return product * (1 + wanted)
+        if name in CONVOLUTIONS:
+            return _convolution(dims[0], dims[1], _list(event, "Concrete Inputs"), name)
+        if name == "aten::convolution_backward":
+            gradients = _list(event, "Concrete Inputs")[10].split(", ")[:2]
+            product = 2.0 * prod(dims[0]) * prod(dims[2][1:])
+            return product * sum("True" in wanted for wanted in gradients)
+    except (IndexError, TypeError, ValueError):  # shapes were not recorded
+        return 0.0
+    return 0.0
+
+
+def _product(a: Sequence[int], b: Sequence[int]) -> float:
+    """[..., m, k] and [..., k, n]."""
+    return 2.0 * prod(a) * b[-1]
+
+
+def _convolution(
+    x: Sequence[int], weight: Sequence[int], concrete: Sequence[str], name: str
+) -> float:
+    """[N, C, *size] with [O, C / groups, *kernel]: each value of the result is a dot product."""
+    stride, padding, dilation = (
+        [int(number) for number in re.findall(r"\d+", concrete[place])]
+        for place in CONVOLUTIONS[name]
+    )
+    size = [
+        (x[2 + i] + 2 * padding[i] - dilation[i] * (kernel - 1) - 1) // stride[i] + 1
+        for i, kernel in enumerate(weight[2:])
+    ]
+    return 2.0 * x[0] * prod(size) * prod(weight)
+
+
+def _attention(dims: Sequence[Sequence[int]], *, backward: bool) -> float:
+    """Two products of [B, H, N, d] and [B, H, M, d]; backward five, one of them again."""
+    query, key = dims[backward], dims[backward + 1]
+    product = 2.0 * prod(query) * key[-2]
+    return product * (5 if backward else 2)
+
+
+def _is_exact(event: Event) -> bool:
+    """Whether it is the call of `boltzmann_sums` that does nothing where a first one went well."""
+    return event["name"].endswith("sums") and _list(event, "Concrete Inputs")[8:9] == ["True"]
+
+
+def _wanted(event: Event) -> int:
+    """Of `boltzmann_grads`: by z_hat and z, one product each."""
+    flags = re.findall("True|False", "".join(_list(event, "Concrete Inputs")[-1:]))
+    return max(flags[:2].count("True"), 1)
