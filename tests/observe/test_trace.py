@@ -94,7 +94,7 @@ def test_flops_are_those_that_torch_counts(trace: Path) -> None:
 
 
 def _convolutions() -> None:
-    """All that a convolution has: strides, padding, dilation, groups, with and without gradients."""
+    """Strides, padding, dilation and groups, with and without gradients of the input."""
     torch.manual_seed(0)
     x = torch.randn(2, 8, 15, 14, requires_grad=True)
     dense, deep = (torch.randn(s, requires_grad=True) for s in ((16, 8, 3, 3), (8, 1, 5, 5)))
