@@ -8,7 +8,6 @@ m3i-fast bench page --pytest-benchmark FILE    JSON as pytest-benchmark writes i
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from m3i_fast.benchmarks import exports, ledger, readme
 from m3i_fast.benchmarks.history import Point, Series, common_settings, series_of, words
-from m3i_fast.observe import report
+from m3i_fast.observe.page import template
 from m3i_fast.storage import make_directories, write_atomically
 
 WIDTH, HEIGHT, MARGIN = 300, 90, 10  # of a chart, in its own units
@@ -68,31 +67,24 @@ def write(path: Path, text: str) -> None:
 
 def render() -> str:
     """The page as HTML text that makes no request. Raises ImportError without jinja2."""
-    jinja2: Any = importlib.import_module("jinja2")  # of the extra `eval`
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     rows = [row for subject in ledger.subjects() for row in ledger.read_rows(subject)]
     if not rows:
         raise ValueError(f"no row in {ledger.results_dir()}: a benchmark appends some")
     days = sorted(row["time"][:10] for row in rows)
-    style = (Path(report.__file__).parent / "page" / "report.css").read_text(encoding="utf-8")
-    page: str = environment.get_template("page.html").render(
+    here, shared = Path(__file__).parent, Path(template.__file__).parent
+    return template.render(
+        here / "page.html",
+        styles=[here / "page.css"],
+        scripts=[shared / "scheme.js"],
+        title="What was measured",
         num_rows=len(rows),
         first=days[0],
         last=days[-1],
-        style=importlib.import_module("markupsafe").Markup(style),
         subjects=list(_subjects()),
         tables=[
             {"name": name, "parts": list(_parts(table()))} for name, table in readme.TABLES.items()
         ],
     )
-    return page
 
 
 def _subjects() -> Iterator[dict[str, Any]]:

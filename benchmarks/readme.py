@@ -277,8 +277,7 @@ def loader() -> str:
         for name, rate in sorted(
             figures["images_per_s"].items(), key=lambda item: -item[1]["median"]
         ):
-            shown = f"{rate['median']:,.0f} ({rate['ci_low']:,.0f} to {rate['ci_high']:,.0f})"
-            lines.append([f"{_views(figures)}: {name}", shown, times(row, name)])
+            lines.append([f"{_views(figures)}: {name}", _rate(rate), times(row, name)])
     floors = dict.fromkeys(row["figures"]["floor"]["decoder"] for row in rows)
     words = (
         "Medians and their 95 % intervals; how many times as long as ours an image takes. "
@@ -290,6 +289,52 @@ def loader() -> str:
 def _views(figures: Mapping[str, Any]) -> str:
     local = figures["local_views"]
     return figures["global_views"] + ("" if local == "none" else f" + {local}")
+
+
+def node() -> str:
+    """What `bench node` last said of each recipe."""
+    rows = [row for row in ledger.read_rows("node") if "verdict" in row["figures"]]
+    rows = list({row["figures"]["recipe"]: row for row in rows}.values())
+    if not rows:
+        return f"A node: {ABSENT} (`m3i-fast bench node RECIPE`)."
+    lines = []
+    for row in rows:
+        figures = row["figures"]
+        rates = [_rate(m["per_node"]) for m in figures["measurements"].values()]
+        what = f"{figures['recipe']}, {figures['device']}, batch {figures['batch_size']}"
+        lines.append([what, *rates[:3], figures["verdict"]["bottleneck"]])
+    head = ["recipe", "loader alone", "training alone", "both", "bottleneck"]
+    return f"{markdown(head, lines)}\n\n{source(rows, 'Images/s and their 95 % intervals.')}"
+
+
+def scaling() -> str:
+    """What `bench scaling` last measured of each number of ranks; predictions are in its picture."""
+    rows = [row for row in ledger.read_rows("scaling") if row["figures"]["kind"] == "measured"]
+    newest_rows = {
+        tuple(row["figures"][key] for key in ("recipe", "device", "mode", "ranks")): row
+        for row in rows
+    }
+    if not rows:
+        return f"Scaling: {ABSENT} (`m3i-fast bench scaling RECIPE`)."
+    lines = []
+    for (recipe, device, mode, ranks), row in newest_rows.items():
+        figures = row["figures"]
+        kept, sent = figures["efficiency"], figures["communication_share"]
+        lines.append(
+            [
+                f"{recipe}, {device}, {mode}, {ranks} x {figures['batch_per_rank']}",
+                _rate(figures["images_s"]),
+                f"{kept['value']:.2f} ({kept['ci_low']:.2f} to {kept['ci_high']:.2f})",
+                f"{sent['value']:.0%}" if sent else "-",
+            ]
+        )
+    head = ["recipe, ranks x batch", "images/s", "efficiency", "communication"]
+    words = "95 % intervals; ranks are gloo processes of one thread on a CPU."
+    return f"{markdown(head, lines)}\n\n{source(list(newest_rows.values()), words)}"
+
+
+def _rate(rate: Mapping[str, float]) -> str:
+    return f"{rate['median']:,.0f} ({rate['ci_low']:,.0f} to {rate['ci_high']:,.0f})"
 
 
 def rates_of(figures: Mapping[str, Any], name: str = "") -> list[tuple[str, Mapping[str, Any]]]:
@@ -331,5 +376,8 @@ def gate() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
-    for function in (demo, mask_mix, gaussian, dcnv3, mi_loss, internimage, step, loader, gpu, gate)
+    for function in (
+        *(demo, mask_mix, gaussian, dcnv3, mi_loss, internimage, step),
+        *(loader, node, scaling, gpu, gate),
+    )
 }

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from m3i_fast.observe import profile_text as text
+from m3i_fast.observe.page.template import render
 from m3i_fast.storage import write_atomically
 
 _PAGE = Path(__file__).parent / "page"
@@ -22,15 +20,10 @@ def write_page(summary: text.Summary, path: Path) -> Path:
 
 def render_page(summary: text.Summary) -> str:
     """As HTML that makes no request."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_PAGE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    styles = [(_PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "profile.css")]
-    return environment.get_template("profile.html").render(
+    return render(
+        _PAGE / "profile.html",
+        styles=[_PAGE / "profile.css"],
+        scripts=[_PAGE / "scheme.js"],
         title=text.title(summary),
         sentences=text.sentences(summary),
         notes=summary["notes"],
@@ -45,8 +38,6 @@ def render_page(summary: text.Summary) -> str:
             (text.wait_heading(summary), text.wait_table(summary)),
             ("The same, as the profiler saw them", text.device_wait_table(summary)),
         ],
-        style=Markup("\n".join(styles)),
-        script=Markup((_PAGE / "profile.js").read_text(encoding="utf-8")),
     )
 
 

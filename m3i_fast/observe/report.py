@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from m3i_fast.observe.page import figures, pictures, verdict
@@ -19,6 +18,7 @@ from m3i_fast.observe.page.inputs import (
     ReportInputs,
     RetrievalRow,
 )
+from m3i_fast.observe.page.template import render
 from m3i_fast.storage import write_atomically
 
 __all__ = [
@@ -46,21 +46,14 @@ def write_report(inputs: ReportInputs, path: Path) -> Path:
 
 def render_report(inputs: ReportInputs) -> str:
     """The page as HTML text that makes no request: scripts, styles and pictures are inside."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_PAGE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return render(
+        _PAGE / "report.html",
+        scripts=[_PAGE / "report.js"],
         **_words(inputs),
         **_figures(inputs),
         **_pictures(inputs),
         config=list(_flat(inputs.config)),
         environment=list(_flat(inputs.environment)),
-        style=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((_PAGE / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(figures.plotly_source()),
     )
 

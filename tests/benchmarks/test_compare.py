@@ -117,6 +117,7 @@ def test_what_cannot_be_compared_is_refused(
         ({"against": "HEAD", "self_test": 2}, "expected one of --against"),
         ({"alpha": 1.5}, "alpha: expected a probability"),
         ({"pairs": 0}, "pairs: expected at least 1"),
+        ({"looks": 0}, "looks: expected at least 1"),
         ({"threshold": -1.0}, "threshold: expected at least 0"),
         ({"planted": 0.15}, "planted: expected whole tenths"),
     ],

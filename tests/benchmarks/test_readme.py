@@ -131,6 +131,47 @@ def test_loaders_are_ordered_by_their_rate(append: Append) -> None:
     assert "The floor, which only decodes, is decode." in readme.loader()
 
 
+def _rate(median: float) -> dict[str, float]:
+    return {"median": median, "ci_low": median - 10, "ci_high": median + 20}
+
+
+def test_a_nodes_newest_verdict_is_shown(append: Append) -> None:
+    for median in (9999.0, 1200.0):
+        parts = {"loader": 1500.0, "synthetic": 1300.0, "both": median, "without exchange": 1400.0}
+        figures = {
+            **{"recipe": "demo", "device": "cuda", "batch_size": 64},
+            "measurements": {name: {"per_node": _rate(value)} for name, value in parts.items()},
+            "verdict": {"bottleneck": "model"},
+        }
+        append("node", figures)
+    append("node", {"recipe": "demo", "sweep": []})
+    lines = readme.node().splitlines()
+    assert lines[2:4] == [
+        "| demo, cuda, batch 64 | 1,500 (1,490 to 1,520) | 1,300 (1,290 to 1,320) "
+        "| 1,200 (1,190 to 1,220) | model |",
+        "",
+    ]
+
+
+def test_scaling_shows_what_was_measured_alone(append: Append) -> None:
+    kept = {"value": 0.913, "ci_low": 0.9, "ci_high": 0.92}
+    for ranks, sent in ((1, None), (2, {"value": 0.074})):
+        for median in (50.0, 100.0 * ranks):
+            figures = {
+                **{"kind": "measured", "recipe": "demo", "device": "cpu", "mode": "weak"},
+                **{"ranks": ranks, "batch_per_rank": 32, "images_s": _rate(median)},
+                **{"efficiency": kept, "communication_share": sent},
+            }
+            append("scaling", figures)
+    append("scaling", {"kind": "predicted", "recipe": "demo", "points": []})
+    lines = readme.scaling().splitlines()
+    assert lines[2:5] == [
+        "| demo, cpu, weak, 1 x 32 | 100 (90 to 120) | 0.91 (0.90 to 0.92) | - |",
+        "| demo, cpu, weak, 2 x 32 | 200 (190 to 220) | 0.91 (0.90 to 0.92) | 7% |",
+        "",
+    ]
+
+
 def test_gate_says_how_often_it_erred(append: Append) -> None:
     def kind(slower: int, faster: int, *ratios: float) -> dict[str, Any]:
         counts = {"comparisons": 20, "slower": slower, "faster": faster}

@@ -1,4 +1,4 @@
-// The bars are of HTML and follow the colour scheme by themselves; this says so to who checks the page.
+// Where nothing is drawn by script: the page follows the colour scheme by itself; this says so to who checks it.
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
