@@ -77,7 +77,7 @@ def source(rows: Sequence[Row], words: str) -> str:
     threads = {row["figures"].get("num_threads") for row in rows} - {None}
     machine = rows[-1]["machine_class"]
     if threads:
-        machine += f", {min(threads)} threads"
+        machine += f", {min(threads)} thread{'s' if min(threads) > 1 else ''}"
     return f"{words} {machine}; {commands}; {days}, commit {commits}."
 
 
@@ -308,7 +308,7 @@ def node() -> str:
 
 
 def scaling() -> str:
-    """What `bench scaling` last measured of each number of ranks; predictions are in its picture."""
+    """What `bench scaling` last measured of each number of ranks; its picture has predictions."""
     rows = [row for row in ledger.read_rows("scaling") if row["figures"]["kind"] == "measured"]
     newest_rows = {
         tuple(row["figures"][key] for key in ("recipe", "device", "mode", "ranks")): row
