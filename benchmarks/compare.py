@@ -238,7 +238,7 @@ def table(title: str, verdicts: Mapping[str, Verdict]) -> Table:
             f"{verdict.ratio:.3f}",
             f"{verdict.low:.3f} to {verdict.high:.3f}",
             f"{verdict.p_value:.2g}",
-            verdict.alarm or "equal",
+            verdict.alarm or ("equal" if verdict.settled else "not settled"),
         )
     return shown
 
@@ -257,7 +257,11 @@ def _conclude(console: Console, title: str, verdicts: Mapping[str, Verdict]) -> 
         console.print("slower than the baseline")
     if "faster" in alarms:
         console.print("faster than the baseline: refresh the baseline by measuring this commit")
-    if alarms == {None}:
+    if not all(verdict.settled for verdict in verdicts.values()):
+        console.print(
+            "not settled: an interval holds the threshold; more --looks of --against narrow it"
+        )
+    elif alarms == {None}:
         console.print("no difference that counts")
     return 1 if alarms - {None} else 0
 

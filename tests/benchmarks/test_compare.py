@@ -47,6 +47,7 @@ def append(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Append:
     [
         (1.0, 0, "no difference that counts"),
         (1.03, 0, "no difference that counts"),
+        (1.05, 0, "not settled: an interval holds the threshold"),
         (1.2, 1, "slower than the baseline"),
         (0.8, 1, "refresh the baseline"),
     ],
