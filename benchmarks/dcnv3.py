@@ -1,6 +1,6 @@
 """dcnv3 beside the ways to compute it without a kernel of its own.
 
-    python -m m3i_fast.benchmarks.dcnv3 [--device cuda] [--no-record]
+    m3i-fast bench dcnv3 [--device cuda] [--no-record]
 
 `grid_sample`: normalised places, F.grid_sample for each group, a weighted sum, as the operator is
 mostly written in plain torch. `torchvision`: deform_conv2d with a depthwise weight of ones.

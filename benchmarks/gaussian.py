@@ -1,6 +1,6 @@
 """gaussian beside torch's layer_norm and mse_loss.
 
-    python -m m3i_fast.benchmarks.gaussian [--device cuda] [--no-record]
+    m3i-fast bench gaussian [--device cuda] [--no-record]
 
 `torch`: what the dense terms were before, in float32: the target is widened and layer-normalised,
 the prediction widened, both subtracted. `same dtype`: layer_norm and mse_loss in the dtype of the

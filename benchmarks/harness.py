@@ -134,7 +134,7 @@ def parse(config: type[Config], subject: str, argv: list[str] | None) -> Config:
         return config()
     import tyro
 
-    return tyro.cli(config, prog=f"python -m m3i_fast.benchmarks.{subject}", args=arguments)
+    return tyro.cli(config, prog=f"m3i-fast bench {subject}", args=arguments)
 
 
 def resolve(device: Device) -> str:

@@ -1,6 +1,6 @@
 """A whole InternImage with our dcnv3 beside itself with a grid_sample core.
 
-    python -m m3i_fast.benchmarks.internimage [--sizes t s b] [--batch-size 64] [--no-record]
+    m3i-fast bench internimage [--sizes t s b] [--batch-size 64] [--no-record]
 
 `grid_sample`: the same model, weights and outputs, its sampling written with torch's grid_sample,
 as the op is mostly written where its CUDA extension is not built. `no sampling`: the same model

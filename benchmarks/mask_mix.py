@@ -1,6 +1,6 @@
 """mask_mix beside the torch expressions that it replaces.
 
-    python -m m3i_fast.benchmarks.mask_mix [--device cuda] [--no-record]
+    m3i-fast bench mask_mix [--device cuda] [--no-record]
 
 `torch`: normalise every view in floating point, then choose pixels (the reference, as it is mostly
 written). `bytes first`: choose bytes, then normalise, the least work in plain torch. `compiled`:

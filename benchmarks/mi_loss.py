@@ -1,8 +1,8 @@
 """The Boltzmann likelihood beside the losses that it replaces, and how each grows.
 
-    python -m m3i_fast.benchmarks.mi_loss [--device cuda] [--no-record]
-    python -m m3i_fast.benchmarks.mi_loss --growth [--largest 65536]
-    python -m m3i_fast.benchmarks.mi_loss --ranks 1,2,4
+    m3i-fast bench mi_loss [--device cuda] [--no-record]
+    m3i-fast bench mi_loss --growth [--largest 65536]
+    m3i-fast bench mi_loss --ranks 1,2,4
 
 Rows of pairs: open_clip's ClipLoss and SigLipLoss. One-sided with classes: F.cross_entropy on
 logits, torch's linear_cross_entropy in chunks. On a GPU also siglip-kernel and Liger's fused linear

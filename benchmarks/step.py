@@ -1,6 +1,6 @@
 """One training step of M3I beside one that is written plainly, from the paper.
 
-    python -m m3i_fast.benchmarks.step [--batch-size 128] [--no-record]
+    m3i-fast bench step [--batch-size 128] [--no-record]
 
 `eager` is M3I as one writes it first: the two images of an input are encoded one after the other,
 both views of every image go through the EMA encoder though half of its tokens are asked for, each

@@ -1,7 +1,7 @@
 """The tiles of kernels: candidates are compiled, pruned by a model, and timed where a card is.
 
-    python -m m3i_fast.benchmarks.tune [--card a100|h100|cpu] [--op dcnv3|mi_loss] [--no-record]
-    python -m m3i_fast.benchmarks.tune --write     and the winners become what is built
+    m3i-fast bench tune [--card a100|h100|cpu] [--op dcnv3|mi_loss] [--no-record]
+    m3i-fast bench tune --write     and the winners become what is built
 
 For a GPU NVRTC compiles every candidate to machine code, which needs no GPU: registers, spills,
 shared memory, and from them how many blocks a multiprocessor runs. tune_roofline.py predicts a
