@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import tyro
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3i_fast.benchmarks import ledger
-from m3i_fast.benchmarks.compare_versions import Groups, Plan, Version, built, sample_in_turns
+from m3i_fast.benchmarks.compare_versions import Plan, Version, built, sample_in_turns
 from m3i_fast.benchmarks.compare_worker import WORKS
 from m3i_fast.benchmarks.gate import Verdict, judge, judge_in_looks
 
@@ -182,11 +183,7 @@ def _of_rows(
 
 def compare_versions(cfg: Config, baseline: Version, candidate: Version, seed: int = 0) -> Verdict:
     """Sample both in turns, and judge; again with new processes, until that is settled."""
-
-    def take() -> tuple[Groups, Groups]:
-        of_baseline, of_candidate = sample_in_turns(cfg.plan, (baseline, candidate))
-        return of_baseline, of_candidate
-
+    take = partial(sample_in_turns, cfg.plan, (baseline, candidate))
     return judge_in_looks(
         take, looks=cfg.looks, alpha=cfg.alpha, threshold=cfg.threshold, seed=seed
     )

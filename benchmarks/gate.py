@@ -97,7 +97,7 @@ def judge(
 
 
 def judge_in_looks(
-    take: Callable[[], tuple[Sequence[Samples], Sequence[Samples]]],
+    take: Callable[[], Sequence[Sequence[Samples]]],
     *,
     looks: int,
     alpha: float = 0.01,
@@ -107,7 +107,7 @@ def judge_in_looks(
 ) -> Verdict:
     """Judge all groups that `take` has given so far, until settled or so many looks.
 
-    take: new groups of both, taken in turns. Each look has alpha / looks.
+    take: new groups of the baseline and of the candidate, in turns. Each look has alpha / looks.
     """
     if looks < 1:
         raise ValueError(f"looks: expected at least 1, got {looks}")
@@ -167,14 +167,14 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the ratio at 1 - alpha; `block` is block_length's."""
     rng = np.random.default_rng(seed)
+    before, after = np.stack(baseline), np.stack(candidate)
     ratios = []
     for count in _parts(num_resamples, 200):  # one matrix of all would be large
         if in_turns:
-            neighbours = np.stack(candidate) / np.stack(baseline)
-            ratios.append(_medians(neighbours, rng, count, block))
+            ratios.append(_medians(after / before, rng, count, block))
         else:
-            below = _medians(np.stack(baseline), rng, count, block)
-            ratios.append(_medians(np.stack(candidate), rng, count, block) / below)
+            below = _medians(before, rng, count, block)
+            ratios.append(_medians(after, rng, count, block) / below)
     low, high = np.quantile(np.concatenate(ratios), [alpha / 2, 1 - alpha / 2])
     return float(low), float(high)
 

@@ -109,15 +109,16 @@ def test_predictions_are_marked_as_such() -> None:
     assert "predicted, images/s" in block and "no card has confirmed them" in block
 
 
-def test_loaders_are_ordered_by_their_rate(append: Append) -> None:
-    def rate(median: float) -> dict[str, float]:
-        return {"median": median, "ci_low": median - 10, "ci_high": median + 20}
+def _rate(median: float) -> dict[str, float]:
+    return {"median": median, "ci_low": median - 10, "ci_high": median + 20}
 
+
+def test_loaders_are_ordered_by_their_rate(append: Append) -> None:
     figures = {
         "device": "cpu",
         "global_views": "2 x 96",
         "local_views": "4 x 48",
-        "images_per_s": {"m3i_fast": rate(1234.4), "decode": rate(4000.0), "torch": rate(400.0)},
+        "images_per_s": {"m3i_fast": _rate(1234.4), "decode": _rate(4000.0), "torch": _rate(400.0)},
         "times_slower_than_ours": {"m3i_fast": 1.0, "decode": 0.3086, "torch": 3.086},
         "floor": {"decoder": "decode"},
     }
@@ -129,10 +130,6 @@ def test_loaders_are_ordered_by_their_rate(append: Append) -> None:
         "| 2 x 96 + 4 x 48: torch | 400 (390 to 420) | 3.09 |",
     ]
     assert "The floor, which only decodes, is decode." in readme.loader()
-
-
-def _rate(median: float) -> dict[str, float]:
-    return {"median": median, "ci_low": median - 10, "ci_high": median + 20}
 
 
 def test_a_nodes_newest_verdict_is_shown(append: Append) -> None:
