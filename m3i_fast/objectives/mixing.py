@@ -207,7 +207,7 @@ def draw_mix(
         members=members,
         choice=choice,
         sample=members.T.reshape(-1),
-        token_index=cells.flatten(0, 1),
+        token_index=cells.flatten(0, 1).contiguous(),  # pinned memory takes no expanded tensor
         own_query=_choose(~own[:, :num_asked] if cfg.divides_cells else every, cfg, rng),
         other_query=_choose(every, cfg, rng),
         token_priority=torch.rand(batch_size, context_length, generator=rng),

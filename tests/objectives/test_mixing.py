@@ -76,6 +76,18 @@ def test_every_sample_is_in_one_input(num_images: int, expected: list[list[int]]
     assert mix.sample.tolist() == [row[k] for k in range(num_images) for row in expected]
 
 
+@pytest.mark.parametrize("mask_per_batch", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_two_elements_of_a_draw_share_memory(mode: str, mask_per_batch: bool) -> None:
+    """`Tensor.pin_memory` copies into a tensor of the same strides, and refuses overlapping ones."""
+    mix = _draw(_config(mode, mask_per_batch=mask_per_batch))
+    for name in mix.__slots__:
+        value = getattr(mix, name)
+        if isinstance(value, Tensor):
+            pinned = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            assert torch.equal(pinned.copy_(value), value), name
+
+
 @pytest.mark.parametrize("num_images", [2, 3, 4])
 def test_each_image_is_asked_cells_it_does_not_show(num_images: int) -> None:
     mix = _draw(MixingConfig(num_images=num_images, num_queries=5))
