@@ -47,7 +47,9 @@ def torch_checkpoint(recompute: Recompute) -> Checkpoint | None:
     """How torch's layers checkpoint; None: not at all.
 
     selective keeps what products, attention and convolutions return; full keeps the inputs alone.
-    Both give the gradients of none bit for bit: random draws are repeated.
+    Random draws are repeated, so both give the gradients of none bit for bit, but for selective
+    under autocast where a model is called more than once in a step: it adds the gradients of the
+    calls up in the weight's own type, none and full in the lower one.
     """
     match recompute:
         case "none":
@@ -56,7 +58,20 @@ def torch_checkpoint(recompute: Recompute) -> Checkpoint | None:
             return partial(checkpoint, use_reentrant=False)
         case "selective":
             contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-            return partial(checkpoint, use_reentrant=False, context_fn=contexts)
+            return partial(_checkpoint_casts, use_reentrant=False, context_fn=contexts)
+
+
+def _checkpoint_casts(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
+    """Run torch's checkpoint with a cast of each weight of its own, where autocast is on.
+
+    Autocast casts a weight once for all calls of a forward pass and keeps the result. A second call
+    would then run fewer ops than its recomputation, which selective checkpointing refuses.
+    """
+    device = inputs[0].device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+        output: Tensor = checkpoint(function, *inputs, **options)
+    return output
 
 
 def _keep_products(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -69,6 +69,28 @@ def test_gradients_are_equal_and_less_is_kept(
     assert kept[1] * 0.5 > kept[2]
 
 
+@pytest.mark.parametrize("build", [vit, internimage])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_is_called_again_in_a_step(
+    build: Callable[[Recompute], nn.Module], bf16: bool
+) -> None:
+    """As for global and local views: autocast keeps the first call's casts for the second."""
+    views, grads = torch.randn(2, 4, 3, 32, 32), {}
+    for way in WAYS:
+        torch.manual_seed(1)
+        model = build(way)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            first, second = (model(view).square().sum() for view in views)
+        (first + second).backward()
+        grads[way] = [parameter.grad for parameter in model.parameters()]
+    for plain, selective, full in zip(*grads.values(), strict=True):
+        assert plain is not None and selective is not None and torch.equal(plain, full)
+        if bf16:  # selective alone adds the gradients of both calls up in fp32
+            assert (plain - selective).norm() < 2**-7 * plain.norm()
+        else:
+            assert torch.equal(plain, selective)
+
+
 def test_a_text_encoder_repeats_its_padded_attention() -> None:
     ids, grads = torch.randint(0, 50, (4, 7)), []
     for way in WAYS:
