@@ -8,8 +8,9 @@ it has gone backward. A shape that comes only once gets none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -106,8 +107,14 @@ class Graphed:
         if graph is None:
             if self._is_full():
                 return self._method(*inputs)
-            graph = self._graphs[key] = self._capture(self._module, self._method, inputs)
+            graph = self._graphs[key] = self._captured(inputs)
         return graph(*inputs)
+
+    def _captured(self, inputs: tuple[Tensor, ...]) -> Graph:
+        trained = tuple(p for p in self._module.parameters() if p.requires_grad)
+        with aliased_parameters(self._module):
+            graph = self._capture(self._module, self._method, inputs)
+        return replace(graph, parameters=trained if graph.parameters else ())
 
     def _kind(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """All that the kernels of a call depend on."""
@@ -127,6 +134,31 @@ class Graphed:
                 MAX_GRAPHS,
             )
         return full
+
+
+@contextmanager
+def aliased_parameters(module: nn.Module) -> Iterator[None]:
+    """Put parameters of the same memory in the place of a module's own.
+
+    An autograd graph that is alive, of DDP or of an earlier call, holds the nodes that accumulate
+    the gradients of the module's own parameters; they belong to the stream that they were made on,
+    and torch refuses to go backward through them in a capture.
+    """
+    places = [
+        (owner, name, p)
+        for owner in module.modules()
+        for name, p in owner._parameters.items()
+        if p is not None
+    ]
+    aliases: dict[nn.Parameter, nn.Parameter] = {}
+    for owner, name, p in places:  # shared ones stay shared
+        alias = aliases.setdefault(p, nn.Parameter(p.detach(), requires_grad=p.requires_grad))
+        owner._parameters[name] = alias
+    try:
+        yield
+    finally:
+        for owner, name, p in places:
+            owner._parameters[name] = p
 
 
 def replay(forward: StepForward, device: torch.device, capture: Capture | None = None) -> None:

@@ -37,8 +37,17 @@ class _Pass:
         self.replay = run
 
 
+def places(module: nn.Module) -> list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]]:
+    return [
+        (owner._parameters, name, p)
+        for owner in module.modules()
+        for name, p in owner._parameters.items()
+        if p is not None
+    ]
+
+
 class Captures:
-    """`Capture` without a GPU; counts its replays."""
+    """`Capture` without a GPU; counts its replays. These read the parameters of the capture."""
 
     def __init__(self) -> None:
         self.num_captured = self.num_replayed = 0
@@ -58,11 +67,17 @@ class Captures:
             if with_grad:
                 found = torch.autograd.grad(live, wanted, live, allow_unused=True)
         kept: list[Tensor] = []
+        captured = places(module)
 
         def forward() -> None:
             self.num_replayed += 1
+            now = places(module)
+            for owner, name, p in captured:
+                owner[name] = p
             with torch.set_grad_enabled(with_grad):
                 kept[:] = [method(*own)]
+            for owner, name, p in now:
+                owner[name] = p
             output.copy_(kept[0].detach())
 
         if not with_grad:
@@ -128,6 +143,61 @@ def test_calls_of_one_shape_within_a_step_keep_what_each_computed() -> None:
             torch.testing.assert_close(a, b)
         layer.zero_grad()
         assert captures.num_captured == (2 if step else 0)
+
+
+class Bound(Captures):
+    """Records which nodes of the graph gradients are accumulated by in a capture, of what memory."""
+
+    def __call__(
+        self, module: nn.Module, method: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+    ) -> Graph:
+        self.nodes = {name: accumulates(p) for name, p in module.named_parameters()}
+        self.memory = {name: p.data_ptr() for name, p in module.named_parameters()}
+        return super().__call__(module, method, inputs)
+
+
+def accumulates(parameter: nn.Parameter) -> torch.autograd.graph.Node:
+    return torch.autograd.graph.get_gradient_edge(parameter).node
+
+
+def test_a_capture_goes_backward_through_no_node_that_is_alive() -> None:
+    """DDP and a call before it in the step keep the nodes of the parameters alive; torch refuses to
+    capture these, which belong to another stream.
+    """
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight  # shared
+    own = dict(model.named_parameters())
+    captures = Bound()
+    graphed = Graphed(model, model.forward, captures)
+    x = torch.randn(2, 3)
+    for _ in range(3):
+        graphed.begin_step()
+        alive = model(x).sum()
+        held = {name: accumulates(p) for name, p in own.items()}
+        (graphed(x).sum() + alive).backward()
+    assert captures.num_captured == 1 and captures.num_replayed == 2
+    assert all(captures.nodes[name] is not node for name, node in held.items())
+    assert captures.memory == {name: p.data_ptr() for name, p in own.items()}
+    assert all(p is own[name] for name, p in model.named_parameters())
+    assert model[1].weight is model[0].weight
+    grads = [p.grad for p in own.values()]
+    expected = torch.autograd.grad(6 * model(x).sum(), list(own.values()))
+    for grad, value in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, value)
+
+
+def test_a_capture_that_fails_leaves_the_parameters_in_their_places() -> None:
+    def fails(*_: Any) -> Graph:
+        raise RuntimeError("no capture")
+
+    layer = nn.Linear(3, 3)
+    own = dict(layer.named_parameters())
+    graphed = Graphed(layer, layer.forward, fails)
+    graphed(torch.randn(2, 3))
+    graphed.begin_step()
+    with pytest.raises(RuntimeError, match="no capture"):
+        graphed(torch.randn(2, 3))
+    assert all(p is own[name] for name, p in layer.named_parameters())
 
 
 def test_other_modes_of_a_call_have_graphs_of_their_own() -> None:
