@@ -132,7 +132,7 @@ def _losses(rank: int, ranks: int) -> dict[str, Loss]:
     clip = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=ranks)
 
     def ours(i: Inputs) -> Tensor:
-        return boltzmann(i.z_hat, i.z, i.scale, process_group=dist.group.WORLD)
+        return boltzmann(i.z_hat, i.z, i.scale, process_group=dist.group.WORLD, equal_sizes=True)
 
     return {OURS: ours, CLIP: lambda i: clip(i.z_hat, i.z, i.scale)}
 

@@ -32,13 +32,16 @@ class GradientNorm:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> GradientNorm:
-    """At least one gradient."""
-    each = torch.stack(torch._foreach_norm(local(gradients)))
-    spread = [index for index, g in enumerate(gradients) if is_spread(g)]
+    """Compute the norm of gradients, one or more, without a host synchronisation."""
+    norms = torch._foreach_norm(local(gradients))
+    each = torch.stack(norms)
+    spread = [norm for norm, g in zip(norms, gradients, strict=True) if is_spread(g)]
     if not spread:
         return GradientNorm(torch.linalg.vector_norm(each), each)
-    whole = [index for index, g in enumerate(gradients) if not is_spread(g)]
-    square = each[spread].square().sum()
-    mesh = gradients[spread[0]].device_mesh  # type: ignore[attr-defined]
+    square = torch.stack(spread).square().sum()
+    mesh = next(g for g in gradients if is_spread(g)).device_mesh  # type: ignore[attr-defined]
     dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # others hold replicas
-    return GradientNorm((square + each[whole].square().sum()).sqrt(), each)
+    whole = [norm for norm, g in zip(norms, gradients, strict=True) if not is_spread(g)]
+    if whole:
+        square = square + torch.stack(whole).square().sum()
+    return GradientNorm(square.sqrt(), each)

@@ -242,12 +242,14 @@ LIKELIHOODS: dict[tuple[str, str, str], Likelihood] = {
     ),
     ("caption", "boltzmann", "negatives"): Likelihood(
         f"mean of both directions of {SOFTMAX}, z' captions of the batch, tau learnt",
-        lambda term, cfg, dim, group: partial(boltzmann, process_group=group),
+        lambda term, cfg, dim, group: partial(boltzmann, process_group=group, equal_sizes=True),
     ),
     ("caption", "sigmoid", "negatives"): Likelihood(
         "1/N sum over pairs of log(1 + exp(-y (z_hat . z / tau + b))), y = 1 for a picture and its "
         "caption, else -1; tau, b learnt",
-        lambda term, cfg, dim, group: partial(boltzmann, form="sigmoid", process_group=group),
+        lambda term, cfg, dim, group: partial(
+            boltzmann, form="sigmoid", process_group=group, equal_sizes=True
+        ),
     ),
     ("pixels", "gaussian", "fixed"): Likelihood(
         "|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over their "

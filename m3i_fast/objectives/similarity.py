@@ -51,12 +51,14 @@ def info_nce(
     """-mean_n log softmax_m(cos(z_hat_n, z_m) / temperature)_n: the batch's targets are candidates.
 
     InfoNCE, arXiv 1807.03748; MoCo v3 (arXiv 2104.02057, algorithm 1) is 2 temperature times it.
-    With a process group: the batch of all ranks, as `ops.boltzmann` says.
+    With a process group: the batch of all ranks, of which each has N rows.
     """
     expect_temperature(temperature)
     z_hat, z = (F.normalize(wide(rows), dim=-1) for rows in (z_hat, z))
     scale = z_hat.new_full((), 1 / temperature)
-    return boltzmann(z_hat, z, scale, symmetric=False, process_group=process_group)
+    return boltzmann(
+        z_hat, z, scale, symmetric=False, process_group=process_group, equal_sizes=True
+    )
 
 
 @full_precision

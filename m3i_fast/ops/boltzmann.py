@@ -148,6 +148,7 @@ def boltzmann(
     form: Literal["softmax", "sigmoid"] = "softmax",
     reduction: Literal["mean", "sum"] = "mean",
     process_group: dist.ProcessGroup | None = None,
+    equal_sizes: bool = False,
 ) -> Tensor:  # [] fp32, fp64 for fp64
     """-log P(z | z_hat) of the Boltzmann posterior exp(scale z_hat . z + bias), over all z.
 
@@ -190,8 +191,10 @@ def boltzmann(
             targets too. Columns travel in a ring, so a rank's memory is that of its own rows.
             Gradients are those of the sum of all ranks' losses, by what came in: a parameter's
             gradient averaged over the ranks, as DDP and FSDP do, is that of one process with all
-            rows; scale and bias are no exception. Not for torch.compile; waits for the device
-            twice a call.
+            rows; scale and bias are no exception. Not for torch.compile.
+        equal_sizes: every rank of process_group has as many rows of z_hat, and as many of z, as
+            this one, so that the call waits for no device. Otherwise the ranks exchange their
+            sizes, for which the host waits; where they differ in spite of it, the call hangs.
 
     Raises:
         ValueError: an argument is not as described, or contradicts another; the message names it,
@@ -207,7 +210,8 @@ def boltzmann(
     if process_group is None:
         exchange = Alone()
     else:
-        exchange = Ring(process_group, z_hat.shape[0], z.shape[0], z)
+        sizes = z_hat.shape[0], z.shape[0]
+        exchange = Ring(process_group, *sizes, z.device, equal_sizes=equal_sizes)
     row_ids, all_col_ids = _pair_up(z_hat, z, targets, row_ids, col_ids, exchange)
     scale = scale.to(_wide(z.dtype))
     own_col_ids = None if all_col_ids is None else exchange.own(all_col_ids)

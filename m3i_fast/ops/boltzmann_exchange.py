@@ -7,6 +7,7 @@ part of both; N is then the rank's own part, M all columns, in the order of the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -157,17 +158,27 @@ class Ring(Alone):
     home after as many hops as there are ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_rows: int, num_columns: int, like: Tensor):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_rows: int,
+        num_columns: int,
+        device: torch.device,
+        *,
+        equal_sizes: bool,
+    ) -> None:
+        """equal_sizes: every rank has as many rows and columns, so that none asks the others."""
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
-        sizes = torch.tensor([num_rows, num_columns], device=like.device)
-        of_ranks = [torch.empty_like(sizes) for _ in range(self.ranks)]
-        dist.all_gather(of_ranks, sizes, group=group)
-        pairs = torch.stack(of_ranks).tolist()
-        self.num_rows = [rows for rows, _ in pairs]
-        self.num_columns = [columns for _, columns in pairs]
-        ends = torch.tensor([0, *self.num_columns]).cumsum(0).tolist()
+        self.num_rows, self.num_columns = [num_rows] * self.ranks, [num_columns] * self.ranks
+        if not equal_sizes:
+            sizes = torch.tensor([num_rows, num_columns], device=device)
+            of_ranks = [torch.empty_like(sizes) for _ in range(self.ranks)]
+            dist.all_gather(of_ranks, sizes, group=group)
+            pairs = torch.stack(of_ranks).tolist()
+            self.num_rows, self.num_columns = ([pair[i] for pair in pairs] for i in (0, 1))
+        ends = [0, *accumulate(self.num_columns)]
         self.slices = [slice(*bounds) for bounds in zip(ends[:-1], ends[1:], strict=True)]
 
     # ---- Collectives
@@ -205,8 +216,8 @@ class Ring(Alone):
         return rows[first : first + self.num_rows[self.rank]]
 
     def is_settled(self, exact: Tensor) -> bool:
-        # Two more rounds of the ring cost more than the host's wait.
-        return not bool(exact)
+        # A GPU's step would wait for this: it takes two more rounds of the ring instead.
+        return exact.device.type == "cpu" and not bool(exact)
 
     # ---- Ops
 

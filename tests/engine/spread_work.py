@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.model import build_objective, stacks_of
 from m3i_fast.engine.parallel import World, distribute
 from m3i_fast.engine.parallel_config import ParallelConfig
+from m3i_fast.engine.parts import gradient_norm
 from m3i_fast.engine.step import StepForward
 from m3i_fast.models.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
@@ -108,6 +111,16 @@ def _noted(encoder: nn.Module, events: list[str]) -> Iterator[None]:
             hook.remove()
 
 
+class _Ops(TorchDispatchMode):
+    """Counts indexing by a tensor: of a GPU's tensor by a list, the index is a copy to wait for."""
+
+    num_indexed = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_indexed += func is torch.ops.aten.index.Tensor
+        return func(*args, **(kwargs or {}))
+
+
 def reduced(world: World) -> dict[str, dict[str, Tensor]]:
     """Gradients of two blocks in bf16: as they are spread, and each rank's own of whole ones."""
     torch.manual_seed(0)
@@ -121,7 +134,11 @@ def reduced(world: World) -> dict[str, dict[str, Tensor]]:
     x = torch.randn(4, 6, 32).bfloat16()
     for model in (spread, whole):
         model(x).float().square().sum().backward()
+    with _Ops() as ops:
+        norm = gradient_norm([*(p.grad for p in spread.parameters()), torch.ones(3)])  # type: ignore[list-item]
+    assert norm.each.shape == (len(list(spread.parameters())) + 1,)
     return {
+        "norm": {"total": norm.total, "indexed": torch.tensor(ops.num_indexed)},
         "spread": {n: full(p.grad) for n, p in spread.named_parameters() if p.grad is not None},
         "own": {n: p.grad for n, p in whole.named_parameters() if p.grad is not None},
     }

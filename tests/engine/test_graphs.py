@@ -146,7 +146,7 @@ def test_calls_of_one_shape_within_a_step_keep_what_each_computed() -> None:
 
 
 class Bound(Captures):
-    """Records which nodes of the graph gradients are accumulated by in a capture, of what memory."""
+    """Records the nodes that accumulate gradients in a capture, and the memory of parameters."""
 
     def __call__(
         self, module: nn.Module, method: Callable[..., Tensor], inputs: tuple[Tensor, ...]

@@ -85,6 +85,15 @@ def test_bf16_gradients_are_averaged_in_fp32(ranks: Path) -> None:
     assert differ
 
 
+def test_the_norm_of_spread_and_whole_gradients_waits_for_no_index(ranks: Path) -> None:
+    for rank in range(NUM_RANKS):
+        found = torch.load(ranks / f"bf16-{rank}.pt", weights_only=True)
+        gradients = [g.flatten() for g in found["spread"].values()]
+        expected = torch.cat([*gradients, torch.ones(3)]).norm()
+        torch.testing.assert_close(found["norm"]["total"], expected)
+        assert found["norm"]["indexed"] == 0
+
+
 def test_a_negative_number_is_refused() -> None:
     with pytest.raises(ValueError, match="parallel.prefetch: expected >= 0, got -1"):
         ParallelConfig(prefetch=-1)

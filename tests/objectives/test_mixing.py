@@ -79,7 +79,7 @@ def test_every_sample_is_in_one_input(num_images: int, expected: list[list[int]]
 @pytest.mark.parametrize("mask_per_batch", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_two_elements_of_a_draw_share_memory(mode: str, mask_per_batch: bool) -> None:
-    """`Tensor.pin_memory` copies into a tensor of the same strides, and refuses overlapping ones."""
+    """`Tensor.pin_memory` copies into a tensor of the same strides, which may not overlap."""
     mix = _draw(_config(mode, mask_per_batch=mask_per_batch))
     for name in mix.__slots__:
         value = getattr(mix, name)
