@@ -102,13 +102,15 @@ def test_a_turned_picture_is_upright_once_decoded() -> None:
     assert decode(image, "jpg", MAX_PIXELS) == (101, 75)
 
 
-SECOND_FRAME = BASELINE.index(b"\xff\xc0")
-BAD = {
+FRAME = BASELINE.index(b"\xff\xc0")
+BAD_HEADERS = {
     "bytes between segments": BASELINE[:20] + b"\0\x11abc" + BASELINE[20:],
     "bytes after the frame": BASELINE.replace(b"\xff\xc4", b"\0\xff\xc4", 1),
-    "two frames": BASELINE[:SECOND_FRAME] + BASELINE[SECOND_FRAME:][:19] + BASELINE[SECOND_FRAME:],
-    "no frame": BASELINE[:SECOND_FRAME],
+    "two frames": BASELINE[: FRAME + 19] + BASELINE[FRAME:],
+    "no frame": BASELINE[:FRAME],
     "no pixels": BASELINE[: BASELINE.index(b"\xff\xda") + 4],
+}
+BAD = BAD_HEADERS | {
     "cut jpeg": BASELINE[:-30],
     "cut png": PNG[:-60],
     "png without an end": PNG[:-12],
@@ -124,6 +126,9 @@ def test_what_dali_would_stop_at_is_refused(kind: str) -> None:
         dali_size(BAD[kind])
     with pytest.raises(ValueError, match="corrupt or empty image: "):
         decode(BAD[kind], extension(BAD[kind]), MAX_PIXELS)
+    if kind in BAD_HEADERS:
+        with pytest.raises(ValueError, match="expected JPEG segments with one frame header"):
+            stored_size(reading(BAD[kind]))
 
 
 @pytest.mark.slow
