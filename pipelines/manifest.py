@@ -80,6 +80,10 @@ class Manifest:
     splits: dict[str, SplitInfo]
     format: str = FORMAT
 
+    def __post_init__(self) -> None:
+        if not self.splits:
+            raise ValueError("splits: expected at least one, got none")
+
     @property
     def format_version(self) -> int:
         """The lowest version that holds the data: what one caption a picture fits into stays 1."""

@@ -114,6 +114,7 @@ def train(raw: dict[str, Any]) -> Any:
     [
         (lambda raw: raw.pop("tokenizer"), "tokenizer"),
         (lambda raw: raw.update(tokenizer=None), r"manifest\.tokenizer"),
+        (lambda raw: raw.update(splits={}), "splits: expected at least one, got none"),
         (lambda raw: raw.update(splits=["train"]), r"manifest\.splits"),
         (lambda raw: raw.update(splits={"train": 7}), r"splits\['train'\]"),
         (lambda raw: raw.update(class_names=["a", 7]), r"expected str, got 7 .*class_names\[1\]"),
