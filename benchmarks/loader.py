@@ -46,6 +46,7 @@ from m3i_fast.engine.precision import resolve_device
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.loader import Loader
+from m3i_fast.pipelines.manifest import is_free, quoted
 from m3i_fast.recipes import find_recipe, recipes
 
 SUBJECT = "loader"
@@ -129,10 +130,10 @@ def shards_of(cfg: Config, folder: Path) -> Path:
             folder / "shards", num_samples=cfg.num_pictures, samples_per_shard=per_shard
         )
     path = cfg.config.data.path
-    if not path.is_dir():
+    if is_free(path):
         raise FileNotFoundError(
             f"--data.path: no shards at {path}; --synthetic-data makes some for this run, "
-            f"`m3i-fast data synthetic {path}` makes them to stay"
+            f"`m3i-fast data synthetic {quoted(path)}` makes them to stay"
         )
     return path
 

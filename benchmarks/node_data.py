@@ -12,7 +12,7 @@ from typing import Any
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import World
 from m3i_fast.pipelines import synthetic
-from m3i_fast.pipelines.manifest import Manifest, is_dataset, read_manifest
+from m3i_fast.pipelines.manifest import Manifest, is_dataset, is_free, quoted, read_manifest
 
 PLACE = Path("synthetic")  # what a row says of shards that are gone
 EPOCH_BATCHES = 2  # of all ranks; the same pictures come again
@@ -30,11 +30,13 @@ def shards_of(
     no shards and none are to be made.
     """
     if not make:
-        if not is_dataset(cfg.data.path):
+        path = cfg.data.path
+        if not is_dataset(path):
+            place = quoted(path) if is_free(path) else "NEW_DIRECTORY"
             raise FileNotFoundError(
-                f"--data.path: no shards at {cfg.data.path}: name others, make pictures with "
-                f"m3i-fast data synthetic {cfg.data.path}, or add --synthetic-data, which makes "
-                "some for this run alone"
+                f"--data.path: no shards at {path}: name others, make pictures with "
+                f"m3i-fast data synthetic {place}, or add --synthetic-data, which makes some for "
+                "this run alone"
             )
         yield cfg
         return

@@ -6,7 +6,7 @@ B: samples, C: most captions of a picture, T: the tokenizer's context length, n:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,11 @@ def components(captions: Sequence[NDArray[np.int32]]) -> Iterator[tuple[str, byt
         yield TOKENS, np.concatenate(captions).astype("<i4").tobytes()
     if len(captions) > 1:
         yield LENGTHS, np.array([len(ids) for ids in captions], dtype="<i4").tobytes()
+
+
+def count(num_bytes: Mapping[str, int]) -> int:
+    """Count the captions of a sample by the sizes of its components."""
+    return num_bytes[LENGTHS] // 4 if LENGTHS in num_bytes else int(TOKENS in num_bytes)
 
 
 def fault(captions: Sequence[NDArray[np.int32]], tokenizer: TokenizerInfo) -> str | None:

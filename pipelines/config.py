@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from m3i_fast.pipelines.pictures import MAX_PIXELS
+
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
@@ -102,12 +104,15 @@ class LoaderConfig:
     """Batches prepared ahead."""
     initial_fill: int = 4096
     """Encoded samples held in the shuffle buffer, in host memory, a rank."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of a picture, height times width; larger ones are refused by name before they are
+    decoded. As Pillow's MAX_IMAGE_PIXELS."""
     hw_decoder_load: float | None = None
     """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
     leaves it to DALI. For decoding on a GPU alone."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_threads", "prefetch", "initial_fill"):
+        for name in ("batch_size", "num_threads", "prefetch", "initial_fill", "max_pixels"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2^63")
         load = self.hw_decoder_load

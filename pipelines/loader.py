@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING, Any
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.captions import epoch_key
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.manifest import (
-    Manifest,
-    SplitInfo,
-    check_files,
-    check_tokenizer,
-    read_manifest,
-)
+from m3i_fast.pipelines.dataset import open_split
+from m3i_fast.pipelines.manifest import Manifest, SplitInfo
 from m3i_fast.pipelines.outputs import Origin, run, to_batch
+from m3i_fast.pipelines.pictures import MAX_PIXELS
 from m3i_fast.pipelines.resume import Fingerprint, Position, pack_state, unpack_state
 
 if TYPE_CHECKING:  # DALI is imported on first use: configs are read on machines without it
@@ -61,8 +57,16 @@ class Loader:
                 "data.hw_decoder_load: expected None without a GPU, whose decoder it is of, got "
                 f"{cfg.hw_decoder_load}"
             )
-        self.manifest, self._split = _open(cfg.path, cfg.split, tokenizer_fingerprint)
-        self._origin = _origin(cfg.path, self._split, self.manifest, device_id)
+        self._origin = _open(
+            cfg.path,
+            cfg.split,
+            max_pixels=cfg.max_pixels,
+            device_id=device_id,
+            fingerprint=tokenizer_fingerprint,
+            shard_id=shard_id,
+            num_shards=num_shards,
+        )
+        self.manifest, self._split = self._origin.manifest, self._origin.split
         smallest = self._split.num_samples // num_shards
         largest = -(-self._split.num_samples // num_shards)
         self.steps_per_epoch: int = smallest // cfg.batch_size
@@ -115,7 +119,12 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly there; ValueError with expected and got where that is not possible."""
-        self._position = unpack_state(state, self.fingerprint)
+        position = unpack_state(state, self.fingerprint)
+        if position.step > self.steps_per_epoch:
+            raise ValueError(
+                f"loader state: expected step 0 to {self.steps_per_epoch}, got {position.step}"
+            )
+        self._position = position
         self._pipeline = None
 
     def restart_epoch(self, state: dict[str, Any]) -> int:
@@ -188,6 +197,7 @@ def evaluation_batches(
     num_threads: int = 1,
     device_id: int | None = None,
     tokenizer_fingerprint: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
     """One ordered pass without augmentation: the centre square, resized; one global view.
 
@@ -197,19 +207,27 @@ def evaluation_batches(
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    manifest, split_info = _open(path, split, tokenizer_fingerprint)
+    origin = _open(
+        path,
+        split,
+        max_pixels=max_pixels,
+        device_id=device_id,
+        fingerprint=tokenizer_fingerprint,
+    )
     from m3i_fast.pipelines.reader import evaluation_graph
 
-    source = _source(path, split_info, manifest, on_gpu=device_id is not None, shuffle=None)
+    num_samples = origin.split.num_samples
+    source = _source(
+        path, origin.split, origin.manifest, on_gpu=device_id is not None, shuffle=None
+    )
     pipeline = evaluation_graph(
         source, image_size, batch_size=batch_size, num_threads=num_threads, device_id=device_id
     )
-    origin = _origin(path, split_info, manifest, device_id)
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, split_info.num_samples, batch_size):
+        for start in range(0, num_samples, batch_size):
             tensors = run(pipeline, origin)
-            kept = min(batch_size, split_info.num_samples - start)
+            kept = min(batch_size, num_samples - start)
             tensors = tuple(t[:kept] for t in tensors)
             if representatives_only:
                 first = tensors[-1] == tensors[-2]
@@ -219,18 +237,28 @@ def evaluation_batches(
     return batches()
 
 
-def _open(path: Path, split: str, fingerprint: str | None) -> tuple[Manifest, SplitInfo]:
-    """Manifest and split, with the shards there and of the right tokenizer."""
-    manifest = read_manifest(path)
-    found = manifest.split(split)
-    check_files(path, found)
-    if fingerprint is not None:
-        check_tokenizer(path, manifest, fingerprint)
-    return manifest, found
-
-
-def _origin(path: Path, split: SplitInfo, manifest: Manifest, device_id: int | None) -> Origin:
-    return Origin(path=path, split=split, tokenizer=manifest.tokenizer, device_id=device_id)
+def _open(
+    path: Path,
+    split: str,
+    *,
+    max_pixels: int,
+    device_id: int | None,
+    fingerprint: str | None,
+    shard_id: int = 0,
+    num_shards: int = 1,
+) -> Origin:
+    """Open a split, and say where its batches go."""
+    manifest, found = open_split(
+        path,
+        split,
+        max_pixels=max_pixels,
+        fingerprint=fingerprint,
+        shard_id=shard_id,
+        num_shards=num_shards,
+    )
+    return Origin(
+        path=path, split=found, manifest=manifest, max_pixels=max_pixels, device_id=device_id
+    )
 
 
 def _source(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import importlib.metadata
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from m3i_fast.pipelines.annotation import Annotation, annotate
 from m3i_fast.pipelines.concepts import Drawing, drawings
 from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.pack import DatasetInfo, keyed_order, write_dataset
+from m3i_fast.pipelines.pictures import MAX_PIXELS
 from m3i_fast.pipelines.samples import Sample
 from m3i_fast.pipelines.tokens import Tokenizer
 
@@ -170,6 +172,9 @@ def _check(shares: dict[str, float | None], counts: dict[str, int | None]) -> No
     for name, number in counts.items():
         if number is not None and number < 1:
             raise ValueError(f"{name}: expected at least 1, got {number}")
+    largest = math.isqrt(MAX_PIXELS)
+    if (counts["image_size"] or 0) > largest:  # the renderer would allocate it
+        raise ValueError(f"image_size: expected at most {largest}, got {counts['image_size']}")
 
 
 def _info(style: _Style, settings: dict[str, Any]) -> DatasetInfo:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from m3i_fast.pipelines import captions
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.corrupt import caption_error, sample_error
-from m3i_fast.pipelines.manifest import SplitInfo
-from m3i_fast.pipelines.tokens import TokenizerInfo
+from m3i_fast.pipelines.corrupt import pipeline_error, sample_error
+from m3i_fast.pipelines.manifest import Manifest, SplitInfo
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.dali import Pipeline
@@ -25,7 +24,8 @@ class Origin:
 
     path: Path
     split: SplitInfo
-    tokenizer: TokenizerInfo
+    manifest: Manifest
+    max_pixels: int
     device_id: int | None
 
 
@@ -43,7 +43,9 @@ def run(pipeline: Pipeline, origin: Origin) -> tuple[Tensor, ...]:
         with torch.cuda.device(device_id):
             return tuple(torch.from_dlpack(o.as_tensor()) for o in outputs)
     except RuntimeError as error:
-        raise sample_error(origin.path, origin.split, origin.tokenizer, error) from error
+        raise pipeline_error(
+            origin.path, origin.split, origin.manifest, origin.max_pixels, error
+        ) from error
 
 
 def to_batch(
@@ -52,15 +54,18 @@ def to_batch(
     """`Batch` from the outputs of a graph, in the graph's order.
 
     Of several captions the first, or with a key one drawn by key and sample. RuntimeError names a
-    sample whose captions are not what their lengths say, or whose token ids are out of range.
+    sample whose captions are not what their lengths say, or whose token ids, label, sample id or
+    group id are out of range.
     """
     *head, token_ids, num_tokens, label, sample_id, group_id = tensors
     lengths = head.pop() if origin.split.max_captions > 1 else None
     *views, boxes, image_size = head
-    bad = captions.faulty_rows(token_ids, num_tokens, lengths, origin.tokenizer)
+    tokenizer, num_classes = origin.manifest.tokenizer, len(origin.manifest.class_names)
+    bad = captions.faulty_rows(token_ids, num_tokens, lengths, tokenizer)
+    bad |= (label < -1) | (label >= num_classes) | (sample_id < 0) | (group_id < 0)
     if bad.any():
-        raise caption_error(
-            origin.path, origin.split, origin.tokenizer, int(sample_id[bad.nonzero()[0, 0]])
+        raise sample_error(
+            origin.path, origin.split, origin.manifest, int(sample_id[bad.nonzero()[0, 0]])
         )
     if lengths is not None:
         token_ids, num_tokens = captions.choose(
@@ -68,7 +73,7 @@ def to_batch(
             num_tokens,
             lengths,
             sample_id,
-            context_length=origin.tokenizer.context_length,
+            context_length=tokenizer.context_length,
             key=key,
         )
     return Batch(

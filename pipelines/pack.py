@@ -30,12 +30,13 @@ from m3i_fast.pipelines.manifest import (
     ShardInfo,
     SplitInfo,
     is_dataset,
+    is_free,
     sha256_file,
 )
+from m3i_fast.pipelines.pictures import MAX_PIXELS
 from m3i_fast.pipelines.samples import Sample, SampleSource, Tally
+from m3i_fast.pipelines.shards import INDEX_VERSION, TAR_BLOCK
 from m3i_fast.pipelines.tokens import TokenizerInfo
-
-TAR_BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +80,7 @@ def _write_shard(file: Path, samples: Iterator[Sample]) -> ShardInfo:
         raw.flush()
         os.fsync(raw.fileno())
     index = file.with_suffix(".idx")
-    index.write_text("\n".join([f"v1.2 {len(rows)}", *rows]) + "\n")
+    index.write_text("\n".join([f"{INDEX_VERSION} {len(rows)}", *rows]) + "\n")
     return ShardInfo(
         file=file.name,
         num_samples=len(rows),
@@ -107,8 +108,9 @@ def _write_splits(
     *,
     seed: int,
     samples_per_shard: int,
+    max_pixels: int,
 ) -> None:
-    tally = Tally(info.tokenizer, len(info.class_names))
+    tally = Tally(info.tokenizer, len(info.class_names), max_pixels)
     written: dict[str, SplitInfo] = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for split, source in splits.items():
@@ -146,7 +148,7 @@ def replaced_directory(out: Path) -> Iterator[Path]:
 
     An older dataset at `out` stays whole until then. ValueError where `out` is something else.
     """
-    if out.exists() and not (out.is_dir() and (is_dataset(out) or not any(out.iterdir()))):
+    if not (is_free(out) or is_dataset(out)):
         raise ValueError(f"OUT: expected a new or empty directory or a dataset, got {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.packing-", dir=out.parent))
@@ -181,11 +183,12 @@ def write_dataset(
     *,
     seed: int,
     samples_per_shard: int,
+    max_pixels: int = MAX_PIXELS,
 ) -> Path:
     """Pack `splits` into `out`; returns `out`. ValueError names the first bad sample.
 
     The shards are shuffled globally; a reader's buffer only refines that. On any error `out` keeps
-    what it held.
+    what it held. max_pixels: larger pictures are refused by their header, before they are decoded.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
@@ -194,5 +197,12 @@ def write_dataset(
             raise ValueError(f"split {name}: expected at least one sample, got none")
     out = Path(os.path.abspath(out))
     with replaced_directory(out) as directory:
-        _write_splits(directory, splits, info, seed=seed, samples_per_shard=samples_per_shard)
+        _write_splits(
+            directory,
+            splits,
+            info,
+            seed=seed,
+            samples_per_shard=samples_per_shard,
+            max_pixels=max_pixels,
+        )
     return out

@@ -7,6 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 STATE_VERSION = 1
+STATE: dict[str, tuple[type, ...]] = {
+    "version": (int,),
+    "epoch": (int,),
+    "step": (int,),
+    "dali_checkpoint": (str, type(None)),
+    "fingerprint": (dict,),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +53,14 @@ def pack_state(position: Position, fingerprint: Fingerprint) -> dict[str, Any]:
 
 
 def unpack_state(state: dict[str, Any], fingerprint: Fingerprint) -> Position:
-    """The position, or ValueError listing what differs, expected (the state's) and got."""
+    """The position, or ValueError listing what differs, expected (the state's) and got.
+
+    Also ValueError where the state is none that `pack_state` made.
+    """
+    for key, kinds in STATE.items():
+        value = state.get(key)
+        if not isinstance(value, kinds) or (isinstance(value, int) and value < 0):
+            raise ValueError(f"loader state: expected {key} of a loader, got {value!r}")
     if state.get("version") != STATE_VERSION:
         raise ValueError(
             f"loader state: expected version {STATE_VERSION}, got {state.get('version')!r}"
@@ -63,5 +77,5 @@ def unpack_state(state: dict[str, Any], fingerprint: Fingerprint) -> Position:
     return Position(
         epoch=state["epoch"],
         step=state["step"],
-        checkpoint=None if raw is None else base64.b64decode(raw),
+        checkpoint=None if raw is None else base64.b64decode(raw, validate=True),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.pipelines import captions
-from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.manifest import ShardInfo, SplitInfo
+from m3i_fast.pipelines.pictures import decode
 from m3i_fast.pipelines.tokens import TokenizerInfo
-
-PILLOW_FORMAT = {"jpg": "JPEG", "png": "PNG"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,30 +34,6 @@ class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample: ...
-
-
-def decode_size(image: bytes) -> tuple[str, int, int]:
-    """(Pillow's format, height, width) of the upright image after a full decode.
-
-    Whatever Pillow raises on corrupt data passes through, and ValueError where there is none.
-    """
-    pillow, ops = require("PIL.Image"), require("PIL.ImageOps")
-    if not image:
-        raise ValueError("empty image")
-    with pillow.open(io.BytesIO(image)) as opened:
-        width, height = ops.exif_transpose(opened).convert("RGB").size
-        return str(opened.format), height, width
-
-
-def image_size(sample: Sample) -> tuple[int, int]:
-    """(height, width) of the upright image after a full decode; ValueError naming a bad sample."""
-    try:
-        found, height, width = decode_size(sample.image)
-    except Exception as error:  # Pillow raises a dozen types on corrupt data
-        raise ValueError(f"sample {sample.name}: corrupt or empty image: {error}") from error
-    if found != PILLOW_FORMAT[sample.extension]:
-        raise ValueError(f"sample {sample.name}: expected {sample.extension}, got {found} data")
-    return height, width
 
 
 class Counts:
@@ -88,44 +61,62 @@ class Counts:
         )
 
 
+class Identities:
+    """Check that no two samples share an id, and no two splits a group."""
+
+    def __init__(self) -> None:
+        self.split_of: dict[int, str] = {}
+        self.split_of_group: dict[int, str] = {}
+
+    def add(self, sample_id: int, group_id: int, split: str) -> None:
+        if min(sample_id, group_id) < 0:
+            raise ValueError(f"expected ids of at least 0, got {sample_id} of group {group_id}")
+        if sample_id in self.split_of:
+            raise ValueError(f"sample_id {sample_id} is used twice")
+        self.split_of[sample_id] = split
+        if self.split_of_group.setdefault(group_id, split) != split:
+            raise ValueError(
+                f"group {group_id} is in split {split} and in {self.split_of_group[group_id]}"
+            )
+
+    def check_groups(self, split: str) -> None:
+        """Raise ValueError where a group of the split has not the id of one of its samples."""
+        for group, its_split in self.split_of_group.items():
+            if its_split == split and self.split_of.get(group) != split:
+                raise ValueError(f"group {group} of split {split} holds no sample of that id")
+
+
 class Tally:
     """Counts a split while its samples pass, and holds what must be true of all of them."""
 
-    def __init__(self, tokenizer: TokenizerInfo, num_classes: int) -> None:
+    def __init__(self, tokenizer: TokenizerInfo, num_classes: int, max_pixels: int) -> None:
         self.tokenizer = tokenizer
         self.num_classes = num_classes
-        self.split_of: dict[int, str] = {}
-        self.groups: dict[int, str] = {}
+        self.max_pixels = max_pixels
+        self.identities = Identities()
         self.sizes: set[tuple[int, int]] = set()
         self.extensions: set[str] = set()
         self.counts: dict[str, Counts] = {}
 
     def check(self, sample: Sample, split: str) -> Sample:
         """The sample, decoded and counted; ValueError naming it where something is wrong."""
-        if sample.sample_id in self.split_of:
-            raise ValueError(f"sample {sample.name}: sample_id {sample.sample_id} is used twice")
-        self.split_of[sample.sample_id] = split
-        if self.groups.setdefault(sample.group_id, split) != split:
-            raise ValueError(
-                f"sample {sample.name}: group {sample.group_id} is in split {split} "
-                f"and in {self.groups[sample.group_id]}"
-            )
-        if not -1 <= sample.label < self.num_classes:
-            raise ValueError(
-                f"sample {sample.name}: expected a label from -1 to {self.num_classes - 1}, "
-                f"got {sample.label}"
-            )
-        wrong = captions.fault(sample.captions, self.tokenizer)
-        if wrong is not None:
-            raise ValueError(f"sample {sample.name}: {wrong}")
-        self.sizes.add(image_size(sample))
+        try:
+            self.identities.add(sample.sample_id, sample.group_id, split)
+            if not -1 <= sample.label < self.num_classes:
+                raise ValueError(
+                    f"expected a label from -1 to {self.num_classes - 1}, got {sample.label}"
+                )
+            wrong = captions.fault(sample.captions, self.tokenizer)
+            if wrong is not None:
+                raise ValueError(wrong)
+            self.sizes.add(decode(sample.image, sample.extension, self.max_pixels))
+        except ValueError as error:
+            raise ValueError(f"sample {sample.name}: {error}") from error
         self.extensions.add(sample.extension)
         counts = self.counts.setdefault(split, Counts())
         counts.add(num_captions=len(sample.captions), label=sample.label, group_id=sample.group_id)
         return sample
 
     def split(self, name: str, shards: list[ShardInfo]) -> SplitInfo:
-        for group in self.counts[name].groups:
-            if self.split_of.get(group) != name:
-                raise ValueError(f"group {group} of split {name} holds no sample of that id")
+        self.identities.check_groups(name)
         return self.counts[name].split(shards)

@@ -5,45 +5,36 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-
-from m3i_fast.pipelines.captions import LENGTHS, TOKENS
-from m3i_fast.pipelines.corrupt import caption_fault
+from m3i_fast.pipelines import captions
+from m3i_fast.pipelines.corrupt import SMALL, integer, picture_fault, sample_fault
+from m3i_fast.pipelines.dataset import check_split
 from m3i_fast.pipelines.manifest import (
     Manifest,
-    ShardInfo,
     check_files,
     read_manifest,
     sha256_file,
 )
-from m3i_fast.pipelines.samples import Counts
-from m3i_fast.pipelines.shards import Member, members
+from m3i_fast.pipelines.pictures import FORMATS, MAX_PIXELS
+from m3i_fast.pipelines.samples import Counts, Identities
+from m3i_fast.pipelines.shards import INTEGERS, members
 
-INTEGERS = ("cls", "sid", "gid")
 
+def verify(path: Path, *, decode: bool = False, max_pixels: int = MAX_PIXELS) -> Manifest:
+    """Read every byte of a dataset; returns its manifest.
 
-def verify(path: Path) -> Manifest:
-    """Read every byte; ValueError at the first difference.
-
-    Names the sample whose captions, label or ids are not such, the file whose digest is another, or
-    the count that the manifest has wrong. Pictures are not decoded: the packer has done it, and the
-    digest stands for its bytes.
+    Makes the checks of opening it (`dataset.check_split`), then those of captions, labels, ids,
+    digests and counts. decode: also decode every picture. Without that only its header is read:
+    the packer has decoded it, and the digest stands for its bytes. Raises ValueError at the first
+    difference, naming the sample, the file or the count.
     """
     manifest = read_manifest(path)
+    identities = Identities()
     for name, split in manifest.splits.items():
-        check_files(path, split)
-        counts = Counts()
+        check_files(path, manifest, split)
         for shard in split.shards:
             _check_digest(path / shard.index_file, shard.index_sha256)
-            _count(path, shard, manifest, counts)
-            _check_digest(path / shard.file, shard.sha256)
-        found = counts.split(split.shards)
-        for key in (f.name for f in fields(split)):
-            if getattr(found, key) != getattr(split, key):
-                raise ValueError(
-                    f"{path}: split {name}: expected {key} {getattr(split, key)} (manifest), "
-                    f"got {getattr(found, key)}"
-                )
+        check_split(path, name, split, max_pixels=max_pixels)
+        _read_samples(path, name, manifest, identities, max_pixels if decode else None)
     return manifest
 
 
@@ -53,27 +44,37 @@ def _check_digest(file: Path, expected: str) -> None:
         raise ValueError(f"{file}: expected sha256 {expected}, got {got}")
 
 
-def _count(path: Path, shard: ShardInfo, manifest: Manifest, counts: Counts) -> None:
-    """Add the samples of a shard, once each is seen to be whole."""
-    for sample in members(path, shard, (TOKENS, LENGTHS, *INTEGERS)):
-        wrong = caption_fault(sample, manifest.tokenizer)
-        if wrong is not None:
-            raise ValueError(f"{path / shard.file}: {wrong}")
-        label, _, group_id = (_integer(path / shard.file, sample, name) for name in INTEGERS)
-        if not -1 <= label < len(manifest.class_names):
+def _read_samples(
+    path: Path,
+    name: str,
+    manifest: Manifest,
+    identities: Identities,
+    max_pixels: int | None,
+) -> None:
+    """Check the contents of a split; also its pictures, where `max_pixels` is given."""
+    split = manifest.splits[name]
+    counts = Counts()
+    wanted = SMALL if max_pixels is None else (*SMALL, *FORMATS)
+    for shard in split.shards:
+        for sample in members(path, shard, wanted):
+            fault = sample_fault(sample, manifest)
+            if fault is None and max_pixels is not None:
+                fault = picture_fault(sample, max_pixels)
+            if fault is not None:
+                raise ValueError(f"{path / shard.file}: {fault}")
+            label, sample_id, group_id = (integer(sample, key) for key in INTEGERS)
+            try:
+                identities.add(sample_id, group_id, name)
+            except ValueError as error:
+                raise ValueError(f"{path / shard.file}: {sample['sid'].name}: {error}") from error
+            num_bytes = {extension: len(member.content) for extension, member in sample.items()}
+            counts.add(num_captions=captions.count(num_bytes), label=label, group_id=group_id)
+        _check_digest(path / shard.file, shard.sha256)
+    identities.check_groups(name)
+    found = counts.split(split.shards)
+    for key in (f.name for f in fields(split)):
+        if getattr(found, key) != getattr(split, key):
             raise ValueError(
-                f"{path / shard.file}: {sample['cls'].name}: expected a label from -1 to "
-                f"{len(manifest.class_names) - 1}, got {label}"
+                f"{path}: split {name}: expected {key} {getattr(split, key)} (manifest), "
+                f"got {getattr(found, key)}"
             )
-        num_captions = len(sample[LENGTHS].content) // 4 if LENGTHS in sample else TOKENS in sample
-        counts.add(num_captions=int(num_captions), label=label, group_id=group_id)
-
-
-def _integer(file: Path, sample: dict[str, Member], name: str) -> int:
-    member = sample.get(name)
-    if member is None:
-        beside = next(iter(sample.values())).name if sample else "a sample"
-        raise ValueError(f"{file}: expected a component {name} beside {beside}, got none")
-    if len(member.content) != 8:
-        raise ValueError(f"{file}: {member.name}: expected 8 bytes, got {len(member.content)}")
-    return int(np.frombuffer(member.content, "<i8")[0])

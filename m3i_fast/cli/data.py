@@ -10,6 +10,7 @@ import tyro
 
 from m3i_fast.cli import console
 from m3i_fast.pipelines.openmoji import build as build_openmoji
+from m3i_fast.pipelines.pictures import MAX_PIXELS
 from m3i_fast.pipelines.synthetic import build as build_synthetic
 from m3i_fast.pipelines.verify import verify
 
@@ -71,13 +72,18 @@ class Synthetic:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every shard of a data set, compare digests and counts with the manifest, show them."""
+    """Read every shard of a data set: find what training would stumble over, compare digests and
+    counts with the manifest, show them."""
 
     path: tyro.conf.Positional[Path]
     """Dataset directory."""
+    decode: bool = False
+    """Decode every picture; without this their headers alone are looked at."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of a picture, as data.max_pixels of a run."""
 
     def run(self) -> None:
-        manifest = verify(self.path)
+        manifest = verify(self.path, decode=self.decode, max_pixels=self.max_pixels)
         console.print(f"{self.path}: good")
         for name, split in manifest.splits.items():
             console.print(

@@ -131,7 +131,13 @@ def _correspondence(
     """Two fresh crops of every held-out concept's picture, the same ones for every run."""
     device = resolve_device(cfg.device)
     views = ViewConfig(size=cfg.vision.image_size, scale=(0.5, 1.0))
-    settings = LoaderConfig(path=cfg.data.path, split=split, batch_size=1, global_views=views)
+    settings = LoaderConfig(
+        path=cfg.data.path,
+        split=split,
+        batch_size=1,
+        global_views=views,
+        max_pixels=cfg.data.max_pixels,
+    )
     loader = Loader(settings, device_id=0 if device.type == "cuda" else None)
     crops: dict[int, tuple[Tensor, Tensor]] = {}  # [2, 3, S, S] uint8, [1, 2, 5]
     for _ in range(loader.steps_per_epoch):
@@ -224,5 +230,6 @@ def _whole_pictures(cfg: TrainConfig, split: str, batch_size: int) -> Iterator[B
         image_size=cfg.vision.image_size,
         batch_size=batch_size,
         representatives_only=True,
+        max_pixels=cfg.data.max_pixels,
         device_id=0 if resolve_device(cfg.device).type == "cuda" else None,
     )

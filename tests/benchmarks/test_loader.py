@@ -21,6 +21,7 @@ from m3i_fast.benchmarks.loader import Statistics, cpu_seconds, expect_same, loc
 from m3i_fast.benchmarks.loader_peers import DECODERS, PILLOW, TENSORS, DecodeAlone, Views
 from m3i_fast.pipelines import synthetic
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.manifest import read_manifest
 from m3i_fast.recipes import recipes
 
 PLAIN = ViewConfig(size=32, jitter_probability=0.0, gray_probability=0.0)
@@ -128,6 +129,10 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
     missing = loader.parse(["demo", "--data.path", str(tmp_path / "none")])
     with pytest.raises(FileNotFoundError, match="--data.path: no shards at .*--synthetic-data"):
         loader.shards_of(missing, tmp_path)
+    (tmp_path / "mine").write_bytes(b"no directory that shards could be written to")
+    file = loader.parse(["demo", "--data.path", str(tmp_path / "mine")])
+    with pytest.raises(FileNotFoundError, match="make a new one: .* NEW_DIRECTORY"):
+        read_manifest(loader.shards_of(file, tmp_path))
 
 
 def test_local_views_are_the_recipes_or_dinos() -> None:

@@ -74,12 +74,18 @@ def test_a_run_leaves_a_whole_row(config: str, capsys: pytest.CaptureFixture[str
 
 
 def test_shards_that_are_not_there_are_asked_for(
-    config: str, capsys: pytest.CaptureFixture[str]
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "node", "--config", config]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "--data.path: no shards at nowhere" in said
     assert "m3i-fast data synthetic nowhere" in said and "--synthetic-data" in said
+    mine = tmp_path / "mypics"
+    mine.mkdir()
+    (mine / "holiday.jpg").write_bytes(b"mine")
+    assert main(["bench", "node", "--config", config, "--data.path", str(mine)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "m3i-fast data synthetic NEW_DIRECTORY" in said and f"synthetic {mine}" not in said
     assert main(["bench", "node", "demoo"]) == 2
     assert "Did you mean demo?" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.manifest import Manifest, read_manifest
 from m3i_fast.recipes import pack_demo
+from tests.pipelines.data import encode_image, pack, repack, sample, smooth_picture
 
 SMALL = ["--limit", "60", "--image-size", "24", "--num-merges", "200", "--max-variants", "1"]
 
@@ -64,11 +65,29 @@ def test_a_damaged_data_set_ends_with_its_name(
     assert f"{tar.name}: expected sha256" in said(capsys)
 
 
+def test_pictures_are_decoded_and_limited_where_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jpeg = encode_image(smooth_picture(0, 99, 99), "JPEG")
+    out = pack(tmp_path / "data", [sample(0, jpeg), sample(1, jpeg)])
+    verify = ["data", "verify", str(out)]
+    assert main([*verify, "--decode"]) == 0
+    said(capsys)
+    assert main([*verify, "--max-pixels", "9800"]) == 2
+    assert "picture-0.jpg: expected at most 9800 pixels, got 99 x 99 = 9801" in said(capsys)
+    repack(out, lambda i, found: found | {"jpg": jpeg[: -100 * i] if i else jpeg})
+    assert main(verify) == 0
+    said(capsys)
+    assert main([*verify, "--decode"]) == 2
+    assert "picture-1.jpg (corrupt or empty image: image file is truncated" in said(capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--captioned", "1.5"], "captioned: expected a fraction from 0 to 1, got 1.5"),
         (["--labelled", "-0.1"], "labelled: expected a fraction from 0 to 1, got -0.1"),
+        (["--image-size", "30000"], "image_size: expected at most 9459, got 30000"),
         (["--captions-per-picture", "0"], "captions_per_picture: expected at least 1, got 0"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,65 @@ def pack(out: Path, samples: Sequence[Sample], samples_per_shard: int = 4) -> Pa
     return write_dataset(
         out, {"train": samples}, info(), seed=0, samples_per_shard=samples_per_shard
     )
+
+
+Components = dict[str, bytes]  # extension: content, of one sample
+
+
+def repack(
+    path: Path,
+    change: Callable[[int, Components], Components],
+    *,
+    shard: int = 0,
+    rename: Callable[[str], str] = str,
+    tar_format: int = tarfile.USTAR_FORMAT,
+) -> None:
+    """Write a shard as others might: by tarfile, with an index and digests that are right.
+
+    change: gets sample_id and components of each sample, returns those to write.
+    rename: gets what the names of a sample's components share.
+    """
+    tar = path / f"train-{shard:06d}.tar"
+    samples: dict[str, Components] = {}
+    with tarfile.open(tar) as old:
+        for member in old:
+            key, _, extension = member.name.partition(".")
+            samples.setdefault(key, {})[extension] = old.extractfile(member).read()  # type: ignore[union-attr]
+    with tarfile.open(tar, "w", format=tar_format) as new:
+        for key, components in samples.items():
+            for extension, content in change(int(key[:9]), components).items():
+                info = tarfile.TarInfo(f"{rename(key)}.{extension}")
+                info.size = len(content)
+                new.addfile(info, io.BytesIO(content))
+    rows: dict[str, list[str]] = {}
+    with tarfile.open(tar) as new:
+        for member in new:
+            key, _, extension = member.name.partition(".")
+            found = f"{extension} {member.offset_data} {member.size} {member.name}"
+            rows.setdefault(key, []).append(found)
+    lines = [f"v1.2 {len(rows)}", *map(" ".join, rows.values())]
+    tar.with_suffix(".idx").write_text("\n".join(lines) + "\n")
+    record(path, shard)
+
+
+def record(path: Path, shard: int = 0) -> None:
+    """Bring sizes and digests of a shard in the manifest up to date."""
+    tar = path / f"train-{shard:06d}.tar"
+    edit_manifest(
+        path,
+        lambda raw: raw["splits"]["train"]["shards"][shard].update(
+            num_bytes=tar.stat().st_size,
+            sha256=hashlib.sha256(tar.read_bytes()).hexdigest(),
+            index_bytes=tar.with_suffix(".idx").stat().st_size,
+            index_sha256=hashlib.sha256(tar.with_suffix(".idx").read_bytes()).hexdigest(),
+        ),
+    )
+
+
+def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    raw = json.loads((path / "manifest.json").read_text())
+    edit(raw)
+    (path / "manifest.json").write_text(json.dumps(raw, indent=2, sort_keys=True))
 
 
 Packer = Callable[[Sequence[Sample]], Path]

@@ -125,9 +125,9 @@ def test_a_wrong_count_is_named(packer: Packer, key: str) -> None:
 @pytest.mark.parametrize(
     ("component", "content", "message"),
     [
-        ("cls", np.array([3], "<i8").tobytes(), r"-5.cls: expected a label from -1 to 2, got 3"),
+        ("cls", np.array([3], "<i8").tobytes(), r"-5.cls \(expected a label from -1 to 2, got 3"),
         ("cls", b"1234", r"-5.cls: expected 8 bytes, got 4"),
-        ("gid", None, r"expected a component gid beside 000000005-picture-5\.tok, got none"),
+        ("gid", None, r"sample 000000005-picture-5: expected a component gid, got"),
     ],
 )
 def test_other_bad_components_are_named(
@@ -150,5 +150,5 @@ def test_other_bad_components_are_named(
 
     monkeypatch.setattr(pack, "_components", wrong)
     path = packer([sample(i, IMAGE) for i in range(8)])
-    with pytest.raises(ValueError, match=f"train-000000.tar: .*{message}"):
+    with pytest.raises(ValueError, match=rf"train-000000\.(tar|idx): .*{message}"):
         verify(path)

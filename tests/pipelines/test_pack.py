@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,12 @@ def test_same_bytes_on_every_run(fifty: Path, tmp_path: Path) -> None:
         ({"image": PNG[: len(PNG) // 2]}, "picture-1: corrupt or empty"),
         ({"image": JPEG[: len(JPEG) * 3 // 4], "extension": "jpg"}, "picture-1: corrupt or empty"),
         ({"image": JPEG}, "picture-1: expected png, got JPEG"),
+        ({"image": PNG[:16] + b"\0\0\x75\x30" * 2 + PNG[24:]}, "picture-1: .* 30000 x 30000"),
         ({"label": 3}, "picture-1: expected a label from -1 to 2, got 3"),
         ({"label": -2}, "picture-1: expected a label from -1 to 2, got -2"),
         ({"sample_id": 0}, "picture-1: sample_id 0 is used twice"),
+        ({"sample_id": -1}, "picture-1: expected ids of at least 0, got -1 of group 1"),
+        ({"group_id": -1}, "picture-1: expected ids of at least 0, got 1 of group -1"),
         ({"group_id": 77}, "group 77 of split train holds no sample of that id"),
         ({"captions": (np.zeros(0, np.int32),)}, "picture-1: expected 1 to 12 token ids, got 0"),
         ({"captions": (np.zeros(13, np.int32),)}, "picture-1: expected 1 to 12 token ids, got 13"),
@@ -103,6 +107,14 @@ def test_bad_samples_are_refused_by_name(
         pack(tmp_path / "data", [sample(0, PNG), sample(1, **{**good_png, **changes})])
     assert contents(good) == before
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_limit_of_pixels_can_be_changed(tmp_path: Path) -> None:
+    splits = {"train": [sample(0, PNG)]}
+    pack_with = partial(write_dataset, splits=splits, info=info(), seed=0, samples_per_shard=4)
+    with pytest.raises(ValueError, match="picture-0: expected at most 599 pixels, got 20 x 30"):
+        pack_with(tmp_path / "data", max_pixels=599)
+    pack_with(tmp_path / "data", max_pixels=600)
 
 
 def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:

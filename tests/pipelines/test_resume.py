@@ -106,3 +106,27 @@ def test_the_state_of_other_ranks_data_and_versions_is_refused(
         Loader(cfg, num_shards=2).load_state_dict(state)
     with pytest.raises(ValueError, match="expected version 1, got 9"):
         Loader(cfg, num_shards=2).load_state_dict({**state, "version": 9})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": None}, "expected fingerprint of a loader, got None"),
+        ({"fingerprint": ["f"]}, "expected fingerprint of a loader, got"),
+        ({"epoch": 1.5}, "expected epoch of a loader, got 1.5"),
+        ({"epoch": -1}, "expected epoch of a loader, got -1"),
+        ({"step": "2"}, "expected step of a loader, got '2'"),
+        ({"step": 99}, "expected step 0 to 12, got 99"),
+        ({"dali_checkpoint": 5}, "expected dali_checkpoint of a loader, got 5"),
+        ({"dali_checkpoint": "!!!"}, "base64"),
+    ],
+)
+def test_a_state_of_a_wrong_shape_is_refused(
+    cfg: LoaderConfig, change: dict[str, Any], message: str
+) -> None:
+    """And the loader stays where it was."""
+    loader = Loader(cfg)
+    state = loader.state_dict()
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict({**state, **change})
+    assert loader.state_dict() == state

@@ -1,0 +1,81 @@
+"""Open a dataset directory: manifest, indices and tars are compared before DALI reads them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from m3i_fast.pipelines import captions
+from m3i_fast.pipelines.manifest import (
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    check_files,
+    check_tokenizer,
+    how_to_restore,
+    read_manifest,
+)
+from m3i_fast.pipelines.pictures import MAX_PIXELS
+from m3i_fast.pipelines.shards import check_tar, read_index
+
+READS_IN_FLIGHT = 8  # shards read at the same time: a network's latency costs more than Python does
+
+
+def open_split(
+    path: Path,
+    name: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    fingerprint: str | None = None,
+    shard_id: int = 0,
+    num_shards: int = 1,
+) -> tuple[Manifest, SplitInfo]:
+    """Read the manifest, and check that a split can be read as it says.
+
+    fingerprint: the model's tokenizer. shard_id, num_shards: this rank and the number of ranks.
+    Every rank reads all indices, and the tar headers of its share of the shards alone. Raises
+    FileNotFoundError or ValueError naming shard and sample, expected and got, and how to restore
+    the files.
+    """
+    manifest = read_manifest(path)
+    split = manifest.split(name)
+    check_files(path, manifest, split)
+    if fingerprint is not None:
+        check_tokenizer(path, manifest, fingerprint)
+    try:
+        check_split(
+            path, name, split, max_pixels=max_pixels, shard_id=shard_id, num_shards=num_shards
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; {how_to_restore(path, manifest)}") from error
+    return manifest, split
+
+
+def check_split(
+    path: Path,
+    name: str,
+    split: SplitInfo,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    shard_id: int = 0,
+    num_shards: int = 1,
+) -> None:
+    """Compare manifest, indices, tar headers and picture headers; the rest stays unread.
+
+    Raises ValueError naming shard and sample, expected and got.
+    """
+
+    def check(number: int, shard: ShardInfo) -> int:
+        index = read_index(path, shard)
+        if number % num_shards == shard_id:
+            check_tar(path, shard, index, max_pixels)
+        return max(captions.count({part.extension: part.size for part in row}) for row in index)
+
+    with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
+        found = max(pool.map(check, range(len(split.shards)), split.shards))
+    # Batches have room for max_captions; a sample with more is named when it is read.
+    if max(found, 1) < split.max_captions:
+        raise ValueError(
+            f"{path}: split {name}: expected max_captions {split.max_captions} (manifest), got "
+            f"{found}"
+        )
