@@ -32,10 +32,10 @@ def open_split(
 ) -> tuple[Manifest, SplitInfo]:
     """Read the manifest, and check that a split can be read as it says.
 
-    fingerprint: the model's tokenizer. shard_id, num_shards: this rank and the number of ranks.
-    Every rank reads all indices, and the tar headers of its share of the shards alone. Raises
-    FileNotFoundError or ValueError naming shard and sample, expected and got, and how to restore
-    the files.
+    fingerprint: the model's tokenizer. shard_id, num_shards: this rank and the number of ranks, of
+    which each looks at its share of the shards: all have to open a split before any reads from it.
+    Raises FileNotFoundError or ValueError naming shard and sample, expected and got, and how to
+    restore the files.
     """
     manifest = read_manifest(path)
     split = manifest.split(name)
@@ -65,16 +65,15 @@ def check_split(
     Raises ValueError naming shard and sample, expected and got.
     """
 
-    def check(number: int, shard: ShardInfo) -> int:
+    def check(shard: ShardInfo) -> int:
         index = read_index(path, shard)
-        if number % num_shards == shard_id:
-            check_tar(path, shard, index, max_pixels)
+        check_tar(path, shard, index, max_pixels)
         return max(captions.count({part.extension: part.size for part in row}) for row in index)
 
     with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
-        found = max(pool.map(check, range(len(split.shards)), split.shards))
+        found = max(pool.map(check, split.shards[shard_id::num_shards]), default=0)
     # Batches have room for max_captions; a sample with more is named when it is read.
-    if max(found, 1) < split.max_captions:
+    if num_shards == 1 and max(found, 1) < split.max_captions:
         raise ValueError(
             f"{path}: split {name}: expected max_captions {split.max_captions} (manifest), got "
             f"{found}"
