@@ -31,7 +31,7 @@ def ls(run: tyro.conf.Positional[Path], /) -> int:
     for column in ("step", "saved", "ranks", "files", "MiB", "note"):
         table.add_column(column, justify="right" if column in ("step", "MiB") else "left")
     pointer = directory / POINTER
-    newest = pointer.read_text().strip() if pointer.is_file() else ""
+    newest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     for found in _found(directory):
         files = [path for path in found.path.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
@@ -39,7 +39,7 @@ def ls(run: tyro.conf.Positional[Path], /) -> int:
         try:
             ranks = "1" if found.is_old else str(found.manifest()["num_ranks"])
             note = "layout without a manifest" if found.is_old else note
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError) as error:
             ranks, note = "?", _within(found, str(error))
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.path.stat().st_mtime))
         cells = str(found.step), saved, ranks, str(len(files)), f"{size / 2**20:.2f}", note
@@ -84,6 +84,8 @@ def consolidate(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positiona
         source.verify()
     else:
         source = latest(_directory(checkpoint))
+    if source.path.resolve() in out.resolve().parents:
+        return refuse(f"OUT: expected a file outside of {source.path}, got {out}")
     tensors = source.shards("model").read()
     with replaced_atomically(out) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "step": str(source.step)})

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from m3i_fast.storage import write_atomically
+from m3i_fast.json_files import parse_json
+from m3i_fast.storage import read_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +60,20 @@ class TensorBoardSink:
         self._writer.close()
 
 
-def read_jsonl(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl; lines that a crash or a power cut spoilt are left out."""
+METRICS_ROW = {"step": int, str: float}
+
+
+def read_jsonl(path: Path, shape: Any = METRICS_ROW) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, or of one of another shape (`json_files`).
+
+    Lines that a crash, a power cut or something else spoilt are left out with a warning.
+    """
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(read_file(path).split(b"\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s:%d: not JSON, left out", path, number)
+            rows.append(parse_json(line, shape, f"{path}:{number}"))
+        except ValueError as error:
+            logger.warning("%s; the line is left out", error)
     return rows
 
 
