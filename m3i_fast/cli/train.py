@@ -127,6 +127,9 @@ def run(
             figures = f"{values['throughput/img_s']:.0f} img/s  loss {loss:.3f}"
             bar.update(task, completed=step, figures=figures)
 
-        return trainer.train(
-            show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
-        )
+        try:
+            return trainer.train(
+                show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
+            )
+        except (FileNotFoundError, FileExistsError) as error:  # no wrong request: it has begun
+            raise RuntimeError(str(error)) from error

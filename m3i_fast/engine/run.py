@@ -76,6 +76,13 @@ class Run:
                 "--out"
             )
 
+    def expect_there(self) -> None:
+        """OSError on the first rank when the directory that this run took is not where it was."""
+        if self.saver.is_first and (not self.config_path.exists() or self._lock.is_anothers()):
+            raise OSError(
+                f"{self.path}: the run's directory was deleted, moved or replaced while it trained"
+            )
+
     def found(self, resume: Resume, num_ranks: int = 1) -> Checkpoint | None:
         """The checkpoint to go on from; None where the run is to `begin`.
 

@@ -81,6 +81,12 @@ class RunLock:
             f"{self._path}: expected a file of this run alone, got {got}: remove it"
         )
 
+    def is_anothers(self) -> bool:
+        """Whether the file of another run is where this one's was."""
+        if self._descriptor is None or not self._path.exists():
+            return False
+        return not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
+
     def release(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)

@@ -301,6 +301,61 @@ def test_rows_that_a_power_cut_spoilt_are_left_out(
     assert read_jsonl(path) == [*rows[:2], {"step": 12, "loss": 0.25}]
 
 
+# ---- A directory that goes away ------------------------------------------------------------------
+
+
+def _replaced(path: Path) -> None:
+    """Moved aside, and another run begins in its place."""
+    path.rename(path.with_name("moved"))
+    other = Run(path, TrainConfig())
+    other.begin()
+    other.close()
+
+
+@pytest.mark.parametrize("step", [5, 19])  # before a row of metrics, and before the last checkpoint
+@pytest.mark.parametrize(
+    "go", [shutil.rmtree, lambda path: path.rename(path.with_name("moved")), _replaced]
+)
+def test_a_run_whose_directory_goes_away_fails_in_a_line(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    go: Callable[[Path], object],
+    step: int,
+) -> None:
+    out, train_step = tmp_path / "run", Trainer.train_step
+
+    def going(self: Trainer, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+        if self.step == step:
+            go(out)
+        return train_step(self, batch, monitor=monitor)
+
+    monkeypatch.setattr(Trainer, "train_step", going)
+    cfg = _config(dataset, num_steps=20, log_every=2, checkpoint_every=20)
+    cfg.save(tmp_path / "cfg.json")
+    assert main(["train", "--config", str(tmp_path / "cfg.json"), "--out", str(out)]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and said.count("error") == 1
+    reason = "the run's directory was deleted, moved or replaced while it trained"
+    assert f"error: {out}: {reason}\n" in said
+    assert not (out / "checkpoints").exists() and not list(tmp_path.glob("**/checkpoints/*"))
+
+
+def test_what_is_missing_later_is_no_wrong_request(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here skipped.jsonl, whose place is taken by a link that leads nowhere."""
+    cfg = _config(dataset, num_steps=20, log_every=2)
+    cfg = replace(cfg, optim=replace(cfg.optim, lr=1e30))
+    cfg.save(tmp_path / "cfg.json")
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "skipped.jsonl").symlink_to(tmp_path / "absent" / "skipped.jsonl")
+    assert main(["train", "--config", str(tmp_path / "cfg.json"), "--out", str(out)]) == 1
+    assert "skipped.jsonl" in capsys.readouterr().err
+
+
 # ---- One run a directory -------------------------------------------------------------------------
 
 
