@@ -8,16 +8,16 @@ from pathlib import Path
 
 import tyro
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 
 from m3i_fast.cli import refuse
 from m3i_fast.engine.checkpoint import POINTER, Checkpoint, checkpoints, latest
 from m3i_fast.storage import replaced_atomically
+from m3i_fast.terminal import make_console
 
-console = Console()
+console = make_console()
 
 
 def ls(run: tyro.conf.Positional[Path], /) -> int:
@@ -60,9 +60,8 @@ def verify(path: tyro.conf.Positional[Path], /) -> int:
         table.add_column(column, justify="right" if column == "step" else "left")
     reasons = [checkpoint.damage() for checkpoint in found]
     for checkpoint, reason in zip(found, reasons, strict=True):
-        text = "[green]good" + (", as far as can be told without a manifest" * checkpoint.is_old)
-        if reason is not None:
-            text = f"[red]{_within(checkpoint, reason)}"
+        good = "good" + ", as far as can be told without a manifest" * checkpoint.is_old
+        text = Text(good, "green") if reason is None else Text(_within(checkpoint, reason), "red")
         table.add_row(str(checkpoint.step), text)
     console.print(table)
     return int(any(reasons))
@@ -116,8 +115,8 @@ def _found(directory: Path) -> list[Checkpoint]:
 
 
 def _within(checkpoint: Checkpoint, reason: str) -> str:
-    """A reason as markup, with its files named from the checkpoint on."""
-    return escape(reason.replace(f"{checkpoint.path}/", ""))
+    """A reason with its files named from the checkpoint on."""
+    return reason.replace(f"{checkpoint.path}/", "")
 
 
 COMMANDS: dict[str, Callable[..., int]] = {"ls": ls, "verify": verify, "consolidate": consolidate}

@@ -50,7 +50,7 @@ class OpenMoji:
     def run(self) -> None:
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "out"}
         build_openmoji(self.out, **fields)
-        console.print(f"wrote {self.out}")
+        console.print(f"wrote {self.out}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Synthetic:
 
     def run(self) -> None:
         build_synthetic(self.out, num_samples=self.num_samples, seed=self.seed)
-        console.print(f"wrote {self.out}")
+        console.print(f"wrote {self.out}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Verify:
 
     def run(self) -> None:
         manifest = verify(self.path)
-        console.print(f"{self.path}: good")
+        console.print(f"{self.path}: good", soft_wrap=True)
         for name, split in manifest.splits.items():
             console.print(
                 f"  {name}: {split.num_samples} pictures in {split.num_groups} groups, "

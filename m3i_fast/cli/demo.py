@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     if command.record:
         settings = {"seed": command.seed, "num_steps": num_steps, "seconds": command.seconds}
         append_row("demo", {**settings, **figures})
-    console.print(f"open {page}")
+    console.print(f"open {page}", soft_wrap=True)
     return 0
 
 
@@ -71,7 +71,7 @@ def set_aside(out: Path) -> None:
         lock.acquire()
         os.rename(out, moved)
         lock.release()
-        console.print(f"moved the older {out} to {moved}")
+        console.print(f"moved the older {out} to {moved}", soft_wrap=True)
 
 
 def report(run: Path, cfg: TrainConfig) -> tuple[dict[str, Any], Path]:

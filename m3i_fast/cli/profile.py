@@ -95,7 +95,8 @@ def main(argv: list[str]) -> int:
     summary = write_summary(name, command, recording, profiler, device)
     for note in summary["notes"]:
         logger.warning("%s", note)
-    console.print(f"{command.out / 'summary.md'}, {command.out / 'profile.html'}", highlight=False)
+    written = f"{command.out / 'summary.md'}, {command.out / 'profile.html'}"
+    console.print(written, highlight=False, soft_wrap=True)
     return 0
 
 
