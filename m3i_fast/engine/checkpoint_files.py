@@ -61,6 +61,7 @@ def read_manifest(directory: Path, step: int) -> dict[str, Any]:
 
 
 def missing(path: Path) -> FileNotFoundError:
+    """Make the error of a checkpoint that lacks a file."""
     return FileNotFoundError(f"{path}: missing; the checkpoint is not whole")
 
 

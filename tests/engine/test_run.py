@@ -26,6 +26,7 @@ from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.checkpoint import Checkpoint
+from m3i_fast.engine.checkpoint_files import STATE_SHAPE
 from m3i_fast.engine.random_state import random_state, set_random_state
 from m3i_fast.engine.run import Run
 from m3i_fast.engine.run_lock import RunLock
@@ -109,6 +110,7 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
     assert any("target" in name or "momentum" in name for name in tensors)  # the EMA
     assert TrainConfig.load(tmp_path / "whole" / "config.json") == cfg
     assert state["config"] == json.loads(cfg.to_json())
+    assert state.keys() == {name.removesuffix("?") for name in STATE_SHAPE}
 
 
 @pytest.mark.parametrize(("name", "best"), [("loss/total", min), ("+loss/total", max)])
