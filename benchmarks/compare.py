@@ -30,6 +30,7 @@ from m3i_fast.benchmarks import ledger
 from m3i_fast.benchmarks.compare_versions import Plan, Version, built, sample_in_turns
 from m3i_fast.benchmarks.compare_worker import WORKS
 from m3i_fast.benchmarks.gate import Verdict, judge, judge_in_looks
+from m3i_fast.terminal import make_console
 
 SUBJECT = "gate"  # of the rows of --self-test
 OURS = "m3i_fast"
@@ -265,7 +266,7 @@ def _conclude(console: Console, title: str, verdicts: Mapping[str, Verdict]) -> 
 
 def main(argv: list[str] | None = None) -> int:
     cfg = tyro.cli(Config, prog="m3i-fast bench compare", args=argv)
-    console = Console()
+    console = make_console()
     if cfg.self_test:
         figures = self_test(cfg, console)
         if cfg.record:

@@ -18,17 +18,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import tyro
-from rich.console import Console
 
 from m3i_fast.benchmarks.ledger import append_row
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.manifest import is_dataset
 from m3i_fast.recipes import demo, pack_demo
+from m3i_fast.terminal import make_console
 
 SUBJECT = "cpu_shares"
 MODULE = "m3i_fast.benchmarks.cpu_shares"
 POLICIES = ("ACTIVE", "PASSIVE")
-console = Console()
+console = make_console()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from m3i_fast.benchmarks.ledger import commit_of, read_rows
 from m3i_fast.evaluation.statistics import spread
+from m3i_fast.terminal import make_console
 
 SUBJECT = "demo"
 MEASURES = {
@@ -38,7 +38,7 @@ class DemoTable:
 
 def main(argv: list[str] | None = None) -> None:
     command = tyro.cli(DemoTable, prog="m3i-fast bench demo", args=argv)
-    Console().print(table(command.ledger), markup=False, highlight=False, soft_wrap=True)
+    make_console().print(table(command.ledger), highlight=False, soft_wrap=True)
 
 
 def table(ledger: Path | None = None) -> str:

@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from m3i_fast.benchmarks.ledger import append_row
+from m3i_fast.terminal import make_console
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -164,7 +164,7 @@ def publish(
             figures = dict(row)
             config = figures.pop("config", None)
             paths.add(append_row(subject, figures, config=config))
-    console = Console()
+    console = make_console()
     console.print(table(measured))
     if record:
         places = ", ".join(map(str, paths))

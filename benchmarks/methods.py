@@ -31,7 +31,6 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 
 from m3i_fast.benchmarks import methods_plan
@@ -57,10 +56,11 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.manifest import is_dataset
 from m3i_fast.recipes import pack_demo
 from m3i_fast.storage import write_atomically
+from m3i_fast.terminal import make_console
 
 SUBJECT = "methods"
 CHECKPOINT_EVERY = 100  # steps; what a run that is killed loses at most
-console = Console(stderr=True)
+console = make_console(stderr=True)
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         text = table(
             lines, group.title, note=NOTE if cfg.ablations and group.labelled == 1.0 else ""
         )
-        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        make_console().print(text, highlight=False, soft_wrap=True)
     _draw(cfg, found)
     if failures:
         raise RuntimeError("; ".join(f"{run.name}: {why}" for run, why in failures.items()))

@@ -26,7 +26,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
 
 from m3i_fast.benchmarks.ledger import append_row
 from m3i_fast.benchmarks.node_data import PLACE, describe, shards_of, shared_folder
@@ -45,6 +44,7 @@ from m3i_fast.observe.environment import num_cores
 from m3i_fast.observe.telemetry import Telemetry
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.terminal import make_console
 
 SUBJECT = "node"
 USAGE = """\
@@ -93,7 +93,7 @@ class NodeCommand:
 def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
-        Console().print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
+        make_console().print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
         return
     recipe, config, rest = find_recipe(arguments)
     command = tyro.cli(
@@ -113,7 +113,7 @@ def _measure(recipe: str, command: NodeCommand) -> None:
         if found.is_main:
             figures = {"recipe": recipe, **found.figures}
             _keep(command, figures, found)
-            show(Console(), figures)
+            show(make_console(), figures)
     finally:
         leave_world()
 
@@ -128,7 +128,7 @@ def _sweep(recipe: str, command: NodeCommand) -> None:
     )
     figures = {"recipe": recipe, "num_ranks": command.ranks, "sweep": points}
     _keep(command, figures, None)
-    show_sweep(Console(), figures)
+    show_sweep(make_console(), figures)
 
 
 def _keep(command: NodeCommand, figures: dict[str, Any], found: Found | None) -> None:

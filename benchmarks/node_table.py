@@ -6,8 +6,8 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 ENERGY_UNKNOWN = "energy: not known on this machine"
 
@@ -21,12 +21,13 @@ def show(console: Console, figures: dict[str, Any]) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     said = figures["verdict"]
     console.print(
-        f"\n[bold]bottleneck: {said['bottleneck']}[/]; without it up to "
-        f"{said['headroom']:.2f} times the images",
-        highlight=False,
+        Text.assemble(
+            (f"\nbottleneck: {said['bottleneck']}", "bold"),
+            f"; without it up to {said['headroom']:.2f} times the images",
+        )
     )
     for sentence in said["evidence"]:
-        console.print(f"- {escape(sentence)}", highlight=False, soft_wrap=True)
+        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
 
 
 def _rates(figures: dict[str, Any]) -> Table:
@@ -73,7 +74,7 @@ def _notes(figures: dict[str, Any]) -> list[str]:
     """Of the pictures, the use of the card and its energy."""
     data, used = figures["data"], figures["efficiency"]
     notes = [
-        f"pictures: {data['num_pictures']:,} of {escape(data['name'])}, {data['smallest_hw']} to "
+        f"pictures: {data['num_pictures']:,} of {data['name']}, {data['smallest_hw']} to "
         f"{data['largest_hw']} pixels, {data['shard_bytes_per_picture'] / 1024:,.0f} KiB each; the "
         "same come again and again, from memory where they fit"
     ]
@@ -82,11 +83,11 @@ def _notes(figures: dict[str, Any]) -> list[str]:
     if figures["device"] == "cpu" and of_node > figures["num_cores"]:
         notes.append(f"{of_node} threads share {figures['num_cores']} cores")
     if "unknown" in used:
-        notes.append(f"MFU: not known: {escape(used['unknown'])}")
+        notes.append(f"MFU: not known: {used['unknown']}")
     else:
         notes.append(
             f"MFU {used['mfu']:.1%}, HFU {used['hfu']:.1%} of a peak that is {used['peak_of']} "
-            f"({escape(used['card'])}); {used['model_flop_s'] / 1e9:,.4g} model GFLOP/s"
+            f"({used['card']}); {used['model_flop_s'] / 1e9:,.4g} model GFLOP/s"
         )
     joules = figures["joules_per_image"]
     notes.append(ENERGY_UNKNOWN if joules is None else f"energy: {joules:.4g} J an image")
@@ -112,16 +113,16 @@ def show_sweep(console: Console, figures: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _of_point(point: dict[str, Any]) -> list[str]:
+def _of_point(point: dict[str, Any]) -> list[str | Text]:
     if point["status"] != "measured":
-        return ["", "", "", "", escape(f"{point['status']}: {point['reason']}")]
+        return ["", "", "", "", f"{point['status']}: {point['reason']}"]
     measured = point["figures"]["measurements"]
     rates = (measured[name]["per_node"]["median"] for name in ("loader", "synthetic", "both"))
-    note = ["[green]best[/]"] if point["is_best"] else []
+    note = [Text("best", "green")] * point["is_best"]
     if point["reason"]:
-        note.append(escape(point["reason"]))
+        note.append(Text(point["reason"]))
     return [
         *(f"{rate:,.4g}" for rate in rates),
         point["figures"]["verdict"]["bottleneck"],
-        ", ".join(note),
+        Text(", ").join(note),
     ]

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from m3i_fast.benchmarks import exports, ledger, readme
 from m3i_fast.benchmarks.history import Point, Series, common_settings, series_of, words
 from m3i_fast.observe.page import template
 from m3i_fast.storage import make_directories, write_atomically
+from m3i_fast.terminal import make_console
 
 WIDTH, HEIGHT, MARGIN = 300, 90, 10  # of a chart, in its own units
 MANY = 24  # charts of a subject; the newest are shown
@@ -40,7 +40,7 @@ class Config:
 
 def main(argv: list[str] | None = None) -> int:
     cfg = tyro.cli(Config, prog="m3i-fast bench page", args=argv)
-    console = Console()
+    console = make_console()
     if cfg.readme:
         root = ledger.results_dir().parent.parent
         if not (root / readme.FILES[0]).is_file():

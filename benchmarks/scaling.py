@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from m3i_fast.benchmarks import ledger
 from m3i_fast.benchmarks.mi_loss_ranks import parse as parse_counts
@@ -51,11 +50,12 @@ from m3i_fast.engine.footprint import build_on_meta, count_parameters
 from m3i_fast.engine.traffic import Nodes
 from m3i_fast.observe.environment import environment
 from m3i_fast.storage import write_atomically
+from m3i_fast.terminal import make_console
 
 logger = logging.getLogger(__name__)
 
 SUBJECT = "scaling"
-console = Console()
+console = make_console()
 
 
 # ---- Measured ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.guard_config import GuardConfig
 from m3i_fast.engine.optim import OptimConfig
 from m3i_fast.engine.parallel_config import ParallelConfig
+from m3i_fast.json_files import read_json
 from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
@@ -180,9 +181,15 @@ class TrainConfig:
     def load(cls, path: Path) -> TrainConfig:
         """Read a config.json; ValueError names the file and the unknown or wrong field."""
         try:
-            return _converter.structure(json.loads(Path(path).read_text()), cls)
+            return cls.from_tree(read_json(path), path)
         except FileNotFoundError:
             raise FileNotFoundError(f"--config: no such file: {path}") from None
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], path: Path) -> TrainConfig:
+        """Take what `to_json` wrote; ValueError names the file and the unknown or wrong field."""
+        try:
+            return _converter.structure(tree, cls)
         except (cattrs.BaseValidationError, ValueError, TypeError) as error:
             reasons = (
                 cattrs.transform_error(error, path="config")

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,26 @@ def write_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> Digest:
     return Digest(size, hashed.hexdigest())
 
 
+def kind_of(mode: int) -> str:
+    """Name what a mode of `os.lstat` stands for."""
+    kinds = {
+        stat.S_IFREG: "a file",
+        stat.S_IFDIR: "a directory",
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFIFO: "a fifo",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_file(path: Path) -> bytes:
+    """Read a file, or what a symbolic link to one names; ValueError for what may never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: expected a file, got {kind_of(mode)}")
+    return Path(path).read_bytes()
+
+
 def digest(path: Path) -> Digest:
     """Read a file and hash it."""
     hashed, size = hashlib.sha256(), 0
@@ -92,18 +113,26 @@ def digest(path: Path) -> Digest:
 def remove_directory(path: Path) -> None:
     """Rename `path` to a hidden name, then delete it: half deleted it has no name that counts.
 
-    An error is a warning: what is left over is hidden.
+    Of a symbolic link, or a file in its place, the name alone goes. An error is a warning: what is
+    left over is hidden.
     """
     hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.deleted")
     try:
         if hidden != path:
-            if hidden.exists():
-                shutil.rmtree(hidden)
+            if os.path.lexists(hidden):
+                _delete(hidden)
             os.rename(path, hidden)
             sync(path.parent)
-        shutil.rmtree(hidden)
+        _delete(hidden)
     except OSError as error:
         logger.warning("could not delete %s: %s", path, error)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sync(path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TextColumn
 
 from m3i_fast.pipelines import captions
 from m3i_fast.pipelines.manifest import (
@@ -112,7 +112,8 @@ def _write_splits(
 ) -> None:
     tally = Tally(info.tokenizer, len(info.class_names), max_pixels)
     written: dict[str, SplitInfo] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for split, source in splits.items():
             order = keyed_order(len(source), "order", seed, split)
             task = progress.add_task(f"packing {info.name}/{split}", total=len(order))

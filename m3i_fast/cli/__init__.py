@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
+from rich.text import Text
 
 from m3i_fast.hints import nearest
+from m3i_fast.terminal import make_console
 
 VERBS = {
     "demo": "pack real captioned pictures, pre-train, evaluate, and write a page of what was "
@@ -29,7 +29,7 @@ VERBS = {
     "doctor": "say what this machine can use and, where it cannot, why",
 }
 
-console = Console(stderr=True)
+console = make_console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,11 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         console.print("interrupted")
         return 130
     except (FloatingPointError, OSError, RuntimeError) as error:
-        console.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
-        return 1
+        return refuse(str(error), code=1)
 
 
-def refuse(message: str) -> int:
-    """Say what is wrong with the request; exit code 2."""
-    console.print(f"[bold red]error[/]: {escape(message)}", soft_wrap=True)
-    return 2
+def refuse(message: str, code: int = 2) -> int:
+    """Say what is wrong; the exit code, 2 for a wrong request."""
+    console.print(Text.assemble(("error", "bold red"), f": {message}"), soft_wrap=True)
+    return code

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import tyro
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 
 from m3i_fast.cli import refuse
 from m3i_fast.engine.checkpoint import POINTER, Checkpoint, checkpoints, latest
 from m3i_fast.storage import replaced_atomically
+from m3i_fast.terminal import make_console
 
-console = Console()
+console = make_console()
 
 
 def ls(run: tyro.conf.Positional[Path], /) -> int:
@@ -31,7 +31,7 @@ def ls(run: tyro.conf.Positional[Path], /) -> int:
     for column in ("step", "saved", "ranks", "files", "MiB", "note"):
         table.add_column(column, justify="right" if column in ("step", "MiB") else "left")
     pointer = directory / POINTER
-    newest = pointer.read_text().strip() if pointer.is_file() else ""
+    newest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     for found in _found(directory):
         files = [path for path in found.path.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
@@ -39,7 +39,7 @@ def ls(run: tyro.conf.Positional[Path], /) -> int:
         try:
             ranks = "1" if found.is_old else str(found.manifest()["num_ranks"])
             note = "layout without a manifest" if found.is_old else note
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError) as error:
             ranks, note = "?", _within(found, str(error))
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.path.stat().st_mtime))
         cells = str(found.step), saved, ranks, str(len(files)), f"{size / 2**20:.2f}", note
@@ -60,9 +60,8 @@ def verify(path: tyro.conf.Positional[Path], /) -> int:
         table.add_column(column, justify="right" if column == "step" else "left")
     reasons = [checkpoint.damage() for checkpoint in found]
     for checkpoint, reason in zip(found, reasons, strict=True):
-        text = "[green]good" + (", as far as can be told without a manifest" * checkpoint.is_old)
-        if reason is not None:
-            text = f"[red]{_within(checkpoint, reason)}"
+        good = "good" + ", as far as can be told without a manifest" * checkpoint.is_old
+        text = Text(good, "green") if reason is None else Text(_within(checkpoint, reason), "red")
         table.add_row(str(checkpoint.step), text)
     console.print(table)
     return int(any(reasons))
@@ -84,6 +83,8 @@ def consolidate(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positiona
         source.verify()
     else:
         source = latest(_directory(checkpoint))
+    if source.path.resolve() in out.resolve().parents:
+        return refuse(f"OUT: expected a file outside of {source.path}, got {out}")
     tensors = source.shards("model").read()
     with replaced_atomically(out) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "step": str(source.step)})
@@ -114,8 +115,8 @@ def _found(directory: Path) -> list[Checkpoint]:
 
 
 def _within(checkpoint: Checkpoint, reason: str) -> str:
-    """A reason as markup, with its files named from the checkpoint on."""
-    return escape(reason.replace(f"{checkpoint.path}/", ""))
+    """A reason with its files named from the checkpoint on."""
+    return reason.replace(f"{checkpoint.path}/", "")
 
 
 COMMANDS: dict[str, Callable[..., int]] = {"ls": ls, "verify": verify, "consolidate": consolidate}

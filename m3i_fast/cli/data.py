@@ -51,7 +51,7 @@ class OpenMoji:
     def run(self) -> None:
         fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "out"}
         build_openmoji(self.out, **fields)
-        console.print(f"wrote {self.out}")
+        console.print(f"wrote {self.out}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Synthetic:
 
     def run(self) -> None:
         build_synthetic(self.out, num_samples=self.num_samples, seed=self.seed)
-        console.print(f"wrote {self.out}")
+        console.print(f"wrote {self.out}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Verify:
 
     def run(self) -> None:
         manifest = verify(self.path, decode=self.decode, max_pixels=self.max_pixels)
-        console.print(f"{self.path}: good")
+        console.print(f"{self.path}: good", soft_wrap=True)
         for name, split in manifest.splits.items():
             console.print(
                 f"  {name}: {split.num_samples} pictures in {split.num_groups} groups, "

@@ -18,6 +18,7 @@ from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.calibration import calibrate
 from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
+from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.observe.report import write_report
 from m3i_fast.pipelines.manifest import is_dataset
 from m3i_fast.recipes import demo, pack_demo
@@ -58,16 +59,19 @@ def main(argv: list[str]) -> int:
     if command.record:
         settings = {"seed": command.seed, "num_steps": num_steps, "seconds": command.seconds}
         append_row("demo", {**settings, **figures})
-    console.print(f"open {page}")
+    console.print(f"open {page}", soft_wrap=True)
     return 0
 
 
 def set_aside(out: Path) -> None:
-    """Move an older run out of the way; nothing is deleted."""
+    """Move an older run out of the way; nothing is deleted, and none that is going on is moved."""
     if out.exists():
         moved = out.with_name(f"{out.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        lock = RunLock(out)
+        lock.acquire()
         os.rename(out, moved)
-        console.print(f"moved the older {out} to {moved}")
+        lock.release()
+        console.print(f"moved the older {out} to {moved}", soft_wrap=True)
 
 
 def report(run: Path, cfg: TrainConfig) -> tuple[dict[str, Any], Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.evaluation.patch_pca import patch_pca
 from m3i_fast.evaluation.zero_shot import nearest, retrieval_ranks
+from m3i_fast.json_files import read_json
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
@@ -64,8 +64,8 @@ def gather(
         retrieval=[_retrieval(heldout, row) for row in order[:NUM_CAPTIONS]],
         retrieval_choice=f"Drawn at random among all {len(order)} held-out captions.",
         patch_pca=_patch_pca(heldout, order[-NUM_PCA:], cfg.vision.grid),
-        config=json.loads((run / "config.json").read_text()),
-        environment=json.loads((run / "env.json").read_text()),
+        config=read_json(run / "config.json"),
+        environment=read_json(run / "env.json"),
         attribution=manifest.attribution,
     )
 

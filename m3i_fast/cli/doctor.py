@@ -16,18 +16,18 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from m3i_fast.cli.findings import FINDERS, Finding, Machine
 from m3i_fast.cli.probes import PROBES, Facts, ProbeError, fatbin_architectures, gather
+from m3i_fast.terminal import make_console
 
 MARKS = {
-    "ok": "[green]ok[/]",
-    "absent": "[dim]-[/]",
-    "warning": "[yellow]![/]",
-    "error": "[red]x[/]",
+    "ok": Text("ok", "green"),
+    "absent": Text("-", "dim"),
+    "warning": Text("!", "yellow"),
+    "error": Text("x", "red"),
 }
 
 # The optional probes and the module that must be there before its import is worth a child process.
@@ -112,18 +112,16 @@ def compilers() -> list[Finding]:
 
 def show(findings: list[Finding], *, can_train: bool) -> None:
     """A table for people, then the commands, unwrapped so that they can be copied."""
-    console = Console()
+    console = make_console()
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
-        table.add_row(MARKS[finding.level], finding.subject, escape(finding.detail))
+        table.add_row(MARKS[finding.level], finding.subject, finding.detail)
     console.print(table)
     for finding in findings:
         if finding.fix:
-            console.print(
-                f"\n{finding.subject}:\n  {escape(finding.fix)}", soft_wrap=True, highlight=False
-            )
-    verdict = "[green]can train[/]" if can_train else "[red]cannot train: see x above[/]"
-    console.print(f"\nThis machine {verdict}")
+            console.print(f"\n{finding.subject}:\n  {finding.fix}", soft_wrap=True, highlight=False)
+    verdict = ("can train", "green") if can_train else ("cannot train: see x above", "red")
+    console.print(Text.assemble("\nThis machine ", verdict))
 
 
 def _ask(probe: str) -> Facts | str:

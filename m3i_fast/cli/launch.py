@@ -45,7 +45,7 @@ class Forwarder:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(USAGE, highlight=False, markup=False)
+        console.print(USAGE, highlight=False)
         return 0 if argv else 2
     retry, arguments = retry_code(argv)
     forward = Forwarder()

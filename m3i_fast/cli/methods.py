@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from m3i_fast.cli import refuse
@@ -14,6 +13,7 @@ from m3i_fast.hints import nearest
 from m3i_fast.objectives.config import Term
 from m3i_fast.objectives.likelihoods import LIKELIHOODS
 from m3i_fast.objectives.methods import METHODS, Method
+from m3i_fast.terminal import make_console
 
 INPUTS = {
     "own_image": "2 images, each alone",
@@ -21,7 +21,7 @@ INPUTS = {
     "masked": "masked view",
     "none": "view",
 }
-console = Console()
+console = make_console()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
             f"--explain: expected one of {', '.join(METHODS)}, got {command.explain!r}."
             + nearest(name, METHODS)
         )
-    console.print("\n".join(explain(name)), markup=False, highlight=False)
+    console.print("\n".join(explain(name)), highlight=False)
     return 0
 
 

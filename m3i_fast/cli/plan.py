@@ -9,9 +9,8 @@ from typing import Annotated
 
 import tyro
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from m3i_fast.cli import console as messages
 from m3i_fast.config import TrainConfig
@@ -21,6 +20,7 @@ from m3i_fast.engine.roofline import UTILISATION
 from m3i_fast.engine.traffic import Nodes
 from m3i_fast.hints import nearest
 from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.terminal import make_console
 
 USAGE = """\
 usage: m3i-fast plan RECIPE --gpus N --card NAME [--gpus-per-node 8] [--global-batch N] [--json]
@@ -29,6 +29,10 @@ usage: m3i-fast plan RECIPE --gpus N --card NAME [--gpus-per-node 8] [--global-b
 """
 GIB, MIB = 2**30, 2**20
 HFU_HAS = "with what is computed again"
+_PREDICTED = (
+    "All below is computed from the config; times and memory are predictions, and no card has run "
+    "them."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +120,15 @@ def _sized(command: PlanCommand) -> TrainConfig:
 
 def show(name: str, plan: Plan) -> None:
     """For people, on standard output."""
-    console, nodes = Console(), plan.nodes
+    console, nodes = make_console(), plan.nodes
     arithmetic = "bf16" if plan.bf16 else "fp32"
-    console.print(
-        f"[bold]{escape(name)}[/]: {nodes.num_ranks} x {plan.card.name}, {nodes.count} nodes, "
-        f"{plan.batch_size} images a rank, {plan.global_batch:,} a step, {arithmetic}\n"
-        "[yellow]All below is computed from the config; times and memory are predictions, and no "
-        "card has run them.[/]",
-        highlight=False,
+    heading = Text.assemble(
+        (name, "bold"),
+        f": {nodes.num_ranks} x {plan.card.name}, {nodes.count} nodes, "
+        f"{plan.batch_size} images a rank, {plan.global_batch:,} a step, {arithmetic}\n",
+        (_PREDICTED, "yellow"),
     )
+    console.print(heading)
     console.print(_work(plan))
     console.print(_in_all(plan), highlight=False)
     console.print(_memory(plan))
@@ -137,7 +141,7 @@ def show(name: str, plan: Plan) -> None:
         console.print(table)
     console.print("Assumptions", style="bold")
     for sentence in plan.assumptions:
-        console.print(f"- {escape(sentence)}", highlight=False)
+        console.print(f"- {sentence}", highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -186,7 +190,7 @@ def _memory(plan: Plan) -> Table:
     table.add_section()
     table.add_row("in all", *(f"{memory.total / GIB:.2f}" for memory in memories))
     if plan.card.memory_bytes is not None:
-        words = {True: "[green]fits[/]", False: "[red]does not fit[/]", None: ""}
+        words = {True: Text("fits", "green"), False: Text("does not fit", "red"), None: Text()}
         limit = f"{plan.card.name}: {plan.card.memory_bytes / GIB:.1f}"
         table.add_row(limit, *(words[memory.fits] for memory in memories))
     return table

@@ -30,6 +30,7 @@ from m3i_fast.engine.profiling import (
     profile_steps,
 )
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.json_files import read_json
 from m3i_fast.observe import profile_diff
 from m3i_fast.observe.environment import environment
 from m3i_fast.observe.nsys import read_nsys
@@ -94,7 +95,8 @@ def main(argv: list[str]) -> int:
     summary = write_summary(name, command, recording, profiler, device)
     for note in summary["notes"]:
         logger.warning("%s", note)
-    console.print(f"{command.out / 'summary.md'}, {command.out / 'profile.html'}", highlight=False)
+    written = f"{command.out / 'summary.md'}, {command.out / 'profile.html'}"
+    console.print(written, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -178,7 +180,7 @@ def write_summary(
     device: torch.device,
 ) -> dict[str, Any]:
     """The files of --out; returns summary.json's."""
-    windows = json.loads((command.out / "windows.json").read_bytes())
+    windows = read_json(command.out / "windows.json", {"pace": dict, "waits": [dict]})
     here = environment()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else here.cpu
     summary = summarise(

@@ -81,7 +81,10 @@ def main(argv: list[str]) -> int:
         leave_world()
     if outcome.signal is not None:
         how = "start it again" if command.auto_resume else "add --resume"
-        console.print(f"stopped and saved at step {outcome.step}: {how} to continue {command.out}")
+        console.print(
+            f"stopped and saved at step {outcome.step}: {how} to continue {command.out}",
+            soft_wrap=True,
+        )
         return 128 + outcome.signal if outcome.signal == signal.SIGINT else os.EX_TEMPFAIL
     return 0
 
@@ -112,12 +115,12 @@ def run(
     trainer = Trainer(config, out, resume=resume, stop_on_collapse=stop_on_collapse, recipe=recipe)
     quiet = not trainer.world.is_main  # the ranks share a terminal
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
     )
     with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task("training", total=config.num_steps, completed=trainer.step, figures="")
@@ -127,6 +130,9 @@ def run(
             figures = f"{values['throughput/img_s']:.0f} img/s  loss {loss:.3f}"
             bar.update(task, completed=step, figures=figures)
 
-        return trainer.train(
-            show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
-        )
+        try:
+            return trainer.train(
+                show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
+            )
+        except (FileNotFoundError, FileExistsError) as error:  # no wrong request: it has begun
+            raise RuntimeError(str(error)) from error

@@ -10,8 +10,8 @@ state.json; those are read still.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.engine.checkpoint_files import STATE_SHAPE, expect_only, missing, read_manifest
 from m3i_fast.engine.optim import Optimizers
-from m3i_fast.engine.shards import MANIFEST, PARTS, STATE, SUFFIX, VERSION, Shards
+from m3i_fast.engine.shards import MANIFEST, PARTS, STATE, SUFFIX, Shards
+from m3i_fast.json_files import read_json
 from m3i_fast.storage import digest
 
 logger = logging.getLogger(__name__)
@@ -31,8 +33,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 POINTER = "latest"
 _NAME = re.compile(r"step_(\d{8})")
-_OLD_PARTS = {part: f"{part}{SUFFIX}" for part in PARTS}
-_OLD_STATE = "state.json"
+_OLD_FILES = (*(f"{part}{SUFFIX}" for part in PARTS), f"{STATE}.json")
 _NO_MOMENTS = "none"  # field of a parameter that has had no gradient yet
 
 
@@ -51,52 +52,39 @@ class Checkpoint:
     @property
     def is_old(self) -> bool:
         """Of the layout of before there were manifests."""
-        return not (self.path / MANIFEST).exists() and any(
-            (self.path / name).exists() for name in (*_OLD_PARTS.values(), _OLD_STATE)
+        return not os.path.lexists(self.path / MANIFEST) and any(
+            os.path.lexists(self.path / name) for name in _OLD_FILES
         )
 
     def manifest(self) -> dict[str, Any]:
-        """ValueError names what is wrong with it."""
-        path = self.path / MANIFEST
-        try:
-            manifest = json.loads(path.read_bytes())
-            version, step, files = manifest["version"], manifest["step"], manifest["files"]
-            sizes = [files[name]["size"] + len(files[name]["sha256"]) for name in files]
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: damaged: {error!r}") from None
-        if version != VERSION:
-            raise ValueError(f"{path}: expected version {VERSION}, got {version!r}")
-        if step != self.step:
-            raise ValueError(f"{path}: expected the files of step {self.step}, got step {step!r}")
-        if not sizes:
-            raise ValueError(f"{path}: names no files")
-        return manifest
+        """Read the manifest; ValueError names what is wrong with it."""
+        return read_manifest(self.path, self.step)
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and SHA-256 by name, as the manifest says, or {} by name in the old layout.
+
+        Raises ValueError where the directory holds anything else, which nothing may read, and
+        FileNotFoundError where it lacks one.
+        """
+        if self.is_old:
+            expect_only(self.path, _OLD_FILES)
+            return {name: {} for name in _OLD_FILES}
+        files: dict[str, dict[str, Any]] = self.manifest()["files"]
+        expect_only(self.path, {MANIFEST, *files}, folders=(*PARTS, STATE))
+        return files
 
     def verify(self) -> None:
         """Read every byte; ValueError or FileNotFoundError names the file and what is wrong."""
-        if self.is_old:  # the header says how long a file is, so one that was cut short is seen
-            for name in _OLD_PARTS.values():
-                Shards(self.path / name)
-            self.state()
-            return
-        files = self.manifest()["files"]
-        there = {
-            p.relative_to(self.path).as_posix()
-            for p in self.path.rglob("*")
-            if p.is_file() and not p.name.startswith(".")
-        }
-        if extra := sorted(there - {MANIFEST, *files}):
-            raise ValueError(f"{self.path}: {', '.join(extra)}: not in the manifest")
-        for name, expected in files.items():
+        for name, expected in self.files().items():
             path = self.path / name
-            if name not in there:
-                raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole")
-            if (size := path.stat().st_size) != expected["size"]:
+            if expected and (size := path.stat().st_size) != expected["size"]:
                 raise ValueError(f"{path}: damaged: {size} bytes of {expected['size']}")
-            if asdict(digest(path)) != expected:
+            if expected and asdict(digest(path)) != expected:
                 raise ValueError(f"{path}: damaged: its SHA-256 is not that of the manifest")
+        for part in PARTS:  # a header says how long its file is: one that was cut short is seen
+            self.shards(part)
+        for rank in range(len(self._paths(STATE)) or 1):
+            self.state(rank)
 
     def damage(self) -> str | None:
         """What `verify` finds; None when all is good."""
@@ -113,16 +101,16 @@ class Checkpoint:
         """
         if rank is None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        files = sorted((self.path / STATE).glob("*.json"))
+        files = self._paths(STATE)
         if not files:
-            files = [self.path / _OLD_STATE if self.is_old else self.path / STATE]
-        path = files[rank if rank < len(files) else 0]
-        try:
-            return json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
+            raise missing(self.path / STATE)
+        state: dict[str, Any] = read_json(files[rank if rank < len(files) else 0], STATE_SHAPE)
+        return state
+
+    def _paths(self, part: str) -> list[Path]:
+        """The files of "model", "optimizer" or "state", in the order of the ranks."""
+        beginning = f"{part}{'.' if self.is_old else '/'}"
+        return [self.path / name for name in sorted(self.files()) if name.startswith(beginning)]
 
     def load_model(self, model: nn.Module) -> None:
         """Load all parameters and buffers, strictly; of a sharded model this rank's part."""
@@ -153,12 +141,7 @@ class Checkpoint:
 
     def shards(self, part: str) -> Shards:
         """The stored tensors of "model" (by name) or "optimizer" (by `NAME/FIELD`)."""
-        if self.is_old:
-            return Shards(self.path / _OLD_PARTS[part])
-        for name in self.manifest()["files"]:
-            if not (self.path / name).is_file():
-                raise FileNotFoundError(f"{self.path / name}: missing; the checkpoint is not whole")
-        return Shards(self.path / part)
+        return Shards(self._paths(part), self.path / part)
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:

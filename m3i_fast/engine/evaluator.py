@@ -120,9 +120,12 @@ def build_untrained(cfg: TrainConfig) -> MutualInformation:
 
 def throughput(run: Path) -> float:
     """Images a second over the whole of training, the first logged interval left out."""
-    rows = read_jsonl(run / "metrics.jsonl")
-    rows = rows[1:] or rows
-    return len(rows) / sum(1 / row["throughput/img_s"] for row in rows)
+    path, name = run / "metrics.jsonl", "throughput/img_s"
+    rates = [row[name] for row in read_jsonl(path) if row.get(name, 0) > 0]
+    rates = rates[1:] or rates
+    if not rates:
+        raise ValueError(f"{path}: expected rows with {name}, got none: no step was logged")
+    return len(rates) / sum(1 / rate for rate in rates)
 
 
 def _correspondence(

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from m3i_fast.config import TrainConfig, differences
 from m3i_fast.engine.checkpoint import Checkpoint, checkpoints, latest, on_first_rank
@@ -20,6 +20,8 @@ from m3i_fast.pipelines.manifest import Manifest
 from m3i_fast.storage import make_directories
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Resume = bool | Literal["auto"]
 """Whether a run that is there goes on; auto: if there is one, else it begins."""
 
@@ -72,6 +74,13 @@ class Run:
             raise FileExistsError(
                 f"{self.path} holds a run already: add --resume to continue it, or name another "
                 "--out"
+            )
+
+    def expect_there(self) -> None:
+        """OSError on the first rank when the directory that this run took is not where it was."""
+        if self.saver.is_first and (not self.config_path.exists() or self._lock.is_anothers()):
+            raise OSError(
+                f"{self.path}: the run's directory was deleted, moved or replaced while it trained"
             )
 
     def found(self, resume: Resume, num_ranks: int = 1) -> Checkpoint | None:
@@ -154,16 +163,30 @@ class Run:
         self._lock.acquire()
         # How a run is spread over ranks and what it tells change nothing of it; the batch is seen
         # to in `resume`.
-        saved = TrainConfig.load(self.config_path)
+        damaged: ValueError | None = None
+        try:
+            saved, source = TrainConfig.load(self.config_path), self.config_path
+        except ValueError as error:
+            damaged = error
+            saved, source = self._config_of_checkpoint(error)
         data = replace(saved.data, batch_size=self._cfg.data.batch_size)
         saved = replace(
             saved, data=data, parallel=self._cfg.parallel, telemetry=self._cfg.telemetry
         )
         found = differences(saved, self._cfg)
         if found:
-            raise ValueError(
-                f"--resume: the config differs from {self.config_path}: " + "; ".join(found)
-            )
+            raise ValueError(f"--resume: the config differs from {source}: " + "; ".join(found))
+        if damaged is not None:
+            logger.warning("%s: written anew, as %s has it", damaged, source)
+            saved.save(self.config_path)
+
+    def _config_of_checkpoint(self, damaged: ValueError) -> tuple[TrainConfig, Path]:
+        """What the newest good checkpoint says of the run; raises `damaged` where none says it."""
+        try:
+            saved = latest(self.checkpoints)
+            return TrainConfig.from_tree(saved.state(rank=0)["config"], saved.path), saved.path
+        except (OSError, ValueError, KeyError):
+            raise damaged from None
 
     def state(self, **parts: Stateful) -> dict[str, Any]:
         """JSON-able: what `restore` takes."""
@@ -184,12 +207,12 @@ class Run:
         if before != num_ranks:
             for name in ("guard", "skips"):
                 if name in state:
-                    parts[name].load_state_dict(state[name])
+                    _load(name, parts[name].load_state_dict, state)
             logger.warning(
                 "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d go on, and "
                 "a position in the data is of one number of ranks. Weights, moments, averages and "
                 "schedules go on where they were.",
-                loader.restart_epoch(state["loader"]),
+                _load("loader", loader.restart_epoch, state),
                 before,
                 num_ranks,
             )
@@ -198,7 +221,7 @@ class Run:
         loads: dict[str, Callable[[Any], object]] = {n: p.load_state_dict for n, p in parts.items()}
         for name, load in {**loads, "random": set_random_state}.items():
             if name in state:
-                load(state[name])
+                _load(name, load, state)
 
     def close(self) -> None:
         """Wait for the save in flight, raise its error if it had one, and free the directory."""
@@ -206,6 +229,16 @@ class Run:
             self.saver.close()
         finally:
             self._lock.release()
+
+
+def _load(name: str, load: Callable[[Any], T], state: dict[str, Any]) -> T:
+    """Load a part of a state; ValueError names the part that is damaged or of another run."""
+    try:
+        return load(state[name])
+    except ValueError as error:
+        raise ValueError(f"the checkpoint's state: {name}: {error}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint's state: {name}: damaged: {error!r}") from error
 
 
 def expect_data(cfg: TrainConfig, manifest: Manifest) -> None:

@@ -8,12 +8,18 @@ import json
 import logging
 import os
 import socket
+import stat
 import time
 from pathlib import Path
+
+from m3i_fast.json_files import parse_json
+from m3i_fast.storage import kind_of
 
 logger = logging.getLogger(__name__)
 
 NAME = "run.lock"
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no fifo is waited for
+_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # a link, a directory, a socket
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -33,7 +39,7 @@ class RunLock:
         """FileExistsError says which other holds it. The run's directory must exist."""
         if self._descriptor is not None:
             return
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = self._open()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,8 +57,35 @@ class RunLock:
             return
         self._descriptor = descriptor
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T %z")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(who) + "\n").encode(), 0)
+        text = (json.dumps(who) + "\n").encode()
+        os.pwrite(descriptor, text, 0)
+        os.ftruncate(descriptor, len(text))
+
+    def _open(self) -> int:
+        """Open a plain file that has no other name, since its text is replaced."""
+        try:
+            descriptor = os.open(self._path, _FLAGS, 0o666)
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise self._refusal(kind_of(os.lstat(self._path).st_mode)) from None
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+            return descriptor
+        os.close(descriptor)
+        names = f" with {status.st_nlink} names" if stat.S_ISREG(status.st_mode) else ""
+        raise self._refusal(f"{kind_of(status.st_mode)}{names}")
+
+    def _refusal(self, got: str) -> FileExistsError:
+        return FileExistsError(
+            f"{self._path}: expected a file of this run alone, got {got}: remove it"
+        )
+
+    def is_anothers(self) -> bool:
+        """Whether the file of another run is where this one's was."""
+        if self._descriptor is None or not self._path.exists():
+            return False
+        return not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
 
     def release(self) -> None:
         if self._descriptor is not None:
@@ -65,7 +98,7 @@ class RunLock:
 
 def _holder(text: bytes) -> str:
     try:
-        who = json.loads(text)
-        return f"process {who['pid']} on {who['host']}, since {who['since']},"
-    except (ValueError, KeyError, TypeError):
+        who = parse_json(text, {"pid": int, "host": str, "since": str}, NAME)
+    except ValueError:
         return "another process"
+    return f"process {who['pid']} on {who['host']}, since {who['since']},"

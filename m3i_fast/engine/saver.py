@@ -56,6 +56,7 @@ class Saver:
         # Of its own, since the thread's messages must not mix with those of the training step.
         distributed = dist.is_available() and dist.is_initialized()
         self.group = dist.new_group(backend="gloo") if distributed else None
+        self.is_first = self.group is None or dist.get_rank(self.group) == 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.saved_step: int | None = None
@@ -82,7 +83,7 @@ class Saver:
     def forget_after(self, checkpoint: Checkpoint) -> None:
         """Delete later ones and go on from this; nothing may be in flight."""
         self.wait()
-        if self.group is None or dist.get_rank(self.group) == 0:
+        if self.is_first:
             self._point_to(checkpoint)
             for later in reversed(checkpoints(self.directory)):
                 if later.step > checkpoint.step:
@@ -126,8 +127,7 @@ class Saver:
     def _write(self, step: int, content: Content) -> None:
         path = self.directory / f"step_{step:08d}"
         temporary = path.with_name(f".{path.name}.tmp")
-        is_first = self.group is None or dist.get_rank(self.group) == 0
-        if is_first:
+        if self.is_first:
             self._sweep()
         try:
             write_shards(
@@ -138,7 +138,7 @@ class Saver:
                 commit=lambda: self._commit(temporary, Checkpoint(path)),
             )
         except BaseException:
-            if is_first:
+            if self.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 

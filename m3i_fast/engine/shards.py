@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -194,18 +194,20 @@ def _data(item: WriteItem) -> Any:
 # ---- Reading -------------------------------------------------------------------------------------
 
 
-class Shards:
-    """The tensors in a folder of safetensors, whole or in parts, or in one file."""
+_DAMAGED = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What torch raises of a header that is not as it writes it."""
 
-    def __init__(self, path: Path) -> None:
-        """ValueError names what is damaged, FileNotFoundError what is missing."""
-        self.path = path
+
+class Shards:
+    """The tensors in files of safetensors, each tensor whole in one or in parts over several."""
+
+    def __init__(self, files: Sequence[Path], path: Path) -> None:
+        """path: what an error names several by. ValueError names what is damaged."""
+        self.path, self._files = files[0] if len(files) == 1 else path, files
         try:
-            stored = _Reader(path).read_metadata().state_dict_metadata
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: missing; the checkpoint is not whole") from None
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
+            stored = _Reader(files).read_metadata().state_dict_metadata
+        except _DAMAGED as error:
+            raise ValueError(f"{self.path}: damaged: {error!r}") from None
         self.sizes, self.dtypes = {}, {}
         for name, entry in stored.items():
             assert isinstance(entry, TensorStorageMetadata), name
@@ -223,7 +225,7 @@ class Shards:
         try:
             with warnings.catch_warnings():  # that it asks no other rank
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                reader = _Reader(self.path)
+                reader = _Reader(self._files)
                 dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:  # not an Exception, says torch
             reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
@@ -241,14 +243,16 @@ class Shards:
 
 
 class _Reader(dcp.HuggingFaceStorageReader):
-    """Torch's, that takes the name of a file as well: torch's own reads all of its folder."""
+    """Torch's, of files that are given: torch's own reads all that ends in .safetensors."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        if path.suffix == SUFFIX:
-            self.fs = _OneFile()
+    def __init__(self, files: Sequence[Path]) -> None:
+        super().__init__("")
+        self.fs = _TheseFiles(files)
 
 
-class _OneFile(FileSystem):
+class _TheseFiles(FileSystem):
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
-        return [str(path)]
+        return [str(file) for file in self._files]

@@ -21,6 +21,7 @@ from m3i_fast.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 
+SKIPPED_ROW = {"step": int, "reason": str, "losses": [dict], "sample_ids": [list]}
 SPAN = 1000  # steps that guard.max_share is of
 _REMEDY = "A lower optim.lr or a longer optim.warmup_fraction usually helps"
 
@@ -76,7 +77,7 @@ class Skips:
     def forget_after(self, step: int) -> None:
         """Drop rows of `step` and later ones, which a resume does or tells again."""
         if self._world.is_main and self._path.exists():
-            kept = [row for row in read_jsonl(self._path) if row["step"] < step]
+            kept = [row for row in read_jsonl(self._path, SKIPPED_ROW) if row["step"] < step]
             write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def excess(self) -> str | None:

@@ -276,6 +276,7 @@ class Trainer:
 
     def _log(self, progress: Progress) -> None:
         """Read the metrics and heed what they say."""
+        self.run.expect_there()
         values = self.log.read(self.step)
         spiked, values["guard/skipped"] = self._heed_skips()
         values["optim/lr"] = float(self.lr[self.step - 1]) * self.skips.lr_scale(self.step - 1)
@@ -294,6 +295,7 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
+        self.run.expect_there()
         tensors = checkpoint.tensors_of(self.objective, self.optimizer)
         if wrong := not_finite(tensors, self.world):
             raise self._abort(f"no checkpoint is written: not finite: {', '.join(wrong)}")

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import scalar
 
-from m3i_fast.storage import write_atomically
+from m3i_fast.json_files import parse_json
+from m3i_fast.storage import make_directories, read_file, write_atomically
 
 logger = logging.getLogger(__name__)
+
+_NUMBERS = itertools.count()  # of a process's event files
 
 
 class Sink(Protocol):
@@ -44,29 +54,49 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """TensorBoard event files in `directory`."""
+    """A TensorBoard event file in `directory`, a record a logged step.
+
+    torch's SummaryWriter opens its file anew at every flush, in a thread whose errors are a
+    traceback; here a full disk is an OSError of `log`.
+    """
 
     def __init__(self, directory: Path, *, start_step: int = 0) -> None:
-        self._writer = SummaryWriter(
-            str(directory), purge_step=start_step + 1 if start_step else None
-        )
+        make_directories(directory)
+        name = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        self._file = (directory / f"events.out.tfevents.{name}").open("xb", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if start_step:  # TensorBoard drops what earlier files have of this step and later ones
+            self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        summary = Summary()
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            summary.MergeFrom(scalar(name, value))
+        self._write(step=step, summary=summary)
+
+    def _write(self, **fields: Any) -> None:
+        event = Event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
 
 
-def read_jsonl(path: Path) -> list[dict[str, float]]:
-    """Rows of a metrics.jsonl; lines that a crash or a power cut spoilt are left out."""
+METRICS_ROW = {"step": int, str: float}
+
+
+def read_jsonl(path: Path, shape: Any = METRICS_ROW) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, or of one of another shape (`json_files`).
+
+    Lines that a crash, a power cut or something else spoilt are left out with a warning.
+    """
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    for number, line in enumerate(read_file(path).split(b"\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s:%d: not JSON, left out", path, number)
+            rows.append(parse_json(line, shape, f"{path}:{number}"))
+        except ValueError as error:
+            logger.warning("%s; the line is left out", error)
     return rows
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.json_files import misfit, read_json
 from m3i_fast.observe.kernels import FAMILIES, family, normalised
 from m3i_fast.observe.recording import (
     BETWEEN,
@@ -23,6 +23,13 @@ from m3i_fast.observe.recording import (
 from m3i_fast.observe.stages import STAGES, family_of
 
 SCHEMA = 1
+_ROWS = [{"name": str, "ms": float, "share": float}]
+_COMPARED = {  # what `profile_diff` reads
+    **dict.fromkeys(("recipe", "profiler", "kind", "device"), str),
+    "step_ms": float,
+    "stages": _ROWS,
+    "kernels": [{**_ROWS[0], "calls": float}],
+}
 SLOWED = 1.1
 """Profiled steps that take so many times as long as others are warned of."""
 
@@ -262,11 +269,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json" if folder.is_dir() else folder
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a summary that m3i-fast profile wrote")
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not a whole summary: {error}") from error
-    if not isinstance(found, Mapping) or found.get("schema") != SCHEMA:
-        got = found.get("schema") if isinstance(found, Mapping) else type(found).__name__
+    found: dict[str, Any] = read_json(path)
+    if found.get("schema") != SCHEMA:
+        got = found.get("schema")
         raise ValueError(f"{path}: expected a summary of schema {SCHEMA}, got {got}")
-    return dict(found)
+    if wrong := misfit(found, _COMPARED):
+        raise ValueError(f"{path}: damaged: {wrong}")
+    return found

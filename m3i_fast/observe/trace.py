@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 import zlib
 from collections import defaultdict
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.json_files import parse_json
 from m3i_fast.observe.closed_forms import Event, argument, bytes_of, flops_of
 from m3i_fast.observe.recording import (
     STEP,
@@ -39,11 +39,10 @@ def read_trace(path: Path) -> Recording:
         raise FileNotFoundError(f"{path}: expected a trace of torch.profiler, there is no file")
     try:
         raw = path.read_bytes()
-        tree = json.loads(gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw)
-    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole trace: {error}") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("traceEvents"), list):
-        raise ValueError(f"{path}: expected a trace of torch.profiler, got no traceEvents")
+    tree = parse_json(raw, {"traceEvents": [dict]}, str(path))
     events = [e for e in tree["traceEvents"] if e.get("ph") == "X"]
     for event in events:
         if lost := {"name", "ts", "dur", "tid"} - event.keys():

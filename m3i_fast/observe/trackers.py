@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.json_files import read_json
 from m3i_fast.storage import write_atomically
 
 logger = logging.getLogger(__name__)
+
+_FILE = "tracking.json"
 
 
 class WandbSink:
@@ -106,12 +109,21 @@ def _flat(path: str, config: Any) -> dict[str, Any]:
 
 
 def _known(run_dir: Path, tracker: str) -> str | None:
-    path = run_dir / "tracking.json"
-    ids = json.loads(path.read_text()) if path.exists() else {}
-    return str(ids[tracker]) if tracker in ids else None
+    return _ids(run_dir).get(tracker)
 
 
 def _remember(run_dir: Path, tracker: str, run_id: str) -> None:
-    path = run_dir / "tracking.json"
-    ids = json.loads(path.read_text()) if path.exists() else {}
-    write_atomically(path, (json.dumps(ids | {tracker: run_id}) + "\n").encode())
+    text = json.dumps(_ids(run_dir) | {tracker: run_id}) + "\n"
+    write_atomically(run_dir / _FILE, text.encode())
+
+
+def _ids(run_dir: Path) -> dict[str, str]:
+    """The run's id at each tracker that knows it; those of a damaged file are lost."""
+    try:
+        ids: dict[str, str] = read_json(run_dir / _FILE, {str: str})
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning("%s; the run begins anew at its trackers", error)
+        return {}
+    return ids

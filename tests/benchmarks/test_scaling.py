@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from m3i_fast.benchmarks import ledger, scaling, scaling_ranks
 from m3i_fast.benchmarks.noise import draw_batch
@@ -342,7 +343,7 @@ def test_two_ranks_are_measured_and_recorded(
 ) -> None:
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "7")  # as in a job that is no part of this
-    monkeypatch.setattr(scaling, "console", scaling.Console(width=200))
+    monkeypatch.setattr(scaling, "console", Console(width=200))
     options = "--device cpu --gpus 1,2 --mode weak --windows 3 --window-steps 1 --warmup-steps 1"
     scaling.main(["--config", str(tiny), *options.split()])
     rows = list(ledger.read_rows("scaling", folder=tmp_path))

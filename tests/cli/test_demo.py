@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.cli import main
+from m3i_fast.cli.demo import set_aside
+from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.pipelines import openmoji
 from m3i_fast.recipes import DEMO_MERGES, demo
 from tests.observe.chromium import check_page, skip_reason
@@ -69,3 +71,15 @@ def test_the_page_opens_without_a_complaint(out: Path, tmp_path: Path) -> None:
     embedded = re.search(r'<script[^>]*id="figures"[^>]*>(.*?)</script>', page.read_text(), re.S)
     assert embedded is not None
     check_page(page, tmp_path, num_figures=len(json.loads(embedded[1])))
+
+
+def test_a_run_that_is_going_on_is_not_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lock = RunLock(tmp_path / "run")
+    lock.acquire()
+    with pytest.raises(FileExistsError, match="is training in it"):
+        set_aside(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    lock.release()
+    set_aside(tmp_path / "run")
+    assert [path.name[:4] for path in tmp_path.iterdir()] == ["run-"]

@@ -263,7 +263,9 @@ def test_what_cannot_be_compared_is_refused(
     for content, message in [
         (json.dumps(read_summary(profiled) | {"kind": "cuda"}), "one kind of device"),
         (json.dumps({"schema": 99}), "expected a summary of schema 1, got 99"),
-        ("{", "not a whole summary"),
+        ("{", "damaged: "),
+        ("[" * 100_000, "nested too deeply"),
+        (json.dumps(read_summary(profiled) | {"kernels": [1]}), "kernels[0]: expected an object"),
     ]:
         other.write_text(content)
         assert main(["profile", "diff", str(profiled), str(other)]) == 2

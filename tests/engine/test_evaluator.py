@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.evaluator import evaluate, evaluate_untrained
+from m3i_fast.engine.evaluator import evaluate, evaluate_untrained, throughput
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines import openmoji
 from m3i_fast.recipes import demo, shrink
@@ -30,6 +30,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same pictures, all of them annotated."""
     out = tmp_path_factory.mktemp("whole") / "openmoji"
     return openmoji.build(out, limit=60, num_merges=300, context_length=24)
+
+
+def test_a_run_that_logged_nothing_has_no_throughput(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "throughput/img_s": "fast"}\n[]\n')
+    with pytest.raises(ValueError, match="expected rows with throughput/img_s, got none"):
+        throughput(tmp_path)
 
 
 def test_without_baselines_the_trained_figures_are_the_same(run: Path, whole: Path) -> None:

@@ -20,6 +20,7 @@ from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.guard import Spikes
 from m3i_fast.engine.guard_config import GuardConfig
 from m3i_fast.engine.optim import OptimConfig, set_schedules
+from m3i_fast.engine.skips import SKIPPED_ROW
 from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.observe.metrics import DeviceMeans, read_jsonl
 from m3i_fast.recipes import demo, demo_method, shrink
@@ -176,7 +177,7 @@ def test_a_resume_in_between_is_the_whole_run_and_tells_the_same(
     assert first.batches + second.batches == whole.batches
     assert first.rates + second.rates == whole.rates
     assert _different(second.tensors(), whole.tensors()) == []
-    rows = [read_jsonl(tmp_path / run / "skipped.jsonl") for run in ("whole", "part")]
+    rows = [read_jsonl(tmp_path / run / "skipped.jsonl", SKIPPED_ROW) for run in ("whole", "part")]
     assert rows[0] == rows[1]
     assert [(row["step"], row["reason"]) for row in rows[0]] == [
         (2, "not finite"),
@@ -336,7 +337,7 @@ def test_what_one_rank_sees_is_skipped_by_all(shard: int, of_ranks: Path) -> Non
         assert _different(states[2], states[0]) == []
         assert len(_different(states[3], states[2])) > 20
     assert _different(found[0][0][3], found[1][0][3]) == []
-    rows = read_jsonl(of_ranks / f"run-{shard}" / "skipped.jsonl")
+    rows = read_jsonl(of_ranks / f"run-{shard}" / "skipped.jsonl", SKIPPED_ROW)
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert row["sample_ids"] == [batches[row["step"]] for _, batches in found]  # type: ignore[index]
@@ -353,7 +354,7 @@ def test_ranks_go_back_together(of_ranks: Path) -> None:
     assert all(
         checkpoint.latest(run / "checkpoints").state(r)["skips"]["rollbacks"] for r in (0, 1)
     )
-    [row] = read_jsonl(run / "skipped.jsonl")
+    [row] = read_jsonl(run / "skipped.jsonl", SKIPPED_ROW)
     assert (row["step"], row["reason"]) == (4, "spike")
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,17 +25,21 @@ from torch import Tensor
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
+from m3i_fast.engine.checkpoint import Checkpoint
+from m3i_fast.engine.checkpoint_files import STATE_SHAPE
 from m3i_fast.engine.random_state import random_state, set_random_state
 from m3i_fast.engine.run import Run
 from m3i_fast.engine.run_lock import RunLock
+from m3i_fast.engine.saver import Saver
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe import collapse
 from m3i_fast.observe.collapse import Healthy
 from m3i_fast.observe.metrics import JsonlSink, read_jsonl
 from m3i_fast.pipelines.batch import Batch
-from tests.engine.checkpoint_cases import assert_equal
+from m3i_fast.pipelines.loader import Loader
+from tests.engine.checkpoint_cases import assert_equal, trained
 from tests.engine.test_trainer import _config
-from tests.faults.files import flip_byte, in_child
+from tests.faults.files import FaultyFiles, flip_byte, forge, in_child
 
 OF_THE_MACHINE = ("time/", "throughput/", "efficiency/", "host/", "gpu/")
 
@@ -105,6 +110,7 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
     assert any("target" in name or "momentum" in name for name in tensors)  # the EMA
     assert TrainConfig.load(tmp_path / "whole" / "config.json") == cfg
     assert state["config"] == json.loads(cfg.to_json())
+    assert state.keys() == {name.removesuffix("?") for name in STATE_SHAPE}
 
 
 @pytest.mark.parametrize(("name", "best"), [("loss/total", min), ("+loss/total", max)])
@@ -189,6 +195,66 @@ def test_auto_resume_begins_goes_on_and_says_which(
         started(cfg)
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b'{"random": {"python": 3}}'])
+def test_auto_resume_passes_over_a_state_that_cannot_be_taken(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    """A checkpoint whose manifest agrees with it."""
+    cfg, out = _config(dataset, num_steps=10), tmp_path / "run"
+    _train(cfg, out)
+    forge(out / "checkpoints" / "step_00000010", "state/00001-of-00001.json", content)
+    with caplog.at_level(logging.WARNING):
+        trainer = Trainer(cfg, out, resume="auto")
+    assert trainer.step == 5 and "state/00001-of-00001.json: damaged" in caplog.text
+    trainer.close()
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"", b'{"vision": []}'])
+def test_auto_resume_takes_the_config_of_a_checkpoint_for_a_damaged_one(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    cfg, saver = _config(dataset, num_steps=5), Saver(tmp_path / "checkpoints", keep=1)
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+
+    def found(cfg: TrainConfig) -> Checkpoint | None:
+        run = Run(tmp_path, cfg)
+        try:
+            return run.found("auto")
+        finally:
+            run.close()
+
+    with pytest.raises(ValueError, match="config.json: "):  # no checkpoint has it
+        found(cfg)
+    model, optimizer = trained(1)
+    state = {"config": json.loads(cfg.to_json())}
+    saver.save(step=5, model=model, optimizer=optimizer, state=state)
+    with pytest.raises(ValueError, match="differs from .*step_00000005: seed: 0 != 1"):
+        found(replace(cfg, seed=1))
+    assert path.read_bytes() == content
+    resumed = found(cfg)
+    assert resumed is not None and resumed.step == 5
+    assert "config.json: " in caplog.text and "written anew, as" in caplog.text
+    assert TrainConfig.load(path) == cfg
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"loader": {"version": 1}}, "loader: damaged: KeyError.*fingerprint"),
+        ({"loader": {"version": 2}}, "loader: loader state: expected version 1, got 2"),
+        ({"num_ranks": 2}, "loader: damaged: KeyError"),
+        ({"random": {"python": [3], "numpy": [], "torch": ""}}, "random: not enough values"),
+    ],
+)
+def test_a_part_of_a_state_that_cannot_be_taken_is_named(
+    dataset: Path, state: dict[str, object], reason: str
+) -> None:
+    loader = Loader(_config(dataset).data)
+    with pytest.raises(ValueError, match=f"the checkpoint's state: {reason}"):
+        Run.restore(state, num_ranks=1, loader=loader)
+
+
 def test_resume_and_auto_resume_are_two_wishes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,15 +292,127 @@ def test_rows_that_a_power_cut_spoilt_are_left_out(
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": 0.5} for step in (5, 10, 15)]
     first, second, third = (json.dumps(row).encode() for row in rows)
-    path.write_bytes(b"\n".join([first, b"\0" * 9, second, third, b'{"step": 20, "lo']))
+    other = [b"[]", b'{"loss": 1}', b"[" * 100_000, b'{"step": 10, "x": {}}']
+    path.write_bytes(b"\n".join([first, b"\0" * 9, second, third, *other, b'{"step": 20, "lo']))
     sink = JsonlSink(path, start_step=10)
-    assert "metrics.jsonl:2: not JSON" in caplog.text
+    assert "metrics.jsonl:2: damaged" in caplog.text
+    for number, reason in enumerate(("an object, got a list", "step: ", "too deeply", "x: "), 5):
+        assert re.search(rf"metrics.jsonl:{number}: damaged: .*{reason}", caplog.text)
     sink.log(12, {"loss": 0.25})
     sink.close()
     assert read_jsonl(path) == [*rows[:2], {"step": 12, "loss": 0.25}]
 
 
+# ---- A directory that goes away ------------------------------------------------------------------
+
+
+def _replaced(path: Path) -> None:
+    """Moved aside, and another run begins in its place."""
+    path.rename(path.with_name("moved"))
+    other = Run(path, TrainConfig())
+    other.begin()
+    other.close()
+
+
+@pytest.mark.parametrize("step", [1, 2])  # before a row of metrics, before a checkpoint
+@pytest.mark.parametrize(
+    "go", [shutil.rmtree, lambda path: path.rename(path.with_name("moved")), _replaced]
+)
+def test_a_run_whose_directory_goes_away_fails_in_a_line(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    go: Callable[[Path], object],
+    step: int,
+) -> None:
+    out, train_step, last = tmp_path / "run", Trainer.train_step, 0
+
+    def going(self: Trainer, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+        nonlocal last
+        last = self.step
+        if self.step == step:
+            go(out)
+        return train_step(self, batch, monitor=monitor)
+
+    monkeypatch.setattr(Trainer, "train_step", going)
+    cfg = _config(dataset, num_steps=20, log_every=2, checkpoint_every=3)
+    cfg.save(tmp_path / "cfg.json")
+    assert main(["train", "--config", str(tmp_path / "cfg.json"), "--out", str(out)]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and said.count("error") == 1
+    reason = "the run's directory was deleted, moved or replaced while it trained"
+    assert f"error: {out}: {reason}\n" in said and last == step
+    assert not (out / "checkpoints").exists() and not list(tmp_path.glob("**/checkpoints/*"))
+
+
+def test_what_is_missing_later_is_no_wrong_request(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here skipped.jsonl, whose place is taken by a link that leads nowhere."""
+    cfg = _config(dataset, num_steps=20, log_every=2)
+    cfg = replace(cfg, optim=replace(cfg.optim, lr=1e30))
+    cfg.save(tmp_path / "cfg.json")
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "skipped.jsonl").symlink_to(tmp_path / "absent" / "skipped.jsonl")
+    assert main(["train", "--config", str(tmp_path / "cfg.json"), "--out", str(out)]) == 1
+    assert "skipped.jsonl" in capsys.readouterr().err
+
+
 # ---- One run a directory -------------------------------------------------------------------------
+
+
+def _link(path: Path) -> None:
+    path.symlink_to(path.parents[1] / "precious")
+
+
+def _second_name(path: Path) -> None:
+    path.hardlink_to(path.parents[1] / "precious")
+
+
+@pytest.mark.parametrize(
+    ("plant", "got"),
+    [
+        (_link, "a symbolic link"),
+        (lambda path: path.symlink_to(path.parent / "absent"), "a symbolic link"),
+        (lambda path: path.symlink_to("/dev/zero"), "a symbolic link"),
+        (_second_name, "a file with 2 names"),
+        (os.mkfifo, "a fifo"),
+        (Path.mkdir, "a directory"),
+    ],
+)
+def test_what_stands_for_the_lock_is_refused_and_left_alone(
+    tmp_path: Path, plant: Callable[[Path], object], got: str
+) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "run" / "run.lock"
+    precious.write_text("years of work")
+    path.parent.mkdir()
+    plant(path)
+    before = os.lstat(path)
+    refusal = re.escape(f"{path}: expected a file of this run alone, got {got}: remove it")
+    with pytest.raises(FileExistsError, match=refusal):
+        RunLock(path.parent).acquire()
+    assert precious.read_text() == "years of work" and not (path.parent / "absent").exists()
+    assert (os.lstat(path).st_mode, os.lstat(path).st_ino) == (before.st_mode, before.st_ino)
+
+
+def test_a_lock_without_permission_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        FaultyFiles(tmp_path, fail_at=0, error=errno.EACCES, kinds=("open",)),
+        pytest.raises(PermissionError, match="run.lock"),
+    ):
+        RunLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("text", [b"", b"[" * 4096, b"[]", b'{"pid": [], "host": 1}', b"\xff"])
+def test_a_lock_of_an_unreadable_text_is_anothers(tmp_path: Path, text: bytes) -> None:
+    first = RunLock(tmp_path)
+    first.acquire()
+    (tmp_path / "run.lock").write_bytes(text)
+    with pytest.raises(FileExistsError, match="another process is training in it"):
+        RunLock(tmp_path).acquire()
+    first.release()
 
 
 def test_a_second_run_is_refused_with_who_holds_it(tmp_path: Path) -> None:

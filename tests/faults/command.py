@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from m3i_fast.benchmarks.ledger import append_row
 from m3i_fast.storage import write_atomically
+from m3i_fast.terminal import make_console
 from tests.faults.campaign import Campaign, Trial, Verdict
 from tests.faults.report import DOCS, SUBJECT, newest, page, picture
 from tests.faults.trials import plan
@@ -26,7 +26,7 @@ from tests.faults.trials import plan
 if TYPE_CHECKING:
     from m3i_fast.cli.faults import FaultsCommand
 
-console = Console(stderr=True)
+console = make_console(stderr=True)
 
 
 def run(command: FaultsCommand) -> int:
@@ -42,10 +42,10 @@ def run(command: FaultsCommand) -> int:
         found = carry_out(campaign, wanted, command.jobs)
     if command.record:
         record(found, seed=command.seed)
-    Console().print(_table(found))
+    make_console().print(_table(found))
     for verdict in found:
         if verdict.log:
-            console.print(f"{verdict.fault}, {verdict.where}:\n{verdict.log}", markup=False)
+            console.print(f"{verdict.fault}, {verdict.where}:\n{verdict.log}")
     return 0 if all(verdict.weights_equal for verdict in found) else 1
 
 

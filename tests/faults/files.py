@@ -21,6 +21,8 @@ forks a process to be killed.
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -219,3 +221,12 @@ def flip_byte(path: Path, position: int | None = None) -> None:
 def truncate(path: Path, size: int | None = None) -> None:
     """Cut a file, to half unless said."""
     os.truncate(path, path.stat().st_size // 2 if size is None else size)
+
+
+def forge(checkpoint: Path, name: str, content: bytes) -> None:
+    """Give a file of a checkpoint another content, and the manifest its size and SHA-256."""
+    (checkpoint / name).write_bytes(content)
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    path.write_text(json.dumps(manifest))

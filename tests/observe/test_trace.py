@@ -222,8 +222,10 @@ def test_damaged_traces_are_named(tmp_path: Path, trace: Path) -> None:
     whole = trace.read_bytes()
     cases: list[tuple[bytes, str]] = [
         (whole[: len(whole) // 2], "not a whole trace"),
-        (gzip.decompress(whole)[:1000], "not a whole trace"),
-        (b"[]", "got no traceEvents"),
+        (gzip.decompress(whole)[:1000], "damaged: "),
+        (b"[]", "expected an object, got a list"),
+        (b"{}", "traceEvents: expected a list, got nothing"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'{"traceEvents": []}', "whole range named 'step'"),
         (b'{"traceEvents": [{"ph": "X", "name": "a", "ts": 1, "tid": 1}]}', "has no dur"),
     ]

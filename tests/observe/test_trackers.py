@@ -41,6 +41,18 @@ def test_mlflow_keeps_one_run_over_a_resume(tmp_path: Path, mlflow_uri: str) -> 
     assert run.data.params["seed"] == "3" and run.data.params["vision.name"] == "x" * 500
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"mlflow": {}}', "\0"])
+def test_a_damaged_record_of_runs_is_said_and_written_anew(
+    tmp_path: Path, mlflow_uri: str, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    (tmp_path / "tracking.json").write_text(text)
+    sink = MlflowSink(mlflow_uri, tmp_path, CONFIG)
+    sink.close()
+    assert "tracking.json: damaged: " in caplog.text and "begins anew" in caplog.text
+    found = json.loads((tmp_path / "tracking.json").read_text())
+    assert MlflowClient(tracking_uri=mlflow_uri).get_run(found["mlflow"]).info.run_name
+
+
 def test_wandb_keeps_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -1,0 +1,54 @@
+"""What a run's rows become, read by TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from m3i_fast.observe.metrics import TensorBoardSink
+
+
+def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    found = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(event.step, event.value) for event in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
+
+
+def _row(step: int) -> dict[str, float]:
+    return {"loss/total": 1.0 / step, "monitor/a b": float("nan"), "throughput/img_s": 3e3 * step}
+
+
+def test_tensorboard_reads_what_torch_would_have_written(tmp_path: Path) -> None:
+    """Rows of before and after a resume at step 10, which drops those of 15 and 20."""
+    for start, steps in ((0, (5, 10, 15, 20)), (10, (12, 14))):
+        sink = TensorBoardSink(tmp_path / "ours", start_step=start)
+        torchs = SummaryWriter(str(tmp_path / "torchs"), purge_step=start + 1 if start else None)
+        for step in steps:
+            sink.log(step, _row(step))
+            for name, value in _row(step).items():
+                torchs.add_scalar(name, value, step)
+            assert _scalars(tmp_path / "ours")["loss/total"][-1][0] == step  # there at once
+        sink.close()
+        torchs.close()
+    ours, expected = _scalars(tmp_path / "ours"), _scalars(tmp_path / "torchs")
+    assert repr(ours) == repr(expected)  # NaN is not itself
+    assert [step for step, _ in ours["loss/total"]] == [5, 10, 12, 14]
+
+
+def test_a_full_disk_is_an_error_of_the_row(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    sink = TensorBoardSink(tmp_path / "folder")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, sink._file.fileno())
+    os.close(full)
+    with pytest.raises(OSError) as error:
+        sink.log(1, _row(1))
+    assert error.value.errno == errno.ENOSPC
+    sink.close()
