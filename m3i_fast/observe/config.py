@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,8 +14,11 @@ class TelemetryConfig:
     """Samples a second of the GPUs and the processor of the first rank's node, 0.1 to 10, whose
     means are logged; 0: none."""
     prometheus_port: int = 0
-    """Port, of all interfaces, at which the first rank serves the last logged row to Prometheus; 0:
-    none. launch/grafana.json shows it."""
+    """Port at which the first rank serves the last logged row to Prometheus; 0: none.
+    launch/grafana.json shows it."""
+    prometheus_address: str = "127.0.0.1"
+    """IPv4 or IPv6 address of the interface that prometheus_port is opened on. Anyone who reaches it
+    can read the rows: the default serves this machine alone, 0.0.0.0 or :: every interface."""
     wandb_project: str = ""
     """Weights & Biases project that the logged rows go to, too; WANDB_MODE=offline keeps them in
     the run's directory."""
@@ -28,3 +32,10 @@ class TelemetryConfig:
             raise ValueError(
                 f"telemetry.prometheus_port: expected 0 to 65535, got {self.prometheus_port}"
             )
+        try:
+            ip_address(self.prometheus_address)
+        except ValueError:
+            raise ValueError(
+                "telemetry.prometheus_address: expected an IPv4 or IPv6 address (127.0.0.1, ::1; "
+                f"0.0.0.0 or :: for every interface), got {self.prometheus_address!r}"
+            ) from None
