@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ANYWHERE = {"hints", "storage"}
+ANYWHERE = {"config_fields", "hints", "storage"}
 MODELS = {"models", "ops"}
 ENGINE = {"config", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {

@@ -86,5 +86,5 @@ def test_bf16_gradients_are_averaged_in_fp32(ranks: Path) -> None:
 
 
 def test_a_negative_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="parallel.prefetch: expected >= 0, got -1"):
+    with pytest.raises(ValueError, match="parallel.prefetch: expected 0 to 1024, got -1"):
         ParallelConfig(prefetch=-1)
