@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from m3i_fast.engine.watchdog import EXIT_CODE, MissingRanks
 from m3i_fast.hints import nearest
 
 VERBS = {
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(f"m3i_fast.cli.{verb}").main(rest)
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         return refuse(str(error))
+    except MissingRanks as error:
+        refuse(str(error))
+        return EXIT_CODE
     except KeyboardInterrupt:
         console.print("interrupted")
         return 130

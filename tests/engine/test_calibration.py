@@ -1,5 +1,6 @@
 """Calibration takes the steps it says, on the threads of the config, and leaves nothing behind."""
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
