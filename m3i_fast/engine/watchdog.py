@@ -9,13 +9,14 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 EXIT_CODE = 76
 WATCHDOG_MINUTES = 10.0  # as long as NCCL waits for a collective, unless told otherwise
@@ -33,8 +34,9 @@ class Watchdog:
     keeps Python's lock hangs, it is faulthandler's 1, a limit later. seconds: inf for none of this.
     A machine whose steps are slow has GRACE times its fastest step where that is longer.
     An error that leaves the `with` has its traceback written to `path` as well, since a rank that
-    dies shows as an error of the others' collectives. A process that was stopped as a whole, for
-    less than a limit, and goes on is given its time again.
+    dies shows as an error of the others' collectives. A process that was stopped as a whole, and
+    goes on, is given its time again: by SIGTSTP (Ctrl-Z, Slurm's suspend) for any time, by SIGSTOP
+    alone for less than a limit.
     path: None for standard error, where there is no run's directory yet. flag: of the command line,
     that sets `seconds` in minutes.
     """
@@ -51,7 +53,7 @@ class Watchdog:
         self._poll = min(seconds / 20, 5.0)
         self._fastest = math.inf  # step, in seconds
         self._give(GRACE * seconds)
-        self._stopped = threading.Event()
+        self._stopped, self._arming = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def _give(self, seconds: float) -> None:
@@ -67,6 +69,10 @@ class Watchdog:
                 self._path.unlink(missing_ok=True)
                 self._file = self._path.open("a")
             self._give(GRACE * self._seconds)
+            is_main = threading.current_thread() is threading.main_thread()
+            self._stops = is_main and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+            if self._stops:
+                signal.signal(signal.SIGTSTP, self._on_stop)
             self._thread.start()
         return self
 
@@ -78,6 +84,8 @@ class Watchdog:
     ) -> None:
         if not self._thread.is_alive():
             return
+        if self._stops:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         self._stopped.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -105,6 +113,12 @@ class Watchdog:
         yield
         self._begin_step()
 
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        """Stop with no timer armed: faulthandler's would end the process once it goes on."""
+        with self._arming:
+            faulthandler.cancel_dump_traceback_later()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._stopped.wait(self._poll):
@@ -119,7 +133,8 @@ class Watchdog:
             # By a thread of C, should this one not get Python's lock any more: a limit later, so
             # that a beat which this one has not seen yet is no reason.
             later = left + self._seconds
-            faulthandler.dump_traceback_later(later, exit=True, file=self._file)
+            with self._arming:
+                faulthandler.dump_traceback_later(later, exit=True, file=self._file)
 
     def _end(self) -> None:
         """No logging: the thread that hangs may hold its lock."""

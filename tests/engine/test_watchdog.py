@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -81,6 +82,7 @@ def test_the_first_step_a_save_and_a_beat_have_their_time(tmp_path: Path) -> Non
             time.sleep(2 * LIMIT)
             with watchdog.patient("a save"):
                 time.sleep(2 * LIMIT)
+            watchdog.beat()
             for _ in range(3):
                 time.sleep(LIMIT / 2)
                 before = watchdog._deadline
@@ -103,17 +105,48 @@ def test_work_with_more_time_has_not_all_of_it(tmp_path: Path) -> None:
     assert f"no end of a save for {GRACE * LIMIT / 4 / 60:g} minutes" in stacks.read_text()
 
 
-def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
+def test_slow_steps_have_their_time(tmp_path: Path) -> None:
+    """A default that is no one's choice ends no run whose every step takes longer."""
+    stacks = tmp_path / "stacks.txt"
+
+    def work() -> None:
+        with Watchdog(stacks, seconds=LIMIT / 4) as watchdog:
+            for _ in range(3):
+                time.sleep(LIMIT)
+                watchdog.beat()
+            with watchdog.patient("a save"):
+                pass  # it is no step, and says nothing of how fast they are
+            time.sleep(600)
+
+    assert _child(work) == EXIT_CODE
+    [minutes] = re.findall(r"no end of a step for (\S+) minutes", stacks.read_text())
+    assert GRACE * LIMIT <= 60 * float(minutes) < 2 * GRACE * LIMIT
+
+
+@pytest.mark.parametrize(
+    ("number", "limits", "stopped"),
+    [(signal.SIGSTOP, 3, 3), (signal.SIGTSTP, 1, 9)],  # the second past both timers
+)
+def test_a_process_that_was_stopped_goes_on(
+    number: signal.Signals, limits: int, stopped: int, tmp_path: Path
+) -> None:
     def work() -> None:
         if os.fork() == 0:
-            time.sleep(LIMIT)
-            os.kill(os.getppid(), signal.SIGSTOP)
-            time.sleep(3 * LIMIT)
+            time.sleep(LIMIT / 2)
+            os.kill(os.getppid(), number)
+            time.sleep(stopped * LIMIT)
             os.kill(os.getppid(), signal.SIGCONT)
             os._exit(0)
-        with Watchdog(tmp_path / "stacks.txt", seconds=3 * LIMIT) as watchdog:
+        with Watchdog(tmp_path / "stacks.txt", seconds=limits * LIMIT) as watchdog:
             watchdog.beat()
-            time.sleep(5 * LIMIT)
+            for _ in range(40):  # a handler runs between two of them
+                time.sleep(limits * LIMIT / 50)
+            watchdog.beat()
+            began = time.monotonic()
+            while time.monotonic() < began + stopped * LIMIT / 2:
+                time.sleep(limits * LIMIT / 50)
+                watchdog.beat()
+        assert signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
 
     assert _child(work) == 0
 
