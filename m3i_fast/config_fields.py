@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from numbers import Integral
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 NUMBERS = range(2**63)  # seeds, and steps between two events: they size nothing
 COUNTS = range(1, 2**63)
@@ -18,19 +18,19 @@ DEPTHS = range(1, 2**10 + 1)  # layers, which are built one after another
 ROWS = range(2**24 + 1)  # of a table: at 512 features 32 GiB
 SOME_ROWS = range(1, ROWS.stop)
 SIDES = range(1, 2**13 + 1)  # pixels: an RGB image of 8,192 squared takes 192 MiB
-BATCHES = range(1, 2**16 + 1)  # samples that one rank holds
+BATCHES = range(1, 2**16 + 1)  # samples of a batch, or batches of a step, on one rank
 STEPS = range(1, 5 * 10**7 + 1)  # schedules are arrays of this length: 0.4 GiB each
 THREADS = range(1, 2**10 + 1)  # twice those of the largest nodes
 MAX_RATIO = 64.0  # hidden width of an MLP over its input
 
 
-def check_fields(cfg: object, prefix: str = "") -> None:
+def check_fields(cfg: Any, prefix: str = "") -> None:
     """Raise ValueError for the first field whose number is not finite, or out of its range.
 
     Every config calls it first in __post_init__, so that comparisons after it never see a NaN.
     prefix: what the message puts before the field's name, "optim.".
     """
-    for name, allowed in _ranges(type(cfg)).items():
+    for name, allowed in _ranges(type(cfg)).items():  # type: ignore[arg-type]
         value = getattr(cfg, name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):

@@ -100,9 +100,10 @@ class LoaderConfig:
     num_threads: Annotated[int, THREADS] = 1
     """DALI worker threads; results do not depend on it."""
     prefetch: Annotated[int, range(1, 65)] = 2
-    """Batches prepared ahead."""
+    """Batches prepared ahead, at most 64: each is held decoded."""
     initial_fill: Annotated[int, range(1, 2**17 + 1)] = 4096
-    """Encoded samples held in the shuffle buffer, in host memory, a rank."""
+    """Encoded samples held in the shuffle buffer, in host memory, a rank; at most 131,072, which
+    at 100 kB a picture are 13 GB."""
     hw_decoder_load: float | None = None
     """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
     leaves it to DALI. For decoding on a GPU alone."""

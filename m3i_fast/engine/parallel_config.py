@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from m3i_fast.config_fields import ROWS, check_fields
+from m3i_fast.config_fields import BATCHES, DEPTHS, ROWS, check_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,10 +16,10 @@ class ParallelConfig:
     chunk: Annotated[int, ROWS] = 0
     """Rows that encoders and decoders work on at a time (gradient caching): activations take the
     memory of so many, losses see the whole batch, the forward pass is run twice. 0: all rows."""
-    accumulate: Annotated[int, range(1, 2**16 + 1)] = 1
+    accumulate: Annotated[int, BATCHES] = 1
     """Batches of data.batch_size that a rank's step adds the gradients of: the whole batch is
     data.batch_size x accumulate x ranks. Each term's mean is over the members of one of them."""
-    prefetch: Annotated[int, range(2**10 + 1)] = 0
+    prefetch: Annotated[int, range(DEPTHS.stop)] = 0
     """Blocks whose weights are gathered before their turn, forward and backward, where weights are
     spread: more of them hide a slower network, and each takes the memory of a block. 0: one, when
     FSDP2 sees fit."""

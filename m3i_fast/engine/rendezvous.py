@@ -24,13 +24,14 @@ def meet(seconds: float) -> dist.Store:
     """Return the store that the environment names, after every rank has left its key in it.
 
     RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are those of torchrun, whose agent hosts the
-    store; without torchrun rank 0 does. Raises MissingRanks, which names them, after `seconds`.
+    store; without torchrun rank 0 does. Raises MissingRanks, which names them, after `seconds`, and
+    ValueError where one of the variables is missing.
     """
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = int(_variable("RANK")), int(_variable("WORLD_SIZE"))
     began, looked, absent = time.monotonic(), 0.0, [0]
     try:
         store = _connect(rank, size, min(seconds, _LONGEST))
-        store.set(_key(rank), b"")
+        store.set(_key(rank), "")
         store.add(_COUNT, 1)
         # Asked again and again: a wait that runs out of time prints warnings of sockets.
         while store.add(_COUNT, 0) < size:
@@ -65,7 +66,7 @@ def missing(store: dist.Store, ranks: Sequence[int]) -> list[int]:
 
 
 def _verdict(store: dist.Store, text: str) -> MissingRanks:
-    """What ends this rank, and the others with it; they read it before the store may go."""
+    """Tell the other ranks, before this one and maybe the store end; return what ends it."""
     store.set(_VERDICT, text)
     time.sleep(10 * _POLL)
     return MissingRanks(text)
@@ -73,8 +74,8 @@ def _verdict(store: dist.Store, text: str) -> MissingRanks:
 
 def _connect(rank: int, size: int, seconds: float) -> dist.Store:
     store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
+        _variable("MASTER_ADDR"),
+        int(_variable("MASTER_PORT")),
         size,
         is_master=rank == 0 and not _has_agent(),
         timeout=timedelta(seconds=seconds),
@@ -83,6 +84,16 @@ def _connect(rank: int, size: int, seconds: float) -> dist.Store:
     )
     # An agent that starts its ranks again may keep the store.
     return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _variable(name: str) -> str:
+    if not os.environ.get(name):
+        raise ValueError(
+            f"{name}: expected in the environment, as torchrun sets it, beside WORLD_SIZE = "
+            f"{os.environ.get('WORLD_SIZE')}, got none: start with m3i-fast launch, or unset "
+            "WORLD_SIZE for one process"
+        )
+    return os.environ[name]
 
 
 def _has_agent() -> bool:

@@ -53,7 +53,7 @@ class Watchdog:
         self._poll = min(seconds / 20, 5.0)
         self._fastest = math.inf  # step, in seconds
         self._give(GRACE * seconds)
-        self._stopped, self._arming = threading.Event(), threading.Lock()
+        self._stopped, self._arming = threading.Event(), threading.RLock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def _give(self, seconds: float) -> None:

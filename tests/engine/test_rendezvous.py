@@ -114,7 +114,7 @@ def test_the_missing_are_found_with_few_questions(absent: list[int]) -> None:
             return store.check(keys)
 
     for rank in set(range(1024)).difference(absent):
-        store.set(f"joined/{rank}", b"")
+        store.set(f"joined/{rank}", "")
     assert missing(Counted(), range(1024)) == absent  # type: ignore[arg-type]
     assert asked <= max(1, 22 * len(absent)) and asked <= 2047
 
@@ -158,6 +158,16 @@ def test_a_port_that_is_taken_is_no_missing_rank(tmp_path: Path) -> None:
             return 0
 
         assert _run([0], 2, place, tmp_path, work)[0][0] == 0
+
+
+@pytest.mark.parametrize("absent", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_variable_that_is_missing_is_named(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(absent)
+    with pytest.raises(ValueError, match=rf"^{absent}: expected .* WORLD_SIZE = 2, got none"):
+        join_world(torch.device("cpu"))
 
 
 def test_a_rank_that_is_late_is_waited_for_and_named_meanwhile(
