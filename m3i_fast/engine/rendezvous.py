@@ -113,5 +113,5 @@ def _told(absent: Sequence[int], size: int) -> str:
 def _text(absent: Sequence[int], size: int, waited: float) -> str:
     return (
         f"missing after {waited / 60:.2g} minutes: {_told(absent, size)}; see what they printed, "
-        "and whether their nodes are up, or set --init-minutes to wait longer"
+        "and whether their nodes are up, or have train wait longer with --init-minutes"
     )

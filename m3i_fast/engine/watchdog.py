@@ -66,6 +66,8 @@ class Watchdog:
             if self._path is None:
                 self._file = os.fdopen(os.dup(2), "a")
             else:
+                # Made by the first rank; another node's cache of directories may not have it yet.
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.unlink(missing_ok=True)
                 self._file = self._path.open("a")
             self._give(GRACE * self._seconds)
@@ -91,9 +93,11 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if isinstance(error, RuntimeError) and self._path is not None:
             self._file.writelines(traceback.format_exception(kind, error, trace))
+        self._file.flush()
+        is_empty = not os.fstat(self._file.fileno()).st_size
         self._file.close()
-        if self._path is not None and not self._path.stat().st_size:
-            self._path.unlink()
+        if self._path is not None and is_empty:
+            self._path.unlink(missing_ok=True)  # the whole directory may have gone
 
     def beat(self) -> None:
         """Note that a step is done, and begin the next."""

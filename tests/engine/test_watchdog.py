@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -159,6 +160,15 @@ def test_an_error_leaves_its_traceback_and_none_asked_for_nothing(tmp_path: Path
     with Watchdog(tmp_path / "none.txt", seconds=math.inf) as watchdog:
         watchdog.beat()
     assert not (tmp_path / "none.txt").exists()
+
+
+def test_a_directory_that_goes_is_not_the_watchdogs_error(tmp_path: Path) -> None:
+    """What the run itself raises, of what it could not write, is what is told."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(OSError, match="no place"), Watchdog(folder / "stacks.txt", seconds=60):
+        shutil.rmtree(folder)
+        raise OSError("no place")
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
