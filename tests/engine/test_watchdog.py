@@ -124,29 +124,39 @@ def test_slow_steps_have_their_time(tmp_path: Path) -> None:
     assert GRACE * LIMIT <= 60 * float(minutes) < 2 * GRACE * LIMIT
 
 
-@pytest.mark.parametrize(
-    ("number", "limits", "stopped"),
-    [(signal.SIGSTOP, 3, 3), (signal.SIGTSTP, 1, 9)],  # the second past both timers
-)
-def test_a_process_that_was_stopped_goes_on(
-    number: signal.Signals, limits: int, stopped: int, tmp_path: Path
-) -> None:
+def _stop_parent(number: signal.Signals, seconds: float) -> None:
+    """From a child of this process, a moment from now and for so long."""
+    if os.fork() == 0:
+        time.sleep(LIMIT)
+        os.kill(os.getppid(), number)
+        time.sleep(seconds)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+
+
+def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
     def work() -> None:
-        if os.fork() == 0:
-            time.sleep(LIMIT / 2)
-            os.kill(os.getppid(), number)
-            time.sleep(stopped * LIMIT)
-            os.kill(os.getppid(), signal.SIGCONT)
-            os._exit(0)
-        with Watchdog(tmp_path / "stacks.txt", seconds=limits * LIMIT) as watchdog:
+        _stop_parent(signal.SIGSTOP, 3 * LIMIT)
+        with Watchdog(tmp_path / "stacks.txt", seconds=3 * LIMIT) as watchdog:
             watchdog.beat()
-            for _ in range(40):  # a handler runs between two of them
-                time.sleep(limits * LIMIT / 50)
-            watchdog.beat()
-            began = time.monotonic()
-            while time.monotonic() < began + stopped * LIMIT / 2:
-                time.sleep(limits * LIMIT / 50)
+            time.sleep(5 * LIMIT)
+
+    assert _child(work) == 0
+
+
+def test_a_process_that_was_suspended_goes_on_however_late(tmp_path: Path) -> None:
+    """Past both timers, Python's and faulthandler's."""
+    limit, suspended = 3 * LIMIT, 9 * LIMIT
+
+    def work() -> None:
+        _stop_parent(signal.SIGTSTP, suspended)
+        ends, longest = time.monotonic() + suspended + limit, 0.0
+        with Watchdog(tmp_path / "stacks.txt", seconds=limit) as watchdog:
+            while (began := time.monotonic()) < ends:
+                time.sleep(0.01)  # the signal's handler runs between two of them
                 watchdog.beat()
+                longest = max(longest, time.monotonic() - began)
+        assert longest > suspended / 2  # it was
         assert signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
 
     assert _child(work) == 0
