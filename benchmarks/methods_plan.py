@@ -47,6 +47,7 @@ ADDED: dict[str, object] = {
     "guard.max_rollbacks": 3,
     "telemetry.hz": 1.0,
     "telemetry.prometheus_port": 0,
+    "telemetry.prometheus_address": "127.0.0.1",
     "telemetry.wandb_project": "",
     "telemetry.mlflow_uri": "",
     "backend": "auto",

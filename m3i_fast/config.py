@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import cattrs
 import tyro
+from cattrs.v import format_exception
 
+from m3i_fast.config_fields import COUNTS, NUMBERS, ROWS, STEPS, THREADS, WIDTHS, check_fields
 from m3i_fast.engine.ema import EmaConfig
 from m3i_fast.engine.guard_config import GuardConfig
 from m3i_fast.engine.optim import OptimConfig
@@ -34,11 +37,11 @@ Backend = Literal["auto", "torch", "te", "torchao"]
 class TrainConfig:
     """All that decides the result of a run: equal configs give equal runs."""
 
-    seed: int = 0
+    seed: Annotated[int, NUMBERS] = 0
     """Seed of initialisation, masks, pairs and dropout; the loader has its own, data.seed."""
-    num_steps: int = 100_000
+    num_steps: Annotated[int, STEPS] = 100_000
     """Optimiser steps. Schedules are arrays of this length."""
-    num_classes: int = 1000
+    num_classes: Annotated[int, ROWS] = 1000
     """Categories in the data; 0 if it has none."""
     data: LoaderConfig = field(default_factory=LoaderConfig)
     vision: Annotated[VisionConfig, tyro.conf.AvoidSubcommands] = field(default_factory=ViTConfig)
@@ -55,7 +58,7 @@ class TrainConfig:
     all that is not FP8 is then bf16."""
     backend: Backend = "auto"
     """Library of the blocks; auto: torch, and for FP8 Transformer Engine or else torchao."""
-    fp8_min_dim: int = 768
+    fp8_min_dim: Annotated[int, WIDTHS] = 768
     """FP8 only where a linear layer has as many features in and out; narrower ones stay in bf16."""
     compile: bool = False
     """torch.compile the encoders and the decoder."""
@@ -68,15 +71,15 @@ class TrainConfig:
     deterministic: bool = False
     """Only operations that give the same bits at every run on the same machine, though slower ones;
     what has none is refused."""
-    num_threads: int = 0
+    num_threads: Annotated[int, range(THREADS.stop)] = 0
     """CPU threads of torch; 0 leaves torch's default."""
-    log_every: int = 10
+    log_every: Annotated[int, COUNTS] = 10
     """Steps between two reads of the metrics, the only host synchronisation."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Annotated[int, COUNTS] = 1000
     """Steps between two checkpoints; the last step always writes one."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, COUNTS] = 2
     """Newest checkpoints kept."""
-    keep_every: int = 0
+    keep_every: Annotated[int, NUMBERS] = 0
     """Steps between checkpoints that are kept for ever; 0 keeps none of them."""
     keep_best: str = ""
     """Logged metric whose best checkpoint is kept as well: loss/total its lowest,
@@ -85,13 +88,7 @@ class TrainConfig:
     """Write checkpoints in a thread, from a copy in host memory; the step waits for the copy."""
 
     def __post_init__(self) -> None:
-        positive = ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints", "fp8_min_dim")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("num_classes", "num_threads", "seed", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        check_fields(self)
         views = self.data.global_views
         if views.size != self.vision.image_size:
             raise ValueError(
@@ -192,7 +189,7 @@ class TrainConfig:
             return _converter.structure(tree, cls)
         except (cattrs.BaseValidationError, ValueError, TypeError) as error:
             reasons = (
-                cattrs.transform_error(error, path="config")
+                cattrs.transform_error(error, path="config", format_exception=_reason)
                 if isinstance(error, cattrs.BaseValidationError)
                 else [str(error)]
             )
@@ -231,6 +228,28 @@ def _vision_config(value: dict[str, Any], _: Any) -> VisionConfig:
     return _converter.structure(value, ViTConfig)
 
 
+def _reason(error: BaseException, kind: type | None) -> str:
+    """The text of what a config raises; cattrs's own for what is missing, unknown or no object."""
+    if isinstance(error, (KeyError, TypeError, AttributeError, cattrs.ForbiddenExtraKeysError)):
+        return format_exception(error, kind)
+    return str(error)
+
+
+def _only(kind: type, expected: str, *others: type) -> Callable[[Any, Any], Any]:
+    """Take values of this type (cattrs would make 3 of 3.7, and True of "false")."""
+
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) not in (kind, *others):
+            raise ValueError(f"expected {expected}, got {value!r}")
+        return kind(value)
+
+    return structure
+
+
+_converter.register_structure_hook(bool, _only(bool, "true or false"))
+_converter.register_structure_hook(int, _only(int, "a whole number"))
+_converter.register_structure_hook(float, _only(float, "a number", int))
+_converter.register_structure_hook(str, _only(str, "text"))
 _converter.register_structure_hook(VisionConfig, _vision_config)
 _converter.register_unstructure_hook(Path, str)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))

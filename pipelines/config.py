@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from m3i_fast.config_fields import BATCHES, NUMBERS, SIDES, THREADS, check_fields
 from m3i_fast.pipelines.pictures import MAX_PIXELS
 
 
@@ -18,9 +19,9 @@ def _require(ok: bool, name: str, value: object, expected: str) -> None:
 class ViewConfig:
     """How views of one size are cut out of the decoded image, and their colours changed."""
 
-    count: int = 2
+    count: Annotated[int, range(1, 65)] = 2
     """Views an image."""
-    size: int = 224
+    size: Annotated[int, SIDES] = 224
     """Side of the square view in pixels."""
     scale: tuple[float, float] = (0.3, 1.0)
     """Range of the crop's area as a fraction of the image's."""
@@ -50,8 +51,7 @@ class ViewConfig:
     """Probability that values of 128 and more are inverted."""
 
     def __post_init__(self) -> None:
-        _require(self.count >= 1, "count", self.count, "at least 1")
-        _require(self.size >= 1, "size", self.size, "at least 1")
+        check_fields(self)
         low, high = self.scale
         _require(
             0 < low <= high <= 1,
@@ -90,21 +90,22 @@ class LoaderConfig:
     """Dataset directory (with manifest.json and shards)."""
     split: str = "train"
     """Split of the dataset."""
-    batch_size: int = 64
+    batch_size: Annotated[int, BATCHES] = 64
     """Samples a batch, on this rank."""
     global_views: ViewConfig = field(default_factory=ViewConfig)
     """Views at the full size."""
     local_views: ViewConfig | None = None
     """Smaller views, if any."""
-    seed: int = 0
+    seed: Annotated[int, NUMBERS] = 0
     """Seed of order, crops and colours."""
-    num_threads: int = 1
+    num_threads: Annotated[int, THREADS] = 1
     """DALI worker threads; results do not depend on it."""
-    prefetch: int = 2
-    """Batches prepared ahead."""
-    initial_fill: int = 4096
-    """Encoded samples held in the shuffle buffer, in host memory, a rank."""
-    max_pixels: int = MAX_PIXELS
+    prefetch: Annotated[int, range(1, 65)] = 2
+    """Batches prepared ahead, at most 64: each is held decoded."""
+    initial_fill: Annotated[int, range(1, 2**17 + 1)] = 4096
+    """Encoded samples held in the shuffle buffer, in host memory, a rank; at most 131,072, which
+    at 100 kB a picture are 13 GB."""
+    max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS
     """Most pixels of a picture, height times width; larger ones are refused by name before they are
     decoded. As Pillow's MAX_IMAGE_PIXELS."""
     hw_decoder_load: float | None = None
@@ -112,8 +113,6 @@ class LoaderConfig:
     leaves it to DALI. For decoding on a GPU alone."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_threads", "prefetch", "initial_fill", "max_pixels"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 <= seed < 2^63")
+        check_fields(self)
         load = self.hw_decoder_load
         _require(load is None or 0 <= load <= 1, "hw_decoder_load", load, "a share in [0, 1]")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ANYWHERE = {"hints", "json_files", "storage", "terminal"}
+ANYWHERE = {"config_fields", "hints", "json_files", "storage", "terminal"}
 MODELS = {"models", "ops"}
 ENGINE = {"config", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {

@@ -317,6 +317,37 @@ def test_a_wrong_request_is_a_2(log: Path, tmp_path: Path) -> None:
     assert "requeue" not in (log / "scontrol").read_text()
 
 
+C10D = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}")
+STATIC = ("--master-addr", "127.0.0.1", "--master-port", "{port}", "--node-rank")
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        (C10D, "join_timeout"),
+        ((*STATIC, "0"), "timeout"),  # a node waits for the others
+        ((*STATIC, "1"), "timeout"),  # and the others for the first
+    ],
+)
+def test_a_node_that_never_comes_is_a_76(
+    options: tuple[str, ...], limit: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = [option.format(port=port) for option in options]
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        asked = ["--nnodes", "2", *place, "--rdzv-conf", f"{limit}=1", "-m", "m3i_fast.cli"]
+        assert main(["launch", *asked]) == 76
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = capfd.readouterr().err
+    assert f"expected 2 to meet at 127.0.0.1:{port}" in said and f"{limit}=SECONDS" in said
+    assert "Traceback" not in said
+
+
 def test_what_launch_makes_of_exit_codes() -> None:
     usr1, kill = int(signal.SIGUSR1), int(signal.SIGKILL)
     assert [launch.exit_code(code, set()) for code in (2, 75, -kill, -usr1)] == [2, 75, 137, 138]

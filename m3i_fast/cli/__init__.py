@@ -10,6 +10,7 @@ import sys
 from rich.logging import RichHandler
 from rich.text import Text
 
+from m3i_fast.engine.watchdog import EXIT_CODE, MissingRanks
 from m3i_fast.hints import nearest
 from m3i_fast.terminal import make_console
 
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         return importlib.import_module(f"m3i_fast.cli.{verb}").main(rest)
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         return refuse(str(error))
+    except MissingRanks as error:
+        refuse(str(error))
+        return EXIT_CODE
     except KeyboardInterrupt:
         console.print("interrupted")
         return 130

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from m3i_fast.cli import console
+from m3i_fast.config_fields import BATCHES, check_fields
 from m3i_fast.engine.evaluator import evaluate
 
 
@@ -18,8 +20,11 @@ class EvaluateCommand:
     """Run directory that `m3i-fast train` wrote."""
     split: str = "heldout"
     """Split to measure on; no setting is chosen on it."""
-    batch_size: int = 256
+    batch_size: Annotated[int, BATCHES] = 256
     """Pictures a forward pass."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def main(argv: list[str]) -> int:

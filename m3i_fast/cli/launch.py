@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
 from m3i_fast.cli import console
+from m3i_fast.engine.watchdog import MissingRanks
 
 USAGE = """\
 usage: m3i-fast launch [--retry-code N] [options of torchrun] -m m3i_fast.cli train RECIPE ...
@@ -19,11 +23,14 @@ usage: m3i-fast launch [--retry-code N] [options of torchrun] -m m3i_fast.cli tr
 Takes torchrun's arguments (torchrun --help) and differs from it in two things. SIGINT, SIGTERM and
 SIGUSR1 go to the ranks, which save for as long as the scheduler lets them; torchrun kills them
 after 30 s. The exit code is that of the rank which failed first, 75 where the ranks saved to be
-started again; torchrun's is 1 whatever happened.
+started again, 76 where a rank hung or never came, or a node (torchrun waits ten minutes for nodes,
+or --rdzv-conf join_timeout=SECONDS; with --master-addr, timeout=SECONDS); torchrun's is 1 whatever
+happened.
 
   --retry-code N   exit with N instead of 75, for a scheduler that takes 75 as final
 """
 _RETRY = os.EX_TEMPFAIL
+_NOT_MET = (DistStoreError, DistNetworkError, RendezvousTimeoutError, RendezvousConnectionError)
 _LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
 
 
@@ -58,6 +65,10 @@ def main(argv: list[str]) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         code = exit_code(first.exitcode, forward.received)
+    except _NOT_MET as error:
+        if "EADDRINUSE" in str(error):
+            raise
+        raise MissingRanks(_missing_nodes(args, error)) from None
     except SystemExit as stopped:  # of the handler, while the nodes waited for each other
         code = int(stopped.code or 0)
     else:
@@ -83,6 +94,17 @@ def exit_code(code: int, received: set[int]) -> int:
     if code >= 0:
         return code
     return _RETRY if -code in received - {signal.SIGINT} else 128 - code
+
+
+def _missing_nodes(args: Namespace, error: Exception) -> str:
+    place = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
+    limit = "join_timeout" if args.rdzv_backend == "c10d" else "timeout"
+    why = f": {error.__cause__ or error}".removesuffix(": ")
+    return (
+        f"nodes are missing, or have gone: expected {args.nnodes} to meet at {place}{why}; see "
+        "whether each of them runs this command, and reaches that address, or set --rdzv-conf "
+        f"{limit}=SECONDS to wait longer"
+    )
 
 
 def _ranks() -> list[int]:

@@ -22,8 +22,10 @@ from rich.progress import (
 from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import leave_world
+from m3i_fast.engine.rendezvous import INIT_MINUTES
 from m3i_fast.engine.run import Resume
 from m3i_fast.engine.trainer import Outcome, Trainer
+from m3i_fast.engine.watchdog import WATCHDOG_MINUTES, Watchdog
 from m3i_fast.recipes import find_recipe, recipes
 
 USAGE = """\
@@ -47,12 +49,17 @@ class TrainCommand:
     """End with an error, after a checkpoint, when a monitor stays out of its healthy range."""
     max_hours: float = math.inf
     """Save and exit with 75 after so long, as at SIGTERM and SIGUSR1: before a job's time is up."""
-    watchdog_minutes: float = math.inf
-    """With no step done for so long (a first step, a save: 5 times as long) write the stacks of all
-    threads to stacks-rankN.txt in --out and exit with 76; inf: never."""
+    init_minutes: float = INIT_MINUTES
+    """With ranks missing for so long at the start name them and exit with 76; the same, with the
+    stacks of all threads, where they have met and the start (model, data, a resume's checkpoint)
+    takes 5 times as long; inf: never."""
+    watchdog_minutes: float = WATCHDOG_MINUTES
+    """With no step done for so long (a first step, a save: 5 times as long; where steps are slow, 5
+    of the fastest) write the stacks of all threads to stacks-rankN.txt in --out and exit with 76;
+    inf: never."""
 
     def __post_init__(self) -> None:
-        for name in ("max_hours", "watchdog_minutes"):
+        for name in ("max_hours", "init_minutes", "watchdog_minutes"):
             if not getattr(self, name) > 0:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: expected > 0, got {getattr(self, name)}")
@@ -75,6 +82,7 @@ def main(argv: list[str]) -> int:
             resume="auto" if command.auto_resume else command.resume,
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
+            init_minutes=command.init_minutes,
             watchdog_minutes=command.watchdog_minutes,
         )
     finally:
@@ -109,10 +117,20 @@ def run(
     resume: Resume = False,
     stop_on_collapse: bool = False,
     max_hours: float = math.inf,
-    watchdog_minutes: float = math.inf,
+    init_minutes: float = INIT_MINUTES,
+    watchdog_minutes: float = WATCHDOG_MINUTES,
 ) -> Outcome:
     """Train with a progress bar: steps, images a second, time left, loss."""
-    trainer = Trainer(config, out, resume=resume, stop_on_collapse=stop_on_collapse, recipe=recipe)
+    limit = 60 * init_minutes
+    with Watchdog(None, seconds=limit, doing="the start", flag="--init-minutes"):
+        trainer = Trainer(
+            config,
+            out,
+            resume=resume,
+            stop_on_collapse=stop_on_collapse,
+            recipe=recipe,
+            join_seconds=limit,
+        )
     quiet = not trainer.world.is_main  # the ranks share a terminal
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from dataclasses import replace
@@ -21,10 +22,10 @@ logger = logging.getLogger(__name__)
 def calibrate(cfg: TrainConfig, seconds: float) -> int:
     """Steps that fit into `seconds` on `cfg.num_threads`: a few are timed, then thrown away.
 
-    At least NUM_TIMED. Raises ValueError unless `seconds` is positive.
+    At least NUM_TIMED. Raises ValueError unless `seconds` is positive and finite.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds: expected > 0, got {seconds}")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds: expected a finite number > 0, got {seconds}")
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(replace(cfg, num_steps=NUM_WARM + NUM_TIMED), Path(scratch) / "run")
         _take_steps(trainer, NUM_WARM)

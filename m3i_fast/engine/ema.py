@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config_fields import check_fields
 from m3i_fast.engine.parts import local
 from m3i_fast.engine.schedules import cosine
 
@@ -20,6 +21,7 @@ class EmaConfig:
     """Momentum at the last step, reached by a cosine."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "ema.")
         if not 0 <= self.momentum <= self.final_momentum <= 1:
             raise ValueError(
                 f"ema.momentum: expected 0 <= momentum <= final_momentum <= 1, got "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from m3i_fast.config_fields import COUNTS, NUMBERS, check_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,37 +15,30 @@ class GuardConfig:
     Limits, back-off and rollbacks are heeded where the metrics are read, every log_every steps.
     """
 
-    max_in_a_row: int = 10
+    max_in_a_row: Annotated[int, COUNTS] = 10
     """Skipped steps one after another that end the run."""
     max_share: float = 0.1
     """Share of the last 1000 steps that may be skipped; more end the run."""
-    backoff_after: int = 3
+    backoff_after: Annotated[int, NUMBERS] = 3
     """Skipped steps in a row after which the learning rate is scaled down; 0: never."""
     backoff_scale: float = 0.5
     """What it is scaled by, again with every further backoff_after in a row."""
-    backoff_steps: int = 200
+    backoff_steps: Annotated[int, COUNTS] = 200
     """Steps it stays scaled."""
     spikes: Literal["off", "skip", "rollback"] = "off"
     """A loss far above its running mean. skip: as one that is not finite; rollback: back to the
     last checkpoint before it, while the data go on."""
     spike_deviations: float = 6.0
     """Standard deviations above the mean that make a spike."""
-    spike_window: int = 100
+    spike_window: Annotated[int, range(2, NUMBERS.stop)] = 100
     """Steps that mean and deviation are over, and at the start of a run without a spike."""
-    max_rollbacks: int = 3
+    max_rollbacks: Annotated[int, NUMBERS] = 3
     """Rollbacks of a run; one more ends it."""
 
     def __post_init__(self) -> None:
-        for name in ("max_in_a_row", "backoff_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"guard.{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("backoff_after", "max_rollbacks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"guard.{name}: expected >= 0, got {getattr(self, name)}")
+        check_fields(self, "guard.")
         for name in ("max_share", "backoff_scale"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"guard.{name}: expected in (0, 1], got {getattr(self, name)}")
         if not self.spike_deviations > 0:
             raise ValueError(f"guard.spike_deviations: expected > 0, got {self.spike_deviations}")
-        if self.spike_window < 2:
-            raise ValueError(f"guard.spike_window: expected >= 2, got {self.spike_window}")

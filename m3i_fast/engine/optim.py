@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config_fields import check_fields
 from m3i_fast.engine.param_groups import Group, group_parameters, lr_scales
 from m3i_fast.engine.parts import GradientNorm, gradient_norm, local
 from m3i_fast.engine.schedules import cosine, warmup_cosine
@@ -62,6 +63,7 @@ class OptimConfig:
     """Bound of the global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "optim.")
         if not self.lr > 0:
             raise ValueError(f"optim.lr: expected > 0, got {self.lr}")
         if not self.muon_lr > 0:

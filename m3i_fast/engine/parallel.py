@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from m3i_fast.engine.meta_init import initialise, is_on_meta
 from m3i_fast.engine.parallel_config import ParallelConfig
 from m3i_fast.engine.parts import is_spread
+from m3i_fast.engine.rendezvous import INIT_MINUTES, meet
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,11 @@ class World:
         return init_device_mesh(self.device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
 
-def join_world(device: torch.device) -> World:
+def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> World:
     """The world that torchrun describes in the environment, one process without it.
 
     Initialises torch.distributed unless that has been done: NCCL on GPUs, one a process, gloo on
-    CPUs.
+    CPUs. Raises MissingRanks where not every rank has come here within `seconds`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
         return World(device)
@@ -96,8 +97,14 @@ def join_world(device: torch.device) -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        store = meet(seconds)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("default_pg", store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            device_id=device if device.type == "cuda" else None,
+        )
     group = dist.group.WORLD
     assert group is not None
     control = dist.new_group(backend="gloo") if device.type == "cuda" else group

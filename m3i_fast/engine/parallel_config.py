@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from m3i_fast.config_fields import BATCHES, DEPTHS, ROWS, check_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    shard: int = 1
+    shard: Annotated[int, range(-1, 2**20 + 1)] = 1
     """Ranks that weights, gradients, moments and averages are spread over. 1: every rank holds all
     (DDP); -1: all ranks (FSDP2); between: as many groups of so many ranks (HSDP)."""
-    chunk: int = 0
+    chunk: Annotated[int, ROWS] = 0
     """Rows that encoders and decoders work on at a time (gradient caching): activations take the
     memory of so many, losses see the whole batch, the forward pass is run twice. 0: all rows."""
-    accumulate: int = 1
+    accumulate: Annotated[int, BATCHES] = 1
     """Batches of data.batch_size that a rank's step adds the gradients of: the whole batch is
     data.batch_size x accumulate x ranks. Each term's mean is over the members of one of them."""
-    prefetch: int = 0
+    prefetch: Annotated[int, range(DEPTHS.stop)] = 0
     """Blocks whose weights are gathered before their turn, forward and backward, where weights are
     spread: more of them hide a slower network, and each takes the memory of a block. 0: one, when
     FSDP2 sees fit."""
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise ValueError(f"parallel.accumulate: expected >= 1, got {self.accumulate}")
-        if self.prefetch < 0:
-            raise ValueError(f"parallel.prefetch: expected >= 0, got {self.prefetch}")
-        if self.chunk < 0:
-            raise ValueError(f"parallel.chunk: expected >= 0, got {self.chunk}")
-        if self.shard < 1 and self.shard != -1:
+        check_fields(self, "parallel.")
+        if self.shard == 0:
             raise ValueError(f"parallel.shard: expected -1 or >= 1, got {self.shard}")

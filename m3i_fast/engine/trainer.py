@@ -29,6 +29,7 @@ from m3i_fast.engine.optim import build_optimizer, set_schedules
 from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
 from m3i_fast.engine.parts import GradientNorm
 from m3i_fast.engine.precision import announce, look_at, resolve_device, resolve_precision
+from m3i_fast.engine.rendezvous import INIT_MINUTES
 from m3i_fast.engine.run import Data, Resume, Run, Stateful, expect_data
 from m3i_fast.engine.run_log import RunLog
 from m3i_fast.engine.skips import Skips
@@ -71,13 +72,17 @@ class Trainer:
         stop_on_collapse: bool = False,
         recipe: str = "",
         data: Data | None = None,
+        join_seconds: float = 60 * INIT_MINUTES,
     ) -> None:
-        """recipe: the name that the run goes by in what is logged elsewhere."""
+        """recipe: the name that the run goes by in what is logged elsewhere.
+
+        join_seconds: within which all ranks have come, or `MissingRanks` is raised.
+        """
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         device = resolve_device(cfg.device)
         if cfg.deterministic:
             make_deterministic(cfg, device)
-        self.world = join_world(device)
+        self.world = join_world(device, seconds=join_seconds)
         self.device, rank = self.world.device, self.world.rank
         self.arithmetic = resolve_precision(
             look_at(self.device), shapes_of(cfg), cfg.precision, cfg.backend, compiled=cfg.compile

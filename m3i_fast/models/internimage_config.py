@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from m3i_fast.config_fields import DEPTHS, MAX_RATIO, ROWS, SIDES, WIDTHS, check_fields
 from m3i_fast.models.blocks import DropPathMode
 from m3i_fast.models.recompute import Recompute, check_recompute
 
@@ -23,17 +24,17 @@ class InternImageConfig:
     mask_multiple: ClassVar[int] = COARSEST_STRIDE // TOKEN_STRIDE
     """Tokens a side of the coarsest cell, which mixing should not cut."""
 
-    image_size: int = 224
+    image_size: Annotated[int, SIDES] = 224
     """Side of a global view in pixels, when training; other sizes work as well."""
-    channels: int = 64
+    channels: Annotated[int, WIDTHS] = 64
     """Width of the first stage; it doubles from stage to stage."""
-    depths: Four = (4, 4, 18, 4)
+    depths: Annotated[Four, DEPTHS] = (4, 4, 18, 4)
     """Number of layers of each stage."""
-    groups: Four = (4, 8, 16, 32)
+    groups: Annotated[Four, WIDTHS] = (4, 8, 16, 32)
     """Groups of the deformable convolution in each stage; each has its own offsets."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over the stage's."""
-    num_classes: int = 1000
+    num_classes: Annotated[int, ROWS] = 1000
     """Outputs of the classification head; 0: no head."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last layer, rising linearly from 0 in the first."""
@@ -43,23 +44,23 @@ class InternImageConfig:
     """Factor of the sampling grid and of the learned offsets."""
     post_norm: bool = False
     """Normalise a branch's output instead of its input."""
-    dw_kernel_size: int | None = None
+    dw_kernel_size: Annotated[int | None, range(1, 256)] = None
     """Side of the depthwise convolution that offsets and masks are computed from; none: 3."""
     use_clip_projector: bool = False
     """Dense tokens and attention pooling in the place of the convolutional head."""
     level2_post_norm: bool = False
     """Further norms in the third stage, after the layers in level2_post_norm_block_ids."""
-    level2_post_norm_block_ids: tuple[int, ...] | None = None
+    level2_post_norm_block_ids: Annotated[tuple[int, ...] | None, range(DEPTHS.stop)] = None
     """Layers of the third stage, counted from 0, that level2_post_norm puts a norm after."""
     res_post_norm: bool = False
     """Normalise a branch's output as well as its input."""
     center_feature_scale: bool = False
     """A learned gate a group between the samples and the cell itself."""
-    token_dim: int = 1024
+    token_dim: Annotated[int, WIDTHS] = 1024
     """Width of a dense token, with use_clip_projector."""
-    pool_heads: int = 16
+    pool_heads: Annotated[int, WIDTHS] = 16
     """Heads of the attention pooling."""
-    pooled_dim: int = 768
+    pooled_dim: Annotated[int, WIDTHS] = 768
     """Width of the attention-pooled vector."""
     drop_path_mode: DropPathMode = "mask"
     """mask draws each sample by itself, and computes what is then dropped. subset drops a share of
@@ -69,17 +70,16 @@ class InternImageConfig:
     little; full: all of it, the least memory for about a third more compute."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "token_dim", "pool_heads", "pooled_dim"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_fields(self)
         for name in ("depths", "groups"):
             value = getattr(self, name)
-            _require(len(value) == 4 and min(value) >= 1, name, value, "four numbers of at least 1")
+            _require(len(value) == 4, name, value, "four numbers")
         _require(self.channels % 2 == 0, "channels", self.channels, "an even number")
         for stage, groups in enumerate(self.groups):
             width = self.channels * 2**stage
             _require(width % groups == 0, f"groups[{stage}]", groups, f"a divisor of {width}")
-        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "more than 0")
-        _require(self.num_classes >= 0, "num_classes", self.num_classes, "at least 0")
+        fits = 0 < self.mlp_ratio <= MAX_RATIO
+        _require(fits, "mlp_ratio", self.mlp_ratio, f"0 < ratio <= {MAX_RATIO}")
         rate, side = self.drop_path_rate, self.context_size
         _require(0 <= rate < 1, "drop_path_rate", rate, "0 <= rate < 1")
         _require(side >= 1 and side % 2 == 1, "dw_kernel_size", side, "an odd number")

@@ -6,11 +6,12 @@ Letters: B batch, N patches of the image, R prefix tokens (class and registers),
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config_fields import DEPTHS, MAX_RATIO, SIDES, WIDTHS, check_fields
 from m3i_fast.models.blocks import (
     LAYER_NORM_EPS,
     TORCH_LAYERS,
@@ -37,15 +38,15 @@ class ViTConfig:
     mask_multiple: ClassVar[int] = 1
     """Tokens a side of the coarsest cell, which mixing should not cut."""
 
-    image_size: int = 224
+    image_size: Annotated[int, SIDES] = 224
     """Side of a global view in pixels; position parameters are made for it."""
-    patch_size: int = 16
+    patch_size: Annotated[int, SIDES] = 16
     """Side of a patch in pixels."""
-    dim: int = 768
+    dim: Annotated[int, WIDTHS] = 768
     """Width of a token."""
-    depth: int = 12
+    depth: Annotated[int, DEPTHS] = 12
     """Number of blocks."""
-    num_heads: int = 12
+    num_heads: Annotated[int, WIDTHS] = 12
     """Number of attention heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over dim."""
@@ -53,7 +54,7 @@ class ViTConfig:
     """Bias on queries, keys and values."""
     class_token: bool = False
     """One learned token before the patches."""
-    num_registers: int = 0
+    num_registers: Annotated[int, range(WIDTHS.stop)] = 0
     """Further learned tokens before the patches (registers)."""
     position: Position = "absolute"
     """absolute: parameters, sine-cosine at the start, added to the patches. rotary: nothing is
@@ -73,9 +74,7 @@ class ViTConfig:
     little; full: all of it, the least memory for about a third more compute."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "dim", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_fields(self)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size: expected a multiple of patch_size = {self.patch_size}, "
@@ -87,10 +86,8 @@ class ViTConfig:
             )
         if self.dim % 4:
             raise ValueError(f"dim: expected a multiple of 4 (sine-cosine), got {self.dim}")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio: expected more than 0, got {self.mlp_ratio}")
-        if self.num_registers < 0:
-            raise ValueError(f"num_registers: expected at least 0, got {self.num_registers}")
+        if not 0 < self.mlp_ratio <= MAX_RATIO:
+            raise ValueError(f"mlp_ratio: expected 0 < ratio <= {MAX_RATIO}, got {self.mlp_ratio}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
         if self.position == "rotary" and self.dim // self.num_heads % 4:

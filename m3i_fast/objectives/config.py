@@ -7,8 +7,9 @@ collapsing: the plug-ins of the paper's equation  L = sum_k w_k * -log P_k(z_k |
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from m3i_fast.config_fields import SOME_ROWS, WIDTHS, check_fields
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.objectives.likelihoods import LIKELIHOODS
@@ -62,6 +63,7 @@ class Term:
     """Weight in the sum; 0 leaves the term out, with all that only it needs."""
 
     def __post_init__(self) -> None:
+        check_fields(self, f"term {self.name!r}: ")
         key = (self.target, self.likelihood, self.regulariser)
         if key not in LIKELIHOODS:
             known = sorted(k[1:] for k in LIKELIHOODS if k[0] == self.target)
@@ -145,7 +147,7 @@ class ObjectiveConfig:
     mixing: MixingConfig = field(default_factory=MixingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    head_hidden_dim: int = 2048
+    head_hidden_dim: Annotated[int, WIDTHS] = 2048
     """Width of the hidden layer of the category and caption heads."""
     teacher: str | None = None
     """The frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
@@ -156,12 +158,13 @@ class ObjectiveConfig:
     """Weight of the decorrelation regulariser, SiameseIM's value."""
     temperature: float = 0.07
     """Initial temperature of categories and captions; learnt, and kept from 0.01 up."""
-    num_prototypes: int = 4096
+    num_prototypes: Annotated[int, SOME_ROWS] = 4096
     """Prototypes of DINO, MSN and SwAV."""
-    queue_length: int = 65536
+    queue_length: Annotated[int, SOME_ROWS] = 65536
     """Embeddings of earlier batches that MoCo's queue holds."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "objective.")
         names = [term.name for term in self.terms]
         if len(set(names)) != len(names):
             raise ValueError(f"objective.terms: expected distinct names, got {names}")
@@ -176,9 +179,6 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.temperature: expected >= {1 / MAX_SCALE}, got {self.temperature}"
             )
-        for name in ("head_hidden_dim", "num_prototypes", "queue_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"objective.{name}: expected >= 1, got {getattr(self, name)}")
         self._check_linear()
         views = [t.name for t in self.active_terms if t.target not in LABELS]
         if self.mixing.mode == "blend" and views:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from m3i_fast.config_fields import COUNTS, NUMBERS, SIDES, check_fields
 from m3i_fast.objectives.patterns import Pattern, deal_cells
 
 Asked = Literal["first", "last", "all"]
@@ -30,12 +31,12 @@ class MixingConfig:
     they attend to everything (as a CNN sees it); masked: every input is one image of which some
     cells are hidden (as MAE); blend: two images of which each pixel is a weighted mean (as mixup);
     none: every input is one whole image."""
-    num_images: int = 2
+    num_images: Annotated[int, COUNTS] = 2
     """Images that share an input in own_image and joint, 2 to 4; blend: 2; masked and none: 1."""
     pattern: Pattern = "blocks"
     """Cells that an image gets: random blocks, or those around a random point (CutMix's rectangle,
     of exactly the image's share)."""
-    mask_block: int = 2
+    mask_block: Annotated[int, SIDES] = 2
     """Side of the blocks that either pattern is made of, in tokens."""
     mask_ratio: float = 0.5
     """Share of the cells that masked hides at the first step."""
@@ -45,7 +46,7 @@ class MixingConfig:
     """One drawing of the cells for all inputs of a batch (as MixMIM)."""
     blend_alpha: float = 0.8
     """Blend draws the first images' share from Beta(alpha, alpha), one for a batch (as mixup)."""
-    num_queries: int = 0
+    num_queries: Annotated[int, NUMBERS] = 0
     """Cells that each dense term predicts an image; 0 predicts every cell it may."""
     dense_fraction: float = 1.0
     """Share of the inputs that dense terms are asked of: the EMA encoder and the decoder see no
@@ -54,14 +55,13 @@ class MixingConfig:
     """Share of caption tokens left out, never the first and last."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "mixing.")
         most, images = (2, "2 in mode blend") if self.mode == "blend" else (4, "2 to 4")
         expected = {
             "num_images": (2 <= self.num_images <= most, images),
-            "mask_block": (self.mask_block >= 1, ">= 1"),
             "mask_ratio": (0 < self.mask_ratio < 1, "in (0, 1)"),
             "final_mask_ratio": (0 < self.final_mask_ratio < 1, "in (0, 1)"),
             "blend_alpha": (self.blend_alpha > 0, "> 0"),
-            "num_queries": (self.num_queries >= 0, ">= 0"),
             "dense_fraction": (0 < self.dense_fraction <= 1, "in (0, 1]"),
             "token_dropout": (0 <= self.token_dropout < 1, "in [0, 1)"),
         }

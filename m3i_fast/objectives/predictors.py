@@ -6,12 +6,14 @@ Letters: I images, n own tokens, C their width, Q target positions, D decoder wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3i_fast.config_fields import DEPTHS, MAX_RATIO, WIDTHS, check_fields
 from m3i_fast.models.batch_norm import BatchNorm
 from m3i_fast.models.blocks import (
     INIT_STD,
@@ -32,46 +34,42 @@ LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of 
 class DecoderConfig:
     """Size of the dense decoder."""
 
-    dim: int = 512
+    dim: Annotated[int, WIDTHS] = 512
     """Width of a token."""
-    depth: int = 4
+    depth: Annotated[int, DEPTHS] = 4
     """Number of blocks."""
-    num_heads: int = 16
+    num_heads: Annotated[int, WIDTHS] = 16
     """Number of attention heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over dim."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_fields(self)
         if self.dim % self.num_heads:
             raise ValueError(
                 f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
             )
         if self.dim % 4:
             raise ValueError(f"dim: expected a multiple of 4 (sine-cosine), got {self.dim}")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio: expected more than 0, got {self.mlp_ratio}")
+        if not 0 < self.mlp_ratio <= MAX_RATIO:
+            raise ValueError(f"mlp_ratio: expected 0 < ratio <= {MAX_RATIO}, got {self.mlp_ratio}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProjectorConfig:
     """Sizes of the MLPs between the encoder and the embeddings that are compared."""
 
-    hidden_dim: int = 2048
+    hidden_dim: Annotated[int, WIDTHS] = 2048
     """Width of the hidden layers."""
-    output_dim: int = 256
+    output_dim: Annotated[int, WIDTHS] = 256
     """Width of an embedding."""
-    num_layers: int = 3
+    num_layers: Annotated[int, DEPTHS] = 3
     """Linear layers of the projector."""
-    predictor_hidden_dim: int = 512
+    predictor_hidden_dim: Annotated[int, WIDTHS] = 512
     """Width of the hidden layer of the predictor on top of it."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_dim", "output_dim", "num_layers", "predictor_hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"projector.{name}: expected >= 1, got {getattr(self, name)}")
+        check_fields(self, "projector.")
 
 
 class DenseDecoder(nn.Module):

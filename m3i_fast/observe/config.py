@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Annotated
+
+from m3i_fast.config_fields import check_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,9 +16,12 @@ class TelemetryConfig:
     hz: float = 1.0
     """Samples a second of the GPUs and the processor of the first rank's node, 0.1 to 10, whose
     means are logged; 0: none."""
-    prometheus_port: int = 0
-    """Port, of all interfaces, at which the first rank serves the last logged row to Prometheus; 0:
-    none. launch/grafana.json shows it."""
+    prometheus_port: Annotated[int, range(2**16)] = 0
+    """Port at which the first rank serves the last logged row to Prometheus; 0: none.
+    launch/grafana.json shows it."""
+    prometheus_address: str = "127.0.0.1"
+    """IPv4 or IPv6 address that prometheus_port is opened on. Anyone who reaches it can read the
+    rows: the default serves this machine alone, 0.0.0.0 or :: every interface."""
     wandb_project: str = ""
     """Weights & Biases project that the logged rows go to, too; WANDB_MODE=offline keeps them in
     the run's directory."""
@@ -22,9 +29,13 @@ class TelemetryConfig:
     """MLflow tracking server (http://..., sqlite:///...) that the logged rows go to, too."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "telemetry.")
         if self.hz != 0 and not 0.1 <= self.hz <= 10:
             raise ValueError(f"telemetry.hz: expected 0, or 0.1 to 10, got {self.hz}")
-        if not 0 <= self.prometheus_port <= 65535:
+        try:
+            ip_address(self.prometheus_address)
+        except ValueError:
             raise ValueError(
-                f"telemetry.prometheus_port: expected 0 to 65535, got {self.prometheus_port}"
-            )
+                "telemetry.prometheus_address: expected an IPv4 or IPv6 address (127.0.0.1, ::1; "
+                f"0.0.0.0 or :: for every interface), got {self.prometheus_address!r}"
+            ) from None

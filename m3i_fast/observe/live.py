@@ -28,7 +28,7 @@ def expect_live(cfg: TelemetryConfig) -> None:
     if cfg.prometheus_port:
         from m3i_fast.observe.prometheus import expect_free
 
-        expect_free(cfg.prometheus_port)
+        expect_free(cfg.prometheus_address, cfg.prometheus_port)
 
 
 def open_live(
@@ -39,8 +39,8 @@ def open_live(
     if cfg.prometheus_port:
         from m3i_fast.observe.prometheus import PrometheusSink
 
-        sink = PrometheusSink(cfg.prometheus_port, run=run_dir.name, recipe=recipe, rank=rank)
-        found.append(sink)
+        place = cfg.prometheus_address, cfg.prometheus_port
+        found.append(PrometheusSink(*place, run=run_dir.name, recipe=recipe, rank=rank))
     if cfg.wandb_project or cfg.mlflow_uri:
         from m3i_fast.observe.trackers import MlflowSink, WandbSink
 

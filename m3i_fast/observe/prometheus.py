@@ -43,19 +43,19 @@ def exported(name: str) -> tuple[str, str | None, str, float]:
 
 
 class PrometheusSink:
-    """Serves http://HOST:port/metrics from a thread; the values are those of the last row.
+    """Serves http://ADDRESS:port/metrics from a thread; the values are those of the last row.
 
-    Raises OSError where the port is taken.
+    Raises OSError where the port is taken, or the address is not this machine's.
     """
 
-    def __init__(self, port: int, *, run: str, recipe: str, rank: int) -> None:
+    def __init__(self, address: str, port: int, *, run: str, recipe: str, rank: int) -> None:
         self._labels = dict(zip(LABELS, (run, recipe, str(rank)), strict=True))
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         try:
-            self._server, self._thread = start_http_server(port, registry=self._registry)
+            self._server, self._thread = start_http_server(port, address, registry=self._registry)
         except OSError as error:
-            raise taken(port, error) from error
+            raise refused(address, port, error) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         rows = {"step": float(step), "logged_timestamp_seconds": time.time()}
@@ -79,20 +79,27 @@ class PrometheusSink:
         self._gauges[metric].labels(**self._labels, **more).set(value)
 
 
-def expect_free(port: int) -> None:
-    """Raise OSError where something listens there already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise taken(port, error) from error
+def expect_free(address: str, port: int) -> None:
+    """Raise OSError where something listens there already, or the address is not this machine's."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        socket.create_server((address, port), family=family).close()
+    except OSError as error:
+        raise refused(address, port, error) from error
 
 
-def taken(port: int, error: OSError) -> OSError:
-    why = "which is in use" if error.errno == errno.EADDRINUSE else str(error.strerror)
-    return OSError(
-        error.errno,
-        f"telemetry.prometheus_port: expected a free port, got {port}, {why}; set "
-        "--telemetry.prometheus-port to another one, or 0 for none",
-    )
+def refused(address: str, port: int, error: OSError) -> OSError:
+    """The error of an address and port that cannot be listened at, with the flag to change."""
+    if error.errno == errno.EADDRINUSE:
+        text = (
+            f"telemetry.prometheus_port: expected a free port of {address}, got {port}, which is "
+            "in use; set --telemetry.prometheus-port to another one, or 0 for none"
+        )
+    else:
+        text = (
+            "telemetry.prometheus_address: expected an address of this machine and a port that "
+            f"may be opened, got {address} and {port}: {error.strerror}; set "
+            "--telemetry.prometheus-address to 127.0.0.1 or an address of this machine, or "
+            "--telemetry.prometheus-port to another one"
+        )
+    return OSError(error.errno, text)

@@ -220,5 +220,5 @@ def test_what_does_not_add_up_is_refused(
     with pytest.raises(ValueError, match=rf"accumulate: expected 1 with.*{word}.*parallel.chunk"):
         Trainer(_parts(cfg, 2, accumulate=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="parallel.accumulate: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match="parallel.accumulate: expected 1 to 65536, got 0"):
         ParallelConfig(accumulate=0)

@@ -1,5 +1,6 @@
 """Calibration takes the steps it says, on the threads of the config, and leaves nothing behind."""
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,6 +53,7 @@ def test_steps_are_seconds_over_those_of_a_step(
     assert calibrate(cfg, 0.1) == 5  # never fewer than were timed
 
 
-def test_a_time_is_positive(cfg: TrainConfig) -> None:
-    with pytest.raises(ValueError, match="seconds: expected > 0, got 0"):
-        calibrate(cfg, 0)
+@pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])
+def test_a_time_is_positive_and_finite(cfg: TrainConfig, seconds: float) -> None:
+    with pytest.raises(ValueError, match=f"seconds: expected a finite number > 0, got {seconds}"):
+        calibrate(cfg, seconds)

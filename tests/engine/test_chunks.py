@@ -113,5 +113,5 @@ def test_without_a_gradient_the_rows_are_the_same() -> None:
 
 
 def test_a_chunk_is_not_negative() -> None:
-    with pytest.raises(ValueError, match="parallel.chunk: expected >= 0, got -1"):
+    with pytest.raises(ValueError, match="parallel.chunk: expected 0 to 16777216, got -1"):
         ParallelConfig(chunk=-1)

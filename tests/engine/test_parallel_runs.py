@@ -115,7 +115,7 @@ def test_what_cannot_be_dealt_out_is_refused(
     with pytest.raises(ValueError, match="parallel.shard: expected a divisor of the 3 ranks"):
         world.mesh(spread(cfg, 2).parallel)
     Trainer(replace(cfg, num_steps=1), tmp_path / "run").train()
-    monkeypatch.setattr(trainer, "join_world", lambda _: world)
+    monkeypatch.setattr(trainer, "join_world", lambda _, *, seconds: world)
     with pytest.raises(
         ValueError, match=r"--data.batch-size: expected 2.66667, with which 3 ra.*8"
     ):

@@ -213,7 +213,7 @@ def test_what_is_narrow_stays_in_bf16_and_the_model_must_have_something_wide() -
     base = replace(big(), vision=vit_b(), fp8_min_dim=1024)
     with pytest.raises(ValueError, match="widest is 768 x 2304: --fp8-min-dim 768|widest is 768"):
         resolve(H100, "fp8_current", cfg=base)
-    with pytest.raises(ValueError, match="fp8_min_dim: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match="fp8_min_dim: expected 1 to 65536, got 0"):
         replace(demo(), fp8_min_dim=0)
 
 

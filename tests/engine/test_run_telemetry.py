@@ -184,7 +184,7 @@ def test_a_resume_may_tell_something_else(dataset: Path, tmp_path: Path) -> None
 
 def free_port() -> int:
     with closing(socket.socket()) as probe:
-        probe.bind(("", 0))
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
@@ -211,7 +211,7 @@ def test_a_run_is_scraped_while_it_lasts(dataset: Path, tmp_path: Path) -> None:
 
 def test_a_port_in_use_is_told_before_the_run_begins(dataset: Path, tmp_path: Path) -> None:
     with closing(socket.socket()) as other:
-        other.bind(("", 0))
+        other.bind(("127.0.0.1", 0))
         other.listen()
         telemetry = TelemetryConfig(prometheus_port=other.getsockname()[1])
         cfg = _config(dataset, telemetry=telemetry, device="cpu")

@@ -95,5 +95,5 @@ def test_the_norm_of_spread_and_whole_gradients_waits_for_no_index(ranks: Path) 
 
 
 def test_a_negative_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="parallel.prefetch: expected >= 0, got -1"):
+    with pytest.raises(ValueError, match="parallel.prefetch: expected 0 to 1024, got -1"):
         ParallelConfig(prefetch=-1)

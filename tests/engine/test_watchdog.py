@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -81,6 +83,7 @@ def test_the_first_step_a_save_and_a_beat_have_their_time(tmp_path: Path) -> Non
             time.sleep(2 * LIMIT)
             with watchdog.patient("a save"):
                 time.sleep(2 * LIMIT)
+            watchdog.beat()
             for _ in range(3):
                 time.sleep(LIMIT / 2)
                 before = watchdog._deadline
@@ -103,17 +106,58 @@ def test_work_with_more_time_has_not_all_of_it(tmp_path: Path) -> None:
     assert f"no end of a save for {GRACE * LIMIT / 4 / 60:g} minutes" in stacks.read_text()
 
 
+def test_slow_steps_have_their_time(tmp_path: Path) -> None:
+    """A default that is no one's choice ends no run whose every step takes longer."""
+    stacks = tmp_path / "stacks.txt"
+
+    def work() -> None:
+        with Watchdog(stacks, seconds=LIMIT / 4) as watchdog:
+            for _ in range(3):
+                time.sleep(LIMIT)
+                watchdog.beat()
+            with watchdog.patient("a save"):
+                pass  # it is no step, and says nothing of how fast they are
+            time.sleep(600)
+
+    assert _child(work) == EXIT_CODE
+    [minutes] = re.findall(r"no end of a step for (\S+) minutes", stacks.read_text())
+    assert GRACE * LIMIT <= 60 * float(minutes) < 2 * GRACE * LIMIT
+
+
+def _stop_parent(number: signal.Signals, seconds: float) -> None:
+    """From a child of this process, a moment from now and for so long."""
+    if os.fork() == 0:
+        time.sleep(LIMIT)
+        os.kill(os.getppid(), number)
+        time.sleep(seconds)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+
+
 def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
     def work() -> None:
-        if os.fork() == 0:
-            time.sleep(LIMIT)
-            os.kill(os.getppid(), signal.SIGSTOP)
-            time.sleep(3 * LIMIT)
-            os.kill(os.getppid(), signal.SIGCONT)
-            os._exit(0)
+        _stop_parent(signal.SIGSTOP, 3 * LIMIT)
         with Watchdog(tmp_path / "stacks.txt", seconds=3 * LIMIT) as watchdog:
             watchdog.beat()
             time.sleep(5 * LIMIT)
+
+    assert _child(work) == 0
+
+
+def test_a_process_that_was_suspended_goes_on_however_late(tmp_path: Path) -> None:
+    """Past both timers, Python's and faulthandler's."""
+    limit, suspended = 3 * LIMIT, 9 * LIMIT
+
+    def work() -> None:
+        _stop_parent(signal.SIGTSTP, suspended)
+        ends, longest = time.monotonic() + suspended + limit, 0.0
+        with Watchdog(tmp_path / "stacks.txt", seconds=limit) as watchdog:
+            while (began := time.monotonic()) < ends:
+                time.sleep(0.01)  # the signal's handler runs between two of them
+                watchdog.beat()
+                longest = max(longest, time.monotonic() - began)
+        assert longest > suspended / 2  # it was
+        assert signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
 
     assert _child(work) == 0
 
@@ -126,6 +170,15 @@ def test_an_error_leaves_its_traceback_and_none_asked_for_nothing(tmp_path: Path
     with Watchdog(tmp_path / "none.txt", seconds=math.inf) as watchdog:
         watchdog.beat()
     assert not (tmp_path / "none.txt").exists()
+
+
+def test_a_directory_that_goes_is_not_the_watchdogs_error(tmp_path: Path) -> None:
+    """What the run itself raises, of what it could not write, is what is told."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(OSError, match="no place"), Watchdog(folder / "stacks.txt", seconds=60):
+        shutil.rmtree(folder)
+        raise OSError("no place")
 
 
 # ---- Runs ----------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from m3i_fast.observe.config import TelemetryConfig
+from m3i_fast.observe.live import expect_live, open_live
+from m3i_fast.observe.metrics import Sink
 from m3i_fast.observe.prometheus import PrometheusSink, expect_free, exported
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,22 +49,25 @@ ROW = {
 }
 
 
+LOOPBACK = "127.0.0.1"
+
+
 @pytest.fixture
 def port() -> int:
     with closing(socket.socket()) as probe:
-        probe.bind(("", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
 @pytest.fixture
 def sink(port: int) -> Iterator[PrometheusSink]:
-    sink = PrometheusSink(port, **{**LABELS, "rank": 0})  # type: ignore[arg-type]
+    sink = PrometheusSink(LOOPBACK, port, **{**LABELS, "rank": 0})  # type: ignore[arg-type]
     yield sink
     sink.close()
 
 
-def scrape(port: int) -> dict[str, list[Any]]:
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+def scrape(port: int, host: str = LOOPBACK) -> dict[str, list[Any]]:
+    with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     return {f.name: list(f.samples) for f in text_string_to_metric_families(text)}
 
@@ -94,18 +100,72 @@ def test_names_are_prometheus_s() -> None:
         assert (label is None) == (name.partition("/")[0] not in ("loss", "monitor", "time"))
 
 
+def listens_at(port: int) -> set[str]:
+    """Addresses of this network namespace at which the kernel has a listener of this port."""
+    found = set()
+    for version, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{version}").read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            words, local_port = local.split(":")
+            if state == "0A" and int(local_port, 16) == port:  # TCP_LISTEN
+                raw = bytes.fromhex(words)  # words of four bytes, each in the host's order
+                swapped = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
+                found.add(socket.inet_ntop(family, swapped))
+    return found
+
+
+def _open(cfg: TelemetryConfig) -> Sink:
+    expect_live(cfg)
+    (sink,) = open_live(cfg, Path("runs/demo"), recipe="demo", rank=0, config={})
+    return sink
+
+
+def test_only_this_machine_is_served_unless_an_address_is_given(port: int) -> None:
+    with closing(_open(TelemetryConfig(prometheus_port=port))):
+        assert listens_at(port) == {LOOPBACK}
+
+
+@pytest.mark.parametrize(
+    ("address", "host"), [("::1", "[::1]"), ("0.0.0.0", LOOPBACK), ("::", "[::1]")]
+)
+def test_the_address_that_is_given_is_served(address: str, host: str, port: int) -> None:
+    with closing(_open(TelemetryConfig(prometheus_port=port, prometheus_address=address))) as sink:
+        assert listens_at(port) == {address}
+        sink.log(20, ROW)
+        assert scrape(port, host)["m3i_step"][0].value == 20
+
+
+@pytest.mark.parametrize("address", ["", "localhost:9400", "[::1]", "all", "127.0.0"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    told = re.escape("telemetry.prometheus_address: expected an IPv4 or IPv6 address")
+    with pytest.raises(ValueError, match=f"{told}.*got {re.escape(repr(address))}"):
+        TelemetryConfig(prometheus_address=address)
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "2001:db8::1"])  # of documentation: nobody's
+def test_an_address_of_another_machine_is_named(address: str, port: int) -> None:
+    told = rf"telemetry\.prometheus_address: expected an address of this machine.*{address} and"
+    with pytest.raises(OSError, match=told):
+        expect_free(address, port)
+    with pytest.raises(OSError, match=told):
+        PrometheusSink(address, port, run="b", recipe="", rank=0)
+
+
 def test_a_port_in_use_is_named(sink: PrometheusSink, port: int) -> None:
-    told = rf"telemetry\.prometheus_port: expected a free port, got {port}, which is in use; set"
+    told = (
+        rf"telemetry\.prometheus_port: expected a free port of {LOOPBACK}, got {port}, which is in "
+        "use; set"
+    )
     with pytest.raises(OSError, match=told):
-        expect_free(port)
+        expect_free(LOOPBACK, port)
     with pytest.raises(OSError, match=told):
-        PrometheusSink(port, run="b", recipe="", rank=0)
+        PrometheusSink(LOOPBACK, port, run="b", recipe="", rank=0)
 
 
 def test_a_port_is_free_again(port: int) -> None:
     for _ in range(2):
-        expect_free(port)
-        PrometheusSink(port, run="b", recipe="", rank=0).close()
+        expect_free(LOOPBACK, port)
+        PrometheusSink(LOOPBACK, port, run="b", recipe="", rank=0).close()
 
 
 def test_the_dashboard_asks_for_what_the_endpoint_has(sink: PrometheusSink, port: int) -> None:

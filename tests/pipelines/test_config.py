@@ -12,8 +12,8 @@ from m3i_fast.pipelines.loader import LoaderConfig, ViewConfig
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"num_threads": 0}, "num_threads: expected at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected 1 to 65536, got 0"),
+        ({"num_threads": 0}, "num_threads: expected 1 to 1024, got 0"),
         ({"seed": -1}, "seed: expected .*, got -1"),
         ({"hw_decoder_load": 1.5}, r"hw_decoder_load: expected a share in \[0, 1\], got 1.5"),
     ],
@@ -30,12 +30,12 @@ def test_loader_config_is_validated(fields: dict[str, Any], message: str) -> Non
         ({"scale": (0.0, 1.0)}, "scale: expected"),
         ({"scale": (0.8, 0.5)}, "scale: expected"),
         ({"ratio": (0.0, 1.0)}, "ratio: expected"),
-        ({"size": 0}, "size: expected at least 1, got 0"),
-        ({"count": 0}, "count: expected at least 1, got 0"),
+        ({"size": 0}, "size: expected 1 to 8192, got 0"),
+        ({"count": 0}, "count: expected 1 to 64, got 0"),
         ({"flip_probability": 1.5}, r"flip_probability: expected a probability .* got 1.5"),
         ({"hue": 0.7}, "hue: expected"),
         ({"blur_sigma": (0.0, 1.0)}, "blur_sigma: expected"),
-        ({"brightness": float("nan")}, "brightness: expected .* got nan"),
+        ({"brightness": float("nan")}, "brightness: expected a finite number, got nan"),
     ],
 )
 def test_view_config_is_validated(fields: dict[str, Any], message: str) -> None:
