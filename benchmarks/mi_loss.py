@@ -19,7 +19,6 @@ and `model_fraction` of every loss counts the 6 N M D that a loss which keeps it
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -38,6 +37,7 @@ from m3i_fast.benchmarks.mi_loss_functions import (
     Size,
     make_functions,
 )
+from m3i_fast.engine.cards import card_of
 
 SUBJECT = "mi_loss"
 PAIRS: tuple[Form, ...] = ("softmax", "sigmoid")
@@ -54,14 +54,6 @@ GPU_SIZES = (
     ),
     *(Size(form="classes", rows=16384, columns=21841, dim=dim) for dim in (512, 768, 1024)),
 )
-# Dense bf16 with fp32 accumulation, TFLOP/s, by what torch calls the card.
-PEAK_TFLOP_S = {
-    r"\bA100\b": 312.0,
-    r"\bH100 80GB HBM3$": 989.0,
-    r"\bH100 PCIe$": 756.0,
-    r"\bH200$": 989.0,
-    r"\bB200$": 2250.0,
-}
 
 logger = logging.getLogger(__name__)
 
@@ -141,13 +133,13 @@ def figures_of(
 
 
 @cache  # said once
-def peak_of(card: str) -> float | None:
-    """TFLOP/s of a card by its name; None for one that the table does not have."""
-    for pattern, peak in PEAK_TFLOP_S.items():
-        if re.search(pattern, card):
-            return peak
-    logger.warning("the dense bf16 peak of %s is not known here: no fraction of it", card)
-    return None
+def peak_of(name: str) -> float | None:
+    """Return the dense bf16 peak in TFLOP/s of the card that the driver calls so, where known."""
+    card = card_of(name)
+    if isinstance(card, str):
+        logger.warning("no fraction of a peak: %s", card)
+        return None
+    return card.bf16_flop_s / 1e12
 
 
 def measure_speed(cfg: Config) -> Iterator[dict[str, Any]]:

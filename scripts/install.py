@@ -31,6 +31,9 @@ STAMP = VENV / "installed.json"
 # The toolkit whose compiler the kernels' budgets were read from; used where torch brings no other.
 TESTED_CUDA = "13.0"
 
+# What pip chooses torch together with: each torchvision is of one torch, and the extras want it.
+WANT_ONE_TORCH = ("torchvision", "open_clip_torch")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -101,10 +104,22 @@ def pip_install(*arguments: str) -> None:
         "--constraint", "constraints.txt", *arguments)  # fmt: skip
 
 
-def installed_torch_cuda() -> str | None:
-    """ "13.0" for a CUDA build of torch in the venv, None for a CPU build."""
-    code = "import torch; print(torch.version.cuda or '')"
-    return subprocess.check_output([str(PYTHON), "-c", code], text=True).strip() or None
+def installed_torch() -> tuple[str, str | None]:
+    """Return the version of torch in the venv, and "13.0" or, of a CPU build, None."""
+    code = "import torch; print(torch.__version__, torch.version.cuda or '')"
+    version, *cuda = subprocess.check_output([str(PYTHON), "-c", code], text=True).split()
+    return version, cuda[0] if cuda else None
+
+
+def expect_torch_of(cuda_major: int, chosen: str) -> None:
+    """End the program unless torch is the chosen version still, and no build for another CUDA."""
+    version, cuda = installed_torch()
+    if version != chosen or (cuda and int(cuda.split(".")[0]) != cuda_major):
+        sys.exit(
+            f"torch: expected {chosen} of CUDA {cuda_major}, as DALI and nvcc are, got {version} "
+            f"of CUDA {cuda}. `make clean install` starts over; a line `torch=={chosen}` in "
+            "constraints.txt names what asks for another one."
+        )
 
 
 def find_nvcc(cuda_major: int) -> Path | None:
@@ -135,7 +150,8 @@ def install_nvcc(plan: Plan) -> None:
     """Put an nvcc of the plan's CUDA major into .venv/bin, where CMake and the tests find it."""
     if plan.cuda_major == 13:
         # A test reads the machine code; any newer nvdisasm reads that of an older nvcc.
-        pip_install(nvcc_requirement(installed_torch_cuda()), "nvidia-cuda-nvdisasm>=13")
+        _, torch_cuda = installed_torch()
+        pip_install(nvcc_requirement(torch_cuda), "nvidia-cuda-nvdisasm>=13")
         for toolkit in VENV.glob("lib/python*/site-packages/nvidia/cu13"):
             complete_toolkit(toolkit)
     nvcc = find_nvcc(plan.cuda_major)
@@ -166,10 +182,13 @@ def install_everything(plan: Plan) -> None:
     """From an empty or outdated .venv to a working one."""
     print(f"{plan.reason}: {plan.torch}, extras {','.join(plan.extras)}", flush=True)
     run(sys.executable, "-m", "venv", VENV)
-    pip_install("scikit-build-core", "cmake", "ninja", "numpy", plan.torch)
+    # Chosen together with those that want one version of torch, before nvcc is chosen by it.
+    pip_install("scikit-build-core", "cmake", "ninja", "numpy", plan.torch, *WANT_ONE_TORCH)
+    torch, _ = installed_torch()
+    expect_torch_of(plan.cuda_major, torch)
     install_nvcc(plan)
-    # torch again, so that no extra may move it to another CUDA major.
-    install_package(plan, plan.torch, "--editable", f".[{','.join(plan.extras)}]")
+    install_package(plan, f"torch=={torch}", "--editable", f".[{','.join(plan.extras)}]")
+    expect_torch_of(plan.cuda_major, torch)
 
 
 def digest(paths: Iterable[Path], *more: object) -> str:

@@ -72,7 +72,7 @@ def build_te() -> None:
     install.run(sys.executable, "-m", "venv", VENV)
     pip(TORCH, *PACKAGES)
     install.PYTHON = PYTHON
-    cuda = install.installed_torch_cuda()
+    _, cuda = install.installed_torch()
     if cuda is None or not cuda.startswith("13."):
         sys.exit(f"torch: expected a build with CUDA 13, got {cuda or 'none'} from pip")
     pip(install.nvcc_requirement(cuda), *TOOLKIT, TORCH)

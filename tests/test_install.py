@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import venv
+import zipfile
 from importlib.metadata import metadata
 from pathlib import Path
 
+import pip
 import pytest
 from packaging.requirements import Requirement
 
@@ -134,3 +138,100 @@ def test_a_failed_step_is_repeated(checkout: list[str], monkeypatch: pytest.Monk
         install.bring_up_to_date(cpu)
     install.bring_up_to_date(cpu)
     assert checkout == ["fresh", "rebuild"]
+
+
+# ---- One resolution ------------------------------------------------------------------------------
+
+NVCC = "nvidia/cu13/bin/nvcc"
+
+
+def add_wheel(folder: Path, name: str, version: str, files: dict[str, str], *wants: str) -> None:
+    """A wheel of these files that requires these packages."""
+    stem = name.replace("-", "_")
+    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    about += "".join(f"Provides-Extra: {e}\n" for e in ("nvcc", "nvrtc", "cudart", "cccl"))
+    about += "".join(f"Requires-Dist: {want}\n" for want in wants)
+    info = f"{stem}-{version}.dist-info"
+    tags = "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    contents = {**files, f"{info}/METADATA": about, f"{info}/WHEEL": tags, f"{info}/RECORD": ""}
+    with zipfile.ZipFile(folder / f"{stem}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, text in contents.items():
+            member = zipfile.ZipInfo(path)
+            member.external_attr = 0o100755 << 16
+            wheel.writestr(member, text)
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages that pip installs from, into a venv of its own.
+
+    The newest torch has no torchvision yet, as in the days after a release.
+    """
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for version, cuda in (("2.14.0", "13.0"), ("2.15.0", "13.2")):
+        text = f"from types import SimpleNamespace\n__version__ = {version!r}\n"
+        text += f"version = SimpleNamespace(cuda={cuda!r})\n"
+        add_wheel(wheels, "torch", version, {"torch/__init__.py": text})
+        shown = f"#!/bin/sh\necho release {cuda}, V{cuda}\n"
+        toolkit = {NVCC: shown, "nvidia/cu13/lib/libcudart.so.13": ""}
+        add_wheel(wheels, "cuda-toolkit", f"{cuda}.1", toolkit)
+    add_wheel(wheels, "torchvision", "0.29.0", {}, "torch==2.14.0")
+    add_wheel(wheels, "open_clip_torch", "3.3.0", {}, "torch>=2.0", "torchvision")
+    add_wheel(wheels, "extras", "1.0", {}, "open_clip_torch")
+    for name in ("scikit-build-core", "cmake", "ninja", "numpy"):
+        add_wheel(wheels, name, "1.0", {})
+    add_wheel(wheels, "nvidia-cuda-nvdisasm", "13.5", {})
+    (tmp_path / "constraints.txt").write_text("")
+
+    def make_venv(*command: str | Path) -> None:
+        if "venv" not in command:
+            real_run(*command)
+            return
+        venv.create(install.VENV)
+        (site,) = install.VENV.glob("lib/python*/site-packages")
+        (site / "pip").symlink_to(Path(pip.__path__[0]))  # a venv with pip takes ten seconds
+
+    def install_extras(plan: install.Plan, *arguments: str) -> None:
+        install.pip_install(*(a for a in arguments if a[0] not in ".-"), "extras")
+
+    real_run = install.run
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_CONSTRAINT", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(install, "ROOT", tmp_path)
+    monkeypatch.setattr(install, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(install, "PYTHON", tmp_path / ".venv" / "bin" / "python")
+    monkeypatch.setattr(install, "run", make_venv)
+    monkeypatch.setattr(install, "install_package", install_extras)
+    return wheels
+
+
+def test_torch_is_chosen_once_with_what_wants_it(index: Path) -> None:
+    """pip itself resolves: the extras move no torch that nvcc was chosen by."""
+    install.install_everything(install.plan_for((13, 2)))
+    assert install.installed_torch() == ("2.14.0", "13.0")
+    shown = subprocess.check_output([install.VENV / "bin" / "nvcc", "--version"], text=True)
+    assert shown == "release 13.0, V13.0\n"
+
+
+def test_a_torch_of_another_cuda_is_named(index: Path) -> None:
+    text = "from types import SimpleNamespace\n__version__ = '2.14.0'\n"
+    text += "version = SimpleNamespace(cuda='12.8')\n"
+    add_wheel(index, "torch", "2.14.0", {"torch/__init__.py": text})
+    with pytest.raises(
+        SystemExit, match=r"expected 2\.14\.0 of CUDA 13, .* 2\.14\.0 of CUDA 12\.8"
+    ):
+        install.install_everything(install.plan_for((13, 2)))
+
+
+def test_a_torch_that_the_extras_move_is_named(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        install, "install_package", lambda plan, *_: install.pip_install("torch==2.15.0")
+    )
+    with pytest.raises(SystemExit, match=r"expected 2\.14\.0 of CUDA 13, .* got 2\.15\.0"):
+        install.install_everything(install.plan_for((13, 2)))

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "gaussian": "the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
     "internimage": "a whole InternImage with our dcnv3 beside one with a grid_sample core",
     "mi_loss": "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
+    "muon": "a step of Muon: ours beside torch's, also on a CPU without bf16 units",
     "step": "a training step of M3I: ours beside one written plainly in eager torch",
     "scaling": "images/s and efficiency over ranks of this machine, and a prediction beyond it",
     "loader": "our loader beside torchvision and webdataset, and beside decoding alone",

@@ -20,7 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli.findings import FINDERS, Finding, Machine
-from m3i_fast.cli.probes import PROBES, Facts, ProbeError, fatbin_architectures, gather
+from m3i_fast.cli.probes import (
+    PROBES,
+    Facts,
+    ProbeError,
+    fatbin_architectures,
+    fatbin_ptx_version,
+    gather,
+)
 from m3i_fast.terminal import make_console
 
 MARKS = {
@@ -77,15 +84,17 @@ def examine() -> Machine:
         wanted.remove("kernels_cuda")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         answers = dict(zip(wanted, pool.map(_ask, wanted), strict=True))
-    architectures = None
+    architectures, ptx = None, None
     if cuda_module is not None and cuda_module.origin is not None:
         architectures = tuple(fatbin_architectures(Path(cuda_module.origin)))
+        ptx = fatbin_ptx_version(Path(cuda_module.origin))
     return Machine(
         facts={name: answer for name, answer in answers.items() if isinstance(answer, dict)},
         failures={name: answer for name, answer in answers.items() if isinstance(answer, str)},
         versions={_normal(d.metadata["Name"]): d.version for d in distributions()},
         importable=importable,
         cuda_module=architectures,
+        ptx=ptx,
         pip=f"{_short(sys.executable)} -m pip",
     )
 

@@ -43,6 +43,8 @@ class Machine:
     """Which of the optional modules Python finds, without having imported them."""
     cuda_module: tuple[str, ...] | None
     """The architectures inside _C_cuda; None where it is not built."""
+    ptx: tuple[int, int] | None = None
+    """The version of the PTX inside _C_cuda; None where there is none."""
     pip: str = "python -m pip"
 
     @property
@@ -99,8 +101,14 @@ def find_torch(machine: Machine) -> Finding:
 
 
 def find_cpu(machine: Machine) -> Finding:
-    facts = machine.facts.get("torch_build", {"cpu_capability": "unknown", "num_threads": "?"})
+    unknown = {"cpu_capability": "unknown", "num_threads": "?", "bf16_units": None}
+    facts = machine.facts.get("torch_build", unknown)
     detail = f"vector instructions {facts['cpu_capability']}, {facts['num_threads']} threads"
+    units = facts["bf16_units"]
+    if units:
+        detail += f"; bf16 units: {', '.join(units)}"
+    elif units is not None:
+        detail += "; no units for bf16, which is far slower than fp32 here"
     return Finding(subject="CPU", level="ok", detail=detail)
 
 
@@ -117,16 +125,17 @@ def find_cuda_kernels(machine: Machine) -> Finding:
         detail = "not built; only a GPU needs it"
         if built_for is not None:
             loads = "loads" if machine.torch_major else "a CPU build of torch cannot load it"
-            detail = f"built for {', '.join(built_for)}; {loads}; only a GPU needs it"
+            detail = f"built for {_built(machine)}; {loads}; only a GPU needs it"
         return Finding(subject="_C_cuda", level="absent", detail=detail)
     if built_for is None:
         detail = "not built, and a GPU is there"
         return Finding(subject="_C_cuda", level="error", detail=detail, fix=REBUILD)
-    detail = f"built for {', '.join(built_for)}"
-    for gpu in machine.gpus:
-        if not any(_covers(built, tuple(gpu["capability"])) for built in built_for):
-            detail += f"; {gpu['name']} is {_sm(gpu)}"
-            return Finding(subject="_C_cuda", level="error", detail=detail, fix=START_OVER)
+    detail = f"built for {_built(machine)}"
+    for gpu in _one_of_each(machine.gpus):
+        words, fix = _code_of(machine, gpu)
+        detail += f"; {gpu['name']} {words}"
+        if fix:
+            return Finding(subject="_C_cuda", level="error", detail=detail, fix=fix)
     if reason := machine.failures.get("kernels_cuda"):
         return Finding(subject="_C_cuda", level="error", detail=f"{detail}: {reason}", fix=REBUILD)
     ops = ", ".join(machine.facts["kernels_cuda"]["ops"])
@@ -280,6 +289,50 @@ def _above(one: int | None, other: int | None) -> bool:
 def _sm(gpu: Facts) -> str:
     major, minor = gpu["capability"]
     return f"sm_{major}{minor}"
+
+
+def _built(machine: Machine) -> str:
+    names = ", ".join(machine.cuda_module or ())
+    return names + (f" (PTX {_dotted(machine.ptx)})" if machine.ptx else "")
+
+
+def _code_of(machine: Machine, gpu: Facts) -> tuple[str, str]:
+    """Say which code of _C_cuda a GPU takes, and what to type where it can take none."""
+    usable = [c for c in machine.cuda_module or () if _covers(c, tuple(gpu["capability"]))]
+    if not usable:
+        return f"is {_sm(gpu)}", START_OVER
+    if own := [code for code in usable if code.startswith("sm_")]:
+        return f"takes {own[-1]}", ""
+    cuda = tuple(machine.facts["driver"]["cuda"])
+    compiles = f"is {_sm(gpu)}: its driver compiles {usable[-1]} when it loads"
+    if machine.ptx is None or machine.ptx <= _ptx_of_driver(cuda):
+        return compiles, ""
+    known = f"one of CUDA {_dotted(cuda)} knows PTX {_dotted(_ptx_of_driver(cuda))} at most"
+    return f"{compiles}, and {known}: update it, or build for the card", _build_for(machine.gpus)
+
+
+def _ptx_of_driver(cuda: tuple[int, ...]) -> tuple[int, int]:
+    """Return the newest PTX ISA that a driver knows, by the table in NVIDIA's PTX ISA manual.
+
+    CUDA 13.x has 9.x; 12.0 to 12.5 have 8.0 to 8.5, 12.6 has 8.5 too, 12.7 to 12.9 have 8.6 to 8.8.
+    """
+    major, minor = cuda
+    return major - 4, minor - 1 if major == 12 and minor > 5 else minor
+
+
+def _build_for(gpus: list[Facts]) -> str:
+    numbers = sorted({tuple(gpu["capability"]) for gpu in gpus})
+    codes = [f"{major}{minor}{'a' if major == 9 else ''}-real" for major, minor in numbers]
+    return f"CUDAARCHS='{';'.join(codes)}' {START_OVER}"
+
+
+def _one_of_each(gpus: list[Facts]) -> list[Facts]:
+    """One card of each name."""
+    return list({gpu["name"]: gpu for gpu in gpus}.values())
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _covers(built: str, capability: tuple[int, ...]) -> bool:

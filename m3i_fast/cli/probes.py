@@ -13,10 +13,11 @@ import ctypes
 import importlib
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,17 @@ def torch_build() -> Facts:
         "sees_gpu": torch.cuda.is_available(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
+        "bf16_units": bf16_units(),
     }
+
+
+def bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str] | None:
+    """Return the CPU's instructions for products in bf16, by Linux's names; none without Linux."""
+    if not cpuinfo.is_file():
+        return None
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    known = {"avx512_bf16", "amx_bf16", "bf16"}
+    return sorted(known.intersection(flags[1].split() if flags else ()))
 
 
 def kernels_cpu() -> Facts:
@@ -252,12 +263,24 @@ def nvml() -> Facts:
 
 
 def fatbin_architectures(module: Path) -> list[str]:
-    """The GPU code inside a compiled module: "sm_80", "sm_90a", "compute_80" (PTX), sorted.
+    """The GPU code inside a compiled module: "sm_80", "sm_90a", "compute_80" (PTX), sorted."""
+    return sorted({name for name, _ in _fatbin_entries(module)})
 
-    Reads the fat binary containers: a header of magic, version, header size and payload size, then
-    entries of kind (1 PTX, 2 cubin), header size, payload size, architecture and flags.
+
+def fatbin_ptx_version(module: Path) -> tuple[int, int] | None:
+    """Return the newest PTX ISA in a compiled module, which a driver must know; none: no PTX."""
+    versions = [version for name, version in _fatbin_entries(module) if name.startswith("compute")]
+    return max(versions, default=None)
+
+
+def _fatbin_entries(module: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Read the fat binary containers: each piece of code's name, and its format's version.
+
+    A container is a header of magic, version, header size and payload size, then entries of kind
+    (1 PTX, 2 cubin), header size, payload size, minor and major version of the format (of PTX: its
+    ISA), architecture and flags.
     """
-    data, found = module.read_bytes(), set()
+    data = module.read_bytes()
     magic, architecture_specific = struct.pack("<IH", 0xBA55ED50, 1), 1 << 20
     start = data.find(magic)
     while start >= 0:
@@ -265,15 +288,12 @@ def fatbin_architectures(module: Path) -> list[str]:
         entry, end = start + header_size, start + header_size + payload
         while entry < end:
             kind, entry_header, size = struct.unpack_from("<HxxIQ", data, entry)
-            number, flags = (
-                struct.unpack_from("<I", data, entry + 28)[0],
-                data[entry + 40 : entry + 44],
-            )
-            suffix = "a" if int.from_bytes(flags, "little") & architecture_specific else ""
-            found.add(f"{'sm' if kind == 2 else 'compute'}_{number}{suffix}")
+            minor, major, number = struct.unpack_from("<HHI", data, entry + 24)
+            flags = int.from_bytes(data[entry + 40 : entry + 44], "little")
+            suffix = "a" if flags & architecture_specific else ""
+            yield f"{'sm' if kind == 2 else 'compute'}_{number}{suffix}", (major, minor)
             entry += entry_header + size
         start = data.find(magic, end)
-    return sorted(found)
 
 
 PROBES: dict[str, Callable[[], Facts]] = {

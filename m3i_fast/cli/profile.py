@@ -18,7 +18,7 @@ from m3i_fast.cli import console
 from m3i_fast.cli.profile_nsys import export, run_under_nsys
 from m3i_fast.cli.train import find_recipe
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.cards import CARDS
+from m3i_fast.engine.cards import card_of
 from m3i_fast.engine.parallel import leave_world
 from m3i_fast.engine.precision import resolve_device
 from m3i_fast.engine.profiling import (
@@ -201,11 +201,12 @@ def write_summary(
 
 
 def peak_of(name: str) -> Peak | None:
-    """Of the card whose name is part of the driver's, dense BF16; None of one that is not known."""
-    for card in CARDS.values():
-        if card.is_gpu and card.name in name.lower():
-            return Peak(name=card.name, flop_s=card.bf16_flop_s, byte_s=card.memory_byte_s)
-    return None
+    """Return the dense BF16 peak of the card that the driver calls so; say why there is none."""
+    card = card_of(name)
+    if isinstance(card, str):
+        logger.warning("no shares of a peak: %s", card)
+        return None
+    return Peak(name=card.name, flop_s=card.bf16_flop_s, byte_s=card.memory_byte_s)
 
 
 def diff(argv: list[str]) -> int:

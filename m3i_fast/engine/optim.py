@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.config_fields import check_fields
+from m3i_fast.engine.muon import Muon
 from m3i_fast.engine.param_groups import Group, group_parameters, lr_scales
 from m3i_fast.engine.parts import GradientNorm, gradient_norm, local
 from m3i_fast.engine.schedules import cosine, warmup_cosine
@@ -56,7 +57,7 @@ class OptimConfig:
     """Leave the patch embedding as it was drawn (MoCo v3, for stability); InternImage: its stem."""
     matrices: Literal["adamw", "muon"] = "adamw"
     """What updates the weight matrices of Transformer blocks; AdamW updates all else. muon
-    orthogonalises their momentum: more is learnt a step, for 15 small products a matrix."""
+    orthogonalises their momentum: more is learnt a step, for 15 to 20 small products a matrix."""
     muon_lr: float = 0.02
     """Muon's peak learning rate; it follows lr's schedule."""
     clip_grad_norm: float = 1.0
@@ -183,7 +184,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizers:
         parts.append(_BUILDERS[cfg.name, cfg.used_impl](cfg, groups))
     if matrices:
         groups = _with_rates(group_parameters(matrices, scales), cfg, lr=cfg.muon_lr)
-        parts.append(torch.optim.Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        parts.append(Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     on_host = cfg.used_impl in _LIBRARIES
     if on_host:
         logger.warning(

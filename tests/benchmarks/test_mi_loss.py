@@ -95,12 +95,15 @@ def test_peaks_of_cards(caplog: pytest.LogCaptureFixture) -> None:
         "NVIDIA A100 80GB PCIe": 312,
         "NVIDIA H100 80GB HBM3": 989,
         "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 835,
         "NVIDIA H200": 989,
+        "NVIDIA H200 NVL": 835,
         "NVIDIA B200": 2250,
     }
     assert {card: mi_loss.peak_of(card) for card in peaks} == peaks
     assert not caplog.records
-    for card in ("NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA H100 NVL", "NVIDIA GH200 480GB"):
+    part = "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+    for card in ("NVIDIA GH200 480GB", "NVIDIA GB200", part, "NVIDIA GH200 480GB"):
         assert mi_loss.peak_of(card) is None
     assert len(caplog.records) == 3
 

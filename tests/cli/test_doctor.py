@@ -80,7 +80,9 @@ def test_this_environment() -> None:
     assert found["_C"].detail == "CPU kernels run (mask_mix, dcnv3, boltzmann, gaussian)"
     assert found["DALI"].level == "ok"
     assert version("nvidia-dali-cuda130") in found["DALI"].detail
-    assert torch.backends.cpu.get_cpu_capability() in found["CPU"].detail
+    cpu = found["CPU"].detail
+    assert torch.backends.cpu.get_cpu_capability() in cpu
+    assert ("bf16 units" in cpu) != ("no units for bf16" in cpu)
     assert found["Precision"].detail.startswith("fp32, bf16")
     if not torch.cuda.is_available():
         assert "fp8_current (emulated, for its numbers" in found["Precision"].detail
@@ -165,6 +167,14 @@ def test_architectures_in_a_compiled_module(tmp_path: Path) -> None:
     ]
     subprocess.run([nvcc, *code, "-shared", "-Xcompiler=-fPIC", source, "-o", module], check=True)
     assert probes.fatbin_architectures(module) == ["compute_80", "sm_80", "sm_90a"]
+    # The oracle: what nvcc writes at the head of PTX.
+    subprocess.run(
+        [nvcc, "-arch=compute_80", "-ptx", source, "-o", tmp_path / "add.ptx"], check=True
+    )
+    (version,) = re.findall(r"^\.version (\d+)\.(\d+)$", (tmp_path / "add.ptx").read_text(), re.M)
+    assert probes.fatbin_ptx_version(module) == tuple(map(int, version))
+    subprocess.run([nvcc, code[1], "-shared", "-Xcompiler=-fPIC", source, "-o", module], check=True)
+    assert probes.fatbin_ptx_version(module) is None
 
 
 def gpu_node(**changes: Any) -> Machine:
@@ -178,6 +188,7 @@ def gpu_node(**changes: Any) -> Machine:
             "sees_gpu": True,
             "cpu_capability": "AVX2",
             "num_threads": 8,
+            "bf16_units": ["avx512_bf16"],
         },
         "kernels_cpu": {"ops": OPS},
         "kernels_cuda": {"ops": OPS},
@@ -197,7 +208,8 @@ def gpu_node(**changes: Any) -> Machine:
         failures={},
         versions={**versions, **changes.pop("versions", {})},
         importable=frozenset({"transformer_engine", "amp_C", "apex", "cupy", "pynvml"}),
-        cuda_module=("compute_80", "sm_80", "sm_90a"),
+        cuda_module=("compute_80", "sm_100", "sm_120", "sm_80", "sm_90a"),
+        ptx=(9, 2),
     )
     return replace(machine, **changes)
 
@@ -240,13 +252,18 @@ T4 = {"cuda": [13, 0], "gpus": [{"name": "T4", "capability": [7, 5]}]}
 A100_OLD_DRIVER = {"cuda": [12, 8], "gpus": [{"name": "A100", "capability": [8, 0]}]}
 BLIND_TORCH = {"version": "2.15.0", "cuda": "13.2", "cudnn": 92600, "nccl": "2.30.3"}
 BLIND_TORCH |= {"sees_gpu": False, "cpu_capability": "AVX2", "num_threads": 8}
+BLIND_TORCH |= {"bf16_units": []}
 
 
 @pytest.mark.parametrize(
     ("changes", "subject", "expected"),
     [
         ({"cuda_module": None}, "_C_cuda", "error: not built, and a GPU is there"),
-        ({"cuda_module": ("sm_80",)}, "_C_cuda", "error: built for sm_80; H100 is sm_90"),
+        (
+            {"cuda_module": ("sm_80",), "ptx": None},
+            "_C_cuda",
+            "error: built for sm_80; H100 is sm_90$",
+        ),
         ({"failures": {"kernels_cuda": "bad symbol"}}, "_C_cuda", "error: .*: bad symbol"),
         ({"failures": {"torch_build": "killed"}}, "torch", "error: killed"),
         ({"failures": {"precision": "truncated"}}, "Precision", "warning: no FP8: truncated"),
@@ -280,6 +297,92 @@ def test_one_thing_wrong_is_named(changes: dict[str, Any], subject: str, expecte
 )
 def test_which_code_runs_on_which_gpu(built: str, capability: tuple[int, int], runs: bool) -> None:
     assert findings._covers(built, capability) is runs
+
+
+def card(name: str, *capability: int, cuda: tuple[int, int] = (13, 0)) -> dict[str, Any]:
+    return {"driver": {"cuda": list(cuda), "gpus": [{"name": name, "capability": [*capability]}]}}
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (card("A100", 8, 0), "ok: .*; A100 takes sm_80; its kernels run"),
+        (card("L40S", 8, 9), "ok: .*; L40S takes sm_80; its kernels run"),
+        (card("H100", 9, 0), "ok: .*; H100 takes sm_90a; its kernels run"),
+        (card("B200", 10, 0), "ok: .*; B200 takes sm_100; its kernels run"),
+        (card("B300", 10, 3), "ok: .*; B300 takes sm_100; its kernels run"),
+        (card("RTX 5090", 12, 0), "ok: .*; RTX 5090 takes sm_120; its kernels run"),
+        (
+            card("Thor", 11, 0, cuda=(13, 2)),
+            "ok: .*; Thor is sm_110: its driver compiles compute_80 when it loads; its kernels run",
+        ),
+        (
+            card("Thor", 11, 0, cuda=(13, 0)),
+            r"error: built for compute_80, sm_100, .* \(PTX 9\.2\); Thor is sm_110: its driver "
+            r"compiles compute_80 when it loads, and one of CUDA 13\.0 knows PTX 9\.0 at most: ",
+        ),
+    ],
+)
+def test_which_code_a_card_takes_and_whether_its_driver_can(
+    facts: dict[str, Any], expected: str
+) -> None:
+    found = findings.find_cuda_kernels(gpu_node(facts=facts))
+    assert re.match(expected, f"{found.level}: {found.detail}"), found
+    if found.level == "error":
+        assert found.fix == "CUDAARCHS='110-real' make clean install"
+
+
+def test_a_build_for_the_cards_here_names_each() -> None:
+    gpus = [
+        {"name": n, "capability": c} for n, c in (("a", [11, 0]), ("b", [9, 0]), ("c", [11, 0]))
+    ]
+    assert findings._build_for(gpus) == "CUDAARCHS='90a-real;110-real' make clean install"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "ptx"),
+    [
+        ((12, 0), (8, 0)),
+        ((12, 5), (8, 5)),
+        ((12, 6), (8, 5)),
+        ((12, 8), (8, 7)),
+        ((12, 9), (8, 8)),
+        ((13, 0), (9, 0)),
+        ((13, 2), (9, 2)),
+    ],
+)
+def test_ptx_that_a_driver_knows(cuda: tuple[int, int], ptx: tuple[int, int]) -> None:
+    """The table of releases in NVIDIA's PTX ISA manual."""
+    assert findings._ptx_of_driver(cuda) == ptx
+
+
+@pytest.mark.parametrize(
+    ("flags", "units"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 amx_bf16 amx_tile", ["amx_bf16", "avx512_bf16"]),
+        ("Features\t: fp asimd sve bf16 i8mm", ["bf16"]),
+        ("flags\t\t: fpu avx2 fma", []),
+        ("model name\t: avx512_bf16", []),
+    ],
+)
+def test_units_for_bf16_by_the_flags_of_linux(flags: str, units: list[str], tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    assert probes.bf16_units(tmp_path / "cpuinfo") == units
+    assert probes.bf16_units(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("units", "says"),
+    [
+        (["avx512_bf16"], "; bf16 units: avx512_bf16"),
+        ([], "; no units for bf16, which is far slower than fp32 here"),
+        (None, ""),
+    ],
+)
+def test_a_cpu_without_units_for_bf16_is_told(units: list[str] | None, says: str) -> None:
+    facts = {**gpu_node().facts["torch_build"], "bf16_units": units}
+    detail = findings.find_cpu(gpu_node(facts={"torch_build": facts})).detail
+    assert detail == f"vector instructions AVX2, 8 threads{says}"
 
 
 def test_commands_are_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:

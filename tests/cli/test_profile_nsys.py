@@ -16,7 +16,7 @@ from m3i_fast.cli import main
 from m3i_fast.cli.profile import choose_profiler, parse, peak_of, record, write_summary
 from m3i_fast.cli.profile_nsys import export, run_under_nsys
 from m3i_fast.observe.nsys import read_nsys
-from m3i_fast.observe.profile_summary import read_summary
+from m3i_fast.observe.profile_summary import Peak, read_summary
 from tests.cli.test_profile import _config
 from tests.observe.nsys_files import write_export
 
@@ -139,7 +139,33 @@ def test_nsys_is_chosen_where_there_is_a_gpu_and_nsys(
         choose_profiler("nsys", gpu)
 
 
-def test_peaks_are_of_known_cards() -> None:
-    peak = peak_of("NVIDIA H100 80GB HBM3")
-    assert peak is not None and peak.name == "h100" and peak.flop_s == 989e12
-    assert peak_of("NVIDIA GeForce RTX 3090") is None
+@pytest.mark.parametrize(
+    ("device", "card", "flop_s", "byte_s"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100", 989e12, 3350e9),
+        ("NVIDIA H100 PCIe", "h100_pcie", 756e12, 2000e9),
+        ("NVIDIA H100 NVL", "h100_nvl", 835e12, 3900e9),
+        ("NVIDIA H200 NVL", "h200_nvl", 835e12, 4800e9),
+        ("NVIDIA B200", "b200", 2250e12, 8000e9),
+    ],
+)
+def test_peaks_are_of_the_very_card(device: str, card: str, flop_s: float, byte_s: float) -> None:
+    """NVIDIA's data sheets; a PCIe card is no SXM module of the same chip."""
+    assert peak_of(device) == Peak(name=card, flop_s=flop_s, byte_s=byte_s)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "NVIDIA GeForce RTX 3090",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GB200",
+        "NVIDIA H100 NVL MIG 1g.12gb",
+    ],
+)
+def test_a_card_without_a_published_peak_is_named(
+    device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert peak_of(device) is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"no shares of a peak: {device}: ")

@@ -121,6 +121,26 @@ def lars_of_the_paper(
     walk.x -= walk.memory["v"]
 
 
+def muon(walk: Walk, g: Tensor, lr: float, decay: float | None, cfg: OptimConfig) -> None:
+    """Muon with Nesterov's momentum; Newton-Schulz to the letter. Of matrices of blocks alone."""
+    if walk.x.ndim != 2:
+        return
+    rate = lr * cfg.muon_lr / cfg.lr
+    walk.memory["b"] = 0.95 * walk.recall("b") + 0.05 * g
+    direction = orthogonal(0.05 * g + 0.95 * walk.memory["b"])
+    walk.x -= rate * (decay or 0.0) * walk.x
+    walk.x -= rate * max(1.0, g.shape[0] / g.shape[1]) ** 0.5 * direction
+
+
+def orthogonal(g: Tensor) -> Tensor:  # [M, K] fp64
+    """Five iterations of https://kellerjordan.github.io/posts/muon/."""
+    x = (g.mT if g.shape[0] > g.shape[1] else g) / g.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if g.shape[0] > g.shape[1] else x
+
+
 def _adam(walk: Walk, g: Tensor, cfg: OptimConfig, *, eps: float) -> Tensor:
     b1, b2 = cfg.betas
     eps = eps if cfg.eps is None else cfg.eps

@@ -13,6 +13,7 @@ from m3i_fast.engine.ema import EmaConfig, update_ema
 from m3i_fast.engine.optim import OptimConfig, build_optimizer, set_schedules
 from m3i_fast.engine.schedules import cosine, warmup_cosine
 from m3i_fast.models.vit import ViT, vit_demo
+from tests.engine.optimiser_runs import set_gradients
 
 
 def test_warmup_cosine_equals_torchs_schedulers() -> None:
@@ -98,12 +99,13 @@ def test_muon_takes_the_matrices_of_blocks_and_follows_the_schedule() -> None:
 
     matrices = [dict(twin.named_parameters())[name] for name in found[2]]
     alone = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.25)
-    for vit in (model, twin):
-        vit(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).square().sum().backward()
+    for vit in (model, twin):  # of full rank: of less, bf16 gives noise in the other directions
+        set_gradients(vit, 0)
     optimizer.step()
     alone.step()
-    for name, parameter in zip(found[2], matrices, strict=True):
-        assert torch.equal(dict(model.named_parameters())[name], parameter)
+    for name, parameter in zip(found[2], matrices, strict=True):  # torch's multiplies in bf16
+        got = dict(model.named_parameters())[name]
+        torch.testing.assert_close(got, parameter, rtol=0.0, atol=2e-4)
     assert {len(state) for state in optimizer.state.values()} == {1, 3}  # momentum; AdamW's three
 
 
