@@ -223,7 +223,11 @@ def dcnv3(
     The samples are bilinear, x is zero outside the image, pixel centres lie at integers. The kernel
     has K = kernel_h * kernel_w points, one less with `remove_center`; k counts them column by
     column, k = i * kernel_h + j for column i and row j. A point that is not inside
-    -1 < loc_x < W, -1 < loc_y < H, a NaN among them, adds nothing and has zero gradients.
+    -1 < loc_x < W, -1 < loc_y < H adds nothing and has zero gradients.
+
+    What is not finite is not hidden. An offset that is NaN or infinite has no place, and a point
+    outside has no product with a mask that is: the group's channels of that output pixel become NaN,
+    as do the gradients by the point's offset and mask, and by the group's first pixel in x.
 
     Computed in float32 (float64 for float64) and rounded once. On the CPU, results and gradients
     are the same bits for any number of threads. On CUDA the gradient by x is the same bits at every
