@@ -225,9 +225,9 @@ def dcnv3(
     column, k = i * kernel_h + j for column i and row j. A point that is not inside
     -1 < loc_x < W, -1 < loc_y < H adds nothing and has zero gradients.
 
-    What is not finite is not hidden. An offset that is NaN or infinite has no place, and a point
-    outside has no product with a mask that is: the group's channels of that output pixel become NaN,
-    as do the gradients by the point's offset and mask, and by the group's first pixel in x.
+    What is not finite is not hidden: an offset that is NaN or infinite has no place, and 0 times
+    such a mask is no number, also outside. The group's channels of the output pixel are then NaN,
+    as are the gradients by the point's offset and mask and that by the group's first pixel of x.
 
     Computed in float32 (float64 for float64) and rounded once. On the CPU, results and gradients
     are the same bits for any number of threads. On CUDA the gradient by x is the same bits at every
