@@ -190,9 +190,10 @@ void locate(const Dcnv3Shape& shape, int64_t row, int64_t column, int64_t count,
                       load<kSize>(points.row + i), load<kSize>(points.row_fraction + i));
     store(points.fraction_x + i, x.fraction);
     store(points.fraction_y + i, y.fraction);
-    // One further right and down: the plane begins with its ring.
-    store(points.pixel + i,
-          x.valid & y.valid ? (y.whole + 1) * (width + 2) + x.whole + 1 : outside);
+    // One further right and down: the plane begins with its ring. Zero where a place is not valid,
+    // whose product need not fit.
+    const auto pixel = (y.valid & (y.whole + 1)) * (width + 2) + (x.valid & (x.whole + 1));
+    store(points.pixel + i, x.valid & y.valid ? pixel : outside);
   }
   if (!are_finite(count, points)) mark_lost(shape, count, points);
 }

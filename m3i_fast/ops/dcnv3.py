@@ -121,6 +121,10 @@ def _fake(
     )
     out = _out_image((height, width), *pairs, geometry)
     points = groups * (kernel_size[0] * kernel_size[1] - remove_center)
+    torch._check(
+        points <= 2**30,
+        lambda: f"kernel_size: expected at most 2^30 points of all groups, got {geometry}",
+    )
     _check_like("offset", offset, x, [batch, *out, 2 * points], geometry)
     _check_like("mask", mask, x, [batch, *out, points], geometry)
     return x.new_empty((batch, *out, channels))
