@@ -95,11 +95,15 @@ inline void check_extents(const torch::stable::Tensor& x, const Dcnv3Geometry& g
   STD_TORCH_CHECK(shape.out_height > 0 && shape.out_width > 0,
                   "x: expected an image that the kernel fits into, got none of its positions: ",
                   describe(x, geometry));
-  constexpr int64_t kExtent = 1 << 28;
-  STD_TORCH_CHECK((shape.height + 3) * (shape.width + 2) <= std::numeric_limits<int32_t>::max() &&
-                      shape.height + 2 * shape.pad_height <= kExtent &&
-                      shape.width + 2 * shape.pad_width <= kExtent,
+  constexpr int64_t kExtent = 1 << 28;  // tested first: the products then fit 64 bits
+  STD_TORCH_CHECK(shape.height + 2 * shape.pad_height <= kExtent &&
+                      shape.width + 2 * shape.pad_width <= kExtent &&
+                      (shape.height + 3) * (shape.width + 2) <= std::numeric_limits<int32_t>::max(),
                   "x: expected an image of fewer than 2^31 pixels, padded extents up to 2^28, got ",
+                  describe(x, geometry));
+  constexpr int64_t kPoints = 1 << 30;
+  STD_TORCH_CHECK(shape.points <= kPoints / shape.groups,
+                  "kernel_size: expected at most 2^30 points of all groups, got ",
                   describe(x, geometry));
 }
 

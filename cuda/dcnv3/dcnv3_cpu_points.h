@@ -25,6 +25,9 @@ constexpr int32_t kFar = 1 << 28;
 // In a table: outside, wherever the block lies and whatever the offset.
 constexpr int32_t kNever = 1 << 30;
 
+// Where the plane begins, with its ring: the last of these 2 x 2 pixels is the image's first.
+constexpr int32_t kLost = 0;
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -45,14 +48,15 @@ struct Arena {
 // Arrays of a block, of float or double.
 template <class A>
 struct Points {
-  A* offset;        // [points, 2] (x, y); the backward puts their gradients here
-  A* mask;          // [points] after the softmax, if any
-  A* grad_mask;     // [points]
-  A* fraction_x;    // [points] lx
-  A* fraction_y;    // [points] ly
-  IntOf<A>* pixel;  // [points] of the upper left corner in the plane; `nowhere` if not valid
-  A* corner[4];     // [points] the corners' weights times mask; 0 if not valid
-  A* dots;          // [points, 4] grad_out times the corners, summed over channels
+  A* offset;      // [points, 2] (x, y); the backward puts their gradients here
+  A* mask;        // [points] after the softmax, if any
+  A* grad_mask;   // [points]
+  A* fraction_x;  // [points] lx; both are NaN if the point is lost
+  A* fraction_y;  // [points] ly
+  // [points] of the upper left corner in the plane; `nowhere` if not valid, kLost if lost
+  IntOf<A>* pixel;
+  A* corner[4];  // [points] the corners' weights times mask; 0 if not valid
+  A* dots;       // [points, 4] grad_out times the corners, summed over channels
   // Tables, the same for every block:
   IntOf<A>* column;    // [points] of x from that of the block's first output pixel, rounded down
   IntOf<A>* row;       // [points] likewise
@@ -137,6 +141,32 @@ struct Places {
   }
 };
 
+// Whether offsets and masks are; a loop of its own, which costs less than a part of locate()'s.
+template <class A>
+bool are_finite(int64_t count, const Points<A>& points) {
+  constexpr int kSize = kLanes<A>;
+  Vec<A, kSize> zeros{};  // NaN where one is not
+  for (int64_t i = 0; i < count; i += kSize) {
+    zeros += load<kSize>(points.offset + 2 * i) * 0 +
+             load<kSize>(points.offset + 2 * i + kSize) * 0 + load<kSize>(points.mask + i) * 0;
+  }
+  A sum = 0;
+  for (int lane = 0; lane < kSize; ++lane) sum += zeros[lane];
+  return sum == 0;
+}
+
+// Point by point: blocks in which something is not finite are rare.
+template <class A>
+void mark_lost(const Dcnv3Shape& shape, int64_t count, const Points<A>& points) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A place = points.offset[2 * i] * 0 + points.offset[2 * i + 1] * 0;  // 0 or NaN
+    const A weight = points.pixel[i] == nowhere(shape) ? points.mask[i] * 0 : 0;
+    if (place + weight == 0) continue;
+    points.fraction_x[i] = points.fraction_y[i] = place + weight;
+    points.pixel[i] = kLost;
+  }
+}
+
 // Offsets to fractions and pixels, for the block that begins at output pixel (row, column).
 template <class A>
 void locate(const Dcnv3Shape& shape, int64_t row, int64_t column, int64_t count,
@@ -160,10 +190,12 @@ void locate(const Dcnv3Shape& shape, int64_t row, int64_t column, int64_t count,
                       load<kSize>(points.row + i), load<kSize>(points.row_fraction + i));
     store(points.fraction_x + i, x.fraction);
     store(points.fraction_y + i, y.fraction);
-    // One further right and down: the plane begins with its ring.
-    store(points.pixel + i,
-          x.valid & y.valid ? (y.whole + 1) * (width + 2) + x.whole + 1 : outside);
+    // One further right and down: the plane begins with its ring. Zero where a place is not valid,
+    // whose product need not fit.
+    const auto pixel = (y.valid & (y.whole + 1)) * (width + 2) + (x.valid & (x.whole + 1));
+    store(points.pixel + i, x.valid & y.valid ? pixel : outside);
   }
+  if (!are_finite(count, points)) mark_lost(shape, count, points);
 }
 
 template <class A>

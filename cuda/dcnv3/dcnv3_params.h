@@ -15,6 +15,12 @@
 //
 // where x outside the image is zero. All but the offset is whole, times offset_scale: with whole
 // and fractional parts kept apart, neither a wide image nor a far offset costs precision.
+//
+// A point is lost if an offset is NaN or infinite (loc - floor(loc) is NaN), or if it does not
+// count and its m is NaN or infinite (m * 0 is NaN). It then stands at (-1, -1), where the image's
+// first pixel is its one corner, with lx = ly = NaN: the output, the gradients by its offset and
+// mask, and, by x, that of this pixel are NaN. An offset that is finite and leads far outside is
+// not lost, even where loc_x is infinite in float32.
 #pragma once
 
 #include "m3i/types.h"

@@ -170,8 +170,14 @@ __device__ inline Origin<A> make_origin(const Dcnv3Shape& shape, int64_t unit) {
   return origin;
 }
 
+// offset * scale, and NaN where the offset is infinite: a product that overflows is just far.
+template <class A>
+__device__ inline A stretched(A offset, A scale) {
+  return product(offset, scale) + offset * 0;
+}
+
 // One coordinate: whole + fraction, valid where -1 < it < extent. The offset is split before
-// anything is added, and tested before it becomes an integer: NaN is not near.
+// anything is added, and tested before it becomes an integer: NaN is not near, and is the fraction.
 template <class A>
 __device__ inline bool place(A offset, int base, int extent, int step, A step_fraction, int& whole,
                              A& fraction) {
@@ -192,9 +198,9 @@ __device__ inline unsigned locate(const Dcnv3Shape& shape, const Origin<A>& orig
   const A scale = static_cast<A>(shape.offset_scale);
   int x, y;
   const bool valid_x =
-      place(product(offset_x, scale), origin.x, width, step.x, step.x_fraction, x, point.x);
+      place(stretched(offset_x, scale), origin.x, width, step.x, step.x_fraction, x, point.x);
   const bool valid_y =
-      place(product(offset_y, scale), origin.y, height, step.y, step.y_fraction, y, point.y);
+      place(stretched(offset_y, scale), origin.y, height, step.y, step.y_fraction, y, point.y);
   const bool valid = valid_x && valid_y;
   point.pixel = valid ? y * width + x : 0;
   const unsigned columns =
@@ -247,6 +253,17 @@ __device__ inline void for_each_point(int count, int num_units, const Body& body
   }
 }
 
+// A point without a place, or outside with a weight that is no number: NaN at the first pixel, so
+// that no sum of them is finite. Its corners; an image without pixels has none.
+template <class A>
+__device__ inline unsigned keep_if_lost(const Dcnv3Shape& shape, Point<A>& point) {
+  if (point.x == point.x && point.y == point.y && point.weight * 0 == 0) return 0;
+  // In 32 bits, which an extent fits: compared in 64, they cost a step of registers.
+  if (static_cast<int>(shape.height) == 0 || static_cast<int>(shape.width) == 0) return 0;
+  point.x = point.y = point.weight = static_cast<A>(nan(""));
+  return kTopLeft;
+}
+
 // Points [first, first + count) of the warp's units. `offset` and `mask` begin at its first unit.
 template <class T, class A>
 __device__ inline void make_points(const Dcnv3Shape& shape, const Tiling& tiling, const T* offset,
@@ -256,10 +273,11 @@ __device__ inline void make_points(const Dcnv3Shape& shape, const Tiling& tiling
     const int64_t at = unit * shape.points + first + k;
     const Origin<A> origin = work.origins[unit];
     Point<A> point;
-    const unsigned inside = locate(shape, origin, work.steps[k], load_value(offset + 2 * at),
-                                   load_value(offset + 2 * at + 1), point);
+    unsigned inside = locate(shape, origin, work.steps[k], load_value(offset + 2 * at),
+                             load_value(offset + 2 * at + 1), point);
     const A value = load_value(mask + at);
     point.weight = shape.softmax ? exp_of(value - origin.largest) * origin.inverse_sum : value;
+    if (inside == 0) inside = keep_if_lost(shape, point);
     work.points[unit * tiling.pitch + k] = point;
     work.inside[unit * tiling.pitch + k] = static_cast<uint8_t>(inside);
   });

@@ -183,10 +183,16 @@ def written_buffers(model: nn.Module) -> list[Tensor]:
 
 
 def not_finite(tensors: Mapping[str, Tensor], world: World) -> list[str]:
-    """Names of those that are not finite on any rank, three at most; waits for the device."""
+    """Name those that are not finite on any rank, three at most; wait for the device once.
+
+    Names travel only where the device has counted some: a collective of objects takes the host.
+    """
     parts = dict(zip(tensors, local(tensors.values()), strict=True))
     parts = {n: p.detach() for n, p in parts.items() if p.is_floating_point() and p.numel()}
     largest = [norm.float() for norm in torch._foreach_norm(list(parts.values()), math.inf)]
-    sound = torch.stack(largest).isfinite().tolist()
-    wrong = [name for name, ok in zip(parts, sound, strict=True) if not ok]
+    wrong_P = ~torch.stack(largest).isfinite()
+    *flags, count = torch.cat([wrong_P, world.sum(wrong_P.sum(0, keepdim=True))]).tolist()
+    if not count:
+        return []
+    wrong = [name for name, flag in zip(parts, flags, strict=True) if flag]
     return sorted({name for names in world.gather(wrong[:3]) for name in names})[:3]

@@ -301,14 +301,18 @@ class Trainer:
 
     def _save(self) -> None:
         self.run.expect_there()
-        tensors = checkpoint.tensors_of(self.objective, self.optimizer)
-        if wrong := not_finite(tensors, self.world):
-            raise self._abort(f"no checkpoint is written: not finite: {', '.join(wrong)}")
+        self._expect_finite("no checkpoint is written")
         state = self.run.state(loader=self.loader, **self._kept())
         state["num_ranks"] = self.world.size
         self.run.saver.save(
             step=self.step, model=self.objective, optimizer=self.optimizer, state=state
         )
+
+    def _expect_finite(self, consequence: str) -> None:
+        """Raise FloatingPointError if a checkpoint of now would hold what is not finite."""
+        tensors = checkpoint.tensors_of(self.objective, self.optimizer)
+        if wrong := not_finite(tensors, self.world):
+            raise self._abort(f"{consequence}: not finite: {', '.join(wrong)}")
 
     def _heed_collapse(self, values: dict[str, float]) -> None:
         found = self.watch.see(self.step, values)
@@ -332,6 +336,7 @@ class Trainer:
         self.skips.see(steps, records)
         if reason := self.skips.excess():
             raise self._abort(reason)
+        self._expect_finite("no checkpoint could be written")
         spikes = [record["step"] for record in records if record["reason"] == "spike"]
         goes_back = self.cfg.guard.spikes == "rollback" and bool(spikes)
         return (spikes[0] if goes_back else None), len(records)

@@ -74,6 +74,24 @@ def _dense_ids(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:  # [N
     return rows, cols.masked_fill(col_ids == IGNORED, _NOT_A_COLUMN)
 
 
+def _narrow(targets: Tensor, num_columns: int) -> Tensor:  # [N] int64 -> [N] int32
+    """Cast to what the compiled ops take; on a CPU, raise RuntimeError for one out of range.
+
+    Elsewhere the ops refuse it, without a wait: what 32 bits cannot hold becomes their limit, which
+    is out of range as well.
+    """
+    if targets.device.type == "cpu" and num_columns and not torch.compiler.is_compiling():
+        wrong = ((targets < IGNORED) | (targets >= num_columns)).nonzero()
+        if len(wrong):
+            place = int(wrong[0])
+            raise RuntimeError(
+                f"targets: expected rows of z from 0 to {num_columns - 1}, or -1 to ignore, got "
+                f"{int(targets[place])} in place {place}"
+            )
+    limits = torch.iinfo(torch.int32)
+    return targets.clamp(limits.min, limits.max).int().contiguous()
+
+
 def _pair_up(
     z_hat: Tensor,
     z: Tensor,
@@ -89,7 +107,8 @@ def _pair_up(
             "targets: expected either targets or row_ids and col_ids, got both",
         )
         _expect_ids("targets", targets, z_hat.shape[0], z_hat)
-        return _count_columns(targets.int().contiguous(), exchange)
+        num_columns = sum(exchange.num_columns) if isinstance(exchange, Ring) else z.shape[0]
+        return _count_columns(_narrow(targets, num_columns), exchange)
     if row_ids is not None and col_ids is not None:
         _expect_ids("row_ids", row_ids, z_hat.shape[0], z_hat)
         _expect_ids("col_ids", col_ids, z.shape[0], z_hat)
@@ -182,8 +201,8 @@ def boltzmann(
             a warning in the log, where they are not.
         scale: multiplies the dot products: 1 / tau, open_clip's `logit_scale.exp()`. On the device
             of z_hat, and never read by the host.
-        targets: class indices. On a CPU one that is out of range raises; on CUDA it stops the
-            kernel by a trap.
+        targets: class indices. One that is out of range raises RuntimeError on a CPU, with its
+            place; on CUDA it stops the kernel by a trap.
         bias: added to the logits; [M] one for each column.
         reduction: "sum" leaves the division out.
         process_group: each of its ranks calls with its own rows of z_hat and z, as many as it has,

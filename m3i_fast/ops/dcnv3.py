@@ -121,6 +121,10 @@ def _fake(
     )
     out = _out_image((height, width), *pairs, geometry)
     points = groups * (kernel_size[0] * kernel_size[1] - remove_center)
+    torch._check(
+        points <= 2**30,
+        lambda: f"kernel_size: expected at most 2^30 points of all groups, got {geometry}",
+    )
     _check_like("offset", offset, x, [batch, *out, 2 * points], geometry)
     _check_like("mask", mask, x, [batch, *out, points], geometry)
     return x.new_empty((batch, *out, channels))
@@ -223,7 +227,11 @@ def dcnv3(
     The samples are bilinear, x is zero outside the image, pixel centres lie at integers. The kernel
     has K = kernel_h * kernel_w points, one less with `remove_center`; k counts them column by
     column, k = i * kernel_h + j for column i and row j. A point that is not inside
-    -1 < loc_x < W, -1 < loc_y < H, a NaN among them, adds nothing and has zero gradients.
+    -1 < loc_x < W, -1 < loc_y < H adds nothing and has zero gradients.
+
+    What is not finite is not hidden: an offset that is NaN or infinite has no place, and 0 times
+    such a mask is no number, also outside. The group's channels of the output pixel are then NaN,
+    as are the gradients by the point's offset and mask and that by the group's first pixel of x.
 
     Computed in float32 (float64 for float64) and rounded once. On the CPU, results and gradients
     are the same bits for any number of threads. On CUDA the gradient by x is the same bits at every

@@ -59,22 +59,24 @@ def _sample(
     x_NYXGK: Tensor,
     y_NYXGK: Tensor,
 ) -> Tensor:  # [N, Yo, Xo, G, K, D]
-    """Bilinear samples, each in the channels of its group; zeros outside the image."""
+    """Bilinear samples, each in the channels of its group; zeros outside the image.
+
+    A place that is NaN stands at (-1, -1): of its corners, the first pixel alone is in the image.
+    """
     batch, height, width, channels = x.shape
     groups = x_NYXGK.shape[3]
     pixels_NPGD = x.reshape(batch, height * width, groups, channels // groups)
     index_N = torch.arange(batch, device=x.device).view(batch, 1, 1, 1, 1)
     index_G = torch.arange(groups, device=x.device).view(groups, 1)
-    left, top = x_NYXGK.detach().floor(), y_NYXGK.detach().floor()
+    left, top = (at.detach().floor().nan_to_num(nan=-1.0) for at in (x_NYXGK, y_NYXGK))
     right_weight, bottom_weight = x_NYXGK - left, y_NYXGK - top
     sample = x.new_zeros(())
     for column, weight_x in ((left, 1 - right_weight), (left + 1, right_weight)):
         for row, weight_y in ((top, 1 - bottom_weight), (top + 1, bottom_weight)):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             pixel = torch.where(inside, row.long() * width + column.long(), 0)
-            corner = pixels_NPGD[index_N, pixel, index_G]
-            weight = (weight_x * weight_y)[..., None]
-            sample = sample + torch.where(inside[..., None], weight * corner, 0.0)
+            corner = torch.where(inside[..., None], pixels_NPGD[index_N, pixel, index_G], 0.0)
+            sample = sample + (weight_x * weight_y)[..., None] * corner
     return sample
 
 
@@ -122,10 +124,14 @@ def dcnv3(
         for d, index in enumerate((index_Y[:, None, None, None], index_X[:, None, None]))
     )
     valid = (x_NYXGK > -1) & (y_NYXGK > -1) & (x_NYXGK < width) & (y_NYXGK < height)
-    sample_NYXGKD = _sample(x, *(torch.where(valid, at, 0.0) for at in (x_NYXGK, y_NYXGK)))
-    # A point that is not valid adds nothing, whatever x holds at the place that stands in for it.
-    sample_NYXGKD = torch.where(valid[..., None], sample_NYXGKD, 0.0)
-    weight_NYXGK = torch.where(valid, mask_NYXGK, 0.0)
+    # NaN where an offset or the mask is not finite: the place of such a point, unless it is inside.
+    place_NYXGK = (offset_NYXGK2 * 0).sum(dim=-1) + mask_NYXGK * 0
+    counts = valid | place_NYXGK.isnan()
+    place_NYXGK = torch.where(counts, place_NYXGK, 0.0)
+    sample_NYXGKD = _sample(x, *(torch.where(valid, at, place_NYXGK) for at in (x_NYXGK, y_NYXGK)))
+    # A point outside adds nothing, whatever x holds at the place that stands in for it.
+    sample_NYXGKD = torch.where(counts[..., None], sample_NYXGKD, 0.0)
+    weight_NYXGK = torch.where(counts, mask_NYXGK, 0.0)
     return (weight_NYXGK[..., None] * sample_NYXGKD).sum(dim=-2).flatten(-2).to(dtype)
 
 

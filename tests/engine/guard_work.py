@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -70,7 +71,7 @@ def spread(cfg: TrainConfig, shard: int) -> TrainConfig:
 
 
 def work(rank: int, cfg: TrainConfig, folder: Path) -> None:
-    """Steps 1 and 2 are spoilt on the second rank alone."""
+    """Steps 1 and 2 are spoilt on the second rank alone, and so is the average of a last run."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), NUM_RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
@@ -101,4 +102,9 @@ def work(rank: int, cfg: TrainConfig, folder: Path) -> None:
     poison: dict[int, str | float] = {4: 1e4} if rank else {}
     trainer.poisoned(poison).train(lambda step, _: poison.clear())
     torch.save(trainer.tensors(), folder / f"back-{rank}.pt")
+    trainer = Poisoned(replace(cfg, log_every=2, checkpoint_every=100), folder / "average")
+    if rank:
+        trainer.objective.target_encoder.encoder.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 2: .*model/target_encoder.encoder.norm.we"):
+        trainer.poisoned({}).train()
     dist.destroy_process_group()

@@ -249,6 +249,30 @@ def test_weights_that_are_not_finite_are_never_saved(dataset: Path, tmp_path: Pa
     trainer.run.close()
 
 
+@pytest.mark.parametrize(
+    "name", ["model/target_encoder.encoder.norm.weight", "optimizer/encoder.norm.weight/exp_avg"]
+)
+def test_what_is_not_finite_ends_the_run_at_the_next_row(
+    name: str, dataset: Path, tmp_path: Path
+) -> None:
+    """An average or a moment, and not at a checkpoint long after, which could not be written."""
+    trainer = Poisoned(_config(dataset, checkpoint_every=1000), tmp_path / "run").poisoned({})
+    step = trainer.train_step
+
+    def spoilt(batch, *, monitor=False):  # type: ignore[no-untyped-def]
+        metrics = step(batch, monitor=monitor)
+        if trainer.step == 2:
+            tensors = checkpoint.tensors_of(trainer.objective, trainer.optimizer)
+            tensors[name][0] = math.nan
+        return metrics
+
+    trainer.train_step = spoilt  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=f"step 4: .*not finite: .*{name}"):
+        trainer.train()
+    assert trainer.step == 4
+    assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
 # ---- Spikes --------------------------------------------------------------------------------------
 
 
@@ -356,6 +380,13 @@ def test_ranks_go_back_together(of_ranks: Path) -> None:
     )
     [row] = read_jsonl(run / "skipped.jsonl", SKIPPED_ROW)
     assert (row["step"], row["reason"]) == (4, "spike")
+
+
+def test_ranks_end_together(of_ranks: Path) -> None:
+    """For an average that is not finite on one of them (`work` has seen the error of both)."""
+    for rank in range(NUM_RANKS):
+        dump = of_ranks / "average" / "dump_step_00000002" / f"rank_{rank}.json"
+        assert "model/target_encoder" in json.loads(dump.read_text())["reason"]
 
 
 @pytest.mark.parametrize(

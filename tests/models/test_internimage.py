@@ -87,6 +87,16 @@ def test_outputs_and_gradients_are_the_official_ones(case: str) -> None:
         assert_sketches(features.pooled, expected["pooled"])
 
 
+@pytest.mark.parametrize("name", ["offset", "mask"])
+def test_a_bias_that_is_nan_is_not_hidden(name: str) -> None:
+    """Its layer takes any place and any weight, and one without a number is neither."""
+    model = seeded(TINY).eval()
+    layer = next(module for module in model.modules() if isinstance(module, DCNv3))
+    with torch.no_grad():
+        getattr(layer, name).bias[0] = torch.nan
+    assert model(seeded_images(2, 32)).isnan().all()
+
+
 def test_official_keywords_build_the_same_model() -> None:
     official = models.InternImage(
         channels=32,

@@ -219,6 +219,18 @@ def test_what_is_not_annotated_is_not_asked() -> None:
         assert torch.equal(first, second) and float(first) > 0
 
 
+@pytest.mark.parametrize("wrong", [-5, -2, 2**40, 2**32 - 1])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_class_out_of_range_is_not_taken_for_none(wrong: int, everywhere: bool) -> None:
+    """Only -1 says that a picture has no class."""
+    batch = make_batch()
+    label = torch.full_like(batch.label, -1)
+    label[slice(None) if everywhere else slice(3, 4)] = wrong
+    cfg = make_config(only="category")
+    with pytest.raises(RuntimeError, match=f"targets: expected rows .* got {wrong} in place"):
+        _loss(_build(cfg), replace(batch, label=label), _mix(cfg, batch))
+
+
 def test_variants_of_one_concept_are_positives() -> None:
     cfg = make_config(only="caption")
     batch, model = make_batch(), _build(cfg)

@@ -119,8 +119,31 @@ def test_wrong_arguments_are_named(call: Callable[[], Tensor], message: str) -> 
         call()
 
 
-@pytest.mark.parametrize("wrong", [3, -2, 2**31 - 1])
-def test_classes_out_of_range(wrong: int) -> None:
+# What 32 bits hold, and what they would take for class 0, for class 1, for -1 and for -2^31.
+OUT_OF_RANGE = [3, -2, -5, 2**31 - 1, 2**40, -(2**32) + 1, 2**32 - 1, 2**63 - 1, -(2**63), 2**31]
+
+
+@pytest.mark.parametrize("wrong", OUT_OF_RANGE)
+@pytest.mark.parametrize("form", ["softmax", "sigmoid"])
+def test_classes_out_of_range(form: Any, wrong: int) -> None:
     targets = torch.tensor([0, wrong, 1])
     with pytest.raises(RuntimeError, match=f"from 0 to 2, or -1 to ignore, got {wrong} in place 1"):
-        boltzmann(*features(), ONE, targets=targets)
+        boltzmann(*features(), ONE, targets=targets, form=form)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("wrong", OUT_OF_RANGE)
+def test_classes_out_of_range_are_refused_by_the_kernel(wrong: int) -> None:
+    """As from a compiled function and on a GPU, where nobody reads the targets first."""
+    torch._dynamo.reset()
+    compiled = torch.compile(boltzmann, fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match=r"targets: expected rows of z|__trap"):
+        compiled(*features(), ONE, targets=torch.tensor([0, wrong, 1]))
+
+
+@pytest.mark.parametrize("ids", [(2**40, -5, 7), (2**32, 0, -(2**40))])
+def test_ids_are_told_apart_by_all_their_bits(ids: tuple[int, ...]) -> None:
+    """Any number but -1 is an id."""
+    call, rows, place = features(), torch.tensor(ids), torch.arange(3)
+    expected = boltzmann(*call, ONE, row_ids=place, col_ids=place)
+    assert torch.equal(boltzmann(*call, ONE, row_ids=rows, col_ids=rows), expected)

@@ -148,8 +148,11 @@ def refuse(rank: int, folder: Path) -> None:
     message = r"z: expected \[3, 3\] rows as z_hat \(by rank\)"
     with pytest.raises(ValueError, match=message):
         boltzmann(z_hat, z, one, process_group=dist.group.WORLD)
-    with pytest.raises(RuntimeError, match="targets: expected rows of z from 0 to 4 of all ranks"):
-        boltzmann(z_hat, z, one, targets=torch.tensor([0, 5, 1]), process_group=dist.group.WORLD)
+    for wrong in (5, 2**40, -5, 2**32 - 1):
+        message = f"targets: expected rows of z from 0 to 4, .*got {wrong} in place 1"
+        targets = torch.tensor([0, wrong, 1])
+        with pytest.raises(RuntimeError, match=message):
+            boltzmann(z_hat, z, one, targets=targets, process_group=dist.group.WORLD)
     dist.destroy_process_group()
 
 

@@ -131,19 +131,19 @@ def test_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 3e38, -3e38, 2e9])
-def test_offsets_without_a_place_add_nothing(bad: float, softmax: bool) -> None:
-    """They are as those that lead outside, and have no gradient, whatever stands elsewhere."""
+@pytest.mark.parametrize("far", [3e38, -3e38, 2e9])
+def test_offsets_that_lead_far_outside_add_nothing(far: float, softmax: bool) -> None:
+    """Even where their place is no float32, and whatever stands elsewhere; no gradient either."""
     config = Config(softmax=softmax, offset_scale=2.0)
     (x, offset, mask), grad_out = make(config)
     lost = torch.rand(offset.shape[:-1] + (36,)) < 0.3
     lost = lost | lost.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # both of a pair
     one = lost.clone()
-    one[..., 1::2] = False  # a bad x alone is as good
+    one[..., 1::2] = False  # a far x alone is as good
     outside = (x, torch.where(lost, 1000.0, offset), mask)
     expected = results(dcnv3, outside, grad_out, **config.options)
     for where in (lost, one):
-        inputs = (x, torch.where(where, bad, offset), mask)
+        inputs = (x, torch.where(where, far, offset), mask)
         for ours, right in zip(
             results(dcnv3, inputs, grad_out, **config.options), expected, strict=True
         ):

@@ -24,7 +24,7 @@ from tests.ops.dcnv3_cases import (
 from tests.ops.test_dcnv3_contract import (  # noqa: F401  run here on the other kernel
     SMALL,
     test_a_sample_on_the_border_is_outside,
-    test_offsets_without_a_place_add_nothing,
+    test_offsets_that_lead_far_outside_add_nothing,
     test_opcheck_of_other_types,
     test_points_outside_meet_no_infinity,
     test_unaligned_inputs,

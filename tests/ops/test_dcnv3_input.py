@@ -53,6 +53,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"kernel_size": 9},
         r"x: expected an image that the kernel fits into, got none of its positions: 9 x 9 kernel",
     ),
+    "more offsets a pixel than 63 bits count": (
+        {"x": torch.empty(0, 4, 4, 512), "kernel_size": 2**28 - 3, "padding": 2**27 - 2}
+        | {"stride": 1, "groups": 512},
+        r"kernel_size: expected at most 2\^30 points .* got 268435453 x 268435453 kernel",
+    ),
+    "more points than 63 bits count twice": (
+        {"x": torch.empty(0, 4, 4, 256), "kernel_size": 2**27, "padding": 2**27 - 2}
+        | {"stride": 1, "groups": 256},
+        r"kernel_size: expected at most 2\^30 points .* got 134217728 x 134217728 kernel",
+    ),
     "scale": ({"offset_scale": float("nan")}, r"offset_scale: expected a finite value, got nan"),
 }
 RIGHT: dict[str, Any] = {
@@ -84,6 +94,12 @@ def test_bad_input_is_named_without_data(changes: dict[str, Any], message: str) 
         }
         with pytest.raises(RuntimeError, match=message):
             dcnv3(**arguments)
+
+
+def test_more_pixels_than_63_bits_count() -> None:
+    x = torch.empty(0, 2**61 - 1, 2, 2)
+    with pytest.raises(RuntimeError, match=r"x: expected an image of fewer than 2\^31 pixels"):
+        dcnv3(**{**RIGHT, "x": x})
 
 
 @pytest.mark.parametrize("value", [(3, 3, 3), (3,), 3.0, "33", (3, 3.5)])

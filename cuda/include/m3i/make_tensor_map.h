@@ -46,6 +46,11 @@ inline const char* tensor_map_fault(const TiledMatrix& matrix) {
 
 #ifndef M3I_EMULATOR
 
+// CUDA 12's is aligned to 64 bytes, CUDA 13's to 128.
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) &&
+                  alignof(TensorMap) % alignof(CUtensorMap) == 0,
+              "TensorMap: expected the size and at least the alignment of cuda.h's CUtensorMap");
+
 inline CUtensorMapDataType tensor_map_type(DType dtype) {
   switch (dtype) {
     case DType::kBFloat16:

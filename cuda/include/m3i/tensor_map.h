@@ -6,8 +6,9 @@
 
 namespace m3i {
 
-// What the driver makes of it. A kernel takes it as `const __grid_constant__ TensorMap`.
-struct alignas(64) TensorMap {
+// What the driver makes of it, aligned as CUDA 13's CUtensorMap. A kernel takes it as
+// `const __grid_constant__ TensorMap`.
+struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 

@@ -75,14 +75,14 @@ class Category(Label):
 
     def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         targets = seen.of_rows(seen.batch.label)
-        if self._known_empty(targets >= 0):
+        if self._known_empty(targets != IGNORED):
             return self._nothing()
         z = F.normalize(self.embedding, dim=-1)
         z_hat, scale = self._rows(seen), self.log_scale.exp()
         value = self.log_scale.new_zeros(())
         for weight, rows in seen.weighted_rows():
             value = value + weight * self.loss(z_hat[rows], z, scale, targets=targets[rows])
-        return value, (targets >= 0).sum()
+        return value, (targets != IGNORED).sum()
 
 
 class Caption(Label):
