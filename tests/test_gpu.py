@@ -114,7 +114,8 @@ def is_running(process: int) -> bool:
 
 def test_benchmarks_share_the_time_that_there_is(tmp_path: Path) -> None:
     runner = Runner(tmp_path, {}, benchmark_s=1e-3)
-    assert runner(python("", is_benchmark=True)).outcome.startswith("stopped after 0 s")
+    slow = python("import time; time.sleep(60)", is_benchmark=True)
+    assert runner(slow).outcome.startswith("stopped after 0 s")
     late = runner(python("", is_benchmark=True))
     assert late.outcome == "left out: the time of --minutes is used up" and not late.has_failed
     assert runner(python("")).outcome == "passed"

@@ -7,10 +7,9 @@ import shutil
 import subprocess
 import venv
 import zipfile
-from importlib.metadata import metadata
+from importlib.metadata import distribution, metadata
 from pathlib import Path
 
-import pip
 import pytest
 from packaging.requirements import Requirement
 
@@ -190,7 +189,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             return
         venv.create(install.VENV)
         (site,) = install.VENV.glob("lib/python*/site-packages")
-        (site / "pip").symlink_to(Path(pip.__path__[0]))  # a venv with pip takes ten seconds
+        # A venv with pip takes ten seconds; imported here, it would keep setuptools from distutils.
+        (site / "pip").symlink_to(Path(str(distribution("pip").locate_file("pip"))))
 
     def install_extras(plan: install.Plan, *arguments: str) -> None:
         install.pip_install(*(a for a in arguments if a[0] not in ".-"), "extras")

@@ -73,7 +73,7 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
-            return self._last is torch.ops.aten.any.default
+            return self._last in (torch.ops.aten.any.default, torch.ops.aten.all.default)
         self._last = func
         out = func(*args, **(kwargs or {}))
         part = self.part

@@ -81,9 +81,9 @@ def _narrow(targets: Tensor, num_columns: int) -> Tensor:  # [N] int64 -> [N] in
     is out of range as well.
     """
     if targets.device.type == "cpu" and num_columns and not torch.compiler.is_compiling():
-        wrong = ((targets < IGNORED) | (targets >= num_columns)).nonzero()
-        if len(wrong):
-            place = int(wrong[0])
+        is_right = (targets >= IGNORED) & (targets < num_columns)
+        if not is_right.all():
+            place = int((~is_right).nonzero()[0])
             raise RuntimeError(
                 f"targets: expected rows of z from 0 to {num_columns - 1}, or -1 to ignore, got "
                 f"{int(targets[place])} in place {place}"
