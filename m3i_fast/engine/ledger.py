@@ -20,8 +20,8 @@ class Ledger(TorchDispatchMode):
     """Counts the bytes of storages from their allocation to their end, as an allocator would.
 
     What a kernel allocates for itself is not seen. Inside a FakeTensorMode nothing is computed and
-    nothing is allocated, and the count is the same. There a host that asks whether `any` element is
-    set is told yes, and no to every other question.
+    nothing is allocated, and the count is the same. There a host that asks whether `any` or `all`
+    elements are set is told yes, and no to every other question.
 
     num_shards: ranks that share a gradient; `sharded_peak` is the peak with as much of it here.
     """
