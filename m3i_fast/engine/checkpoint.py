@@ -83,8 +83,8 @@ class Checkpoint:
                 raise ValueError(f"{path}: damaged: its SHA-256 is not that of the manifest")
         for part in PARTS:  # a header says how long its file is: one that was cut short is seen
             self.shards(part)
-        for rank in range(len(self._paths(STATE)) or 1):
-            self.state(rank)
+        for path in self._state_paths():
+            read_json(path, STATE_SHAPE)
 
     def damage(self) -> str | None:
         """What `verify` finds; None when all is good."""
@@ -101,11 +101,16 @@ class Checkpoint:
         """
         if rank is None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        files = self._paths(STATE)
-        if not files:
-            raise missing(self.path / STATE)
+        files = self._state_paths()
         state: dict[str, Any] = read_json(files[rank if rank < len(files) else 0], STATE_SHAPE)
         return state
+
+    def _state_paths(self) -> list[Path]:
+        """The states in the order of the ranks, at least one."""
+        found = self._paths(STATE)
+        if not found:
+            raise missing(self.path / STATE)
+        return found
 
     def _paths(self, part: str) -> list[Path]:
         """The files of "model", "optimizer" or "state", in the order of the ranks."""

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from m3i_fast.ops import dcnv3, reference
+from tests.ops.cpu_capability import run_held_to
 from tests.ops.dcnv3_cases import (
     GRID,
     KERNELS,
@@ -217,15 +214,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets_are_as_accurate(capability: str) -> None:
-    """torch's own switch lowers ours."""
-    done = subprocess.run(
-        [sys.executable, "-c", _OTHER_SETS],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_held_to(capability, _OTHER_SETS)
 
 
 def test_more_images_than_16_bits_count() -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from m3i_fast.ops import dcnv3, reference
+from tests.ops.cpu_capability import run_held_to
 from tests.ops.dcnv3_cases import Config, make, results
 from tests.ops.test_dcnv3 import by_grid_sample
 
@@ -185,11 +182,4 @@ for bad in BAD:
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets_hide_none(capability: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _OTHER_SETS],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_held_to(capability, _OTHER_SETS)

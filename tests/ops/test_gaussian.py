@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from m3i_fast.ops import gaussian, reference
+from tests.ops.cpu_capability import run_held_to
 from tests.ops.gaussian_cases import (
     BF16,
     DTYPES,
@@ -206,15 +202,7 @@ for width, dtypes, weight in itertools.product(WIDTHS, DTYPES, (0.0, 0.5)):
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets_are_as_accurate(capability: str) -> None:
-    """torch's own switch lowers ours."""
-    done = subprocess.run(
-        [sys.executable, "-c", _OTHER_SETS],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_held_to(capability, _OTHER_SETS)
 
 
 @pytest.mark.slow

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +11,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD, mask_mix, reference
 from tests.cuda.emulator import emulated
+from tests.ops.cpu_capability import run_held_to
 from tests.tolerance import assert_as_accurate
 
 every_kernel = pytest.mark.usefixtures("kernel")
@@ -188,19 +185,9 @@ print(digest.hexdigest())
 
 
 def test_instruction_sets_change_no_bit() -> None:
-    """torch's own switch lowers ours: baseline, AVX2 and the best of this machine agree."""
-    root = Path(__file__).parents[2]
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", _DIGEST],
-            env={**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"},
-            cwd=root,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for capability in ("default", "avx2", "avx512")
-    }
+    """Baseline, AVX2 and the best of this machine agree."""
+    capabilities = ("default", "avx2", "avx512")
+    digests = {run_held_to(capability, _DIGEST) for capability in capabilities}
     assert len(digests) == 1
 
 
