@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.objectives.config import Term
 from m3i_fast.objectives.mixing import MixingConfig
 
 Change = Callable[[TrainConfig], TrainConfig]
@@ -58,6 +59,63 @@ def balanced(mode: Literal["fixed", "gradient_norm", "uncertainty"]) -> Change:
     return change
 
 
+def as_before(cfg: TrainConfig) -> TrainConfig:
+    """All of M3I's terms as they were when dense ones starved: label terms are means over the rows
+    that have one, dense targets as the encoder says them, decorrelated by their second moment, of
+    weight 0.3 and asked of a quarter of the inputs and 16 cells, and each image is alone."""
+    mixing = replace(
+        cfg.objective.mixing,
+        mode="own_image",
+        min_contrast=0,
+        num_queries=16,
+        dense_fraction=0.25,
+    )
+    terms = tuple(
+        replace(t, standardise="none", regulariser="decorrelation", weight=0.3)
+        if t.is_dense
+        else replace(t, mean="members")
+        for t in cfg.objective.terms
+    )
+    return replace(cfg, objective=replace(cfg.objective, terms=terms, mixing=mixing))
+
+
+def of_dense(**changes: object) -> Change:
+    """Fields of the dense terms changed."""
+    return _of_terms(lambda term: term.is_dense, changes)
+
+
+def of_labels(**changes: object) -> Change:
+    """Fields of the category and caption terms changed."""
+    return _of_terms(lambda term: not term.is_dense, changes)
+
+
+def _of_terms(chosen: Callable[[Term], bool], changes: dict[str, object]) -> Change:
+    def change(cfg: TrainConfig) -> TrainConfig:
+        terms = tuple(
+            replace(t, **changes) if chosen(t) else t  # type: ignore[arg-type]
+            for t in cfg.objective.terms
+        )
+        return replace(cfg, objective=replace(cfg.objective, terms=terms))
+
+    return change
+
+
+def of_mixing(**changes: object) -> Change:
+    """Fields of the mixing changed."""
+    return lambda cfg: _with_mixing(cfg, replace(cfg.objective.mixing, **changes))  # type: ignore[arg-type]
+
+
+def projected(kind: Literal["mlp", "batch_norm"], **of_terms: object) -> Change:
+    """A projector before the decoder, and before the targets of the dense terms."""
+
+    def change(cfg: TrainConfig) -> TrainConfig:
+        decoder = replace(cfg.objective.decoder, projector=kind)
+        cfg = replace(cfg, objective=replace(cfg.objective, decoder=decoder))
+        return of_dense(**of_terms)(cfg)
+
+    return change
+
+
 def _with_mixing(cfg: TrainConfig, mixing: MixingConfig) -> TrainConfig:
     return replace(cfg, objective=replace(cfg.objective, mixing=mixing))
 
@@ -69,6 +127,18 @@ VARIANTS: dict[str, Change] = {
     "m3i - category": without("category"),
     "m3i - caption": without("caption"),
     "category + caption": without("intra", "inter"),
+    "m3i as before": as_before,
+    "m3i: mean over members": of_labels(mean="members"),
+    "m3i: raw targets": of_dense(standardise="none", regulariser="decorrelation"),
+    "m3i: targets by batch": of_dense(standardise="batch"),
+    "m3i: second moment": of_dense(regulariser="decorrelation"),
+    "m3i: batch norm projector": projected("batch_norm", standardise="none"),
+    "m3i: projector": projected("mlp"),
+    "m3i: few asked": of_mixing(num_queries=16, dense_fraction=0.25),
+    "m3i: blank cells": of_mixing(min_contrast=0),
+    "m3i: dense 0.3": of_dense(weight=0.3),
+    "m3i: dense 10": of_dense(weight=10.0),
+    "m3i: each alone": of_mixing(mode="own_image"),
     "m3i - mixing": unmixed,
     "m3i: 1 image": one_image,
     "m3i: 3 images": of_images(3),

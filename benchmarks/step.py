@@ -147,7 +147,7 @@ def make_step(
         nn.utils.clip_grad_norm_(learnt, optim.clip_grad_norm, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        model.clamp_temperatures()
+        model.finish_step()
         for pair in model.momentum_pairs():
             follow(*pair, momentum=train.ema.momentum)
         return loss.detach()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import cattrs
 import tyro
+from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from m3i_fast.config_fields import COUNTS, NUMBERS, ROWS, STEPS, THREADS, WIDTHS, check_fields
@@ -22,7 +23,7 @@ from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig
-from m3i_fast.objectives.config import ObjectiveConfig
+from m3i_fast.objectives.config import LABELS, ObjectiveConfig, Term
 from m3i_fast.observe.config import TelemetryConfig
 from m3i_fast.pipelines.config import LoaderConfig
 from m3i_fast.storage import write_atomically
@@ -113,10 +114,26 @@ class TrainConfig:
                 f"images by their share, got {local.count} of {local.size} pixels"
             )
         self.objective.check_vision(self.vision)
+        self._check_projector()
         if self.parallel.shard != 1:
             self._check_spread()
         if self.cuda_graphs:
             self._check_graphs()
+
+    def _check_projector(self) -> None:
+        """Batch norm in the decoder's projector needs all rows of a step in one call."""
+        if self.objective.decoder.projector != "batch_norm":
+            return
+        for name, is_off, got in (
+            ("parallel.chunk", not self.parallel.chunk, self.parallel.chunk),
+            ("compile", not self.compile, self.compile),
+            ("cuda_graphs", not self.cuda_graphs, self.cuda_graphs),
+        ):
+            if not is_off:
+                raise ValueError(
+                    f"objective.decoder.projector: expected none or mlp with {name} = {got}, got "
+                    "batch_norm, whose statistics are of all rows of a step"
+                )
 
     def _check_spread(self) -> None:
         """What needs whole weights on every rank is refused."""
@@ -228,6 +245,13 @@ def _vision_config(value: dict[str, Any], _: Any) -> VisionConfig:
     return _converter.structure(value, ViTConfig)
 
 
+def _term(value: dict[str, Any], _: Any) -> Term:
+    """One that says no mean is of before there were two: over the members, as it was then."""
+    if isinstance(value, dict) and value.get("target") in LABELS:
+        value = {"mean": "members"} | value
+    return _structure_term(value, Term)
+
+
 def _reason(error: BaseException, kind: type | None) -> str:
     """The text of what a config raises; cattrs's own for what is missing, unknown or no object."""
     if isinstance(error, (KeyError, TypeError, AttributeError, cattrs.ForbiddenExtraKeysError)):
@@ -251,5 +275,7 @@ _converter.register_structure_hook(int, _only(int, "a whole number"))
 _converter.register_structure_hook(float, _only(float, "a number", int))
 _converter.register_structure_hook(str, _only(str, "text"))
 _converter.register_structure_hook(VisionConfig, _vision_config)
+_structure_term = make_dict_structure_fn(Term, _converter)
+_converter.register_structure_hook(Term, _term)
 _converter.register_unstructure_hook(Path, str)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))

@@ -18,6 +18,7 @@ DEPTHS = range(1, 2**10 + 1)  # layers, which are built one after another
 ROWS = range(2**24 + 1)  # of a table: at 512 features 32 GiB
 SOME_ROWS = range(1, ROWS.stop)
 SIDES = range(1, 2**13 + 1)  # pixels: an RGB image of 8,192 squared takes 192 MiB
+LEVELS = range(256)  # of a colour in 8 bits
 BATCHES = range(1, 2**16 + 1)  # samples of a batch, or batches of a step, on one rank
 STEPS = range(1, 5 * 10**7 + 1)  # schedules are arrays of this length: 0.4 GiB each
 THREADS = range(1, 2**10 + 1)  # twice those of the largest nodes

@@ -29,13 +29,14 @@ from m3i_fast.models.internimage_config import (
 from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
-from m3i_fast.objectives.config import ObjectiveConfig, m3i
+from m3i_fast.objectives.config import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import MixingConfig
 from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.openmoji import build as build_openmoji
 
+MIN_CONTRAST = 8  # of 255 levels: less is blank paper, sky, or JPEG's noise in either
 DEMO_MERGES = 500  # unseen words split into pieces that were seen
 
 
@@ -71,10 +72,7 @@ def demo(*, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
             embed_dim=128,
         ),
         objective=ObjectiveConfig(
-            terms=tuple(replace(t, weight=0.3 if t.is_dense else 1.0) for t in m3i()),
-            mixing=MixingConfig(
-                mask_block=2, num_queries=16, dense_fraction=0.25, token_dropout=0.2
-            ),
+            mixing=MixingConfig(mask_block=2, min_contrast=MIN_CONTRAST, token_dropout=0.2),
             decoder=DecoderConfig(dim=96, depth=2, num_heads=4),
             projector=ProjectorConfig(hidden_dim=256, output_dim=128, predictor_hidden_dim=64),
             head_hidden_dim=256,
@@ -108,8 +106,7 @@ def demo_method(name: str, *, data: Path = Path("data/openmoji"), seed: int = 0)
         final_mask_ratio=method.mask_ratio,
         mask_block=method.mask_block,
         mask_per_batch=method.mask_per_batch,
-        num_queries=0,
-        dense_fraction=1.0,
+        min_contrast=0,
     )
     loader = replace(
         cfg.data,
@@ -186,11 +183,11 @@ def _production(
         vision=vision,
         text=TextConfig(),  # [paper] CLIP's base text Transformer, from scratch
         objective=ObjectiveConfig(
-            mixing=MixingConfig(  # [paper] two images, block-wise, about half and half
-                mode="own_image" if vision.encodes_cells_alone else "joint",
-                mask_block=2,
+            mixing=MixingConfig(  # [paper] two images, block-wise, about half and half, together
+                mode="joint", mask_block=2, min_contrast=MIN_CONTRAST
             ),
-            decoder=DecoderConfig(dim=512, depth=4, num_heads=16),  # [SiameseIM] depth, heads
+            # [SiameseIM] depth, heads; its width is the encoder's, and so has the targets' rank
+            decoder=DecoderConfig(dim=max(512, vision.dim), depth=4, num_heads=16),
         ),
         optim=OptimConfig(
             lr=6.25e-5 * 16 * batch_size / 4096,  # [SiameseIM] 1e-3 at 4096, linear in the batch

@@ -21,6 +21,14 @@ INPUTS = {
     "masked": "masked view",
     "none": "view",
 }
+STANDARDISED = {
+    "running": "by running mean and variance",
+    "batch": "by mean and variance of the step's rows",
+}
+MEANS = {
+    "batch": "all rows, 0 for one without a target",
+    "members": "the rows that have a target",
+}
 console = make_console()
 
 
@@ -98,6 +106,10 @@ def explain(name: str) -> list[str]:
             f"  z: {target(term)}",
             f"  z_hat: {term.predictor.replace('_', ' + ')} of the input's tokens",
         ]
+        if term.standardise != "none":
+            lines.append(f"  channels of z standardised: {STANDARDISED[term.standardise]}")
+        if term.target in ("category", "caption"):
+            lines.append(f"  mean over {MEANS[term.mean]}")
         if term.target in ("embedding", "prototypes") or term.regulariser == "queue":
             lines.append(f"  tau = {term.temperature:g}")
     return lines

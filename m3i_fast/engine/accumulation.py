@@ -35,6 +35,12 @@ def expect_additive(cfg: TrainConfig, model: nn.Module) -> None:
                 f"parallel.accumulate: expected 1 with the term {term.name!r} "
                 f"({', '.join(key)}), whose loss is of all rows together, {got}{_INSTEAD}"
             )
+        if term.mean == "members" or term.standardise == "batch":
+            got_term = "mean = members" if term.mean == "members" else "standardise = batch"
+            raise ValueError(
+                f"parallel.accumulate: expected 1 with {got_term} of the term {term.name!r}, which "
+                f"is of the rows of one batch, {got}{_INSTEAD}"
+            )
     if cfg.objective.balance.mode == "gradient_norm":
         raise ValueError(
             "parallel.accumulate: expected 1 with objective.balance.mode = gradient_norm, which "

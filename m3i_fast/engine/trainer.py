@@ -198,7 +198,7 @@ class Trainer:
         with stage("optim"):
             self.optimizer.step(skip)
             self.optimizer.zero_grad(set_to_none=True)
-            self.objective.clamp_temperatures()
+            self.objective.finish_step()
             self.guard.undo()
         with stage("ema"):
             for pair in self.objective.momentum_pairs():

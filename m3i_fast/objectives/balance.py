@@ -48,7 +48,10 @@ class Balance(nn.Module):
     gradient_norm: z are the shared encoder's outputs. A term then pulls on them with norm w_k g, so
     that weights are priorities, and the norms add up to those of the unbalanced sum. n_k is a
     bias-corrected exponential average, set by its first measurement; before that the term counts
-    w_k. g / n_k is at most 10^4. In a process group z are the outputs of all ranks.
+    w_k. g / n_k is at most 10^4. In a process group z are the outputs of all ranks. Of a term that
+    is a mean over all rows while only a share of them has its target, the gradients of these rows
+    stand side by side, and the norm is sqrt(share) of what it were with all: it is divided by that,
+    so that few annotations pull like few, and not like as many rows as there are.
 
     uncertainty: Kendall, Gal and Cipolla, arXiv 1705.07115, section 3.2. With a variance exp(s) of
     its own each term is the negative log-likelihood  exp(-s) L_k + s / 2.  Of a Gaussian: a
@@ -133,11 +136,13 @@ class Balance(nn.Module):
         self,
         losses: Mapping[str, Tensor],  # name -> [], with its graph
         shared: Sequence[Tensor],  # any shapes, outputs of the encoder that the losses are made of
+        shares: Mapping[str, Tensor] | None = None,  # name -> [] fp32, 1 of the terms left out
     ) -> None:
         """Take |dL_k / dz| of every term into the running norms; the graphs are kept.
 
         Gradients go as far as `shared` and no further. A term keeps its norm where its gradient is
-        zero or not finite, or where it does not depend on any of them.
+        zero or not finite, or where it does not depend on any of them. shares: of this rank's rows,
+        those that have the term's target, as many rows on each rank.
 
         Raises ValueError in another mode than gradient_norm, where the names are not those of the
         terms, and where `shared` is empty or holds a tensor without gradient.
@@ -150,8 +155,10 @@ class Balance(nn.Module):
         if not shared or not all(tensor.requires_grad for tensor in shared):
             got = [tensor.requires_grad for tensor in shared]
             raise ValueError(f"shared: expected tensors that require a gradient, got {got}")
-        norms = [_gradient_norm(losses[name], shared) for name in self.weights]
-        newest = self._over_ranks(torch.stack(norms)).to(self.norm.dtype)
+        norms = torch.stack([_gradient_norm(losses[name], shared) for name in self.weights])
+        one = norms.new_ones(())
+        share = torch.stack([(shares or {}).get(name, one).to(norms) for name in self.weights])
+        newest = self._of_all_rows(norms, share).to(self.norm.dtype)
         found = (newest > 0) & newest.isfinite()
         count = self.num_measured + found
         # (1 - m) / (1 - m^t): 1 at first, and then the bias-corrected average stays one.
@@ -159,13 +166,15 @@ class Balance(nn.Module):
         self.norm.copy_(torch.where(found, torch.lerp(self.norm, newest, rate), self.norm))
         self.num_measured.copy_(count)
 
-    def _over_ranks(self, norms: Tensor) -> Tensor:  # [K]
-        """Of the gradient of the mean over the ranks' losses, by all ranks' outputs together."""
-        if self.process_group is None:
-            return norms
-        squares = norms.square()
-        dist.all_reduce(squares, group=self.process_group)
-        return squares.sqrt() / dist.get_world_size(self.process_group)
+    def _of_all_rows(self, norms: Tensor, share: Tensor) -> Tensor:  # [K], [K] -> [K]
+        """Of the gradient of the mean over the ranks' losses, by all ranks' outputs together, as if
+        all rows had a target; 0 or NaN where none has."""
+        if self.process_group is not None:
+            both = torch.stack([norms.square(), share])
+            dist.all_reduce(both, group=self.process_group)
+            count = dist.get_world_size(self.process_group)
+            norms, share = both[0].sqrt() / count, both[1] / count
+        return norms / share.sqrt()
 
     def _scales(self) -> Tensor:  # [K], g / n_k; 1 where nothing is measured yet
         known = self.num_measured > 0

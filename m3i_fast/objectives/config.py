@@ -53,6 +53,16 @@ class Term:
     """gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each pair."""
     regulariser: str
     """What stands for the entropy H(p(z)). Known combinations: `likelihoods.LIKELIHOODS`."""
+    mean: Literal["batch", "members"] = "batch"
+    """What a category or caption term is the mean over, where not every picture has one. batch: all
+    rows of all ranks, those without a target as 0, so that the term is an expectation over samples
+    and one labelled picture weighs the same in any batch; members: the rows that have a target, so
+    that the only one of a batch pulls like a whole batch. A config file that does not say it is of
+    before there was a choice, and means members."""
+    standardise: Literal["none", "running", "batch"] = "none"
+    """How each channel of a Gaussian's features is standardised before their layer norm, so that
+    what all cells have in common is no target. running: by running mean and variance over steps and
+    ranks, as DINO's centre, which leaves rows independent; batch: by those of the step's rows."""
     symmetric: bool = False
     """Whether each of both views also predicts the other: the mean of both directions."""
     temperature: float = 0.1
@@ -87,6 +97,19 @@ class Term:
             raise ValueError(
                 f"term {self.name!r}: temperature: expected > 0, got {self.temperature}"
             )
+        if self.mean == "members" and self.target not in LABELS:
+            raise ValueError(
+                f"term {self.name!r}: mean: expected batch for {self.target}, which every picture "
+                "has; members is for category and caption"
+            )
+        if self.standardise != "none" and (self.target, self.likelihood) != (
+            "features",
+            "gaussian",
+        ):
+            raise ValueError(
+                f"term {self.name!r}: standardise: expected none for {self.target} under "
+                f"{self.likelihood}, got {self.standardise}; it is for features under gaussian"
+            )
         self._check_views()
 
     def _check_views(self) -> None:
@@ -111,6 +134,11 @@ class Term:
         return self.target in DENSE
 
     @property
+    def decorrelates(self) -> bool:
+        """Whether predictions are kept apart by a matrix of all rows of a step."""
+        return self.regulariser in ("decorrelation", "covariance")
+
+    @property
     def sees_both_views(self) -> bool:
         """Whether the input's encoder sees the other view too."""
         return self.symmetric or self.encoder == "shared"
@@ -127,7 +155,8 @@ def m3i() -> tuple[Term, ...]:
         "encoder": "momentum",
         "predictor": "decoder",
         "likelihood": "gaussian",
-        "regulariser": "decorrelation",
+        "regulariser": "covariance",
+        "standardise": "running",
     }
     label = {"predictor": "head", "likelihood": "boltzmann", "regulariser": "negatives"}
     return (
@@ -155,7 +184,7 @@ class ObjectiveConfig:
     """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
     error."""
     decorrelation_weight: float = 0.02
-    """Weight of the decorrelation regulariser, SiameseIM's value."""
+    """Weight of the regularisers decorrelation and covariance, SiameseIM's value."""
     temperature: float = 0.07
     """Initial temperature of categories and captions; learnt, and kept from 0.01 up."""
     num_prototypes: Annotated[int, SOME_ROWS] = 4096
@@ -198,6 +227,15 @@ class ObjectiveConfig:
     @property
     def active_terms(self) -> tuple[Term, ...]:
         return tuple(term for term in self.terms if term.weight > 0)
+
+    def projects(self, term: Term) -> bool:
+        """Whether a term's dense targets go through a projector that follows by EMA."""
+        of_average = (term.target, term.encoder, term.predictor) == (
+            "features",
+            "momentum",
+            "decoder",
+        )
+        return of_average and self.decoder.projector != "none"
 
     def uses(self, **facts: object) -> bool:
         """Whether an active term has these values: `uses(target="caption")`."""

@@ -220,7 +220,7 @@ def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
                 dims=(vision.dim, dim),
             )
             parts[DECODER] += _chunked(counts, count, decoded)
-    if term.regulariser == "decorrelation" and cfg.decorrelation_weight:
+    if term.decorrelates and cfg.decorrelation_weight:
         parts[LIKELIHOODS] += decorrelation(count * asked, dim) * len(own)
 
 

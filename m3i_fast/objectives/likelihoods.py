@@ -228,9 +228,8 @@ def _dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) ->
         sigma=cfg.sigma,
         normalise=term.target == "features",  # pixels are normalised by their own statistics
         process_group=group,
-        decorrelation_weight=(
-            cfg.decorrelation_weight if term.regulariser == "decorrelation" else 0.0
-        ),
+        decorrelation_weight=cfg.decorrelation_weight if term.decorrelates else 0.0,
+        centred=term.regulariser == "covariance",
     )
 
 
@@ -261,6 +260,10 @@ LIKELIHOODS: dict[tuple[str, str, str], Likelihood] = {
     ),
     ("features", "gaussian", "decorrelation"): Likelihood(
         "(|z_hat - LN(sg(z))|^2 / (2 sigma^2) + w z_hat^T C z_hat) / E, C = mean of LN(z) LN(z)^T",
+        _dense_gaussian,
+    ),
+    ("features", "gaussian", "covariance"): Likelihood(
+        "(|z_hat - LN(sg(z))|^2 / (2 sigma^2) + w z_hat^T C z_hat) / E, C = covariance of LN(z)",
         _dense_gaussian,
     ),
     ("features", "boltzmann", "queue"): Likelihood(

@@ -315,12 +315,17 @@ METHODS: dict[str, Method] = {
         title="SiameseIM",
         paper="arXiv 2206.01204",
         family="inter-view",
-        terms=(features(name="features", view="other", regulariser="decorrelation"),),
+        terms=(
+            features(
+                name="features", view="other", regulariser="covariance", standardise="running"
+            ),
+        ),
         mode="masked",
         mask_ratio=0.6,
         mask_block=2,
-        differs="Layer norm in place of the predictor's batch norm; no projector; patch embedding "
-        "is learnt.",
+        differs="Layer norm in place of the predictor's batch norm; targets are standardised by "
+        "running statistics in place of a projector with batch norm, and decorrelated by their "
+        "covariance, not by their second moment; patch embedding is learnt.",
     ),
     "msn": Method(
         title="MSN",
@@ -353,8 +358,12 @@ METHODS: dict[str, Method] = {
         paper="arXiv 2211.09807",
         family="M3I",
         terms=m3i(),
-        mode="own_image",
+        mode="joint",
         mask_block=2,
         local_views=True,
+        differs="Its authors published no code. Targets are standardised by running statistics and "
+        "decorrelated by their covariance; every image of an input is told apart by its own "
+        "cells, which both its heads and the decoder are given; small views are inputs too. Which "
+        "weights the terms had is not known: here all weigh the same.",
     ),
 }

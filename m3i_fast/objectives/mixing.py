@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3i_fast.config_fields import COUNTS, NUMBERS, SIDES, check_fields
+from m3i_fast.config_fields import COUNTS, LEVELS, NUMBERS, SIDES, check_fields
 from m3i_fast.objectives.patterns import Pattern, deal_cells
 
 Asked = Literal["first", "last", "all"]
@@ -26,9 +26,10 @@ Asked = Literal["first", "last", "all"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixingConfig:
-    mode: Literal["own_image", "joint", "masked", "blend", "none"] = "own_image"
-    """own_image: images share an input, tokens attend within their own image (as MixMIM); joint:
-    they attend to everything (as a CNN sees it); masked: every input is one image of which some
+    mode: Literal["joint", "own_image", "masked", "blend", "none"] = "joint"
+    """joint: images share an input, and tokens attend to everything, as a CNN sees it (M3I, figure
+    2); own_image: tokens attend within their own image (as MixMIM), which for the encoder is two
+    masked images at the cost of one; masked: every input is one image of which some
     cells are hidden (as MAE); blend: two images of which each pixel is a weighted mean (as mixup);
     none: every input is one whole image."""
     num_images: Annotated[int, COUNTS] = 2
@@ -48,6 +49,10 @@ class MixingConfig:
     """Blend draws the first images' share from Beta(alpha, alpha), one for a batch (as mixup)."""
     num_queries: Annotated[int, NUMBERS] = 0
     """Cells that each dense term predicts an image; 0 predicts every cell it may."""
+    min_contrast: Annotated[int, LEVELS] = 0
+    """A cell is asked only if a colour of its pixels in the target view spans as many of the 255
+    levels, so that blank paper is no target; 0 asks every cell. An image that has fewer such cells
+    than are asked of it is asked some of them again, one that has none its blank ones."""
     dense_fraction: float = 1.0
     """Share of the inputs that dense terms are asked of: the EMA encoder and the decoder see no
     more, and each costs about as much as the encoder's pass."""
@@ -135,6 +140,7 @@ class Mix:
     token_index: Tensor  # [I, n] int64, ascending, the image's own cells
     own_query: Tensor  # [K * A, Q] int64, cells asked of the image's own view: none that it shows
     other_query: Tensor  # [K * A, Q] int64, any cells, asked of another view
+    # With min_contrast both hold all cells that may be asked, in random order.
     token_priority: Tensor  # [B, T] fp32, uniform: caption tokens below the rate are left out
     num_asked: int  # A
     share: Tensor | None = None  # [P] fp32, of the first image in a blend; one value
@@ -279,10 +285,11 @@ def _choose(
 ) -> Tensor:  # [K * A, Q] int64
     rows = among.flatten(0, 1)
     cells = rows.nonzero()[:, 1].view(len(rows), -1)
-    if not 0 < cfg.num_queries < cells.shape[1]:
+    if not cfg.min_contrast and not 0 < cfg.num_queries < cells.shape[1]:
         return cells
-    pick = torch.rand(cells.shape, generator=rng).argsort(1)[:, : cfg.num_queries]
-    return cells.gather(1, pick)
+    pick = torch.rand(cells.shape, generator=rng).argsort(1)
+    # Which cells have a contrast is known on the device alone.
+    return cells.gather(1, pick if cfg.min_contrast else pick[:, : cfg.num_queries])
 
 
 def _of_images(rows: Tensor, which: Asked) -> Tensor:  # [K, A, ...] -> [A or K * A, ...]

@@ -6,7 +6,7 @@ image shows, m cells of a local view, N cells of the grid, C encoder width, E em
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,7 +20,7 @@ from m3i_fast.models.text import TextConfig
 from m3i_fast.models.vision import VisionConfig, build_encoder
 from m3i_fast.models.vit import ViT
 from m3i_fast.objectives.balance import Balance
-from m3i_fast.objectives.config import ObjectiveConfig
+from m3i_fast.objectives.config import ObjectiveConfig, Term
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.monitors import target_monitors
 from m3i_fast.objectives.predictors import DenseDecoder
@@ -50,6 +50,7 @@ from m3i_fast.objectives.terms import (
     build_term,
     copy_state,
     dense_dim,
+    follower,
 )
 from m3i_fast.ops import mask_mix
 
@@ -95,15 +96,16 @@ class MutualInformation(nn.Module):
         self.terms = nn.ModuleDict({t.name: build_term(t, cfg, sizes) for t in cfg.active_terms})
         self.decoders = nn.ModuleDict(
             {
-                term.decoder_key: DenseDecoder(
-                    cfg.decoder,
-                    input_dim=vision.dim,
-                    output_dim=dense_dim(term.term, sizes),
-                    input_grid=vision.grid,
-                    layers=layers,
-                )
+                term.decoder_key: _build_decoder(term.term, cfg, sizes)
                 for term in self.terms_of(Dense)
                 if term.decoder_key is not None
+            }
+        )
+        self.target_projectors = nn.ModuleDict(
+            {
+                term.decoder_key: follower(self.decoders[term.decoder_key].projector, sizes)
+                for term in self.terms_of(Dense)
+                if term.decoder_key is not None and cfg.projects(term.term)
             }
         )
         weights = {t.name: t.weight for t in cfg.active_terms}
@@ -111,11 +113,12 @@ class MutualInformation(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise everything, as after `to_empty`: equal to a direct build."""
+        followers = dict(self._followers())
         targets = [self.target_encoder] if self.cfg.uses(encoder="momentum") else []
-        reset_children(self, but=[*targets, self.decoders])
+        reset_children(self, but=[*targets, self.decoders, self.target_projectors])
         self._reset_decoders()
-        for target in targets:
-            copy_state(target.encoder, self.encoder)
+        for average, online in followers.items():
+            copy_state(average, online)
 
     def _reset_decoders(self) -> None:
         """Each as often as terms share it: the constructor makes one a term, and keeps the last."""
@@ -129,7 +132,7 @@ class MutualInformation(nn.Module):
             with decoder.mask_token.device:
                 DenseDecoder(
                     decoder.cfg,
-                    input_dim=decoder.embed.in_features,
+                    input_dim=self.encoder.dim,
                     output_dim=decoder.head.out_features,
                     input_grid=decoder.input_grid,
                 )
@@ -159,17 +162,27 @@ class MutualInformation(nn.Module):
         return [term for term in self.terms.values() if isinstance(term, kind)]
 
     @torch.no_grad()
-    def clamp_temperatures(self) -> None:
-        """Keep every learnt 1 / tau in its range, in place, after the optimiser's step."""
+    def finish_step(self) -> None:
+        """After the optimiser's step: keep every learnt 1 / tau in its range, in place, and move
+        the running statistics of targets by the rows of all of the step's batches."""
         for term in self._labels():
             term.clamp_temperature()
+        for term in self.terms_of(Dense):
+            if term.term.standardise != "none":
+                term.standardise.fold()
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(average, online) of all that follows by EMA; none without a momentum target."""
-        if self.cfg.uses(encoder="momentum"):
-            yield self.target_encoder.encoder, self.encoder
+        yield from self._followers()
         for term in self._every_term():
             yield from term.momentum_pairs()
+
+    def _followers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Those that belong to no single term."""
+        if self.cfg.uses(encoder="momentum"):
+            yield self.target_encoder.encoder, self.encoder
+        for key, average in self.target_projectors.items():
+            yield average, self.decoders[key].projector  # type: ignore[misc]
 
     @torch.no_grad()
     def encode_targets(self, batch: Batch, mix: Mix) -> Targets:
@@ -266,7 +279,7 @@ class MutualInformation(nn.Module):
             metrics[f"members/{name}"] = members.float()
         with stage("loss.total"):
             if measure:
-                self.balance.measure(losses, encoded.every)
+                self.balance.measure(losses, encoded.every, self._shares(metrics, seen.num_rows))
             total, weights = self.balance(losses)
             metrics["loss/total"] = total.detach()
             if monitor:
@@ -274,11 +287,22 @@ class MutualInformation(nn.Module):
                 metrics |= self._monitor(seen)
         return total, metrics
 
+    def _shares(self, metrics: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+        """Of this rank's rows, those with a target; of each term that is a mean over all rows."""
+        return {
+            term.term.name: metrics[f"members/{term.term.name}"] / num_rows
+            for term in self._labels()
+            if term.term.mean == "batch"
+        }
+
     def _shared(self, term: TermModule) -> dict[str, nn.Module]:
         """What a term uses and does not own: the decoder of its kind of target."""
-        if isinstance(term, Dense) and term.decoder_key is not None:
-            return {"decoder": self.decoders[term.decoder_key]}
-        return {}
+        if not isinstance(term, Dense) or term.decoder_key is None:
+            return {}
+        found = {"decoder": self.decoders[term.decoder_key]}
+        if term.decoder_key in self.target_projectors:
+            found["project"] = self.target_projectors[term.decoder_key]
+        return found
 
     def _encoders(self) -> dict[str, ImageEncoder]:
         found: dict[str, ImageEncoder] = {"online": self.encoder}
@@ -327,6 +351,19 @@ class MutualInformation(nn.Module):
         if len(views) > 1:
             return metrics | target_monitors(normalise_tokens(views[1]), student)
         return metrics | target_monitors(student)
+
+
+def _build_decoder(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> DenseDecoder:
+    """Of the kind of target of this term."""
+    decoder = cfg.decoder if cfg.projects(term) else replace(cfg.decoder, projector="none")
+    return DenseDecoder(
+        decoder,
+        input_dim=sizes.vision.dim,
+        output_dim=dense_dim(term, cfg, sizes),
+        input_grid=sizes.vision.grid,
+        layers=sizes.layers,
+        process_group=sizes.process_group,
+    )
 
 
 def _expect_teacher(teacher: ImageEncoder | None) -> ImageEncoder:

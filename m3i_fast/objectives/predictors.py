@@ -6,7 +6,7 @@ Letters: I images, n own tokens, C their width, Q target positions, D decoder wi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,11 @@ class DecoderConfig:
     """Number of attention heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over dim."""
+    projector: Literal["none", "mlp", "batch_norm"] = "none"
+    """What stands between the encoder's cells and the decoder, and, following by EMA, between the
+    EMA encoder's cells and the targets, so that labels and dense targets do not share one output:
+    nothing; two layers of width dim; the same with batch norm, whose statistics are those of all
+    rows of a step, as SiameseIM's."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -76,7 +81,7 @@ class DenseDecoder(nn.Module):
     """Predicts target features at asked positions from an image's own tokens (M3I Fig. 2).
 
     Mask tokens that carry the relative position of a target patch attend, together with the
-    own tokens, in Transformer blocks.
+    own tokens, in Transformer blocks. `projector` is an identity where the config has none.
     """
 
     own_position: Tensor  # [input_grid ** 2, D] fp32
@@ -89,10 +94,21 @@ class DenseDecoder(nn.Module):
         output_dim: int,
         input_grid: int,
         layers: BlockLayers = TORCH_LAYERS,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
         self.input_grid = input_grid
+        self.projector: nn.Module = nn.Identity()
+        if cfg.projector != "none":
+            norm = cfg.projector == "batch_norm"
+            self.projector = Mlp(
+                *(input_dim, cfg.dim, cfg.dim),
+                batch_norm=norm,
+                output_norm=norm,
+                process_group=process_group,
+            )
+            input_dim = cfg.dim
         self.embed = Linear(input_dim, cfg.dim)
         self.position = Linear(2 * cfg.dim, cfg.dim)
         self.blocks = nn.ModuleList(
@@ -120,7 +136,7 @@ class DenseDecoder(nn.Module):
 
         position: py, px, ln(dh), ln(dw) of the asked patches (`relative_positions`).
         """
-        own = self.embed(tokens) + F.embedding(token_index, self.own_position)
+        own = self.embed(self.projector(tokens)) + F.embedding(token_index, self.own_position)
         place, log_size = position.split(2, dim=-1)
         place = sincos_embedding(torch.cat([place, LOG_SIZE_SCALE * log_size], -1), self.cfg.dim)
         asked = self.position(place) + self.mask_token

@@ -110,6 +110,11 @@ class Seen:
         """Of local views, as `summary` counts."""
         return range(len(self.encoded.views), len(self.encoded.every))
 
+    @property
+    def num_rows(self) -> int:
+        """Of `summaries`."""
+        return len(self.mix.sample) + sum(len(local) for local in self.encoded.local)
+
     def weighted_rows(self) -> list[tuple[Tensor | float, slice]]:
         """Parts of the rows of `summaries` with the weight of each: all of them at once, or, of
         blended images, all first ones with their share and all second ones with theirs."""

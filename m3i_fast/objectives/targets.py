@@ -89,6 +89,30 @@ def normalised_pixels(images: Tensor, patch_size: int, *, eps: float = 1e-6) -> 
     return (patches - mean) * (variance + eps).rsqrt()
 
 
+def cell_contrast(views: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] uint8 -> [B, N] uint8
+    """The widest span of a channel's levels within each cell; 0 where it has one colour."""
+    side = views.shape[2] // patch_size, patch_size
+    pixels = views.unflatten(3, side).unflatten(2, side)  # [B, C, g, p, g, p]
+    return (pixels.amax((3, 5)) - pixels.amin((3, 5))).amax(1).flatten(1)
+
+
+def prefer(
+    cells: Tensor,  # [A, M] int64, in order of choice
+    wanted: Tensor,  # [A, N] bool
+    number: int,
+) -> Tensor:  # [A, number] int64
+    """The first wanted cells of each row, again and again where they are too few.
+
+    A row without any takes its cells as they come. Nothing waits for the device.
+    """
+    has = wanted.gather(1, cells)
+    ordered = cells.gather(1, (~has).to(torch.uint8).argsort(dim=1, stable=True))
+    count = has.sum(1, keepdim=True)
+    count = torch.where(count > 0, count, cells.shape[1])
+    place = torch.arange(number, device=cells.device)
+    return ordered.gather(1, place % count)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype:
     """Of images that an encoder is given: autocast's, else fp32."""
     if torch.is_autocast_enabled(device_type):

@@ -125,6 +125,7 @@ def gaussian(
     normalise: bool = False,
     eps: float = 1e-5,
     decorrelation_weight: float = 0.0,
+    centred: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
     """-log N(t; z_hat, sigma^2 I) a dimension, without its constant: the dense terms of M3I.
@@ -134,6 +135,8 @@ def gaussian(
     (arXiv 2211.09807, section 3, the L2-norm of figure 1.) The targets t are z, or with
     `normalise` (z - mean) / sqrt(var + eps) of each row, a layer-norm without affine. The second
     term is SiameseIM's entropy regulariser: p_r are the R rows of z_hat and C = mean_r t_r t_r^T.
+    With `centred` C is the covariance of the targets, less m m^T of their mean m: what all targets
+    have in common is then predicted at no cost.
 
     Computed in float32 (float64 for float64); z_hat and z are read once, by the gradient once
     more, and neither is copied wider. The gradient is in the dtype of z_hat. The regulariser's
@@ -154,8 +157,9 @@ def gaussian(
         normalise: layer-norm z.
         eps: added to the variance, positive.
         decorrelation_weight: of the second term; 0 leaves it out.
-        process_group: C is the mean over the rows of all its ranks, of which each must call this
-            with as many rows; the value is that of the own rows. The product p C is then kept.
+        centred: whether C is the covariance. m is summed in the dtype of z.
+        process_group: C and m are means over the rows of all its ranks, of which each must call
+            this with as many rows; the value is that of the own rows. The product p C is then kept.
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
@@ -167,21 +171,58 @@ def gaussian(
     z_hat, z = contiguous("gaussian", "z_hat", z_hat), contiguous("gaussian", "z", z)
     options = sigma, normalise, eps
     if process_group is None or not decorrelation_weight:
-        value: Tensor = m3i.gaussian.default(z_hat, z, *options, decorrelation_weight)[0]
-        return value
+        value, mean, rstd, _ = m3i.gaussian.default(z_hat, z, *options, decorrelation_weight)
+    else:
+        value, mean, rstd = _of_all_ranks(z_hat, z, options, decorrelation_weight, process_group)
+    if centred and decorrelation_weight and z_hat.numel():
+        of_mean = _of_mean_target(z_hat, z, (mean, rstd) if normalise else None, process_group)
+        value = value - decorrelation_weight / z_hat.numel() * of_mean
+    return value  # type: ignore[no-any-return]
+
+
+def _of_all_ranks(
+    z_hat: Tensor,
+    z: Tensor,
+    options: tuple[float, bool, float],
+    decorrelation_weight: float,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor]:  # [], [R], [R]
+    """The value with the C of all ranks' targets; their rows' means and 1 / std."""
     with torch.no_grad():
         covariance = m3i.gaussian.default(z_hat, z, *options, decorrelation_weight)[3]
-    covariance = _mean_over_ranks(covariance, process_group).to(z_hat.dtype)
-    fit: Tensor = m3i.gaussian.default(z_hat, z, *options, 0.0)[0]
+    covariance = _mean_over_ranks(covariance, group).to(z_hat.dtype)
+    fit, mean, rstd, _ = m3i.gaussian.default(z_hat, z, *options, 0.0)
     rows = z_hat.flatten(0, -2)
     if not len(rows):
-        return fit
+        return fit, mean, rstd
     spread = (rows @ covariance).to(fit.dtype).mul(rows).sum()
-    return fit + decorrelation_weight / rows.numel() * spread
+    return fit + decorrelation_weight / rows.numel() * spread, mean, rstd
 
 
-def _mean_over_ranks(covariance: Tensor, group: dist.ProcessGroup) -> Tensor:  # [D, D]
+def _of_mean_target(
+    z_hat: Tensor,
+    z: Tensor,
+    norms: tuple[Tensor, Tensor] | None,  # mean [R] and 1 / std [R] of each row of z
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # [] fp32, fp64 for fp64
+    """sum_r (p_r^T m)^2, m the mean target."""
+    rows = z.flatten(0, -2)
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    if norms is None:
+        total = rows.sum(0, dtype=wide)
+    else:
+        mean, rstd = norms
+        # Not `rows * rstd`, which would be a float32 copy of the targets.
+        total = (rstd.to(rows.dtype) @ rows).to(wide) - (rstd * mean).sum()
+    mean_target = total / len(rows)
+    if group is not None:
+        mean_target = _mean_over_ranks(mean_target, group)
+    along = z_hat.flatten(0, -2) @ mean_target.to(z_hat.dtype)
+    return along.to(mean_target.dtype).square().sum()
+
+
+def _mean_over_ranks(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """In float32 at least."""
-    wide = covariance if covariance.dtype == torch.float64 else covariance.float()
+    wide = own.clone() if own.dtype in (torch.float32, torch.float64) else own.float()
     dist.all_reduce(wide, group=group)
     return wide / dist.get_world_size(group)

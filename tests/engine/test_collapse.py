@@ -187,7 +187,7 @@ def test_a_saturated_softmax_is_a_warning_and_the_command_can_stop_at_it(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(MutualInformation, "clamp_temperatures", _saturate)
+    monkeypatch.setattr(MutualInformation, "finish_step", _saturate)
     cfg = replace(_config(dataset), num_steps=30)
     with caplog.at_level(logging.WARNING):
         assert Trainer(cfg, tmp_path / "warned").train().step == 30

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightly import loss as lightly
 from lightly.loss.memory_bank import MemoryBankModule
 from lightly.models import utils as lightly_models
 from open_clip.loss import ClipLoss, SigLipLoss
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from m3i_fast.objectives.mutual_information import MutualInformation
@@ -102,9 +104,9 @@ def _features(tokens: Tensor, cells: Tensor) -> Tensor:
 
 
 def _decorrelated(p: Tensor, t: Tensor) -> Tensor:
-    """SiameseIM: (mean |p - t|^2 + 0.02 mean p^T C p) / D, C = mean t t^T, with all products."""
+    """SiameseIM: (mean |p - t|^2 + 0.02 mean p^T C p) / D, with all products; C the covariance."""
     p, t = p.double().flatten(0, 1), t.flatten(0, 1)
-    spread = (p @ (t.T @ t / len(t)) @ p.T).diagonal().mean()
+    spread = (p @ torch.cov(t.T, correction=0) @ p.T).diagonal().mean()
     return ((p - t).square().sum(1).mean() + 0.02 * spread) / p.shape[1]
 
 
@@ -140,25 +142,50 @@ def milan(step: Step) -> Parts:
     return {"features": F.mse_loss(z_hat.double(), target)}
 
 
-def siameseim(step: Step) -> Parts:
-    z_hat = step.decode("features", ALL, step.every, target=1)
-    return {"features": _decorrelated(z_hat, _features(step.momentum(1), step.every))}
+class _Standardised:
+    """Layer norm of cells whose channels are standardised by the step before's."""
+
+    def __init__(self) -> None:
+        self.by: StandardScaler | None = None
+
+    def __call__(self, tokens: Tensor, cells: Tensor) -> Tensor:  # [A, N, C], [A, Q] -> [A, Q, C]
+        chosen = lightly_models.get_at_index(tokens.double(), cells)
+        rows = chosen.flatten(0, 1).numpy()
+        before, self.by = self.by, StandardScaler().fit(rows)
+        if before is not None:
+            rows = (rows - before.mean_) / np.sqrt(before.var_ + 1e-5)
+        return F.layer_norm(torch.from_numpy(rows).view_as(chosen), chosen.shape[-1:])
 
 
-def m3i(step: Step) -> Parts:
+def siameseim(model: MutualInformation) -> Run:
+    standardised = _Standardised()
+
+    def run(step: Step) -> Parts:
+        z_hat = step.decode("features", ALL, step.every, target=1)
+        return {"features": _decorrelated(z_hat, standardised(step.momentum(1), step.every))}
+
+    return run
+
+
+def m3i(model: MutualInformation) -> Run:
     """The first image's hidden cells of its view; all cells of another view of the last one, from
     the input and from each local view; categories and captions from images and local views."""
-    intra = step.decode("intra", FIRST, step.hidden, target=0)
-    own = _features(step.momentum(0), step.hidden)[FIRST]
-    other = _features(step.momentum(1), step.every)[LAST]
-    inputs = (None, *range(len(step.local)))
-    inter = [step.decode("inter", LAST, step.every, target=1, local=local) for local in inputs]
-    return {
-        "intra": _decorrelated(intra, own),
-        "inter": torch.stack([_decorrelated(z_hat, other) for z_hat in inter]).mean(),
-        "caption": _several_pictures_a_caption(step),
-        **category(step),
-    }
+    same_view, other_view = _Standardised(), _Standardised()
+
+    def run(step: Step) -> Parts:
+        intra = step.decode("intra", FIRST, step.hidden, target=0)
+        own = same_view(step.momentum(0)[FIRST], step.hidden[FIRST])
+        other = other_view(step.momentum(1)[LAST], step.every[LAST])
+        inputs = (None, *range(len(step.local)))
+        inter = [step.decode("inter", LAST, step.every, target=1, local=local) for local in inputs]
+        return {
+            "intra": _decorrelated(intra, own),
+            "inter": torch.stack([_decorrelated(z_hat, other) for z_hat in inter]).mean(),
+            "caption": _several_pictures_a_caption(step),
+            **category(step),
+        }
+
+    return run
 
 
 # ---- One embedding a view ------------------------------------------------------------------------

@@ -64,14 +64,16 @@ ORACLES: dict[str, MethodOracle] = {
     "unigrad": MethodOracle("lightly TiCoLoss", losses.unigrad),
     "dino": MethodOracle("lightly DINOLoss", losses.dino),
     "siameseim_pixel": MethodOracle(NORMALISED, losses.each_step(losses.other_pixels)),
-    "siameseim": MethodOracle("SiameseIM's formula in fp64", losses.each_step(losses.siameseim)),
+    "siameseim": MethodOracle(
+        "SiameseIM's formula in fp64, scikit-learn StandardScaler", losses.siameseim
+    ),
     "msn": MethodOracle("lightly MSNLoss", losses.each_step(losses.msn)),
     "mixmim": MethodOracle(
         f"{NORMALISED}, each image's hidden cells", losses.each_step(losses.hidden_pixels)
     ),
     "slip": MethodOracle("open_clip ClipLoss + lightly NTXentLoss", losses.each_step(losses.slip)),
     "m3i": MethodOracle(
-        "M3I's formulas in fp64, torch cross_entropy", losses.each_step(losses.m3i)
+        "M3I's formulas in fp64, torch cross_entropy, scikit-learn StandardScaler", losses.m3i
     ),
 }
 
@@ -126,7 +128,7 @@ def _one_step(
 def _said_by_others(step: Step, method: Method) -> tuple[Encoded, Targets]:
     """What the encoders say of every view that the method may want."""
     both = any(term.symmetric or term.encoder == "shared" for term in method.terms)
-    views = [step.encode(step.pictures(view), step.shown) for view in range(1 + both)]
+    views = [step.inputs(view, method.mode) for view in range(1 + both)]
     local = [step.encode(step.local_pictures(n)) for n in range(len(step.batch.local_views))]
     tokens: dict[Source, Tensor] = {}
     for encoder in {term.encoder for term in method.terms} & {"momentum", "frozen"}:
@@ -157,6 +159,7 @@ def _our_parts(step: Step, targets: Targets) -> tuple[losses.Parts, Tensor]:
     ]
     encoded = Encoded(step.tokens, step.local)
     total, _ = step.model(encoded, targets, step.batch, step.mix)
+    step.model.finish_step()
     for hook in hooks:
         hook.remove()
     weights = {term.name: term.weight for term in step.model.cfg.terms}

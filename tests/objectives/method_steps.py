@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from lightly.models import utils as lightly_models
 from lightly.models.modules import MaskedVisionTransformerTIMM
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -161,6 +162,21 @@ class Step:
             pos_embed_initialization="skip",
         )
         return vit.encode(images, idx_keep=shown)
+
+    def inputs(self, view: int, mode: str) -> Tensor:  # [I, n, C]
+        """The encoder's tokens of the cells that images show: each image by itself, or where they
+        are encoded together cut out of the picture that shows all of them."""
+        if mode != "joint":
+            return self.encode(self.pictures(view), self.shown)
+        together = torch.zeros_like(self.pictures(view))[: self.mix.num_inputs]
+        for image, picture in enumerate(self.pictures(view)):
+            canvas = together[image % self.mix.num_inputs]
+            for cell in self.shown[image].tolist():
+                top, left = PATCH * (cell // GRID), PATCH * (cell % GRID)
+                rows, columns = slice(top, top + PATCH), slice(left, left + PATCH)
+                canvas[:, rows, columns] = picture[:, rows, columns]
+        tokens = self.encode(together).repeat(self.mix.members.shape[1], 1, 1)
+        return lightly_models.get_at_index(tokens, self.shown)
 
     @torch.no_grad()
     def momentum(self, view: int) -> Tensor:  # [I, N, C]

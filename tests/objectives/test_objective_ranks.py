@@ -83,8 +83,10 @@ def _gradients(model: MutualInformation, batch: Batch, mix: Mix) -> dict[str, Te
     encoded, targets = model.encode_inputs(batch, mix), model.encode_targets(batch, mix)
     total, _ = model(encoded, targets, batch, mix)
     total.backward()
+    model.finish_step()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    buffers = {n: b.clone() for n, b in model.named_buffers() if n.endswith(("queue", "centre"))}
+    kept = ("queue", "centre", "standardise.mean", "standardise.variance")
+    buffers = {n: b.clone() for n, b in model.named_buffers() if n.endswith(kept)}
     return found | buffers
 
 

@@ -94,6 +94,30 @@ def test_decorrelation_equals_a_sum_over_pairs() -> None:
     torch.testing.assert_close(value, 0.3 * torch.stack(pairs).mean() / 8)
 
 
+@every_kernel
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_centred_decorrelation_is_by_torchs_covariance(normalise: bool, dtype: torch.dtype) -> None:
+    """p_r^T cov(t) p_r / D, and its gradient; of targets that are far from zero."""
+    case = Case(shape=(6, 5), width=24, normalise=normalise, dtypes=(dtype, dtype))
+    p, z = make(case)
+    z = z + torch.linspace(-3, 3, 24, dtype=dtype)
+    exact_p = p.detach().double().flatten(0, 1).requires_grad_()
+    t = z.double().flatten(0, 1)
+    t = torch.nn.functional.layer_norm(t, (24,)) if normalise else t
+    truth = 0.7 * ((exact_p @ torch.cov(t.T, correction=0)) * exact_p).sum(-1).mean() / 24
+    (truth_grad,) = torch.autograd.grad(3 * truth, exact_p)
+    options = {"normalise": normalise, "decorrelation_weight": 0.7}
+    found = [results(gaussian, p, z, **options, centred=c) for c in (False, True)]
+    without = results(gaussian, p, z, normalise=normalise)
+    tolerance = {FP64: 1e-12, FP32: 1e-5, BF16: 2e-2}[dtype]
+    for kind, (ours, plain) in enumerate(zip(found[1], without, strict=True)):
+        expected = (truth, truth_grad.view_as(p))[kind]
+        error = (ours.double() - plain.double() - expected).abs().max()
+        assert error <= tolerance * (plain.double().abs().max() + expected.abs().max())
+    assert found[0][0] > found[1][0]  # a constant costs nothing any more
+
+
 # ---- Rows that are hard --------------------------------------------------------------------------
 
 

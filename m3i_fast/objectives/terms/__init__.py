@@ -6,7 +6,7 @@ Legend, beside that of `seen`: Q cells predicted, E embedding width, K prototype
 from __future__ import annotations
 
 from m3i_fast.objectives.config import ObjectiveConfig, Term
-from m3i_fast.objectives.terms.base import Sizes, TermModule, copy_state
+from m3i_fast.objectives.terms.base import Sizes, TermModule, copy_state, follower
 from m3i_fast.objectives.terms.dense import Dense, DenseContrast, dense_dim
 from m3i_fast.objectives.terms.labels import Caption, Category, Label
 from m3i_fast.objectives.terms.views import Embedding, PrototypeTerm
@@ -24,6 +24,7 @@ __all__ = [
     "build_term",
     "copy_state",
     "dense_dim",
+    "follower",
 ]
 
 

@@ -14,7 +14,14 @@ from m3i_fast.objectives.config import ObjectiveConfig, Term
 from m3i_fast.objectives.monitors import mean_cosine
 from m3i_fast.objectives.predictors import DenseDecoder, Mlp
 from m3i_fast.objectives.seen import Monitor, Seen
-from m3i_fast.objectives.targets import normalise_tokens, normalise_views, normalised_pixels
+from m3i_fast.objectives.standardise import Standardise
+from m3i_fast.objectives.targets import (
+    cell_contrast,
+    normalise_tokens,
+    normalise_views,
+    normalised_pixels,
+    prefer,
+)
 from m3i_fast.objectives.terms.base import Sizes, TermModule, follower, watch
 
 
@@ -26,20 +33,28 @@ class Dense(TermModule):
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         vision = sizes.vision
-        dim = dense_dim(term, sizes)
+        dim = dense_dim(term, cfg, sizes)
         super().__init__(term, cfg, dim, sizes)
         self.grid, self.patch_size = vision.grid, vision.image_size // vision.grid
+        self.num_queries, self.min_contrast = cfg.mixing.num_queries, cfg.mixing.min_contrast
+        if term.standardise != "none":
+            self.standardise = Standardise(dim, term.standardise, sizes.process_group)
         self.decoder_key = None if term.predictor == "linear" else f"{term.target}_{term.encoder}"
         if term.predictor == "linear":
             self.predictor = Linear(vision.dim, dim)
 
     def forward(
-        self, seen: Seen, monitor: Monitor | None, decoder: DenseDecoder | None = None
+        self,
+        seen: Seen,
+        monitor: Monitor | None,
+        decoder: DenseDecoder | None = None,
+        project: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor | int]:
+        """project: what follows the decoder's projector by EMA, of targets."""
         term, mix = self.term, seen.mix
         rows = mix.asked(term.asked)
-        query = mix.queries(term.asked, own=term.view == "same")
-        target = self._target(seen, rows, query)
+        query = self._query(seen, rows)
+        target = self._target(seen, rows, query, project)
         tokens = seen.encoded.views[0][rows]
         if decoder is None:
             z_hat = self.predictor(take(tokens, query))
@@ -59,11 +74,26 @@ class Dense(TermModule):
             total = total + self.loss(z_hat, target)
         return total / (1 + len(seen.encoded.local)), len(rows)
 
+    def _query(self, seen: Seen, rows: Tensor) -> Tensor:  # [A, Q] int64
+        """The cells that are predicted: where min_contrast asks for it, those with a content."""
+        term = self.term
+        query = seen.mix.queries(term.asked, own=term.view == "same")
+        if not self.min_contrast:
+            return query
+        views = seen.batch.global_views[int(term.view == "other")]
+        contrast = cell_contrast(views[seen.mix.sample[rows]], self.patch_size)
+        most = query.shape[1]
+        return prefer(query, contrast >= self.min_contrast, min(self.num_queries or most, most))
+
     @torch.no_grad()
-    def _target(self, seen: Seen, rows: Tensor, query: Tensor) -> Tensor:  # [A, Q, E]
+    def _target(
+        self, seen: Seen, rows: Tensor, query: Tensor, project: nn.Module | None
+    ) -> Tensor:  # [A, Q, E]
         term, view = self.term, int(self.term.view == "other")
         if term.target == "features":
-            return take(seen.target_tokens(term.encoder, view, term.asked), query)
+            tokens = take(seen.target_tokens(term.encoder, view, term.asked), query)
+            tokens = tokens if project is None else project(tokens)
+            return tokens if term.standardise == "none" else self.standardise(tokens)
         images = normalise_views(
             seen.batch.global_views[view], seen.mix.sample[rows], torch.float32
         )
@@ -101,8 +131,10 @@ class Dense(TermModule):
         return decoder(tokens[samples], index, position)
 
 
-def dense_dim(term: Term, sizes: Sizes) -> int:
+def dense_dim(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> int:
     """Width of a dense target."""
+    if cfg.projects(term):
+        return cfg.decoder.dim
     if term.target == "features":
         return sizes.target_dim[term.encoder]
     return 3 * (sizes.vision.image_size // sizes.vision.grid) ** 2

@@ -13,7 +13,7 @@ from m3i_fast.objectives.config import MAX_SCALE, ObjectiveConfig, Term
 from m3i_fast.objectives.mixing import drop_tokens
 from m3i_fast.objectives.predictors import GlobalHead
 from m3i_fast.objectives.seen import Monitor, Seen
-from m3i_fast.objectives.statistics import wide
+from m3i_fast.objectives.statistics import sum_over_ranks, wide
 from m3i_fast.objectives.terms.base import Sizes, TermModule
 from m3i_fast.ops import IGNORED
 
@@ -53,6 +53,14 @@ class Label(TermModule):
         known = members.device.type == "cpu" and self.process_group is None
         return known and not bool(members.any())
 
+    def _share(self, members: Tensor) -> Tensor:  # [N] bool -> [] fp32
+        """What a mean over members is multiplied by: members / rows of all ranks, or 1."""
+        if self.term.mean == "members":
+            return members.new_ones((), dtype=torch.float32)
+        counts = torch.stack([members.sum(), members.new_full((), len(members), dtype=torch.int64)])
+        of_members, of_rows = sum_over_ranks(counts, self.process_group).float().unbind()
+        return of_members / of_rows.clamp_min(1)
+
     def _nothing(self) -> tuple[Tensor, int]:
         """Of a batch without members: it costs nothing, and its backward has somewhere to go."""
         return self.log_scale * 0, 0
@@ -81,6 +89,7 @@ class Category(Label):
         z_hat, scale = self._rows(seen), self.log_scale.exp()
         value = self.log_scale.new_zeros(())
         for weight, rows in seen.weighted_rows():
+            weight = weight * self._share(targets[rows] != IGNORED)
             value = value + weight * self.loss(z_hat[rows], z, scale, targets=targets[rows])
         return value, (targets != IGNORED).sum()
 
@@ -119,5 +128,6 @@ class Caption(Label):
         value = self.log_scale.new_zeros(())
         for weight, rows in seen.weighted_rows():
             ids_of = {"row_ids": row_ids[rows], "col_ids": ids}
+            weight = weight * self._share(row_ids[rows] != IGNORED)
             value = value + weight * self.loss(z_hat[rows], z, scale, bias=self.bias, **ids_of)
         return value, (row_ids != IGNORED).sum()

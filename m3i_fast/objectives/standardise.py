@@ -1,0 +1,90 @@
+"""Standardise each channel of dense targets, so that what all cells have in common is no target.
+
+Legend: N rows of this rank, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from m3i_fast.objectives.statistics import mean_row, sum_over_ranks, wide
+
+MOMENTUM = 0.9  # of the running statistics, as DINO's centre has it
+EPS = 1e-5  # added to a variance
+
+
+class Standardise(nn.Module):
+    """(z - mean) / std of each channel, without gradient; both are of the rows of all ranks.
+
+    running: of the rows of earlier steps, so that a target does not depend on the other rows of its
+    batch. Rows seen in training count from the next `fold` on. Bias-corrected: the first step's
+    statistics are the first running ones; before them targets are left as they are.
+    batch: of the rows of the call.
+    """
+
+    mean: Tensor  # [C] fp32
+    variance: Tensor  # [C] fp32
+    num_folds: Tensor  # [] int64
+    seen: Tensor  # [2, C] fp32, sums of x - mean and of its squares since the last fold
+    num_seen: Tensor  # [] fp32
+
+    def __init__(
+        self, dim: int, over: Literal["running", "batch"], process_group: dist.ProcessGroup | None
+    ) -> None:
+        super().__init__()
+        self.over, self.process_group = over, process_group
+        if over == "running":
+            self.register_buffer("mean", torch.empty(dim))
+            self.register_buffer("variance", torch.empty(dim))
+            self.register_buffer("num_folds", torch.empty((), dtype=torch.int64))
+            self.register_buffer("seen", torch.empty(2, dim), persistent=False)
+            self.register_buffer("num_seen", torch.empty(()), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise every buffer, as after `to_empty`."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        if self.over == "running":
+            self.variance.fill_(1.0)
+
+    @torch.no_grad()
+    def forward(self, z: Tensor) -> Tensor:  # [..., C] -> [..., C] in the dtype of z
+        rows = wide(z)
+        if self.over == "batch":
+            flat = rows.flatten(0, -2)
+            mean = mean_row(flat, self.process_group)
+            variance = mean_row((flat - mean).square(), self.process_group)
+        else:
+            mean, variance = self.mean, self.variance
+            if self.training:
+                apart = (rows - mean).flatten(0, -2)
+                self.seen += torch.stack([apart.sum(0), apart.square().sum(0)])
+                self.num_seen += len(apart)
+        return ((rows - mean) * (variance + EPS).rsqrt()).to(z.dtype)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Move the running statistics by the rows seen since the last call; once a step.
+
+        Every rank of the process group calls it. Nothing waits for the device.
+        """
+        if self.over == "batch":
+            return
+        own = torch.cat([self.seen.flatten(), self.num_seen[None]])
+        *sums, count = sum_over_ranks(own, self.process_group).split([*self.seen.shape[1:] * 2, 1])
+        shift, square = (each / count.clamp_min(1) for each in sums)
+        folds = self.num_folds + (count[0] > 0)
+        # (1 - m) / (1 - m^t): 1 at first, and then the bias-corrected average stays one.
+        rate = (1 - MOMENTUM) / (1 - MOMENTUM ** folds.clamp_min(1))
+        rate = torch.where(count[0] > 0, rate, 0.0).to(shift.dtype)
+        self.variance.lerp_((square - shift.square()).clamp_min(0), rate)
+        self.mean += rate * shift
+        self.num_folds.copy_(folds)
+        self.seen.zero_()
+        self.num_seen.zero_()
