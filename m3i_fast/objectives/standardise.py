@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_fast.objectives.statistics import mean_row, sum_over_ranks, wide
+from m3i_fast.objectives.statistics import wide
 
 MOMENTUM = 0.9  # of the running statistics, as DINO's centre has it
 EPS = 1e-5  # added to a variance
@@ -29,8 +29,7 @@ class Standardise(nn.Module):
     mean: Tensor  # [C] fp32
     variance: Tensor  # [C] fp32
     num_folds: Tensor  # [] int64
-    seen: Tensor  # [2, C] fp32, sums of x - mean and of its squares since the last fold
-    num_seen: Tensor  # [] fp32
+    seen: Tensor  # [2 C + 1] fp32, moments of the rows since the last fold
 
     def __init__(
         self, dim: int, over: Literal["running", "batch"], process_group: dist.ProcessGroup | None
@@ -41,8 +40,7 @@ class Standardise(nn.Module):
             self.register_buffer("mean", torch.empty(dim))
             self.register_buffer("variance", torch.empty(dim))
             self.register_buffer("num_folds", torch.empty((), dtype=torch.int64))
-            self.register_buffer("seen", torch.empty(2, dim), persistent=False)
-            self.register_buffer("num_seen", torch.empty(()), persistent=False)
+            self.register_buffer("seen", torch.empty(2 * dim + 1), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -57,15 +55,11 @@ class Standardise(nn.Module):
     def forward(self, z: Tensor) -> Tensor:  # [..., C] -> [..., C] in the dtype of z
         rows = wide(z)
         if self.over == "batch":
-            flat = rows.flatten(0, -2)
-            mean = mean_row(flat, self.process_group)
-            variance = mean_row((flat - mean).square(), self.process_group)
+            mean, variance, _ = self._of_all_ranks(_moments(rows.flatten(0, -2)))
         else:
             mean, variance = self.mean, self.variance
             if self.training:
-                apart = (rows - mean).flatten(0, -2)
-                self.seen += torch.stack([apart.sum(0), apart.square().sum(0)])
-                self.num_seen += len(apart)
+                self.seen.copy_(_joined(torch.stack([self.seen, _moments(rows.flatten(0, -2))])))
         return ((rows - mean) * (variance + EPS).rsqrt()).to(z.dtype)
 
     @torch.no_grad()
@@ -76,15 +70,39 @@ class Standardise(nn.Module):
         """
         if self.over == "batch":
             return
-        own = torch.cat([self.seen.flatten(), self.num_seen[None]])
-        *sums, count = sum_over_ranks(own, self.process_group).split([*self.seen.shape[1:] * 2, 1])
-        shift, square = (each / count.clamp_min(1) for each in sums)
-        folds = self.num_folds + (count[0] > 0)
+        mean, variance, count = self._of_all_ranks(self.seen)
+        folds = self.num_folds + (count > 0)
         # (1 - m) / (1 - m^t): 1 at first, and then the bias-corrected average stays one.
         rate = (1 - MOMENTUM) / (1 - MOMENTUM ** folds.clamp_min(1))
-        rate = torch.where(count[0] > 0, rate, 0.0).to(shift.dtype)
-        self.variance.lerp_((square - shift.square()).clamp_min(0), rate)
-        self.mean += rate * shift
+        rate = torch.where(count > 0, rate, 0.0).to(mean.dtype)
+        self.mean.lerp_(mean, rate)
+        self.variance.lerp_(variance, rate)
         self.num_folds.copy_(folds)
         self.seen.zero_()
-        self.num_seen.zero_()
+
+    def _of_all_ranks(self, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C], []
+        """Mean, variance and number of all ranks' rows, from moments [2 C + 1] of each."""
+        if self.process_group is not None:
+            of_ranks = [
+                torch.empty_like(own) for _ in range(dist.get_world_size(self.process_group))
+            ]
+            dist.all_gather(of_ranks, own, group=self.process_group)
+            own = _joined(torch.stack(of_ranks))
+        mean, squares = own[:-1].chunk(2)
+        return mean, squares / own[-1].clamp_min(1), own[-1]
+
+
+def _moments(rows: Tensor) -> Tensor:  # [N, C] -> [2 C + 1]
+    """Mean, sum of squares about it, and number of rows; zeros of none."""
+    count = rows.new_full((1,), len(rows))
+    mean = rows.sum(0) / count.clamp_min(1)
+    return torch.cat([mean, (rows - mean).square().sum(0), count])
+
+
+def _joined(moments: Tensor) -> Tensor:  # [K, 2 C + 1] -> [2 C + 1]
+    """Of all rows together; squares stay about a mean, as those about zero would lose digits."""
+    means, squares = moments[:, :-1].chunk(2, dim=1)
+    counts = moments[:, -1:]
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total.clamp_min(1)
+    return torch.cat([mean, (squares + counts * (means - mean).square()).sum(0), total])

@@ -91,7 +91,7 @@ def normalised_pixels(images: Tensor, patch_size: int, *, eps: float = 1e-6) -> 
 
 def cell_contrast(views: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] uint8 -> [B, N] uint8
     """The widest span of a channel's levels within each cell; 0 where it has one colour."""
-    side = views.shape[2] // patch_size, patch_size
+    side = -1, patch_size
     pixels = views.unflatten(3, side).unflatten(2, side)  # [B, C, g, p, g, p]
     return (pixels.amax((3, 5)) - pixels.amin((3, 5))).amax(1).flatten(1)
 

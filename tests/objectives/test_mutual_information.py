@@ -286,6 +286,31 @@ def test_local_views_are_asked_as_well(only: str) -> None:
         torch.testing.assert_close(_loss(model, same, mix)[0], _loss(model, batch, mix)[0])
 
 
+@pytest.mark.parametrize("num_queries", [0, 3])
+def test_blank_cells_are_not_asked(num_queries: int) -> None:
+    """The right half of every view is paper with a little noise: half of the 16 cells."""
+    cfg = make_config("joint")
+    mixing = replace(cfg.mixing, num_queries=num_queries, min_contrast=8)
+    cfg, batch = replace(cfg, mixing=mixing), make_batch()
+    for view in batch.global_views:
+        view[..., 16:] = 250 + view[..., 16:] % 6
+    model, mix = _build(cfg), _mix(cfg, batch)
+    asked: list[Tensor] = []
+    for name in ("intra", "inter"):
+        term = model.terms[name]
+        inner = term._query
+        term._query = lambda *args, inner=inner: asked.append(inner(*args)) or asked[-1]
+    total, _ = _loss(model, batch, mix)
+    total.backward()
+    intra, inter = asked
+    assert intra.shape == (4, num_queries or 8) and inter.shape == (4, num_queries or 16)
+    assert bool((intra % 4 < 2).all()) and bool((inter % 4 < 2).all())
+    shown = mix.token_index[:4]
+    assert not bool((intra[:, :, None] == shown[:, None, :]).any())
+    if not num_queries:  # every one with a content, others in their place
+        assert all(set(row) == {0, 1, 4, 5, 8, 9, 12, 13} for row in inter.tolist())
+
+
 def test_temperatures_are_clamped_in_place() -> None:
     model = _build(make_config())
     with torch.no_grad():

@@ -1,11 +1,12 @@
 """Views on their way to an encoder: normalised as they are, or blended as mixup does."""
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import MixUp
 from torchvision.transforms.v2 import functional as vision
 
-from m3i_fast.objectives.targets import blend, normalise_views
+from m3i_fast.objectives.targets import blend, cell_contrast, normalise_views, prefer
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 _BLACK = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
@@ -50,6 +51,31 @@ def test_a_chosen_row_is_that_view_normalised() -> None:
     torch.testing.assert_close(
         normalise_views(views, rows, torch.float32), expected, rtol=0, atol=1e-6
     )
+
+
+def test_a_cells_contrast_is_by_numpy() -> None:
+    rng = np.random.default_rng(0)
+    views = rng.integers(0, 256, (3, 3, 8, 12), dtype=np.uint8)
+    views[:, :, :4, :4] = np.array([7, 200, 30], dtype=np.uint8)[:, None, None]  # of one colour
+    views[1, :, 4:, 8:] = 50
+    views[1, 2, 5, 9] = 57
+    expected = [
+        [
+            max(int(np.ptp(view[c, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4])) for c in range(3))
+            for i in range(2)
+            for j in range(3)
+        ]
+        for view in views
+    ]
+    assert cell_contrast(torch.from_numpy(views), 4).tolist() == expected
+    assert expected[0][0] == 0 and expected[1][5] == 7
+
+
+def test_wanted_cells_are_taken_first_and_again() -> None:
+    cells = torch.tensor([[4, 2, 0, 3], [4, 2, 0, 3], [4, 2, 0, 3]])
+    wanted = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    assert prefer(cells, wanted, 4).tolist() == [[0, 3, 0, 3], [4, 2, 0, 3], [4, 2, 0, 3]]
+    assert prefer(cells, wanted, 1).tolist() == [[0], [4], [4]]
 
 
 @pytest.mark.parametrize(
