@@ -203,7 +203,7 @@ def step() -> str:
         return ABSENT
     lines = [
         [
-            f"{row['figures']['asked']}, {row['figures']['batch_size']} pictures",
+            f"{row['figures']['batch_size']} pictures",
             f"{row['figures']['images_per_s'][OURS]:.0f}",
             *(times(row, name) for name in ("eager", "eager, asked only")),
         ]

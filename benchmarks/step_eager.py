@@ -3,8 +3,8 @@
 The networks and the drawn masks are given; here stand what goes through them, and the likelihoods
 in plain torch.
 
-Legend: P inputs of two images, N cells of the grid, n = N / 2 that an image shows, Q that are asked
-of it, C width of the encoder.
+Legend: B samples, P inputs of two images, N cells of the grid, n = N / 2 that an image shows, Q
+that are asked of it, C width of the encoder.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks.gaussian import in_float32
 from m3i_fast.models.positions import relative_positions
-from m3i_fast.models.vit import ViT
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.objectives.terms import Caption, Category
@@ -30,8 +28,8 @@ def eager_loss(
     first, second = mix.members.T  # [P] each
     shown_first, shown_second = mix.token_index.chunk(2)  # [P, n] each
     own_view, other_view = (normalise(view) for view in batch.global_views)
-    tokens_first = encode_shown(model, own_view[first], shown_first)
-    tokens_second = encode_shown(model, own_view[second], shown_second)
+    tokens = model.encoder.encode_cells(mixed(own_view, mix))
+    tokens_first, tokens_second = take(tokens, shown_first), take(tokens, shown_second)
     with torch.no_grad():
         if asked_only:
             z_own = model.target_encoder(own_view[first])
@@ -40,11 +38,10 @@ def eager_loss(
             z_own = model.target_encoder(own_view)[first]
             z_other = model.target_encoder(other_view)[second]
     boxes = batch.boxes[first, 0], batch.boxes[first, 0]
-    intra = dense(model, tokens_first, shown_first, z_own, mix.queries("first", own=True), boxes)
+    asked = mix.queries("first", own=True), mix.queries("last", own=False)
+    intra = dense(model, "intra", tokens_first, shown_first, z_own, asked[0], boxes)
     boxes = batch.boxes[second, 0], batch.boxes[second, 1]
-    inter = dense(
-        model, tokens_second, shown_second, z_other, mix.queries("last", own=False), boxes
-    )
+    inter = dense(model, "inter", tokens_second, shown_second, z_other, asked[1], boxes)
     images = (tokens_first, tokens_second)
     values = {
         "intra": intra,
@@ -63,12 +60,12 @@ def normalise(views: Tensor) -> Tensor:  # [B, 3, H, W] uint8 -> fp32
     return (views.float() / 255 - mean) / std
 
 
-def encode_shown(
-    model: MutualInformation, images: Tensor, shown: Tensor
-) -> Tensor:  # [P, 3, H, W] fp32, [P, n] -> [P, n, C]
-    encoder = model.encoder
-    assert isinstance(encoder, ViT)  # train_config
-    return encoder.encode(take(encoder.embed(images), shown))[:, encoder.num_prefix :]
+def mixed(views: Tensor, mix: Mix) -> Tensor:  # [B, 3, H, W] fp32 -> [P, 3, H, W]
+    """Of each cell the pixels of the image that shows it."""
+    cell = views.shape[-1] // mix.choice.shape[-1]
+    is_second = mix.choice.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None] == 1
+    first, second = mix.members.T
+    return torch.where(is_second, views[second], views[first])
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:  # [P, N, C], [P, Q] -> [P, Q, C]
@@ -77,6 +74,7 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:  # [P, N, C], [P, Q] -> [P, Q
 
 def dense(
     model: MutualInformation,
+    name: str,
     tokens: Tensor,  # [P, n, C]
     shown: Tensor,  # [P, n] int64
     z: Tensor,  # [P, N, C], of the EMA encoder
@@ -86,7 +84,11 @@ def dense(
     grid = model.grid
     position = relative_positions(*boxes, cells, input_grid=grid, target_grid=grid)
     z_hat = model.decoders["features_momentum"](tokens, shown, position)
-    return in_float32(z_hat, take(z, cells), model.cfg.decorrelation_weight)
+    z = model.terms[name].standardise(take(z, cells))
+    p, t = z_hat.flatten(0, 1), F.layer_norm(z, z.shape[-1:]).flatten(0, 1)
+    covariance = torch.cov(t.T, correction=0)
+    spread = ((p @ covariance) * p).sum(1).mean() / p.shape[1]
+    return F.mse_loss(p, t) + model.cfg.decorrelation_weight * spread
 
 
 def category(
@@ -96,7 +98,8 @@ def category(
     z_hat = torch.cat([F.normalize(term.head(tokens), dim=-1) for tokens in images])
     z = F.normalize(term.embedding, dim=-1)
     logits = term.log_scale.exp() * z_hat @ z.T
-    return F.cross_entropy(logits, batch.label[mix.sample], ignore_index=-1)
+    labels = batch.label[mix.sample]
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(labels)
 
 
 def caption(
@@ -113,7 +116,7 @@ def caption(
     positive = groups.float()
     of_images = F.cross_entropy(logits, positive / positive.sum(1, keepdim=True))
     of_captions = F.cross_entropy(logits.T, positive.T / positive.T.sum(1, keepdim=True))
-    return (of_images + of_captions) / 2
+    return (of_images + of_captions) / 2 * len(logits) / len(of_rows)
 
 
 @torch.no_grad()

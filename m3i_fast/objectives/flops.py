@@ -206,7 +206,11 @@ def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
     if term.target == "pixels":
         dim = 3 * (vision.image_size // vision.grid) ** 2
     count, asked = counts.num_asked(term.asked), counts.num_queries(term)
-    own = [counts.num_own]
+    own, encoded = [counts.num_own], vision.dim
+    projects = cfg.projects(term)
+    if projects:
+        encoded = dim = cfg.decoder.dim
+        parts[HEADS] += mlp(count * asked, vision.dim, dim, dim).forward_only
     if term.predictor == "linear":
         parts[HEADS] += linear(count * asked, vision.dim, dim)
     else:
@@ -217,8 +221,10 @@ def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
                 num_images=count,
                 num_own=cells,
                 num_asked=asked,
-                dims=(vision.dim, dim),
+                dims=(encoded, dim),
             )
+            if projects:
+                decoded += mlp(count * cells, vision.dim, dim, dim)
             parts[DECODER] += _chunked(counts, count, decoded)
     if term.decorrelates and cfg.decorrelation_weight:
         parts[LIKELIHOODS] += decorrelation(count * asked, dim) * len(own)

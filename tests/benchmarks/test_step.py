@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks import harness, ledger, step, step_eager
+from m3i_fast.benchmarks import ledger, step, step_eager
 from m3i_fast.benchmarks.noise import draw_batch
 from m3i_fast.benchmarks.step import Config
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.model import build_objective
 from m3i_fast.models.vit import ViT
-from m3i_fast.objectives.mixing import Mix
 from m3i_fast.pipelines.batch import Batch
 
 TINY = Config(device="cpu", batch_size=6, dim=64, depth=1, num_samples=2)
@@ -48,7 +47,7 @@ def _value_and_gradients(train: TrainConfig, batch: Batch, loss_of: Any) -> dict
 @pytest.mark.parametrize("asked_only", [False, True])
 @pytest.mark.parametrize("annotated", ["whole", "in part"])
 def test_the_eager_loss_is_ours_in_value_and_gradient(asked_only: bool, annotated: str) -> None:
-    train = step.ask_everything(step.train_config(TINY))
+    train = step.train_config(TINY)
     batch = draw_batch(train)
     if annotated == "in part":
         batch = _partly_annotated(batch)
@@ -76,7 +75,7 @@ def test_the_eager_average_is_ours() -> None:
 
 def test_a_step_learns() -> None:
     for loss_of, ours in ((step.our_loss, True), (step_eager.eager_loss, False)):
-        train = step.ask_everything(step.train_config(TINY))
+        train = step.train_config(TINY)
         take = step.make_step(train, draw_batch(train), loss_of, ours=ours)
         losses = [float(take()) for _ in range(12)]
         assert losses[-1] < 0.8 * losses[0]
@@ -87,48 +86,18 @@ def test_rows_are_shown_and_recorded(
 ) -> None:
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     step.main(ARGUMENTS)
-    everything, as_demo = (row["figures"] for row in ledger.read_rows("step"))
-    assert (everything["dense_fraction"], everything["num_queries"]) == (1.0, 0)
-    assert (as_demo["dense_fraction"], as_demo["num_queries"]) == (0.25, 16)
-    assert everything["timings"]["eager"] == as_demo["timings"]["eager"]
-    for row in (everything, as_demo):
-        timings = row["timings"]
-        assert set(timings) == {"m3i_fast", "eager", "eager, asked only"}
-        milliseconds = timings["m3i_fast"]["median_ms"]
-        assert row["images_per_s"]["m3i_fast"] == pytest.approx(6000 / milliseconds)
-        ratio = timings["eager"]["median_ms"] / milliseconds
-        assert row["times_slower_than_ours"]["eager"] == pytest.approx(ratio)
+    (row,) = (row["figures"] for row in ledger.read_rows("step"))
+    timings = row["timings"]
+    assert set(timings) == {"m3i_fast", "eager", "eager, asked only"}
+    milliseconds = timings["m3i_fast"]["median_ms"]
+    assert row["images_per_s"]["m3i_fast"] == pytest.approx(6000 / milliseconds)
+    ratio = timings["eager"]["median_ms"] / milliseconds
+    assert row["times_slower_than_ours"]["eager"] == pytest.approx(ratio)
     shown = capsys.readouterr().out
-    assert "6x64^2, 64x1" in shown and "as the demo" in shown and str(tmp_path) in shown
+    assert "6x64^2, 64x1" in shown and str(tmp_path) in shown
 
     step.main([*ARGUMENTS, "--no-record"])
-    assert len(list(ledger.read_rows("step"))) == 2
-
-
-def test_each_row_has_the_step_that_asks_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    medians = {"everything asked": 4.0, "eager": 6.0, "eager, asked only": 5.0, "as the demo": 2.0}
-    timings = {name: harness.Timing(ms, ms, ms, 1) for name, ms in medians.items()}
-    asked: list[list[int]] = []
-    right = step.draw
-
-    def draw(*arguments: Any) -> Mix:
-        mix = right(*arguments)
-        asked.append(list(mix.queries("last", own=False).shape))
-        return mix
-
-    def call_each(steps: dict[str, Any], **_: Any) -> dict[str, harness.Timing]:
-        asked.clear()
-        assert list(steps) == ["everything asked", "eager", "eager, asked only", "as the demo"]
-        for take in steps.values():
-            take()
-        return timings
-
-    monkeypatch.setattr(step, "draw", draw)
-    monkeypatch.setattr(step, "measure", call_each)
-    everything, as_demo = step.rows_of(TINY)
-    assert everything["times_slower_than_ours"]["eager"] == 1.5
-    assert as_demo["times_slower_than_ours"]["eager"] == 3.0
-    assert asked == [[3, 64], [3, 64], [3, 64], [1, 16]]  # of 3 inputs of 64 cells
+    assert len(list(ledger.read_rows("step"))) == 1
 
 
 def test_different_losses_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

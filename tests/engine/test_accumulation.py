@@ -200,7 +200,9 @@ def test_a_run_reads_all_batches_and_mixes_each_its_own_way(dataset: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "word"),
     [
-        ("m3i", "decorrelation"),
+        ("m3i", "covariance"),
+        ("members", "mean = members of the term 'category'"),
+        ("by batch", "standardise = batch of the term 'intra'"),
         ("clip", "caption, boltzmann"),
         ("byol", "batch norm"),
         ("dino", "centring"),
@@ -215,6 +217,15 @@ def test_what_does_not_add_up_is_refused(
         cfg = _without_the_batch(dataset)
         balance = BalanceConfig(mode="gradient_norm")
         cfg = replace(cfg, objective=replace(cfg.objective, balance=balance))
+    elif name in ("members", "by batch"):
+        cfg = _without_the_batch(dataset)
+        terms = tuple(
+            replace(t, standardise="batch")
+            if t.is_dense and name == "by batch"
+            else replace(t, mean="members" if not t.is_dense and name == "members" else "batch")
+            for t in cfg.objective.terms
+        )
+        cfg = replace(cfg, objective=replace(cfg.objective, terms=terms))
     else:
         cfg = _config(dataset, demo_method(name))
     with pytest.raises(ValueError, match=rf"accumulate: expected 1 with.*{word}.*parallel.chunk"):

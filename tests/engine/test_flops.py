@@ -73,6 +73,21 @@ def test_a_step_that_asks_a_part_of_the_cells_of_a_part_of_the_inputs() -> None:
     expect_counted(replace(cfg, objective=objective))
 
 
+@pytest.mark.parametrize("chunk", [0, 100])
+def test_a_step_with_a_projector_before_the_decoder(chunk: int) -> None:
+    cfg = small("m3i_vit_s")
+    decoder = DecoderConfig(dim=64, depth=1, num_heads=2, projector="mlp")
+    local = ViewConfig(count=2, size=32)
+    expect_counted(
+        replace(
+            cfg,
+            data=replace(cfg.data, local_views=local),
+            objective=replace(cfg.objective, decoder=decoder),
+            parallel=replace(cfg.parallel, chunk=chunk),
+        )
+    )
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize("scale", [None, 1e-5])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
