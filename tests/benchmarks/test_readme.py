@@ -54,13 +54,13 @@ def test_every_table_stands_somewhere() -> None:
 
 
 def test_what_is_between_the_marks_is_replaced_and_all_else_kept(append: Append) -> None:
-    append("step", {**_timed("cpu", 10.0, eager=15.4), "asked": "all", "batch_size": 8,
+    append("step", {**_timed("cpu", 10.0, eager=15.4), "batch_size": 8,
                     "images_per_s": {"m3i_fast": 800.0}})  # fmt: skip
     text = "a\n<!-- ledger:step -->\nold\n<!-- /ledger -->\nb\n"
     text += "<!-- ledger:gate -->\n<!-- /ledger -->\n"
     filled = readme.fill(text)
     assert "old" not in filled and filled.startswith("a\n<!-- ledger:step -->\n| a step of M3I |")
-    assert "| all, 8 pictures | 800 | 1.54 | - |" in filled
+    assert "| 8 pictures | 800 | 1.54 | - |" in filled
     assert "<!-- /ledger -->\nb\n<!-- ledger:gate -->\nThe gate: not measured yet" in filled
     assert readme.fill(filled) == filled
 

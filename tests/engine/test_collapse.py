@@ -44,9 +44,11 @@ def _config(dataset: Path, recipe: str = "demo") -> TrainConfig:
 
 
 def _dense_alone(cfg: TrainConfig) -> TrainConfig:
-    """Without what holds the encoder apart: labels, captions and decorrelation."""
+    """Without what holds the encoder apart: labels, captions, decorrelation, standardising."""
     terms = tuple(
-        replace(t, regulariser="stop_gradient") if t.is_dense else replace(t, weight=0.0)
+        replace(t, regulariser="stop_gradient", standardise="none")
+        if t.is_dense
+        else replace(t, weight=0.0)
         for t in cfg.objective.terms
     )
     return replace(cfg, objective=replace(cfg.objective, terms=terms))

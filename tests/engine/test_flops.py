@@ -133,10 +133,13 @@ def test_parts_of_a_production_step() -> None:
     cfg = recipes()["m3i_vit_b"]()
     parts, inputs = step_flops(cfg), cfg.data.batch_size // 2
     assert isinstance(cfg.vision, ViTConfig)
-    # Both halves of an input together have its tokens, and attention over half is a quarter.
     whole = vit(cfg.vision, inputs).forward
     attended = 4 * inputs * cfg.vision.depth * 196**2 * cfg.vision.dim
-    assert parts[ENCODER].forward == whole - attended // 2
+    assert parts[ENCODER].forward == whole
+    # Each alone, both halves of an input have its tokens, and attention over half is a quarter.
+    mixing = replace(cfg.objective.mixing, mode="own_image")
+    alone = replace(cfg, objective=replace(cfg.objective, mixing=mixing))
+    assert step_flops(alone)[ENCODER].forward == whole - attended // 2
     assert parts[TARGET].forward == 2 * whole
     assert parts[TARGET].backward == parts[TARGET].recompute == 0
     assert parts[DECODER].model > 0

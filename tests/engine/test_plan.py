@@ -92,7 +92,12 @@ def test_mixing_asks_for_whole_inputs_and_every_pass_counts() -> None:
 
 def test_an_internimage_is_aligned_in_its_last_stage() -> None:
     cfg = recipes()["m3i_internimage_t"]()
-    cfg = replace(cfg, data=replace(cfg.data, batch_size=32))
+    narrow = replace(cfg.objective.decoder, dim=512)
+    cfg = replace(
+        cfg,
+        data=replace(cfg.data, batch_size=32),
+        objective=replace(cfg.objective, decoder=narrow),
+    )
     counts = token_rows(counts_of(cfg))
     assert counts["encoder"] == 16 * 196
     row = next(row for row in legal_batches(cfg) if row.recipe == "mxfp8")
