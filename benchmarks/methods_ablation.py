@@ -135,7 +135,7 @@ VARIANTS: dict[str, Change] = {
     "m3i: batch norm projector": projected("batch_norm", standardise="none"),
     "m3i: projector": projected("mlp"),
     "m3i: few asked": of_mixing(num_queries=16, dense_fraction=0.25),
-    "m3i: blank cells": of_mixing(min_contrast=0),
+    "m3i: blank cells": of_mixing(min_contrast=0, num_queries=0),
     "m3i: dense 0.3": of_dense(weight=0.3),
     "m3i: dense 10": of_dense(weight=10.0),
     "m3i: each alone": of_mixing(mode="own_image"),

@@ -80,7 +80,7 @@ def train_config(cfg: Config) -> TrainConfig:
     Every cell that may be asked is, a blank one too, and captions are whole.
     """
     recipe = demo()
-    mixing = replace(recipe.objective.mixing, min_contrast=0, token_dropout=0.0)
+    mixing = replace(recipe.objective.mixing, min_contrast=0, num_queries=0, token_dropout=0.0)
     return replace(
         recipe,
         objective=replace(recipe.objective, mixing=mixing),
