@@ -108,7 +108,8 @@ def _near(
 
 def _fill(clusters: list[list[int]], room: int) -> tuple[list[int], list[list[int]]]:
     """Take the clusters that fit in, in order; the groups taken, and the clusters left."""
-    taken, left = [], []
+    taken: list[int] = []
+    left: list[list[int]] = []
     for cluster in clusters:
         if len(cluster) <= room - len(taken):
             taken += cluster

@@ -21,6 +21,7 @@ import numpy as np
 from m3i_fast.pipelines.annotation import Annotation, annotate
 from m3i_fast.pipelines.concepts import Drawing, drawings
 from m3i_fast.pipelines.extras import require
+from m3i_fast.pipelines.manifest import read_manifest
 from m3i_fast.pipelines.near_duplicates import (
     NEARER_THAN,
     cluster_groups,
@@ -194,6 +195,20 @@ def build(
     }
     info = _info(style, {**shares, **counts})
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
+
+
+def expect_split_clusters(path: Path) -> None:
+    """Raise ValueError where a data set holds out near-duplicates of drawings that it trains on.
+
+    As those do that were packed before there were clusters. Errors of `read_manifest` beside it.
+    """
+    manifest = read_manifest(path)
+    if manifest.name == "openmoji" and "one_split_nearer_than" not in manifest.settings:
+        raise ValueError(
+            f"{path}: expected near-duplicates in one split (one_split_nearer_than of the "
+            "manifest), got data packed before they were; remove it or name another directory, and "
+            "it is packed again"
+        )
 
 
 def _check(shares: dict[str, float | None], counts: dict[str, int | None]) -> None:

@@ -29,6 +29,6 @@ class EvaluateCommand:
 
 def main(argv: list[str]) -> int:
     command = tyro.cli(EvaluateCommand, prog="m3i-fast evaluate", args=argv)
-    figures, _ = evaluate(command.run, split=command.split, batch_size=command.batch_size)
-    console.print_json(json.dumps(figures))
+    found = evaluate(command.run, split=command.split, batch_size=command.batch_size)
+    console.print_json(json.dumps(found.figures))
     return 0

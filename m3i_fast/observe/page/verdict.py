@@ -56,9 +56,10 @@ MEASURES = {
         "Category by linear probe",
         "held-out pictures whose category logistic regression gets right",
     ),
-    "patch_correspondence": Measure(
+    "patch_correspondence_centred": Measure(
         "Same place in another crop",
-        "patches of a held-out picture that the most similar patch of another crop places right",
+        "patches of a held-out picture that the most similar patch of another crop places right, "
+        "what the position in the crop says taken out",
     ),
     "few_label_top1": Measure(
         "Category from few labels",
