@@ -31,6 +31,7 @@ from m3i_fast.evaluation.statistics import (
     Interval,
     figure_interval,
     hits_interval,
+    holm,
     values_interval,
 )
 from m3i_fast.evaluation.zero_shot import recall_chance, retrieval_ranks
@@ -190,15 +191,19 @@ def trained_minus(
 
     Of every measure with items, on all of them and on the hard ones. Near-duplicates count as one
     cluster; where all items are of one there is no interval. Of a single run: nothing is said of
-    other seeds.
+    other seeds. p-values are corrected for all comparisons on the same items (`holm`).
     """
     ours = measured["trained"]
     found: dict[str, dict[str, Interval]] = {}
     for ending in ENDINGS:
-        for source, theirs in measured.items():
-            if source != "trained":
-                for name, interval in _differences(ours, theirs, held_out, ending):
-                    found.setdefault(name + ending, {})[source] = interval
+        family = {
+            (name + ending, source): interval
+            for source, theirs in measured.items()
+            if source != "trained"
+            for name, interval in _differences(ours, theirs, held_out, ending)
+        }
+        for (name, source), interval in holm(family).items():
+            found.setdefault(name, {})[source] = interval
     return found
 
 

@@ -27,7 +27,7 @@ from m3i_fast.evaluation.protocol import (
     measure_all,
     trained_minus,
 )
-from m3i_fast.evaluation.statistics import figure_interval, hits_interval, values_interval
+from m3i_fast.evaluation.statistics import figure_interval, hits_interval, holm, values_interval
 from m3i_fast.models.rank import rankme
 
 
@@ -221,9 +221,34 @@ def test_intervals_are_around_the_differences_of_the_published_figures() -> None
             assert interval.low < difference < interval.high
     hits = [_measured()[source].hits["knn_top1"] for source in ("trained", "untrained")]
     cluster, odd = torch.arange(300) // 2, torch.arange(300) % 2 == 1
-    assert intervals["knn_top1"]["untrained"] == hits_interval(*hits, cluster)
     of_odd = [side[odd] for side in hits]
-    assert intervals["knn_top1_hard"]["untrained"] == hits_interval(*of_odd)
+    for name, alone in (
+        ("knn_top1", hits_interval(*hits, cluster)),
+        ("knn_top1_hard", hits_interval(*of_odd)),
+    ):
+        found = intervals[name]["untrained"]
+        assert (found.low, found.high) == (alone.low, alone.high)
+        assert found.p_value > alone.p_value
+
+
+def test_p_values_are_corrected_for_the_comparisons_on_the_same_items() -> None:
+    rng, groups = np.random.default_rng(0), torch.arange(400)
+    hits = {
+        who: {f"m{i}": torch.from_numpy(rng.random(400) < p).double() for i in range(5)}
+        for who, p in (("trained", 0.6), ("untrained", 0.53), ("pixels", 0.55))
+    }
+    held_out = HeldOut(group=groups, cluster=groups, distance=torch.arange(400.0))
+    got = trained_minus({who: Measured(hits=of) for who, of in hits.items()}, held_out)
+    for ending in ("", "_hard"):
+        family = {
+            (name, source): hits_interval(
+                *(hits[who][name][held_out.rows(ending)] for who in ("trained", source))
+            )
+            for source in ("untrained", "pixels")
+            for name in hits["trained"]
+        }
+        for (name, source), expected in holm(family).items():
+            assert got[name + ending][source] == expected
 
 
 def test_the_hard_half_is_measured_beside_the_whole() -> None:
@@ -264,11 +289,14 @@ def test_nats_and_overlaps_have_their_own_intervals() -> None:
     }
     held_out = HeldOut(group=groups, cluster=groups // 3, distance=torch.arange(300.0))
     got = trained_minus(measured, held_out)
-    of_nats = values_interval(nats[0][30:], nats[1][30:], groups[30:] // 3)
-    of_miou = figure_interval(*overlap[:, :200], mean_iou, groups[:200] // 3)
-    of_hard = figure_interval(*overlap[:, 150:200], mean_iou, groups[150:200] // 3)
-    assert got["nats"] == {"untrained": of_nats}
-    assert got["miou"] == {"untrained": of_miou} and got["miou_hard"] == {"untrained": of_hard}
+    expected = {
+        "nats": values_interval(nats[0][30:], nats[1][30:], groups[30:] // 3),
+        "miou": figure_interval(*overlap[:, :200], mean_iou, groups[:200] // 3),
+        "miou_hard": figure_interval(*overlap[:, 150:200], mean_iou, groups[150:200] // 3),
+    }
+    for name, alone in expected.items():
+        found = got[name]["untrained"]
+        assert (found.low, found.high) == (alone.low, alone.high), name
     one = replace(held_out, cluster=torch.zeros(300))
     assert trained_minus(measured, one) == {}  # nothing says how it varies
 
