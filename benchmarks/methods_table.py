@@ -85,8 +85,8 @@ def parse(measure: str) -> tuple[str, str]:
 def measures(lines: Sequence[Line]) -> list[str]:
     """What any line has, in the order of TITLES, others behind; then the same of the hard half."""
     found = dict.fromkeys(name for line in lines for name in line.values)
-    order = [name + ending for ending in ENDINGS for name in (*TITLES, *found)]
-    return [name for name in dict.fromkeys(order) if name in found]
+    bases = dict.fromkeys((*TITLES, *(parse(name)[0] for name in found)))
+    return [base + ending for ending in ENDINGS for base in bases if base + ending in found]
 
 
 # ---- From rows to lines --------------------------------------------------------------------------

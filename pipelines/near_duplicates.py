@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from m3i_fast.pipelines.pack import keyed_order
 
+COMPARED_SIZE = (
+    72  # pixels that a picture has before it is scaled down, whatever else it is used at
+)
 SIDE = 12  # of a thumbnail
 NEARER_THAN = 0.05
 _ROWS_A_CHUNK = 512  # bounds the [chunk, N] distances, not the result

@@ -23,6 +23,7 @@ from m3i_fast.pipelines.concepts import Drawing, drawings
 from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.manifest import read_manifest
 from m3i_fast.pipelines.near_duplicates import (
+    COMPARED_SIZE,
     NEARER_THAN,
     cluster_groups,
     split_clusters,
@@ -35,8 +36,6 @@ from m3i_fast.pipelines.tokens import Tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-COMPARED_SIZE = 72  # drawings are compared at it, whatever the size they are packed at
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

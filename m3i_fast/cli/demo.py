@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import tyro
 from m3i_fast.benchmarks.ledger import append_row
 from m3i_fast.cli import console
 from m3i_fast.cli.demo_page import gather
+from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.calibration import calibrate
@@ -79,7 +79,7 @@ def set_aside(out: Path) -> None:
 def report(run: Path, cfg: TrainConfig) -> tuple[dict[str, Any], Path]:
     """Evaluate the run and write evaluation.json and report.html: figures and the page's path."""
     figures = evaluate(run).figures
-    console.print_json(json.dumps({k: v for k, v in figures.items() if k != "trained_minus"}))
+    print_figures(figures)
     cpu = replace(cfg, device="cpu")
     encoders = {"trained": load_objective(run, cpu), "untrained": build_untrained(cpu)}
     return figures, write_report(gather(run, cpu, encoders, figures), run / "report.html")

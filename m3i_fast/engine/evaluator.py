@@ -39,10 +39,9 @@ from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
 from m3i_fast.pipelines.manifest import read_manifest
+from m3i_fast.pipelines.near_duplicates import COMPARED_SIZE
 from m3i_fast.pipelines.shards import split_digest
 from m3i_fast.storage import write_atomically
-
-COMPARED_SIZE = 72  # pictures are compared with each other at it, whatever size the model takes
 
 
 class Evaluation(NamedTuple):

@@ -1,6 +1,6 @@
 """What is known of the held-out pictures, whatever the encoder: near-duplicates, and the hard half.
 
-Legend: M held-out pictures, one a concept; P a batch's pictures.
+Legend: M held-out pictures, one a concept.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class HeldOut:
     ) -> Tensor:  # [M, ...]
         """Put values of some concepts where these stand, and `missing` where there is none."""
         aligned = values.new_full((len(self.group), *values.shape[1:]), missing)
+        if len(group) == 0:
+            return aligned
         place = torch.searchsorted(group, self.group).clamp_max(len(group) - 1)
         found = group[place] == self.group
         aligned[found] = values[place[found]]

@@ -81,6 +81,7 @@ def test_values_stand_at_their_concept() -> None:
     assert aligned[:2].tolist() == [0.25, 0.5] and bool(aligned[2:].isnan().all())
     counts = held_out.align(torch.ones(1, 3, 2, dtype=torch.int64), torch.tensor([3]), 0)
     assert counts.sum((1, 2)).tolist() == [0, 0, 0, 6]
+    assert bool(held_out.align(values[:0], of[:0], math.nan).isnan().all())
     assert held_out.rows("").tolist() == [True] * 4
     assert held_out.rows("_hard").tolist() == [False, False, True, True]
     odd = HeldOut(group=group[:3], cluster=group[:3], distance=torch.arange(3.0))
