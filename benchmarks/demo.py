@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from m3i_fast.benchmarks.ledger import commit_of, read_rows
+from m3i_fast.evaluation.held_out import ENDINGS
 from m3i_fast.evaluation.statistics import spread
 from m3i_fast.terminal import make_console
 
@@ -25,7 +26,8 @@ MEASURES = {
     "knn_balanced_accuracy": "kNN, balanced",
     "linear_top1": "linear",
     "linear_balanced_accuracy": "linear, balanced",
-    "patch_correspondence": "patch found again",
+    "patch_correspondence": "patch found again",  # of older rows, by its position too
+    "patch_correspondence_centred": "patch found again, centred",
 }
 SOURCES = ("trained", "untrained", "pixels", "chance")
 
@@ -42,8 +44,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(ledger: Path | None = None) -> str:
-    """Markdown, in percent: mean over the newest row of each seed, and the lowest and highest."""
-    newest = {row["figures"]["seed"]: row for row in read_rows(SUBJECT, folder=ledger)}
+    """Markdown, in percent: mean over the newest row of each seed, and the lowest and highest.
+
+    Of the rows that were measured on the same held-out pictures as the newest of all; each measure
+    on these and on the hard half of them, where the rows have it.
+    """
+    found = list(read_rows(SUBJECT, folder=ledger))
+    splits = [row["figures"].get("split_digest") for row in found]
+    newest = {
+        row["figures"]["seed"]: row
+        for row, split in zip(found, splits, strict=True)
+        if split == splits[-1]
+    }
     if not newest:
         return "no row of the demo in the ledger: m3i-fast demo --record appends one"
     rows = [row["figures"] for _, row in sorted(newest.items())]
@@ -58,9 +70,11 @@ def table(ledger: Path | None = None) -> str:
         "| measure | " + " | ".join(SOURCES) + " |",
         "|---" * (len(SOURCES) + 1) + "|",
     ]
-    for name, title in MEASURES.items():
-        cells = " | ".join(_cell(rows, name, source) for source in SOURCES)
-        lines.append(f"| {title} | {cells} |")
+    for ending, of in zip(ENDINGS, ("", ", hard half"), strict=True):
+        for name, title in MEASURES.items():
+            if any(name + ending in row for row in rows):
+                cells = " | ".join(_cell(rows, name + ending, source) for source in SOURCES)
+                lines.append(f"| {title}{of} | {cells} |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,13 +14,12 @@ import torch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine import checkpoint
 from m3i_fast.engine.calibration import calibrate
-from m3i_fast.engine.evaluator import evaluate, evaluate_untrained
+from m3i_fast.engine.evaluator import Evaluation, evaluate, evaluate_untrained
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.evaluation.protocol import Measured
 from m3i_fast.observe.collapse import CollapseWatch
 from m3i_fast.observe.metrics import read_jsonl
 
-Packed = str | list[float]
+Packed = str | list[float | None]
 LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # in the figures alone
 
 
@@ -46,33 +46,39 @@ def train_and_measure(
             f"signal {outcome.signal} at step {outcome.step} of {cfg.num_steps}; the same command "
             "goes on from there"
         )
-    figures, measured = evaluate(out, baselines=False, data=data)
-    del figures["trained_minus"]  # follows from the hits
+    found = evaluate(out, baselines=False, data=data)
+    del found.figures["trained_minus"]  # follows from the hits
     return {
         **training_figures(cfg, read_jsonl(out / "metrics.jsonl")),
         "resumed": resume,
-        **figures,
-        "hits": _packed(measured),
+        **found.figures,
+        **_by_item(found),
     }
 
 
 def measure_untrained(cfg: TrainConfig) -> dict[str, Any]:
     """A row's figures of what a run of `cfg` starts from, and of raw pixels."""
     torch.set_num_threads(cfg.num_threads)
-    figures, measured = evaluate_untrained(cfg)
-    return {"num_steps": 0, **figures, "hits": _packed(measured)}
+    found = evaluate_untrained(cfg)
+    return {"num_steps": 0, **found.figures, **_by_item(found)}
 
 
-def _packed(measured: Mapping[str, Measured]) -> dict[str, dict[str, Packed]]:
-    return {
+def _by_item(found: Evaluation) -> dict[str, Any]:
+    """The hits of every source, and once for all of them what the items are."""
+    hits = {
         who: {
             name: pack(values.tolist())
             for name, values in (result.hits | result.nats).items()
             if name not in LEFT_OUT
         }
-        for who, result in measured.items()
+        for who, result in found.measured.items()
         if who != "chance"
     }
+    items = {
+        "hard": pack(found.held_out.hard.double().tolist()),
+        "cluster": found.held_out.cluster.tolist(),
+    }
+    return {"hits": hits, "items": items}
 
 
 def is_trained(out: Path) -> bool:
@@ -103,21 +109,23 @@ def training_figures(cfg: TrainConfig, rows: Sequence[Mapping[str, float]]) -> d
 def pack(hits: Sequence[float]) -> Packed:
     """One character an item where hits are of a few tries, which keeps a row short; else numbers.
 
-    0 or 1 as "0110"; of three tries the number that hit, as "3:0312".
+    0 or 1 as "0110"; of three tries the number that hit, as "3:0312". NaN, an item that was not
+    asked about, is "-" among characters and None among numbers.
     """
     for tries in range(1, 10):
-        counts = [round(hit * tries) for hit in hits]
+        counts = [-1 if math.isnan(hit) else round(hit * tries) for hit in hits]
         if all(
-            0 <= n <= tries and abs(hit * tries - n) < 1e-6
+            n == -1 or (0 <= n <= tries and abs(hit * tries - n) < 1e-6)
             for hit, n in zip(hits, counts, strict=True)
         ):
-            return f"{tries}:" * (tries > 1) + "".join(map(str, counts))
-    return [round(hit, 4) for hit in hits]
+            return f"{tries}:" * (tries > 1) + "".join("-" if n < 0 else str(n) for n in counts)
+    return [None if math.isnan(hit) else round(hit, 4) for hit in hits]
 
 
 def unpack(hits: Packed) -> list[float]:
     """The items' hits again."""
     if isinstance(hits, str):
         tries, of_several, counts = hits.rpartition(":")
-        return [int(n) / (int(tries) if of_several else 1) for n in counts]
-    return [float(hit) for hit in hits]
+        whole = int(tries) if of_several else 1
+        return [math.nan if n == "-" else int(n) / whole for n in counts]
+    return [math.nan if hit is None else float(hit) for hit in hits]

@@ -1,7 +1,8 @@
 """Rows of the methods' benchmark as tables: each method's figures, and M3I's minus its own.
 
-Figures are means over a method's seeds. A difference is taken item by item: each item's mean over
-the seeds that both methods ran, and its interval resamples the items.
+Figures are means over a method's seeds. A difference is taken item by item and seed by seed, over
+the seeds that both methods ran; its interval is over seeds and items (`statistics.variance_parts`).
+All of it stands twice, for all held-out concepts and for the hard half of them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,19 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from m3i_fast.benchmarks.ledger import commit_of
 from m3i_fast.benchmarks.methods_run import unpack
-from m3i_fast.evaluation.statistics import Interval, paired_bootstrap, paired_bootstrap_of_sums
+from m3i_fast.evaluation.held_out import ENDINGS
+from m3i_fast.evaluation.statistics import (
+    Floats,
+    Interval,
+    hits_interval,
+    holm,
+    values_interval,
+)
 
 Row = dict[str, Any]  # of the ledger
 Rows = dict[str, dict[int, Row]]  # method -> seed -> row
@@ -30,7 +41,8 @@ TITLES = {
     "scene_miou": "scenes, mIoU",
     "caption_to_image_recall_at_5": "caption to image R@5",
     "image_to_caption_recall_at_5": "image to caption R@5",
-    "patch_correspondence": "patch found again",
+    "patch_correspondence": "patch found again",  # of older rows, by its position too
+    "patch_correspondence_centred": "patch found again, centred",
     "caption_information_nats": "captions, nats",
     "effective_rank": "effective rank",
 }
@@ -55,18 +67,26 @@ class Line:
 
 
 def title(measure: str) -> str:
-    return TITLES.get(measure, measure)
+    base, ending = parse(measure)
+    return TITLES.get(base, base) + (", hard half" if ending else "")
 
 
 def scale(measure: str) -> float:
     """From a row's figure to the table's unit, mostly percent."""
-    return 1.0 if measure in NO_SHARE else 100.0
+    return 1.0 if parse(measure)[0] in NO_SHARE else 100.0
+
+
+def parse(measure: str) -> tuple[str, str]:
+    """The measure, and the one of ENDINGS that says on which items it was taken."""
+    base = measure.removesuffix(ENDINGS[1])
+    return base, measure[len(base) :]
 
 
 def measures(lines: Sequence[Line]) -> list[str]:
-    """What any line has, in the order of TITLES, others behind."""
+    """What any line has, in the order of TITLES, others behind; then the same of the hard half."""
     found = dict.fromkeys(name for line in lines for name in line.values)
-    return [name for name in TITLES if name in found] + [n for n in found if n not in TITLES]
+    bases = dict.fromkeys((*TITLES, *(parse(name)[0] for name in found)))
+    return [base + ending for ending in ENDINGS for base in bases if base + ending in found]
 
 
 # ---- From rows to lines --------------------------------------------------------------------------
@@ -102,36 +122,50 @@ def _line(
 
 
 def _names(row: Row) -> Iterator[str]:
+    """Its measures, each before its form on the hard half where the row has one."""
     figures = row["figures"]
-    yield from (name for name in TITLES if name in figures)
-    yield from (name for hits in figures["hits"].values() for name in hits)
+    whole = [name for name in TITLES if name in figures]
+    whole += [name for hits in figures["hits"].values() for name in hits]
+    for name in whole:
+        yield name
+        if name + ENDINGS[1] in figures:
+            yield name + ENDINGS[1]
 
 
 def _minus(
     ours: dict[int, Row], theirs: dict[int, Row], source: str, measure: str
 ) -> Interval | None:
     """M3I's hits minus those of a source, over the seeds where both have the measure."""
+    name, ending = parse(measure)
     pairs = [
-        (mine["trained"][measure], other[source][measure])
+        (mine, mine["hits"]["trained"][name], other["hits"][source][name])
         for mine, other in (
-            (ours[seed]["figures"]["hits"], theirs[seed]["figures"]["hits"])
+            (ours[seed]["figures"], theirs[seed]["figures"])
             for seed in sorted(ours.keys() & theirs.keys())
         )
-        if measure in mine["trained"] and measure in other[source]
+        if name in mine["hits"]["trained"] and name in other["hits"][source]
     ]
     if not pairs:
         return None
-    ours_mean, theirs_mean = (_item_means(runs) for runs in zip(*pairs, strict=True))
-    if measure in NO_SHARE:
-        return paired_bootstrap_of_sums(ours_mean, theirs_mean, lambda sums: sums / len(ours_mean))
-    found = paired_bootstrap(ours_mean, theirs_mean)
-    factor = scale(measure)
-    return Interval(factor * found.difference, factor * found.low, factor * found.high)
+    rows, *sides = zip(*pairs, strict=True)
+    first, second = (np.array([unpack(hits) for hits in side]) for side in sides)  # [S, N]
+    asked, cluster = _items(rows[0], first, ending)
+    interval = values_interval if name in NO_SHARE else hits_interval
+    return interval(first[:, asked], second[:, asked], cluster).scaled(scale(measure))
 
 
-def _item_means(runs: Iterable[str | list[float]]) -> list[float]:
-    """Packed hits of several seeds -> the mean hit of every item."""
-    return [fmean(item) for item in zip(*map(unpack, runs), strict=True)]
+def _items(
+    figures: dict[str, Any],
+    hits: Floats,  # [S, N], NaN where an item was not asked about
+    ending: str,
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
+    """Which items a measure is of, [N], and their clusters, which older rows do not have."""
+    asked = ~np.isnan(hits[0])
+    if "items" not in figures:
+        return asked, None
+    if ending:
+        asked &= np.array(unpack(figures["items"]["hard"])) == 1
+    return asked, np.array(figures["items"]["cluster"])[asked]
 
 
 # ---- From lines to text --------------------------------------------------------------------------
@@ -142,8 +176,8 @@ def table(lines: Sequence[Line], heading: str, *, note: str = "") -> str:
     runs = [line for line in lines if line.rows]
     if not runs:
         return f"{heading}: no row in the ledger\n"
-    columns = measures(lines)
     usual = runs[0].each("batch_size")[0]
+    columns = [name for name in measures(lines) if not parse(name)[1]]
     text = [
         f"{heading}, batch {usual}; {_origin(runs)}. In percent, but for nats and ranks.",
         "",
@@ -155,20 +189,19 @@ def table(lines: Sequence[Line], heading: str, *, note: str = "") -> str:
             ],
         ),
         "",
+        *_differences(lines, columns),
     ]
-    compared = [name for name in columns if any(name in line.minus for line in lines)]
-    if compared:
+    if hard := [name for name in measures(lines) if parse(name)[1]]:
         text += [
-            "M3I minus each row, with its 95 % interval (paired bootstrap over the items):",
+            "The hard half: the held-out concepts that lie farthest from any training picture.",
             "",
             *_grid(
-                ["method", *map(title, compared)],
-                [[_label(x), *(_difference(x, m) for m in compared)] for x in lines if x.minus],
+                ["method", *(title(parse(name)[0]) for name in hard)],
+                [[_label(line), *(_value(line, m) for m in hard)] for line in lines],
             ),
             "",
+            *_differences(lines, hard),
         ]
-    else:
-        text += ["No difference to M3I: the ledger has no row of it, or of nothing else.", ""]
     if any(_teachers(line) for line in lines):
         text += [
             "(t): from the frozen encoder of `supervised` of the same seed, data and budget, whose "
@@ -176,6 +209,29 @@ def table(lines: Sequence[Line], heading: str, *, note: str = "") -> str:
             "",
         ]
     return "\n".join([*text, *([f"{note}.", ""] if note else [])])
+
+
+def _differences(lines: Sequence[Line], columns: Sequence[str]) -> list[str]:
+    """The table of M3I minus each line, corrected for all that it compares."""
+    family = holm({(x.name, m): x.minus[m] for x in lines for m in columns if m in x.minus})
+    compared = [name for name in columns if any(m == name for _, m in family)]
+    if not compared:
+        return ["No difference to M3I: the ledger has no row of it, or of nothing else.", ""]
+    return [
+        "M3I minus each row, with its 95 % interval over seeds and items (of one seed, over items "
+        "alone; near-duplicates vary as one). In bold: what Holm's correction over the "
+        f"{len(family)} comparisons of this table leaves.",
+        "",
+        *_grid(
+            ["method", *(title(parse(name)[0]) for name in compared)],
+            [
+                [_label(x), *(_difference(family.get((x.name, m)), m) for m in compared)]
+                for x in lines
+                if any(name == x.name for name, _ in family)
+            ],
+        ),
+        "",
+    ]
 
 
 def _grid(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -191,7 +247,10 @@ def _origin(runs: Sequence[Line]) -> str:
     machines = sorted(
         {f"{m['num_cores']} cores of {m['cpu']}" for m in (r["machine"] for r in rows)}
     )
-    return f"{_joined(counts)} held-out concepts, {_joined(machines)}, commit {_joined(commits)}"
+    splits = sorted({row["figures"].get("split_digest", "") for row in rows} - {""})
+    split = f" (split {_joined(splits)})" if splits else ""
+    concepts = f"{_joined(counts)} held-out concepts{split}"
+    return f"{concepts}, {_joined(machines)}, commit {_joined(commits)}"
 
 
 def _label(line: Line) -> str:
@@ -203,19 +262,19 @@ def _teachers(line: Line) -> list[str]:
 
 
 def _digits(measure: str) -> int:
-    return 2 if measure.endswith("_nats") else 1
+    return 2 if parse(measure)[0].endswith("_nats") else 1
 
 
 def _value(line: Line, measure: str) -> str:
     return f"{line.values[measure]:.{_digits(measure)}f}" if measure in line.values else "-"
 
 
-def _difference(line: Line, measure: str) -> str:
-    if measure not in line.minus:
+def _difference(found: Interval | None, measure: str) -> str:
+    if found is None:
         return "-"
-    digits, found = _digits(measure), line.minus[measure]
+    digits, mark = _digits(measure), "" if found.verdict == "no difference found" else "**"
     difference, low, high = (f"{x:+.{digits}f}" for x in (found.difference, found.low, found.high))
-    return f"{difference} ({low} to {high})"
+    return f"{mark}{difference}{mark} ({low} to {high})"
 
 
 def _training(line: Line, usual_batch: int) -> list[str]:

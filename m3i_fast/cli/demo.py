@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import tyro
 from m3i_fast.benchmarks.ledger import append_row
 from m3i_fast.cli import console
 from m3i_fast.cli.demo_page import gather
+from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.calibration import calibrate
@@ -21,6 +21,7 @@ from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.observe.report import write_report
 from m3i_fast.pipelines.manifest import is_dataset
+from m3i_fast.pipelines.openmoji import expect_split_clusters
 from m3i_fast.recipes import demo, pack_demo
 
 
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")
         pack_demo(command.data)
+    expect_split_clusters(command.data)
     cfg = demo(data=command.data, seed=command.seed)
     num_steps = command.num_steps or calibrate(cfg, command.seconds)
     cfg = replace(cfg, num_steps=num_steps)
@@ -76,8 +78,8 @@ def set_aside(out: Path) -> None:
 
 def report(run: Path, cfg: TrainConfig) -> tuple[dict[str, Any], Path]:
     """Evaluate the run and write evaluation.json and report.html: figures and the page's path."""
-    figures, _ = evaluate(run)
-    console.print_json(json.dumps({k: v for k, v in figures.items() if k != "trained_minus"}))
+    figures = evaluate(run).figures
+    print_figures(figures)
     cpu = replace(cfg, device="cpu")
     encoders = {"trained": load_objective(run, cpu), "untrained": build_untrained(cpu)}
     return figures, write_report(gather(run, cpu, encoders, figures), run / "report.html")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
+from rich import box
+from rich.table import Table
 
 from m3i_fast.cli import console
 from m3i_fast.config_fields import BATCHES, check_fields
 from m3i_fast.engine.evaluator import evaluate
+from m3i_fast.observe.page.verdict import SOURCES, Judgement, judge, judge_more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +27,8 @@ class EvaluateCommand:
     """Split to measure on; no setting is chosen on it."""
     batch_size: Annotated[int, BATCHES] = 256
     """Pictures a forward pass."""
+    json: bool = False
+    """Print evaluation.json, with every interval, in place of the table."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -29,6 +36,36 @@ class EvaluateCommand:
 
 def main(argv: list[str]) -> int:
     command = tyro.cli(EvaluateCommand, prog="m3i-fast evaluate", args=argv)
-    figures, _ = evaluate(command.run, split=command.split, batch_size=command.batch_size)
-    console.print_json(json.dumps(figures))
+    found = evaluate(command.run, split=command.split, batch_size=command.batch_size)
+    if command.json:
+        sys.stdout.write(json.dumps(found.figures, indent=2) + "\n")
+    else:
+        print_figures(found.figures)
+        console.print(f"wrote {command.run / 'evaluation.json'}", soft_wrap=True)
     return 0
+
+
+def print_figures(figures: Mapping[str, Any]) -> None:
+    """Print the figures of evaluation.json, those of the hard half last."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"{figures['held_out_concepts']} held-out concepts", overflow="fold")
+    for name in SOURCES.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = judge(figures) + judge_more(figures)
+    for row in sorted(rows, key=lambda row: row.name.endswith("_hard")):
+        table.add_row(row.title, *(_cell(row, source) for source in SOURCES))
+    console.print(table)
+    console.print(
+        "* not told from the trained encoder: by the 95 % interval of the difference, paired, over "
+        "concepts with near-duplicates as one, and by Holm's correction for all comparisons. "
+        "Hard half: the concepts that lie farthest from any training picture."
+    )
+
+
+def _cell(row: Judgement, source: str) -> str:
+    """A value, marked where the trained encoder's is neither above nor below it."""
+    alike = any(
+        found.source == source and found.verdict == "no difference found"
+        for found in row.comparisons
+    )
+    return row.shown.get(source, "-") + (" *" if alike else "  ")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping
+import math
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,12 @@ from m3i_fast.engine import checkpoint
 from m3i_fast.engine.model import build_objective
 from m3i_fast.engine.precision import autocast, resolve_device
 from m3i_fast.evaluation.collect import collect_features, labelled_drawings
-from m3i_fast.evaluation.correspondence import patch_correspondence, patch_pixels, pixel_tokens
+from m3i_fast.evaluation.correspondence import (
+    patch_correspondence,
+    patch_pixels,
+    pixel_tokens,
+    position_means,
+)
 from m3i_fast.evaluation.dense import (
     NUM_SCENES,
     DenseResult,
@@ -26,13 +32,24 @@ from m3i_fast.evaluation.dense import (
     probe_scenes,
 )
 from m3i_fast.evaluation.features import Features
+from m3i_fast.evaluation.held_out import HeldOut, describe_held_out
 from m3i_fast.evaluation.protocol import Measured, compare, measure_all, trained_minus
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
 from m3i_fast.pipelines.manifest import read_manifest
+from m3i_fast.pipelines.near_duplicates import COMPARED_SIZE
+from m3i_fast.pipelines.shards import split_digest
 from m3i_fast.storage import write_atomically
+
+
+class Evaluation(NamedTuple):
+    """What was measured: the figures, and each source's results item by item."""
+
+    figures: dict[str, Any]  # of evaluation.json
+    measured: dict[str, Measured]
+    held_out: HeldOut
 
 
 def evaluate(
@@ -42,13 +59,13 @@ def evaluate(
     batch_size: int = 256,
     baselines: bool = True,
     data: Path | None = None,
-) -> tuple[dict[str, Any], dict[str, Measured]]:
+) -> Evaluation:
     """Measure the newest checkpoint of `run` and write run/evaluation.json.
 
     baselines: measure the untrained model, raw pixels and chance beside it, which takes longer than
     the trained one. data: the data set whose labels and captions measures are taken by, as when the
-    run's own, which is used otherwise, has few. Returns what was written, and every item's hit.
-    Raises ValueError where the two have different tokenizers.
+    run's own, which is used otherwise, has few. Raises ValueError where the two have different
+    tokenizers.
     """
     cfg = TrainConfig.load(run / "config.json")
     if data is not None:
@@ -57,24 +74,22 @@ def evaluate(
     models = {"trained": load_objective(run, cfg)}
     if baselines:
         models["untrained"] = build_untrained(cfg)
-    measured = _measure(models, cfg, split, batch_size, baselines=baselines)
-    figures = compare(measured)
+    figures, measured, held_out = _measure(models, cfg, split, batch_size, baselines=baselines)
     figures["trained_minus"] = {
         measure: {source: asdict(interval) for source, interval in intervals.items()}
-        for measure, intervals in trained_minus(measured).items()
+        for measure, intervals in trained_minus(measured, held_out).items()
     }
     figures["train_images_per_s"] = throughput(run)
     write_atomically(run / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
-    return figures, measured
+    return Evaluation(figures, measured, held_out)
 
 
 def evaluate_untrained(
     cfg: TrainConfig, *, split: str = "heldout", batch_size: int = 256
-) -> tuple[dict[str, Any], dict[str, Measured]]:
+) -> Evaluation:
     """Measure what a run of `cfg` starts from, raw pixels and chance, as `evaluate` does."""
     models = {"untrained": build_untrained(cfg)}
-    measured = _measure(models, cfg, split, batch_size, baselines=True)
-    return compare(measured), measured
+    return _measure(models, cfg, split, batch_size, baselines=True)
 
 
 def _measure(
@@ -84,15 +99,21 @@ def _measure(
     batch_size: int,
     *,
     baselines: bool,
-) -> dict[str, Measured]:
+) -> Evaluation:
+    held_out = describe_held_out(
+        _whole_pictures(cfg, split, batch_size, image_size=COMPARED_SIZE),
+        _whole_pictures(cfg, cfg.data.split, batch_size, image_size=COMPARED_SIZE, variants=True),
+    )
     features = {who: _features(model, cfg, split, batch_size) for who, model in models.items()}
     measured = measure_all(features, baselines=baselines)
-    for who, share in _correspondence(models, cfg, split, batch_size).items():
-        if who in measured:
-            measured[who].hits["patch_correspondence"] = share
+    correspondence = _correspondence(models, measured, cfg, split, batch_size)
+    for who, (share, group) in correspondence.items():
+        aligned = held_out.align(share, group, math.nan)
+        measured[who].hits["patch_correspondence_centred"] = aligned
     for who, result in _scenes(models, measured, cfg, split, batch_size).items():
-        measured[who].add_scenes(result)
-    return measured
+        measured[who].add_scenes(result, held_out)
+    figures = {**compare(measured, held_out), "split_digest": split_digest(cfg.data.path, split)}
+    return Evaluation(figures, measured, held_out)
 
 
 def _expect_same_tokenizer(of_run: Path, of_measures: Path) -> None:
@@ -129,50 +150,62 @@ def throughput(run: Path) -> float:
 
 
 def _correspondence(
-    models: Mapping[str, MutualInformation], cfg: TrainConfig, split: str, batch_size: int
-) -> dict[str, Tensor]:  # who -> [M] fp64, share of a picture's patches found in another crop
-    """Two fresh crops of every held-out concept's picture, the same ones for every run."""
+    models: Mapping[str, MutualInformation],
+    sources: Container[str],  # whose results are asked for
+    cfg: TrainConfig,
+    split: str,
+    batch_size: int,
+) -> dict[str, tuple[Tensor, Tensor]]:  # who -> [m] fp64, share of patches found; [m] the concept
+    """Two fresh crops of every held-out concept's picture, the same ones for every run.
+
+    Features are taken twice, for the means of the positions and then to be asked, so that memory is
+    that of the crops.
+    """
     device = resolve_device(cfg.device)
-    views = ViewConfig(size=cfg.vision.image_size, scale=(0.5, 1.0))
+    views, boxes, group = _two_crops(cfg, split)
+    embeds: dict[str, Callable[[Tensor], Tensor]] = {
+        who: partial(_patch_tokens, model) for who, model in models.items()
+    }
+    if "pixels" in sources:
+        embeds["pixels"] = partial(pixel_tokens, grid=cfg.vision.grid)
+    parts = [*zip(*(view.split(batch_size) for view in views), strict=True)]
+    found = {}
+    for who, embed in embeds.items():
+        means = position_means(embed(view.to(device)) for pair in parts for view in pair)
+        columns: list[tuple[Tensor, ...]] = []
+        for pair, box in zip(parts, boxes.split(batch_size), strict=True):
+            first, second = (view.to(device) for view in pair)
+            tokens = (embed(first), embed(second))
+            asked = patch_correspondence(tokens, means, (first, second), box.to(device))
+            columns.append(tuple(column.cpu() for column in asked))
+        share, chance, num_asked = (torch.cat(column) for column in zip(*columns, strict=True))
+        has = num_asked > 0
+        found[who] = (share[has].double(), group[has])
+        if "chance" in sources:
+            found["chance"] = (chance[has].double(), group[has])
+    return found
+
+
+def _two_crops(cfg: TrainConfig, split: str) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Views 2 x [M, 3, S, S] uint8, boxes [M, 2, 5] and concepts [M] in ascending order."""
+    device = resolve_device(cfg.device)
     settings = LoaderConfig(
         path=cfg.data.path,
         split=split,
         batch_size=1,
-        global_views=views,
+        global_views=ViewConfig(size=cfg.vision.image_size, scale=(0.5, 1.0)),
         max_pixels=cfg.data.max_pixels,
     )
     loader = Loader(settings, device_id=0 if device.type == "cuda" else None)
-    crops: dict[int, tuple[Tensor, Tensor]] = {}  # [2, 3, S, S] uint8, [1, 2, 5]
+    crops: dict[int, tuple[Tensor, ...]] = {}  # 2 x [1, 3, S, S], [1, 2, 5]
     for _ in range(loader.steps_per_epoch):
         batch = next(loader)
         if int(batch.sample_id) == int(batch.group_id):  # one picture a concept
-            crops[int(batch.sample_id)] = torch.cat(batch.global_views[:2]), batch.boxes
+            crops[int(batch.sample_id)] = (*batch.global_views[:2], batch.boxes)
     loader.close()
-    ordered = [crops[i] for i in sorted(crops)]
-    parts: dict[str, list[Tensor]] = {}
-    for start in range(0, len(ordered), batch_size):
-        pairs, boxes = zip(*ordered[start : start + batch_size], strict=True)
-        first, second = torch.stack(pairs, 1).to(device)
-        for who, share in _found_patches(models, cfg, (first, second), torch.cat(boxes)).items():
-            parts.setdefault(who, []).append(share)
-    return {who: torch.cat(shares).double().cpu() for who, shares in parts.items()}
-
-
-def _found_patches(
-    models: Mapping[str, MutualInformation],
-    cfg: TrainConfig,
-    pair: tuple[Tensor, Tensor],  # 2 x [B, 3, S, S] uint8
-    boxes: Tensor,  # [B, 2, 5]
-) -> dict[str, Tensor]:  # who -> [b] fp32, of the pictures that have a patch to ask about
-    tokens = {
-        who: tuple(model.embed_images(view)[0] for view in pair) for who, model in models.items()
-    }
-    tokens["pixels"] = tuple(pixel_tokens(view, cfg.vision.grid) for view in pair)
-    shares: dict[str, Tensor] = {}
-    for who, (first, second) in tokens.items():
-        share, chance, asked = patch_correspondence((first, second), pair, boxes.to(pair[0].device))
-        shares |= {who: share[asked > 0], "chance": chance[asked > 0]}
-    return shares
+    group = sorted(crops)
+    *views, boxes = map(torch.cat, zip(*(crops[i] for i in group), strict=True))
+    return tuple(views), boxes, torch.tensor(group)
 
 
 def _scenes(
@@ -192,12 +225,10 @@ def _scenes(
         grid=cfg.vision.grid,
     )
 
-    def tokens(model: MutualInformation, views: Tensor) -> Tensor:
-        return model.embed_images(views)[0]
-
     with autocast(cfg.precision, device):
         results = {
-            who: probe_scenes(sets, partial(tokens, model), device) for who, model in models.items()
+            who: probe_scenes(sets, partial(_patch_tokens, model), device)
+            for who, model in models.items()
         }
         if "pixels" in sources:
             pixels = partial(patch_pixels, grid=cfg.vision.grid)
@@ -205,6 +236,10 @@ def _scenes(
     if "chance" in sources:
         results["chance"] = guess_scenes(sets)
     return results
+
+
+def _patch_tokens(model: MutualInformation, views: Tensor) -> Tensor:  # -> [B, N, C]
+    return model.embed_images(views)[0]
 
 
 def _features(
@@ -225,14 +260,21 @@ def _features(
     return collect(cfg.data.split), collect(split)
 
 
-def _whole_pictures(cfg: TrainConfig, split: str, batch_size: int) -> Iterator[Batch]:
-    """One picture a concept, in the order of the shards."""
+def _whole_pictures(
+    cfg: TrainConfig,
+    split: str,
+    batch_size: int,
+    *,
+    image_size: int | None = None,
+    variants: bool = False,
+) -> Iterator[Batch]:
+    """One picture a concept, or all `variants`, in the order of the shards and the model's size."""
     return evaluation_batches(
         cfg.data.path,
         split,
-        image_size=cfg.vision.image_size,
+        image_size=image_size or cfg.vision.image_size,
         batch_size=batch_size,
-        representatives_only=True,
+        representatives_only=not variants,
         max_pixels=cfg.data.max_pixels,
         device_id=0 if resolve_device(cfg.device).type == "cuda" else None,
     )

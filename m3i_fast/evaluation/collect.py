@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.evaluation.features import Features, join
+from m3i_fast.pipelines.near_duplicates import SIDE
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch
-
-PIXEL_SIDE = 12
 
 
 @torch.no_grad()
@@ -40,7 +39,6 @@ def collect_features(
             image = text = tokens.new_empty(batch.batch_size, 0)
         else:
             text = embed_captions(batch.token_ids, batch.num_tokens)
-        pixels = F.interpolate(views.float() / 255, size=(PIXEL_SIDE, PIXEL_SIDE), mode="area")
         row = Features(
             encoder=tokens.float().mean(1),
             image=image,
@@ -48,10 +46,15 @@ def collect_features(
             captioned=batch.num_tokens > 0,
             label=batch.label,
             group=batch.group_id,
-            pixels=pixels.flatten(1),
+            pixels=small_pixels(views),
         )
         parts.append(row.cpu())
     return join(parts)
+
+
+def small_pixels(views: Tensor) -> Tensor:  # [B, 3, S, S] uint8 -> [B, 12 * 12 * 3] fp32 in 0..1
+    """Scale pictures down to 12 x 12 pixels by area."""
+    return F.interpolate(views.float() / 255, size=(SIDE, SIDE), mode="area").flatten(1)
 
 
 def labelled_drawings(

@@ -38,6 +38,7 @@ class SceneSets:
 class DenseResult:
     """One source's results, concept by concept in ascending order of their ids."""
 
+    group: Tensor  # [G] int64, the concept
     hits: Tensor  # [G] fp64, share of the concept's patches whose category is right
     overlap: Tensor  # [G, 3, C] int64, of `overlaps`
     l2: float | None  # chosen on the training concepts; None where nothing is
@@ -153,6 +154,7 @@ def _result(sets: SceneSets, predicted: Tensor, l2: float | None) -> DenseResult
     label, group = sets.heldout.label[asked], sets.heldout.group[asked]
     num_classes = int(torch.maximum(sets.train.label.max(), label.max())) + 1
     return DenseResult(
+        group=group.unique(),
         hits=mean_by_group((predicted == label).double(), group),
         overlap=overlaps(label, predicted, group, num_classes),
         l2=l2,

@@ -3,13 +3,18 @@
 Every setting of a measure (k of the neighbours, strength of the probe's L2) is chosen on the
 training concepts, for each encoder on its own, and never on the held-out ones; the scale of the
 cosines in the bound on one half of these for the other.
-Legend: M held-out items, G held-out concepts of scenes, C classes.
+
+Item by item, every figure is also given on the hard half of the held-out items, as NAME_hard: kNN
+on raw pixels gets most of those right that look like a training picture.
+Legend: M held-out items, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +25,15 @@ from m3i_fast.evaluation.caption_bound import caption_bound
 from m3i_fast.evaluation.dense import DenseResult, mean_iou
 from m3i_fast.evaluation.features import Features
 from m3i_fast.evaluation.few_labels import few_label_hits
+from m3i_fast.evaluation.held_out import ENDINGS, HeldOut
 from m3i_fast.evaluation.probes import NUM_FOLDS, Examples, knn, linear
-from m3i_fast.evaluation.statistics import Interval, difference_intervals, paired_bootstrap_of_sums
+from m3i_fast.evaluation.statistics import (
+    Interval,
+    figure_interval,
+    hits_interval,
+    holm,
+    values_interval,
+)
 from m3i_fast.evaluation.zero_shot import recall_chance, retrieval_ranks
 from m3i_fast.models.rank import rankme
 
@@ -34,7 +46,10 @@ RECALLS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One source's results, item by item where there are any, so that differences can be paired."""
+    """One source's results, item by item where there are any, so that differences can be paired.
+
+    An item that a measure does not ask about is NaN in it, and has no overlap.
+    """
 
     hits: dict[
         str, Tensor
@@ -42,15 +57,15 @@ class Measured:
     nats: dict[str, Tensor] = field(default_factory=dict)  # measure -> [M] fp64, no bounds
     overlap: dict[str, Tensor] = field(
         default_factory=dict
-    )  # measure -> [G, 3, C] int64, of `overlaps`; the figure is its mean IoU
+    )  # measure -> [M, 3, C] int64, of `overlaps`; the figure is its mean IoU
     figures: dict[str, float] = field(default_factory=dict)  # measure -> what no item has alone
     chosen: dict[str, float] = field(
         default_factory=dict
     )  # setting -> value chosen on the training concepts
 
-    def add_scenes(self, result: DenseResult) -> None:
-        self.hits["scene_patch_top1"] = result.hits
-        self.overlap["scene_miou"] = result.overlap
+    def add_scenes(self, result: DenseResult, held_out: HeldOut) -> None:
+        self.hits["scene_patch_top1"] = held_out.align(result.hits, result.group, math.nan)
+        self.overlap["scene_miou"] = held_out.align(result.overlap, result.group, 0)
         if result.l2 is not None:
             self.chosen["scene_l2"] = result.l2
 
@@ -135,58 +150,83 @@ def evaluate_chance(heldout: Features) -> Measured:
         if has_captions
     }
     top1 = ("knn_top1", "linear_top1", "few_label_top1", "few_label_knn_top1")
-    nats = {
-        "caption_information_nats": torch.zeros(int(heldout.captioned.sum()), dtype=torch.float64)
-    }
+    no_nats = torch.zeros(num, dtype=torch.float64).masked_fill(~heldout.captioned, math.nan)
     return Measured(
         hits={**dict.fromkeys(top1, hits), **recalls},
-        nats=nats if has_captions else {},
+        nats={"caption_information_nats": no_nats} if has_captions else {},
         figures={"knn_balanced_accuracy": balanced, "linear_balanced_accuracy": balanced},
     )
 
 
-def compare(measured: Mapping[str, Measured]) -> dict[str, Any]:
+def compare(measured: Mapping[str, Measured], held_out: HeldOut) -> dict[str, Any]:
     """The figures of evaluation.json: {measure: {source: value}}, `held_out_concepts`, `chosen`.
 
-    A source appears where it was measured: `pixels` has no captions, chance no effective rank.
+    A source appears where it was measured: `pixels` has no captions, chance no effective rank. A
+    measure of items appears twice, on all held-out items and as NAME_hard.
     """
     table: dict[str, Any] = {}
     for source, result in measured.items():
-        figures = {name: float(v.mean()) for name, v in (result.hits | result.nats).items()}
-        figures |= {name: float(mean_iou(v.sum(0))) for name, v in result.overlap.items()}
-        for name, value in (figures | result.figures).items():
+        for ending in ENDINGS:
+            rows = held_out.rows(ending)
+            for name, values in (result.hits | result.nats).items():
+                if len(asked := values[rows & ~values.isnan()]):
+                    table.setdefault(name + ending, {})[source] = float(asked.mean())
+            for name, overlap in result.overlap.items():
+                if bool(overlap[rows].any()):
+                    figure = float(mean_iou(overlap[rows].sum(0)))
+                    table.setdefault(name + ending, {})[source] = figure
+        for name, value in result.figures.items():
             table.setdefault(name, {})[source] = value
-    table["held_out_concepts"] = len(next(iter(measured.values())).hits["knn_top1"])
+    table["held_out_concepts"] = len(held_out.group)
     table["chosen"] = {
         source: result.chosen for source, result in measured.items() if result.chosen
     }
     return table
 
 
-def trained_minus(measured: Mapping[str, Measured]) -> dict[str, dict[str, Interval]]:
-    """{measure: {source: interval}} of the trained encoder minus each other source.
+def trained_minus(
+    measured: Mapping[str, Measured], held_out: HeldOut
+) -> dict[str, dict[str, Interval]]:
+    """{measure: {source: interval}} of the trained encoder minus each other source, paired by item.
 
-    Of every measure with items: they are resampled, the same ones for both sides.
+    Of every measure with items, on all of them and on the hard ones. Near-duplicates count as one
+    cluster; where all items are of one there is no interval. Of a single run: nothing is said of
+    other seeds. p-values are corrected for all comparisons on the same items (`holm`).
     """
-
-    def sources(kind: str) -> dict[str, dict[str, Tensor]]:
-        found = {source: getattr(result, kind) for source, result in measured.items()}
-        return {
-            name: {source: items[name] for source, items in found.items() if name in items}
-            for name in found["trained"]
+    ours = measured["trained"]
+    found: dict[str, dict[str, Interval]] = {}
+    for ending in ENDINGS:
+        family = {
+            (name + ending, source): interval
+            for source, theirs in measured.items()
+            if source != "trained"
+            for name, interval in _differences(ours, theirs, held_out, ending)
         }
+        for (name, source), interval in holm(family).items():
+            found.setdefault(name, {})[source] = interval
+    return found
 
-    def iou(ours: Tensor, theirs: Tensor) -> Interval:
-        return paired_bootstrap_of_sums(ours, theirs, mean_iou)
 
-    def mean(ours: Tensor, theirs: Tensor) -> Interval:
-        return paired_bootstrap_of_sums(ours, theirs, lambda sums: sums / len(ours))
+def _differences(
+    ours: Measured, theirs: Measured, held_out: HeldOut, ending: str
+) -> Iterator[tuple[str, Interval]]:
+    """Measures that both have, with the interval of the difference."""
+    kinds: tuple[tuple[dict[str, Tensor], dict[str, Tensor], Callable[..., Interval]], ...] = (
+        (ours.hits, theirs.hits, hits_interval),
+        (ours.nats, theirs.nats, values_interval),
+        (ours.overlap, theirs.overlap, partial(figure_interval, figure=mean_iou)),
+    )
+    for mine, others, interval in kinds:
+        for name in (name for name in mine if name in others):
+            rows = held_out.rows(ending) & ~_missing(mine[name])
+            cluster = held_out.cluster[rows]
+            if len(cluster.unique()) > 1:
+                yield name, interval(mine[name][rows], others[name][rows], cluster=cluster)
 
-    return {
-        **difference_intervals(sources("hits")),
-        **difference_intervals(sources("nats"), mean),
-        **difference_intervals(sources("overlap"), iou),
-    }
+
+def _missing(values: Tensor) -> Tensor:  # [M, ...] -> [M] bool
+    """Items that the measure does not ask about."""
+    return values.isnan() if values.ndim == 1 else ~values.flatten(1).any(1)
 
 
 def _checked(train: Features, heldout: Features) -> Features:
@@ -228,11 +268,13 @@ def _few_label_hits(
 
 def _caption_bound(
     heldout: Features, seed: int
-) -> tuple[dict[str, Tensor], dict[str, float]]:  # [M] of the captioned items; the scale
+) -> tuple[dict[str, Tensor], dict[str, float]]:  # [M], NaN without a caption; the scale
     if not heldout.image.shape[1]:
         return {}, {}
     has = heldout.captioned
-    nats, scale = caption_bound(heldout.image[has], heldout.text[has], seed=seed)
+    asked, scale = caption_bound(heldout.image[has], heldout.text[has], seed=seed)
+    nats = torch.full((len(has),), math.nan, dtype=torch.float64)
+    nats[has] = asked
     return {"caption_information_nats": nats}, {"caption_scale": scale}
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from m3i_fast.benchmarks import methods, methods_plan, methods_run
 from m3i_fast.benchmarks.ledger import append_row, read_rows
@@ -18,11 +18,14 @@ from m3i_fast.benchmarks.methods_ablation import SHARES, VARIANTS
 from m3i_fast.benchmarks.methods_plan import Config, Run, recipe_digest
 from m3i_fast.benchmarks.methods_run import is_trained, train_and_measure, unpack
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine.evaluator import Evaluation
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.evaluation.held_out import HeldOut
 from m3i_fast.models.text import TextConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines import openmoji
+from m3i_fast.pipelines.shards import split_digest
 from m3i_fast.recipes import DEMO_MERGES, demo, shrink
 
 config_of = methods_plan.config_of
@@ -97,6 +100,11 @@ def test_from_runs_to_tables(
         assert len(hits) == row["held_out_concepts"]
         assert sum(hits) / len(hits) == pytest.approx(row["knn_top1"]["trained"])
         assert (row["budget"], row["num_steps"], row["resumed"]) == ("2 steps", 2, False)
+        assert row["split_digest"] == split_digest(data / "openmoji", "heldout")
+        is_hard = unpack(row["items"]["hard"])
+        hard = [hit for hit, of in zip(hits, is_hard, strict=True) if of]
+        assert sum(hard) / len(hard) == pytest.approx(row["knn_top1_hard"]["trained"])
+        assert len(row["items"]["cluster"]) == len(hits) == 2 * len(hard)
         assert row["train_seconds"] > 0 and row["train_images_per_s"] > 0
         logged = read_jsonl(cfg.out / run.name / "metrics.jsonl")
         assert row["final_loss"] == logged[-1]["loss/total"]
@@ -134,8 +142,9 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     cfg = _config(tmp_path, data=data)
     train, out, seconds, *rest = methods._job(cfg, _run(cfg, "m3i"), None)
     assert seconds == 90 and train.num_threads == 1 and rest == [data / "openmoji"]
-    measured = {"trained": SimpleNamespace(hits={}, nats={})}
-    monkeypatch.setattr(methods_run, "evaluate", lambda *_, **__: ({"trained_minus": {}}, measured))
+    none = torch.zeros(0)
+    found = Evaluation({"trained_minus": {}}, {}, HeldOut(group=none, cluster=none, distance=none))
+    monkeypatch.setattr(methods_run, "evaluate", lambda *_, **__: found)
     monkeypatch.setattr(methods_run, "calibrate", lambda *_: 4)
     step = Trainer.train_step
 

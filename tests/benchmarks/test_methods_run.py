@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from m3i_fast.benchmarks.methods_run import pack, training_figures, unpack
@@ -35,3 +36,11 @@ def test_hits_are_packed_and_unpacked() -> None:
     assert pack([0.125, -0.5]) == [0.125, -0.5] and unpack([0.125, -0.5]) == [0.125, -0.5]
     assert pack([0.12345]) == [0.1235]
     assert unpack(pack([])) == []
+
+
+def test_items_that_were_not_asked_about_are_packed() -> None:
+    for hits in ([1.0, np.nan, 0.0], [1 / 3, np.nan, 2 / 3], [0.1234, np.nan, 0.5]):
+        packed = pack(hits)
+        assert np.array_equal(unpack(packed), hits, equal_nan=True) and "NaN" not in str(packed)
+    assert pack([1.0, np.nan, 0.0]) == "1-0" and pack([1 / 3, np.nan]) == "3:1-"
+    assert pack([0.1234, np.nan]) == [0.1234, None]

@@ -1,4 +1,4 @@
-"""The tables and the picture of the methods' benchmark say what the rows say; oracle: numpy."""
+"""The tables and the picture of the methods' benchmark say what the rows say; oracle: scipy."""
 
 from typing import Any
 from xml.etree import ElementTree
@@ -6,10 +6,12 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy import stats
 
 from m3i_fast.benchmarks.methods_plot import draw
 from m3i_fast.benchmarks.methods_run import pack
-from m3i_fast.benchmarks.methods_table import Rows, measures, summarise, table
+from m3i_fast.benchmarks.methods_table import Line, Rows, measures, summarise, table, title
+from m3i_fast.evaluation.statistics import hits_interval
 
 SVG = "{http://www.w3.org/2000/svg}"
 NUM = 400
@@ -95,35 +97,39 @@ def test_figures_are_means_over_seeds(rows: Rows) -> None:
     assert cells["milan (t)"]["notes"] == "batch 30; collapsed: target_rank"
 
 
-def _interval(ours: Hits, theirs: Hits) -> npt.NDArray[np.float64]:
-    """Difference and 95 % bounds, in percent, by the normal approximation of the bootstrap's."""
-    delta = np.append(ours - theirs, [1.0, -1.0])
-    spread = 1.96 * delta.std() / len(delta) ** 0.5
-    middle = delta.mean()
-    return 100 * np.array([(ours - theirs).mean(), middle - spread, middle + spread])
+def _interval(ours: Hits, theirs: Hits) -> tuple[float, float]:  # [S, N] each
+    """95 % bounds in percent: Student's of one seed, of several by an analysis of variance."""
+    delta = np.concatenate([ours - theirs, np.broadcast_to([1.0, -1.0], (len(ours), 2))], 1)
+    seeds, items = delta.shape
+    squares = np.array([items * delta.mean(1).var(ddof=1) if seeds > 1 else 0.0])
+    squares = np.append(squares, seeds * delta.mean(0).var(ddof=1))
+    rest = delta - delta.mean(1, keepdims=True) - delta.mean(0) + delta.mean()
+    squares = np.append(squares, (rest**2).sum() / max(seeds - 1, 1) / (items - 1)) / delta.size
+    total = max(squares[0] + squares[1] - squares[2], squares[1])
+    freedom = np.array([max(seeds - 1, 1), items - 1, max(seeds - 1, 1) * (items - 1)])
+    half = stats.t.ppf(0.975, total**2 / (squares**2 / freedom).sum()) * total**0.5
+    return 100 * (delta.mean() - half), 100 * (delta.mean() + half)
 
 
 def test_differences_are_over_common_seeds_and_pair_the_items(rows: Rows) -> None:
     lines = {line.name: line for line in summarise(rows)}
-    both = np.mean(OURS, axis=0)
+    both = np.array(OURS)
     expected = {
-        "byol": _interval(OURS[1], BYOL),
-        "milan": np.zeros(3),
-        "untrained": _interval(both, 1 - both),
-        "raw pixels": _interval(both, PIXELS),
+        "byol": (both[1:], BYOL[None]),
+        "milan": (both[:1], both[:1]),
+        "untrained": (both, 1 - both),
+        "raw pixels": (both, np.array([PIXELS, PIXELS])),
     }
-    for name, (difference, low, high) in expected.items():
+    for name, (ours, theirs) in expected.items():
         found = lines[name].minus["knn_top1"]
-        assert found.difference == pytest.approx(difference, abs=1e-9)
-        if name != "milan":  # two items added, one each way: not normal
-            assert (found.low, found.high) == pytest.approx((low, high), abs=0.4)
-    assert lines["milan"].minus["knn_top1"].low < 0 < lines["milan"].minus["knn_top1"].high
+        assert found.difference == pytest.approx(100 * (ours - theirs).mean(), abs=1e-9)
+        assert (found.low, found.high) == pytest.approx(_interval(ours, theirs), abs=1e-4)
     assert lines["m3i"].minus == {}
     assert lines["byol"].minus.keys() == {"knn_top1"}  # of no other measure both have hits
 
     found = lines["byol"].minus["knn_top1"]
     cells = _cells(table(list(lines.values()), "10 s a run"), 1)
-    text = f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    text = f"**{found.difference:+.1f}** ({found.low:+.1f} to {found.high:+.1f})"
     assert cells["byol"]["kNN"] == text
     assert "m3i" not in cells and "effective rank" not in cells["byol"]
 
@@ -136,11 +142,74 @@ def test_nats_have_their_interval_in_nats() -> None:
         for name, values in (("m3i", ours), ("clip", theirs))
     }
     found = _cells(table(summarise(rows), "10 s a run"), 1)["clip"]["captions, nats"]
-    delta = np.round(ours, 4) - np.round(theirs, 4)
-    resampled = delta[rng.integers(0, NUM, (4000, NUM))].mean(1)
-    expected = [delta.mean(), *np.quantile(resampled, [0.025, 0.975])]
-    shown = [float(x) for x in found.replace("(", "").replace(")", "").replace("to ", "").split()]
-    assert shown == pytest.approx(expected, abs=0.02)
+    oracle = stats.ttest_rel(np.round(ours, 4), np.round(theirs, 4))
+    low, high = oracle.confidence_interval(0.95)
+    mark = "**" if oracle.pvalue < 0.05 else ""
+    assert found == f"{mark}{(ours - theirs).mean():+.2f}{mark} ({low:+.2f} to {high:+.2f})"
+
+
+def test_bold_is_what_holm_leaves_of_the_table() -> None:
+    """Of differences that are each told from zero alone, some are not among that many."""
+    ours = _hits(0.6, 0)
+    gains = np.linspace(0, 50, 12).astype(int)
+    others = [np.where(np.arange(NUM) < n, 0.0, ours) for n in gains]
+    rows: Rows = {
+        name: {0: _row({"knn_top1": {"trained": hits}}, 0)}
+        for name, hits in [("m3i", ours), *((f"m{i}", x) for i, x in enumerate(others))]
+    }
+    p_values = [stats.ttest_1samp(np.append(ours - x, [1, -1]), 0).pvalue for x in others]
+    order = np.argsort(p_values)
+    kept = [p_values[i] < 0.05 / (12 - rank) for rank, i in enumerate(order)]
+    survives = set(order[: kept.index(False)].tolist())
+    assert 2 < len(survives) < sum(p < 0.05 for p in p_values)
+    text = table(summarise(rows), "10 s a run")
+    assert "Holm's correction over the 12 comparisons" in text
+    cells = _cells(text, 1)
+    assert {i for i in range(12) if cells[f"m{i}"]["kNN"].startswith("**")} == survives
+
+
+# ---- The hard half -------------------------------------------------------------------------------
+
+HARD = np.arange(NUM) % 4 < 2
+CLUSTER = np.arange(NUM) // 8
+
+
+def _split_row(hits: Hits, seed: int) -> dict[str, Any]:
+    """With what its items are; of the first ten it says nothing."""
+    asked = np.where(np.arange(NUM) < 10, np.nan, hits)
+    row = _row({"knn_top1": {"trained": asked}}, seed)
+    figures = row["figures"]
+    figures["knn_top1"] = {"trained": float(np.nanmean(asked))}
+    figures["knn_top1_hard"] = {"trained": float(np.nanmean(asked[HARD]))}
+    figures["items"] = {"hard": pack(HARD.astype(float).tolist()), "cluster": CLUSTER.tolist()}
+    figures["split_digest"] = "0123abcd"
+    return row
+
+
+def test_the_hard_half_has_tables_of_its_own() -> None:
+    rows: Rows = {
+        "byol": {seed: _split_row(_hits(0.5, 3 + seed), seed) for seed in (0, 1)},
+        "m3i": {seed: _split_row(OURS[seed], seed) for seed in (0, 1)},
+    }
+    lines = {line.name: line for line in summarise(rows)}
+    ours, theirs = np.array(OURS), np.array([_hits(0.5, 3 + seed) for seed in (0, 1)])
+    for name, chosen in (("knn_top1", np.arange(NUM) >= 10), ("knn_top1_hard", HARD)):
+        chosen = chosen & (np.arange(NUM) >= 10)
+        oracle = hits_interval(ours[:, chosen], theirs[:, chosen], CLUSTER[chosen]).scaled(100)
+        assert lines["byol"].minus[name] == oracle
+        assert lines["m3i"].values[name] == pytest.approx(100 * ours[:, chosen].mean())
+    text = table(list(lines.values()), "10 s a run")
+    assert text.startswith("10 s a run, batch 32; 400 held-out concepts (split 0123abcd), 2 cores")
+    assert list(_cells(text, 0)["m3i"]) == ["method", "kNN", "images/s", "steps", "seeds"]
+    assert _cells(text, 2)["m3i"] == {
+        "method": "m3i",
+        "kNN": f"{lines['m3i'].values['knn_top1_hard']:.1f}",
+    }
+    assert f"{lines['byol'].minus['knn_top1_hard'].low:+.1f}" in _cells(text, 3)["byol"]["kNN"]
+    names = ("new_hard", "knn_top1_hard", "new", "knn_top1")
+    mixed = Line("m3i", dict.fromkeys(names, 0.0), {}, [])
+    assert measures([mixed]) == ["knn_top1", "new", "knn_top1_hard", "new_hard"]
+    assert title("knn_top1_hard") == "kNN, hard half"
 
 
 def test_what_stands_around_the_tables(rows: Rows) -> None:

@@ -8,7 +8,9 @@ import pytest
 
 from m3i_fast.cli import main
 from m3i_fast.cli.demo import set_aside
+from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.engine.run_lock import RunLock
+from m3i_fast.observe.page.verdict import SOURCES
 from m3i_fast.pipelines import openmoji
 from m3i_fast.recipes import DEMO_MERGES, demo
 from tests.observe.chromium import check_page, skip_reason
@@ -51,11 +53,31 @@ def test_evaluation_has_every_figure(out: Path) -> None:
         assert all(0 <= value <= 1 for value in figures[name].values())
     assert figures["caption_information_nats"].keys() == {"trained", "untrained", "chance"}
     assert figures["effective_rank"].keys() == {"trained", "untrained", "pixels"}
-    assert figures["trained_minus"]["scene_miou"].keys() == {"untrained", "chance", "pixels"}
+    for name in ("scene_miou", "knn_top1_hard", "patch_correspondence_centred_hard"):
+        assert figures["trained_minus"][name].keys() == {"untrained", "chance", "pixels"}
+        assert figures[name].keys() == {"trained", "untrained", "chance", "pixels"}
     gallery = figures["held_out_concepts"]
     assert gallery == 22 and figures["train_images_per_s"] > 0
     assert figures["caption_to_image_recall_at_5"]["chance"] == pytest.approx(5 / gallery)
     assert json.loads((out / "config.json").read_text())["num_steps"] == 3
+
+
+def test_evaluate_prints_what_it_writes(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(out), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((out / "evaluation.json").read_text())
+    print_figures(figures)
+    lines = capsys.readouterr().out.splitlines()
+    for title, name in (
+        ("Category by kNN", "knn_top1"),
+        ("Category by kNN, hard half", "knn_top1_hard"),
+    ):
+        (line,) = (line for line in lines if re.match(f" *{title}  ", line))
+        cells = line.split(title)[1].replace("*", "").split()
+        assert cells == [f"{100 * figures[name][who]:.1f}%" for who in SOURCES]
+        intervals = figures["trained_minus"][name]
+        told = [intervals[who]["p_value"] < 0.05 for who in SOURCES if who != "trained"]
+        assert line.count("*") == told.count(False)
 
 
 def test_an_older_run_is_set_aside(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,11 @@ import torch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import evaluate, evaluate_untrained, throughput
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.evaluation.held_out import describe_held_out
 from m3i_fast.pipelines import openmoji
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.loader import evaluation_batches
+from m3i_fast.pipelines.shards import split_digest
 from m3i_fast.recipes import demo, shrink
 from tests.engine.test_parallel import TEXT
 
@@ -39,19 +44,30 @@ def test_a_run_that_logged_nothing_has_no_throughput(tmp_path: Path) -> None:
 
 
 def test_without_baselines_the_trained_figures_are_the_same(run: Path, whole: Path) -> None:
-    everything, hits = evaluate(run, data=whole)
-    alone, hits_alone = evaluate(run, data=whole, baselines=False)
+    everything, hits, held_out = evaluate(run, data=whole)
+    alone, hits_alone, _ = evaluate(run, data=whole, baselines=False)
+    oracle = describe_held_out(
+        _pictures(whole, "heldout", alone=True), _pictures(whole, "train", alone=False)
+    )
+    assert torch.equal(held_out.distance, oracle.distance)  # to variants of a concept, too
+    assert torch.equal(held_out.group, oracle.group)
+    assert everything["split_digest"] == split_digest(whole, "heldout")
     assert hits.keys() == {"trained", "untrained", "chance", "pixels"}
     assert hits_alone.keys() == {"trained"}
     of_trained = {name: of["trained"] for name, of in everything.items() if _has_sources(of)}
     assert {name: of["trained"] for name, of in alone.items() if _has_sources(of)} == of_trained
-    assert {"knn_top1", "scene_miou", "patch_correspondence", "effective_rank"} <= of_trained.keys()
+    assert {
+        "knn_top1",
+        "scene_miou",
+        "patch_correspondence_centred_hard",
+        "effective_rank",
+    } <= of_trained.keys()
     assert all(of.keys() == {"trained"} for of in alone.values() if _has_sources(of))
 
 
 def test_what_was_not_trained_is_measured_alone(run: Path) -> None:
-    beside, hits_beside = evaluate(run)
-    alone, hits = evaluate_untrained(TrainConfig.load(run / "config.json"))
+    beside, hits_beside, _ = evaluate(run)
+    alone, hits, _ = evaluate_untrained(TrainConfig.load(run / "config.json"))
     assert hits.keys() == {"untrained", "chance", "pixels"}
     for name, of in alone.items():
         if isinstance(of, dict):
@@ -59,7 +75,14 @@ def test_what_was_not_trained_is_measured_alone(run: Path) -> None:
             assert of == expected, name
     for who, result in hits.items():
         for name, values in result.hits.items():
-            assert torch.equal(values, hits_beside[who].hits[name])
+            assert torch.equal(values.nan_to_num(7), hits_beside[who].hits[name].nan_to_num(7))
+
+
+def _pictures(data: Path, split: str, *, alone: bool) -> Iterator[Batch]:
+    size = 72  # as they were packed, and not as the model takes them
+    return evaluation_batches(
+        data, split, image_size=size, batch_size=50, representatives_only=alone
+    )
 
 
 def _has_sources(value: object) -> bool:

@@ -16,6 +16,7 @@ from m3i_fast.evaluation.caption_bound import caption_bound
 from m3i_fast.evaluation.dense import DenseResult, mean_iou
 from m3i_fast.evaluation.features import Features, join
 from m3i_fast.evaluation.few_labels import few_label_hits
+from m3i_fast.evaluation.held_out import HeldOut
 from m3i_fast.evaluation.probes import L2_STRENGTHS, Examples
 from m3i_fast.evaluation.protocol import (
     Measured,
@@ -26,7 +27,7 @@ from m3i_fast.evaluation.protocol import (
     measure_all,
     trained_minus,
 )
-from m3i_fast.evaluation.statistics import paired_bootstrap
+from m3i_fast.evaluation.statistics import figure_interval, hits_interval, holm, values_interval
 from m3i_fast.models.rank import rankme
 
 
@@ -55,6 +56,14 @@ def _measured() -> dict[str, Measured]:
     return measure_all(encoders, baselines=True)
 
 
+@cache
+def _held_out() -> HeldOut:
+    """Pairs of digits are taken for near-duplicates, and odd rows lie farther than even ones."""
+    _, heldout = _digits(4.0)
+    rows = torch.arange(300)
+    return HeldOut(group=heldout.group, cluster=rows // 2 * 2, distance=(rows % 2).double() + 0.1)
+
+
 def _sklearn_hits(train: Features, heldout: Features, field: str, *, k: int) -> Tensor:  # [M]
     oracle = KNeighborsClassifier(
         n_neighbors=k,
@@ -67,7 +76,7 @@ def _sklearn_hits(train: Features, heldout: Features, field: str, *, k: int) -> 
 
 
 def test_figures_have_the_names_and_sources_that_are_published() -> None:
-    figures = compare(_measured())
+    figures = compare(_measured(), _held_out())
     both = {"trained", "untrained", "chance"}
     for name in ("knn_top1", "few_label_top1", "few_label_knn_top1"):
         assert set(figures[name]) == both | {"pixels"}, name
@@ -101,7 +110,7 @@ def test_recalls_are_open_clips_each_way() -> None:
     train, heldout = _digits(16.0)
     image, text = (F.normalize(part, dim=-1) for part in (heldout.image, heldout.text))
     oracle = get_clip_metrics(image, text, torch.tensor(1.0))
-    figures = compare({"trained": evaluate_split(train, heldout)})
+    figures = compare({"trained": evaluate_split(train, heldout)}, _held_out())
     for ours, theirs in (
         ("caption_to_image_recall_at_1", "text_to_image_R@1"),
         ("caption_to_image_recall_at_5", "text_to_image_R@5"),
@@ -156,7 +165,9 @@ def test_new_measures_are_those_of_their_functions() -> None:
     assert torch.equal(got.hits["few_label_top1"], few["few_label_top1"])
     assert torch.equal(got.hits["few_label_knn_top1"], few["few_label_knn_top1"])
     nats, scale = caption_bound(heldout.image[heldout.captioned], heldout.text[heldout.captioned])
-    assert torch.equal(got.nats["caption_information_nats"], nats) and nats.shape == (270,)
+    found = got.nats["caption_information_nats"]
+    assert torch.equal(found[heldout.captioned], nats) and nats.shape == (270,)
+    assert bool(found[~heldout.captioned].isnan().all())
     assert got.chosen["caption_scale"] == scale
     assert got.figures["effective_rank"] == float(rankme(heldout.encoder))
     pixels = _measured()["pixels"]
@@ -172,7 +183,8 @@ def _scene_result(seed: int, right: float) -> DenseResult:
     hit = (labelled * right - torch.randint(0, 4, (10, 1), generator=rng) * (labelled > 0)).long()
     predicted = hit + (labelled - hit).flip(1)
     overlap = torch.stack([hit, labelled, predicted], 1)
-    return DenseResult(hits=hit.sum(1).double() / 20, overlap=overlap, l2=0.1)
+    group = torch.arange(610, 630, 2)
+    return DenseResult(group=group, hits=hit.sum(1).double() / 20, overlap=overlap, l2=0.1)
 
 
 def test_scenes_stand_beside_the_other_measures() -> None:
@@ -184,11 +196,13 @@ def test_scenes_stand_beside_the_other_measures() -> None:
     }
     results = {"trained": _scene_result(0, 0.9), "untrained": _scene_result(1, 0.6)}
     for source, result in results.items():
-        measured[source].add_scenes(result)
-    figures, intervals = compare(measured), trained_minus(measured)
+        measured[source].add_scenes(result, _held_out())
+    figures = compare(measured, _held_out())
+    intervals = trained_minus(measured, _held_out())
+    assert "scene_miou_hard" not in figures.keys() | intervals.keys()  # concepts are all even
     for source, result in results.items():
         assert figures["scene_miou"][source] == float(mean_iou(result.overlap.sum(0)))
-        assert figures["scene_patch_top1"][source] == float(result.hits.mean())
+        assert figures["scene_patch_top1"][source] == pytest.approx(float(result.hits.mean()))
         assert figures["chosen"][source]["scene_l2"] == 0.1
     assert set(intervals["scene_miou"]) == {"untrained"}
     assert intervals["scene_miou"]["untrained"].verdict == "better"
@@ -196,7 +210,7 @@ def test_scenes_stand_beside_the_other_measures() -> None:
 
 
 def test_intervals_are_around_the_differences_of_the_published_figures() -> None:
-    figures, intervals = compare(_measured()), trained_minus(_measured())
+    figures, intervals = compare(_measured(), _held_out()), trained_minus(_measured(), _held_out())
     assert set(intervals["knn_top1"]) == {"untrained", "chance", "pixels"}
     assert set(intervals["caption_information_nats"]) == {"untrained", "chance"}
     assert "effective_rank" not in intervals
@@ -205,15 +219,52 @@ def test_intervals_are_around_the_differences_of_the_published_figures() -> None
             difference = figures[name]["trained"] - figures[name][source]
             assert interval.difference == pytest.approx(difference, abs=1e-12), (name, source)
             assert interval.low < difference < interval.high
-    sides = (_measured()[source].hits["knn_top1"] for source in ("trained", "untrained"))
-    assert intervals["knn_top1"]["untrained"] == paired_bootstrap(*sides)
+    hits = [_measured()[source].hits["knn_top1"] for source in ("trained", "untrained")]
+    cluster, odd = torch.arange(300) // 2, torch.arange(300) % 2 == 1
+    of_odd = [side[odd] for side in hits]
+    for name, alone in (
+        ("knn_top1", hits_interval(*hits, cluster)),
+        ("knn_top1_hard", hits_interval(*of_odd)),
+    ):
+        found = intervals[name]["untrained"]
+        assert (found.low, found.high) == (alone.low, alone.high)
+        assert found.p_value > alone.p_value
+
+
+def test_p_values_are_corrected_for_the_comparisons_on_the_same_items() -> None:
+    rng, groups = np.random.default_rng(0), torch.arange(400)
+    hits = {
+        who: {f"m{i}": torch.from_numpy(rng.random(400) < p).double() for i in range(5)}
+        for who, p in (("trained", 0.6), ("untrained", 0.53), ("pixels", 0.55))
+    }
+    held_out = HeldOut(group=groups, cluster=groups, distance=torch.arange(400.0))
+    got = trained_minus({who: Measured(hits=of) for who, of in hits.items()}, held_out)
+    for ending in ("", "_hard"):
+        family = {
+            (name, source): hits_interval(
+                *(hits[who][name][held_out.rows(ending)] for who in ("trained", source))
+            )
+            for source in ("untrained", "pixels")
+            for name in hits["trained"]
+        }
+        for (name, source), expected in holm(family).items():
+            assert got[name + ending][source] == expected
+
+
+def test_the_hard_half_is_measured_beside_the_whole() -> None:
+    figures, odd = compare(_measured(), _held_out()), torch.arange(300) % 2 == 1
+    for source, result in _measured().items():
+        for name, values in (result.hits | result.nats).items():
+            of_odd = values[odd & ~values.isnan()]
+            assert figures[f"{name}_hard"][source] == pytest.approx(float(of_odd.mean())), name
+    assert "effective_rank_hard" not in figures and "held_out_concepts_hard" not in figures
 
 
 def test_without_embeddings_only_captions_are_left_out() -> None:
     train, heldout = (
         replace(part, image=part.image[:, :0], text=part.text[:, :0]) for part in _digits(4.0)
     )
-    figures = compare(measure_all({"trained": (train, heldout)}, baselines=True))
+    figures = compare(measure_all({"trained": (train, heldout)}, baselines=True), _held_out())
     assert {"knn_top1", "linear_top1"} <= set(figures)
     assert not [name for name in figures if "recall" in name or "caption" in name]
 
@@ -222,6 +273,32 @@ def test_the_same_seed_gives_the_same_result() -> None:
     first, second = _measured()["trained"], evaluate_split(*_digits(4.0))
     assert first.chosen == second.chosen and first.figures == second.figures
     assert all(torch.equal(first.hits[name], second.hits[name]) for name in first.hits)
+
+
+def test_nats_and_overlaps_have_their_own_intervals() -> None:
+    rng, groups = np.random.default_rng(0), torch.arange(600, 900)
+    hits = {"knn_top1": torch.zeros(300, dtype=torch.float64)}
+    nats = [torch.from_numpy(rng.normal(size=300)) for _ in range(2)]
+    overlap = torch.from_numpy(rng.integers(1, 9, (2, 300, 3, 4)))
+    overlap[:, :, 1:] += overlap[:, :, :1]
+    nats[0][:30] = nats[1][:30] = torch.nan
+    overlap[:, 200:] = 0  # in no scene
+    measured = {
+        who: Measured(hits=hits, nats={"nats": nats[i]}, overlap={"miou": overlap[i]})
+        for i, who in enumerate(("trained", "untrained"))
+    }
+    held_out = HeldOut(group=groups, cluster=groups // 3, distance=torch.arange(300.0))
+    got = trained_minus(measured, held_out)
+    expected = {
+        "nats": values_interval(nats[0][30:], nats[1][30:], groups[30:] // 3),
+        "miou": figure_interval(*overlap[:, :200], mean_iou, groups[:200] // 3),
+        "miou_hard": figure_interval(*overlap[:, 150:200], mean_iou, groups[150:200] // 3),
+    }
+    for name, alone in expected.items():
+        found = got[name]["untrained"]
+        assert (found.low, found.high) == (alone.low, alone.high), name
+    one = replace(held_out, cluster=torch.zeros(300))
+    assert trained_minus(measured, one) == {}  # nothing says how it varies
 
 
 Sets = tuple[Features, Features]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.manifest import Manifest
 from m3i_fast.pipelines.openmoji import Drawing
+from m3i_fast.pipelines.shards import split_digest
 from m3i_fast.pipelines.tokens import Tokenizer
 from m3i_fast.pipelines.verify import verify
 
@@ -128,6 +130,7 @@ def test_splits_and_ids_do_not_depend_on_the_labelled_share(whole: Path, tmp_pat
             assert row["png"] == theirs[sample_id]["png"]
             assert row["gid"] == theirs[sample_id]["gid"]
     heldout = rows(half, "heldout").values()
+    assert split_digest(half, "heldout") == split_digest(whole, "heldout")
     assert all("tok" in row and integer(row["cls"]) >= 0 for row in heldout)
 
 
@@ -180,6 +183,19 @@ def test_same_bytes_on_every_run(whole: Path, tmp_path: Path) -> None:
     assert all((whole / n).read_bytes() == (again / n).read_bytes() for n in names)
     other = build(tmp_path / "other", seed=1)
     assert (whole / "manifest.json").read_bytes() != (other / "manifest.json").read_bytes()
+    digests = [split_digest(p, s) for p in (whole, other) for s in ("train", "heldout")]
+    assert len(set(digests)) == 4 and all(re.fullmatch("[0-9a-f]{8}", d) for d in digests)
+
+
+def test_data_of_before_there_were_clusters_is_refused(whole: Path, tmp_path: Path) -> None:
+    openmoji.expect_split_clusters(whole)
+    raw = json.loads((whole / "manifest.json").read_text())
+    assert raw["settings"].pop("one_split_nearer_than") == 0.05
+    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=f"{tmp_path}: expected near-duplicates in one split"):
+        openmoji.expect_split_clusters(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(raw | {"name": "pets"}))
+    openmoji.expect_split_clusters(tmp_path)  # of somebody else's data nothing is known
 
 
 def test_baseline_jpeg(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
@@ -56,9 +56,10 @@ MEASURES = {
         "Category by linear probe",
         "held-out pictures whose category logistic regression gets right",
     ),
-    "patch_correspondence": Measure(
+    "patch_correspondence_centred": Measure(
         "Same place in another crop",
-        "patches of a held-out picture that the most similar patch of another crop places right",
+        "patches of a held-out picture that the most similar patch of another crop places right, "
+        "what the position in the crop says taken out",
     ),
     "few_label_top1": Measure(
         "Category from few labels",
@@ -97,14 +98,18 @@ class Comparison:
     difference: float
     low: float | None
     high: float | None
+    p_value: float | None = None
+    """Corrected for all comparisons; evaluations of before there was one have none."""
 
     @property
     def verdict(self) -> str:
-        """Better or worse only where the interval leaves out zero."""
+        """Better or worse only where the interval leaves out zero and the p-value is below 0.05."""
         if self.low is None or self.high is None:
             if self.difference == 0:
                 return "equal, no interval computed"
             return f"{'higher' if self.difference > 0 else 'lower'}, no interval computed"
+        if (self.p_value or 0.0) >= 0.05:
+            return "no difference found"
         if self.low > 0:
             return "better"
         return "worse" if self.high < 0 else "no difference found"
@@ -157,8 +162,10 @@ def judge(evaluation: Mapping[str, Any]) -> list[Judgement]:
 
 
 def judge_more(evaluation: Mapping[str, Any]) -> list[Judgement]:
-    """The measures that stand in the table only."""
-    return [_judge(n, MORE_MEASURES[n], evaluation) for n in MORE_MEASURES if n in evaluation]
+    """The measures that stand in the table only, last those on the hard half of the items."""
+    hard = {f"{name}_hard": _hard(measure) for name, measure in (MEASURES | MORE_MEASURES).items()}
+    more = MORE_MEASURES | hard
+    return [_judge(name, more[name], evaluation) for name in more if name in evaluation]
 
 
 def summary(judgements: Sequence[Judgement]) -> list[str]:
@@ -208,6 +215,13 @@ def points(fraction: float, *, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}.1f}".replace("-", MINUS)
 
 
+def _hard(measure: Measure) -> Measure:
+    where = "on the half of the held-out pictures that lies farthest from any training picture"
+    return replace(
+        measure, title=f"{measure.title}, hard half", meaning=f"{measure.meaning}, {where}"
+    )
+
+
 def _judge(name: str, measure: Measure, evaluation: Mapping[str, Any]) -> Judgement:
     figures = evaluation[name]
     if "trained" not in figures:
@@ -220,6 +234,7 @@ def _judge(name: str, measure: Measure, evaluation: Mapping[str, Any]) -> Judgem
             values["trained"] - value,
             intervals[source]["low"] if source in intervals else None,
             intervals[source]["high"] if source in intervals else None,
+            intervals.get(source, {}).get("p_value"),
         )
         for source, value in values.items()
         if source != "trained"

@@ -60,6 +60,21 @@ def test_a_difference_shows_its_interval_in_points() -> None:
     assert (untrained.verdict, untrained.mark) == ("no difference found", "no difference")
 
 
+def test_a_corrected_p_value_takes_a_verdict_back() -> None:
+    evaluation = _evaluation(knn_top1=(0.01, 0.09))
+    intervals = evaluation["trained_minus"]["knn_top1"]
+    for p_value, verdict in ((0.049, "better"), (0.05, "no difference found")):
+        intervals["untrained"]["p_value"] = p_value
+        assert judge(evaluation)[0].comparisons[0].verdict == verdict
+
+
+def test_the_hard_half_stands_in_the_table_alone() -> None:
+    evaluation = _evaluation() | {"knn_top1_hard": {"trained": 0.3, "untrained": 0.25}}
+    assert [found.name for found in judge(evaluation)] == ["knn_top1", "linear_top1"]
+    (hard,) = judge_more(evaluation)
+    assert hard.title == "Category by kNN, hard half" and hard.shown["trained"] == "30.0%"
+
+
 def test_points_have_no_negative_zero() -> None:
     assert points(-0.0004) == "0.0"
     assert points(-0.002) == "\N{MINUS SIGN}0.2"
