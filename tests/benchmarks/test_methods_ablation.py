@@ -33,6 +33,7 @@ def test_a_term_is_left_out(name: str, terms: list[str]) -> None:
     ("name", "expected"),
     [
         ("m3i - mixing", ["mode: 'own_image' != 'none'"]),
+        ("m3i: joint", ["mode: 'own_image' != 'joint'"]),
         ("m3i: 1 image", ["mode: 'own_image' != 'masked'"]),
         ("m3i: 3 images", ["data.batch_size: 32 != 33", "num_images: 2 != 3"]),
         ("m3i: gradient norm", ["mode: 'fixed' != 'gradient_norm'"]),
