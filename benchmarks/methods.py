@@ -54,6 +54,7 @@ from m3i_fast.benchmarks.methods_plan import (
     recipe_digest,
 )
 from m3i_fast.benchmarks.methods_plot import draw
+from m3i_fast.benchmarks.methods_power_table import compare_arms, draw_power, power_table
 from m3i_fast.benchmarks.methods_run import is_trained, measure_untrained, train_and_measure
 from m3i_fast.benchmarks.methods_table import OURS, UNTRAINED, Line, Rows, summarise, table
 from m3i_fast.config import TrainConfig
@@ -82,28 +83,48 @@ def main(argv: list[str] | None = None) -> None:
         text = table(lines, group.title, note=NOTE if cfg.ablations else "")
         make_console().print(text, highlight=False, soft_wrap=True)
     _draw(cfg, found)
+    if cfg.pilot:
+        _plan_by(cfg, rows)
     if failures:
         told = "; ".join(f"{run.name}: {why}" for run, why in failures.items())
         raise RuntimeError(f"{told}; the same command goes on from what has ended well")
 
 
+def _plan_by(cfg: Config, rows: dict[Group, Rows]) -> None:
+    """Print and draw what a difference needs, from the pilot's rows."""
+    for group, of_group in rows.items():
+        found = compare_arms(of_group, holm=cfg.holm)
+        make_console().print(power_table(found), highlight=False, soft_wrap=True)
+        if found:
+            _write_picture(cfg, f"{_picture(cfg, group)}_power", draw_power(found, group.title))
+
+
 def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
     """Draw each group, or how all of them grow, to methods.svg or beside it."""
-    plan = [] if cfg.plan == "methods" else [cfg.plan]
-    plan += [cfg.dataset] if cfg.dataset != "openmoji" else []
-    pictures: dict[str, str] = {}
     if cfg.growth and any(found.values()):
         budgets = {g.budget: lines for g, lines in found.items() if lines}
-        pictures["_".join(plan)] = draw_growth(budgets)
+        _write_picture(cfg, _picture(cfg, next(iter(found))), draw_growth(budgets))
     elif not cfg.growth:
         for group, lines in found.items():
-            share = [_shares(group.labelled, group.captioned)] if len(found) > 1 else []
             if lines:
-                pictures["_".join(plan + share)] = draw(lines, group.title)
-    for name, svg in pictures.items():
-        path = (cfg.ledger or results_dir()) / f"{'_'.join(filter(None, (SUBJECT, name)))}.svg"
-        write_atomically(path, svg.encode())
-        logger.info("drawn to %s", path)
+                _write_picture(cfg, _picture(cfg, group), draw(lines, group.title))
+
+
+def _picture(cfg: Config, group: Group) -> str:
+    """Its name: that of the plan, of the data and, where there are several, of the shares."""
+    parts = [
+        SUBJECT,
+        cfg.plan if cfg.plan != SUBJECT else "",
+        cfg.dataset if cfg.dataset != "openmoji" else "",
+        _shares(group.labelled, group.captioned) if len(cfg.annotated) > 1 else "",
+    ]
+    return "_".join(filter(None, parts))
+
+
+def _write_picture(cfg: Config, name: str, svg: str) -> None:
+    path = (cfg.ledger or results_dir()) / f"{name}.svg"
+    write_atomically(path, svg.encode())
+    logger.info("drawn to %s", path)
 
 
 def time_steps(cfg: Config) -> None:
@@ -161,7 +182,7 @@ def _in_order(
     order = TopologicalSorter({run: [run.teacher] if run.teacher in todo else [] for run in todo})
     order.prepare()
     ready: list[Run] = []
-    running: dict[Future[dict[str, Any]], tuple[Run, Executor]] = {}
+    running: dict[Future[dict[str, Any]], tuple[Run, ProcessPoolExecutor]] = {}
     try:
         while order.is_active():
             ready += order.get_ready()
@@ -332,7 +353,8 @@ def _pack(cfg: Config, labelled: float, captioned: float) -> None:
     path = _dataset(cfg, labelled, captioned)
     if is_dataset(path):
         found = read_manifest(path).settings
-        shares = found["labelled"], found.get("captioned", found["labelled"])
+        captions = found.get("captioned")
+        shares = found["labelled"], found["labelled"] if captions is None else captions
         if shares != (labelled, captioned):
             raise ValueError(
                 f"{path}: expected classes of {labelled:g} and captions of {captioned:g} of the "
