@@ -157,6 +157,8 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     row = train_and_measure(train, out, seconds, data)
     assert (row["num_steps"], row["resumed"]) == (4, True)
     assert [logged["step"] for logged in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    again = train_and_measure(train, out, seconds, data)  # killed before it had its row
+    assert again == row
     assert is_trained(out) and not is_trained(out / "nothing")
 
 
@@ -367,8 +369,14 @@ def test_rows_of_before_there_were_two_shares_are_read(tmp_path: Path) -> None:
     assert (missing.method, missing.labelled, missing.captioned) == ("clip", 0.03, 0.03)
     first, second = cfg.groups
     assert list(methods._rows(cfg, first)) == ["clip"] and methods._rows(cfg, second) == {}
+    free = {**figures, "method": "mae", "labelled": 1.0, "recipe": recipe_digest("mae")}
+    append_row(SUBJECT, free, command="test", folder=cfg.ledger)
+    assert list(methods._rows(cfg, second)) == ["mae"]  # at every share
+    assert set(methods._rows(cfg, first)) == {"clip", "mae"}
     apart = replace(cfg, shares="0.01:0.02")
-    assert methods._rows(apart, apart.groups[0]) == {} and len(methods._missing(apart)) == 1
+    assert (
+        list(methods._rows(apart, apart.groups[0])) == ["mae"] and len(methods._missing(apart)) == 1
+    )
     other = replace(cfg, dataset="styles")
     assert methods._rows(other, other.groups[0]) == {} and len(methods._missing(other)) == 2
 
