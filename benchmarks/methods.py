@@ -55,7 +55,12 @@ from m3i_fast.benchmarks.methods_plan import (
 )
 from m3i_fast.benchmarks.methods_plot import draw
 from m3i_fast.benchmarks.methods_power_table import compare_arms, draw_power, power_table
-from m3i_fast.benchmarks.methods_run import is_trained, measure_untrained, train_and_measure
+from m3i_fast.benchmarks.methods_run import (
+    end_with_parent,
+    is_trained,
+    measure_untrained,
+    train_and_measure,
+)
 from m3i_fast.benchmarks.methods_table import OURS, UNTRAINED, Line, Rows, summarise, table
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.calibration import calibrate, step_seconds
@@ -101,13 +106,17 @@ def _plan_by(cfg: Config, rows: dict[Group, Rows]) -> None:
 
 def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
     """Draw each group, or how all of them grow, to methods.svg or beside it."""
-    if cfg.growth and any(found.values()):
-        budgets = {g.budget: lines for g, lines in found.items() if lines}
-        _write_picture(cfg, _picture(cfg, next(iter(found))), draw_growth(budgets))
-    elif not cfg.growth:
-        for group, lines in found.items():
-            if lines:
-                _write_picture(cfg, _picture(cfg, group), draw(lines, group.title))
+    if not cfg.growth:
+        pictures = {group: draw(lines, group.title) for group, lines in found.items() if lines}
+    else:
+        pictures = {}
+        for shares in cfg.annotated:
+            growing = {g: lines for g, lines in found.items() if lines and g.shares == shares}
+            if growing:
+                svg = draw_growth({group.budget: lines for group, lines in growing.items()})
+                pictures[next(iter(growing))] = svg
+    for group, svg in pictures.items():
+        _write_picture(cfg, _picture(cfg, group), svg)
 
 
 def _picture(cfg: Config, group: Group) -> str:
@@ -116,7 +125,7 @@ def _picture(cfg: Config, group: Group) -> str:
         SUBJECT,
         cfg.plan if cfg.plan != SUBJECT else "",
         cfg.dataset if cfg.dataset != "openmoji" else "",
-        _shares(group.labelled, group.captioned) if len(cfg.annotated) > 1 else "",
+        _shares(*group.shares) if len(cfg.annotated) > 1 else "",
     ]
     return "_".join(filter(None, parts))
 
@@ -131,13 +140,10 @@ def time_steps(cfg: Config) -> None:
     """Time a step of each of the pilot's arms in turn, `jobs` at a time as they will be trained."""
     _pack(cfg, 1.0, 1.0)
     [group] = cfg.groups
-    _pack(cfg, group.labelled, group.captioned)
+    _pack(cfg, *group.shares)
     data = _data_digest(cfg)
     runs = {name: group.run(name, 0, data=data) for name in cfg.arms}
-    with (
-        Progress(console=console) as bar,
-        ProcessPoolExecutor(cfg.jobs, get_context("spawn")) as pool,
-    ):
+    with Progress(console=console) as bar, _processes(cfg.jobs) as pool:
         jobs = [
             (name, pool.submit(step_seconds, _train_config(cfg, run)))
             for _ in range(methods_pace.ROUNDS)
@@ -182,12 +188,12 @@ def _in_order(
     order = TopologicalSorter({run: [run.teacher] if run.teacher in todo else [] for run in todo})
     order.prepare()
     ready: list[Run] = []
-    running: dict[Future[dict[str, Any]], tuple[Run, ProcessPoolExecutor]] = {}
+    running: dict[Future[dict[str, Any]], tuple[Run, Executor]] = {}
     try:
         while order.is_active():
             ready += order.get_ready()
             while ready and len(running) < cfg.jobs:  # so that Ctrl-C leaves none to be started
-                run, pool = ready.pop(0), ProcessPoolExecutor(1, get_context("spawn"))
+                run, pool = ready.pop(0), _processes(1)
                 running[_submit(cfg, pool, run, todo[run])] = run, pool
             if not running:
                 return
@@ -200,6 +206,11 @@ def _in_order(
     finally:
         for _, pool in running.values():
             pool.shutdown(cancel_futures=True)
+
+
+def _processes(count: int) -> Executor:
+    """So many processes, started with nothing of this one's, that end when it does."""
+    return ProcessPoolExecutor(count, get_context("spawn"), initializer=end_with_parent)
 
 
 def _submit(cfg: Config, pool: Executor, run: Run, num_steps: int | None) -> Future[dict[str, Any]]:
@@ -247,10 +258,7 @@ def _calibrated(cfg: Config, todo: dict[Run, int | None]) -> dict[Run, int | Non
             unknown.setdefault(run.pace, run)
     if not unknown:
         return todo
-    with (
-        Progress(console=console) as bar,
-        ProcessPoolExecutor(cfg.jobs, get_context("spawn")) as pool,
-    ):
+    with Progress(console=console) as bar, _processes(cfg.jobs) as pool:
         jobs = {
             run: pool.submit(calibrate, _job(cfg, run, None)[0], cfg.seconds)
             for run in unknown.values()

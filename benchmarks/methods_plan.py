@@ -155,6 +155,8 @@ class Config:
         """What rows have to have in common to be compared."""
         if self.num_steps is not None:
             return f"{max(round(self.num_steps * times), 1)} steps"
+        if self.pilot:
+            return f"{self.seconds:g} s at the committed pace"
         threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
         return f"{self.seconds * times:g} s on {threads}"
 
@@ -219,6 +221,11 @@ class Group:
     dataset: Dataset = "openmoji"
 
     @property
+    def shares(self) -> tuple[float, float]:
+        """Of the training concepts: with a class, with a caption."""
+        return self.labelled, self.captioned
+
+    @property
     def title(self) -> str:
         budget = f"{self.budget} a run"
         if self.dataset != "openmoji":
@@ -235,7 +242,7 @@ class Group:
         the data set's manifest, all annotated; steps: of methods that have a number of their own in
         place of the group's budget.
         """
-        budget, shares = self.budget, (self.labelled, self.captioned)
+        budget, shares = self.budget, self.shares
         if method in steps:
             budget = f"{steps[method]} steps"
         if method == UNTRAINED:
