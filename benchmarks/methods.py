@@ -27,19 +27,18 @@ from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
     Future,
-    ProcessPoolExecutor,
     as_completed,
     wait,
 )
 from dataclasses import asdict, replace
 from graphlib import TopologicalSorter
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 from m3i_fast.benchmarks import methods_pace, methods_plan
+from m3i_fast.benchmarks.child_processes import child_processes
 from m3i_fast.benchmarks.harness import parse
 from m3i_fast.benchmarks.ledger import append_row, read_rows, results_dir
 from m3i_fast.benchmarks.methods_ablation import NOTE, VARIANTS
@@ -55,12 +54,7 @@ from m3i_fast.benchmarks.methods_plan import (
 )
 from m3i_fast.benchmarks.methods_plot import draw
 from m3i_fast.benchmarks.methods_power_table import compare_arms, draw_power, power_table
-from m3i_fast.benchmarks.methods_run import (
-    end_with_parent,
-    is_trained,
-    measure_untrained,
-    train_and_measure,
-)
+from m3i_fast.benchmarks.methods_run import is_trained, measure_untrained, train_and_measure
 from m3i_fast.benchmarks.methods_table import OURS, UNTRAINED, Line, Rows, summarise, table
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.calibration import calibrate, step_seconds
@@ -143,7 +137,7 @@ def time_steps(cfg: Config) -> None:
     _pack(cfg, *group.shares)
     data = _data_digest(cfg)
     runs = {name: group.run(name, 0, data=data) for name in cfg.arms}
-    with Progress(console=console) as bar, _processes(cfg.jobs) as pool:
+    with Progress(console=console) as bar, child_processes(cfg.jobs) as pool:
         jobs = [
             (name, pool.submit(step_seconds, _train_config(cfg, run)))
             for _ in range(methods_pace.ROUNDS)
@@ -193,7 +187,7 @@ def _in_order(
         while order.is_active():
             ready += order.get_ready()
             while ready and len(running) < cfg.jobs:  # so that Ctrl-C leaves none to be started
-                run, pool = ready.pop(0), _processes(1)
+                run, pool = ready.pop(0), child_processes(1)
                 running[_submit(cfg, pool, run, todo[run])] = run, pool
             if not running:
                 return
@@ -206,11 +200,6 @@ def _in_order(
     finally:
         for _, pool in running.values():
             pool.shutdown(cancel_futures=True)
-
-
-def _processes(count: int) -> Executor:
-    """So many processes, started with nothing of this one's, that end when it does."""
-    return ProcessPoolExecutor(count, get_context("spawn"), initializer=end_with_parent)
 
 
 def _submit(cfg: Config, pool: Executor, run: Run, num_steps: int | None) -> Future[dict[str, Any]]:
@@ -258,7 +247,7 @@ def _calibrated(cfg: Config, todo: dict[Run, int | None]) -> dict[Run, int | Non
             unknown.setdefault(run.pace, run)
     if not unknown:
         return todo
-    with Progress(console=console) as bar, _processes(cfg.jobs) as pool:
+    with Progress(console=console) as bar, child_processes(cfg.jobs) as pool:
         jobs = {
             run: pool.submit(calibrate, _job(cfg, run, None)[0], cfg.seconds)
             for run in unknown.values()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from multiprocessing import parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -24,21 +21,6 @@ from m3i_fast.observe.metrics import read_jsonl
 
 Packed = str | list[float]
 LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # in the figures alone
-
-
-def end_with_parent() -> None:
-    """End this process as soon as its parent has ended, however that was.
-
-    Killed alone, a parent left children that went on training and held the lock of their run.
-    """
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()
 
 
 def train_and_measure(

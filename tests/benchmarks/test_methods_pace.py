@@ -98,7 +98,7 @@ def test_calibrating_times_all_arms_in_turn_and_writes_the_file(
     packed: list[tuple[Any, ...]] = []
     monkeypatch.setattr(methods, "step_seconds", step_seconds)
     monkeypatch.setattr(methods, "_pack", lambda _, *shares: packed.append(shares))
-    monkeypatch.setattr(methods, "_processes", ThreadPoolExecutor)
+    monkeypatch.setattr(methods, "child_processes", ThreadPoolExecutor)
     main(["--pilot", "--calibrate", "--jobs", "1", "--data", str(tmp_path)])
     assert packed == [(1.0, 1.0), (0.03, 0.3)]
     assert asked == asked[: len(PILOT)] * methods_pace.ROUNDS
