@@ -29,7 +29,7 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.manifest import read_manifest
-from m3i_fast.recipes import DEMO_MERGES, demo, shrink
+from m3i_fast.recipes import DEMO_MERGES, demo, demo_method, shrink
 
 config_of = methods_plan.config_of
 TEXT = TextConfig(
@@ -359,7 +359,7 @@ def test_a_variant_of_before_is_of_its_own_method(monkeypatch: pytest.MonkeyPatc
 
     for name in ("m3i", "siameseim"):
         monkeypatch.setitem(VARIANTS, f"{name} as before", slower)
-        assert methods_plan.config_of(f"{name} as before") == slower(config_of(name))
+        assert methods_plan.config_of(f"{name} as before") == slower(demo_method(name))
 
 
 def test_rows_of_before_there_were_two_shares_are_read(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The pilot's table and picture say what the rows say; oracle: numpy on the rows' hits."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -8,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from m3i_fast.benchmarks.ledger import append_row
+from m3i_fast.benchmarks.methods import main
+from m3i_fast.benchmarks.methods_plan import Config
 from m3i_fast.benchmarks.methods_power import cluster_means, clusters_needed, components
 from m3i_fast.benchmarks.methods_power_table import compare_arms, draw_power, power_table
 from m3i_fast.benchmarks.methods_run import pack
@@ -83,6 +88,8 @@ def test_items_of_a_cluster_count_together_and_the_hard_half_is_told() -> None:
     delta = 100 * (hits["m3i"] - hits["clip"])[:, kept]
     assert clip.found == components(cluster_means(delta, CLUSTER[kept]))
     assert (hard.measure, hard.name, hard.num_clusters) == ("kNN, hard half", "mean of these", 25)
+    halves = [100 * (hits["m3i"] - hits[name])[:, HARD & kept] for name in ("supervised", "clip")]
+    assert hard.found.mean == pytest.approx(np.mean([half.mean() for half in halves]))
 
 
 def test_the_table_has_the_sizes() -> None:
@@ -108,6 +115,33 @@ def test_the_table_has_the_sizes() -> None:
     )
     one = {name: {0: seeds[0]} for name, seeds in rows.items()}
     assert "expected two seeds or more of m3i and of another arm" in power_table(compare_arms(one))
+
+
+def test_one_command_prints_and_draws_both_tables_of_the_pilot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = Config(pilot=True, num_steps=7, ledger=tmp_path, data=tmp_path)
+    told = {
+        "batch_size": 32,
+        "num_steps": 7,
+        "train_images_per_s": 100.0,
+        "held_out_concepts": ITEMS,
+        "collapsed": [],
+        "teacher": None,
+        "knn_top1": {"trained": 0.5},
+    }
+    for name, seeds in _rows(_hits(), items=True).items():
+        for seed, row in seeds.items():
+            run = cfg.groups[0].run(name, seed, data="0" * 8)
+            figures = {**asdict(run), **row["figures"], **told}
+            append_row("methods", figures, command="test", folder=tmp_path)
+    arguments = ["--num-steps", "7", "--ledger", str(tmp_path), "--data", str(tmp_path)]
+    main(["--pilot", "--table-only", "--holm", *arguments])
+    shown = capsys.readouterr().out
+    assert "7 steps a run, classes of 3 % of the concepts, captions of 30 %" in shown
+    assert "two-sided at alpha 0.025" in shown and "| kNN, hard half | mean of these |" in shown
+    pictures = {path.name for path in tmp_path.glob("*.svg")}
+    assert pictures == {"methods_pilot.svg", "methods_pilot_power.svg"}
 
 
 def test_curves_stand_at_their_sizes() -> None:
