@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from m3i_fast.benchmarks.methods_ablation import ANNOTATED, SHARES, VARIANTS
+from m3i_fast.benchmarks.methods_ablation import AS_BEFORE, AS_IT_WAS, VARIANTS
 from m3i_fast.benchmarks.methods_growth import GROWTH
 from m3i_fast.benchmarks.methods_table import OURS, UNTRAINED
 from m3i_fast.config import TrainConfig
+from m3i_fast.objectives.config import LABELS
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import demo_method
 
@@ -57,6 +59,11 @@ ADDED: dict[str, object] = {
     "keep_every": 0,
     "keep_best": "",
     "async_checkpoint": True,
+    "objective.decoder.projector": "none",
+    "objective.mixing.min_contrast": 0,
+    "objective.terms.standardise": "none",
+    # What a mean over members is, where all are members: rows of less are of other data.
+    "objective.terms.mean": "batch",
 }
 
 # Values that were written otherwise then.
@@ -64,25 +71,55 @@ FORMERLY: dict[str, dict[object, object]] = {
     "vision.activation_checkpointing": {"none": False, "full": True},
 }
 
-Pace = tuple[str, str, str]
+# The arms of a plan that does not run every method. LABEL_FREE ones see neither class nor caption.
+GROWING = (OURS, TEACHER, "clip", "category + caption")
+LABEL_FREE = ("siameseim", "mae", "simclr")
+PILOT = (TEACHER, "clip", "siameseim", "category + caption", OURS, "m3i: each alone")
+# The data that rows were measured on which do not say it: the digest of `data/openmoji`.
+FIRST_DATA = "69a82804"
+
+NO_STEPS: Mapping[str, int] = {}
+Pace = tuple[str, str, str, str]
+Plan = Literal["methods", "ablations", "annotations", "growth", "pilot"]
+Dataset = Literal["openmoji", "styles"]
+PLANS: tuple[Plan, ...] = ("ablations", "annotations", "growth", "pilot")  # a flag each
+# Of a plan, where not all training concepts are annotated: class and caption, drawn apart.
+SHARES: dict[Plan, str] = {"annotations": "0.01,0.03", "pilot": "0.03:0.3"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     seconds: float = 90.0
-    """Training time of a run on its share of the cores; a short calibration makes steps of it."""
+    """Training time of a run on its share of the cores; a short calibration makes steps of it, or
+    with --pilot the committed time of a step."""
     num_steps: int | None = None
     """Steps of every run, instead of a time."""
     ablations: bool = False
-    """M3I's ablations instead of the methods."""
+    """Run M3I with one thing changed at a time, instead of the methods."""
+    annotations: bool = False
+    """Run M3I, its parts and label-free methods where few concepts are annotated."""
     growth: bool = False
-    """A few methods with a third of the budget, with it, with three and nine times as much."""
+    """Run a few methods with a third of the budget, with it, with three and nine times as much."""
+    pilot: bool = False
+    """Run the pilot's arms, each with the number of steps that its committed step time gives, and
+    print how many clusters and seeds a difference needs."""
+    calibrate: bool = False
+    """Time a step of each of the pilot's arms, write that file of step times, and run nothing."""
+    shares: str = ""
+    """Shares of the training concepts with a class and with a caption, a table each: 0.01,0.03:0.3
+    is 1 % of both, then 3 % and 30 %. Unless given 0.01,0.03 for --annotations, 0.03:0.3 for
+    --pilot, else 1."""
+    dataset: Dataset = "openmoji"
+    """Data set of all runs, a folder below --data."""
     methods: str = ""
     """Run only these: m3i,byol. All unless given."""
     seeds: str = "0"
     """Seeds of every run: 0,1,2."""
     jobs: int = os.cpu_count() or 1
     """Runs at a time; each gets its share of the cores."""
+    holm: bool = False
+    """Plan every difference of the pilot at alpha over the number of a measure's comparisons, the
+    first step of Holm's procedure, instead of at alpha."""
     data: Path = Path("data")
     """Where the data sets lie, or are packed to."""
     out: Path = Path("runs/methods")
@@ -99,12 +136,21 @@ class Config:
                 raise ValueError(f"{name}: expected > 0, got {value}")
         if not re.fullmatch(r"\d+(,\d+)*", self.seeds):
             raise ValueError(f"seeds: expected numbers as 0,1,2, got {self.seeds!r}")
-        if self.ablations and self.growth:
-            raise ValueError("ablations, growth: expected one of them at most, got both")
-        known = dict.fromkeys(name for group in self.groups for name in group.methods)
-        unknown = [name for name in self.chosen if name not in known]
+        if len(asked := [name for name in PLANS if getattr(self, name)]) > 1:
+            raise ValueError(f"{', '.join(asked)}: expected one of them at most, got all of these")
+        for name in ("calibrate", "holm"):
+            if getattr(self, name) and not self.pilot:
+                raise ValueError(
+                    f"{name}: expected --pilot with it, got none; type --pilot --{name}"
+                )
+        _ = self.annotated
+        unknown = [name for name in self.chosen if name not in self.arms]
         if unknown:
-            raise ValueError(f"methods: expected some of {', '.join(known)}, got {unknown}")
+            raise ValueError(f"methods: expected some of {', '.join(self.arms)}, got {unknown}")
+
+    @property
+    def plan(self) -> Plan:
+        return next((name for name in PLANS if getattr(self, name)), "methods")
 
     @property
     def num_threads(self) -> int:
@@ -114,6 +160,8 @@ class Config:
         """What rows have to have in common to be compared."""
         if self.num_steps is not None:
             return f"{max(round(self.num_steps * times), 1)} steps"
+        if self.pilot:
+            return f"{self.seconds:g} s at the committed pace"
         threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
         return f"{self.seconds * times:g} s on {threads}"
 
@@ -122,30 +170,100 @@ class Config:
         return [name.strip() for name in self.methods.split(",")] if self.methods else []
 
     @property
+    def arms(self) -> tuple[str, ...]:
+        """The methods and variants that the plan compares."""
+        ours = (OURS, *AS_BEFORE)
+        return {
+            "methods": tuple(METHODS),
+            "ablations": (OURS, *(name for name in VARIANTS if base_of(name) == OURS)),
+            "annotations": (*ours, "category + caption", TEACHER, "clip", *LABEL_FREE),
+            "growth": GROWING,
+            "pilot": PILOT,
+        }[self.plan]
+
+    @property
+    def annotated(self) -> tuple[tuple[float, float], ...]:
+        """Shares of the training concepts with a class and with a caption, a table each."""
+        text = self.shares or SHARES.get(self.plan, "1")
+        found = []
+        for part in text.split(","):
+            classes, _, captions = part.partition(":")
+            try:
+                pair = float(classes), float(captions or classes)
+            except ValueError:
+                pair = (-1.0, -1.0)
+            if not all(0 <= share <= 1 for share in pair):
+                raise ValueError(
+                    f"shares: expected fractions as 0.01,0.03 or 0.03:0.3, got {part!r} of {text!r}"
+                )
+            found.append(pair)
+        return tuple(found)
+
+    @property
     def groups(self) -> tuple[Group, ...]:
         """A table each."""
-        if self.growth:
-            return tuple(Group(self.budget(times), 1.0, ANNOTATED) for times in GROWTH)
-        if self.ablations:
-            full = tuple(dict.fromkeys((OURS, *VARIANTS, *ANNOTATED)))
-            return tuple(
-                Group(self.budget(), share, full if share == 1.0 else ANNOTATED) for share in SHARES
+        return tuple(
+            Group(
+                methods=self.arms,
+                budget=self.budget(times),
+                labelled=labelled,
+                captioned=captioned,
+                dataset=self.dataset,
             )
-        return (Group(self.budget(), 1.0, tuple(METHODS)),)
+            for labelled, captioned in self.annotated
+            for times in (GROWTH if self.growth else (1.0,))
+        )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """Runs that are compared in one table."""
 
-    budget: str
-    labelled: float
     methods: tuple[str, ...]
+    budget: str
+    labelled: float = 1.0
+    captioned: float = 1.0
+    dataset: Dataset = "openmoji"
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of the training concepts: with a class, with a caption."""
+        return self.labelled, self.captioned
 
     @property
     def title(self) -> str:
-        share = f"{100 * self.labelled:g} %"
-        return f"{self.budget} a run, classes of {share} of the concepts, captions of {share}"
+        budget = f"{self.budget} a run"
+        if self.dataset != "openmoji":
+            budget += f", {self.dataset}"
+        return (
+            f"{budget}, classes of {100 * self.labelled:g} % of the concepts, captions of "
+            f"{100 * self.captioned:g} %"
+        )
+
+    def run(self, method: str, seed: int, *, data: str, steps: Mapping[str, int] = NO_STEPS) -> Run:
+        """The run of a method or variant; one that sees no annotation is the same at any share.
+
+        UNTRAINED is what M3I's runs of a seed start from, measured with raw pixels. data: digest of
+        the data set's manifest, all annotated; steps: of methods that have a number of their own in
+        place of the group's budget.
+        """
+        budget, shares = self.budget, self.shares
+        if method in steps:
+            budget = f"{steps[method]} steps"
+        if method == UNTRAINED:
+            budget = "0 steps"
+        if method == UNTRAINED or is_label_free(method):
+            shares = (1.0, 1.0)
+        return Run(
+            method=method,
+            dataset=self.dataset,
+            data=data,
+            labelled=shares[0],
+            captioned=shares[1],
+            seed=seed,
+            budget=budget,
+            recipe=recipe_digest(method),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,18 +271,34 @@ class Run:
     """One row: what it is found by."""
 
     method: str
+    dataset: str
+    data: str
+    """Digest of the data set's manifest, all annotated: rows of other pictures, or of another
+    split, are neither reused nor tabulated."""
     labelled: float
-    """Share of the training concepts with a class, and of those with a caption, drawn apart."""
+    """Share of the training concepts with a class; 1 where the method sees no annotation."""
+    captioned: float
+    """Share of those with a caption, drawn apart from the classes."""
     seed: int
     budget: str
     recipe: str
     """Digest of the method's config: rows of an older one are neither reused nor tabulated."""
 
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Run:
+        """The run of a row, of one of before data sets and shares of captions were told, too."""
+        before = {"dataset": "openmoji", "data": FIRST_DATA, "captioned": figures["labelled"]}
+        known = {**before, **figures}
+        return cls(**{name: known[name] for name in cls.__slots__})
+
     @property
     def name(self) -> str:
         """Of its directory."""
-        parts = (self.method, f"{self.labelled:g}", str(self.seed), self.budget, self.recipe)
-        return "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts)
+        shares = (f"{share:g}" for share in (self.labelled, self.captioned))
+        parts = (self.method, self.dataset, self.data, *shares, str(self.seed))
+        return "-".join(
+            re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in (*parts, self.budget, self.recipe)
+        )
 
     @property
     def num_steps(self) -> int | None:
@@ -180,7 +314,7 @@ class Run:
     @property
     def pace(self) -> Pace:
         """What all runs that take a step in the same time have in common."""
-        return self.method, self.recipe, self.budget.partition(" on ")[2]
+        return self.method, self.recipe, self.dataset, self.budget.partition(" on ")[2]
 
     @property
     def teacher(self) -> Run | None:
@@ -191,16 +325,27 @@ class Run:
 
 
 def config_of(method: str, *, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
-    """The demo with a method's terms and inputs, or with a variant of M3I's; UNTRAINED is M3I's."""
-    if method in VARIANTS:
-        return VARIANTS[method](demo_method(OURS, data=data, seed=seed))
-    return demo_method(OURS if method == UNTRAINED else method, data=data, seed=seed)
+    """The demo with a method's terms and inputs, or with a variant of one; UNTRAINED is M3I's."""
+    cfg = demo_method(base_of(method), data=data, seed=seed)
+    return VARIANTS[method](cfg) if method in VARIANTS else cfg
 
 
-def untrained(seed: int) -> Run:
-    """What M3I's runs of a seed start from, whatever their budget; measured with raw pixels."""
-    recipe = recipe_digest(UNTRAINED)
-    return Run(method=UNTRAINED, labelled=1.0, seed=seed, budget="0 steps", recipe=recipe)
+def base_of(method: str) -> str:
+    """The method whose demo this one is, or is a variant of."""
+    base = method.removesuffix(AS_IT_WAS)
+    return base if base in METHODS else OURS
+
+
+def is_label_free(method: str) -> bool:
+    """Whether no term of a method, nor of its teacher, sees a class or a caption.
+
+    Data sets of any shares hold the same pictures in the same order, so that such a run is the same
+    to the bit with each of them: it is trained once, on the whole set.
+    """
+    objective = config_of(method).objective
+    return not any(
+        term.target in LABELS or term.encoder == "frozen" for term in objective.active_terms
+    )
 
 
 def recipe_digest(method: str) -> str:
@@ -212,17 +357,20 @@ def recipe_digest(method: str) -> str:
     teacher = recipe_digest(TEACHER) if cfg.objective.uses(encoder="frozen") else ""
     settings = json.loads(cfg.to_json())
     for path, before in ADDED.items():
-        section, name = _section(settings, path)
-        if section[name] == before:
-            del section[name]
+        sections, name = _sections(settings, path)
+        for section in sections:
+            if section[name] == before:
+                del section[name]
     for path, values in FORMERLY.items():
-        section, name = _section(settings, path)
-        section[name] = values.get(section[name], section[name])
+        sections, name = _sections(settings, path)
+        for section in sections:
+            section[name] = values.get(section[name], section[name])
     text = json.dumps({k: v for k, v in settings.items() if v != {}}, indent=2) + "\n"
     return hashlib.sha256((text + teacher).encode()).hexdigest()[:8]
 
 
-def _section(settings: dict[str, Any], path: str) -> tuple[dict[str, Any], str]:
-    """What holds the field of that path, and the field's name there."""
+def _sections(settings: dict[str, Any], path: str) -> tuple[list[dict[str, Any]], str]:
+    """What holds the field of that path, each of a list, and the field's name there."""
     *sections, name = path.split(".")
-    return reduce(dict.__getitem__, sections, settings), name
+    found = reduce(dict.__getitem__, sections, settings)
+    return found if isinstance(found, list) else [found], name

@@ -26,16 +26,22 @@ def calibrate(cfg: TrainConfig, seconds: float) -> int:
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds: expected a finite number > 0, got {seconds}")
+    each = step_seconds(cfg)
+    num_steps = max(NUM_TIMED, round(seconds / each))
+    logger.info("%.0f ms a step: %d steps in %.0f s", 1000 * each, num_steps, seconds)
+    return num_steps
+
+
+def step_seconds(cfg: TrainConfig) -> float:
+    """Time a step of a run on `cfg.num_threads`: the mean of NUM_TIMED, after NUM_WARM."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(replace(cfg, num_steps=NUM_WARM + NUM_TIMED), Path(scratch) / "run")
         _take_steps(trainer, NUM_WARM)
         began = time.perf_counter()
         _take_steps(trainer, NUM_TIMED)
-        step_seconds = (time.perf_counter() - began) / NUM_TIMED
+        each = (time.perf_counter() - began) / NUM_TIMED
         trainer.loader.close()
-    num_steps = max(NUM_TIMED, round(seconds / step_seconds))
-    logger.info("%.0f ms a step: %d steps in %.0f s", 1000 * step_seconds, num_steps, seconds)
-    return num_steps
+    return each
 
 
 def _take_steps(trainer: Trainer, count: int) -> None:
