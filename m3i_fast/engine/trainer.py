@@ -221,6 +221,8 @@ class Trainer:
                     )
                 with stage("bwd"):
                     (loss / len(batches)).backward()
+            if monitor and is_last:
+                metrics |= self.objective.gradient_metrics()
             found.append(metrics)
         return over_batches(found)
 
