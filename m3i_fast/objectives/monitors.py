@@ -8,7 +8,6 @@ features in fp64, RankMe aside), and computes in it, under autocast too. Healthy
 from __future__ import annotations
 
 import math
-
 from typing import TYPE_CHECKING
 
 import torch

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import combinations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
