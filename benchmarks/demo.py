@@ -27,7 +27,7 @@ MEASURES = {
     "linear_balanced_accuracy": "linear, balanced",
     "patch_correspondence": "patch found again",
 }
-SOURCES = ("trained", "untrained", "pixels", "chance")
+SOURCES = ("trained", "ema", "untrained", "pixels", "chance")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.evaluator import evaluate, evaluate_untrained, throughput
+from m3i_fast.engine.evaluator import (
+    build_averaged,
+    evaluate,
+    evaluate_untrained,
+    load_objective,
+    throughput,
+)
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives.targets import normalise_views
 from m3i_fast.pipelines import openmoji
-from m3i_fast.recipes import demo, shrink
+from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.test_parallel import TEXT
 
 
@@ -41,12 +48,35 @@ def test_a_run_that_logged_nothing_has_no_throughput(tmp_path: Path) -> None:
 def test_without_baselines_the_trained_figures_are_the_same(run: Path, whole: Path) -> None:
     everything, hits = evaluate(run, data=whole)
     alone, hits_alone = evaluate(run, data=whole, baselines=False)
-    assert hits.keys() == {"trained", "untrained", "chance", "pixels"}
-    assert hits_alone.keys() == {"trained"}
+    assert hits.keys() == {"trained", "ema", "untrained", "chance", "pixels"}
+    assert hits_alone.keys() == {"trained", "ema"}
     of_trained = {name: of["trained"] for name, of in everything.items() if _has_sources(of)}
     assert {name: of["trained"] for name, of in alone.items() if _has_sources(of)} == of_trained
     assert {"knn_top1", "scene_miou", "patch_correspondence", "effective_rank"} <= of_trained.keys()
-    assert all(of.keys() == {"trained"} for of in alone.values() if _has_sources(of))
+    without = {"caption_to_image_recall_at_1", "caption_to_image_recall_at_5",
+               "image_to_caption_recall_at_5", "caption_information_nats"}  # fmt: skip
+    for name, of in alone.items():
+        if _has_sources(of):
+            assert of.keys() == ({"trained"} if name in without else {"trained", "ema"}), name
+
+
+def test_the_average_is_measured_as_the_encoder_that_it_is(run: Path) -> None:
+    cfg = TrainConfig.load(run / "config.json")
+    trained = load_objective(run, cfg)
+    averaged, views = build_averaged(trained, cfg), torch.randint(0, 256, (3, 3, 64, 64))
+    views = views.to(torch.uint8)
+    online, other = (model.embed_images(views)[0] for model in (trained, averaged))
+    assert not torch.allclose(online, other)
+    with torch.no_grad():
+        rows = normalise_views(views, torch.arange(3), torch.float32)
+        assert torch.equal(other, trained.target_encoder(rows))
+    assert averaged.embed_images(views)[1] is None and not averaged.training
+
+
+def test_a_run_without_an_average_has_none(dataset: Path, tmp_path: Path) -> None:
+    cfg = shrink(demo_method("supervised"), path=dataset, num_classes=9, text=TEXT)
+    Trainer(replace(cfg, num_threads=1, num_steps=1), tmp_path / "run").train()
+    assert evaluate(tmp_path / "run", baselines=False)[1].keys() == {"trained"}
 
 
 def test_what_was_not_trained_is_measured_alone(run: Path) -> None:
@@ -55,7 +85,8 @@ def test_what_was_not_trained_is_measured_alone(run: Path) -> None:
     assert hits.keys() == {"untrained", "chance", "pixels"}
     for name, of in alone.items():
         if isinstance(of, dict):
-            expected = {who: value for who, value in beside[name].items() if who != "trained"}
+            trained = ("trained", "ema")
+            expected = {who: value for who, value in beside[name].items() if who not in trained}
             assert of == expected, name
     for who, result in hits.items():
         for name, values in result.hits.items():

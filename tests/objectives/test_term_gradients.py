@@ -67,7 +67,6 @@ def _terms(
     return total, metrics, encoded
 
 
-
 def _losses(shared: list[Tensor], slopes: list[Tensor]) -> Tensor:
     return torch.stack([(s * z).sin().sum() for s, z in zip(slopes, shared, strict=True)]).sum()
 
@@ -105,7 +104,9 @@ def test_they_are_gradients_by_a_linear_layer_that_stands_last() -> None:
     expected = {}
     for name, loss in losses(dict.fromkeys(factors, through)).items():
         if name != "none":
-            grads = torch.autograd.grad(factors[name] * loss, [*layer.parameters()], retain_graph=True)
+            grads = torch.autograd.grad(
+                factors[name] * loss, [*layer.parameters()], retain_graph=True
+            )
             expected[name] = torch.cat([g.flatten() for g in grads])
     for name, gradient in expected.items():
         assert metrics[f"gradient/{name}"] == pytest.approx(float(gradient.norm()), rel=1e-12)
