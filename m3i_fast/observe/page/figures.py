@@ -140,7 +140,7 @@ def gradient_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
         {
             "type": "scatter",
             "mode": "lines",
-            "name": f"{name} {percent(share[-1])}",
+            "name": f"{name} {_share(share[-1])}",
             "x": _plain(steps),
             "y": _plain(share),
             "stackgroup": "terms",
@@ -150,7 +150,7 @@ def gradient_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
         }
         for number, (name, share) in enumerate(shares.items())
     ]
-    listed = ", ".join(f"{name} {percent(share[-1])}" for name, share in shares.items())
+    listed = ", ".join(f"{name} {_share(share[-1])}" for name, share in shares.items())
     in_a_row = 2 if max(map(len, shares)) <= LEGEND_LETTERS else 1
     top = LEGEND_HEIGHT * math.ceil(len(shares) / in_a_row)
     layout = {
@@ -183,6 +183,11 @@ def _shares_of_terms(
     pulls = [_trailing_mean(_binned(column), max(len(steps) // 6, 1)) for column in columns]
     total = np.maximum(sum(pulls, start=np.zeros(len(steps))), 1e-30)
     return steps, {name: pull / total for name, pull in zip(names, pulls, strict=True)}
+
+
+def _share(value: float) -> str:
+    """As short as a legend needs it, and with a digit where a term is nearly left out."""
+    return percent(value) if value < 0.1 else f"{100 * value:.0f}%"
 
 
 def _legend(in_a_row: int) -> dict[str, Any]:

@@ -86,7 +86,9 @@ def test_shares_of_the_gradient_are_means_of_the_steps_before() -> None:
         assert {name: y[end - 1] for name, y in shares.items()} == pytest.approx(expected, rel=1e-5)
     for trace in panel.figure["data"]:
         name, percent = trace["name"].split()
-        assert percent == f"{100 * trace['y'][-1]:.1f}%" and trace["name"] in panel.label
+        last = 100 * trace["y"][-1]
+        assert percent == (f"{last:.1f}%" if last < 10 else f"{last:.0f}%")
+        assert trace["name"] in panel.label
     json.dumps(panel.figure, allow_nan=False)
 
 
