@@ -29,7 +29,7 @@ MEASURES = {
     "patch_correspondence": "patch found again",  # of older rows, by its position too
     "patch_correspondence_centred": "patch found again, centred",
 }
-SOURCES = ("trained", "untrained", "pixels", "chance")
+SOURCES = ("trained", "ema", "untrained", "pixels", "chance")
 
 
 @dataclass(frozen=True, kw_only=True)

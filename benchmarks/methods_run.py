@@ -72,7 +72,7 @@ def _by_item(found: Evaluation) -> dict[str, Any]:
             if name not in LEFT_OUT
         }
         for who, result in found.measured.items()
-        if who != "chance"
+        if who not in ("chance", "ema")  # figures say enough of the EMA encoder: rows stay short
     }
     items = {
         "hard": pack(found.held_out.hard.double().tolist()),

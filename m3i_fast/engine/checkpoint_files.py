@@ -30,7 +30,7 @@ STATE_SHAPE: Shape = {
     "random?": {"python": list, "numpy": list, "torch": str, "cuda?": str},
     "means?": ([_MEANS], {str: [float]}),
     "log?": {"score": (float, None)},
-    "watch?": {str: int},
+    "watch?": {str: float},
     "guard?": {"steps": [[(int, bool)]], "records": [_RECORD], "spikes": [float]},
     "skips?": {
         "recent": [int],

@@ -62,6 +62,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure the newest checkpoint of `run` and write run/evaluation.json.
 
+    Beside the trained encoder also its EMA, `ema`, where the run has one (`build_averaged`).
     baselines: measure the untrained model, raw pixels and chance beside it, which takes longer than
     the trained one. data: the data set whose labels and captions measures are taken by, as when the
     run's own, which is used otherwise, has few. Raises ValueError where the two have different
@@ -72,6 +73,8 @@ def evaluate(
         _expect_same_tokenizer(cfg.data.path, data)
         cfg = replace(cfg, data=replace(cfg.data, path=data))
     models = {"trained": load_objective(run, cfg)}
+    if cfg.objective.uses(encoder="momentum"):
+        models["ema"] = build_averaged(models["trained"], cfg)
     if baselines:
         models["untrained"] = build_untrained(cfg)
     figures, measured, held_out = _measure(models, cfg, split, batch_size, baselines=baselines)
@@ -137,6 +140,19 @@ def build_untrained(cfg: TrainConfig) -> MutualInformation:
     torch.manual_seed(cfg.seed)
     with resolve_device(cfg.device):
         return build_objective(cfg).eval()
+
+
+def build_averaged(trained: MutualInformation, cfg: TrainConfig) -> MutualInformation:
+    """Return a model with the EMA of the trained encoder as its encoder, in evaluation mode.
+
+    Its tokens alone are measured, as the teacher's backbone of DINO is, arXiv 2104.14294, section
+    3.1. Captions are not: the head that matches them has no average, and was trained on the tokens
+    of the trained encoder.
+    """
+    terms = tuple(term for term in cfg.objective.active_terms if term.encoder == "momentum")
+    averaged = build_untrained(replace(cfg, objective=replace(cfg.objective, terms=terms)))
+    averaged.encoder.load_state_dict(trained.target_encoder.encoder.state_dict())
+    return averaged
 
 
 def throughput(run: Path) -> float:

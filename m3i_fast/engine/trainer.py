@@ -221,6 +221,8 @@ class Trainer:
                     )
                 with stage("bwd"):
                     (loss / len(batches)).backward()
+            if monitor and is_last:
+                metrics |= self.objective.gradient_metrics()
             found.append(metrics)
         return over_batches(found)
 
@@ -315,6 +317,8 @@ class Trainer:
             raise self._abort(f"{consequence}: not finite: {', '.join(wrong)}")
 
     def _heed_collapse(self, values: dict[str, float]) -> None:
+        for hint in self.watch.hints(self.step, values):
+            logger.warning("hint: %s", hint)
         found = self.watch.see(self.step, values)
         for collapse in found:
             logger.warning("collapse? %s", collapse)

@@ -8,6 +8,7 @@ features in fp64, RankMe aside), and computes in it, under autocast too. Healthy
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from m3i_fast.models.rank import rankme
 from m3i_fast.objectives.statistics import full_precision, wide
+
+if TYPE_CHECKING:
+    from m3i_fast.objectives.seen import Monitor
 
 MAX_ROWS = 512  # of what grows with the square of the rows, or with rows times clusters
 NUM_CLUSTERS = 16
@@ -55,6 +59,46 @@ def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
 def mean_cosine(a: Tensor, b: Tensor) -> Tensor:  # [..., D], [..., D] -> [] fp32
     """Mean cosine between matching rows (teacher and student, prediction and target)."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1).mean()
+
+
+@torch.no_grad()
+def watch_prediction(
+    monitor: Monitor,
+    name: str,
+    *,
+    z_hat: Tensor,  # [..., D], predictions of a dense term
+    z: Tensor,  # [..., D], its targets, normalised as the loss has them
+) -> None:
+    """Log how much of a dense target there is to predict, and how much is predicted.
+
+    Over the rows of the step, on several ranks the own ones: `NAME_cosine`, `NAME_explained` and
+    `NAME_constant`. One row alone has no variance: the first of them then.
+    """
+    monitor(f"{name}_cosine", mean_cosine(z_hat, z))
+    if z.shape[:-1].numel() < 2:
+        return
+    monitor(f"{name}_explained", explained_variance(z_hat, z))
+    monitor(f"{name}_constant", constant_energy(z))
+
+
+def explained_variance(z_hat: Tensor, z: Tensor) -> Tensor:  # [..., D], [..., D] -> []
+    """1 - E|z - z_hat|^2 / E|z - E z|^2: the share of the targets' variance that is predicted.
+
+    1 where predictions are the targets, 0 where they are the mean target, below where they are
+    another constant. A variance below rounding counts as that: of targets that are all one vector
+    the value is finite, and of no account.
+    """
+    rows, predicted = wide(z).flatten(0, -2), wide(z_hat).flatten(0, -2)
+    energy = rows.square().sum()
+    variance = (rows - rows.mean(0)).square().sum()
+    least = energy * torch.finfo(rows.dtype).eps
+    return 1 - (rows - predicted).square().sum() / torch.maximum(variance, least)
+
+
+def constant_energy(z: Tensor) -> Tensor:  # [..., D] -> []
+    """|E z|^2 / E|z|^2: the share of the targets' energy that is one vector, which says nothing."""
+    rows = wide(z).flatten(0, -2)
+    return rows.mean(0).square().sum() / rows.square().sum(-1).mean()
 
 
 def subsample(features: Tensor) -> Tensor:  # [..., D] -> [min(rows, MAX_ROWS), D]

@@ -41,6 +41,7 @@ from m3i_fast.objectives.targets import (
     normalise_tokens,
     normalise_views,
 )
+from m3i_fast.objectives.term_gradients import TermGradients, own_views
 from m3i_fast.objectives.terms import (
     Caption,
     Dense,
@@ -110,6 +111,7 @@ class MutualInformation(nn.Module):
         )
         weights = {t.name: t.weight for t in cfg.active_terms}
         self.balance = Balance(cfg.balance, weights, process_group)
+        self._term_gradients: TermGradients | None = None
 
     def reset_parameters(self) -> None:
         """Initialise everything, as after `to_empty`: equal to a direct build."""
@@ -263,6 +265,7 @@ class MutualInformation(nn.Module):
         each term, and as `loss.total` what is of all of them.
         """
         seen = Seen(batch, mix, encoded, targets, self._encoders(), stage)
+        read_by = self._own_views(encoded) if monitor else {}
         metrics: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
 
@@ -271,8 +274,9 @@ class MutualInformation(nn.Module):
 
         for term in self._every_term():
             name = term.term.name
+            own = seen.reading(read_by[name]) if read_by else seen
             with stage(f"loss.{name}"):
-                losses[name], members = term(seen, log if monitor else None, **self._shared(term))
+                losses[name], members = term(own, log if monitor else None, **self._shared(term))
             metrics[f"loss/{name}"] = losses[name].detach()
             if isinstance(members, int):
                 members = losses[name].new_full((), members)
@@ -285,6 +289,8 @@ class MutualInformation(nn.Module):
             if monitor:
                 metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
                 metrics |= self._monitor(seen)
+        if read_by:  # behind what else goes backward, as `measure` does
+            self._term_gradients = TermGradients(read_by)
         return total, metrics
 
     def _shares(self, metrics: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
@@ -294,6 +300,21 @@ class MutualInformation(nn.Module):
             for term in self._labels()
             if term.term.mean == "batch"
         }
+
+    def _own_views(self, encoded: Encoded) -> dict[str, Encoded]:
+        """What each term reads on a step whose gradients are watched; empty without gradients."""
+        if not encoded.every[0].requires_grad:
+            return {}
+        return {term.term.name: own_views(encoded) for term in self._every_term()}
+
+    def gradient_metrics(self) -> dict[str, Tensor]:
+        """Return how hard each term pulled on the encoder (`TermGradients.metrics`).
+
+        To be called after the backward pass of a forward pass with `monitor`, once: empty
+        otherwise, and where the encoder takes no gradient.
+        """
+        found, self._term_gradients = self._term_gradients, None
+        return found.metrics() if found is not None else {}
 
     def _shared(self, term: TermModule) -> dict[str, nn.Module]:
         """What a term uses and does not own: the decoder of its kind of target."""

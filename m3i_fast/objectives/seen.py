@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -89,6 +89,10 @@ class Seen:
     encoders: Mapping[str, ImageEncoder]  # online, momentum, frozen: those that there are
     stage: Stage = no_stage
     _summaries: dict[int, Tensor] = field(default_factory=dict)
+
+    def reading(self, encoded: Encoded) -> Seen:
+        """The same step with the tokens of `encoded`, which are summarised anew."""
+        return replace(self, encoded=encoded, _summaries={})
 
     def summary(self, number: int) -> Tensor:  # [I or B, s, P]
         """Of the views the encoder saw: the first, the other one if it did, then local ones."""

@@ -1,4 +1,7 @@
-"""Which values of the monitors are healthy, and a watch that tells a collapse from learning."""
+"""Which values of the monitors are healthy, and a watch that tells a collapse from learning.
+
+A collapse ends what can be learnt; a hint says that a run learns less than it could.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 PATIENCE = 3  # logged steps in a row: one out of range may be chance
+# A hint is about a running mean, since few rows are in a step: 16 cells of 4 pictures in the demo.
+HINT_ROWS = 10  # logged steps that the mean is of, nearly
+HINT_STEPS = 150  # after `first_step`: before that hardly any target is predicted by any method
 
 
 class CollapseError(RuntimeError):
@@ -24,6 +30,8 @@ class Healthy:
     high: float = math.inf
     cause: str
     remedy: str
+    is_hint: bool = False
+    """Whether it is judged by its running mean and ends no run."""
 
     def holds(self, value: float) -> bool:
         """False for NaN."""
@@ -42,7 +50,48 @@ class Healthy:
 TEACHER = "ema.momentum nearer to 1, objective.decorrelation-weight above 0, a lower optim.lr"
 TEMPERATURE = "objective.temperature nearer to 0.07, a lower optim.lr"
 PROTOTYPES = "ema.momentum nearer to 1, more objective.num-prototypes, a lower optim.lr"
+TARGETS = (
+    "standardise running and a larger weight of the term in objective.terms, "
+    "objective.mixing.dense-fraction 1, more steps"
+)
+WEIGHTS = "its weight in objective.terms, or objective.balance.mode gradient_norm"
+# Where the bounds of hints are from: the demo with labels and captions for 1 %, 300 steps
+# (tests/observe/runs). M3I as it was first explained -0.9 and -1.4 of the variance in the mean of
+# the last logged steps and had constants up to 0.86; SiameseIM explained 0.11 with a constant of
+# 0.33, M3I with standardised targets 0.24 and 0.29 with 0.05. By all of the encoder's parameters
+# the dense terms of the first had norms of 0.001 to 0.03 beside 0.5 to 17 of a step with one
+# labelled picture, and cosines of -0.38 to -0.53, of the last +0.2 to +0.5.
 HEALTHY = (
+    Healthy(
+        pattern="monitor/*_constant",
+        high=0.7,
+        cause="most of the energy of the targets is one vector, so a constant predicts them: a "
+        "cosine looks well where nothing is learnt",
+        remedy=TARGETS,
+        is_hint=True,
+    ),
+    Healthy(
+        pattern="monitor/*_explained",
+        low=0.02,
+        cause="the predictions are no better than the mean target",
+        remedy=TARGETS,
+        is_hint=True,
+    ),
+    Healthy(
+        pattern="gradient_share/*",
+        low=0.01,
+        cause="the term pulls on the encoder with less than a hundredth of the strongest term's "
+        "gradient, so it is all but left out",
+        remedy=WEIGHTS,
+        is_hint=True,
+    ),
+    Healthy(
+        pattern="gradient_cosine/*",
+        low=-0.3,
+        cause="two terms pull the encoder apart, and what one learns the other undoes",
+        remedy="a smaller weight of one of them in objective.terms, or one of them alone",
+        is_hint=True,
+    ),
     Healthy(
         pattern="monitor/*_std",
         low=0.01,
@@ -123,6 +172,18 @@ class Collapse:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Hint(Collapse):
+    """A monitor whose running mean is out of its healthy range."""
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: {self.name} = {self.value:.4g} in the mean of about {HINT_ROWS} "
+            f"logged steps, healthy is {self.healthy.text}: {self.healthy.cause}. "
+            f"Look at: {self.healthy.remedy}"
+        )
+
+
 class CollapseWatch:
     """Sees every logged step, and speaks once a metric that stays out of its healthy range.
 
@@ -132,6 +193,8 @@ class CollapseWatch:
     def __init__(self, *, first_step: int) -> None:
         self._first_step = first_step
         self._out_of_range: dict[str, int] = {}  # logged steps in a row
+        self._means: dict[str, float] = {}
+        self._num_rows = 0  # that the means are of
 
     def see(self, step: int, values: Mapping[str, float]) -> list[Collapse]:
         """What has been out of range for PATIENCE logged steps with this one."""
@@ -140,7 +203,7 @@ class CollapseWatch:
         found = []
         for name, value in values.items():
             entry = healthy(name)
-            if entry is None:
+            if entry is None or entry.is_hint:
                 continue
             count = 0 if entry.holds(value) else self._out_of_range.get(name, 0) + 1
             if self._out_of_range.get(name, 0) < PATIENCE:  # spoken of already from there on
@@ -149,9 +212,51 @@ class CollapseWatch:
                     found.append(Collapse(name, value, step, entry))
         return found
 
-    def state_dict(self) -> dict[str, int]:
-        """JSON-able: logged steps in a row that each monitor has been out of range."""
-        return dict(self._out_of_range)
+    def hints(self, step: int, values: Mapping[str, float]) -> list[Hint]:
+        """What is out of range in the running mean with this logged step, and was not before."""
+        if step <= self._first_step:
+            return []
+        self._num_rows += 1
+        rate = 1 / min(self._num_rows, HINT_ROWS)
+        for name, value in values.items():
+            entry = healthy(name)
+            if name.startswith("gradient/") or (entry is not None and entry.is_hint):
+                mean = self._means.get(name, value)
+                self._means[name] = mean + rate * (value - mean)
+        if self._num_rows < HINT_ROWS or step <= self._first_step + HINT_STEPS:
+            return []
+        found = []
+        for name, value in (self._means | _shares(self._means)).items():
+            entry = healthy(name)
+            if entry is None or entry.holds(value) or name in self._out_of_range:
+                continue
+            self._out_of_range[name] = PATIENCE
+            found.append(Hint(name, value, step, entry))
+        return found
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._out_of_range = dict(state)
+    def state_dict(self) -> dict[str, float]:
+        """JSON-able: logged steps in a row that each monitor has been out of range; the means."""
+        means = {f"{_MEAN}{name}": value for name, value in self._means.items()}
+        return {**self._out_of_range, **means, _NUM_ROWS: self._num_rows}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Older checkpoints hold no means."""
+        counts = dict(state)
+        self._num_rows = int(counts.pop(_NUM_ROWS, 0))
+        names = [name for name in counts if name.startswith(_MEAN)]
+        self._means = {name.removeprefix(_MEAN): counts.pop(name) for name in names}
+        self._out_of_range = {name: int(count) for name, count in counts.items()}
+
+
+_MEAN, _NUM_ROWS = "mean of ", "rows"
+
+
+def _shares(means: Mapping[str, float]) -> dict[str, float]:
+    """Each term's gradient beside the largest of any term's, as `gradient_share/TERM`."""
+    found = {name: mean for name, mean in means.items() if name.startswith("gradient/")}
+    largest = max(found.values(), default=0.0)
+    return {
+        name.replace("gradient/", "gradient_share/"): mean / largest
+        for name, mean in found.items()
+        if largest > 0
+    }

@@ -12,7 +12,14 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 LABELS = ("run", "recipe", "rank")
 
 # Groups whose members differ from run to run are one metric, told apart by a label.
-_FAMILIES = {"loss": "term", "weight": "term", "members": "term", "monitor": "monitor"}
+_FAMILIES = {
+    "loss": "term",
+    "weight": "term",
+    "members": "term",
+    "gradient": "term",
+    "gradient_cosine": "terms",
+    "monitor": "monitor",
+}
 # Base units: ending here, ending there, how many of it one of ours is.
 _UNITS = (
     ("_gib_s", "_bytes_per_second", 2.0**30),

@@ -82,7 +82,9 @@ def _words(inputs: ReportInputs) -> dict[str, Any]:
 def _figures(inputs: ReportInputs) -> dict[str, Any]:
     judgements = verdict.judge(inputs.evaluation)
     measures = [(judgement, figures.bars(judgement)) for judgement in judgements]
+    shares_of_terms = figures.gradient_shares(inputs.metrics)
     losses = figures.curves(inputs.metrics, "loss")
+    losses += [shares_of_terms] if shares_of_terms else []
     monitors = figures.curves(inputs.metrics, "monitor")
     shares = figures.time_shares(inputs.metrics)
     speeds = ([shares] if shares else []) + figures.curves(inputs.metrics, "throughput")

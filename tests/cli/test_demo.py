@@ -43,19 +43,26 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_evaluation_has_every_figure(out: Path) -> None:
     figures = json.loads((out / "evaluation.json").read_text())
     for name in MEASURES:
-        expected = {"trained", "untrained", "chance"} | (
-            {"pixels"} if name == "knn_top1" else set()
-        )
+        expected = {"trained", "untrained", "chance"} | {
+            "knn_top1": {"pixels", "ema"},
+            "linear_top1": {"ema"},
+        }.get(name, set())
         assert figures[name].keys() == expected
         assert all(0 <= value <= 1 for value in figures[name].values())
     for name in ("scene_miou", "scene_patch_top1", "few_label_top1", "few_label_knn_top1"):
-        assert figures[name].keys() == {"trained", "untrained", "chance", "pixels"}
+        assert figures[name].keys() == {"trained", "ema", "untrained", "chance", "pixels"}
         assert all(0 <= value <= 1 for value in figures[name].values())
     assert figures["caption_information_nats"].keys() == {"trained", "untrained", "chance"}
+<<<<<<< HEAD
     assert figures["effective_rank"].keys() == {"trained", "untrained", "pixels"}
     for name in ("scene_miou", "knn_top1_hard", "patch_correspondence_centred_hard"):
         assert figures["trained_minus"][name].keys() == {"untrained", "chance", "pixels"}
         assert figures[name].keys() == {"trained", "untrained", "chance", "pixels"}
+=======
+    assert figures["effective_rank"].keys() == {"trained", "ema", "untrained", "pixels"}
+    others = {"ema", "untrained", "chance", "pixels"}
+    assert figures["trained_minus"]["scene_miou"].keys() == others
+>>>>>>> wt-monitors
     gallery = figures["held_out_concepts"]
     assert gallery == 22 and figures["train_images_per_s"] > 0
     assert figures["caption_to_image_recall_at_5"]["chance"] == pytest.approx(5 / gallery)

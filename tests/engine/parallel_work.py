@@ -59,7 +59,9 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
             trainer.draw_mix = lambda *_, mix=mix: mix  # type: ignore[method-assign,misc]
             if step == 0:
                 _keep_gradients(trainer, found)
-            losses.append(trainer.world.mean(trainer.train_step(mine)["loss/total"].clone()))
+            metrics = trainer.train_step(mine, monitor=step == 0)
+            losses.append(trainer.world.mean(metrics["loss/total"].clone()))
+            found |= {f"pull/{k}": v.clone() for k, v in metrics.items() if "gradient" in k}
         found["losses"] = torch.stack(losses)
         found |= {f"state/{k}": full(v) for k, v in trainer.objective.state_dict().items()}
         trainer.loader.close()

@@ -189,7 +189,7 @@ def test_a_run_reads_all_batches_and_mixes_each_its_own_way(dataset: Path, tmp_p
     assert len(mixes) == 2 * STEPS
     assert not any(torch.equal(mixes[i], mixes[j]) for i in range(len(mixes)) for j in range(i))
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert all("monitor/target_rank" in row for row in rows)
+    assert all({"monitor/target_rank", "gradient/intra"} <= row.keys() for row in rows)
     assert latest(tmp_path / "run" / "checkpoints").step == STEPS
     with pytest.raises(
         ValueError, match=r"expected 8, .*batch of 8 .*--parallel.accumulate 2, got 4"

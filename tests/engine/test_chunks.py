@@ -56,10 +56,11 @@ def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss, _ = StepForward(objective)(
-            batch, mix, lambda _: nullcontext(), monitor=False, measure=False
+            batch, mix, lambda _: nullcontext(), monitor=True, measure=False
         )
     loss.backward()
     found = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+    found |= objective.gradient_metrics()
     return found, sum(kept.values())
 
 

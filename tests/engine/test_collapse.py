@@ -21,7 +21,8 @@ from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.objectives.similarity import negative_cosine_similarity
 from m3i_fast.objectives.targets import normalise_tokens
 from m3i_fast.objectives.terms import Dense
-from m3i_fast.observe.collapse import CollapseError
+from m3i_fast.observe import collapse
+from m3i_fast.observe.collapse import CollapseError, Healthy
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.test_trainer import TEXT
@@ -173,6 +174,22 @@ def test_an_average_of_momentum_0_does_not_collapse_by_itself(
     cfg = replace(cfg, ema=EmaConfig(momentum=0.0, final_momentum=0.0))
     assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == 60
     assert read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]["monitor/target_rank"] > 5
+
+
+def test_a_hint_is_said_once_and_ends_no_run(
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(collapse, "HINT_STEPS", 0)
+    high = Healthy(pattern="monitor/*_constant", low=2.0, cause="c", remedy="r", is_hint=True)
+    monkeypatch.setattr(collapse, "HEALTHY", (high,))
+    cfg = replace(_config(dataset), num_steps=14, log_every=1)
+    assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == 14
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("hint: ")]
+    assert len(said) == 2 and all("_constant = " in text for text in said)
+    assert "collapse" not in caplog.text
 
 
 def _saturate(self: MutualInformation) -> None:

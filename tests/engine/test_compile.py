@@ -31,7 +31,11 @@ def _config(name: str, dataset: Path) -> TrainConfig:
 
 def _losses(run: Path) -> list[dict[str, float]]:
     return [
-        {name: value for name, value in row.items() if name.startswith(("loss/", "optim/grad"))}
+        {
+            name: value
+            for name, value in row.items()
+            if name.startswith(("loss/", "optim/grad", "gradient/"))
+        }
         for row in read_jsonl(run / "metrics.jsonl")
     ]
 

@@ -10,14 +10,21 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.evaluator import evaluate, evaluate_untrained, throughput
+from m3i_fast.engine.evaluator import (
+    build_averaged,
+    evaluate,
+    evaluate_untrained,
+    load_objective,
+    throughput,
+)
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.held_out import describe_held_out
+from m3i_fast.objectives.targets import normalise_views
 from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.shards import split_digest
-from m3i_fast.recipes import demo, shrink
+from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.test_parallel import TEXT
 
 
@@ -52,8 +59,8 @@ def test_without_baselines_the_trained_figures_are_the_same(run: Path, whole: Pa
     assert torch.equal(held_out.distance, oracle.distance)  # to variants of a concept, too
     assert torch.equal(held_out.group, oracle.group)
     assert everything["split_digest"] == split_digest(whole, "heldout")
-    assert hits.keys() == {"trained", "untrained", "chance", "pixels"}
-    assert hits_alone.keys() == {"trained"}
+    assert hits.keys() == {"trained", "ema", "untrained", "chance", "pixels"}
+    assert hits_alone.keys() == {"trained", "ema"}
     of_trained = {name: of["trained"] for name, of in everything.items() if _has_sources(of)}
     assert {name: of["trained"] for name, of in alone.items() if _has_sources(of)} == of_trained
     assert {
@@ -62,7 +69,35 @@ def test_without_baselines_the_trained_figures_are_the_same(run: Path, whole: Pa
         "patch_correspondence_centred_hard",
         "effective_rank",
     } <= of_trained.keys()
-    assert all(of.keys() == {"trained"} for of in alone.values() if _has_sources(of))
+    of_captions = {
+        "caption_to_image_recall_at_1",
+        "caption_to_image_recall_at_5",
+        "image_to_caption_recall_at_5",
+        "caption_information_nats",
+    }
+    for name, of in alone.items():
+        if _has_sources(of):
+            without = name.removesuffix("_hard") in of_captions
+            assert of.keys() == ({"trained"} if without else {"trained", "ema"}), name
+
+
+def test_the_average_is_measured_as_the_encoder_that_it_is(run: Path) -> None:
+    cfg = TrainConfig.load(run / "config.json")
+    trained = load_objective(run, cfg)
+    averaged, views = build_averaged(trained, cfg), torch.randint(0, 256, (3, 3, 64, 64))
+    views = views.to(torch.uint8)
+    online, other = (model.embed_images(views)[0] for model in (trained, averaged))
+    assert not torch.allclose(online, other)
+    with torch.no_grad():
+        rows = normalise_views(views, torch.arange(3), torch.float32)
+        assert torch.equal(other, trained.target_encoder(rows))
+    assert averaged.embed_images(views)[1] is None and not averaged.training
+
+
+def test_a_run_without_an_average_has_none(dataset: Path, tmp_path: Path) -> None:
+    cfg = shrink(demo_method("supervised"), path=dataset, num_classes=9, text=TEXT)
+    Trainer(replace(cfg, num_threads=1, num_steps=1), tmp_path / "run").train()
+    assert evaluate(tmp_path / "run", baselines=False)[1].keys() == {"trained"}
 
 
 def test_what_was_not_trained_is_measured_alone(run: Path) -> None:
@@ -71,7 +106,8 @@ def test_what_was_not_trained_is_measured_alone(run: Path) -> None:
     assert hits.keys() == {"untrained", "chance", "pixels"}
     for name, of in alone.items():
         if isinstance(of, dict):
-            expected = {who: value for who, value in beside[name].items() if who != "trained"}
+            trained = ("trained", "ema")
+            expected = {who: value for who, value in beside[name].items() if who not in trained}
             assert of == expected, name
     for who, result in hits.items():
         for name, values in result.hits.items():

@@ -104,9 +104,13 @@ def _config(name: str, dataset: Path, **changes: Any) -> TrainConfig:
 
 def _train(cfg: TrainConfig, out: Path, captures: Captures | None) -> tuple[list[float], Any]:
     trainer, losses = Trainer(cfg, out), []
+
+    def keep(_: int, values: dict[str, float]) -> None:
+        losses.extend(v for k, v in values.items() if k.startswith(("loss/total", "gradient")))
+
     if captures is not None:
         replay(trainer.model, CPU, captures)
-    trainer.train(lambda _, values: losses.append(values["loss/total"]))
+    trainer.train(keep)
     return losses, {k: v.clone() for k, v in trainer.objective.state_dict().items()}
 
 

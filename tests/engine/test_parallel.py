@@ -117,6 +117,18 @@ def test_ranks_equal_one_process(
         assert _worst(of_rank, one, "state/") < (1e-9 if name in BATCH_NORMS else 1e-10)
 
 
+@pytest.mark.parametrize("name", ["m3i", "m3i by chunks"])
+def test_sharded_weights_do_not_change_how_terms_are_watched(name: str, ranks: Path) -> None:
+    pulls = []
+    for shard, rank in ((s, r) for s in (1, -1) for r in range(2)):
+        file = ranks / "2" / f"{name}, shard {shard}-{rank}.pt"
+        found = torch.load(file, weights_only=True)
+        pulls.append({k: float(v) for k, v in found.items() if k.startswith("pull/")})
+    assert len(pulls[0]) == 4 + 6 and pulls[0]["pull/gradient/intra"] > 0
+    assert pulls[:2] == [pytest.approx(of_rank, rel=1e-9) for of_rank in pulls[2:]]
+    assert pulls[0] != pytest.approx(pulls[1], rel=1e-3)  # of the own rows
+
+
 @pytest.mark.parametrize("shard", [1, -1])
 def test_in_fp32_the_first_gradients_and_all_losses_are_equal(
     shard: int, ranks: Path, dataset: Path, tmp_path: Path

@@ -100,7 +100,7 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
         runs[name] = (*_saved(tmp_path / name), ids, said, rows)
     tensors, state, ids, said, rows = runs["whole"]
     assert_equal(runs["parts"][0], tensors)
-    assert runs["parts"][1] == state and state["watch"] == {"monitor/target_rank": 3}
+    assert runs["parts"][1] == state and state["watch"]["monitor/target_rank"] == 3
     assert runs["parts"][2] == ids and len(ids) == cfg.num_steps
     assert runs["parts"][3] == said and len(said) == 1 and "step 15" in said[0]
     assert runs["parts"][4] == rows

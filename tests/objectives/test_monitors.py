@@ -8,6 +8,7 @@ import torch
 from scipy.spatial.distance import pdist
 from scipy.stats import entropy
 from sklearn.cluster import KMeans
+from sklearn.metrics import r2_score
 from torch import Tensor
 
 from m3i_fast.models.rank import rankme
@@ -15,6 +16,8 @@ from m3i_fast.objectives.monitors import (
     MAX_ROWS,
     NUM_CLUSTERS,
     alignment,
+    constant_energy,
+    explained_variance,
     feature_std,
     kmeans,
     kmeans_entropy,
@@ -22,6 +25,7 @@ from m3i_fast.objectives.monitors import (
     subsample,
     target_monitors,
     uniformity,
+    watch_prediction,
 )
 
 
@@ -102,6 +106,61 @@ def test_kmeans_entropy_is_that_of_the_cluster_sizes() -> None:
     assert float(kmeans_entropy(two)) == pytest.approx(math.log(2) / math.log(NUM_CLUSTERS))
     assert float(kmeans_entropy(torch.ones(80, 4))) == 0
     assert math.isnan(kmeans_entropy(torch.full((80, 4), torch.nan)))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 5.0])
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_explained_variance_equals_scikit_learn(noise: float, offset: float) -> None:
+    z = _normal(6, 20, 8) * torch.arange(1.0, 9.0) + offset
+    z_hat = 0.7 * z + noise * _normal(6, 20, 8, seed=1)
+    rows = z.flatten(0, 1).numpy(), z_hat.flatten(0, 1).numpy()
+    expected = r2_score(*rows, multioutput="variance_weighted")
+    assert float(explained_variance(z_hat, z)) == pytest.approx(expected, rel=1e-12)
+    of_floats = float(explained_variance(z_hat.float(), z.float()))
+    assert of_floats == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_energy_of_the_constant_is_what_numpy_says() -> None:
+    z = _normal(5, 30, 12) + torch.linspace(-1, 2, 12)
+    rows = z.flatten(0, 1).numpy()
+    energy = (rows**2).sum(1).mean()
+    assert float(constant_energy(z)) == pytest.approx((rows.mean(0) ** 2).sum() / energy, rel=1e-12)
+    # what is left is the variance that there is to explain
+    assert float(constant_energy(z)) == pytest.approx(1 - rows.var(0).sum() / energy, rel=1e-12)
+
+
+def test_a_constant_explains_nothing_though_its_cosine_is_high() -> None:
+    """Targets of which 0.87 is one vector, as a starved run had them: the cosine calls it well."""
+    rest = _normal(4000, 64)
+    rest -= rest.mean(0)
+    constant = torch.zeros(64).double()
+    constant[0] = 1.0
+    z = 0.13**0.5 * rest / rest.square().sum(1).mean().sqrt() + 0.87**0.5 * constant
+    z_hat = z.mean(0).expand_as(z)
+    assert float(constant_energy(z)) == pytest.approx(0.87, abs=1e-9)
+    assert float(mean_cosine(z_hat, z)) == pytest.approx(0.87**0.5, abs=0.01)
+    assert float(explained_variance(z_hat, z)) == pytest.approx(0, abs=1e-12)
+    assert float(explained_variance(0.5 * z_hat, z)) < -1
+    assert float(explained_variance(z, z)) == 1
+
+
+def test_targets_without_variance_explain_nothing_and_are_finite() -> None:
+    z = torch.ones(8, 4, 3) / 3
+    assert float(constant_energy(z)) == pytest.approx(1)
+    assert float(explained_variance(z, z)) == 1
+    wrong = float(explained_variance(z + 1, z))
+    assert math.isfinite(wrong) and wrong < -1e3
+
+
+def test_a_dense_prediction_is_watched_under_its_name() -> None:
+    found: dict[str, Tensor] = {}
+    z, z_hat = _normal(3, 4, 5), _normal(3, 4, 5, seed=1).requires_grad_()
+    watch_prediction(found.__setitem__, "intra", z_hat=z_hat, z=z)
+    assert list(found) == ["intra_cosine", "intra_explained", "intra_constant"]
+    assert not any(value.requires_grad for value in found.values())
+    found.clear()
+    watch_prediction(found.__setitem__, "intra", z_hat=z_hat[:1, :1], z=z[:1, :1])
+    assert list(found) == ["intra_cosine"]  # of one row there is no variance
 
 
 def test_the_subsample_is_fixed_and_favours_no_column() -> None:

@@ -74,7 +74,14 @@ def test_page_holds_everything_and_asks_for_nothing(page: Path) -> None:
 def test_figures_are_one_a_measure_a_curve_and_the_time_shares(page: Path) -> None:
     groups = [name.split("-")[0] for name in _figures(page)]
     counts = {group: groups.count(group) for group in set(groups)}
-    assert counts == {"measure": 5, "loss": 5, "monitor": 8, "time": 1, "throughput": 1}
+    assert counts == {
+        "measure": 5,
+        "loss": 5,
+        "gradient": 1,
+        "monitor": 12,
+        "time": 1,
+        "throughput": 1,
+    }
 
 
 def test_monitors_show_their_healthy_range(page: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from m3i_fast.models.blocks import Linear
 from m3i_fast.models.positions import relative_positions
 from m3i_fast.objectives.config import ObjectiveConfig, Term
-from m3i_fast.objectives.monitors import mean_cosine
+from m3i_fast.objectives.monitors import watch_prediction
 from m3i_fast.objectives.predictors import DenseDecoder, Mlp
 from m3i_fast.objectives.seen import Monitor, Seen
 from m3i_fast.objectives.standardise import Standardise
@@ -64,7 +64,7 @@ class Dense(TermModule):
             z_hat = decoder(tokens, index, position)
         if monitor is not None:
             z = normalise_tokens(target) if term.target == "features" else target
-            monitor(f"{term.name}_cosine", mean_cosine(z_hat.detach(), z))
+            watch_prediction(monitor, term.name, z_hat=z_hat, z=z)
         value = self.loss(z_hat, target)
         if term.view == "same" or decoder is None or not seen.encoded.local:
             return value, len(rows)

@@ -24,6 +24,9 @@ MAX_POINTS = 400  # of a curve; more steps are averaged in bins
 MIN_SMOOTHED = 24  # points of a curve that gets a moving mean
 CURVE_HEIGHT = 170
 BAR_HEIGHT = 30
+LEGEND_HEIGHT = 22  # of a row of names
+LEGEND_LETTERS = 12  # of the longest name, where two stand in a row
+NUM_COLOURS = 6  # --series-0 and on
 NAMES = {
     "loss/total": ("Total", "the weighted sum of the terms"),
     "loss/intra": ("Intra-view dense", "features of hidden cells, same view"),
@@ -35,6 +38,10 @@ NAMES = {
     "monitor/target_alignment": ("Alignment", "distance of encoder and target, squared"),
     "monitor/target_uniformity": ("Uniformity of targets", "0 when all point one way"),
     "monitor/target_kmeans_entropy": ("Kinds of targets", "k-means entropy: 0 when of one kind"),
+    "monitor/intra_explained": ("Explained, intra-view", "share of the targets' variance"),
+    "monitor/inter_explained": ("Explained, inter-view", "share of the targets' variance"),
+    "monitor/intra_constant": ("Constant, intra-view", "energy of targets that is one vector"),
+    "monitor/inter_constant": ("Constant, inter-view", "energy of targets that is one vector"),
     "monitor/intra_cosine": ("Cosine, intra-view", "prediction and target"),
     "monitor/inter_cosine": ("Cosine, inter-view", "prediction and target"),
     "monitor/category_log_scale": ("Scale, category", "inverse temperature, learned"),
@@ -118,6 +125,86 @@ def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
         "margin": {"l": 38, "r": 12, "t": 8, "b": 40},
     }
     return _panel(key.replace("/", "-"), title, note, label, CURVE_HEIGHT, traces, layout)
+
+
+def gradient_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
+    """How hard each term pulls on the encoder, as its share of all terms' gradients.
+
+    Means of the logged steps before: a term that few pictures have targets of pulls on few of them.
+    None where there is one term alone, or no gradient was logged.
+    """
+    steps, shares = _shares_of_terms(metrics)
+    if len(shares) < 2:
+        return None
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": f"{name} {_share(share[-1])}",
+            "x": _plain(steps),
+            "y": _plain(share),
+            "stackgroup": "terms",
+            "fillcolor": f"var(--series-{number % NUM_COLOURS})",
+            "line": {"color": "var(--paper)", "width": 1},
+            "hovertemplate": f"{name} %{{y:.1%}}<extra></extra>",
+        }
+        for number, (name, share) in enumerate(shares.items())
+    ]
+    listed = ", ".join(f"{name} {_share(share[-1])}" for name, share in shares.items())
+    in_a_row = 2 if max(map(len, shares)) <= LEGEND_LETTERS else 1
+    top = LEGEND_HEIGHT * math.ceil(len(shares) / in_a_row)
+    layout = {
+        "xaxis": _axis(nticks=4, title="step") | {"showgrid": False},
+        "yaxis": _axis(nticks=4) | {"range": [0, 1], "tickformat": ".0%", "fixedrange": True},
+        "hovermode": "x unified",
+        "legend": _legend(in_a_row),
+        "margin": {"l": 38, "r": 12, "t": top, "b": 40},
+    }
+    return _panel(
+        "gradient-shares",
+        "Pull on the encoder",
+        "each term's share of the gradient, smoothed; under 1% a term is all but left out",
+        f"Share of the gradient at the last logged steps: {listed}",
+        CURVE_HEIGHT + top,
+        traces,
+        layout,
+    )
+
+
+def _shares_of_terms(
+    metrics: Sequence[Mapping[str, float]],
+) -> tuple[npt.NDArray[np.float64], dict[str, npt.NDArray[np.float64]]]:
+    """The logged steps, and each term's share of all terms' gradients there."""
+    prefix = "gradient/"
+    names = [key.removeprefix(prefix) for key in metrics[-1] if key.startswith(prefix)]
+    rows = [row for row in metrics if all(prefix + name in row for name in names)]
+    steps = _binned(np.array([row["step"] for row in rows], float))
+    columns = (np.array([row[prefix + name] for row in rows], float) for name in names)
+    pulls = [_trailing_mean(_binned(column), max(len(steps) // 6, 1)) for column in columns]
+    total = np.maximum(sum(pulls, start=np.zeros(len(steps))), 1e-30)
+    return steps, {name: pull / total for name, pull in zip(names, pulls, strict=True)}
+
+
+def _share(value: float) -> str:
+    """As short as a legend needs it, and with a digit where a term is nearly left out."""
+    return percent(value) if value < 0.1 else f"{100 * value:.0f}%"
+
+
+def _legend(in_a_row: int) -> dict[str, Any]:
+    """Names above the figure, in columns of one width."""
+    return {
+        "orientation": "h",
+        "x": 0,
+        "xanchor": "left",
+        "y": 1,
+        "yanchor": "bottom",
+        "entrywidth": 1 / in_a_row,
+        "entrywidthmode": "fraction",
+        "traceorder": "normal",
+        "font": {"color": "var(--ink)", "size": 11},
+        "itemclick": False,
+        "itemdoubleclick": False,
+    }
 
 
 def _bounds(bounds: Healthy) -> list[dict[str, Any]]:
@@ -276,6 +363,16 @@ def _moving_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np
     number = count[end] - count[start]
     mean = (total[end] - total[start]) / np.maximum(number, 1)
     return np.where(number > 0, mean, np.nan)
+
+
+def _trailing_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
+    """Mean of the finite values among the `window` up to each one; 0 where there is none."""
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - window, 0)
+    return (total[end] - total[start]) / np.maximum(count[end] - count[start], 1)
 
 
 def _plain(values: npt.NDArray[np.float64]) -> list[float | None]:

@@ -9,6 +9,7 @@ from typing import Any
 MINUS = "\N{MINUS SIGN}"
 SOURCES = {
     "trained": "trained",
+    "ema": "its EMA",
     "untrained": "untrained",
     "pixels": "raw pixels",
     "chance": "chance",

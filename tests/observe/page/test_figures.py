@@ -12,6 +12,7 @@ from m3i_fast.observe.page.figures import (
     bars,
     curve,
     curves,
+    gradient_shares,
     how_drawn,
     plotly_source,
     time_shares,
@@ -64,6 +65,39 @@ def test_known_curves_come_first_and_unknown_ones_are_not_lost() -> None:
     row = {"step": 1.0, "loss/zeta": 1.0, "loss/caption": 1.0, "loss/total": 1.0, "optim/lr": 1.0}
     assert [panel.title for panel in curves([row], "loss")] == ["Total", "Caption", "zeta"]
     assert curves([row], "monitor") == []
+
+
+def test_shares_of_the_gradient_are_means_of_the_steps_before() -> None:
+    rng = np.random.default_rng(0)
+    pulls = {name: rng.random(60) * size for name, size in (("a", 1.0), ("b", 5.0), ("rare", 40.0))}
+    pulls["rare"][np.arange(60) % 4 > 0] = 0.0  # a step in four has a picture with a target
+    pulls["a"][59] = math.nan
+    rows = [
+        {"step": 20.0 * (i + 1)} | {f"gradient/{name}": pull[i] for name, pull in pulls.items()}
+        for i in range(60)
+    ]
+    panel = gradient_shares([{"step": 0.0, "loss/total": 1.0}, *rows])
+    assert panel is not None
+    shares = {trace["name"].split()[0]: trace["y"] for trace in panel.figure["data"]}
+    assert list(shares) == ["a", "b", "rare"]
+    for end in (1, 5, 10, 37, 60):  # the last ten, a sixth of the steps
+        means = {name: np.nanmean(pull[max(end - 10, 0) : end]) for name, pull in pulls.items()}
+        expected = {name: mean / sum(means.values()) for name, mean in means.items()}
+        assert {name: y[end - 1] for name, y in shares.items()} == pytest.approx(expected, rel=1e-5)
+    for trace in panel.figure["data"]:
+        name, percent = trace["name"].split()
+        last = 100 * trace["y"][-1]
+        assert percent == (f"{last:.1f}%" if last < 10 else f"{last:.0f}%")
+        assert trace["name"] in panel.label
+    json.dumps(panel.figure, allow_nan=False)
+
+
+def test_a_term_alone_has_no_share() -> None:
+    assert gradient_shares([{"step": 1.0, "gradient/a": 1.0}]) is None
+    assert gradient_shares(_rows([1.0])) is None
+    none = [{"step": 1.0, "gradient/a": 0.0, "gradient/b": 0.0}]
+    panel = gradient_shares(none)
+    assert panel is not None and [t["y"] for t in panel.figure["data"]] == [[0.0], [0.0]]
 
 
 def test_bars_carry_the_figures_and_say_them() -> None:
