@@ -196,7 +196,7 @@ def _how_to_make(path: Path) -> str:
 
 def how_to_restore(path: Path, manifest: Manifest) -> str:
     """Say how to restore files of a dataset that are missing or damaged."""
-    if manifest.name in ("openmoji", "synthetic"):
+    if manifest.name in ("openmoji", "styles", "synthetic"):
         return (
             f"write the files again with the settings in {MANIFEST_NAME}: "
             f"m3i-fast data {manifest.name} {quoted(path)}"

