@@ -1,4 +1,4 @@
-"""Icon sets in Iconify's JSON, as its npm packages hold them in icons.json: names to SVG drawings."""
+"""Icon sets in Iconify's JSON, as the icons.json of its npm packages: names and SVG drawings."""
 
 from __future__ import annotations
 

@@ -80,14 +80,16 @@ def _choose(
     """The pictures of each split, without those that stay empty."""
     training = [c for c in candidates if c.style.name != heldout_style]
     in_train = set(members["train"])
-    train = [c for c in training if c.drawing.group_id in in_train]
+    # Thinned before: which variants are kept depends on the style and the seed alone.
+    thinned = _thinned(training, max_variants, seed=seed)
+    train = [c for c in thinned if c.drawing.group_id in in_train]
     seen = _firsts(training)
     new = _firsts(c for c in candidates if c.style.name == heldout_style)
     tune, heldout = (
         [seen[group] for group in sorted(members[split]) if group in seen]
         for split in ("tune", "heldout")
     )
-    splits = {"train": _thinned(train, max_variants, seed=seed), "tune": tune, "heldout": heldout}
+    splits = {"train": train, "tune": tune, "heldout": heldout}
     if heldout_style is not None:
         both = [c for c in heldout if c.drawing.group_id in new]  # so that the two are paired
         splits["heldout"] = [new[c.drawing.group_id] for c in both]
