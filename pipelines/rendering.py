@@ -23,6 +23,7 @@ class Picture:
     name: str
     sample_id: int
     group_id: int
+    read_alternates: tuple[Callable[[], str], ...] = ()  # SVGs of other pictures of the thing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +83,9 @@ class RenderedSamples:
         has_caption, has_class = kept in ("both", "caption"), kept in ("both", "class")
         texts = (drawing.caption, *drawing.other_captions)[: how.captions_per_picture]
         try:
-            image = how.render(picture.read_svg())
+            image, *alternates = [
+                how.render(read()) for read in (picture.read_svg, *picture.read_alternates)
+            ]
         except ValueError as error:
             raise ValueError(f"{picture.name}: expected an SVG drawing, got {error}") from error
         return Sample(
@@ -93,4 +96,5 @@ class RenderedSamples:
             group_id=picture.group_id,
             captions=tuple(how.tokenizer.encode(text) for text in texts) if has_caption else (),
             label=how.class_names.index(drawing.category) if has_class else -1,
+            alternates=tuple(alternates),
         )

@@ -7,7 +7,7 @@ crop gives. Concepts, names, categories, and the concepts held out are those of 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +97,10 @@ def _choose(
     return {split: chosen for split, chosen in splits.items() if chosen}
 
 
-def _pictures(chosen: Sequence[_Candidate]) -> list[Picture]:
+def _pictures(
+    chosen: Sequence[_Candidate], others_of: Mapping[int, Sequence[_Candidate]] | None = None
+) -> list[Picture]:
+    """The pictures as they are packed, each with those of its concept in other styles, if given."""
     first = _firsts(chosen)
     return [
         Picture(
@@ -106,9 +109,35 @@ def _pictures(chosen: Sequence[_Candidate]) -> list[Picture]:
             name=f"{each.style.name}-{each.drawing.code}-{each.drawing.caption}",
             sample_id=each.sample_id,
             group_id=first[each.drawing.group_id].sample_id,
+            read_alternates=() if others_of is None else _in_other_styles(each, others_of),
         )
         for each in chosen
     ]
+
+
+def _in_other_styles(
+    one: _Candidate, candidates_of: Mapping[int, Sequence[_Candidate]]
+) -> tuple[Callable[[], str], ...]:
+    """The same drawing in every other style, or the plainest of its concept where it is not there.
+
+    A concept of a single style has its own picture as the other one, of which another crop is then
+    seen, as without other styles.
+    """
+    found: dict[str, _Candidate] = {}
+    for each in candidates_of[one.drawing.group_id]:
+        if each.drawing is one.drawing:
+            found[each.style.name] = each
+        else:
+            found.setdefault(each.style.name, each)
+    others = [each for name, each in found.items() if name != one.style.name] or [one]
+    return tuple(each.style.svgs[each.drawing.code] for each in others)
+
+
+def _by_concept(candidates: Iterable[_Candidate]) -> dict[int, list[_Candidate]]:
+    found: dict[int, list[_Candidate]] = {}
+    for each in candidates:
+        found.setdefault(each.drawing.group_id, []).append(each)
+    return found
 
 
 def build(
@@ -116,6 +145,7 @@ def build(
     *,
     iconify: Sequence[Path] = (),
     heldout_style: str | None = HELDOUT_STYLE,
+    alternates: bool = False,
     image_size: int = 72,
     image_format: Literal["png", "jpg"] = "png",
     labelled: float = 1.0,
@@ -139,6 +169,8 @@ def build(
 
     `iconify`: icons.json of Iconify's packages, a style each (`style_sources.read_styles`).
     `heldout_style`: None trains on all, and "heldout" is then in the first style that has it.
+    `alternates`: keep beside each training picture those of its concept in the other styles that
+    are trained on, out of which a step cuts its second view.
     `max_variants`: most drawings of a training concept in a style. The others are those of
     `openmoji.build`: a concept keeps the same caption and class in every style.
     """
@@ -151,8 +183,9 @@ def build(
     _check_heldout_style(heldout_style, styles)
     groups = limit_groups(found, limit, seed=seed)
     members = split_groups(groups, seed=seed, heldout=heldout, tune=tune)
+    candidates = _candidates(found, styles)
     chosen = _choose(
-        _candidates(found, styles),
+        candidates,
         members,
         heldout_style=heldout_style,
         max_variants=max_variants,
@@ -172,7 +205,11 @@ def build(
         split: RenderedSamples(_pictures(those), rendering, annotation_of)
         for split, those in chosen.items()
     }
-    settings = {**shares, **counts, "heldout_style": heldout_style}
+    if alternates:
+        training = _by_concept(c for c in candidates if c.style.name != heldout_style)
+        pictures = _pictures(chosen["train"], training)
+        splits["train"] = RenderedSamples(pictures, rendering, annotation_of)
+    settings = {**shares, **counts, "heldout_style": heldout_style, "alternates": alternates}
     info = _info(rendering, styles, settings)
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
 

@@ -78,6 +78,9 @@ class Styles(_Drawings):
     twemoji takes the place of the package's drawings."""
     heldout_style: str | None = HELDOUT_STYLE
     """Style that is never trained on, in which split heldout is drawn; None: train on all."""
+    alternates: bool = False
+    """Keep beside each training picture those of its concept in the other styles that are trained
+    on: a training step then cuts its second view out of one of them (data.alternates)."""
     max_variants: int | None = 3
     """Drawings kept of a training concept in each style (skin tones, genders); None: all."""
 

@@ -139,6 +139,7 @@ def _correspondence(
         split=split,
         batch_size=1,
         global_views=views,
+        alternates=False,
         max_pixels=cfg.data.max_pixels,
     )
     loader = Loader(settings, device_id=0 if device.type == "cuda" else None)

