@@ -37,6 +37,7 @@ ADDED: dict[str, object] = {
     "optim.dcn_lr_scale": 1.0,
     "optim.freeze_patch_embed": False,
     "data.hw_decoder_load": None,
+    "data.alternates": True,
     "data.max_pixels": 89_478_485,
     "guard.max_in_a_row": 10,
     "guard.max_share": 0.1,

@@ -108,6 +108,9 @@ class LoaderConfig:
     max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS
     """Most pixels of a picture, height times width; larger ones are refused by name before they are
     decoded. As Pillow's MAX_IMAGE_PIXELS."""
+    alternates: bool = True
+    """Cut the second global view out of another picture of the same thing, where the data set has
+    such (data styles --alternates): one of them, drawn anew at every step."""
     hw_decoder_load: float | None = None
     """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
     leaves it to DALI. For decoding on a GPU alone."""

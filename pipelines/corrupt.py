@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from m3i_fast.pipelines import captions
+from m3i_fast.pipelines import alternates, captions
 from m3i_fast.pipelines.manifest import Manifest, SplitInfo, quoted
 from m3i_fast.pipelines.pictures import FORMATS, decode
+from m3i_fast.pipelines.samples import check_alternate
 from m3i_fast.pipelines.shards import INTEGERS, Member, members
 
 NAMED = re.compile(r"Failed to decode sample #\d+ : (?P<source>.+)")
-SMALL = (captions.TOKENS, captions.LENGTHS, *INTEGERS)  # all components but the picture
+# All components but the pictures, and those.
+SMALL = (captions.TOKENS, captions.LENGTHS, alternates.SIZES, *INTEGERS)
+LARGE = (*FORMATS, alternates.PICTURES, alternates.SIZES)
 
 
 def pipeline_error(
@@ -52,7 +55,7 @@ def _error(path: Path, source: str, flag: str = "") -> RuntimeError:
 def find_bad_picture(path: Path, split: SplitInfo, max_pixels: int) -> str | None:
     """Find the first picture that Pillow cannot decode: shard:member (what is wrong)."""
     for shard in split.shards:
-        for sample in members(path, shard, FORMATS):
+        for sample in members(path, shard, LARGE):
             found = picture_fault(sample, max_pixels)
             if found is not None:
                 return f"{shard.file}:{found}"
@@ -73,12 +76,17 @@ def find_fault(
 
 
 def picture_fault(sample: dict[str, Member], max_pixels: int) -> str | None:
-    """Decode a sample's picture; returns member (what is wrong), None: nothing."""
+    """Decode a sample's pictures; returns member (what is wrong), None: nothing."""
     for extension in FORMATS.keys() & sample.keys():
+        member = sample[extension]
         try:
-            decode(sample[extension].content, extension, max_pixels)
+            size = decode(member.content, extension, max_pixels)
+            if alternates.PICTURES in sample:
+                member = sample[alternates.PICTURES]
+                for picture in alternates.split(member.content, sample[alternates.SIZES].content):
+                    check_alternate(picture, extension, size, max_pixels)
         except ValueError as error:
-            return f"{sample[extension].name} ({error})"
+            return f"{member.name} ({error})"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from m3i_fast.pipelines import captions
+from m3i_fast.pipelines import alternates, captions
 from m3i_fast.pipelines.manifest import (
     Manifest,
     ShardInfo,
@@ -68,7 +68,11 @@ def check_split(
     def check(shard: ShardInfo) -> int:
         index = read_index(path, shard)
         check_tar(path, shard, index, max_pixels)
-        return max(captions.count({part.extension: part.size for part in row}) for row in index)
+        num_bytes = [{part.extension: part.size for part in row} for row in index]
+        _check_alternates(
+            path / shard.file, split, [alternates.count(sizes) for sizes in num_bytes]
+        )
+        return max(map(captions.count, num_bytes))
 
     with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
         found = max(pool.map(check, split.shards[shard_id::num_shards]), default=0)
@@ -78,3 +82,14 @@ def check_split(
             f"{path}: split {name}: expected max_captions {split.max_captions} (manifest), got "
             f"{found}"
         )
+
+
+def _check_alternates(file: Path, split: SplitInfo, counts: list[int]) -> None:
+    """Raise ValueError where a sample has more other pictures than its split, or lacks them."""
+    least = min(split.max_alternates, 1)
+    for count in counts:
+        if not least <= count <= split.max_alternates:
+            raise ValueError(
+                f"{file}: expected {least} to {split.max_alternates} other pictures a sample "
+                f"(manifest), got {count} of one"
+            )

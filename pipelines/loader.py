@@ -158,6 +158,7 @@ class Loader:
             shard_id=self.shard_id,
             num_shards=self.num_shards,
             hw_decoder_load=cfg.hw_decoder_load,
+            alternates=cfg.alternates and cfg.global_views.count > 1,
         )
         return training_graph(
             source,
@@ -271,6 +272,7 @@ def _source(
     shard_id: int = 0,
     num_shards: int = 1,
     hw_decoder_load: float | None = None,
+    alternates: bool = False,
 ) -> Source:
     from m3i_fast.pipelines.reader import Source
 
@@ -281,6 +283,7 @@ def _source(
         num_shards=num_shards,
         context_length=manifest.tokenizer.context_length,
         max_captions=split.max_captions,
+        max_alternates=split.max_alternates if alternates else 0,
         on_gpu=on_gpu,
         shuffle=shuffle,
         hw_decoder_load=hw_decoder_load,

@@ -15,7 +15,8 @@ from m3i_fast.pipelines.tokens import TokenizerInfo
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "m3i-fast-shards"
-ONE_CAPTION, SEVERAL_CAPTIONS = 1, 2  # format versions; a picture has at most one in the first
+# Format versions: a picture has at most one caption in the first, samples have one picture in both.
+ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES = 1, 2, 3
 # What `m3i-fast demo` packs, as a person types it.
 DEMO_FLAGS = "--num-merges 500 --max-variants 3"
 
@@ -51,6 +52,7 @@ class SplitInfo:
     num_captions: int  # samples with at least one caption
     total_captions: int
     max_captions: int  # of one sample; at least 1
+    max_alternates: int  # other pictures of one sample; 0: no sample has any
     num_labels: int
     num_groups: int
     shards: tuple[ShardInfo, ...]
@@ -87,13 +89,17 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """The lowest version that holds the data: what one caption a picture fits into stays 1."""
+        if any(split.max_alternates > 0 for split in self.splits.values()):
+            return ALTERNATES
         several = any(split.max_captions > 1 for split in self.splits.values())
         return SEVERAL_CAPTIONS if several else ONE_CAPTION
 
     def to_json(self) -> str:
         raw = {**asdict(self), "format_version": self.format_version}
-        if self.format_version == ONE_CAPTION:
-            for split in raw["splits"].values():
+        for split in raw["splits"].values():
+            if self.format_version < ALTERNATES:
+                del split["max_alternates"]
+            if self.format_version < SEVERAL_CAPTIONS:
                 del split["total_captions"], split["max_captions"]
         return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
@@ -140,14 +146,13 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(
             f"{file} is not a manifest of this package ({error!r}); {_how_to_make(path)}"
         ) from error
-    known = [(FORMAT, ONE_CAPTION), (FORMAT, SEVERAL_CAPTIONS)]
+    known = [(FORMAT, version) for version in (ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES)]
     if found not in known:
         raise ValueError(
             f"{file}: expected a format of {known}, got {found}; name another directory, or update "
             "m3i-fast where a newer one wrote it"
         )
-    if found[1] == ONE_CAPTION:
-        _fill_in(raw)
+    _fill_in(raw, found[1])
     try:
         return _converter.structure(raw, Manifest)
     except cattrs.BaseValidationError as error:
@@ -155,12 +160,14 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(f"{file}: {'; '.join(reasons)}") from error
 
 
-def _fill_in(raw: dict[str, Any]) -> None:
-    """Add what a manifest of one caption a picture leaves out."""
+def _fill_in(raw: dict[str, Any], version: int) -> None:
+    """Add what a manifest of an earlier version leaves out."""
     splits = raw.get("splits")
     for split in splits.values() if isinstance(splits, dict) else ():
-        if isinstance(split, dict):
+        if isinstance(split, dict) and version < SEVERAL_CAPTIONS:
             split.update(total_captions=split.get("num_captions"), max_captions=1)
+        if isinstance(split, dict) and version < ALTERNATES:
+            split.update(max_alternates=0)
 
 
 def _exactly(value: Any, kind: type) -> Any:
@@ -196,7 +203,7 @@ def _how_to_make(path: Path) -> str:
 
 def how_to_restore(path: Path, manifest: Manifest) -> str:
     """Say how to restore files of a dataset that are missing or damaged."""
-    if manifest.name in ("openmoji", "synthetic"):
+    if manifest.name in ("openmoji", "styles", "synthetic"):
         return (
             f"write the files again with the settings in {MANIFEST_NAME}: "
             f"m3i-fast data {manifest.name} {quoted(path)}"

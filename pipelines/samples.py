@@ -26,6 +26,20 @@ class Sample:
     group_id: int  # sample_id of the group's first sample
     captions: tuple[NDArray[np.int32], ...]  # [n] token ids of each; empty: no caption
     label: int  # -1: no label
+    alternates: tuple[bytes, ...] = ()  # other pictures of the same thing, as large as `image`
+
+
+def check_alternate(picture: bytes, extension: str, size: tuple[int, int], max_pixels: int) -> None:
+    """Decode another picture of a sample: ValueError unless it has the first one's format and size.
+
+    A box tells where a view lies in either of them.
+    """
+    found = decode(picture, extension, max_pixels)
+    if found != size:
+        raise ValueError(
+            f"another picture of it: expected {size[0]} x {size[1]} pixels, as the first has, got "
+            f"{found[0]} x {found[1]}"
+        )
 
 
 class SampleSource(Protocol):
@@ -41,20 +55,28 @@ class Counts:
 
     def __init__(self) -> None:
         self.captions: list[int] = []
+        self.alternates: list[int] = []
         self.num_labels = 0
         self.groups: set[int] = set()
 
-    def add(self, *, num_captions: int, label: int, group_id: int) -> None:
+    def add(self, *, num_captions: int, num_alternates: int, label: int, group_id: int) -> None:
         self.captions.append(num_captions)
+        self.alternates.append(num_alternates)
         self.num_labels += label >= 0
         self.groups.add(group_id)
 
     def split(self, shards: Sequence[ShardInfo]) -> SplitInfo:
+        if min(self.alternates) == 0 < max(self.alternates):
+            raise ValueError(
+                "expected other pictures of every sample or of none, got none of "
+                f"{self.alternates.count(0)} of {len(self.alternates)}"
+            )
         return SplitInfo(
             num_samples=len(self.captions),
             num_captions=sum(number > 0 for number in self.captions),
             total_captions=sum(self.captions),
             max_captions=max([1, *self.captions]),
+            max_alternates=max(self.alternates),
             num_labels=self.num_labels,
             num_groups=len(self.groups),
             shards=tuple(shards),
@@ -109,12 +131,20 @@ class Tally:
             wrong = captions.fault(sample.captions, self.tokenizer)
             if wrong is not None:
                 raise ValueError(wrong)
-            self.sizes.add(decode(sample.image, sample.extension, self.max_pixels))
+            size = decode(sample.image, sample.extension, self.max_pixels)
+            self.sizes.add(size)
+            for picture in sample.alternates:
+                check_alternate(picture, sample.extension, size, self.max_pixels)
         except ValueError as error:
             raise ValueError(f"sample {sample.name}: {error}") from error
         self.extensions.add(sample.extension)
         counts = self.counts.setdefault(split, Counts())
-        counts.add(num_captions=len(sample.captions), label=sample.label, group_id=sample.group_id)
+        counts.add(
+            num_captions=len(sample.captions),
+            num_alternates=len(sample.alternates),
+            label=sample.label,
+            group_id=sample.group_id,
+        )
         return sample
 
     def split(self, name: str, shards: list[ShardInfo]) -> SplitInfo:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from m3i_fast.pipelines import alternates
 from m3i_fast.pipelines.manifest import ShardInfo, read_manifest
 from m3i_fast.pipelines.pictures import FORMATS, Read, check_header
 
@@ -115,6 +116,8 @@ def _extensions_fault(extensions: tuple[str, ...]) -> str | None:
     missing = [name for name in INTEGERS if name not in extensions]
     if missing:
         return f"expected a component {missing[0]}, {got}"
+    if (alternates.PICTURES in extensions) != (alternates.SIZES in extensions):
+        return f"expected {alternates.PICTURES} and {alternates.SIZES} or neither, {got}"
     if len(set(extensions)) < len(extensions):
         return f"expected each component once, {got}"
     return None
@@ -129,15 +132,28 @@ def check_tar(path: Path, shard: ShardInfo, index: list[IndexRow], max_pixels: i
     file = path / shard.file
     tar = os.open(file, os.O_RDONLY)
     try:
-        for part in (part for row in index for part in row):
-            try:
-                _check_tar_header(tar, part)
-                if part.extension in FORMATS:
-                    check_header(_reader(tar, part), part.extension, max_pixels)
-            except ValueError as error:
-                raise ValueError(f"{file}: {part.name}: {error}") from error
+        for row in index:
+            for part in row:
+                try:
+                    _check_tar_header(tar, part)
+                    _check_pictures(tar, part, row, max_pixels)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {part.name}: {error}") from error
     finally:
         os.close(tar)
+
+
+def _check_pictures(tar: int, part: Component, row: IndexRow, max_pixels: int) -> None:
+    """Check the headers of the pictures that a component of a sample holds, if it does."""
+    if part.extension in FORMATS:
+        check_header(_reader(tar, part), part.extension, max_pixels)
+    elif part.extension == alternates.PICTURES:
+        extension = next(other.extension for other in row if other.extension in FORMATS)
+        stored = next(other for other in row if other.extension == alternates.SIZES)
+        sizes = os.pread(tar, stored.size, stored.offset)
+        for start, size in alternates.places(sizes, part.size):
+            one = part._replace(offset=part.offset + start, size=size)
+            check_header(_reader(tar, one), extension, max_pixels)
 
 
 def _check_tar_header(tar: int, part: Component) -> None:

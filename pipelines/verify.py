@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from m3i_fast.pipelines import captions
-from m3i_fast.pipelines.corrupt import SMALL, integer, picture_fault, sample_fault
+from m3i_fast.pipelines import alternates, captions
+from m3i_fast.pipelines.corrupt import LARGE, SMALL, integer, picture_fault, sample_fault
 from m3i_fast.pipelines.dataset import check_split
 from m3i_fast.pipelines.manifest import (
     Manifest,
@@ -14,7 +14,7 @@ from m3i_fast.pipelines.manifest import (
     read_manifest,
     sha256_file,
 )
-from m3i_fast.pipelines.pictures import FORMATS, MAX_PIXELS
+from m3i_fast.pipelines.pictures import MAX_PIXELS
 from m3i_fast.pipelines.samples import Counts, Identities
 from m3i_fast.pipelines.shards import INTEGERS, members
 
@@ -54,7 +54,7 @@ def _read_samples(
     """Check the contents of a split; also its pictures, where `max_pixels` is given."""
     split = manifest.splits[name]
     counts = Counts()
-    wanted = SMALL if max_pixels is None else (*SMALL, *FORMATS)
+    wanted = SMALL if max_pixels is None else (*SMALL, *LARGE)
     for shard in split.shards:
         for sample in members(path, shard, wanted):
             fault = sample_fault(sample, manifest)
@@ -68,7 +68,12 @@ def _read_samples(
             except ValueError as error:
                 raise ValueError(f"{path / shard.file}: {sample['sid'].name}: {error}") from error
             num_bytes = {extension: len(member.content) for extension, member in sample.items()}
-            counts.add(num_captions=captions.count(num_bytes), label=label, group_id=group_id)
+            counts.add(
+                num_captions=captions.count(num_bytes),
+                num_alternates=alternates.count(num_bytes),
+                label=label,
+                group_id=group_id,
+            )
         _check_digest(path / shard.file, shard.sha256)
     identities.check_groups(name)
     found = counts.split(split.shards)

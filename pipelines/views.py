@@ -25,10 +25,19 @@ def random_view(image: DataNode, size_hw: DataNode, cfg: ViewConfig) -> tuple[Da
 
 
 def random_views(
-    image: DataNode, size_hw: DataNode, cfg: ViewConfig
+    image: DataNode,
+    size_hw: DataNode,
+    cfg: ViewConfig,
+    other: tuple[DataNode, DataNode] | None = None,
 ) -> tuple[list[DataNode], list[DataNode]]:
-    """`cfg.count` views of one decoded image, and their boxes."""
-    pairs = [random_view(image, size_hw, cfg) for _ in range(cfg.count)]
+    """`cfg.count` views of one decoded image, and their boxes; the second one of `other`, if given.
+
+    other: another decoded image and its height and width.
+    """
+    sources = [(image, size_hw)] * cfg.count
+    if other is not None:
+        sources[1] = other
+    pairs = [random_view(*source, cfg) for source in sources]
     return [view for view, _ in pairs], [found for _, found in pairs]
 
 

@@ -24,7 +24,7 @@ VERBS = {
     "methods": "list the known methods and their terms, or explain one",
     "evaluate": "measure a run's encoder on held-out pictures",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
-    "data": "write a data set: openmoji, synthetic; or verify one",
+    "data": "write a data set: openmoji, styles, synthetic; or verify one",
     "bench": "run one benchmark and append its rows to the ledger",
     "faults": "spoil runs in every way, and see each end as if nothing had happened",
     "doctor": "say what this machine can use and, where it cannot, why",

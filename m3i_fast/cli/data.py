@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from m3i_fast.cli import console
+from m3i_fast.pipelines.manifest import read_manifest
 from m3i_fast.pipelines.openmoji import build as build_openmoji
 from m3i_fast.pipelines.pictures import MAX_PIXELS
+from m3i_fast.pipelines.styles import HELDOUT_STYLE
+from m3i_fast.pipelines.styles import build as build_styles
 from m3i_fast.pipelines.synthetic import build as build_synthetic
 from m3i_fast.pipelines.verify import verify
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenMoji:
-    """Captioned drawings, rendered offline: the demo's data (CC BY-SA 4.0)."""
+class _Drawings:
+    """What data sets of rendered drawings have in common."""
 
     out: tyro.conf.Positional[Path]
     """Directory to write."""
     image_size: int = 72
     """Side of the rendered pictures in pixels."""
     image_format: Literal["png", "jpg"] = "png"
+    """Format of the rendered pictures."""
     labelled: float = 1.0
     """Share of the training concepts with caption and class; of the rest a third each has the
     caption only, the class only, neither. With --captioned: share with a class."""
@@ -45,12 +49,50 @@ class OpenMoji:
     """Seed of split, annotation and order."""
     limit: int | None = None
     """Use that many concepts only."""
+
+    def options(self) -> dict[str, Any]:
+        """Every field but where to write."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "out"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenMoji(_Drawings):
+    """Captioned drawings, rendered offline: the demo's data (CC BY-SA 4.0)."""
+
     max_variants: int | None = None
     """Drawings kept of a training concept (skin tones, genders); None: all."""
 
     def run(self) -> None:
-        fields = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "out"}
-        build_openmoji(self.out, **fields)
+        build_openmoji(self.out, **self.options())
+        console.print(f"wrote {self.out}", soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Styles(_Drawings):
+    """Captioned drawings of the same concepts in several styles, one of them held out: OpenMoji (CC
+    BY-SA 4.0), Twemoji (CC BY 4.0), and those of the files that --iconify names."""
+
+    iconify: tuple[Path, ...] = ()
+    """icons.json of npm's @iconify-json/noto, fluent-emoji-flat, emojione and the like, with the
+    info.json beside it: a style each, under the name that is its prefix. One named openmoji or
+    twemoji takes the place of the package's drawings."""
+    heldout_style: str | None = HELDOUT_STYLE
+    """Style that is never trained on, in which split heldout is drawn; None: train on all."""
+    alternates: bool = False
+    """Keep beside each training picture those of its concept in the other styles that are trained
+    on: a training step then cuts its second view out of one of them (data.alternates)."""
+    max_variants: int | None = 3
+    """Drawings kept of a training concept in each style (skin tones, genders); None: all."""
+
+    def run(self) -> None:
+        manifest = read_manifest(build_styles(self.out, **self.options()))
+        for name, style in manifest.settings["styles"].items():
+            console.print(
+                f"{name}: {style['drawings']} drawings, {style['drawings_of_concepts']} of a known "
+                f"concept, {style['drawings'] - style['drawings_of_concepts']} left out",
+                highlight=False,
+                soft_wrap=True,
+            )
         console.print(f"wrote {self.out}", soft_wrap=True)
 
 
@@ -97,6 +139,7 @@ class Verify:
 
 Command = (
     Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
+    | Annotated[Styles, tyro.conf.subcommand("styles")]
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
 )

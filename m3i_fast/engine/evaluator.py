@@ -210,6 +210,7 @@ def _two_crops(cfg: TrainConfig, split: str) -> tuple[tuple[Tensor, ...], Tensor
         split=split,
         batch_size=1,
         global_views=ViewConfig(size=cfg.vision.image_size, scale=(0.5, 1.0)),
+        alternates=False,
         max_pixels=cfg.data.max_pixels,
     )
     loader = Loader(settings, device_id=0 if device.type == "cuda" else None)

@@ -11,6 +11,7 @@ from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.manifest import Manifest, read_manifest
 from m3i_fast.recipes import pack_demo
 from tests.pipelines.data import encode_image, pack, repack, sample, smooth_picture
+from tests.pipelines.icons import disc, write_icons
 
 SMALL = ["--limit", "60", "--image-size", "24", "--num-merges", "200", "--max-variants", "1"]
 
@@ -49,6 +50,24 @@ def test_shares_and_several_captions_are_packed_shown_and_verified(
     assert manifest.splits["train"].total_captions > captions
     heldout = counts(manifest, "heldout")
     assert len(set(heldout)) == 1
+
+
+def test_styles_are_packed_counted_and_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "data"
+    icons = write_icons(tmp_path, {"dog-face": disc("red"), "no-such-thing": disc("red")})
+    more = ["--iconify", str(icons), "--heldout-style", "openmoji"]
+    assert main(["data", "styles", str(out), *SMALL, *more]) == 0
+    text = said(capsys)
+    assert "shapes: 2 drawings, 1 of a known concept, 1 left out" in text
+    assert f"wrote {out}" in text
+    assert main(["data", "verify", "--decode", str(out)]) == 0
+    assert "heldout: 12 pictures in 12 groups, 12 with a caption" in said(capsys)
+    (tar,) = out.glob("heldout-*.tar")
+    tar.unlink()
+    assert main(["data", "verify", str(out)]) == 2
+    assert f"m3i-fast data styles {out}" in said(capsys)
 
 
 def test_a_damaged_data_set_ends_with_its_name(

@@ -65,6 +65,7 @@ def source(path: Path) -> reader.Source:
         num_shards=1,
         context_length=TOKENIZER.context_length,
         max_captions=1,
+        max_alternates=0,
         on_gpu=False,
         shuffle=None,
     )

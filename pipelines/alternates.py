@@ -1,0 +1,45 @@
+"""Other pictures of the thing that a sample shows: how they are stored, and what must hold of them.
+
+Every sample of a split has some, or none has. A training step cuts its second view out of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+PICTURES, SIZES = "alt", "aln"  # components of a sample in a shard: one after the other; int32 each
+
+
+def components(pictures: Sequence[bytes]) -> Iterator[tuple[str, bytes]]:
+    """(extension, content) of the other pictures of a sample; nothing where there are none."""
+    if pictures:
+        yield PICTURES, b"".join(pictures)
+        yield SIZES, np.array([len(picture) for picture in pictures], dtype="<i4").tobytes()
+
+
+def count(num_bytes: Mapping[str, int]) -> int:
+    """Count the other pictures of a sample by the sizes of its components."""
+    return num_bytes.get(SIZES, 0) // 4
+
+
+def places(stored: bytes, num_bytes: int) -> list[tuple[int, int]]:
+    """(start, size) of each of the pictures, which take `num_bytes` together.
+
+    stored: the component of their sizes. ValueError where it does not fit, which would have a
+    reader cut out something else than a picture.
+    """
+    sizes = np.frombuffer(stored, "<i4") if len(stored) % 4 == 0 else np.zeros(1, "<i4")
+    if len(sizes) == 0 or sizes.min() < 1 or int(sizes.sum(dtype=np.int64)) != num_bytes:
+        raise ValueError(
+            f"expected int32 sizes of at least 1 that add up to {num_bytes} bytes of {PICTURES}, "
+            f"got {sizes.tolist() if len(stored) % 4 == 0 else f'{len(stored)} bytes'}"
+        )
+    ends = np.cumsum(sizes)
+    return [(int(end - size), int(size)) for end, size in zip(ends, sizes, strict=True)]
+
+
+def split(stored: bytes, sizes: bytes) -> list[bytes]:
+    """The pictures that `components` has put together."""
+    return [stored[start : start + size] for start, size in places(sizes, len(stored))]
