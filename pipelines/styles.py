@@ -202,14 +202,15 @@ def build(
     in_train = set(members["train"])
     category_of = {d.group_id: d.category for d in found if d.sample_id in in_train}
     annotation_of = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
+    others = _by_concept(c for c in candidates if c.style.name != heldout_style)
     splits = {
-        split: RenderedSamples(_pictures(those), rendering, annotation_of)
+        split: RenderedSamples(
+            _pictures(those, others if alternates and split == "train" else None),
+            rendering,
+            annotation_of,
+        )
         for split, those in chosen.items()
     }
-    if alternates:
-        training = _by_concept(c for c in candidates if c.style.name != heldout_style)
-        pictures = _pictures(chosen["train"], training)
-        splits["train"] = RenderedSamples(pictures, rendering, annotation_of)
     settings = {**shares, **counts, "heldout_style": heldout_style, "alternates": alternates}
     info = _info(rendering, styles, settings)
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)

