@@ -373,5 +373,5 @@ def recipe_digest(method: str) -> str:
 def _sections(settings: dict[str, Any], path: str) -> tuple[list[dict[str, Any]], str]:
     """What holds the field of that path, each of a list, and the field's name there."""
     *sections, name = path.split(".")
-    found = reduce(dict.__getitem__, sections, settings)
+    found: Any = reduce(dict.__getitem__, sections, settings)
     return found if isinstance(found, list) else [found], name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from m3i_fast.models.positions import relative_positions
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.terms import Caption, Category
+from m3i_fast.objectives.terms import Caption, Category, Dense
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.pipelines.batch import Batch
 
@@ -84,7 +84,9 @@ def dense(
     grid = model.grid
     position = relative_positions(*boxes, cells, input_grid=grid, target_grid=grid)
     z_hat = model.decoders["features_momentum"](tokens, shown, position)
-    z = model.terms[name].standardise(take(z, cells))
+    (standardise,) = (t.standardise for t in model.terms_of(Dense) if t.term.name == name)
+    assert standardise is not None
+    z = standardise(take(z, cells))
     p, t = z_hat.flatten(0, 1), F.layer_norm(z, z.shape[-1:]).flatten(0, 1)
     covariance = torch.cov(t.T, correction=0)
     spread = ((p @ covariance) * p).sum(1).mean() / p.shape[1]

@@ -95,18 +95,17 @@ class MutualInformation(nn.Module):
         sizes = self._sizes(vision, text, num_classes)
         sizes = replace(sizes, process_group=process_group, layers=layers)
         self.terms = nn.ModuleDict({t.name: build_term(t, cfg, sizes) for t in cfg.active_terms})
-        self.decoders = nn.ModuleDict(
-            {
-                term.decoder_key: _build_decoder(term.term, cfg, sizes)
-                for term in self.terms_of(Dense)
-                if term.decoder_key is not None
-            }
-        )
+        decoders = {
+            term.decoder_key: _build_decoder(term.term, cfg, sizes)
+            for term in self.terms_of(Dense)
+            if term.decoder_key is not None
+        }
+        self.decoders = nn.ModuleDict(decoders)
         self.target_projectors = nn.ModuleDict(
             {
-                term.decoder_key: follower(self.decoders[term.decoder_key].projector, sizes)
-                for term in self.terms_of(Dense)
-                if term.decoder_key is not None and cfg.projects(term.term)
+                key: follower(decoder.projector, sizes)
+                for key, decoder in decoders.items()
+                if decoder.cfg.projector != "none"
             }
         )
         weights = {t.name: t.weight for t in cfg.active_terms}
@@ -167,11 +166,11 @@ class MutualInformation(nn.Module):
     def finish_step(self) -> None:
         """After the optimiser's step: keep every learnt 1 / tau in its range, in place, and move
         the running statistics of targets by the rows of all of the step's batches."""
-        for term in self._labels():
-            term.clamp_temperature()
-        for term in self.terms_of(Dense):
-            if term.term.standardise != "none":
-                term.standardise.fold()
+        for label in self._labels():
+            label.clamp_temperature()
+        for dense in self.terms_of(Dense):
+            if dense.standardise is not None:
+                dense.standardise.fold()
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(average, online) of all that follows by EMA; none without a momentum target."""
@@ -184,7 +183,9 @@ class MutualInformation(nn.Module):
         if self.cfg.uses(encoder="momentum"):
             yield self.target_encoder.encoder, self.encoder
         for key, average in self.target_projectors.items():
-            yield average, self.decoders[key].projector  # type: ignore[misc]
+            decoder = self.decoders[key]
+            assert isinstance(decoder, DenseDecoder)
+            yield average, decoder.projector
 
     @torch.no_grad()
     def encode_targets(self, batch: Batch, mix: Mix) -> Targets:

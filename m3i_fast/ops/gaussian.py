@@ -177,7 +177,7 @@ def gaussian(
     if centred and decorrelation_weight and z_hat.numel():
         of_mean = _of_mean_target(z_hat, z, (mean, rstd) if normalise else None, process_group)
         value = value - decorrelation_weight / z_hat.numel() * of_mean
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _of_all_ranks(

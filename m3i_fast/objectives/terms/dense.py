@@ -30,6 +30,7 @@ class Dense(TermModule):
 
     decoder_key: str | None
     """Of the decoder that terms of one kind of target share; None for a linear predictor."""
+    standardise: Standardise | None
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         vision = sizes.vision
@@ -37,6 +38,7 @@ class Dense(TermModule):
         super().__init__(term, cfg, dim, sizes)
         self.grid, self.patch_size = vision.grid, vision.image_size // vision.grid
         self.num_queries, self.min_contrast = cfg.mixing.num_queries, cfg.mixing.min_contrast
+        self.standardise = None
         if term.standardise != "none":
             self.standardise = Standardise(dim, term.standardise, sizes.process_group)
         self.decoder_key = None if term.predictor == "linear" else f"{term.target}_{term.encoder}"
@@ -93,7 +95,7 @@ class Dense(TermModule):
         if term.target == "features":
             tokens = take(seen.target_tokens(term.encoder, view, term.asked), query)
             tokens = tokens if project is None else project(tokens)
-            return tokens if term.standardise == "none" else self.standardise(tokens)
+            return tokens if self.standardise is None else self.standardise(tokens)
         images = normalise_views(
             seen.batch.global_views[view], seen.mix.sample[rows], torch.float32
         )
