@@ -24,7 +24,7 @@ BENCHMARKS = {
     "page": "the ledger as a page, as tables of the README, or for other tools",
     "compare": "this version beside another: the ledger's rows, or both measured in turns",
     "tune": "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
-    "methods": "all methods on the demo's data with one budget, and M3I's ablations",
+    "methods": "methods with one budget, M3I's ablations, few annotations, a pilot and its power",
     "telemetry": "what logging and telemetry cost a step: processor time, and A B A B",
 }
 
