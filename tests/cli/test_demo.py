@@ -9,7 +9,6 @@ import pytest
 
 from m3i_fast.cli import main
 from m3i_fast.cli.demo import set_aside
-from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.observe.page.verdict import SOURCES
 from m3i_fast.pipelines import openmoji
@@ -74,8 +73,8 @@ def test_evaluate_prints_what_it_writes(
     assert json.loads(capsys.readouterr().out) == figures
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["evaluate", str(out)]) == 0
-    shown = capsys.readouterr().out
-    assert str(out / "evaluation.json") in shown
+    shown, messages = capsys.readouterr()
+    assert str(out / "evaluation.json") in messages
     for title, name in (
         ("Category by kNN", "knn_top1"),
         ("Category by kNN, hard half", "knn_top1_hard"),
