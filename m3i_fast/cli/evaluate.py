@@ -17,6 +17,7 @@ from m3i_fast.cli import console
 from m3i_fast.config_fields import BATCHES, check_fields
 from m3i_fast.engine.evaluator import evaluate
 from m3i_fast.observe.page.verdict import SOURCES, Judgement, judge, judge_more
+from m3i_fast.terminal import make_console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> int:
 
 
 def print_figures(figures: Mapping[str, Any]) -> None:
-    """Print the figures of evaluation.json, those of the hard half last."""
+    """Print the figures of evaluation.json on standard output, those of the hard half last."""
+    output = make_console()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(f"{figures['held_out_concepts']} held-out concepts", overflow="fold")
     for name in SOURCES.values():
@@ -54,11 +56,12 @@ def print_figures(figures: Mapping[str, Any]) -> None:
     rows = judge(figures) + judge_more(figures)
     for row in sorted(rows, key=lambda row: row.name.endswith("_hard")):
         table.add_row(row.title, *(_cell(row, source) for source in SOURCES))
-    console.print(table)
-    console.print(
+    output.print(table)
+    output.print(
         "* not told from the trained encoder: by the 95 % interval of the difference, paired, over "
         "concepts with near-duplicates as one, and by Holm's correction for all comparisons. "
-        "Hard half: the concepts that lie farthest from any training picture."
+        "Hard half: the concepts that lie farthest from any training picture.",
+        highlight=False,
     )
 
 

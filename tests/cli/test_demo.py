@@ -3,12 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from m3i_fast.cli import main
 from m3i_fast.cli.demo import set_aside
-from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.observe.page.verdict import SOURCES
 from m3i_fast.pipelines import openmoji
@@ -64,22 +64,29 @@ def test_evaluation_has_every_figure(out: Path) -> None:
     assert json.loads((out / "config.json").read_text())["num_steps"] == 3
 
 
-def test_evaluate_prints_what_it_writes(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_what_it_writes(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of figures that were measured once, by the demo."""
+    figures = json.loads((out / "evaluation.json").read_text())
+    found = SimpleNamespace(figures=figures)
+    monkeypatch.setattr("m3i_fast.cli.evaluate.evaluate", lambda *_, **__: found)
     assert main(["evaluate", str(out), "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures == json.loads((out / "evaluation.json").read_text())
-    print_figures(figures)
-    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(capsys.readouterr().out) == figures
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["evaluate", str(out)]) == 0
+    shown, messages = capsys.readouterr()
+    assert str(out / "evaluation.json") in messages
     for title, name in (
         ("Category by kNN", "knn_top1"),
         ("Category by kNN, hard half", "knn_top1_hard"),
     ):
-        (line,) = (line for line in lines if re.match(f" *{title}  ", line))
-        cells = line.split(title)[1].replace("*", "").split()
-        assert cells == [f"{100 * figures[name][who]:.1f}%" for who in SOURCES]
+        (cells,) = re.findall(f"^ *{title}  (.*)$", shown, re.M)
+        values = [f"{100 * figures[name][who]:.1f}%" for who in SOURCES]
+        assert cells.replace("*", "").split() == values
         intervals = figures["trained_minus"][name]
         told = [intervals[who]["p_value"] < 0.05 for who in SOURCES if who != "trained"]
-        assert line.count("*") == told.count(False)
+        assert cells.count("*") == told.count(False)
 
 
 def test_an_older_run_is_set_aside(out: Path) -> None:
