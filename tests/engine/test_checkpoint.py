@@ -175,7 +175,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "state too deep": (STATE, _forge(DEEP), "state/.*nested too deeply"),
     "state a list": (STATE, _forge(b"[]"), "state/.*expected an object, got a list"),
-    "watch of lists": (STATE, _forge(b'{"watch": {"a": []}}'), "watch.a: expected an integer"),
+    "watch of lists": (STATE, _forge(b'{"watch": {"a": []}}'), "watch.a: expected a number"),
     "loader a list": (STATE, _forge(b'{"loader": []}'), "loader: expected an object, got a list"),
     "guard with nothing": (STATE, _forge(b'{"guard": {}}'), "guard.steps: .* got nothing"),
     "config a text": (STATE, _forge(b'{"config": "x"}'), "config: expected an object, got 'x'"),
