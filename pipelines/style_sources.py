@@ -149,6 +149,9 @@ def _spellings(icon: str, other_names: Sequence[str]) -> Iterator[str]:
 
 
 def _letters(text: str) -> str:
-    """What is left to compare: "flag: Cote d'Ivoire" with its circumflex is "flag-cote-divoire"."""
+    """Reduce a name to what is compared: letters and digits, without accents and case.
+
+    "&" is "and"; the signs of keycaps stay, whose names they tell apart.
+    """
     plain = unicodedata.normalize("NFKD", text.casefold().replace("&", "and"))
-    return "".join(c for c in plain if c.isalnum() or c in "#*")  # keycap #, keycap *
+    return "".join(c for c in plain if c.isalnum() or c in "#*")
