@@ -37,7 +37,7 @@ class Style:
 
 
 def read_styles(found: Sequence[Drawing], files: Sequence[Path]) -> list[Style]:
-    """Read OpenMoji and Twemoji from their packages, and a style from each file, named by its prefix.
+    """Read OpenMoji and Twemoji from their packages, and of each file a style named by its prefix.
 
     A file of a package's name takes the package's place. ValueError where two files have one name,
     or a file draws none of the things.
