@@ -13,7 +13,7 @@ PICTURES, SIZES = "alt", "aln"  # components of a sample in a shard: one after t
 
 
 def components(pictures: Sequence[bytes]) -> Iterator[tuple[str, bytes]]:
-    """(extension, content) of the other pictures of a sample; nothing where there are none."""
+    """Yield (extension, content) of a sample's other pictures; nothing where there are none."""
     if pictures:
         yield PICTURES, b"".join(pictures)
         yield SIZES, np.array([len(picture) for picture in pictures], dtype="<i4").tobytes()
@@ -25,7 +25,7 @@ def count(num_bytes: Mapping[str, int]) -> int:
 
 
 def places(stored: bytes, num_bytes: int) -> list[tuple[int, int]]:
-    """(start, size) of each of the pictures, which take `num_bytes` together.
+    """Find (start, size) of each of the pictures, which take `num_bytes` together.
 
     stored: the component of their sizes. ValueError where it does not fit, which would have a
     reader cut out something else than a picture.
@@ -41,5 +41,5 @@ def places(stored: bytes, num_bytes: int) -> list[tuple[int, int]]:
 
 
 def split(stored: bytes, sizes: bytes) -> list[bytes]:
-    """The pictures that `components` has put together."""
+    """Take the pictures apart that `components` has put together."""
     return [stored[start : start + size] for start, size in places(sizes, len(stored))]

@@ -88,7 +88,7 @@ def read_icons(file: Path) -> IconSet:
 
 
 def _read_info(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What the set says of its title, author and licence; without them it is not read."""
+    """Read what the set says of its title, author and licence; without them it is refused."""
     beside = file.with_name("info.json")
     if "info" not in raw and not beside.is_file():
         raise ValueError(
@@ -103,7 +103,7 @@ def _read_info(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_names(aliases: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
-    """icon -> the names by which it goes unchanged, through aliases of aliases too."""
+    """Map each icon to the aliases that show it unchanged, aliases of aliases included."""
     found: dict[str, tuple[str, ...]] = {}
     for alias in aliases:
         name, passed = alias, set[str]()

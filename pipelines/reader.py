@@ -100,7 +100,7 @@ def read(source: Source) -> Record:
 
 
 def _decode(encoded: DataNode, source: Source) -> tuple[DataNode, DataNode]:
-    """([H, W, 3] uint8 upright, [2] int64 upright height and width) of an encoded picture."""
+    """Decode a picture: ([H, W, 3] uint8 upright, [2] int64 its height and width)."""
     size_hw = fn.peek_image_shape(encoded)[:2]
     image = fn.decoders.image(
         encoded,
@@ -113,7 +113,7 @@ def _decode(encoded: DataNode, source: Source) -> tuple[DataNode, DataNode]:
 
 
 def _one_of(pictures: DataNode, sizes: DataNode, most: int) -> DataNode:
-    """One of a sample's other pictures, encoded: each with equal probability, drawn as crops are.
+    """Draw one of a sample's other pictures, still encoded, each with equal probability.
 
     pictures: [N] uint8, one after the other. sizes: [n] int32, of at most `most` of them.
     """

@@ -37,7 +37,7 @@ class Style:
 
 
 def read_styles(found: Sequence[Drawing], files: Sequence[Path]) -> list[Style]:
-    """OpenMoji and Twemoji from their packages, then a style a file, of its prefix's name.
+    """Read OpenMoji and Twemoji from their packages, and of each file a style named by its prefix.
 
     A file of a package's name takes the package's place. ValueError where two files have one name,
     or a file draws none of the things.
@@ -96,7 +96,7 @@ def _version(package: str) -> str:
 
 
 def _plain_code(code: str) -> str:
-    """Code points in capitals of four digits or more, without the sign for a coloured picture."""
+    """Write code points with four digits or more, without the sign for a coloured picture."""
     return "-".join(s.zfill(4) for s in code.upper().split("-") if s != "FE0F")
 
 
@@ -122,7 +122,7 @@ def _from_icons(file: Path, found: Sequence[Drawing]) -> Style:
 
 
 def _icon_of(icons: IconSet, found: Sequence[Drawing]) -> dict[str, str]:
-    """code -> the icon that draws it, by the icon's name and then by its aliases.
+    """Map each code to the icon that draws it, by the icon's name and then by its aliases.
 
     A drawing's first name counts before the other ones of any drawing, and of two icons of one
     drawing the first is kept.

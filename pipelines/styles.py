@@ -36,7 +36,7 @@ class _Candidate:
 
 
 def _candidates(found: Sequence[Drawing], styles: Sequence[Style]) -> list[_Candidate]:
-    """Every drawing in every style that has it, in order of id."""
+    """List every drawing in every style that has it, in order of id."""
     return [
         _Candidate(drawing=d, style=style, sample_id=d.sample_id * len(styles) + index)
         for d in found
@@ -46,7 +46,7 @@ def _candidates(found: Sequence[Drawing], styles: Sequence[Style]) -> list[_Cand
 
 
 def _firsts(candidates: Iterable[_Candidate]) -> dict[int, _Candidate]:
-    """concept -> its first candidate: the plainest variant there is, in the first of the styles."""
+    """Find each concept's first candidate: its plainest variant, in the first of the styles."""
     first: dict[int, _Candidate] = {}
     for each in candidates:
         first.setdefault(each.drawing.group_id, each)
@@ -56,7 +56,7 @@ def _firsts(candidates: Iterable[_Candidate]) -> dict[int, _Candidate]:
 def _thinned(
     candidates: Sequence[_Candidate], max_variants: int | None, *, seed: int
 ) -> list[_Candidate]:
-    """At most `max_variants` drawings of each concept in each style."""
+    """Keep at most `max_variants` drawings of each concept in each style."""
     if max_variants is None:
         return list(candidates)
     drawn: dict[str, list[Drawing]] = {}
@@ -78,7 +78,7 @@ def _choose(
     max_variants: int | None,
     seed: int,
 ) -> dict[str, list[_Candidate]]:
-    """The pictures of each split, without those that stay empty."""
+    """Choose the pictures of each split; splits without any are left out."""
     training = [c for c in candidates if c.style.name != heldout_style]
     in_train = set(members["train"])
     # Thinned before: which variants are kept depends on the style and the seed alone.
@@ -101,7 +101,7 @@ def _choose(
 def _pictures(
     chosen: Sequence[_Candidate], others_of: Mapping[int, Sequence[_Candidate]] | None = None
 ) -> list[Picture]:
-    """The pictures as they are packed, each with those of its concept in other styles, if given."""
+    """Make pictures to pack, each with those of its concept in other styles, if given."""
     first = _firsts(chosen)
     return [
         Picture(
@@ -119,7 +119,7 @@ def _pictures(
 def _in_other_styles(
     one: _Candidate, candidates_of: Mapping[int, Sequence[_Candidate]]
 ) -> tuple[Callable[[], str], ...]:
-    """The same drawing in every other style, or the plainest of its concept where it is not there.
+    """Find the same drawing in every other style, or else the plainest of its concept there.
 
     A concept of a single style has its own picture as the other one, of which another crop is then
     seen, as without other styles.
@@ -184,14 +184,6 @@ def build(
     _check_heldout_style(heldout_style, styles)
     groups = limit_groups(found, limit, seed=seed)
     members = split_groups(found, groups, seed=seed, heldout=heldout, tune=tune)
-    candidates = _candidates(found, styles)
-    chosen = _choose(
-        candidates,
-        members,
-        heldout_style=heldout_style,
-        max_variants=max_variants,
-        seed=seed,
-    )
     rendering = Rendering(
         image_size=image_size,
         image_format=image_format,
@@ -202,15 +194,15 @@ def build(
     in_train = set(members["train"])
     category_of = {d.group_id: d.category for d in found if d.sample_id in in_train}
     annotation_of = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
+    candidates = _candidates(found, styles)
+    chosen = _choose(
+        candidates, members, heldout_style=heldout_style, max_variants=max_variants, seed=seed
+    )
     others = _by_concept(c for c in candidates if c.style.name != heldout_style)
-    splits = {
-        split: RenderedSamples(
-            _pictures(those, others if alternates and split == "train" else None),
-            rendering,
-            annotation_of,
-        )
-        for split, those in chosen.items()
-    }
+    splits = {}
+    for split, those in chosen.items():
+        pictures = _pictures(those, others if alternates and split == "train" else None)
+        splits[split] = RenderedSamples(pictures, rendering, annotation_of)
     settings = {**shares, **counts, "heldout_style": heldout_style, "alternates": alternates}
     info = _info(rendering, styles, settings)
     return write_dataset(out, splits, info, seed=seed, samples_per_shard=samples_per_shard)

@@ -134,6 +134,7 @@ def test_what_is_stored_is_read_again() -> None:
         (own(1)[:-20], "corrupt or empty image"),
         (b"", "corrupt or empty image"),
     ],
+    ids=["size", "format", "damaged", "empty"],
 )
 def test_the_packer_refuses_by_name(tmp_path: Path, wrong: bytes, message: str) -> None:
     bad = sample(7, own(7), alternates=(own(7), wrong))
