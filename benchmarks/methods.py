@@ -14,7 +14,7 @@ from its checkpoint with the number of steps it had. A time is made steps of by 
 each method before anything is trained; a method that has a row for any time, seed or share takes
 the speed of that. The pilot's arms take theirs from a committed file (methods_pace.py), the same on
 all machines. A method that sees no class and no caption is trained once for all shares of them. A
-row keeps every held-out item's hit, so that the table's differences carry paired bootstrap
+row keeps every held-out item's hit, so that the table's differences carry paired
 intervals. Methods with a frozen encoder take that of the supervised run of the same seed, data and
 budget, which is run first.
 """
@@ -60,6 +60,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.calibration import calibrate, step_seconds
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.manifest import DEMO_FLAGS, is_dataset, read_manifest
+from m3i_fast.pipelines.openmoji import expect_split_clusters
 from m3i_fast.recipes import pack_demo
 from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
@@ -349,6 +350,7 @@ def _pack(cfg: Config, labelled: float, captioned: float) -> None:
     """
     path = _dataset(cfg, labelled, captioned)
     if is_dataset(path):
+        expect_split_clusters(path)
         found = read_manifest(path).settings
         captions = found.get("captioned")
         shares = found["labelled"], found["labelled"] if captions is None else captions
