@@ -136,7 +136,7 @@ class Balance(nn.Module):
         self,
         losses: Mapping[str, Tensor],  # name -> [], with its graph
         shared: Sequence[Tensor],  # any shapes, outputs of the encoder that the losses are made of
-        shares: Mapping[str, Tensor] | None = None,  # name -> [] fp32, 1 of the terms left out
+        shares: Mapping[str, Tensor] | None = None,  # name -> [] fp64, 1 of the terms left out
     ) -> None:
         """Take |dL_k / dz| of every term into the running norms; the graphs are kept.
 

@@ -297,7 +297,7 @@ class MutualInformation(nn.Module):
     def _shares(self, metrics: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
         """Of this rank's rows, those with a target; of each term that is a mean over all rows."""
         return {
-            term.term.name: metrics[f"members/{term.term.name}"] / num_rows
+            term.term.name: metrics[f"members/{term.term.name}"].double() / num_rows
             for term in self._labels()
             if term.term.mean == "batch"
         }

@@ -113,8 +113,10 @@ def test_ranks_equal_one_process(
     for of_rank in found:
         for kind in ("gradient/", "norm", "losses"):
             assert _worst(of_rank, one, kind) < 1e-10, kind
-        # What AdamW makes of rounding is in the means of the batch norms behind it.
-        assert _worst(of_rank, one, "state/") < (1e-9 if name in BATCH_NORMS else 1e-10)
+        # What AdamW makes of rounding is in the means of the batch norms behind it, and in biases
+        # of keys, whose gradient is rounding times the factor of a term that hardly pulls.
+        rounded = name in (*BATCH_NORMS, "m3i balanced")
+        assert _worst(of_rank, one, "state/") < (1e-9 if rounded else 1e-10)
 
 
 @pytest.mark.parametrize("name", ["m3i", "m3i by chunks"])

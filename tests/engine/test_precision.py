@@ -48,8 +48,15 @@ ONLY_TE, ONLY_TORCHAO = replace(H100, torchao=False), replace(H100, te=False)
 
 
 def big(batch_size: int = 128) -> TrainConfig:
+    """ViT-L, images encoded alone, so that rows differ by part; a decoder that is narrower."""
     cfg = recipes()["m3i_vit_b"]()
-    return replace(cfg, vision=vit_l(), data=replace(cfg.data, batch_size=batch_size))
+    objective = replace(
+        cfg.objective,
+        mixing=replace(cfg.objective.mixing, mode="own_image"),
+        decoder=replace(cfg.objective.decoder, dim=512),
+    )
+    data = replace(cfg.data, batch_size=batch_size)
+    return replace(cfg, vision=vit_l(), data=data, objective=objective)
 
 
 def resolve(
