@@ -178,10 +178,19 @@ def install_package(plan: Plan, *arguments: str) -> None:
     )
 
 
+def make_environment(where: Path) -> None:
+    """Make an empty environment there, or leave what is there as it is.
+
+    By the Python that this one's environment came from: with .venv activated, or on PATH as make
+    has it, this one is the .venv that may just have been removed.
+    """
+    run(sys._base_executable, "-m", "venv", where)  # type: ignore[attr-defined]
+
+
 def install_everything(plan: Plan) -> None:
     """From an empty or outdated .venv to a working one."""
     print(f"{plan.reason}: {plan.torch}, extras {','.join(plan.extras)}", flush=True)
-    run(sys.executable, "-m", "venv", VENV)
+    make_environment(VENV)
     # Chosen together with those that want one version of torch, before nvcc is chosen by it.
     pip_install("scikit-build-core", "cmake", "ninja", "numpy", plan.torch, *WANT_ONE_TORCH)
     torch, _ = installed_torch()

@@ -69,7 +69,7 @@ def name_toolkit(site: Path) -> None:
 def build_te() -> None:
     """From nothing to a venv that imports Transformer Engine."""
     shutil.rmtree(VENV, ignore_errors=True)
-    install.run(sys.executable, "-m", "venv", VENV)
+    install.make_environment(VENV)
     pip(TORCH, *PACKAGES)
     install.PYTHON = PYTHON
     _, cuda = install.installed_torch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import venv
 import zipfile
 from importlib.metadata import distribution, metadata
@@ -14,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from scripts import install
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,20 @@ def test_only_what_changed_is_redone(checkout: list[str]) -> None:
     assert checkout[3:] == ["packages"]
     install.bring_up_to_date(install.plan_for((12, 8)))
     assert checkout[4:] == ["fresh"], "another torch needs a new .venv"
+
+
+def test_an_environment_is_made_anew_by_its_own_python(tmp_path: Path) -> None:
+    """It is removed first, as where another torch is wanted."""
+    made = tmp_path / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", made], check=True)
+    anew = (
+        f"import shutil, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
+        f"from scripts import install; there = Path({str(made)!r})\n"
+        "assert Path(sys.executable).is_relative_to(there)\n"
+        "shutil.rmtree(there); install.make_environment(there)"
+    )
+    subprocess.run([made / "bin" / "python", "-c", anew], check=True)
+    assert (made / "bin" / "python").exists()
 
 
 def test_a_failed_step_is_repeated(checkout: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
