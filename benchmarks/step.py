@@ -166,12 +166,12 @@ def make_steps(train: TrainConfig) -> dict[str, Callable[[], Tensor]]:
 # ---- Rows ----------------------------------------------------------------------------------------
 
 
-def rows_of(cfg: Config) -> list[dict[str, Any]]:
+def figures_of(cfg: Config) -> dict[str, Any]:
     train = train_config(cfg)
     timings = measure(make_steps(train), device=train.device, num_samples=cfg.num_samples)
     milliseconds = {name: timing.median_ms for name, timing in timings.items()}
     batch_size, mixing = train.data.batch_size, train.objective.mixing
-    figures = {
+    return {
         "device": train.device,
         "num_threads": torch.get_num_threads(),
         "dtype": "float32",
@@ -182,7 +182,6 @@ def rows_of(cfg: Config) -> list[dict[str, Any]]:
         "images_per_s": {name: 1e3 * batch_size / ms for name, ms in milliseconds.items()},
         "times_slower_than_ours": {n: ms / milliseconds[OURS] for n, ms in milliseconds.items()},
     }
-    return [figures]
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -197,7 +196,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = parse(Config, SUBJECT, argv)
-    publish(SUBJECT, rows_of(cfg), table, record=cfg.record)
+    publish(SUBJECT, [figures_of(cfg)], table, record=cfg.record)
 
 
 if __name__ == "__main__":
