@@ -482,16 +482,11 @@ def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None
 
 
 def test_the_rows_of_the_ledger_are_of_these_recipes() -> None:
-    """Else they are measured again, or what is new in a config belongs to ADDED.
-
-    SiameseIM and M3I are not measured again yet: README says so of its tables.
-    """
+    """Else they are measured again, or what is new in a config belongs to ADDED."""
     found = {row["figures"]["method"]: row["figures"]["recipe"] for row in read_rows(SUBJECT)}
-    waiting = {"siameseim", "m3i"}
-    assert {name: found[name] for name in METHODS if name not in waiting} == {
-        name: recipe_digest(name) for name in METHODS if name not in waiting
+    assert {name: found[name] for name in METHODS} == {
+        name: recipe_digest(name) for name in METHODS
     }
-    assert found["siameseim"] == recipe_digest("siameseim as before")
 
 
 def test_a_digest_is_of_the_recipe_and_of_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
