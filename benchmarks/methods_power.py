@@ -26,6 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from m3i_fast.evaluation.student import student_quantile
+
 Floats = npt.NDArray[np.float64]
 
 ALPHA, POWER = 0.05, 0.8
@@ -167,26 +169,11 @@ def critical(alpha: float, df: Floats) -> Floats:
 
 @cache
 def _bounds(alpha: float) -> tuple[Floats, Floats]:
-    """1 / df in ascending order, and the bound of each.
-
-    With t = u ** -1 Z, where u is sqrt(chi2 / df), whose density is proportional to
-    u ** (df - 1) exp(-df u ** 2 / 2) and is integrated by Gauss and Legendre's rule.
-    """
+    """1 / df in ascending order, and the bound of each."""
     inverse = np.linspace(0, 1, 2001)
-    df = 1 / inverse[1:, None]
-    nodes, weights = np.polynomial.legendre.leggauss(100)
-    reach = 12 / np.sqrt(2 * df)  # standard deviations of u, about
-    first, last = np.maximum(0, 1 - reach), 1 + reach
-    u = (last + first) / 2 + (last - first) / 2 * nodes
-    density = np.exp((df - 1) * np.log(u) - df / 2 * (u**2 - 1)) * weights
-    density /= density.sum(1, keepdims=True)
-    low, high = np.full(len(df), -5.0), np.full(len(df), 20.0)  # of the bound's logarithm
-    for _ in range(60):
-        middle = (low + high) / 2
-        outside = (2 * _normal(-np.exp(middle)[:, None] * u) * density).sum(1)
-        low, high = np.where(outside > alpha, middle, low), np.where(outside > alpha, high, middle)
+    bounds = [student_quantile(alpha / 2, 1 / each) for each in inverse[1:]]
     normal = NormalDist().inv_cdf(1 - alpha / 2)
-    return inverse, np.append(normal, np.exp(high))
+    return inverse, np.array([normal, *bounds])
 
 
 @cache

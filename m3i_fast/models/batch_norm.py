@@ -21,7 +21,7 @@ class _Standardise(torch.autograd.Function):
         ctx: Any, x: Tensor, eps: float, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, C], [C], [C], []
         """x_hat, mean, variance over all rows, their number. x: [N, C] fp32 or fp64."""
-        mean, variance, count = _moments(x, group)
+        mean, variance, count = moments_of_ranks(own_moments(x), group)
         inverse_std = (variance + eps).rsqrt()
         x_hat = (x - mean) * inverse_std
         ctx.save_for_backward(x_hat, inverse_std, count)
@@ -39,22 +39,37 @@ class _Standardise(torch.autograd.Function):
         return inverse_std * (grad - mean_grad - x_hat * mean_product), None, None
 
 
-def _moments(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], variance over the count [C] and count [] of all ranks' rows.
+def own_moments(rows: Tensor) -> Tensor:  # [N, C] -> [2 C + 1]
+    """Mean, sum of squares about it, and number of rows; zeros of none."""
+    count = rows.new_full((1,), rows.shape[0])
+    mean = rows.sum(0) / count.clamp_min(1)
+    return torch.cat([mean, (rows - mean).square().sum(0), count])
 
-    Each rank's sum of squares is about its own mean, and moved to the common one: the difference of
+
+def join_moments(parts: Tensor) -> Tensor:  # [K, 2 C + 1] -> [2 C + 1]
+    """Moments of all rows together.
+
+    Each part's sum of squares is about its own mean, and moved to the common one: the difference of
     two large sums would lose the variance of features far from zero.
     """
-    count = x.new_full((1,), x.shape[0])
-    mean = x.sum(0) / count.clamp_min(1)
-    own = torch.cat([mean, (x - mean).square().sum(0), count])
-    of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_ranks, own, group=group)
-    means, squares, counts = torch.stack(of_ranks).split([x.shape[1], x.shape[1], 1], dim=1)
-    total = counts.sum()
-    mean = (counts * means).sum(0) / total
-    squares = squares + counts * (means - mean).square()
-    return mean, squares.sum(0) / total, total
+    means, squares = parts[:, :-1].chunk(2, dim=1)
+    counts = parts[:, -1:]
+    total = counts.sum(0)
+    mean = (counts * means).sum(0) / total.clamp_min(1)
+    return torch.cat([mean, (squares + counts * (means - mean).square()).sum(0), total])
+
+
+def moments_of_ranks(
+    own: Tensor,  # [2 C + 1]
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C], []
+    """Mean, variance over the count, and count of all ranks' rows."""
+    if group is not None:
+        of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(of_ranks, own, group=group)
+        own = join_moments(torch.stack(of_ranks))
+    mean, squares = own[:-1].chunk(2)
+    return mean, squares / own[-1].clamp_min(1), own[-1]
 
 
 class BatchNorm(nn.BatchNorm1d):

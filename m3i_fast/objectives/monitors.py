@@ -85,8 +85,8 @@ def explained_variance(z_hat: Tensor, z: Tensor) -> Tensor:  # [..., D], [..., D
     """1 - E|z - z_hat|^2 / E|z - E z|^2: the share of the targets' variance that is predicted.
 
     1 where predictions are the targets, 0 where they are the mean target, below where they are
-    another constant. A variance below rounding counts as that: of targets that are all one vector
-    the value is finite, and of no account.
+    another constant. Targets that are all one vector have no variance to explain: it is taken to be
+    the rounding error of their energy, so that the value is finite, and means nothing.
     """
     rows, predicted = wide(z).flatten(0, -2), wide(z_hat).flatten(0, -2)
     energy = rows.square().sum()

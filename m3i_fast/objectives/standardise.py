@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.models.batch_norm import join_moments, moments_of_ranks, own_moments
 from m3i_fast.objectives.statistics import wide
 
 MOMENTUM = 0.9  # of the running statistics, as DINO's centre has it
@@ -55,11 +56,14 @@ class Standardise(nn.Module):
     def forward(self, z: Tensor) -> Tensor:  # [..., C] -> [..., C] in the dtype of z
         rows = wide(z)
         if self.over == "batch":
-            mean, variance, _ = self._of_all_ranks(_moments(rows.flatten(0, -2)))
+            mean, variance, _ = moments_of_ranks(
+                own_moments(rows.flatten(0, -2)), self.process_group
+            )
         else:
             mean, variance = self.mean, self.variance
             if self.training:
-                self.seen.copy_(_joined(torch.stack([self.seen, _moments(rows.flatten(0, -2))])))
+                newest = own_moments(rows.flatten(0, -2))
+                self.seen.copy_(join_moments(torch.stack([self.seen, newest])))
         return ((rows - mean) * (variance + EPS).rsqrt()).to(z.dtype)
 
     @torch.no_grad()
@@ -70,7 +74,7 @@ class Standardise(nn.Module):
         """
         if self.over == "batch":
             return
-        mean, variance, count = self._of_all_ranks(self.seen)
+        mean, variance, count = moments_of_ranks(self.seen, self.process_group)
         folds = self.num_folds + (count > 0)
         # (1 - m) / (1 - m^t): 1 at first, and then the bias-corrected average stays one.
         rate = (1 - MOMENTUM) / (1 - MOMENTUM ** folds.clamp_min(1))
@@ -79,30 +83,3 @@ class Standardise(nn.Module):
         self.variance.lerp_(variance, rate)
         self.num_folds.copy_(folds)
         self.seen.zero_()
-
-    def _of_all_ranks(self, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C], []
-        """Mean, variance and number of all ranks' rows, from moments [2 C + 1] of each."""
-        if self.process_group is not None:
-            of_ranks = [
-                torch.empty_like(own) for _ in range(dist.get_world_size(self.process_group))
-            ]
-            dist.all_gather(of_ranks, own, group=self.process_group)
-            own = _joined(torch.stack(of_ranks))
-        mean, squares = own[:-1].chunk(2)
-        return mean, squares / own[-1].clamp_min(1), own[-1]
-
-
-def _moments(rows: Tensor) -> Tensor:  # [N, C] -> [2 C + 1]
-    """Mean, sum of squares about it, and number of rows; zeros of none."""
-    count = rows.new_full((1,), len(rows))
-    mean = rows.sum(0) / count.clamp_min(1)
-    return torch.cat([mean, (rows - mean).square().sum(0), count])
-
-
-def _joined(moments: Tensor) -> Tensor:  # [K, 2 C + 1] -> [2 C + 1]
-    """Of all rows together; squares stay about a mean, as those about zero would lose digits."""
-    means, squares = moments[:, :-1].chunk(2, dim=1)
-    counts = moments[:, -1:]
-    total = counts.sum(0)
-    mean = (counts * means).sum(0) / total.clamp_min(1)
-    return torch.cat([mean, (squares + counts * (means - mean).square()).sum(0), total])

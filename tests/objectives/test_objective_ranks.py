@@ -43,7 +43,8 @@ CHOSEN = (
 )
 
 
-def _config(name: str) -> ObjectiveConfig:
+def small_config(name: str) -> ObjectiveConfig:
+    """A method's terms and inputs, on networks of a few rows."""
     method = METHODS[name]
     return ObjectiveConfig(
         terms=method.terms,
@@ -95,7 +96,7 @@ def _work(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     for name in CHOSEN:
-        cfg = _config(name)
+        cfg = small_config(name)
         model = _model(cfg, dist.group.WORLD)
         found = _gradients(model, part(_batch(), rank, RANKS), _mix(cfg, rank))
         torch.save(found, folder / f"{name}-{rank}.pt")
@@ -111,7 +112,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_two_ranks_equal_one_process(name: str, ranks: Path) -> None:
-    cfg = _config(name)
+    cfg = small_config(name)
     together = joined([_mix(cfg, rank) for rank in range(RANKS)])
     expected = _gradients(_model(cfg, None), _batch(), together)
     of_ranks = [torch.load(ranks / f"{name}-{r}.pt", weights_only=True) for r in range(RANKS)]

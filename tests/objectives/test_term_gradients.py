@@ -15,29 +15,16 @@ from torch import Tensor, nn
 from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.objectives.config import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.objectives.mixing import MixingConfig, draw_mix
+from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
 from m3i_fast.objectives.seen import Encoded
 from m3i_fast.objectives.term_gradients import TermGradients, own_views
 from m3i_fast.pipelines.batch import Batch
 from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, VISION, make_batch
+from tests.objectives.test_objective_ranks import small_config
 
 BY_THEMSELVES = [name for name, method in METHODS.items() if "frozen" not in
                  {term.encoder for term in method.terms}]  # fmt: skip
-
-
-def _config(name: str) -> ObjectiveConfig:
-    method = METHODS[name]
-    return ObjectiveConfig(
-        terms=method.terms,
-        mixing=MixingConfig(mode=method.mode, mask_block=1),
-        decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
-        projector=ProjectorConfig(hidden_dim=16, output_dim=8, predictor_hidden_dim=8),
-        head_hidden_dim=16,
-        num_prototypes=12,
-        queue_length=12,
-    )
 
 
 def _model(cfg: ObjectiveConfig) -> MutualInformation:
@@ -119,7 +106,7 @@ def test_they_are_gradients_by_a_linear_layer_that_stands_last() -> None:
 
 @pytest.mark.parametrize("mode", ["fixed", "uncertainty"])
 def test_of_m3i_they_are_those_of_each_term_with_its_factor(mode: str) -> None:
-    cfg = replace(_config("m3i"), balance=BalanceConfig(mode=mode))  # type: ignore[arg-type]
+    cfg = replace(small_config("m3i"), balance=BalanceConfig(mode=mode))  # type: ignore[arg-type]
     cfg = replace(cfg, terms=tuple(replace(t, weight=0.5 + n) for n, t in enumerate(cfg.terms)))
     model = _model(cfg)
     with torch.no_grad():
@@ -158,7 +145,7 @@ def test_what_is_watched_trains_as_what_is_not(name: str) -> None:
     """Gradients of a watched step are those of any other, but for the order of additions."""
     found = []
     for monitor in (False, True):
-        model = _model(_config(name))
+        model = _model(small_config(name))
         total, metrics, _ = _terms(model, monitor)
         total.backward()
         found.append((total.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
@@ -170,7 +157,7 @@ def test_what_is_watched_trains_as_what_is_not(name: str) -> None:
 
 
 def test_nothing_is_watched_without_gradients_and_nothing_is_kept() -> None:
-    model = _model(_config("m3i"))
+    model = _model(small_config("m3i"))
     with torch.no_grad():
         _terms(model, monitor=True)
     assert model.gradient_metrics() == {}
