@@ -57,9 +57,14 @@ class Rendering:
 
 
 def render(svg: str, size: int) -> Image:
-    """[size, size] RGB on white. ValueError where resvg refuses the SVG."""
-    opened: Image = require("PIL.Image").open(io.BytesIO(_png(svg, size)))
-    return opened.convert("RGB")
+    """[size, size] RGB on white, in the middle of it. ValueError where resvg refuses the SVG."""
+    pillow = require("PIL.Image")
+    drawn: Image = pillow.open(io.BytesIO(_png(svg, size))).convert("RGB")
+    if drawn.size == (size, size):
+        return drawn
+    square: Image = pillow.new("RGB", (size, size), "white")
+    square.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2))
+    return square
 
 
 @lru_cache(maxsize=8192)  # all drawings of a style: they are compared, and packed after it

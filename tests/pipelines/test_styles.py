@@ -15,7 +15,7 @@ from PIL import Image
 
 from m3i_fast.pipelines import alternates, openmoji, styles
 from m3i_fast.pipelines.concepts import Drawing, drawings
-from m3i_fast.pipelines.rendering import RenderedSamples, Rendering
+from m3i_fast.pipelines.rendering import RenderedSamples, Rendering, render
 from m3i_fast.pipelines.style_sources import read_styles
 from m3i_fast.pipelines.tokens import Tokenizer
 from m3i_fast.pipelines.verify import verify
@@ -158,6 +158,16 @@ def test_twemoji_looks_as_its_authors_rendered_it(found: list[Drawing]) -> None:
         white.alpha_composite(theirs)
         gap = np.abs(np.asarray(ours, float) - np.asarray(white.convert("RGB"), float))
         assert gap.mean() < 6, drawing
+
+
+def test_a_drawing_that_is_no_square_stands_in_the_middle_of_one() -> None:
+    """As Twemoji's melon of a viewBox of 25 x 36."""
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}"><rect {}/></svg>'
+    for width, height, own in ((1, 2, np.s_[:, 6:18]), (2, 1, np.s_[6:18])):
+        red = f'width="{width}" height="{height}" fill="red"'
+        expected = np.full((24, 24, 3), 255, np.uint8)
+        expected[own] = 255, 0, 0
+        assert np.array_equal(render(svg.format(width, height, red), 24), expected)
 
 
 @pytest.mark.parametrize(
