@@ -30,11 +30,10 @@ FP8 = tuple(recipe for recipe in ALIGNMENT if recipe != "bf16")
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Calls of one part of the model, each of images * tokens rows."""
+    """A call of one part of the model, of images * tokens rows."""
 
     images: int
     tokens: int
-    calls: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ def shapes_of(cfg: TrainConfig) -> Shapes:
 def token_rows(counts: Counts) -> dict[str, int]:
     """Tokens of all images in each part."""
     passes = _passes(counts, counts.vision.image_size // counts.vision.grid)
-    return {part: each.images * each.tokens * each.calls for part, each in passes.items()}
+    return {part: each.images * each.tokens for part, each in passes.items()}
 
 
 def _passes(counts: Counts, stride: int) -> dict[str, Pass]:
@@ -171,11 +170,12 @@ def _passes(counts: Counts, stride: int) -> dict[str, Pass]:
         if term.predictor == "decoder":
             asked, queries = counts.num_asked(term.asked), counts.num_queries(term)
             local = counts.num_local if term.view == "other" else 0
-            found[f"decoder of {term.name}"] = Pass(asked, counts.num_own + queries)
-            found[f"cells asked by {term.name}"] = Pass(asked, queries, 1 + local)
-            of_local = Pass(asked, counts.num_local_cells + queries, local)
-            found[f"decoder of {term.name}, local views"] = of_local
-    return {part: each for part, each in found.items() if each.images * each.tokens * each.calls}
+            calls = {"": (asked, counts.num_own)}
+            calls[", local views"] = local * asked, counts.num_local_cells
+            for view, (images, own) in calls.items():
+                found[f"decoder of {term.name}{view}"] = Pass(images, own + queries)
+                found[f"cells asked by {term.name}{view}"] = Pass(images, queries)
+    return {part: each for part, each in found.items() if each.images * each.tokens}
 
 
 def _encoder_passes(counts: Counts, stride: int) -> dict[str, Pass]:
@@ -193,7 +193,7 @@ def _encoder_passes(counts: Counts, stride: int) -> dict[str, Pass]:
         "encoder": own,
         "target encoder": Pass(asked["momentum"], whole),
         "frozen teacher": Pass(asked["frozen"], whole),
-        "local views": Pass(counts.batch_size, local, counts.num_local),
+        "local views": Pass(counts.num_local * counts.batch_size, local),
     }
 
 
@@ -263,5 +263,5 @@ def _max_calls(cfg: TrainConfig, passes: Mapping[str, Pass]) -> int:
         if not part.startswith("cells asked"):  # rows of the last block of a decoder's call
             chunks = -(-each.images // cfg.parallel.chunk) if cfg.parallel.chunk else 1
             module = modules.get(part, part)
-            calls[module] = calls.get(module, 0) + each.calls * chunks
+            calls[module] = calls.get(module, 0) + chunks
     return max(calls.values(), default=1)

@@ -120,8 +120,8 @@ def _encode_inputs(counts: Counts, parts: Parts) -> None:
         parts[ENCODER] += _chunked(counts, num_images, own)
     else:
         _encode_whole(counts, parts, num_inputs)
-    for _ in range(counts.num_local):  # a pass each
-        _encode_whole(counts, parts, counts.batch_size, counts.local_size)
+    if counts.num_local:
+        _encode_whole(counts, parts, counts.num_local * counts.batch_size, counts.local_size)
 
 
 def _encode_whole(counts: Counts, parts: Parts, num_images: int, size: int | None = None) -> None:
@@ -206,7 +206,8 @@ def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
     if term.target == "pixels":
         dim = 3 * (vision.image_size // vision.grid) ** 2
     count, asked = counts.num_asked(term.asked), counts.num_queries(term)
-    own, encoded = [counts.num_own], vision.dim
+    local = counts.num_local if term.view == "other" and term.predictor == "decoder" else 0
+    encoded = vision.dim
     projects = cfg.projects(term)
     if projects:
         encoded = dim = cfg.decoder.dim
@@ -214,20 +215,20 @@ def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
     if term.predictor == "linear":
         parts[HEADS] += linear(count * asked, vision.dim, dim)
     else:
-        own += [counts.num_local_cells] * counts.num_local * (term.view == "other")
-        for cells in own:
+        calls = (count, counts.num_own), (local * count, counts.num_local_cells)
+        for images, cells in calls if local else calls[:1]:
             decoded = decoder(
                 cfg.decoder,
-                num_images=count,
+                num_images=images,
                 num_own=cells,
                 num_asked=asked,
                 dims=(encoded, dim),
             )
             if projects:
-                decoded += mlp(count * cells, vision.dim, dim, dim)
-            parts[DECODER] += _chunked(counts, count, decoded)
+                decoded += mlp(images * cells, vision.dim, dim, dim)
+            parts[DECODER] += _chunked(counts, images, decoded)
     if term.decorrelates and cfg.decorrelation_weight:
-        parts[LIKELIHOODS] += decorrelation(count * asked, dim) * len(own)
+        parts[LIKELIHOODS] += decorrelation(count * asked, dim) * (1 + local)
 
 
 def _add_dense_contrast(term: Term, counts: Counts, parts: Parts) -> None:

@@ -216,10 +216,8 @@ class MutualInformation(nn.Module):
         return found
 
     def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
-        """One pass of the encoder over the inputs, of both views where a term asks for it.
-
-        Local views, of another size, are a pass each.
-        """
+        """One pass of the encoder over the inputs, of both views where a term asks for it, and one
+        over all local views, which are of another size."""
         views = batch.global_views[: self._num_views]
         images = torch.cat([_mixed(view, mix) for view in views])
         index = self._stacked(mix)
@@ -234,7 +232,10 @@ class MutualInformation(nn.Module):
             case "none":
                 own = self.encoder.encode_cells(images)
         by_view = own.unflatten(0, (-1, self._num_views, mix.num_inputs)).unbind(1)
-        local = tuple(self._encode_whole(view) for view in batch.local_views)
+        local: tuple[Tensor, ...] = ()
+        if batch.local_views:
+            own = self._encode_whole(torch.cat(batch.local_views))
+            local = own.split(len(batch.local_views[0]))
         return Encoded(tuple(view.flatten(0, 1) for view in by_view), local)
 
     def _stacked(self, mix: Mix) -> Tensor:  # [K V P, n]

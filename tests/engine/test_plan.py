@@ -249,13 +249,13 @@ def test_a_step_of_several_batches_is_planned_as_one_of_them_and_says_so(plan: P
     }
 
 
-def test_each_local_view_is_a_pass_of_the_encoder_and_of_the_decoder() -> None:
+def test_all_local_views_are_one_pass_of_the_encoder_and_of_the_decoder() -> None:
     cfg = recipes()["m3i_vit_b"]()
     local = replace(cfg.data.global_views, size=96, count=3)
     cfg = replace(cfg, data=replace(cfg.data, batch_size=32, local_views=local))
     rows = dict(shapes_of(cfg).rows(32))
-    assert rows["local views"] == 32 * 36  # cells of one view of 96 pixels
+    assert rows["local views"] == 3 * 32 * 36  # cells of a view of 96 pixels
     assert token_rows(counts_of(cfg))["local views"] == 3 * 32 * 36
     queries = cfg.vision.num_patches
     asked = counts_of(cfg).num_asked("first")
-    assert rows["decoder of inter, local views"] == asked * (36 + queries)
+    assert rows["decoder of inter, local views"] == 3 * asked * (36 + queries)

@@ -67,14 +67,11 @@ class Dense(TermModule):
         if monitor is not None:
             z = normalise_tokens(target) if term.target == "features" else target
             watch_prediction(monitor, term.name, z_hat=z_hat, z=z)
-        value = self.loss(z_hat, target)
-        if term.view == "same" or decoder is None or not seen.encoded.local:
-            return value, len(rows)
-        total = value
-        for number, local in enumerate(seen.encoded.local):
-            z_hat = self._from_local(seen, rows, query, number, local, decoder)
-            total = total + self.loss(z_hat, target)
-        return total / (1 + len(seen.encoded.local)), len(rows)
+        of_views = [z_hat]
+        if term.view == "other" and decoder is not None and seen.encoded.local:
+            of_views += self._from_local(seen, rows, query, decoder)
+        losses = [self.loss(z_hat, target) for z_hat in of_views]
+        return torch.stack(losses).mean(), len(rows)
 
     def _query(self, seen: Seen, rows: Tensor) -> Tensor:  # [A, Q] int64
         """The cells that are predicted: where min_contrast asks for it, those with a content."""
@@ -118,19 +115,21 @@ class Dense(TermModule):
         seen: Seen,
         rows: Tensor,
         query: Tensor,
-        number: int,
-        tokens: Tensor,
         decoder: DenseDecoder,
-    ) -> Tensor:  # [A, Q, E]
-        """Local views of the asked images predict the same cells of the other view."""
-        samples = seen.mix.sample[rows]
-        side = math.isqrt(tokens.shape[1])
-        view = len(seen.batch.global_views) + number
-        position = self._position(seen, rows, query, view=view, input_grid=side)
+    ) -> tuple[Tensor, ...]:  # [A, Q, E] of each local view
+        """Local views of the asked images predict the same cells of the other view, in one call."""
+        samples, local = seen.mix.sample[rows], seen.encoded.local
+        side = math.isqrt(local[0].shape[1])
+        first = len(seen.batch.global_views)
+        position = [
+            self._position(seen, rows, query, view=first + number, input_grid=side)
+            for number in range(len(local))
+        ]
+        tokens = torch.cat([view[samples] for view in local])
         # Cell (u, v) of a smaller grid has the position code of cell (u, v) of the large one.
         line = torch.arange(side, device=tokens.device)
-        index = (line[:, None] * self.grid + line[None, :]).flatten().expand(len(samples), -1)
-        return decoder(tokens[samples], index, position)
+        index = (line[:, None] * self.grid + line[None, :]).flatten().expand(len(tokens), -1)
+        return decoder(tokens, index, torch.cat(position)).split(len(samples))
 
 
 def dense_dim(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> int:
