@@ -56,13 +56,24 @@ def gather(
     heldout = _heldout(cfg, encoders, tokenizer)
     rng = torch.Generator().manual_seed(0)
     order = torch.randperm(len(heldout.captions), generator=rng).tolist()
+    groups = torch.arange(len(heldout.captions))
+    ranks = {
+        who: retrieval_ranks(heldout.text[who], heldout.image[who], groups, groups)
+        for who in encoders
+    }
+    best_first = ranks["trained"].argsort(stable=True)
     return ReportInputs(
         title="M3I in one stage: labels, captions and dense self-supervision",
         evaluation=figures,
         metrics=read_jsonl(run / "metrics.jsonl"),
         mixed_pair=_mixed_pair(cfg, manifest, tokenizer),
-        retrieval=[_retrieval(heldout, row) for row in order[:NUM_CAPTIONS]],
-        retrieval_choice=f"Drawn at random among all {len(order)} held-out captions.",
+        retrieval=[
+            _retrieval(heldout, row, {who: int(of[row]) for who, of in ranks.items()})
+            for row in evenly(best_first, NUM_CAPTIONS).tolist()
+        ],
+        retrieval_choice=f"In even steps from the one that the trained encoder finds best to the "
+        f"one that it finds worst of all {len(order)} held-out captions.",
+        retrieval_ranks={who: of.tolist() for who, of in ranks.items()},
         patch_pca=_patch_pca(heldout, order[-NUM_PCA:], cfg.vision.grid),
         config=read_json(run / "config.json"),
         environment=read_json(run / "env.json"),
@@ -101,18 +112,20 @@ def _heldout(
     )
 
 
-def _retrieval(heldout: Heldout, row: int) -> RetrievalRow:
-    groups = torch.arange(len(heldout.captions))
+def evenly(values: Tensor, number: int) -> Tensor:  # [N] -> [min(number, N)]
+    """Values at even steps, the first and the last among them."""
+    return values[torch.linspace(0, len(values) - 1, min(number, len(values))).round().long()]
 
+
+def _retrieval(heldout: Heldout, row: int, rank_of: dict[str, int]) -> RetrievalRow:
     def found(who: str) -> Nearest:
         query, gallery = heldout.text[who][row : row + 1], heldout.image[who]
-        rank = int(retrieval_ranks(query, gallery, groups[row : row + 1], groups)[0])
         rows = nearest(query, gallery, k=NUM_NEAREST)[0].tolist()
         return Nearest(
             pictures=tuple(heldout.pictures[i] for i in rows),
             names=tuple(heldout.captions[i] for i in rows),
             right=rows.index(row) if row in rows else None,
-            rank=rank,
+            rank=rank_of[who],
         )
 
     return RetrievalRow(

@@ -88,9 +88,11 @@ def _figures(inputs: ReportInputs) -> dict[str, Any]:
     monitors = figures.curves(inputs.metrics, "monitor")
     shares = figures.time_shares(inputs.metrics)
     speeds = ([shares] if shares else []) + figures.curves(inputs.metrics, "throughput")
-    panels = [panel for _, panel in measures] + losses + monitors + speeds
+    found = figures.found_within(inputs.retrieval_ranks)
+    panels = [panel for _, panel in measures] + losses + monitors + speeds + [found]
     return {
         "measures": measures,
+        "found_within": found,
         "losses": losses,
         "monitors": monitors,
         "speeds": speeds,

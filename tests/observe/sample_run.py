@@ -97,7 +97,7 @@ def retrieval_rows() -> list[RetrievalRow]:
     rows = zip(captions, pictures, found(*colours), found(*brightness), strict=True)
     return [
         RetrievalRow(caption=caption, picture=picture, trained=trained, untrained=untrained)
-        for caption, picture, trained, untrained in list(rows)[:12]
+        for caption, picture, trained, untrained in rows
     ]
 
 
@@ -221,13 +221,18 @@ def evaluation() -> dict[str, Any]:
 
 
 def report_inputs() -> ReportInputs:
+    rows = retrieval_rows()
     return ReportInputs(
         title="M3I on captioned photographs",
         evaluation=evaluation(),
         metrics=metrics(),
         mixed_pair=mixed_pair(),
-        retrieval=retrieval_rows(),
+        retrieval=rows[:12],
         retrieval_choice="The first twelve held-out captions.",
+        retrieval_ranks={
+            "trained": [row.trained.rank for row in rows],
+            "untrained": [row.untrained.rank for row in rows],
+        },
         patch_pca=patch_pictures(),
         config={
             "recipe": "demo",

@@ -81,6 +81,7 @@ def test_figures_are_one_a_measure_a_curve_and_the_time_shares(page: Path) -> No
         "monitor": 12,
         "time": 1,
         "throughput": 1,
+        "found": 1,
     }
 
 
@@ -217,6 +218,10 @@ def _pca(**changes: object) -> object:
         (lambda: _pca(trained=np.full((8, 8, 3), 255.0)), r"trained: expected \[h, w, 3\] in 0..1"),
         (lambda: _inputs(metrics=[]), "metrics: expected at least one logged step"),
         (lambda: _inputs(retrieval=[]), "retrieval: expected at least one caption"),
+        (
+            lambda: _inputs(retrieval_ranks={"trained": [0, 2]}),
+            r"retrieval_ranks\[trained\]: expected a rank of each caption among as many pictures",
+        ),
         (lambda: _inputs(patch_pca=[]), "patch_pca: expected at least one picture"),
         (lambda: _inputs(evaluation={"knn_top1": {}}), "expected held_out_concepts"),
     ],

@@ -232,6 +232,48 @@ def bars(judgement: Judgement) -> Panel:
     )
 
 
+def found_within(ranks: Mapping[str, Sequence[int]]) -> Panel:
+    """The share of captions whose picture is among the k nearest, for every k; each encoder's.
+
+    ranks: of the right picture of each caption, 0 = first, among as many pictures.
+    """
+    number = len(next(iter(ranks.values())))
+    nearest = np.arange(1, number + 1)
+    shares = {who: np.searchsorted(np.sort(of), nearest) / number for who, of in ranks.items()}
+    shares["chance"] = nearest / number
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": SOURCES[who],
+            "x": nearest.tolist(),
+            "y": _plain(share),
+            "line": {"color": f"var(--{who})", "width": 2, "shape": "hv"},
+            "hovertemplate": f"{SOURCES[who]} %{{y:.1%}}<extra></extra>",
+        }
+        for who, share in shares.items()
+    ]
+    half = {who: int(np.searchsorted(share, 0.5)) + 1 for who, share in shares.items()}
+    listed = ", ".join(f"{SOURCES[who]} {count}" for who, count in half.items())
+    layout = {
+        "xaxis": _axis(title="pictures looked at")
+        | {"type": "log", "dtick": 1, "showgrid": False, "fixedrange": True},
+        "yaxis": _axis(nticks=4) | {"range": [0, 1], "tickformat": ".0%", "fixedrange": True},
+        "hovermode": "x unified",
+        "legend": _legend(len(traces)),
+        "margin": {"l": 38, "r": 12, "t": LEGEND_HEIGHT, "b": 40},
+    }
+    return _panel(
+        "found-within",
+        "Captions whose picture is found",
+        f"among so many pictures nearest to the caption; half of them among the nearest: {listed}",
+        f"Pictures to look at until half of the captions have theirs: {listed}",
+        CURVE_HEIGHT + LEGEND_HEIGHT,
+        traces,
+        layout,
+    )
+
+
 def time_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
     """Where a step's time goes: the median of each stage over the logged steps, and its share."""
     rows = [row for row in map(_by_stage, metrics) if row]

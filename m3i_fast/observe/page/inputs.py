@@ -123,6 +123,8 @@ class ReportInputs:
     retrieval: Sequence[RetrievalRow]
     retrieval_choice: str
     """How the captions shown were chosen, as a sentence."""
+    retrieval_ranks: Mapping[str, Sequence[int]]
+    """Of the right picture of every held-out caption, 0 = first: trained and untrained encoder."""
     patch_pca: Sequence[PatchPca]
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
@@ -143,6 +145,12 @@ class ReportInputs:
             raise ValueError("ReportInputs.patch_pca: expected at least one picture, got none")
         if not self.retrieval:
             raise ValueError("ReportInputs.retrieval: expected at least one caption, got none")
+        for who, ranks in self.retrieval_ranks.items():
+            if not ranks or not all(0 <= rank < len(ranks) for rank in ranks):
+                raise ValueError(
+                    f"ReportInputs.retrieval_ranks[{who}]: expected a rank of each caption among "
+                    f"as many pictures, got {list(ranks)}"
+                )
 
 
 def check_picture(name: str, picture: Picture) -> None:

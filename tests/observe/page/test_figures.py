@@ -12,6 +12,7 @@ from m3i_fast.observe.page.figures import (
     bars,
     curve,
     curves,
+    found_within,
     gradient_shares,
     how_drawn,
     plotly_source,
@@ -51,6 +52,17 @@ def test_a_long_run_is_averaged_not_thinned() -> None:
     assert len(raw["x"]) <= MAX_POINTS
     np.testing.assert_allclose(raw["y"][:-1], 0.5, atol=0.05)
     assert raw["x"][0] == pytest.approx(np.mean(10.0 * np.arange(1, 12)))  # bins of 11 steps
+
+
+def test_captions_are_counted_when_their_picture_is_among_the_nearest() -> None:
+    """The recall at every k, by open_clip's way to count it: ranks below k."""
+    ranks = {"trained": [0, 0, 2, 1, 7, 0, 3, 9, 4, 0], "untrained": [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]}
+    panel = found_within(ranks)
+    drawn = {trace["name"]: trace for trace in panel.figure["data"]}
+    for who, of in (ranks | {"chance": list(range(10))}).items():
+        assert drawn[who]["x"] == list(range(1, 11))
+        assert drawn[who]["y"] == [pytest.approx(np.mean(np.array(of) < k)) for k in range(1, 11)]
+    assert panel.note.endswith("among the nearest: trained 2, untrained 5, chance 5")
 
 
 @pytest.mark.parametrize("num", [1, 23, 24, MAX_POINTS, MAX_POINTS + 1])
