@@ -140,6 +140,7 @@ VARIANTS: dict[str, Change] = {
     "m3i: few asked": of_mixing(num_queries=16, dense_fraction=0.25),
     "m3i: blank cells": of_mixing(min_contrast=0, num_queries=0),
     "m3i: dense 0.3": of_dense(weight=0.3),
+    "m3i: dense 1": of_dense(weight=1.0),
     "m3i: dense 10": of_dense(weight=10.0),
     "m3i: each alone": of_mixing(mode="own_image"),
     "m3i - mixing": unmixed,
@@ -154,9 +155,9 @@ NOTE = (
     "m3i - X: without the term X; category + caption: without the two others; as before: label "
     "terms are means over the rows that have one, dense targets raw, of weight 0.3 and asked of "
     "a quarter of the inputs and 16 cells, each image alone; mean over members, raw targets, few "
-    "asked, dense 0.3, each alone: these one at a time; targets by batch, second moment, "
-    "projector: other ways to standardise and decorrelate; blank cells: these are asked too; m3i "
-    "- mixing: each input is one whole image; 1 image: one image with half of its cells hidden, "
-    "where two of m3i share the cells; gradient norm, uncertainty: how the terms are weighted, "
-    "where m3i has fixed weights"
+    "asked, dense 0.3, each alone: these one at a time; dense 1, dense 10: where m3i has 3; targets "
+    "by batch, second moment, projector: other ways to standardise and decorrelate; blank cells: "
+    "these are asked too; m3i - mixing: each input is one whole image; 1 image: one image with "
+    "half of its cells hidden, where two of m3i share the cells; gradient norm, uncertainty: how "
+    "the terms are weighted, where m3i has fixed weights"
 )

@@ -59,6 +59,7 @@ def test_one_thing_is_changed(name: str, expected: list[str]) -> None:
         ("m3i: targets by batch", "dense", {"standardise": "batch"}),
         ("m3i: second moment", "dense", {"regulariser": "decorrelation"}),
         ("m3i: dense 0.3", "dense", {"weight": 0.3}),
+        ("m3i: dense 1", "dense", {"weight": 1.0}),
         ("m3i: dense 10", "dense", {"weight": 10.0}),
         ("m3i: projector", "dense", {}),
         ("m3i: batch norm projector", "dense", {"standardise": "none"}),

@@ -169,7 +169,8 @@ def siameseim(model: MutualInformation) -> Run:
 
 def m3i(model: MutualInformation) -> Run:
     """The first image's hidden cells of its view; all cells of another view of the last one, from
-    the input and from each local view; categories and captions from images and local views."""
+    the input and from each local view; categories and captions from images and local views. The
+    dense ones weigh three times as much."""
     same_view, other_view = _Standardised(), _Standardised()
 
     def run(step: Step) -> Parts:
@@ -179,8 +180,8 @@ def m3i(model: MutualInformation) -> Run:
         inputs = (None, *range(len(step.local)))
         inter = [step.decode("inter", LAST, step.every, target=1, local=local) for local in inputs]
         return {
-            "intra": _decorrelated(intra, own),
-            "inter": torch.stack([_decorrelated(z_hat, other) for z_hat in inter]).mean(),
+            "intra": 3 * _decorrelated(intra, own),
+            "inter": 3 * torch.stack([_decorrelated(z_hat, other) for z_hat in inter]).mean(),
             "caption": _several_pictures_a_caption(step),
             **category(step),
         }
