@@ -7,6 +7,7 @@
     m3i-fast bench methods --growth             four methods with 30, 90, 270 and 810 s
     m3i-fast bench methods --pilot --seeds 0,1,2   the pilot and its power calculation
     m3i-fast bench methods --pilot --calibrate  times a step of each of its arms, once for all
+    m3i-fast bench methods --dataset openmoji-tune ...   to choose settings by, see --help
     m3i-fast bench methods --table-only
 
 One ledger row a run. What has a row is not run again, and a run that was stopped or killed goes on
@@ -66,6 +67,7 @@ from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
 
 SUBJECT = "methods"
+TUNED_BY = 0.2  # share of the training concepts that settings are chosen by
 CHECKPOINT_EVERY = 100  # steps; what a run that is killed loses at most
 console = make_console(stderr=True)
 logger = logging.getLogger(__name__)
@@ -80,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = {group: _rows(cfg, group) for group in cfg.groups}
     found = {group: summarise(of_group) for group, of_group in rows.items()}
     for group, lines in found.items():
-        text = table(lines, group.title, note=NOTE if cfg.ablations else "")
+        note = NOTE if cfg.ablations else ""
+        text = table(lines, group.title, shown=cfg.shown, note=note)
         make_console().print(text, highlight=False, soft_wrap=True)
     _draw(cfg, found)
     if cfg.pilot:
@@ -205,7 +208,7 @@ def _in_order(
 
 def _submit(cfg: Config, pool: Executor, run: Run, num_steps: int | None) -> Future[dict[str, Any]]:
     if run.method == UNTRAINED:
-        return pool.submit(measure_untrained, _train_config(cfg, run))
+        return pool.submit(measure_untrained, _train_config(cfg, run), cfg.split)
     return pool.submit(train_and_measure, *_job(cfg, run, num_steps))
 
 
@@ -289,7 +292,7 @@ def _train_config(cfg: Config, run: Run) -> TrainConfig:
 
 def _job(
     cfg: Config, run: Run, num_steps: int | None
-) -> tuple[TrainConfig, Path, float | None, Path]:
+) -> tuple[TrainConfig, Path, float | None, Path, str]:
     """The arguments of `train_and_measure`.
 
     Every run is measured by all labels and captions, whatever share it was trained with.
@@ -299,8 +302,8 @@ def _job(
         weights = str(cfg.out / run.teacher.name)
         train = replace(train, objective=replace(train.objective, teacher=weights))
     if num_steps is None:
-        return train, cfg.out / run.name, run.seconds, whole
-    return replace(train, num_steps=num_steps), cfg.out / run.name, None, whole
+        return train, cfg.out / run.name, run.seconds, whole, cfg.split
+    return replace(train, num_steps=num_steps), cfg.out / run.name, None, whole, cfg.split
 
 
 def _record(cfg: Config, run: Run, figures: dict[str, Any]) -> None:
@@ -359,9 +362,10 @@ def _pack(cfg: Config, labelled: float, captioned: float) -> None:
                 f"{path}: expected classes of {labelled:g} and captions of {captioned:g} of the "
                 f"concepts, got {shares[0]:g} and {shares[1]:g}; remove it, or name another --data"
             )
-    elif cfg.dataset == "openmoji":
+    elif cfg.dataset.startswith("openmoji"):
         whole = (labelled, captioned) == (1.0, 1.0)  # `data openmoji` says nothing of captions
-        pack_demo(path, labelled=labelled, captioned=None if whole else captioned)
+        tune = TUNED_BY if cfg.split == "tune" else 0.0
+        pack_demo(path, labelled=labelled, captioned=None if whole else captioned, tune=tune)
     else:
         raise FileNotFoundError(
             f"{path}: expected a data set, got none; type m3i-fast data {cfg.dataset} {path} "

@@ -24,12 +24,12 @@ LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # in the figu
 
 
 def train_and_measure(
-    cfg: TrainConfig, out: Path, seconds: float | None, data: Path
+    cfg: TrainConfig, out: Path, seconds: float | None, data: Path, split: str
 ) -> dict[str, Any]:
     """Train `cfg` in `out`, or go on with the run that is there, and return a row's figures.
 
     seconds: training time that a calibration turns into steps; None takes cfg.num_steps. A run that
-    goes on keeps all of its config. data: as of `evaluate`. Raises InterruptedError after a
+    goes on keeps all of its config. data, split: as of `evaluate`. Raises InterruptedError after a
     checkpoint at SIGINT or SIGTERM, and what Trainer and evaluate raise.
     """
     resume = bool(checkpoint.checkpoints(out / "checkpoints"))
@@ -46,7 +46,7 @@ def train_and_measure(
             f"signal {outcome.signal} at step {outcome.step} of {cfg.num_steps}; the same command "
             "goes on from there"
         )
-    found = evaluate(out, baselines=False, data=data)
+    found = evaluate(out, split=split, baselines=False, data=data)
     del found.figures["trained_minus"]  # follows from the hits
     return {
         **training_figures(cfg, read_jsonl(out / "metrics.jsonl")),
@@ -56,10 +56,10 @@ def train_and_measure(
     }
 
 
-def measure_untrained(cfg: TrainConfig) -> dict[str, Any]:
+def measure_untrained(cfg: TrainConfig, split: str) -> dict[str, Any]:
     """A row's figures of what a run of `cfg` starts from, and of raw pixels."""
     torch.set_num_threads(cfg.num_threads)
-    found = evaluate_untrained(cfg)
+    found = evaluate_untrained(cfg, split=split)
     return {"num_steps": 0, **found.figures, **_by_item(found)}
 
 

@@ -7,7 +7,7 @@ All of it stands twice, for all held-out concepts and for the hard half of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -171,36 +171,34 @@ def _items(
 # ---- From lines to text --------------------------------------------------------------------------
 
 
-def table(lines: Sequence[Line], heading: str, *, note: str = "") -> str:
-    """Markdown: the figures, the differences, and what a reader must know of them."""
+def table(
+    lines: Sequence[Line], heading: str, *, shown: Container[str] = (), note: str = ""
+) -> str:
+    """Markdown: the figures, the differences, and what a reader must know of them.
+
+    shown: the measures that have a column; empty: all. Differences are corrected for all.
+    """
     runs = [line for line in lines if line.rows]
     if not runs:
         return f"{heading}: no row in the ledger\n"
     usual = runs[0].each("batch_size")[0]
-    columns = [name for name in measures(lines) if not parse(name)[1]]
+    whole, hard = (
+        [name for name in measures(lines) if parse(name)[1] == ending] for ending in ENDINGS
+    )
+    training = {
+        name: [_training(line, usual)[i] for line in lines]
+        for i, name in enumerate(("images/s", "steps", "seeds", "notes"))
+    }
     text = [
         f"{heading}, batch {usual}; {_origin(runs)}. In percent, but for nats and ranks.",
         "",
-        *_grid(
-            ["method", *map(title, columns), "images/s", "steps", "seeds", "notes"],
-            [
-                [_label(line), *(_value(line, m) for m in columns), *_training(line, usual)]
-                for line in lines
-            ],
-        ),
-        "",
-        *_differences(lines, columns),
+        *_figures(lines, whole, shown, training),
     ]
-    if hard := [name for name in measures(lines) if parse(name)[1]]:
+    if hard:
         text += [
             "The hard half: the held-out concepts that lie farthest from any training picture.",
             "",
-            *_grid(
-                ["method", *(title(parse(name)[0]) for name in hard)],
-                [[_label(line), *(_value(line, m) for m in hard)] for line in lines],
-            ),
-            "",
-            *_differences(lines, hard),
+            *_figures(lines, hard, shown),
         ]
     if any(_teachers(line) for line in lines):
         text += [
@@ -211,16 +209,37 @@ def table(lines: Sequence[Line], heading: str, *, note: str = "") -> str:
     return "\n".join([*text, *([f"{note}.", ""] if note else [])])
 
 
-def _differences(lines: Sequence[Line], columns: Sequence[str]) -> list[str]:
-    """The table of M3I minus each line, corrected for all that it compares."""
-    family = holm({(x.name, m): x.minus[m] for x in lines for m in columns if m in x.minus})
+def _figures(
+    lines: Sequence[Line],
+    measured: Sequence[str],
+    shown: Container[str],
+    training: Mapping[str, Sequence[str]] | None = None,
+) -> list[str]:
+    """The table of a half's values, and that of M3I minus each line, corrected for all of it.
+
+    training: further columns.
+    """
+    columns = [name for name in measured if not shown or parse(name)[0] in shown]
+    more = training or {}
+    rows = [
+        [_label(x), *(_value(x, m) for m in columns), *(column[i] for column in more.values())]
+        for i, x in enumerate(lines)
+    ]
+    head = ["method", *(title(parse(name)[0]) for name in columns), *more]
+    return [*_grid(head, rows), "", *_differences(lines, measured, columns)]
+
+
+def _differences(
+    lines: Sequence[Line], measured: Sequence[str], columns: Sequence[str]
+) -> list[str]:
+    family = holm({(x.name, m): x.minus[m] for x in lines for m in measured if m in x.minus})
     compared = [name for name in columns if any(m == name for _, m in family)]
     if not compared:
         return ["No difference to M3I: the ledger has no row of it, or of nothing else.", ""]
     return [
         "M3I minus each row, with its 95 % interval over seeds and items (of one seed, over items "
-        "alone; near-duplicates vary as one). In bold: what Holm's correction over the "
-        f"{len(family)} comparisons of this table leaves.",
+        "alone; near-duplicates vary as one). In bold: what Holm's correction over all "
+        f"{len(family)} comparisons, shown or not, leaves.",
         "",
         *_grid(
             ["method", *(title(parse(name)[0]) for name in compared)],

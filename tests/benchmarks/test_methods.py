@@ -145,10 +145,11 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
 ) -> None:
     cfg = _config(tmp_path, data=data)
     train, out, seconds, *rest = methods._job(cfg, _run(cfg, "m3i"), None)
-    assert seconds == 90 and train.num_threads == 1 and rest == [data / "openmoji"]
+    assert seconds == 90 and train.num_threads == 1 and rest == [data / "openmoji", "heldout"]
     none = torch.zeros(0)
     found = Evaluation({"trained_minus": {}}, {}, HeldOut(group=none, cluster=none, distance=none))
-    monkeypatch.setattr(methods_run, "evaluate", lambda *_, **__: found)
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(methods_run, "evaluate", lambda *_, **how: asked.update(how) or found)
     monkeypatch.setattr(methods_run, "calibrate", lambda *_: 4)
     step = Trainer.train_step
 
@@ -159,10 +160,11 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stopped)
         with pytest.raises(InterruptedError, match="signal 2 at step 1 of 4; the same command"):
-            train_and_measure(train, out, seconds, data)
+            train_and_measure(train, out, seconds, data, "heldout")
     assert not is_trained(out)
     monkeypatch.setattr(methods_run, "calibrate", None)
-    row = train_and_measure(train, out, seconds, data)
+    row = train_and_measure(train, out, seconds, data, "tune")
+    assert (asked["data"], asked["split"]) == (data, "tune")
     assert (row["num_steps"], row["resumed"]) == (4, True)
     assert [logged["step"] for logged in read_jsonl(out / "metrics.jsonl")] == [1, 2, 3, 4]
     logged = (out / "metrics.jsonl").read_bytes()
@@ -215,7 +217,7 @@ def test_a_teacher_comes_first_and_its_failure_is_told(
     begun: list[str] = []
     wrong: set[str] = {"supervised", "byol"}
 
-    def work(_: TrainConfig, out: Path, seconds: float | None, __: Path) -> dict[str, Any]:
+    def work(_: TrainConfig, out: Path, seconds: float | None, *__: object) -> dict[str, Any]:
         method = out.name.split("-")[0]
         begun.append(method)
         if method in wrong:
@@ -259,7 +261,7 @@ def test_a_teacher_without_weights_is_run_again_with_its_steps(tmp_path: Path) -
     assert methods._missing(cfg) == {teacher: 321, _run(cfg, "milan"): None}
     train, *rest = methods._job(cfg, teacher, 321)
     assert train.num_steps == 321
-    assert rest == [cfg.out / teacher.name, None, tmp_path / "openmoji"]
+    assert rest == [cfg.out / teacher.name, None, tmp_path / "openmoji", "heldout"]
 
 
 def test_steps_follow_from_a_row_or_from_one_calibration(
@@ -420,9 +422,13 @@ def test_data_sets_are_packed_or_asked_for(tmp_path: Path, monkeypatch: pytest.M
     cfg = _config(tmp_path)
     methods._pack(cfg, 1.0, 1.0)
     methods._pack(cfg, 0.03, 0.3)
+    tuned = replace(cfg, dataset="openmoji-tune")
+    methods._pack(tuned, 1.0, 1.0)
+    assert methods._job(tuned, _run(tuned, "clip"), 5)[3:] == (tmp_path / "openmoji-tune", "tune")
     assert asked == [
-        ("openmoji", {"labelled": 1.0, "captioned": None}),
-        ("openmoji-labelled-0.03-captioned-0.3", {"labelled": 0.03, "captioned": 0.3}),
+        ("openmoji", {"labelled": 1.0, "captioned": None, "tune": 0.0}),
+        ("openmoji-labelled-0.03-captioned-0.3", {"labelled": 0.03, "captioned": 0.3, "tune": 0.0}),
+        ("openmoji-tune", {"labelled": 1.0, "captioned": None, "tune": 0.2}),
     ]
     with pytest.raises(
         FileNotFoundError,
@@ -471,6 +477,7 @@ def test_one_plan_at_a_time() -> None:
         ("shares", "0.1,3", "shares: expected fractions as 0.01,0.03 or 0.03:0.3, got '3'"),
         ("shares", "0.1:x", "shares: expected fractions .*, got '0.1:x'"),
         ("methods", "m3i,m4i", r"methods: expected some of .*siglip.*, got \['m4i'\]"),
+        ("measures", "knn", r"measures: expected some of knn_top1, .*, got \['knn'\]"),
     ],
 )
 def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None:

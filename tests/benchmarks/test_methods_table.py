@@ -163,9 +163,22 @@ def test_bold_is_what_holm_leaves_of_the_table() -> None:
     survives = set(order[: kept.index(False)].tolist())
     assert 2 < len(survives) < sum(p < 0.05 for p in p_values)
     text = table(summarise(rows), "10 s a run")
-    assert "Holm's correction over the 12 comparisons" in text
+    assert "Holm's correction over all 12 comparisons" in text
     cells = _cells(text, 1)
     assert {i for i in range(12) if cells[f"m{i}"]["kNN"].startswith("**")} == survives
+
+
+def test_a_measure_that_is_not_shown_is_corrected_for_all_the_same(rows: Rows) -> None:
+    lines = summarise(rows)
+    (whole,), (chosen,) = (
+        {name for line in text.splitlines() if (name := line.partition("In bold")[2])}
+        for text in (table(lines, "10 s"), table(lines, "10 s", shown=["knn_top1"]))
+    )
+    assert whole == chosen and "comparisons" in whole
+    text = table(lines, "10 s", shown=["knn_top1"])
+    assert list(_cells(text, 0)["m3i"])[:3] == ["method", "kNN", "images/s"]
+    assert list(_cells(text, 1)["byol"]) == ["method", "kNN"]
+    assert _cells(text, 1)["byol"]["kNN"] == _cells(table(lines, "10 s"), 1)["byol"]["kNN"]
 
 
 # ---- The hard half -------------------------------------------------------------------------------
