@@ -20,7 +20,7 @@ from m3i_fast.benchmarks import ledger
 from m3i_fast.benchmarks.demo import table as demo_table
 from m3i_fast.benchmarks.ledger import Row
 
-FILES = ("README.md", "docs/comparing.md")
+FILES = ("README.md", "docs/performance.md", "docs/comparing.md")
 MARKED = re.compile(r"(<!-- ledger:(\w+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)
 OURS = "m3i_fast"
 ABSENT = "not measured yet"

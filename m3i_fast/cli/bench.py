@@ -21,7 +21,7 @@ BENCHMARKS = {
     "demo": "the demo over several seeds, from the ledger's rows",
     "cpu_shares": "how torch and the loader best share the cores of a CPU",
     "node": "images a second of a node: loader, training, both, what bounds them, and a sweep",
-    "page": "the ledger as a page, as tables of the README, or for other tools",
+    "page": "the ledger as a page, as tables of README and docs, or for other tools",
     "compare": "this version beside another: the ledger's rows, or both measured in turns",
     "tune": "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
     "methods": "methods with one budget, M3I's ablations, few annotations, a pilot and its power",

@@ -102,7 +102,7 @@ def test_a_gpus_rows_are_shown_beside_the_prediction(
 
 
 def test_predictions_are_marked_as_such() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "performance.md").read_text()
     (block,) = re.findall(r"<!-- ledger:gpu -->(.*?)<!-- /ledger -->", text, re.DOTALL)
     for recipe in readme.PREDICTED:
         assert f"`{recipe}`" in block
