@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from m3i_fast.benchmarks.ledger import read_rows
+from m3i_fast.benchmarks.ledger.rows import read_rows
+from m3i_fast.benchmarks.subjects import SUBJECTS
 from scripts.gpu import machine, plan
 from scripts.gpu.plan import Machine
 from scripts.gpu.steps import Runner, Step
@@ -131,8 +132,10 @@ def test_the_plan_names_what_exists(small: bool, tmp_path: Path) -> None:
         for argument in step.command:
             if argument.startswith("tests/"):
                 assert (ROOT / argument.partition("::")[0]).is_file()
-            if argument.startswith("m3i_fast.benchmarks."):
-                assert (ROOT / "benchmarks" / f"{argument.rpartition('.')[2]}.py").is_file()
+        if "m3i_fast.benchmarks" in step.command:
+            name = step.command[step.command.index("m3i_fast.benchmarks") + 1]
+            module = SUBJECTS[name][0].replace(".", "/")
+            assert (ROOT / "benchmarks" / f"{module}.py").is_file()
     names = [step.name for step in found if step.is_benchmark]
     assert names == list(plan.BENCHMARKS)
     none = Machine(inventory=dict.fromkeys(inventory), small=small)

@@ -103,3 +103,13 @@ def test_imports_have_no_cycle() -> None:
         for file, used in USES.items()
     }
     TopologicalSorter(graph).prepare()
+
+
+def test_a_room_of_benchmarks_imports_what_all_share_and_no_other_room() -> None:
+    allowed = {"core": {"core", "ledger"}, "ledger": {"ledger"}, "__main__": {"subjects"}}
+    for file, used in USES.items():
+        parts = module_of(file).split(".")
+        if parts[1:2] != ["benchmarks"] or len(parts) < 3:
+            continue
+        rooms = {name.split(".")[2] for name, _ in used if name.startswith("m3i_fast.benchmarks.")}
+        assert rooms <= allowed.get(parts[2], {parts[2], "core", "ledger"}), file

@@ -249,7 +249,7 @@ def test_what_the_image_copies_is_enough_to_build(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *options]
     subprocess.run([*pip, "--no-deps", "--target", tmp_path / "site", "."], check=True, cwd=source)
     assert (tmp_path / "site" / "m3i_fast" / "_C.abi3.so").is_file()
-    assert (tmp_path / "site" / "m3i_fast" / "benchmarks" / "harness.py").is_file()
+    assert (tmp_path / "site" / "m3i_fast" / "benchmarks" / "core" / "harness.py").is_file()
 
 
 # ---- Whole runs ----------------------------------------------------------------------------------

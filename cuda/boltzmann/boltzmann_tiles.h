@@ -1,4 +1,4 @@
-// boltzmann: tiles. Made of tiles.json, which says why, by benchmarks/tune_policy.py.
+// boltzmann: tiles. Made of tiles.json, which says why, by benchmarks/tune/policy.py.
 #pragma once
 
 #include "boltzmann/boltzmann_policy.h"

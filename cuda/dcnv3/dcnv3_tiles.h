@@ -1,4 +1,4 @@
-// dcnv3: tiles. Made of tiles.json, which says why, by benchmarks/tune_policy.py.
+// dcnv3: tiles. Made of tiles.json, which says why, by benchmarks/tune/policy.py.
 #pragma once
 
 #include "dcnv3/dcnv3_policy.h"

@@ -10,7 +10,7 @@ from typing import Any
 
 import tyro
 
-from m3i_fast.benchmarks.ledger import append_row
+from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.cli import console
 from m3i_fast.cli.demo_page import gather
 from m3i_fast.cli.evaluate import print_figures

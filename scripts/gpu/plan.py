@@ -94,7 +94,7 @@ def benchmark_steps(machine: Machine) -> Iterator[Step]:
         arguments = small if machine.small else ()
         yield Step(
             name=name,
-            command=(sys.executable, "-m", f"m3i_fast.benchmarks.{name}", *arguments),
+            command=(sys.executable, "-m", "m3i_fast.benchmarks", name, *arguments),
             limit_s=limit_s,
             cwd=SITE,
             missing=missing,
@@ -107,7 +107,7 @@ def nsys_steps(machine: Machine, out: Path) -> Iterator[Step]:
     missing = machine.missing("nsys") or ("no GPU" if machine.small else None)
     tool, report = machine.inventory["nsys"] or "nsys", str(out / "step")
     trace = ("-t", "cuda,nvtx", "-s", "none", "-o", report, "--force-overwrite", "true")
-    step = (sys.executable, "-m", "m3i_fast.benchmarks.step")
+    step = (sys.executable, "-m", "m3i_fast.benchmarks", "step")
     place = {"M3I_RESULTS": str(BUILD / "unrecorded")}  # slower than it is
     profile = Step(
         name="nsys",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from m3i_fast.benchmarks.tune_roofline import (
+from m3i_fast.benchmarks.tune.roofline import (
     Gpu,
     Policy,
     Product,

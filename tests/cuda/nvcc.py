@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.benchmarks.tune_compile import Resources, parse_ptxas
+from m3i_fast.benchmarks.tune.compile import Resources, parse_ptxas
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "cuda"

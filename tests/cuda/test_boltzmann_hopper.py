@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3i_fast.benchmarks import tune_roofline
+from m3i_fast.benchmarks.tune import roofline as tune_roofline
 from m3i_fast.ops import boltzmann
 from tests.cuda import boltzmann_roofline, emulator
 from tests.cuda.boltzmann_source import limit_blocks, shrink

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.benchmarks.tune_compile import Resources
+from m3i_fast.benchmarks.tune.compile import Resources
 from tests.cuda.nvcc import (
     ARCHITECTURES,
     CUDA,

@@ -11,8 +11,12 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from m3i_fast.benchmarks import ledger, tune, tune_build, tune_policy, tune_time
-from m3i_fast.benchmarks.tune_candidates import (
+from m3i_fast.benchmarks.ledger import rows as ledger
+from m3i_fast.benchmarks.tune import build as tune_build
+from m3i_fast.benchmarks.tune import main as tune
+from m3i_fast.benchmarks.tune import policy as tune_policy
+from m3i_fast.benchmarks.tune import timing as tune_time
+from m3i_fast.benchmarks.tune.candidates import (
     SUBJECTS,
     Subject,
     candidates,
@@ -20,8 +24,8 @@ from m3i_fast.benchmarks.tune_candidates import (
     predict,
     with_policy,
 )
-from m3i_fast.benchmarks.tune_compile import code_digest, compile_cubin
-from m3i_fast.benchmarks.tune_roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
+from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
+from m3i_fast.benchmarks.tune.roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
 from m3i_fast.cli.probes import fatbin_architectures
 from m3i_fast.ops import dcnv3
 from tests.cuda.emulator import emulated

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from m3i_fast.benchmarks.noise import draw_batch
+from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.ema import update_ema
 from m3i_fast.engine.footprint import draw_first_mix

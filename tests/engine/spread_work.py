@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m3i_fast.benchmarks.noise import draw_batch
+from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.model import build_objective, stacks_of
 from m3i_fast.engine.parallel import World, distribute

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3i_fast.benchmarks.noise import draw_batch
+from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import Backend, Precision, TrainConfig
 from m3i_fast.engine import fp8
 from m3i_fast.engine.footprint import draw_first_mix

@@ -16,7 +16,7 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from m3i_fast.benchmarks.ledger import append_row
+from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
 from tests.faults.campaign import Campaign, Trial, Verdict

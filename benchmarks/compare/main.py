@@ -1,0 +1,280 @@
+"""Is this version slower, or faster, than another? Exit code 1 on an alarm.
+
+    m3i-fast bench compare SUBJECT                   the ledger's rows of this commit and of another
+    m3i-fast bench compare SUBJECT --against REF     both versions in turns, here and now
+    m3i-fast bench compare SUBJECT --self-test 20    how often the gate errs on this machine
+
+Only rows of one machine class are compared, and only those that measured the same. --against builds
+the other commit and takes samples of both in turns, which leaves out what a busy machine does to
+both: it is the fair one, for the subjects mask_mix, dcnv3, gaussian and mi_loss. --self-test
+compares this version with itself, and with itself doing a tenth of the work again; its row goes to
+the ledger. gate.py says when a difference is an alarm, docs/comparing.md what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from m3i_fast.benchmarks.compare.gate import Verdict, judge, judge_in_looks
+from m3i_fast.benchmarks.compare.versions import Plan, Version, built, sample_in_turns
+from m3i_fast.benchmarks.compare.worker import WORKS
+from m3i_fast.benchmarks.ledger import rows as ledger
+from m3i_fast.terminal import make_console
+
+SUBJECT = "gate"  # of the rows of --self-test
+OURS = "m3i_fast"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    subject: Annotated[str, tyro.conf.Positional]
+    """A subject of the ledger; with --against or --self-test one of mask_mix, dcnv3, gaussian,
+    mi_loss."""
+    against: str | None = None
+    """A commit, tag or branch: build it and measure both versions in turns."""
+    baseline: str | None = None
+    """Without --against: the commit whose rows are the baseline; the newest other one if absent."""
+    self_test: int = 0
+    """So many comparisons of this version with itself, and as many with a planted slowdown."""
+    planted: float = 0.1
+    """Share of the work that --self-test does again, in tenths."""
+    alpha: float = 0.01
+    """Chance of an alarm on versions that are equally fast; shared by all rows compared."""
+    threshold: float = 0.05
+    """The smallest difference that counts, as a share."""
+    pairs: int = 6
+    """Pairs of processes that take turns; as many anew at each look."""
+    looks: int = 5
+    """So often at most, while the interval neither clears nor keeps within the threshold."""
+    samples: int = 80
+    """Of each process."""
+    sample_ms: float = 5.0
+    """What a sample lasts at least."""
+    threads: int = 1
+    """Of each process. One process works at a time."""
+    record: bool = True
+    """Append the row of --self-test to the ledger, benchmarks/results/gate.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "looks", "samples", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha: expected a probability between 0 and 1, got {self.alpha}")
+        for name in ("threshold", "self_test", "planted"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if abs(10 * self.planted - round(10 * self.planted)) > 1e-9:
+            raise ValueError(f"planted: expected whole tenths, got {self.planted}")
+        if sum(map(bool, (self.against, self.baseline, self.self_test))) > 1:
+            raise ValueError("expected one of --against, --baseline and --self-test")
+        if (self.against or self.self_test) and self.subject not in WORKS:
+            raise ValueError(
+                f"subject: expected one of {', '.join(WORKS)} for measuring in turns, "
+                f"got {self.subject!r}"
+            )
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.subject, self.pairs, self.samples, self.sample_ms, self.threads)
+
+
+# ---- Rows of the ledger --------------------------------------------------------------------------
+
+
+def compare_rows(cfg: Config) -> dict[str, Verdict]:
+    """By what was measured. ValueError where there is nothing that may be compared."""
+    rows = [row for row in ledger.read_rows(cfg.subject) if OURS in _timings(row)]
+    if not rows:
+        raise ValueError(
+            f"subject: expected one with timings of {OURS} in the ledger, got {cfg.subject!r}; "
+            f"there are {', '.join(ledger.subjects())}"
+        )
+    here = ledger.make_row(cfg.subject, {})
+    own = [row for row in rows if row["commit"] == here["commit"]]
+    if not own:
+        raise ValueError(
+            f"no row of {cfg.subject} is of this commit, {here['commit']}: m3i-fast bench "
+            f"{cfg.subject} appends some"
+        )
+    classes = {row["machine_class"] for row in own}
+    others = [row for row in rows if row["commit"] not in (here["commit"], None)]
+    if cfg.baseline:
+        others = [row for row in others if row["commit"].startswith(cfg.baseline)]
+    usable = [row for row in others if row["machine_class"] in classes]
+    if not usable:
+        raise ValueError(_nothing_to_compare(cfg, classes, others))
+    commit = cfg.baseline or usable[-1]["commit"]
+    baseline = _newest_by_settings(row for row in usable if row["commit"].startswith(commit))
+    candidate = _newest_by_settings(own)
+    shared = [key for key in candidate if key in baseline]
+    if not shared:
+        raise ValueError(
+            f"no row of {cfg.subject} of {commit} measured what rows of this commit did: settings "
+            f"differ in {', '.join(sorted(_differing(baseline, candidate)))}"
+        )
+    return {key: _of_rows(cfg, baseline[key], candidate[key], len(shared)) for key in shared}
+
+
+def _timings(row: ledger.Row) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = row["figures"].get("timings", {})
+    return found
+
+
+def _nothing_to_compare(cfg: Config, classes: set[str], others: list[ledger.Row]) -> str:
+    wanted = f"commit {cfg.baseline}" if cfg.baseline else "another commit"
+    if not others:
+        return f"no row of {cfg.subject} is of {wanted}: measure it with a checkout of it"
+    found = {row["machine_class"] for row in others}
+    return (
+        f"rows of {cfg.subject} of {wanted} are of other machines: expected "
+        f"{' or '.join(sorted(classes))}, got {' and '.join(sorted(found))}; measure both versions "
+        f"here with --against"
+    )
+
+
+def _newest_by_settings(rows: Iterator[ledger.Row] | list[ledger.Row]) -> dict[str, ledger.Row]:
+    found = {}
+    for row in rows:
+        settings = {"class": row["machine_class"], **ledger.settings_of(row)}
+        found[json.dumps(settings, sort_keys=True)] = row
+    return found
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> set[str]:
+    """Names of settings that no row of one has as some row of the other."""
+    pairs = [(json.loads(left), json.loads(right)) for left in a for right in b]
+    return min(
+        ({k for k in {*x, *y} if x.get(k) != y.get(k)} for x, y in pairs), key=len, default=set()
+    )
+
+
+def _of_rows(
+    cfg: Config, baseline: ledger.Row, candidate: ledger.Row, num_compared: int
+) -> Verdict:
+    samples = [_timings(row)[OURS].get("samples_ms") for row in (baseline, candidate)]
+    for row, taken in zip((baseline, candidate), samples, strict=True):
+        if not taken:
+            raise ValueError(
+                f"the row of {cfg.subject} of {ledger.commit_of(row)} at {row['time']} has no "
+                "samples, as rows of before they were kept: use --against, which measures both"
+            )
+    return judge(
+        [samples[0]],
+        [samples[1]],
+        alpha=cfg.alpha / num_compared,
+        threshold=cfg.threshold,
+        in_turns=False,
+    )
+
+
+# ---- Two versions --------------------------------------------------------------------------------
+
+
+def compare_versions(cfg: Config, baseline: Version, candidate: Version, seed: int = 0) -> Verdict:
+    """Sample both in turns, and judge; again with new processes, until that is settled."""
+    take = partial(sample_in_turns, cfg.plan, (baseline, candidate))
+    return judge_in_looks(
+        take, looks=cfg.looks, alpha=cfg.alpha, threshold=cfg.threshold, seed=seed
+    )
+
+
+def self_test(cfg: Config, console: Console) -> dict[str, Any]:
+    """The figures of a row: alarms on this version against itself, and against a slower itself."""
+    found: dict[str, Any] = {}
+    kinds = {"unchanged": Version(), "planted": Version(planted=cfg.planted)}
+    for name, candidate in kinds.items():
+        verdicts, begun = [], time.monotonic()
+        for number in range(cfg.self_test):
+            verdicts.append(compare_versions(cfg, Version(), candidate, seed=number))
+            console.print(_line(f"{name} {number + 1}", verdicts[-1]), highlight=False)
+        found[name] = {
+            "comparisons": len(verdicts),
+            "slower": sum(verdict.alarm == "slower" for verdict in verdicts),
+            "faster": sum(verdict.alarm == "faster" for verdict in verdicts),
+            "ratios": [round(verdict.ratio, 4) for verdict in verdicts],
+            "intervals": [[round(v.low, 4), round(v.high, 4)] for v in verdicts],
+            "pairs": [verdict.num_groups for verdict in verdicts],
+            "seconds_a_comparison": (time.monotonic() - begun) / len(verdicts),
+        }
+    settings = asdict(cfg.plan) | {
+        "looks": cfg.looks,
+        "alpha": cfg.alpha,
+        "threshold": cfg.threshold,
+        "slowdown": cfg.planted,
+    }
+    return settings | found
+
+
+# ---- Words ---------------------------------------------------------------------------------------
+
+
+def _line(name: str, verdict: Verdict) -> str:
+    said = verdict.alarm or "no alarm"
+    interval = f"{verdict.low:.3f} to {verdict.high:.3f}"
+    return f"{name}: {verdict.ratio:.3f} ({interval}), {said}, {verdict.num_groups} pairs"
+
+
+def table(title: str, verdicts: Mapping[str, Verdict]) -> Table:
+    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "time, x baseline", "interval", "p", "verdict"):
+        shown.add_column(column, justify="left" if column in ("", "verdict") else "right")
+    for name, verdict in verdicts.items():
+        shown.add_row(
+            _label(name),
+            f"{verdict.ratio:.3f}",
+            f"{verdict.low:.3f} to {verdict.high:.3f}",
+            f"{verdict.p_value:.2g}",
+            verdict.alarm or ("equal" if verdict.settled else "not settled"),
+        )
+    return shown
+
+
+def _label(key: str) -> str:
+    if not key.startswith("{"):
+        return key
+    settings = json.loads(key)
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if name != "class")
+
+
+def _conclude(console: Console, title: str, verdicts: Mapping[str, Verdict]) -> int:
+    console.print(table(title, verdicts))
+    alarms = {verdict.alarm for verdict in verdicts.values()}
+    if "slower" in alarms:
+        console.print("slower than the baseline")
+    if "faster" in alarms:
+        console.print("faster than the baseline: refresh the baseline by measuring this commit")
+    if not all(verdict.settled for verdict in verdicts.values()):
+        console.print(
+            "not settled: an interval holds the threshold; more --looks of --against narrow it"
+        )
+    elif alarms == {None}:
+        console.print("no difference that counts")
+    return 1 if alarms - {None} else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    cfg = tyro.cli(Config, prog="m3i-fast bench compare", args=argv)
+    console = make_console()
+    if cfg.self_test:
+        figures = self_test(cfg, console)
+        if cfg.record:
+            console.print(f"a row appended to {ledger.append_row(SUBJECT, figures)}")
+        return 0
+    if cfg.against:
+        with built(cfg.against) as site:
+            verdict = compare_versions(cfg, Version(site=site), Version())
+        return _conclude(
+            console, f"{cfg.subject}, this version against {cfg.against}", {cfg.subject: verdict}
+        )
+    return _conclude(console, f"{cfg.subject}, rows of the ledger", compare_rows(cfg))

@@ -1,0 +1,237 @@
+"""Images a second of a node, what bounds them, and the settings that are fastest.
+
+    m3i-fast bench node RECIPE [--windows 5] [--window-seconds 5] [--synthetic-data]
+                               [--field value ...] [--sweep batch precision=bf16,fp32 ...]
+    m3i-fast launch --nproc-per-node 8 -m m3i_fast.cli bench node RECIPE ...
+
+Three things take turns in one process a GPU: the loader alone, training on batches that lie in
+memory, and both together, by the trainer's own steps; with several ranks also training that does
+not exchange gradients. Warm-up and compilation are not counted, and nothing is waited for but at
+the edges of a window. Left out of a step are its checkpoints, monitors and the reads of the log.
+Images are source images: several views of a picture are one. `--sweep` measures every combination
+in a fresh process; `node_sweep` says what can be swept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+from m3i_fast.benchmarks.core.efficiency import efficiency_figures
+from m3i_fast.benchmarks.core.windows import Schedule, Series, Work, measure_windows
+from m3i_fast.benchmarks.ledger.rows import append_row
+from m3i_fast.benchmarks.node.figures import find, joules_per_image, summarise_ranks
+from m3i_fast.benchmarks.node.shards import PLACE, describe, shards_of, shared_folder
+from m3i_fast.benchmarks.node.sweep import parse_sweep, sweep
+from m3i_fast.benchmarks.node.table import show, show_sweep
+from m3i_fast.benchmarks.node.verdict import verdict
+from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, TrainWork, works_of
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.parallel import World, join_world, leave_world
+from m3i_fast.engine.precision import resolve_device
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.environment import num_cores
+from m3i_fast.observe.telemetry import Telemetry
+from m3i_fast.pipelines.loader import Loader
+from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.terminal import make_console
+
+SUBJECT = "node"
+USAGE = """\
+usage: m3i-fast bench node RECIPE [--synthetic-data] [--windows N] [--window-seconds S]
+                                  [--sweep AXIS[=VALUE,VALUE] ...] [--field value ...]
+       m3i-fast bench node --config FILE [...]
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeCommand:
+    """Images a second of a node, what bounds them, and the settings that are fastest."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    windows: int = 5
+    """Windows of each measurement; at least 3."""
+    window_seconds: float = 5.0
+    """A window has as many steps as fill it."""
+    warmup_steps: int = 10
+    """Steps of each before its first window at least; then until they take about the same time."""
+    max_warmup_seconds: float = 60.0
+    """Windows begin after so long, whether steps have settled or not; the row says which."""
+    synthetic_data: bool = False
+    """Make JPEGs of 375 x 500 pixels for this run alone, instead of --data.path; classes and
+    vocabulary are then theirs."""
+    sweep: tuple[str, ...] = ()
+    """Every combination of: batch, precision, loader-threads, hw-decoder-load; each with its usual
+    values, or with those after =, as batch=64,128."""
+    ranks: int = 1
+    """Of --sweep: processes of each point, one a GPU."""
+    json: Path | None = None
+    """Write the figures there, too."""
+    record: bool = True
+    """Append a row to the ledger, benchmarks/results/node.jsonl."""
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(
+            num_windows=self.windows,
+            window_s=self.window_seconds,
+            warmup_steps=self.warmup_steps,
+            max_warmup_s=self.max_warmup_seconds,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        make_console().print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
+        return
+    recipe, config, rest = find_recipe(arguments)
+    command = tyro.cli(
+        NodeCommand,
+        prog=f"m3i-fast bench node {arguments[0]}",
+        default=NodeCommand(config=config),
+        args=rest,
+        config=(tyro.conf.CascadeSubcommandArgs,),
+    )
+    (_sweep if command.sweep else _measure)(recipe, command)
+
+
+def _measure(recipe: str, command: NodeCommand) -> None:
+    schedule = command.schedule
+    try:
+        found = measure_node(command.config, schedule, make_data=command.synthetic_data)
+        if found.is_main:
+            figures = {"recipe": recipe, **found.figures}
+            _keep(command, figures, found)
+            show(make_console(), figures)
+    finally:
+        leave_world()
+
+
+def _sweep(recipe: str, command: NodeCommand) -> None:
+    points = sweep(
+        command.config,
+        parse_sweep(command.sweep, command.config),
+        command.schedule,
+        make_data=command.synthetic_data,
+        num_ranks=command.ranks,
+    )
+    figures = {"recipe": recipe, "num_ranks": command.ranks, "sweep": points}
+    _keep(command, figures, None)
+    show_sweep(make_console(), figures)
+
+
+def _keep(command: NodeCommand, figures: dict[str, Any], found: Found | None) -> None:
+    if command.json is not None:
+        command.json.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    if command.record:
+        append_row(
+            SUBJECT,
+            figures,
+            config=found.config if found else command.config,
+            telemetry=found.telemetry if found else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What all ranks found, on each of them."""
+
+    figures: dict[str, Any]
+    config: TrainConfig
+    """As it was run; shards that are gone have no place."""
+    telemetry: dict[str, Any]
+    """Of the first node, over all windows."""
+    is_main: bool
+
+
+def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> Found:
+    """The figures of this node, or of all; every rank calls this."""
+    world = join_world(resolve_device(cfg.device))
+    with shards_of(cfg, make=make_data, world=world) as cfg, shared_folder(world) as folder:
+        trainer = Trainer(cfg, folder / "run")
+        try:
+            works = works_of(trainer)
+            series, telemetry = _windows_of(trainer, works, schedule)
+            figures = _figures(trainer, world.gather(series))
+            trained = works[BOTH]
+            assert isinstance(trained, TrainWork)
+            figures["final_loss"] = trained.loss
+        finally:
+            trainer.close()
+    figures["schedule"] = asdict(schedule)
+    config = replace(cfg, data=replace(cfg.data, path=PLACE)) if make_data else cfg
+    return Found(figures=figures, config=config, telemetry=telemetry, is_main=world.is_main)
+
+
+def _windows_of(
+    trainer: Trainer, works: dict[str, Work], schedule: Schedule
+) -> tuple[dict[str, Series], dict[str, Any]]:
+    samples = _local_rank() == 0
+    measure = partial(
+        measure_windows,
+        works,
+        schedule,
+        slowest=lambda seconds: max(trainer.world.gather(seconds)),
+    )
+    with Telemetry() if samples else nullcontext() as telemetry:
+        if telemetry is None:
+            return measure(), {}
+        begun = time.monotonic()
+        series = measure(telemetry=telemetry.summary)
+        return series, telemetry.summary(begun, time.monotonic())
+
+
+def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]:
+    """Of all ranks; `ranks`: what each has timed."""
+    cfg, num_nodes = trainer.cfg, _num_nodes(trainer.world)
+    measured = {
+        name: summarise_ranks([own[name] for own in ranks], num_nodes=num_nodes)
+        for name in ranks[0]
+    }
+    found, both = find(ranks, measured), measured[BOTH]
+    assert isinstance(trainer.loader, Loader)
+    on_gpu = trainer.device.type == "cuda"
+    peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    return {
+        "device": trainer.device.type,
+        "num_ranks": len(ranks),
+        "num_nodes": num_nodes,
+        "num_cores": num_cores(),
+        "num_threads": torch.get_num_threads(),
+        "loader_threads": cfg.data.num_threads,
+        "batch_size": cfg.data.batch_size,
+        "accumulate": cfg.parallel.accumulate,
+        "precision": trainer.arithmetic.recipe,
+        "backend": trainer.arithmetic.backend,
+        "compile": cfg.compile,
+        "data": describe(trainer.loader.manifest, cfg.data.split),
+        "measurements": {name: asdict(each) for name, each in measured.items()},
+        "images_s_per_gpu": both.per_gpu.median,
+        "images_s_per_node": both.per_node.median,
+        "loader_images_s_per_node": measured[LOADER].per_node.median,
+        "data_wait_share": found.data_wait,
+        "exchange_share": found.exchange_share,
+        "verdict": asdict(verdict(found)),
+        "efficiency": efficiency_figures(trainer, images_s=both.per_gpu.median),
+        "joules_per_image": joules_per_image(ranks),
+        "peak_memory_gib": peak_gib,
+    }
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _num_nodes(world: World) -> int:
+    return max(world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)), 1)

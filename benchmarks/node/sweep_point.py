@@ -1,0 +1,53 @@
+"""One point of `bench node --sweep`: CONFIG SCHEDULE RESULT, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3i_fast.benchmarks.core.windows import Schedule
+from m3i_fast.benchmarks.node.main import measure_node
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.parallel import leave_world
+from m3i_fast.storage import write_atomically
+
+# Of errors that are no torch.OutOfMemoryError: a CPU's allocator, cuBLAS's workspace, CUDA's own.
+_NO_MEMORY = ("can't allocate memory", "cublas_status_alloc_failed", "out of memory")
+
+
+def main() -> None:
+    """Any rank that fails says why; other errors end it, as they would a run."""
+    config, schedule, result = sys.argv[1:]
+    try:
+        found = measure_node(
+            TrainConfig.load(Path(config)), Schedule(**json.loads(schedule)), make_data=False
+        )
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        _write(result, status="refused", reason=str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _write(result, status="out of memory", reason=str(error).splitlines()[0])
+    else:
+        if found.is_main:
+            _write(result, status="measured", figures=found.figures)
+    finally:
+        leave_world()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def _write(path: str, **outcome: Any) -> None:
+    write_atomically(Path(path), json.dumps(outcome, allow_nan=False).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What follows from rates of several numbers of ranks: efficiency, shares, serial fraction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from m3i_fast.benchmarks.core.rates import LEVEL, NUM_RESAMPLES
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ratio:
+    """Of two medians, with the 95 % interval of a percentile bootstrap of both."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+
+
+def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> Ratio:
+    """median(above) / median(below). ValueError where either has no sample."""
+    if not above or not below:
+        raise ValueError(f"samples: expected some of each, got {len(above)} and {len(below)}")
+    rng = torch.Generator().manual_seed(seed)
+    found = _medians(above, rng) / _medians(below, rng)
+    low, high = found.quantile(
+        torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    ).tolist()
+    return Ratio(value=_median(above) / _median(below), ci_low=low, ci_high=high)
+
+
+def efficiency(
+    images_s: Sequence[float], one_images_s: Sequence[float], *, num_ranks: int
+) -> Ratio:
+    """E(n) = T(n) / (n T(1)), T the rate of all ranks; of one rank it is 1."""
+    if num_ranks == 1:
+        return Ratio(value=1.0, ci_low=1.0, ci_high=1.0)
+    found = ratio(images_s, one_images_s)
+    return Ratio(
+        value=found.value / num_ranks,
+        ci_low=found.ci_low / num_ranks,
+        ci_high=found.ci_high / num_ranks,
+    )
+
+
+def serial_fraction(of_efficiency: float, num_ranks: int) -> float | None:
+    """Karp and Flatt's: (1/S - 1/n) / (1 - 1/n) of the speed-up S = n E; None of one rank.
+
+    The share of the work that would have to be serial for such a speed-up. Where it grows with n it
+    is not serial work but communication or contention that costs; below 0, n ranks are more than n
+    times as fast.
+    """
+    if num_ranks == 1:
+        return None
+    return (1 / of_efficiency - 1) / (num_ranks - 1)
+
+
+def share_lost(with_it: Sequence[float], without: Sequence[float]) -> Ratio:
+    """1 - without / with: the share of a step that something takes, of seconds of either."""
+    found = ratio(without, with_it)
+    return Ratio(value=1 - found.value, ci_low=1 - found.ci_high, ci_high=1 - found.ci_low)
+
+
+def _median(samples: Sequence[float]) -> float:
+    ordered = sorted(samples)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def _medians(
+    samples: Sequence[float],
+    rng: torch.Generator,
+) -> torch.Tensor:  # [NUM_RESAMPLES] fp64
+    values, size = torch.tensor(samples, dtype=torch.float64), len(samples)
+    drawn = values[torch.randint(size, (NUM_RESAMPLES, size), generator=rng)].sort(dim=1).values
+    return (drawn[:, (size - 1) // 2] + drawn[:, size // 2]) / 2

@@ -1,0 +1,86 @@
+"""What can be measured, by the name that `m3i-fast bench` knows it by."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+# name -> the module whose `main` takes the arguments, and what it measures
+SUBJECTS = {
+    "mask_mix": (
+        "ops.mask_mix",
+        "mask, mix and normalise views: ours beside the torch expressions it replaces",
+    ),
+    "dcnv3": (
+        "ops.dcnv3",
+        "deformable convolution v3: ours beside grid_sample and torchvision",
+    ),
+    "gaussian": (
+        "ops.gaussian",
+        "the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
+    ),
+    "internimage": (
+        "ops.internimage",
+        "a whole InternImage with our dcnv3 beside one with a grid_sample core",
+    ),
+    "mi_loss": (
+        "ops.mi_loss.main",
+        "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
+    ),
+    "muon": (
+        "training.muon",
+        "a step of Muon: ours beside torch's, also on a CPU without bf16 units",
+    ),
+    "step": (
+        "training.step",
+        "a training step of M3I: ours beside one written plainly in eager torch",
+    ),
+    "scaling": (
+        "scaling.main",
+        "images/s and efficiency over ranks of this machine, and a prediction beyond it",
+    ),
+    "loader": (
+        "loader.main",
+        "our loader beside torchvision and webdataset, and beside decoding alone",
+    ),
+    "checkpoint": (
+        "training.checkpoint",
+        "how long a checkpoint keeps a step waiting, at once and in the background",
+    ),
+    "demo": ("ledger.demo_table", "the demo over several seeds, from the ledger's rows"),
+    "cpu_shares": (
+        "training.cpu_shares",
+        "how torch and the loader best share the cores of a CPU",
+    ),
+    "node": (
+        "node.main",
+        "images a second of a node: loader, training, both, what bounds them, and a sweep",
+    ),
+    "page": (
+        "ledger.page",
+        "the ledger as a page, as tables of README and docs, or for other tools",
+    ),
+    "compare": (
+        "compare.main",
+        "this version beside another: the ledger's rows, or both measured in turns",
+    ),
+    "tune": (
+        "tune.main",
+        "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
+    ),
+    "methods": (
+        "methods.main",
+        "methods with one budget, M3I's ablations, few annotations, a pilot and its power",
+    ),
+    "telemetry": (
+        "training.telemetry",
+        "what logging and telemetry cost a step: processor time, and A B A B",
+    ),
+}
+
+
+def load(name: str) -> Callable[[list[str] | None], int | None]:
+    """Import a subject's module and return its `main`; KeyError for an unknown name."""
+    module = importlib.import_module(f"m3i_fast.benchmarks.{SUBJECTS[name][0]}")
+    main: Callable[[list[str] | None], int | None] = module.main
+    return main

@@ -1,0 +1,121 @@
+"""A candidate's kernels as torch operators beside the package's own.
+
+The op's sources are compiled as they are, with the candidate's tiles in front of cuda/, and with
+`m3i` renamed: its library defines and registers operators of a namespace of its own. So the op's
+checks, allocations and launchers are what is timed, on a GPU and on the CPU alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m3i_fast.benchmarks.tune.policy import CUDA, Table, render
+
+CPU_OPTIONS = ("-O3", "-DNDEBUG", "-Wall", "-Wextra")
+CUDA_ARCHITECTURES = {"a100": "80", "h100": "90a"}
+
+
+def build_folder() -> Path:
+    """Where libraries are kept: build/tune of the checkout."""
+    return CUDA.parent / "build" / "tune"
+
+
+def load_ops(library: Path) -> Any:
+    """torch.ops.<the library's namespace>"""
+    torch.ops.load_library(str(library))
+    return getattr(torch.ops, library.stem)
+
+
+def build_ops(op: str, table: Table, card: str) -> Path:
+    """The library of one op with the table's tiles, for a card or `cpu`; made if it is missing.
+
+    Its stem is its namespace. RuntimeError has the compiler's words, ValueError says what is not
+    installed.
+    """
+    sources = [CUDA / "bindings.cpp", *sorted((CUDA / op).glob(f"{op}_cpu*.cpp"))]
+    if card != "cpu":
+        sources = [CUDA / "bindings.cpp", CUDA / op / f"{op}_cuda.cpp"]
+        sources += sorted((CUDA / op).glob("*.cu"))
+    header = render(op, table)
+    compiler, options = _nvcc(card) if card != "cpu" else _gpp()
+    namespace = f"m3i_{op}_{_digest(sources, header, compiler, options)}"
+    library = build_folder() / f"{namespace}.so"
+    if not library.is_file():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            _build(Path(folder), sources, header, op, [compiler, *options, f"-Dm3i={namespace}"])
+            os.replace(Path(folder) / "ops.so", library)
+    return library
+
+
+def _digest(sources: list[Path], header: str, *more: object) -> str:
+    digest = hashlib.sha256(repr((header, torch.__version__, *more)).encode())
+    folders = {source.parent for source in sources} | {CUDA / "include" / "m3i"}
+    for path in sorted(path for folder in folders for path in folder.glob("*.*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _build(folder: Path, sources: list[Path], header: str, op: str, command: list[str]) -> None:
+    (folder / op).mkdir()
+    (folder / op / f"{op}_tiles.h").write_text(header)
+    command = [*command, f"-I{folder}", f"-I{CUDA}", f"-I{CUDA / 'include'}"]
+    objects = [str(folder / f"{source.name}.o") for source in sources]
+
+    def compile_one(source: Path, made: str) -> None:
+        _run([*command, "-c", str(source), "-o", made])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    # libtorch.so only names its parts, so the linker would drop it
+    link = ["-Xlinker", "--no-as-needed", f"-L{_torch_root() / 'lib'}", "-ltorch"]
+    _run([*command, "-shared", *objects, *link, "-o", str(folder / "ops.so")])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _torch_root() -> Path:
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def _common() -> list[str]:
+    includes = ["-isystem", str(_torch_root() / "include")]
+    includes += ["-isystem", sysconfig.get_path("include")]
+    versions = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+    return ["-std=c++17", *includes, *versions]
+
+
+def _gpp() -> tuple[str, list[str]]:
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise ValueError(f"{compiler}: not found; install a C++17 compiler, or set CXX")
+    return compiler, [*CPU_OPTIONS, "-fPIC", "-fvisibility=hidden", *_common()]
+
+
+def _nvcc(card: str) -> tuple[str, list[str]]:
+    own = [str(path) for path in Path(sysconfig.get_path("scripts")).glob("nvcc")]
+    found = [os.environ.get("CUDACXX"), *own, shutil.which("nvcc")]
+    compiler = next((name for name in found if name and Path(name).is_file()), None)
+    if compiler is None:
+        raise ValueError("nvcc: found none; install NVIDIA's CUDA toolkit, or set CUDACXX")
+    number = CUDA_ARCHITECTURES[card]
+    options = ["-O3", "-DUSE_CUDA", "-gencode", f"arch=compute_{number},code=sm_{number}"]
+    options += ["-DM3I_SM90A"] if number == "90a" else []
+    return compiler, [*options, "-Xcompiler=-fPIC,-fvisibility=hidden", *_common()]

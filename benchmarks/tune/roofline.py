@@ -1,0 +1,253 @@
+"""How long tiles take of a GPU, from its rates: a prediction, for candidates that no GPU has run.
+
+Assumed of an A100 SXM: 108 multiprocessors at 1.41 GHz, in a clock each 2048 flop in bfloat16 on
+the tensor cores; of an H100 SXM 132 at 1.83 GHz (where its 989 Tflop/s are reached) and 4096. Of
+both: 16 exponentials and 128 bytes of shared memory, or of the first-level cache, a clock and
+multiprocessor; the second-level cache's rate and a latency of 600 clocks. Not counted: how a launch
+begins and ends, what is reduced after it, misses of the cache, limits of power.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from m3i_fast.benchmarks.tune.policy import Policy as Fields
+from m3i_fast.benchmarks.tune.policy import read
+
+SUMS_ELEMENTS = 1 << 26  # kSumsElements of boltzmann_tiling.h
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A card by its data sheet, an H100 SXM unless said."""
+
+    multiprocessors: int = 132
+    clock_ghz: float = 1.83
+    flop_per_clock: int = 4096  # of a multiprocessor, dense, bfloat16
+    exponentials_per_clock: int = 16  # of a multiprocessor
+    shared_bytes_per_clock: int = 128
+    cache_tb_s: float = 5.5
+    lanes_per_clock: int = 128  # fused multiplications and additions in float32
+    latency: int = 600  # clocks from the second-level cache
+    memory_tb_s: float = 3.35
+    cache_mib: int = 50
+    block_kib: int = 227  # of shared memory, for a block
+    shared_kib: int = 228  # of a multiprocessor
+
+    @property
+    def cache_bytes_per_clock(self) -> float:
+        """Of a multiprocessor, from the second-level cache."""
+        return self.cache_tb_s * 1e3 / self.clock_ghz / self.multiprocessors
+
+
+GPUS = {
+    "h100": Gpu(),
+    "a100": Gpu(
+        multiprocessors=108,
+        clock_ghz=1.41,
+        flop_per_clock=2048,
+        cache_tb_s=7.2,
+        lanes_per_clock=64,
+        memory_tb_s=2.039,
+        cache_mib=40,
+        block_kib=163,
+        shared_kib=164,
+    ),
+}
+
+
+def occupancy(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> int:
+    """Blocks that a multiprocessor runs at once; 0 where it cannot run one.
+
+    Registers are given out to a warp in 256; the driver takes a KiB of shared memory a block.
+    """
+    if threads > 1024 or shared_bytes > gpu.block_kib << 10:
+        return 0
+    warps = ceil(threads / 32)
+    a_warp = ceil(registers * 32 / 256) * 256
+    by_registers = 65536 // (a_warp * warps)
+    by_shared = (gpu.shared_kib << 10) // (shared_bytes + 1024)
+    return min(32, 64 // warps, by_registers, by_shared)
+
+
+# ---- boltzmann, by warpgroups --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Tiles of a cluster, as boltzmann_hopper.h has them."""
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    blocks: int  # of a cluster
+    consumers: int  # warpgroups that multiply
+    registers: tuple[int, int]  # of a thread that copies, and that multiplies
+    sums_elements: int
+    grads_elements: int
+
+
+def hopper_policy(wgmma: Fields | None = None, grads_mib: int | None = None) -> Policy:
+    """What the sources fix, with what tiles.json says, or a candidate in its place."""
+    table = read("boltzmann")["h100"]
+    wgmma = wgmma or table["half"]
+    mib = grads_mib or table["blocks"]["grads_mib"]
+    registers = wgmma["producer_registers"], wgmma["consumer_registers"]
+    return Policy(256, 256, 64, wgmma["stages"], 2, 2, registers, SUMS_ELEMENTS, (mib << 20) // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Tiles that the clusters of one launch share out, and its bounds in clocks."""
+
+    tiles: int
+    waves: int
+    tensor_clocks: float
+    cache_clocks: float
+    exponential_clocks: float
+
+    @property
+    def clocks(self) -> float:
+        """Of the slower one; exponentials lie beside the other warpgroup's products."""
+        return max(self.tensor_clocks, self.cache_clocks)
+
+
+def predict_product(
+    policy: Policy, gpu: Gpu, tiles: int, terms: int, exponentials: bool
+) -> Product:
+    waves = ceil(tiles / (gpu.multiprocessors // policy.blocks))
+    steps = waves * ceil(terms / policy.depth)
+    block = policy.rows // policy.blocks * policy.columns  # elements of a thread block's tile
+    own_boxes = (policy.rows + policy.columns) // policy.blocks * policy.depth * 2
+    return Product(
+        tiles,
+        waves,
+        steps * 2 * block * policy.depth / gpu.flop_per_clock,
+        steps * own_boxes / gpu.cache_bytes_per_clock,
+        waves * block / gpu.exponentials_per_clock if exponentials else 0,
+    )
+
+
+def predict(policy: Policy, gpu: Gpu, rows: int, width: int) -> dict[str, tuple[int, Product]]:
+    """By kernel, how many launches it takes for N = M = `rows`, and one of them."""
+    made = {}
+    for name, elements in (("sums", policy.sums_elements), ("grads", policy.grads_elements)):
+        side = min(rows, int(elements**0.5))
+        launches = ceil(rows / side) ** 2
+        tiles = ceil(side / policy.rows) * ceil(side / policy.columns)
+        made[name] = launches, predict_product(policy, gpu, tiles, width, True)
+        if name == "grads":
+            tiles = 2 * ceil(side / policy.rows) * ceil(width / policy.columns)
+            made["features"] = launches, predict_product(policy, gpu, tiles, side, False)
+    return made
+
+
+def shared_bytes_per_clock(policy: Policy, gpu: Gpu) -> float:
+    """While the tensor cores work: what wgmma reads, B once a warpgroup, and what copies write."""
+    block_rows = policy.rows // policy.blocks
+    read_bytes = (block_rows + policy.consumers * policy.columns) * policy.depth * 2
+    written = (block_rows + policy.columns) * policy.depth * 2
+    clocks = 2 * block_rows * policy.columns * policy.depth / gpu.flop_per_clock
+    return (read_bytes + written) / clocks
+
+
+def hopper_ms(policy: Policy, gpu: Gpu, rows: int, width: int) -> float:
+    """Forward and backward; a ring too short for the latency of its copies makes each step wait."""
+    clocks = 0.0
+    for launches, product in predict(policy, gpu, rows, width).values():
+        steps = product.tensor_clocks * gpu.flop_per_clock / (2 * 128 * 256 * policy.depth)
+        waiting = steps * gpu.latency / (policy.stages - 1)
+        clocks += launches * max(product.clocks, waiting)
+    spilled = _uncached_bytes(policy.grads_elements * 2, gpu, rows)
+    return clocks / gpu.clock_ghz / 1e6 + spilled / gpu.memory_tb_s / 1e9
+
+
+def _uncached_bytes(block_bytes: int, gpu: Gpu, rows: int) -> float:
+    """Of G, written once and read twice, what does not fit three quarters of the cache."""
+    kept = min(1.0, 0.75 * (gpu.cache_mib << 20) / block_bytes)
+    return (1 - kept) * 3 * 2 * rows * rows
+
+
+# ---- boltzmann, by mma.sync ----------------------------------------------------------------------
+
+
+def mma_ms(
+    policy: Fields, gpu: Gpu, rows: int, width: int, blocks: int, wide: bool, grads_mib: int
+) -> float:
+    """Forward and backward for N = M; `blocks` run at once on a multiprocessor.
+
+    A step of 64 bytes of terms: its flop, its bytes from the second-level cache, what copies write
+    to shared memory and warps read from there; and the latency, which the other stages cover.
+    float32 (`wide`) multiplies three times in tf32, of a half of the rate.
+    """
+    size = 4 if wide else 2
+    side, depth = policy["side"], 64 // size
+    across = policy["warps_down"] + policy["warps_across"]
+    a_step = max(
+        2 * side * side * depth / gpu.flop_per_clock * (6 if wide else 1),
+        2 * side * 64 / gpu.cache_bytes_per_clock,
+        (2 + across) * side * 64 / gpu.shared_bytes_per_clock,
+    )
+    clocks = 0.0
+    elements = (grads_mib << 20) // size
+    for most, exponentials in ((SUMS_ELEMENTS, True), (elements, True), (elements, False)):
+        edge = min(rows, int(most**0.5))
+        launches = ceil(rows / edge) ** 2
+        tiles = ceil(edge / side) * (ceil(edge / side) if exponentials else 2 * ceil(width / side))
+        steps = ceil((width if exponentials else edge) / depth)
+        own = ceil(tiles / gpu.multiprocessors)  # tiles of the busiest multiprocessor
+        waiting = ceil(own / blocks) * gpu.latency / (policy["stages"] - 1)
+        busy = steps * max(own * a_step, waiting)
+        if exponentials and blocks == 1:  # no other block multiplies meanwhile
+            busy += own * side * side / gpu.exponentials_per_clock
+        clocks += launches * busy
+    spilled = _uncached_bytes(elements * size, gpu, rows) * size / 2
+    return clocks / gpu.clock_ghz / 1e6 + spilled / gpu.memory_tb_s / 1e9
+
+
+# ---- dcnv3 ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """A call of dcnv3, as its launcher cuts it up."""
+
+    pixels: int  # of the batch
+    channels: int
+    groups: int
+    points: int
+    size: int  # bytes of an element
+    thread_blocks: int  # of the batch
+    chunk: int  # points of a unit that a warp holds at once
+
+
+def dcnv3_ms(units: Units, gpu: Gpu, threads: int, blocks: int, *, backward: bool) -> float:
+    """One pass: memory, first-level cache, arithmetic or latency, whichever is slowest, of the
+    multiprocessor with the most blocks. Each chunk more costs a block two barriers, 60 clocks.
+    """
+    elements = units.pixels * units.channels
+    of_points = 3 * units.pixels * units.groups * units.points * units.size
+    gathered = 4 * units.points * units.size * elements
+    memory = 2 * elements * units.size + of_points
+    operations = 4 * units.points * elements
+    added = 0.0  # red.f32 to the second-level cache
+    if backward:
+        memory += elements * (units.size + 4) + of_points
+        operations *= 2
+        added = 4 * units.points * 4 * elements
+    cards = gpu.multiprocessors * gpu.clock_ghz * 1e6  # clocks of all multiprocessors in a ms
+    # Three points are under way, of four corners of 16 bytes each.
+    in_flight = blocks * threads * 12 * 16
+    rates = (
+        gathered / gpu.shared_bytes_per_clock / cards,
+        gathered * gpu.latency / in_flight / cards,
+        operations / gpu.lanes_per_clock / cards,
+        added / gpu.cache_bytes_per_clock / cards,
+        memory / gpu.memory_tb_s / 1e9,
+    )
+    own = ceil(units.thread_blocks / gpu.multiprocessors)
+    idle = own * gpu.multiprocessors / units.thread_blocks
+    chunks = ceil(units.points / units.chunk)
+    return max(rates) * idle + ceil(own / blocks) * (chunks - 1) * 60 / gpu.clock_ghz / 1e6

@@ -1,0 +1,223 @@
+"""`bench node` through the command line: the row that it leaves, what it refuses, and its sweep."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m3i_fast.benchmarks.core.windows import Schedule
+from m3i_fast.benchmarks.ledger import rows as ledger
+from m3i_fast.benchmarks.node import sweep as node_sweep
+from m3i_fast.benchmarks.node import sweep_point as node_point
+from m3i_fast.benchmarks.node.sweep import AXES, Point, mark_best, measure_points, parse_sweep
+from m3i_fast.benchmarks.node.sweep_point import is_out_of_memory
+from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, NO_EXCHANGE, SYNTHETIC
+from m3i_fast.cli import main
+from m3i_fast.config import TrainConfig
+from m3i_fast.recipes import demo, shrink
+from tests.engine.test_trainer import TEXT
+
+QUICK = "--windows 3 --window-seconds 0.05 --warmup-steps 1 --max-warmup-seconds 0".split()
+TINY = replace(shrink(demo(), path=Path("nowhere"), num_classes=9, text=TEXT), num_steps=5)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The file of a run on shards that are not there; rows go beside it."""
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
+    TINY.save(tmp_path / "tiny.json")
+    return str(tmp_path / "tiny.json")
+
+
+def _row() -> dict[str, Any]:
+    (row,) = ledger.read_rows("node")
+    return row
+
+
+def test_a_run_leaves_a_whole_row(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "node", "--config", config, "--synthetic-data", *QUICK]) == 0
+    row = _row()
+    figures, measured = row["figures"], row["figures"]["measurements"]
+    assert list(measured) == [LOADER, SYNTHETIC, BOTH]
+    for each in measured.values():
+        rates = each["per_gpu"]
+        assert rates["num_samples"] == each["num_windows"] == 3
+        assert 0 < rates["p5"] <= rates["median"] <= rates["p95"]
+        assert rates == each["per_node"] and each["per_rank"] == [rates["median"]]
+        # Four source images a step, whatever the number of its views.
+        assert 4e3 / each["step_ms"] == pytest.approx(rates["median"])
+    stages = measured[BOTH]["stages_ms"]
+    assert sum(stages.values()) == pytest.approx(measured[BOTH]["step_ms"], rel=0.5)
+    assert figures["images_s_per_node"] == measured[BOTH]["per_node"]["median"]
+    assert figures["verdict"]["bottleneck"] in ("loader", "model", "balanced")
+    assert figures["exchange_share"] is None and 0 <= figures["data_wait_share"] <= 1
+    used = figures["efficiency"]
+    assert used["peak_of"] == "a matrix product of this machine, in the same run"
+    assert used["mfu"] == pytest.approx(used["model_flop_s"] / used["peak_flop_s"])
+    assert 0 < used["mfu"] < 1
+    assert 0 < figures["final_loss"] < 100
+    assert (figures["num_threads"], figures["loader_threads"]) == (torch.get_num_threads(), 1)
+    assert figures["data"]["largest_hw"] == [375, 500] and figures["data"]["num_pictures"] == 8
+    # The config that ran: the pictures' classes and vocabulary, and no place that is gone.
+    assert row["config"]["num_classes"] == 8 and row["config"]["data"]["path"] == "synthetic"
+    assert row["config"]["text"]["vocab_size"] == TEXT.vocab_size
+    assert row["telemetry"]["num_samples"] > 0 and row["telemetry"]["gpus"] == []
+    assert "/tmp" not in json.dumps([figures, row["config"]])
+    shown = capsys.readouterr().out
+    assert f"bottleneck: {figures['verdict']['bottleneck']}" in shown
+    assert "energy: not known" in shown and "torch 1, loader 1" in shown
+
+
+def test_shards_that_are_not_there_are_asked_for(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "node", "--config", config]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--data.path: no shards at nowhere" in said
+    assert "m3i-fast data synthetic nowhere" in said and "--synthetic-data" in said
+    mine = tmp_path / "mypics"
+    mine.mkdir()
+    (mine / "holiday.jpg").write_bytes(b"mine")
+    assert main(["bench", "node", "--config", config, "--data.path", str(mine)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "m3i-fast data synthetic NEW_DIRECTORY" in said and f"synthetic {mine}" not in said
+    assert main(["bench", "node", "demoo"]) == 2
+    assert "Did you mean demo?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_sweep_measures_ranks_in_processes_of_their_own(config: str, tmp_path: Path) -> None:
+    """Two ranks over gloo; a batch that halves do not divide is refused before any is started."""
+    out = tmp_path / "out.json"
+    sweep = ["--sweep", "batch=4,5", "--ranks", "2", "--json", str(out)]
+    assert main(["bench", "node", "--config", config, "--synthetic-data", *QUICK, *sweep]) == 0
+    figures = _row()["figures"]
+    assert figures == json.loads(out.read_text())
+    measured, refused = figures["sweep"]
+    assert refused["status"] == "refused" and "multiple of 2" in refused["reason"]
+    assert measured["status"] == "measured", measured["reason"]
+    assert measured["is_best"] and measured["values"] == {"batch": 4}
+    found = measured["figures"]
+    assert found["num_ranks"] == 2 and found["num_nodes"] == 1
+    assert list(found["measurements"]) == [LOADER, SYNTHETIC, BOTH, NO_EXCHANGE]
+    for each in found["measurements"].values():
+        node, one = each["per_node"], each["per_gpu"]
+        assert node["median"] == pytest.approx(2 * one["median"]) and len(each["per_rank"]) == 2
+    assert 0 <= found["exchange_share"] < 1
+    assert "exchanging gradients adds" in found["verdict"]["evidence"][2]
+
+
+class Machine:
+    """Measures what fits: the more images, the faster, and slower in fp32."""
+
+    def __init__(self, largest: int) -> None:
+        self.largest, self.asked = largest, list[tuple[int, str]]()
+
+    def __call__(self, cfg: TrainConfig, values: Mapping[str, Any]) -> Point:
+        batch = cfg.data.batch_size
+        self.asked.append((batch, cfg.precision))
+        if batch > self.largest:
+            return Point(values=values, status="out of memory", reason="no")
+        rate = batch * (1.0 if cfg.precision == "fp32" else 2.0)
+        return Point(values=values, status="measured", figures={"images_s_per_node": rate})
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_one_does() -> None:
+    machine = Machine(largest=20)
+    points = mark_best(list(measure_points(TINY, {"batch": [8, 100]}, machine)))
+    assert [p.values["batch"] for p in points] == [8, 100, 50, 24, 12]
+    assert [p.status for p in points] == ["measured", *["out of memory"] * 3, "measured"]
+    assert points[-1].reason == "batch 24 did not fit"
+    assert [p.is_best for p in points] == [False] * 4 + [True]
+
+
+def test_a_half_that_is_asked_for_anyway_is_measured_once() -> None:
+    machine = Machine(largest=20)
+    axes = {"precision": ["fp32", "bf16"], "batch": [32, 16]}
+    points = mark_best(list(measure_points(TINY, axes, machine)))
+    assert machine.asked == [(32, "fp32"), (16, "fp32"), (32, "bf16"), (16, "bf16")]
+    (best,) = (p for p in points if p.is_best)
+    assert best.values == {"batch": 16, "precision": "bf16"}
+
+
+def test_a_machine_on_which_nothing_fits_has_no_best() -> None:
+    points = mark_best(list(measure_points(TINY, {"batch": [8]}, Machine(largest=1))))
+    assert [p.values["batch"] for p in points] == [8, 4, 2]
+    assert not any(p.is_best for p in points)
+
+
+def test_axes_are_set_in_the_config_and_have_usual_values() -> None:
+    axes = parse_sweep(["batch", "precision=bf16", "loader-threads=3", "hw-decoder-load"], TINY)
+    assert axes["batch"] == [2, 4, 8] and axes["precision"] == ["bf16"]
+    assert axes["hw-decoder-load"][0] == 0.0 and axes["hw-decoder-load"][-1] == 1.0
+    cfg = TINY
+    for name, values in axes.items():
+        cfg = AXES[name].set(cfg, values[0])
+    assert (cfg.data.batch_size, cfg.precision, cfg.data.num_threads) == (2, "bf16", 3)
+    assert cfg.data.hw_decoder_load == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batches", "--sweep: expected some of batch, .*, got 'batches'. Did you mean batch?"),
+        ("batch=big", "--sweep batch: expected ints as batch=2,4, got 'big'"),
+        ("hw-decoder-load=", "--sweep hw-decoder-load: expected floats as .*, got ''"),
+    ],
+)
+def test_an_axis_that_is_none_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_sweep([text], TINY)
+
+
+def test_a_sweep_in_several_processes_is_refused(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", "node", "--config", config, "--sweep", "batch"]) == 2
+    assert "--ranks 2, got 2 processes" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("precision: no"), "refused"), (torch.OutOfMemoryError("CUDA"), "out of memory")],
+)
+def test_a_point_that_fails_says_why(
+    error: Exception, status: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> None:
+        assert cfg == TINY and schedule == Schedule(num_windows=4) and not make_data
+        raise error
+
+    monkeypatch.setattr(node_point, "measure_node", fail)
+    job = json.dumps(asdict(Schedule(num_windows=4)))
+    monkeypatch.setattr(sys, "argv", ["", config, job, str(tmp_path / "result.json")])
+    node_point.main()
+    outcome = json.loads((tmp_path / "result.json").read_text())
+    assert outcome == {"status": status, "reason": str(error)}
+
+
+def test_a_process_that_ends_without_a_word_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real process, of a Python that cannot know what it is asked for."""
+    monkeypatch.setattr(node_sweep, "POINT", "m3i_fast_of_another_name")
+    point = node_sweep.run_point(TINY, {"batch": 4}, Schedule(), num_ranks=1)
+    assert point.status == "failed"
+    assert "exit code 1" in point.reason and "No module named" in point.reason
+
+
+def test_running_out_of_memory_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46)  # 256 TiB
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
