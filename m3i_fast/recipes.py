@@ -34,7 +34,7 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import MixingConfig
 from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.openmoji import build as build_openmoji
+from m3i_fast.pipelines.sources.openmoji import build as build_openmoji
 
 MIN_CONTRAST = 8  # of 255 levels: less is blank paper, sky, or JPEG's noise in either
 DEMO_MERGES = 500  # unseen words split into pieces that were seen

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from m3i_fast.config_fields import BATCHES, NUMBERS, SIDES, THREADS, check_fields
-from m3i_fast.pipelines.pictures import MAX_PIXELS
+from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:

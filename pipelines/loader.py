@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.captions import epoch_key
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.dataset import open_split
-from m3i_fast.pipelines.manifest import Manifest, SplitInfo
-from m3i_fast.pipelines.outputs import Origin, run, to_batch
-from m3i_fast.pipelines.pictures import MAX_PIXELS
-from m3i_fast.pipelines.resume import Fingerprint, Position, pack_state, unpack_state
+from m3i_fast.pipelines.dataset.captions import epoch_key
+from m3i_fast.pipelines.dataset.directory import open_split
+from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
+from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
+from m3i_fast.pipelines.graph.outputs import Origin, run, to_batch
+from m3i_fast.pipelines.loader_state import Fingerprint, Position, pack_state, unpack_state
 
 if TYPE_CHECKING:  # DALI is imported on first use: configs are read on machines without it
-    from m3i_fast.pipelines.dali import Pipeline
-    from m3i_fast.pipelines.reader import Shuffle, Source
+    from m3i_fast.pipelines.graph.dali import Pipeline
+    from m3i_fast.pipelines.graph.reader import Shuffle, Source
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
 
@@ -145,7 +145,7 @@ class Loader:
 
     def _build(self, checkpoint: bytes | None, *, for_digest: bool = False) -> Pipeline:
         """The pipeline; `for_digest` leaves out paths, threads and prefetching."""
-        from m3i_fast.pipelines.reader import Shuffle, training_graph
+        from m3i_fast.pipelines.graph.reader import Shuffle, training_graph
 
         cfg = self.cfg
         shuffle = Shuffle(seed=_derived_seed(cfg.seed, "tars"), initial_fill=cfg.initial_fill)
@@ -173,7 +173,7 @@ class Loader:
         )
 
     def _make_fingerprint(self) -> Fingerprint:
-        from m3i_fast.pipelines.dali import __version__, graph_digest
+        from m3i_fast.pipelines.graph.dali import __version__, graph_digest
 
         return Fingerprint(
             dali_version=__version__,
@@ -215,7 +215,7 @@ def evaluation_batches(
         device_id=device_id,
         fingerprint=tokenizer_fingerprint,
     )
-    from m3i_fast.pipelines.reader import evaluation_graph
+    from m3i_fast.pipelines.graph.reader import evaluation_graph
 
     num_samples = origin.split.num_samples
     source = _source(
@@ -274,7 +274,7 @@ def _source(
     hw_decoder_load: float | None = None,
     alternates: bool = False,
 ) -> Source:
-    from m3i_fast.pipelines.reader import Source
+    from m3i_fast.pipelines.graph.reader import Source
 
     return Source(
         paths=tuple(str(path / shard.file) for shard in split.shards),

@@ -68,7 +68,7 @@ def fixed_seed() -> None:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty OpenMoji concepts, a part of them annotated only in part; 814 token ids, 24 a row."""
-    from m3i_fast.pipelines import openmoji
+    from m3i_fast.pipelines.sources import openmoji
 
     out = tmp_path_factory.mktemp("data") / "openmoji"
     return openmoji.build(out, limit=60, labelled=0.5, num_merges=300, context_length=24)

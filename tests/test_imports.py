@@ -28,7 +28,7 @@ MAY_IMPORT = {
 # Libraries that only these files and folders import; the doctor tries each in a child process.
 DOCTOR = "m3i_fast/cli/probes.py"
 ONLY_IN = {
-    "nvidia": ("pipelines/", DOCTOR),
+    "nvidia": ("pipelines/graph/", DOCTOR),
     "transformer_engine": (
         "m3i_fast/models/te_",
         "m3i_fast/engine/precision.py",

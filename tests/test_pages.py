@@ -11,7 +11,7 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 
 from m3i_fast.cli import main
-from m3i_fast.pipelines.verify import verify
+from m3i_fast.pipelines.dataset.verify import verify
 from tests.test_new_method import SMALL
 
 ROOT = Path(__file__).parent.parent

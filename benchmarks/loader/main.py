@@ -45,8 +45,8 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.precision import resolve_device
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.dataset.manifest import is_free, quoted
 from m3i_fast.pipelines.loader import Loader
-from m3i_fast.pipelines.manifest import is_free, quoted
 from m3i_fast.recipes import find_recipe, recipes
 
 SUBJECT = "loader"
@@ -123,7 +123,7 @@ def local_views(cfg: LoaderConfig) -> ViewConfig:
 def shards_of(cfg: Config, folder: Path) -> Path:
     """Where the data lie; made in `folder` where asked for. FileNotFoundError says how else."""
     if cfg.synthetic_data:
-        from m3i_fast.pipelines import synthetic
+        from m3i_fast.pipelines.sources import synthetic
 
         per_shard = max(cfg.num_pictures // max(8, cfg.config.data.num_threads), 1)
         return synthetic.build(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.manifest import read_manifest
+from m3i_fast.pipelines.dataset.manifest import read_manifest
 
 PILLOW, TENSORS = "torchvision, Pillow", "torchvision, tensors"
 PREFETCH_FACTOR = 2  # batches ahead of each process, DataLoader's default

@@ -11,8 +11,8 @@ from typing import Any
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import World
-from m3i_fast.pipelines import synthetic
-from m3i_fast.pipelines.manifest import Manifest, is_dataset, is_free, quoted, read_manifest
+from m3i_fast.pipelines.dataset.manifest import Manifest, is_dataset, is_free, quoted, read_manifest
+from m3i_fast.pipelines.sources import synthetic
 
 PLACE = Path("synthetic")  # what a row says of shards that are gone
 EPOCH_BATCHES = 2  # of all ranks; the same pictures come again

@@ -21,7 +21,7 @@ import tyro
 
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.pipelines.manifest import is_dataset
+from m3i_fast.pipelines.dataset.manifest import is_dataset
 from m3i_fast.recipes import demo, pack_demo
 from m3i_fast.terminal import make_console
 

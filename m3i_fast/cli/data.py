@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from m3i_fast.cli import console
-from m3i_fast.pipelines.manifest import read_manifest
-from m3i_fast.pipelines.openmoji import build as build_openmoji
-from m3i_fast.pipelines.pictures import MAX_PIXELS
-from m3i_fast.pipelines.styles import HELDOUT_STYLE
-from m3i_fast.pipelines.styles import build as build_styles
-from m3i_fast.pipelines.synthetic import build as build_synthetic
-from m3i_fast.pipelines.verify import verify
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
+from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.sources.openmoji import build as build_openmoji
+from m3i_fast.pipelines.sources.styles import HELDOUT_STYLE
+from m3i_fast.pipelines.sources.styles import build as build_styles
+from m3i_fast.pipelines.sources.synthetic import build as build_synthetic
 
 
 @dataclass(frozen=True, kw_only=True)

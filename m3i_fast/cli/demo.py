@@ -20,8 +20,8 @@ from m3i_fast.engine.calibration import calibrate
 from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
 from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.observe.report import write_report
-from m3i_fast.pipelines.manifest import is_dataset
-from m3i_fast.pipelines.openmoji import expect_split_clusters
+from m3i_fast.pipelines.dataset.manifest import is_dataset
+from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
 from m3i_fast.recipes import demo, pack_demo
 
 

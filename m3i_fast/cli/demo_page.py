@@ -27,9 +27,9 @@ from m3i_fast.observe.page.inputs import (
     RetrievalRow,
 )
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
+from m3i_fast.pipelines.dataset.tokens import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from m3i_fast.pipelines.manifest import Manifest, read_manifest
-from m3i_fast.pipelines.tokens import Tokenizer
 
 NUM_CAPTIONS = 12
 NUM_NEAREST = 5

@@ -37,10 +37,10 @@ from m3i_fast.evaluation.protocol import Measured, compare, measure_all, trained
 from m3i_fast.objectives.mutual_information import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE
+from m3i_fast.pipelines.dataset.tar_shards import split_digest
 from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
-from m3i_fast.pipelines.manifest import read_manifest
-from m3i_fast.pipelines.near_duplicates import COMPARED_SIZE
-from m3i_fast.pipelines.shards import split_digest
 from m3i_fast.storage import write_atomically
 
 

@@ -16,7 +16,7 @@ from m3i_fast.engine.run_lock import RunLock
 from m3i_fast.engine.saver import Saver
 from m3i_fast.observe.environment import environment
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.manifest import Manifest
+from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.storage import make_directories
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.evaluation.features import Features, join
-from m3i_fast.pipelines.near_duplicates import SIDE
+from m3i_fast.pipelines.dataset.near_duplicates import SIDE
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.evaluation.collect import small_pixels
-from m3i_fast.pipelines.near_duplicates import cluster_groups, distances, rounded
+from m3i_fast.pipelines.dataset.near_duplicates import cluster_groups, distances, rounded
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch

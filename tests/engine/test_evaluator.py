@@ -20,10 +20,10 @@ from m3i_fast.engine.evaluator import (
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.held_out import describe_held_out
 from m3i_fast.objectives.targets import normalise_views
-from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.tar_shards import split_digest
 from m3i_fast.pipelines.loader import evaluation_batches
-from m3i_fast.pipelines.shards import split_digest
+from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.test_parallel import TEXT
 

@@ -13,10 +13,10 @@ from scipy.spatial.distance import cdist, pdist
 
 from m3i_fast.evaluation.collect import small_pixels
 from m3i_fast.evaluation.held_out import HeldOut, describe_held_out
-from m3i_fast.pipelines import openmoji
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.near_duplicates import NEARER_THAN, thumbnail
 from m3i_fast.pipelines.loader import evaluation_batches
-from m3i_fast.pipelines.near_duplicates import NEARER_THAN, thumbnail
+from m3i_fast.pipelines.sources import openmoji
 
 
 def test_pixels_are_the_thumbnails_that_splits_are_made_by() -> None:

@@ -26,7 +26,7 @@ from m3i_fast.engine import checkpoint
 from m3i_fast.engine.shards import PARTS
 from m3i_fast.models.text import TextConfig
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.pipelines import openmoji
+from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, shrink
 from tests.faults.victim import Fault, digests, live
 

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import m3i_fast.pipelines.reader  # noqa: F401
+import m3i_fast.pipelines.graph.reader  # noqa: F401
 from m3i_fast.cli import main
 from m3i_fast.engine.checkpoint import tensors_of
 from m3i_fast.engine.step import StepForward

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_dataset
+from m3i_fast.pipelines.dataset.samples import Sample
+from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
 from m3i_fast.pipelines.loader import Loader, ViewConfig
-from m3i_fast.pipelines.pack import DatasetInfo, write_dataset
-from m3i_fast.pipelines.samples import Sample
-from m3i_fast.pipelines.tokens import TokenizerInfo
 
 TOKENIZER = TokenizerInfo(num_merges=7, context_length=12, vocab_size=521, fingerprint="f" * 64)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_fast.pipelines.extras import require
 from m3i_fast.pipelines.loader import Loader, LoaderConfig
+from m3i_fast.pipelines.optional_imports import require
 from tests.pipelines.data import (
     EVERYTHING,
     TOKENIZER,
@@ -152,7 +152,7 @@ def test_bad_settings_name_field_and_value(cfg: LoaderConfig) -> None:
 def test_nothing_but_the_graph_imports_dali() -> None:
     code = (
         "import sys; import m3i_fast.pipelines.batch, m3i_fast.pipelines.loader, "
-        "m3i_fast.pipelines.openmoji, m3i_fast.pipelines.synthetic; "
+        "m3i_fast.pipelines.sources.openmoji, m3i_fast.pipelines.sources.synthetic; "
         "sys.exit(any(m.split('.')[0] in ('nvidia', 'open_clip', 'PIL') for m in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

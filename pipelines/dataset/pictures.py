@@ -1,0 +1,95 @@
+"""Encoded pictures: what their headers say of format and size, and a full decode by Pillow."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+
+from m3i_fast.pipelines.optional_imports import require
+
+MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
+FORMATS = {"jpg": "JPEG", "png": "PNG"}  # extension in a shard: Pillow's name
+PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+# SOF0 to SOF15, which hold the size; C4, C8 and CC are other segments.
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+START_OF_SCAN = 0xDA
+MOST_STEPS = 1 << 16  # over segments and fill bytes
+
+Read = Callable[[int, int], bytes]  # (offset, count) -> the picture's bytes from there
+
+
+def stored_size(read: Read) -> tuple[str, int, int]:
+    """Read (Pillow's format, height, width) from the header, before orientation is applied.
+
+    Raises ValueError where the bytes are no PNG or JPEG.
+    """
+    start = read(0, 24)
+    if start.startswith(PNG_START) and len(start) == 24:
+        width, height = struct.unpack(">II", start[16:])
+        return "PNG", height, width
+    if start.startswith(b"\xff\xd8"):
+        return "JPEG", *_frame_size(read)
+    raise ValueError(f"expected PNG or JPEG data, got {start[:8]!r}")
+
+
+def _frame_size(read: Read) -> tuple[int, int]:
+    """Find the frame header of a JPEG by the lengths of its segments, on the way to its pixels."""
+    found = None
+    place = 2
+    for _ in range(MOST_STEPS):
+        segment = read(place, 9)
+        if len(segment) < 9:
+            break
+        first, marker = segment[:2]
+        if first == 0xFF and marker == START_OF_SCAN and found is not None:
+            return found
+        # Pillow skips bytes between segments, DALI stops at them.
+        if first != 0xFF or marker < 0xC0 or 0xD0 <= marker <= START_OF_SCAN:
+            break
+        if marker in FRAMES:
+            if found is not None:
+                break
+            height, width = struct.unpack(">HH", segment[5:])
+            found = height, width
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(segment[2:4], "big")
+    raise ValueError("expected JPEG segments with one frame header before the pixels, got others")
+
+
+def check_header(read: Read, extension: str, max_pixels: int) -> None:
+    """Raise ValueError where the header is not that of a decodable picture of this extension.
+
+    Reads a few bytes alone and allocates nothing, so that a small file of a huge picture, which
+    takes a decoder gigabytes and minutes, is refused before it is decoded.
+    """
+    try:
+        found, height, width = stored_size(read)
+    except ValueError as error:
+        raise ValueError(f"corrupt or empty image: {error}") from None
+    if found != FORMATS[extension]:
+        raise ValueError(f"expected {extension}, got {found} data")
+    if height * width > max_pixels:
+        raise ValueError(
+            f"expected at most {max_pixels} pixels, got {height} x {width} = {height * width}; "
+            "max_pixels is the limit, for pictures that are meant to be so large"
+        )
+    if height * width == 0:
+        raise ValueError(f"corrupt or empty image: {height} x {width} pixels")
+
+
+def decode(image: bytes, extension: str, max_pixels: int) -> tuple[int, int]:
+    """Decode a picture wholly; returns (height, width) of it upright.
+
+    Raises ValueError as `check_header`, and where it is corrupt.
+    """
+    check_header(lambda offset, count: image[offset : offset + count], extension, max_pixels)
+    # The format's own reader: Image.open has a limit of pixels beside ours.
+    name = FORMATS[extension].capitalize()
+    reader = getattr(require(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
+    try:
+        reader(io.BytesIO(image)).verify()  # checksums of a PNG, which decoding leaves unread
+        with reader(io.BytesIO(image)) as opened:
+            width, height = require("PIL.ImageOps").exif_transpose(opened).convert("RGB").size
+    except Exception as error:  # Pillow raises a dozen types on corrupt data
+        raise ValueError(f"corrupt or empty image: {error}") from error
+    return height, width

@@ -1,0 +1,152 @@
+"""Samples before packing, and what must hold of each of them and of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_fast.pipelines.dataset import captions
+from m3i_fast.pipelines.dataset.manifest import ShardInfo, SplitInfo
+from m3i_fast.pipelines.dataset.pictures import decode
+from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image with what is known of it."""
+
+    image: bytes
+    extension: Literal["jpg", "png"]
+    name: str
+    sample_id: int
+    group_id: int  # sample_id of the group's first sample
+    captions: tuple[NDArray[np.int32], ...]  # [n] token ids of each; empty: no caption
+    label: int  # -1: no label
+    alternates: tuple[bytes, ...] = ()  # other pictures of the same thing, as large as `image`
+
+
+def check_alternate(picture: bytes, extension: str, size: tuple[int, int], max_pixels: int) -> None:
+    """Decode another picture of a sample: ValueError unless it has the first one's format and size.
+
+    A box tells where a view lies in either of them.
+    """
+    found = decode(picture, extension, max_pixels)
+    if found != size:
+        raise ValueError(
+            f"another picture of it: expected {size[0]} x {size[1]} pixels, as the first has, got "
+            f"{found[0]} x {found[1]}"
+        )
+
+
+class SampleSource(Protocol):
+    """Samples made on demand; a list of them will do."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+class Counts:
+    """What a manifest says of the samples of a split."""
+
+    def __init__(self) -> None:
+        self.captions: list[int] = []
+        self.alternates: list[int] = []
+        self.num_labels = 0
+        self.groups: set[int] = set()
+
+    def add(self, *, num_captions: int, num_alternates: int, label: int, group_id: int) -> None:
+        self.captions.append(num_captions)
+        self.alternates.append(num_alternates)
+        self.num_labels += label >= 0
+        self.groups.add(group_id)
+
+    def split(self, shards: Sequence[ShardInfo]) -> SplitInfo:
+        if min(self.alternates) == 0 < max(self.alternates):
+            raise ValueError(
+                "expected other pictures of every sample or of none, got none of "
+                f"{self.alternates.count(0)} of {len(self.alternates)}"
+            )
+        return SplitInfo(
+            num_samples=len(self.captions),
+            num_captions=sum(number > 0 for number in self.captions),
+            total_captions=sum(self.captions),
+            max_captions=max([1, *self.captions]),
+            max_alternates=max(self.alternates),
+            num_labels=self.num_labels,
+            num_groups=len(self.groups),
+            shards=tuple(shards),
+        )
+
+
+class Identities:
+    """Check that no two samples share an id, and no two splits a group."""
+
+    def __init__(self) -> None:
+        self.split_of: dict[int, str] = {}
+        self.split_of_group: dict[int, str] = {}
+
+    def add(self, sample_id: int, group_id: int, split: str) -> None:
+        if min(sample_id, group_id) < 0:
+            raise ValueError(f"expected ids of at least 0, got {sample_id} of group {group_id}")
+        if sample_id in self.split_of:
+            raise ValueError(f"sample_id {sample_id} is used twice")
+        self.split_of[sample_id] = split
+        if self.split_of_group.setdefault(group_id, split) != split:
+            raise ValueError(
+                f"group {group_id} is in split {split} and in {self.split_of_group[group_id]}"
+            )
+
+    def check_groups(self, split: str) -> None:
+        """Raise ValueError where a group of the split has not the id of one of its samples."""
+        for group, its_split in self.split_of_group.items():
+            if its_split == split and self.split_of.get(group) != split:
+                raise ValueError(f"group {group} of split {split} holds no sample of that id")
+
+
+class Tally:
+    """Counts a split while its samples pass, and holds what must be true of all of them."""
+
+    def __init__(self, tokenizer: TokenizerInfo, num_classes: int, max_pixels: int) -> None:
+        self.tokenizer = tokenizer
+        self.num_classes = num_classes
+        self.max_pixels = max_pixels
+        self.identities = Identities()
+        self.sizes: set[tuple[int, int]] = set()
+        self.extensions: set[str] = set()
+        self.counts: dict[str, Counts] = {}
+
+    def check(self, sample: Sample, split: str) -> Sample:
+        """The sample, decoded and counted; ValueError naming it where something is wrong."""
+        try:
+            self.identities.add(sample.sample_id, sample.group_id, split)
+            if not -1 <= sample.label < self.num_classes:
+                raise ValueError(
+                    f"expected a label from -1 to {self.num_classes - 1}, got {sample.label}"
+                )
+            wrong = captions.fault(sample.captions, self.tokenizer)
+            if wrong is not None:
+                raise ValueError(wrong)
+            size = decode(sample.image, sample.extension, self.max_pixels)
+            self.sizes.add(size)
+            for picture in sample.alternates:
+                check_alternate(picture, sample.extension, size, self.max_pixels)
+        except ValueError as error:
+            raise ValueError(f"sample {sample.name}: {error}") from error
+        self.extensions.add(sample.extension)
+        counts = self.counts.setdefault(split, Counts())
+        counts.add(
+            num_captions=len(sample.captions),
+            num_alternates=len(sample.alternates),
+            label=sample.label,
+            group_id=sample.group_id,
+        )
+        return sample
+
+    def split(self, name: str, shards: list[ShardInfo]) -> SplitInfo:
+        self.identities.check_groups(name)
+        return self.counts[name].split(shards)

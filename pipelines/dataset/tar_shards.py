@@ -1,0 +1,204 @@
+"""Shards without DALI: their index, the tar headers that it points to, and their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from m3i_fast.pipelines.dataset import alternates
+from m3i_fast.pipelines.dataset.manifest import ShardInfo, read_manifest
+from m3i_fast.pipelines.dataset.pictures import FORMATS, Read, check_header
+
+TAR_BLOCK = 512
+INTEGERS = ("cls", "sid", "gid")  # label, sample id and group id: an int64 each
+FIRST_BYTES = 1024  # of a picture, where its header mostly ends
+INDEX_VERSION = "v1.2"  # of DALI's wds2idx
+
+
+class Component(NamedTuple):
+    """One file of a sample, as the index has it."""
+
+    extension: str
+    offset: int  # of its content in the tar
+    size: int
+    name: str  # in the tar
+
+
+class Member(NamedTuple):
+    """One component of one sample, read."""
+
+    name: str
+    content: bytes
+
+
+IndexRow = tuple[Component, ...]  # of one sample
+
+
+def read_index(path: Path, shard: ShardInfo) -> list[IndexRow]:
+    """Read the index of a shard: the components of every sample, in order.
+
+    Raises ValueError naming the first sample that lacks a component, has one twice or of a wrong
+    size, or lies outside of the tar. DALI trusts an index: one that lies ends its process by a
+    segmentation fault.
+    """
+    file = path / shard.index_file
+    text = file.read_bytes().decode("utf-8", "replace")
+    header, *rows = text.removesuffix("\n").split("\n")
+    if (header, len(rows)) != (f"{INDEX_VERSION} {shard.num_samples}", shard.num_samples):
+        raise ValueError(
+            f"{file}: expected '{INDEX_VERSION} {shard.num_samples}' and as many rows (manifest), "
+            f"got {header[:40]!r} and {len(rows)} rows"
+        )
+    index = []
+    for number, row in enumerate(rows, 1):
+        parsed = _parse(row)
+        if parsed is None:
+            raise ValueError(
+                f"{file}: row {number}: expected EXTENSION OFFSET SIZE NAME of each component, "
+                f"got {row[:80]!r}"
+            )
+        fault = _row_fault(parsed, shard.num_bytes)
+        if fault is not None:
+            raise ValueError(f"{file}: {fault}")
+        index.append(parsed)
+    return index
+
+
+def split_digest(path: Path, name: str) -> str:
+    """Hash a data set's name and the sample ids of a split to eight hex digits.
+
+    Figures measured on different pictures differ in it, however they were annotated and whatever
+    was packed beside them. Ids are read from the indices. Raises what `read_index` raises.
+    """
+    manifest = read_manifest(path)
+    rows = (row for shard in manifest.split(name).shards for row in read_index(path, shard))
+    samples = sorted(row[0].name.partition("-")[0] for row in rows)
+    return hashlib.sha256("|".join([manifest.name, *samples]).encode()).hexdigest()[:8]
+
+
+def _parse(row: str) -> IndexRow | None:
+    parts = row.split()
+    numbers = "".join(parts[1::4] + parts[2::4])
+    if not parts or len(parts) % 4 or not (numbers.isascii() and numbers.isdecimal()):
+        return None
+    offsets, sizes = (map(int, parts[i::4]) for i in (1, 2))
+    return tuple(map(Component, parts[::4], offsets, sizes, parts[3::4]))
+
+
+def _row_fault(row: IndexRow, tar_bytes: int) -> str | None:
+    """Say what is wrong with the row of a sample, expected and got; None: nothing."""
+    name = row[0].name.removesuffix(f".{row[0].extension}")
+    fault = _extensions_fault(tuple(part.extension for part in row))
+    if fault is not None:
+        return f"sample {name}: {fault}"
+    for extension, offset, size, file in row:
+        if file != f"{name}.{extension}":
+            return f"sample {name}: expected {name}.{extension}, got {file}"
+        if offset % TAR_BLOCK or not TAR_BLOCK <= offset <= offset + size <= tar_bytes:
+            return (
+                f"{file}: expected content at a multiple of {TAR_BLOCK} within the {tar_bytes} "
+                f"bytes of the tar, got {size} bytes at {offset}"
+            )
+        if extension in INTEGERS and size != 8:
+            return f"{file}: expected 8 bytes, got {size}"
+    return None
+
+
+@lru_cache(maxsize=1024)  # a dataset has few combinations and many samples
+def _extensions_fault(extensions: tuple[str, ...]) -> str | None:
+    got = f"got {', '.join(extensions)}"
+    if sum(extension in FORMATS for extension in extensions) != 1:
+        return f"expected one image ({' or '.join(FORMATS)}), {got}"
+    missing = [name for name in INTEGERS if name not in extensions]
+    if missing:
+        return f"expected a component {missing[0]}, {got}"
+    if (alternates.PICTURES in extensions) != (alternates.SIZES in extensions):
+        return f"expected {alternates.PICTURES} and {alternates.SIZES} or neither, {got}"
+    if len(set(extensions)) < len(extensions):
+        return f"expected each component once, {got}"
+    return None
+
+
+def check_tar(path: Path, shard: ShardInfo, index: list[IndexRow], max_pixels: int) -> None:
+    """Compare the index of a shard with the tar, and read the headers of its pictures.
+
+    Reads a block before each component and the first bytes of each picture. Raises ValueError
+    naming the first component that differs from the index, or is no picture where it should be.
+    """
+    file = path / shard.file
+    tar = os.open(file, os.O_RDONLY)
+    try:
+        for row in index:
+            for part in row:
+                try:
+                    _check_tar_header(tar, part)
+                    _check_pictures(tar, part, row, max_pixels)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {part.name}: {error}") from error
+    finally:
+        os.close(tar)
+
+
+def _check_pictures(tar: int, part: Component, row: IndexRow, max_pixels: int) -> None:
+    """Check the headers of the pictures that a component of a sample holds, if it does."""
+    if part.extension in FORMATS:
+        check_header(_reader(tar, part), part.extension, max_pixels)
+    elif part.extension == alternates.PICTURES:
+        extension = next(other.extension for other in row if other.extension in FORMATS)
+        stored = next(other for other in row if other.extension == alternates.SIZES)
+        sizes = os.pread(tar, stored.size, stored.offset)
+        for start, size in alternates.places(sizes, part.size):
+            one = part._replace(offset=part.offset + start, size=size)
+            check_header(_reader(tar, one), extension, max_pixels)
+
+
+def _check_tar_header(tar: int, part: Component) -> None:
+    """Raise ValueError where the tar holds something else than the index says of a component."""
+    header = os.pread(tar, TAR_BLOCK, part.offset - TAR_BLOCK)
+    name, kind = header[:100].rstrip(b"\0"), header[156:157]
+    try:
+        size = int(header[124:136].strip(b"\0 "), 8)
+    except ValueError:
+        raise ValueError(
+            f"expected a file's header at {part.offset - TAR_BLOCK} of the tar, got none"
+        ) from None
+    expected = part.name.encode()
+    # Names that a plain header cannot hold stand in another one, before it.
+    is_named = name == expected or len(expected) > 100 or not expected.isascii()
+    if not is_named or size != part.size or kind not in (b"0", b"\0"):
+        raise ValueError(
+            f"expected a file of {part.size} bytes at {part.offset} of the tar, got "
+            f"{name.decode('utf-8', 'replace')!r} of {size} bytes and type {kind!r}"
+        )
+
+
+def _reader(tar: int, part: Component) -> Read:
+    """Read from a component; its first bytes at once, as a header takes many small reads."""
+    first = os.pread(tar, min(part.size, FIRST_BYTES), part.offset)
+
+    def read(offset: int, count: int) -> bytes:
+        count = max(min(count, part.size - offset), 0)
+        if offset + count <= len(first):
+            return first[offset : offset + count]
+        return os.pread(tar, count, part.offset + offset)
+
+    return read
+
+
+def members(
+    path: Path, shard: ShardInfo, extensions: Collection[str]
+) -> Iterator[dict[str, Member]]:
+    """Read {extension: member} of every sample of a shard in order; the others stay unread."""
+    index = read_index(path, shard)
+    with (path / shard.file).open("rb") as file:
+        for row in index:
+            found = {}
+            for part in row:
+                if part.extension in extensions:
+                    file.seek(part.offset)
+                    found[part.extension] = Member(part.name, file.read(part.size))
+            yield found

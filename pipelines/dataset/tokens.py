@@ -1,0 +1,105 @@
+"""Captions to token ids: CLIP's byte-pair encoding, whole or with its first merges only."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_fast.pipelines.optional_imports import require
+
+CLIP_NUM_MERGES = 49152 - 256 - 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerInfo:
+    """What a manifest records of the tokenizer, enough to build it again and to refuse another."""
+
+    num_merges: int | None
+    context_length: int
+    vocab_size: int
+    fingerprint: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Tokenizer:
+    """open_clip's SimpleTokenizer with its first `num_merges` merges (None: all; 49,408 ids).
+
+    Fewer merges make a smaller vocabulary in which an unseen word splits into pieces that were
+    seen. Ids are those of SimpleTokenizer on the truncated merges file.
+    """
+
+    def __init__(self, num_merges: int | None = None, context_length: int = 77) -> None:
+        if num_merges is not None and not 0 <= num_merges <= CLIP_NUM_MERGES:
+            raise ValueError(
+                f"num_merges: expected None or 0 to {CLIP_NUM_MERGES}, got {num_merges}"
+            )
+        if context_length < 3:
+            raise ValueError(
+                f"context_length: expected at least 3 (start, one token, end), got {context_length}"
+            )
+        open_clip = require("open_clip.tokenizer")
+        with gzip.open(open_clip.default_bpe()) as file:
+            lines = file.read().decode("utf-8").split("\n")
+        kept = CLIP_NUM_MERGES if num_merges is None else num_merges
+        merges = "\n".join(lines[: kept + 1])
+        self._bpe = open_clip.SimpleTokenizer(io.BytesIO(gzip.compress(merges.encode("utf-8"))))
+        self._merges_sha256 = hashlib.sha256(merges.encode("utf-8")).hexdigest()
+        self.num_merges = num_merges
+        self.context_length = context_length
+
+    @classmethod
+    def from_info(cls, info: TokenizerInfo) -> Tokenizer:
+        """The tokenizer a manifest describes; ValueError where this machine's merges differ."""
+        tokenizer = cls(info.num_merges, info.context_length)
+        if tokenizer.fingerprint != info.fingerprint:
+            raise ValueError(
+                f"tokenizer: expected {info.fingerprint} (manifest), got {tokenizer.fingerprint}"
+            )
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._bpe.vocab_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the merges and every setting that changes ids."""
+        settings = {
+            "algorithm": "open_clip.SimpleTokenizer",
+            "clean": "lower",
+            "context_length": self.context_length,
+            "merges_sha256": self._merges_sha256,
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def info(self) -> TokenizerInfo:
+        return TokenizerInfo(
+            num_merges=self.num_merges,
+            context_length=self.context_length,
+            vocab_size=self.vocab_size,
+            fingerprint=self.fingerprint,
+        )
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """[n] ids: start, the caption's tokens, end; n <= context_length, the end always kept."""
+        body = self._bpe.encode(text)[: self.context_length - 2]
+        return np.array([self._bpe.sot_token_id, *body, self._bpe.eot_token_id], dtype=np.int32)
+
+    def decode(self, token_ids: NDArray[np.int32]) -> str:
+        """The caption (lower case) of one row of ids, without start, end and padding."""
+        special = (self._bpe.sot_token_id, self._bpe.eot_token_id)
+        ids = [int(i) for i in token_ids]
+        if special[1] in ids:
+            ids = ids[: ids.index(special[1])]
+        return str(self._bpe.decode([i for i in ids if i not in special])).strip()

@@ -1,0 +1,85 @@
+"""Read a whole dataset directory and compare it with what its manifest says."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from m3i_fast.pipelines.dataset import alternates, captions
+from m3i_fast.pipelines.dataset.diagnosis import LARGE, SMALL, integer, picture_fault, sample_fault
+from m3i_fast.pipelines.dataset.directory import check_split
+from m3i_fast.pipelines.dataset.manifest import (
+    Manifest,
+    check_files,
+    read_manifest,
+    sha256_file,
+)
+from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
+from m3i_fast.pipelines.dataset.samples import Counts, Identities
+from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, members
+
+
+def verify(path: Path, *, decode: bool = False, max_pixels: int = MAX_PIXELS) -> Manifest:
+    """Read every byte of a dataset; returns its manifest.
+
+    Makes the checks of opening it (`dataset.check_split`), then those of captions, labels, ids,
+    digests and counts. decode: also decode every picture. Without that only its header is read:
+    the packer has decoded it, and the digest stands for its bytes. Raises ValueError at the first
+    difference, naming the sample, the file or the count.
+    """
+    manifest = read_manifest(path)
+    identities = Identities()
+    for name, split in manifest.splits.items():
+        check_files(path, manifest, split)
+        for shard in split.shards:
+            _check_digest(path / shard.index_file, shard.index_sha256)
+        check_split(path, name, split, max_pixels=max_pixels)
+        _read_samples(path, name, manifest, identities, max_pixels if decode else None)
+    return manifest
+
+
+def _check_digest(file: Path, expected: str) -> None:
+    got = sha256_file(file)
+    if got != expected:
+        raise ValueError(f"{file}: expected sha256 {expected}, got {got}")
+
+
+def _read_samples(
+    path: Path,
+    name: str,
+    manifest: Manifest,
+    identities: Identities,
+    max_pixels: int | None,
+) -> None:
+    """Check the contents of a split; also its pictures, where `max_pixels` is given."""
+    split = manifest.splits[name]
+    counts = Counts()
+    wanted = SMALL if max_pixels is None else (*SMALL, *LARGE)
+    for shard in split.shards:
+        for sample in members(path, shard, wanted):
+            fault = sample_fault(sample, manifest)
+            if fault is None and max_pixels is not None:
+                fault = picture_fault(sample, max_pixels)
+            if fault is not None:
+                raise ValueError(f"{path / shard.file}: {fault}")
+            label, sample_id, group_id = (integer(sample, key) for key in INTEGERS)
+            try:
+                identities.add(sample_id, group_id, name)
+            except ValueError as error:
+                raise ValueError(f"{path / shard.file}: {sample['sid'].name}: {error}") from error
+            num_bytes = {extension: len(member.content) for extension, member in sample.items()}
+            counts.add(
+                num_captions=captions.count(num_bytes),
+                num_alternates=alternates.count(num_bytes),
+                label=label,
+                group_id=group_id,
+            )
+        _check_digest(path / shard.file, shard.sha256)
+    identities.check_groups(name)
+    found = counts.split(split.shards)
+    for key in (f.name for f in fields(split)):
+        if getattr(found, key) != getattr(split, key):
+            raise ValueError(
+                f"{path}: split {name}: expected {key} {getattr(split, key)} (manifest), "
+                f"got {getattr(found, key)}"
+            )

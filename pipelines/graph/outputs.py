@@ -1,0 +1,96 @@
+"""From the outputs of a graph to a `Batch`: one iteration, checked, with one caption a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset import captions
+from m3i_fast.pipelines.dataset.diagnosis import pipeline_error, sample_error
+from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
+
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.graph.dali import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What is read, and where its batches go (None: they stay on the CPU)."""
+
+    path: Path
+    split: SplitInfo
+    manifest: Manifest
+    max_pixels: int
+    device_id: int | None
+
+
+def run(pipeline: Pipeline, origin: Origin) -> tuple[Tensor, ...]:
+    """One iteration as tensors that own DALI's buffers: no copy, and never written again.
+
+    Images, boxes and image sizes are on the origin's device, the rest on the CPU. RuntimeError
+    names the sample that cannot be decoded.
+    """
+    device_id = origin.device_id
+    try:
+        if device_id is None:
+            return tuple(torch.from_dlpack(o.as_tensor()) for o in pipeline.run())
+        outputs = pipeline.run(torch.cuda.current_stream(device_id))
+        with torch.cuda.device(device_id):
+            return tuple(torch.from_dlpack(o.as_tensor()) for o in outputs)
+    except RuntimeError as error:
+        raise pipeline_error(
+            origin.path, origin.split, origin.manifest, origin.max_pixels, error
+        ) from error
+
+
+def to_batch(
+    tensors: tuple[Tensor, ...], num_global: int, origin: Origin, key: int | None
+) -> Batch:
+    """`Batch` from the outputs of a graph, in the graph's order.
+
+    Of several captions the first, or with a key one drawn by key and sample. RuntimeError names a
+    sample whose captions are not what their lengths say, or whose token ids, label, sample id or
+    group id are out of range.
+    """
+    *head, token_ids, num_tokens, label, sample_id, group_id = tensors
+    lengths = head.pop() if origin.split.max_captions > 1 else None
+    *views, boxes, image_size = head
+    tokenizer, num_classes = origin.manifest.tokenizer, len(origin.manifest.class_names)
+    bad = captions.faulty_rows(token_ids, num_tokens, lengths, tokenizer)
+    bad |= (label < -1) | (label >= num_classes) | (sample_id < 0) | (group_id < 0)
+    if bad.any():
+        raise sample_error(
+            origin.path, origin.split, origin.manifest, int(sample_id[bad.nonzero()[0, 0]])
+        )
+    if lengths is not None:
+        token_ids, num_tokens = captions.choose(
+            token_ids,
+            num_tokens,
+            lengths,
+            sample_id,
+            context_length=tokenizer.context_length,
+            key=key,
+        )
+    return Batch(
+        global_views=tuple(views[:num_global]),
+        local_views=tuple(views[num_global:]),
+        boxes=boxes,
+        image_size=image_size,
+        token_ids=_on_device(token_ids, origin.device_id),
+        num_tokens=_on_device(num_tokens, origin.device_id),
+        label=_on_device(label, origin.device_id),
+        sample_id=_on_device(sample_id, origin.device_id),
+        group_id=_on_device(group_id, origin.device_id),
+    )
+
+
+def _on_device(tensor: Tensor, device_id: int | None) -> Tensor:
+    """Through pinned memory: a copy from pageable memory would wait for the GPU."""
+    if device_id is None:
+        return tensor
+    return tensor.pin_memory().to(torch.device("cuda", device_id), non_blocking=True)

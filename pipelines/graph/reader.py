@@ -1,0 +1,173 @@
+"""The DALI graphs: shards to decoded images to the tensors of a `Batch`.
+
+One graph for training and one for evaluation, on a GPU ("mixed" decoding) or wholly on the CPU.
+The order of samples and the state of a checkpoint are API: changing either is a breaking change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from m3i_fast.pipelines.config import ViewConfig
+from m3i_fast.pipelines.dataset import alternates
+from m3i_fast.pipelines.dataset.captions import LENGTHS, PADDING, TOKENS
+from m3i_fast.pipelines.graph.dali import DataNode, dali_math, fn, pipeline_def, types
+from m3i_fast.pipelines.graph.views import centre_view, random_views
+
+READER_NAME = "reader"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shuffle:
+    """Whole tars are reordered every epoch, alike on all ranks; samples pass through a buffer."""
+
+    seed: int  # the same on every rank, or ranks would read overlapping parts
+    initial_fill: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Shards of one split as one rank reads them."""
+
+    paths: tuple[str, ...]
+    index_paths: tuple[str, ...]
+    shard_id: int
+    num_shards: int
+    context_length: int
+    max_captions: int  # most captions of one picture
+    max_alternates: int  # most other pictures of one sample; 0: none is read
+    on_gpu: bool
+    shuffle: Shuffle | None
+    hw_decoder_load: float | None = None  # None: DALI's own; of decoding on a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One sample after decoding."""
+
+    image: DataNode  # [H, W, 3] uint8 upright, on the GPU where there is one
+    size_hw: DataNode  # [2] int64 upright height and width
+    image_size: DataNode  # [2] float32, the same
+    # On the CPU, where captions are checked and chosen: their lengths where a picture can have
+    # several, token_ids, num_tokens, label, sample_id, group_id.
+    rest: tuple[DataNode, ...]
+    # Another picture of the same thing, and its size_hw, where such are read.
+    other: tuple[DataNode, DataNode] | None = None
+
+
+def read(source: Source) -> Record:
+    """Read, decode once, and pad the captions; a missing one is all padding and 0 tokens.
+
+    Where a picture can have several captions their lengths come too, padded with -1. Where none has
+    more than one they are not asked for, so that checkpoints of before captions had lengths go on.
+    """
+    several, more = source.max_captions > 1, source.max_alternates > 0
+    encoded, tokens, *others = fn.readers.webdataset(
+        name=READER_NAME,
+        paths=list(source.paths),
+        index_paths=list(source.index_paths),
+        ext=["jpg;png", TOKENS, "cls", "sid", "gid"]
+        + [LENGTHS] * several
+        + [alternates.PICTURES, alternates.SIZES] * more,
+        dtypes=[types.UINT8, types.INT32, *[types.INT64] * 3]
+        + [types.INT32] * several
+        + [types.UINT8, types.INT32] * more,
+        missing_component_behavior="empty",
+        shard_id=source.shard_id,
+        num_shards=source.num_shards,
+        # Padding gives every rank the same number of batches an epoch; the padded ones are dropped.
+        pad_last_batch=True,
+        **(_shuffling(source.shuffle) if source.shuffle else {}),
+    )
+    other = None
+    if more:
+        *others, pictures, sizes = others
+        other = _decode(_one_of(pictures, sizes, source.max_alternates), source)
+    image, size_hw = _decode(encoded, source)
+    num_tokens = tokens.shape(dtype=types.INT64)[0]
+    most_tokens = source.max_captions * source.context_length
+    padded = fn.pad(tokens, axes=[0], shape=[most_tokens], fill_value=0)
+    image_size = fn.cast(size_hw, dtype=types.FLOAT)
+    lengths = [
+        fn.pad(node, axes=[0], shape=[source.max_captions], fill_value=PADDING)
+        for node in others[3:]
+    ]
+    rest = (*lengths, padded, num_tokens, *(fn.reshape(s, shape=[]) for s in others[:3]))
+    return Record(image=image, size_hw=size_hw, image_size=image_size, rest=rest, other=other)
+
+
+def _decode(encoded: DataNode, source: Source) -> tuple[DataNode, DataNode]:
+    """Decode a picture: ([H, W, 3] uint8 upright, [2] int64 its height and width)."""
+    size_hw = fn.peek_image_shape(encoded)[:2]
+    image = fn.decoders.image(
+        encoded,
+        device="mixed" if source.on_gpu else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,
+        **_decoding(source.hw_decoder_load),
+    )
+    return image, size_hw
+
+
+def _one_of(pictures: DataNode, sizes: DataNode, most: int) -> DataNode:
+    """Draw one of a sample's other pictures, still encoded, each with equal probability.
+
+    pictures: [N] uint8, one after the other. sizes: [n] int32, of at most `most` of them.
+    """
+    number = fn.cast(sizes.shape()[0], dtype=types.FLOAT)
+    chosen = dali_math.floor(fn.random.uniform(range=[0.0, 1.0]) * number)  # a cast would round
+    chosen = fn.cast(dali_math.min(chosen, number - 1.0), dtype=types.INT32)  # the product can too
+    padded = fn.pad(sizes, axes=[0], shape=[most], fill_value=0)
+    place = types.Constant(np.arange(most, dtype=np.int32))
+    sums = [
+        fn.reductions.sum(padded * fn.cast(kept, dtype=types.INT32))
+        for kept in (place < chosen, place == chosen)
+    ]
+    start, size = (fn.reshape(fn.cast(s, dtype=types.INT32), shape=[1]) for s in sums)
+    return fn.slice(pictures, start=start, shape=size, axes=[0])
+
+
+def _decoding(hw_decoder_load: float | None) -> dict[str, float]:
+    """Not asked for where it is DALI's own, so that checkpoints of before go on."""
+    return {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
+
+
+def _shuffling(shuffle: Shuffle) -> dict[str, Any]:
+    return {
+        "random_shuffle": True,
+        "initial_fill": shuffle.initial_fill,
+        "shuffle_after_epoch": True,
+        "shuffle_after_epoch_seed": shuffle.seed,
+    }
+
+
+def _outputs(
+    record: Record, views: list[DataNode], boxes: list[DataNode], on_gpu: bool
+) -> tuple[DataNode, ...]:
+    """Views, boxes and image_size on the views' device, then the rest."""
+    small = (fn.stack(*boxes), record.image_size)
+    return (*views, *(node.gpu() if on_gpu else node for node in small), *record.rest)
+
+
+@pipeline_def(enable_checkpointing=True)
+def training_graph(
+    source: Source, global_views: ViewConfig, local_views: ViewConfig | None
+) -> tuple[DataNode, ...]:
+    """Global views, local views, boxes, image_size, then the rest of the record."""
+    record = read(source)
+    views, boxes = random_views(record.image, record.size_hw, global_views, record.other)
+    if local_views is not None:
+        more, more_boxes = random_views(record.image, record.size_hw, local_views)
+        views, boxes = views + more, boxes + more_boxes
+    return _outputs(record, views, boxes, source.on_gpu)
+
+
+@pipeline_def
+def evaluation_graph(source: Source, image_size: int) -> tuple[DataNode, ...]:
+    """As `training_graph`, with the centre square as the only view."""
+    record = read(source)
+    view, box = centre_view(record.image, record.size_hw, image_size)
+    return _outputs(record, [view], [box], source.on_gpu)

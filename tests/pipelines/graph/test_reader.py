@@ -1,0 +1,149 @@
+"""What comes out of the decoder is what Pillow decodes, and captions that are missing are empty."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.graph import reader
+from m3i_fast.pipelines.graph.dali import pipeline_def
+from m3i_fast.pipelines.loader import evaluation_batches
+from tests.pipelines.data import TOKENIZER, Packer, encode_image, sample, smooth_picture
+
+PICTURE = smooth_picture(1, 75, 101)
+
+
+def encoded(kind: str) -> bytes:
+    picture = Image.fromarray(PICTURE)
+    buffer = io.BytesIO()
+    if kind.startswith("orientation"):
+        exif = picture.getexif()
+        exif[0x0112] = int(kind[-1])
+        picture.save(buffer, "JPEG", quality=90, exif=exif)
+    elif kind == "progressive":
+        picture.save(buffer, "JPEG", quality=90, progressive=True)
+    elif kind == "4:4:4":
+        picture.save(buffer, "JPEG", quality=100, subsampling=0)
+    elif kind == "gray":
+        picture.convert("L").save(buffer, "JPEG")
+    elif kind == "cmyk":
+        picture.convert("CMYK").save(buffer, "JPEG")
+    elif kind == "baseline":
+        picture.save(buffer, "JPEG", quality=90)
+    else:
+        mode = {"png": "RGB", "png gray": "L", "png palette": "P", "png alpha": "RGBA"}[kind]
+        picture.convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+KINDS = (
+    "baseline",
+    "progressive",
+    "4:4:4",
+    "gray",
+    "cmyk",
+    *(f"orientation {i}" for i in range(1, 9)),
+    "png",
+    "png gray",
+    "png palette",
+    "png alpha",
+)
+
+
+def source(path: Path) -> reader.Source:
+    shards = read_manifest(path).splits["train"].shards
+    return reader.Source(
+        paths=tuple(str(path / s.file) for s in shards),
+        index_paths=tuple(str(path / s.index_file) for s in shards),
+        shard_id=0,
+        num_shards=1,
+        context_length=TOKENIZER.context_length,
+        max_captions=1,
+        max_alternates=0,
+        on_gpu=False,
+        shuffle=None,
+    )
+
+
+@pipeline_def(batch_size=1, num_threads=1, device_id=None)
+def decoded(where: reader.Source):  # type: ignore[no-untyped-def]
+    record = reader.read(where)
+    return record.image, record.size_hw, *record.rest
+
+
+def test_decoding_equals_pillow(packer: Packer) -> None:
+    path = packer([sample(i, encoded(kind)) for i, kind in enumerate(KINDS)])
+    pipeline = decoded(source(path))
+    seen = set()
+    for _ in KINDS:
+        image, size_hw, *_, sample_id, _ = (np.asarray(o.as_tensor())[0] for o in pipeline.run())
+        kind = KINDS[int(sample_id)]
+        opened = Image.open(io.BytesIO(encoded(kind)))
+        expected: NDArray[np.uint8] = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        assert np.array_equal(image, expected), kind
+        assert tuple(size_hw) == expected.shape[:2], kind
+        seen.add(kind)
+    assert seen == set(KINDS)
+
+
+def test_captions_labels_and_ids_arrive(fifty: Path) -> None:
+    rows = 0
+    for batch in evaluation_batches(fifty, "train", image_size=8, batch_size=16):
+        for i, index in enumerate(batch.sample_id.tolist()):
+            num_tokens = 0 if index % 5 == 0 else 3 + index % 5
+            assert batch.num_tokens[i] == num_tokens
+            expected = list(range(1, 1 + num_tokens)) + [0] * (12 - num_tokens)
+            assert batch.token_ids[i].tolist() == expected
+            assert batch.label[i] == (-1 if index % 7 == 0 else index % 3)
+            assert batch.group_id[i] == index
+            assert batch.image_size[i].tolist() == [40.0, 56.0]
+            rows += 1
+    assert rows == 50
+
+
+def test_evaluation_is_resize_shorter_and_centre_crop(packer: Packer) -> None:
+    shapes = [(40, 56), (64, 33), (50, 50)]
+    pictures = [smooth_picture(i, *shape) for i, shape in enumerate(shapes)]
+    path = packer([sample(i, encode_image(picture)) for i, picture in enumerate(pictures)])
+    (batch,) = evaluation_batches(path, "train", image_size=20, batch_size=8)
+    assert batch.batch_size == 3 and not batch.local_views
+    for view, box, index in zip(batch.global_views[0], batch.boxes, batch.sample_id, strict=True):
+        height, width = shapes[index]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        assert box.tolist() == [[top, left, side, side, 0]]
+        square = Image.fromarray(pictures[index]).crop((left, top, left + side, top + side))
+        expected = np.asarray(square.resize((20, 20), Image.Resampling.BICUBIC), dtype=np.int16)
+        difference = np.abs(view.permute(1, 2, 0).numpy() - expected)
+        assert difference.mean() < 0.5 and difference[2:-2, 2:-2].max() <= 2
+
+
+def test_evaluation_gives_every_sample_once_in_order(fifty: Path) -> None:
+    passes = []
+    for batch_size in (7, 50, 64):
+        batches = list(evaluation_batches(fifty, "train", image_size=8, batch_size=batch_size))
+        assert [b.batch_size for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
+        passes.append([i for b in batches for i in b.sample_id.tolist()])
+    assert passes[0] == passes[1] == passes[2] and sorted(passes[0]) == list(range(50))
+
+
+def test_evaluation_can_keep_one_sample_a_group(packer: Packer) -> None:
+    image = encode_image(smooth_picture(0, 9, 9))
+    path = packer([sample(i, image, group_id=i - i % 3) for i in range(12)])
+    batches = evaluation_batches(
+        path, "train", image_size=8, batch_size=5, representatives_only=True
+    )
+    assert sorted(i for b in batches for i in b.sample_id.tolist()) == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", 0), ("batch_size", 0)])
+def test_evaluation_settings_are_checked_at_once(fifty: Path, field: str, value: int) -> None:
+    settings = {"image_size": 8, "batch_size": 8, field: value}
+    with pytest.raises(ValueError, match=f"{field}: expected at least 1, got 0"):
+        evaluation_batches(fifty, "train", **settings)
