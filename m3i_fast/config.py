@@ -14,10 +14,10 @@ from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from m3i_fast.config_fields import COUNTS, NUMBERS, ROWS, STEPS, THREADS, WIDTHS, check_fields
-from m3i_fast.engine.ema import EmaConfig
-from m3i_fast.engine.guard_config import GuardConfig
-from m3i_fast.engine.optim import OptimConfig
-from m3i_fast.engine.parallel_config import ParallelConfig
+from m3i_fast.engine.guard.config import GuardConfig
+from m3i_fast.engine.optim.ema import EmaConfig
+from m3i_fast.engine.optim.optimizers import OptimConfig
+from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.json_files import read_json
 from m3i_fast.models.internimage_config import InternImageConfig
 from m3i_fast.models.text import TextConfig

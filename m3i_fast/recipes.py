@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.ema import EmaConfig
-from m3i_fast.engine.optim import OptimConfig
+from m3i_fast.engine.optim.ema import EmaConfig
+from m3i_fast.engine.optim.optimizers import OptimConfig
 from m3i_fast.hints import nearest
 from m3i_fast.models.internimage_config import (
     InternImageConfig,

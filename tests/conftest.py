@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fp8-seeds",
         type=int,
         default=1,
-        help="runs in FP8 that are compared with bf16 (tests/engine/test_fp8_training.py)",
+        help="runs in FP8 that are compared with bf16 (engine/precision/test_fp8_training.py)",
     )
 
 

@@ -31,11 +31,11 @@ ONLY_IN = {
     "nvidia": ("pipelines/graph/", DOCTOR),
     "transformer_engine": (
         "m3i_fast/models/te_",
-        "m3i_fast/engine/precision.py",
-        "m3i_fast/engine/optim.py",
+        "m3i_fast/engine/precision/arithmetic.py",
+        "m3i_fast/engine/optim/optimizers.py",
         DOCTOR,
     ),
-    "apex": ("m3i_fast/engine/optim.py",),
+    "apex": ("m3i_fast/engine/optim/optimizers.py",),
     "torchao": ("m3i_fast/models/float8.py", DOCTOR),
     "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
     "cupy_backends": ("benchmarks/",),
@@ -113,3 +113,19 @@ def test_a_room_of_benchmarks_imports_what_all_share_and_no_other_room() -> None
             continue
         rooms = {name.split(".")[2] for name, _ in used if name.startswith("m3i_fast.benchmarks.")}
         assert rooms <= allowed.get(parts[2], {parts[2], "core", "ledger"}), file
+
+
+@pytest.mark.parametrize("top", ["m3i_fast.engine", "m3i_fast.pipelines"])
+def test_rooms_have_no_cycle(top: str) -> None:
+    """A folder below `top`, or a module beside the folders, counts as one."""
+
+    def inner(module: str) -> str:
+        return module.removeprefix(f"{top}.").split(".")[0]
+
+    graph: dict[str, set[str]] = {}
+    for file, used in USES.items():
+        if module_of(file).startswith(f"{top}."):
+            here = inner(module_of(file))
+            inside = {inner(name) for name, _ in used if name.startswith(f"{top}.")}
+            graph.setdefault(here, set()).update(inside - {here})
+    TopologicalSorter(graph).prepare()

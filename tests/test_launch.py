@@ -22,10 +22,10 @@ from torch.distributed import run as torchrun
 
 from m3i_fast.cli import launch, main, train
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine import checkpoint
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.observe.metrics import read_jsonl
-from tests.engine.run_work import spread
-from tests.engine.test_parallel_runs import _config
+from tests.engine.parallel.run_work import spread
+from tests.engine.parallel.test_runs import _config
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig, differences
-from m3i_fast.engine.model import build_objective
+from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.text import TextConfig
 from m3i_fast.objectives.mixing import MixingConfig

@@ -42,7 +42,7 @@ from m3i_fast.benchmarks.loader.peers import (
     read_encoded,
 )
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.precision import resolve_device
+from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import is_free, quoted

@@ -58,7 +58,7 @@ from m3i_fast.benchmarks.methods.run import is_trained, measure_untrained, train
 from m3i_fast.benchmarks.methods.table import OURS, UNTRAINED, Line, Rows, summarise, table
 from m3i_fast.benchmarks.methods.variants import NOTE, VARIANTS
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.calibration import calibrate, step_seconds
+from m3i_fast.engine.planning.calibration import calibrate, step_seconds
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.dataset.manifest import DEMO_FLAGS, is_dataset, read_manifest
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters

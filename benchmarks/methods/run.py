@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine import checkpoint
-from m3i_fast.engine.calibration import calibrate
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.evaluator import Evaluation, evaluate, evaluate_untrained
+from m3i_fast.engine.planning.calibration import calibrate
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.collapse import CollapseWatch
 from m3i_fast.observe.metrics import read_jsonl

@@ -37,8 +37,8 @@ from m3i_fast.benchmarks.node.table import show, show_sweep
 from m3i_fast.benchmarks.node.verdict import verdict
 from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, TrainWork, works_of
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel import World, join_world, leave_world
-from m3i_fast.engine.precision import resolve_device
+from m3i_fast.engine.parallel.ranks import World, join_world, leave_world
+from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.environment import num_cores
 from m3i_fast.observe.telemetry import Telemetry

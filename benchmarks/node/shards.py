@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel import World
+from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.pipelines.dataset.manifest import Manifest, is_dataset, is_free, quoted, read_manifest
 from m3i_fast.pipelines.sources import synthetic
 

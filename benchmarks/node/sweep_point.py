@@ -12,7 +12,7 @@ import torch
 from m3i_fast.benchmarks.core.windows import Schedule
 from m3i_fast.benchmarks.node.main import measure_node
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel import leave_world
+from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.storage import write_atomically
 
 # Of errors that are no torch.OutOfMemoryError: a CPU's allocator, cuBLAS's workspace, CUDA's own.

@@ -45,9 +45,9 @@ from m3i_fast.benchmarks.scaling.plot import draw
 from m3i_fast.benchmarks.scaling.ranks import Found, Job, all_reduces, slowest, start
 from m3i_fast.benchmarks.scaling.table import MEASURED, PREDICTED, table
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.cards import Card
-from m3i_fast.engine.footprint import build_on_meta, count_parameters
-from m3i_fast.engine.traffic import Nodes
+from m3i_fast.engine.costs.gpus import Card
+from m3i_fast.engine.costs.traffic import Nodes
+from m3i_fast.engine.planning.memory import build_on_meta, count_parameters
 from m3i_fast.observe.environment import environment
 from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console

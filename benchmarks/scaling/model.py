@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.cards import Card
-from m3i_fast.engine.flops import step_flops, without_sampling
-from m3i_fast.engine.plan import bytes_sent, in_bf16, trained
-from m3i_fast.engine.roofline import CANDIDATES
-from m3i_fast.engine.traffic import Nodes, Traffic, all_reduce
+from m3i_fast.engine.costs.gpus import Card
+from m3i_fast.engine.costs.roofline import CANDIDATES
+from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
+from m3i_fast.engine.costs.traffic import Nodes, Traffic, all_reduce
+from m3i_fast.engine.planning.plan import bytes_sent, in_bf16, trained
 from m3i_fast.models.flops import Flops
 
 BUCKET_BYTES = 25 * 2**20  # of DDP's gradients; its first is 1 MiB

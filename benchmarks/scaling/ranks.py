@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from m3i_fast.benchmarks.core.efficiency import efficiency_figures
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel import leave_world
+from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.telemetry import Telemetry
 

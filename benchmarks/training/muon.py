@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from m3i_fast.benchmarks.core.harness import Device, measure, parse, publish, ratio_table, resolve
-from m3i_fast.engine.muon import Muon
+from m3i_fast.engine.optim.muon import Muon
 
 SUBJECT = "muon"
 OURS, TORCH = "m3i_fast", "torch"

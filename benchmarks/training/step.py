@@ -35,9 +35,9 @@ from m3i_fast.benchmarks.core.harness import (
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.training.plain_step import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.ema import update_ema
-from m3i_fast.engine.model import build_objective
-from m3i_fast.engine.optim import build_optimizer
+from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.optim.ema import update_ema
+from m3i_fast.engine.optim.optimizers import build_optimizer
 from m3i_fast.models.vit import vit_demo
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.mutual_information import MutualInformation

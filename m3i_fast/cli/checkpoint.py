@@ -13,7 +13,7 @@ from rich.text import Text
 from safetensors.torch import save_file
 
 from m3i_fast.cli import refuse
-from m3i_fast.engine.checkpoint import POINTER, Checkpoint, checkpoints, latest
+from m3i_fast.engine.checkpoint.checkpoints import POINTER, Checkpoint, checkpoints, latest
 from m3i_fast.storage import replaced_atomically
 from m3i_fast.terminal import make_console
 

@@ -16,9 +16,9 @@ from m3i_fast.cli.demo_page import gather
 from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.calibration import calibrate
 from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
-from m3i_fast.engine.run_lock import RunLock
+from m3i_fast.engine.planning.calibration import calibrate
+from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.observe.report import write_report
 from m3i_fast.pipelines.dataset.manifest import is_dataset
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 
 from m3i_fast.cli import console
-from m3i_fast.engine.watchdog import MissingRanks
+from m3i_fast.engine.parallel.watchdog import MissingRanks
 
 USAGE = """\
 usage: m3i-fast launch [--retry-code N] [options of torchrun] -m m3i_fast.cli train RECIPE ...

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from m3i_fast.cli import console as messages
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.cards import CARDS, Card
-from m3i_fast.engine.plan import Plan, make_plan
-from m3i_fast.engine.roofline import UTILISATION
-from m3i_fast.engine.traffic import Nodes
+from m3i_fast.engine.costs.gpus import CARDS, Card
+from m3i_fast.engine.costs.roofline import UTILISATION
+from m3i_fast.engine.costs.traffic import Nodes
+from m3i_fast.engine.planning.plan import Plan, make_plan
 from m3i_fast.hints import nearest
 from m3i_fast.recipes import find_recipe, recipes
 from m3i_fast.terminal import make_console

@@ -212,8 +212,8 @@ def precision() -> Facts:
     """The recipes of FP8 that run here, and of the others why not; one product, where one does."""
     import torch
 
-    from m3i_fast.engine.microbatch import FP8
-    from m3i_fast.engine.precision import look_at, refuse_recipe, resolve_device
+    from m3i_fast.engine.costs.gemm_rows import FP8
+    from m3i_fast.engine.precision.arithmetic import look_at, refuse_recipe, resolve_device
 
     machine = look_at(resolve_device("auto"))
     refused = {recipe: refuse_recipe(machine, recipe) for recipe in FP8}

@@ -18,9 +18,9 @@ from m3i_fast.cli import console
 from m3i_fast.cli.profile_nsys import export, run_under_nsys
 from m3i_fast.cli.train import find_recipe
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.cards import card_of
-from m3i_fast.engine.parallel import leave_world
-from m3i_fast.engine.precision import resolve_device
+from m3i_fast.engine.costs.gpus import card_of
+from m3i_fast.engine.parallel.ranks import leave_world
+from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.profiling import (
     Control,
     CudaControl,

@@ -21,11 +21,11 @@ from rich.progress import (
 
 from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel import leave_world
-from m3i_fast.engine.rendezvous import INIT_MINUTES
-from m3i_fast.engine.run import Resume
+from m3i_fast.engine.parallel.ranks import leave_world
+from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES
+from m3i_fast.engine.parallel.watchdog import WATCHDOG_MINUTES, Watchdog
+from m3i_fast.engine.run.directory import Resume
 from m3i_fast.engine.trainer import Outcome, Trainer
-from m3i_fast.engine.watchdog import WATCHDOG_MINUTES, Watchdog
 from m3i_fast.recipes import find_recipe, recipes
 
 USAGE = """\

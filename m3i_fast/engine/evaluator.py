@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine import checkpoint
-from m3i_fast.engine.model import build_objective
-from m3i_fast.engine.precision import autocast, resolve_device
+from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
 from m3i_fast.evaluation.collect import collect_features, labelled_drawings
 from m3i_fast.evaluation.correspondence import (
     patch_correspondence,

@@ -16,25 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine import checkpoint
-from m3i_fast.engine.accumulation import expect_additive, over_batches, reduced
-from m3i_fast.engine.determinism import make_deterministic
-from m3i_fast.engine.ema import update_ema
-from m3i_fast.engine.fp8 import expect_fp8, forward_context, layers_of
-from m3i_fast.engine.graphs import replay
-from m3i_fast.engine.guard import Guard, not_finite
-from m3i_fast.engine.microbatch import shapes_of
-from m3i_fast.engine.model import build_objective, stacks_of
-from m3i_fast.engine.optim import build_optimizer, set_schedules
-from m3i_fast.engine.parallel import StopFlag, average_whole, distribute, join_world
-from m3i_fast.engine.parts import GradientNorm
-from m3i_fast.engine.precision import announce, look_at, resolve_device, resolve_precision
-from m3i_fast.engine.rendezvous import INIT_MINUTES
-from m3i_fast.engine.run import Data, Resume, Run, Stateful, expect_data
-from m3i_fast.engine.run_log import RunLog
-from m3i_fast.engine.skips import Skips
+from m3i_fast.engine.build import build_objective, stacks_of
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.costs.gemm_rows import shapes_of
+from m3i_fast.engine.cuda_graphs import replay
+from m3i_fast.engine.guard.guard import Guard, not_finite
+from m3i_fast.engine.guard.skipped_steps import Skips
+from m3i_fast.engine.optim.ema import update_ema
+from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
+from m3i_fast.engine.parallel.accumulation import expect_additive, over_batches, reduced
+from m3i_fast.engine.parallel.local_shards import GradientNorm
+from m3i_fast.engine.parallel.ranks import StopFlag, average_whole, distribute, join_world
+from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES
+from m3i_fast.engine.parallel.watchdog import Watchdog
+from m3i_fast.engine.precision.arithmetic import (
+    announce,
+    look_at,
+    resolve_device,
+    resolve_precision,
+)
+from m3i_fast.engine.precision.determinism import make_deterministic
+from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
+from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful, expect_data
+from m3i_fast.engine.run.log import RunLog
 from m3i_fast.engine.step import StepForward
-from m3i_fast.engine.watchdog import Watchdog
 from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.pipelines.batch import Batch

@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from m3i_fast.cli import main
-from tests.engine.checkpoint_cases import assert_equal, save, trained
+from tests.engine.checkpoint.checkpoint_cases import assert_equal, save, trained
 from tests.faults.files import flip_byte, truncate
 
 OLD = Path(__file__).parents[1] / "engine" / "old_checkpoint"

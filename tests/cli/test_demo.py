@@ -9,7 +9,7 @@ import pytest
 
 from m3i_fast.cli import main
 from m3i_fast.cli.demo import set_aside
-from m3i_fast.engine.run_lock import RunLock
+from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.observe.page.verdict import SOURCES
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import DEMO_MERGES, demo

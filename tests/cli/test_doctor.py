@@ -19,7 +19,7 @@ import torch
 
 from m3i_fast.cli import doctor, findings, probes
 from m3i_fast.cli.findings import Finding, Machine
-from m3i_fast.engine.microbatch import FP8
+from m3i_fast.engine.costs.gemm_rows import FP8
 
 LIBRARIES = {
     # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.

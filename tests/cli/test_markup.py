@@ -9,7 +9,7 @@ import pytest
 
 from m3i_fast.cli import VERBS, main
 from m3i_fast.terminal import make_console
-from tests.engine.checkpoint_cases import save
+from tests.engine.checkpoint.checkpoint_cases import save
 from tests.engine.test_trainer import _config
 from tests.faults.files import truncate
 from tests.test_imports import FILES
@@ -137,7 +137,10 @@ def test_all_that_is_printed_goes_through_such_consoles(capsys: pytest.CaptureFi
             elif isinstance(node, ast.Call):
                 name, options = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
                 # A data set is packed without the rest of the package, and prints bars alone.
-                if name == "Console" and file not in ("m3i_fast/terminal.py", "pipelines/dataset/pack.py"):
+                if name == "Console" and file not in (
+                    "m3i_fast/terminal.py",
+                    "pipelines/dataset/pack.py",
+                ):
                     pytest.fail(f"{file}:{node.lineno}: expected make_console")
                 if name == "TextColumn":
                     assert ast.unparse(options["markup"]) == "False", f"{file}:{node.lineno}"

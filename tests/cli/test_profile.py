@@ -23,7 +23,7 @@ from m3i_fast.observe.profile_page import write_page
 from m3i_fast.observe.profile_summary import Pace, read_summary, summarise
 from m3i_fast.observe.stages import StageTimer
 from m3i_fast.recipes import demo, shrink
-from tests.engine.test_parallel import TEXT
+from tests.engine.parallel.test_ranks import TEXT
 from tests.observe.chromium import check_page, skip_reason
 from tests.observe.nsys_files import write_export
 

@@ -9,10 +9,10 @@ import torch
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.ema import update_ema
-from m3i_fast.engine.footprint import draw_first_mix
-from m3i_fast.engine.model import build_objective
-from m3i_fast.engine.optim import build_optimizer
+from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.optim.ema import update_ema
+from m3i_fast.engine.optim.optimizers import build_optimizer
+from m3i_fast.engine.planning.memory import draw_first_mix
 from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
 
 

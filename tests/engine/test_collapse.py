@@ -11,8 +11,8 @@ from torch import Tensor
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine import checkpoint
-from m3i_fast.engine.ema import EmaConfig
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.optim.ema import EmaConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.objectives.likelihoods import LIKELIHOODS, Likelihood

@@ -12,11 +12,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.model import blocks_of
+from m3i_fast.engine.build import blocks_of
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import recipes, shrink
-from tests.engine.test_parallel import TEXT
+from tests.engine.parallel.test_ranks import TEXT
 
 STEPS = 4
 # aot_eager computes with eager's kernels. Inductor's fused ones add up in another order, and the

@@ -17,8 +17,8 @@ import torch
 from m3i_fast.cli import main
 from m3i_fast.cli.train import TrainCommand
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine import checkpoint
-from m3i_fast.engine.model import build_objective
+from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.internimage_config import internimage_demo
 from m3i_fast.models.text import TextConfig

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from m3i_fast.engine import checkpoint
-from m3i_fast.engine.watchdog import EXIT_CODE
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.parallel.watchdog import EXIT_CODE
 from tests.faults.campaign import (
     FAILED,
     KILLED,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import m3i_fast.pipelines.graph.reader  # noqa: F401
 from m3i_fast.cli import main
-from m3i_fast.engine.checkpoint import tensors_of
+from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.step import StepForward
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.storage import write_atomically
@@ -39,10 +39,10 @@ PHASES = {
     "inputs": "m3i_fast.objectives.mutual_information.MutualInformation.encode_inputs",
     "loss": "m3i_fast.objectives.mutual_information.MutualInformation.forward",
     "backward": "torch.Tensor.backward",
-    "optimiser": "m3i_fast.engine.optim.Optimizers.step",
+    "optimiser": "m3i_fast.engine.optim.optimizers.Optimizers.step",
     "logging": "m3i_fast.observe.metrics.JsonlSink.log",
-    "saving": "m3i_fast.engine.saver.Saver.save",
-    "writing": "m3i_fast.engine.saver.Saver._write",
+    "saving": "m3i_fast.engine.checkpoint.saver.Saver.save",
+    "writing": "m3i_fast.engine.checkpoint.saver.Saver._write",
 }
 
 

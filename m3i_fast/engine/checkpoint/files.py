@@ -1,0 +1,96 @@
+"""What a checkpoint's directory may hold: what its manifest names, as plain files.
+
+Nothing else is opened: a link or a fifo is refused by its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from m3i_fast.engine.checkpoint.shard_files import MANIFEST, VERSION
+from m3i_fast.json_files import read_json
+from m3i_fast.storage import kind_of
+
+Shape = dict[Any, Any]
+MANIFEST_SHAPE: Shape = {
+    "version": int,
+    "step": int,
+    "num_ranks": int,
+    "files": {str: {"size": int, "sha256": str}},
+}
+_RECORD: Shape = {"step": int, "reason": str, "losses": {str: float}, "gradients": {str: float}}
+_MEANS: Shape = {"names": [str], "sums": [float], "count": float}
+STATE_SHAPE: Shape = {
+    "num_ranks?": int,
+    "config?": {"data": {"batch_size": int}, "parallel?": {"accumulate?": int}},
+    "loader?": {"epoch?": int, "step?": int, "dali_checkpoint?": (str, None), "fingerprint?": dict},
+    "random?": {"python": list, "numpy": list, "torch": str, "cuda?": str},
+    "means?": ([_MEANS], {str: [float]}),
+    "log?": {"score": (float, None)},
+    "watch?": {str: float},
+    "guard?": {"steps": [[(int, bool)]], "records": [_RECORD], "spikes": [float]},
+    "skips?": {
+        "recent": [int],
+        "in_a_row": int,
+        "total": int,
+        "rollbacks": int,
+        "scale": float,
+        "scaled_until": int,
+    },
+}
+"""A rank's state; older checkpoints lack parts of it."""
+
+
+def read_manifest(directory: Path, step: int) -> dict[str, Any]:
+    """Read the manifest of a step; ValueError names what is wrong with it."""
+    path = directory / MANIFEST
+    try:
+        manifest: dict[str, Any] = read_json(path, MANIFEST_SHAPE)
+    except FileNotFoundError:
+        raise missing(path) from None
+    if manifest["version"] != VERSION:
+        raise ValueError(f"{path}: expected version {VERSION}, got {manifest['version']}")
+    if manifest["step"] != step:
+        raise ValueError(f"{path}: expected the files of step {step}, got step {manifest['step']}")
+    if not manifest["files"]:
+        raise ValueError(f"{path}: names no files")
+    return manifest
+
+
+def missing(path: Path) -> FileNotFoundError:
+    """Make the error of a checkpoint that lacks a file."""
+    return FileNotFoundError(f"{path}: missing; the checkpoint is not whole")
+
+
+def expect_only(directory: Path, names: Collection[str], folders: Collection[str] = ()) -> None:
+    """Refuse a directory that holds anything but these files, or lacks one; opens none of them.
+
+    names: relative to it, those in `folders` as FOLDER/NAME. ValueError names what is not expected,
+    symbolic links and fifos included; FileNotFoundError what is missing.
+    """
+    there, wrong = set(), []
+    for entry in _entries(directory, folders):
+        name = os.path.relpath(entry.path, directory)
+        expected = "a file" if name in names else "a directory" if name in folders else "nothing"
+        got = kind_of(entry.stat(follow_symlinks=False).st_mode)
+        if got != expected:
+            shown = name if name.isprintable() else repr(name)
+            wrong.append(f"{shown}: expected {expected}, got {got}")
+        there.add(name)
+    if wrong:
+        raise ValueError(f"{directory}: {'; '.join(wrong)}")
+    for name in names:
+        if name not in there:
+            raise missing(directory / name)
+
+
+def _entries(directory: Path, folders: Collection[str]) -> Iterator[os.DirEntry[str]]:
+    """All in a directory, and in those of its folders that have such a name and are no links."""
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            yield entry
+            if entry.name in folders and entry.is_dir(follow_symlinks=False):
+                yield from _entries(Path(entry.path), ())

@@ -1,0 +1,198 @@
+"""Steps that would spoil a run: found and undone on the device, by all ranks together.
+
+A step counts if loss and gradient norm of every rank are finite and, where asked for, its loss is
+no spike. If not, weights, moments, averages and what the forward pass wrote into buffers stay bit
+for bit as they were; schedules and data go on. The host learns of it where metrics are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from m3i_fast.engine.guard.config import GuardConfig
+from m3i_fast.engine.optim.undoable_step import keep_where
+from m3i_fast.engine.parallel.local_shards import GradientNorm, local
+from m3i_fast.engine.parallel.ranks import World
+
+Record = dict[str, Any]
+"""What a rank knows of a skipped step; JSON-able."""
+
+
+class Guard:
+    """Says of each step whether it counts: `keep`, forward and backward, `judge`, steps, `undo`."""
+
+    skip: Tensor
+    """[] fp32, 1: the last step that was judged does not count."""
+
+    def __init__(self, cfg: GuardConfig, model: nn.Module, world: World) -> None:
+        self._cfg, self._world = cfg, world
+        self._live = written_buffers(model)
+        self._saved = [torch.empty_like(buffer) for buffer in self._live]
+        self.skip = torch.zeros((), device=world.device)
+        self._spikes = Spikes(cfg, world.device)
+        self._judged: list[Judged] = []
+        self._records: list[Record] = []
+        self._steps: list[tuple[int, bool]] = []
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Before the forward pass."""
+        if self._live:
+            torch._foreach_copy_(self._saved, self._live)
+
+    @torch.no_grad()
+    def judge(
+        self,
+        step: int,
+        metrics: Mapping[str, Tensor],  # [] each
+        norm: GradientNorm,
+        *,
+        names: Sequence[str],
+        sample_ids: Tensor,  # [B] int64
+    ) -> Tensor:  # [] fp32
+        """1 if the step is to be skipped, on all ranks; names: of the gradients, of each norm."""
+        loss = metrics["loss/total"].detach()
+        wrong = ~(loss.isfinite() & norm.total.isfinite())
+        count, mean_loss = self._world.sum(
+            torch.stack([wrong.to(loss.dtype), loss / self._world.size])
+        ).unbind()
+        spoilt = count > 0
+        spike = torch.zeros_like(spoilt)
+        if self._cfg.spikes != "off":
+            spike = self._spikes.see(mean_loss, spoilt)
+        self.skip = (spoilt | spike).float()
+        losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
+        values = torch.stack([v.detach().float() for v in losses.values()])
+        flags = torch.stack([spoilt, spike])
+        self._judged.append(
+            Judged(step, flags, tuple(losses), values, norm, tuple(names), sample_ids)
+        )
+        return self.skip
+
+    def undo(self) -> None:
+        """After the optimiser's step: what the forward pass wrote, if it does not count."""
+        keep_where(self.skip > 0, self._live, self._saved)
+
+    def drain(self) -> tuple[list[tuple[int, bool]], list[Record]]:
+        """Steps since the last time and whether they were skipped, and this rank's records."""
+        self._bring_to_host()
+        found = self._steps, self._records
+        self._steps, self._records = [], []
+        return found
+
+    def _bring_to_host(self) -> None:
+        if not self._judged:
+            return
+        flags = torch.stack([judged.flags for judged in self._judged]).tolist()
+        for judged, (spoilt, spike) in zip(self._judged, flags, strict=True):
+            self._steps.append((judged.step, spoilt or spike))
+            if spoilt or spike:
+                self._records.append(judged.record("spike" if spike else "not finite"))
+        self._judged.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A host synchronisation."""
+        self._bring_to_host()
+        return {
+            "steps": [list(pair) for pair in self._steps],
+            "records": list(self._records),
+            "spikes": self._spikes.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._judged.clear()
+        self._steps = [(step, skipped) for step, skipped in state["steps"]]
+        self._records = list(state["records"])
+        self._spikes.load_state_dict(state["spikes"])
+
+    def first_untold(self, step: int) -> int:
+        """The first step that has not been drained, of those up to `step`."""
+        return self._steps[0][0] if self._steps else step
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Back to a checkpoint's statistics; what it had yet to report has been."""
+        self.load_state_dict({**state, "steps": [], "records": []})
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One step, on the device until it is asked for."""
+
+    step: int
+    flags: Tensor  # [2] bool: not finite, spike
+    names: tuple[str, ...]
+    losses: Tensor  # [L] fp32
+    norm: GradientNorm
+    gradients: tuple[str, ...]
+    sample_ids: Tensor  # [B] int64
+
+    def record(self, reason: str) -> Record:
+        each = self.norm.each.float().tolist()
+        return {
+            "step": self.step,
+            "reason": reason,
+            "losses": dict(zip(self.names, self.losses.tolist(), strict=True)),
+            "grad_norm": float(self.norm.total),
+            "gradients": dict(zip(self.gradients, each, strict=True)),
+            "sample_ids": self.sample_ids.tolist(),
+        }
+
+
+class Spikes:
+    """Running mean and variance of the loss of steps that count, on the device.
+
+    With rate r = max(1 / (n + 1), 1 / window) after n losses, and d = loss - mean:
+    mean += r d;  variance = (1 - r) (variance + r d^2).
+    """
+
+    def __init__(self, cfg: GuardConfig, device: torch.device) -> None:
+        self._deviations, self._window = cfg.spike_deviations, cfg.spike_window
+        self._state = torch.zeros(3, dtype=torch.float64, device=device)  # n, mean, variance
+
+    def see(self, loss: Tensor, spoilt: Tensor) -> Tensor:  # [], [] bool -> [] bool
+        """Whether the loss is so far above the mean; it then leaves mean and variance alone."""
+        count, mean, variance = self._state.unbind()
+        off = loss.double() - mean
+        spike = (count >= self._window) & (off > self._deviations * variance.sqrt()) & ~spoilt
+        rate = (1 / (count + 1)).clamp(min=1 / self._window)
+        moved = [count + 1, mean + rate * off, (1 - rate) * (variance + rate * off.square())]
+        self._state = torch.where(spike | spoilt, self._state, torch.stack(moved))
+        return spike
+
+    def state_dict(self) -> list[float]:
+        return self._state.tolist()
+
+    def load_state_dict(self, state: list[float]) -> None:
+        self._state = self._state.new_tensor(state)
+
+
+def written_buffers(model: nn.Module) -> list[Tensor]:
+    """What a forward pass may write and a checkpoint keeps: statistics, centres, queues."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def not_finite(tensors: Mapping[str, Tensor], world: World) -> list[str]:
+    """Name those that are not finite on any rank, three at most; wait for the device once.
+
+    Names travel only where the device has counted some: a collective of objects takes the host.
+    """
+    parts = dict(zip(tensors, local(tensors.values()), strict=True))
+    parts = {n: p.detach() for n, p in parts.items() if p.is_floating_point() and p.numel()}
+    largest = [norm.float() for norm in torch._foreach_norm(list(parts.values()), math.inf)]
+    wrong_P = ~torch.stack(largest).isfinite()
+    *flags, count = torch.cat([wrong_P, world.sum(wrong_P.sum(0, keepdim=True))]).tolist()
+    if not count:
+        return []
+    wrong = [name for name, flag in zip(parts, flags, strict=True) if flag]
+    return sorted({name for names in world.gather(wrong[:3]) for name in names})[:3]

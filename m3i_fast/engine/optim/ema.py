@@ -1,0 +1,78 @@
+"""Exponential moving average of the encoder: the target network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from m3i_fast.config_fields import check_fields
+from m3i_fast.engine.optim.schedules import cosine
+from m3i_fast.engine.parallel.local_shards import local
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaConfig:
+    momentum: float = 0.995
+    """Momentum at the first step (SiameseIM: 0.995)."""
+    final_momentum: float = 1.0
+    """Momentum at the last step, reached by a cosine."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "ema.")
+        if not 0 <= self.momentum <= self.final_momentum <= 1:
+            raise ValueError(
+                f"ema.momentum: expected 0 <= momentum <= final_momentum <= 1, got "
+                f"{self.momentum} and "
+                f"{self.final_momentum}"
+            )
+
+    def schedule(self, num_steps: int) -> np.ndarray:  # [num_steps] fp64
+        return cosine(self.momentum, self.final_momentum, num_steps=num_steps)
+
+
+@torch.no_grad()
+def update_ema(
+    average: nn.Module,
+    online: nn.Module,
+    momentum: float,
+    skip: Tensor | None = None,  # [] fp32
+) -> None:
+    """average <- momentum * average + (1 - momentum) * online, in place; as it was if skip is 1.
+
+    Over all parameters; buffers are copied. Where weights are spread over ranks, each rank averages
+    what it holds: both are spread alike.
+    """
+    averages, onlines = local(average.parameters()), local(online.parameters())
+    if skip is None:  # also of tensors without data, for which the fused kernel has no form
+        torch._foreach_lerp_(averages, onlines, 1.0 - momentum)
+    else:
+        _descend(averages, onlines, 1.0 - momentum, skip)
+    for target, source in zip(average.buffers(), online.buffers(), strict=True):
+        if skip is None:
+            target.copy_(source)
+        else:
+            torch.where(skip > 0, target, source, out=target)
+
+
+def _descend(averages: list[Tensor], onlines: list[Tensor], rate: float, skip: Tensor) -> None:
+    """A step of SGD down |average - online|^2 / 2, which is the average.
+
+    The one fused kernel for it that takes a flag of the device: with weight decay 1, up the
+    "gradient" online.
+    """
+    torch._fused_sgd_(
+        averages,
+        onlines,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=skip,
+    )

@@ -1,0 +1,155 @@
+"""LAMB and LARS: every tensor's step is scaled by its norm. Plain torch, also on sharded tensors.
+
+A group with `decays` False has neither weight decay nor a scale of its own: biases and norms, which
+the papers' implementations leave out, so here all tensors of one dimension or less; and tables.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+from m3i_fast.engine.optim.undoable_step import chunks
+from m3i_fast.engine.parallel.local_shards import local
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+class Layerwise(torch.optim.Optimizer, ABC):
+    """Steps a part of a group at a time, on this rank's part of every tensor with a gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None, "the gradients are there already"
+        for group in self.param_groups:
+            for params in chunks([p for p in group["params"] if p.grad is not None]):
+                grads = local(p.grad for p in params if p.grad is not None)
+                self.update(group, params, grads)
+
+    @abstractmethod
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Change `params` in place; `grads` are this rank's parts."""
+
+    def _states(self, params: list[Tensor], name: str) -> list[Tensor]:
+        """This rank's parts of one field of the state, zeros at first."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros_like(p)
+        return local(self.state[p][name] for p in params)
+
+
+class Lamb(Layerwise):
+    """LAMB (arXiv 1904.00962, algorithm 2), phi(z) = z:
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+    u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay x
+    x = x - lr u |x| / |u|, without |x| / |u| where one of them is 0.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "decays": True})
+
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        steps = self._count(params)
+        weights = local(params)
+        means, squares = self._states(params, "exp_avg"), self._states(params, "exp_avg_sq")
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        scales = torch._foreach_sqrt(squares)
+        torch._foreach_div_(scales, (1 - beta2**steps).sqrt().unbind())
+        torch._foreach_add_(scales, group["eps"])
+        torch._foreach_mul_(scales, (1 - beta1**steps).unbind())
+        updates = torch._foreach_div(means, scales)
+        del scales
+        if group["decays"]:
+            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+            of_weights, of_updates = full_norms([weights, updates], params)
+            sound = (of_weights > 0) & (of_updates > 0)
+            ratios = torch.where(sound, of_weights / of_updates, 1.0)
+            torch._foreach_mul_(updates, ratios.unbind())
+        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+
+    def _count(self, params: list[Tensor]) -> Tensor:  # [N] fp64
+        """Add one to the steps of each; on the device, where a step may be undone."""
+        for p in params:
+            self.state[p].setdefault("step", torch.zeros((), device=p.device))
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, 1)
+        return torch.stack(steps).double()
+
+
+class Lars(Layerwise):
+    """LARS (arXiv 1708.03888, equation 6) as SGD applies it:
+
+    d = (g + decay w) trust |w| / (|g| + decay |w|);  v = momentum v + d;  w = w - lr v.
+    Without the scale of d where |w| or |g| is 0. The paper's lr is inside v; outside, as in the
+    implementations for self-supervision, a schedule acts at once.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(params, {**defaults, "decays": True})
+
+    def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        weights = local(params)
+        velocities = self._states(params, "momentum_buffer")
+        torch._foreach_mul_(velocities, group["momentum"])
+        if group["decays"]:
+            decay = group["weight_decay"]
+            of_weights, of_grads = full_norms([weights, grads], params)
+            sound = (of_weights > 0) & (of_grads > 0)
+            ratios = group["trust"] * of_weights / (of_grads + decay * of_weights)
+            updates = torch._foreach_add(grads, weights, alpha=decay)
+            torch._foreach_mul_(updates, torch.where(sound, ratios, 1.0).unbind())
+            torch._foreach_add_(velocities, updates)
+        else:
+            torch._foreach_add_(velocities, grads)
+        torch._foreach_add_(weights, velocities, alpha=-group["lr"])
+
+
+def full_norms(lists: Sequence[Tensors], params: Sequence[Tensor]) -> Tensor:  # [L, N]
+    """Euclidean norms of whole tensors, of which each list holds this rank's parts.
+
+    `params` say how tensors are sharded. All norms of one sharding are reduced together, where
+    `torch.linalg.vector_norm` of a DTensor has a collective a tensor.
+    """
+    # A rank may hold nothing of a tensor with few rows: a norm of 0.
+    squares = torch.stack([torch.stack(torch._foreach_norm(parts)) for parts in lists]).square()
+    sharded: defaultdict[tuple[Any, tuple[Placement, ...]], list[int]] = defaultdict(list)
+    for index, p in enumerate(params):
+        if isinstance(p, DTensor):
+            sharded[p.device_mesh, p.placements].append(index)
+    columns = list(squares.unbind(1))
+    for (mesh, placements), indices in sharded.items():
+        sums = [Replicate() if place.is_replicate() else Partial() for place in placements]
+        mine = torch.stack([columns[i] for i in indices])
+        whole = DTensor.from_local(mine, mesh, sums, run_check=False).full_tensor()
+        for i, column in zip(indices, whole.unbind(), strict=True):
+            columns[i] = column
+    return torch.stack(columns, 1).sqrt()

@@ -1,0 +1,230 @@
+"""What one training step holds in memory: the real step, run on tensors without data.
+
+The objective of a config takes one step (targets, input, loss, backward, clip, optimiser, moving
+average) in a FakeTensorMode: shapes, dtypes, what autograd saves and when it is freed are those of
+the code that trains, and nothing is tuned. Every image has a label and a caption: the largest step.
+Not seen: what kernels allocate for themselves, fragmentation, and what torch.compile changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.optim.ema import update_ema
+from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer
+from m3i_fast.engine.planning.tensor_tracker import GRADIENTS, OTHER, Ledger
+from m3i_fast.models.blocks import Block, LayerNormLinear, LayerNormMLP
+from m3i_fast.models.deformable import InternImageLayer
+from m3i_fast.objectives.mixing import Mix, draw_mix
+from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.terms import Caption
+from m3i_fast.pipelines.batch import Batch
+
+PARAMETERS, AVERAGE, BUFFERS = "parameters", "EMA copies", "buffers"
+STATES, BATCH = "optimiser states", "batch"
+HELD = (PARAMETERS, AVERAGE, BUFFERS, STATES, BATCH)
+TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"
+DECODER, HEADS = "decoder", "heads and likelihoods"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Bytes of one rank, by part."""
+
+    held: Mapping[str, int]
+    """From step to step: the parts in HELD."""
+    activations: Mapping[str, int]
+    """Alive when the loss is known, for the backward pass."""
+    gradients: int
+    """All of them, when the backward pass ends."""
+    peak: Mapping[str, int]
+    """All that is alive at the step's peak."""
+    sharded_peak: Mapping[str, int]
+    """The same of a step whose gradients are sharded, before anything is divided."""
+
+
+def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 1) -> Footprint:
+    """The footprint of a step of `cfg`, in seconds and without data, GPU or memory.
+
+    bf16: autocast, else fp32. cuda: autocast widens layer norms, as it does on CUDA and not on a
+    CPU. num_shards: ranks that share a gradient, for `sharded_peak`.
+    """
+    mix = draw_first_mix(cfg)
+    objective = build_on_meta(cfg)
+    ledger = Ledger(num_shards=num_shards)
+    with FakeTensorMode() as fake, ledger:
+        objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        batch = empty_batch(cfg)
+        mix = Mix(**{name: _faked(fake, getattr(mix, name)) for name in mix.__slots__})
+        _book_what_is_held(ledger, objective, batch, mix)
+        _name_parts(ledger, objective)
+        if cuda:
+            _widen_norms(objective)
+        optimizer = build_optimizer(cfg.optim, objective)
+        return _step(ledger, objective, optimizer, batch, mix, bf16=bf16)
+
+
+def build_on_meta(cfg: TrainConfig) -> MutualInformation:
+    """The model without memory. Raises ValueError for a frozen teacher, no part of a recipe."""
+    if cfg.objective.uses(encoder="frozen"):
+        raise ValueError(
+            "objective.terms: expected no term with a frozen encoder, whose size the recipe does "
+            f"not say, got teacher {cfg.objective.teacher}"
+        )
+    return build_objective(replace(cfg, compile=False), on_meta=True)
+
+
+def count_parameters(objective: MutualInformation) -> dict[str, int]:
+    """Trained parameters by part, and all that follow by EMA."""
+    found = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
+    found[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
+    found["heads"] = _count(objective) - sum(found.values())
+    found[AVERAGE] = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+    return found
+
+
+def block_sizes(objective: nn.Module) -> list[int]:
+    """Trained parameters of each block: what FSDP gathers at once."""
+    blocks = [m for m in objective.modules() if isinstance(m, Block | InternImageLayer)]
+    return [size for size in map(_count, blocks) if size]
+
+
+def draw_first_mix(cfg: TrainConfig) -> Mix:
+    """The first step's mix."""
+    return draw_mix(
+        cfg.objective.mixing,
+        batch_size=cfg.data.batch_size,
+        grid=cfg.vision.grid,
+        context_length=cfg.text.context_length,
+        seed=cfg.seed,
+        step=0,
+        num_steps=cfg.num_steps,
+    )
+
+
+def empty_batch(cfg: TrainConfig) -> Batch:
+    """A batch of the config's shapes, of no values."""
+    size, data = cfg.data.batch_size, cfg.data
+
+    def views(side: int, count: int) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(size, 3, side, side, dtype=torch.uint8) for _ in range(count))
+
+    global_views = views(data.global_views.size, data.global_views.count)
+    local = data.local_views
+    local_views = views(local.size, local.count) if local is not None else ()
+    return Batch(
+        global_views=global_views,
+        local_views=local_views,
+        boxes=torch.empty(size, len(global_views) + len(local_views), 5),
+        image_size=torch.empty(size, 2),
+        token_ids=torch.empty(size, cfg.text.context_length, dtype=torch.int32),
+        num_tokens=torch.empty(size, dtype=torch.int64),
+        label=torch.empty(size, dtype=torch.int64),
+        sample_id=torch.empty(size, dtype=torch.int64),
+        group_id=torch.empty(size, dtype=torch.int64),
+    )
+
+
+def _faked(fake: FakeTensorMode, value: Any) -> Any:
+    return fake.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _book_what_is_held(
+    ledger: Ledger, objective: MutualInformation, batch: Batch, mix: Mix
+) -> None:
+    parameters = list(objective.parameters())
+    ledger.book(PARAMETERS, (p for p in parameters if p.requires_grad))
+    ledger.book(AVERAGE, (p for p in parameters if not p.requires_grad))
+    ledger.book(BUFFERS, objective.buffers())
+    ledger.watch_casts(parameters)
+    given = [getattr(part, name) for part in (batch, mix) for name in part.__slots__]
+    ledger.book(BATCH, (value for value in given if isinstance(value, Tensor)))
+    ledger.book(BATCH, (*batch.global_views, *batch.local_views))
+
+
+def _name_parts(ledger: Ledger, objective: MutualInformation) -> None:
+    """Tell what is allocated in modules that the loss calls, and gradients when they are done."""
+    named: list[tuple[str, nn.Module]] = [(DECODER, m) for m in objective.decoders.values()]
+    named += [(TEXT, term.text_encoder) for term in objective.terms_of(Caption)]
+    for part, module in named:
+        module.register_forward_pre_hook(lambda *_, part=part: setattr(ledger, "part", part))
+        module.register_forward_hook(lambda *_: setattr(ledger, "part", HEADS))
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.book(GRADIENTS, [p.grad]))
+
+
+def _widen_norms(objective: nn.Module) -> None:
+    """CUDA's autocast computes layer norms in fp32 and returns fp32; the CPU's does not."""
+
+    def widen(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not torch.is_autocast_enabled("cpu"):
+            return args
+        return args[0].float(), *args[1:]
+
+    for module in objective.modules():
+        if isinstance(module, nn.LayerNorm | LayerNormLinear | LayerNormMLP):
+            module.register_forward_pre_hook(widen)
+
+
+def _step(
+    ledger: Ledger,
+    objective: MutualInformation,
+    optimizer: Optimizers,
+    batch: Batch,
+    mix: Mix,
+    *,
+    bf16: bool,
+) -> Footprint:
+    """As `Trainer.train_step`, which also keeps targets and tokens to its end."""
+    ledger.reset_peak()
+    autocast: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with autocast:
+        with ledger.within(TARGET):
+            targets = objective.encode_targets(batch, mix)
+        with ledger.within(ENCODER):
+            encoded = objective.encode_inputs(batch, mix)
+        with ledger.within(HEADS):
+            loss, metrics = objective(encoded, targets, batch, mix)
+    activations = {k: v for k, v in ledger.bytes.items() if k not in (*HELD, OTHER) and v}
+    loss.backward()
+    gradients = ledger.bytes[GRADIENTS]
+    peaks = [ledger.peak, ledger.sharded_peak]
+    ledger.reset_peak()
+    trained = [p for p in objective.parameters() if p.grad is not None]
+    torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+    before = ledger.total
+    with ledger.within(STATES):
+        optimizer.step()
+    states = ledger.total - before
+    optimizer.zero_grad()
+    for pair in objective.momentum_pairs():
+        update_ema(*pair, momentum=0.5)
+    # From the second step on the states are there all the time.
+    peaks = [peak | {STATES: states} for peak in peaks]
+    late = ledger.peak, ledger.sharded_peak
+    peak, sharded_peak = (max(*both, key=_sum) for both in zip(peaks, late, strict=True))
+    return Footprint(
+        held={name: ledger.bytes[name] for name in HELD},
+        activations=activations,
+        gradients=gradients,
+        peak=peak,
+        sharded_peak=sharded_peak,
+    )
+
+
+def _sum(peak: Mapping[str, int]) -> int:
+    return sum(peak.values())

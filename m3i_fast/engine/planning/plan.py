@@ -1,0 +1,247 @@
+"""What a run needs and how fast it can be, from its config alone: nothing is run or allocated.
+
+FLOPs and traffic are closed forms, memory is that of the real step on tensors without data
+(`footprint`), times are `roofline`'s. What beside torch's allocator takes memory is assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.costs import traffic
+from m3i_fast.engine.costs.gemm_rows import FP8, Legal, legal_batches, token_rows
+from m3i_fast.engine.costs.gpus import Card
+from m3i_fast.engine.costs.roofline import (
+    AVERAGE_BYTES,
+    CANDIDATES,
+    OPTIMISER_BYTES,
+    UTILISATION,
+    Speed,
+    Work,
+    assumptions,
+    loader_images_s,
+    predict,
+)
+from m3i_fast.engine.costs.step_flops import counts_of, step_flops, without_sampling
+from m3i_fast.engine.costs.traffic import Nodes, Traffic
+from m3i_fast.engine.planning.memory import (
+    AVERAGE,
+    BATCH,
+    PARAMETERS,
+    STATES,
+    Footprint,
+    block_sizes,
+    build_on_meta,
+    count_parameters,
+    trace,
+)
+from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS
+from m3i_fast.models.flops import Flops
+
+# Of a process on a GPU, in bytes; constants, not measured.
+CONTEXT = {"CUDA context": 0.5 * 2**30, "DALI decoder and pools": 2.0 * 2**30}
+NCCL = {"NCCL buffers": 0.5 * 2**30}
+GATHERED, REDUCED, AHEAD = "gathered weights", "gradients being reduced", "batches ahead"
+SHARDED = (PARAMETERS, AVERAGE, STATES, GRADIENTS)
+PREDICTIONS = "strategies and footprint: computed from the config, run on no card"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one rank at the peak of a step, by part."""
+
+    parts: Mapping[str, float]
+    assumed: Mapping[str, float]
+    """Beside torch's allocator."""
+    limit: float | None
+    """Of the card, as published; None: not known."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values()) + sum(self.assumed.values())
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.limit is None else self.total <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strategy:
+    """One way to share the work among ranks."""
+
+    name: str
+    memory: Memory
+    sent: Mapping[str, Traffic]
+    speed: Speed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    card: Card
+    nodes: Nodes
+    batch_size: int
+    """Of a rank."""
+    bf16: bool
+    parameters: Mapping[str, int]
+    flops: Mapping[str, Flops]
+    """Of a rank's step, by part."""
+    tokens: Mapping[str, int]
+    """Of a rank's step, by pass."""
+    footprint: Footprint
+    legal: list[Legal]
+    strategies: list[Strategy]
+    assumptions: list[str]
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.nodes.num_ranks
+
+    @property
+    def work(self) -> Flops:
+        """Of a rank's step, but for the sampling of DCNv3."""
+        return without_sampling(self.flops)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, and what properties say, for JSON."""
+        content = asdict(self) | {"predictions": PREDICTIONS}
+        content |= {"global_batch": self.global_batch, "flops_total": asdict(self.work)}
+        content["model_flops_per_image"] = self.work.model / self.batch_size
+        content["hardware_flops_per_image"] = self.work.hardware / self.batch_size
+        for shown, strategy in zip(content["strategies"], self.strategies, strict=True):
+            shown["memory"] |= {"total": strategy.memory.total, "fits": strategy.memory.fits}
+        return content
+
+
+def make_plan(
+    cfg: TrainConfig, *, card: Card, nodes: Nodes, utilisation: float = UTILISATION
+) -> Plan:
+    """The plan of `cfg`, whose batch is a rank's, on this many of these cards.
+
+    Raises ValueError where the config is not enough: a term with a frozen teacher.
+    """
+    bf16 = in_bf16(cfg, card)
+    objective = build_on_meta(cfg)
+    parameters = count_parameters(objective)
+    more = [_FP8_RATE] if cfg.precision in FP8 else []
+    if (count := cfg.parallel.accumulate) > 1:
+        more.append(_ONE_OF_SEVERAL.format(count))
+    footprint = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=nodes.num_ranks)
+    flops = step_flops(cfg, num_ranks=nodes.num_ranks)
+    assumed = _assumed_memory(cfg, card, nodes, footprint)
+    strategies = []
+    for name in ("ddp", "fsdp") if nodes.num_ranks > 1 else ("alone",):
+        sharded = name == "fsdp"
+        parts: Mapping[str, float] = footprint.peak
+        if sharded:
+            blocks = block_sizes(objective)
+            parts = _sharded(footprint, parameters, blocks, nodes, 2 if bf16 else 4)
+        sent = bytes_sent(cfg, nodes, parameters, bf16=bf16, sharded=sharded)
+        work = Work(
+            batch_size=cfg.data.batch_size,
+            flops=flops,
+            bf16=bf16,
+            moved_bytes=_moved(footprint, parameters, shards=nodes.num_ranks if sharded else 1),
+            sent=sent,
+            loader_images_s=loader_images_s(card, num_threads=cfg.data.num_threads),
+        )
+        memory = Memory(parts=parts, assumed=assumed, limit=card.memory_bytes)
+        speed = predict(work, card, num_ranks=nodes.num_ranks, utilisation=utilisation)
+        strategies.append(Strategy(name=name, memory=memory, sent=sent, speed=speed))
+    return Plan(
+        card=card,
+        nodes=nodes,
+        batch_size=cfg.data.batch_size,
+        bf16=bf16,
+        parameters=parameters,
+        flops=flops,
+        tokens=token_rows(counts_of(cfg)),
+        footprint=footprint,
+        legal=legal_batches(cfg),
+        strategies=strategies,
+        assumptions=[*_MEMORY_ASSUMPTIONS, *assumptions(card, utilisation=utilisation), *more],
+    )
+
+
+_ONE_OF_SEVERAL = (
+    "parallel.accumulate: all is of one of the {} batches of a step, as if it were a step"
+)
+_FP8_RATE = "products in FP8 run at the rate of bf16: what they gain is not predicted"
+_MEMORY_ASSUMPTIONS = [
+    "every image has a label and a caption, the captions of all ranks are candidates of each",
+    "memory beside torch's allocator is made of constants; left out are fragmentation, workspaces "
+    "of kernels, and what torch.compile saves",
+    "ddp: gradients are views of its buckets. fsdp: a block a unit, two gathered at once, weights "
+    "in the type that is computed with, gradients reduced in fp32",
+]
+
+
+def in_bf16(cfg: TrainConfig, card: Card) -> bool:
+    """Whether matrix products that are not in FP8 run in bf16."""
+    return cfg.precision != "fp32" and (cfg.precision != "auto" or card.is_gpu)
+
+
+def trained(parameters: Mapping[str, int]) -> int:
+    """How many learn by gradients."""
+    return sum(size for part, size in parameters.items() if part != AVERAGE)
+
+
+def _assumed_memory(
+    cfg: TrainConfig, card: Card, nodes: Nodes, footprint: Footprint
+) -> dict[str, float]:
+    found: dict[str, float] = {AHEAD: footprint.held[BATCH] * cfg.data.prefetch}
+    if card.is_gpu:
+        found |= CONTEXT | (NCCL if nodes.num_ranks > 1 else {})
+    return found
+
+
+def _sharded(
+    footprint: Footprint,
+    parameters: Mapping[str, int],
+    blocks: list[int],
+    nodes: Nodes,
+    weight_bytes: int,
+) -> dict[str, float]:
+    """FSDP of each block and of the rest; the next block is gathered while one computes."""
+    parts: dict[str, float] = {
+        part: size / nodes.num_ranks if part in SHARDED else size
+        for part, size in footprint.sharded_peak.items()
+        if part != CAST_WEIGHTS  # they are gathered in that type
+    }
+    rest, largest = trained(parameters) - sum(blocks), max(blocks, default=0)
+    return parts | {GATHERED: weight_bytes * (rest + 2.0 * largest), REDUCED: 4.0 * largest}
+
+
+def bytes_sent(
+    cfg: TrainConfig, nodes: Nodes, parameters: Mapping[str, int], *, bf16: bool, sharded: bool
+) -> dict[str, Traffic]:
+    """Of one rank's step, by what is sent; `parameters` as `count_parameters` gives them."""
+    num_trained, weight_bytes = trained(parameters), 2 if bf16 else 4
+    if sharded:
+        of_weights = traffic.fsdp(
+            nodes,
+            num_parameters=num_trained,
+            num_averaged=parameters[AVERAGE],
+            weight_bytes=weight_bytes,
+        )
+        sent = {"weights and gradients": of_weights}
+    else:
+        sent = {"gradients": traffic.ddp(nodes, num_parameters=num_trained)}
+    if cfg.objective.uses(target="caption"):
+        sent[CANDIDATES] = traffic.candidates(
+            nodes,
+            num_rows=cfg.data.batch_size,
+            dim=cfg.text.embed_dim,
+            weight_bytes=weight_bytes,
+            sigmoid=cfg.objective.uses(target="caption", likelihood="sigmoid"),
+        )
+    return sent
+
+
+def _moved(footprint: Footprint, parameters: Mapping[str, int], *, shards: int) -> float:
+    """Activations once out and once in, weights twice in; the optimiser's own share."""
+    activations = sum(footprint.activations.values())
+    updated = OPTIMISER_BYTES * trained(parameters) + AVERAGE_BYTES * parameters[AVERAGE]
+    return 2 * activations + 2 * footprint.held[PARAMETERS] + updated / shards

@@ -1,0 +1,85 @@
+"""A `Choice` of arithmetic put to work: layers, the context of the forward pass, and the proof."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from m3i_fast.engine.precision.arithmetic import Choice
+from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.wide_layers import wide_only
+
+logger = logging.getLogger(__name__)
+
+
+def layers_of(choice: Choice, min_dim: int) -> BlockLayers:
+    """Parts of the blocks, of the chosen library; FP8 alone where they are `min_dim` wide."""
+    if choice.backend == "torch":
+        return TORCH_LAYERS
+    layers = _te().te_layers() if choice.backend == "te" else _torchao().FLOAT8_LAYERS
+    return wide_only(layers, min_dim) if choice.is_fp8 else layers
+
+
+@contextmanager
+def forward_context(choice: Choice, device: torch.device) -> Iterator[None]:
+    """Around the forward pass: torch's autocast, and Transformer Engine's where its layers are."""
+    low = choice.compute_dtype == torch.bfloat16
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=low))
+        if choice.backend == "te" and choice.is_fp8:
+            stack.enter_context(_te_region(choice))
+        yield
+
+
+def expect_fp8(model: nn.Module, choice: Choice) -> None:
+    """After the first forward pass of `model`, raise RuntimeError unless it ran in FP8.
+
+    The layers' own count is asked: of torchao's products, of the layers in which Transformer
+    Engine quantised.
+    """
+    if not choice.is_fp8:
+        return
+    before = _num_run(model, choice)
+
+    def check(*_: Any) -> None:
+        handle.remove()
+        found = _num_run(model, choice) - before
+        if not found:
+            parts = ", ".join(part for part, _ in choice.products)
+            raise RuntimeError(
+                f"precision: expected {choice.recipe} by {choice.backend} in {parts}, but no "
+                "product of the first forward pass ran in FP8; --precision bf16 trains without"
+            )
+        logger.info("precision: %d in %s in the first forward pass", found, choice.recipe)
+
+    handle = model.register_forward_hook(check)
+
+
+def _num_run(model: nn.Module, choice: Choice) -> int:
+    if choice.backend == "torchao":
+        return int(_torchao().PRODUCTS.forward)
+    return sum(bool(getattr(module, "fp8_initialized", False)) for module in model.modules())
+
+
+def _te_region(choice: Choice) -> AbstractContextManager[None]:
+    library = _te()
+    recipe = library.te_recipe(choice.recipe)
+    if choice.recipe == "fp8_delayed":
+        recipe.reduce_amax = choice.reduce_amax
+    region: AbstractContextManager[None] = library.te_autocast(recipe)
+    return region
+
+
+def _torchao() -> ModuleType:
+    return importlib.import_module("m3i_fast.models.float8")
+
+
+def _te() -> ModuleType:
+    return importlib.import_module("m3i_fast.models.te_layers")

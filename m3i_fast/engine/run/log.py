@@ -1,0 +1,138 @@
+"""What a run measures between two reads of its metrics, and where it is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.precision.arithmetic import Choice
+from m3i_fast.engine.run.telemetry import Interval, RunTelemetry
+from m3i_fast.observe.live import expect_live, open_live
+from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
+from m3i_fast.observe.stages import StageTimer
+
+
+class RunLog:
+    """Means and times of the steps since the last read; the first rank writes them."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        run_dir: Path,
+        world: World,
+        arithmetic: Choice,
+        *,
+        recipe: str = "",
+    ) -> None:
+        """Raises ValueError and OSError for a telemetry that cannot be had (`expect_live`)."""
+        if world.is_main:
+            expect_live(cfg.telemetry)
+        self._recipe = recipe
+        self._cfg, self._run_dir, self._world = cfg, run_dir, world
+        self.means = DeviceMeans(world.device, world.mean)
+        self.timer = StageTimer(world.device)
+        self._telemetry = RunTelemetry(cfg, world, arithmetic)
+        self._sinks: list[Sink] = []
+        self._live: list[Sink] = []
+        self._best = float("nan")
+
+    def open(self, step: int) -> None:
+        """Write from here on; rows of later steps, of before a resume or rollback, are dropped."""
+        self._close_files()
+        self._telemetry.start()
+        if self._world.is_main:
+            self._live = self._live or self._open_live()
+            self._sinks = [
+                JsonlSink(self._run_dir / "metrics.jsonl", start_step=step),
+                TensorBoardSink(self._run_dir / "tensorboard", start_step=step),
+            ]
+        self.count_from(step)
+
+    def close(self) -> None:
+        self._telemetry.stop()
+        for sink in self._live:
+            sink.close()
+        self._live = []
+        self._close_files()
+
+    def _open_live(self) -> list[Sink]:
+        return open_live(
+            self._cfg.telemetry,
+            self._run_dir,
+            recipe=self._recipe,
+            rank=self._world.rank,
+            config=json.loads(self._cfg.to_json()),
+        )
+
+    def _close_files(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+    def count_from(self, step: int) -> None:
+        """Throughput is of the steps from this one on."""
+        self._began, self._began_step = time.monotonic(), step
+
+    def add(self, metrics: Mapping[str, Tensor], skip: Tensor) -> None:
+        """A step's; left out of the means where `skip` [] is 1."""
+        self.means.add(metrics, skip)
+        self.timer.count_step()
+
+    def read(self, step: int) -> dict[str, float]:
+        """Means over steps and ranks, sums of members, images a second of all ranks, times, and of
+        the first rank what `RunTelemetry` tells."""
+        now, num_steps = time.monotonic(), step - self._began_step
+        values = self.means.read()
+        self.means.reset()
+        for name in values:
+            if name.startswith("members/"):
+                values[name] *= self._world.size
+        num_batches = num_steps * self._cfg.parallel.accumulate * self._world.size
+        num_images = num_batches * self._cfg.data.batch_size
+        values["throughput/img_s"] = num_images / (now - self._began)
+        if self._world.device.type == "cuda":
+            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self._world.is_main:
+            interval = Interval(
+                begin_s=self._began,
+                end_s=now,
+                num_images=num_images,
+                progress=step / self._cfg.num_steps,
+            )
+            values |= self._telemetry.values(interval)
+        return values | self.timer.read()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for sink in (*self._sinks, *self._live):
+            sink.log(step, values)
+        name = self._cfg.keep_best.removeprefix("+")
+        if name in values:
+            self._best = values[name]
+        elif name and "loss/total" in values:  # else all steps were skipped
+            raise ValueError(
+                f"keep_best: expected one of the logged metrics, {', '.join(sorted(values))}, got "
+                f"{name!r}"
+            )
+
+    @property
+    def score(self) -> float | None:
+        """Of a checkpoint of now, by keep_best: the lower the better; None: of no account."""
+        if self._best != self._best:
+            return None
+        return -self._best if self._cfg.keep_best.startswith("+") else self._best
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"score": self.score}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        score = state["score"]
+        if score is not None:
+            self._best = -score if self._cfg.keep_best.startswith("+") else score

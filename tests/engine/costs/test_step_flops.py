@@ -1,0 +1,206 @@
+"""FLOPs of a whole training step in closed form, against torch's counter around the real step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
+from m3i_fast.engine.teacher import Teacher
+from m3i_fast.models.flops import vit
+from m3i_fast.models.recompute import Recompute
+from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vision import VisionConfig, build_encoder
+from m3i_fast.models.vit import ViTConfig
+from m3i_fast.objectives.flops import DECODER, ENCODER, LIKELIHOODS, TARGET, decoder
+from m3i_fast.objectives.predictors import DecoderConfig, DenseDecoder
+from m3i_fast.pipelines.config import ViewConfig
+from m3i_fast.recipes import recipes, shrink
+from tests.engine.real_step import stepper
+from tests.flop_formulas import FORMULAS
+
+TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
+# At their full size, in which the closed form is used, test_step_flops_full.py has them.
+FAMILIES = ["m3i_vit_b", "m3i_vit_h", "m3i_internimage_t", "m3i_internimage_h", "m3i_internimage_g"]
+METHODS = [
+    name
+    for name, make in recipes().items()
+    if name.startswith("demo") and not make().objective.uses(encoder="frozen")
+]
+
+
+def small(name: str, batch_size: int = 8) -> TrainConfig:
+    cfg = shrink(recipes()[name](), path=Path("nowhere"), num_classes=9, text=TEXT)
+    return replace(
+        cfg,
+        data=replace(cfg.data, batch_size=batch_size),
+        optim=replace(cfg.optim, matrices="adamw"),  # Muon's products are the optimiser's
+    )
+
+
+def expect_counted(cfg: TrainConfig, rel: float = 0.001) -> None:
+    step = stepper(cfg)
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        step()
+    found = without_sampling(step_flops(cfg))  # which the counter does not see
+    assert found.hardware == pytest.approx(counter.get_total_flops(), rel=rel)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *METHODS])
+def test_a_recipe_step(name: str) -> None:
+    expect_counted(small(name))
+
+
+@pytest.mark.parametrize("name", ["m3i_vit_s", "m3i_internimage_l"])
+def test_a_step_with_local_views(name: str) -> None:
+    cfg = small(name)
+    local = ViewConfig(count=3, size=32)
+    expect_counted(replace(cfg, data=replace(cfg.data, local_views=local)))
+
+
+def test_a_step_that_asks_a_part_of_the_cells_of_a_part_of_the_inputs() -> None:
+    cfg = small("m3i_vit_b", batch_size=24)
+    mixing = replace(cfg.objective.mixing, num_images=3, num_queries=2, dense_fraction=0.25)
+    objective = replace(
+        cfg.objective, mixing=mixing, decoder=DecoderConfig(dim=32, depth=3, num_heads=2)
+    )
+    expect_counted(replace(cfg, objective=objective))
+
+
+@pytest.mark.parametrize("chunk", [0, 100])
+def test_a_step_with_a_projector_before_the_decoder(chunk: int) -> None:
+    cfg = small("m3i_vit_s")
+    decoder = DecoderConfig(dim=64, depth=1, num_heads=2, projector="mlp")
+    local = ViewConfig(count=2, size=32)
+    expect_counted(
+        replace(
+            cfg,
+            data=replace(cfg.data, local_views=local),
+            objective=replace(cfg.objective, decoder=decoder),
+            parallel=replace(cfg.parallel, chunk=chunk),
+        )
+    )
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("scale", [None, 1e-5])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_a_step_that_computes_blocks_again(
+    rate: float, scale: float | None, recompute: Recompute
+) -> None:
+    cfg = small("m3i_vit_b")
+    assert isinstance(cfg.vision, ViTConfig)
+    vision = replace(
+        cfg.vision,
+        activation_checkpointing=recompute,
+        layer_scale_init=scale,
+        drop_path_rate=rate,
+        drop_path_mode="subset" if scale else "mask",
+        class_token=True,
+    )
+    text = replace(cfg.text, activation_checkpointing=recompute)
+    expect_counted(replace(cfg, vision=vision, text=text))
+
+
+@pytest.mark.parametrize("name", ["m3i_vit_b", "m3i_vit_h", "m3i_internimage_t", "demo"])
+@pytest.mark.parametrize("chunk", [3, 4, 100])
+def test_a_step_by_chunks(name: str, chunk: int) -> None:
+    """A second pass ends before its last product, whose result nobody saved: less than 1 %."""
+    cfg = small(name)
+    expect_counted(replace(cfg, parallel=replace(cfg.parallel, chunk=chunk)), rel=0.01)
+
+
+def test_the_decoder_forward() -> None:
+    cfg = DecoderConfig()
+    with torch.device("meta"):
+        module = DenseDecoder(cfg, input_dim=768, output_dim=588, input_grid=14)
+        tokens, index = torch.empty(3, 98, 768), torch.empty(3, 98, dtype=torch.int64)
+        position = torch.empty(3, 40, 4)
+    with FlopCounterMode(display=False) as counter:
+        module(tokens, index, position)
+    found = decoder(cfg, num_images=3, num_own=98, num_asked=40, dims=(768, 588))
+    assert found.forward == counter.get_total_flops()
+
+
+def test_parts_of_a_production_step() -> None:
+    """What M3I asks of ViT-B, by hand: one pass of mixed inputs, two target views of half of it."""
+    cfg = recipes()["m3i_vit_b"]()
+    parts, inputs = step_flops(cfg), cfg.data.batch_size // 2
+    assert isinstance(cfg.vision, ViTConfig)
+    whole = vit(cfg.vision, inputs).forward
+    attended = 4 * inputs * cfg.vision.depth * 196**2 * cfg.vision.dim
+    assert parts[ENCODER].forward == whole
+    # Each alone, both halves of an input have its tokens, and attention over half is a quarter.
+    mixing = replace(cfg.objective.mixing, mode="own_image")
+    alone = replace(cfg, objective=replace(cfg.objective, mixing=mixing))
+    assert step_flops(alone)[ENCODER].forward == whole - attended // 2
+    assert parts[TARGET].forward == 2 * whole
+    assert parts[TARGET].backward == parts[TARGET].recompute == 0
+    assert parts[DECODER].model > 0
+
+
+def test_candidates_of_all_ranks_cost_each_rank() -> None:
+    cfg = recipes()["m3i_vit_b"]()
+    one, many = (step_flops(cfg, num_ranks=ranks) for ranks in (1, 64))
+    rows = cfg.data.batch_size
+    more = 2 * rows * 63 * rows * cfg.text.embed_dim
+    assert many[LIKELIHOODS].forward - one[LIKELIHOODS].forward == more
+    assert {k: v for k, v in one.items() if k != LIKELIHOODS} == {
+        k: v for k, v in many.items() if k != LIKELIHOODS
+    }
+
+
+@pytest.mark.parametrize("teacher", [None, "timm:deit_tiny_patch16_224"])
+def test_a_frozen_teacher_of_unknown_size_is_refused(teacher: str | None) -> None:
+    cfg = recipes()["demo_milan"]()
+    cfg = replace(cfg, objective=replace(cfg.objective, teacher=teacher))
+    with pytest.raises(ValueError, match=r"objective\.terms: .*frozen"):
+        step_flops(cfg)
+
+
+FROZEN = [n for n, make in recipes().items() if make().objective.uses(encoder="frozen")]
+
+
+def taught(name: str, make: Callable[[str], TrainConfig], run: Path) -> TrainConfig:
+    """With a teacher of another width, whose run has a config and no weights."""
+    cfg, teacher = make(name), make("demo_supervised")
+    vision = replace(teacher.vision, dim=2 * teacher.vision.dim, num_heads=2)  # type: ignore
+    replace(teacher, vision=vision).save(run / "config.json")
+    return replace(cfg, objective=replace(cfg.objective, teacher=str(run)))
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder of a run as it is at its start."""
+
+    def load(spec: str, vision: VisionConfig) -> Teacher:
+        return Teacher(build_encoder(TrainConfig.load(Path(spec) / "config.json").vision))
+
+    monkeypatch.setattr("m3i_fast.engine.build.load_teacher", load)
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_recipe_with_a_frozen_teacher(name: str, tmp_path: Path) -> None:
+    cfg = taught(name, small, tmp_path)
+    expect_counted(cfg)
+    assert step_flops(cfg)[TARGET].backward == 0
+
+
+def test_a_frozen_internimage_pools_its_tokens(untrained: None, tmp_path: Path) -> None:
+    cfg, teacher = small("demo_global_distillation"), small("demo_internimage")
+    teacher.save(tmp_path / "config.json")
+    size = teacher.vision.image_size
+    assert isinstance(cfg.vision, ViTConfig)
+    cfg = replace(
+        cfg,
+        vision=replace(cfg.vision, image_size=size, patch_size=16),
+        data=replace(cfg.data, global_views=replace(cfg.data.global_views, size=size)),
+    )
+    expect_counted(replace(cfg, objective=replace(cfg.objective, teacher=str(tmp_path))))

@@ -1,0 +1,80 @@
+"""Bytes that ranks send: by hand, and counted where `boltzmann` sends them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from m3i_fast.engine.costs import traffic
+from m3i_fast.engine.costs.traffic import Nodes, Traffic
+from m3i_fast.ops import boltzmann
+
+ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
+RANKS, ROWS, DIM = 3, 5, 8
+
+
+def test_one_rank_sends_nothing() -> None:
+    sent = (
+        traffic.ddp(ONE, num_parameters=100),
+        traffic.fsdp(ONE, num_parameters=100, num_averaged=50, weight_bytes=2),
+        traffic.candidates(ONE, num_rows=8, dim=4, weight_bytes=2),
+    )
+    assert all(one == Traffic(0, 0) for one in sent)
+
+
+def test_ranks_of_one_node_use_no_network() -> None:
+    # a ring's 2 (n - 1) / n of 400 bytes
+    assert traffic.ddp(NODE, num_parameters=100) == Traffic(2 * 7 / 8 * 400, 0)
+
+
+def test_nodes_share_what_a_rank_holds_of_their_sum() -> None:
+    assert traffic.ddp(TWO_NODES, num_parameters=100) == Traffic(700, 2 * (400 / 8) / 2)
+
+
+def test_fsdp_gathers_weights_twice_and_averages_once() -> None:
+    sent = traffic.fsdp(NODE, num_parameters=100, num_averaged=50, weight_bytes=2)
+    assert sent.nvlink == pytest.approx(7 / 8 * (200 + 200 + 100 + 400))
+
+
+def test_candidates_go_round_twice_and_their_gradients_home() -> None:
+    sent = traffic.candidates(TWO_NODES, num_rows=3, dim=4, weight_bytes=2)
+    assert sent.nvlink == sent.network == 12 * (2 * 15 * 2 + 16 * 4)
+    sigmoid = traffic.candidates(NODE, num_rows=3, dim=4, weight_bytes=2, sigmoid=True)
+    assert sigmoid == Traffic(12 * (7 * 2 + 8 * 4), 0)
+
+
+def _count(rank: int, folder: Path) -> None:
+    """What a rank sends of rows and of their gradients; vectors are not counted."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    send, sent = dist.batch_isend_irecv, []
+
+    def counting(ops: list[Any]) -> Any:
+        sent.extend(op.tensor.nbytes for op in ops if op.op is dist.isend and op.tensor.dim() == 2)
+        return send(ops)
+
+    dist.batch_isend_irecv = counting
+    found = []
+    for form in ("softmax", "sigmoid"):
+        sent.clear()
+        rng = torch.Generator().manual_seed(rank)
+        z_hat, z = (torch.randn(ROWS, DIM, generator=rng, requires_grad=True) for _ in range(2))
+        scale = torch.tensor(1.0, requires_grad=True)
+        boltzmann(z_hat, z, scale, form=form, process_group=dist.group.WORLD).backward()  # type: ignore[arg-type]
+        found.append(sum(sent))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_candidates_are_what_boltzmann_sends(tmp_path: Path) -> None:
+    mp.spawn(_count, args=(tmp_path,), nprocs=RANKS)
+    nodes, sizes = Nodes(RANKS, 8), {"num_rows": ROWS, "dim": DIM, "weight_bytes": 4}
+    expected = [traffic.candidates(nodes, **sizes, sigmoid=s).nvlink for s in (False, True)]
+    for rank in range(RANKS):
+        assert torch.load(tmp_path / f"{rank}.pt") == expected

@@ -1,0 +1,110 @@
+"""A run in which given steps are spoilt, and what two ranks do of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.checkpoint.checkpoints import tensors_of
+from m3i_fast.engine.guard.config import GuardConfig
+from m3i_fast.engine.parallel.config import ParallelConfig
+from m3i_fast.engine.parallel.local_shards import GradientNorm, local
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.pipelines.batch import Batch
+from tests.engine.parallel.parallel_work import full
+
+NUM_RANKS = 2
+SHARDS = (1, -1)
+
+
+class Poisoned(Trainer):
+    """`poison`: a step of the run -> "loss", "gradient", or a factor of the loss that is told."""
+
+    poison: Mapping[int, str | float]
+
+    def poisoned(self, poison: Mapping[int, str | float]) -> Poisoned:
+        self.poison, self.batches, self.rates = poison, list[list[int]](), list[float]()
+        self.model = self.model.train()
+        forward = self.model.forward
+
+        def spoilt(*arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, metrics = forward(*arguments, **options)
+            kind = self.poison.get(self.step)
+            if kind == "loss":  # the gradient stays finite: the loss alone tells
+                metrics["loss/total"] = metrics["loss/total"] * float("inf")
+            elif isinstance(kind, float):
+                metrics["loss/total"] = metrics["loss/total"] * kind
+            return loss, metrics
+
+        self.model.forward = spoilt  # type: ignore[method-assign]
+        return self
+
+    def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+        self.batches.append(batch.sample_id.tolist())
+        found = super().train_step(batch, monitor=monitor)
+        self.rates.append(self.optimizer.param_groups[0]["lr"])
+        return found
+
+    def _clip(self) -> GradientNorm:
+        if self.poison.get(self.step) == "gradient":
+            parts = local(p.grad for _, p in self._named if p.grad is not None)
+            next(part for part in parts if part.numel()).view(-1)[0] = float("nan")
+        return super()._clip()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, averages, buffers, moments and step counts, whole."""
+        kept = tensors_of(self.objective, self.optimizer)
+        return {name: full(tensor) for name, tensor in kept.items()}
+
+
+def spread(cfg: TrainConfig, shard: int) -> TrainConfig:
+    data = replace(cfg.data, batch_size=cfg.data.batch_size // NUM_RANKS)
+    return replace(cfg, data=data, parallel=ParallelConfig(shard=shard))
+
+
+def work(rank: int, cfg: TrainConfig, folder: Path) -> None:
+    """Steps 1 and 2 are spoilt on the second rank alone, and so is the average of a last run."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), NUM_RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
+    for shard in SHARDS:
+        trainer = Poisoned(spread(cfg, shard), folder / f"run-{shard}")
+        trainer.poisoned({1: "loss", 2: "gradient"} if rank else {})
+        found: list[dict[str, Tensor]] = []
+        step = trainer.train_step
+
+        def noted(
+            batch: Batch,
+            *,
+            monitor: bool = False,
+            trainer: Poisoned = trainer,
+            step: Any = step,
+            found: list[dict[str, Tensor]] = found,
+        ) -> dict[str, Tensor]:
+            metrics = step(batch, monitor=monitor)
+            found.append(trainer.tensors())
+            return metrics
+
+        trainer.train_step = noted  # type: ignore[method-assign]
+        trainer.train()
+        torch.save([found, trainer.batches], folder / f"{shard}-{rank}.pt")
+    guard = GuardConfig(spikes="rollback", spike_window=2, spike_deviations=50.0)
+    cfg = replace(spread(cfg, 1), guard=guard, num_steps=6, log_every=5, checkpoint_every=2)
+    trainer = Poisoned(cfg, folder / "back")
+    poison: dict[int, str | float] = {4: 1e4} if rank else {}
+    trainer.poisoned(poison).train(lambda step, _: poison.clear())
+    torch.save(trainer.tensors(), folder / f"back-{rank}.pt")
+    trainer = Poisoned(replace(cfg, log_every=2, checkpoint_every=100), folder / "average")
+    if rank:
+        trainer.objective.target_encoder.encoder.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 2: .*model/target_encoder.encoder.norm.we"):
+        trainer.poisoned({}).train()
+    dist.destroy_process_group()

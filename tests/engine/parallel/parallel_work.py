@@ -1,0 +1,134 @@
+"""What the ranks of tests/engine/parallel/test_ranks.py run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.parallel.config import ParallelConfig
+from m3i_fast.engine.parallel.local_shards import GradientNorm
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives.mixing import Mix
+from m3i_fast.objectives.terms import dense
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.loader import Loader
+from tests.objectives.ranks import joined, part
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    cfg: TrainConfig
+    shard: int
+    num_steps: int = 3
+    double: bool = True
+    chunk: int = 0
+
+
+def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str, Tensor]:
+    """Losses, gradients of the first step and the state after the last.
+
+    rank: None for the one process that has the batches of all ranks.
+    """
+    cfg = replace(case.cfg, num_steps=case.num_steps, num_threads=1)
+    all_data = cfg.data
+    if rank is not None:
+        data = replace(cfg.data, batch_size=cfg.data.batch_size // num_ranks)
+        parallel = ParallelConfig(shard=case.shard, chunk=case.chunk)
+        cfg = replace(cfg, data=data, parallel=parallel)
+    with _double() if case.double else nullcontext():
+        whole = Loader(all_data)
+        trainer = Trainer(cfg, folder / case.name)
+        found: dict[str, Tensor] = {}
+        losses = []
+        for step in range(case.num_steps):
+            batch = _in_dtype(next(whole), case.double)
+            mixes = [own_mix(trainer, r, part(batch, r, num_ranks)) for r in range(num_ranks)]
+            mine = batch if rank is None else part(batch, rank, num_ranks)
+            mix = joined(mixes) if rank is None else mixes[rank]
+            trainer.draw_mix = lambda *_, mix=mix: mix  # type: ignore[method-assign,misc]
+            if step == 0:
+                _keep_gradients(trainer, found)
+            metrics = trainer.train_step(mine, monitor=step == 0)
+            losses.append(trainer.world.mean(metrics["loss/total"].clone()))
+            found |= {f"pull/{k}": v.clone() for k, v in metrics.items() if "gradient" in k}
+        found["losses"] = torch.stack(losses)
+        found |= {f"state/{k}": full(v) for k, v in trainer.objective.state_dict().items()}
+        trainer.loader.close()
+        whole.close()
+    return found
+
+
+def own_mix(trainer: Trainer, rank: int, batch: Batch) -> Mix:
+    """What a rank draws in this step."""
+    before, trainer.seed = trainer.seed, 1000 + rank
+    mix = Trainer.draw_mix(trainer, batch)
+    trainer.seed = before
+    return mix
+
+
+def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
+    """As they are after the ranks have reduced them and before they are clipped."""
+    clip = trainer._clip
+
+    def kept() -> GradientNorm:
+        cfg = trainer.cfg
+        trainer.cfg = replace(cfg, optim=replace(cfg.optim, clip_grad_norm=0.0))
+        norm = clip()
+        for name, parameter in trainer.objective.named_parameters():
+            if parameter.grad is not None:
+                found[f"gradient/{name}"] = full(parameter.grad)
+        found["norm"] = norm.total.detach().clone()
+        trainer.cfg = cfg
+        del trainer._clip  # type: ignore[attr-defined]
+        return norm
+
+    trainer._clip = kept  # type: ignore[method-assign]
+
+
+def full(value: Tensor) -> Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+
+
+def _in_dtype(batch: Batch, double: bool) -> Batch:
+    return replace(batch, boxes=batch.boxes.double()) if double else batch
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """Weights in fp64, and what modules are given: views and positions come in fp32."""
+
+    def widen(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        single = torch.float32
+        return tuple(x.double() if getattr(x, "dtype", None) == single else x for x in given)
+
+    pixels = dense.normalised_pixels
+    hook = register_module_forward_pre_hook(widen)
+    torch.set_default_dtype(torch.float64)
+    dense.normalised_pixels = lambda *a: pixels(*a).double()
+    try:
+        yield
+    finally:
+        dense.normalised_pixels = pixels
+        torch.set_default_dtype(torch.float32)
+        hook.remove()
+
+
+def work(rank: int, cases: list[Case], num_ranks: int, folder: Path) -> None:
+    """One of `num_ranks` processes; leaves what `run` returns of each case."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), num_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
+    for case in cases:
+        torch.save(run(case, num_ranks, folder, rank), folder / f"{case.name}-{rank}.pt")
+    dist.destroy_process_group()

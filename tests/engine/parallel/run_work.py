@@ -1,0 +1,78 @@
+"""What the ranks of tests/engine/parallel/test_runs.py do: whole runs, stopped and resumed ones."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.checkpoint.checkpoints import tensors_of
+from m3i_fast.engine.parallel.config import ParallelConfig
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.pipelines.batch import Batch
+from tests.engine.parallel.parallel_work import full
+
+NUM_RANKS = 2
+SHARDS = (1, -1)
+
+
+def spread(cfg: TrainConfig, shard: int) -> TrainConfig:
+    """The same run on NUM_RANKS ranks."""
+    data = replace(cfg.data, batch_size=cfg.data.batch_size // NUM_RANKS)
+    return replace(cfg, data=data, parallel=ParallelConfig(shard=shard))
+
+
+class Watched:
+    """A run that notes which samples it sees."""
+
+    def __init__(self, cfg: TrainConfig, out: Path, *, resume: bool = False) -> None:
+        self.trainer, self.seen = Trainer(cfg, out, resume=resume), list[Tensor]()
+        step = self.trainer.train_step
+
+        def noted(batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+            self.seen.append(batch.sample_id.clone())
+            return step(batch, monitor=monitor)
+
+        self.trainer.train_step = noted  # type: ignore[method-assign]
+
+    def train(self, *, stop_at: int | None = None) -> dict[str, Tensor]:
+        """All that is saved, whole, and the samples; `stop_at`: this rank is told to stop there."""
+
+        def heed(step: int, _: dict[str, float]) -> None:
+            if step == stop_at:
+                signal.raise_signal(signal.SIGUSR1)
+
+        self.trainer.train(heed)
+        return self.state()
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = tensors_of(self.trainer.objective, self.trainer.optimizer)
+        found = {name: full(tensor) for name, tensor in tensors.items()}
+        if self.seen:
+            found["samples"] = torch.stack(self.seen)
+        return found
+
+
+def work(rank: int, cfg: TrainConfig, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), NUM_RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
+    for shard in SHARDS:
+        mine = spread(cfg, shard)
+
+        def keep(name: str, found: dict[str, Tensor], shard: int = shard) -> None:
+            torch.save(found, folder / f"{name}-{shard}-{rank}.pt")
+
+        keep("whole", Watched(mine, folder / f"whole-{shard}").train())
+        first = Watched(mine, folder / f"part-{shard}")
+        keep("first", first.train(stop_at=4 if rank == 1 else None))
+        keep("second", Watched(mine, folder / f"part-{shard}", resume=True).train())
+        alone = Watched(mine, folder / f"alone-{shard}", resume=True)
+        keep("of one", alone.state())
+        alone.train()
+    dist.destroy_process_group()

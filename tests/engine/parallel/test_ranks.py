@@ -1,0 +1,150 @@
+"""Ranks that share a run equal one process: DDP, FSDP2, HSDP, over gloo."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.models.text import TextConfig
+from m3i_fast.objectives.balance import BalanceConfig
+from m3i_fast.recipes import demo, demo_method, shrink
+from tests.engine.parallel.parallel_work import Case, run, work
+
+TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
+# Batch norms, queues, centres, prototypes, terms without an EMA encoder.
+OTHERS = ("moco_v3", "byol", "dino", "mae", "densecl", "siglip")
+BATCH_NORMS = ("moco_v3", "byol")
+Found = dict[str, Tensor]
+
+
+def _config(dataset: Path, cfg: TrainConfig) -> TrainConfig:
+    """Eight pictures a step, all of them asked; AdamW, which may be spread."""
+    cfg = shrink(cfg, path=dataset, num_classes=9, text=TEXT)
+    mixing = replace(cfg.objective.mixing, dense_fraction=1.0)
+    return replace(
+        cfg,
+        data=replace(cfg.data, batch_size=8),
+        optim=replace(cfg.optim, matrices="adamw"),
+        objective=replace(cfg.objective, mixing=mixing),
+    )
+
+
+def _cases(dataset: Path) -> dict[int, list[Case]]:
+    """By the number of ranks."""
+    m3i = _config(dataset, demo())
+    balanced = replace(
+        m3i,
+        objective=replace(m3i.objective, balance=BalanceConfig(mode="gradient_norm", every=2)),
+    )
+    return {
+        2: [
+            *(Case(f"m3i, shard {s}", m3i, s, num_steps=20) for s in (1, -1)),
+            *(Case(f"m3i in fp32, shard {s}", m3i, s, 20, double=False) for s in (1, -1)),
+            *(Case(f"m3i by chunks, shard {s}", m3i, s, chunk=3) for s in (1, -1)),
+            Case("m3i balanced", balanced, 1, num_steps=4),
+            *(Case(name, _config(dataset, demo_method(name)), -1) for name in OTHERS),
+        ],
+        4: [Case(f"m3i, shard {s}", m3i, s, num_steps=20) for s in (2, -1)],
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every rank found of every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for num_ranks, cases in _cases(dataset).items():
+        out = folder / str(num_ranks)
+        out.mkdir()
+        mp.start_processes(work, (cases, num_ranks, out), nprocs=num_ranks, start_method="spawn")
+    return folder
+
+
+def _compared(
+    ranks: Path, dataset: Path, num_ranks: int, name: str, tmp_path: Path
+) -> tuple[Found, list[Found]]:
+    """Of the one process, of each rank."""
+    [case] = [case for case in _cases(dataset)[num_ranks] if case.name == name]
+    files = [ranks / str(num_ranks) / f"{name}-{rank}.pt" for rank in range(num_ranks)]
+    found = [torch.load(file, weights_only=True) for file in files]
+    return run(case, num_ranks, tmp_path, None), found
+
+
+def _is_rounding(gradient: Tensor) -> Tensor:
+    """Whether each element is too small to be more; one that is 0 belongs to what was not seen."""
+    size = gradient.abs()
+    return (size > 0) & (size < max(1e-12, 1e-10 * float(size.max())))
+
+
+def _worst(ours: Found, theirs: Found, kind: str) -> float:
+    """The largest error of any tensor of a kind, relative to the largest of its values.
+
+    Of values below 0.01, which a few of AdamW's steps change as a whole, relative to that. Of the
+    state without what has a gradient that is nothing but rounding, such as biases in front of a
+    batch norm, or of keys beside those of queries and values, since AdamW makes whole steps of it.
+    """
+    assert ours.keys() == theirs.keys()
+    learnt = {
+        f"state/{prefix}{name.removeprefix('gradient/')}": ~_is_rounding(value)
+        for name, value in theirs.items()
+        for prefix in ("", "target_encoder.")  # whose average follows
+        if name.startswith("gradient/")
+    }
+    errors = [
+        float(((ours[name] - value).abs() * learnt.get(name, True)).max())
+        / max(float(value.abs().max()), 1e-2)
+        for name, value in theirs.items()
+        if name.startswith(kind)
+    ]
+    assert errors, kind
+    return max(errors)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "name"),
+    [(2, "m3i, shard 1"), (2, "m3i, shard -1"), (4, "m3i, shard 2"), (4, "m3i, shard -1")]
+    + [(2, "m3i by chunks, shard 1"), (2, "m3i by chunks, shard -1")]
+    + [(2, "m3i balanced")]
+    + [(2, name) for name in OTHERS],
+)
+def test_ranks_equal_one_process(
+    num_ranks: int, name: str, ranks: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """M3I over twenty steps, with two terms whose softmax is over all ranks' rows; others."""
+    one, found = _compared(ranks, dataset, num_ranks, name, tmp_path)
+    for of_rank in found:
+        for kind in ("gradient/", "norm", "losses"):
+            assert _worst(of_rank, one, kind) < 1e-10, kind
+        # What AdamW makes of rounding is in the means of the batch norms behind it.
+        assert _worst(of_rank, one, "state/") < (1e-9 if name in BATCH_NORMS else 1e-10)
+
+
+@pytest.mark.parametrize("name", ["m3i", "m3i by chunks"])
+def test_sharded_weights_do_not_change_how_terms_are_watched(name: str, ranks: Path) -> None:
+    pulls = []
+    for shard, rank in ((s, r) for s in (1, -1) for r in range(2)):
+        file = ranks / "2" / f"{name}, shard {shard}-{rank}.pt"
+        found = torch.load(file, weights_only=True)
+        pulls.append({k: float(v) for k, v in found.items() if k.startswith("pull/")})
+    assert len(pulls[0]) == 4 + 6 and pulls[0]["pull/gradient/intra"] > 0
+    assert pulls[:2] == [pytest.approx(of_rank, rel=1e-9) for of_rank in pulls[2:]]
+    assert pulls[0] != pytest.approx(pulls[1], rel=1e-3)  # of the own rows
+
+
+@pytest.mark.parametrize("shard", [1, -1])
+def test_in_fp32_the_first_gradients_and_all_losses_are_equal(
+    shard: int, ranks: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """Gradients beside the whole one: a sum of which little is left has few digits of its own."""
+    one, found = _compared(ranks, dataset, 2, f"m3i in fp32, shard {shard}", tmp_path)
+    names = [name for name in one if name.startswith("gradient/")]
+    largest = max(float(one[name].abs().max()) for name in names)
+    for of_rank in found:
+        errors = [float((of_rank[name] - one[name]).abs().max()) for name in names]
+        assert max(errors) < 1e-6 * largest
+        assert _worst(of_rank, one, "losses") < 1e-5

@@ -1,0 +1,261 @@
+"""A process in which no step gets done ends with its stacks, and one that works does not."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, Watchdog
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.recipes import demo, shrink
+from tests.engine.guard.guard_work import spread
+from tests.engine.parallel.test_ranks import TEXT
+from tests.faults.files import in_child
+
+LIMIT = 0.4  # s
+
+
+def _child(function: Callable[[], object]) -> int:
+    """Of this process, whose threads wait for nothing here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return in_child(function)
+
+
+def _hang_in_a_lock() -> None:
+    lock = threading.Lock()
+    with lock:
+        lock.acquire()
+
+
+def _hang_with_pythons_lock() -> None:
+    sleep = ctypes.PyDLL(None).sleep  # PyDLL keeps it
+    sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("hang", "code", "limits"), [(_hang_in_a_lock, EXIT_CODE, 1), (_hang_with_pythons_lock, 1, 2)]
+)
+def test_what_hangs_ends_with_every_threads_stack(
+    hang: Callable[[], None], code: int, limits: int, tmp_path: Path
+) -> None:
+    stacks = tmp_path / "stacks.txt"
+
+    def work() -> None:
+        threading.Thread(target=threading.Event().wait, name="idle", daemon=True).start()
+        with Watchdog(stacks, seconds=LIMIT) as watchdog:
+            watchdog.beat()
+            time.sleep(LIMIT / 2)
+            watchdog.beat()
+            hang()
+
+    began = time.monotonic()
+    assert _child(work) == code
+    assert time.monotonic() - began > limits * LIMIT
+    text = stacks.read_text()
+    assert f"in {hang.__name__}" in text and text.count("hread 0x") >= 3
+    assert (f"no end of a step for {LIMIT / 60:g} minutes" in text) == (code == EXIT_CODE)
+
+
+def test_the_first_step_a_save_and_a_beat_have_their_time(tmp_path: Path) -> None:
+    stacks = tmp_path / "stacks.txt"
+
+    def work() -> None:
+        with Watchdog(stacks, seconds=LIMIT) as watchdog:
+            time.sleep(2 * LIMIT)
+            with watchdog.patient("a save"):
+                time.sleep(2 * LIMIT)
+            watchdog.beat()
+            for _ in range(3):
+                time.sleep(LIMIT / 2)
+                before = watchdog._deadline
+                watchdog.beat()
+                assert before < watchdog._deadline <= time.monotonic() + LIMIT
+        assert not stacks.exists()
+        time.sleep(2 * LIMIT)  # nothing is left that would end a process that goes on
+
+    assert _child(work) == 0
+
+
+def test_work_with_more_time_has_not_all_of_it(tmp_path: Path) -> None:
+    stacks = tmp_path / "stacks.txt"
+
+    def work() -> None:
+        with Watchdog(stacks, seconds=LIMIT / 4) as watchdog, watchdog.patient("a save"):
+            time.sleep(600)
+
+    assert _child(work) == EXIT_CODE
+    assert f"no end of a save for {GRACE * LIMIT / 4 / 60:g} minutes" in stacks.read_text()
+
+
+def test_slow_steps_have_their_time(tmp_path: Path) -> None:
+    """A default that is no one's choice ends no run whose every step takes longer."""
+    stacks = tmp_path / "stacks.txt"
+
+    def work() -> None:
+        with Watchdog(stacks, seconds=LIMIT / 4) as watchdog:
+            for _ in range(3):
+                time.sleep(LIMIT)
+                watchdog.beat()
+            with watchdog.patient("a save"):
+                pass  # it is no step, and says nothing of how fast they are
+            time.sleep(600)
+
+    assert _child(work) == EXIT_CODE
+    [minutes] = re.findall(r"no end of a step for (\S+) minutes", stacks.read_text())
+    assert GRACE * LIMIT <= 60 * float(minutes) < 2 * GRACE * LIMIT
+
+
+def _stop_parent(number: signal.Signals, seconds: float) -> None:
+    """From a child of this process, a moment from now and for so long."""
+    if os.fork() == 0:
+        time.sleep(LIMIT)
+        os.kill(os.getppid(), number)
+        time.sleep(seconds)
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+
+
+def test_a_process_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    def work() -> None:
+        _stop_parent(signal.SIGSTOP, 3 * LIMIT)
+        with Watchdog(tmp_path / "stacks.txt", seconds=3 * LIMIT) as watchdog:
+            watchdog.beat()
+            time.sleep(5 * LIMIT)
+
+    assert _child(work) == 0
+
+
+def test_a_process_that_was_suspended_goes_on_however_late(tmp_path: Path) -> None:
+    """Past both timers, Python's and faulthandler's."""
+    limit, suspended = 3 * LIMIT, 9 * LIMIT
+
+    def work() -> None:
+        _stop_parent(signal.SIGTSTP, suspended)
+        ends, longest = time.monotonic() + suspended + limit, 0.0
+        with Watchdog(tmp_path / "stacks.txt", seconds=limit) as watchdog:
+            while (began := time.monotonic()) < ends:
+                time.sleep(0.01)  # the signal's handler runs between two of them
+                watchdog.beat()
+                longest = max(longest, time.monotonic() - began)
+        assert longest > suspended / 2  # it was
+        assert signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL
+
+    assert _child(work) == 0
+
+
+def test_an_error_leaves_its_traceback_and_none_asked_for_nothing(tmp_path: Path) -> None:
+    stacks = tmp_path / "stacks.txt"
+    with pytest.raises(RuntimeError), Watchdog(stacks, seconds=60):
+        raise RuntimeError("connection closed by peer")
+    assert "connection closed by peer" in stacks.read_text()
+    with Watchdog(tmp_path / "none.txt", seconds=math.inf) as watchdog:
+        watchdog.beat()
+    assert not (tmp_path / "none.txt").exists()
+
+
+def test_a_directory_that_goes_is_not_the_watchdogs_error(tmp_path: Path) -> None:
+    """What the run itself raises, of what it could not write, is what is told."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(OSError, match="no place"), Watchdog(folder / "stacks.txt", seconds=60):
+        shutil.rmtree(folder)
+        raise OSError("no place")
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def _config(dataset: Path) -> TrainConfig:
+    cfg = shrink(demo(), path=dataset, num_classes=9, text=TEXT)
+    return replace(
+        cfg,
+        num_threads=1,
+        num_steps=50,
+        checkpoint_every=50,
+        data=replace(cfg.data, batch_size=8),
+        optim=replace(cfg.optim, matrices="adamw"),
+    )
+
+
+def _train(cfg: TrainConfig, out: Path, where: str) -> None:
+    """Hang in the fourth step, in what `where` says."""
+    trainer = Trainer(cfg, out)
+
+    def hang(*_: object, **__: object) -> None:
+        time.sleep(600)
+
+    step = trainer.train_step
+
+    def train_step(batch: Batch, *, monitor: bool = False) -> dict[str, torch.Tensor]:
+        if trainer.step == 3:
+            match where:
+                case "data":
+                    trainer.loader._pipeline = None
+                    trainer.loader._build = hang  # type: ignore[assignment,method-assign]
+                case "save":
+                    trainer.run.saver._write = hang  # type: ignore[method-assign]
+                    trainer.save()
+                    trainer.run.saver.saved_step = None
+                    trainer.save()
+                case "stopped rank":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "dead rank":
+                    os._exit(9)
+        return step(batch, monitor=monitor)
+
+    trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.train(watchdog_seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("where", "frame"), [("data", "in __next__"), ("save", "in wait")], ids=["data", "save"]
+)
+def test_a_run_that_hangs_ends(where: str, frame: str, dataset: Path, tmp_path: Path) -> None:
+    assert _child(lambda: _train(_config(dataset), tmp_path / "run", where)) == EXIT_CODE
+    text = (tmp_path / "run" / "stacks-rank0.txt").read_text()
+    assert "no end of " in text and "in hang" in text and frame in text
+
+
+def _rank(rank: int, cfg: TrainConfig, folder: Path, where: str) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    _train(spread(cfg, 1), folder / "run", where if rank else "nowhere")
+
+
+@pytest.mark.parametrize("where", ["stopped rank", "dead rank"])
+def test_a_rank_that_others_wait_for_ends_them(where: str, dataset: Path, tmp_path: Path) -> None:
+    context = mp.get_context("fork")
+    arguments = (_config(dataset), tmp_path, where)
+    ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    ranks[0].join(120)
+    ranks[1].kill()
+    ranks[1].join()
+    text = (tmp_path / "run" / "stacks-rank0.txt").read_text()
+    if where == "stopped rank":
+        assert ranks[0].exitcode == EXIT_CODE and "no end of a step" in text
+    else:
+        assert ranks[0].exitcode == 1 and "RuntimeError" in text
+    assert "train_step" in text

@@ -1,0 +1,59 @@
+"""Calibration takes the steps it says, on the threads of the config, and leaves nothing behind."""
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.planning import calibration
+from m3i_fast.engine.planning.calibration import calibrate
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.models.text import TextConfig
+from m3i_fast.recipes import demo, shrink
+
+TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
+
+
+@pytest.fixture
+def cfg(dataset: Path) -> Iterator[TrainConfig]:
+    before = torch.get_num_threads()
+    yield replace(shrink(demo(), path=dataset, num_classes=9, text=TEXT), num_threads=2)
+    torch.set_num_threads(before)
+
+
+def test_steps_are_seconds_over_those_of_a_step(
+    cfg: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(calibration, "NUM_WARM", 3)
+    monkeypatch.setattr(calibration, "NUM_TIMED", 5)
+    taken: list[int] = []  # threads, by step
+    read_at: list[int] = []
+    step = Trainer.train_step
+
+    def count(trainer: Trainer, *arguments: object) -> object:
+        taken.append(torch.get_num_threads())
+        return step(trainer, *arguments)  # type: ignore[arg-type]
+
+    def clock() -> float:  # 0.1 s a step
+        read_at.append(len(taken))
+        return 100.0 + len(taken) / 10
+
+    monkeypatch.setattr(Trainer, "train_step", count)
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=clock))
+    assert calibrate(cfg, 9.0) == 90
+    assert read_at == [3, 8] and taken == [2] * 8
+    assert list(tmp_path.iterdir()) == []
+    assert calibrate(cfg, 0.1) == 5  # never fewer than were timed
+
+
+@pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])
+def test_a_time_is_positive_and_finite(cfg: TrainConfig, seconds: float) -> None:
+    with pytest.raises(ValueError, match=f"seconds: expected a finite number > 0, got {seconds}"):
+        calibrate(cfg, seconds)

@@ -1,0 +1,261 @@
+"""The plan of a run: legal batches, the roofline, and what they are put together to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.costs.gemm_rows import legal_batches, shapes_of, token_rows
+from m3i_fast.engine.costs.gpus import CARDS
+from m3i_fast.engine.costs.roofline import CANDIDATES, Work, predict
+from m3i_fast.engine.costs.step_flops import counts_of
+from m3i_fast.engine.costs.traffic import Nodes, Traffic
+from m3i_fast.engine.planning.memory import AVERAGE, PARAMETERS, STATES, trace
+from m3i_fast.engine.planning.plan import Plan, make_plan
+from m3i_fast.models.flops import vit
+from m3i_fast.models.text import TextConfig
+from m3i_fast.models.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
+from m3i_fast.objectives.methods import CATEGORY
+from m3i_fast.recipes import recipes, shrink
+
+TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
+ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
+
+
+def small(name: str = "m3i_vit_b", batch_size: int = 8) -> TrainConfig:
+    cfg = shrink(recipes()[name](), path=Path("nowhere"), num_classes=9, text=TEXT)
+    return replace(cfg, data=replace(cfg.data, batch_size=batch_size))
+
+
+# ---- Legal batches -------------------------------------------------------------------------------
+
+
+def classifier(batch_size: int) -> TrainConfig:
+    """ViT-B with a class token and nothing but labels: 197 tokens an image."""
+    cfg = recipes()["m3i_vit_b"]()
+    objective = replace(
+        cfg.objective, terms=(CATEGORY,), mixing=replace(cfg.objective.mixing, mode="none")
+    )
+    data = replace(cfg.data, batch_size=batch_size)
+    return replace(cfg, vision=vit_b(class_token=True), objective=objective, data=data)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "legal"),
+    [  # rows of tokens modulo 16, 32 and 128
+        (8, [True, False, False, False, False]),
+        (16, [True, True, True, False, False]),
+        (32, [True, True, True, True, False]),
+        (128, [True, True, True, True, True]),
+    ],
+)
+def test_197_tokens_ask_for_a_multiple_of_the_alignment(batch_size: int, legal: list[bool]) -> None:
+    found = legal_batches(classifier(batch_size))
+    recipes = ["bf16", "fp8_current", "fp8_delayed", "mxfp8", "fp8_block"]
+    assert [row.recipe for row in found] == recipes
+    assert [row.is_legal for row in found] == legal
+    assert token_rows(counts_of(classifier(batch_size))) == {"encoder": 197 * batch_size}
+
+
+def test_the_nearest_legal_batches() -> None:
+    found = {row.recipe: row for row in legal_batches(classifier(100))}
+    nearest = {recipe: (row.below, row.above) for recipe, row in found.items()}
+    assert nearest == {
+        "bf16": (100, 100),
+        "fp8_current": (96, 112),
+        "fp8_delayed": (96, 112),
+        "mxfp8": (96, 128),
+        "fp8_block": (None, 128),
+    }
+    assert "19700 tokens" in found["mxfp8"].reason
+
+
+def test_mixing_asks_for_whole_inputs_and_every_pass_counts() -> None:
+    cfg = recipes()["m3i_vit_b"]()
+    mixing = replace(cfg.objective.mixing, num_images=3)
+    cfg = replace(
+        cfg,
+        data=replace(cfg.data, batch_size=48),
+        objective=replace(cfg.objective, mixing=mixing),
+    )
+    found = {row.recipe: row for row in legal_batches(cfg)}
+    assert found["bf16"].is_legal
+    # 3 images of 65 cells an input; 131 cells of the own view asked of 16 images
+    assert token_rows(counts_of(cfg))["cells asked by intra"] == 16 * 131
+    assert found["fp8_current"].is_legal
+    assert (found["mxfp8"].below, found["mxfp8"].above) == (None, 96)
+
+
+def test_an_internimage_is_aligned_in_its_last_stage() -> None:
+    cfg = recipes()["m3i_internimage_t"]()
+    narrow = replace(cfg.objective.decoder, dim=512)
+    cfg = replace(
+        cfg,
+        data=replace(cfg.data, batch_size=32),
+        objective=replace(cfg.objective, decoder=narrow),
+    )
+    counts = token_rows(counts_of(cfg))
+    assert counts["encoder"] == 16 * 196
+    row = next(row for row in legal_batches(cfg) if row.recipe == "mxfp8")
+    assert "the widest is 512 x 512: --fp8-min-dim 512 takes it" in row.reason
+    cfg = replace(cfg, fp8_min_dim=512)
+    row = next(row for row in legal_batches(cfg) if row.recipe == "mxfp8")
+    assert not row.is_legal
+    assert f"{16 * 49} tokens" in row.reason  # 16 inputs of 7 x 7 cells
+
+
+# ---- Speed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vision", "h100", "a100"),
+    [
+        (vit_s(), 14338, 4523),
+        (vit_b(), 3754, 1184),
+        (vit_l(), 1071, 338),
+        (vit_h(), 407, 128),
+    ],
+)
+def test_images_at_forty_percent_of_the_peak(vision: ViTConfig, h100: int, a100: int) -> None:
+    """The peak over three forward passes; of H/14 without its rounded figures: 989 / 1003.8."""
+    if vision.patch_size == 14:
+        h100, a100 = (round(0.4 * peak / 1003.8e9) for peak in (989e12, 312e12))
+    step = {"encoder": vit(replace(vision, class_token=True), 64)}
+    work = Work(
+        batch_size=64, flops=step, bf16=True, moved_bytes=0, sent={}, loader_images_s=float("inf")
+    )
+    for name, expected in (("h100", h100), ("a100", a100)):
+        found = predict(work, CARDS[name], num_ranks=1, utilisation=0.4)
+        # attention's scores are computed again, and the gradient of pixels is not
+        assert found.images_s == pytest.approx(expected, rel=0.03)
+        assert found.mfu == pytest.approx(0.4, rel=0.03)
+        assert found.bottleneck == "compute"
+
+
+def work(**changes: object) -> Work:
+    flops = {"encoder": vit(vit_b(), 64)}
+    plain = Work(
+        batch_size=64, flops=flops, bf16=True, moved_bytes=1e9, sent={}, loader_images_s=1e9
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "bottleneck"),
+    [
+        ({}, "compute"),
+        ({"moved_bytes": 1e12}, "card memory"),
+        ({"sent": {"gradients": Traffic(1e9, 1e11)}}, "communication"),
+        ({"sent": {CANDIDATES: Traffic(1e12, 0)}}, "communication"),
+        ({"loader_images_s": 100.0}, "loader"),
+    ],
+)
+def test_the_slowest_part_is_the_bottleneck(changes: dict[str, object], bottleneck: str) -> None:
+    found = predict(work(**changes), CARDS["h100"], num_ranks=16)
+    assert found.bottleneck == bottleneck
+    plain = predict(work(), CARDS["h100"], num_ranks=16)
+    assert (found.images_s < plain.images_s) == bool(changes)
+
+
+def test_gradients_hide_behind_the_backward_pass_and_candidates_do_not() -> None:
+    card, plain = CARDS["h100"], predict(work(), CARDS["h100"], num_ranks=16)
+    sent = Traffic(0, card.network_byte_s * plain.compute_s / 2)
+    hidden = predict(work(sent={"gradients": sent}), card, num_ranks=16)
+    assert hidden.step_s == plain.step_s
+    assert hidden.step_without_overlap_s == pytest.approx(1.5 * plain.step_s)
+    shown = predict(work(sent={CANDIDATES: sent}), card, num_ranks=16)
+    assert shown.step_s == pytest.approx(1.5 * plain.step_s)
+
+
+def test_the_loader_bounds_images() -> None:
+    found = predict(work(loader_images_s=10.0), CARDS["b200"], num_ranks=4)
+    assert found.images_s == found.loader_images_s == 40.0
+
+
+# ---- The whole -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return make_plan(small(), card=CARDS["h100"], nodes=TWO_NODES)
+
+
+def test_memory_is_the_traced_peak_and_what_is_assumed(plan: Plan) -> None:
+    ddp, fsdp = (strategy.memory for strategy in plan.strategies)
+    assert ddp.parts == trace(small(), bf16=True, num_shards=16).peak
+    assert ddp.total == sum(ddp.parts.values()) + sum(ddp.assumed.values())
+    for part in (PARAMETERS, AVERAGE, STATES):
+        assert fsdp.parts[part] == ddp.parts[part] / 16
+    assert ddp.fits
+    assert not replace(ddp, limit=ddp.total - 1).fits
+
+
+def test_a_plan_survives_json(plan: Plan) -> None:
+    read = json.loads(json.dumps(plan.to_dict()))
+    assert read["global_batch"] == 16 * 8
+    assert read["strategies"][0]["memory"]["total"] == plan.strategies[0].memory.total
+    assert read["model_flops_per_image"] == plan.work.model / 8
+    assert read["flops"]["target encoder"]["backward"] == 0
+
+
+def test_one_rank_has_no_strategies() -> None:
+    found = make_plan(small(), card=CARDS["cpu"], nodes=ONE)
+    assert [strategy.name for strategy in found.strategies] == ["alone"]
+    assert found.strategies[0].memory.fits is None
+    assert not found.bf16
+    assert "every rate is assumed" in " ".join(found.assumptions)
+
+
+def test_sharding_pays_for_a_large_model() -> None:
+    """InternImage-G has 3 billion parameters: 16 bytes each and their averages are most of it."""
+    cfg = recipes()["m3i_internimage_g"]()
+    found = make_plan(cfg, card=CARDS["h100"], nodes=Nodes(64, 8))
+    ddp, fsdp = (strategy.memory for strategy in found.strategies)
+    assert fsdp.total < ddp.total / 2
+
+
+def test_published_rates() -> None:
+    rates = {name: card.bf16_flop_s for name, card in CARDS.items() if card.is_gpu}
+    assert rates == {
+        "a100": 312e12,
+        "h100": 989e12,
+        "h200": 989e12,
+        "h100_pcie": 756e12,
+        "h100_nvl": 835e12,
+        "h200_nvl": 835e12,
+        "b200": 2250e12,
+    }
+
+
+def test_a_run_in_fp8_is_planned_at_the_rate_of_bf16_and_says_so(plan: Plan) -> None:
+    cfg = replace(small(), precision="fp8_current")
+    found = make_plan(cfg, card=CARDS["h100"], nodes=TWO_NODES)
+    assert found.bf16 and found.strategies == plan.strategies
+    assert set(found.assumptions) - set(plan.assumptions) == {
+        "products in FP8 run at the rate of bf16: what they gain is not predicted"
+    }
+
+
+def test_a_step_of_several_batches_is_planned_as_one_of_them_and_says_so(plan: Plan) -> None:
+    cfg = replace(small(), parallel=replace(small().parallel, accumulate=4))
+    found = make_plan(cfg, card=CARDS["h100"], nodes=TWO_NODES)
+    assert found.strategies == plan.strategies
+    assert set(found.assumptions) - set(plan.assumptions) == {
+        "parallel.accumulate: all is of one of the 4 batches of a step, as if it were a step"
+    }
+
+
+def test_all_local_views_are_one_pass_of_the_encoder_and_of_the_decoder() -> None:
+    cfg = recipes()["m3i_vit_b"]()
+    local = replace(cfg.data.global_views, size=96, count=3)
+    cfg = replace(cfg, data=replace(cfg.data, batch_size=32, local_views=local))
+    rows = dict(shapes_of(cfg).rows(32))
+    assert rows["local views"] == 3 * 32 * 36  # cells of a view of 96 pixels
+    assert token_rows(counts_of(cfg))["local views"] == 3 * 32 * 36
+    queries = cfg.vision.num_patches
+    asked = counts_of(cfg).num_asked("first")
+    assert rows["decoder of inter, local views"] == 3 * asked * (36 + queries)
