@@ -19,10 +19,10 @@ from m3i_fast.engine.optim.ema import EmaConfig
 from m3i_fast.engine.optim.optimizers import OptimConfig
 from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.json_files import read_json
-from m3i_fast.models.internimage_config import InternImageConfig
-from m3i_fast.models.text import TextConfig
+from m3i_fast.models.internimage.config import InternImageConfig
+from m3i_fast.models.transformer.text import TextConfig
+from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.models.vision import VisionConfig
-from m3i_fast.models.vit import ViTConfig
 from m3i_fast.objectives.config import LABELS, ObjectiveConfig, Term
 from m3i_fast.observe.config import TelemetryConfig
 from m3i_fast.pipelines.config import LoaderConfig

@@ -17,7 +17,7 @@ from m3i_fast.cli import main, train
 from m3i_fast.config import TrainConfig
 from m3i_fast.config_fields import THREADS
 from m3i_fast.engine.parallel.config import ParallelConfig
-from m3i_fast.models.vit import ViTConfig
+from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.pipelines.config import LoaderConfig
 from m3i_fast.recipes import demo, recipes
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from m3i_fast.benchmarks.core.harness import Device, Timing, measure, parse, publish, resolve
 from m3i_fast.benchmarks.ops.dcnv3_others import by_grid_sample
-from m3i_fast.models import internimage_config
-from m3i_fast.models.deformable import DCNv3, SamplingCore
-from m3i_fast.models.internimage import InternImage
-from m3i_fast.models.internimage_config import InternImageConfig
+from m3i_fast.models.internimage import config as internimage_config
+from m3i_fast.models.internimage.config import InternImageConfig
+from m3i_fast.models.internimage.deformable import DCNv3, SamplingCore
+from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.ops import dcnv3
 
 SUBJECT = "internimage"

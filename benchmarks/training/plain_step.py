@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.models.positions import relative_positions
+from m3i_fast.models.transformer.positions import relative_positions
 from m3i_fast.objectives.mixing import Mix
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption, Category, Dense
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 from m3i_fast.pipelines.batch import Batch

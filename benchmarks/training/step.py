@@ -38,9 +38,9 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer
-from m3i_fast.models.vit import vit_demo
+from m3i_fast.models.transformer.vit import vit_demo
 from m3i_fast.objectives.mixing import Mix, draw_mix
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo
 

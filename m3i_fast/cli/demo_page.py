@@ -16,7 +16,7 @@ from m3i_fast.evaluation.patch_pca import patch_pca
 from m3i_fast.evaluation.zero_shot import nearest, retrieval_ranks
 from m3i_fast.json_files import read_json
 from m3i_fast.objectives.mixing import draw_mix
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.page.inputs import (
     MixedPair,

@@ -11,7 +11,7 @@ from rich.table import Table
 from m3i_fast.cli import refuse
 from m3i_fast.hints import nearest
 from m3i_fast.objectives.config import Term
-from m3i_fast.objectives.likelihoods import LIKELIHOODS
+from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.terminal import make_console
 

@@ -218,7 +218,7 @@ def precision() -> Facts:
     machine = look_at(resolve_device("auto"))
     refused = {recipe: refuse_recipe(machine, recipe) for recipe in FP8}
     if machine.torchao and not refused["fp8_current"]:
-        from m3i_fast.models.float8 import float8_linear
+        from m3i_fast.models.transformer.float8 import float8_linear
 
         x, weight = torch.randn(2, 16, 64, device=machine.device).bfloat16().chunk(2)
         found, wanted = float8_linear(x, weight[0], None), x @ weight[0].T

@@ -12,9 +12,9 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.optim.param_groups import freeze_patch_embed
 from m3i_fast.engine.parallel.gradient_caching import ROW_WISE, chunk
 from m3i_fast.engine.teacher import load_teacher
-from m3i_fast.models.blocks import TORCH_LAYERS, Block, BlockLayers
-from m3i_fast.models.deformable import InternImageLayer
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.models.internimage.deformable import InternImageLayer
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
+from m3i_fast.objectives.objective import MutualInformation
 
 
 def build_objective(

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from m3i_fast.engine.step import StepForward
-from m3i_fast.models.text import TextEncoder
-from m3i_fast.models.vit import ViT
-from m3i_fast.objectives.predictors import DenseDecoder
+from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.objectives.heads import DenseDecoder
 
 logger = logging.getLogger(__name__)
 

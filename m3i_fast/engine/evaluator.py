@@ -34,7 +34,7 @@ from m3i_fast.evaluation.dense import (
 from m3i_fast.evaluation.features import Features
 from m3i_fast.evaluation.held_out import HeldOut, describe_held_out
 from m3i_fast.evaluation.protocol import Measured, compare, measure_all, trained_minus
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import read_manifest

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from m3i_fast.objectives.mixing import Mix
-from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.seen import Stage
+from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.step_context import Stage
 from m3i_fast.pipelines.batch import Batch
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.models.positions import relative_positions
+from m3i_fast.models.transformer.positions import relative_positions
 
 MIN_CONTRAST = 0.05  # of the pixels' 0..1: what is plainer looks the same everywhere
 RADIUS = 1.0  # patches

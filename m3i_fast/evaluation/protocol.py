@@ -35,7 +35,7 @@ from m3i_fast.evaluation.statistics import (
     values_interval,
 )
 from m3i_fast.evaluation.zero_shot import recall_chance, retrieval_ranks
-from m3i_fast.models.rank import rankme
+from m3i_fast.models.effective_rank import rankme
 
 RECALLS = (
     ("caption_to_image", 1),

@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from m3i_fast.models.internimage import InternImage
-from m3i_fast.models.internimage_config import InternImageConfig
+from m3i_fast.models.internimage.config import InternImageConfig
+from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.storage import replaced_atomically
 
 logger = logging.getLogger(__name__)

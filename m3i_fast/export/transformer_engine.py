@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from m3i_fast.models.vit import ViT, ViTConfig
+from m3i_fast.models.transformer.vit import ViT, ViTConfig
 
 _OURS_TO_TE = {
     "layernorm_qkv.": "self_attention.layernorm_qkv.",

@@ -1,7 +1,6 @@
 """Image and text encoders."""
 
-from m3i_fast.models.internimage import Features, InternImage
-from m3i_fast.models.internimage_config import (
+from m3i_fast.models.internimage.config import (
     InternImageConfig,
     internimage_b,
     internimage_demo,
@@ -12,8 +11,18 @@ from m3i_fast.models.internimage_config import (
     internimage_t,
     internimage_xl,
 )
-from m3i_fast.models.text import TextConfig, TextEncoder
-from m3i_fast.models.vit import ViT, ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s, vit_ti
+from m3i_fast.models.internimage.model import Features, InternImage
+from m3i_fast.models.transformer.text import TextConfig, TextEncoder
+from m3i_fast.models.transformer.vit import (
+    ViT,
+    ViTConfig,
+    vit_b,
+    vit_demo,
+    vit_h,
+    vit_l,
+    vit_s,
+    vit_ti,
+)
 
 __all__ = [
     "Features",

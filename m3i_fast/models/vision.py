@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
-from m3i_fast.models.internimage import InternImage
-from m3i_fast.models.internimage_config import InternImageConfig
-from m3i_fast.models.vit import ViT, ViTConfig
+from m3i_fast.models.internimage.config import InternImageConfig
+from m3i_fast.models.internimage.model import InternImage
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.transformer.vit import ViT, ViTConfig
 
 VisionConfig = ViTConfig | InternImageConfig
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_fast.config_fields import COUNTS, check_fields
-from m3i_fast.objectives.statistics import wide
+from m3i_fast.objectives.row_statistics import wide
 
 # A term that is all but solved has a gradient of noise: it is raised no further than this.
 MAX_SCALE = 1e4

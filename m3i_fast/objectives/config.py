@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 from m3i_fast.config_fields import SOME_ROWS, WIDTHS, check_fields
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.balance import BalanceConfig
-from m3i_fast.objectives.likelihoods import LIKELIHOODS
+from m3i_fast.objectives.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
 from m3i_fast.objectives.mixing import MixingConfig
-from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
 
 MAX_SCALE = 100.0
 DENSE = ("pixels", "features")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m3i_fast.models.text import TextConfig
+from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.config import ObjectiveConfig, Term
-from m3i_fast.objectives.seen import Rows
+from m3i_fast.objectives.step_context import Rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,13 +22,13 @@ from m3i_fast.models.flops import (
     vit_embed,
     vit_encode,
 )
-from m3i_fast.models.internimage_config import InternImageConfig
+from m3i_fast.models.internimage.config import InternImageConfig
+from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.models.vision import VisionConfig
-from m3i_fast.models.vit import ViTConfig
 from m3i_fast.objectives.config import Term
 from m3i_fast.objectives.counts import Counts
-from m3i_fast.objectives.predictors import DecoderConfig
-from m3i_fast.objectives.seen import target_rows
+from m3i_fast.objectives.heads import DecoderConfig
+from m3i_fast.objectives.step_context import target_rows
 
 TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"
 DECODER, HEADS, LIKELIHOODS = "decoder", "heads", "likelihoods"

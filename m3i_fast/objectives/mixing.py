@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config_fields import COUNTS, LEVELS, NUMBERS, SIDES, check_fields
-from m3i_fast.objectives.patterns import Pattern, deal_cells
+from m3i_fast.objectives.mask_patterns import Pattern, deal_cells
 
 Asked = Literal["first", "last", "all"]
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.models.rank import rankme
-from m3i_fast.objectives.statistics import full_precision, wide
+from m3i_fast.models.effective_rank import rankme
+from m3i_fast.objectives.row_statistics import full_precision, wide
 
 if TYPE_CHECKING:
-    from m3i_fast.objectives.seen import Monitor
+    from m3i_fast.objectives.step_context import Monitor
 
 MAX_ROWS = 512  # of what grows with the square of the rows, or with rows times clusters
 NUM_CLUSTERS = 16

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_fast.models.batch_norm import join_moments, moments_of_ranks, own_moments
-from m3i_fast.objectives.statistics import wide
+from m3i_fast.objectives.row_statistics import wide
 
 MOMENTUM = 0.9  # of the running statistics, as DINO's centre has it
 EPS = 1e-5  # added to a variance

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.models.encoder import ImageEncoder
-from m3i_fast.objectives.statistics import wide
+from m3i_fast.objectives.row_statistics import wide
 from m3i_fast.ops import mask_mix
 
 

@@ -13,8 +13,8 @@ from itertools import combinations
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.objectives.seen import Encoded
-from m3i_fast.objectives.statistics import wide
+from m3i_fast.objectives.row_statistics import wide
+from m3i_fast.objectives.step_context import Encoded
 
 
 def own_views(encoded: Encoded) -> Encoded:

@@ -240,7 +240,7 @@ def test_every_precision_is_named_with_a_reason_where_it_is_refused() -> None:
 
 def test_a_wrong_product_in_fp8_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchao")
-    from m3i_fast.models import float8
+    from m3i_fast.models.transformer import float8
 
     right = float8.float8_linear
     monkeypatch.setattr(float8, "float8_linear", lambda *arguments: 1.25 * right(*arguments))

@@ -13,7 +13,7 @@ from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer
 from m3i_fast.engine.planning.memory import draw_first_mix
-from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
 
 
 def stepper(

@@ -15,10 +15,10 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.optim.ema import EmaConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.encoder import ImageEncoder
-from m3i_fast.objectives.likelihoods import LIKELIHOODS, Likelihood
+from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS, Likelihood
+from m3i_fast.objectives.losses.similarity import negative_cosine_similarity
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.similarity import negative_cosine_similarity
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.targets import normalise_tokens
 from m3i_fast.objectives.terms import Dense
 from m3i_fast.observe import collapse

@@ -21,9 +21,9 @@ from m3i_fast.engine import cuda_graphs as graphs
 from m3i_fast.engine.cuda_graphs import Graph, Graphed, capture_on_gpu, replay
 from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.models.blocks import TORCH_LAYERS, Block
-from m3i_fast.models.text import TextConfig
-from m3i_fast.models.vit import ViT, vit_demo
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block
+from m3i_fast.models.transformer.text import TextConfig
+from m3i_fast.models.transformer.vit import ViT, vit_demo
 from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import recipes, shrink
@@ -286,7 +286,7 @@ def test_a_captured_encoder_computes_what_it_did(body: str) -> None:
     layers = TORCH_LAYERS
     if body == "te":
         pytest.importorskip("transformer_engine.pytorch")
-        from m3i_fast.models.te_layers import te_layers
+        from m3i_fast.models.transformer.te_layers import te_layers
 
         layers = te_layers()
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ from m3i_fast.evaluation.protocol import (
     trained_minus,
 )
 from m3i_fast.evaluation.statistics import figure_interval, hits_interval, holm, values_interval
-from m3i_fast.models.rank import rankme
+from m3i_fast.models.effective_rank import rankme
 
 
 def _digits(noise: float, num_train: int = 600) -> tuple[Features, Features]:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m3i_fast.export.internimage import load_internimage, save_internimage, to_layout
-from m3i_fast.models.internimage import InternImage
-from m3i_fast.models.internimage_config import InternImageConfig
-from tests.models.official_internimage import seeded_state
+from m3i_fast.models.internimage.config import InternImageConfig
+from m3i_fast.models.internimage.model import InternImage
+from tests.models.internimage.official_internimage import seeded_state
 
 SMALL = InternImageConfig(
     channels=16,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.export.timm import load_timm, to_timm
-from m3i_fast.models.vit import ViT, ViTConfig, vit_demo, vit_s
+from m3i_fast.models.transformer.vit import ViT, ViTConfig, vit_demo, vit_s
 
 TINY = ViTConfig(
     image_size=32,

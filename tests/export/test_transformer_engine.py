@@ -18,7 +18,7 @@ from m3i_fast.export.transformer_engine import (
     interleave_qkv,
     to_transformer_layers,
 )
-from m3i_fast.models.vit import ViT, ViTConfig
+from m3i_fast.models.transformer.vit import ViT, ViTConfig
 
 TINY = ViTConfig(
     image_size=32, patch_size=8, dim=32, depth=2, num_heads=2, class_token=True, num_registers=4

@@ -35,9 +35,9 @@ STEPS = "m3i_fast.engine.trainer.Trainer.train_step"
 PHASES = {
     "start": "m3i_fast.engine.trainer.build_objective",
     "data": "m3i_fast.pipelines.loader.Loader.__next__",
-    "targets": "m3i_fast.objectives.mutual_information.MutualInformation.encode_targets",
-    "inputs": "m3i_fast.objectives.mutual_information.MutualInformation.encode_inputs",
-    "loss": "m3i_fast.objectives.mutual_information.MutualInformation.forward",
+    "targets": "m3i_fast.objectives.objective.MutualInformation.encode_targets",
+    "inputs": "m3i_fast.objectives.objective.MutualInformation.encode_inputs",
+    "loss": "m3i_fast.objectives.objective.MutualInformation.forward",
     "backward": "torch.Tensor.backward",
     "optimiser": "m3i_fast.engine.optim.optimizers.Optimizers.step",
     "logging": "m3i_fast.observe.metrics.JsonlSink.log",

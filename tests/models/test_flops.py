@@ -19,7 +19,7 @@ from m3i_fast.models.flops import (
     vit,
     vit_encode,
 )
-from m3i_fast.models.internimage_config import (
+from m3i_fast.models.internimage.config import (
     InternImageConfig,
     internimage_b,
     internimage_demo,
@@ -27,8 +27,8 @@ from m3i_fast.models.internimage_config import (
     internimage_h,
     internimage_t,
 )
-from m3i_fast.models.text import TextConfig, TextEncoder
-from m3i_fast.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
+from m3i_fast.models.transformer.text import TextConfig, TextEncoder
+from m3i_fast.models.transformer.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
 from tests.flop_formulas import FORMULAS
 
 

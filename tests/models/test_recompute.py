@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, Ledger
-from m3i_fast.models.internimage import InternImage
+from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.recompute import Recompute
-from m3i_fast.models.text import TextConfig, TextEncoder
-from m3i_fast.models.vit import ViT, ViTConfig
-from tests.models.official_internimage import TINY_H, seeded_state
+from m3i_fast.models.transformer.text import TextConfig, TextEncoder
+from m3i_fast.models.transformer.vit import ViT, ViTConfig
+from tests.models.internimage.official_internimage import TINY_H, seeded_state
 
 WAYS: tuple[Recompute, ...] = ("none", "selective", "full")
 CFG = ViTConfig(

@@ -19,7 +19,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.objective import MutualInformation
 from tests.objectives.method_steps import BATCH, PATCH, Step
 
 Parts = dict[str, Tensor]

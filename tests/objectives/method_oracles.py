@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from m3i_fast.cli.methods import predicted, shown
 from m3i_fast.objectives.config import Term
 from m3i_fast.objectives.methods import METHODS, Method
-from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.seen import Encoded, Source, Targets
+from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.step_context import Encoded, Source, Targets
 from tests.objectives import method_losses as losses
 from tests.objectives.method_steps import NUM_STEPS, Step, build_model, draw, draw_batch
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from m3i_fast.export.timm import load_timm, to_timm
-from m3i_fast.models.text import TextConfig
-from m3i_fast.models.vit import vit_demo
+from m3i_fast.models.transformer.text import TextConfig
+from m3i_fast.models.transformer.vit import vit_demo
 from m3i_fast.objectives.config import ObjectiveConfig
+from m3i_fast.objectives.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
-from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
 
 SIZE, LOCAL_SIZE, PATCH, CLASSES, BATCH, CONTEXT = 32, 16, 8, 5, 8, 6

@@ -18,7 +18,8 @@ from lightly.models.modules.center import Center
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from m3i_fast.objectives import distillation, regularisers, similarity, targets
+from m3i_fast.objectives import targets
+from m3i_fast.objectives.losses import distillation, regularisers, similarity
 from m3i_fast.ops import boltzmann, gaussian
 
 N, D, K = 24, 10, 16

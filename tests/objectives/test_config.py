@@ -7,8 +7,8 @@ import pytest
 from m3i_fast.objectives.config import ObjectiveConfig, m3i
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import MixingConfig
-from m3i_fast.objectives.mutual_information import MutualInformation
-from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, VISION, make_config
+from m3i_fast.objectives.objective import MutualInformation
+from tests.objectives.test_objective import NUM_CLASSES, TEXT, VISION, make_config
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from torch import Tensor
 from m3i_fast.objectives.balance import Balance, BalanceConfig
 from m3i_fast.objectives.config import ObjectiveConfig
 from m3i_fast.objectives.mixing import MixingConfig
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
-from tests.objectives.test_mutual_information import (
+from tests.objectives.test_objective import (
     _build,
     _loss,
     _mix,

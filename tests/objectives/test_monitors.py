@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import r2_score
 from torch import Tensor
 
-from m3i_fast.models.rank import rankme
+from m3i_fast.models.effective_rank import rankme
 from m3i_fast.objectives.monitors import (
     MAX_ROWS,
     NUM_CLUSTERS,

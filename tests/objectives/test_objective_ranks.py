@@ -16,13 +16,13 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.objectives.config import ObjectiveConfig
+from m3i_fast.objectives.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
-from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.predictors import DecoderConfig, ProjectorConfig
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
 from tests.objectives.ranks import joined, part
-from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, VISION, make_batch
+from tests.objectives.test_objective import NUM_CLASSES, TEXT, VISION, make_batch
 
 RANKS, B = 2, 4
 CHOSEN = (

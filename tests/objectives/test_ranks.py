@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from m3i_fast.objectives import distillation, regularisers
+from m3i_fast.objectives.losses import distillation, regularisers
 
 D = 6
 ROWS = {2: (7, 9), 3: (5, 0, 11)}  # unequal, and a rank without any

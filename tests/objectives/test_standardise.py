@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from m3i_fast.objectives.standardise import EPS, Standardise
-from tests.objectives.test_mutual_information import _build, _loss, _mix, make_batch, make_config
+from tests.objectives.test_objective import _build, _loss, _mix, make_batch, make_config
 
 DIM = 6
 

@@ -16,11 +16,11 @@ from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.objectives.config import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import draw_mix
-from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.seen import Encoded
+from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.step_context import Encoded
 from m3i_fast.objectives.term_gradients import TermGradients, own_views
 from m3i_fast.pipelines.batch import Batch
-from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, VISION, make_batch
+from tests.objectives.test_objective import NUM_CLASSES, TEXT, VISION, make_batch
 from tests.objectives.test_objective_ranks import small_config
 
 BY_THEMSELVES = [name for name, method in METHODS.items() if "frozen" not in

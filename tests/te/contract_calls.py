@@ -15,8 +15,9 @@ from transformer_engine.pytorch.optimizers import FusedAdam
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer
-from m3i_fast.models import ViT, ViTConfig, te_layers
-from m3i_fast.models.te_layers import (
+from m3i_fast.models import ViT, ViTConfig
+from m3i_fast.models.transformer import te_layers
+from m3i_fast.models.transformer.te_layers import (
     te_autocast,
     te_checkpoint,
     te_recipe,

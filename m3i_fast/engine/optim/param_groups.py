@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from m3i_fast.models.deformable import DCNv3
 from m3i_fast.models.encoder import ImageEncoder
+from m3i_fast.models.internimage.deformable import DCNv3
 
 Named = tuple[str, nn.Parameter]
 Group = dict[str, Any]

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from m3i_fast.models.internimage import InternImage
-from m3i_fast.models.text import TextEncoder
-from m3i_fast.models.vit import ViT
-from m3i_fast.objectives.mutual_information import MutualInformation
-from m3i_fast.objectives.predictors import DenseDecoder
+from m3i_fast.models.internimage.model import InternImage
+from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.objectives.heads import DenseDecoder
+from m3i_fast.objectives.objective import MutualInformation
 
 # What works on each row of a batch by itself, and its method that does.
 ROW_WISE: dict[type[nn.Module], str] = {

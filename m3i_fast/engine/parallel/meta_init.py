@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.models.blocks import reset
+from m3i_fast.models.transformer.blocks import reset
 
 Share = Callable[[nn.Module], object]
 

@@ -22,10 +22,10 @@ from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer
 from m3i_fast.engine.planning.tensor_tracker import GRADIENTS, OTHER, Ledger
-from m3i_fast.models.blocks import Block, LayerNormLinear, LayerNormMLP
-from m3i_fast.models.deformable import InternImageLayer
+from m3i_fast.models.internimage.deformable import InternImageLayer
+from m3i_fast.models.transformer.blocks import Block, LayerNormLinear, LayerNormMLP
 from m3i_fast.objectives.mixing import Mix, draw_mix
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.pipelines.batch import Batch
 

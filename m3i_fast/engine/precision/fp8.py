@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from m3i_fast.engine.precision.arithmetic import Choice
-from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers
-from m3i_fast.models.wide_layers import wide_only
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.models.transformer.wide_layers import wide_only
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ def _te_region(choice: Choice) -> AbstractContextManager[None]:
 
 
 def _torchao() -> ModuleType:
-    return importlib.import_module("m3i_fast.models.float8")
+    return importlib.import_module("m3i_fast.models.transformer.float8")
 
 
 def _te() -> ModuleType:
-    return importlib.import_module("m3i_fast.models.te_layers")
+    return importlib.import_module("m3i_fast.models.transformer.te_layers")

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_fast.models.blocks import TORCH_LAYERS, BlockLayers, reset_children
-from m3i_fast.models.text import TextConfig
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, reset_children
+from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.config import ObjectiveConfig, Term
-from m3i_fast.objectives.likelihoods import LIKELIHOODS
+from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
 from m3i_fast.objectives.monitors import feature_std, mean_cosine
-from m3i_fast.objectives.seen import Monitor, Seen
+from m3i_fast.objectives.step_context import Monitor, Seen
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.models.blocks import Linear
-from m3i_fast.models.positions import relative_positions
+from m3i_fast.models.transformer.blocks import Linear
+from m3i_fast.models.transformer.positions import relative_positions
 from m3i_fast.objectives.config import ObjectiveConfig, Term
+from m3i_fast.objectives.heads import DenseDecoder, Mlp
 from m3i_fast.objectives.monitors import watch_prediction
-from m3i_fast.objectives.predictors import DenseDecoder, Mlp
-from m3i_fast.objectives.seen import Monitor, Seen
 from m3i_fast.objectives.standardise import Standardise
+from m3i_fast.objectives.step_context import Monitor, Seen
 from m3i_fast.objectives.targets import (
     cell_contrast,
     normalise_tokens,

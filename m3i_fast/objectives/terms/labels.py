@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.models.text import TextEncoder
+from m3i_fast.models.transformer.text import TextEncoder
 from m3i_fast.objectives.config import MAX_SCALE, ObjectiveConfig, Term
+from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.mixing import drop_tokens
-from m3i_fast.objectives.predictors import GlobalHead
-from m3i_fast.objectives.seen import Monitor, Seen
-from m3i_fast.objectives.statistics import sum_over_ranks, wide
+from m3i_fast.objectives.row_statistics import sum_over_ranks, wide
+from m3i_fast.objectives.step_context import Monitor, Seen
 from m3i_fast.objectives.terms.base import Sizes, TermModule
 from m3i_fast.ops import IGNORED
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.objectives.config import ObjectiveConfig, Term
-from m3i_fast.objectives.likelihoods import Prototypes, UniGrad
-from m3i_fast.objectives.predictors import Mlp, PrototypeHead
-from m3i_fast.objectives.seen import Monitor, Seen
+from m3i_fast.objectives.heads import Mlp, PrototypeHead
+from m3i_fast.objectives.losses.likelihoods import Prototypes, UniGrad
+from m3i_fast.objectives.step_context import Monitor, Seen
 from m3i_fast.objectives.terms.base import Sizes, TermModule, follower, watch
 
 

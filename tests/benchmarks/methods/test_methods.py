@@ -27,7 +27,7 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.evaluator import Evaluation
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.held_out import HeldOut
-from m3i_fast.models.text import TextConfig
+from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.dataset.manifest import read_manifest

@@ -39,7 +39,7 @@ from m3i_fast.engine.costs.traffic import Nodes, Traffic, all_reduce, ddp
 from m3i_fast.engine.planning.memory import build_on_meta, count_parameters
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.flops import Flops
-from m3i_fast.models.text import TextConfig
+from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.recipes import demo, recipes, shrink
 
 CARD = CARDS["h100"]

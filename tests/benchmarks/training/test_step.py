@@ -18,7 +18,7 @@ from m3i_fast.benchmarks.training import step
 from m3i_fast.benchmarks.training.step import Config
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
-from m3i_fast.models.vit import ViT
+from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.pipelines.batch import Batch
 
 TINY = Config(device="cpu", batch_size=6, dim=64, depth=1, num_samples=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer, set_schedules
-from m3i_fast.models.vit import ViT, vit_demo
+from m3i_fast.models.transformer.vit import ViT, vit_demo
 
 NUM_STEPS = 12
 DEPTH = 2

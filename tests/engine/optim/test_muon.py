@@ -15,7 +15,7 @@ from m3i_fast.engine.optim import muon
 from m3i_fast.engine.optim import undoable_step as unless
 from m3i_fast.engine.optim.muon import Muon, orthogonalise
 from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer
-from m3i_fast.models.vit import ViT
+from m3i_fast.models.transformer.vit import ViT
 from tests.engine.optim import optimiser_runs as runs
 
 CONFIG = OptimConfig(lr=0.01, weight_decay=0.1, matrices="muon", layer_decay=0.5)

@@ -13,10 +13,10 @@ from torch import nn
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer, set_schedules
 from m3i_fast.engine.optim.param_groups import freeze_patch_embed
-from m3i_fast.models.internimage import InternImage
-from m3i_fast.models.vit import ViT, vit_demo
+from m3i_fast.models.internimage.model import InternImage
+from m3i_fast.models.transformer.vit import ViT, vit_demo
 from m3i_fast.objectives.targets import MomentumEncoder
-from tests.models.official_internimage import TINY_H
+from tests.models.internimage.official_internimage import TINY_H
 
 # Our name of a ViT's part, and timm's.
 VIT_NAMES = {

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from m3i_fast.engine.optim.ema import EmaConfig, update_ema
 from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import cosine, warmup_cosine
-from m3i_fast.models.vit import ViT, vit_demo
+from m3i_fast.models.transformer.vit import ViT, vit_demo
 from tests.engine.optim.optimiser_runs import set_gradients
 
 

@@ -16,8 +16,8 @@ from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import is_spread, local
 from m3i_fast.engine.parallel.ranks import World, distribute
 from m3i_fast.engine.step import StepForward
-from m3i_fast.models.blocks import Block
-from m3i_fast.models.deformable import InternImageLayer
+from m3i_fast.models.internimage.deformable import InternImageLayer
+from m3i_fast.models.transformer.blocks import Block
 
 NUM_RANKS = 2
 Values = dict[str, Tensor]

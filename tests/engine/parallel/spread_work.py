@@ -21,7 +21,7 @@ from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import gradient_norm
 from m3i_fast.engine.parallel.ranks import World, distribute
 from m3i_fast.engine.step import StepForward
-from m3i_fast.models.blocks import Block
+from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
 from tests.engine.parallel.parallel_work import full
 

@@ -17,10 +17,10 @@ from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.gradient_caching import by_chunks
 from m3i_fast.engine.step import StepForward
-from m3i_fast.models.blocks import Block
+from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.recipes import recipes, shrink
-from tests.objectives.test_mutual_information import NUM_CLASSES, TEXT, make_batch
+from tests.objectives.test_objective import NUM_CLASSES, TEXT, make_batch
 
 B = 12
 

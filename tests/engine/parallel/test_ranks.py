@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.models.text import TextConfig
+from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel.parallel_work import Case, run, work

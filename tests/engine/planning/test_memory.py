@@ -25,7 +25,7 @@ from m3i_fast.engine.planning.memory import (
     trace,
 )
 from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, Ledger
-from m3i_fast.models.vit import ViTConfig
+from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.real_step import stepper
 

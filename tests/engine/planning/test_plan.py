@@ -17,8 +17,8 @@ from m3i_fast.engine.costs.traffic import Nodes, Traffic
 from m3i_fast.engine.planning.memory import AVERAGE, PARAMETERS, STATES, trace
 from m3i_fast.engine.planning.plan import Plan, make_plan
 from m3i_fast.models.flops import vit
-from m3i_fast.models.text import TextConfig
-from m3i_fast.models.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
+from m3i_fast.models.transformer.text import TextConfig
+from m3i_fast.models.transformer.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.objectives.methods import CATEGORY
 from m3i_fast.recipes import recipes, shrink
 

@@ -30,9 +30,9 @@ from m3i_fast.engine.precision.arithmetic import (
 from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.engine.step import StepForward
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.models import float8
-from m3i_fast.models.blocks import TORCH_LAYERS
-from m3i_fast.models.vit import vit_b, vit_l
+from m3i_fast.models.transformer import float8
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS
+from m3i_fast.models.transformer.vit import vit_b, vit_l
 from m3i_fast.recipes import demo, recipes
 from tests.engine.precision.fp8_runs import tiny
 

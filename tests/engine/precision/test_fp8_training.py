@@ -22,7 +22,7 @@ from torchao.float8.float8_training_tensor import GemmInputRole
 
 from m3i_fast.config import Precision
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.models.float8 import PRODUCTS
+from m3i_fast.models.transformer.float8 import PRODUCTS
 from tests.engine.precision.fp8_runs import tiny
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.precision.arithmetic import Capabilities, Choice, resolve_precision
 from m3i_fast.engine.precision.fp8 import layers_of
 from m3i_fast.engine.run.mfu import efficiency, fp8_share, joule_per_image, weighted_peak
-from m3i_fast.models.text import TextConfig
-from m3i_fast.models.vit import ViTConfig
+from m3i_fast.models.transformer.text import TextConfig
+from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.real_step import stepper
 

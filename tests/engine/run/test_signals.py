@@ -16,7 +16,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import HostCopy, Saver
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.objectives.mutual_information import MutualInformation
+from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import demo, shrink

@@ -1,0 +1,226 @@
+"""Sizes and options of InternImage, and the published ones by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+from m3i_fast.config_fields import DEPTHS, MAX_RATIO, ROWS, SIDES, WIDTHS, check_fields
+from m3i_fast.models.recompute import Recompute, check_recompute
+from m3i_fast.models.transformer.blocks import DropPathMode
+
+TOKEN_STRIDE = 16  # pixels a side of a dense token's cell
+COARSEST_STRIDE = 32  # pixels a side of a cell of the last stage
+
+Four = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InternImageConfig:
+    """Size and options of an InternImage; the defaults are InternImage-T for ImageNet-1K."""
+
+    encodes_cells_alone: ClassVar[bool] = False
+    """A convolution sees the whole input: no cell can be encoded as if the others were absent."""
+    mask_multiple: ClassVar[int] = COARSEST_STRIDE // TOKEN_STRIDE
+    """Tokens a side of the coarsest cell, which mixing should not cut."""
+
+    image_size: Annotated[int, SIDES] = 224
+    """Side of a global view in pixels, when training; other sizes work as well."""
+    channels: Annotated[int, WIDTHS] = 64
+    """Width of the first stage; it doubles from stage to stage."""
+    depths: Annotated[Four, DEPTHS] = (4, 4, 18, 4)
+    """Number of layers of each stage."""
+    groups: Annotated[Four, WIDTHS] = (4, 8, 16, 32)
+    """Groups of the deformable convolution in each stage; each has its own offsets."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the stage's."""
+    num_classes: Annotated[int, ROWS] = 1000
+    """Outputs of the classification head; 0: no head."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last layer, rising linearly from 0 in the first."""
+    layer_scale: float | None = None
+    """Initial scale of each branch; none: no scale."""
+    offset_scale: float = 1.0
+    """Factor of the sampling grid and of the learned offsets."""
+    post_norm: bool = False
+    """Normalise a branch's output instead of its input."""
+    dw_kernel_size: Annotated[int | None, range(1, 256)] = None
+    """Side of the depthwise convolution that offsets and masks are computed from; none: 3."""
+    use_clip_projector: bool = False
+    """Dense tokens and attention pooling in the place of the convolutional head."""
+    level2_post_norm: bool = False
+    """Further norms in the third stage, after the layers in level2_post_norm_block_ids."""
+    level2_post_norm_block_ids: Annotated[tuple[int, ...] | None, range(DEPTHS.stop)] = None
+    """Layers of the third stage, counted from 0, that level2_post_norm puts a norm after."""
+    res_post_norm: bool = False
+    """Normalise a branch's output as well as its input."""
+    center_feature_scale: bool = False
+    """A learned gate a group between the samples and the cell itself."""
+    token_dim: Annotated[int, WIDTHS] = 1024
+    """Width of a dense token, with use_clip_projector."""
+    pool_heads: Annotated[int, WIDTHS] = 16
+    """Heads of the attention pooling."""
+    pooled_dim: Annotated[int, WIDTHS] = 768
+    """Width of the attention-pooled vector."""
+    drop_path_mode: DropPathMode = "mask"
+    """mask draws each sample by itself, and computes what is then dropped. subset drops a share of
+    every batch that is always the same, and does no work for it (DINOv2)."""
+    activation_checkpointing: Recompute = "none"
+    """What each layer computes again in the backward pass. selective: norms and GELU, which costs
+    little; full: all of it, the least memory for about a third more compute."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("depths", "groups"):
+            value = getattr(self, name)
+            _require(len(value) == 4, name, value, "four numbers")
+        _require(self.channels % 2 == 0, "channels", self.channels, "an even number")
+        for stage, groups in enumerate(self.groups):
+            width = self.channels * 2**stage
+            _require(width % groups == 0, f"groups[{stage}]", groups, f"a divisor of {width}")
+        fits = 0 < self.mlp_ratio <= MAX_RATIO
+        _require(fits, "mlp_ratio", self.mlp_ratio, f"0 < ratio <= {MAX_RATIO}")
+        rate, side = self.drop_path_rate, self.context_size
+        _require(0 <= rate < 1, "drop_path_rate", rate, "0 <= rate < 1")
+        _require(side >= 1 and side % 2 == 1, "dw_kernel_size", side, "an odd number")
+        check_recompute(self.activation_checkpointing)
+        self._check_norms()
+        divides = self.token_dim % self.pool_heads == 0
+        _require(divides, "token_dim", self.token_dim, f"a multiple of {self.pool_heads} heads")
+        if self.use_clip_projector:
+            divides = self.image_size % COARSEST_STRIDE == 0
+            _require(divides, "image_size", self.image_size, f"a multiple of {COARSEST_STRIDE}")
+
+    def _check_norms(self) -> None:
+        if self.res_post_norm:  # the official code ignores it, or these, silently
+            _require(not self.post_norm, "post_norm", self.post_norm, "False with res_post_norm")
+            without = self.layer_scale is None
+            _require(without, "layer_scale", self.layer_scale, "None with res_post_norm")
+        ids = self.level2_post_norm_block_ids or ()
+        inside = all(0 <= i < self.depths[2] for i in ids) and len(set(ids)) == len(ids)
+        expected = f"distinct layers of {self.depths[2]}, with level2_post_norm only"
+        fits = inside and bool(ids) == self.level2_post_norm
+        _require(fits, "level2_post_norm_block_ids", ids, expected)
+
+    def drop_path(self, layer: int) -> float:
+        """Rate of stochastic depth of that layer, counted over all stages."""
+        return self.drop_path_rate * layer / max(sum(self.depths) - 1, 1)
+
+    @property
+    def context_size(self) -> int:
+        """dw_kernel_size, or the side of the deformable kernel in its place."""
+        return 3 if self.dw_kernel_size is None else self.dw_kernel_size
+
+    @property
+    def grid(self) -> int:
+        """Dense tokens a side of a global view."""
+        return self.image_size // TOKEN_STRIDE
+
+    @property
+    def dim(self) -> int:
+        """Width of a dense token."""
+        return self.token_dim
+
+    @property
+    def summary_dim(self) -> int:
+        """Width of what the objective's global heads read: the pooled vector."""
+        return self.pooled_dim
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of an image in pixels are multiples of."""
+        return COARSEST_STRIDE
+
+    def check_encoder(self) -> None:
+        """Raise ValueError unless this describes an encoder without head, for pre-training."""
+        projects = self.use_clip_projector
+        _require(projects, "vision.use_clip_projector", projects, "True to train an encoder")
+        num = self.num_classes
+        _require(num == 0, "vision.num_classes", num, "0 to train an encoder; terms have heads")
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def internimage_demo(**overrides: Any) -> InternImageConfig:
+    """InternImage of 1.8 M parameters for drawings on a CPU; keywords replace fields."""
+    cfg = InternImageConfig(
+        image_size=128,
+        channels=32,
+        depths=(1, 1, 2, 1),
+        groups=(2, 4, 8, 16),
+        num_classes=0,
+        use_clip_projector=True,
+        token_dim=128,
+        pool_heads=4,
+        pooled_dim=128,
+    )
+    return replace(cfg, **overrides)
+
+
+def internimage_t(**overrides: Any) -> InternImageConfig:
+    """InternImage-T: 30 M parameters; keywords replace fields."""
+    return replace(InternImageConfig(), **overrides)
+
+
+def internimage_s(**overrides: Any) -> InternImageConfig:
+    """InternImage-S: 50 M parameters; keywords replace fields."""
+    return replace(_post_norm(80, (4, 4, 21, 4), 5), **overrides)
+
+
+def internimage_b(**overrides: Any) -> InternImageConfig:
+    """InternImage-B: 97 M parameters; keywords replace fields."""
+    return replace(_post_norm(112, (4, 4, 21, 4), 7), **overrides)
+
+
+def internimage_l(**overrides: Any) -> InternImageConfig:
+    """InternImage-L: 223 M parameters; keywords replace fields."""
+    return replace(_post_norm(160, (5, 5, 22, 5), 10, offset_scale=2.0), **overrides)
+
+
+def internimage_xl(**overrides: Any) -> InternImageConfig:
+    """InternImage-XL: 335 M parameters; keywords replace fields."""
+    return replace(_post_norm(192, (5, 5, 24, 5), 12, offset_scale=2.0), **overrides)
+
+
+def internimage_h(**overrides: Any) -> InternImageConfig:
+    """InternImage-H: 1.09 B parameters; keywords replace fields."""
+    return replace(_projecting(320, (6, 6, 32, 6), 10, res_post_norm=True), **overrides)
+
+
+def internimage_g(**overrides: Any) -> InternImageConfig:
+    """InternImage-G: 3.08 B parameters; keywords replace fields."""
+    return replace(_projecting(512, (2, 2, 48, 4), 16, post_norm=True), **overrides)
+
+
+def _post_norm(
+    channels: int, depths: Four, groups: int, *, offset_scale: float = 1.0
+) -> InternImageConfig:
+    return InternImageConfig(
+        channels=channels,
+        depths=depths,
+        groups=_doubling(groups),
+        layer_scale=1e-5,
+        post_norm=True,
+        offset_scale=offset_scale,
+    )
+
+
+def _projecting(channels: int, depths: Four, groups: int, **norms: Any) -> InternImageConfig:
+    return InternImageConfig(
+        channels=channels,
+        depths=depths,
+        groups=_doubling(groups),
+        dw_kernel_size=5,
+        use_clip_projector=True,
+        level2_post_norm=True,
+        level2_post_norm_block_ids=tuple(range(5, depths[2], 6)),
+        center_feature_scale=True,
+        **norms,
+    )
+
+
+def _doubling(first: int) -> Four:
+    return first, 2 * first, 4 * first, 8 * first

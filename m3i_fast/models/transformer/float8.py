@@ -1,0 +1,81 @@
+"""Linear layers in FP8 by torchao: one scale a tensor, found anew each time ("current" scaling).
+
+Weights, activations and the products' results stay in the types that they have without FP8, and so
+does the state dict; only the operands of the three products of a linear layer are cast, values and
+weights to e4m3, gradients to e5m2. It needs no GPU: torch multiplies FP8 on a CPU as well.
+
+Letters: M rows, K features in, N features out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchao.float8.config import Float8LinearConfig
+from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+from torchao.float8.float8_training_tensor import LinearMMConfig
+
+from m3i_fast.models.transformer.blocks import (
+    Attention,
+    BlockLayers,
+    LayerNormLinear,
+    LayerNormMLP,
+    Linear,
+)
+
+
+@dataclass(slots=True)
+class Products:
+    """How many FP8 products ran; a compiled one counts while it is traced."""
+
+    forward: int = 0
+    backward: int = 0
+    """Two a layer: gradients of its input and of its weight."""
+
+
+PRODUCTS = Products()
+
+_CONFIG = Float8LinearConfig.from_recipe_name("tensorwise")
+
+
+_MM_CONFIG = LinearMMConfig()  # fast accumulation forward alone
+
+
+@torch._dynamo.allow_in_graph
+class _Product(matmul_with_hp_or_float8_args):
+    """torchao's product, counted."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        PRODUCTS.forward += 1
+        return matmul_with_hp_or_float8_args.forward(ctx, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        PRODUCTS.backward += 2
+        return matmul_with_hp_or_float8_args.backward(ctx, grad)
+
+
+def float8_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+) -> Tensor:  # [..., N], of autocast's type or x's
+    """F.linear with all three products in FP8. K, N and, for the gradient, M: multiples of 16."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    y = _Product.apply(x, weight.t(), _MM_CONFIG, _CONFIG)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+FLOAT8_LAYERS = BlockLayers(
+    layernorm_linear=partial(LayerNormLinear, matmul=float8_linear),
+    attention=Attention,
+    linear=partial(Linear, matmul=float8_linear),
+    layernorm_mlp=partial(LayerNormMLP, matmul=float8_linear),
+)

@@ -1,0 +1,308 @@
+"""Vision Transformer that encodes any subset of an image's patch tokens.
+
+Letters: B batch, N patches of the image, R prefix tokens (class and registers), D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from m3i_fast.config_fields import DEPTHS, MAX_RATIO, SIDES, WIDTHS, check_fields
+from m3i_fast.models.encoder import ImageEncoder, take_cells
+from m3i_fast.models.recompute import Recompute, check_recompute
+from m3i_fast.models.transformer.blocks import (
+    LAYER_NORM_EPS,
+    TORCH_LAYERS,
+    Block,
+    BlockLayers,
+    DropPathMode,
+    reset_children,
+)
+from m3i_fast.models.transformer.positions import (
+    grid_embedding,
+    patch_centres,
+    resample_grid,
+    rotary,
+)
+
+Position = Literal["absolute", "rotary"]
+
+PREFIX_STD = 1e-6  # timm's class and register tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTConfig:
+    """Size and options of a Vision Transformer."""
+
+    encodes_cells_alone: ClassVar[bool] = True
+    """Any subset of an image's patches can be encoded as if the others were absent."""
+    mask_multiple: ClassVar[int] = 1
+    """Tokens a side of the coarsest cell, which mixing should not cut."""
+
+    image_size: Annotated[int, SIDES] = 224
+    """Side of a global view in pixels; position parameters are made for it."""
+    patch_size: Annotated[int, SIDES] = 16
+    """Side of a patch in pixels."""
+    dim: Annotated[int, WIDTHS] = 768
+    """Width of a token."""
+    depth: Annotated[int, DEPTHS] = 12
+    """Number of blocks."""
+    num_heads: Annotated[int, WIDTHS] = 12
+    """Number of attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over dim."""
+    qkv_bias: bool = True
+    """Bias on queries, keys and values."""
+    class_token: bool = False
+    """One learned token before the patches."""
+    num_registers: Annotated[int, range(WIDTHS.stop)] = 0
+    """Further learned tokens before the patches (registers)."""
+    position: Position = "absolute"
+    """absolute: parameters, sine-cosine at the start, added to the patches. rotary: nothing is
+    added, queries and keys are turned by their patch's place (RoPE in two dimensions, as DINOv3).
+    """
+    layer_scale_init: float | None = None
+    """Initial LayerScale of each branch; none: no LayerScale."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block, rising linearly from 0 in the first."""
+    drop_path_mode: DropPathMode = "mask"
+    """mask draws each sample by itself, and computes what is then dropped. subset drops a share of
+    every batch that is always the same, and does no work for it (DINOv2)."""
+    final_norm: bool = True
+    """LayerNorm after the last block."""
+    activation_checkpointing: Recompute = "none"
+    """What each block computes again in the backward pass. selective: norms and GELU, which costs
+    little; full: all of it, the least memory for about a third more compute."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size: expected a multiple of patch_size = {self.patch_size}, "
+                f"got {self.image_size}"
+            )
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
+            )
+        if self.dim % 4:
+            raise ValueError(f"dim: expected a multiple of 4 (sine-cosine), got {self.dim}")
+        if not 0 < self.mlp_ratio <= MAX_RATIO:
+            raise ValueError(f"mlp_ratio: expected 0 < ratio <= {MAX_RATIO}, got {self.mlp_ratio}")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate: expected 0 <= rate < 1, got {self.drop_path_rate}")
+        if self.position == "rotary" and self.dim // self.num_heads % 4:
+            raise ValueError(
+                "num_heads: expected heads of a multiple of 4 features with position = rotary, got "
+                f"{self.dim} / {self.num_heads}"
+            )
+        check_recompute(self.activation_checkpointing)
+
+    def drop_path(self, layer: int) -> float:
+        """Rate of stochastic depth of that block."""
+        return self.drop_path_rate * layer / max(self.depth - 1, 1)
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of a global view."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a global view."""
+        return self.grid**2
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return int(self.class_token) + self.num_registers
+
+    @property
+    def summary_dim(self) -> int:
+        """Width of what the objective's global heads read: the patch tokens."""
+        return self.dim
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of an image in pixels are multiples of."""
+        return self.patch_size
+
+    def check_encoder(self) -> None:
+        """Every ViTConfig describes an encoder without head, for pre-training."""
+
+
+class ViT(ImageEncoder):
+    """Vision Transformer in three steps: `embed` patches, choose among them, `encode` the chosen.
+
+    Can be built on the meta device: `to_empty` then `reset_parameters` equal a direct build.
+    """
+
+    def __init__(self, cfg: ViTConfig, *, layers: BlockLayers = TORCH_LAYERS) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.dim, self.summary_dim = cfg.dim, cfg.summary_dim
+        self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
+        self.blocks = nn.ModuleList(
+            Block(
+                cfg.dim,
+                cfg.num_heads,
+                mlp_ratio=cfg.mlp_ratio,
+                qkv_bias=cfg.qkv_bias,
+                layer_scale_init=cfg.layer_scale_init,
+                drop_path=cfg.drop_path(i),
+                drop_path_mode=cfg.drop_path_mode,
+                activation_checkpointing=cfg.activation_checkpointing,
+                layers=layers,
+            )
+            for i in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.dim, LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
+        num_places = cfg.num_patches if cfg.position == "absolute" else 0
+        self.pos_embed = self._table(num_places)
+        self.class_token = self._table(int(cfg.class_token))
+        self.register_tokens = self._table(cfg.num_registers)
+        self._reset_own()
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches in what `encode` returns."""
+        return self.cfg.num_prefix
+
+    def _table(self, count: int) -> nn.Parameter | None:
+        return nn.Parameter(torch.empty(1, count, self.cfg.dim)) if count else None
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter: blocks as timm, patches Xavier, positions sine-cosine."""
+        reset_children(self)
+        self._reset_own()
+
+    @torch.no_grad()
+    def _reset_own(self) -> None:
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))  # a view: [D, 3 P P]
+        assert self.patch_embed.bias is not None
+        nn.init.zeros_(self.patch_embed.bias)
+        if self.pos_embed is not None:
+            self.pos_embed.copy_(grid_embedding(self.cfg.grid, self.dim, self.pos_embed.device))
+        for prefix in (self.class_token, self.register_tokens):
+            if prefix is not None:
+                nn.init.normal_(prefix, std=PREFIX_STD)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch tokens with their absolute position: [B, 3, H, W] -> [B, N, D]; no prefix tokens.
+
+        H and W may differ from the configured size; the position is then interpolated.
+        """
+        height, width = images.shape[-2:]
+        patch = self.cfg.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or height % patch or width % patch:
+            raise ValueError(
+                f"images: expected [B, 3, H, W] with H and W multiples of patch_size = {patch}, "
+                f"got {list(images.shape)}"
+            )
+        tokens = self.patch_embed(images).flatten(2).transpose(1, 2)
+        if self.pos_embed is None:
+            return tokens
+        old, new = (self.cfg.grid, self.cfg.grid), (height // patch, width // patch)
+        return tokens + resample_grid(self.pos_embed, old, new)
+
+    def places(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What `encode` needs to know of where the patches of images [B, 3, H, W] are.
+
+        Their centres, [B, N, 2] in (-1, 1), with rotary positions; nothing with absolute ones.
+        """
+        if self.pos_embed is not None:
+            return ()
+        rows, columns = (side // self.cfg.patch_size for side in images.shape[-2:])
+        centres = patch_centres(rows, columns, images.device)
+        return (centres.expand(len(images), -1, -1),)
+
+    def encode(self, tokens: Tensor, centres: Tensor | None = None) -> Tensor:
+        """Run the blocks: [B, n, D], any subset of patch tokens -> [B, R + n, D], prefix first.
+
+        centres: [B, n, 2] of the tokens' patches, where positions are rotary.
+        """
+        if (centres is None) != (self.cfg.position == "absolute"):
+            raise ValueError(
+                f"centres: expected {'none' if centres is not None else '[B, n, 2]'} with position "
+                f"= {self.cfg.position}, got {None if centres is None else list(centres.shape)}"
+            )
+        prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
+        if prefix:
+            tokens = torch.cat([*(p.expand(tokens.shape[0], -1, -1) for p in prefix), tokens], 1)
+        rotation = None if centres is None else self._rotation(centres)
+        for block in self.blocks:
+            tokens = block(tokens, rotation=rotation)
+        return self.norm(tokens)
+
+    def _rotation(self, centres: Tensor) -> Tensor:  # [B, n, 2] -> [B, R + n, 2, D / H / 2]
+        """A prefix token is turned by nothing."""
+        prefix = centres.new_zeros(len(centres), self.num_prefix, 2)
+        head_dim = self.cfg.dim // self.cfg.num_heads
+        return rotary(torch.cat([prefix, centres], dim=1), head_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, R + N, D]."""
+        return self.encode(self.embed(images), *self.places(images))
+
+    def encode_cells(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, N, D], without the prefix."""
+        return self(images)[:, self.num_prefix :]
+
+    def encode_alone(self, images: Tensor, token_index: Tensor) -> Tensor:
+        """Each image's own cells, which see no others: [B, 3, H, W], [I, n] -> [I, n, D].
+
+        token_index: [I, n] int64, cells of input i % B that image i has.
+        """
+        own = [take_cells(x, token_index) for x in (self.embed(images), *self.places(images))]
+        return self.encode(*own)[:, self.num_prefix :]
+
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """All tokens: [B, n, D] unchanged."""
+        return tokens
+
+    def layers_above(self, parameter: str) -> int:
+        """As timm counts: patches, positions and prefix, the blocks, the heads of the objective.
+
+        The last norm belongs to the last block.
+        """
+        match parameter.split("."):
+            case ["blocks", index, *_]:
+                return self.cfg.depth - int(index)
+            case ["norm", *_]:
+                return 1
+        return self.cfg.depth + 1
+
+
+def vit_demo(**overrides: Any) -> ViTConfig:
+    """ViT of 0.8 M parameters for drawings of 64 pixels on a CPU; keywords replace fields."""
+    cfg = ViTConfig(image_size=64, patch_size=8, dim=128, depth=4, num_heads=4)
+    return replace(cfg, **overrides)
+
+
+def vit_ti(**overrides: Any) -> ViTConfig:
+    """ViT-Ti/16: 5.5 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=192, num_heads=3), **overrides)
+
+
+def vit_s(**overrides: Any) -> ViTConfig:
+    """ViT-S/16: 22 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=384, num_heads=6), **overrides)
+
+
+def vit_b(**overrides: Any) -> ViTConfig:
+    """ViT-B/16: 86 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=768, num_heads=12), **overrides)
+
+
+def vit_l(**overrides: Any) -> ViTConfig:
+    """ViT-L/16: 303 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=1024, depth=24, num_heads=16), **overrides)
+
+
+def vit_h(**overrides: Any) -> ViTConfig:
+    """ViT-H/14: 631 M parameters; keywords replace fields."""
+    return replace(ViTConfig(patch_size=14, dim=1280, depth=32, num_heads=16), **overrides)

@@ -1,0 +1,223 @@
+"""Predictors f_psi: from the tokens of an image to its dense and its global targets.
+
+Letters: I images, n own tokens, C their width, Q target positions, D decoder width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3i_fast.config_fields import DEPTHS, MAX_RATIO, WIDTHS, check_fields
+from m3i_fast.models.batch_norm import BatchNorm
+from m3i_fast.models.transformer.blocks import (
+    INIT_STD,
+    LAYER_NORM_EPS,
+    TORCH_LAYERS,
+    Block,
+    BlockLayers,
+    Linear,
+    reset_children,
+)
+from m3i_fast.models.transformer.positions import grid_embedding, sincos_embedding
+from m3i_fast.objectives.row_statistics import wide
+
+LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of about 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """Size of the dense decoder."""
+
+    dim: Annotated[int, WIDTHS] = 512
+    """Width of a token."""
+    depth: Annotated[int, DEPTHS] = 4
+    """Number of blocks."""
+    num_heads: Annotated[int, WIDTHS] = 16
+    """Number of attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over dim."""
+    projector: Literal["none", "mlp", "batch_norm"] = "none"
+    """What stands between the encoder's cells and the decoder, and, following by EMA, between the
+    EMA encoder's cells and the targets, so that labels and dense targets do not share one output:
+    nothing; two layers of width dim; the same with batch norm, whose statistics are those of all
+    rows of a step, as SiameseIM's."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
+            )
+        if self.dim % 4:
+            raise ValueError(f"dim: expected a multiple of 4 (sine-cosine), got {self.dim}")
+        if not 0 < self.mlp_ratio <= MAX_RATIO:
+            raise ValueError(f"mlp_ratio: expected 0 < ratio <= {MAX_RATIO}, got {self.mlp_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectorConfig:
+    """Sizes of the MLPs between the encoder and the embeddings that are compared."""
+
+    hidden_dim: Annotated[int, WIDTHS] = 2048
+    """Width of the hidden layers."""
+    output_dim: Annotated[int, WIDTHS] = 256
+    """Width of an embedding."""
+    num_layers: Annotated[int, DEPTHS] = 3
+    """Linear layers of the projector."""
+    predictor_hidden_dim: Annotated[int, WIDTHS] = 512
+    """Width of the hidden layer of the predictor on top of it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "projector.")
+
+
+class DenseDecoder(nn.Module):
+    """Predicts target features at asked positions from an image's own tokens (M3I Fig. 2).
+
+    Mask tokens that carry the relative position of a target patch attend, together with the
+    own tokens, in Transformer blocks. `projector` is an identity where the config has none.
+    """
+
+    own_position: Tensor  # [input_grid ** 2, D] fp32
+
+    def __init__(
+        self,
+        cfg: DecoderConfig,
+        *,
+        input_dim: int,
+        output_dim: int,
+        input_grid: int,
+        layers: BlockLayers = TORCH_LAYERS,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.input_grid = input_grid
+        self.projector: nn.Module = nn.Identity()
+        if cfg.projector != "none":
+            norm = cfg.projector == "batch_norm"
+            self.projector = Mlp(
+                *(input_dim, cfg.dim, cfg.dim),
+                batch_norm=norm,
+                output_norm=norm,
+                process_group=process_group,
+            )
+            input_dim = cfg.dim
+        self.embed = Linear(input_dim, cfg.dim)
+        self.position = Linear(2 * cfg.dim, cfg.dim)
+        self.blocks = nn.ModuleList(
+            Block(cfg.dim, cfg.num_heads, mlp_ratio=cfg.mlp_ratio, layers=layers)
+            for _ in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.dim, LAYER_NORM_EPS)
+        self.head = Linear(cfg.dim, output_dim)
+        self.mask_token = nn.Parameter(torch.empty(cfg.dim))
+        self.register_buffer("own_position", torch.empty(input_grid**2, cfg.dim), persistent=False)
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter and the position table, as after `to_empty`."""
+        reset_children(self)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.normal_(self.mask_token, std=INIT_STD)
+        table = grid_embedding(self.input_grid, self.cfg.dim, self.own_position.device)
+        self.own_position.copy_(table)
+
+    def forward(self, tokens: Tensor, token_index: Tensor, position: Tensor) -> Tensor:
+        """[I, n, C], [I, n] int64 cells of the tokens, [I, Q, 4] -> [I, Q, output_dim].
+
+        position: py, px, ln(dh), ln(dw) of the asked patches (`relative_positions`).
+        """
+        own = self.embed(self.projector(tokens)) + F.embedding(token_index, self.own_position)
+        place, log_size = position.split(2, dim=-1)
+        place = sincos_embedding(torch.cat([place, LOG_SIZE_SCALE * log_size], -1), self.cfg.dim)
+        asked = self.position(place) + self.mask_token
+        x = torch.cat([own, asked.to(own.dtype)], dim=1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        # nobody reads the own tokens after the last block
+        x = self.blocks[-1](x, num_last=asked.shape[1])
+        return self.head(self.norm(x))
+
+
+class GlobalHead(nn.Module):
+    """Predicts one embedding of an image: mean over its own tokens, then a two-layer MLP."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.hidden = Linear(input_dim, hidden_dim)
+        self.output = Linear(hidden_dim, output_dim)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter, as after `to_empty`."""
+        reset_children(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [I, n, C] -> [I, output_dim]
+        return self.output(F.gelu(self.hidden(tokens.mean(dim=1))))
+
+
+class Mlp(nn.Sequential):
+    """Linear layers; batch norm and ReLU, or GELU alone, after all but the last.
+
+    `output_norm`: the last is followed by a batch norm without affine.
+    """
+
+    def __init__(
+        self,
+        *dims: int,
+        batch_norm: bool,
+        output_norm: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        layers: list[nn.Module] = []
+        for dim_in, dim_out in zip(dims[:-2], dims[1:-1], strict=True):
+            layers.append(Linear(dim_in, dim_out, bias=not batch_norm))
+            if batch_norm:
+                layers.append(BatchNorm(dim_out, process_group=process_group))
+            layers.append(nn.ReLU() if batch_norm else nn.GELU())
+        layers.append(Linear(dims[-2], dims[-1], bias=not output_norm))
+        if output_norm:
+            layers.append(BatchNorm(dims[-1], affine=False, process_group=process_group))
+        super().__init__(*layers)
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter and running statistic, as after `to_empty`."""
+        reset_children(self)
+
+
+class PrototypeHead(nn.Module):
+    """Cosines of an image's embedding with K prototypes, behind an MLP without batch norm.
+
+    DINO, arXiv 2104.14294, with its weight norm kept at one; MSN, arXiv 2204.07141.
+    """
+
+    def __init__(self, input_dim: int, cfg: ProjectorConfig, num_prototypes: int) -> None:
+        super().__init__()
+        hidden = [cfg.hidden_dim] * (cfg.num_layers - 1)
+        self.mlp = Mlp(input_dim, *hidden, cfg.output_dim, batch_norm=False)
+        self.prototypes = nn.Parameter(torch.empty(num_prototypes, cfg.output_dim))
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Initialise every parameter, as after `to_empty`."""
+        reset_children(self)
+        self._reset_own()
+
+    def _reset_own(self) -> None:
+        nn.init.normal_(self.prototypes)
+
+    def forward(
+        self, features: Tensor, prototypes: Tensor | None = None
+    ) -> Tensor:  # [N, C] -> [N, K]
+        """`prototypes`: others than the own ones, [K, E]."""
+        chosen = self.prototypes if prototypes is None else prototypes
+        rows = F.normalize(wide(self.mlp(features)), dim=-1)
+        return rows @ F.normalize(wide(chosen), dim=-1).T

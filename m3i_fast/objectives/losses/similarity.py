@@ -1,0 +1,132 @@
+"""Losses of how alike the embeddings of two views are: cosine, NT-Xent, MoCo, DenseCL.
+
+Likelihoods of M3I (arXiv 2211.09807, section 3): the Gaussian one of unit rows, and calls of the
+Boltzmann one. CLIP, SupCon and classification are plain calls of `ops.boltzmann`, on unit rows;
+here stand the methods that are more than that. Each returns a scalar
+in fp32 (fp64 for fp64), of the rows of one rank.
+
+Legend: N rows or pictures, Q cells, D features, C features of the encoder, K rows of a queue.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from m3i_fast.objectives.row_statistics import full_precision, wide
+from m3i_fast.ops import boltzmann
+
+
+def negative_cosine_similarity(
+    z_hat: Tensor,  # [..., D] any float
+    z: Tensor,  # [..., D] any float, detached
+) -> Tensor:  # [] fp32
+    """-mean cos(z_hat, z): the Gaussian likelihood of unit rows, less a constant.
+
+    SimSiam, arXiv 2011.10566, equation 1; BYOL's |u - v|^2 is 2 + 2 of it. The stop-gradient is the
+    caller's.
+    """
+    if z_hat.shape != z.shape:
+        raise ValueError(f"z: expected shape {list(z_hat.shape)} as z_hat, got {list(z.shape)}")
+    return -F.cosine_similarity(wide(z_hat), wide(z), dim=-1).mean()
+
+
+# ---- InfoNCE -------------------------------------------------------------------------------------
+
+
+def expect_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected > 0, got {temperature}")
+
+
+def info_nce(
+    z_hat: Tensor,  # [N, D] any float
+    z: Tensor,  # [N, D] any float
+    *,
+    temperature: float,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:  # [] fp32
+    """-mean_n log softmax_m(cos(z_hat_n, z_m) / temperature)_n: the batch's targets are candidates.
+
+    InfoNCE, arXiv 1807.03748; MoCo v3 (arXiv 2104.02057, algorithm 1) is 2 temperature times it.
+    With a process group: the batch of all ranks, of which each has N rows.
+    """
+    expect_temperature(temperature)
+    z_hat, z = (F.normalize(wide(rows), dim=-1) for rows in (z_hat, z))
+    scale = z_hat.new_full((), 1 / temperature)
+    return boltzmann(
+        z_hat, z, scale, symmetric=False, process_group=process_group, equal_sizes=True
+    )
+
+
+@full_precision
+def nt_xent(
+    z_a: Tensor,  # [N, D] any float
+    z_b: Tensor,  # [N, D] any float
+    *,
+    temperature: float,
+) -> Tensor:  # [] fp32
+    """-mean log softmax(cos / temperature) of a picture's other view among all views but itself.
+
+    SimCLR, arXiv 2002.05709, equation 1; rows are normalised here. Builds the [2N, 2N] logits: a
+    row is no candidate of its own, and `ops.boltzmann` cannot leave one out.
+    """
+    if z_a.dim() != 2 or z_b.shape != z_a.shape:
+        raise ValueError(
+            f"z_a, z_b: expected one shape [N, D], got {list(z_a.shape)} and {list(z_b.shape)}"
+        )
+    expect_temperature(temperature)
+    rows = F.normalize(torch.cat([wide(z_a), wide(z_b)]), dim=-1)
+    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    logits = (rows @ rows.T / temperature).masked_fill(itself, -torch.inf)
+    partner = torch.arange(len(rows), device=rows.device).roll(len(z_a))
+    return F.cross_entropy(logits, partner)
+
+
+def moco(
+    q: Tensor,  # [N, D] any float
+    k: Tensor,  # [N, D] any float, detached
+    queue: Tensor,  # [K, D] any float, unit rows
+    *,
+    temperature: float,
+) -> Tensor:  # [] fp32
+    """-mean_n log softmax of q_n . k_n among that and q_n . queue_j, all / temperature.
+
+    MoCo, arXiv 1911.05722, equation 1; q and k are normalised here. Other rows' k are no
+    candidates. One call of `ops.boltzmann` in memory O(N + K): q_n . k_n is one more feature of row
+    n, which only one more candidate has.
+    """
+    if q.dim() != 2 or k.shape != q.shape or queue.dim() != 2 or queue.shape[1] != q.shape[1]:
+        raise ValueError(
+            "q, k, queue: expected shapes [N, D], [N, D], [K, D], got "
+            f"{list(q.shape)}, {list(k.shape)}, {list(queue.shape)}"
+        )
+    expect_temperature(temperature)
+    q, k = (F.normalize(wide(rows), dim=-1) for rows in (q, k))
+    rows = torch.cat([q, (q * k).sum(-1, keepdim=True)], dim=1)
+    own_key = F.pad(q.new_zeros(1, q.shape[1]), (0, 1), value=1.0)
+    candidates = torch.cat([own_key, F.pad(queue.to(q.dtype), (0, 1))])
+    first = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    return boltzmann(rows, candidates, q.new_full((), 1 / temperature), targets=first)
+
+
+def dense_contrastive(
+    q: Tensor,  # [N, Q, D] any float, dense projections of a view
+    k: Tensor,  # [N, Q', D] any float, those of the other view; detached
+    q_features: Tensor,  # [N, Q, C] any float, the encoder's, of the same cells
+    k_features: Tensor,  # [N, Q', C] any float
+    queue: Tensor,  # [K, D] any float, unit rows
+    *,
+    temperature: float,
+) -> Tensor:  # [] fp32
+    """`moco` of every cell with the other view's cell whose features are most like its own.
+
+    DenseCL, arXiv 2011.09157, section 3; most like: by the cosine of the encoder's features.
+    """
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        of_q, of_k = (F.normalize(wide(x), dim=-1) for x in (q_features, k_features))
+        match = (of_q @ of_k.mT).argmax(-1)  # [N, Q]
+    matched = k.gather(1, match[..., None].expand(-1, -1, k.shape[-1]))
+    return moco(q.flatten(0, 1), matched.flatten(0, 1), queue, temperature=temperature)

@@ -1,0 +1,409 @@
+"""The objective: a sum of terms, each a lower bound of the mutual information with a target.
+
+Legend: B samples, I images in inputs (K times P inputs), V views that the encoder sees, n cells an
+image shows, m cells of a local view, N cells of the grid, C encoder width, E embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from m3i_fast.models.encoder import ImageEncoder, take_cells
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, reset_children
+from m3i_fast.models.transformer.text import TextConfig
+from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.models.vision import VisionConfig, build_encoder
+from m3i_fast.objectives.balance import Balance
+from m3i_fast.objectives.config import ObjectiveConfig, Term
+from m3i_fast.objectives.heads import DenseDecoder
+from m3i_fast.objectives.mixing import Mix
+from m3i_fast.objectives.monitors import target_monitors
+from m3i_fast.objectives.step_context import (
+    Encoded,
+    Rows,
+    Seen,
+    Source,
+    Stage,
+    Targets,
+    no_stage,
+    target_rows,
+)
+from m3i_fast.objectives.targets import (
+    MomentumEncoder,
+    autocast_dtype,
+    blend,
+    normalise_tokens,
+    normalise_views,
+)
+from m3i_fast.objectives.term_gradients import TermGradients, own_views
+from m3i_fast.objectives.terms import (
+    Caption,
+    Dense,
+    Label,
+    Sizes,
+    TermModule,
+    build_term,
+    copy_state,
+    dense_dim,
+    follower,
+)
+from m3i_fast.ops import mask_mix
+
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.batch import Batch
+
+T = TypeVar("T", bound=TermModule)
+
+
+class MutualInformation(nn.Module):
+    """loss = sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3.
+
+    Every image is asked only what exists for it. `teacher`: the frozen encoder, where a term asks
+    for one; it is not part of the state dict. `process_group`: the ranks that share a batch; each
+    gets the loss of all rows where rows meet (`likelihoods`), and every rank runs every term, also
+    one that its own rows have no target of. `layers`: parts of all Transformer blocks.
+    """
+
+    def __init__(
+        self,
+        cfg: ObjectiveConfig,
+        *,
+        vision: VisionConfig,
+        text: TextConfig,
+        num_classes: int,
+        teacher: ImageEncoder | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        layers: BlockLayers = TORCH_LAYERS,
+    ) -> None:
+        super().__init__()
+        cfg.check_vision(vision)
+        self.cfg, self.grid = cfg, vision.grid
+        self.encoder = build_encoder(vision, layers=layers)
+        self._target_rows = target_rows(cfg.active_terms)
+        self._num_views = 1 + any(term.sees_both_views for term in cfg.active_terms)
+        if cfg.uses(encoder="momentum"):
+            self.target_encoder = MomentumEncoder(self.encoder)
+        # In a tuple: no part of the module tree, of its state dict or of its training mode.
+        frozen = cfg.uses(encoder="frozen")
+        self._teacher = (_expect_teacher(teacher),) if frozen else None
+        sizes = self._sizes(vision, text, num_classes)
+        sizes = replace(sizes, process_group=process_group, layers=layers)
+        self.terms = nn.ModuleDict({t.name: build_term(t, cfg, sizes) for t in cfg.active_terms})
+        decoders = {
+            term.decoder_key: _build_decoder(term.term, cfg, sizes)
+            for term in self.terms_of(Dense)
+            if term.decoder_key is not None
+        }
+        self.decoders = nn.ModuleDict(decoders)
+        self.target_projectors = nn.ModuleDict(
+            {
+                key: follower(decoder.projector, sizes)
+                for key, decoder in decoders.items()
+                if decoder.cfg.projector != "none"
+            }
+        )
+        weights = {t.name: t.weight for t in cfg.active_terms}
+        self.balance = Balance(cfg.balance, weights, process_group)
+        self._term_gradients: TermGradients | None = None
+
+    def reset_parameters(self) -> None:
+        """Initialise everything, as after `to_empty`: equal to a direct build."""
+        followers = dict(self._followers())
+        targets = [self.target_encoder] if self.cfg.uses(encoder="momentum") else []
+        reset_children(self, but=[*targets, self.decoders, self.target_projectors])
+        self._reset_decoders()
+        for average, online in followers.items():
+            copy_state(average, online)
+
+    def _reset_decoders(self) -> None:
+        """Each as often as terms share it: the constructor makes one a term, and keeps the last."""
+        keys = [term.decoder_key for term in self.terms_of(Dense) if term.decoder_key is not None]
+        for place, key in enumerate(keys, start=1):
+            decoder = self.decoders[key]
+            assert isinstance(decoder, DenseDecoder)
+            if key not in keys[place:]:
+                decoder.reset_parameters()
+                continue
+            with decoder.mask_token.device:
+                DenseDecoder(
+                    decoder.cfg,
+                    input_dim=self.encoder.dim,
+                    output_dim=decoder.head.out_features,
+                    input_grid=decoder.input_grid,
+                )
+
+    def _sizes(self, vision: VisionConfig, text: TextConfig, num_classes: int) -> Sizes:
+        target_dim = {"momentum": vision.dim}
+        summary_dim = {"momentum": vision.summary_dim}
+        if self._teacher is not None:
+            teacher = self._teacher[0]
+            target_dim["frozen"], summary_dim["frozen"] = teacher.dim, teacher.summary_dim
+        return Sizes(
+            vision=vision,
+            text=text,
+            num_classes=num_classes,
+            target_dim=target_dim,
+            summary_dim=summary_dim,
+        )
+
+    def _every_term(self) -> list[TermModule]:
+        return [term for term in self.terms.values() if isinstance(term, TermModule)]
+
+    def _labels(self) -> list[Label]:
+        return [term for term in self.terms.values() if isinstance(term, Label)]
+
+    def terms_of(self, kind: type[T]) -> list[T]:
+        """The active terms of one class."""
+        return [term for term in self.terms.values() if isinstance(term, kind)]
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """After the optimiser's step: keep every learnt 1 / tau in its range, in place, and move
+        the running statistics of targets by the rows of all of the step's batches."""
+        for label in self._labels():
+            label.clamp_temperature()
+        for dense in self.terms_of(Dense):
+            if dense.standardise is not None:
+                dense.standardise.fold()
+
+    def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(average, online) of all that follows by EMA; none without a momentum target."""
+        yield from self._followers()
+        for term in self._every_term():
+            yield from term.momentum_pairs()
+
+    def _followers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Those that belong to no single term."""
+        if self.cfg.uses(encoder="momentum"):
+            yield self.target_encoder.encoder, self.encoder
+        for key, average in self.target_projectors.items():
+            decoder = self.decoders[key]
+            assert isinstance(decoder, DenseDecoder)
+            yield average, decoder.projector
+
+    @torch.no_grad()
+    def encode_targets(self, batch: Batch, mix: Mix) -> Targets:
+        """Tokens of all target views that a term asks for, one call an encoder."""
+        tokens: dict[Source, Tensor] = {}
+        for name, encoder in self._target_encoders().items():
+            sources = [source for source in self._target_rows if source[0] == name]
+            images = [
+                normalise_views(
+                    batch.global_views[view],
+                    mix.sample[_rows(mix, self._target_rows[name, view])],
+                    autocast_dtype(mix.sample.device.type),
+                )
+                for _, view in sources
+            ]
+            if images:
+                found = encoder(torch.cat(images)).split([len(view) for view in images])
+                tokens |= dict(zip(sources, found, strict=True))
+        return Targets(tokens, self._target_rows)
+
+    def _target_encoders(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Images [R, 3, H, W] to tokens [R, N, C], by who encodes them."""
+        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        if self.cfg.uses(encoder="momentum"):
+            found["momentum"] = self.target_encoder
+        if self._teacher is not None:
+            found["frozen"] = self._teacher[0].encode_cells
+        return found
+
+    def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
+        """One pass of the encoder over the inputs, of both views where a term asks for it, and one
+        over all local views, which are of another size."""
+        views = batch.global_views[: self._num_views]
+        images = torch.cat([_mixed(view, mix) for view in views])
+        index = self._stacked(mix)
+        match self.cfg.mixing.mode:
+            case "own_image" | "masked":
+                assert isinstance(self.encoder, ViT)  # check_vision
+                own = self.encoder.encode_alone(images, index)
+            case "joint":
+                own = take_cells(self.encoder.encode_cells(images), index)
+            case "blend":  # both images of an input have its tokens
+                own = self.encoder.encode_cells(images).repeat(2, 1, 1)
+            case "none":
+                own = self.encoder.encode_cells(images)
+        by_view = own.unflatten(0, (-1, self._num_views, mix.num_inputs)).unbind(1)
+        local: tuple[Tensor, ...] = ()
+        if batch.local_views:
+            own = self._encode_whole(torch.cat(batch.local_views))
+            local = own.split(len(batch.local_views[0]))
+        return Encoded(tuple(view.flatten(0, 1) for view in by_view), local)
+
+    def _stacked(self, mix: Mix) -> Tensor:  # [K V P, n]
+        """Cells of the images in the inputs of all views: image i is in input i % (V P)."""
+        if self._num_views == 1:
+            return mix.token_index
+        by_image = mix.token_index.unflatten(0, (mix.members.shape[1], 1, -1))
+        return by_image.expand(-1, self._num_views, -1, -1).flatten(0, 2)
+
+    def _encode_whole(self, views: Tensor) -> Tensor:  # [B, 3, s, s] uint8 -> [B, m, C]
+        every = torch.arange(views.shape[0], device=views.device)
+        images = normalise_views(views, every, autocast_dtype(views.device.type))
+        return self.encoder.encode_cells(images)
+
+    def forward(
+        self,
+        encoded: Encoded,
+        targets: Targets,
+        batch: Batch,
+        mix: Mix,
+        *,
+        monitor: bool = False,
+        measure: bool = False,
+        stage: Stage = no_stage,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum; every term unweighted, its weight and its members; all on the device.
+
+        `monitor`: with the collapse monitors. `measure`: weights are balanced anew. `stage`: times
+        each term, and as `loss.total` what is of all of them.
+        """
+        seen = Seen(batch, mix, encoded, targets, self._encoders(), stage)
+        read_by = self._own_views(encoded) if monitor else {}
+        metrics: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
+
+        def log(name: str, value: Tensor) -> None:
+            metrics[f"monitor/{name}"] = value.detach()
+
+        for term in self._every_term():
+            name = term.term.name
+            own = seen.reading(read_by[name]) if read_by else seen
+            with stage(f"loss.{name}"):
+                losses[name], members = term(own, log if monitor else None, **self._shared(term))
+            metrics[f"loss/{name}"] = losses[name].detach()
+            if isinstance(members, int):
+                members = losses[name].new_full((), members)
+            metrics[f"members/{name}"] = members.float()
+        with stage("loss.total"):
+            if measure:
+                self.balance.measure(losses, encoded.every, self._shares(metrics, seen.num_rows))
+            total, weights = self.balance(losses)
+            metrics["loss/total"] = total.detach()
+            if monitor:
+                metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
+                metrics |= self._monitor(seen)
+        if read_by:  # behind what else goes backward, as `measure` does
+            self._term_gradients = TermGradients(read_by)
+        return total, metrics
+
+    def _shares(self, metrics: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+        """Of this rank's rows, those with a target; of each term that is a mean over all rows."""
+        return {
+            term.term.name: metrics[f"members/{term.term.name}"].double() / num_rows
+            for term in self._labels()
+            if term.term.mean == "batch"
+        }
+
+    def _own_views(self, encoded: Encoded) -> dict[str, Encoded]:
+        """What each term reads on a step whose gradients are watched; empty without gradients."""
+        if not encoded.every[0].requires_grad:
+            return {}
+        return {term.term.name: own_views(encoded) for term in self._every_term()}
+
+    def gradient_metrics(self) -> dict[str, Tensor]:
+        """Return how hard each term pulled on the encoder (`TermGradients.metrics`).
+
+        To be called after the backward pass of a forward pass with `monitor`, once: empty
+        otherwise, and where the encoder takes no gradient.
+        """
+        found, self._term_gradients = self._term_gradients, None
+        return found.metrics() if found is not None else {}
+
+    def _shared(self, term: TermModule) -> dict[str, nn.Module]:
+        """What a term uses and does not own: the decoder of its kind of target."""
+        if not isinstance(term, Dense) or term.decoder_key is None:
+            return {}
+        found = {"decoder": self.decoders[term.decoder_key]}
+        if term.decoder_key in self.target_projectors:
+            found["project"] = self.target_projectors[term.decoder_key]
+        return found
+
+    def _encoders(self) -> dict[str, ImageEncoder]:
+        found: dict[str, ImageEncoder] = {"online": self.encoder}
+        if self.cfg.uses(encoder="momentum"):
+            found["momentum"] = self.target_encoder.encoder
+        if self._teacher is not None:
+            found["frozen"] = self._teacher[0]
+        return found
+
+    @torch.no_grad()
+    def embed_images(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[B, 3, S, S] uint8 whole images -> patch tokens [B, N, C], unit embeddings [B, E].
+
+        Captions are matched with the embeddings; None without a caption term.
+        """
+        tokens = self._encode_whole(views)
+        for term in self.terms_of(Caption):
+            return tokens, term.embed(self.encoder.summarise(tokens))
+        return tokens, None
+
+    @torch.no_grad()
+    def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
+        """[B, T] int, [B] int64 -> unit caption embeddings [B, E].
+
+        Raises ValueError without a caption term.
+        """
+        for term in self.terms_of(Caption):
+            return term.embed_captions(token_ids, num_tokens)
+        raise ValueError(
+            "objective.terms: expected a caption term of weight > 0 to embed captions, got none"
+        )
+
+    @torch.no_grad()
+    def _monitor(self, seen: Seen) -> dict[str, Tensor]:
+        metrics = {
+            f"monitor/{term.term.name}_log_scale": term.log_scale.detach().exp()
+            for term in self._labels()
+        }
+        views = seen.encoded.views
+        for (encoder, view), rows in self._target_rows.items():
+            if encoder == "momentum" and view == int(self.cfg.uses(view="other")):
+                student = normalise_tokens(views[0][_rows(seen.mix, rows)])
+                target = normalise_tokens(seen.target_tokens(encoder, view, rows))
+                return metrics | target_monitors(target, student)
+        student = normalise_tokens(views[0])
+        if len(views) > 1:
+            return metrics | target_monitors(normalise_tokens(views[1]), student)
+        return metrics | target_monitors(student)
+
+
+def _build_decoder(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> DenseDecoder:
+    """Of the kind of target of this term."""
+    decoder = cfg.decoder if cfg.projects(term) else replace(cfg.decoder, projector="none")
+    return DenseDecoder(
+        decoder,
+        input_dim=sizes.vision.dim,
+        output_dim=dense_dim(term, cfg, sizes),
+        input_grid=sizes.vision.grid,
+        layers=sizes.layers,
+        process_group=sizes.process_group,
+    )
+
+
+def _expect_teacher(teacher: ImageEncoder | None) -> ImageEncoder:
+    if teacher is None:
+        raise ValueError(
+            "objective.teacher: a term's encoder is frozen: expected a run directory, timm:NAME or "
+            "timm:NAME:FILE, got none"
+        )
+    return teacher
+
+
+def _mixed(views: Tensor, mix: Mix) -> Tensor:  # [B, 3, H, W] uint8 -> [P, 3, H, W]
+    dtype = autocast_dtype(views.device.type)
+    if mix.share is not None:
+        return blend(views, mix.members, mix.share, dtype)
+    return mask_mix(views, mix.choice, mix.members, dtype=dtype)
+
+
+def _rows(mix: Mix, rows: Rows) -> Tensor | slice:
+    return slice(None) if rows == "every" else mix.asked(rows)
