@@ -22,11 +22,14 @@ MAY_IMPORT = {
     "recipes": ENGINE,
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,
-    "benchmarks": {"export", "recipes", *ENGINE},
-    "cli": {"benchmarks", "export", "recipes", *ENGINE},
+    "doctor": ENGINE,
+    "report": {"observe"},
+    "profiling": {"report", *ENGINE},
+    "benchmarks": {"export", "recipes", "report", *ENGINE},
+    "cli": {"benchmarks", "doctor", "export", "profiling", "recipes", "report", *ENGINE},
 }
 # Libraries that only these files and folders import; the doctor tries each in a child process.
-DOCTOR = "m3i_fast/cli/probes.py"
+DOCTOR = "m3i_fast/doctor/probes.py"
 ONLY_IN = {
     "nvidia": ("pipelines/graph/", DOCTOR),
     "transformer_engine": (
@@ -39,10 +42,10 @@ ONLY_IN = {
     "torchao": ("m3i_fast/models/transformer/float8.py", DOCTOR),
     "cupy": ("benchmarks/", "m3i_fast/evaluation/", DOCTOR),
     "cupy_backends": ("benchmarks/",),
-    "pynvml": ("m3i_fast/observe/telemetry.py", DOCTOR),
-    "prometheus_client": ("m3i_fast/observe/prometheus.py",),
-    "wandb": ("m3i_fast/observe/trackers.py",),
-    "mlflow": ("m3i_fast/observe/trackers.py",),
+    "pynvml": ("m3i_fast/observe/telemetry/sampler.py", DOCTOR),
+    "prometheus_client": ("m3i_fast/observe/sinks/prometheus.py",),
+    "wandb": ("m3i_fast/observe/sinks/trackers.py",),
+    "mlflow": ("m3i_fast/observe/sinks/trackers.py",),
     "torch.ops.m3i": ("m3i_fast/ops/",),
 }
 

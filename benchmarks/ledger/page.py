@@ -19,7 +19,7 @@ import tyro
 from m3i_fast.benchmarks.ledger import exports, readme_tables
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ledger.history import Point, Series, common_settings, series_of, words
-from m3i_fast.observe.page import template
+from m3i_fast.report import template
 from m3i_fast.storage import make_directories, write_atomically
 from m3i_fast.terminal import make_console
 

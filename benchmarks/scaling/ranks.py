@@ -39,7 +39,7 @@ from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.telemetry import Telemetry
+from m3i_fast.observe.telemetry.sampler import Telemetry
 
 Kind = Literal["together", "unreduced", "alone"]
 ALL_REDUCE_BYTES = (4096, 2**20, 25 * 2**20)  # the last as DDP's buckets

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.evaluation.patch_pca import patch_pca
-from m3i_fast.evaluation.zero_shot import nearest, retrieval_ranks
+from m3i_fast.evaluation.dense.patch_pca import patch_pca
+from m3i_fast.evaluation.retrieval.zero_shot import nearest, retrieval_ranks
 from m3i_fast.json_files import read_json
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.observe.page.inputs import (
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
+from m3i_fast.pipelines.dataset.tokens import Tokenizer
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.report.inputs import (
     MixedPair,
     Nearest,
     PatchPca,
@@ -26,10 +30,6 @@ from m3i_fast.observe.page.inputs import (
     ReportInputs,
     RetrievalRow,
 )
-from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
-from m3i_fast.pipelines.dataset.tokens import Tokenizer
-from m3i_fast.pipelines.loader import Loader, evaluation_batches
 
 NUM_CAPTIONS = 12
 NUM_NEAREST = 5

@@ -19,8 +19,8 @@ import tyro
 from rich.table import Table
 from rich.text import Text
 
-from m3i_fast.cli.findings import FINDERS, Finding, Machine
-from m3i_fast.cli.probes import (
+from m3i_fast.doctor.findings import FINDERS, Finding, Machine
+from m3i_fast.doctor.probes import (
     PROBES,
     Facts,
     ProbeError,

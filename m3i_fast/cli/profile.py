@@ -15,13 +15,16 @@ import torch
 import tyro
 
 from m3i_fast.cli import console
-from m3i_fast.cli.profile_nsys import export, run_under_nsys
 from m3i_fast.cli.train import find_recipe
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.costs.gpus import card_of
 from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
-from m3i_fast.engine.profiling import (
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.json_files import read_json
+from m3i_fast.observe.environment import environment
+from m3i_fast.profiling import diff as profile_diff
+from m3i_fast.profiling.capture import (
     Control,
     CudaControl,
     NoControl,
@@ -29,16 +32,13 @@ from m3i_fast.engine.profiling import (
     Windows,
     profile_steps,
 )
-from m3i_fast.engine.trainer import Trainer
-from m3i_fast.json_files import read_json
-from m3i_fast.observe import profile_diff
-from m3i_fast.observe.environment import environment
-from m3i_fast.observe.nsys import read_nsys
-from m3i_fast.observe.profile_page import write_page
-from m3i_fast.observe.profile_summary import HostWait, Pace, Peak, read_summary, summarise
-from m3i_fast.observe.profile_text import markdown
-from m3i_fast.observe.recording import Recording
-from m3i_fast.observe.trace import read_trace
+from m3i_fast.profiling.nsys import read_nsys
+from m3i_fast.profiling.nsys_capture import export, run_under_nsys
+from m3i_fast.profiling.page import write_page
+from m3i_fast.profiling.recording import Recording
+from m3i_fast.profiling.summary import HostWait, Pace, Peak, read_summary, summarise
+from m3i_fast.profiling.text import markdown
+from m3i_fast.profiling.torch_trace import read_trace
 from m3i_fast.recipes import recipes
 from m3i_fast.storage import write_atomically
 

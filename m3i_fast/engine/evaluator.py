@@ -18,13 +18,13 @@ from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
 from m3i_fast.evaluation.collect import collect_features, labelled_drawings
-from m3i_fast.evaluation.correspondence import (
+from m3i_fast.evaluation.dense.correspondence import (
     patch_correspondence,
     patch_pixels,
     pixel_tokens,
     position_means,
 )
-from m3i_fast.evaluation.dense import (
+from m3i_fast.evaluation.dense.patch_probe import (
     NUM_SCENES,
     DenseResult,
     build_scenes,

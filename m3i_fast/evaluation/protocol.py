@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_fast.evaluation.accuracy import balanced_accuracy, grouped_folds, largest_class
-from m3i_fast.evaluation.caption_bound import caption_bound
-from m3i_fast.evaluation.dense import DenseResult, mean_iou
+from m3i_fast.evaluation.dense.patch_probe import DenseResult, mean_iou
 from m3i_fast.evaluation.features import Features
-from m3i_fast.evaluation.few_labels import few_label_hits
 from m3i_fast.evaluation.held_out import ENDINGS, HeldOut
-from m3i_fast.evaluation.probes import NUM_FOLDS, Examples, knn, linear
+from m3i_fast.evaluation.probes.accuracy import balanced_accuracy, grouped_folds, largest_class
+from m3i_fast.evaluation.probes.chosen_settings import NUM_FOLDS, Examples, knn, linear
+from m3i_fast.evaluation.probes.few_labels import few_label_hits
+from m3i_fast.evaluation.retrieval.caption_bound import caption_bound
+from m3i_fast.evaluation.retrieval.zero_shot import recall_chance, retrieval_ranks
 from m3i_fast.evaluation.statistics import (
     Interval,
     figure_interval,
@@ -34,7 +35,6 @@ from m3i_fast.evaluation.statistics import (
     holm,
     values_interval,
 )
-from m3i_fast.evaluation.zero_shot import recall_chance, retrieval_ranks
 from m3i_fast.models.effective_rank import rankme
 
 RECALLS = (

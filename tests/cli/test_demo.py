@@ -10,10 +10,10 @@ import pytest
 from m3i_fast.cli import main
 from m3i_fast.cli.demo import set_aside
 from m3i_fast.engine.run.lock import RunLock
-from m3i_fast.observe.page.verdict import SOURCES
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import DEMO_MERGES, demo
-from tests.observe.chromium import check_page, skip_reason
+from m3i_fast.report.verdict import SOURCES
+from tests.report.chromium import check_page, skip_reason
 
 MEASURES = (
     "knn_top1",

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from m3i_fast.cli import doctor, findings, probes
-from m3i_fast.cli.findings import Finding, Machine
+from m3i_fast.cli import doctor
+from m3i_fast.doctor import findings, probes
+from m3i_fast.doctor.findings import Finding, Machine
 from m3i_fast.engine.costs.gemm_rows import FP8
 
 LIBRARIES = {

@@ -16,16 +16,16 @@ import torch
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.profiling import HostWaits, NoControl, Windows, profile_steps
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.nsys import read_nsys
-from m3i_fast.observe.profile_page import write_page
-from m3i_fast.observe.profile_summary import Pace, read_summary, summarise
 from m3i_fast.observe.stages import StageTimer
+from m3i_fast.profiling.capture import HostWaits, NoControl, Windows, profile_steps
+from m3i_fast.profiling.nsys import read_nsys
+from m3i_fast.profiling.page import write_page
+from m3i_fast.profiling.summary import Pace, read_summary, summarise
 from m3i_fast.recipes import demo, shrink
 from tests.engine.parallel.test_ranks import TEXT
-from tests.observe.chromium import check_page, skip_reason
-from tests.observe.nsys_files import write_export
+from tests.profiling.nsys_files import write_export
+from tests.report.chromium import check_page, skip_reason
 
 WINDOWS = Windows(warmup=1, steps=2)
 browser = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))

@@ -14,11 +14,11 @@ import torch
 
 from m3i_fast.cli import main
 from m3i_fast.cli.profile import choose_profiler, parse, peak_of, record, write_summary
-from m3i_fast.cli.profile_nsys import export, run_under_nsys
-from m3i_fast.observe.nsys import read_nsys
-from m3i_fast.observe.profile_summary import Peak, read_summary
+from m3i_fast.profiling.nsys import read_nsys
+from m3i_fast.profiling.nsys_capture import export, run_under_nsys
+from m3i_fast.profiling.summary import Peak, read_summary
 from tests.cli.test_profile import _config
-from tests.observe.nsys_files import write_export
+from tests.profiling.nsys_files import write_export
 
 NSYS = f"""#!{sys.executable}
 import json, os, shutil, signal, sys, time

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.cli.probes import fatbin_architectures
+from m3i_fast.doctor.probes import fatbin_architectures
 from tests.cuda.nvcc import CUDA, ROOT, compile_options, find_nvcc, name_of, run_nvcc, short_ptxas
 
 # By what the configuration is told: what is in a compiled source.

@@ -26,7 +26,7 @@ from m3i_fast.benchmarks.tune.candidates import (
 )
 from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
 from m3i_fast.benchmarks.tune.roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
-from m3i_fast.cli.probes import fatbin_architectures
+from m3i_fast.doctor.probes import fatbin_architectures
 from m3i_fast.ops import dcnv3
 from tests.cuda.emulator import emulated
 from tests.cuda.nvcc import CUDA, find_nvcc

@@ -12,12 +12,11 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from m3i_fast.evaluation.caption_bound import caption_bound
-from m3i_fast.evaluation.dense import DenseResult, mean_iou
+from m3i_fast.evaluation.dense.patch_probe import DenseResult, mean_iou
 from m3i_fast.evaluation.features import Features, join
-from m3i_fast.evaluation.few_labels import few_label_hits
 from m3i_fast.evaluation.held_out import HeldOut
-from m3i_fast.evaluation.probes import L2_STRENGTHS, Examples
+from m3i_fast.evaluation.probes.chosen_settings import L2_STRENGTHS, Examples
+from m3i_fast.evaluation.probes.few_labels import few_label_hits
 from m3i_fast.evaluation.protocol import (
     Measured,
     compare,
@@ -27,6 +26,7 @@ from m3i_fast.evaluation.protocol import (
     measure_all,
     trained_minus,
 )
+from m3i_fast.evaluation.retrieval.caption_bound import caption_bound
 from m3i_fast.evaluation.statistics import figure_interval, hits_interval, holm, values_interval
 from m3i_fast.models.effective_rank import rankme
 

@@ -15,8 +15,8 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Choice
 from m3i_fast.engine.run.telemetry import Interval, RunTelemetry
-from m3i_fast.observe.live import expect_live, open_live
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
+from m3i_fast.observe.sinks.live import expect_live, open_live
 from m3i_fast.observe.stages import StageTimer
 
 

@@ -15,7 +15,7 @@ from m3i_fast.engine.costs.gpus import Card, card_of
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Choice
 from m3i_fast.engine.run.mfu import efficiency, joule_per_image
-from m3i_fast.observe.telemetry import Telemetry, cuda_devices
+from m3i_fast.observe.telemetry.sampler import Telemetry, cuda_devices
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from m3i_fast.benchmarks.training import telemetry
 from m3i_fast.benchmarks.training.telemetry import Config, Cpu, figures_of, main, train_config
 from m3i_fast.config import TrainConfig
 from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.observe.host import Host
 from m3i_fast.observe.metrics import JsonlSink
+from m3i_fast.observe.telemetry.host import Host
 from m3i_fast.recipes import shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)

@@ -26,12 +26,12 @@ from m3i_fast.engine.run.telemetry import Interval, RunTelemetry, flatten
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.config import TelemetryConfig
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.observe.prometheus import exported
-from m3i_fast.observe.telemetry import Device
+from m3i_fast.observe.sinks.prometheus import exported
+from m3i_fast.observe.telemetry.sampler import Device
 from m3i_fast.recipes import recipes
 from tests.engine.test_trainer import _config
-from tests.observe.recorded_nvml import BUS_IDS, UUIDS, Recorded, hopper
-from tests.observe.test_prometheus import ROW, scrape
+from tests.observe.sinks.test_prometheus import ROW, scrape
+from tests.observe.telemetry.recorded_nvml import BUS_IDS, UUIDS, Recorded, hopper
 
 H100 = Capabilities(device="cuda", capability=(9, 0), cuda=(13, 0), te=True, torchao=True)
 GPU = torch.device("cuda", 0)

@@ -1,0 +1,1 @@
+"""What this machine can use: facts, and what they mean."""

@@ -1,1 +1,0 @@
-"""The parts of the report page: its inputs, pictures, figures, sentences, template and style."""

@@ -1,0 +1,238 @@
+"""Profiles steady steps of a run, with those before and after to say what profiling costs."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.stages import StageTimer
+from m3i_fast.pipelines import batch as pipelines_batch
+from m3i_fast.profiling.recording import BETWEEN, STEP
+from m3i_fast.profiling.summary import HostWait, Pace
+
+logger = logging.getLogger(__name__)
+
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive"}
+"""Operators whose result is on the host, or of a size that only the device knows."""
+MAX_FRAMES = 6
+
+
+class Control(Protocol):
+    """A profiler. `stop` is called once after every `start`, whatever happens between."""
+
+    def start(self, timer: StageTimer) -> None: ...
+
+    def stop(self, timer: StageTimer) -> None: ...
+
+
+class TorchControl:
+    """torch.profiler; its trace goes to `path`, gzipped for a name in .gz."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        kinds = [ProfilerActivity.CPU]
+        if device.type == "cuda":
+            kinds.append(ProfilerActivity.CUDA)
+        self._path = path
+        self._profile = profile(activities=kinds, record_shapes=True, acc_events=True)
+
+    def start(self, timer: StageTimer) -> None:
+        self._profile.start()
+        self._mark, timer.mark = timer.mark, record_function
+
+    def stop(self, timer: StageTimer) -> None:
+        timer.mark = self._mark
+        self._profile.stop()
+        self._profile.export_chrome_trace(str(self._path))
+
+
+class NoControl:
+    """For ranks that another one is profiled beside."""
+
+    def start(self, timer: StageTimer) -> None:
+        """Nothing is recorded of this one."""
+
+    def stop(self, timer: StageTimer) -> None:
+        """Nothing was."""
+
+
+class CudaControl:
+    """Opens and closes the range that nsys captures: --capture-range=cudaProfilerApi."""
+
+    def start(self, timer: StageTimer) -> None:
+        torch.cuda.profiler.start()
+
+    def stop(self, timer: StageTimer) -> None:
+        torch.cuda.profiler.stop()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Windows:
+    """Numbers of steps: at first, and then in each of the three windows."""
+
+    warmup: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def total(self) -> int:
+        """With the step in which `HostWaits` looks on."""
+        return self.warmup + 3 * self.steps + 1
+
+    def expect_in(self, num_steps: int) -> None:
+        """ValueError where a run has fewer steps."""
+        if num_steps < self.total:
+            raise ValueError(
+                f"--warmup, --steps: expected warmup + 3 steps + 1 of at most --num-steps "
+                f"{num_steps}, got {self.total}"
+            )
+
+
+def profile_steps(
+    trainer: Trainer, control: Control, windows: Windows
+) -> tuple[Pace, list[HostWait]]:
+    """Warm up, measure, profile, measure, and look for host waits in one more step.
+
+    Whatever ends it, an exception, Ctrl-C or a signal to end, the capture is closed. Raises
+    SystemExit with 128 + n at signal n.
+    """
+    trainer.log.open(trainer.step)
+    with ended_by_signals():
+        _steps(trainer, windows.warmup)
+        before = _steps(trainer, windows.steps)
+        with _capture(control, trainer.log.timer):
+            profiled = _steps(trainer, windows.steps)
+        after = _steps(trainer, windows.steps)
+        waits = find_waits(trainer)
+    return Pace(before_ms=before, profiled_ms=profiled, after_ms=after), waits
+
+
+def _steps(trainer: Trainer, count: int) -> float:
+    """Milliseconds a step, of so many; the device is waited for at both ends."""
+    _wait_for(trainer.device)
+    began = time.perf_counter()
+    for _ in range(count):
+        with trainer.log.timer.mark(STEP):
+            trainer.advance()
+    _wait_for(trainer.device)
+    return 1000 * (time.perf_counter() - began) / count
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _capture(control: Control, timer: StageTimer) -> Iterator[None]:
+    control.start(timer)
+    try:
+        yield
+    finally:
+        control.stop(timer)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SystemExit with 128 + n at a signal n to end, so that what is open gets closed."""
+
+    def end(number: int, frame: FrameType | None) -> Any:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, end) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---- Waits of the host ---------------------------------------------------------------------------
+
+
+def find_waits(trainer: Trainer) -> list[HostWait]:
+    """Lines at which a step reads from the device, or would if its tensors lay on one.
+
+    One step, with compiled parts run by Python, which alone can say the line.
+    """
+    looker = HostWaits(lambda: trainer.log.timer.innermost or BETWEEN)
+    with torch.compiler.set_stance("force_eager"), looker:
+        trainer.advance()
+    return looker.found()
+
+
+class HostWaits(TorchDispatchMode):
+    """Notes every read of a tensor by the host, with the line of ours that asks for it.
+
+    On a machine with a GPU only those of its tensors. `Tensor.tolist` of a tensor of the host and
+    copies to it are no operator that waits, and are not seen.
+    """
+
+    def __init__(self, stage: Callable[[], str]) -> None:
+        super().__init__()
+        self._stage = stage
+        self._counts: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        to_host = name in ("_to_copy", "copy_") and _reads(args, kwargs or {})
+        if to_host or (name in READS and _is_of_device(given)):
+            self._counts[f"aten::{name}", self._stage(), _our_frames()] += 1
+        return func(*args, **(kwargs or {}))
+
+    def found(self) -> list[HostWait]:
+        """The most frequent first."""
+        return [
+            HostWait(name=name, stage=stage, stack=stack, calls=calls)
+            for (name, stage, stack), calls in self._counts.most_common()
+        ]
+
+
+def _is_of_device(tensors: list[Tensor]) -> bool:
+    return not torch.cuda.is_available() or any(tensor.is_cuda for tensor in tensors)
+
+
+def _reads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a copy goes from a GPU to the host, and the host waits for it."""
+    if len(args) > 1 and isinstance(args[1], Tensor):  # copy_
+        source, target, waits = args[1], args[0].device, not (args[2] if len(args) > 2 else False)
+    else:
+        source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
+        waits = not kwargs.get("non_blocking", False)
+    return bool(source.is_cuda and target.type == "cpu" and waits)
+
+
+def _our_frames() -> tuple[str, ...]:
+    """`file:line function` of this package's frames, the innermost first."""
+    here = Path(__file__)
+    folders = here.parents[1], Path(pipelines_batch.__file__).parent  # apart in a checkout
+    frames = []
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        folder = next((f for f in folders if path != here and path.is_relative_to(f)), None)
+        if folder is not None:
+            frames.append(f"{path.relative_to(folder.parent)}:{frame.lineno} {frame.name}")
+    return tuple(frames[:MAX_FRAMES])

@@ -1,0 +1,169 @@
+"""What a report is made of. Pictures are uint8 RGB arrays, everything else is plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Picture = npt.NDArray[np.uint8]  # [H, W, 3]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixedPair:
+    """One input of a real training step: what went in and what was asked of each picture."""
+
+    originals: tuple[Picture, Picture]
+    view_a: tuple[Picture, Picture]  # 2 x [S, S, 3], the views that are mixed
+    view_b: tuple[Picture, Picture]  # 2 x [S, S, 3]
+    boxes_a: npt.NDArray[np.float32]  # [2, 5]: y, x, height, width in pixels of the original, flip
+    boxes_b: npt.NDArray[np.float32]  # [2, 5]
+    mask: npt.NDArray[np.bool_]  # [h, w], True: the cell shows the first picture
+    mixed: Picture  # [S, S, 3]
+    captions: tuple[str, str]  # "" where there is none
+    categories: tuple[str, str]  # "" where there is none
+
+    def __post_init__(self) -> None:
+        pictures = {
+            f"{name}[{i}]": getattr(self, name)[i]
+            for name in ("originals", "view_a", "view_b")
+            for i in (0, 1)
+        }
+        for name, picture in (pictures | {"mixed": self.mixed}).items():
+            check_picture(f"MixedPair.{name}", picture)
+        for name in ("boxes_a", "boxes_b"):
+            if getattr(self, name).shape != (2, 5):
+                raise ValueError(
+                    f"MixedPair.{name}: expected [2, 5], got {getattr(self, name).shape}"
+                )
+            for i, original in enumerate(self.originals):
+                _check_inside(f"MixedPair.{name}[{i}]", getattr(self, name)[i], original)
+        rows, columns = self.mask.shape
+        if self.mixed.shape[0] % rows or self.mixed.shape[1] % columns:
+            raise ValueError(
+                f"MixedPair.mask: expected cells that tile {self.mixed.shape[:2]} pixels, "
+                f"got {self.mask.shape}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nearest:
+    """The pictures an encoder finds for a caption, most similar first."""
+
+    pictures: tuple[Picture, ...]
+    names: tuple[str, ...]  # their captions
+    right: int | None  # which of them is the right one
+    rank: int  # of the right picture in the whole gallery, 0 = first
+
+    def __post_init__(self) -> None:
+        if len(self.pictures) != len(self.names):
+            raise ValueError(
+                f"Nearest.names: expected one for each of {len(self.pictures)} pictures, "
+                f"got {len(self.names)}"
+            )
+        inside = self.rank if self.rank < len(self.pictures) else None
+        if self.right != inside:
+            raise ValueError(
+                f"Nearest.right: expected {inside}, as the rank is {self.rank} and "
+                f"{len(self.pictures)} pictures are shown, got {self.right}"
+            )
+        for i, picture in enumerate(self.pictures):
+            check_picture(f"Nearest.pictures[{i}]", picture)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalRow:
+    """A held-out caption, the picture it belongs to, and what each encoder finds for it."""
+
+    caption: str
+    picture: Picture
+    trained: Nearest
+    untrained: Nearest
+
+    def __post_init__(self) -> None:
+        check_picture("RetrievalRow.picture", self.picture)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchPca:
+    """A picture and its patch features as colour, by `m3i_fast.evaluation.dense.patch_pca`."""
+
+    name: str
+    picture: Picture
+    trained: npt.NDArray[np.floating[Any]]  # [h, w, 3] in 0..1
+    untrained: npt.NDArray[np.floating[Any]]  # [h, w, 3] in 0..1
+
+    def __post_init__(self) -> None:
+        check_picture("PatchPca.picture", self.picture)
+        for name in ("trained", "untrained"):
+            value = getattr(self, name)
+            inside = (
+                value.ndim == 3
+                and value.shape[-1] == 3
+                and bool(((value >= 0) & (value <= 1)).all())
+            )
+            if not inside:
+                raise ValueError(f"PatchPca.{name}: expected [h, w, 3] in 0..1, got {value.shape}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportInputs:
+    """Everything the page shows."""
+
+    title: str
+    evaluation: Mapping[str, Any]
+    """evaluation.json. Where it has `trained_minus` ({measure: {source: {difference, low, high}}}),
+    the page judges by these intervals; elsewhere it says that none was computed."""
+    metrics: Sequence[Mapping[str, float]]
+    """The rows of metrics.jsonl."""
+    mixed_pair: MixedPair
+    retrieval: Sequence[RetrievalRow]
+    retrieval_choice: str
+    """How the captions shown were chosen, as a sentence."""
+    retrieval_ranks: Mapping[str, Sequence[int]]
+    """Of the right picture of every held-out caption, 0 = first: trained and untrained encoder."""
+    patch_pca: Sequence[PatchPca]
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    attribution: str = ""
+    """Author and licence of the pictures."""
+    notes: Sequence[str] = field(default_factory=tuple)
+    """Sentences to add to the summary."""
+
+    def __post_init__(self) -> None:
+        if "held_out_concepts" not in self.evaluation:
+            raise ValueError(
+                "ReportInputs.evaluation: expected held_out_concepts among its keys, "
+                f"got {sorted(self.evaluation)}"
+            )
+        if not self.metrics:
+            raise ValueError("ReportInputs.metrics: expected at least one logged step, got none")
+        if not self.patch_pca:
+            raise ValueError("ReportInputs.patch_pca: expected at least one picture, got none")
+        if not self.retrieval:
+            raise ValueError("ReportInputs.retrieval: expected at least one caption, got none")
+        for who, ranks in self.retrieval_ranks.items():
+            if not ranks or not all(0 <= rank < len(ranks) for rank in ranks):
+                raise ValueError(
+                    f"ReportInputs.retrieval_ranks[{who}]: expected a rank of each caption among "
+                    f"as many pictures, got {list(ranks)}"
+                )
+
+
+def check_picture(name: str, picture: Picture) -> None:
+    """Raise ValueError unless it is [H, W, 3] uint8."""
+    if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"{name}: expected [H, W, 3] uint8, got {picture.shape} {picture.dtype}")
+
+
+def _check_inside(name: str, box: npt.NDArray[np.float32], picture: Picture) -> None:
+    y, x, height, width = (float(value) for value in box[:4])
+    rows, columns = picture.shape[:2]
+    if min(y, x) < -1 or y + height > rows + 1 or x + width > columns + 1:  # boxes are rounded
+        raise ValueError(
+            f"{name}: expected a box inside {rows} x {columns} pixels, got y {y:g}, x {x:g}, "
+            f"height {height:g}, width {width:g}"
+        )

@@ -1,0 +1,153 @@
+"""Exports of nsys in two schemas, whole and damaged, and what is told of a step from them."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from m3i_fast.profiling.diff import compare, markdown
+from m3i_fast.profiling.nsys import read_nsys
+from m3i_fast.profiling.summary import Pace, Peak, summarise
+from tests.profiling.nsys_files import Schema, write_export
+
+PACE = Pace(before_ms=1.0, profiled_ms=1.02, after_ms=1.0)
+BOTH: tuple[Schema, ...] = ("old", "new")
+
+
+def _summary(path: Path, **changes: object) -> dict:  # type: ignore[type-arg]
+    about = {"recipe": "demo", "profiler": "nsys", "device": "NVIDIA H100", "pace": PACE}
+    return summarise(read_nsys(path), **(about | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schema", BOTH)
+def test_a_step_is_split_by_stage_family_and_stream(schema: Schema, tmp_path: Path) -> None:
+    summary = _summary(write_export(tmp_path / "report.sqlite", schema))
+    assert summary["kind"] == "cuda" and summary["num_steps"] == 2
+    assert summary["step_ms"] == pytest.approx(1.0)
+    assert {s["name"]: (s["ms"], s["device_ms"]) for s in summary["stages"]} == {
+        "fwd.input": pytest.approx((0.3, 0.34)),
+        "fwd.text": pytest.approx((0.1, 0.1)),
+        "loss.caption": pytest.approx((0.1, 0.0)),
+        "bwd": pytest.approx((0.4, 0.25)),
+        "between stages": pytest.approx((0.1, 0.0)),
+    }
+    assert sum(stage["share"] for stage in summary["stages"]) == pytest.approx(1.0)
+    assert {row["name"]: row["ms"] for row in summary["families"]} == {
+        "gemm": pytest.approx(0.5),
+        "comm": pytest.approx(0.2),
+        "elementwise": pytest.approx(0.1),
+        "memcpy": pytest.approx(0.04),
+    }
+    assert sum(row["share"] for row in summary["families"]) == pytest.approx(1.0)
+    gpu = summary["gpu"]
+    assert gpu["num_streams"] == 2
+    assert gpu["busy_ms"] == pytest.approx(0.69) and gpu["idle_share"] == pytest.approx(0.31)
+    assert gpu["longest_idle_ms"] == pytest.approx(0.15)
+    assert gpu["comm_ms"] == pytest.approx(0.2) and gpu["comm_overlap"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("schema", BOTH)
+def test_kernels_are_named_and_counted(schema: Schema, tmp_path: Path) -> None:
+    peak = Peak(name="h100", flop_s=989e12, byte_s=3350e9)
+    summary = _summary(write_export(tmp_path / "report.sqlite", schema), peak=peak)
+    rows = {row["name"]: row for row in summary["kernels"]}
+    assert list(rows) == [
+        "cutlass::Kernel2",
+        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL",
+        "at::native::vectorized_elementwise_kernel",
+        "Memcpy HtoD",
+    ]
+    assert rows["cutlass::Kernel2"]["calls"] == 2 and rows["Memcpy HtoD"]["calls"] == 1
+    assert rows["Memcpy HtoD"]["byte_s"] == pytest.approx(4096 / 40e-6)
+    assert rows["Memcpy HtoD"]["of_peak_byte_s"] == pytest.approx(4096 / 40e-6 / 3350e9)
+    assert rows["cutlass::Kernel2"]["flop_s"] is None  # nsys knows no shapes
+
+
+@pytest.mark.parametrize("schema", BOTH)
+def test_waits_and_notes(schema: Schema, tmp_path: Path) -> None:
+    summary = _summary(write_export(tmp_path / "report.sqlite", schema))
+    (wait,) = summary["device_waits"]
+    assert wait["name"] == "cudaStreamSynchronize" and wait["stage"] == "between stages"
+    assert wait["calls"] == 1 and wait["ms"] == pytest.approx(0.02)
+    assert wait["stack"] == (["cudaStreamSynchronize", "at::item"] if schema == "new" else [])
+    told = ["1 ranges were never closed and are left out"]
+    if schema == "new":
+        told.append("nsys: some events were dropped")
+    assert summary["notes"] == told
+
+
+def test_a_run_that_profiling_slowed_is_warned_of(tmp_path: Path) -> None:
+    path = write_export(tmp_path / "report.sqlite", "old")
+    summary = _summary(path, pace=Pace(before_ms=1.0, profiled_ms=2.4, after_ms=1.4))
+    assert summary["pace"]["slowdown"] == pytest.approx(2.0)
+    slowed, changed = summary["notes"][-2:]
+    assert "PROFILING SLOWED THE RUN 2.00 times: 2.4 ms a step against 1.0 ms before" in slowed
+    assert "OWN PACE CHANGED: 1.0 ms before and 1.4 ms after" in changed
+    steady = _summary(path, pace=Pace(before_ms=1.0, profiled_ms=1.1, after_ms=1.05))
+    assert not [note for note in steady["notes"] if "PACE" in note or "SLOWED" in note]
+
+
+@pytest.mark.parametrize(
+    ("sql", "message"),
+    [
+        ("DROP TABLE CUPTI_ACTIVITY_KIND_KERNEL", "no table CUPTI_ACTIVITY_KIND_KERNEL.*=cuda"),
+        ("DROP TABLE CUPTI_ACTIVITY_KIND_RUNTIME", "no table CUPTI_ACTIVITY_KIND_RUNTIME.*=cuda"),
+        ("DROP TABLE NVTX_EVENTS", "no table NVTX_EVENTS.*--trace=nvtx"),
+        (
+            "ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL DROP COLUMN correlationId",
+            "CUPTI_ACTIVITY_KIND_KERNEL has no column correlationId; it has .*streamId",
+        ),
+        (
+            "ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL DROP COLUMN shortName",
+            "no column demangledName or shortName or name",
+        ),
+        ("DELETE FROM NVTX_EVENTS WHERE text = 'step'", "at least one whole range named 'step'"),
+        ("UPDATE NVTX_EVENTS SET end = 0 WHERE text = 'step'", "whole range named 'step'"),
+    ],
+)
+def test_what_is_not_there_is_named(sql: str, message: str, tmp_path: Path) -> None:
+    path = write_export(tmp_path / "report.sqlite", "old")
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(sql)
+        database.commit()
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{message}"):
+        read_nsys(path)
+
+
+def test_a_step_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = write_export(tmp_path / "report.sqlite", "new")
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE NVTX_EVENTS SET end = NULL WHERE start = 1000000")
+        database.commit()
+    summary = _summary(path)
+    assert summary["num_steps"] == 1 and summary["step_ms"] == pytest.approx(1.0)
+    assert {row["name"]: row["calls"] for row in summary["kernels"]}["cutlass::Kernel2"] == 2
+    assert summary["notes"][0] == "3 ranges were never closed and are left out"
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = write_export(tmp_path / "report.sqlite", "new")
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:5000], b"no database at all, but a text"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}: not a whole SQLite file"):
+            read_nsys(path)
+    with pytest.raises(FileNotFoundError, match="expected an export of nsys"):
+        read_nsys(tmp_path / "absent.sqlite")
+
+
+def test_a_planted_slowdown_is_found(tmp_path: Path) -> None:
+    a = _summary(write_export(tmp_path / "a.sqlite", "old"))
+    b = _summary(write_export(tmp_path / "b.sqlite", "new", slow=120))
+    found = compare(a, b)
+    first, *others = found.kernels
+    assert first.name == "at::native::vectorized_elementwise_kernel"
+    assert first.delta_ms == pytest.approx(0.12) and first.why == "slower calls"
+    assert all(abs(change.delta_ms) < 1e-9 for change in others)
+    assert "| at::native::vectorized_elementwise_kernel | 0.100 | 0.220 | +0.120 |" in markdown(
+        found
+    )
