@@ -105,7 +105,11 @@ def _plan_by(cfg: Config, rows: dict[Group, Rows]) -> None:
 def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
     """Draw each group, or how all of them grow, to methods.svg or beside it."""
     if not cfg.growth:
-        pictures = {group: draw(lines, group.title) for group, lines in found.items() if lines}
+        pictures = {
+            group: draw(lines, group.title, shown=cfg.shown)
+            for group, lines in found.items()
+            if lines
+        }
     else:
         pictures = {}
         for shares in cfg.annotated:

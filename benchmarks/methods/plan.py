@@ -116,8 +116,8 @@ class Config:
     methods: str = ""
     """Run only these: m3i,byol. All unless given."""
     measures: str = ""
-    """Columns of the tables: knn_top1,scene_patch_top1. All that was measured unless given; Holm's
-    correction is over all of it either way."""
+    """Columns of the tables and panels of the picture: knn_top1,scene_patch_top1. All that was
+    measured unless given; Holm's correction is over all of it either way."""
     seeds: str = "0"
     """Seeds of every run: 0,1,2."""
     jobs: int = os.cpu_count() or 1

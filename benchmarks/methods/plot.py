@@ -8,7 +8,7 @@ line, the two differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from xml.sax.saxutils import escape
 
 from m3i_fast.benchmarks.methods.table import OTHERS, OURS, Line, measures, title
@@ -47,18 +47,19 @@ text.ours { fill: #0b6f68; font-weight: 600; }
 """
 
 
-def draw(lines: Sequence[Line], heading: str) -> str:
-    """The SVG of a table's lines. ValueError where no line has a figure."""
-    panels = [(name, [line for line in lines if name in line.values]) for name in measures(lines)]
+def draw(lines: Sequence[Line], heading: str, *, shown: Container[str] = ()) -> str:
+    """The SVG of a table's lines, `shown` as of `table`. ValueError where no line has a figure."""
+    names = measures(lines, shown)
+    panels = [(name, [line for line in lines if name in line.values]) for name in names]
     if not panels:
         raise ValueError("lines: expected at least one with a figure, got none")
     parts: list[str] = []
     top = _TOP
     for index in range(0, len(panels), 2):
         row = panels[index : index + 2]
-        for left, (measure, shown) in zip(_LEFTS, row, strict=False):
-            parts += _panel(left, top, measure, shown)
-        top += _HEAD + _FOOT + _LINE * max(len(shown) for _, shown in row)
+        for left, (measure, drawn) in zip(_LEFTS, row, strict=False):
+            parts += _panel(left, top, measure, drawn)
+        top += _HEAD + _FOOT + _LINE * max(len(drawn) for _, drawn in row)
     key = "The line is M3I; a bar that does not reach it is a method that differs from it (95 %)."
     return "\n".join(
         [

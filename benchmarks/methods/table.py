@@ -82,11 +82,15 @@ def parse(measure: str) -> tuple[str, str]:
     return base, measure[len(base) :]
 
 
-def measures(lines: Sequence[Line]) -> list[str]:
-    """What any line has, in the order of TITLES, others behind; then the same of the hard half."""
+def measures(lines: Sequence[Line], shown: Container[str] = ()) -> list[str]:
+    """What any line has, in the order of TITLES, others behind; then the same of the hard half.
+
+    shown: of these alone; empty: all.
+    """
     found = dict.fromkeys(name for line in lines for name in line.values)
     bases = dict.fromkeys((*TITLES, *(parse(name)[0] for name in found)))
-    return [base + ending for ending in ENDINGS for base in bases if base + ending in found]
+    chosen = [base for base in bases if not shown or base in shown]
+    return [base + ending for ending in ENDINGS for base in chosen if base + ending in found]
 
 
 # ---- From rows to lines --------------------------------------------------------------------------
@@ -219,7 +223,7 @@ def _figures(
 
     training: further columns.
     """
-    columns = [name for name in measured if not shown or parse(name)[0] in shown]
+    columns = [name for name in measures(lines, shown) if name in measured]
     more = training or {}
     rows = [
         [_label(x), *(_value(x, m) for m in columns), *(column[i] for column in more.values())]

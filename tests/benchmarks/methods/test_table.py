@@ -240,6 +240,10 @@ def test_what_stands_around_the_tables(rows: Rows) -> None:
 def test_points_and_bars_stand_at_their_values(rows: Rows) -> None:
     lines = summarise(rows)
     picture = ElementTree.fromstring(draw(lines, "10 s & more"))
+    names = {
+        text.text for text in ElementTree.fromstring(draw(lines, "", shown=["knn_top1"])).iter()
+    }
+    assert "kNN" in names and "linear" not in names
     texts = [(text.text, text.get("class")) for text in picture.iter(f"{SVG}text")]
     assert texts[0] == ("10 s & more", "title")
     assert [text for text, kind in texts if kind == "name"] == [
