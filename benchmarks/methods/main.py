@@ -55,7 +55,15 @@ from m3i_fast.benchmarks.methods.plan import (
 from m3i_fast.benchmarks.methods.plot import draw
 from m3i_fast.benchmarks.methods.power_table import compare_arms, draw_power, power_table
 from m3i_fast.benchmarks.methods.run import is_trained, measure_untrained, train_and_measure
-from m3i_fast.benchmarks.methods.table import OURS, UNTRAINED, Line, Rows, summarise, table
+from m3i_fast.benchmarks.methods.table import (
+    OURS,
+    UNTRAINED,
+    Line,
+    Rows,
+    brief_table,
+    summarise,
+    table,
+)
 from m3i_fast.benchmarks.methods.variants import NOTE, VARIANTS
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.planning.calibration import calibrate, step_seconds
@@ -82,8 +90,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = {group: _rows(cfg, group) for group in cfg.groups}
     found = {group: summarise(of_group) for group, of_group in rows.items()}
     for group, lines in found.items():
-        note = NOTE if cfg.ablations else ""
-        text = table(lines, group.title, shown=cfg.shown, note=note)
+        text = (
+            brief_table(lines, group.title, shown=cfg.shown)
+            if cfg.brief
+            else table(lines, group.title, shown=cfg.shown, note=NOTE if cfg.ablations else "")
+        )
         make_console().print(text, highlight=False, soft_wrap=True)
     _draw(cfg, found)
     if cfg.pilot:

@@ -131,6 +131,8 @@ class Config:
     """Where the run directories go."""
     ledger: Path | None = None
     """Folder of the ledger and the picture; None: benchmarks/results of the checkout."""
+    brief: bool = False
+    """One table in place of four: both halves, and M3I minus each method after its value."""
     table_only: bool = False
     """Print the table of the ledger's rows and run nothing."""
 

@@ -213,6 +213,25 @@ def table(
     return "\n".join([*text, *([f"{note}.", ""] if note else [])])
 
 
+def brief_table(lines: Sequence[Line], heading: str, *, shown: Container[str] = ()) -> str:
+    """Markdown: one table, of both halves; after a value, M3I minus it. Bold as of `table`."""
+    if not any(line.rows for line in lines):
+        return f"{heading}: no row in the ledger\n"
+    told: dict[tuple[str, str], Interval] = {}
+    for ending in ENDINGS:
+        names = [name for name in measures(lines) if parse(name)[1] == ending]
+        told |= holm({(x.name, m): x.minus[m] for x in lines for m in names if m in x.minus})
+    columns = measures(lines, shown)
+
+    def cell(line: Line, measure: str) -> str:
+        minus = told.get((line.name, measure))
+        value = _value(line, measure)
+        return value if minus is None else f"{value}, {_difference(minus, measure)}"
+
+    rows = [[_label(x), *(cell(x, name) for name in columns)] for x in lines]
+    return "\n".join([f"{heading}.", "", *_grid(["method", *map(title, columns)], rows), ""])
+
+
 def _figures(
     lines: Sequence[Line],
     measured: Sequence[str],

@@ -10,7 +10,15 @@ from scipy import stats
 
 from m3i_fast.benchmarks.methods.plot import draw
 from m3i_fast.benchmarks.methods.run import pack
-from m3i_fast.benchmarks.methods.table import Line, Rows, measures, summarise, table, title
+from m3i_fast.benchmarks.methods.table import (
+    Line,
+    Rows,
+    brief_table,
+    measures,
+    summarise,
+    table,
+    title,
+)
 from m3i_fast.evaluation.statistics import hits_interval
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -223,6 +231,21 @@ def test_the_hard_half_has_tables_of_its_own() -> None:
     mixed = Line("m3i", dict.fromkeys(names, 0.0), {}, [])
     assert measures([mixed]) == ["knn_top1", "new", "knn_top1_hard", "new_hard"]
     assert title("knn_top1_hard") == "kNN, hard half"
+
+
+def test_a_brief_table_says_the_same_in_one() -> None:
+    rows: Rows = {
+        "byol": {seed: _split_row(_hits(0.5, 3 + seed), seed) for seed in (0, 1)},
+        "m3i": {seed: _split_row(OURS[seed], seed) for seed in (0, 1)},
+    }
+    lines = summarise(rows)
+    whole, brief = table(lines, "10 s"), brief_table(lines, "10 s")
+    cells = _cells(brief, 0)
+    for name, places in (("kNN", (0, 1)), ("kNN, hard half", (2, 3))):
+        value, minus = (_cells(whole, place)["byol"]["kNN"] for place in places)
+        assert cells["byol"][name] == f"{value}, {minus}"
+        assert cells["m3i"][name] == _cells(whole, places[0])["m3i"]["kNN"]
+    assert "no row in the ledger" in brief_table(summarise({}), "10 s")
 
 
 def test_what_stands_around_the_tables(rows: Rows) -> None:
