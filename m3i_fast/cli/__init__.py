@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import logging
 import os
 import sys
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
         for verb, description in VERBS.items():
             console.print(f"  {verb:<12}{description}", highlight=False)
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        version = importlib.metadata.version("m3i-fast")
+        make_console().print(f"m3i-fast {version}", highlight=False)
+        return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
         return refuse(
