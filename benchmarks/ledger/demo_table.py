@@ -19,13 +19,10 @@ from m3i_fast.terminal import make_console
 
 SUBJECT = "demo"
 MEASURES = {
-    "caption_to_image_recall_at_1": "caption to image R@1",
     "caption_to_image_recall_at_5": "caption to image R@5",
     "image_to_caption_recall_at_5": "image to caption R@5",
     "knn_top1": "kNN",
-    "knn_balanced_accuracy": "kNN, balanced",
     "linear_top1": "linear",
-    "linear_balanced_accuracy": "linear, balanced",
     "patch_correspondence": "patch found again",  # of older rows, by its position too
     "patch_correspondence_centred": "patch found again, centred",
 }

@@ -255,20 +255,21 @@ def found_within(ranks: Mapping[str, Sequence[int]]) -> Panel:
     ]
     half = {who: int(np.searchsorted(share, 0.5)) + 1 for who, share in shares.items()}
     listed = ", ".join(f"{SOURCES[who]} {count}" for who, count in half.items())
+    top = LEGEND_HEIGHT * math.ceil(len(traces) / 2)
     layout = {
         "xaxis": _axis(title="pictures looked at")
         | {"type": "log", "dtick": 1, "showgrid": False, "fixedrange": True},
         "yaxis": _axis(nticks=4) | {"range": [0, 1], "tickformat": ".0%", "fixedrange": True},
         "hovermode": "x unified",
-        "legend": _legend(len(traces)),
-        "margin": {"l": 38, "r": 12, "t": LEGEND_HEIGHT, "b": 40},
+        "legend": _legend(2),
+        "margin": {"l": 38, "r": 12, "t": top, "b": 40},
     }
     return _panel(
         "found-within",
         "Captions whose picture is found",
         f"among so many pictures nearest to the caption; half of them among the nearest: {listed}",
         f"Pictures to look at until half of the captions have theirs: {listed}",
-        CURVE_HEIGHT + LEGEND_HEIGHT,
+        CURVE_HEIGHT + top,
         traces,
         layout,
     )
