@@ -248,7 +248,7 @@ def main() -> None:
         sys.exit("g++: not found; install a C++17 compiler (Debian: apt-get install g++)")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         sys.exit("Python.h: not found; install its headers (Debian: apt-get install python3-dev)")
-    driver = runpy.run_path(str(ROOT / "m3i_fast" / "cli" / "probes.py"))["driver"]()
+    driver = runpy.run_path(str(ROOT / "m3i_fast" / "doctor" / "probes.py"))["driver"]()
     try:
         plan = plan_for(tuple(driver["cuda"]) if "cuda" in driver else None)
         bring_up_to_date(overruled(plan, os.environ.get("M3I_CUDA", "")))

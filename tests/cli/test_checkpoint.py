@@ -9,7 +9,7 @@ from m3i_fast.cli import main
 from tests.engine.checkpoint.checkpoint_cases import assert_equal, save, trained
 from tests.faults.files import flip_byte, truncate
 
-OLD = Path(__file__).parents[1] / "engine" / "old_checkpoint"
+OLD = Path(__file__).parents[1] / "engine" / "checkpoint" / "old_checkpoint"
 
 
 @pytest.fixture
