@@ -242,7 +242,7 @@ def test_no_cuda_has_no_devices() -> None:
 
 def test_all_that_is_asked_of_nvml_is_in_the_real_module() -> None:
     names = set()
-    for file in ("gpu.py", "telemetry.py"):
+    for file in ("nvml.py", "sampler.py"):
         source = Path(inspect.getsourcefile(gpu) or "").with_name(file).read_text()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in (
