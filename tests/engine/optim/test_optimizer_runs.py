@@ -21,7 +21,7 @@ TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=
 OPTIMISERS = {
     "adamw": OptimConfig(lr=3e-3),
     "lamb": OptimConfig(name="lamb", lr=1e-2),
-    "lars": OptimConfig(name="lars", lr=20.0, clip_grad_norm=0.0),
+    "lars": OptimConfig(name="lars", lr=10.0, clip_grad_norm=0.0),
 }
 
 
