@@ -135,11 +135,12 @@ def _commit(described: str | None) -> tuple[str | None, bool]:
 
 
 def _this_command() -> str:
-    """As typed, without this machine's paths: `python -m module ...` or `program ...`."""
+    """As typed, of absolute paths the last part: `python -m module ...` or `program ...`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec else None
     program = ["python", "-m", module] if module else [Path(sys.argv[0]).name]
-    return shlex.join([*program, *sys.argv[1:]])
+    folders = re.compile(r"(?<![^=,:])/(?:[^/\s]+/)+")  # of an argument, or of an option's value
+    return shlex.join([*program, *(folders.sub(".../", argument) for argument in sys.argv[1:])])
 
 
 # ---- Reading -------------------------------------------------------------------------------------

@@ -300,6 +300,18 @@ def test_class_of_a_machine(change: dict[str, Any], named: str) -> None:
     assert machine.machine_class({**found, **change}) == named
 
 
+def test_a_command_says_nothing_of_where_the_machine_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(sys.modules["__main__"], "__spec__")
+    arguments = ["--data", "/a/b/data", "--out=/c/d/run", "--op", "dcnv3", "rel/path", "a/b,/c/d"]
+    monkeypatch.setattr(sys, "argv", ["/e/bin/m3i-fast", "bench", *arguments])
+    append_row("speed", {}, folder=tmp_path)
+    (row,) = read_rows("speed", folder=tmp_path)
+    told = "--data .../data --out=.../run --op dcnv3 rel/path a/b,.../d"
+    assert row["command"] == f"m3i-fast bench {told}"
+
+
 # ---- Append-only ---------------------------------------------------------------------------------
 
 
