@@ -133,12 +133,31 @@ def test_a_wrong_request_is_named(wrong: dict[str, Any], message: str) -> None:
 # ---- Two versions --------------------------------------------------------------------------------
 
 
-def test_processes_take_turns_and_work_that_is_done_twice_is_found() -> None:
+def test_processes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[float] = []
+    take = Worker.sample
+
+    def noted(worker: Worker, calls: int) -> float:
+        order.append(worker._version.planted)
+        return take(worker, calls)
+
+    monkeypatch.setattr(Worker, "sample", noted)
     plan = Plan("gaussian", pairs=2, samples=16, sample_ms=1.0)
     groups = sample_in_turns(plan, (Version(), Version(planted=1.0)))
     assert [[len(group) for group in version] for version in groups] == [[16, 16]] * 2
-    verdict = judge(*groups, num_resamples=300)
-    assert verdict.alarm == "slower" and 1.6 < verdict.ratio < 2.6
+    assert all(set(pair) == {0.0, 1.0} for pair in zip(order[::2], order[1::2], strict=True))
+
+
+def test_planted_calls_take_time_but_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(compare_worker.time, "perf_counter", lambda: now)
+
+    def call_of_2_ms() -> None:
+        nonlocal now
+        now += 2e-3
+
+    assert compare_worker.sample_ms(call_of_2_ms, calls=8, extra=0) == pytest.approx(2.0)
+    assert compare_worker.sample_ms(call_of_2_ms, calls=8, extra=4) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("work", compare_worker.WORKS)
@@ -158,13 +177,13 @@ def test_self_test_leaves_a_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
-    arguments = "gaussian --self-test 1 --pairs 1 --samples 4 --sample-ms 0.1 --planted 2.0"
+    arguments = "gaussian --self-test 1 --pairs 1 --samples 4 --sample-ms 0.1 --planted 9.0"
     assert compare.main(arguments.split()) == 0
     (row,) = ledger.read_rows("gate")
     figures = row["figures"]
-    assert figures["work"] == "gaussian" and figures["slowdown"] == 2.0
+    assert figures["work"] == "gaussian" and figures["slowdown"] == 9.0
     assert [figures[name]["comparisons"] for name in ("unchanged", "planted")] == [1, 1]
-    assert figures["planted"]["ratios"][0] > 1.5
+    assert figures["planted"]["ratios"][0] > 1.5  # ten times the work
     assert "planted 1: " in capsys.readouterr().out
 
 
