@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from m3i_fast.benchmarks.faults.files import flip_byte, truncate
 from m3i_fast.cli import main
 from tests.engine.checkpoint.checkpoint_cases import assert_equal, save, trained
-from tests.faults.files import flip_byte, truncate
 
 OLD = Path(__file__).parents[1] / "engine" / "checkpoint" / "old_checkpoint"
 

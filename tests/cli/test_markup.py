@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from m3i_fast.benchmarks.faults.files import truncate
 from m3i_fast.cli import VERBS, main
 from m3i_fast.terminal import make_console
 from tests.engine.checkpoint.checkpoint_cases import save
 from tests.engine.test_trainer import _config
-from tests.faults.files import truncate
 from tests.test_imports import FILES
 
 HOSTILE = "x[/b][bold]:bug:[green"  # a folder "x[", and in it a name

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as st_save
 from torch import nn
 
+from m3i_fast.benchmarks.faults.files import flip_byte, forge, truncate
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
@@ -26,7 +27,6 @@ from tests.engine.checkpoint.checkpoint_cases import (
     trained,
     weights,
 )
-from tests.faults.files import flip_byte, forge, truncate
 
 OLD = Path(__file__).parent / "old_checkpoint" / "step_00000004"
 MODEL, OPTIMIZER = ("model/00001-of-00001.safetensors", "optimizer/00001-of-00001.safetensors")

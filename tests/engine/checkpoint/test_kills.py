@@ -12,10 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from m3i_fast.benchmarks.faults.files import (
+    NAMES,
+    TAKES_SPACE,
+    FaultyFiles,
+    flip_byte,
+    in_child,
+    killed_at,
+)
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
 from tests.engine.checkpoint.checkpoint_cases import assert_equal, loaded, save, trained, weights
-from tests.faults.files import NAMES, TAKES_SPACE, FaultyFiles, flip_byte, in_child, killed_at
 
 EXPECTED = {step: weights(*trained(step)) for step in (1, 2, 3)}
 SAVED = ["latest", "step_00000002", "step_00000003"]

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from m3i_fast.benchmarks.faults.files import FaultyFiles, flip_byte
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer
@@ -28,7 +29,6 @@ from tests.engine.checkpoint.checkpoint_cases import (
     train,
     weights,
 )
-from tests.faults.files import FaultyFiles, flip_byte
 
 SEED = 5
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from m3i_fast.benchmarks.faults.files import FaultyFiles
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint import saver
 from m3i_fast.engine.checkpoint.saver import Saver
@@ -20,7 +21,6 @@ from tests.engine.checkpoint.checkpoint_cases import (
     trained,
     weights,
 )
-from tests.faults.files import FaultyFiles
 
 
 class Gate:

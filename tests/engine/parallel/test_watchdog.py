@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from m3i_fast.benchmarks.faults.files import in_child
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, Watchdog
 from m3i_fast.engine.trainer import Trainer
@@ -28,7 +29,6 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo, shrink
 from tests.engine.guard.guard_work import spread
 from tests.engine.parallel.test_ranks import TEXT
-from tests.faults.files import in_child
 
 LIMIT = 0.4  # s
 

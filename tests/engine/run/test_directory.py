@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from m3i_fast.benchmarks.faults.files import FaultyFiles, in_child
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.run.directory import Run
@@ -24,7 +25,6 @@ from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 from tests.engine.test_trainer import _config
-from tests.faults.files import FaultyFiles, in_child
 
 # ---- A directory that goes away ------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from m3i_fast.benchmarks.faults.files import flip_byte, forge
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
@@ -36,7 +37,6 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
 from tests.engine.checkpoint.checkpoint_cases import assert_equal, trained
 from tests.engine.test_trainer import _config
-from tests.faults.files import flip_byte, forge
 
 OF_THE_MACHINE = ("time/", "throughput/", "efficiency/", "host/", "gpu/")
 

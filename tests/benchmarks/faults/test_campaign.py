@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from m3i_fast.benchmarks.faults.campaign import Campaign, Trial
+from m3i_fast.benchmarks.faults.main import carry_out
+from m3i_fast.benchmarks.faults.report import DOCS, by_fault, newest, page, picture
+from m3i_fast.benchmarks.faults.trials import MIDDLE, plan
 from m3i_fast.cli import main
-from tests.faults.campaign import Campaign, Trial
-from tests.faults.command import carry_out
-from tests.faults.report import DOCS, by_fault, newest, page, picture
-from tests.faults.trials import MIDDLE, plan
 
 
 @pytest.fixture(scope="module")
@@ -68,5 +68,7 @@ def test_the_page_is_of_the_newest_rows() -> None:
 def test_a_wrong_flag_is_named(
     flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["faults", *flags]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["faults", *flags])
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())

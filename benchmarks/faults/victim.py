@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pkgutil
+import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +23,11 @@ import torch
 from torch import Tensor
 
 import m3i_fast.pipelines.graph.reader  # noqa: F401
-from m3i_fast.cli import main
+from m3i_fast.benchmarks.faults.files import FaultyFiles
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.step import StepForward
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.storage import write_atomically
-from tests.faults.files import FaultyFiles
 
 Fault = tuple[str, dict[str, Any]]  # a name of INSIDE and its options
 STEPS = "m3i_fast.engine.trainer.Trainer.train_step"
@@ -49,7 +49,7 @@ PHASES = {
 def live(
     arguments: list[str], log: Path, environment: dict[str, str], inside: Sequence[Fault]
 ) -> None:
-    """Be `m3i-fast train ARGUMENTS` with the faults inside; exits with its code."""
+    """Run `m3i-fast train ARGUMENTS` with these faults in this process; exit with its code."""
     os.environ.update(environment)
     with log.open("ab", buffering=0) as file:
         for stream in (sys.stdout, sys.stderr):
@@ -58,8 +58,8 @@ def live(
     with ExitStack() as stack:
         for name, options in inside:
             stack.enter_context(INSIDE[name](**options))
-        code = main(["train", *arguments])
-    sys.exit(code)
+        sys.argv = ["m3i-fast", "train", *arguments]
+        runpy.run_module("m3i_fast.cli", run_name="__main__")  # as `python -m`, which exits
 
 
 def _before(target: str, call: int, action: Callable[[], object]) -> AbstractContextManager[object]:

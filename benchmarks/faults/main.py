@@ -1,47 +1,74 @@
-"""Run a campaign, show it, and keep it where that is asked for."""
+"""m3i-fast faults: spoil runs in every way and see that each ends as if nothing had happened."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import tyro
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
+from m3i_fast.benchmarks.faults.campaign import Campaign, Trial, Verdict
+from m3i_fast.benchmarks.faults.report import DOCS, SUBJECT, newest, page, picture
+from m3i_fast.benchmarks.faults.trials import plan
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
-from tests.faults.campaign import Campaign, Trial, Verdict
-from tests.faults.report import DOCS, SUBJECT, newest, page, picture
-from tests.faults.trials import plan
-
-if TYPE_CHECKING:
-    from m3i_fast.cli.faults import FaultsCommand
 
 console = make_console(stderr=True)
 
 
-def run(command: FaultsCommand) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    kills: int = 100
+    """Runs killed at a random moment."""
+    writes: int | None = None
+    """Writes struck while one checkpoint is there; all of them unless given."""
+    only: str = ""
+    """Regular expression: only faults with such a name, as "NaN|SIGTERM"."""
+    seed: int = 0
+    """Of the random moments."""
+    jobs: int = os.cpu_count() or 1
+    """Trials at a time; each has one or two processes of one thread."""
+    record: bool = False
+    """Append a row a trial to the ledger and write docs/faults.md and its picture."""
+
+    def __post_init__(self) -> None:
+        for name in ("kills", "writes", "jobs"):
+            value, least = getattr(self, name), int(name == "jobs")
+            if value is not None and value < least:
+                raise ValueError(f"--{name}: expected >= {least}, got {value}")
+        if self.record and not DOCS.is_dir():
+            raise ValueError(f"--record: expected a checkout with {DOCS.name}/, got none at {DOCS}")
+
+
+def main(argv: list[str]) -> int:
+    """Run a campaign and show it; 0 where all runs recovered with equal weights, else 1."""
+    return run(tyro.cli(Config, prog="m3i-fast faults", args=argv))
+
+
+def run(cfg: Config) -> int:
     """Exit code: 1 where a run did not recover with equal weights."""
     memory = Path("/dev/shm")  # syncs cost nothing there, and kills strike no less
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         with console.status("runs without a fault"):
             campaign = Campaign(Path(folder))
-        trials = plan(campaign, kills=command.kills, writes=command.writes, seed=command.seed)
-        wanted = [trial for trial in trials if re.search(command.only, trial.fault)]
+        trials = plan(campaign, kills=cfg.kills, writes=cfg.writes, seed=cfg.seed)
+        wanted = [trial for trial in trials if re.search(cfg.only, trial.fault)]
         if not wanted:
-            raise ValueError(f"--only: expected to match a fault, got {command.only!r}")
-        found = carry_out(campaign, wanted, command.jobs)
-    if command.record:
-        record(found, seed=command.seed)
+            raise ValueError(f"--only: expected to match a fault, got {cfg.only!r}")
+        found = carry_out(campaign, wanted, cfg.jobs)
+    if cfg.record:
+        record(found, seed=cfg.seed)
     make_console().print(_table(found))
     for verdict in found:
         if verdict.log:

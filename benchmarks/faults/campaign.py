@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from m3i_fast.benchmarks.faults.victim import Fault, digests, live
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.shard_files import PARTS
@@ -28,7 +29,6 @@ from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, shrink
-from tests.faults.victim import Fault, digests, live
 
 STEPS = 12
 STUCK = 300.0  # seconds after which a process that has not ended is said to hang
@@ -93,7 +93,9 @@ class Campaign:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["tests.faults.victim"])
+        self._context.set_forkserver_preload(
+            ["m3i_fast.benchmarks.faults.victim", "m3i_fast.cli.train"]
+        )
         data = folder / "data"
         if not data.exists():
             openmoji.build(data, limit=60, labelled=0.5, num_merges=300, context_length=24)

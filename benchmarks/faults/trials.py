@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from m3i_fast.engine.checkpoint import checkpoints as checkpoint
-from m3i_fast.engine.parallel.watchdog import EXIT_CODE
-from tests.faults.campaign import (
+from m3i_fast.benchmarks.faults.campaign import (
     FAILED,
     KILLED,
     REFUSED,
@@ -28,8 +26,10 @@ from tests.faults.campaign import (
     outcome,
     wait,
 )
-from tests.faults.files import NAMES, flip_byte, truncate
-from tests.faults.victim import PHASES, Fault
+from m3i_fast.benchmarks.faults.files import NAMES, flip_byte, truncate
+from m3i_fast.benchmarks.faults.victim import PHASES, Fault
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.parallel.watchdog import EXIT_CODE
 
 MIDDLE = 7  # a step after some checkpoints and before the last
 SPOILT = 8  # the step of the checkpoint whose writes are struck
