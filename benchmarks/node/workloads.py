@@ -68,9 +68,9 @@ class TrainWork:
             next(self._data)
 
     def step(self) -> None:
-        trainer, model = self._trainer, self._trainer.model
+        trainer, model = self._trainer, self._trainer.train_step.model
         if trainer.step == trainer.cfg.num_steps:
-            trainer.step = 0
+            trainer.train_step.steps_taken = 0
         if isinstance(model, DistributedDataParallel) and not self._exchange:
             with model.no_sync():
                 trainer.next_step(self._data)
@@ -104,7 +104,7 @@ def works_of(trainer: Trainer) -> dict[str, Work]:
         SYNTHETIC: TrainWork(trainer, batches),
         BOTH: TrainWork(trainer, loader, num_ahead=num_ahead),
     }
-    if isinstance(trainer.model, DistributedDataParallel):
+    if isinstance(trainer.train_step.model, DistributedDataParallel):
         works[NO_EXCHANGE] = TrainWork(trainer, batches, exchange=False)
     return works
 

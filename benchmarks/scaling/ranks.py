@@ -1,10 +1,9 @@
 """Ranks that are started to take steps of training, and how long those last.
 
 A process a rank on this machine, over NCCL on GPUs and gloo on a CPU, where each has one thread.
-The steps are `Trainer.train_step` on batches that lie on the device: draw, forward, backward, clip,
-optimiser, moving average, no loader, no log. They are timed in windows of several, before and after
-which a rank waits for its device; all ranks begin a window together, and it lasts as long as the
-slowest of them. Three kinds of step:
+The steps are calls of `TrainStep` on batches that lie on the device: no loader, no log. They are
+timed in windows of several, before and after which a rank waits for its device; all ranks begin a
+window together, and it lasts as long as the slowest of them. Three kinds of step:
 
     together    as in training
     unreduced   the same, but DDP sends no gradients (its `no_sync`); not where weights are spread
@@ -175,7 +174,7 @@ def _meet(rank: int, job: Job, folder: Path) -> None:
 
 
 def _kinds(trainer: Trainer) -> tuple[Kind, ...]:
-    is_ddp = isinstance(trainer.model, DistributedDataParallel)
+    is_ddp = isinstance(trainer.train_step.model, DistributedDataParallel)
     return ("together", "unreduced") if is_ddp else ("together",)
 
 
@@ -193,8 +192,9 @@ def _windows(trainer: Trainer, job: Job, kinds: tuple[Kind, ...]) -> dict[Kind, 
 def _window(trainer: Trainer, kind: Kind, steps: int) -> float:
     """Seconds a step. All begin together, and wait for their device at both ends."""
     silent: AbstractContextManager[None] = nullcontext()
-    if kind == "unreduced" and isinstance(trainer.model, DistributedDataParallel):
-        silent = trainer.model.no_sync()
+    model = trainer.train_step.model
+    if kind == "unreduced" and isinstance(model, DistributedDataParallel):
+        silent = model.no_sync()
     _wait(trainer.device)
     dist.barrier()
     begun = time.perf_counter()

@@ -327,7 +327,7 @@ def test_gradients_are_reduced_in_the_windows_that_say_so(tiny: Path, tmp_path: 
             return found
 
         assert scaling_ranks._kinds(trainer) == ("together", "unreduced")
-        trainer.model.register_comm_hook(None, see)  # type: ignore[operator]
+        trainer.train_step.model.register_comm_hook(None, see)  # type: ignore[operator]
         scaling_ranks._window(trainer, "unreduced", 2)
         assert trainer.step == 2 and not buckets
         scaling_ranks._window(trainer, "together", 3)

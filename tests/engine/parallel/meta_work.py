@@ -15,7 +15,7 @@ from m3i_fast.engine.build import build_objective, stacks_of
 from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import is_spread, local
 from m3i_fast.engine.parallel.ranks import World, distribute
-from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.internimage.deformable import InternImageLayer
 from m3i_fast.models.transformer.blocks import Block
 
@@ -70,7 +70,7 @@ def _make(cfg: TrainConfig, world: World) -> Made:
     copies = [average for average, _ in objective.momentum_pairs()]
     stacks = stacks_of(objective)
     distribute(
-        StepForward(objective),
+        ForwardPass(objective),
         stacks,
         ParallelConfig(shard=-1),
         world,

@@ -16,7 +16,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.gradient_caching import by_chunks
-from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.recipes import recipes, shrink
@@ -55,7 +55,7 @@ def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = StepForward(objective)(
+        loss, _ = ForwardPass(objective)(
             batch, mix, lambda _: nullcontext(), monitor=True, measure=False
         )
     loss.backward()

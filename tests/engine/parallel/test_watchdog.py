@@ -28,6 +28,7 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo, shrink
 from tests.engine.guard.guard_work import spread
 from tests.engine.parallel.test_ranks import TEXT
+from tests.engine.replaced_step import replace_call
 from tests.faults.files import in_child
 
 LIMIT = 0.4  # s
@@ -203,7 +204,7 @@ def _train(cfg: TrainConfig, out: Path, where: str) -> None:
     def hang(*_: object, **__: object) -> None:
         time.sleep(600)
 
-    step = trainer.train_step
+    step = trainer.train_step.__call__
 
     def train_step(batch: Batch, *, monitor: bool = False) -> dict[str, torch.Tensor]:
         if trainer.step == 3:
@@ -222,7 +223,7 @@ def _train(cfg: TrainConfig, out: Path, where: str) -> None:
                     os._exit(9)
         return step(batch, monitor=monitor)
 
-    trainer.train_step = train_step  # type: ignore[method-assign]
+    replace_call(trainer, train_step)
     trainer.train(watchdog_seconds=1.0)
 
 

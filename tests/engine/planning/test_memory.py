@@ -27,7 +27,7 @@ from m3i_fast.engine.planning.memory import (
 from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, Ledger
 from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.recipes import recipes, shrink
-from tests.engine.real_step import stepper
+from tests.engine.real_step import BF16, FP32, stepper
 
 
 def sized(name: str, batch_size: int) -> TrainConfig:
@@ -52,7 +52,7 @@ def small_internimage(batch_size: int) -> TrainConfig:
 
 def measured_peak(cfg: TrainConfig, *, bf16: bool) -> int:
     """Bytes alive before the second step, and the most that the allocator gave during it."""
-    step = stepper(cfg, bf16=bf16)
+    step = stepper(cfg, arithmetic=BF16 if bf16 else FP32)
     step()
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (Tensor, torch.nn.Parameter)]

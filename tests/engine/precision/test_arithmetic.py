@@ -28,7 +28,7 @@ from m3i_fast.engine.precision.arithmetic import (
     resolve_precision,
 )
 from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
-from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.transformer import float8
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS
@@ -227,13 +227,13 @@ def test_what_is_narrow_stays_in_bf16_and_the_model_must_have_something_wide() -
 # ---- A real step ---------------------------------------------------------------------------------
 
 
-def _step(cfg: TrainConfig, choice: Choice) -> StepForward:
+def _step(cfg: TrainConfig, choice: Choice) -> ForwardPass:
     """Objective of a run; its FP8 products are those of `choice`."""
     torch.manual_seed(0)
-    return StepForward(build_objective(cfg, layers=layers_of(choice, cfg.fp8_min_dim)))
+    return ForwardPass(build_objective(cfg, layers=layers_of(choice, cfg.fp8_min_dim)))
 
 
-def _forward(step: StepForward, cfg: TrainConfig, choice: Choice) -> torch.Tensor:
+def _forward(step: ForwardPass, cfg: TrainConfig, choice: Choice) -> torch.Tensor:
     with forward_context(choice, torch.device("cpu")):
         loss, _ = step(
             draw_batch(cfg),
@@ -273,7 +273,7 @@ def test_a_run_that_has_no_fp8_product_is_an_error(
     cfg = tiny(tmp_path, precision="fp8_current")
     choice = resolve(CPU, "fp8_current", cfg=cfg)
     torch.manual_seed(0)
-    plain = StepForward(build_objective(cfg, layers=TORCH_LAYERS))
+    plain = ForwardPass(build_objective(cfg, layers=TORCH_LAYERS))
     expect_fp8(plain, choice)
     with pytest.raises(RuntimeError, match="expected fp8_current by torchao in encoder"):
         _forward(plain, cfg, choice)

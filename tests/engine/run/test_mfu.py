@@ -16,7 +16,6 @@ from m3i_fast.engine.costs.gemm_rows import shapes_of
 from m3i_fast.engine.costs.gpus import CARDS, Card, card_of
 from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.precision.arithmetic import Capabilities, Choice, resolve_precision
-from m3i_fast.engine.precision.fp8 import layers_of
 from m3i_fast.engine.run.mfu import efficiency, fp8_share, joule_per_image, weighted_peak
 from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.models.transformer.vit import ViTConfig
@@ -128,7 +127,7 @@ def test_the_share_of_fp8_is_what_a_real_step_multiplies_in_it(name: str) -> Non
         fp8_min_dim=32,
     )
     arithmetic = resolve_precision(CPU, shapes_of(cfg), "fp8_current", "auto")
-    step = stepper(cfg, bf16=True, layers=layers_of(arithmetic, cfg.fp8_min_dim))
+    step = stepper(cfg, arithmetic=arithmetic)
     with Float8Products() as seen:
         step()
     products = without_sampling(step_flops(cfg))
