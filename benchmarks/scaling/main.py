@@ -45,10 +45,10 @@ from m3i_fast.benchmarks.scaling.plot import draw
 from m3i_fast.benchmarks.scaling.ranks import Found, Job, all_reduces, slowest, start
 from m3i_fast.benchmarks.scaling.table import MEASURED, PREDICTED, table
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import Card
-from m3i_fast.engine.costs.traffic import Nodes
-from m3i_fast.engine.planning.memory import build_on_meta, count_parameters
+from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.traffic import Nodes
 from m3i_fast.observe.environment import environment
+from m3i_fast.planning.memory import build_on_meta, count_parameters
 from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
 

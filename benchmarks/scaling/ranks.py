@@ -72,7 +72,7 @@ class Found:
     all_reduces: list[tuple[int, float]]
     """Bytes and seconds."""
     efficiency: dict[str, Any]
-    """Of its card, as it trains together; `node_efficiency`."""
+    """Of its card, as it trains together; `core.efficiency`."""
     loss: float
     span_s: tuple[float, float]
     """When the windows began and ended, by the clock of all processes (time.monotonic)."""

@@ -37,8 +37,8 @@ from m3i_fast.benchmarks.core.harness import (
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.training.plain_step import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
+from m3i_fast.costs.gemm_rows import shapes_of
 from m3i_fast.engine.build import build_objective
-from m3i_fast.engine.costs.gemm_rows import shapes_of
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import look_at, resolve_precision
 from m3i_fast.engine.train_step import build_train_step, draw_step_mix

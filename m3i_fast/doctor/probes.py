@@ -212,7 +212,7 @@ def precision() -> Facts:
     """The recipes of FP8 that run here, and of the others why not; one product, where one does."""
     import torch
 
-    from m3i_fast.engine.costs.gemm_rows import FP8
+    from m3i_fast.costs.gemm_rows import FP8
     from m3i_fast.engine.precision.arithmetic import look_at, refuse_recipe, resolve_device
 
     machine = look_at(resolve_device("auto"))

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.costs.gemm_rows import shapes_of
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
-from m3i_fast.engine.costs.gemm_rows import shapes_of
 from m3i_fast.engine.guard.guard import not_finite
 from m3i_fast.engine.guard.skipped_steps import Skips
 from m3i_fast.engine.parallel.ranks import StopFlag, join_world

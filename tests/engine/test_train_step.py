@@ -20,10 +20,10 @@ from m3i_fast.benchmarks.training import step as bench_step
 from m3i_fast.benchmarks.training import telemetry as bench_telemetry
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.planning.calibration import step_seconds
-from m3i_fast.engine.planning.memory import trace
 from m3i_fast.engine.train_step import TrainStep, build_train_step
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.planning.calibration import step_seconds
+from m3i_fast.planning.memory import trace
 from m3i_fast.profiling.capture import NoControl, Windows, profile_steps
 from tests.engine.real_step import FP32
 from tests.engine.test_trainer import _config

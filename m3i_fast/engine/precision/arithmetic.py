@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from m3i_fast.config import Backend, Precision
-from m3i_fast.engine.costs.gemm_rows import ALIGNMENT, FP8, Shapes, too_narrow
-from m3i_fast.models.flops import Product
+from m3i_fast.costs.encoder_flops import Product
+from m3i_fast.costs.gemm_rows import ALIGNMENT, FP8, Shapes, too_narrow
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import Card, card_of
+from m3i_fast.costs.gpus import Card, card_of
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Choice
 from m3i_fast.engine.run.mfu import efficiency, joule_per_image

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gemm_rows import shapes_of
-from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
+from m3i_fast.costs.gemm_rows import shapes_of
+from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Capabilities, Choice, resolve_precision
 from m3i_fast.engine.run import telemetry as run_telemetry

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.planning.memory import (
+from m3i_fast.models.transformer.vit import ViTConfig
+from m3i_fast.planning.memory import (
     AVERAGE,
     DECODER,
     ENCODER,
@@ -24,8 +25,7 @@ from m3i_fast.engine.planning.memory import (
     count_parameters,
     trace,
 )
-from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, Ledger
-from m3i_fast.models.transformer.vit import ViTConfig
+from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, Ledger
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.real_step import BF16, FP32, stepper
 

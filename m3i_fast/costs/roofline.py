@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from m3i_fast.engine.costs.gpus import Card
-from m3i_fast.engine.costs.step_flops import without_sampling
-from m3i_fast.engine.costs.traffic import Traffic
-from m3i_fast.models.flops import Flops
+from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.step_flops import without_sampling
+from m3i_fast.costs.traffic import Traffic
 
 UTILISATION = 0.4  # of large ViTs in bf16, without measurement of this code
 LOADER_IMG_S = 4700.0  # a GPU: DALI's EfficientNet training, its pull request 6366

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gemm_rows import legal_batches, shapes_of, token_rows
-from m3i_fast.engine.costs.gpus import CARDS
-from m3i_fast.engine.costs.roofline import CANDIDATES, Work, predict
-from m3i_fast.engine.costs.step_flops import counts_of
-from m3i_fast.engine.costs.traffic import Nodes, Traffic
-from m3i_fast.engine.planning.memory import AVERAGE, PARAMETERS, STATES, trace
-from m3i_fast.engine.planning.plan import Plan, make_plan
-from m3i_fast.models.flops import vit
+from m3i_fast.costs.encoder_flops import vit
+from m3i_fast.costs.gemm_rows import legal_batches, shapes_of, token_rows
+from m3i_fast.costs.gpus import CARDS
+from m3i_fast.costs.roofline import CANDIDATES, Work, predict
+from m3i_fast.costs.step_flops import counts_of
+from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.models.transformer.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.objectives.methods import CATEGORY
+from m3i_fast.planning.memory import AVERAGE, PARAMETERS, STATES, trace
+from m3i_fast.planning.plan import Plan, make_plan
 from m3i_fast.recipes import recipes, shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)

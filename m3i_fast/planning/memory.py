@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.planning.tensor_tracker import GRADIENTS, OTHER, Ledger
 from m3i_fast.engine.precision.arithmetic import Choice
 from m3i_fast.engine.train_step import TrainStep, draw_step_mix
 from m3i_fast.models.internimage.deformable import InternImageLayer
@@ -29,6 +28,7 @@ from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, Ledger
 
 PARAMETERS, AVERAGE, BUFFERS = "parameters", "EMA copies", "buffers"
 STATES, BATCH = "optimiser states", "batch"

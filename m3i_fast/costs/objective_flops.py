@@ -1,6 +1,6 @@
 """Floating-point operations of the terms, in closed form from the configs.
 
-As in `models.flops`. Legend: B samples, I images in inputs, A of them (or all) asked by a dense
+As in `encoder_flops`. Legend: B samples, I images in inputs, A of them (or all) asked by a dense
 term, n cells an image shows, N cells of the grid, Q cells asked, m cells of a local view.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from m3i_fast.models.flops import (
+from m3i_fast.costs.counts import Counts
+from m3i_fast.costs.encoder_flops import (
     NONE,
     Flops,
     block,
@@ -26,7 +27,6 @@ from m3i_fast.models.internimage.config import InternImageConfig
 from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.config import Term
-from m3i_fast.objectives.counts import Counts
 from m3i_fast.objectives.heads import DecoderConfig
 from m3i_fast.objectives.step_context import target_rows
 
