@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+from m3i_fast.benchmarks.core.svg import text
 from m3i_fast.benchmarks.ledger.rows import commit_of, read_rows
-from m3i_fast.benchmarks.methods.plot import text
 
 SUBJECT = "faults"
 Row = dict[str, Any]  # a row of the ledger
