@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
-from m3i_fast.benchmarks.core.windows import Work
+from m3i_fast.benchmarks.core.windows import TimedWork
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 
@@ -87,7 +87,7 @@ class TrainWork:
         return {name: value for name, value in values.items() if name.startswith("time/")}
 
 
-def works_of(trainer: Trainer) -> dict[str, Work]:
+def works_of(trainer: Trainer) -> dict[str, TimedWork]:
     """The three, and a fourth where it can be told what DDP's exchange of gradients adds."""
     rank, cfg, loader = trainer.world.rank, trainer.cfg, trainer.loader
     num_ahead = cfg.data.prefetch + 1  # and the one that is being made
@@ -97,7 +97,7 @@ def works_of(trainer: Trainer) -> dict[str, Work]:
             for index in range(NUM_IN_MEMORY)
         ]
     )
-    works: dict[str, Work] = {
+    works: dict[str, TimedWork] = {
         LOADER: LoaderWork(
             loader, num_images=cfg.data.batch_size, num_ahead=num_ahead, device=trainer.device
         ),

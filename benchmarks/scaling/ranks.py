@@ -62,7 +62,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class RankResult:
     """Of one rank."""
 
     step_s: dict[Kind, list[float]]
@@ -78,7 +78,7 @@ class Found:
     """When the windows began and ended, by the clock of all processes (time.monotonic)."""
 
 
-def start(job: Job) -> tuple[list[Found], dict[str, Any]]:
+def start(job: Job) -> tuple[list[RankResult], dict[str, Any]]:
     """Run the job's ranks: what each found, in their order, and the telemetry of their windows."""
     with TemporaryDirectory() as name, _environment(job), Telemetry() as telemetry:
         folder = Path(name)
@@ -89,9 +89,9 @@ def start(job: Job) -> tuple[list[Found], dict[str, Any]]:
         return [_read(of_rank) for of_rank in raw], telemetry.summary(begin, end)
 
 
-def _read(raw: dict[str, Any]) -> Found:
+def _read(raw: dict[str, Any]) -> RankResult:
     pairs = [tuple(pair) for pair in raw["all_reduces"]]
-    return Found(**{**raw, "all_reduces": pairs, "span_s": tuple(raw["span_s"])})
+    return RankResult(**{**raw, "all_reduces": pairs, "span_s": tuple(raw["span_s"])})
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _work(rank: int, job: Job, folder: Path) -> None:
         step_s |= _windows(trainer, job, _kinds(trainer))
         stages_ms = _stages(trainer, job, "together")
     span_s = begin, time.monotonic()
-    found = Found(
+    found = RankResult(
         step_s=step_s,
         stages_ms=stages_ms,
         all_reduces=_all_reduces(device),
@@ -249,7 +249,7 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def slowest(found: list[Found], kind: Kind) -> list[float]:
+def slowest(found: list[RankResult], kind: Kind) -> list[float]:
     """Seconds of a step in each window, of the slowest rank; none where that was not measured."""
     if kind == "together" and len(found) == 1:
         kind = "alone"
@@ -257,7 +257,7 @@ def slowest(found: list[Found], kind: Kind) -> list[float]:
     return [max(of_ranks) for of_ranks in zip(*of_each, strict=True)]
 
 
-def all_reduces(found: list[Found]) -> dict[int, list[float]]:
+def all_reduces(found: list[RankResult]) -> dict[int, list[float]]:
     """By bytes, seconds of the slowest rank, each time."""
     by_size: dict[int, list[float]] = {}
     for of_ranks in zip(*(f.all_reduces for f in found), strict=True):

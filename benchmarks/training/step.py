@@ -37,10 +37,10 @@ from m3i_fast.benchmarks.core.harness import (
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.training.plain_step import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
-from m3i_fast.costs.gemm_rows import shapes_of
+from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.precision.arithmetic import look_at, resolve_precision
+from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precision
 from m3i_fast.engine.train_step import build_train_step, draw_step_mix
 from m3i_fast.models.transformer.vit import vit_demo
 from m3i_fast.objectives.mixing import Mix
@@ -104,7 +104,11 @@ def our_step(train: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
     """Build the step that trains, to be called again and again; it returns its loss []."""
     device = torch.device(train.device)
     arithmetic = resolve_precision(
-        look_at(device), shapes_of(train), train.precision, train.backend, compiled=train.compile
+        capabilities_of(device),
+        gemm_shapes(train),
+        train.precision,
+        train.backend,
+        compiled=train.compile,
     )
     train_step = build_train_step(train, World(device), arithmetic)
 

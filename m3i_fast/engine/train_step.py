@@ -19,8 +19,8 @@ from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
 from m3i_fast.engine.parallel.accumulation import expect_additive, over_batches, reduced
 from m3i_fast.engine.parallel.local_shards import GradientNorm
-from m3i_fast.engine.parallel.ranks import World, average_whole, distribute
-from m3i_fast.engine.precision.arithmetic import Choice
+from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
+from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
 from m3i_fast.objectives.objective import MutualInformation
@@ -69,7 +69,7 @@ class TrainStep:
         cfg: TrainConfig,
         objective: MutualInformation,
         world: World,
-        arithmetic: Choice,
+        arithmetic: Arithmetic,
         *,
         stage: Stage = no_stage,
         lr_scale: Callable[[int], float] = no_backoff,
@@ -99,7 +99,7 @@ class TrainStep:
         torch.manual_seed(step_seed(self.seed, step))
         weight_decay = self._weight_decay[step]
         set_schedules(self.optimizer, lr=self.lr_at(step), weight_decay=weight_decay)
-        self.guard.keep()
+        self.guard.save_buffers()
         metrics = self._backward(batches, monitor)
         with stage("clip"):
             names = [name for name, p in self._named if p.grad is not None]
@@ -111,7 +111,7 @@ class TrainStep:
             self.optimizer.step(skip)
             self.optimizer.zero_grad(set_to_none=True)
             self.objective.finish_step()
-            self.guard.undo()
+            self.guard.restore_buffers()
         with stage("ema"):
             for pair in self.objective.momentum_pairs():
                 update_ema(*pair, momentum=self.momentum_at(step), skip=skip)
@@ -141,7 +141,7 @@ class TrainStep:
     def _clip(self) -> GradientNorm:
         parameters = [p for _, p in self._named if p.grad is not None]
         with self._stage("comm"):
-            average_whole(parameters, self.world)
+            average_replicated(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
     def draw_mix(self, batch: Batch, index: int = 0) -> Mix:
@@ -162,7 +162,7 @@ class TrainStep:
 def build_train_step(
     cfg: TrainConfig,
     world: World,
-    arithmetic: Choice,
+    arithmetic: Arithmetic,
     *,
     stage: Stage = no_stage,
     lr_scale: Callable[[int], float] = no_backoff,
@@ -177,7 +177,7 @@ def build_train_step(
             cfg,
             world.group,
             layers=layers_of(arithmetic, cfg.fp8_min_dim),
-            on_meta=world.spreads(cfg.parallel),
+            on_meta=world.shards_weights(cfg.parallel),
         )
     return TrainStep(cfg, objective, world, arithmetic, stage=stage, lr_scale=lr_scale)
 
@@ -199,7 +199,7 @@ def draw_step_mix(cfg: TrainConfig, batch: Batch, *, seed: int, step: int) -> Mi
 
 
 def _distribute(
-    cfg: TrainConfig, objective: MutualInformation, world: World, arithmetic: Choice
+    cfg: TrainConfig, objective: MutualInformation, world: World, arithmetic: Arithmetic
 ) -> nn.Module:
     """Return the forward pass as the ranks run it, reducing its gradients in the backward pass."""
     forward = ForwardPass(objective)

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.costs.gemm_rows import shapes_of
+from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.guard import not_finite
-from m3i_fast.engine.guard.skipped_steps import Skips
+from m3i_fast.engine.guard.skipped_steps import SkippedSteps
 from m3i_fast.engine.parallel.ranks import StopFlag, join_world
 from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES
 from m3i_fast.engine.parallel.watchdog import Watchdog
 from m3i_fast.engine.precision.arithmetic import (
-    announce,
-    look_at,
+    capabilities_of,
+    log_arithmetic,
     resolve_device,
     resolve_precision,
 )
@@ -81,16 +81,20 @@ class Trainer:
         self.world = join_world(device, seconds=join_seconds)
         self.device = self.world.device
         self.arithmetic = resolve_precision(
-            look_at(self.device), shapes_of(cfg), cfg.precision, cfg.backend, compiled=cfg.compile
+            capabilities_of(self.device),
+            gemm_shapes(cfg),
+            cfg.precision,
+            cfg.backend,
+            compiled=cfg.compile,
         )
-        announce(self.arithmetic)
+        log_arithmetic(self.arithmetic)
         self.run = Run(run_dir, cfg)
         saved = self.run.found(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.loader: Data = self._open_shards() if data is None else data
         self.log = RunLog(cfg, run_dir, self.world, self.arithmetic, recipe=recipe)
-        self.skips = Skips(cfg, run_dir, self.world)
+        self.skips = SkippedSteps(cfg, run_dir, self.world)
         self.train_step = build_train_step(
             cfg,
             self.world,
@@ -160,7 +164,7 @@ class Trainer:
                 try:
                     return self._train(progress, time.monotonic() + max_seconds)
                 finally:
-                    with self._watchdog.patient("the end of the run"):
+                    with self._watchdog.allow_longer("the end of the run"):
                         self.close()
         finally:
             for number, handler in previous.items():
@@ -206,13 +210,13 @@ class Trainer:
         progress(self.step, values)
         self._heed_collapse(values)
         if spiked is not None:
-            with self._watchdog.patient("a rollback"):
+            with self._watchdog.allow_longer("a rollback"):
                 self._roll_back(spiked)
         self.log.count_from(self.step)
 
     def save(self) -> None:
         """Write a checkpoint; FloatingPointError if it would hold what is not finite."""
-        with self._watchdog.patient("a save"), self.log.timer.stage("ckpt"):
+        with self._watchdog.allow_longer("a save"), self.log.timer.stage("ckpt"):
             self._save()
 
     def _save(self) -> None:
@@ -245,7 +249,7 @@ class Trainer:
     def _heed_skips(self) -> tuple[int | None, int]:
         """The first spike to go back before, and steps skipped since the last read."""
         steps, records = self.guard.drain()
-        self.skips.see(steps, records)
+        self.skips.record(steps, records)
         if reason := self.skips.excess():
             raise self._abort(reason)
         self._expect_finite("no checkpoint could be written")
@@ -290,7 +294,7 @@ class Trainer:
         )
 
     def _abort(self, reason: str) -> FloatingPointError:
-        self.skips.see(*self.guard.drain())
+        self.skips.record(*self.guard.drain())
         return self.skips.abort(self.step, reason, self.objective, self.optimizer)
 
     def _kept(self) -> dict[str, Stateful]:
@@ -309,7 +313,7 @@ class Trainer:
         state = saved.state()
         self.run.restore(state, num_ranks=self.world.size, loader=self.loader, **self._kept())
         self.train_step.steps_taken = saved.step
-        self.skips.forget_after(self.guard.first_untold(self.step))
+        self.skips.forget_after(self.guard.first_unreported(self.step))
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.precision.arithmetic import Choice
+from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.train_step import TrainStep, draw_step_mix
 from m3i_fast.models.internimage.deformable import InternImageLayer
 from m3i_fast.models.transformer.blocks import Block, LayerNormLinear, LayerNormMLP
@@ -28,7 +28,7 @@ from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, Ledger
+from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
 
 PARAMETERS, AVERAGE, BUFFERS = "parameters", "EMA copies", "buffers"
 STATES, BATCH = "optimiser states", "batch"
@@ -63,22 +63,22 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
     one_batch = replace(cfg.parallel, accumulate=1)
     cfg = replace(cfg, compile=False, cuda_graphs=False, parallel=one_batch)
     mix, objective = draw_first_mix(cfg), build_on_meta(cfg)
-    ledger = Ledger(num_shards=num_shards)
-    stages = _Stages(ledger)
-    with FakeTensorMode() as fake, ledger:
+    tracker = TensorTracker(num_shards=num_shards)
+    stages = _Stages(tracker)
+    with FakeTensorMode() as fake, tracker:
         objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         batch = empty_batch(cfg)
         mix = Mix(**{name: _faked(fake, getattr(mix, name)) for name in mix.__slots__})
-        _book_what_is_held(ledger, objective, batch, mix)
-        _name_parts(ledger, objective)
+        _book_what_is_held(tracker, objective, batch, mix)
+        _name_parts(tracker, objective)
         if cuda:
             _widen_norms(objective)
-        with ledger.within(BUFFERS):
+        with tracker.within(BUFFERS):
             train_step = _StepOfMix(
                 cfg, objective, World(torch.device("cpu")), _arithmetic(bf16), stage=stages.stage
             )
         train_step.mix = mix
-        ledger.reset_peak()
+        tracker.reset_peak()
         train_step(batch)
         return stages.footprint()
 
@@ -147,28 +147,30 @@ def _count(module: nn.Module) -> int:
 
 
 def _book_what_is_held(
-    ledger: Ledger, objective: MutualInformation, batch: Batch, mix: Mix
+    tracker: TensorTracker, objective: MutualInformation, batch: Batch, mix: Mix
 ) -> None:
     parameters = list(objective.parameters())
-    ledger.book(PARAMETERS, (p for p in parameters if p.requires_grad))
-    ledger.book(AVERAGE, (p for p in parameters if not p.requires_grad))
-    ledger.book(BUFFERS, objective.buffers())
-    ledger.watch_casts(parameters)
+    tracker.book(PARAMETERS, (p for p in parameters if p.requires_grad))
+    tracker.book(AVERAGE, (p for p in parameters if not p.requires_grad))
+    tracker.book(BUFFERS, objective.buffers())
+    tracker.watch_casts(parameters)
     given = [getattr(part, name) for part in (batch, mix) for name in part.__slots__]
-    ledger.book(BATCH, (value for value in given if isinstance(value, Tensor)))
-    ledger.book(BATCH, (*batch.global_views, *batch.local_views))
+    tracker.book(BATCH, (value for value in given if isinstance(value, Tensor)))
+    tracker.book(BATCH, (*batch.global_views, *batch.local_views))
 
 
-def _name_parts(ledger: Ledger, objective: MutualInformation) -> None:
+def _name_parts(tracker: TensorTracker, objective: MutualInformation) -> None:
     """Tell what is allocated in modules that the loss calls, and gradients when they are done."""
     named: list[tuple[str, nn.Module]] = [(DECODER, m) for m in objective.decoders.values()]
     named += [(TEXT, term.text_encoder) for term in objective.terms_of(Caption)]
     for part, module in named:
-        module.register_forward_pre_hook(lambda *_, part=part: setattr(ledger, "part", part))
-        module.register_forward_hook(lambda *_: setattr(ledger, "part", HEADS))
+        module.register_forward_pre_hook(lambda *_, part=part: setattr(tracker, "part", part))
+        module.register_forward_hook(lambda *_: setattr(tracker, "part", HEADS))
     for parameter in objective.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.book(GRADIENTS, [p.grad]))
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: tracker.book(GRADIENTS, [p.grad])
+            )
 
 
 def _widen_norms(objective: nn.Module) -> None:
@@ -193,18 +195,18 @@ class _StepOfMix(TrainStep):
         return self.mix
 
 
-def _arithmetic(bf16: bool) -> Choice:
+def _arithmetic(bf16: bool) -> Arithmetic:
     dtype = torch.bfloat16 if bf16 else torch.float32
-    return Choice(recipe="bf16" if bf16 else "fp32", backend="torch", compute_dtype=dtype)
+    return Arithmetic(recipe="bf16" if bf16 else "fp32", backend="torch", compute_dtype=dtype)
 
 
 class _Stages:
-    """Reads the ledger where a stage of the step begins or ends."""
+    """Reads the tracker where a stage of the step begins or ends."""
 
     PARTS = {"fwd.target": TARGET, "fwd.input": ENCODER, "optim": STATES}
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, tracker: TensorTracker) -> None:
+        self._tracker = tracker
         self._activations: dict[str, int] = {}
         self._gradients = 0
         self._peaks: list[dict[str, int]] = []  # of forward and backward pass: all, sharded
@@ -212,31 +214,31 @@ class _Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Stand for a `StageTimer.stage` of the step."""
-        ledger = self._ledger
+        tracker = self._tracker
         if name == "bwd":
             self._activations = {
                 part: size
-                for part, size in ledger.bytes.items()
+                for part, size in tracker.bytes.items()
                 if part not in (*HELD, OTHER) and size
             }
-        part = HEADS if name.startswith("loss.") else self.PARTS.get(name, ledger.part)
-        with ledger.within(part):
+        part = HEADS if name.startswith("loss.") else self.PARTS.get(name, tracker.part)
+        with tracker.within(part):
             yield
         if name == "bwd":
-            self._gradients = ledger.bytes[GRADIENTS]
-            self._peaks = [ledger.peak, ledger.sharded_peak]
-            ledger.reset_peak()
+            self._gradients = tracker.bytes[GRADIENTS]
+            self._peaks = [tracker.peak, tracker.sharded_peak]
+            tracker.reset_peak()
 
     def footprint(self) -> Footprint:
         """Return the bytes of the step that has been taken."""
-        ledger = self._ledger
-        states = ledger.bytes[STATES]
+        tracker = self._tracker
+        states = tracker.bytes[STATES]
         # From the second step on the states are there all the time.
         early = [peak | {STATES: states} for peak in self._peaks]
-        late = ledger.peak, ledger.sharded_peak
+        late = tracker.peak, tracker.sharded_peak
         peak, sharded_peak = (max(*both, key=_sum) for both in zip(early, late, strict=True))
         return Footprint(
-            held={name: ledger.bytes[name] for name in HELD},
+            held={name: tracker.bytes[name] for name in HELD},
             activations=self._activations,
             gradients=self._gradients,
             peak=peak,

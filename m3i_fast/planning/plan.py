@@ -13,15 +13,15 @@ from typing import Any
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs import traffic
 from m3i_fast.costs.encoder_flops import Flops
-from m3i_fast.costs.gemm_rows import FP8, Legal, legal_batches, token_rows
+from m3i_fast.costs.gemm_rows import FP8, LegalBatch, legal_batches, token_rows
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.roofline import (
     AVERAGE_BYTES,
     CANDIDATES,
     OPTIMISER_BYTES,
     UTILISATION,
-    Speed,
-    Work,
+    PredictedSpeed,
+    StepCost,
     assumptions,
     loader_images_s,
     predict,
@@ -75,7 +75,7 @@ class Strategy:
     name: str
     memory: Memory
     sent: Mapping[str, Traffic]
-    speed: Speed
+    speed: PredictedSpeed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class Plan:
     tokens: Mapping[str, int]
     """Of a rank's step, by pass."""
     footprint: Footprint
-    legal: list[Legal]
+    legal: list[LegalBatch]
     strategies: list[Strategy]
     assumptions: list[str]
 
@@ -139,7 +139,7 @@ def make_plan(
             blocks = block_sizes(objective)
             parts = _sharded(footprint, parameters, blocks, nodes, 2 if bf16 else 4)
         sent = bytes_sent(cfg, nodes, parameters, bf16=bf16, sharded=sharded)
-        work = Work(
+        cost = StepCost(
             batch_size=cfg.data.batch_size,
             flops=flops,
             bf16=bf16,
@@ -148,7 +148,7 @@ def make_plan(
             loader_images_s=loader_images_s(card, num_threads=cfg.data.num_threads),
         )
         memory = Memory(parts=parts, assumed=assumed, limit=card.memory_bytes)
-        speed = predict(work, card, num_ranks=nodes.num_ranks, utilisation=utilisation)
+        speed = predict(cost, card, num_ranks=nodes.num_ranks, utilisation=utilisation)
         strategies.append(Strategy(name=name, memory=memory, sent=sent, speed=speed))
     return Plan(
         card=card,

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 GRADIENTS, OTHER, CAST_WEIGHTS = "gradients", "backward and optimiser", "weights in bf16"
 
 
-class Ledger(TorchDispatchMode):
+class TensorTracker(TorchDispatchMode):
     """Counts the bytes of storages from their allocation to their end, as an allocator would.
 
     What a kernel allocates for itself is not seen. Inside a FakeTensorMode nothing is computed and

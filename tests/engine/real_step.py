@@ -10,14 +10,14 @@ import torch
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.precision.arithmetic import Choice
+from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.train_step import build_train_step
 
-FP32 = Choice(recipe="fp32", backend="torch", compute_dtype=torch.float32)
-BF16 = Choice(recipe="bf16", backend="torch", compute_dtype=torch.bfloat16)
+FP32 = Arithmetic(recipe="fp32", backend="torch", compute_dtype=torch.float32)
+BF16 = Arithmetic(recipe="bf16", backend="torch", compute_dtype=torch.bfloat16)
 
 
-def stepper(cfg: TrainConfig, *, arithmetic: Choice = FP32) -> Callable[[], None]:
+def stepper(cfg: TrainConfig, *, arithmetic: Arithmetic = FP32) -> Callable[[], None]:
     """Return a function that takes a whole step of the run, without a loader."""
     cfg = replace(cfg, compile=False, cuda_graphs=False)
     train_step = build_train_step(cfg, World(torch.device("cpu")), arithmetic)

@@ -34,7 +34,7 @@ from m3i_fast.benchmarks.scaling.model import (
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.encoder_flops import Flops
 from m3i_fast.costs.gpus import CARDS
-from m3i_fast.costs.roofline import Work
+from m3i_fast.costs.roofline import StepCost
 from m3i_fast.costs.roofline import predict as roofline
 from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce, ddp
 from m3i_fast.engine.trainer import Trainer
@@ -214,7 +214,7 @@ def test_at_published_rates_it_is_the_roofline_of_the_plan() -> None:
     peak = 0.4 * CARD.bf16_flop_s
     model = Model(fixed_s=0.0, s_per_flop=1 / peak, latency_s=0.0, slowdown=1.0)
     expected = roofline(
-        Work(
+        StepCost(
             batch_size=of.batch_size,
             flops={"all": of.products},
             bf16=True,

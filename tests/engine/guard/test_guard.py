@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.config import GuardConfig
-from m3i_fast.engine.guard.guard import Spikes
+from m3i_fast.engine.guard.guard import SpikeDetector
 from m3i_fast.engine.guard.skipped_steps import SKIPPED_ROW
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import OptimConfig, set_schedules
@@ -283,14 +283,14 @@ def test_spikes_are_those_of_a_loop_in_numpy() -> None:
     losses[[3, 25, 40]] += 2.0  # the first one comes before there is a mean
     losses[50] = math.nan
     window, deviations = 10, 5.0
-    spikes = Spikes(
+    spikes = SpikeDetector(
         GuardConfig(spike_window=window, spike_deviations=deviations), torch.device("cpu")
     )
     found, seen = [], list[float]()
     mean = square = 0.0
     for step, loss in enumerate(losses):
         spike = len(seen) >= window and loss - mean > deviations * math.sqrt(square - mean**2)
-        if bool(spikes.see(torch.tensor(loss), torch.tensor(math.isnan(loss)))):
+        if bool(spikes.update(torch.tensor(loss), torch.tensor(math.isnan(loss)))):
             found.append(step)
         assert spike == (step in found)
         if not spike and not math.isnan(loss):

@@ -82,7 +82,7 @@ def test_the_first_step_a_save_and_a_beat_have_their_time(tmp_path: Path) -> Non
     def work() -> None:
         with Watchdog(stacks, seconds=LIMIT) as watchdog:
             time.sleep(2 * LIMIT)
-            with watchdog.patient("a save"):
+            with watchdog.allow_longer("a save"):
                 time.sleep(2 * LIMIT)
             watchdog.beat()
             for _ in range(3):
@@ -100,7 +100,7 @@ def test_work_with_more_time_has_not_all_of_it(tmp_path: Path) -> None:
     stacks = tmp_path / "stacks.txt"
 
     def work() -> None:
-        with Watchdog(stacks, seconds=LIMIT / 4) as watchdog, watchdog.patient("a save"):
+        with Watchdog(stacks, seconds=LIMIT / 4) as watchdog, watchdog.allow_longer("a save"):
             time.sleep(600)
 
     assert _child(work) == EXIT_CODE
@@ -116,7 +116,7 @@ def test_slow_steps_have_their_time(tmp_path: Path) -> None:
             for _ in range(3):
                 time.sleep(LIMIT)
                 watchdog.beat()
-            with watchdog.patient("a save"):
+            with watchdog.allow_longer("a save"):
                 pass  # it is no step, and says nothing of how fast they are
             time.sleep(600)
 
