@@ -13,11 +13,22 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ANYWHERE = {"config_fields", "hints", "json_files", "storage", "terminal"}
 MODELS = {"models", "ops"}
-ENGINE = {"config", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
+ENGINE = {
+    "config",
+    "costs",
+    "engine",
+    "evaluation",
+    "objectives",
+    "observe",
+    "pipelines",
+    *MODELS,
+}
 MAY_IMPORT = {
     "models": {"ops"},
     "objectives": MODELS,
+    "costs": {"config", "objectives", *MODELS},
     "engine": ENGINE,
+    "planning": {"config", "costs", "engine", "objectives", "pipelines", *MODELS},
     "config": ENGINE,
     "recipes": ENGINE,
     "evaluation": {"pipelines", *MODELS},
@@ -25,8 +36,17 @@ MAY_IMPORT = {
     "doctor": ENGINE,
     "report": {"observe"},
     "profiling": {"report", *ENGINE},
-    "benchmarks": {"export", "recipes", "report", *ENGINE},
-    "cli": {"benchmarks", "doctor", "export", "profiling", "recipes", "report", *ENGINE},
+    "benchmarks": {"export", "planning", "recipes", "report", *ENGINE},
+    "cli": {
+        "benchmarks",
+        "doctor",
+        "export",
+        "planning",
+        "profiling",
+        "recipes",
+        "report",
+        *ENGINE,
+    },
 }
 # Libraries that only these files and folders import; the doctor tries each in a child process.
 DOCTOR = "m3i_fast/doctor/probes.py"

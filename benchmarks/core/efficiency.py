@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from m3i_fast.benchmarks.core.harness import measure
-from m3i_fast.engine.costs.gpus import Card, card_of
+from m3i_fast.costs.gpus import Card, card_of
 from m3i_fast.engine.run.mfu import efficiency
 from m3i_fast.engine.trainer import Trainer
 

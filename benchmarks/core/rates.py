@@ -37,7 +37,7 @@ def summarise_rates(samples: Sequence[float]) -> Rates:
         raise ValueError(f"samples: expected at least one, all finite, got {list(samples)}")
     values = torch.tensor(samples, dtype=torch.float64)  # [N]
     p5, median, p95 = _quantiles(values, 0.05, 0.5, 0.95)
-    low, high = _quantiles(_resampled_medians(values), (1 - LEVEL) / 2, (1 + LEVEL) / 2)
+    low, high = interval(resampled_medians(samples, torch.Generator().manual_seed(0)))
     return Rates(
         median=median,
         p5=p5,
@@ -49,12 +49,22 @@ def summarise_rates(samples: Sequence[float]) -> Rates:
     )
 
 
-def _resampled_medians(
-    values: torch.Tensor,  # [N] fp64
+def resampled_medians(
+    samples: Sequence[float],
+    rng: torch.Generator,
 ) -> torch.Tensor:  # [NUM_RESAMPLES] fp64
-    rng, size = torch.Generator().manual_seed(0), len(values)
+    """Draw the samples anew, as many with replacement, NUM_RESAMPLES times; the median of each."""
+    values, size = torch.tensor(samples, dtype=torch.float64), len(samples)
     drawn = values[torch.randint(size, (NUM_RESAMPLES, size), generator=rng)].sort(dim=1).values
     return (drawn[:, (size - 1) // 2] + drawn[:, size // 2]) / 2
+
+
+def interval(
+    resampled: torch.Tensor,  # [NUM_RESAMPLES] fp64
+) -> tuple[float, float]:
+    """Return the ends of the percentile bootstrap's interval, of probability LEVEL."""
+    low, high = _quantiles(resampled, (1 - LEVEL) / 2, (1 + LEVEL) / 2)
+    return low, high
 
 
 def _quantiles(

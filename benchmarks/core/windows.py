@@ -21,7 +21,7 @@ SETTLED = 0.05  # the last steps and those before differ by no more
 COMPARED = 4  # steps on either side
 
 
-class Work(Protocol):
+class TimedWork(Protocol):
     """What is repeated and timed."""
 
     num_images: int
@@ -100,7 +100,7 @@ class Series:
 
 
 def measure_windows(
-    works: Mapping[str, Work],
+    works: Mapping[str, TimedWork],
     schedule: Schedule,
     *,
     clock: Clock = time.monotonic,
@@ -133,7 +133,7 @@ def measure_windows(
 
 
 def _warm_up(
-    work: Work, schedule: Schedule, clock: Clock, slowest: Callable[[float], float]
+    work: TimedWork, schedule: Schedule, clock: Clock, slowest: Callable[[float], float]
 ) -> list[float]:
     """Seconds of each step, waited for one by one, until they settle."""
     seconds: list[float] = []
@@ -155,7 +155,7 @@ def _has_settled(seconds: Sequence[float]) -> bool:
     return abs(last - before) <= SETTLED * before
 
 
-def _time(work: Work, num_steps: int, lead: int, clock: Clock, telemetry: Summary) -> Window:
+def _time(work: TimedWork, num_steps: int, lead: int, clock: Clock, telemetry: Summary) -> Window:
     work.use_up()
     for _ in range(lead):
         work.step()

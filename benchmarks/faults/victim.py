@@ -25,15 +25,14 @@ from torch import Tensor
 import m3i_fast.pipelines.graph.reader  # noqa: F401
 from m3i_fast.benchmarks.faults.files import FaultyFiles
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
-from m3i_fast.engine.step import StepForward
-from m3i_fast.engine.trainer import Trainer
+from m3i_fast.engine.train_step import ForwardPass, TrainStep
 from m3i_fast.storage import write_atomically
 
 Fault = tuple[str, dict[str, Any]]  # a name of INSIDE and its options
-STEPS = "m3i_fast.engine.trainer.Trainer.train_step"
+STEPS = "m3i_fast.engine.train_step.TrainStep.__call__"
 # Where a step can be caught.
 PHASES = {
-    "start": "m3i_fast.engine.trainer.build_objective",
+    "start": "m3i_fast.engine.train_step.build_objective",
     "data": "m3i_fast.pipelines.loader.Loader.__next__",
     "targets": "m3i_fast.objectives.objective.MutualInformation.encode_targets",
     "inputs": "m3i_fast.objectives.objective.MutualInformation.encode_inputs",
@@ -85,7 +84,7 @@ def send(*, number: int, phase: str, call: int) -> AbstractContextManager[object
 @contextmanager
 def not_a_number(*, step: int) -> Iterator[None]:
     """The loss of one step of this rank, and so its gradients, are NaN."""
-    real, calls = StepForward.forward, 0
+    real, calls = ForwardPass.forward, 0
 
     def forward(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
@@ -93,41 +92,41 @@ def not_a_number(*, step: int) -> Iterator[None]:
         loss, metrics = real(*arguments, **options)
         return (loss * float("nan"), metrics) if calls == step else (loss, metrics)
 
-    with mock.patch.object(StepForward, "forward", forward):
+    with mock.patch.object(ForwardPass, "forward", forward):
         yield
 
 
 def undone(*, step: int) -> AbstractContextManager[object]:
     """One step is taken and all of its model and optimiser are put back, from copies."""
-    real, calls = Trainer.train_step, 0
+    real, calls = TrainStep.__call__, 0
 
-    def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+    def take(train_step: TrainStep, *arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls != step:
-            return real(trainer, *arguments, **options)
-        tensors = tensors_of(trainer.objective, trainer.optimizer)
+            return real(train_step, *arguments, **options)
+        tensors = tensors_of(train_step.objective, train_step.optimizer)
         before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        metrics = real(trainer, *arguments, **options)
+        metrics = real(train_step, *arguments, **options)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(before[name])
         return metrics
 
-    return mock.patch.object(Trainer, "train_step", train_step)
+    return mock.patch.object(TrainStep, "__call__", take)
 
 
 def dump(*, path: Path) -> AbstractContextManager[object]:
     """Before the first step: digests of all that was loaded."""
-    real = Trainer.train_step
+    real = TrainStep.__call__
 
-    def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+    def take(train_step: TrainStep, *arguments: Any, **options: Any) -> Any:
         if not path.exists():
-            found = digests(tensors_of(trainer.objective, trainer.optimizer))
+            found = digests(tensors_of(train_step.objective, train_step.optimizer))
             write_atomically(path, json.dumps(found).encode())
-        return real(trainer, *arguments, **options)
+        return real(train_step, *arguments, **options)
 
-    return mock.patch.object(Trainer, "train_step", train_step)
+    return mock.patch.object(TrainStep, "__call__", take)
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -248,9 +248,9 @@ def _on_a_card(row: Row) -> list[str]:
 
 @cache  # builds and traces whole models
 def _predictions() -> str:
-    from m3i_fast.engine.costs.gpus import CARDS
-    from m3i_fast.engine.costs.traffic import Nodes
-    from m3i_fast.engine.planning.plan import make_plan
+    from m3i_fast.costs.gpus import CARDS
+    from m3i_fast.costs.traffic import Nodes
+    from m3i_fast.planning.plan import make_plan
     from m3i_fast.recipes import recipes
 
     lines = []

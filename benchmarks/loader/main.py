@@ -31,7 +31,7 @@ from torch import Tensor
 
 from m3i_fast.benchmarks.core.harness import publish, ratio_table, summarise
 from m3i_fast.benchmarks.core.rates import summarise_rates
-from m3i_fast.benchmarks.core.windows import Schedule, Series, Work, measure_windows
+from m3i_fast.benchmarks.core.windows import Schedule, Series, TimedWork, measure_windows
 from m3i_fast.benchmarks.loader.peers import (
     DECODERS,
     PILLOW,
@@ -259,7 +259,7 @@ def _row(cfg: Config, data: LoaderConfig) -> dict[str, Any]:
             alone = DecodeAlone(encoded, decode, data.num_threads)
             stack.callback(alone.close)
             loaders[name] = alone
-        works: dict[str, Work] = {
+        works: dict[str, TimedWork] = {
             name: Endless(
                 batches,
                 num_images=len(encoded) if name in DECODERS else data.batch_size,

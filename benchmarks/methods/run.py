@@ -14,10 +14,10 @@ import torch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.evaluator import Evaluation, evaluate, evaluate_untrained
-from m3i_fast.engine.planning.calibration import calibrate
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.collapse import CollapseWatch
 from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.planning.calibration import calibrate
 
 Packed = str | list[float | None]
 LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # in the figures alone

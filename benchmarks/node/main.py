@@ -28,7 +28,7 @@ import torch
 import tyro
 
 from m3i_fast.benchmarks.core.efficiency import efficiency_figures
-from m3i_fast.benchmarks.core.windows import Schedule, Series, Work, measure_windows
+from m3i_fast.benchmarks.core.windows import Schedule, Series, TimedWork, measure_windows
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.benchmarks.node.figures import find, joules_per_image, summarise_ranks
 from m3i_fast.benchmarks.node.shards import PLACE, describe, shards_of, shared_folder
@@ -131,7 +131,7 @@ def _sweep(recipe: str, command: NodeCommand) -> None:
     show_sweep(make_console(), figures)
 
 
-def _keep(command: NodeCommand, figures: dict[str, Any], found: Found | None) -> None:
+def _keep(command: NodeCommand, figures: dict[str, Any], found: NodeResult | None) -> None:
     if command.json is not None:
         command.json.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     if command.record:
@@ -144,7 +144,7 @@ def _keep(command: NodeCommand, figures: dict[str, Any], found: Found | None) ->
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class NodeResult:
     """What all ranks found, on each of them."""
 
     figures: dict[str, Any]
@@ -155,7 +155,7 @@ class Found:
     is_main: bool
 
 
-def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> Found:
+def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> NodeResult:
     """The figures of this node, or of all; every rank calls this."""
     world = join_world(resolve_device(cfg.device))
     with shards_of(cfg, make=make_data, world=world) as cfg, shared_folder(world) as folder:
@@ -171,11 +171,11 @@ def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> Fo
             trainer.close()
     figures["schedule"] = asdict(schedule)
     config = replace(cfg, data=replace(cfg.data, path=PLACE)) if make_data else cfg
-    return Found(figures=figures, config=config, telemetry=telemetry, is_main=world.is_main)
+    return NodeResult(figures=figures, config=config, telemetry=telemetry, is_main=world.is_main)
 
 
 def _windows_of(
-    trainer: Trainer, works: dict[str, Work], schedule: Schedule
+    trainer: Trainer, works: dict[str, TimedWork], schedule: Schedule
 ) -> tuple[dict[str, Series], dict[str, Any]]:
     samples = _local_rank() == 0
     measure = partial(

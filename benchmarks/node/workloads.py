@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
-from m3i_fast.benchmarks.core.windows import Work
+from m3i_fast.benchmarks.core.windows import TimedWork
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 
@@ -68,9 +68,9 @@ class TrainWork:
             next(self._data)
 
     def step(self) -> None:
-        trainer, model = self._trainer, self._trainer.model
+        trainer, model = self._trainer, self._trainer.train_step.model
         if trainer.step == trainer.cfg.num_steps:
-            trainer.step = 0
+            trainer.train_step.steps_taken = 0
         if isinstance(model, DistributedDataParallel) and not self._exchange:
             with model.no_sync():
                 trainer.next_step(self._data)
@@ -87,7 +87,7 @@ class TrainWork:
         return {name: value for name, value in values.items() if name.startswith("time/")}
 
 
-def works_of(trainer: Trainer) -> dict[str, Work]:
+def works_of(trainer: Trainer) -> dict[str, TimedWork]:
     """The three, and a fourth where it can be told what DDP's exchange of gradients adds."""
     rank, cfg, loader = trainer.world.rank, trainer.cfg, trainer.loader
     num_ahead = cfg.data.prefetch + 1  # and the one that is being made
@@ -97,14 +97,14 @@ def works_of(trainer: Trainer) -> dict[str, Work]:
             for index in range(NUM_IN_MEMORY)
         ]
     )
-    works: dict[str, Work] = {
+    works: dict[str, TimedWork] = {
         LOADER: LoaderWork(
             loader, num_images=cfg.data.batch_size, num_ahead=num_ahead, device=trainer.device
         ),
         SYNTHETIC: TrainWork(trainer, batches),
         BOTH: TrainWork(trainer, loader, num_ahead=num_ahead),
     }
-    if isinstance(trainer.model, DistributedDataParallel):
+    if isinstance(trainer.train_step.model, DistributedDataParallel):
         works[NO_EXCHANGE] = TrainWork(trainer, batches, exchange=False)
     return works
 

@@ -11,7 +11,7 @@ import tyro
 
 from m3i_fast.benchmarks.core.harness import parse_counts
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import CARDS, Card, card_of
+from m3i_fast.costs.gpus import CARDS, Card, card_of
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.recipes import demo, find_recipe
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from m3i_fast.benchmarks.core.rates import LEVEL, NUM_RESAMPLES
+from m3i_fast.benchmarks.core.rates import interval, resampled_medians
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,11 +25,9 @@ def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> R
     if not above or not below:
         raise ValueError(f"samples: expected some of each, got {len(above)} and {len(below)}")
     rng = torch.Generator().manual_seed(seed)
-    found = _medians(above, rng) / _medians(below, rng)
-    low, high = found.quantile(
-        torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    ).tolist()
-    return Ratio(value=_median(above) / _median(below), ci_low=low, ci_high=high)
+    low, high = interval(resampled_medians(above, rng) / resampled_medians(below, rng))
+    value = statistics.median(above) / statistics.median(below)
+    return Ratio(value=value, ci_low=low, ci_high=high)
 
 
 def efficiency(
@@ -61,17 +60,3 @@ def share_lost(with_it: Sequence[float], without: Sequence[float]) -> Ratio:
     """1 - without / with: the share of a step that something takes, of seconds of either."""
     found = ratio(without, with_it)
     return Ratio(value=1 - found.value, ci_low=1 - found.ci_high, ci_high=1 - found.ci_low)
-
-
-def _median(samples: Sequence[float]) -> float:
-    ordered = sorted(samples)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-
-
-def _medians(
-    samples: Sequence[float],
-    rng: torch.Generator,
-) -> torch.Tensor:  # [NUM_RESAMPLES] fp64
-    values, size = torch.tensor(samples, dtype=torch.float64), len(samples)
-    drawn = values[torch.randint(size, (NUM_RESAMPLES, size), generator=rng)].sort(dim=1).values
-    return (drawn[:, (size - 1) // 2] + drawn[:, size // 2]) / 2

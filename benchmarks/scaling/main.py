@@ -42,13 +42,13 @@ from m3i_fast.benchmarks.scaling.model import (
     workload,
 )
 from m3i_fast.benchmarks.scaling.plot import draw
-from m3i_fast.benchmarks.scaling.ranks import Found, Job, all_reduces, slowest, start
+from m3i_fast.benchmarks.scaling.ranks import Job, RankResult, all_reduces, slowest, start
 from m3i_fast.benchmarks.scaling.table import MEASURED, PREDICTED, table
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import Card
-from m3i_fast.engine.costs.traffic import Nodes
-from m3i_fast.engine.planning.memory import build_on_meta, count_parameters
+from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.traffic import Nodes
 from m3i_fast.observe.environment import environment
+from m3i_fast.planning.memory import build_on_meta, count_parameters
 from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
 
@@ -85,7 +85,7 @@ class Setting:
 
 
 def measured_row(
-    setting: Setting, mode: Mode, work: Workload, found: list[Found], one: list[Found]
+    setting: Setting, mode: Mode, work: Workload, found: list[RankResult], one: list[RankResult]
 ) -> dict[str, Any]:
     """Of the ranks that were started, beside the one rank."""
     cfg, num_ranks, batch = setting.cfg, len(found), work.batch_size
@@ -131,7 +131,7 @@ def measured_row(
     }
 
 
-def observe(work: Workload, found: list[Found]) -> Observation:
+def observe(work: Workload, found: list[RankResult]) -> Observation:
     """Medians, for the model."""
     return Observation(
         workload=work,
@@ -155,7 +155,7 @@ def rows_of(cfg: Config) -> Iterator[tuple[dict[str, Any], TrainConfig, Telemetr
     cfg.expect_divisible(counts)
     setting = Setting(cfg=cfg, card=find_card(cfg), num_cores=environment().num_cores)
     parameters = count_parameters(build_on_meta(cfg.config))
-    started: dict[tuple[int, int], tuple[list[Found], dict[str, Any]]] = {}
+    started: dict[tuple[int, int], tuple[list[RankResult], dict[str, Any]]] = {}
     observed: list[tuple[Mode, Observation]] = []
 
     def work_of(mode: Mode, count: int) -> Workload:

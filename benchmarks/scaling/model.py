@@ -5,9 +5,9 @@
 `compute` is a fixed part and one that grows as a rank's matrix products, which change with n where
 the batch does or where a term meets the rows of all ranks; it is fitted to ranks that step by
 themselves. What is sent takes `hops * latency + slowdown * bytes / published rate`, the bytes those
-of `engine/traffic`, latency and slowdown fitted to all-reduces that were timed by themselves.
+of `costs/traffic`, latency and slowdown fitted to all-reduces that were timed by themselves.
 Gradients go as rings, within nodes and then between them, while the backward pass lasts, as
-`engine/roofline` has it; candidates of a likelihood over all pairs go in the forward pass.
+`costs/roofline` has it; candidates of a likelihood over all pairs go in the forward pass.
 
 Between nodes the published rate of the adapter is slowed as much as what was measured within one:
 an assumption, as is that every rank has a card of its own and all are equally fast.
@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import Card
-from m3i_fast.engine.costs.roofline import CANDIDATES
-from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
-from m3i_fast.engine.costs.traffic import Nodes, Traffic, all_reduce
-from m3i_fast.engine.planning.plan import bytes_sent, in_bf16, trained
-from m3i_fast.models.flops import Flops
+from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.roofline import CANDIDATES
+from m3i_fast.costs.step_flops import step_flops, without_sampling
+from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce
+from m3i_fast.planning.plan import bytes_sent, in_bf16, trained
 
 BUCKET_BYTES = 25 * 2**20  # of DDP's gradients; its first is 1 MiB
 FIRST_BUCKET_BYTES = 2**20
@@ -94,7 +94,7 @@ class Step:
 
 
 def workload(cfg: TrainConfig, card: Card, nodes: Nodes, parameters: Mapping[str, int]) -> Workload:
-    """Of `cfg`, whose batch is a rank's; `parameters` as `footprint.count_parameters` gives them.
+    """Of `cfg`, whose batch is a rank's; `parameters` as `count_parameters` gives them.
 
     Any split of weights counts as FSDP over all ranks.
     """

@@ -1,10 +1,9 @@
 """Ranks that are started to take steps of training, and how long those last.
 
 A process a rank on this machine, over NCCL on GPUs and gloo on a CPU, where each has one thread.
-The steps are `Trainer.train_step` on batches that lie on the device: draw, forward, backward, clip,
-optimiser, moving average, no loader, no log. They are timed in windows of several, before and after
-which a rank waits for its device; all ranks begin a window together, and it lasts as long as the
-slowest of them. Three kinds of step:
+The steps are calls of `TrainStep` on batches that lie on the device: no loader, no log. They are
+timed in windows of several, before and after which a rank waits for its device; all ranks begin a
+window together, and it lasts as long as the slowest of them. Three kinds of step:
 
     together    as in training
     unreduced   the same, but DDP sends no gradients (its `no_sync`); not where weights are spread
@@ -63,7 +62,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class RankResult:
     """Of one rank."""
 
     step_s: dict[Kind, list[float]]
@@ -73,13 +72,13 @@ class Found:
     all_reduces: list[tuple[int, float]]
     """Bytes and seconds."""
     efficiency: dict[str, Any]
-    """Of its card, as it trains together; `node_efficiency`."""
+    """Of its card, as it trains together; `core.efficiency`."""
     loss: float
     span_s: tuple[float, float]
     """When the windows began and ended, by the clock of all processes (time.monotonic)."""
 
 
-def start(job: Job) -> tuple[list[Found], dict[str, Any]]:
+def start(job: Job) -> tuple[list[RankResult], dict[str, Any]]:
     """Run the job's ranks: what each found, in their order, and the telemetry of their windows."""
     with TemporaryDirectory() as name, _environment(job), Telemetry() as telemetry:
         folder = Path(name)
@@ -90,9 +89,9 @@ def start(job: Job) -> tuple[list[Found], dict[str, Any]]:
         return [_read(of_rank) for of_rank in raw], telemetry.summary(begin, end)
 
 
-def _read(raw: dict[str, Any]) -> Found:
+def _read(raw: dict[str, Any]) -> RankResult:
     pairs = [tuple(pair) for pair in raw["all_reduces"]]
-    return Found(**{**raw, "all_reduces": pairs, "span_s": tuple(raw["span_s"])})
+    return RankResult(**{**raw, "all_reduces": pairs, "span_s": tuple(raw["span_s"])})
 
 
 @contextmanager
@@ -144,7 +143,7 @@ def _work(rank: int, job: Job, folder: Path) -> None:
         step_s |= _windows(trainer, job, _kinds(trainer))
         stages_ms = _stages(trainer, job, "together")
     span_s = begin, time.monotonic()
-    found = Found(
+    found = RankResult(
         step_s=step_s,
         stages_ms=stages_ms,
         all_reduces=_all_reduces(device),
@@ -175,7 +174,7 @@ def _meet(rank: int, job: Job, folder: Path) -> None:
 
 
 def _kinds(trainer: Trainer) -> tuple[Kind, ...]:
-    is_ddp = isinstance(trainer.model, DistributedDataParallel)
+    is_ddp = isinstance(trainer.train_step.model, DistributedDataParallel)
     return ("together", "unreduced") if is_ddp else ("together",)
 
 
@@ -193,8 +192,9 @@ def _windows(trainer: Trainer, job: Job, kinds: tuple[Kind, ...]) -> dict[Kind, 
 def _window(trainer: Trainer, kind: Kind, steps: int) -> float:
     """Seconds a step. All begin together, and wait for their device at both ends."""
     silent: AbstractContextManager[None] = nullcontext()
-    if kind == "unreduced" and isinstance(trainer.model, DistributedDataParallel):
-        silent = trainer.model.no_sync()
+    model = trainer.train_step.model
+    if kind == "unreduced" and isinstance(model, DistributedDataParallel):
+        silent = model.no_sync()
     _wait(trainer.device)
     dist.barrier()
     begun = time.perf_counter()
@@ -249,7 +249,7 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def slowest(found: list[Found], kind: Kind) -> list[float]:
+def slowest(found: list[RankResult], kind: Kind) -> list[float]:
     """Seconds of a step in each window, of the slowest rank; none where that was not measured."""
     if kind == "together" and len(found) == 1:
         kind = "alone"
@@ -257,7 +257,7 @@ def slowest(found: list[Found], kind: Kind) -> list[float]:
     return [max(of_ranks) for of_ranks in zip(*of_each, strict=True)]
 
 
-def all_reduces(found: list[Found]) -> dict[int, list[float]]:
+def all_reduces(found: list[RankResult]) -> dict[int, list[float]]:
     """By bytes, seconds of the slowest rank, each time."""
     by_size: dict[int, list[float]] = {}
     for of_ranks in zip(*(f.all_reduces for f in found), strict=True):

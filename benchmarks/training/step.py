@@ -2,12 +2,14 @@
 
     m3i-fast bench step [--batch-size 128] [--no-record]
 
-`eager` is M3I as one writes it first: both views of every image go through the EMA encoder though
-half of its tokens are asked for, each target has a decoder call over all cells that it may ask, and
-likelihoods are expressions of torch over all logits; AdamW by foreach, the moving average by a
-loop. `eager, asked only`: the same, the EMA encoder given only the images that a term asks. The
-networks, their weights, the drawn masks and the running statistics are ours; local views are left
-out, and every cell is asked. The loss is the same on all sides, compared before they are timed.
+`m3i_fast` is the step that trains, `TrainStep`: with the guard's copies and judgement, and an
+optimiser and an average that a flag on the device can skip. `eager` is M3I as one writes it first,
+without a guard: both views of every image go through the EMA encoder though half of its tokens are
+asked for, each target has a decoder call over all cells that it may ask, and likelihoods are
+expressions of torch over all logits; AdamW by foreach, the moving average by a loop. `eager, asked
+only`: the same, the EMA encoder given only the images that a term asks. The networks, their
+weights, the drawn masks and the running statistics are ours; local views are left out, and every
+cell is asked. The loss is the same on all sides, compared before they are timed.
 Steps are whole: draw, forward, backward, clip, optimiser, moving average, on one batch in memory.
 Not timed: the loader.
 """
@@ -35,11 +37,13 @@ from m3i_fast.benchmarks.core.harness import (
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.training.plain_step import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
+from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.engine.build import build_objective
-from m3i_fast.engine.optim.ema import update_ema
-from m3i_fast.engine.optim.optimizers import build_optimizer
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precision
+from m3i_fast.engine.train_step import build_train_step, draw_step_mix
 from m3i_fast.models.transformer.vit import vit_demo
-from m3i_fast.objectives.mixing import Mix, draw_mix
+from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo
@@ -77,7 +81,8 @@ class Config:
 def train_config(cfg: Config) -> TrainConfig:
     """The demo's recipe with another encoder, without local views, by AdamW.
 
-    Every cell that may be asked is, a blank one too, and captions are whole.
+    Every cell that may be asked is, a blank one too, and captions are whole. No warm-up, as the
+    plain step has none.
     """
     recipe = demo()
     mixing = replace(recipe.objective.mixing, min_contrast=0, num_queries=0, token_dropout=0.0)
@@ -86,54 +91,46 @@ def train_config(cfg: Config) -> TrainConfig:
         objective=replace(recipe.objective, mixing=mixing),
         vision=vit_demo(dim=cfg.dim, depth=cfg.depth, num_heads=cfg.dim // 64),
         data=replace(recipe.data, batch_size=cfg.batch_size, local_views=None),
-        optim=replace(recipe.optim, matrices="adamw"),
+        optim=replace(recipe.optim, matrices="adamw", warmup_fraction=0.0),
         precision="fp32",
         device="cuda" if resolve(cfg.device) == "cuda" else "cpu",
     )
 
 
-def draw(train: TrainConfig, batch: Batch, step: int) -> Mix:
-    return draw_mix(
-        train.objective.mixing,
-        batch_size=batch.batch_size,
-        grid=train.vision.grid,
-        context_length=train.text.context_length,
-        seed=train.seed,
-        step=step,
-        num_steps=train.num_steps,
-    ).to(torch.device(train.device))
-
-
-# ---- Ours ----------------------------------------------------------------------------------------
-
-
-def our_loss(model: MutualInformation, batch: Batch, mix: Mix) -> Tensor:
-    """As the trainer's step calls the objective."""
-    targets = model.encode_targets(batch, mix)
-    return model(model.encode_inputs(batch, mix), targets, batch, mix)[0]
-
-
 # ---- Whole steps ---------------------------------------------------------------------------------
 
 
-def make_step(
-    train: TrainConfig, batch: Batch, loss_of: Loss, *, ours: bool
-) -> Callable[[], Tensor]:
-    """A step to be called again and again, from equal weights; returns its loss."""
+def our_step(train: TrainConfig, batch: Batch) -> Callable[[], Tensor]:
+    """Build the step that trains, to be called again and again; it returns its loss []."""
+    device = torch.device(train.device)
+    arithmetic = resolve_precision(
+        capabilities_of(device),
+        gemm_shapes(train),
+        train.precision,
+        train.backend,
+        compiled=train.compile,
+    )
+    train_step = build_train_step(train, World(device), arithmetic)
+
+    def step() -> Tensor:
+        if train_step.steps_taken == train.num_steps:  # schedules begin anew where they end
+            train_step.steps_taken = 0
+        return train_step(batch)["loss/total"]
+
+    return step
+
+
+def eager_step(train: TrainConfig, batch: Batch, loss_of: Loss) -> Callable[[], Tensor]:
+    """Build a plain step from the same weights, to be called again and again; as `our_step`."""
     torch.manual_seed(train.seed)
     with torch.device(train.device):
         model = build_objective(train)
     learnt = [p for p in model.parameters() if p.requires_grad]
     optim = train.optim
-    optimizer: Any
-    if ours:
-        optimizer = build_optimizer(optim, model)
-    else:
-        optimizer = torch.optim.AdamW(
-            learnt, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
-        )
-    follow = update_ema if ours else eager_ema
-    numbers = itertools.count()
+    optimizer = torch.optim.AdamW(
+        learnt, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
+    )
+    numbers = itertools.cycle(range(train.num_steps))
 
     def step() -> Tensor:
         loss = loss_of(model, batch, draw(train, batch, next(numbers)))
@@ -143,19 +140,24 @@ def make_step(
         optimizer.zero_grad(set_to_none=True)
         model.finish_step()
         for pair in model.momentum_pairs():
-            follow(*pair, momentum=train.ema.momentum)
+            eager_ema(*pair, momentum=train.ema.momentum)
         return loss.detach()
 
     return step
+
+
+def draw(train: TrainConfig, batch: Batch, step: int) -> Mix:
+    """Draw what our step of this index mixes, for the plain one."""
+    return draw_step_mix(train, batch, seed=train.seed, step=step).to(torch.device(train.device))
 
 
 def make_steps(train: TrainConfig) -> dict[str, Callable[[], Tensor]]:
     """All that is timed, on one batch; the first losses are equal."""
     batch = draw_batch(train).to(train.device)
     steps = {
-        OURS: make_step(train, batch, our_loss, ours=True),
-        EAGER: make_step(train, batch, eager_loss, ours=False),
-        ASKED_ONLY: make_step(train, batch, partial(eager_loss, asked_only=True), ours=False),
+        OURS: our_step(train, batch),
+        EAGER: eager_step(train, batch, eager_loss),
+        ASKED_ONLY: eager_step(train, batch, partial(eager_loss, asked_only=True)),
     }
     expected, *others = (step() for step in steps.values())
     for loss in others:

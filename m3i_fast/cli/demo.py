@@ -17,10 +17,10 @@ from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
-from m3i_fast.engine.planning.calibration import calibrate
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.pipelines.dataset.manifest import is_dataset
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
+from m3i_fast.planning.calibration import calibrate
 from m3i_fast.recipes import demo, pack_demo
 from m3i_fast.report.run_page import write_report
 

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from m3i_fast.cli import console as messages
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import CARDS, Card
-from m3i_fast.engine.costs.roofline import UTILISATION
-from m3i_fast.engine.costs.traffic import Nodes
-from m3i_fast.engine.planning.plan import Plan, make_plan
+from m3i_fast.costs.gpus import CARDS, Card
+from m3i_fast.costs.roofline import UTILISATION
+from m3i_fast.costs.traffic import Nodes
 from m3i_fast.hints import nearest
+from m3i_fast.planning.plan import Plan, make_plan
 from m3i_fast.recipes import find_recipe, recipes
 from m3i_fast.terminal import make_console
 

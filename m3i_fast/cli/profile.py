@@ -17,7 +17,7 @@ import tyro
 from m3i_fast.cli import console
 from m3i_fast.cli.train import find_recipe
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import card_of
+from m3i_fast.costs.gpus import card_of
 from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.trainer import Trainer

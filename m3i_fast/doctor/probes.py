@@ -212,10 +212,10 @@ def precision() -> Facts:
     """The recipes of FP8 that run here, and of the others why not; one product, where one does."""
     import torch
 
-    from m3i_fast.engine.costs.gemm_rows import FP8
-    from m3i_fast.engine.precision.arithmetic import look_at, refuse_recipe, resolve_device
+    from m3i_fast.costs.gemm_rows import FP8
+    from m3i_fast.engine.precision.arithmetic import capabilities_of, refuse_recipe, resolve_device
 
-    machine = look_at(resolve_device("auto"))
+    machine = capabilities_of(resolve_device("auto"))
     refused = {recipe: refuse_recipe(machine, recipe) for recipe in FP8}
     if machine.torchao and not refused["fp8_current"]:
         from m3i_fast.models.transformer.float8 import float8_linear

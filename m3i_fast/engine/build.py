@@ -10,7 +10,7 @@ from torch import nn
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.optim.param_groups import freeze_patch_embed
-from m3i_fast.engine.parallel.gradient_caching import ROW_WISE, chunk
+from m3i_fast.engine.parallel.gradient_caching import ROW_WISE, encode_in_chunks
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.models.internimage.deformable import InternImageLayer
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
@@ -54,7 +54,7 @@ def build_objective(
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
     if cfg.parallel.chunk:
-        chunk(objective, cfg.parallel.chunk)
+        encode_in_chunks(objective, cfg.parallel.chunk)
     return objective
 
 

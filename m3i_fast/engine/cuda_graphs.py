@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from m3i_fast.engine.step import StepForward
 from m3i_fast.models.transformer.text import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.heads import DenseDecoder
@@ -161,8 +160,11 @@ def aliased_parameters(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = p
 
 
-def replay(forward: StepForward, device: torch.device, capture: Capture | None = None) -> None:
-    """Have the encoders and decoders of a step replayed. ValueError without a GPU to capture on."""
+def replay(forward: nn.Module, device: torch.device, capture: Capture | None = None) -> None:
+    """Have the encoders and decoders in a step's forward pass replayed.
+
+    A call of `forward` begins a step. Raises ValueError without a GPU to capture on.
+    """
     if capture is None and device.type != "cuda":
         raise ValueError(f"cuda_graphs: expected a GPU, got {device}; set --no-cuda-graphs")
     found = []

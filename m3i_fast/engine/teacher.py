@@ -14,13 +14,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from m3i_fast.config import TrainConfig
+from m3i_fast.costs.teacher_size import TIMM, run_vision
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.models.vision import VisionConfig, build_encoder
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
-_TIMM = "timm:"
 _ENCODER = "encoder."  # where the objective keeps its image encoder
 
 
@@ -67,7 +66,7 @@ def load_teacher(spec: str, vision: VisionConfig) -> Teacher:
         ValueError: timm has no such model, or the file does not fit it; the grid of tokens is not
             square or not the student's; the model expects other pixels than `ops.mask_mix` makes.
     """
-    if spec.startswith(_TIMM):
+    if spec.startswith(TIMM):
         return _load_timm(spec, vision)
     return _load_run(Path(spec), vision)
 
@@ -75,26 +74,8 @@ def load_teacher(spec: str, vision: VisionConfig) -> Teacher:
 # ---- One of our runs -----------------------------------------------------------------------------
 
 
-def teacher_vision(spec: str, image_size: int) -> VisionConfig | None:
-    """The encoder that `spec` names, as it reads images of that size; None for one of timm.
-
-    Raises FileNotFoundError where there is no such run.
-    """
-    return None if spec.startswith(_TIMM) else replace(_vision(Path(spec)), image_size=image_size)
-
-
-def _vision(run: Path) -> VisionConfig:
-    config = run / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(
-            f"teacher: expected a run directory, timm:NAME or timm:NAME:FILE.safetensors, got "
-            f"{str(run)!r}, which has no config.json"
-        )
-    return TrainConfig.load(config).vision
-
-
 def _load_run(run: Path, vision: VisionConfig) -> Teacher:
-    of_run = _vision(run)
+    of_run = run_vision(run)
     _expect_grid(str(run), _side(of_run, vision.image_size), vision)
     encoder = build_encoder(of_run)
     newest = checkpoint.latest(run / "checkpoints")
@@ -143,7 +124,7 @@ class TimmEncoder(ImageEncoder):
 
 
 def _load_timm(spec: str, vision: VisionConfig) -> Teacher:
-    name, file = spec.removeprefix(_TIMM), None
+    name, file = spec.removeprefix(TIMM), None
     if name.endswith(".safetensors"):
         name, _, path = name.rpartition(":")
         file = Path(path)

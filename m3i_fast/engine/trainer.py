@@ -1,4 +1,4 @@
-"""The trainer: one step that fits a screen, and the loop around it."""
+"""The trainer: the loop around a step, and what a run keeps, logs and saves."""
 
 from __future__ import annotations
 
@@ -6,41 +6,32 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.build import build_objective, stacks_of
+from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
-from m3i_fast.engine.costs.gemm_rows import shapes_of
-from m3i_fast.engine.cuda_graphs import replay
-from m3i_fast.engine.guard.guard import Guard, not_finite
-from m3i_fast.engine.guard.skipped_steps import Skips
-from m3i_fast.engine.optim.ema import update_ema
-from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
-from m3i_fast.engine.parallel.accumulation import expect_additive, over_batches, reduced
-from m3i_fast.engine.parallel.local_shards import GradientNorm
-from m3i_fast.engine.parallel.ranks import StopFlag, average_whole, distribute, join_world
+from m3i_fast.engine.guard.guard import not_finite
+from m3i_fast.engine.guard.skipped_steps import SkippedSteps
+from m3i_fast.engine.parallel.ranks import StopFlag, join_world
 from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES
 from m3i_fast.engine.parallel.watchdog import Watchdog
 from m3i_fast.engine.precision.arithmetic import (
-    announce,
-    look_at,
+    capabilities_of,
+    log_arithmetic,
     resolve_device,
     resolve_precision,
 )
 from m3i_fast.engine.precision.determinism import make_deterministic
-from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful, expect_data
 from m3i_fast.engine.run.log import RunLog
-from m3i_fast.engine.step import StepForward
-from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
+from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
@@ -88,36 +79,31 @@ class Trainer:
         if cfg.deterministic:
             make_deterministic(cfg, device)
         self.world = join_world(device, seconds=join_seconds)
-        self.device, rank = self.world.device, self.world.rank
+        self.device = self.world.device
         self.arithmetic = resolve_precision(
-            look_at(self.device), shapes_of(cfg), cfg.precision, cfg.backend, compiled=cfg.compile
+            capabilities_of(self.device),
+            gemm_shapes(cfg),
+            cfg.precision,
+            cfg.backend,
+            compiled=cfg.compile,
         )
-        announce(self.arithmetic)
-        self.seed = step_seed(cfg.seed, -rank) if rank else cfg.seed
+        log_arithmetic(self.arithmetic)
         self.run = Run(run_dir, cfg)
         saved = self.run.found(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.loader: Data = self._open_shards() if data is None else data
-        torch.manual_seed(cfg.seed)
-        with self.device:
-            self.objective = build_objective(
-                cfg,
-                self.world.group,
-                layers=layers_of(self.arithmetic, cfg.fp8_min_dim),
-                on_meta=self.world.spreads(cfg.parallel),
-            )
-        expect_additive(cfg, self.objective)
-        self.model = self._distribute()
-        self._named = list(self.objective.named_parameters())
-        self.optimizer = build_optimizer(cfg.optim, self.objective)
-        self.lr = cfg.optim.lr_schedule(cfg.num_steps)
-        self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
-        self.momentum = cfg.ema.schedule(cfg.num_steps)
-        self.step = 0
         self.log = RunLog(cfg, run_dir, self.world, self.arithmetic, recipe=recipe)
-        self.guard = Guard(cfg.guard, self.objective, self.world)
-        self.skips = Skips(cfg, run_dir, self.world)
+        self.skips = SkippedSteps(cfg, run_dir, self.world)
+        self.train_step = build_train_step(
+            cfg,
+            self.world,
+            self.arithmetic,
+            stage=self.log.timer.stage,
+            lr_scale=self.skips.lr_scale,
+        )
+        self.objective, self.optimizer = self.train_step.objective, self.train_step.optimizer
+        self.guard = self.train_step.guard
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         self.world.wait_for_all()  # every rank has seen what was there before this run
         if saved is None:  # nothing is written before all of the above has worked
@@ -137,33 +123,10 @@ class Trainer:
         expect_data(self.cfg, loader.manifest)
         return loader
 
-    def _distribute(self) -> nn.Module:
-        """The forward pass of a step, whose gradients the ranks reduce."""
-        forward = StepForward(self.objective)
-        expect_fp8(forward, self.arithmetic)
-        if self.cfg.cuda_graphs:
-            replay(forward, self.device)
-        return distribute(
-            forward,
-            stacks_of(self.objective),
-            self.cfg.parallel,
-            self.world,
-            compute_dtype=self.arithmetic.compute_dtype,
-            copies=[average for average, _ in self.objective.momentum_pairs()],
-        )
-
-    def draw_mix(self, batch: Batch, index: int = 0) -> Mix:
-        """What this step mixes, hides and asks on this rank, in its batch of this index."""
-        seed = step_seed(self.seed, -(index << 32)) if index else self.seed
-        return draw_mix(
-            self.cfg.objective.mixing,
-            batch_size=batch.batch_size,
-            grid=self.cfg.vision.grid,
-            context_length=batch.token_ids.shape[1],
-            seed=seed,
-            step=self.step,
-            num_steps=self.cfg.num_steps,
-        ).to(self.device)
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken in all."""
+        return self.train_step.steps_taken
 
     def next_step(self, data: Iterator[Batch] | None = None, *, monitor: bool = False) -> None:
         """A step on the next batches, as `train` repeats it; waits for them alone.
@@ -180,56 +143,6 @@ class Trainer:
         metrics = self.train_step(*batches, monitor=monitor)
         with stage("log"):
             self.log.add(metrics, self.guard.skip)
-
-    def train_step(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
-        """Schedules, targets, input, objective, backward, clip, step, EMA; waits for nothing.
-
-        `parallel.accumulate` batches. `guard.skip` says whether the step counts.
-        """
-        step = self.step
-        # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
-        torch.manual_seed(step_seed(self.seed, step))
-        lr = self.lr[step] * self.skips.lr_scale(step)
-        set_schedules(self.optimizer, lr=lr, weight_decay=self.weight_decay[step])
-        self.guard.keep()
-        metrics = self._backward(batches, monitor)
-        stage = self.log.timer.stage
-        with stage("clip"):
-            names = [name for name, p in self._named if p.grad is not None]
-            norm = self._clip()
-            metrics["optim/grad_norm"] = norm.total
-            ids = torch.cat([batch.sample_id for batch in batches])
-            skip = self.guard.judge(step, metrics, norm, names=names, sample_ids=ids)
-        with stage("optim"):
-            self.optimizer.step(skip)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.objective.finish_step()
-            self.guard.undo()
-        with stage("ema"):
-            for pair in self.objective.momentum_pairs():
-                update_ema(*pair, momentum=self.momentum[step], skip=skip)
-        self.step += 1
-        return metrics
-
-    def _backward(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
-        """The gradients of the mean over the batches, and its metrics."""
-        stage, found = self.log.timer.stage, []
-        measure = self.objective.balance.due(self.step)
-        for index, batch in enumerate(batches):
-            is_last = index + 1 == len(batches)
-            with stage("mix"):
-                mix = self.draw_mix(batch, index)
-            with reduced(self.model, is_last):
-                with forward_context(self.arithmetic, self.device):
-                    loss, metrics = self.model(
-                        batch, mix, stage, monitor=monitor and is_last, measure=measure
-                    )
-                with stage("bwd"):
-                    (loss / len(batches)).backward()
-            if monitor and is_last:
-                metrics |= self.objective.gradient_metrics()
-            found.append(metrics)
-        return over_batches(found)
 
     def train(
         self,
@@ -251,7 +164,7 @@ class Trainer:
                 try:
                     return self._train(progress, time.monotonic() + max_seconds)
                 finally:
-                    with self._watchdog.patient("the end of the run"):
+                    with self._watchdog.allow_longer("the end of the run"):
                         self.close()
         finally:
             for number, handler in previous.items():
@@ -291,19 +204,19 @@ class Trainer:
         self.run.expect_there()
         values = self.log.read(self.step)
         spiked, values["guard/skipped"] = self._heed_skips()
-        values["optim/lr"] = float(self.lr[self.step - 1]) * self.skips.lr_scale(self.step - 1)
-        values["optim/ema_momentum"] = float(self.momentum[self.step - 1])
+        values["optim/lr"] = self.train_step.lr_at(self.step - 1)
+        values["optim/ema_momentum"] = self.train_step.momentum_at(self.step - 1)
         self.log.write(self.step, values)
         progress(self.step, values)
         self._heed_collapse(values)
         if spiked is not None:
-            with self._watchdog.patient("a rollback"):
+            with self._watchdog.allow_longer("a rollback"):
                 self._roll_back(spiked)
         self.log.count_from(self.step)
 
     def save(self) -> None:
         """Write a checkpoint; FloatingPointError if it would hold what is not finite."""
-        with self._watchdog.patient("a save"), self.log.timer.stage("ckpt"):
+        with self._watchdog.allow_longer("a save"), self.log.timer.stage("ckpt"):
             self._save()
 
     def _save(self) -> None:
@@ -333,16 +246,10 @@ class Trainer:
                 f"--stop-on-collapse: {found[0]}. The run is saved in {self.run.checkpoints}"
             )
 
-    def _clip(self) -> GradientNorm:
-        parameters = [p for _, p in self._named if p.grad is not None]
-        with self.log.timer.stage("comm"):
-            average_whole(parameters, self.world)
-        return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
-
     def _heed_skips(self) -> tuple[int | None, int]:
         """The first spike to go back before, and steps skipped since the last read."""
         steps, records = self.guard.drain()
-        self.skips.see(steps, records)
+        self.skips.record(steps, records)
         if reason := self.skips.excess():
             raise self._abort(reason)
         self._expect_finite("no checkpoint could be written")
@@ -372,7 +279,7 @@ class Trainer:
             self.guard.rewind(state["guard"])
         self.watch.load_state_dict(state.get("watch", {}))
         self.skips.rolled_back()
-        self.step = saved.step
+        self.train_step.steps_taken = saved.step
         self.world.wait_for_all()
         self.log.open(self.step)
         logger.warning(
@@ -387,7 +294,7 @@ class Trainer:
         )
 
     def _abort(self, reason: str) -> FloatingPointError:
-        self.skips.see(*self.guard.drain())
+        self.skips.record(*self.guard.drain())
         return self.skips.abort(self.step, reason, self.objective, self.optimizer)
 
     def _kept(self) -> dict[str, Stateful]:
@@ -405,8 +312,8 @@ class Trainer:
         saved.load_optimizer(self.objective, self.optimizer)
         state = saved.state()
         self.run.restore(state, num_ranks=self.world.size, loader=self.loader, **self._kept())
-        self.step = saved.step
-        self.skips.forget_after(self.guard.first_untold(self.step))
+        self.train_step.steps_taken = saved.step
+        self.skips.forget_after(self.guard.first_unreported(self.step))
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from m3i_fast.cli import doctor
+from m3i_fast.costs.gemm_rows import FP8
 from m3i_fast.doctor import findings, probes
 from m3i_fast.doctor.findings import Finding, Machine
-from m3i_fast.engine.costs.gemm_rows import FP8
 
 LIBRARIES = {
     # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.

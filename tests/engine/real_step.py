@@ -9,34 +9,21 @@ import torch
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.build import build_objective
-from m3i_fast.engine.optim.ema import update_ema
-from m3i_fast.engine.optim.optimizers import build_optimizer
-from m3i_fast.engine.planning.memory import draw_first_mix
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.precision.arithmetic import Arithmetic
+from m3i_fast.engine.train_step import build_train_step
+
+FP32 = Arithmetic(recipe="fp32", backend="torch", compute_dtype=torch.float32)
+BF16 = Arithmetic(recipe="bf16", backend="torch", compute_dtype=torch.bfloat16)
 
 
-def stepper(
-    cfg: TrainConfig, *, bf16: bool = False, layers: BlockLayers = TORCH_LAYERS
-) -> Callable[[], None]:
-    """A function that takes one whole step: what `Trainer.train_step` does, without a loader."""
-    torch.manual_seed(0)
-    objective = build_objective(replace(cfg, compile=False), layers=layers).train()
-    optimizer = build_optimizer(cfg.optim, objective)
+def stepper(cfg: TrainConfig, *, arithmetic: Arithmetic = FP32) -> Callable[[], None]:
+    """Return a function that takes a whole step of the run, without a loader."""
+    cfg = replace(cfg, compile=False, cuda_graphs=False)
+    train_step = build_train_step(cfg, World(torch.device("cpu")), arithmetic)
     batch = draw_batch(cfg)
-    mix = draw_first_mix(cfg)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            targets = objective.encode_targets(batch, mix)
-            encoded = objective.encode_inputs(batch, mix)
-            loss, _ = objective(encoded, targets, batch, mix)
-        loss.backward()
-        trained = [p for p in objective.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
-        for pair in objective.momentum_pairs():
-            update_ema(*pair, momentum=0.9)
+        train_step(batch)
 
     return step

@@ -109,7 +109,7 @@ def _train(cfg: TrainConfig, out: Path, captures: Captures | None) -> tuple[list
         losses.extend(v for k, v in values.items() if k.startswith(("loss/total", "gradient")))
 
     if captures is not None:
-        replay(trainer.model, CPU, captures)
+        replay(trainer.train_step.model, CPU, captures)
     trainer.train(keep)
     return losses, {k: v.clone() for k, v in trainer.objective.state_dict().items()}
 

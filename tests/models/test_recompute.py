@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, Ledger
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.recompute import Recompute
 from m3i_fast.models.transformer.text import TextConfig, TextEncoder
 from m3i_fast.models.transformer.vit import ViT, ViTConfig
+from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, TensorTracker
 from tests.models.internimage.official_internimage import TINY_H, seeded_state
 
 WAYS: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -40,11 +40,11 @@ def step(model: nn.Module, images: Tensor) -> int:
     weights in another type.
     """
     torch.manual_seed(0)
-    with Ledger() as ledger:
-        ledger.book("held", (*model.parameters(), *model.buffers(), images))
-        ledger.watch_casts(model.parameters())
+    with TensorTracker() as tracker:
+        tracker.book("held", (*model.parameters(), *model.buffers(), images))
+        tracker.watch_casts(model.parameters())
         loss = model(images).square().sum()
-        kept = ledger.total - ledger.bytes["held"] - ledger.bytes[CAST_WEIGHTS]
+        kept = tracker.total - tracker.bytes["held"] - tracker.bytes[CAST_WEIGHTS]
         loss.backward()
     return kept
 
@@ -116,10 +116,10 @@ def test_selective_repeats_no_product() -> None:
 
 def test_outputs_without_gradients_keep_nothing() -> None:
     model, images = vit("selective").eval(), torch.randn(2, 3, 32, 32)
-    with torch.no_grad(), Ledger() as ledger:
-        ledger.book("held", (*model.parameters(), *model.buffers(), images))
+    with torch.no_grad(), TensorTracker() as tracker:
+        tracker.book("held", (*model.parameters(), *model.buffers(), images))
         output = model(images)
-        assert ledger.total - ledger.bytes["held"] == output.untyped_storage().nbytes()
+        assert tracker.total - tracker.bytes["held"] == output.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("way", ["selective", "full"])

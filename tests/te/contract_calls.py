@@ -120,7 +120,7 @@ def test_fused_adam_is_constructed_as_the_config_says(monkeypatch: pytest.Monkey
     monkeypatch.setattr("m3i_fast.engine.optim.optimizers._expect_usable", lambda *_: None)
     with OnCpu():
         optimizer = build_optimizer(OptimConfig(impl="te", eps=1e-7), ViT(CFG))
-    (part,) = optimizer.parts
+    (part,) = optimizer.optimizers
     assert isinstance(part, FusedAdam)
     group = part.param_groups[0]
     assert group["betas"] == (0.9, 0.95) and group["eps"] == 1e-7 and group["bias_correction"]

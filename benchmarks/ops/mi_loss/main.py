@@ -45,7 +45,7 @@ from m3i_fast.benchmarks.ops.mi_loss.losses import (
     Size,
     make_functions,
 )
-from m3i_fast.engine.costs.gpus import card_of
+from m3i_fast.costs.gpus import card_of
 
 SUBJECT = "mi_loss"
 PAIRS: tuple[Form, ...] = ("softmax", "sigmoid")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.engine.guard.config import GuardConfig
-from m3i_fast.engine.optim.undoable_step import keep_where
+from m3i_fast.engine.optim.skippable_step import restore_where
 from m3i_fast.engine.parallel.local_shards import GradientNorm, local
 from m3i_fast.engine.parallel.ranks import World
 
@@ -25,7 +25,10 @@ Record = dict[str, Any]
 
 
 class Guard:
-    """Says of each step whether it counts: `keep`, forward and backward, `judge`, steps, `undo`."""
+    """Says of each step whether it counts.
+
+    In a step: `save_buffers`, forward and backward, `judge`, the optimiser, `restore_buffers`.
+    """
 
     skip: Tensor
     """[] fp32, 1: the last step that was judged does not count."""
@@ -35,14 +38,14 @@ class Guard:
         self._live = written_buffers(model)
         self._saved = [torch.empty_like(buffer) for buffer in self._live]
         self.skip = torch.zeros((), device=world.device)
-        self._spikes = Spikes(cfg, world.device)
-        self._judged: list[Judged] = []
+        self._spikes = SpikeDetector(cfg, world.device)
+        self._judged: list[JudgedStep] = []
         self._records: list[Record] = []
         self._steps: list[tuple[int, bool]] = []
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Before the forward pass."""
+    def save_buffers(self) -> None:
+        """Copy what the forward pass may write, before it."""
         if self._live:
             torch._foreach_copy_(self._saved, self._live)
 
@@ -65,19 +68,19 @@ class Guard:
         spoilt = count > 0
         spike = torch.zeros_like(spoilt)
         if self._cfg.spikes != "off":
-            spike = self._spikes.see(mean_loss, spoilt)
+            spike = self._spikes.update(mean_loss, spoilt)
         self.skip = (spoilt | spike).float()
         losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
         values = torch.stack([v.detach().float() for v in losses.values()])
         flags = torch.stack([spoilt, spike])
         self._judged.append(
-            Judged(step, flags, tuple(losses), values, norm, tuple(names), sample_ids)
+            JudgedStep(step, flags, tuple(losses), values, norm, tuple(names), sample_ids)
         )
         return self.skip
 
-    def undo(self) -> None:
-        """After the optimiser's step: what the forward pass wrote, if it does not count."""
-        keep_where(self.skip > 0, self._live, self._saved)
+    def restore_buffers(self) -> None:
+        """Put back what the forward pass wrote, if the step is skipped; after the optimiser."""
+        restore_where(self.skip > 0, self._live, self._saved)
 
     def drain(self) -> tuple[list[tuple[int, bool]], list[Record]]:
         """Steps since the last time and whether they were skipped, and this rank's records."""
@@ -111,7 +114,7 @@ class Guard:
         self._records = list(state["records"])
         self._spikes.load_state_dict(state["spikes"])
 
-    def first_untold(self, step: int) -> int:
+    def first_unreported(self, step: int) -> int:
         """The first step that has not been drained, of those up to `step`."""
         return self._steps[0][0] if self._steps else step
 
@@ -121,7 +124,7 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class JudgedStep:
     """One step, on the device until it is asked for."""
 
     step: int
@@ -144,7 +147,7 @@ class Judged:
         }
 
 
-class Spikes:
+class SpikeDetector:
     """Running mean and variance of the loss of steps that count, on the device.
 
     With rate r = max(1 / (n + 1), 1 / window) after n losses, and d = loss - mean:
@@ -155,7 +158,7 @@ class Spikes:
         self._deviations, self._window = cfg.spike_deviations, cfg.spike_window
         self._state = torch.zeros(3, dtype=torch.float64, device=device)  # n, mean, variance
 
-    def see(self, loss: Tensor, spoilt: Tensor) -> Tensor:  # [], [] bool -> [] bool
+    def update(self, loss: Tensor, spoilt: Tensor) -> Tensor:  # [], [] bool -> [] bool
         """Whether the loss is so far above the mean; it then leaves mean and variance alone."""
         count, mean, variance = self._state.unbind()
         off = loss.double() - mean

@@ -26,7 +26,7 @@ SPAN = 1000  # steps that guard.max_share is of
 _REMEDY = "A lower optim.lr or a longer optim.warmup_fraction usually helps"
 
 
-class Skips:
+class SkippedSteps:
     """Counts over the run; every rank has the same ones and comes to the same decisions."""
 
     def __init__(self, cfg: TrainConfig, run_dir: Path, world: World) -> None:
@@ -44,7 +44,7 @@ class Skips:
         """Of the learning rate of a step, by back-off."""
         return self._scale if step < self._scaled_until else 1.0
 
-    def see(self, steps: Sequence[tuple[int, bool]], records: list[Record]) -> list[Record]:
+    def record(self, steps: Sequence[tuple[int, bool]], records: list[Record]) -> list[Record]:
         """Take what happened since the last time; all ranks' records of each skipped step.
 
         steps: whether each was skipped. Writes a row a skipped step.

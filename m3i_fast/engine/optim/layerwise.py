@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from m3i_fast.engine.optim.undoable_step import chunks
+from m3i_fast.engine.optim.skippable_step import split_by_size
 from m3i_fast.engine.parallel.local_shards import local
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]]
@@ -29,7 +29,7 @@ class Layerwise(torch.optim.Optimizer, ABC):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         assert closure is None, "the gradients are there already"
         for group in self.param_groups:
-            for params in chunks([p for p in group["params"] if p.grad is not None]):
+            for params in split_by_size([p for p in group["params"] if p.grad is not None]):
                 grads = local(p.grad for p in params if p.grad is not None)
                 self.update(group, params, grads)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_fast.engine.optim.undoable_step import chunks
+from m3i_fast.engine.optim.skippable_step import split_by_size
 
 Coefficients = tuple[float, float, float]
 
@@ -44,7 +44,9 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     alike[p.shape, p.dtype, p.device].append(p)
             for params in alike.values():
-                for some in chunks(params):  # bounds the memory of what is multiplied together
+                for some in split_by_size(
+                    params
+                ):  # bounds the memory of what is multiplied together
                     self._update(group, some)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:

@@ -18,8 +18,8 @@ from m3i_fast.config_fields import check_fields
 from m3i_fast.engine.optim.muon import Muon
 from m3i_fast.engine.optim.param_groups import Group, group_parameters, lr_scales
 from m3i_fast.engine.optim.schedules import cosine, warmup_cosine
+from m3i_fast.engine.optim.skippable_step import step_with_skip
 from m3i_fast.engine.optim.step_counts import keep_steps_in_state
-from m3i_fast.engine.optim.undoable_step import step_unless
 from m3i_fast.engine.parallel.local_shards import GradientNorm, gradient_norm, local
 
 logger = logging.getLogger(__name__)
@@ -126,13 +126,14 @@ class Optimizers:
     """
 
     def __init__(
-        self, *parts: torch.optim.Optimizer, clips: bool = False, counts_on_host: bool = False
+        self, *optimizers: torch.optim.Optimizer, clips: bool = False, counts_on_host: bool = False
     ) -> None:
-        self.parts, self.clips, self._counts_on_host = parts, clips, counts_on_host
-        self.state: defaultdict[torch.Tensor, Any] = parts[0].state
-        for part in parts[1:]:
-            part.state = self.state
-        self.param_groups = [group for part in parts for group in part.param_groups]
+        self.optimizers, self.clips = optimizers, clips
+        self._counts_on_host = counts_on_host
+        self.state: defaultdict[torch.Tensor, Any] = optimizers[0].state
+        for optimizer in optimizers[1:]:
+            optimizer.state = self.state
+        self.param_groups = [group for each in optimizers for group in each.param_groups]
 
     def step(self, skip: Tensor | None = None) -> None:  # [] fp32
         """If skip is 1, weights, moments and step counts stay bit for bit as they are."""
@@ -140,11 +141,11 @@ class Optimizers:
             if skip:
                 return
             skip = None
-        for part in self.parts:
+        for optimizer in self.optimizers:
             if skip is None:
-                part.step()
+                optimizer.step()
             else:
-                step_unless(part, skip)
+                step_with_skip(optimizer, skip)
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
         for parameter in (p for group in self.param_groups for p in group["params"]):

@@ -30,15 +30,15 @@ ROW_WISE: dict[type[nn.Module], str] = {
 }
 
 
-def chunk(objective: MutualInformation, size: int) -> None:
+def encode_in_chunks(objective: MutualInformation, size: int) -> None:
     """Have every encoder and decoder of `objective` work on `size` rows at a time."""
     for module in objective.modules():
         method = ROW_WISE.get(type(module))
         if method is not None:
-            setattr(module, method, partial(by_chunks, getattr(module, method), size))
+            setattr(module, method, partial(run_in_chunks, getattr(module, method), size))
 
 
-def by_chunks(
+def run_in_chunks(
     function: Callable[..., Tensor],  # [B, ...] each -> [B, ...]
     size: int,
     *rows: Tensor,  # [B, ...]

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def is_spread(tensor: Tensor) -> bool:
-    """Whether other ranks hold parts of it."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether other ranks hold parts of it."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What this rank holds of each, of the same memory."""
-    return [t.to_local() if is_spread(t) else t for t in tensors]  # type: ignore[attr-defined]
+    return [t.to_local() if is_sharded(t) else t for t in tensors]  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +35,13 @@ def gradient_norm(gradients: Sequence[Tensor]) -> GradientNorm:
     """Compute the norm of gradients, one or more, without a host synchronisation."""
     norms = torch._foreach_norm(local(gradients))
     each = torch.stack(norms)
-    spread = [norm for norm, g in zip(norms, gradients, strict=True) if is_spread(g)]
+    spread = [norm for norm, g in zip(norms, gradients, strict=True) if is_sharded(g)]
     if not spread:
         return GradientNorm(torch.linalg.vector_norm(each), each)
     square = torch.stack(spread).square().sum()
-    mesh = next(g for g in gradients if is_spread(g)).device_mesh  # type: ignore[attr-defined]
+    mesh = next(g for g in gradients if is_sharded(g)).device_mesh  # type: ignore[attr-defined]
     dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # others hold replicas
-    whole = [norm for norm, g in zip(norms, gradients, strict=True) if not is_spread(g)]
+    whole = [norm for norm, g in zip(norms, gradients, strict=True) if not is_sharded(g)]
     if whole:
         square = square + torch.stack(whole).square().sum()
     return GradientNorm(square.sqrt(), each)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from m3i_fast.engine.parallel.config import ParallelConfig
-from m3i_fast.engine.parallel.local_shards import is_spread
+from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.meta_init import initialise, is_on_meta
 from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES, meet
 
@@ -65,8 +65,8 @@ class World:
         if self.control is not None:
             dist.barrier(group=self.control)
 
-    def spreads(self, cfg: ParallelConfig) -> bool:
-        """Whether no rank holds all weights."""
+    def shards_weights(self, cfg: ParallelConfig) -> bool:
+        """Tell whether no rank holds all weights."""
         return self.group is not None and (self.size if cfg.shard == -1 else cfg.shard) > 1
 
     def mesh(self, cfg: ParallelConfig) -> DeviceMesh | None:
@@ -130,7 +130,7 @@ def distribute(
 
     stacks: of blocks that run one after another, each gathered by itself where weights are spread;
     a model on the meta device is then initialised here, `copies` being what it fills from others.
-    Scalars stay whole: FSDP2 does not split them, and `average_whole` reduces their gradients.
+    Scalars stay whole: FSDP2 does not split them, and `average_replicated` reduces their gradients.
     """
     if world.group is None:
         return model
@@ -176,13 +176,13 @@ def prefetch(stack: Sequence[nn.Module], count: int) -> None:
             method(block, way[place : place + count])  # type: ignore[arg-type]
 
 
-def average_whole(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Mean over ranks of the gradients of what is held whole, where all else is spread.
+def average_replicated(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Average over ranks the gradients of what is replicated, where all else is sharded.
 
-    Where nothing is, DDP has taken it.
+    Where nothing is sharded, DDP has averaged them.
     """
     found = [p.grad for p in parameters if p.grad is not None]
-    gradients = [g for g in found if not is_spread(g)]
+    gradients = [g for g in found if not is_sharded(g)]
     if gradients and len(gradients) < len(found):
         flat = world.mean(torch.cat([g.reshape(-1) for g in gradients]))
         for gradient, mean in zip(

@@ -110,8 +110,8 @@ class Watchdog:
         self._give(max(self._seconds, GRACE * fastest))
 
     @contextmanager
-    def patient(self, doing: str) -> Iterator[None]:
-        """Work that may take GRACE limits."""
+    def allow_longer(self, doing: str) -> Iterator[None]:
+        """Let what is done inside take GRACE limits."""
         self._doing = doing
         self._give(GRACE * self._seconds)
         yield

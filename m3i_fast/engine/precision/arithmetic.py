@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from m3i_fast.config import Backend, Precision
-from m3i_fast.engine.costs.gemm_rows import ALIGNMENT, FP8, Shapes, too_narrow
-from m3i_fast.models.flops import Product
+from m3i_fast.costs.encoder_flops import Product
+from m3i_fast.costs.gemm_rows import ALIGNMENT, FP8, GemmShapes, too_narrow
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Capabilities:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
+class Arithmetic:
     """The arithmetic of a run."""
 
     recipe: str
@@ -69,8 +69,8 @@ class Choice:
         return self.recipe in FP8
 
 
-def look_at(device: torch.device) -> Capabilities:
-    """This machine's."""
+def capabilities_of(device: torch.device) -> Capabilities:
+    """Return what this machine and its GPU can do."""
     version = re.match(r"(\d+)\.(\d+)", torch.version.cuda or "")
     return Capabilities(
         device=device.type,
@@ -95,12 +95,12 @@ def resolve_device(requested: str) -> torch.device:
 
 def resolve_precision(
     capabilities: Capabilities,
-    shapes: Shapes,
+    shapes: GemmShapes,
     precision: Precision,
     backend: Backend,
     *,
     compiled: bool = False,
-) -> Choice:
+) -> Arithmetic:
     """The arithmetic for what is asked for, here; auto takes no FP8 by itself.
 
     Raises ValueError, with what to change or to install, for what this machine, library or batch
@@ -127,7 +127,7 @@ def resolve_precision(
             f"Each rank keeps its own scales: a module runs {shapes.max_calls} times in a step, "
             "and Transformer Engine shares them (reduce_amax) among ranks for a single run alone."
         )
-    return Choice(
+    return Arithmetic(
         recipe=precision,
         backend=library,
         compute_dtype=torch.bfloat16,
@@ -141,7 +141,7 @@ def resolve_precision(
 
 def _without_fp8(
     capabilities: Capabilities, precision: str, backend: str, compiled: bool
-) -> Choice:
+) -> Arithmetic:
     if backend == "torchao":
         raise ValueError(
             f"backend: expected torch or te with precision = {precision}, got torchao, which is "
@@ -156,7 +156,7 @@ def _without_fp8(
         reason = f"{recipe} on {capabilities.name}; auto takes no FP8 by itself."
     dtype = torch.bfloat16 if recipe == "bf16" else torch.float32
     library = "te" if backend == "te" else "torch"
-    return Choice(recipe=recipe, backend=library, compute_dtype=dtype, reasons=(reason,))
+    return Arithmetic(recipe=recipe, backend=library, compute_dtype=dtype, reasons=(reason,))
 
 
 def refuse_recipe(capabilities: Capabilities, recipe: str) -> str:
@@ -236,7 +236,7 @@ def _expect_te(capabilities: Capabilities, compiled: bool) -> None:
         )
 
 
-def _expect_aligned(shapes: Shapes, recipe: str, alignment: int) -> None:
+def _expect_aligned(shapes: GemmShapes, recipe: str, alignment: int) -> None:
     reason = shapes.misfit(shapes.batch_size, alignment)
     if not reason:
         return
@@ -248,7 +248,7 @@ def _expect_aligned(shapes: Shapes, recipe: str, alignment: int) -> None:
     )
 
 
-def _fp8_reasons(capabilities: Capabilities, shapes: Shapes, alignment: int) -> list[str]:
+def _fp8_reasons(capabilities: Capabilities, shapes: GemmShapes, alignment: int) -> list[str]:
     wide = shapes.wide
     found = [
         f"Tokens of every product are a multiple of {alignment}.",
@@ -262,12 +262,13 @@ def _fp8_reasons(capabilities: Capabilities, shapes: Shapes, alignment: int) -> 
     return found
 
 
-def announce(choice: Choice) -> None:
-    """Say in the log what was chosen and why, and warn of an emulation."""
-    logger.info("precision: %s", " ".join(choice.reasons))
-    if choice.emulated:
+def log_arithmetic(arithmetic: Arithmetic) -> None:
+    """Log what was chosen and why, and warn of an emulation."""
+    logger.info("precision: %s", " ".join(arithmetic.reasons))
+    if arithmetic.emulated:
         logger.warning(
-            "precision: %s is emulated on a CPU, for its numbers: slower than bf16", choice.recipe
+            "precision: %s is emulated on a CPU, for its numbers: slower than bf16",
+            arithmetic.recipe,
         )
 
 

@@ -1,4 +1,4 @@
-"""A `Choice` of arithmetic put to work: layers, the context of the forward pass, and the proof."""
+"""The arithmetic of a run put to work: layers, the context of the forward pass, and the proof."""
 
 from __future__ import annotations
 
@@ -12,67 +12,67 @@ from typing import Any
 import torch
 from torch import nn
 
-from m3i_fast.engine.precision.arithmetic import Choice
+from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
 from m3i_fast.models.transformer.wide_layers import wide_only
 
 logger = logging.getLogger(__name__)
 
 
-def layers_of(choice: Choice, min_dim: int) -> BlockLayers:
+def layers_of(arithmetic: Arithmetic, min_dim: int) -> BlockLayers:
     """Parts of the blocks, of the chosen library; FP8 alone where they are `min_dim` wide."""
-    if choice.backend == "torch":
+    if arithmetic.backend == "torch":
         return TORCH_LAYERS
-    layers = _te().te_layers() if choice.backend == "te" else _torchao().FLOAT8_LAYERS
-    return wide_only(layers, min_dim) if choice.is_fp8 else layers
+    layers = _te().te_layers() if arithmetic.backend == "te" else _torchao().FLOAT8_LAYERS
+    return wide_only(layers, min_dim) if arithmetic.is_fp8 else layers
 
 
 @contextmanager
-def forward_context(choice: Choice, device: torch.device) -> Iterator[None]:
+def forward_context(arithmetic: Arithmetic, device: torch.device) -> Iterator[None]:
     """Around the forward pass: torch's autocast, and Transformer Engine's where its layers are."""
-    low = choice.compute_dtype == torch.bfloat16
+    low = arithmetic.compute_dtype == torch.bfloat16
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=low))
-        if choice.backend == "te" and choice.is_fp8:
-            stack.enter_context(_te_region(choice))
+        if arithmetic.backend == "te" and arithmetic.is_fp8:
+            stack.enter_context(_te_region(arithmetic))
         yield
 
 
-def expect_fp8(model: nn.Module, choice: Choice) -> None:
+def expect_fp8(model: nn.Module, arithmetic: Arithmetic) -> None:
     """After the first forward pass of `model`, raise RuntimeError unless it ran in FP8.
 
     The layers' own count is asked: of torchao's products, of the layers in which Transformer
     Engine quantised.
     """
-    if not choice.is_fp8:
+    if not arithmetic.is_fp8:
         return
-    before = _num_run(model, choice)
+    before = _num_run(model, arithmetic)
 
     def check(*_: Any) -> None:
         handle.remove()
-        found = _num_run(model, choice) - before
+        found = _num_run(model, arithmetic) - before
         if not found:
-            parts = ", ".join(part for part, _ in choice.products)
+            parts = ", ".join(part for part, _ in arithmetic.products)
             raise RuntimeError(
-                f"precision: expected {choice.recipe} by {choice.backend} in {parts}, but no "
-                "product of the first forward pass ran in FP8; --precision bf16 trains without"
+                f"precision: expected {arithmetic.recipe} by {arithmetic.backend} in {parts}, but "
+                "no product of the first forward pass ran in FP8; --precision bf16 trains without"
             )
-        logger.info("precision: %d in %s in the first forward pass", found, choice.recipe)
+        logger.info("precision: %d in %s in the first forward pass", found, arithmetic.recipe)
 
     handle = model.register_forward_hook(check)
 
 
-def _num_run(model: nn.Module, choice: Choice) -> int:
-    if choice.backend == "torchao":
+def _num_run(model: nn.Module, arithmetic: Arithmetic) -> int:
+    if arithmetic.backend == "torchao":
         return int(_torchao().PRODUCTS.forward)
     return sum(bool(getattr(module, "fp8_initialized", False)) for module in model.modules())
 
 
-def _te_region(choice: Choice) -> AbstractContextManager[None]:
+def _te_region(arithmetic: Arithmetic) -> AbstractContextManager[None]:
     library = _te()
-    recipe = library.te_recipe(choice.recipe)
-    if choice.recipe == "fp8_delayed":
-        recipe.reduce_amax = choice.reduce_amax
+    recipe = library.te_recipe(arithmetic.recipe)
+    if arithmetic.recipe == "fp8_delayed":
+        recipe.reduce_amax = arithmetic.reduce_amax
     region: AbstractContextManager[None] = library.te_autocast(recipe)
     return region
 

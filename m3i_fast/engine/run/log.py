@@ -13,7 +13,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.precision.arithmetic import Choice
+from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.run.telemetry import Interval, RunTelemetry
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
 from m3i_fast.observe.sinks.live import expect_live, open_live
@@ -28,7 +28,7 @@ class RunLog:
         cfg: TrainConfig,
         run_dir: Path,
         world: World,
-        arithmetic: Choice,
+        arithmetic: Arithmetic,
         *,
         recipe: str = "",
     ) -> None:

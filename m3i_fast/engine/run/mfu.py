@@ -1,6 +1,6 @@
 """How much of a card a run's arithmetic uses, from its config and its speed: MFU and HFU.
 
-Model FLOPs are what the mathematics asks for (`engine.flops`: every term, every view, a teacher's
+Model FLOPs are what the mathematics asks for (`step_flops`: every term, every view, a teacher's
 forward pass alone), hardware FLOPs are those and what is computed again. A multiply-accumulate is
 two; DCNv3's samples, which run on no tensor core, are in neither.
 
@@ -19,10 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import Card
-from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
-from m3i_fast.engine.precision.arithmetic import Choice
-from m3i_fast.models.flops import Flops
+from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.step_flops import step_flops, without_sampling
+from m3i_fast.engine.precision.arithmetic import Arithmetic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +43,7 @@ class Efficiency:
 
 def efficiency(
     cfg: TrainConfig,
-    arithmetic: Choice,
+    arithmetic: Arithmetic,
     *,
     images_s: float,
     card: Card | None,
@@ -74,7 +74,7 @@ def efficiency(
     )
 
 
-def fp8_share(products: Flops, arithmetic: Choice) -> float:
+def fp8_share(products: Flops, arithmetic: Arithmetic) -> float:
     """Of the model FLOPs, what runs in FP8: all three products of the layers that it runs."""
     in_fp8 = {each for _, layers in arithmetic.products for each in layers}
     return products.of_layers(in_fp8) / products.model

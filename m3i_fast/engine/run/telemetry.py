@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import Card, card_of
+from m3i_fast.costs.gpus import Card, card_of
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.precision.arithmetic import Choice
+from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.run.mfu import efficiency, joule_per_image
 from m3i_fast.observe.telemetry.sampler import Telemetry, cuda_devices
 
@@ -36,7 +36,7 @@ class Interval:
 class RunTelemetry:
     """Of the first rank: samples from `start` to `stop`, and `values` of an interval between."""
 
-    def __init__(self, cfg: TrainConfig, world: World, arithmetic: Choice) -> None:
+    def __init__(self, cfg: TrainConfig, world: World, arithmetic: Arithmetic) -> None:
         self._cfg, self._world, self._arithmetic = cfg, world, arithmetic
         self._card = _find_card(world)
         self._counts = True  # the run's FLOPs are known

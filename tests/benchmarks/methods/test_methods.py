@@ -25,6 +25,7 @@ from m3i_fast.benchmarks.methods.variants import AS_BEFORE, VARIANTS
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.evaluator import Evaluation
+from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.held_out import HeldOut
 from m3i_fast.models.transformer.text import TextConfig
@@ -153,14 +154,14 @@ def test_a_stopped_run_goes_on_with_its_number_of_steps(
     asked: dict[str, Any] = {}
     monkeypatch.setattr(methods_run, "evaluate", lambda *_, **how: asked.update(how) or found)
     monkeypatch.setattr(methods_run, "calibrate", lambda *_: 4)
-    step = Trainer.train_step
+    step = TrainStep.__call__
 
-    def stopped(trainer: Trainer, *arguments: Any, **more: Any) -> Any:
+    def stopped(train_step: TrainStep, *arguments: Any, **more: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        return step(trainer, *arguments, **more)
+        return step(train_step, *arguments, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", stopped)
+        patch.setattr(TrainStep, "__call__", stopped)
         with pytest.raises(InterruptedError, match="signal 2 at step 1 of 4; the same command"):
             train_and_measure(train, out, seconds, data, "heldout")
     assert not is_trained(out)

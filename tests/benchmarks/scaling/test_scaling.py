@@ -32,14 +32,14 @@ from m3i_fast.benchmarks.scaling.model import (
     workload,
 )
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gpus import CARDS
-from m3i_fast.engine.costs.roofline import Work
-from m3i_fast.engine.costs.roofline import predict as roofline
-from m3i_fast.engine.costs.traffic import Nodes, Traffic, all_reduce, ddp
-from m3i_fast.engine.planning.memory import build_on_meta, count_parameters
+from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.costs.gpus import CARDS
+from m3i_fast.costs.roofline import StepCost
+from m3i_fast.costs.roofline import predict as roofline
+from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce, ddp
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.models.flops import Flops
 from m3i_fast.models.transformer.text import TextConfig
+from m3i_fast.planning.memory import build_on_meta, count_parameters
 from m3i_fast.recipes import demo, recipes, shrink
 
 CARD = CARDS["h100"]
@@ -214,7 +214,7 @@ def test_at_published_rates_it_is_the_roofline_of_the_plan() -> None:
     peak = 0.4 * CARD.bf16_flop_s
     model = Model(fixed_s=0.0, s_per_flop=1 / peak, latency_s=0.0, slowdown=1.0)
     expected = roofline(
-        Work(
+        StepCost(
             batch_size=of.batch_size,
             flops={"all": of.products},
             bf16=True,
@@ -327,7 +327,7 @@ def test_gradients_are_reduced_in_the_windows_that_say_so(tiny: Path, tmp_path: 
             return found
 
         assert scaling_ranks._kinds(trainer) == ("together", "unreduced")
-        trainer.model.register_comm_hook(None, see)  # type: ignore[operator]
+        trainer.train_step.model.register_comm_hook(None, see)  # type: ignore[operator]
         scaling_ranks._window(trainer, "unreduced", 2)
         assert trainer.step == 2 and not buckets
         scaling_ranks._window(trainer, "together", 3)

@@ -18,7 +18,11 @@ from m3i_fast.benchmarks.training import step
 from m3i_fast.benchmarks.training.step import Config
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.objectives.mixing import Mix
+from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.step_context import no_stage
 from m3i_fast.pipelines.batch import Batch
 
 TINY = Config(device="cpu", batch_size=6, dim=64, depth=1, num_samples=2)
@@ -46,6 +50,11 @@ def _value_and_gradients(train: TrainConfig, batch: Batch, loss_of: Any) -> dict
     return {"loss": loss.detach(), **found}
 
 
+def _our_loss(model: MutualInformation, batch: Batch, mix: Mix) -> Tensor:
+    loss: Tensor = ForwardPass(model)(batch, mix, no_stage, monitor=False, measure=False)[0]
+    return loss
+
+
 @pytest.mark.parametrize("asked_only", [False, True])
 @pytest.mark.parametrize("annotated", ["whole", "in part"])
 def test_the_eager_loss_is_ours_in_value_and_gradient(asked_only: bool, annotated: str) -> None:
@@ -56,7 +65,7 @@ def test_the_eager_loss_is_ours_in_value_and_gradient(asked_only: bool, annotate
     eager = _value_and_gradients(
         train, batch, partial(step_eager.eager_loss, asked_only=asked_only)
     )
-    ours = _value_and_gradients(train, batch, step.our_loss)
+    ours = _value_and_gradients(train, batch, _our_loss)
     assert eager.keys() == ours.keys()
     for name, expected in ours.items():
         scale = float(expected.abs().max())
@@ -76,11 +85,20 @@ def test_the_eager_average_is_ours() -> None:
 
 
 def test_a_step_learns() -> None:
-    for loss_of, ours in ((step.our_loss, True), (step_eager.eager_loss, False)):
-        train = step.train_config(TINY)
-        take = step.make_step(train, draw_batch(train), loss_of, ours=ours)
+    train = step.train_config(TINY)
+    batch = draw_batch(train)
+    for take in (
+        step.our_step(train, batch),
+        step.eager_step(train, batch, step_eager.eager_loss),
+    ):
         losses = [float(take()) for _ in range(12)]
         assert losses[-1] < 0.8 * losses[0]
+
+
+def test_steps_go_on_where_the_schedules_end() -> None:
+    train = replace(step.train_config(TINY), num_steps=2)
+    for take in step.make_steps(train).values():  # each has taken one
+        assert all(torch.isfinite(take()) for _ in range(3))
 
 
 def test_rows_are_shown_and_recorded(

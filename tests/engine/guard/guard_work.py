@@ -20,6 +20,7 @@ from m3i_fast.engine.parallel.local_shards import GradientNorm, local
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 from tests.engine.parallel.parallel_work import full
+from tests.engine.replaced_step import replace_call
 
 NUM_RANKS = 2
 SHARDS = (1, -1)
@@ -32,8 +33,8 @@ class Poisoned(Trainer):
 
     def poisoned(self, poison: Mapping[int, str | float]) -> Poisoned:
         self.poison, self.batches, self.rates = poison, list[list[int]](), list[float]()
-        self.model = self.model.train()
-        forward = self.model.forward
+        model, clip = self.train_step.model, self.train_step._clip
+        forward, take = model.forward, self.train_step.__call__
 
         def spoilt(*arguments: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
             loss, metrics = forward(*arguments, **options)
@@ -44,20 +45,22 @@ class Poisoned(Trainer):
                 metrics["loss/total"] = metrics["loss/total"] * kind
             return loss, metrics
 
-        self.model.forward = spoilt  # type: ignore[method-assign]
+        def clipped() -> GradientNorm:
+            if self.poison.get(self.step) == "gradient":
+                parts = local(p.grad for p in self.objective.parameters() if p.grad is not None)
+                next(part for part in parts if part.numel()).view(-1)[0] = float("nan")
+            return clip()
+
+        def noted(batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+            self.batches.append(batch.sample_id.tolist())
+            found = take(batch, monitor=monitor)
+            self.rates.append(self.optimizer.param_groups[0]["lr"])
+            return found
+
+        model.forward = spoilt
+        self.train_step._clip = clipped  # type: ignore[method-assign]
+        replace_call(self, noted)
         return self
-
-    def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
-        self.batches.append(batch.sample_id.tolist())
-        found = super().train_step(batch, monitor=monitor)
-        self.rates.append(self.optimizer.param_groups[0]["lr"])
-        return found
-
-    def _clip(self) -> GradientNorm:
-        if self.poison.get(self.step) == "gradient":
-            parts = local(p.grad for _, p in self._named if p.grad is not None)
-            next(part for part in parts if part.numel()).view(-1)[0] = float("nan")
-        return super()._clip()
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights, averages, buffers, moments and step counts, whole."""
@@ -79,7 +82,7 @@ def work(rank: int, cfg: TrainConfig, folder: Path) -> None:
         trainer = Poisoned(spread(cfg, shard), folder / f"run-{shard}")
         trainer.poisoned({1: "loss", 2: "gradient"} if rank else {})
         found: list[dict[str, Tensor]] = []
-        step = trainer.train_step
+        step = trainer.train_step.__call__
 
         def noted(
             batch: Batch,
@@ -93,7 +96,7 @@ def work(rank: int, cfg: TrainConfig, folder: Path) -> None:
             found.append(trainer.tensors())
             return metrics
 
-        trainer.train_step = noted  # type: ignore[method-assign]
+        replace_call(trainer, noted)
         trainer.train()
         torch.save([found, trainer.batches], folder / f"{shard}-{rank}.pt")
     guard = GuardConfig(spikes="rollback", spike_window=2, spike_deviations=50.0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.config import GuardConfig
-from m3i_fast.engine.guard.guard import Spikes
+from m3i_fast.engine.guard.guard import SpikeDetector
 from m3i_fast.engine.guard.skipped_steps import SKIPPED_ROW
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import OptimConfig, set_schedules
@@ -28,6 +28,7 @@ from tests.engine.guard.guard_work import NUM_RANKS, SHARDS, Poisoned, work
 from tests.engine.optim import fused_stand_ins
 from tests.engine.optim import optimiser_runs as runs
 from tests.engine.parallel.test_ranks import TEXT
+from tests.engine.replaced_step import replace_call
 
 OPTIMISERS = {
     "adamw": OptimConfig(lr=0.01, weight_decay=0.1),
@@ -162,13 +163,13 @@ def test_a_resume_in_between_is_the_whole_run_and_tells_the_same(
     whole = Poisoned(cfg, tmp_path / "whole").poisoned(poison)
     whole.train()
     first = Poisoned(cfg, tmp_path / "part").poisoned(poison)
-    take = first.train_step
+    take = first.train_step.__call__
 
     def stopped(batch, *, monitor=False):  # type: ignore[no-untyped-def]
         first._stop.signal = 15 if first.step == 3 else None
         return take(batch, monitor=monitor)
 
-    first.train_step = stopped  # type: ignore[method-assign]
+    replace_call(first, stopped)
     assert first.train().step == 4
     # As a run leaves it that went on from there and was killed: all of it is told again.
     shutil.copy(tmp_path / "whole" / "skipped.jsonl", tmp_path / "part" / "skipped.jsonl")
@@ -257,7 +258,7 @@ def test_what_is_not_finite_ends_the_run_at_the_next_row(
 ) -> None:
     """An average or a moment, and not at a checkpoint long after, which could not be written."""
     trainer = Poisoned(_config(dataset, checkpoint_every=1000), tmp_path / "run").poisoned({})
-    step = trainer.train_step
+    step = trainer.train_step.__call__
 
     def spoilt(batch, *, monitor=False):  # type: ignore[no-untyped-def]
         metrics = step(batch, monitor=monitor)
@@ -266,7 +267,7 @@ def test_what_is_not_finite_ends_the_run_at_the_next_row(
             tensors[name][0] = math.nan
         return metrics
 
-    trainer.train_step = spoilt  # type: ignore[method-assign]
+    replace_call(trainer, spoilt)
     with pytest.raises(FloatingPointError, match=f"step 4: .*not finite: .*{name}"):
         trainer.train()
     assert trainer.step == 4
@@ -282,14 +283,14 @@ def test_spikes_are_those_of_a_loop_in_numpy() -> None:
     losses[[3, 25, 40]] += 2.0  # the first one comes before there is a mean
     losses[50] = math.nan
     window, deviations = 10, 5.0
-    spikes = Spikes(
+    spikes = SpikeDetector(
         GuardConfig(spike_window=window, spike_deviations=deviations), torch.device("cpu")
     )
     found, seen = [], list[float]()
     mean = square = 0.0
     for step, loss in enumerate(losses):
         spike = len(seen) >= window and loss - mean > deviations * math.sqrt(square - mean**2)
-        if bool(spikes.see(torch.tensor(loss), torch.tensor(math.isnan(loss)))):
+        if bool(spikes.update(torch.tensor(loss), torch.tensor(math.isnan(loss)))):
             found.append(step)
         assert spike == (step in found)
         if not spike and not math.isnan(loss):
@@ -308,7 +309,7 @@ def test_a_spike_goes_back_and_passes_its_batches_over(
     trainer = Poisoned(cfg, tmp_path / "run").poisoned({4: 1e3})
     plain = Poisoned(cfg, tmp_path / "plain").poisoned({})
     at_four: dict[str, Tensor] = {}
-    step, again = trainer.train_step, list[int]()
+    step, again = trainer.train_step.__call__, list[int]()
 
     def noted(batch, *, monitor=False):  # type: ignore[no-untyped-def]
         again.append(trainer.step)
@@ -319,7 +320,7 @@ def test_a_spike_goes_back_and_passes_its_batches_over(
             at_four.update({k: v.clone() for k, v in trainer.tensors().items()})
         return step(batch, monitor=monitor)
 
-    trainer.train_step = noted  # type: ignore[method-assign]
+    replace_call(trainer, noted)
     assert trainer.train().step == 8
     assert again == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
     assert "ROLLED BACK to step 4, from step 6, for the spike at step 4" in caplog.text

@@ -9,7 +9,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from m3i_fast.engine.optim import undoable_step as unless
+from m3i_fast.engine.optim import skippable_step
 from m3i_fast.engine.optim.layerwise import Lars
 from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer
 from tests.engine.optim import optimiser_runs as runs
@@ -49,13 +49,13 @@ def test_steps_are_timms(name: str) -> None:
     runs.run(cfg, model)
     # timm's optimiser in the place of ours, in the very groups that ours has.
     optimizer = build_optimizer(cfg, twin)
-    (ours,) = optimizer.parts
+    (ours,) = optimizer.optimizers
     groups = [{k: v for k, v in g.items() if k != "betas"} for g in ours.param_groups]
     if name == "lamb":
         theirs: torch.optim.Optimizer = timm.optim.Lamb(groups, betas=cfg.betas, max_grad_norm=None)
     else:
         theirs = timm.optim.Lars(groups, momentum=cfg.betas[0])
-    optimizer.parts, optimizer.param_groups = (theirs,), theirs.param_groups
+    optimizer.optimizers, optimizer.param_groups = (theirs,), theirs.param_groups
     runs.run(cfg, twin, optimizer)
     runs.assert_same_change(
         model, {n: p for n, p in twin.named_parameters() if p.requires_grad}, start
@@ -88,8 +88,8 @@ def test_steps_in_parts_are_those_of_all_at_once(
     cfg, model, twin = CONFIGS[name], runs.small_vit(), runs.small_vit()
     runs.run(cfg, model)
     matrices = [p for p in twin.parameters() if p.ndim > 1]
-    monkeypatch.setattr(unless, "_CHUNK_CPU", 1024)
-    chunks = list(unless.chunks(matrices))
+    monkeypatch.setattr(skippable_step, "_CHUNK_CPU", 1024)
+    chunks = list(skippable_step.split_by_size(matrices))
     assert 1 < len(chunks) < len(matrices)
     assert [id(p) for chunk in chunks for p in chunk] == [id(p) for p in matrices]
     assert all(len(chunk) == 1 or sum(p.numel() for p in chunk) <= 1024 for chunk in chunks)

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
-from m3i_fast.engine.optim import muon
-from m3i_fast.engine.optim import undoable_step as unless
+from m3i_fast.engine.optim import muon, skippable_step
 from m3i_fast.engine.optim.muon import Muon, orthogonalise
 from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer
 from m3i_fast.models.transformer.vit import ViT
@@ -129,7 +128,7 @@ def test_a_cpu_multiplies_in_fp32_matrices_of_one_shape_together() -> None:
 def test_what_is_multiplied_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = (with_gradients(*[(16, 48)] * 7) for _ in range(2))
     Muon(whole, lr=0.1, weight_decay=0.0).step()
-    monkeypatch.setattr(unless, "_CHUNK_CPU", 3 * 16 * 48)
+    monkeypatch.setattr(skippable_step, "_CHUNK_CPU", 3 * 16 * 48)
     with Products() as products:
         Muon(parts, lr=0.1, weight_decay=0.0).step()
     assert max(elements for _, elements in products.seen) == 3 * 16 * 48
@@ -143,9 +142,9 @@ def test_an_optimiser_reads_what_torchs_wrote(tmp_path: Path) -> None:
     def resumed(optimizer_of_before: type[torch.optim.Muon]) -> ViT:
         model, other = runs.small_vit(), runs.small_vit()
         optimizer = build_optimizer(CONFIG, model)
-        before = optimizer_of_before(optimizer.parts[1].param_groups, lr=0.1, weight_decay=0.1)
+        before = optimizer_of_before(optimizer.optimizers[1].param_groups, lr=0.1, weight_decay=0.1)
         before.state = optimizer.state
-        optimizer.parts = (optimizer.parts[0], before)
+        optimizer.optimizers = (optimizer.optimizers[0], before)
         runs.run(CONFIG, model, optimizer, steps=range(2))
         folder = tmp_path / optimizer_of_before.__module__
         with Saver(folder, keep=1) as saver:

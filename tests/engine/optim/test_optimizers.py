@@ -97,7 +97,7 @@ def test_another_program_named_apex_is_not_apex(monkeypatch: pytest.MonkeyPatch)
 def test_apex_is_given_what_torchs_are(fused: None) -> None:
     cfg = replace(FUSED["apex_lamb"], betas=(0.8, 0.9), clip_grad_norm=3.0)
     optimizer = build_optimizer(cfg, runs.small_vit())
-    assert optimizer.clips and isinstance(optimizer.parts[0], stand_ins.FusedLAMB)
+    assert optimizer.clips and isinstance(optimizer.optimizers[0], stand_ins.FusedLAMB)
     assert stand_ins.FusedLAMB.seen == {
         "lr": 0.02,
         "bias_correction": True,
@@ -119,7 +119,7 @@ def test_apex_is_given_what_torchs_are(fused: None) -> None:
 @pytest.mark.parametrize("impl", ["te", "apex"])
 def test_fused_adam_is_given_what_torchs_is(impl: str, fused: None) -> None:
     optimizer = build_optimizer(FUSED[impl], runs.small_vit())
-    assert not optimizer.clips and isinstance(optimizer.parts[0], stand_ins.FusedAdam)
+    assert not optimizer.clips and isinstance(optimizer.optimizers[0], stand_ins.FusedAdam)
     assert stand_ins.FusedAdam.seen == {
         "lr": 0.01,
         "bias_correction": True,

@@ -106,7 +106,7 @@ def test_muons_matrices_have_the_rates_of_their_layers() -> None:
     model = ViT(vit_demo(depth=2))
     cfg = OptimConfig(matrices="muon", muon_lr=0.02, lr=1e-3, layer_decay=0.5)
     optimizer = build_optimizer(cfg, model)
-    adamw, muon = optimizer.parts
+    adamw, muon = optimizer.optimizers
     assert [g["lr"] for g in muon.param_groups] == pytest.approx([0.01, 0.005])
     set_schedules(optimizer, lr=5e-4, weight_decay=0.3)
     assert [g["lr"] for g in muon.param_groups] == pytest.approx([0.005, 0.0025])

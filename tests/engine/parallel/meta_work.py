@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective, stacks_of
 from m3i_fast.engine.parallel.config import ParallelConfig
-from m3i_fast.engine.parallel.local_shards import is_spread, local
+from m3i_fast.engine.parallel.local_shards import is_sharded, local
 from m3i_fast.engine.parallel.ranks import World, distribute
-from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.internimage.deformable import InternImageLayer
 from m3i_fast.models.transformer.blocks import Block
 
@@ -56,7 +56,7 @@ def work(rank: int, cases: dict[str, TrainConfig], folder: Path) -> None:
 
 def _make(cfg: TrainConfig, world: World) -> Made:
     torch.manual_seed(cfg.seed)
-    objective = build_objective(cfg, world.group, on_meta=world.spreads(cfg.parallel))
+    objective = build_objective(cfg, world.group, on_meta=world.shards_weights(cfg.parallel))
     assert held(objective) == 0
     seen: list[int] = []
     for kind in (Block, InternImageLayer):
@@ -70,7 +70,7 @@ def _make(cfg: TrainConfig, world: World) -> Made:
     copies = [average for average, _ in objective.momentum_pairs()]
     stacks = stacks_of(objective)
     distribute(
-        StepForward(objective),
+        ForwardPass(objective),
         stacks,
         ParallelConfig(shard=-1),
         world,
@@ -79,7 +79,7 @@ def _make(cfg: TrainConfig, world: World) -> Made:
     )
     found = dict(values(objective))
     return Made(
-        {k: (v.full_tensor() if is_spread(v) else v).detach() for k, v in found.items()},  # type: ignore[operator]
-        {k: tuple(local([v])[0].shape) for k, v in found.items() if is_spread(v)},
+        {k: (v.full_tensor() if is_sharded(v) else v).detach() for k, v in found.items()},  # type: ignore[operator]
+        {k: tuple(local([v])[0].shape) for k, v in found.items() if is_sharded(v)},
         max(seen),
     )

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import GradientNorm
+from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.terms import dense
@@ -56,7 +57,7 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
             mixes = [own_mix(trainer, r, part(batch, r, num_ranks)) for r in range(num_ranks)]
             mine = batch if rank is None else part(batch, rank, num_ranks)
             mix = joined(mixes) if rank is None else mixes[rank]
-            trainer.draw_mix = lambda *_, mix=mix: mix  # type: ignore[method-assign,misc]
+            trainer.train_step.draw_mix = lambda *_, mix=mix: mix  # type: ignore[method-assign,misc]
             if step == 0:
                 _keep_gradients(trainer, found)
             metrics = trainer.train_step(mine, monitor=step == 0)
@@ -71,29 +72,31 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
 
 def own_mix(trainer: Trainer, rank: int, batch: Batch) -> Mix:
     """What a rank draws in this step."""
-    before, trainer.seed = trainer.seed, 1000 + rank
-    mix = Trainer.draw_mix(trainer, batch)
-    trainer.seed = before
+    step = trainer.train_step
+    before, step.seed = step.seed, 1000 + rank
+    mix = TrainStep.draw_mix(step, batch)
+    step.seed = before
     return mix
 
 
 def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
     """As they are after the ranks have reduced them and before they are clipped."""
-    clip = trainer._clip
+    step = trainer.train_step
+    clip = step._clip
 
     def kept() -> GradientNorm:
-        cfg = trainer.cfg
-        trainer.cfg = replace(cfg, optim=replace(cfg.optim, clip_grad_norm=0.0))
+        cfg = step.cfg
+        step.cfg = replace(cfg, optim=replace(cfg.optim, clip_grad_norm=0.0))
         norm = clip()
         for name, parameter in trainer.objective.named_parameters():
             if parameter.grad is not None:
                 found[f"gradient/{name}"] = full(parameter.grad)
         found["norm"] = norm.total.detach().clone()
-        trainer.cfg = cfg
-        del trainer._clip  # type: ignore[attr-defined]
+        step.cfg = cfg
+        del step._clip  # type: ignore[attr-defined]
         return norm
 
-    trainer._clip = kept  # type: ignore[method-assign]
+    step._clip = kept  # type: ignore[method-assign]
 
 
 def full(value: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 from tests.engine.parallel.parallel_work import full
+from tests.engine.replaced_step import replace_call
 
 NUM_RANKS = 2
 SHARDS = (1, -1)
@@ -32,13 +33,13 @@ class Watched:
 
     def __init__(self, cfg: TrainConfig, out: Path, *, resume: bool = False) -> None:
         self.trainer, self.seen = Trainer(cfg, out, resume=resume), list[Tensor]()
-        step = self.trainer.train_step
+        step = self.trainer.train_step.__call__
 
         def noted(batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
             self.seen.append(batch.sample_id.clone())
             return step(batch, monitor=monitor)
 
-        self.trainer.train_step = noted  # type: ignore[method-assign]
+        replace_call(self.trainer, noted)
 
     def train(self, *, stop_at: int | None = None) -> dict[str, Tensor]:
         """All that is saved, whole, and the samples; `stop_at`: this rank is told to stop there."""

@@ -20,7 +20,7 @@ from m3i_fast.engine.build import build_objective, stacks_of
 from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import gradient_norm
 from m3i_fast.engine.parallel.ranks import World, distribute
-from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
 from tests.engine.parallel.parallel_work import full
@@ -47,7 +47,7 @@ def _steps(cfg: TrainConfig, world: World) -> tuple[dict[str, Tensor], list[str]
     stacks = stacks_of(objective)
     copies = [average for average, _ in objective.momentum_pairs()]
     model = distribute(
-        StepForward(objective),
+        ForwardPass(objective),
         stacks,
         cfg.parallel,
         world,

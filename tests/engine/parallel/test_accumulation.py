@@ -24,6 +24,7 @@ from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel.parallel_work import _double, _in_dtype, full, own_mix
 from tests.engine.parallel.test_ranks import TEXT
+from tests.engine.replaced_step import replace_call
 from tests.objectives.ranks import joined, part
 
 STEPS = 3
@@ -92,7 +93,7 @@ def _train(
             mixes = [_join(mixes, i, num_parts) for i in range(num_parts)]
             batches = [part(batch, i, num_parts) for i in mine] if mine else [batch]
             given = iter([mixes[i] for i in mine] if mine else mixes)
-            trainer.draw_mix = lambda *_, given=given: next(given)  # type: ignore[method-assign,misc]
+            trainer.train_step.draw_mix = lambda *_, given=given: next(given)  # type: ignore[method-assign,misc]
             metrics = trainer.train_step(*batches)
             found[f"loss {step}"] = trainer.world.mean(metrics["loss/total"].clone())
             found[f"norm {step}"] = metrics["optim/grad_norm"].clone()
@@ -168,8 +169,8 @@ def test_a_run_reads_all_batches_and_mixes_each_its_own_way(dataset: Path, tmp_p
     whole = _without_the_batch(dataset)
     cfg = replace(_parts(whole, 2, accumulate=2), log_every=1)
     trainer = Trainer(cfg, tmp_path / "run")
-    seen, step = list[list[int]](), trainer.train_step
-    mixes, draw = list[Tensor](), trainer.draw_mix
+    seen, step = list[list[int]](), trainer.train_step.__call__
+    mixes, draw = list[Tensor](), trainer.train_step.draw_mix
 
     def noted(*batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
         seen.extend(batch.sample_id.tolist() for batch in batches)
@@ -180,8 +181,8 @@ def test_a_run_reads_all_batches_and_mixes_each_its_own_way(dataset: Path, tmp_p
         mixes.append(mix.token_priority)
         return mix
 
-    trainer.train_step = noted  # type: ignore[method-assign]
-    trainer.draw_mix = drawn  # type: ignore[method-assign]
+    replace_call(trainer, noted)
+    trainer.train_step.draw_mix = drawn  # type: ignore[method-assign]
     trainer.train()
     loader = Loader(cfg.data)
     assert seen == [next(loader).sample_id.tolist() for _ in range(2 * STEPS)]

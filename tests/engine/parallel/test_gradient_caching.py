@@ -15,8 +15,8 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.config import ParallelConfig
-from m3i_fast.engine.parallel.gradient_caching import by_chunks
-from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.parallel.gradient_caching import run_in_chunks
+from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.recipes import recipes, shrink
@@ -55,7 +55,7 @@ def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = StepForward(objective)(
+        loss, _ = ForwardPass(objective)(
             batch, mix, lambda _: nullcontext(), monitor=True, measure=False
         )
     loss.backward()
@@ -92,7 +92,7 @@ def test_stochastic_depth_draws_the_same_in_both_passes() -> None:
         assert block.proj.weight.grad is not None
         return out.detach(), block.proj.weight.grad.clone()
 
-    found = gradient(partial(by_chunks, block, 4))
+    found = gradient(partial(run_in_chunks, block, 4))
     expected = gradient(lambda x: torch.cat([block(part) for part in x.tensor_split(3)]))
     assert not torch.equal(expected[0], rows)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -107,10 +107,10 @@ def test_without_a_gradient_the_rows_are_the_same() -> None:
         return 2 * part
 
     with torch.no_grad():
-        assert torch.equal(by_chunks(double, 3, rows), 2 * rows)
+        assert torch.equal(run_in_chunks(double, 3, rows), 2 * rows)
     assert seen == [3, 2, 2]
-    assert torch.equal(by_chunks(double, 7, rows), 2 * rows) and seen[3:] == [7]
-    assert by_chunks(double, 3, rows[:0]).shape == (0, 5)
+    assert torch.equal(run_in_chunks(double, 7, rows), 2 * rows) and seen[3:] == [7]
+    assert run_in_chunks(double, 3, rows[:0]).shape == (0, 5)
 
 
 def test_a_chunk_is_not_negative() -> None:

@@ -29,6 +29,7 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo, shrink
 from tests.engine.guard.guard_work import spread
 from tests.engine.parallel.test_ranks import TEXT
+from tests.engine.replaced_step import replace_call
 
 LIMIT = 0.4  # s
 
@@ -81,7 +82,7 @@ def test_the_first_step_a_save_and_a_beat_have_their_time(tmp_path: Path) -> Non
     def work() -> None:
         with Watchdog(stacks, seconds=LIMIT) as watchdog:
             time.sleep(2 * LIMIT)
-            with watchdog.patient("a save"):
+            with watchdog.allow_longer("a save"):
                 time.sleep(2 * LIMIT)
             watchdog.beat()
             for _ in range(3):
@@ -99,7 +100,7 @@ def test_work_with_more_time_has_not_all_of_it(tmp_path: Path) -> None:
     stacks = tmp_path / "stacks.txt"
 
     def work() -> None:
-        with Watchdog(stacks, seconds=LIMIT / 4) as watchdog, watchdog.patient("a save"):
+        with Watchdog(stacks, seconds=LIMIT / 4) as watchdog, watchdog.allow_longer("a save"):
             time.sleep(600)
 
     assert _child(work) == EXIT_CODE
@@ -115,7 +116,7 @@ def test_slow_steps_have_their_time(tmp_path: Path) -> None:
             for _ in range(3):
                 time.sleep(LIMIT)
                 watchdog.beat()
-            with watchdog.patient("a save"):
+            with watchdog.allow_longer("a save"):
                 pass  # it is no step, and says nothing of how fast they are
             time.sleep(600)
 
@@ -203,7 +204,7 @@ def _train(cfg: TrainConfig, out: Path, where: str) -> None:
     def hang(*_: object, **__: object) -> None:
         time.sleep(600)
 
-    step = trainer.train_step
+    step = trainer.train_step.__call__
 
     def train_step(batch: Batch, *, monitor: bool = False) -> dict[str, torch.Tensor]:
         if trainer.step == 3:
@@ -222,7 +223,7 @@ def _train(cfg: TrainConfig, out: Path, where: str) -> None:
                     os._exit(9)
         return step(batch, monitor=monitor)
 
-    trainer.train_step = train_step  # type: ignore[method-assign]
+    replace_call(trainer, train_step)
     trainer.train(watchdog_seconds=1.0)
 
 

@@ -13,26 +13,26 @@ import torch
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import Backend, Precision, TrainConfig
+from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.engine.build import build_objective
-from m3i_fast.engine.costs.gemm_rows import shapes_of
 from m3i_fast.engine.parallel.config import ParallelConfig
-from m3i_fast.engine.planning.memory import draw_first_mix
 from m3i_fast.engine.precision import fp8
 from m3i_fast.engine.precision.arithmetic import (
+    Arithmetic,
     Capabilities,
-    Choice,
-    announce,
     autocast,
+    capabilities_of,
     compute_dtype,
-    look_at,
+    log_arithmetic,
     resolve_precision,
 )
 from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
-from m3i_fast.engine.step import StepForward
+from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.transformer import float8
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS
 from m3i_fast.models.transformer.vit import vit_b, vit_l
+from m3i_fast.planning.memory import draw_first_mix
 from m3i_fast.recipes import demo, recipes
 from tests.engine.precision.fp8_runs import tiny
 
@@ -66,9 +66,9 @@ def resolve(
     *,
     cfg: TrainConfig | None = None,
     compiled: bool = False,
-) -> Choice:
+) -> Arithmetic:
     return resolve_precision(
-        machine, shapes_of(cfg or big()), precision, backend, compiled=compiled
+        machine, gemm_shapes(cfg or big()), precision, backend, compiled=compiled
     )
 
 
@@ -161,14 +161,14 @@ def test_delayed_scales_are_shared_by_ranks_unless_a_module_runs_twice() -> None
     intra = tuple(term for term in cfg.objective.active_terms if term.name != "inter")
     alone = replace(cfg, objective=replace(cfg.objective, mixing=mixing, terms=intra))
     found = resolve(H100, "fp8_delayed", cfg=alone)
-    assert shapes_of(alone).max_calls == 1 and found.reduce_amax
+    assert gemm_shapes(alone).max_calls == 1 and found.reduce_amax
     local = replace(cfg.data.global_views, size=96, count=2)
     found = resolve(
         H100, "fp8_delayed", cfg=replace(alone, data=replace(cfg.data, local_views=local))
     )
     assert not found.reduce_amax
     assert "runs 2 times in a step" in found.reasons[-1]
-    assert shapes_of(replace(cfg, parallel=ParallelConfig(chunk=32))).max_calls == 4
+    assert gemm_shapes(replace(cfg, parallel=ParallelConfig(chunk=32))).max_calls == 4
 
 
 # ---- Alignment -----------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_chunks_and_changing_masks_are_looked_at() -> None:
         resolve(H100, "fp8_current", cfg=replace(cfg, parallel=ParallelConfig(chunk=22)))
     mixing = replace(cfg.objective.mixing, mode="masked", mask_ratio=0.5, final_mask_ratio=0.75)
     cfg = replace(big(24), objective=replace(cfg.objective, mixing=mixing), num_steps=500)
-    rows = {rows for part, rows in shapes_of(cfg).rows(24) if part == "encoder"}
+    rows = {rows for part, rows in gemm_shapes(cfg).rows(24) if part == "encoder"}
     assert rows == {24 * shown for shown in range(49, 99)}
     with pytest.raises(ValueError, match="encoder: .* tokens"):
         resolve(H100, "fp8_current", cfg=cfg)
@@ -227,13 +227,13 @@ def test_what_is_narrow_stays_in_bf16_and_the_model_must_have_something_wide() -
 # ---- A real step ---------------------------------------------------------------------------------
 
 
-def _step(cfg: TrainConfig, choice: Choice) -> StepForward:
+def _step(cfg: TrainConfig, choice: Arithmetic) -> ForwardPass:
     """Objective of a run; its FP8 products are those of `choice`."""
     torch.manual_seed(0)
-    return StepForward(build_objective(cfg, layers=layers_of(choice, cfg.fp8_min_dim)))
+    return ForwardPass(build_objective(cfg, layers=layers_of(choice, cfg.fp8_min_dim)))
 
 
-def _forward(step: StepForward, cfg: TrainConfig, choice: Choice) -> torch.Tensor:
+def _forward(step: ForwardPass, cfg: TrainConfig, choice: Arithmetic) -> torch.Tensor:
     with forward_context(choice, torch.device("cpu")):
         loss, _ = step(
             draw_batch(cfg),
@@ -263,7 +263,7 @@ def test_the_rows_of_a_real_step_are_those_that_were_checked(
 
     monkeypatch.setattr(float8._Product, "apply", count)
     _forward(_step(cfg, choice), cfg, choice)
-    assert set(found) == {rows for _, rows in shapes_of(cfg).rows(cfg.data.batch_size)}
+    assert set(found) == {rows for _, rows in gemm_shapes(cfg).rows(cfg.data.batch_size)}
     assert not any(rows % 16 for rows in found)
 
 
@@ -273,7 +273,7 @@ def test_a_run_that_has_no_fp8_product_is_an_error(
     cfg = tiny(tmp_path, precision="fp8_current")
     choice = resolve(CPU, "fp8_current", cfg=cfg)
     torch.manual_seed(0)
-    plain = StepForward(build_objective(cfg, layers=TORCH_LAYERS))
+    plain = ForwardPass(build_objective(cfg, layers=TORCH_LAYERS))
     expect_fp8(plain, choice)
     with pytest.raises(RuntimeError, match="expected fp8_current by torchao in encoder"):
         _forward(plain, cfg, choice)
@@ -316,11 +316,11 @@ def test_a_wrong_request_is_refused_before_anything_is_written(
 
 
 def test_this_machine_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    found = look_at(torch.device("cpu"))
+    found = capabilities_of(torch.device("cpu"))
     assert (found.device, found.capability, found.torchao) == ("cpu", None, True)
     with caplog.at_level(logging.INFO):
-        announce(resolve(found, "fp8_current"))
-        announce(resolve(found, "bf16"))
+        log_arithmetic(resolve(found, "fp8_current"))
+        log_arithmetic(resolve(found, "bf16"))
     warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [
         "precision: fp8_current is emulated on a CPU, for its numbers: slower than bf16"

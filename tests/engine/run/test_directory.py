@@ -22,7 +22,7 @@ from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.run.directory import Run
 from m3i_fast.engine.run.lock import RunLock
-from m3i_fast.engine.trainer import Trainer
+from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.pipelines.batch import Batch
 from tests.engine.test_trainer import _config
 
@@ -49,16 +49,16 @@ def test_a_run_whose_directory_goes_away_fails_in_a_line(
     go: Callable[[Path], object],
     step: int,
 ) -> None:
-    out, train_step, last = tmp_path / "run", Trainer.train_step, 0
+    out, take, last = tmp_path / "run", TrainStep.__call__, 0
 
-    def going(self: Trainer, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+    def going(self: TrainStep, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
         nonlocal last
-        last = self.step
-        if self.step == step:
+        last = self.steps_taken
+        if last == step:
             go(out)
-        return train_step(self, batch, monitor=monitor)
+        return take(self, batch, monitor=monitor)
 
-    monkeypatch.setattr(Trainer, "train_step", going)
+    monkeypatch.setattr(TrainStep, "__call__", going)
     cfg = _config(dataset, num_steps=20, log_every=2, checkpoint_every=3)
     cfg.save(tmp_path / "cfg.json")
     assert main(["train", "--config", str(tmp_path / "cfg.json"), "--out", str(out)]) == 1

@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gemm_rows import shapes_of
-from m3i_fast.engine.costs.gpus import CARDS, Card, card_of
-from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
-from m3i_fast.engine.precision.arithmetic import Capabilities, Choice, resolve_precision
-from m3i_fast.engine.precision.fp8 import layers_of
+from m3i_fast.costs.gemm_rows import gemm_shapes
+from m3i_fast.costs.gpus import CARDS, Card, card_of
+from m3i_fast.costs.step_flops import step_flops, without_sampling
+from m3i_fast.engine.precision.arithmetic import Arithmetic, Capabilities, resolve_precision
 from m3i_fast.engine.run.mfu import efficiency, fp8_share, joule_per_image, weighted_peak
 from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.models.transformer.vit import ViTConfig
@@ -26,12 +25,12 @@ from tests.engine.real_step import stepper
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
 CPU = Capabilities(device="cpu", torchao=True)
 H100 = Capabilities(device="cuda", capability=(9, 0), cuda=(13, 0), te=True, torchao=True)
-BF16 = Choice(recipe="bf16", backend="torch", compute_dtype=torch.bfloat16)
+BF16 = Arithmetic(recipe="bf16", backend="torch", compute_dtype=torch.bfloat16)
 FP32 = replace(BF16, recipe="fp32", compute_dtype=torch.float32)
 
 
-def fp8_on_hopper(cfg: TrainConfig) -> Choice:
-    return resolve_precision(H100, shapes_of(cfg), "fp8_current", "te")
+def fp8_on_hopper(cfg: TrainConfig) -> Arithmetic:
+    return resolve_precision(H100, gemm_shapes(cfg), "fp8_current", "te")
 
 
 def test_vit_b_by_hand() -> None:
@@ -127,8 +126,8 @@ def test_the_share_of_fp8_is_what_a_real_step_multiplies_in_it(name: str) -> Non
         optim=replace(cfg.optim, matrices="adamw"),
         fp8_min_dim=32,
     )
-    arithmetic = resolve_precision(CPU, shapes_of(cfg), "fp8_current", "auto")
-    step = stepper(cfg, bf16=True, layers=layers_of(arithmetic, cfg.fp8_min_dim))
+    arithmetic = resolve_precision(CPU, gemm_shapes(cfg), "fp8_current", "auto")
+    step = stepper(cfg, arithmetic=arithmetic)
     with Float8Products() as seen:
         step()
     products = without_sampling(step_flops(cfg))

@@ -36,6 +36,7 @@ from m3i_fast.observe.metrics import JsonlSink, read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
 from tests.engine.checkpoint.checkpoint_cases import assert_equal, trained
+from tests.engine.replaced_step import replace_call
 from tests.engine.test_trainer import _config
 
 OF_THE_MACHINE = ("time/", "throughput/", "efficiency/", "host/", "gpu/")
@@ -47,16 +48,22 @@ class Watched(Trainer):
     stop_at = 0
     sample_ids: list[list[int]]
 
-    def train_step(self, batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
-        self.sample_ids.append(batch.sample_id.tolist())
-        if len(self.sample_ids) == self.stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().train_step(batch, monitor=monitor)
+    def watch_steps(self) -> None:
+        take = self.train_step.__call__
+
+        def noted(batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:
+            self.sample_ids.append(batch.sample_id.tolist())
+            if len(self.sample_ids) == self.stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return take(batch, monitor=monitor)
+
+        replace_call(self, noted)
 
 
 def _train(cfg: TrainConfig, out: Path, *, resume: bool = False, stop_at: int = 0) -> Watched:
     trainer = Watched(cfg, out, resume=resume)
     trainer.sample_ids, trainer.stop_at = [], stop_at
+    trainer.watch_steps()
     trainer.train()
     return trainer
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gemm_rows import shapes_of
-from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
+from m3i_fast.costs.gemm_rows import gemm_shapes
+from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.precision.arithmetic import Capabilities, Choice, resolve_precision
+from m3i_fast.engine.precision.arithmetic import Arithmetic, Capabilities, resolve_precision
 from m3i_fast.engine.run import telemetry as run_telemetry
 from m3i_fast.engine.run.telemetry import Interval, RunTelemetry, flatten
 from m3i_fast.engine.trainer import Trainer
@@ -42,8 +42,8 @@ def interval(seconds: float, num_images: float) -> Interval:
     return Interval(begin_s=now - seconds, end_s=now, num_images=num_images, progress=0.5)
 
 
-def choice(cfg: TrainConfig) -> Choice:
-    return resolve_precision(H100, shapes_of(cfg), cfg.precision, "auto")
+def choice(cfg: TrainConfig) -> Arithmetic:
+    return resolve_precision(H100, gemm_shapes(cfg), cfg.precision, "auto")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.models.flops import internimage, internimage_sampling, vit
+from m3i_fast.costs.encoder_flops import internimage, internimage_sampling, vit
 from m3i_fast.models.internimage.config import InternImageConfig, internimage_demo
 from m3i_fast.models.internimage.model import InternImage, _stages
 from m3i_fast.models.recompute import Recompute

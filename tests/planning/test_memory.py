@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.planning.memory import (
+from m3i_fast.models.transformer.vit import ViTConfig
+from m3i_fast.planning.memory import (
     AVERAGE,
     DECODER,
     ENCODER,
@@ -24,10 +25,9 @@ from m3i_fast.engine.planning.memory import (
     count_parameters,
     trace,
 )
-from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, Ledger
-from m3i_fast.models.transformer.vit import ViTConfig
+from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, TensorTracker
 from m3i_fast.recipes import recipes, shrink
-from tests.engine.real_step import stepper
+from tests.engine.real_step import BF16, FP32, stepper
 
 
 def sized(name: str, batch_size: int) -> TrainConfig:
@@ -52,7 +52,7 @@ def small_internimage(batch_size: int) -> TrainConfig:
 
 def measured_peak(cfg: TrainConfig, *, bf16: bool) -> int:
     """Bytes alive before the second step, and the most that the allocator gave during it."""
-    step = stepper(cfg, bf16=bf16)
+    step = stepper(cfg, arithmetic=BF16 if bf16 else FP32)
     step()
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (Tensor, torch.nn.Parameter)]
@@ -137,18 +137,18 @@ def test_recomputation_and_muon_save_memory() -> None:
     assert muon.held[STATES] < plain.held[STATES]
 
 
-def test_the_ledger_knows_the_peak_where_gradients_are_sharded() -> None:
-    with Ledger(num_shards=4) as ledger:
-        with ledger.within("x"):
+def test_the_tracker_knows_the_peak_where_gradients_are_sharded() -> None:
+    with TensorTracker(num_shards=4) as tracker:
+        with tracker.within("x"):
             x = torch.ones(750)
         del x
         gradients = []
         for _ in range(10):
             gradients.append(torch.ones(100))
-            ledger.book(GRADIENTS, gradients[-1:])
-        assert ledger.total == 4000
-    assert sum(ledger.peak.values()) == 4000
-    assert {part: size for part, size in ledger.sharded_peak.items() if size} == {"x": 3000}
+            tracker.book(GRADIENTS, gradients[-1:])
+        assert tracker.total == 4000
+    assert sum(tracker.peak.values()) == 4000
+    assert {part: size for part, size in tracker.sharded_peak.items() if size} == {"x": 3000}
 
 
 def test_blocks_are_those_that_are_trained() -> None:
@@ -164,16 +164,16 @@ def test_a_frozen_teacher_is_refused() -> None:
         trace(recipes()["demo_milan"](), bf16=False)
 
 
-def test_the_ledger_follows_storages_and_not_views() -> None:
-    with Ledger() as ledger, ledger.within("x"):
+def test_the_tracker_follows_storages_and_not_views() -> None:
+    with TensorTracker() as tracker, tracker.within("x"):
         a = torch.ones(1000)
         b = a[10:].view(-1)
-        assert ledger.bytes["x"] == 4000
+        assert tracker.bytes["x"] == 4000
         del a
-        assert ledger.bytes["x"] == 4000
+        assert tracker.bytes["x"] == 4000
         c = torch.zeros(500)
-        ledger.book("y", [c])
+        tracker.book("y", [c])
         del b
-    assert ledger.bytes["x"] == 0
-    assert ledger.bytes["y"] == 2000
-    assert sum(ledger.peak.values()) == 6000
+    assert tracker.bytes["x"] == 0
+    assert tracker.bytes["y"] == 2000
+    assert sum(tracker.peak.values()) == 6000

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.planning import calibration
-from m3i_fast.engine.planning.calibration import calibrate
-from m3i_fast.engine.trainer import Trainer
+from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.models.transformer.text import TextConfig
+from m3i_fast.planning import calibration
+from m3i_fast.planning.calibration import calibrate
 from m3i_fast.recipes import demo, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
@@ -35,17 +35,17 @@ def test_steps_are_seconds_over_those_of_a_step(
     monkeypatch.setattr(calibration, "NUM_TIMED", 5)
     taken: list[int] = []  # threads, by step
     read_at: list[int] = []
-    step = Trainer.train_step
+    step = TrainStep.__call__
 
-    def count(trainer: Trainer, *arguments: object) -> object:
+    def count(train_step: TrainStep, *arguments: object) -> object:
         taken.append(torch.get_num_threads())
-        return step(trainer, *arguments)  # type: ignore[arg-type]
+        return step(train_step, *arguments)  # type: ignore[arg-type]
 
     def clock() -> float:  # 0.1 s a step
         read_at.append(len(taken))
         return 100.0 + len(taken) / 10
 
-    monkeypatch.setattr(Trainer, "train_step", count)
+    monkeypatch.setattr(TrainStep, "__call__", count)
     monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=clock))
     assert calibrate(cfg, 9.0) == 90
     assert read_at == [3, 8] and taken == [2] * 8

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.engine.costs.step_flops import step_flops, without_sampling
-from m3i_fast.engine.planning.memory import build_on_meta, draw_first_mix, empty_batch
+from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.objectives.mixing import Mix
+from m3i_fast.planning.memory import build_on_meta, draw_first_mix, empty_batch
 from m3i_fast.recipes import recipes
 from tests.flop_formulas import FORMULAS
 

@@ -15,7 +15,7 @@ from m3i_fast.objectives.step_context import Rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Counts:
+class StepCounts:
     """Of one rank's step."""
 
     vision: VisionConfig

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from m3i_fast.engine.costs.gpus import Card
-from m3i_fast.engine.costs.step_flops import without_sampling
-from m3i_fast.engine.costs.traffic import Traffic
-from m3i_fast.models.flops import Flops
+from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.step_flops import without_sampling
+from m3i_fast.costs.traffic import Traffic
 
 UTILISATION = 0.4  # of large ViTs in bf16, without measurement of this code
 LOADER_IMG_S = 4700.0  # a GPU: DALI's EfficientNet training, its pull request 6366
@@ -25,7 +25,7 @@ CANDIDATES = "candidates"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class StepCost:
     """What one rank does in a step."""
 
     batch_size: int
@@ -39,7 +39,7 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Speed:
+class PredictedSpeed:
     """Predictions. Seconds of one step, each part by itself, and what follows from them."""
 
     compute_s: float
@@ -60,27 +60,29 @@ class Speed:
     bottleneck: str
 
 
-def predict(work: Work, card: Card, *, num_ranks: int, utilisation: float = UTILISATION) -> Speed:
+def predict(
+    cost: StepCost, card: Card, *, num_ranks: int, utilisation: float = UTILISATION
+) -> PredictedSpeed:
     """The time of a step on `num_ranks` of these cards."""
-    products = without_sampling(work.flops)
-    peak = card.bf16_flop_s if work.bf16 else card.fp32_flop_s
+    products = without_sampling(cost.flops)
+    peak = card.bf16_flop_s if cost.bf16 else card.fp32_flop_s
     compute_s = products.hardware / (peak * utilisation)
-    memory_s = work.moved_bytes / card.memory_byte_s
+    memory_s = cost.moved_bytes / card.memory_byte_s
     own_s = max(compute_s, memory_s)
-    candidates_s = sum(_seconds(v, card) for k, v in work.sent.items() if k == CANDIDATES)
-    gradients_s = sum(_seconds(v, card) for k, v in work.sent.items() if k != CANDIDATES)
+    candidates_s = sum(_seconds(v, card) for k, v in cost.sent.items() if k == CANDIDATES)
+    gradients_s = sum(_seconds(v, card) for k, v in cost.sent.items() if k != CANDIDATES)
     backward_s = own_s * (1 - products.forward / products.hardware)
     step_s = own_s + candidates_s + max(gradients_s - backward_s, 0.0)
     plain_s = own_s + candidates_s + gradients_s
-    loader_s = work.batch_size / work.loader_images_s
+    loader_s = cost.batch_size / cost.loader_images_s
     alone = {
         "compute": compute_s,
         "card memory": memory_s,
         "communication": gradients_s + candidates_s,
         "loader": loader_s,
     }
-    images = work.batch_size * num_ranks
-    return Speed(
+    images = cost.batch_size * num_ranks
+    return PredictedSpeed(
         compute_s=compute_s,
         memory_s=memory_s,
         gradients_s=gradients_s,
@@ -90,7 +92,7 @@ def predict(work: Work, card: Card, *, num_ranks: int, utilisation: float = UTIL
         step_without_overlap_s=plain_s,
         images_s=images / max(step_s, loader_s),
         images_without_overlap_s=images / max(plain_s, loader_s),
-        loader_images_s=work.loader_images_s * num_ranks,
+        loader_images_s=cost.loader_images_s * num_ranks,
         mfu=products.model / (peak * max(step_s, loader_s)),
         bottleneck=max(alone, key=alone.__getitem__),
     )

@@ -1,15 +1,15 @@
 """What one training step holds in memory: the real step, run on tensors without data.
 
-The objective of a config takes one step (targets, input, loss, backward, clip, optimiser, moving
-average) in a FakeTensorMode: shapes, dtypes, what autograd saves and when it is freed are those of
-the code that trains, and nothing is tuned. Every image has a label and a caption: the largest step.
-Not seen: what kernels allocate for themselves, fragmentation, and what torch.compile changes.
+`TrainStep`, the step that trains, is taken once in a FakeTensorMode: shapes, dtypes, what autograd
+saves, what the guard copies and when all of it is freed are those of a run, and nothing is tuned.
+Every image has a label and a caption: the largest step. Not seen: what kernels allocate for
+themselves, fragmentation, and what torch.compile changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
-from m3i_fast.engine.optim.ema import update_ema
-from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer
-from m3i_fast.engine.planning.tensor_tracker import GRADIENTS, OTHER, Ledger
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.precision.arithmetic import Arithmetic
+from m3i_fast.engine.train_step import TrainStep, draw_step_mix
 from m3i_fast.models.internimage.deformable import InternImageLayer
 from m3i_fast.models.transformer.blocks import Block, LayerNormLinear, LayerNormMLP
-from m3i_fast.objectives.mixing import Mix, draw_mix
+from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
 
 PARAMETERS, AVERAGE, BUFFERS = "parameters", "EMA copies", "buffers"
 STATES, BATCH = "optimiser states", "batch"
@@ -41,7 +42,7 @@ class Footprint:
     """Bytes of one rank, by part."""
 
     held: Mapping[str, int]
-    """From step to step: the parts in HELD."""
+    """From step to step: the parts in HELD; the guard's copies of buffers are with the buffers."""
     activations: Mapping[str, int]
     """Alive when the loss is known, for the backward pass."""
     gradients: int
@@ -55,22 +56,31 @@ class Footprint:
 def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 1) -> Footprint:
     """The footprint of a step of `cfg`, in seconds and without data, GPU or memory.
 
-    bf16: autocast, else fp32. cuda: autocast widens layer norms, as it does on CUDA and not on a
-    CPU. num_shards: ranks that share a gradient, for `sharded_peak`.
+    A step of several batches is traced with one of them. bf16: autocast, else fp32. cuda: autocast
+    widens layer norms, as it does on CUDA and not on a CPU. num_shards: ranks that share a
+    gradient, for `sharded_peak`.
     """
-    mix = draw_first_mix(cfg)
-    objective = build_on_meta(cfg)
-    ledger = Ledger(num_shards=num_shards)
-    with FakeTensorMode() as fake, ledger:
+    one_batch = replace(cfg.parallel, accumulate=1)
+    cfg = replace(cfg, compile=False, cuda_graphs=False, parallel=one_batch)
+    mix, objective = draw_first_mix(cfg), build_on_meta(cfg)
+    tracker = TensorTracker(num_shards=num_shards)
+    stages = _Stages(tracker)
+    with FakeTensorMode() as fake, tracker:
         objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         batch = empty_batch(cfg)
         mix = Mix(**{name: _faked(fake, getattr(mix, name)) for name in mix.__slots__})
-        _book_what_is_held(ledger, objective, batch, mix)
-        _name_parts(ledger, objective)
+        _book_what_is_held(tracker, objective, batch, mix)
+        _name_parts(tracker, objective)
         if cuda:
             _widen_norms(objective)
-        optimizer = build_optimizer(cfg.optim, objective)
-        return _step(ledger, objective, optimizer, batch, mix, bf16=bf16)
+        with tracker.within(BUFFERS):
+            train_step = _StepOfMix(
+                cfg, objective, World(torch.device("cpu")), _arithmetic(bf16), stage=stages.stage
+            )
+        train_step.mix = mix
+        tracker.reset_peak()
+        train_step(batch)
+        return stages.footprint()
 
 
 def build_on_meta(cfg: TrainConfig) -> MutualInformation:
@@ -99,16 +109,10 @@ def block_sizes(objective: nn.Module) -> list[int]:
 
 
 def draw_first_mix(cfg: TrainConfig) -> Mix:
-    """The first step's mix."""
-    return draw_mix(
-        cfg.objective.mixing,
-        batch_size=cfg.data.batch_size,
-        grid=cfg.vision.grid,
-        context_length=cfg.text.context_length,
-        seed=cfg.seed,
-        step=0,
-        num_steps=cfg.num_steps,
-    )
+    """Draw the mix of the first step, with its values."""
+    with torch.device("meta"):
+        batch = empty_batch(cfg)
+    return draw_step_mix(cfg, batch, seed=cfg.seed, step=0)
 
 
 def empty_batch(cfg: TrainConfig) -> Batch:
@@ -143,28 +147,30 @@ def _count(module: nn.Module) -> int:
 
 
 def _book_what_is_held(
-    ledger: Ledger, objective: MutualInformation, batch: Batch, mix: Mix
+    tracker: TensorTracker, objective: MutualInformation, batch: Batch, mix: Mix
 ) -> None:
     parameters = list(objective.parameters())
-    ledger.book(PARAMETERS, (p for p in parameters if p.requires_grad))
-    ledger.book(AVERAGE, (p for p in parameters if not p.requires_grad))
-    ledger.book(BUFFERS, objective.buffers())
-    ledger.watch_casts(parameters)
+    tracker.book(PARAMETERS, (p for p in parameters if p.requires_grad))
+    tracker.book(AVERAGE, (p for p in parameters if not p.requires_grad))
+    tracker.book(BUFFERS, objective.buffers())
+    tracker.watch_casts(parameters)
     given = [getattr(part, name) for part in (batch, mix) for name in part.__slots__]
-    ledger.book(BATCH, (value for value in given if isinstance(value, Tensor)))
-    ledger.book(BATCH, (*batch.global_views, *batch.local_views))
+    tracker.book(BATCH, (value for value in given if isinstance(value, Tensor)))
+    tracker.book(BATCH, (*batch.global_views, *batch.local_views))
 
 
-def _name_parts(ledger: Ledger, objective: MutualInformation) -> None:
+def _name_parts(tracker: TensorTracker, objective: MutualInformation) -> None:
     """Tell what is allocated in modules that the loss calls, and gradients when they are done."""
     named: list[tuple[str, nn.Module]] = [(DECODER, m) for m in objective.decoders.values()]
     named += [(TEXT, term.text_encoder) for term in objective.terms_of(Caption)]
     for part, module in named:
-        module.register_forward_pre_hook(lambda *_, part=part: setattr(ledger, "part", part))
-        module.register_forward_hook(lambda *_: setattr(ledger, "part", HEADS))
+        module.register_forward_pre_hook(lambda *_, part=part: setattr(tracker, "part", part))
+        module.register_forward_hook(lambda *_: setattr(tracker, "part", HEADS))
     for parameter in objective.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.book(GRADIENTS, [p.grad]))
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: tracker.book(GRADIENTS, [p.grad])
+            )
 
 
 def _widen_norms(objective: nn.Module) -> None:
@@ -180,50 +186,64 @@ def _widen_norms(objective: nn.Module) -> None:
             module.register_forward_pre_hook(widen)
 
 
-def _step(
-    ledger: Ledger,
-    objective: MutualInformation,
-    optimizer: Optimizers,
-    batch: Batch,
-    mix: Mix,
-    *,
-    bf16: bool,
-) -> Footprint:
-    """As `Trainer.train_step`, which also keeps targets and tokens to its end."""
-    ledger.reset_peak()
-    autocast: AbstractContextManager[Any] = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with autocast:
-        with ledger.within(TARGET):
-            targets = objective.encode_targets(batch, mix)
-        with ledger.within(ENCODER):
-            encoded = objective.encode_inputs(batch, mix)
-        with ledger.within(HEADS):
-            loss, metrics = objective(encoded, targets, batch, mix)
-    activations = {k: v for k, v in ledger.bytes.items() if k not in (*HELD, OTHER) and v}
-    loss.backward()
-    gradients = ledger.bytes[GRADIENTS]
-    peaks = [ledger.peak, ledger.sharded_peak]
-    ledger.reset_peak()
-    trained = [p for p in objective.parameters() if p.grad is not None]
-    torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-    before = ledger.total
-    with ledger.within(STATES):
-        optimizer.step()
-    states = ledger.total - before
-    optimizer.zero_grad()
-    for pair in objective.momentum_pairs():
-        update_ema(*pair, momentum=0.5)
-    # From the second step on the states are there all the time.
-    peaks = [peak | {STATES: states} for peak in peaks]
-    late = ledger.peak, ledger.sharded_peak
-    peak, sharded_peak = (max(*both, key=_sum) for both in zip(peaks, late, strict=True))
-    return Footprint(
-        held={name: ledger.bytes[name] for name in HELD},
-        activations=activations,
-        gradients=gradients,
-        peak=peak,
-        sharded_peak=sharded_peak,
-    )
+class _StepOfMix(TrainStep):
+    """A training step whose mix is given: a draw reads values, which fake tensors have none of."""
+
+    mix: Mix
+
+    def draw_mix(self, batch: Batch, index: int = 0) -> Mix:
+        return self.mix
+
+
+def _arithmetic(bf16: bool) -> Arithmetic:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return Arithmetic(recipe="bf16" if bf16 else "fp32", backend="torch", compute_dtype=dtype)
+
+
+class _Stages:
+    """Reads the tracker where a stage of the step begins or ends."""
+
+    PARTS = {"fwd.target": TARGET, "fwd.input": ENCODER, "optim": STATES}
+
+    def __init__(self, tracker: TensorTracker) -> None:
+        self._tracker = tracker
+        self._activations: dict[str, int] = {}
+        self._gradients = 0
+        self._peaks: list[dict[str, int]] = []  # of forward and backward pass: all, sharded
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Stand for a `StageTimer.stage` of the step."""
+        tracker = self._tracker
+        if name == "bwd":
+            self._activations = {
+                part: size
+                for part, size in tracker.bytes.items()
+                if part not in (*HELD, OTHER) and size
+            }
+        part = HEADS if name.startswith("loss.") else self.PARTS.get(name, tracker.part)
+        with tracker.within(part):
+            yield
+        if name == "bwd":
+            self._gradients = tracker.bytes[GRADIENTS]
+            self._peaks = [tracker.peak, tracker.sharded_peak]
+            tracker.reset_peak()
+
+    def footprint(self) -> Footprint:
+        """Return the bytes of the step that has been taken."""
+        tracker = self._tracker
+        states = tracker.bytes[STATES]
+        # From the second step on the states are there all the time.
+        early = [peak | {STATES: states} for peak in self._peaks]
+        late = tracker.peak, tracker.sharded_peak
+        peak, sharded_peak = (max(*both, key=_sum) for both in zip(early, late, strict=True))
+        return Footprint(
+            held={name: tracker.bytes[name] for name in HELD},
+            activations=self._activations,
+            gradients=self._gradients,
+            peak=peak,
+            sharded_peak=sharded_peak,
+        )
 
 
 def _sum(peak: Mapping[str, int]) -> int:

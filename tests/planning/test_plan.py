@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.gemm_rows import legal_batches, shapes_of, token_rows
-from m3i_fast.engine.costs.gpus import CARDS
-from m3i_fast.engine.costs.roofline import CANDIDATES, Work, predict
-from m3i_fast.engine.costs.step_flops import counts_of
-from m3i_fast.engine.costs.traffic import Nodes, Traffic
-from m3i_fast.engine.planning.memory import AVERAGE, PARAMETERS, STATES, trace
-from m3i_fast.engine.planning.plan import Plan, make_plan
-from m3i_fast.models.flops import vit
+from m3i_fast.costs.encoder_flops import vit
+from m3i_fast.costs.gemm_rows import gemm_shapes, legal_batches, token_rows
+from m3i_fast.costs.gpus import CARDS
+from m3i_fast.costs.roofline import CANDIDATES, StepCost, predict
+from m3i_fast.costs.step_flops import counts_of
+from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.models.transformer.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.objectives.methods import CATEGORY
+from m3i_fast.planning.memory import AVERAGE, PARAMETERS, STATES, trace
+from m3i_fast.planning.plan import Plan, make_plan
 from m3i_fast.recipes import recipes, shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
@@ -125,7 +125,7 @@ def test_images_at_forty_percent_of_the_peak(vision: ViTConfig, h100: int, a100:
     if vision.patch_size == 14:
         h100, a100 = (round(0.4 * peak / 1003.8e9) for peak in (989e12, 312e12))
     step = {"encoder": vit(replace(vision, class_token=True), 64)}
-    work = Work(
+    work = StepCost(
         batch_size=64, flops=step, bf16=True, moved_bytes=0, sent={}, loader_images_s=float("inf")
     )
     for name, expected in (("h100", h100), ("a100", a100)):
@@ -136,9 +136,9 @@ def test_images_at_forty_percent_of_the_peak(vision: ViTConfig, h100: int, a100:
         assert found.bottleneck == "compute"
 
 
-def work(**changes: object) -> Work:
+def work(**changes: object) -> StepCost:
     flops = {"encoder": vit(vit_b(), 64)}
-    plain = Work(
+    plain = StepCost(
         batch_size=64, flops=flops, bf16=True, moved_bytes=1e9, sent={}, loader_images_s=1e9
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
@@ -253,7 +253,7 @@ def test_all_local_views_are_one_pass_of_the_encoder_and_of_the_decoder() -> Non
     cfg = recipes()["m3i_vit_b"]()
     local = replace(cfg.data.global_views, size=96, count=3)
     cfg = replace(cfg, data=replace(cfg.data, batch_size=32, local_views=local))
-    rows = dict(shapes_of(cfg).rows(32))
+    rows = dict(gemm_shapes(cfg).rows(32))
     assert rows["local views"] == 3 * 32 * 36  # cells of a view of 96 pixels
     assert token_rows(counts_of(cfg))["local views"] == 3 * 32 * 36
     queries = cfg.vision.num_patches

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.teacher import teacher_vision
-from m3i_fast.models.flops import Flops
+from m3i_fast.costs import objective_flops
+from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.costs.step_counts import StepCounts
+from m3i_fast.costs.teacher_size import teacher_vision
 from m3i_fast.models.vision import VisionConfig
-from m3i_fast.objectives import flops as objective_flops
-from m3i_fast.objectives.counts import Counts
 
 
 def counts_of(
@@ -18,10 +18,10 @@ def counts_of(
     num_ranks: int = 1,
     progress: float = 0.0,
     teacher: VisionConfig | None = None,
-) -> Counts:
+) -> StepCounts:
     """What the step of one of `num_ranks` ranks has; `progress` of the run, 0 to 1."""
     local = cfg.data.local_views
-    return Counts(
+    return StepCounts(
         vision=cfg.vision,
         text=cfg.text,
         objective=cfg.objective,

@@ -1,6 +1,6 @@
 """Floating-point operations of the terms, in closed form from the configs.
 
-As in `models.flops`. Legend: B samples, I images in inputs, A of them (or all) asked by a dense
+As in `encoder_flops`. Legend: B samples, I images in inputs, A of them (or all) asked by a dense
 term, n cells an image shows, N cells of the grid, Q cells asked, m cells of a local view.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from m3i_fast.models.flops import (
+from m3i_fast.costs.encoder_flops import (
     NONE,
     Flops,
     block,
@@ -22,11 +22,11 @@ from m3i_fast.models.flops import (
     vit_embed,
     vit_encode,
 )
+from m3i_fast.costs.step_counts import StepCounts
 from m3i_fast.models.internimage.config import InternImageConfig
 from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.config import Term
-from m3i_fast.objectives.counts import Counts
 from m3i_fast.objectives.heads import DecoderConfig
 from m3i_fast.objectives.step_context import target_rows
 
@@ -38,7 +38,7 @@ PARTS = (ENCODER, TARGET, SAMPLING, TEXT, DECODER, HEADS, LIKELIHOODS)
 Parts = dict[str, Flops]
 
 
-def step(counts: Counts) -> Parts:
+def step(counts: StepCounts) -> Parts:
     """One training step of one rank, by part; optimiser and moving average are not in it."""
     parts: defaultdict[str, Flops] = defaultdict(Flops)
     _encode_targets(counts, parts)
@@ -99,7 +99,7 @@ def decorrelation(rows: int, dim: int) -> Flops:
 # ---- Encoders ------------------------------------------------------------------------------------
 
 
-def _encode_targets(counts: Counts, parts: Parts) -> None:
+def _encode_targets(counts: StepCounts, parts: Parts) -> None:
     for (encoder, _), rows in target_rows(counts.objective.active_terms).items():
         vision = replace(counts.encoder_of(encoder), drop_path_rate=0.0)  # in evaluation mode
         count = counts.num_asked(rows)
@@ -109,7 +109,7 @@ def _encode_targets(counts: Counts, parts: Parts) -> None:
             parts[SAMPLING] += sampling.forward_only
 
 
-def _encode_inputs(counts: Counts, parts: Parts) -> None:
+def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
     """The pass over the mixed inputs, in which an image may show but some of its cells."""
     vision, num_inputs = counts.vision, counts.num_inputs * counts.num_views
     num_images = counts.num_images * counts.num_views
@@ -124,7 +124,9 @@ def _encode_inputs(counts: Counts, parts: Parts) -> None:
         _encode_whole(counts, parts, counts.num_local * counts.batch_size, counts.local_size)
 
 
-def _encode_whole(counts: Counts, parts: Parts, num_images: int, size: int | None = None) -> None:
+def _encode_whole(
+    counts: StepCounts, parts: Parts, num_images: int, size: int | None = None
+) -> None:
     vision = counts.vision
     if isinstance(vision, ViTConfig):
         tokens = ((size or vision.image_size) // vision.patch_size) ** 2
@@ -138,7 +140,7 @@ def _encode_whole(counts: Counts, parts: Parts, num_images: int, size: int | Non
     parts[SAMPLING] += _chunked(counts, num_images, sampling)
 
 
-def _chunked(counts: Counts, rows: int, flops: Flops) -> Flops:
+def _chunked(counts: StepCounts, rows: int, flops: Flops) -> Flops:
     """Of a call of so many rows, whose forward pass is run again where it takes them by chunks."""
     return flops.recomputed() if 0 < counts.chunk < rows else flops
 
@@ -156,7 +158,7 @@ def _summarise(vision: VisionConfig, num_images: int, num_tokens: int) -> Flops:
     return internimage_pool(vision, num_images, num_tokens)
 
 
-def _summaries(counts: Counts) -> set[int]:
+def _summaries(counts: StepCounts) -> set[int]:
     """Views whose summaries any term reads: the encoder's, then local ones."""
     local = range(counts.num_views, counts.num_views + counts.num_local)
     found: set[int] = set()
@@ -173,7 +175,7 @@ def _summaries(counts: Counts) -> set[int]:
 # ---- Terms ---------------------------------------------------------------------------------------
 
 
-def _add_term(term: Term, counts: Counts, parts: Parts) -> None:
+def _add_term(term: Term, counts: StepCounts, parts: Parts) -> None:
     match term.target:
         case "category" | "caption":
             _add_label(term, counts, parts)
@@ -187,7 +189,7 @@ def _add_term(term: Term, counts: Counts, parts: Parts) -> None:
             _add_dense(term, counts, parts)
 
 
-def _add_label(term: Term, counts: Counts, parts: Parts) -> None:
+def _add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
     rows, dim = counts.num_summaries, counts.text.embed_dim
     hidden = counts.objective.head_hidden_dim
     parts[HEADS] += mlp(rows, counts.vision.summary_dim, hidden, dim)
@@ -200,7 +202,7 @@ def _add_label(term: Term, counts: Counts, parts: Parts) -> None:
     parts[LIKELIHOODS] += all_pairs(rows, columns, dim, sigmoid=sigmoid)
 
 
-def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
+def _add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
     vision, cfg = counts.vision, counts.objective
     dim = counts.encoder_of(term.encoder).dim
     if term.target == "pixels":
@@ -231,7 +233,7 @@ def _add_dense(term: Term, counts: Counts, parts: Parts) -> None:
         parts[LIKELIHOODS] += decorrelation(count * asked, dim) * (1 + local)
 
 
-def _add_dense_contrast(term: Term, counts: Counts, parts: Parts) -> None:
+def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
     vision, cfg, count = counts.vision, counts.objective, counts.num_asked(term.asked)
     dims = vision.dim, cfg.projector.hidden_dim, cfg.projector.output_dim
     rows = count * counts.num_own
@@ -241,7 +243,7 @@ def _add_dense_contrast(term: Term, counts: Counts, parts: Parts) -> None:
     parts[LIKELIHOODS] += matching + all_pairs(rows, columns, dim, column_grad=False)
 
 
-def _add_embedding(term: Term, counts: Counts, parts: Parts) -> None:
+def _add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
     sized, rows = counts.objective.projector, counts.num_images
     target = counts.encoder_of(term.encoder)
     dim = target.summary_dim if term.encoder == "frozen" else sized.output_dim
@@ -261,7 +263,7 @@ def _add_embedding(term: Term, counts: Counts, parts: Parts) -> None:
         parts[LIKELIHOODS] += Flops(4 * 2 * rows * dim**2)
 
 
-def _embedding_loss(term: Term, counts: Counts, rows: int, dim: int) -> Flops:
+def _embedding_loss(term: Term, counts: StepCounts, rows: int, dim: int) -> Flops:
     both, square = term.encoder == "shared", 2 * rows * dim**2
     match term.regulariser:
         case "queue":
@@ -280,7 +282,7 @@ def _embedding_loss(term: Term, counts: Counts, rows: int, dim: int) -> Flops:
     return NONE
 
 
-def _add_prototypes(term: Term, counts: Counts, parts: Parts) -> None:
+def _add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
     cfg, rows = counts.objective, counts.num_images
     sized = cfg.projector
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)

@@ -1,4 +1,4 @@
-"""Steps of optimisers that a flag on the device undoes, without the host asking for it."""
+"""Optimiser steps that a flag on the device can skip, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_fast.engine.parallel.local_shards import is_spread
+from m3i_fast.engine.parallel.local_shards import is_sharded
 
 # Elements that are stepped together. Temporaries stay in the cache of a CPU, and bounded on a GPU,
 # where more together means fewer launches and, of sharded parameters, fewer collectives.
 _CHUNK_CPU, _CHUNK = 2**18, 2**26
 
 
-def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:  # [] fp32, 1: no step
-    """Step, or leave weights and state bit for bit as they are.
+def step_with_skip(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:  # [] fp32, 1: no step
+    """Take a step, or leave weights and state bit for bit as they are.
 
     torch's fused optimisers take the flag themselves. Any other one is stepped some tensors at a
     time, of which copies are kept until it is known which count: what a step changes must be in
@@ -27,25 +27,28 @@ def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:  # [] f
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
         return
-    groups, spoils = optimizer.param_groups, skip > 0
+    groups, skips = optimizer.param_groups, skip > 0
     try:
         for group in groups:
-            for params in chunks([p for p in group["params"] if p.grad is not None]):
+            for params in split_by_size([p for p in group["params"] if p.grad is not None]):
                 optimizer.param_groups = [{**group, "params": params}]
-                _step_some(optimizer, params, spoils)
+                _step_some(optimizer, params, skips)
     finally:
         optimizer.param_groups = groups
 
 
 @torch.no_grad()
-def keep_where(spoils: Tensor, tensors: Iterable[Tensor], saved: Iterable[Tensor]) -> None:
+def restore_where(skips: Tensor, tensors: Iterable[Tensor], saved: Iterable[Tensor]) -> None:
     """tensors <- saved where the flag [] bool is set, in place."""
     for tensor, before in zip(tensors, saved, strict=True):
-        torch.where(spoils, before, tensor, out=tensor)
+        torch.where(skips, before, tensor, out=tensor)
 
 
-def chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """In order and by whole sizes, so that the chunks of all ranks are of the same tensors."""
+def split_by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Split into lists of bounded size, in order.
+
+    Sizes are of whole tensors, so that the lists of all ranks are of the same ones.
+    """
     chunk: list[Tensor] = []
     size = 0
     for p in params:
@@ -59,13 +62,13 @@ def chunks(params: list[Tensor]) -> Iterator[list[Tensor]]:
         yield chunk
 
 
-def _step_some(optimizer: torch.optim.Optimizer, params: list[Tensor], spoils: Tensor) -> None:
+def _step_some(optimizer: torch.optim.Optimizer, params: list[Tensor], skips: Tensor) -> None:
     """`params` are all that the optimiser has."""
     saved = {key: tensor.clone() for key, tensor in _changed(optimizer, params)}
     optimizer.step()
     now = dict(_changed(optimizer, params))
     before = [saved[key] if key in saved else torch.zeros_like(now[key]) for key in now]
-    keep_where(spoils, now.values(), before)
+    restore_where(skips, now.values(), before)
 
 
 def _changed(
@@ -75,4 +78,4 @@ def _changed(
     for index, p in enumerate(params):
         state: dict[str, Any] = optimizer.state.get(p, {})
         for name, tensor in {"": p, **state}.items():
-            yield (index, name), (tensor.to_local() if is_spread(tensor) else tensor).detach()
+            yield (index, name), (tensor.to_local() if is_sharded(tensor) else tensor).detach()

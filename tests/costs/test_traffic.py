@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from m3i_fast.engine.costs import traffic
-from m3i_fast.engine.costs.traffic import Nodes, Traffic
+from m3i_fast.costs import traffic
+from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.ops import boltzmann
 
 ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.models import InternImage, ViT
-from m3i_fast.models.flops import (
+from m3i_fast.costs.encoder_flops import (
     Flops,
     internimage,
     internimage_pool,
@@ -19,6 +18,7 @@ from m3i_fast.models.flops import (
     vit,
     vit_encode,
 )
+from m3i_fast.models import InternImage, ViT
 from m3i_fast.models.internimage.config import (
     InternImageConfig,
     internimage_b,

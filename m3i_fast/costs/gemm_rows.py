@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs.step_flops import counts_of
-from m3i_fast.models.flops import Product
+from m3i_fast.costs.encoder_flops import Product
+from m3i_fast.costs.step_counts import StepCounts
+from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.models.internimage.config import InternImageConfig
 from m3i_fast.models.transformer.blocks import num_kept
 from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.models.transformer.wide_layers import is_wide
 from m3i_fast.models.vision import VisionConfig
-from m3i_fast.objectives.counts import Counts
 from m3i_fast.objectives.step_context import target_rows
 
 ALIGNMENT = {"bf16": 1, "fp8_current": 16, "fp8_delayed": 16, "mxfp8": 32, "fp8_block": 128}
@@ -29,7 +29,7 @@ FP8 = tuple(recipe for recipe in ALIGNMENT if recipe != "bf16")
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class ModuleCall:
     """A call of one part of the model, of images * tokens rows."""
 
     images: int
@@ -37,7 +37,7 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shapes:
+class GemmShapes:
     """Of the layers that FP8 may run in one rank's step."""
 
     batch_size: int
@@ -86,7 +86,7 @@ class Shapes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Legal:
+class LegalBatch:
     recipe: str
     alignment: int
     is_legal: bool
@@ -97,15 +97,15 @@ class Legal:
     above: int | None
 
 
-def legal_batches(cfg: TrainConfig) -> list[Legal]:
+def legal_batches(cfg: TrainConfig) -> list[LegalBatch]:
     """One row a recipe of arithmetic, for the batch of a rank."""
-    shapes, found = shapes_of(cfg), []
+    shapes, found = gemm_shapes(cfg), []
     for recipe, alignment in ALIGNMENT.items():
         reason, near = shapes.misfit(shapes.batch_size, alignment), shapes.nearest(alignment)
         if alignment > 1 and not shapes.wide:
             reason, near = too_narrow(shapes), (None, None)
         found.append(
-            Legal(
+            LegalBatch(
                 recipe=recipe,
                 alignment=alignment,
                 is_legal=not reason,
@@ -117,7 +117,7 @@ def legal_batches(cfg: TrainConfig) -> list[Legal]:
     return found
 
 
-def too_narrow(shapes: Shapes) -> str:
+def too_narrow(shapes: GemmShapes) -> str:
     """Why no product of the model runs in FP8, and what would change it."""
     aligned = {each for products in shapes.products.values() for each in products}
     aligned = {each for each in aligned if is_wide(*each, 1)}
@@ -130,7 +130,7 @@ def too_narrow(shapes: Shapes) -> str:
     )
 
 
-def shapes_of(cfg: TrainConfig) -> Shapes:
+def gemm_shapes(cfg: TrainConfig) -> GemmShapes:
     """What the choice of arithmetic depends on, from the config."""
     counts, chunk = counts_of(cfg), cfg.parallel.chunk
     stride = cfg.vision.size_multiple
@@ -145,7 +145,7 @@ def shapes_of(cfg: TrainConfig) -> Shapes:
                         yield part, kept * each.tokens
 
     passes = _passes(counts, stride)
-    return Shapes(
+    return GemmShapes(
         batch_size=cfg.data.batch_size,
         batch_multiple=cfg.objective.mixing.images_per_input,
         products={part: _products(cfg, part) for part in passes},
@@ -155,45 +155,45 @@ def shapes_of(cfg: TrainConfig) -> Shapes:
     )
 
 
-def token_rows(counts: Counts) -> dict[str, int]:
+def token_rows(counts: StepCounts) -> dict[str, int]:
     """Tokens of all images in each part."""
     passes = _passes(counts, counts.vision.image_size // counts.vision.grid)
     return {part: each.images * each.tokens for part, each in passes.items()}
 
 
-def _passes(counts: Counts, stride: int) -> dict[str, Pass]:
+def _passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
     """`stride`: pixels a side of an encoder's cell; a convolutional one has larger ones, too."""
     found = _encoder_passes(counts, stride)
     for term in counts.objective.active_terms:
         if term.target == "caption":
-            found["text encoder"] = Pass(counts.batch_size, counts.text.context_length)
+            found["text encoder"] = ModuleCall(counts.batch_size, counts.text.context_length)
         if term.predictor == "decoder":
             asked, queries = counts.num_asked(term.asked), counts.num_queries(term)
             local = counts.num_local if term.view == "other" else 0
             calls = {"": (asked, counts.num_own)}
             calls[", local views"] = local * asked, counts.num_local_cells
             for view, (images, own) in calls.items():
-                found[f"decoder of {term.name}{view}"] = Pass(images, own + queries)
-                found[f"cells asked by {term.name}{view}"] = Pass(images, queries)
+                found[f"decoder of {term.name}{view}"] = ModuleCall(images, own + queries)
+                found[f"cells asked by {term.name}{view}"] = ModuleCall(images, queries)
     return {part: each for part, each in found.items() if each.images * each.tokens}
 
 
-def _encoder_passes(counts: Counts, stride: int) -> dict[str, Pass]:
+def _encoder_passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
     vision, mode = counts.vision, counts.objective.mixing.mode
     prefix = vision.num_prefix if isinstance(vision, ViTConfig) else 0
     whole = (vision.image_size // stride) ** 2 + prefix
-    own = Pass(counts.num_inputs * counts.num_views, whole)
+    own = ModuleCall(counts.num_inputs * counts.num_views, whole)
     if mode in ("own_image", "masked"):
-        own = Pass(counts.num_images * counts.num_views, counts.num_own + prefix)
+        own = ModuleCall(counts.num_images * counts.num_views, counts.num_own + prefix)
     asked = {"momentum": 0, "frozen": 0}
     for (encoder, _), rows in target_rows(counts.objective.active_terms).items():
         asked[encoder] += counts.num_asked(rows)
     local = (counts.local_size // stride) ** 2 + prefix
     return {
         "encoder": own,
-        "target encoder": Pass(asked["momentum"], whole),
-        "frozen teacher": Pass(asked["frozen"], whole),
-        "local views": Pass(counts.num_local * counts.batch_size, local),
+        "target encoder": ModuleCall(asked["momentum"], whole),
+        "frozen teacher": ModuleCall(asked["frozen"], whole),
+        "local views": ModuleCall(counts.num_local * counts.batch_size, local),
     }
 
 
@@ -241,7 +241,7 @@ def _kept(cfg: VisionConfig, part: str, images: int) -> set[int]:
     return {num_kept(images, rate) if rate else images for rate in rates}
 
 
-def _shown(cfg: TrainConfig, counts: Counts) -> Iterator[float]:
+def _shown(cfg: TrainConfig, counts: StepCounts) -> Iterator[float]:
     """Moments of the run, 0 to 1, at which an image shows different numbers of cells."""
     last, seen = max(cfg.num_steps - 1, 1), set()
     points = min(last, 10_000)
@@ -252,7 +252,7 @@ def _shown(cfg: TrainConfig, counts: Counts) -> Iterator[float]:
             yield i / points
 
 
-def _max_calls(cfg: TrainConfig, passes: Mapping[str, Pass]) -> int:
+def _max_calls(cfg: TrainConfig, passes: Mapping[str, ModuleCall]) -> int:
     """Calls of the module that is called most in a step; terms of one target share a decoder."""
     modules = {"local views": "encoder"}
     for term in cfg.objective.active_terms:

@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 GRADIENTS, OTHER, CAST_WEIGHTS = "gradients", "backward and optimiser", "weights in bf16"
 
 
-class Ledger(TorchDispatchMode):
+class TensorTracker(TorchDispatchMode):
     """Counts the bytes of storages from their allocation to their end, as an allocator would.
 
     What a kernel allocates for itself is not seen. Inside a FakeTensorMode nothing is computed and
     nothing is allocated, and the count is the same. There a host that asks whether `any` or `all`
-    elements are set is told yes, and no to every other question.
+    elements are set is told yes, and no to every other question, and the fused SGD of the moving
+    average, which torch has no fake form of, is passed over: it allocates nothing.
 
     num_shards: ranks that share a gradient; `sharded_peak` is the peak with as much of it here.
     """
@@ -74,6 +75,8 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and _is_fake(args[0]):
             return self._last in (torch.ops.aten.any.default, torch.ops.aten.all.default)
+        if func is torch.ops.aten._fused_sgd_.default and _is_fake(args[0][0]):
+            return None
         self._last = func
         out = func(*args, **(kwargs or {}))
         part = self.part

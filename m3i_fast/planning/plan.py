@@ -1,7 +1,7 @@
 """What a run needs and how fast it can be, from its config alone: nothing is run or allocated.
 
 FLOPs and traffic are closed forms, memory is that of the real step on tensors without data
-(`footprint`), times are `roofline`'s. What beside torch's allocator takes memory is assumed.
+(`memory`), times are `roofline`'s. What beside torch's allocator takes memory is assumed.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.costs import traffic
-from m3i_fast.engine.costs.gemm_rows import FP8, Legal, legal_batches, token_rows
-from m3i_fast.engine.costs.gpus import Card
-from m3i_fast.engine.costs.roofline import (
+from m3i_fast.costs import traffic
+from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.costs.gemm_rows import FP8, LegalBatch, legal_batches, token_rows
+from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.roofline import (
     AVERAGE_BYTES,
     CANDIDATES,
     OPTIMISER_BYTES,
     UTILISATION,
-    Speed,
-    Work,
+    PredictedSpeed,
+    StepCost,
     assumptions,
     loader_images_s,
     predict,
 )
-from m3i_fast.engine.costs.step_flops import counts_of, step_flops, without_sampling
-from m3i_fast.engine.costs.traffic import Nodes, Traffic
-from m3i_fast.engine.planning.memory import (
+from m3i_fast.costs.step_flops import counts_of, step_flops, without_sampling
+from m3i_fast.costs.traffic import Nodes, Traffic
+from m3i_fast.planning.memory import (
     AVERAGE,
     BATCH,
     PARAMETERS,
@@ -38,8 +39,7 @@ from m3i_fast.engine.planning.memory import (
     count_parameters,
     trace,
 )
-from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS
-from m3i_fast.models.flops import Flops
+from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS
 
 # Of a process on a GPU, in bytes; constants, not measured.
 CONTEXT = {"CUDA context": 0.5 * 2**30, "DALI decoder and pools": 2.0 * 2**30}
@@ -75,7 +75,7 @@ class Strategy:
     name: str
     memory: Memory
     sent: Mapping[str, Traffic]
-    speed: Speed
+    speed: PredictedSpeed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class Plan:
     tokens: Mapping[str, int]
     """Of a rank's step, by pass."""
     footprint: Footprint
-    legal: list[Legal]
+    legal: list[LegalBatch]
     strategies: list[Strategy]
     assumptions: list[str]
 
@@ -139,7 +139,7 @@ def make_plan(
             blocks = block_sizes(objective)
             parts = _sharded(footprint, parameters, blocks, nodes, 2 if bf16 else 4)
         sent = bytes_sent(cfg, nodes, parameters, bf16=bf16, sharded=sharded)
-        work = Work(
+        cost = StepCost(
             batch_size=cfg.data.batch_size,
             flops=flops,
             bf16=bf16,
@@ -148,7 +148,7 @@ def make_plan(
             loader_images_s=loader_images_s(card, num_threads=cfg.data.num_threads),
         )
         memory = Memory(parts=parts, assumed=assumed, limit=card.memory_bytes)
-        speed = predict(work, card, num_ranks=nodes.num_ranks, utilisation=utilisation)
+        speed = predict(cost, card, num_ranks=nodes.num_ranks, utilisation=utilisation)
         strategies.append(Strategy(name=name, memory=memory, sent=sent, speed=speed))
     return Plan(
         card=card,

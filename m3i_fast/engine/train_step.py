@@ -1,0 +1,216 @@
+"""One training step: the only place where its parts are put together.
+
+The trainer, the benchmarks, the profiler and the plan's memory tracing all call `TrainStep`, so
+that what is timed, profiled and predicted is what trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.build import build_objective, stacks_of
+from m3i_fast.engine.cuda_graphs import replay
+from m3i_fast.engine.guard.guard import Guard
+from m3i_fast.engine.optim.ema import update_ema
+from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
+from m3i_fast.engine.parallel.accumulation import expect_additive, over_batches, reduced
+from m3i_fast.engine.parallel.local_shards import GradientNorm
+from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
+from m3i_fast.engine.precision.arithmetic import Arithmetic
+from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
+from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
+from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.step_context import Stage, no_stage
+from m3i_fast.pipelines.batch import Batch
+
+
+class ForwardPass(nn.Module):
+    """Targets, inputs and objective as one module, so that ranks reduce its gradients."""
+
+    def __init__(self, objective: MutualInformation) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(
+        self, batch: Batch, mix: Mix, stage: Stage, *, monitor: bool, measure: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss [] and the metrics of `MutualInformation`, each part in its stage."""
+        with stage("fwd.target"):
+            targets = self.objective.encode_targets(batch, mix)
+        with stage("fwd.input"):
+            encoded = self.objective.encode_inputs(batch, mix)
+        return self.objective(
+            encoded, targets, batch, mix, monitor=monitor, measure=measure, stage=stage
+        )
+
+
+def no_backoff(step: int) -> float:
+    """Leave the learning rate of the schedule as it is."""
+    return 1.0
+
+
+class TrainStep:
+    """Takes an optimiser step of a run at every call, on this rank's batches.
+
+    objective: built by `build_objective`, on the meta device where the world spreads it; it is
+    distributed over the ranks here. stage: a context manager for each named part of the step.
+    lr_scale: the guard's back-off, a factor of the learning rate of the step of that index.
+
+    Raises ValueError where `parallel.accumulate`, `cuda_graphs` or `optim.impl` ask for what this
+    objective or device cannot do.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        objective: MutualInformation,
+        world: World,
+        arithmetic: Arithmetic,
+        *,
+        stage: Stage = no_stage,
+        lr_scale: Callable[[int], float] = no_backoff,
+    ) -> None:
+        expect_additive(cfg, objective)
+        self.cfg, self.objective, self.world, self.arithmetic = cfg, objective, world, arithmetic
+        self._stage, self._lr_scale = stage, lr_scale
+        self.seed = step_seed(cfg.seed, -world.rank) if world.rank else cfg.seed
+        self.model = _distribute(cfg, objective, world, arithmetic)
+        self._named = list(objective.named_parameters())
+        self.optimizer = build_optimizer(cfg.optim, objective)
+        self.guard = Guard(cfg.guard, objective, world)
+        self._lr = cfg.optim.lr_schedule(cfg.num_steps)
+        self._weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
+        self._momentum = cfg.ema.schedule(cfg.num_steps)
+        self.steps_taken = 0
+        """Skipped ones included; the index of the next step."""
+
+    def __call__(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
+        """Take one step without a host synchronisation and return its metrics, [] each.
+
+        batches: `parallel.accumulate` of them. monitor: with the collapse monitors. Afterwards
+        `guard.skip` says whether the step counts.
+        """
+        step, stage = self.steps_taken, self._stage
+        # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
+        torch.manual_seed(step_seed(self.seed, step))
+        weight_decay = self._weight_decay[step]
+        set_schedules(self.optimizer, lr=self.lr_at(step), weight_decay=weight_decay)
+        self.guard.save_buffers()
+        metrics = self._backward(batches, monitor)
+        with stage("clip"):
+            names = [name for name, p in self._named if p.grad is not None]
+            norm = self._clip()
+            metrics["optim/grad_norm"] = norm.total
+            ids = torch.cat([batch.sample_id for batch in batches])
+            skip = self.guard.judge(step, metrics, norm, names=names, sample_ids=ids)
+        with stage("optim"):
+            self.optimizer.step(skip)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.objective.finish_step()
+            self.guard.restore_buffers()
+        with stage("ema"):
+            for pair in self.objective.momentum_pairs():
+                update_ema(*pair, momentum=self.momentum_at(step), skip=skip)
+        self.steps_taken += 1
+        return metrics
+
+    def _backward(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
+        """Add up the gradients of the mean over the batches; return its metrics."""
+        stage, of_batches = self._stage, []
+        measure = self.objective.balance.due(self.steps_taken)
+        for index, batch in enumerate(batches):
+            is_last = index + 1 == len(batches)
+            with stage("mix"):
+                mix = self.draw_mix(batch, index)
+            with reduced(self.model, is_last):
+                with forward_context(self.arithmetic, self.world.device):
+                    loss, metrics = self.model(
+                        batch, mix, stage, monitor=monitor and is_last, measure=measure
+                    )
+                with stage("bwd"):
+                    (loss / len(batches)).backward()
+            if monitor and is_last:
+                metrics |= self.objective.gradient_metrics()
+            of_batches.append(metrics)
+        return over_batches(of_batches)
+
+    def _clip(self) -> GradientNorm:
+        parameters = [p for _, p in self._named if p.grad is not None]
+        with self._stage("comm"):
+            average_replicated(parameters, self.world)
+        return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
+
+    def draw_mix(self, batch: Batch, index: int = 0) -> Mix:
+        """Draw what this rank mixes, hides and asks in its batch of this index, on its device."""
+        seed = step_seed(self.seed, -(index << 32)) if index else self.seed
+        mix = draw_step_mix(self.cfg, batch, seed=seed, step=self.steps_taken)
+        return mix.to(self.world.device)
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of the step of this index, back-off included."""
+        return float(self._lr[step]) * self._lr_scale(step)
+
+    def momentum_at(self, step: int) -> float:
+        """Return the momentum of the moving average at the step of this index."""
+        return float(self._momentum[step])
+
+
+def build_train_step(
+    cfg: TrainConfig,
+    world: World,
+    arithmetic: Arithmetic,
+    *,
+    stage: Stage = no_stage,
+    lr_scale: Callable[[int], float] = no_backoff,
+) -> TrainStep:
+    """Build the objective of a run from its seed, and the step that trains it.
+
+    Seeds torch's global generator. Raises ValueError as `build_objective` and `TrainStep`.
+    """
+    torch.manual_seed(cfg.seed)
+    with world.device:
+        objective = build_objective(
+            cfg,
+            world.group,
+            layers=layers_of(arithmetic, cfg.fp8_min_dim),
+            on_meta=world.shards_weights(cfg.parallel),
+        )
+    return TrainStep(cfg, objective, world, arithmetic, stage=stage, lr_scale=lr_scale)
+
+
+def draw_step_mix(cfg: TrainConfig, batch: Batch, *, seed: int, step: int) -> Mix:
+    """Draw the mix of a step of the run for a batch, of which the shapes alone matter; on the CPU.
+
+    Raises ValueError as `draw_mix`.
+    """
+    return draw_mix(
+        cfg.objective.mixing,
+        batch_size=batch.batch_size,
+        grid=cfg.vision.grid,
+        context_length=batch.token_ids.shape[1],
+        seed=seed,
+        step=step,
+        num_steps=cfg.num_steps,
+    )
+
+
+def _distribute(
+    cfg: TrainConfig, objective: MutualInformation, world: World, arithmetic: Arithmetic
+) -> nn.Module:
+    """Return the forward pass as the ranks run it, reducing its gradients in the backward pass."""
+    forward = ForwardPass(objective)
+    expect_fp8(forward, arithmetic)
+    if cfg.cuda_graphs:
+        replay(forward, world.device)
+    return distribute(
+        forward,
+        stacks_of(objective),
+        cfg.parallel,
+        world,
+        compute_dtype=arithmetic.compute_dtype,
+        copies=[average for average, _ in objective.momentum_pairs()],
+    )
