@@ -23,8 +23,8 @@ SUBJECTS = {
         "ops.internimage",
         "a whole InternImage with our dcnv3 beside one with a grid_sample core",
     ),
-    "mi_loss": (
-        "ops.mi_loss.main",
+    "boltzmann": (
+        "ops.boltzmann.main",
         "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
     ),
     "muon": (
@@ -66,7 +66,7 @@ SUBJECTS = {
     ),
     "tune": (
         "tune.main",
-        "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
+        "tiles of dcnv3 and boltzmann: compiled, pruned by a model, timed where a card is",
     ),
     "methods": (
         "methods.main",

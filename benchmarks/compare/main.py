@@ -6,7 +6,7 @@
 
 Only rows of one machine class are compared, and only those that measured the same. --against builds
 the other commit and takes samples of both in turns, which leaves out what a busy machine does to
-both: it is the fair one, for the subjects mask_mix, dcnv3, gaussian and mi_loss. --self-test
+both: it is the fair one, for the subjects mask_mix, dcnv3, gaussian and boltzmann. --self-test
 compares this version with itself, and with itself doing a tenth of the work again; its row goes to
 the ledger. gate.py says when a difference is an alarm, docs/comparing.md what was measured.
 """
@@ -39,7 +39,7 @@ OURS = "m3i_fast"
 class Config:
     subject: Annotated[str, tyro.conf.Positional]
     """A subject of the ledger; with --against or --self-test one of mask_mix, dcnv3, gaussian,
-    mi_loss."""
+    boltzmann."""
     against: str | None = None
     """A commit, tag or branch: build it and measure both versions in turns."""
     baseline: str | None = None

@@ -61,7 +61,7 @@ def gaussian() -> Callable[[], object]:
     return lambda: torch.autograd.grad(gaussian(z_hat, z, sigma=0.5**0.5, normalise=True), z_hat)
 
 
-def mi_loss() -> Callable[[], object]:
+def boltzmann() -> Callable[[], object]:
     """The Boltzmann likelihood of 256 pairs of width 256; forward and backward, fp32."""
     import torch
 
@@ -76,7 +76,7 @@ def mi_loss() -> Callable[[], object]:
     return lambda: torch.autograd.grad(boltzmann(a, b, scale), (a, b))
 
 
-WORKS = {work.__name__: work for work in (mask_mix, dcnv3, gaussian, mi_loss)}
+WORKS = {work.__name__: work for work in (mask_mix, dcnv3, gaussian, boltzmann)}
 
 
 def use_package_of(site: str) -> None:

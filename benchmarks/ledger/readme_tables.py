@@ -164,13 +164,13 @@ def dcnv3() -> str:
     return peers_table(rows, "layer of InternImage-T, batch 4, fp32", label, columns)
 
 
-def mi_loss() -> str:
+def boltzmann() -> str:
     peers = {"softmax": "ClipLoss", "sigmoid": "SigLipLoss", "classes": "cross_entropy"}
 
     def label(row: Mapping[str, Any]) -> str:
         return f"{row['form']}, {row['rows']:,} x {row['columns']:,} x {row['dim']}"
 
-    rows = newest("mi_loss", kind="speed", **{"pass": "forward+backward"})
+    rows = newest("boltzmann", kind="speed", **{"pass": "forward+backward"})
     if not rows:
         return ABSENT
     lines = []
@@ -218,7 +218,7 @@ def gpu() -> str:
     """Kernels on cards, where a row has one, and what a roofline predicts of training."""
     lines = [
         line
-        for subject in ("mask_mix", "gaussian", "dcnv3", "mi_loss", "internimage")
+        for subject in ("mask_mix", "gaussian", "dcnv3", "boltzmann", "internimage")
         for line in map(_on_a_card, newest(subject, device="cuda"))
         if line
     ]
@@ -377,7 +377,7 @@ def gate() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(demo, mask_mix, gaussian, dcnv3, mi_loss, internimage, step),
+        *(demo, mask_mix, gaussian, dcnv3, boltzmann, internimage, step),
         *(loader, node, scaling, gpu, gate),
     )
 }

@@ -9,7 +9,8 @@ FAMILIES = {
     "attention": "Attention",
     "norm": "Normalisation",
     "dcnv3": "DCNv3",
-    "mi_loss": "Mutual-information losses",
+    "boltzmann": "Boltzmann likelihood",
+    "gaussian": "Gaussian likelihood",
     "elementwise": "Elementwise and reductions",
     "memcpy": "Copies",
     "comm": "Communication",
@@ -22,8 +23,8 @@ _PATTERNS = {
     "comm": r"nccl|c10d::|gloo|all_?reduce|all_?gather|reduce_?scatter|nvshmem|_SumOverRanks",
     "dcnv3": r"dcnv3",
     # Kernels, operators, and the autograd functions around them.
-    "mi_loss": r"boltzmann|m3i[:_]+gaussian|\bgaussian_(fwd|bwd|products|partials)"
-    r"|^(Softmax|Sigmoid)(Backward)?$",
+    "boltzmann": r"boltzmann|^(Softmax|Sigmoid)(Backward)?$",
+    "gaussian": r"m3i[:_]+gaussian|\bgaussian_(fwd|bwd|products|partials)",
     "memcpy": r"memcpy|memset|^aten::(copy_|_to_copy|clone|contiguous)$",
     "attention": r"flash_|fmha|attention|sdpa|softmax_warp",
     "norm": r"layer_?norm|batch_?norm|group_?norm|rms_?norm|rsqrt|bn_(fw|bw)",

@@ -14,7 +14,7 @@ TESTS_S, SANITIZER_S, TABLES_S = 1200.0, 300.0, 300.0
 
 # In order of worth, with the seconds that each may take at most; and what makes each small.
 BENCHMARKS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "mi_loss": (120, ("--ranks", "1,2", "--rows-per-rank", "64", "--dim", "32")),
+    "boltzmann": (120, ("--ranks", "1,2", "--rows-per-rank", "64", "--dim", "32")),
     "dcnv3": (150, ()),
     "step": (90, ("--batch-size", "8", "--depth", "1", "--num-samples", "2")),
     "gaussian": (90, ("--num-samples", "2", "--no-compile")),

@@ -51,14 +51,14 @@ def test_candidates_are_built_checked_timed_and_written(
         tune, "candidates", lambda _, current: [current, {**current, "tile_columns": 384}]
     )
     monkeypatch.setattr(tune_time, "fastest", lambda timings, _: list(timings)[1])
-    tune.main(["--card", "cpu", "--op", "mi_loss", "--num-samples", "2", "--write"])
+    tune.main(["--card", "cpu", "--op", "boltzmann", "--num-samples", "2", "--write"])
 
     (first, second) = ledger.read_rows("tune")
     assert first["figures"]["policy"]["tile_columns"] == 768
     assert second["figures"]["chosen"] and not first["figures"]["chosen"]
     for row in (first, second):
         figures = row["figures"]
-        assert figures["op"] == "mi_loss" and figures["dropped"] is None
+        assert figures["op"] == "boltzmann" and figures["dropped"] is None
         assert figures["measured_ms"] == figures["timings"][figures["candidate"]]["median_ms"] > 0
         assert figures["registers"] is None and figures["predicted_ms"] is None
     entries = json.loads((files / "boltzmann" / "tiles.json").read_text())

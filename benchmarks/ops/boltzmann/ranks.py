@@ -28,7 +28,7 @@ from torch import Tensor
 
 from m3i_fast.benchmarks.core.harness import Timing, summarise
 from m3i_fast.benchmarks.core.memory import measure_peak
-from m3i_fast.benchmarks.ops.mi_loss.losses import (
+from m3i_fast.benchmarks.ops.boltzmann.losses import (
     CLIP,
     OURS,
     Inputs,
@@ -143,7 +143,7 @@ def _in_step(function: Callable[[], object]) -> tuple[float, int]:
 def table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     title = (
-        f"mi_loss over gloo ranks of one thread, {first['rows_per_rank']} rows each, "
+        f"boltzmann over gloo ranks of one thread, {first['rows_per_rank']} rows each, "
         f"D = {first['dim']}: forward and backward"
     )
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)

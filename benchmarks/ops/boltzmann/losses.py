@@ -1,4 +1,4 @@
-"""The contrastive losses that mi_loss measures, over the same inputs, and their bare GEMMs.
+"""The contrastive losses that boltzmann measures, over the same inputs, and their bare GEMMs.
 
 Legend: N rows of z_hat, M rows ("columns") of z, D features; one GEMM is 2 N M D flop.
 """
@@ -178,7 +178,7 @@ def make_loss(name: str, form: Form) -> Loss:
         return _linear_cross_entropy
     if name == "cross_entropy":
         return _cross_entropy
-    raise ValueError(f"name: expected a loss of mi_loss, got {name!r}")
+    raise ValueError(f"name: expected a loss of boltzmann, got {name!r}")
 
 
 def _our_softmax(i: Inputs) -> Tensor:

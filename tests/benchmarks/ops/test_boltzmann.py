@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.benchmarks.core import harness, memory
 from m3i_fast.benchmarks.ledger import rows as ledger
-from m3i_fast.benchmarks.ops.mi_loss import growth as mi_loss_growth
-from m3i_fast.benchmarks.ops.mi_loss import losses as mi_loss_functions
-from m3i_fast.benchmarks.ops.mi_loss import main as mi_loss
-from m3i_fast.benchmarks.ops.mi_loss.growth_plot import draw
-from m3i_fast.benchmarks.ops.mi_loss.losses import Form, Size, make_functions
-from m3i_fast.benchmarks.ops.mi_loss.main import Config
+from m3i_fast.benchmarks.ops.boltzmann import growth as boltzmann_growth
+from m3i_fast.benchmarks.ops.boltzmann import losses as boltzmann_functions
+from m3i_fast.benchmarks.ops.boltzmann import main as boltzmann
+from m3i_fast.benchmarks.ops.boltzmann.growth_plot import draw
+from m3i_fast.benchmarks.ops.boltzmann.losses import Form, Size, make_functions
+from m3i_fast.benchmarks.ops.boltzmann.main import Config
 
 FORMS: dict[Form, tuple[str, str]] = {
     "softmax": ("ClipLoss", "four_gemms"),
@@ -42,7 +42,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def recorded() -> list[dict[str, Any]]:
-    return [row["figures"] for row in ledger.read_rows("mi_loss")]
+    return [row["figures"] for row in ledger.read_rows("boltzmann")]
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
@@ -51,9 +51,9 @@ def recorded() -> list[dict[str, Any]]:
 def test_rows_are_shown_and_recorded(
     results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(mi_loss, "CPU_SIZES", tuple(map(small, FORMS)))
-    monkeypatch.setattr(mi_loss, "measure", partial(harness.measure, warmup_s=0.01))
-    mi_loss.main(["--device", "cpu", "--num-samples", "2"])
+    monkeypatch.setattr(boltzmann, "CPU_SIZES", tuple(map(small, FORMS)))
+    monkeypatch.setattr(boltzmann, "measure", partial(harness.measure, warmup_s=0.01))
+    boltzmann.main(["--device", "cpu", "--num-samples", "2"])
     rows = recorded()
     assert [(row["kind"], row["form"], row["pass"]) for row in rows] == [
         ("speed", form, kind) for form in FORMS for kind in ("forward", "forward+backward")
@@ -68,15 +68,15 @@ def test_rows_are_shown_and_recorded(
     shown = capsys.readouterr().out
     assert "classes, 24x30x8, fwd + bwd" in shown and str(results) in shown
 
-    monkeypatch.setattr(mi_loss, "CPU_SIZES", (small("sigmoid"),))
-    mi_loss.main(["--device", "cpu", "--num-samples", "2", "--no-record"])
+    monkeypatch.setattr(boltzmann, "CPU_SIZES", (small("sigmoid"),))
+    boltzmann.main(["--device", "cpu", "--num-samples", "2", "--no-record"])
     assert len(recorded()) == 6
 
 
 @pytest.mark.parametrize(("form", "gemms"), [("softmax", 8), ("sigmoid", 6), ("classes", 8)])
 def test_fractions_of_a_known_peak(form: Form, gemms: int) -> None:
     size = small(form)
-    row = mi_loss.figures_of(Config(device="cpu", num_samples=1), size, torch.float32, True, 2.0)
+    row = boltzmann.figures_of(Config(device="cpu", num_samples=1), size, torch.float32, True, 2.0)
     pairs = size.rows * size.columns * size.dim
     seconds = {name: timing["median_ms"] / 1e3 for name, timing in row["timings"].items()}
     assert row["hfu"] == pytest.approx(gemms * pairs / (seconds["m3i_fast"] * 2e12))
@@ -96,11 +96,11 @@ def test_peaks_of_cards(caplog: pytest.LogCaptureFixture) -> None:
         "NVIDIA H200 NVL": 835,
         "NVIDIA B200": 2250,
     }
-    assert {card: mi_loss.peak_of(card) for card in peaks} == peaks
+    assert {card: boltzmann.peak_of(card) for card in peaks} == peaks
     assert not caplog.records
     part = "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
     for card in ("NVIDIA GH200 480GB", "NVIDIA GB200", part, "NVIDIA GH200 480GB"):
-        assert mi_loss.peak_of(card) is None
+        assert boltzmann.peak_of(card) is None
     assert len(caplog.records) == 3
 
 
@@ -108,8 +108,8 @@ def test_peaks_of_cards(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_floor_is_the_gemms_of_ours(form: Form) -> None:
     names = {1: "one_gemm", 3: "three_gemms", 4: "four_gemms"}
     size = small(form)
-    for backward, count in ((False, 1), (True, mi_loss_functions.OUR_GEMMS[form])):
-        name, gemms = mi_loss_functions.make_floor(size, torch.float32, "cpu", backward=backward)
+    for backward, count in ((False, 1), (True, boltzmann_functions.OUR_GEMMS[form])):
+        name, gemms = boltzmann_functions.make_floor(size, torch.float32, "cpu", backward=backward)
         with FlopCounterMode(display=False) as counter:
             gemms()
         assert counter.get_total_flops() == count * 2 * size.rows * size.columns * size.dim
@@ -125,13 +125,13 @@ def test_losses_have_the_same_value(form: Form, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_other_losses_are_not_timed(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = mi_loss_functions.make_loss
+    real = boltzmann_functions.make_loss
 
-    def make_loss(name: str, form: Form) -> mi_loss_functions.Loss:
+    def make_loss(name: str, form: Form) -> boltzmann_functions.Loss:
         loss = real(name, form)
         return loss if name == "m3i_fast" else lambda inputs: 1.001 * loss(inputs)
 
-    monkeypatch.setattr(mi_loss_functions, "make_loss", make_loss)
+    monkeypatch.setattr(boltzmann_functions, "make_loss", make_loss)
     with pytest.raises(AssertionError, match=f"{FORMS[form][0]}: Scalars are not close"):
         make_functions(small(form), torch.float32, "cpu", backward=False)
 
@@ -142,10 +142,10 @@ def test_an_absent_library_is_said_once(
     monkeypatch.setitem(sys.modules, "open_clip.loss", None)
     monkeypatch.setitem(sys.modules, "siglip_kernel", None)
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
-    mi_loss_functions._say_left_out.cache_clear()
+    boltzmann_functions._say_left_out.cache_clear()
     for _ in range(2):
-        assert set(mi_loss_functions.losses("sigmoid", "cuda")) == {"m3i_fast"}
-        assert "Liger" not in mi_loss_functions.losses("classes", "cuda")
+        assert set(boltzmann_functions.losses("sigmoid", "cuda")) == {"m3i_fast"}
+        assert "Liger" not in boltzmann_functions.losses("classes", "cuda")
     assert [record.message.split(" left out")[0] for record in caplog.records] == [
         "SigLipLoss",
         "siglip-kernel",
@@ -194,11 +194,11 @@ def test_growth_is_measured_and_drawn(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(mi_loss_growth, "SMALLEST", 512)
-    monkeypatch.setattr(mi_loss_growth, "CURVES", mi_loss_growth.CURVES[:2])
+    monkeypatch.setattr(boltzmann_growth, "SMALLEST", 512)
+    monkeypatch.setattr(boltzmann_growth, "CURVES", boltzmann_growth.CURVES[:2])
     # Enough for ClipLoss of 512 rows, too little for 1,024.
-    monkeypatch.setattr(mi_loss_growth, "free_bytes", lambda _: 10 * 2**20)
-    mi_loss.main(["--device", "cpu", "--growth", "--dim", "8", "--largest", "1024"])
+    monkeypatch.setattr(boltzmann_growth, "free_bytes", lambda _: 10 * 2**20)
+    boltzmann.main(["--device", "cpu", "--growth", "--dim", "8", "--largest", "1024"])
     ours, clip = recorded()
     assert (ours["kind"], ours["form"], ours["function"]) == ("growth", "softmax", "m3i_fast")
     assert clip["function"] == "ClipLoss"
@@ -211,7 +211,7 @@ def test_growth_is_measured_and_drawn(
     assert 0 < ours["points"][0]["extra_peak_bytes"] < 3 * whole
     assert all(0 < point["seconds"] < 60 for point in ours["points"])
 
-    picture = ElementTree.parse(results / "mi_loss_growth.svg").getroot()
+    picture = ElementTree.parse(results / "boltzmann_growth.svg").getroot()
     assert len(picture.findall(f".//{SVG}circle")) == 2 * 3
     text = " ".join(picture.itertext())
     assert "ClipLoss, softmax (no memory for N = 1,024)" in text
@@ -274,7 +274,7 @@ def test_a_picture_has_the_newest_rows_of_each_machine() -> None:
         expected = [250 * math.log10(4) / decades] * len(rise)
         assert of_memory == pytest.approx(expected, abs=0.15)
 
-    with pytest.raises(ValueError, match="rows: expected growth rows of mi_loss, got none"):
+    with pytest.raises(ValueError, match="rows: expected growth rows of boltzmann, got none"):
         draw([])
 
 
@@ -297,7 +297,7 @@ def test_peak_memory_is_what_a_call_takes() -> None:
 
 def test_ranks_are_measured(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--ranks", "1,2", "--rows-per-rank", "256", "--dim", "8", "--num-samples", "2"]
-    mi_loss.main(arguments)
+    boltzmann.main(arguments)
     rows = recorded()
     assert [(row["kind"], row["ranks"], row["num_threads"]) for row in rows] == [
         ("ranks", 1, 1),

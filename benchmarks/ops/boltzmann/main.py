@@ -1,8 +1,8 @@
 """The Boltzmann likelihood beside the losses that it replaces, and how each grows.
 
-    m3i-fast bench mi_loss [--device cuda] [--no-record]
-    m3i-fast bench mi_loss --growth [--largest 65536]
-    m3i-fast bench mi_loss --ranks 1,2,4
+    m3i-fast bench boltzmann [--device cuda] [--no-record]
+    m3i-fast bench boltzmann --growth [--largest 65536]
+    m3i-fast bench boltzmann --ranks 1,2,4
 
 Rows of pairs: open_clip's ClipLoss and SigLipLoss. One-sided with classes: F.cross_entropy on
 logits, torch's linear_cross_entropy in chunks. On a GPU also siglip-kernel and Liger's fused linear
@@ -36,8 +36,8 @@ from m3i_fast.benchmarks.core.harness import (
     ratio_table,
     resolve,
 )
-from m3i_fast.benchmarks.ops.mi_loss import growth, ranks
-from m3i_fast.benchmarks.ops.mi_loss.losses import (
+from m3i_fast.benchmarks.ops.boltzmann import growth, ranks
+from m3i_fast.benchmarks.ops.boltzmann.losses import (
     MODEL_GEMMS,
     OUR_GEMMS,
     OURS,
@@ -47,7 +47,7 @@ from m3i_fast.benchmarks.ops.mi_loss.losses import (
 )
 from m3i_fast.engine.costs.gpus import card_of
 
-SUBJECT = "mi_loss"
+SUBJECT = "boltzmann"
 PAIRS: tuple[Form, ...] = ("softmax", "sigmoid")
 CPU_SIZES = (
     *(Size(form=form, rows=n, columns=n, dim=512) for form in PAIRS for n in (1024, 8192)),
@@ -83,7 +83,7 @@ class Config:
     dim: int = 512
     """Features, for --growth and --ranks."""
     record: bool = True
-    """Append the rows to the ledger, benchmarks/results/mi_loss.jsonl."""
+    """Append the rows to the ledger, benchmarks/results/boltzmann.jsonl."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "rows_per_rank", "dim"):

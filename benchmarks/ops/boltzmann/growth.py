@@ -20,8 +20,8 @@ from rich.table import Table
 
 from m3i_fast.benchmarks.core.memory import free_bytes, measure_peak
 from m3i_fast.benchmarks.ledger import rows as ledger
-from m3i_fast.benchmarks.ops.mi_loss.growth_plot import draw
-from m3i_fast.benchmarks.ops.mi_loss.losses import (
+from m3i_fast.benchmarks.ops.boltzmann.growth_plot import draw
+from m3i_fast.benchmarks.ops.boltzmann.losses import (
     CLIP,
     NUM_MATRICES,
     OURS,
@@ -149,7 +149,7 @@ def measure_point(
 def table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0]
     title = (
-        f"mi_loss on {first['device']}, {first['num_threads']} threads, {first['dtype']}, "
+        f"boltzmann on {first['device']}, {first['num_threads']} threads, {first['dtype']}, "
         f"D = {first['dim']}: forward and backward, memory above inputs and gradients"
     )
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,4 +1,4 @@
-"""Growth rows of mi_loss as one SVG: seconds and memory against N, both axes logarithmic.
+"""Growth rows of boltzmann as one SVG: seconds and memory against N, both axes logarithmic.
 
 Self-contained, and readable on light and dark pages. A block of two panels for each machine, a line
 for each function: ours in the accent colour, the others' in the second; the sigmoid form dashed.
@@ -12,7 +12,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from m3i_fast.benchmarks.core.svg import Axis, page, powers_of_ten, text
-from m3i_fast.benchmarks.ops.mi_loss.losses import OURS
+from m3i_fast.benchmarks.ops.boltzmann.losses import OURS
 
 _WIDTH, _BLOCK, _PANEL = 920, 420, (360, 250)  # pixels; a panel's width and height
 _LEFTS, _TOP = (80, 540), 110  # of the panels in a block
@@ -37,7 +37,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
     """The SVG of growth rows of the ledger, oldest first. ValueError where there are none."""
     blocks = newest(rows)
     if not blocks:
-        raise ValueError("rows: expected growth rows of mi_loss, got none")
+        raise ValueError("rows: expected growth rows of boltzmann, got none")
     height = _BLOCK * len(blocks)
     label = "Seconds and memory of contrastive losses against the number of pairs"
     parts: list[str] = []
