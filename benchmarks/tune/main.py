@@ -31,7 +31,7 @@ from rich.table import Table as RichTable
 
 from m3i_fast.benchmarks.core.harness import Timing, parse, publish
 from m3i_fast.benchmarks.ledger.rows import read_rows, run_id
-from m3i_fast.benchmarks.tune import build, policy, timing
+from m3i_fast.benchmarks.tune import build, timing
 from m3i_fast.benchmarks.tune.candidates import (
     SUBJECTS,
     Subject,
@@ -41,7 +41,8 @@ from m3i_fast.benchmarks.tune.candidates import (
     with_policy,
 )
 from m3i_fast.benchmarks.tune.compile import code_digest
-from m3i_fast.benchmarks.tune.policy import CUDA, Policy, Table
+from m3i_fast.ops import tiles
+from m3i_fast.ops.tiles import CUDA, Policy, Table
 
 SUBJECT = "tune"
 MARGIN = 1.25  # beyond which the model's word is taken
@@ -117,7 +118,7 @@ class Candidate:
 
 def compile_half(subject: Subject, table: Table, candidate: Candidate) -> None:
     """Resources and prediction, or why the candidate is dropped."""
-    if problem := policy.problem_of(candidate.policy):
+    if problem := tiles.problem_of(candidate.policy):
         candidate.dropped = f"cannot be built: {problem}"
         return
     filled = with_policy(table, subject, candidate.policy)
@@ -194,7 +195,7 @@ def time_half(
 
 def sweep(cfg: Config, subject: Subject, *, timed: bool, bar: Progress) -> list[Candidate]:
     """All candidates of a class of calls."""
-    table = policy.read(subject.op)
+    table = tiles.read(subject.op)
     current = table[subject.card][subject.kind]
     policies = candidates(subject, current)[: cfg.most or None]
     found = [Candidate(policy, policy == current) for policy in policies]
@@ -278,9 +279,9 @@ def write_winners() -> list[str]:
         entry = {"policy": figures["policy"], "why": "measured", "row": source}
         shared = (op, kind) == ("boltzmann", "float")  # one kernel serves both cards
         for card in ("a100", "h100") if shared else (figures["card"],):
-            policy.write_entry(policy.path_of(op), card, kind, entry)
+            tiles.write_entry(tiles.path_of(op), card, kind, entry)
             written.append(f"{op} {card}.{kind}")
-    policy.write_headers()
+    tiles.write_headers()
     return written
 
 
