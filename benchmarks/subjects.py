@@ -5,27 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+from m3i_fast.ops.registry import OPS
+
 # name -> the module whose `main` takes the arguments, and what it measures
 SUBJECTS = {
-    "mask_mix": (
-        "ops.mask_mix",
-        "mask, mix and normalise views: ours beside the torch expressions it replaces",
-    ),
-    "dcnv3": (
-        "ops.dcnv3",
-        "deformable convolution v3: ours beside grid_sample and torchvision",
-    ),
-    "gaussian": (
-        "ops.gaussian",
-        "the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
-    ),
+    **{op.name: (op.module, op.measures) for op in OPS},
     "internimage": (
         "ops.internimage",
         "a whole InternImage with our dcnv3 beside one with a grid_sample core",
-    ),
-    "boltzmann": (
-        "ops.boltzmann.main",
-        "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
     ),
     "muon": (
         "training.muon",
