@@ -5,27 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+from m3i_fast.ops.registry import OPS
+
 # name -> the module whose `main` takes the arguments, and what it measures
 SUBJECTS = {
-    "mask_mix": (
-        "ops.mask_mix",
-        "mask, mix and normalise views: ours beside the torch expressions it replaces",
-    ),
-    "dcnv3": (
-        "ops.dcnv3",
-        "deformable convolution v3: ours beside grid_sample and torchvision",
-    ),
-    "gaussian": (
-        "ops.gaussian",
-        "the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
-    ),
+    **{op.name: (op.module, op.measures) for op in OPS},
     "internimage": (
         "ops.internimage",
         "a whole InternImage with our dcnv3 beside one with a grid_sample core",
-    ),
-    "mi_loss": (
-        "ops.mi_loss.main",
-        "the Boltzmann likelihood beside ClipLoss, SigLipLoss and F.cross_entropy",
     ),
     "muon": (
         "training.muon",
@@ -66,7 +53,7 @@ SUBJECTS = {
     ),
     "tune": (
         "tune.main",
-        "tiles of dcnv3 and mi_loss: compiled, pruned by a model, timed where a card is",
+        "tiles of dcnv3 and boltzmann: compiled, pruned by a model, timed where a card is",
     ),
     "methods": (
         "methods.main",

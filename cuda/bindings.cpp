@@ -1,5 +1,5 @@
-// Every op's schema, once. Kernels are registered in <op>/<op>_cpu.cpp and <op>/<op>_cuda.cpp.
-#include "m3i/python_module.h"
+// Every op's schema, once. Kernels are registered in <op>/cpu/op_cpu.cpp and <op>/op_cuda.cpp.
+#include "m3i/host/python_module.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "bool remove_center, bool softmax, bool[3] needs_grad, bool deterministic=False)"
       " -> (Tensor grad_x, Tensor grad_offset, Tensor grad_mask)");
   // Softmax and sigmoid losses over all pairs of a row and a column; what each returns stands in
-  // boltzmann_params.h. run: where it holds false, nothing is done and the results mean nothing.
+  // boltzmann/params.h. run: where it holds false, nothing is done and the results mean nothing.
   library.def(
       "boltzmann_maxima(Tensor z_hat, Tensor z, Tensor scale, Tensor bias, Tensor row_ids, "
       "Tensor? run)"

@@ -6,7 +6,7 @@
 
 Only rows of one machine class are compared, and only those that measured the same. --against builds
 the other commit and takes samples of both in turns, which leaves out what a busy machine does to
-both: it is the fair one, for the subjects mask_mix, dcnv3, gaussian and mi_loss. --self-test
+both: it is the fair one, for the ops (`m3i_fast/ops/registry.py` has their work). --self-test
 compares this version with itself, and with itself doing a tenth of the work again; its row goes to
 the ledger. gate.py says when a difference is an alarm, docs/comparing.md what was measured.
 """
@@ -27,8 +27,8 @@ from rich.table import Table
 
 from m3i_fast.benchmarks.compare.gate import Verdict, judge, judge_in_looks
 from m3i_fast.benchmarks.compare.versions import Plan, Version, built, sample_in_turns
-from m3i_fast.benchmarks.compare.worker import WORKS
 from m3i_fast.benchmarks.ledger import rows as ledger
+from m3i_fast.ops.registry import OPS
 from m3i_fast.terminal import make_console
 
 SUBJECT = "gate"  # of the rows of --self-test
@@ -38,8 +38,7 @@ OURS = "m3i_fast"
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     subject: Annotated[str, tyro.conf.Positional]
-    """A subject of the ledger; with --against or --self-test one of mask_mix, dcnv3, gaussian,
-    mi_loss."""
+    """A subject of the ledger; with --against or --self-test the name of an op."""
     against: str | None = None
     """A commit, tag or branch: build it and measure both versions in turns."""
     baseline: str | None = None
@@ -78,9 +77,10 @@ class Config:
             raise ValueError(f"planted: expected whole tenths, got {self.planted}")
         if sum(map(bool, (self.against, self.baseline, self.self_test))) > 1:
             raise ValueError("expected one of --against, --baseline and --self-test")
-        if (self.against or self.self_test) and self.subject not in WORKS:
+        names = [op.name for op in OPS]
+        if (self.against or self.self_test) and self.subject not in names:
             raise ValueError(
-                f"subject: expected one of {', '.join(WORKS)} for measuring in turns, "
+                f"subject: expected one of {', '.join(names)} for measuring in turns, "
                 f"got {self.subject!r}"
             )
 

@@ -1,10 +1,11 @@
 """One version's process of `m3i-fast bench compare`: takes a sample whenever it is asked.
 
-    python compare_worker.py WORK [--site FOLDER] [--threads N]
+    python worker.py WORK --registry FILE [--site FOLDER] [--threads N]
 
-Started by its path, and the same file for both versions: it uses nothing of the package but its
-public ops, so the work is the same whatever a version's own benchmarks measure. --site: the folder
-of another version's package; without it the installed one. Speaks JSON lines: says once what it
+Started by its path, and the same file for both versions, as is --registry, ops/registry.py of the
+version that compares: of a version's package nothing is used but its public ops, so the work is the
+same whatever its own benchmarks measure. --site: the folder of another version's package; without
+it the installed one. Speaks JSON lines: says once what it
 loaded, then answers {"calls": N, "extra": M} with {"ms": X}, the time of N + M calls over N. The
 calls of `extra` are done, not added up: they plant a slowdown.
 """
@@ -13,70 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 WARM_UP_S = 0.3
 
 
-def mask_mix() -> Callable[[], object]:
-    """64 pictures mixed of two views of 64 pixels each, fp32."""
-    import torch
-
-    from m3i_fast.ops import mask_mix
-
-    rng = torch.Generator().manual_seed(0)
-    views = torch.randint(256, (64, 3, 64, 64), dtype=torch.uint8, generator=rng)
-    choice = torch.randint(2, (64, 8, 8), dtype=torch.uint8, generator=rng)
-    members = torch.randint(64, (64, 2), generator=rng)
-    return lambda: mask_mix(views, choice, members, dtype=torch.float32)
-
-
-def dcnv3() -> Callable[[], object]:
-    """InternImage-T's layer of 14 x 14 x 256, batch 4, forward, fp32."""
-    import torch
-
-    from m3i_fast.ops import dcnv3
-
-    rng = torch.Generator().manual_seed(0)
-    groups, points = 16, 9
-    sizes = 256, groups * points * 2, groups * points
-    x, offset, mask = (torch.randn(4, 14, 14, size, generator=rng) for size in sizes)
-    offset = offset * 1.5
-    geometry: dict[str, Any] = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
-    return lambda: dcnv3(x, offset, mask, **geometry, groups=groups)
-
-
-def gaussian() -> Callable[[], object]:
-    """The demo's dense term: 64 pictures, 64 cells, width 192; forward and backward, fp32."""
-    import torch
-
-    from m3i_fast.ops import gaussian
-
-    rng = torch.Generator().manual_seed(0)
-    z_hat, z = (torch.randn(64, 64, 192, generator=rng) for _ in range(2))
-    z_hat.requires_grad_()
-    return lambda: torch.autograd.grad(gaussian(z_hat, z, sigma=0.5**0.5, normalise=True), z_hat)
-
-
-def mi_loss() -> Callable[[], object]:
-    """The Boltzmann likelihood of 256 pairs of width 256; forward and backward, fp32."""
-    import torch
-
-    from m3i_fast.ops import boltzmann
-
-    rng = torch.Generator().manual_seed(0)
-    a, b = (
-        torch.nn.functional.normalize(torch.randn(256, 256, generator=rng), dim=-1).requires_grad_()
-        for _ in range(2)
-    )
-    scale = torch.tensor(10.0)
-    return lambda: torch.autograd.grad(boltzmann(a, b, scale), (a, b))
-
-
-WORKS = {work.__name__: work for work in (mask_mix, dcnv3, gaussian, mi_loss)}
+def works(registry: str) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Return what prepares a call of each op, by its name, from the registry's file."""
+    return {op.name: op.work for op in runpy.run_path(registry)["OPS"]}
 
 
 def use_package_of(site: str) -> None:
@@ -100,7 +48,8 @@ def sample_ms(call: Callable[[], object], calls: int, extra: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("work", choices=WORKS)
+    parser.add_argument("work")
+    parser.add_argument("--registry", required=True)
     parser.add_argument("--site")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -110,7 +59,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(arguments.threads)
-    call = WORKS[arguments.work]()
+    call = works(arguments.registry)[arguments.work]()
     import m3i_fast.ops
 
     calls, begun = 0, time.perf_counter()

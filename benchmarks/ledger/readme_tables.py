@@ -19,6 +19,7 @@ from typing import Any
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ledger.demo_table import table as demo_table
 from m3i_fast.benchmarks.ledger.rows import Row
+from m3i_fast.ops.registry import OPS
 
 FILES = ("README.md", "docs/performance.md", "docs/comparing.md")
 MARKED = re.compile(r"(<!-- ledger:(\w+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)
@@ -131,6 +132,18 @@ def demo() -> str:
     return found or f"The demo: {ABSENT}."
 
 
+def ops() -> str:
+    """Every op of the registry, and when it was last measured."""
+    days = {op.name: [row["time"][:10] for row in ledger.read_rows(op.name)] for op in OPS}
+    if not any(days.values()):
+        return f"The ops: {ABSENT}."
+    lines = [
+        [f"`m3i-fast bench {op.name}`: {op.measures}", (days[op.name] or [ABSENT])[-1]]
+        for op in OPS
+    ]
+    return markdown(["benchmark", "last rows"], lines)
+
+
 def mask_mix() -> str:
     def label(row: Mapping[str, Any]) -> str:
         return f"{row['batch_size']} views of {row['image_size']} pixels, {row['dtype']}"
@@ -164,13 +177,13 @@ def dcnv3() -> str:
     return peers_table(rows, "layer of InternImage-T, batch 4, fp32", label, columns)
 
 
-def mi_loss() -> str:
+def boltzmann() -> str:
     peers = {"softmax": "ClipLoss", "sigmoid": "SigLipLoss", "classes": "cross_entropy"}
 
     def label(row: Mapping[str, Any]) -> str:
         return f"{row['form']}, {row['rows']:,} x {row['columns']:,} x {row['dim']}"
 
-    rows = newest("mi_loss", kind="speed", **{"pass": "forward+backward"})
+    rows = newest("boltzmann", kind="speed", **{"pass": "forward+backward"})
     if not rows:
         return ABSENT
     lines = []
@@ -218,7 +231,7 @@ def gpu() -> str:
     """Kernels on cards, where a row has one, and what a roofline predicts of training."""
     lines = [
         line
-        for subject in ("mask_mix", "gaussian", "dcnv3", "mi_loss", "internimage")
+        for subject in (*(op.name for op in OPS), "internimage")
         for line in map(_on_a_card, newest(subject, device="cuda"))
         if line
     ]
@@ -377,7 +390,7 @@ def gate() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(demo, mask_mix, gaussian, dcnv3, mi_loss, internimage, step),
-        *(loader, node, scaling, gpu, gate),
+        *(demo, mask_mix, gaussian, dcnv3, boltzmann, internimage, step),
+        *(loader, node, scaling, gpu, gate, ops),
     )
 }

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from m3i_fast.benchmarks.tune.policy import CUDA, Table, render
+from m3i_fast.ops.tiles import CUDA, Table, render
 
 CPU_OPTIONS = ("-O3", "-DNDEBUG", "-Wall", "-Wextra")
 CUDA_ARCHITECTURES = {"a100": "80", "h100": "90a"}
@@ -43,13 +43,13 @@ def build_ops(op: str, table: Table, card: str) -> Path:
     Its stem is its namespace. RuntimeError has the compiler's words, ValueError says what is not
     installed.
     """
-    sources = [CUDA / "bindings.cpp", *sorted((CUDA / op).glob(f"{op}_cpu*.cpp"))]
+    sources = [CUDA / "bindings.cpp", *sorted((CUDA / op).glob("cpu/*.cpp"))]
     if card != "cpu":
-        sources = [CUDA / "bindings.cpp", CUDA / op / f"{op}_cuda.cpp"]
-        sources += sorted((CUDA / op).glob("*.cu"))
+        sources = [CUDA / "bindings.cpp", CUDA / op / "op_cuda.cpp"]
+        sources += sorted((CUDA / op).glob("sm*/*.cu"))
     header = render(op, table)
     compiler, options = _nvcc(card) if card != "cpu" else _gpp()
-    namespace = f"m3i_{op}_{_digest(sources, header, compiler, options)}"
+    namespace = f"m3i_{op}_{_digest(op, header, compiler, options)}"
     library = build_folder() / f"{namespace}.so"
     if not library.is_file():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -59,19 +59,20 @@ def build_ops(op: str, table: Table, card: str) -> Path:
     return library
 
 
-def _digest(sources: list[Path], header: str, *more: object) -> str:
+def _digest(op: str, header: str, *more: object) -> str:
     digest = hashlib.sha256(repr((header, torch.__version__, *more)).encode())
-    folders = {source.parent for source in sources} | {CUDA / "include" / "m3i"}
-    for path in sorted(path for folder in folders for path in folder.glob("*.*")):
-        digest.update(path.name.encode() + path.read_bytes())
+    files = [CUDA / "bindings.cpp"]
+    files += [file for room in (CUDA / op, CUDA / "include") for file in room.rglob("*.*")]
+    for path in sorted(files):
+        digest.update(str(path.relative_to(CUDA)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def _build(folder: Path, sources: list[Path], header: str, op: str, command: list[str]) -> None:
     (folder / op).mkdir()
-    (folder / op / f"{op}_tiles.h").write_text(header)
+    (folder / op / "tiles.h").write_text(header)
     command = [*command, f"-I{folder}", f"-I{CUDA}", f"-I{CUDA / 'include'}"]
-    objects = [str(folder / f"{source.name}.o") for source in sources]
+    objects = [str(folder / f"{number}.o") for number in range(len(sources))]
 
     def compile_one(source: Path, made: str) -> None:
         _run([*command, "-c", str(source), "-o", made])

@@ -8,7 +8,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from m3i_fast.benchmarks.tune.compile import ARCHITECTURES, Compiled, compile_cubin
-from m3i_fast.benchmarks.tune.policy import Policy, Table, render
 from m3i_fast.benchmarks.tune.roofline import (
     GPUS,
     Units,
@@ -18,6 +17,7 @@ from m3i_fast.benchmarks.tune.roofline import (
     mma_ms,
     occupancy,
 )
+from m3i_fast.ops.tiles import CUDA, Policy, Table, render
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +129,10 @@ _ELEMENTS = {"bfloat16": "m3i::BFloat16", "float32": "float"}
 def compile_candidate(subject: Subject, table: Table) -> Compiled:
     """The subject's kernels with the table's tiles: forward and backward of its dtype."""
     op, element = subject.op, _ELEMENTS[subject.dtype]
-    headers = {f"{op}/{op}_tiles.h": render(op, table)}
-    source = f'#include "{op}/{op}.cuh"\nusing namespace m3i;\nusing namespace m3i::{op};\n'
+    headers = {f"{op}/tiles.h": render(op, table)}
+    (kernels_file,) = (CUDA / op).rglob("kernels.cuh")
+    source = f'#include "{kernels_file.relative_to(CUDA).as_posix()}"\n'
+    source += f"using namespace m3i;\nusing namespace m3i::{op};\n"
     if op == "dcnv3":
         policy = table[subject.card][subject.kind]
         source += _dcnv3_constants(subject.shape, policy)

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from m3i_fast.benchmarks.tune.policy import CUDA
+from m3i_fast.ops.tiles import CUDA
 
 ARCHITECTURES = {"a100": "sm_80", "h100": "sm_90a"}
 

@@ -1,6 +1,6 @@
 """The tiles of kernels: candidates are compiled, pruned by a model, and timed where a card is.
 
-    m3i-fast bench tune [--card a100|h100|cpu] [--op dcnv3|mi_loss] [--no-record]
+    m3i-fast bench tune [--card a100|h100|cpu] [--op dcnv3|boltzmann] [--no-record]
     m3i-fast bench tune --write     and the winners become what is built
 
 For a GPU NVRTC compiles every candidate to machine code, which needs no GPU: registers, spills,
@@ -31,7 +31,7 @@ from rich.table import Table as RichTable
 
 from m3i_fast.benchmarks.core.harness import Timing, parse, publish
 from m3i_fast.benchmarks.ledger.rows import read_rows, run_id
-from m3i_fast.benchmarks.tune import build, policy, timing
+from m3i_fast.benchmarks.tune import build, timing
 from m3i_fast.benchmarks.tune.candidates import (
     SUBJECTS,
     Subject,
@@ -41,10 +41,10 @@ from m3i_fast.benchmarks.tune.candidates import (
     with_policy,
 )
 from m3i_fast.benchmarks.tune.compile import code_digest
-from m3i_fast.benchmarks.tune.policy import CUDA, Policy, Table
+from m3i_fast.ops import tiles
+from m3i_fast.ops.tiles import CUDA, Policy, Table
 
 SUBJECT = "tune"
-OPS = {"dcnv3": "dcnv3", "mi_loss": "boltzmann"}  # by what users call them
 MARGIN = 1.25  # beyond which the model's word is taken
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    op: Literal["all", "dcnv3", "mi_loss"] = "all"
+    op: Literal["all", "dcnv3", "boltzmann"] = "all"
     """Whose tiles."""
     card: Literal["auto", "a100", "h100", "cpu"] = "auto"
     """auto: the GPU's class where torch sees one, else cpu. Without that card compile half only."""
@@ -79,8 +79,7 @@ class Config:
 
     def subjects(self, card: str) -> list[Subject]:
         """What is tuned on the card. ValueError for a kind that the op does not have there."""
-        folders = OPS.values() if self.op == "all" else (OPS[self.op],)
-        of_op = [each for each in SUBJECTS if each.card == card and each.op in folders]
+        of_op = [each for each in SUBJECTS if each.card == card and self.op in ("all", each.op)]
         found = [each for each in of_op if self.kind in ("", each.kind)]
         if not found:
             kinds = ", ".join(dict.fromkeys(each.kind for each in of_op))
@@ -119,7 +118,7 @@ class Candidate:
 
 def compile_half(subject: Subject, table: Table, candidate: Candidate) -> None:
     """Resources and prediction, or why the candidate is dropped."""
-    if problem := policy.problem_of(candidate.policy):
+    if problem := tiles.problem_of(candidate.policy):
         candidate.dropped = f"cannot be built: {problem}"
         return
     filled = with_policy(table, subject, candidate.policy)
@@ -196,7 +195,7 @@ def time_half(
 
 def sweep(cfg: Config, subject: Subject, *, timed: bool, bar: Progress) -> list[Candidate]:
     """All candidates of a class of calls."""
-    table = policy.read(subject.op)
+    table = tiles.read(subject.op)
     current = table[subject.card][subject.kind]
     policies = candidates(subject, current)[: cfg.most or None]
     found = [Candidate(policy, policy == current) for policy in policies]
@@ -214,11 +213,10 @@ def sweep(cfg: Config, subject: Subject, *, timed: bool, bar: Progress) -> list[
 
 
 def row_of(subject: Subject, candidate: Candidate) -> dict[str, Any]:
-    (op,) = (name for name, folder in OPS.items() if folder == subject.op)
     timing = candidate.timing
     return {
         "card": subject.card,
-        "op": op,
+        "op": subject.op,
         "kind": subject.kind,
         "dtype": subject.dtype,
         "shape": "x".join(map(str, subject.shape)),
@@ -276,14 +274,14 @@ def write_winners() -> list[str]:
         figures = row["figures"]
         if row["run_id"] != run_id() or not figures["chosen"]:
             continue
-        op, kind = OPS[figures["op"]], figures["kind"]
+        op, kind = figures["op"], figures["kind"]
         source = {"run_id": row["run_id"], "time": row["time"]}
         entry = {"policy": figures["policy"], "why": "measured", "row": source}
         shared = (op, kind) == ("boltzmann", "float")  # one kernel serves both cards
         for card in ("a100", "h100") if shared else (figures["card"],):
-            policy.write_entry(policy.path_of(op), card, kind, entry)
+            tiles.write_entry(tiles.path_of(op), card, kind, entry)
             written.append(f"{op} {card}.{kind}")
-    policy.write_headers()
+    tiles.write_headers()
     return written
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from m3i_fast.benchmarks.tune.policy import Policy as Fields
-from m3i_fast.benchmarks.tune.policy import read
+from m3i_fast.ops.tiles import Policy as Fields
+from m3i_fast.ops.tiles import read
 
-SUMS_ELEMENTS = 1 << 26  # kSumsElements of boltzmann_tiling.h
+SUMS_ELEMENTS = 1 << 26  # kSumsElements of cuda/boltzmann/tiling.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def occupancy(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Tiles of a cluster, as boltzmann_hopper.h has them."""
+    """Tiles of a cluster, as cuda/boltzmann/sm90/tiling.h has them."""
 
     rows: int
     columns: int

@@ -13,8 +13,8 @@ from torch import Tensor
 from m3i_fast.benchmarks.core.harness import Timing, measure
 from m3i_fast.benchmarks.tune.build import build_ops
 from m3i_fast.benchmarks.tune.candidates import POINTS, Subject, with_policy
-from m3i_fast.benchmarks.tune.policy import Policy, Table
 from m3i_fast.ops import reference
+from m3i_fast.ops.tiles import Policy, Table
 
 # Ragged calls of the same class, small enough for plain torch in float64.
 _CHECKED = {"small": (2, 13, 15, 64, 4), "large": (1, 29, 31, 64, 4)}
@@ -107,7 +107,7 @@ def expected(subject: Subject, inputs: list[Tensor]) -> list[Tensor]:
 def _expected_boltzmann(
     z_hat: Tensor, z: Tensor, row_weights: Tensor, col_weights: Tensor
 ) -> list[Tensor]:
-    """boltzmann_params.h, with all logits as an array; row i and column i are a pair."""
+    """cuda/boltzmann/params.h, with all logits as an array; row i and column i are a pair."""
     dots = z_hat @ z.T
     logits = SCALE * dots
     positive = torch.eye(*dots.shape, dtype=torch.bool, device=dots.device)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
-import math
 import re
 import struct
 import subprocess
@@ -115,72 +114,11 @@ def kernels_cuda() -> Facts:
 
 
 def _run_ops(device: str) -> Facts:
-    checks = {
-        "mask_mix": _mask_mix_is_right,
-        "dcnv3": _dcnv3_is_right,
-        "boltzmann": _boltzmann_is_right,
-        "gaussian": _gaussian_is_right,
-    }
-    if wrong := [op for op, is_right in checks.items() if not is_right(device)]:
+    from m3i_fast.ops.registry import OPS
+
+    if wrong := [op.name for op in OPS if not op.is_right(device)]:
         sys.exit(f"{', '.join(wrong)}: wrong results")
-    return {"ops": list(checks)}
-
-
-def _mask_mix_is_right(device: str) -> bool:
-    import torch
-
-    from m3i_fast.ops import mask_mix
-
-    views = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8, device=device).reshape(2, 3, 4, 4)
-    choice = torch.tensor([[[0, 1], [1, 0]]], dtype=torch.uint8, device=device)
-    members = torch.tensor([[0, 1]], device=device)
-    mixed = mask_mix(views, choice, members, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    cells = choice.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
-    expected = torch.where(cells == 0, views[:1], views[1:]).float() / 255
-    return torch.allclose(mixed, expected)
-
-
-def _dcnv3_is_right(device: str) -> bool:
-    """Every pixel takes half of what lies half a pixel to its right."""
-    import torch
-
-    from m3i_fast.ops import dcnv3
-
-    x = torch.arange(8.0, device=device).reshape(1, 1, 8, 1)
-    offset = torch.tensor([0.5, 0.0], device=device).repeat(1, 1, 8, 1)
-    mask = torch.full_like(x, 0.5)
-    out = dcnv3(x, offset, mask, kernel_size=1, stride=1, padding=0, dilation=1, groups=1)
-    expected = [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 1.75]  # beyond the last pixel lie zeros
-    return out.flatten().tolist() == expected
-
-
-def _boltzmann_is_right(device: str) -> bool:
-    """Two pairs at right angles: each row tells its own from the other by odds of e to 1."""
-    import torch
-
-    from m3i_fast.ops import boltzmann
-
-    rows = torch.eye(2, device=device).requires_grad_()
-    value = boltzmann(rows, rows.detach(), torch.ones((), device=device))
-    (found,) = torch.autograd.grad(value, rows)
-    other = 1 / (1 + math.e)
-    grad = torch.tensor([[-other, other], [other, -other]], device=device) / 2
-    expected = torch.tensor(-math.log(1 - other), device=device)
-    return torch.allclose(value, expected) and torch.allclose(found, grad)
-
-
-def _gaussian_is_right(device: str) -> bool:
-    """Of a row that is its own layer-norm, against zeros."""
-    import torch
-
-    from m3i_fast.ops import gaussian
-
-    z_hat = torch.zeros(3, 4, device=device, requires_grad=True)
-    z = torch.tensor([3.0, 5.0, 3.0, 5.0], device=device).expand(3, 4).contiguous()
-    value = gaussian(z_hat, z, normalise=True, eps=1e-12)
-    (found,) = torch.autograd.grad(value, z_hat)
-    grad = torch.tensor([1.0, -1.0, 1.0, -1.0], device=device).expand(3, 4) / 12
-    return torch.allclose(value, torch.full_like(value, 0.5)) and torch.allclose(found, grad)
+    return {"ops": [op.name for op in OPS]}
 
 
 def dali() -> Facts:

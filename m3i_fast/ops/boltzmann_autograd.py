@@ -70,7 +70,7 @@ def _nan_unless_finite(bound: Tensor) -> Tensor:  # [] -> [] 0 or NaN
 
 
 class _Sums(NamedTuple):
-    """Of exponentials of logits less a shift; which four stands in boltzmann_params.h."""
+    """Of exponentials of logits less a shift; which four stands in cuda/boltzmann/params.h."""
 
     rows: Tensor  # [4, N]
     cols: Tensor  # [4, M], or [4, 0]
@@ -126,9 +126,10 @@ def _nll(sums: Tensor, shift: Tensor) -> Tensor:  # [4, K], [K] -> [K]
 
 
 def _weights(sums: Tensor) -> Tensor:  # [4, K] -> [3, K]
-    """What turns exponentials into the gradient of `_nll` by the logits, as in boltzmann_params.h.
+    """What turns exponentials into the gradient of `_nll` by the logits.
 
-    For a single positive that is -n / (n + p), written without a difference.
+    They are those of cuda/boltzmann/params.h. For a single positive that is -n / (n + p), written
+    without a difference.
     """
     negatives, positives, _, count = sums
     total = negatives + positives

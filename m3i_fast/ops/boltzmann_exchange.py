@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Shifts and weights of `boltzmann_grads`, as in cuda/boltzmann/boltzmann_params.h."""
+    """Shifts and weights of `boltzmann_grads`, as in cuda/boltzmann/params.h."""
 
     row_shift: Tensor  # [N] wide
     col_shift: Tensor  # [M] wide

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import re
 
+from m3i_fast.ops.registry import OPS, OpSpec
+
 FAMILIES = {
     "gemm": "Matrix products and convolutions",
     "attention": "Attention",
     "norm": "Normalisation",
-    "dcnv3": "DCNv3",
-    "mi_loss": "Mutual-information losses",
+    **{op.name: op.title for op in OPS},
     "elementwise": "Elementwise and reductions",
     "memcpy": "Copies",
     "comm": "Communication",
     "other": "Other",
 }
 
+
+def _of_op(op: OpSpec) -> str:
+    """Return the expression for its operators and kernels, and the autograd functions around."""
+    own = rf"m3i\w*[:_]+{op.name}|\b{op.name}_(\w+_)?kernel"
+    return f"{own}|{op.kernels}" if op.kernels else own
+
+
 # The first that is found in the name, in this order: NCCL's kernels name reductions, flash
 # attention's and cuDNN's name the products that they are made of.
 _PATTERNS = {
     "comm": r"nccl|c10d::|gloo|all_?reduce|all_?gather|reduce_?scatter|nvshmem|_SumOverRanks",
-    "dcnv3": r"dcnv3",
-    # Kernels, operators, and the autograd functions around them.
-    "mi_loss": r"boltzmann|m3i[:_]+gaussian|\bgaussian_(fwd|bwd|products|partials)"
-    r"|^(Softmax|Sigmoid)(Backward)?$",
+    **{op.name: _of_op(op) for op in OPS},
     "memcpy": r"memcpy|memset|^aten::(copy_|_to_copy|clone|contiguous)$",
     "attention": r"flash_|fmha|attention|sdpa|softmax_warp",
     "norm": r"layer_?norm|batch_?norm|group_?norm|rms_?norm|rsqrt|bn_(fw|bw)",
@@ -31,7 +36,7 @@ _PATTERNS = {
     r"|^aten::(mm|bmm|addmm|baddbmm|matmul|linear|addmv|mv|dot|einsum|_scaled_mm|convolution"
     r"|_convolution|convolution_backward|mkldnn_\w+|thnn_conv2d|slow_conv\w*|addbmm)$|gemv|mkldnn",
     "elementwise": r"elementwise|reduce_kernel|triton_(poi|red|per)|multi_tensor_apply|softmax"
-    r"|mask_mix|_foreach_|_fused_adam|loss|cat_array|^aten::(add|sub|rsub|mul|div|addcmul|addcdiv"
+    r"|_foreach_|_fused_adam|loss|cat_array|^aten::(add|sub|rsub|mul|div|addcmul|addcdiv"
     r"|lerp|exp|log|sqrt|pow|neg|abs|sigmoid|tanh|gelu|relu|silu|where|clamp|maximum|minimum"
     r"|sum|mean|var|std|max|min|amax|amin|argmax|norm|linalg_vector_norm|logsumexp|fill_|zero_"
     r"|cat|stack|gt|lt|ge|le|eq|ne|isfinite|bitwise_\w+|logical_\w+|masked_fill|cumsum|square"

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scripts.gpu.build import BUILD, SITE
 from scripts.gpu.steps import ROOT, Step
 
 TESTS_S, SANITIZER_S, TABLES_S = 1200.0, 300.0, 300.0
 
-# In order of worth, with the seconds that each may take at most; and what makes each small.
-BENCHMARKS: dict[str, tuple[float, tuple[str, ...]]] = {
-    "mi_loss": (120, ("--ranks", "1,2", "--rows-per-rank", "64", "--dim", "32")),
-    "dcnv3": (150, ()),
-    "step": (90, ("--batch-size", "8", "--depth", "1", "--num-samples", "2")),
-    "gaussian": (90, ("--num-samples", "2", "--no-compile")),
-    "mask_mix": (60, ("--num-samples", "2", "--no-compile")),
-    "internimage": (120, ("--image-size", "64", "--num-samples", "2")),
-    "tune": (300, ("--op", "dcnv3", "--card", "cpu", "--most", "2", "--num-samples", "2")),
-}
-NEEDS = {"tune": ("CuPy", "tyro")}
-SKIPPED_SMALL = ("dcnv3",)  # minutes on a CPU, whatever its samples
-# Small inputs, of each op: a sanitizer makes them slower by one or two orders of magnitude.
-SANITIZED = (
-    "tests/ops/test_mask_mix.py::test_cuda_gives_the_bits_of_the_cpu",
-    "tests/ops/test_boltzmann_cuda.py::test_small_calls",
-    "tests/ops/test_gaussian.py::test_on_a_gpu",
-    "tests/ops/test_dcnv3_cuda.py",
+# The ops, without the package, which is not built yet.
+_REGISTRY = runpy.run_path(str(ROOT / "m3i_fast" / "ops" / "registry.py"))
+OPS: tuple[Any, ...] = _REGISTRY["OPS"]
+_GpuBenchmark = _REGISTRY["GpuBenchmark"]
+
+_STEP = ("--batch-size", "8", "--depth", "1", "--num-samples", "2")
+_TUNE = ("--op", "dcnv3", "--card", "cpu", "--most", "2", "--num-samples", "2")
+# In order of worth: those of the ops, and of what is made of them.
+BENCHMARKS: dict[str, Any] = dict(
+    sorted(
+        {
+            **{op.name: op.gpu for op in OPS},
+            "step": _GpuBenchmark(worth=3, limit_s=90, small=_STEP),
+            "internimage": _GpuBenchmark(
+                worth=6, limit_s=120, small=("--image-size", "64", "--num-samples", "2")
+            ),
+            "tune": _GpuBenchmark(worth=7, limit_s=300, small=_TUNE, needs=("CuPy", "tyro")),
+        }.items(),
+        key=lambda item: item[1].worth,
+    )
 )
 # The emulator reports what a sanitizer would: accesses out of bounds, and races.
 EMULATED = ("tests/cuda/test_mask_mix.py",)
@@ -80,22 +84,21 @@ def sanitizer_steps(machine: Machine) -> Iterator[Step]:
     tool = machine.inventory["compute-sanitizer"] or "compute-sanitizer"
     for kind in ("memcheck", "racecheck"):
         before = (tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all")
-        step = test_step(kind, ["-m", "gpu", *SANITIZED], *before, limit_s=SANITIZER_S)
+        tests = [op.sanitizer for op in OPS]
+        step = test_step(kind, ["-m", "gpu", *tests], *before, limit_s=SANITIZER_S)
         yield Step(**{**vars(step), "missing": missing})
 
 
 def benchmark_steps(machine: Machine) -> Iterator[Step]:
-    for name, (limit_s, small) in BENCHMARKS.items():
-        missing = machine.missing(*NEEDS.get(name, ()))
+    for name, benchmark in BENCHMARKS.items():
+        missing = machine.missing(*benchmark.needs)
         if machine.small:
-            missing = missing or machine.missing("tyro")
-            if name in SKIPPED_SMALL:
-                missing = "takes minutes without a GPU"
-        arguments = small if machine.small else ()
+            missing = benchmark.skipped_small or missing or machine.missing("tyro")
+        arguments = benchmark.small if machine.small else ()
         yield Step(
             name=name,
             command=(sys.executable, "-m", "m3i_fast.benchmarks", name, *arguments),
-            limit_s=limit_s,
+            limit_s=benchmark.limit_s,
             cwd=SITE,
             missing=missing,
             is_benchmark=True,

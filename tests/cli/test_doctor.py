@@ -21,6 +21,7 @@ from m3i_fast.cli import doctor
 from m3i_fast.costs.gemm_rows import FP8
 from m3i_fast.doctor import findings, probes
 from m3i_fast.doctor.findings import Finding, Machine
+from m3i_fast.ops import registry
 
 LIBRARIES = {
     # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.
@@ -47,7 +48,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
 }
 """
 
-OPS = ["mask_mix", "dcnv3", "boltzmann", "gaussian"]
+OPS = [op.name for op in registry.OPS]
 
 
 DISTRIBUTIONS = {"cupy": "cupy-cuda13x"}  # of another name than their package

@@ -1,6 +1,6 @@
 // When boltzmann takes warpgroups, and what they take, tested by the compiler: this file is right
 // if it compiles.
-#include "boltzmann/boltzmann_grads_hopper.cuh"
+#include "boltzmann/sm90/grads.cuh"
 
 namespace m3i::boltzmann {
 

@@ -1,5 +1,5 @@
 // boltzmann's kernels by warpgroups, of the training's type, for a disassembler.
-#include "boltzmann/boltzmann_grads_hopper.cuh"
+#include "boltzmann/sm90/grads.cuh"
 
 namespace m3i::boltzmann {
 

@@ -1,5 +1,5 @@
 // boltzmann's tiles and blocks, tested by the compiler: this file is right if it compiles.
-#include "boltzmann/boltzmann.cuh"
+#include "boltzmann/kernels.cuh"
 
 namespace m3i::boltzmann {
 

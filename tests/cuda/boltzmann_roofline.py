@@ -32,7 +32,7 @@ def _introduction(policy: Policy, gpu: Gpu) -> str:
     return f"""# boltzmann on an H100: a prediction
 
 No GPU has run these kernels yet. `python -m tests.cuda.boltzmann_roofline` writes this page from
-the policy (`boltzmann_hopper.h`, `tiles.json`) and the budget; a test compares.
+the policy (`sm90/tiling.h`, `tiles.json`) and the budget; a test compares.
 
 Assumed: {gpu.multiprocessors} multiprocessors at {gpu.clock_ghz} GHz, in a clock each
 {gpu.flop_per_clock} flop in bfloat16, {gpu.exponentials_per_clock} exponentials, and

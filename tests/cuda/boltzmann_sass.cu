@@ -1,5 +1,5 @@
 // boltzmann's kernels of the training's type and the one of float32 products, for a disassembler.
-#include "boltzmann/boltzmann.cuh"
+#include "boltzmann/kernels.cuh"
 
 namespace m3i::boltzmann {
 

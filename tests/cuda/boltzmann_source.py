@@ -14,15 +14,15 @@ def _replace(path: Path, before: str, after: str) -> None:
 def shrink(folder: Path, *, blocks: bool = False) -> None:
     """To bfloat16 alone and, if asked, to blocks of two tiles."""
     every = "dispatch_dtype<BFloat16, Float16, float, double>"
-    _replace(folder / "boltzmann.cu", every, "dispatch_dtype<BFloat16>")
+    _replace(folder / "sm80/launch.cu", every, "dispatch_dtype<BFloat16>")
     wgmma = "dispatch_dtype<BFloat16, Float16>"
-    _replace(folder / "boltzmann_hopper.cu", wgmma, "dispatch_dtype<BFloat16>")
+    _replace(folder / "sm90/launch.cu", wgmma, "dispatch_dtype<BFloat16>")
     if blocks:
         _limit_elements(folder, "int64_t{2} * 128 * 128")
 
 
 def _limit_elements(folder: Path, elements: str) -> None:
-    tiling = folder / "boltzmann_tiling.h"
+    tiling = folder / "tiling.h"
     _replace(tiling, "kSumsElements = int64_t{1} << 26", f"kSumsElements = {elements}")
     whole = "(int64_t{architecture >= 90 ? kGradsMibH100 : kGradsMibA100} << 20) / bytes_of(dtype)"
     _replace(tiling, whole, f"{elements} + 0 * (architecture + bytes_of(dtype))")
@@ -32,4 +32,4 @@ def limit_blocks(folder: Path, clusters: int) -> None:
     """By warpgroups: blocks of two tiles, which so many clusters share out at most."""
     _limit_elements(folder, "int64_t{2} * 256 * 256")
     every = "at_once = multiprocessors / kClusterBlocks"
-    _replace(folder / "boltzmann_hopper.h", every, f"at_once = {clusters} + 0 * multiprocessors")
+    _replace(folder / "sm90/tiling.h", every, f"at_once = {clusters} + 0 * multiprocessors")

@@ -1,5 +1,5 @@
 // dcnv3's tiling and addresses, tested by the compiler: this file is right if it compiles.
-#include "dcnv3/dcnv3_points.cuh"
+#include "dcnv3/sm80/points.cuh"
 
 namespace m3i::dcnv3 {
 

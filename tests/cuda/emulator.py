@@ -90,29 +90,29 @@ def _cached(name: str, build: Callable[[Path, Path], None]) -> Path:
 @cache
 def runtime() -> ctypes.CDLL:
     """The emulator's runtime, one copy a process, whatever number of kernels run on it."""
-    sources = sorted([*(EMULATOR / "runtime").glob("*.cpp"), EMULATOR / "torch" / "allocator.cpp"])
+    sources = sorted([*(EMULATOR / "runtime").rglob("*.cpp"), EMULATOR / "torch" / "allocator.cpp"])
 
     def build(library: Path, folder: Path) -> None:
         torch_root = _torch_root()
-        options = [*_COMMON, "-O3", f"-I{EMULATOR / 'include'}"]
+        options = [*_COMMON, "-O3", f"-I{EMULATOR}", f"-I{EMULATOR / 'include'}"]
         options += ["-isystem", f"{torch_root}/include"]
         link = ["-shared", "-ldl", f"-L{torch_root}/lib", "-lc10"]
         _run("g++", *options, *sources, "-o", library, *link, f"-Wl,-soname,{library.name}")
 
-    files = [*sources, *(EMULATOR / "runtime").glob("*.h"), *_headers()]
+    files = [*sources, *(EMULATOR / "runtime").rglob("*.h"), *_headers()]
     library = _cached(f"runtime-{_digest(files)}.so", build)
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     loaded.m3i_emulator_report.restype = ctypes.c_char_p
     return loaded
 
 
-def _compile_kernels(source: Path, folder: Path, options: list[str]) -> Path:
+def _compile_kernels(source: Path, made: Path, options: list[str]) -> Path:
     """To an object in which an untouchable gap follows each shared variable.
 
     C++ has no way to ask for one, so it is added to the assembler's text: the only thread-local
     variables of a kernel's source are its shared ones.
     """
-    assembly, made = folder / f"{source.stem}.s", folder / f"{source.stem}.o"
+    assembly = made.with_suffix(".s")
     _run("g++", *_KERNEL, *options, "-S", source, "-o", assembly)
     # A .zero is all there is of a variable in a section .tbss.
     sections = re.split(r"(?=\n\t\.section\t)", assembly.read_text())
@@ -125,14 +125,25 @@ def _compile_kernels(source: Path, folder: Path, options: list[str]) -> Path:
 
 
 def _compile_host(source: Path, options: list[str]) -> Path:
-    """A source that uses torch and the emulator's host side, to an object that is kept."""
+    """A source that uses torch and the emulator's host side, to an object that is kept.
+
+    Its own headers are those of its folder and the rooms below that.
+    """
     options = [*_COMMON, "-O1", *options, "-isystem", f"{_torch_root()}/include"]
     options += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    files = [source, *source.parent.glob("*.h"), *_headers()]
+    files = [source, *source.parent.rglob("*.h"), *_headers()]
     return _cached(
         f"{source.stem}-{_digest(files)}.o",
         lambda made, _: _run("g++", *options, "-c", source, "-o", made),
     )
+
+
+def _room_of(source: Path, include: Sequence[Path]) -> Path:
+    """The folder whose files a source may include: below an `include` folder, or its own."""
+    for folder in include:
+        if folder in source.parent.parents:
+            return folder / source.relative_to(folder).parts[0]
+    return source.parent
 
 
 def build_kernels(
@@ -147,16 +158,19 @@ def build_kernels(
     Its `include` folders are those where the op's own folder is found.
     """
     runtime_library = Path(runtime()._name)
-    folders = {source.parent for source in [*kernels, *host]}
-    files = [path for folder in folders for path in folder.glob("*.*")]
+    rooms = {_room_of(source, include) for source in [*kernels, *host]}
+    files = [path for room in rooms for path in room.rglob("*.*")]
     digest = _digest([*files, *_headers()], str(architecture), runtime_library.name)
-    name = f"{kernels[0].stem}-{digest}.so"
+    name = f"{_room_of(kernels[0], include).name if host else kernels[0].stem}-{digest}.so"
     options = [f"-I{EMULATOR / 'include'}", f"-I{CUDA / 'include'}", *(f"-I{i}" for i in include)]
     options += ["-DM3I_EMULATOR"]
 
     def build(library: Path, folder: Path) -> None:
         for_kernels = [*options, f"-D__CUDA_ARCH__={architecture}0"]
-        objects = [_compile_kernels(source, folder, for_kernels) for source in kernels]
+        objects = [
+            _compile_kernels(source, folder / f"kernels{number}.o", for_kernels)
+            for number, source in enumerate(kernels)
+        ]
         objects += [_compile_host(source, options) for source in host]
         link = ["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", runtime_library, "-lm"]
         link += [f"-Wl,--wrap={name}" for name in _WRAPPED]
@@ -182,13 +196,13 @@ def _namespace_of(library: Path) -> str:
 
 @cache
 def _load_op(op: str, folder: Path, architecture: int) -> tuple[str, torch.library.Library]:
-    """The namespace where the kernels of <op>_cuda.cpp are registered, with the schemas of m3i."""
+    """The namespace where the kernels of op_cuda.cpp are registered, with the schemas of m3i."""
     source = folder / op
-    host = [source / f"{op}_cuda.cpp", EMULATOR / "torch" / "shims.cpp"]
-    kernels = sorted(source.glob("*.cu"))
+    host = [source / "op_cuda.cpp", EMULATOR / "torch" / "shims.cpp"]
+    kernels = sorted(source.glob("sm*/*.cu"))
     library = build_kernels(kernels, host, include=[folder], architecture=architecture)
     definitions = torch.library.Library(_namespace_of(library), "DEF")
-    for name in _registered_in(source / f"{op}_cuda.cpp"):
+    for name in _registered_in(source / "op_cuda.cpp"):
         schema = str(getattr(torch.ops.m3i, name).default._schema)
         definitions.define(schema.removeprefix("m3i::"))
     ctypes.CDLL(str(library))
@@ -264,12 +278,12 @@ def delayed_copies() -> Iterator[None]:
 
 @contextmanager
 def emulated(op: str, *, folder: Path = CUDA, architecture: int = 80) -> Iterator[None]:
-    """Within it, m3i's ops of folder/<op>/<op>_cuda.cpp run their CUDA kernels on CPU tensors."""
+    """Within it, m3i's ops of folder/<op>/op_cuda.cpp run their CUDA kernels on CPU tensors."""
     namespace, _ = _load_op(op, folder, architecture)
     override = torch.library.Library("m3i", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for name in _registered_in(folder / op / f"{op}_cuda.cpp"):
+        for name in _registered_in(folder / op / "op_cuda.cpp"):
             emulated_op = getattr(getattr(torch.ops, namespace), name).default
             override.impl(name, _emulated_kernel(emulated_op), "CPU", allow_override=True)
     try:

@@ -290,42 +290,42 @@ KERNEL_FAULTS = {
 # In an op's device code, and found by a call of the op: `launcher` is the op.
 OP_FAULTS = {
     "a pixel too far": Fault(
-        "mask_mix.cuh",
+        "sm80/kernels.cuh",
         "pixels[c] = load<kPixels>(in + c * plane);",
         "pixels[c] = load<kPixels>(in + c * plane + kPixels);",
         "mask_mix",
         r"out-of-bounds read of 16 bytes .* 0 bytes past the end of an allocation",
     ),
     "a store too far": Fault(
-        "mask_mix.cuh",
+        "sm80/kernels.cuh",
         "+ chunk_begin<Out>(odd_lane, step));",
         "+ chunk_begin<Out>(odd_lane, step) + kChunk<Out>);",
         "mask_mix",
         r"(out-of-bounds|data race:) write of 16 bytes",
     ),
     "both lanes of a pair store the same pixels": Fault(
-        "mask_mix.cuh",
+        "sm80/kernels.cuh",
         "chunk_begin<Out>(odd_lane, step));",
         "chunk_begin<Out>(false, step));",
         "mask_mix",
         r"data race: write of 16 bytes .* which thread \(\d+, 0, 0\) wrote",
     ),
     "pictures that overlap": Fault(
-        "mask_mix.cuh",
+        "sm80/kernels.cuh",
         "+ p * kMaskMixChannels * plane + pixel;",
         "+ p / 2 * kMaskMixChannels * plane + pixel;",
         "mask_mix",
         r"data race: write of 16 bytes .* a thread of another block of this launch wrote",
     ),
     "a member of the next picture": Fault(
-        "mask_mix.cuh",
+        "sm80/kernels.cuh",
         "params.members[p * params.num_members + column]",
         "params.members[(p + 1) * params.num_members + column]",
         "mask_mix",
         r"out-of-bounds read of 8 bytes .* past the end of an allocation",
     ),
     "an odd address": Fault(
-        "mask_mix.cuh",
+        "sm80/kernels.cuh",
         "normalise_and_store<Out, kChunk<Out>>(pixels.at + step * kChunk<Out>, scale, shift,",
         "normalise_and_store<Out, kChunk<Out>>(pixels.at + step * kChunk<Out>, scale, shift, 1 +",
         "mask_mix",

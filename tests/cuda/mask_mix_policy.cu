@@ -1,5 +1,5 @@
 // mask_mix's policy, tested by the compiler: this file is right if it compiles.
-#include "mask_mix/mask_mix.cuh"
+#include "mask_mix/sm80/kernels.cuh"
 
 namespace m3i::mask_mix {
 

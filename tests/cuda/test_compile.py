@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from tests.cuda.nvcc import (
     short_ptxas,
 )
 
-KERNELS = sorted(CUDA.glob("*/*.cu"))
+KERNELS = sorted(CUDA.glob("*/sm*/*.cu"))
 HOST_CODE = sorted([*CUDA.glob("*_cuda.cpp"), *CUDA.glob("*/*_cuda.cpp")])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("folder", sorted({path.parent for path in KERNELS}), ids=name_of)
+@pytest.mark.parametrize("folder", sorted({path.parents[1] for path in KERNELS}), ids=name_of)
 def test_kernels_keep_their_budget(folder: Path, architecture: str, tmp_path: Path) -> None:
     """budget.json beside the kernels holds, for each, the most that ptxas may give it.
 
@@ -34,7 +35,7 @@ def test_kernels_keep_their_budget(folder: Path, architecture: str, tmp_path: Pa
     """
     options = [*compile_options(architecture), "-Xptxas=-v", "-o", tmp_path / "kernel.o", "-c"]
     used: dict[str, Resources] = {}
-    for source in folder.glob("*.cu"):
+    for source in folder.glob("sm*/*.cu"):
         printed = run_nvcc(*options, source)
         assert "serialized" not in printed, f"wgmma that waits for itself: {printed}"
         used |= short_ptxas(printed)
@@ -68,7 +69,17 @@ def test_cmake_lists_every_source_once_and_sorted() -> None:
         for name, body in re.findall(r"set\((M3I_\w+_SOURCES)\n(.*?)\n\)", text, re.DOTALL)
     }
     on_disk = {
-        "M3I_CPU_SOURCES": [CUDA / "bindings.cpp", *CUDA.glob("*/*_cpu*.cpp")],
+        "M3I_CPU_SOURCES": [CUDA / "bindings.cpp", *CUDA.glob("*/cpu/*.cpp")],
         "M3I_CUDA_SOURCES": [*HOST_CODE, *KERNELS],
     }
     assert listed == {name: sorted(map(name_of, paths)) for name, paths in on_disk.items()}
+
+
+def test_rooms_are_small_and_their_files_do_not_repeat_the_ops_name() -> None:
+    """Fifteen files at one level are what a reader takes in at a glance."""
+    files = [path for path in CUDA.rglob("*") if path.is_file()]
+    crowded = {room: n for room, n in Counter(path.parent for path in files).items() if n > 15}
+    assert not crowded
+    ops = {path.parents[1].name for path in KERNELS}
+    named = [path for path in files if path.relative_to(CUDA).parts[0] in ops]
+    assert named and not [path for path in named if path.name.startswith(tuple(ops))]

@@ -22,7 +22,8 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def sass(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return instructions(CUDA / "dcnv3" / "dcnv3.cu", architecture, tmp_path_factory.getbasetemp())
+    source = CUDA / "dcnv3" / "sm80" / "launch.cu"
+    return instructions(source, architecture, tmp_path_factory.getbasetemp())
 
 
 # Forward and backward with vectors of 16 bytes, by their mangled names' types.

@@ -17,94 +17,94 @@ from tests.ops.dcnv3_cases import Config, assert_right, make
 
 KINDS = ("out of bounds by one", "missing barrier", "unwritten shared memory", "racing write")
 
-# By kernel and kind. Lines of dcnv3_points.cuh and dcnv3_walk.cuh are part of all three kernels.
+# By kernel and kind. Lines of points.cuh and walk.cuh are part of all three kernels.
 FAULTS = {
     ("dcnv3_kernel", "out of bounds by one"): Fault(
-        "dcnv3_points.cuh",
+        "sm80/points.cuh",
         "(x < width - 1 ? ",
         "(x < width ? ",
         "dcnv3_kernel",
         r"out-of-bounds read of 16 bytes .* past the end of an allocation",
     ),
     ("dcnv3_kernel", "missing barrier"): Fault(
-        "dcnv3_walk.cuh",
+        "sm80/walk.cuh",
         "first, count, units.count, work);\n    __syncwarp();",
         "first, count, units.count, work);",
         "dcnv3_kernel",
         r"(read before written|data race): read .* of dynamic shared memory",
     ),
     ("dcnv3_kernel", "unwritten shared memory"): Fault(
-        "dcnv3_walk.cuh",
+        "sm80/walk.cuh",
         "if (units.exists && units.lane == 0) work.origins",
         "if (units.exists && units.lane == 0 && units.own != 2) work.origins",
         "dcnv3_kernel",
         r"read before written: read .* of dynamic shared memory",
     ),
     ("dcnv3_kernel", "racing write"): Fault(
-        "dcnv3_fwd.cuh",
+        "sm80/fwd.cuh",
         "store(out + channel, round_to<T>(sum))",
         "store(out + pass, round_to<T>(sum))",
         "dcnv3_kernel",
         r"data race: write of 16 bytes .* of an allocation .* which thread \(\d+, 0, 0\) wrote",
     ),
     ("dcnv3_bwd_kernel", "out of bounds by one"): Fault(
-        "dcnv3_bwd.cuh",
+        "sm80/bwd.cuh",
         "out_begin(shape, units.image, unit) + channel), grad)",
         "out_begin(shape, units.image, unit) + channel + kVector), grad)",
         "dcnv3_bwd_kernel",
         r"out-of-bounds read of 16 bytes .* 0 bytes past the end of an allocation",
     ),
     ("dcnv3_bwd_kernel", "missing barrier"): Fault(
-        "dcnv3_bwd.cuh",
+        "sm80/bwd.cuh",
         "__syncwarp();\n          bwd.write_chunk",
         "bwd.write_chunk",
         "dcnv3_bwd_kernel",
         r"(read before written|data race): read .* of dynamic shared memory",
     ),
     ("dcnv3_bwd_kernel", "unwritten shared memory"): Fault(
-        "dcnv3_bwd.cuh",
+        "sm80/bwd.cuh",
         "if (units.exists && bwd.has_weights()) work.totals",
         "if (units.exists && bwd.has_weights() && units.own != 1) work.totals",
         "dcnv3_bwd_kernel",
         r"read before written: read of 4 bytes .* of dynamic shared memory",
     ),
     ("dcnv3_bwd_kernel", "racing write"): Fault(
-        "dcnv3_bwd.cuh",
+        "sm80/bwd.cuh",
         "if (lane >= 4) count = 0;",
         "",
         "dcnv3_bwd_kernel",
         r"data race: write of 4 bytes .* of dynamic shared memory",
     ),
     ("dcnv3_bwd_kernel", "racing write, global"): Fault(
-        "dcnv3_bwd.cuh",
+        "sm80/bwd.cuh",
         "red_add(to + i, values);",
         "for (int j = 0; j < kWidth; ++j) to[i + j] += values[j];",
         "dcnv3_bwd_kernel",
         r"data race: read of 4 bytes .* which (thread|a thread of another block)",
     ),
     ("dcnv3_scatter_kernel", "out of bounds by one"): Fault(
-        "dcnv3_fixed.cuh",
+        "sm80/fixed.cuh",
         "load_value(grad_out + c)",
         "load_value(grad_out + c + 1)",
         "dcnv3_scatter_kernel",
         r"out-of-bounds read of 4 bytes .* 0 bytes past the end of an allocation",
     ),
     ("dcnv3_scatter_kernel", "missing barrier"): Fault(
-        "dcnv3_walk.cuh",
+        "sm80/walk.cuh",
         "      __syncthreads();\n      filled = first;",
         "      filled = first;",
         "dcnv3_scatter_kernel",
         r"(read before written|data race): read .* of dynamic shared memory",
     ),
     ("dcnv3_scatter_kernel", "unwritten shared memory"): Fault(
-        "dcnv3_walk.cuh",
+        "sm80/walk.cuh",
         "if (threadIdx.x < static_cast<unsigned>(count)) {",
         "if (threadIdx.x + 1 < static_cast<unsigned>(count)) {",
         "dcnv3_scatter_kernel",
         r"read before written: read .* of dynamic shared memory",
     ),
     ("dcnv3_scatter_kernel", "racing write"): Fault(
-        "dcnv3_fixed.cuh",
+        "sm80/fixed.cuh",
         "atomicAdd(fixed.sums + at, static_cast<unsigned long long>(units));",
         "fixed.sums[at] += static_cast<unsigned long long>(units);",
         "dcnv3_scatter_kernel",
@@ -136,7 +136,7 @@ def folder(tmp_path: Path) -> Path:
     """dcnv3's sources for float32 and vectors alone, which compile in an eighth of the time."""
     folder = tmp_path / "dcnv3"
     shutil.copytree(CUDA / "dcnv3", folder)
-    source = folder / "dcnv3.cu"
+    source = folder / "sm80/launch.cu"
     text = source.read_text()
     for before, after, count in (
         ("dispatch_dtype<float, BFloat16, Float16, double>", "dispatch_dtype<float>", 2),
@@ -157,7 +157,7 @@ def test_planted_fault_is_reported(fault: Fault, folder: Path) -> None:
     ):
         call(fault.launcher)
     assert re.search(rf"\n  kernel .*\b{fault.launcher}<.*, block \(\d+, ", str(report.value))
-    assert re.search(r"\n  (inlined )?at .*dcnv3_\w+\.cuh:\d+", str(report.value))
+    assert re.search(r"\n  (inlined )?at .*dcnv3/sm80/\w+\.cuh:\d+", str(report.value))
 
 
 # ---- The same sources as they are, and where they differ from the ops' tests ---------------------
@@ -171,7 +171,7 @@ def test_without_a_fault_nothing_is_reported(folder: Path) -> None:
 
 def test_a_block_works_through_the_images_that_the_grid_has_no_row_for(folder: Path) -> None:
     """As from 65,536 images on, with a grid of three rows; tests/ops has the real limit."""
-    source = folder / "dcnv3.cu"
+    source = folder / "sm80/launch.cu"
     text, limit = source.read_text(), "(shape.batch, kMaxGridY)"
     assert text.count(limit) == 1
     source.write_text(text.replace(limit, "(shape.batch, 3)"))
@@ -188,7 +188,7 @@ def test_compute_capability_9_0(folder: Path) -> None:
 
 def test_gradients_by_x_are_added_by_16_bytes_on_9_0(folder: Path) -> None:
     """One instruction, which no other address takes."""
-    source = folder / "dcnv3_bwd.cuh"
+    source = folder / "sm80/bwd.cuh"
     text, added = source.read_text(), "red_add(to + i, "
     assert text.count(added) == 1
     source.write_text(text.replace(added, "red_add(to + i + 1, "))

@@ -14,35 +14,35 @@ from tests.ops.gaussian_cases import Case, make, results
 
 FAULTS = {
     "a vector too many": Fault(
-        "gaussian.cuh",
+        "sm80/kernels.cuh",
         "if (at < width) widen(load",
         "if (at <= width) widen(load",
         "gaussian",
         r"out-of-bounds read of 16 bytes .* 0 bytes past the end of an allocation",
     ),
     "a row shifted": Fault(
-        "gaussian.cuh",
+        "sm80/kernels.cuh",
         "const T* z = static_cast<const T*>(params.of.z) + r * width;",
         "const T* z = static_cast<const T*>(params.of.z) + (r + 1) * width;",
         "gaussian_bwd",
         r"out-of-bounds read of 16 bytes .* 0 bytes past the end of an allocation",
     ),
     "sums are not awaited": Fault(
-        "gaussian.cuh",
+        "sm80/kernels.cuh",
         "sums[threadIdx.x / 32] = value;\n  __syncthreads();",
         "sums[threadIdx.x / 32] = value;",
         "gaussian",
         r"(read before written|data race): read of 4 bytes .* of shared variable .*::sums",
     ),
     "every lane writes the mean": Fault(
-        "gaussian.cuh",
+        "sm80/kernels.cuh",
         "if (threadIdx.x % 32 == 0) {\n        static_cast<A*>(params.mean)",
         "if (threadIdx.x % 32 <= 1) {\n        static_cast<A*>(params.mean)",
         "gaussian",
         r"data race: write of 4 bytes .* which thread \(\d+, 0, 0\) wrote",
     ),
     "blocks leave their sums in one place": Fault(
-        "gaussian.cuh",
+        "sm80/kernels.cuh",
         "distances[blockIdx.x] = sum;",
         "distances[blockIdx.x / 2] = sum;",
         "gaussian",
@@ -53,7 +53,7 @@ FAULTS = {
 
 def in_float32_alone(folder: Path) -> None:
     """Compiles in a tenth of the time."""
-    source = folder / "gaussian_dispatch.h"
+    source = folder / "dispatch.h"
     text = source.read_text()
     assert text.count("<float, BFloat16, Float16>") == 2
     source.write_text(text.replace("<float, BFloat16, Float16>", "<float>"))

@@ -21,7 +21,7 @@ def test_a_thread_moves_its_pixels_in_the_widest_accesses(tmp_path: Path) -> Non
     """The compiler has split wide stores before; the PTX shows that it has not."""
     ptx = tmp_path / "mask_mix.ptx"
     options = [o for o in compile_options() if o != "-O3"]
-    run_nvcc(*options, "-arch=compute_80", "-ptx", CUDA / "mask_mix" / "mask_mix.cu", "-o", ptx)
+    run_nvcc(*options, "-arch=compute_80", "-ptx", CUDA / "mask_mix/sm80/launch.cu", "-o", ptx)
     entries = re.split(r"\.entry ", ptx.read_text())[1:]
     assert len(entries) == 8
     for entry in entries:

@@ -14,7 +14,6 @@ from rich.progress import Progress
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.tune import build as tune_build
 from m3i_fast.benchmarks.tune import main as tune
-from m3i_fast.benchmarks.tune import policy as tune_policy
 from m3i_fast.benchmarks.tune import timing as tune_time
 from m3i_fast.benchmarks.tune.candidates import (
     SUBJECTS,
@@ -27,7 +26,7 @@ from m3i_fast.benchmarks.tune.candidates import (
 from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
 from m3i_fast.benchmarks.tune.roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
 from m3i_fast.doctor.probes import fatbin_architectures
-from m3i_fast.ops import dcnv3
+from m3i_fast.ops import dcnv3, tiles
 from tests.cuda.emulator import emulated
 from tests.cuda.nvcc import CUDA, find_nvcc
 from tests.ops.dcnv3_cases import Config, assert_right, make
@@ -47,7 +46,7 @@ def subject(op: str, card: str, kind: str) -> Subject:
 def test_resources_are_those_that_nvcc_gives(card: str, architecture: str) -> None:
     """budget.json has nvcc's, rounded up to the eights in which registers are given out."""
     of_call = subject("dcnv3", card, "small")
-    compiled = compile_candidate(of_call, tune_policy.read("dcnv3"))
+    compiled = compile_candidate(of_call, tiles.read("dcnv3"))
     budget = json.loads((CUDA / "dcnv3" / "budget.json").read_text())[architecture]
     assert len(compiled.kernels) == 2
     for name, used in compiled.kernels.items():
@@ -60,7 +59,7 @@ def test_a_candidates_tiles_take_the_place_of_those_of_the_sources() -> None:
     """64 x 64 by 2 x 4 warps: 256 threads, and shared memory as counted by hand."""
     of_call = subject("boltzmann", "a100", "half")
     tile = {"side": 64, "stages": 4, "warps_down": 2, "warps_across": 4}
-    table = with_policy(tune_policy.read("boltzmann"), of_call, tile)
+    table = with_policy(tiles.read("boltzmann"), of_call, tile)
     compiled = compile_candidate(of_call, table)
     operand = max(64 * (32 + 8), 32 * (64 + 8)) * 2
     vectors = 64 * 4 * (1 + (1 + 3 + 4)) + 64 * 4 * (1 + (3 + 3 + 2))
@@ -71,7 +70,7 @@ def test_what_the_model_fixes_is_what_the_sources_fix() -> None:
     policy = hopper_policy()
     names = ("kHopperTile.rows", "kHopperTile.columns", "kHopperTile.depth", "kHopperTile.stages")
     names += ("kClusterBlocks", "kConsumers", "kProducerRegisters", "kConsumerRegisters")
-    source = '#include "boltzmann/boltzmann_hopper.h"\nusing namespace m3i::boltzmann;'
+    source = '#include "boltzmann/sm90/tiling.h"\nusing namespace m3i::boltzmann;'
     more = ("kSumsElements", "grads_elements(m3i::DType::kBFloat16, 90)")
     compiled = compile_cubin(source, [], "sm_90a", constants=[*names, *more])
     assert compiled.constants == (
@@ -82,11 +81,11 @@ def test_what_the_model_fixes_is_what_the_sources_fix() -> None:
 
 
 def test_an_illegal_policy_fails_to_compile_by_the_files_name() -> None:
-    table = tune_policy.read("dcnv3")
+    table = tiles.read("dcnv3")
     table["h100"]["large"]["chunk"] = 129  # of 128 threads
-    headers = {"dcnv3/dcnv3_tiles.h": tune_policy.render("dcnv3", table)}
+    headers = {"dcnv3/tiles.h": tiles.render("dcnv3", table)}
     with pytest.raises(RuntimeError, match=r"cuda/dcnv3/tiles\.json: threads, slots or chunks"):
-        compile_cubin('#include "dcnv3/dcnv3_tiling.h"', [], "sm_80", headers=headers)
+        compile_cubin('#include "dcnv3/tiling.h"', [], "sm_80", headers=headers)
 
 
 def test_equal_instructions_are_told_from_others() -> None:
@@ -144,7 +143,7 @@ def test_a_call_on_a_card_of_ones_takes_what_is_counted_by_hand() -> None:
 
 def compiled_half(of_call: Subject, policy: dict[str, int]) -> tune.Candidate:
     candidate = tune.Candidate(policy, current=False)
-    tune.compile_half(of_call, tune_policy.read(of_call.op), candidate)
+    tune.compile_half(of_call, tiles.read(of_call.op), candidate)
     return candidate
 
 
@@ -207,7 +206,7 @@ def test_twins_and_slow_ones_are_dropped_and_the_current_one_stays() -> None:
 
 def test_fewer_slots_mean_more_chunks_and_a_longer_prediction() -> None:
     of_call = subject("dcnv3", "h100", "small")
-    table = tune_policy.read("dcnv3")
+    table = tiles.read("dcnv3")
     few = with_policy(table, of_call, {**table["h100"]["small"], "slots": 96})
     predictions = [
         predict(of_call, of_table, compile_candidate(of_call, of_table))
@@ -223,12 +222,12 @@ def test_fewer_slots_mean_more_chunks_and_a_longer_prediction() -> None:
 
 @pytest.mark.parametrize("of_call", SUBJECTS, ids=str)
 def test_the_current_policy_is_a_candidate_once_and_all_can_be_built(of_call: Subject) -> None:
-    current = tune_policy.read(of_call.op)[of_call.card][of_call.kind]
+    current = tiles.read(of_call.op)[of_call.card][of_call.kind]
     found = candidates(of_call, current)
     assert found[0] == current and len({repr(sorted(p.items())) for p in found}) == len(found) > 1
     for policy in found:
         assert policy.keys() == current.keys()
-        assert tune_policy.problem_of(policy) is None
+        assert tiles.problem_of(policy) is None
 
 
 def test_a_sweep_without_the_card_compiles_and_measures_nothing(
@@ -264,12 +263,12 @@ def four_policies(tmp_path: Path) -> Path:
     """dcnv3 in float32 with four policies; the one of `offset_scale` warps refuses its calls."""
     folder = tmp_path / "dcnv3"
     shutil.copytree(CUDA / "dcnv3", folder)
-    table = tune_policy.read("dcnv3")
+    table = tiles.read("dcnv3")
     for (card, kind), warps in WARPS.items():
         blocks = {"blocks": 2, "bwd_blocks": 2}
         table[card][kind] |= {"warps": warps, "chunk": 8, **blocks}
-    (folder / "dcnv3_tiles.h").write_text(tune_policy.render("dcnv3", table))
-    launcher = folder / "dcnv3.cu"
+    (folder / "tiles.h").write_text(tiles.render("dcnv3", table))
+    launcher = folder / "sm80/launch.cu"
     text = launcher.read_text().replace("dispatch_dtype<float, BFloat16, Float16, double>",
                                         "dispatch_dtype<float>")  # fmt: skip
     tiling = "const Tiling tiling = make_tiling(shape, kVector, kPolicy);"
@@ -306,7 +305,7 @@ def test_nvcc_builds_a_candidate_as_operators_of_its_own(
     """As the timing half builds it on a card; a torch without CUDA cannot load it."""
     find_nvcc()
     monkeypatch.setattr(tune_build, "build_folder", lambda: tmp_path)
-    library = tune_build.build_ops("dcnv3", tune_policy.read("dcnv3"), card)
+    library = tune_build.build_ops("dcnv3", tiles.read("dcnv3"), card)
     assert fatbin_architectures(library) == [code]
     text = library.read_bytes()
     assert library.stem.encode() + b"\0" in text and b"\0m3i\0" not in text

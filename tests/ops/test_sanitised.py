@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from m3i_fast.ops.registry import OPS
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitised"
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -81,7 +83,7 @@ def sanitised() -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["boltzmann", "dcnv3", "gaussian", "mask_mix"])
+@pytest.mark.parametrize("op", [op.name for op in OPS])
 def test_ops_pass_their_tests_without_a_report(op: str, sanitised: dict[str, str]) -> None:
     """On all instruction sets that the tests go through, but not under the emulator."""
     files = sorted(Path(__file__).parent.glob(f"test_{op}*.py"))

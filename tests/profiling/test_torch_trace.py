@@ -73,7 +73,7 @@ def test_a_real_trace_is_split_whole(trace: Path) -> None:
         "bwd",
         "between stages",
     }
-    assert {"gemm", "attention", "mi_loss"} <= {row["name"] for row in summary["families"]}
+    assert {"gemm", "attention", "boltzmann"} <= {row["name"] for row in summary["families"]}
     assert 0 < summary["work_share"] <= 1
 
 
@@ -288,18 +288,20 @@ def test_the_innermost_interval_is_found() -> None:
         ("aten::linalg_vector_norm", "elementwise"),
         ("m3i::dcnv3_bwd", "dcnv3"),
         ("void m3i::dcnv3_fwd_kernel<float>", "dcnv3"),
-        ("m3i::boltzmann_sums", "mi_loss"),
-        ("boltzmann_grads_kernel<__nv_bfloat16>", "mi_loss"),
-        ("m3i::gaussian", "mi_loss"),
-        ("gaussian_fwd_kernel", "mi_loss"),
-        ("GeneratedBackwardFor_m3i_gaussian_default", "mi_loss"),
-        ("SoftmaxBackward", "mi_loss"),
+        ("m3i::boltzmann_sums", "boltzmann"),
+        ("boltzmann_grads_kernel<__nv_bfloat16>", "boltzmann"),
+        ("m3i::gaussian", "gaussian"),
+        ("gaussian_fwd_kernel", "gaussian"),
+        ("GeneratedBackwardFor_m3i_gaussian_default", "gaussian"),
+        ("SoftmaxBackward", "boltzmann"),
         ("aten::_softmax", "elementwise"),
         ("_SumOverRanks", "comm"),
         ("aten::normal_", "other"),
         ("aten::_foreach_lerp_", "elementwise"),
         ("triton_poi_fused_add_gelu_3", "elementwise"),
-        ("m3i::mask_mix", "elementwise"),
+        ("m3i::mask_mix", "mask_mix"),
+        ("void m3i::mask_mix_kernel<float, 16, 2>", "mask_mix"),
+        ("void m3i::gaussian::gaussian_value_kernel<float>", "gaussian"),
         ("Memcpy HtoD", "memcpy"),
         ("aten::copy_", "memcpy"),
         ("ncclDevKernel_AllGather_RING_LL", "comm"),

@@ -2,7 +2,7 @@
 // on the hardware.
 #pragma once
 
-#include "emulator/half.h"
+#include "emulator/numbers/half.h"
 
 using __nv_bfloat16 = m3i::emulator::Small<m3i::emulator::BFloat16Format>;
 using __nv_bfloat162 = m3i::emulator::SmallPair<__nv_bfloat16>;

@@ -2,7 +2,7 @@
 // once, as on the hardware.
 #pragma once
 
-#include "emulator/half.h"
+#include "emulator/numbers/half.h"
 
 using __half = m3i::emulator::Small<m3i::emulator::HalfFormat>;
 using __half2 = m3i::emulator::SmallPair<__half>;

@@ -1,8 +1,8 @@
 // The host side of CUDA's runtime, as far as this project's launchers use it, run by the emulator.
 #pragma once
 
+#include "emulator/numbers/vector_types.h"
 #include "emulator/runtime.h"
-#include "emulator/vector_types.h"
 
 #include <cstddef>
 

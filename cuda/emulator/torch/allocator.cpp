@@ -1,5 +1,5 @@
 // torch's allocations of CPU memory, made where a kernel may access them while that is asked for.
-#include "../runtime/memory.h"
+#include "runtime/memory/memory.h"
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>

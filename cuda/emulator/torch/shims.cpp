@@ -1,4 +1,4 @@
-// What an op's <op>_cuda.cpp asks of torch's C interface that a torch without CUDA cannot answer,
+// What an op's op_cuda.cpp asks of torch's C interface that a torch without CUDA cannot answer,
 // or that has to be answered otherwise here. Linked into the library of the op, where these
 // definitions go before torch's: the op's file itself needs no change.
 #include <cuda_runtime_api.h>

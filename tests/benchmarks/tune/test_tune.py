@@ -17,9 +17,9 @@ from m3i_fast.benchmarks.core.harness import Timing
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.tune import build as tune_build
 from m3i_fast.benchmarks.tune import main as tune
-from m3i_fast.benchmarks.tune import policy as tune_policy
 from m3i_fast.benchmarks.tune import timing as tune_time
 from m3i_fast.benchmarks.tune.candidates import SUBJECTS, Subject, with_policy
+from m3i_fast.ops import tiles
 
 BOLTZMANN, DCNV3 = (
     replace(subject, shape=shape)
@@ -33,11 +33,11 @@ BOLTZMANN, DCNV3 = (
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Policy files and ledger of the test's own."""
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
-    for op in tune_policy.FIELDS:
+    for op in tiles.FIELDS:
         (tmp_path / op).mkdir()
-        shutil.copy(tune_policy.path_of(op), tmp_path / op)
-    monkeypatch.setattr(tune_policy, "path_of", lambda op: tmp_path / op / "tiles.json")
-    monkeypatch.setattr(tune_policy, "header_of", lambda op: tmp_path / op / "tiles.h")
+        shutil.copy(tiles.path_of(op), tmp_path / op)
+    monkeypatch.setattr(tiles, "path_of", lambda op: tmp_path / op / "tiles.json")
+    monkeypatch.setattr(tiles, "header_of", lambda op: tmp_path / op / "tiles.h")
     return tmp_path
 
 
@@ -51,14 +51,14 @@ def test_candidates_are_built_checked_timed_and_written(
         tune, "candidates", lambda _, current: [current, {**current, "tile_columns": 384}]
     )
     monkeypatch.setattr(tune_time, "fastest", lambda timings, _: list(timings)[1])
-    tune.main(["--card", "cpu", "--op", "mi_loss", "--num-samples", "2", "--write"])
+    tune.main(["--card", "cpu", "--op", "boltzmann", "--num-samples", "2", "--write"])
 
     (first, second) = ledger.read_rows("tune")
     assert first["figures"]["policy"]["tile_columns"] == 768
     assert second["figures"]["chosen"] and not first["figures"]["chosen"]
     for row in (first, second):
         figures = row["figures"]
-        assert figures["op"] == "mi_loss" and figures["dropped"] is None
+        assert figures["op"] == "boltzmann" and figures["dropped"] is None
         assert figures["measured_ms"] == figures["timings"][figures["candidate"]]["median_ms"] > 0
         assert figures["registers"] is None and figures["predicted_ms"] is None
     entries = json.loads((files / "boltzmann" / "tiles.json").read_text())
@@ -73,7 +73,7 @@ def test_candidates_are_built_checked_timed_and_written(
 def test_a_librarys_name_is_of_its_tiles_and_its_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table = tune_policy.read("dcnv3")
+    table = tiles.read("dcnv3")
     other = with_policy(table, DCNV3, {"block_points": 64})
     monkeypatch.setattr(tune_build, "build_folder", lambda: tmp_path)
     monkeypatch.setattr(tune_build, "_build", lambda folder, *_: (folder / "ops.so").touch())

@@ -1,8 +1,8 @@
 // Kernels that try what the threads of a block do together, for the tests of the emulator.
-#include "m3i/barrier.cuh"
-#include "m3i/launch.h"
-#include "m3i/red.cuh"
-#include "m3i/shared.cuh"
+#include "m3i/gpu/barrier.cuh"
+#include "m3i/host/launch.h"
+#include "m3i/gpu/red.cuh"
+#include "m3i/gpu/shared.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Kernels of clusters, for the tests of the emulator.
-#include "m3i/cluster.cuh"
-#include "m3i/launch.h"
-#include "m3i/shared.cuh"
+#include "m3i/gpu/cluster.cuh"
+#include "m3i/host/launch.h"
+#include "m3i/gpu/shared.cuh"
 
 namespace {
 

@@ -3,10 +3,10 @@
 // D[m, n] = sum over k of A[m, k] B[n, k], D in float. A block of one warp makes 32 x 16 of D; K is
 // brought in two buffers of 32, the next one copied while the tensor cores work on the other. M, N and
 // K are any multiples of 8; rows and columns that stick out are zeros.
-#include "m3i/copy_async.cuh"
-#include "m3i/launch.h"
-#include "m3i/mma.cuh"
-#include "m3i/shared.cuh"
+#include "m3i/gpu/copy_async.cuh"
+#include "m3i/host/launch.h"
+#include "m3i/gpu/mma.cuh"
+#include "m3i/gpu/shared.cuh"
 
 namespace {
 

@@ -4,12 +4,12 @@
 // one warp fetches 64 of k at a time by tensor copies into a ring of stages, two warpgroups
 // multiply 64 rows each, and one group of products is under way while the next one starts. K is a
 // multiple of 8; what sticks out is zeros. D's tiles go out by one tensor copy a warpgroup.
-#include "m3i/barrier.cuh"
-#include "m3i/launch.h"
-#include "m3i/make_tensor_map.h"
-#include "m3i/shared.cuh"
-#include "m3i/tma.cuh"
-#include "m3i/wgmma.cuh"
+#include "m3i/gpu/barrier.cuh"
+#include "m3i/host/launch.h"
+#include "m3i/host/make_tensor_map.h"
+#include "m3i/gpu/shared.cuh"
+#include "m3i/gpu/tma.cuh"
+#include "m3i/gpu/wgmma.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Kernels around mbarriers, for the tests of the emulator.
-#include "m3i/launch.h"
-#include "m3i/mbarrier.cuh"
-#include "m3i/shared.cuh"
+#include "m3i/host/launch.h"
+#include "m3i/gpu/mbarrier.cuh"
+#include "m3i/gpu/shared.cuh"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Conversions and arithmetic of 16-bit numbers, and what ends a thread, for the tests of the emulator.
-#include "m3i/launch.h"
+#include "m3i/host/launch.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

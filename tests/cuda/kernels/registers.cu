@@ -1,6 +1,6 @@
 // Kernels whose warpgroups change their registers, for the tests of the emulator.
-#include "m3i/launch.h"
-#include "m3i/registers.cuh"
+#include "m3i/host/launch.h"
+#include "m3i/gpu/registers.cuh"
 
 namespace {
 

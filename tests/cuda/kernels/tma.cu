@@ -1,10 +1,10 @@
 // Single tensor copies, for the tests of the emulator: the image of a box in shared memory goes to
 // the test, or comes from it.
-#include "m3i/cluster.cuh"
-#include "m3i/launch.h"
-#include "m3i/make_tensor_map.h"
-#include "m3i/shared.cuh"
-#include "m3i/tma.cuh"
+#include "m3i/gpu/cluster.cuh"
+#include "m3i/host/launch.h"
+#include "m3i/host/make_tensor_map.h"
+#include "m3i/gpu/shared.cuh"
+#include "m3i/gpu/tma.cuh"
 
 namespace {
 

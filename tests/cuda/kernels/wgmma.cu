@@ -1,8 +1,8 @@
 // Products of one warpgroup, for the tests of the emulator: the operands come as images of shared
 // memory, laid out by the test.
-#include "m3i/launch.h"
-#include "m3i/shared.cuh"
-#include "m3i/wgmma.cuh"
+#include "m3i/host/launch.h"
+#include "m3i/gpu/shared.cuh"
+#include "m3i/gpu/wgmma.cuh"
 
 namespace {
 

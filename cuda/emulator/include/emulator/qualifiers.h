@@ -11,7 +11,7 @@
 
 // One copy, used by one block after another; the runtime forgets what was written between them. The
 // module's thread-local variables are then exactly its shared variables: their addresses, sizes and
-// names are known. (`extern __shared__` does not compile: m3i/shared.cuh has the way.)
+// names are known. (`extern __shared__` does not compile: m3i/gpu/shared.cuh has the way.)
 #define __shared__ static thread_local
 
 // The bound is kept as that many no-operation instructions before the kernel, and 2048 for each

@@ -1,8 +1,8 @@
 // A thread's place in its block and grid, and the barriers of its block.
 #pragma once
 
+#include "emulator/numbers/vector_types.h"
 #include "emulator/runtime.h"
-#include "emulator/vector_types.h"
 
 // Constant for the thread that reads them, so no access of them is checked, and the compiler may
 // keep what it read. (It takes no dim3 for a constant: that has constructors.)

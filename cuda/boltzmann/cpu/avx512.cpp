@@ -1,0 +1,15 @@
+// boltzmann: CPU kernels for AVX-512.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,fma")
+#define M3I_VECTOR_BYTES 64
+
+#include "boltzmann/cpu/kernels.h"
+
+namespace m3i {
+
+const BoltzmannCpuKernels<float> kBoltzmannAvx512Float = kBoltzmannKernels<float>;
+const BoltzmannCpuKernels<double> kBoltzmannAvx512Double = kBoltzmannKernels<double>;
+
+}  // namespace m3i
+
+#endif  // __x86_64__

@@ -1,0 +1,15 @@
+// boltzmann: CPU kernels for any machine.
+#define M3I_VECTOR_BYTES 16
+
+// Four float64 fill two registers, and how those are passed between functions depends on the
+// target. No function here is called from another source.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#include "boltzmann/cpu/kernels.h"
+
+namespace m3i {
+
+const BoltzmannCpuKernels<float> kBoltzmannBaselineFloat = kBoltzmannKernels<float>;
+const BoltzmannCpuKernels<double> kBoltzmannBaselineDouble = kBoltzmannKernels<double>;
+
+}  // namespace m3i

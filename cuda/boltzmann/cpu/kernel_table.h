@@ -1,0 +1,61 @@
+// boltzmann on the CPU: what the kernels of an instruction set offer.
+//
+// They work on a tile of dot products in wide elements (A: float or double), on a run of its rows.
+// All that belongs to the tile's columns is padded to whole vectors, with biases of -inf: padding
+// has no weight in anything, and needs no masked loads.
+#pragma once
+
+#include "boltzmann/params.h"
+
+namespace m3i {
+
+// Columns of a tile are padded to a multiple of this.
+inline constexpr int64_t kBoltzmannPadding = 16;
+
+template <class A>
+struct BoltzmannTile {
+  A* products;        // [rows, stride] C; overwritten by G where gradients are computed
+  int64_t stride;     // columns with padding
+  int64_t first_row;  // of all rows, the tile's first
+  int64_t num_rows;   // N, the stride of what follows for rows
+  A scale;
+  const int32_t* row_ids;    // [rows]
+  const A* row_shift;        // [rows]
+  const A* row_weights;      // [kNumWeights, N], from the tile's first row
+  const A* bias;             // [stride]
+  const int32_t* col_ids;    // [stride]
+  int32_t first_id, end_id;  // the ids of the columns are in [first, end), or
+  bool any_id;               // ... anything
+  const A* col_shift;        // [stride]
+  const A* col_weights;      // [kNumWeights, stride]
+};
+
+// `begin` and `end` count the tile's rows. What belongs to rows is added to (the maximum taken of);
+// what belongs to columns is written, for these rows alone.
+template <class A>
+struct BoltzmannCpuKernels {
+  void (*maxima)(const BoltzmannTile<A>& tile, int64_t begin, int64_t end,
+                 A* row_max,   // [rows]
+                 A* col_max);  // [stride]
+  void (*sums)(const BoltzmannTile<A>& tile, int64_t begin, int64_t end, bool exact, bool sigmoid,
+               A* rows,      // [kNumSums, N], from the tile's first row
+               A* columns);  // [kNumSums, stride]
+  // grad_scale is the sum of G * C over these rows.
+  void (*grads)(const BoltzmannTile<A>& tile, int64_t begin, int64_t end, bool exact, bool sigmoid,
+                double* grad_scale,
+                A* grad_bias,  // [stride]
+                A* values);    // [rows], with sigmoid
+  // Widens `count` elements of dtype.
+  void (*widen)(DType dtype, const void* from, int64_t count, A* to);
+};
+
+extern const BoltzmannCpuKernels<float> kBoltzmannBaselineFloat;
+extern const BoltzmannCpuKernels<double> kBoltzmannBaselineDouble;
+#if defined(__x86_64__)
+extern const BoltzmannCpuKernels<float> kBoltzmannAvx2Float;
+extern const BoltzmannCpuKernels<double> kBoltzmannAvx2Double;
+extern const BoltzmannCpuKernels<float> kBoltzmannAvx512Float;
+extern const BoltzmannCpuKernels<double> kBoltzmannAvx512Double;
+#endif
+
+}  // namespace m3i

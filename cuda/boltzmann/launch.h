@@ -1,0 +1,92 @@
+// boltzmann: what the launchers of sm80/launch.cu and sm90/launch.cu share. No torch.
+//
+// `tile` is what one place in the partials belongs to, and `block` counts its rows and columns in
+// such tiles.
+#pragma once
+
+#include "boltzmann/op.h"
+#include "boltzmann/sm80/grads.cuh"
+#include "m3i/dispatch.h"
+#include "m3i/host/device.h"
+#include "m3i/host/launch.h"
+
+#include <algorithm>
+
+namespace m3i::boltzmann {
+
+// Pieces of the scratch memory, one after the other; each begins a line of the caches.
+class Scratch {
+ public:
+  explicit Scratch(void* begin) : begin_(static_cast<unsigned char*>(begin)) {}
+
+  void* take(int64_t bytes) {
+    void* piece = begin_ ? begin_ + used_ : nullptr;
+    used_ += divide_up(bytes, 128) * 128;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  unsigned char* begin_;
+  int64_t used_ = 0;
+};
+
+inline Partials take_partials(Scratch& scratch, DType dtype, const Blocks& blocks, const Tile& tile,
+                              int kinds, bool rows, bool columns) {
+  const int64_t bytes = blocks.rows * blocks.columns * kinds * wide_bytes(dtype);
+  return {rows ? scratch.take(bytes / tile.columns) : nullptr,
+          columns ? scratch.take(bytes / tile.rows) : nullptr};
+}
+
+struct GradsMemory {
+  GradsScratch tiles;
+  void* total;  // float64: the gradient by the scale so far
+};
+
+inline GradsMemory take_grads_memory(Scratch& scratch, const BoltzmannGradsParams& params,
+                                     const Blocks& blocks, const Tile& tile) {
+  const DType dtype = params.input.dtype;
+  const int64_t elements = blocks.rows * blocks.columns;
+  GradsMemory memory;
+  memory.total = scratch.take(sizeof(double));
+  memory.tiles.logit_grads = scratch.take(elements * bytes_of(dtype));
+  memory.tiles.scale_grads =
+      scratch.take(elements / (tile.rows * tile.columns) * wide_bytes(dtype));
+  memory.tiles.partials =
+      take_partials(scratch, dtype, blocks, tile, 1, params.values, params.grad_bias);
+  return memory;
+}
+
+// body(block) for one block after the other, and for one of no tiles where there are none.
+template <class Body>
+cudaError_t for_blocks(const BoltzmannInput& input, const Blocks& blocks, const Tile& tile,
+                       const Body& body) {
+  for (int64_t down = 0; down < std::max<int64_t>(blocks.down, 1); ++down) {
+    for (int64_t across = 0; across < std::max<int64_t>(blocks.across, 1); ++across) {
+      const cudaError_t error =
+          body(make_block(blocks, tile, input.rows, input.columns, down, across));
+      if (error != cudaSuccess) return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+// Adds what a block's tiles left to [kinds, N] and [kinds, M]; nothing to one that is null.
+cudaError_t add_partials(const BoltzmannInput& input, const Block& block, const Tile& tile,
+                         const Partials& partials, int kinds, void* rows, void* columns,
+                         cudaStream_t stream);
+
+// And to the gradients by the bias and the scale, and to the values.
+cudaError_t add_partials(const BoltzmannGradsParams& params, const Block& block, const Tile& tile,
+                         const GradsMemory& memory, cudaStream_t stream);
+
+// ---- By warpgroups (sm90/launch.cu) --------------------------------------------------------
+
+bool takes_warpgroups(const BoltzmannSumsParams& params);
+bool takes_warpgroups(const BoltzmannGradsParams& params);
+int64_t hopper_scratch_bytes(const BoltzmannSumsParams& params);
+int64_t hopper_scratch_bytes(const BoltzmannGradsParams& params);
+cudaError_t launch_hopper(const BoltzmannSumsParams& params, void* scratch, cudaStream_t stream);
+cudaError_t launch_hopper(const BoltzmannGradsParams& params, void* scratch, cudaStream_t stream);
+
+}  // namespace m3i::boltzmann

@@ -1,0 +1,13 @@
+// boltzmann on CUDA: what is tuned for each card (tiles.h).
+#pragma once
+
+namespace m3i::boltzmann {
+
+// Of the kernels by mma.sync.
+struct Policy {
+  int side;    // rows and columns of a tile
+  int stages;  // parts of its operands in shared memory
+  int warps_down, warps_across;
+};
+
+}  // namespace m3i::boltzmann

@@ -1,0 +1,265 @@
+// dcnv3 on the CPU: the kernels of one instruction set, for the source that includes this. It
+// defines M3I_VECTOR_BYTES and may raise the target before.
+#pragma once
+
+#include "dcnv3/cpu/channels.h"
+#include "dcnv3/cpu/kernel_table.h"
+#include "dcnv3/cpu/points.h"
+#include "dcnv3/cpu/softmax.h"
+#include "m3i/dispatch.h"
+
+namespace m3i {
+namespace {
+
+// ---- Strided pixels of any dtype to dense ones, and back ----------------------------------------
+
+// Moves `count` elements, in vectors as long as they go: move(size, first element).
+template <class A, class Move>
+inline void in_vectors(int64_t count, const Move& move) {
+  constexpr int kMost = kLanes<A>;
+  int64_t i = 0;
+  for (; i + kMost <= count; i += kMost) move(std::integral_constant<int, kMost>{}, i);
+  if constexpr (kMost >= 16) {
+    for (; i + 8 <= count; i += 8) move(std::integral_constant<int, 8>{}, i);
+  }
+  if constexpr (kMost >= 8) {
+    for (; i + 4 <= count; i += 4) move(std::integral_constant<int, 4>{}, i);
+  }
+  for (; i < count; ++i) move(std::integral_constant<int, 1>{}, i);
+}
+
+// Pitches from pixel to pixel are in elements.
+template <class T>
+void read_pixels(const T* from, int64_t from_pitch, int64_t count, int64_t num_pixels,
+                 Accumulator<T>* to, int64_t to_pitch) {
+  for (int64_t pixel = 0; pixel < num_pixels; ++pixel, from += from_pitch, to += to_pitch) {
+    in_vectors<Accumulator<T>>(count, [&](auto size, int64_t i) {
+      store(to + i, load_wide<decltype(size)::value>(from + i));
+    });
+  }
+}
+
+template <class T>
+void write_pixels(const Accumulator<T>* from, int64_t from_pitch, int64_t count, int64_t num_pixels,
+                  T* to, int64_t to_pitch) {
+  for (int64_t pixel = 0; pixel < num_pixels; ++pixel, from += from_pitch, to += to_pitch) {
+    in_vectors<Accumulator<T>>(count, [&](auto size, int64_t i) {
+      constexpr int kSize = decltype(size)::value;
+      store_rounded<kSize>(to + i, load<kSize>(from + i));
+    });
+  }
+}
+
+// ---- Tensors of a pair --------------------------------------------------------------------------
+
+// A block of output pixels of one row, in the pair's group.
+struct Block {
+  int64_t row, column, num_pixels;
+  int64_t first;  // its first pixel, counted through [N, Ho, Wo], and group: pixel * G + g
+};
+
+template <class Body>
+void for_each_block(const Dcnv3Shape& shape, int64_t pair, int64_t row_begin, int64_t row_end,
+                    const Body& body) {
+  const int64_t most = block_pixels(shape);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const int64_t line = pair / shape.groups * shape.out_height + row;
+    for (int64_t column = 0; column < shape.out_width; column += most) {
+      const int64_t left = shape.out_width - column;
+      body(Block{row, column, left < most ? left : most,
+                 (line * shape.out_width + column) * shape.groups + pair % shape.groups});
+    }
+  }
+}
+
+// Reads offsets and masks of a block; after this points.corner and points.pixel are right.
+template <class T>
+void read_points(const Dcnv3Shape& shape, const Block& block, const void* offset, const void* mask,
+                 const Points<Accumulator<T>>& points) {
+  const int64_t size = shape.points, count = block.num_pixels * size;
+  read_pixels(static_cast<const T*>(offset) + block.first * 2 * size, shape.groups * 2 * size,
+              2 * size, block.num_pixels, points.offset, 2 * size);
+  read_pixels(static_cast<const T*>(mask) + block.first * size, shape.groups * size, size,
+              block.num_pixels, points.mask, size);
+  if (shape.softmax) softmax(block.num_pixels, size, points.mask);
+  locate(shape, block.row, block.column, count, points);
+  weigh_corners(shape, count, points);
+}
+
+template <class A, int kSize>
+struct Scratch {
+  Points<A> points;
+  A* pixels;  // [block, pitch] of the output or its gradient
+
+  Scratch(const Dcnv3Shape& shape, Arena& arena)
+      : points(take_points<A>(shape, arena)),
+        pixels(arena.take<A>(block_pixels(shape) * PlaneLayout<kSize>(shape).pitch)) {}
+};
+
+template <class T, int kSize>
+void pack_as(const Dcnv3Shape& shape, const T* x, int64_t pair, Accumulator<T>* plane) {
+  const PlaneLayout<kSize> layout(shape);
+  const int64_t channels = shape.groups * shape.group_size;
+  const int64_t image = shape.height * shape.width * channels;
+  x += pair / shape.groups * image + pair % shape.groups * shape.group_size;
+  for (int64_t row = 0; row < shape.height; ++row) {
+    read_pixels(x + row * shape.width * channels, channels, shape.group_size, shape.width,
+                plane + (row + 1) * layout.row + layout.pitch, layout.pitch);
+  }
+}
+
+template <class T, int kSize>
+void unpack_as(const Dcnv3Shape& shape, const Accumulator<T>* plane, int64_t pair, T* x) {
+  const PlaneLayout<kSize> layout(shape);
+  const int64_t channels = shape.groups * shape.group_size;
+  const int64_t image = shape.height * shape.width * channels;
+  x += pair / shape.groups * image + pair % shape.groups * shape.group_size;
+  for (int64_t row = 0; row < shape.height; ++row) {
+    write_pixels(plane + (row + 1) * layout.row + layout.pitch, layout.pitch, shape.group_size,
+                 shape.width, x + row * shape.width * channels, channels);
+  }
+}
+
+// ---- Kernels ------------------------------------------------------------------------------------
+
+template <class T, int kSize>
+void forward_as(const Dcnv3Params& params, int64_t pair, int64_t row_begin, int64_t row_end,
+                const Accumulator<T>* plane, void* memory) {
+  using A = Accumulator<T>;
+  const Dcnv3Shape& shape = params.shape;
+  Arena arena{static_cast<char*>(memory)};
+  const Scratch<A, kSize> scratch(shape, arena);
+  const PlaneLayout<kSize> layout(shape);
+  for_each_block(shape, pair, row_begin, row_end, [&](const Block& block) {
+    read_points<T>(shape, block, params.offset, params.mask, scratch.points);
+    sample<A, kSize>(layout, scratch.points, block.num_pixels, shape.points, plane, scratch.pixels);
+    write_pixels(scratch.pixels, layout.pitch, shape.group_size, block.num_pixels,
+                 static_cast<T*>(params.out) + block.first * shape.group_size,
+                 shape.groups * shape.group_size);
+  });
+}
+
+// Writes the gradients of a block's offsets and masks, from points.dots.
+template <class T>
+void write_points(const Dcnv3BwdParams& params, const Block& block,
+                  const Points<Accumulator<T>>& points) {
+  const Dcnv3Shape& shape = params.shape;
+  const int64_t size = shape.points;
+  differentiate_points(shape, block.num_pixels * size, points);
+  if (params.grad_offset) {
+    write_pixels(points.offset, 2 * size, 2 * size, block.num_pixels,
+                 static_cast<T*>(params.grad_offset) + block.first * 2 * size,
+                 shape.groups * 2 * size);
+  }
+  if (params.grad_mask) {
+    if (shape.softmax) softmax_bwd(block.num_pixels, size, points.mask, points.grad_mask);
+    write_pixels(points.grad_mask, size, size, block.num_pixels,
+                 static_cast<T*>(params.grad_mask) + block.first * size, shape.groups * size);
+  }
+}
+
+template <class T, int kSize>
+void backward_as(const Dcnv3BwdParams& params, int64_t pair, const Accumulator<T>* plane,
+                 Accumulator<T>* grad_plane, void* memory) {
+  using A = Accumulator<T>;
+  const Dcnv3Shape& shape = params.shape;
+  Arena arena{static_cast<char*>(memory)};
+  const Scratch<A, kSize> scratch(shape, arena);
+  const Points<A>& points = scratch.points;
+  const PlaneLayout<kSize> layout(shape);
+  if (params.grad_x) std::memset(grad_plane, 0, layout.size * sizeof(A));
+  for_each_block(shape, pair, 0, shape.out_height, [&](const Block& block) {
+    read_points<T>(shape, block, params.offset, params.mask, points);
+    read_pixels(static_cast<const T*>(params.grad_out) + block.first * shape.group_size,
+                shape.groups * shape.group_size, shape.group_size, block.num_pixels, scratch.pixels,
+                layout.pitch);
+    dispatch_vectors(layout.vectors, [&](auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      if (params.grad_offset || params.grad_mask) {
+        multiply_corners<A, kSize, kVectors>(layout, points, block.num_pixels, shape.points, plane,
+                                             scratch.pixels);
+        write_points<T>(params, block, points);
+      }
+      if (params.grad_x) {
+        scatter<A, kSize, kVectors>(layout, points, block.num_pixels, shape.points, scratch.pixels,
+                                    grad_plane);
+      }
+    });
+  });
+  if (params.grad_x) unpack_as<T, kSize>(shape, grad_plane, pair, static_cast<T*>(params.grad_x));
+}
+
+// ---- From run-time types and sizes --------------------------------------------------------------
+
+// body(Type<T>{}, std::integral_constant<int, size>{}): the widest vectors that a group fills by
+// more than half, four elements at least.
+template <class Body>
+auto dispatch(const Dcnv3Shape& shape, DType dtype, const Body& body) {
+  return dispatch_dtype<float, BFloat16, Float16, double>(dtype, [&](auto type) {
+    constexpr int kMost = kLanes<Accumulator<typename decltype(type)::type>>;
+    if constexpr (kMost >= 16) {
+      if (shape.group_size > 8) return body(type, std::integral_constant<int, 16>{});
+    }
+    if constexpr (kMost >= 8) {
+      if (shape.group_size > 4) return body(type, std::integral_constant<int, 8>{});
+    }
+    return body(type, std::integral_constant<int, 4>{});
+  });
+}
+
+inline int64_t plane_bytes(const Dcnv3Shape& shape, DType dtype) {
+  return dispatch(shape, dtype, [&](auto type, auto size) {
+    using A = Accumulator<typename decltype(type)::type>;
+    const int64_t elements = PlaneLayout<decltype(size)::value>(shape).size;
+    return round_up(elements * static_cast<int64_t>(sizeof(A)), kAlignment);
+  });
+}
+
+inline int64_t scratch_bytes(const Dcnv3Shape& shape, DType dtype) {
+  return dispatch(shape, dtype, [&](auto type, auto size) {
+    Arena arena{nullptr};
+    Scratch<Accumulator<typename decltype(type)::type>, decltype(size)::value>(shape, arena);
+    return arena.used;
+  });
+}
+
+inline void prepare(const Dcnv3Shape& shape, DType dtype, void* scratch) {
+  dispatch(shape, dtype, [&](auto type, auto) {
+    using A = Accumulator<typename decltype(type)::type>;
+    Arena arena{static_cast<char*>(scratch)};
+    fill_tables(shape, take_points<A>(shape, arena));
+  });
+}
+
+inline void pack(const Dcnv3Shape& shape, DType dtype, const void* x, int64_t pair, void* plane) {
+  dispatch(shape, dtype, [&](auto type, auto size) {
+    using T = typename decltype(type)::type;
+    pack_as<T, decltype(size)::value>(shape, static_cast<const T*>(x), pair,
+                                      static_cast<Accumulator<T>*>(plane));
+  });
+}
+
+inline void forward(const Dcnv3Params& params, int64_t pair, int64_t row_begin, int64_t row_end,
+                    const void* plane, void* scratch) {
+  dispatch(params.shape, params.dtype, [&](auto type, auto size) {
+    using T = typename decltype(type)::type;
+    forward_as<T, decltype(size)::value>(params, pair, row_begin, row_end,
+                                         static_cast<const Accumulator<T>*>(plane), scratch);
+  });
+}
+
+inline void backward(const Dcnv3BwdParams& params, int64_t pair, const void* plane,
+                     void* grad_plane, void* scratch) {
+  dispatch(params.shape, params.dtype, [&](auto type, auto size) {
+    using T = typename decltype(type)::type;
+    using A = Accumulator<T>;
+    backward_as<T, decltype(size)::value>(params, pair, static_cast<const A*>(plane),
+                                          static_cast<A*>(grad_plane), scratch);
+  });
+}
+
+constexpr Dcnv3CpuKernels kDcnv3Kernels = {&plane_bytes, &scratch_bytes, &prepare,
+                                           &pack,        &forward,       &backward};
+
+}  // namespace
+}  // namespace m3i

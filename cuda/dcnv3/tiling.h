@@ -1,0 +1,109 @@
+// dcnv3 on CUDA: how a call is cut into blocks and warps, and where its arrays lie; pure functions.
+//
+// A unit is one output pixel in one group, counted through [Ho, Wo, G] of an image. The lanes of a
+// unit share out its channels; a warp has 32 / lanes units, neighbours in memory. Blocks never have
+// units of two images.
+#pragma once
+
+#include "dcnv3/params.h"
+#include "dcnv3/tiles.h"
+
+namespace m3i::dcnv3 {
+
+inline constexpr int kWarpLanes = 32;
+inline constexpr int kLinearThreads = 128;  // of kernels that go from element to element
+
+// float64 is for tests and small problems, and is not tuned.
+inline constexpr Policy kFloat64Policy{4, 6, 5, 288, 64};
+
+M3I_HOST_DEVICE constexpr int threads_of(const Policy& policy) { return policy.warps * kWarpLanes; }
+
+// Each of a chunk's steps is made by a thread, each unit has a slot, and a multiprocessor runs the
+// blocks: 2048 threads.
+M3I_HOST_DEVICE constexpr bool is_legal(const Policy& policy) {
+  const int threads = threads_of(policy);
+  const int most = policy.blocks > policy.bwd_blocks ? policy.blocks : policy.bwd_blocks;
+  return threads >= kWarpLanes && policy.chunk >= 1 && policy.chunk <= threads &&
+         policy.slots >= kWarpLanes && policy.blocks >= 1 && policy.bwd_blocks >= 1 &&
+         threads * most <= 2048;
+}
+
+inline constexpr int kNumPolicies = sizeof(kPolicies) / sizeof(kPolicies[0]);
+
+M3I_HOST_DEVICE constexpr bool are_legal() {
+  for (const Policy& policy : kPolicies) {
+    if (!is_legal(policy)) return false;
+  }
+  return true;
+}
+static_assert(are_legal(), "cuda/dcnv3/tiles.json: threads, slots or chunks that no kernel takes");
+
+// Of kPolicies, by the card and the size of an image's output.
+M3I_HOST_DEVICE constexpr int policy_index(int architecture, const Dcnv3Shape& shape) {
+  return (architecture >= 90 ? 2 : 0) + (shape.out_height * shape.out_width < kSmallPixels ? 0 : 1);
+}
+
+struct Tiling {
+  int64_t blocks;  // that an image is cut into
+  int lanes;       // of a unit, a power of two
+  int units;       // of a warp
+  int chunk;       // points of a unit at once
+  int pitch;  // slots from unit to unit: odd, so that the units' 16-byte slots lie in other banks
+};
+
+// Elements in one access: a full access where the arrays allow it. `addresses`: all of theirs,
+// combined by `or`.
+M3I_HOST_DEVICE constexpr int vector_size(int64_t group_size, int widest, uint64_t addresses) {
+  return group_size % widest == 0 && addresses % 16 == 0 ? widest : 1;
+}
+
+M3I_HOST_DEVICE constexpr int64_t units_per_image(const Dcnv3Shape& shape) {
+  return shape.out_height * shape.out_width * shape.groups;
+}
+
+M3I_HOST_DEVICE constexpr Tiling make_tiling(const Dcnv3Shape& shape, int vector,
+                                             const Policy& policy) {
+  const int64_t points = shape.points;
+  Tiling tiling{0, 1, 0, 0, 0};
+  while (tiling.lanes < kWarpLanes && int64_t{tiling.lanes} * vector < shape.group_size) {
+    tiling.lanes *= 2;
+  }
+  tiling.units = kWarpLanes / tiling.lanes;
+  const int slots = policy.slots / tiling.units;
+  const int odd = slots % 2 ? slots : slots - 1;
+  const int64_t most = odd < policy.chunk ? odd : policy.chunk;
+  const int64_t num_chunks = (points + most - 1) / most;
+  tiling.chunk = static_cast<int>((points + num_chunks - 1) / num_chunks);
+  tiling.pitch = tiling.chunk | 1;
+  const int64_t units = int64_t{policy.warps} * tiling.units;
+  tiling.blocks = (units_per_image(shape) + units - 1) / units;
+  return tiling;
+}
+
+// ---- Places in memory, in elements --------------------------------------------------------------
+// A product of extents may pass 2^31 between images and inside one. What is 32 bits wide: a pixel
+// of an image, (H + 3) (W + 2) < 2^31, and a point within a warp.
+
+// Of a pixel's channels in one group of x or its gradient.
+M3I_HOST_DEVICE constexpr int64_t group_begin(const Dcnv3Shape& shape, int64_t image,
+                                              int64_t group) {
+  return (image * shape.height * shape.width * shape.groups + group) * shape.group_size;
+}
+
+// From there to the same group of another pixel.
+M3I_HOST_DEVICE constexpr int64_t pixel_step(const Dcnv3Shape& shape, int32_t pixel) {
+  return pixel * shape.groups * shape.group_size;
+}
+
+// Of a unit's first channel in the output or its gradient.
+M3I_HOST_DEVICE constexpr int64_t out_begin(const Dcnv3Shape& shape, int64_t image, int64_t unit) {
+  return (image * units_per_image(shape) + unit) * shape.group_size;
+}
+
+// Of a unit's first point in mask; twice that in offset.
+M3I_HOST_DEVICE constexpr int64_t points_begin(const Dcnv3Shape& shape, int64_t image,
+                                               int64_t unit) {
+  return (image * units_per_image(shape) + unit) * shape.points;
+}
+
+}  // namespace m3i::dcnv3

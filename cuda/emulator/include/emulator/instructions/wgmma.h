@@ -1,0 +1,34 @@
+// Products of a warpgroup, as the wrappers in m3i/gpu/wgmma.cuh call them.
+#pragma once
+
+#include "emulator/instructions/tile.h"
+
+namespace m3i::emulator {
+
+// D[64, columns] (+)= A[64, 16] B[16, columns]; A by its descriptor, or in the registers of the
+// threads where a_words is not null.
+struct WarpgroupProduct {
+  Product kind;
+  uint32_t columns;
+  bool accumulate;
+  bool a_is_m_major;
+  bool b_is_n_major;
+  uint64_t a;
+  uint64_t b;
+  const uint32_t* a_words;
+};
+
+// The registers `d` hold NaN from here until wgmma_wait puts the sum there.
+M3I_EMULATOR_API void wgmma(float* d, const WarpgroupProduct& product);
+M3I_EMULATOR_API void wgmma_fence();
+M3I_EMULATOR_API void wgmma_commit();
+M3I_EMULATOR_API void wgmma_wait(int groups);
+
+// What the running thread has written is visible to wgmma and to tensor copies that a barrier
+// orders after this.
+M3I_EMULATOR_API void fence_proxy_async();
+
+// An address in dynamic shared memory as the hardware counts it, from the first byte on.
+M3I_EMULATOR_API uint32_t shared_offset(const void* shared);
+
+}  // namespace m3i::emulator

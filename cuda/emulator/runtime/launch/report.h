@@ -1,0 +1,42 @@
+// What is said about a kernel that did something wrong. The first report of a launch ends it.
+#pragma once
+
+#include "cuda_runtime_api.h"
+#include "runtime/memory/memory.h"
+#include "runtime/threads/block.h"
+
+#include <string>
+
+namespace m3i::emulator {
+
+std::string to_string(uint3 index);
+std::string to_string(Site site);
+std::string hex(uint64_t value);
+bool same(Site a, Site b);
+inline Site at(uintptr_t instruction) {
+  return {nullptr, 0, reinterpret_cast<const void*>(instruction)};
+}
+// Bytes of a region, for a message.
+std::string describe_memory(const Region& region, uintptr_t address, size_t size);
+
+// The running thread, or `thread`, did `what`; the launch returns `error`.
+[[noreturn]] void fail_with(cudaError_t error, const std::string& what, Site site);
+[[noreturn]] void fail_thread(const Thread& thread, const std::string& what, Site site);
+
+// As fail_with, for the caller to leave the thread.
+void record_failure(cudaError_t error, const std::string& what, Site site);
+
+// Nobody can go on.
+void report_deadlock(const Cluster& cluster);
+void report_standstill(const Cluster& cluster);
+
+// Of the running launch: cudaSuccess while nothing was reported.
+cudaError_t launch_error();
+void begin_reports(const void* kernel);
+// Before a call that may fail without a report: an older one is not its.
+void forget_report();
+
+// Text of the last launch's report; empty if there was none.
+extern "C" M3I_EMULATOR_API const char* m3i_emulator_report();
+
+}  // namespace m3i::emulator

@@ -1,0 +1,48 @@
+// Runs the threads of a block in turn, each until it has to wait.
+#pragma once
+
+#include "runtime/threads/block.h"
+
+namespace m3i::emulator {
+
+// The thread that runs, or null: then the process is in host code.
+extern Thread* running;
+extern Block* running_block;
+extern Cluster* running_cluster;
+
+// What a kernel's thread calls: kernel(parameters...), unpacked from the closure.
+struct Call {
+  void (*invoke)(void* closure);
+  void* closure;
+};
+
+// Starts the threads of a cluster's blocks and returns when all have returned or one has failed;
+// then the launch's report is set.
+void run_cluster(Cluster& cluster, dim3 block_size, const Call& call);
+
+// Stops the running thread until somebody makes it ready; `state` says for what it waits.
+void wait(Thread::State state, Site site);
+
+// As yield, for a thread that has done something others may wait for.
+void give_way(Site site);
+
+// Leaves the running thread, and the block, for good.
+[[noreturn]] void abandon_block();
+
+// A collective of this warp may be complete now that a lane has arrived or returned.
+void complete_collectives(Warp& warp, Thread& any_lane);
+
+// After a jump out of a fiber: nothing runs.
+void forget_running();
+
+// Lands what the thread did not wait for.
+void finish_copies(Thread& thread);
+// Writes the boxes that the thread did not wait for; fails if it is the last one of its block and a
+// box is still to land.
+void finish_boxes(Thread& thread);
+// Lands the box whose copy began last, if there is one.
+bool land_box(Cluster& cluster);
+// Fails if a product of its warpgroup has not been waited for.
+void finish_products(const Thread& thread);
+
+}  // namespace m3i::emulator

@@ -1,0 +1,19 @@
+// gaussian: the pairs of element types that it takes, to template arguments.
+#pragma once
+
+#include "gaussian/params.h"
+#include "m3i/dispatch.h"
+
+namespace m3i {
+
+// body(Type<P>{}, Type<T>{}) of prediction and target: float64 is beside itself alone.
+template <class Body>
+auto dispatch_gaussian(const GaussianRows& of, const Body& body) {
+  if (of.prediction == DType::kFloat64) return body(Type<double>{}, Type<double>{});
+  return dispatch_dtype<float, BFloat16, Float16>(of.prediction, [&](auto prediction) {
+    return dispatch_dtype<float, BFloat16, Float16>(
+        of.target, [&](auto target) { return body(prediction, target); });
+  });
+}
+
+}  // namespace m3i

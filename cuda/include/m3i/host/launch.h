@@ -1,0 +1,66 @@
+// The one way a kernel is launched here. Plain C++: no <<<>>>, so any C++ compiler builds a
+// launcher.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace m3i {
+
+// CUDA's limits of a grid's extents (compute capability 3.0 and later).
+inline constexpr long long kMaxGridX = 2147483647;
+inline constexpr long long kMaxGridY = 65535;
+
+// What a kernel may have in dynamic shared memory without asking for more.
+inline constexpr size_t kSharedUnasked = 48 * 1024;
+
+// Queues kernel(args...) as `config` says, and allows it its shared memory first.
+template <class... Params, class... Args>
+cudaError_t launch_config(const cudaLaunchConfig_t& config, void (*kernel)(Params...),
+                          Args&&... args) {
+  if (config.dynamicSmemBytes > kSharedUnasked) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(config.dynamicSmemBytes));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...);
+}
+
+// Queues kernel(args...) with `shared_bytes` of dynamic shared memory on the stream and returns the
+// launch's error; nothing waits.
+template <class... Params, class... Args>
+cudaError_t launch_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block,
+                               size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return launch_config(config, kernel, static_cast<Args&&>(args)...);
+}
+
+// As above, without dynamic shared memory.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
+                   Args&&... args) {
+  return launch_with_shared(kernel, grid, block, 0, stream, static_cast<Args&&>(args)...);
+}
+
+// In clusters of `cluster` blocks, up to 8, of which the grid is a multiple (m3i/gpu/cluster.cuh).
+template <class... Params, class... Args>
+cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 cluster, dim3 block,
+                           size_t shared_bytes, cudaStream_t stream, Args&&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster.x, cluster.y, cluster.z};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return launch_config(config, kernel, static_cast<Args&&>(args)...);
+}
+
+}  // namespace m3i
