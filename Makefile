@@ -9,13 +9,17 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 WORKERS ?= 2
 test test-slow lint: export OMP_NUM_THREADS = 1
 
-.PHONY: install demo test test-slow te-contract gpu lint bench clean
+.PHONY: install demo docs test test-slow te-contract gpu lint bench clean
 
 install:
 	@$(PYTHON) scripts/install.py
 
 demo: install
 	.venv/bin/m3i-fast demo $(ARGS)
+
+# The site, strictly: a warning, a link or an anchor that leads nowhere is an error. `make test` builds it too.
+docs: install
+	.venv/bin/python -m scripts.docs $(ARGS)
 
 test: install lint
 	@scripts/chromium.sh

@@ -52,7 +52,7 @@ def plan_for(driver_cuda: tuple[int, int] | None) -> Plan:
     A driver runs every program of its own CUDA major and of older ones, so 14 takes the CUDA 13
     builds. Raises ValueError for CUDA 11 and older, which no torch with the stable ABI supports.
     """
-    common = ("fp8", "eval", "dev")
+    common = ("fp8", "eval", "docs", "dev")
     if driver_cuda is None:
         return Plan("no GPU seen", 13, "torch>=2.10", ("data", "cupy", *common), build_cuda=False)
     major, minor = driver_cuda

@@ -1,6 +1,8 @@
-"""The README's Python is run as it stands there, and links of README and docs lead somewhere."""
+"""The Python of README and docs is run as it stands there; links and paths lead somewhere."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +14,54 @@ from PIL import Image
 
 from m3i_fast.cli import main
 from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.sources import openmoji
 from tests.test_new_method import SMALL
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = (README, ROOT / "CONTRIBUTING.md", *DOCS)
+FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
+PYTHON = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)```", re.DOTALL)
+FOLDERS = "m3i_fast|pipelines|benchmarks|cuda|tests|launch|scripts|docs"
+
+
+def python_of(page: Path) -> list[str]:
+    """The page's blocks of Python, but those below a `<!-- not run: REASON -->`."""
+    return [code for mark, code in PYTHON.findall(page.read_text()) if not mark]
+
+
+def prose_of(page: Path) -> str:
+    return FENCED.sub("", page.read_text())
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What GitHub, and the site, let a link name: the headings, in lower case with dashes."""
+    titles = re.findall(r"^#+ (.+)$", prose_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+# ---- README --------------------------------------------------------------------------------------
+
+
+def draw_pictures(folder: Path, extension: str) -> None:
+    """Three pictures of noise in each of two classes."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.{extension}")
 
 
 @pytest.fixture
 def namespace(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the blocks leave behind, each run after the other."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        Path("pictures", name).mkdir(parents=True)
-        for i in range(3):
-            pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
-            Image.fromarray(pixels).save(Path("pictures", name, f"{i}.png"))
+    draw_pictures(Path("pictures"), "png")
     assert main(["train", "demo", "--out", "runs/demo", f"--data.path={dataset}", *SMALL]) == 0
     found: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = python_of(README)
     assert len(blocks) == 2
     for block in blocks:
         exec(compile(block, str(README), "exec"), found)
@@ -49,8 +79,95 @@ def test_the_python_of_the_readme_does_what_it_says(namespace: dict[str, Any]) -
     assert namespace["a"].grad.abs().sum() > 0
 
 
+# ---- docs ----------------------------------------------------------------------------------------
+
+# What has to hold after all Python of a page has run, in the same process.
+AFTER = {
+    "data.md": """
+from m3i_fast.pipelines.dataset.verify import verify
+train = verify(Path("data/mine"), decode=True).splits["train"]
+assert (train.num_samples, train.num_captions, train.num_labels) == (4, 2, 2)
+""",
+    "new_method.md": """
+from m3i_fast.recipes import recipes
+(term,) = recipes()["demo_simdino"]().objective.terms
+assert term.regulariser == "coding_rate"
+""",
+    "new_source.md": """
+from m3i_fast.pipelines.dataset.verify import verify
+found = verify(Path("data/discs"), decode=True)
+labels = {name: split.num_labels for name, split in found.splits.items()}
+assert labels == {"train": 96, "heldout": 32}
+""",
+    "ops.md": """
+assert all(t.grad.abs().sum() > 0 for t in (pictures, captions, classes, predicted, x))
+assert features.tokens.shape[:2] == (1, 14 * 14) and features.pooled.shape[0] == 1
+""",
+    "training.md": """
+assert outcome.step == 4 and outcome.signal is None
+assert Path("runs/short/checkpoints/latest").read_text().strip() == "step_00000004"
+""",
+    "tutorial.md": """
+torch.testing.assert_close(asked.norm(dim=-1), torch.ones(1))
+assert {"loss/caption", "loss/total"} <= last.keys() and best in range(8)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with what the pages speak of: the demo's data, a run of it, and own pictures."""
+    place = tmp_path_factory.mktemp("pages")
+    data = openmoji.build(
+        place / "data" / "openmoji", limit=60, num_merges=500, max_variants=3, context_length=24
+    )
+    run = ["train", "demo", "--out", str(place / "runs" / "demo"), f"--data.path={data}"]
+    assert main([*run, "--num-steps=2", "--log-every=1", "--device=cpu"]) == 0
+    draw_pictures(place / "pictures", "jpg")
+    for name, (folder, i) in {"street": ("dog", 0), "unknown": ("dog", 1)}.items():
+        (place / "pictures" / folder / f"{i}.jpg").rename(place / "pictures" / f"{name}.jpg")
+    (table,) = re.findall(r"```text\n(file,.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    (place / "pictures.csv").write_text(table)
+    return place
+
+
+def test_what_the_python_of_each_page_leaves_is_checked() -> None:
+    assert {page.name for page in DOCS if python_of(page)} == set(AFTER)
+
+
+@pytest.mark.parametrize("page", AFTER)
+def test_the_python_of_a_page_runs(page: str, workplace: Path) -> None:
+    script = workplace / page.replace(".md", "_page.py")
+    blocks = [*python_of(ROOT / "docs" / page), AFTER[page]]
+    script.write_text("\n".join(blocks).replace('if __name__ == "__main__":', "if False:"))
+    done = subprocess.run(
+        [sys.executable, script], cwd=workplace, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---- Links and paths -----------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", prose_of(page))
+    lost = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if re.match(r"[a-z]+:", link):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            lost.append(link)
+    assert lost == []
     assert links or page != README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_that_a_page_names_are_there(page: Path) -> None:
+    """A path in `code`, unless a part of it is a word to fill in, such as SUBJECT or <op>."""
+    named = re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", page.read_text())
+    to_fill_in = re.compile(r"(^|[/_.-])[A-Z]{2,}([/_.-]|$)")
+    lost = [n for n in named if not (ROOT / n).exists() and not to_fill_in.search(n)]
+    assert lost == []

@@ -60,12 +60,12 @@ def check_page(page: Path, screenshots: Path, *, num_figures: int) -> list[View]
     """
     screenshots.mkdir(parents=True, exist_ok=True)
     views = []
-    with _driver() as driver:
+    with open_browser() as driver:
         for scheme in SCHEMES:
             for width in WIDTHS:
                 views.append(_view(driver, page, screenshots, width, scheme))
                 assert views[-1].num_figures == num_figures, views[-1]
-        _emulate(driver, 360, "light")  # without loading again: figures must follow the scheme
+        emulate(driver, 360, "light")  # without loading again: figures must follow the scheme
         _wait(driver, "return document.documentElement.dataset.scheme === 'light'")
         _no_complaints(driver, "after the scheme changed")
     assert len({view.background for view in views}) == 2, "dark mode changes nothing"
@@ -79,11 +79,11 @@ def _view(driver: Any, page: Path, screenshots: Path, width: int, scheme: str) -
     messages = [entry["message"] for entry in driver.get_log("browser")]
     assert not messages, f"{where}: the console says {messages}"
     assert state == "drawn", f"{where}: figures are {state}"
-    requested = [url for url in _requested(driver) if not url.startswith(("data:", "blob:"))]
+    requested = [url for url in requested_by(driver) if not url.startswith(("data:", "blob:"))]
     assert requested == [page.resolve().as_uri()], f"{where}: requests {requested}"
     _no_complaints(driver, where)
     screenshot = screenshots / f"{page.stem}-{width}-{scheme}.png"
-    _capture(driver, screenshot, width)
+    capture(driver, screenshot, width)
     return View(
         width,
         scheme,
@@ -94,7 +94,7 @@ def _view(driver: Any, page: Path, screenshots: Path, width: int, scheme: str) -
 
 
 def _open(driver: Any, page: Path, width: int, scheme: str) -> None:
-    _emulate(driver, width, scheme)
+    emulate(driver, width, scheme)
     driver.get_log("performance")  # forget the last page
     driver.get(page.resolve().as_uri())
     _wait(driver, "return document.documentElement.dataset.figures !== undefined")
@@ -111,7 +111,7 @@ def _wait(driver: Any, condition: str) -> None:
         raise AssertionError(f"never true: {condition}; the console says {messages}") from error
 
 
-def _emulate(driver: Any, width: int, scheme: str) -> None:
+def emulate(driver: Any, width: int, scheme: str) -> None:
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
@@ -126,14 +126,14 @@ def _no_complaints(driver: Any, where: str) -> None:
     assert not complaints, f"{where}: " + "; ".join(complaints)
 
 
-def _requested(driver: Any) -> Iterator[str]:
+def requested_by(driver: Any) -> Iterator[str]:
     for entry in driver.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             yield message["params"]["request"]["url"]
 
 
-def _capture(driver: Any, path: Path, width: int) -> None:
+def capture(driver: Any, path: Path, width: int) -> None:
     height = driver.execute_script("return document.documentElement.scrollHeight")
     picture = driver.execute_cdp_cmd(
         "Page.captureScreenshot",
@@ -146,7 +146,7 @@ def _capture(driver: Any, path: Path, width: int) -> None:
 
 
 @contextmanager
-def _driver() -> Iterator[Any]:
+def open_browser() -> Iterator[Any]:
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
