@@ -11,15 +11,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ANYWHERE = {"config_fields", "hints", "json_files", "storage", "terminal"}
+ANYWHERE = {"config", "hints", "json_files", "storage", "terminal"}
 MODELS = {"models", "ops"}
-ENGINE = {"config", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
+ENGINE = {"engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {
     "models": {"ops"},
     "objectives": MODELS,
     "engine": ENGINE,
-    "config": ENGINE,
-    "recipes": ENGINE,
+    "config": set(),
+    "recipes": {"objectives", "pipelines"},
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,
     "doctor": ENGINE,

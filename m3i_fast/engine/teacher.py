@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.vision import VisionConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.models.encoder import ImageEncoder
-from m3i_fast.models.vision import VisionConfig, build_encoder
+from m3i_fast.models.vision import build_encoder
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 _TIMM = "timm:"

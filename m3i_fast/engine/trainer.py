@@ -24,6 +24,7 @@ from m3i_fast.engine.guard.guard import Guard, not_finite
 from m3i_fast.engine.guard.skipped_steps import Skips
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
+from m3i_fast.engine.optim.schedules import lr_schedule, momentum_schedule, weight_decay_schedule
 from m3i_fast.engine.parallel.accumulation import expect_additive, over_batches, reduced
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import StopFlag, average_whole, distribute, join_world
@@ -111,9 +112,9 @@ class Trainer:
         self.model = self._distribute()
         self._named = list(self.objective.named_parameters())
         self.optimizer = build_optimizer(cfg.optim, self.objective)
-        self.lr = cfg.optim.lr_schedule(cfg.num_steps)
-        self.weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
-        self.momentum = cfg.ema.schedule(cfg.num_steps)
+        self.lr = lr_schedule(cfg.optim, cfg.num_steps)
+        self.weight_decay = weight_decay_schedule(cfg.optim, cfg.num_steps)
+        self.momentum = momentum_schedule(cfg.ema, cfg.num_steps)
         self.step = 0
         self.log = RunLog(cfg, run_dir, self.world, self.arithmetic, recipe=recipe)
         self.guard = Guard(cfg.guard, self.objective, self.world)

@@ -22,9 +22,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.shard_files import PARTS
-from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, shrink

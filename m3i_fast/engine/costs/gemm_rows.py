@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.engine.costs.step_flops import counts_of
 from m3i_fast.models.flops import Product
-from m3i_fast.models.internimage.config import InternImageConfig
 from m3i_fast.models.transformer.blocks import num_kept
-from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.models.transformer.wide_layers import is_wide
-from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.counts import Counts
 from m3i_fast.objectives.step_context import target_rows
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.vision import VisionConfig
 from m3i_fast.engine.teacher import teacher_vision
 from m3i_fast.models.flops import Flops
-from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives import flops as objective_flops
 from m3i_fast.objectives.counts import Counts
 

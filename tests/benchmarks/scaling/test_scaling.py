@@ -32,6 +32,7 @@ from m3i_fast.benchmarks.scaling.model import (
     workload,
 )
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
 from m3i_fast.engine.costs.gpus import CARDS
 from m3i_fast.engine.costs.roofline import Work
 from m3i_fast.engine.costs.roofline import predict as roofline
@@ -39,7 +40,6 @@ from m3i_fast.engine.costs.traffic import Nodes, Traffic, all_reduce, ddp
 from m3i_fast.engine.planning.memory import build_on_meta, count_parameters
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.flops import Flops
-from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.recipes import demo, recipes, shrink
 
 CARD = CARDS["h100"]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
 from m3i_fast.engine.planning import calibration
 from m3i_fast.engine.planning.calibration import calibrate
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.recipes import demo, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.engine.planning.memory import (
     AVERAGE,
     DECODER,
@@ -25,7 +26,6 @@ from m3i_fast.engine.planning.memory import (
     trace,
 )
 from m3i_fast.engine.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, Ledger
-from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.real_step import stepper
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.engine.costs.gemm_rows import legal_batches, shapes_of, token_rows
 from m3i_fast.engine.costs.gpus import CARDS
 from m3i_fast.engine.costs.roofline import CANDIDATES, Work, predict
@@ -17,8 +19,6 @@ from m3i_fast.engine.costs.traffic import Nodes, Traffic
 from m3i_fast.engine.planning.memory import AVERAGE, PARAMETERS, STATES, trace
 from m3i_fast.engine.planning.plan import Plan, make_plan
 from m3i_fast.models.flops import vit
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.objectives.methods import CATEGORY
 from m3i_fast.recipes import recipes, shrink
 
