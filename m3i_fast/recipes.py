@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.optim.ema import EmaConfig
-from m3i_fast.engine.optim.optimizers import OptimConfig
-from m3i_fast.hints import nearest
-from m3i_fast.models.internimage.config import (
+from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.internimage import (
     InternImageConfig,
     internimage_b,
     internimage_demo,
@@ -26,14 +25,14 @@ from m3i_fast.models.internimage.config import (
     internimage_t,
     internimage_xl,
 )
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
-from m3i_fast.models.vision import VisionConfig
-from m3i_fast.objectives.config import ObjectiveConfig
-from m3i_fast.objectives.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.optim import EmaConfig, OptimConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
+from m3i_fast.hints import nearest
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.objectives.mixing import MixingConfig
-from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.sources.openmoji import build as build_openmoji
 
 MIN_CONTRAST = 8  # of 255 levels: less is blank paper, sky, or JPEG's noise in either

@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m3i_fast.config.data import MAX_PIXELS, LoaderConfig, ViewConfig
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.captions import epoch_key
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
-from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
 from m3i_fast.pipelines.graph.outputs import Origin, run, to_batch
 from m3i_fast.pipelines.loader_state import Fingerprint, Position, pack_state, unpack_state
 

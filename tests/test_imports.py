@@ -11,26 +11,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ANYWHERE = {"config_fields", "hints", "json_files", "storage", "terminal"}
+ANYWHERE = {"config", "hints", "json_files", "storage", "terminal"}
 MODELS = {"models", "ops"}
-ENGINE = {
-    "config",
-    "costs",
-    "engine",
-    "evaluation",
-    "objectives",
-    "observe",
-    "pipelines",
-    *MODELS,
-}
+ENGINE = {"costs", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {
     "models": {"ops"},
     "objectives": MODELS,
     "costs": {"config", "objectives", *MODELS},
     "engine": ENGINE,
     "planning": {"config", "costs", "engine", "objectives", "pipelines", *MODELS},
-    "config": ENGINE,
-    "recipes": ENGINE,
+    "config": set(),
+    "recipes": {"objectives", "pipelines"},
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,
     "doctor": ENGINE,

@@ -16,16 +16,16 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from m3i_fast.benchmarks.faults.victim import Fault, digests, live
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.shard_files import PARTS
-from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, shrink
@@ -131,11 +131,11 @@ class Campaign:
         run: Run,
         ranks: int = 1,
         *flags: str,
-        inside: dict[int, Sequence[Fault]] | None = None,
+        inside: Mapping[int, Sequence[Fault]] | None = None,
     ) -> list[BaseProcess]:
         """inside: rank -> faults."""
         arguments = ["--config", str(self.configs[ranks]), "--out", str(run.out), *flags]
-        processes = []
+        processes: list[BaseProcess] = []
         port = _free_port()
         for rank in range(ranks):
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
@@ -153,7 +153,7 @@ class Campaign:
         run: Run,
         ranks: int = 1,
         *flags: str,
-        inside: dict[int, Sequence[Fault]] | None = None,
+        inside: Mapping[int, Sequence[Fault]] | None = None,
         kill_after: float | None = None,
     ) -> None:
         """Start the run, or go on with it, and wait for its end; a kill is of the last rank."""

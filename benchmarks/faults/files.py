@@ -196,14 +196,21 @@ def in_child(function: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(function: Callable[[], object], root: Path, number: int, **options: bool) -> bool:
+def killed_at(
+    function: Callable[[], object],
+    root: Path,
+    number: int,
+    *,
+    torn: bool = False,
+    power_cut: bool = False,
+) -> bool:
     """Run `function` in a child that is killed at its operation `number`.
 
     False when it had fewer operations; AssertionError when it ended in another way.
     """
 
     def run() -> None:
-        with FaultyFiles(root, kill_at=number, **options):
+        with FaultyFiles(root, kill_at=number, torn=torn, power_cut=power_cut):
             function()
 
     code = in_child(run)

@@ -42,9 +42,9 @@ from m3i_fast.benchmarks.loader.peers import (
     read_encoded,
 )
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import is_free, quoted
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import find_recipe, recipes

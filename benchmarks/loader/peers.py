@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3i_fast.pipelines.config import LoaderConfig, ViewConfig
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 
 PILLOW, TENSORS = "torchvision, Pillow", "torchvision, tensors"

@@ -16,7 +16,7 @@ from m3i_fast.benchmarks.methods.growth_plot import GROWTH
 from m3i_fast.benchmarks.methods.table import OURS, TITLES, UNTRAINED
 from m3i_fast.benchmarks.methods.variants import AS_BEFORE, AS_IT_WAS, VARIANTS
 from m3i_fast.config import TrainConfig
-from m3i_fast.objectives.config import LABELS
+from m3i_fast.config.objective import LABELS
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import demo_method
 

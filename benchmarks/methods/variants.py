@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Literal
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.objectives.config import Term
-from m3i_fast.objectives.mixing import MixingConfig
+from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.objective import Term
 
 Change = Callable[[TrainConfig], TrainConfig]
 AS_IT_WAS = " as before"  # a method's variant of this ending is a function of that method's demo

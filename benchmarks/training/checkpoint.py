@@ -28,9 +28,10 @@ from rich.table import Table
 from torch import nn
 
 from m3i_fast.benchmarks.core.harness import Device, parse, publish, resolve
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.checkpoint.saver import Saver
-from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer
+from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer
 
 SUBJECT = "checkpoint"
 WIDTH = 1024

@@ -37,12 +37,12 @@ from m3i_fast.benchmarks.core.harness import (
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.training.plain_step import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.vit import vit_demo
 from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precision
 from m3i_fast.engine.train_step import build_train_step, draw_step_mix
-from m3i_fast.models.transformer.vit import vit_demo
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch

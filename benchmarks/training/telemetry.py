@@ -26,8 +26,8 @@ from m3i_fast.benchmarks.core.harness import Device, parse, publish, resolve
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.benchmarks.core.rates import summarise_rates
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.config import TelemetryConfig
 from m3i_fast.observe.telemetry.sampler import Telemetry
 from m3i_fast.recipes import recipes
 

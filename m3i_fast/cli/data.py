@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from m3i_fast.cli import console
+from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset.manifest import read_manifest
-from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.sources.openmoji import build as build_openmoji
 from m3i_fast.pipelines.sources.styles import HELDOUT_STYLE

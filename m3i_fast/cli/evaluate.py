@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from m3i_fast.cli import console
-from m3i_fast.config_fields import BATCHES, check_fields
+from m3i_fast.config.fields import BATCHES, check_fields
 from m3i_fast.engine.evaluator import evaluate
 from m3i_fast.report.verdict import SOURCES, Judgement, judge, judge_more
 from m3i_fast.terminal import make_console

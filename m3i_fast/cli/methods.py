@@ -9,9 +9,9 @@ from rich import box
 from rich.table import Table
 
 from m3i_fast.cli import refuse
+from m3i_fast.config.losses import LOSSES
+from m3i_fast.config.objective import Term
 from m3i_fast.hints import nearest
-from m3i_fast.objectives.config import Term
-from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.terminal import make_console
 
@@ -99,7 +99,7 @@ def explain(name: str) -> list[str]:
         lines.append(f"differs from the paper: {method.differs}")
     lines += ["", "L = " + " + ".join(f"{t.weight:g} L_{t.name}" for t in method.terms)]
     for term in method.terms:
-        formula = LIKELIHOODS[term.target, term.likelihood, term.regulariser].formula
+        formula = LOSSES[term.loss_key].formula
         lines += [
             "",
             f"L_{term.name} = {formula}",

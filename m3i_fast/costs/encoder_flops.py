@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from m3i_fast.models.internimage.config import InternImageConfig
+from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.models.internimage.deformable import NUM_POINTS
 from m3i_fast.models.internimage.model import HEAD_RATIO
 from m3i_fast.models.transformer.blocks import num_kept
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import ViTConfig
 
 Product = tuple[int, int]  # features in, features out
 SAMPLING_PER_POINT = 5  # InternImage's convention: 5 n k c for n cells, k points, c channels

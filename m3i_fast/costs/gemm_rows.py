@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import Product
 from m3i_fast.costs.step_counts import StepCounts
 from m3i_fast.costs.step_flops import counts_of
-from m3i_fast.models.internimage.config import InternImageConfig
 from m3i_fast.models.transformer.blocks import num_kept
-from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.models.transformer.wide_layers import is_wide
-from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.step_context import target_rows
 
 ALIGNMENT = {"bf16": 1, "fp8_current": 16, "fp8_delayed": 16, "mxfp8": 32, "fp8_block": 128}

@@ -9,6 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
+from m3i_fast.config.heads import DecoderConfig
+from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.objective import Term
+from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import (
     NONE,
     Flops,
@@ -23,11 +28,6 @@ from m3i_fast.costs.encoder_flops import (
     vit_encode,
 )
 from m3i_fast.costs.step_counts import StepCounts
-from m3i_fast.models.internimage.config import InternImageConfig
-from m3i_fast.models.transformer.vit import ViTConfig
-from m3i_fast.models.vision import VisionConfig
-from m3i_fast.objectives.config import Term
-from m3i_fast.objectives.heads import DecoderConfig
 from m3i_fast.objectives.step_context import target_rows
 
 TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"
@@ -114,7 +114,7 @@ def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
     vision, num_inputs = counts.vision, counts.num_inputs * counts.num_views
     num_images = counts.num_images * counts.num_views
     if counts.objective.mixing.mode in ("own_image", "masked"):
-        assert isinstance(vision, ViTConfig)  # check_vision
+        assert isinstance(vision, ViTConfig)  # vision_conflicts
         parts[ENCODER] += vit_embed(vision, num_inputs)
         own = vit_encode(vision, num_images, counts.num_own)
         parts[ENCODER] += _chunked(counts, num_images, own)

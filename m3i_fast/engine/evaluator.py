@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
@@ -40,7 +41,7 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE
 from m3i_fast.pipelines.dataset.tar_shards import split_digest
-from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.storage import write_atomically
 
 

@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from m3i_fast.config.vision import VisionConfig
 from m3i_fast.costs.teacher_size import TIMM, run_vision
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.models.encoder import ImageEncoder
-from m3i_fast.models.vision import VisionConfig, build_encoder
+from m3i_fast.models.vision import build_encoder
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 _ENCODER = "encoder."  # where the objective keeps its image encoder

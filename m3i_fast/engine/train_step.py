@@ -17,6 +17,7 @@ from m3i_fast.engine.cuda_graphs import replay
 from m3i_fast.engine.guard.guard import Guard
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
+from m3i_fast.engine.optim.schedules import lr_schedule, momentum_schedule, weight_decay_schedule
 from m3i_fast.engine.parallel.accumulation import expect_additive, over_batches, reduced
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
@@ -82,9 +83,9 @@ class TrainStep:
         self._named = list(objective.named_parameters())
         self.optimizer = build_optimizer(cfg.optim, objective)
         self.guard = Guard(cfg.guard, objective, world)
-        self._lr = cfg.optim.lr_schedule(cfg.num_steps)
-        self._weight_decay = cfg.optim.weight_decay_schedule(cfg.num_steps)
-        self._momentum = cfg.ema.schedule(cfg.num_steps)
+        self._lr = lr_schedule(cfg.optim, cfg.num_steps)
+        self._weight_decay = weight_decay_schedule(cfg.optim, cfg.num_steps)
+        self._momentum = momentum_schedule(cfg.ema, cfg.num_steps)
         self.steps_taken = 0
         """Skipped ones included; the index of the next step."""
 

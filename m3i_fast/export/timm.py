@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS
 from m3i_fast.models.transformer.positions import resample_grid
-from m3i_fast.models.transformer.vit import ViT, ViTConfig
+from m3i_fast.models.transformer.vit import ViT
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from m3i_fast.models.transformer.vit import ViT, ViTConfig
+from m3i_fast.config.vit import ViTConfig
+from m3i_fast.models.transformer.vit import ViT
 
 _OURS_TO_TE = {
     "layernorm_qkv.": "self_attention.layernorm_qkv.",

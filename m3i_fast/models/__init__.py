@@ -1,49 +1,7 @@
-"""Image and text encoders."""
+"""Image and text encoders; their sizes are configs in `m3i_fast.config`."""
 
-from m3i_fast.models.internimage.config import (
-    InternImageConfig,
-    internimage_b,
-    internimage_demo,
-    internimage_g,
-    internimage_h,
-    internimage_l,
-    internimage_s,
-    internimage_t,
-    internimage_xl,
-)
 from m3i_fast.models.internimage.model import Features, InternImage
-from m3i_fast.models.transformer.text import TextConfig, TextEncoder
-from m3i_fast.models.transformer.vit import (
-    ViT,
-    ViTConfig,
-    vit_b,
-    vit_demo,
-    vit_h,
-    vit_l,
-    vit_s,
-    vit_ti,
-)
+from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.vit import ViT
 
-__all__ = [
-    "Features",
-    "InternImage",
-    "InternImageConfig",
-    "TextConfig",
-    "TextEncoder",
-    "ViT",
-    "ViTConfig",
-    "internimage_b",
-    "internimage_demo",
-    "internimage_g",
-    "internimage_h",
-    "internimage_l",
-    "internimage_s",
-    "internimage_t",
-    "internimage_xl",
-    "vit_b",
-    "vit_demo",
-    "vit_h",
-    "vit_l",
-    "vit_s",
-    "vit_ti",
-]
+__all__ = ["Features", "InternImage", "TextEncoder", "ViT"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-Recompute = Literal["none", "selective", "full"]
+from m3i_fast.config.fields import Recompute
 
 # Runs a function of tensors so that its backward pass finds less saved; (function, *its arguments).
 Checkpoint = Callable[..., Tensor]
@@ -33,14 +33,6 @@ KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
-
-
-def check_recompute(value: object) -> None:
-    """ValueError unless `value` is one of the ways to checkpoint."""
-    if value not in get_args(Recompute):
-        raise ValueError(
-            f"activation_checkpointing: expected none, selective or full, got {value!r}"
-        )
 
 
 def torch_checkpoint(recompute: Recompute) -> Checkpoint | None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from m3i_fast.models.internimage.config import InternImageConfig
+from m3i_fast.config.fields import refuse
+from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
-from m3i_fast.models.transformer.vit import ViT, ViTConfig
-
-VisionConfig = ViTConfig | InternImageConfig
+from m3i_fast.models.transformer.vit import ViT
 
 
 def build_encoder(cfg: VisionConfig, *, layers: BlockLayers = TORCH_LAYERS) -> ViT | InternImage:
     """The encoder that `cfg` describes; ValueError where it has no dense tokens or has a head."""
-    cfg.check_encoder()
+    refuse(cfg.encoder_conflicts())
     if isinstance(cfg, ViTConfig):
         return ViT(cfg, layers=layers)
     return InternImage(cfg, layers=layers)

@@ -6,35 +6,16 @@ Legend: K terms, in one order throughout.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_fast.config_fields import COUNTS, check_fields
+from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.objectives.row_statistics import wide
 
 # A term that is all but solved has a gradient of noise: it is raised no further than this.
 MAX_SCALE = 1e4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BalanceConfig:
-    mode: Literal["fixed", "gradient_norm", "uncertainty"] = "fixed"
-    """fixed: the terms' weights as they are; gradient_norm: terms of one weight pull on the encoder
-    alike; uncertainty: a variance is learnt for each term."""
-    every: Annotated[int, COUNTS] = 10
-    """Steps between two measurements of the gradient norms; each costs one more backward pass of
-    the predictors a term, none of the encoder."""
-    momentum: float = 0.9
-    """Of the running gradient norms; 0 takes the newest alone."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "balance.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"balance.momentum: expected in [0, 1), got {self.momentum}")
 
 
 class Balance(nn.Module):

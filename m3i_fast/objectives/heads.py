@@ -5,15 +5,12 @@ Letters: I images, n own tokens, C their width, Q target positions, D decoder wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.config_fields import DEPTHS, MAX_RATIO, WIDTHS, check_fields
+from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.models.batch_norm import BatchNorm
 from m3i_fast.models.transformer.blocks import (
     INIT_STD,
@@ -28,53 +25,6 @@ from m3i_fast.models.transformer.positions import grid_embedding, sincos_embeddi
 from m3i_fast.objectives.row_statistics import wide
 
 LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of about 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderConfig:
-    """Size of the dense decoder."""
-
-    dim: Annotated[int, WIDTHS] = 512
-    """Width of a token."""
-    depth: Annotated[int, DEPTHS] = 4
-    """Number of blocks."""
-    num_heads: Annotated[int, WIDTHS] = 16
-    """Number of attention heads."""
-    mlp_ratio: float = 4.0
-    """Hidden width of the MLP over dim."""
-    projector: Literal["none", "mlp", "batch_norm"] = "none"
-    """What stands between the encoder's cells and the decoder, and, following by EMA, between the
-    EMA encoder's cells and the targets, so that labels and dense targets do not share one output:
-    nothing; two layers of width dim; the same with batch norm, whose statistics are those of all
-    rows of a step, as SiameseIM's."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.dim % self.num_heads:
-            raise ValueError(
-                f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
-            )
-        if self.dim % 4:
-            raise ValueError(f"dim: expected a multiple of 4 (sine-cosine), got {self.dim}")
-        if not 0 < self.mlp_ratio <= MAX_RATIO:
-            raise ValueError(f"mlp_ratio: expected 0 < ratio <= {MAX_RATIO}, got {self.mlp_ratio}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProjectorConfig:
-    """Sizes of the MLPs between the encoder and the embeddings that are compared."""
-
-    hidden_dim: Annotated[int, WIDTHS] = 2048
-    """Width of the hidden layers."""
-    output_dim: Annotated[int, WIDTHS] = 256
-    """Width of an embedding."""
-    num_layers: Annotated[int, DEPTHS] = 3
-    """Linear layers of the projector."""
-    predictor_hidden_dim: Annotated[int, WIDTHS] = 512
-    """Width of the hidden layer of the predictor on top of it."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "projector.")
 
 
 class DenseDecoder(nn.Module):

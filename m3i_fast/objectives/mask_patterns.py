@@ -5,12 +5,10 @@ Legend: D drawings, K images, N cells of the grid, n <= N / K cells an image get
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Pattern = Literal["blocks", "rectangle"]
+from m3i_fast.config.mixing import Pattern
 
 
 def deal_cells(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from m3i_fast.objectives.config import Term, m3i
+from m3i_fast.config.objective import Term, m3i
 
 Family = Literal[
     "supervised", "weakly supervised", "intra-view", "inter-view", "several targets", "M3I"

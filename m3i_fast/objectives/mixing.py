@@ -12,122 +12,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from m3i_fast.config_fields import COUNTS, LEVELS, NUMBERS, SIDES, check_fields
-from m3i_fast.objectives.mask_patterns import Pattern, deal_cells
-
-Asked = Literal["first", "last", "all"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MixingConfig:
-    mode: Literal["joint", "own_image", "masked", "blend", "none"] = "joint"
-    """joint: images share an input, and tokens attend to everything, as a CNN sees it (M3I, figure
-    2); own_image: tokens attend within their own image (as MixMIM), which for the encoder is two
-    masked images at the cost of one; masked: every input is one image of which some
-    cells are hidden (as MAE); blend: two images of which each pixel is a weighted mean (as mixup);
-    none: every input is one whole image."""
-    num_images: Annotated[int, COUNTS] = 2
-    """Images that share an input in own_image and joint, 2 to 4; blend: 2; masked and none: 1."""
-    pattern: Pattern = "blocks"
-    """Cells that an image gets: random blocks, or those around a random point (CutMix's rectangle,
-    of exactly the image's share)."""
-    mask_block: Annotated[int, SIDES] = 2
-    """Side of the blocks that either pattern is made of, in tokens."""
-    mask_ratio: float = 0.5
-    """Share of the cells that masked hides at the first step."""
-    final_mask_ratio: float = 0.5
-    """The same at the last step; linear in between."""
-    mask_per_batch: bool = False
-    """One drawing of the cells for all inputs of a batch (as MixMIM)."""
-    blend_alpha: float = 0.8
-    """Blend draws the first images' share from Beta(alpha, alpha), one for a batch (as mixup)."""
-    num_queries: Annotated[int, NUMBERS] = 0
-    """Cells that each dense term predicts an image; 0 predicts every cell it may."""
-    min_contrast: Annotated[int, LEVELS] = 0
-    """A cell is asked only if a colour of its pixels in the target view spans as many of the 255
-    levels, so that blank paper is no target; 0 asks every cell. An image that has fewer such cells
-    than are asked of it is asked some of them again, one that has none its blank ones."""
-    dense_fraction: float = 1.0
-    """Share of the inputs that dense terms are asked of: the EMA encoder and the decoder see no
-    more, and each costs about as much as the encoder's pass."""
-    token_dropout: float = 0.0
-    """Share of caption tokens left out, never the first and last."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "mixing.")
-        most, images = (2, "2 in mode blend") if self.mode == "blend" else (4, "2 to 4")
-        expected = {
-            "num_images": (2 <= self.num_images <= most, images),
-            "mask_ratio": (0 < self.mask_ratio < 1, "in (0, 1)"),
-            "final_mask_ratio": (0 < self.final_mask_ratio < 1, "in (0, 1)"),
-            "blend_alpha": (self.blend_alpha > 0, "> 0"),
-            "dense_fraction": (0 < self.dense_fraction <= 1, "in (0, 1]"),
-            "token_dropout": (0 <= self.token_dropout < 1, "in [0, 1)"),
-        }
-        for name, (right, what) in expected.items():
-            if not right:
-                raise ValueError(f"mixing.{name}: expected {what}, got {getattr(self, name)}")
-
-    @property
-    def images_per_input(self) -> int:  # K
-        return 1 if self.mode in ("masked", "none") else self.num_images
-
-    @property
-    def divides_cells(self) -> bool:
-        """Whether an image shows but some of the cells."""
-        return self.mode not in ("blend", "none")
-
-    def num_own(self, num_cells: int, progress: float) -> int:
-        """Cells of its own that an image has; `progress` is 0 at the first step, 1 at the last."""
-        if not self.divides_cells:
-            return num_cells
-        if self.mode == "masked":
-            ratio = self.mask_ratio + (self.final_mask_ratio - self.mask_ratio) * progress
-            return num_cells - round(ratio * num_cells)
-        return num_cells // self.num_images
-
-    def check_batch(self, batch_size: int) -> None:
-        """Raise ValueError unless a batch of this size divides into inputs."""
-        if batch_size < 1 or batch_size % self.images_per_input:
-            raise ValueError(
-                f"data.batch_size: expected a multiple of {self.images_per_input}, the images "
-                f"an input of objective.mixing.mode {self.mode}, got {batch_size}"
-            )
-
-    def check_grid(self, grid: int) -> None:
-        """Raise ValueError unless each image has cells of this grid, and masked hides some."""
-        masked = self.mode == "masked"
-        most = grid * grid - masked
-        for ratio, progress in (("mask_ratio", 0.0), ("final_mask_ratio", 1.0)):
-            num_own = self.num_own(grid * grid, progress)
-            if not 1 <= num_own <= most:
-                raise ValueError(
-                    f"objective.mixing.{ratio if masked else 'num_images'}: expected to leave each "
-                    f"image 1 to {most} cells of a {grid} x {grid} token grid, got {num_own}"
-                )
-
-    def check_cells(self, *, alone: bool, multiple: int) -> None:
-        """Raise ValueError unless an encoder can be trained on these inputs.
-
-        alone: it can encode the cells of one image as if the input held nothing else; multiple:
-        tokens a side of its coarsest cell.
-        """
-        if self.mode in ("own_image", "masked") and not alone:
-            raise ValueError(
-                f"objective.mixing.mode: {self.mode} needs an encoder that can leave tokens out; "
-                f"expected joint, blend or none for a convolutional one, got {self.mode}"
-            )
-        if self.divides_cells and self.mask_block % multiple:
-            raise ValueError(
-                f"objective.mixing.mask_block: expected a multiple of {multiple} tokens, the "
-                f"encoder's coarsest cell, got {self.mask_block}"
-            )
+from m3i_fast.config.fields import refuse
+from m3i_fast.config.mixing import Asked, MixingConfig
+from m3i_fast.objectives.mask_patterns import deal_cells
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +85,8 @@ def draw_mix(
     Raises ValueError when the batch does not divide into inputs, the grid not among images, or
     `step` is none of `num_steps`.
     """
-    cfg.check_batch(batch_size)
-    cfg.check_grid(grid)
+    refuse(cfg.batch_conflicts(batch_size))
+    refuse(cfg.grid_conflicts(grid))
     if not 0 <= step < num_steps:
         raise ValueError(f"step: expected 0 <= step < num_steps = {num_steps}, got {step}")
     rng = torch.Generator().manual_seed(step_seed(seed, step))

@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.config.fields import refuse
+from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vision import VisionConfig
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, reset_children
-from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.models.transformer.vit import ViT
-from m3i_fast.models.vision import VisionConfig, build_encoder
+from m3i_fast.models.vision import build_encoder
 from m3i_fast.objectives.balance import Balance
-from m3i_fast.objectives.config import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.monitors import target_monitors
@@ -82,7 +84,7 @@ class MutualInformation(nn.Module):
         layers: BlockLayers = TORCH_LAYERS,
     ) -> None:
         super().__init__()
-        cfg.check_vision(vision)
+        refuse(cfg.vision_conflicts(vision))
         self.cfg, self.grid = cfg, vision.grid
         self.encoder = build_encoder(vision, layers=layers)
         self._target_rows = target_rows(cfg.active_terms)
@@ -223,7 +225,7 @@ class MutualInformation(nn.Module):
         index = self._stacked(mix)
         match self.cfg.mixing.mode:
             case "own_image" | "masked":
-                assert isinstance(self.encoder, ViT)  # check_vision
+                assert isinstance(self.encoder, ViT)  # vision_conflicts
                 own = self.encoder.encode_alone(images, index)
             case "joint":
                 own = take_cells(self.encoder.encode_cells(images), index)

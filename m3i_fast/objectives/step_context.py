@@ -18,7 +18,7 @@ from torch import Tensor
 from m3i_fast.models.encoder import ImageEncoder
 
 if TYPE_CHECKING:
-    from m3i_fast.objectives.config import Term
+    from m3i_fast.config.objective import Term
     from m3i_fast.objectives.mixing import Mix
     from m3i_fast.pipelines.batch import Batch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.manifest import (
     Manifest,
@@ -15,7 +16,6 @@ from m3i_fast.pipelines.dataset.manifest import (
     how_to_restore,
     read_manifest,
 )
-from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
 from m3i_fast.pipelines.dataset.tar_shards import check_tar, read_index
 
 READS_IN_FLIGHT = 8  # shards read at the same time: a network's latency costs more than Python does

@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
+from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
@@ -33,7 +34,6 @@ from m3i_fast.pipelines.dataset.manifest import (
     is_free,
     sha256_file,
 )
-from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
 from m3i_fast.pipelines.dataset.samples import Sample, SampleSource, Tally
 from m3i_fast.pipelines.dataset.tar_shards import INDEX_VERSION, TAR_BLOCK
 from m3i_fast.pipelines.dataset.tokens import TokenizerInfo

@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 from m3i_fast.pipelines.optional_imports import require
 
-MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
 FORMATS = {"jpg": "JPEG", "png": "PNG"}  # extension in a shard: Pillow's name
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 # SOF0 to SOF15, which hold the size; C4, C8 and CC are other segments.

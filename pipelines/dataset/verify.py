@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.diagnosis import LARGE, SMALL, integer, picture_fault, sample_fault
 from m3i_fast.pipelines.dataset.directory import check_split
@@ -14,7 +15,6 @@ from m3i_fast.pipelines.dataset.manifest import (
     read_manifest,
     sha256_file,
 )
-from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
 from m3i_fast.pipelines.dataset.samples import Counts, Identities
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, members
 

@@ -6,7 +6,7 @@ seed of its own, since two ops with one seed would draw the same numbers.
 
 from __future__ import annotations
 
-from m3i_fast.pipelines.config import ViewConfig
+from m3i_fast.config.data import ViewConfig
 from m3i_fast.pipelines.graph.dali import DataNode, dali_math, fn, types
 
 DEGREES_A_TURN = 360.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from m3i_fast.pipelines.config import ViewConfig
+from m3i_fast.config.data import ViewConfig
 from m3i_fast.pipelines.dataset import alternates
 from m3i_fast.pipelines.dataset.captions import LENGTHS, PADDING, TOKENS
 from m3i_fast.pipelines.graph.dali import DataNode, dali_math, fn, pipeline_def, types

@@ -9,6 +9,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from m3i_fast.config.internimage import (
+    InternImageConfig,
+    internimage_b,
+    internimage_demo,
+    internimage_g,
+    internimage_h,
+    internimage_t,
+)
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
 from m3i_fast.costs.encoder_flops import (
     Flops,
     internimage,
@@ -19,16 +29,7 @@ from m3i_fast.costs.encoder_flops import (
     vit_encode,
 )
 from m3i_fast.models import InternImage, ViT
-from m3i_fast.models.internimage.config import (
-    InternImageConfig,
-    internimage_b,
-    internimage_demo,
-    internimage_g,
-    internimage_h,
-    internimage_t,
-)
-from m3i_fast.models.transformer.text import TextConfig, TextEncoder
-from m3i_fast.models.transformer.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
+from m3i_fast.models.transformer.text import TextEncoder
 from tests.flop_formulas import FORMULAS
 
 

@@ -11,16 +11,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.data import ViewConfig
+from m3i_fast.config.fields import Recompute
+from m3i_fast.config.heads import DecoderConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import vit
 from m3i_fast.costs.objective_flops import DECODER, ENCODER, LIKELIHOODS, TARGET, decoder
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.teacher import Teacher
-from m3i_fast.models.recompute import Recompute
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import ViTConfig
-from m3i_fast.models.vision import VisionConfig, build_encoder
-from m3i_fast.objectives.heads import DecoderConfig, DenseDecoder
-from m3i_fast.pipelines.config import ViewConfig
+from m3i_fast.models.vision import build_encoder
+from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.real_step import stepper
 from tests.flop_formulas import FORMULAS

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.parallel import ParallelConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import vit_demo
 from m3i_fast.engine import cuda_graphs as graphs
 from m3i_fast.engine.cuda_graphs import Graph, Graphed, capture_on_gpu, replay
-from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import ViT, vit_demo
-from m3i_fast.objectives.balance import BalanceConfig
+from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import recipes, shrink
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig, vit_demo
 from m3i_fast.engine.evaluator import load_objective
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.encoder import ImageEncoder
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import ViTConfig, vit_demo
 from m3i_fast.recipes import demo, demo_internimage, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)

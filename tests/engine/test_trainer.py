@@ -17,13 +17,13 @@ import torch
 from m3i_fast.cli import main
 from m3i_fast.cli.train import TrainCommand
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.internimage import internimage_demo
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.vit import vit_demo
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.models.internimage.config import internimage_demo
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import vit_demo
-from m3i_fast.models.vision import VisionConfig
 from m3i_fast.objectives.losses import likelihoods
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.stages import STAGES

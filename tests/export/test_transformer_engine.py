@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor
 
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.export.timm import load_timm, to_timm
 from m3i_fast.export.transformer_engine import (
     deinterleave_qkv,
@@ -18,7 +19,7 @@ from m3i_fast.export.transformer_engine import (
     interleave_qkv,
     to_transformer_layers,
 )
-from m3i_fast.models.transformer.vit import ViT, ViTConfig
+from m3i_fast.models.transformer.vit import ViT
 
 TINY = ViTConfig(
     image_size=32, patch_size=8, dim=32, depth=2, num_heads=2, class_token=True, num_registers=4

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from m3i_fast.config.fields import Recompute
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.models.internimage.model import InternImage
-from m3i_fast.models.recompute import Recompute
-from m3i_fast.models.transformer.text import TextConfig, TextEncoder
-from m3i_fast.models.transformer.vit import ViT, ViTConfig
+from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, TensorTracker
 from tests.models.internimage.official_internimage import TINY_H, seeded_state
 

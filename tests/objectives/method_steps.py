@@ -20,13 +20,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import vit_demo
 from m3i_fast.export.timm import load_timm, to_timm
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import vit_demo
-from m3i_fast.objectives.config import ObjectiveConfig
-from m3i_fast.objectives.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.objectives.methods import METHODS, Method
-from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
+from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
 

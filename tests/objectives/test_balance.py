@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.objectives.balance import MAX_SCALE, Balance, BalanceConfig
+from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.objectives.balance import MAX_SCALE, Balance
 from m3i_fast.ops import boltzmann, gaussian
 
 WEIGHTS = {"intra": 0.3, "inter": 1.0, "caption": 2.0}

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from m3i_fast.objectives.config import ObjectiveConfig, m3i
+from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.objective import ObjectiveConfig, m3i
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.objectives.mixing import MixingConfig
 from m3i_fast.objectives.objective import MutualInformation
 from tests.objectives.test_objective import NUM_CLASSES, TEXT, VISION, make_config
 

@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.models.transformer.positions import relative_positions
-from m3i_fast.objectives.heads import (
-    DecoderConfig,
-    DenseDecoder,
-    GlobalHead,
-)
+from m3i_fast.objectives.heads import DenseDecoder, GlobalHead
 
 NUM_CASES = 2000
 CFG = DecoderConfig(dim=32, depth=2, num_heads=4)

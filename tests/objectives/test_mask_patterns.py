@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import CutMix
 
-from m3i_fast.objectives.mask_patterns import Pattern, box_distance, deal_cells
+from m3i_fast.config.mixing import Pattern
+from m3i_fast.objectives.mask_patterns import box_distance, deal_cells
 
 PATTERNS: tuple[Pattern, ...] = ("blocks", "rectangle")
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix, drop_tokens
+from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.objectives.mixing import Mix, draw_mix, drop_tokens
 from m3i_fast.ops import mask_mix
 
 MODES = ("own_image", "joint", "masked", "blend", "none")
@@ -290,13 +291,16 @@ def test_wrong_requests_are_named(make, word: str) -> None:  # type: ignore[no-u
 def test_an_encoder_that_does_not_fit_is_refused(pattern: str) -> None:
     for mode in MODES:
         cfg = _config(mode, pattern=pattern, mask_block=3)
-        cfg.check_cells(alone=True, multiple=1)
+        assert not list(cfg.cell_conflicts(alone=True, multiple=1))
         if mode in ("own_image", "masked"):
-            with pytest.raises(ValueError, match=rf"mode: {mode} needs .* got {mode}"):
-                cfg.check_cells(alone=False, multiple=3)
+            [(name, told)] = cfg.cell_conflicts(alone=False, multiple=3)
+            assert name == "objective.mixing.mode"
+            assert told.startswith(f"{mode} needs") and told.endswith(f"got {mode}")
         elif mode == "joint":
-            with pytest.raises(ValueError, match="mask_block: expected a multiple of 2 .* got 3"):
-                cfg.check_cells(alone=False, multiple=2)
-            replace(cfg, mask_block=4).check_cells(alone=False, multiple=2)
+            [(name, told)] = cfg.cell_conflicts(alone=False, multiple=2)
+            assert name == "objective.mixing.mask_block"
+            assert told.startswith("expected a multiple of 2 tokens") and told.endswith("got 3")
+            whole = replace(cfg, mask_block=4)
+            assert not list(whole.cell_conflicts(alone=False, multiple=2))
         else:
-            cfg.check_cells(alone=False, multiple=2)
+            assert not list(cfg.cell_conflicts(alone=False, multiple=2))

@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from m3i_fast.objectives.config import ObjectiveConfig
-from m3i_fast.objectives.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.objectives.mixing import Mix, MixingConfig, draw_mix
+from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
 from tests.objectives.ranks import joined, part

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.objectives.balance import BalanceConfig
-from m3i_fast.objectives.config import ObjectiveConfig
+from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.objectives.objective import MutualInformation

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from m3i_fast.pipelines.loader import LoaderConfig
+    from m3i_fast.config.data import LoaderConfig
     from tests.pipelines.data import Packer
 
 
@@ -62,7 +62,7 @@ def packer(tmp_path: Path) -> Packer:
 @pytest.fixture
 def cfg(fifty: Path) -> LoaderConfig:
     """12 batches of 4 an epoch, every random op in use."""
-    from m3i_fast.pipelines.loader import LoaderConfig
+    from m3i_fast.config.data import LoaderConfig
     from tests.pipelines.data import EVERYTHING
 
     return LoaderConfig(

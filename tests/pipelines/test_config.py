@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from m3i_fast.pipelines.loader import LoaderConfig, ViewConfig
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 
 
 @pytest.mark.parametrize(

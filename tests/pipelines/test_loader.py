@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_fast.pipelines.loader import Loader, LoaderConfig
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.optional_imports import require
 from tests.pipelines.data import (
     EVERYTHING,

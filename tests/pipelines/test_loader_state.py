@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from m3i_fast.pipelines.loader import Loader, LoaderConfig
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.loader import Loader
 from tests.pipelines.data import (
     EVERYTHING,
     Packer,

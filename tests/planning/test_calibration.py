@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
 from m3i_fast.engine.train_step import TrainStep
-from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.planning import calibration
 from m3i_fast.planning.calibration import calibrate
 from m3i_fast.recipes import demo, shrink

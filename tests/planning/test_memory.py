@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.models.transformer.vit import ViTConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.planning.memory import (
     AVERAGE,
     DECODER,

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.costs.encoder_flops import vit
 from m3i_fast.costs.gemm_rows import gemm_shapes, legal_batches, token_rows
 from m3i_fast.costs.gpus import CARDS
 from m3i_fast.costs.roofline import CANDIDATES, StepCost, predict
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.traffic import Nodes, Traffic
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.objectives.methods import CATEGORY
 from m3i_fast.planning.memory import AVERAGE, PARAMETERS, STATES, trace
 from m3i_fast.planning.plan import Plan, make_plan

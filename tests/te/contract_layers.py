@@ -18,11 +18,14 @@ import torch.nn.functional as F
 import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
+from m3i_fast.config.heads import DecoderConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig, vit_b, vit_s
 from m3i_fast.export.transformer_engine import to_transformer_layers
-from m3i_fast.models import TextConfig, TextEncoder, ViT, ViTConfig, vit_b, vit_s
+from m3i_fast.models import TextEncoder, ViT
 from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS
 from m3i_fast.models.transformer.te_layers import te_layers
-from m3i_fast.objectives.heads import DecoderConfig, DenseDecoder
+from m3i_fast.objectives.heads import DenseDecoder
 
 SMALL = ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
 CAPTIONS = TextConfig(vocab_size=50, context_length=7, dim=32, depth=2, num_heads=2, embed_dim=8)

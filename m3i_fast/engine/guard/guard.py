@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.engine.guard.config import GuardConfig
+from m3i_fast.config.guard import GuardConfig
 from m3i_fast.engine.optim.skippable_step import restore_where
 from m3i_fast.engine.parallel.local_shards import GradientNorm, local
 from m3i_fast.engine.parallel.ranks import World

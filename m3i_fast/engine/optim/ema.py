@@ -2,35 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config_fields import check_fields
-from m3i_fast.engine.optim.schedules import cosine
 from m3i_fast.engine.parallel.local_shards import local
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EmaConfig:
-    momentum: float = 0.995
-    """Momentum at the first step (SiameseIM: 0.995)."""
-    final_momentum: float = 1.0
-    """Momentum at the last step, reached by a cosine."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "ema.")
-        if not 0 <= self.momentum <= self.final_momentum <= 1:
-            raise ValueError(
-                f"ema.momentum: expected 0 <= momentum <= final_momentum <= 1, got "
-                f"{self.momentum} and "
-                f"{self.final_momentum}"
-            )
-
-    def schedule(self, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-        return cosine(self.momentum, self.final_momentum, num_steps=num_steps)
 
 
 @torch.no_grad()

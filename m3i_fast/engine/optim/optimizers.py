@@ -7,115 +7,19 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config_fields import check_fields
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.optim.muon import Muon
 from m3i_fast.engine.optim.param_groups import Group, group_parameters, lr_scales
-from m3i_fast.engine.optim.schedules import cosine, warmup_cosine
 from m3i_fast.engine.optim.skippable_step import step_with_skip
 from m3i_fast.engine.optim.step_counts import keep_steps_in_state
 from m3i_fast.engine.parallel.local_shards import GradientNorm, gradient_norm, local
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    name: Literal["adamw", "lamb", "lars"] = "adamw"
-    """The optimiser. lamb and lars, for large batches, scale the step of every tensor that decays
-    by its norm; lars is SGD with momentum otherwise, and wants a far larger lr."""
-    impl: Literal["auto", "torch", "te", "apex"] = "auto"
-    """Whose code: auto is torch's; te is Transformer Engine's FusedAdam, apex NVIDIA Apex's
-    FusedAdam or FusedLAMB, each on a GPU where it is installed."""
-    lr: float = 1e-3
-    """Peak learning rate, for this batch size."""
-    final_lr: float = 0.0
-    """Learning rate at the last step."""
-    warmup_fraction: float = 0.025
-    """Share of the steps that warm up linearly (SiameseIM: 40 of 1600 epochs)."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay (lamb and lars: within the scaled step); none on parameters of one
-    dimension or less."""
-    final_weight_decay: float = 0.05
-    """Weight decay at the last step, reached by a cosine."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's and LAMB's betas (SiameseIM: 0.9, 0.95); the first is LARS's momentum."""
-    eps: float | None = None
-    """Added to AdamW's and LAMB's root of the second moment; none: 1e-8, and 1e-6 for lamb."""
-    layer_decay: float = 1.0
-    """Learning rate of an image encoder's layer over that of the next (BEiT); 1: the same."""
-    dcn_lr_scale: float = 1.0
-    """Learning rate of DCNv3's offset, mask and gate projections over the others' (the official
-    InternImage code's DCN_LR_MUL is of offsets and gates, and none by default)."""
-    freeze_patch_embed: bool = False
-    """Leave the patch embedding as it was drawn (MoCo v3, for stability); InternImage: its stem."""
-    matrices: Literal["adamw", "muon"] = "adamw"
-    """What updates the weight matrices of Transformer blocks; AdamW updates all else. muon
-    orthogonalises their momentum: more is learnt a step, for 15 to 20 small products a matrix."""
-    muon_lr: float = 0.02
-    """Muon's peak learning rate; it follows lr's schedule."""
-    clip_grad_norm: float = 1.0
-    """Bound of the global gradient norm; 0 turns clipping off."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, "optim.")
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr: expected > 0, got {self.lr}")
-        if not self.muon_lr > 0:
-            raise ValueError(f"optim.muon_lr: expected > 0, got {self.muon_lr}")
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"optim.warmup_fraction: expected 0 to 1, got {self.warmup_fraction}")
-        if self.clip_grad_norm < 0:
-            raise ValueError(f"optim.clip_grad_norm: expected >= 0, got {self.clip_grad_norm}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas: expected 0 <= beta < 1, got {self.betas}")
-        if self.eps is not None and not self.eps > 0:
-            raise ValueError(f"optim.eps: expected > 0 or none, got {self.eps}")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"optim.layer_decay: expected 0 < decay <= 1, got {self.layer_decay}")
-        if not self.dcn_lr_scale > 0:
-            raise ValueError(f"optim.dcn_lr_scale: expected > 0, got {self.dcn_lr_scale}")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        if self.matrices == "muon" and self.name != "adamw":
-            raise ValueError(
-                f"optim.matrices: expected adamw with optim.name = {self.name}, got muon"
-            )
-        if (self.name, self.used_impl) not in _BUILDERS:
-            found = " or ".join(["auto", *(impl for name, impl in _BUILDERS if name == self.name)])
-            raise ValueError(
-                f"optim.impl: expected {found} with optim.name = {self.name}, got {self.impl}"
-            )
-        least = min(self.weight_decay, self.final_weight_decay)
-        if (self.name, self.impl) == ("lamb", "apex") and least == 0:
-            raise ValueError(
-                "optim.weight_decay, optim.final_weight_decay: expected > 0 with optim.name = lamb "
-                f"and optim.impl = apex, which adapts only what decays, got {least}"
-            )
-
-    @property
-    def used_impl(self) -> str:
-        """impl, decided."""
-        return "torch" if self.impl == "auto" else self.impl
-
-    def warmup_steps(self, num_steps: int) -> int:
-        return round(self.warmup_fraction * num_steps)
-
-    def lr_schedule(self, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-        warmup_steps = self.warmup_steps(num_steps)
-        return warmup_cosine(
-            self.lr, num_steps=num_steps, warmup_steps=warmup_steps, final=self.final_lr
-        )
-
-    def weight_decay_schedule(self, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-        return cosine(self.weight_decay, self.final_weight_decay, num_steps=num_steps)
 
 
 class Optimizers:

@@ -4,6 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from m3i_fast.config.optim import EmaConfig, OptimConfig
+
+
+def lr_schedule(cfg: OptimConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
+    """Compute the learning rate of every step: a linear warm-up, then a cosine."""
+    warmup_steps = cfg.warmup_steps(num_steps)
+    return warmup_cosine(cfg.lr, num_steps=num_steps, warmup_steps=warmup_steps, final=cfg.final_lr)
+
+
+def weight_decay_schedule(cfg: OptimConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
+    """Compute the weight decay of every step: a cosine."""
+    return cosine(cfg.weight_decay, cfg.final_weight_decay, num_steps=num_steps)
+
+
+def momentum_schedule(cfg: EmaConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
+    """Compute the momentum of the average encoder at every step: a cosine."""
+    return cosine(cfg.momentum, cfg.final_momentum, num_steps=num_steps)
+
 
 def warmup_cosine(
     peak: float, *, num_steps: int, warmup_steps: int, final: float = 0.0

@@ -12,14 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.losses import LOSSES
 
-# Likelihoods of a row by itself: target, likelihood, regulariser.
-_BY_ROW = {
-    ("category", "boltzmann", "negatives"),  # all categories, whatever the batch
-    ("pixels", "gaussian", "fixed"),
-    ("features", "gaussian", "stop_gradient"),
-    ("embedding", "gaussian", "stop_gradient"),
-}
 _INSTEAD = "; --parallel.chunk has the memory of a part of the batch and the losses of all of it"
 
 
@@ -29,11 +23,10 @@ def expect_additive(cfg: TrainConfig, model: nn.Module) -> None:
     if cfg.parallel.accumulate == 1:
         return
     for term in cfg.objective.active_terms:
-        key = (term.target, term.likelihood, term.regulariser)
-        if key not in _BY_ROW:
+        if not LOSSES[term.loss_key].independent:
             raise ValueError(
                 f"parallel.accumulate: expected 1 with the term {term.name!r} "
-                f"({', '.join(key)}), whose loss is of all rows together, {got}{_INSTEAD}"
+                f"({', '.join(term.loss_key)}), whose loss is of all rows together, {got}{_INSTEAD}"
             )
         if term.mean == "members" or term.standardise == "batch":
             got_term = "mean = members" if term.mean == "members" else "standardise = batch"

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from m3i_fast.engine.parallel.config import ParallelConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.meta_init import initialise, is_on_meta
 from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES, meet

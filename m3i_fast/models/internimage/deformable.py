@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.models.recompute import Recompute
+from m3i_fast.config.fields import DropPathMode, Recompute
 from m3i_fast.models.transformer.blocks import (
     LAYER_NORM_EPS,
     TORCH_LAYERS,
     BlockLayers,
     DropPath,
-    DropPathMode,
     Linear,
     reset_children,
     take,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.models.recompute import Checkpoint, Recompute, torch_checkpoint
+from m3i_fast.config.fields import DropPathMode, Recompute
+from m3i_fast.models.recompute import Checkpoint, torch_checkpoint
 from m3i_fast.models.transformer.positions import rotate
 
 LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
@@ -146,9 +146,6 @@ class Attention(nn.Module):
         mask = None if key_mask is None else key_mask[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, T, D / H]
         return out.transpose(1, 2).flatten(2)
-
-
-DropPathMode = Literal["mask", "subset"]
 
 
 def num_kept(num_samples: int, rate: float) -> int:

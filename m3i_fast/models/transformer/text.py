@@ -5,14 +5,10 @@ Letters: B batch, T tokens, D width, E width of the embedding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config_fields import DEPTHS, MAX_RATIO, SOME_ROWS, WIDTHS, check_fields
-from m3i_fast.models.recompute import Recompute, check_recompute
+from m3i_fast.config.text import TextConfig
 from m3i_fast.models.transformer.blocks import (
     INIT_STD,
     LAYER_NORM_EPS,
@@ -24,39 +20,6 @@ from m3i_fast.models.transformer.blocks import (
 )
 
 POSITION_STD = 0.01  # CLIP
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextConfig:
-    """Size of the text Transformer; the defaults are CLIP's base size."""
-
-    vocab_size: Annotated[int, SOME_ROWS] = 49408
-    """Number of token ids (CLIP's byte-pair encoding)."""
-    context_length: Annotated[int, WIDTHS] = 77
-    """Most tokens of a caption."""
-    dim: Annotated[int, WIDTHS] = 512
-    """Width of a token."""
-    depth: Annotated[int, DEPTHS] = 12
-    """Number of blocks."""
-    num_heads: Annotated[int, WIDTHS] = 8
-    """Number of attention heads."""
-    mlp_ratio: float = 4.0
-    """Hidden width of the MLP over dim."""
-    embed_dim: Annotated[int, WIDTHS] = 512
-    """Width of a caption's embedding."""
-    activation_checkpointing: Recompute = "none"
-    """What each block computes again in the backward pass. selective: norms and GELU, which costs
-    little; full: all of it, the least memory for about a third more compute."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.dim % self.num_heads:
-            raise ValueError(
-                f"dim: expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
-            )
-        if not 0 < self.mlp_ratio <= MAX_RATIO:
-            raise ValueError(f"mlp_ratio: expected 0 < ratio <= {MAX_RATIO}, got {self.mlp_ratio}")
-        check_recompute(self.activation_checkpointing)
 
 
 class TextEncoder(nn.Module):

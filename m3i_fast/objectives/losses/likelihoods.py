@@ -1,8 +1,8 @@
 """-log P(z | z_hat) with what keeps z from collapsing, by name: what a term is computed with.
 
-`LIKELIHOODS` maps (target, likelihood, regulariser) to a formula and to a function that builds the
-loss. A loss of dense targets and of embeddings is called as loss(z_hat, z); what it has to remember
-from step to step makes it a module.
+`LIKELIHOODS` maps (target, likelihood, regulariser) to a function that builds the loss; the formula
+of each is in `m3i_fast.config.losses`. A loss of dense targets and of embeddings is called as
+loss(z_hat, z); what it has to remember from step to step makes it a module.
 
 With a process group a loss is that of the rows of all ranks, where rows of a batch meet, and of the
 own rows where they do not (`statistics` says of gradients what that means for each). SimCLR's
@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3i_fast.config.losses import LossKey
+from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.losses.distillation import (
     centred_softmax,
     mean_entropy,
@@ -45,20 +45,10 @@ from m3i_fast.objectives.losses.similarity import (
 from m3i_fast.objectives.row_statistics import sum_over_ranks, wide
 from m3i_fast.ops import IGNORED, boltzmann, gaussian
 
-if TYPE_CHECKING:
-    from m3i_fast.objectives.config import ObjectiveConfig, Term
-
 Loss = Callable[..., Tensor]
 Group = dist.ProcessGroup | None
-
-
-@dataclass(frozen=True, slots=True)
-class Likelihood:
-    formula: str
-    """What is minimised, in plain text; z carries no gradient where it says sg(z)."""
-    build: Callable[[Term, ObjectiveConfig, int, Group], Loss]
-    """(term, objective, width of z, process group) -> the loss, a module where it keeps
-    something."""
+Build = Callable[[Term, ObjectiveConfig, int, Group], Loss]
+"""(term, objective, width of z, process group) -> the loss, a module where it keeps something."""
 
 
 class Queued(nn.Module):
@@ -238,85 +228,49 @@ def _dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) ->
     )
 
 
-SOFTMAX = "-log exp(z_hat . z / tau) / sum_z' exp(z_hat . z' / tau)"
-LIKELIHOODS: dict[tuple[str, str, str], Likelihood] = {
-    ("category", "boltzmann", "negatives"): Likelihood(
-        f"{SOFTMAX}, z' all categories, rows of unit length, tau learnt",
-        _category,
+LIKELIHOODS: dict[LossKey, Build] = {
+    ("category", "boltzmann", "negatives"): _category,
+    ("caption", "boltzmann", "negatives"): lambda term, cfg, dim, group: partial(
+        boltzmann, process_group=group, equal_sizes=True
     ),
-    ("caption", "boltzmann", "negatives"): Likelihood(
-        f"mean of both directions of {SOFTMAX}, z' captions of the batch, tau learnt",
-        lambda term, cfg, dim, group: partial(boltzmann, process_group=group, equal_sizes=True),
+    ("caption", "sigmoid", "negatives"): lambda term, cfg, dim, group: partial(
+        boltzmann, form="sigmoid", process_group=group, equal_sizes=True
     ),
-    ("caption", "sigmoid", "negatives"): Likelihood(
-        "1/N sum over pairs of log(1 + exp(-y (z_hat . z / tau + b))), y = 1 for a picture and its "
-        "caption, else -1; tau, b learnt",
-        lambda term, cfg, dim, group: partial(
-            boltzmann, form="sigmoid", process_group=group, equal_sizes=True
-        ),
+    ("pixels", "gaussian", "fixed"): _dense_gaussian,
+    ("features", "gaussian", "stop_gradient"): _dense_gaussian,
+    ("features", "gaussian", "decorrelation"): _dense_gaussian,
+    ("features", "gaussian", "covariance"): _dense_gaussian,
+    ("features", "boltzmann", "queue"): lambda term, cfg, dim, group: DenseQueued(
+        term.temperature, cfg.queue_length, dim, group
     ),
-    ("pixels", "gaussian", "fixed"): Likelihood(
-        "|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over their "
-        "standard deviation",
-        _dense_gaussian,
+    ("embedding", "boltzmann", "queue"): lambda term, cfg, dim, group: Queued(
+        term.temperature, cfg.queue_length, dim, group
     ),
-    ("features", "gaussian", "stop_gradient"): Likelihood(
-        "|z_hat - LN(sg(z))|^2 / (2 sigma^2 E)", _dense_gaussian
+    ("embedding", "boltzmann", "negatives"): lambda term, cfg, dim, group: partial(
+        info_nce, temperature=term.temperature, process_group=group
     ),
-    ("features", "gaussian", "decorrelation"): Likelihood(
-        "(|z_hat - LN(sg(z))|^2 / (2 sigma^2) + w z_hat^T C z_hat) / E, C = mean of LN(z) LN(z)^T",
-        _dense_gaussian,
+    ("embedding", "boltzmann", "all_views"): lambda term, cfg, dim, group: partial(
+        nt_xent, temperature=term.temperature
     ),
-    ("features", "gaussian", "covariance"): Likelihood(
-        "(|z_hat - LN(sg(z))|^2 / (2 sigma^2) + w z_hat^T C z_hat) / E, C = covariance of LN(z)",
-        _dense_gaussian,
+    ("embedding", "gaussian", "stop_gradient"): lambda term, cfg, dim, group: (
+        negative_cosine_similarity
     ),
-    ("features", "boltzmann", "queue"): Likelihood(
-        f"{SOFTMAX}, z the target cell whose features are most alike, z' it and a queue",
-        lambda term, cfg, dim, group: DenseQueued(term.temperature, cfg.queue_length, dim, group),
+    ("embedding", "gaussian", "cross_correlation"): lambda term, cfg, dim, group: partial(
+        barlow_twins, process_group=group
     ),
-    ("embedding", "boltzmann", "queue"): Likelihood(
-        f"{SOFTMAX}, z' the own target and a queue of earlier ones, rows of unit length",
-        lambda term, cfg, dim, group: Queued(term.temperature, cfg.queue_length, dim, group),
+    ("embedding", "gaussian", "variance_covariance"): lambda term, cfg, dim, group: partial(
+        vicreg, process_group=group
     ),
-    ("embedding", "boltzmann", "negatives"): Likelihood(
-        f"{SOFTMAX}, z' targets of the batch, rows of unit length",
-        lambda term, cfg, dim, group: partial(
-            info_nce, temperature=term.temperature, process_group=group
-        ),
+    ("embedding", "gaussian", "running_correlation"): lambda term, cfg, dim, group: UniGrad(
+        dim, group
     ),
-    ("embedding", "boltzmann", "all_views"): Likelihood(
-        f"{SOFTMAX}, z' both views of the batch but the row itself, rows of unit length",
-        lambda term, cfg, dim, group: partial(nt_xent, temperature=term.temperature),
+    ("prototypes", "boltzmann", "centring"): lambda term, cfg, dim, group: Centred(
+        term.temperature, group, cfg.num_prototypes
     ),
-    ("embedding", "gaussian", "stop_gradient"): Likelihood(
-        "-cos(z_hat, sg(z)): |z_hat - z|^2 / 2 of unit rows, less a constant",
-        lambda term, cfg, dim, group: negative_cosine_similarity,
+    ("prototypes", "boltzmann", "sinkhorn"): lambda term, cfg, dim, group: Balanced(
+        term.temperature, group
     ),
-    ("embedding", "gaussian", "cross_correlation"): Likelihood(
-        "sum_i (1 - C_ii)^2 + 0.005 sum_{i != j} C_ij^2, C the correlation of both views",
-        lambda term, cfg, dim, group: partial(barlow_twins, process_group=group),
-    ),
-    ("embedding", "gaussian", "variance_covariance"): Likelihood(
-        "25 |z_hat - z|^2 / E + 25 mean of both views' max(0, 1 - std) + sum of both views' "
-        "off-diagonal covariance^2 / E",
-        lambda term, cfg, dim, group: partial(vicreg, process_group=group),
-    ),
-    ("embedding", "gaussian", "running_correlation"): Likelihood(
-        "-z_hat . sg(z) + 50 z_hat^T F z_hat, F a running mean of z z^T, rows of unit length",
-        lambda term, cfg, dim, group: UniGrad(dim, group),
-    ),
-    ("prototypes", "boltzmann", "centring"): Likelihood(
-        "-sum_k p_k log softmax(z_hat / tau)_k, p = softmax((z - c) / 0.04), c a running mean",
-        lambda term, cfg, dim, group: Centred(term.temperature, group, cfg.num_prototypes),
-    ),
-    ("prototypes", "boltzmann", "sinkhorn"): Likelihood(
-        "-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05)",
-        lambda term, cfg, dim, group: Balanced(term.temperature, group),
-    ),
-    ("prototypes", "boltzmann", "mean_entropy"): Likelihood(
-        "-sum_k p_k log softmax(z_hat / tau)_k + log K - H(mean softmax(z_hat / tau)), p = "
-        "Sinkhorn-Knopp(log softmax(4 z / tau))",
-        lambda term, cfg, dim, group: MeanEntropy(term.temperature, group),
+    ("prototypes", "boltzmann", "mean_entropy"): lambda term, cfg, dim, group: MeanEntropy(
+        term.temperature, group
     ),
 }

@@ -5,7 +5,7 @@ Legend, beside that of `seen`: Q cells predicted, E embedding width, K prototype
 
 from __future__ import annotations
 
-from m3i_fast.objectives.config import ObjectiveConfig, Term
+from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.terms.base import Sizes, TermModule, copy_state, follower
 from m3i_fast.objectives.terms.dense import Dense, DenseContrast, dense_dim
 from m3i_fast.objectives.terms.labels import Caption, Category, Label

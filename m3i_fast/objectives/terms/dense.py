@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.models.transformer.blocks import Linear
 from m3i_fast.models.transformer.positions import relative_positions
-from m3i_fast.objectives.config import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import DenseDecoder, Mlp
 from m3i_fast.objectives.monitors import watch_prediction
 from m3i_fast.objectives.standardise import Standardise

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.objectives.config import ObjectiveConfig, Term
+from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import Mlp, PrototypeHead
 from m3i_fast.objectives.losses.likelihoods import Prototypes, UniGrad
 from m3i_fast.objectives.step_context import Monitor, Seen

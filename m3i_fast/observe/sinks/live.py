@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m3i_fast.observe.config import TelemetryConfig
+from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.observe.metrics import Sink
 
 # The config's field, the module that it needs, and what to install.

@@ -32,13 +32,13 @@ from m3i_fast.benchmarks.scaling.model import (
     workload,
 )
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
 from m3i_fast.costs.encoder_flops import Flops
 from m3i_fast.costs.gpus import CARDS
 from m3i_fast.costs.roofline import StepCost
 from m3i_fast.costs.roofline import predict as roofline
 from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce, ddp
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.models.transformer.text import TextConfig
 from m3i_fast.planning.memory import build_on_meta, count_parameters
 from m3i_fast.recipes import demo, recipes, shrink
 

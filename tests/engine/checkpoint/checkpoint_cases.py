@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
-from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer
+from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer
 
 
 def make_model(seed: int) -> nn.Module:

@@ -14,10 +14,11 @@ from safetensors.torch import save as st_save
 from torch import nn
 
 from m3i_fast.benchmarks.faults.files import flip_byte, forge, truncate
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
-from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer
+from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer
 from tests.engine.checkpoint.checkpoint_cases import (
     assert_equal,
     loaded,

@@ -18,9 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from m3i_fast.benchmarks.faults.files import FaultyFiles, flip_byte
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
-from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer
+from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer
 from tests.engine.checkpoint.checkpoint_cases import (
     assert_equal,
     loaded,

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.guard import GuardConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
-from m3i_fast.engine.guard.config import GuardConfig
-from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import GradientNorm, local
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch

@@ -15,13 +15,15 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.guard import GuardConfig
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
-from m3i_fast.engine.guard.config import GuardConfig
 from m3i_fast.engine.guard.guard import SpikeDetector
 from m3i_fast.engine.guard.skipped_steps import SKIPPED_ROW
 from m3i_fast.engine.optim.ema import update_ema
-from m3i_fast.engine.optim.optimizers import OptimConfig, set_schedules
-from m3i_fast.objectives.balance import BalanceConfig
+from m3i_fast.engine.optim.optimizers import set_schedules
+from m3i_fast.engine.optim.schedules import lr_schedule
 from m3i_fast.observe.metrics import DeviceMeans, read_jsonl
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.guard.guard_work import NUM_RANKS, SHARDS, Poisoned, work
@@ -192,7 +194,7 @@ def test_a_resume_in_between_is_the_whole_run_and_tells_the_same(
     assert all(math.isfinite(value) for row in logged for value in row.values())
     # Schedules go on, and two in a row halve the learning rate from the read on.
     scale = np.where(np.arange(12) < 6, 1.0, 0.5)
-    np.testing.assert_allclose(whole.rates, cfg.optim.lr_schedule(12) * scale)
+    np.testing.assert_allclose(whole.rates, lr_schedule(cfg.optim, 12) * scale)
     assert logged[1]["optim/lr"] == whole.rates[-1]
 
 

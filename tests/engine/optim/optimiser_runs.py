@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer, set_schedules
-from m3i_fast.models.transformer.vit import ViT, vit_demo
+from m3i_fast.config.optim import OptimConfig
+from m3i_fast.config.vit import vit_demo
+from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer, set_schedules
+from m3i_fast.engine.optim.schedules import lr_schedule, weight_decay_schedule
+from m3i_fast.models.transformer.vit import ViT
 
 NUM_STEPS = 12
 DEPTH = 2
@@ -54,7 +57,7 @@ def run(
 ) -> Optimizers:
     """The trainer's way: schedules, gradients, clipping where `clip`, a step."""
     optimizer = optimizer or build_optimizer(cfg, model)
-    lr, decay = cfg.lr_schedule(NUM_STEPS), cfg.weight_decay_schedule(NUM_STEPS)
+    lr, decay = lr_schedule(cfg, NUM_STEPS), weight_decay_schedule(cfg, NUM_STEPS)
     for step in steps:
         set_schedules(optimizer, lr=lr[step], weight_decay=decay[step])
         set_gradients(model, step)
@@ -153,7 +156,7 @@ def _adam(walk: Walk, g: Tensor, cfg: OptimConfig, *, eps: float) -> Tensor:
 
 def loop(rule: Rule, cfg: OptimConfig, model: nn.Module) -> dict[str, Tensor]:
     """Every parameter after all steps of `rule`, by itself and in fp64."""
-    lr, decay = cfg.lr_schedule(NUM_STEPS), cfg.weight_decay_schedule(NUM_STEPS)
+    lr, decay = lr_schedule(cfg, NUM_STEPS), weight_decay_schedule(cfg, NUM_STEPS)
     walks = {name: Walk(p.detach().double().clone()) for name, p in model.named_parameters()}
     for step in range(NUM_STEPS):
         for name, gradient in gradients(model, step).items():

@@ -9,9 +9,10 @@ import timm.optim
 import torch
 from torch import nn
 
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.optim import skippable_step
 from m3i_fast.engine.optim.layerwise import Lars
-from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer
+from m3i_fast.engine.optim.optimizers import build_optimizer
 from tests.engine.optim import optimiser_runs as runs
 
 CONFIGS = {

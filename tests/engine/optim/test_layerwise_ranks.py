@@ -13,14 +13,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.optim import layerwise
 from m3i_fast.engine.optim.layerwise import full_norms
-from m3i_fast.engine.optim.optimizers import (
-    OptimConfig,
-    _expect_usable,
-    build_optimizer,
-    set_schedules,
-)
+from m3i_fast.engine.optim.optimizers import _expect_usable, build_optimizer, set_schedules
+from m3i_fast.engine.optim.schedules import lr_schedule, weight_decay_schedule
 from m3i_fast.engine.parallel.local_shards import local
 
 RANKS = 2
@@ -41,7 +38,7 @@ def network() -> nn.Module:
 def train(cfg: OptimConfig, model: nn.Module, rows: slice) -> list[float]:
     """All steps on these rows of eight; the norms that clipping saw."""
     optimizer = build_optimizer(cfg, model)
-    lr, decay = cfg.lr_schedule(STEPS), cfg.weight_decay_schedule(STEPS)
+    lr, decay = lr_schedule(cfg, STEPS), weight_decay_schedule(cfg, STEPS)
     norms = []
     for step in range(STEPS):
         rng = torch.Generator().manual_seed(step)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.optim import muon, skippable_step
 from m3i_fast.engine.optim.muon import Muon, orthogonalise
-from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer
+from m3i_fast.engine.optim.optimizers import build_optimizer
 from m3i_fast.models.transformer.vit import ViT
 from tests.engine.optim import optimiser_runs as runs
 

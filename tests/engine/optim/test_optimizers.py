@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.optim import optimizers as optim
-from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer
+from m3i_fast.engine.optim.optimizers import build_optimizer
 from tests.engine.optim import fused_stand_ins as stand_ins
 from tests.engine.optim import optimiser_runs as runs
 

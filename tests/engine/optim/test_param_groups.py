@@ -10,11 +10,13 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from m3i_fast.config.optim import OptimConfig
+from m3i_fast.config.vit import vit_demo
 from m3i_fast.engine.optim.ema import update_ema
-from m3i_fast.engine.optim.optimizers import OptimConfig, Optimizers, build_optimizer, set_schedules
+from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer, set_schedules
 from m3i_fast.engine.optim.param_groups import freeze_patch_embed
 from m3i_fast.models.internimage.model import InternImage
-from m3i_fast.models.transformer.vit import ViT, vit_demo
+from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.targets import MomentumEncoder
 from tests.models.internimage.official_internimage import TINY_H
 

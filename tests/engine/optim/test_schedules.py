@@ -9,10 +9,12 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from m3i_fast.engine.optim.ema import EmaConfig, update_ema
-from m3i_fast.engine.optim.optimizers import OptimConfig, build_optimizer, set_schedules
+from m3i_fast.config.optim import EmaConfig, OptimConfig
+from m3i_fast.config.vit import vit_demo
+from m3i_fast.engine.optim.ema import update_ema
+from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import cosine, warmup_cosine
-from m3i_fast.models.transformer.vit import ViT, vit_demo
+from m3i_fast.models.transformer.vit import ViT
 from tests.engine.optim.optimiser_runs import set_gradients
 
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.build import build_objective, stacks_of
-from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import is_sharded, local
 from m3i_fast.engine.parallel.ranks import World, distribute
 from m3i_fast.engine.train_step import ForwardPass

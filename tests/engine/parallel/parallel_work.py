@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel.config import ParallelConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.engine.trainer import Trainer

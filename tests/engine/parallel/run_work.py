@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
-from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 from tests.engine.parallel.parallel_work import full

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.build import build_objective, stacks_of
-from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import gradient_norm
 from m3i_fast.engine.parallel.ranks import World, distribute
 from m3i_fast.engine.train_step import ForwardPass

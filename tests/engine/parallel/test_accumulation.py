@@ -13,10 +13,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import latest, tensors_of
-from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.build import build_objective
-from m3i_fast.engine.parallel.config import ParallelConfig
 from m3i_fast.engine.parallel.gradient_caching import run_in_chunks
 from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.blocks import Block

@@ -12,9 +12,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.objectives.balance import BalanceConfig
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, shrink
 from tests.engine.parallel.run_work import NUM_RANKS, SHARDS, Watched, spread, work

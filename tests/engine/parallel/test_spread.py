@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel.config import ParallelConfig
+from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.recipes import demo, shrink
 from tests.engine.parallel.spread_work import NUM_RANKS, with_prefetch, work
 from tests.engine.parallel.test_meta_init import TEXT

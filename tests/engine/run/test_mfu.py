@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.costs.gpus import CARDS, Card, card_of
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.precision.arithmetic import Arithmetic, Capabilities, resolve_precision
 from m3i_fast.engine.run.mfu import efficiency, fp8_share, joule_per_image, weighted_peak
-from m3i_fast.models.transformer.text import TextConfig
-from m3i_fast.models.transformer.vit import ViTConfig
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.real_step import stepper
 

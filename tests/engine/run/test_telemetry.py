@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.parallel.ranks import World
@@ -24,7 +25,6 @@ from m3i_fast.engine.precision.arithmetic import Arithmetic, Capabilities, resol
 from m3i_fast.engine.run import telemetry as run_telemetry
 from m3i_fast.engine.run.telemetry import Interval, RunTelemetry, flatten
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.config import TelemetryConfig
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.sinks.prometheus import exported
 from m3i_fast.observe.telemetry.sampler import Device

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from m3i_fast.config.fields import Recompute
+from m3i_fast.config.internimage import InternImageConfig, internimage_demo
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import internimage, internimage_sampling, vit
-from m3i_fast.models.internimage.config import InternImageConfig, internimage_demo
 from m3i_fast.models.internimage.model import InternImage, _stages
-from m3i_fast.models.recompute import Recompute
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, DropPath, num_kept
-from m3i_fast.models.transformer.vit import ViT, ViTConfig
+from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.ops import reference
 from tests.flop_formulas import FORMULAS
 

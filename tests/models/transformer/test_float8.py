@@ -16,13 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
 
-from m3i_fast.models.internimage.config import internimage_demo
+from m3i_fast.config.internimage import internimage_demo
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import vit_demo
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer import float8
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
 from m3i_fast.models.transformer.float8 import FLOAT8_LAYERS, float8_linear
-from m3i_fast.models.transformer.text import TextConfig, TextEncoder
-from m3i_fast.models.transformer.vit import ViT, vit_demo
+from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.models.transformer.wide_layers import is_wide, wide_only
 from m3i_fast.models.vision import build_encoder
 

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vit import ViTConfig
 from m3i_fast.models.transformer import te_layers
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, LayerNormMLP
 from m3i_fast.models.transformer.te_layers import Fp8Recipe
-from m3i_fast.models.transformer.text import TextConfig, TextEncoder
-from m3i_fast.models.transformer.vit import ViT, ViTConfig
+from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.vit import ViT
 
 # Widths that FP8 takes, a batch that makes any number of tokens a multiple of 128.
 VIT = ViTConfig(image_size=64, patch_size=16, dim=256, depth=3, num_heads=4, class_token=True)

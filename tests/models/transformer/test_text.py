@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config.text import TextConfig
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention
-from m3i_fast.models.transformer.text import TextConfig, TextEncoder
+from m3i_fast.models.transformer.text import TextEncoder
 
 CFG = TextConfig(
     vocab_size=50, context_length=12, dim=32, depth=2, num_heads=2, mlp_ratio=2.0, embed_dim=24

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from m3i_fast.observe.config import TelemetryConfig
+from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.observe.metrics import Sink
 from m3i_fast.observe.sinks.live import expect_live, open_live
 from m3i_fast.observe.sinks.prometheus import PrometheusSink, expect_free, exported

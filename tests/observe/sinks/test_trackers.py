@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from m3i_fast.observe.config import TelemetryConfig
+from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.observe.sinks import live
 from m3i_fast.observe.sinks.live import expect_live, open_live
 from m3i_fast.observe.sinks.trackers import MlflowSink, WandbSink

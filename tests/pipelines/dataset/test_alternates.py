@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset import alternates
 from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.verify import verify
-from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.pipelines.data import (
     EVERYTHING,
     Components,

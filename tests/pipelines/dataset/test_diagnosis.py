@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.verify import verify
-from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.pipelines.data import (
     Components,
     encode_image,

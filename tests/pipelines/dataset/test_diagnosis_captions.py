@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset import captions
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.tar_shards import members
 from m3i_fast.pipelines.dataset.verify import verify
-from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.pipelines.data import Packer, encode_image, sample, several_captions, smooth_picture
 
 IMAGE = encode_image(smooth_picture(0, 9, 9))

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS, check_header, decode, stored_size
+from m3i_fast.config.data import MAX_PIXELS
+from m3i_fast.pipelines.dataset.pictures import check_header, decode, stored_size
 from m3i_fast.pipelines.graph.dali import DataNode, fn, pipeline_def, types
 from tests.pipelines.data import encode_image, smooth_picture
 

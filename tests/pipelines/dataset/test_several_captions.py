@@ -11,10 +11,11 @@ import pytest
 import torch
 from scipy.stats import binom
 
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset import captions
 from m3i_fast.pipelines.dataset.verify import verify
-from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig, evaluation_batches
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.pipelines.data import (
     TOKENIZER,
     Packer,

@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
+from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.loader import Loader, LoaderConfig, ViewConfig
+from m3i_fast.pipelines.loader import Loader
 from tests.pipelines.data import Packer, encode_image, sample, smooth_picture
 
 HEIGHT, WIDTH = 54, 72

@@ -6,15 +6,16 @@ collapsing: the plug-ins of the paper's equation  L = sum_k w_k * -log P_k(z_k |
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from m3i_fast.config_fields import SOME_ROWS, WIDTHS, check_fields
-from m3i_fast.models.vision import VisionConfig
-from m3i_fast.objectives.balance import BalanceConfig
-from m3i_fast.objectives.heads import DecoderConfig, ProjectorConfig
-from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
-from m3i_fast.objectives.mixing import MixingConfig
+from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.fields import SOME_ROWS, WIDTHS, Checked, Conflict, unmet
+from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
+from m3i_fast.config.losses import LOSSES, LossKey
+from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.vision import VisionConfig
 
 MAX_SCALE = 100.0
 DENSE = ("pixels", "features")
@@ -30,7 +31,7 @@ PREDICTORS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Term:
+class Term(Checked):
     """-log P(z | z_hat) of one target: a row of the paper's table 1."""
 
     name: str
@@ -52,13 +53,12 @@ class Term:
     likelihood: str
     """gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each pair."""
     regulariser: str
-    """What stands for the entropy H(p(z)). Known combinations: `likelihoods.LIKELIHOODS`."""
+    """What stands for the entropy H(p(z)). Known combinations: `m3i_fast.config.losses.LOSSES`."""
     mean: Literal["batch", "members"] = "batch"
     """What a category or caption term is the mean over, where not every picture has one. batch: all
     rows of all ranks, those without a target as 0, so that the term is an expectation over samples
     and one labelled picture weighs the same in any batch; members: the rows that have a target, so
-    that the only one of a batch pulls like a whole batch. A config file that does not say it is of
-    before there was a choice, and means members."""
+    that the only one of a batch pulls like a whole batch."""
     standardise: Literal["none", "running", "batch"] = "none"
     """How each channel of a Gaussian's features is standardised before their layer norm, so that
     what all cells have in common is no target. running: by running mean and variance over steps and
@@ -72,62 +72,72 @@ class Term:
     weight: float = 1.0
     """Weight in the sum; 0 leaves the term out, with all that only it needs."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, f"term {self.name!r}: ")
-        key = (self.target, self.likelihood, self.regulariser)
-        if key not in LIKELIHOODS:
-            known = sorted(k[1:] for k in LIKELIHOODS if k[0] == self.target)
-            raise ValueError(
-                f"term {self.name!r}: of target {self.target} expected likelihood and regulariser "
-                f"among {known}, got {key[1:]}; a new one is added to likelihoods.LIKELIHOODS"
-            )
-        if self.predictor not in PREDICTORS[self.target]:
-            raise ValueError(
-                f"term {self.name!r}: predictor: expected one of {PREDICTORS[self.target]} for "
-                f"target {self.target}, got {self.predictor}"
-            )
-        if (self.encoder == "none") != (self.target in (*LABELS, "pixels")):
-            raise ValueError(
-                f"term {self.name!r}: encoder: expected none for category, caption and pixels "
-                f"alone, got {self.encoder} for {self.target}"
-            )
-        if self.weight < 0:
-            raise ValueError(f"term {self.name!r}: weight: expected >= 0, got {self.weight}")
-        if not self.temperature > 0:
-            raise ValueError(
-                f"term {self.name!r}: temperature: expected > 0, got {self.temperature}"
-            )
-        if self.mean == "members" and self.target not in LABELS:
-            raise ValueError(
-                f"term {self.name!r}: mean: expected batch for {self.target}, which every picture "
-                "has; members is for category and caption"
-            )
-        if self.standardise != "none" and (self.target, self.likelihood) != (
-            "features",
-            "gaussian",
-        ):
-            raise ValueError(
-                f"term {self.name!r}: standardise: expected none for {self.target} under "
-                f"{self.likelihood}, got {self.standardise}; it is for features under gaussian"
-            )
-        self._check_views()
+    def place(self) -> str:
+        return f"term {self.name!r}: "
 
-    def _check_views(self) -> None:
-        if self.symmetric and (self.view != "other" or self.is_dense):
-            raise ValueError(
-                f"term {self.name!r}: symmetric: expected an embedding or prototypes of the other "
-                f"view, got {self.target} of the {self.view} view"
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.loss_key not in LOSSES:
+            known = sorted(key[1:] for key in LOSSES if key[0] == self.target)
+            yield (
+                "likelihood",
+                f"of target {self.target} expected likelihood and regulariser among {known}, got "
+                f"{self.loss_key[1:]}; a new one is added to m3i_fast.config.losses.LOSSES",
             )
-        if self.symmetric and self.regulariser == "queue":
-            raise ValueError(
-                f"term {self.name!r}: symmetric: expected False with a queue, which would hold the "
-                "first direction's targets as negatives of the second, got True"
+        of_gaussian_features = (self.target, self.likelihood) == ("features", "gaussian")
+        yield from unmet(
+            self,
+            predictor=(
+                self.predictor in PREDICTORS[self.target],
+                f"one of {PREDICTORS[self.target]} for target {self.target}",
+            ),
+            weight=(self.weight >= 0, ">= 0"),
+            temperature=(self.temperature > 0, "> 0"),
+            mean=(
+                self.mean == "batch" or self.target in LABELS,
+                f"batch for {self.target}, which every picture has (members is for category and "
+                "caption)",
+            ),
+            standardise=(
+                self.standardise == "none" or of_gaussian_features,
+                f"none for {self.target} under {self.likelihood} (it is for features under "
+                "gaussian)",
+            ),
+        )
+        yield from self._encoder_conflicts()
+        yield from self._symmetry_conflicts()
+
+    def _encoder_conflicts(self) -> Iterator[Conflict]:
+        if (self.encoder == "none") != (self.target in (*LABELS, "pixels")):
+            yield (
+                "encoder",
+                "expected none for category, caption and pixels alone, got "
+                f"{self.encoder} for {self.target}",
             )
         if self.encoder == "shared" and (self.view != "other" or self.is_dense):
-            raise ValueError(
-                f"term {self.name!r}: encoder: shared needs an embedding or prototypes of the "
-                f"other view, got {self.target} of the {self.view} view"
+            yield (
+                "encoder",
+                "shared needs an embedding or prototypes of the other view, got "
+                f"{self.target} of the {self.view} view",
             )
+
+    def _symmetry_conflicts(self) -> Iterator[Conflict]:
+        if self.symmetric and (self.view != "other" or self.is_dense):
+            yield (
+                "symmetric",
+                "expected an embedding or prototypes of the other view, got "
+                f"{self.target} of the {self.view} view",
+            )
+        if self.symmetric and self.regulariser == "queue":
+            yield (
+                "symmetric",
+                "expected False with a queue, which would hold the first direction's targets as "
+                "negatives of the second, got True",
+            )
+
+    @property
+    def loss_key(self) -> LossKey:
+        """Target, likelihood and regulariser: the row of `m3i_fast.config.losses.LOSSES`."""
+        return self.target, self.likelihood, self.regulariser
 
     @property
     def is_dense(self) -> bool:
@@ -170,7 +180,9 @@ def m3i() -> tuple[Term, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Checked):
+    """The terms of the loss, and what they are predicted with."""
+
     terms: tuple[Term, ...] = field(default_factory=m3i)
     """The terms of the sum; M3I's four by default."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -194,36 +206,33 @@ class ObjectiveConfig:
     queue_length: Annotated[int, SOME_ROWS] = 65536
     """Embeddings of earlier batches that MoCo's queue holds."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "objective.")
+    def place(self) -> str:
+        return "objective."
+
+    def conflicts(self) -> Iterator[Conflict]:
         names = [term.name for term in self.terms]
         if len(set(names)) != len(names):
-            raise ValueError(f"objective.terms: expected distinct names, got {names}")
+            yield "terms", f"expected distinct names, got {names}"
         wrong = [name for name in names if not name.isidentifier()]
         if wrong:
-            raise ValueError(
-                f"objective.terms: expected letters, digits and _ in names, got {wrong}"
-            )
+            yield "terms", f"expected letters, digits and _ in names, got {wrong}"
         if not any(term.weight > 0 for term in self.terms):
-            raise ValueError("objective.terms: expected a weight > 0, got none")
-        if not 1 / MAX_SCALE <= self.temperature:
-            raise ValueError(
-                f"objective.temperature: expected >= {1 / MAX_SCALE}, got {self.temperature}"
-            )
-        self._check_linear()
-        views = [t.name for t in self.active_terms if t.target not in LABELS]
-        if self.mixing.mode == "blend" and views:
-            raise ValueError(
-                f"objective.mixing.mode: blend leaves no image's pixels alone: expected category "
-                f"and caption terms only, got {views}"
-            )
-
-    def _check_linear(self) -> None:
+            yield "terms", "expected a weight > 0, got none"
+        least = 1 / MAX_SCALE
+        yield from unmet(self, temperature=(self.temperature >= least, f">= {least}"))
         linear = [t.name for t in self.active_terms if t.predictor == "linear"]
         if linear and (self.mixing.mode != "none" or self.uses(predictor="linear", view="other")):
-            raise ValueError(
-                f"objective.terms: {linear}: a linear predictor says only what stands where its "
-                "token does: expected mixing.mode none and the same view, else predictor decoder"
+            yield (
+                "terms",
+                f"{linear}: a linear predictor says only what stands where its token does: "
+                "expected mixing.mode none and the same view, else predictor decoder",
+            )
+        views = [t.name for t in self.active_terms if t.target not in LABELS]
+        if self.mixing.mode == "blend" and views:
+            yield (
+                "mixing.mode",
+                "blend leaves no image's pixels alone: expected category and caption terms only, "
+                f"got {views}",
             )
 
     @property
@@ -246,8 +255,10 @@ class ObjectiveConfig:
             for term in self.active_terms
         )
 
-    def check_vision(self, vision: VisionConfig) -> None:
-        """Raise ValueError unless this encoder can be trained with this mixing."""
-        vision.check_encoder()
-        self.mixing.check_grid(vision.grid)
-        self.mixing.check_cells(alone=vision.encodes_cells_alone, multiple=vision.mask_multiple)
+    def vision_conflicts(self, vision: VisionConfig) -> Iterator[Conflict]:
+        """Yield what keeps this encoder from being trained with this mixing."""
+        yield from vision.encoder_conflicts()
+        yield from self.mixing.grid_conflicts(vision.grid)
+        yield from self.mixing.cell_conflicts(
+            alone=vision.encodes_cells_alone, multiple=vision.mask_multiple
+        )

@@ -1,22 +1,19 @@
-"""Settings of the loader. No DALI here: recipes and the command line import this everywhere."""
+"""What is read, and how it becomes training batches."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from m3i_fast.config_fields import BATCHES, NUMBERS, SIDES, THREADS, check_fields
-from m3i_fast.pipelines.dataset.pictures import MAX_PIXELS
+from m3i_fast.config.fields import BATCHES, NUMBERS, SIDES, THREADS, Checked, Conflict, unmet
 
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ViewConfig:
+class ViewConfig(Checked):
     """How views of one size are cut out of the decoded image, and their colours changed."""
 
     count: Annotated[int, range(1, 65)] = 2
@@ -50,29 +47,23 @@ class ViewConfig:
     solarize_probability: float = 0.0
     """Probability that values of 128 and more are inverted."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def conflicts(self) -> Iterator[Conflict]:
         low, high = self.scale
-        _require(
-            0 < low <= high <= 1,
-            "scale",
-            self.scale,
-            "0 < low <= high <= 1 (the box stays inside the image)",
-        )
-        _require(0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "0 < low <= high")
-        _require(
-            0 < self.blur_sigma[0] <= self.blur_sigma[1],
-            "blur_sigma",
-            self.blur_sigma,
-            "0 < low <= high",
+        inside = "0 < low <= high <= 1 (the box stays inside the image)"
+        yield from unmet(
+            self,
+            scale=(0 < low <= high <= 1, inside),
+            ratio=(0 < self.ratio[0] <= self.ratio[1], "0 < low <= high"),
+            blur_sigma=(0 < self.blur_sigma[0] <= self.blur_sigma[1], "0 < low <= high"),
+            hue=(0 <= self.hue <= 0.5, "turns in [0, 0.5]"),
         )
         for name in (f.name for f in fields(self) if f.name.endswith("_probability")):
-            _require(
-                0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability in [0, 1]"
-            )
+            yield from unmet(self, **{name: (self._is_share(name), "a probability in [0, 1]")})
         for name in ("brightness", "contrast", "saturation"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a value in [0, 1]")
-        _require(0 <= self.hue <= 0.5, "hue", self.hue, "turns in [0, 0.5]")
+            yield from unmet(self, **{name: (self._is_share(name), "a value in [0, 1]")})
+
+    def _is_share(self, name: str) -> bool:
+        return 0 <= getattr(self, name) <= 1
 
     @property
     def jitters(self) -> bool:
@@ -83,7 +74,7 @@ class ViewConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoaderConfig:
+class LoaderConfig(Checked):
     """What is read, and how it becomes training batches."""
 
     path: Path = Path("data/openmoji")
@@ -115,7 +106,6 @@ class LoaderConfig:
     """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
     leaves it to DALI. For decoding on a GPU alone."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    def conflicts(self) -> Iterator[Conflict]:
         load = self.hw_decoder_load
-        _require(load is None or 0 <= load <= 1, "hw_decoder_load", load, "a share in [0, 1]")
+        return unmet(self, hw_decoder_load=(load is None or 0 <= load <= 1, "a share in [0, 1]"))

@@ -1,16 +1,17 @@
-"""What a run tells of itself while it lasts. Every command imports this: no torch here."""
+"""What a run tells of itself while it lasts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Annotated
 
-from m3i_fast.config_fields import check_fields
+from m3i_fast.config.fields import Checked, Conflict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TelemetryConfig:
+class TelemetryConfig(Checked):
     """Changes nothing of what is trained: a resume may have others."""
 
     hz: float = 1.0
@@ -28,14 +29,17 @@ class TelemetryConfig:
     mlflow_uri: str = ""
     """MLflow tracking server (http://..., sqlite:///...) that the logged rows go to, too."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "telemetry.")
+    def place(self) -> str:
+        return "telemetry."
+
+    def conflicts(self) -> Iterator[Conflict]:
         if self.hz != 0 and not 0.1 <= self.hz <= 10:
-            raise ValueError(f"telemetry.hz: expected 0, or 0.1 to 10, got {self.hz}")
+            yield "hz", f"expected 0, or 0.1 to 10, got {self.hz}"
         try:
             ip_address(self.prometheus_address)
         except ValueError:
-            raise ValueError(
-                "telemetry.prometheus_address: expected an IPv4 or IPv6 address (127.0.0.1, ::1; "
-                f"0.0.0.0 or :: for every interface), got {self.prometheus_address!r}"
-            ) from None
+            yield (
+                "prometheus_address",
+                "expected an IPv4 or IPv6 address (127.0.0.1, ::1; 0.0.0.0 or :: for every "
+                f"interface), got {self.prometheus_address!r}",
+            )

@@ -1,15 +1,18 @@
-"""How a run is spread over ranks. Every command imports this: no torch.distributed here."""
+"""How a run is spread over ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from m3i_fast.config_fields import BATCHES, DEPTHS, ROWS, check_fields
+from m3i_fast.config.fields import BATCHES, DEPTHS, ROWS, Checked, Conflict, unmet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelConfig:
+class ParallelConfig(Checked):
+    """How weights, batches and memory are divided over ranks and within one."""
+
     shard: Annotated[int, range(-1, 2**20 + 1)] = 1
     """Ranks that weights, gradients, moments and averages are spread over. 1: every rank holds all
     (DDP); -1: all ranks (FSDP2); between: as many groups of so many ranks (HSDP)."""
@@ -24,7 +27,8 @@ class ParallelConfig:
     spread: more of them hide a slower network, and each takes the memory of a block. 0: one, when
     FSDP2 sees fit."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "parallel.")
-        if self.shard == 0:
-            raise ValueError(f"parallel.shard: expected -1 or >= 1, got {self.shard}")
+    def place(self) -> str:
+        return "parallel."
+
+    def conflicts(self) -> Iterator[Conflict]:
+        return unmet(self, shard=(self.shard != 0, "-1 or >= 1"))

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
-from m3i_fast.config_fields import DEPTHS, MAX_RATIO, ROWS, SIDES, WIDTHS, check_fields
-from m3i_fast.models.recompute import Recompute, check_recompute
-from m3i_fast.models.transformer.blocks import DropPathMode
+from m3i_fast.config.fields import (
+    DEPTHS,
+    ROWS,
+    SIDES,
+    WIDTHS,
+    Checked,
+    Conflict,
+    DropPathMode,
+    Recompute,
+    mlp_ratio_conflicts,
+    recompute_conflicts,
+    unmet,
+)
 
 TOKEN_STRIDE = 16  # pixels a side of a dense token's cell
 COARSEST_STRIDE = 32  # pixels a side of a cell of the last stage
@@ -16,7 +27,7 @@ Four = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InternImageConfig:
+class InternImageConfig(Checked):
     """Size and options of an InternImage; the defaults are InternImage-T for ImageNet-1K."""
 
     encodes_cells_alone: ClassVar[bool] = False
@@ -69,38 +80,44 @@ class InternImageConfig:
     """What each layer computes again in the backward pass. selective: norms and GELU, which costs
     little; full: all of it, the least memory for about a third more compute."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("depths", "groups"):
-            value = getattr(self, name)
-            _require(len(value) == 4, name, value, "four numbers")
-        _require(self.channels % 2 == 0, "channels", self.channels, "an even number")
+    def conflicts(self) -> Iterator[Conflict]:
+        wrong = [name for name in ("depths", "groups") if len(getattr(self, name)) != 4]
+        if wrong:  # what follows counts on four stages
+            yield from (
+                (name, f"expected four numbers, got {getattr(self, name)}") for name in wrong
+            )
+            return
+        side = self.context_size
+        fits_heads = self.token_dim % self.pool_heads == 0
+        fits_stride = not self.use_clip_projector or self.image_size % COARSEST_STRIDE == 0
+        yield from unmet(
+            self,
+            channels=(self.channels % 2 == 0, "an even number"),
+            drop_path_rate=(0 <= self.drop_path_rate < 1, "0 <= rate < 1"),
+            dw_kernel_size=(side >= 1 and side % 2 == 1, "an odd number"),
+            token_dim=(fits_heads, f"a multiple of {self.pool_heads} heads"),
+            image_size=(fits_stride, f"a multiple of {COARSEST_STRIDE}"),
+        )
         for stage, groups in enumerate(self.groups):
             width = self.channels * 2**stage
-            _require(width % groups == 0, f"groups[{stage}]", groups, f"a divisor of {width}")
-        fits = 0 < self.mlp_ratio <= MAX_RATIO
-        _require(fits, "mlp_ratio", self.mlp_ratio, f"0 < ratio <= {MAX_RATIO}")
-        rate, side = self.drop_path_rate, self.context_size
-        _require(0 <= rate < 1, "drop_path_rate", rate, "0 <= rate < 1")
-        _require(side >= 1 and side % 2 == 1, "dw_kernel_size", side, "an odd number")
-        check_recompute(self.activation_checkpointing)
-        self._check_norms()
-        divides = self.token_dim % self.pool_heads == 0
-        _require(divides, "token_dim", self.token_dim, f"a multiple of {self.pool_heads} heads")
-        if self.use_clip_projector:
-            divides = self.image_size % COARSEST_STRIDE == 0
-            _require(divides, "image_size", self.image_size, f"a multiple of {COARSEST_STRIDE}")
+            if width % groups:
+                yield f"groups[{stage}]", f"expected a divisor of {width}, got {groups}"
+        yield from mlp_ratio_conflicts(self.mlp_ratio)
+        yield from recompute_conflicts(self.activation_checkpointing)
+        yield from self._norm_conflicts()
 
-    def _check_norms(self) -> None:
+    def _norm_conflicts(self) -> Iterator[Conflict]:
         if self.res_post_norm:  # the official code ignores it, or these, silently
-            _require(not self.post_norm, "post_norm", self.post_norm, "False with res_post_norm")
-            without = self.layer_scale is None
-            _require(without, "layer_scale", self.layer_scale, "None with res_post_norm")
+            yield from unmet(
+                self,
+                post_norm=(not self.post_norm, "False with res_post_norm"),
+                layer_scale=(self.layer_scale is None, "None with res_post_norm"),
+            )
         ids = self.level2_post_norm_block_ids or ()
         inside = all(0 <= i < self.depths[2] for i in ids) and len(set(ids)) == len(ids)
-        expected = f"distinct layers of {self.depths[2]}, with level2_post_norm only"
-        fits = inside and bool(ids) == self.level2_post_norm
-        _require(fits, "level2_post_norm_block_ids", ids, expected)
+        if not inside or bool(ids) != self.level2_post_norm:
+            expected = f"distinct layers of {self.depths[2]}, with level2_post_norm only"
+            yield "level2_post_norm_block_ids", f"expected {expected}, got {ids}"
 
     def drop_path(self, layer: int) -> float:
         """Rate of stochastic depth of that layer, counted over all stages."""
@@ -131,17 +148,14 @@ class InternImageConfig:
         """What the sides of an image in pixels are multiples of."""
         return COARSEST_STRIDE
 
-    def check_encoder(self) -> None:
-        """Raise ValueError unless this describes an encoder without head, for pre-training."""
-        projects = self.use_clip_projector
-        _require(projects, "vision.use_clip_projector", projects, "True to train an encoder")
-        num = self.num_classes
-        _require(num == 0, "vision.num_classes", num, "0 to train an encoder; terms have heads")
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}: expected {expected}, got {value}")
+    def encoder_conflicts(self) -> Iterator[Conflict]:
+        """Yield what keeps this from being an encoder without head, for pre-training."""
+        expected = {
+            "use_clip_projector": (self.use_clip_projector, "True to train an encoder"),
+            "num_classes": (self.num_classes == 0, "0 to train an encoder; terms have heads"),
+        }
+        for name, told in unmet(self, **expected):
+            yield f"vision.{name}", told
 
 
 def internimage_demo(**overrides: Any) -> InternImageConfig:

@@ -1,15 +1,16 @@
-"""What a run does about steps that would spoil it. Every command imports this: no torch here."""
+"""What a run does about steps that would spoil it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from m3i_fast.config_fields import COUNTS, NUMBERS, check_fields
+from m3i_fast.config.fields import COUNTS, NUMBERS, Checked, Conflict, unmet
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GuardConfig:
+class GuardConfig(Checked):
     """A step whose loss or gradient is not finite on any rank is skipped by all of them.
 
     Limits, back-off and rollbacks are heeded where the metrics are read, every log_every steps.
@@ -35,10 +36,13 @@ class GuardConfig:
     max_rollbacks: Annotated[int, NUMBERS] = 3
     """Rollbacks of a run; one more ends it."""
 
-    def __post_init__(self) -> None:
-        check_fields(self, "guard.")
-        for name in ("max_share", "backoff_scale"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"guard.{name}: expected in (0, 1], got {getattr(self, name)}")
-        if not self.spike_deviations > 0:
-            raise ValueError(f"guard.spike_deviations: expected > 0, got {self.spike_deviations}")
+    def place(self) -> str:
+        return "guard."
+
+    def conflicts(self) -> Iterator[Conflict]:
+        return unmet(
+            self,
+            max_share=(0 < self.max_share <= 1, "in (0, 1]"),
+            backoff_scale=(0 < self.backoff_scale <= 1, "in (0, 1]"),
+            spike_deviations=(self.spike_deviations > 0, "> 0"),
+        )

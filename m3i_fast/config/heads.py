@@ -1,0 +1,52 @@
+"""Sizes of the predictors: the dense decoder and the projectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from m3i_fast.config.fields import DEPTHS, WIDTHS, Checked, Conflict, mlp_ratio_conflicts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig(Checked):
+    """Size of the dense decoder."""
+
+    dim: Annotated[int, WIDTHS] = 512
+    """Width of a token."""
+    depth: Annotated[int, DEPTHS] = 4
+    """Number of blocks."""
+    num_heads: Annotated[int, WIDTHS] = 16
+    """Number of attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over dim."""
+    projector: Literal["none", "mlp", "batch_norm"] = "none"
+    """What stands between the encoder's cells and the decoder, and, following by EMA, between the
+    EMA encoder's cells and the targets, so that labels and dense targets do not share one output:
+    nothing; two layers of width dim; the same with batch norm, whose statistics are those of all
+    rows of a step, as SiameseIM's."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.dim % self.num_heads:
+            yield "dim", f"expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
+        if self.dim % 4:
+            yield "dim", f"expected a multiple of 4 (sine-cosine), got {self.dim}"
+        yield from mlp_ratio_conflicts(self.mlp_ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectorConfig(Checked):
+    """Sizes of the MLPs between the encoder and the embeddings that are compared."""
+
+    hidden_dim: Annotated[int, WIDTHS] = 2048
+    """Width of the hidden layers."""
+    output_dim: Annotated[int, WIDTHS] = 256
+    """Width of an embedding."""
+    num_layers: Annotated[int, DEPTHS] = 3
+    """Linear layers of the projector."""
+    predictor_hidden_dim: Annotated[int, WIDTHS] = 512
+    """Width of the hidden layer of the predictor on top of it."""
+
+    def place(self) -> str:
+        return "projector."

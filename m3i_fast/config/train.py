@@ -1,0 +1,222 @@
+"""The root config of a run: it composes the components' configs and checks what spans them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from m3i_fast.config.convert import from_tree, to_tree
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.config.fields import (
+    COUNTS,
+    NUMBERS,
+    ROWS,
+    STEPS,
+    THREADS,
+    WIDTHS,
+    Checked,
+    Conflict,
+)
+from m3i_fast.config.guard import GuardConfig
+from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.optim import EmaConfig, OptimConfig
+from m3i_fast.config.parallel import ParallelConfig
+from m3i_fast.config.telemetry import TelemetryConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.vit import ViTConfig
+from m3i_fast.json_files import read_json
+from m3i_fast.storage import write_atomically
+
+Precision = Literal[
+    "auto", "fp32", "bf16", "fp8_current", "fp8_delayed", "fp8_block", "mxfp8"
+]  # fmt: skip
+Backend = Literal["auto", "torch", "te", "torchao"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Checked):
+    """All that decides the result of a run: equal configs give equal runs."""
+
+    seed: Annotated[int, NUMBERS] = 0
+    """Seed of initialisation, masks, pairs and dropout; the loader has its own, data.seed."""
+    num_steps: Annotated[int, STEPS] = 100_000
+    """Optimiser steps. Schedules are arrays of this length."""
+    num_classes: Annotated[int, ROWS] = 1000
+    """Categories in the data; 0 if it has none."""
+    data: LoaderConfig = field(default_factory=LoaderConfig)
+    vision: Annotated[VisionConfig, tyro.conf.AvoidSubcommands] = field(default_factory=ViTConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    precision: Precision = "auto"
+    """Of matrix products; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere. FP8 has one scale a
+    tensor, of now (current) or of the past (delayed), one a block of 128, or one of 32 values (mx);
+    all that is not FP8 is then bf16."""
+    backend: Backend = "auto"
+    """Library of the blocks; auto: torch, and for FP8 Transformer Engine or else torchao."""
+    fp8_min_dim: Annotated[int, WIDTHS] = 768
+    """FP8 only where a linear layer has as many features in and out; narrower ones stay in bf16."""
+    compile: bool = False
+    """torch.compile the encoders and the decoder."""
+    cuda_graphs: bool = False
+    """Replay each ViT, text encoder and decoder as one launch, forward and backward, by a graph for
+    each shape: for kernels that are shorter than their launches, as those of ViT-S and B. On a GPU,
+    alone or with DDP; every graph keeps its activations."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the first GPU if there is one."""
+    deterministic: bool = False
+    """Only operations that give the same bits at every run on the same machine, though slower ones;
+    what has none is refused."""
+    num_threads: Annotated[int, range(THREADS.stop)] = 0
+    """CPU threads of torch; 0 leaves torch's default."""
+    log_every: Annotated[int, COUNTS] = 10
+    """Steps between two reads of the metrics, the only host synchronisation."""
+    checkpoint_every: Annotated[int, COUNTS] = 1000
+    """Steps between two checkpoints; the last step always writes one."""
+    keep_checkpoints: Annotated[int, COUNTS] = 2
+    """Newest checkpoints kept."""
+    keep_every: Annotated[int, NUMBERS] = 0
+    """Steps between checkpoints that are kept for ever; 0 keeps none of them."""
+    keep_best: str = ""
+    """Logged metric whose best checkpoint is kept as well: loss/total its lowest,
+    +monitor/target_rank its highest; as it was when last logged before the save."""
+    async_checkpoint: bool = True
+    """Write checkpoints in a thread, from a copy in host memory; the step waits for the copy."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from self._view_conflicts()
+        yield from self.objective.mixing.batch_conflicts(self.data.batch_size)
+        yield from self.objective.vision_conflicts(self.vision)
+        yield from self._projector_conflicts()
+        if self.parallel.shard != 1:
+            yield from self._shard_conflicts()
+        if self.cuda_graphs:
+            yield from self._graph_conflicts()
+
+    def _view_conflicts(self) -> Iterator[Conflict]:
+        """Views that are not of the encoder's size, or that a term misses."""
+        views, local = self.data.global_views, self.data.local_views
+        if views.size != self.vision.image_size:
+            yield (
+                "data.global_views.size",
+                f"expected vision.image_size = {self.vision.image_size}, got {views.size}",
+            )
+        if self.objective.uses(view="other") and views.count < 2:
+            yield (
+                "data.global_views.count",
+                f"a term of the other view needs 2 views, got {views.count}",
+            )
+        if local is None:
+            return
+        if local.size % self.vision.size_multiple:
+            yield (
+                "data.local_views.size",
+                f"expected a multiple of the encoder's {self.vision.size_multiple}, got "
+                f"{local.size}",
+            )
+        if self.objective.mixing.mode == "blend":
+            yield (
+                "data.local_views",
+                "expected none with objective.mixing.mode = blend, which weighs images by their "
+                f"share, got {local.count} of {local.size} pixels",
+            )
+
+    def _projector_conflicts(self) -> Iterator[Conflict]:
+        """Batch norm in the decoder's projector needs all rows of a step in one call."""
+        if self.objective.decoder.projector != "batch_norm":
+            return
+        settings = {
+            "parallel.chunk": self.parallel.chunk,
+            "compile": self.compile,
+            "cuda_graphs": self.cuda_graphs,
+        }
+        for name, got in settings.items():
+            if got:
+                yield (
+                    "objective.decoder.projector",
+                    f"expected none or mlp with {name} = {got}, got batch_norm, whose statistics "
+                    "are of all rows of a step",
+                )
+
+    def _shard_conflicts(self) -> Iterator[Conflict]:
+        """What needs whole weights on every rank is refused."""
+        whole = "with parallel.shard = 1 alone, which"
+        if self.optim.matrices == "muon":
+            yield (
+                "optim.matrices",
+                f"expected adamw, or muon {whole} takes a whole matrix at a time; got muon and "
+                f"shard = {self.parallel.shard}",
+            )
+        if self.objective.balance.mode == "gradient_norm":
+            yield (
+                "objective.balance.mode",
+                f"expected fixed or uncertainty, or gradient_norm {whole} goes back through the "
+                f"predictors in the forward pass; got gradient_norm and shard = "
+                f"{self.parallel.shard}",
+            )
+
+    def _graph_conflicts(self) -> Iterator[Conflict]:
+        """What a graph cannot hold, or would give wrong gradients, is refused."""
+        vision, text, balance = self.vision, self.text, self.objective.balance
+        checkpointing = vision.activation_checkpointing, text.activation_checkpointing
+        wanted = {
+            "vision": (isinstance(vision, ViTConfig), "a ViT", type(vision).__name__),
+            "precision": (
+                self.precision in ("auto", "fp32", "bf16"),
+                "auto, fp32 or bf16",
+                self.precision,
+            ),
+            "compile": (not self.compile, "False", self.compile),
+            "parallel.shard": (self.parallel.shard == 1, "1", self.parallel.shard),
+            "parallel.chunk": (not self.parallel.chunk, "0", self.parallel.chunk),
+            "parallel.accumulate": (self.parallel.accumulate == 1, "1", self.parallel.accumulate),
+            "objective.balance.mode": (
+                balance.mode != "gradient_norm",
+                "fixed or uncertainty",
+                balance.mode,
+            ),
+            "vision.drop_path_mode": (
+                vision.drop_path_mode == "mask",
+                "mask",
+                vision.drop_path_mode,
+            ),
+            "vision.activation_checkpointing": (
+                checkpointing == ("none", "none"),
+                "none of vision and text",
+                " and ".join(checkpointing),
+            ),
+        }
+        for name, (holds, expected, got) in wanted.items():
+            if not holds:
+                yield name, f"expected {expected} with cuda_graphs, got {got}"
+
+    def to_json(self) -> str:
+        """Return all fields as JSON, which `load` reads."""
+        return json.dumps(to_tree(self), indent=2) + "\n"
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, beside and renamed."""
+        write_atomically(path, self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: Path) -> TrainConfig:
+        """Read a config.json; ValueError names the file and every unknown or wrong field."""
+        try:
+            return cls.from_tree(read_json(path), path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--config: no such file: {path}") from None
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any], path: Path) -> TrainConfig:
+        """Take what `to_json` wrote; ValueError names the file and every unknown or wrong field."""
+        return from_tree(cls, tree, str(path))

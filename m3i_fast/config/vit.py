@@ -1,0 +1,155 @@
+"""Sizes and options of the Vision Transformer, and the published ones by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from m3i_fast.config.fields import (
+    DEPTHS,
+    SIDES,
+    WIDTHS,
+    Checked,
+    Conflict,
+    DropPathMode,
+    Recompute,
+    mlp_ratio_conflicts,
+    recompute_conflicts,
+    unmet,
+)
+
+Position = Literal["absolute", "rotary"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTConfig(Checked):
+    """Size and options of a Vision Transformer."""
+
+    encodes_cells_alone: ClassVar[bool] = True
+    """Any subset of an image's patches can be encoded as if the others were absent."""
+    mask_multiple: ClassVar[int] = 1
+    """Tokens a side of the coarsest cell, which mixing should not cut."""
+
+    image_size: Annotated[int, SIDES] = 224
+    """Side of a global view in pixels; position parameters are made for it."""
+    patch_size: Annotated[int, SIDES] = 16
+    """Side of a patch in pixels."""
+    dim: Annotated[int, WIDTHS] = 768
+    """Width of a token."""
+    depth: Annotated[int, DEPTHS] = 12
+    """Number of blocks."""
+    num_heads: Annotated[int, WIDTHS] = 12
+    """Number of attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over dim."""
+    qkv_bias: bool = True
+    """Bias on queries, keys and values."""
+    class_token: bool = False
+    """One learned token before the patches."""
+    num_registers: Annotated[int, range(WIDTHS.stop)] = 0
+    """Further learned tokens before the patches (registers)."""
+    position: Position = "absolute"
+    """absolute: parameters, sine-cosine at the start, added to the patches. rotary: nothing is
+    added, queries and keys are turned by their patch's place (RoPE in two dimensions, as DINOv3).
+    """
+    layer_scale_init: float | None = None
+    """Initial LayerScale of each branch; none: no LayerScale."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block, rising linearly from 0 in the first."""
+    drop_path_mode: DropPathMode = "mask"
+    """mask draws each sample by itself, and computes what is then dropped. subset drops a share of
+    every batch that is always the same, and does no work for it (DINOv2)."""
+    final_norm: bool = True
+    """LayerNorm after the last block."""
+    activation_checkpointing: Recompute = "none"
+    """What each block computes again in the backward pass. selective: norms and GELU, which costs
+    little; full: all of it, the least memory for about a third more compute."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from unmet(
+            self,
+            image_size=(
+                self.image_size % self.patch_size == 0,
+                f"a multiple of patch_size = {self.patch_size}",
+            ),
+            dim=(
+                self.dim % self.num_heads == 0,
+                f"a multiple of num_heads = {self.num_heads}",
+            ),
+            drop_path_rate=(0 <= self.drop_path_rate < 1, "0 <= rate < 1"),
+        )
+        if self.dim % 4:
+            yield "dim", f"expected a multiple of 4 (sine-cosine), got {self.dim}"
+        if self.position == "rotary" and self.dim // self.num_heads % 4:
+            yield (
+                "num_heads",
+                "expected heads of a multiple of 4 features with position = rotary, got "
+                f"{self.dim} / {self.num_heads}",
+            )
+        yield from mlp_ratio_conflicts(self.mlp_ratio)
+        yield from recompute_conflicts(self.activation_checkpointing)
+
+    def drop_path(self, layer: int) -> float:
+        """Rate of stochastic depth of that block."""
+        return self.drop_path_rate * layer / max(self.depth - 1, 1)
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of a global view."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a global view."""
+        return self.grid**2
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return int(self.class_token) + self.num_registers
+
+    @property
+    def summary_dim(self) -> int:
+        """Width of what the objective's global heads read: the patch tokens."""
+        return self.dim
+
+    @property
+    def size_multiple(self) -> int:
+        """What the sides of an image in pixels are multiples of."""
+        return self.patch_size
+
+    def encoder_conflicts(self) -> Iterator[Conflict]:
+        """Yield nothing: every ViTConfig describes an encoder without head, for pre-training."""
+        return iter(())
+
+
+def vit_demo(**overrides: Any) -> ViTConfig:
+    """ViT of 0.8 M parameters for drawings of 64 pixels on a CPU; keywords replace fields."""
+    cfg = ViTConfig(image_size=64, patch_size=8, dim=128, depth=4, num_heads=4)
+    return replace(cfg, **overrides)
+
+
+def vit_ti(**overrides: Any) -> ViTConfig:
+    """ViT-Ti/16: 5.5 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=192, num_heads=3), **overrides)
+
+
+def vit_s(**overrides: Any) -> ViTConfig:
+    """ViT-S/16: 22 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=384, num_heads=6), **overrides)
+
+
+def vit_b(**overrides: Any) -> ViTConfig:
+    """ViT-B/16: 86 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=768, num_heads=12), **overrides)
+
+
+def vit_l(**overrides: Any) -> ViTConfig:
+    """ViT-L/16: 303 M parameters; keywords replace fields."""
+    return replace(ViTConfig(dim=1024, depth=24, num_heads=16), **overrides)
+
+
+def vit_h(**overrides: Any) -> ViTConfig:
+    """ViT-H/14: 631 M parameters; keywords replace fields."""
+    return replace(ViTConfig(patch_size=14, dim=1280, depth=32, num_heads=16), **overrides)
