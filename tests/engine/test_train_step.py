@@ -19,6 +19,7 @@ from m3i_fast.benchmarks.scaling import ranks as scaling_ranks
 from m3i_fast.benchmarks.training import step as bench_step
 from m3i_fast.benchmarks.training import telemetry as bench_telemetry
 from m3i_fast.config import TrainConfig
+from m3i_fast.engine.optim.schedules import lr_schedule
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.train_step import TrainStep, build_train_step
 from m3i_fast.engine.trainer import Trainer
@@ -132,7 +133,7 @@ def test_the_learning_rate_is_the_schedules_times_the_back_off(dataset: Path) ->
     cfg = _config(dataset)
     world = World(torch.device("cpu"))
     step = build_train_step(cfg, world, FP32, lr_scale=lambda index: 0.5 if index == 2 else 1.0)
-    expected = cfg.optim.lr_schedule(cfg.num_steps)
+    expected = lr_schedule(cfg.optim, cfg.num_steps)
     rates = []
     for _ in range(3):
         step(draw_batch(cfg))
