@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.benchmarks.tune.compile import Resources
+from m3i_fast.ops.registry import OPS, OpSpec
 from tests.cuda.nvcc import (
     ARCHITECTURES,
     CUDA,
@@ -26,8 +27,8 @@ HOST_CODE = sorted([*CUDA.glob("*_cuda.cpp"), *CUDA.glob("*/*_cuda.cpp")])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("folder", sorted({path.parents[1] for path in KERNELS}), ids=name_of)
-def test_kernels_keep_their_budget(folder: Path, architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_kernels_keep_their_budget(op: OpSpec, architecture: str, tmp_path: Path) -> None:
     """budget.json beside the kernels holds, for each, the most that ptxas may give it.
 
     Registers are given out in eights, so a budget is a multiple of eight; it is raised only by
@@ -35,11 +36,11 @@ def test_kernels_keep_their_budget(folder: Path, architecture: str, tmp_path: Pa
     """
     options = [*compile_options(architecture), "-Xptxas=-v", "-o", tmp_path / "kernel.o", "-c"]
     used: dict[str, Resources] = {}
-    for source in folder.glob("sm*/*.cu"):
+    for source in (CUDA / op.name).glob("sm*/*.cu"):
         printed = run_nvcc(*options, source)
         assert "serialized" not in printed, f"wgmma that waits for itself: {printed}"
         used |= short_ptxas(printed)
-    budget = json.loads((folder / "budget.json").read_text())[f"sm_{architecture}"]
+    budget = json.loads((ROOT / op.budget).read_text())[f"sm_{architecture}"]
     assert used and used.keys() == budget.keys(), f"used: {used}"
     over = {
         kernel: asdict(resources)

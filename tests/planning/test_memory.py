@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.vit import ViTConfig
+from m3i_fast.engine.guard.guard import written_buffers
 from m3i_fast.planning.memory import (
     AVERAGE,
+    BUFFERS,
     DECODER,
     ENCODER,
     HELD,
@@ -28,6 +31,8 @@ from m3i_fast.planning.memory import (
 from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, TensorTracker
 from m3i_fast.recipes import recipes, shrink
 from tests.engine.real_step import BF16, FP32, stepper
+
+BalanceMode = Literal["gradient_norm", "uncertainty"]
 
 
 def sized(name: str, batch_size: int) -> TrainConfig:
@@ -157,6 +162,23 @@ def test_blocks_are_those_that_are_trained() -> None:
     assert len(sizes) == 12 + 12 + 4  # image, text, decoder; not the EMA copy
     assert max(sizes) == 12 * 768**2 + 13 * 768
     assert set(count_parameters(objective)) >= {ENCODER, DECODER, TEXT}
+
+
+def test_the_guards_copies_are_held_with_the_buffers() -> None:
+    cfg = sized("demo", 8)
+    objective = build_on_meta(cfg)
+    sizes = [buffer.nbytes for buffer in (*objective.buffers(), *written_buffers(objective))]
+    assert len(sizes) > 6
+    beside = trace(cfg, bf16=False).held[BUFFERS] - sum(sizes)  # flags and counts of the guard
+    assert 0 < beside < 256
+
+
+@pytest.mark.parametrize("mode", ["gradient_norm", "uncertainty"])
+def test_balanced_terms_are_traced_with_what_measures_them(mode: BalanceMode) -> None:
+    cfg = sized("demo", 8)
+    balanced = replace(cfg.objective, balance=replace(cfg.objective.balance, mode=mode))
+    peaks = [trace(c, bf16=True).peak for c in (cfg, replace(cfg, objective=balanced))]
+    assert sum(peaks[0].values()) < sum(peaks[1].values())
 
 
 def test_a_frozen_teacher_is_refused() -> None:
