@@ -22,6 +22,7 @@ VERBS = {
     "launch": "train on several GPUs or nodes under a scheduler: torchrun that passes signals on",
     "profile": "say where the time of a recipe's steps goes, and what makes two profiles differ",
     "plan": "say what a recipe needs on which cards, and how fast it can be, without running it",
+    "recipes": "list the recipes: what each trains, and what it needs",
     "methods": "list the known methods and their terms, or explain one",
     "evaluate": "measure a run's encoder on held-out pictures",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",

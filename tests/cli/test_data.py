@@ -126,7 +126,7 @@ def test_the_demo_takes_both_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def small(out: Path, **options: object) -> Path:
         return build(out, limit=60, image_size=24, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("m3i_fast.recipes.build_openmoji", small)
+    monkeypatch.setattr("m3i_fast.pipelines.sources.openmoji.build", small)
     pack_demo(tmp_path / "apart", labelled=0.0, captioned=1.0)
     pictures, labels, captions = counts(read_manifest(tmp_path / "apart"), "train")
     assert (labels, captions) == (0, pictures)

@@ -28,6 +28,7 @@ REFUSED = [
     ["plan", "--config", "{}"],
     ["plan", "demo", "--card", "{}"],
     ["methods", "{}"],
+    ["recipes", "{}"],
     ["evaluate", "{}"],
     ["checkpoint", "ls", "{}"],
     ["checkpoint", "verify", "{}"],

@@ -17,7 +17,10 @@ def loaded_by(program: str) -> str:
     return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["m3i_fast", "m3i_fast.config", "m3i_fast.objectives.methods"])
+MODULES = ("m3i_fast", "m3i_fast.config", "m3i_fast.objectives.methods", "m3i_fast.recipes")
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_of_facts_loads_nothing_heavy(module: str) -> None:
     assert loaded_by(f"import {module}") == ""
 

@@ -1,0 +1,77 @@
+"""The recipes by name and by group, and what a person types to choose one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from m3i_fast.config.train import TrainConfig
+from m3i_fast.hints import nearest
+from m3i_fast.objectives.methods import METHODS
+from m3i_fast.recipes import m3i_internimage, m3i_vit, own_data
+from m3i_fast.recipes.demo import demo, demo_internimage, demo_method
+
+Make = Callable[[], TrainConfig]
+
+GROUPS: dict[str, tuple[Make, ...]] = {
+    "to try it": (demo, demo_internimage),
+    "for your own pictures": (own_data.vit_ti, own_data.vit_s, own_data.vit_b),
+    "M3I with a ViT": (
+        *(m3i_vit.m3i_vit_s, m3i_vit.m3i_vit_s_a100, m3i_vit.m3i_vit_s_h100),
+        *(m3i_vit.m3i_vit_b, m3i_vit.m3i_vit_b_a100, m3i_vit.m3i_vit_b_h100),
+        *(m3i_vit.m3i_vit_l, m3i_vit.m3i_vit_l_a100, m3i_vit.m3i_vit_l_h100),
+        *(m3i_vit.m3i_vit_h, m3i_vit.m3i_vit_h_a100, m3i_vit.m3i_vit_h_h100),
+    ),
+    "M3I with an InternImage": (
+        m3i_internimage.m3i_internimage_t,
+        m3i_internimage.m3i_internimage_s,
+        m3i_internimage.m3i_internimage_b,
+        m3i_internimage.m3i_internimage_l,
+        m3i_internimage.m3i_internimage_xl,
+        m3i_internimage.m3i_internimage_h,
+        m3i_internimage.m3i_internimage_g,
+    ),
+}
+RECIPES: dict[str, Make] = {make.__name__: make for makes in GROUPS.values() for make in makes}
+
+
+def recipes() -> dict[str, Make]:
+    """Return all of them by name: RECIPES, and demo_<method> of every method there is by now."""
+    return RECIPES | {f"demo_{name}": partial(demo_method, name) for name in METHODS}
+
+
+def sentence_of(make: Make) -> str:
+    """Return what a recipe of `RECIPES` does, the first line of its docstring."""
+    return _lines(make)[0]
+
+
+def needs_of(make: Make) -> str:
+    """Return what a recipe of `RECIPES` needs: data, cards, memory."""
+    [needs] = [line for line in _lines(make) if line.startswith("Needs: ")]
+    return needs.removeprefix("Needs: ").removesuffix(".")
+
+
+def _lines(make: Make) -> list[str]:
+    return (inspect.getdoc(make) or "").splitlines()
+
+
+def find_recipe(argv: list[str], default: str | None = None) -> tuple[str, TrainConfig, list[str]]:
+    """Read `RECIPE ...` or `--config FILE ...`: its name, its config and the other arguments.
+
+    default: the recipe where the arguments name none. Raises ValueError for an unknown recipe,
+    FileNotFoundError for a missing file.
+    """
+    if default is not None and (not argv or argv[0].startswith("-") and argv[0] != "--config"):
+        argv = [default, *argv]
+    if argv[0] == "--config":
+        if len(argv) < 2:
+            raise ValueError("--config: expected a file")
+        return Path(argv[1]).stem, TrainConfig.load(Path(argv[1])), argv[2:]
+    known = recipes()
+    if argv[0] not in known:
+        raise ValueError(
+            f"unknown recipe {argv[0]!r}: `m3i-fast recipes` lists them.{nearest(argv[0], known)}"
+        )
+    return argv[0], known[argv[0]](), argv[1:]

@@ -1,0 +1,36 @@
+"""M3I with a plain Vision Transformer, to start from with one's own pictures.
+
+Steps are those of a first look at a data set of some hundred thousand pictures; `--num-steps` and
+`--data.path` are what is set first. Batch sizes are those that fit a card of 24 GB in bf16, as
+`m3i-fast plan` predicts; no card has confirmed them.
+"""
+
+from __future__ import annotations
+
+from m3i_fast.config import vit
+from m3i_fast.config.train import TrainConfig
+from m3i_fast.recipes.production import production
+
+
+def vit_ti() -> TrainConfig:
+    """Pre-train ViT-Ti/16 with M3I on your own pictures.
+
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 24 GB; 384 pictures a card.
+    """
+    return production(vit.vit_ti(), batch_size=384, num_steps=50_000)
+
+
+def vit_s() -> TrainConfig:
+    """Pre-train ViT-S/16 with M3I on your own pictures.
+
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 24 GB; 256 pictures a card.
+    """
+    return production(vit.vit_s(), batch_size=256, num_steps=50_000)
+
+
+def vit_b() -> TrainConfig:
+    """Pre-train ViT-B/16 with M3I on your own pictures.
+
+    Needs: pictures packed by `m3i-fast data` (--data.path); a card of 24 GB; 128 pictures a card.
+    """
+    return production(vit.vit_b(), batch_size=128, num_steps=50_000)

@@ -1,0 +1,68 @@
+"""What the recipes at full size have in common.
+
+Marked with where a value comes from: [paper] M3I, [SiameseIM] its base method; the rest is chosen
+here, and not yet measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.config.heads import DecoderConfig
+from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.objective import ObjectiveConfig
+from m3i_fast.config.optim import EmaConfig, OptimConfig
+from m3i_fast.config.text import TextConfig
+from m3i_fast.config.train import TrainConfig
+from m3i_fast.config.vision import VisionConfig
+
+MIN_CONTRAST = 8  # of 255 levels: less is blank paper, sky, or JPEG's noise in either
+IMAGENET_PICTURES = 1_281_167
+
+
+def production(
+    vision: VisionConfig, *, batch_size: int, num_steps: int, compile: bool = False
+) -> TrainConfig:
+    """Make M3I on a captioned and labelled data set; values chosen where no source is marked."""
+    colours = ViewConfig(
+        size=vision.image_size,
+        scale=(0.08, 1.0),  # [SiameseIM]
+        blur_probability=0.5,  # [SiameseIM] 1.0 and 0.1 on its two views
+        solarize_probability=0.1,  # [SiameseIM] 0.2 on one of two views
+    )
+    return TrainConfig(
+        num_steps=num_steps,
+        num_classes=1000,
+        data=LoaderConfig(
+            path=Path("data/train"),
+            batch_size=batch_size,
+            global_views=colours,
+            num_threads=8,
+        ),
+        vision=vision,
+        text=TextConfig(),  # [paper] CLIP's base text Transformer, from scratch
+        objective=ObjectiveConfig(
+            mixing=MixingConfig(  # [paper] two images, block-wise, about half and half, together
+                mode="joint", mask_block=2, min_contrast=MIN_CONTRAST
+            ),
+            # [SiameseIM] depth, heads; its width is the encoder's, and so has the targets' rank
+            decoder=DecoderConfig(dim=max(512, vision.dim), depth=4, num_heads=16),
+        ),
+        optim=OptimConfig(
+            lr=6.25e-5 * 16 * batch_size / 4096,  # [SiameseIM] 1e-3 at 4096, linear in the batch
+            weight_decay=0.05,  # [SiameseIM]
+            betas=(0.9, 0.95),  # [SiameseIM]
+            clip_grad_norm=1.0,  # [SiameseIM]
+        ),
+        ema=EmaConfig(momentum=0.995),  # [SiameseIM]
+        compile=compile,
+        log_every=50,
+        checkpoint_every=2000,
+    )
+
+
+def for_400_epochs(vision: VisionConfig, batch_size: int, *, compile: bool = False) -> TrainConfig:
+    """Make M3I for 400 epochs of 1.28 M images [paper, ablations on ImageNet-1k]."""
+    num_steps = 400 * IMAGENET_PICTURES // batch_size
+    return production(vision, batch_size=batch_size, num_steps=num_steps, compile=compile)
