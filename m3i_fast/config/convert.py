@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cattrs
+from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from m3i_fast.config.fields import all_conflicts, deferred_checks
 from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.objective import LABELS, Term
 from m3i_fast.config.vision import VisionConfig
 from m3i_fast.config.vit import ViTConfig
 
@@ -71,6 +73,13 @@ def _vision_config(value: dict[str, Any], _: Any) -> VisionConfig:
     return _converter.structure(value, ViTConfig)
 
 
+def _term(value: dict[str, Any], _: Any) -> Term:
+    """Read a label term that names no mean as what it was: over the members, once the only mean."""
+    if isinstance(value, dict) and value.get("target") in LABELS:
+        value = {"mean": "members"} | value
+    return _structure_term(value, Term)
+
+
 def _reason(error: BaseException, kind: type | None) -> str:
     """The text of what a config raises; cattrs's own for what is missing, unknown or no object."""
     if isinstance(error, (KeyError, TypeError, AttributeError, cattrs.ForbiddenExtraKeysError)):
@@ -94,5 +103,7 @@ _converter.register_structure_hook(int, _only(int, "a whole number"))
 _converter.register_structure_hook(float, _only(float, "a number", int))
 _converter.register_structure_hook(str, _only(str, "text"))
 _converter.register_structure_hook(VisionConfig, _vision_config)
+_structure_term = make_dict_structure_fn(Term, _converter)
+_converter.register_structure_hook(Term, _term)
 _converter.register_unstructure_hook(Path, str)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))

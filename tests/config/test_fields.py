@@ -160,6 +160,17 @@ def test_a_file_keeps_the_reason_and_names_the_field(
         TrainConfig.load(file)
 
 
+def test_the_config_of_an_old_run_says_the_mean_that_it_had(tmp_path: Path) -> None:
+    tree = json.loads(demo().to_json())
+    for term in tree["objective"]["terms"]:
+        del term["mean"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tree))
+    read = TrainConfig.load(path).objective.terms
+    means = {term.target: term.mean for term in read}
+    assert means == {"features": "batch", "category": "members", "caption": "members"}
+
+
 def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
     loaded = TrainConfig.load(_file(tmp_path, "optim.weight_decay", 1))
     assert loaded.optim.weight_decay == 1.0 and type(loaded.optim.weight_decay) is float
