@@ -211,7 +211,7 @@ def digest(paths: Iterable[Path], *more: object) -> str:
 
 def wanted_state(plan: Plan) -> dict[str, str]:
     """What .venv was made from. A stale root, python or torch needs a new one; packages, a run of
-    pip; cpp alone, a rebuild.
+    pip; cpp or modules alone, a rebuild: an editable install knows the package's files by name.
     """
     files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve()]
     cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
@@ -221,7 +221,19 @@ def wanted_state(plan: Plan) -> dict[str, str]:
         "torch": plan.torch,
         "packages": digest(files, plan.extras, plan.build_cuda),
         "cpp": digest(cpp_files),
+        "modules": digest((), *package_files()),
     }
+
+
+def package_files() -> list[str]:
+    """The files of the package that an editable install maps, one by one."""
+    folders = (ROOT / name for name in ("m3i_fast", "pipelines", "benchmarks"))
+    found = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in found
+        if path.parent.name not in ("__pycache__", "results")
+    )
 
 
 def bring_up_to_date(plan: Plan) -> None:
@@ -231,7 +243,7 @@ def bring_up_to_date(plan: Plan) -> None:
     stale = {part for part in wanted if done.get(part) != wanted[part]}
     if done and stale & {"root", "python", "torch"}:
         shutil.rmtree(VENV)
-    if stale - {"cpp"}:
+    if stale - {"cpp", "modules"}:
         STAMP.unlink(missing_ok=True)
         install_everything(plan)
     elif stale:

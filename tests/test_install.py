@@ -123,12 +123,18 @@ def test_only_what_changed_is_redone(checkout: list[str]) -> None:
     install.bring_up_to_date(cpu)
     (install.ROOT / "cuda" / "op" / "new.cuh").write_text("")
     install.bring_up_to_date(cpu)
-    assert checkout[1:] == ["rebuild", "rebuild"]
+    module = install.ROOT / "pipelines" / "sources" / "new.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    install.bring_up_to_date(cpu)
+    module.write_text("changed = True")
+    install.bring_up_to_date(cpu)
+    assert checkout[1:] == ["rebuild", "rebuild", "rebuild"]
     (install.ROOT / "pyproject.toml").write_text("changed = true")
     install.bring_up_to_date(cpu)
-    assert checkout[3:] == ["packages"]
+    assert checkout[4:] == ["packages"]
     install.bring_up_to_date(install.plan_for((12, 8)))
-    assert checkout[4:] == ["fresh"], "another torch needs a new .venv"
+    assert checkout[5:] == ["fresh"], "another torch needs a new .venv"
 
 
 def test_an_environment_is_made_anew_by_its_own_python(tmp_path: Path) -> None:
