@@ -28,8 +28,7 @@ from m3i_fast.engine.optim.schedules import lr_schedule, momentum_schedule, weig
 from m3i_fast.engine.parallel.accumulation import expect_additive, over_batches, reduced
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import StopFlag, average_whole, distribute, join_world
-from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES
-from m3i_fast.engine.parallel.watchdog import Watchdog
+from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, Watchdog
 from m3i_fast.engine.precision.arithmetic import (
     announce,
     look_at,
