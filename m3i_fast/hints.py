@@ -6,7 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name closest to a misspelt one, as a hint; empty when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.4) -> str:
+    """Return the known name closest to a misspelt one, as a hint; empty when none is close.
+
+    cutoff: how alike they have to be, 0 to 1.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {close[0]}?" if close else ""

@@ -17,9 +17,10 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import CARDS, Card
 from m3i_fast.costs.roofline import UTILISATION
 from m3i_fast.costs.traffic import Nodes
+from m3i_fast.flags import read_flags
 from m3i_fast.hints import nearest
 from m3i_fast.planning.plan import Plan, make_plan
-from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.recipes import find_recipe
 from m3i_fast.terminal import make_console
 
 USAGE = """\
@@ -56,15 +57,14 @@ class PlanCommand:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        messages.print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
+        messages.print(f"{USAGE}\nm3i-fast recipes lists the recipes", highlight=False)
         return 0 if argv else 2
     name, config, rest = find_recipe(argv)
-    command = tyro.cli(
+    command = read_flags(
         PlanCommand,
+        rest,
         prog=f"m3i-fast plan {argv[0]}",
         default=PlanCommand(config=config),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),
     )
     plan = make_plan(
         _sized(command),

@@ -15,12 +15,12 @@ import torch
 import tyro
 
 from m3i_fast.cli import console
-from m3i_fast.cli.train import find_recipe
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import card_of
 from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.flags import read_flags
 from m3i_fast.json_files import read_json
 from m3i_fast.observe.environment import environment
 from m3i_fast.profiling import diff as profile_diff
@@ -39,7 +39,7 @@ from m3i_fast.profiling.recording import Recording
 from m3i_fast.profiling.summary import HostWait, Pace, Peak, read_summary, summarise
 from m3i_fast.profiling.text import markdown
 from m3i_fast.profiling.torch_trace import read_trace
-from m3i_fast.recipes import recipes
+from m3i_fast.recipes import find_recipe
 from m3i_fast.storage import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] == ["diff"]:
         return diff(argv[1:])
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
+        console.print(f"{USAGE}\nm3i-fast recipes lists the recipes", highlight=False)
         return 0 if argv else 2
     name, command = parse(argv)
     if command.inside_nsys:
@@ -103,16 +103,14 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> tuple[str, ProfileCommand]:
     """The recipe's name, and what is asked for.
 
-    Raises as `find_recipe`, ValueError for steps that the run has not, SystemExit for an unknown
-    flag.
+    Raises as `find_recipe` and `read_flags`, and ValueError for steps that the run has not.
     """
     name, config, rest = find_recipe(argv)
-    command = tyro.cli(
+    command = read_flags(
         ProfileCommand,
+        rest,
         prog=f"m3i-fast profile {argv[0]}",
         default=ProfileCommand(config=config, out=Path("runs") / f"profile-{name}"),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),
     )
     command.windows.expect_in(command.config.num_steps)
     return name, command

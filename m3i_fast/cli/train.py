@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.progress import (
@@ -21,23 +22,53 @@ from rich.progress import (
 
 from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.parallel.ranks import leave_world
-from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES
-from m3i_fast.engine.parallel.watchdog import WATCHDOG_MINUTES, Watchdog
-from m3i_fast.engine.run.directory import Resume
-from m3i_fast.engine.trainer import Outcome, Trainer
-from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.config.fields import Checked, Conflict, unmet
+from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, WATCHDOG_MINUTES, Watchdog
+from m3i_fast.flags import help_text, read_flags
+from m3i_fast.recipes import find_recipe
+from m3i_fast.terminal import make_console
+
+if TYPE_CHECKING:  # torch takes seconds: what is wrong is told, and help given, before
+    from m3i_fast.engine.run.directory import Resume
+    from m3i_fast.engine.trainer import Outcome
 
 USAGE = """\
 usage: m3i-fast launch --nproc-per-node N -m m3i_fast.cli train RECIPE ...
        m3i-fast train RECIPE [--out DIR] [--resume | --auto-resume] [--stop-on-collapse]
                              [--field value ...]
        m3i-fast train --config FILE [...]
+
+m3i-fast recipes            lists the recipes
+m3i-fast train RECIPE -h    tells the flags that are set most often; --help-all tells all of them
 """
+# What people set, by what for; all else is under --help-all.
+FLAGS = {
+    "run": (
+        *("out", "resume", "auto_resume", "max_hours"),
+        *("config.num_steps", "config.seed", "config.device"),
+    ),
+    "data": (
+        *("config.data.path", "config.data.batch_size", "config.data.num_threads"),
+        *("config.num_classes", "config.text.vocab_size"),
+    ),
+    "optimiser": (
+        *("config.optim.name", "config.optim.lr", "config.optim.warmup_fraction"),
+        *("config.optim.weight_decay", "config.ema.momentum"),
+    ),
+    "precision and speed": ("config.precision", "config.compile", "config.cuda_graphs"),
+    "several GPUs, and memory": (
+        *("config.parallel.shard", "config.parallel.accumulate", "config.parallel.chunk"),
+    ),
+    "log and checkpoints": (
+        *("config.log_every", "config.checkpoint_every", "config.telemetry.wandb_project"),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand:
+class TrainCommand(Checked):
+    """Pre-train a recipe, with these fields of its config changed."""
+
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path
     """Run directory: config.json, env.json, metrics.jsonl, tensorboard/, checkpoints/."""
@@ -58,27 +89,36 @@ class TrainCommand:
     of the fastest) write the stacks of all threads to stacks-rankN.txt in --out and exit with 76;
     inf: never."""
 
-    def __post_init__(self) -> None:
+    def wrong_numbers(self) -> tuple[Conflict, ...]:
+        """Yield nothing: limits of time may be infinite, and `conflicts` has the rest."""
+        return ()
+
+    def conflicts(self) -> Iterator[Conflict]:
         for name in ("max_hours", "init_minutes", "watchdog_minutes"):
-            if not getattr(self, name) > 0:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag}: expected > 0, got {getattr(self, name)}")
+            yield from unmet(self, **{name: (getattr(self, name) > 0, "> 0")})
         if self.resume and self.auto_resume:
-            raise ValueError(
-                "--auto-resume: expected without --resume, which is an error where there is no run"
+            yield (
+                "auto_resume",
+                "expected without --resume, which is an error where there is no run",
             )
 
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        console.print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
+        console.print(USAGE, highlight=False)
         return 0 if argv else 2
+    name, config, rest = find_recipe(argv)
+    if {"-h", "--help"} & set(rest):
+        tell(argv[0], TrainCommand(config=config, out=Path("runs") / name))
+        return 0
     command = parse(argv)
+    from m3i_fast.engine.parallel.ranks import leave_world
+
     try:
         outcome = run(
             command.config,
             command.out,
-            recipe=find_recipe(argv)[0],
+            recipe=name,
             resume="auto" if command.auto_resume else command.resume,
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
@@ -98,14 +138,23 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> TrainCommand:
-    """What the arguments ask for. Raises as `find_recipe`; SystemExit for an unknown flag."""
+    """Return what the arguments ask for. Raises as `find_recipe` and `read_flags`."""
     name, config, rest = find_recipe(argv)
-    return tyro.cli(
+    return read_flags(
         TrainCommand,
+        ["--help" if word == "--help-all" else word for word in rest],
         prog=f"m3i-fast train {argv[0]}",
         default=TrainCommand(config=config, out=Path("runs") / name),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),  # --field may stand after data.local-views:...
+    )
+
+
+def tell(recipe: str, command: TrainCommand) -> None:
+    """Print the flags that are set most often, with what the recipe sets them to."""
+    make_console().print(
+        f"usage: m3i-fast train {recipe} [--flag value ...]\n\n{help_text(command, FLAGS)}\n\n"
+        f"All flags: m3i-fast train {recipe} --help-all",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -121,6 +170,8 @@ def run(
     watchdog_minutes: float = WATCHDOG_MINUTES,
 ) -> Outcome:
     """Train with a progress bar: steps, images a second, time left, loss."""
+    from m3i_fast.engine.trainer import Trainer
+
     limit = 60 * init_minutes
     with Watchdog(None, seconds=limit, doing="the start", flag="--init-minutes"):
         trainer = Trainer(

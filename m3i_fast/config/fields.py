@@ -49,7 +49,11 @@ class Checked:
 
     def __post_init__(self) -> None:
         if not _is_deferred.get():
-            refuse([*out_of_range(self)] or self.conflicts(), self.place())
+            refuse([*self.wrong_numbers()] or self.conflicts(), self.place())
+
+    def wrong_numbers(self) -> Iterable[Conflict]:
+        """Yield the numbers that are not finite, or out of their range."""
+        return out_of_range(self)
 
     def conflicts(self) -> Iterable[Conflict]:
         """Yield what is wrong with fields whose numbers are finite and in their ranges."""
@@ -95,7 +99,8 @@ def all_conflicts(cfg: Any) -> list[Conflict]:
 
 def _walk(cfg: Any, path: str) -> tuple[bool, list[Conflict]]:
     """(Whether all numbers are in their ranges, what is wrong)."""
-    found = [(f"{path}{name}", told) for name, told in out_of_range(cfg)]
+    wrong = cfg.wrong_numbers() if isinstance(cfg, Checked) else ()
+    found = [(f"{path}{name}", told) for name, told in wrong]
     is_sound = not found
     for name in cfg.__dataclass_fields__:
         value = getattr(cfg, name)

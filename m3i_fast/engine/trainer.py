@@ -20,8 +20,7 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.guard import not_finite
 from m3i_fast.engine.guard.skipped_steps import SkippedSteps
 from m3i_fast.engine.parallel.ranks import StopFlag, join_world
-from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES
-from m3i_fast.engine.parallel.watchdog import Watchdog
+from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, Watchdog
 from m3i_fast.engine.precision.arithmetic import (
     capabilities_of,
     log_arithmetic,

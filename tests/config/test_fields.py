@@ -179,30 +179,25 @@ def test_a_whole_number_is_a_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "told"),
     [
-        ("--objective.terms.0.weight", "nan", "weight: expected a finite number, got nan"),
+        ("--objective.terms.0.weight", "nan", "expected a finite number, got nan"),
+        ("--optim.clip-grad-norm", "nan", "expected a finite number, got nan"),
+        ("--vision.mlp-ratio", "inf", "expected a finite number, got inf"),
+        ("--data.initial-fill", "1000000000", "expected 1 to 131072, got 1000000000"),
+        ("--num-steps", "10000000000", "expected 1 to 50000000, got 10000000000"),
+        ("--num-steps", "ten", "expected a whole number, got 'ten'"),
         (
-            "--optim.clip-grad-norm",
-            "nan",
-            "optim.clip_grad_norm: expected a finite number, got nan",
-        ),
-        ("--vision.mlp-ratio", "inf", "Error parsing config.vision: mlp_ratio: expected a finite"),
-        ("--data.initial-fill", "1000000000", "initial_fill: expected 1 to 131072, got 1000000000"),
-        (
-            "--num-steps",
-            "1000000000000000",
-            "num_steps: expected 1 to 50000000, got 1000000000000000",
+            "--precision",
+            "fp7",
+            "expected one of auto, fp32, bf16, fp8_current, fp8_delayed, "
+            "fp8_block, mxfp8, got 'fp7'. Did you mean fp32?",
         ),
     ],
 )
 def test_a_flag_is_refused_before_anything_runs(
     flag: str, value: str, told: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    try:
-        code: object = main(["train", "demo", "--out", str(tmp_path / "run"), flag, value])
-    except SystemExit as exit:
-        code = exit.code
-    said = " ".join(capfd.readouterr().err.replace("│", " ").split())
-    assert code == 2 and told in said
+    code = main(["train", "demo", "--out", str(tmp_path / "run"), flag, value])
+    assert code == 2 and capfd.readouterr().err == f"error: {flag}: {told}\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -211,5 +206,5 @@ def test_limits_of_time_may_be_infinite_and_no_less(name: str) -> None:
     command = train.parse(["demo"])
     assert getattr(replace(command, **{name: math.inf}), name) == math.inf
     for wrong in (math.nan, -math.inf, 0.0):
-        with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')}: expected > 0, got"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected > 0, got"):
             replace(command, **{name: wrong})

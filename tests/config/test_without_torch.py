@@ -25,5 +25,33 @@ def test_a_module_of_facts_loads_nothing_heavy(module: str) -> None:
     assert loaded_by(f"import {module}") == ""
 
 
+ANSWERED = [
+    (["--help"], 0),
+    (["recipes"], 0),
+    (["methods"], 0),
+    (["methods", "--explain", "m3i"], 0),
+    (["train", "--help"], 0),
+    (["train", "demo", "--help"], 0),
+    (["train", "demo", "--help-all"], 0),
+    (["train", "m3i_internimage_h", "--tyro-print-completion", "bash"], 0),
+    (["train", "dem"], 2),
+    (["train", "demo", "--optim.learning-rate", "1"], 2),
+    (["train", "demo", "--parallel.shard", "2"], 2),
+]
+
+
+@pytest.mark.parametrize(("argv", "code"), ANSWERED, ids=lambda value: str(value))
+def test_the_command_line_answers_without_what_is_heavy(argv: list[str], code: int) -> None:
+    program = (
+        "import contextlib, io\n"
+        "from m3i_fast.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    try:\n        code = main({argv!r})\n"
+        "    except SystemExit as ended:\n        code = ended.code or 0\n"
+        f"assert code == {code}, code"
+    )
+    assert loaded_by(program) == ""
+
+
 def test_what_is_heavy_is_seen() -> None:
     assert "torch" in loaded_by("import m3i_fast.objectives.objective").split()

@@ -165,7 +165,7 @@ def test_a_run_out_of_time_saves_and_is_told_from_one_that_is_done(
     assert _start(cfg, out, "--max-hours", "1e-9").wait() == 75
     assert checkpoint.latest(out / "checkpoints").step == 1
     assert _start(cfg, out, "--resume", "--max-hours", "9").wait() == 0
-    with pytest.raises(ValueError, match="--max-hours: expected > 0, got -1"):
+    with pytest.raises(ValueError, match="max_hours: expected > 0, got -1"):
         TrainCommand(config=cfg, out=out, max_hours=-1)
 
 
@@ -208,9 +208,8 @@ def test_the_command_line_names_what_it_does_not_know(
 ) -> None:
     assert main(["train", "m3i_vit_x_h100"]) == 2
     assert "Did you mean m3i_vit_" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(SystemExit) as refused:
-        main(["train", "demo", "--optim.lrr", "1"])
-    assert refused.value.code == 2 and "--optim.lr" in capsys.readouterr().err
+    assert main(["train", "demo", "--optim.lrr", "1"]) == 2
+    assert "unknown flag --optim.lrr. Did you mean --optim.lr?" in capsys.readouterr().err
     assert main(["trian"]) == 2
     assert "Did you mean train?" in " ".join(capsys.readouterr().err.split())
     assert main(["train", "demo", "--out", str(tmp_path), "--data.path", str(tmp_path / "no")]) == 2

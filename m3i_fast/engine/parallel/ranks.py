@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.meta_init import initialise, is_on_meta
-from m3i_fast.engine.parallel.rendezvous import INIT_MINUTES, meet
+from m3i_fast.engine.parallel.rendezvous import meet
+from m3i_fast.engine.parallel.watchdog import INIT_MINUTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from torch.distributed.constants import default_pg_timeout
 from m3i_fast.engine.parallel.watchdog import MissingRanks
 
 logger = logging.getLogger(__name__)
-INIT_MINUTES = 5.0  # nodes that read Python's packages from a cold file system differ by one or two
 _POLL, _LOOK_EVERY = 0.1, 10.0  # s
 _COUNT, _VERDICT = "count", "verdict"
 _LONGEST = 1e8  # s: a timedelta takes no infinity

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 EXIT_CODE = 76
+INIT_MINUTES = 5.0  # nodes that read Python's packages from a cold file system differ by one or two
 WATCHDOG_MINUTES = 10.0  # as long as NCCL waits for a collective, unless told otherwise
 GRACE = 5  # limits that a start, a first step, a save or an evaluation may take
 

@@ -1,0 +1,285 @@
+"""The flags of a command that holds a run's config: read, checked and told without torch.
+
+tyro makes the flags of a dataclass's fields and reads them. What is wrong is found here before: a
+flag or choice that does not exist, with the nearest one, and everything that does not fit together
+in the config, at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from m3i_fast.config.fields import all_conflicts, deferred_checks
+from m3i_fast.config.train import TrainConfig
+from m3i_fast.hints import nearest
+
+T = TypeVar("T")
+MISSPELT = 0.8  # a spelling as close as this is a slip of the finger, whatever else is near
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """One field of a command, as it is typed."""
+
+    name: str
+    """With its dashes: --optim.lr."""
+    kind: Any
+    """Type of the field, without its range."""
+    default: Any
+    help: str
+    """What stands under the field."""
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it takes no value: --compile, --no-compile."""
+        return self.kind is bool
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What may be typed, where that is a list of names; else nothing."""
+        return tuple(str(value) for option in options(self.kind) for value in _literals(option))
+
+    @property
+    def value(self) -> str:
+        """What a person types after the flag, in short."""
+        if self.is_switch:
+            return ""
+        if self.choices:
+            return "|".join(self.choices)
+        names = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+        kinds = [kind for kind in options(self.kind) if kind is not NoneType]
+        if get_origin(kinds[0]) is tuple:
+            return " ".join(names.get(kind, "...") for kind in get_args(kinds[0]))
+        return names.get(kinds[0], "VALUE")
+
+
+def options(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _literals(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
+    """Return the flags of a command's fields, and of the configs in it, by name."""
+    found: dict[str, Flag] = {}
+    hints = get_type_hints(type(command), include_extras=True)
+    for field in fields(command):
+        value, kind = getattr(command, field.name), _plain(hints[field.name])
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        inner = _inner(value, kind)
+        if isinstance(value, TrainConfig):
+            found |= flags_of(value, prefix)
+        elif inner:
+            for key, each in inner.items():
+                found |= flags_of(each, f"{name}{key}.")
+        else:
+            told = help_of(type(command)).get(field.name, "")
+            found[name] = Flag(name=name, kind=kind, default=value, help=told)
+    return found
+
+
+def _plain(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _inner(value: Any, kind: Any) -> dict[str, Any]:
+    """The configs in a field; of one that may be there and is not, its defaults."""
+    if isinstance(value, tuple):
+        return {f".{i}": each for i, each in enumerate(value) if is_dataclass(each)}
+    if value is None:
+        made = [option() for option in options(kind) if is_dataclass(option)]
+        return {"": made[0]} if made else {}
+    return {"": value} if is_dataclass(value) else {}
+
+
+@cache
+def help_of(kind: type) -> dict[str, str]:
+    """Return the strings that stand under a dataclass's fields, each as one line."""
+    [node] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(node, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, below in zip(node.body, node.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            text = below.value if isinstance(below, ast.Expr) else None
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                found[field.target.id] = " ".join(text.value.split())
+    return found
+
+
+# ---- Reading -------------------------------------------------------------------------------------
+
+
+def read_flags(kind: type[T], argv: Sequence[str], *, prog: str, default: T) -> T:
+    """Return the command that the arguments make of `default`.
+
+    Raises ValueError for every flag, choice or number that is wrong, or else for every conflict of
+    fields, a line each; SystemExit for --help.
+    """
+    is_tyros = argv[:1] and argv[0].startswith("--tyro-")  # completion of a shell
+    if not is_tyros and not {"-h", "--help"} & set(argv):
+        check_flags(argv, flags_of(default))
+    with deferred_checks():
+        command = tyro.cli(
+            kind,
+            prog=prog,
+            default=default,
+            args=argv,
+            config=(tyro.conf.CascadeSubcommandArgs,),  # --field may follow data.local-views:...
+        )
+    _refuse(f"{flag_of(path)}: {told}" for path, told in all_conflicts(command))
+    return command
+
+
+def flag_of(path: str) -> str:
+    """Return the flag of a field's path from the command on: config.optim.lr is --optim.lr."""
+    return "--" + path.removeprefix("config.").replace("_", "-")
+
+
+def check_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> None:
+    """Raise ValueError for all flags that do not exist, and for values that theirs do not take."""
+    _refuse(_wrong_flags(argv, flags))
+
+
+def _refuse(wrong: Iterator[str]) -> None:
+    lines = list(wrong)
+    if len(lines) > 1:
+        lines = [f"{len(lines)} settings are wrong:", *(f"  {line}" for line in lines)]
+    if lines:
+        raise ValueError("\n".join(lines))
+
+
+def _wrong_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[str]:
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if ":" not in word:  # data.local-views:none is tyro's way to say which
+                yield f"unexpected argument {word!r}: a value stands after its --flag"
+            continue
+        typed, has_value, value = word.partition("=")
+        name = typed.replace("_", "-")
+        flag = flags.get(name) or flags.get(name.replace("--no-", "--", 1))
+        values = [value] if has_value else []
+        if flag is None or not flag.is_switch:
+            while not has_value and rest and not rest[0].startswith("--") and ":" not in rest[0]:
+                values.append(rest.pop(0))
+                if flag is not None and not _takes_more(flag, len(values)):
+                    break
+        if flag is None or (name not in flags and not flag.is_switch):
+            yield f"unknown flag {typed}.{suggested(name, flags)}"
+        elif told := _wrong_value(flag, values):
+            yield f"{name}: {told}"
+
+
+def _takes_more(flag: Flag, count: int) -> bool:
+    tuples = [kind for kind in options(flag.kind) if get_origin(kind) is tuple]
+    if not tuples:
+        return False
+    members = get_args(tuples[0])
+    return members[-1] is Ellipsis or count < len(members)
+
+
+def _wrong_value(flag: Flag, values: Sequence[str]) -> str:
+    """What is wrong with the values of a flag; empty where tyro can take them."""
+    if flag.is_switch:
+        return ""
+    if not values:
+        return f"expected a value: {flag.value}"
+    kinds = options(flag.kind)
+    if not {value.lower() for value in values} & {"none"} and _takes_more(flag, len(values)):
+        if get_args(kinds[0])[-1] is not Ellipsis:
+            return f"expected {len(get_args(kinds[0]))} values, got {len(values)}"
+    for value in values:
+        if value.lower() == "none" and NoneType in kinds:
+            continue
+        if flag.choices and str not in kinds and value not in flag.choices:
+            expected = f"expected one of {', '.join(flag.choices)}, got {value!r}."
+            return expected + nearest(value, flag.choices)
+        number = [kind for kind in map(_number, kinds) if kind is not None]
+        if number and str not in kinds:
+            try:
+                number[0](value)
+            except ValueError:
+                told = "a whole number" if number[0] is int else "a number"
+                return f"expected {told}, got {value!r}"
+    return ""
+
+
+def _number(kind: Any) -> type[int] | type[float] | None:
+    """The type of the numbers in a field."""
+    member = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    member = _plain(member)
+    return member if member in (int, float) else None
+
+
+def suggested(name: str, flags: Mapping[str, Flag]) -> str:
+    """Return a hint at the flag that a wrong one was probably meant to be; empty when none is near.
+
+    One that is spelt almost so; else one whose last word is the same, or whose help says the word,
+    in the same section if there is one and of the shortest name.
+    """
+    section, _, leaf = name.removeprefix("--").rpartition(".")
+    close = nearest(name, flags, cutoff=MISSPELT)
+    if close:
+        return close
+    word = leaf.replace("-", " ")
+    same = [flag for flag in flags if flag.removeprefix("--").rpartition(".")[2] == leaf]
+    told = [flag.name for flag in flags.values() if word in flag.help.lower()] if word else []
+
+    def distance(flag: str) -> tuple[bool, int]:
+        return flag.removeprefix("--").rpartition(".")[0] != section, len(flag)
+
+    best = min(same or told, key=distance, default=None)
+    return f" Did you mean {best}?" if best else nearest(name, flags)
+
+
+# ---- Telling -------------------------------------------------------------------------------------
+
+
+def help_text(command: Any, groups: Mapping[str, Sequence[str]]) -> str:
+    """Return the lines that tell a group of flags each: how it is typed, its default, its help.
+
+    groups: title and names of the fields by their path, "optim.lr".
+    """
+    flags = flags_of(command)
+    lines: list[str] = []
+    for title, paths in groups.items():
+        lines += ["", f"{title}:"]
+        for path in paths:
+            flag = flags[flag_of(path)]
+            lines.append(f"  {flag.name} {flag.value}".rstrip() + f"  (default {_shown(flag)})")
+            told = _first_sentence(flag.help)
+            lines += textwrap.wrap(told, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines[1:])
+
+
+def _shown(flag: Flag) -> str:
+    value = flag.default
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(f"{each:g}" for each in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).lower() if value is None else str(value) or "none"
+
+
+def _first_sentence(text: str) -> str:
+    """Up to a full stop that ends a sentence: not that of "e.g. this", nor of 1.5."""
+    for end, mark in enumerate(text):
+        if mark == "." and text[end + 1 : end + 2] in ("", " ") and not text[:end].endswith("e.g"):
+            return text[: end + 1]
+    return text

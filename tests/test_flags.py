@@ -1,0 +1,114 @@
+"""Flags that are wrong are told in a line, with the one that was meant; help is short."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from m3i_fast.cli import main, train
+from m3i_fast.config import LoaderConfig, OptimConfig
+from m3i_fast.flags import check_flags, flag_of, flags_of, help_of, help_text
+from m3i_fast.recipes import demo, recipes
+
+
+def command(recipe: str = "demo") -> train.TrainCommand:
+    return train.TrainCommand(config=recipes()[recipe](), out=Path("runs/x"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--optim.learning-rate", "1"],
+         "unknown flag --optim.learning-rate. Did you mean --optim.lr?"),
+        (["--lr", "1"], "unknown flag --lr. Did you mean --optim.lr?"),
+        (["--batch-size=8"], "unknown flag --batch-size. Did you mean --data.batch-size?"),
+        (["--data.batchsize", "8"],
+         "unknown flag --data.batchsize. Did you mean --data.batch-size?"),
+        (["--no-lr"], "unknown flag --no-lr. Did you mean --optim.lr?"),
+        (["--no-optim.lr"], "unknown flag --no-optim.lr. Did you mean --optim.lr?"),
+        (["--precision", "bf61"], "--precision: expected one of auto, fp32, bf16, fp8_current, "
+         "fp8_delayed, fp8_block, mxfp8, got 'bf61'. Did you mean bf16?"),
+        (["--num-steps", "1e3"], "--num-steps: expected a whole number, got '1e3'"),
+        (["--optim.lr", "fast"], "--optim.lr: expected a number, got 'fast'"),
+        (["--optim.lr"], "--optim.lr: expected a value: X"),
+        (["--optim.betas", "0.9"], "--optim.betas: expected 2 values, got 1"),
+        (["--seed", "1", "2"], "unexpected argument '2': a value stands after its --flag"),
+        (["--vision.channels", "8"], "unknown flag --vision.channels."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_a_wrong_flag_is_told_in_a_line(argv: list[str], told: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        check_flags(argv, flags_of(command()))
+    assert str(refused.value).startswith(told) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--optim.lr", "1e-3", "--num_steps", "10", "--seed=-1"],
+        ["--compile", "--no-cuda-graphs", "--resume"],
+        ["--optim.betas", "0.9", "0.99", "--optim.eps", "None"],
+        ["--objective.terms.0.weight", "2", "--objective.teacher", "none"],
+        ["data.local-views:none"],
+        ["data.local-views:view-config", "--data.local-views.size", "32", "--optim.lr", "1"],
+        ["--data.path", "some/where", "--keep-best", "loss/total"],
+    ],
+    ids=" ".join,
+)
+def test_what_may_be_typed_is_taken(argv: list[str]) -> None:
+    check_flags(argv, flags_of(command()))
+
+
+def test_flags_reach_the_config() -> None:
+    asked = ["--optim.lr", "0.5", "--optim.betas", "0.5", "0.6", "--no-async-checkpoint"]
+    found = train.parse(["demo", *asked, "data.local-views:none", "--num_steps", "7"])
+    cfg = found.config
+    assert (cfg.optim.lr, cfg.optim.betas, cfg.num_steps) == (0.5, (0.5, 0.6), 7)
+    assert not cfg.async_checkpoint and cfg.data.local_views is None
+    assert train.parse(["demo"]).config == demo()
+
+
+def test_everything_that_does_not_fit_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--optim.lr", "-1", "--parallel.shard", "2", "--max-hours", "0", "--vision.depth", "0"]
+    assert main(["train", "demo", *asked]) == 2
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first == "error: 2 settings are wrong:"
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "--vision.depth",
+        "--optim.lr",
+    ]  # what may be computed of a depth is not looked at
+    assert main(["train", "demo", *asked[:6]]) == 2
+    names = [line.split(":")[0].strip() for line in capsys.readouterr().err.splitlines()[1:]]
+    assert names == ["--optim.lr", "--optim.matrices", "--max-hours"]
+
+
+def test_the_short_help_is_about_twenty_flags_with_the_recipes_values(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "demo", "--help"]) == 0
+    said = capsys.readouterr().out
+    flags = [line.split()[0] for line in said.splitlines() if line.startswith("  --")]
+    assert 20 <= len(flags) <= 26 and len(set(flags)) == len(flags)
+    assert "--num-steps N  (default 2000)" in said and "Peak learning rate, for this batch" in said
+    assert "m3i-fast train demo --help-all" in said
+
+
+def test_all_flags_are_under_help_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "demo", "--help-all"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in flags_of(command()))
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_internimage", "vit_b", "m3i_internimage_h"])
+def test_every_recipe_has_the_flags_of_the_short_help(recipe: str) -> None:
+    text = help_text(command(recipe), train.FLAGS)
+    assert all(flag_of(path) in text for paths in train.FLAGS.values() for path in paths)
+
+
+def test_help_is_what_stands_under_a_field() -> None:
+    assert help_of(OptimConfig)["muon_lr"] == "Muon's peak learning rate; it follows lr's schedule."
+    assert help_of(LoaderConfig).keys() == set(LoaderConfig.__dataclass_fields__)
