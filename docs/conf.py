@@ -23,6 +23,7 @@ html_theme = "furo"
 html_title = "m3i-fast"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_use_index = False  # the search finds fields and terms
 html_show_copyright = html_copy_source = html_show_sphinx = False
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 copybutton_exclude = ".linenos, .gp, .go"
