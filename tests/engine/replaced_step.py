@@ -1,8 +1,9 @@
-"""Functions in the place of one trainer's step, which its other parts stay those of."""
+"""A function in the place of one trainer's step, all of whose other parts stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -21,5 +22,5 @@ def replace_call(trainer: Trainer, call: Call) -> None:
     def replaced(_: TrainStep, *arguments: object, **options: object) -> dict[str, Tensor]:
         return call(*arguments, **options)
 
-    kind = type(trainer.train_step)
-    trainer.train_step.__class__ = type(kind.__name__, (kind,), {"__call__": replaced})
+    step: Any = trainer.train_step
+    step.__class__ = type("ReplacedStep", (type(step),), {"__call__": replaced})

@@ -57,7 +57,7 @@ class Poisoned(Trainer):
             self.rates.append(self.optimizer.param_groups[0]["lr"])
             return found
 
-        model.forward = spoilt
+        model.forward = spoilt  # type: ignore[method-assign]
         self.train_step._clip = clipped  # type: ignore[method-assign]
         replace_call(self, noted)
         return self
