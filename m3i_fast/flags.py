@@ -75,7 +75,8 @@ def _literals(kind: Any) -> tuple[Any, ...]:
 def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
     """Return the flags of a command's fields, and of the configs in it, by name."""
     found: dict[str, Flag] = {}
-    hints = get_type_hints(type(command), include_extras=True)
+    of: type = type(command)
+    hints = get_type_hints(of, include_extras=True)
     for field in fields(command):
         value, kind = getattr(command, field.name), _plain(hints[field.name])
         name = f"{prefix}{field.name.replace('_', '-')}"
@@ -86,7 +87,7 @@ def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
             for key, each in inner.items():
                 found |= flags_of(each, f"{name}{key}.")
         else:
-            told = help_of(type(command)).get(field.name, "")
+            told = help_of(of).get(field.name, "")
             found[name] = Flag(name=name, kind=kind, default=value, help=told)
     return found
 
@@ -100,8 +101,8 @@ def _inner(value: Any, kind: Any) -> dict[str, Any]:
     if isinstance(value, tuple):
         return {f".{i}": each for i, each in enumerate(value) if is_dataclass(each)}
     if value is None:
-        made = [option() for option in options(kind) if is_dataclass(option)]
-        return {"": made[0]} if made else {}
+        configs = [option for option in options(kind) if is_dataclass(option)]
+        return {"": configs[0]()} if configs else {}  # type: ignore[operator]
     return {"": value} if is_dataclass(value) else {}
 
 
