@@ -25,20 +25,24 @@ KEPT = (" options", " positional arguments", " subcommands")
 FIELDS = {field.name.replace("_", "-") for field in dataclasses.fields(recipes()[RECIPE]())}
 
 
-def help_of(*words: str) -> str:
+def help_of(*words: str, flag: str = "--help") -> str:
     """Return what `m3i-fast WORDS --help` prints."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         with contextlib.suppress(SystemExit):
-            main([*words, "--help"])
+            main([*words, flag])
     return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
 def complete_help(*words: str) -> str:
-    """Return a command's help; of one that takes a recipe also the help that it gives with one."""
+    """Return a command's help; of one that takes a recipe also all that it says with one."""
     text = help_of(*words)
-    if "\nrecipes: " in text:
-        text = text.partition("\nrecipes: ")[0] + "\n" + help_of(*words, RECIPE)
+    if f"m3i-fast {' '.join(words)} RECIPE" in text:
+        with_recipe = help_of(*words, RECIPE)
+        if "--help-all" in with_recipe:
+            with_recipe = help_of(*words, RECIPE, flag="--help-all")
+        usage = text.partition("\nrecipes: ")[0].rstrip()
+        text = f"{usage}\n\n{with_recipe}"
     if OF_A_CONFIG in text:
         text = without_config(text).replace(f" {RECIPE} [-h]", " RECIPE [-h]")
     return text
