@@ -110,10 +110,15 @@ class Trainer:
         data = SimpleNamespace(batch_size=BATCH)
         parallel = SimpleNamespace(accumulate=1)
         self.cfg = SimpleNamespace(data=data, parallel=parallel, num_steps=50)
-        self.device, self.model, self.step = torch.device("cpu"), Ranks(), 0
+        self.device = torch.device("cpu")
+        self.train_step = SimpleNamespace(model=Ranks(), steps_taken=0)
         self.log = SimpleNamespace(count_from=lambda step: None, read=self._read)
         self.guard = SimpleNamespace(drain=lambda: None)
         self._node, self._waited, self._steps, self._all = node, 0.0, 0, 0
+
+    @property
+    def step(self) -> int:
+        return int(self.train_step.steps_taken)
 
     def next_step(self, data: Any) -> None:
         node, begun = self._node, self._node.now
@@ -122,9 +127,10 @@ class Trainer:
         self._waited += node.now - begun
         factor = 10 if self._all < node.first_steps else 1
         node.spend(node.model_s * factor * (1.5 if node.is_slow else 1.0))
-        if self.model.require_backward_grad_sync:
+        if self.train_step.model.require_backward_grad_sync:
             node.spend(node.exchange_s)
-        self.step, self._steps, self._all = self.step + 1, self._steps + 1, self._all + 1
+        self.train_step.steps_taken += 1
+        self._steps, self._all = self._steps + 1, self._all + 1
 
     def _read(self, step: int) -> dict[str, float]:
         waited = 1e3 * self._waited / max(self._steps, 1)
