@@ -175,7 +175,9 @@ def _wrong_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> Iterator[str
         flag = flags.get(name) or flags.get(name.replace("--no-", "--", 1))
         values = [value] if has_value else []
         if flag is None or not flag.is_switch:
-            while not has_value and rest and not rest[0].startswith("--") and ":" not in rest[0]:
+            while not has_value and rest and not rest[0].startswith("--"):
+                if ":" in rest[0] and (flag is None or values):  # a path may hold one as well
+                    break
                 values.append(rest.pop(0))
                 if flag is not None and not _takes_more(flag, len(values)):
                     break

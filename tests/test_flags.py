@@ -54,6 +54,7 @@ def test_a_wrong_flag_is_told_in_a_line(argv: list[str], told: str) -> None:
         ["data.local-views:none"],
         ["data.local-views:view-config", "--data.local-views.size", "32", "--optim.lr", "1"],
         ["--data.path", "some/where", "--keep-best", "loss/total"],
+        ["--data.path", "some:where", "--objective.teacher", "timm:vit_small", "--seed", "1"],
     ],
     ids=" ".join,
 )
