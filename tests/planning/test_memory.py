@@ -55,13 +55,19 @@ def small_internimage(batch_size: int) -> TrainConfig:
     return replace(cfg, data=replace(cfg.data, batch_size=batch_size))
 
 
-def measured_peak(cfg: TrainConfig, *, bf16: bool) -> int:
-    """Bytes alive before the second step, and the most that the allocator gave during it."""
-    step = stepper(cfg, arithmetic=BF16 if bf16 else FP32)
-    step()
+def tensors_alive() -> dict[int, int]:
+    """Bytes of every storage that a tensor of this process holds."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (Tensor, torch.nn.Parameter)]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+
+
+def measured_peak(cfg: TrainConfig, *, bf16: bool) -> int:
+    """Bytes alive before the second step, and the most that the allocator gave during it."""
+    of_other_tests = tensors_alive()
+    step = stepper(cfg, arithmetic=BF16 if bf16 else FP32)
+    step()
+    held = sum(size for storage, size in tensors_alive().items() if storage not in of_other_tests)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
@@ -74,7 +80,7 @@ def measured_peak(cfg: TrainConfig, *, bf16: bool) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         given += event.nbytes()
         most = max(most, given)
-    return sum(storages.values()) + most
+    return held + most
 
 
 CASES = {
