@@ -58,7 +58,11 @@ def live(
         for name, options in inside:
             stack.enter_context(INSIDE[name](**options))
         sys.argv = ["m3i-fast", "train", *arguments]
-        runpy.run_module("m3i_fast.cli", run_name="__main__")  # as `python -m`, which exits
+        try:  # what stands around the run goes on after its exit
+            runpy.run_module("m3i_fast.cli", run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+    sys.exit(code)
 
 
 def _before(target: str, call: int, action: Callable[[], object]) -> AbstractContextManager[object]:
