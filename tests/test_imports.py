@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,
     "doctor": ENGINE,
-    "report": {"observe"},
+    "report": {"evaluation", "objectives", "observe", "pipelines"},
     "profiling": {"report", *ENGINE},
     "benchmarks": {"export", "planning", "recipes", "report", *ENGINE},
     "cli": {

@@ -12,7 +12,6 @@ import tyro
 
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.cli import console
-from m3i_fast.cli.demo_page import gather
 from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
@@ -22,6 +21,7 @@ from m3i_fast.pipelines.dataset.manifest import is_dataset
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
 from m3i_fast.planning.calibration import calibrate
 from m3i_fast.recipes import demo, pack_demo
+from m3i_fast.report.demo_inputs import gather
 from m3i_fast.report.run_page import write_report
 
 
