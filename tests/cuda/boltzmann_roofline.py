@@ -15,7 +15,7 @@ from m3i_fast.benchmarks.tune.roofline import (
     predict,
     shared_bytes_per_clock,
 )
-from tests.cuda.nvcc import CUDA
+from tests.shared.cuda.nvcc import CUDA
 
 FOLDER = CUDA / "boltzmann"
 PAGE = FOLDER / "ROOFLINE.md"

@@ -1,26 +1,8 @@
-"""Faults to plant, a line each, in the kernels of tests/cuda/kernels and in the ops' own."""
+"""Faults to plant, a line each, in the kernels of tests/shared/cuda/kernels and in the ops' own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """`before` stands once in the source; with `after` in its place the report matches `report`."""
-
-    source: str
-    before: str
-    after: str
-    launcher: str
-    report: str
-
-    def plant(self, path: Path) -> None:
-        text = path.read_text()
-        assert text.count(self.before) == 1, f"{text.count(self.before)} times: {self.before}"
-        path.write_text(text.replace(self.before, self.after))
-
+from tests.shared.cuda.fault import Fault
 
 KERNEL_FAULTS = {
     # Outside by one

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda import emulator
 from tests.cuda.boltzmann_source import shrink
-from tests.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
-from tests.ops import boltzmann_kernel_cases as kernels
+from tests.shared.cuda import emulator
+from tests.shared.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
+from tests.shared.ops import boltzmann_kernel_cases as kernels
 
 
 def test_policy(tmp_path: Path) -> None:

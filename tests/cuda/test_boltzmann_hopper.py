@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from m3i_fast.benchmarks.tune import roofline as tune_roofline
 from m3i_fast.ops import boltzmann
-from tests.cuda import boltzmann_roofline, emulator
+from tests.cuda import boltzmann_roofline
 from tests.cuda.boltzmann_source import limit_blocks, shrink
-from tests.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
-from tests.ops.boltzmann_kernel_cases import (
+from tests.shared.cuda import emulator
+from tests.shared.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
+from tests.shared.ops.boltzmann_kernel_cases import (
     BF16,
     FP16,
     FP32,
@@ -33,7 +34,7 @@ from tests.ops.boltzmann_kernel_cases import (
     true_maxima,
     true_sums,
 )
-from tests.tolerance import assert_as_accurate
+from tests.shared.tolerance import assert_as_accurate
 
 NAMES = "rows cols grad_z_hat grad_z grad_scale grad_bias values"
 

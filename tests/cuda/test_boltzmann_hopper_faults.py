@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda import emulator
 from tests.cuda.boltzmann_source import limit_blocks, shrink
-from tests.cuda.faults import Fault
-from tests.ops.boltzmann_kernel_cases import make
+from tests.shared.cuda import emulator
+from tests.shared.cuda.fault import Fault
+from tests.shared.ops.boltzmann_kernel_cases import make
 
 DEADLOCK = r"deadlock: no thread of the cluster can go on.*"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.nvcc import CUDA, ROOT, compile_options, instructions, run_nvcc
+from tests.shared.cuda.nvcc import CUDA, ROOT, compile_options, instructions, run_nvcc
 
 
 def test_policy(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from m3i_fast.ops import dcnv3
-from tests.cuda.emulator import CUDA, emulated
-from tests.cuda.faults import Fault
-from tests.ops.dcnv3_cases import Config, assert_right, make
+from tests.shared.cuda.emulator import CUDA, emulated
+from tests.shared.cuda.fault import Fault
+from tests.shared.ops.dcnv3_cases import Config, assert_right, make
 
 KINDS = ("out of bounds by one", "missing barrier", "unwritten shared memory", "racing write")
 

@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda import emulator
-from tests.cuda.nvcc import ARCHITECTURES, compile_options, run_nvcc
+from tests.shared.cuda import emulator
+from tests.shared.cuda.emulator import (
+    INVALID_CONFIGURATION,
+    INVALID_VALUE,
+    KERNELS,
+    OUT_OF_RESOURCES,
+    SUCCESS,
+)
+from tests.shared.cuda.nvcc import ARCHITECTURES, compile_options, run_nvcc
 
-KERNELS = Path(__file__).parent / "kernels"
 SOURCES = sorted(KERNELS.glob("*.cu"))
-
-SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES = 0, 1, 9, 701
 
 
 @cache

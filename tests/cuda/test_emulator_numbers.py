@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda import emulator
 from tests.cuda.test_emulator import call, empty, run, zeros
+from tests.shared.cuda import emulator
 
 DTYPES = (torch.float16, torch.bfloat16)
 

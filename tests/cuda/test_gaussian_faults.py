@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.ops import gaussian
-from tests.cuda import emulator
-from tests.cuda.faults import Fault
-from tests.ops.gaussian_cases import Case, make, results
+from tests.shared.cuda import emulator
+from tests.shared.cuda.fault import Fault
+from tests.shared.ops.gaussian_cases import Case, make, results
 
 FAULTS = {
     "a vector too many": Fault(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.cuda.nvcc import CUDA, ROOT, compile_options, run_nvcc
+from tests.shared.cuda.nvcc import CUDA, ROOT, compile_options, run_nvcc
 
 # Bytes of one pixel of the output, by the type in a kernel's mangled name.
 OUT_BYTES = {"f": 4, "NS_8BFloat16E": 2}

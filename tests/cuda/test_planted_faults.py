@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from m3i_fast import ops
-from tests.cuda import emulator
-from tests.cuda.faults import KERNEL_FAULTS, OP_FAULTS, Fault
-from tests.cuda.test_emulator import KERNELS
-from tests.ops import test_mask_mix
+from tests.cuda.faults import KERNEL_FAULTS, OP_FAULTS
+from tests.shared.cuda import emulator
+from tests.shared.cuda.emulator import KERNELS
+from tests.shared.cuda.fault import Fault
+from tests.shared.ops import mask_mix_cases
 
 INT, HALF = torch.int32, torch.float16
 
@@ -76,7 +77,7 @@ def test_fault_in_a_kernel_is_caught(fault: Fault, tmp_path: Path) -> None:
 
 
 def call_mask_mix() -> object:
-    return ops.mask_mix(*test_mask_mix.make(test_mask_mix.CASES["several tasks a thread"]))
+    return ops.mask_mix(*mask_mix_cases.make(mask_mix_cases.CASES["several tasks a thread"]))
 
 
 OP_CALLS = {"mask_mix": call_mask_mix}

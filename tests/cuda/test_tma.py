@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda import emulator
-from tests.cuda.faults import Fault
-from tests.cuda.nvcc import compile_options, instructions, run_nvcc
-from tests.cuda.test_emulator import INVALID_VALUE, KERNELS
 from tests.cuda.test_hopper import hopper, report_of
 from tests.cuda.test_wgmma import CODES, swizzle_address
 from tests.cuda.tma_faults import FAULTS
+from tests.shared.cuda import emulator
+from tests.shared.cuda.emulator import INVALID_VALUE, KERNELS
+from tests.shared.cuda.fault import Fault
+from tests.shared.cuda.nvcc import compile_options, instructions, run_nvcc
 
 __all__ = ["hopper"]  # a fixture
 

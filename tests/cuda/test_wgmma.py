@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda import emulator
-from tests.cuda.faults import Fault
-from tests.cuda.nvcc import instructions
-from tests.cuda.test_emulator import KERNELS
 from tests.cuda.test_hopper import hopper, report_of
 from tests.cuda.wgmma_faults import FAULTS
+from tests.shared.cuda import emulator
+from tests.shared.cuda.emulator import KERNELS
+from tests.shared.cuda.fault import Fault
+from tests.shared.cuda.nvcc import instructions
 
 __all__ = ["hopper"]  # a fixture
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cuda.faults import Fault
+from tests.shared.cuda.fault import Fault
 
 UNDER_WAY = r"(to which a copy of .* is under way|which an asynchronous operation wrote)"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cuda.faults import Fault
+from tests.shared.cuda.fault import Fault
 
 FAULTS = {
     # Order

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda import emulator
+from tests.shared.cuda import emulator
 
 
 def _op_of(test: Path) -> str:

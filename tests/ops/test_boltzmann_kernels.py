@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.boltzmann_kernel_cases import (
+from tests.shared.ops.boltzmann_kernel_cases import (
     ALLOWED,
     BF16,
     DTYPES,
@@ -25,7 +25,7 @@ from tests.ops.boltzmann_kernel_cases import (
     true_sums,
     wide_of,
 )
-from tests.tolerance import assert_as_accurate
+from tests.shared.tolerance import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("kernel")
 

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from m3i_fast.ops import dcnv3, reference
-from tests.ops.cpu_capability import run_held_to
-from tests.ops.dcnv3_cases import (
+from tests.shared.ops.cpu_capability import run_held_to
+from tests.shared.ops.dcnv3_cases import (
     GRID,
     KERNELS,
     MANY_IMAGES,
@@ -203,7 +203,7 @@ def test_without_offsets_it_averages_the_window() -> None:
 _OTHER_SETS = """
 import itertools
 import torch
-from tests.ops.dcnv3_cases import assert_right, grid
+from tests.shared.ops.dcnv3_cases import assert_right, grid
 from m3i_fast.ops import dcnv3
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for part in (((3, 3), 1, 1), ((3, 5), 2, 2)):

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from m3i_fast.ops import dcnv3, library
-from tests.ops.dcnv3_cases import Config, make, results
+from tests.shared.ops.dcnv3_cases import Config, make, results
 
 FORWARD, BACKWARD = torch.ops.m3i.dcnv3.default, torch.ops.m3i.dcnv3_bwd.default
 

@@ -9,8 +9,16 @@ import pytest
 import torch
 
 from m3i_fast.ops import dcnv3
-from tests.cuda.emulator import emulated
-from tests.ops.dcnv3_cases import (
+from tests.ops.test_dcnv3_contract import (  # noqa: F401  run here on the other kernel
+    SMALL,
+    test_a_sample_on_the_border_is_outside,
+    test_offsets_that_lead_far_outside_add_nothing,
+    test_opcheck_of_other_types,
+    test_points_outside_meet_no_infinity,
+    test_unaligned_inputs,
+)
+from tests.shared.cuda.emulator import emulated
+from tests.shared.ops.dcnv3_cases import (
     GRID,
     KERNELS,
     MANY_IMAGES,
@@ -20,14 +28,6 @@ from tests.ops.dcnv3_cases import (
     grid,
     make,
     results,
-)
-from tests.ops.test_dcnv3_contract import (  # noqa: F401  run here on the other kernel
-    SMALL,
-    test_a_sample_on_the_border_is_outside,
-    test_offsets_that_lead_far_outside_add_nothing,
-    test_opcheck_of_other_types,
-    test_points_outside_meet_no_infinity,
-    test_unaligned_inputs,
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

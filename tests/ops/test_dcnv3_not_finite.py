@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from m3i_fast.ops import dcnv3, reference
-from tests.ops.cpu_capability import run_held_to
-from tests.ops.dcnv3_cases import Config, make, results
 from tests.ops.test_dcnv3 import by_grid_sample
+from tests.shared.ops.cpu_capability import run_held_to
+from tests.shared.ops.dcnv3_cases import Config, make, results
 
 BAD = (torch.nan, torch.inf, -torch.inf)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

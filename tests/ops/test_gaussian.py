@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from m3i_fast.ops import gaussian, reference
-from tests.ops.cpu_capability import run_held_to
-from tests.ops.gaussian_cases import (
+from tests.shared.ops.cpu_capability import run_held_to
+from tests.shared.ops.gaussian_cases import (
     BF16,
     DTYPES,
     FP16,
@@ -217,7 +217,7 @@ def test_neighbours_do_not_see_each_other() -> None:
 _OTHER_SETS = """
 import itertools
 from m3i_fast.ops import gaussian
-from tests.ops.gaussian_cases import Case, DTYPES, WIDTHS, assert_right
+from tests.shared.ops.gaussian_cases import Case, DTYPES, WIDTHS, assert_right
 for width, dtypes, weight in itertools.product(WIDTHS, DTYPES, (0.0, 0.5)):
     if width < 1000:
         assert_right(gaussian, Case(width=width, dtypes=dtypes, decorrelation_weight=weight))

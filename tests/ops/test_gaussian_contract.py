@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from m3i_fast.ops import gaussian, library
-from tests.cuda.emulator import emulated
-from tests.ops.gaussian_cases import BF16, DTYPES, FP32, FP64, Case, make, results
+from tests.shared.cuda.emulator import emulated
+from tests.shared.ops.gaussian_cases import BF16, DTYPES, FP32, FP64, Case, make, results
 
 FORWARD, BACKWARD = torch.ops.m3i.gaussian.default, torch.ops.m3i.gaussian_bwd.default
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.ops import mask_mix
-from tests.cuda.emulator import emulated
+from tests.shared.cuda.emulator import emulated
 
 _VIEWS = torch.zeros(3, 3, 8, 12, dtype=torch.uint8)
 _CHOICE = torch.zeros(2, 2, 3, dtype=torch.uint8)

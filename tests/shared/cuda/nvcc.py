@@ -15,7 +15,7 @@ import pytest
 
 from m3i_fast.benchmarks.tune.compile import Resources, parse_ptxas
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CUDA = ROOT / "cuda"
 ARCHITECTURES = ("80", "90a")
 

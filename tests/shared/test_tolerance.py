@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tolerance import assert_as_accurate
+from tests.shared.tolerance import assert_as_accurate
 
 TRUTH = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 

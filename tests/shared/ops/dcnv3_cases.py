@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.ops import reference
-from tests.tolerance import assert_as_accurate
+from tests.shared.tolerance import assert_as_accurate
 
 # How often torch's error, and how many units in the last place beyond it, are allowed. One rounding
 # decides in a half type, many in float32; in float64 torch's own result is all there is.

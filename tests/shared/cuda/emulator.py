@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CUDA = ROOT / "cuda"
 EMULATOR = CUDA / "emulator"
 BUILD = ROOT / "build" / "emulator"
+KERNELS = Path(__file__).parent / "kernels"  # of no op: for the tests alone
+
+SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES = 0, 1, 9, 701
 
 _COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 _KERNEL = [

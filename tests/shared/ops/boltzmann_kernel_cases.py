@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m3i_fast.ops.library import m3i
-from tests.tolerance import assert_as_accurate
+from tests.shared.tolerance import assert_as_accurate
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = (BF16, FP16, FP32, FP64)

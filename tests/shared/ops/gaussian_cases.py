@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m3i_fast.ops import reference
-from tests.tolerance import assert_as_accurate, max_error
+from tests.shared.tolerance import assert_as_accurate, max_error
 
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 
