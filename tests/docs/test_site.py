@@ -16,7 +16,7 @@ import pytest
 from m3i_fast.benchmarks.subjects import SUBJECTS
 from m3i_fast.cli import VERBS
 from m3i_fast.recipes import recipes
-from tests.report.chromium import emulate, open_browser, requested_by, skip_reason
+from tests.shared.chromium import emulate, open_browser, requested_by, skip_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 400  # of a telephone, in pixels

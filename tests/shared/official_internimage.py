@@ -1,6 +1,6 @@
 """What the official InternImage computes, kept as numbers: the oracle of test_internimage.py.
 
-    python -m tests.models.internimage.official_internimage CHECKOUT
+    python -m tests.shared.official_internimage CHECKOUT
 
 writes official_internimage.json beside this file. CHECKOUT is a checkout of OpenGVLab/InternImage
 (MIT), of which nothing is kept here; its plain-torch core is run, on a CPU, with weights that
