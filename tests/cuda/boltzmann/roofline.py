@@ -1,6 +1,6 @@
 """What boltzmann's kernels by warpgroups take of a GPU, from their policy: a prediction.
 
-`python -m tests.cuda.boltzmann_roofline` writes cuda/boltzmann/ROOFLINE.md.
+`python -m tests.cuda.boltzmann.roofline` writes cuda/boltzmann/ROOFLINE.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _introduction(policy: Policy, gpu: Gpu) -> str:
     moved = f"{shared_bytes_per_clock(policy, gpu):.0f} bytes"
     return f"""# boltzmann on an H100: a prediction
 
-No GPU has run these kernels yet. `python -m tests.cuda.boltzmann_roofline` writes this page from
+No GPU has run these kernels yet. `python -m tests.cuda.boltzmann.roofline` writes this page from
 the policy (`sm90/tiling.h`, `tiles.json`) and the budget; a test compares.
 
 Assumed: {gpu.multiprocessors} multiprocessors at {gpu.clock_ghz} GHz, in a clock each

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.test_hopper import hopper, report_of
-from tests.cuda.wgmma_faults import FAULTS
+from tests.cuda.hopper.test_barriers import hopper, report_of
+from tests.cuda.hopper.wgmma_faults import FAULTS
 from tests.shared.cuda import emulator
 from tests.shared.cuda.emulator import KERNELS
 from tests.shared.cuda.fault import Fault

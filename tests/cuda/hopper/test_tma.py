@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.test_hopper import hopper, report_of
-from tests.cuda.test_wgmma import CODES, swizzle_address
-from tests.cuda.tma_faults import FAULTS
+from tests.cuda.hopper.test_barriers import hopper, report_of
+from tests.cuda.hopper.test_wgmma import CODES, swizzle_address
+from tests.cuda.hopper.tma_faults import FAULTS
 from tests.shared.cuda import emulator
 from tests.shared.cuda.emulator import INVALID_VALUE, KERNELS
 from tests.shared.cuda.fault import Fault

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.hopper_faults import FAULTS
+from tests.cuda.hopper.barrier_faults import FAULTS
 from tests.shared.cuda import emulator
 from tests.shared.cuda.emulator import KERNELS
 from tests.shared.cuda.fault import Fault

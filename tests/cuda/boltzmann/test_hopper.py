@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from m3i_fast.benchmarks.tune import roofline as tune_roofline
 from m3i_fast.ops import boltzmann
-from tests.cuda import boltzmann_roofline
-from tests.cuda.boltzmann_source import limit_blocks, shrink
+from tests.cuda.boltzmann import roofline
+from tests.cuda.boltzmann.source import limit_blocks, shrink
 from tests.shared.cuda import emulator
 from tests.shared.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
 from tests.shared.ops.boltzmann_kernel_cases import (
@@ -40,7 +40,7 @@ NAMES = "rows cols grad_z_hat grad_z grad_scale grad_bias values"
 
 
 def test_policy(tmp_path: Path) -> None:
-    source = ROOT / "tests" / "cuda" / "boltzmann_hopper_policy.cu"
+    source = Path(__file__).with_name("hopper_policy.cu")
     run_nvcc(*compile_options("90a"), "-c", source, "-o", tmp_path / "policy.o")
 
 
@@ -59,9 +59,9 @@ def test_the_build_takes_warpgroups_where_it_has_code_for_90a() -> None:
 
 
 def test_roofline_is_that_of_the_policy() -> None:
-    page = boltzmann_roofline.PAGE.read_text()
-    assert page == boltzmann_roofline.render(tune_roofline.hopper_policy(), tune_roofline.Gpu()), (
-        "python -m tests.cuda.boltzmann_roofline"
+    page = roofline.PAGE.read_text()
+    assert page == roofline.render(tune_roofline.hopper_policy(), tune_roofline.Gpu()), (
+        "python -m tests.cuda.boltzmann.roofline"
     )
 
 
@@ -79,7 +79,7 @@ def test_roofline_of_one_tile() -> None:
 
 @cache
 def opcodes(folder: Path) -> dict[str, Counter[str]]:
-    source = ROOT / "tests" / "cuda" / "boltzmann_hopper_sass.cu"
+    source = Path(__file__).with_name("hopper_sass.cu")
     return {name: Counter(code) for name, code in instructions(source, "90a", folder).items()}
 
 

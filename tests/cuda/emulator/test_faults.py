@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast import ops
-from tests.cuda.faults import KERNEL_FAULTS, OP_FAULTS
+from tests.cuda.emulator.faults import KERNEL_FAULTS, OP_FAULTS
 from tests.shared.cuda import emulator
 from tests.shared.cuda.emulator import KERNELS
 from tests.shared.cuda.fault import Fault

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.shared.cuda.nvcc import CUDA, ROOT, compile_options, run_nvcc
+from tests.shared.cuda.nvcc import CUDA, compile_options, run_nvcc
 
 # Bytes of one pixel of the output, by the type in a kernel's mangled name.
 OUT_BYTES = {"f": 4, "NS_8BFloat16E": 2}
@@ -13,7 +13,7 @@ WIDTHS = {"v4.u32": 16, "v2.u32": 8, "u32": 4, "u16": 2, "u8": 1}
 
 
 def test_policy(tmp_path: Path) -> None:
-    source = ROOT / "tests" / "cuda" / "mask_mix_policy.cu"
+    source = Path(__file__).with_name("policy.cu")
     run_nvcc(*compile_options("80"), "-c", source, "-o", tmp_path / "policy.o")
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.shared.cuda.nvcc import CUDA, ROOT, compile_options, instructions, run_nvcc
+from tests.shared.cuda.nvcc import CUDA, compile_options, instructions, run_nvcc
 
 
 def test_policy(tmp_path: Path) -> None:
-    source = ROOT / "tests" / "cuda" / "dcnv3_policy.cu"
+    source = Path(__file__).with_name("policy.cu")
     run_nvcc(*compile_options("80"), "-c", source, "-o", tmp_path / "policy.o")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.test_emulator import call, empty, run, zeros
+from tests.cuda.emulator.test_emulator import call, empty, run, zeros
 from tests.shared.cuda import emulator
 
 DTYPES = (torch.float16, torch.bfloat16)

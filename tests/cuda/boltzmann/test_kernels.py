@@ -1,4 +1,4 @@
-"""boltzmann's CUDA kernels by a compiler and a instructionsr, and in calls of many blocks."""
+"""boltzmann's CUDA kernels by a compiler and a disassembler, and in calls of many blocks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.boltzmann_source import shrink
+from tests.cuda.boltzmann.source import shrink
 from tests.shared.cuda import emulator
-from tests.shared.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
+from tests.shared.cuda.nvcc import compile_options, instructions, run_nvcc
 from tests.shared.ops import boltzmann_kernel_cases as kernels
 
 
 def test_policy(tmp_path: Path) -> None:
-    source = ROOT / "tests" / "cuda" / "boltzmann_policy.cu"
+    source = Path(__file__).with_name("policy.cu")
     run_nvcc(*compile_options("80"), "-c", source, "-o", tmp_path / "policy.o")
 
 
@@ -29,7 +29,7 @@ def test_policy(tmp_path: Path) -> None:
 @cache
 def opcodes(folder: Path) -> dict[str, Counter[str]]:
     """How often a kernel has each; `stem<type>` by its short name, without modifiers of loads."""
-    source = ROOT / "tests" / "cuda" / "boltzmann_sass.cu"
+    source = Path(__file__).with_name("sass.cu")
     sass = instructions(source, "80", folder)
     return {name: Counter(code) for name, code in sass.items()}
 

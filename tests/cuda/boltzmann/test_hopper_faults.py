@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda.boltzmann_source import limit_blocks, shrink
+from tests.cuda.boltzmann.source import limit_blocks, shrink
 from tests.shared.cuda import emulator
 from tests.shared.cuda.fault import Fault
 from tests.shared.ops.boltzmann_kernel_cases import make
