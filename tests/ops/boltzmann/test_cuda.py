@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from m3i_fast.ops import boltzmann
-from tests.ops.boltzmann_cases import FP32, FP64, HALVES, HARD, KINDS, Case, assert_right, grid
+from tests.ops.boltzmann.cases import FP32, FP64, HALVES, HARD, KINDS, Case, assert_right, grid
 
 pytestmark = pytest.mark.gpu
 DTYPES = (FP32, FP64, *HALVES)

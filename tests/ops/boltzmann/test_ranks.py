@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m3i_fast.ops import boltzmann
 from m3i_fast.ops.boltzmann_exchange import Ring
-from tests.ops.boltzmann_cases import FP32, FP64, KINDS, Case, make
+from tests.ops.boltzmann.cases import FP32, FP64, KINDS, Case, make
 
 # Rows of each of four ranks: fewer ranks take the first; the last of a split takes what is left.
 ROWS = {"equal": (12, 12, 12, 12), "unequal": (5, 20, 0, 11), "one has all": (0, 36, 0, 0)}

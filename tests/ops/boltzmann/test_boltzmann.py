@@ -14,7 +14,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
 from m3i_fast.ops import boltzmann, reference
-from tests.ops.boltzmann_cases import (
+from tests.ops.boltzmann.cases import (
     FP32,
     FP64,
     HALVES,

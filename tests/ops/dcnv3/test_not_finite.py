@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.ops import dcnv3, reference
-from tests.ops.test_dcnv3 import by_grid_sample
+from tests.ops.dcnv3.test_dcnv3 import by_grid_sample
 from tests.shared.ops.cpu_capability import run_held_to
 from tests.shared.ops.dcnv3_cases import Config, make, results
 
@@ -170,7 +170,7 @@ def test_a_deterministic_gradient_hides_none() -> None:
 
 
 _OTHER_SETS = """
-from tests.ops.test_dcnv3_not_finite import *
+from tests.ops.dcnv3.test_not_finite import *
 for dtype in DTYPES:
     for bad in BAD:
         for softmax in (False, True):

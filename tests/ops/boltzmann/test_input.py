@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.ops import boltzmann, boltzmann_autograd, library
-from tests.ops.boltzmann_cases import FP32, Case, leaves, make
+from tests.ops.boltzmann.cases import FP32, Case, leaves, make
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from m3i_fast.ops import dcnv3
-from tests.ops.test_dcnv3_contract import (  # noqa: F401  run here on the other kernel
+from tests.ops.dcnv3.test_contract import (  # noqa: F401  run here on the other kernel
     SMALL,
     test_a_sample_on_the_border_is_outside,
     test_offsets_that_lead_far_outside_add_nothing,
