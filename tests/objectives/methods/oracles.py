@@ -1,6 +1,6 @@
 """How far every method of `METHODS` is from its paper's loss; the table that documents it.
 
-python -m tests.objectives.method_oracles > docs/methods.md
+python -m tests.objectives.methods.oracles > docs/methods.md
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from m3i_fast.config.objective import Term
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Encoded, Source, Targets
-from tests.objectives import method_losses as losses
-from tests.objectives.method_steps import NUM_STEPS, Step, build_model, draw, draw_batch
+from tests.objectives.methods import losses
+from tests.objectives.methods.steps import NUM_STEPS, Step, build_model, draw, draw_batch
 
 FLOOR, MOST = 1e-7, 1e-5
 
@@ -198,7 +198,7 @@ def relative(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 INTRODUCTION = """# Every method beside its paper
 
-Made by `python -m tests.objectives.method_oracles > docs/methods.md`; `tests/objectives/` measures
+Made by `python -m tests.objectives.methods.oracles > docs/methods.md`; `tests/objectives/` measures
 it anew. Each method of `m3i-fast methods` takes two steps of a tiny model in fp32 beside the
 oracle's code: which views and cells are encoded, what is asked and the loss are worked out from the
 batch, in fp64 from the predictions on. Errors are relative, the largest of each term and of the

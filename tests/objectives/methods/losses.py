@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from m3i_fast.objectives.objective import MutualInformation
-from tests.objectives.method_steps import BATCH, PATCH, Step
+from tests.objectives.methods.steps import BATCH, PATCH, Step
 
 Parts = dict[str, Tensor]
 Run = Callable[[Step], Parts]
