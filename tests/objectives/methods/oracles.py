@@ -1,6 +1,6 @@
 """How far every method of `METHODS` is from its paper's loss; the table that documents it.
 
-python -m tests.objectives.methods.oracles > docs/methods.md
+python -m tests.objectives.methods.oracles > docs/measure/methods.md
 """
 
 from __future__ import annotations
@@ -198,10 +198,12 @@ def relative(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 INTRODUCTION = """# Every method beside its paper
 
-Made by `python -m tests.objectives.methods.oracles > docs/methods.md`; `tests/objectives/` measures
-it anew. Each method of `m3i-fast methods` takes two steps of a tiny model in fp32 beside the
-oracle's code: which views and cells are encoded, what is asked and the loss are worked out from the
-batch, in fp64 from the predictions on. Errors are relative, the largest of each term and of the
+To see how near each method of `m3i-fast methods` comes to its paper, and where it differs.
+
+Made by `python -m tests.objectives.methods.oracles > docs/measure/methods.md`, and measured anew by
+`tests/objectives/methods/`. Each method takes two steps of a tiny model in fp32 beside the
+oracle's code: which views and cells are encoded, what is predicted and the loss are worked out from
+the batch, in fp64 from the predictions on. Errors are relative, the largest of each term and of the
 sum: of the value, and of the gradient by the encoder's tokens and by all that is learnt beside the
 encoder. The table has twice the error, rounded up to a power of ten, 1e-07 at least. A term is
 its target: predictor, likelihood, what stands for the target's entropy. Sizes and training are this

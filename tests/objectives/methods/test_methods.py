@@ -1,4 +1,4 @@
-"""Every method equals its own paper, in code of others, and `docs/methods.md` says how closely."""
+"""Every method equals its paper, in others' code; `docs/measure/methods.md` says how closely."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m3i_fast.objectives.methods import METHODS
 from tests.objectives.methods.oracles import MOST, ORACLES, Errors, measure, page, read_errors
 from tests.objectives.methods.steps import runs_in_fp64
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "methods.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "measure" / "methods.md"
 FP64 = [name for name in METHODS if runs_in_fp64(name)]
 OF_FP64 = 1e-7  # lightly holds DINO's temperature in fp32
 
@@ -41,7 +41,8 @@ def _all(errors: Errors) -> tuple[float, float, float]:
 def test_the_document_is_what_is_measured() -> None:
     document = DOCUMENT.read_text()
     bounds = read_errors(document)
-    assert page(bounds) == document, "python -m tests.objectives.methods.oracles > docs/methods.md"
+    command = "python -m tests.objectives.methods.oracles > docs/measure/methods.md"
+    assert page(bounds) == document, command
     for name, (value, gradient) in bounds.items():
         errors = measured(name)
         assert errors.value <= float(value) <= MOST, name
