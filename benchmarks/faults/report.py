@@ -35,7 +35,7 @@ text { font: 12px system-ui, sans-serif; fill: #66635c; }
 HEAD = """\
 # Faults
 
-To see which faults a run survives, and with what.
+To see which faults a run survives, and whether it ends with the weights that it would have had.
 
 Made by `m3i-fast faults --record`; the rows are in `benchmarks/results/faults.jsonl`, one a trial.
 Each trial spoils a run of tiny M3I of twelve steps (all terms, a checkpoint every two steps, in the
@@ -43,7 +43,7 @@ background), starts it again with the same command line, and compares its weight
 averages and losses with those of the run to which nothing happened, bit for bit. After a NaN they
 are compared with a run whose step is undone by copies of all state; on another number of ranks,
 where the data begin their epoch again, what is loaded is compared with what was saved. On a CPU,
-over gloo; no GPU has had a campaign.
+over gloo; no campaign has run on a GPU.
 
 ![a square a trial](../pictures/faults.svg)
 
