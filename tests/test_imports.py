@@ -5,11 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.shared.source_files import FILES
 
 ANYWHERE = {"config", "flags", "hints", "json_files", "storage", "terminal"}
 MODELS = {"models", "ops"}
@@ -59,10 +58,6 @@ ONLY_IN = {
     "mlflow": ("m3i_fast/observe/sinks/trackers.py",),
     "torch.ops.m3i": ("m3i_fast/ops/",),
 }
-
-
-PATHS = [p for top in ("m3i_fast", "pipelines", "benchmarks") for p in (ROOT / top).rglob("*.py")]
-FILES = {path.relative_to(ROOT).as_posix(): path for path in PATHS}
 
 
 def module_of(file: str) -> str:

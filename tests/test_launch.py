@@ -24,8 +24,7 @@ from m3i_fast.cli import launch, main, train
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.observe.metrics import read_jsonl
-from tests.engine.parallel.run_work import spread
-from tests.engine.parallel.test_runs import _config
+from tests.shared.engine.two_ranks import run_of_adamw, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -267,7 +266,7 @@ def test_a_slurm_job_that_runs_out_of_time_goes_on_in_the_next(
     dataset: Path, log: Path, tmp_path: Path
 ) -> None:
     """Two ranks, stopped by the signal of the time limit; ended by torchrun's script."""
-    cfg = replace(_config(dataset), num_steps=400, checkpoint_every=2, keep_checkpoints=2)
+    cfg = replace(run_of_adamw(dataset), num_steps=400, checkpoint_every=2, keep_checkpoints=2)
     config, out = tmp_path / "config.json", tmp_path / "run"
     cfg.save(config)
     arguments = ("--config", str(config), "--out", str(out))
@@ -292,7 +291,7 @@ def test_a_slurm_job_that_runs_out_of_time_goes_on_in_the_next(
 @pytest.mark.slow
 def test_a_signal_to_one_node_saves_on_all(dataset: Path, log: Path, tmp_path: Path) -> None:
     """Two agents that meet, of a rank each; FSDP2, with compiled blocks."""
-    cfg = replace(_config(dataset), num_steps=4000, checkpoint_every=2, compile=True)
+    cfg = replace(run_of_adamw(dataset), num_steps=4000, checkpoint_every=2, compile=True)
     cfg = spread(cfg, -1)
     config, out = tmp_path / "config.json", tmp_path / "run"
     cfg.save(config)

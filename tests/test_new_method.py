@@ -1,4 +1,4 @@
-"""docs/new_method.md: the file it shows is a method, trains, and is as short as it says."""
+"""docs/extend/new_method.md: the file it shows is a method, trains, and is as short as it says."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from m3i_fast.observe.metrics import read_jsonl
 
-TUTORIAL = Path(__file__).parent.parent / "docs" / "new_method.md"
+TUTORIAL = Path(__file__).parent.parent / "docs" / "extend" / "new_method.md"
 SMALL = (
     "--num-steps=3 --log-every=1 --num-classes=9 --text.vocab-size=814 --text.context-length=24 "
     "--data.batch-size=8 --data.initial-fill=16 --device=cpu"

@@ -19,7 +19,7 @@ from tests.test_new_method import SMALL
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = (README, ROOT / "CONTRIBUTING.md", *DOCS)
 FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 PYTHON = re.compile(r"(<!-- not run: [^>]+ -->\n)?```python\n(.*?)```", re.DOTALL)
@@ -83,31 +83,31 @@ def test_the_python_of_the_readme_does_what_it_says(namespace: dict[str, Any]) -
 
 # What has to hold after all Python of a page has run, in the same process.
 AFTER = {
-    "data.md": """
+    "start/data.md": """
 from m3i_fast.pipelines.dataset.verify import verify
 train = verify(Path("data/mine"), decode=True).splits["train"]
 assert (train.num_samples, train.num_captions, train.num_labels) == (4, 2, 2)
 """,
-    "new_method.md": """
+    "extend/new_method.md": """
 from m3i_fast.recipes import recipes
 (term,) = recipes()["demo_simdino"]().objective.terms
 assert term.regulariser == "coding_rate"
 """,
-    "new_source.md": """
+    "extend/new_source.md": """
 from m3i_fast.pipelines.dataset.verify import verify
 found = verify(Path("data/discs"), decode=True)
 labels = {name: split.num_labels for name, split in found.splits.items()}
 assert labels == {"train": 96, "heldout": 32}
 """,
-    "ops.md": """
+    "extend/ops.md": """
 assert all(t.grad.abs().sum() > 0 for t in (pictures, captions, classes, predicted, x))
 assert features.tokens.shape[:2] == (1, 14 * 14) and features.pooled.shape[0] == 1
 """,
-    "training.md": """
+    "train/training.md": """
 assert outcome.step == 4 and outcome.signal is None
 assert Path("runs/short/checkpoints/latest").read_text().strip() == "step_00000004"
 """,
-    "tutorial.md": """
+    "start/tutorial.md": """
 torch.testing.assert_close(asked.norm(dim=-1), torch.ones(1))
 assert {"loss/caption", "loss/total"} <= last.keys() and best in range(8)
 """,
@@ -126,18 +126,21 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_pictures(place / "pictures", "jpg")
     for name, (folder, i) in {"street": ("dog", 0), "unknown": ("dog", 1)}.items():
         (place / "pictures" / folder / f"{i}.jpg").rename(place / "pictures" / f"{name}.jpg")
-    (table,) = re.findall(r"```text\n(file,.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    (table,) = re.findall(
+        r"```text\n(file,.*?)```", (ROOT / "docs/start/data.md").read_text(), re.S
+    )
     (place / "pictures.csv").write_text(table)
     return place
 
 
 def test_what_the_python_of_each_page_leaves_is_checked() -> None:
-    assert {page.name for page in DOCS if python_of(page)} == set(AFTER)
+    with_python = [page for page in DOCS if python_of(page)]
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in with_python} == set(AFTER)
 
 
 @pytest.mark.parametrize("page", AFTER)
 def test_the_python_of_a_page_runs(page: str, workplace: Path) -> None:
-    script = workplace / page.replace(".md", "_page.py")
+    script = workplace / f"{Path(page).stem}_page.py"
     blocks = [*python_of(ROOT / "docs" / page), AFTER[page]]
     script.write_text("\n".join(blocks).replace('if __name__ == "__main__":', "if False:"))
     done = subprocess.run(

@@ -8,7 +8,7 @@ Only rows of one machine class are compared, and only those that measured the sa
 the other commit and takes samples of both in turns, which leaves out what a busy machine does to
 both: it is the fair one, for the ops (`m3i_fast/ops/registry.py` has their work). --self-test
 compares this version with itself, and with itself doing a tenth of the work again; its row goes to
-the ledger. gate.py says when a difference is an alarm, docs/comparing.md what was measured.
+the ledger. gate.py says when a difference is an alarm, docs/measure/comparing.md what was measured.
 """
 
 from __future__ import annotations

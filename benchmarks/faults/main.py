@@ -18,7 +18,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from m3i_fast.benchmarks.faults.campaign import Campaign, Trial, Verdict
-from m3i_fast.benchmarks.faults.report import DOCS, SUBJECT, newest, page, picture
+from m3i_fast.benchmarks.faults.report import DOCS, PAGE, PICTURE, SUBJECT, newest, page, picture
 from m3i_fast.benchmarks.faults.trials import plan
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.storage import write_atomically
@@ -40,7 +40,7 @@ class Config:
     jobs: int = os.cpu_count() or 1
     """Trials at a time; each has one or two processes of one thread."""
     record: bool = False
-    """Append a row a trial to the ledger and write docs/faults.md and its picture."""
+    """Append a row a trial to the ledger and write docs/measure/faults.md and its picture."""
 
     def __post_init__(self) -> None:
         for name in ("kills", "writes", "jobs"):
@@ -92,8 +92,8 @@ def record(found: Sequence[Verdict], *, seed: int) -> None:
         figures = {"campaign": campaign, "trial": number, "seed": seed, **asdict(verdict)}
         append_row(SUBJECT, {name: value for name, value in figures.items() if name != "log"})
     rows = newest()
-    write_atomically(DOCS / "faults.md", page(rows).encode())
-    write_atomically(DOCS / "faults.svg", picture(rows).encode())
+    write_atomically(PAGE, page(rows).encode())
+    write_atomically(PICTURE, picture(rows).encode())
 
 
 def _table(found: Sequence[Verdict]) -> Table:

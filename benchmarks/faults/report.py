@@ -13,6 +13,7 @@ from m3i_fast.benchmarks.ledger.rows import commit_of, read_rows
 SUBJECT = "faults"
 Row = dict[str, Any]  # a row of the ledger
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE, PICTURE = DOCS / "measure" / "faults.md", DOCS / "pictures" / "faults.svg"
 MANY = 3  # trials of a fault from which on each is not named on the page
 
 _WIDTH, _NAMES, _TOP, _LINE = 920, 250, 64, 22  # pixels
@@ -34,15 +35,17 @@ text { font: 12px system-ui, sans-serif; fill: #66635c; }
 HEAD = """\
 # Faults
 
+To see which faults a run survives, and whether it ends with the weights that it would have had.
+
 Made by `m3i-fast faults --record`; the rows are in `benchmarks/results/faults.jsonl`, one a trial.
 Each trial spoils a run of tiny M3I of twelve steps (all terms, a checkpoint every two steps, in the
-background), starts it again with the same command line, and asks of it the weights, moments,
-averages and losses of the run to which nothing happened, bit for bit. After a NaN they are those of
-a run whose step is undone by copies of all state; on another number of ranks, where the data begin
-their epoch again, what is loaded is compared with what was saved. On a CPU, over gloo; no GPU has
-had a campaign.
+background), starts it again with the same command line, and compares its weights, moments,
+averages and losses with those of the run to which nothing happened, bit for bit. After a NaN they
+are compared with a run whose step is undone by copies of all state; on another number of ranks,
+where the data begin their epoch again, what is loaded is compared with what was saved. On a CPU,
+over gloo; no campaign has run on a GPU.
 
-![a square a trial](faults.svg)
+![a square a trial](../pictures/faults.svg)
 
 """
 

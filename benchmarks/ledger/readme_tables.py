@@ -21,7 +21,7 @@ from m3i_fast.benchmarks.ledger.demo_table import table as demo_table
 from m3i_fast.benchmarks.ledger.rows import Row
 from m3i_fast.ops.registry import OPS
 
-FILES = ("README.md", "docs/performance.md", "docs/comparing.md")
+FILES = ("README.md", "docs/measure/performance.md", "docs/measure/comparing.md")
 MARKED = re.compile(r"(<!-- ledger:(\w+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)
 OURS = "m3i_fast"
 ABSENT = "not measured yet"

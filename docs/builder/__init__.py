@@ -25,11 +25,12 @@ PAGES: dict[str, Callable[[], str]] = {
 MARK = re.compile(r"<!-- built:(\w+) -->")
 # Files beside docs/ that pages link to, and the page that shows each on the site.
 ELSEWHERE = {
-    "../CONTRIBUTING.md": "contributing.md",
-    "../CHANGELOG.md": "changelog.md",
-    "../README.md": "index.md",
-    "../cuda/emulator/README.md": "emulator.md",
+    "CONTRIBUTING.md": "/reference/contributing.md",
+    "CHANGELOG.md": "/reference/changelog.md",
+    "README.md": "/index.md",
+    "cuda/emulator/README.md": "/extend/emulator.md",
 }
+LINK = re.compile(rf"\]\((?:\.\./)+({'|'.join(map(re.escape, ELSEWHERE))})")
 
 
 def fill(text: str) -> str:
@@ -45,9 +46,7 @@ def fill(text: str) -> str:
 
 def on_source_read(app: Sphinx, docname: str, content: list[str]) -> None:
     """Fill a page that is about to be parsed, and have its links stay on the site."""
-    content[0] = fill(content[0])
-    for file, page in ELSEWHERE.items():
-        content[0] = content[0].replace(f"]({file}", f"]({page}")
+    content[0] = LINK.sub(lambda found: f"]({ELSEWHERE[found[1]]}", fill(content[0]))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

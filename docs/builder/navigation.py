@@ -1,43 +1,38 @@
-"""The order in which the site's navigation shows its pages; each page stands in it once.
-
-A page is named by its own title unless one stands here.
-"""
+"""The order in which the site's navigation shows its pages; each page stands in it once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 README = Path(__file__).resolve().parents[2] / "README.md"
+# By folder of docs/, whose name in the navigation is its own with a capital.
 CONTENTS = {
-    "Start": ("install", "tutorial"),
-    "Use": (
-        "data",
-        "training",
-        "watching",
-        "precision",
-        "distributed",
-        "clusters",
-        "planning",
-        "profile",
+    "start": ("install", "tutorial", "data"),
+    "train": ("training", "watching", "precision", "distributed", "clusters"),
+    "measure": (
+        *("planning", "profile", "performance", "comparing"),
+        *("results", "methods", "faults"),
     ),
-    "Measured": (
-        "performance",
-        "Results <results>",
-        "Methods <methods>",
-        "faults",
-        "comparing",
-    ),
-    "Extend": ("ops", "new_method", "new_op", "new_source", "emulator"),
-    "Reference": ("config", "commands", "architecture", "glossary", "contributing", "changelog"),
+    "extend": ("new_method", "new_op", "new_source", "ops", "emulator"),
+    "reference": ("config", "commands", "glossary", "architecture", "contributing", "changelog"),
 }
+# Pages that the navigation names by less than their title.
+SHORT = {"results": "Results", "methods": "Methods"}
 
 
 def contents() -> str:
-    """Return a hidden table of contents for each group, which the side bar then shows."""
+    """Return a hidden table of contents for each folder, which the side bar then shows."""
     return "\n".join(
-        f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n"
-        for title, pages in CONTENTS.items()
+        f"```{{toctree}}\n:hidden:\n:caption: {folder.capitalize()}\n\n"
+        + "\n".join(_entry(folder, page) for page in pages)
+        + "\n```\n"
+        for folder, pages in CONTENTS.items()
     )
+
+
+def _entry(folder: str, page: str) -> str:
+    place = f"{folder}/{page}"
+    return f"{SHORT[page]} <{place}>" if page in SHORT else place
 
 
 def limits() -> str:

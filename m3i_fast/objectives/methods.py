@@ -1,7 +1,7 @@
 """Known methods as lists of terms: the rows of the paper's table 1, and what came of them.
 
 A method is data: what is shown to the encoder, and the terms. The same trainer runs each of them.
-`m3i-fast methods` prints the table; a new one is an entry of METHODS (docs/new_method.md).
+`m3i-fast methods` prints the table; a new one is an entry of METHODS (docs/extend/new_method.md).
 """
 
 from __future__ import annotations

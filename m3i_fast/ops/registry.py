@@ -200,7 +200,7 @@ OPS: tuple[OpSpec, ...] = (
         work=_mask_mix_work,
         measures="mask, mix and normalise views: ours beside the torch expressions it replaces",
         gpu=GpuBenchmark(worth=5, limit_s=60, small=("--num-samples", "2", "--no-compile")),
-        sanitizer="tests/ops/test_mask_mix.py::test_cuda_gives_the_bits_of_the_cpu",
+        sanitizer="tests/ops/mask_mix/test_mask_mix.py::test_cuda_gives_the_bits_of_the_cpu",
     ),
     OpSpec(
         name="dcnv3",
@@ -209,7 +209,7 @@ OPS: tuple[OpSpec, ...] = (
         work=_dcnv3_work,
         measures="deformable convolution v3: ours beside grid_sample and torchvision",
         gpu=GpuBenchmark(worth=2, limit_s=150, skipped_small="takes minutes without a GPU"),
-        sanitizer="tests/ops/test_dcnv3_cuda.py",
+        sanitizer="tests/ops/dcnv3/test_cuda.py",
     ),
     OpSpec(
         name="boltzmann",
@@ -223,7 +223,7 @@ OPS: tuple[OpSpec, ...] = (
             limit_s=120,
             small=("--ranks", "1,2", "--rows-per-rank", "64", "--dim", "32"),
         ),
-        sanitizer="tests/ops/test_boltzmann_cuda.py::test_small_calls",
+        sanitizer="tests/ops/boltzmann/test_cuda.py::test_small_calls",
         kernels=r"^(Softmax|Sigmoid)(Backward)?$",  # the autograd functions around its operators
     ),
     OpSpec(
@@ -233,6 +233,6 @@ OPS: tuple[OpSpec, ...] = (
         work=_gaussian_work,
         measures="the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
         gpu=GpuBenchmark(worth=4, limit_s=90, small=("--num-samples", "2", "--no-compile")),
-        sanitizer="tests/ops/test_gaussian.py::test_on_a_gpu",
+        sanitizer="tests/ops/gaussian/test_gaussian.py::test_on_a_gpu",
     ),
 )

@@ -36,7 +36,7 @@ BENCHMARKS: dict[str, Any] = dict(
     )
 )
 # The emulator reports what a sanitizer would: accesses out of bounds, and races.
-EMULATED = ("tests/cuda/test_mask_mix.py",)
+EMULATED = ("tests/cuda/mask_mix/test_kernels.py",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from m3i_fast.benchmarks.faults.files import flip_byte, truncate
 from m3i_fast.cli import main
-from tests.engine.checkpoint.checkpoint_cases import assert_equal, save, trained
+from tests.shared.engine.checkpoint_cases import assert_equal, save, trained
 
 OLD = Path(__file__).parents[1] / "engine" / "checkpoint" / "old_checkpoint"
 

@@ -10,8 +10,8 @@ from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import pack_demo
-from tests.pipelines.data import encode_image, pack, repack, sample, smooth_picture
-from tests.pipelines.sources.icons import disc, write_icons
+from tests.shared.pipelines.data import encode_image, pack, repack, sample, smooth_picture
+from tests.shared.pipelines.icons import disc, write_icons
 
 SMALL = ["--limit", "60", "--image-size", "24", "--num-merges", "200", "--max-variants", "1"]
 

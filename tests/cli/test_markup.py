@@ -10,9 +10,9 @@ import pytest
 from m3i_fast.benchmarks.faults.files import truncate
 from m3i_fast.cli import VERBS, main
 from m3i_fast.terminal import make_console
-from tests.engine.checkpoint.checkpoint_cases import save
-from tests.engine.test_trainer import _config
-from tests.test_imports import FILES
+from tests.shared.engine.checkpoint_cases import save
+from tests.shared.engine.small_run import small_run
+from tests.shared.source_files import FILES
 
 HOSTILE = "x[/b][bold]:bug:[green"  # a folder "x[", and in it a name
 REFUSED = [
@@ -85,7 +85,7 @@ def test_a_run_of_such_a_name_is_saved_and_goes_on(
 ) -> None:
     config, out = tmp_path / f"{HOSTILE}.json", tmp_path / HOSTILE
     config.parent.mkdir()
-    _config(dataset, num_steps=3, log_every=1).save(config)
+    small_run(dataset, num_steps=3, log_every=1).save(config)
     asked = ["train", "--config", config, "--out", out]
     code, said = _say(capsys, *asked, "--max-hours", "1e-9")
     assert code == 75 and f"tocontinue{out}" in said

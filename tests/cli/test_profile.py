@@ -23,9 +23,9 @@ from m3i_fast.profiling.nsys import read_nsys
 from m3i_fast.profiling.page import write_page
 from m3i_fast.profiling.summary import Pace, read_summary, summarise
 from m3i_fast.recipes import demo, shrink
-from tests.engine.parallel.test_ranks import TEXT
-from tests.profiling.nsys_files import write_export
-from tests.report.chromium import check_page, skip_reason
+from tests.shared.chromium import check_page, skip_reason
+from tests.shared.engine.small_run import TEXT
+from tests.shared.nsys_files import write_export
 
 WINDOWS = Windows(warmup=1, steps=2)
 browser = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))

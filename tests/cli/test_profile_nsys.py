@@ -18,7 +18,7 @@ from m3i_fast.profiling.nsys import read_nsys
 from m3i_fast.profiling.nsys_capture import export, run_under_nsys
 from m3i_fast.profiling.summary import Peak, read_summary
 from tests.cli.test_profile import _config
-from tests.profiling.nsys_files import write_export
+from tests.shared.nsys_files import write_export
 
 NSYS = f"""#!{sys.executable}
 import json, os, shutil, signal, sys, time

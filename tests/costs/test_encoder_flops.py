@@ -30,7 +30,7 @@ from m3i_fast.costs.encoder_flops import (
 )
 from m3i_fast.models import InternImage, ViT
 from m3i_fast.models.transformer.text import TextEncoder
-from tests.flop_formulas import FORMULAS
+from tests.shared.flop_formulas import FORMULAS
 
 
 def counted(run: Callable[[], object]) -> int:

@@ -24,8 +24,8 @@ from m3i_fast.engine.teacher import Teacher
 from m3i_fast.models.vision import build_encoder
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.recipes import recipes, shrink
-from tests.engine.real_step import stepper
-from tests.flop_formulas import FORMULAS
+from tests.shared.engine.real_step import stepper
+from tests.shared.flop_formulas import FORMULAS
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
 # At their full size, in which the closed form is used, test_step_flops_full.py has them.

@@ -16,7 +16,7 @@ from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.planning.memory import build_on_meta, draw_first_mix, empty_batch
 from m3i_fast.recipes import recipes
-from tests.flop_formulas import FORMULAS
+from tests.shared.flop_formulas import FORMULAS
 
 # Those of a frozen teacher, whose size is in no recipe, are in test_step_flops.py.
 NAMES = [name for name, make in recipes().items() if not make().objective.uses(encoder="frozen")]

@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.doctor.probes import fatbin_architectures
-from tests.cuda.nvcc import CUDA, ROOT, compile_options, find_nvcc, name_of, run_nvcc, short_ptxas
+from tests.shared.cuda.nvcc import (
+    CUDA,
+    ROOT,
+    compile_options,
+    find_nvcc,
+    name_of,
+    run_nvcc,
+    short_ptxas,
+)
 
 # By what the configuration is told: what is in a compiled source.
 ALL = ["compute_80", "sm_100", "sm_120", "sm_80", "sm_90a"]

@@ -12,7 +12,7 @@ import pytest
 
 from m3i_fast.benchmarks.tune.compile import Resources
 from m3i_fast.ops.registry import OPS, OpSpec
-from tests.cuda.nvcc import (
+from tests.shared.cuda.nvcc import (
     ARCHITECTURES,
     CUDA,
     ROOT,

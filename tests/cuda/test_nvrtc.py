@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.nvcc import ARCHITECTURES, CUDA, name_of, site_packages
+from tests.shared.cuda.nvcc import ARCHITECTURES, CUDA, name_of, site_packages
 
 DEVICE_CODE = sorted([*CUDA.glob("*/*.cuh"), *CUDA.glob("*/sm*/*.cuh")])
 # Of each op the file that has all of its kernels.

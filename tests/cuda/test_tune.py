@@ -27,9 +27,9 @@ from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
 from m3i_fast.benchmarks.tune.roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
 from m3i_fast.doctor.probes import fatbin_architectures
 from m3i_fast.ops import dcnv3, tiles
-from tests.cuda.emulator import emulated
-from tests.cuda.nvcc import CUDA, find_nvcc
-from tests.ops.dcnv3_cases import Config, assert_right, make
+from tests.shared.cuda.emulator import emulated
+from tests.shared.cuda.nvcc import CUDA, find_nvcc
+from tests.shared.ops.dcnv3_cases import Config, assert_right, make
 
 pytest.importorskip("cupy")
 

@@ -16,7 +16,7 @@ import pytest
 from m3i_fast.benchmarks.subjects import SUBJECTS
 from m3i_fast.cli import VERBS
 from m3i_fast.recipes import recipes
-from tests.report.chromium import emulate, open_browser, requested_by, skip_reason
+from tests.shared.chromium import emulate, open_browser, requested_by, skip_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 400  # of a telephone, in pixels
@@ -80,13 +80,14 @@ def test_a_page_that_leads_nowhere_ends_the_build(tmp_path: Path) -> None:
 
 
 def test_every_page_is_built(site: Path) -> None:
-    pages = {page.stem for page in (ROOT / "docs").glob("*.md")}
-    assert pages <= {page.stem for page in site.glob("*.html")}
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).with_suffix(".html") for page in docs.rglob("*.md")}
+    assert pages <= {page.relative_to(site) for page in site.rglob("*.html")}
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_internimage"])
 def test_every_field_of_a_config_is_explained(site: Path, recipe: str) -> None:
-    shown = (site / "config.html").read_text()
+    shown = (site / "reference" / "config.html").read_text()
     for path in leaves(json.loads(recipes()[recipe]().to_json())):
         one = rf'id="confval-{re.escape(path)}(-\w+)?".*?(?=<dt class="sig|<h2)'
         found = re.search(one, shown, re.DOTALL)
@@ -97,7 +98,7 @@ def test_every_field_of_a_config_is_explained(site: Path, recipe: str) -> None:
 
 
 def test_what_recipes_change_is_shown(site: Path) -> None:
-    shown = text_of(site, "config.html")
+    shown = text_of(site, "reference/config.html")
     for name, build_recipe in recipes().items():
         if name in ("demo", "demo_internimage") or name.startswith("m3i_"):
             assert name in shown, name
@@ -105,7 +106,7 @@ def test_what_recipes_change_is_shown(site: Path) -> None:
 
 
 def test_every_command_is_shown_with_its_help(site: Path) -> None:
-    shown = text_of(site, "commands.html")
+    shown = text_of(site, "reference/commands.html")
     commands = [*VERBS, *(f"bench {name}" for name in SUBJECTS), "data verify", "checkpoint ls"]
     for command in commands:
         assert f"m3i-fast {command}" in shown, command
@@ -119,11 +120,11 @@ def test_every_command_is_shown_with_its_help(site: Path) -> None:
 def test_no_page_is_cut_off_scrolls_sideways_or_asks_the_network(site: Path) -> None:
     with open_browser() as browser:
         for scheme, width in (("light", WIDTH), ("dark", 1280)):
-            for page in sorted(site.glob("*.html")):
+            for page in sorted(site.rglob("*.html")):
                 emulate(browser, width, scheme)
                 browser.get_log("performance")  # forget the last page
                 browser.get(page.as_uri())
-                where = f"{page.name} at {width} px"
+                where = f"{page.relative_to(site)} at {width} px"
                 assert browser.execute_script(OUTSIDE) == [], where
                 asked = [url for url in requested_by(browser) if not url.startswith("data:")]
                 assert all(url.startswith(site.as_uri()) for url in asked), (where, asked)

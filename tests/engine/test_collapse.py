@@ -26,7 +26,7 @@ from m3i_fast.observe import collapse
 from m3i_fast.observe.collapse import CollapseError, Healthy
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import recipes, shrink
-from tests.engine.test_trainer import TEXT
+from tests.shared.engine.small_run import TEXT
 
 NUM_STEPS = 200
 

@@ -16,7 +16,7 @@ from m3i_fast.engine.build import blocks_of
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import recipes, shrink
-from tests.engine.parallel.test_ranks import TEXT
+from tests.shared.engine.small_run import TEXT
 
 STEPS = 4
 # aot_eager computes with eager's kernels. Inductor's fused ones add up in another order, and the

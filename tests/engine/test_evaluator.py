@@ -25,7 +25,7 @@ from m3i_fast.pipelines.dataset.tar_shards import split_digest
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, demo_method, shrink
-from tests.engine.parallel.test_ranks import TEXT
+from tests.shared.engine.small_run import TEXT
 
 
 @pytest.fixture(scope="module")

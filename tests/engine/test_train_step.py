@@ -26,9 +26,9 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.planning.calibration import step_seconds
 from m3i_fast.planning.memory import trace
 from m3i_fast.profiling.capture import NoControl, Windows, profile_steps
-from tests.engine.real_step import FP32
-from tests.engine.test_trainer import _config
-from tests.test_imports import FILES
+from tests.shared.engine.real_step import FP32
+from tests.shared.engine.small_run import small_run
+from tests.shared.source_files import FILES
 
 
 class BrokenStepError(Exception):
@@ -88,7 +88,7 @@ def test_a_broken_step_breaks_whatever_takes_steps(
 
     monkeypatch.setattr(TrainStep, "__call__", broken)
     with pytest.raises(BrokenStepError):
-        CALLERS[caller](_config(dataset), tmp_path / "run")
+        CALLERS[caller](small_run(dataset), tmp_path / "run")
 
 
 # What a step is put together from, and where each is defined.
@@ -115,7 +115,7 @@ def test_no_other_file_puts_a_step_together() -> None:
 
 
 def test_a_step_counts_itself_and_leaves_no_gradient(dataset: Path) -> None:
-    cfg = _config(dataset)
+    cfg = small_run(dataset)
     step = build_train_step(cfg, World(torch.device("cpu")), FP32)
     before = {name: p.detach().clone() for name, p in step.objective.named_parameters()}
     metrics = step(draw_batch(cfg))
@@ -130,7 +130,7 @@ def test_a_step_counts_itself_and_leaves_no_gradient(dataset: Path) -> None:
 
 
 def test_the_learning_rate_is_the_schedules_times_the_back_off(dataset: Path) -> None:
-    cfg = _config(dataset)
+    cfg = small_run(dataset)
     world = World(torch.device("cpu"))
     step = build_train_step(cfg, world, FP32, lr_scale=lambda index: 0.5 if index == 2 else 1.0)
     expected = lr_schedule(cfg.optim, cfg.num_steps)
@@ -147,7 +147,7 @@ def test_the_learning_rate_is_the_schedules_times_the_back_off(dataset: Path) ->
 
 
 def test_batches_of_a_step_are_mixed_each_its_own_way(dataset: Path) -> None:
-    cfg = _config(dataset)
+    cfg = small_run(dataset)
     step = build_train_step(cfg, World(torch.device("cpu")), FP32)
     batch = draw_batch(cfg)
     first, again, second = (step.draw_mix(batch, index) for index in (0, 0, 1))

@@ -18,7 +18,6 @@ from m3i_fast.cli import main
 from m3i_fast.cli.train import TrainCommand
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.internimage import internimage_demo
-from m3i_fast.config.text import TextConfig
 from m3i_fast.config.vision import VisionConfig
 from m3i_fast.config.vit import vit_demo
 from m3i_fast.engine.build import build_objective
@@ -28,17 +27,8 @@ from m3i_fast.objectives.losses import likelihoods
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.stages import STAGES
 from m3i_fast.ops import reference
-from m3i_fast.recipes import demo, shrink
-
-TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
-
-
-def _config(dataset: Path, **overrides: object) -> TrainConfig:
-    cfg = shrink(demo(), path=dataset, num_classes=9, text=TEXT)
-    cfg = replace(
-        cfg, data=replace(cfg.data, batch_size=8), num_steps=30, log_every=5, checkpoint_every=5
-    )
-    return replace(cfg, **overrides)  # type: ignore[arg-type]
+from m3i_fast.recipes import demo
+from tests.shared.engine.small_run import TEXT, small_run
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
@@ -63,7 +53,7 @@ def _assert_same_run(a: Path, b: Path) -> None:
 def whole_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    Trainer(_config(dataset), out).train()
+    Trainer(small_run(dataset), out).train()
     return out
 
 
@@ -96,7 +86,7 @@ def test_a_run_learns_and_leaves_its_files(whole_run: Path, dataset: Path) -> No
     outside = {"log", "ckpt"}  # the steps of a throughput end before them
     named = sum(rows[1][f"time/{stage}_ms"] for stage in stages - outside)
     assert 0.7 < named / (1000 * 8 / rows[1]["throughput/img_s"]) < 1.001
-    assert TrainConfig.load(whole_run / "config.json") == _config(dataset)
+    assert TrainConfig.load(whole_run / "config.json") == small_run(dataset)
     assert (whole_run / "env.json").exists() and any((whole_run / "tensorboard").iterdir())
     assert [c.step for c in checkpoint.checkpoints(whole_run / "checkpoints")] == [25, 30]
 
@@ -113,7 +103,7 @@ def test_the_fused_likelihood_trains_as_the_plain_one(
         return reference.boltzmann(*arguments, **options)
 
     monkeypatch.setattr(likelihoods, "boltzmann", plain)
-    Trainer(_config(dataset), tmp_path / "plain").train()
+    Trainer(small_run(dataset), tmp_path / "plain").train()
     assert {tuple(options) for options in calls} == {("targets",), ("bias", "row_ids", "col_ids")}
     for ours, theirs in zip(
         read_jsonl(whole_run / "metrics.jsonl"),
@@ -128,7 +118,7 @@ def test_the_fused_likelihood_trains_as_the_plain_one(
 def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(
     whole_run: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    cfg, out = _config(dataset), tmp_path / "killed"
+    cfg, out = small_run(dataset), tmp_path / "killed"
     process = _start(cfg, out)
     _wait_for(out / "checkpoints" / "step_00000010", process)
     with pytest.raises(FileExistsError, match=f"process {process.pid} on .* is training in it"):
@@ -148,7 +138,7 @@ def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(
 def test_a_signal_saves_and_resume_equals_the_whole_run(
     number: int, code: int, whole_run: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    cfg, out = _config(dataset), tmp_path / "interrupted"
+    cfg, out = small_run(dataset), tmp_path / "interrupted"
     process = _start(cfg, out)
     _wait_for(out / "checkpoints" / "step_00000005", process)
     process.send_signal(number)
@@ -161,7 +151,7 @@ def test_a_signal_saves_and_resume_equals_the_whole_run(
 def test_a_run_out_of_time_saves_and_is_told_from_one_that_is_done(
     dataset: Path, tmp_path: Path
 ) -> None:
-    cfg, out = _config(dataset), tmp_path / "short"
+    cfg, out = small_run(dataset), tmp_path / "short"
     assert _start(cfg, out, "--max-hours", "1e-9").wait() == 75
     assert checkpoint.latest(out / "checkpoints").step == 1
     assert _start(cfg, out, "--resume", "--max-hours", "9").wait() == 0
@@ -170,13 +160,13 @@ def test_a_run_out_of_time_saves_and_is_told_from_one_that_is_done(
 
 
 def test_another_seed_is_another_run(whole_run: Path, dataset: Path, tmp_path: Path) -> None:
-    Trainer(_config(dataset, seed=1), tmp_path / "other").train()
+    Trainer(small_run(dataset, seed=1), tmp_path / "other").train()
     first, second = _weights(whole_run), _weights(tmp_path / "other")
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_what_cannot_be_resumed_is_named(whole_run: Path, dataset: Path, tmp_path: Path) -> None:
-    cfg = _config(dataset)
+    cfg = small_run(dataset)
     with pytest.raises(FileExistsError, match="--resume"):
         Trainer(cfg, whole_run)
     with pytest.raises(FileNotFoundError, match="no run in"):
@@ -188,14 +178,14 @@ def test_what_cannot_be_resumed_is_named(whole_run: Path, dataset: Path, tmp_pat
 
 def test_data_of_another_kind_is_named(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_classes: expected 9.*got 10"):
-        Trainer(_config(dataset, num_classes=10), tmp_path / "a")
+        Trainer(small_run(dataset, num_classes=10), tmp_path / "a")
     text = replace(TEXT, vocab_size=900)
     with pytest.raises(ValueError, match=r"text\.vocab_size: expected 814.*got 900"):
-        Trainer(_config(dataset, text=text), tmp_path / "b")
+        Trainer(small_run(dataset, text=text), tmp_path / "b")
 
 
 def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(dataset: Path, tmp_path: Path) -> None:
-    trainer = Trainer(_config(dataset), tmp_path / "run")
+    trainer = Trainer(small_run(dataset), tmp_path / "run")
     with torch.no_grad():
         trainer.objective.encoder.pos_embed.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="loss/intra"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from m3i_fast.config.internimage import InternImageConfig
 from m3i_fast.export.internimage import load_internimage, save_internimage, to_layout
 from m3i_fast.models.internimage.model import InternImage
-from tests.models.internimage.official_internimage import seeded_state
+from tests.shared.official_internimage import seeded_state
 
 SMALL = InternImageConfig(
     channels=16,

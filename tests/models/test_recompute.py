@@ -17,7 +17,7 @@ from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.text import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, TensorTracker
-from tests.models.internimage.official_internimage import TINY_H, seeded_state
+from tests.shared.official_internimage import TINY_H, seeded_state
 
 WAYS: tuple[Recompute, ...] = ("none", "selective", "full")
 CFG = ViTConfig(

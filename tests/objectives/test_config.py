@@ -8,7 +8,7 @@ from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.objective import ObjectiveConfig, m3i
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.objective import MutualInformation
-from tests.objectives.test_objective import NUM_CLASSES, TEXT, VISION, make_config
+from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_config
 
 
 @pytest.mark.parametrize(

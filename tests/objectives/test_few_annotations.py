@@ -15,10 +15,10 @@ from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.objectives.balance import Balance
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
-from tests.objectives.test_objective import (
-    _build,
-    _loss,
-    _mix,
+from tests.shared.small_objective import (
+    build_model,
+    draw_small_mix,
+    loss_of,
     make_batch,
     make_config,
 )
@@ -59,9 +59,9 @@ def _sum_over_samples(name: str, model: MutualInformation, batch: Batch, mix: ob
 @pytest.mark.parametrize("mode", ["none", "joint"])
 def test_a_term_is_the_sum_over_samples(name: str, mode: str) -> None:
     cfg = _config(mode, name)
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
-    total, _ = _loss(model, batch, mix)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
+    total, _ = loss_of(model, batch, mix)
     expected = _sum_over_samples(name, model, batch, mix)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
     learnt = [p for p in model.terms[name].parameters() if p.requires_grad]
@@ -75,7 +75,7 @@ def test_one_annotated_picture_weighs_the_same_in_any_batch(name: str) -> None:
     """Its gradient by the head is 1 / B of it alone, where the mean over members is all of it."""
     for mean, times in (("batch", 8.0), ("members", 1.0)):
         cfg = _config("none", name, mean)
-        model, batch = _build(cfg), make_batch()
+        model, batch = build_model(cfg), make_batch()
         first = torch.arange(8) == 0
         few = replace(
             batch,
@@ -83,9 +83,9 @@ def test_one_annotated_picture_weighs_the_same_in_any_batch(name: str) -> None:
             num_tokens=batch.num_tokens * first,
         )
         alone = replace(_config("none", name, "members"))
-        values = [_loss(_build(c), few, _mix(c, few))[0] for c in (cfg, alone)]
+        values = [loss_of(build_model(c), few, draw_small_mix(c, few))[0] for c in (cfg, alone)]
         torch.testing.assert_close(values[1], times * values[0], rtol=1e-6, atol=0)
-        assert float(_loss(model, few, _mix(cfg, few))[1][f"members/{name}"]) == 1
+        assert float(loss_of(model, few, draw_small_mix(cfg, few))[1][f"members/{name}"]) == 1
 
 
 @pytest.mark.parametrize("mode", ["joint", "blend", "none"])
@@ -101,8 +101,8 @@ def test_where_all_are_annotated_nothing_changes(name: str, mode: str) -> None:
     found = []
     for mean in ("batch", "members"):
         cfg = _config(mode, name, mean)
-        model = _build(cfg)
-        total, _ = _loss(model, whole, _mix(cfg, whole))
+        model = build_model(cfg)
+        total, _ = loss_of(model, whole, draw_small_mix(cfg, whole))
         total.backward()
         found.append([total, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert len(found[0]) > 10

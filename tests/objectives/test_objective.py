@@ -8,75 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.config.balance import BalanceConfig
-from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.objective import ObjectiveConfig, Term, m3i
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import vit_demo
-from m3i_fast.objectives.mixing import Mix, draw_mix
+from m3i_fast.config.objective import Term
 from m3i_fast.objectives.monitors import feature_std, rankme
-from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Encoded
-from m3i_fast.pipelines.batch import Batch
-
-VISION = vit_demo(image_size=32, dim=32, depth=2, num_heads=2)
-TEXT = TextConfig(vocab_size=50, context_length=6, dim=32, depth=1, num_heads=2, embed_dim=16)
-NUM_CLASSES = 5
-
-
-def make_config(mode: str = "own_image", only: str | None = None) -> ObjectiveConfig:
-    terms = tuple(replace(t, weight=float(only in (None, t.name))) for t in m3i())
-    return ObjectiveConfig(
-        terms=terms,
-        mixing=MixingConfig(mode=mode, mask_block=1, num_queries=4),  # type: ignore[arg-type]
-        decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
-        head_hidden_dim=32,
-    )
-
-
-def _build(cfg: ObjectiveConfig) -> MutualInformation:
-    torch.manual_seed(0)
-    return MutualInformation(cfg, vision=VISION, text=TEXT, num_classes=NUM_CLASSES)
-
-
-def make_batch(size: int = 8) -> Batch:
-    rng = torch.Generator().manual_seed(1)
-    views = [
-        torch.randint(0, 256, (size, 3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2)
-    ]
-    corner = torch.rand(size, 2, 2, generator=rng) * 10
-    side = 20 + torch.rand(size, 2, 2, generator=rng) * 10
-    flip = torch.randint(0, 2, (size, 2, 1), generator=rng).float()
-    num_tokens = torch.tensor([3, 0, 6, 4, 0, 3, 5, 6, 2, 6, 0, 4])[:size]
-    ids = torch.randint(1, 50, (size, 6), generator=rng, dtype=torch.int32)
-    ids[torch.arange(6) >= num_tokens[:, None]] = 0
-    return Batch(
-        global_views=tuple(views),
-        local_views=(),
-        boxes=torch.cat([corner, side, flip], -1),
-        image_size=torch.full((size, 2), 40.0),
-        token_ids=ids,
-        num_tokens=num_tokens,
-        label=torch.tensor([0, 1, -1, 3, -1, 2, 4, -1, 0, 1, 2, 3])[:size],
-        sample_id=torch.arange(size),
-        group_id=torch.arange(size),
-    )
-
-
-def _mix(cfg: ObjectiveConfig, batch: Batch) -> Mix:
-    return draw_mix(
-        cfg.mixing,
-        batch_size=batch.batch_size,
-        grid=4,
-        context_length=6,
-        seed=0,
-        step=0,
-        num_steps=1,
-    )
-
-
-def _loss(model: MutualInformation, batch: Batch, mix: Mix) -> tuple[Tensor, dict[str, Tensor]]:
-    return model(model.encode_inputs(batch, mix), model.encode_targets(batch, mix), batch, mix)
+from tests.shared.small_objective import (
+    NUM_CLASSES,
+    VISION,
+    build_model,
+    draw_small_mix,
+    loss_of,
+    make_batch,
+    make_config,
+)
 
 
 @pytest.mark.parametrize("mode", ["own_image", "joint", "none"])
@@ -87,7 +30,7 @@ def test_total_is_the_weighted_sum(mode: str) -> None:
         terms=tuple(replace(t, weight=w) for t, w in zip(cfg.terms, (0.5, 2, 1, 3), strict=True)),
     )
     batch = make_batch()
-    total, metrics = _loss(_build(cfg), batch, _mix(cfg, batch))
+    total, metrics = loss_of(build_model(cfg), batch, draw_small_mix(cfg, batch))
     expected = sum(t.weight * metrics[f"loss/{t.name}"] for t in cfg.terms)
     torch.testing.assert_close(total, expected)
     assert all(float(metrics[f"loss/{t.name}"]) > 0 for t in cfg.terms)
@@ -97,7 +40,7 @@ def test_asking_a_fraction_is_asking_those_inputs_alone() -> None:
     batch = make_batch()
     whole, half = make_config(only="inter"), make_config(only="inter")
     half = replace(half, mixing=replace(half.mixing, dense_fraction=0.5))
-    model, mix = _build(whole), _mix(whole, batch)
+    model, mix = build_model(whole), draw_small_mix(whole, batch)
     asked = [0, 1, 4, 5]  # of four inputs of two images the first two
     some = replace(
         mix, num_asked=2, own_query=mix.own_query[asked], other_query=mix.other_query[asked]
@@ -114,10 +57,10 @@ def test_asking_a_fraction_is_asking_those_inputs_alone() -> None:
         other_query=mix.other_query[other],
     )
     without = replace(whole, terms=tuple(replace(t, regulariser=_plain(t)) for t in whole.terms))
-    model = _build(without)  # the decorrelation term is no mean over inputs
-    losses = [_loss(model, batch, m)[0] for m in (mix, some, rest)]
+    model = build_model(without)  # the decorrelation term is no mean over inputs
+    losses = [loss_of(model, batch, m)[0] for m in (mix, some, rest)]
     torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2)
-    assert _loss(_build(half), batch, _mix(half, batch))[0] > 0
+    assert loss_of(build_model(half), batch, draw_small_mix(half, batch))[0] > 0
 
 
 def _plain(term: Term) -> str:
@@ -127,8 +70,8 @@ def _plain(term: Term) -> str:
 @pytest.mark.parametrize("mode", ["own_image", "joint"])
 def test_the_other_image_is_seen_only_where_attention_is_joint(mode: str) -> None:
     cfg = make_config(mode)
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     (before,) = model.encode_inputs(batch, mix).views
     changed = batch.global_views[0].clone()
     changed[mix.members[:, 1]] = 0
@@ -143,8 +86,8 @@ def test_tokens_are_those_of_the_image_alone() -> None:
     """Mixing on pixels and sorting by image equals encoding the visible patches of each image by
     itself."""
     cfg = make_config()
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     (mixed,) = model.encode_inputs(batch, mix).views
     mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
     std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -157,8 +100,8 @@ def test_tokens_are_those_of_the_image_alone() -> None:
 
 def test_dense_targets_are_features_of_the_asked_images_view() -> None:
     cfg = make_config()
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     targets = model.encode_targets(batch, mix)
     mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
     std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
@@ -173,8 +116,8 @@ def test_dense_targets_are_features_of_the_asked_images_view() -> None:
 def test_dense_terms_are_siameseims_of_normalised_targets() -> None:
     """(mean_n |p_n - t_n|^2 + 0.02 mean_n p_n^T C p_n) / D, with all products of two rows."""
     cfg = make_config()
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     with torch.no_grad():  # an untrained encoder's tokens are normalised as they come
         for parameter in model.target_encoder.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -211,7 +154,7 @@ def test_what_is_not_annotated_is_not_asked() -> None:
     batch = make_batch()
     for only, missing in (("category", batch.label == -1), ("caption", batch.num_tokens == 0)):
         cfg = make_config(only=only)
-        model, mix = _build(cfg), _mix(cfg, batch)
+        model, mix = build_model(cfg), draw_small_mix(cfg, batch)
         encoded = model.encode_inputs(batch, mix)
         noise = encoded.views[0].clone()
         noise[missing[mix.sample]] = 7.0
@@ -229,23 +172,23 @@ def test_a_class_out_of_range_is_not_taken_for_none(wrong: int, everywhere: bool
     label[slice(None) if everywhere else slice(3, 4)] = wrong
     cfg = make_config(only="category")
     with pytest.raises(RuntimeError, match=f"targets: expected rows .* got {wrong} in place"):
-        _loss(_build(cfg), replace(batch, label=label), _mix(cfg, batch))
+        loss_of(build_model(cfg), replace(batch, label=label), draw_small_mix(cfg, batch))
 
 
 def test_variants_of_one_concept_are_positives() -> None:
     cfg = make_config(only="caption")
-    batch, model = make_batch(), _build(cfg)
-    mix = _mix(cfg, batch)
-    apart, _ = _loss(model, batch, mix)
-    together, _ = _loss(model, replace(batch, group_id=torch.zeros(8, dtype=torch.int64)), mix)
+    batch, model = make_batch(), build_model(cfg)
+    mix = draw_small_mix(cfg, batch)
+    apart, _ = loss_of(model, batch, mix)
+    together, _ = loss_of(model, replace(batch, group_id=torch.zeros(8, dtype=torch.int64)), mix)
     assert not torch.equal(apart, together)
 
 
 @pytest.mark.parametrize("only", ["intra", "inter", "category", "caption"])
 def test_a_term_alone_learns_and_builds_nothing_else(only: str) -> None:
     cfg = make_config(only=only)
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     names = {".".join(name.split(".")[:2]) for name, _ in model.named_parameters()}
     assert ("decoders.features_momentum" in names) == (only in ("intra", "inter"))
     assert ("target_encoder.encoder" in names) == (only in ("intra", "inter"))
@@ -255,7 +198,7 @@ def test_a_term_alone_learns_and_builds_nothing_else(only: str) -> None:
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
     losses = []
     for _ in range(25):
-        loss, _ = _loss(model, batch, mix)
+        loss, _ = loss_of(model, batch, mix)
         loss.backward()
         assert all(p.grad is not None for p in trained)
         optimizer.step()
@@ -269,22 +212,22 @@ def test_a_term_alone_learns_and_builds_nothing_else(only: str) -> None:
 @pytest.mark.parametrize("only", ["inter", "category", "caption"])
 def test_local_views_are_asked_as_well(only: str) -> None:
     cfg = make_config(only=only)
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     rng = torch.Generator().manual_seed(2)
     local = torch.randint(0, 256, (8, 3, 16, 16), generator=rng, dtype=torch.uint8)
     boxes = torch.cat([batch.boxes, batch.boxes[:, :1] * torch.tensor([1, 1, 0.5, 0.5, 1])], 1)
     with_local = replace(batch, local_views=(local,), boxes=boxes)
     encoded = model.encode_inputs(with_local, mix)
     assert encoded.local[0].shape == (8, 4, VISION.dim)
-    without, _ = _loss(model, batch, mix)
-    loss, _ = _loss(model, with_local, mix)
+    without, _ = loss_of(model, batch, mix)
+    loss, _ = loss_of(model, with_local, mix)
     assert not torch.equal(loss, without)
     if only == "inter":  # the mean of both inputs' terms, where a local view equals its input
         whole = replace(cfg, mixing=replace(cfg.mixing, mode="none"), decoder=cfg.decoder)
-        model, mix = _build(whole), _mix(whole, batch)
+        model, mix = build_model(whole), draw_small_mix(whole, batch)
         same = replace(batch, local_views=batch.global_views[:1], boxes=batch.boxes[:, [0, 1, 0]])
-        torch.testing.assert_close(_loss(model, same, mix)[0], _loss(model, batch, mix)[0])
+        torch.testing.assert_close(loss_of(model, same, mix)[0], loss_of(model, batch, mix)[0])
 
 
 @pytest.mark.parametrize("num_queries", [0, 3])
@@ -295,13 +238,13 @@ def test_blank_cells_are_not_asked(num_queries: int) -> None:
     cfg, batch = replace(cfg, mixing=mixing), make_batch()
     for view in batch.global_views:
         view[..., 16:] = 250 + view[..., 16:] % 6
-    model, mix = _build(cfg), _mix(cfg, batch)
+    model, mix = build_model(cfg), draw_small_mix(cfg, batch)
     asked: list[Tensor] = []
     for name in ("intra", "inter"):
         term = model.terms[name]
         inner = term._query
         term._query = lambda *args, inner=inner: asked.append(inner(*args)) or asked[-1]
-    total, _ = _loss(model, batch, mix)
+    total, _ = loss_of(model, batch, mix)
     total.backward()
     intra, inter = asked
     assert intra.shape == (4, num_queries or 8) and inter.shape == (4, num_queries or 16)
@@ -313,7 +256,7 @@ def test_blank_cells_are_not_asked(num_queries: int) -> None:
 
 
 def test_temperatures_are_clamped_in_place() -> None:
-    model = _build(make_config())
+    model = build_model(make_config())
     with torch.no_grad():
         model.terms["caption"].log_scale.fill_(9.0)
         model.terms["category"].log_scale.fill_(-1.0)
@@ -325,15 +268,15 @@ def test_temperatures_are_clamped_in_place() -> None:
 @pytest.mark.parametrize("only", ["category", "caption"])
 def test_a_batch_without_members_costs_nothing_and_breaks_nothing(only: str) -> None:
     cfg = make_config()
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     empty = {
         "category": replace(batch, label=torch.full((8,), -1)),
         "caption": replace(batch, num_tokens=torch.zeros(8, dtype=torch.int64)),
     }[only]
     called: list[object] = []
     model.terms[only].head.register_forward_hook(lambda *call: called.append(call))
-    total, metrics = _loss(model, empty, mix)
+    total, metrics = loss_of(model, empty, mix)
     total.backward()
     assert not called
     assert float(metrics[f"members/{only}"]) == float(metrics[f"loss/{only}"]) == 0
@@ -345,10 +288,10 @@ def test_a_batch_without_members_costs_nothing_and_breaks_nothing(only: str) -> 
 def test_blended_pictures_are_asked_for_both_categories_by_their_share() -> None:
     """mixup's cross-entropy with soft labels, arXiv 1710.09412."""
     cfg = make_config("blend", only="category")
-    model, batch = _build(cfg), make_batch()
+    model, batch = build_model(cfg), make_batch()
     batch = replace(batch, label=torch.arange(8) % NUM_CLASSES)
-    mix = _mix(cfg, batch)
-    total, metrics = _loss(model, batch, mix)
+    mix = draw_small_mix(cfg, batch)
+    total, metrics = loss_of(model, batch, mix)
     assert mix.share is not None
     term, encoded = model.terms["category"], model.encode_inputs(batch, mix)
     z_hat = term.embed(encoded.views[0][:4])
@@ -367,7 +310,7 @@ def test_several_images_share_an_input(mode: str, num_images: int) -> None:
     cfg = make_config(mode)
     cfg = replace(cfg, mixing=replace(cfg.mixing, num_images=num_images, num_queries=0))
     batch = make_batch(12)
-    model, mix = _build(cfg), _mix(cfg, batch)
+    model, mix = build_model(cfg), draw_small_mix(cfg, batch)
     encoded = model.encode_inputs(batch, mix)
     assert encoded.views[0].shape == (12, 16 // num_images, VISION.dim)
     total, metrics = model(encoded, model.encode_targets(batch, mix), batch, mix)
@@ -379,8 +322,8 @@ def test_several_images_share_an_input(mode: str, num_images: int) -> None:
 
 def test_members_are_counted() -> None:
     cfg = make_config()
-    model, batch = _build(cfg), make_batch()
-    metrics = _loss(model, batch, _mix(cfg, batch))[1]
+    model, batch = build_model(cfg), make_batch()
+    metrics = loss_of(model, batch, draw_small_mix(cfg, batch))[1]
     expected = {"intra": 4, "inter": 4, "category": 5, "caption": 6}  # of eight, two to an input
     assert {name: float(metrics[f"members/{name}"]) for name in expected} == expected
 
@@ -388,8 +331,8 @@ def test_members_are_counted() -> None:
 def test_balanced_terms_pull_alike_on_the_encoder() -> None:
     """A label's as if all of the batch had one: 5 of 8 have a category, 6 a caption."""
     cfg = replace(make_config(), balance=BalanceConfig(mode="gradient_norm"))
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     with torch.no_grad():  # at its start it says hardly anything of its input
         for parameter in model.decoders.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -403,7 +346,7 @@ def test_balanced_terms_pull_alike_on_the_encoder() -> None:
             balance=BalanceConfig(),
             terms=tuple(replace(t, weight=float(t.name == name)) for t in cfg.terms),
         )
-        single = _build(alone)
+        single = build_model(alone)
         single.load_state_dict(model.state_dict(), strict=False)
         found = single.encode_inputs(batch, mix)
         loss, _ = single(found, targets, batch, mix)
@@ -415,8 +358,8 @@ def test_balanced_terms_pull_alike_on_the_encoder() -> None:
 
 def test_monitors_come_only_when_asked() -> None:
     cfg = make_config()
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     encoded, targets = model.encode_inputs(batch, mix), model.encode_targets(batch, mix)
     quiet, loud = (model(encoded, targets, batch, mix, monitor=m)[1] for m in (False, True))
     assert not any(name.startswith("monitor/") for name in quiet)

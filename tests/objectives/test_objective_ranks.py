@@ -22,8 +22,8 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
-from tests.objectives.ranks import joined, part
-from tests.objectives.test_objective import NUM_CLASSES, TEXT, VISION, make_batch
+from tests.shared.ranks import joined, part
+from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_batch
 
 RANKS, B = 2, 4
 CHOSEN = (

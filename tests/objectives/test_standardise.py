@@ -11,7 +11,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from m3i_fast.objectives.standardise import EPS, Standardise
-from tests.objectives.test_objective import _build, _loss, _mix, make_batch, make_config
+from tests.shared.small_objective import (
+    build_model,
+    draw_small_mix,
+    loss_of,
+    make_batch,
+    make_config,
+)
 
 DIM = 6
 
@@ -84,12 +90,12 @@ def test_a_constant_is_no_target_any_more(over: str) -> None:
     terms = tuple(replace(t, standardise=over) if t.is_dense else t for t in cfg.terms)  # type: ignore[arg-type]
     cfg = replace(cfg, terms=terms)
     batch = make_batch()
-    model, mix = _build(cfg), _mix(cfg, batch)
+    model, mix = build_model(cfg), draw_small_mix(cfg, batch)
     targets = model.encode_targets(batch, mix)
     moved = replace(targets, tokens={s: t + 5.0 for s, t in targets.tokens.items()})
     found = []
     for of_step in (targets, moved):
-        model = _build(cfg)
+        model = build_model(cfg)
         for _ in range(2):  # the second step has the statistics of the first
             encoded = model.encode_inputs(batch, mix)
             metrics = model(encoded, of_step, batch, mix)[1]
@@ -107,25 +113,25 @@ def test_what_it_is_for() -> None:
 def test_a_projector_stands_on_both_sides_and_follows(projector: str) -> None:
     cfg = make_config()
     cfg = replace(cfg, decoder=replace(cfg.decoder, dim=24, projector=projector))  # type: ignore[arg-type]
-    model, batch = _build(cfg), make_batch()
-    mix = _mix(cfg, batch)
+    model, batch = build_model(cfg), make_batch()
+    mix = draw_small_mix(cfg, batch)
     decoder = model.decoders["features_momentum"]
     average = model.target_projectors["features_momentum"]
     assert decoder.head.out_features == decoder.projector[-1 - (projector != "mlp")].out_features
     pairs = list(model.momentum_pairs())
     assert (average, decoder.projector) in pairs and len(pairs) == 2
-    total, metrics = _loss(model, batch, mix)
+    total, metrics = loss_of(model, batch, mix)
     total.backward()
     assert all(p.grad is None for p in average.parameters())
     assert all(float(p.grad.abs().sum()) > 0 for p in decoder.projector.parameters())
     with torch.no_grad():  # targets come through the average
         for parameter in average.parameters():
             parameter.mul_(-1.5).add_(0.1)
-    changed = _loss(model, batch, mix)[1]
+    changed = loss_of(model, batch, mix)[1]
     assert float(changed["loss/inter"]) != float(metrics["loss/inter"])
     state = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(0)
-    again = _build(cfg)
+    again = build_model(cfg)
     torch.manual_seed(0)
     again.reset_parameters()
     assert state.keys() == again.state_dict().keys()

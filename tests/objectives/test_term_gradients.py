@@ -20,8 +20,8 @@ from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Encoded
 from m3i_fast.objectives.term_gradients import TermGradients, own_views
 from m3i_fast.pipelines.batch import Batch
-from tests.objectives.test_objective import NUM_CLASSES, TEXT, VISION, make_batch
 from tests.objectives.test_objective_ranks import small_config
+from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_batch
 
 BY_THEMSELVES = [name for name, method in METHODS.items() if "frozen" not in
                  {term.encoder for term in method.terms}]  # fmt: skip

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda import emulator
+from tests.shared.cuda import emulator
 
 
 def _op_of(test: Path) -> str:
-    """The op of test_<op>.py or test_<op>_<what of it>.py."""
-    name = test.stem.removeprefix("test_")
-    while not (emulator.CUDA / name).is_dir():
-        name, _, rest = name.rpartition("_")
-        assert rest, f"{test}: expected a test of an op in {emulator.CUDA}"
+    """The op of tests/ops/<op>/test_<what of it>.py."""
+    name = test.parent.name
+    assert (emulator.CUDA / name).is_dir(), f"{test}: expected a folder named as one of cuda/"
     return name
 
 

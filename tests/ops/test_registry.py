@@ -45,7 +45,7 @@ def test_all_that_belongs_to_an_op_has_its_name(op: OpSpec) -> None:
     budget = json.loads((ROOT / op.budget).read_text())
     assert all(kernel.startswith(op.name) for card in budget.values() for kernel in card)
     file, _, test = op.sanitizer.partition("::")
-    assert re.fullmatch(rf"tests/ops/test_{op.name}(_\w+)?\.py", file)
+    assert re.fullmatch(rf"tests/ops/{op.name}/test_\w+\.py", file)
     assert f"def {test}" in (ROOT / file).read_text()
     assert SUBJECTS[op.name] == (op.module, op.measures)
     assert re.fullmatch(rf"ops\.{op.name}(\.main)?", op.module)
@@ -125,7 +125,7 @@ def scale(x: Tensor, factor: float) -> Tensor:
     """Return `factor` times x."""
     return m3i.scale(x, factor)
 ''',
-    "tests/ops/test_scale.py": """\
+    "tests/ops/scale/test_scale.py": """\
 import torch
 from m3i_fast.ops import reference, scale
 
@@ -169,7 +169,7 @@ def _scale_work() -> Callable[[], Any]:
 SPEC = """\
     OpSpec(
         name="scale", title="Scaling", is_right=_scale_is_right, work=_scale_work,
-        measures="a product", sanitizer="tests/ops/test_scale.py",
+        measures="a product", sanitizer="tests/ops/scale/test_scale.py",
         gpu=GpuBenchmark(worth=8, limit_s=1.0),
     ),
 )
@@ -201,11 +201,11 @@ assert kernel_families.family("m3i::scale") == "scale"
 assert kernel_families.FAMILIES["scale"] == "Scaling"
 assert list(plan.BENCHMARKS)[-1] == "scale"
 there = plan.Machine(inventory={"compute-sanitizer": "there"}, small=False)
-assert all("tests/ops/test_scale.py" in step.command for step in plan.sanitizer_steps(there))
+assert all("tests/ops/scale/test_scale.py" in step.command for step in plan.sanitizer_steps(there))
 registry.OPS = registry.OPS[-1:]  # the only one whose kernel was built here
 assert probes.kernels_cpu() == {"ops": ["scale"]}
 listed = "tests/cuda/test_compile.py::test_cmake_lists_every_source_once_and_sorted"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/ops/test_scale.py", listed]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/ops/scale/test_scale.py", listed]))
 """
 
 
@@ -251,7 +251,7 @@ def test_one_more_op_touches_nine_files(tree: Path) -> None:
         *("cuda/scale", "cuda/bindings.cpp", "CMakeLists.txt"),
         *("m3i_fast/ops/scale.py", "m3i_fast/ops/__init__.py"),
         *("m3i_fast/ops/reference.py", "m3i_fast/ops/registry.py"),
-        *("tests/ops/test_scale.py", "benchmarks/ops/scale.py"),
+        *("tests/ops/scale/test_scale.py", "benchmarks/ops/scale.py"),
     }
     assert len(touched(tree)) <= 9
 

@@ -14,13 +14,13 @@ import pytest
 
 if TYPE_CHECKING:
     from m3i_fast.config.data import LoaderConfig
-    from tests.pipelines.data import Packer
+    from tests.shared.pipelines.data import Packer
 
 
 @pytest.fixture(scope="session")
 def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 pictures of 40 x 56 in 13 shards; every fifth lacks a caption, every seventh a label."""
-    from tests.pipelines.data import encode_image, pack, sample, smooth_picture
+    from tests.shared.pipelines.data import encode_image, pack, sample, smooth_picture
 
     samples = [
         sample(
@@ -37,7 +37,13 @@ def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """50 pictures with 0 to 3 captions, in 13 shards; every third lacks a label."""
-    from tests.pipelines.data import encode_image, pack, sample, several_captions, smooth_picture
+    from tests.shared.pipelines.data import (
+        encode_image,
+        pack,
+        sample,
+        several_captions,
+        smooth_picture,
+    )
 
     samples = [
         sample(
@@ -54,7 +60,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def packer(tmp_path: Path) -> Packer:
     """Pack samples into a fresh directory, all in one shard."""
-    from tests.pipelines.data import pack
+    from tests.shared.pipelines.data import pack
 
     return lambda samples: pack(tmp_path / "data", samples, samples_per_shard=len(samples))
 
@@ -63,7 +69,7 @@ def packer(tmp_path: Path) -> Packer:
 def cfg(fifty: Path) -> LoaderConfig:
     """12 batches of 4 an epoch, every random op in use."""
     from m3i_fast.config.data import LoaderConfig
-    from tests.pipelines.data import EVERYTHING
+    from tests.shared.pipelines.data import EVERYTHING
 
     return LoaderConfig(
         path=fifty,

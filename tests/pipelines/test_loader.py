@@ -14,7 +14,7 @@ import torch
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.optional_imports import require
-from tests.pipelines.data import (
+from tests.shared.pipelines.data import (
     EVERYTHING,
     TOKENIZER,
     equal,

@@ -12,7 +12,7 @@ import pytest
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.loader import Loader
-from tests.pipelines.data import (
+from tests.shared.pipelines.data import (
     EVERYTHING,
     Packer,
     encode_image,

@@ -30,7 +30,7 @@ from m3i_fast.planning.memory import (
 )
 from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, TensorTracker
 from m3i_fast.recipes import recipes, shrink
-from tests.engine.real_step import BF16, FP32, stepper
+from tests.shared.engine.real_step import BF16, FP32, stepper
 
 BalanceMode = Literal["gradient_norm", "uncertainty"]
 

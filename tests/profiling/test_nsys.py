@@ -12,7 +12,7 @@ import pytest
 from m3i_fast.profiling.diff import compare, markdown
 from m3i_fast.profiling.nsys import read_nsys
 from m3i_fast.profiling.summary import Pace, Peak, summarise
-from tests.profiling.nsys_files import Schema, write_export
+from tests.shared.nsys_files import Schema, write_export
 
 PACE = Pace(before_ms=1.0, profiled_ms=1.02, after_ms=1.0)
 BOTH: tuple[Schema, ...] = ("old", "new")

@@ -22,7 +22,7 @@ from m3i_fast.profiling.operator_costs import CONVOLUTIONS
 from m3i_fast.profiling.recording import Inside, Interval, length, overlap, own_times, union
 from m3i_fast.profiling.summary import Pace, summarise
 from m3i_fast.profiling.torch_trace import read_trace
-from tests.flop_formulas import FORMULAS
+from tests.shared.flop_formulas import FORMULAS
 
 ABOUT = {
     "recipe": "demo",

@@ -13,7 +13,7 @@ import pytest
 from m3i_fast.observe.collapse import healthy
 from m3i_fast.report.run_page import MixedPair, ReportInputs, write_report
 from tests.report import sample_run
-from tests.report.chromium import check_page, skip_reason
+from tests.shared.chromium import check_page, skip_reason
 
 browser = pytest.mark.skipif(skip_reason() is not None, reason=str(skip_reason()))
 

@@ -9,7 +9,7 @@ import pytest
 
 from m3i_fast.benchmarks.faults.campaign import Campaign, Trial
 from m3i_fast.benchmarks.faults.main import carry_out
-from m3i_fast.benchmarks.faults.report import DOCS, by_fault, newest, page, picture
+from m3i_fast.benchmarks.faults.report import PAGE, PICTURE, by_fault, newest, page, picture
 from m3i_fast.benchmarks.faults.trials import MIDDLE, plan
 from m3i_fast.cli import main
 
@@ -50,8 +50,8 @@ def test_what_a_run_lost_is_found_out(campaign: Campaign) -> None:
 
 def test_the_page_is_of_the_newest_rows() -> None:
     rows = newest()
-    assert (DOCS / "faults.md").read_text() == page(rows), "m3i-fast faults --record"
-    assert (DOCS / "faults.svg").read_text() == picture(rows)
+    assert PAGE.read_text() == page(rows), "m3i-fast faults --record"
+    assert PICTURE.read_text() == picture(rows)
     assert sum(map(len, by_fault(rows).values())) == len(rows)
     assert len(by_fault(rows)["kill -9 at a random moment"]) >= 100
     squares = ElementTree.fromstring(picture(rows)).iter("{http://www.w3.org/2000/svg}rect")

@@ -18,7 +18,7 @@ from m3i_fast.benchmarks.ledger import readme_tables as readme
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ledger.history import common_settings, series_of
 from m3i_fast.cli import bench
-from tests.report.chromium import check_page, skip_reason
+from tests.shared.chromium import check_page, skip_reason
 
 SAMPLES = [1.5, 1.25, 1.75, 9.0, 1.5, 1.375, 1.625]  # ms
 

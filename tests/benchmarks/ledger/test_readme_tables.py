@@ -103,7 +103,7 @@ def test_a_gpus_rows_are_shown_beside_the_prediction(
 
 
 def test_predictions_are_marked_as_such() -> None:
-    text = (ROOT / "docs" / "performance.md").read_text()
+    text = (ROOT / "docs" / "measure" / "performance.md").read_text()
     (block,) = re.findall(r"<!-- ledger:gpu -->(.*?)<!-- /ledger -->", text, re.DOTALL)
     for recipe in readme.PREDICTED:
         assert f"`{recipe}`" in block

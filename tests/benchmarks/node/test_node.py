@@ -22,7 +22,7 @@ from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, NO_EXCHANGE, SYNTHE
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.recipes import demo, shrink
-from tests.engine.test_trainer import TEXT
+from tests.shared.engine.small_run import TEXT
 
 QUICK = "--windows 3 --window-seconds 0.05 --warmup-steps 1 --max-warmup-seconds 0".split()
 TINY = replace(shrink(demo(), path=Path("nowhere"), num_classes=9, text=TEXT), num_steps=5)

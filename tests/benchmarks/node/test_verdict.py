@@ -18,8 +18,8 @@ from m3i_fast.benchmarks.node.figures import (
 from m3i_fast.benchmarks.node.verdict import Findings, Throttling, verdict
 from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, NO_EXCHANGE, SYNTHETIC
 from tests.benchmarks.node.planted_node import BATCH, FULL_MHZ, SCHEDULE, Node, found_of, run
-from tests.observe.telemetry.recorded_nvml import Recorded, hopper
-from tests.observe.telemetry.test_sampler import sampled
+from tests.shared.observe.recorded_nvml import Recorded, hopper
+from tests.shared.observe.sampled import sampled
 
 PLANTED = {
     "loader": Node(load_s=0.1, model_s=0.04, exchange_s=0.01),

@@ -22,7 +22,7 @@ from m3i_fast.benchmarks.faults.files import (
 )
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
-from tests.engine.checkpoint.checkpoint_cases import assert_equal, loaded, save, trained, weights
+from tests.shared.engine.checkpoint_cases import assert_equal, loaded, save, trained, weights
 
 EXPECTED = {step: weights(*trained(step)) for step in (1, 2, 3)}
 SAVED = ["latest", "step_00000002", "step_00000003"]

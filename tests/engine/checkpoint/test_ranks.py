@@ -22,7 +22,7 @@ from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer
-from tests.engine.checkpoint.checkpoint_cases import (
+from tests.shared.engine.checkpoint_cases import (
     assert_equal,
     loaded,
     make_model,

@@ -13,7 +13,7 @@ from m3i_fast.benchmarks.faults.files import FaultyFiles
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint import saver
 from m3i_fast.engine.checkpoint.saver import Saver
-from tests.engine.checkpoint.checkpoint_cases import (
+from tests.shared.engine.checkpoint_cases import (
     assert_equal,
     loaded,
     save,
@@ -101,7 +101,7 @@ def test_the_exit_of_a_process_waits_for_its_save(tmp_path: Path) -> None:
         "import sys, time\n"
         "from pathlib import Path\n"
         "from m3i_fast.engine.checkpoint import saver\n"
-        "from tests.engine.checkpoint.checkpoint_cases import trained\n"
+        "from tests.shared.engine.checkpoint_cases import trained\n"
         "write = saver.write_shards\n"
         "saver.write_shards = lambda *a, **o: (time.sleep(0.5), write(*a, **o))\n"
         "model, optimizer = trained(1)\n"

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from m3i_fast.cli import main
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
-from tests.engine.checkpoint.checkpoint_cases import assert_equal, loaded, save, trained, weights
 from tests.engine.checkpoint.test_checkpoints import MODEL, OLD, OPTIMIZER, STATE
+from tests.shared.engine.checkpoint_cases import assert_equal, loaded, save, trained, weights
 
 
 def _other_weights(path: Path) -> None:

@@ -14,15 +14,13 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.guard import GuardConfig
-from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.parallel.local_shards import GradientNorm, local
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
-from tests.engine.parallel.parallel_work import full
-from tests.engine.replaced_step import replace_call
+from tests.shared.engine.replaced_step import replace_call
+from tests.shared.engine.two_ranks import NUM_RANKS, full, spread
 
-NUM_RANKS = 2
 SHARDS = (1, -1)
 
 
@@ -66,11 +64,6 @@ class Poisoned(Trainer):
         """Weights, averages, buffers, moments and step counts, whole."""
         kept = tensors_of(self.objective, self.optimizer)
         return {name: full(tensor) for name, tensor in kept.items()}
-
-
-def spread(cfg: TrainConfig, shard: int) -> TrainConfig:
-    data = replace(cfg.data, batch_size=cfg.data.batch_size // NUM_RANKS)
-    return replace(cfg, data=data, parallel=ParallelConfig(shard=shard))
 
 
 def work(rank: int, cfg: TrainConfig, folder: Path) -> None:

@@ -26,11 +26,12 @@ from m3i_fast.engine.optim.optimizers import set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule
 from m3i_fast.observe.metrics import DeviceMeans, read_jsonl
 from m3i_fast.recipes import demo, demo_method, shrink
-from tests.engine.guard.guard_work import NUM_RANKS, SHARDS, Poisoned, work
-from tests.engine.optim import fused_stand_ins
-from tests.engine.optim import optimiser_runs as runs
-from tests.engine.parallel.test_ranks import TEXT
-from tests.engine.replaced_step import replace_call
+from tests.engine.guard.guard_work import SHARDS, Poisoned, work
+from tests.shared.engine import fused_stand_ins
+from tests.shared.engine import optimiser_runs as runs
+from tests.shared.engine.replaced_step import replace_call
+from tests.shared.engine.small_run import TEXT
+from tests.shared.engine.two_ranks import NUM_RANKS
 
 OPTIMISERS = {
     "adamw": OptimConfig(lr=0.01, weight_decay=0.1),

@@ -13,7 +13,7 @@ from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.optim import skippable_step
 from m3i_fast.engine.optim.layerwise import Lars
 from m3i_fast.engine.optim.optimizers import build_optimizer
-from tests.engine.optim import optimiser_runs as runs
+from tests.shared.engine import optimiser_runs as runs
 
 CONFIGS = {
     "adamw": OptimConfig(lr=0.01, weight_decay=0.1, layer_decay=0.5),

@@ -16,7 +16,7 @@ from m3i_fast.engine.optim import muon, skippable_step
 from m3i_fast.engine.optim.muon import Muon, orthogonalise
 from m3i_fast.engine.optim.optimizers import build_optimizer
 from m3i_fast.models.transformer.vit import ViT
-from tests.engine.optim import optimiser_runs as runs
+from tests.shared.engine import optimiser_runs as runs
 
 CONFIG = OptimConfig(lr=0.01, weight_decay=0.1, matrices="muon", layer_decay=0.5)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

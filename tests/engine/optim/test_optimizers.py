@@ -17,8 +17,8 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.optim import optimizers as optim
 from m3i_fast.engine.optim.optimizers import build_optimizer
-from tests.engine.optim import fused_stand_ins as stand_ins
-from tests.engine.optim import optimiser_runs as runs
+from tests.shared.engine import fused_stand_ins as stand_ins
+from tests.shared.engine import optimiser_runs as runs
 
 FUSED = {
     "te": OptimConfig(impl="te", lr=0.01, weight_decay=0.1, layer_decay=0.5),

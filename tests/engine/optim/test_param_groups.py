@@ -18,7 +18,7 @@ from m3i_fast.engine.optim.param_groups import freeze_patch_embed
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.targets import MomentumEncoder
-from tests.models.internimage.official_internimage import TINY_H
+from tests.shared.official_internimage import TINY_H
 
 # Our name of a ViT's part, and timm's.
 VIT_NAMES = {

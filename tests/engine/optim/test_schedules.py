@@ -15,7 +15,7 @@ from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import cosine, warmup_cosine
 from m3i_fast.models.transformer.vit import ViT
-from tests.engine.optim.optimiser_runs import set_gradients
+from tests.shared.engine.optimiser_runs import set_gradients
 
 
 def test_warmup_cosine_equals_torchs_schedulers() -> None:

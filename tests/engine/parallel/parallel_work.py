@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from m3i_fast.config import TrainConfig
@@ -23,7 +22,8 @@ from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.terms import dense
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
-from tests.objectives.ranks import joined, part
+from tests.shared.engine.two_ranks import full
+from tests.shared.ranks import joined, part
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,6 @@ def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
         return norm
 
     step._clip = kept  # type: ignore[method-assign]
-
-
-def full(value: Tensor) -> Tensor:
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
 
 
 def _in_dtype(batch: Batch, double: bool) -> Batch:

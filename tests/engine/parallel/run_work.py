@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,21 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
-from tests.engine.parallel.parallel_work import full
-from tests.engine.replaced_step import replace_call
+from tests.shared.engine.replaced_step import replace_call
+from tests.shared.engine.two_ranks import NUM_RANKS, full, spread
 
-NUM_RANKS = 2
 SHARDS = (1, -1)
-
-
-def spread(cfg: TrainConfig, shard: int) -> TrainConfig:
-    """The same run on NUM_RANKS ranks."""
-    data = replace(cfg.data, batch_size=cfg.data.batch_size // NUM_RANKS)
-    return replace(cfg, data=data, parallel=ParallelConfig(shard=shard))
 
 
 class Watched:

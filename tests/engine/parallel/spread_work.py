@@ -23,9 +23,8 @@ from m3i_fast.engine.parallel.ranks import World, distribute
 from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
-from tests.engine.parallel.parallel_work import full
+from tests.shared.engine.two_ranks import NUM_RANKS, full
 
-NUM_RANKS = 2
 CPU = torch.device("cpu")
 
 

@@ -22,10 +22,11 @@ from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import demo, demo_method, shrink
-from tests.engine.parallel.parallel_work import _double, _in_dtype, full, own_mix
-from tests.engine.parallel.test_ranks import TEXT
-from tests.engine.replaced_step import replace_call
-from tests.objectives.ranks import joined, part
+from tests.engine.parallel.parallel_work import _double, _in_dtype, own_mix
+from tests.shared.engine.replaced_step import replace_call
+from tests.shared.engine.small_run import TEXT
+from tests.shared.engine.two_ranks import full
+from tests.shared.ranks import joined, part
 
 STEPS = 3
 ACCUMULATE = 2

@@ -20,7 +20,7 @@ from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.blocks import Block
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.recipes import recipes, shrink
-from tests.objectives.test_objective import NUM_CLASSES, TEXT, make_batch
+from tests.shared.small_objective import NUM_CLASSES, TEXT, make_batch
 
 B = 12
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.balance import BalanceConfig
-from m3i_fast.config.text import TextConfig
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel.parallel_work import Case, run, work
+from tests.shared.engine.small_run import TEXT
 
-TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
 # Batch norms, queues, centres, prototypes, terms without an EMA encoder.
 OTHERS = ("moco_v3", "byol", "dino", "mae", "densecl", "siglip")
 BATCH_NORMS = ("moco_v3", "byol")

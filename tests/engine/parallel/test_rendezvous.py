@@ -29,8 +29,8 @@ from m3i_fast.engine.parallel.ranks import join_world, leave_world
 from m3i_fast.engine.parallel.rendezvous import meet, missing
 from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, MissingRanks
 from m3i_fast.engine.trainer import Trainer
-from tests.engine.guard.guard_work import spread
 from tests.engine.parallel.test_watchdog import _config
+from tests.shared.engine.two_ranks import spread
 
 LIMIT = 3.0  # s
 FORK = mp.get_context("fork")

@@ -11,35 +11,18 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from m3i_fast.config import TrainConfig
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.recipes import demo, shrink
-from tests.engine.parallel.run_work import NUM_RANKS, SHARDS, Watched, spread, work
-from tests.engine.parallel.test_ranks import TEXT
-
-STEPS = 10
-
-
-def _config(dataset: Path) -> TrainConfig:
-    cfg = shrink(demo(), path=dataset, num_classes=9, text=TEXT)
-    return replace(
-        cfg,
-        num_steps=STEPS,
-        num_threads=1,
-        checkpoint_every=3,
-        keep_checkpoints=9,
-        data=replace(cfg.data, batch_size=8),
-        optim=replace(cfg.optim, matrices="adamw"),
-    )
+from tests.engine.parallel.run_work import SHARDS, Watched, work
+from tests.shared.engine.two_ranks import NUM_RANKS, NUM_STEPS, run_of_adamw, spread
 
 
 @pytest.fixture(scope="module")
 def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    cfg = _config(dataset)
+    cfg = run_of_adamw(dataset)
     for shard in SHARDS:  # runs of one process that stopped after four steps
         run = Watched(cfg, folder / f"alone-{shard}")
         torch.save(run.train(stop_at=4), folder / f"alone-{shard}.pt")
@@ -63,19 +46,19 @@ def test_one_rank_stops_all_and_a_resume_equals_the_whole_run(shard: int, runs: 
     for whole, first, second in zip(
         *(_of(runs, name, shard) for name in ("whole", "first", "second")), strict=True
     ):
-        assert 4 < len(first["samples"]) < STEPS
+        assert 4 < len(first["samples"]) < NUM_STEPS
         second["samples"] = torch.cat([first["samples"], second["samples"]])
         _assert_equal(second, whole)
     assert len({len(first["samples"]) for first in _of(runs, "first", shard)}) == 1
     rows = [read_jsonl(runs / f"{name}-{shard}" / "metrics.jsonl") for name in ("whole", "part")]
     losses = [[(row["step"], row["loss/total"], row["members/caption"]) for row in r] for r in rows]
-    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    assert losses[0] == losses[1] and len(losses[0]) == NUM_STEPS
 
 
 @pytest.mark.parametrize("shard", SHARDS)
 def test_ranks_see_different_samples(shard: int, runs: Path) -> None:
     a, b = (found["samples"] for found in _of(runs, "whole", shard))
-    assert a.shape == b.shape == (STEPS, 4)
+    assert a.shape == b.shape == (NUM_STEPS, 4)
     first = 6  # steps, of an epoch of seven
     assert set(a[:first].flatten().tolist()).isdisjoint(b[:first].flatten().tolist())
 
@@ -86,7 +69,7 @@ def test_one_process_becomes_two(shard: int, runs: Path) -> None:
     del alone["samples"]
     for found in _of(runs, "of one", shard):
         _assert_equal(found, alone)
-    assert checkpoint.latest(runs / f"alone-{shard}" / "checkpoints").step == STEPS
+    assert checkpoint.latest(runs / f"alone-{shard}" / "checkpoints").step == NUM_STEPS
 
 
 @pytest.mark.parametrize("shard", SHARDS)
@@ -96,9 +79,9 @@ def test_two_ranks_become_one(
     [whole, _] = _of(runs, "whole", shard)
     del whole["samples"]
     with caplog.at_level(logging.WARNING):
-        run = Watched(_config(dataset), runs / f"whole-{shard}", resume=True)
+        run = Watched(run_of_adamw(dataset), runs / f"whole-{shard}", resume=True)
     _assert_equal(run.state(), whole)
-    assert run.trainer.step == STEPS
+    assert run.trainer.step == NUM_STEPS
     assert "THE DATA STARTS AGAIN at the beginning of epoch 0: 2 ranks saved, 1 go" in caplog.text
     assert run.trainer.loader.state_dict()["step"] == 0
     run.trainer.run.close()
@@ -111,7 +94,7 @@ def test_what_cannot_be_dealt_out_is_refused(
     from m3i_fast.engine.parallel.ranks import World
 
     world = World(torch.device("cpu"), rank=0, size=3)
-    cfg = _config(dataset)
+    cfg = run_of_adamw(dataset)
     with pytest.raises(ValueError, match="parallel.shard: expected a divisor of the 3 ranks"):
         world.mesh(spread(cfg, 2).parallel)
     Trainer(replace(cfg, num_steps=1), tmp_path / "run").train()

@@ -13,8 +13,9 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.recipes import demo, shrink
-from tests.engine.parallel.spread_work import NUM_RANKS, with_prefetch, work
+from tests.engine.parallel.spread_work import with_prefetch, work
 from tests.engine.parallel.test_meta_init import TEXT
+from tests.shared.engine.two_ranks import NUM_RANKS
 
 DEPTH = 5
 

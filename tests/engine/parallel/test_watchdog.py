@@ -27,9 +27,9 @@ from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, Watchdog
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo, shrink
-from tests.engine.guard.guard_work import spread
-from tests.engine.parallel.test_ranks import TEXT
-from tests.engine.replaced_step import replace_call
+from tests.shared.engine.replaced_step import replace_call
+from tests.shared.engine.small_run import TEXT
+from tests.shared.engine.two_ranks import spread
 
 LIMIT = 0.4  # s
 

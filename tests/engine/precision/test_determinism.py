@@ -14,7 +14,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.precision.determinism import expect_deterministic
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.recipes import demo, recipes, shrink
-from tests.engine.parallel.test_ranks import TEXT
+from tests.shared.engine.small_run import TEXT
 
 NAMES = ("CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "NCCL_ALGO")
 

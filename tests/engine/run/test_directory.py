@@ -24,7 +24,7 @@ from m3i_fast.engine.run.directory import Run
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.pipelines.batch import Batch
-from tests.engine.test_trainer import _config
+from tests.shared.engine.small_run import small_run
 
 # ---- A directory that goes away ------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ def test_a_run_whose_directory_goes_away_fails_in_a_line(
         return take(self, batch, monitor=monitor)
 
     monkeypatch.setattr(TrainStep, "__call__", going)
-    cfg = _config(dataset, num_steps=20, log_every=2, checkpoint_every=3)
+    cfg = small_run(dataset, num_steps=20, log_every=2, checkpoint_every=3)
     cfg.save(tmp_path / "cfg.json")
     assert main(["train", "--config", str(tmp_path / "cfg.json"), "--out", str(out)]) == 1
     said = capfd.readouterr().err
@@ -73,7 +73,7 @@ def test_what_is_missing_later_is_no_wrong_request(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Here skipped.jsonl, whose place is taken by a link that leads nowhere."""
-    cfg = _config(dataset, num_steps=20, log_every=2)
+    cfg = small_run(dataset, num_steps=20, log_every=2)
     cfg = replace(cfg, optim=replace(cfg.optim, lr=1e30))
     cfg.save(tmp_path / "cfg.json")
     out = tmp_path / "run"

@@ -20,7 +20,7 @@ from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.precision.arithmetic import Arithmetic, Capabilities, resolve_precision
 from m3i_fast.engine.run.mfu import efficiency, fp8_share, joule_per_image, weighted_peak
 from m3i_fast.recipes import recipes, shrink
-from tests.engine.real_step import stepper
+from tests.shared.engine.real_step import stepper
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
 CPU = Capabilities(device="cpu", torchao=True)

@@ -35,9 +35,9 @@ from m3i_fast.observe.collapse import Healthy
 from m3i_fast.observe.metrics import JsonlSink, read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
-from tests.engine.checkpoint.checkpoint_cases import assert_equal, trained
-from tests.engine.replaced_step import replace_call
-from tests.engine.test_trainer import _config
+from tests.shared.engine.checkpoint_cases import assert_equal, trained
+from tests.shared.engine.replaced_step import replace_call
+from tests.shared.engine.small_run import small_run
 
 OF_THE_MACHINE = ("time/", "throughput/", "efficiency/", "host/", "gpu/")
 
@@ -89,7 +89,7 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
     """Interrupted between two logged steps, with a monitor out of its range since one."""
     never = Healthy(pattern="monitor/target_rank", low=1e9, cause="c", remedy="r")
     monkeypatch.setattr(collapse, "HEALTHY", (never,))
-    cfg = _config(dataset, checkpoint_every=4, async_checkpoint=background)
+    cfg = small_run(dataset, checkpoint_every=4, async_checkpoint=background)
     runs = {}
     for name, parts in {"whole": [0], "parts": [8, 0]}.items():
         random.seed(1), np.random.seed(1)
@@ -123,7 +123,7 @@ def test_the_best_checkpoint_is_kept(
 ) -> None:
     """Also where a resume comes between it and the next one."""
     out = tmp_path / "run"
-    cfg = _config(dataset, num_steps=12, log_every=2, checkpoint_every=2, keep_checkpoints=1)
+    cfg = small_run(dataset, num_steps=12, log_every=2, checkpoint_every=2, keep_checkpoints=1)
     cfg = replace(cfg, keep_best=name)
     _train(cfg, out, stop_at=7)
     _train(cfg, out, resume=True)
@@ -134,13 +134,13 @@ def test_the_best_checkpoint_is_kept(
 
 
 def test_an_unknown_metric_has_no_best(dataset: Path, tmp_path: Path) -> None:
-    cfg = _config(dataset, num_steps=2, log_every=1, keep_best="loss/totl")
+    cfg = small_run(dataset, num_steps=2, log_every=1, keep_best="loss/totl")
     with pytest.raises(ValueError, match=r"keep_best: expected one of .*loss/total.* 'loss/totl'"):
         _train(cfg, tmp_path / "run")
 
 
 def test_a_run_of_before_there_were_manifests_goes_on(dataset: Path, tmp_path: Path) -> None:
-    cfg, out = _config(dataset, num_steps=10, checkpoint_every=5), tmp_path / "older"
+    cfg, out = small_run(dataset, num_steps=10, checkpoint_every=5), tmp_path / "older"
     _train(cfg, tmp_path / "whole")
     _train(cfg, out, stop_at=7)
     newest = checkpoint.latest(out / "checkpoints")
@@ -160,7 +160,7 @@ def test_a_run_of_before_there_were_manifests_goes_on(dataset: Path, tmp_path: P
 
 
 def test_a_resume_passes_a_damaged_checkpoint_over(dataset: Path, tmp_path: Path) -> None:
-    cfg = _config(dataset, num_steps=10)
+    cfg = small_run(dataset, num_steps=10)
     _train(cfg, tmp_path / "whole")
     expected = _saved(tmp_path / "whole")[0]
     for path in (tmp_path / "whole" / "checkpoints" / "step_00000010").glob("model/*"):
@@ -174,7 +174,7 @@ def test_a_resume_passes_a_damaged_checkpoint_over(dataset: Path, tmp_path: Path
 def test_auto_resume_begins_goes_on_and_says_which(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cfg, out = _config(dataset, num_steps=10), tmp_path / "run"
+    cfg, out = small_run(dataset, num_steps=10), tmp_path / "run"
 
     def started(cfg: TrainConfig) -> Trainer:
         with caplog.at_level(logging.INFO):
@@ -204,7 +204,7 @@ def test_auto_resume_passes_over_a_state_that_cannot_be_taken(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
     """A checkpoint whose manifest agrees with it."""
-    cfg, out = _config(dataset, num_steps=10), tmp_path / "run"
+    cfg, out = small_run(dataset, num_steps=10), tmp_path / "run"
     _train(cfg, out)
     forge(out / "checkpoints" / "step_00000010", "state/00001-of-00001.json", content)
     with caplog.at_level(logging.WARNING):
@@ -217,7 +217,7 @@ def test_auto_resume_passes_over_a_state_that_cannot_be_taken(
 def test_auto_resume_takes_the_config_of_a_checkpoint_for_a_damaged_one(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
 ) -> None:
-    cfg, saver = _config(dataset, num_steps=5), Saver(tmp_path / "checkpoints", keep=1)
+    cfg, saver = small_run(dataset, num_steps=5), Saver(tmp_path / "checkpoints", keep=1)
     path = tmp_path / "config.json"
     path.write_bytes(content)
 
@@ -254,7 +254,7 @@ def test_auto_resume_takes_the_config_of_a_checkpoint_for_a_damaged_one(
 def test_a_part_of_a_state_that_cannot_be_taken_is_named(
     dataset: Path, state: dict[str, object], reason: str
 ) -> None:
-    loader = Loader(_config(dataset).data)
+    loader = Loader(small_run(dataset).data)
     with pytest.raises(ValueError, match=f"the checkpoint's state: {reason}"):
         Run.restore(state, num_ranks=1, loader=loader)
 
@@ -277,7 +277,7 @@ def test_a_failed_save_ends_the_run_with_its_error(
 
     monkeypatch.setattr("m3i_fast.engine.checkpoint.saver.write_shards", full)
     with pytest.raises(OSError, match="No space"):
-        Trainer(_config(dataset, num_steps=5), tmp_path / "run").train()
+        Trainer(small_run(dataset, num_steps=5), tmp_path / "run").train()
     assert checkpoint.checkpoints(tmp_path / "run" / "checkpoints") == []
 
 

@@ -20,7 +20,7 @@ from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import demo, shrink
-from tests.engine.parallel.test_ranks import TEXT
+from tests.shared.engine.small_run import TEXT
 
 AT = 3  # the call in which the signal comes
 # What is being done then: where, steps that are saved at the end, options.

@@ -29,9 +29,9 @@ from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.sinks.prometheus import exported
 from m3i_fast.observe.telemetry.sampler import Device
 from m3i_fast.recipes import recipes
-from tests.engine.test_trainer import _config
-from tests.observe.sinks.test_prometheus import ROW, scrape
-from tests.observe.telemetry.recorded_nvml import BUS_IDS, UUIDS, Recorded, hopper
+from tests.shared.engine.small_run import small_run
+from tests.shared.observe.recorded_nvml import BUS_IDS, UUIDS, Recorded, hopper
+from tests.shared.observe.scraped import ROW, scrape
 
 H100 = Capabilities(device="cuda", capability=(9, 0), cuda=(13, 0), te=True, torchao=True)
 GPU = torch.device("cuda", 0)
@@ -159,7 +159,7 @@ def test_rates_and_units() -> None:
 
 
 def test_a_run_logs_them(dataset: Path, tmp_path: Path) -> None:
-    cfg = _config(dataset, num_steps=10, telemetry=TelemetryConfig(hz=10), device="cpu")
+    cfg = small_run(dataset, num_steps=10, telemetry=TelemetryConfig(hz=10), device="cpu")
     threads = threading.active_count()
     Trainer(cfg, tmp_path / "run").train()
     assert threading.active_count() == threads
@@ -173,7 +173,7 @@ def test_a_run_logs_them(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_a_resume_may_tell_something_else(dataset: Path, tmp_path: Path) -> None:
-    cfg = _config(dataset, num_steps=5, device="cpu", telemetry=TelemetryConfig(hz=0))
+    cfg = small_run(dataset, num_steps=5, device="cpu", telemetry=TelemetryConfig(hz=0))
     Trainer(cfg, tmp_path / "run").train()
     assert not any(k.startswith("host/") for k in read_jsonl(tmp_path / "run/metrics.jsonl")[0])
     other = replace(cfg, telemetry=TelemetryConfig(hz=2))
@@ -191,7 +191,7 @@ def free_port() -> int:
 def test_a_run_is_scraped_while_it_lasts(dataset: Path, tmp_path: Path) -> None:
     port = free_port()
     telemetry = TelemetryConfig(hz=10, prometheus_port=port)
-    cfg = _config(dataset, num_steps=10, telemetry=telemetry, device="cpu")
+    cfg = small_run(dataset, num_steps=10, telemetry=telemetry, device="cpu")
     seen = []
     trainer = Trainer(cfg, tmp_path / "run", recipe="demo")
     trainer.train(lambda step, values: seen.append((step, values, scrape(port))))
@@ -214,7 +214,7 @@ def test_a_port_in_use_is_told_before_the_run_begins(dataset: Path, tmp_path: Pa
         other.bind(("127.0.0.1", 0))
         other.listen()
         telemetry = TelemetryConfig(prometheus_port=other.getsockname()[1])
-        cfg = _config(dataset, telemetry=telemetry, device="cpu")
+        cfg = small_run(dataset, telemetry=telemetry, device="cpu")
         with pytest.raises(OSError, match=r"telemetry\.prometheus_port: expected a free port"):
             Trainer(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()

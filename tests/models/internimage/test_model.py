@@ -1,7 +1,7 @@
 """InternImage beside the official code's numbers, and beside itself in other ways of running.
 
-official_internimage.json was written by official_internimage.py from a checkout of the official
-repository: outputs, gradients, and the names and shapes of every key.
+official_internimage.json in tests/shared was written by official_internimage.py from a checkout of
+the official repository: outputs, gradients, and the names and shapes of every key.
 """
 
 import json
@@ -20,7 +20,7 @@ from m3i_fast.config.internimage import InternImageConfig
 from m3i_fast.models.internimage.deformable import DCNv3, InternImageLayer, LayerOptions
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.ops import reference
-from tests.models.internimage.official_internimage import (
+from tests.shared.official_internimage import (
     CASES,
     GOLDEN,
     NAMES,

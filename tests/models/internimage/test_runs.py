@@ -11,7 +11,7 @@ from torch import Tensor
 from m3i_fast.config.internimage import InternImageConfig
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.ops import dcnv3, reference
-from tests.models.internimage.official_internimage import (
+from tests.shared.official_internimage import (
     CASES,
     TINY,
     TINY_H,

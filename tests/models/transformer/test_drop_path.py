@@ -18,7 +18,7 @@ from m3i_fast.models.internimage.model import InternImage, _stages
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, DropPath, num_kept
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.ops import reference
-from tests.flop_formulas import FORMULAS
+from tests.shared.flop_formulas import FORMULAS
 
 CFG = ViTConfig(
     image_size=32, patch_size=8, dim=32, depth=3, num_heads=2, drop_path_rate=0.5,

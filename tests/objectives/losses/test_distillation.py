@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m3i_fast.objectives.losses import distillation
-from tests.objectives.oracles import draw, gradient
+from tests.objectives.losses.oracles import draw, gradient
 
 N, K = 24, 16
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m3i_fast.objectives import targets
 from m3i_fast.objectives.losses import distillation, regularisers, similarity
-from tests.objectives.oracles import ORACLES, Oracle, draw, gradient, measure
+from tests.objectives.losses.oracles import ORACLES, Oracle, draw, gradient, measure
 
 N, D, K = 24, 10, 16
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-7}

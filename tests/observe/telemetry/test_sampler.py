@@ -20,22 +20,10 @@ import pytest
 from m3i_fast.observe.telemetry import nvml as gpu
 from m3i_fast.observe.telemetry.nvml import Gpu, reason_names, uuid_hash
 from m3i_fast.observe.telemetry.sampler import Device, Telemetry, cuda_devices
-from tests.observe.telemetry.recorded_nvml import BUS_IDS, UUIDS, Card, Recorded, counting, hopper
+from tests.shared.observe.recorded_nvml import BUS_IDS, UUIDS, Card, Recorded, counting, hopper
+from tests.shared.observe.sampled import DEVICES, sampled
 
-DEVICES = [Device(uuid, bus_id) for uuid, bus_id in zip(UUIDS, BUS_IDS, strict=True)]
 TOLD = "nvmlDeviceGet"
-
-
-def sampled(nvml: Any, *, devices: list[Device] = DEVICES[:1], num_samples: int = 3) -> Any:
-    """The summary of at least so many samples, and the telemetry that took them."""
-    begin_s = time.monotonic()
-    with Telemetry(10.0, nvml, devices=devices) as telemetry:
-        deadline = begin_s + 10
-        while telemetry.summary(begin_s, time.monotonic())["num_samples"] < num_samples:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        end_s = time.monotonic()
-    return telemetry.summary(begin_s, end_s), telemetry
 
 
 def test_a_hopper() -> None:

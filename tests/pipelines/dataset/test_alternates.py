@@ -18,7 +18,7 @@ from m3i_fast.pipelines.dataset import alternates
 from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from tests.pipelines.data import (
+from tests.shared.pipelines.data import (
     EVERYTHING,
     Components,
     edit_manifest,

@@ -12,7 +12,7 @@ from scipy.stats import binom, chi2_contingency
 from torch import Tensor
 
 from m3i_fast.pipelines.dataset import captions
-from tests.pipelines.data import TOKENIZER, several_captions
+from tests.shared.pipelines.data import TOKENIZER, several_captions
 
 T = TOKENIZER.context_length
 MOST = 4  # captions of a picture

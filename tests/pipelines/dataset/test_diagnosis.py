@@ -12,7 +12,7 @@ import pytest
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from tests.pipelines.data import (
+from tests.shared.pipelines.data import (
     Components,
     encode_image,
     pack,

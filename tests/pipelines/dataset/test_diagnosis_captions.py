@@ -16,7 +16,13 @@ from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.tar_shards import members
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from tests.pipelines.data import Packer, encode_image, sample, several_captions, smooth_picture
+from tests.shared.pipelines.data import (
+    Packer,
+    encode_image,
+    sample,
+    several_captions,
+    smooth_picture,
+)
 
 IMAGE = encode_image(smooth_picture(0, 9, 9))
 CFG = LoaderConfig(

@@ -20,7 +20,7 @@ from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from tests.pipelines.data import (
+from tests.shared.pipelines.data import (
     Components,
     Packer,
     edit_manifest,

@@ -16,7 +16,7 @@ from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from tests.pipelines.data import TOKENIZER, encode_image, pack, sample, smooth_picture
+from tests.shared.pipelines.data import TOKENIZER, encode_image, pack, sample, smooth_picture
 
 # sample_id: (token ids or none, label)
 ROWS: dict[int, tuple[list[int] | None, int]] = {

@@ -16,7 +16,7 @@ from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.recipes import pack_demo
-from tests.pipelines.data import edit_manifest, encode_image, info, sample, smooth_picture
+from tests.shared.pipelines.data import edit_manifest, encode_image, info, sample, smooth_picture
 
 PNG = encode_image(smooth_picture(0, 20, 30))
 

@@ -16,7 +16,7 @@ from PIL import Image
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset.pictures import check_header, decode, stored_size
 from m3i_fast.pipelines.graph.dali import DataNode, fn, pipeline_def, types
-from tests.pipelines.data import encode_image, smooth_picture
+from tests.shared.pipelines.data import encode_image, smooth_picture
 
 PIXELS = smooth_picture(1, 75, 101)
 PICTURE = Image.fromarray(PIXELS)

@@ -16,7 +16,7 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset import captions
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from tests.pipelines.data import (
+from tests.shared.pipelines.data import (
     TOKENIZER,
     Packer,
     encode_image,
@@ -179,7 +179,7 @@ def test_batches_without_any_caption_or_label_pass(packer: Packer, several: bool
 
 def test_a_split_of_one_caption_beside_one_of_several(tmp_path: Path) -> None:
     from m3i_fast.pipelines.dataset.pack import write_dataset
-    from tests.pipelines.data import info
+    from tests.shared.pipelines.data import info
 
     image = encode_image(smooth_picture(0, 9, 9))
     splits = {

@@ -14,7 +14,7 @@ from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.graph import reader
 from m3i_fast.pipelines.graph.dali import pipeline_def
 from m3i_fast.pipelines.loader import evaluation_batches
-from tests.pipelines.data import TOKENIZER, Packer, encode_image, sample, smooth_picture
+from tests.shared.pipelines.data import TOKENIZER, Packer, encode_image, sample, smooth_picture
 
 PICTURE = smooth_picture(1, 75, 101)
 

@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
-from tests.pipelines.data import Packer, encode_image, sample, smooth_picture
+from tests.shared.pipelines.data import Packer, encode_image, sample, smooth_picture
 
 HEIGHT, WIDTH = 54, 72
 STEP = 3  # levels a pixel, so that rounding to whole levels costs a third of a pixel at most

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from m3i_fast.pipelines.sources.iconify import read_icons
-from tests.pipelines.sources.icons import INFO, disc, write_icons
+from tests.shared.pipelines.icons import INFO, disc, write_icons
 
 
 def pixels(svg: str, side: int) -> NDArray[np.uint8]:

@@ -21,8 +21,8 @@ from m3i_fast.pipelines.sources.concepts import Drawing, drawings
 from m3i_fast.pipelines.sources.rendering import RenderedSamples, Rendering, render
 from m3i_fast.pipelines.sources.style_sources import read_styles
 from m3i_fast.recipes import DEMO_MERGES, demo
-from tests.pipelines.sources.icons import disc, write_icons
 from tests.pipelines.sources.test_openmoji import integer, rows
+from tests.shared.pipelines.icons import disc, write_icons
 
 LIMIT = 60
 SMALL = {"limit": LIMIT, "image_size": 24, "num_merges": 200}

@@ -1,0 +1,54 @@
+"""boltzmann on a GPU, held to what it is held to on the CPU; the emulator runs elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from m3i_fast.ops import boltzmann
+from tests.ops.boltzmann.cases import FP32, FP64, HALVES, HARD, KINDS, Case, assert_right, grid
+
+pytestmark = pytest.mark.gpu
+DTYPES = (FP32, FP64, *HALVES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_calls(kind: str) -> None:
+    cases = [case for case in grid() if case.kind == kind and case.rows * case.width < 1500]
+    for case, dtype in zip(cases, itertools.cycle(DTYPES)):  # noqa: B905
+        assert_right(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_calls(kind: str, dtype: torch.dtype) -> None:
+    for case in grid():
+        if case.kind == kind:
+            assert_right(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", HARD.values(), ids=HARD)
+def test_hard_calls(case: Case, dtype: torch.dtype) -> None:
+    assert_right(case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [FP32, *HALVES])
+@pytest.mark.parametrize("kind", ["diagonal", "ids", "sigmoid"])
+def test_calls_of_many_tiles(kind: str, dtype: torch.dtype) -> None:
+    """Wide and long enough for the tiles of whichever card."""
+    for width in (512, 520):
+        assert_right(Case(kind, 3000, 3000, width), dtype, "cuda")
+
+
+def test_a_call_has_the_same_bits_again() -> None:
+    a, b = (torch.randn(4096, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.nn.functional.normalize(x, dim=1).requires_grad_() for x in (a, b))
+    scale = torch.tensor(20.0, device="cuda")
+    runs = []
+    for _ in range(3):
+        value = boltzmann(a, b, scale)
+        runs.append([value.detach(), *torch.autograd.grad(value, [a, b])])
+    assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(run, runs[0], strict=True))
