@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
-# What moves bytes between host and device: the runtime does it itself.
-MOVES = {aten._to_copy.default, aten.copy_.default, aten._pin_memory.default}
+# What leaves its bytes unset, and what the runtime does itself.
+NOT_COMPUTED = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten._pin_memory}
 
 
 def host_alias(tensor: Tensor) -> Tensor:
@@ -58,16 +59,62 @@ class ComputeOnHost(TorchDispatchMode):
             return _on_device(_computed(func, args, kwargs), args, kwargs)
         out = func(*args, **kwargs)
         tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
-        if func in MOVES or func.is_view or not any(t.is_cuda for t in tensors):
+        if func.is_view or func.overloadpacket in NOT_COMPUTED:
             return out
-        if func.overloadpacket in (aten.empty, aten.empty_strided, aten.empty_like):
+        if not any(t.is_cuda for t in tensors):
             return out
         return _filled(out, _computed(func, args, kwargs))
 
 
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     """Return what the CPU's operator gives for the same memory."""
-    return func(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
+    of_cpu = OF_CPU.get(func, func)
+    return of_cpu(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False,
+    debug: bool = False, *, scale: float | None = None,
+) -> Any:  # fmt: skip
+    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+    return forward(q, k, v, dropout, causal, scale=scale)  # out and logsumexp, as CUDA's first two
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor,
+    cum_q: object, cum_k: object, max_q: int, max_k: int, dropout: float, causal: bool,
+    seed: object, offset: object, *, scale: float | None = None,
+) -> Any:  # fmt: skip
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    return backward(grad, q, k, v, out, logsumexp, dropout, causal, scale=scale)
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, with_logsumexp: bool,
+    dropout: float = 0.0, causal: bool = False, *, scale: float | None = None,
+) -> Any:  # fmt: skip
+    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+    out, logsumexp = forward(q, k, v, dropout, causal, attn_mask=bias, scale=scale)
+    return out, F.pad(logsumexp, (0, -logsumexp.shape[-1] % 32))  # as CUDA's kernel aligns it
+
+
+def _masked_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor,
+    logsumexp: Tensor, seed: object, offset: object, dropout: float, wanted: object,
+    causal: bool = False, *, scale: float | None = None,
+) -> Any:  # fmt: skip
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    sums = logsumexp[..., : q.shape[-2]]
+    return backward(grad, q, k, v, out, sums, dropout, causal, attn_mask=bias, scale=scale)
+
+
+# What CUDA alone has, by the operator that the CPU has in its place.
+OF_CPU = {
+    aten._scaled_dot_product_flash_attention.default: _attention,
+    aten._scaled_dot_product_flash_attention_backward.default: _attention_backward,
+    aten._scaled_dot_product_efficient_attention.default: _masked_attention,
+    aten._scaled_dot_product_efficient_attention_backward.default: _masked_attention_backward,
+}
 
 
 def _on_device(values: Any, args: Any, kwargs: Any) -> Any:
@@ -80,14 +127,13 @@ def _on_device(values: Any, args: Any, kwargs: Any) -> Any:
 def _filled(out: Any, values: Any) -> Any:
     """Return `out` with the computed values in it; the values where they have another shape."""
     if isinstance(out, Tensor):
-        if not out.is_cuda:
-            return out
         if out.shape != values.shape:
             return values.to(out.device)
-        host_alias(out).copy_(values)
+        (host_alias(out) if out.is_cuda else out).copy_(values)
         return out
     if isinstance(out, (tuple, list)):
-        return type(out)(map(_filled, out, values))
+        filled = map(_filled, out, values)  # of an operator of the CPU's own, the first ones alone
+        return type(out)([*filled, *out[len(values) :]])
     return out
 
 

@@ -1,73 +1,98 @@
-"""Train a recipe for a few steps on the null CUDA runtime, with a mark in the trace at each step.
+"""Train a recipe for a few steps on the null CUDA runtime, with a mark in its trace at each step.
 
-    python -m m3i_fast.benchmarks.launches.one_run RECIPE [--computed] [TRAIN FLAGS]
+    python -m m3i_fast.benchmarks.launches.one_run RECIPE [--computed] [--plant-wait] [TRAIN FLAGS]
 
-Run with the environment of `scripts.null_cuda.environment`. The model is built, saved and evaluated
-with real numbers; the steps themselves are only launched unless --computed.
+Run in the environment of `scripts.null_cuda.environment`. The model is built, monitored and saved
+with real numbers; the other steps are only launched, unless --computed. --plant-wait reads the loss
+in every step, which a test has to find.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.benchmarks.launches.on_host import ComputeOnHost, as_launched
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.flags import read_flags
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import recipes
 
-mark = ctypes.CDLL(None).null_cuda_mark
+NUM_STEPS = 4
 
 
-def small(cfg: TrainConfig, num_steps: int) -> TrainConfig:
-    """Return the config on the device, for a few steps of a small batch."""
-    data = replace(cfg.data, batch_size=8)
+def for_a_few_steps(cfg: TrainConfig) -> TrainConfig:
+    """Return the recipe on the device, for a few steps of a small batch."""
     return replace(
-        cfg, data=data, num_steps=num_steps, log_every=num_steps, checkpoint_every=num_steps,
-        num_classes=cfg.num_classes or 10, device="cuda",
-    )  # fmt: skip
+        cfg,
+        data=replace(cfg.data, batch_size=8),
+        num_steps=NUM_STEPS,
+        log_every=NUM_STEPS,
+        checkpoint_every=NUM_STEPS,
+        num_classes=cfg.num_classes or 10,
+        device="cuda",
+    )
 
 
-class OnDevice(Repeated):
-    """The batch, on the device as DALI hands it over."""
+class MarkedSteps:
+    """Stands for `TrainStep.__call__`: marks each step, and computes or only launches it."""
 
-    def __init__(self, batch: Batch) -> None:
-        super().__init__(batch.to(torch.device("cuda")))
+    def __init__(self, *, computed: bool, plant_wait: bool) -> None:
+        self._step = TrainStep.__call__
+        self._mark = ctypes.CDLL(None).null_cuda_mark
+        self._computed, self._plant_wait = computed, plant_wait
 
-
-def run(cfg: TrainConfig, folder: Path, *, computed: bool) -> int:
-    """Train the config in the folder; return the steps taken."""
-    step = TrainStep.__call__
-
-    def marked(self: TrainStep, *batches: Batch, monitor: bool = False) -> Any:
-        mark(f"step {self.steps_taken}".encode())
-        with nullcontext() if computed or monitor else as_launched():
-            metrics = step(self, *batches, monitor=monitor)
-        mark(b"between")
+    def __call__(self, step: TrainStep, *batches: Batch, monitor: bool) -> dict[str, Tensor]:
+        """Take the step; a step with monitors reads what they compute, so it is computed."""
+        self._mark(f"step {step.steps_taken}".encode())
+        with nullcontext() if self._computed or monitor else as_launched():
+            metrics = self._step(step, *batches, monitor=monitor)
+            if self._plant_wait:
+                metrics["loss/total"].item()
+        self._mark(b"between")
         return metrics
 
-    TrainStep.__call__ = marked  # type: ignore[method-assign]
+
+def report(step: int, values: dict[str, float]) -> None:
+    """Write a step's metrics as a line of JSON."""
+    sys.stdout.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def train(cfg: TrainConfig, folder: Path, marked: MarkedSteps) -> None:
+    """Train the config in the folder.
+
+    Convolutions take torch's own kernels: the null cuDNN has no engines that it could offer.
+    """
+    torch.backends.cudnn.enabled = False
+    TrainStep.__call__ = lambda step, *batches, monitor=False: marked(  # type: ignore[method-assign]
+        step, *batches, monitor=monitor
+    )
     with ComputeOnHost():
-        trainer = Trainer(cfg, folder, data=OnDevice(draw_batch(cfg)))
-        return trainer.train(lambda step, values: print(step, values.get("loss"), values)).step
+        batch = draw_batch(cfg).to(torch.device(cfg.device))
+        Trainer(cfg, folder, data=Repeated(batch)).train(report)
 
 
 def main() -> None:
     """Run the recipe that the command line names."""
     name, *rest = sys.argv[1:]
-    cfg = small(recipes()[name](), num_steps=4)
+    computed, plant_wait = "--computed" in rest, "--plant-wait" in rest
+    flags = [flag for flag in rest if flag not in ("--computed", "--plant-wait")]
+    cfg = read_flags(
+        TrainConfig, flags, prog=f"one_run {name}", default=for_a_few_steps(recipes()[name]())
+    )
     with tempfile.TemporaryDirectory() as folder:
-        print(name, run(cfg, Path(folder) / "run", computed="--computed" in rest))
+        train(cfg, Path(folder) / "run", MarkedSteps(computed=computed, plant_wait=plant_wait))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,13 @@ def on_null(tmp_path: Path, program: str, **settings: object) -> tuple[Any, Reco
     return json.loads(done.stdout.splitlines()[-1]), list(read_trace(trace))
 
 
+def line_of(tmp_path: Path, statement: str) -> str:
+    """Return FILE:LINE of the program's line with this statement."""
+    script = tmp_path / "program.py"
+    numbers = [n for n, line in enumerate(script.read_text().splitlines(), 1) if statement in line]
+    return f"{script}:{numbers[0]}"
+
+
 def of_kind(records: Records, kind: str) -> Records:
     return [record for record in records if record["kind"] == kind]
 
@@ -75,10 +82,14 @@ def test_copies_and_waits_are_told_apart_with_their_line(tmp_path: Path) -> None
     assert seen == [1.0, 1.0]
     steps = {step.name: step for step in split_at_marks(records)}
     assert steps["pageable"].copied_bytes == {("pageable", "device"): 4000}
-    assert [wait["line"] for wait in steps["pageable"].of("wait")] == [f"{tmp_path}/program.py:6"]
+    assert [wait["line"] for wait in steps["pageable"].of("wait")] == [
+        line_of(tmp_path, "x.copy_(torch.ones")
+    ]
     assert steps["pinned"].copied_bytes == {("pinned", "device"): 4000}
     assert not steps["pinned"].of("wait")
-    assert [wait["line"] for wait in steps["item"].of("wait")] == [f"{tmp_path}/program.py:10"]
+    assert [wait["line"] for wait in steps["item"].of("wait")] == [
+        line_of(tmp_path, "x.sum().item()")
+    ]
     assert steps["item"].num_launches == 1
 
 
@@ -94,7 +105,7 @@ def test_pinned_memory_written_before_the_copy_is_done_is_a_fault(tmp_path: Path
     _, records = on_null(tmp_path, program.format(wait=""))
     (fault,) = of_kind(records, "fault")
     assert "written before" in fault["what"]
-    assert fault["line"] == f"{tmp_path}/program.py:4"
+    assert fault["line"] == line_of(tmp_path, "pinned.to(")
     _, records = on_null(tmp_path, program.format(wait="torch.cuda.synchronize()"))
     assert not of_kind(records, "fault")
 
@@ -131,15 +142,15 @@ def test_a_capture_refuses_what_cuda_refuses(tmp_path: Path) -> None:
         def joined():
             unjoined()
             torch.cuda.current_stream().wait_stream(side)
-        print(json.dumps([captured(body) for body in (
-            lambda: x * 2, lambda: x.sum().item(), lambda: torch.ones(4).to("cuda"), unjoined, joined
-        )]))
+        bodies = lambda: x * 2, lambda: x.sum().item(), lambda: torch.ones(4).to("cuda")
+        print(json.dumps([captured(body) for body in (*bodies, unjoined, joined)]))
     """
     seen, records = on_null(tmp_path, program)
     assert seen == [
         "replayed",
         "CUDA error: cudaErrorStreamCaptureInvalidated ",
-        "CUDA error: cudaErrorStreamCaptureInvalidated ",
+        "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor "
+        "is pinned. Please use tensor.pin_memory",
         "CUDA error: cudaErrorStreamCaptureUnjoined ",
         "replayed",
     ]
@@ -186,8 +197,9 @@ int main() {
   std::printf("%d, ", cudaGetLastError());
   int most = 0;
   cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  std::printf("%d, ", cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, most + 1));
-  cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  auto shared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  std::printf("%d, ", cudaFuncSetAttribute(nothing, shared, most + 1));
+  cudaFuncSetAttribute(nothing, shared, most);
   (void)cudaGetLastError();
   nothing<<<1, 32, 64 << 10>>>();
   std::printf("%d]\n", cudaGetLastError());
@@ -198,19 +210,19 @@ int main() {
 def test_launches_out_of_limits_have_the_errors_of_cuda(tmp_path: Path) -> None:
     """Codes of driver_types.h: 9 is an invalid configuration, 1 an invalid value."""
     (tmp_path / "launches.cu").write_text(LAUNCHES)
-    program = build_program(tmp_path / "launches.cu", "sm_80")
+    program = build_program(tmp_path / "launches.cu")
     assert json.loads(run_program(program, card="a100")) == [9, 9, 1, 1, 0]
     # Machine code for 8.0 alone does not run on a 9.0: 209, no kernel image.
     assert json.loads(run_program(program, card="h100")) == [209] * 3 + [1, 209]
 
 
-def build_program(source: Path, architecture: str) -> Path:
-    """Compile a program that takes the runtime as a shared library; return it."""
+def build_program(source: Path) -> Path:
+    """Compile a program of machine code for 8.0 that takes the runtime as a shared library."""
     program = source.with_suffix("")
     toolkit = Path(torch.__file__).parents[1] / "nvidia" / "cu13"
     command = [
         *(toolkit / "bin" / "nvcc", source, "-o", program, "-cudart", "shared"),
-        *(f"-arch={architecture}", f"-L{toolkit / 'lib'}"),
+        *("-gencode=arch=compute_80,code=sm_80", f"-L{toolkit / 'lib'}"),
     ]
     subprocess.run(command, check=True, capture_output=True)
     return program
@@ -245,8 +257,9 @@ RANKS = """
     dist.broadcast(x, 0)
     result.append(x.tolist())
     got = torch.empty(3, device="cuda")
-    ops = [dist.P2POp(dist.isend, here(rank, 5, 6), 1 - rank), dist.P2POp(dist.irecv, got, 1 - rank)]
-    for work in dist.batch_isend_irecv(ops):
+    other = 1 - rank
+    ops = dist.P2POp(dist.isend, here(rank, 5, 6), other), dist.P2POp(dist.irecv, got, other)
+    for work in dist.batch_isend_irecv(list(ops)):
         work.wait()
     result.append(got.tolist())
     big = torch.arange(3 << 18, dtype=torch.float32).to("cuda")
