@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 WORKERS ?= 2
 test test-slow lint: export OMP_NUM_THREADS = 1
 
-.PHONY: install demo docs test test-slow te-contract gpu lint bench clean
+.PHONY: install demo docs test test-slow te-contract first-contact gpu lint bench clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -28,9 +28,13 @@ test: install lint
 test-slow: install
 	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
-# An environment of its own, in build/te: CUDA's torch and Transformer Engine, without a GPU.
+# An environment of their own, build/cuda: CUDA's torch without a GPU, with Transformer Engine, or on
+# the null CUDA runtime.
 te-contract:
 	@$(PYTHON) -m scripts.te_contract $(ARGS)
+
+first-contact:
+	@$(PYTHON) -m scripts.first_contact $(ARGS)
 
 # No install: the python of .venv or of the machine, or that named by PYTHON, with its own torch.
 gpu:

@@ -2,108 +2,44 @@
 
     make te-contract [ARGS="pytest's arguments"]
 
-The release is that of pyproject.toml's extra `te`; its part for torch is compiled, with nvcc of
-PyPI, into build/te: once, 33 files, ten minutes on two idle cores, 7 GB. MAX_JOBS bounds compilers.
+The release is that of pyproject.toml's extra `te`; its part for torch is compiled into build/cuda,
+with nvcc of PyPI: once, 33 files, ten minutes on two idle cores. MAX_JOBS bounds compilers.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 import sys
-from pathlib import Path
 
-from scripts import install
-
-ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / "build" / "te"
-PYTHON = VENV / "bin" / "python"
-STAMP = VENV / "installed.json"
-TORCH = "torch==2.15.*"
-PACKAGES = (
-    *("setuptools", "wheel", "pybind11", "ninja", "packaging", "cmake", "scikit-build-core"),
-    *("numpy", "safetensors", "rich", "tyro>=1.0", "cattrs", "tensorboard", "pytest"),
-)
-# What TE's sources include beside the libraries that torch's own wheels bring.
-TOOLKIT = ("nvidia-curand", "nvidia-cuda-nvrtc")
+from scripts import cuda_environment, install
 
 
 def release() -> str:
-    """2.20.2, of pyproject.toml."""
-    text = (ROOT / "pyproject.toml").read_text()
-    found = re.search(r'"transformer-engine\[[^]]*\]==([0-9.]+)"', text)
-    if found is None:
+    """Return the exact release of pyproject.toml's extra, as 2.20.2."""
+    text = (cuda_environment.ROOT / "pyproject.toml").read_text()
+    pinned = re.search(r'"transformer-engine\[[^]]*\]==([0-9.]+)"', text)
+    if pinned is None:
         sys.exit("pyproject.toml: expected an exact release of transformer-engine in the extra te")
-    return found[1]
-
-
-def wanted_state() -> dict[str, str]:
-    """What build/te was made from: `te` needs a new one, `cpp` alone our package again."""
-    cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
-    requirements = [release(), TORCH, *PACKAGES, *TOOLKIT]
-    return {
-        "te": install.digest([], ROOT, sys.version, *requirements),
-        "cpp": install.digest(cpp_files),
-    }
-
-
-def pip(*arguments: str) -> None:
-    """pip in the venv, which takes PyPI's torch, with CUDA, whatever its own files prefer."""
-    environment = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_CONSTRAINT": ""}
-    os.environ.update(environment)
-    install.run(PYTHON, "-m", "pip", "install", "--quiet", *arguments)
-
-
-def name_toolkit(site: Path) -> None:
-    """Point the build at the toolkit in the venv: CUDA_HOME, and cuDNN and NCCL beside it."""
-    toolkit = site / "nvidia" / "cu13"
-    install.complete_toolkit(toolkit)
-    headers = [str(site / "nvidia" / name / "include") for name in ("cudnn", "nccl")]
-    os.environ["CUDA_HOME"] = str(toolkit)
-    os.environ["CPATH"] = os.pathsep.join([*headers, *filter(None, [os.environ.get("CPATH")])])
-    os.environ["PATH"] = os.pathsep.join([str(VENV / "bin"), os.environ["PATH"]])
+    return pinned[1]
 
 
 def build_te() -> None:
-    """From nothing to a venv that imports Transformer Engine."""
-    shutil.rmtree(VENV, ignore_errors=True)
-    install.make_environment(VENV)
-    pip(TORCH, *PACKAGES)
-    install.PYTHON = PYTHON
-    _, cuda = install.installed_torch()
-    if cuda is None or not cuda.startswith("13."):
-        sys.exit(f"torch: expected a build with CUDA 13, got {cuda or 'none'} from pip")
-    pip(install.nvcc_requirement(cuda), *TOOLKIT, TORCH)
-    (site,) = VENV.glob("lib/python*/site-packages")
-    name_toolkit(site)
+    """Compile Transformer Engine into build/cuda."""
     te = release()
-    pip("--no-build-isolation", TORCH, f"transformer-engine=={te}",
-        f"transformer-engine-cu13=={te}", f"transformer-engine-torch=={te}")  # fmt: skip
-
-
-def build_package() -> None:
-    """Our own package, in a build folder of its own, without its CUDA kernels."""
-    os.environ["PATH"] = os.pathsep.join([str(VENV / "bin"), os.environ["PATH"]])
-    settings = {"build-dir": VENV / "cmake", "cmake.define.M3I_CUDA": "OFF"}
-    options = [f"--config-settings={name}={value}" for name, value in settings.items()]
-    pip("--no-build-isolation", "--no-deps", *options, "--editable", ".")
+    cuda_environment.pip(
+        "--no-build-isolation", f"transformer-engine=={te}",
+        f"transformer-engine-cu13=={te}", f"transformer-engine-torch=={te}",
+    )  # fmt: skip
 
 
 def main() -> None:
-    """Bring build/te up to date and run the contract tests in it."""
-    wanted = wanted_state()
-    done = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
-    if done.get("te") != wanted["te"]:
+    """Bring build/cuda up to date, with Transformer Engine, and run the contract tests in it."""
+    cuda_environment.bring_up_to_date()
+    if cuda_environment.done_state().get("te") != release():
         build_te()
-        done = {"te": wanted["te"]}
-        STAMP.write_text(json.dumps(done))
-    if done.get("cpp") != wanted["cpp"]:
-        build_package()
-        STAMP.write_text(json.dumps(wanted))
+        cuda_environment.remember(te=release())
     tests = ["-o", "python_files=contract_*.py", "tests/te", *sys.argv[1:]]
-    install.run(PYTHON, "-m", "pytest", *tests)
+    install.run(cuda_environment.PYTHON, "-m", "pytest", *tests)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""Real numbers on the null CUDA runtime: every operator is computed by the CPU over its memory.
+
+The null runtime's device memory is the host's. In this mode torch dispatches an operator on CUDA
+tensors as ever, with its allocations and launches (which compute nothing), and then the same
+operator is called on CPU tensors that alias the same memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+# What leaves its bytes unset, and what the runtime does itself.
+NOT_COMPUTED = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten._pin_memory}
+
+
+def host_alias(tensor: Tensor) -> Tensor:
+    """Return a CPU tensor over the memory of a tensor on the null device."""
+    storage = tensor.untyped_storage()
+    if storage.nbytes() == 0:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    host = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    empty = torch.empty(0, dtype=tensor.dtype)
+    return empty.set_(host, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _on_host(value: Any) -> Any:
+    """Return what the CPU's operator takes in place of an argument."""
+    if isinstance(value, Tensor):
+        return host_alias(value) if value.is_cuda else value
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return torch.device("cpu")
+    if isinstance(value, torch.Generator) and value.device.type == "cuda":
+        return torch.default_generator
+    return value
+
+
+class ComputeOnHost(TorchDispatchMode):
+    """Computes what is dispatched to CUDA while it is entered, backward passes included."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(t not in (Tensor, torch.nn.Parameter) for t in types):
+            return NotImplemented  # a subclass dispatches its parts, which come here
+        # Shapes that the device would have counted, and solvers that check what they have computed
+        if torch.Tag.dynamic_output_shape in func.tags or "linalg" in func.name():
+            return _on_device(_computed(func, args, kwargs), args, kwargs)
+        out = func(*args, **kwargs)
+        tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
+        if func.is_view or func.overloadpacket in NOT_COMPUTED:
+            return out
+        if not any(t.is_cuda for t in tensors):
+            return out
+        return _filled(out, _computed(func, args, kwargs))
+
+
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return what the CPU's operator gives for the same memory."""
+    of_cpu = OF_CPU.get(func, func)
+    return of_cpu(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False,
+    debug: bool = False, *, scale: float | None = None,
+) -> Any:  # fmt: skip
+    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+    return forward(q, k, v, dropout, causal, scale=scale)  # out and logsumexp, as CUDA's first two
+
+
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor,
+    cum_q: object, cum_k: object, max_q: int, max_k: int, dropout: float, causal: bool,
+    seed: object, offset: object, *, scale: float | None = None,
+) -> Any:  # fmt: skip
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    return backward(grad, q, k, v, out, logsumexp, dropout, causal, scale=scale)
+
+
+def _masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, with_logsumexp: bool,
+    dropout: float = 0.0, causal: bool = False, *, scale: float | None = None,
+) -> Any:  # fmt: skip
+    forward = aten._scaled_dot_product_flash_attention_for_cpu.default
+    out, logsumexp = forward(q, k, v, dropout, causal, attn_mask=bias, scale=scale)
+    return out, F.pad(logsumexp, (0, -logsumexp.shape[-1] % 32))  # as CUDA's kernel aligns it
+
+
+def _masked_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor,
+    logsumexp: Tensor, seed: object, offset: object, dropout: float, wanted: object,
+    causal: bool = False, *, scale: float | None = None,
+) -> Any:  # fmt: skip
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    sums = logsumexp[..., : q.shape[-2]]
+    return backward(grad, q, k, v, out, sums, dropout, causal, attn_mask=bias, scale=scale)
+
+
+# What CUDA alone has, by the operator that the CPU has in its place.
+OF_CPU = {
+    aten._scaled_dot_product_flash_attention.default: _attention,
+    aten._scaled_dot_product_flash_attention_backward.default: _attention_backward,
+    aten._scaled_dot_product_efficient_attention.default: _masked_attention,
+    aten._scaled_dot_product_efficient_attention_backward.default: _masked_attention_backward,
+}
+
+
+def _on_device(values: Any, args: Any, kwargs: Any) -> Any:
+    """Return computed values on the device of the arguments."""
+    of_args = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    device = next((v.device for v in of_args if v.is_cuda), torch.device("cpu"))
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)
+
+
+def _filled(out: Any, values: Any) -> Any:
+    """Return `out` with the computed values in it; the values where they have another shape."""
+    if isinstance(out, Tensor):
+        if out.shape != values.shape:
+            return values.to(out.device)
+        (host_alias(out) if out.is_cuda else out).copy_(values)
+        return out
+    if isinstance(out, (tuple, list)):
+        filled = map(_filled, out, values)  # of an operator of the CPU's own, the first ones alone
+        return type(out)([*filled, *out[len(values) :]])
+    return out
+
+
+@contextlib.contextmanager
+def as_launched() -> Iterator[None]:
+    """Leave any mode, so that what is called is dispatched as on a GPU, and computes nothing."""
+    with _disable_current_modes():
+        yield

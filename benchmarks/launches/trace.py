@@ -1,0 +1,134 @@
+"""Traces of the null CUDA runtime: read, checked against their schema, and summed up by step."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# The keys of each kind of record, beside `kind`, `thread` and `device`: those it always has, and
+# those it may have. cuda/null/README.md says what they mean.
+KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    kind: (frozenset(always.split()), frozenset(maybe.split()))
+    for kind, always, maybe in (
+        ("launch", "name grid block shared stream architecture", "cluster capture line"),
+        ("library", "library call stream", "capture line"),
+        ("copy", "call from to bytes stream", "capture line"),
+        ("collective", "call stream bytes rank ranks communicator", "capture line"),
+        ("fill", "bytes stream", "capture"),
+        ("wait", "call stream", "line"),
+        ("allocate", "side bytes", "line"),
+        ("free", "side bytes", ""),
+        ("capture", "state capture", "stream nodes launches"),
+        ("replay", "capture nodes launches stream", ""),
+        ("error", "code call", "line"),
+        ("fault", "what", "line"),
+        ("unsupported", "library call", "line"),
+        ("mark", "name", ""),
+    )
+}
+EVERY_KIND = frozenset({"kind", "thread", "device"})
+
+Record = dict[str, Any]
+
+
+def read_trace(path: Path) -> Iterator[Record]:
+    """Yield the records of a trace in order.
+
+    Raises ValueError, with the file and line, for what is no record of `KEYS`.
+    """
+    with path.open() as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                always, maybe = KEYS[record["kind"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}:{number}: expected a record of a trace: {error}"
+                ) from None
+            keys = record.keys() - EVERY_KIND
+            if not always <= keys <= always | maybe:
+                wrong = sorted(keys ^ always - maybe)
+                raise ValueError(
+                    f"{path}:{number}: expected the keys {sorted(always)} of a {record['kind']}, "
+                    f"got {sorted(keys)}; {wrong} differ"
+                )
+            yield record
+
+
+@dataclass(slots=True)
+class StepTrace:
+    """What happened between two marks."""
+
+    name: str
+    records: list[Record] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[Record]:
+        """Return the records of a kind, in order."""
+        return [record for record in self.records if record["kind"] == kind]
+
+    @property
+    def num_launches(self) -> int:
+        """Kernels that a GPU would run: launched, called of a library, or replayed in a graph.
+
+        What is captured runs at replays alone, and counts there.
+        """
+        direct = [r for r in (*self.of("launch"), *self.of("library")) if "capture" not in r]
+        return len(direct) + sum(record["launches"] for record in self.of("replay"))
+
+    @property
+    def host_launches(self) -> int:
+        """Calls of the host that start work: a replay is one, whatever it holds."""
+        direct = [r for r in (*self.of("launch"), *self.of("library")) if "capture" not in r]
+        return len(direct) + len(self.of("replay"))
+
+    @property
+    def copies(self) -> Counter[tuple[str, str]]:
+        """Return the number of copies by where from and where to: ("pageable", "device")."""
+        return Counter((record["from"], record["to"]) for record in self.of("copy"))
+
+    @property
+    def copied_bytes(self) -> Counter[tuple[str, str]]:
+        """Return bytes copied by where from and where to."""
+        total: Counter[tuple[str, str]] = Counter()
+        for record in self.of("copy"):
+            total[record["from"], record["to"]] += record["bytes"]
+        return total
+
+    @property
+    def streams(self) -> frozenset[int]:
+        """Return the streams that were given work."""
+        kinds = ("launch", "library", "copy", "fill", "replay")
+        return frozenset(r["stream"] for r in self.records if r["kind"] in kinds)
+
+
+def split_at_marks(records: Iterable[Record]) -> list[StepTrace]:
+    """Return what follows each mark up to the next; what precedes the first is named "start"."""
+    steps = [StepTrace("start")]
+    for record in records:
+        if record["kind"] == "mark":
+            steps.append(StepTrace(record["name"]))
+        else:
+            steps[-1].records.append(record)
+    return steps
+
+
+def peak_device_bytes(records: Iterable[Record]) -> int:
+    """Return the most bytes of a device that were allocated at one time, over all devices."""
+    held: Counter[int] = Counter()
+    peak = 0
+    for record in records:
+        if record.get("side") != "device" or record["kind"] not in ("allocate", "free"):
+            continue
+        sign = 1 if record["kind"] == "allocate" else -1
+        held[record["device"]] += sign * record["bytes"]
+        peak = max(peak, held[record["device"]])
+    return peak
+
+
+def lines_of(records: Iterable[Record]) -> Counter[str]:
+    """Return how often each Python line stands in the records; "?" where a record has none."""
+    return Counter(record.get("line", "?") for record in records)

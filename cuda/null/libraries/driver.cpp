@@ -1,0 +1,72 @@
+// libcuda.so.1: what torch asks the driver itself; the rest of its names are generated.
+#include <cuda.h>
+
+#include "runtime/null.h"
+
+// cuda.h maps these names to versions; both are exported.
+#undef cuDevicePrimaryCtxRelease
+
+namespace {
+long context;  // its address stands for the one context
+}
+
+M3I_EXPORT CUresult cuInit(unsigned) { return CUDA_SUCCESS; }
+
+M3I_EXPORT CUresult cuDriverGetVersion(int* version) {
+  *version = CUDA_VERSION;
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuDeviceGetCount(int* count) {
+  *count = m3i::null::device_count();
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+  *device = ordinal;
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) {
+  *flags = 0;
+  *active = 1;
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuCtxGetCurrent(CUcontext* current) {
+  *current = reinterpret_cast<CUcontext>(&context);
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuGetErrorString(CUresult, const char** text) {
+  *text = "error of the null CUDA driver";
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute,
+                                         CUdevice device) {
+  return static_cast<CUresult>(
+      cudaDeviceGetAttribute(value, static_cast<cudaDeviceAttr>(attribute), device));
+}
+
+// What CUDA's programming guide asks of a tensor map; the map itself is read by no one here.
+M3I_EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank,
+                                           void* address, const cuuint64_t* sizes,
+                                           const cuuint64_t* strides, const cuuint32_t* box,
+                                           const cuuint32_t* steps, CUtensorMapInterleave,
+                                           CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                           CUtensorMapFloatOOBfill) {
+  bool legal = rank >= 1 && rank <= 5 && reinterpret_cast<size_t>(map) % 64 == 0 &&
+               reinterpret_cast<size_t>(address) % 16 == 0;
+  for (cuuint32_t i = 0; legal && i < rank; ++i) {
+    legal =
+        sizes[i] >= 1 && sizes[i] <= 1ull << 32 && box[i] >= 1 && box[i] <= 256 && steps[i] >= 1;
+    if (legal && i + 1 < rank) legal = strides[i] % 16 == 0 && strides[i] < 1ull << 40;
+  }
+  if (legal) return CUDA_SUCCESS;
+  m3i::null::Record("error")
+      .number("code", CUDA_ERROR_INVALID_VALUE)
+      .text("call", "cuTensorMapEncodeTiled")
+      .python_line();
+  return CUDA_ERROR_INVALID_VALUE;
+}

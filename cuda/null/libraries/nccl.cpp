@@ -1,0 +1,591 @@
+// libnccl.so.2: collectives between processes of one machine, over shared memory, with real
+// results.
+//
+// A collective ends before its call returns, which is one of the orders that a stream allows. Every
+// rank leaves what it is about to do beside its data; where two ranks differ in call, size, type or
+// root, both record a fault and the call fails, where NCCL would hang or write past a buffer.
+#include <fcntl.h>
+#include <nccl.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#include "runtime/null.h"
+
+namespace {
+
+using m3i::null::Record;
+
+constexpr size_t kSlotBytes = 1 << 20;
+constexpr size_t kMailBytes = 1 << 16;
+constexpr int kMostRanks = 16;
+
+// What a rank is about to do.
+struct Intent {
+  char call[24];
+  uint64_t count;
+  int type, operation, root;
+};
+
+bool operator==(const Intent& a, const Intent& b) {
+  return std::strcmp(a.call, b.call) == 0 && a.count == b.count && a.type == b.type &&
+         a.operation == b.operation && a.root == b.root;
+}
+
+std::string text_of(const Intent& intent) {
+  return std::string(intent.call) + " of " + std::to_string(intent.count) + " numbers of type " +
+         std::to_string(intent.type) + ", operation " + std::to_string(intent.operation) +
+         ", root " + std::to_string(intent.root);
+}
+
+struct Mail {
+  std::atomic<uint64_t> sent, taken;  // chunks
+  uint64_t bytes;
+  char data[kMailBytes];
+};
+
+// The memory that the ranks of a communicator share; zero when it is made.
+struct Shared {
+  std::atomic<uint64_t> arrived[kMostRanks];
+  Intent intents[kMostRanks];
+  char slots[kMostRanks][kSlotBytes];
+  Mail mail[kMostRanks][kMostRanks];
+};
+
+}  // namespace
+
+struct ncclComm {
+  Shared* shared;
+  std::string name;
+  int rank, ranks, device;
+  uint64_t barriers = 0;
+  int splits = 0;
+  std::vector<double> scales;  // of PreMulSum, by operation - ncclNumOps
+};
+
+namespace {
+
+double patience_seconds() {
+  const char* text = std::getenv("NULL_CUDA_NCCL_SECONDS");
+  return text != nullptr && *text != '\0' ? std::atof(text) : 300;
+}
+
+// Waits for a condition that another rank fulfils; false where it takes too long.
+bool wait_for(const std::function<bool()>& fulfilled) {
+  auto ends = std::chrono::steady_clock::now() + std::chrono::duration<double>(patience_seconds());
+  while (!fulfilled()) {
+    if (std::chrono::steady_clock::now() > ends) return false;
+    sched_yield();
+  }
+  return true;
+}
+
+ncclResult_t fault(const std::string& what) {
+  Record("fault").text("what", what).python_line();
+  std::fprintf(stderr, "null NCCL: %s\n", what.c_str());
+  return ncclInvalidUsage;
+}
+
+// Returns once every rank has come; a fault names the first that has not.
+ncclResult_t barrier(ncclComm& comm, const std::string& doing) {
+  uint64_t own = ++comm.barriers;
+  comm.shared->arrived[comm.rank].store(own);
+  for (int rank = 0; rank < comm.ranks; ++rank) {
+    if (!wait_for([&] { return comm.shared->arrived[rank].load() >= own; })) {
+      return fault("rank " + std::to_string(rank) + " has not come to rank " +
+                   std::to_string(comm.rank) + "'s " + doing);
+    }
+  }
+  return ncclSuccess;
+}
+
+size_t bytes_of(ncclDataType_t type) {
+  switch (type) {
+    case ncclInt32:
+    case ncclUint32:
+    case ncclFloat32:
+      return 4;
+    case ncclInt64:
+    case ncclUint64:
+    case ncclFloat64:
+      return 8;
+    case ncclFloat16:
+    case ncclBfloat16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const {
+    uint32_t wide = uint32_t{bits} << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+  static BFloat16 of(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    if (value != value) return {0x7fc0};
+    return {static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16)};
+  }
+};
+
+template <typename T, typename Sum>
+T rounded(Sum value) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return BFloat16::of(value);
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+// Reduces a chunk of every rank's slot, in the order of ranks, in the type Sum.
+template <typename T, typename Sum>
+void reduce_as(const ncclComm& comm, size_t bytes, int operation, void* result) {
+  auto* out = static_cast<T*>(result);
+  double scale =
+      operation >= ncclNumOps ? comm.scales[static_cast<size_t>(operation - ncclNumOps)] : 1;
+  for (size_t i = 0; i < bytes / sizeof(T); ++i) {
+    Sum total{};
+    for (int rank = 0; rank < comm.ranks; ++rank) {
+      Sum value = static_cast<Sum>(reinterpret_cast<const T*>(comm.shared->slots[rank])[i]);
+      if (operation >= ncclNumOps) value = static_cast<Sum>(value * scale);
+      if (rank == 0) {
+        total = value;
+      } else if (operation == ncclProd) {
+        total = static_cast<Sum>(total * value);
+      } else if (operation == ncclMax) {
+        total = std::max(total, value);
+      } else if (operation == ncclMin) {
+        total = std::min(total, value);
+      } else {
+        total = static_cast<Sum>(total + value);
+      }
+    }
+    if (operation == ncclAvg) total = static_cast<Sum>(total / comm.ranks);
+    out[i] = rounded<T, Sum>(total);
+  }
+}
+
+void reduce(const ncclComm& comm, size_t bytes, int type, int operation, void* result) {
+  switch (type) {
+    case ncclInt8:
+      return reduce_as<int8_t, int8_t>(comm, bytes, operation, result);
+    case ncclUint8:
+      return reduce_as<uint8_t, uint8_t>(comm, bytes, operation, result);
+    case ncclInt32:
+      return reduce_as<int32_t, int32_t>(comm, bytes, operation, result);
+    case ncclUint32:
+      return reduce_as<uint32_t, uint32_t>(comm, bytes, operation, result);
+    case ncclInt64:
+      return reduce_as<int64_t, int64_t>(comm, bytes, operation, result);
+    case ncclUint64:
+      return reduce_as<uint64_t, uint64_t>(comm, bytes, operation, result);
+    case ncclFloat16:
+      return reduce_as<_Float16, float>(comm, bytes, operation, result);
+    case ncclBfloat16:
+      return reduce_as<BFloat16, float>(comm, bytes, operation, result);
+    case ncclFloat32:
+      return reduce_as<float, float>(comm, bytes, operation, result);
+    case ncclFloat64:
+      return reduce_as<double, double>(comm, bytes, operation, result);
+  }
+}
+
+// A call that waits for the end of its group.
+struct Collective {
+  ncclComm* comm;
+  Intent intent;
+  // Pieces: of `bytes` each, published one after another. `source` gives this rank's bytes of a
+  // piece (null: it has none), `take` is called when all ranks have published a chunk of it.
+  size_t pieces, bytes;
+  std::function<const char*(size_t piece)> source;
+  std::function<void(size_t piece, size_t offset, size_t bytes)> take;
+};
+
+struct Message {
+  ncclComm* comm;
+  bool sends;
+  int peer;
+  char* data;
+  size_t bytes, done = 0;
+  bool begun = false;
+};
+
+thread_local int group_depth = 0;
+thread_local std::vector<Collective> collectives;
+thread_local std::vector<Message> messages;
+
+ncclResult_t run(const Collective& call) {
+  ncclComm& comm = *call.comm;
+  comm.shared->intents[comm.rank] = call.intent;
+  if (ncclResult_t error = barrier(comm, text_of(call.intent))) return error;
+  for (int rank = 0; rank < comm.ranks; ++rank) {
+    const Intent& other = comm.shared->intents[rank];
+    if (!(other == call.intent)) {
+      return fault("rank " + std::to_string(comm.rank) + " calls " + text_of(call.intent) +
+                   ", rank " + std::to_string(rank) + " " + text_of(other));
+    }
+  }
+  for (size_t piece = 0; piece < call.pieces; ++piece) {
+    const char* own = call.source(piece);
+    for (size_t offset = 0; offset < call.bytes; offset += kSlotBytes) {
+      size_t bytes = std::min(kSlotBytes, call.bytes - offset);
+      if (own != nullptr) std::memcpy(comm.shared->slots[comm.rank], own + offset, bytes);
+      if (ncclResult_t error = barrier(comm, text_of(call.intent))) return error;
+      call.take(piece, offset, bytes);
+      if (ncclResult_t error = barrier(comm, text_of(call.intent))) return error;
+    }
+  }
+  return barrier(comm, text_of(call.intent));
+}
+
+// Moves what can be moved of a message; true where something was.
+bool progress(Message& message) {
+  ncclComm& comm = *message.comm;
+  int from = message.sends ? comm.rank : message.peer,
+      to = message.sends ? message.peer : comm.rank;
+  Mail& mail = comm.shared->mail[from][to];
+  size_t bytes = std::min(kMailBytes, message.bytes - message.done);
+  if (message.sends) {
+    if (mail.sent.load() != mail.taken.load()) return false;
+    std::memcpy(mail.data, message.data + message.done, bytes);
+    mail.bytes = message.bytes;
+    mail.sent.fetch_add(1);
+  } else {
+    if (mail.sent.load() == mail.taken.load()) return false;
+    if (mail.bytes != message.bytes) {
+      fault("rank " + std::to_string(from) + " sends " + std::to_string(mail.bytes) +
+            " bytes, rank " + std::to_string(to) + " expects " + std::to_string(message.bytes));
+    }
+    std::memcpy(message.data + message.done, mail.data, bytes);
+    mail.taken.fetch_add(1);
+  }
+  message.done += bytes;
+  return true;
+}
+
+ncclResult_t run_group() {
+  std::vector<Collective> calls = std::move(collectives);
+  std::vector<Message> letters = std::move(messages);
+  collectives.clear();
+  messages.clear();
+  for (const Collective& call : calls) {
+    if (ncclResult_t error = run(call)) return error;
+  }
+  auto unfinished = [](const Message& letter) { return letter.done < letter.bytes; };
+  bool all_done = wait_for([&] {
+    // In order for each peer and direction: a later message waits for the earlier one.
+    for (size_t i = 0; i < letters.size(); ++i) {
+      bool blocked = std::any_of(
+          letters.begin(), letters.begin() + static_cast<long>(i), [&](const Message& earlier) {
+            return unfinished(earlier) && earlier.comm == letters[i].comm &&
+                   earlier.peer == letters[i].peer && earlier.sends == letters[i].sends;
+          });
+      if (!blocked && unfinished(letters[i])) progress(letters[i]);
+    }
+    return std::none_of(letters.begin(), letters.end(), unfinished);
+  });
+  return all_done ? ncclSuccess : fault("a message was not taken, or has not come");
+}
+
+ncclResult_t submit(Collective call, cudaStream_t stream) {
+  using namespace m3i::null;
+  Stream& on = stream_of(stream);
+  Capture* capture = capture_of(on);
+  {
+    Record record("collective");
+    record.text("call", call.intent.call).number("stream", on.id);
+    record.number("bytes", static_cast<long long>(call.intent.count *
+                                                  bytes_of(ncclDataType_t(call.intent.type))));
+    record.number("rank", call.comm->rank).number("ranks", call.comm->ranks);
+    record.text("communicator", call.comm->name);
+    if (capture != nullptr) record.number("capture", static_cast<long long>(capture->id));
+    record.python_line();
+  }
+  next_operation(on);
+  add_to_capture(on, true);
+  if (capture != nullptr) return ncclSuccess;
+  collectives.push_back(std::move(call));
+  return group_depth == 0 ? run_group() : ncclSuccess;
+}
+
+Intent intent(const char* call, size_t count, ncclDataType_t type, int operation = -1,
+              int root = -1) {
+  Intent result{};
+  std::snprintf(result.call, sizeof result.call, "%s", call);
+  result.count = count;
+  result.type = type;
+  result.operation = operation;
+  result.root = root;
+  return result;
+}
+
+ncclResult_t post(ncclComm* comm, bool sends, const void* data, size_t count, ncclDataType_t type,
+                  int peer, cudaStream_t stream) {
+  using namespace m3i::null;
+  Stream& on = stream_of(stream);
+  size_t bytes = count * bytes_of(type);
+  Record("collective")
+      .text("call", sends ? "ncclSend" : "ncclRecv")
+      .number("stream", on.id)
+      .number("bytes", static_cast<long long>(bytes))
+      .number("rank", comm->rank)
+      .number("ranks", comm->ranks)
+      .text("communicator", comm->name)
+      .python_line();
+  next_operation(on);
+  add_to_capture(on, true);
+  if (capture_of(on) != nullptr) return ncclSuccess;
+  messages.push_back({comm, sends, peer, static_cast<char*>(const_cast<void*>(data)), bytes});
+  return group_depth == 0 ? run_group() : ncclSuccess;
+}
+
+Shared* open_shared(const std::string& name) {
+  int file = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
+  if (file < 0 || ftruncate(file, sizeof(Shared)) != 0) return nullptr;
+  void* memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  close(file);
+  return memory == MAP_FAILED ? nullptr : static_cast<Shared*>(memory);
+}
+
+ncclResult_t join(ncclComm_t* comm, const std::string& name, int ranks, int rank) {
+  if (ranks > kMostRanks) return fault("more ranks than " + std::to_string(kMostRanks));
+  Shared* shared = open_shared(name);
+  if (shared == nullptr) return ncclSystemError;
+  *comm = new ncclComm{shared, name, rank, ranks, m3i::null::current_device(), 0, 0, {}};
+  ncclResult_t error = barrier(**comm, "ncclCommInitRank");
+  // All have it mapped: the name may go, so that no run leaves a file behind.
+  if (error == ncclSuccess && rank == 0) shm_unlink(name.c_str());
+  return error;
+}
+
+}  // namespace
+
+// ---- Communicators
+// -------------------------------------------------------------------------------
+
+M3I_EXPORT ncclResult_t ncclGetVersion(int* version) {
+  *version = NCCL_VERSION_CODE;
+  return ncclSuccess;
+}
+
+M3I_EXPORT const char* ncclGetErrorString(ncclResult_t result) {
+  return result == ncclSuccess ? "no error" : "error of the null NCCL";
+}
+
+M3I_EXPORT const char* ncclGetLastError(ncclComm_t) { return ""; }
+
+M3I_EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
+  static std::atomic<int> made{0};
+  std::memset(id->internal, 0, sizeof id->internal);
+  std::snprintf(
+      id->internal, sizeof id->internal, "/null_nccl_%d_%d_%lld", getpid(), made++,
+      static_cast<long long>(std::chrono::steady_clock::now().time_since_epoch().count()));
+  return ncclSuccess;
+}
+
+M3I_EXPORT ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank) {
+  return join(comm, id.internal, ranks, rank);
+}
+
+M3I_EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id,
+                                               int rank, ncclConfig_t*) {
+  return join(comm, id.internal, ranks, rank);
+}
+
+M3I_EXPORT ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* result,
+                                      ncclConfig_t*) {
+  struct Choice {
+    int color, key;
+  };
+  Choice own{color, key};
+  std::memcpy(comm->shared->slots[comm->rank], &own, sizeof own);
+  if (ncclResult_t error = barrier(*comm, "ncclCommSplit")) return error;
+  std::vector<std::pair<int, int>> members;  // key, rank
+  for (int rank = 0; rank < comm->ranks; ++rank) {
+    Choice choice;
+    std::memcpy(&choice, comm->shared->slots[rank], sizeof choice);
+    if (choice.color == color) members.emplace_back(choice.key, rank);
+  }
+  if (ncclResult_t error = barrier(*comm, "ncclCommSplit")) return error;
+  int number = comm->splits++;
+  *result = nullptr;
+  if (color == NCCL_SPLIT_NOCOLOR) return ncclSuccess;
+  std::sort(members.begin(), members.end());
+  auto own_place = std::find(members.begin(), members.end(), std::pair{key, comm->rank});
+  std::string name = comm->name + "_" + std::to_string(number) + "_" + std::to_string(color);
+  return join(result, name, static_cast<int>(members.size()),
+              static_cast<int>(own_place - members.begin()));
+}
+
+M3I_EXPORT ncclResult_t ncclCommCount(const ncclComm_t comm, int* count) {
+  *count = comm->ranks;
+  return ncclSuccess;
+}
+
+M3I_EXPORT ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank) {
+  *rank = comm->rank;
+  return ncclSuccess;
+}
+
+M3I_EXPORT ncclResult_t ncclCommCuDevice(const ncclComm_t comm, int* device) {
+  *device = comm->device;
+  return ncclSuccess;
+}
+
+M3I_EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t* error) {
+  *error = ncclSuccess;
+  return ncclSuccess;
+}
+
+// The memory stays: threads of torch may still name the communicator.
+M3I_EXPORT ncclResult_t ncclCommFinalize(ncclComm_t) { return ncclSuccess; }
+M3I_EXPORT ncclResult_t ncclCommDestroy(ncclComm_t) { return ncclSuccess; }
+M3I_EXPORT ncclResult_t ncclCommAbort(ncclComm_t) { return ncclSuccess; }
+
+M3I_EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* operation, void* scalar,
+                                                 ncclDataType_t type, ncclScalarResidence_t,
+                                                 ncclComm_t comm) {
+  double scale = 1;
+  if (type == ncclFloat32) scale = *static_cast<float*>(scalar);
+  if (type == ncclFloat64) scale = *static_cast<double*>(scalar);
+  if (type == ncclFloat16) scale = static_cast<float>(*static_cast<_Float16*>(scalar));
+  if (type == ncclBfloat16) scale = static_cast<float>(*static_cast<BFloat16*>(scalar));
+  comm->scales.push_back(scale);
+  *operation = static_cast<ncclRedOp_t>(ncclNumOps + static_cast<int>(comm->scales.size()) - 1);
+  return ncclSuccess;
+}
+
+M3I_EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t, ncclComm_t) { return ncclSuccess; }
+
+// Registered memory is faster on a GPU, and nothing else.
+M3I_EXPORT ncclResult_t ncclCommRegister(const ncclComm_t comm, void*, size_t, void** handle) {
+  *handle = comm;
+  return ncclSuccess;
+}
+
+M3I_EXPORT ncclResult_t ncclCommDeregister(const ncclComm_t, void*) { return ncclSuccess; }
+
+M3I_EXPORT ncclResult_t ncclMemAlloc(void** pointer, size_t bytes) {
+  return cudaMalloc(pointer, bytes) == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
+}
+
+M3I_EXPORT ncclResult_t ncclMemFree(void* pointer) {
+  return cudaFree(pointer) == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
+}
+
+// ---- Groups and collectives
+// ----------------------------------------------------------------------
+
+M3I_EXPORT ncclResult_t ncclGroupStart() {
+  ++group_depth;
+  return ncclSuccess;
+}
+
+M3I_EXPORT ncclResult_t ncclGroupEnd() { return --group_depth == 0 ? run_group() : ncclSuccess; }
+
+M3I_EXPORT ncclResult_t ncclAllReduce(const void* from, void* to, size_t count, ncclDataType_t type,
+                                      ncclRedOp_t operation, ncclComm_t comm, cudaStream_t stream) {
+  auto source = [from](size_t) { return static_cast<const char*>(from); };
+  auto take = [=](size_t, size_t offset, size_t bytes) {
+    reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
+  };
+  return submit({comm, intent("ncclAllReduce", count, type, operation), 1, count * bytes_of(type),
+                 source, take},
+                stream);
+}
+
+M3I_EXPORT ncclResult_t ncclReduce(const void* from, void* to, size_t count, ncclDataType_t type,
+                                   ncclRedOp_t operation, int root, ncclComm_t comm,
+                                   cudaStream_t stream) {
+  auto source = [from](size_t) { return static_cast<const char*>(from); };
+  auto take = [=](size_t, size_t offset, size_t bytes) {
+    if (comm->rank == root) reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
+  };
+  return submit({comm, intent("ncclReduce", count, type, operation, root), 1,
+                 count * bytes_of(type), source, take},
+                stream);
+}
+
+M3I_EXPORT ncclResult_t ncclBroadcast(const void* from, void* to, size_t count, ncclDataType_t type,
+                                      int root, ncclComm_t comm, cudaStream_t stream) {
+  auto source = [=](size_t) {
+    return comm->rank == root ? static_cast<const char*>(from) : nullptr;
+  };
+  auto take = [=](size_t, size_t offset, size_t bytes) {
+    std::memcpy(static_cast<char*>(to) + offset, comm->shared->slots[root], bytes);
+  };
+  return submit({comm, intent("ncclBroadcast", count, type, -1, root), 1, count * bytes_of(type),
+                 source, take},
+                stream);
+}
+
+M3I_EXPORT ncclResult_t ncclBcast(void* buffer, size_t count, ncclDataType_t type, int root,
+                                  ncclComm_t comm, cudaStream_t stream) {
+  return ncclBroadcast(buffer, buffer, count, type, root, comm, stream);
+}
+
+M3I_EXPORT ncclResult_t ncclAllGather(const void* from, void* to, size_t count, ncclDataType_t type,
+                                      ncclComm_t comm, cudaStream_t stream) {
+  size_t each = count * bytes_of(type);
+  auto source = [from](size_t) { return static_cast<const char*>(from); };
+  auto take = [=](size_t, size_t offset, size_t bytes) {
+    for (int rank = 0; rank < comm->ranks; ++rank) {
+      char* place = static_cast<char*>(to) + static_cast<size_t>(rank) * each + offset;
+      std::memcpy(place, comm->shared->slots[rank], bytes);
+    }
+  };
+  return submit({comm, intent("ncclAllGather", count, type), 1, each, source, take}, stream);
+}
+
+M3I_EXPORT ncclResult_t ncclReduceScatter(const void* from, void* to, size_t count,
+                                          ncclDataType_t type, ncclRedOp_t operation,
+                                          ncclComm_t comm, cudaStream_t stream) {
+  size_t each = count * bytes_of(type);
+  auto source = [=](size_t piece) { return static_cast<const char*>(from) + piece * each; };
+  auto take = [=](size_t piece, size_t offset, size_t bytes) {
+    if (static_cast<int>(piece) != comm->rank) return;
+    reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
+  };
+  return submit({comm, intent("ncclReduceScatter", count, type, operation),
+                 static_cast<size_t>(comm->ranks), each, source, take},
+                stream);
+}
+
+M3I_EXPORT ncclResult_t ncclAlltoAll(const void* from, void* to, size_t count, ncclDataType_t type,
+                                     ncclComm_t comm, cudaStream_t stream) {
+  size_t each = count * bytes_of(type);
+  auto source = [=](size_t piece) { return static_cast<const char*>(from) + piece * each; };
+  auto take = [=](size_t piece, size_t offset, size_t bytes) {
+    if (static_cast<int>(piece) != comm->rank) return;
+    for (int rank = 0; rank < comm->ranks; ++rank) {
+      char* place = static_cast<char*>(to) + static_cast<size_t>(rank) * each + offset;
+      std::memcpy(place, comm->shared->slots[rank], bytes);
+    }
+  };
+  return submit({comm, intent("ncclAlltoAll", count, type), static_cast<size_t>(comm->ranks), each,
+                 source, take},
+                stream);
+}
+
+M3I_EXPORT ncclResult_t ncclSend(const void* from, size_t count, ncclDataType_t type, int peer,
+                                 ncclComm_t comm, cudaStream_t stream) {
+  return post(comm, true, from, count, type, peer, stream);
+}
+
+M3I_EXPORT ncclResult_t ncclRecv(void* to, size_t count, ncclDataType_t type, int peer,
+                                 ncclComm_t comm, cudaStream_t stream) {
+  return post(comm, false, to, count, type, peer, stream);
+}

@@ -1,0 +1,128 @@
+"""Build the null CUDA runtime (cuda/null) for a torch with CUDA, and say how to run on it.
+
+Standard library alone: it is run by the python of the environment that it is built for. What the
+sources do not define is generated from the names that the environment's own libraries export.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "cuda" / "null"
+
+# Entries that neither compute nor fill what they are given: they succeed, and are not recorded.
+SETUP = re.compile(r"(Create|Destroy|Set|Init|Descriptor|Attribute|Free|Register|Logger)")
+
+
+@dataclass(frozen=True)
+class Library:
+    """One library that the null runtime stands for."""
+
+    soname: str
+    folder: str  # below site-packages/nvidia
+    name: str  # of the library in the trace
+    sources: tuple[str, ...]  # below cuda/null
+    computes: bool = True  # a generated entry succeeds and is recorded; else it is refused
+
+
+RUNTIME = Library(
+    "libcudart.so.13",
+    "cu13/lib",
+    "cudart",
+    tuple(f"runtime/{n}.cpp" for n in ("device", "launch", "library", "memory", "stream", "trace")),
+    computes=False,
+)
+DRIVER = Library("libcuda.so.1", "", "cuda", ("libraries/driver.cpp",), computes=False)
+OTHERS = (
+    Library("libcublas.so.13", "cu13/lib", "cublas", ("libraries/cublas.cpp",)),
+    Library("libcublasLt.so.13", "cu13/lib", "cublasLt", ("libraries/cublaslt.cpp",)),
+    Library("libcudnn.so.9", "cudnn/lib", "cudnn", ("libraries/cudnn.cpp",)),
+    Library("libcusolver.so.12", "cu13/lib", "cusolver", ("libraries/cusolver.cpp",)),
+    Library("libnccl.so.2", "nccl/lib", "nccl", ("libraries/nccl.cpp",), computes=False),
+)
+LIBRARIES = (DRIVER, RUNTIME, *OTHERS)
+
+
+def exported_names(library: Path) -> set[str]:
+    """Return the functions that a shared library exports."""
+    listing = subprocess.check_output(["nm", "-D", "--defined-only", library], text=True)
+    lines = [line.split() for line in listing.splitlines()]
+    return {line[2].split("@")[0] for line in lines if len(line) == 3 and line[1] in "TW"}
+
+
+def driver_names(site: Path) -> set[str]:
+    """Return the driver's functions, which no wheel carries: those of cuda.h."""
+    header = (site / "nvidia" / "cu13" / "include" / "cuda.h").read_text()
+    declared = re.findall(r"CUDAAPI\s*\n?\s*(cu\w+)\(", header)
+    return {*declared, *re.findall(r"#define cu\w+\s+(cu\w+_v\d+)", header)}
+
+
+def own_names(library: Library) -> set[str]:
+    """Return the functions that the sources of a library define."""
+    text = "\n".join((SOURCES / source).read_text() for source in library.sources)
+    return set(re.findall(r"M3I_EXPORT[^;(]*?(\w+)\(", text))
+
+
+def generated_source(library: Library, names: set[str]) -> str:
+    """Return C++ that defines the names: recorded, silent or refused."""
+    lines = [
+        'extern "C" long null_cuda_library_call(const char*, const char*, const void*);',
+        'extern "C" long null_cuda_unsupported(const char*, const char*);',
+    ]
+    for name in sorted(names):
+        if not library.computes:
+            result = f'null_cuda_unsupported("{library.name}", "{name}")'
+        elif SETUP.search(name):
+            result = "0"
+        else:
+            result = f'null_cuda_library_call("{library.name}", "{name}", first)'
+        argument = "void* first" if "first" in result else "void*"
+        lines.append(
+            f'extern "C" __attribute__((visibility("default"))) long {name}({argument}) '
+            f"{{ return {result}; }}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def build_library(library: Library, site: Path, out: Path) -> None:
+    """Compile one library into `out`, under the name that its callers ask for."""
+    real = site / "nvidia" / library.folder / library.soname
+    wanted = exported_names(real) if library.folder else driver_names(site)
+    rest = out / f"{library.name}_rest.cpp"
+    rest.write_text(generated_source(library, wanted - own_names(library)))
+    versions = out / f"{library.name}.map"
+    versions.write_text(f"{library.soname} {{ global: *; }};\n")
+    headers = [site / "nvidia" / name / "include" for name in ("cu13", "nccl")]
+    includes = [f"-I{SOURCES}", *(f"-isystem{folder}" for folder in headers)]
+    against = [] if library is RUNTIME else [str(out / RUNTIME.soname)]
+    script = [f"-Wl,--version-script={versions}"] if library.folder else []
+    command = [
+        *("g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", *includes),
+        *(str(SOURCES / source) for source in library.sources),
+        str(rest),
+        *("-o", str(out / library.soname), f"-Wl,-soname,{library.soname}", *script, *against),
+        *("-Wl,-rpath,$ORIGIN", "-ldl", "-lpthread"),
+    ]
+    subprocess.run(command, check=True)
+
+
+def build(site: Path, out: Path) -> None:
+    """Build all libraries for the torch in `site` (site-packages) into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for library in (RUNTIME, DRIVER, *OTHERS):
+        build_library(library, site, out)
+
+
+def environment(libraries: Path, **settings: object) -> dict[str, str]:
+    """Return the environment in which a program runs on the null runtime.
+
+    settings: what follows NULL_CUDA_ in upper case, as card="a100", devices=2, trace=PATH.
+    """
+    preload = " ".join(str(libraries / library.soname) for library in LIBRARIES)
+    named = {f"NULL_CUDA_{name.upper()}": str(value) for name, value in settings.items()}
+    return {**os.environ, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1", **named}

@@ -1,0 +1,94 @@
+"""Recipes on the null device: what a steady step asks of a GPU, by card and by way of training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m3i_fast.benchmarks.launches.trace import StepTrace, lines_of, read_trace, split_at_marks
+from scripts.null_cuda import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ROOT / "build" / "null"
+
+# Kernels of ours that a bf16 step of the demo launches on each card.
+KERNELS = {
+    "a100": {"boltzmann_sums_kernel", "boltzmann_logit_grads_kernel", "mask_mix_kernel"},
+    "h100": {"boltzmann_sums_hopper_kernel", "boltzmann_logit_grads_hopper_kernel"},
+}
+
+
+def train(
+    tmp_path: Path, recipe: str, *flags: str, **settings: object
+) -> tuple[dict[str, float], list[StepTrace]]:
+    """Train a recipe for a few steps; return its last metrics and the steps of the trace."""
+    tmp_path.mkdir(exist_ok=True)
+    trace = tmp_path / "trace.jsonl"
+    variables = environment(LIBRARIES, trace=trace, root=ROOT, **settings)
+    command = [sys.executable, "-m", "m3i_fast.benchmarks.launches.one_run", recipe, *flags]
+    done = subprocess.run(
+        command, env=variables, capture_output=True, text=True, timeout=900, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return metrics, split_at_marks(read_trace(trace))
+
+
+def steady(steps: list[StepTrace]) -> StepTrace:
+    """Return the third step: nothing is new in it, and no monitor is due."""
+    (step,) = (step for step in steps if step.name == "step 2")
+    return step
+
+
+def expect_steady(step: StepTrace) -> None:
+    """Hold what a step of a running training must not do, each with its Python line."""
+    assert not step.of("error") and not step.of("fault") and not step.of("unsupported")
+    assert not lines_of(step.of("wait"))
+    assert not lines_of(step.of("allocate"))
+    with_host = [copy for copy in step.of("copy") if "pageable" in (copy["from"], copy["to"])]
+    assert not lines_of(with_host)
+
+
+def kernels_of(step: StepTrace) -> set[str]:
+    """Return the names of our own kernels that the step launched."""
+    own = (launch["name"] for launch in step.of("launch") if "m3i::" in launch["name"])
+    return {name.split("<")[0].split("(")[0].rsplit("::", 1)[-1] for name in own}
+
+
+@pytest.mark.parametrize("card", ["a100", "h100"])
+def test_a_steady_step_of_the_demo_neither_waits_nor_allocates(tmp_path: Path, card: str) -> None:
+    metrics, steps = train(tmp_path, "demo", card=card)
+    assert metrics["step"] == 4
+    step = steady(steps)
+    expect_steady(step)
+    assert step.streams == {0}
+    assert kernels_of(step) >= KERNELS[card]
+    architectures = {launch["architecture"] for launch in step.of("launch")}
+    assert max(architectures) == (90 if card == "h100" else 80)
+
+
+def test_a_wait_planted_in_the_step_is_found_with_its_line(tmp_path: Path) -> None:
+    _, steps = train(tmp_path, "demo", "--plant-wait")
+    waits = lines_of(steady(steps).of("wait"))
+    assert len(waits) == 1
+    (line,) = waits
+    path, number = line.rsplit(":", 1)
+    assert Path(path).read_text().splitlines()[int(number) - 1].strip().endswith(".item()")
+
+
+def test_the_computed_demo_has_the_losses_of_the_cpu(tmp_path: Path) -> None:
+    """The same steps in float32 on the CPU and computed on the null device, where each kernel of
+    ours is that of the CPU. AdamW: on a GPU Muon's iterations are in bf16."""
+    flags = ("--computed", "--precision", "fp32", "--optim.matrices", "adamw")
+    on_null, _ = train(tmp_path / "null", "demo", *flags)
+    on_cpu, _ = train(tmp_path / "cpu", "demo", *flags, "--device", "cpu")
+    losses = [name for name in on_cpu if name.startswith("loss/")]
+    assert len(losses) >= 5
+    assert {name: on_null[name] for name in losses} == pytest.approx(
+        {name: on_cpu[name] for name in losses}, rel=1e-6
+    )

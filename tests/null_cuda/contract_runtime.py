@@ -1,0 +1,327 @@
+"""The null runtime under the real CUDA torch: what it does, and that each of its watchers sees."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m3i_fast.benchmarks.launches.trace import read_trace, split_at_marks
+from scripts.null_cuda import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ROOT / "build" / "null"
+PRELUDE = "import ctypes, json, torch\nmark = ctypes.CDLL(None).null_cuda_mark\n"
+
+Records = list[dict[str, Any]]
+
+
+def on_null(tmp_path: Path, program: str, **settings: object) -> tuple[Any, Records]:
+    """Run a program on the null runtime; return the JSON that it printed last, and its trace."""
+    script, trace = tmp_path / "program.py", tmp_path / "trace.jsonl"
+    trace.unlink(missing_ok=True)
+    script.write_text(PRELUDE + textwrap.dedent(program))
+    variables = environment(LIBRARIES, trace=trace, root=tmp_path, **settings)
+    done = subprocess.run(
+        [sys.executable, script], env=variables, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1]), list(read_trace(trace))
+
+
+def line_of(tmp_path: Path, statement: str) -> str:
+    """Return FILE:LINE of the program's line with this statement."""
+    script = tmp_path / "program.py"
+    numbers = [n for n, line in enumerate(script.read_text().splitlines(), 1) if statement in line]
+    return f"{script}:{numbers[0]}"
+
+
+def of_kind(records: Records, kind: str) -> Records:
+    return [record for record in records if record["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    ("card", "capability", "memory_gib"),
+    [("a100", [8, 0], 80), ("h100", [9, 0], 80), ("b200", [10, 0], 180)],
+)
+def test_torch_sees_the_card(
+    tmp_path: Path, card: str, capability: list[int], memory_gib: int
+) -> None:
+    program = """
+        p = torch.cuda.get_device_properties(0)
+        x = torch.ones(4, device="cuda") + 1
+        print(json.dumps([torch.cuda.get_device_capability(), p.total_memory >> 30]))
+    """
+    seen, records = on_null(tmp_path, program, card=card)
+    assert seen == [capability, memory_gib]
+    (launch,) = of_kind(records, "launch")[-1:]
+    assert "CUDAFunctorOnSelf_add" in launch["name"]
+    assert launch["architecture"] == 10 * capability[0] + capability[1]
+
+
+def test_copies_and_waits_are_told_apart_with_their_line(tmp_path: Path) -> None:
+    program = """
+        x = torch.zeros(1000, device="cuda")
+        pinned = torch.ones(1000).pin_memory()
+        mark(b"pageable")
+        x.copy_(torch.ones(1000))
+        mark(b"pinned")
+        x.copy_(pinned, non_blocking=True)
+        mark(b"item")
+        value = x.sum().item()
+        mark(b"end")
+        print(json.dumps(x[:2].cpu().tolist()))
+    """
+    seen, records = on_null(tmp_path, program)
+    assert seen == [1.0, 1.0]
+    steps = {step.name: step for step in split_at_marks(records)}
+    assert steps["pageable"].copied_bytes == {("pageable", "device"): 4000}
+    assert [wait["line"] for wait in steps["pageable"].of("wait")] == [
+        line_of(tmp_path, "x.copy_(torch.ones")
+    ]
+    assert steps["pinned"].copied_bytes == {("pinned", "device"): 4000}
+    assert not steps["pinned"].of("wait")
+    assert [wait["line"] for wait in steps["item"].of("wait")] == [
+        line_of(tmp_path, "x.sum().item()")
+    ]
+    assert steps["item"].num_launches == 1
+
+
+def test_pinned_memory_written_before_the_copy_is_done_is_a_fault(tmp_path: Path) -> None:
+    program = """
+        pinned = torch.ones(1000).pin_memory()
+        x = pinned.to("cuda", non_blocking=True)
+        {wait}
+        pinned.fill_(2)
+        torch.cuda.synchronize()
+        print(json.dumps(0))
+    """
+    _, records = on_null(tmp_path, program.format(wait=""))
+    (fault,) = of_kind(records, "fault")
+    assert "written before" in fault["what"]
+    assert fault["line"] == line_of(tmp_path, "pinned.to(")
+    _, records = on_null(tmp_path, program.format(wait="torch.cuda.synchronize()"))
+    assert not of_kind(records, "fault")
+
+
+def test_a_delayed_copy_is_there_once_the_host_has_waited(tmp_path: Path) -> None:
+    program = """
+        x = torch.full((4,), 3.0).to("cuda")
+        host = torch.zeros(4).pin_memory()
+        host.copy_(x, non_blocking=True)
+        early = host[0].item()
+        torch.cuda.synchronize()
+        print(json.dumps([early == 3.0, host[0].item()]))
+    """
+    assert on_null(tmp_path, program, delay=1)[0] == [False, 3.0]
+    assert on_null(tmp_path, program)[0] == [True, 3.0]
+
+
+def test_a_capture_refuses_what_cuda_refuses(tmp_path: Path) -> None:
+    program = """
+        def captured(body):
+            try:
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+                    body()
+            except Exception as error:
+                return str(error).split("(")[0]
+            graph.replay()
+            return "replayed"
+        x = torch.ones(8, device="cuda")
+        side = torch.cuda.Stream()
+        def unjoined():
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                x * 2
+        def joined():
+            unjoined()
+            torch.cuda.current_stream().wait_stream(side)
+        bodies = lambda: x * 2, lambda: x.sum().item(), lambda: torch.ones(4).to("cuda")
+        print(json.dumps([captured(body) for body in (*bodies, unjoined, joined)]))
+    """
+    seen, records = on_null(tmp_path, program)
+    assert seen == [
+        "replayed",
+        "CUDA error: cudaErrorStreamCaptureInvalidated ",
+        "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor "
+        "is pinned. Please use tensor.pin_memory",
+        "CUDA error: cudaErrorStreamCaptureUnjoined ",
+        "replayed",
+    ]
+    replays = of_kind(records, "replay")
+    assert [replay["launches"] for replay in replays] == [1, 1]
+
+
+def test_memory_ends_where_it_is_said_to(tmp_path: Path) -> None:
+    program = """
+        held = torch.empty(48 << 20, dtype=torch.uint8, device="cuda")
+        try:
+            torch.empty(32 << 20, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            print(json.dumps(str(error)))
+    """
+    seen, records = on_null(tmp_path, program, memory=64 << 20)
+    assert "total capacity of 64.00 MiB of which 16.00 MiB is free" in seen
+    assert {record["code"] for record in of_kind(records, "error")} == {2}
+
+
+def test_the_nth_call_fails_as_asked(tmp_path: Path) -> None:
+    program = """
+        messages = []
+        for _ in range(3):
+            try:
+                torch.empty(32 << 20, dtype=torch.uint8, device="cuda") + 1
+            except Exception as error:
+                messages.append(str(error).split(" (")[0])
+        print(json.dumps(messages))
+    """
+    seen, _ = on_null(tmp_path, program, fail="cudaLaunchKernel:2:719")
+    assert seen == ["CUDA error: cudaErrorLaunchFailure"]
+
+
+LAUNCHES = r"""
+#include <cstdio>
+__global__ void nothing() {}
+int main() {
+  nothing<<<0, 32>>>();
+  std::printf("[%d, ", cudaGetLastError());
+  nothing<<<1, 2048>>>();
+  std::printf("%d, ", cudaGetLastError());
+  nothing<<<1, 32, 64 << 10>>>();
+  std::printf("%d, ", cudaGetLastError());
+  int most = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  auto shared = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  std::printf("%d, ", cudaFuncSetAttribute(nothing, shared, most + 1));
+  cudaFuncSetAttribute(nothing, shared, most);
+  (void)cudaGetLastError();
+  nothing<<<1, 32, 64 << 10>>>();
+  std::printf("%d]\n", cudaGetLastError());
+}
+"""
+
+
+def test_launches_out_of_limits_have_the_errors_of_cuda(tmp_path: Path) -> None:
+    """Codes of driver_types.h: 9 is an invalid configuration, 1 an invalid value."""
+    (tmp_path / "launches.cu").write_text(LAUNCHES)
+    program = build_program(tmp_path / "launches.cu")
+    assert json.loads(run_program(program, card="a100")) == [9, 9, 1, 1, 0]
+    # Machine code for 8.0 alone does not run on a 9.0: 209, no kernel image.
+    assert json.loads(run_program(program, card="h100")) == [209] * 3 + [1, 209]
+
+
+def build_program(source: Path) -> Path:
+    """Compile a program of machine code for 8.0 that takes the runtime as a shared library."""
+    program = source.with_suffix("")
+    toolkit = Path(torch.__file__).parents[1] / "nvidia" / "cu13"
+    command = [
+        *(toolkit / "bin" / "nvcc", source, "-o", program, "-cudart", "shared"),
+        *("-gencode=arch=compute_80,code=sm_80", f"-L{toolkit / 'lib'}"),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return program
+
+
+def run_program(program: Path, **settings: object) -> str:
+    variables = environment(LIBRARIES, **settings)
+    done = subprocess.run([program], env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+RANKS = """
+    import os, sys
+    import torch.distributed as dist
+    rank = int(sys.argv[1])
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", rank=rank, world_size=2, init_method="file://" + sys.argv[2])
+    here = lambda *numbers, dtype=torch.float32: torch.tensor(numbers, dtype=dtype).to("cuda")
+    result = []
+    for dtype, op in ((torch.float32, "SUM"), (torch.bfloat16, "AVG"), (torch.int64, "MAX")):
+        x = here(1 + rank, 10 * (1 + rank), dtype=dtype)
+        dist.all_reduce(x, op=getattr(dist.ReduceOp, op))
+        result.append(x.tolist())
+    parts = [torch.empty(2, device="cuda") for _ in range(2)]
+    dist.all_gather(parts, here(rank, rank + 0.5))
+    result.append([part.tolist() for part in parts])
+    out = torch.empty(1, device="cuda")
+    dist.reduce_scatter_tensor(out, here(1 + rank, 3 + rank))
+    result.append(out.tolist())
+    x = here(7 - 7 * rank)
+    dist.broadcast(x, 0)
+    result.append(x.tolist())
+    got = torch.empty(3, device="cuda")
+    other = 1 - rank
+    ops = dist.P2POp(dist.isend, here(rank, 5, 6), other), dist.P2POp(dist.irecv, got, other)
+    for work in dist.batch_isend_irecv(list(ops)):
+        work.wait()
+    result.append(got.tolist())
+    big = torch.arange(3 << 18, dtype=torch.float32).to("cuda")
+    dist.all_reduce(big)
+    result.append(big.cpu()[[0, 1 << 18, -1]].tolist())
+    print(json.dumps(result))
+    {more}
+"""
+
+
+def start_ranks(tmp_path: Path, more: str = "") -> list[subprocess.CompletedProcess[str]]:
+    """Run RANKS on two devices, with a last statement more; return both processes."""
+    script = tmp_path / "ranks.py"
+    script.write_text(PRELUDE + textwrap.dedent(RANKS.format(more=more)))
+    trace = tmp_path / "trace-%p.jsonl"
+    variables = environment(LIBRARIES, devices=2, trace=trace, root=tmp_path, nccl_seconds=60)
+    command = [sys.executable, str(script)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    done = []
+    for rank in ranks:
+        out, err = rank.communicate(timeout=300)
+        done.append(subprocess.CompletedProcess(command, rank.returncode, out, err))
+    return done
+
+
+def test_collectives_between_processes_have_real_results(tmp_path: Path) -> None:
+    ranks = start_ranks(tmp_path)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-2000:]
+    end = float((3 << 18) - 1)
+    for number, rank in enumerate(ranks):
+        assert json.loads(rank.stdout.splitlines()[-1]) == [
+            [3.0, 30.0],
+            [1.5, 15.0],
+            [2, 20],
+            [[0.0, 0.5], [1.0, 1.5]],
+            [3.0 + 4.0 * number],
+            [7.0],
+            [1.0 - number, 5.0, 6.0],
+            [0.0, 2.0 * (1 << 18), 2 * end],
+        ]
+    traces = [of_kind(list(read_trace(p)), "collective") for p in tmp_path.glob("trace-*.jsonl")]
+    calls = [[(r["call"], r["bytes"]) for r in trace] for trace in traces if trace]
+    assert len(calls) == 2
+    # What one sends the other receives; all else is called alike.
+    p2p = ("ncclSend", "ncclRecv")
+    first, second = ([c for c in each if c[0] not in p2p] for each in calls)
+    assert first == second
+    assert ("ncclAllReduce", 8) in first and ("ncclReduceScatter", 4) in first
+
+
+def test_collectives_in_another_order_are_a_fault_with_its_line(tmp_path: Path) -> None:
+    more = "dist.all_reduce(x) if rank else dist.broadcast(x, 0)"
+    ranks = start_ranks(tmp_path, more + "\n    torch.cuda.synchronize()")
+    assert all("null NCCL: rank" in rank.stderr for rank in ranks)
+    traces = [list(read_trace(path)) for path in tmp_path.glob("trace-*.jsonl")]
+    faults = [fault for trace in traces for fault in of_kind(trace, "fault")]
+    assert len(faults) == 2
+    assert "ncclBroadcast of 1 numbers" in faults[0]["what"]
+    assert {fault["line"].rsplit(":", 1)[0] for fault in faults} == {f"{tmp_path}/ranks.py"}
