@@ -1,9 +1,10 @@
-"""Build Transformer Engine without a GPU, and test that we call it as this release wants.
+"""Build Transformer Engine without a GPU, and test our calls against its release.
 
     make te-contract [ARGS="pytest's arguments"]
 
-The release is that of pyproject.toml's extra `te`; its part for torch is compiled, with nvcc of
-PyPI, into build/te: once, 33 files, ten minutes on two idle cores, 7 GB. MAX_JOBS bounds compilers.
+The release is that of pyproject.toml's extra `te`. Its extension for torch is compiled once, with
+PyPI's nvcc, into build/te: 33 files, ten minutes on two idle cores, 7 GB. MAX_JOBS limits the
+number of compilers.
 """
 
 from __future__ import annotations
@@ -26,21 +27,24 @@ PACKAGES = (
     *("setuptools", "wheel", "pybind11", "ninja", "packaging", "cmake", "scikit-build-core"),
     *("numpy", "safetensors", "rich", "tyro>=1.0", "cattrs", "tensorboard", "pytest"),
 )
-# What TE's sources include beside the libraries that torch's own wheels bring.
+# Headers that Transformer Engine's sources need and torch's wheels lack.
 TOOLKIT = ("nvidia-curand", "nvidia-cuda-nvrtc")
 
 
 def release() -> str:
-    """2.20.2, of pyproject.toml."""
+    """Read Transformer Engine's release, such as 2.20.2, from pyproject.toml."""
     text = (ROOT / "pyproject.toml").read_text()
-    found = re.search(r'"transformer-engine\[[^]]*\]==([0-9.]+)"', text)
-    if found is None:
+    pinned = re.search(r'"transformer-engine\[[^]]*\]==([0-9.]+)"', text)
+    if pinned is None:
         sys.exit("pyproject.toml: expected an exact release of transformer-engine in the extra te")
-    return found[1]
+    return pinned[1]
 
 
 def wanted_state() -> dict[str, str]:
-    """What build/te was made from: `te` needs a new one, `cpp` alone our package again."""
+    """Return what build/te has to be made from, by what is redone after a change of it.
+
+    `te` needs a new build, `cpp` alone only our package.
+    """
     cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
     requirements = [release(), TORCH, *PACKAGES, *TOOLKIT]
     return {
@@ -50,7 +54,7 @@ def wanted_state() -> dict[str, str]:
 
 
 def pip(*arguments: str) -> None:
-    """pip in the venv, which takes PyPI's torch, with CUDA, whatever its own files prefer."""
+    """Install by pip into the venv from PyPI, whose torch has CUDA, whatever pip's settings."""
     environment = {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_CONSTRAINT": ""}
     os.environ.update(environment)
     install.run(PYTHON, "-m", "pip", "install", "--quiet", *arguments)
@@ -67,7 +71,7 @@ def name_toolkit(site: Path) -> None:
 
 
 def build_te() -> None:
-    """From nothing to a venv that imports Transformer Engine."""
+    """Make a venv and build Transformer Engine in it."""
     shutil.rmtree(VENV, ignore_errors=True)
     install.make_environment(VENV)
     pip(TORCH, *PACKAGES)
@@ -84,7 +88,7 @@ def build_te() -> None:
 
 
 def build_package() -> None:
-    """Our own package, in a build folder of its own, without its CUDA kernels."""
+    """Build our package into the venv without its CUDA kernels, in a separate build folder."""
     os.environ["PATH"] = os.pathsep.join([str(VENV / "bin"), os.environ["PATH"]])
     settings = {"build-dir": VENV / "cmake", "cmake.define.M3I_CUDA": "OFF"}
     options = [f"--config-settings={name}={value}" for name, value in settings.items()]
