@@ -42,7 +42,8 @@ def contiguous(op: str, name: str, tensor: Tensor) -> Tensor:
     if (op, name) not in _copied and not torch.compiler.is_compiling():
         _copied.add((op, name))
         logger.warning(
-            "%s: %s is not contiguous, so that every call copies it; pass %s.contiguous()",
-            *(op, name, name),
+            "%s: %s is not contiguous, so that every call copies it; pass a contiguous one",
+            op,
+            name,
         )
     return tensor.contiguous()
