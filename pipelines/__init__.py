@@ -1,4 +1,5 @@
-"""Shards, the DALI graph that reads them, and `Batch`, the one thing that passes to training.
+"""The data pipeline: shards, the DALI graphs that read them, and `Batch`, which training gets.
 
-Only the modules `dali`, `reader`, `views` and `colour` import DALI; `loader` does so on first use.
+Only the modules dali, reader, views and colour of graph/ import DALI; `loader` does so on first
+use.
 """

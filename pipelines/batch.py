@@ -1,4 +1,7 @@
-"""`Batch`: the one thing that passes from the data pipeline to training and evaluation."""
+"""`Batch`, which the data pipeline hands to training and evaluation.
+
+Legend: B images, V global and L local views of each, S and s their sides in pixels, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Views of B images with their boxes, captions and labels, in one order throughout.
+    """Views of B images with their boxes, captions and labels; row b of each field is image b.
 
     A box is (y, x, height, width) in pixels of the upright image (EXIF applied) and flip (0 or 1):
     the view is that region, resized to S x S, THEN mirrored horizontally when flip = 1.
@@ -30,10 +33,11 @@ class Batch:
 
     @property
     def batch_size(self) -> int:
+        """Number B of images."""
         return self.sample_id.shape[0]
 
     def tensors(self) -> list[Tensor]:
-        """Global views, local views, then the other fields in their order."""
+        """List all tensors: global views, local views, then the other fields in their order."""
         return [
             *self.global_views,
             *self.local_views,
@@ -47,7 +51,7 @@ class Batch:
         ]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; tensors already there are not copied."""
+        """Copy the batch to `device` without waiting; tensors already there are not copied."""
         return Batch(
             global_views=tuple(v.to(device, non_blocking=True) for v in self.global_views),
             local_views=tuple(v.to(device, non_blocking=True) for v in self.local_views),

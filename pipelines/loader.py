@@ -1,4 +1,4 @@
-"""The training iterator with exact resume, and the ordered pass for evaluation."""
+"""`Loader`, the training iterator with exact resume, and the ordered pass for evaluation."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 class Loader:
-    """Endless training batches of one rank; `state_dict` restores the position exactly.
+    """An endless iterator over training batches of one rank, which resumes exactly.
 
-    Every epoch has `steps_per_epoch` full batches on every rank; the rest of the epoch is dropped.
-    The manifest gives what the model must match: `manifest.tokenizer.vocab_size`,
-    `manifest.tokenizer.context_length` (T of `Batch.token_ids`), `manifest.class_names`.
-    With a `device_id` decoding and views run on that GPU, and batches lie there.
-    Of several captions one is drawn by (seed, epoch, sample_id), whatever rank, batch and step.
+    Every epoch has `steps_per_epoch` full batches on every rank; the remaining samples are dropped.
+    The model has to match the manifest: `manifest.tokenizer.vocab_size`,
+    `manifest.tokenizer.context_length` (T of `Batch.token_ids`), `manifest.class_names`. With a
+    `device_id` that GPU decodes and holds the batches. Of several captions one is drawn by (seed,
+    epoch, sample_id), whatever the rank, batch and step.
+
+    Raises ValueError or FileNotFoundError as `open_split`, and ValueError where the split is
+    smaller than one batch, or for shard_id or data.hw_decoder_load out of range.
     """
 
     def __init__(
@@ -53,8 +56,8 @@ class Loader:
         self.device_id = device_id
         if device_id is None and cfg.hw_decoder_load is not None:
             raise ValueError(
-                "data.hw_decoder_load: expected None without a GPU, whose decoder it is of, got "
-                f"{cfg.hw_decoder_load}"
+                "data.hw_decoder_load: expected None without a GPU, since it sets the load of a "
+                f"GPU's decoder, got {cfg.hw_decoder_load}"
             )
         self._origin = _open(
             cfg.path,
@@ -81,12 +84,12 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """Epochs completed before the one that the last batch belongs to."""
+        """Index of the epoch that the last batch belongs to, from 0."""
         return self._position.epoch
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """What another loader must share to continue from this one's state."""
+        """Everything that has to be equal in a loader that continues from this one's state."""
         if self._fingerprint is None:
             self._fingerprint = self._make_fingerprint()
         return self._fingerprint
@@ -95,7 +98,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch; RuntimeError naming the sample where one is corrupt."""
+        """Return the next batch; RuntimeError names a corrupt sample."""
         if self._pipeline is None:
             self._pipeline = self._build(self._position.checkpoint)
         epoch, step = self._position.epoch, self._position.step
@@ -104,20 +107,20 @@ class Loader:
                 run(self._pipeline, self._origin)
             epoch, step = epoch + 1, 0
         tensors = run(self._pipeline, self._origin)
-        # Made afresh in state_dict: asking DALI for it every step would cost more than it is worth.
+        # DALI's checkpoint is taken in state_dict only, since taking it at every step is slow.
         self._position = Position(epoch=epoch, step=step + 1, checkpoint=None)
         key = epoch_key(self.cfg.seed, epoch)
         return to_batch(tensors, self.cfg.global_views.count, self._origin, key)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch handed out, JSON-able; prefetched batches do not count."""
+        """Return the position after the last returned batch, for JSON, whatever is prefetched."""
         if self._pipeline is not None:
             checkpoint = bytes(self._pipeline.checkpoint())
             self._position = replace(self._position, checkpoint=checkpoint)
         return pack_state(self._position, self.fingerprint)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly there; ValueError with expected and got where that is not possible."""
+        """Continue exactly from a state; ValueError with expected and got where it does not fit."""
         position = unpack_state(state, self.fingerprint)
         if position.step > self.steps_per_epoch:
             raise ValueError(
@@ -127,7 +130,7 @@ class Loader:
         self._pipeline = None
 
     def restart_epoch(self, state: dict[str, Any]) -> int:
-        """Begin the epoch of a state of another number of ranks or batch size; returns it.
+        """Restart the epoch of a state with another number of ranks or batch size; returns it.
 
         The order of samples is then that of a first epoch.
         """
@@ -137,13 +140,13 @@ class Loader:
         return epoch
 
     def close(self) -> None:
-        """Stop DALI's threads; the next batch asked for would start them again from here."""
+        """Stop DALI's threads; another `next` starts them again at the same position."""
         if self._pipeline is not None:
             self.state_dict()
             self._pipeline = None
 
     def _build(self, checkpoint: bytes | None, *, for_digest: bool = False) -> Pipeline:
-        """The pipeline; `for_digest` leaves out paths, threads and prefetching."""
+        """Build the pipeline; `for_digest` leaves out paths, threads and prefetching."""
         from m3i_fast.pipelines.graph.reader import Shuffle, training_graph
 
         cfg = self.cfg
@@ -199,10 +202,11 @@ def evaluation_batches(
     tokenizer_fingerprint: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Batch]:
-    """One ordered pass without augmentation: the centre square, resized; one global view.
+    """Iterate once over a split in order, without augmentation: one global view, the centre square.
 
-    Of several captions the first. The last batch may be smaller. With representatives_only, one
-    sample a group (sample_id == group_id), so batches vary in size and may be empty.
+    Batches have the first of several captions; the last batch may be smaller. With
+    representatives_only they hold one sample a group (sample_id == group_id), so that they vary in
+    size and may be empty. Raises as `open_split`, and ValueError for a size below 1.
     """
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
@@ -247,8 +251,8 @@ def _open(
     shard_id: int = 0,
     num_shards: int = 1,
 ) -> Origin:
-    """Open a split, and say where its batches go."""
-    manifest, found = open_split(
+    """Open a split for batches on a device."""
+    manifest, split_info = open_split(
         path,
         split,
         max_pixels=max_pixels,
@@ -257,7 +261,7 @@ def _open(
         num_shards=num_shards,
     )
     return Origin(
-        path=path, split=found, manifest=manifest, max_pixels=max_pixels, device_id=device_id
+        path=path, split=split_info, manifest=manifest, max_pixels=max_pixels, device_id=device_id
     )
 
 
@@ -290,6 +294,6 @@ def _source(
 
 
 def _derived_seed(*key: object) -> int:
-    """31 bits from the key, so that neighbouring seeds and ranks share nothing."""
+    """Hash a key to 31 bits, so that neighbouring seeds and ranks give independent draws."""
     digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1

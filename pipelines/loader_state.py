@@ -1,4 +1,4 @@
-"""The state of a loader: DALI's checkpoint, counters, and what must be equal to use them again."""
+"""The state of a loader: DALI's checkpoint, counters, and the fingerprint that has to match."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATE: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fingerprint:
-    """Everything that decides which batches follow. Threads and prefetching do not."""
+    """Everything that decides which batches follow; threads and prefetching do not."""
 
     dali_version: str
     device: str
@@ -33,15 +33,15 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """Where a loader stands after the last batch it handed out."""
+    """The position of a loader after the last batch it returned."""
 
     epoch: int
-    step: int  # batches of this epoch handed out
+    step: int  # batches of this epoch that were returned
     checkpoint: bytes | None  # DALI's own; None before the first batch
 
 
 def pack_state(position: Position, fingerprint: Fingerprint) -> dict[str, Any]:
-    """JSON-able."""
+    """Return a position and a fingerprint as a dict for JSON."""
     raw = position.checkpoint
     return {
         "version": STATE_VERSION,
@@ -53,9 +53,10 @@ def pack_state(position: Position, fingerprint: Fingerprint) -> dict[str, Any]:
 
 
 def unpack_state(state: dict[str, Any], fingerprint: Fingerprint) -> Position:
-    """The position, or ValueError listing what differs, expected (the state's) and got.
+    """Return the position of a state made by `pack_state`.
 
-    Also ValueError where the state is none that `pack_state` made.
+    Raises ValueError for another dict or version, and where fingerprints differ, listing for each
+    entry what was expected (the state's) and got.
     """
     for key, kinds in STATE.items():
         value = state.get(key)

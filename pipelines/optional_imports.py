@@ -1,4 +1,4 @@
-"""Imports of optional libraries, with the command that installs them."""
+"""The import of optional libraries, with the command that installs them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def require(module: str) -> Any:
-    """The module, or an ImportError that names the extra to install."""
+    """Import and return a module; ImportError names the command that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

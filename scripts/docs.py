@@ -1,10 +1,9 @@
-"""Build the site of docs/ into build/docs: what `make docs` runs.
+"""Build the site of docs/ into build/docs, for `make docs`.
 
     python -m scripts.docs [OUT]
 
-Every warning is an error: a page in no navigation, a link or an anchor that leads nowhere, a
-picture that is missing. All pages are written anew, since some are made of the code. Nothing is
-asked of the network.
+Every warning is an error: a page without navigation, a broken link or anchor, a missing picture.
+All pages are written anew, since some are generated from the code. The network is not used.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build(source: Path, out: Path) -> int:
-    """Build the pages of a folder with the settings of docs/; Sphinx's exit status."""
+    """Build the pages of a folder with the settings of docs/; returns Sphinx's exit status."""
     settings = ["--conf-dir", str(ROOT / "docs"), "--doctree-dir", str(out.parent / "doctrees")]
     strict = ["--fail-on-warning", "--nitpicky", "--keep-going", "--fresh-env", "--write-all"]
     return build_main([*strict, *settings, "--builder", "html", "--quiet", str(source), str(out)])

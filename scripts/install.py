@@ -1,10 +1,10 @@
 """Make .venv and install m3i-fast into it, with torch, DALI and nvcc of one CUDA major.
 
-    python scripts/install.py          what `make install` runs; a second run rebuilds what changed
+    python scripts/install.py          runs in `make install`; a second run rebuilds what changed
 
-The driver decides: CUDA 13, CUDA 12, or none. Standard library only and Python 3.10 or newer, since
-nothing is installed yet when this runs. M3I_CUDA=ON or OFF in the environment overrules whether the
-CUDA kernels are built.
+The version of the NVIDIA driver selects CUDA 13, CUDA 12, or none. Standard library only and Python
+3.10 or newer, since nothing is installed yet when this runs. M3I_CUDA=ON or OFF in the environment
+overrules whether the CUDA kernels are built.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.json"
 
-# The toolkit whose compiler the kernels' budgets were read from; used where torch brings no other.
+# The toolkit that the kernels' budgets were measured with; used with a CPU build of torch.
 TESTED_CUDA = "13.0"
 
-# What pip chooses torch together with: each torchvision is of one torch, and the extras want it.
+# Packages that fix the version of torch, so that pip has to resolve them together with it.
 WANT_ONE_TORCH = ("torchvision", "open_clip_torch")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is installed on this machine, and why in one line."""
+    """The packages to install on this machine, and the reason in one line."""
 
     reason: str
-    cuda_major: int  # of torch, DALI and nvcc alike
-    torch: str  # requirement
+    cuda_major: int  # of torch, DALI and nvcc
+    torch: str  # pip requirement
     extras: tuple[str, ...]
     build_cuda: bool
 
 
 def plan_for(driver_cuda: tuple[int, int] | None) -> Plan:
-    """The plan for the CUDA version that the driver runs; None where there is no driver or GPU.
+    """Plan for the CUDA version that the driver supports; None without driver or GPU.
 
     A driver runs every program of its own CUDA major and of older ones, so 14 takes the CUDA 13
     builds. Raises ValueError for CUDA 11 and older, which no torch with the stable ABI supports.
@@ -69,7 +69,7 @@ def plan_for(driver_cuda: tuple[int, int] | None) -> Plan:
 
 
 def overruled(plan: Plan, m3i_cuda: str) -> Plan:
-    """The plan with the environment's M3I_CUDA (AUTO, ON, OFF or empty) taken into account."""
+    """Apply the environment's M3I_CUDA to a plan; ValueError unless AUTO, ON, OFF or empty."""
     if m3i_cuda not in ("", "AUTO", "ON", "OFF"):
         raise ValueError(f"M3I_CUDA: expected AUTO, ON or OFF, got {m3i_cuda!r}")
     if m3i_cuda in ("", "AUTO"):
@@ -78,18 +78,18 @@ def overruled(plan: Plan, m3i_cuda: str) -> Plan:
 
 
 def nvcc_requirement(torch_cuda: str | None) -> str:
-    """PyPI's compiler and headers for CUDA 13, of the minor version that torch was built with."""
+    """Return the pip requirement of nvcc and headers for the CUDA 13 of torch's build."""
     return f"cuda-toolkit[nvcc,nvrtc,cudart,cccl]=={torch_cuda or TESTED_CUDA}.*"
 
 
 def nvcc_major(version_text: str) -> int:
-    """13 from what `nvcc --version` prints; 0 where it says nothing of the kind."""
-    found = re.search(r"release (\d+)\.\d+", version_text)
-    return int(found.group(1)) if found else 0
+    """Read the CUDA major, such as 13, from the output of `nvcc --version`; 0 without one."""
+    release = re.search(r"release (\d+)\.\d+", version_text)
+    return int(release.group(1)) if release else 0
 
 
 def run(*command: str | Path) -> None:
-    """Run one step, named and timed; end the program with its exit status when it fails."""
+    """Run a command, print it and its time, and exit with its status if it fails."""
     print("+", *(str(part).replace(f"{ROOT}/", "") for part in command), flush=True)
     start = time.monotonic()
     status = subprocess.run([str(part) for part in command], cwd=ROOT).returncode
@@ -99,31 +99,31 @@ def run(*command: str | Path) -> None:
 
 
 def pip_install(*arguments: str) -> None:
-    """pip in the venv, with the tested versions as constraints."""
+    """Install by pip into the venv, with the tested versions as constraints."""
     run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
         "--constraint", "constraints.txt", *arguments)  # fmt: skip
 
 
 def installed_torch() -> tuple[str, str | None]:
-    """Return the version of torch in the venv, and "13.0" or, of a CPU build, None."""
+    """Return the version of torch in the venv and its CUDA version ("13.0"; None: CPU build)."""
     code = "import torch; print(torch.__version__, torch.version.cuda or '')"
     version, *cuda = subprocess.check_output([str(PYTHON), "-c", code], text=True).split()
     return version, cuda[0] if cuda else None
 
 
 def expect_torch_of(cuda_major: int, chosen: str) -> None:
-    """End the program unless torch is the chosen version still, and no build for another CUDA."""
+    """Exit unless torch is still the chosen version, and no build for another CUDA major."""
     version, cuda = installed_torch()
     if version != chosen or (cuda and int(cuda.split(".")[0]) != cuda_major):
         sys.exit(
             f"torch: expected {chosen} of CUDA {cuda_major}, as DALI and nvcc are, got {version} "
-            f"of CUDA {cuda}. `make clean install` starts over; a line `torch=={chosen}` in "
-            "constraints.txt names what asks for another one."
+            f"of CUDA {cuda}. `make clean install` starts over; with a line `torch=={chosen}` in "
+            "constraints.txt pip names the package that needs another one."
         )
 
 
 def find_nvcc(cuda_major: int) -> Path | None:
-    """An nvcc of that major: the venv's own, $CUDACXX, the PATH's, or /usr/local's newest."""
+    """Find an nvcc of a CUDA major: in the venv, $CUDACXX, the PATH, or /usr/local."""
     own_wrapper = VENV / "bin" / "nvcc"
     on_path = [Path(folder) / "nvcc" for folder in os.get_exec_path()]
     candidates = [
@@ -140,7 +140,7 @@ def find_nvcc(cuda_major: int) -> Path | None:
 
 
 def complete_toolkit(toolkit: Path) -> None:
-    """Add the two names that nvcc and CMake look for and that the wheels of PyPI lack."""
+    """Link the two names that nvcc and CMake look for and that PyPI's wheels lack."""
     for link, target in (("lib64", "lib"), ("lib/libcudart.so", "libcudart.so.13")):
         if not (toolkit / link).exists():
             (toolkit / link).symlink_to(target)
@@ -149,7 +149,7 @@ def complete_toolkit(toolkit: Path) -> None:
 def install_nvcc(plan: Plan) -> None:
     """Put an nvcc of the plan's CUDA major into .venv/bin, where CMake and the tests find it."""
     if plan.cuda_major == 13:
-        # A test reads the machine code; any newer nvdisasm reads that of an older nvcc.
+        # A test disassembles the kernels; a newer nvdisasm reads the code of an older nvcc.
         _, torch_cuda = installed_torch()
         pip_install(nvcc_requirement(torch_cuda), "nvidia-cuda-nvdisasm>=13")
         for toolkit in VENV.glob("lib/python*/site-packages/nvidia/cu13"):
@@ -158,12 +158,12 @@ def install_nvcc(plan: Plan) -> None:
     if nvcc is None and plan.build_cuda:
         # PyPI's nvidia-cuda-nvcc-cu12 has ptxas but no nvcc.
         sys.exit(
-            f"nvcc: expected one of CUDA {plan.cuda_major}, found none. Install NVIDIA's CUDA "
+            f"nvcc: expected one of CUDA {plan.cuda_major}, got none. Install NVIDIA's CUDA "
             f"{plan.cuda_major} toolkit, or update the driver to CUDA 13 (580 or newer), whose "
             "nvcc comes from PyPI; M3I_CUDA=OFF installs without CUDA kernels."
         )
     if nvcc is not None:
-        # A wrapper, not a link: nvcc finds its own files beside the path it was called by.
+        # A wrapper, not a link: nvcc looks for its files beside the path it was called by.
         wrapper = VENV / "bin" / "nvcc"
         wrapper.write_text(f'#!/bin/sh\nexec "{nvcc}" "$@"\n')
         wrapper.chmod(0o755)
@@ -179,19 +179,19 @@ def install_package(plan: Plan, *arguments: str) -> None:
 
 
 def make_environment(where: Path) -> None:
-    """Make an empty environment there, or leave what is there as it is.
+    """Make a virtual environment at a path, or keep the one that is there.
 
-    By the Python that this one's environment came from: with .venv activated, or on PATH as make
-    has it, this one is the .venv that may just have been removed.
+    Runs the Python that this one's environment was made from: with .venv activated, or on PATH as
+    in make, this one is in the .venv that may just have been removed.
     """
     run(sys._base_executable, "-m", "venv", where)  # type: ignore[attr-defined]
 
 
 def install_everything(plan: Plan) -> None:
-    """From an empty or outdated .venv to a working one."""
+    """Install all packages into an empty or outdated .venv."""
     print(f"{plan.reason}: {plan.torch}, extras {','.join(plan.extras)}", flush=True)
     make_environment(VENV)
-    # Chosen together with those that want one version of torch, before nvcc is chosen by it.
+    # Resolved together with the packages that fix torch's version, which decides nvcc's.
     pip_install("scikit-build-core", "cmake", "ninja", "numpy", plan.torch, *WANT_ONE_TORCH)
     torch, _ = installed_torch()
     expect_torch_of(plan.cuda_major, torch)
@@ -201,7 +201,7 @@ def install_everything(plan: Plan) -> None:
 
 
 def digest(paths: Iterable[Path], *more: object) -> str:
-    """Names and contents of the files, and whatever else the result depends on."""
+    """Hash names and contents of files, and further values, to detect changes."""
     state = hashlib.sha256(json.dumps([str(item) for item in more]).encode())
     for path in sorted(paths):
         state.update(f"\0{path.relative_to(ROOT)}\0".encode())
@@ -210,8 +210,10 @@ def digest(paths: Iterable[Path], *more: object) -> str:
 
 
 def wanted_state(plan: Plan) -> dict[str, str]:
-    """What .venv was made from. A stale root, python or torch needs a new one; packages, a run of
-    pip; cpp or modules alone, a rebuild: an editable install knows the package's files by name.
+    """Return what .venv has to be made from, by what is redone after a change of it.
+
+    A changed root, python or torch needs a new .venv, changed packages a run of pip, and cpp or
+    modules alone a rebuild, since an editable install maps the package's files by name.
     """
     files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve()]
     cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
@@ -226,18 +228,18 @@ def wanted_state(plan: Plan) -> dict[str, str]:
 
 
 def package_files() -> list[str]:
-    """The files of the package that an editable install maps, one by one."""
+    """List the package's files, which an editable install maps one by one."""
     folders = (ROOT / name for name in ("m3i_fast", "pipelines", "benchmarks"))
-    found = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    paths = (path for folder in folders for path in folder.rglob("*") if path.is_file())
     return sorted(
         path.relative_to(ROOT).as_posix()
-        for path in found
+        for path in paths
         if path.parent.name not in ("__pycache__", "results")
     )
 
 
 def bring_up_to_date(plan: Plan) -> None:
-    """Install what is missing and rebuild what changed; nothing where .venv is as wanted."""
+    """Install what is missing and rebuild what changed in .venv."""
     wanted = wanted_state(plan)
     done = json.loads(STAMP.read_text()) if STAMP.is_file() else {}
     stale = {part for part in wanted if done.get(part) != wanted[part]}
@@ -253,7 +255,7 @@ def bring_up_to_date(plan: Plan) -> None:
 
 
 def main() -> None:
-    """Look at the machine, decide, and bring .venv up to date."""
+    """Bring .venv up to date for this machine; exits with a message where that is impossible."""
     if sys.version_info < (3, 10):  # noqa: UP036 - make may have found an older one
         sys.exit(f"Python: expected 3.10 or newer, got {sys.version.split()[0]}")
     if not shutil.which(os.environ.get("CXX", "g++")):

@@ -17,7 +17,7 @@ MAPPED = ("pipelines", "benchmarks")
 
 
 def lay_out() -> None:
-    """build/types/m3i_fast: a link for each entry of m3i_fast/, and the two mapped folders."""
+    """Link each entry of m3i_fast/ and the two mapped folders into build/types/m3i_fast."""
     package = TREE / "m3i_fast"
     package.mkdir(parents=True, exist_ok=True)
     for old in package.iterdir():
@@ -29,7 +29,7 @@ def lay_out() -> None:
 
 
 def main() -> int:
-    """mypy's exit status."""
+    """Run mypy and return its exit status."""
     lay_out()
     os.chdir(TREE)  # mypy looks for the package in the working directory first
     options = [f"--config-file={ROOT / 'pyproject.toml'}", f"--cache-dir={ROOT / '.mypy_cache'}"]

@@ -1,4 +1,4 @@
-// boltzmann: arguments of the ops, checked once for every device, to parameters.
+// boltzmann: checks of the ops' arguments, the same for every device, and their parameters.
 #pragma once
 
 #include "boltzmann/params.h"
@@ -102,7 +102,7 @@ inline BoltzmannShift make_boltzmann_shift(const BoltzmannArgs& args,
   return {row_shift.const_data_ptr(), col_shift.const_data_ptr()};
 }
 
-// An output of the wide dtype, not written.
+// An uninitialised output of the wide dtype.
 inline torch::stable::Tensor new_wide(const BoltzmannArgs& args, std::vector<int64_t> shape) {
   return torch::stable::new_empty(args.z_hat, shape, wide_dtype(args.z_hat));
 }
@@ -153,7 +153,7 @@ inline BoltzmannSumsCall prepare_boltzmann_sums(const BoltzmannArgs& args,
 }
 
 struct BoltzmannGradsCall {
-  // by z_hat, z, scale and bias, then values; [0] where not asked for
+  // Gradients by z_hat, z, scale and bias, then values; [0] where not needed.
   std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
              torch::stable::Tensor, torch::stable::Tensor>
       out;

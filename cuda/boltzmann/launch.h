@@ -1,7 +1,6 @@
-// boltzmann: what the launchers of sm80/launch.cu and sm90/launch.cu share. No torch.
+// boltzmann: shared by the launchers of sm80/launch.cu and sm90/launch.cu. No torch.
 //
-// `tile` is what one place in the partials belongs to, and `block` counts its rows and columns in
-// such tiles.
+// A `tile` has one entry in the partial sums, and a `block` counts its rows and columns in tiles.
 #pragma once
 
 #include "boltzmann/op.h"
@@ -14,7 +13,7 @@
 
 namespace m3i::boltzmann {
 
-// Pieces of the scratch memory, one after the other; each begins a line of the caches.
+// Arrays in the scratch memory, one after the other, each aligned to a cache line.
 class Scratch {
  public:
   explicit Scratch(void* begin) : begin_(static_cast<unsigned char*>(begin)) {}
@@ -57,7 +56,7 @@ inline GradsMemory take_grads_memory(Scratch& scratch, const BoltzmannGradsParam
   return memory;
 }
 
-// body(block) for one block after the other, and for one of no tiles where there are none.
+// Calls body(block) for each block in turn, or for one without tiles if there is none.
 template <class Body>
 cudaError_t for_blocks(const BoltzmannInput& input, const Blocks& blocks, const Tile& tile,
                        const Body& body) {
@@ -71,12 +70,12 @@ cudaError_t for_blocks(const BoltzmannInput& input, const Blocks& blocks, const 
   return cudaSuccess;
 }
 
-// Adds what a block's tiles left to [kinds, N] and [kinds, M]; nothing to one that is null.
+// Adds the partial sums of a block's tiles to [kinds, N] and [kinds, M], each of which may be null.
 cudaError_t add_partials(const BoltzmannInput& input, const Block& block, const Tile& tile,
                          const Partials& partials, int kinds, void* rows, void* columns,
                          cudaStream_t stream);
 
-// And to the gradients by the bias and the scale, and to the values.
+// Likewise to the gradients by the bias and the scale, and to the values.
 cudaError_t add_partials(const BoltzmannGradsParams& params, const Block& block, const Tile& tile,
                          const GradsMemory& memory, cudaStream_t stream);
 

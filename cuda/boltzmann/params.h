@@ -1,21 +1,21 @@
-// boltzmann: parameters, as the CPU kernels, the launchers and the device code all read them.
+// boltzmann: parameters of the CPU kernels, the launchers and the device code.
 //
-// C = z_hat z^T [N, M] are the dot products, Z = scale C + bias the logits; neither exists as an
+// C = z_hat z^T [N, M] are the dot products, Z = scale C + bias the logits; neither is stored as an
 // array. Row i and column j are a positive pair where row_ids[i] equals the column's id, which is
-// col_ids[j], or j without col_ids. A row of id -1 is ignored: it is no candidate of any column and
-// adds nothing. A column is ignored by a bias of -inf; its id is negative and equals no row's.
+// col_ids[j], or j without col_ids. A row of id -1 is ignored: it is a candidate of no column and
+// adds to no sum. A column is ignored by a bias of -inf; its id is negative and equals no row's.
 //
-// E = exp(Z - shift). With one shift for all, somewhat below the largest possible logit, one
-// exponential serves the softmax over a row and that over a column, and sums are plain additions.
-// Where such sums vanish, `exact` shifts (the maximum of each row and column) take their place, at
-// two exponentials an element. Logits minus shift are at most 88.
+// E = exp(Z - shift). With one common shift, somewhat below the largest possible logit, the softmax
+// over rows and that over columns share one exponential, and sums are plain additions. Where such
+// sums vanish, `exact` shifts (the maximum of each row and column) are used, at two exponentials an
+// element. Logits minus shift are at most 88.
 #pragma once
 
 #include "m3i/types.h"
 
 namespace m3i {
 
-// Per row (or column), of the candidates that are
+// Sums per row (or column), over the candidates that are
 enum BoltzmannSum {
   kNegatives,  // no positives: sum of E; for the sigmoid of softplus(Z), positives softplus(-Z)
   kPositives,  // positives: sum of E
@@ -24,7 +24,7 @@ enum BoltzmannSum {
   kNumSums
 };
 
-// Per row (or column): G = E * w on negatives, E * w - t on positives.
+// Weights per row (or column): G = E * w on negatives, E * w - t on positives.
 enum BoltzmannWeight {
   kNegativeWeight,  // w of negatives
   kPositiveWeight,  // w of positives
@@ -45,10 +45,10 @@ struct BoltzmannInput {
   const void* bias;        // [M] wide
   const int32_t* row_ids;  // [N]
   const int32_t* col_ids;  // [M] or null
-  const bool* run;         // [] or null: where it points to false nothing is done
+  const bool* run;         // [] or null: if it points to false the kernels return at once
 };
 
-// What is subtracted from the logits. All entries are the same number unless `exact` is set.
+// Shifts, which are subtracted from the logits. All entries are equal unless `exact` is set.
 struct BoltzmannShift {
   const void* rows;     // [N] wide
   const void* columns;  // [M] wide
@@ -66,10 +66,10 @@ struct BoltzmannSumsParams {
   bool exact;
   bool sigmoid;
   void* rows;     // [kNumSums, N] wide; with sigmoid kPositives and kPositiveLogits are 0
-  void* columns;  // [kNumSums, M] wide, or null where not asked for
+  void* columns;  // [kNumSums, M] wide, or null where not needed
 };
 
-// Gradients of sum of G * Z at constant G; the caller multiplies by what is left.
+// Gradients of the sum of G * Z at constant G; the caller multiplies by the remaining factors.
 struct BoltzmannGradsParams {
   BoltzmannInput input;
   BoltzmannShift shift;

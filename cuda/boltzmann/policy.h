@@ -1,12 +1,12 @@
-// boltzmann on CUDA: what is tuned for each card (tiles.h).
+// boltzmann on CUDA: the fields that are tuned for each card (tiles.h).
 #pragma once
 
 namespace m3i::boltzmann {
 
-// Of the kernels by mma.sync.
+// Policy of the kernels by mma.sync.
 struct Policy {
   int side;    // rows and columns of a tile
-  int stages;  // parts of its operands in shared memory
+  int stages;  // slices of its operands in shared memory
   int warps_down, warps_across;
 };
 

@@ -1,7 +1,7 @@
-// boltzmann on CUDA: how a call is cut into tiles and blocks; pure functions.
+// boltzmann on CUDA: the division of a call into tiles and blocks; pure functions.
 //
-// A thread block makes a tile of C. Tiles are made block by block, so that what tiles leave behind
-// (their parts of the sums, or the gradient by their logits) takes the same memory for all N and M.
+// A thread block computes a tile of C. Tiles are computed block by block, so that their results
+// (partial sums, or the gradient by their logits) take the same memory for all N and M.
 #pragma once
 
 #include "boltzmann/params.h"
@@ -11,11 +11,11 @@ namespace m3i::boltzmann {
 
 inline constexpr int kWarpLanes = 32;
 
-// The part of a product that a thread block makes, `depth` terms of its dot products at a time.
+// The tile of a product that a thread block computes, `depth` terms of its dot products at a time.
 struct Tile {
   int rows, columns;
   int depth;
-  int stages;  // parts of `depth` terms in shared memory
+  int stages;  // slices of `depth` terms in shared memory
   int warps_down, warps_across;
 };
 
@@ -31,7 +31,7 @@ M3I_HOST_DEVICE constexpr int bytes_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Of a sum, a shift or a weight.
+// Bytes of a sum, a shift or a weight.
 M3I_HOST_DEVICE constexpr int wide_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
 
 // A row of `depth` terms has 64 bytes. Four warps of 64 x 64 read each byte of shared memory a
@@ -42,7 +42,7 @@ M3I_HOST_DEVICE constexpr Tile make_tile(const Policy& policy, DType dtype) {
           policy.stages, policy.warps_down, policy.warps_across};
 }
 
-// float64 is for tests and small problems, and is not tuned.
+// float64 serves tests and small problems, and is not tuned.
 M3I_HOST_DEVICE constexpr Tile tile_of(DType dtype) {
   constexpr Policy kFloat64Policy{64, 3, 2, 2};
   return make_tile(dtype == DType::kFloat64   ? kFloat64Policy
@@ -51,7 +51,7 @@ M3I_HOST_DEVICE constexpr Tile tile_of(DType dtype) {
                    dtype);
 }
 
-// Warps share out a tile in fragments of 16 x 16, and all threads copy as many rows.
+// Warps divide a tile into fragments of 16 x 16, and all threads copy the same number of rows.
 M3I_HOST_DEVICE constexpr bool is_legal(const Policy& policy) {
   const int warps = policy.warps_down * policy.warps_across;
   return policy.stages >= 2 && warps >= 1 && warps <= 32 &&
@@ -74,7 +74,7 @@ M3I_HOST_DEVICE constexpr int operand_elements(const Tile& tile, int side) {
   return along > across ? along : across;
 }
 
-// What is known of each row and column beside it: ids, shift, bias, weights, and warps' sums.
+// Arrays over the tile's rows and columns: ids, shift, bias, weights, and the warps' sums.
 M3I_HOST_DEVICE constexpr int vector_bytes(const Tile& tile, int wide) {
   return tile.rows * (4 + (1 + kNumWeights + tile.warps_across) * wide) +
          tile.columns * (4 + (3 + kNumWeights + tile.warps_down) * wide);
@@ -88,7 +88,7 @@ M3I_HOST_DEVICE constexpr int shared_bytes(DType dtype) {
 
 // ---- Blocks -------------------------------------------------------------------------------------
 
-// Tiles that are made between two reductions; all but the last blocks of a call are alike.
+// The tiles between two reductions; all blocks of a call but the last ones have the same size.
 struct Blocks {
   int64_t rows, columns;  // of a block, multiples of the tile's
   int64_t down, across;   // their numbers
@@ -103,22 +103,22 @@ struct Block {
 // Products of 512 terms take 0.2 ms on such a block of an A100.
 inline constexpr int64_t kSumsElements = int64_t{1} << 26;
 
-// The gradient by a block's logits is made, and read twice, from the second-level cache: 40 MB on
-// compute capability 8.0, 50 on 9.0.
+// The gradient by a block's logits is written to and read twice from the L2 cache: 40 MB on compute
+// capability 8.0, 50 on 9.0.
 M3I_HOST_DEVICE constexpr int64_t grads_elements(DType dtype, int architecture) {
   return (int64_t{architecture >= 90 ? kGradsMibH100 : kGradsMibA100} << 20) / bytes_of(dtype);
 }
 
 namespace detail {
 
-// Of parts that cover `size`, none longer than `most`, about the same length, in whole `units`.
+// The length, in whole `units`, of about equal parts that cover `size`, none longer than `most`.
 M3I_HOST_DEVICE constexpr int64_t part_of(int64_t size, int64_t most, int64_t unit) {
   const int64_t whole = most / unit * unit;
   const int64_t parts = divide_up(size, whole > unit ? whole : unit);
   return parts == 0 ? unit : divide_up(divide_up(size, parts), unit) * unit;
 }
 
-// Rounded down, by Newton's method.
+// The square root, rounded down, by Newton's method.
 M3I_HOST_DEVICE constexpr int64_t square_root(int64_t value) {
   int64_t root = value;
   while (root > value / root) root = (root + value / root) / 2;

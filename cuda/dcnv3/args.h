@@ -1,4 +1,4 @@
-// dcnv3: arguments of both ops, checked once for every device, to parameters.
+// dcnv3: checks of both ops' arguments, the same for every device, and their parameters.
 #pragma once
 
 #include "dcnv3/params.h"
@@ -14,7 +14,7 @@
 
 namespace m3i {
 
-// What shapes a call besides its tensors; pairs are (height, width).
+// The arguments of a call besides its tensors; pairs are (height, width).
 struct Dcnv3Geometry {
   std::vector<int64_t> kernel_size, stride, padding, dilation;  // [2]
   int64_t groups;
@@ -51,7 +51,7 @@ inline std::string by(const std::vector<int64_t>& pair) {
   return std::to_string(pair[0]) + " x " + std::to_string(pair[1]);
 }
 
-// "3 x 3 kernel, stride 1 x 1, ...": why a shape is expected.
+// The reason of an expected shape: "3 x 3 kernel, stride 1 x 1, ...".
 inline std::string describe(const torch::stable::Tensor& x, const Dcnv3Geometry& geometry) {
   return by(geometry.kernel_size) + " kernel" +
          (geometry.remove_center ? " without its centre" : "") + ", stride " + by(geometry.stride) +
@@ -107,7 +107,7 @@ inline void check_extents(const torch::stable::Tensor& x, const Dcnv3Geometry& g
                   describe(x, geometry));
 }
 
-// A tensor of x's dtype on x's device, contiguous, of this shape.
+// Checks that a tensor is contiguous, of this shape, and of x's dtype and device.
 inline void check_like(const torch::stable::Tensor& tensor, const char* name,
                        const torch::stable::Tensor& x, const std::vector<int64_t>& expected,
                        const Dcnv3Geometry& geometry) {
@@ -157,7 +157,7 @@ inline Dcnv3Shape check_dcnv3(const torch::stable::Tensor& x,       // [N, H, W,
 }  // namespace detail
 
 struct Dcnv3Call {
-  torch::stable::Tensor out;  // [N, Ho, Wo, G*D], allocated, not written
+  torch::stable::Tensor out;  // [N, Ho, Wo, G*D], uninitialised
   Dcnv3Params params;
 };
 
@@ -179,7 +179,7 @@ inline Dcnv3Call prepare_dcnv3(const torch::stable::Tensor& x, const torch::stab
 }
 
 struct Dcnv3BwdCall {
-  // Of x, offset and mask: allocated, not written; [0] where it is not asked for.
+  // Uninitialised gradients by x, offset and mask; [0] where not needed.
   std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor> grads;
   Dcnv3BwdParams params;
 };

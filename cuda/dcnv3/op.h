@@ -7,15 +7,15 @@
 
 namespace m3i {
 
-// Queues the kernel; all arrays lie on the stream's device.
+// Launches the kernel; all arrays are on the stream's device.
 cudaError_t launch_dcnv3(const Dcnv3Params& params, cudaStream_t stream);
 
-// Bytes of memory that the launcher below needs beside the gradients.
+// Bytes of scratch memory that the launcher below needs.
 int64_t dcnv3_bwd_scratch_bytes(const Dcnv3BwdParams& params, bool deterministic);
 
-// Queues the kernels; `scratch` is aligned to 16 bytes and lies on the stream's device too.
-// `deterministic`: the same bits at every run, otherwise the gradient by x depends on the order in
-// which the GPU adds.
+// Launches the kernels; all arrays and `scratch`, aligned to 16 bytes, are on the stream's device.
+// `deterministic`: the gradient by x has the same bits at every run; otherwise they depend on the
+// order of atomic additions.
 cudaError_t launch_dcnv3_bwd(const Dcnv3BwdParams& params, void* scratch, bool deterministic,
                              cudaStream_t stream);
 

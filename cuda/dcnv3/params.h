@@ -1,4 +1,4 @@
-// dcnv3: parameters, as the CPU kernels, the launchers and the device code all read them.
+// dcnv3: parameters of the CPU kernels, the launchers and the device code.
 //
 // A point is one sample of the kernel's window: kernel_width columns by kernel_height rows, counted
 // column by column (x-major), the centre left out where remove_center is set. Point (i, j) of the
@@ -7,20 +7,21 @@
 //   loc_x = ox * stride_width - pad_width + c + (i * dilation_width - c + offset_x) * offset_scale
 //   c = dilation_width * (kernel_width - 1) / 2  (rounded down), and likewise for y.
 //
-// It counts where -1 < loc_x < width and -1 < loc_y < height, which no NaN does: test this before
-// any conversion to an integer. Then y0 = floor(loc_y), ly = loc_y - y0 and likewise for x, and
+// It is valid where -1 < loc_x < width and -1 < loc_y < height, which fails for NaN: test this
+// before any conversion to an integer. Then y0 = floor(loc_y), ly = loc_y - y0, likewise x, and
 //
 //   sample = (1-ly)(1-lx) x[y0, x0] + (1-ly) lx x[y0, x0+1] + ly (1-lx) x[y0+1, x0] + ly lx ...
 //   out[n, oy, ox, g, :] = sum over points of m * sample,  m = mask, or its softmax over the points
 //
-// where x outside the image is zero. All but the offset is whole, times offset_scale: with whole
-// and fractional parts kept apart, neither a wide image nor a far offset costs precision.
+// where x outside the image is zero. All summands but the offset are integers times offset_scale:
+// whole and fractional parts are kept apart, so that a wide image or a large offset costs no
+// precision.
 //
-// A point is lost if an offset is NaN or infinite (loc - floor(loc) is NaN), or if it does not
-// count and its m is NaN or infinite (m * 0 is NaN). It then stands at (-1, -1), where the image's
-// first pixel is its one corner, with lx = ly = NaN: the output, the gradients by its offset and
-// mask, and, by x, that of this pixel are NaN. An offset that is finite and leads far outside is
-// not lost, even where loc_x is infinite in float32.
+// A point is lost if an offset is NaN or infinite (loc - floor(loc) is NaN), or if it is not valid
+// and its m is NaN or infinite (m * 0 is NaN). It is then put at (-1, -1), where the image's first
+// pixel is its only corner, with lx = ly = NaN: the output, the gradients by its offset and mask,
+// and the gradient by this pixel of x are NaN. A point with a finite offset far outside is not
+// lost, even where loc_x is infinite in float32.
 #pragma once
 
 #include "m3i/types.h"
@@ -57,7 +58,7 @@ struct Dcnv3Params {
   void* out;           // [N, Ho, Wo, G, D]
 };
 
-// A gradient that is not asked for is null.
+// A gradient that is not needed is null.
 struct Dcnv3BwdParams {
   Dcnv3Shape shape;
   DType dtype;

@@ -1,13 +1,13 @@
-// dcnv3 on CUDA: what is tuned for each card and size of call (tiles.h).
+// dcnv3 on CUDA: the fields that are tuned for each card and size of call (tiles.h).
 #pragma once
 
 namespace m3i::dcnv3 {
 
 struct Policy {
   int warps;               // of a block
-  int blocks, bwd_blocks;  // on a multiprocessor at least: the registers that a thread may have
-  int slots;               // points that a warp holds in shared memory
-  int chunk;               // points of a unit that a warp holds at once, at most
+  int blocks, bwd_blocks;  // least number on a multiprocessor, which bounds a thread's registers
+  int slots;               // points that a warp keeps in shared memory
+  int chunk;               // most points of a unit that a warp keeps at once
 };
 
 }  // namespace m3i::dcnv3

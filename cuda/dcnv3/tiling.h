@@ -1,8 +1,8 @@
-// dcnv3 on CUDA: how a call is cut into blocks and warps, and where its arrays lie; pure functions.
+// dcnv3 on CUDA: the division of a call into blocks and warps, and array offsets; pure functions.
 //
 // A unit is one output pixel in one group, counted through [Ho, Wo, G] of an image. The lanes of a
-// unit share out its channels; a warp has 32 / lanes units, neighbours in memory. Blocks never have
-// units of two images.
+// unit divide its channels; a warp has 32 / lanes units, neighbours in memory. All units of a block
+// are of one image.
 #pragma once
 
 #include "dcnv3/params.h"
@@ -11,15 +11,15 @@
 namespace m3i::dcnv3 {
 
 inline constexpr int kWarpLanes = 32;
-inline constexpr int kLinearThreads = 128;  // of kernels that go from element to element
+inline constexpr int kLinearThreads = 128;  // of elementwise kernels
 
-// float64 is for tests and small problems, and is not tuned.
+// float64 serves tests and small problems, and is not tuned.
 inline constexpr Policy kFloat64Policy{4, 6, 5, 288, 64};
 
 M3I_HOST_DEVICE constexpr int threads_of(const Policy& policy) { return policy.warps * kWarpLanes; }
 
-// Each of a chunk's steps is made by a thread, each unit has a slot, and a multiprocessor runs the
-// blocks: 2048 threads.
+// Conditions: a thread for each point of a chunk, a slot for each unit, and at most 2048 threads of
+// the blocks on a multiprocessor.
 M3I_HOST_DEVICE constexpr bool is_legal(const Policy& policy) {
   const int threads = threads_of(policy);
   const int most = policy.blocks > policy.bwd_blocks ? policy.blocks : policy.bwd_blocks;
@@ -38,21 +38,21 @@ M3I_HOST_DEVICE constexpr bool are_legal() {
 }
 static_assert(are_legal(), "cuda/dcnv3/tiles.json: threads, slots or chunks that no kernel takes");
 
-// Of kPolicies, by the card and the size of an image's output.
+// The index into kPolicies, by the card and the size of an image's output.
 M3I_HOST_DEVICE constexpr int policy_index(int architecture, const Dcnv3Shape& shape) {
   return (architecture >= 90 ? 2 : 0) + (shape.out_height * shape.out_width < kSmallPixels ? 0 : 1);
 }
 
 struct Tiling {
-  int64_t blocks;  // that an image is cut into
+  int64_t blocks;  // of an image
   int lanes;       // of a unit, a power of two
   int units;       // of a warp
   int chunk;       // points of a unit at once
-  int pitch;  // slots from unit to unit: odd, so that the units' 16-byte slots lie in other banks
+  int pitch;       // slots from unit to unit: odd, so that the units' slots are in different banks
 };
 
-// Elements in one access: a full access where the arrays allow it. `addresses`: all of theirs,
-// combined by `or`.
+// Elements of one access: those of 16 bytes where the arrays are aligned to them. `addresses`: the
+// bitwise or of the arrays' addresses.
 M3I_HOST_DEVICE constexpr int vector_size(int64_t group_size, int widest, uint64_t addresses) {
   return group_size % widest == 0 && addresses % 16 == 0 ? widest : 1;
 }
@@ -81,26 +81,26 @@ M3I_HOST_DEVICE constexpr Tiling make_tiling(const Dcnv3Shape& shape, int vector
 }
 
 // ---- Places in memory, in elements --------------------------------------------------------------
-// A product of extents may pass 2^31 between images and inside one. What is 32 bits wide: a pixel
-// of an image, (H + 3) (W + 2) < 2^31, and a point within a warp.
+// Products of extents may exceed 2^31 across images and within one. 32 bits hold a pixel of an
+// image, (H + 3) (W + 2) < 2^31, and a point within a warp.
 
-// Of a pixel's channels in one group of x or its gradient.
+// Offset of a pixel's channels in one group of x or its gradient.
 M3I_HOST_DEVICE constexpr int64_t group_begin(const Dcnv3Shape& shape, int64_t image,
                                               int64_t group) {
   return (image * shape.height * shape.width * shape.groups + group) * shape.group_size;
 }
 
-// From there to the same group of another pixel.
+// Distance from there to the same group of another pixel.
 M3I_HOST_DEVICE constexpr int64_t pixel_step(const Dcnv3Shape& shape, int32_t pixel) {
   return pixel * shape.groups * shape.group_size;
 }
 
-// Of a unit's first channel in the output or its gradient.
+// Offset of a unit's first channel in the output or its gradient.
 M3I_HOST_DEVICE constexpr int64_t out_begin(const Dcnv3Shape& shape, int64_t image, int64_t unit) {
   return (image * units_per_image(shape) + unit) * shape.group_size;
 }
 
-// Of a unit's first point in mask; twice that in offset.
+// Offset of a unit's first point in mask; twice that in offset.
 M3I_HOST_DEVICE constexpr int64_t points_begin(const Dcnv3Shape& shape, int64_t image,
                                                int64_t unit) {
   return (image * units_per_image(shape) + unit) * shape.points;

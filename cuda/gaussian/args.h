@@ -1,4 +1,4 @@
-// gaussian: arguments of both ops, checked once for every device, to parameters.
+// gaussian: checks of both ops' arguments, the same for every device, and their parameters.
 #pragma once
 
 #include "gaussian/params.h"
@@ -14,7 +14,7 @@
 
 namespace m3i {
 
-// What shapes a call besides its tensors.
+// The arguments of a call besides its tensors.
 struct GaussianOptions {
   double sigma;
   bool normalise;
@@ -47,7 +47,7 @@ inline void check_gaussian_options(const GaussianOptions& options) {
                   options.decorrelation_weight);
 }
 
-// A tensor of this shape and dtype on the device of z_hat, contiguous.
+// Checks that a tensor is contiguous, of this shape and dtype, and on the device of z_hat.
 inline void check_like_z_hat(const torch::stable::Tensor& tensor, const char* name,
                              const torch::stable::Tensor& z_hat,
                              const std::vector<int64_t>& expected,
@@ -60,7 +60,7 @@ inline void check_like_z_hat(const torch::stable::Tensor& tensor, const char* na
   check_contiguous(tensor, name);
 }
 
-// What sums, means and the value are in.
+// The dtype of sums, means and the value.
 inline torch::headeronly::ScalarType gaussian_accumulator(const torch::stable::Tensor& z_hat) {
   using torch::headeronly::ScalarType;
   return z_hat.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -103,8 +103,8 @@ inline double product_scale(const GaussianRows& of, const GaussianOptions& optio
 }  // namespace detail
 
 struct GaussianCall {
-  // All allocated, not written; mean and rstd are [0] unless normalise, covariance is [0] and
-  // normalised absent without decorrelation.
+  // All uninitialised; mean and rstd are [0] unless normalise, covariance is [0] and normalised
+  // absent without decorrelation.
   torch::stable::Tensor value, mean, rstd, covariance;
   std::optional<torch::stable::Tensor> normalised;
   bool decorrelates;
@@ -142,9 +142,9 @@ inline GaussianCall prepare_gaussian(const torch::stable::Tensor& z_hat,
 }
 
 struct GaussianBwdCall {
-  torch::stable::Tensor grad;  // [..., D], allocated, not written
+  torch::stable::Tensor grad;  // [..., D], uninitialised
   bool decorrelates;
-  GaussianBwdParams params;  // but for the pull
+  GaussianBwdParams params;  // complete except for the pull
 };
 
 // Checks the arguments and allocates the gradient, on the device of z_hat.

@@ -1,4 +1,4 @@
-// gaussian: the pairs of element types that it takes, to template arguments.
+// gaussian: dispatch of the supported pairs of element types to template arguments.
 #pragma once
 
 #include "gaussian/params.h"
@@ -6,7 +6,7 @@
 
 namespace m3i {
 
-// body(Type<P>{}, Type<T>{}) of prediction and target: float64 is beside itself alone.
+// Calls body(Type<P>{}, Type<T>{}) for prediction and target; float64 pairs with itself only.
 template <class Body>
 auto dispatch_gaussian(const GaussianRows& of, const Body& body) {
   if (of.prediction == DType::kFloat64) return body(Type<double>{}, Type<double>{});

@@ -7,12 +7,12 @@
 
 namespace m3i {
 
-// How many sums the kernels leave behind, one a block: they depend on the sizes alone, and so does
-// the order in which everything is added.
+// Numbers of partial sums, one a block. They depend on the sizes alone, and so does the order of
+// all additions.
 int64_t gaussian_num_distances(int64_t rows);
 int64_t gaussian_num_products(int64_t size);
 
-// Each queues one kernel; all arrays lie on the stream's device. There is at least one row.
+// Each launches one kernel; all arrays are on the stream's device. There is at least one row.
 
 // `distances`: [gaussian_num_distances] A, sums of (t - p)^2.
 cudaError_t launch_gaussian(const GaussianParams& params, void* distances, cudaStream_t stream);

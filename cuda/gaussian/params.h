@@ -1,6 +1,6 @@
-// gaussian: parameters, as the CPU kernels, the launchers and the device code all read them.
+// gaussian: parameters of the CPU kernels, the launchers and the device code.
 //
-// Of R rows of D elements, p = z_hat and t = (z - mean) * rstd, or z where nothing is normalised,
+// For R rows of D elements, p = z_hat and t = (z - mean) * rstd, or t = z without normalise,
 //
 //   value = distance_scale * sum of (t - p)^2 + product_scale * sum over rows of p^T C p
 //   distance_scale = 1 / (2 sigma^2 R D),  product_scale = decorrelation_weight / (R D)
@@ -10,17 +10,18 @@
 //
 // The second sum is that of C * (p^T p), element by element: no product of two rows is kept.
 //
-// mean and variance of a row are taken in two passes, the second corrects the first: with d = z - m
-// and m the first pass's mean, mean = m + mean(d), variance = mean(d^2) - mean(d)^2. A row far from
-// zero loses nothing, and one of equal elements is zero, not its rounding times 1 / sqrt(eps).
+// Mean and variance of a row take two passes, the second of which corrects the first: with the
+// first pass's mean m and d = z - m, mean = m + mean(d), variance = mean(d^2) - mean(d)^2. A row
+// far from zero loses no precision, and one of equal elements gives zeros, not its rounding error
+// times 1 / sqrt(eps).
 #pragma once
 
 #include "m3i/types.h"
 
 namespace m3i {
 
-// All arrays are contiguous, row-major. A is float, double where the elements are float64, which
-// both are or neither is.
+// All arrays are contiguous, row-major. A is double where the elements of both are float64, else
+// float.
 struct GaussianRows {
   int64_t rows;   // R
   int64_t width;  // D
@@ -36,10 +37,10 @@ struct GaussianParams {
   double eps;
   void* mean;        // [R] A, null unless normalise
   void* rstd;        // [R] A, null unless normalise
-  void* normalised;  // [R, D] target, null where nobody asks for it
+  void* normalised;  // [R, D] target, null where not needed
 };
 
-// From the sums over rows of t t^T and p p^T: C, and its product with the second.
+// Computes C, and the sum of C * (p^T p), from the sums over rows of t t^T and p p^T.
 struct GaussianProductParams {
   int64_t size;  // D * D
   DType prediction;
@@ -49,7 +50,7 @@ struct GaussianProductParams {
   void* covariance;            // [D, D] prediction
 };
 
-// The last sum, on CUDA: of the sums that blocks left behind.
+// The final sum on CUDA, over the partial sums of blocks.
 struct GaussianValueParams {
   DType accumulator;
   int64_t num_distances, num_products;

@@ -1,12 +1,12 @@
-// gaussian: the products of matrices of the decorrelation, which are torch's own.
+// gaussian: the matrix products of the decorrelation, by torch.
 //
-// C = t^T t / R needs the normalised rows as a matrix. To fold mean and rstd into a product of z
-// itself, one factor would have to be scaled row by row all the same, which is a copy of [R, D],
-// and the rest, z^T S z - m m^T, cancels where the mean is large. So the forward kernel, which has
-// the row at hand, writes it once, in the dtype of z, and the copy lives until C is made.
+// C = t^T t / R needs the normalised rows as a matrix. Folding mean and rstd into a product of z
+// itself would need one factor scaled row by row, also a copy of [R, D], and the difference,
+// z^T S z - m m^T, cancels where the mean is large. Therefore the forward kernel, which has the row
+// in cache, writes it once in the dtype of z, and the copy is freed once C is computed.
 //
-// Forward: two products to [D, D], 4 R D^2 flops. Backward: C p again, 2 R D^2, rather than kept
-// from the forward, [R, D] elements for as long as the graph lives.
+// Forward: two products to [D, D], 4 R D^2 flops. Backward: C p is computed again, 2 R D^2 flops,
+// rather than saved by the forward, [R, D] elements for the lifetime of the graph.
 #pragma once
 
 #include "gaussian/args.h"
@@ -16,7 +16,7 @@
 namespace m3i {
 namespace detail {
 
-// out = a b; dtypes are those of a, or float32 of a half type on CUDA. As out= it is no matter for
+// out = a b; out has the dtype of a, or float32 for a half type on CUDA. The out= variant is not
 // autocast, which would round float32 factors.
 inline void multiply_into(const torch::stable::Tensor& a, const torch::stable::Tensor& b,
                           const torch::stable::Tensor& out) {
@@ -27,14 +27,14 @@ inline void multiply_into(const torch::stable::Tensor& a, const torch::stable::T
   stack[widens ? 3 : 2] = from(out);
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", widens ? "dtype_out" : "out",
                                                       stack.data(), TORCH_ABI_VERSION));
-  // What it returns is `out` once more, to be given back.
+  // The op returns another handle of `out`, which has to be released.
   torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
-// Rows that a CPU widens at once: torch's product of half types gives half types there.
+// Rows that a CPU widens at a time, since torch's product of half types gives half types there.
 inline constexpr int64_t kWidenedRows = 1024;
 
-// x^T x on a CPU, for half types by parts of the rows, each widened to float32.
+// x^T x of half types on a CPU, by blocks of rows that are widened to float32.
 inline torch::stable::Tensor gram_by_parts(const torch::stable::Tensor& x,  // [R, D] half type
                                            int64_t rows, int64_t width) {
   constexpr auto kFloat = torch::headeronly::ScalarType::Float;

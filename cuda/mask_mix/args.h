@@ -1,4 +1,4 @@
-// mask_mix: arguments of the op, checked once for every device, to parameters.
+// mask_mix: checks of the op's arguments, the same for every device, and its parameters.
 #pragma once
 
 #include "m3i/host/check.h"
@@ -50,7 +50,7 @@ inline void check_mask_mix(const torch::stable::Tensor& views,    // [B, 3, H, W
 }
 
 struct MaskMixCall {
-  torch::stable::Tensor out;  // [P, 3, H, W], allocated, not written
+  torch::stable::Tensor out;  // [P, 3, H, W], uninitialised
   MaskMixParams params;
 };
 

@@ -7,7 +7,7 @@
 
 namespace m3i {
 
-// Queues the kernel; all arrays lie on the stream's device.
+// Launches the kernel; all arrays are on the stream's device.
 cudaError_t launch_mask_mix(const MaskMixParams& params, cudaStream_t stream);
 
 }  // namespace m3i

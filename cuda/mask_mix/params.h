@@ -1,4 +1,4 @@
-// mask_mix: parameters, as the CPU kernel, the launcher and the device code all read them.
+// mask_mix: parameters of the CPU kernel, the launcher and the device code.
 #pragma once
 
 #include "m3i/types.h"
@@ -7,7 +7,7 @@ namespace m3i {
 
 inline constexpr int kMaskMixChannels = 3;
 
-// Views that one picture is made of, at most: a byte of choice names one.
+// Most views of one picture, since choice has a byte a cell.
 inline constexpr int kMaskMixMaxMembers = 255;
 
 // All arrays are contiguous, row-major; H is a multiple of h, W of w, and H * W < 2^31.

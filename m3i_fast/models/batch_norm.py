@@ -1,6 +1,6 @@
-"""Batch norm whose statistics are those of all ranks, on a CPU as on a GPU.
+"""Batch norm with statistics all-reduced over the ranks, on a CPU as on a GPU.
 
-Torch's SyncBatchNorm refuses tensors of a CPU. Legend: N rows of this rank, C features.
+torch's SyncBatchNorm refuses CPU tensors. Legend: N rows of this rank, C features.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch.autograd.function import once_differentiable
 
 
 class _Standardise(torch.autograd.Function):
-    """x_hat of all ranks' rows; one collective forward and one backward."""
+    """Normalisation by the statistics of all ranks' rows: one collective in each direction."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, eps: float, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N, C], [C], [C], []
-        """x_hat, mean, variance over all rows, their number. x: [N, C] fp32 or fp64."""
+        """Return x_hat, and the mean, variance and number of all rows. x: [N, C] fp32 or fp64."""
         mean, variance, count = moments_of_ranks(own_moments(x), group)
         inverse_std = (variance + eps).rsqrt()
         x_hat = (x - mean) * inverse_std
@@ -40,20 +40,20 @@ class _Standardise(torch.autograd.Function):
 
 
 def own_moments(rows: Tensor) -> Tensor:  # [N, C] -> [2 C + 1]
-    """Mean, sum of squares about it, and number of rows; zeros of none."""
+    """Return the mean, the sum of squares about it, and the number of rows; zeros for no row."""
     count = rows.new_full((1,), rows.shape[0])
     mean = rows.sum(0) / count.clamp_min(1)
     return torch.cat([mean, (rows - mean).square().sum(0), count])
 
 
-def join_moments(parts: Tensor) -> Tensor:  # [K, 2 C + 1] -> [2 C + 1]
-    """Moments of all rows together.
+def join_moments(moments: Tensor) -> Tensor:  # [K, 2 C + 1] -> [2 C + 1]
+    """Merge the moments of K groups of rows into those of all their rows.
 
-    Each part's sum of squares is about its own mean, and moved to the common one: the difference of
-    two large sums would lose the variance of features far from zero.
+    The sum of squares of each group is about the group's own mean and is shifted to the common one:
+    the difference of two large sums would lose the variance of features far from zero.
     """
-    means, squares = parts[:, :-1].chunk(2, dim=1)
-    counts = parts[:, -1:]
+    means, squares = moments[:, :-1].chunk(2, dim=1)
+    counts = moments[:, -1:]
     total = counts.sum(0)
     mean = (counts * means).sum(0) / total.clamp_min(1)
     return torch.cat([mean, (squares + counts * (means - mean).square()).sum(0), total])
@@ -63,25 +63,28 @@ def moments_of_ranks(
     own: Tensor,  # [2 C + 1]
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C], [C], []
-    """Mean, variance over the count, and count of all ranks' rows."""
+    """Return the mean, the biased variance and the number of all ranks' rows; own: `own_moments`.
+
+    Gathers 2 C + 1 numbers of each rank of `group`; None: the rows of this process alone.
+    """
     if group is not None:
-        of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(of_ranks, own, group=group)
-        own = join_moments(torch.stack(of_ranks))
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        own = join_moments(torch.stack(gathered))
     mean, squares = own[:-1].chunk(2)
     return mean, squares / own[-1].clamp_min(1), own[-1]
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d over the last dimension: [N, ..., C] -> the same, in the dtype of the input.
+    """Batch norm over the last dimension: [N, ..., C] -> the same shape and dtype.
 
-    In training the mean and variance are those of the rows of all ranks of `process_group`, each
-    with as many as it has; None: of this process alone. Gradients are those of the sum of all
-    ranks' losses, so that their average over the ranks is that of one process with all rows.
-    Statistics in fp32 (fp64 for fp64). The state dict is BatchNorm1d's.
+    In training the mean and variance are those of the rows of all ranks of `process_group`, which
+    may hold different numbers of rows; None: of this process alone. Gradients are those of the sum
+    of all ranks' losses, so that their average over the ranks is the gradient of one process with
+    all rows. Statistics are fp32 (fp64 for fp64). The state dict is that of BatchNorm1d.
 
-    With a process group: not for torch.compile, and a single row in all gives the bias, where
-    BatchNorm1d raises.
+    With a process group torch.compile is not supported, and a single row over all ranks gives the
+    bias, where BatchNorm1d raises. Raises ValueError for an input of another width.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How many dimensions features use."""
+"""RankMe: how many dimensions features effectively use."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from torch import Tensor
 
 
 def rankme(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
-    """Effective rank, RankMe (arXiv 2210.02885): exp of the singular values' entropy.
+    """Compute the effective rank, exp(entropy of the normalised singular values), from 1 to D.
 
-    From the eigenvalues of the D x D Gram matrix, in fp64; NaN where a feature is not finite.
+    RankMe, arXiv 2210.02885, by the eigenvalues of the D x D Gram matrix in fp64. NaN where a
+    feature is not finite. Does not synchronise with the host.
     """
     rows = features.flatten(0, -2).double()
     gram = rows.T @ rows
-    finite = gram.isfinite().all()  # eigvalsh raises on NaN, and asking first would wait for it
+    finite = gram.isfinite().all()  # eigvalsh raises on NaN; a check on the host would synchronise
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     singular = torch.linalg.eigvalsh(torch.where(finite, gram, identity)).clamp_min(0).sqrt()
     share = singular / singular.sum().clamp_min(1e-12) + 1e-7

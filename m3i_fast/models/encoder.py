@@ -1,7 +1,7 @@
-"""What the objective asks of an image encoder, whatever it is made of.
+"""The interface that the objective needs of an image encoder.
 
-Letters: B images, N cells of the grid, n cells of one image in an input, C width of a token, s
-tokens of a summary, P their width.
+Legend: B images, N cells of the token grid, n cells that one image shows, C width of a token, s
+tokens of a summary, P their width; in `take_cells` P inputs and I images in them.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from torch import Tensor, nn
 
 
 class ImageEncoder(nn.Module, ABC):
-    """A network from images to a square grid of tokens, read row by row, and to a summary."""
+    """A network that encodes images as a square grid of tokens, row by row, and as a summary."""
 
     dim: int
-    """Width of a token."""
+    """Width C of a token."""
     summary_dim: int
-    """Width of a summary's tokens."""
+    """Width P of a summary's tokens."""
 
     @abstractmethod
     def encode_cells(self, images: Tensor) -> Tensor:
-        """Tokens of every cell, and of nothing else: [B, 3, H, W] -> [B, N, C]."""
+        """Encode images as one token a cell, and no other token: [B, 3, H, W] -> [B, N, C]."""
 
     @abstractmethod
     def summarise(self, tokens: Tensor) -> Tensor:
-        """Tokens whose mean speaks for the image, from any of its cells: [B, n, C] -> [B, s, P]."""
+        """Summarise any cells of an image as tokens to average: [B, n, C] -> [B, s, P]."""
 
     def layers_above(self, parameter: str) -> int:
-        """How many layers stand above that of `parameter`, named as here: layer decay's power.
+        """Count the layers above that of a parameter, the exponent of its layer-wise decay.
 
-        Raises ValueError for an encoder whose layers have no order, such as a teacher's.
+        parameter: its name in `named_parameters` of this encoder. Raises ValueError for an encoder
+        whose layers have no order, such as a teacher's.
         """
         raise ValueError(
             f"optim.layer_decay: expected 1 for {type(self).__name__}, whose layers have no order"
@@ -39,7 +40,7 @@ class ImageEncoder(nn.Module, ABC):
 
 
 def take_cells(tokens: Tensor, token_index: Tensor) -> Tensor:
-    """Each image's own cells of the input that it is in: [P, N, C], [I, n] int64 -> [I, n, C].
+    """Gather each image's own cells of the input it is in: [P, N, C], [I, n] int64 -> [I, n, C].
 
     Image i is in input i % P.
     """

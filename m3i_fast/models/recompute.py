@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block keeps for its backward pass and what it repeats there."""
+"""Activation checkpointing: what a block saves for its backward pass and what it recomputes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.utils.checkpoint import (
 
 from m3i_fast.config.fields import Recompute
 
-# Runs a function of tensors so that its backward pass finds less saved; (function, *its arguments).
+# Calls (function, *arguments) so that less is saved for its backward pass.
 Checkpoint = Callable[..., Tensor]
 
 _aten = torch.ops.aten
-# Matrix products, attention and convolutions: dear to compute. All else is a pass over memory.
+# Matrix products, attention and convolutions are expensive; all else is one pass over memory.
 KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -36,12 +36,12 @@ KEPT = {
 
 
 def torch_checkpoint(recompute: Recompute) -> Checkpoint | None:
-    """How torch's layers checkpoint; None: not at all.
+    """Return the function by which torch's layers are checkpointed; None for `none`.
 
-    selective keeps what products, attention and convolutions return; full keeps the inputs alone.
-    Random draws are repeated, so both give the gradients of none bit for bit, but for selective
-    under autocast where a model is called more than once in a step: it adds the gradients of the
-    calls up in the weight's own type, none and full in the lower one.
+    selective saves the results of products, attention and convolutions; full saves the inputs only.
+    Random draws are repeated, so that both give the gradients of `none` bit for bit, except for
+    selective under autocast where a model is called more than once in a step: it sums the gradients
+    of the calls in the weight's own dtype, none and full in autocast's.
     """
     match recompute:
         case "none":
@@ -54,10 +54,10 @@ def torch_checkpoint(recompute: Recompute) -> Checkpoint | None:
 
 
 def _checkpoint_casts(function: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Tensor:
-    """Run torch's checkpoint with a cast of each weight of its own, where autocast is on.
+    """Run torch's checkpoint with autocast's cache of cast weights turned off.
 
-    Autocast casts a weight once for all calls of a forward pass and keeps the result. A second call
-    would then run fewer ops than its recomputation, which selective checkpointing refuses.
+    Autocast casts a weight once for all calls of a forward pass and caches the result. A second
+    call would then run fewer ops than its recomputation, which selective checkpointing refuses.
     """
     device = inputs[0].device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

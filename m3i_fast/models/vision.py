@@ -1,4 +1,4 @@
-"""The image encoders that can be trained, chosen by their config."""
+"""The trainable image encoders, selected by the type of their config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from m3i_fast.models.transformer.vit import ViT
 
 
 def build_encoder(cfg: VisionConfig, *, layers: BlockLayers = TORCH_LAYERS) -> ViT | InternImage:
-    """The encoder that `cfg` describes; ValueError where it has no dense tokens or has a head."""
+    """Build the encoder of a config; ValueError where it has a head or gives no dense tokens."""
     refuse(cfg.encoder_conflicts())
     if isinstance(cfg, ViTConfig):
         return ViT(cfg, layers=layers)

@@ -1,4 +1,4 @@
-"""How the terms of L = sum_k w_k L_k are weighted: as configured, by gradient norms, or learnt.
+"""Weights of the terms of L = sum_k w_k L_k: fixed, by gradient norms, or learnt.
 
 Legend: K terms, in one order throughout.
 """
@@ -14,38 +14,38 @@ from torch import Tensor, nn
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.objectives.row_statistics import wide
 
-# A term that is all but solved has a gradient of noise: it is raised no further than this.
+# The gradient of a term that is nearly solved is noise, so that its factor is bounded.
 MAX_SCALE = 1e4
 
 
 class Balance(nn.Module):
-    """The sum over terms, L = sum_k w_k L_k, with what stands in for w_k; w_k > 0 is configured.
+    """The weighted sum over terms in one of three modes; w_k > 0 is the configured weight.
 
     fixed:          L = sum_k w_k L_k
     gradient_norm:  L = sum_k w_k (g / n_k) L_k,  n_k = running |dL_k / dz|,
                     g = sum_k w_k n_k / sum_k w_k
     uncertainty:    L = sum_k w_k (exp(-s_k) L_k + s_k),  s_k learnt, 0 at first
 
-    gradient_norm: z are the shared encoder's outputs. A term then pulls on them with norm w_k g, so
-    that weights are priorities, and the norms add up to those of the unbalanced sum. n_k is a
-    bias-corrected exponential average, set by its first measurement; before that the term counts
-    w_k. g / n_k is at most 10^4. In a process group z are the outputs of all ranks. Of a term that
-    is a mean over all rows while only a share of them has its target, the gradients of these rows
-    stand side by side, and the norm is sqrt(share) of what it were with all: it is divided by that,
-    so that few annotations pull like few, and not like as many rows as there are.
+    gradient_norm: z are the shared encoder's outputs. The gradient of term k by z then has the norm
+    w_k g, so that weights are priorities, and the norms add up to those of the unbalanced sum. n_k
+    is a bias-corrected exponential average, set by its first measurement; until then the term has
+    the factor w_k. g / n_k is at most 10^4. In a process group z are the outputs of all ranks. A
+    term that is a mean over all rows, of which only a share has its target, has a gradient whose
+    norm is sqrt(share) of that with all targets: the norm is divided by sqrt(share), so that the
+    factor does not make up for missing annotations.
 
-    uncertainty: Kendall, Gal and Cipolla, arXiv 1705.07115, section 3.2. With a variance exp(s) of
-    its own each term is the negative log-likelihood  exp(-s) L_k + s / 2.  Of a Gaussian: a
-    dimension of `ops.gaussian` is (t - z_hat)^2 / (2 sigma^2), and exp(s) multiplies sigma^2. Of a
-    Boltzmann: logits divided by exp(s) raise P to the power exp(-s), with their approximation of
-    its partition function, whose logarithm is then s / 2. Twice that is, with s moved by log 2, the
-    form above: the same minimum for the network, one form for both likelihoods, and its optimum is
-    s_k = log L_k, where term k weighs w_k / L_k. The learnt temperature of a Boltzmann term stays
-    in L_k. A batch in which L_k is not above 0, such as one without a member of the term, does not
-    move s_k.
+    uncertainty: Kendall, Gal and Cipolla, arXiv 1705.07115, section 3.2. With a variance exp(s)
+    each term is the negative log-likelihood  exp(-s) L_k + s / 2.  For a Gaussian, a dimension of
+    `ops.gaussian` is (t - z_hat)^2 / (2 sigma^2), and exp(s) multiplies sigma^2. For a Boltzmann
+    likelihood, logits divided by exp(s) raise P to the power exp(-s), with their approximation of
+    its partition function, whose logarithm is then s / 2. Twice that, with s shifted by log 2, is
+    the form above: the same minimum for the network and one form for both likelihoods. Its optimum
+    is s_k = log L_k, where term k has the factor w_k / L_k. The learnt temperature of a Boltzmann
+    term stays in L_k. A batch in which L_k is not above 0, such as one without a target of the
+    term, gives s_k no gradient.
 
     State: gradient_norm has buffers `norm` [K] fp32 and `num_measured` [K] int64; uncertainty has
-    the parameter `log_variance` [K] fp32; fixed has none. Nothing here waits for the device.
+    the parameter `log_variance` [K] fp32; fixed has none. No method synchronises with the host.
     """
 
     weight: Tensor  # [K] fp32
@@ -58,7 +58,7 @@ class Balance(nn.Module):
         weights: Mapping[str, float],
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """weights: configured weight by name of the active terms, in the order of the sum.
+        """Set up the weights of the active terms, by name in the order of the sum.
 
         Raises ValueError without a term, or where a weight is not positive.
         """
@@ -86,14 +86,14 @@ class Balance(nn.Module):
         self.weight.copy_(torch.tensor(list(self.weights.values())))
 
     def due(self, step: int) -> bool:
-        """Whether `measure` is to be called in this step, from 0, before its backward."""
+        """Return whether step `step`, counted from 0, has to call `measure` before its backward."""
         return self.cfg.mode == "gradient_norm" and step % self.cfg.every == 0
 
     def forward(
         self,
         losses: Mapping[str, Tensor],  # name -> [] fp32 or fp64
     ) -> tuple[Tensor, dict[str, Tensor]]:  # [], name -> [] fp32
-        """The sum, and each term's factor in it, without gradient.
+        """Return the sum, and each term's factor in it without gradient.
 
         Raises ValueError where the names are not those of the terms.
         """
@@ -119,11 +119,11 @@ class Balance(nn.Module):
         shared: Sequence[Tensor],  # any shapes, outputs of the encoder that the losses are made of
         shares: Mapping[str, Tensor] | None = None,  # name -> [] fp64, 1 of the terms left out
     ) -> None:
-        """Take |dL_k / dz| of every term into the running norms; the graphs are kept.
+        """Update the running norms by |dL_k / dz| of every term; the graphs are kept.
 
-        Gradients go as far as `shared` and no further. A term keeps its norm where its gradient is
-        zero or not finite, or where it does not depend on any of them. shares: of this rank's rows,
-        those that have the term's target, as many rows on each rank.
+        Backpropagates to `shared` only. A term keeps its norm where its gradient is zero or not
+        finite, or where it depends on none of `shared`. shares: the share of this rank's rows that
+        have the term's target; every rank has the same number of rows.
 
         Raises ValueError in another mode than gradient_norm, where the names are not those of the
         terms, and where `shared` is empty or holds a tensor without gradient.
@@ -140,16 +140,18 @@ class Balance(nn.Module):
         one = norms.new_ones(())
         share = torch.stack([(shares or {}).get(name, one).to(norms) for name in self.weights])
         newest = self._of_all_rows(norms, share).to(self.norm.dtype)
-        found = (newest > 0) & newest.isfinite()
-        count = self.num_measured + found
-        # (1 - m) / (1 - m^t): 1 at first, and then the bias-corrected average stays one.
+        usable = (newest > 0) & newest.isfinite()
+        count = self.num_measured + usable
+        # (1 - m) / (1 - m^t) is 1 at first and keeps the average bias-corrected.
         rate = (1 - self.cfg.momentum) / (1 - self.cfg.momentum ** count.clamp_min(1))
-        self.norm.copy_(torch.where(found, torch.lerp(self.norm, newest, rate), self.norm))
+        self.norm.copy_(torch.where(usable, torch.lerp(self.norm, newest, rate), self.norm))
         self.num_measured.copy_(count)
 
     def _of_all_rows(self, norms: Tensor, share: Tensor) -> Tensor:  # [K], [K] -> [K]
-        """Of the gradient of the mean over the ranks' losses, by all ranks' outputs together, as if
-        all rows had a target; 0 or NaN where none has."""
+        """Return the norms of the gradients of all ranks' mean loss, as if all rows had a target.
+
+        0 or NaN where no row has one.
+        """
         if self.process_group is not None:
             both = torch.stack([norms.square(), share])
             dist.all_reduce(both, group=self.process_group)
@@ -182,9 +184,9 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:  # [] each -> []
 
 
 def _gradient_norm(loss: Tensor, shared: Sequence[Tensor]) -> Tensor:  # []
-    """0 where the loss does not depend on `shared`."""
-    found: tuple[Tensor | None, ...] = ()
+    """Return the norm of the gradient by `shared`; 0 where the loss does not depend on it."""
+    grads: tuple[Tensor | None, ...] = ()
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
-    norms = [torch.linalg.vector_norm(wide(grad)) for grad in found if grad is not None]
+        grads = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
+    norms = [torch.linalg.vector_norm(wide(grad)) for grad in grads if grad is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else wide(loss.detach()) * 0

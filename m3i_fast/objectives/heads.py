@@ -1,6 +1,7 @@
-"""Predictors f_psi: from the tokens of an image to its dense and its global targets.
+"""Predictors f_psi: heads that map the tokens of an image to its dense and global targets.
 
-Letters: I images, n own tokens, C their width, Q target positions, D decoder width.
+Legend: I images, n own tokens, C their width, Q target positions, D decoder width, N rows, K
+prototypes, E embedding width.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ LOG_SIZE_SCALE = 10.0  # SiameseIM embeds 10 ln(dh): the sines resolve steps of 
 
 
 class DenseDecoder(nn.Module):
-    """Predicts target features at asked positions from an image's own tokens (M3I Fig. 2).
+    """A decoder that predicts target features at given positions (M3I, figure 2).
 
-    Mask tokens that carry the relative position of a target patch attend, together with the
-    own tokens, in Transformer blocks. `projector` is an identity where the config has none.
+    Transformer blocks run over an image's own tokens and mask tokens, one a target patch, which
+    carry its relative position. `projector` is an identity where the config has none.
     """
 
     own_position: Tensor  # [input_grid ** 2, D] fp32
@@ -82,24 +83,25 @@ class DenseDecoder(nn.Module):
         self.own_position.copy_(table)
 
     def forward(self, tokens: Tensor, token_index: Tensor, position: Tensor) -> Tensor:
-        """[I, n, C], [I, n] int64 cells of the tokens, [I, Q, 4] -> [I, Q, output_dim].
+        """Predict Q targets an image: [I, n, C] -> [I, Q, output_dim].
 
-        position: py, px, ln(dh), ln(dw) of the asked patches (`relative_positions`).
+        token_index: [I, n] int64, the cells of the tokens. position: [I, Q, 4], py, px, ln(dh) and
+        ln(dw) of the target patches (`relative_positions`).
         """
         own = self.embed(self.projector(tokens)) + F.embedding(token_index, self.own_position)
         place, log_size = position.split(2, dim=-1)
         place = sincos_embedding(torch.cat([place, LOG_SIZE_SCALE * log_size], -1), self.cfg.dim)
-        asked = self.position(place) + self.mask_token
-        x = torch.cat([own, asked.to(own.dtype)], dim=1)
+        masked = self.position(place) + self.mask_token
+        x = torch.cat([own, masked.to(own.dtype)], dim=1)
         for block in self.blocks[:-1]:
             x = block(x)
-        # nobody reads the own tokens after the last block
-        x = self.blocks[-1](x, num_last=asked.shape[1])
+        # The own tokens are not used after the last block.
+        x = self.blocks[-1](x, num_last=masked.shape[1])
         return self.head(self.norm(x))
 
 
 class GlobalHead(nn.Module):
-    """Predicts one embedding of an image: mean over its own tokens, then a two-layer MLP."""
+    """A head that embeds an image: the mean over its own tokens, then a two-layer MLP."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
         super().__init__()
@@ -115,9 +117,10 @@ class GlobalHead(nn.Module):
 
 
 class Mlp(nn.Sequential):
-    """Linear layers; batch norm and ReLU, or GELU alone, after all but the last.
+    """An MLP with batch norm and ReLU, or GELU alone, after each linear layer but the last.
 
-    `output_norm`: the last is followed by a batch norm without affine.
+    dims: widths of input, hidden layers and output. output_norm: put a batch norm without affine
+    after the last layer.
     """
 
     def __init__(
@@ -144,9 +147,9 @@ class Mlp(nn.Sequential):
 
 
 class PrototypeHead(nn.Module):
-    """Cosines of an image's embedding with K prototypes, behind an MLP without batch norm.
+    """A head of cosines with K prototypes after an MLP without batch norm.
 
-    DINO, arXiv 2104.14294, with its weight norm kept at one; MSN, arXiv 2204.07141.
+    As DINO, arXiv 2104.14294, with its weight norm kept at one, and MSN, arXiv 2204.07141.
     """
 
     def __init__(self, input_dim: int, cfg: ProjectorConfig, num_prototypes: int) -> None:
@@ -167,7 +170,7 @@ class PrototypeHead(nn.Module):
     def forward(
         self, features: Tensor, prototypes: Tensor | None = None
     ) -> Tensor:  # [N, C] -> [N, K]
-        """`prototypes`: others than the own ones, [K, E]."""
+        """Return the cosines in fp32; prototypes: [K, E] to use instead of the head's own."""
         chosen = self.prototypes if prototypes is None else prototypes
         rows = F.normalize(wide(self.mlp(features)), dim=-1)
         return rows @ F.normalize(wide(chosen), dim=-1).T

@@ -1,11 +1,11 @@
-"""Multi-input: which images share an input, which cells each shows, and what each is asked.
+"""Multi-input: which images share an input, which cells each shows, and which it has to predict.
 
-Paper, figure 2. An input is made of K images: one of which cells are hidden, two to four that share
-its cells, two whose pixels are blended, or one whole image. Legend: B samples, P = B / K inputs,
-I = K * P images in inputs (all first images, then all second ones), A inputs that dense terms are
-asked of, N cells of the token grid, n cells of its own that an image has, Q cells a dense term
-predicts, T caption tokens. Everything random here is drawn from (seed, step) alone, so that
-resuming needs only the step.
+Paper, figure 2. An input is made of K images: one with masked cells, two to four that share its
+cells, two whose pixels are blended, or one whole image. Legend: B samples, P = B / K inputs,
+I = K * P images in inputs (all first images, then all second ones), A inputs from which dense terms
+predict, N cells of the token grid, n own cells that an image shows, Q cells a dense term predicts,
+T caption tokens. All random draws depend on (seed, step) alone, so that resuming needs only the
+step.
 """
 
 from __future__ import annotations
@@ -24,38 +24,40 @@ from m3i_fast.objectives.mask_patterns import deal_cells
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One step's draw."""
+    """The random draws of one step: pairs of images, cells, and caption tokens."""
 
     members: Tensor  # [P, K] int64, samples in an input
     choice: Tensor  # [P, grid, grid] uint8, the column of members a cell shows; [P, 1, 1] undivided
     sample: Tensor  # [I] int64, the sample of each image
     token_index: Tensor  # [I, n] int64, ascending, the image's own cells
-    own_query: Tensor  # [K * A, Q] int64, cells asked of the image's own view: none that it shows
-    other_query: Tensor  # [K * A, Q] int64, any cells, asked of another view
-    # With min_contrast both hold all cells that may be asked, in random order.
-    token_priority: Tensor  # [B, T] fp32, uniform: caption tokens below the rate are left out
+    own_query: Tensor  # [K * A, Q] int64, hidden cells to predict of the image's own view
+    other_query: Tensor  # [K * A, Q] int64, any cells, to predict of another view
+    # With min_contrast both hold all cells that may be predicted, in random order.
+    token_priority: Tensor  # [B, T] fp32, uniform: caption tokens below the rate are dropped
     num_asked: int  # A
-    share: Tensor | None = None  # [P] fp32, of the first image in a blend; one value
+    share: Tensor | None = None  # [P] fp32, weight of the first image in a blend; all equal
 
     @property
     def num_inputs(self) -> int:
+        """Number P of inputs."""
         return self.members.shape[0]
 
     def asked(self, which: Asked) -> Tensor:  # [A] int64, or [K * A] of all
-        """Which of the I images are asked of: of the first A inputs the first, last or all images.
+        """Return the images from which dense terms predict, of the first A inputs.
 
-        All: image 0 of each input, then image 1 of each, and so on.
+        which: first, last or all images of an input. With all, image 0 of each input comes first,
+        then image 1 of each, and so on. Raises ValueError for another `which`.
         """
         rows = torch.arange(self.sample.shape[0], device=self.sample.device)
         return _of_images(rows.view(-1, self.num_inputs)[:, : self.num_asked], which)
 
     def queries(self, which: Asked, *, own: bool) -> Tensor:  # [A, Q] int64, or [K * A, Q] of all
-        """The cells asked of images `asked(which)`: of their own view, or of another one."""
+        """Return the cells to predict from images `asked(which)`, of their own or another view."""
         cells = self.own_query if own else self.other_query
         return _of_images(cells.unflatten(0, (-1, self.num_asked)), which)
 
     def to(self, device: torch.device) -> Mix:
-        """Move without waiting: a copy to a GPU is asynchronous only from pinned memory."""
+        """Copy to `device` asynchronously, through pinned memory for a GPU."""
 
         def moved(value: Tensor | int | None) -> Tensor | int | None:
             if not isinstance(value, Tensor):
@@ -76,14 +78,14 @@ def draw_mix(
     step: int,
     num_steps: int,
 ) -> Mix:
-    """Which samples share an input, which cells each shows and which cells it is asked.
+    """Draw which samples share an input, which cells each shows and which it has to predict.
 
-    Input p has sample p, then of each next P samples one, counted from their end and from their
-    beginning in turn: p and B - 1 - p where K is 2. Cells left over where K does not divide N show
-    the first image and are nobody's own.
+    Input p has sample p and one of each next P samples, counted from their end and from their
+    beginning in turn: p and B - 1 - p for K = 2. Cells left over where K does not divide N show
+    the first image and count as no image's own.
 
-    Raises ValueError when the batch does not divide into inputs, the grid not among images, or
-    `step` is none of `num_steps`.
+    Raises ValueError where K does not divide the batch, where the grid cannot be divided among the
+    images, or where `step` is not in [0, num_steps).
     """
     refuse(cfg.batch_conflicts(batch_size))
     refuse(cfg.grid_conflicts(grid))
@@ -115,7 +117,7 @@ def draw_mix(
 
 
 def step_seed(seed: int, step: int) -> int:
-    """A generator's seed for one step of one run.
+    """Derive the seed of a generator for one step of a run.
 
     Hashed to 32 bits: torch's CPU generator ignores any higher ones.
     """
@@ -128,9 +130,9 @@ def drop_tokens(
     priority: Tensor,  # [B, T] fp32, uniform in [0, 1)
     rate: float,
 ) -> tuple[Tensor, Tensor]:  # [B, T], [B]
-    """Leave out caption tokens whose priority is below `rate`, close the gaps, and pad with zeros.
+    """Drop caption tokens whose priority is below `rate`, close the gaps, and pad with zeros.
 
-    The first and the last token of a caption stay. No host synchronisation.
+    The first and the last token of a caption are kept. Does not synchronise with the host.
     """
     position = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
     last = num_tokens[:, None] - 1
@@ -142,7 +144,7 @@ def drop_tokens(
 
 
 def _share_out(batch_size: int, num_images: int) -> Tensor:  # [P, K] int64
-    """Blocks of P samples side by side, every other one from its end."""
+    """Put blocks of P samples side by side, every other one in reverse order."""
     blocks = torch.arange(batch_size).view(num_images, -1)
     return torch.stack([b.flip(0) if k % 2 else b for k, b in enumerate(blocks)], 1)
 
@@ -180,7 +182,7 @@ def _choose(
     if not cfg.min_contrast and not 0 < cfg.num_queries < cells.shape[1]:
         return cells
     pick = torch.rand(cells.shape, generator=rng).argsort(1)
-    # Which cells have a contrast is known on the device alone.
+    # Contrasts are known on the device only, so that the cells are selected there.
     return cells.gather(1, pick if cfg.min_contrast else pick[:, : cfg.num_queries])
 
 

@@ -1,8 +1,8 @@
-"""Collapse monitors: is there still entropy in the targets? Read on logged steps only.
+"""Collapse monitors, which measure the entropy left in the targets on logged steps.
 
-Pure functions without gradient, and no host waits for them. Each returns a scalar in fp32 (of fp64
-features in fp64, RankMe aside), and computes in it, under autocast too. Healthy ranges:
-`m3i_fast.observe.collapse`.
+Pure functions without gradient and without host synchronisation. Each returns a scalar in fp32
+(fp64 for fp64 features, except RankMe) and computes in that dtype, also under autocast.
+`m3i_fast.observe.collapse` has the healthy ranges.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from m3i_fast.objectives.row_statistics import full_precision, wide
 if TYPE_CHECKING:
     from m3i_fast.objectives.step_context import Monitor
 
-MAX_ROWS = 512  # of what grows with the square of the rows, or with rows times clusters
+MAX_ROWS = 512  # for costs that grow with rows squared, or with rows times clusters
 NUM_CLUSTERS = 16
 NUM_ITERATIONS = 10
 
@@ -30,49 +30,49 @@ def target_monitors(
     tokens: Tensor,  # [A, N, C], normalised targets; the encoder's own where there are none
     student: Tensor | None = None,  # [A, n, C], the encoder's normalised tokens of the same images
 ) -> dict[str, Tensor]:
-    """All that is watched of the features, by the name it is logged under.
+    """Measure rank, uniformity, clusters, spread and alignment of targets, by logged name.
 
-    One image alone has no spread over images: no `target_std` then.
+    `target_std`, the spread over images, is left out for a single image.
     """
     some = subsample(tokens)
-    found = {
+    metrics = {
         "monitor/target_rank": rankme(tokens),
         "monitor/target_uniformity": uniformity(some),
         "monitor/target_kmeans_entropy": kmeans_entropy(some),
     }
     if tokens.shape[0] > 1:
-        found["monitor/target_std"] = feature_std(tokens.mean(1))
+        metrics["monitor/target_std"] = feature_std(tokens.mean(1))
     if student is not None:
-        found["monitor/target_alignment"] = alignment(student.mean(1), tokens.mean(1))
-    return found
+        metrics["monitor/target_alignment"] = alignment(student.mean(1), tokens.mean(1))
+    return metrics
 
 
 def feature_std(features: Tensor) -> Tensor:  # [..., D] -> [] fp32
-    """Spread of unit-length rows: 1 when even over all dimensions, 0 when collapsed.
+    """Measure the spread of unit-length rows: 1 when even over all dimensions, 0 when collapsed.
 
-    Mean over dimensions of the standard deviation, times sqrt(D).
+    The mean over dimensions of the standard deviation, times sqrt(D).
     """
     rows = F.normalize(features.float().flatten(0, -2), dim=-1)
     return rows.std(0, correction=0).mean() * rows.shape[-1] ** 0.5
 
 
 def mean_cosine(a: Tensor, b: Tensor) -> Tensor:  # [..., D], [..., D] -> [] fp32
-    """Mean cosine between matching rows (teacher and student, prediction and target)."""
+    """Average the cosine of matching rows (teacher and student, prediction and target)."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1).mean()
 
 
 @torch.no_grad()
-def watch_prediction(
+def log_prediction(
     monitor: Monitor,
     name: str,
     *,
     z_hat: Tensor,  # [..., D], predictions of a dense term
     z: Tensor,  # [..., D], its targets, normalised as the loss has them
 ) -> None:
-    """Log how much of a dense target there is to predict, and how much is predicted.
+    """Log `NAME_cosine`, `NAME_explained` and `NAME_constant` of a dense term.
 
-    Over the rows of the step, on several ranks the own ones: `NAME_cosine`, `NAME_explained` and
-    `NAME_constant`. One row alone has no variance: the first of them then.
+    They measure how much of the target there is to predict and how much is predicted, over the
+    rows of this rank. A single row has no variance, so that only `NAME_cosine` is logged.
     """
     monitor(f"{name}_cosine", mean_cosine(z_hat, z))
     if z.shape[:-1].numel() < 2:
@@ -82,11 +82,12 @@ def watch_prediction(
 
 
 def explained_variance(z_hat: Tensor, z: Tensor) -> Tensor:  # [..., D], [..., D] -> []
-    """1 - E|z - z_hat|^2 / E|z - E z|^2: the share of the targets' variance that is predicted.
+    """Compute the share of the targets' variance that is predicted.
 
-    1 where predictions are the targets, 0 where they are the mean target, below where they are
-    another constant. Targets that are all one vector have no variance to explain: it is taken to be
-    the rounding error of their energy, so that the value is finite, and means nothing.
+    1 - E|z - z_hat|^2 / E|z - E z|^2: 1 where predictions equal the targets, 0 where they equal the
+    mean target, negative where they are another constant. For equal targets, which have no
+    variance, the divisor is the rounding error of their energy: the value is finite and means
+    nothing.
     """
     rows, predicted = wide(z).flatten(0, -2), wide(z_hat).flatten(0, -2)
     energy = rows.square().sum()
@@ -96,15 +97,15 @@ def explained_variance(z_hat: Tensor, z: Tensor) -> Tensor:  # [..., D], [..., D
 
 
 def constant_energy(z: Tensor) -> Tensor:  # [..., D] -> []
-    """|E z|^2 / E|z|^2: the share of the targets' energy that is one vector, which says nothing."""
+    """Compute |E z|^2 / E|z|^2, the share of the targets' energy in their mean vector."""
     rows = wide(z).flatten(0, -2)
     return rows.mean(0).square().sum() / rows.square().sum(-1).mean()
 
 
 def subsample(features: Tensor) -> Tensor:  # [..., D] -> [min(rows, MAX_ROWS), D]
-    """At most MAX_ROWS rows, the same ones at every step.
+    """Select at most MAX_ROWS rows, the same ones at every step.
 
-    A fixed draw: rows at even steps could all be of one column of the grid.
+    The rows are drawn once at random: evenly spaced ones could all be of one column of the grid.
     """
     rows = features.flatten(0, -2)
     if rows.shape[0] <= MAX_ROWS:
@@ -114,7 +115,7 @@ def subsample(features: Tensor) -> Tensor:  # [..., D] -> [min(rows, MAX_ROWS), 
 
 
 def alignment(a: Tensor, b: Tensor) -> Tensor:  # [..., D], [..., D] -> []
-    """mean |a / |a| - b / |b||^2 of matching rows, 0 to 4; 0 where both views' features are one.
+    """Compute the mean of |a / |a| - b / |b||^2 over matching rows, 0 (equal) to 4 (opposite).
 
     Wang and Isola, arXiv 2005.10242, section 4.1.1, alpha = 2.
     """
@@ -123,10 +124,10 @@ def alignment(a: Tensor, b: Tensor) -> Tensor:  # [..., D], [..., D] -> []
 
 
 def uniformity(features: Tensor) -> Tensor:  # [..., D] -> []
-    """log mean exp(-2 |u_i - u_j|^2) over all pairs i < j of unit rows; 0 when collapsed.
+    """Compute log mean exp(-2 |u_i - u_j|^2) over all pairs i < j of unit rows; 0 when collapsed.
 
-    Wang and Isola, arXiv 2005.10242, section 4.1.2, t = 2: at least -8, -4 for orthogonal rows.
-    All pairs: of a `subsample`. NaN for fewer than two rows.
+    Wang and Isola, arXiv 2005.10242, section 4.1.2, t = 2: at least -8, -4 for orthogonal rows. The
+    cost is quadratic in the rows; pass a `subsample`. NaN for fewer than two rows.
     """
     rows = F.normalize(wide(features).flatten(0, -2), dim=-1)
     return F.pdist(rows).square().mul(-2).exp().mean().log()
@@ -134,10 +135,10 @@ def uniformity(features: Tensor) -> Tensor:  # [..., D] -> []
 
 @full_precision
 def kmeans(features: Tensor, num_clusters: int) -> Tensor:  # [N, D] -> [N] int64
-    """The cluster of every row: Lloyd's algorithm, NUM_ITERATIONS times, the same at every call.
+    """Assign every row to a cluster by NUM_ITERATIONS of Lloyd's algorithm, deterministically.
 
-    Starts from the first row and then, again and again, from the row that is farthest from all
-    starts so far; a cluster that has lost its rows keeps its centre.
+    The initial centres are the first row and then, repeatedly, the row farthest from all centres so
+    far. A cluster without rows keeps its centre.
     """
     rows = wide(features)
     centres_KD = _farthest_rows(rows, num_clusters)
@@ -151,10 +152,10 @@ def kmeans(features: Tensor, num_clusters: int) -> Tensor:  # [N, D] -> [N] int6
 
 
 def kmeans_entropy(features: Tensor, num_clusters: int = NUM_CLUSTERS) -> Tensor:  # [..., D] -> []
-    """Entropy over log k of the sizes of the k-means clusters of unit rows: 1 when even, 0 of one.
+    """Compute the entropy of the sizes of k-means clusters of unit rows, over log k.
 
-    Says how many kinds of targets there are and not how far apart: `uniformity` does. NaN where a
-    feature is not finite.
+    1 for clusters of one size, 0 for a single cluster: it measures how many kinds of targets there
+    are, `uniformity` how far apart they are. NaN where a feature is not finite.
     """
     rows = F.normalize(wide(features).flatten(0, -2), dim=-1)
     share = _members(kmeans(rows, num_clusters), num_clusters).to(rows.dtype).mean(1)
@@ -170,12 +171,12 @@ def _farthest_rows(rows: Tensor, number: int) -> Tensor:  # [N, D] -> [number, D
     chosen = [rows[:1]]
     nearest = _distances(rows, chosen[0]).squeeze(1)
     for _ in range(number - 1):
-        # An index that is a number on the device would be waited for; one in a list is not.
+        # Indexing by a device scalar would synchronise with the host; index_select does not.
         chosen.append(rows.index_select(0, nearest.argmax(keepdim=True)))
         nearest = torch.minimum(nearest, _distances(rows, chosen[-1]).squeeze(1))
     return torch.cat(chosen)
 
 
 def _distances(rows: Tensor, centres: Tensor) -> Tensor:  # [N, D], [K, D] -> [N, K]
-    """Not by products, whose rounding would tell equal rows apart."""
+    """Compute distances without matrix products, whose rounding would tell equal rows apart."""
     return torch.cdist(rows, centres, compute_mode="donot_use_mm_for_euclid_dist")

@@ -1,7 +1,8 @@
 """The objective: a sum of terms, each a lower bound of the mutual information with a target.
 
-Legend: B samples, I images in inputs (K times P inputs), V views that the encoder sees, n cells an
-image shows, m cells of a local view, N cells of the grid, C encoder width, E embedding width.
+Legend: B samples, I images in inputs (K times P inputs), V views that the encoder encodes, n cells
+an image shows, m cells of a local view, N cells of the grid, C encoder width, E embedding width, R
+target images.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from m3i_fast.objectives.monitors import target_monitors
 from m3i_fast.objectives.step_context import (
     Encoded,
     Rows,
-    Seen,
     Source,
     Stage,
+    StepContext,
     Targets,
     no_stage,
     target_rows,
@@ -43,7 +44,7 @@ from m3i_fast.objectives.targets import (
     normalise_tokens,
     normalise_views,
 )
-from m3i_fast.objectives.term_gradients import TermGradients, own_views
+from m3i_fast.objectives.term_gradients import TermGradients, separate_views
 from m3i_fast.objectives.terms import (
     Caption,
     Dense,
@@ -53,7 +54,7 @@ from m3i_fast.objectives.terms import (
     build_term,
     copy_state,
     dense_dim,
-    follower,
+    momentum_copy,
 )
 from m3i_fast.ops import mask_mix
 
@@ -64,12 +65,15 @@ T = TypeVar("T", bound=TermModule)
 
 
 class MutualInformation(nn.Module):
-    """loss = sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3.
+    """The loss sum_k weight_k * -log P_k(z_k | z_hat_k), paper section 3, and its networks.
 
-    Every image is asked only what exists for it. `teacher`: the frozen encoder, where a term asks
-    for one; it is not part of the state dict. `process_group`: the ranks that share a batch; each
-    gets the loss of all rows where rows meet (`likelihoods`), and every rank runs every term, also
-    one that its own rows have no target of. `layers`: parts of all Transformer blocks.
+    An image takes part in the terms whose targets it has. teacher: the frozen encoder, where a term
+    uses one; it is not part of the state dict. process_group: the ranks that share a batch; a loss
+    over all pairs of rows (`likelihoods`) is that of all ranks' rows, and every rank runs every
+    term, also where none of its rows has the target. layers: constructors of all Transformer
+    blocks' modules.
+
+    Raises ValueError where the config does not fit the encoder, or a teacher is missing.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class MutualInformation(nn.Module):
         self._num_views = 1 + any(term.sees_both_views for term in cfg.active_terms)
         if cfg.uses(encoder="momentum"):
             self.target_encoder = MomentumEncoder(self.encoder)
-        # In a tuple: no part of the module tree, of its state dict or of its training mode.
+        # In a tuple, to stay outside the module tree, its state dict and its training mode.
         frozen = cfg.uses(encoder="frozen")
         self._teacher = (_expect_teacher(teacher),) if frozen else None
         sizes = self._sizes(vision, text, num_classes)
@@ -105,7 +109,7 @@ class MutualInformation(nn.Module):
         self.decoders = nn.ModuleDict(decoders)
         self.target_projectors = nn.ModuleDict(
             {
-                key: follower(decoder.projector, sizes)
+                key: momentum_copy(decoder.projector, sizes)
                 for key, decoder in decoders.items()
                 if decoder.cfg.projector != "none"
             }
@@ -115,16 +119,16 @@ class MutualInformation(nn.Module):
         self._term_gradients: TermGradients | None = None
 
     def reset_parameters(self) -> None:
-        """Initialise everything, as after `to_empty`: equal to a direct build."""
-        followers = dict(self._followers())
+        """Initialise everything after `to_empty`, with the values of a direct build."""
+        pairs = dict(self._shared_momentum_pairs())
         targets = [self.target_encoder] if self.cfg.uses(encoder="momentum") else []
         reset_children(self, but=[*targets, self.decoders, self.target_projectors])
         self._reset_decoders()
-        for average, online in followers.items():
+        for average, online in pairs.items():
             copy_state(average, online)
 
     def _reset_decoders(self) -> None:
-        """Each as often as terms share it: the constructor makes one a term, and keeps the last."""
+        """Draw each decoder's weights once a term, as the constructor, which keeps the last."""
         keys = [term.decoder_key for term in self.terms_of(Dense) if term.decoder_key is not None]
         for place, key in enumerate(keys, start=1):
             decoder = self.decoders[key]
@@ -161,13 +165,15 @@ class MutualInformation(nn.Module):
         return [term for term in self.terms.values() if isinstance(term, Label)]
 
     def terms_of(self, kind: type[T]) -> list[T]:
-        """The active terms of one class."""
+        """Return the active terms of one class."""
         return [term for term in self.terms.values() if isinstance(term, kind)]
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """After the optimiser's step: keep every learnt 1 / tau in its range, in place, and move
-        the running statistics of targets by the rows of all of the step's batches."""
+        """Clamp every learnt 1 / tau and update the targets' running statistics, in place.
+
+        To be called once after the optimiser's step, on every rank.
+        """
         for label in self._labels():
             label.clamp_temperature()
         for dense in self.terms_of(Dense):
@@ -175,13 +181,13 @@ class MutualInformation(nn.Module):
                 dense.standardise.fold()
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """(average, online) of all that follows by EMA; none without a momentum target."""
-        yield from self._followers()
+        """Yield (average, online) of each module that follows another by EMA."""
+        yield from self._shared_momentum_pairs()
         for term in self._every_term():
             yield from term.momentum_pairs()
 
-    def _followers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """Those that belong to no single term."""
+    def _shared_momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Yield the pairs that belong to no single term."""
         if self.cfg.uses(encoder="momentum"):
             yield self.target_encoder.encoder, self.encoder
         for key, average in self.target_projectors.items():
@@ -191,7 +197,7 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def encode_targets(self, batch: Batch, mix: Mix) -> Targets:
-        """Tokens of all target views that a term asks for, one call an encoder."""
+        """Encode all target views that a term uses, in one call of each target encoder."""
         tokens: dict[Source, Tensor] = {}
         for name, encoder in self._target_encoders().items():
             sources = [source for source in self._target_rows if source[0] == name]
@@ -204,22 +210,24 @@ class MutualInformation(nn.Module):
                 for _, view in sources
             ]
             if images:
-                found = encoder(torch.cat(images)).split([len(view) for view in images])
-                tokens |= dict(zip(sources, found, strict=True))
+                by_view = encoder(torch.cat(images)).split([len(view) for view in images])
+                tokens |= dict(zip(sources, by_view, strict=True))
         return Targets(tokens, self._target_rows)
 
     def _target_encoders(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Images [R, 3, H, W] to tokens [R, N, C], by who encodes them."""
-        found: dict[str, Callable[[Tensor], Tensor]] = {}
+        """Return the functions [R, 3, H, W] -> [R, N, C] of the target encoders in use, by name."""
+        encoders: dict[str, Callable[[Tensor], Tensor]] = {}
         if self.cfg.uses(encoder="momentum"):
-            found["momentum"] = self.target_encoder
+            encoders["momentum"] = self.target_encoder
         if self._teacher is not None:
-            found["frozen"] = self._teacher[0].encode_cells
-        return found
+            encoders["frozen"] = self._teacher[0].encode_cells
+        return encoders
 
     def encode_inputs(self, batch: Batch, mix: Mix) -> Encoded:
-        """One pass of the encoder over the inputs, of both views where a term asks for it, and one
-        over all local views, which are of another size."""
+        """Encode the inputs in one pass, of both views where a term uses them.
+
+        Local views, which have another size, take a second pass.
+        """
         views = batch.global_views[: self._num_views]
         images = torch.cat([_mixed(view, mix) for view in views])
         index = self._stacked(mix)
@@ -229,7 +237,7 @@ class MutualInformation(nn.Module):
                 own = self.encoder.encode_alone(images, index)
             case "joint":
                 own = take_cells(self.encoder.encode_cells(images), index)
-            case "blend":  # both images of an input have its tokens
+            case "blend":  # both images of an input share its tokens
                 own = self.encoder.encode_cells(images).repeat(2, 1, 1)
             case "none":
                 own = self.encoder.encode_cells(images)
@@ -241,7 +249,7 @@ class MutualInformation(nn.Module):
         return Encoded(tuple(view.flatten(0, 1) for view in by_view), local)
 
     def _stacked(self, mix: Mix) -> Tensor:  # [K V P, n]
-        """Cells of the images in the inputs of all views: image i is in input i % (V P)."""
+        """Repeat the cells of images for all views, so that image i is in input i % (V P)."""
         if self._num_views == 1:
             return mix.token_index
         by_image = mix.token_index.unflatten(0, (mix.members.shape[1], 1, -1))
@@ -263,13 +271,14 @@ class MutualInformation(nn.Module):
         measure: bool = False,
         stage: Stage = no_stage,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum; every term unweighted, its weight and its members; all on the device.
+        """Return the weighted sum, [], and metrics by name, all on the device.
 
-        `monitor`: with the collapse monitors. `measure`: weights are balanced anew. `stage`: times
-        each term, and as `loss.total` what is of all of them.
+        The metrics are each term's unweighted loss and number of members, and with `monitor` its
+        weight and the collapse monitors. measure: update the balance of weights. stage: times each
+        term as `loss.NAME` and their sum as `loss.total`.
         """
-        seen = Seen(batch, mix, encoded, targets, self._encoders(), stage)
-        read_by = self._own_views(encoded) if monitor else {}
+        step = StepContext(batch, mix, encoded, targets, self._encoders(), stage)
+        read_by = self._separate_views(encoded) if monitor else {}
         metrics: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
 
@@ -278,70 +287,70 @@ class MutualInformation(nn.Module):
 
         for term in self._every_term():
             name = term.term.name
-            own = seen.reading(read_by[name]) if read_by else seen
+            read = step.with_encoded(read_by[name]) if read_by else step
             with stage(f"loss.{name}"):
-                losses[name], members = term(own, log if monitor else None, **self._shared(term))
+                losses[name], members = term(read, log if monitor else None, **self._shared(term))
             metrics[f"loss/{name}"] = losses[name].detach()
             if isinstance(members, int):
                 members = losses[name].new_full((), members)
             metrics[f"members/{name}"] = members.float()
         with stage("loss.total"):
             if measure:
-                self.balance.measure(losses, encoded.every, self._shares(metrics, seen.num_rows))
+                self.balance.measure(losses, encoded.every, self._shares(metrics, step.num_rows))
             total, weights = self.balance(losses)
             metrics["loss/total"] = total.detach()
             if monitor:
                 metrics |= {f"weight/{name}": weight for name, weight in weights.items()}
-                metrics |= self._monitor(seen)
-        if read_by:  # behind what else goes backward, as `measure` does
+                metrics |= self._monitor(step)
+        if read_by:  # after `measure`, whose backward passes must not be counted
             self._term_gradients = TermGradients(read_by)
         return total, metrics
 
     def _shares(self, metrics: Mapping[str, Tensor], num_rows: int) -> dict[str, Tensor]:
-        """Of this rank's rows, those with a target; of each term that is a mean over all rows."""
+        """Return the share of this rank's rows with a target, for terms that average over all."""
         return {
             term.term.name: metrics[f"members/{term.term.name}"].double() / num_rows
             for term in self._labels()
             if term.term.mean == "batch"
         }
 
-    def _own_views(self, encoded: Encoded) -> dict[str, Encoded]:
-        """What each term reads on a step whose gradients are watched; empty without gradients."""
+    def _separate_views(self, encoded: Encoded) -> dict[str, Encoded]:
+        """Return the tokens of each term to measure its gradient by; empty without gradients."""
         if not encoded.every[0].requires_grad:
             return {}
-        return {term.term.name: own_views(encoded) for term in self._every_term()}
+        return {term.term.name: separate_views(encoded) for term in self._every_term()}
 
     def gradient_metrics(self) -> dict[str, Tensor]:
-        """Return how hard each term pulled on the encoder (`TermGradients.metrics`).
+        """Return norms and cosines of the terms' gradients by the encoder (`TermGradients`).
 
-        To be called after the backward pass of a forward pass with `monitor`, once: empty
-        otherwise, and where the encoder takes no gradient.
+        To be called once after the backward pass of a forward pass with `monitor`; empty otherwise,
+        and where the encoder takes no gradient.
         """
-        found, self._term_gradients = self._term_gradients, None
-        return found.metrics() if found is not None else {}
+        gradients, self._term_gradients = self._term_gradients, None
+        return gradients.metrics() if gradients is not None else {}
 
     def _shared(self, term: TermModule) -> dict[str, nn.Module]:
-        """What a term uses and does not own: the decoder of its kind of target."""
+        """Return the modules that a term shares with others: the decoder of its kind of target."""
         if not isinstance(term, Dense) or term.decoder_key is None:
             return {}
-        found = {"decoder": self.decoders[term.decoder_key]}
+        shared = {"decoder": self.decoders[term.decoder_key]}
         if term.decoder_key in self.target_projectors:
-            found["project"] = self.target_projectors[term.decoder_key]
-        return found
+            shared["project"] = self.target_projectors[term.decoder_key]
+        return shared
 
     def _encoders(self) -> dict[str, ImageEncoder]:
-        found: dict[str, ImageEncoder] = {"online": self.encoder}
+        encoders: dict[str, ImageEncoder] = {"online": self.encoder}
         if self.cfg.uses(encoder="momentum"):
-            found["momentum"] = self.target_encoder.encoder
+            encoders["momentum"] = self.target_encoder.encoder
         if self._teacher is not None:
-            found["frozen"] = self._teacher[0]
-        return found
+            encoders["frozen"] = self._teacher[0]
+        return encoders
 
     @torch.no_grad()
     def embed_images(self, views: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[B, 3, S, S] uint8 whole images -> patch tokens [B, N, C], unit embeddings [B, E].
+        """Encode whole images, [B, 3, S, S] uint8: tokens [B, N, C], unit embeddings [B, E].
 
-        Captions are matched with the embeddings; None without a caption term.
+        The embeddings are in the space of `embed_captions`; None without a caption term.
         """
         tokens = self._encode_whole(views)
         for term in self.terms_of(Caption):
@@ -350,27 +359,28 @@ class MutualInformation(nn.Module):
 
     @torch.no_grad()
     def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
-        """[B, T] int, [B] int64 -> unit caption embeddings [B, E].
+        """Embed captions as unit vectors: [B, T] int, [B] int64 -> [B, E].
 
         Raises ValueError without a caption term.
         """
         for term in self.terms_of(Caption):
             return term.embed_captions(token_ids, num_tokens)
         raise ValueError(
-            "objective.terms: expected a caption term of weight > 0 to embed captions, got none"
+            "objective.terms: expected a caption term of weight > 0 to embed captions, got none; "
+            "train with one, or evaluate without captions"
         )
 
     @torch.no_grad()
-    def _monitor(self, seen: Seen) -> dict[str, Tensor]:
+    def _monitor(self, step: StepContext) -> dict[str, Tensor]:
         metrics = {
             f"monitor/{term.term.name}_log_scale": term.log_scale.detach().exp()
             for term in self._labels()
         }
-        views = seen.encoded.views
+        views = step.encoded.views
         for (encoder, view), rows in self._target_rows.items():
             if encoder == "momentum" and view == int(self.cfg.uses(view="other")):
-                student = normalise_tokens(views[0][_rows(seen.mix, rows)])
-                target = normalise_tokens(seen.target_tokens(encoder, view, rows))
+                student = normalise_tokens(views[0][_rows(step.mix, rows)])
+                target = normalise_tokens(step.target_tokens(encoder, view, rows))
                 return metrics | target_monitors(target, student)
         student = normalise_tokens(views[0])
         if len(views) > 1:
@@ -379,7 +389,7 @@ class MutualInformation(nn.Module):
 
 
 def _build_decoder(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> DenseDecoder:
-    """Of the kind of target of this term."""
+    """Build the decoder that terms with this kind of target share."""
     decoder = cfg.decoder if cfg.projects(term) else replace(cfg.decoder, projector="none")
     return DenseDecoder(
         decoder,
@@ -394,8 +404,8 @@ def _build_decoder(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> DenseDecod
 def _expect_teacher(teacher: ImageEncoder | None) -> ImageEncoder:
     if teacher is None:
         raise ValueError(
-            "objective.teacher: a term's encoder is frozen: expected a run directory, timm:NAME or "
-            "timm:NAME:FILE, got none"
+            "objective.teacher: expected a run directory, timm:NAME or timm:NAME:FILE for the "
+            "terms whose encoder is frozen, got none"
         )
     return teacher
 

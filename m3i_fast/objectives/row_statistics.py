@@ -1,10 +1,9 @@
-"""Statistics over the rows of a batch that one process holds, or the ranks of a process group.
+"""Statistics over the rows of a batch, in one process or over the ranks of a process group.
 
-With a `process_group` each rank calls with its own rows, as many as it has, and gets the statistic
-of all rows. Gradients are those of the sum of all ranks' losses: a parameter's gradient averaged
-over the ranks, as DDP and FSDP do, is that of one process with all rows. A sum whose backward
-leaves the other ranks out gives 1 / ranks of it (lightly #1977, open_clip #616). Not for
-torch.compile.
+With a `process_group` each rank passes its own rows, in any number, and gets the statistic of all
+rows. Gradients are those of the sum of all ranks' losses: a parameter's gradient averaged over the
+ranks, as DDP and FSDP do, is that of one process with all rows. An all-reduce whose backward is not
+reduced gives 1 / ranks of it (lightly #1977, open_clip #616). Not for torch.compile.
 
 Legend: N rows of this rank, D features.
 """
@@ -24,12 +23,12 @@ R = TypeVar("R")
 
 
 def wide(x: Tensor) -> Tensor:
-    """fp32 for anything narrower; fp64 stays, so that gradients can be checked."""
+    """Cast to fp32; fp64 is kept, so that gradients can be checked in it."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """The function with autocast off: its matrix products keep the dtype that `wide` gave them."""
+    """Wrap a function so that it runs with autocast off, its products in their inputs' dtype."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -41,6 +40,8 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class _SumOverRanks(torch.autograd.Function):
+    """An all-reduced sum, whose gradient is all-reduced as well."""
+
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -54,18 +55,19 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(partial: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """The sum of every rank's tensor, of one shape and dtype; differentiable."""
+    """All-reduce a tensor of the same shape and dtype on every rank by its sum; differentiable."""
     if process_group is None:
         return partial
     return _SumOverRanks.apply(partial, process_group)
 
 
 def num_rows(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:  # [N, ...] -> []
+    """Count the rows of all ranks, in the dtype and on the device of `rows`."""
     return sum_over_ranks(rows.new_full((), rows.shape[0]), process_group)
 
 
 def mean_row(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """[N, ...] fp32 or fp64 -> [...], the mean over all rows; NaN without any."""
+    """Average over the rows of all ranks: [N, ...] fp32 or fp64 -> [...]; NaN without any row."""
     return sum_over_ranks(rows.sum(0), process_group) / num_rows(rows, process_group)
 
 
@@ -74,10 +76,10 @@ def outer_mean(
     b: Tensor,  # [N, E]
     process_group: dist.ProcessGroup | None,
 ) -> Tensor:  # [D, E]
-    """mean_n a_n b_n^T over all rows."""
+    """Compute mean_n a_n b_n^T over the rows of all ranks."""
     return sum_over_ranks(a.T @ b, process_group) / num_rows(a, process_group)
 
 
 def quadratic_form(rows: Tensor, matrix: Tensor) -> Tensor:  # [N, D], [D, D] -> [N]
-    """z_n^T M z_n as ((Z M) * Z).sum(-1), which never builds the [N, N] matrix Z M Z^T."""
+    """Compute z_n^T M z_n of each row, without the [N, N] matrix Z M Z^T."""
     return ((rows @ matrix) * rows).sum(-1)

@@ -1,4 +1,4 @@
-"""Standardise each channel of dense targets, so that what all cells have in common is no target.
+"""Channel-wise standardisation of dense targets, which removes what all cells have in common.
 
 Legend: N rows of this rank, C channels.
 """
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from m3i_fast.models.batch_norm import join_moments, moments_of_ranks, own_moments
 from m3i_fast.objectives.row_statistics import wide
 
-MOMENTUM = 0.9  # of the running statistics, as DINO's centre has it
+MOMENTUM = 0.9  # of the running statistics, as of DINO's centre
 EPS = 1e-5  # added to a variance
 
 
 class Standardise(nn.Module):
-    """(z - mean) / std of each channel, without gradient; both are of the rows of all ranks.
+    """Standardisation (z - mean) / std of each channel, without gradient, over all ranks' rows.
 
-    running: of the rows of earlier steps, so that a target does not depend on the other rows of its
-    batch. Rows seen in training count from the next `fold` on. Bias-corrected: the first step's
-    statistics are the first running ones; before them targets are left as they are.
-    batch: of the rows of the call.
+    running: statistics are a bias-corrected exponential average over the rows of earlier steps, so
+    that a target does not depend on the other rows of its batch. Rows passed in training count from
+    the next `fold` on; before the first one targets are only divided by sqrt(1 + EPS).
+    batch: statistics are those of the rows of the call.
     """
 
     mean: Tensor  # [C] fp32
     variance: Tensor  # [C] fp32
     num_folds: Tensor  # [] int64
-    seen: Tensor  # [2 C + 1] fp32, moments of the rows since the last fold
+    pending: Tensor  # [2 C + 1] fp32, moments of the rows since the last fold
 
     def __init__(
         self, dim: int, over: Literal["running", "batch"], process_group: dist.ProcessGroup | None
@@ -41,7 +41,7 @@ class Standardise(nn.Module):
             self.register_buffer("mean", torch.empty(dim))
             self.register_buffer("variance", torch.empty(dim))
             self.register_buffer("num_folds", torch.empty((), dtype=torch.int64))
-            self.register_buffer("seen", torch.empty(2 * dim + 1), persistent=False)
+            self.register_buffer("pending", torch.empty(2 * dim + 1), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -63,23 +63,24 @@ class Standardise(nn.Module):
             mean, variance = self.mean, self.variance
             if self.training:
                 newest = own_moments(rows.flatten(0, -2))
-                self.seen.copy_(join_moments(torch.stack([self.seen, newest])))
+                self.pending.copy_(join_moments(torch.stack([self.pending, newest])))
         return ((rows - mean) * (variance + EPS).rsqrt()).to(z.dtype)
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Move the running statistics by the rows seen since the last call; once a step.
+        """Update the running statistics by the rows since the last call; to be called once a step.
 
-        Every rank of the process group calls it. Nothing waits for the device.
+        All-gathers over the process group, so that every rank has to call it. Does not synchronise
+        with the host.
         """
         if self.over == "batch":
             return
-        mean, variance, count = moments_of_ranks(self.seen, self.process_group)
+        mean, variance, count = moments_of_ranks(self.pending, self.process_group)
         folds = self.num_folds + (count > 0)
-        # (1 - m) / (1 - m^t): 1 at first, and then the bias-corrected average stays one.
+        # (1 - m) / (1 - m^t) is 1 at first and keeps the average bias-corrected.
         rate = (1 - MOMENTUM) / (1 - MOMENTUM ** folds.clamp_min(1))
         rate = torch.where(count > 0, rate, 0.0).to(mean.dtype)
         self.mean.lerp_(mean, rate)
         self.variance.lerp_(variance, rate)
         self.num_folds.copy_(folds)
-        self.seen.zero_()
+        self.pending.zero_()

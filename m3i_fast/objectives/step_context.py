@@ -1,8 +1,8 @@
-"""What the encoders said in a step, as the terms ask for it.
+"""`StepContext`: the batch, encoded inputs and targets of one step, as the terms read them.
 
-Legend: B samples, I images in inputs (K times P inputs), A inputs that dense terms are asked of, n
+Legend: B samples, I images in inputs (K times P inputs), A inputs from which dense terms predict, n
 cells an image shows, m cells of a local view, N cells of the grid, C width of a token, s tokens of
-a summary, P their width.
+a summary, P their width, L local views.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ if TYPE_CHECKING:
 
 Rows = Literal["first", "last", "all", "every"]
 Source = tuple[str, int]
-"""Who encodes the target, momentum or frozen, and which global view."""
+"""The encoder of a target, momentum or frozen, and the index of the global view it encodes."""
 Stage = Callable[[str], AbstractContextManager[None]]
-"""Names a part of a step to who times it (`observe.metrics.StageTimer`)."""
+"""Opens a named stage of the step, which `observe.metrics.StageTimer` times."""
 
 
 def no_stage(name: str) -> AbstractContextManager[None]:
-    """Where nobody times the step."""
+    """Open a stage that is not timed."""
     return nullcontext()
 
 
 def target_rows(terms: Iterable[Term]) -> dict[Source, Rows]:
-    """Which images of a view a target encoder has to see: those asked of dense terms, or every one.
+    """Return which images of a view each target encoder has to encode, no more than terms need.
 
-    No more than the terms need: `all` asked ones where terms ask different ones.
+    `every` image in an input for terms of whole images; for dense terms the images from which they
+    predict (`Mix.asked`), and `all` of these where terms differ.
     """
-    found: dict[Source, set[Rows]] = {}
+    needed: dict[Source, set[Rows]] = {}
     for term in terms:
         if term.encoder not in ("momentum", "frozen"):
             continue
         views = {int(term.view == "other")} | ({0} if term.symmetric else set())
         for view in views:
             rows: Rows = term.asked if term.is_dense else "every"
-            found.setdefault((term.encoder, view), set()).add(rows)
-    return {source: _union(rows) for source, rows in found.items()}
+            needed.setdefault((term.encoder, view), set()).add(rows)
+    return {source: _union(rows) for source, rows in needed.items()}
 
 
 def _union(rows: set[Rows]) -> Rows:
@@ -58,95 +59,104 @@ def _union(rows: set[Rows]) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Tokens of the target views, without gradient and not yet normalised; all views of an encoder
-    come from one call."""
+    """Tokens of the target views, without gradient and not normalised."""
 
-    tokens: Mapping[Source, Tensor]  # [R, N, C], rows as `rows` says
+    tokens: Mapping[Source, Tensor]  # [R, N, C], of the images that `rows` names
     rows: Mapping[Source, Rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Tokens of the input: every image's own cells."""
+    """The encoder's tokens of the inputs: every image's own cells."""
 
     views: tuple[Tensor, ...]  # [I, n, C] of the first view, and of the other one where asked for
     local: tuple[Tensor, ...] = ()  # [B, m, C] of each whole local view
 
     @property
     def every(self) -> list[Tensor]:
-        """The representation that all terms share."""
+        """All views' tokens, the representation that the terms share."""
         return [*self.views, *self.local]
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A step, to a term."""
+class StepContext:
+    """What a term reads of one step: batch, mix, encoded inputs, targets and encoders."""
 
     batch: Batch
     mix: Mix
     encoded: Encoded
     targets: Targets
-    encoders: Mapping[str, ImageEncoder]  # online, momentum, frozen: those that there are
+    encoders: Mapping[str, ImageEncoder]  # by online, momentum, frozen: those in use
     stage: Stage = no_stage
     _summaries: dict[int, Tensor] = field(default_factory=dict)
 
-    def reading(self, encoded: Encoded) -> Seen:
-        """The same step with the tokens of `encoded`, which are summarised anew."""
+    def with_encoded(self, encoded: Encoded) -> StepContext:
+        """Return the same step with other tokens, which are summarised anew."""
         return replace(self, encoded=encoded, _summaries={})
 
-    def summary(self, number: int) -> Tensor:  # [I or B, s, P]
-        """Of the views the encoder saw: the first, the other one if it did, then local ones."""
-        if number not in self._summaries:
-            tokens = self.encoded.every[number]
-            self._summaries[number] = self.encoders["online"].summarise(tokens)
-        return self._summaries[number]
+    def summary(self, view: int) -> Tensor:  # [I or B, s, P]
+        """Summarise an encoded view, once a step.
 
-    def embedded(self, number: int) -> Tensor:  # [I or B, P]
-        return self.summary(number).mean(1)
+        view: index into `Encoded.every`: the first view, the other one if it was encoded, then the
+        local ones.
+        """
+        if view not in self._summaries:
+            tokens = self.encoded.every[view]
+            self._summaries[view] = self.encoders["online"].summarise(tokens)
+        return self._summaries[view]
+
+    def embedding(self, view: int) -> Tensor:  # [I or B, P]
+        """Average the summary of an encoded view, by its index."""
+        return self.summary(view).mean(1)
 
     @property
     def summaries(self) -> list[Tensor]:
-        """Of the first view's images, then of local views."""
-        return [self.summary(0)] + [self.summary(n) for n in self.local_numbers]
+        """Summaries of the first view's images and then of the local views."""
+        return [self.summary(0)] + [self.summary(view) for view in self.local_indices]
 
     @property
-    def local_numbers(self) -> range:
-        """Of local views, as `summary` counts."""
+    def local_indices(self) -> range:
+        """Indices of the local views into `Encoded.every`."""
         return range(len(self.encoded.views), len(self.encoded.every))
 
     @property
     def num_rows(self) -> int:
-        """Of `summaries`."""
+        """Number of rows of all `summaries` together, I + L B."""
         return len(self.mix.sample) + sum(len(local) for local in self.encoded.local)
 
     def weighted_rows(self) -> list[tuple[Tensor | float, slice]]:
-        """Parts of the rows of `summaries` with the weight of each: all of them at once, or, of
-        blended images, all first ones with their share and all second ones with theirs."""
+        """Return (weight, slice) pairs that cover the rows of `summaries`.
+
+        All rows with weight 1; for blended images all first ones with their share, and all second
+        ones with theirs.
+        """
         if self.mix.share is None:
             return [(1.0, slice(None))]
         share, num_inputs = self.mix.share[0], self.mix.num_inputs
         return [(share, slice(num_inputs)), (1 - share, slice(num_inputs, None))]
 
-    def of_rows(self, values: Tensor) -> Tensor:  # [B] -> [I + L B]
-        """A value of each sample for every row of `summaries`."""
-        return torch.cat([values[self.mix.sample], *(values for _ in self.local_numbers)])
+    def per_row(self, values: Tensor) -> Tensor:  # [B] -> [I + L B]
+        """Repeat a value of each sample for every row of `summaries`."""
+        return torch.cat([values[self.mix.sample], *(values for _ in self.local_indices)])
 
     @torch.no_grad()
     def target_embedding(self, encoder: str, view: int) -> Tensor:  # [I, P]
+        """Embed a global view of every image in an input by a target encoder."""
         tokens = self.target_tokens(encoder, view, "every")
         return self.encoders[encoder].summarise(tokens).mean(1)
 
     def target_tokens(self, encoder: str, view: int, rows: Rows) -> Tensor:  # [R, N, C]
+        """Return a target encoder's tokens of a global view, of the images that `rows` names."""
         source = encoder, view
-        tokens, found = self.targets.tokens[source], self.targets.rows[source]
-        if rows == found:
+        tokens, encoded_rows = self.targets.tokens[source], self.targets.rows[source]
+        if rows == encoded_rows:
             return tokens
-        if found == "every":
+        if encoded_rows == "every":
             assert rows != "every"
             return tokens[self.mix.asked(rows)]
-        assert found == "all" and rows != "every"
+        assert encoded_rows == "all" and rows != "every"
         return tokens[: self.mix.num_asked] if rows == "first" else tokens[-self.mix.num_asked :]
 
 
 Monitor = Callable[[str, Tensor], None]
-"""Takes a metric's name and value; what it is given is not differentiated."""
+"""Logs a metric by name and value, which is detached."""

@@ -1,4 +1,8 @@
-"""Targets that the predictors must find: the EMA image encoder's features, or pixels."""
+"""Targets of dense terms, features of the EMA image encoder or pixels, and their normalisation.
+
+Legend: B samples, R rows, P inputs, N cells or patches, p pixels of a patch's side, C channels or
+token width, A images from which dense terms predict, M candidate cells.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from m3i_fast.ops import mask_mix
 
 
 def normalise_views(views: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Chosen rows, normalised in one pass: [B, 3, H, W] uint8, [R] -> [R, 3, H, W] `dtype`."""
+    """Select and normalise rows in one pass: [B, 3, H, W] uint8, [R] int64 -> [R, 3, H, W]."""
     whole = torch.zeros(rows.shape[0], 1, 1, dtype=torch.uint8, device=views.device)
     return mask_mix(views, whole, rows[:, None].contiguous(), dtype=dtype)
 
@@ -25,7 +29,7 @@ def blend(
     share: Tensor,  # [P] fp32
     dtype: torch.dtype,
 ) -> Tensor:  # [P, 3, H, W] dtype
-    """mixup's pictures, normalised: share * first + (1 - share) * second, in fp32.
+    """Blend pairs of normalised pictures as mixup: share * first + (1 - share) * second, in fp32.
 
     arXiv 1710.09412, equation (1). Raises ValueError unless each input has two members and a share.
     """
@@ -41,14 +45,14 @@ def blend(
 
 
 def normalise_tokens(tokens: Tensor) -> Tensor:  # [..., C] -> [..., C] fp32
-    """The targets as `ops.gaussian` normalises them on its way: layer-norm without affine."""
+    """Layer-normalise targets without affine, as `ops.gaussian` does in its pass."""
     return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
 class MomentumEncoder(nn.Module):
-    """EMA copy of the image encoder (paper, figure 1; SiameseIM).
+    """The EMA copy of the image encoder (paper, figure 1; SiameseIM).
 
-    Its patch tokens, without gradient; the likelihood normalises them.
+    Returns its patch tokens, without gradient; the likelihood normalises them.
     """
 
     def __init__(self, encoder: ImageEncoder) -> None:
@@ -56,7 +60,7 @@ class MomentumEncoder(nn.Module):
         self.encoder = copy.deepcopy(encoder).requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> MomentumEncoder:
-        """Stay in evaluation mode: targets see no stochastic depth."""
+        """Stay in evaluation mode whatever `mode` is: targets have no stochastic depth."""
         return super().train(False)
 
     @torch.no_grad()
@@ -65,9 +69,9 @@ class MomentumEncoder(nn.Module):
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, N, p * p * C]
-    """The pixels of each patch: patches and the pixels in them by row, channels last, as in MAE.
+    """Split images into patches as MAE: patches and their pixels row by row, channels last.
 
-    Raises ValueError where patches do not fill the image.
+    Raises ValueError where `patch_size` does not divide the sides.
     """
     batch, channels, height, width = images.shape
     if patch_size < 1 or height % patch_size or width % patch_size:
@@ -79,10 +83,10 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] -> [B, 
 
 
 def normalised_pixels(images: Tensor, patch_size: int, *, eps: float = 1e-6) -> Tensor:
-    """[B, C, H, W] any float -> [B, N, p * p * C] fp32: MAE's target.
+    """Standardise the pixels of each patch, MAE's target: [B, C, H, W] -> [B, N, p * p * C].
 
-    Each patch less its mean, over its standard deviation: the root of the variance over
-    p * p * C - 1, plus eps. arXiv 2111.06377, section 3, and its authors' code.
+    (x - mean) / sqrt(var + eps) with the unbiased variance of the patch, in fp32 (fp64 for fp64).
+    arXiv 2111.06377, section 3, and its authors' code. Raises as `patchify`.
     """
     patches = patchify(wide(images), patch_size)
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
@@ -90,20 +94,20 @@ def normalised_pixels(images: Tensor, patch_size: int, *, eps: float = 1e-6) -> 
 
 
 def cell_contrast(views: Tensor, patch_size: int) -> Tensor:  # [B, C, H, W] uint8 -> [B, N] uint8
-    """The widest span of a channel's levels within each cell; 0 where it has one colour."""
+    """Return the largest range of a channel's values within each cell; 0 for a single colour."""
     side = -1, patch_size
     pixels = views.unflatten(3, side).unflatten(2, side)  # [B, C, g, p, g, p]
     return (pixels.amax((3, 5)) - pixels.amin((3, 5))).amax(1).flatten(1)
 
 
-def prefer(
-    cells: Tensor,  # [A, M] int64, in order of choice
+def prefer_cells(
+    cells: Tensor,  # [A, M] int64, in order of preference
     wanted: Tensor,  # [A, N] bool
     number: int,
 ) -> Tensor:  # [A, number] int64
-    """The first wanted cells of each row, again and again where they are too few.
+    """Select the first wanted cells of each row, repeated where there are fewer than `number`.
 
-    A row without any takes its cells as they come. Nothing waits for the device.
+    A row without a wanted cell takes its cells in order. Does not synchronise with the host.
     """
     has = wanted.gather(1, cells)
     ordered = cells.gather(1, (~has).to(torch.uint8).argsort(dim=1, stable=True))
@@ -114,7 +118,7 @@ def prefer(
 
 
 def autocast_dtype(device_type: str) -> torch.dtype:
-    """Of images that an encoder is given: autocast's, else fp32."""
+    """Return the dtype of an encoder's images: that of autocast where it is on, else fp32."""
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return torch.float32

@@ -1,4 +1,4 @@
-"""How hard each term pulls on the encoder, read off the step's own backward pass.
+"""Norms and cosines of the terms' gradients by the encoder, from the step's own backward pass.
 
 Legend: K terms; z the encoder's outputs, rows of width C in one or several tensors; w_k the factor
 of term k in the sum.
@@ -17,32 +17,32 @@ from m3i_fast.objectives.row_statistics import wide
 from m3i_fast.objectives.step_context import Encoded
 
 
-def own_views(encoded: Encoded) -> Encoded:
-    """Return the same tokens as other tensors, so that what reads them has a gradient apart."""
-    views, local = ([z.view_as(z) for z in part] for part in (encoded.views, encoded.local))
+def separate_views(encoded: Encoded) -> Encoded:
+    """Return the same tokens as new tensors of the graph, whose gradients are those of one term."""
+    views, local = ([z.view_as(z) for z in tokens] for tokens in (encoded.views, encoded.local))
     return Encoded(tuple(views), tuple(local))
 
 
 class TermGradients:
-    """Gradients of the weighted terms by the last layer that they share, without a backward pass.
+    """Gradients of the weighted terms by a shared last layer, without another backward pass.
 
         G_k = w_k (sum_r dL_k/dz_r z_r^T, sum_r dL_k/dz_r)
 
-    is the gradient of term k by weight and bias of a linear layer z -> A z + b that would stand
-    last in the encoder, at A = 1 and b = 0: it stands in for the gradients by all of the encoder's
-    parameters, as the last shared layer does in GradNorm (arXiv 1711.02257, section 3.1). Those by
-    z itself would not do: terms that are asked of different images have different rows there, whose
-    cosine is 0 whatever they want.
+    is the gradient of term k by weight and bias of a linear layer z -> A z + b appended to the
+    encoder, at A = 1 and b = 0. It stands for the gradients by all of the encoder's parameters, as
+    the last shared layer does in GradNorm (arXiv 1711.02257, section 3.1). Gradients by z itself
+    would not do: terms that predict from different images have different rows there, whose cosine
+    is always 0.
 
-    Each term has to read z through `own_views`. The backward pass of the sum then reaches z by one
-    gradient a term, which a hook takes on the way: wherever the step goes backward, that is with
-    compiled or recomputed blocks, chunks, sharded weights and CUDA graphs. Of the own rows of a
-    rank. A step of several batches is watched in its last one, whose gradients are divided by their
-    number as all of them are.
+    Each term has to read z through `separate_views`. The backward pass of the sum then reaches z by
+    one gradient a term, which a hook accumulates. This works with compiled or recomputed blocks,
+    gradient caching, sharded weights and CUDA graphs. The rows are those of this rank. In a step of
+    several batches only the last one is measured, with its gradients divided by their number as in
+    the step.
     """
 
     def __init__(self, read_by: Mapping[str, Encoded]) -> None:
-        """read_by: term -> its `own_views`. A gradient that is taken before is not seen."""
+        """Register the hooks; read_by: each term's `separate_views`, before the backward pass."""
         self._names = list(read_by)
         z = wide(read_by[self._names[0]].every[0].detach())
         width = z.shape[-1]
@@ -57,11 +57,11 @@ class TermGradients:
         self._sums[term, -1] += grads.sum(0)
 
     def metrics(self) -> dict[str, Tensor]:  # each []
-        """|G_k| of every term, and the cosine of every two; 0 where a term has no gradient."""
+        """Return |G_k| of every term and the cosine of every two; 0 for a term without gradient."""
         flat = self._sums.flatten(1)
-        found = {f"gradient/{n}": x for n, x in zip(self._names, flat.norm(dim=1), strict=True)}
+        metrics = {f"gradient/{n}": x for n, x in zip(self._names, flat.norm(dim=1), strict=True)}
         unit = F.normalize(flat, dim=1, eps=1e-30)
         for i, j in combinations(range(len(self._names)), 2):
             name = f"gradient_cosine/{self._names[i]}_{self._names[j]}"
-            found[name] = (unit[i] * unit[j]).sum()
-        return found
+            metrics[name] = (unit[i] * unit[j]).sum()
+        return metrics

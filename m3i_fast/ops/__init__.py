@@ -1,4 +1,4 @@
-"""Fused operators, each with a CPU and a CUDA kernel; importing this loads the compiled modules."""
+"""Fused operators with CPU and CUDA kernels; importing this package loads the compiled modules."""
 
 from m3i_fast.ops.boltzmann import IGNORED, boltzmann
 from m3i_fast.ops.dcnv3 import dcnv3

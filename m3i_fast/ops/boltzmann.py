@@ -1,11 +1,11 @@
-"""The Boltzmann likelihood: softmax or sigmoid losses over all pairs, without an array of them.
+"""The Boltzmann likelihood: softmax or sigmoid losses over all pairs, without an [N, M] array.
 
-Legend: N predictions, M targets, D features. C = z_hat z^T are the dot products [N, M], of which
-only tiles ever exist.
+Legend: N predictions, M targets, D features. C = z_hat z^T are the dot products [N, M], which are
+computed tile by tile.
 
 The compiled ops work on blocks and return sums over rows and columns (`cuda/boltzmann`);
-`boltzmann_exchange` goes through the columns of all ranks with them; `boltzmann_autograd` turns the
-sums into the loss and its gradient. Here arguments are checked and pairs named.
+`boltzmann_exchange` runs them over the columns of all ranks; `boltzmann_autograd` computes the loss
+and its gradient from the sums. This module checks arguments and gives pairs their ids.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3i_fast.ops.boltzmann_autograd import IGNORED, Sigmoid, Softmax
-from m3i_fast.ops.boltzmann_exchange import Alone, Ring
+from m3i_fast.ops.boltzmann_exchange import Ring, SingleProcess
 from m3i_fast.ops.library import contiguous
 
-_NOT_A_COLUMN = -2  # the id of an ignored column: equals no row's
+_NOT_A_COLUMN = -2  # the id of an ignored column, which equals no row's id
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -64,26 +64,26 @@ def _check_features(z_hat: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None
 
 
 def _dense_ids(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:  # [N], [M] int32
-    """Ids by their rank, which int32 holds; nothing waits for the device."""
+    """Replace ids by consecutive numbers, which int32 holds, without a host synchronisation."""
     ids = torch.cat([row_ids.long(), col_ids.long()])
     ordered, order = ids.sort()
-    rank = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
-    dense = torch.empty_like(ids).scatter_(0, order, rank)
+    number = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
+    dense = torch.empty_like(ids).scatter_(0, order, number)
     rows, cols = dense.int().split([len(row_ids), len(col_ids)])
     rows = rows.masked_fill(row_ids == IGNORED, IGNORED)
     return rows, cols.masked_fill(col_ids == IGNORED, _NOT_A_COLUMN)
 
 
 def _narrow(targets: Tensor, num_columns: int) -> Tensor:  # [N] int64 -> [N] int32
-    """Cast to what the compiled ops take; on a CPU, raise RuntimeError for one out of range.
+    """Cast targets to int32; on a CPU, raise RuntimeError for one out of range.
 
-    Elsewhere the ops refuse it, without a wait: what 32 bits cannot hold becomes their limit, which
-    is out of range as well.
+    On CUDA the ops refuse such targets without a host synchronisation: a value that int32 cannot
+    hold is clamped to its limit, which is out of range as well.
     """
     if targets.device.type == "cpu" and num_columns and not torch.compiler.is_compiling():
-        is_right = (targets >= IGNORED) & (targets < num_columns)
-        if not is_right.all():
-            place = int((~is_right).nonzero()[0])
+        in_range = (targets >= IGNORED) & (targets < num_columns)
+        if not in_range.all():
+            place = int((~in_range).nonzero()[0])
             raise RuntimeError(
                 f"targets: expected rows of z from 0 to {num_columns - 1}, or -1 to ignore, got "
                 f"{int(targets[place])} in place {place}"
@@ -98,9 +98,12 @@ def _pair_up(
     targets: Tensor | None,
     row_ids: Tensor | None,
     col_ids: Tensor | None,
-    exchange: Alone,
+    exchange: SingleProcess,
 ) -> tuple[Tensor, Tensor | None]:
-    """Ids of the own rows and of all columns, as the compiled ops want them."""
+    """Return int32 ids of this rank's rows and of all ranks' columns, for the compiled ops.
+
+    Without column ids the compiled ops take a column's place as its id.
+    """
     if targets is not None:
         _expect(
             row_ids is None and col_ids is None,
@@ -116,7 +119,11 @@ def _pair_up(
             return _dense_ids(row_ids, col_ids)
         rows, cols = _dense_ids(exchange.gather_rows(row_ids), exchange.gather(col_ids))
         return exchange.own_rows(rows), cols
-    _expect(row_ids is None and col_ids is None, "row_ids, col_ids: expected both or neither")
+    _expect(
+        row_ids is None and col_ids is None,
+        "row_ids, col_ids: expected both or neither, got "
+        f"{'col_ids' if row_ids is None else 'row_ids'} alone",
+    )
     counts = [z_hat.shape[0]], [z.shape[0]]
     if isinstance(exchange, Ring):
         counts = exchange.num_rows, exchange.num_columns
@@ -129,8 +136,8 @@ def _pair_up(
     return _count_columns(exchange.own(rows), exchange)
 
 
-def _count_columns(row_ids: Tensor, exchange: Alone) -> tuple[Tensor, Tensor | None]:
-    """Row ids that name a column by its place. The compiled ops count those of one process."""
+def _count_columns(row_ids: Tensor, exchange: SingleProcess) -> tuple[Tensor, Tensor | None]:
+    """Return row ids that are places of columns, and with several ranks the columns' places."""
     if not isinstance(exchange, Ring):
         return row_ids, None
     count = sum(exchange.num_columns)
@@ -169,51 +176,52 @@ def boltzmann(
     process_group: dist.ProcessGroup | None = None,
     equal_sizes: bool = False,
 ) -> Tensor:  # [] fp32, fp64 for fp64
-    """-log P(z | z_hat) of the Boltzmann posterior exp(scale z_hat . z + bias), over all z.
+    """Compute -log P(z | z_hat) of the Boltzmann posterior exp(scale z_hat . z + bias) over all z.
 
     M3I, arXiv 2211.09807, section 3. `boltzmann(a, b, s)` is the scalar of open_clip's
     `ClipLoss()(a, b, s)`, and with `form="sigmoid", bias=b` that of its `SigLipLoss()`; with
     `targets` it is `F.cross_entropy(s * a @ b.T + bias, targets, ignore_index=-1)`.
 
-    Which pairs are positive:
+    The positive pairs are:
 
-    - by default row i and column i, N = M;
-    - targets: row i and column targets[i]; -1 ignores the row. The softmax is over columns only.
-    - row_ids and col_ids: where they are equal. A row's loss is the mean over its positives. The
-      id -1 takes the row or column out of everything; a row or column without a positive is
-      no term of the mean, but a candidate of the others.
+    - by default, row i and column i, with N = M;
+    - with `targets`, row i and column targets[i]; -1 ignores the row. The softmax is over columns
+      only.
+    - with `row_ids` and `col_ids`, rows and columns of equal id. A row's loss is the mean over its
+      positives. A row or column of id -1 is ignored; one without a positive is left out of the mean
+      but is a negative of the others.
 
-    softmax: mean over the rows that have a positive, and, if `symmetric` (and without `targets`),
-    half of it and half of that over columns. No such row: 0. sigmoid (SigLIP, arXiv 2303.15343):
-    sum over all pairs of log(1 + exp(-y logit)), y = 1 for positives and -1 for others, divided by
-    the number of rows that are not ignored.
+    softmax: the mean over the rows that have a positive; if `symmetric` and without `targets`, half
+    of it plus half of the mean over columns. 0 where no row has one. sigmoid (SigLIP, arXiv
+    2303.15343): the sum over all pairs of log(1 + exp(-y logit)), y = 1 for positives and -1 for
+    others, divided by the number of rows that are not ignored.
 
     Memory is O(N + M) beside a tile and the gradients. Exponentials and sums are fp32 (fp64 for
-    fp64); of a pair that is all but certain, the loss and its gradient keep their precision. Rows
-    need not be normalised. Where logits leave the range that one shift covers (|scale| |z_hat| |z|
-    above 73 with rows whose largest logit is that much below the largest possible one), sums are
-    computed once more with shifts of their own. Differentiable once, by z_hat, z, scale and bias.
+    fp64); a loss close to 0 and its gradient keep their relative precision. Rows need not be
+    normalised. Where logits leave the range that one shift covers (|scale| |z_hat| |z| above 73
+    with rows whose largest logit is that much below the largest possible one), sums are computed
+    once more with one shift a row and column. Differentiable once, by z_hat, z, scale and bias.
 
     Under autocast z_hat and z are cast to its dtype, except float64 ones.
 
     Args:
-        z_hat: fp32, fp64, fp16 or bf16; z has its dtype and device. Both are made contiguous, with
-            a warning in the log, where they are not.
+        z_hat: fp32, fp64, fp16 or bf16; z has its dtype and device. A tensor that is not contiguous
+            is copied, with a warning in the log.
         scale: multiplies the dot products: 1 / tau, open_clip's `logit_scale.exp()`. On the device
-            of z_hat, and never read by the host.
-        targets: class indices. One that is out of range raises RuntimeError on a CPU, with its
-            place; on CUDA it stops the kernel by a trap.
-        bias: added to the logits; [M] one for each column.
-        reduction: "sum" leaves the division out.
-        process_group: each of its ranks calls with its own rows of z_hat and z, as many as it has,
-            and gets the loss of all rows. Rows and columns are counted through the ranks in order,
-            targets too. Columns travel in a ring, so a rank's memory is that of its own rows.
-            Gradients are those of the sum of all ranks' losses, by what came in: a parameter's
+            of z_hat; the host does not read it.
+        targets: class indices. One out of range raises RuntimeError with its place on a CPU, and
+            stops the kernel by a trap on CUDA.
+        bias: added to the logits; with shape [M] one for each column.
+        reduction: "mean", or "sum" without the division.
+        process_group: each of its ranks passes its own rows of z_hat and z, in any number, and gets
+            the loss of all rows. Rows, columns and targets are numbered through the ranks in order.
+            Columns are passed around a ring, so that a rank holds those of two ranks at most.
+            Gradients are those of the sum of all ranks' losses by this rank's inputs: a parameter's
             gradient averaged over the ranks, as DDP and FSDP do, is that of one process with all
-            rows; scale and bias are no exception. Not for torch.compile.
-        equal_sizes: every rank of process_group has as many rows of z_hat, and as many of z, as
-            this one, so that the call waits for no device. Otherwise the ranks exchange their
-            sizes, for which the host waits; where they differ in spite of it, the call hangs.
+            rows, also for scale and bias. Not for torch.compile.
+        equal_sizes: promise that every rank of process_group has as many rows of z_hat, and as many
+            of z, as this one, which saves a host synchronisation to exchange sizes. Where they
+            differ nevertheless, the call hangs.
 
     Raises:
         ValueError: an argument is not as described, or contradicts another; the message names it,
@@ -227,7 +235,7 @@ def boltzmann(
     _expect(form in ("softmax", "sigmoid"), f"form: expected softmax or sigmoid, got {form!r}")
     _expect(reduction in ("mean", "sum"), f"reduction: expected mean or sum, got {reduction!r}")
     if process_group is None:
-        exchange = Alone()
+        exchange = SingleProcess()
     else:
         sizes = z_hat.shape[0], z.shape[0]
         exchange = Ring(process_group, *sizes, z.device, equal_sizes=equal_sizes)

@@ -1,7 +1,8 @@
-"""`boltzmann` as functions that torch differentiates: vectors of N and M around the compiled ops.
+"""`boltzmann` as autograd functions, which compute on vectors of N and M around the compiled ops.
 
-Legend: N rows of z_hat and M rows ("columns") of z, D features; K is either. With several ranks
-the rows and columns that come in are the rank's own, and the value is that of all.
+Legend: N rows of z_hat and M rows ("columns") of z, D features; K is N or M. With several ranks
+the inputs are this rank's own rows and columns, and the value is that of all ranks'. "Wide" is
+fp32, fp64 for fp64.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from m3i_fast.ops.boltzmann_exchange import Alone, Block, Weights
+from m3i_fast.ops.boltzmann_exchange import Block, SingleProcess, Weights
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -1
-"""The id of a row or column that takes no part."""
+"""The id of a row or column that is ignored."""
 
-# Up to here exponentials need no shift.
+# The largest logit whose exponential needs no shift.
 _HEADROOM = {torch.float32: 60.0, torch.float64: 600.0}
 _VANISHED = {torch.float32: 1e-30, torch.float64: 1e-290}
 # Bounds of the logits up to which a common shift is tried before exact ones.
 _COMMON = {torch.float32: 200.0, torch.float64: 2000.0}
 
-# Said once in the log.
+# Messages that were logged; each is logged once.
 _warned: set[str] = set()
 
 
@@ -36,15 +37,15 @@ def _warn_once(message: str) -> None:
 
 
 def _refuse_second_derivative() -> None:
-    # torch's once_differentiable would drop it where the gradient that comes in is a constant.
+    # torch's once_differentiable does not raise where the incoming gradient is a constant.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "boltzmann: expected to be differentiated once, got a backward with create_graph"
         )
 
 
-def _largest_logit(block: Block, own_bias: Tensor, exchange: Alone) -> Tensor:  # []
-    """A bound of all logits: |scale| max |z_hat| max |z| + max |bias|."""
+def _largest_logit(block: Block, own_bias: Tensor, exchange: SingleProcess) -> Tensor:  # []
+    """Bound all logits of all ranks by |scale| max |z_hat| max |z| + max |bias|."""
     ignored = own_bias == -torch.inf
     lengths = [
         torch.linalg.vector_norm(rows, dim=1, dtype=own_bias.dtype)
@@ -58,8 +59,8 @@ def _largest_logit(block: Block, own_bias: Tensor, exchange: Alone) -> Tensor:  
             (own_bias.abs(), ignored),
         )
     ]
-    of_rows, of_columns, of_bias = exchange.max(torch.stack(largest))
-    return block.scale.abs() * of_rows * of_columns + of_bias
+    max_row, max_column, max_bias = exchange.max(torch.stack(largest))
+    return block.scale.abs() * max_row * max_column + max_bias
 
 
 def _nan_unless_finite(bound: Tensor) -> Tensor:  # [] -> [] 0 or NaN
@@ -70,7 +71,7 @@ def _nan_unless_finite(bound: Tensor) -> Tensor:  # [] -> [] 0 or NaN
 
 
 class _Sums(NamedTuple):
-    """Of exponentials of logits less a shift; which four stands in cuda/boltzmann/params.h."""
+    """Sums of exponentials of shifted logits; cuda/boltzmann/params.h lists the four of a row."""
 
     rows: Tensor  # [4, N]
     cols: Tensor  # [4, M], or [4, 0]
@@ -80,16 +81,16 @@ class _Sums(NamedTuple):
 
 
 def _vanished(sums: Tensor) -> Tensor:  # [4, K] -> [] bool
-    """Whether a sum that the loss divides by has left the range of its type."""
+    """Return whether a sum that the loss divides by has left the range of its dtype."""
     total = sums[0] + sums[1]
     lost = (total < _VANISHED[total.dtype]) | ~total.isfinite()
     return (lost & (sums[3] > 0)).any()
 
 
-def _softmax_sums(block: Block, bound: Tensor, symmetric: bool, exchange: Alone) -> _Sums:
-    """With the common shift, and again with exact ones where that one left sums out of range.
+def _softmax_sums(block: Block, bound: Tensor, symmetric: bool, exchange: SingleProcess) -> _Sums:
+    """Sum with a common shift, and again with exact ones where that left sums out of range.
 
-    Which of the two holds is known on the device alone: in one process nothing waits for it.
+    The device decides which sums are used: in one process without a host synchronisation.
     """
     common = (bound - _HEADROOM[bound.dtype]).clamp_min(0)
     shifts = common.repeat(block.row_ids.shape), common.repeat(block.bias.shape)
@@ -99,12 +100,13 @@ def _softmax_sums(block: Block, bound: Tensor, symmetric: bool, exchange: Alone)
     if exchange.is_settled(exact):
         return _Sums(*first, *shifts, exact)
 
-    def finite(most: Tensor) -> Tensor:  # a row without candidates
-        return most.masked_fill(most == -torch.inf, 0)
+    def finite(largest: Tensor) -> Tensor:  # -inf for a row whose columns are all ignored
+        return largest.masked_fill(largest == -torch.inf, 0)
 
     maxima = exchange.maxima(block, exact)
     row_shift, col_shift = (
-        torch.where(exact, finite(most), shift) for most, shift in zip(maxima, shifts, strict=True)
+        torch.where(exact, finite(largest), shift)
+        for largest, shift in zip(maxima, shifts, strict=True)
     )
     again = exchange.sums(block, row_shift, col_shift, exact=True, symmetric=symmetric, run=exact)
     rows, cols = (torch.where(exact, *both) for both in zip(again, first, strict=True))
@@ -112,24 +114,24 @@ def _softmax_sums(block: Block, bound: Tensor, symmetric: bool, exchange: Alone)
 
 
 def _nll(sums: Tensor, shift: Tensor) -> Tensor:  # [4, K], [K] -> [K]
-    """Of each row's positives, on average; 0 without one.
+    """Compute each row's mean negative log-likelihood over its positives; 0 without one.
 
-    -log(p / (p + n)) for p of one positive and n of the negatives is log1p(n / p): the difference
-    of two logarithms would lose all that a converged pair is about.
+    With the exponentials p of the positive and n of the negatives, -log(p / (p + n)) is computed as
+    log1p(n / p): a difference of two logarithms would lose the small loss of a converged pair.
     """
     negatives, positives, logits, count = sums
     mean_logit = logits / count
-    of_positives = torch.where(count == 1, 0, positives.log() + shift - mean_logit)
-    close = (negatives / positives).log1p() + of_positives
+    spread = torch.where(count == 1, 0, positives.log() + shift - mean_logit)
+    close = (negatives / positives).log1p() + spread
     far = (negatives + positives).log() + shift - mean_logit
     return torch.where(negatives <= positives, close, far).masked_fill(count == 0, 0)
 
 
 def _weights(sums: Tensor) -> Tensor:  # [4, K] -> [3, K]
-    """What turns exponentials into the gradient of `_nll` by the logits.
+    """Compute the weights by which exponentials give the gradient of `_nll` by the logits.
 
-    They are those of cuda/boltzmann/params.h. For a single positive that is -n / (n + p), written
-    without a difference.
+    They are those of cuda/boltzmann/params.h. The gradient by a single positive is -n / (n + p),
+    computed without a difference.
     """
     negatives, positives, _, count = sums
     total = negatives + positives
@@ -140,6 +142,8 @@ def _weights(sums: Tensor) -> Tensor:  # [4, K] -> [3, K]
 
 
 class Softmax(torch.autograd.Function):
+    """The softmax form of `boltzmann`, whose gradient recomputes the logits in the backward."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -151,14 +155,14 @@ class Softmax(torch.autograd.Function):
         col_ids: Tensor | None,  # of all columns
         symmetric: bool,
         mean: bool,
-        exchange: Alone,
+        exchange: SingleProcess,
     ) -> Tensor:  # [] wide
         block = Block(z_hat, z, scale, exchange.gather(bias), row_ids, col_ids)
         bound = _largest_logit(block, bias, exchange)
         sums = _softmax_sums(block, bound, symmetric, exchange)
         nll = torch.stack([_nll(sums.rows, sums.row_shift).sum(), (sums.rows[3] > 0).sum()])
         value, num_rows = exchange.sum(nll)
-        # On CUDA, asking would wait for the device.
+        # On CUDA the check would synchronise with the host.
         if z.device.type == "cpu" and not torch.compiler.is_compiling() and num_rows == 0:
             _warn_once("no row of the batch has a positive: the loss is 0")
         row_share = scale.new_full((), 0.5 if symmetric else 1.0)
@@ -198,7 +202,10 @@ class Softmax(torch.autograd.Function):
 
 
 class Sigmoid(torch.autograd.Function):
-    """No sum over a row is needed for the gradient, so it is computed in the forward, with C."""
+    """The sigmoid form of `boltzmann`, whose gradient is computed in the forward pass.
+
+    It needs no sum over a row, so that one pass over the logits gives value and gradient.
+    """
 
     @staticmethod
     def forward(
@@ -211,7 +218,7 @@ class Sigmoid(torch.autograd.Function):
         col_ids: Tensor | None,  # of all columns
         needs_grad: tuple[bool, ...],  # [4]
         mean: bool,
-        exchange: Alone,
+        exchange: SingleProcess,
     ) -> Tensor:  # [] wide
         block = Block(z_hat, z, scale, exchange.gather(bias), row_ids, col_ids)
         lost = _nan_unless_finite(_largest_logit(block, bias, exchange))

@@ -1,7 +1,7 @@
-"""The compiled ops of `boltzmann` over all columns of a call: those of one process, or of many.
+"""The compiled ops of `boltzmann` over all columns of a call, in one process or over a ring.
 
-Legend: N rows of z_hat and M rows ("columns") of z, D features. With several ranks each holds a
-part of both; N is then the rank's own part, M all columns, in the order of the ranks.
+Legend: N rows of z_hat and M rows ("columns") of z, D features. With several ranks N counts this
+rank's rows, and M the columns of all ranks, in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from m3i_fast.ops.library import m3i
 
 
 class Block(NamedTuple):
-    """What all compiled ops take, in their order. Wide is fp32, fp64 for fp64."""
+    """The arguments that all compiled ops share, in their order. Wide is fp32, fp64 for fp64."""
 
     z_hat: Tensor  # [N, D]
-    z: Tensor  # [M, D], with several ranks the rank's own part
+    z: Tensor  # [M, D], with several ranks this rank's columns
     scale: Tensor  # [] wide
     bias: Tensor  # [M] wide, -inf where ignored
     row_ids: Tensor  # [N] int32
-    col_ids: Tensor | None  # [M] int32, or the columns are counted
+    col_ids: Tensor | None  # [M] int32; None: a column's place is its id
 
 
 class Weights(NamedTuple):
-    """Shifts and weights of `boltzmann_grads`, as in cuda/boltzmann/params.h."""
+    """The shifts and weights of `boltzmann_grads`, as in cuda/boltzmann/params.h."""
 
     row_shift: Tensor  # [N] wide
     col_shift: Tensor  # [M] wide
@@ -100,12 +100,13 @@ def _fake_grads(
 # ---- One process ---------------------------------------------------------------------------------
 
 
-class Alone:
-    """All columns are here."""
+class SingleProcess:
+    """The ops over the columns of one process; collectives do nothing."""
 
     ranks = 1
 
     def maxima(self, block: Block, run: Tensor) -> tuple[Tensor, Tensor]:  # [N], [M]
+        """Return the largest logit of every row and of every column, where `run` is True."""
         return m3i.boltzmann_maxima.default(*block[:5], run)
 
     def sums(
@@ -119,6 +120,10 @@ class Alone:
         sigmoid: bool = False,
         run: Tensor | None = None,  # [] bool
     ) -> tuple[Tensor, Tensor]:  # [4, N], [4, M or 0]
+        """Sum the exponentials of shifted logits over rows and, if `symmetric`, over columns.
+
+        exact: shifts differ from row to row and column to column. run: False skips the work.
+        """
         return m3i.boltzmann_sums.default(
             *block, row_shift, col_shift, exact, symmetric, sigmoid, run
         )
@@ -126,36 +131,43 @@ class Alone:
     def grads(
         self, block: Block, weights: Weights, *, sigmoid: bool, needs_grad: Sequence[bool]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """By z_hat, z, scale, bias, and values; the third and fourth are this rank's part."""
+        """Return the gradients by z_hat, z, scale and bias, and the sigmoid form's row values.
+
+        The gradients by scale and bias are this rank's summand. A gradient that is not needed is
+        empty.
+        """
         return m3i.boltzmann_grads.default(*block, *weights, sigmoid, list(needs_grad))
 
     def sum(self, partial: Tensor) -> Tensor:
-        """Over the ranks."""
+        """All-reduce by the sum."""
         return partial
 
     def max(self, partial: Tensor) -> Tensor:
+        """All-reduce by the maximum."""
         return partial
 
     def gather(self, columns: Tensor) -> Tensor:  # [own columns] -> [M]
+        """All-gather a value of each column."""
         return columns
 
     def own(self, columns: Tensor) -> Tensor:  # [M] -> [own columns]
+        """Slice this rank's columns out of all."""
         return columns
 
     def is_settled(self, exact: Tensor) -> bool:
-        """Whether the host may know that `exact` is False: here it is left to the device."""
+        """Return whether the host reads `exact`, and it is False; here the device decides."""
         return False
 
 
 # ---- Several -------------------------------------------------------------------------------------
 
 
-class Ring(Alone):
-    """Each rank has a part of the rows and of the columns; the columns travel.
+class Ring(SingleProcess):
+    """The ops over the columns of all ranks of a group, which are passed around a ring.
 
-    In hop h rank r computes with the part of rank r - h, while it sends that on and receives the
-    next: a rank holds two parts, never all. Gradients by a part follow it one hop behind, and are
-    home after as many hops as there are ranks.
+    In hop h rank r computes with the columns of rank r - h while it sends them to the next rank and
+    receives the following ones: it holds the columns of two ranks at a time. Gradients by columns
+    follow them one hop behind, and reach their rank after as many hops as there are ranks.
     """
 
     def __init__(
@@ -167,7 +179,7 @@ class Ring(Alone):
         *,
         equal_sizes: bool,
     ) -> None:
-        """equal_sizes: every rank has as many rows and columns, so that none asks the others."""
+        """Set up the ring; with `equal_sizes` the ranks do not exchange their sizes."""
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
@@ -190,7 +202,7 @@ class Ring(Alone):
 
     def max(self, partial: Tensor) -> Tensor:
         most = partial.to(torch.float64 if partial.dtype == torch.float64 else torch.float32)
-        # NaN has no place in an order: it is made the largest, and comes back as what is no number.
+        # The maximum of NaN is undefined: it is sent as inf, which gives NaN later.
         most = torch.where(most.isnan(), torch.inf, most).clone()
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.group)
         return most.to(partial.dtype)
@@ -198,25 +210,27 @@ class Ring(Alone):
     def gather(self, columns: Tensor) -> Tensor:
         return self._gather(columns, self.num_columns)
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
+    def gather_rows(self, rows: Tensor) -> Tensor:  # [N] -> [all rows]
+        """All-gather a value of each row."""
         return self._gather(rows, self.num_rows)
 
     def _gather(self, own: Tensor, counts: Sequence[int]) -> Tensor:
         padded = own.new_zeros(max(counts))
         padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded, group=self.group)
+        return torch.cat([of_rank[:n] for of_rank, n in zip(gathered, counts, strict=True)])
 
     def own(self, columns: Tensor) -> Tensor:
         return columns[self.slices[self.rank]]
 
-    def own_rows(self, rows: Tensor) -> Tensor:
+    def own_rows(self, rows: Tensor) -> Tensor:  # [all rows] -> [N]
+        """Slice this rank's rows out of all."""
         first = sum(self.num_rows[: self.rank])
         return rows[first : first + self.num_rows[self.rank]]
 
     def is_settled(self, exact: Tensor) -> bool:
-        # A GPU's step would wait for this: it takes two more rounds of the ring instead.
+        # On a GPU reading it would synchronise: two more rounds of the ring are run instead.
         return exact.device.type == "cpu" and not bool(exact)
 
     # ---- Ops
@@ -224,8 +238,8 @@ class Ring(Alone):
     def maxima(self, block: Block, run: Tensor) -> tuple[Tensor, Tensor]:
         row_max = torch.full_like(block.row_ids, -torch.inf, dtype=block.scale.dtype)
         col_max = torch.empty_like(block.bias)
-        for columns, part in self._parts(block):
-            of_rows, col_max[columns] = super().maxima(part, run)
+        for columns, visiting in self._visiting_blocks(block):
+            of_rows, col_max[columns] = super().maxima(visiting, run)
             row_max = torch.maximum(row_max, of_rows)
         return row_max, self.max(col_max)
 
@@ -242,9 +256,9 @@ class Ring(Alone):
     ) -> tuple[Tensor, Tensor]:
         rows = block.scale.new_zeros(4, len(block.row_ids))
         cols = block.scale.new_empty(4, len(block.bias) if symmetric else 0)
-        for columns, part in self._parts(block):
+        for columns, visiting in self._visiting_blocks(block):
             of_rows, of_cols = super().sums(
-                part,
+                visiting,
                 row_shift,
                 col_shift[columns],
                 exact=exact,
@@ -262,44 +276,44 @@ class Ring(Alone):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         totals: list[Tensor] = []
         grad_bias = torch.empty_like(block.bias if needs_grad[2] else block.bias[:0])
-        behind = _Follower(self, block.z.shape[1], block.scale) if needs_grad[1] else None
-        for hop, (columns, part) in enumerate(self._parts(block)):
+        grad_z = _RingGradient(self, block.z.shape[1], block.scale) if needs_grad[1] else None
+        for hop, (columns, visiting) in enumerate(self._visiting_blocks(block)):
             own_weights = weights._replace(
                 col_shift=weights.col_shift[columns], cols=weights.cols[:, columns].contiguous()
             )
-            grads = super().grads(part, own_weights, sigmoid=sigmoid, needs_grad=needs_grad)
+            grads = super().grads(visiting, own_weights, sigmoid=sigmoid, needs_grad=needs_grad)
             if needs_grad[2]:
                 grad_bias[columns] = grads[3]
-            if behind:
-                behind.add(hop, grads[1])
-            kept = [grads[0], grads[2], grads[4]]
-            totals = [a + b for a, b in zip(totals, kept, strict=True)] if totals else kept
-        grad_z = behind.home() if behind else block.scale.new_empty(0)
-        return totals[0], grad_z, totals[1], grad_bias, totals[2]
+            if grad_z:
+                grad_z.add(hop, grads[1])
+            summed = [grads[0], grads[2], grads[4]]
+            totals = [a + b for a, b in zip(totals, summed, strict=True)] if totals else summed
+        own_grad_z = grad_z.wait() if grad_z else block.scale.new_empty(0)
+        return totals[0], own_grad_z, totals[1], grad_bias, totals[2]
 
-    def _parts(self, block: Block) -> Iterator[tuple[slice, Block]]:
-        """The columns of each rank, the own ones first."""
+    def _visiting_blocks(self, block: Block) -> Iterator[tuple[slice, Block]]:
+        """Yield the columns of each rank and a block of them, this rank's own first."""
         assert block.col_ids is not None
         z = block.z
         for hop in range(self.ranks):
             owner = (self.rank - hop) % self.ranks
-            works: list[dist.Work] = []
+            in_flight: list[dist.Work] = []
             following = z
             if hop < self.ranks - 1:
                 size = self.num_columns[(owner - 1) % self.ranks]
                 following = z.new_empty(size, z.shape[1])
-                works = self.pass_on(z, following)
+                in_flight = self.pass_on(z, following)
             columns = self.slices[owner]
             yield (
                 columns,
                 block._replace(z=z, bias=block.bias[columns], col_ids=block.col_ids[columns]),
             )
-            for work in works:
-                work.wait()
+            for transfer in in_flight:
+                transfer.wait()
             z = following
 
     def pass_on(self, own: Tensor, received: Tensor) -> list[dist.Work]:
-        """To the next rank, and from the one before."""
+        """Start sending `own` to the next rank and receiving from the previous one."""
         to, source = ((self.rank + step) % self.ranks for step in (1, -1))
         peers = [dist.get_global_rank(self.group, rank) for rank in (to, source)]
         ops = [
@@ -310,17 +324,17 @@ class Ring(Alone):
         return dist.batch_isend_irecv(ops) if ops else []
 
 
-class _Follower:
-    """The gradients by the columns, on their way behind them."""
+class _RingGradient:
+    """The gradient by z, whose partial sums travel around the ring one hop behind their columns."""
 
     def __init__(self, ring: Ring, width: int, like: Tensor):
         self.ring, self.width, self.like = ring, width, like
-        self.sent: Any = None  # kept until it has arrived
+        self.sent: Any = None  # kept alive until it has arrived
         self.received: Tensor | None = None
-        self.works: list[dist.Work] = []
+        self.in_flight: list[dist.Work] = []
 
     def add(self, hop: int, partial: Tensor) -> None:
-        """This rank's part, for the columns of rank - hop; passes the sum on."""
+        """Add this rank's summand for the columns of rank - hop, and pass the sum on."""
         if self.received is not None:
             self._wait()
             partial = partial + self.received
@@ -330,13 +344,14 @@ class _Follower:
             return
         size = ring.num_columns[(ring.rank - hop - 1) % ring.ranks]
         self.sent, self.received = partial, self.like.new_empty(size, self.width)
-        self.works = ring.pass_on(self.sent, self.received)
+        self.in_flight = ring.pass_on(self.sent, self.received)
 
-    def home(self) -> Tensor:  # [own columns, D]
+    def wait(self) -> Tensor:  # [own columns, D]
+        """Wait for the last transfer and return the gradient by this rank's columns."""
         self._wait()
         assert self.received is not None
         return self.received
 
     def _wait(self) -> None:
-        for work in self.works:
-            work.wait()
+        for transfer in self.in_flight:
+            transfer.wait()

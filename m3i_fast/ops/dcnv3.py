@@ -173,7 +173,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _backward_twice(ctx: Any, *grads: Tensor) -> None:
-    # As torch's once_differentiable refuses it.
+    # torch's once_differentiable refuses it likewise.
     raise RuntimeError(
         "dcnv3: expected to be differentiated once, got a gradient of its gradient; call backward "
         "without create_graph"
@@ -197,7 +197,7 @@ def _pair(name: str, value: Pair) -> list[int]:
 
 
 def _prepared(name: str, tensor: Tensor, autocast_dtype: torch.dtype | None) -> Tensor:
-    """In the dtype of autocast, if any, and contiguous."""
+    """Cast a tensor to the dtype of autocast, if any, and make it contiguous."""
     if autocast_dtype is not None and tensor.dtype != torch.float64:
         tensor = tensor.to(autocast_dtype)
     return contiguous("dcnv3", name, tensor)
@@ -217,45 +217,46 @@ def dcnv3(
     remove_center: bool = False,
     softmax: bool = False,
 ) -> Tensor:  # [N, Ho, Wo, C]
-    """Samples of x around each pixel, at learned places, summed with learned weights.
+    """Sum samples of x around each pixel, at learned places and with learned weights.
 
     out[n, oy, ox, g] = sum over k of mask[n, oy, ox, g, k] * sample(x[n, :, :, g], loc_x, loc_y)
 
         loc_x = ox * stride_w - pad_w + c + (i * dilation_w - c + offset[n, oy, ox, g, k, 0]) * s
         c = dilation_w * (kernel_w - 1) // 2,  s = offset_scale,  and likewise loc_y with j
 
-    The samples are bilinear, x is zero outside the image, pixel centres lie at integers. The kernel
-    has K = kernel_h * kernel_w points, one less with `remove_center`; k counts them column by
-    column, k = i * kernel_h + j for column i and row j. A point that is not inside
-    -1 < loc_x < W, -1 < loc_y < H adds nothing and has zero gradients.
+    Deformable convolution v3, arXiv 2211.05778, equation (2). The samples are bilinear, x is zero
+    outside the image, and pixel centres lie at integers. The kernel has K = kernel_h * kernel_w
+    points, one less with `remove_center`; k counts them column by column, k = i * kernel_h + j for
+    column i and row j. A point outside -1 < loc_x < W, -1 < loc_y < H adds nothing and has zero
+    gradients.
 
-    What is not finite is not hidden: an offset that is NaN or infinite has no place, and 0 times
-    such a mask is no number, also outside. The group's channels of the output pixel are then NaN,
-    as are the gradients by the point's offset and mask and that by the group's first pixel of x.
+    Values that are not finite are not hidden: an offset that is NaN or infinite, or a mask that is
+    not finite, also of a point outside, makes the group's channels of the output pixel NaN, as well
+    as the gradients by the point's offset and mask and by the group's first pixel of x.
 
     Computed in float32 (float64 for float64) and rounded once. On the CPU, results and gradients
-    are the same bits for any number of threads. On CUDA the gradient by x is the same bits at every
-    run after `torch.use_deterministic_algorithms(True)`: it is then summed in integers, to 2^-47 of
-    the largest product for 56 x 56 pixels and 9 points, and a sum that is not finite is NaN. At
-    integer places, where the derivative by the offset jumps, it is the one from the right.
+    have the same bits for any number of threads. On CUDA the gradient by x has the same bits at
+    every run after `torch.use_deterministic_algorithms(True)`: it is then summed in integers, to
+    2^-47 of the largest product for 56 x 56 pixels and 9 points, and a sum that is not finite is
+    NaN. At integer places, where the derivative by the offset jumps, it is the right derivative.
     Differentiable once.
 
     Under autocast the three tensors are cast to its dtype, except float64 ones.
 
     Args:
-        x: float32, float64, float16 or bfloat16; `offset` and `mask` have its dtype and device.
-            All are made contiguous, with a warning in the log, where they are not.
+        x: float32, float64, float16 or bfloat16; `offset` and `mask` have its dtype and device. A
+            tensor that is not contiguous is copied, with a warning in the log.
         mask: weights; with `softmax` logits, normalised over the K points of each group.
         kernel_size, stride, padding, dilation: ints, or pairs (height, width).
-        groups: G, a divisor of C; each has its own offsets and weights.
-        offset_scale: stretches dilation and offsets alike.
-        remove_center: leave the centre of the kernel out; both of its extents are odd.
+        groups: G, a divisor of C; each group has its own offsets and weights.
+        offset_scale: multiplies dilation and offsets alike.
+        remove_center: leave out the centre of the kernel, whose extents have to be odd.
         softmax: normalise `mask` in the same pass.
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
-            what was given. Also when a gradient of its gradient is asked for.
-        ValueError: a pair is neither an int nor two.
+            what was given. Also where a second derivative is needed.
+        ValueError: a pair is neither an int nor two ints.
     """
     device = x.device.type
     autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

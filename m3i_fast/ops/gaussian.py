@@ -106,7 +106,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: None) -> tuple[Tensor | Non
 
 
 def _backward_twice(ctx: Any, *grads: Tensor) -> None:
-    # As torch's once_differentiable refuses it.
+    # torch's once_differentiable refuses it likewise.
     raise RuntimeError(
         "gaussian: expected to be differentiated once, got a gradient of its gradient; call "
         "backward without create_graph"
@@ -128,42 +128,42 @@ def gaussian(
     centred: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """-log N(t; z_hat, sigma^2 I) a dimension, without its constant: the dense terms of M3I.
+    """Compute -log N(t; z_hat, sigma^2 I) a dimension, without its constant, for dense terms.
 
     mean of (t - z_hat)^2 / (2 sigma^2)  +  decorrelation_weight * mean_r(p_r^T C p_r) / D
 
-    (arXiv 2211.09807, section 3, the L2-norm of figure 1.) The targets t are z, or with
-    `normalise` (z - mean) / sqrt(var + eps) of each row, a layer-norm without affine. The second
+    M3I, arXiv 2211.09807, section 3, the L2 norm of figure 1. The targets t are z, or with
+    `normalise` (z - mean) / sqrt(var + eps) of each row, a layer norm without affine. The second
     term is SiameseIM's entropy regulariser: p_r are the R rows of z_hat and C = mean_r t_r t_r^T.
-    With `centred` C is the covariance of the targets, less m m^T of their mean m: what all targets
-    have in common is then predicted at no cost.
+    With `centred` C is the covariance of the targets, less m m^T of their mean m, so that what all
+    targets have in common is predicted at no cost.
 
-    Computed in float32 (float64 for float64); z_hat and z are read once, by the gradient once
-    more, and neither is copied wider. The gradient is in the dtype of z_hat. The regulariser's
-    products of matrices are torch's own, with a [D, D] result in float32: on CUDA as
-    `torch.backends.cuda.matmul` says, on the CPU half types are widened by parts. For these t is
-    rounded to the dtype of z, and C, for the gradient, to that of z_hat.
+    Computed in float32 (float64 for float64); z_hat and z are read once, and once more by the
+    gradient, without a wider copy. The gradient is in the dtype of z_hat. The regulariser's matrix
+    products are torch's own, with a [D, D] result in float32: on CUDA as
+    `torch.backends.cuda.matmul` sets, on the CPU with half types widened block by block. For them t
+    is rounded to the dtype of z, and C, for the gradient, to that of z_hat.
 
-    Without decorrelation the value and the gradient are the same bits at every run, on the CPU
-    for any number of threads. Of no rows at all the value is 0, so that a batch in which nobody
-    is asked breaks nothing (torch's mse_loss is NaN there). What is not finite stays so.
-    Differentiable by z_hat, once. Autocast changes nothing: the tensors go in as they are.
+    Without decorrelation value and gradient have the same bits at every run, on the CPU for any
+    number of threads. Without any row the value is 0, where torch's mse_loss is NaN. Values that
+    are not finite stay so. Differentiable once, by z_hat. Autocast does not cast the tensors.
 
     Args:
-        z_hat: float32, float64, float16 or bfloat16. Made contiguous, as z, with a warning in the
-            log, where it is not.
-        z: any of these types, beside float64 float64 alone; shape and device of z_hat.
+        z_hat: float32, float64, float16 or bfloat16. A tensor that is not contiguous is copied,
+            with a warning in the log.
+        z: any of these dtypes, but float64 if and only if z_hat is; shape and device of z_hat.
         sigma: standard deviation, positive.
-        normalise: layer-norm z.
+        normalise: layer-normalise z.
         eps: added to the variance, positive.
-        decorrelation_weight: of the second term; 0 leaves it out.
-        centred: whether C is the covariance. m is summed in the dtype of z.
-        process_group: C and m are means over the rows of all its ranks, of which each must call
-            this with as many rows; the value is that of the own rows. The product p C is then kept.
+        decorrelation_weight: factor of the second term; 0 leaves it out.
+        centred: let C be the covariance. m is summed in the dtype of z.
+        process_group: C and m are means over the rows of all its ranks, each of which has to pass
+            the same number of rows; the value is that of this rank's rows. The product p C is then
+            saved for the backward pass.
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
-            what was given. Also when a gradient of its gradient is asked for.
+            what was given. Also where a second derivative is needed.
         ValueError: z requires a gradient.
     """
     if z.requires_grad:
@@ -187,7 +187,7 @@ def _of_all_ranks(
     decorrelation_weight: float,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [], [R], [R]
-    """The value with the C of all ranks' targets; their rows' means and 1 / std."""
+    """Return the value with the C of all ranks' targets, and this rank's row means and 1 / std."""
     with torch.no_grad():
         covariance = m3i.gaussian.default(z_hat, z, *options, decorrelation_weight)[3]
     covariance = _mean_over_ranks(covariance, group).to(z_hat.dtype)
@@ -205,7 +205,7 @@ def _of_mean_target(
     norms: tuple[Tensor, Tensor] | None,  # mean [R] and 1 / std [R] of each row of z
     group: dist.ProcessGroup | None,
 ) -> Tensor:  # [] fp32, fp64 for fp64
-    """sum_r (p_r^T m)^2, m the mean target."""
+    """Compute sum_r (p_r^T m)^2 with the mean target m, of all ranks of `group`."""
     rows = z.flatten(0, -2)
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     if norms is None:
@@ -222,7 +222,7 @@ def _of_mean_target(
 
 
 def _mean_over_ranks(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """In float32 at least."""
+    """All-reduce by the mean, in float32 at least."""
     wide = own.clone() if own.dtype in (torch.float32, torch.float64) else own.float()
     dist.all_reduce(wide, group=group)
     return wide / dist.get_world_size(group)

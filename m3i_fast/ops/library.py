@@ -1,4 +1,4 @@
-"""Loads the compiled operators and gives their namespace to the modules beside it."""
+"""The compiled operators' namespace `m3i`, loaded when this module is imported."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Arguments that were copied to be contiguous, (op, name), each named once in the log.
+# Arguments that were copied to be contiguous, as (op, name); each is logged once.
 _copied: set[tuple[str, str]] = set()
 
 _BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 
 
 def _load() -> None:
-    """Register schemas and CPU kernels; CUDA kernels where torch has CUDA and they are built."""
+    """Register schemas and CPU kernels, and the CUDA kernels if built and torch has CUDA."""
     if find_spec("m3i_fast._C") is None:
         raise ImportError(
-            f"m3i_fast._C, the compiled operators, is not built: run `{_BUILD_COMMAND}`"
+            f"m3i_fast._C: expected the compiled operators, got none; build them by: "
+            f"{_BUILD_COMMAND}"
         )
     import_module("m3i_fast._C")
     # A torch without CUDA lacks symbols that _C_cuda needs.
@@ -35,10 +36,14 @@ m3i = torch.ops.m3i
 
 
 def contiguous(op: str, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy of it: the first one of an op's argument is logged."""
+    """Return the tensor, or a contiguous copy; the first copy of an op's argument is logged."""
     if tensor.is_contiguous():
         return tensor
     if (op, name) not in _copied and not torch.compiler.is_compiling():
         _copied.add((op, name))
-        logger.warning("%s: %s is copied at every call, it is not contiguous", op, name)
+        logger.warning(
+            "%s: %s is not contiguous, so that every call copies it; pass a contiguous one",
+            op,
+            name,
+        )
     return tensor.contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3i_fast.ops.library import m3i
 
-# Of ImageNet's pixels, as fractions of 1 (the constants of torchvision and timm).
+# Mean and deviation of ImageNet's pixels, as fractions of 1 (as torchvision and timm).
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -77,22 +77,21 @@ def mask_mix(
     std: Sequence[float] = IMAGENET_STD,  # [3]
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # [P, 3, H, W] dtype
-    """Normalised pictures whose cells come from K views each.
+    """Mix and normalise pictures whose cells come from K views each.
 
     out[p, c, y, x] = (views[v, c, y, x] / 255 - mean[c]) / std[c], where v = members[p, k] and k is
     the choice[p] of the cell of (y, x). With K = 1 picture p is view members[p, 0], normalised;
     views may appear in any number of pictures, and P may be larger than B or 0.
 
-    It is computed as one fused multiply-add a pixel, x * (1 / (255 std)) + (-mean / std), both
-    constants rounded to float32 once, then rounded to `dtype` (to nearest even). Against exact
-    arithmetic it is off by at most one unit in the last place of the largest output, like the
-    two-step expression, but the two may differ in the last bit. CPU and CUDA give the same bits,
-    for any number of threads.
+    Computed as one fused multiply-add a pixel, x * (1 / (255 std)) + (-mean / std), with both
+    constants rounded to float32 once, then rounded to `dtype` (to nearest even). The error is at
+    most one unit in the last place of the largest output, like that of the two-step expression, but
+    the two may differ in the last bit. CPU and CUDA give the same bits, for any number of threads.
 
     Not differentiable: its inputs are bytes and indices, so no gradient is defined.
 
     Args:
-        views: contiguous, on the device of the others.
+        views: contiguous, on the device of `choice` and `members`.
         choice: contiguous, each below K; h divides H and w divides W.
         members: contiguous, 1 <= K <= 255; rows of `views`, not negative.
         mean: of the pixels, as fractions of 1.
@@ -101,8 +100,8 @@ def mask_mix(
 
     Raises:
         RuntimeError: an argument is not as described; the message names it, what was expected and
-            what was given. On CUDA a choice of K or more and a member outside `views` cannot be
-            found without waiting for the device: there the kernel stops by a trap, the next
+            what was given. On CUDA a choice of K or more or a member outside `views` cannot be
+            checked without a host synchronisation: the kernel stops by a trap, the next
             synchronisation reports a launch failure, and the CUDA context is lost, as after any
             device-side assertion.
     """

@@ -1,4 +1,7 @@
-"""The operators in plain torch, step by step: what the kernels are tested and timed against."""
+"""The operators in plain torch, step by step, which the kernels are tested and timed against.
+
+Functions in float64 are the oracles of the tests. Letters of the legends are those of each op.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def mask_mix(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:  # [P, 3, H, W] dtype
-    """`m3i_fast.ops.mask_mix`, step by step; with float64 for both dtypes it is the truth."""
+    """Compute `m3i_fast.ops.mask_mix` step by step; exact with float64 for both dtypes."""
     height, width = views.shape[2:]
     mean_C11 = torch.tensor(mean, dtype=compute_dtype, device=views.device).view(3, 1, 1)
     std_C11 = torch.tensor(std, dtype=compute_dtype, device=views.device).view(3, 1, 1)
@@ -48,7 +51,7 @@ def _places(
     dilation: int,
     offset_scale: float,
 ) -> Tensor:  # [N, Yo, Xo, G, K]
-    """Where x is sampled, along one dimension."""
+    """Compute the coordinates at which x is sampled, along one dimension."""
     half = dilation * (kernel - 1) // 2
     base = half - pad + index * stride
     return base - half * offset_scale + (point_K * dilation + offset) * offset_scale
@@ -59,9 +62,9 @@ def _sample(
     x_NYXGK: Tensor,
     y_NYXGK: Tensor,
 ) -> Tensor:  # [N, Yo, Xo, G, K, D]
-    """Bilinear samples, each in the channels of its group; zeros outside the image.
+    """Sample x bilinearly, each place in the channels of its group; zeros outside the image.
 
-    A place that is NaN stands at (-1, -1): of its corners, the first pixel alone is in the image.
+    A place that is NaN counts as (-1, -1), where the first pixel is the only corner in the image.
     """
     batch, height, width, channels = x.shape
     groups = x_NYXGK.shape[3]
@@ -95,7 +98,7 @@ def dcnv3(
     softmax: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [N, Yo, Xo, C]
-    """`m3i_fast.ops.dcnv3`, step by step; in float64 it is the truth. Differentiable.
+    """Compute `m3i_fast.ops.dcnv3` step by step; exact in float64, differentiable.
 
     Computes in `compute_dtype`, by default that of x, and rounds to that of x.
     """
@@ -149,10 +152,10 @@ def boltzmann(
     reduction: Literal["mean", "sum"] = "mean",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [] wide
-    """`m3i_fast.ops.boltzmann`, from the matrix of all logits; in float64 it is the truth.
+    """Compute `m3i_fast.ops.boltzmann` from the matrix of all logits; exact in float64.
 
-    Logits are computed in `compute_dtype`, by default that of z_hat, as torch would; the rest in
-    fp32, fp64 for fp64.
+    Logits are computed in `compute_dtype`, by default that of z_hat, the rest in fp32 (fp64 for
+    fp64).
     """
     dtype = compute_dtype or z_hat.dtype
     logits_NM = scale.to(dtype) * (z_hat.to(dtype) @ z.to(dtype).T)
@@ -212,7 +215,7 @@ def gaussian(
     decorrelation_weight: float = 0.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:  # [] compute_dtype
-    """`m3i_fast.ops.gaussian`, step by step; in float64 it is the truth. Differentiable.
+    """Compute `m3i_fast.ops.gaussian` step by step; exact in float64, differentiable.
 
     Computes in `compute_dtype`, by default float32, float64 where z_hat is.
     """

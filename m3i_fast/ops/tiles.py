@@ -1,14 +1,14 @@
-"""The tiles that kernels are built with: cuda/<op>/tiles.json, and the header made of it.
+"""The tiles that kernels are built with: cuda/<op>/tiles.json and the header generated from it.
 
     python m3i_fast/ops/tiles.py            writes cuda/<op>/tiles.h
-    python m3i_fast/ops/tiles.py --check    what CMake runs: fails where a header is another's
+    python m3i_fast/ops/tiles.py --check    fails where a header is out of date; CMake runs it
 
 A file has, for each card and class of calls, a policy and why it was chosen: "roofline model" until
-a GPU has measured it; "measured", with `row`, the ledger's row of it (`m3i-fast bench tune`); or
-"by hand", with a `note`. What the kernels cannot be built with is a ValueError that names the file
-and the key; what only the compiler knows is a static_assert in tiling.h.
+a GPU has measured it; "measured", with `row`, its row in the ledger (`m3i-fast bench tune`); or "by
+hand", with a `note`. A policy that kernels cannot be built with raises a ValueError that names the
+file and the key; limits that only the compiler knows are static_asserts in tiling.h.
 
-Standard library only: CMake runs it before anything is installed.
+Standard library only, since CMake runs it before anything is installed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CUDA = Path(__file__).resolve().parents[2] / "cuda"
 Policy = dict[str, int]
 Table = dict[str, dict[str, Policy]]  # by card and class
 
-# Fields with their least and largest values, by card and class of calls.
+# Smallest and largest values of the fields, by card and class of calls.
 _Bounds = dict[str, tuple[int, int]]
 _DCNV3: _Bounds = {
     "warps": (1, 32),
@@ -60,17 +60,17 @@ FIELDS: dict[str, dict[str, dict[str, _Bounds]]] = {
     },
 }
 
-# Output pixels of an image: the classes of dcnv3 meet here, between 14 x 14 and 28 x 28.
+# Output pixels of an image between dcnv3's classes small (14 x 14) and large (28 x 28).
 SMALL_PIXELS = 400
 
 
 def path_of(op: str) -> Path:
-    """The policy file of an op."""
+    """Return the path of an op's policy file."""
     return CUDA / op / "tiles.json"
 
 
 def header_of(op: str) -> Path:
-    """The header that is made of it."""
+    """Return the path of the header that is generated from an op's policy file."""
     return CUDA / op / "tiles.h"
 
 
@@ -78,7 +78,7 @@ def header_of(op: str) -> Path:
 
 
 def read(op: str, path: Path | None = None) -> Table:
-    """The policies of an op's file, checked. ValueError names the file and the key."""
+    """Read and check the policies of an op's file; ValueError names the file and the key."""
     path = path or path_of(op)
     where = "/".join(path.parts[-3:])
     try:
@@ -123,7 +123,7 @@ def _check_entry(where: str, key: str, entry: Any, bounds: _Bounds) -> None:
 
 
 def check(op: str, table: Table, where: str) -> None:
-    """What fields demand of each other, beyond their bounds."""
+    """Raise ValueError where fields of a table do not fit each other; where: the file's name."""
     for card, kinds in table.items():
         for kind, policy in kinds.items():
             if problem := problem_of(policy):
@@ -136,7 +136,7 @@ def check(op: str, table: Table, where: str) -> None:
 
 
 def problem_of(policy: Policy) -> str | None:
-    """Why no kernel can be built with the policy, if none can."""
+    """Return why no kernel can be built with a policy; None: one can."""
     if "chunk" in policy:
         return _problem_of_units(policy)
     if "warps_down" in policy:
@@ -190,7 +190,7 @@ def _problem_of_warpgroups(policy: Policy) -> str | None:
 
 
 def render(op: str, table: Table) -> str:
-    """The header that the sources include, of a table that was checked."""
+    """Return the text of the header that the sources include, of a checked table."""
     body = {"dcnv3": _render_dcnv3, "boltzmann": _render_boltzmann}[op](table)
     return (
         f"// {op}: tiles. Made of tiles.json, which says why, by m3i_fast/ops/tiles.py.\n"
@@ -241,7 +241,7 @@ def _render_boltzmann(table: Table) -> str:
 
 
 def write_entry(path: Path, card: str, kind: str, entry: Mapping[str, object]) -> None:
-    """One entry of a policy file, in place of what was there; an entry a line."""
+    """Replace one entry of a policy file; every entry takes a line."""
     entries = json.loads(path.read_text())
     entries[card][kind] = dict(entry)
     cards = []
@@ -252,25 +252,27 @@ def write_entry(path: Path, card: str, kind: str, entry: Mapping[str, object]) -
 
 
 def write_headers() -> None:
-    """Of all ops, from their files. ValueError as read()."""
+    """Write the headers of all ops; raises as `read`."""
     for op in FIELDS:
         header_of(op).write_text(render(op, read(op)))
 
 
 def check_headers() -> None:
-    """ValueError where a header is not what its file says, or no kernel can be built with that."""
+    """Raise ValueError where a header is out of date, or as `read`."""
     for op in FIELDS:
         header, text = header_of(op), render(op, read(op))
         if not header.is_file() or header.read_text() != text:
             name = "/".join(header.parts[-3:])
-            told = "run `python m3i_fast/ops/tiles.py`"
-            raise ValueError(f"{name}: expected what cuda/{op}/tiles.json says; {told}")
+            raise ValueError(
+                f"{name}: expected what cuda/{op}/tiles.json says, got other tiles; run "
+                "`python m3i_fast/ops/tiles.py`"
+            )
 
 
 def main(arguments: list[str]) -> int:
-    """0: all headers are those of their files (now); 1: one is not, or no kernel can be built."""
+    """Write or check the headers; returns 0, 1 after a ValueError, 2 for other arguments."""
     if arguments not in ([], ["--check"]):
-        sys.stderr.write(f"expected no argument or --check, got {' '.join(arguments)}\n")
+        sys.stderr.write(f"tiles.py: expected no argument or --check, got {' '.join(arguments)}\n")
         return 2
     try:
         check_headers() if arguments == ["--check"] else write_headers()

@@ -1,4 +1,4 @@
-"""Other pictures of the thing that a sample shows: how they are stored, and what must hold of them.
+"""Alternates, other pictures of the thing that a sample shows: how they are stored and checked.
 
 Every sample of a split has some, or none has. A training step cuts its second view out of one.
 """
@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-PICTURES, SIZES = "alt", "aln"  # components of a sample in a shard: one after the other; int32 each
+# Components of a sample in a shard: the encoded pictures joined; the size of each in bytes, int32.
+PICTURES, SIZES = "alt", "aln"
 
 
 def components(pictures: Sequence[bytes]) -> Iterator[tuple[str, bytes]]:
@@ -27,8 +28,8 @@ def count(num_bytes: Mapping[str, int]) -> int:
 def places(stored: bytes, num_bytes: int) -> list[tuple[int, int]]:
     """Find (start, size) of each of the pictures, which take `num_bytes` together.
 
-    stored: the component of their sizes. ValueError where it does not fit, which would have a
-    reader cut out something else than a picture.
+    stored: the component of their sizes. Raises ValueError where it does not add up to `num_bytes`:
+    a reader would cut out something else than a picture.
     """
     sizes = np.frombuffer(stored, "<i4") if len(stored) % 4 == 0 else np.zeros(1, "<i4")
     if len(sizes) == 0 or sizes.min() < 1 or int(sizes.sum(dtype=np.int64)) != num_bytes:
@@ -41,5 +42,5 @@ def places(stored: bytes, num_bytes: int) -> list[tuple[int, int]]:
 
 
 def split(stored: bytes, sizes: bytes) -> list[bytes]:
-    """Take the pictures apart that `components` has put together."""
+    """Split the joined pictures of a sample; raises as `places`."""
     return [stored[start : start + size] for start, size in places(sizes, len(stored))]

@@ -1,6 +1,6 @@
-"""The captions of a picture: how several are stored, what must hold of them, which one is used.
+"""Captions of a picture: how several are stored and checked, and which one a batch uses.
 
-B: samples, C: most captions of a picture, T: the tokenizer's context length, n: token ids.
+Legend: B samples, C most captions of a picture, T the tokenizer's context length, n token ids.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
 
 TOKENS, LENGTHS = "tok", "len"  # components of a sample in a shard
-PADDING = -1  # of lengths in a batch: a stored 0 would be an empty caption
+PADDING = -1  # pads lengths in a batch; 0 would be an empty caption
 
 
 def components(captions: Sequence[NDArray[np.int32]]) -> Iterator[tuple[str, bytes]]:
-    """(extension, content): all ids, one caption after the other, and of several their lengths."""
+    """Yield (extension, content) of a sample's captions: ids joined, and lengths of several."""
     if captions:
         yield TOKENS, np.concatenate(captions).astype("<i4").tobytes()
     if len(captions) > 1:
@@ -33,7 +33,7 @@ def count(num_bytes: Mapping[str, int]) -> int:
 
 
 def fault(captions: Sequence[NDArray[np.int32]], tokenizer: TokenizerInfo) -> str | None:
-    """What is wrong with the captions of one picture, expected and got; None: nothing."""
+    """Return what is wrong with the captions of one picture, expected and got; None: nothing."""
     limit, vocabulary = tokenizer.context_length, tokenizer.vocab_size
     for i, ids in enumerate(captions):
         which = f"caption {i + 1} of {len(captions)}: " if len(captions) > 1 else ""
@@ -50,7 +50,7 @@ def fault(captions: Sequence[NDArray[np.int32]], tokenizer: TokenizerInfo) -> st
 def stored_fault(
     tokens: bytes | None, lengths: bytes | None, tokenizer: TokenizerInfo
 ) -> str | None:
-    """`fault` of the components that a shard holds of a sample; None stands for an absent one."""
+    """Return the `fault` of a sample's stored components; None stands for an absent component."""
     for name, content in ((TOKENS, tokens), (LENGTHS, lengths)):
         if content is not None and len(content) % 4:
             return f"{name}: expected int32 values, got {len(content)} bytes"
@@ -71,7 +71,7 @@ def faulty_rows(
     lengths: Tensor | None,  # [B, C] int32
     tokenizer: TokenizerInfo,
 ) -> Tensor:
-    """[B] bool: the samples of which `choose` would make something that no packer wrote."""
+    """Return which samples hold ids or lengths that no packer wrote: [B] bool."""
     bad = ((token_ids < 0) | (token_ids >= tokenizer.vocab_size)).any(1)
     if lengths is None:
         return bad | (num_tokens > tokenizer.context_length)
@@ -91,10 +91,10 @@ def choose(
     context_length: int,
     key: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """([B, T] int32 token ids, [B] int64 number of them) of one caption a sample.
+    """Choose one caption a sample: ([B, T] int32 token ids, [B] int64 number of them).
 
-    Without a key the first. With one, each with equal probability: a function of key and sample_id
-    alone. Tensors are of the CPU, and rows free of faults.
+    Without a key the first one. With a key each with equal probability, as a function of key and
+    sample_id alone. Tensors have to be on the CPU, and without `faulty_rows`.
     """
     length = torch.where(lengths > 0, lengths, 0).long()  # [B, C]
     length[:, 0] = torch.where(lengths[:, 0] == PADDING, num_tokens, length[:, 0])
@@ -108,7 +108,7 @@ def choose(
 
 
 def epoch_key(seed: int, epoch: int) -> int:
-    """64 bits, so that the draws of neighbouring seeds and epochs share nothing."""
+    """Hash seed and epoch to 64 bits, so that neighbouring ones give independent draws."""
     digest = hashlib.sha256(f"caption|{seed}|{epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
@@ -118,8 +118,11 @@ def draw(
     sample_id: Tensor,  # [B] int64
     count: Tensor,  # [B] int64, at least 1
 ) -> Tensor:
-    """[B] int64, uniform in [0, count): number `sample_id` of the stream that SplitMix64 (Steele,
-    Lea & Flood 2014) makes of the key, modulo count."""
+    """Draw uniformly in [0, count): [B] int64.
+
+    The draw is element `sample_id` of the stream of SplitMix64 (Steele, Lea and Flood, 2014) seeded
+    by the key, modulo count.
+    """
     x = np.uint64(key) + (sample_id.numpy().astype(np.uint64) + np.uint64(1)) * np.uint64(
         0x9E3779B97F4A7C15
     )

@@ -1,4 +1,4 @@
-"""Name the sample that stopped the pipeline. Only reached once something has failed."""
+"""Diagnosis of a failed pipeline: find and name the sample that stopped it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from m3i_fast.pipelines.dataset.samples import check_alternate
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, Member, members
 
 NAMED = re.compile(r"Failed to decode sample #\d+ : (?P<source>.+)")
-# All components but the pictures, and those.
+# All components but the pictures, and the pictures with the sizes of alternates.
 SMALL = (captions.TOKENS, captions.LENGTHS, alternates.SIZES, *INTEGERS)
 LARGE = (*FORMATS, alternates.PICTURES, alternates.SIZES)
 
@@ -22,10 +22,10 @@ LARGE = (*FORMATS, alternates.PICTURES, alternates.SIZES)
 def pipeline_error(
     path: Path, split: SplitInfo, manifest: Manifest, max_pixels: int, error: RuntimeError
 ) -> RuntimeError:
-    """Make an error with the sample's name, or with DALI's text alone where no sample is bad.
+    """Make an error that names the bad sample, or has DALI's text where no sample is bad.
 
     DALI names a sample whose pixels fail to decode, but not one whose header cannot be parsed or
-    whose captions are too long; for those the split is read again until the first bad one.
+    whose captions are too long; for those the split is read again up to the first bad one.
     """
     match = NAMED.search(str(error))
     if match:
@@ -56,27 +56,27 @@ def find_bad_picture(path: Path, split: SplitInfo, max_pixels: int) -> str | Non
     """Find the first picture that Pillow cannot decode: shard:member (what is wrong)."""
     for shard in split.shards:
         for sample in members(path, shard, LARGE):
-            found = picture_fault(sample, max_pixels)
-            if found is not None:
-                return f"{shard.file}:{found}"
+            fault = picture_fault(sample, max_pixels)
+            if fault is not None:
+                return f"{shard.file}:{fault}"
     return None
 
 
 def find_fault(
     path: Path, split: SplitInfo, manifest: Manifest, sample_id: int | None = None
 ) -> str | None:
-    """Find the first bad sample, or that of an id: shard:member (what is wrong)."""
+    """Find the first bad sample, or check that of an id: shard:member (what is wrong)."""
     for shard in split.shards:
         for sample in members(path, shard, SMALL):
             if sample_id is None or sample["sid"].content == np.array(sample_id, "<i8").tobytes():
-                found = sample_fault(sample, manifest)
-                if found is not None:
-                    return f"{shard.file}:{found}"
+                fault = sample_fault(sample, manifest)
+                if fault is not None:
+                    return f"{shard.file}:{fault}"
     return None
 
 
 def picture_fault(sample: dict[str, Member], max_pixels: int) -> str | None:
-    """Decode a sample's pictures; returns member (what is wrong), None: nothing."""
+    """Decode a sample's pictures; returns "member (what is wrong)", or None."""
     for extension in FORMATS.keys() & sample.keys():
         member = sample[extension]
         try:
@@ -91,14 +91,14 @@ def picture_fault(sample: dict[str, Member], max_pixels: int) -> str | None:
 
 
 def sample_fault(sample: dict[str, Member], manifest: Manifest) -> str | None:
-    """Check a sample's captions, label and ids; returns member (what is wrong), None: nothing."""
+    """Check a sample's captions, label and ids; returns "member (what is wrong)", or None."""
     tokens, lengths = sample.get(captions.TOKENS), sample.get(captions.LENGTHS)
-    found = captions.stored_fault(
+    fault = captions.stored_fault(
         tokens and tokens.content, lengths and lengths.content, manifest.tokenizer
     )
     named = tokens or lengths
-    if found is not None and named is not None:
-        return f"{named.name} ({found})"
+    if fault is not None and named is not None:
+        return f"{named.name} ({fault})"
     label, largest = integer(sample, "cls"), len(manifest.class_names) - 1
     if not -1 <= label <= largest:
         return f"{sample['cls'].name} (expected a label from -1 to {largest}, got {label})"
@@ -109,5 +109,5 @@ def sample_fault(sample: dict[str, Member], manifest: Manifest) -> str | None:
 
 
 def integer(sample: dict[str, Member], name: str) -> int:
-    """Read a component of 8 bytes, which an index that was checked says it has."""
+    """Read an int64 component, whose 8 bytes the checked index guarantees."""
     return int(np.frombuffer(sample[name].content, "<i8")[0])

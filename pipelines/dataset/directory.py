@@ -1,4 +1,4 @@
-"""Open a dataset directory: manifest, indices and tars are compared before DALI reads them."""
+"""Opening a dataset directory: manifest, indices and tars are compared before DALI reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m3i_fast.pipelines.dataset.manifest import (
 )
 from m3i_fast.pipelines.dataset.tar_shards import check_tar, read_index
 
-READS_IN_FLIGHT = 8  # shards read at the same time: a network's latency costs more than Python does
+READS_IN_FLIGHT = 8  # shards read at the same time, to hide the latency of network storage
 
 
 def open_split(
@@ -32,10 +32,10 @@ def open_split(
 ) -> tuple[Manifest, SplitInfo]:
     """Read the manifest, and check that a split can be read as it says.
 
-    fingerprint: the model's tokenizer. shard_id, num_shards: this rank and the number of ranks, of
-    which each looks at its share of the shards: all have to open a split before any reads from it.
-    Raises FileNotFoundError or ValueError naming shard and sample, expected and got, and how to
-    restore the files.
+    fingerprint: that of the model's tokenizer. shard_id, num_shards: this rank and the number of
+    ranks, each of which checks its share of the shards, so that all have to open a split before any
+    reads from it. Raises FileNotFoundError or ValueError naming shard and sample, expected and got,
+    and how to restore the files.
     """
     manifest = read_manifest(path)
     split = manifest.split(name)
@@ -60,7 +60,7 @@ def check_split(
     shard_id: int = 0,
     num_shards: int = 1,
 ) -> None:
-    """Compare manifest, indices, tar headers and picture headers; the rest stays unread.
+    """Compare manifest, indices, tar headers and picture headers, without reading other bytes.
 
     Raises ValueError naming shard and sample, expected and got.
     """
@@ -75,17 +75,17 @@ def check_split(
         return max(map(captions.count, num_bytes))
 
     with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
-        found = max(pool.map(check, split.shards[shard_id::num_shards]), default=0)
+        most_captions = max(pool.map(check, split.shards[shard_id::num_shards]), default=0)
     # Batches have room for max_captions; a sample with more is named when it is read.
-    if num_shards == 1 and max(found, 1) < split.max_captions:
+    if num_shards == 1 and max(most_captions, 1) < split.max_captions:
         raise ValueError(
             f"{path}: split {name}: expected max_captions {split.max_captions} (manifest), got "
-            f"{found}"
+            f"{most_captions}"
         )
 
 
 def _check_alternates(file: Path, split: SplitInfo, counts: list[int]) -> None:
-    """Raise ValueError where a sample has more other pictures than its split, or lacks them."""
+    """Raise ValueError where a sample has more alternates than its split allows, or none."""
     least = min(split.max_alternates, 1)
     for count in counts:
         if not least <= count <= split.max_alternates:

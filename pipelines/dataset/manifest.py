@@ -1,4 +1,4 @@
-"""manifest.json of a dataset directory: what the shards hold, read and checked."""
+"""The manifest of a dataset directory, manifest.json: what the shards hold, read and checked."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "m3i-fast-shards"
-# Format versions: a picture has at most one caption in the first, samples have one picture in both.
+# Format versions: the first holds at most one caption a picture, the first two no alternates.
 ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES = 1, 2, 3
-# What `m3i-fast demo` packs, as a person types it.
+# The flags of `m3i-fast data openmoji` for the data of `m3i-fast demo`.
 DEMO_FLAGS = "--num-merges 500 --max-variants 3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
-    """One tar and the index beside it."""
+    """A shard's files, one tar and the index beside it."""
 
     file: str
     num_samples: int
@@ -41,12 +41,13 @@ class ShardInfo:
 
     @property
     def index_file(self) -> str:
+        """Name of the index in the dataset directory."""
         return str(Path(self.file).with_suffix(".idx"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitInfo:
-    """Counts of one split and its shards in order."""
+    """The counts of one split, and its shards in order."""
 
     num_samples: int
     num_captions: int  # samples with at least one caption
@@ -68,7 +69,7 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Everything a reader must know before it opens a shard."""
+    """Everything that a reader has to know before it opens a shard."""
 
     name: str
     class_names: tuple[str, ...]
@@ -88,13 +89,14 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        """The lowest version that holds the data: what one caption a picture fits into stays 1."""
+        """Lowest format version that holds the data, so that older readers read what they can."""
         if any(split.max_alternates > 0 for split in self.splits.values()):
             return ALTERNATES
         several = any(split.max_captions > 1 for split in self.splits.values())
         return SEVERAL_CAPTIONS if several else ONE_CAPTION
 
     def to_json(self) -> str:
+        """Return the text of manifest.json, in the layout of `format_version`."""
         raw = {**asdict(self), "format_version": self.format_version}
         for split in raw["splits"].values():
             if self.format_version < ALTERNATES:
@@ -105,18 +107,18 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """sha256 of the manifest; through the shards' own digests it stands for every byte."""
+        """Digest (sha256) of the manifest and, by the shards' digests in it, of every byte."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def split(self, name: str) -> SplitInfo:
-        """The split, or ValueError naming those there are."""
+        """Return a split by name; ValueError lists the names there are."""
         if name not in self.splits:
             raise ValueError(f"split: expected one of {sorted(self.splits)}, got {name!r}")
         return self.splits[name]
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether `path` is a directory written by this package (of any format version)."""
+    """Return whether `path` is a dataset directory of this package, of any format version."""
     try:
         return bool(json.loads((path / MANIFEST_NAME).read_text())["format"] == FORMAT)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -124,35 +126,36 @@ def is_dataset(path: Path) -> bool:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a dataset can be written at `path` without replacing anything."""
+    """Return whether a dataset can be written at `path` without replacing anything."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest of a dataset directory.
 
-    Raises FileNotFoundError where there is none, with the command that makes one; ValueError names
-    another format or version, and the entry that is missing or wrong.
+    Raises FileNotFoundError with the command that makes one where there is none, and ValueError
+    naming an unknown format version, or the entry that is missing or wrong.
     """
     file = path / MANIFEST_NAME
     if not file.is_file():
         raise FileNotFoundError(
-            f"no dataset at {path} ({MANIFEST_NAME} is missing); {_how_to_make(path)}"
+            f"{path}: expected a dataset directory with {MANIFEST_NAME}, got none; "
+            f"{_how_to_make(path)}"
         )
     try:
         raw = json.loads(file.read_text())
-        found = (raw["format"], raw.pop("format_version"))
+        stored = (raw["format"], raw.pop("format_version"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file} is not a manifest of this package ({error!r}); {_how_to_make(path)}"
         ) from error
     known = [(FORMAT, version) for version in (ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES)]
-    if found not in known:
+    if stored not in known:
         raise ValueError(
-            f"{file}: expected a format of {known}, got {found}; name another directory, or update "
-            "m3i-fast where a newer one wrote it"
+            f"{file}: expected a format of {known}, got {stored}; name another directory, or "
+            "update m3i-fast where a newer one wrote it"
         )
-    _fill_in(raw, found[1])
+    _fill_in(raw, stored[1])
     try:
         return _converter.structure(raw, Manifest)
     except cattrs.BaseValidationError as error:
@@ -161,7 +164,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _fill_in(raw: dict[str, Any], version: int) -> None:
-    """Add what a manifest of an earlier version leaves out."""
+    """Add the entries that a manifest of an earlier version lacks."""
     splits = raw.get("splits")
     for split in splits.values() if isinstance(splits, dict) else ():
         if isinstance(split, dict) and version < SEVERAL_CAPTIONS:
@@ -171,15 +174,15 @@ def _fill_in(raw: dict[str, Any], version: int) -> None:
 
 
 def _exactly(value: Any, kind: type) -> Any:
-    """Take a JSON value of that type alone: cattrs would read "5" and 5.7 as 5."""
+    """Return a JSON value of exactly that type; cattrs would read "5" and 5.7 as 5."""
     if type(value) is not kind:
         raise ValueError(f"expected {kind.__name__}, got {value!r}")
     return value
 
 
 def _reason(error: BaseException, kind: type | None) -> str:
-    """Say what cattrs, or a check of ours, has to say of an entry."""
-    if isinstance(error, AttributeError):  # cattrs took its keys, and there are none
+    """Return the reason why cattrs, or a check in this file, refuses an entry."""
+    if isinstance(error, AttributeError):  # cattrs looked for keys in something else
         return "expected a mapping"
     return str(error) if type(error) is ValueError else cattrs.v.format_exception(error, kind)
 
@@ -190,19 +193,19 @@ for _kind in (int, str):
 
 
 def _how_to_make(path: Path) -> str:
-    """Say how to get a dataset, without writing into a folder of the user's own files."""
+    """Tell how to make a dataset, without writing into a folder with files of the user."""
     own = "pictures of your own are packed by m3i_fast.pipelines.dataset.pack.write_dataset"
     demo = f"the demo's by: m3i-fast data openmoji {{}} {DEMO_FLAGS}"
     if is_free(path):
         return f"name another directory, or make one there: {own}, " + demo.format(quoted(path))
     return (
-        "what is there is no dataset and stays as it is: name another directory, or make a new "
+        "the directory holds other files, which are kept: name another directory, or make a new "
         f"one: {own}, " + demo.format("NEW_DIRECTORY")
     )
 
 
 def how_to_restore(path: Path, manifest: Manifest) -> str:
-    """Say how to restore files of a dataset that are missing or damaged."""
+    """Tell how to restore files of a dataset that are missing or damaged."""
     if manifest.name in ("openmoji", "styles", "synthetic"):
         return (
             f"write the files again with the settings in {MANIFEST_NAME}: "
@@ -212,18 +215,21 @@ def how_to_restore(path: Path, manifest: Manifest) -> str:
 
 
 def quoted(path: Path) -> str:
-    """Write a path as a shell takes it."""
+    """Quote a path for a shell."""
     return shlex.quote(str(path))
 
 
 def check_files(path: Path, manifest: Manifest, split: SplitInfo) -> None:
-    """Check that every shard and index of the split has the recorded size; no byte is read."""
+    """Check that every shard and index of a split has its recorded size, without reading it.
+
+    Raises FileNotFoundError or ValueError naming the file, and how to restore it.
+    """
     for shard in split.shards:
         recorded = ((shard.file, shard.num_bytes), (shard.index_file, shard.index_bytes))
         for file, num_bytes in recorded:
             restore = how_to_restore(path, manifest)
             if not (path / file).is_file():
-                raise FileNotFoundError(f"shard missing: {path / file}; {restore}")
+                raise FileNotFoundError(f"{path / file}: expected a shard, got none; {restore}")
             size = (path / file).stat().st_size
             if size != num_bytes:
                 raise ValueError(
@@ -232,7 +238,7 @@ def check_files(path: Path, manifest: Manifest, split: SplitInfo) -> None:
 
 
 def check_tokenizer(path: Path, manifest: Manifest, fingerprint: str) -> None:
-    """ValueError where the shards hold ids of another tokenizer than the model's."""
+    """Raise ValueError where the shards hold ids of another tokenizer than the model's."""
     got = manifest.tokenizer
     if got.fingerprint != fingerprint:
         raise ValueError(
@@ -244,6 +250,7 @@ def check_tokenizer(path: Path, manifest: Manifest, fingerprint: str) -> None:
 
 
 def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file in hex digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

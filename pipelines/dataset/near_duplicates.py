@@ -1,8 +1,8 @@
-"""Pictures that are nearly the same: which groups they join, and splits that leave them together.
+"""Near-duplicates: clusters of groups whose pictures are nearly equal, and splits between them.
 
 The distance of two pictures is the root mean square, over pixels and channels, of the difference of
-their thumbnails: 12 x 12 RGB in 0..1, scaled down by area. A cluster is what is reached from one
-group by steps between pictures that are nearer than a threshold (single linkage).
+their thumbnails: 12 x 12 RGB in 0..1, averaged over areas. Clusters are those of single linkage:
+groups are joined where two of their pictures are nearer than a threshold.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ import numpy.typing as npt
 
 from m3i_fast.pipelines.dataset.pack import keyed_order
 
-COMPARED_SIZE = (
-    72  # pixels that a picture has before it is scaled down, whatever else it is used at
-)
-SIDE = 12  # of a thumbnail
+COMPARED_SIZE = 72  # side in pixels at which drawings are rendered to be compared
+SIDE = 12  # side of a thumbnail in pixels
 NEARER_THAN = 0.05
-_ROWS_A_CHUNK = 512  # bounds the [chunk, N] distances, not the result
+_ROWS_A_BLOCK = 512  # bounds the memory of the [block, N] distances
 
 Thumbnails = npt.NDArray[np.float64]  # [N, SIDE * SIDE * 3] of `rounded`
 
 
 def thumbnail(picture: npt.NDArray[np.uint8]) -> Thumbnails:  # [H, W, 3] -> [SIDE * SIDE * 3]
-    """Scale a picture down by area. Raises ValueError where SIDE does not divide its sides."""
+    """Average a picture over areas; raises ValueError where SIDE does not divide its sides."""
     height, width, _ = picture.shape
     if height % SIDE or width % SIDE:
         raise ValueError(f"picture: expected sides that {SIDE} divides, got {height} x {width}")
@@ -37,14 +35,14 @@ def thumbnail(picture: npt.NDArray[np.uint8]) -> Thumbnails:  # [H, W, 3] -> [SI
 def rounded(values: Any) -> Thumbnails:  # [...] in 0..1
     """Round to multiples of 2 ** -16.
 
-    Products and sums of such are exact in fp64 in whatever order they are summed, so no matrix
-    library decides what is nearer than a threshold.
+    Products and sums of these are exact in fp64 in any order of summation, so that distances do not
+    depend on the matrix library.
     """
     return np.round(np.asarray(values, dtype=np.float64) * 65536) / 65536
 
 
 def distances(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float64]:  # -> [n, m]
-    """Root mean square of the difference of each of the first and each of the second."""
+    """Compute the root mean square difference of each of the first and each of the second."""
     squares = (first**2).sum(1)[:, None] + (second**2).sum(1) - 2 * first @ second.T
     return np.sqrt(squares / first.shape[1])
 
@@ -57,7 +55,7 @@ def cluster_groups(
 ) -> dict[int, int]:
     """Map each group to the least group of its cluster.
 
-    Groups with pictures nearer than `nearer_than` are joined, and what they are joined with.
+    Two groups with pictures nearer than `nearer_than` are in one cluster, and transitively.
     """
     of_row = np.asarray(group, dtype=np.int64)
     parent = {int(name): int(name) for name in np.unique(of_row)}
@@ -85,9 +83,9 @@ def split_clusters(
     """Deal whole clusters into splits and return the groups of each.
 
     `heldout` is a share of all groups, `tune` of the rest. Clusters come in an order that depends
-    on the seed; each goes to the held-out groups where it still fits in, then to the tuning ones.
-    So a split has as many groups as were asked for, or fewer by less than the smallest cluster that
-    is left. The held-out groups depend on the clusters, the seed and `heldout` alone.
+    on the seed; each goes to the held-out groups if it still fits, then to the tuning ones. A split
+    therefore has the requested number of groups, or fewer by less than the smallest cluster left.
+    The held-out groups depend on the clusters, the seed and `heldout` alone.
     """
     members: dict[int, list[int]] = {}
     for name in sorted(cluster_of):
@@ -102,15 +100,15 @@ def split_clusters(
 def _near(
     thumbnails: Thumbnails, nearer_than: float
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Rows and columns of the pairs that are nearer, chunk by chunk, a pair once or twice."""
-    for start in range(0, len(thumbnails), _ROWS_A_CHUNK):
-        chunk = thumbnails[start : start + _ROWS_A_CHUNK]
-        rows, columns = np.nonzero(distances(chunk, thumbnails[start:]) < nearer_than)
+    """Yield rows and columns of the pairs that are nearer, block by block, some pairs twice."""
+    for start in range(0, len(thumbnails), _ROWS_A_BLOCK):
+        block = thumbnails[start : start + _ROWS_A_BLOCK]
+        rows, columns = np.nonzero(distances(block, thumbnails[start:]) < nearer_than)
         yield rows + start, columns + start
 
 
 def _fill(clusters: list[list[int]], room: int) -> tuple[list[int], list[list[int]]]:
-    """Take the clusters that fit in, in order; the groups taken, and the clusters left."""
+    """Take the clusters that fit, in order; returns the groups taken and the clusters left."""
     taken: list[int] = []
     left: list[list[int]] = []
     for cluster in clusters:

@@ -1,7 +1,7 @@
-"""Write a dataset directory: validated, globally shuffled WebDataset shards with their manifest.
+"""Packing of a dataset directory: validated, globally shuffled WebDataset shards and a manifest.
 
-Nothing is visible under OUT until everything is written; the same samples and settings give the
-same bytes on every run.
+The directory appears at OUT once everything is written; the same samples and settings give the same
+bytes on every run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetInfo:
-    """What the manifest says beside counts and digests."""
+    """The entries of a manifest that the packer does not count itself."""
 
     name: str
     class_names: tuple[str, ...]
@@ -49,7 +49,7 @@ class DatasetInfo:
     licence: str
     attribution: str
     settings: dict[str, Any]
-    extra_files: dict[str, bytes] = field(default_factory=dict)  # name in OUT: content
+    extra_files: dict[str, bytes] = field(default_factory=dict)  # content by name in OUT
 
 
 def _components(sample: Sample) -> Iterator[tuple[str, bytes]]:
@@ -61,7 +61,7 @@ def _components(sample: Sample) -> Iterator[tuple[str, bytes]]:
 
 
 def _write_shard(file: Path, samples: Iterator[Sample]) -> ShardInfo:
-    """One tar and its DALI index (format of wds2idx v1.2)."""
+    """Write one tar and its DALI index (format of wds2idx v1.2)."""
     rows = []
     with (
         file.open("wb") as raw,
@@ -93,12 +93,12 @@ def _write_shard(file: Path, samples: Iterator[Sample]) -> ShardInfo:
 
 
 def keyed_order(num: int, *key: object) -> list[int]:
-    """A permutation of range(num) that depends on the key alone, not on any library's generator."""
-    return sorted(range(num), key=lambda index: keyed_rank(*key, index))
+    """Return a permutation of range(num) that depends on the key alone, not on a library."""
+    return sorted(range(num), key=lambda index: keyed_hash(*key, index))
 
 
-def keyed_rank(*key: object) -> bytes:
-    """Sorted by this, keys are in an order that depends on each of them alone."""
+def keyed_hash(*key: object) -> bytes:
+    """Hash a key to bytes to sort by: the order of two keys depends on these two alone."""
     return hashlib.sha256("|".join(map(str, key)).encode()).digest()
 
 
@@ -146,9 +146,10 @@ def _write_splits(
 
 @contextlib.contextmanager
 def replaced_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that takes its place when the block ends without an error.
+    """Make a directory beside `out` that replaces it when the block ends without an error.
 
-    An older dataset at `out` stays whole until then. ValueError where `out` is something else.
+    An older dataset at `out` stays whole until then. Raises ValueError where `out` holds other
+    files.
     """
     if not (is_free(out) or is_dataset(out)):
         raise ValueError(f"OUT: expected a new or empty directory or a dataset, got {out}")
@@ -187,10 +188,10 @@ def write_dataset(
     samples_per_shard: int,
     max_pixels: int = MAX_PIXELS,
 ) -> Path:
-    """Pack `splits` into `out`; returns `out`. ValueError names the first bad sample.
+    """Pack splits into the dataset directory `out` and return it; ValueError names a bad sample.
 
-    The shards are shuffled globally; a reader's buffer only refines that. On any error `out` keeps
-    what it held. max_pixels: larger pictures are refused by their header, before they are decoded.
+    Samples are shuffled over all shards. After any error `out` is as before. max_pixels: larger
+    pictures are refused by their header, before they are decoded.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")

@@ -1,4 +1,4 @@
-"""Encoded pictures: what their headers say of format and size, and a full decode by Pillow."""
+"""Encoded pictures: format and size from their headers, and a full decode by Pillow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Read = Callable[[int, int], bytes]  # (offset, count) -> the picture's bytes fro
 def stored_size(read: Read) -> tuple[str, int, int]:
     """Read (Pillow's format, height, width) from the header, before orientation is applied.
 
-    Raises ValueError where the bytes are no PNG or JPEG.
+    Raises ValueError where the bytes are neither PNG nor JPEG.
     """
     start = read(0, 24)
     if start.startswith(PNG_START) and len(start) == 24:
@@ -33,24 +33,24 @@ def stored_size(read: Read) -> tuple[str, int, int]:
 
 
 def _frame_size(read: Read) -> tuple[int, int]:
-    """Find the frame header of a JPEG by the lengths of its segments, on the way to its pixels."""
-    found = None
+    """Find (height, width) in the frame header of a JPEG, segment by segment up to the pixels."""
+    size = None
     place = 2
     for _ in range(MOST_STEPS):
         segment = read(place, 9)
         if len(segment) < 9:
             break
         first, marker = segment[:2]
-        if first == 0xFF and marker == START_OF_SCAN and found is not None:
-            return found
+        if first == 0xFF and marker == START_OF_SCAN and size is not None:
+            return size
         # Pillow skips bytes between segments, DALI stops at them.
         if first != 0xFF or marker < 0xC0 or 0xD0 <= marker <= START_OF_SCAN:
             break
         if marker in FRAMES:
-            if found is not None:
+            if size is not None:
                 break
             height, width = struct.unpack(">HH", segment[5:])
-            found = height, width
+            size = height, width
         place += 1 if marker == 0xFF else 2 + int.from_bytes(segment[2:4], "big")
     raise ValueError("expected JPEG segments with one frame header before the pixels, got others")
 
@@ -58,31 +58,31 @@ def _frame_size(read: Read) -> tuple[int, int]:
 def check_header(read: Read, extension: str, max_pixels: int) -> None:
     """Raise ValueError where the header is not that of a decodable picture of this extension.
 
-    Reads a few bytes alone and allocates nothing, so that a small file of a huge picture, which
-    takes a decoder gigabytes and minutes, is refused before it is decoded.
+    Reads a few bytes and allocates nothing, so that a small file of a huge picture, which takes a
+    decoder gigabytes and minutes, is refused before it is decoded.
     """
     try:
-        found, height, width = stored_size(read)
+        stored, height, width = stored_size(read)
     except ValueError as error:
         raise ValueError(f"corrupt or empty image: {error}") from None
-    if found != FORMATS[extension]:
-        raise ValueError(f"expected {extension}, got {found} data")
+    if stored != FORMATS[extension]:
+        raise ValueError(f"expected {extension}, got {stored} data")
     if height * width > max_pixels:
         raise ValueError(
             f"expected at most {max_pixels} pixels, got {height} x {width} = {height * width}; "
-            "max_pixels is the limit, for pictures that are meant to be so large"
+            "raise max_pixels where pictures are meant to be so large"
         )
     if height * width == 0:
         raise ValueError(f"corrupt or empty image: {height} x {width} pixels")
 
 
 def decode(image: bytes, extension: str, max_pixels: int) -> tuple[int, int]:
-    """Decode a picture wholly; returns (height, width) of it upright.
+    """Decode a whole picture; returns its upright (height, width).
 
-    Raises ValueError as `check_header`, and where it is corrupt.
+    Raises ValueError as `check_header`, and where the picture is corrupt.
     """
     check_header(lambda offset, count: image[offset : offset + count], extension, max_pixels)
-    # The format's own reader: Image.open has a limit of pixels beside ours.
+    # The format's own reader, since Image.open has another limit of pixels.
     name = FORMATS[extension].capitalize()
     reader = getattr(require(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
     try:

@@ -1,4 +1,4 @@
-"""Samples before packing, and what must hold of each of them and of all together."""
+"""Samples before packing, and the checks of each of them and of all together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One image with what is known of it."""
+    """An encoded image with its captions, label and ids."""
 
     image: bytes
     extension: Literal["jpg", "png"]
@@ -26,24 +26,24 @@ class Sample:
     group_id: int  # sample_id of the group's first sample
     captions: tuple[NDArray[np.int32], ...]  # [n] token ids of each; empty: no caption
     label: int  # -1: no label
-    alternates: tuple[bytes, ...] = ()  # other pictures of the same thing, as large as `image`
+    alternates: tuple[bytes, ...] = ()  # other pictures of the same thing, of the size of `image`
 
 
 def check_alternate(picture: bytes, extension: str, size: tuple[int, int], max_pixels: int) -> None:
-    """Decode another picture of a sample: ValueError unless it has the first one's format and size.
+    """Decode an alternate; raises ValueError where its format or size is not that of the image.
 
-    A box tells where a view lies in either of them.
+    They have to agree, since one box tells where views lie in either of them.
     """
-    found = decode(picture, extension, max_pixels)
-    if found != size:
+    height, width = decode(picture, extension, max_pixels)
+    if (height, width) != size:
         raise ValueError(
             f"another picture of it: expected {size[0]} x {size[1]} pixels, as the first has, got "
-            f"{found[0]} x {found[1]}"
+            f"{height} x {width}"
         )
 
 
 class SampleSource(Protocol):
-    """Samples made on demand; a list of them will do."""
+    """A sequence of samples that may be made on demand, such as a list."""
 
     def __len__(self) -> int: ...
 
@@ -51,7 +51,7 @@ class SampleSource(Protocol):
 
 
 class Counts:
-    """What a manifest says of the samples of a split."""
+    """A count of the samples of a split, for its manifest."""
 
     def __init__(self) -> None:
         self.captions: list[int] = []
@@ -60,12 +60,14 @@ class Counts:
         self.groups: set[int] = set()
 
     def add(self, *, num_captions: int, num_alternates: int, label: int, group_id: int) -> None:
+        """Count a sample; label: -1 for none."""
         self.captions.append(num_captions)
         self.alternates.append(num_alternates)
         self.num_labels += label >= 0
         self.groups.add(group_id)
 
     def split(self, shards: Sequence[ShardInfo]) -> SplitInfo:
+        """Return the entry of the manifest; ValueError where some samples alone have alternates."""
         if min(self.alternates) == 0 < max(self.alternates):
             raise ValueError(
                 "expected other pictures of every sample or of none, got none of "
@@ -84,32 +86,38 @@ class Counts:
 
 
 class Identities:
-    """Check that no two samples share an id, and no two splits a group."""
+    """The ids of all splits, which two samples must not share, nor two splits a group."""
 
     def __init__(self) -> None:
         self.split_of: dict[int, str] = {}
         self.split_of_group: dict[int, str] = {}
 
     def add(self, sample_id: int, group_id: int, split: str) -> None:
+        """Record a sample; raises ValueError for an id below 0, used twice or of another split."""
         if min(sample_id, group_id) < 0:
             raise ValueError(f"expected ids of at least 0, got {sample_id} of group {group_id}")
         if sample_id in self.split_of:
-            raise ValueError(f"sample_id {sample_id} is used twice")
+            raise ValueError(
+                f"sample_id: expected another one for each sample, got {sample_id} twice"
+            )
         self.split_of[sample_id] = split
         if self.split_of_group.setdefault(group_id, split) != split:
             raise ValueError(
-                f"group {group_id} is in split {split} and in {self.split_of_group[group_id]}"
+                f"group_id: expected each in one split, got {group_id} in {split} and in "
+                f"{self.split_of_group[group_id]}"
             )
 
     def check_groups(self, split: str) -> None:
-        """Raise ValueError where a group of the split has not the id of one of its samples."""
+        """Raise ValueError where a group of the split does not have the id of a sample of it."""
         for group, its_split in self.split_of_group.items():
             if its_split == split and self.split_of.get(group) != split:
-                raise ValueError(f"group {group} of split {split} holds no sample of that id")
+                raise ValueError(
+                    f"group_id: expected the sample_id of a sample of split {split}, got {group}"
+                )
 
 
 class Tally:
-    """Counts a split while its samples pass, and holds what must be true of all of them."""
+    """The checks and counts of a dataset's samples while they are packed."""
 
     def __init__(self, tokenizer: TokenizerInfo, num_classes: int, max_pixels: int) -> None:
         self.tokenizer = tokenizer
@@ -121,16 +129,16 @@ class Tally:
         self.counts: dict[str, Counts] = {}
 
     def check(self, sample: Sample, split: str) -> Sample:
-        """The sample, decoded and counted; ValueError naming it where something is wrong."""
+        """Decode, check, count and return a sample; ValueError names it and what is wrong."""
         try:
             self.identities.add(sample.sample_id, sample.group_id, split)
             if not -1 <= sample.label < self.num_classes:
                 raise ValueError(
                     f"expected a label from -1 to {self.num_classes - 1}, got {sample.label}"
                 )
-            wrong = captions.fault(sample.captions, self.tokenizer)
-            if wrong is not None:
-                raise ValueError(wrong)
+            fault = captions.fault(sample.captions, self.tokenizer)
+            if fault is not None:
+                raise ValueError(fault)
             size = decode(sample.image, sample.extension, self.max_pixels)
             self.sizes.add(size)
             for picture in sample.alternates:
@@ -148,5 +156,6 @@ class Tally:
         return sample
 
     def split(self, name: str, shards: list[ShardInfo]) -> SplitInfo:
+        """Return the manifest's entry of a finished split; raises as `check_groups`."""
         self.identities.check_groups(name)
         return self.counts[name].split(shards)

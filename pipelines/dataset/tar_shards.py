@@ -1,4 +1,4 @@
-"""Shards without DALI: their index, the tar headers that it points to, and their contents."""
+"""Reading of shards without DALI: their index, the tar headers it points to, and their contents."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from m3i_fast.pipelines.dataset.pictures import FORMATS, Read, check_header
 
 TAR_BLOCK = 512
 INTEGERS = ("cls", "sid", "gid")  # label, sample id and group id: an int64 each
-FIRST_BYTES = 1024  # of a picture, where its header mostly ends
+FIRST_BYTES = 1024  # of a picture, which mostly hold its header
 INDEX_VERSION = "v1.2"  # of DALI's wds2idx
 
 
 class Component(NamedTuple):
-    """One file of a sample, as the index has it."""
+    """The index's entry of one file of a sample."""
 
     extension: str
     offset: int  # of its content in the tar
@@ -29,7 +29,7 @@ class Component(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One component of one sample, read."""
+    """The content of one file of a sample."""
 
     name: str
     content: bytes
@@ -42,8 +42,8 @@ def read_index(path: Path, shard: ShardInfo) -> list[IndexRow]:
     """Read the index of a shard: the components of every sample, in order.
 
     Raises ValueError naming the first sample that lacks a component, has one twice or of a wrong
-    size, or lies outside of the tar. DALI trusts an index: one that lies ends its process by a
-    segmentation fault.
+    size, or lies outside of the tar. DALI does not check an index: a wrong one ends its process by
+    a segmentation fault.
     """
     file = path / shard.index_file
     text = file.read_bytes().decode("utf-8", "replace")
@@ -71,8 +71,8 @@ def read_index(path: Path, shard: ShardInfo) -> list[IndexRow]:
 def split_digest(path: Path, name: str) -> str:
     """Hash a data set's name and the sample ids of a split to eight hex digits.
 
-    Figures measured on different pictures differ in it, however they were annotated and whatever
-    was packed beside them. Ids are read from the indices. Raises what `read_index` raises.
+    It tells whether two figures were measured on the same pictures, whatever their annotations and
+    the other splits. Ids are read from the indices. Raises as `read_index`.
     """
     manifest = read_manifest(path)
     rows = (row for shard in manifest.split(name).shards for row in read_index(path, shard))
@@ -81,18 +81,18 @@ def split_digest(path: Path, name: str) -> str:
 
 
 def _parse(row: str) -> IndexRow | None:
-    parts = row.split()
-    numbers = "".join(parts[1::4] + parts[2::4])
-    if not parts or len(parts) % 4 or not (numbers.isascii() and numbers.isdecimal()):
+    columns = row.split()  # extension, offset, size and name of each component
+    numbers = "".join(columns[1::4] + columns[2::4])
+    if not columns or len(columns) % 4 or not (numbers.isascii() and numbers.isdecimal()):
         return None
-    offsets, sizes = (map(int, parts[i::4]) for i in (1, 2))
-    return tuple(map(Component, parts[::4], offsets, sizes, parts[3::4]))
+    offsets, sizes = (map(int, columns[i::4]) for i in (1, 2))
+    return tuple(map(Component, columns[::4], offsets, sizes, columns[3::4]))
 
 
 def _row_fault(row: IndexRow, tar_bytes: int) -> str | None:
-    """Say what is wrong with the row of a sample, expected and got; None: nothing."""
+    """Return what is wrong with the row of a sample, expected and got; None: nothing."""
     name = row[0].name.removesuffix(f".{row[0].extension}")
-    fault = _extensions_fault(tuple(part.extension for part in row))
+    fault = _extensions_fault(tuple(component.extension for component in row))
     if fault is not None:
         return f"sample {name}: {fault}"
     for extension, offset, size, file in row:
@@ -126,65 +126,68 @@ def _extensions_fault(extensions: tuple[str, ...]) -> str | None:
 def check_tar(path: Path, shard: ShardInfo, index: list[IndexRow], max_pixels: int) -> None:
     """Compare the index of a shard with the tar, and read the headers of its pictures.
 
-    Reads a block before each component and the first bytes of each picture. Raises ValueError
-    naming the first component that differs from the index, or is no picture where it should be.
+    Reads the tar header of each component and the first bytes of each picture. Raises ValueError
+    naming the first component that differs from the index, or is not the picture it should be.
     """
     file = path / shard.file
     tar = os.open(file, os.O_RDONLY)
     try:
         for row in index:
-            for part in row:
+            for component in row:
                 try:
-                    _check_tar_header(tar, part)
-                    _check_pictures(tar, part, row, max_pixels)
+                    _check_tar_header(tar, component)
+                    _check_pictures(tar, component, row, max_pixels)
                 except ValueError as error:
-                    raise ValueError(f"{file}: {part.name}: {error}") from error
+                    raise ValueError(f"{file}: {component.name}: {error}") from error
     finally:
         os.close(tar)
 
 
-def _check_pictures(tar: int, part: Component, row: IndexRow, max_pixels: int) -> None:
-    """Check the headers of the pictures that a component of a sample holds, if it does."""
-    if part.extension in FORMATS:
-        check_header(_reader(tar, part), part.extension, max_pixels)
-    elif part.extension == alternates.PICTURES:
+def _check_pictures(tar: int, component: Component, row: IndexRow, max_pixels: int) -> None:
+    """Check the headers of the pictures in a component of a sample, if it holds any."""
+    if component.extension in FORMATS:
+        check_header(_reader(tar, component), component.extension, max_pixels)
+    elif component.extension == alternates.PICTURES:
         extension = next(other.extension for other in row if other.extension in FORMATS)
         stored = next(other for other in row if other.extension == alternates.SIZES)
         sizes = os.pread(tar, stored.size, stored.offset)
-        for start, size in alternates.places(sizes, part.size):
-            one = part._replace(offset=part.offset + start, size=size)
+        for start, size in alternates.places(sizes, component.size):
+            one = component._replace(offset=component.offset + start, size=size)
             check_header(_reader(tar, one), extension, max_pixels)
 
 
-def _check_tar_header(tar: int, part: Component) -> None:
-    """Raise ValueError where the tar holds something else than the index says of a component."""
-    header = os.pread(tar, TAR_BLOCK, part.offset - TAR_BLOCK)
+def _check_tar_header(tar: int, component: Component) -> None:
+    """Raise ValueError where the tar's header of a component differs from the index."""
+    header = os.pread(tar, TAR_BLOCK, component.offset - TAR_BLOCK)
     name, kind = header[:100].rstrip(b"\0"), header[156:157]
     try:
         size = int(header[124:136].strip(b"\0 "), 8)
     except ValueError:
         raise ValueError(
-            f"expected a file's header at {part.offset - TAR_BLOCK} of the tar, got none"
+            f"expected a file's header at {component.offset - TAR_BLOCK} of the tar, got none"
         ) from None
-    expected = part.name.encode()
-    # Names that a plain header cannot hold stand in another one, before it.
+    expected = component.name.encode()
+    # A name that a plain header cannot hold is in an extended header before it.
     is_named = name == expected or len(expected) > 100 or not expected.isascii()
-    if not is_named or size != part.size or kind not in (b"0", b"\0"):
+    if not is_named or size != component.size or kind not in (b"0", b"\0"):
         raise ValueError(
-            f"expected a file of {part.size} bytes at {part.offset} of the tar, got "
+            f"expected a file of {component.size} bytes at {component.offset} of the tar, got "
             f"{name.decode('utf-8', 'replace')!r} of {size} bytes and type {kind!r}"
         )
 
 
-def _reader(tar: int, part: Component) -> Read:
-    """Read from a component; its first bytes at once, as a header takes many small reads."""
-    first = os.pread(tar, min(part.size, FIRST_BYTES), part.offset)
+def _reader(tar: int, component: Component) -> Read:
+    """Return a function that reads from a component.
+
+    Its first bytes are read at once, since parsing a header takes many small reads.
+    """
+    first = os.pread(tar, min(component.size, FIRST_BYTES), component.offset)
 
     def read(offset: int, count: int) -> bytes:
-        count = max(min(count, part.size - offset), 0)
+        count = max(min(count, component.size - offset), 0)
         if offset + count <= len(first):
             return first[offset : offset + count]
-        return os.pread(tar, count, part.offset + offset)
+        return os.pread(tar, count, component.offset + offset)
 
     return read
 
@@ -192,13 +195,16 @@ def _reader(tar: int, part: Component) -> Read:
 def members(
     path: Path, shard: ShardInfo, extensions: Collection[str]
 ) -> Iterator[dict[str, Member]]:
-    """Read {extension: member} of every sample of a shard in order; the others stay unread."""
+    """Yield {extension: member} of every sample of a shard in order; other extensions are skipped.
+
+    Raises as `read_index`.
+    """
     index = read_index(path, shard)
     with (path / shard.file).open("rb") as file:
         for row in index:
-            found = {}
-            for part in row:
-                if part.extension in extensions:
-                    file.seek(part.offset)
-                    found[part.extension] = Member(part.name, file.read(part.size))
-            yield found
+            sample = {}
+            for component in row:
+                if component.extension in extensions:
+                    file.seek(component.offset)
+                    sample[component.extension] = Member(component.name, file.read(component.size))
+            yield sample

@@ -1,4 +1,4 @@
-"""Captions to token ids: CLIP's byte-pair encoding, whole or with its first merges only."""
+"""The tokenizer: CLIP's byte-pair encoding, with all or only the first of its merges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLIP_NUM_MERGES = 49152 - 256 - 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerInfo:
-    """What a manifest records of the tokenizer, enough to build it again and to refuse another."""
+    """A manifest's record of the tokenizer, enough to build it again and to refuse another."""
 
     num_merges: int | None
     context_length: int
@@ -28,14 +28,16 @@ class TokenizerInfo:
     fingerprint: str
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict for JSON."""
         return asdict(self)
 
 
 class Tokenizer:
     """open_clip's SimpleTokenizer with its first `num_merges` merges (None: all; 49,408 ids).
 
-    Fewer merges make a smaller vocabulary in which an unseen word splits into pieces that were
-    seen. Ids are those of SimpleTokenizer on the truncated merges file.
+    Fewer merges give a smaller vocabulary, in which a new word is split into pieces known from
+    training. Ids are those of SimpleTokenizer on the truncated merges file. context_length: number
+    of ids a caption is truncated to, at least 3. Raises ValueError for a number out of range.
     """
 
     def __init__(self, num_merges: int | None = None, context_length: int = 77) -> None:
@@ -59,7 +61,7 @@ class Tokenizer:
 
     @classmethod
     def from_info(cls, info: TokenizerInfo) -> Tokenizer:
-        """The tokenizer a manifest describes; ValueError where this machine's merges differ."""
+        """Build the tokenizer of a manifest; ValueError where this machine's merges differ."""
         tokenizer = cls(info.num_merges, info.context_length)
         if tokenizer.fingerprint != info.fingerprint:
             raise ValueError(
@@ -69,11 +71,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of different token ids."""
         return int(self._bpe.vocab_size)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the merges and every setting that changes ids."""
+        """Digest (sha256) of the merges and of every setting that ids depend on."""
         settings = {
             "algorithm": "open_clip.SimpleTokenizer",
             "clean": "lower",
@@ -84,6 +87,7 @@ class Tokenizer:
 
     @property
     def info(self) -> TokenizerInfo:
+        """Record for a manifest."""
         return TokenizerInfo(
             num_merges=self.num_merges,
             context_length=self.context_length,
@@ -92,12 +96,12 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """[n] ids: start, the caption's tokens, end; n <= context_length, the end always kept."""
+        """Encode a caption as [n] ids: start, tokens and end, truncated to n <= context_length."""
         body = self._bpe.encode(text)[: self.context_length - 2]
         return np.array([self._bpe.sot_token_id, *body, self._bpe.eot_token_id], dtype=np.int32)
 
     def decode(self, token_ids: NDArray[np.int32]) -> str:
-        """The caption (lower case) of one row of ids, without start, end and padding."""
+        """Decode one row of ids to its caption in lower case, without start, end and padding."""
         special = (self._bpe.sot_token_id, self._bpe.eot_token_id)
         ids = [int(i) for i in token_ids]
         if special[1] in ids:

@@ -1,4 +1,4 @@
-"""Read a whole dataset directory and compare it with what its manifest says."""
+"""Verification of a dataset directory: every byte is read and compared with the manifest."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, members
 
 
 def verify(path: Path, *, decode: bool = False, max_pixels: int = MAX_PIXELS) -> Manifest:
-    """Read every byte of a dataset; returns its manifest.
+    """Verify a dataset by reading every byte, and return its manifest.
 
-    Makes the checks of opening it (`dataset.check_split`), then those of captions, labels, ids,
-    digests and counts. decode: also decode every picture. Without that only its header is read:
-    the packer has decoded it, and the digest stands for its bytes. Raises ValueError at the first
+    Makes the checks of opening it (`directory.check_split`), then those of captions, labels, ids,
+    digests and counts. decode: decode every picture; otherwise its header alone is parsed, since
+    the packer has decoded it and the digest covers its bytes. Raises ValueError at the first
     difference, naming the sample, the file or the count.
     """
     manifest = read_manifest(path)
@@ -51,7 +51,7 @@ def _read_samples(
     identities: Identities,
     max_pixels: int | None,
 ) -> None:
-    """Check the contents of a split; also its pictures, where `max_pixels` is given."""
+    """Check the contents of a split, and decode its pictures where `max_pixels` is given."""
     split = manifest.splits[name]
     counts = Counts()
     wanted = SMALL if max_pixels is None else (*SMALL, *LARGE)
@@ -76,10 +76,10 @@ def _read_samples(
             )
         _check_digest(path / shard.file, shard.sha256)
     identities.check_groups(name)
-    found = counts.split(split.shards)
+    counted = counts.split(split.shards)
     for key in (f.name for f in fields(split)):
-        if getattr(found, key) != getattr(split, key):
+        if getattr(counted, key) != getattr(split, key):
             raise ValueError(
                 f"{path}: split {name}: expected {key} {getattr(split, key)} (manifest), "
-                f"got {getattr(found, key)}"
+                f"got {getattr(counted, key)}"
             )

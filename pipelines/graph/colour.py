@@ -1,4 +1,4 @@
-"""Photometric changes of one view, without branches: coins are multiplied into the parameters.
+"""Photometric changes of one view, without branches: random coins multiply the parameters.
 
 Views are [H, W, 3] uint8 ("HWC") on either device; parameters are drawn on the CPU. No op gets a
 seed of its own, since two ops with one seed would draw the same numbers.
@@ -14,20 +14,20 @@ GRAY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision
 
 
 def coin(probability: float) -> DataNode:
-    """1.0 with `probability`, else 0.0."""
+    """Draw 1.0 with `probability`, else 0.0."""
     return fn.cast(fn.random.coin_flip(probability=probability), dtype=types.FLOAT)
 
 
 def around(centre: float, strength: float, apply: DataNode) -> DataNode:
-    """Uniform in centre -+ strength where `apply` is 1, the centre where it is 0."""
+    """Draw uniformly in centre -+ strength where `apply` is 1; the centre where it is 0."""
     return centre + apply * strength * fn.random.uniform(range=(-1.0, 1.0))
 
 
 def jitter(view: DataNode, cfg: ViewConfig) -> DataNode:
-    """Hue, saturation, grayscale, then brightness and contrast.
+    """Change hue, saturation and grayscale, then brightness and contrast.
 
-    torchvision's ColorJitter and RandomGrayscale with the order fixed: all but hue commute up to
-    rounding and clipping.
+    These are torchvision's ColorJitter and RandomGrayscale in a fixed order: all but hue commute up
+    to rounding and clipping.
     """
     apply = coin(cfg.jitter_probability)
     if cfg.hue or cfg.saturation or cfg.gray_probability:
@@ -43,14 +43,14 @@ def jitter(view: DataNode, cfg: ViewConfig) -> DataNode:
 
 
 def hue_saturation(view: DataNode, hue: DataNode, saturation: DataNode) -> DataNode:
-    """Hue turned by `hue` turns in YIQ (torchvision: in HSV), saturation scaled about gray."""
+    """Rotate the hue by `hue` turns in YIQ (torchvision: in HSV), scale saturation about gray."""
     return fn.color_twist(view, hue=hue * DEGREES_A_TURN, saturation=saturation)
 
 
 def brightness_contrast(view: DataNode, brightness: DataNode, contrast: DataNode) -> DataNode:
-    """brightness * (contrast * x + (1 - contrast) * m), m being the view's own mean gray.
+    """Compute brightness * (contrast * x + (1 - contrast) * m) with the view's mean gray m.
 
-    DALI's contrast alone would be about 128.
+    DALI's own contrast is about a constant.
     """
     channels = fn.reductions.mean(view, axes=[0, 1]).cpu()
     gray = fn.reductions.sum(channels * types.Constant(GRAY_WEIGHTS, dtype=types.FLOAT))
@@ -65,7 +65,7 @@ def brightness_contrast(view: DataNode, brightness: DataNode, contrast: DataNode
 
 
 def blur(view: DataNode, cfg: ViewConfig) -> DataNode:
-    """Gaussian of a random sigma; not applied: a window of one pixel, which changes nothing."""
+    """Blur by a Gaussian of random sigma; where not applied, by a window of one pixel."""
     low, high = cfg.blur_sigma
     sigma = low + (high - low) * fn.random.uniform(range=(0.0, 1.0))
     radius = dali_math.ceil(3.0 * sigma) * coin(cfg.blur_probability)
@@ -74,7 +74,7 @@ def blur(view: DataNode, cfg: ViewConfig) -> DataNode:
 
 
 def solarize(view: DataNode, cfg: ViewConfig) -> DataNode:
-    """Invert values of 128 and more; the threshold is out of reach where not applied."""
+    """Invert values of 128 and more; where not applied, of 256 and more."""
     threshold = fn.cast(256.0 - 128.0 * coin(cfg.solarize_probability), dtype=types.INT16)
     bright = view >= threshold
     inverted = types.Constant(255, dtype=types.UINT8) - view
@@ -82,7 +82,7 @@ def solarize(view: DataNode, cfg: ViewConfig) -> DataNode:
 
 
 def photometric(view: DataNode, cfg: ViewConfig) -> DataNode:
-    """Every change that `cfg` gives a probability; the ops that cannot act are left out."""
+    """Apply every change of a probability above 0; the others add no op to the graph."""
     if cfg.jitters or cfg.gray_probability:
         view = jitter(view, cfg)
     if cfg.blur_probability:

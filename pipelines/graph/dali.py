@@ -1,4 +1,4 @@
-"""The one place where DALI is imported, and the digest of a graph."""
+"""The only import of DALI, and the digest of a graph."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def graph_digest(make_pipeline: Callable[[], Pipeline]) -> str:
-    """sha256 of the serialised graph: its operators, their arguments and how they are joined.
+    """Hash the serialised graph (sha256): its operators, their arguments and connections.
 
     The origin of every operator (file and line, kept for error messages) is left out, so that a
     moved checkout or a new comment does not change the digest.

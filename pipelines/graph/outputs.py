@@ -1,4 +1,4 @@
-"""From the outputs of a graph to a `Batch`: one iteration, checked, with one caption a picture."""
+"""The conversion of a graph's outputs to a `Batch`, checked and with one caption a picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """What is read, and where its batches go (None: they stay on the CPU)."""
+    """The split that is read, and the GPU of its batches (device_id None: the CPU)."""
 
     path: Path
     split: SplitInfo
@@ -30,10 +30,10 @@ class Origin:
 
 
 def run(pipeline: Pipeline, origin: Origin) -> tuple[Tensor, ...]:
-    """One iteration as tensors that own DALI's buffers: no copy, and never written again.
+    """Run one iteration; returns tensors that own DALI's buffers, without a copy.
 
-    Images, boxes and image sizes are on the origin's device, the rest on the CPU. RuntimeError
-    names the sample that cannot be decoded.
+    Images, boxes and image sizes are on the origin's device, the rest on the CPU. Raises
+    RuntimeError naming the sample that cannot be decoded.
     """
     device_id = origin.device_id
     try:
@@ -51,11 +51,11 @@ def run(pipeline: Pipeline, origin: Origin) -> tuple[Tensor, ...]:
 def to_batch(
     tensors: tuple[Tensor, ...], num_global: int, origin: Origin, key: int | None
 ) -> Batch:
-    """`Batch` from the outputs of a graph, in the graph's order.
+    """Make a `Batch` of the outputs of a graph, which are in the graph's order.
 
-    Of several captions the first, or with a key one drawn by key and sample. RuntimeError names a
-    sample whose captions are not what their lengths say, or whose token ids, label, sample id or
-    group id are out of range.
+    Of several captions the first is used, or with a key one drawn by key and sample. Raises
+    RuntimeError naming a sample whose captions do not fit their lengths, or whose token ids, label,
+    sample id or group id are out of range.
     """
     *head, token_ids, num_tokens, label, sample_id, group_id = tensors
     lengths = head.pop() if origin.split.max_captions > 1 else None
@@ -90,7 +90,7 @@ def to_batch(
 
 
 def _on_device(tensor: Tensor, device_id: int | None) -> Tensor:
-    """Through pinned memory: a copy from pageable memory would wait for the GPU."""
+    """Copy to a GPU through pinned memory: from pageable memory it would synchronise."""
     if device_id is None:
         return tensor
     return tensor.pin_memory().to(torch.device("cuda", device_id), non_blocking=True)

@@ -1,4 +1,4 @@
-"""The DALI graphs: shards to decoded images to the tensors of a `Batch`.
+"""The DALI graphs, which turn shards into decoded images and these into a `Batch`'s tensors.
 
 One graph for training and one for evaluation, on a GPU ("mixed" decoding) or wholly on the CPU.
 The order of samples and the state of a checkpoint are API: changing either is a breaking change.
@@ -22,15 +22,15 @@ READER_NAME = "reader"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shuffle:
-    """Whole tars are reordered every epoch, alike on all ranks; samples pass through a buffer."""
+    """Shuffling: tars are reordered every epoch, equally on all ranks, and samples in a buffer."""
 
-    seed: int  # the same on every rank, or ranks would read overlapping parts
-    initial_fill: int
+    seed: int  # the same on every rank, so that ranks read different samples
+    initial_fill: int  # samples in the buffer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Shards of one split as one rank reads them."""
+    """The shards of one split, as one rank reads them."""
 
     paths: tuple[str, ...]
     index_paths: tuple[str, ...]
@@ -41,40 +41,41 @@ class Source:
     max_alternates: int  # most other pictures of one sample; 0: none is read
     on_gpu: bool
     shuffle: Shuffle | None
-    hw_decoder_load: float | None = None  # None: DALI's own; of decoding on a GPU
+    hw_decoder_load: float | None = None  # share of JPEGs for a GPU's decoder; None: DALI's default
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample after decoding."""
+    """The nodes of one decoded sample."""
 
     image: DataNode  # [H, W, 3] uint8 upright, on the GPU where there is one
     size_hw: DataNode  # [2] int64 upright height and width
     image_size: DataNode  # [2] float32, the same
     # On the CPU, where captions are checked and chosen: their lengths where a picture can have
     # several, token_ids, num_tokens, label, sample_id, group_id.
-    rest: tuple[DataNode, ...]
-    # Another picture of the same thing, and its size_hw, where such are read.
+    annotations: tuple[DataNode, ...]
+    # An alternate picture and its size_hw, where alternates are read.
     other: tuple[DataNode, DataNode] | None = None
 
 
 def read(source: Source) -> Record:
-    """Read, decode once, and pad the captions; a missing one is all padding and 0 tokens.
+    """Read a sample, decode it once, and pad its captions; a missing one has 0 tokens.
 
-    Where a picture can have several captions their lengths come too, padded with -1. Where none has
-    more than one they are not asked for, so that checkpoints of before captions had lengths go on.
+    Where a picture can have several captions their lengths, padded with -1, are read as well. Where
+    none has more than one the graph does not read them, so that checkpoints from before captions
+    had lengths still resume.
     """
-    several, more = source.max_captions > 1, source.max_alternates > 0
+    several, has_alternates = source.max_captions > 1, source.max_alternates > 0
     encoded, tokens, *others = fn.readers.webdataset(
         name=READER_NAME,
         paths=list(source.paths),
         index_paths=list(source.index_paths),
         ext=["jpg;png", TOKENS, "cls", "sid", "gid"]
         + [LENGTHS] * several
-        + [alternates.PICTURES, alternates.SIZES] * more,
+        + [alternates.PICTURES, alternates.SIZES] * has_alternates,
         dtypes=[types.UINT8, types.INT32, *[types.INT64] * 3]
         + [types.INT32] * several
-        + [types.UINT8, types.INT32] * more,
+        + [types.UINT8, types.INT32] * has_alternates,
         missing_component_behavior="empty",
         shard_id=source.shard_id,
         num_shards=source.num_shards,
@@ -83,7 +84,7 @@ def read(source: Source) -> Record:
         **(_shuffling(source.shuffle) if source.shuffle else {}),
     )
     other = None
-    if more:
+    if has_alternates:
         *others, pictures, sizes = others
         other = _decode(_one_of(pictures, sizes, source.max_alternates), source)
     image, size_hw = _decode(encoded, source)
@@ -95,12 +96,18 @@ def read(source: Source) -> Record:
         fn.pad(node, axes=[0], shape=[source.max_captions], fill_value=PADDING)
         for node in others[3:]
     ]
-    rest = (*lengths, padded, num_tokens, *(fn.reshape(s, shape=[]) for s in others[:3]))
-    return Record(image=image, size_hw=size_hw, image_size=image_size, rest=rest, other=other)
+    scalars = (fn.reshape(node, shape=[]) for node in others[:3])
+    return Record(
+        image=image,
+        size_hw=size_hw,
+        image_size=image_size,
+        annotations=(*lengths, padded, num_tokens, *scalars),
+        other=other,
+    )
 
 
 def _decode(encoded: DataNode, source: Source) -> tuple[DataNode, DataNode]:
-    """Decode a picture: ([H, W, 3] uint8 upright, [2] int64 its height and width)."""
+    """Decode a picture: ([H, W, 3] uint8 upright, [2] int64 height and width)."""
     size_hw = fn.peek_image_shape(encoded)[:2]
     image = fn.decoders.image(
         encoded,
@@ -113,9 +120,9 @@ def _decode(encoded: DataNode, source: Source) -> tuple[DataNode, DataNode]:
 
 
 def _one_of(pictures: DataNode, sizes: DataNode, most: int) -> DataNode:
-    """Draw one of a sample's other pictures, still encoded, each with equal probability.
+    """Draw one of a sample's alternates, still encoded, each with equal probability.
 
-    pictures: [N] uint8, one after the other. sizes: [n] int32, of at most `most` of them.
+    pictures: [N] uint8, the encoded pictures joined. sizes: [n] int32 bytes of each, n <= `most`.
     """
     number = fn.cast(sizes.shape()[0], dtype=types.FLOAT)
     chosen = dali_math.floor(fn.random.uniform(range=[0.0, 1.0]) * number)  # a cast would round
@@ -131,7 +138,7 @@ def _one_of(pictures: DataNode, sizes: DataNode, most: int) -> DataNode:
 
 
 def _decoding(hw_decoder_load: float | None) -> dict[str, float]:
-    """Not asked for where it is DALI's own, so that checkpoints of before go on."""
+    """Return the decoder's load argument; left out by default, so that old checkpoints resume."""
     return {} if hw_decoder_load is None else {"hw_decoder_load": hw_decoder_load}
 
 
@@ -147,27 +154,27 @@ def _shuffling(shuffle: Shuffle) -> dict[str, Any]:
 def _outputs(
     record: Record, views: list[DataNode], boxes: list[DataNode], on_gpu: bool
 ) -> tuple[DataNode, ...]:
-    """Views, boxes and image_size on the views' device, then the rest."""
+    """Return views, boxes and image_size on the views' device, then the annotations."""
     small = (fn.stack(*boxes), record.image_size)
-    return (*views, *(node.gpu() if on_gpu else node for node in small), *record.rest)
+    return (*views, *(node.gpu() if on_gpu else node for node in small), *record.annotations)
 
 
 @pipeline_def(enable_checkpointing=True)
 def training_graph(
     source: Source, global_views: ViewConfig, local_views: ViewConfig | None
 ) -> tuple[DataNode, ...]:
-    """Global views, local views, boxes, image_size, then the rest of the record."""
+    """Build the graph of training: global views, local views, boxes, image_size, annotations."""
     record = read(source)
     views, boxes = random_views(record.image, record.size_hw, global_views, record.other)
     if local_views is not None:
-        more, more_boxes = random_views(record.image, record.size_hw, local_views)
-        views, boxes = views + more, boxes + more_boxes
+        local, local_boxes = random_views(record.image, record.size_hw, local_views)
+        views, boxes = views + local, boxes + local_boxes
     return _outputs(record, views, boxes, source.on_gpu)
 
 
 @pipeline_def
 def evaluation_graph(source: Source, image_size: int) -> tuple[DataNode, ...]:
-    """As `training_graph`, with the centre square as the only view."""
+    """Build the graph of evaluation, whose only view is the centre square."""
     record = read(source)
     view, box = centre_view(record.image, record.size_hw, image_size)
     return _outputs(record, [view], [box], source.on_gpu)

@@ -1,4 +1,4 @@
-"""Views cut out of the decoded image, each with the box it shows.
+"""Views, crops of the decoded image, each with its box.
 
 An image is [H, W, 3] uint8 ("HWC"), a view [3, S, S] uint8 ("CHW"), a box [5] float32
 (y, x, height, width, flip) on the CPU.
@@ -14,7 +14,7 @@ INTERPOLATION = {"cubic": types.INTERP_CUBIC, "linear": types.INTERP_LINEAR}
 
 
 def random_view(image: DataNode, size_hw: DataNode, cfg: ViewConfig) -> tuple[DataNode, DataNode]:
-    """(view, box): a random crop of `image`, whose upright height and width are `size_hw` [2]."""
+    """Crop `image` at random: (view, box); size_hw: [2], its upright height and width."""
     anchor, extent = fn.random_crop_generator(
         size_hw, random_area=cfg.scale, random_aspect_ratio=cfg.ratio
     )
@@ -30,19 +30,19 @@ def random_views(
     cfg: ViewConfig,
     other: tuple[DataNode, DataNode] | None = None,
 ) -> tuple[list[DataNode], list[DataNode]]:
-    """`cfg.count` views of one decoded image, and their boxes; the second one of `other`, if given.
+    """Crop `cfg.count` random views of a decoded image; returns views and boxes.
 
-    other: another decoded image and its height and width.
+    other: another decoded image and its height and width, of which the second view is cut.
     """
     sources = [(image, size_hw)] * cfg.count
     if other is not None:
         sources[1] = other
     pairs = [random_view(*source, cfg) for source in sources]
-    return [view for view, _ in pairs], [found for _, found in pairs]
+    return [view for view, _ in pairs], [view_box for _, view_box in pairs]
 
 
 def centre_view(image: DataNode, size_hw: DataNode, size: int) -> tuple[DataNode, DataNode]:
-    """(view, box) of the largest centred square, which is resize-shorter and centre crop in one."""
+    """Crop the largest centred square: (view, box), as resizing the shorter side and a crop."""
     size_hw = fn.cast(size_hw, dtype=types.FLOAT)
     side = fn.reductions.min(size_hw)
     anchor = dali_math.floor((size_hw - side) / 2.0)
@@ -54,7 +54,7 @@ def centre_view(image: DataNode, size_hw: DataNode, size: int) -> tuple[DataNode
 def cut(
     image: DataNode, anchor: DataNode, extent: DataNode, size: int, interpolation: str
 ) -> DataNode:
-    """[size, size, 3]: the region resized in one kernel, antialiased; nothing is copied before."""
+    """Resize a region to [size, size, 3] in one antialiased kernel, without cropping first."""
     return fn.resize(
         image,
         size=[size, size],
@@ -66,7 +66,7 @@ def cut(
 
 
 def to_chw(view: DataNode, flip: DataNode) -> DataNode:
-    """[3, S, S] uint8, mirrored where `flip` is 1."""
+    """Transpose a view to [3, S, S] uint8, mirrored where `flip` is 1."""
     return fn.crop_mirror_normalize(
         view,
         dtype=types.UINT8,
@@ -78,4 +78,5 @@ def to_chw(view: DataNode, flip: DataNode) -> DataNode:
 
 
 def box(anchor: DataNode, extent: DataNode, flip: DataNode) -> DataNode:
+    """Join (y, x), (height, width) and flip to a box [5]."""
     return fn.cat(anchor, extent, fn.reshape(flip, shape=[1]))

@@ -1,6 +1,6 @@
-"""Which concepts keep their class and which their caption, drawn from keyed hashes.
+"""Partial annotation: which concepts keep their class and which their caption, by keyed hashes.
 
-A larger share keeps every concept of a smaller one: 1 % is contained in 10 % and that in 100 %.
+A larger share contains every concept of a smaller one: that of 1 % is part of that of 10 %.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from m3i_fast.pipelines.dataset.pack import keyed_order, keyed_rank
+from m3i_fast.pipelines.dataset.pack import keyed_hash, keyed_order
 
 Annotation = Literal["both", "caption", "class", "none"]
 
@@ -16,11 +16,11 @@ Annotation = Literal["both", "caption", "class", "none"]
 def annotate(
     category_of: Mapping[int, str], *, seed: int, labelled: float, captioned: float | None
 ) -> dict[int, Annotation]:
-    """What each training concept keeps.
+    """Decide which annotations each training concept keeps.
 
-    With `captioned`: a class in one share and a caption in another, drawn independently of each
-    other, each balanced over categories (`keep_share`). Without: both in a `labelled` share of all,
-    and thirds of the rest keep the caption only, the class only, nothing.
+    With `captioned` a share `labelled` keeps its class and a share `captioned` its caption, drawn
+    independently and balanced over categories (`keep_share`). Without, a share `labelled` keeps
+    both, and of the others a third each keeps the caption only, the class only, or nothing.
     """
     if captioned is None:
         return _in_thirds(sorted(category_of), seed=seed, labelled=labelled)
@@ -47,10 +47,10 @@ def _in_thirds(groups: list[int], *, seed: int, labelled: float) -> dict[int, An
 
 
 def keep_share(category_of: Mapping[int, str], share: float, *key: object) -> set[int]:
-    """That share of each category's concepts, to the nearest whole concept, but at least one.
+    """Select a share of each category's concepts, rounded, but at least one unless it is 0.
 
-    A share of 0 keeps none. Of one category it is the concepts of lowest hash: whether a concept is
-    kept depends on the others of its category alone.
+    They are the concepts of lowest keyed hash of each category, so that whether a concept is kept
+    depends only on the others of its category.
     """
     members: dict[str, list[int]] = {}
     for group, category in category_of.items():
@@ -58,5 +58,5 @@ def keep_share(category_of: Mapping[int, str], share: float, *key: object) -> se
     kept: set[int] = set()
     for groups in members.values():
         number = max(round(share * len(groups)), 1) if share > 0 else 0
-        kept.update(sorted(groups, key=lambda group: keyed_rank(*key, group))[:number])
+        kept.update(sorted(groups, key=lambda group: keyed_hash(*key, group))[:number])
     return kept

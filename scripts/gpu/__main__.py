@@ -1,12 +1,12 @@
-"""Build with plain CMake, run the GPU tests and benchmarks, keep all that they say in one folder.
+"""Build with plain CMake, run the GPU tests and benchmarks, and keep their output in one folder.
 
     make gpu [PYTHON=python3.12] [OUT=folder] [ARGS="[--minutes 8] [--small] [pytest's arguments]"]
 
-Nothing is downloaded and nothing installed: python, torch, nvcc and CMake are the machine's own,
-the build goes to build/gpu, and the package is laid out there as links to the sources. A step that
-fails or takes too long is noted, and the next one runs. Without a GPU, or with --small, the same
-steps use none: the tests are collected and skipped, the emulator runs in the place of a sanitizer,
-and the benchmarks have small sizes on the CPU, whose rows stay out of the ledger.
+Nothing is downloaded or installed: python, torch, nvcc and CMake are the machine's own, and the
+build goes to build/gpu, where the package is laid out as links to the sources. A step that fails or
+takes too long is recorded, and the next one runs. Without a GPU, or with --small, the same steps
+run on the CPU: the GPU tests are collected and skipped, the emulator replaces the sanitizer, and
+the benchmarks run in small sizes, whose rows are not added to the ledger.
 """
 
 from __future__ import annotations
@@ -30,10 +30,14 @@ LEDGER = ROOT / "benchmarks" / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: all passed; 1: some steps failed; 2: something is missing without which none can run."""
+    """Run all steps; returns 0 if all passed, 1 if some failed, 2 if a requirement is missing."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="of all benchmarks together")
-    parser.add_argument("--small", action="store_true", help="without a GPU, in small sizes")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="limit of all benchmarks together (8)"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="run on the CPU in small sizes, also where a GPU is"
+    )
     options, for_pytest = parser.parse_known_args(arguments)
     if options.minutes <= 0:
         parser.error(f"--minutes: expected more than 0, got {options.minutes}")
@@ -47,10 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
     nvcc = install.find_nvcc(int(torch_cuda.split(".")[0])) if torch_cuda else None
-    found = Machine(inventory=here.inventory(nvcc), small=reason is not None)
-    out = _folder(None if found.small else card)
+    machine = Machine(inventory=here.inventory(nvcc), small=reason is not None)
+    out = _folder(None if machine.small else card)
     environment = {"PYTHONPATH": str(SITE)}
-    if found.small:
+    if machine.small:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "M3I_RESULTS": str(out)}
     runner = Runner(out, environment, benchmark_s=60 * options.minutes)
     header = f"On {card}." if reason is None else f"WITHOUT A GPU ({reason}): small sizes on a CPU."
@@ -59,13 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     wanted: list[Step] = []
     try:
         if build(runner, nvcc):
-            if wrong := describe(out, found.inventory, nvcc):
+            if wrong := describe(out, machine.inventory, nvcc):
                 runner.fail("describe", wrong)
             else:
-                wanted = list(steps(found, out, for_pytest))
+                wanted = list(steps(machine, out, for_pytest))
                 for step in wanted:
                     runner(step)
-    finally:  # an interrupt, too, leaves what there is
+    finally:  # also after an interrupt
         _copy_rows(out, before)
         write_summary(out, header=header, steps=wanted, results=runner.results)
         runner.close()
@@ -87,7 +91,7 @@ def _sizes() -> dict[Path, int]:
 
 
 def _copy_rows(out: Path, before: dict[Path, int]) -> None:
-    """What the ledger got since, by subject."""
+    """Copy the rows that were added to the ledger, a file a subject."""
     for path in LEDGER.glob("*.jsonl"):
         if new := path.read_bytes()[before.get(path, 0) :]:
             (out / path.name).write_bytes(new)

@@ -1,4 +1,4 @@
-"""build/gpu: the package as it is installed, its modules built by plain CMake."""
+"""The build of `make gpu` in build/gpu: the package's layout, its modules built by plain CMake."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
 LIMIT_S = 900.0
 
-# An editable install of this package in the same python would be found before any path.
+# An editable install of this package in the same python takes precedence over any path.
 SITECUSTOMIZE = """import sys
 
 own = [f for f in sys.meta_path if "m3i_fast" in getattr(f, "known_source_files", ())]
@@ -34,7 +34,7 @@ print(json.dumps({**asdict(environment()), "command": "make gpu", "modules": mod
 
 
 def build(run: Runner, nvcc: Path | None) -> bool:
-    """Whether all of it was built."""
+    """Configure, build and install into build/gpu; returns whether all steps passed."""
     generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
     configure = ["cmake", "--fresh", "-S", ROOT, "-B", BUILD, "-G", generator]
     configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"]
@@ -54,7 +54,7 @@ def build(run: Runner, nvcc: Path | None) -> bool:
 
 
 def lay_out() -> None:
-    """Links to the sources, in the folders that pyproject.toml maps them to."""
+    """Link the sources into the folders that pyproject.toml maps them to."""
     package = SITE / "m3i_fast"
     shutil.rmtree(SITE, ignore_errors=True)
     package.mkdir(parents=True)
@@ -65,7 +65,7 @@ def lay_out() -> None:
 
 
 def describe(out: Path, inventory: dict[str, str | None], nvcc: Path | None) -> str | None:
-    """Write env.json and nvidia-smi.txt; why what was built here is not what is loaded, if so."""
+    """Write env.json and nvidia-smi.txt; returns why another build is loaded, or None."""
     if inventory["nvidia-smi"]:
         shown = subprocess.run([inventory["nvidia-smi"], "-q"], capture_output=True, text=True)
         (out / "nvidia-smi.txt").write_text(shown.stdout + shown.stderr)
@@ -77,7 +77,7 @@ def describe(out: Path, inventory: dict[str, str | None], nvcc: Path | None) -> 
         text=True,
     )
     if done.returncode:
-        return f"m3i_fast: what was built does not load\n{done.stderr}"
+        return f"m3i_fast: expected the build in {SITE} to load, got an error\n{done.stderr}"
     facts = json.loads(done.stdout.splitlines()[-1])
     wanted = {"m3i_fast._C", *(["m3i_fast._C_cuda"] if nvcc else [])}
     ours = {name for name, file in facts["modules"].items() if Path(file).is_relative_to(SITE)}

@@ -1,4 +1,4 @@
-"""What a machine needs for `make gpu`, and what it has besides."""
+"""The requirements of `make gpu` that a machine lacks, and an inventory of optional tools."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scripts import install
 
 OLDEST_CMAKE, OLDEST_TORCH = (3, 26), (2, 10)
 SEARCHED = ("nvidia-smi", "nsys", "compute-sanitizer", "cuobjdump")
-# Distributions, of whichever CUDA major, and the module that they bring.
+# Optional libraries by name, with the module that is looked for.
 OPTIONAL = {
     "DALI": "nvidia.dali",
     "Transformer Engine": "transformer_engine",
@@ -28,58 +28,67 @@ OPTIONAL = {
 
 
 def missing_packages() -> list[str]:
+    """List the missing or outdated Python packages and headers, each with what to install."""
     elsewhere = f"install it for {sys.executable}, or name another python: make gpu PYTHON=..."
     needed = {
         "torch": "with CUDA, 2.10 or newer",
         "pytest": "the tests need it",
         "rich": "the benchmarks need it",
     }
-    found = [
+    problems = [
         f"{name}: not installed ({why}); {elsewhere}"
         for name, why in needed.items()
         if find_spec(name) is None
     ]
     if find_spec("torch") and numbers(version := metadata.version("torch")) < OLDEST_TORCH:
-        found.append(f"torch: expected 2.10 or newer, got {version}; {elsewhere}")
+        problems.append(f"torch: expected 2.10 or newer, got {version}; {elsewhere}")
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        found.append(f"Python.h: not found; install the headers of {sys.executable} (python3-dev)")
-    return found
+        problems.append(
+            f"Python.h: not found; install the headers of {sys.executable} (python3-dev)"
+        )
+    return problems
 
 
 def missing_tools() -> list[str]:
-    found = []
+    """List the missing or outdated build tools, each with what to install."""
+    problems = []
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
-        found.append(f"{compiler}: not found; install a C++17 compiler, or set CXX")
+        problems.append(f"{compiler}: not found; install a C++17 compiler, or set CXX")
     if not shutil.which("cmake"):
-        found.append("cmake: not found; install CMake 3.26 or newer, or add it to PATH")
+        problems.append("cmake: not found; install CMake 3.26 or newer, or add it to PATH")
     else:
         shown = subprocess.run(["cmake", "--version"], capture_output=True, text=True).stdout
         if numbers(shown) < OLDEST_CMAKE:
-            found.append(f"cmake: expected 3.26 or newer, got {shown.splitlines()[0]}")
-    return found
+            problems.append(
+                f"cmake: expected 3.26 or newer, got {shown.splitlines()[0]}; install a newer one"
+            )
+    return problems
 
 
 def missing_nvcc(torch_cuda: str) -> list[str]:
-    """What a GPU's kernels are compiled by; `torch_cuda` is the CUDA version of torch's build."""
+    """List the missing nvcc, if any; torch_cuda: the CUDA version of torch's build ("13.0")."""
     major = int(torch_cuda.split(".")[0])
     if install.find_nvcc(major) is not None:
         return []
     return [
-        f"nvcc: expected one of CUDA {major}, as torch, found none; install NVIDIA's CUDA {major} "
+        f"nvcc: expected one of CUDA {major}, as torch, got none; install NVIDIA's CUDA {major} "
         "toolkit, or set CUDACXX to its nvcc"
     ]
 
 
 def why_no_gpu(torch_cuda: str | None, card: str | None) -> str | None:
-    """Why nothing can run on a GPU here; None where torch sees one."""
+    """Return why nothing can run on a GPU here; None where torch sees one."""
     if torch_cuda is None:
-        return f"torch: {sys.executable} has one without CUDA; another python: make gpu PYTHON=..."
+        return (
+            f"torch: expected a build with CUDA, got a CPU build in {sys.executable}; name another "
+            "python: make gpu PYTHON=..."
+        )
     return None if card else "GPU: torch sees none; nvidia-smi tells why"
 
 
 def torch_facts() -> tuple[str | None, str | None]:
-    """The CUDA version of torch's build, and the name of the first GPU."""
+    """Return the CUDA version of torch's build and the name of the first GPU, or None."""
     import torch
 
     card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -87,7 +96,7 @@ def torch_facts() -> tuple[str | None, str | None]:
 
 
 def find_tool(name: str, nvcc: Path | None) -> Path | None:
-    """On the PATH, or beside nvcc, where a toolkit has its own."""
+    """Find a tool on the PATH, or beside nvcc in a CUDA toolkit."""
     on_path = shutil.which(name)
     if on_path:
         return Path(on_path)
@@ -96,17 +105,17 @@ def find_tool(name: str, nvcc: Path | None) -> Path | None:
 
 
 def inventory(nvcc: Path | None) -> dict[str, str | None]:
-    """Version or place of what a step may use; None: not here, so that its steps are left out."""
-    found: dict[str, str | None] = {"nvcc": str(nvcc) if nvcc else None}
+    """Return the path or version of each optional tool; None: missing, its steps are left out."""
+    versions: dict[str, str | None] = {"nvcc": str(nvcc) if nvcc else None}
     for name in SEARCHED:
         tool = find_tool(name, nvcc)
-        found[name] = str(tool) if tool else None
+        versions[name] = str(tool) if tool else None
     for name, module in OPTIONAL.items():
-        found[name] = _version(module) if _is_there(module) else None
-    return found
+        versions[name] = _version(module) if _is_installed(module) else None
+    return versions
 
 
-def _is_there(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that it would be in
@@ -120,6 +129,6 @@ def _version(module: str) -> str:
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """(3, 26) of "cmake version 3.26.4"."""
-    found = re.search(r"(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    """Read major and minor version from a text: (3, 26) from "cmake version 3.26.4"."""
+    version = re.search(r"(\d+)\.(\d+)", text)
+    return (int(version[1]), int(version[2])) if version else (0, 0)

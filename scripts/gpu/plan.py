@@ -1,4 +1,4 @@
-"""Which steps `make gpu` takes: on a GPU, or in small sizes without one."""
+"""The steps of `make gpu`, on a GPU or in small sizes on the CPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from scripts.gpu.steps import ROOT, Step
 
 TESTS_S, SANITIZER_S, TABLES_S = 1200.0, 300.0, 300.0
 
-# The ops, without the package, which is not built yet.
+# The registry of ops, loaded without the package, which is not built yet.
 _REGISTRY = runpy.run_path(str(ROOT / "m3i_fast" / "ops" / "registry.py"))
 OPS: tuple[Any, ...] = _REGISTRY["OPS"]
 _GpuBenchmark = _REGISTRY["GpuBenchmark"]
 
 _STEP = ("--batch-size", "8", "--depth", "1", "--num-samples", "2")
 _TUNE = ("--op", "dcnv3", "--card", "cpu", "--most", "2", "--num-samples", "2")
-# In order of worth: those of the ops, and of what is made of them.
+# In the order in which they run: those of the ops and of models.
 BENCHMARKS: dict[str, Any] = dict(
     sorted(
         {
@@ -35,22 +35,26 @@ BENCHMARKS: dict[str, Any] = dict(
         key=lambda item: item[1].worth,
     )
 )
-# The emulator reports what a sanitizer would: accesses out of bounds, and races.
+# The emulator reports what a sanitizer does: accesses out of bounds, and races.
 EMULATED = ("tests/cuda/mask_mix/test_kernels.py",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
+    """What the steps can use: the inventory of tools, and whether there is a GPU."""
+
     inventory: dict[str, str | None]
     small: bool
-    """No GPU is used: the emulator, and the CPU in small sizes."""
+    """Run without a GPU: the emulator, and benchmarks in small sizes on the CPU."""
 
     def missing(self, *names: str) -> str | None:
+        """Return which of the tools are missing, as a reason to leave out a step; None: none."""
         absent = [name for name in names if self.inventory[name] is None]
         return f"no {' and no '.join(absent)} here" if absent else None
 
 
 def steps(machine: Machine, out: Path, for_pytest: list[str]) -> Iterator[Step]:
+    """Yield all steps in order: kernels' code, tests, sanitizers, benchmarks, a profile."""
     yield from code_steps(machine, out)
     yield test_step("tests", ["-m", "gpu", f"--junitxml={out / 'tests.xml'}", *for_pytest])
     yield from sanitizer_steps(machine)
@@ -59,7 +63,7 @@ def steps(machine: Machine, out: Path, for_pytest: list[str]) -> Iterator[Step]:
 
 
 def code_steps(machine: Machine, out: Path) -> Iterator[Step]:
-    """Registers, spills and shared memory of every kernel, and its machine code."""
+    """Yield the steps that print registers, spills, shared memory and code of every kernel."""
     library = next(iter(SITE.glob("m3i_fast/_C_cuda*.so")), None)
     missing = machine.missing("cuobjdump")
     if library is None:
@@ -71,12 +75,14 @@ def code_steps(machine: Machine, out: Path) -> Iterator[Step]:
 
 
 def test_step(name: str, arguments: list[str], *before: str, limit_s: float = TESTS_S) -> Step:
+    """Return a step that runs pytest on the build; before: a command that runs it."""
     paths = f"pythonpath={SITE.relative_to(ROOT)} ."
     pytest = [sys.executable, "-m", "pytest", "--skip-missing-packages", "-o", paths, "-q"]
     return Step(name=name, command=(*before, *pytest, *arguments), limit_s=limit_s)
 
 
 def sanitizer_steps(machine: Machine) -> Iterator[Step]:
+    """Yield memcheck and racecheck of each op's sanitizer test, or the emulator's tests."""
     if machine.small:
         yield test_step("emulator", [*EMULATED])
         return
@@ -90,6 +96,7 @@ def sanitizer_steps(machine: Machine) -> Iterator[Step]:
 
 
 def benchmark_steps(machine: Machine) -> Iterator[Step]:
+    """Yield the benchmarks, the most informative first."""
     for name, benchmark in BENCHMARKS.items():
         missing = machine.missing(*benchmark.needs)
         if machine.small:
@@ -106,12 +113,12 @@ def benchmark_steps(machine: Machine) -> Iterator[Step]:
 
 
 def nsys_steps(machine: Machine, out: Path) -> Iterator[Step]:
-    """A profile of the training step's benchmark, and its tables."""
+    """Yield a profile of the training step's benchmark, and its tables."""
     missing = machine.missing("nsys") or ("no GPU" if machine.small else None)
     tool, report = machine.inventory["nsys"] or "nsys", str(out / "step")
     trace = ("-t", "cuda,nvtx", "-s", "none", "-o", report, "--force-overwrite", "true")
     step = (sys.executable, "-m", "m3i_fast.benchmarks", "step")
-    place = {"M3I_RESULTS": str(BUILD / "unrecorded")}  # slower than it is
+    place = {"M3I_RESULTS": str(BUILD / "unrecorded")}  # profiling makes the step slower
     profile = Step(
         name="nsys",
         command=(tool, "profile", *trace, *step),

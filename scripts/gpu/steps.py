@@ -1,4 +1,4 @@
-"""Steps of `make gpu`: a command, what it may take, and how it ended."""
+"""Steps of `make gpu`: commands with a time limit, their runner, and their results."""
 
 from __future__ import annotations
 
@@ -18,32 +18,36 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
+    """A command to run, with its time limit in seconds."""
+
     name: str
-    """Also of the file that keeps its output."""
+    """Stem of the file with its output, too."""
     command: tuple[str, ...]
     limit_s: float
     cwd: Path = ROOT
     missing: str | None = None
-    """What it needs and is not here: it is left out, and that is no failure."""
+    """Requirement that is missing, for which the step is left out without failing."""
     quiet: bool = False
-    """Megabytes: its output goes to its file alone."""
+    """Write the output to its file only, since it takes megabytes."""
     is_benchmark: bool = False
-    """Shares the time of --minutes with the others."""
+    """Share the time of --minutes with the other benchmarks."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
+    """The outcome of a step."""
+
     name: str
     outcome: str
-    """passed, or why not."""
+    """passed, or why it did not pass."""
     seconds: float
     has_failed: bool = False
     command: str = ""
 
 
 class Runner:
-    """Runs steps one after another; all they print is shown, logged and kept in a file each."""
+    """A runner of steps, which prints and logs their output and keeps a file of each."""
 
     def __init__(self, out: Path, environment: dict[str, str], *, benchmark_s: float) -> None:
         self.out, self.results = out, list[Result]()
@@ -52,6 +56,7 @@ class Runner:
         self._log = (out / "log.txt").open("w")
 
     def __call__(self, step: Step) -> Result:
+        """Run a step, or leave it out where a requirement or time is missing."""
         result = self._run(step)
         if step.is_benchmark:
             self._left_s -= result.seconds
@@ -60,16 +65,19 @@ class Runner:
         return result
 
     def fail(self, name: str, reason: str) -> None:
+        """Record a failure outside of a step; the outcome is the first line of the reason."""
         self.say(f"{reason}\n")
         first = reason.splitlines()[0]
         self.results.append(Result(name=name, outcome=first, seconds=0.0, has_failed=True))
 
     def say(self, text: str) -> None:
+        """Print and log a text."""
         for stream in (self._log, sys.stdout):
             stream.write(text)
             stream.flush()
 
     def close(self) -> None:
+        """Close the log."""
         self._log.close()
 
     def _run(self, step: Step) -> Result:
@@ -96,7 +104,10 @@ class Runner:
         )
 
     def _child(self, step: Step, limit: float, kept: TextIO) -> tuple[int, bool]:
-        """Exit status, and whether it ended by itself; its children are stopped with it."""
+        """Run the command; returns its exit status and whether it ended within the limit.
+
+        A command over the limit is killed with its children.
+        """
         try:
             child = subprocess.Popen(
                 step.command,

@@ -1,4 +1,4 @@
-"""summary.md: what a run of `make gpu` found, in the order in which people ask."""
+"""The summary of a run of `make gpu`: failures, machine, steps and benchmarks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from scripts.gpu.steps import Result, Step
 
-SHOWN_LINES = 60  # of a benchmark's output: its table is at the end
+SHOWN_LINES = 60  # the last lines of a benchmark's output, with its table
 
 
 def write_summary(
     out: Path, *, header: str, steps: Sequence[Step], results: Sequence[Result]
 ) -> None:
-    """Write it into `out`, from env.json and the steps' own files there."""
+    """Write summary.md into `out`, from env.json and the steps' files there."""
     failed = [result for result in results if result.has_failed]
     text = [
         "# make gpu",

@@ -21,11 +21,11 @@ from m3i_fast.objectives.monitors import (
     feature_std,
     kmeans,
     kmeans_entropy,
+    log_prediction,
     mean_cosine,
     subsample,
     target_monitors,
     uniformity,
-    watch_prediction,
 )
 
 
@@ -155,11 +155,11 @@ def test_targets_without_variance_explain_nothing_and_are_finite() -> None:
 def test_a_dense_prediction_is_watched_under_its_name() -> None:
     found: dict[str, Tensor] = {}
     z, z_hat = _normal(3, 4, 5), _normal(3, 4, 5, seed=1).requires_grad_()
-    watch_prediction(found.__setitem__, "intra", z_hat=z_hat, z=z)
+    log_prediction(found.__setitem__, "intra", z_hat=z_hat, z=z)
     assert list(found) == ["intra_cosine", "intra_explained", "intra_constant"]
     assert not any(value.requires_grad for value in found.values())
     found.clear()
-    watch_prediction(found.__setitem__, "intra", z_hat=z_hat[:1, :1], z=z[:1, :1])
+    log_prediction(found.__setitem__, "intra", z_hat=z_hat[:1, :1], z=z[:1, :1])
     assert list(found) == ["intra_cosine"]  # of one row there is no variance
 
 

@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms.v2 import MixUp
 from torchvision.transforms.v2 import functional as vision
 
-from m3i_fast.objectives.targets import blend, cell_contrast, normalise_views, prefer
+from m3i_fast.objectives.targets import blend, cell_contrast, normalise_views, prefer_cells
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 _BLACK = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
@@ -74,8 +74,8 @@ def test_a_cells_contrast_is_by_numpy() -> None:
 def test_wanted_cells_are_taken_first_and_again() -> None:
     cells = torch.tensor([[4, 2, 0, 3], [4, 2, 0, 3], [4, 2, 0, 3]])
     wanted = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    assert prefer(cells, wanted, 4).tolist() == [[0, 3, 0, 3], [4, 2, 0, 3], [4, 2, 0, 3]]
-    assert prefer(cells, wanted, 1).tolist() == [[0], [4], [4]]
+    assert prefer_cells(cells, wanted, 4).tolist() == [[0, 3, 0, 3], [4, 2, 0, 3], [4, 2, 0, 3]]
+    assert prefer_cells(cells, wanted, 1).tolist() == [[0], [4], [4]]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Encoded
-from m3i_fast.objectives.term_gradients import TermGradients, own_views
+from m3i_fast.objectives.term_gradients import TermGradients, separate_views
 from m3i_fast.pipelines.batch import Batch
 from tests.objectives.test_objective_ranks import small_config
 from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_batch
@@ -77,7 +77,7 @@ def test_they_are_gradients_by_a_linear_layer_that_stands_last() -> None:
             "none": slopes[0].sum(),
         }
 
-    read_by = {name: own_views(z) for name in factors}
+    read_by = {name: separate_views(z) for name in factors}
     found = losses(read_by)
     watched = TermGradients(read_by)
     sum(w * found[name] for name, w in factors.items()).backward()  # type: ignore[union-attr]

@@ -34,6 +34,7 @@ def test_cuda_kernels_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_build_names_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ImportError, match=r"m3i_fast\._C.* is not built: run `pip install .* -e \.`"
+        ImportError,
+        match=r"m3i_fast\._C: expected the compiled operators, got none; .*: pip install .* -e \.",
     ):
         load(monkeypatch, built=set(), cuda=None)

@@ -1,8 +1,8 @@
-// boltzmann on the CPU: what the kernels of an instruction set offer.
+// boltzmann on the CPU: the table of kernels of one instruction set.
 //
-// They work on a tile of dot products in wide elements (A: float or double), on a run of its rows.
-// All that belongs to the tile's columns is padded to whole vectors, with biases of -inf: padding
-// has no weight in anything, and needs no masked loads.
+// A kernel works on some rows of a tile of dot products in wide elements (A: float or double).
+// Arrays over the tile's columns are padded to whole vectors, with biases of -inf: padding adds
+// nothing to any sum, and no load needs a mask.
 #pragma once
 
 #include "boltzmann/params.h"
@@ -17,7 +17,7 @@ struct BoltzmannTile {
   A* products;        // [rows, stride] C; overwritten by G where gradients are computed
   int64_t stride;     // columns with padding
   int64_t first_row;  // of all rows, the tile's first
-  int64_t num_rows;   // N, the stride of what follows for rows
+  int64_t num_rows;   // N, the stride of the arrays over rows
   A scale;
   const int32_t* row_ids;    // [rows]
   const A* row_shift;        // [rows]
@@ -30,8 +30,8 @@ struct BoltzmannTile {
   const A* col_weights;      // [kNumWeights, stride]
 };
 
-// `begin` and `end` count the tile's rows. What belongs to rows is added to (the maximum taken of);
-// what belongs to columns is written, for these rows alone.
+// [begin, end) are rows of the tile. Results by row are accumulated (by addition, or the maximum);
+// results by column are those of these rows alone, and overwritten.
 template <class A>
 struct BoltzmannCpuKernels {
   void (*maxima)(const BoltzmannTile<A>& tile, int64_t begin, int64_t end,

@@ -1,8 +1,8 @@
 // boltzmann on the CPU: the kernels, compiled once for each instruction set.
 //
-// A row is read once, element by element: a logit, its exponential, and what follows from it. Of
-// the N * M elements all but the positives need no target, so rows of a tile whose ids cannot occur
-// among its columns take a loop without comparisons.
+// A row is read once, element by element: a logit, its exponential, and the terms of the sums. Rows
+// of a tile whose ids cannot occur among its columns have no positives, and take a loop without
+// comparisons of ids.
 #pragma once
 
 #include "boltzmann/cpu/kernel_table.h"
@@ -31,7 +31,7 @@ inline A sum_of(const Values<A>& values) {
   return sum;
 }
 
-// Which columns have the id.
+// The mask of columns with the id.
 template <class A>
 inline Mask<A> has_id(const int32_t* col_ids, int32_t id) {
   return __builtin_convertvector(load<kLanes<A>>(col_ids), Mask<A>) == static_cast<IntOf<A>>(id);
@@ -148,7 +148,7 @@ void sum_row(const Row<A>& row, A* rows, A* columns) {
   sums.add_to_row(row, rows);
 }
 
-// softplus(x) = log(1 + exp(x)), and sigmoid(x) beside it.
+// softplus(x) = log(1 + exp(x)), and sigmoid(x).
 template <class A>
 struct Softplus {
   Values<A> value, slope;
@@ -199,7 +199,7 @@ struct GradSums {
   A* grad_bias;  // [stride]
 };
 
-// Writes G = grad(j, logits) in the place of C.
+// Overwrites C by G = grad(j, logits).
 template <class A, class Grad>
 inline void write_grads(const Row<A>& row, const GradSums<A>& sums, const Grad& grad) {
   Values<A> grad_scale{};

@@ -1,5 +1,5 @@
-// boltzmann on the CPU: goes through C a tile at a time, with torch's GEMM. Included by
-// cpu/op_cpu.cpp alone, which says why.
+// boltzmann on the CPU: computes C tile by tile with torch's GEMM. Included by cpu/op_cpu.cpp only,
+// which gives the reason.
 #pragma once
 
 #include "boltzmann/cpu/kernel_table.h"
@@ -19,15 +19,15 @@ namespace {
 
 using torch::stable::Tensor;
 
-// Of a tile.
+// The size of a tile, and of the runs of rows that its threads take.
 constexpr int64_t kTileColumns = boltzmann::kCpuTileColumns;
 constexpr int64_t kRunRows = boltzmann::kCpuRunRows;
 constexpr int64_t kLeastRuns = boltzmann::kCpuLeastRuns, kMostRuns = 32;
 
-// Below this many elements of a tile a thread is not worth waking.
+// Smallest number of a tile's elements for which another thread pays off.
 constexpr int64_t kGrainElements = 16 * 1024;
 
-// What the columns of padding have, and those that are ignored.
+// The id of padding and of ignored columns.
 constexpr int32_t kNoId = -2;
 
 template <class A>
@@ -51,7 +51,7 @@ const BoltzmannCpuKernels<A>& fastest_kernels() {
 
 // ---- Products -----------------------------------------------------------------------------------
 
-// A matrix of wide elements in memory that something else owns.
+// A matrix of wide elements that does not own its memory.
 template <class A>
 struct Matrix {
   A* data;
@@ -59,7 +59,7 @@ struct Matrix {
 
   Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
 
-  // Not a view of an input: torch would ask whether that needs a gradient.
+  // Not a view of an input, for which torch would check whether it requires a gradient.
   Tensor tensor() const {
     using torch::headeronly::ScalarType;
     constexpr auto kType = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
@@ -77,7 +77,7 @@ void multiply(const Matrix<A>& to, const Matrix<A>& a, const Matrix<A>& b, bool 
                                                          b.tensor().get(), add ? 1.0 : 0.0, 1.0));
 }
 
-// Rows of an input in wide elements: where they lie, or widened.
+// Rows of an input in wide elements: in place, or a widened copy.
 template <class A>
 class WideRows {
  public:
@@ -133,7 +133,7 @@ struct Tiling {
   }
 };
 
-// A row of a [count, total] array, from `first` on, into padded memory.
+// Copies a row of a [count, total] array, from `first` on, into padded memory.
 template <class A>
 void copy_padded(const void* from, const Extent& extent, int64_t stride, A filler, A* to) {
   const A* values = static_cast<const A*>(from) + extent.first;
@@ -141,7 +141,7 @@ void copy_padded(const void* from, const Extent& extent, int64_t stride, A fille
   std::fill(to + extent.count, to + stride, filler);
 }
 
-// Goes through all tiles: columns outside, so that what belongs to them is prepared once.
+// Iterates over all tiles, columns in the outer loop, so that their arrays are prepared once.
 template <class A>
 class Tiles {
  public:
@@ -191,7 +191,7 @@ class Tiles {
     }
   }
 
-  // body(run, begin, end) for runs of the tile's rows, shared out among threads.
+  // Calls body(run, begin, end) for runs of the tile's rows, divided among threads.
   template <class Body>
   void for_runs(const Extent& rows, const Body& body) const {
     const int64_t runs = (rows.count + kRunRows - 1) / kRunRows;
@@ -214,7 +214,7 @@ class Tiles {
  private:
   void set_columns(const Extent& extent) {
     const int64_t stride = tile_.stride = Tiling::padded(extent.count);
-    // The GEMM leaves padding alone: what an earlier, wider tile left there may be no number.
+    // The GEMM does not write the padding, where an earlier, wider tile may have left NaN.
     std::fill(products_.begin(), products_.end(), A{0});
     copy_padded(input_.bias, extent, stride, -std::numeric_limits<A>::infinity(), bias_.data());
     if (shift_of_all_.columns) {

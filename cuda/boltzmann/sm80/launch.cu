@@ -1,4 +1,4 @@
-// boltzmann: launchers.
+// boltzmann: launchers of the kernels by mma.sync.
 #include "boltzmann/op.h"
 
 #include "boltzmann/kernels.cuh"
@@ -24,7 +24,7 @@ cudaError_t dispatch(DType dtype, const Body& body) {
   return dispatch_dtype<BFloat16, Float16, float, double>(dtype, body);
 }
 
-// What the block's tiles left, to [kinds, N] and [kinds, M]; nothing to one that is null.
+// Adds the partial sums of the block's tiles to [kinds, N] and [kinds, M], which may be null.
 template <class How>
 cudaError_t reduce(const BoltzmannInput& input, const Block& block, const Tile& tile,
                    const Partials& partials, int kinds, void* rows, void* columns,
@@ -216,7 +216,7 @@ cudaError_t launch_feature_grads(const BoltzmannGradsParams& params, const Block
   });
 }
 
-// Of no rows or no columns: all gradients are 0.
+// Sets all gradients to 0 for no rows or no columns.
 cudaError_t clear(const BoltzmannGradsParams& params, cudaStream_t stream) {
   const BoltzmannInput& input = params.input;
   const auto zero = [&](void* array, int64_t size) {

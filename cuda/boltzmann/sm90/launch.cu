@@ -6,7 +6,7 @@
 namespace m3i::boltzmann {
 namespace {
 
-// What one place in the partials belongs to.
+// Half of a block's rows, which has one entry in the partial sums.
 constexpr Tile kHalfTile{kHalfRows, kHopperTile.columns, kHopperTile.depth, kHopperTile.stages, 4,
                          1};
 

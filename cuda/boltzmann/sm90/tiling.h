@@ -1,19 +1,19 @@
-// boltzmann by warpgroups (compute capability 9.0): when, and in which tiles; pure functions.
+// boltzmann by warpgroups (compute capability 9.0): supported calls and tiles; pure functions.
 #pragma once
 
 #include "boltzmann/tiling.h"
 
 namespace m3i::boltzmann {
 
-// Of two blocks, a cluster, one above the other. A row of `depth` terms has 128 bytes, the widest
-// that a tensor copy swizzles.
+// A tile of two blocks, a cluster, one above the other. A row of `depth` terms has 128 bytes, the
+// widest that a tensor copy swizzles.
 inline constexpr Tile kHopperTile{256, 256, 64, kHopperStages, 16, 1};
 inline constexpr int kClusterBlocks = 2;
 inline constexpr int kBlockRows = kHopperTile.rows / kClusterBlocks;
-inline constexpr int kBoxSide = 64;  // rows and columns of what one tensor copy brings
+inline constexpr int kBoxSide = 64;  // rows and columns of the box of one tensor copy
 
 inline constexpr int kWarpgroupThreads = 128;
-inline constexpr int kConsumers = 2;  // warpgroups that multiply, half of a block's rows each
+inline constexpr int kConsumers = 2;  // warpgroups that multiply half of a block's rows each
 inline constexpr int kHalfRows = kBlockRows / kConsumers;
 inline constexpr int kHalves = kClusterBlocks * kConsumers;  // of both blocks
 inline constexpr int kHopperThreads = (kConsumers + 1) * kWarpgroupThreads;
@@ -22,15 +22,16 @@ inline constexpr int kHopperThreads = (kConsumers + 1) * kWarpgroupThreads;
 static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroupThreads <= 65536,
               "cuda/boltzmann/tiles.json: more registers than a multiprocessor has");
 
-// wgmma, of 16-bit types here, and tensor copies, of rows that begin at multiples of 16 bytes.
-// `starts` is the bitwise or of the features' addresses. No compute capability but 9.0 has wgmma.
+// Conditions of wgmma, here of 16-bit types, and of tensor copies, whose rows begin at multiples of
+// 16 bytes. `starts` is the bitwise or of the features' addresses. wgmma exists on compute
+// capability 9.0 only.
 M3I_HOST_DEVICE constexpr bool takes_warpgroups(int architecture, DType dtype, int64_t rows,
                                                 int64_t columns, int64_t width, uint64_t starts) {
   return architecture == 90 && bytes_of(dtype) == 2 && rows > 0 && columns > 0 && width > 0 &&
          width * 2 % 16 == 0 && starts % 16 == 0;
 }
 
-// Clusters that share out so many tiles: as many as run at once, a block on a multiprocessor.
+// Number of clusters that divide so many tiles: as many as run at once, one block a multiprocessor.
 M3I_HOST_DEVICE constexpr int64_t persistent_clusters(int64_t tiles, int64_t multiprocessors) {
   const int64_t at_once = multiprocessors / kClusterBlocks;
   return tiles < at_once ? tiles : at_once;

@@ -6,7 +6,7 @@
 namespace m3i {
 namespace {
 
-// How a plane lies in memory, in elements; vectors of kSize.
+// The layout of a plane, in elements; vectors have kSize.
 template <int kSize>
 struct PlaneLayout {
   int64_t vectors;  // of a pixel
@@ -32,7 +32,7 @@ void sample_vectors(const PlaneLayout<kSize>& layout, const Points<A>& points, i
     for (int64_t i = pixel * num_points; i < (pixel + 1) * num_points; ++i) {
       const A* at = plane + points.pixel[i] * pitch;
       for (int v = 0; v < kVectors; ++v, at += kSize) {
-        // Four products first: one addition a point is what the next point waits for.
+        // Four products first, so that the chain of dependent additions is one a point.
         Values value = points.corner[0][i] * load<kSize>(at);
         value += points.corner[1][i] * load<kSize>(at + pitch);
         value += points.corner[2][i] * load<kSize>(at + row);

@@ -1,5 +1,5 @@
-// dcnv3 on the CPU: the kernels of one instruction set, for the source that includes this. It
-// defines M3I_VECTOR_BYTES and may raise the target before.
+// dcnv3 on the CPU: the kernels, compiled by each source that includes this for its instruction
+// set. Such a source defines M3I_VECTOR_BYTES and may raise the target before.
 #pragma once
 
 #include "dcnv3/cpu/channels.h"
@@ -13,7 +13,7 @@ namespace {
 
 // ---- Strided pixels of any dtype to dense ones, and back ----------------------------------------
 
-// Moves `count` elements, in vectors as long as they go: move(size, first element).
+// Moves `count` elements in the longest vectors that fit: move(size, first element).
 template <class A, class Move>
 inline void in_vectors(int64_t count, const Move& move) {
   constexpr int kMost = kLanes<A>;
@@ -191,8 +191,8 @@ void backward_as(const Dcnv3BwdParams& params, int64_t pair, const Accumulator<T
 
 // ---- From run-time types and sizes --------------------------------------------------------------
 
-// body(Type<T>{}, std::integral_constant<int, size>{}): the widest vectors that a group fills by
-// more than half, four elements at least.
+// Calls body(Type<T>{}, std::integral_constant<int, size>{}) for the widest vectors, of at least
+// four elements, that a group fills by more than half.
 template <class Body>
 auto dispatch(const Dcnv3Shape& shape, DType dtype, const Body& body) {
   return dispatch_dtype<float, BFloat16, Float16, double>(dtype, [&](auto type) {

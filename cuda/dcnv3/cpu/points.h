@@ -1,8 +1,8 @@
-// dcnv3 on the CPU: where a block of points samples, with what weights, and the gradients by them.
+// dcnv3 on the CPU: places and weights of a block's samples, and the gradients by them.
 //
 // A block is some neighbouring output pixels of one row in one group; point i * K + k is the k-th
-// of its i-th pixel. Everything here runs over the points of a block as one long row of vectors;
-// the last vector may reach past them, into lanes that nobody reads.
+// of its i-th pixel. Every loop here runs over the points of a block as one row of vectors; lanes
+// of the last vector past the points are not used.
 #pragma once
 
 #include "dcnv3/params.h"
@@ -14,25 +14,25 @@
 namespace m3i {
 namespace {
 
-// Points of a block, about: their arrays stay in the first-level cache.
+// Approximate number of points of a block, whose arrays fit the L1 cache.
 constexpr int64_t kBlockPoints = dcnv3::kCpuBlockPoints;
 
 constexpr int64_t kAlignment = 64;
 
-// Pixels: no padded image is larger, and an offset that leads further counts as outside.
+// Limit in pixels: no padded image is larger, and a larger offset counts as outside.
 constexpr int32_t kFar = 1 << 28;
 
-// In a table: outside, wherever the block lies and whatever the offset.
+// Table entry of a point that is outside for every block and offset.
 constexpr int32_t kNever = 1 << 30;
 
-// Where the plane begins, with its ring: the last of these 2 x 2 pixels is the image's first.
+// The first 2 x 2 pixels of the plane with its ring, the last of which is the image's first.
 constexpr int32_t kLost = 0;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Hands out aligned arrays; without memory it only counts.
+// Allocates aligned arrays; without memory it only counts their bytes.
 struct Arena {
   char* memory;
   int64_t used = 0;
@@ -126,7 +126,7 @@ struct Places {
   Vec<A, kLanes<A>> fraction;
 
   // `whole` and `fraction` come from the tables, `base` from the block. An offset is split before
-  // anything is added: the sum of fractions is off by one rounding at most, however far it leads.
+  // it is added: the sum of fractions has one rounding error at most, however large the offset.
   Places(Vec<A, kLanes<A>> offset, IntOf<A> base, IntOf<A> extent, Vec<IntOf<A>, kLanes<A>> table,
          Vec<A, kLanes<A>> table_fraction) {
     using Values = Vec<A, kLanes<A>>;
@@ -141,7 +141,7 @@ struct Places {
   }
 };
 
-// Whether offsets and masks are; a loop of its own, which costs less than a part of locate()'s.
+// Whether all offsets and masks are finite; a separate loop, which is faster than inside locate().
 template <class A>
 bool are_finite(int64_t count, const Points<A>& points) {
   constexpr int kSize = kLanes<A>;
@@ -155,7 +155,7 @@ bool are_finite(int64_t count, const Points<A>& points) {
   return sum == 0;
 }
 
-// Point by point: blocks in which something is not finite are rare.
+// Point by point, since blocks with values that are not finite are rare.
 template <class A>
 void mark_lost(const Dcnv3Shape& shape, int64_t count, const Points<A>& points) {
   for (int64_t i = 0; i < count; ++i) {
@@ -190,8 +190,8 @@ void locate(const Dcnv3Shape& shape, int64_t row, int64_t column, int64_t count,
                       load<kSize>(points.row + i), load<kSize>(points.row_fraction + i));
     store(points.fraction_x + i, x.fraction);
     store(points.fraction_y + i, y.fraction);
-    // One further right and down: the plane begins with its ring. Zero where a place is not valid,
-    // whose product need not fit.
+    // One further right and down, since the plane begins with its ring. Zero where a place is not
+    // valid, whose product may overflow.
     const auto pixel = (y.valid & (y.whole + 1)) * (width + 2) + (x.valid & (x.whole + 1));
     store(points.pixel + i, x.valid & y.valid ? pixel : outside);
   }

@@ -30,7 +30,7 @@ cudaError_t dispatch_vector(DType dtype, int64_t group_size, uint64_t addresses,
   });
 }
 
-// A type for a policy, to hand it to a generic lambda.
+// A type of a policy, to pass it to a generic lambda.
 template <int kIndex>
 struct Tuned {
   static constexpr Policy kPolicy = kPolicies[kIndex];
@@ -110,7 +110,8 @@ cudaError_t launch_units(const Dcnv3BwdParams& params, void* grad_x, cudaStream_
       });
 }
 
-// Words of 64 bits: the largest, the sums, the rests in float64, a bit an element.
+// Scratch memory in 64-bit words: the largest product, the sums (for float64 also their
+// remainders), and a flag bit an element.
 int64_t fixed_words(const Dcnv3BwdParams& params) {
   const int64_t size = size_of_x(params.shape);
   return 2 + size * (params.dtype == DType::kFloat64 ? 2 : 1) + (size + 63) / 64;

@@ -1,5 +1,5 @@
-// Half precision, as CUDA's header of this name has it. Arithmetic is done in float and rounded
-// once, as on the hardware.
+// Half precision, with the interface of CUDA's header of this name. Arithmetic is done in float and
+// rounded once, as on the hardware.
 #pragma once
 
 #include "emulator/numbers/half.h"

@@ -1,4 +1,4 @@
-// Stands where CUDA's header of this name does when g++ compiles a .cu for the emulator: see
+// Replaces CUDA's header of this name when g++ compiles a .cu for the emulator: see
 // cuda/emulator/README.md.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The host side of CUDA's runtime, as far as this project's launchers use it, run by the emulator.
+// The part of the CUDA runtime's host API that this project's launchers use, run by the emulator.
 #pragma once
 
 #include "emulator/numbers/vector_types.h"
@@ -77,14 +77,14 @@ struct cudaLaunchConfig_t {
 extern "C" {
 M3I_EMULATOR_API const char* cudaGetErrorName(cudaError_t error);
 M3I_EMULATOR_API const char* cudaGetErrorString(cudaError_t error);
-// Of the last launch that failed; the first one forgets it.
+// The error of the last failed launch; the first function also clears it.
 M3I_EMULATOR_API cudaError_t cudaGetLastError();
 M3I_EMULATOR_API cudaError_t cudaPeekAtLastError();
 
 M3I_EMULATOR_API cudaError_t cudaGetDevice(int* device);
 M3I_EMULATOR_API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
                                                     int device);
-// Launches have ended when they return; these have nothing to wait for.
+// A launch returns after the kernel has finished, so that these have nothing to wait for.
 M3I_EMULATOR_API cudaError_t cudaDeviceSynchronize();
 M3I_EMULATOR_API cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// gaussian on the CPU: what the kernels of an instruction set offer.
+// gaussian on the CPU: the table of kernels of one instruction set.
 #pragma once
 
 #include "gaussian/params.h"
@@ -6,7 +6,7 @@
 namespace m3i {
 
 struct GaussianCpuKernels {
-  // Writes what belongs to rows [begin, end) and returns their sum of (t - p)^2.
+  // Writes the outputs of rows [begin, end) and returns their sum of (t - p)^2.
   double (*forward)(const GaussianParams& params, int64_t begin, int64_t end);
   // Writes elements [begin, end) of C and returns their sum of C * (p^T p).
   double (*product)(const GaussianProductParams& params, int64_t begin, int64_t end);

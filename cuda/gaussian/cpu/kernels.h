@@ -1,8 +1,8 @@
 // gaussian on the CPU: the kernels, in vectors of the instruction set that a source is compiled
 // for.
 //
-// A row of z is widened into a buffer that the first-level cache holds, as far as a whole number of
-// vectors; the passes over it read and write that. z_hat is widened on its way.
+// A row of z is widened into a buffer in the L1 cache, padded to whole vectors, which the passes
+// over the row read and write. z_hat is widened as it is read.
 #pragma once
 
 #include "gaussian/cpu/kernel_table.h"
@@ -37,7 +37,7 @@ inline void store_lanes(T* to, int64_t at, int64_t width, Lanes<A> value) {
   std::memcpy(to + at, rest, (width - at) * sizeof(T));
 }
 
-// Zero past the end.
+// Sets lanes past the end to zero.
 template <class A>
 inline Lanes<A> clear_past(Lanes<A> value, int64_t at, int64_t width) {
   for (int64_t i = width - at; i < kLanes<A>; ++i) value[i] = 0;
@@ -58,7 +58,7 @@ struct Moments {
   A mean, rstd;
 };
 
-// Of a row that is padded with zeros; see params.h.
+// Mean and rstd of a row that is padded with zeros; see params.h.
 template <class A>
 Moments<A> moments_of(const A* row, int64_t width, double eps) {
   Lanes<A> sum = {};
@@ -75,7 +75,7 @@ Moments<A> moments_of(const A* row, int64_t width, double eps) {
   return {first + shift, 1 / std::sqrt(variance + static_cast<A>(eps))};
 }
 
-// (row - mean) * rstd in its place, zeros past the end.
+// Overwrites the row by (row - mean) * rstd, with zeros past the end.
 template <class A>
 void normalise(Moments<A> moments, int64_t width, A* row) {
   for (int64_t at = 0; at < width; at += kLanes<A>) {

@@ -1,4 +1,5 @@
-// Run-time values to template arguments: only launchers do this, over at most three axes. C++17.
+// Dispatch of run-time values to template arguments, in launchers only, over at most three axes.
+// C++17.
 #pragma once
 
 #include "m3i/types.h"
@@ -7,7 +8,7 @@
 
 namespace m3i {
 
-// body(Type<T>{}) for the one of First, Rest... whose dtype it is; the last one if none is.
+// Calls body(Type<T>{}) for the one of First, Rest... of this dtype, or for the last one.
 template <class First, class... Rest, class Body>
 auto dispatch_dtype(DType dtype, Body&& body) {
   if constexpr (sizeof...(Rest) == 0) {
@@ -17,8 +18,8 @@ auto dispatch_dtype(DType dtype, Body&& body) {
   }
 }
 
-// body(std::integral_constant<int, value>{}) for the one of kFirst, kRest... that equals value; the
-// last one if none does.
+// Calls body(std::integral_constant<int, value>{}) for the one of kFirst, kRest... that equals
+// value, or for the last one.
 template <int kFirst, int... kRest, class Body>
 auto dispatch_int(int value, Body&& body) {
   if constexpr (sizeof...(kRest) == 0) {

@@ -1,4 +1,4 @@
-// What host, device and NVRTC code all need: fixed-width integers and the element types of tensors.
+// Types for host, device and NVRTC code: fixed-width integers and the element types of tensors.
 #pragma once
 
 #ifdef __CUDACC_RTC__  // NVRTC has no <cstdint>
@@ -20,17 +20,17 @@ using uint64_t = unsigned long long;
 
 namespace m3i {
 
-// A bfloat16 by its bits: storage only, converted in bf16.h.
+// The bits of a bfloat16, for storage only; bf16.h converts them.
 struct alignas(2) BFloat16 {
   uint16_t bits;
 };
 
-// An IEEE half by its bits: storage only.
+// The bits of an IEEE half, for storage only.
 struct alignas(2) Float16 {
   uint16_t bits;
 };
 
-// The element types a launcher is asked for at run time.
+// The element types of a launch, known at run time.
 enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // The DType of an element type.
@@ -43,7 +43,7 @@ inline constexpr DType kDType<Float16> = DType::kFloat16;
 template <>
 inline constexpr DType kDType<double> = DType::kFloat64;
 
-// An instance of a type, to hand a type to a generic lambda.
+// A value that carries a type, to pass it to a generic lambda.
 template <class T>
 struct Type {
   using type = T;

@@ -1,6 +1,6 @@
 """Attention pooling with one query: InternImage's `clip_projector`.
 
-Letters: B images, n tokens, D their width, h heads, E output width.
+Legend: B images, n tokens, D their width, h heads, E output width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from m3i_fast.models.transformer.blocks import Linear, reset_children
 
 
 class CrossAttention(nn.Module):
-    """Queries attend to keys: the projections of AttentionPool, named as in the checkpoints."""
+    """Multi-head cross attention with its projections, named as in the official checkpoints."""
 
     def __init__(self, dim: int, *, num_heads: int, output_dim: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, m, D] queries, [B, n, D] keys and values -> [B, m, E]."""
+        """Attend from m queries to n keys: q [B, m, D], k and v [B, n, D] -> [B, m, E]."""
         q = self._heads(F.linear(q, self.q.weight, self.q_bias))
         k = self._heads(F.linear(k, self.k.weight, self.k_bias))
         v = self._heads(F.linear(v, self.v.weight, self.v_bias))
@@ -49,7 +49,10 @@ class CrossAttention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """The mean token asks all tokens, without residual: [B, n, D] -> [B, E]."""
+    """Attention pooling: the mean token attends to all tokens, without residual.
+
+    [B, n, D] -> [B, E].
+    """
 
     def __init__(self, dim: int, *, num_heads: int, output_dim: int) -> None:
         super().__init__()

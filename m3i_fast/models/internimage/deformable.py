@@ -1,8 +1,8 @@
-"""InternImage's parts: the deformable convolution DCNv3, the layer around it, stage and stem.
+"""InternImage's modules: the deformable convolution DCNv3, the layer around it, stage and stem.
 
-Modules are named and nested as in the official code, for these names are the keys of its
+Modules are named and nested as in the official code, since these names are the keys of its
 checkpoints. Maps are [B, H, W, C]; convolutions see them as channels-last [B, C, H, W] without a
-copy. Letters: B batch, H x W cells, C channels, G groups, K = 9 points of the 3x3 kernel.
+copy. Legend: B batch, H x W cells, C channels, G groups, K = 9 points of the 3x3 kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from m3i_fast.models.transformer.blocks import (
     DropPath,
     Linear,
     reset_children,
-    take,
+    take_rows,
 )
 from m3i_fast.ops import dcnv3
 
@@ -33,7 +33,7 @@ SamplingCore = Callable[..., Tensor]  # called as m3i_fast.ops.dcnv3 is
 
 
 class Permute(nn.Module):
-    """Reorder dimensions; in a Sequential it also gives the norm after it the official index."""
+    """A permutation of dimensions, which in a Sequential gives the next norm its official index."""
 
     def __init__(self, *dims: int) -> None:
         super().__init__()
@@ -47,23 +47,23 @@ class Permute(nn.Module):
 
 
 def to_channels_first(x: Tensor) -> Tensor:
-    """[B, H, W, C] -> [B, C, H, W], a view."""
+    """View [B, H, W, C] as [B, C, H, W]."""
     return x.permute(0, 3, 1, 2)
 
 
 def norm_last(dim: int) -> nn.Sequential:
-    """LayerNorm of [..., dim]; its parameters are `0.weight` and `0.bias`."""
+    """Build a LayerNorm of [..., dim], whose parameters are `0.weight` and `0.bias`."""
     return nn.Sequential(nn.LayerNorm(dim, LAYER_NORM_EPS))
 
 
 def norm_first(dim: int) -> nn.Sequential:
-    """LayerNorm of [B, dim, H, W] -> [B, H, W, dim]; `1.weight` and `1.bias`."""
+    """Build a LayerNorm [B, dim, H, W] -> [B, H, W, dim] with `1.weight` and `1.bias`."""
     return nn.Sequential(Permute(0, 2, 3, 1), nn.LayerNorm(dim, LAYER_NORM_EPS))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerOptions:
-    """What is the same in every layer of a network; the fields are InternImageConfig's."""
+    """The options that all layers of a network share; fields are those of InternImageConfig."""
 
     mlp_ratio: float
     layer_scale: float | None
@@ -76,7 +76,7 @@ class LayerOptions:
     activation_checkpointing: Recompute = "none"
     core: SamplingCore = dcnv3
     layers: BlockLayers = TORCH_LAYERS
-    """Its `linear` makes the projections and the MLP, its `checkpoint` recomputes them."""
+    """`linear` builds the projections and the MLP, `checkpoint` recomputes them."""
 
 
 class DCNv3(nn.Module):
@@ -84,7 +84,7 @@ class DCNv3(nn.Module):
 
     y[p] = sum over k of softmax_k(m(p)) * v(p + s * (grid_k + o_k(p))) in each of G groups, where
     the offsets o and the logits m are linear in a depthwise convolution of the input, and s is
-    offset_scale. With center_feature_scale, y and v[p] are then blended by one gate a group.
+    offset_scale. With center_feature_scale, one gate a group then blends y with v[p].
     """
 
     def __init__(self, channels: int, num_groups: int, options: LayerOptions) -> None:
@@ -112,7 +112,7 @@ class DCNv3(nn.Module):
         self._reset_own()
 
     def reset_parameters(self) -> None:
-        """Initialise as the official code: at first every point weighs the same and stays put."""
+        """Initialise as the official code: offsets are 0 and all points weigh the same at first."""
         reset_children(self)
         self._reset_own()
 
@@ -147,9 +147,9 @@ class DCNv3(nn.Module):
         return self.output_proj(y)
 
     def _project(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, H, W, C] -> offsets [B, H, W, 2 G K], logits [B, H, W, G K], gates [B, H, W, G].
+        """Compute offsets [B, H, W, 2 G K], logits [B, H, W, G K] and gates [B, H, W, G] or None.
 
-        One matrix product: each of the three alone has too few columns to fill a machine.
+        In one matrix product: each of the three has too few columns to occupy a GPU.
         """
         weights: list[Tensor] = [self.offset.weight, self.mask.weight]
         biases: list[Tensor] = [self.offset.bias, self.mask.bias]
@@ -158,13 +158,13 @@ class DCNv3(nn.Module):
         if gate_weight is not None and gate_bias is not None:
             weights.append(gate_weight)
             biases.append(gate_bias)
-        parts = F.linear(context, torch.cat(weights), torch.cat(biases))
-        offset, mask, *gate = parts.split([len(weight) for weight in weights], dim=-1)
+        projected = F.linear(context, torch.cat(weights), torch.cat(biases))
+        offset, mask, *gate = projected.split([len(weight) for weight in weights], dim=-1)
         return offset.contiguous(), mask.contiguous(), gate[0] if gate else None
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear: [..., dim] -> [..., dim]."""
+    """Two linear layers with an exact GELU between them: [..., dim] -> [..., dim]."""
 
     def __init__(
         self, dim: int, hidden_dim: int, *, linear: Callable[[int, int], nn.Module] = Linear
@@ -178,10 +178,10 @@ class MLP(nn.Module):
 
 
 class InternImageLayer(nn.Module):
-    """DCNv3 and an MLP, each in a residual branch f: [B, H, W, C] -> [B, H, W, C].
+    """A layer of DCNv3 and an MLP, each in a residual branch f: [B, H, W, C] -> [B, H, W, C].
 
     pre-norm: x + drop(scale * f(norm(x))); post_norm: x + drop(scale * norm(f(x)));
-    res_post_norm: x + drop(res_post_norm(f(norm(x)))). There is a scale only with layer_scale.
+    res_post_norm: x + drop(res_post_norm(f(norm(x)))). Without layer_scale the scale is 1.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class InternImageLayer(nn.Module):
         gamma: Tensor | None,
     ) -> Tensor:
         rows = self.drop_path.draw(x)
-        kept = take(x, rows)
+        kept = take_rows(x, rows)
         branch = norm(body(kept)) if self.post_norm else body(norm(kept))
         if res_post_norm is not None:
             branch = res_post_norm(branch)
@@ -239,7 +239,7 @@ class InternImageLayer(nn.Module):
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions of stride 2: [B, 3, H, W] -> [B, H / 4, W / 4, channels]."""
+    """The stem, two 3x3 convolutions of stride 2: [B, 3, H, W] -> [B, H / 4, W / 4, channels]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2: [B, H, W, C] -> [B, H / 2, W / 2, 2 C]."""
+    """A 3x3 convolution of stride 2: [B, H, W, C] -> [B, H / 2, W / 2, 2 C]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -267,9 +267,9 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Layers at one resolution, and the way down to the next: [B, H, W, C] -> that, halved.
+    """Layers at one resolution, and the downsampling to the next one.
 
-    `drop_path` has a rate a layer. After the layers in `post_norm_ids` stands one more norm.
+    drop_path: one rate a layer. Each layer in post_norm_ids is followed by one more norm.
     """
 
     def __init__(
@@ -295,7 +295,10 @@ class Stage(nn.Module):
         self.downsample = Downsample(channels) if downsample else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """This stage's map [B, H, W, C], and the next stage's input; after the last, both equal."""
+        """Return the stage's map [B, H, W, C] and the next stage's input [B, H / 2, W / 2, 2 C].
+
+        Both are the same tensor after the last stage, which does not downsample.
+        """
         for i, block in enumerate(self.blocks):
             x = block(x)
             if self.post_norms is not None and i in self.post_norm_ids:

@@ -1,6 +1,6 @@
-"""InternImage (arXiv 2211.05778): a convolutional encoder whose kernels choose where they look.
+"""InternImage (arXiv 2211.05778): an encoder of deformable convolutions.
 
-Keys, shapes and outputs are those of the official code. Letters: B images, N = H/16 * W/16 cells,
+Keys, shapes and outputs are those of the official code. Legend: B images, N = H/16 * W/16 cells,
 D width of a dense token, E width of the pooled vector.
 """
 
@@ -30,6 +30,8 @@ HEAD_RATIO = 1.5  # width of the classification head over the last stage's
 
 @dataclass(frozen=True, slots=True)
 class Features:
+    """Dense tokens and the attention-pooled vector of B images."""
+
     tokens: Tensor  # [B, N, D], row by row at stride 16
     pooled: Tensor  # [B, E]
 
@@ -40,11 +42,11 @@ DEFAULT = InternImageConfig()
 class InternImage(ImageEncoder):
     """InternImage classifier and encoder: `InternImage(internimage_b(), num_classes=0)`.
 
-    Keywords replace fields of `cfg` (lists may stand for tuples), so the official constructor's
-    keywords work alone: `InternImage(channels=64, depths=[4, 4, 18, 4], groups=[4, 8, 16, 32])`.
-    `core` has the signature of `m3i_fast.ops.dcnv3`, which it is by default; of `layers`
-    `linear` makes its projections and MLPs, `checkpoint` recomputes. Can be built on the
-    meta device: `to_empty` then `reset_parameters` equal a direct build.
+    Keyword arguments replace fields of `cfg` (lists may stand for tuples), so that those of the
+    official constructor work: `InternImage(channels=64, depths=[4, 4, 18, 4], groups=[4, 8, 16,
+    32])`. core: a function with the signature of `m3i_fast.ops.dcnv3`, the default. layers:
+    `linear` builds the projections and MLPs, `checkpoint` recomputes them. On the meta device
+    `to_empty` and then `reset_parameters` give the weights of a direct build.
 
     Raises TypeError for an unknown keyword and ValueError for a value that does not fit.
     """
@@ -89,10 +91,10 @@ class InternImage(ImageEncoder):
         reset_children(self)
 
     def forward_stages(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[B, 3, H, W] -> maps at strides 4, 8, 16, 32: [B, H/4, W/4, C] to [B, H/32, W/32, 8 C].
+        """Return the maps of the four stages, [B, H/4, W/4, C] to [B, H/32, W/32, 8 C].
 
-        Sides that are no multiples of the stride are rounded up. Raises ValueError for another
-        shape.
+        images: [B, 3, H, W]. Sides that are no multiples of the stride are rounded up. Raises
+        ValueError for an input of another shape.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
@@ -105,9 +107,10 @@ class InternImage(ImageEncoder):
         return first, second, third, fourth
 
     def encode_cells(self, images: Tensor) -> Tensor:
-        """Dense tokens [B, 3, H, W] -> [B, N, D]: stage 3 and the pixel-shuffled stage 4, added.
+        """Encode images as dense tokens at stride 16: [B, 3, H, W] -> [B, N, D].
 
-        Raises ValueError unless H and W are multiples of 32, or without use_clip_projector.
+        Stage 3 and the pixel-shuffled stage 4 are added. Raises ValueError where H or W is no
+        multiple of 32, or without use_clip_projector.
         """
         self._need_projector("dense tokens")
         if any(side % COARSEST_STRIDE for side in images.shape[-2:]):
@@ -121,7 +124,7 @@ class InternImage(ImageEncoder):
         return (fine + coarse).flatten(2).transpose(1, 2)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Attention pooling of any cells of an image, in any order: [B, n, D] -> [B, E].
+        """Pool any cells of an image, in any order, by attention: [B, n, D] -> [B, E].
 
         Raises ValueError without use_clip_projector.
         """
@@ -129,11 +132,11 @@ class InternImage(ImageEncoder):
         return self.fc_norm(self.clip_projector(tokens))
 
     def summarise(self, tokens: Tensor) -> Tensor:
-        """The pooled vector as the one token of a summary: [B, n, D] -> [B, 1, E]."""
+        """Return the pooled vector as the single token of a summary: [B, n, D] -> [B, 1, E]."""
         return self.pool(tokens)[:, None]
 
     def forward_features(self, images: Tensor) -> Features:
-        """[B, 3, H, W] -> dense tokens and the attention-pooled vector, what M3I trains.
+        """Return the dense tokens and the pooled vector, which M3I trains, of [B, 3, H, W].
 
         Raises ValueError as `encode_cells` does.
         """
@@ -141,7 +144,7 @@ class InternImage(ImageEncoder):
         return Features(tokens, self.pool(tokens))
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> logits [B, num_classes]; without head the vector that it would read."""
+        """Classify images: [B, 3, H, W] -> logits [B, num_classes], or features without a head."""
         if self.cfg.use_clip_projector:
             return self.head(self.pool(self.encode_cells(images)))
         last = to_channels_first(self.forward_stages(images)[-1])
@@ -149,10 +152,10 @@ class InternImage(ImageEncoder):
         return self.head(self.conv_head(last).mean((2, 3)))
 
     def layers_above(self, parameter: str) -> int:
-        """As the official `lr_decay_keywards` counts: a layer a block, and none above the last.
+        """Count the blocks above a parameter, as the official `lr_decay_keywards` does.
 
-        The stem belongs to the first block, what follows a stage's blocks to the next stage's
-        first, and the heads to the last block.
+        The stem counts as part of the first block, the norm and downsampling after a stage's blocks
+        as part of the next stage's first block, and the heads as part of the last block.
         """
         depths = self.cfg.depths
         match parameter.split("."):

@@ -1,6 +1,6 @@
-"""Transformer block whose parameters are named as Transformer Engine names them.
+"""The Transformer block in torch, with Transformer Engine's parameter names.
 
-Letters: B batch, T tokens, D width, H heads, F hidden width of the MLP.
+Legend: B batch, T tokens, D width, H heads, F hidden width of the MLP.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def init_weight(weight: Tensor) -> None:
-    """Truncated normal, standard deviation 0.02, as timm initialises a ViT's linear layers."""
+    """Draw a weight from a truncated normal of standard deviation 0.02, as timm does for ViTs."""
     nn.init.trunc_normal_(weight, std=INIT_STD)
 
 
 def reset_children(module: nn.Module, *, but: Collection[nn.Module] = ()) -> None:
-    """Initialise everything below `module` again, in the order of construction, without `but`."""
+    """Initialise all children of `module` again, in the order of construction, except `but`."""
     for child in module.children():
         if child not in but:
             reset(child, but=but)
 
 
 def reset(module: nn.Module, *, but: Collection[nn.Module] = ()) -> None:
-    """Initialise `module` again: by its `reset_parameters`, or all below it that have one."""
+    """Initialise `module` again by its `reset_parameters`, or else by those of its children."""
     own = getattr(module, "reset_parameters", None)
     if own is None:
         reset_children(module, but=but)
@@ -45,7 +45,7 @@ def reset(module: nn.Module, *, but: Collection[nn.Module] = ()) -> None:
 
 
 class Linear(nn.Linear):
-    """Linear layer with a ViT's initialisation: weight [out, in], bias [out]."""
+    """A linear layer with a ViT's initialisation: weight [out, in], bias [out]."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, matmul: Matmul = F.linear
@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
 
 class LayerNormLinear(nn.Module):
-    """LayerNorm then Linear: [..., in_features] -> [..., out_features]."""
+    """A LayerNorm and a linear layer: [..., in_features] -> [..., out_features]."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *, matmul: Matmul = F.linear
@@ -90,7 +90,7 @@ class LayerNormLinear(nn.Module):
 
 
 class LayerNormMLP(nn.Module):
-    """LayerNorm, Linear, exact GELU, Linear: [..., dim] -> [..., dim]."""
+    """A LayerNorm and an MLP of two linear layers with an exact GELU: [..., dim] -> [..., dim]."""
 
     def __init__(self, dim: int, hidden_dim: int, *, matmul: Matmul = F.linear) -> None:
         super().__init__()
@@ -117,8 +117,11 @@ class LayerNormMLP(nn.Module):
         return self.matmul(x, self.fc2_weight, self.fc2_bias)
 
 
-def turned(qkv: Sequence[Tensor], rotation: Tensor | None) -> Sequence[Tensor]:
-    """q, k, v [B, T, H, D / H] each; q and k by the rotation of their tokens, if there is one."""
+def rotate_qk(qkv: Sequence[Tensor], rotation: Tensor | None) -> Sequence[Tensor]:
+    """Apply rotary positions to q and k of (q, k, v), each [B, T, H, D / H].
+
+    rotation: [B, T, 2, D / H / 2] of `positions.rotary`; None returns `qkv` itself.
+    """
     if rotation is None:
         return qkv
     q, k, v = qkv
@@ -126,7 +129,7 @@ def turned(qkv: Sequence[Tensor], rotation: Tensor | None) -> Sequence[Tensor]:
 
 
 class Attention(nn.Module):
-    """Scaled dot-product self-attention of all tokens with all tokens; no parameters."""
+    """Scaled dot-product self-attention of all tokens with all tokens, without parameters."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -135,30 +138,32 @@ class Attention(nn.Module):
     def forward(
         self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:
-        """[B, T, 3 D] (q; k; v, each head after head) -> [B, T, D].
+        """Attend from every token to every token: [B, T, 3 D] -> [B, T, D].
 
-        key_mask: [B, T] bool, True where the token is real and may be attended to. rotation:
-        [B, T, 2, D / H / 2] of the tokens' places (`positions.rotary`).
+        qkv: q, k and v side by side, each head after head. key_mask: [B, T] bool, True where the
+        token is real and may be attended to. rotation: [B, T, 2, D / H / 2] of the tokens'
+        positions (`positions.rotary`).
         """
         B, T, _ = qkv.shape
-        parts = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in turned(parts, rotation))
+        heads = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = (x.transpose(1, 2) for x in rotate_qk(heads, rotation))
         mask = None if key_mask is None else key_mask[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, T, D / H]
         return out.transpose(1, 2).flatten(2)
 
 
 def num_kept(num_samples: int, rate: float) -> int:
-    """Samples of a batch that go through a branch with stochastic depth by subset: at least one."""
+    """Count the samples that a branch keeps with stochastic depth by subset, at least one."""
     return max(1, round(num_samples * (1 - rate)))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: leaves a residual branch out for whole samples, when training.
+    """Stochastic depth (arXiv 1603.09382): a residual branch is dropped for whole samples.
 
-    mask: each sample by its own draw, after the work; the others' branch is scaled by 1 / keep.
-    subset: a share of each batch that is always the same, before the work, which is not done for
-    it (DINOv2); the others' branch is scaled by B over their number.
+    In training only. mask: each sample is dropped by its own draw, after the branch is computed;
+    the kept ones are scaled by 1 / (1 - rate). subset (DINOv2): a fixed share of each batch is
+    dropped before the branch, which is computed for the kept samples only; these are scaled by B
+    over their number.
     """
 
     def __init__(self, rate: float, mode: DropPathMode = "mask") -> None:
@@ -169,7 +174,7 @@ class DropPath(nn.Module):
         return f"rate={self.rate:g}, mode={self.mode}"
 
     def forward(self, branch: Tensor) -> Tensor:  # [B, ...] -> [B, ...]
-        """The branch with samples masked."""
+        """Return the branch with dropped samples zeroed and kept ones scaled, in mode mask."""
         if not self.training or self.rate == 0.0 or self.mode == "subset":
             return branch
         keep = 1.0 - self.rate
@@ -177,13 +182,13 @@ class DropPath(nn.Module):
         return branch * branch.new_empty(one_a_sample).bernoulli_(keep).div_(keep)
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """Samples of x [B, ...] that go through the branch: [kept] int64; None for all of them."""
+        """Draw the samples of x [B, ...] that go through the branch: [kept] int64, None for all."""
         if not self.training or self.rate == 0.0 or self.mode == "mask":
             return None
         return torch.randperm(len(x), device=x.device)[: num_kept(len(x), self.rate)]
 
     def add(self, x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None) -> Tensor:
-        """x + scale * branch, of the samples `rows` that were drawn for it, or of all of them."""
+        """Return x + scale * branch; rows: the samples of x that the branch has, None for all."""
         if rows is not None:
             branch = branch if scale is None else branch * scale
             return x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
@@ -192,16 +197,16 @@ class DropPath(nn.Module):
         return x + branch if scale is None else torch.addcmul(x, branch, scale)
 
 
-def take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of x [B, ...], or all of it."""
+def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Select rows [kept] int64 of x [B, ...]; None returns x itself."""
     return x if rows is None else x[rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockLayers:
-    """Constructors of a block's parts; another library's body has the same state dict.
+    """Constructors of a block's modules, those of torch or of another library.
 
-    Every part but `attention` has `reset_parameters()`.
+    All give one state dict. Every module but `attention` has `reset_parameters()`.
     """
 
     layernorm_linear: Callable[[int, int, bool], nn.Module]  # in_features, out_features, bias
@@ -220,7 +225,7 @@ TORCH_LAYERS = BlockLayers(
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block with optional LayerScale and DropPath: [B, T, D] -> [B, T, D].
+    """A pre-norm Transformer block with optional LayerScale and DropPath: [B, T, D] -> [B, T, D].
 
     x <- x + drop(scale_1 * proj(attention(layernorm_qkv(x))))
     x <- x + drop(scale_2 * layernorm_mlp(x))
@@ -272,10 +277,11 @@ class Block(nn.Module):
         num_last: int | None = None,
         rotation: Tensor | None = None,
     ) -> Tensor:
-        """key_mask: [B, T] bool, True where the token is real; None attends to every token.
+        """Run the block: [B, T, D] -> [B, T, D], or [B, num_last, D].
 
-        num_last: return the last tokens only, [B, num_last, D], without computing the others.
-        rotation: [B, T, 2, D / H / 2], by which queries and keys are turned.
+        key_mask: [B, T] bool, True where the token is real; None attends to every token.
+        num_last: return the last tokens only, without computing the others.
+        rotation: [B, T, 2, D / H / 2] of rotary positions, applied to queries and keys.
         """
         if self.checkpoint is None or not torch.is_grad_enabled():
             return self._run(x, key_mask, num_last, rotation)
@@ -289,12 +295,12 @@ class Block(nn.Module):
         rotation: Tensor | None,
     ) -> Tensor:
         drop, rows = self.drop_path, self.drop_path.draw(x)
-        key_mask = None if key_mask is None else take(key_mask, rows)
-        rotation = None if rotation is None else take(rotation, rows)
-        attended = self.attention(self.layernorm_qkv(take(x, rows)), key_mask, rotation)
+        key_mask = None if key_mask is None else take_rows(key_mask, rows)
+        rotation = None if rotation is None else take_rows(rotation, rows)
+        attended = self.attention(self.layernorm_qkv(take_rows(x, rows)), key_mask, rotation)
         if num_last is not None:
             first = x.shape[1] - num_last
             x, attended = x[:, first:], attended[:, first:]
         x = drop.add(x, self.proj(attended), self.layer_scale_1, rows)
         rows = drop.draw(x)
-        return drop.add(x, self.layernorm_mlp(take(x, rows)), self.layer_scale_2, rows)
+        return drop.add(x, self.layernorm_mlp(take_rows(x, rows)), self.layer_scale_2, rows)

@@ -1,10 +1,10 @@
-"""Linear layers in FP8 by torchao: one scale a tensor, found anew each time ("current" scaling).
+"""Linear layers in FP8 by torchao: one scale a tensor, computed at every call ("current" scaling).
 
-Weights, activations and the products' results stay in the types that they have without FP8, and so
-does the state dict; only the operands of the three products of a linear layer are cast, values and
-weights to e4m3, gradients to e5m2. It needs no GPU: torch multiplies FP8 on a CPU as well.
+Weights, activations, results of products and the state dict keep the dtypes that they have without
+FP8; only the operands of the three products of a linear layer are cast, activations and weights to
+e4m3, gradients to e5m2. No GPU is needed: torch multiplies FP8 on a CPU as well.
 
-Letters: M rows, K features in, N features out.
+Legend: M rows, K features in, N features out.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from m3i_fast.models.transformer.blocks import (
 
 @dataclass(slots=True)
 class Products:
-    """How many FP8 products ran; a compiled one counts while it is traced."""
+    """Counts of the FP8 products that ran; a compiled one is counted while it is traced."""
 
     forward: int = 0
     backward: int = 0
-    """Two a layer: gradients of its input and of its weight."""
+    """Two a layer: the gradients of its input and of its weight."""
 
 
 PRODUCTS = Products()
@@ -47,7 +47,7 @@ _MM_CONFIG = LinearMMConfig()  # fast accumulation forward alone
 
 @torch._dynamo.allow_in_graph
 class _Product(matmul_with_hp_or_float8_args):
-    """torchao's product, counted."""
+    """torchao's product, which also counts in `PRODUCTS`."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -64,8 +64,11 @@ def float8_linear(
     x: Tensor,  # [..., K]
     weight: Tensor,  # [N, K]
     bias: Tensor | None,  # [N]
-) -> Tensor:  # [..., N], of autocast's type or x's
-    """F.linear with all three products in FP8. K, N and, for the gradient, M: multiples of 16."""
+) -> Tensor:  # [..., N], in the dtype of autocast or of x
+    """Compute F.linear with all three products in FP8.
+
+    K and N, and for the gradient M, have to be multiples of 16.
+    """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))

@@ -1,6 +1,6 @@
-"""Where patches are: sine-cosine embeddings, other grids, and one view seen from another.
+"""Positions of patches: sine-cosine and rotary embeddings, resampling, and relative positions.
 
-Letters: I images, Q patches asked for.
+Legend: I images, Q target patches, B batch, T tokens, H heads, D width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ def sincos_embedding(coordinates: Tensor, dim: int) -> Tensor:
     """Embed each coordinate in dim / 2 sines and cosines: [..., K] -> [..., K * dim / 2] fp32.
 
     Per coordinate p: sin(p w) then cos(p w), w_k = 10000 ** (-k / (dim / 4)), k < dim / 4.
-    Two coordinates (row, column) give `dim` numbers, four (position and size) 2 * `dim`.
+    Two coordinates (row, column) give `dim` numbers, four (position and size) 2 * `dim`. Raises
+    ValueError where `dim` is no multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"dim: expected a multiple of 4 for a sine-cosine position, got {dim}")
@@ -27,19 +28,19 @@ def sincos_embedding(coordinates: Tensor, dim: int) -> Tensor:
 
 
 def grid_embedding(grid: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Sine-cosine embedding of the cells of a square grid, row by row: [grid ** 2, dim] fp32."""
+    """Embed the cells of a square grid, row by row, in sines and cosines: [grid ** 2, dim] fp32."""
     side = torch.arange(grid, device=device, dtype=torch.float32)
     cells = torch.cartesian_prod(side, side)  # [grid ** 2, 2]: row, column
     return sincos_embedding(cells, dim)
 
 
-ROTARY_BASE = 100.0  # DINOv3's
+ROTARY_BASE = 100.0  # as DINOv3
 
 
 def patch_centres(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """Centres of a view's patches, row by row: [rows * columns, 2] fp32 (row, column) in (-1, 1).
+    """Return the centres of a view's patches, row by row: [rows * columns, 2] fp32.
 
-    The same for a view of any size.
+    Each is (row, column) in (-1, 1), whatever the size of the view in pixels.
     """
     sides = [
         (torch.arange(count, device=device, dtype=torch.float32) + 0.5) / count * 2 - 1
@@ -49,10 +50,10 @@ def patch_centres(rows: int, columns: int, device: torch.device | None = None) -
 
 
 def rotary(centres: Tensor, head_dim: int) -> Tensor:
-    """Cosines and sines that `rotate` takes: [..., 2] -> [..., 2, head_dim / 2] fp32.
+    """Compute the cosines and sines that `rotate` takes: [..., 2] -> [..., 2, head_dim / 2] fp32.
 
     Angles are 2 pi p / 100 ** (4 k / head_dim), k < head_dim / 4, of rows and then of columns
-    (DINOv3, arXiv 2508.10104); the centre (0, 0) turns nothing.
+    (DINOv3, arXiv 2508.10104); the centre (0, 0) has the angle 0.
     """
     exponent = torch.arange(head_dim // 4, device=centres.device, dtype=torch.float32)
     frequency = 2 * math.pi * torch.pow(ROTARY_BASE, -4 * exponent / head_dim)
@@ -61,9 +62,10 @@ def rotary(centres: Tensor, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Queries or keys turned by their token's place: [B, T, H, D], [B, T, 2, D / 2] -> as x.
+    """Rotate queries or keys by the angles of their tokens: [B, T, H, D], [B, T, 2, D / 2] -> x's.
 
-    Pairs are the first half of a head's features with the second.
+    Feature k of the first half of a head is paired with feature k of the second half. Computed in
+    fp32 and returned in the dtype of x.
     """
     cos, sin = rotation.unsqueeze(2).unbind(-2)  # [B, T, 1, D / 2]
     first, second = x.float().chunk(2, dim=-1)
@@ -71,9 +73,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def resample_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Resize a position table to another grid as timm does: [1, H W, D] -> [1, H' W', D].
+    """Resize a position table to another grid, as timm does: [1, H W, D] -> [1, H' W', D].
 
-    Bicubic with antialiasing, in fp32; sizes are (rows, columns).
+    Bicubic with antialiasing, in fp32, returned in the dtype of the table. old, new: (rows,
+    columns).
     """
     if old == new:
         return table
@@ -90,17 +93,19 @@ def relative_positions(
     input_grid: int,
     target_grid: int,
 ) -> Tensor:
-    """Where target patches lie in the input view (SiameseIM's geometry): [I, Q, 4] fp32.
+    """Compute where target patches lie in the input view (SiameseIM's geometry): [I, Q, 4] fp32.
 
-    A view is its box resized to a square, then mirrored if flip = 1. Returned are py, px, ln(dh)
-    and ln(dw): the target patch's centre and size in patches of the input view, whose own patch
-    (u, v) has centre (u, v) and size (1, 1); positions outside the view are below -0.5 or above
-    input_grid - 0.5. With an input box (y, x, h, w), a target box (y', x', h', w') and a target
-    patch's centre at the fractions r and c of the target view before its mirroring:
+    A view is its box resized to a square, then mirrored if flip = 1. The four values are py, px,
+    ln(dh) and ln(dw): centre and size of the target patch in patches of the input view, whose own
+    patch (u, v) has centre (u, v) and size (1, 1); positions outside the view are below -0.5 or
+    above input_grid - 0.5. With an input box (y, x, h, w), a target box (y', x', h', w') and a
+    target patch's centre at the fractions r and c of the target view before its mirroring:
 
         py = input_grid * (y' - y + h' r) / h - 0.5
         px = input_grid * q - 0.5,  q = (x' - x + w' c) / w, or 1 - q if the input is mirrored
         dh = (h' / target_grid) / (h / input_grid),  dw likewise
+
+    Raises ValueError for boxes of another shape.
     """
     for name, boxes in (("input_boxes", input_boxes), ("target_boxes", target_boxes)):
         if boxes.shape != (target_index.shape[0], 5):

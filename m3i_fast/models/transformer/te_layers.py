@@ -1,8 +1,8 @@
-"""Transformer Engine's body of the blocks: one state dict with torch's.
+"""The blocks' modules by Transformer Engine, with the state dict of torch's.
 
-Its GELU is the tanh approximation and torch's the exact one: an activation differs by at most
-4.8e-4 and its derivative by 8.7e-4, what bf16 rounds values of an eighth and of a quarter by.
-Weights trained with either run with the other.
+Transformer Engine's GELU is the tanh approximation, torch's here the exact one: an activation
+differs by at most 4.8e-4 and its derivative by 8.7e-4, the rounding error of bf16 at values of 1/8
+and 1/4. Weights trained with either run with the other.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ Fp8Recipe = Literal["fp8_current", "fp8_delayed", "fp8_block", "mxfp8"]
 
 
 def te_layers() -> BlockLayers:
-    """A block's parts by Transformer Engine; raises ValueError where it cannot be imported.
+    """Return a block's constructors by Transformer Engine.
 
-    The parameters are fp32 and are cast by autocast or FSDP2, FP8 by `te_autocast`. A key mask has
-    to be True for the first tokens of a row. The blocks' recomputation is none or full: the
-    products are not torch's operations, so none of them could be kept.
+    Parameters are fp32 and are cast by autocast or FSDP2; `te_autocast` turns FP8 on. A key mask
+    has to be True for the first tokens of a row. Activation checkpointing is none or full: the
+    products are no operations of torch, so that selective could save none of them. Raises
+    ValueError where Transformer Engine cannot be imported, with what to install.
     """
     modules = _modules()
     return BlockLayers(
@@ -38,11 +39,14 @@ def te_layers() -> BlockLayers:
 
 
 def te_checkpoint(recompute: Recompute) -> Checkpoint | None:
-    """Transformer Engine's checkpointing, which also repeats the scales of FP8."""
+    """Return Transformer Engine's checkpoint function, which also restores the scales of FP8.
+
+    None for `none`. Raises ValueError for `selective`.
+    """
     if recompute == "selective":
         raise ValueError(
-            "activation_checkpointing: expected none or full with Transformer Engine's layers, of "
-            "whose products none can be kept, got selective"
+            "activation_checkpointing: expected none or full with Transformer Engine's layers, "
+            "whose products cannot be saved one by one, got selective"
         )
     if recompute == "none":
         return None
@@ -50,10 +54,10 @@ def te_checkpoint(recompute: Recompute) -> Checkpoint | None:
 
 
 def te_recipe(name: Fp8Recipe) -> Any:
-    """Transformer Engine's recipe of that name.
+    """Return Transformer Engine's recipe of a name; ValueError for an unknown one.
 
-    fp8_delayed keeps a history of maxima for each rank, so that encoders may run more than once a
-    step; it is not saved, so that it begins anew after a resume.
+    fp8_delayed keeps a history of maxima on each rank without a reduction, so that encoders may run
+    more than once a step; the history is not saved and starts empty after a resume.
     """
     _modules()
     from transformer_engine.common import recipe
@@ -76,9 +80,9 @@ def te_recipe(name: Fp8Recipe) -> Any:
 
 
 def te_autocast(recipe: Any | None) -> AbstractContextManager[None]:
-    """Products in FP8 by `te_recipe`'s recipe; None: by torch's autocast alone.
+    """Return a context in which products run in FP8 by a recipe of `te_recipe`; None: without FP8.
 
-    A recipe is given even where it is not used: Transformer Engine's own choice depends on the GPU.
+    A recipe is passed on even where FP8 is off: Transformer Engine's default depends on the GPU.
     """
     enabled = recipe is not None
     used = recipe if enabled else te_recipe("fp8_current")
@@ -86,7 +90,7 @@ def te_autocast(recipe: Any | None) -> AbstractContextManager[None]:
 
 
 def te_unavailable(recipe: Fp8Recipe) -> str | None:
-    """Why this machine's GPU cannot run `recipe`, in Transformer Engine's words; None: it can."""
+    """Return Transformer Engine's reason why this GPU cannot run a recipe; None: it can."""
     te = _te()
     probes: dict[str, Callable[..., tuple[bool, str]]] = {
         "mxfp8": te.is_mxfp8_available,
@@ -103,7 +107,7 @@ def _modules() -> ModuleType:
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"Transformer Engine: expected it to be importable, got {type(error).__name__}: "
-            f"{error}. The extra te installs it, beside a torch with CUDA 13: pip install "
+            f"{error}. Beside a torch with CUDA 13 install it by: pip install "
             '--no-build-isolation "m3i-fast[te]"; `m3i-fast doctor` says more'
         ) from error
     return te_modules

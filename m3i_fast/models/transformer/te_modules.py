@@ -1,6 +1,7 @@
-"""Transformer Engine's modules as a block's parts; imported by te_layers alone, for it needs CUDA.
+"""Transformer Engine's modules under the signatures of `BlockLayers`.
 
-Letters: B batch, T tokens, D width, H heads.
+Only te_layers imports this, on first use, since the import needs CUDA. Legend: B batch, T tokens,
+D width, H heads.
 """
 
 from __future__ import annotations
@@ -9,21 +10,22 @@ import torch
 import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
-from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS, init_weight, turned
+from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS, init_weight, rotate_qk
 
 
 def _placed() -> dict[str, object]:
-    """fp32 parameters where torch's own modules would put them, so that one seed gives one model.
+    """Return the arguments that put fp32 parameters on torch's default device.
 
-    A string, because Transformer Engine compares it with "meta".
+    The same seed then gives the weights of torch's modules. The device is a string, because
+    Transformer Engine compares it with "meta".
     """
     return {"params_dtype": torch.float32, "device": str(torch.get_default_device())}
 
 
 class WithoutExtraState:
-    """Keeps `_extra_state` out of state dicts: that of delayed scaling is a pickle.
+    """A mixin that keeps `_extra_state`, a pickle for delayed scaling, out of state dicts.
 
-    Nothing is saved, and a state dict that has one is refused as having an unexpected key.
+    Loading a state dict that has one fails with an unexpected key.
     """
 
     get_extra_state = nn.Module.get_extra_state
@@ -31,14 +33,17 @@ class WithoutExtraState:
 
 
 class Linear(WithoutExtraState, te.Linear):
-    """weight [out, in], bias [out]."""
+    """Transformer Engine's linear layer: weight [out, in], bias [out]."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, init_method=init_weight, **_placed())
 
 
 class LayerNormLinear(WithoutExtraState, te.LayerNormLinear):
-    """[..., in_features] -> [..., out_features]; in FP8 the norm's output is quantised at once."""
+    """A fused LayerNorm and linear layer: [..., in_features] -> [..., out_features].
+
+    In FP8 the norm writes its output quantised.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(
@@ -52,7 +57,10 @@ class LayerNormLinear(WithoutExtraState, te.LayerNormLinear):
 
 
 class LayerNormMLP(WithoutExtraState, te.LayerNormMLP):
-    """[..., dim] -> [..., dim]; its GELU is the tanh approximation, for it has no other."""
+    """A fused LayerNorm and MLP: [..., dim] -> [..., dim].
+
+    The GELU is the tanh approximation, the only one that Transformer Engine has.
+    """
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__(
@@ -67,7 +75,7 @@ class LayerNormMLP(WithoutExtraState, te.LayerNormMLP):
 
 
 class DotProductAttention(WithoutExtraState, te.DotProductAttention):
-    """q, k, v [B, T, H, D / H] each -> [B, T, D]; without dropout."""
+    """Attention without dropout: q, k and v [B, T, H, D / H] -> [B, T, D]."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__(
@@ -80,7 +88,7 @@ class DotProductAttention(WithoutExtraState, te.DotProductAttention):
 
 
 class Attention(nn.Module):
-    """As `blocks.Attention`, by cuDNN or FlashAttention, whichever Transformer Engine chooses."""
+    """`blocks.Attention` by cuDNN or FlashAttention, whichever Transformer Engine chooses."""
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -90,18 +98,19 @@ class Attention(nn.Module):
     def forward(
         self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:
-        """[B, T, 3 D] (q; k; v, each head after head) -> [B, T, D].
+        """Attend from every token to every token: [B, T, 3 D] -> [B, T, D].
 
-        key_mask: [B, T] bool, True for the first tokens of each row, the real ones; what stands
-        after them gets zeros. rotation: as `blocks.Attention`; Transformer Engine's own has one
-        table for all rows, which have other patches each here.
+        qkv: q, k and v side by side, each head after head. key_mask: [B, T] bool, True for the real
+        tokens, the first ones of each row; the padding after them gets zeros. rotation: as of
+        `blocks.Attention`; Transformer Engine's own rotary positions have one table for all rows,
+        whose patches differ here.
         """
         B, T, _ = qkv.shape
-        parts = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
-        q, k, v = turned(parts, rotation)
+        heads = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
+        q, k, v = rotate_qk(heads, rotation)
         if key_mask is None:
             return self.core(q, k, v)
         masked = ~key_mask[:, None, None, :]  # True is masked out, since 1.7
         out = self.core(q, k, v, attention_mask=masked, attn_mask_type="padding")
-        # not every backend writes there, and 0 x NaN would be NaN
+        # Not every backend writes the padding, and 0 x NaN would be NaN.
         return torch.where(key_mask[..., None], out, 0)

@@ -1,6 +1,6 @@
-"""Bidirectional text Transformer: the caption's target encoder.
+"""The bidirectional text Transformer that encodes captions as targets.
 
-Letters: B batch, T tokens, D width, E width of the embedding.
+Legend: B batch, T tokens, D width, E width of the embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ POSITION_STD = 0.01  # CLIP
 
 
 class TextEncoder(nn.Module):
-    """Caption to embedding: mean over the real tokens (M3I Fig. 1), then a linear projection."""
+    """Text encoder: mean over the real tokens (M3I, figure 1), then a linear projection."""
 
     def __init__(self, cfg: TextConfig, *, layers: BlockLayers = TORCH_LAYERS) -> None:
         super().__init__()
@@ -56,10 +56,11 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.pos_embed, std=POSITION_STD)
 
     def forward(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
-        """[B, T] int32 or int64 ids, [B] int64 real tokens -> [B, E], not normalised.
+        """Embed captions, without normalising: [B, T], [B] -> [B, E].
 
-        What stands after the real tokens changes nothing. A row with num_tokens = 0 gives zeros
-        and passes no gradient on.
+        token_ids: int32 or int64. num_tokens: int64, the real tokens of each row; the padding after
+        them has no effect. A row with num_tokens = 0 gives zeros and takes no gradient. Raises
+        ValueError where T exceeds context_length.
         """
         if token_ids.ndim != 2 or token_ids.shape[1] > self.cfg.context_length:
             raise ValueError(

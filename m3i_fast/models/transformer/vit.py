@@ -1,6 +1,7 @@
-"""Vision Transformer that encodes any subset of an image's patch tokens.
+"""The Vision Transformer, which encodes any subset of an image's patch tokens.
 
-Letters: B batch, N patches of the image, R prefix tokens (class and registers), D width.
+Legend: B batch, N patches of the image, n of them encoded, R prefix tokens (class and registers),
+D width, H heads, I images in inputs.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ PREFIX_STD = 1e-6  # timm's class and register tokens
 
 
 class ViT(ImageEncoder):
-    """Vision Transformer in three steps: `embed` patches, choose among them, `encode` the chosen.
+    """A Vision Transformer in three steps: `embed` patches, select some, `encode` the selected.
 
-    Can be built on the meta device: `to_empty` then `reset_parameters` equal a direct build.
+    On the meta device `to_empty` and then `reset_parameters` give the weights of a direct build.
     """
 
     def __init__(self, cfg: ViTConfig, *, layers: BlockLayers = TORCH_LAYERS) -> None:
@@ -61,7 +62,7 @@ class ViT(ImageEncoder):
 
     @property
     def num_prefix(self) -> int:
-        """Tokens before the patches in what `encode` returns."""
+        """Number of tokens before the patches in the result of `encode`."""
         return self.cfg.num_prefix
 
     def _table(self, count: int) -> nn.Parameter | None:
@@ -84,9 +85,10 @@ class ViT(ImageEncoder):
                 nn.init.normal_(prefix, std=PREFIX_STD)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patch tokens with their absolute position: [B, 3, H, W] -> [B, N, D]; no prefix tokens.
+        """Embed patches with their absolute positions, without prefix: [B, 3, H, W] -> [B, N, D].
 
-        H and W may differ from the configured size; the position is then interpolated.
+        H and W may differ from the configured size; positions are then interpolated. Raises
+        ValueError where patches do not divide them.
         """
         height, width = images.shape[-2:]
         patch = self.cfg.patch_size
@@ -102,9 +104,9 @@ class ViT(ImageEncoder):
         return tokens + resample_grid(self.pos_embed, old, new)
 
     def places(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What `encode` needs to know of where the patches of images [B, 3, H, W] are.
+        """Return the position arguments of `encode` for images [B, 3, H, W].
 
-        Their centres, [B, N, 2] in (-1, 1), with rotary positions; nothing with absolute ones.
+        With rotary positions the centres of patches, [B, N, 2] in (-1, 1); with absolute ones none.
         """
         if self.pos_embed is not None:
             return ()
@@ -113,9 +115,9 @@ class ViT(ImageEncoder):
         return (centres.expand(len(images), -1, -1),)
 
     def encode(self, tokens: Tensor, centres: Tensor | None = None) -> Tensor:
-        """Run the blocks: [B, n, D], any subset of patch tokens -> [B, R + n, D], prefix first.
+        """Run the blocks on any subset of patch tokens: [B, n, D] -> [B, R + n, D], prefix first.
 
-        centres: [B, n, 2] of the tokens' patches, where positions are rotary.
+        centres: [B, n, 2] of the tokens' patches, with rotary positions only; ValueError otherwise.
         """
         if (centres is None) != (self.cfg.position == "absolute"):
             raise ValueError(
@@ -131,35 +133,36 @@ class ViT(ImageEncoder):
         return self.norm(tokens)
 
     def _rotation(self, centres: Tensor) -> Tensor:  # [B, n, 2] -> [B, R + n, 2, D / H / 2]
-        """A prefix token is turned by nothing."""
+        """Compute the rotations of all tokens; those of prefix tokens have the angle 0."""
         prefix = centres.new_zeros(len(centres), self.num_prefix, 2)
         head_dim = self.cfg.dim // self.cfg.num_heads
         return rotary(torch.cat([prefix, centres], dim=1), head_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, R + N, D]."""
+        """Encode whole images: [B, 3, H, W] -> [B, R + N, D], prefix first."""
         return self.encode(self.embed(images), *self.places(images))
 
     def encode_cells(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, N, D], without the prefix."""
+        """Encode whole images as one token a patch: [B, 3, H, W] -> [B, N, D]."""
         return self(images)[:, self.num_prefix :]
 
     def encode_alone(self, images: Tensor, token_index: Tensor) -> Tensor:
-        """Each image's own cells, which see no others: [B, 3, H, W], [I, n] -> [I, n, D].
+        """Encode each image's own cells without the others: [B, 3, H, W], [I, n] -> [I, n, D].
 
-        token_index: [I, n] int64, cells of input i % B that image i has.
+        token_index: [I, n] int64, the cells of input i % B that image i shows.
         """
         own = [take_cells(x, token_index) for x in (self.embed(images), *self.places(images))]
         return self.encode(*own)[:, self.num_prefix :]
 
     def summarise(self, tokens: Tensor) -> Tensor:
-        """All tokens: [B, n, D] unchanged."""
+        """Return all tokens unchanged: [B, n, D]."""
         return tokens
 
     def layers_above(self, parameter: str) -> int:
-        """As timm counts: patches, positions and prefix, the blocks, the heads of the objective.
+        """Count the layers above a parameter, as timm does.
 
-        The last norm belongs to the last block.
+        The layers are patch embedding, positions and prefix together, each block (the last one with
+        the final norm), and the heads of the objective.
         """
         match parameter.split("."):
             case ["blocks", index, *_]:

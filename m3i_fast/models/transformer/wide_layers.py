@@ -1,6 +1,6 @@
-"""Which linear layers of a model are worth FP8: one rule for every body.
+"""The rule by which linear layers run in FP8, one for torchao's and Transformer Engine's.
 
-Letters: K features in, N features out.
+Legend: K features in, N features out.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
 
-FEATURE_MULTIPLE = 16  # cuBLAS's FP8 products ask it of K and of N
+FEATURE_MULTIPLE = 16  # of K and N, which cuBLAS's FP8 products need
 
 
 def is_wide(in_features: int, out_features: int, min_dim: int) -> bool:
-    """Whether K and N are multiples of 16, and neither is below `min_dim`.
+    """Return whether K and N are multiples of 16, and neither is below `min_dim`.
 
-    A narrow product takes less time than the quantisation of its operands.
+    A narrower product takes less time than the quantisation of its operands.
     """
     aligned = in_features % FEATURE_MULTIPLE == 0 == out_features % FEATURE_MULTIPLE
     return aligned and min(in_features, out_features) >= min_dim
@@ -24,7 +24,7 @@ def is_wide(in_features: int, out_features: int, min_dim: int) -> bool:
 def wide_only(
     layers: BlockLayers, min_dim: int, *, narrow: BlockLayers = TORCH_LAYERS
 ) -> BlockLayers:
-    """`layers` where a layer `is_wide`, `narrow` elsewhere; all else is that of `layers`."""
+    """Return `layers` with those of `narrow` in the place of layers that are not `is_wide`."""
 
     def choose(dim_in: int, dim_out: int) -> BlockLayers:
         return layers if is_wide(dim_in, dim_out, min_dim) else narrow

@@ -1,12 +1,12 @@
-"""The terms as modules: each owns what only it needs, and turns a step into -log P(z | z_hat).
+"""The terms as modules, each of which computes -log P(z | z_hat) of a step.
 
-Legend, beside that of `seen`: Q cells predicted, E embedding width, K prototypes.
+Legend, beside that of step_context: Q cells predicted, E embedding width, K prototypes.
 """
 
 from __future__ import annotations
 
 from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.objectives.terms.base import Sizes, TermModule, copy_state, follower
+from m3i_fast.objectives.terms.base import Sizes, TermModule, copy_state, momentum_copy
 from m3i_fast.objectives.terms.dense import Dense, DenseContrast, dense_dim
 from m3i_fast.objectives.terms.labels import Caption, Category, Label
 from m3i_fast.objectives.terms.views import Embedding, PrototypeTerm
@@ -24,12 +24,12 @@ __all__ = [
     "build_term",
     "copy_state",
     "dense_dim",
-    "follower",
+    "momentum_copy",
 ]
 
 
 def build_term(term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> TermModule:
-    """The module of a term, with what it learns."""
+    """Build the module of a term, with its parameters."""
     match term.target:
         case "category":
             return Category(term, cfg, sizes)

@@ -1,4 +1,4 @@
-"""What every term is: a module that turns a step into -log P(z | z_hat)."""
+"""The base class of terms, modules that compute -log P(z | z_hat) of a step."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from m3i_fast.config.vision import VisionConfig
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, reset_children
 from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
 from m3i_fast.objectives.monitors import feature_std, mean_cosine
-from m3i_fast.objectives.step_context import Monitor, Seen
+from m3i_fast.objectives.step_context import Monitor, StepContext
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """What terms have to know of the rest of the model."""
+    """Sizes and settings of the rest of the model that terms are built with."""
 
     vision: VisionConfig
     text: TextConfig
     num_classes: int
     target_dim: Mapping[str, int]
-    """Width of a token of the momentum and the frozen encoder, where there is one."""
+    """Width of a token of the target encoders in use, by momentum and frozen."""
     summary_dim: Mapping[str, int]
-    """Width of their summaries."""
+    """Width of a token of their summaries."""
     process_group: dist.ProcessGroup | None = None
     """The ranks that share a batch."""
     layers: BlockLayers = TORCH_LAYERS
-    """Parts of the Transformer blocks."""
+    """Constructors of the Transformer blocks' modules."""
 
 
 class TermModule(nn.Module, ABC):
-    """One term of the sum."""
+    """One term of the sum, with the parameters that only it uses."""
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, dim: int, sizes: Sizes) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TermModule(nn.Module, ABC):
         self.loss = LIKELIHOODS[term.loss_key](term, cfg, dim, sizes.process_group)
 
     def reset_parameters(self) -> None:
-        """Initialise everything, as after `to_empty`; what follows by EMA starts as a copy."""
+        """Initialise everything, as after `to_empty`; EMA modules start as copies."""
         pairs = dict(self.momentum_pairs())
         reset_children(self, but=pairs)
         self.reset_own_parameters()
@@ -54,34 +54,41 @@ class TermModule(nn.Module, ABC):
             copy_state(average, online)
 
     def reset_own_parameters(self) -> None:
-        """Initialise what belongs to no submodule; a term that has such overrides this."""
+        """Initialise the parameters that belong to no submodule; overridden by terms with any."""
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """(average, online): what follows the online modules by EMA."""
+        """Yield (average, online) of each module that follows another by EMA."""
         yield from ()
 
     @abstractmethod
-    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
-        """-log P [] and its number of members: rows with a target, dense ones asked, images."""
+    def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        """Return -log P, [], and the number of rows or images that it is about.
+
+        Labels count rows with a target, dense terms the images they predict from, the others all
+        images. monitor: logs the term's monitors; None on steps that are not logged.
+        """
 
 
-def follower(module: nn.Module, sizes: Sizes) -> nn.Module:
-    """A copy that an EMA moves; its batch norms use the batch's statistics, as in training."""
+def momentum_copy(module: nn.Module, sizes: Sizes) -> nn.Module:
+    """Copy a module for an EMA to update; its batch norms use the batch's statistics."""
     group = sizes.process_group
     return copy.deepcopy(module, {id(group): group}).requires_grad_(False)
 
 
 @torch.no_grad()
 def copy_state(average: nn.Module, online: nn.Module) -> None:
-    """Parameters and buffers of `online` into a copy of it, in place."""
+    """Copy parameters and buffers of `online` into a copy of it, in place."""
     targets, sources = ((*m.parameters(), *m.buffers()) for m in (average, online))
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
 
 
 @torch.no_grad()
-def watch(monitor: Monitor | None, name: str, *, z_hat: Tensor | None, z: Tensor) -> None:
-    """Log how far the targets are spread, and how near predictions are to them."""
+def log_spread(monitor: Monitor | None, name: str, *, z_hat: Tensor | None, z: Tensor) -> None:
+    """Log the spread of targets as `NAME_std` and their cosine with predictions as `NAME_cosine`.
+
+    z_hat, z: [..., D]; without predictions the spread alone.
+    """
     if monitor is not None:
         monitor(f"{name}_std", feature_std(z.detach()))
         if z_hat is not None:

@@ -1,4 +1,4 @@
-"""Targets that come with the picture: its category, its caption."""
+"""Terms whose targets are annotations of the picture: its category or its caption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m3i_fast.models.transformer.text import TextEncoder
 from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.mixing import drop_tokens
 from m3i_fast.objectives.row_statistics import sum_over_ranks, wide
-from m3i_fast.objectives.step_context import Monitor, Seen
+from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule
 from m3i_fast.ops import IGNORED
 
@@ -21,7 +21,7 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # SigLIP's start, arXiv 2303.15343
 
 
 class Label(TermModule):
-    """A target that comes with the picture, and a temperature that is learnt."""
+    """A term whose target is an annotation of the picture, with a learnt temperature tau."""
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         super().__init__(term, cfg, sizes.text.embed_dim, sizes)
@@ -35,43 +35,50 @@ class Label(TermModule):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Keep 1 / tau in [1, 100], in place, after the optimiser's step (open_clip)."""
+        """Clamp 1 / tau to [1, 100] in place, after the optimiser's step, as open_clip does."""
         self.log_scale.clamp_(0.0, math.log(MAX_SCALE))
 
     def embed(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, E] fp32, unit length
+        """Embed images by their summaries, in the space of the targets."""
         return F.normalize(wide(self.head(summary)), dim=-1)
 
-    def _rows(self, seen: Seen) -> Tensor:  # [I + L B, E]
-        """Predictions of every image in an input, then of every local view."""
-        return torch.cat([self.embed(summary) for summary in seen.summaries])
+    def _rows(self, step: StepContext) -> Tensor:  # [I + L B, E]
+        """Embed every image in an input, then every local view."""
+        return torch.cat([self.embed(summary) for summary in step.summaries])
 
     def _known_empty(self, members: Tensor) -> bool:
-        """Whether it is known, without waiting for a device, that nobody has this target.
+        """Return whether it is known without a host synchronisation that no row has a target.
 
-        On several ranks nobody skips a term: the others wait for it.
+        With several ranks always False: a rank that skipped the term would miss its collectives.
         """
         known = members.device.type == "cpu" and self.process_group is None
         return known and not bool(members.any())
 
     def _share(self, members: Tensor) -> Tensor:  # [N] bool -> [] fp32
-        """What a mean over members is multiplied by: members / rows of all ranks, or 1."""
+        """Return the factor of a mean over members: members / rows of all ranks, or 1.
+
+        members: the rows that have a target.
+        """
         if self.term.mean == "members":
             return members.new_ones((), dtype=torch.float32)
         counts = torch.stack([members.sum(), members.new_full((), len(members), dtype=torch.int64)])
-        of_members, of_rows = sum_over_ranks(counts, self.process_group).float().unbind()
-        return of_members / of_rows.clamp_min(1)
+        num_members, num_rows = sum_over_ranks(counts, self.process_group).float().unbind()
+        return num_members / num_rows.clamp_min(1)
 
     def _nothing(self) -> tuple[Tensor, int]:
-        """Of a batch without members: it costs nothing, and its backward has somewhere to go."""
+        """Return the loss 0 of a batch without targets, which can be differentiated."""
         return self.log_scale * 0, 0
 
 
 class Category(Label):
-    """z: the learnt embedding of the picture's category."""
+    """A term whose z is the learnt embedding of the picture's category."""
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         if sizes.num_classes < 1:
-            raise ValueError(f"objective.terms: {term.name!r} needs classes, the data has none")
+            raise ValueError(
+                f"objective.terms: expected data with classes for {term.name!r}, got "
+                f"{sizes.num_classes} classes; leave the term out, or pack pictures with labels"
+            )
         super().__init__(term, cfg, sizes)
         self.embedding = nn.Parameter(torch.empty(sizes.num_classes, sizes.text.embed_dim))
         self.reset_own_parameters()
@@ -81,21 +88,21 @@ class Category(Label):
         super().reset_own_parameters()
         nn.init.normal_(self.embedding, std=self.embedding.shape[-1] ** -0.5)
 
-    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
-        targets = seen.of_rows(seen.batch.label)
+    def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        targets = step.per_row(step.batch.label)
         if self._known_empty(targets != IGNORED):
             return self._nothing()
         z = F.normalize(self.embedding, dim=-1)
-        z_hat, scale = self._rows(seen), self.log_scale.exp()
+        z_hat, scale = self._rows(step), self.log_scale.exp()
         value = self.log_scale.new_zeros(())
-        for weight, rows in seen.weighted_rows():
+        for weight, rows in step.weighted_rows():
             weight = weight * self._share(targets[rows] != IGNORED)
             value = value + weight * self.loss(z_hat[rows], z, scale, targets=targets[rows])
         return value, (targets != IGNORED).sum()
 
 
 class Caption(Label):
-    """z: the text encoder's embedding of the picture's caption."""
+    """A term whose z is the text encoder's embedding of the picture's caption."""
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         super().__init__(term, cfg, sizes)
@@ -112,21 +119,21 @@ class Caption(Label):
             self.bias.fill_(SIGMOID_BIAS)
 
     def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
-        """[B, T] int, [B] int64 -> [B, E] fp32, unit length."""
+        """Embed captions: [B, T] int, [B] int64 -> [B, E] fp32, unit length."""
         return F.normalize(wide(self.text_encoder(token_ids, num_tokens)), dim=-1)
 
-    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
-        batch, mix = seen.batch, seen.mix
+    def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        batch, mix = step.batch, step.mix
         if self._known_empty(batch.num_tokens > 0):
             return self._nothing()
         tokens = batch.token_ids, batch.num_tokens
-        with seen.stage("fwd.text"):
+        with step.stage("fwd.text"):
             z = self.embed_captions(*drop_tokens(*tokens, mix.token_priority, self.token_dropout))
         ids = batch.group_id.masked_fill(batch.num_tokens == 0, IGNORED)
-        row_ids = seen.of_rows(ids)
-        z_hat, scale = self._rows(seen), self.log_scale.exp()
+        row_ids = step.per_row(ids)
+        z_hat, scale = self._rows(step), self.log_scale.exp()
         value = self.log_scale.new_zeros(())
-        for weight, rows in seen.weighted_rows():
+        for weight, rows in step.weighted_rows():
             ids_of = {"row_ids": row_ids[rows], "col_ids": ids}
             weight = weight * self._share(row_ids[rows] != IGNORED)
             value = value + weight * self.loss(z_hat[rows], z, scale, bias=self.bias, **ids_of)

@@ -1,4 +1,4 @@
-"""One target a view: its embedding, its assignment to prototypes."""
+"""Terms with one target a view: its embedding, or its assignment to prototypes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import Mlp, PrototypeHead
 from m3i_fast.objectives.losses.likelihoods import Prototypes, UniGrad
-from m3i_fast.objectives.step_context import Monitor, Seen
-from m3i_fast.objectives.terms.base import Sizes, TermModule, follower, watch
+from m3i_fast.objectives.step_context import Monitor, StepContext
+from m3i_fast.objectives.terms.base import Sizes, TermModule, log_spread, momentum_copy
 
 
 class Embedding(TermModule):
-    """z: the projected mean of a view's features."""
+    """A term whose z is the projected mean of a view's features."""
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         sized, frozen = cfg.projector, term.encoder == "frozen"
@@ -33,87 +33,93 @@ class Embedding(TermModule):
             self.predictor = Mlp(
                 dim, sized.predictor_hidden_dim, dim, batch_norm=True, process_group=group
             )
-        self.momentum = follower(self.projector, sizes) if term.encoder == "momentum" else None
+        self.momentum = momentum_copy(self.projector, sizes) if term.encoder == "momentum" else None
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         if self.momentum is not None:
             yield self.momentum, self.projector
 
-    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+    def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         pairs = [(0, int(self.term.view == "other"))]
         if self.term.symmetric:
             pairs.append((1, 0))
-        seen_views = {of for of, _ in pairs} | (
+        used_views = {of for of, _ in pairs} | (
             {to for _, to in pairs} if self.term.encoder == "shared" else set()
         )
-        projected = {view: self.projector(seen.embedded(view)) for view in sorted(seen_views)}
-        targets = [self._target(seen, projected, to) for _, to in pairs]
+        projected = {view: self.projector(step.embedding(view)) for view in sorted(used_views)}
+        targets = [self._target(step, projected, to) for _, to in pairs]
         if isinstance(self.loss, UniGrad):
             self.loss.observe(targets)
         values = []
         for (of, _), z in zip(pairs, targets, strict=True):
             z_hat = self.predictor(projected[of])
-            watch(monitor, self.term.name, z_hat=z_hat, z=z)
+            log_spread(monitor, self.term.name, z_hat=z_hat, z=z)
             values.append(self.loss(z_hat, z))
-        return torch.stack(values).mean(), len(seen.mix.sample)
+        return torch.stack(values).mean(), len(step.mix.sample)
 
-    def _target(self, seen: Seen, projected: Mapping[int, Tensor], view: int) -> Tensor:
+    def _target(self, step: StepContext, projected: Mapping[int, Tensor], view: int) -> Tensor:
         if self.term.encoder == "shared":
             stops = self.term.regulariser == "stop_gradient"
             return projected[view].detach() if stops else projected[view]
         with torch.no_grad():
-            embedded = seen.target_embedding(self.term.encoder, view)
+            embedded = step.target_embedding(self.term.encoder, view)
             return embedded if self.momentum is None else self.momentum(embedded)
 
 
 class PrototypeTerm(TermModule):
-    """z: a view's assignment to prototypes, by the momentum encoder or the encoder itself."""
+    """A term whose z is a view's assignment to prototypes.
+
+    The momentum encoder assigns, or the encoder itself where there is none.
+    """
 
     loss: Prototypes
 
     def __init__(self, term: Term, cfg: ObjectiveConfig, sizes: Sizes) -> None:
         super().__init__(term, cfg, cfg.num_prototypes, sizes)
         self.head = PrototypeHead(sizes.vision.summary_dim, cfg.projector, cfg.num_prototypes)
-        self.momentum = follower(self.head, sizes) if term.encoder == "momentum" else None
+        self.momentum = momentum_copy(self.head, sizes) if term.encoder == "momentum" else None
 
     def momentum_pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         if self.momentum is not None:
             yield self.momentum, self.head
 
-    def forward(self, seen: Seen, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
-        """Every view of the picture is asked for every target view but itself."""
+    def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
+        """Predict from every view of the picture the assignment of every other target view."""
         targets = (0, 1) if self.term.symmetric else (int(self.term.view == "other"),)
         inputs = range(2) if self.term.sees_both_views else range(1)
-        order = seen.mix.sample.argsort()  # local views are in the order of samples
-        logits = {n: self.head(seen.embedded(n)) for n in (*inputs, *seen.local_numbers)}
-        assigned = self.loss.targets([self._logits(seen, logits, view) for view in targets])
-        asked: list[tuple[Tensor, Tensor]] = []
+        order = step.mix.sample.argsort()  # local views are in the order of samples
+        logits = {n: self.head(step.embedding(n)) for n in (*inputs, *step.local_indices)}
+        assigned = self.loss.targets([self._logits(step, logits, view) for view in targets])
+        pairs: list[tuple[Tensor, Tensor]] = []
         for view, z in zip(targets, assigned, strict=True):
             if monitor is not None:
-                _watch_assignment(monitor, self.term.name, z)
+                _log_assignment(monitor, self.term.name, z)
             for number, z_hat in logits.items():
-                if number in seen.local_numbers:
-                    asked.append((z_hat, z[order]))
+                if number in step.local_indices:
+                    pairs.append((z_hat, z[order]))
                 elif number != view or self.term.view == "same":
-                    asked.append((z_hat, z))
-        z_hats, zs = (torch.cat(rows) for rows in zip(*asked, strict=True))
-        return self.loss(z_hats, zs), len(seen.mix.sample)
+                    pairs.append((z_hat, z))
+        z_hats, zs = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+        return self.loss(z_hats, zs), len(step.mix.sample)
 
     @torch.no_grad()
-    def _logits(self, seen: Seen, own: Mapping[int, Tensor], view: int) -> Tensor:  # [I, K]
+    def _logits(self, step: StepContext, own: Mapping[int, Tensor], view: int) -> Tensor:  # [I, K]
         if self.momentum is None:
             return own[view].detach()
         # MSN learns prototypes with the encoder; DINO's teacher has averaged ones.
         shares = self.term.regulariser == "mean_entropy"
-        embedded = seen.target_embedding(self.term.encoder, view)
+        embedded = step.target_embedding(self.term.encoder, view)
         head: PrototypeHead = self.momentum  # type: ignore[assignment]
         return head(embedded, self.head.prototypes if shares else None)
 
 
 @torch.no_grad()
-def _watch_assignment(monitor: Monitor, name: str, z: Tensor) -> None:  # [N, K] probabilities
-    """Entropy of the mean assignment, over that of the most even one of N rows; mean entropy of
-    an assignment, over its most: 1 where it says nothing."""
+def _log_assignment(monitor: Monitor, name: str, z: Tensor) -> None:  # [N, K] probabilities
+    """Log `NAME_use` and `NAME_doubt`, relative entropies in [0, 1].
+
+    Use: entropy of the mean assignment over the largest one that N rows can have. Doubt: mean
+    entropy of an assignment over log K, 1 where it is uniform.
+    """
     mean, num_rows, num_prototypes = z.mean(0), *z.shape
     used = -torch.xlogy(mean, mean).sum() / math.log(max(min(num_rows, num_prototypes), 2))
     monitor(f"{name}_use", used)

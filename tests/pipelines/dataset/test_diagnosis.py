@@ -87,13 +87,18 @@ def test_a_number_out_of_range_is_named(
 
 def test_a_sample_that_comes_twice_is_named(good: Path, tmp_path: Path) -> None:
     path = spoil(good, tmp_path, sid=np.array(5, "<i8").tobytes())
-    with pytest.raises(ValueError, match=r"picture-\d.sid: sample_id 5 is used twice"):
+    with pytest.raises(
+        ValueError,
+        match=r"picture-\d.sid: sample_id: expected another one for each sample, got 5 twice",
+    ):
         verify(path)
 
 
 def test_a_group_of_another_sample_is_named(good: Path, tmp_path: Path) -> None:
     path = spoil(good, tmp_path, gid=np.array(99, "<i8").tobytes())
-    with pytest.raises(ValueError, match="group 99 of split train holds no sample of that id"):
+    with pytest.raises(
+        ValueError, match="group_id: expected the sample_id of a sample of split train, got 99"
+    ):
         verify(path)
 
 

@@ -88,10 +88,13 @@ def test_same_bytes_on_every_run(fifty: Path, tmp_path: Path) -> None:
         ({"image": PNG[:16] + b"\0\0\x75\x30" * 2 + PNG[24:]}, "picture-1: .* 30000 x 30000"),
         ({"label": 3}, "picture-1: expected a label from -1 to 2, got 3"),
         ({"label": -2}, "picture-1: expected a label from -1 to 2, got -2"),
-        ({"sample_id": 0}, "picture-1: sample_id 0 is used twice"),
+        (
+            {"sample_id": 0},
+            "picture-1: sample_id: expected another one for each sample, got 0 twice",
+        ),
         ({"sample_id": -1}, "picture-1: expected ids of at least 0, got -1 of group 1"),
         ({"group_id": -1}, "picture-1: expected ids of at least 0, got 1 of group -1"),
-        ({"group_id": 77}, "group 77 of split train holds no sample of that id"),
+        ({"group_id": 77}, "group_id: expected the sample_id of a sample of split train, got 77"),
         ({"captions": (np.zeros(0, np.int32),)}, "picture-1: expected 1 to 12 token ids, got 0"),
         ({"captions": (np.zeros(13, np.int32),)}, "picture-1: expected 1 to 12 token ids, got 13"),
         ({"captions": (np.array([521], np.int32),)}, "picture-1: expected token ids from 0 to 520"),
@@ -119,7 +122,9 @@ def test_the_limit_of_pixels_can_be_changed(tmp_path: Path) -> None:
 
 def test_a_group_in_two_splits_is_refused(tmp_path: Path) -> None:
     splits = {"train": [sample(0, PNG)], "heldout": [sample(1, PNG, group_id=0)]}
-    with pytest.raises(ValueError, match="group 0 is in split heldout and in train"):
+    with pytest.raises(
+        ValueError, match="group_id: expected each in one split, got 0 in heldout and in train"
+    ):
         write_dataset(tmp_path / "data", splits, info(), seed=0, samples_per_shard=4)
 
 

@@ -168,7 +168,8 @@ def test_a_huge_picture_is_refused_by_its_header(
         "m3i_fast.pipelines.dataset.pictures.require", lambda module: pytest.fail(module)
     )
     png = PNG[:16] + struct.pack(">II", width, height) + PNG[24:]
-    refused = f"expected at most 89478485 pixels, got {height} x {width} = {height * width}; max"
+    got = f"got {height} x {width} = {height * width}"
+    refused = f"expected at most 89478485 pixels, {got}; raise max_pixels"
     for image in (jpeg_header(height, width), png):
         with pytest.raises(ValueError, match=refused):
             decode(image, extension(image), MAX_PIXELS)

@@ -74,7 +74,7 @@ def source(path: Path) -> reader.Source:
 @pipeline_def(batch_size=1, num_threads=1, device_id=None)
 def decoded(where: reader.Source):  # type: ignore[no-untyped-def]
     record = reader.read(where)
-    return record.image, record.size_hw, *record.rest
+    return record.image, record.size_hw, *record.annotations
 
 
 def test_decoding_equals_pillow(packer: Packer) -> None:

@@ -10,7 +10,7 @@ from scipy.stats import hypergeom
 
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.sources.annotation import annotate, keep_share
-from m3i_fast.pipelines.sources.concepts import drawings
+from m3i_fast.pipelines.sources.concepts import read_drawings
 from tests.pipelines.sources.test_openmoji import build, kinds, rows
 
 SHARES = (0.0, 0.001, 0.01, 0.1, 0.35, 0.5, 0.999, 1.0)
@@ -87,7 +87,7 @@ def test_in_thirds_more_labels_keep_every_label_of_fewer() -> None:
 def test_the_packed_shares(tmp_path: Path) -> None:
     """OpenMoji itself, its held-out concepts fully annotated whatever the shares."""
     path = build(tmp_path / "data", labelled=0.3, captioned=0.6, seed=1)
-    category_of = {d.group_id: d.category for d in drawings() if d.sample_id == d.group_id}
+    category_of = {d.group_id: d.category for d in read_drawings() if d.sample_id == d.group_id}
     kept = kinds(path)
     sizes = Counter(category_of[group] for group in kept)
     assert len(sizes) > 5

@@ -44,7 +44,7 @@ def integer(raw: bytes) -> int:
 
 @pytest.fixture(scope="module")
 def drawings() -> list[Drawing]:
-    return openmoji.drawings()
+    return openmoji.read_drawings()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from m3i_fast.pipelines.dataset import alternates
 from m3i_fast.pipelines.dataset.tokens import Tokenizer
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.sources import openmoji, styles
-from m3i_fast.pipelines.sources.concepts import Drawing, drawings
+from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings
 from m3i_fast.pipelines.sources.rendering import RenderedSamples, Rendering, render
 from m3i_fast.pipelines.sources.style_sources import read_styles
 from m3i_fast.recipes import DEMO_MERGES, demo
@@ -47,7 +47,7 @@ def slug(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def found() -> list[Drawing]:
-    return drawings()
+    return read_drawings()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-// CUDA's words for functions and variables, in terms of g++.
+// CUDA's qualifiers of functions and variables, for g++.
 #pragma once
 
 #define __global__
@@ -9,9 +9,9 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
 
-// One copy, used by one block after another; the runtime forgets what was written between them. The
-// module's thread-local variables are then exactly its shared variables: their addresses, sizes and
-// names are known. (`extern __shared__` does not compile: m3i/gpu/shared.cuh has the way.)
+// One copy, used by one block after another; the runtime clears it between them. The module's
+// thread-local variables are then exactly its shared variables, with known addresses, sizes and
+// names. (`extern __shared__` does not compile; m3i/gpu/shared.cuh replaces it.)
 #define __shared__ static thread_local
 
 // The bound is kept as that many no-operation instructions before the kernel, and 2048 for each

@@ -1,4 +1,4 @@
-// What the headers of the emulator ask of its runtime, which is compiled without instrumentation.
+// The runtime's functions that the emulator's headers call; it is compiled without instrumentation.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 
 #define M3I_EMULATOR_API __attribute__((visibility("default")))
 
-// A header's function that itself touches memory of the kernel: it says so to the runtime, and the
-// compiler adds no calls of its own. Never inlined, so that its return address is in the kernel.
+// Marks a header's function that accesses memory of the kernel: it reports the access to the
+// runtime, and is not instrumented. Never inlined, so that its return address is in the kernel.
 #define M3I_EMULATOR_ACCESS __attribute__((no_sanitize("thread"), noinline))
 
 // A kernel's line, as the default argument of an intrinsic.
@@ -22,10 +22,10 @@ struct Site {
   const void* instruction = nullptr;
 };
 
-// Atomic ones may meet each other; kUpdate reads and writes, atomically.
+// Atomic accesses may overlap each other; kUpdate reads and writes, atomically.
 enum class Access { kRead, kWrite, kAtomicRead, kAtomicWrite, kUpdate };
 
-// Reports an access of the running thread that it may not make.
+// Reports an invalid access of the running thread.
 M3I_EMULATOR_API void check_access(const volatile void* address, size_t size, Access access,
                                    const void* return_address);
 
@@ -34,7 +34,7 @@ M3I_EMULATOR_API void check_access(const volatile void* address, size_t size, Ac
 
 // ---- Synchronisation ----------------------------------------------------------------------------
 
-// What the threads of a block make of one value of each, at a barrier.
+// Reductions of one value of each thread of a block, at a barrier.
 enum class Vote { kNone, kCount, kAnd, kOr };
 
 M3I_EMULATOR_API int block_barrier(Vote vote, bool predicate, Site site);
@@ -43,8 +43,8 @@ M3I_EMULATOR_API void warp_barrier(uint32_t mask, Site site);
 M3I_EMULATOR_API void thread_fence();
 M3I_EMULATOR_API void yield(Site site);
 
-// The lanes in `mask` wait for each other under the name of the operation. The last one that
-// arrives calls complete(lanes that came, payload of each lane), then all go on.
+// The lanes in `mask` wait for each other under the name of the operation. The last one to arrive
+// calls complete(lanes that arrived, payload of each lane), then all continue.
 using Complete = void (*)(uint32_t lanes, void* const* payloads, Site site);
 M3I_EMULATOR_API void meet(uint32_t mask, const char* operation, Complete complete, void* payload,
                            Site site);

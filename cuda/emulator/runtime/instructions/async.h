@@ -1,18 +1,18 @@
-// What the asynchronous proxy, wgmma and tensor copies, may touch of shared memory, and what it is
-// reading there.
+// Checks of the shared memory that the asynchronous proxy, wgmma and tensor copies, reads and
+// writes.
 #pragma once
 
 #include "runtime/memory/race.h"
 
 namespace m3i::emulator {
 
-inline constexpr uint32_t kChunk = 16;  // bytes; what one operation reads comes in these
+inline constexpr uint32_t kChunk = 16;  // bytes of the units in which an operation reads
 
 // Fails if one of the bytes, which a copy is to overwrite, was written by a thread without
 // fence_proxy_async and a barrier after it.
 void check_overwritten(const Region& region, uintptr_t address, size_t size, Site site);
 
-// Notes that `operation` reads a chunk, at this offset in dynamic shared memory, until end_read.
+// Records that `operation` reads a chunk, at this offset in dynamic shared memory, until end_read.
 // Fails if it lies outside, was not written, or was written by a thread that did not call
 // fence_proxy_async before a barrier. Returns the chunk.
 const void* begin_read(AsyncRead& operation, uint32_t offset);

@@ -1,4 +1,4 @@
-// Barriers in shared memory, as copies use them that land by themselves.
+// Barriers in shared memory, for asynchronous copies that complete on them.
 #pragma once
 
 #include "runtime/memory/memory.h"
@@ -12,12 +12,13 @@ namespace m3i::emulator {
 // made known to copies by mbarrier_init_fence.
 Mbarrier& mbarrier_for_copy(uintptr_t address, Site site);
 
-// Bytes that land through an mbarrier: who has waited for its present phase may read them. Once all
-// bytes of a copy are there, complete_bytes lets the phase know. Any thread may run, or none.
+// Bytes that land through an mbarrier may be read by threads that have waited for its current
+// phase. Once all bytes of a copy have landed, complete_bytes counts them for the phase. Any thread
+// may be running, or none.
 void mark_landed(const Mbarrier& barrier, Region& region, uintptr_t address, size_t size);
 void complete_bytes(Mbarrier& barrier, size_t bytes);
 
-// For reports: where an mbarrier is, and how far.
+// Describes an mbarrier for reports: its address and state.
 std::string describe_mbarrier(uintptr_t address);
 std::string describe_mbarriers(const Cluster& cluster);
 

@@ -14,7 +14,7 @@ struct Box {
   int64_t row, column;
 };
 
-// From shared to global memory: what it will write once its thread waits.
+// A copy from shared to global memory, which is written once its thread waits.
 struct BoxStore {
   Box box;
   bool add;
@@ -23,7 +23,7 @@ struct BoxStore {
   std::vector<unsigned char> bytes;  // in rows, without a swizzle
 };
 
-// From global to shared memory, where it has not landed.
+// A copy in flight from global to shared memory.
 struct BoxLoad {
   Box box;
   uintptr_t to, mbarrier;

@@ -10,10 +10,10 @@ inline constexpr size_t kSharedBytes = 48 * 1024;  // of a block, unless its ker
 size_t most_shared_bytes();
 
 bool has_clusters();
-// At least this compute capability; else the running thread is reported for `what`.
+// Requires this compute capability; otherwise the running thread is reported for `what`.
 void require_architecture(int compute_capability, const char* what, Site site);
 
-// Chooses it by its compute capability, 80 or 90; 80 at first.
+// Selects the GPU by its compute capability, 80 (the default) or 90.
 extern "C" M3I_EMULATOR_API void m3i_emulator_set_architecture(int compute_capability);
 
 }  // namespace m3i::emulator

@@ -1,5 +1,5 @@
-// What the runtime knows of a shared library with kernels, read from its file: functions by
-// address, launch bounds, shared variables.
+// Facts about a shared library with kernels, read from its file: functions by address, launch
+// bounds, shared variables.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ struct Symbol {
   std::string name;  // mangled
 };
 
-// Part of the library's image in memory.
+// A segment of the library's image in memory.
 struct Segment {
   uintptr_t begin, end;
   bool writable;
 };
 
-// What __launch_bounds__ says: threads of a block, and blocks that a multiprocessor is to hold, 0
-// where it says nothing of them.
+// The arguments of __launch_bounds__: threads of a block, and blocks of a multiprocessor, 0 where
+// not given.
 struct LaunchBound {
   unsigned threads, blocks;
 };
@@ -36,7 +36,7 @@ struct Module {
   std::vector<Symbol> shared;     // sorted by begin
   std::vector<uintptr_t> bounds;  // sorted; where the padding of a kernel with launch bounds starts
   size_t shared_bytes = 0;        // extent of the thread-local block
-  size_t tls_module = 0;          // the dynamic loader's number of it
+  size_t tls_module = 0;          // its number in the dynamic loader
 
   // Address of the shared variables in this operating-system thread.
   uintptr_t shared_base() const;
@@ -49,7 +49,7 @@ struct Module {
   size_t static_shared_bytes(const Symbol& kernel) const;
 };
 
-// The module that holds an address; null if no library does. Read once.
+// The module that contains an address, or null. Each is read once.
 const Module* module_of(const void* address);
 
 std::string demangle(const std::string& name);

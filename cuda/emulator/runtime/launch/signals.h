@@ -1,5 +1,5 @@
-// Faults of the processor while a kernel runs, as reports: they come from code without
-// instrumentation (the C library's), from a stack that is full, or from a division.
+// Reports of processor faults in a kernel, which come from code without instrumentation (the C
+// library's), from a stack overflow, or from a division.
 #pragma once
 
 #include <csetjmp>
@@ -7,8 +7,8 @@
 
 namespace m3i::emulator {
 
-// While it lives, a fault in a kernel is recorded and control goes to where `leave` was set, by
-// sigsetjmp; a fault in host code goes where it went before.
+// During its lifetime a fault in a kernel is recorded and control jumps to `leave`, set by
+// sigsetjmp; a fault in host code is handled as before.
 class FaultHandler {
  public:
   FaultHandler();

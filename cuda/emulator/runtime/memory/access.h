@@ -5,8 +5,8 @@
 
 namespace m3i::emulator {
 
-// Of the running thread; nothing is checked in host code. `instruction` is where the report says
-// that it was.
+// Checks an access of the running thread; host code is not checked. `instruction` is its place in
+// the report.
 void check_at(uintptr_t address, size_t size, Access access, uintptr_t instruction);
 // As above, and fails unless the address is a multiple of the size.
 void check_aligned(uintptr_t address, size_t size, Access access, uintptr_t instruction);

@@ -1,4 +1,4 @@
-// The memory that a kernel may access, with its shadow: what is known of each byte.
+// The memory that a kernel may access, with a shadow that records accesses to each byte.
 #pragma once
 
 #include "emulator/runtime.h"
@@ -7,7 +7,7 @@
 
 namespace m3i::emulator {
 
-// Who touched a byte, and when: see race.h.
+// The last accesses to a byte, see race.h.
 using Stamp = uint64_t;
 
 // Stamps of former epochs count for nothing, so a shadow is handed on as it is.
@@ -36,7 +36,7 @@ void free_guarded(void* memory);
 
 // The region that holds an address, or null.
 Region* region_at(uintptr_t address);
-// Of an address in no region: how it lies to the nearest allocation.
+// Describes an address in no region by its distance from the nearest allocation.
 std::string describe_outside(uintptr_t address);
 
 inline constexpr uint32_t kMostClusterBlocks = 8;

@@ -1,12 +1,12 @@
-// The bits of a stamp: who touched a byte, and when.
+// The bits of a stamp, which records the thread and time of an access to a byte.
 #pragma once
 
 #include "runtime/memory/memory.h"
 
 namespace m3i::emulator {
 
-// From its low bits: clock, thread, flag, epoch. 0: never touched. Ranks from the number of threads
-// on are those of the asynchronous proxy's agents.
+// From its low bits: clock, thread, flag, epoch. 0: never accessed. Ranks from the number of
+// threads on are those of the asynchronous proxy's agents.
 inline constexpr unsigned kClockBits = 20, kThreadBits = 14;
 inline constexpr Stamp kFlag = Stamp{1} << (kClockBits + kThreadBits);
 inline constexpr unsigned kEpochShift = kClockBits + kThreadBits + 1;
@@ -23,7 +23,7 @@ constexpr uint32_t thread_of(Stamp stamp) {
 }
 constexpr uint64_t epoch_of(Stamp stamp) { return stamp >> kEpochShift; }
 
-// Clocks start at 1: 0 marks bytes to which a copy is under way.
+// Clocks start at 1: 0 marks bytes to which a copy is in flight.
 inline constexpr Stamp kClockMask = (Stamp{1} << kClockBits) - 1;
 // In the place of a thread it marks the bytes of an mbarrier.
 inline constexpr uint32_t kOfMbarrier = (1u << kThreadBits) - 1;

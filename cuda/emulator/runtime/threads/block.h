@@ -1,4 +1,4 @@
-// A block of threads while it runs: who waits for what.
+// The state of a running block and its threads.
 #pragma once
 
 #include "emulator/numbers/vector_types.h"
@@ -15,7 +15,7 @@ namespace m3i::emulator {
 
 inline constexpr unsigned kNamedBarriers = 16;
 
-// A cp.async on its way.
+// A cp.async in flight.
 struct AsyncCopy {
   uintptr_t to, from;
   size_t bytes;
@@ -86,7 +86,7 @@ struct Warp {
   std::vector<uint32_t> register_changes;
 };
 
-// What the threads that came to a barrier knew of each other's progress: see race.h.
+// The vector clocks of the threads that arrived at a barrier, see race.h.
 struct SyncClock {
   bool within_warp = false;  // all of them are of one warp
   uint64_t epoch = 0;
@@ -151,7 +151,7 @@ struct Block {
   }
 };
 
-// Blocks that run at the same time; one alone where the launch does not say.
+// A cluster, the blocks that run at the same time; a single one by default.
 struct Cluster {
   std::vector<Block> blocks;
   std::map<uintptr_t, Mbarrier> mbarriers;  // by their address

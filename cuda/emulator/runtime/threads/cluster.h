@@ -1,22 +1,22 @@
-// What the blocks of a cluster share.
+// Accesses between the blocks of a cluster.
 #pragma once
 
 #include "runtime/threads/block.h"
 
 namespace m3i::emulator {
 
-// Where the block of a rank has what the running thread's has at an address.
+// The address in the block of a rank that corresponds to one in the running thread's block.
 uintptr_t map_to_rank(uintptr_t address, uint32_t rank, Site site);
 
-// Fails unless the block, another one than the running thread's, whose shared memory this is, is
-// known to have begun and has not returned.
+// Fails unless the owner of this shared memory, another block than the running thread's, is known
+// to have begun and has not returned.
 void check_reachable(const Region& region, uintptr_t address, Site site);
 
-// The running thread is about to access such memory, or to arrive at an mbarrier there: checked,
-// and the owner has to hear of it before it returns.
+// Checks an access of the running thread to such memory, or an arrival at an mbarrier there, which
+// the owner has to synchronise with before it returns.
 void visit(const Region& region, uintptr_t address, Site site);
 
-// A thread of the cluster returns: its barrier does not wait for it any more.
+// Removes a returning thread from those that the cluster's barrier waits for.
 void leave_cluster(Thread& thread);
 
 // Fails if a thread of another block may still use the shared memory of a block whose last thread

@@ -17,7 +17,7 @@ struct Stack {
   }
 };
 
-// Saves where the running fiber is in *saved and goes on where `target` was saved.
+// Saves the running fiber's state in *saved and continues from `target`.
 void switch_fiber(void** saved, void* target);
 
 // A fiber that calls entry(), which never returns, at its first switch. `number` spreads the
@@ -25,7 +25,7 @@ void switch_fiber(void** saved, void* target);
 // offset.
 void* make_fiber(const Stack& stack, unsigned number, void (*entry)());
 
-// Stacks that are not in use; the last one given back is the first one handed out, still cached.
+// A pool of unused stacks; the last one returned is reused first, while it is still cached.
 class StackPool {
  public:
   Stack take();

@@ -1,4 +1,4 @@
-// Registers that the warps of a block hold.
+// The registers that are allocated to the warps of a block.
 #pragma once
 
 #include "runtime/launch/module.h"
@@ -18,7 +18,7 @@ uint32_t launch_registers(const std::optional<LaunchBound>& bound);
 // thread as it returns.
 void check_warpgroups_changed_together(const Block& block);
 
-// What a thread waits for that waits for registers, for a report.
+// Describes what a thread that waits for registers waits for, for a report.
 std::string describe_wanted_registers(const Block& block, const Thread& thread);
 
 }  // namespace m3i::emulator

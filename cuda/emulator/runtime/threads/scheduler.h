@@ -5,12 +5,12 @@
 
 namespace m3i::emulator {
 
-// The thread that runs, or null: then the process is in host code.
+// The running thread, or null in host code.
 extern Thread* running;
 extern Block* running_block;
 extern Cluster* running_cluster;
 
-// What a kernel's thread calls: kernel(parameters...), unpacked from the closure.
+// The function that a kernel's thread calls: kernel(parameters...), unpacked from the closure.
 struct Call {
   void (*invoke)(void* closure);
   void* closure;
@@ -20,22 +20,22 @@ struct Call {
 // then the launch's report is set.
 void run_cluster(Cluster& cluster, dim3 block_size, const Call& call);
 
-// Stops the running thread until somebody makes it ready; `state` says for what it waits.
+// Suspends the running thread until another one makes it ready; `state` tells what it waits for.
 void wait(Thread::State state, Site site);
 
-// As yield, for a thread that has done something others may wait for.
+// As yield, after a change that other threads may wait for.
 void give_way(Site site);
 
-// Leaves the running thread, and the block, for good.
+// Ends the running thread and the block.
 [[noreturn]] void abandon_block();
 
-// A collective of this warp may be complete now that a lane has arrived or returned.
+// Completes a collective of this warp if it can be, after a lane has arrived or returned.
 void complete_collectives(Warp& warp, Thread& any_lane);
 
-// After a jump out of a fiber: nothing runs.
+// Resets the scheduler after a jump out of a fiber.
 void forget_running();
 
-// Lands what the thread did not wait for.
+// Lands the copies that the thread did not wait for.
 void finish_copies(Thread& thread);
 // Writes the boxes that the thread did not wait for; fails if it is the last one of its block and a
 // box is still to land.

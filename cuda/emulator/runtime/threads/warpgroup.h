@@ -1,4 +1,4 @@
-// Four warps that multiply matrices together, and what they have under way.
+// A warpgroup, four warps that multiply matrices together, and its operations in flight.
 #pragma once
 
 #include "emulator/runtime.h"
@@ -13,8 +13,8 @@ namespace m3i::emulator {
 inline constexpr unsigned kWarpSize = 32;
 inline constexpr unsigned kWarpgroupSize = 128;
 
-// An operation of the asynchronous proxy, and what it reads of shared memory. The threads in
-// [first, last) issued it, whole warps of them or one alone.
+// An operation of the asynchronous proxy with the shared memory that it reads. The threads in
+// [first, last) issued it, whole warps or a single thread.
 struct AsyncRead {
   uint32_t first, last;
   uint64_t stamp;  // of its reads
@@ -24,7 +24,7 @@ struct AsyncRead {
   std::array<uint64_t, kWarpgroupSize> checked{};
 };
 
-// D of wgmma while products add to it: the registers hold a mark until each thread has waited.
+// An accumulator D of wgmma in flight: the registers hold a mark until each thread has waited.
 struct Accumulator {
   uint32_t columns;
   uint64_t end;                           // products issued up to the last one that adds to it

@@ -8,12 +8,12 @@
 namespace m3i {
 namespace {
 
-// exp of values up to 88, to 2 ulp; below -87 it is 0, NaN stays NaN.
+// exp of values up to 88, within 2 ulp; 0 below -87, NaN for NaN.
 template <int kSize>
 inline Vec<float, kSize> exp_of(Vec<float, kSize> value) {
   using Values = Vec<float, kSize>;
   using Bits = Vec<int32_t, kSize>;
-  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the last places
+  constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   constexpr float kLn2High = 0x1.62ep-1f, kLn2Low = 0x1.0bfbe8p-15f;
   const auto vanishes = value < -87.0f;
   const Values clamped = vanishes ? Values{} : value;
@@ -38,7 +38,7 @@ inline Vec<double, kSize> exp_of(Vec<double, kSize> value) {
   return value;
 }
 
-// log(1 + value) of values from 0 to 1, to 2 ulp; NaN stays NaN.
+// log(1 + value) of values from 0 to 1, within 2 ulp; NaN for NaN.
 template <int kSize>
 inline Vec<float, kSize> log1p_of(Vec<float, kSize> value) {
   using Values = Vec<float, kSize>;

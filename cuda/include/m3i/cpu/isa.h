@@ -1,10 +1,10 @@
-// Which vector instructions a CPU kernel may use, found once at run time.
+// The vector instructions that CPU kernels may use, detected once at run time.
 #pragma once
 
 #include <cstdlib>
 #include <cstring>
 
-// A function built for more than the baseline: call it only where cpu_isa() allows.
+// Marks a function built for more than the baseline, to be called only where cpu_isa() allows.
 #if defined(__x86_64__)
 #define M3I_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #define M3I_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))

@@ -12,7 +12,7 @@
 namespace m3i {
 namespace {
 
-// Of one register; the source says what it is compiled for.
+// Bytes of one register, by the instruction set that the source is compiled for.
 inline constexpr int kVectorBytes = M3I_VECTOR_BYTES;
 
 template <class T>
@@ -25,11 +25,11 @@ struct VecType {
 template <class T, int kSize>
 using Vec = typename VecType<T, kSize>::type;
 
-// The integer as wide as a floating-point type: what comparing two of them gives.
+// The integer of a floating-point type's width, which comparisons of vectors return.
 template <class T>
 using IntOf = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
 
-// What elements are computed in.
+// The type in which elements are computed.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -72,7 +72,7 @@ inline Vec<T, kSize> floor_of(Vec<T, kSize> value) {
 
 // ---- Storage types ------------------------------------------------------------------------------
 
-// Loads kSize elements, widened to what they are computed in.
+// Loads kSize elements, widened to the type in which they are computed.
 template <int kSize, class T>
 inline auto load_wide(const T* from) {
   if constexpr (std::is_same_v<T, BFloat16>) {

@@ -1,4 +1,4 @@
-// How 16-byte pieces of a tile trade places in shared memory, so that a column of them is read
+// The permutation of a tile's 16-byte pieces in shared memory by which a column of them is read
 // without bank conflicts. For device and host.
 #pragma once
 
@@ -14,8 +14,8 @@ M3I_HOST_DEVICE constexpr uint32_t swizzle_bytes(Swizzle swizzle) {
   return swizzle == Swizzle::kNone ? 16u : 256u >> static_cast<uint32_t>(swizzle);
 }
 
-// Where the byte lies that would be at `offset`, from a multiple of eight rows on. Bits 4 to 6, as
-// far as the row goes, are flipped by the three above them.
+// The swizzled place of the byte at `offset` from a multiple of eight rows. Bits 4 to 6, as far as
+// the row reaches, are xored with the three bits above them.
 M3I_HOST_DEVICE constexpr uint32_t swizzled(uint32_t offset, Swizzle swizzle) {
   return offset ^ (offset >> 3 & (swizzle_bytes(swizzle) - 1) & ~15u);
 }

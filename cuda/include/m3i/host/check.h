@@ -1,4 +1,4 @@
-// Argument checks of the ops. Every message says which argument, what was expected and what was
+// Checks of the ops' arguments. Every message names the argument, what was expected and what was
 // given.
 #pragma once
 
@@ -27,7 +27,7 @@ std::string shape_string(const Extents& extents) {
   return text.str();
 }
 
-// As Python writes it: uint8, not Byte.
+// The name of a dtype as in Python: uint8, not Byte.
 inline const char* dtype_name(torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   switch (dtype) {
@@ -76,7 +76,7 @@ inline void check_contiguous(const torch::stable::Tensor& tensor, const char* na
                   shape_string(tensor.strides()), " for shape ", shape_string(tensor.sizes()));
 }
 
-// `tensor` must lie where `reference` lies.
+// Checks that `tensor` is on the device of `reference`.
 inline void check_same_device(const torch::stable::Tensor& tensor, const char* name,
                               const torch::stable::Tensor& reference, const char* reference_name) {
   STD_TORCH_CHECK(tensor.is_cuda() == reference.is_cuda() &&

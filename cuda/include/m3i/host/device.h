@@ -1,4 +1,4 @@
-// What a launcher asks of the current device.
+// Properties of the current device that launchers need.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +12,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// 10 times the major number of its compute capability plus the minor one.
+// 10 times the major number of the compute capability plus the minor one.
 inline int architecture() {
   return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
          device_attribute(cudaDevAttrComputeCapabilityMinor);

@@ -1,5 +1,4 @@
-// The one way a kernel is launched here. Plain C++: no <<<>>>, so any C++ compiler builds a
-// launcher.
+// The launch of kernels, in plain C++ without <<<>>>, so that any C++ compiler builds a launcher.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,10 +9,10 @@ namespace m3i {
 inline constexpr long long kMaxGridX = 2147483647;
 inline constexpr long long kMaxGridY = 65535;
 
-// What a kernel may have in dynamic shared memory without asking for more.
+// The dynamic shared memory that a kernel may use without raising its limit.
 inline constexpr size_t kSharedUnasked = 48 * 1024;
 
-// Queues kernel(args...) as `config` says, and allows it its shared memory first.
+// Launches kernel(args...) with `config`, after raising its limit of shared memory.
 template <class... Params, class... Args>
 cudaError_t launch_config(const cudaLaunchConfig_t& config, void (*kernel)(Params...),
                           Args&&... args) {
@@ -26,8 +25,8 @@ cudaError_t launch_config(const cudaLaunchConfig_t& config, void (*kernel)(Param
   return cudaLaunchKernelEx(&config, kernel, static_cast<Args&&>(args)...);
 }
 
-// Queues kernel(args...) with `shared_bytes` of dynamic shared memory on the stream and returns the
-// launch's error; nothing waits.
+// Launches kernel(args...) with `shared_bytes` of dynamic shared memory on the stream and returns
+// the launch's error, without a synchronisation.
 template <class... Params, class... Args>
 cudaError_t launch_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block,
                                size_t shared_bytes, cudaStream_t stream, Args&&... args) {
@@ -46,7 +45,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
   return launch_with_shared(kernel, grid, block, 0, stream, static_cast<Args&&>(args)...);
 }
 
-// In clusters of `cluster` blocks, up to 8, of which the grid is a multiple (m3i/gpu/cluster.cuh).
+// As above in clusters of `cluster` blocks, up to 8, which divides the grid (m3i/gpu/cluster.cuh).
 template <class... Params, class... Args>
 cudaError_t launch_cluster(void (*kernel)(Params...), dim3 grid, dim3 cluster, dim3 block,
                            size_t shared_bytes, cudaStream_t stream, Args&&... args) {

@@ -11,7 +11,7 @@
 
 namespace m3i {
 
-// A matrix of rows x columns, and the box of it that a copy moves.
+// A matrix of rows x columns, and the box that a copy moves.
 struct TiledMatrix {
   DType dtype;  // of two or four bytes
   const void* base;
@@ -25,8 +25,8 @@ inline int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// Why no map can be made of it, or null. The rules are the driver's, but that a box which is
-// swizzled has to be as wide as the swizzle.
+// Returns why no map can be made of it, or null. The rules are the driver's, except that a swizzled
+// box has to be as wide as the swizzle.
 inline const char* tensor_map_fault(const TiledMatrix& matrix) {
   const int64_t element = bytes_of(matrix.dtype), box_bytes = matrix.box_columns * element;
   if (reinterpret_cast<uintptr_t>(matrix.base) % 16 != 0) return "base: not a multiple of 16";
@@ -93,9 +93,9 @@ inline cudaError_t find_encoder(void** encode) {
 
 #endif  // M3I_EMULATOR
 
-// Elements of a box that lie outside the matrix are read as zeros, and not written.
-// cudaErrorInvalidValue if tensor_map_fault finds one, cudaErrorNotSupported without a driver that
-// knows tensor maps.
+// Makes a map, by which elements of a box outside the matrix are read as zeros and not written.
+// Returns cudaErrorInvalidValue where tensor_map_fault returns a fault, cudaErrorNotSupported where
+// the driver has no tensor maps.
 inline cudaError_t make_tensor_map(TensorMap* map, const TiledMatrix& matrix) {
   if (tensor_map_fault(matrix)) return cudaErrorInvalidValue;
 #ifdef M3I_EMULATOR

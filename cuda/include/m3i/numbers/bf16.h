@@ -1,5 +1,5 @@
-// float -> bfloat16, rounded to nearest even: the hardware's conversion on a GPU, the same bits by
-// integers on a host.
+// Conversion of float to bfloat16, rounded to nearest even: by the hardware on a GPU, and with the
+// same bits by integer arithmetic on a host.
 #pragma once
 
 #include "m3i/types.h"
@@ -10,7 +10,7 @@
 
 namespace m3i {
 
-// NaN stays a (quiet) NaN; everything else rounds to nearest even, overflow to infinity.
+// NaN gives a quiet NaN; all other values round to nearest even, with overflow to infinity.
 M3I_HOST_DEVICE inline uint16_t bf16_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));

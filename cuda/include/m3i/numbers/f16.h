@@ -1,4 +1,4 @@
-// float <-> IEEE half, rounded to nearest even. Device code only.
+// Conversions between float and IEEE half, rounded to nearest even. Device code only.
 #pragma once
 
 #include "m3i/types.h"

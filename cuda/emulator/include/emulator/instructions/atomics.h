@@ -1,5 +1,5 @@
-// Atomic operations, for the types that CUDA has them for. One thread runs at a time, so a plain
-// update is atomic; the race check knows that it was meant to be.
+// Atomic operations, for the types that CUDA has them for. One thread runs at a time, so that a
+// plain update is atomic; it is marked as atomic for the race check.
 #pragma once
 
 #include "emulator/numbers/vector_types.h"
@@ -22,7 +22,7 @@ M3I_EMULATOR_ACCESS T update(T* at, Update change) {
     return m3i::emulator::update(                                              \
         at, [&]([[maybe_unused]] type before) -> type { return expression; }); \
   }
-// On a block's own memory, or seen by the whole system: the same here.
+// Block and system scope, which do not differ here.
 #define M3I_EMULATOR_ATOMICS(name, type, expression)  \
   M3I_EMULATOR_ATOMIC(name, type, expression)         \
   M3I_EMULATOR_ATOMIC(name##_block, type, expression) \

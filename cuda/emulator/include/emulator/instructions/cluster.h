@@ -1,4 +1,4 @@
-// Blocks that run at the same time, as the wrappers in m3i/gpu/cluster.cuh see them.
+// Clusters, for the wrappers in m3i/gpu/cluster.cuh.
 #pragma once
 
 #include "emulator/runtime.h"

@@ -1,4 +1,4 @@
-// Asynchronous copies and tensor-core products, as the wrappers in m3i/ call them. Reports name the
+// Asynchronous copies and tensor-core products, for the wrappers in m3i/. Reports name the
 // wrapper's caller by its address.
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace m3i::emulator {
 
-// Happens when the thread waits for its group: until then the old bytes are there, and an access of
-// the new ones is reported.
+// The copy lands when the thread waits for its group: until then the destination has its old bytes,
+// and an access to it is reported.
 M3I_EMULATOR_API void copy_async(void* to, const void* from, int bytes, bool inside);
 M3I_EMULATOR_API void copy_async_commit();
 M3I_EMULATOR_API void copy_async_wait(int groups);

@@ -1,4 +1,4 @@
-// Tensor copies, as the wrappers in m3i/gpu/tma.cuh call them, and the maps that they take.
+// Tensor copies, for the wrappers in m3i/gpu/tma.cuh, and their maps.
 #pragma once
 
 #include "emulator/runtime.h"
@@ -22,7 +22,7 @@ M3I_EMULATOR_API void tma_load_2d(void* shared, const void* map, int row, int co
                                   void* barrier);
 M3I_EMULATOR_API void tma_load_2d_multicast(void* shared, const void* map, int row, int column,
                                             void* barrier, uint16_t blocks);
-// The matrix has the new values once the thread has waited, or returned.
+// The matrix is written once the thread has waited, or returned.
 M3I_EMULATOR_API void tma_store_2d(const void* map, int row, int column, const void* shared,
                                    bool add);
 M3I_EMULATOR_API void tma_store_commit();

@@ -7,13 +7,13 @@
 #include <type_traits>
 
 // A mask names the lanes that take part; the caller is one of them, and each of them that has not
-// returned has to come. Only __syncwarp orders memory.
+// returned has to make the call. Only __syncwarp orders memory.
 inline void __syncwarp(unsigned mask = 0xffffffffu, M3I_EMULATOR_SITE) {
   m3i::emulator::warp_barrier(mask, site);
 }
 
-// The calling lane alone: the least that a GPU may answer, since it need not bring any lanes of a
-// warp together.
+// The calling lane alone, the smallest mask that a GPU may return, since it need not converge any
+// lanes of a warp.
 inline unsigned __activemask() { return m3i::emulator::lane_bit(); }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, M3I_EMULATOR_SITE) {

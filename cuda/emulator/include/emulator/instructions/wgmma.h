@@ -1,4 +1,4 @@
-// Products of a warpgroup, as the wrappers in m3i/gpu/wgmma.cuh call them.
+// Products of a warpgroup, for the wrappers in m3i/gpu/wgmma.cuh.
 #pragma once
 
 #include "emulator/instructions/tile.h"
@@ -18,17 +18,17 @@ struct WarpgroupProduct {
   const uint32_t* a_words;
 };
 
-// The registers `d` hold NaN from here until wgmma_wait puts the sum there.
+// The registers `d` hold NaN from here until wgmma_wait writes the sum.
 M3I_EMULATOR_API void wgmma(float* d, const WarpgroupProduct& product);
 M3I_EMULATOR_API void wgmma_fence();
 M3I_EMULATOR_API void wgmma_commit();
 M3I_EMULATOR_API void wgmma_wait(int groups);
 
-// What the running thread has written is visible to wgmma and to tensor copies that a barrier
-// orders after this.
+// Makes the running thread's writes visible to wgmma and tensor copies that a barrier orders after
+// this.
 M3I_EMULATOR_API void fence_proxy_async();
 
-// An address in dynamic shared memory as the hardware counts it, from the first byte on.
+// The hardware's address of a byte of dynamic shared memory, counted from its first byte.
 M3I_EMULATOR_API uint32_t shared_offset(const void* shared);
 
 }  // namespace m3i::emulator

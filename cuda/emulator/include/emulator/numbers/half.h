@@ -1,4 +1,4 @@
-// Numbers of 16 bits: stored so, computed in float.
+// Floating-point numbers that are stored in 16 bits and computed in float.
 #pragma once
 
 #include "emulator/instructions/atomics.h"

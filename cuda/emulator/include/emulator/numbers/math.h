@@ -1,4 +1,4 @@
-// Device functions on numbers that C++ does not have. The fast ones are exact here.
+// Device functions on numbers that C++ lacks. The fast ones are exact here.
 #pragma once
 
 #include <cmath>

@@ -21,7 +21,7 @@ inline uint32_t bits_of_float(float value) {
 
 inline float bfloat16_to_float(uint16_t bits) { return float_of_bits(uint32_t{bits} << 16); }
 
-// Of a tf32 the hardware reads the upper 19 bits.
+// A tf32, of which the hardware reads the upper 19 bits.
 inline float tf32_to_float(uint32_t bits) { return float_of_bits(bits & 0xffffe000u); }
 
 inline uint16_t float_to_bfloat16(float value) {

@@ -28,7 +28,7 @@ M3I_EMULATOR_VECTORS(double, double, 8, 16, 8, 16)
 
 #undef M3I_EMULATOR_VECTORS
 
-// Extents of a grid or a block; 1 where not given.
+// The extents of a grid or a block, 1 by default.
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
