@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from m3i_fast.observe.collapse import Healthy, healthy
+from m3i_fast.observe.collapse import HealthyRange, healthy_range
 from m3i_fast.observe.stages import STAGES, family_of
 from m3i_fast.report.verdict import SOURCES, Judgement, percent
 
@@ -94,7 +94,7 @@ def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
     rows = [(row["step"], row[key]) for row in metrics if key in row]
     steps, values = (_binned(np.array(column, float)) for column in zip(*rows, strict=True))
     title, note = NAMES.get(key, (key.split("/", 1)[1].replace("_", " "), ""))
-    bounds = healthy(key)
+    bounds = healthy_range(key)
     if bounds:
         note += f"; healthy: {bounds.text}" if note else f"healthy: {bounds.text}"
     smooth = _moving_mean(values, window=max(len(values) // 12, 1))
@@ -207,7 +207,7 @@ def _legend(in_a_row: int) -> dict[str, Any]:
     }
 
 
-def _bounds(bounds: Healthy) -> list[dict[str, Any]]:
+def _bounds(bounds: HealthyRange) -> list[dict[str, Any]]:
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1}
     dashed = {"line": {"color": "var(--muted)", "width": 1, "dash": "dash"}}
     finite = [bound for bound in (bounds.low, bounds.high) if math.isfinite(bound)]

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.observe.metrics import Sink
-from m3i_fast.observe.sinks.live import expect_live, open_live
+from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
 from m3i_fast.observe.sinks.prometheus import PrometheusSink, expect_free, exported
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -115,8 +115,8 @@ def listens_at(port: int) -> set[str]:
 
 
 def _open(cfg: TelemetryConfig) -> Sink:
-    expect_live(cfg)
-    (sink,) = open_live(cfg, Path("runs/demo"), recipe="demo", rank=0, config={})
+    expect_live_sinks(cfg)
+    (sink,) = open_live_sinks(cfg, Path("runs/demo"), recipe="demo", rank=0, config={})
     return sink
 
 
