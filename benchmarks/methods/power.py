@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from m3i_fast.evaluation.student import student_quantile
+from m3i_fast.evaluation.student_t import student_quantile
 
 Floats = npt.NDArray[np.float64]
 

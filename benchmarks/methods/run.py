@@ -95,7 +95,7 @@ def training_figures(cfg: TrainConfig, rows: Sequence[Mapping[str, float]]) -> d
     for row in rows:
         num_images = (row["step"] - before) * cfg.data.batch_size
         seconds, before = seconds + num_images / row["throughput/img_s"], row["step"]
-        collapsed += [found.name for found in watch.see(int(row["step"]), row)]
+        collapsed += [found.name for found in watch.new_collapses(int(row["step"]), row)]
     return {
         "num_steps": cfg.num_steps,
         "batch_size": cfg.data.batch_size,

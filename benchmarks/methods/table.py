@@ -1,7 +1,8 @@
 """Rows of the methods' benchmark as tables: each method's figures, and M3I's minus its own.
 
 Figures are means over a method's seeds. A difference is taken item by item and seed by seed, over
-the seeds that both methods ran; its interval is over seeds and items (`statistics.variance_parts`).
+the seeds that both methods ran; its interval is over seeds and items
+(`statistics.variance_components`).
 All of it stands twice, for all held-out concepts and for the hard half of them.
 """
 

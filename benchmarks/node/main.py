@@ -41,7 +41,7 @@ from m3i_fast.engine.parallel.ranks import World, join_world, leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.environment import num_cores
-from m3i_fast.observe.telemetry.sampler import Telemetry
+from m3i_fast.observe.telemetry.sampler import TelemetrySampler
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import find_recipe, recipes
 from m3i_fast.terminal import make_console
@@ -184,7 +184,7 @@ def _windows_of(
         schedule,
         slowest=lambda seconds: max(trainer.world.gather(seconds)),
     )
-    with Telemetry() if samples else nullcontext() as telemetry:
+    with TelemetrySampler() if samples else nullcontext() as telemetry:
         if telemetry is None:
             return measure(), {}
         begun = time.monotonic()

@@ -38,7 +38,7 @@ from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.telemetry.sampler import Telemetry
+from m3i_fast.observe.telemetry.sampler import TelemetrySampler
 
 Kind = Literal["together", "unreduced", "alone"]
 ALL_REDUCE_BYTES = (4096, 2**20, 25 * 2**20)  # the last as DDP's buckets
@@ -80,7 +80,7 @@ class RankResult:
 
 def start(job: Job) -> tuple[list[RankResult], dict[str, Any]]:
     """Run the job's ranks: what each found, in their order, and the telemetry of their windows."""
-    with TemporaryDirectory() as name, _environment(job), Telemetry() as telemetry:
+    with TemporaryDirectory() as name, _environment(job), TelemetrySampler() as telemetry:
         folder = Path(name)
         mp.start_processes(_work, (job, folder), nprocs=job.num_ranks, start_method="spawn")
         raw = [json.loads(_result(folder, rank).read_text()) for rank in range(job.num_ranks)]

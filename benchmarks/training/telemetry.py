@@ -28,7 +28,7 @@ from m3i_fast.benchmarks.core.rates import summarise_rates
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.telemetry.sampler import Telemetry
+from m3i_fast.observe.telemetry.sampler import TelemetrySampler
 from m3i_fast.recipes import recipes
 
 SUBJECT = "telemetry"
@@ -113,7 +113,7 @@ def rows_of(config: Config) -> Iterator[dict[str, Any]]:
 
 def cpu_of_a_sample(config: Config) -> float:
     """Seconds of the sampling thread's own clock; its start counts among them."""
-    with Telemetry(config.hz) as telemetry:
+    with TelemetrySampler(config.hz) as telemetry:
         begun = time.monotonic()
         time.sleep(config.seconds)
         ended = time.monotonic()

@@ -25,10 +25,10 @@ from m3i_fast.json_files import read_json
 from m3i_fast.observe.environment import environment
 from m3i_fast.profiling import diff as profile_diff
 from m3i_fast.profiling.capture import (
-    Control,
-    CudaControl,
-    NoControl,
-    TorchControl,
+    NoProfiler,
+    NsysProfiler,
+    ProfilerControl,
+    TorchProfiler,
     Windows,
     profile_steps,
 )
@@ -37,7 +37,7 @@ from m3i_fast.profiling.nsys_capture import export, run_under_nsys
 from m3i_fast.profiling.page import write_page
 from m3i_fast.profiling.recording import Recording
 from m3i_fast.profiling.summary import HostWait, Pace, Peak, read_summary, summarise
-from m3i_fast.profiling.text import markdown
+from m3i_fast.profiling.summary_text import markdown
 from m3i_fast.profiling.torch_trace import read_trace
 from m3i_fast.recipes import find_recipe
 from m3i_fast.storage import write_atomically
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     name, command = parse(argv)
     if command.inside_nsys:
-        measure(command, CudaControl())
+        measure(command, NsysProfiler())
         return 0
     if (command.out / "summary.json").exists():
         raise FileExistsError(f"--out: {command.out} holds a profile: name another folder")
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     profiler = choose_profiler(command.profiler, device)
     command.out.mkdir(parents=True, exist_ok=True)
     if os.environ.get("RANK", "0") != "0":
-        measure(command, NoControl())
+        measure(command, NoProfiler())
         return 0
     recording = record(command, profiler, device, argv)
     summary = write_summary(name, command, recording, profiler, device)
@@ -141,11 +141,11 @@ def record(
         report = run_under_nsys(["profile", *argv, "--inside-nsys"], command.out)
         return read_nsys(export(report))
     trace = command.out / "trace.json.gz"
-    measure(command, TorchControl(trace, device))
+    measure(command, TorchProfiler(trace, device))
     return read_trace(trace)
 
 
-def measure(command: ProfileCommand, control: Control) -> None:
+def measure(command: ProfileCommand, control: ProfilerControl) -> None:
     """Run the steps of a run that is thrown away, and leave windows.json in --out."""
     cfg = replace(command.config, checkpoint_every=command.config.num_steps)
     with tempfile.TemporaryDirectory(prefix="m3i-profile-") as folder:
@@ -157,7 +157,7 @@ def measure(command: ProfileCommand, control: Control) -> None:
                 trainer.close()
         finally:
             leave_world()
-    if not isinstance(control, NoControl):
+    if not isinstance(control, NoProfiler):
         _write_json(
             command.out / "windows.json",
             {
@@ -211,7 +211,7 @@ def diff(argv: list[str]) -> int:
     if len(argv) != 2 or argv[0] in ("-h", "--help"):
         console.print(USAGE, highlight=False)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
-    found = profile_diff.compare(*(read_summary(Path(name)) for name in argv))
+    found = profile_diff.compare_profiles(*(read_summary(Path(name)) for name in argv))
     print(profile_diff.markdown(found))  # noqa: T201  what was asked for: it can be piped
     return 0
 

@@ -1,4 +1,4 @@
-"""The model of a run, as its config says."""
+"""Builds the model of a run from its config."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ def build_objective(
     layers: BlockLayers = TORCH_LAYERS,
     on_meta: bool = False,
 ) -> MutualInformation:
-    """The model of a run, with its blocks compiled where the config says so.
+    """Build the model of a run, with its blocks compiled where the config says so.
 
-    `layers` changes how it computes (`layers_of`), not its state dict. on_meta: without memory,
-    which `meta_init.initialise` gives it; a frozen teacher has its own.
+    layers: how blocks compute (`layers_of`); they do not change the state dict. on_meta: build
+    without memory, which `meta_init.initialise` allocates; a frozen teacher always has memory.
+    Raises ValueError, FileNotFoundError or ImportError for a teacher that cannot be loaded
+    (`load_teacher`).
     """
     teacher = None
     if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
@@ -59,10 +61,10 @@ def build_objective(
 
 
 def stacks_of(model: nn.Module) -> list[list[nn.Module]]:
-    """The blocks of each encoder and decoder, in the order in which they run."""
+    """Return the blocks of each encoder and decoder, in the order in which they run."""
     return [blocks_of(m) for m in model.modules() if isinstance(m, tuple(ROW_WISE))]
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What repeats: compiled, gathered and recomputed as one."""
+    """Return the repeated blocks, each of which is compiled, gathered and recomputed as one."""
     return [m for m in model.modules() if isinstance(m, Block | InternImageLayer)]

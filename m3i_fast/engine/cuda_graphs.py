@@ -1,8 +1,8 @@
-"""CUDA graphs: an encoder or decoder replayed as one launch, for kernels shorter than launches.
+"""CUDA graphs: encoders and decoders replayed as one launch each, where kernels are short.
 
-A graph reads and writes the memory that it was captured with, so each serves one call of a step:
-calls of one shape within a step have a graph each, and a step uses them again once the one before
-it has gone backward. A shape that comes only once gets none.
+A graph reads and writes the memory that it was captured with, so each graph serves one call of a
+step: calls of one shape within a step have a graph each, which the next step replays once the
+backward pass of this one is done. A shape that occurs only once gets no graph.
 """
 
 from __future__ import annotations
@@ -34,39 +34,43 @@ MAX_GRAPHS = 16  # of a module: each keeps the activations of its call
 
 
 class Replayable(Protocol):
-    def replay(self) -> None: ...
+    """A captured graph, as `torch.cuda.CUDAGraph`."""
+
+    def replay(self) -> None:
+        """Launch the captured kernels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Graph:
-    """One call, captured: its memory, and what computes in it."""
+class CapturedCall:
+    """One captured call: the memory it reads and writes, and the graphs that compute in it."""
 
     inputs: tuple[Tensor, ...]
     parameters: tuple[nn.Parameter, ...]
-    """Trained ones; none without a gradient."""
+    """The module's trained parameters; empty where no gradient is computed."""
     output: Tensor
     grad_output: Tensor | None
     grads: tuple[Tensor | None, ...]
-    """Of inputs and parameters; None where there is none."""
+    """Gradients of inputs and parameters; None for those that have none."""
     forward: Replayable
     backward: Replayable | None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        """Copy the inputs to the captured memory, replay the forward graph, return its output."""
         output: Tensor = _Replay.apply(self, *inputs, *self.parameters)
         return output
 
 
-# (the module, its method, a call's arguments) -> the call, captured; in the modes of the caller
-Capture = Callable[[nn.Module, Callable[..., Tensor], tuple[Tensor, ...]], Graph]
+# (module, its method, a call's arguments) -> the captured call, in the caller's modes (autocast)
+Capture = Callable[[nn.Module, Callable[..., Tensor], tuple[Tensor, ...]], CapturedCall]
 
 
 class _Replay(torch.autograd.Function):
-    """A graph's forward and backward pass, between what torch gives and what it asks for."""
+    """Autograd function that replays the forward and backward graph of a captured call."""
 
     @staticmethod
-    def forward(ctx: Any, graph: Graph, *given: Tensor) -> Tensor:
+    def forward(ctx: Any, graph: CapturedCall, *tensors: Tensor) -> Tensor:
         ctx.graph = graph
-        for own, tensor in zip(graph.inputs, given, strict=False):
+        for own, tensor in zip(graph.inputs, tensors, strict=False):
             own.copy_(tensor)
         graph.forward.replay()
         return graph.output.detach()
@@ -74,27 +78,28 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        graph: Graph = ctx.graph
+        graph: CapturedCall = ctx.graph
         assert graph.grad_output is not None and graph.backward is not None
         graph.grad_output.copy_(grad)
         graph.backward.replay()
         return None, *(None if g is None else g.detach() for g in graph.grads)
 
 
-class Graphed:
-    """A module's method, replayed where a call of this shape and place in the step came before."""
+class GraphedMethod:
+    """A module's method, replayed once a call of this shape and place in the step was seen."""
 
     def __init__(self, module: nn.Module, method: Callable[..., Tensor], capture: Capture) -> None:
         self._module, self._method, self._capture = module, method, capture
         self._calls: dict[Any, int] = {}
-        self._graphs: dict[Any, Graph | None] = {}
+        self._graphs: dict[Any, CapturedCall | None] = {}
         self._has_warned = False
 
     def begin_step(self) -> None:
-        """What was computed before is not needed any more, and its graphs may be replayed."""
+        """Begin a step, in which all graphs may be replayed again."""
         self._calls.clear()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run the call: eagerly at first, captured the second time, replayed from then on."""
         kind = self._kind(inputs)
         place = self._calls.get(kind, 0)
         self._calls[kind] = place + 1
@@ -109,14 +114,14 @@ class Graphed:
             graph = self._graphs[key] = self._captured(inputs)
         return graph(*inputs)
 
-    def _captured(self, inputs: tuple[Tensor, ...]) -> Graph:
+    def _captured(self, inputs: tuple[Tensor, ...]) -> CapturedCall:
         trained = tuple(p for p in self._module.parameters() if p.requires_grad)
         with aliased_parameters(self._module):
             graph = self._capture(self._module, self._method, inputs)
         return replace(graph, parameters=trained if graph.parameters else ())
 
     def _kind(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """All that the kernels of a call depend on."""
+        """Return all that the kernels of a call depend on."""
         device = inputs[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         shapes = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
@@ -137,11 +142,11 @@ class Graphed:
 
 @contextmanager
 def aliased_parameters(module: nn.Module) -> Iterator[None]:
-    """Put parameters of the same memory in the place of a module's own.
+    """Replace a module's parameters by aliases of the same memory while the context lasts.
 
-    An autograd graph that is alive, of DDP or of an earlier call, holds the nodes that accumulate
-    the gradients of the module's own parameters; they belong to the stream that they were made on,
-    and torch refuses to go backward through them in a capture.
+    A live autograd graph, of DDP or of an earlier call, holds the nodes that accumulate the
+    gradients of the module's own parameters. These belong to the stream that they were created on,
+    and torch refuses to run backward through them in a capture.
     """
     places = [
         (owner, name, p)
@@ -160,23 +165,25 @@ def aliased_parameters(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = p
 
 
-def replay(forward: nn.Module, device: torch.device, capture: Capture | None = None) -> None:
-    """Have the encoders and decoders in a step's forward pass replayed.
+def replay_with_graphs(
+    forward: nn.Module, device: torch.device, capture: Capture | None = None
+) -> None:
+    """Replace the encoders' and decoders' methods in a forward pass by replayed ones, in place.
 
-    A call of `forward` begins a step. Raises ValueError without a GPU to capture on.
+    Each call of `forward` begins a step. Raises ValueError where there is no GPU to capture on.
     """
     if capture is None and device.type != "cuda":
         raise ValueError(f"cuda_graphs: expected a GPU, got {device}; set --no-cuda-graphs")
-    found = []
+    graphed_methods = []
     for module in forward.modules():
         name = REPLAYED.get(type(module))
         if name is not None:
-            graphed = Graphed(module, getattr(module, name), capture or capture_on_gpu)
+            graphed = GraphedMethod(module, getattr(module, name), capture or capture_on_gpu)
             setattr(module, name, graphed)
-            found.append(graphed)
+            graphed_methods.append(graphed)
 
     def begin_step(*_: Any) -> None:
-        for graphed in found:
+        for graphed in graphed_methods:
             graphed.begin_step()
 
     forward.register_forward_pre_hook(begin_step)
@@ -184,12 +191,12 @@ def replay(forward: nn.Module, device: torch.device, capture: Capture | None = N
 
 def capture_on_gpu(
     module: nn.Module, method: Callable[..., Tensor], inputs: tuple[Tensor, ...]
-) -> Graph:
-    """Record a call's kernels, forward and backward, after it has run a few times.
+) -> CapturedCall:
+    """Capture a call's kernels, forward and backward, after a few warm-up calls.
 
-    Its memory is its own: a pool that graphs share would let one overwrite what another keeps for
-    its backward pass. Other threads go on, the loader's among them, so that only what this one does
-    is checked for what a capture cannot hold.
+    Its memory is its own: in a shared pool one graph could overwrite what another keeps for its
+    backward pass. Other threads, such as the loader's, go on: only this thread is checked for
+    operations that a capture cannot hold.
     """
     device = inputs[0].device
     own = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
@@ -198,7 +205,7 @@ def capture_on_gpu(
     wanted = [x for x in (*own, *parameters) if x.requires_grad and torch.is_grad_enabled()]
     pool = torch.cuda.graph_pool_handle()
     record = partial(torch.cuda.graph, pool=pool, capture_error_mode="thread_local")
-    # a cast that autocast keeps would be read by the kernels of a later step
+    # Without autocast's cache: kernels of a later step would read a cast of this one.
     dtype, enabled = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
     uncached = torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
     with torch.random.fork_rng([device.index or 0]), uncached:
@@ -206,7 +213,7 @@ def capture_on_gpu(
         with record(forward := torch.cuda.CUDAGraph()):
             output = method(*own)
         if not wanted:
-            return Graph(
+            return CapturedCall(
                 inputs=own,
                 parameters=(),
                 output=output,
@@ -217,9 +224,9 @@ def capture_on_gpu(
             )
         grad_output = torch.empty_like(output)
         with record(backward := torch.cuda.CUDAGraph()):
-            found = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
-    grads = tuple(next(found) if x.requires_grad else None for x in (*own, *parameters))
-    return Graph(
+            computed = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+    grads = tuple(next(computed) if x.requires_grad else None for x in (*own, *parameters))
+    return CapturedCall(
         inputs=own,
         parameters=parameters,
         output=output,
@@ -233,7 +240,7 @@ def capture_on_gpu(
 def _warm_up(
     method: Callable[..., Tensor], inputs: tuple[Tensor, ...], wanted: Sequence[Tensor]
 ) -> None:
-    """On a stream of its own: libraries allocate and choose kernels, which no capture can hold."""
+    """Run the call on a side stream, so that libraries allocate and choose kernels first."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -1,4 +1,4 @@
-"""Measure a run on held-out pictures, beside the untrained model it started from."""
+"""Evaluates a run on held-out pictures, beside the untrained model that it started from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
-from m3i_fast.evaluation.collect import collect_features, labelled_drawings
 from m3i_fast.evaluation.dense.correspondence import (
     patch_correspondence,
     patch_pixels,
@@ -32,9 +31,10 @@ from m3i_fast.evaluation.dense.patch_probe import (
     guess_scenes,
     probe_scenes,
 )
+from m3i_fast.evaluation.feature_extraction import collect_features, labelled_drawings
 from m3i_fast.evaluation.features import Features
 from m3i_fast.evaluation.held_out import HeldOut, describe_held_out
-from m3i_fast.evaluation.protocol import Measured, compare, measure_all, trained_minus
+from m3i_fast.evaluation.protocol import SourceResults, measure_all, tabulate_figures, trained_minus
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
@@ -46,10 +46,10 @@ from m3i_fast.storage import write_atomically
 
 
 class Evaluation(NamedTuple):
-    """What was measured: the figures, and each source's results item by item."""
+    """The figures of a run, and the results of each source item by item."""
 
     figures: dict[str, Any]  # of evaluation.json
-    measured: dict[str, Measured]
+    measured: dict[str, SourceResults]
     held_out: HeldOut
 
 
@@ -61,13 +61,12 @@ def evaluate(
     baselines: bool = True,
     data: Path | None = None,
 ) -> Evaluation:
-    """Measure the newest checkpoint of `run` and write run/evaluation.json.
+    """Evaluate the newest checkpoint of `run` and write run/evaluation.json.
 
-    Beside the trained encoder also its EMA, `ema`, where the run has one (`build_averaged`).
-    baselines: measure the untrained model, raw pixels and chance beside it, which takes longer than
-    the trained one. data: the data set whose labels and captions measures are taken by, as when the
-    run's own, which is used otherwise, has few. Raises ValueError where the two have different
-    tokenizers.
+    Where the run has an EMA of its encoder, that is evaluated too, as `ema` (`build_averaged`).
+    baselines: also evaluate the untrained model, raw pixels and chance, which takes longer than the
+    trained one. data: data set whose labels and captions the measures use, for a run whose own has
+    few; None for the run's own. Raises ValueError where the two have different tokenizers.
     """
     cfg = TrainConfig.load(run / "config.json")
     if data is not None:
@@ -91,7 +90,7 @@ def evaluate(
 def evaluate_untrained(
     cfg: TrainConfig, *, split: str = "heldout", batch_size: int = 256
 ) -> Evaluation:
-    """Measure what a run of `cfg` starts from, raw pixels and chance, as `evaluate` does."""
+    """Evaluate what a run of `cfg` starts from, raw pixels and chance, as `evaluate` does."""
     models = {"untrained": build_untrained(cfg)}
     return _measure(models, cfg, split, batch_size, baselines=True)
 
@@ -116,7 +115,10 @@ def _measure(
         measured[who].hits["patch_correspondence_centred"] = aligned
     for who, result in _scenes(models, measured, cfg, split, batch_size).items():
         measured[who].add_scenes(result, held_out)
-    figures = {**compare(measured, held_out), "split_digest": split_digest(cfg.data.path, split)}
+    figures = {
+        **tabulate_figures(measured, held_out),
+        "split_digest": split_digest(cfg.data.path, split),
+    }
     return Evaluation(figures, measured, held_out)
 
 
@@ -125,19 +127,19 @@ def _expect_same_tokenizer(of_run: Path, of_measures: Path) -> None:
     if ours != theirs:
         raise ValueError(
             f"data: expected {of_measures} to have the tokenizer of {of_run}, {ours[:8]}, got "
-            f"{theirs[:8]}"
+            f"{theirs[:8]}; pack it with the same tokenizer"
         )
 
 
 def load_objective(run: Path, cfg: TrainConfig) -> MutualInformation:
-    """The newest checkpoint of a run, in evaluation mode."""
+    """Return the model of the newest checkpoint of a run, in evaluation mode."""
     objective = build_untrained(cfg)
     checkpoint.latest(run / "checkpoints").load_model(objective)
     return objective
 
 
 def build_untrained(cfg: TrainConfig) -> MutualInformation:
-    """The model the run started from, in evaluation mode."""
+    """Return the model that the run started from, in evaluation mode."""
     torch.manual_seed(cfg.seed)
     with resolve_device(cfg.device):
         return build_objective(cfg).eval()
@@ -146,9 +148,9 @@ def build_untrained(cfg: TrainConfig) -> MutualInformation:
 def build_averaged(trained: MutualInformation, cfg: TrainConfig) -> MutualInformation:
     """Return a model with the EMA of the trained encoder as its encoder, in evaluation mode.
 
-    Its tokens alone are measured, as the teacher's backbone of DINO is, arXiv 2104.14294, section
-    3.1. Captions are not: the head that matches them has no average, and was trained on the tokens
-    of the trained encoder.
+    Only its tokens are measured, as those of the teacher's backbone in DINO (arXiv 2104.14294,
+    section 3.1). Captions are not: the head that matches them has no average, and was trained on
+    the tokens of the trained encoder.
     """
     terms = tuple(term for term in cfg.objective.active_terms if term.encoder == "momentum")
     averaged = build_untrained(replace(cfg, objective=replace(cfg.objective, terms=terms)))
@@ -157,7 +159,10 @@ def build_averaged(trained: MutualInformation, cfg: TrainConfig) -> MutualInform
 
 
 def throughput(run: Path) -> float:
-    """Images a second over the whole of training, the first logged interval left out."""
+    """Return the images a second over the whole training, without the first logged interval.
+
+    Raises ValueError where metrics.jsonl has no row with throughput/img_s.
+    """
     path, name = run / "metrics.jsonl", "throughput/img_s"
     rates = [row[name] for row in read_jsonl(path) if row.get(name, 0) > 0]
     rates = rates[1:] or rates
@@ -168,15 +173,15 @@ def throughput(run: Path) -> float:
 
 def _correspondence(
     models: Mapping[str, MutualInformation],
-    sources: Container[str],  # whose results are asked for
+    sources: Container[str],  # whose results are computed
     cfg: TrainConfig,
     split: str,
     batch_size: int,
-) -> dict[str, tuple[Tensor, Tensor]]:  # who -> [m] fp64, share of patches found; [m] the concept
-    """Two fresh crops of every held-out concept's picture, the same ones for every run.
+) -> dict[str, tuple[Tensor, Tensor]]:  # who -> [m] fp64, share of patches located; [m] the concept
+    """Measure patch correspondence of two crops of each held-out picture, the same for every run.
 
-    Features are taken twice, for the means of the positions and then to be asked, so that memory is
-    that of the crops.
+    Features are computed twice, once for the means of the positions and once for the queries, so
+    that memory is that of the crops.
     """
     device = resolve_device(cfg.device)
     views, boxes, group = _two_crops(cfg, split)
@@ -185,26 +190,26 @@ def _correspondence(
     }
     if "pixels" in sources:
         embeds["pixels"] = partial(pixel_tokens, grid=cfg.vision.grid)
-    parts = [*zip(*(view.split(batch_size) for view in views), strict=True)]
-    found = {}
+    pairs = [*zip(*(view.split(batch_size) for view in views), strict=True)]
+    results = {}
     for who, embed in embeds.items():
-        means = position_means(embed(view.to(device)) for pair in parts for view in pair)
+        means = position_means(embed(view.to(device)) for pair in pairs for view in pair)
         columns: list[tuple[Tensor, ...]] = []
-        for pair, box in zip(parts, boxes.split(batch_size), strict=True):
+        for pair, box in zip(pairs, boxes.split(batch_size), strict=True):
             first, second = (view.to(device) for view in pair)
             tokens = (embed(first), embed(second))
-            asked = patch_correspondence(tokens, means, (first, second), box.to(device))
-            columns.append(tuple(column.cpu() for column in asked))
-        share, chance, num_asked = (torch.cat(column) for column in zip(*columns, strict=True))
-        has = num_asked > 0
-        found[who] = (share[has].double(), group[has])
+            measured = patch_correspondence(tokens, means, (first, second), box.to(device))
+            columns.append(tuple(column.cpu() for column in measured))
+        share, chance, num_queries = (torch.cat(column) for column in zip(*columns, strict=True))
+        has_queries = num_queries > 0
+        results[who] = (share[has_queries].double(), group[has_queries])
         if "chance" in sources:
-            found["chance"] = (chance[has].double(), group[has])
-    return found
+            results["chance"] = (chance[has_queries].double(), group[has_queries])
+    return results
 
 
 def _two_crops(cfg: TrainConfig, split: str) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Views 2 x [M, 3, S, S] uint8, boxes [M, 2, 5] and concepts [M] in ascending order."""
+    """Return views 2 x [M, 3, S, S] uint8, boxes [M, 2, 5] and concepts [M] in ascending order."""
     device = resolve_device(cfg.device)
     settings = LoaderConfig(
         path=cfg.data.path,
@@ -228,12 +233,12 @@ def _two_crops(cfg: TrainConfig, split: str) -> tuple[tuple[Tensor, ...], Tensor
 
 def _scenes(
     models: Mapping[str, MutualInformation],
-    sources: Container[str],  # whose results are asked for
+    sources: Container[str],  # whose results are computed
     cfg: TrainConfig,
     split: str,
     batch_size: int,
 ) -> dict[str, DenseResult]:
-    """Patches of scenes of several drawings, the same ones for every run on the same data."""
+    """Probe patches of scenes of several drawings, the same ones for every run on the same data."""
     device = resolve_device(cfg.device)
     sets = build_scenes(
         *(
@@ -263,7 +268,7 @@ def _patch_tokens(model: MutualInformation, views: Tensor) -> Tensor:  # -> [B, 
 def _features(
     objective: MutualInformation, cfg: TrainConfig, split: str, batch_size: int
 ) -> tuple[Features, Features]:
-    """Training and held-out pictures, one a concept in both, so that classes weigh alike."""
+    """Return features of training and held-out pictures, one a concept: classes weigh alike."""
     device = resolve_device(cfg.device)
 
     def collect(name: str) -> Features:
@@ -286,7 +291,7 @@ def _whole_pictures(
     image_size: int | None = None,
     variants: bool = False,
 ) -> Iterator[Batch]:
-    """One picture a concept, or all `variants`, in the order of the shards and the model's size."""
+    """Yield one picture a concept, or all `variants`, in the shards' order, at the model's size."""
     return evaluation_batches(
         cfg.data.path,
         split,

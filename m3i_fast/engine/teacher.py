@@ -1,4 +1,4 @@
-"""A frozen teacher for the dense terms: the image encoder of one of our runs, or a model of timm.
+"""A frozen teacher for the dense terms: the image encoder of one of our runs, or a timm model.
 
 Letters: B images, R prefix tokens (class and registers), N cells of the grid, C width of a token.
 """
@@ -21,13 +21,13 @@ from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.models.vision import build_encoder
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
-_ENCODER = "encoder."  # where the objective keeps its image encoder
+_ENCODER = "encoder."  # prefix of the image encoder's weights in the objective
 
 
 class Teacher(ImageEncoder):
-    """Another encoder that never learns: no gradient, in evaluation mode whatever its owner is in.
+    """An encoder that is never trained: no gradient, and always in evaluation mode.
 
-    Its `dim` and `summary_dim` are the encoder's.
+    `dim` and `summary_dim` are those of the encoder.
     """
 
     def __init__(self, encoder: ImageEncoder) -> None:
@@ -36,34 +36,34 @@ class Teacher(ImageEncoder):
         self.dim, self.summary_dim = encoder.dim, encoder.summary_dim
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in evaluation mode."""
+        """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     @torch.no_grad()
     def encode_cells(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, N, C]."""
+        """Encode images [B, 3, S, S] as tokens [B, N, C]."""
         return self.encoder.encode_cells(images)
 
     @torch.no_grad()
     def summarise(self, tokens: Tensor) -> Tensor:
-        """[B, n, C] -> [B, s, P], as the encoder does."""
+        """Summarise tokens [B, n, C] as [B, s, P], as the encoder does."""
         return self.encoder.summarise(tokens)
 
 
 def load_teacher(spec: str, vision: VisionConfig) -> Teacher:
-    """The encoder that `spec` names, for a student of `vision`.
+    """Load the encoder that `spec` names as the teacher of a student of `vision`.
 
-    It reads the student's normalised views, [B, 3, S, S] with S = vision.image_size, and gives as
-    many tokens as the student; their width is `dim`, which need not be the student's.
+    It reads the student's normalised views, [B, 3, S, S] with S = vision.image_size, and returns as
+    many tokens as the student; their width is `dim`, which may differ from the student's.
 
-    spec: a run directory of ours (its newest checkpoint), `timm:NAME` (downloads what the hub's
-    cache lacks) or `timm:NAME:FILE.safetensors`, all weights of that timm model. A position table
-    of another image size is interpolated.
+    spec: a run directory of ours (its newest checkpoint is read), `timm:NAME` (downloads the
+    weights that are not in the hub's cache) or `timm:NAME:FILE.safetensors`, a file with all
+    weights of that timm model. A position table of another image size is interpolated.
 
     Raises:
-        FileNotFoundError: no such run, checkpoint or file.
+        FileNotFoundError: there is no such run, checkpoint or file.
         ImportError: timm is not installed.
-        ConnectionError: the weights of `timm:NAME` cannot be had.
+        ConnectionError: the weights of `timm:NAME` cannot be downloaded.
         ValueError: timm has no such model, or the file does not fit it; the grid of tokens is not
             square or not the student's; the model expects other pixels than `ops.mask_mix` makes.
     """
@@ -80,14 +80,13 @@ def _load_run(run: Path, vision: VisionConfig) -> Teacher:
     _expect_grid(str(run), _side(of_run, vision.image_size), vision)
     encoder = build_encoder(of_run)
     newest = checkpoint.latest(run / "checkpoints")
-    found = newest.shards("model").read(_ENCODER)
-    state = {name.removeprefix(_ENCODER): tensor for name, tensor in found.items()}
-    encoder.load_state_dict(state)
+    weights = newest.shards("model").read(_ENCODER)
+    encoder.load_state_dict({name.removeprefix(_ENCODER): w for name, w in weights.items()})
     return Teacher(encoder)
 
 
 def _side(cfg: VisionConfig, image_size: int) -> int | None:
-    """Tokens a side that the encoder makes of an image of another size, if it takes one."""
+    """Return the tokens a side for an image of another size; None where patches do not fill it."""
     if image_size % cfg.size_multiple:
         return None
     return replace(cfg, image_size=image_size).grid
@@ -107,7 +106,7 @@ def _expect_grid(name: str, side: int | None, vision: VisionConfig) -> None:
 
 
 class TimmEncoder(ImageEncoder):
-    """The patch tokens of a timm model's `forward_features`, without its prefix tokens."""
+    """A timm model's patch tokens: its `forward_features` without the prefix tokens."""
 
     def __init__(self, model: nn.Module, *, num_prefix: int, dim: int) -> None:
         super().__init__()
@@ -115,12 +114,12 @@ class TimmEncoder(ImageEncoder):
         self.dim = self.summary_dim = dim
 
     def encode_cells(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, N, C]."""
+        """Encode images [B, 3, S, S] as tokens [B, N, C]."""
         tokens: Tensor = self.model.forward_features(images)  # type: ignore[operator]
         return tokens[:, self.num_prefix :]
 
     def summarise(self, tokens: Tensor) -> Tensor:
-        """All tokens: [B, n, C] unchanged."""
+        """Return all tokens [B, n, C] unchanged."""
         return tokens
 
 
@@ -140,15 +139,15 @@ def _load_timm(spec: str, vision: VisionConfig) -> Teacher:
 
 
 def _create(spec: str, name: str, file: Path | None, image_size: int) -> Any:
-    """The model with its weights, without a head."""
+    """Create the timm model with its weights and without a head."""
     try:
         import timm
     except ModuleNotFoundError as error:
         raise ImportError(
             f'teacher {spec}: timm is not installed: pip install timm, or "m3i-fast[dev]"'
         ) from error
-    # timm's own way to load a file: it renames old keys and resizes positions. The head is made
-    # and dropped afterwards, since without one timm loads leniently and reports nothing missing.
+    # timm's own loader renames old keys and resizes positions. The head is created and dropped
+    # afterwards, since without one timm loads leniently and reports no missing weight.
     overlay = {"file": str(file), "source": "", "custom_load": False} if file else None
     try:
         with torch.device("meta"):
@@ -180,7 +179,7 @@ def _expect_pixels(spec: str, model: nn.Module) -> None:
 
 @torch.no_grad()
 def _example(spec: str, model: Any, size: int) -> Tensor:
-    """Features of an empty image."""
+    """Return the features of an image of zeros."""
     device = next(model.parameters()).device
     try:
         return model.eval().forward_features(torch.zeros(1, 3, size, size, device=device))
@@ -189,7 +188,7 @@ def _example(spec: str, model: Any, size: int) -> Tensor:
 
 
 def _patches(spec: str, model: Any, features: Tensor, size: int) -> tuple[int, int | None]:
-    """Prefix tokens, and patches a side where they fill an image of `size` pixels."""
+    """Return the number of prefix tokens, and of patches a side where they fill an image."""
     embed, num_prefix = getattr(model, "patch_embed", None), getattr(model, "num_prefix_tokens", 0)
     rows, columns = getattr(embed, "grid_size", None) or (0, 0)
     count = num_prefix + rows * columns

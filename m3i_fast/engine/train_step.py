@@ -1,7 +1,7 @@
 """One training step: the only place where its parts are put together.
 
 The trainer, the benchmarks, the profiler and the plan's memory tracing all call `TrainStep`, so
-that what is timed, profiled and predicted is what trains.
+that they time, profile and predict the step that trains.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective, stacks_of
-from m3i_fast.engine.cuda_graphs import replay
+from m3i_fast.engine.cuda_graphs import replay_with_graphs
 from m3i_fast.engine.guard.guard import Guard
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule, momentum_schedule, weight_decay_schedule
-from m3i_fast.engine.parallel.accumulation import expect_additive, over_batches, reduced
+from m3i_fast.engine.parallel.accumulation import (
+    expect_additive,
+    gradient_sync,
+    merge_batch_metrics,
+)
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
 from m3i_fast.engine.precision.arithmetic import Arithmetic
@@ -30,7 +34,7 @@ from m3i_fast.pipelines.batch import Batch
 
 
 class ForwardPass(nn.Module):
-    """Targets, inputs and objective as one module, so that ranks reduce its gradients."""
+    """Targets, inputs and objective as one module, whose gradients the ranks all-reduce."""
 
     def __init__(self, objective: MutualInformation) -> None:
         super().__init__()
@@ -50,19 +54,19 @@ class ForwardPass(nn.Module):
 
 
 def no_backoff(step: int) -> float:
-    """Leave the learning rate of the schedule as it is."""
+    """Return 1, which leaves the learning rate of the schedule unchanged."""
     return 1.0
 
 
 class TrainStep:
-    """Takes an optimiser step of a run at every call, on this rank's batches.
+    """Takes one optimiser step of a run a call, on this rank's batches.
 
-    objective: built by `build_objective`, on the meta device where the world spreads it; it is
+    objective: built by `build_objective`, on the meta device where its weights are sharded; it is
     distributed over the ranks here. stage: a context manager for each named part of the step.
-    lr_scale: the guard's back-off, a factor of the learning rate of the step of that index.
+    lr_scale: the guard's back-off, a factor of the learning rate by the index of the step.
 
-    Raises ValueError where `parallel.accumulate`, `cuda_graphs` or `optim.impl` ask for what this
-    objective or device cannot do.
+    Raises ValueError where `parallel.accumulate`, `cuda_graphs` or `optim.impl` is set to what this
+    objective or device does not support.
     """
 
     def __init__(
@@ -87,13 +91,13 @@ class TrainStep:
         self._weight_decay = weight_decay_schedule(cfg.optim, cfg.num_steps)
         self._momentum = momentum_schedule(cfg.ema, cfg.num_steps)
         self.steps_taken = 0
-        """Skipped ones included; the index of the next step."""
+        """Number of steps taken, skipped ones included; the index of the next step."""
 
     def __call__(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
         """Take one step without a host synchronisation and return its metrics, [] each.
 
-        batches: `parallel.accumulate` of them. monitor: with the collapse monitors. Afterwards
-        `guard.skip` says whether the step counts.
+        batches: `parallel.accumulate` of them. monitor: also compute the collapse monitors.
+        Afterwards `guard.skip` is 1 if the step was skipped.
         """
         step, stage = self.steps_taken, self._stage
         # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
@@ -120,14 +124,14 @@ class TrainStep:
         return metrics
 
     def _backward(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
-        """Add up the gradients of the mean over the batches; return its metrics."""
+        """Accumulate the gradients of the mean loss over the batches; return the merged metrics."""
         stage, of_batches = self._stage, []
         measure = self.objective.balance.due(self.steps_taken)
         for index, batch in enumerate(batches):
             is_last = index + 1 == len(batches)
             with stage("mix"):
                 mix = self.draw_mix(batch, index)
-            with reduced(self.model, is_last):
+            with gradient_sync(self.model, is_last):
                 with forward_context(self.arithmetic, self.world.device):
                     loss, metrics = self.model(
                         batch, mix, stage, monitor=monitor and is_last, measure=measure
@@ -137,7 +141,7 @@ class TrainStep:
             if monitor and is_last:
                 metrics |= self.objective.gradient_metrics()
             of_batches.append(metrics)
-        return over_batches(of_batches)
+        return merge_batch_metrics(of_batches)
 
     def _clip(self) -> GradientNorm:
         parameters = [p for _, p in self._named if p.grad is not None]
@@ -146,7 +150,7 @@ class TrainStep:
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
     def draw_mix(self, batch: Batch, index: int = 0) -> Mix:
-        """Draw what this rank mixes, hides and asks in its batch of this index, on its device."""
+        """Draw mixing and masks of this rank's batch of this index, on its device."""
         seed = step_seed(self.seed, -(index << 32)) if index else self.seed
         mix = draw_step_mix(self.cfg, batch, seed=seed, step=self.steps_taken)
         return mix.to(self.world.device)
@@ -170,7 +174,7 @@ def build_train_step(
 ) -> TrainStep:
     """Build the objective of a run from its seed, and the step that trains it.
 
-    Seeds torch's global generator. Raises ValueError as `build_objective` and `TrainStep`.
+    Seeds torch's global generator. Raises ValueError as `build_objective` and `TrainStep` do.
     """
     torch.manual_seed(cfg.seed)
     with world.device:
@@ -184,9 +188,9 @@ def build_train_step(
 
 
 def draw_step_mix(cfg: TrainConfig, batch: Batch, *, seed: int, step: int) -> Mix:
-    """Draw the mix of a step of the run for a batch, of which the shapes alone matter; on the CPU.
+    """Draw the mix of a run's step on the CPU; of the batch only the shapes are used.
 
-    Raises ValueError as `draw_mix`.
+    Raises ValueError as `draw_mix` does.
     """
     return draw_mix(
         cfg.objective.mixing,
@@ -202,11 +206,11 @@ def draw_step_mix(cfg: TrainConfig, batch: Batch, *, seed: int, step: int) -> Mi
 def _distribute(
     cfg: TrainConfig, objective: MutualInformation, world: World, arithmetic: Arithmetic
 ) -> nn.Module:
-    """Return the forward pass as the ranks run it, reducing its gradients in the backward pass."""
+    """Return the forward pass as the ranks run it, all-reducing gradients in the backward pass."""
     forward = ForwardPass(objective)
     expect_fp8(forward, arithmetic)
     if cfg.cuda_graphs:
-        replay(forward, world.device)
+        replay_with_graphs(forward, world.device)
     return distribute(
         forward,
         stacks_of(objective),

@@ -1,4 +1,4 @@
-"""The trainer: the loop around a step, and what a run keeps, logs and saves."""
+"""The trainer: the loop around a training step, and what a run logs and saves."""
 
 from __future__ import annotations
 
@@ -41,21 +41,25 @@ Progress = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    """How far a run got, and the signal that ended it, if one did."""
+
     step: int
-    """Optimiser steps taken in all."""
+    """Number of optimiser steps that were taken, earlier parts of the run included."""
     signal: int | None
-    """The signal that ended the run before num_steps, if one did."""
+    """Signal that ended the run before num_steps; None for a run that is complete."""
 
 
 class Trainer:
-    """Trains `cfg` in `run_dir`, on the shards that it names or on `data` in their place.
+    """Trains `cfg` in `run_dir`, on the shards of its config or on `data` in their place.
 
-    Raises FileExistsError when run_dir holds a run and `resume` is False, or one that is going on,
-    FileNotFoundError when `resume` finds nothing, ValueError when no checkpoint is good or the
-    config differs from the run's or does not fit the data; `train` raises FloatingPointError when
-    too many steps had to be skipped or a weight is not finite, OSError when a checkpoint cannot be
-    written, and CollapseError after a checkpoint when `stop_on_collapse` and a monitor stays out of
-    its healthy range; without it a collapse is a warning in the log.
+    Raises FileExistsError when run_dir holds a run and `resume` is False, or a run that another
+    process trains; FileNotFoundError when `resume` finds no run; ValueError when no checkpoint is
+    good, or when the config differs from the run's or does not fit the data.
+
+    `train` raises FloatingPointError when too many steps had to be skipped or a weight is not
+    finite, OSError when a checkpoint cannot be written, and CollapseError, after a checkpoint, when
+    `stop_on_collapse` is set and a monitor stays out of its healthy range. Without it a collapse is
+    a warning in the log.
     """
 
     def __init__(
@@ -69,9 +73,10 @@ class Trainer:
         data: Data | None = None,
         join_seconds: float = 60 * INIT_MINUTES,
     ) -> None:
-        """recipe: the name that the run goes by in what is logged elsewhere.
+        """Join the world, and build or restore the run.
 
-        join_seconds: within which all ranks have come, or `MissingRanks` is raised.
+        recipe: name of the run for Prometheus. join_seconds: limit within which all ranks join, or
+        `MissingRanks` is raised.
         """
         self.cfg, self.run_dir, self.stop_on_collapse = cfg, run_dir, stop_on_collapse
         device = resolve_device(cfg.device)
@@ -88,7 +93,7 @@ class Trainer:
         )
         log_arithmetic(self.arithmetic)
         self.run = Run(run_dir, cfg)
-        saved = self.run.found(resume, self.world.size)
+        saved = self.run.find_checkpoint(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.loader: Data = self._open_shards() if data is None else data
@@ -104,8 +109,8 @@ class Trainer:
         self.objective, self.optimizer = self.train_step.objective, self.train_step.optimizer
         self.guard = self.train_step.guard
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
-        self.world.wait_for_all()  # every rank has seen what was there before this run
-        if saved is None:  # nothing is written before all of the above has worked
+        self.world.wait_for_all()  # every rank has looked at the directory before it changes
+        if saved is None:  # nothing is written before all of the above has succeeded
             self.run.begin()
         else:
             self._restore(saved)
@@ -124,13 +129,13 @@ class Trainer:
 
     @property
     def step(self) -> int:
-        """Optimiser steps taken in all."""
+        """Return the number of optimiser steps taken, earlier parts of the run included."""
         return self.train_step.steps_taken
 
     def next_step(self, data: Iterator[Batch] | None = None, *, monitor: bool = False) -> None:
-        """A step on the next batches, as `train` repeats it; waits for them alone.
+        """Take a step on the next batches, as `train` repeats it; the host waits for data alone.
 
-        data: where they come from, if not from the loader.
+        data: source of the batches; the trainer's loader where it is None.
         """
         source, stage = self.loader if data is None else data, self.log.timer.stage
         batches = []
@@ -150,13 +155,14 @@ class Trainer:
         max_seconds: float = math.inf,
         watchdog_seconds: float = math.inf,
     ) -> Outcome:
-        """Train to num_steps, or until SIGINT, SIGTERM or SIGUSR1 of any rank, or max_seconds.
+        """Train to num_steps, or to SIGINT, SIGTERM or SIGUSR1 of any rank, or max_seconds.
 
-        Either way a checkpoint of the last step is written. watchdog_seconds: with no step done for
-        so long the process ends, with its stacks in the run's directory (`Watchdog`).
+        In each case a checkpoint of the last step is written. watchdog_seconds: after so long
+        without a completed step the process ends, with its stacks in the run's directory
+        (`Watchdog`).
         """
-        number_of = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        previous = {number: signal.signal(number, self._on_signal) for number in number_of}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._on_signal) for number in signals}
         stacks = self.run_dir / f"stacks-rank{self.world.rank}.txt"
         try:
             with Watchdog(stacks, seconds=watchdog_seconds) as self._watchdog:
@@ -170,7 +176,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def close(self) -> None:
-        """Stop the loader's threads, wait for a save in flight and free the directory."""
+        """Stop the loader's threads, wait for the save in flight and release the directory."""
         self.log.close()
         self.loader.close()
         self.run.close()
@@ -190,7 +196,7 @@ class Trainer:
         return Outcome(self.step, stopped if self.step < self.cfg.num_steps else None)
 
     def advance(self, progress: Progress = lambda step, values: None) -> None:
-        """The run's next step, and its metrics where they are due."""
+        """Take the run's next step, and read and log metrics where they are due."""
         log = (self.step + 1) % self.cfg.log_every == 0 or self.step + 1 == self.cfg.num_steps
         self.next_step(monitor=log)
         self._watchdog.beat()
@@ -199,54 +205,54 @@ class Trainer:
                 self._log(progress)
 
     def _log(self, progress: Progress) -> None:
-        """Read the metrics and heed what they say."""
-        self.run.expect_there()
+        """Read the metrics, log them and act on skipped steps, spikes and collapses."""
+        self.run.expect_in_place()
         values = self.log.read(self.step)
-        spiked, values["guard/skipped"] = self._heed_skips()
+        spiked, values["guard/skipped"] = self._handle_skips()
         values["optim/lr"] = self.train_step.lr_at(self.step - 1)
         values["optim/ema_momentum"] = self.train_step.momentum_at(self.step - 1)
         self.log.write(self.step, values)
         progress(self.step, values)
-        self._heed_collapse(values)
+        self._report_collapse(values)
         if spiked is not None:
             with self._watchdog.allow_longer("a rollback"):
                 self._roll_back(spiked)
         self.log.count_from(self.step)
 
     def save(self) -> None:
-        """Write a checkpoint; FloatingPointError if it would hold what is not finite."""
+        """Write a checkpoint; raise FloatingPointError if a value of it is not finite."""
         with self._watchdog.allow_longer("a save"), self.log.timer.stage("ckpt"):
             self._save()
 
     def _save(self) -> None:
-        self.run.expect_there()
+        self.run.expect_in_place()
         self._expect_finite("no checkpoint is written")
-        state = self.run.state(loader=self.loader, **self._kept())
+        state = self.run.state(loader=self.loader, **self._stateful_parts())
         state["num_ranks"] = self.world.size
         self.run.saver.save(
             step=self.step, model=self.objective, optimizer=self.optimizer, state=state
         )
 
     def _expect_finite(self, consequence: str) -> None:
-        """Raise FloatingPointError if a checkpoint of now would hold what is not finite."""
+        """Raise FloatingPointError if a value of weights or optimiser state is not finite."""
         tensors = checkpoint.tensors_of(self.objective, self.optimizer)
         if wrong := not_finite(tensors, self.world):
             raise self._abort(f"{consequence}: not finite: {', '.join(wrong)}")
 
-    def _heed_collapse(self, values: dict[str, float]) -> None:
-        for hint in self.watch.hints(self.step, values):
+    def _report_collapse(self, values: dict[str, float]) -> None:
+        for hint in self.watch.new_hints(self.step, values):
             logger.warning("hint: %s", hint)
-        found = self.watch.see(self.step, values)
-        for collapse in found:
+        collapses = self.watch.new_collapses(self.step, values)
+        for collapse in collapses:
             logger.warning("collapse? %s", collapse)
-        if found and self.stop_on_collapse:
+        if collapses and self.stop_on_collapse:
             self.save()
             raise CollapseError(
-                f"--stop-on-collapse: {found[0]}. The run is saved in {self.run.checkpoints}"
+                f"--stop-on-collapse: {collapses[0]}. The run is saved in {self.run.checkpoints}"
             )
 
-    def _heed_skips(self) -> tuple[int | None, int]:
-        """The first spike to go back before, and steps skipped since the last read."""
+    def _handle_skips(self) -> tuple[int | None, int]:
+        """Return the first spike to roll back to, and the number of newly skipped steps."""
         steps, records = self.guard.drain()
         self.skips.record(steps, records)
         if reason := self.skips.excess():
@@ -257,7 +263,7 @@ class Trainer:
         return (spikes[0] if goes_back else None), len(records)
 
     def _roll_back(self, spike: int) -> None:
-        """To the newest good checkpoint of no more than `spike` steps; the data go on."""
+        """Load the newest good checkpoint of at most `spike` steps; the data continue."""
         limit, now = self.cfg.guard.max_rollbacks, self.step
         if self.skips.rollbacks >= limit:
             raise self._abort(
@@ -267,7 +273,7 @@ class Trainer:
         saved = self.run.roll_back(spike)
         if saved is None:
             logger.warning(
-                "spike at step %d: SKIPPED, NOT ROLLED BACK: no checkpoint before", spike
+                "spike at step %d: SKIPPED, NOT ROLLED BACK: no checkpoint before it", spike
             )
             return
         self.optimizer.state.clear()
@@ -283,7 +289,7 @@ class Trainer:
         self.log.open(self.step)
         logger.warning(
             "ROLLED BACK to step %d, from step %d, for the spike at step %d (%d of %d rollbacks): "
-            "the batches of those %d steps are passed over, and the data go on",
+            "the batches of those %d steps are skipped, and the data continue",
             saved.step,
             now,
             spike,
@@ -296,8 +302,8 @@ class Trainer:
         self.skips.record(*self.guard.drain())
         return self.skips.abort(self.step, reason, self.objective, self.optimizer)
 
-    def _kept(self) -> dict[str, Stateful]:
-        """What a checkpoint holds beside tensors and the position in the data."""
+    def _stateful_parts(self) -> dict[str, Stateful]:
+        """Return what a checkpoint saves beside tensors and the position in the data."""
         return {
             "means": self.log.means,
             "log": self.log,
@@ -310,7 +316,9 @@ class Trainer:
         saved.load_model(self.objective)
         saved.load_optimizer(self.objective, self.optimizer)
         state = saved.state()
-        self.run.restore(state, num_ranks=self.world.size, loader=self.loader, **self._kept())
+        self.run.restore(
+            state, num_ranks=self.world.size, loader=self.loader, **self._stateful_parts()
+        )
         self.train_step.steps_taken = saved.step
         self.skips.forget_after(self.guard.first_unreported(self.step))
         logger.info("resumed %s at step %d", self.run_dir, self.step)

@@ -1,1 +1,1 @@
-"""What a frozen encoder has learned: categories, captions, places, features as colour."""
+"""Evaluation of a frozen encoder: categories, captions, places, and features as colour."""

@@ -1,4 +1,4 @@
-"""What one encoder says about a set of pictures.
+"""Features of a set of pictures by one encoder.
 
 Legend: N items, D encoder width, E embedding width.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Features:
-    """What one encoder says about a set of pictures, and what is known about them."""
+    """The features of a set of pictures by one encoder, with their labels, concepts and pixels."""
 
     encoder: Tensor  # [N, D] fp32, mean of the frozen encoder's patch tokens
     image: Tensor  # [N, E] fp32, image embedding that captions are matched with; E = 0: none
     text: Tensor  # [N, E] fp32, embedding of the picture's caption
-    captioned: Tensor  # [N] bool, whether it has one
+    captioned: Tensor  # [N] bool, whether the picture has a caption
     label: Tensor  # [N] int64, -1 = not labelled
     group: Tensor  # [N] int64, the concept
     pixels: Tensor  # [N, 12 * 12 * 3] fp32
@@ -38,18 +38,19 @@ class Features:
                 )
 
     def rows(self, keep: Tensor) -> Features:  # [N] bool or [n] int64
-        """The chosen rows of every field."""
+        """Return the chosen rows of every field."""
         return Features(**{field.name: getattr(self, field.name)[keep] for field in fields(self)})
 
     def cpu(self) -> Features:
+        """Return the same features on the CPU."""
         return Features(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
 
-def join(parts: Sequence[Features]) -> Features:
-    """All rows, in order."""
+def concatenate(features: Sequence[Features]) -> Features:
+    """Return the rows of all features, in order."""
     return Features(
         **{
-            field.name: torch.cat([getattr(part, field.name) for part in parts])
+            field.name: torch.cat([getattr(each, field.name) for each in features])
             for field in fields(Features)
         }
     )

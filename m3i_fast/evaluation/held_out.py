@@ -1,4 +1,4 @@
-"""What is known of the held-out pictures, whatever the encoder: near-duplicates, and the hard half.
+"""Facts about the held-out pictures that hold for any encoder: near-duplicates and the hard half.
 
 Legend: M held-out pictures, one a concept.
 """
@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3i_fast.evaluation.collect import small_pixels
+from m3i_fast.evaluation.feature_extraction import small_pixels
 from m3i_fast.pipelines.dataset.near_duplicates import cluster_groups, distances, rounded
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.batch import Batch
 
-ENDINGS = ("", "_hard")  # of a measure's name, on all items and on the hard ones
+ENDINGS = ("", "_hard")  # of a measure's name: on all items, on the hard ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """The held-out items, in the order in which every measure has them."""
+    """The held-out items, in the order that every measure has them in."""
 
     group: Tensor  # [M] int64, the concept
     cluster: Tensor  # [M] int64; items of one are nearly the same picture
@@ -32,14 +32,14 @@ class HeldOut:
 
     @property
     def hard(self) -> Tensor:  # [M] bool
-        """The half that lies farthest from any training picture, the earlier ones of equals."""
+        """Return the half farthest from any training picture; of equal items the earlier."""
         order = self.distance.argsort(descending=True, stable=True)
         chosen = torch.zeros(len(order), dtype=torch.bool)
         chosen[order[: (len(order) + 1) // 2]] = True
         return chosen
 
     def rows(self, ending: str) -> Tensor:  # [M] bool
-        """The items of a measure whose name ends so."""
+        """Return the items of a measure whose name ends in `ending`."""
         return self.hard if ending else torch.ones_like(self.hard)
 
     def align(
@@ -48,21 +48,21 @@ class HeldOut:
         group: Tensor,  # [G] int64 in ascending order, some of the held-out concepts
         missing: float,
     ) -> Tensor:  # [M, ...]
-        """Put values of some concepts where these stand, and `missing` where there is none."""
+        """Place the values of some concepts at their rows, and `missing` at all other rows."""
         aligned = values.new_full((len(self.group), *values.shape[1:]), missing)
         if len(group) == 0:
             return aligned
         place = torch.searchsorted(group, self.group).clamp_max(len(group) - 1)
-        found = group[place] == self.group
-        aligned[found] = values[place[found]]
+        has_value = group[place] == self.group
+        aligned[has_value] = values[place[has_value]]
         return aligned
 
 
 def describe_held_out(heldout: Iterable[Batch], training: Iterable[Batch]) -> HeldOut:
-    """Compare held-out pictures with each other and with all training ones, one view a sample.
+    """Compare held-out pictures with each other and with all training pictures, one view a sample.
 
-    Distances and clusters are those of `pipelines.near_duplicates`; pictures of one size give the
-    same ones whatever size a model takes. Memory is that of the held-out thumbnails and a batch's.
+    Distances and clusters are those of `pipelines.near_duplicates`. Pictures of one size give the
+    same ones whatever size a model takes. Memory is that of the held-out thumbnails and one batch.
     """
     batches = [(batch.group_id.cpu(), small_pixels(batch.global_views[0])) for batch in heldout]
     group = torch.cat([of for of, _ in batches])

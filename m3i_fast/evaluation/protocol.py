@@ -1,12 +1,12 @@
-"""What a frozen encoder is measured by, and against what: the numbers of evaluation.json.
+"""Protocol of the evaluation: the measures of a frozen encoder, and the figures of evaluation.json.
 
-Every setting of a measure (k of the neighbours, strength of the probe's L2) is chosen on the
-training concepts, for each encoder on its own, and never on the held-out ones; the scale of the
-cosines in the bound on one half of these for the other.
+The settings of a measure (k of the neighbours, strength of the probe's L2) are chosen on the
+training concepts, for each encoder on its own, and never on the held-out ones. The scale of the
+cosines in the bound is chosen on one half of the held-out concepts for the other half.
 
-Item by item, every figure is also given on the hard half of the held-out items, as NAME_hard: kNN
-on raw pixels gets most of those right that look like a training picture.
-Legend: M held-out items, C classes.
+Every item-wise figure is also given on the hard half of the held-out items, as NAME_hard, since kNN
+on raw pixels is right on most items that look like a training picture. Legend: M held-out items, C
+classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from m3i_fast.evaluation.dense.patch_probe import DenseResult, mean_iou
 from m3i_fast.evaluation.features import Features
 from m3i_fast.evaluation.held_out import ENDINGS, HeldOut
 from m3i_fast.evaluation.probes.accuracy import balanced_accuracy, grouped_folds, largest_class
-from m3i_fast.evaluation.probes.chosen_settings import NUM_FOLDS, Examples, knn, linear
+from m3i_fast.evaluation.probes.cross_validation import (
+    NUM_FOLDS,
+    Examples,
+    cross_validated_knn,
+    cross_validated_linear,
+)
 from m3i_fast.evaluation.probes.few_labels import few_label_hits
 from m3i_fast.evaluation.retrieval.caption_bound import caption_bound
 from m3i_fast.evaluation.retrieval.zero_shot import recall_chance, retrieval_ranks
@@ -45,25 +50,25 @@ RECALLS = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """One source's results, item by item where there are any, so that differences can be paired.
+class SourceResults:
+    """The results of one source, item by item where possible, so that differences can be paired.
 
-    An item that a measure does not ask about is NaN in it, and has no overlap.
+    An item that a measure does not cover is NaN in it, and has no overlap.
     """
 
-    hits: dict[
-        str, Tensor
-    ]  # measure -> [M] fp64 in 0..1, the probability that the item was got right
-    nats: dict[str, Tensor] = field(default_factory=dict)  # measure -> [M] fp64, no bounds
-    overlap: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # measure -> [M, 3, C] int64, of `overlaps`; the figure is its mean IoU
-    figures: dict[str, float] = field(default_factory=dict)  # measure -> what no item has alone
-    chosen: dict[str, float] = field(
-        default_factory=dict
-    )  # setting -> value chosen on the training concepts
+    # measure -> [M] fp64 in 0..1, the probability that the item is right
+    hits: dict[str, Tensor]
+    # measure -> [M] fp64, unbounded
+    nats: dict[str, Tensor] = field(default_factory=dict)
+    # measure -> [M, 3, C] int64, of `overlaps`; the figure is its mean IoU
+    overlap: dict[str, Tensor] = field(default_factory=dict)
+    # measure -> a figure that is not a mean over items
+    figures: dict[str, float] = field(default_factory=dict)
+    # setting -> value chosen on the training concepts
+    chosen: dict[str, float] = field(default_factory=dict)
 
     def add_scenes(self, result: DenseResult, held_out: HeldOut) -> None:
+        """Add the results of the scenes, aligned with the held-out items."""
         self.hits["scene_patch_top1"] = held_out.align(result.hits, result.group, math.nan)
         self.overlap["scene_miou"] = held_out.align(result.overlap, result.group, 0)
         if result.l2 is not None:
@@ -72,10 +77,10 @@ class Measured:
 
 def measure_all(
     encoders: Mapping[str, tuple[Features, Features]], *, baselines: bool, seed: int = 0
-) -> dict[str, Measured]:
-    """Measure each encoder, given as (training, held-out).
+) -> dict[str, SourceResults]:
+    """Measure each encoder, given as (training, held-out) features.
 
-    baselines: measure chance and raw pixels as well.
+    baselines: also measure chance and raw pixels. Raises ValueError as `evaluate_split` does.
     """
     measured = {who: evaluate_split(*sets, seed=seed) for who, sets in encoders.items()}
     if baselines:
@@ -85,19 +90,19 @@ def measure_all(
     return measured
 
 
-def evaluate_split(train: Features, heldout: Features, *, seed: int = 0) -> Measured:
-    """kNN, linear probe, both from few labels, effective rank, and the captions where embedded.
+def evaluate_split(train: Features, heldout: Features, *, seed: int = 0) -> SourceResults:
+    """Measure kNN, linear probe, both from few labels, effective rank, and captions if embedded.
 
     Unlabelled training items are left out of kNN and probes, items without a caption out of the
-    bound. Raises ValueError when a held-out item has no label, shares its concept with another one
-    or with a training item.
+    bound. Raises ValueError when a held-out item has no label, or shares its concept with another
+    held-out item or a training item.
     """
     labelled = _checked(train, heldout)
     examples = _examples(labelled.encoder, labelled, seed)
-    by_knn, k = knn(examples, heldout.encoder)
-    by_probe, l2 = linear(examples, heldout.encoder)
+    by_knn, k = cross_validated_knn(examples, heldout.encoder)
+    by_probe, l2 = cross_validated_linear(examples, heldout.encoder)
     nats, scale = _caption_bound(heldout, seed)
-    return Measured(
+    return SourceResults(
         hits={
             "knn_top1": (by_knn == heldout.label).double(),
             "linear_top1": (by_probe == heldout.label).double(),
@@ -114,14 +119,14 @@ def evaluate_split(train: Features, heldout: Features, *, seed: int = 0) -> Meas
     )
 
 
-def evaluate_pixels(train: Features, heldout: Features, *, seed: int = 0) -> Measured:
-    """kNN on raw pixels, kNN and probe on them from few labels: what no learning at all gives.
+def evaluate_pixels(train: Features, heldout: Features, *, seed: int = 0) -> SourceResults:
+    """Measure kNN, and kNN and probe from few labels, on raw pixels, which no learning has shaped.
 
-    Errors as `evaluate_split`.
+    Raises ValueError as `evaluate_split` does.
     """
     train = _checked(train, heldout)
-    by_knn, k = knn(_examples(train.pixels, train, seed), heldout.pixels)
-    return Measured(
+    by_knn, k = cross_validated_knn(_examples(train.pixels, train, seed), heldout.pixels)
+    return SourceResults(
         hits={
             "knn_top1": (by_knn == heldout.label).double(),
             **_few_label_hits(train.pixels, heldout.pixels, train, heldout, seed),
@@ -134,10 +139,10 @@ def evaluate_pixels(train: Features, heldout: Features, *, seed: int = 0) -> Mea
     )
 
 
-def evaluate_chance(heldout: Features) -> Measured:
-    """A classifier that always says the largest held-out class, and a gallery in random order.
+def evaluate_chance(heldout: Features) -> SourceResults:
+    """Measure a classifier that predicts the largest held-out class, and a gallery in random order.
 
-    Its bound of the information is 0: that of a softmax that is even over all candidates.
+    Its bound of the information is 0, that of a softmax that is even over all candidates.
     """
     guess = torch.full_like(heldout.label, largest_class(heldout.label))
     hits = (guess == heldout.label).double()
@@ -151,26 +156,27 @@ def evaluate_chance(heldout: Features) -> Measured:
     }
     top1 = ("knn_top1", "linear_top1", "few_label_top1", "few_label_knn_top1")
     no_nats = torch.zeros(num, dtype=torch.float64).masked_fill(~heldout.captioned, math.nan)
-    return Measured(
+    return SourceResults(
         hits={**dict.fromkeys(top1, hits), **recalls},
         nats={"caption_information_nats": no_nats} if has_captions else {},
         figures={"knn_balanced_accuracy": balanced, "linear_balanced_accuracy": balanced},
     )
 
 
-def compare(measured: Mapping[str, Measured], held_out: HeldOut) -> dict[str, Any]:
-    """The figures of evaluation.json: {measure: {source: value}}, `held_out_concepts`, `chosen`.
+def tabulate_figures(measured: Mapping[str, SourceResults], held_out: HeldOut) -> dict[str, Any]:
+    """Return the figures of evaluation.json: {measure: {source: value}}, and chosen settings.
 
-    A source appears where it was measured: `pixels` has no captions, chance no effective rank. A
-    measure of items appears twice, on all held-out items and as NAME_hard.
+    A source is listed where it was measured: `pixels` has no captions, `chance` no effective rank.
+    An item-wise measure is listed twice, over all held-out items and as NAME_hard. The other keys
+    are `held_out_concepts` and `chosen`.
     """
     table: dict[str, Any] = {}
     for source, result in measured.items():
         for ending in ENDINGS:
             rows = held_out.rows(ending)
             for name, values in (result.hits | result.nats).items():
-                if len(asked := values[rows & ~values.isnan()]):
-                    table.setdefault(name + ending, {})[source] = float(asked.mean())
+                if len(covered := values[rows & ~values.isnan()]):
+                    table.setdefault(name + ending, {})[source] = float(covered.mean())
             for name, overlap in result.overlap.items():
                 if bool(overlap[rows].any()):
                     figure = float(mean_iou(overlap[rows].sum(0)))
@@ -185,16 +191,17 @@ def compare(measured: Mapping[str, Measured], held_out: HeldOut) -> dict[str, An
 
 
 def trained_minus(
-    measured: Mapping[str, Measured], held_out: HeldOut
+    measured: Mapping[str, SourceResults], held_out: HeldOut
 ) -> dict[str, dict[str, Interval]]:
-    """{measure: {source: interval}} of the trained encoder minus each other source, paired by item.
+    """Return {measure: {source: interval}} of the trained encoder minus each other source.
 
-    Of every measure with items, on all of them and on the hard ones. Near-duplicates count as one
-    cluster; where all items are of one there is no interval. Of a single run: nothing is said of
-    other seeds. p-values are corrected for all comparisons on the same items (`holm`).
+    It covers every item-wise measure, on all items and on the hard ones. Near-duplicates count as
+    one cluster; where all items are in one cluster there is no interval. The intervals are those of
+    a single run and do not cover other seeds. p-values are corrected for all comparisons on the
+    same items (`holm`).
     """
     ours = measured["trained"]
-    found: dict[str, dict[str, Interval]] = {}
+    intervals: dict[str, dict[str, Interval]] = {}
     for ending in ENDINGS:
         family = {
             (name + ending, source): interval
@@ -203,14 +210,14 @@ def trained_minus(
             for name, interval in _differences(ours, theirs, held_out, ending)
         }
         for (name, source), interval in holm(family).items():
-            found.setdefault(name, {})[source] = interval
-    return found
+            intervals.setdefault(name, {})[source] = interval
+    return intervals
 
 
 def _differences(
-    ours: Measured, theirs: Measured, held_out: HeldOut, ending: str
+    ours: SourceResults, theirs: SourceResults, held_out: HeldOut, ending: str
 ) -> Iterator[tuple[str, Interval]]:
-    """Measures that both have, with the interval of the difference."""
+    """Yield the measures that both sources have, with the interval of their difference."""
     kinds: tuple[tuple[dict[str, Tensor], dict[str, Tensor], Callable[..., Interval]], ...] = (
         (ours.hits, theirs.hits, hits_interval),
         (ours.nats, theirs.nats, values_interval),
@@ -225,12 +232,12 @@ def _differences(
 
 
 def _missing(values: Tensor) -> Tensor:  # [M, ...] -> [M] bool
-    """Items that the measure does not ask about."""
+    """Return which items a measure does not cover."""
     return values.isnan() if values.ndim == 1 else ~values.flatten(1).any(1)
 
 
 def _checked(train: Features, heldout: Features) -> Features:
-    """The labelled rows of `train`, once the two sets are seen to be what the measures assume."""
+    """Return the labelled rows of `train` once both sets satisfy what the measures assume."""
     if bool((heldout.label < 0).any()):
         raise ValueError(
             f"heldout.label: expected a label on every item, got "
@@ -272,9 +279,9 @@ def _caption_bound(
     if not heldout.image.shape[1]:
         return {}, {}
     has = heldout.captioned
-    asked, scale = caption_bound(heldout.image[has], heldout.text[has], seed=seed)
+    nats_of_captioned, scale = caption_bound(heldout.image[has], heldout.text[has], seed=seed)
     nats = torch.full((len(has),), math.nan, dtype=torch.float64)
-    nats[has] = asked
+    nats[has] = nats_of_captioned
     return {"caption_information_nats": nats}, {"caption_scale": scale}
 
 

@@ -1,5 +1,4 @@
-"""Uncertainty of the figures we publish: intervals of differences over seeds and items, Holm's
-correction, spread over seeds.
+"""Uncertainty of published figures: intervals of differences, Holm's correction, spread.
 
 Legend: S seeds, N items, K clusters of items.
 """
@@ -14,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from m3i_fast.evaluation.student import student_quantile, student_tail
+from m3i_fast.evaluation.student_t import student_quantile, student_tail
 
 Floats = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "no difference found"]
@@ -30,43 +29,43 @@ class Interval:
     low: float
     high: float
     p_value: float
-    """Two-sided, of no difference; below 0.05 where the interval leaves out zero, until `holm`
-    makes it one of a family of comparisons."""
+    """Two-sided p-value of no difference, which `holm` corrects for a family of comparisons."""
 
     @property
     def verdict(self) -> Verdict:
-        """Say better or worse where the p-value is below 0.05."""
+        """Return better or worse where the p-value is below 0.05, else no difference found."""
         if self.p_value >= 1 - CONFIDENCE:
             return "no difference found"
         return "better" if self.difference > 0 else "worse"
 
     def scaled(self, factor: float) -> Interval:
-        """Give the interval in another unit."""
+        """Return the interval in another unit."""
         ends = (factor * self.low, factor * self.high)
         return Interval(factor * self.difference, *ends, self.p_value)
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """Where the variance of a mean difference comes from; `seeds` and `both` are 0 of one seed."""
+class VarianceComponents:
+    """Components of the variance of a mean difference; of one seed `seeds` and `both` are 0."""
 
     seeds: float
-    """Of the S means over items: what another set of seeds would change."""
+    """Variance of the S means over items: what another set of seeds would change."""
     items: float
-    """Of the N means over seeds: what another set of items would change."""
+    """Variance of the N means over seeds: what another set of items would change."""
     both: float
-    """Of what is neither's alone. `seeds` and `items` each contain it once."""
+    """Variance of the residual, which `seeds` and `items` each contain once."""
     df: float
     """Degrees of freedom of `total`, by Satterthwaite."""
 
     @property
     def total(self) -> float:
+        """Return the variance of the mean difference."""
         return max(self.seeds + self.items - self.both, self.items)
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Mean over repetitions and their sample standard deviation (0 for a single one)."""
+    """Mean over repetitions, and their sample standard deviation (0 for a single one)."""
 
     mean: float
     std: float
@@ -83,22 +82,22 @@ def hits_interval(
     theirs: Any,  # of the same seeds and items, in the same order
     cluster: Any = None,  # [N] int64; None: every item is one
 ) -> Interval:
-    """Interval of mean(ours) - mean(theirs), as `variance_parts` has it.
+    """Return the interval of mean(ours) - mean(theirs) of hits, by `variance_components`.
 
-    Two items are added to what the interval is worked out from, one that only ours gets and one
-    that only theirs gets (Agresti and Min 2005 add as many): hits that are all alike are else
-    certain of what they have not seen, and 4 hits against 0 a difference. Raises ValueError when
-    the two are empty, of different shapes or outside 0..1.
+    Two items are added for the width of the interval, one that only ours gets right and one that
+    only theirs does (Agresti and Min 2005 add as many). Without them hits that are all equal would
+    have no variance, and 4 hits against 0 would be a difference. Raises ValueError when the two are
+    empty, of different shapes or outside 0..1.
     """
     first, second = _sides(ours, theirs)
     for name, side in (("ours", first), ("theirs", second)):
         if not bool(((side >= 0) & (side <= 1)).all()):
             raise ValueError(f"{name}: expected hits in 0..1, got {side.min():g} to {side.max():g}")
     delta = first - second
-    extra = np.broadcast_to([1.0, -1.0], (len(delta), 2))
+    added = np.broadcast_to([1.0, -1.0], (len(delta), 2))
     labels = _labels(cluster, delta.shape[1])
     labels = np.append(labels, [labels.max() + 1, labels.max() + 2])
-    return _interval(float(delta.mean()), np.concatenate([delta, extra], 1), labels)
+    return _interval(float(delta.mean()), np.concatenate([delta, added], 1), labels)
 
 
 def values_interval(
@@ -106,9 +105,10 @@ def values_interval(
     theirs: Any,  # of the same seeds and items, in the same order
     cluster: Any = None,  # [N] int64; None: every item is one
 ) -> Interval:
-    """Interval of mean(ours) - mean(theirs) of values without bounds, as `variance_parts` has it.
+    """Return the interval of mean(ours) - mean(theirs) of unbounded values.
 
-    Raises ValueError when the two are not finite, of different shapes or of less than two clusters.
+    It is that of `variance_components`. Raises ValueError when the two are not finite, of different
+    shapes or of less than two clusters.
     """
     first, second = _sides(ours, theirs)
     delta = first - second
@@ -121,11 +121,12 @@ def figure_interval(
     figure: Callable[[Floats], Floats],
     cluster: Any = None,  # [N] int64; None: every item is one
 ) -> Interval:
-    """Interval of figure(sum of ours) - figure(sum of theirs), such as of ratios of counts.
+    """Return the interval of figure(sum of ours) - figure(sum of theirs), such as ratios of counts.
 
-    `figure` maps sums over items [R, ...] to their values [R], whatever the number of items. What
-    an item adds to it is its pseudo-value (Tukey's jackknife), N times the figure less N - 1 times
-    that of all others; their mean is moved to the difference itself. Errors as `values_interval`.
+    `figure` maps sums over items [R, ...] to values [R], for any number of items. An item
+    contributes its pseudo-value (Tukey's jackknife), N times the figure minus N - 1 times that of
+    all other items; their mean is shifted to the difference itself. Raises ValueError as
+    `values_interval` does.
     """
     sides = [np.asarray(side, dtype=np.float64) for side in (ours, theirs)]
     _expect_alike(sides)
@@ -137,24 +138,24 @@ def figure_interval(
     return _interval(difference, delta, _labels(cluster, num))
 
 
-def variance_parts(
+def variance_components(
     delta: Floats,  # [S, N], ours minus theirs
     labels: npt.NDArray[np.int64],  # [N], the cluster of each item
-) -> Parts:
+) -> VarianceComponents:
     """Estimate the variance of the mean of differences that share seeds and items.
 
-    A difference is taken to be mean + seed + item + rest, all of them drawn at random: seeds as
-    independent repetitions, the same of both sides, whose items are the same ones, and items
-    independent of each other but within a cluster. The variance is that of two-way clustering
-    (Cameron, Gelbach and Miller 2011): over the seeds' means, plus over the clusters' sums, minus
-    over both at once, which the other two contain. Each is unbiased for independent rests; with
-    clusters of different sizes K is N^2 / sum n_k^2. Satterthwaite's degrees of freedom say how
-    well it is known. Of one seed there is the items' part alone, so nothing is said of other seeds.
-    With three seeds the seeds' part has two degrees of freedom and is coarse.
+    A difference is modelled as mean + seed + item + residual, all drawn at random: seeds are
+    independent repetitions, the same for both sides and all items, and items are independent
+    between clusters. The variance is that of two-way clustering (Cameron, Gelbach and Miller 2011):
+    over the seeds' means, plus over the clusters' sums, minus over both at once, which the other
+    two contain. Each is unbiased for independent residuals; with clusters of different sizes K is
+    N^2 / sum n_k^2. Satterthwaite's degrees of freedom say how well it is known. Of one seed there
+    is the items' component alone, which does not cover other seeds. With three seeds the seeds'
+    component has two degrees of freedom and is coarse.
 
-    A bootstrap that draws seeds and items was measured beside it: of three seeds its 95 % interval
-    covered 77 % where seeds make most of the variance and 99.5 % where they make none, since of
-    three it sees no spread beyond the three, and it counts the rest three times.
+    A bootstrap over seeds and items was measured too: with three seeds its 95 % interval covered 77
+    % where seeds make most of the variance and 99.5 % where they make none, since it sees no spread
+    beyond the three, and counts the residual three times.
     """
     num_seeds, num_items = delta.shape
     sizes = np.bincount(labels)
@@ -174,27 +175,27 @@ def variance_parts(
         seeds = float((by_seed**2).sum()) / num_seeds / df_seeds
         both = of_clusters(delta - mean - by_seed - by_item) / num_seeds / df_seeds
     df_items = num_clusters - 1
-    noise = seeds**2 / df_seeds + items**2 / df_items + both**2 / df_seeds / df_items
-    total = Parts(seeds, items, both, math.inf).total
-    df = total**2 / noise if noise > 0 else math.inf
-    return Parts(seeds, items, both, max(df, min(df_seeds, df_items), 1.0))
+    of_estimate = seeds**2 / df_seeds + items**2 / df_items + both**2 / df_seeds / df_items
+    total = VarianceComponents(seeds, items, both, math.inf).total
+    df = total**2 / of_estimate if of_estimate > 0 else math.inf
+    return VarianceComponents(seeds, items, both, max(df, min(df_seeds, df_items), 1.0))
 
 
 def holm(family: Mapping[Key, Interval]) -> dict[Key, Interval]:
     """Correct the p-values of comparisons that are read together (Holm 1979).
 
-    The chance that any of them is called a difference where there is none is then at most 5 %,
-    whatever they share. The intervals stay those of each alone.
+    The probability that any of them is called a difference where there is none is then at most 5 %,
+    however they depend on each other. The intervals stay uncorrected.
     """
-    largest, found = 0.0, {}
-    for rank, key in enumerate(sorted(family, key=lambda key: family[key].p_value)):
-        largest = max(largest, min((len(family) - rank) * family[key].p_value, 1.0))
-        found[key] = replace(family[key], p_value=largest)
-    return {key: found[key] for key in family}
+    largest, corrected = 0.0, {}
+    for place, key in enumerate(sorted(family, key=lambda key: family[key].p_value)):
+        largest = max(largest, min((len(family) - place) * family[key].p_value, 1.0))
+        corrected[key] = replace(family[key], p_value=largest)
+    return {key: corrected[key] for key in family}
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, sample standard deviation and range over repetitions. Raises ValueError when empty."""
+    """Return mean, sample standard deviation and range over repetitions; ValueError when empty."""
     if len(values) == 0:
         raise ValueError("values: expected at least one run, got none")
     runs = np.asarray(values, dtype=np.float64)
@@ -202,15 +203,15 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(float(runs.mean()), std, float(runs.min()), float(runs.max()), len(runs))
 
 
-# ---- Parts ---------------------------------------------------------------------------------------
+# ---- Helpers -------------------------------------------------------------------------------------
 
 
 def _interval(difference: float, delta: Floats, labels: npt.NDArray[np.int64]) -> Interval:
-    parts = variance_parts(delta, labels)
-    centre, error = float(delta.mean()), math.sqrt(parts.total)
+    components = variance_components(delta, labels)
+    centre, error = float(delta.mean()), math.sqrt(components.total)
     if error == 0:
         return Interval(difference, centre, centre, float(centre == 0))
-    df = min(parts.df, 1e4)  # beyond it, normal
+    df = min(components.df, 1e4)  # beyond it the distribution is normal
     half = error * student_quantile((1 - CONFIDENCE) / 2, df)
     p_value = min(2 * student_tail(abs(centre) / error, df), 1.0)
     return Interval(difference, centre - half, centre + half, p_value)

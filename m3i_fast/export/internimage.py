@@ -1,8 +1,8 @@
 """InternImage weights from the published files, and back into their layouts.
 
 classification  .pth {"model": keys} or {"module": keys}, the official names
-detection       .pth {"state_dict": keys}, `backbone.` before them, no head; segmentation too
-huggingface     .safetensors, `model.` before them, layer_scale1/2 for gamma1/2
+detection       .pth {"state_dict": keys}, prefix `backbone.`, no head; segmentation as well
+huggingface     .safetensors, prefix `model.`, layer_scale1/2 for gamma1/2
 pre-training    .pth with mask_token, `dcnv3.` before the stages; read only
 """
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Layout = Literal["classification", "detection", "huggingface"]
 State = dict[str, Tensor]
 
-STAGES = ("patch_embed.", "levels.")  # what comes after them no detector has
+STAGES = ("patch_embed.", "levels.")  # a detector's file has no layers after these
 MAX_NAMED = 20
 
 _BACKBONE, _HUGGINGFACE = "backbone.", "model."
@@ -53,12 +53,12 @@ _CLASSIFIER = {
 def load_internimage(
     source: str | Path | Mapping[str, Any], cfg: InternImageConfig, *, stages_only: bool = False
 ) -> InternImage:
-    """An InternImage with the weights of a published file, whichever of the layouts it has.
+    """Return an InternImage with the weights of a published file, in any of the layouts.
 
     source: a .safetensors file, any other file that torch.load reads with weights_only=True, or
     what such a file holds. With cfg.num_classes = 0 its `head` is left out. stages_only: load stem
-    and stages alone, as a detector's file has no more; all after them keeps its initial values.
-    Half-precision weights are widened. What is left out of a file is named in the log.
+    and stages alone, which is all that a detector's file has; the layers after them keep their
+    initial values. Half-precision weights are widened. Keys that are left out are named in the log.
 
     Raises ValueError naming the keys that are missing, unexpected or of another shape (expected and
     got), or when the file holds more than tensors and plain values.
@@ -78,7 +78,10 @@ def load_internimage(
 
 
 def to_layout(model: InternImage, layout: Layout) -> dict[str, Any]:
-    """What a file of this layout holds; the tensors are the model's own, not copies."""
+    """Return what a file of this layout holds; the tensors are the model's own, not copies.
+
+    Raises ValueError for an unknown layout.
+    """
     state = model.state_dict()
     match layout:
         case "classification":
@@ -100,7 +103,7 @@ def to_layout(model: InternImage, layout: Layout) -> dict[str, Any]:
 def save_internimage(model: InternImage, path: str | Path, layout: Layout) -> None:
     """Write the weights beside `path`, then rename: .safetensors for huggingface, else torch.save.
 
-    Raises ValueError when the file's name does not end as its layout's does.
+    Raises ValueError when the file's name does not end as its layout requires.
     """
     path = Path(path)
     safe = layout == "huggingface"
@@ -121,27 +124,27 @@ def _read(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: expected tensors and plain values only; if you trust it, pass what "
             f"torch.load(..., weights_only=False) returns instead of the path: {error}"
         ) from error
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{path}: expected a dictionary, got {type(found).__name__}")
-    return found
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return content
 
 
-def _official_names(found: Mapping[str, Any]) -> State:
-    """The weights by the names of the official classification model."""
+def _official_names(content: Mapping[str, Any]) -> State:
+    """Return the weights by the names of the official classification model."""
     for container in ("model", "module", "state_dict"):
-        if isinstance(found.get(container), Mapping):
-            found = found[container]
+        if isinstance(content.get(container), Mapping):
+            content = content[container]
             break
-    other = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    other = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if other:
         raise ValueError(f"weights: expected tensors by name, got others: {_some(other)}")
-    state: State = dict(found)
+    state: State = dict(content)
     if any("mask_token" in name for name in state):
         return _from_pretraining(state)
     if any(name.startswith(_BACKBONE) for name in state):
@@ -152,13 +155,13 @@ def _official_names(found: Mapping[str, Any]) -> State:
 
 
 def _below(state: State, prefix: str) -> State:
-    """What stands below a prefix; the rest, a detector's neck and heads, is left out."""
+    """Return the weights below a prefix, without a detector's neck and heads."""
     kept = _leave_out(state, [name for name in state if not name.startswith(prefix)])
     return {name.removeprefix(prefix): value for name, value in kept.items()}
 
 
 def _from_pretraining(state: State) -> State:
-    """Stages, projections and classifier of a joint pre-training file, by their present names."""
+    """Return stages, projections and classifier of a joint pre-training file, by present names."""
     kept = {_CLASSIFIER[name]: value for name, value in state.items() if name in _CLASSIFIER}
     left_out = []
     for name, value in state.items():

@@ -1,7 +1,7 @@
-"""Vision Transformers from timm and to timm, features equal.
+"""Vision Transformers from and to timm, with equal features.
 
-timm adds a position to its prefix tokens in some models and not in others; here the prefix has
-none, so a prefix position is added to the token itself once, when it is loaded.
+timm adds a position to its prefix tokens in some models and not in others. Our prefix has no
+position, so a prefix position is added to the token itself once, when it is loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Grid = tuple[int, int]  # rows, columns
 
 logger = logging.getLogger(__name__)
 
-# what timm applies after forward_features: no part of an encoder
+# timm applies these after forward_features; they are no part of an encoder
 HEAD_PREFIXES = ("head.", "fc_norm.", "attn_pool.")
 
 _STEM = {
@@ -52,15 +52,15 @@ _LAYER_SCALE = {"ls1.gamma": "layer_scale_1", "ls2.gamma": "layer_scale_2"}
 
 
 def load_timm(source: nn.Module | Mapping[str, Tensor], cfg: ViTConfig) -> ViT:
-    """A ViT with a timm VisionTransformer's weights; `forward` equals its `forward_features`.
+    """Return a ViT with a timm VisionTransformer's weights; `forward` equals `forward_features`.
 
     source: the model or its bare state dict. Head and pooling weights are left out; positions are
     interpolated where cfg.image_size differs. A global-pool model that normalises after pooling
-    (`fc_norm`) has no final norm: cfg.final_norm = False. A state dict does not tell the number
-    of heads, which then is taken from cfg unchecked.
+    (`fc_norm`) has no final norm: set cfg.final_norm = False. A state dict does not contain the
+    number of heads, which then is taken from cfg unchecked.
 
-    Raises ValueError naming the parameters that are missing, unexpected or of another shape, and
-    whatever else makes the model another function than cfg describes.
+    Raises ValueError naming the parameters that are missing, unexpected or of another shape, or any
+    other difference between the model and cfg.
     """
     _expect_absolute(cfg)
     grid: Grid | None = None
@@ -89,10 +89,10 @@ def load_timm(source: nn.Module | Mapping[str, Tensor], cfg: ViTConfig) -> ViT:
 
 
 def to_timm(vit: ViT) -> VisionTransformer:
-    """A timm VisionTransformer without head whose `forward_features` equals `vit.forward`.
+    """Return a timm VisionTransformer without head whose `forward_features` equals `vit.forward`.
 
     Its weights are copies. As in timm's own models, the position covers the class token (with
-    zeros) unless there are registers.
+    zeros) unless there are registers. Raises ValueError for a rotary position.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -134,7 +134,7 @@ def to_timm(vit: ViT) -> VisionTransformer:
 
 
 def _names(cfg: ViTConfig) -> Iterator[tuple[str, str]]:
-    """Pairs (timm's name, ours) of the parameters that are equal on both sides."""
+    """Yield pairs (timm's name, our name) of the parameters that are equal on both sides."""
     yield from _STEM.items()
     if cfg.final_norm:
         yield from _NORM.items()
@@ -157,7 +157,7 @@ def _expect_absolute(cfg: ViTConfig) -> None:
 
 
 def _special_names(cfg: ViTConfig) -> set[str]:
-    """timm's names of the position and the prefix tokens."""
+    """Return timm's names of the position and the prefix tokens."""
     names = {"pos_embed"}
     if cfg.class_token:
         names.add("cls_token")
@@ -177,7 +177,7 @@ def _check_names(got: Set[str], expected: Set[str]) -> None:
 
 
 def _check_model(model: nn.Module, cfg: ViTConfig) -> Grid:
-    """Refuse what the weights alone do not show; returns the grid of the positions."""
+    """Refuse what the weights alone do not show, and return the grid of the positions."""
     from timm.models.vision_transformer import Block, VisionTransformer
 
     if not isinstance(model, VisionTransformer):
@@ -199,7 +199,7 @@ def _check_model(model: nn.Module, cfg: ViTConfig) -> Grid:
 
 
 def _tokens(state: Mapping[str, Tensor], cfg: ViTConfig, grid: Grid | None) -> dict[str, Tensor]:
-    """Our position and prefix tokens, from a position that may cover timm's prefix or not."""
+    """Return our position and prefix tokens from a position that may cover timm's prefix."""
     position = state["pos_embed"]
     if grid is None:
         grid = _square_grid(position.shape[1], cfg)
@@ -224,7 +224,7 @@ def _tokens(state: Mapping[str, Tensor], cfg: ViTConfig, grid: Grid | None) -> d
 
 
 def _square_grid(length: int, cfg: ViTConfig) -> Grid:
-    """The grid of a position table of which only the length is known."""
+    """Return the grid of a position table of which only the length is known."""
     sides = {math.isqrt(n) for n in (length, length - cfg.num_prefix) if math.isqrt(n) ** 2 == n}
     if len(sides) > 1:  # 9 positions: 3 x 3, or 2 x 2 and a prefix of 5
         sides &= {cfg.grid}

@@ -1,8 +1,9 @@
-"""Vision Transformers from and to blocks of Transformer Engine's own TransformerLayer, bit for bit.
+"""Vision Transformers from and to blocks of Transformer Engine's TransformerLayer, bit for bit.
 
-Its `self_attention` holds what our block holds itself, and by default (`qkv_weight_interleaved`) it
-orders the rows of queries, keys and values head by head, where timm and we put all queries first.
-Our own body of its modules needs no conversion: it has our names and our order.
+Its `self_attention` contains what our block contains itself, and by default
+(`qkv_weight_interleaved`) it orders the rows of queries, keys and values head by head, where timm
+and we put all queries first. Our own body of its modules needs no conversion: it has our names and
+our order.
 
 Letters: H heads, D width.
 """
@@ -24,21 +25,22 @@ _OURS_TO_TE = {
 
 
 def interleave_qkv(rows: Tensor, num_heads: int) -> Tensor:
-    """[3 D, ...] in the order (q; k; v), heads inside -> heads, (q; k; v) inside."""
+    """Reorder rows [3 D, ...] from (q; k; v) with heads inside to heads with (q; k; v) inside."""
     return rows.unflatten(0, (3, num_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def deinterleave_qkv(rows: Tensor, num_heads: int) -> Tensor:
-    """[3 D, ...] in the order of heads, (q; k; v) inside -> (q; k; v), heads inside."""
+    """Reorder rows [3 D, ...] from heads with (q; k; v) inside to (q; k; v) with heads inside."""
     return rows.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def to_transformer_layers(vit: ViT, *, interleaved: bool = True) -> dict[str, Tensor]:
-    """The weights under TransformerLayer's names, `blocks.0.self_attention.proj.weight`; copies.
+    """Return copies of the weights under the names of TransformerLayer.
 
-    What is no block keeps its name. interleaved: TransformerLayer's `qkv_weight_interleaved`. The
-    layers are to have layernorm_epsilon 1e-6, self_attn_mask_type no_mask, attn_input_format bshd
-    and no dropout. Raises ValueError for LayerScale, which they lack.
+    A name is `blocks.0.self_attention.proj.weight`; weights outside the blocks keep their name.
+    interleaved: TransformerLayer's `qkv_weight_interleaved`. The layers need layernorm_epsilon
+    1e-6, self_attn_mask_type no_mask, attn_input_format bshd and no dropout. Raises ValueError for
+    LayerScale, which they lack.
     """
     _expect_no_scale(vit.cfg)
     order = _order(interleave_qkv, vit.cfg, interleaved)
@@ -51,7 +53,7 @@ def to_transformer_layers(vit: ViT, *, interleaved: bool = True) -> dict[str, Te
 def from_transformer_layers(
     state: Mapping[str, Tensor], cfg: ViTConfig, *, interleaved: bool = True
 ) -> ViT:
-    """A ViT with the weights that `to_transformer_layers` would give; FP8's `_extra_state` is not.
+    """Return a ViT from the weights of `to_transformer_layers`; `_extra_state` is ignored.
 
     Raises ValueError naming the parameters that are missing, unexpected or of another shape.
     """
@@ -84,14 +86,14 @@ def _expect_no_scale(cfg: ViTConfig) -> None:
     if cfg.layer_scale_init is not None:
         raise ValueError(
             "layer_scale_init: expected none with Transformer Engine's TransformerLayer, which has "
-            f"no LayerScale, got {cfg.layer_scale_init}"
+            f"no LayerScale, got {cfg.layer_scale_init}; set layer_scale_init = None"
         )
 
 
 def _order(
     permute: Callable[[Tensor, int], Tensor], cfg: ViTConfig, interleaved: bool
 ) -> Callable[[str, Tensor], Tensor]:
-    """`permute` for the projections to queries, keys and values, by either side's name."""
+    """Return a function that permutes the query, key and value projections alone, by name."""
     projections = ("layernorm_qkv.weight", "layernorm_qkv.bias")
 
     def order(name: str, value: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ def _order(
 
 
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """blocks.0.proj.weight under the other side's prefix; what is no block as it is."""
+    """Return the name of a block's weight under the other side's prefix; other names unchanged."""
     if not name.startswith("blocks."):
         return name
     _, index, rest = name.split(".", 2)

@@ -1,4 +1,4 @@
-"""What a run or a measurement was made with."""
+"""The environment of a run or a measurement: command, commit, versions and hardware."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch
 
 from m3i_fast.storage import write_atomically
 
-_LEDGER = "benchmarks/results"  # a benchmark's own rows do not make its code another one
+_LEDGER = "benchmarks/results"  # new rows of a benchmark do not make the checkout dirty
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
+    """What a run or a measurement was made with."""
+
     command: str
     commit: str | None
-    """Of the project's checkout; None for an installed wheel. Ends in -dirty with uncommitted
-    changes."""
+    """Commit of the project's checkout, with -dirty for uncommitted changes; None for a wheel."""
     python: str
     torch: str
     cuda: str | None
@@ -32,10 +33,12 @@ class Environment:
     num_gpus: int
 
     def save(self, path: Path) -> None:
+        """Write it to `path` as JSON."""
         write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
 def environment() -> Environment:
+    """Return the environment of this process."""
     num_gpus = torch.cuda.device_count()
     return Environment(
         command=" ".join(["m3i-fast", *sys.argv[1:]]),
@@ -76,7 +79,7 @@ def _cpu_name() -> str:
 
 
 def num_cores() -> int:
-    """That this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

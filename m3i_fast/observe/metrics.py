@@ -1,4 +1,4 @@
-"""Metrics of a run: means on the device, and sinks."""
+"""Metrics of a run: means on the device, and the files that rows are written to."""
 
 from __future__ import annotations
 
@@ -24,19 +24,23 @@ from m3i_fast.storage import make_directories, read_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
-_NUMBERS = itertools.count()  # of a process's event files
+_NUMBERS = itertools.count()  # number a process's event files
 
 
 class Sink(Protocol):
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+    """A place that logged rows are written to."""
 
-    def close(self) -> None: ...
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the row of a step."""
+
+    def close(self) -> None:
+        """Write what is pending and close."""
 
 
 class JsonlSink:
-    """metrics.jsonl: one object a logged step.
+    """Writes metrics.jsonl: one JSON object a logged step.
 
-    A resume first drops the rows after the step it continues from.
+    Rows after `start_step`, from before a resume or rollback, are dropped first.
     """
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
@@ -47,17 +51,19 @@ class JsonlSink:
         self._file = path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the row of a step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 class TensorBoardSink:
-    """A TensorBoard event file in `directory`, a record a logged step.
+    """Writes a TensorBoard event file in `directory`, one record a logged step.
 
-    torch's SummaryWriter opens its file anew at every flush, in a thread whose errors are a
-    traceback; here a full disk is an OSError of `log`.
+    torch's SummaryWriter reopens its file at every flush, in a thread whose errors are only
+    printed. Here a full disk is an OSError of `log`.
     """
 
     def __init__(self, directory: Path, *, start_step: int = 0) -> None:
@@ -70,6 +76,7 @@ class TensorBoardSink:
             self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the row of a step as scalars."""
         summary = Summary()
         for name, value in values.items():
             summary.MergeFrom(scalar(name, value))
@@ -80,6 +87,7 @@ class TensorBoardSink:
         self._records.write(event.SerializeToString())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -87,9 +95,9 @@ METRICS_ROW = {"step": int, str: float}
 
 
 def read_jsonl(path: Path, shape: Any = METRICS_ROW) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, or of one of another shape (`json_files`).
+    """Read the rows of a metrics.jsonl, or of a file of another shape (`json_files`).
 
-    Lines that a crash, a power cut or something else spoilt are left out with a warning.
+    Lines that are damaged, for instance by a crash or a power cut, are left out with a warning.
     """
     rows = []
     for number, line in enumerate(read_file(path).split(b"\n")[:-1], start=1):
@@ -101,9 +109,9 @@ def read_jsonl(path: Path, shape: Any = METRICS_ROW) -> list[dict[str, Any]]:
 
 
 class DeviceMeans:
-    """Running means of scalar tensors, on their device until `read` copies all at once.
+    """Running means of scalar tensors, kept on their device until `read` copies all at once.
 
-    device: where a loaded state goes. over_ranks: replaces a tensor by its mean over the ranks, all
+    device: of a state that is loaded. over_ranks: returns the mean of a tensor over the ranks, all
     of which read at the same steps.
     """
 
@@ -113,20 +121,23 @@ class DeviceMeans:
         over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
     ) -> None:
         self._device, self._over_ranks = device, over_ranks
-        # Sums and, last, their number, of all metrics that came together: one addition a step.
+        # By the names of a step's metrics: their sums and, last, the count. One addition a step.
         self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], skip: Tensor | None = None) -> None:
-        """Values of a step, left out if `skip` [] is 1; the same on all ranks."""
-        found = torch.stack([value.detach().float() for value in values.values()])
-        found = torch.cat([found, found.new_ones(1)])
+        """Add the values of a step unless `skip` [] is 1; every rank adds the same names."""
+        row = torch.stack([value.detach().float() for value in values.values()])
+        row = torch.cat([row, row.new_ones(1)])
         if skip is not None:
-            found = torch.where(skip > 0, 0.0, found)
+            row = torch.where(skip > 0, 0.0, row)
         names = tuple(values)
-        self._sums[names] = self._sums[names] + found if names in self._sums else found
+        self._sums[names] = self._sums[names] + row if names in self._sums else row
 
     def read(self) -> dict[str, float]:
-        """Means since the last `reset` of what has any. The one host synchronisation."""
+        """Return the means since the last `reset`, with one host synchronisation.
+
+        Names without a value since then are left out.
+        """
         if not self._sums:
             return {}
         flat = iter(self._over_ranks(torch.cat(list(self._sums.values()))).tolist())
@@ -140,17 +151,18 @@ class DeviceMeans:
         return {name: value / counts[name] for name, value in sums.items() if counts[name]}
 
     def reset(self) -> None:
+        """Begin new means."""
         self._sums.clear()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """JSON-able: names, sums and how many of each group. A host synchronisation."""
+        """Return names, sums and count of each group; JSON-able. This is a host synchronisation."""
         return [
             {"names": list(names), "sums": sums[:-1].tolist(), "count": int(sums[-1])}
             for names, sums in self._sums.items()
         ]
 
     def load_state_dict(self, state: list[dict[str, Any]] | Mapping[str, list[float]]) -> None:
-        """Older checkpoints hold sum and count by name."""
+        """Restore the state; older checkpoints hold sum and count by name."""
         groups: list[dict[str, Any]] = (
             [{"names": [name], "sums": [s], "count": count} for name, (s, count) in state.items()]
             if isinstance(state, Mapping)

@@ -1,4 +1,4 @@
-"""The stages of a training step, and how long each takes."""
+"""The stages of a training step, and a timer for them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ STAGES = {
     "log": "Metrics",
     "ckpt": "Checkpoint",
 }
-"""What a step is made of, in its order, with names for a reader. `loss` stands for `loss.<term>`
-and for `loss.total`, which is the sum, its balance and the monitors."""
+"""Stages of a step in their order, with titles for a reader. `loss` stands for `loss.<term>` and
+for `loss.total`, which is the sum, its balance and the monitors."""
 
 
 def family_of(stage: str) -> str:
-    """The key of STAGES that a stage belongs to."""
+    """Return the key of STAGES that a stage belongs to."""
     return "loss" if stage.startswith("loss.") else stage
 
 
@@ -50,10 +50,10 @@ class _Span:
 
 
 class StageTimer:
-    """Times of the step's stages, read when logging.
+    """Times the stages of a step, by CUDA events and NVTX ranges on a GPU, by the clock elsewhere.
 
-    CUDA events and an NVTX range on a GPU, the clock elsewhere. A stage inside another one is not
-    counted twice: the times of all stages sum to the time that any was open.
+    A stage inside another one is not counted twice: the times of all stages sum to the time in
+    which any was open. On a GPU they are read when logging.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,13 +61,14 @@ class StageTimer:
         self.mark: Callable[[str], AbstractContextManager[Any]] = (
             torch.cuda.nvtx.range if self._cuda else nullcontext
         )
-        """What else is told of a stage; a profiler puts itself here while it records."""
+        """Context that also marks a stage; a profiler puts its own here while it records."""
         self._open: list[_Span] = []
         self._spans: list[_Span] = []
         self._steps = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Time the enclosed part of the step under this name."""
         outer = self._open[-1] if self._open else None
         span = _Span(name, self._now())
         self._open.append(span)
@@ -83,7 +84,7 @@ class StageTimer:
 
     @property
     def innermost(self) -> str | None:
-        """The stage that is open now."""
+        """Return the innermost open stage; None outside all stages."""
         return self._open[-1].name if self._open else None
 
     def _now(self) -> Any:
@@ -94,10 +95,11 @@ class StageTimer:
         return event
 
     def count_step(self) -> None:
+        """Count a step that the times since the last read are averaged over."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Milliseconds a step of every stage since the last read, as `time/<stage>_ms`.
+        """Return the milliseconds a step of every stage since the last read, as `time/<stage>_ms`.
 
         A stage that is open now counts at the next read.
         """

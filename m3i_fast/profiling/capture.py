@@ -1,4 +1,4 @@
-"""Profiles steady steps of a run, with those before and after to say what profiling costs."""
+"""Profiles steady steps of a run, between steps that are only timed, to show the overhead."""
 
 from __future__ import annotations
 
@@ -30,20 +30,22 @@ logger = logging.getLogger(__name__)
 
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive"}
-"""Operators whose result is on the host, or of a size that only the device knows."""
+"""Operators whose result is on the host, or has a size that only the device knows."""
 MAX_FRAMES = 6
 
 
-class Control(Protocol):
-    """A profiler. `stop` is called once after every `start`, whatever happens between."""
+class ProfilerControl(Protocol):
+    """Starts and stops a profiler. `stop` is called once after every `start`, whatever happens."""
 
-    def start(self, timer: StageTimer) -> None: ...
+    def start(self, timer: StageTimer) -> None:
+        """Start recording."""
 
-    def stop(self, timer: StageTimer) -> None: ...
+    def stop(self, timer: StageTimer) -> None:
+        """Stop recording."""
 
 
-class TorchControl:
-    """torch.profiler; its trace goes to `path`, gzipped for a name in .gz."""
+class TorchProfiler:
+    """torch.profiler, whose trace is written to `path`, gzipped for a name in .gz."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         kinds = [ProfilerActivity.CPU]
@@ -53,38 +55,42 @@ class TorchControl:
         self._profile = profile(activities=kinds, record_shapes=True, acc_events=True)
 
     def start(self, timer: StageTimer) -> None:
+        """Start recording; stages are marked by record_function."""
         self._profile.start()
         self._mark, timer.mark = timer.mark, record_function
 
     def stop(self, timer: StageTimer) -> None:
+        """Stop recording and write the trace."""
         timer.mark = self._mark
         self._profile.stop()
         self._profile.export_chrome_trace(str(self._path))
 
 
-class NoControl:
-    """For ranks that another one is profiled beside."""
+class NoProfiler:
+    """No profiler, for the ranks beside the one that is profiled."""
 
     def start(self, timer: StageTimer) -> None:
-        """Nothing is recorded of this one."""
+        """Do nothing: this rank is not recorded."""
 
     def stop(self, timer: StageTimer) -> None:
-        """Nothing was."""
+        """Do nothing: this rank was not recorded."""
 
 
-class CudaControl:
+class NsysProfiler:
     """Opens and closes the range that nsys captures: --capture-range=cudaProfilerApi."""
 
     def start(self, timer: StageTimer) -> None:
+        """Open the range."""
         torch.cuda.profiler.start()
 
     def stop(self, timer: StageTimer) -> None:
+        """Close the range."""
         torch.cuda.profiler.stop()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Windows:
-    """Numbers of steps: at first, and then in each of the three windows."""
+    """Numbers of steps: of the warm-up, and of each of the three windows after it."""
 
     warmup: int
     steps: int
@@ -96,11 +102,11 @@ class Windows:
 
     @property
     def total(self) -> int:
-        """With the step in which `HostWaits` looks on."""
+        """Return the number of all steps, the one that records host waits included."""
         return self.warmup + 3 * self.steps + 1
 
     def expect_in(self, num_steps: int) -> None:
-        """ValueError where a run has fewer steps."""
+        """Raise ValueError where a run has fewer steps."""
         if num_steps < self.total:
             raise ValueError(
                 f"--warmup, --steps: expected warmup + 3 steps + 1 of at most --num-steps "
@@ -109,12 +115,12 @@ class Windows:
 
 
 def profile_steps(
-    trainer: Trainer, control: Control, windows: Windows
+    trainer: Trainer, control: ProfilerControl, windows: Windows
 ) -> tuple[Pace, list[HostWait]]:
-    """Warm up, measure, profile, measure, and look for host waits in one more step.
+    """Warm up, time, profile, time again, and record host waits in one more step.
 
-    Whatever ends it, an exception, Ctrl-C or a signal to end, the capture is closed. Raises
-    SystemExit with 128 + n at signal n.
+    The capture is closed whatever ends it: an exception, Ctrl-C or a signal. Raises SystemExit with
+    128 + n at signal n.
     """
     trainer.log.open(trainer.step)
     with ended_by_signals():
@@ -128,7 +134,7 @@ def profile_steps(
 
 
 def _steps(trainer: Trainer, count: int) -> float:
-    """Milliseconds a step, of so many; the device is waited for at both ends."""
+    """Take `count` steps and return the milliseconds a step, with a device wait at both ends."""
     _wait_for(trainer.device)
     began = time.perf_counter()
     for _ in range(count):
@@ -144,7 +150,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 @contextmanager
-def _capture(control: Control, timer: StageTimer) -> Iterator[None]:
+def _capture(control: ProfilerControl, timer: StageTimer) -> Iterator[None]:
     control.start(timer)
     try:
         yield
@@ -154,7 +160,7 @@ def _capture(control: Control, timer: StageTimer) -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SystemExit with 128 + n at a signal n to end, so that what is open gets closed."""
+    """Raise SystemExit with 128 + n at a signal n to end, so that open resources are closed."""
 
     def end(number: int, frame: FrameType | None) -> Any:
         raise SystemExit(128 + number)
@@ -171,21 +177,21 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def find_waits(trainer: Trainer) -> list[HostWait]:
-    """Lines at which a step reads from the device, or would if its tensors lay on one.
+    """Return the lines at which a step reads from the device, or would if its tensors were there.
 
-    One step, with compiled parts run by Python, which alone can say the line.
+    It takes one step, with compiled parts run eagerly, since only Python knows the line.
     """
-    looker = HostWaits(lambda: trainer.log.timer.innermost or BETWEEN)
-    with torch.compiler.set_stance("force_eager"), looker:
+    recorder = HostWaitRecorder(lambda: trainer.log.timer.innermost or BETWEEN)
+    with torch.compiler.set_stance("force_eager"), recorder:
         trainer.advance()
-    return looker.found()
+    return recorder.waits()
 
 
-class HostWaits(TorchDispatchMode):
-    """Notes every read of a tensor by the host, with the line of ours that asks for it.
+class HostWaitRecorder(TorchDispatchMode):
+    """Records every read of a tensor by the host, with our line that causes it.
 
-    On a machine with a GPU only those of its tensors. `Tensor.tolist` of a tensor of the host and
-    copies to it are no operator that waits, and are not seen.
+    On a machine with a GPU only reads of its tensors count. `Tensor.tolist` of a host tensor and
+    copies to it are no operators that wait, and are not recorded.
     """
 
     def __init__(self, stage: Callable[[], str]) -> None:
@@ -197,14 +203,14 @@ class HostWaits(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func._schema.name.removeprefix("aten::")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         to_host = name in ("_to_copy", "copy_") and _reads(args, kwargs or {})
-        if to_host or (name in READS and _is_of_device(given)):
+        if to_host or (name in READS and _is_of_device(tensors)):
             self._counts[f"aten::{name}", self._stage(), _our_frames()] += 1
         return func(*args, **(kwargs or {}))
 
-    def found(self) -> list[HostWait]:
-        """The most frequent first."""
+    def waits(self) -> list[HostWait]:
+        """Return the recorded waits, the most frequent first."""
         return [
             HostWait(name=name, stage=stage, stack=stack, calls=calls)
             for (name, stage, stack), calls in self._counts.most_common()
@@ -216,7 +222,7 @@ def _is_of_device(tensors: list[Tensor]) -> bool:
 
 
 def _reads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a copy goes from a GPU to the host, and the host waits for it."""
+    """Return whether a copy goes from a GPU to the host and the host waits for it."""
     if len(args) > 1 and isinstance(args[1], Tensor):  # copy_
         source, target, waits = args[1], args[0].device, not (args[2] if len(args) > 2 else False)
     else:
@@ -226,9 +232,9 @@ def _reads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _our_frames() -> tuple[str, ...]:
-    """`file:line function` of this package's frames, the innermost first."""
+    """Return `file:line function` of this package's frames, the innermost first."""
     here = Path(__file__)
-    folders = here.parents[1], Path(pipelines_batch.__file__).parent  # apart in a checkout
+    folders = here.parents[1], Path(pipelines_batch.__file__).parent  # two folders in a checkout
     frames = []
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)

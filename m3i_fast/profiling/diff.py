@@ -1,4 +1,4 @@
-"""What makes the steps of one profile slower than those of another."""
+"""Difference of two profiles: what makes the steps of one slower than those of the other."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from m3i_fast.profiling.text import Table, table
+from m3i_fast.profiling.summary_text import Table, table
 
 TOP = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """Of a stage or a kernel, from profile A to profile B; 0 where it is not there."""
+    """Change of a stage or a kernel from profile A to profile B; 0 where it is absent."""
 
     name: str
     a_ms: float
@@ -25,13 +25,14 @@ class Change:
 
     @property
     def delta_ms(self) -> float:
+        """Return the milliseconds that B takes more than A."""
         return self.b_ms - self.a_ms
 
     @property
     def why(self) -> str:
-        """new, gone, more calls, fewer calls, slower calls, faster calls.
+        """Return new, gone, more calls, fewer calls, slower calls or faster calls.
 
-        Of number and length of the calls, the one that more of the change comes from.
+        Of the number and the length of the calls, it names the one that causes more of the change.
         """
         if self.a_calls == 0 or self.b_calls == 0:
             return "new" if self.a_calls == 0 else "gone"
@@ -45,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """The largest changes first, whichever way they go."""
+    """The changes between two profiles, the largest first, whatever their sign."""
 
     a: str
     b: str
@@ -55,15 +56,15 @@ class Difference:
     notes: tuple[str, ...]
 
 
-def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
-    """Two summaries, as `profile_summary.summarise` makes them.
+def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
+    """Compare two summaries, as `summary.summarise` makes them.
 
     Raises ValueError where one is of a GPU's kernels and the other of a CPU's operators.
     """
     if a["kind"] != b["kind"]:
         raise ValueError(
             f"profile diff: expected two profiles of one kind of device, got {a['kind']} and "
-            f"{b['kind']}"
+            f"{b['kind']}; profile both on a GPU, or both on a CPU"
         )
     notes = [
         f"{what} differs: {a[key]} and {b[key]}"
@@ -81,13 +82,13 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
 
 
 def _by_name(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row a name: what stands out by a template argument may be of two families."""
-    found: dict[str, dict[str, Any]] = {}
+    """Sum the rows of a name: kernels that differ in template arguments may be of two families."""
+    by_name: dict[str, dict[str, Any]] = {}
     for row in rows:
-        sums = found.setdefault(row["name"], {"name": row["name"]})
+        sums = by_name.setdefault(row["name"], {"name": row["name"]})
         for key in ("ms", "calls", "share"):
             sums[key] = sums.get(key, 0.0) + row[key]
-    return list(found.values())
+    return list(by_name.values())
 
 
 def _changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[Change, ...]:
@@ -111,11 +112,13 @@ def _changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> 
 
 
 def stage_table(difference: Difference) -> Table:
+    """Return the table of the stages that changed most."""
     head = ["Stage", "A, ms", "B, ms", "B - A, ms"]
     return head, [[c.name, *_milliseconds(c)] for c in difference.stages[:TOP]]
 
 
 def kernel_table(difference: Difference) -> Table:
+    """Return the table of the kernels that changed most."""
     head = ["Name", "A, ms", "B, ms", "B - A, ms", "Calls, A", "Calls, B", "Share, A", "Share, B"]
     rows = [
         [
@@ -137,9 +140,9 @@ def _milliseconds(change: Change) -> list[str]:
 
 
 def markdown(difference: Difference) -> str:
-    """As text: a sentence, and the tables."""
+    """Return the difference as Markdown: a sentence, and the tables."""
     step = difference.step
-    parts = [
+    paragraphs = [
         f"A step takes {step.b_ms:.3f} ms (B, {difference.b}) instead of {step.a_ms:.3f} ms (A, "
         f"{difference.a}): {step.delta_ms:+.3f} ms, {step.b_ms / step.a_ms:.3f} times as long.",
         *difference.notes,
@@ -148,4 +151,4 @@ def markdown(difference: Difference) -> str:
         "## Kernels or operators",
         table(*kernel_table(difference)),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(paragraphs) + "\n"

@@ -1,4 +1,4 @@
-"""Names of kernels and operators: the family each belongs to, and what two runs have in common."""
+"""Families of kernels and operators by their names, and names that two runs have in common."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FAMILIES = {
 
 
 def _of_op(op: OpSpec) -> str:
-    """Return the expression for its operators and kernels, and the autograd functions around."""
+    """Return the pattern of an op's operators and kernels, and of its autograd functions."""
     own = rf"m3i\w*[:_]+{op.name}|\b{op.name}_(\w+_)?kernel"
     return f"{own}|{op.kernels}" if op.kernels else own
 
 
-# The first that is found in the name, in this order: NCCL's kernels name reductions, flash
-# attention's and cuDNN's name the products that they are made of.
+# The first pattern that matches decides, so their order counts: names of NCCL's kernels contain
+# reductions, those of flash attention and cuDNN the products that they consist of.
 _PATTERNS = {
     "comm": r"nccl|c10d::|gloo|all_?reduce|all_?gather|reduce_?scatter|nvshmem|_SumOverRanks",
     **{op.name: _of_op(op) for op in OPS},
@@ -46,17 +46,17 @@ _COMPILED = {family: re.compile(pattern, re.IGNORECASE) for family, pattern in _
 
 
 def family(name: str) -> str:
-    """The key of FAMILIES; names as the profiler gives them, template arguments included."""
-    for found, pattern in _COMPILED.items():
+    """Return the key of FAMILIES for a profiler's name, template arguments included."""
+    for key, pattern in _COMPILED.items():
         if pattern.search(name):
-            return found
+            return key
     return "other"
 
 
 def normalised(name: str) -> str:
-    """Without return type, template arguments, parameters and running numbers.
+    """Return the name without return type, template arguments, parameters and running numbers.
 
-    So the same kernel of another dtype, shape or build has the same name.
+    A kernel then has the same name for another dtype, shape or build.
     """
     short = re.sub(r"^void\s+", "", name.split(", op_id")[0].strip())
     short = _without_brackets(short.replace("(anonymous namespace)::", ""))
@@ -66,7 +66,7 @@ def normalised(name: str) -> str:
 
 
 def _without_brackets(name: str) -> str:
-    """What stands outside <...> and (...); `operator<` would be cut there, and no kernel has it."""
+    """Return what is outside <...> and (...); `operator<` would be cut, but no kernel has it."""
     kept, depth = [], 0
     for letter in name:
         if letter in "<(":

@@ -12,10 +12,10 @@ TRACES = "cuda,nvtx,cublas,cudnn"
 
 
 def run_under_nsys(arguments: list[str], out: Path) -> Path:
-    """`m3i-fast ARGUMENTS` under nsys; returns the report in `out`.
+    """Run `m3i-fast ARGUMENTS` under nsys and return the report in `out`.
 
-    nsys records between cudaProfilerStart and cudaProfilerStop only, and lets the program go on.
-    Raises RuntimeError where the program or nsys fails, or no report is left.
+    nsys records between cudaProfilerStart and cudaProfilerStop only, and lets the program continue.
+    Raises RuntimeError where the program or nsys fails, or leaves no report.
     """
     report = out / "report.nsys-rep"
     command = [
@@ -40,7 +40,7 @@ def run_under_nsys(arguments: list[str], out: Path) -> Path:
 
 
 def _run(command: list[str]) -> int:
-    """The exit code; whatever ends this program ends nsys, which then ends what it runs."""
+    """Run the command and return its exit code; what ends this program also ends nsys."""
     with ended_by_signals(), subprocess.Popen(command) as process:
         try:
             return process.wait()
@@ -51,7 +51,7 @@ def _run(command: list[str]) -> int:
 
 
 def export(report: Path) -> Path:
-    """The report as SQLite, beside it."""
+    """Export the report as SQLite beside it; raise RuntimeError where nsys fails."""
     path = report.with_suffix(".sqlite")
     command = ["nsys", "export", "--type=sqlite", "--force-overwrite=true", f"--output={path}"]
     done = subprocess.run([*command, str(report)], check=False, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What an operator of a trace computes and reads, from the shapes that were recorded with it."""
+"""FLOPs and bytes of an operator in a trace, from the shapes that were recorded with it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ELEMENT_BYTES = {
     "c10::Float8_e4m3fn": 1,
     "c10::Float8_e5m2": 1,
 }
-# Those that compute a convolution themselves: where stride, padding and dilation stand in their
-# arguments. Others, as aten::conv2d, call one of these.
+# Positions of stride, padding and dilation among the arguments of the operators that compute a
+# convolution themselves. Others, such as aten::conv2d, call one of these.
 CONVOLUTIONS = {
     "aten::mkldnn_convolution": (4, 3, 5),
     "aten::cudnn_convolution": (3, 2, 4),
@@ -33,6 +33,7 @@ Event = Mapping[str, Any]
 
 
 def argument(event: Event, name: str) -> Any:
+    """Return an argument of an event; None where it has none of that name."""
     return event.get("args", {}).get(name)
 
 
@@ -41,16 +42,16 @@ def _list(event: Event, name: str) -> list[Any]:
 
 
 def bytes_of(event: Event) -> float:
-    """Of an operator's tensor arguments, each once; its results are not in a trace."""
+    """Return the bytes of an operator's tensor arguments; its results are not in a trace."""
     kinds, dims = _list(event, "Input type"), _list(event, "Input Dims")
     pairs = zip(kinds, dims, strict=False)
     return float(sum(ELEMENT_BYTES[k] * prod(d) for k, d in pairs if k in ELEMENT_BYTES and d))
 
 
 def flops_of(event: Event) -> float:
-    """Of matrix products, convolutions, attention and the losses over all pairs.
+    """Return the FLOPs of matrix products, convolutions, attention and losses over all pairs.
 
-    0 for all other operators, and where shapes were not recorded.
+    It is 0 for all other operators, and where shapes were not recorded.
     """
     name, dims = event["name"], _list(event, "Input Dims")
     try:
@@ -78,14 +79,14 @@ def flops_of(event: Event) -> float:
 
 
 def _product(a: Sequence[int], b: Sequence[int]) -> float:
-    """[..., m, k] and [..., k, n]."""
+    """Return the FLOPs of [..., m, k] times [..., k, n]."""
     return 2.0 * prod(a) * b[-1]
 
 
 def _convolution(
     x: Sequence[int], weight: Sequence[int], concrete: Sequence[str], name: str
 ) -> float:
-    """[N, C, *size] with [O, C / groups, *kernel]: each value of the result is a dot product."""
+    """Return the FLOPs of [N, C, *size] with [O, C / groups, *kernel], a dot product a value."""
     stride, padding, dilation = (
         [int(number) for number in re.findall(r"\d+", concrete[place])]
         for place in CONVOLUTIONS[name]
@@ -98,18 +99,18 @@ def _convolution(
 
 
 def _attention(dims: Sequence[Sequence[int]], *, backward: bool) -> float:
-    """Two products of [B, H, N, d] and [B, H, M, d]; backward five, one of them again."""
+    """Return FLOPs of two products of [B, H, N, d] and [B, H, M, d]; of five backward."""
     query, key = dims[backward], dims[backward + 1]
     product = 2.0 * prod(query) * key[-2]
     return product * (5 if backward else 2)
 
 
 def _is_exact(event: Event) -> bool:
-    """Whether it is the call of `boltzmann_sums` that does nothing where a first one went well."""
+    """Return whether this is the `boltzmann_sums` call that is empty if the first succeeded."""
     return event["name"].endswith("sums") and _list(event, "Concrete Inputs")[8:9] == ["True"]
 
 
 def _wanted(event: Event) -> int:
-    """Of `boltzmann_grads`: by z_hat and z, one product each."""
+    """Return the number of gradients of `boltzmann_grads`, z_hat and z, with one product each."""
     flags = re.findall("True|False", "".join(_list(event, "Concrete Inputs")[-1:]))
     return max(flags[:2].count("True"), 1)

@@ -1,11 +1,11 @@
-"""A profile's summary as one self-contained page."""
+"""Renders a profile's summary as one self-contained HTML page."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from m3i_fast.profiling import text
+from m3i_fast.profiling import summary_text as text
 from m3i_fast.report import template
 from m3i_fast.storage import write_atomically
 
@@ -19,7 +19,7 @@ def write_page(summary: text.Summary, path: Path) -> Path:
 
 
 def render_page(summary: text.Summary) -> str:
-    """As HTML that makes no request."""
+    """Return the page as HTML that makes no request."""
     return template.render(
         _HERE / "page.html",
         styles=[_HERE / "page.css"],
@@ -31,18 +31,18 @@ def render_page(summary: text.Summary) -> str:
         stages=_bars(summary["stages"]),
         on_gpu=_bars(_on_gpu(summary)),
         families=_bars(summary["families"]),
-        work_name=text.work_name(summary),
+        activity_title=text.activity_title(summary),
         tables=[
             ("All stages", text.stage_table(summary)),
-            (text.work_name(summary), text.kernel_table(summary)),
+            (text.activity_title(summary), text.kernel_table(summary)),
             (text.wait_heading(summary), text.wait_table(summary)),
-            ("The same, as the profiler saw them", text.device_wait_table(summary)),
+            ("The same, as the profiler recorded them", text.device_wait_table(summary)),
         ],
     )
 
 
 def _tiles(summary: text.Summary) -> list[tuple[str, str]]:
-    """(value, what it is)."""
+    """Return the headline figures as (value, description)."""
     tiles = [
         (f"{summary['step_ms']:.1f} ms", "a step, profiled"),
         (f"{summary['pace']['slowdown']:.2f}x", "the time of a step that is not profiled"),
@@ -60,7 +60,7 @@ def _tiles(summary: text.Summary) -> list[tuple[str, str]]:
 
 
 def _on_gpu(summary: text.Summary) -> list[dict[str, Any]]:
-    """Stages by the time in which what they launched ran; none without a GPU."""
+    """Return stages with the time in which what they launched ran; empty without a GPU."""
     return [
         {"title": s["title"], "ms": s["device_ms"], "share": s["device_ms"] / summary["step_ms"]}
         for s in summary["stages"]
@@ -69,7 +69,7 @@ def _on_gpu(summary: text.Summary) -> list[dict[str, Any]]:
 
 
 def _bars(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Of the longest as the full width, for what takes a thousandth or more."""
+    """Return bars relative to the longest, for rows with a share of 0.001 or more."""
     longest = max((row["ms"] for row in rows), default=0.0)
     return [
         {

@@ -1,4 +1,4 @@
-"""What a profiler recorded of some training steps, whichever profiler it was. Times in ns."""
+"""What a profiler recorded of some training steps, in one form for all profilers. Times in ns."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Literal
 from m3i_fast.observe.stages import STAGES, family_of
 
 STEP = "step"
-"""The name of the range around a whole step."""
+"""Name of the range around a whole step."""
 BETWEEN = "between stages"
-"""What a step does outside every stage."""
+"""Name for the time of a step outside all stages."""
 
 Spans = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
-    """Something that a thread of the host was in."""
+class HostRange:
+    """A named range of time that a thread of the host was in."""
 
     name: str
     begin: int
@@ -29,25 +29,25 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """A kernel or a copy on a GPU; without one, a call of an operator."""
+class Activity:
+    """A kernel or a copy on a GPU; in a recording without a GPU, a call of an operator."""
 
     name: str
     begin: int
     end: int
-    own: int
-    """Of an operator without those that it calls; of a kernel all of it."""
+    self_ns: int
+    """Self time: of an operator without the operators that it calls, of a kernel all of it."""
     stage: str
     """The innermost stage that it was launched in."""
     stream: Hashable = None
     flops: float = 0.0
-    """0: not known."""
+    """Number of FLOPs; 0 where not known."""
     num_bytes: float = 0.0
-    """Of its tensor arguments, of what a copy copies; 0: not known."""
+    """Bytes of an operator's tensor arguments or of a copy; 0 where not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wait:
+class SyncCall:
     """A call in which the host waits for the device."""
 
     name: str
@@ -59,32 +59,34 @@ class Wait:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recording:
-    """Steady steps in order. `begin`, `end`: of all of them, and of the work they launched."""
+    """Steady steps in order, their stages, and the activities that they launched."""
 
     source: str
     device: Literal["cuda", "cpu"]
-    steps: tuple[Interval, ...]
-    stages: tuple[Interval, ...]
-    work: tuple[Work, ...]
-    waits: tuple[Wait, ...] = ()
+    steps: tuple[HostRange, ...]
+    stages: tuple[HostRange, ...]
+    activities: tuple[Activity, ...]
+    waits: tuple[SyncCall, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def begin(self) -> int:
+        """Return the start of the first step."""
         return self.steps[0].begin
 
     @property
     def end(self) -> int:
-        return max([self.steps[-1].end, *(work.end for work in self.work)])
+        """Return the end of the last step, or of the last activity if that is later."""
+        return max([self.steps[-1].end, *(activity.end for activity in self.activities)])
 
 
 def is_stage(name: str) -> bool:
-    """Whether a range's name is one that the trainer gives."""
+    """Return whether a range's name is that of a stage of the trainer."""
     return family_of(name) in STAGES and name != "loss"
 
 
 def union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same time without overlap, in order."""
+    """Return spans that cover the same time without overlap, in order."""
     joined: list[tuple[int, int]] = []
     for begin, end in sorted(span for span in spans if span[1] > span[0]):
         if joined and begin <= joined[-1][1]:
@@ -95,12 +97,12 @@ def union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def length(spans: Spans) -> int:
-    """Of spans that do not overlap."""
+    """Return the total length of spans that do not overlap."""
     return sum(end - begin for begin, end in spans)
 
 
 def overlap(a: Spans, b: Spans) -> int:
-    """Time that is in both; neither has overlaps, both are in order."""
+    """Return the time that is in both lists, each in order and without overlap."""
     total = i = j = 0
     while i < len(a) and j < len(b):
         total += max(min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]), 0)
@@ -111,44 +113,45 @@ def overlap(a: Spans, b: Spans) -> int:
     return total
 
 
-def own_times(intervals: Sequence[Interval]) -> list[int]:
-    """Of each, the time that no interval inside it on the same thread covers.
+def self_times(ranges: Sequence[HostRange]) -> list[int]:
+    """Return the time of each range that no range inside it on the same thread covers.
 
-    They sum to the time that any is open. What reaches over the end of the one around it is cut.
+    They sum to the time in which any range is open. A range that ends after the one around it is
+    cut there.
     """
-    own = [0] * len(intervals)
+    self_ns = [0] * len(ranges)
     threads: dict[Hashable, list[int]] = defaultdict(list)
-    for index, interval in enumerate(intervals):
-        threads[interval.thread].append(index)
+    for index, each in enumerate(ranges):
+        threads[each.thread].append(index)
     for indices in threads.values():
-        indices.sort(key=lambda i: (intervals[i].begin, -intervals[i].end))
+        indices.sort(key=lambda i: (ranges[i].begin, -ranges[i].end))
         open_: list[tuple[int, int]] = []  # index, end
         for index in indices:
-            begin, end = intervals[index].begin, intervals[index].end
+            begin, end = ranges[index].begin, ranges[index].end
             while open_ and open_[-1][1] <= begin:
                 open_.pop()
             if open_:
                 end = min(end, open_[-1][1])
-                own[open_[-1][0]] -= end - begin
-            own[index] += end - begin
+                self_ns[open_[-1][0]] -= end - begin
+            self_ns[index] += end - begin
             open_.append((index, end))
-    return own
+    return self_ns
 
 
-class Inside:
-    """Says in which interval, the innermost one, a moment lies; of one thread, which nest."""
+class StageLookup:
+    """Returns the innermost range at a moment, of nested ranges of one thread."""
 
-    def __init__(self, intervals: Sequence[Interval]) -> None:
+    def __init__(self, ranges: Sequence[HostRange]) -> None:
         self._changes: list[int] = []
         self._names: list[str] = []
-        open_: list[Interval] = []
-        for interval in sorted(intervals, key=lambda i: (i.begin, -i.end)):
-            self._close(open_, interval.begin)
-            self._change(interval.begin, interval.name)
-            open_.append(interval)
+        open_: list[HostRange] = []
+        for each in sorted(ranges, key=lambda i: (i.begin, -i.end)):
+            self._close(open_, each.begin)
+            self._change(each.begin, each.name)
+            open_.append(each)
         self._close(open_, None)
 
-    def _close(self, open_: list[Interval], until: int | None) -> None:
+    def _close(self, open_: list[HostRange], until: int | None) -> None:
         while open_ and (until is None or open_[-1].end <= until):
             ended = open_.pop()
             self._change(ended.end, open_[-1].name if open_ else BETWEEN)
@@ -158,12 +161,13 @@ class Inside:
         self._names.append(name)
 
     def __call__(self, moment: int) -> str:
+        """Return the name of the innermost range at this moment, BETWEEN outside all ranges."""
         place = bisect_right(self._changes, moment)
         return self._names[place - 1] if place else BETWEEN
 
 
-def expect_steps(steps: Sequence[Interval], source: str) -> None:
-    """ValueError where nothing was recorded of a whole step."""
+def expect_steps(steps: Sequence[HostRange], source: str) -> None:
+    """Raise ValueError where no whole step was recorded."""
     if not steps:
         raise ValueError(
             f"{source}: expected at least one whole range named {STEP!r}, which m3i-fast profile "

@@ -1,4 +1,4 @@
-"""What a recording says of a step: where its time goes, by stage, by family and by kernel."""
+"""Summary of a recording: where the time of a step goes, by stage, family and kernel."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from m3i_fast.observe.stages import STAGES, family_of
 from m3i_fast.profiling.kernel_families import FAMILIES, family, normalised
 from m3i_fast.profiling.recording import (
     BETWEEN,
+    Activity,
     Recording,
-    Wait,
-    Work,
+    SyncCall,
     length,
     overlap,
-    own_times,
+    self_times,
     union,
 )
 
 SCHEMA = 1
 _ROWS = [{"name": str, "ms": float, "share": float}]
-_COMPARED = {  # what `profile_diff` reads
+_READ_BY_DIFF = {  # what `diff` reads of a summary
     **dict.fromkeys(("recipe", "profiler", "kind", "device"), str),
     "step_ms": float,
     "stages": _ROWS,
     "kernels": [{**_ROWS[0], "calls": float}],
 }
 SLOWED = 1.1
-"""Profiled steps that take so many times as long as others are warned of."""
+"""Factor above which a slowdown of profiled steps, or a change of pace, is warned of."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peak:
-    """What the card can do at most, as its maker says."""
+    """Peak rates of a card, as its maker publishes them."""
 
     name: str
     flop_s: float
@@ -45,7 +45,7 @@ class Peak:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """Milliseconds of a step in three windows of the same run."""
+    """Milliseconds of a step in three windows of the same run: before, during, after profiling."""
 
     before_ms: float
     profiled_ms: float
@@ -53,7 +53,7 @@ class Pace:
 
     @property
     def slowdown(self) -> float:
-        """Of the profiled steps, over the mean of the others."""
+        """Return the time of a profiled step over the mean of the others."""
         return self.profiled_ms / ((self.before_ms + self.after_ms) / 2)
 
 
@@ -64,9 +64,9 @@ class HostWait:
     name: str
     stage: str
     stack: tuple[str, ...]
-    """The innermost frame first."""
+    """Call stack, the innermost frame first."""
     calls: float
-    """A step."""
+    """Number of calls a step."""
 
 
 def summarise(
@@ -79,8 +79,12 @@ def summarise(
     waits: Sequence[HostWait] = (),
     peak: Peak | None = None,
 ) -> dict[str, Any]:
-    """JSON-able. Times in ms a step; shares are of the step, of `families` and `kernels` of the
-    work, which sums to 1. `waits`: what was seen in a step of its own, with stacks."""
+    """Return the summary of a recording; JSON-able.
+
+    Times are in ms a step. Shares are of the step; those of `families` and `kernels` are of all
+    activities and sum to 1. waits: host waits that were recorded in a step of their own, with
+    stacks.
+    """
     steps = len(recording.steps)
     window = recording.end - recording.begin
     gpu = _gpu(recording, window) if recording.device == "cuda" else None
@@ -95,11 +99,11 @@ def summarise(
         "step_ms": window / steps / 1e6,
         "pace": asdict(pace) | {"slowdown": pace.slowdown},
         "stages": stages,
-        "families": _families(recording.work, steps),
-        "kernels": _kernels(recording.work, steps, peak),
+        "families": _families(recording.activities, steps),
+        "kernels": _kernels(recording.activities, steps, peak),
         "gpu": gpu,
         "data_wait_share": sum(s["share"] for s in stages if s["name"] == "data.wait"),
-        "work_share": length(union((w.begin, w.end) for w in recording.work)) / window,
+        "work_share": length(union((w.begin, w.end) for w in recording.activities)) / window,
         "peak": asdict(peak) if peak else None,
         "waits": [asdict(wait) | {"stack": list(wait.stack)} for wait in waits],
         "device_waits": _waits(recording.waits, steps),
@@ -114,30 +118,34 @@ def _warnings(pace: Pace) -> Iterator[str]:
     if pace.slowdown > SLOWED:
         yield (
             f"PROFILING SLOWED THE RUN {pace.slowdown:.2f} times: {pace.profiled_ms:.1f} ms a step "
-            f"against {windows}. Shares of what has many small calls are too large; take times "
+            f"against {windows}. Shares of kernels with many small calls are too large; take times "
             "from the other steps."
         )
     faster, slower = sorted((pace.before_ms, pace.after_ms))
     if slower > SLOWED * faster:
         yield (
             f"THE RUN'S OWN PACE CHANGED: {windows} a step, without profiling. The machine does "
-            "other work, or the steps are not steady yet (--warmup): compare no times with these."
+            "other work, or the steps are not steady yet (raise --warmup): do not compare times "
+            "with these."
         )
 
 
 def _stages(recording: Recording, window: int) -> list[dict[str, Any]]:
-    """In the order of a step. `ms` of the host, without stages inside; on a GPU `device_ms`, in
-    which something that the stage launched ran. What no stage covers comes last."""
+    """Return a row a stage, in the order of a step; what no stage covers comes last.
+
+    `ms` is the host's self time; on a GPU `device_ms` is the time in which something that the stage
+    launched ran.
+    """
     steps = len(recording.steps)
     begin, end = recording.steps[0].begin, recording.steps[-1].end
-    found = [s for s in recording.stages if begin <= s.begin < end]
+    inside = [s for s in recording.stages if begin <= s.begin < end]
     host: dict[str, int] = defaultdict(int)
-    for stage, own in zip(found, own_times(found), strict=True):
-        host[stage.name] += own
+    for stage, self_ns in zip(inside, self_times(inside), strict=True):
+        host[stage.name] += self_ns
     host[BETWEEN] = window - sum(host.values())
-    on_device: dict[str, list[Work]] = defaultdict(list)
-    for work in recording.work if recording.device == "cuda" else ():
-        on_device[work.stage].append(work)
+    on_device: dict[str, list[Activity]] = defaultdict(list)
+    for activity in recording.activities if recording.device == "cuda" else ():
+        on_device[activity.stage].append(activity)
     order = [*STAGES, BETWEEN]
     names = sorted(set(host) | set(on_device), key=lambda name: (order.index(_key(name)), name))
     return [
@@ -164,45 +172,45 @@ def _title(stage: str) -> str:
     return STAGES[stage]
 
 
-def _busy(work: Iterable[Work]) -> int:
-    return length(union((item.begin, item.end) for item in work))
+def _busy(activities: Iterable[Activity]) -> int:
+    return length(union((item.begin, item.end) for item in activities))
 
 
-def _families(work: Sequence[Work], steps: int) -> list[dict[str, Any]]:
+def _families(activities: Sequence[Activity], steps: int) -> list[dict[str, Any]]:
     sums: dict[str, int] = defaultdict(int)
-    for item in work:
-        sums[family(item.name)] += item.own
+    for item in activities:
+        sums[family(item.name)] += item.self_ns
     total = sum(sums.values())
     return [
         {
             "name": name,
             "title": FAMILIES[name],
-            "ms": own / steps / 1e6,
-            "share": own / total if total else 0.0,
+            "ms": self_ns / steps / 1e6,
+            "share": self_ns / total if total else 0.0,
         }
-        for name, own in sorted(sums.items(), key=lambda pair: -pair[1])
+        for name, self_ns in sorted(sums.items(), key=lambda pair: -pair[1])
     ]
 
 
-def _kernels(work: Sequence[Work], steps: int, peak: Peak | None) -> list[dict[str, Any]]:
-    """All, the longest first. Rates are of the calls of which FLOPs or bytes are known."""
-    groups: dict[tuple[str, str], list[Work]] = defaultdict(list)
-    for item in work:
+def _kernels(activities: Sequence[Activity], steps: int, peak: Peak | None) -> list[dict[str, Any]]:
+    """Return a row a kernel, the longest first; rates are of calls with known FLOPs or bytes."""
+    groups: dict[tuple[str, str], list[Activity]] = defaultdict(list)
+    for item in activities:
         groups[normalised(item.name), family(item.name)].append(item)
-    total = sum(item.own for item in work)
+    total = sum(item.self_ns for item in activities)
     rows = []
     for (name, kind), items in groups.items():
-        own = sum(item.own for item in items)
+        self_ns = sum(item.self_ns for item in items)
         flop_s = _rate(items, lambda item: item.flops)
-        # What is of no family makes views and administers: it moves nothing.
+        # Operators of no family create views and do bookkeeping: they move no data.
         byte_s = None if kind == "other" else _rate(items, lambda item: item.num_bytes)
         rows.append(
             {
                 "name": name,
                 "family": kind,
-                "ms": own / steps / 1e6,
+                "ms": self_ns / steps / 1e6,
                 "calls": len(items) / steps,
-                "share": own / total if total else 0.0,
+                "share": self_ns / total if total else 0.0,
                 "flop_s": flop_s,
                 "byte_s": byte_s,
                 "of_peak_flop_s": flop_s / peak.flop_s if peak and flop_s else None,
@@ -212,18 +220,18 @@ def _kernels(work: Sequence[Work], steps: int, peak: Peak | None) -> list[dict[s
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-def _rate(items: Sequence[Work], amount: Callable[[Work], float]) -> float | None:
-    """A second of the calls that do the work themselves, instead of calling what does."""
-    known = [i for i in items if amount(i) > 0 and i.own > (i.end - i.begin) / 2]
-    nanoseconds = sum(item.own for item in known)
+def _rate(items: Sequence[Activity], amount: Callable[[Activity], float]) -> float | None:
+    """Return the amount a second over the calls that spend most of their time in themselves."""
+    known = [i for i in items if amount(i) > 0 and i.self_ns > (i.end - i.begin) / 2]
+    nanoseconds = sum(item.self_ns for item in known)
     return 1e9 * sum(map(amount, known)) / nanoseconds if nanoseconds else None
 
 
 def _gpu(recording: Recording, window: int) -> dict[str, Any]:
-    """Shares of the window; of communication, what ran beside other work."""
+    """Return busy and idle shares of the window, and how much communication is overlapped."""
     spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     streams: set[Hashable] = set()
-    for item in recording.work:
+    for item in recording.activities:
         spans[family(item.name) == "comm"].append((item.begin, item.end))
         streams.add(item.stream)
     sent, other = union(spans[True]), union(spans[False])
@@ -243,9 +251,9 @@ def _gap(pair: tuple[tuple[int, int], tuple[int, int]]) -> int:
     return pair[1][0] - pair[0][1]
 
 
-def _waits(waits: Sequence[Wait], steps: int) -> list[dict[str, Any]]:
-    """As the profiler saw them, by name, stage and stack, the longest first."""
-    groups: dict[tuple[str, str, tuple[str, ...]], list[Wait]] = defaultdict(list)
+def _waits(waits: Sequence[SyncCall], steps: int) -> list[dict[str, Any]]:
+    """Return the waits that the profiler recorded by name, stage and stack, the longest first."""
+    groups: dict[tuple[str, str, tuple[str, ...]], list[SyncCall]] = defaultdict(list)
     for wait in waits:
         groups[wait.name, wait.stage, wait.stack].append(wait)
     rows = [
@@ -253,26 +261,26 @@ def _waits(waits: Sequence[Wait], steps: int) -> list[dict[str, Any]]:
             "name": name,
             "stage": stage,
             "stack": list(stack),
-            "calls": len(found) / steps,
-            "ms": sum(wait.end - wait.begin for wait in found) / steps / 1e6,
+            "calls": len(calls) / steps,
+            "ms": sum(call.end - call.begin for call in calls) / steps / 1e6,
         }
-        for (name, stage, stack), found in groups.items()
+        for (name, stage, stack), calls in groups.items()
     ]
     return sorted(rows, key=lambda row: -float(row["ms"]))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a folder, or the file itself.
+    """Read summary.json of a folder, or the file itself.
 
-    Raises FileNotFoundError, and ValueError naming the file for what is no such summary.
+    Raises FileNotFoundError, and ValueError naming the file for one that is no such summary.
     """
     path = folder / "summary.json" if folder.is_dir() else folder
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a summary that m3i-fast profile wrote")
-    found: dict[str, Any] = read_json(path)
-    if found.get("schema") != SCHEMA:
-        got = found.get("schema")
+    summary: dict[str, Any] = read_json(path)
+    if summary.get("schema") != SCHEMA:
+        got = summary.get("schema")
         raise ValueError(f"{path}: expected a summary of schema {SCHEMA}, got {got}")
-    if wrong := misfit(found, _COMPARED):
+    if wrong := misfit(summary, _READ_BY_DIFF):
         raise ValueError(f"{path}: damaged: {wrong}")
-    return found
+    return summary

@@ -14,14 +14,14 @@ from m3i_fast.json_files import parse_json
 from m3i_fast.profiling.operator_costs import Event, argument, bytes_of, flops_of
 from m3i_fast.profiling.recording import (
     STEP,
-    Inside,
-    Interval,
+    Activity,
+    HostRange,
     Recording,
-    Wait,
-    Work,
+    StageLookup,
+    SyncCall,
     expect_steps,
     is_stage,
-    own_times,
+    self_times,
 )
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -30,13 +30,13 @@ HOST_WAITS = re.compile(r"^(aten::(_local_scalar_dense|nonzero)$|cu(da)?\w+Synch
 
 
 def read_trace(path: Path) -> Recording:
-    """The steps in a trace, gzipped or not.
+    """Read the steps in a trace of torch.profiler, gzipped or not.
 
-    Raises FileNotFoundError, and ValueError naming the file and what is not there, for what is no
-    trace, is damaged, or holds no whole step.
+    Raises FileNotFoundError, and ValueError naming the file and what it lacks, for a file that is
+    no trace, is damaged or holds no whole step.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a trace of torch.profiler, there is no file")
+        raise FileNotFoundError(f"{path}: expected a trace of torch.profiler, got no file")
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -59,46 +59,48 @@ def _recording(events: Sequence[Event], source: str) -> Recording:
     expect_steps(steps, source)
     thread = steps[0].thread
     stages = [r for r in ranges if is_stage(r.name) and r.thread == thread]
-    inside = Inside(stages)
+    stage_at = StageLookup(stages)
     operators = _within(steps, by_kind["cpu_op"])
     kernels = [event for kind in ON_DEVICE for event in by_kind[kind]]
     calls = _within(steps, [event for kind in CALLS for event in by_kind[kind]])
-    work = _kernels(kernels, calls, operators, inside) if kernels else _calls(operators, inside)
+    activities = (
+        _kernels(kernels, calls, operators, stage_at) if kernels else _calls(operators, stage_at)
+    )
     waits = calls if kernels else operators
     return Recording(
         source=source,
         device="cuda" if kernels else "cpu",
         steps=tuple(steps),
         stages=tuple(sorted(stages, key=lambda r: r.begin)),
-        work=tuple(sorted(work, key=lambda w: w.begin)),
+        activities=tuple(sorted(activities, key=lambda w: w.begin)),
         waits=tuple(
-            Wait(name=i.name, begin=i.begin, end=i.end, stage=inside(i.begin))
+            SyncCall(name=i.name, begin=i.begin, end=i.end, stage=stage_at(i.begin))
             for i in map(_interval, waits)
             if HOST_WAITS.match(i.name)
         ),
     )
 
 
-def _interval(event: Event) -> Interval:
+def _interval(event: Event) -> HostRange:
     begin = round(1000 * event["ts"])
-    return Interval(event["name"], begin, begin + round(1000 * event["dur"]), event["tid"])
+    return HostRange(event["name"], begin, begin + round(1000 * event["dur"]), event["tid"])
 
 
-def _within(steps: Sequence[Interval], events: Sequence[Event]) -> list[Event]:
+def _within(steps: Sequence[HostRange], events: Sequence[Event]) -> list[Event]:
     begin, end = steps[0].begin / 1000, steps[-1].end / 1000
     return [event for event in events if begin <= event["ts"] < end]
 
 
-def _calls(operators: Sequence[Event], inside: Inside) -> Iterator[Work]:
-    """Where there is no GPU: operators, each without those that it calls."""
+def _calls(operators: Sequence[Event], stage_at: StageLookup) -> Iterator[Activity]:
+    """Yield the operators of a recording without a GPU, each with its self time."""
     intervals = [_interval(event) for event in operators]
-    for event, interval, own in zip(operators, intervals, own_times(intervals), strict=True):
-        yield Work(
+    for event, interval, self_ns in zip(operators, intervals, self_times(intervals), strict=True):
+        yield Activity(
             name=interval.name,
             begin=interval.begin,
             end=interval.end,
-            own=own,
-            stage=inside(interval.begin),
+            self_ns=self_ns,
+            stage=stage_at(interval.begin),
             stream=interval.thread,
             flops=flops_of(event),
             num_bytes=bytes_of(event),
@@ -106,9 +108,12 @@ def _calls(operators: Sequence[Event], inside: Inside) -> Iterator[Work]:
 
 
 def _kernels(
-    kernels: Sequence[Event], calls: Sequence[Event], operators: Sequence[Event], inside: Inside
-) -> Iterator[Work]:
-    """Kernels that the steps launched; an operator's FLOPs are those of its longest kernel."""
+    kernels: Sequence[Event],
+    calls: Sequence[Event],
+    operators: Sequence[Event],
+    stage_at: StageLookup,
+) -> Iterator[Activity]:
+    """Yield the kernels that the steps launched; the longest of an operator has its FLOPs."""
     launched = {argument(call, "correlation"): _interval(call).begin for call in calls}
     by_id = {argument(event, "External id"): event for event in operators}
     longest: dict[Any, Event] = {}
@@ -123,12 +128,12 @@ def _kernels(
         interval, number = _interval(kernel), argument(kernel, "External id")
         operator = by_id.get(number) if longest[number] is kernel else None
         copied = float(argument(kernel, "bytes") or 0)
-        yield Work(
+        yield Activity(
             name=interval.name,
             begin=interval.begin,
             end=interval.end,
-            own=interval.end - interval.begin,
-            stage=inside(moment),
+            self_ns=interval.end - interval.begin,
+            stage=stage_at(moment),
             stream=argument(kernel, "stream"),
             flops=flops_of(operator) if operator else 0.0,
             num_bytes=copied or (bytes_of(operator) if operator else 0.0),

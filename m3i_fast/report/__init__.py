@@ -1,1 +1,1 @@
-"""The page that shows what a run learned, and what all pages of the project share."""
+"""The page of a run, and the template that all pages of the project share."""

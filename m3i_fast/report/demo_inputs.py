@@ -1,4 +1,4 @@
-"""What the demo's page shows: gathered from a run, its data and its two encoders."""
+"""Inputs of the demo's page, gathered from a run, its data and its two encoders."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ NUM_PCA = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heldout:
-    """All held-out pictures, one a concept, with both encoders' view of them."""
+class EncodedPictures:
+    """All held-out pictures, one a concept, with the features and embeddings of both encoders."""
 
     pictures: list[Picture]
     captions: list[str]
@@ -50,7 +50,10 @@ class Heldout:
 def gather(
     run: Path, cfg: TrainConfig, encoders: dict[str, MutualInformation], figures: dict[str, Any]
 ) -> ReportInputs:
-    """Everything of the page. `encoders`: trained and untrained, in evaluation mode, on the CPU."""
+    """Gather all inputs of the page.
+
+    encoders: trained and untrained, in evaluation mode, on the CPU.
+    """
     manifest = read_manifest(cfg.data.path)
     tokenizer = Tokenizer.from_info(manifest.tokenizer)
     heldout = _heldout(cfg, encoders, tokenizer)
@@ -84,7 +87,7 @@ def gather(
 @torch.no_grad()
 def _heldout(
     cfg: TrainConfig, encoders: dict[str, MutualInformation], tokenizer: Tokenizer
-) -> Heldout:
+) -> EncodedPictures:
     batches = list(
         evaluation_batches(
             cfg.data.path,
@@ -99,11 +102,11 @@ def _heldout(
     counts = torch.cat([batch.num_tokens for batch in batches])
     tokens, image, text = {}, {}, {}
     for who, objective in encoders.items():
-        found = [objective.embed_images(chunk) for chunk in views.split(256)]
-        tokens[who] = torch.cat([t for t, _ in found])
-        image[who] = torch.cat([e for _, e in found if e is not None])
+        embedded = [objective.embed_images(some) for some in views.split(256)]
+        tokens[who] = torch.cat([t for t, _ in embedded])
+        image[who] = torch.cat([e for _, e in embedded if e is not None])
         text[who] = objective.embed_captions(ids, counts)
-    return Heldout(
+    return EncodedPictures(
         pictures=[_picture(view) for view in views],
         captions=[tokenizer.decode(row.numpy()) for row in ids],
         tokens=tokens,
@@ -113,12 +116,12 @@ def _heldout(
 
 
 def evenly(values: Tensor, number: int) -> Tensor:  # [N] -> [min(number, N)]
-    """Values at even steps, the first and the last among them."""
+    """Return values at even steps, the first and the last among them."""
     return values[torch.linspace(0, len(values) - 1, min(number, len(values))).round().long()]
 
 
-def _retrieval(heldout: Heldout, row: int, rank_of: dict[str, int]) -> RetrievalRow:
-    def found(who: str) -> Nearest:
+def _retrieval(heldout: EncodedPictures, row: int, rank_of: dict[str, int]) -> RetrievalRow:
+    def retrieved(who: str) -> Nearest:
         query, gallery = heldout.text[who][row : row + 1], heldout.image[who]
         rows = nearest(query, gallery, k=NUM_NEAREST)[0].tolist()
         return Nearest(
@@ -131,12 +134,12 @@ def _retrieval(heldout: Heldout, row: int, rank_of: dict[str, int]) -> Retrieval
     return RetrievalRow(
         caption=heldout.captions[row],
         picture=heldout.pictures[row],
-        trained=found("trained"),
-        untrained=found("untrained"),
+        trained=retrieved("trained"),
+        untrained=retrieved("untrained"),
     )
 
 
-def _patch_pca(heldout: Heldout, rows: list[int], grid: int) -> list[PatchPca]:
+def _patch_pca(heldout: EncodedPictures, rows: list[int], grid: int) -> list[PatchPca]:
     colours = {
         who: patch_pca(tokens[rows]).view(len(rows), grid, grid, 3).numpy()
         for who, tokens in heldout.tokens.items()
@@ -153,7 +156,7 @@ def _patch_pca(heldout: Heldout, rows: list[int], grid: int) -> list[PatchPca]:
 
 
 def _mixed_pair(cfg: TrainConfig, manifest: Manifest, tokenizer: Tokenizer) -> MixedPair:
-    """A pair of the first training batch: the first whose images are both annotated, if any is."""
+    """Return the first pair of the first batch whose images are both annotated, if any is."""
     loader = Loader(cfg.data)
     batch = next(loader)
     loader.close()
@@ -194,15 +197,15 @@ def _mixed(first: Picture, second: Picture, mask: npt.NDArray[np.bool_]) -> Pict
 
 
 def _originals(cfg: TrainConfig, batch: Batch, rows: tuple[int, int]) -> tuple[Picture, Picture]:
-    """The two whole pictures at their own size, found by sample id in the training split."""
+    """Return the two whole pictures at their own size, by sample id in the training split."""
     side = int(batch.image_size[list(rows)].max())
     wanted = [int(batch.sample_id[row]) for row in rows]
-    found: dict[int, Picture] = {}
+    by_sample: dict[int, Picture] = {}
     for whole in evaluation_batches(cfg.data.path, cfg.data.split, image_size=side, batch_size=256):
         for i, sample in enumerate(whole.sample_id.tolist()):
             if sample in wanted:
-                found[sample] = _picture(whole.global_views[0][i])
-    return found[wanted[0]], found[wanted[1]]
+                by_sample[sample] = _picture(whole.global_views[0][i])
+    return by_sample[wanted[0]], by_sample[wanted[1]]
 
 
 def _picture(view: Tensor) -> Picture:  # [3, S, S] uint8 -> [S, S, 3]

@@ -1,6 +1,6 @@
-"""Plotly figures of the page. Colours are written as CSS variables; report.js resolves them.
+"""Plotly figures of the page. Colours are CSS variables, which report.js resolves.
 
-So one figure serves both colour schemes, and follows when the reader changes the scheme.
+One figure then serves both colour schemes and follows a change of the scheme.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from m3i_fast.observe.collapse import Healthy, healthy
+from m3i_fast.observe.collapse import HealthyRange, healthy_range
 from m3i_fast.observe.stages import STAGES, family_of
 from m3i_fast.report.verdict import SOURCES, Judgement, percent
 
@@ -54,7 +54,7 @@ NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A figure with its heading; `label` says to those who cannot see it what it shows."""
+    """A figure with its heading; `label` describes it to those who cannot see it."""
 
     id: str
     title: str
@@ -65,20 +65,20 @@ class Panel:
 
 
 def plotly_source() -> str:
-    """plotly.js, gzipped, in base64: 2 MB instead of 5."""
+    """Return plotly.js, gzipped, in base64: 2 MB instead of 5."""
     source: str = _plotly("plotly.offline").get_plotlyjs()
     return base64.b64encode(gzip.compress(source.encode(), 9, mtime=0)).decode()
 
 
 def curves(metrics: Sequence[Mapping[str, float]], group: str) -> list[Panel]:
-    """A panel for every key `group/...` of the logged rows, known ones first."""
+    """Return a panel for every key `group/...` of the logged rows, known ones first."""
     keys = {key for row in metrics for key in row if key.startswith(f"{group}/")}
     known = [key for key in NAMES if key in keys]
     return [curve(metrics, key) for key in known + sorted(keys - set(known))]
 
 
 def how_drawn(num_rows: int) -> str:
-    """What the curves of so many logged rows show, as a sentence."""
+    """Return a sentence on how the curves of so many logged rows are drawn."""
     size = math.ceil(num_rows / MAX_POINTS)
     points = "Every logged step" if size == 1 else f"Means of {size} logged steps"
     return (
@@ -87,14 +87,14 @@ def how_drawn(num_rows: int) -> str:
 
 
 def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
-    """The logged values of one key, with a moving mean. Values that are not finite are gaps.
+    """Return the curve of one key with a moving mean; values that are not finite are gaps.
 
     Dashed lines are the bounds of the healthy range, where one is known.
     """
     rows = [(row["step"], row[key]) for row in metrics if key in row]
     steps, values = (_binned(np.array(column, float)) for column in zip(*rows, strict=True))
     title, note = NAMES.get(key, (key.split("/", 1)[1].replace("_", " "), ""))
-    bounds = healthy(key)
+    bounds = healthy_range(key)
     if bounds:
         note += f"; healthy: {bounds.text}" if note else f"healthy: {bounds.text}"
     smooth = _moving_mean(values, window=max(len(values) // 12, 1))
@@ -128,10 +128,10 @@ def curve(metrics: Sequence[Mapping[str, float]], key: str) -> Panel:
 
 
 def gradient_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
-    """How hard each term pulls on the encoder, as its share of all terms' gradients.
+    """Return each term's share of all terms' gradients on the encoder, as a stacked area.
 
-    Means of the logged steps before: a term that few pictures have targets of pulls on few of them.
-    None where there is one term alone, or no gradient was logged.
+    Shares are means over the logged steps before, since a term that few pictures have targets for
+    has a gradient in few steps. None where there is a single term or no gradient was logged.
     """
     steps, shares = _shares_of_terms(metrics)
     if len(shares) < 2:
@@ -163,7 +163,7 @@ def gradient_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
     return _panel(
         "gradient-shares",
         "Pull on the encoder",
-        "each term's share of the gradient, smoothed; under 1% a term is all but left out",
+        "each term's share of the gradient, smoothed; under 1% a term has almost no effect",
         f"Share of the gradient at the last logged steps: {listed}",
         CURVE_HEIGHT + top,
         traces,
@@ -174,7 +174,7 @@ def gradient_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
 def _shares_of_terms(
     metrics: Sequence[Mapping[str, float]],
 ) -> tuple[npt.NDArray[np.float64], dict[str, npt.NDArray[np.float64]]]:
-    """The logged steps, and each term's share of all terms' gradients there."""
+    """Return the logged steps, and each term's share of all terms' gradients there."""
     prefix = "gradient/"
     names = [key.removeprefix(prefix) for key in metrics[-1] if key.startswith(prefix)]
     rows = [row for row in metrics if all(prefix + name in row for name in names)]
@@ -186,12 +186,12 @@ def _shares_of_terms(
 
 
 def _share(value: float) -> str:
-    """As short as a legend needs it, and with a digit where a term is nearly left out."""
+    """Format a share for a legend, with a decimal where it is small."""
     return percent(value) if value < 0.1 else f"{100 * value:.0f}%"
 
 
 def _legend(in_a_row: int) -> dict[str, Any]:
-    """Names above the figure, in columns of one width."""
+    """Return the layout of a legend above the figure, in columns of one width."""
     return {
         "orientation": "h",
         "x": 0,
@@ -207,7 +207,7 @@ def _legend(in_a_row: int) -> dict[str, Any]:
     }
 
 
-def _bounds(bounds: Healthy) -> list[dict[str, Any]]:
+def _bounds(bounds: HealthyRange) -> list[dict[str, Any]]:
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1}
     dashed = {"line": {"color": "var(--muted)", "width": 1, "dash": "dash"}}
     finite = [bound for bound in (bounds.low, bounds.high) if math.isfinite(bound)]
@@ -215,7 +215,7 @@ def _bounds(bounds: Healthy) -> list[dict[str, Any]]:
 
 
 def bars(judgement: Judgement) -> Panel:
-    """A measure's value for each source, as horizontal bars."""
+    """Return a measure's value for each source, as horizontal bars."""
     values = judgement.values
     listed = ", ".join(f"{SOURCES[s]} {percent(v)}" for s, v in values.items())
     return _bars(
@@ -232,8 +232,8 @@ def bars(judgement: Judgement) -> Panel:
     )
 
 
-def found_within(ranks: Mapping[str, Sequence[int]]) -> Panel:
-    """The share of captions whose picture is among the k nearest, for every k; each encoder's.
+def recall_curve(ranks: Mapping[str, Sequence[int]]) -> Panel:
+    """Return the share of captions whose picture is among the k nearest, by k, for each encoder.
 
     ranks: of the right picture of each caption, 0 = first, among as many pictures.
     """
@@ -276,7 +276,7 @@ def found_within(ranks: Mapping[str, Sequence[int]]) -> Panel:
 
 
 def time_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
-    """Where a step's time goes: the median of each stage over the logged steps, and its share."""
+    """Return the median time of each stage over the logged steps, and its share of a step."""
     rows = [row for row in map(_by_stage, metrics) if row]
     logged = {name: [r[key] for r in rows if key in r] for key, name in STAGES.items()}
     median = {name: float(np.median(values)) for name, values in logged.items() if values}
@@ -301,13 +301,13 @@ def time_shares(metrics: Sequence[Mapping[str, float]]) -> Panel | None:
 
 
 def _by_stage(row: Mapping[str, float]) -> dict[str, float]:
-    """Milliseconds of a logged step by the keys of STAGES; those of the terms are summed."""
-    found: dict[str, float] = {}
+    """Return milliseconds of a logged step by the keys of STAGES; those of terms are summed."""
+    sums: dict[str, float] = {}
     for key, value in row.items():
         if key.startswith("time/"):
             stage = family_of(key.removeprefix("time/").removesuffix("_ms"))
-            found[stage] = found.get(stage, 0.0) + value
-    return found
+            sums[stage] = sums.get(stage, 0.0) + value
+    return sums
 
 
 def _bars(
@@ -389,14 +389,14 @@ def _plotly(module: str) -> Any:
 
 
 def _binned(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Means of equal bins, at most MAX_POINTS of them."""
+    """Return means of equal bins, at most MAX_POINTS of them."""
     size = math.ceil(len(values) / MAX_POINTS)
     edges = np.arange(0, len(values), size)
     return np.add.reduceat(values, edges) / np.diff(np.append(edges, len(values)))
 
 
 def _moving_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
-    """Centred mean of the finite values within `window` points; narrower at the ends."""
+    """Return the centred mean of finite values within `window` points, narrower at the ends."""
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])
@@ -409,7 +409,7 @@ def _moving_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np
 
 
 def _trailing_mean(values: npt.NDArray[np.float64], window: int) -> npt.NDArray[np.float64]:
-    """Mean of the finite values among the `window` up to each one; 0 where there is none."""
+    """Return the mean of the finite values among the last `window`; 0 where there is none."""
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])

@@ -1,4 +1,4 @@
-"""What a report is made of. Pictures are uint8 RGB arrays, everything else is plain data."""
+"""Inputs of the report. Pictures are uint8 RGB arrays, everything else is plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Picture = npt.NDArray[np.uint8]  # [H, W, 3]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixedPair:
-    """One input of a real training step: what went in and what was asked of each picture."""
+    """One input of a real training step: two pictures, their views, the mask and the mixture."""
 
     originals: tuple[Picture, Picture]
     view_a: tuple[Picture, Picture]  # 2 x [S, S, 3], the views that are mixed
@@ -51,11 +51,11 @@ class MixedPair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Nearest:
-    """The pictures an encoder finds for a caption, most similar first."""
+    """The pictures that an encoder retrieves for a caption, the most similar first."""
 
     pictures: tuple[Picture, ...]
     names: tuple[str, ...]  # their captions
-    right: int | None  # which of them is the right one
+    right: int | None  # index of the right picture; None where it is not among them
     rank: int  # of the right picture in the whole gallery, 0 = first
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Nearest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalRow:
-    """A held-out caption, the picture it belongs to, and what each encoder finds for it."""
+    """A held-out caption, the picture it belongs to, and what each encoder retrieves for it."""
 
     caption: str
     picture: Picture
@@ -111,27 +111,27 @@ class PatchPca:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportInputs:
-    """Everything the page shows."""
+    """Everything that the page shows."""
 
     title: str
     evaluation: Mapping[str, Any]
-    """evaluation.json. Where it has `trained_minus` ({measure: {source: {difference, low, high}}}),
-    the page judges by these intervals; elsewhere it says that none was computed."""
+    """Content of evaluation.json. With `trained_minus` in it ({measure: {source: {difference, low,
+    high}}}) the page judges by these intervals; without, it says that none was computed."""
     metrics: Sequence[Mapping[str, float]]
     """The rows of metrics.jsonl."""
     mixed_pair: MixedPair
     retrieval: Sequence[RetrievalRow]
     retrieval_choice: str
-    """How the captions shown were chosen, as a sentence."""
+    """How the shown captions were chosen, as a sentence."""
     retrieval_ranks: Mapping[str, Sequence[int]]
-    """Of the right picture of every held-out caption, 0 = first: trained and untrained encoder."""
+    """Rank of the right picture of every held-out caption, 0 = first, by each encoder."""
     patch_pca: Sequence[PatchPca]
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
     attribution: str = ""
     """Author and licence of the pictures."""
     notes: Sequence[str] = field(default_factory=tuple)
-    """Sentences to add to the summary."""
+    """Sentences that are added to the summary."""
 
     def __post_init__(self) -> None:
         if "held_out_concepts" not in self.evaluation:
@@ -154,7 +154,7 @@ class ReportInputs:
 
 
 def check_picture(name: str, picture: Picture) -> None:
-    """Raise ValueError unless it is [H, W, 3] uint8."""
+    """Raise ValueError unless the picture is [H, W, 3] uint8."""
     if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
         raise ValueError(f"{name}: expected [H, W, 3] uint8, got {picture.shape} {picture.dtype}")
 

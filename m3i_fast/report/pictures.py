@@ -1,4 +1,4 @@
-"""Pictures of the page as inline PNGs, and crop boxes as SVG coordinates."""
+"""Pictures of the page as inline PNGs, and crop boxes in pixels for SVG."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 
 from m3i_fast.report.inputs import MixedPair, Nearest, PatchPca, Picture, RetrievalRow
 
-SMALL = 96  # pixels; below it a picture is enlarged by whole pixels, not blurred
+SMALL = 96  # pixels; a smaller picture is enlarged without smoothing
 
 
 @dataclass(frozen=True, slots=True)
 class Inline:
-    """An <img>: data URI, alternative text, own size, and whether enlarging keeps its pixels."""
+    """An <img>: data URI, alternative text, size, and whether enlarging keeps its pixels."""
 
     uri: str
     alt: str
@@ -29,7 +29,7 @@ class Inline:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle in pixels of its picture."""
+    """A rectangle in pixels of its picture, mirrored or not."""
 
     x: float
     y: float
@@ -40,6 +40,8 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class PairPictures:
+    """The pictures that explain one mixed input."""
+
     originals: tuple[Inline, Inline]
     boxes_a: tuple[Box, Box]
     boxes_b: tuple[Box, Box]
@@ -51,7 +53,9 @@ class PairPictures:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class RetrievedPictures:
+    """The pictures that an encoder retrieves for a caption, and the rank of the right one."""
+
     pictures: tuple[Inline, ...]
     right: int | None
     rank: int
@@ -59,14 +63,18 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class RetrievalCard:
+    """A caption, its picture, and what both encoders retrieve for it."""
+
     caption: str
     picture: Inline
-    trained: Found
-    untrained: Found
+    trained: RetrievedPictures
+    untrained: RetrievedPictures
 
 
 @dataclass(frozen=True, slots=True)
 class PcaCard:
+    """A picture, and its patch features as colour by both encoders."""
+
     name: str
     picture: Inline
     trained: Inline
@@ -77,7 +85,7 @@ def inline(
     picture: npt.NDArray[np.uint8],  # [H, W], [H, W, 3] or [H, W, 4]
     alt: str,
 ) -> Inline:
-    """Encode as PNG, losslessly."""
+    """Encode a picture as a lossless inline PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
     uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -86,6 +94,7 @@ def inline(
 
 
 def pair_pictures(pair: MixedPair) -> PairPictures:
+    """Draw the pictures that explain one mixed input."""
     names = [caption or f"picture {i + 1}" for i, caption in enumerate(pair.captions)]
     first = _cells(pair)
     shown = round(100 * float(pair.mask.mean()))
@@ -114,15 +123,18 @@ def pair_pictures(pair: MixedPair) -> PairPictures:
 
 
 def retrieval_card(row: RetrievalRow) -> RetrievalCard:
+    """Draw the pictures of a caption and of what both encoders retrieve for it."""
     return RetrievalCard(
         row.caption,
         inline(row.picture, f'The picture of "{row.caption}"'),
-        _found(row.trained),
-        _found(row.untrained),
+        _retrieved(row.trained),
+        _retrieved(row.untrained),
     )
 
 
 def pca_card(item: PatchPca) -> PcaCard:
+    """Draw a picture's patch features as colour, by both encoders."""
+
     def colours(values: npt.NDArray[np.floating[Any]], who: str) -> Inline:
         picture = (255 * values).round().astype(np.uint8)
         return inline(picture, f"Patch features of {item.name}, {who}")
@@ -135,12 +147,12 @@ def pca_card(item: PatchPca) -> PcaCard:
     )
 
 
-def _found(nearest: Nearest) -> Found:
+def _retrieved(nearest: Nearest) -> RetrievedPictures:
     pictures = tuple(
         inline(picture, f"{i + 1}: {name}" + (" (the right one)" if i == nearest.right else ""))
         for i, (picture, name) in enumerate(zip(nearest.pictures, nearest.names, strict=True))
     )
-    return Found(pictures, nearest.right, nearest.rank)
+    return RetrievedPictures(pictures, nearest.right, nearest.rank)
 
 
 def _boxes(boxes: npt.NDArray[np.float32]) -> tuple[Box, Box]:  # [2, 5]

@@ -36,7 +36,7 @@ _HERE = Path(__file__).parent
 
 
 def write_report(inputs: ReportInputs, path: Path) -> Path:
-    """Write the page to `path`, replacing an older one whole. Returns the path.
+    """Write the page to `path`, replacing an older one whole, and return the path.
 
     Raises ImportError without plotly (the extra `eval`) and ValueError for inputs it cannot show.
     """
@@ -45,7 +45,7 @@ def write_report(inputs: ReportInputs, path: Path) -> Path:
 
 
 def render_report(inputs: ReportInputs) -> str:
-    """The page as HTML text that makes no request: scripts, styles and pictures are inside."""
+    """Return the page as HTML that makes no request: scripts, styles and pictures are inline."""
     return render(
         _HERE / "report.html",
         scripts=[_HERE / "report.js"],
@@ -88,11 +88,11 @@ def _figures(inputs: ReportInputs) -> dict[str, Any]:
     monitors = figures.curves(inputs.metrics, "monitor")
     shares = figures.time_shares(inputs.metrics)
     speeds = ([shares] if shares else []) + figures.curves(inputs.metrics, "throughput")
-    found = figures.found_within(inputs.retrieval_ranks)
-    panels = [panel for _, panel in measures] + losses + monitors + speeds + [found]
+    recall = figures.recall_curve(inputs.retrieval_ranks)
+    panels = [panel for _, panel in measures] + losses + monitors + speeds + [recall]
     return {
         "measures": measures,
-        "found_within": found,
+        "recall_curve": recall,
         "losses": losses,
         "monitors": monitors,
         "speeds": speeds,
@@ -134,7 +134,7 @@ def _speed(inputs: ReportInputs) -> str:
 
 
 def _chosen(chosen: Mapping[str, Mapping[str, float]]) -> str:
-    """`trained: knn k 20, linear l2 0.01; untrained: ...`"""
+    """Return the chosen settings as `trained: knn k 20, linear l2 0.01; untrained: ...`."""
     return "; ".join(
         f"{verdict.SOURCES.get(source, source)}: "
         + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
@@ -143,7 +143,7 @@ def _chosen(chosen: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as `a.b.c` and a value a line; items of a list go by their name."""
+    """Yield nested settings as `a.b.c` and a value; items of a list go by their name."""
     for key, value in tree.items():
         if isinstance(value, Sequence) and value and all(isinstance(v, Mapping) for v in value):
             value = {item.get("name", str(i)): item for i, item in enumerate(value)}
@@ -154,7 +154,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]
 
 
 def _text(value: Any) -> str:
-    """`0.707107` for a float, `none`, `true`, `0.9, 0.98` for a list, else as it is."""
+    """Format a value: `0.707107` for a float, `none`, `true`, `0.9, 0.98` for a list."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What the project's pages share: one file each, everything inline, no request."""
+"""The template of the project's pages: one file each, everything inline, no request."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _HERE = Path(__file__).parent
 def render(
     template: Path, *, styles: Sequence[Path] = (), scripts: Sequence[Path] = (), **values: object
 ) -> str:
-    """A template that extends base.html, as HTML text.
+    """Render a template that extends base.html as HTML text.
 
-    styles follow base.css; both they and scripts are files whose text goes into the page.
+    styles: files that follow base.css. scripts: files. The text of both goes into the page.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, _HERE]),

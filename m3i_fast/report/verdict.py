@@ -1,4 +1,4 @@
-"""What the figures say, in words that are derived from them and never written beforehand."""
+"""Judges the figures of an evaluation in words, all of which are derived from the figures."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ OPPONENTS = {
 
 
 def percent(fraction: float) -> str:
+    """Format a fraction as a percentage."""
     return f"{100 * fraction:.1f}%"
 
 
 def nats(value: float) -> str:
+    """Format a value in nats."""
     return f"{round(value, 2) + 0.0:.2f} nats".replace("-", MINUS)  # no negative zero
 
 
 def dimensions(value: float) -> str:
+    """Format an effective rank."""
     return f"{value:.1f}"
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
+    """A measure's title, meaning and number format."""
+
     title: str
     meaning: str
     text: Callable[[float], str] = percent
@@ -100,11 +105,11 @@ class Comparison:
     low: float | None
     high: float | None
     p_value: float | None = None
-    """Corrected for all comparisons; evaluations of before there was one have none."""
+    """p-value, corrected for all comparisons; None in evaluations from before it was computed."""
 
     @property
     def verdict(self) -> str:
-        """Better or worse only where the interval leaves out zero and the p-value is below 0.05."""
+        """Return better or worse where the interval excludes zero and the p-value is below 0.05."""
         if self.low is None or self.high is None:
             if self.difference == 0:
                 return "equal, no interval computed"
@@ -117,14 +122,14 @@ class Comparison:
 
     @property
     def mark(self) -> str:
-        """The verdict for a narrow table cell; nothing where no interval was computed."""
+        """Return the verdict for a narrow table cell; empty where no interval was computed."""
         if self.low is None:
             return ""
         return self.verdict.removesuffix(" found")
 
     @property
     def text(self) -> str:
-        """The difference in points, with its interval."""
+        """Return the difference in points, with its interval."""
         interval = ""
         if self.low is not None and self.high is not None:
             interval = f" ({points(self.low)} to {points(self.high)})"
@@ -133,7 +138,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """One measure: every source's value, and the trained encoder beside each of the others."""
+    """One measure: every source's value, and the trained encoder against each of the others."""
 
     name: str
     title: str
@@ -153,24 +158,27 @@ class Tile:
 
 
 def judge(evaluation: Mapping[str, Any]) -> list[Judgement]:
-    """Every headline measure of evaluation.json; ValueError when it has none, or no `trained`."""
-    found = [_judge(name, MEASURES[name], evaluation) for name in MEASURES if name in evaluation]
-    if not found:
+    """Return every headline measure of evaluation.json.
+
+    Raises ValueError when it has none of them, or one without `trained`.
+    """
+    judged = [_judge(name, MEASURES[name], evaluation) for name in MEASURES if name in evaluation]
+    if not judged:
         raise ValueError(
             f"evaluation: expected one of {', '.join(MEASURES)}, got {sorted(evaluation)}"
         )
-    return found
+    return judged
 
 
 def judge_more(evaluation: Mapping[str, Any]) -> list[Judgement]:
-    """The measures that stand in the table only, last those on the hard half of the items."""
+    """Return the measures that only the table shows, those on the hard half of the items last."""
     hard = {f"{name}_hard": _hard(measure) for name, measure in (MEASURES | MORE_MEASURES).items()}
     more = MORE_MEASURES | hard
     return [_judge(name, more[name], evaluation) for name in more if name in evaluation]
 
 
 def summary(judgements: Sequence[Judgement]) -> list[str]:
-    """One sentence an opponent: where the trained encoder is better, worse or neither."""
+    """Return one sentence an opponent: where the trained encoder is better, worse or neither."""
     sentences = []
     for source, opponent in OPPONENTS.items():
         groups: dict[str, list[str]] = {}
@@ -181,18 +189,18 @@ def summary(judgements: Sequence[Judgement]) -> list[str]:
         if not groups:
             continue
         total = sum(map(len, groups.values()))
-        parts = [
+        clauses = [
             f"{verdict} in {_enumerate(titles, total)}"
             for verdict, titles in sorted(groups.items())
         ]
-        sentences.append(f"Against {opponent}: {'; '.join(parts)}.")
+        sentences.append(f"Against {opponent}: {'; '.join(clauses)}.")
     return sentences
 
 
 def tiles(
     judgements: Sequence[Judgement], *, images_per_s: float | None, num_steps: int
 ) -> list[Tile]:
-    """The numbers at the top: retrieval, categories, throughput."""
+    """Return the headline numbers: retrieval, categories, throughput."""
     wanted = ("caption_to_image_recall_at_5", "knn_top1", "linear_top1")
     by_name = {judgement.name: judgement for judgement in judgements}
     result = [
@@ -211,7 +219,7 @@ def tiles(
 
 
 def points(fraction: float, *, sign: bool = False) -> str:
-    """A difference of fractions in percentage points, with a real minus sign."""
+    """Format a difference of fractions in percentage points, with a real minus sign."""
     value = round(100 * fraction, 1) + 0.0  # no negative zero
     return f"{value:{'+' if sign else ''}.1f}".replace("-", MINUS)
 
@@ -245,7 +253,7 @@ def _judge(name: str, measure: Measure, evaluation: Mapping[str, Any]) -> Judgem
 
 
 def _beside(values: Mapping[str, float], *, ratio: bool) -> str:
-    """The other sources' values; with `ratio`, first how many times chance the trained one is."""
+    """List the other sources' values; with `ratio`, first the trained one's ratio to chance."""
     others = {source: value for source, value in values.items() if source != "trained"}
     texts = []
     if ratio and (chance := others.pop("chance", 0.0)) > 0:
@@ -255,7 +263,7 @@ def _beside(values: Mapping[str, float], *, ratio: bool) -> str:
 
 
 def _enumerate(titles: Sequence[str], total: int) -> str:
-    """Name one or two measures, count more: of five, the rest is named with the other verdicts."""
+    """Name one or two measures and count more; the rest is named with the other verdicts."""
     if len(titles) == total > 1:
         return "both measures" if total == 2 else f"all {total} measures"
     if len(titles) > 2:

@@ -18,7 +18,7 @@ from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.stages import StageTimer
-from m3i_fast.profiling.capture import HostWaits, NoControl, Windows, profile_steps
+from m3i_fast.profiling.capture import HostWaitRecorder, NoProfiler, Windows, profile_steps
 from m3i_fast.profiling.nsys import read_nsys
 from m3i_fast.profiling.page import write_page
 from m3i_fast.profiling.summary import Pace, read_summary, summarise
@@ -137,7 +137,7 @@ class _Control:
         self.told.append("stop")
 
 
-def _profile(dataset: Path, run: Path, control: _Control | NoControl) -> tuple[Trainer, Pace]:
+def _profile(dataset: Path, run: Path, control: _Control | NoProfiler) -> tuple[Trainer, Pace]:
     trainer = Trainer(_config(dataset), run)
     try:
         pace, _ = profile_steps(trainer, control, WINDOWS)
@@ -198,7 +198,7 @@ def test_a_capture_is_closed_whatever_ends_it(
 
 def test_profiling_changes_no_weights(dataset: Path, tmp_path: Path) -> None:
     """Bit for bit those of a plain run of as many steps."""
-    trainer, _ = _profile(dataset, tmp_path / "profiled", NoControl())
+    trainer, _ = _profile(dataset, tmp_path / "profiled", NoProfiler())
     plain = Trainer(_config(dataset), tmp_path / "plain")
     plain.log.open(0)
     for _ in range(WINDOWS.total):
@@ -214,12 +214,12 @@ def test_profiling_changes_no_weights(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_reads_of_a_tensor_are_noted_with_their_stage() -> None:
-    looker = HostWaits(lambda: "optim")
+    recorder = HostWaitRecorder(lambda: "optim")
     values = torch.arange(4.0)
-    with looker:
+    with recorder:
         assert float(values.sum()) == 6 and len(values.nonzero()) == 3
         (values + 1).relu()
-    found = [(wait.name, wait.stage, wait.calls) for wait in looker.found()]
+    found = [(wait.name, wait.stage, wait.calls) for wait in recorder.waits()]
     assert found == [("aten::_local_scalar_dense", "optim", 1), ("aten::nonzero", "optim", 1)]
 
 

@@ -23,7 +23,7 @@ from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.targets import normalise_tokens
 from m3i_fast.objectives.terms import Dense
 from m3i_fast.observe import collapse
-from m3i_fast.observe.collapse import CollapseError, Healthy
+from m3i_fast.observe.collapse import CollapseError, HealthyRange
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import recipes, shrink
 from tests.shared.engine.small_run import TEXT
@@ -185,8 +185,8 @@ def test_a_hint_is_said_once_and_ends_no_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(collapse, "HINT_STEPS", 0)
-    high = Healthy(pattern="monitor/*_constant", low=2.0, cause="c", remedy="r", is_hint=True)
-    monkeypatch.setattr(collapse, "HEALTHY", (high,))
+    high = HealthyRange(pattern="monitor/*_constant", low=2.0, cause="c", remedy="r", is_hint=True)
+    monkeypatch.setattr(collapse, "HEALTHY_RANGES", (high,))
     cfg = replace(_config(dataset), num_steps=14, log_every=1)
     assert Trainer(cfg, tmp_path / "run", stop_on_collapse=True).train().step == 14
     said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("hint: ")]

@@ -22,7 +22,12 @@ from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.config.text import TextConfig
 from m3i_fast.config.vit import vit_demo
 from m3i_fast.engine import cuda_graphs as graphs
-from m3i_fast.engine.cuda_graphs import Graph, Graphed, capture_on_gpu, replay
+from m3i_fast.engine.cuda_graphs import (
+    CapturedCall,
+    GraphedMethod,
+    capture_on_gpu,
+    replay_with_graphs,
+)
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block
 from m3i_fast.models.transformer.vit import ViT
@@ -55,7 +60,7 @@ class Captures:
 
     def __call__(
         self, module: nn.Module, method: Callable[..., Tensor], inputs: tuple[Tensor, ...]
-    ) -> Graph:
+    ) -> CapturedCall:
         self.num_captured += 1
         with_grad = torch.is_grad_enabled()
         own = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
@@ -82,8 +87,10 @@ class Captures:
             output.copy_(kept[0].detach())
 
         if not with_grad:
-            return Graph(inputs=own, parameters=(), output=output, grad_output=None, grads=(),
-                         forward=_Pass(forward), backward=None)  # fmt: skip
+            return CapturedCall(
+                inputs=own, parameters=(), output=output, grad_output=None, grads=(),
+                forward=_Pass(forward), backward=None,
+            )  # fmt: skip
         static = iter([None if g is None else torch.full_like(g, torch.nan) for g in found])
         grads = tuple(next(static) if x.requires_grad else None for x in (*own, *parameters))
 
@@ -93,8 +100,10 @@ class Captures:
                                  [g for g in again if g is not None], strict=True):  # fmt: skip
                 mine.copy_(got)
 
-        return Graph(inputs=own, parameters=parameters, output=output, grad_output=grad_output,
-                     grads=grads, forward=_Pass(forward), backward=_Pass(backward))  # fmt: skip
+        return CapturedCall(
+            inputs=own, parameters=parameters, output=output, grad_output=grad_output,
+            grads=grads, forward=_Pass(forward), backward=_Pass(backward),
+        )  # fmt: skip
 
 
 def _config(name: str, dataset: Path, **changes: Any) -> TrainConfig:
@@ -110,7 +119,7 @@ def _train(cfg: TrainConfig, out: Path, captures: Captures | None) -> tuple[list
         losses.extend(v for k, v in values.items() if k.startswith(("loss/total", "gradient")))
 
     if captures is not None:
-        replay(trainer.train_step.model, CPU, captures)
+        replay_with_graphs(trainer.train_step.model, CPU, captures)
     trainer.train(keep)
     return losses, {k: v.clone() for k, v in trainer.objective.state_dict().items()}
 
@@ -134,7 +143,7 @@ def test_a_run_is_that_of_a_run_without_graphs_bit_for_bit(
 
 def test_calls_of_one_shape_within_a_step_keep_what_each_computed() -> None:
     captures, layer = Captures(), nn.Linear(3, 3)
-    graphed = Graphed(layer, layer.forward, captures)
+    graphed = GraphedMethod(layer, layer.forward, captures)
     for step in range(4):
         graphed.begin_step()
         first, second = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
@@ -155,7 +164,7 @@ class Bound(Captures):
 
     def __call__(
         self, module: nn.Module, method: Callable[..., Tensor], inputs: tuple[Tensor, ...]
-    ) -> Graph:
+    ) -> CapturedCall:
         self.nodes = {name: accumulates(p) for name, p in module.named_parameters()}
         self.memory = {name: p.data_ptr() for name, p in module.named_parameters()}
         return super().__call__(module, method, inputs)
@@ -173,7 +182,7 @@ def test_a_capture_goes_backward_through_no_node_that_is_alive() -> None:
     model[1].weight = model[0].weight  # shared
     own = dict(model.named_parameters())
     captures = Bound()
-    graphed = Graphed(model, model.forward, captures)
+    graphed = GraphedMethod(model, model.forward, captures)
     x = torch.randn(2, 3)
     for _ in range(3):
         graphed.begin_step()
@@ -192,12 +201,12 @@ def test_a_capture_goes_backward_through_no_node_that_is_alive() -> None:
 
 
 def test_a_capture_that_fails_leaves_the_parameters_in_their_places() -> None:
-    def fails(*_: Any) -> Graph:
+    def fails(*_: Any) -> CapturedCall:
         raise RuntimeError("no capture")
 
     layer = nn.Linear(3, 3)
     own = dict(layer.named_parameters())
-    graphed = Graphed(layer, layer.forward, fails)
+    graphed = GraphedMethod(layer, layer.forward, fails)
     graphed(torch.randn(2, 3))
     graphed.begin_step()
     with pytest.raises(RuntimeError, match="no capture"):
@@ -207,7 +216,7 @@ def test_a_capture_that_fails_leaves_the_parameters_in_their_places() -> None:
 
 def test_other_modes_of_a_call_have_graphs_of_their_own() -> None:
     captures, block = Captures(), Block(16, 2, drop_path=0.5)
-    graphed = Graphed(block, block.forward, captures)
+    graphed = GraphedMethod(block, block.forward, captures)
     x = torch.randn(4, 3, 16)
 
     def calls() -> list[Tensor]:
@@ -233,7 +242,7 @@ def test_other_modes_of_a_call_have_graphs_of_their_own() -> None:
 
 def test_further_shapes_are_not_captured_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
     captures, layer = Captures(), nn.Linear(3, 3)
-    graphed = Graphed(layer, layer.forward, captures)
+    graphed = GraphedMethod(layer, layer.forward, captures)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             for rows in range(1, graphs.MAX_GRAPHS + 5):
@@ -293,7 +302,7 @@ def test_a_captured_encoder_computes_what_it_did(body: str) -> None:
     torch.manual_seed(0)
     vit = ViT(vit_demo(drop_path_rate=0.3, dim=256, num_heads=4), layers=layers).cuda()
     encode = vit.encode
-    graphed = Graphed(vit, encode, capture_on_gpu)
+    graphed = GraphedMethod(vit, encode, capture_on_gpu)
     for step in range(4):
         graphed.begin_step()
         for call in range(2):

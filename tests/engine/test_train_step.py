@@ -25,7 +25,7 @@ from m3i_fast.engine.train_step import TrainStep, build_train_step
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.planning.calibration import step_seconds
 from m3i_fast.planning.memory import trace
-from m3i_fast.profiling.capture import NoControl, Windows, profile_steps
+from m3i_fast.profiling.capture import NoProfiler, Windows, profile_steps
 from tests.shared.engine.real_step import FP32
 from tests.shared.engine.small_run import small_run
 from tests.shared.source_files import FILES
@@ -42,7 +42,7 @@ def _train(cfg: TrainConfig, out: Path) -> None:
 def _profile(cfg: TrainConfig, out: Path) -> None:
     trainer = Trainer(cfg, out)
     try:
-        profile_steps(trainer, NoControl(), Windows(warmup=1, steps=1))
+        profile_steps(trainer, NoProfiler(), Windows(warmup=1, steps=1))
     finally:
         trainer.close()
 

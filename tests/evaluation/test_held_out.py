@@ -11,7 +11,7 @@ import torch
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import cdist, pdist
 
-from m3i_fast.evaluation.collect import small_pixels
+from m3i_fast.evaluation.feature_extraction import small_pixels
 from m3i_fast.evaluation.held_out import HeldOut, describe_held_out
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.near_duplicates import NEARER_THAN, thumbnail

@@ -13,17 +13,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from m3i_fast.evaluation.dense.patch_probe import DenseResult, mean_iou
-from m3i_fast.evaluation.features import Features, join
+from m3i_fast.evaluation.features import Features, concatenate
 from m3i_fast.evaluation.held_out import HeldOut
-from m3i_fast.evaluation.probes.chosen_settings import L2_STRENGTHS, Examples
+from m3i_fast.evaluation.probes.cross_validation import L2_STRENGTHS, Examples
 from m3i_fast.evaluation.probes.few_labels import few_label_hits
 from m3i_fast.evaluation.protocol import (
-    Measured,
-    compare,
+    SourceResults,
     evaluate_chance,
     evaluate_pixels,
     evaluate_split,
     measure_all,
+    tabulate_figures,
     trained_minus,
 )
 from m3i_fast.evaluation.retrieval.caption_bound import caption_bound
@@ -51,7 +51,7 @@ def _digits(noise: float, num_train: int = 600) -> tuple[Features, Features]:
 
 
 @cache
-def _measured() -> dict[str, Measured]:
+def _measured() -> dict[str, SourceResults]:
     encoders = {"trained": _digits(4.0), "untrained": _digits(16.0)}
     return measure_all(encoders, baselines=True)
 
@@ -76,7 +76,7 @@ def _sklearn_hits(train: Features, heldout: Features, field: str, *, k: int) -> 
 
 
 def test_figures_have_the_names_and_sources_that_are_published() -> None:
-    figures = compare(_measured(), _held_out())
+    figures = tabulate_figures(_measured(), _held_out())
     both = {"trained", "untrained", "chance"}
     for name in ("knn_top1", "few_label_top1", "few_label_knn_top1"):
         assert set(figures[name]) == both | {"pixels"}, name
@@ -110,7 +110,7 @@ def test_recalls_are_open_clips_each_way() -> None:
     train, heldout = _digits(16.0)
     image, text = (F.normalize(part, dim=-1) for part in (heldout.image, heldout.text))
     oracle = get_clip_metrics(image, text, torch.tensor(1.0))
-    figures = compare({"trained": evaluate_split(train, heldout)}, _held_out())
+    figures = tabulate_figures({"trained": evaluate_split(train, heldout)}, _held_out())
     for ours, theirs in (
         ("caption_to_image_recall_at_1", "text_to_image_R@1"),
         ("caption_to_image_recall_at_5", "text_to_image_R@5"),
@@ -197,7 +197,7 @@ def test_scenes_stand_beside_the_other_measures() -> None:
     results = {"trained": _scene_result(0, 0.9), "untrained": _scene_result(1, 0.6)}
     for source, result in results.items():
         measured[source].add_scenes(result, _held_out())
-    figures = compare(measured, _held_out())
+    figures = tabulate_figures(measured, _held_out())
     intervals = trained_minus(measured, _held_out())
     assert "scene_miou_hard" not in figures.keys() | intervals.keys()  # concepts are all even
     for source, result in results.items():
@@ -210,7 +210,10 @@ def test_scenes_stand_beside_the_other_measures() -> None:
 
 
 def test_intervals_are_around_the_differences_of_the_published_figures() -> None:
-    figures, intervals = compare(_measured(), _held_out()), trained_minus(_measured(), _held_out())
+    figures, intervals = (
+        tabulate_figures(_measured(), _held_out()),
+        trained_minus(_measured(), _held_out()),
+    )
     assert set(intervals["knn_top1"]) == {"untrained", "chance", "pixels"}
     assert set(intervals["caption_information_nats"]) == {"untrained", "chance"}
     assert "effective_rank" not in intervals
@@ -238,7 +241,7 @@ def test_p_values_are_corrected_for_the_comparisons_on_the_same_items() -> None:
         for who, p in (("trained", 0.6), ("untrained", 0.53), ("pixels", 0.55))
     }
     held_out = HeldOut(group=groups, cluster=groups, distance=torch.arange(400.0))
-    got = trained_minus({who: Measured(hits=of) for who, of in hits.items()}, held_out)
+    got = trained_minus({who: SourceResults(hits=of) for who, of in hits.items()}, held_out)
     for ending in ("", "_hard"):
         family = {
             (name, source): hits_interval(
@@ -252,7 +255,7 @@ def test_p_values_are_corrected_for_the_comparisons_on_the_same_items() -> None:
 
 
 def test_the_hard_half_is_measured_beside_the_whole() -> None:
-    figures, odd = compare(_measured(), _held_out()), torch.arange(300) % 2 == 1
+    figures, odd = tabulate_figures(_measured(), _held_out()), torch.arange(300) % 2 == 1
     for source, result in _measured().items():
         for name, values in (result.hits | result.nats).items():
             of_odd = values[odd & ~values.isnan()]
@@ -264,7 +267,9 @@ def test_without_embeddings_only_captions_are_left_out() -> None:
     train, heldout = (
         replace(part, image=part.image[:, :0], text=part.text[:, :0]) for part in _digits(4.0)
     )
-    figures = compare(measure_all({"trained": (train, heldout)}, baselines=True), _held_out())
+    figures = tabulate_figures(
+        measure_all({"trained": (train, heldout)}, baselines=True), _held_out()
+    )
     assert {"knn_top1", "linear_top1"} <= set(figures)
     assert not [name for name in figures if "recall" in name or "caption" in name]
 
@@ -284,7 +289,7 @@ def test_nats_and_overlaps_have_their_own_intervals() -> None:
     nats[0][:30] = nats[1][:30] = torch.nan
     overlap[:, 200:] = 0  # in no scene
     measured = {
-        who: Measured(hits=hits, nats={"nats": nats[i]}, overlap={"miou": overlap[i]})
+        who: SourceResults(hits=hits, nats={"nats": nats[i]}, overlap={"miou": overlap[i]})
         for i, who in enumerate(("trained", "untrained"))
     }
     held_out = HeldOut(group=groups, cluster=groups // 3, distance=torch.arange(300.0))
@@ -347,7 +352,7 @@ def test_features_that_are_not_finite_are_refused() -> None:
 
 def test_parts_are_joined_row_by_row() -> None:
     train, heldout = _digits(4.0)
-    both = join([train, heldout])
+    both = concatenate([train, heldout])
     assert torch.equal(both.pixels[600:], heldout.pixels)
     assert torch.equal(both.captioned[:600], train.captioned)
     assert torch.equal(both.group, torch.arange(900))

@@ -14,9 +14,9 @@ from m3i_fast.evaluation.statistics import (
     holm,
     spread,
     values_interval,
-    variance_parts,
+    variance_components,
 )
-from m3i_fast.evaluation.student import student_quantile, student_tail
+from m3i_fast.evaluation.student_t import student_quantile, student_tail
 
 
 def _hits(num: int = 240) -> tuple[np.ndarray, np.ndarray]:
@@ -128,7 +128,7 @@ def test_parts_are_the_mean_squares_of_an_analysis_of_variance() -> None:
     squares = np.array(
         [50 * rows.var(ddof=1), 4 * columns.var(ddof=1), (rest**2).sum() / (3 * 49)]
     ) / (4 * 50)
-    got = variance_parts(delta, np.arange(50))
+    got = variance_components(delta, np.arange(50))
     assert (got.seeds, got.items, got.both) == pytest.approx(tuple(squares), rel=1e-9)
     total = squares[0] + squares[1] - squares[2]
     assert got.total == pytest.approx(total)

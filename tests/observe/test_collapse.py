@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.observe.collapse import (
-    HEALTHY,
+    HEALTHY_RANGES,
     HINT_ROWS,
     HINT_STEPS,
     PATIENCE,
     CollapseWatch,
-    healthy,
+    healthy_range,
 )
 from m3i_fast.observe.metrics import read_jsonl
 
@@ -31,7 +31,7 @@ def _spoken(rows: list[dict[str, float]], first_step: int = 0) -> list[tuple[int
     return [
         (step, collapse.name)
         for step, row in enumerate(rows, start=1)
-        for collapse in watch.see(step, row)
+        for collapse in watch.new_collapses(step, row)
     ]
 
 
@@ -55,7 +55,11 @@ def test_what_is_not_a_number_is_out_of_range() -> None:
 
 def test_the_warning_names_metric_value_range_cause_and_setting() -> None:
     watch = CollapseWatch(first_step=0)
-    found = [c for step in (5, 10, 15) for c in watch.see(step, {"monitor/b_log_scale": 2500.0})]
+    found = [
+        c
+        for step in (5, 10, 15)
+        for c in watch.new_collapses(step, {"monitor/b_log_scale": 2500.0})
+    ]
     text = str(found[0])
     for part in ("step 15", "monitor/b_log_scale = 2500", "0.999 to 100.1", "saturated"):
         assert part in text
@@ -71,7 +75,7 @@ def _hinted(rows: Rows, first_step: int = 0, every: int = 20) -> list[tuple[int,
     return [
         (step, hint.name)
         for step, row in zip(steps, rows, strict=True)
-        for hint in watch.hints(step, row)
+        for hint in watch.new_hints(step, row)
     ]
 
 
@@ -123,34 +127,34 @@ def test_a_term_is_starved_beside_one_that_few_pictures_have(pull: float, is_sta
 def test_a_watch_that_goes_on_says_what_the_whole_one_does() -> None:
     rows = read_jsonl(RUNS / "starved.jsonl")
     whole = CollapseWatch(first_step=12)
-    expected = [h for row in rows for h in whole.hints(int(row["step"]), row)]
+    expected = [h for row in rows for h in whole.new_hints(int(row["step"]), row)]
     parts, found = CollapseWatch(first_step=12), []
     for row in rows:
-        found += parts.hints(int(row["step"]), row)
+        found += parts.new_hints(int(row["step"]), row)
         state = json.loads(json.dumps(parts.state_dict()))
         parts = CollapseWatch(first_step=12)
         parts.load_state_dict(state)
     assert found == expected and parts.state_dict() == whole.state_dict()
     old = CollapseWatch(first_step=0)
     old.load_state_dict({"monitor/target_rank": 2})  # of a checkpoint without hints
-    assert [c.name for c in old.see(1, BAD)] == ["monitor/target_rank"]
+    assert [c.name for c in old.new_collapses(1, BAD)] == ["monitor/target_rank"]
 
 
 def test_a_hint_says_what_to_change() -> None:
     watch = CollapseWatch(first_step=0)
     row = POOR | {"gradient/dense": 1e-3, "gradient/label": 1.0}
-    found = {h.name: str(h) for step in range(20, 300, 20) for h in watch.hints(step, row)}
+    found = {h.name: str(h) for step in range(20, 300, 20) for h in watch.new_hints(step, row)}
     for part in ("step 200", "= 0.9 in the mean", "at most 0.7", "one vector", "standardise"):
         assert part in found["monitor/intra_constant"]
     assert "objective.balance.mode gradient_norm" in found["gradient_share/dense"]
     assert "pull the encoder apart" in found["gradient_cosine/a_b"]
 
 
-@pytest.mark.parametrize("entry", HEALTHY, ids=lambda entry: entry.pattern)
+@pytest.mark.parametrize("entry", HEALTHY_RANGES, ids=lambda entry: entry.pattern)
 def test_every_range_is_found_by_name_and_has_a_bound(entry) -> None:  # type: ignore[no-untyped-def]
     name = entry.pattern.replace("*", "caption")
-    assert healthy(name) is entry
+    assert healthy_range(name) is entry
     bounds = [bound for bound in (entry.low, entry.high) if math.isfinite(bound)]
     assert bounds and all(entry.holds(bound) for bound in bounds)
     assert all(f"{bound:g}" in entry.text for bound in bounds)
-    assert healthy("loss/total") is None
+    assert healthy_range("loss/total") is None

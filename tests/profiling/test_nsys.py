@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.profiling.diff import compare, markdown
+from m3i_fast.profiling.diff import compare_profiles, markdown
 from m3i_fast.profiling.nsys import read_nsys
 from m3i_fast.profiling.summary import Pace, Peak, summarise
 from tests.shared.nsys_files import Schema, write_export
@@ -94,9 +94,15 @@ def test_a_run_that_profiling_slowed_is_warned_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
-        ("DROP TABLE CUPTI_ACTIVITY_KIND_KERNEL", "no table CUPTI_ACTIVITY_KIND_KERNEL.*=cuda"),
-        ("DROP TABLE CUPTI_ACTIVITY_KIND_RUNTIME", "no table CUPTI_ACTIVITY_KIND_RUNTIME.*=cuda"),
-        ("DROP TABLE NVTX_EVENTS", "no table NVTX_EVENTS.*--trace=nvtx"),
+        (
+            "DROP TABLE CUPTI_ACTIVITY_KIND_KERNEL",
+            "expected a table CUPTI_ACTIVITY_KIND_KERNEL.*=cuda",
+        ),
+        (
+            "DROP TABLE CUPTI_ACTIVITY_KIND_RUNTIME",
+            "expected a table CUPTI_ACTIVITY_KIND_RUNTIME.*=cuda",
+        ),
+        ("DROP TABLE NVTX_EVENTS", "expected a table NVTX_EVENTS.*--trace=nvtx"),
         (
             "ALTER TABLE CUPTI_ACTIVITY_KIND_KERNEL DROP COLUMN correlationId",
             "CUPTI_ACTIVITY_KIND_KERNEL has no column correlationId; it has .*streamId",
@@ -143,7 +149,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_planted_slowdown_is_found(tmp_path: Path) -> None:
     a = _summary(write_export(tmp_path / "a.sqlite", "old"))
     b = _summary(write_export(tmp_path / "b.sqlite", "new", slow=120))
-    found = compare(a, b)
+    found = compare_profiles(a, b)
     first, *others = found.kernels
     assert first.name == "at::native::vectorized_elementwise_kernel"
     assert first.delta_ms == pytest.approx(0.12) and first.why == "slower calls"

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from m3i_fast.ops import boltzmann, gaussian
 from m3i_fast.profiling.kernel_families import FAMILIES, family, normalised
 from m3i_fast.profiling.operator_costs import CONVOLUTIONS
-from m3i_fast.profiling.recording import Inside, Interval, length, overlap, own_times, union
+from m3i_fast.profiling.recording import HostRange, StageLookup, length, overlap, self_times, union
 from m3i_fast.profiling.summary import Pace, summarise
 from m3i_fast.profiling.torch_trace import read_trace
 from tests.shared.flop_formulas import FORMULAS
@@ -85,7 +85,7 @@ def test_flops_are_those_that_torch_counts(trace: Path) -> None:
     heads = (1, HEADS, N, D // HEADS)
     attention = sdpa_flop_count(heads, heads, heads)
     attention += sdpa_backward_flop_count(heads, heads, heads, heads)
-    work = read_trace(trace).work
+    work = read_trace(trace).activities
     ours = sum(w.flops for w in work if w.name.startswith("m3i::"))
     theirs = sum(w.flops for w in work) - ours
     assert theirs == 2 * (counter.get_total_flops() + attention)
@@ -123,7 +123,7 @@ def test_flops_of_other_operators_are_those_that_torch_counts(
             work()
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     assert counter.get_total_flops() > 0
-    assert sum(w.flops for w in read_trace(tmp_path / "trace.json").work) == (
+    assert sum(w.flops for w in read_trace(tmp_path / "trace.json").activities) == (
         counter.get_total_flops()
     )
 
@@ -136,7 +136,7 @@ def test_arguments_of_convolutions_stand_where_torch_has_them(name: str) -> None
 
 
 def test_bytes_are_of_the_arguments(trace: Path) -> None:
-    products = [w for w in read_trace(trace).work if w.name == "aten::addmm"]
+    products = [w for w in read_trace(trace).activities if w.name == "aten::addmm"]
     assert {w.num_bytes for w in products} == {4 * (D + N * D + D * D)}
 
 
@@ -256,17 +256,17 @@ def test_unions_and_overlaps_are_those_of_sets() -> None:
 
 def test_own_times_sum_to_the_time_that_any_is_open() -> None:
     intervals = [
-        Interval("outer", 0, 100, 1),
-        Interval("inner", 10, 40, 1),
-        Interval("innermost", 20, 30, 1),
-        Interval("second", 50, 120, 1),  # reaches over its end
-        Interval("elsewhere", 0, 100, 2),
+        HostRange("outer", 0, 100, 1),
+        HostRange("inner", 10, 40, 1),
+        HostRange("innermost", 20, 30, 1),
+        HostRange("second", 50, 120, 1),  # reaches over its end
+        HostRange("elsewhere", 0, 100, 2),
     ]
-    assert own_times(intervals) == [20, 20, 10, 50, 100]
+    assert self_times(intervals) == [20, 20, 10, 50, 100]
 
 
 def test_the_innermost_interval_is_found() -> None:
-    inside = Inside([Interval("outer", 10, 100), Interval("inner", 20, 30)])
+    inside = StageLookup([HostRange("outer", 10, 100), HostRange("inner", 20, 30)])
     found = [inside(moment) for moment in (5, 10, 20, 29, 30, 99, 100)]
     between = "between stages"
     assert found == [between, "outer", "inner", "inner", "outer", "outer", between]

@@ -12,10 +12,10 @@ from m3i_fast.report.figures import (
     bars,
     curve,
     curves,
-    found_within,
     gradient_shares,
     how_drawn,
     plotly_source,
+    recall_curve,
     time_shares,
 )
 from m3i_fast.report.verdict import judge
@@ -57,7 +57,7 @@ def test_a_long_run_is_averaged_not_thinned() -> None:
 def test_captions_are_counted_when_their_picture_is_among_the_nearest() -> None:
     """The recall at every k, by open_clip's way to count it: ranks below k."""
     ranks = {"trained": [0, 0, 2, 1, 7, 0, 3, 9, 4, 0], "untrained": [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]}
-    panel = found_within(ranks)
+    panel = recall_curve(ranks)
     drawn = {trace["name"]: trace for trace in panel.figure["data"]}
     for who, of in (ranks | {"chance": list(range(10))}).items():
         assert drawn[who]["x"] == list(range(1, 11))

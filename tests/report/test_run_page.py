@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3i_fast.observe.collapse import healthy
+from m3i_fast.observe.collapse import healthy_range
 from m3i_fast.report.run_page import MixedPair, ReportInputs, write_report
 from tests.report import sample_run
 from tests.shared.chromium import check_page, skip_reason
@@ -91,7 +91,7 @@ def test_monitors_show_their_healthy_range(page: Path) -> None:
         name: [(s["y0"], s["y1"]) for s in figures[name]["layout"].get("shapes", [])]
         for name in ("monitor-target_rank", "monitor-caption_log_scale", "loss-total")
     }
-    rank, scale = healthy("monitor/target_rank"), healthy("monitor/caption_log_scale")
+    rank, scale = healthy_range("monitor/target_rank"), healthy_range("monitor/caption_log_scale")
     assert rank and scale
     assert drawn == {
         "monitor-target_rank": [(rank.low, rank.low)],

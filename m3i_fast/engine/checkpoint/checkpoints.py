@@ -1,11 +1,11 @@
-"""Checkpoints: a directory a step, safetensors and JSON only, found by what their manifests say.
+"""Checkpoints: a directory a step, of safetensors and JSON files alone, listed in a manifest.
 
 step_00000100/  manifest.json (version, step, size and SHA-256 of every file)
                 model/ optimizer/ state/, in each a file a rank: 00001-of-00002.safetensors
 latest          a file with the name of the newest one, replaced last; for people and scripts
 
-Before there were manifests a directory held model.safetensors, optimizer.safetensors and
-state.json; those are read still.
+Older checkpoints have no manifest: their directory holds model.safetensors, optimizer.safetensors
+and state.json, which are still read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from m3i_fast.engine.checkpoint.files import STATE_SHAPE, expect_only, missing, read_manifest
+from m3i_fast.engine.checkpoint.layout import (
+    STATE_SHAPE,
+    expect_only,
+    missing_file,
+    read_manifest,
+)
 from m3i_fast.engine.checkpoint.shard_files import MANIFEST, PARTS, STATE, SUFFIX, Shards
 from m3i_fast.engine.optim.optimizers import Optimizers
 from m3i_fast.json_files import read_json
@@ -34,16 +39,18 @@ T = TypeVar("T")
 POINTER = "latest"
 _NAME = re.compile(r"step_(\d{8})")
 _OLD_FILES = (*(f"{part}{SUFFIX}" for part in PARTS), f"{STATE}.json")
-_NO_MOMENTS = "none"  # field of a parameter that has had no gradient yet
+_NO_MOMENTS = "none"  # field of a parameter without state: it has had no gradient yet
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
+    """The checkpoint in a directory `step_00000000`, which need not be complete."""
+
     path: Path
 
     @property
     def step(self) -> int:
-        """Optimiser steps taken."""
+        """Return the number of optimiser steps taken."""
         match = _NAME.fullmatch(self.path.name)
         if match is None:
             raise ValueError(f"{self.path}: expected a directory named step_00000000")
@@ -51,20 +58,20 @@ class Checkpoint:
 
     @property
     def is_old(self) -> bool:
-        """Of the layout of before there were manifests."""
+        """Return whether the directory has the older layout, without a manifest."""
         return not os.path.lexists(self.path / MANIFEST) and any(
             os.path.lexists(self.path / name) for name in _OLD_FILES
         )
 
     def manifest(self) -> dict[str, Any]:
-        """Read the manifest; ValueError names what is wrong with it."""
+        """Read the manifest; raise ValueError naming what is wrong with it."""
         return read_manifest(self.path, self.step)
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 by name, as the manifest says, or {} by name in the old layout.
+        """Return size and SHA-256 by file name from the manifest, or {} by name in the old layout.
 
-        Raises ValueError where the directory holds anything else, which nothing may read, and
-        FileNotFoundError where it lacks one.
+        Raises ValueError where the directory holds any other file, and FileNotFoundError where it
+        lacks one.
         """
         if self.is_old:
             expect_only(self.path, _OLD_FILES)
@@ -74,20 +81,20 @@ class Checkpoint:
         return files
 
     def verify(self) -> None:
-        """Read every byte; ValueError or FileNotFoundError names the file and what is wrong."""
+        """Read every byte; raise ValueError or FileNotFoundError naming the file and the damage."""
         for name, expected in self.files().items():
             path = self.path / name
             if expected and (size := path.stat().st_size) != expected["size"]:
                 raise ValueError(f"{path}: damaged: {size} bytes of {expected['size']}")
             if expected and asdict(digest(path)) != expected:
                 raise ValueError(f"{path}: damaged: its SHA-256 is not that of the manifest")
-        for part in PARTS:  # a header says how long its file is: one that was cut short is seen
+        for part in PARTS:  # a header holds the length of its file, so a truncated one is detected
             self.shards(part)
         for path in self._state_paths():
             read_json(path, STATE_SHAPE)
 
     def damage(self) -> str | None:
-        """What `verify` finds; None when all is good."""
+        """Return the message of the error that `verify` raises; None where all is good."""
         try:
             self.verify()
         except (ValueError, OSError) as error:
@@ -95,9 +102,9 @@ class Checkpoint:
         return None
 
     def state(self, rank: int | None = None) -> dict[str, Any]:
-        """The JSON state of a rank: the loader's position, generators, monitors, config.
+        """Return the JSON state of a rank: the loader's position, generators, monitors, config.
 
-        Of this process's rank unless given; of the first where fewer ranks saved.
+        rank: this process's where it is None. A rank that did not save gets the state of the first.
         """
         if rank is None:
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -106,33 +113,33 @@ class Checkpoint:
         return state
 
     def _state_paths(self) -> list[Path]:
-        """The states in the order of the ranks, at least one."""
-        found = self._paths(STATE)
-        if not found:
-            raise missing(self.path / STATE)
-        return found
+        """Return the state files in the order of the ranks, at least one."""
+        paths = self._paths(STATE)
+        if not paths:
+            raise missing_file(self.path / STATE)
+        return paths
 
     def _paths(self, part: str) -> list[Path]:
-        """The files of "model", "optimizer" or "state", in the order of the ranks."""
-        beginning = f"{part}{'.' if self.is_old else '/'}"
-        return [self.path / name for name in sorted(self.files()) if name.startswith(beginning)]
+        """Return the files of "model", "optimizer" or "state" in the order of the ranks."""
+        prefix = f"{part}{'.' if self.is_old else '/'}"
+        return [self.path / name for name in sorted(self.files()) if name.startswith(prefix)]
 
     def load_model(self, model: nn.Module) -> None:
-        """Load all parameters and buffers, strictly; of a sharded model this rank's part."""
+        """Load all parameters and buffers, strictly; of a sharded model this rank's shards."""
         shards, targets = self.shards("model"), model.state_dict()
         _expect_same(self.path, "model and checkpoint", targets, shards.sizes)
         shards.read_into(targets)
 
     def load_optimizer(self, model: nn.Module, optimizer: Optimizers) -> None:
-        """Load the moments of every trainable parameter, by name."""
+        """Load the optimiser state of every trainable parameter, by name."""
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         shards = self.shards("optimizer")
-        fields: dict[str, dict[str, str]] = {}  # of every name: field -> key
+        fields: dict[str, dict[str, str]] = {}  # parameter's name -> field -> key
         for key in shards.sizes:
             name, _, field = key.rpartition("/")
-            of_name = fields.setdefault(name, {})
+            keys_by_field = fields.setdefault(name, {})
             if field != _NO_MOMENTS:
-                of_name[field] = key
+                keys_by_field[field] = key
         _expect_same(self.path, "optimizer state and model", fields, named)
         moments = {
             key: _moment(named[name], shards.sizes[key], shards.dtypes[key])
@@ -145,12 +152,12 @@ class Checkpoint:
                 optimizer.state[named[name]] = {f: moments[key] for f, key in keys.items()}
 
     def shards(self, part: str) -> Shards:
-        """The stored tensors of "model" (by name) or "optimizer" (by `NAME/FIELD`)."""
+        """Return the stored tensors of "model" (by name) or "optimizer" (by `NAME/FIELD`)."""
         return Shards(self._paths(part), self.path / part)
 
 
 def tensors_of(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
-    """All that is saved of them, by `model/NAME` and `optimizer/NAME/FIELD`."""
+    """Return all tensors that are saved, by `model/NAME` and `optimizer/NAME/FIELD`."""
     model_part, optimizer_part = PARTS
     tensors = {f"{model_part}/{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
@@ -163,7 +170,7 @@ def tensors_of(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
 
 
 def checkpoints(directory: Path) -> list[Checkpoint]:
-    """All checkpoints, oldest first, unverified; what is still being written has another name."""
+    """Return all checkpoints, oldest first, unverified; one in flight has another name."""
     if not directory.is_dir():
         return []
     paths = (path for path in directory.iterdir() if _NAME.fullmatch(path.name))
@@ -173,16 +180,17 @@ def checkpoints(directory: Path) -> list[Checkpoint]:
 def latest(
     directory: Path, group: dist.ProcessGroup | None = None, *, up_to: int | None = None
 ) -> Checkpoint:
-    """The newest good checkpoint: every byte of it is read, and damaged ones are warned of.
+    """Return the newest good checkpoint; every byte of it is read, and damaged ones are warned of.
 
-    up_to: of no more steps than these. With a group all its ranks call this, and one of them reads.
-    Raises FileNotFoundError when there is none, ValueError with a reason each when none is good.
+    up_to: consider checkpoints of at most so many steps. With a group all its ranks call this, and
+    one of them reads. Raises FileNotFoundError when there is no checkpoint, and ValueError with the
+    reason of each when none is good.
     """
     return on_first_rank(group, lambda: _latest(directory, up_to))
 
 
 def on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]) -> T:
-    """What `function` returns or raises on the first rank of `group`, on all of them."""
+    """Return or raise on all ranks of `group` what `function` returns or raises on the first."""
     if group is None:
         return function()
     outcome: list[Any] = [None, None]
@@ -198,11 +206,11 @@ def on_first_rank(group: dist.ProcessGroup | None, function: Callable[[], T]) ->
 
 
 def _latest(directory: Path, up_to: int | None) -> Checkpoint:
-    found = [c for c in checkpoints(directory) if up_to is None or c.step <= up_to]
-    if not found:
+    candidates = [c for c in checkpoints(directory) if up_to is None or c.step <= up_to]
+    if not candidates:
         raise FileNotFoundError(f"no checkpoint in {directory}: expected a directory step_00000000")
     reasons: list[str] = []
-    for candidate in reversed(found):
+    for candidate in reversed(candidates):
         reason = candidate.damage()
         if reason is None:
             for skipped in reasons:
@@ -213,7 +221,7 @@ def _latest(directory: Path, up_to: int | None) -> Checkpoint:
 
 
 def _moment(parameter: Tensor, size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Where a moment is read to: sharded as its parameter, if it has its shape.
+    """Return an empty tensor for a moment: sharded as its parameter, if it has its shape.
 
     A fused optimiser keeps its step counts on the parameter's device as well.
     """

@@ -1,7 +1,7 @@
-"""Saving: copy to host buffers, write in a thread, commit, and delete what is too many.
+"""Saving: copy to host buffers, write in a thread, commit, and delete surplus checkpoints.
 
-A step waits for the copy alone. The order in which things become durable is: every file, the
-manifest, their directories, the name of the checkpoint, the pointer; only then older ones go.
+A training step waits for the copy alone. The order of durability is: every file, the manifest,
+their directories, the name of the checkpoint, the pointer; older checkpoints are deleted only then.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Writes the checkpoints of one run into `directory`, one at a time.
 
-    Where torch.distributed is initialised all ranks make one and call its methods alike. An error
-    of a save in the background is logged when it happens and raised by the next `save`, `wait` or
-    `close`; the older checkpoints are as they were.
+    Where torch.distributed is initialised, all ranks create a Saver and call its methods alike. An
+    error of a save in the background is logged when it happens and raised by the next `save`,
+    `wait` or `close`; earlier checkpoints are untouched.
     """
 
     def __init__(
@@ -47,25 +47,27 @@ class Saver:
         keep_best: bool = False,
         background: bool = False,
     ) -> None:
-        """keep: newest ones kept. keep_every: those of every so many steps are kept as well, and
-        keep_best the one whose state has the lowest log.score.
+        """Prepare to save; `background` saves in a thread from host copies.
+
+        keep: number of newest checkpoints to keep. keep_every: also keep those at multiples of so
+        many steps. keep_best: also keep the one whose state has the lowest log.score.
         """
         self.directory, self._keep = directory, keep
         self._keep_every, self._keep_best = keep_every, keep_best
         self._host = HostCopy() if background else None
-        # Of its own, since the thread's messages must not mix with those of the training step.
+        # A process group of its own: the thread's messages must not mix with the training step's.
         distributed = dist.is_available() and dist.is_initialized()
         self.group = dist.new_group(backend="gloo") if distributed else None
         self.is_first = self.group is None or dist.get_rank(self.group) == 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.saved_step: int | None = None
-        """The last step that was given to `save`, or that a run was resumed at."""
+        """Step that `save` was last called with, or that the run was resumed at."""
 
     def save(
         self, *, step: int, model: nn.Module, optimizer: Optimizers, state: dict[str, Any]
     ) -> None:
-        """Save, or begin to; a step that is saved already is not saved again."""
+        """Save, or start a save in the background; a step is saved once."""
         if step == self.saved_step:
             return
         self.wait()
@@ -77,11 +79,11 @@ class Saver:
             self._thread = threading.Thread(
                 target=self._write_in_background, args=(step, content), name=f"save-{step}"
             )
-            self._thread.start()  # no daemon: the interpreter waits for it at its exit
+            self._thread.start()  # not a daemon: the interpreter waits for it at exit
         self.saved_step = step
 
     def forget_after(self, checkpoint: Checkpoint) -> None:
-        """Delete later ones and go on from this; nothing may be in flight."""
+        """Delete checkpoints later than this one, which the run continues from."""
         self.wait()
         if self.is_first:
             self._point_to(checkpoint)
@@ -92,11 +94,11 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a save is in flight."""
+        """Return whether a save is in flight."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until nothing is being written; raises the error of what was."""
+        """Wait for the save in flight; raise its error, if it had one."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -105,7 +107,7 @@ class Saver:
             raise error
 
     def close(self) -> None:
-        """Wait, and let go of the buffers."""
+        """Wait for the save in flight and release the host buffers."""
         self.wait()
         self._host = None
 
@@ -143,7 +145,7 @@ class Saver:
             raise
 
     def _sweep(self) -> None:
-        """What killed runs left half written or half deleted: one run at a time is here."""
+        """Delete what killed runs left half written or half deleted."""
         for folder in self.directory.glob(".step_*"):
             remove_directory(folder)
         for file in self.directory.glob(f".{POINTER}.tmp-*"):
@@ -155,22 +157,22 @@ class Saver:
         if path.exists() and checkpoint.damage() is None:
             remove_directory(temporary)
         else:
-            if path.exists():  # passed over when this run was resumed
+            if path.exists():  # damaged, and skipped when this run was resumed
                 for earlier in self._up_to(checkpoint.step - 1)[-1:]:
                     self._point_to(earlier)
                 remove_directory(path)
             os.rename(temporary, path)
             sync(path.parent)
         self._point_to(checkpoint)
-        found = self._up_to(checkpoint.step)
-        scored = [c for c in found if self._keep_best and _score(c) < math.inf]
+        candidates = self._up_to(checkpoint.step)
+        scored = [c for c in candidates if self._keep_best and _score(c) < math.inf]
         best = min(scored, key=_score, default=None)
-        for old in found[: -self._keep]:
+        for old in candidates[: -self._keep]:
             if old != best and (not self._keep_every or old.step % self._keep_every):
                 remove_directory(old.path)
 
     def _up_to(self, step: int) -> list[Checkpoint]:
-        """Later ones do not count: they were passed over as damaged when this run was resumed."""
+        """Return checkpoints up to `step`; later ones were damaged when this run was resumed."""
         return [c for c in checkpoints(self.directory) if c.step <= step]
 
     def _point_to(self, checkpoint: Checkpoint) -> None:
@@ -178,7 +180,7 @@ class Saver:
 
 
 def _score(checkpoint: Checkpoint) -> float:
-    """The lower the better; infinite where there is none, or none that can be read."""
+    """Return the score, lower is better; infinity where there is none or it cannot be read."""
     try:
         score = checkpoint.state(rank=0).get("log", {}).get("score")
     except (ValueError, OSError):
@@ -187,20 +189,20 @@ def _score(checkpoint: Checkpoint) -> float:
 
 
 class HostCopy:
-    """Copies in host memory, pinned where they come from a GPU; the buffers are made once."""
+    """Copies of tensors in reused host buffers, pinned for tensors on a GPU."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of each, valid until the next call; returns when all are copied."""
+        """Copy this rank's local shards, valid until the next call; wait for the copies."""
         copies = {}
         for name, tensor in tensors.items():
-            part = _local(tensor)
+            shard = _local(tensor)
             buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
-                buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-            copies[name] = buffer.copy_(part, non_blocking=True)
+            if buffer is None or buffer.shape != shard.shape or buffer.dtype != shard.dtype:
+                buffer = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=shard.is_cuda)
+            copies[name] = buffer.copy_(shard, non_blocking=True)
         self._buffers = copies
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
@@ -208,5 +210,5 @@ class HostCopy:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part.detach()
+    shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return shard.detach()

@@ -1,8 +1,8 @@
-"""A checkpoint's files: torch's distributed checkpoint over safetensors, a file a rank.
+"""Files of a checkpoint: torch's distributed checkpoint over safetensors, a file a rank.
 
-torch plans who writes which part of which tensor, and reads the parts again on any number of ranks.
-Its own writer of safetensors makes a copy of all bytes while it holds the GIL (1.1 s of 512 MiB,
-`m3i-fast bench checkpoint`), which stops a training step; the same files are written here.
+torch plans which rank writes which shard of which tensor, and reads the shards again on any number
+of ranks. Its own writer of safetensors copies all bytes while it holds the GIL (1.1 s for 512 MiB,
+`m3i-fast bench checkpoint`), which stops a training step, so the same files are written here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.futures import Future
 
 from m3i_fast.storage import Digest, make_directories, sync, write_durably
 
-PARTS = ("model", "optimizer")  # folders; a tensor's key begins with that of its part
+PARTS = ("model", "optimizer")  # folders; a tensor's key begins with the name of its folder
 STATE = "state"
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -54,14 +54,14 @@ _DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What one rank has to write; keys of tensors are `model/NAME` or `optimizer/NAME/FIELD`."""
+    """What one rank writes; keys of tensors are `model/NAME` or `optimizer/NAME/FIELD`."""
 
     tensors: Mapping[str, Tensor]
-    """The live ones: they say what is whose, and their values are not read."""
+    """The live tensors; torch plans by their sharding, and their values are not read."""
     values: Mapping[str, Tensor]
-    """The same keys: this rank's part of each, on any device."""
+    """The values under the same keys: this rank's local shard of each, on any device."""
     state: dict[str, Any]
-    """JSON-able, of this rank."""
+    """State of this rank; JSON-able."""
 
 
 def write_shards(
@@ -72,9 +72,10 @@ def write_shards(
     group: dist.ProcessGroup | None,
     commit: Callable[[], None],
 ) -> None:
-    """Make `directory` and fill it, then call `commit` on the first rank.
+    """Create `directory`, write all files into it, then call `commit` on the first rank.
 
-    All ranks of `group` call this; an error on any rank is raised on all, and nothing is committed.
+    All ranks of `group` call this. An error on any rank is raised on all of them, and nothing is
+    committed.
     """
     planner, writer = _Planner(content.values), _Writer(directory, content.state, step, commit)
     if group is None:
@@ -85,37 +86,43 @@ def write_shards(
         return
     try:
         dcp.save(dict(content.tensors), storage_writer=writer, planner=planner, process_group=group)
-    except CheckpointException as error:  # not an Exception, says torch
+    except CheckpointException as error:  # derives from BaseException alone
         reasons = (f"rank {rank}: {reason}" for rank, (reason, _) in error.failures.items())
         raise OSError(f"step {step}: no checkpoint written: {'; '.join(reasons)}") from None
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans by the live tensors, hands out the values of their copies."""
+    """Plans by the live tensors and resolves to the values of their copies."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._values = values
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """Return the copied value of a planned tensor."""
         return self._values[index.fqn]
 
 
 class _Writer(StorageWriter):
+    """Writes the files of this rank, and on the first rank the directories and the manifest."""
+
     def __init__(
         self, directory: Path, state: dict[str, Any], step: int, commit: Callable[[], None]
     ) -> None:
         self._directory, self._state, self._step, self._commit = directory, state, step, commit
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None: ...
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Do nothing: a writer serves one save."""
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None: ...
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: there is no state to set up."""
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan unchanged."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the first rank, before any rank writes."""
+        """Create the directories and name each rank's files, on the first rank, before writing."""
         make_directories(self._directory)
         for folder in (*PARTS, STATE):
             (self._directory / folder).mkdir()
@@ -123,6 +130,7 @@ class _Writer(StorageWriter):
         return [replace(plan, storage_data=n) for plan, n in zip(plans, names, strict=True)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files durably; the results hold their size and SHA-256."""
         written: dict[str, Digest] = {}
         for part in PARTS:
             items = [item for item in plan.items if item.index.fqn.startswith(f"{part}/")]
@@ -139,7 +147,7 @@ class _Writer(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank, after all have written."""
+        """Write the manifest on the first rank, after all ranks have written, and commit."""
         files = {r.index.fqn: asdict(r.storage_data) for rank in results for r in rank}
         manifest = {
             "version": VERSION,
@@ -154,11 +162,12 @@ class _Writer(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Accept any id: the directory is given to the constructor."""
         return True
 
 
 def _safetensors(items: list[WriteItem], planner: SavePlanner) -> Iterator[bytes | memoryview]:
-    """A file's bytes: header and tensors, one after the other."""
+    """Yield a file's bytes: the header, then one tensor after another."""
     # The widest types first, as safetensors' own writer does: all stay aligned.
     items = sorted(items, key=lambda i: (-_data(i).properties.dtype.itemsize, i.index.fqn))
     header: dict[str, Any] = {}
@@ -167,9 +176,11 @@ def _safetensors(items: list[WriteItem], planner: SavePlanner) -> Iterator[bytes
         name, data = item.index.fqn.partition("/")[2], _data(item)
         dtype, shape = data.properties.dtype, list(data.chunk.sizes)
         if dtype not in _DTYPES:
-            raise ValueError(f"{name}: {dtype} has no name in safetensors")
+            raise ValueError(
+                f"{name}: expected a dtype that safetensors has a name for, got {dtype}"
+            )
         if name in header:
-            raise ValueError(f"{name}: expected one part of it on a rank, got several")
+            raise ValueError(f"{name}: expected one shard of it on a rank, got several")
         begin, end = end, end + data.chunk.sizes.numel() * dtype.itemsize
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
         offsets[name] = {"saved_offsets": list(data.chunk.offsets)}
@@ -195,14 +206,17 @@ def _data(item: WriteItem) -> Any:
 
 
 _DAMAGED = (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What torch raises of a header that is not as it writes it."""
+"""Errors that torch raises for a header that differs from those it writes."""
 
 
 class Shards:
-    """The tensors in files of safetensors, each tensor whole in one or in parts over several."""
+    """The tensors in safetensors files, each whole in one file or sharded over several."""
 
     def __init__(self, files: Sequence[Path], path: Path) -> None:
-        """path: what an error names several by. ValueError names what is damaged."""
+        """Read the headers; raise ValueError naming what is damaged.
+
+        path: names several files in errors.
+        """
         self.path, self._files = files[0] if len(files) == 1 else path, files
         try:
             stored = _Reader(files).read_metadata().state_dict_metadata
@@ -214,7 +228,10 @@ class Shards:
             self.sizes[name], self.dtypes[name] = entry.size, entry.properties.dtype
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
-        """Fill every target, in place: its own part where it is a DTensor. Asks no other rank."""
+        """Fill every target in place, a DTensor's local shard alone, without another rank's help.
+
+        Raises ValueError naming the tensor with both shapes, or the file that is damaged.
+        """
         for name, target in targets.items():
             if self.sizes[name] != target.shape:
                 raise ValueError(
@@ -223,16 +240,16 @@ class Shards:
                 )
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
-            with warnings.catch_warnings():  # that it asks no other rank
+            with warnings.catch_warnings():  # of reading without other ranks, which is intended
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 reader = _Reader(self._files)
                 dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
-        except CheckpointException as error:  # not an Exception, says torch
+        except CheckpointException as error:  # derives from BaseException alone
             reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
             raise ValueError(f"{self.path}: damaged: {reasons}") from None
 
     def read(self, prefix: str = "") -> dict[str, Tensor]:
-        """The whole tensors whose names begin with `prefix`, on the CPU."""
+        """Return the whole tensors whose names begin with `prefix`, on the CPU."""
         tensors = {
             name: torch.empty(size, dtype=self.dtypes[name])
             for name, size in self.sizes.items()
@@ -243,7 +260,7 @@ class Shards:
 
 
 class _Reader(dcp.HuggingFaceStorageReader):
-    """Torch's, of files that are given: torch's own reads all that ends in .safetensors."""
+    """torch's reader, restricted to given files; torch's own reads all that end in .safetensors."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         super().__init__("")
@@ -251,8 +268,11 @@ class _Reader(dcp.HuggingFaceStorageReader):
 
 
 class _TheseFiles(FileSystem):
+    """A file system in which every directory lists the given files."""
+
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = files
 
     def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        """List the given files."""
         return [str(file) for file in self._files]

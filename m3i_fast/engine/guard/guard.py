@@ -1,8 +1,9 @@
-"""Steps that would spoil a run: found and undone on the device, by all ranks together.
+"""Guard against steps that would spoil a run: detected and undone on the device, on all ranks.
 
-A step counts if loss and gradient norm of every rank are finite and, where asked for, its loss is
-no spike. If not, weights, moments, averages and what the forward pass wrote into buffers stay bit
-for bit as they were; schedules and data go on. The host learns of it where metrics are read.
+A step is kept if loss and gradient norm are finite on every rank and, where configured, its loss is
+no spike. Otherwise weights, moments, averages and the buffers that the forward pass wrote keep
+their earlier bits, while schedules and data go on. The host learns of a skipped step where metrics
+are read.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from m3i_fast.engine.parallel.local_shards import GradientNorm, local
 from m3i_fast.engine.parallel.ranks import World
 
 Record = dict[str, Any]
-"""What a rank knows of a skipped step; JSON-able."""
+"""A rank's record of a skipped step; JSON-able."""
 
 
 class Guard:
-    """Says of each step whether it counts.
+    """Decides of each step whether it is kept or skipped, on all ranks alike.
 
-    In a step: `save_buffers`, forward and backward, `judge`, the optimiser, `restore_buffers`.
+    The order in a step is `save_buffers`, forward and backward, `judge`, the optimiser,
+    `restore_buffers`.
     """
 
     skip: Tensor
-    """[] fp32, 1: the last step that was judged does not count."""
+    """Flag [] fp32 of the last judged step: 1 if it is skipped."""
 
     def __init__(self, cfg: GuardConfig, model: nn.Module, world: World) -> None:
         self._cfg, self._world = cfg, world
@@ -45,7 +47,7 @@ class Guard:
 
     @torch.no_grad()
     def save_buffers(self) -> None:
-        """Copy what the forward pass may write, before it."""
+        """Copy the buffers that the forward pass may write; call it before the forward pass."""
         if self._live:
             torch._foreach_copy_(self._saved, self._live)
 
@@ -59,7 +61,10 @@ class Guard:
         names: Sequence[str],
         sample_ids: Tensor,  # [B] int64
     ) -> Tensor:  # [] fp32
-        """1 if the step is to be skipped, on all ranks; names: of the gradients, of each norm."""
+        """Return the flag [] fp32, 1 if the step is skipped on all ranks, and record the step.
+
+        names: of the gradients, in the order of `norm.each`.
+        """
         loss = metrics["loss/total"].detach()
         wrong = ~(loss.isfinite() & norm.total.isfinite())
         count, mean_loss = self._world.sum(
@@ -79,15 +84,15 @@ class Guard:
         return self.skip
 
     def restore_buffers(self) -> None:
-        """Put back what the forward pass wrote, if the step is skipped; after the optimiser."""
+        """Restore the buffers of a skipped step; call it after the optimiser."""
         restore_where(self.skip > 0, self._live, self._saved)
 
     def drain(self) -> tuple[list[tuple[int, bool]], list[Record]]:
-        """Steps since the last time and whether they were skipped, and this rank's records."""
+        """Return (step, skipped) of the steps since the last call, and this rank's skip records."""
         self._bring_to_host()
-        found = self._steps, self._records
+        steps, records = self._steps, self._records
         self._steps, self._records = [], []
-        return found
+        return steps, records
 
     def _bring_to_host(self) -> None:
         if not self._judged:
@@ -100,7 +105,7 @@ class Guard:
         self._judged.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """A host synchronisation."""
+        """Return the state as JSON-able values. This is a host synchronisation."""
         self._bring_to_host()
         return {
             "steps": [list(pair) for pair in self._steps],
@@ -109,23 +114,24 @@ class Guard:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the state that `state_dict` returned."""
         self._judged.clear()
         self._steps = [(step, skipped) for step, skipped in state["steps"]]
         self._records = list(state["records"])
         self._spikes.load_state_dict(state["spikes"])
 
     def first_unreported(self, step: int) -> int:
-        """The first step that has not been drained, of those up to `step`."""
+        """Return the first step that has not been drained, of those up to `step`."""
         return self._steps[0][0] if self._steps else step
 
     def rewind(self, state: Mapping[str, Any]) -> None:
-        """Back to a checkpoint's statistics; what it had yet to report has been."""
+        """Restore a checkpoint's statistics; its pending records were reported already."""
         self.load_state_dict({**state, "steps": [], "records": []})
 
 
 @dataclass(frozen=True, slots=True)
 class JudgedStep:
-    """One step, on the device until it is asked for."""
+    """The values of one step, kept on the device until they are read."""
 
     step: int
     flags: Tensor  # [2] bool: not finite, spike
@@ -136,6 +142,7 @@ class JudgedStep:
     sample_ids: Tensor  # [B] int64
 
     def record(self, reason: str) -> Record:
+        """Return the record of this step as a skipped one. This is a host synchronisation."""
         each = self.norm.each.float().tolist()
         return {
             "step": self.step,
@@ -148,7 +155,7 @@ class JudgedStep:
 
 
 class SpikeDetector:
-    """Running mean and variance of the loss of steps that count, on the device.
+    """Running mean and variance, on the device, of the loss of the steps that are kept.
 
     With rate r = max(1 / (n + 1), 1 / window) after n losses, and d = loss - mean:
     mean += r d;  variance = (1 - r) (variance + r d^2).
@@ -159,7 +166,7 @@ class SpikeDetector:
         self._state = torch.zeros(3, dtype=torch.float64, device=device)  # n, mean, variance
 
     def update(self, loss: Tensor, spoilt: Tensor) -> Tensor:  # [], [] bool -> [] bool
-        """Whether the loss is so far above the mean; it then leaves mean and variance alone."""
+        """Return whether the loss [] is a spike, which then does not enter mean and variance."""
         count, mean, variance = self._state.unbind()
         off = loss.double() - mean
         spike = (count >= self._window) & (off > self._deviations * variance.sqrt()) & ~spoilt
@@ -169,14 +176,19 @@ class SpikeDetector:
         return spike
 
     def state_dict(self) -> list[float]:
+        """Return number, mean and variance. This is a host synchronisation."""
         return self._state.tolist()
 
     def load_state_dict(self, state: list[float]) -> None:
+        """Restore number, mean and variance."""
         self._state = self._state.new_tensor(state)
 
 
 def written_buffers(model: nn.Module) -> list[Tensor]:
-    """What a forward pass may write and a checkpoint keeps: statistics, centres, queues."""
+    """Return the buffers that a forward pass may write and a checkpoint saves.
+
+    These are statistics, centres and queues.
+    """
     return [
         buffer
         for module in model.modules()
@@ -186,16 +198,17 @@ def written_buffers(model: nn.Module) -> list[Tensor]:
 
 
 def not_finite(tensors: Mapping[str, Tensor], world: World) -> list[str]:
-    """Name those that are not finite on any rank, three at most; wait for the device once.
+    """Return the names of at most three tensors that are not finite on some rank.
 
-    Names travel only where the device has counted some: a collective of objects takes the host.
+    It is one host synchronisation. Names are gathered only where the device has counted a tensor
+    that is not finite, since a collective of Python objects occupies the host.
     """
-    parts = dict(zip(tensors, local(tensors.values()), strict=True))
-    parts = {n: p.detach() for n, p in parts.items() if p.is_floating_point() and p.numel()}
-    largest = [norm.float() for norm in torch._foreach_norm(list(parts.values()), math.inf)]
+    shards = dict(zip(tensors, local(tensors.values()), strict=True))
+    shards = {n: s.detach() for n, s in shards.items() if s.is_floating_point() and s.numel()}
+    largest = [norm.float() for norm in torch._foreach_norm(list(shards.values()), math.inf)]
     wrong_P = ~torch.stack(largest).isfinite()
     *flags, count = torch.cat([wrong_P, world.sum(wrong_P.sum(0, keepdim=True))]).tolist()
     if not count:
         return []
-    wrong = [name for name, flag in zip(parts, flags, strict=True) if flag]
+    wrong = [name for name, flag in zip(shards, flags, strict=True) if flag]
     return sorted({name for names in world.gather(wrong[:3]) for name in names})[:3]

@@ -1,4 +1,4 @@
-"""What the host does about skipped steps: a row each, a lower learning rate, rollback, the end."""
+"""The host's answer to skipped steps: a row each, learning-rate back-off, rollback, abort."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from m3i_fast.storage import write_atomically
 logger = logging.getLogger(__name__)
 
 SKIPPED_ROW = {"step": int, "reason": str, "losses": [dict], "sample_ids": [list]}
-SPAN = 1000  # steps that guard.max_share is of
+SPAN = 1000  # number of last steps that guard.max_share is a share of
 _REMEDY = "A lower optim.lr or a longer optim.warmup_fraction usually helps"
 
 
 class SkippedSteps:
-    """Counts over the run; every rank has the same ones and comes to the same decisions."""
+    """Counts of a run's skipped steps, equal on every rank, so that all ranks decide alike."""
 
     def __init__(self, cfg: TrainConfig, run_dir: Path, world: World) -> None:
         self._all, self._cfg, self._run_dir, self._world = cfg, cfg.guard, run_dir, world
@@ -41,13 +41,14 @@ class SkippedSteps:
         return self._run_dir / "skipped.jsonl"
 
     def lr_scale(self, step: int) -> float:
-        """Of the learning rate of a step, by back-off."""
+        """Return the factor of the learning rate at a step, below 1 during a back-off."""
         return self._scale if step < self._scaled_until else 1.0
 
     def record(self, steps: Sequence[tuple[int, bool]], records: list[Record]) -> list[Record]:
-        """Take what happened since the last time; all ranks' records of each skipped step.
+        """Count the steps since the last call; write and return a row for each skipped one.
 
-        steps: whether each was skipped. Writes a row a skipped step.
+        steps: (step, whether it was skipped). records: this rank's record of each skipped step; the
+        records of all ranks are gathered.
         """
         longest = self.in_a_row
         for step, skipped in steps:
@@ -75,13 +76,13 @@ class SkippedSteps:
         return rows
 
     def forget_after(self, step: int) -> None:
-        """Drop rows of `step` and later ones, which a resume does or tells again."""
+        """Drop the rows of `step` and later ones, which a resumed run takes or reports again."""
         if self._world.is_main and self._path.exists():
             kept = [row for row in read_jsonl(self._path, SKIPPED_ROW) if row["step"] < step]
             write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def excess(self) -> str | None:
-        """Which limit is exceeded, with its flag."""
+        """Return which limit is exceeded, with its flag; None where none is."""
         cfg = self._cfg
         if self.in_a_row >= cfg.max_in_a_row:
             return (
@@ -95,17 +96,17 @@ class SkippedSteps:
         return None
 
     def rolled_back(self) -> None:
-        """The run is before its last skips, and has one rollback more."""
+        """Count a rollback; the run is before its last skipped steps again."""
         self.rollbacks += 1
         self.in_a_row = 0
 
     def abort(
         self, step: int, reason: str, model: nn.Module, optimizer: Optimizers
     ) -> FloatingPointError:
-        """Leave a dump of what is known; the error to raise."""
+        """Write a dump of the state of every rank and return the error to raise."""
         dump = self._run_dir / f"dump_step_{step:08d}"
         dump.mkdir(exist_ok=True)
-        mine = {
+        record = {
             "step": step,
             "rank": self._world.rank,
             "reason": reason,
@@ -113,14 +114,16 @@ class SkippedSteps:
             "last_skipped": self._last,
             "groups": _groups(model, optimizer, self._last),
         }
-        text = json.dumps(_plain(mine), indent=2) + "\n"
+        text = json.dumps(_plain(record), indent=2) + "\n"
         write_atomically(dump / f"rank_{self._world.rank}.json", text.encode())
         if self._world.is_main:
             self._all.save(dump / "config.json")
         wrong = self._world.gather(_not_finite(self._last))
-        found = "; ".join(f"rank {r}: {', '.join(what)}" for r, what in enumerate(wrong) if what)
+        listed = "; ".join(
+            f"rank {r}: {', '.join(names)}" for r, names in enumerate(wrong) if names
+        )
         return FloatingPointError(
-            f"step {step}: {reason}. Not finite in the last skipped step: {found or 'nothing'}. "
+            f"step {step}: {reason}. Not finite in the last skipped step: {listed or 'nothing'}. "
             f"{dump} has batches, norms and config; the last checkpoint is good. {_REMEDY}"
         )
 
@@ -140,6 +143,7 @@ class SkippedSteps:
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the counts as JSON-able values."""
         return {
             "recent": self._recent,
             "in_a_row": self.in_a_row,
@@ -150,6 +154,7 @@ class SkippedSteps:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the counts that `state_dict` returned."""
         self._recent = list(state["recent"])
         self.in_a_row, self.total = state["in_a_row"], state["total"]
         self.rollbacks = state["rollbacks"]
@@ -157,7 +162,7 @@ class SkippedSteps:
 
 
 def _row(of_ranks: Sequence[Record]) -> dict[str, Any]:
-    """One line of skipped.jsonl: what is of all ranks, and a list over them of what is not."""
+    """Return a line of skipped.jsonl, where losses and sample ids are lists over the ranks."""
     first = of_ranks[0]
     return _plain(
         {
@@ -171,7 +176,7 @@ def _row(of_ranks: Sequence[Record]) -> dict[str, Any]:
 
 
 def _not_finite(record: Record | None) -> list[str]:
-    """Losses and gradients of this rank."""
+    """Return the names of this rank's losses and gradients that are not finite."""
     if record is None:
         return []
     losses = [name for name, value in record["losses"].items() if not math.isfinite(value)]
@@ -182,16 +187,16 @@ def _not_finite(record: Record | None) -> list[str]:
 
 
 def _groups(model: nn.Module, optimizer: Optimizers, record: Record | None) -> list[dict[str, Any]]:
-    """Of each group of the optimiser: its rates, and norms by parameter of this rank's parts."""
+    """Return rates and norms of each parameter group; norms are of this rank's local shards."""
     names = {id(p): name for name, p in model.named_parameters()}
     gradients = record["gradients"] if record else {}
-    found = []
+    groups = []
     for group in optimizer.param_groups:
         weights = {
-            names[id(p)]: float(part.detach().norm())
-            for p, part in zip(group["params"], local(group["params"]), strict=True)
+            names[id(p)]: float(shard.detach().norm())
+            for p, shard in zip(group["params"], local(group["params"]), strict=True)
         }
-        found.append(
+        groups.append(
             {
                 "lr": group["lr"],
                 "weight_decay": group["weight_decay"],
@@ -201,11 +206,11 @@ def _groups(model: nn.Module, optimizer: Optimizers, record: Record | None) -> l
                 "gradient_norms": {n: gradients[n] for n in weights if n in gradients},
             }
         )
-    return found
+    return groups
 
 
 def _plain(value: Any) -> Any:
-    """JSON that any reader takes: what is not finite becomes a word."""
+    """Return strict JSON values: floats that are not finite become strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Exponential moving average of the encoder: the target network."""
+"""Exponential moving average (EMA) of the encoder, which is the target network."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def update_ema(
     momentum: float,
     skip: Tensor | None = None,  # [] fp32
 ) -> None:
-    """average <- momentum * average + (1 - momentum) * online, in place; as it was if skip is 1.
+    """Update average <- momentum * average + (1 - momentum) * online, in place, unless skip is 1.
 
-    Over all parameters; buffers are copied. Where weights are spread over ranks, each rank averages
-    what it holds: both are spread alike.
+    Parameters are averaged and buffers are copied. Of sharded parameters each rank averages its
+    local shard: both modules are sharded alike.
     """
     averages, onlines = local(average.parameters()), local(online.parameters())
-    if skip is None:  # also of tensors without data, for which the fused kernel has no form
+    if skip is None:  # also supports tensors without data, which the fused kernel does not
         torch._foreach_lerp_(averages, onlines, 1.0 - momentum)
     else:
         _descend(averages, onlines, 1.0 - momentum, skip)
@@ -33,10 +33,10 @@ def update_ema(
 
 
 def _descend(averages: list[Tensor], onlines: list[Tensor], rate: float, skip: Tensor) -> None:
-    """A step of SGD down |average - online|^2 / 2, which is the average.
+    """Take the average as a step of SGD down |average - online|^2 / 2.
 
-    The one fused kernel for it that takes a flag of the device: with weight decay 1, up the
-    "gradient" online.
+    `torch._fused_sgd_` is the one fused kernel that takes a skip flag on the device. With weight
+    decay 1 and the "gradient" `online`, maximised, its step is the average.
     """
     torch._fused_sgd_(
         averages,

@@ -1,7 +1,8 @@
-"""LAMB and LARS: every tensor's step is scaled by its norm. Plain torch, also on sharded tensors.
+"""LAMB and LARS in plain torch: the step of each tensor is scaled by its norm, also when sharded.
 
-A group with `decays` False has neither weight decay nor a scale of its own: biases and norms, which
-the papers' implementations leave out, so here all tensors of one dimension or less; and tables.
+A parameter group with `decays` False has neither weight decay nor a layer-wise scale. It holds
+biases and norms, as in the papers' implementations (here: all tensors of one dimension or less),
+and the tables of positions and tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class Layerwise(torch.optim.Optimizer, ABC):
-    """Steps a part of a group at a time, on this rank's part of every tensor with a gradient."""
+    """Base of LAMB and LARS, which updates this rank's local shards, a bounded number at a time."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None, "the gradients are there already"
+        """Take a step on all parameters that have a gradient; a closure is refused."""
+        assert closure is None, "closure: expected none, since the gradients are computed already"
         for group in self.param_groups:
             for params in split_by_size([p for p in group["params"] if p.grad is not None]):
                 grads = local(p.grad for p in params if p.grad is not None)
@@ -35,10 +37,10 @@ class Layerwise(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        """Change `params` in place; `grads` are this rank's parts."""
+        """Update `params` in place; `grads` are this rank's local shards of their gradients."""
 
     def _states(self, params: list[Tensor], name: str) -> list[Tensor]:
-        """This rank's parts of one field of the state, zeros at first."""
+        """Return this rank's local shards of the state named `name`, which starts as zeros."""
         for p in params:
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros_like(p)
@@ -46,7 +48,7 @@ class Layerwise(torch.optim.Optimizer, ABC):
 
 
 class Lamb(Layerwise):
-    """LAMB (arXiv 1904.00962, algorithm 2), phi(z) = z:
+    """LAMB (arXiv 1904.00962, algorithm 2) with phi(z) = z.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
     u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay x
@@ -66,6 +68,7 @@ class Lamb(Layerwise):
         super().__init__(params, {**defaults, "decays": True})
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Update `params` in place; `grads` are this rank's local shards of their gradients."""
         beta1, beta2 = group["betas"]
         steps = self._count(params)
         weights = local(params)
@@ -81,14 +84,14 @@ class Lamb(Layerwise):
         del scales
         if group["decays"]:
             torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
-            of_weights, of_updates = full_norms([weights, updates], params)
-            sound = (of_weights > 0) & (of_updates > 0)
-            ratios = torch.where(sound, of_weights / of_updates, 1.0)
+            weight_norms, update_norms = full_norms([weights, updates], params)
+            both_nonzero = (weight_norms > 0) & (update_norms > 0)
+            ratios = torch.where(both_nonzero, weight_norms / update_norms, 1.0)
             torch._foreach_mul_(updates, ratios.unbind())
         torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
     def _count(self, params: list[Tensor]) -> Tensor:  # [N] fp64
-        """Add one to the steps of each; on the device, where a step may be undone."""
+        """Add one to each parameter's step count, on the device, where a skipped step is undone."""
         for p in params:
             self.state[p].setdefault("step", torch.zeros((), device=p.device))
         steps = [self.state[p]["step"] for p in params]
@@ -97,11 +100,12 @@ class Lamb(Layerwise):
 
 
 class Lars(Layerwise):
-    """LARS (arXiv 1708.03888, equation 6) as SGD applies it:
+    """LARS (arXiv 1708.03888, equation 6) as SGD applies it.
 
-    d = (g + decay w) trust |w| / (|g| + decay |w|);  v = momentum v + d;  w = w - lr v.
-    Without the scale of d where |w| or |g| is 0. The paper's lr is inside v; outside, as in the
-    implementations for self-supervision, a schedule acts at once.
+    d = (g + decay w) trust |w| / (|g| + decay |w|);  v = momentum v + d;  w = w - lr v
+
+    Where |w| or |g| is 0, d is not scaled. The paper has lr inside v. Here it is outside, as in the
+    implementations for self-supervised learning, so that a change of the schedule acts at once.
     """
 
     def __init__(
@@ -117,16 +121,17 @@ class Lars(Layerwise):
         super().__init__(params, {**defaults, "decays": True})
 
     def update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Update `params` in place; `grads` are this rank's local shards of their gradients."""
         weights = local(params)
         velocities = self._states(params, "momentum_buffer")
         torch._foreach_mul_(velocities, group["momentum"])
         if group["decays"]:
             decay = group["weight_decay"]
-            of_weights, of_grads = full_norms([weights, grads], params)
-            sound = (of_weights > 0) & (of_grads > 0)
-            ratios = group["trust"] * of_weights / (of_grads + decay * of_weights)
+            weight_norms, grad_norms = full_norms([weights, grads], params)
+            both_nonzero = (weight_norms > 0) & (grad_norms > 0)
+            ratios = group["trust"] * weight_norms / (grad_norms + decay * weight_norms)
             updates = torch._foreach_add(grads, weights, alpha=decay)
-            torch._foreach_mul_(updates, torch.where(sound, ratios, 1.0).unbind())
+            torch._foreach_mul_(updates, torch.where(both_nonzero, ratios, 1.0).unbind())
             torch._foreach_add_(velocities, updates)
         else:
             torch._foreach_add_(velocities, grads)
@@ -134,13 +139,13 @@ class Lars(Layerwise):
 
 
 def full_norms(lists: Sequence[Tensors], params: Sequence[Tensor]) -> Tensor:  # [L, N]
-    """Euclidean norms of whole tensors, of which each list holds this rank's parts.
+    """Return the Euclidean norms of whole tensors, given lists of this rank's local shards.
 
-    `params` say how tensors are sharded. All norms of one sharding are reduced together, where
-    `torch.linalg.vector_norm` of a DTensor has a collective a tensor.
+    `params` say how the tensors are sharded. All norms of one sharding are all-reduced together,
+    where `torch.linalg.vector_norm` of a DTensor runs one collective a tensor.
     """
-    # A rank may hold nothing of a tensor with few rows: a norm of 0.
-    squares = torch.stack([torch.stack(torch._foreach_norm(parts)) for parts in lists]).square()
+    # The local shard of a tensor with few rows may be empty; its norm is 0.
+    squares = torch.stack([torch.stack(torch._foreach_norm(shards)) for shards in lists]).square()
     sharded: defaultdict[tuple[Any, tuple[Placement, ...]], list[int]] = defaultdict(list)
     for index, p in enumerate(params):
         if isinstance(p, DTensor):
@@ -148,8 +153,8 @@ def full_norms(lists: Sequence[Tensors], params: Sequence[Tensor]) -> Tensor:  #
     columns = list(squares.unbind(1))
     for (mesh, placements), indices in sharded.items():
         sums = [Replicate() if place.is_replicate() else Partial() for place in placements]
-        mine = torch.stack([columns[i] for i in indices])
-        whole = DTensor.from_local(mine, mesh, sums, run_check=False).full_tensor()
+        partial = torch.stack([columns[i] for i in indices])
+        whole = DTensor.from_local(partial, mesh, sums, run_check=False).full_tensor()
         for i, column in zip(indices, whole.unbind(), strict=True):
             columns[i] = column
     return torch.stack(columns, 1).sqrt()

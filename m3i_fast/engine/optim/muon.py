@@ -1,7 +1,8 @@
-"""Muon, as torch.optim.Muon, with matrices of one shape together and in fp32 on a CPU.
+"""Muon, as torch.optim.Muon, with matrices of one shape multiplied together and in fp32 on a CPU.
 
-torch's multiplies matrix by matrix, in bf16 everywhere. A CPU without bf16 units (most laptops)
-takes ten to thirty times as long for that as for fp32; on a GPU the time goes into launches.
+torch's own Muon multiplies one matrix after another, in bf16 on every device. On a CPU without bf16
+units (most laptops) that takes ten to thirty times as long as fp32; on a GPU the launches take the
+time.
 """
 
 # N: matrices of one shape, M x K as they are, R x C with the short side first.
@@ -21,42 +22,42 @@ Coefficients = tuple[float, float, float]
 
 
 class Muon(torch.optim.Muon):
-    """Step by the orthogonalised momentum (Jordan 2024; arXiv 2502.16982).
+    """Muon: steps by the orthogonalised momentum (Jordan 2024; arXiv 2502.16982).
 
     b = lerp(b, g, 1 - momentum);  u = lerp(g, b, momentum)
     w = (1 - lr decay) w - lr sqrt(max(1, rows / columns)) orthogonalise(u)
 
-    Groups, defaults and state are torch's, which reads checkpoints of either.
+    Groups, defaults and state are those of torch.optim.Muon, so either reads a checkpoint of the
+    other.
     """
 
     def __init__(
         self, params: Iterable[Tensor] | Iterable[dict[str, Any]], *, lr: float, weight_decay: float
     ) -> None:
-        # The number of iterations is no argument: what works on Gram matrices holds for five.
+        # The number of iterations is fixed: iterating on Gram matrices is stable for five.
         super().__init__(params, lr=lr, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        assert closure is None, "the gradients are there already"
+        """Take a step on all matrices that have a gradient; a closure is refused."""
+        assert closure is None, "closure: expected none, since the gradients are computed already"
         for group in self.param_groups:
-            alike: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+            by_shape: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[p.shape, p.dtype, p.device].append(p)
-            for params in alike.values():
-                for some in split_by_size(
-                    params
-                ):  # bounds the memory of what is multiplied together
-                    self._update(group, some)
+                    by_shape[p.shape, p.dtype, p.device].append(p)
+            for params in by_shape.values():
+                for bounded in split_by_size(params):  # bounds the memory of one batched product
+                    self._update(group, bounded)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Change `params`, of one shape, in place."""
+        """Update `params`, which have one shape, in place."""
         grads: list[Tensor] = []
         momenta: list[Tensor] = []
         self._init_group({**group, "params": params}, [], grads, momenta)
         lr, momentum = group["lr"], group["momentum"]
         torch._foreach_lerp_(momenta, grads, 1 - momentum)
-        dtype = dtype_of_products(params[0].device)
+        dtype = matmul_dtype(params[0].device)
         directions_NMK = orthogonalise(
             torch.stack(torch._foreach_lerp(grads, momenta, momentum)).to(dtype),
             group["ns_coefficients"],
@@ -69,7 +70,7 @@ class Muon(torch.optim.Muon):
         torch._foreach_add_(params, directions_NMK.to(params[0].dtype).unbind(), alpha=-rate)
 
 
-def dtype_of_products(device: torch.device) -> torch.dtype:
+def matmul_dtype(device: torch.device) -> torch.dtype:
     """Return fp32 for a CPU, which may have no units for bf16, and bf16 for all else."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
@@ -95,7 +96,7 @@ def orthogonalise(
 
 
 def _on_matrices(x_NRC: Tensor, coefficients: Coefficients, num_steps: int) -> Tensor:
-    """Iterate as the formula says: 2 R R C + R R R multiply-adds an iteration."""
+    """Iterate as the formula says, with 2 R R C + R R R multiply-adds an iteration."""
     a, b, c = coefficients
     for _ in range(num_steps):
         gram_NRR = torch.bmm(x_NRC, x_NRC.mT)
@@ -107,9 +108,10 @@ def _on_matrices(x_NRC: Tensor, coefficients: Coefficients, num_steps: int) -> T
 def _on_gram_matrices(x_NRC: Tensor, coefficients: Coefficients, num_steps: int) -> Tensor:
     """Iterate on G = X X^T alone: F = a + b G + c G^2 takes X to F X and G to F G F.
 
-    The long side is in two products and not in two an iteration: 0.6 of the multiply-adds over the
-    matrices of a Transformer block. It wants fp32: an eigenvalue of G that rounds to below 0 grows,
-    by 12 an iteration, which for five of them stays far below what bf16 rounds off.
+    The long side takes part in two products in all instead of two an iteration, which is 0.6 of the
+    multiply-adds over the matrices of a Transformer block. It needs fp32: an eigenvalue of G that
+    rounds to below 0 grows by a factor of 12 an iteration, which after five of them is still far
+    below the rounding of bf16.
     """
     a, b, c = coefficients
     gram_NRR = torch.bmm(x_NRC, x_NRC.mT)

@@ -1,4 +1,4 @@
-"""The optimisers of a run: AdamW, LAMB, LARS or Muon, by torch or fused, schedules as arrays."""
+"""The optimisers of a run: AdamW, LAMB, LARS and Muon, in torch or as a library's fused kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.optim.muon import Muon
 from m3i_fast.engine.optim.param_groups import Group, group_parameters, lr_scales
+from m3i_fast.engine.optim.saved_step_counts import keep_steps_in_state
 from m3i_fast.engine.optim.skippable_step import step_with_skip
-from m3i_fast.engine.optim.step_counts import keep_steps_in_state
 from m3i_fast.engine.parallel.local_shards import GradientNorm, gradient_norm, local
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class Optimizers:
     """One or two optimisers that are stepped, scheduled and saved as one.
 
-    `clips`: the step clips the global gradient norm itself. `counts_on_host`: an optimiser counts
-    its steps there, so that one that may be skipped waits for the device.
+    clips: the step itself clips the global gradient norm. counts_on_host: an optimiser keeps its
+    step count on the host, so that a step that may be skipped waits for the device.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Optimizers:
         self.param_groups = [group for each in optimizers for group in each.param_groups]
 
     def step(self, skip: Tensor | None = None) -> None:  # [] fp32
-        """If skip is 1, weights, moments and step counts stay bit for bit as they are."""
+        """Take a step; where skip is 1, weights, moments and step counts keep their bits."""
         if skip is not None and self._counts_on_host:
             if skip:
                 return
@@ -52,16 +52,18 @@ class Optimizers:
                 step_with_skip(optimizer, skip)
 
     def zero_grad(self, *, set_to_none: bool = True) -> None:
+        """Drop the gradients of all parameters, or set them to zero."""
         for parameter in (p for group in self.param_groups for p in group["params"]):
-            if set_to_none:  # Apex's own zero_grad does not know the word
+            if set_to_none:  # Apex's own zero_grad lacks this argument
                 parameter.grad = None
             elif parameter.grad is not None:
                 parameter.grad.zero_()
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], bound: float) -> GradientNorm:
-        """The gradients' norms, after which no gradient exceeds `bound` (0: any) in a step.
+        """Scale gradients to a global norm of at most `bound` (0: unbounded); return the norms.
 
-        Of all together, and of each. An optimiser that clips was given its bound when it was built.
+        The norms are those before the scaling, of all gradients together and of each. An optimiser
+        that clips by itself was given its bound when it was built.
         """
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = gradient_norm(grads)
@@ -72,37 +74,37 @@ class Optimizers:
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizers:
-    """What `cfg` names over the trainable parameters, with Muon for matrices where asked.
+    """Build the optimiser that `cfg` names over the trainable parameters, with Muon if set.
 
-    Norms, biases, scalars, tokens and tables do not decay. A group's learning rate is the
-    schedule's times its `lr_scale`. Raises ValueError where `cfg.impl` cannot run.
+    Norms, biases, scalars, tokens and tables do not decay. The learning rate of a group is the
+    schedule's times its `lr_scale`. Raises ValueError where `cfg.impl` cannot run here.
     """
     scales = lr_scales(model, layer_decay=cfg.layer_decay, dcn_lr_scale=cfg.dcn_lr_scale)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     _expect_usable(cfg.used_impl, [p for _, p in named])
     muon = cfg.matrices == "muon"
     matrices = [(name, p) for name, p in named if muon and _in_block(name, p)]
-    rest = [(name, p) for name, p in named if not (muon and _in_block(name, p))]
-    parts: list[torch.optim.Optimizer] = []
-    if rest:
-        groups = _with_rates(group_parameters(rest, scales), cfg, lr=cfg.lr)
-        parts.append(_BUILDERS[cfg.name, cfg.used_impl](cfg, groups))
+    others = [(name, p) for name, p in named if not (muon and _in_block(name, p))]
+    optimizers: list[torch.optim.Optimizer] = []
+    if others:
+        groups = _with_rates(group_parameters(others, scales), cfg, lr=cfg.lr)
+        optimizers.append(_BUILDERS[cfg.name, cfg.used_impl](cfg, groups))
     if matrices:
         groups = _with_rates(group_parameters(matrices, scales), cfg, lr=cfg.muon_lr)
-        parts.append(Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        optimizers.append(Muon(groups, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     on_host = cfg.used_impl in _LIBRARIES
     if on_host:
         logger.warning(
-            "optim.impl %s: every step waits for the device, to know whether it is to be skipped; "
-            "--optim.impl torch does not",
+            "optim.impl %s: every step waits for the device to know whether it is skipped; "
+            "--optim.impl torch does not wait",
             cfg.impl,
         )
     clips = (cfg.name, cfg.impl) == ("lamb", "apex")
-    return Optimizers(*parts, clips=clips, counts_on_host=on_host)
+    return Optimizers(*optimizers, clips=clips, counts_on_host=on_host)
 
 
 def set_schedules(optimizer: Optimizers, *, lr: float, weight_decay: float) -> None:
-    """Write this step's values into the groups."""
+    """Write the learning rate and weight decay of this step into the groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         if group["decays"]:
@@ -114,7 +116,7 @@ def _in_block(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _with_rates(groups: list[Group], cfg: OptimConfig, *, lr: float) -> list[Group]:
-    """The groups at the peak of the schedule; `lr_scale` becomes relative to cfg.lr."""
+    """Set the groups to the peak of the schedule; `lr_scale` becomes relative to cfg.lr."""
     for group in groups:
         group["lr"] = lr * group["lr_scale"]
         group["lr_scale"] *= lr / cfg.lr
@@ -128,7 +130,7 @@ def _adamw(cfg: OptimConfig, groups: list[Group]) -> torch.optim.Optimizer:
 
 
 def _lamb(cfg: OptimConfig, groups: list[Group]) -> torch.optim.Optimizer:
-    # Its import of DTensor takes half a second of every command, were it at the top.
+    # At the top, its import of DTensor would cost every command half a second.
     from m3i_fast.engine.optim.layerwise import Lamb
 
     return Lamb(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps or 1e-6)
@@ -192,7 +194,7 @@ _BUILDERS: dict[tuple[str, str], Callable[[OptimConfig, list[Group]], torch.opti
     ("lars", "torch"): _lars,
 }
 
-# The module to look for (PyPI's apex is another program of that name) and how to come by it.
+# The module to look for (PyPI's apex is another program of that name) and how to install it.
 _LIBRARIES = {
     "te": (
         "transformer_engine",

@@ -1,4 +1,4 @@
-"""Which parameters an optimiser treats alike: those of one learning rate that decay, or do not."""
+"""Parameter groups of an optimiser: by learning rate, and by whether weight decay applies."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ _TABLES = ("pos_embed", "mask_token", "class_token", "register_tokens", "token_e
 
 
 def group_parameters(named: Iterable[Named], lr_scales: dict[int, float]) -> list[Group]:
-    """A group for each learning rate that there is, of what decays and of what does not.
+    """Return a group for each learning rate, split by whether weight decay applies.
 
-    lr_scales: by the id of a parameter, 1 where it is not in there. A group holds `params`,
-    `lr_scale` and `decays`.
+    lr_scales: scale of the learning rate by the id of a parameter; 1 for an id that is not in it. A
+    group has the keys `params`, `lr_scale` and `decays`.
     """
-    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}  # by (decays, lr_scale)
     for name, parameter in named:
         key = (_decays(name, parameter), lr_scales.get(id(parameter), 1.0))
-        found.setdefault(key, []).append(parameter)
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": found[key], "decays": key[0], "lr_scale": key[1]}
-        for key in sorted(found, reverse=True)
+        {"params": groups[key], "decays": key[0], "lr_scale": key[1]}
+        for key in sorted(groups, reverse=True)
     ]
 
 
 def lr_scales(model: nn.Module, *, layer_decay: float, dcn_lr_scale: float) -> dict[int, float]:
-    """Learning rates of a trained image encoder's parameters over the schedule's, by their ids.
+    """Return the scale of the learning rate of a trained image encoder's parameters, by their ids.
 
-    layer_decay^(layers above), times dcn_lr_scale in what steers a deformable convolution.
+    It is layer_decay^(layers above), times dcn_lr_scale for the projections to the offsets, masks
+    and gates of a deformable convolution.
     """
     scales: dict[int, float] = {}
     if layer_decay != 1.0:
@@ -49,26 +50,30 @@ def lr_scales(model: nn.Module, *, layer_decay: float, dcn_lr_scale: float) -> d
 
 
 def freeze_patch_embed(model: nn.Module) -> None:
-    """Take the patch embedding (InternImage: its stem) of every trained image encoder out of it.
+    """Freeze the patch embedding (InternImage: its stem) of every trained image encoder in `model`.
 
-    An average of the encoder keeps the same values: it started as a copy.
+    An EMA of the encoder keeps the same values, since it started as a copy. Raises ValueError where
+    no image encoder is trained.
     """
     encoders = list(trained_encoders(model))
     if not encoders:
-        raise ValueError("optim.freeze_patch_embed: expected an image encoder to train, got none")
+        raise ValueError(
+            "optim.freeze_patch_embed: expected an image encoder to train, got none; set "
+            "--optim.no-freeze-patch-embed"
+        )
     for encoder in encoders:
         encoder.get_submodule("patch_embed").requires_grad_(False)
 
 
 def trained_encoders(model: nn.Module) -> Iterator[ImageEncoder]:
-    """The image encoders in `model` that learn: no average, no teacher."""
+    """Yield the image encoders in `model` that have trainable parameters: no EMA, no teacher."""
     for module in model.modules():
         if isinstance(module, ImageEncoder) and any(p.requires_grad for p in module.parameters()):
             yield module
 
 
 def _steering(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The projections that say where and how much DCNv3 samples: offsets, masks, gates."""
+    """Yield the parameters that set where and how much DCNv3 samples: offsets, masks, gates."""
     for module in model.modules():
         if isinstance(module, DCNv3):
             yield from module.offset.parameters()
@@ -78,5 +83,5 @@ def _steering(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Norms, biases, scalars, tokens and tables do not."""
+    """Return whether weight decay applies: not to norms, biases, scalars, tokens and tables."""
     return parameter.ndim > 1 and not any(table in name for table in _TABLES)

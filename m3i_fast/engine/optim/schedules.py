@@ -1,4 +1,4 @@
-"""Schedules as arrays, known before the first step: a resume needs only the step."""
+"""Schedules as arrays indexed by step, known before the first: a resume needs only the step."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from m3i_fast.config.optim import EmaConfig, OptimConfig
 
 
 def lr_schedule(cfg: OptimConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-    """Compute the learning rate of every step: a linear warm-up, then a cosine."""
+    """Return the learning rate of every step: a linear warm-up, then half a cosine."""
     warmup_steps = cfg.warmup_steps(num_steps)
     return warmup_cosine(cfg.lr, num_steps=num_steps, warmup_steps=warmup_steps, final=cfg.final_lr)
 
 
 def weight_decay_schedule(cfg: OptimConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-    """Compute the weight decay of every step: a cosine."""
+    """Return the weight decay of every step: half a cosine."""
     return cosine(cfg.weight_decay, cfg.final_weight_decay, num_steps=num_steps)
 
 
 def momentum_schedule(cfg: EmaConfig, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-    """Compute the momentum of the average encoder at every step: a cosine."""
+    """Return the momentum of the encoder's moving average at every step: half a cosine."""
     return cosine(cfg.momentum, cfg.final_momentum, num_steps=num_steps)
 
 
 def warmup_cosine(
     peak: float, *, num_steps: int, warmup_steps: int, final: float = 0.0
 ) -> np.ndarray:  # [num_steps] fp64
-    """Linear from peak / warmup_steps to peak, then half a cosine to `final`.
+    """Return a linear ramp from peak / warmup_steps to `peak`, then half a cosine to `final`.
 
     Raises ValueError when the warm-up is longer than the run.
     """
@@ -37,6 +37,6 @@ def warmup_cosine(
 
 
 def cosine(start: float, final: float, *, num_steps: int) -> np.ndarray:  # [num_steps] fp64
-    """Half a cosine from `start` at the first step to `final` at the last."""
+    """Return half a cosine from `start` at the first step to `final` at the last."""
     progress = np.arange(num_steps) / max(num_steps - 1, 1)
     return final + 0.5 * (start - final) * (1 + np.cos(np.pi * progress))

@@ -1,4 +1,4 @@
-"""Optimiser steps that a flag on the device can skip, without a host synchronisation."""
+"""Optimiser steps that are skipped by a flag on the device, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor
 
 from m3i_fast.engine.parallel.local_shards import is_sharded
 
-# Elements that are stepped together. Temporaries stay in the cache of a CPU, and bounded on a GPU,
-# where more together means fewer launches and, of sharded parameters, fewer collectives.
-_CHUNK_CPU, _CHUNK = 2**18, 2**26
+# Elements that are stepped together. On a CPU the temporaries then stay in its cache; on a GPU a
+# larger number means fewer launches and, of sharded parameters, fewer collectives.
+_MAX_ELEMENTS_CPU, _MAX_ELEMENTS_GPU = 2**18, 2**26
 
 
 def step_with_skip(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:  # [] fp32, 1: no step
-    """Take a step, or leave weights and state bit for bit as they are.
+    """Take a step where `skip` is 0; where it is 1, keep weights and state bit for bit.
 
-    torch's fused optimisers take the flag themselves. Any other one is stepped some tensors at a
-    time, of which copies are kept until it is known which count: what a step changes must be in
-    tensors of `optimizer.state`, on the device. State that this step makes is zeros if skipped.
+    torch's fused optimisers take the flag themselves. Any other optimiser is stepped on some
+    tensors at a time, and copies of these are put back where the flag is set: all that its step
+    writes must be tensors on the device, in its parameters or in `optimizer.state`. State that a
+    skipped step creates is set to zeros.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = skip  # type: ignore[attr-defined]
@@ -39,42 +40,42 @@ def step_with_skip(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:  # [
 
 @torch.no_grad()
 def restore_where(skips: Tensor, tensors: Iterable[Tensor], saved: Iterable[Tensor]) -> None:
-    """tensors <- saved where the flag [] bool is set, in place."""
+    """Write `saved` into `tensors`, in place, where the flag [] bool is set."""
     for tensor, before in zip(tensors, saved, strict=True):
         torch.where(skips, before, tensor, out=tensor)
 
 
 def split_by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Split into lists of bounded size, in order.
+    """Split parameters into lists of bounded size, in order.
 
-    Sizes are of whole tensors, so that the lists of all ranks are of the same ones.
+    Sizes are those of whole tensors, so that all ranks get lists of the same parameters.
     """
-    chunk: list[Tensor] = []
+    together: list[Tensor] = []
     size = 0
     for p in params:
-        limit = _CHUNK_CPU if p.device.type == "cpu" else _CHUNK
-        if chunk and size + p.numel() > limit:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(p)
+        limit = _MAX_ELEMENTS_CPU if p.device.type == "cpu" else _MAX_ELEMENTS_GPU
+        if together and size + p.numel() > limit:
+            yield together
+            together, size = [], 0
+        together.append(p)
         size += p.numel()
-    if chunk:
-        yield chunk
+    if together:
+        yield together
 
 
 def _step_some(optimizer: torch.optim.Optimizer, params: list[Tensor], skips: Tensor) -> None:
-    """`params` are all that the optimiser has."""
-    saved = {key: tensor.clone() for key, tensor in _changed(optimizer, params)}
+    """Step an optimiser whose only parameters are `params`; undo it where `skips` is set."""
+    saved = {key: tensor.clone() for key, tensor in _written_tensors(optimizer, params)}
     optimizer.step()
-    now = dict(_changed(optimizer, params))
+    now = dict(_written_tensors(optimizer, params))
     before = [saved[key] if key in saved else torch.zeros_like(now[key]) for key in now]
     restore_where(skips, now.values(), before)
 
 
-def _changed(
+def _written_tensors(
     optimizer: torch.optim.Optimizer, params: list[Tensor]
 ) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """What a step changes, by parameter and name; this rank's parts."""
+    """Yield the parameters and their state by (index, name), as this rank's local shards."""
     for index, p in enumerate(params):
         state: dict[str, Any] = optimizer.state.get(p, {})
         for name, tensor in {"": p, **state}.items():

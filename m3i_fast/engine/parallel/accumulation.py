@@ -1,4 +1,4 @@
-"""Gradient accumulation: a step adds up the gradients of several batches, for terms that add up."""
+"""Gradient accumulation: one step over several batches, for losses that are means of rows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.losses import LOSSES
 
-_INSTEAD = "; --parallel.chunk has the memory of a part of the batch and the losses of all of it"
+_INSTEAD = "; set --parallel.chunk, which computes losses over the whole batch in as little memory"
 
 
 def expect_additive(cfg: TrainConfig, model: nn.Module) -> None:
-    """ValueError where a loss of the whole batch is not the mean of its parts' losses."""
+    """Raise ValueError where the loss of a batch is not the mean of the losses of its parts.
+
+    The error names `parallel.accumulate` and the term, balance or batch norm that needs all rows.
+    """
     got = f"got parallel.accumulate = {cfg.parallel.accumulate}"
     if cfg.parallel.accumulate == 1:
         return
@@ -26,13 +29,13 @@ def expect_additive(cfg: TrainConfig, model: nn.Module) -> None:
         if not LOSSES[term.loss_key].independent:
             raise ValueError(
                 f"parallel.accumulate: expected 1 with the term {term.name!r} "
-                f"({', '.join(term.loss_key)}), whose loss is of all rows together, {got}{_INSTEAD}"
+                f"({', '.join(term.loss_key)}), whose loss compares all rows, {got}{_INSTEAD}"
             )
         if term.mean == "members" or term.standardise == "batch":
             got_term = "mean = members" if term.mean == "members" else "standardise = batch"
             raise ValueError(
                 f"parallel.accumulate: expected 1 with {got_term} of the term {term.name!r}, which "
-                f"is of the rows of one batch, {got}{_INSTEAD}"
+                f"depends on all rows of a batch, {got}{_INSTEAD}"
             )
     if cfg.objective.balance.mode == "gradient_norm":
         raise ValueError(
@@ -42,14 +45,14 @@ def expect_additive(cfg: TrainConfig, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise ValueError(
-                f"parallel.accumulate: expected 1 with batch norm ({name}), whose statistics are "
-                f"of a batch, {got}{_INSTEAD}"
+                f"parallel.accumulate: expected 1 with batch norm ({name}), whose statistics span "
+                f"a batch, {got}{_INSTEAD}"
             )
 
 
 @contextmanager
-def reduced(model: nn.Module, is_last: bool) -> Iterator[None]:
-    """A forward and backward pass; in the last, ranks reduce the gradients of all of them."""
+def gradient_sync(model: nn.Module, is_last: bool) -> Iterator[None]:
+    """Enclose a forward and backward pass; gradients are all-reduced in the last one alone."""
     if isinstance(model, DistributedDataParallel) and not is_last:
         with model.no_sync():
             yield
@@ -59,12 +62,12 @@ def reduced(model: nn.Module, is_last: bool) -> Iterator[None]:
     yield
 
 
-def over_batches(found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Metrics of a step from those of its batches: means, and sums of members."""
-    if len(found) == 1:
-        return dict(found[0])
-    joined = {}
-    for name in found[-1]:
-        values = torch.stack([metrics[name] for metrics in found if name in metrics])
-        joined[name] = values.sum(0) if name.startswith("members/") else values.mean(0)
-    return joined
+def merge_batch_metrics(of_batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Merge the metrics of a step's batches: means, but sums of `members/`."""
+    if len(of_batches) == 1:
+        return dict(of_batches[0])
+    merged = {}
+    for name in of_batches[-1]:
+        values = torch.stack([metrics[name] for metrics in of_batches if name in metrics])
+        merged[name] = values.sum(0) if name.startswith("members/") else values.mean(0)
+    return merged

@@ -1,9 +1,9 @@
-"""Gradient caching: encoders work on a part of the batch at a time, losses see all of it.
+"""Gradient caching: encoders run on some rows of the batch at a time, losses see all of its rows.
 
-A chunk's forward pass keeps its inputs and outputs alone and is run again when its gradient is due,
-so that the memory of activations is that of one chunk, while terms whose negatives are the batch
-keep them all. The gradients are those of the whole batch (GradCache, arXiv 2101.06983), for a
-second forward pass.
+The forward pass of a chunk keeps its inputs and outputs alone and is run again in the backward
+pass, so that activations take the memory of one chunk, while terms whose negatives are the whole
+batch keep them all. The gradients are those of the whole batch (GradCache, arXiv 2101.06983), at
+the price of a second forward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.objectives.objective import MutualInformation
 
-# What works on each row of a batch by itself, and its method that does.
+# Modules that compute each row of a batch independently, and the method that does so.
 ROW_WISE: dict[type[nn.Module], str] = {
     ViT: "encode",
     InternImage: "encode_cells",
@@ -31,7 +31,7 @@ ROW_WISE: dict[type[nn.Module], str] = {
 
 
 def encode_in_chunks(objective: MutualInformation, size: int) -> None:
-    """Have every encoder and decoder of `objective` work on `size` rows at a time."""
+    """Make every encoder and decoder of `objective` work on `size` rows at a time, in place."""
     for module in objective.modules():
         method = ROW_WISE.get(type(module))
         if method is not None:
@@ -43,14 +43,14 @@ def run_in_chunks(
     size: int,
     *rows: Tensor,  # [B, ...]
 ) -> Tensor:
-    """`function` of all rows, at most `size` at a time, in parts as equal as they can be.
+    """Apply `function` to all rows, at most `size` at a time, in chunks as equal as possible.
 
-    Stochastic depth draws the same again in the second pass.
+    The second pass draws the same stochastic depth as the first.
     """
     count = -(-len(rows[0]) // size)
     if count <= 1:
         return function(*rows)
-    parts = zip(*(tensor.tensor_split(count) for tensor in rows), strict=True)
+    chunks = zip(*(tensor.tensor_split(count) for tensor in rows), strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([function(*part) for part in parts])
-    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts])
+        return torch.cat([function(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])

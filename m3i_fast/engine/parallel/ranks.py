@@ -1,7 +1,7 @@
-"""Several processes that train one model: who they are, what each holds, what they agree on.
+"""The ranks of a run: how they join, how a model is distributed over them, what they agree on.
 
-One optimiser step is the same whatever the number of ranks and however state is spread: every
-rank's gradient is the mean over ranks, every rank sees the loss of the whole batch.
+One optimiser step is the same whatever the number of ranks and however the state is sharded: every
+rank's gradient is the mean over ranks, and every rank sees the loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.meta_init import initialise, is_on_meta
-from m3i_fast.engine.parallel.rendezvous import meet
+from m3i_fast.engine.parallel.rendezvous import join_store
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES
 
 
@@ -35,50 +35,52 @@ class World:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    """All ranks; None where there is one process."""
+    """Process group of all ranks; None for a single process."""
     control: dist.ProcessGroup | None = None
-    """All ranks over gloo: small numbers of the host, for which no device is waited for."""
+    """All ranks over gloo, which exchanges small host values without a wait for the device."""
 
     @property
     def is_main(self) -> bool:
+        """Return whether this is rank 0."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over the ranks, in place; no rank waits for its device."""
+        """All-reduce the sum over ranks, in place, without a host synchronisation."""
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """Over the ranks, in place; no rank waits for its device."""
+        """All-reduce the mean over ranks, in place, without a host synchronisation."""
         return self.sum(values).div_(self.size)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's, in their order; a small one, which the host has."""
+        """Return the small, picklable host value of every rank, in the order of the ranks."""
         if self.control is None:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def wait_for_all(self) -> None:
-        """Until every rank has come here."""
+        """Wait until every rank has reached this call."""
         if self.control is not None:
             dist.barrier(group=self.control)
 
     def shards_weights(self, cfg: ParallelConfig) -> bool:
-        """Tell whether no rank holds all weights."""
+        """Return whether weights are sharded, so that no rank holds all of them."""
         return self.group is not None and (self.size if cfg.shard == -1 else cfg.shard) > 1
 
     def mesh(self, cfg: ParallelConfig) -> DeviceMesh | None:
-        """(replicate, shard), or None where every rank holds all.
+        """Return the mesh (replicate, shard), or None where every rank holds all weights.
 
-        Raises ValueError where the ranks cannot be dealt into groups of parallel.shard.
+        Raises ValueError where the number of ranks is not a multiple of parallel.shard.
         """
         shard = self.size if cfg.shard == -1 else cfg.shard
         if self.size % shard:
             raise ValueError(
-                f"parallel.shard: expected a divisor of the {self.size} ranks, got {cfg.shard}"
+                f"parallel.shard: expected a divisor of the {self.size} ranks, got {cfg.shard}; "
+                "set --parallel.shard to one, or to -1 for all ranks"
             )
         if shard == 1:
             return None
@@ -87,10 +89,10 @@ class World:
 
 
 def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> World:
-    """The world that torchrun describes in the environment, one process without it.
+    """Join the world that torchrun's environment variables describe; without them, one process.
 
-    Initialises torch.distributed unless that has been done: NCCL on GPUs, one a process, gloo on
-    CPUs. Raises MissingRanks where not every rank has come here within `seconds`.
+    Initialises torch.distributed if that has not been done: NCCL on GPUs, one process a GPU, and
+    gloo on CPUs. Raises MissingRanks where a rank has not reached this call within `seconds`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not dist.is_initialized():
         return World(device)
@@ -98,7 +100,7 @@ def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> W
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store = meet(seconds)
+        store = join_store(seconds)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("default_pg", store),
@@ -113,7 +115,7 @@ def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> W
 
 
 def leave_world() -> None:
-    """Undo `join_world`, so that a process ends without a warning."""
+    """Destroy the process groups of `join_world`, so that the process ends without a warning."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -127,22 +129,23 @@ def distribute(
     compute_dtype: torch.dtype,
     copies: Sequence[nn.Module] = (),
 ) -> nn.Module:
-    """`model` as the ranks run it; its forward is what gradients are reduced by.
+    """Return `model` under DDP, FSDP2 or HSDP; its forward is what gradients are reduced for.
 
-    stacks: of blocks that run one after another, each gathered by itself where weights are spread;
-    a model on the meta device is then initialised here, `copies` being what it fills from others.
-    Scalars stay whole: FSDP2 does not split them, and `average_replicated` reduces their gradients.
+    stacks: blocks that run one after another, each gathered by itself where weights are sharded. A
+    model on the meta device is initialised here; `copies` are then the modules that it fills from
+    others. FSDP2 does not shard scalars: they stay replicated, and `average_replicated` reduces
+    their gradients.
     """
     if world.group is None:
         return model
     mesh = world.mesh(cfg)
     if mesh is None:
-        with warnings.catch_warnings():  # torch 2.13 has another name that 2.10 does not know
+        with warnings.catch_warnings():  # torch 2.13 renamed the argument, and 2.10 lacks the name
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             return DistributedDataParallel(
                 model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,  # statistics are of all ranks already
+                broadcast_buffers=False,  # statistics are reduced over all ranks already
                 gradient_as_bucket_view=True,
             )
     if mesh["replicate"].size() == 1:
@@ -153,70 +156,72 @@ def distribute(
         reduce_dtype=torch.float32 if low else None,
         cast_forward_inputs=False,
     )
-    share = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
     blocks = [block for stack in stacks for block in stack]
     if is_on_meta(model):
-        initialise(model, blocks, world.device, copies=copies, share=share)
+        initialise(model, blocks, world.device, copies=copies, shard=shard)
     else:
         for block in blocks:
-            share(block)
+            shard(block)
     for stack in stacks:
         prefetch(stack, cfg.prefetch)
     scalars = {p for p in model.parameters() if p.ndim == 0}
-    share(model, ignored_params=scalars)  # in place
+    shard(model, ignored_params=scalars)  # in place
     return model
 
 
 def prefetch(stack: Sequence[nn.Module], count: int) -> None:
-    """Have each of a stack's blocks gather the `count` that come after it, either way."""
-    for way, method in (
+    """Make each block of a stack gather the `count` blocks that follow it, forward and backward."""
+    for order, method in (
         (stack, FSDPModule.set_modules_to_forward_prefetch),
         (stack[::-1], FSDPModule.set_modules_to_backward_prefetch),
     ):
-        for place, block in enumerate(way, start=1):
-            method(block, way[place : place + count])  # type: ignore[arg-type]
+        for following, block in enumerate(order, start=1):
+            method(block, order[following : following + count])  # type: ignore[arg-type]
 
 
 def average_replicated(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Average over ranks the gradients of what is replicated, where all else is sharded.
+    """Average the gradients of replicated parameters over the ranks, where other ones are sharded.
 
-    Where nothing is sharded, DDP has averaged them.
+    Where nothing is sharded, DDP has averaged them already.
     """
-    found = [p.grad for p in parameters if p.grad is not None]
-    gradients = [g for g in found if not is_sharded(g)]
-    if gradients and len(gradients) < len(found):
-        flat = world.mean(torch.cat([g.reshape(-1) for g in gradients]))
-        for gradient, mean in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    replicated = [g for g in gradients if not is_sharded(g)]
+    if replicated and len(replicated) < len(gradients):
+        flat = world.mean(torch.cat([g.reshape(-1) for g in replicated]))
+        means = flat.split([g.numel() for g in replicated])
+        for gradient, mean in zip(replicated, means, strict=True):
             gradient.copy_(mean.view_as(gradient))
 
 
 class StopFlag:
-    """A signal that one rank received, heeded by all of them after the same step."""
+    """The signal that any rank has received, which all ranks handle after the same step."""
 
     def __init__(self, world: World) -> None:
         self.signal: int | None = None
         self._world = world
-        self._asked: tuple[Tensor, dist.Work] | None = None
+        self._in_flight: tuple[Tensor, dist.Work] | None = None
 
     def agreed(self) -> int | None:
-        """What any rank had when all last called this, and asks anew; nobody waits for it."""
+        """Return the signal that any rank had at the previous call, and start the next exchange.
+
+        The exchange runs over gloo while the next step trains; no device is waited for.
+        """
         group = self._world.control
         if group is None:
             return self.signal
-        found = self.wait()
+        previous = self.wait()
         value = torch.tensor([self.signal or 0])
         work = dist.all_reduce(value, dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
-        self._asked = value, work
-        return found
+        self._in_flight = value, work
+        return previous
 
     def wait(self) -> int | None:
-        """The answer to what was last asked."""
-        if self._asked is None:
+        """Wait for the exchange in flight and return its signal, None if there is none."""
+        if self._in_flight is None:
             return None
-        value, work = self._asked
+        value, work = self._in_flight
         work.wait()
-        self._asked = None
+        self._in_flight = None
         return int(value) or None

@@ -1,7 +1,8 @@
-"""Ends a process in which no step gets done: the stacks of its threads on disk, an exit code.
+"""Watchdog: ends a process that completes no step, with its stacks on disk and an exit code.
 
-A rank that is stuck has the others wait in a collective; each of them has a watchdog of its own, so
-that all end within one limit, each with its stacks. Only the standard library is imported here.
+A rank that hangs makes the others wait in a collective. Each rank has a watchdog of its own, so
+that all of them end within one limit, each with its stacks. This module imports the standard
+library alone.
 """
 
 from __future__ import annotations
@@ -20,26 +21,29 @@ from types import FrameType, TracebackType
 
 EXIT_CODE = 76
 INIT_MINUTES = 5.0  # nodes that read Python's packages from a cold file system differ by one or two
-WATCHDOG_MINUTES = 10.0  # as long as NCCL waits for a collective, unless told otherwise
-GRACE = 5  # limits that a start, a first step, a save or an evaluation may take
+WATCHDOG_MINUTES = 10.0  # as long as NCCL waits for a collective by default
+GRACE = 5  # number of limits that a start, a first step, a save or an evaluation may take
 
 
 class MissingRanks(TimeoutError):
-    """Ranks of a run have not come within the limit of time; its exit code is EXIT_CODE too."""
+    """Error for ranks that did not join within the time limit; its exit code is EXIT_CODE."""
 
 
 class Watchdog:
-    """From `with` to its end `beat` is called at least every `seconds`, or the process ends.
+    """Context in which `beat` must be called at least every `seconds`, or the process ends.
 
-    Then every thread's stack is in `path`, and the exit code is EXIT_CODE; where a thread that
-    keeps Python's lock hangs, it is faulthandler's 1, a limit later. seconds: inf for none of this.
-    A machine whose steps are slow has GRACE times its fastest step where that is longer.
-    An error that leaves the `with` has its traceback written to `path` as well, since a rank that
-    dies shows as an error of the others' collectives. A process that was stopped as a whole, and
-    goes on, is given its time again: by SIGTSTP (Ctrl-Z, Slurm's suspend) for any time, by SIGSTOP
-    alone for less than a limit.
-    path: None for standard error, where there is no run's directory yet. flag: of the command line,
-    that sets `seconds` in minutes.
+    The stacks of all threads are then in `path` and the exit code is EXIT_CODE. Where the hanging
+    thread holds Python's lock, faulthandler ends the process one limit later, with exit code 1.
+    seconds: inf for no watchdog. On a machine with slow steps the limit is GRACE times the fastest
+    step, where that is longer.
+
+    A RuntimeError that leaves the context has its traceback written to `path` as well, since a rank
+    that dies shows as a failed collective on the others. A process that was stopped as a whole and
+    then continued gets its time back: after SIGTSTP (Ctrl-Z, Slurm's suspend) any time, after
+    SIGSTOP alone less than a limit.
+
+    path: None for standard error, where there is no run directory yet. flag: the command-line flag
+    that sets `seconds`, in minutes.
     """
 
     def __init__(
@@ -58,16 +62,17 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def _give(self, seconds: float) -> None:
-        """Begin something that may take so long."""
+        """Start the clock of an activity that may take so many seconds."""
         self._began, self._limit = time.monotonic(), seconds
         self._deadline = self._began + seconds
 
     def __enter__(self) -> Watchdog:
+        """Start the thread that watches the clock."""
         if math.isfinite(self._seconds):
             if self._path is None:
                 self._file = os.fdopen(os.dup(2), "a")
             else:
-                # Made by the first rank; another node's cache of directories may not have it yet.
+                # The first rank makes it; another node's directory cache may not show it yet.
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.unlink(missing_ok=True)
                 self._file = self._path.open("a")
@@ -85,6 +90,7 @@ class Watchdog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """Stop the thread, and remove the file of stacks if nothing was written."""
         if not self._thread.is_alive():
             return
         if self._stops:
@@ -101,7 +107,7 @@ class Watchdog:
             self._path.unlink(missing_ok=True)  # the whole directory may have gone
 
     def beat(self) -> None:
-        """Note that a step is done, and begin the next."""
+        """Record that a step is complete, and start the clock of the next one."""
         self._fastest = min(self._fastest, time.monotonic() - self._began)
         self._begin_step()
 
@@ -112,14 +118,14 @@ class Watchdog:
 
     @contextmanager
     def allow_longer(self, doing: str) -> Iterator[None]:
-        """Let what is done inside take GRACE limits."""
+        """Allow the enclosed activity GRACE limits."""
         self._doing = doing
         self._give(GRACE * self._seconds)
         yield
         self._begin_step()
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
-        """Stop with no timer armed: faulthandler's would end the process once it goes on."""
+        """Stop the process with no timer armed: faulthandler's would end it once it continues."""
         with self._arming:
             faulthandler.cancel_dump_traceback_later()
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -128,21 +134,21 @@ class Watchdog:
         last = time.monotonic()
         while not self._stopped.wait(self._poll):
             now = time.monotonic()
-            stood_still = now - last - self._poll
-            if stood_still > self._seconds / 2:
-                self._deadline += stood_still
+            suspended_s = now - last - self._poll
+            if suspended_s > self._seconds / 2:
+                self._deadline += suspended_s
             last = now
             left = self._deadline - now
             if left < 0:
                 self._end()
-            # By a thread of C, should this one not get Python's lock any more: a limit later, so
-            # that a beat which this one has not seen yet is no reason.
+            # faulthandler's C thread needs no lock of Python's, in case this thread never gets it
+            # again. It fires a limit later, in case a beat came that this thread has not seen yet.
             later = left + self._seconds
             with self._arming:
                 faulthandler.dump_traceback_later(later, exit=True, file=self._file)
 
     def _end(self) -> None:
-        """No logging: the thread that hangs may hold its lock."""
+        """Write the stacks and exit, without logging: the thread that hangs may hold its lock."""
         where = "standard error" if self._path is None else self._path
         text = (
             f"{time.strftime('%F %T %z')}: rank {os.environ.get('RANK', '0')}, process "

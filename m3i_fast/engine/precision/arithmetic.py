@@ -1,4 +1,4 @@
-"""Which device and which arithmetic a run uses: a pure choice, and what looks at the machine."""
+"""The device and the arithmetic of a run: a pure choice, and what it reads of the machine."""
 
 from __future__ import annotations
 
@@ -26,51 +26,54 @@ BLOCK_CUDA = (12, 9)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capabilities:
-    """Of a machine, what the choice of arithmetic depends on."""
+    """What the choice of arithmetic depends on in a machine."""
 
     device: str
-    """cpu or cuda."""
+    """Device type, cpu or cuda."""
     capability: tuple[int, int] | None = None
-    """Of the GPU."""
+    """Compute capability of the GPU; None on a CPU."""
     cuda: tuple[int, int] | None = None
-    """That torch was built with."""
+    """CUDA version that torch was built with; None for a CPU build."""
     te: bool = False
-    """Transformer Engine is installed."""
+    """Whether Transformer Engine is installed."""
     torchao: bool = False
+    """Whether torchao is installed."""
 
     @property
     def name(self) -> str:
+        """Return the name of the machine for messages: `sm_90` or `a CPU`."""
         return f"sm_{self.capability[0]}{self.capability[1]}" if self.capability else "a CPU"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arithmetic:
-    """The arithmetic of a run."""
+    """The arithmetic that was chosen for a run."""
 
     recipe: str
-    """fp32, bf16 or one of FP8."""
+    """Name of the recipe: fp32, bf16 or one of the FP8 recipes."""
     backend: str
-    """torch, te or torchao."""
+    """Library of the layers: torch, te or torchao."""
     compute_dtype: torch.dtype
-    """Of all that is not FP8."""
+    """Dtype of all matrix products that are not in FP8."""
     alignment: int = 1
-    """What the rows of a product are a multiple of."""
+    """Number that the rows of every FP8 product are a multiple of."""
     products: tuple[tuple[str, tuple[Product, ...]], ...] = ()
-    """That run in FP8: part of the model, features in and out."""
+    """Products in FP8: part of the model, then (features in, features out) of each."""
     reduce_amax: bool = True
-    """fp8_delayed: ranks share the largest values that their scales come from."""
+    """Whether ranks share the largest values that the scales of fp8_delayed come from."""
     emulated: bool = False
-    """For the numbers, not for the speed."""
+    """Whether FP8 is emulated, which gives its numbers and not its speed."""
     reasons: tuple[str, ...] = ()
-    """A sentence each."""
+    """Why this was chosen, a sentence each."""
 
     @property
     def is_fp8(self) -> bool:
+        """Return whether the recipe is one of FP8."""
         return self.recipe in FP8
 
 
 def capabilities_of(device: torch.device) -> Capabilities:
-    """Return what this machine and its GPU can do."""
+    """Return the capabilities of this machine and its GPU."""
     version = re.match(r"(\d+)\.(\d+)", torch.version.cuda or "")
     return Capabilities(
         device=device.type,
@@ -82,7 +85,7 @@ def capabilities_of(device: torch.device) -> Capabilities:
 
 
 def resolve_device(requested: str) -> torch.device:
-    """auto | cpu | cuda -> device. Raises ValueError when a GPU is asked for and there is none."""
+    """Return the device for auto, cpu or cuda; raise ValueError for cuda where there is no GPU."""
     if requested == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device: expected a GPU for cuda, got none; `m3i-fast doctor` says why, --device cpu "
@@ -101,10 +104,10 @@ def resolve_precision(
     *,
     compiled: bool = False,
 ) -> Arithmetic:
-    """The arithmetic for what is asked for, here; auto takes no FP8 by itself.
+    """Return the arithmetic for the requested precision and backend on this machine.
 
-    Raises ValueError, with what to change or to install, for what this machine, library or batch
-    cannot do. Nothing is replaced by something slower.
+    `auto` never chooses FP8. Raises ValueError, with what to change or to install, for what this
+    machine, library or batch cannot do: nothing is replaced by a slower form.
     """
     if precision not in FP8:
         return _without_fp8(capabilities, precision, backend, compiled)
@@ -149,32 +152,32 @@ def _without_fp8(
         )
     if backend == "te":
         _expect_te(capabilities, compiled)
-    recipe, reason = precision, f"{precision} as asked for."
+    recipe, reason = precision, f"{precision} as requested."
     if precision == "auto":
         has_bf16 = (capabilities.capability or (0, 0)) >= BF16_CAPABILITY
         recipe = "bf16" if has_bf16 else "fp32"
-        reason = f"{recipe} on {capabilities.name}; auto takes no FP8 by itself."
+        reason = f"{recipe} on {capabilities.name}; auto never chooses FP8."
     dtype = torch.bfloat16 if recipe == "bf16" else torch.float32
     library = "te" if backend == "te" else "torch"
     return Arithmetic(recipe=recipe, backend=library, compute_dtype=dtype, reasons=(reason,))
 
 
 def refuse_recipe(capabilities: Capabilities, recipe: str) -> str:
-    """Why a recipe of FP8 cannot run here and what to do instead; empty where it can."""
-    found, instead = capabilities.capability, "set --precision bf16"
+    """Return why an FP8 recipe cannot run here and what to do instead; empty where it can."""
+    capability, instead = capabilities.capability, "set --precision bf16"
     current = "set --precision fp8_current"
     if capabilities.device == "cpu":
         if recipe != "fp8_current":
             return f"expected a GPU and Transformer Engine; {current}"
         missing = f"expected torchao, which emulates it; {INSTALL_TORCHAO}, or {instead}"
         return "" if capabilities.torchao else missing
-    if found is None or found < FP8_CAPABILITY:
+    if capability is None or capability < FP8_CAPABILITY:
         return f"expected sm_89 or newer (L40S, H100, B200); {instead}"
-    if recipe == "mxfp8" and found[0] != BLACKWELL[0]:
+    if recipe == "mxfp8" and capability[0] != BLACKWELL[0]:
         return f"expected Blackwell, sm_100; {current}"
     if recipe == "fp8_block":
         have = ".".join(map(str, capabilities.cuda or ())) or "none"
-        if found != HOPPER:
+        if capability != HOPPER:
             return f"expected Hopper, sm_90; {current}"
         if (capabilities.cuda or (0, 0)) < BLOCK_CUDA:
             return f"expected a torch of CUDA 12.9 or newer, got {have}; install one, or {current}"
@@ -191,7 +194,7 @@ def refuse_recipe(capabilities: Capabilities, recipe: str) -> str:
 def _fp8_backend(
     capabilities: Capabilities, recipe: str, backend: str, compiled: bool
 ) -> tuple[str, str]:
-    """The library that runs it, and why."""
+    """Return the library that runs the recipe, and why it was chosen."""
     if backend == "torch":
         raise ValueError(
             f"backend: expected auto, te or torchao with precision = {recipe}, got torch, which "
@@ -210,7 +213,7 @@ def _fp8_backend(
     if backend == "te" or (recipe != "fp8_current" and not can_te):
         _expect_te(capabilities, compiled)
     if backend != "auto":
-        return backend, f"{recipe} by {backend} as asked for."
+        return backend, f"{recipe} by {backend} as requested."
     if can_te:
         return "te", f"{recipe} by Transformer Engine, which is installed."
     if not capabilities.torchao:
@@ -250,30 +253,33 @@ def _expect_aligned(shapes: GemmShapes, recipe: str, alignment: int) -> None:
 
 def _fp8_reasons(capabilities: Capabilities, shapes: GemmShapes, alignment: int) -> list[str]:
     wide = shapes.wide
-    found = [
+    reasons = [
         f"Tokens of every product are a multiple of {alignment}.",
         f"In FP8: the blocks of {', '.join(wide)}, products of {shapes.min_dim} or more features "
         "in and out (fp8_min_dim); patches, heads, prototypes and projections stay in bf16.",
     ]
     if narrow := [part for part in shapes.products if part not in wide]:
-        found.append(f"Too narrow, in bf16: {', '.join(narrow)}.")
+        reasons.append(f"Too narrow, in bf16: {', '.join(narrow)}.")
     if capabilities.device == "cpu":
-        found.append("On a CPU FP8 is emulated.")
-    return found
+        reasons.append("On a CPU FP8 is emulated.")
+    return reasons
 
 
 def log_arithmetic(arithmetic: Arithmetic) -> None:
-    """Log what was chosen and why, and warn of an emulation."""
+    """Log the chosen arithmetic with its reasons, and warn where it is emulated."""
     logger.info("precision: %s", " ".join(arithmetic.reasons))
     if arithmetic.emulated:
         logger.warning(
-            "precision: %s is emulated on a CPU, for its numbers: slower than bf16",
+            "precision: %s is emulated on a CPU: its numbers are right, its speed below bf16's",
             arithmetic.recipe,
         )
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Of matrix products that are not FP8. auto is bf16 on a GPU that has it, fp32 elsewhere."""
+    """Return the dtype of matrix products that are not in FP8.
+
+    `auto` is bf16 on a GPU that has it, and fp32 elsewhere.
+    """
     if precision == "auto":
         on_gpu = device.type == "cuda"
         has_bf16 = on_gpu and torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
@@ -282,6 +288,6 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """The forward pass's autocast, to `compute_dtype`."""
+    """Return the autocast context of the forward pass, to `compute_dtype`."""
     low = compute_dtype(precision, device) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=low)

@@ -1,4 +1,4 @@
-"""The same bits at every run on the same machine: settings, and what is refused with them."""
+"""Determinism: the settings that give the same bits at every run, and what they exclude."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.vit import ViTConfig
 
-# Read by cuBLAS, Transformer Engine and NCCL when they start; the first value is set where none is.
+# cuBLAS, Transformer Engine and NCCL read these when they start. A variable that is not set gets
+# its first value; any of its values is accepted.
 _ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
@@ -18,12 +19,12 @@ _ENVIRONMENT = {
 
 
 def make_deterministic(cfg: TrainConfig, device: torch.device) -> None:
-    """What `deterministic` asks of this process; before the ranks meet and the device is used.
+    """Make this process deterministic; call it before the ranks join and the device is used.
 
     torch then raises RuntimeError where an operation has no deterministic form, and DCNv3 sums its
-    gradient in integers; the other compiled ops have one order of summation anyway. Attention's
-    memory-efficient kernels have no such backward pass: on a GPU flash or plain attention is left.
-    Raises ValueError where an option or a variable of the environment stands against it.
+    gradient in integers; the other compiled ops have one order of summation in any case. The
+    memory-efficient attention kernels have no deterministic backward pass, so on a GPU flash or
+    plain attention runs. Raises ValueError as `expect_deterministic`.
     """
     expect_deterministic(cfg, device)
     for name, values in _ENVIRONMENT.items():
@@ -34,7 +35,7 @@ def make_deterministic(cfg: TrainConfig, device: torch.device) -> None:
 
 
 def expect_deterministic(cfg: TrainConfig, device: torch.device) -> None:
-    """ValueError names what to change."""
+    """Raise ValueError naming the option or environment variable that excludes determinism."""
     for name, values in _ENVIRONMENT.items():
         got = os.environ.get(name)
         if got is not None and got not in values:

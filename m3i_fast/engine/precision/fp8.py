@@ -1,4 +1,4 @@
-"""The arithmetic of a run put to work: layers, the context of the forward pass, and the proof."""
+"""How a run's arithmetic is applied: layers, the forward context, and a check that FP8 ran."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def layers_of(arithmetic: Arithmetic, min_dim: int) -> BlockLayers:
-    """Parts of the blocks, of the chosen library; FP8 alone where they are `min_dim` wide."""
+    """Return the layers of the chosen library; in FP8 only those at least `min_dim` wide."""
     if arithmetic.backend == "torch":
         return TORCH_LAYERS
     layers = _te().te_layers() if arithmetic.backend == "te" else _torchao().FLOAT8_LAYERS
@@ -29,7 +29,7 @@ def layers_of(arithmetic: Arithmetic, min_dim: int) -> BlockLayers:
 
 @contextmanager
 def forward_context(arithmetic: Arithmetic, device: torch.device) -> Iterator[None]:
-    """Around the forward pass: torch's autocast, and Transformer Engine's where its layers are."""
+    """Enclose the forward pass in torch's autocast, and Transformer Engine's if it runs FP8."""
     low = arithmetic.compute_dtype == torch.bfloat16
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=low))
@@ -39,10 +39,10 @@ def forward_context(arithmetic: Arithmetic, device: torch.device) -> Iterator[No
 
 
 def expect_fp8(model: nn.Module, arithmetic: Arithmetic) -> None:
-    """After the first forward pass of `model`, raise RuntimeError unless it ran in FP8.
+    """Raise RuntimeError after the first forward pass of `model` if no product ran in FP8.
 
-    The layers' own count is asked: of torchao's products, of the layers in which Transformer
-    Engine quantised.
+    The count is the layers' own: torchao's products, or the layers that Transformer Engine
+    quantised.
     """
     if not arithmetic.is_fp8:
         return
@@ -50,14 +50,16 @@ def expect_fp8(model: nn.Module, arithmetic: Arithmetic) -> None:
 
     def check(*_: Any) -> None:
         handle.remove()
-        found = _num_run(model, arithmetic) - before
-        if not found:
+        num_products = _num_run(model, arithmetic) - before
+        if not num_products:
             parts = ", ".join(part for part, _ in arithmetic.products)
             raise RuntimeError(
                 f"precision: expected {arithmetic.recipe} by {arithmetic.backend} in {parts}, but "
                 "no product of the first forward pass ran in FP8; --precision bf16 trains without"
             )
-        logger.info("precision: %d in %s in the first forward pass", found, arithmetic.recipe)
+        logger.info(
+            "precision: %d in %s in the first forward pass", num_products, arithmetic.recipe
+        )
 
     handle = model.register_forward_hook(check)
 

@@ -1,4 +1,4 @@
-"""A run's directory: config.json, env.json, run.lock and checkpoints/, held by one process."""
+"""A run's directory: config.json, env.json, run.lock and checkpoints/, locked by one process."""
 
 from __future__ import annotations
 
@@ -23,38 +23,42 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Resume = bool | Literal["auto"]
-"""Whether a run that is there goes on; auto: if there is one, else it begins."""
+"""Whether to continue the run in the directory; auto: continue it if there is one, else begin."""
 
 
 class Stateful(Protocol):
-    """What goes on where its state was taken; the state is JSON-able."""
+    """An object whose state a checkpoint saves and restores; the state is JSON-able."""
 
-    def state_dict(self) -> Any: ...
+    def state_dict(self) -> Any:
+        """Return the state."""
 
-    def load_state_dict(self, state: Any) -> object: ...
+    def load_state_dict(self, state: Any) -> object:
+        """Restore the state that `state_dict` returned."""
 
 
 class Data(Stateful, Protocol):
-    """Where a trainer's batches come from: `pipelines.loader.Loader`, or what stands for it."""
+    """Where a trainer's batches come from: `pipelines.loader.Loader`, or a stand-in for it."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch: ...
 
-    def restart_epoch(self, state: dict[str, Any]) -> int: ...
+    def restart_epoch(self, state: dict[str, Any]) -> int:
+        """Restart the epoch of a state that another number of ranks saved; return the epoch."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop the threads."""
 
 
 class Run:
-    """One process trains in a directory at a time: `begin` or `resume` takes it, `close` frees it.
+    """The directory of a run, locked by one process from `begin` or `resume` to `close`.
 
     Of several ranks the first holds the lock and writes.
     """
 
     def __init__(self, path: Path, cfg: TrainConfig) -> None:
         self.path, self._cfg, self._lock = path, cfg, RunLock(path)
-        self._again = False  # a run is there that ended before its first checkpoint
+        self._again = False  # the directory holds a run that ended before its first checkpoint
         self.checkpoints = path / "checkpoints"
         self.saver = Saver(
             self.checkpoints,
@@ -66,28 +70,29 @@ class Run:
 
     @property
     def config_path(self) -> Path:
+        """Return the path of the run's config.json."""
         return self.path / "config.json"
 
     def expect_new(self) -> None:
-        """FileExistsError when the directory holds a run that does not begin again."""
+        """Raise FileExistsError when the directory holds a run that is not to begin again."""
         if self.config_path.exists() and not self._again:
             raise FileExistsError(
                 f"{self.path} holds a run already: add --resume to continue it, or name another "
                 "--out"
             )
 
-    def expect_there(self) -> None:
-        """OSError on the first rank when the directory that this run took is not where it was."""
+    def expect_in_place(self) -> None:
+        """Raise OSError on the first rank when the directory was deleted, moved or replaced."""
         if self.saver.is_first and (not self.config_path.exists() or self._lock.is_anothers()):
             raise OSError(
                 f"{self.path}: the run's directory was deleted, moved or replaced while it trained"
             )
 
-    def found(self, resume: Resume, num_ranks: int = 1) -> Checkpoint | None:
-        """The checkpoint to go on from; None where the run is to `begin`.
+    def find_checkpoint(self, resume: Resume, num_ranks: int = 1) -> Checkpoint | None:
+        """Return the checkpoint to continue from; None where the run is to `begin`.
 
-        Raises FileExistsError and FileNotFoundError where there is what should not be there, or is
-        not what should; with auto neither, but all that `resume` raises of a run that is there.
+        Raises FileExistsError for a run in the directory without `resume`, and FileNotFoundError
+        for no run with it. With auto it raises neither, but all other errors of `resume`.
         """
         if resume == "auto":
             there = on_first_rank(self.saver.group, self._look)
@@ -111,11 +116,15 @@ class Run:
         return "begun"
 
     def begin(self) -> None:
-        """Make the directory of a new run."""
+        """Create the directory of a new run and lock it."""
         on_first_rank(self.saver.group, self._begin)
 
     def resume(self, num_ranks: int = 1) -> Checkpoint:
-        """The newest good checkpoint of the run that is there, to go on with so many ranks."""
+        """Return the newest good checkpoint of the run, to continue on so many ranks.
+
+        Raises FileNotFoundError where there is no run or checkpoint, FileExistsError where another
+        process trains it, and ValueError where the config or the batch size of all ranks differs.
+        """
         on_first_rank(self.saver.group, self._go_on)
         saved = latest(self.checkpoints, self.saver.group)
         self._expect_batch(saved.state(), num_ranks)
@@ -123,9 +132,10 @@ class Run:
         return saved
 
     def roll_back(self, step: int) -> Checkpoint | None:
-        """The newest good checkpoint of at most so many steps, later ones gone; None: none is.
+        """Return the newest good checkpoint of at most so many steps and delete later ones.
 
-        All ranks call this, after which a resume would begin there.
+        All ranks call this. None where there is no such checkpoint. A resume would begin at the
+        returned one.
         """
         self.saver.wait()
         try:
@@ -136,16 +146,16 @@ class Run:
         return saved
 
     def _expect_batch(self, state: dict[str, Any], num_ranks: int) -> None:
-        """The batch of all ranks stays what it was, whatever their number."""
+        """Raise ValueError unless the batch of all ranks is as large as the checkpoint's."""
         before = state.get("num_ranks", 1)
         saved = state.get("config", {"data": {"batch_size": self._cfg.data.batch_size}})
         batches = before * saved.get("parallel", {}).get("accumulate", 1)
         whole = saved["data"]["batch_size"] * batches
-        mine = num_ranks * self._cfg.parallel.accumulate
-        if self._cfg.data.batch_size * mine != whole:
+        num_batches = num_ranks * self._cfg.parallel.accumulate
+        if self._cfg.data.batch_size * num_batches != whole:
             raise ValueError(
-                f"--data.batch-size: expected {whole / mine:g}, with which {num_ranks} ranks make "
-                f"the batch of {whole} that {before} made with --parallel.accumulate "
+                f"--data.batch-size: expected {whole / num_batches:g}, with which {num_ranks} "
+                f"ranks make the batch of {whole} that {before} made with --parallel.accumulate "
                 f"{batches // before}, got {self._cfg.data.batch_size} and --parallel.accumulate "
                 f"{self._cfg.parallel.accumulate}"
             )
@@ -181,50 +191,54 @@ class Run:
             saved.save(self.config_path)
 
     def _config_of_checkpoint(self, damaged: ValueError) -> tuple[TrainConfig, Path]:
-        """What the newest good checkpoint says of the run; raises `damaged` where none says it."""
+        """Return the config in the newest good checkpoint, and its path; else raise `damaged`."""
         try:
             saved = latest(self.checkpoints)
             return TrainConfig.from_tree(saved.state(rank=0)["config"], saved.path), saved.path
         except (OSError, ValueError, KeyError):
             raise damaged from None
 
-    def state(self, **parts: Stateful) -> dict[str, Any]:
-        """JSON-able: what `restore` takes."""
+    def state(self, **stateful: Stateful) -> dict[str, Any]:
+        """Return the JSON-able state of the parts, the random generators and the config."""
         return {
-            **{name: part.state_dict() for name, part in parts.items()},
+            **{name: part.state_dict() for name, part in stateful.items()},
             "random": random_state(),
             "config": json.loads(self._cfg.to_json()),
         }
 
     @staticmethod
-    def restore(state: dict[str, Any], *, num_ranks: int, loader: Data, **parts: Stateful) -> None:
-        """Parts that an older checkpoint does not hold start anew.
+    def restore(
+        state: dict[str, Any], *, num_ranks: int, loader: Data, **stateful: Stateful
+    ) -> None:
+        """Restore the state that `state` returned; parts that an older checkpoint lacks start anew.
 
-        On another number of ranks than saved it, the data begin their epoch again, and so does what
-        is a rank's own.
+        On another number of ranks than it was saved with, the data begin their epoch again, and
+        state of a single rank starts anew.
         """
         before = state.get("num_ranks", 1)
         if before != num_ranks:
             for name in ("guard", "skips"):
                 if name in state:
-                    _load(name, parts[name].load_state_dict, state)
+                    _load(name, stateful[name].load_state_dict, state)
             logger.warning(
-                "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d go on, and "
-                "a position in the data is of one number of ranks. Weights, moments, averages and "
-                "schedules go on where they were.",
+                "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d resume, "
+                "and a position in the data is valid for one number of ranks. Weights, moments, "
+                "averages and schedules continue where they were.",
                 _load("loader", loader.restart_epoch, state),
                 before,
                 num_ranks,
             )
             return
-        parts = {**parts, "loader": loader}
-        loads: dict[str, Callable[[Any], object]] = {n: p.load_state_dict for n, p in parts.items()}
+        stateful = {**stateful, "loader": loader}
+        loads: dict[str, Callable[[Any], object]] = {
+            name: part.load_state_dict for name, part in stateful.items()
+        }
         for name, load in {**loads, "random": set_random_state}.items():
             if name in state:
                 _load(name, load, state)
 
     def close(self) -> None:
-        """Wait for the save in flight, raise its error if it had one, and free the directory."""
+        """Wait for the save in flight, raise its error if it had one, and release the directory."""
         try:
             self.saver.close()
         finally:
@@ -232,7 +246,7 @@ class Run:
 
 
 def _load(name: str, load: Callable[[Any], T], state: dict[str, Any]) -> T:
-    """Load a part of a state; ValueError names the part that is damaged or of another run."""
+    """Load a part of a state; raise ValueError naming a damaged part or one of another run."""
     try:
         return load(state[name])
     except ValueError as error:
@@ -242,7 +256,7 @@ def _load(name: str, load: Callable[[Any], T], state: dict[str, Any]) -> T:
 
 
 def expect_data(cfg: TrainConfig, manifest: Manifest) -> None:
-    """ValueError names what of the model does not fit the data."""
+    """Raise ValueError naming the config field that does not fit the data, with both values."""
     facts = {
         "num_classes": (cfg.num_classes, len(manifest.class_names)),
         "text.vocab_size": (cfg.text.vocab_size, manifest.tokenizer.vocab_size),

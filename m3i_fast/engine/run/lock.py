@@ -1,4 +1,4 @@
-"""One run a directory: a lock that ends with the process, however the process ends."""
+"""The lock of a run's directory, which ends with its process, however the process ends."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from m3i_fast.storage import kind_of
 logger = logging.getLogger(__name__)
 
 NAME = "run.lock"
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # no fifo is waited for
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK  # does not block on a fifo
 _NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # a link, a directory, a socket
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunLock:
-    """Held from `acquire` to `release`, or to the end of the process that holds it.
+    """A lock that is held from `acquire` to `release`, or to the end of the process.
 
-    The kernel holds the lock of the open file, and its text only says who has it: what a killed
-    process left behind locks nothing. The file stays, since a lock on a file that is deleted and
-    made again would be two locks.
+    The kernel holds the lock on the open file, whose text only names the holder: the file of a
+    killed process locks nothing. The file is never deleted, since locks on a deleted and a new file
+    of one name would be two locks.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -36,7 +36,7 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """FileExistsError says which other holds it. The run's directory must exist."""
+        """Lock the run's directory, which must exist; FileExistsError names the holder."""
         if self._descriptor is not None:
             return
         descriptor = self._open()
@@ -62,7 +62,7 @@ class RunLock:
         os.ftruncate(descriptor, len(text))
 
     def _open(self) -> int:
-        """Open a plain file that has no other name, since its text is replaced."""
+        """Open run.lock if it is a plain file with one name, since its text is replaced."""
         try:
             descriptor = os.open(self._path, _FLAGS, 0o666)
         except OSError as error:
@@ -82,12 +82,13 @@ class RunLock:
         )
 
     def is_anothers(self) -> bool:
-        """Whether the file of another run is where this one's was."""
+        """Return whether the lock file of another run is now in the place of this one's."""
         if self._descriptor is None or not self._path.exists():
             return False
         return not os.path.samestat(os.fstat(self._descriptor), os.stat(self._path))
 
     def release(self) -> None:
+        """Release the lock, if it is held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,4 +1,4 @@
-"""What a run measures between two reads of its metrics, and where it is written."""
+"""What a run measures between two reads of its metrics, and where the rows are written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
-from m3i_fast.engine.run.telemetry import Interval, RunTelemetry
+from m3i_fast.engine.run.telemetry import LogInterval, RunTelemetry
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
-from m3i_fast.observe.sinks.live import expect_live, open_live
+from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
 from m3i_fast.observe.stages import StageTimer
 
 
@@ -32,9 +32,9 @@ class RunLog:
         *,
         recipe: str = "",
     ) -> None:
-        """Raises ValueError and OSError for a telemetry that cannot be had (`expect_live`)."""
+        """Check the telemetry; raise ValueError or OSError as `expect_live_sinks` does."""
         if world.is_main:
-            expect_live(cfg.telemetry)
+            expect_live_sinks(cfg.telemetry)
         self._recipe = recipe
         self._cfg, self._run_dir, self._world = cfg, run_dir, world
         self.means = DeviceMeans(world.device, world.mean)
@@ -45,7 +45,7 @@ class RunLog:
         self._best = float("nan")
 
     def open(self, step: int) -> None:
-        """Write from here on; rows of later steps, of before a resume or rollback, are dropped."""
+        """Open the files at `step`, and drop rows of later steps (resume, rollback)."""
         self._close_files()
         self._telemetry.start()
         if self._world.is_main:
@@ -57,6 +57,7 @@ class RunLog:
         self.count_from(step)
 
     def close(self) -> None:
+        """Stop the telemetry and close all sinks."""
         self._telemetry.stop()
         for sink in self._live:
             sink.close()
@@ -64,7 +65,7 @@ class RunLog:
         self._close_files()
 
     def _open_live(self) -> list[Sink]:
-        return open_live(
+        return open_live_sinks(
             self._cfg.telemetry,
             self._run_dir,
             recipe=self._recipe,
@@ -78,17 +79,20 @@ class RunLog:
         self._sinks = []
 
     def count_from(self, step: int) -> None:
-        """Throughput is of the steps from this one on."""
+        """Start the interval that throughput is measured over at this step."""
         self._began, self._began_step = time.monotonic(), step
 
     def add(self, metrics: Mapping[str, Tensor], skip: Tensor) -> None:
-        """A step's; left out of the means where `skip` [] is 1."""
+        """Add the metrics of a step to the means, unless the flag `skip` [] is 1."""
         self.means.add(metrics, skip)
         self.timer.count_step()
 
     def read(self, step: int) -> dict[str, float]:
-        """Means over steps and ranks, sums of members, images a second of all ranks, times, and of
-        the first rank what `RunTelemetry` tells."""
+        """Return the row of the interval since the last read.
+
+        It holds means over steps and ranks, sums of members, images a second of all ranks, times of
+        the stages and, on the first rank, the values of `RunTelemetry`.
+        """
         now, num_steps = time.monotonic(), step - self._began_step
         values = self.means.read()
         self.means.reset()
@@ -101,7 +105,7 @@ class RunLog:
         if self._world.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self._world.is_main:
-            interval = Interval(
+            interval = LogInterval(
                 begin_s=self._began,
                 end_s=now,
                 num_images=num_images,
@@ -111,6 +115,7 @@ class RunLog:
         return values | self.timer.read()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a row to all sinks; raise ValueError where keep_best names no logged metric."""
         for sink in (*self._sinks, *self._live):
             sink.log(step, values)
         name = self._cfg.keep_best.removeprefix("+")
@@ -124,15 +129,17 @@ class RunLog:
 
     @property
     def score(self) -> float | None:
-        """Of a checkpoint of now, by keep_best: the lower the better; None: of no account."""
+        """Return the score of a checkpoint by keep_best, lower is better; None without one."""
         if self._best != self._best:
             return None
         return -self._best if self._cfg.keep_best.startswith("+") else self._best
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the score as JSON-able state."""
         return {"score": self.score}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the score."""
         score = state["score"]
         if score is not None:
             self._best = -score if self._cfg.keep_best.startswith("+") else score

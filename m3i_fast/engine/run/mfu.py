@@ -1,17 +1,17 @@
-"""How much of a card a run's arithmetic uses, from its config and its speed: MFU and HFU.
+"""Model and hardware FLOPs utilisation (MFU, HFU) of a card, from a run's config and speed.
 
-Model FLOPs are what the mathematics asks for (`step_flops`: every term, every view, a teacher's
-forward pass alone), hardware FLOPs are those and what is computed again. A multiply-accumulate is
-two; DCNv3's samples, which run on no tensor core, are in neither.
+Model FLOPs are those of the mathematics (`step_flops`: every term, every view, a teacher's forward
+pass alone); hardware FLOPs also count what is recomputed. A multiply-accumulate counts as two.
+DCNv3's sampling, which runs on no tensor core, is in neither.
 
     MFU = model FLOP/s / peak          HFU = hardware FLOP/s / peak
 
-The peak is the published dense rate of BF16, or in fp32 of FP32 without tensor cores. A run in FP8
-has a share f8 of its model FLOPs in FP8, and a second peak that weighs both rates,
+The peak is the published dense rate of BF16, or for fp32 that of FP32 without tensor cores. A run
+in FP8 has a share f8 of its model FLOPs in FP8, and a second peak that weighs both rates,
 
     peak_weighted = 1 / (f8 / peak_FP8 + (1 - f8) / peak_BF16)
 
-beside which its MFU of the BF16 peak may exceed 1 and is no figure of how well FP8 is used.
+Of such a run the MFU of the BF16 peak may exceed 1, and says nothing about how well FP8 is used.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from m3i_fast.engine.precision.arithmetic import Arithmetic
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Efficiency:
-    """Of one rank and its card."""
+    """FLOP rates and utilisation of one rank and its card."""
 
     model_flop_s: float
     hardware_flop_s: float
     peak: str | None
-    """That mfu and hfu are of: bf16 or fp32; None without a published one."""
+    """Which peak mfu and hfu are of, bf16 or fp32; None for a card without a published peak."""
     mfu: float | None
     hfu: float | None
     fp8_share: float
-    """Of the model FLOPs."""
+    """Share of the model FLOPs that run in FP8."""
     mfu_weighted: float | None
-    """Of the peak that weighs FP8 and BF16; None without FP8, and on a card without its peak."""
+    """MFU of the weighted peak; None without FP8, and for a card without a published FP8 peak."""
 
 
 def efficiency(
@@ -50,9 +50,10 @@ def efficiency(
     num_ranks: int = 1,
     progress: float = 0.0,
 ) -> Efficiency:
-    """Of a rank that trains so many images a second; `progress` of the run, 0 to 1.
+    """Return the utilisation of a rank that trains so many images a second.
 
-    card: None or the cpu, whose rates are assumed, has no MFU. Raises ValueError as `step_flops`.
+    progress: of the run, 0 to 1. card: None, or the CPU, whose rates are assumed, has no MFU.
+    Raises ValueError as `step_flops` does.
     """
     products = without_sampling(step_flops(cfg, num_ranks=num_ranks, progress=progress))
     steps_s = images_s / cfg.data.batch_size
@@ -75,18 +76,18 @@ def efficiency(
 
 
 def fp8_share(products: Flops, arithmetic: Arithmetic) -> float:
-    """Of the model FLOPs, what runs in FP8: all three products of the layers that it runs."""
+    """Return the share of the model FLOPs in FP8, counting all three products of a layer."""
     in_fp8 = {each for _, layers in arithmetic.products for each in layers}
     return products.of_layers(in_fp8) / products.model
 
 
 def weighted_peak(card: Card, share: float) -> float | None:
-    """FLOP/s of a step with that share in FP8, each part at its peak; None: no FP8 on the card."""
+    """Return the FLOP/s of a step with that FP8 share, each part at its peak; None without FP8."""
     if card.fp8_flop_s is None:
         return None
     return 1 / (share / card.fp8_flop_s + (1 - share) / card.bf16_flop_s)
 
 
 def joule_per_image(energy_j: float | None, num_images: float) -> float | None:
-    """Of cards that used so much for those images; None where nothing tells."""
+    """Return the energy an image of cards that used `energy_j`; None where it is not known."""
     return energy_j / num_images if energy_j is not None and num_images else None

@@ -1,4 +1,4 @@
-"""The random generators of a process as JSON: Python's, NumPy's, torch's and those of its GPU."""
+"""The random generators of a process as JSON: Python's, NumPy's, torch's and the GPU's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """What `set_random_state` takes."""
+    """Return the state of all generators, which `set_random_state` restores."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -25,7 +25,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go on where `random_state` was called; a GPU's generator where both have one."""
+    """Restore the state of `random_state`; that of a GPU where both machines have one."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]

@@ -1,4 +1,4 @@
-"""What a run's rows tell of its efficiency, and of the node of its first rank."""
+"""Efficiency of a run and telemetry of its first rank's node, as values of its logged rows."""
 
 from __future__ import annotations
 
@@ -15,65 +15,66 @@ from m3i_fast.costs.gpus import Card, card_of
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.run.mfu import efficiency, joule_per_image
-from m3i_fast.observe.telemetry.sampler import Telemetry, cuda_devices
+from m3i_fast.observe.telemetry.sampler import TelemetrySampler, cuda_devices
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """Steps between two logged rows."""
+class LogInterval:
+    """The steps between two logged rows."""
 
     begin_s: float
-    """Of time.monotonic(), as end_s."""
+    """Start and end are seconds of time.monotonic()."""
     end_s: float
     num_images: float
-    """Of all ranks."""
+    """Number of images of all ranks."""
     progress: float
-    """Of the run, 0 to 1."""
+    """Progress of the run, 0 to 1."""
 
 
 class RunTelemetry:
-    """Of the first rank: samples from `start` to `stop`, and `values` of an interval between."""
+    """Samples the first rank's node from `start` to `stop`; `values` summarises an interval."""
 
     def __init__(self, cfg: TrainConfig, world: World, arithmetic: Arithmetic) -> None:
         self._cfg, self._world, self._arithmetic = cfg, world, arithmetic
         self._card = _find_card(world)
-        self._counts = True  # the run's FLOPs are known
-        self._sampler: Telemetry | None = None
+        self._knows_flops = True
+        self._sampler: TelemetrySampler | None = None
 
     def start(self) -> None:
-        """Nothing where it samples already."""
+        """Start sampling, unless it runs already or telemetry.hz is 0."""
         if self._cfg.telemetry.hz and self._sampler is None and self._world.is_main:
             num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             gpus = cuda_devices(num_ranks) if self._world.device.type == "cuda" else []
-            self._sampler = Telemetry(self._cfg.telemetry.hz, devices=gpus)
+            self._sampler = TelemetrySampler(self._cfg.telemetry.hz, devices=gpus)
             self._sampler.__enter__()
 
     def stop(self) -> None:
+        """Stop sampling."""
         if self._sampler is not None:
             self._sampler.__exit__(None, None, None)
             self._sampler = None
 
-    def values(self, interval: Interval) -> dict[str, float]:
-        """By `group/name_unit`; what is not known is missing."""
+    def values(self, interval: LogInterval) -> dict[str, float]:
+        """Return the values of an interval by `group/name_unit`; unknown ones are left out."""
         seconds = interval.end_s - interval.begin_s
-        found = self._efficiency(interval, seconds)
+        values = self._efficiency(interval, seconds)
         if self._sampler is None:
-            return found
-        told = self._sampler.summary(interval.begin_s, interval.end_s)
-        # One rank has one GPU, and all have as many images.
-        num_images = interval.num_images / self._world.size * len(told["gpus"])
-        joules = joule_per_image(told["energy_j"], num_images)
+            return values
+        summary = self._sampler.summary(interval.begin_s, interval.end_s)
+        # Each rank has one GPU and an equal number of images.
+        num_images = interval.num_images / self._world.size * len(summary["gpus"])
+        joules = joule_per_image(summary["energy_j"], num_images)
         if joules is not None:
-            found["efficiency/joule_per_image"] = joules
-        return found | flatten(told, seconds)
+            values["efficiency/joule_per_image"] = joules
+        return values | flatten(summary, seconds)
 
-    def _efficiency(self, interval: Interval, seconds: float) -> dict[str, float]:
-        if not self._counts:
+    def _efficiency(self, interval: LogInterval, seconds: float) -> dict[str, float]:
+        if not self._knows_flops:
             return {}
         try:
-            told = efficiency(
+            rates = efficiency(
                 self._cfg,
                 self._arithmetic,
                 images_s=interval.num_images / self._world.size / seconds,
@@ -83,56 +84,57 @@ class RunTelemetry:
             )
         except (ValueError, FileNotFoundError) as error:  # a teacher of unknown size
             logger.warning("efficiency: not logged: %s", error)
-            self._counts = False
+            self._knows_flops = False
             return {}
-        # In FP8 the peak of BF16 is not what the products could reach: its name says so.
-        of = "_of_bf16_peak" if self._arithmetic.is_fp8 else ""
-        found = {
-            "tflop_s": told.model_flop_s / 1e12,
-            f"mfu{of}": told.mfu,
-            f"hfu{of}": told.hfu,
-            "mfu_weighted": told.mfu_weighted,
+        # In FP8 products can exceed the BF16 peak, so the name says which peak is meant.
+        suffix = "_of_bf16_peak" if self._arithmetic.is_fp8 else ""
+        values = {
+            "tflop_s": rates.model_flop_s / 1e12,
+            f"mfu{suffix}": rates.mfu,
+            f"hfu{suffix}": rates.hfu,
+            "mfu_weighted": rates.mfu_weighted,
         }
-        return {f"efficiency/{k}": v for k, v in found.items() if v is not None}
+        return {f"efficiency/{k}": v for k, v in values.items() if v is not None}
 
 
 def _find_card(world: World) -> Card | None:
     if world.device.type != "cuda":
         return None
-    found = card_of(torch.cuda.get_device_name(world.device))
-    if isinstance(found, Card):
-        return found
+    card = card_of(torch.cuda.get_device_name(world.device))
+    if isinstance(card, Card):
+        return card
     if world.is_main:
-        logger.warning("efficiency: no MFU: no published peak: %s", found)
+        logger.warning("efficiency: no MFU: no published peak: %s", card)
     return None
 
 
 def flatten(summary: Mapping[str, Any], seconds: float) -> dict[str, float]:
-    """A summary of telemetry over so many seconds, as `gpu/name_unit` and `host/name_unit`.
+    """Flatten a telemetry summary over so many seconds to `gpu/name_unit` and `host/name_unit`.
 
-    Means over time and cards, the hottest card's temperature, and of what is counted the rate.
+    Gauges are means over time and cards, but the temperature is that of the hottest card; counters
+    become rates.
     """
-    found: dict[str, float] = {}
-    for group, told in (("gpu", summary["gpus"]), ("host", [summary["host"]])):
-        for name in dict.fromkeys(name for each in told for name in each):
-            values = [each[name] for each in told if name in each]
+    flat: dict[str, float] = {}
+    for group, devices in (("gpu", summary["gpus"]), ("host", [summary["host"]])):
+        for name in dict.fromkeys(name for device in devices for name in device):
+            values = [device[name] for device in devices if name in device]
             if isinstance(values[0], dict):
                 means = [value["mean"] for value in values]
                 mean = max(means) if name == "temperature_c" else sum(means) / len(means)
                 unit, scale = _unit(name)
-                found[f"{group}/{unit}"] = mean * scale
-            elif name.endswith("_bytes"):  # counted
+                flat[f"{group}/{unit}"] = mean * scale
+            elif name.endswith("_bytes"):  # a counter's growth
                 rate = sum(values) / len(values) / seconds
-                found[f"{group}/{name.removesuffix('_bytes')}_gib_s"] = rate / 2**30
+                flat[f"{group}/{name.removesuffix('_bytes')}_gib_s"] = rate / 2**30
             elif name.startswith(("ecc_", "remap")):
-                found[f"{group}/{name}"] = sum(values)
+                flat[f"{group}/{name}"] = sum(values)
     if summary["gpus"] and summary["num_samples"]:
-        found["gpu/throttled"] = float(summary["throttled"])
-    return found
+        flat["gpu/throttled"] = float(summary["throttled"])
+    return flat
 
 
 def _unit(name: str) -> tuple[str, float]:
-    """Bytes are logged in GiB."""
+    """Return the name in the logged unit and its factor: bytes are logged in GiB."""
     for unit, longer in (("_bytes", "_gib"), ("_byte_s", "_gib_s")):
         if name.endswith(unit):
             return name.removesuffix(unit) + longer, 2.0**-30

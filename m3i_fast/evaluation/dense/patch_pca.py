@@ -16,10 +16,10 @@ def patch_pca(
 ) -> Tensor:  # [B, N, 3] fp32 in 0..1
     """Project every token on three principal components of all B * N tokens, scaled to colour.
 
-    Component by component, the `percentile` and `100 - percentile` of the projections become 0 and
-    1, so that a few outliers do not grey the rest. The sign of a component is fixed by its largest
-    coefficient, which is made positive: the same tokens give the same colours. fp64 inside.
-    Raises ValueError when there are fewer than three dimensions or tokens.
+    In each component, the `percentile` and `100 - percentile` of the projections become 0 and 1, so
+    that a few outliers do not grey the rest. The sign of a component makes its largest coefficient
+    positive, so that the same tokens give the same colours. Computed in fp64. Raises ValueError
+    when there are fewer than three dimensions or tokens.
     """
     if tokens.dim() != 3 or tokens.shape[-1] < 3 or tokens.shape[0] * tokens.shape[1] < 3:
         raise ValueError(

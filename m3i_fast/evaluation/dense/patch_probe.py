@@ -15,18 +15,23 @@ from torch import Tensor
 
 from m3i_fast.evaluation.dense.scenes import IGNORED, Scenes, compose_scenes, thin_out
 from m3i_fast.evaluation.probes.accuracy import grouped_folds, largest_class, mean_by_group
-from m3i_fast.evaluation.probes.chosen_settings import L2_STRENGTHS, NUM_FOLDS, Examples, linear
+from m3i_fast.evaluation.probes.cross_validation import (
+    L2_STRENGTHS,
+    NUM_FOLDS,
+    Examples,
+    cross_validated_linear,
+)
 from m3i_fast.evaluation.statistics import Floats
 
 NUM_SCENES = 400  # of training concepts, and as many of held-out ones
-FIT_PATCHES = 2  # of a drawing; the probe is asked about all
+FIT_PATCHES = 2  # of a drawing that the probe is fitted to; it predicts all of them
 STRENGTHS = L2_STRENGTHS[::2]  # there are more rows to fit than elsewhere
 _SCENES_A_PASS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneSets:
-    """The same scenes for every encoder, and the patches that the probe is fitted to and asked."""
+    """The scenes, which are the same for every encoder, and the patches to fit and to predict."""
 
     train: Scenes
     train_fold: Tensor  # [S] int64
@@ -36,7 +41,7 @@ class SceneSets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseResult:
-    """One source's results, concept by concept in ascending order of their ids."""
+    """The results of one source by concept, in ascending order of their ids."""
 
     group: Tensor  # [G] int64, the concept
     hits: Tensor  # [G] fp64, share of the concept's patches whose category is right
@@ -51,14 +56,14 @@ def build_scenes(
     grid: int,
     seed: int = 0,
 ) -> SceneSets:
-    """Scenes of training concepts, fold by fold so that no scene has two folds, and of held-out.
+    """Build scenes of training concepts, each of one fold, and of held-out concepts.
 
-    The features of a patch may depend on all of its scene: a fold's scenes hold none of another's
-    concepts. Raises ValueError when a fold or the held-out set has fewer than four drawings.
+    The features of a patch may depend on all of its scene, so a scene holds concepts of one fold
+    alone. Raises ValueError when a fold or the held-out set has fewer than four drawings.
     """
     drawings, label, group = train
     fold = grouped_folds(group, num_folds=NUM_FOLDS, seed=seed)
-    parts = [
+    of_folds = [
         compose_scenes(
             *(column[fold == f] for column in (drawings, label, group)),
             num_scenes=NUM_SCENES // NUM_FOLDS,
@@ -69,7 +74,7 @@ def build_scenes(
     ]
     scenes = Scenes(
         **{
-            name: torch.cat([getattr(part, name) for part in parts])
+            name: torch.cat([getattr(of_fold, name) for of_fold in of_folds])
             for name in ("views", "label", "group", "place")
         }
     )
@@ -90,7 +95,7 @@ def patch_features(
     embed: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> Tensor:  # [R, D] fp32 on the CPU, scene by scene
-    """What `embed`, [B, 3, H, H] uint8 -> [B, N, D], says of the kept patches."""
+    """Return the features of the kept patches by `embed`, [B, 3, H, H] uint8 -> [B, N, D]."""
     chunks = zip(scenes.views.split(_SCENES_A_PASS), keep.split(_SCENES_A_PASS), strict=True)
     return torch.cat([embed(views.to(device)).float().cpu()[kept] for views, kept in chunks])
 
@@ -98,7 +103,7 @@ def patch_features(
 def probe_scenes(
     sets: SceneSets, embed: Callable[[Tensor], Tensor], device: torch.device
 ) -> DenseResult:
-    """Fit the probe to `embed`'s features of the training scenes and ask about the held-out ones.
+    """Fit the probe to `embed`'s features of the training scenes and predict the held-out ones.
 
     The L2 is chosen on folds of the training concepts, each concept counting once.
     """
@@ -110,12 +115,12 @@ def probe_scenes(
         fold=sets.train_fold[:, None].expand_as(fit)[fit],
     )
     queries = patch_features(sets.heldout, asked, embed, device)
-    predicted, l2 = linear(examples, queries, STRENGTHS)
+    predicted, l2 = cross_validated_linear(examples, queries, STRENGTHS)
     return _result(sets, predicted, l2)
 
 
 def guess_scenes(sets: SceneSets) -> DenseResult:
-    """Chance: the category of most held-out patches, whatever the patch."""
+    """Return the results of chance: the category of most held-out patches, whatever the patch."""
     label = sets.heldout.label[sets.heldout.label != IGNORED]
     return _result(sets, torch.full_like(label, largest_class(label)), None)
 
@@ -126,9 +131,9 @@ def overlaps(
     group: Tensor,  # [R] int64
     num_classes: int,
 ) -> Tensor:  # [G, 3, C] int64, groups in ascending order
-    """Patches of a concept by class: labelled and predicted, labelled, predicted.
+    """Count a concept's patches by class: labelled and predicted, labelled, predicted.
 
-    What mean IoU needs of the confusion matrix; it grows with C and not with its square.
+    It is what mean IoU needs of the confusion matrix, and grows with C instead of C squared.
     """
     distinct, row = group.unique(return_inverse=True)
     right = predicted == label
@@ -139,7 +144,7 @@ def overlaps(
 
 
 def mean_iou(overlap: Any) -> Floats:  # [..., 3, C] of `overlaps`, summed -> [...]
-    """Mean over classes of |labelled and predicted| / |labelled or predicted|.
+    """Return the mean over classes of |labelled and predicted| / |labelled or predicted|.
 
     A class that is neither labelled nor predicted is left out.
     """

@@ -1,4 +1,4 @@
-"""Scenes of four drawings on one canvas, and which patch shows what.
+"""Scenes of four drawings on one canvas, with the category that each patch shows.
 
 Legend: K drawings, S scenes, H side of the canvas, N patches of a scene (a square grid).
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -1
-MIN_SIDE = 3 / 8  # of the canvas; at most 1 / 2, the side of a place
+MIN_SIDE = 3 / 8  # of the canvas; at most 1 / 2, the side of a quarter
 MAX_PAPER = 16  # levels below white that are still paper: resampling rings
 MIN_INK = 0.25  # of a patch's pixels
 
@@ -36,15 +36,15 @@ def compose_scenes(
     grid: int,
     seed: int = 0,
 ) -> Scenes:
-    """Four different drawings a scene, one in each quarter, of random size and offset.
+    """Compose scenes of four drawings, one in each quarter, of random size and offset.
 
-    A round goes through all drawings in random order, but for the three at most that four does not
-    divide, so that all are used about equally; the last round ends at `num_scenes`. The same scenes
-    for a seed. The label of a patch is that of the drawing with most ink in it; ink is what is not
-    white. With ink on less than MIN_INK of its pixels a patch is ignored, and is no class
-    "background": paper is told from ink by any features, trained or not, and would add one class
-    that all get right to the mean over classes.
-    Raises ValueError when there are fewer than four drawings or `grid` does not divide H.
+    A round goes through all drawings in random order, except for up to three where four does not
+    divide their number, so that all are used about equally; the last round ends at `num_scenes`. A
+    seed gives the same scenes. The label of a patch is that of the drawing with most ink in it,
+    where ink is what is not white. A patch with ink on less than MIN_INK of its pixels is ignored
+    instead of being a class "background": any features, trained or not, tell paper from ink, so
+    that class would raise the mean over classes for all of them. Raises ValueError when there are
+    fewer than four drawings or `grid` does not divide H.
     """
     if len(drawings) < 4:
         raise ValueError(f"drawings: expected at least 4, got {len(drawings)}")
@@ -73,7 +73,7 @@ def compose_scenes(
 
 
 def thin_out(scenes: Scenes, per_drawing: int, *, seed: int = 0) -> Tensor:  # [S, N] bool
-    """At most `per_drawing` random labelled patches of each drawing: neighbours are alike."""
+    """Choose at most `per_drawing` random patches a drawing, since neighbours are alike."""
     priority = torch.rand(scenes.label.shape, generator=torch.Generator().manual_seed(seed))
     priority = priority.masked_fill(scenes.label == IGNORED, 2.0)
     kept = torch.zeros_like(scenes.label, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Accuracy from per-item hits, and splits of the training concepts on which settings are chosen."""
+"""Accuracy from hits by item, and folds of the training concepts on which settings are chosen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def balanced_accuracy(
     predictions: Tensor,  # [N] int64
     labels: Tensor,  # [N] int64
 ) -> float:
-    """Share predicted right, class by class, averaged over the classes present in `labels`."""
+    """Return the share predicted right by class, averaged over the classes present in `labels`."""
     hits = (predictions == labels).double()
     return float(mean_by_group(hits, labels).mean())
 
@@ -19,14 +19,14 @@ def mean_by_group(
     values: Tensor,  # [N] float
     group: Tensor,  # [N] int64
 ) -> Tensor:  # [G] float64
-    """Mean of the values of each distinct group, groups in ascending order."""
+    """Return the mean of the values of each distinct group, groups in ascending order."""
     _, index, count = torch.unique(group, return_inverse=True, return_counts=True)
     sums = torch.zeros(len(count), dtype=torch.float64).index_add_(0, index, values.double())
     return sums / count
 
 
 def largest_class(labels: Tensor) -> int:  # [N] int64
-    """The most frequent class; the lowest of them when several are."""
+    """Return the most frequent class; the lowest of them when several are."""
     return int(torch.bincount(labels).argmax())
 
 
@@ -36,7 +36,7 @@ def grouped_folds(
     num_folds: int,
     seed: int,
 ) -> Tensor:  # [N] int64, the fold of each item
-    """Deal whole groups into folds of equally many groups, the same ones for a seed.
+    """Deal whole groups into folds of equally many groups, the same folds for a seed.
 
     Raises ValueError when there are fewer groups than folds.
     """

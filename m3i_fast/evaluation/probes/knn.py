@@ -23,10 +23,10 @@ def knn_predict(
     k: int,
     temperature: float = TEMPERATURE,
 ) -> Tensor:  # [M] int64
-    """Class with the most votes among the k most similar items of the bank.
+    """Return the class with the most votes among the k most similar items of the bank.
 
-    A vote weighs exp(cosine / temperature). Equal sums go to the lower class. fp32 similarities.
-    Raises ValueError when k is not in 1..N.
+    A vote weighs exp(cosine / temperature). Of equal sums the lower class wins. Similarities are
+    fp32. Raises ValueError when k is not in 1..N.
     """
     return knn_predict_each(bank, labels, queries, ks=(k,), temperature=temperature)[0]
 
@@ -39,7 +39,7 @@ def knn_predict_each(
     ks: Sequence[int],
     temperature: float = TEMPERATURE,
 ) -> Tensor:  # [len(ks), M] int64
-    """`knn_predict` for several k at the price of one search."""
+    """Return the predictions of `knn_predict` for several k, with one search."""
     if not ks or min(ks) < 1 or max(ks) > len(bank):
         raise ValueError(f"k: expected values in 1..{len(bank)} (the bank's size), got {list(ks)}")
     if temperature <= 0:

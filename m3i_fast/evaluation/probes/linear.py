@@ -11,20 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TOLERANCE = 1e-6  # of the gradient; below it the line search sees only rounding
+TOLERANCE = 1e-6  # of the gradient; below it the line search measures only rounding
 
 
 @dataclass(frozen=True, slots=True)
 class LinearProbe:
+    """A fitted linear classifier of standardised features."""
+
     weight: Tensor  # [C, D] fp64
     bias: Tensor  # [C] fp64
     mean: Tensor  # [D] fp64, of the training features
     scale: Tensor  # [D] fp64, their standard deviation; 1 where they do not vary
 
     def logits(self, features: Tensor) -> Tensor:  # [M, D] -> [M, C] fp64
+        """Return the logits of features."""
         return F.linear((features.double() - self.mean) / self.scale, self.weight, self.bias)
 
     def predict(self, features: Tensor) -> Tensor:  # [M, D] -> [M] int64
+        """Return the class with the largest logit."""
         return self.logits(features).argmax(1)
 
 
@@ -39,9 +43,10 @@ def fit_linear(
 ) -> LinearProbe:
     """Minimise mean_i(-log softmax(W x_i + b)[label_i]) + l2 / 2 * ||W||^2 by L-BFGS in fp64.
 
-    The bias is not penalised, so l2 = 1 / (N * C) of scikit-learn's LogisticRegression. `start`, a
-    probe of the same features, saves iterations along a path of l2. Raises ValueError when l2 <= 0
-    and RuntimeError when after `max_iterations` an entry of the gradient is above ten tolerances.
+    The bias is not penalised, so l2 is 1 / (N * C) of scikit-learn's LogisticRegression. start: a
+    probe of the same features, which saves iterations along a path of l2. Raises ValueError when l2
+    <= 0, and RuntimeError when after `max_iterations` an entry of the gradient is above ten
+    tolerances.
     """
     if l2 <= 0:
         raise ValueError(f"l2: expected > 0 (a separable set has no optimum at 0), got {l2}")
@@ -54,8 +59,8 @@ def fit_linear(
     weight = start.weight if start else rows.new_zeros(num_classes, rows.shape[1])
     bias = start.bias.clone() if start else rows.new_zeros(num_classes)
     basis, variance = _principal_axes(rows)
-    # About so much the loss curves along each axis, the softmax being even at first. Evened out,
-    # L-BFGS needs tens of steps for correlated features and not hundreds.
+    # Approximate curvature of the loss along each axis, for a softmax that is even at first. With
+    # axes scaled by it, L-BFGS needs tens of steps for correlated features and not hundreds.
     curvature = variance / num_classes + l2
     stretch = curvature.sqrt()
     turned = weight @ basis * stretch
@@ -79,7 +84,7 @@ def fit_linear(
 
 
 def _principal_axes(rows: Tensor) -> tuple[Tensor, Tensor]:  # [N, D] of mean 0 -> [D, K], [K]
-    """Orthonormal axes whose span has all rows, and so the optimal W; the variance along each."""
+    """Return orthonormal axes that span all rows, and so the optimal W; the variance along each."""
     num, dim = rows.shape
     if num < dim:
         _, singular, axes = torch.linalg.svd(rows, full_matrices=False)
@@ -96,7 +101,7 @@ def _minimise(
     bias: Tensor,  # [C] fp64, updated in place
     ridge: Tensor,  # [K] fp64, the penalty of each column of the weight
 ) -> float:
-    """The largest entry of the gradient that is left."""
+    """Minimise in place and return the largest entry of the gradient that is left."""
     weight.grad, bias.grad = torch.empty_like(weight), torch.empty_like(bias)
     share = F.one_hot(labels, len(weight)).to(rows) / len(rows)
 

@@ -1,4 +1,4 @@
-"""The lower bound of the mutual information between pictures and captions, on unseen concepts.
+"""Lower bound of the mutual information between pictures and captions, on unseen concepts.
 
 Legend: M pairs, E embedding width. Row i of one side belongs to row i of the other.
 """
@@ -22,15 +22,17 @@ def caption_bound(
     *,
     seed: int = 0,
 ) -> tuple[Tensor, float]:  # [M] fp64 nats, the mean of both scales
-    """log C - nll of each pair; the mean is InfoNCE's lower bound of the information.
+    """Return log C - nll of each pair, whose mean is InfoNCE's lower bound, and the mean scale.
 
-    I(image; caption) >= log C - E[nll] (arXiv 1807.03748, section 2.3), where nll is
-    -log softmax of the pair among C candidates, and is at most log C whatever the information: it
-    says how much the embeddings show, not how much there is. The mean over both ways, an image
-    among captions and a caption among images. Pairs are dealt into two halves, a pair's candidates
-    are those of its half, and the scale of a half's cosines is chosen on the other half: never on
-    the pairs it is used for, so the bound holds, and not on pairs that the encoder was trained on,
-    where it is surer than elsewhere. Raises ValueError when there are fewer than four pairs.
+    I(image; caption) >= log C - E[nll] (arXiv 1807.03748, section 2.3), where nll is -log softmax
+    of the pair among C candidates. The bound is at most log C whatever the information: it says how
+    much the embeddings show, not how much there is. It is the mean of both directions, an image
+    among captions and a caption among images.
+
+    Pairs are dealt into two halves. The candidates of a pair are those of its half, and the scale
+    of a half's cosines is chosen on the other half. It is never chosen on the pairs that it is used
+    for, so the bound holds, nor on pairs that the encoder was trained on, where it would be more
+    confident. Raises ValueError when there are fewer than four pairs.
     """
     if len(image) < 4:
         raise ValueError(f"pairs: expected at least 4 with a caption, got {len(image)}")
@@ -50,9 +52,9 @@ def pair_nll(
     *,
     scale: float,
 ) -> Tensor:  # [M] fp64
-    """-log softmax(scale x_i . y)_i over the M rows y, both ways averaged, in fp64.
+    """Return -log softmax(scale x_i . y)_i over the rows y, averaged both ways, in fp64.
 
-    A row at a time: memory is that of the embeddings.
+    Rows are computed one at a time, so memory is that of the embeddings.
     """
     image, text = image.double(), text.double()
     factor = torch.tensor(scale, dtype=torch.float64, device=image.device)
@@ -73,10 +75,10 @@ def choose_scale(
     image: Tensor,  # [T, E]
     text: Tensor,  # [T, E]
 ) -> float:
-    """The scale in 0..MAX_SCALE of the least mean nll of pairs among each other.
+    """Return the scale in 0..MAX_SCALE with the least mean nll of pairs among each other.
 
-    The nll is convex in the scale, so its slope is bisected. 0 where a picture's own caption is no
-    nearer than others, which is a bound of 0.
+    The nll is convex in the scale, so its slope is bisected. The scale is 0, which gives a bound of
+    0, where a picture's own caption is no nearer than others.
     """
     image, text = image.double(), text.double()
     low, high = 0.0, MAX_SCALE
@@ -91,7 +93,7 @@ def choose_scale(
 
 
 def _slope(image: Tensor, text: Tensor, scale: float) -> float:
-    """Derivative of the mean nll by the scale."""
+    """Return the derivative of the mean nll by the scale."""
     factor = torch.tensor(scale, dtype=torch.float64, device=image.device, requires_grad=True)
     with torch.enable_grad():
         boltzmann(image, text, factor).backward()

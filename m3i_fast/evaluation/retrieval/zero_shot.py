@@ -16,7 +16,7 @@ def retrieval_ranks(
     query_group: Tensor,  # [Q] int64
     gallery_group: Tensor,  # [G] int64
 ) -> Tensor:  # [Q] int64, 0 = found first
-    """Rank, by cosine, of the best gallery item that belongs to the query's group.
+    """Return the rank, by cosine, of the best gallery item of each query's group.
 
     A tie counts against the query: an encoder that maps everything to one point ranks last, not
     first. Hits at k are `ranks < k`. Raises ValueError when a query has no item in the gallery or
@@ -42,18 +42,18 @@ def nearest(
     *,
     k: int,
 ) -> Tensor:  # [Q, k] int64, gallery rows, most similar first
-    """The k gallery items of highest cosine; the earlier row first when equal."""
+    """Return the k gallery items of highest cosine; of equal ones the earlier row comes first."""
     cosine = F.normalize(queries.float(), dim=-1) @ F.normalize(gallery.float(), dim=-1).T
     return cosine.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
 def recall_chance(*, k: int, num_gallery: int) -> float:
-    """Recall at k of a random order of a gallery with one right item: k / G, at most 1."""
+    """Return recall at k of a random order of a gallery with one right item: k / G, at most 1."""
     return min(k / num_gallery, 1.0)
 
 
 def class_embeddings(prompts: Tensor) -> Tensor:  # [C, P, E] -> [C, E] fp32, unit length
-    """One embedding a class: the mean of its prompts' unit embeddings, as CLIP ensembles them."""
+    """Return the normalised mean of each class's unit prompt embeddings, as CLIP's ensembles."""
     return F.normalize(F.normalize(prompts.float(), dim=-1).mean(1), dim=-1)
 
 
@@ -61,5 +61,5 @@ def zero_shot_predict(
     images: Tensor,  # [N, E]
     classes: Tensor,  # [C, E]
 ) -> Tensor:  # [N] int64
-    """Class whose embedding has the highest cosine with the image's."""
+    """Return the class whose embedding has the highest cosine with the image's."""
     return (F.normalize(images.float(), dim=-1) @ F.normalize(classes.float(), dim=-1).T).argmax(1)

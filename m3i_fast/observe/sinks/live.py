@@ -1,4 +1,4 @@
-"""Where a run's rows go while it lasts, beside its files, as `telemetry` asks."""
+"""Sinks that receive a run's rows while it trains, beside its files, as `telemetry` configures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _NEEDS = {
 }
 
 
-def expect_live(cfg: TelemetryConfig) -> None:
-    """Before a run begins: ValueError for a library that is missing, OSError for a taken port."""
+def expect_live_sinks(cfg: TelemetryConfig) -> None:
+    """Raise ValueError for a missing library, OSError for a port in use, before a run begins."""
     for field, (module, package) in _NEEDS.items():
         if getattr(cfg, field) and importlib.util.find_spec(module) is None:
             raise ValueError(
@@ -31,21 +31,24 @@ def expect_live(cfg: TelemetryConfig) -> None:
         expect_free(cfg.prometheus_address, cfg.prometheus_port)
 
 
-def open_live(
+def open_live_sinks(
     cfg: TelemetryConfig, run_dir: Path, *, recipe: str, rank: int, config: Mapping[str, Any]
 ) -> list[Sink]:
-    """config: of the run, for the trackers. Libraries are imported where they are asked for."""
-    found: list[Sink] = []
+    """Open the configured sinks; each library is imported only where it is used.
+
+    config: of the run, for the trackers.
+    """
+    sinks: list[Sink] = []
     if cfg.prometheus_port:
         from m3i_fast.observe.sinks.prometheus import PrometheusSink
 
-        place = cfg.prometheus_address, cfg.prometheus_port
-        found.append(PrometheusSink(*place, run=run_dir.name, recipe=recipe, rank=rank))
+        address, port = cfg.prometheus_address, cfg.prometheus_port
+        sinks.append(PrometheusSink(address, port, run=run_dir.name, recipe=recipe, rank=rank))
     if cfg.wandb_project or cfg.mlflow_uri:
         from m3i_fast.observe.sinks.trackers import MlflowSink, WandbSink
 
         if cfg.wandb_project:
-            found.append(WandbSink(cfg.wandb_project, run_dir, config))
+            sinks.append(WandbSink(cfg.wandb_project, run_dir, config))
         if cfg.mlflow_uri:
-            found.append(MlflowSink(cfg.mlflow_uri, run_dir, config))
-    return found
+            sinks.append(MlflowSink(cfg.mlflow_uri, run_dir, config))
+    return sinks

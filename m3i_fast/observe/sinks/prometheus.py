@@ -1,4 +1,4 @@
-"""The last logged row of a run for Prometheus: named and in units as its conventions ask."""
+"""Serves the last logged row of a run to Prometheus, with its conventions for names and units."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 LABELS = ("run", "recipe", "rank")
 
-# Groups whose members differ from run to run are one metric, told apart by a label.
+# A group whose members differ from run to run is one metric, with the member as a label.
 _FAMILIES = {
     "loss": "term",
     "weight": "term",
@@ -20,7 +20,7 @@ _FAMILIES = {
     "gradient_cosine": "terms",
     "monitor": "monitor",
 }
-# Base units: ending here, ending there, how many of it one of ours is.
+# Prometheus's base units: our suffix, its suffix, the factor.
 _UNITS = (
     ("_gib_s", "_bytes_per_second", 2.0**30),
     ("_gib", "_bytes", 2.0**30),
@@ -35,7 +35,7 @@ _UNITS = (
 
 
 def exported(name: str) -> tuple[str, str | None, str, float]:
-    """Of a logged `group/name_unit`: metric, its own label, that label's value, and a factor."""
+    """Return the metric, its own label, that label's value and the factor of a logged name."""
     group, _, rest = name.partition("/")
     if group == "time":
         return "m3i_stage_seconds", "stage", rest.removesuffix("_ms"), 1e-3
@@ -50,9 +50,9 @@ def exported(name: str) -> tuple[str, str | None, str, float]:
 
 
 class PrometheusSink:
-    """Serves http://ADDRESS:port/metrics from a thread; the values are those of the last row.
+    """Serves http://ADDRESS:port/metrics from a thread, with the values of the last row.
 
-    Raises OSError where the port is taken, or the address is not this machine's.
+    Raises OSError where the port is in use, or the address is not one of this machine.
     """
 
     def __init__(self, address: str, port: int, *, run: str, recipe: str, rank: int) -> None:
@@ -65,6 +65,7 @@ class PrometheusSink:
             raise refused(address, port, error) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Set the gauges to the values of this row."""
         rows = {"step": float(step), "logged_timestamp_seconds": time.time()}
         for name, value in rows.items():
             self._set(f"m3i_{name}", None, "", value)
@@ -73,6 +74,7 @@ class PrometheusSink:
             self._set(metric, label, member, factor * value)
 
     def close(self) -> None:
+        """Stop the server and its thread."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -87,7 +89,7 @@ class PrometheusSink:
 
 
 def expect_free(address: str, port: int) -> None:
-    """Raise OSError where something listens there already, or the address is not this machine's."""
+    """Raise OSError where the port is in use or the address is not one of this machine."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         socket.create_server((address, port), family=family).close()
@@ -96,7 +98,7 @@ def expect_free(address: str, port: int) -> None:
 
 
 def refused(address: str, port: int, error: OSError) -> OSError:
-    """The error of an address and port that cannot be listened at, with the flag to change."""
+    """Return the error for an address and port that cannot be bound, with the flag to change."""
     if error.errno == errno.EADDRINUSE:
         text = (
             f"telemetry.prometheus_port: expected a free port of {address}, got {port}, which is "

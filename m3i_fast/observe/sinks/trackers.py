@@ -1,6 +1,7 @@
-"""Experiment trackers that logged rows go to beside the run's own files, each by its own library.
+"""Experiment trackers that receive the logged rows, each through its own library.
 
-A run is the same run there after a resume: its id is in tracking.json of the run's directory.
+A resumed run continues the same run at a tracker: its id is in tracking.json in the run's
+directory.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _FILE = "tracking.json"
 
 
 class WandbSink:
-    """Weights & Biases. Rows carry their step, so that those after a rollback are kept, too."""
+    """Sends rows to Weights & Biases, with their step, so that those after a rollback are kept."""
 
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         import wandb
 
-        run_id = _known(run_dir, "wandb") or uuid.uuid4().hex[:16]
+        run_id = _run_id(run_dir, "wandb") or uuid.uuid4().hex[:16]
         self._run = wandb.init(
             project=project,
             id=run_id,
@@ -37,32 +38,33 @@ class WandbSink:
             config=dict(config),
             resume="allow",
         )
-        _remember(run_dir, "wandb", run_id)
+        _save_run_id(run_dir, "wandb", run_id)
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Handed to wandb's own process, which sends it."""
+        """Hand the row to wandb's own process, which sends it."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
+        """Send what is pending and finish the run there."""
         self._run.finish()
 
 
 class MlflowSink:
-    """MLflow: an experiment m3i-fast, a run a run. Rows are sent by MLflow's own thread."""
+    """Sends rows to MLflow, to the experiment m3i-fast, from MLflow's own thread."""
 
     EXPERIMENT = "m3i-fast"
-    PARAM_LENGTH = 500  # of a value; longer ones some servers refuse
+    PARAM_LENGTH = 500  # longest value; some servers refuse longer ones
 
     def __init__(self, uri: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri)
         self._pending: list[Any] = []
-        known = _known(run_dir, "mlflow")
-        if known is not None:
-            self._client.update_run(known, status="RUNNING")
-            self._id = known
+        run_id = _run_id(run_dir, "mlflow")
+        if run_id is not None:
+            self._client.update_run(run_id, status="RUNNING")
+            self._id = run_id
             return
         experiment = self._client.get_experiment_by_name(self.EXPERIMENT)
         number = (
@@ -71,11 +73,12 @@ class MlflowSink:
             else experiment.experiment_id
         )
         self._id = str(self._client.create_run(number, run_name=run_dir.name).info.run_id)
-        _remember(run_dir, "mlflow", self._id)
+        _save_run_id(run_dir, "mlflow", self._id)
         for name, value in _flat("", config).items():
             self._client.log_param(self._id, name, str(value)[: self.PARAM_LENGTH])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Queue the row of a step for sending."""
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
@@ -83,7 +86,7 @@ class MlflowSink:
         self._pending.append(self._client.log_batch(self._id, metrics=metrics, synchronous=False))
 
     def close(self) -> None:
-        """Waits for what is not sent; what cannot be is said, and ends nothing."""
+        """Wait until all rows are sent; log those that cannot be, without an error."""
         for sent in self._pending:
             try:
                 sent.wait()
@@ -95,35 +98,35 @@ class MlflowSink:
 
 
 def _allowed(name: str) -> str:
-    """MLflow's names have letters, digits and _ - . / and spaces."""
+    """Return a name that MLflow takes: letters, digits, _ - . / and spaces."""
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
 def _flat(path: str, config: Any) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return {path: config}
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
-        found |= _flat(f"{path}.{name}" if path else name, value)
-    return found
+        flat |= _flat(f"{path}.{name}" if path else name, value)
+    return flat
 
 
-def _known(run_dir: Path, tracker: str) -> str | None:
+def _run_id(run_dir: Path, tracker: str) -> str | None:
     return _ids(run_dir).get(tracker)
 
 
-def _remember(run_dir: Path, tracker: str, run_id: str) -> None:
+def _save_run_id(run_dir: Path, tracker: str, run_id: str) -> None:
     text = json.dumps(_ids(run_dir) | {tracker: run_id}) + "\n"
     write_atomically(run_dir / _FILE, text.encode())
 
 
 def _ids(run_dir: Path) -> dict[str, str]:
-    """The run's id at each tracker that knows it; those of a damaged file are lost."""
+    """Return the run's id by tracker; a damaged file is reported and its ids are lost."""
     try:
         ids: dict[str, str] = read_json(run_dir / _FILE, {str: str})
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        logger.warning("%s; the run begins anew at its trackers", error)
+        logger.warning("%s; the run starts as a new one at its trackers", error)
         return {}
     return ids

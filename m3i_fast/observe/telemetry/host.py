@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-REFRESH_S = 10.0  # between two searches for children, which read of every process there is
+REFRESH_S = 10.0  # between two searches for children, which read /proc of every process
 
 
 class Host:
-    """`read` is called again and again, by one thread. Raises ImportError without psutil.
+    """Reads the host's counters; one thread calls `read` repeatedly. ImportError without psutil.
 
-    Shares of the processor are since the call before: the first call has none.
+    Shares of the processor are those since the previous call; the first call returns none.
     """
 
     def __init__(self) -> None:
@@ -25,36 +25,37 @@ class Host:
         self._read_s: float | None = None
 
     def read(self) -> dict[str, float]:
-        """cpu_percent of all cores, process_cpu_percent of one; memory; bytes since the boot.
+        """Return cpu_percent of all cores, process_cpu_percent of one core, memory and counters.
 
-        Of the process tree; memory that its processes share counts for each of them.
+        Byte counters count from boot. process_cpu_percent and rss_bytes sum over the process tree,
+        in which memory that processes share counts for each of them.
         """
         psutil, now = self._psutil, time.monotonic()
         if now - self._searched_s >= REFRESH_S:
             self._tree = [self._me, *self._me.children(recursive=True)]
             self._searched_s = now
-        found: dict[str, float] = {"rss_bytes": 0.0}
+        values: dict[str, float] = {"rss_bytes": 0.0}
         busy: dict[int, float] = {}
         for process in self._tree:
             try:
                 with process.oneshot():
                     times = process.cpu_times()
-                    found["rss_bytes"] += process.memory_info().rss
+                    values["rss_bytes"] += process.memory_info().rss
                 busy[process.pid] = times.user + times.system
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue  # it has ended, or became another user's
         share = psutil.cpu_percent(None)
         if self._read_s is not None:
             grown = sum(s - self._busy[pid] for pid, s in busy.items() if pid in self._busy)
-            found["process_cpu_percent"] = 100 * grown / (now - self._read_s)
-            found["cpu_percent"] = share
+            values["process_cpu_percent"] = 100 * grown / (now - self._read_s)
+            values["cpu_percent"] = share
         self._busy, self._read_s = busy, now
-        found["memory_used_bytes"] = psutil.virtual_memory().used
+        values["memory_used_bytes"] = psutil.virtual_memory().used
         if (disk := psutil.disk_io_counters()) is not None:
-            found["disk_read_bytes"] = disk.read_bytes
+            values["disk_read_bytes"] = disk.read_bytes
         if (network := psutil.net_io_counters()) is not None:
-            found["network_received_bytes"] = network.bytes_recv
-        return found
+            values["network_received_bytes"] = network.bytes_recv
+        return values
 
 
 COUNTERS = ("disk_read_bytes", "network_received_bytes")

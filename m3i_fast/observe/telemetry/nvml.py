@@ -1,7 +1,7 @@
-"""What NVML tells of one GPU. The module `pynvml` is handed in: sampler.py imports it.
+"""Readers of one GPU through NVML; the module `pynvml` is passed in, since sampler.py imports it.
 
-A reader asks for one thing and returns values by name; what a card, a driver or the library lacks
-is left out, and is not asked for again.
+A reader queries one thing and returns values by name. What a card, a driver or the library does not
+support is left out and not queried again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 Values = dict[str, float]
-Reader = Callable[[Any, Any], Values]  # of the module and a handle
+Reader = Callable[[Any, Any], Values]  # takes the module and a handle
 
 # Bits of the clocks' event reasons, called throttle reasons until driver 535.
 REASONS = {
@@ -26,7 +26,7 @@ REASONS = {
     0x80: "hw_power_brake_slowdown",
     0x100: "display_clock_setting",
 }
-# A card that idles, keeps to set clocks or runs at its power limit works as it should.
+# The other reasons are normal operation: idle, clocks that were set, the power limit.
 THROTTLING = frozenset(
     {"hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"}
 )
@@ -35,11 +35,12 @@ ALL_LINKS = 0xFFFFFFFF
 
 
 def uuid_hash(uuid: str) -> str:
-    """Tells a card from others in what is published, without its serial number."""
+    """Return a hash that tells a card from others in published rows, without its serial number."""
     return hashlib.sha256(uuid.encode()).hexdigest()[:12]
 
 
 def reason_names(bits: int) -> list[str]:
+    """Return the names of the reasons whose bits are set."""
     return [name for bit, name in REASONS.items() if bits & bit]
 
 
@@ -64,7 +65,7 @@ def _memory_clock(nvml: Any, handle: Any) -> Values:
 
 
 def _reasons(nvml: Any, handle: Any) -> Values:
-    """By the new name, or where the library or the driver is too old for it by the old one."""
+    """Read the clocks' event reasons, by their old name where library or driver is too old."""
     try:
         return {"reasons": nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)}
     except AttributeError:
@@ -84,9 +85,9 @@ def _memory(nvml: Any, handle: Any) -> Values:
 
 
 def _utilisation(nvml: Any, handle: Any) -> Values:
-    """Share of the time in which any kernel ran, and in which memory was read or written."""
-    found = nvml.nvmlDeviceGetUtilizationRates(handle)
-    return {"gpu_percent": found.gpu, "memory_percent": found.memory}
+    """Read the share of time in which any kernel ran, and in which memory was read or written."""
+    rates = nvml.nvmlDeviceGetUtilizationRates(handle)
+    return {"gpu_percent": rates.gpu, "memory_percent": rates.memory}
 
 
 def _jpeg(nvml: Any, handle: Any) -> Values:
@@ -121,21 +122,21 @@ def _remapped_rows(nvml: Any, handle: Any) -> Values:
 
 
 def _nvlink(nvml: Any, handle: Any) -> Values:
-    """Counters of all links together, in KiB."""
+    """Read the counters of all links together, which are in KiB."""
     fields = {
         "nvlink_sent_bytes": nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX,
         "nvlink_received_bytes": nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
     }
     ids = [(field, ALL_LINKS) for field in fields.values()]
-    found = nvml.nvmlDeviceGetFieldValues(handle, ids)
-    for each in found:
+    values = nvml.nvmlDeviceGetFieldValues(handle, ids)
+    for each in values:
         if each.nvmlReturn != nvml.NVML_SUCCESS:
             raise nvml.NVMLError(each.nvmlReturn)
-    return {name: 1024 * each.value.ullVal for name, each in zip(fields, found, strict=True)}
+    return {name: 1024 * each.value.ullVal for name, each in zip(fields, values, strict=True)}
 
 
 def _pcie(nvml: Any, handle: Any) -> Values:
-    """KB/s over 20 ms, for which each of the two calls waits."""
+    """Read the traffic over 20 ms, for which each of the two calls waits."""
     sent = nvml.nvmlDeviceGetPcieThroughput(handle, nvml.NVML_PCIE_UTIL_TX_BYTES)
     received = nvml.nvmlDeviceGetPcieThroughput(handle, nvml.NVML_PCIE_UTIL_RX_BYTES)
     return {"pcie_sent_byte_s": 1e3 * sent, "pcie_received_byte_s": 1e3 * received}
@@ -153,11 +154,11 @@ COUNTERS = (
     "ecc_uncorrected",
 )
 STATES = ("power_limit_w", "remapped_rows", "remapping_pending", "remapping_failed")
-"""Of which the last value tells all."""
+"""States, which are summarised by their last value."""
 
 
-class Engines:
-    """How busy parts of a chip are, from Hopper on (GPM): between two calls."""
+class PerformanceMonitor:
+    """Utilisation of a chip's units between two calls, by NVML's GPM, on Hopper and newer cards."""
 
     _MIB = 2.0**20
     NUM_JPEG = 8
@@ -181,56 +182,60 @@ class Engines:
         self._is_first = True
 
     def read(self, nvml: Any, handle: Any) -> Values:
-        """Nothing at the first call. `jpeg_percent` is the mean of the engines that there are."""
+        """Return the values since the previous call; none at the first call.
+
+        `jpeg_percent` is the mean over the engines that the card has.
+        """
         before, now = self._samples
         nvml.nvmlGpmSampleGet(handle, now)
         self._samples = [now, before]
         if self._is_first:
             self._is_first = False
             return {}
-        asked = nvml.c_nvmlGpmMetricsGet_t()
-        asked.version = nvml.NVML_GPM_METRICS_GET_VERSION
+        request = nvml.c_nvmlGpmMetricsGet_t()
+        request.version = nvml.NVML_GPM_METRICS_GET_VERSION
         ids = [*self._scales, *self._jpegs]
-        asked.numMetrics = len(ids)
-        asked.sample1, asked.sample2 = before, now
-        for metric, number in zip(asked.metrics, ids, strict=False):
+        request.numMetrics = len(ids)
+        request.sample1, request.sample2 = before, now
+        for metric, number in zip(request.metrics, ids, strict=False):
             metric.metricId = number
-        nvml.nvmlGpmMetricsGet(asked)
-        found = {}
-        for metric in asked.metrics[: len(ids)]:
+        nvml.nvmlGpmMetricsGet(request)
+        by_id = {}
+        for metric in request.metrics[: len(ids)]:
             if metric.nvmlReturn == nvml.NVML_SUCCESS and math.isfinite(metric.value):
-                found[metric.metricId] = metric.value
+                by_id[metric.metricId] = metric.value
         values = {
-            name: found[number] * scale
+            name: by_id[number] * scale
             for number, (name, scale) in self._scales.items()
-            if number in found
+            if number in by_id
         }
-        if jpegs := [found[number] for number in self._jpegs if number in found]:
+        if jpegs := [by_id[number] for number in self._jpegs if number in by_id]:
             values["num_jpeg_engines"] = len(jpegs)
             values["jpeg_percent"] = sum(jpegs) / len(jpegs)
         return values
 
     def close(self, nvml: Any) -> None:
+        """Free the samples."""
         for sample in self._samples:
             nvml.nvmlGpmSampleFree(sample)
         self._samples = []
 
 
 class Gpu:
-    """One card: `read` is called again and again, by one thread."""
+    """One card; one thread calls `read` repeatedly."""
 
     def __init__(self, nvml: Any, handle: Any, uuid: str) -> None:
         self._nvml, self._handle = nvml, handle
         self.uuid_hash = uuid_hash(uuid)
         self._readers = list(READERS)
         self._slow: list[Reader] = [_pcie]
-        self._engines: Engines | None = None
+        self._monitor: PerformanceMonitor | None = None
         try:
-            self._engines = Engines(nvml, handle)
+            self._monitor = PerformanceMonitor(nvml, handle)
         except (nvml.NVMLError, AttributeError):
             pass
-        else:  # it tells PCIe's traffic without waiting
-            self._readers.append(self._engines.read)
+        else:  # it reads PCIe's traffic without a wait
+            self._readers.append(self._monitor.read)
             self._slow = []
         try:
             name = nvml.nvmlDeviceGetName(handle)
@@ -239,25 +244,26 @@ class Gpu:
             self.name = None
 
     def read(self, *, slow: bool = False) -> Values:
-        """Values of now. slow: also what takes the driver tens of milliseconds to find out."""
-        found: Values = {}
+        """Return the present values. slow: also those that take the driver tens of milliseconds."""
+        values: Values = {}
         for readers in (self._readers, self._slow if slow else []):
             for reader in list(readers):
                 try:
-                    found |= reader(self._nvml, self._handle)
+                    values |= reader(self._nvml, self._handle)
                 except AttributeError:  # a library that is older than the function
                     readers.remove(reader)
                 except self._nvml.NVMLError as error:
-                    if error.value in self._for_ever():
+                    if error.value in self._permanent_errors():
                         readers.remove(reader)
-        return found
+        return values
 
     def close(self) -> None:
-        if self._engines is not None:
-            self._engines.close(self._nvml)
+        """Free what NVML holds for this card."""
+        if self._monitor is not None:
+            self._monitor.close(self._nvml)
 
-    def _for_ever(self) -> set[int]:
-        """Errors that another try does not change; after others a value is left out once."""
+    def _permanent_errors(self) -> set[int]:
+        """Return the errors that drop a reader; others leave its value out once."""
         nvml = self._nvml
         return {
             nvml.NVML_ERROR_NOT_SUPPORTED,

@@ -1,4 +1,4 @@
-"""Power, clocks and use of a node's GPUs and of its processor, sampled by a thread of one rank."""
+"""Samples power, clocks and use of a node's GPUs and processor, in a thread of one rank."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ from m3i_fast.observe.telemetry import host
 from m3i_fast.observe.telemetry import nvml as gpu
 from m3i_fast.observe.telemetry.host import Host
 from m3i_fast.observe.telemetry.nvml import Gpu, Values, reason_names
-from m3i_fast.observe.telemetry.series import Point, growth, integral, spread
+from m3i_fast.observe.telemetry.series import Point, gauge_statistics, growth, integral
 
 logger = logging.getLogger(__name__)
 
 INSTALL = 'pip install "m3i-fast[telemetry]"'
-KEPT_S = 3600.0
-KINDS = ("GPU", "MIG")
+KEPT_S = 3600.0  # samples older than this are dropped
+UUID_PREFIXES = ("GPU", "MIG")
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Which card a CUDA device is: CUDA_VISIBLE_DEVICES changes numbers and their order."""
+    """Identity of a CUDA device's card: CUDA_VISIBLE_DEVICES changes numbers and their order."""
 
     uuid: str
-    """Without a prefix."""
+    """UUID without its prefix."""
     bus_id: str | None
-    """On PCI: domain:bus:device.function; None where torch does not tell it."""
+    """PCI address, domain:bus:device.function; None where torch does not report it."""
 
 
 def cuda_devices(count: int | None = None) -> list[Device]:
-    """The first `count` of torch's CUDA devices, or all; none without CUDA."""
+    """Return the first `count` of torch's CUDA devices, or all; none without CUDA."""
     num_there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = []
+    devices = []
     for index in range(min(num_there, num_there if count is None else count)):
         p: Any = torch.cuda.get_device_properties(index)
-        place: list[Any] = [
+        address: list[Any] = [
             getattr(p, f"pci_{part}_id", None) for part in ("domain", "bus", "device")
         ]
-        domain, bus, slot = place
-        bus_id = None if None in place else f"{domain:08x}:{bus:02x}:{slot:02x}.0"
-        found.append(Device(str(p.uuid), bus_id))
-    return found
+        domain, bus, slot = address
+        bus_id = None if None in address else f"{domain:08x}:{bus:02x}:{slot:02x}.0"
+        devices.append(Device(str(p.uuid), bus_id))
+    return devices
 
 
-class Telemetry:
-    """Samples while its context lasts, `hz` times a second; `summary` tells of a part of that time.
+class TelemetrySampler:
+    """Samples while its context lasts, `hz` times a second; `summary` covers a part of that time.
 
-    One a node: the rank that enters it samples the GPUs of all. What a card or this machine lacks
-    is missing in the summary. An error in the thread is logged, and ends the sampling alone.
+    There is one sampler a node: the rank that enters it samples all GPUs. What a card or this
+    machine does not report is missing in the summary. An error in the thread is logged and ends the
+    sampling alone.
 
-    nvml: a module with the names of pynvml; None imports it. devices: torch's, unless given.
+    nvml: a module with the names of pynvml; None imports it. devices: torch's where it is None.
     Raises ValueError for a rate outside 0.1 to 10.
     """
 
@@ -68,7 +69,7 @@ class Telemetry:
         if not 0.1 <= hz <= 10:
             raise ValueError(f"hz: expected 0.1 to 10 samples a second, got {hz}")
         self.hz, self.cpu_s = hz, 0.0
-        """cpu_s: of the processor that the thread has taken."""
+        """cpu_s: processor time that the thread has used."""
         self._nvml, self._devices = nvml, devices
         self._gpus: list[Gpu] = []
         self._host: Host | None = None
@@ -82,8 +83,8 @@ class Telemetry:
 
     # ---- The thread ------------------------------------------------------------------------------
 
-    def __enter__(self) -> Telemetry:
-        """Returns with the first sample taken."""
+    def __enter__(self) -> TelemetrySampler:
+        """Start the thread and wait for the first sample."""
         self._open()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
@@ -96,6 +97,7 @@ class Telemetry:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Stop the thread and release NVML."""
         self._ended.set()
         if self._thread is not None:
             self._thread.join()
@@ -125,15 +127,17 @@ class Telemetry:
         except self._nvml.NVMLError as error:
             logger.warning("telemetry: no figures of the GPUs: NVML: %s", error)
             return
-        self._gpus = [found for each in devices if (found := self._find(each)) is not None]
+        self._gpus = [card for each in devices if (card := self._find(each)) is not None]
         self._of_gpus = [deque(maxlen=self._length) for _ in self._gpus]
         if not self._gpus:
             self._nvml.nvmlShutdown()
 
     def _find(self, device: Device) -> Gpu | None:
-        """By its UUID, a part of a card (MIG) too, or by its place on the bus."""
+        """Return the card with the UUID (of a card or of its MIG part) or the bus address."""
         nvml = self._nvml
-        tried = [(nvml.nvmlDeviceGetHandleByUUID, f"{kind}-{device.uuid}") for kind in KINDS]
+        tried = [
+            (nvml.nvmlDeviceGetHandleByUUID, f"{kind}-{device.uuid}") for kind in UUID_PREFIXES
+        ]
         if device.bus_id is not None:
             tried.append((nvml.nvmlDeviceGetHandleByPciBusId, device.bus_id))
         reason: Exception | None = None
@@ -154,7 +158,8 @@ class Telemetry:
                 self.cpu_s = time.thread_time()
                 self._sampled.set()
                 now = time.monotonic()
-                number = max(number + 1, math.ceil((now - began) * self.hz))  # late ones are left
+                due = math.ceil((now - began) * self.hz)  # samples that are late are skipped
+                number = max(number + 1, due)
                 self._ended.wait(began + number / self.hz - now)
         except Exception:
             logger.warning("telemetry: ended by an error; the run goes on", exc_info=True)
@@ -170,18 +175,18 @@ class Telemetry:
             now = time.monotonic()
             self._of_host.append((now, self._host.read()))
 
-    # ---- What it saw -----------------------------------------------------------------------------
+    # ---- Summaries -------------------------------------------------------------------------------
 
     def summary(self, begin_s: float, end_s: float) -> dict[str, Any]:
-        """JSON-able, of a window of `time.monotonic()`; of the last hour's samples at most.
+        """Return the summary of a window of `time.monotonic()` within the last hour; JSON-able.
 
-        energy_j is the counters' growth, or power integrated where a card has no counter; None
-        where less than half of the window was sampled or a card has neither.
+        energy_j is the growth of the cards' counters, or the integral of power for a card without
+        one; None where less than half of the window was sampled or a card reports neither.
         """
         cards = []
         for card, kept in zip(self._gpus, self._of_gpus, strict=True):
-            found = {"uuid_hash": card.uuid_hash, "name": card.name}
-            cards.append(found | _gpu_summary(list(kept), begin_s, end_s))
+            identity = {"uuid_hash": card.uuid_hash, "name": card.name}
+            cards.append(identity | _gpu_summary(list(kept), begin_s, end_s))
         energies = [card.get("energy_j") for card in cards]
         known = [energy for energy in energies if energy is not None]
         samples = self._of_gpus[0] if self._of_gpus else self._of_host
@@ -202,7 +207,7 @@ def _inside(samples: list[tuple[float, Values]], begin_s: float, end_s: float) -
 def _gauges(inside: list[Values], *, but: Sequence[str]) -> dict[str, Any]:
     names = dict.fromkeys(name for values in inside for name in values)
     return {
-        name: spread([values[name] for values in inside if name in values])
+        name: gauge_statistics([values[name] for values in inside if name in values])
         for name in names
         if name not in but
     }
@@ -215,38 +220,38 @@ def _points(samples: list[tuple[float, Values]], name: str) -> list[Point]:
 def _counters(
     samples: list[tuple[float, Values]], names: Sequence[str], begin_s: float, end_s: float
 ) -> dict[str, float]:
-    found = {}
+    grown = {}
     for name in names:
         points = _points(samples, name)
-        if points and (grown := growth(points, begin_s, end_s)) is not None:
-            found[name] = grown
-    return found
+        if points and (amount := growth(points, begin_s, end_s)) is not None:
+            grown[name] = amount
+    return grown
 
 
 def _gpu_summary(
     samples: list[tuple[float, Values]], begin_s: float, end_s: float
 ) -> dict[str, Any]:
     inside = _inside(samples, begin_s, end_s)
-    found = _gauges(inside, but=(*gpu.COUNTERS, *gpu.STATES, "reasons", "num_jpeg_engines"))
-    found |= _counters(samples, gpu.COUNTERS, begin_s, end_s)
+    summary = _gauges(inside, but=(*gpu.COUNTERS, *gpu.STATES, "reasons", "num_jpeg_engines"))
+    summary |= _counters(samples, gpu.COUNTERS, begin_s, end_s)
     if not any("energy_j" in values for _, values in samples):
         power = _points(samples, "power_w")
         joules = growth(integral(power), begin_s, end_s) if power else None
         if joules is not None:
-            found["energy_j"] = joules
+            summary["energy_j"] = joules
     for name in (*gpu.STATES, "num_jpeg_engines"):
-        if told := [values[name] for values in inside if name in values]:
-            found[name] = told[-1]
+        if states := [values[name] for values in inside if name in values]:
+            summary[name] = states[-1]
     if reasons := [int(values["reasons"]) for values in inside if "reasons" in values]:
-        seen = 0
+        any_bits = 0
         for bits in reasons:
-            seen |= bits
-        found["throttle_reasons"] = reason_names(seen)
-    return found
+            any_bits |= bits
+        summary["throttle_reasons"] = reason_names(any_bits)
+    return summary
 
 
 def _host_summary(
     samples: list[tuple[float, Values]], begin_s: float, end_s: float
 ) -> dict[str, Any]:
-    found = _gauges(_inside(samples, begin_s, end_s), but=host.COUNTERS)
-    return found | _counters(samples, host.COUNTERS, begin_s, end_s)
+    gauges = _gauges(_inside(samples, begin_s, end_s), but=host.COUNTERS)
+    return gauges | _counters(samples, host.COUNTERS, begin_s, end_s)

@@ -1,4 +1,4 @@
-"""Sampled values over a window of time: spread of a gauge, growth of a counter."""
+"""Sampled values over a window of time: statistics of a gauge, growth of a counter."""
 
 from __future__ import annotations
 
@@ -8,42 +8,44 @@ from itertools import pairwise
 Point = tuple[float, float]  # seconds of time.monotonic(), value
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """mean, min, max and p95 (the least value that 95 % are no larger than) of at least one."""
+def gauge_statistics(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, min, max and p95 of one value or more.
+
+    p95 is the least value that 95 % of the values do not exceed.
+    """
     ordered = sorted(values)
-    rank = -(-95 * len(ordered) // 100)
+    num_below = -(-95 * len(ordered) // 100)
     return {
         "mean": sum(ordered) / len(ordered),
         "min": ordered[0],
         "max": ordered[-1],
-        "p95": ordered[rank - 1],
+        "p95": ordered[num_below - 1],
     }
 
 
 def growth(points: Sequence[Point], begin_s: float, end_s: float) -> float | None:
-    """By how much a counter grew from begin to end; None where too little of it was seen.
+    """Return the growth of a counter from begin to end; None where less than half was sampled.
 
-    Between samples it grows evenly. What of the window lies before the first sample or after the
-    last grows at the rate of the rest, which is at least half of it. A counter that fell began
-    anew: at least its new value was added.
+    Between samples it is interpolated. Outside the samples the counter is taken to grow at the rate
+    of the sampled part of the window. A counter that fell was reset: its new value is added.
     """
-    begun, ended = max(begin_s, points[0][0]), min(end_s, points[-1][0])
-    seen_s, window_s = ended - begun, end_s - begin_s
-    if window_s <= 0 or seen_s < window_s / 2:
+    first_s, last_s = max(begin_s, points[0][0]), min(end_s, points[-1][0])
+    sampled_s, window_s = last_s - first_s, end_s - begin_s
+    if window_s <= 0 or sampled_s < window_s / 2:
         return None
     total = 0.0
     for (left_s, before), (right_s, after) in pairwise(points):
-        inside_s = min(right_s, ended) - max(left_s, begun)
+        inside_s = min(right_s, last_s) - max(left_s, first_s)
         if inside_s > 0:
             added = after - before if after >= before else after
             total += added * inside_s / (right_s - left_s)
-    return total * window_s / seen_s
+    return total * window_s / sampled_s
 
 
 def integral(points: Sequence[Point]) -> list[Point]:
-    """The counter whose rate of growth these are, by trapezoids."""
-    total, found = 0.0, [(points[0][0], 0.0)]
+    """Return the counter whose rate of growth these points are, by the trapezoid rule."""
+    total, counter = 0.0, [(points[0][0], 0.0)]
     for (left_s, before), (right_s, after) in pairwise(points):
         total += (before + after) / 2 * (right_s - left_s)
-        found.append((right_s, total))
-    return found
+        counter.append((right_s, total))
+    return counter

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from m3i_fast.config.optim import OptimConfig
-from m3i_fast.engine.optim import layerwise
+from m3i_fast.engine.optim import skippable_step
 from m3i_fast.engine.optim.layerwise import full_norms
 from m3i_fast.engine.optim.optimizers import _expect_usable, build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule, weight_decay_schedule
@@ -60,7 +60,7 @@ def work(rank: int, folder: Path) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
-    layerwise._CHUNK_CPU = 40  # two chunks of the matrices
+    skippable_step._MAX_ELEMENTS_CPU = 40  # the matrices are stepped in two lists
     found = {}
     for name, cfg in CONFIGS.items():
         model = network()

@@ -26,7 +26,7 @@ from m3i_fast import cli
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel import rendezvous
 from m3i_fast.engine.parallel.ranks import join_world, leave_world
-from m3i_fast.engine.parallel.rendezvous import meet, missing
+from m3i_fast.engine.parallel.rendezvous import join_store, missing_ranks
 from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, MissingRanks
 from m3i_fast.engine.trainer import Trainer
 from tests.engine.parallel.test_watchdog import _config
@@ -116,7 +116,7 @@ def test_the_missing_are_found_with_few_questions(absent: list[int]) -> None:
 
     for rank in set(range(1024)).difference(absent):
         store.set(f"joined/{rank}", "")
-    assert missing(Counted(), range(1024)) == absent  # type: ignore[arg-type]
+    assert missing_ranks(Counted(), range(1024)) == absent  # type: ignore[arg-type]
     assert asked <= max(1, 22 * len(absent)) and asked <= 2047
 
 
@@ -142,7 +142,7 @@ def test_the_host_of_the_store_is_named(port: int, tmp_path: Path) -> None:
 
     def work() -> int:
         with pytest.raises(MissingRanks, match=r"rank 0 \(of 0 to 1\); .* rank 0 is not reached"):
-            meet(LIMIT / 3)
+            join_store(LIMIT / 3)
         return 0
 
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -155,7 +155,7 @@ def test_a_port_that_is_taken_is_no_missing_rank(tmp_path: Path) -> None:
 
         def work() -> int:
             with pytest.raises(RuntimeError, match="EADDRINUSE"):
-                meet(LIMIT)
+                join_store(LIMIT)
             return 0
 
         assert _run([0], 2, place, tmp_path, work)[0][0] == 0
@@ -195,7 +195,7 @@ def test_a_store_without_a_limit_of_its_own_is_handed_on(port: int, tmp_path: Pa
     """A collective later waits as long as it did before there was a limit to the meeting."""
 
     def work() -> int:
-        store = meet(LIMIT)
+        store = join_store(LIMIT)
         assert store.timeout == timedelta(minutes=30)
         return 0
 

@@ -82,7 +82,9 @@ def test_two_ranks_become_one(
         run = Watched(run_of_adamw(dataset), runs / f"whole-{shard}", resume=True)
     _assert_equal(run.state(), whole)
     assert run.trainer.step == NUM_STEPS
-    assert "THE DATA STARTS AGAIN at the beginning of epoch 0: 2 ranks saved, 1 go" in caplog.text
+    assert (
+        "THE DATA STARTS AGAIN at the beginning of epoch 0: 2 ranks saved, 1 resume" in caplog.text
+    )
     assert run.trainer.loader.state_dict()["step"] == 0
     run.trainer.run.close()
 

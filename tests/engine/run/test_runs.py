@@ -25,13 +25,13 @@ from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
-from m3i_fast.engine.checkpoint.files import STATE_SHAPE
+from m3i_fast.engine.checkpoint.layout import STATE_SHAPE
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.run.directory import Run
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe import collapse
-from m3i_fast.observe.collapse import Healthy
+from m3i_fast.observe.collapse import HealthyRange
 from m3i_fast.observe.metrics import JsonlSink, read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
@@ -87,8 +87,8 @@ def test_a_resumed_run_is_the_whole_run_in_all_it_keeps(
     background: bool,
 ) -> None:
     """Interrupted between two logged steps, with a monitor out of its range since one."""
-    never = Healthy(pattern="monitor/target_rank", low=1e9, cause="c", remedy="r")
-    monkeypatch.setattr(collapse, "HEALTHY", (never,))
+    never = HealthyRange(pattern="monitor/target_rank", low=1e9, cause="c", remedy="r")
+    monkeypatch.setattr(collapse, "HEALTHY_RANGES", (never,))
     cfg = small_run(dataset, checkpoint_every=4, async_checkpoint=background)
     runs = {}
     for name, parts in {"whole": [0], "parts": [8, 0]}.items():
@@ -224,7 +224,7 @@ def test_auto_resume_takes_the_config_of_a_checkpoint_for_a_damaged_one(
     def found(cfg: TrainConfig) -> Checkpoint | None:
         run = Run(tmp_path, cfg)
         try:
-            return run.found("auto")
+            return run.find_checkpoint("auto")
         finally:
             run.close()
 

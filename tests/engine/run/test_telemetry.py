@@ -23,7 +23,7 @@ from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic, Capabilities, resolve_precision
 from m3i_fast.engine.run import telemetry as run_telemetry
-from m3i_fast.engine.run.telemetry import Interval, RunTelemetry, flatten
+from m3i_fast.engine.run.telemetry import LogInterval, RunTelemetry, flatten
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.sinks.prometheus import exported
@@ -37,9 +37,9 @@ H100 = Capabilities(device="cuda", capability=(9, 0), cuda=(13, 0), te=True, tor
 GPU = torch.device("cuda", 0)
 
 
-def interval(seconds: float, num_images: float) -> Interval:
+def interval(seconds: float, num_images: float) -> LogInterval:
     now = time.monotonic()
-    return Interval(begin_s=now - seconds, end_s=now, num_images=num_images, progress=0.5)
+    return LogInterval(begin_s=now - seconds, end_s=now, num_images=num_images, progress=0.5)
 
 
 def choice(cfg: TrainConfig) -> Arithmetic:

@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from m3i_fast.evaluation.probes.chosen_settings import NEIGHBOURS
+from m3i_fast.evaluation.probes.cross_validation import NEIGHBOURS
 from m3i_fast.evaluation.probes.few_labels import NUM_DRAWS, STRENGTHS, draw_labels, few_label_hits
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.observe.metrics import Sink
-from m3i_fast.observe.sinks.live import expect_live, open_live
+from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
 from m3i_fast.observe.sinks.prometheus import PrometheusSink, expect_free, exported
 from tests.shared.observe.scraped import LOOPBACK, ROW, scrape
 
@@ -78,8 +78,8 @@ def listens_at(port: int) -> set[str]:
 
 
 def _open(cfg: TelemetryConfig) -> Sink:
-    expect_live(cfg)
-    (sink,) = open_live(cfg, Path("runs/demo"), recipe="demo", rank=0, config={})
+    expect_live_sinks(cfg)
+    (sink,) = open_live_sinks(cfg, Path("runs/demo"), recipe="demo", rank=0, config={})
     return sink
 
 

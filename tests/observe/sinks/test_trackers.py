@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.observe.sinks import live
-from m3i_fast.observe.sinks.live import expect_live, open_live
+from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
 from m3i_fast.observe.sinks.trackers import MlflowSink, WandbSink
 
 CONFIG = {"seed": 3, "vision": {"dim": 64, "name": "x" * 900}}
@@ -48,7 +48,7 @@ def test_a_damaged_record_of_runs_is_said_and_written_anew(
     (tmp_path / "tracking.json").write_text(text)
     sink = MlflowSink(mlflow_uri, tmp_path, CONFIG)
     sink.close()
-    assert "tracking.json: damaged: " in caplog.text and "begins anew" in caplog.text
+    assert "tracking.json: damaged: " in caplog.text and "starts as a new one" in caplog.text
     found = json.loads((tmp_path / "tracking.json").read_text())
     assert MlflowClient(tracking_uri=mlflow_uri).get_run(found["mlflow"]).info.run_name
 
@@ -83,15 +83,15 @@ def test_wandb_keeps_one_run_over_a_resume(tmp_path: Path, monkeypatch: pytest.M
 def test_a_library_that_is_missing_is_refused(
     field: str, value: object, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expect_live(TelemetryConfig())  # nothing is asked for
+    expect_live_sinks(TelemetryConfig())  # nothing is asked for
     monkeypatch.setattr(live.importlib.util, "find_spec", lambda name: None)
     told = rf"telemetry\.{field}: expected .*, not installed: pip install {package}"
     with pytest.raises(ValueError, match=told):
-        expect_live(TelemetryConfig(**{field: value}))  # type: ignore[arg-type]
+        expect_live_sinks(TelemetryConfig(**{field: value}))  # type: ignore[arg-type]
 
 
 def test_nothing_is_opened_that_is_not_asked_for(tmp_path: Path) -> None:
-    assert open_live(TelemetryConfig(), tmp_path, recipe="demo", rank=0, config={}) == []
+    assert open_live_sinks(TelemetryConfig(), tmp_path, recipe="demo", rank=0, config={}) == []
 
 
 @pytest.mark.parametrize("port", [-1, 65536])

@@ -1,4 +1,4 @@
-"""Telemetry of recorded cards, of this machine, and of machines that have neither."""
+"""TelemetrySampler of recorded cards, of this machine, and of machines that have neither."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 from m3i_fast.observe.telemetry import nvml as gpu
 from m3i_fast.observe.telemetry.nvml import Gpu, reason_names, uuid_hash
-from m3i_fast.observe.telemetry.sampler import Device, Telemetry, cuda_devices
+from m3i_fast.observe.telemetry.sampler import Device, TelemetrySampler, cuda_devices
 from tests.shared.observe.recorded_nvml import BUS_IDS, UUIDS, Card, Recorded, counting, hopper
 from tests.shared.observe.sampled import DEVICES, sampled
 
@@ -129,7 +129,7 @@ def test_energy_is_the_sum_of_the_cards() -> None:
         return lambda: int(1000 * watts * (time.monotonic() - begun))
 
     cards = [hopper(n, nvmlDeviceGetTotalEnergyConsumption=meter(w)) for n, w in enumerate(rates)]
-    with Telemetry(10.0, Recorded(*cards), devices=DEVICES) as telemetry:
+    with TelemetrySampler(10.0, Recorded(*cards), devices=DEVICES) as telemetry:
         begin_s = time.monotonic()
         time.sleep(0.75)
         end_s = time.monotonic()
@@ -200,7 +200,7 @@ def test_an_error_in_the_thread_ends_nothing(caplog: pytest.LogCaptureFixture) -
     card = hopper(0, nvmlDeviceGetPowerUsage=counting([100_000, spoil]))
     card.values["nvmlDeviceGetTemperature"] = counting([{0: 50}, {}])  # KeyError, no NVMLError
     begin_s = time.monotonic()
-    with Telemetry(10.0, Recorded(card), devices=DEVICES[:1]) as telemetry:
+    with TelemetrySampler(10.0, Recorded(card), devices=DEVICES[:1]) as telemetry:
         time.sleep(0.35)
     found = telemetry.summary(begin_s, time.monotonic())
     assert found["num_samples"] == 1 and found["gpus"][0]["power_w"]["mean"] == 100
@@ -209,7 +209,7 @@ def test_an_error_in_the_thread_ends_nothing(caplog: pytest.LogCaptureFixture) -
 
 def test_the_thread_ends_with_its_context() -> None:
     before = threading.active_count()
-    with pytest.raises(KeyError), Telemetry(2.0, devices=[]) as telemetry:
+    with pytest.raises(KeyError), TelemetrySampler(2.0, devices=[]) as telemetry:
         assert threading.active_count() == before + 1
         raise KeyError
     assert threading.active_count() == before and telemetry.cpu_s > 0
@@ -218,7 +218,7 @@ def test_the_thread_ends_with_its_context() -> None:
 @pytest.mark.parametrize("hz", [0.0, 0.01, 11.0, float("nan")])
 def test_a_rate_that_is_none(hz: float) -> None:
     with pytest.raises(ValueError, match="hz: expected 0.1 to 10"):
-        Telemetry(hz)
+        TelemetrySampler(hz)
 
 
 def test_no_cuda_has_no_devices() -> None:

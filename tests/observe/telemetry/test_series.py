@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m3i_fast.observe.telemetry.series import growth, integral, spread
+from m3i_fast.observe.telemetry.series import gauge_statistics, growth, integral
 
 METER = [(float(t), 100.0 * t) for t in range(0, 11, 2)]  # a counter of 100 a second
 
@@ -12,7 +12,7 @@ def test_spread() -> None:
     rng = np.random.default_rng(0)
     for count in (1, 2, 19, 20, 21, 100, 333):
         values = rng.normal(size=count).tolist()
-        found = spread(values)
+        found = gauge_statistics(values)
         expected = {
             "mean": np.mean(values),
             "min": np.min(values),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from m3i_fast.evaluation.collect import collect_features, labelled_drawings
+from m3i_fast.evaluation.feature_extraction import collect_features, labelled_drawings
 from m3i_fast.pipelines.loader import evaluation_batches
 
 

@@ -1,4 +1,4 @@
-"""kNN and linear probe, each with its setting chosen on folds of the training concepts.
+"""kNN and linear probe, each with its setting chosen by cross-validation on training concepts.
 
 Legend: N examples, M queries, D feature width.
 """
@@ -16,17 +16,10 @@ from m3i_fast.evaluation.probes.knn import knn_predict, knn_predict_each
 from m3i_fast.evaluation.probes.linear import TOLERANCE, LinearProbe, fit_linear
 
 NEIGHBOURS = (1, 5, 10, 20, 50)
-L2_STRENGTHS = (
-    1.0,
-    0.3,
-    0.1,
-    0.03,
-    0.01,
-    0.003,
-    0.001,
-)  # strongest first: each fit starts from the last
+# Strongest first: each fit starts from the one before.
+L2_STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 NUM_FOLDS = 5
-TOLERANCE_OF_FOLDS = 1e-5  # of a probe that only helps to choose; scikit-learn's is 1e-4
+TOLERANCE_OF_FOLDS = 1e-5  # of a probe that only serves the choice; scikit-learn's is 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,20 +28,22 @@ class Examples:
 
     features: Tensor  # [N, D]
     label: Tensor  # [N] int64
-    group: Tensor  # [N] int64, the concept: of several examples, each counts a part
+    group: Tensor  # [N] int64, the concept; its examples share the weight of one
     fold: Tensor  # [N] int64
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if (found := len(getattr(self, field.name))) != len(self.label):
+            if (num_rows := len(getattr(self, field.name))) != len(self.label):
                 raise ValueError(
                     f"Examples.{field.name}: expected {len(self.label)} rows, as label has, "
-                    f"got {found}"
+                    f"got {num_rows}"
                 )
 
 
-def knn(examples: Examples, queries: Tensor) -> tuple[Tensor, int]:  # [M, D] -> [M] int64, k
-    """Predictions of kNN, and the k of NEIGHBOURS that is right most often over the folds."""
+def cross_validated_knn(
+    examples: Examples, queries: Tensor
+) -> tuple[Tensor, int]:  # [M, D] -> [M] int64, k
+    """Return kNN's predictions [M] int64, and the k with the most hits on the folds."""
     smallest_bank = len(examples.fold) - int(torch.bincount(examples.fold).max())
     ks = [k for k in NEIGHBOURS if k <= smallest_bank]
     bank, label = examples.features, examples.label
@@ -60,14 +55,14 @@ def knn(examples: Examples, queries: Tensor) -> tuple[Tensor, int]:  # [M, D] ->
     return knn_predict(bank, label, queries, k=k), k
 
 
-def linear(
+def cross_validated_linear(
     examples: Examples,
     queries: Tensor,  # [M, D]
     strengths: Sequence[float] = L2_STRENGTHS,
 ) -> tuple[Tensor, float]:  # [M] int64, l2
-    """Predictions of the linear probe, and the L2 that is right most often over the folds.
+    """Return predictions of the linear probe, and the L2 with the most hits on the folds.
 
-    `strengths`: strongest first. Of equally good ones the strongest.
+    strengths: of L2, the strongest first. Of equally good ones the strongest is taken.
     """
     rows, label = examples.features, examples.label
 
@@ -91,16 +86,17 @@ def _path(
 
 
 def _best(predict: Callable[[Tensor, Tensor], list[Tensor]], examples: Examples) -> int:
-    """Index of the setting that is right most often over the folds, each concept counting once.
+    """Return the index of the setting with the most hits over the folds, weighing concepts alike.
 
-    Concepts count once because the held-out set counts them once.
+    Concepts weigh alike because the held-out set has one picture of each.
     """
     hits: list[Tensor] = []  # a fold: [settings, n]
-    asked: list[Tensor] = []
+    concepts: list[Tensor] = []
     for fold in examples.fold.unique():
-        fit, ask = (part.nonzero()[:, 0] for part in (examples.fold != fold, examples.fold == fold))
+        is_asked = examples.fold == fold
+        fit, ask = (~is_asked).nonzero()[:, 0], is_asked.nonzero()[:, 0]
         hits.append(torch.stack(predict(fit, ask)) == examples.label[ask])
-        asked.append(examples.group[ask])
-    group = torch.cat(asked)
+        concepts.append(examples.group[ask])
+    group = torch.cat(concepts)
     scores = [mean_by_group(row.double(), group).mean() for row in torch.cat(hits, dim=1)]
     return int(torch.stack(scores).argmax())

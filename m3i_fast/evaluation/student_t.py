@@ -1,4 +1,4 @@
-"""Student's t distribution, which neither numpy nor torch has."""
+"""Student's t distribution, which neither numpy nor torch provides."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _NUM_HALVINGS = 60  # of the logarithm of a quantile
 
 
 def student_tail(t: float, df: float) -> float:
-    """P(T > t) for t >= 0 and df >= 1, where df need not be whole.
+    """Return P(T > t) for t >= 0 and df >= 1, where df need not be whole.
 
-    With t = sqrt(df) tan(a) the density is proportional to cos(a) ** (df - 1), which Gauss and
-    Legendre's rule integrates up to pi / 2.
+    With t = sqrt(df) tan(a) the density is proportional to cos(a) ** (df - 1), which the
+    Gauss-Legendre rule integrates up to pi / 2.
     """
     start = math.atan2(t, math.sqrt(df))
     half = (math.pi / 2 - start) / 2
@@ -23,7 +23,7 @@ def student_tail(t: float, df: float) -> float:
 
 
 def student_quantile(tail: float, df: float) -> float:
-    """The t >= 0 beyond which that probability lies, of 0 < tail <= 1/2."""
+    """Return the t >= 0 that is exceeded with probability `tail`, for 0 < tail <= 1/2."""
     low, high = -20.0, 20.0  # of log t
     for _ in range(_NUM_HALVINGS):
         middle = (low + high) / 2

@@ -1,6 +1,6 @@
-"""What a checkpoint's directory may hold: what its manifest names, as plain files.
+"""Layout of a checkpoint's directory: the files that its manifest names, and the shape of its JSON.
 
-Nothing else is opened: a link or a fifo is refused by its name.
+No other file is opened: a symbolic link or a fifo is refused by its name.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ STATE_SHAPE: Shape = {
         "scaled_until": int,
     },
 }
-"""A rank's state; older checkpoints lack parts of it."""
+"""Shape of a rank's state; older checkpoints lack keys that end in "?"."""
 
 
 def read_manifest(directory: Path, step: int) -> dict[str, Any]:
-    """Read the manifest of a step; ValueError names what is wrong with it."""
+    """Read the manifest of a step; raise ValueError naming what is wrong with it."""
     path = directory / MANIFEST
     try:
         manifest: dict[str, Any] = read_json(path, MANIFEST_SHAPE)
     except FileNotFoundError:
-        raise missing(path) from None
+        raise missing_file(path) from None
     if manifest["version"] != VERSION:
         raise ValueError(f"{path}: expected version {VERSION}, got {manifest['version']}")
     if manifest["step"] != step:
@@ -60,16 +60,16 @@ def read_manifest(directory: Path, step: int) -> dict[str, Any]:
     return manifest
 
 
-def missing(path: Path) -> FileNotFoundError:
-    """Make the error of a checkpoint that lacks a file."""
+def missing_file(path: Path) -> FileNotFoundError:
+    """Return the error for a checkpoint that lacks a file."""
     return FileNotFoundError(f"{path}: missing; the checkpoint is not whole")
 
 
 def expect_only(directory: Path, names: Collection[str], folders: Collection[str] = ()) -> None:
-    """Refuse a directory that holds anything but these files, or lacks one; opens none of them.
+    """Raise an error for a directory that holds other files than these, or lacks one; open none.
 
-    names: relative to it, those in `folders` as FOLDER/NAME. ValueError names what is not expected,
-    symbolic links and fifos included; FileNotFoundError what is missing.
+    names: relative to the directory, those in `folders` as FOLDER/NAME. ValueError names unexpected
+    entries, symbolic links and fifos included; FileNotFoundError names what is missing.
     """
     there, wrong = set(), []
     for entry in _entries(directory, folders):
@@ -84,11 +84,11 @@ def expect_only(directory: Path, names: Collection[str], folders: Collection[str
         raise ValueError(f"{directory}: {'; '.join(wrong)}")
     for name in names:
         if name not in there:
-            raise missing(directory / name)
+            raise missing_file(directory / name)
 
 
 def _entries(directory: Path, folders: Collection[str]) -> Iterator[os.DirEntry[str]]:
-    """All in a directory, and in those of its folders that have such a name and are no links."""
+    """Yield all entries of a directory and of its real subdirectories named in `folders`."""
     with os.scandir(directory) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             yield entry

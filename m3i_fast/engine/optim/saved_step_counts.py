@@ -1,7 +1,8 @@
-"""Step counts where a checkpoint looks for them: in the state of every parameter.
+"""Step counts of Apex's and Transformer Engine's optimisers, kept where a checkpoint saves them.
 
-Apex's and Transformer Engine's optimisers keep one in each group, so that a resumed run would
-correct the bias of its moments from step 1 again.
+These optimisers keep one count in each group, which a checkpoint does not hold, so that a resumed
+run would correct the bias of its moments from step 1 again. Here the counts are copied to and from
+the state of every parameter.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 
 def keep_steps_in_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Before each step the groups' counts are read from the state, and written there after it."""
+    """Read the groups' step counts from the state before a step, and write them back after it."""
     optimizer.register_step_pre_hook(_read)
     optimizer.register_step_post_hook(_write)
     return optimizer
@@ -23,7 +24,7 @@ def _read(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         states = (optimizer.state.get(p, {}) for p in group["params"])
         step = next((state["step"] for state in states if "step" in state), None)
         if step is not None:
-            group["step"] = int(step)  # waits for the device after a resume, as it is loaded there
+            group["step"] = int(step)  # a host synchronisation, after a resume alone
 
 
 def _write(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""A profile's summary as Markdown, and as what the page shows."""
+"""A profile's summary as Markdown, and the sentences and tables that the page shows."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ MAX_KERNELS = 30
 
 Summary = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Headings and rows."""
+"""Headings, and rows of cells."""
 
 
 def title(summary: Summary) -> str:
+    """Return the title of the profile."""
     return f"Profile of {summary['recipe']} on {summary['device']}"
 
 
-def work_name(summary: Summary) -> str:
-    """What the work is made of."""
+def activity_title(summary: Summary) -> str:
+    """Return what the activities are: kernels on a GPU, operators without one."""
     return "Kernels" if summary["kind"] == "cuda" else "Operators"
 
 
 def sentences(summary: Summary) -> list[str]:
-    """What was measured, and what stands out."""
+    """Return sentences on what was measured and on what stands out."""
     pace = summary["pace"]
-    found = [
+    lines = [
         f"{summary['num_steps']} steps of {summary['step_ms']:.1f} ms, recorded by "
         f"{summary['profiler']}. Without it {pace['before_ms']:.1f} ms before and "
         f"{pace['after_ms']:.1f} ms after: profiling took {pace['slowdown']:.2f} times as long.",
@@ -32,24 +33,25 @@ def sentences(summary: Summary) -> list[str]:
     ]
     gpu = summary["gpu"]
     if gpu is None:
-        found.append(
+        lines.append(
             "No GPU: operators of the CPU are shown, and what runs outside all operators is "
             f"{_percent(1 - summary['work_share'])} of the step."
         )
     else:
-        found.append(
+        lines.append(
             f"The GPU idles {_percent(gpu['idle_share'])} of the step, at most "
             f"{gpu['longest_idle_ms']:.2f} ms at once; {gpu['num_streams']} streams."
         )
         if gpu["comm_overlap"] is not None:
-            found.append(
+            lines.append(
                 f"Communication takes {gpu['comm_ms']:.2f} ms a step, of which "
                 f"{_percent(gpu['comm_overlap'])} runs beside other work."
             )
-    return found
+    return lines
 
 
 def stage_table(summary: Summary) -> Table:
+    """Return the table of stages, with GPU times where there is a GPU."""
     head = ["Stage", "Host, ms", "Share"]
     on_gpu = summary["kind"] == "cuda"
     if on_gpu:
@@ -62,13 +64,14 @@ def stage_table(summary: Summary) -> Table:
 
 
 def family_table(summary: Summary) -> Table:
+    """Return the table of kernel families."""
     return ["Family", "ms a step", "Share"], [
         [row["title"], _ms(row["ms"]), _percent(row["share"])] for row in summary["families"]
     ]
 
 
 def kernel_table(summary: Summary) -> Table:
-    """The longest ones; rates with their share of the peak where the card is known."""
+    """Return the table of the longest kernels; rates have their share of a known card's peak."""
     head = ["Name", "Family", "ms a step", "Share", "Calls", "GFLOP/s", "Argument GB/s"]
     rows = [
         [
@@ -86,13 +89,14 @@ def kernel_table(summary: Summary) -> Table:
 
 
 def wait_heading(summary: Summary) -> str:
+    """Return the heading of the table of host waits."""
     if summary["kind"] == "cuda":
         return "Lines at which the host waits for the GPU"
     return "Lines at which the host reads a tensor: it would wait for a GPU that the tensor lay on"
 
 
 def wait_table(summary: Summary) -> Table:
-    """Reads in one further step, each with the line that asks for it."""
+    """Return the table of host waits in one further step, each with the line that causes it."""
     return ["Operator", "Stage", "Calls a step", "Line"], [
         [wait["name"], wait["stage"], f"{wait['calls']:g}", " < ".join(wait["stack"]) or "-"]
         for wait in summary["waits"]
@@ -100,7 +104,7 @@ def wait_table(summary: Summary) -> Table:
 
 
 def device_wait_table(summary: Summary) -> Table:
-    """What the profiler itself saw of the host's waiting."""
+    """Return the table of the host's waits that the profiler itself recorded."""
     return ["Call", "Stage", "Calls a step", "ms a step"], [
         [wait["name"], wait["stage"], f"{wait['calls']:.3g}", _ms(wait["ms"])]
         for wait in summary["device_waits"]
@@ -108,25 +112,25 @@ def device_wait_table(summary: Summary) -> Table:
 
 
 def markdown(summary: Summary) -> str:
-    """summary.md."""
-    parts = [f"# {title(summary)}", *sentences(summary)]
-    parts += [f"> {note}" for note in summary["notes"]]
+    """Return the text of summary.md."""
+    paragraphs = [f"# {title(summary)}", *sentences(summary)]
+    paragraphs += [f"> {note}" for note in summary["notes"]]
     tables = {
         "Stages": stage_table,
         "Families": family_table,
-        work_name(summary): kernel_table,
+        activity_title(summary): kernel_table,
         wait_heading(summary): wait_table,
-        "The same, as the profiler saw them": device_wait_table,
+        "The same, as the profiler recorded them": device_wait_table,
     }
     for heading, make in tables.items():
-        parts.append(f"## {heading}")
+        paragraphs.append(f"## {heading}")
         head, rows = make(summary)
-        parts.append(table(head, rows) if rows else "None.")
-    return "\n\n".join(parts) + "\n"
+        paragraphs.append(table(head, rows) if rows else "None.")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
+    """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 

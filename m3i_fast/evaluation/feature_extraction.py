@@ -1,4 +1,4 @@
-"""From batches of whole pictures to what the protocol measures."""
+"""Extracts from batches of whole pictures what the protocol measures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.evaluation.features import Features, join
+from m3i_fast.evaluation.features import Features, concatenate
 from m3i_fast.pipelines.dataset.near_duplicates import SIDE
 
 if TYPE_CHECKING:
@@ -23,14 +23,13 @@ def collect_features(
     embed_captions: Callable[[Tensor, Tensor], Tensor],
     device: torch.device,
 ) -> Features:
-    """Run one encoder over batches with one view each.
+    """Run one encoder over batches with one view each and return its features on the CPU.
 
-    embed_images: [B, 3, S, S] uint8 -> patch tokens [B, N, C], image embeddings [B, E] or None;
-    embed_captions: token ids [B, T], counts [B] -> caption embeddings [B, E]. Both stay on the
-    CPU in the result.
-    Without image embeddings Features.image and .text have no columns, and retrieval is left out.
+    embed_images: [B, 3, S, S] uint8 -> patch tokens [B, N, C], image embeddings [B, E] or None.
+    embed_captions: token ids [B, T], counts [B] -> caption embeddings [B, E]. Without image
+    embeddings Features.image and .text have no columns, and retrieval is left out.
     """
-    parts: list[Features] = []
+    of_batches: list[Features] = []
     for batch in batches:
         batch = batch.to(device)
         views = batch.global_views[0]
@@ -39,7 +38,7 @@ def collect_features(
             image = text = tokens.new_empty(batch.batch_size, 0)
         else:
             text = embed_captions(batch.token_ids, batch.num_tokens)
-        row = Features(
+        features = Features(
             encoder=tokens.float().mean(1),
             image=image,
             text=text,
@@ -48,8 +47,8 @@ def collect_features(
             group=batch.group_id,
             pixels=small_pixels(views),
         )
-        parts.append(row.cpu())
-    return join(parts)
+        of_batches.append(features.cpu())
+    return concatenate(of_batches)
 
 
 def small_pixels(views: Tensor) -> Tensor:  # [B, 3, S, S] uint8 -> [B, 12 * 12 * 3] fp32 in 0..1
@@ -60,9 +59,9 @@ def small_pixels(views: Tensor) -> Tensor:  # [B, 3, S, S] uint8 -> [B, 12 * 12 
 def labelled_drawings(
     batches: Iterable[Batch], most: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # [K, 3, S, S] uint8, label [K] int64, group [K] int64
-    """The first `most` labelled pictures of batches with one view each, on the CPU.
+    """Return the first `most` labelled pictures of batches with one view each, on the CPU.
 
-    Shards are written in random order, so the first ones are a random part.
+    Shards are written in random order, so the first pictures are a random sample.
     """
     columns: list[tuple[Tensor, ...]] = []
     missing = most
