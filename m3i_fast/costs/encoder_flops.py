@@ -9,9 +9,9 @@ Letters: B images, T tokens of each, D width, n cells of a map, c its channels.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from m3i_fast.config.flops import NONE, Flops, LayerFlops, linear
 from m3i_fast.config.internimage import InternImageConfig
 from m3i_fast.config.text import TextConfig
 from m3i_fast.config.vit import ViTConfig
@@ -19,92 +19,7 @@ from m3i_fast.models.internimage.deformable import NUM_POINTS
 from m3i_fast.models.internimage.model import HEAD_RATIO
 from m3i_fast.models.transformer.blocks import num_kept
 
-Product = tuple[int, int]  # features in, features out
 SAMPLING_PER_POINT = 5  # InternImage's convention: 5 n k c for n cells, k points, c channels
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFlops:
-    """Of the linear layers of blocks that have these sides: what FP8 may run."""
-
-    dim_in: int
-    dim_out: int
-    forward: int
-    backward: int
-
-    @property
-    def product(self) -> Product:
-        return self.dim_in, self.dim_out
-
-
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """Of one training step, or of a part of it."""
-
-    forward: int = 0
-    backward: int = 0
-    """By inputs and weights, each where it is needed."""
-    recompute: int = 0
-    """Forward work that is done once more in the backward pass."""
-    layers: tuple[LayerFlops, ...] = ()
-    """What of it is of linear layers of blocks, a row each pair of sides."""
-
-    @property
-    def model(self) -> int:
-        """What the mathematics asks for: the numerator of MFU."""
-        return self.forward + self.backward
-
-    @property
-    def hardware(self) -> int:
-        """What is done: the numerator of HFU."""
-        return self.model + self.recompute
-
-    @property
-    def forward_only(self) -> Flops:
-        return Flops(self.forward, layers=tuple(replace(each, backward=0) for each in self.layers))
-
-    def of_layers(self, products: Collection[Product]) -> int:
-        """What linear layers of blocks with these sides do, forward and backward."""
-        found = (each for each in self.layers if each.product in products)
-        return sum(each.forward + each.backward for each in found)
-
-    def __add__(self, other: Flops) -> Flops:
-        layers = {each.product: each for each in self.layers}
-        for each in other.layers:
-            if (mine := layers.get(each.product)) is not None:
-                forward, backward = mine.forward + each.forward, mine.backward + each.backward
-                each = replace(each, forward=forward, backward=backward)
-            layers[each.product] = each
-        return Flops(
-            self.forward + other.forward,
-            self.backward + other.backward,
-            self.recompute + other.recompute,
-            tuple(layers.values()),
-        )
-
-    def __mul__(self, count: int) -> Flops:
-        return Flops(
-            self.forward * count,
-            self.backward * count,
-            self.recompute * count,
-            tuple(
-                replace(each, forward=each.forward * count, backward=each.backward * count)
-                for each in self.layers
-            ),
-        )
-
-    def recomputed(self, *, but: int = 0) -> Flops:
-        """With the forward pass done once more, `but` what follows the last tensor to be saved."""
-        return replace(self, recompute=self.recompute + self.forward - but)
-
-
-NONE = Flops()
-
-
-def linear(rows: int, dim_in: int, dim_out: int, *, input_grad: bool = True) -> Flops:
-    """[rows, dim_in] -> [rows, dim_out]; the gradient of weights, and of inputs where asked."""
-    forward = 2 * rows * dim_in * dim_out
-    return Flops(forward, forward * (1 + input_grad))
 
 
 def layer(rows: int, dim_in: int, dim_out: int) -> Flops:
