@@ -11,10 +11,10 @@ from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from m3i_fast.config.fields import all_conflicts, deferred_checks
-from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.objective import LABELS, Term
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from m3i_fast.config.fields import SOME_ROWS, WIDTHS, Checked, Conflict, unmet
 from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.config.losses import LOSSES, LossKey
 from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.models.vision import VisionConfig
 
 MAX_SCALE = 100.0
 DENSE = ("pixels", "features")

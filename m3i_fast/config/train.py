@@ -23,13 +23,13 @@ from m3i_fast.config.fields import (
     Conflict,
 )
 from m3i_fast.config.guard import GuardConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.config.telemetry import TelemetryConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
 from m3i_fast.json_files import read_json
 from m3i_fast.storage import write_atomically
 

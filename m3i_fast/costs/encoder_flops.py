@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from m3i_fast.config.flops import NONE, Flops, LayerFlops, linear
-from m3i_fast.config.internimage import InternImageConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.internimage.deformable import NUM_POINTS
 from m3i_fast.models.internimage.model import HEAD_RATIO
 from m3i_fast.models.transformer.blocks import num_kept

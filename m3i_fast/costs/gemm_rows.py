@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.flops import Product
-from m3i_fast.config.internimage import InternImageConfig
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.step_counts import StepCounts
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.models.transformer.blocks import num_kept

@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from m3i_fast.config.flops import NONE, Flops, linear
 from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.internimage import InternImageConfig
 from m3i_fast.config.losses import LOSSES, LossSizes
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.objective import LABELS, Term
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import (
     block,
     internimage,

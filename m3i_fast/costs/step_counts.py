@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vision import VisionConfig
 from m3i_fast.objectives.step_context import Rows
 
 

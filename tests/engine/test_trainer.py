@@ -17,10 +17,10 @@ import torch
 from m3i_fast.cli import main
 from m3i_fast.cli.train import TrainCommand
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.internimage import internimage_demo
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import vit_demo
+from m3i_fast.config.models.internimage import internimage_demo
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer

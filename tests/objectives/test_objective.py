@@ -10,9 +10,9 @@ from torch import Tensor
 from m3i_fast.config.balance import BalanceConfig
 from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.objective import ObjectiveConfig, Term, m3i
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import vit_demo
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.monitors import feature_std, rankme
 from m3i_fast.objectives.objective import MutualInformation

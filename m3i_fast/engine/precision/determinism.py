@@ -7,7 +7,7 @@ import os
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.vit import ViTConfig
 
 # Read by cuBLAS, Transformer Engine and NCCL when they start; the first value is set where none is.
 _ENVIRONMENT = {

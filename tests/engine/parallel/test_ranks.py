@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.balance import BalanceConfig
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel.parallel_work import Case, run, work
 
