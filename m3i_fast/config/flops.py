@@ -26,6 +26,7 @@ class LayerFlops:
 
     @property
     def product(self) -> Product:
+        """Return the sides of the layers' weights."""
         return self.dim_in, self.dim_out
 
 
@@ -43,17 +44,17 @@ class Flops:
 
     @property
     def model(self) -> int:
-        """Forward and backward, the numerator of MFU."""
+        """Return forward plus backward, the numerator of MFU."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> int:
-        """Forward, backward and recomputation, the numerator of HFU."""
+        """Return forward, backward and recomputation together, the numerator of HFU."""
         return self.model + self.recompute
 
     @property
     def forward_only(self) -> Flops:
-        """The forward operations of a part that gets no gradient."""
+        """Return the forward operations alone, of a part that gets no gradient."""
         return Flops(self.forward, layers=tuple(replace(each, backward=0) for each in self.layers))
 
     def of_layers(self, products: Collection[Product]) -> int:

@@ -1,7 +1,9 @@
 """Floating-point operations of the terms, in closed form from the configs.
 
-As in `encoder_flops`. Legend: B samples, I images in inputs, A of them (or all) asked by a dense
-term, n cells an image shows, N cells of the grid, Q cells asked, m cells of a local view.
+The operations of a loss itself stand in its row of `m3i_fast.config.losses`.
+
+Legend: B samples, I images in inputs, A of them (or all) asked by a dense term, n cells an image
+shows, N cells of the grid, Q cells asked, m cells of a local view.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ Parts = dict[str, Flops]
 
 
 def step(counts: StepCounts) -> Parts:
-    """One training step of one rank, by part; optimiser and moving average are not in it."""
+    """Count one training step of one rank by part, without optimiser and moving average."""
     parts: defaultdict[str, Flops] = defaultdict(Flops)
     _encode_targets(counts, parts)
     _encode_inputs(counts, parts)
@@ -55,7 +57,7 @@ def step(counts: StepCounts) -> Parts:
 def decoder(
     cfg: DecoderConfig, *, num_images: int, num_own: int, num_asked: int, dims: tuple[int, int]
 ) -> Flops:
-    """The dense decoder; dims: of the encoder's tokens and of what is predicted."""
+    """Count the dense decoder; dims: of the encoder's tokens and of what is predicted."""
     asked, tokens = num_images * num_asked, num_own + num_asked
 
     def layer(num_last: int | None) -> Flops:
@@ -71,11 +73,11 @@ def decoder(
 
 
 def mlp(rows: int, *dims: int) -> Flops:
-    """Linear layers one after the other."""
-    found = NONE
+    """Count linear layers one after the other."""
+    flops = NONE
     for dim_in, dim_out in zip(dims[:-1], dims[1:], strict=True):
-        found += linear(rows, dim_in, dim_out)
-    return found
+        flops += linear(rows, dim_in, dim_out)
+    return flops
 
 
 # ---- Encoders ------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def _encode_targets(counts: StepCounts, parts: Parts) -> None:
 
 
 def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
-    """The pass over the mixed inputs, in which an image may show but some of its cells."""
+    """Add the pass over the mixed inputs, in which an image may show but some of its cells."""
     vision, num_inputs = counts.vision, counts.num_inputs * counts.num_views
     num_images = counts.num_images * counts.num_views
     if counts.objective.mixing.mode in ("own_image", "masked"):
@@ -123,7 +125,7 @@ def _encode_whole(
 
 
 def _chunked(counts: StepCounts, rows: int, flops: Flops) -> Flops:
-    """Of a call of so many rows, whose forward pass is run again where it takes them by chunks."""
+    """Return the operations of a call of so many rows, with its recomputation if it is chunked."""
     return flops.recomputed() if 0 < counts.chunk < rows else flops
 
 
@@ -134,24 +136,24 @@ def _whole(vision: VisionConfig, num_images: int, size: int | None = None) -> Fl
 
 
 def _summarise(vision: VisionConfig, num_images: int, num_tokens: int) -> Flops:
-    """A ViT's summary is its tokens."""
+    """Count the summary of tokens; a ViT's is the tokens themselves."""
     if isinstance(vision, ViTConfig):
         return NONE
     return internimage_pool(vision, num_images, num_tokens)
 
 
 def _summaries(counts: StepCounts) -> set[int]:
-    """Views whose summaries any term reads: the encoder's, then local ones."""
+    """Return the views whose summaries any term reads: the encoder's, then local ones."""
     local = range(counts.num_views, counts.num_views + counts.num_local)
-    found: set[int] = set()
+    views: set[int] = set()
     for term in counts.objective.active_terms:
         if term.target in ("category", "caption"):
-            found |= {0, *local}
+            views |= {0, *local}
         elif term.target == "prototypes":
-            found |= {*range(2 if term.sees_both_views else 1), *local}
+            views |= {*range(2 if term.sees_both_views else 1), *local}
         elif term.target == "embedding":
-            found |= set(range(1 + term.sees_both_views))
-    return found
+            views |= set(range(1 + term.sees_both_views))
+    return views
 
 
 # ---- Terms ---------------------------------------------------------------------------------------

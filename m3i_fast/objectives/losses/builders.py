@@ -34,10 +34,10 @@ from m3i_fast.objectives.losses.stateful import (
 from m3i_fast.objectives.row_statistics import sum_over_ranks
 from m3i_fast.ops import IGNORED, boltzmann, gaussian
 
-Loss = Callable[..., Tensor]
+LossFunction = Callable[..., Tensor]
 
 
-def build_loss(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def build_loss(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the loss of a term from its row of `LOSSES`, whose path is resolved here.
 
     dim: the width of z. The result is an `nn.Module` where it keeps something from step to step.
@@ -52,7 +52,7 @@ def build_loss(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss
 # ---- Labels --------------------------------------------------------------------------------------
 
 
-def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the softmax over all categories, which every rank has; rows alone are sharded."""
 
     def loss(z_hat: Tensor, z: Tensor, scale: Tensor, *, targets: Tensor) -> Tensor:
@@ -65,12 +65,12 @@ def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
     return loss
 
 
-def caption(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def caption(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the softmax over the captions of all ranks, in both directions."""
     return partial(boltzmann, process_group=group, equal_sizes=True)
 
 
-def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the sigmoid of every pair of a picture and a caption of all ranks."""
     return partial(boltzmann, form="sigmoid", process_group=group, equal_sizes=True)
 
@@ -78,7 +78,7 @@ def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) ->
 # ---- Cells ---------------------------------------------------------------------------------------
 
 
-def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the squared distance of pixels or features, decorrelated where the term says so."""
     return partial(
         gaussian,
@@ -90,7 +90,7 @@ def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> 
     )
 
 
-def dense_queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def dense_queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build DenseCL's loss of cells."""
     return DenseQueued(term.temperature, cfg.queue_length, dim, group)
 
@@ -98,37 +98,37 @@ def dense_queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Los
 # ---- Embeddings ----------------------------------------------------------------------------------
 
 
-def queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build MoCo's loss."""
     return Queued(term.temperature, cfg.queue_length, dim, group)
 
 
-def batch_negatives(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def batch_negatives(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build InfoNCE over the targets of all ranks."""
     return partial(info_nce, temperature=term.temperature, process_group=group)
 
 
-def all_views(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def all_views(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build SimCLR's NT-Xent, of the rows of one rank."""
     return partial(nt_xent, temperature=term.temperature)
 
 
-def cosine(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def cosine(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build the negative cosine similarity, of the rows of one rank."""
     return negative_cosine_similarity
 
 
-def cross_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def cross_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build Barlow Twins' loss."""
     return partial(barlow_twins, process_group=group)
 
 
-def variance_covariance(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def variance_covariance(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build VICReg's loss."""
     return partial(vicreg, process_group=group)
 
 
-def running_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def running_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build UniGrad's loss."""
     return UniGrad(dim, group)
 
@@ -136,16 +136,16 @@ def running_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group
 # ---- Prototypes ----------------------------------------------------------------------------------
 
 
-def centring(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def centring(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build DINO's loss."""
     return Centred(term.temperature, group, cfg.num_prototypes)
 
 
-def sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build SwAV's loss."""
     return Balanced(term.temperature, group)
 
 
-def mean_entropy(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> Loss:
+def mean_entropy(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
     """Build MSN's loss."""
     return MeanEntropy(term.temperature, group)
