@@ -1,28 +1,98 @@
-"""docs/extend/new_method.md: the file it shows is a method, trains, and is as short as it says."""
+"""One file adds a method with a new loss: docs/extend/new_method.md, and one with independent rows.
+
+Each of them is listed, trains, has its FLOPs in the step's, and is accumulated or refused as its
+`independent` says, while no other file is touched.
+"""
+
+from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from m3i_fast.config import TextConfig, TrainConfig
+from m3i_fast.config.losses import LOSSES, no_products
+from m3i_fast.costs.step_flops import step_flops, without_sampling
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives.methods import METHODS
 from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.recipes import demo_method, shrink
+from tests.engine.parallel.test_accumulation import _assert_close, _config, _parts, _train
+from tests.engine.real_step import stepper
+from tests.flop_formulas import FORMULAS
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "extend" / "new_method.md"
 SMALL = (
     "--num-steps=3 --log-every=1 --num-classes=9 --text.vocab-size=814 --text.context-length=24 "
     "--data.batch-size=8 --data.initial-fill=16 --device=cpu"
 ).split()
+# Distances of patches in frequencies: one product with a fixed matrix, each row by itself.
+SPECTRUM = """
+import math
+import torch
+from m3i_fast.cli import main
+from m3i_fast.config import Term
+from m3i_fast.config.flops import Flops
+from m3i_fast.config.losses import LOSSES, Loss
+from m3i_fast.objectives.methods import METHODS, Method
+
+
+def loss(z_hat, z):
+    k = torch.arange(z.shape[-1], dtype=z_hat.dtype)
+    return ((z_hat - z) @ torch.cos(math.pi / len(k) * (k[:, None] + 0.5) * k)).square().mean()
+
+
+def flops(sizes):
+    product = 2 * sizes.rows * sizes.dim**2
+    return Flops(forward=product, backward=product)
+
+
+LOSSES["pixels", "gaussian", "spectrum"] = Loss(
+    formula="|DCT(z_hat - z)|^2 / E", build=lambda *_: loss, flops=flops, independent=True
+)
+METHODS["spectrum"] = Method(title="Spectrum", paper="none", family="intra-view", terms=(
+    Term(name="spectrum", target="pixels", predictor="linear",
+         likelihood="gaussian", regulariser="spectrum"),
+))
+if __name__ == "__main__":
+    raise SystemExit(main())
+"""
+NAMES = ("simdino", "spectrum")
+TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    (code,) = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
-    path = tmp_path_factory.mktemp("tutorial") / "simdino.py"
-    path.write_text(code)
-    return path
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each file, alone in a folder."""
+    (tutorial,) = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
+    paths = {}
+    for name, code in zip(NAMES, (tutorial, SPECTRUM), strict=True):
+        paths[name] = tmp_path_factory.mktemp(name) / f"{name}.py"
+        paths[name].write_text(code)
+    return paths
+
+
+@pytest.fixture
+def added(scripts: dict[str, Path]) -> Iterator[None]:
+    """Have both files' losses and methods in this process, for one test."""
+    losses, methods = dict(LOSSES), dict(METHODS)
+    for path in scripts.values():
+        runpy.run_path(str(path))
+    yield
+    for table, before in ((LOSSES, losses), (METHODS, methods)):
+        for key in table.keys() - before.keys():
+            del table[key]  # type: ignore[attr-defined]
 
 
 def _run(script: Path, *arguments: str) -> str:
@@ -31,23 +101,92 @@ def _run(script: Path, *arguments: str) -> str:
         env={**os.environ, "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_it_is_at_most_thirty_lines(script: Path) -> None:
-    lines = [line for line in script.read_text().splitlines() if line.strip()]
+def test_the_tutorials_file_is_at_most_thirty_lines(scripts: dict[str, Path]) -> None:
+    lines = [line for line in scripts["simdino"].read_text().splitlines() if line.strip()]
     assert len(lines) <= 30
 
 
-def test_it_trains_and_explains_itself(script: Path, dataset: Path, tmp_path: Path) -> None:
-    explained = _run(script, "methods", "--explain", "SimDINO")
+def test_the_tutorials_method_explains_itself(scripts: dict[str, Path]) -> None:
+    explained = _run(scripts["simdino"], "methods", "--explain", "SimDINO")
     assert "L_embedding = -cos(z_hat, sg(z)) - 0.01 R(z_hat)" in explained
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_file_is_all_that_a_method_takes(
+    name: str, scripts: dict[str, Path], dataset: Path, tmp_path: Path
+) -> None:
+    assert re.search(rf"^ *{name} ", _run(scripts[name], "methods"), re.MULTILINE)
     out = tmp_path / "run"
     request = ["--out", str(out), f"--data.path={dataset}", *SMALL]
-    _run(script, "train", "demo_simdino", *request)
+    _run(scripts[name], "train", f"demo_{name}", *request)
     rows = read_jsonl(out / "metrics.jsonl")
+    term = "embedding" if name == "simdino" else "spectrum"
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert {"loss/embedding", "monitor/embedding_std", "monitor/target_rank"} <= rows[0].keys()
+    assert {f"loss/{term}", f"monitor/{term}_cosine", "monitor/target_rank"} <= rows[0].keys()
+    assert [path for path in scripts[name].parent.rglob("*") if path.is_file()] == [scripts[name]]
+
+
+def _small(name: str) -> TrainConfig:
+    cfg = shrink(demo_method(name), path=Path("nowhere"), num_classes=9, text=TEXT)
+    return replace(
+        cfg,
+        data=replace(cfg.data, batch_size=8),
+        optim=replace(cfg.optim, matrices="adamw"),  # Muon's products are the optimiser's
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("added")
+def test_its_flops_are_in_the_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = _small(name)
+    (key,) = (term.loss_key for term in cfg.objective.terms)
+    row, calls = LOSSES[key], list[tuple[Tensor, Tensor]]()
+
+    def build(*arguments: Any) -> Any:
+        loss = row.build(*arguments)  # type: ignore[operator]
+
+        def noted(z_hat: Tensor, z: Tensor) -> Tensor:
+            calls.append((torch.randn_like(z_hat).requires_grad_(), torch.randn_like(z)))
+            return loss(z_hat, z)
+
+        return noted
+
+    monkeypatch.setitem(LOSSES, key, replace(row, build=build))
+    step = stepper(cfg)
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as of_step:
+        step()
+    loss = row.build(cfg.objective.terms[0], cfg.objective, 0, None)  # type: ignore[operator]
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as of_loss:
+        for z_hat, z in calls:
+            loss(z_hat, z).backward()
+    whole = step_flops(cfg)
+    monkeypatch.setitem(LOSSES, key, replace(row, flops=no_products))
+    others = step_flops(cfg)
+    counted = of_loss.get_total_flops()
+    assert counted > 0
+    assert without_sampling(whole).model - without_sampling(others).model == counted
+    assert without_sampling(whole).hardware == of_step.get_total_flops()
+
+
+@pytest.mark.usefixtures("added")
+def test_rows_that_are_not_independent_are_not_accumulated(dataset: Path, tmp_path: Path) -> None:
+    cfg = _parts(_config(dataset, demo_method("simdino")), 2, accumulate=2)
+    with pytest.raises(
+        ValueError,
+        match=r"expected 1 with the term 'embedding' \(embedding, gaussian, coding_rate\)",
+    ):
+        Trainer(cfg, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("added")
+def test_independent_rows_are_accumulated_exactly(dataset: Path, tmp_path: Path) -> None:
+    whole = _config(dataset, demo_method("spectrum"))
+    expected = _train(whole, whole, tmp_path / "whole", rank=0, num_parts=1)
+    cfg = _parts(whole, 2, accumulate=2)
+    _assert_close(_train(cfg, whole, tmp_path / "parts", rank=0, num_parts=2), expected)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from m3i_fast.benchmarks.faults.victim import Fault, digests, live
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.shard_files import PARTS
 from m3i_fast.observe.metrics import read_jsonl

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from m3i_fast.benchmarks.core.harness import Device, Timing, measure, parse, publish, resolve
 from m3i_fast.benchmarks.ops.dcnv3_others import by_grid_sample
-from m3i_fast.config import internimage as internimage_config
-from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.models import internimage as internimage_config
+from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.models.internimage.deformable import DCNv3, SamplingCore
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.ops import dcnv3

@@ -9,16 +9,16 @@ from m3i_fast.config.convert import differences
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.config.guard import GuardConfig
 from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
-from m3i_fast.config.internimage import InternImageConfig
 from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.config.telemetry import TelemetryConfig
-from m3i_fast.config.text import TextConfig
 from m3i_fast.config.train import Backend, Precision, TrainConfig
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
 
 __all__ = [
     "Backend",

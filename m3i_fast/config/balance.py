@@ -11,16 +11,16 @@ from m3i_fast.config.fields import COUNTS, Checked, Conflict, unmet
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BalanceConfig(Checked):
-    """How the terms' weights are chosen, and what is measured for it."""
+    """Choose the terms' weights, and how often gradient norms are measured for them."""
 
     mode: Literal["fixed", "gradient_norm", "uncertainty"] = "fixed"
     """fixed: the terms' weights as they are; gradient_norm: terms of one weight pull on the encoder
     alike; uncertainty: a variance is learnt for each term."""
     every: Annotated[int, COUNTS] = 10
-    """Steps between two measurements of the gradient norms; each costs one more backward pass of
-    the predictors a term, none of the encoder."""
+    """Steps between two measurements of the gradient norms; each costs, for every
+    term, one more backward pass of its predictor and none of the encoder."""
     momentum: float = 0.9
-    """Of the running gradient norms; 0 takes the newest alone."""
+    """Momentum of the running gradient norms; 0 takes the newest alone."""
 
     def place(self) -> str:
         return "balance."

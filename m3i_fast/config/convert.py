@@ -1,4 +1,4 @@
-"""Configs to JSON's objects and back: nothing is converted silently, and every error is told."""
+"""Conversion of configs to JSON objects and back, with no silent change and all errors at once."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
 from m3i_fast.config.fields import all_conflicts, deferred_checks
-from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.objective import LABELS, Term
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
 
 T = TypeVar("T")
 
 
 def to_tree(cfg: Any) -> dict[str, Any]:
-    """Return a config as an object of JSON."""
+    """Return a config as a JSON object."""
     tree: dict[str, Any] = _converter.unstructure(cfg)
     return tree
 
 
 def from_tree(kind: type[T], tree: dict[str, Any], where: str) -> T:
-    """Return the config that `to_tree` made the object of.
+    """Return the config of a JSON object that `to_tree` wrote.
 
     Raises ValueError, which begins with `where` and names every field that is unknown, missing, of
     another type, out of its range or in conflict with others.
@@ -41,9 +41,9 @@ def from_tree(kind: type[T], tree: dict[str, Any], where: str) -> T:
             else [str(error)]
         )
         raise ValueError(f"{where}: " + "; ".join(reasons)) from None
-    found = [f"{path}: {told}" for path, told in all_conflicts(cfg)]
-    if found:
-        raise ValueError(f"{where}: " + "; ".join(found))
+    conflicts = [f"{path}: {told}" for path, told in all_conflicts(cfg)]
+    if conflicts:
+        raise ValueError(f"{where}: " + "; ".join(conflicts))
     return cfg
 
 
@@ -67,28 +67,28 @@ _converter = cattrs.Converter(forbid_extra_keys=True)
 
 
 def _vision_config(value: dict[str, Any], _: Any) -> VisionConfig:
-    """Told by a field that only one of them has, and no config lacks."""
+    """Read the encoder's config, whose class follows from a field that only InternImage's has."""
     if "channels" in value:
         return _converter.structure(value, InternImageConfig)
     return _converter.structure(value, ViTConfig)
 
 
 def _term(value: dict[str, Any], _: Any) -> Term:
-    """Read a label term that names no mean as what it was: over the members, once the only mean."""
+    """Read a term; a label term without a mean has that over members, once the only one."""
     if isinstance(value, dict) and value.get("target") in LABELS:
         value = {"mean": "members"} | value
     return _structure_term(value, Term)
 
 
 def _reason(error: BaseException, kind: type | None) -> str:
-    """The text of what a config raises; cattrs's own for what is missing, unknown or no object."""
+    """Return the text of a config's error, or cattrs' for fields that are missing or unknown."""
     if isinstance(error, (KeyError, TypeError, AttributeError, cattrs.ForbiddenExtraKeysError)):
         return format_exception(error, kind)
     return str(error)
 
 
 def _only(kind: type, expected: str, *others: type) -> Callable[[Any, Any], Any]:
-    """Take values of this type (cattrs would make 3 of 3.7, and True of "false")."""
+    """Return a hook that takes values of this type alone; cattrs would make 3 of 3.7."""
 
     def structure(value: Any, _: Any) -> Any:
         if type(value) not in (kind, *others):

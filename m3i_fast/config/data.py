@@ -14,10 +14,10 @@ MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past whi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewConfig(Checked):
-    """How views of one size are cut out of the decoded image, and their colours changed."""
+    """Cut views of one size out of the decoded image, and change their colours."""
 
     count: Annotated[int, range(1, 65)] = 2
-    """Views an image."""
+    """Views per image."""
     size: Annotated[int, SIDES] = 224
     """Side of the square view in pixels."""
     scale: tuple[float, float] = (0.3, 1.0)
@@ -31,13 +31,14 @@ class ViewConfig(Checked):
     jitter_probability: float = 0.8
     """Probability that brightness, contrast, saturation and hue are changed at all."""
     brightness: float = 0.4
-    """Brightness factor is uniform in 1 -+ this."""
+    """Half-width of the brightness factor's uniform range about 1."""
     contrast: float = 0.4
-    """Contrast factor, about the view's own mean gray, is uniform in 1 -+ this."""
+    """Half-width of the uniform range about 1 of the contrast factor, about the view's mean
+    gray."""
     saturation: float = 0.2
-    """Saturation factor is uniform in 1 -+ this."""
+    """Half-width of the saturation factor's uniform range about 1."""
     hue: float = 0.1
-    """Hue rotation is uniform in -+ this, in turns (0.5 is half a turn)."""
+    """Half-width of the hue rotation's uniform range about 0, in turns (0.5 is half a turn)."""
     gray_probability: float = 0.2
     """Probability that all colour is removed."""
     blur_probability: float = 0.0
@@ -67,7 +68,7 @@ class ViewConfig(Checked):
 
     @property
     def jitters(self) -> bool:
-        """Whether brightness, contrast, saturation or hue can change."""
+        """Return whether brightness, contrast, saturation or hue can change."""
         return self.jitter_probability > 0 and any(
             (self.brightness, self.contrast, self.saturation, self.hue)
         )
@@ -75,36 +76,36 @@ class ViewConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderConfig(Checked):
-    """What is read, and how it becomes training batches."""
+    """Choose the data that are read, and how they become training batches."""
 
     path: Path = Path("data/openmoji")
     """Dataset directory (with manifest.json and shards)."""
     split: str = "train"
     """Split of the dataset."""
     batch_size: Annotated[int, BATCHES] = 64
-    """Samples a batch, on this rank."""
+    """Samples per batch on each rank."""
     global_views: ViewConfig = field(default_factory=ViewConfig)
     """Views at the full size."""
     local_views: ViewConfig | None = None
-    """Smaller views, if any."""
+    """Smaller views; none: no such views."""
     seed: Annotated[int, NUMBERS] = 0
-    """Seed of order, crops and colours."""
+    """Seed of the samples' order, the crops and the colours."""
     num_threads: Annotated[int, THREADS] = 1
-    """DALI worker threads; results do not depend on it."""
+    """DALI worker threads; results do not depend on their number."""
     prefetch: Annotated[int, range(1, 65)] = 2
     """Batches prepared ahead, at most 64: each is held decoded."""
     initial_fill: Annotated[int, range(1, 2**17 + 1)] = 4096
-    """Encoded samples held in the shuffle buffer, in host memory, a rank; at most 131,072, which
-    at 100 kB a picture are 13 GB."""
+    """Encoded samples in each rank's shuffle buffer in host memory; at most 131,072, which at 100
+    kB a picture are 13 GB."""
     max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS
     """Most pixels of a picture, height times width; larger ones are refused by name before they are
-    decoded. As Pillow's MAX_IMAGE_PIXELS."""
+    decoded. The default is Pillow's MAX_IMAGE_PIXELS."""
     alternates: bool = True
     """Cut the second global view out of another picture of the same thing, where the data set has
     such (data styles --alternates): one of them, drawn anew at every step."""
     hw_decoder_load: float | None = None
     """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
-    leaves it to DALI. For decoding on a GPU alone."""
+    leaves it to DALI. It applies to decoding on a GPU alone."""
 
     def conflicts(self) -> Iterator[Conflict]:
         load = self.hw_decoder_load

@@ -1,8 +1,8 @@
-"""Hold the fields of every config to their ranges and to each other. Standard library alone.
+"""Checks of the fields of every config: their ranges, and what fields are held to together.
 
 A range is given with a field's type, `depth: Annotated[int, DEPTHS] = 12`; a size past it would end
-in an allocation that fails, a library that aborts, or hours before the first step. What is told of
-fields together stands in the config's `conflicts`.
+in an allocation that fails, a library that aborts, or hours before the first step. Conditions on
+several fields are in the config's `conflicts`. Imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ THREADS = range(1, 2**10 + 1)  # twice those of the largest nodes
 MAX_RATIO = 64.0  # hidden width of an MLP over its input
 
 Conflict = tuple[str, str]
-"""A field's name, or its path from the config on, and what was expected of it and got."""
+"""A field's name, or its path from the config on, and a text: what was expected, what was got."""
 
 DropPathMode = Literal["mask", "subset"]
 Recompute = Literal["none", "selective", "full"]
@@ -66,9 +66,9 @@ class Checked:
 
 def refuse(conflicts: Iterable[Conflict], place: str = "") -> None:
     """Raise one ValueError for all of the conflicts; none raises nothing."""
-    found = [f"{place}{name}: {told}" for name, told in conflicts]
-    if found:
-        raise ValueError("; ".join(found))
+    messages = [f"{place}{name}: {told}" for name, told in conflicts]
+    if messages:
+        raise ValueError("; ".join(messages))
 
 
 def unmet(cfg: Any, **rules: tuple[bool, str]) -> Iterator[Conflict]:
@@ -80,7 +80,7 @@ def unmet(cfg: Any, **rules: tuple[bool, str]) -> Iterator[Conflict]:
 
 @contextmanager
 def deferred_checks() -> Iterator[None]:
-    """Let configs be made of any values, for a caller that asks `all_conflicts` of them then."""
+    """Let configs be made of any values, for a caller that calls `all_conflicts` afterwards."""
     token = _is_deferred.set(True)
     try:
         yield
@@ -91,27 +91,26 @@ def deferred_checks() -> Iterator[None]:
 def all_conflicts(cfg: Any) -> list[Conflict]:
     """Return everything that is wrong with a config and the configs in it, by path from it on.
 
-    Conflicts of several fields are looked for only where all numbers in them are in their ranges,
-    as they are computed from these.
+    Conflicts of several fields are computed only where all numbers are in their ranges.
     """
     return _walk(cfg, "")[1]
 
 
 def _walk(cfg: Any, path: str) -> tuple[bool, list[Conflict]]:
-    """(Whether all numbers are in their ranges, what is wrong)."""
+    """Return whether all numbers are in their ranges, and the conflicts."""
     wrong = cfg.wrong_numbers() if isinstance(cfg, Checked) else ()
-    found = [(f"{path}{name}", told) for name, told in wrong]
-    is_sound = not found
+    conflicts = [(f"{path}{name}", told) for name, told in wrong]
+    is_sound = not conflicts
     for name in cfg.__dataclass_fields__:
         value = getattr(cfg, name)
         parts = enumerate(value) if isinstance(value, tuple) else ()
         for key, each in [(f"{name}.{i}", each) for i, each in parts] or [(name, value)]:
             if is_dataclass(each):
                 inside, more = _walk(each, f"{path}{key}.")
-                is_sound, found = is_sound and inside, found + more
+                is_sound, conflicts = is_sound and inside, conflicts + more
     if is_sound and isinstance(cfg, Checked):
-        found += [(f"{path}{name}", told) for name, told in cfg.conflicts()]
-    return is_sound, found
+        conflicts += [(f"{path}{name}", told) for name, told in cfg.conflicts()]
+    return is_sound, conflicts
 
 
 def check_fields(cfg: Any, prefix: str = "") -> None:
@@ -136,7 +135,7 @@ def out_of_range(cfg: Any) -> Iterator[Conflict]:
 
 
 def _wrong(number: Any, allowed: range | None) -> str:
-    """What was expected of a number that is wrong; empty for a right one."""
+    """Return what was expected of a number that is wrong; an empty text for a right one."""
     if isinstance(number, float) and not math.isfinite(number):
         return "a finite number"
     if allowed is None or number is None:
@@ -163,13 +162,13 @@ def recompute_conflicts(value: object) -> Iterator[Conflict]:
 
 @cache
 def _ranges(kind: type) -> dict[str, range | None]:
-    """The range of each field, None where it has none."""
+    """Return the range of each field, None where it has none."""
     hints = get_type_hints(kind, include_extras=True)
-    found = {}
+    ranges = {}
     for name in kind.__dataclass_fields__:  # type: ignore[attr-defined]
         metadata = getattr(hints[name], "__metadata__", ())
-        found[name] = next((each for each in metadata if isinstance(each, range)), None)
-    return found
+        ranges[name] = next((each for each in metadata if isinstance(each, range)), None)
+    return ranges
 
 
 def _told(allowed: range) -> str:

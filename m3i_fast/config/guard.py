@@ -11,30 +11,30 @@ from m3i_fast.config.fields import COUNTS, NUMBERS, Checked, Conflict, unmet
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig(Checked):
-    """A step whose loss or gradient is not finite on any rank is skipped by all of them.
+    """Skip a step on all ranks where its loss or gradient is not finite on any of them.
 
-    Limits, back-off and rollbacks are heeded where the metrics are read, every log_every steps.
+    Limits, back-off and rollbacks are applied when the metrics are read, every log_every steps.
     """
 
     max_in_a_row: Annotated[int, COUNTS] = 10
-    """Skipped steps one after another that end the run."""
+    """Skipped steps in a row that end the run."""
     max_share: float = 0.1
     """Share of the last 1000 steps that may be skipped; more end the run."""
     backoff_after: Annotated[int, NUMBERS] = 3
     """Skipped steps in a row after which the learning rate is scaled down; 0: never."""
     backoff_scale: float = 0.5
-    """What it is scaled by, again with every further backoff_after in a row."""
+    """Factor of the learning rate, applied again with every further backoff_after in a row."""
     backoff_steps: Annotated[int, COUNTS] = 200
-    """Steps it stays scaled."""
+    """Steps that the learning rate stays scaled."""
     spikes: Literal["off", "skip", "rollback"] = "off"
-    """A loss far above its running mean. skip: as one that is not finite; rollback: back to the
-    last checkpoint before it, while the data go on."""
+    """What is done about a loss far above its running mean. off: nothing; skip: skip the step;
+    rollback: load the last checkpoint before it, and go on with the data that follow."""
     spike_deviations: float = 6.0
-    """Standard deviations above the mean that make a spike."""
+    """Standard deviations above the running mean from which on a loss is a spike."""
     spike_window: Annotated[int, range(2, NUMBERS.stop)] = 100
-    """Steps that mean and deviation are over, and at the start of a run without a spike."""
+    """Steps that mean and deviation are computed over; the first as many steps are no spikes."""
     max_rollbacks: Annotated[int, NUMBERS] = 3
-    """Rollbacks of a run; one more ends it."""
+    """Most rollbacks of a run; one more ends it."""
 
     def place(self) -> str:
         return "guard."

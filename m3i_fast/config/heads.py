@@ -11,7 +11,7 @@ from m3i_fast.config.fields import DEPTHS, WIDTHS, Checked, Conflict, mlp_ratio_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig(Checked):
-    """Size of the dense decoder."""
+    """Size the dense decoder."""
 
     dim: Annotated[int, WIDTHS] = 512
     """Width of a token."""
@@ -22,9 +22,9 @@ class DecoderConfig(Checked):
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over dim."""
     projector: Literal["none", "mlp", "batch_norm"] = "none"
-    """What stands between the encoder's cells and the decoder, and, following by EMA, between the
-    EMA encoder's cells and the targets, so that labels and dense targets do not share one output:
-    nothing; two layers of width dim; the same with batch norm, whose statistics are those of all
+    """Projector between the encoder's cells and the decoder, with an EMA copy between the EMA
+    encoder's cells and the targets, so that labels and dense targets do not share one output. mlp:
+    two layers of width dim; batch_norm: the same with batch norm, whose statistics are those of all
     rows of a step, as SiameseIM's."""
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -37,7 +37,7 @@ class DecoderConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProjectorConfig(Checked):
-    """Sizes of the MLPs between the encoder and the embeddings that are compared."""
+    """Size the MLPs between the encoder and the embeddings that are compared."""
 
     hidden_dim: Annotated[int, WIDTHS] = 2048
     """Width of the hidden layers."""

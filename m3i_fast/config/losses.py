@@ -1,86 +1,272 @@
 """The losses that a term may have: one row a loss, by target, likelihood and regulariser.
 
-What computes each is in `m3i_fast.objectives.losses.likelihoods`, under the same key.
+A row holds the formula, what builds the loss, its floating-point operations and whether its rows
+are independent. A loss of your own is one more row, put here by its file (docs/new_method.md):
+
+    LOSSES["embedding", "gaussian", "mine"] = Loss(formula=..., build=..., flops=...)
+
+Nothing here imports torch: a row names its builder by path, which is resolved when a loss is built.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from m3i_fast.config.flops import NONE, Flops, linear
+
+if TYPE_CHECKING:
+    from m3i_fast.config.objective import ObjectiveConfig, Term
 
 LossKey = tuple[str, str, str]
 """Target, likelihood, regulariser."""
+Build = Callable[["Term", "ObjectiveConfig", int, Any], Callable[..., Any]]
+"""Takes the term, the objective, the width of z and the process group (None on one rank), and
+returns the loss, an `nn.Module` where it keeps something from step to step."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossSizes:
+    """Hold the sizes of one call of a loss on one rank, from which its operations follow.
+
+    A step calls the loss once for each direction of a symmetric term, and once for each kind of
+    input view of a dense term; else once.
+    """
+
+    rows: int
+    """Rows of z_hat. category, caption: images and local views; pixels, features: cells asked;
+    embedding: images; prototypes: pairs of an input view and a target view."""
+    dim: int
+    """Features of a row of z_hat and of z; of prototypes, their number."""
+    targets: int
+    """Rows of z on all ranks together: classes, captions of the batch, else as many as z_hat's."""
+    target_grad: bool = False
+    """Whether z gets a gradient: labels, and targets that the trained encoder itself gives."""
+    queue_length: int = 0
+    """Targets of earlier steps that the queue holds, where the regulariser is a queue."""
+    cells: int = 0
+    """Cells of a target view, among which a dense contrast finds each cell's match."""
+    cell_dim: int = 0
+    """Features of the encoder's tokens, by which it finds them."""
+    decorrelates: bool = False
+    """Whether `objective.decorrelation_weight` is other than 0."""
+
+
+FlopsOf = Callable[[LossSizes], Flops]
+
+
+def no_products(sizes: LossSizes) -> Flops:
+    """Return no operations: the loss has no matrix product."""
+    return NONE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """What a loss minimises, and which rows it is of."""
+    """Describe a loss: what it minimises, what builds it, what it costs, which rows it is of."""
 
     formula: str
-    """In plain text; z carries no gradient where it says sg(z)."""
+    """What is minimised, in plain text; z carries no gradient where it says sg(z)."""
+    build: str | Build
+    """The builder: a callable, or the path "package.module:function" of one."""
+    flops: FlopsOf
+    """The matrix products of one call, forward and backward; `no_products` where it has none."""
+    flops_once: FlopsOf = no_products
+    """The matrix products that a step does once, however often it calls the loss."""
     independent: bool = False
     """Whether it is a mean over rows of a loss of each row alone, so that the gradients of several
     batches add up to that of all of them."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a row that lacks its builder or its operations."""
+        is_path = isinstance(self.build, str) and all(self.build.partition(":"))
+        if not (callable(self.build) or is_path):
+            self._refuse("build", 'a callable or "package.module:function"', self.build)
+        for name in ("flops", "flops_once"):
+            value = getattr(self, name)
+            if not callable(value):
+                self._refuse(name, "a function of LossSizes that returns Flops", value)
+
+    def _refuse(self, field: str, expected: str, got: object) -> None:
+        raise ValueError(f"{field} of the loss {self.formula!r}: expected {expected}, got {got!r}")
+
+
+# ---- Matrix products in closed form: N rows, M targets, D features, a queue of K -----------------
+
+
+def all_pairs(
+    rows: int, columns: int, dim: int, *, column_grad: bool = True, sigmoid: bool = False
+) -> Flops:
+    """Count `ops.boltzmann`: logits, their gradients by rows and columns, and logits once more.
+
+    The sigmoid form computes its gradients in the forward pass, from the same logits.
+    """
+    product = 2 * rows * columns * dim
+    return Flops(product, product * (1 + column_grad), 0 if sigmoid else product)
+
+
+def _all_targets(sizes: LossSizes) -> Flops:
+    """Count the [N, M] logits of all rows and targets."""
+    return all_pairs(sizes.rows, sizes.targets, sizes.dim, column_grad=sizes.target_grad)
+
+
+def _all_targets_sigmoid(sizes: LossSizes) -> Flops:
+    return all_pairs(
+        sizes.rows, sizes.targets, sizes.dim, column_grad=sizes.target_grad, sigmoid=True
+    )
+
+
+def _own_and_queue(sizes: LossSizes) -> Flops:
+    """Count the [N, 1 + K] logits of MoCo, whose own target is one more feature and candidate."""
+    return all_pairs(sizes.rows, sizes.queue_length + 1, sizes.dim + 1, column_grad=False)
+
+
+def _match_and_queue(sizes: LossSizes) -> Flops:
+    """Count the search for each cell's match, which gets no gradient, and MoCo's logits."""
+    matching = linear(sizes.rows, sizes.cell_dim, sizes.cells).forward_only
+    return matching + _own_and_queue(sizes)
+
+
+def _both_views(sizes: LossSizes) -> Flops:
+    """Count the [2 N, 2 N] logits of NT-Xent, whose gradient has two products."""
+    return linear(2 * sizes.rows, sizes.dim, 2 * sizes.rows)
+
+
+def _decorrelation(sizes: LossSizes) -> Flops:
+    """Count `ops.gaussian`'s regulariser: the [D, D] products C and Z_hat C, and the gradient's."""
+    product = 2 * sizes.rows * sizes.dim**2 * sizes.decorrelates
+    return Flops(2 * product, product)
+
+
+def _cross_correlation(sizes: LossSizes) -> Flops:
+    """Count the [D, D] product of both views, and its gradient by each that gets one."""
+    product = 2 * sizes.rows * sizes.dim**2
+    return Flops(product, product * (1 + sizes.target_grad))
+
+
+def _two_covariances(sizes: LossSizes) -> Flops:
+    """Count the [D, D] covariance of each view; a view's rows are both factors of its product."""
+    product = 2 * sizes.rows * sizes.dim**2
+    return Flops(2 * product, 2 * product * (1 + sizes.target_grad))
+
+
+def _running_form(sizes: LossSizes) -> Flops:
+    """Count Z_hat F and its gradient; F gets none."""
+    product = 2 * sizes.rows * sizes.dim**2
+    return Flops(product, product)
+
+
+def _running_update(sizes: LossSizes) -> Flops:
+    """Count the [D, D] products of both views, once for the first step's F and once for later."""
+    return Flops(4 * 2 * sizes.rows * sizes.dim**2)
+
+
+# ---- The table -----------------------------------------------------------------------------------
 
 SOFTMAX = "-log exp(z_hat . z / tau) / sum_z' exp(z_hat . z' / tau)"
+_BUILDERS = "m3i_fast.objectives.losses.builders"
 LOSSES: dict[LossKey, Loss] = {
     ("category", "boltzmann", "negatives"): Loss(
-        f"{SOFTMAX}, z' all categories, rows of unit length, tau learnt", independent=True
+        formula=f"{SOFTMAX}, z' all categories, rows of unit length, tau learnt",
+        build=f"{_BUILDERS}:category",
+        flops=_all_targets,
+        independent=True,
     ),
     ("caption", "boltzmann", "negatives"): Loss(
-        f"mean of both directions of {SOFTMAX}, z' captions of the batch, tau learnt"
+        formula=f"mean of both directions of {SOFTMAX}, z' captions of the batch, tau learnt",
+        build=f"{_BUILDERS}:caption",
+        flops=_all_targets,
     ),
     ("caption", "sigmoid", "negatives"): Loss(
-        "1/N sum over pairs of log(1 + exp(-y (z_hat . z / tau + b))), y = 1 for a picture and its "
-        "caption, else -1; tau, b learnt"
+        formula="1/N sum over pairs of log(1 + exp(-y (z_hat . z / tau + b))), y = 1 for a picture "
+        "and its caption, else -1; tau, b learnt",
+        build=f"{_BUILDERS}:caption_sigmoid",
+        flops=_all_targets_sigmoid,
     ),
     ("pixels", "gaussian", "fixed"): Loss(
-        "|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over their "
-        "standard deviation",
+        formula="|z_hat - z|^2 / (2 sigma^2 E), z the pixels of a patch less their mean, over "
+        "their standard deviation",
+        build=f"{_BUILDERS}:dense_gaussian",
+        flops=no_products,
         independent=True,
     ),
     ("features", "gaussian", "stop_gradient"): Loss(
-        "|z_hat - LN(sg(z))|^2 / (2 sigma^2 E)", independent=True
+        formula="|z_hat - LN(sg(z))|^2 / (2 sigma^2 E)",
+        build=f"{_BUILDERS}:dense_gaussian",
+        flops=no_products,
+        independent=True,
     ),
     ("features", "gaussian", "decorrelation"): Loss(
-        "(|z_hat - LN(sg(z))|^2 / (2 sigma^2) + w z_hat^T C z_hat) / E, C = mean of LN(z) LN(z)^T"
+        formula="(|z_hat - LN(sg(z))|^2 / (2 sigma^2) + w z_hat^T C z_hat) / E, "
+        "C = mean of LN(z) LN(z)^T",
+        build=f"{_BUILDERS}:dense_gaussian",
+        flops=_decorrelation,
     ),
     ("features", "gaussian", "covariance"): Loss(
-        "(|z_hat - LN(sg(z))|^2 / (2 sigma^2) + w z_hat^T C z_hat) / E, C = covariance of LN(z)"
+        formula="(|z_hat - LN(sg(z))|^2 / (2 sigma^2) + w z_hat^T C z_hat) / E, "
+        "C = covariance of LN(z)",
+        build=f"{_BUILDERS}:dense_gaussian",
+        flops=_decorrelation,
     ),
     ("features", "boltzmann", "queue"): Loss(
-        f"{SOFTMAX}, z the target cell whose features are most alike, z' it and a queue"
+        formula=f"{SOFTMAX}, z the target cell whose features are most alike, z' it and a queue",
+        build=f"{_BUILDERS}:dense_queue",
+        flops=_match_and_queue,
     ),
     ("embedding", "boltzmann", "queue"): Loss(
-        f"{SOFTMAX}, z' the own target and a queue of earlier ones, rows of unit length"
+        formula=f"{SOFTMAX}, z' the own target and a queue of earlier ones, rows of unit length",
+        build=f"{_BUILDERS}:queue",
+        flops=_own_and_queue,
     ),
     ("embedding", "boltzmann", "negatives"): Loss(
-        f"{SOFTMAX}, z' targets of the batch, rows of unit length"
+        formula=f"{SOFTMAX}, z' targets of the batch, rows of unit length",
+        build=f"{_BUILDERS}:batch_negatives",
+        flops=_all_targets,
     ),
     ("embedding", "boltzmann", "all_views"): Loss(
-        f"{SOFTMAX}, z' both views of the batch but the row itself, rows of unit length"
+        formula=f"{SOFTMAX}, z' both views of the batch but the row itself, rows of unit length",
+        build=f"{_BUILDERS}:all_views",
+        flops=_both_views,
     ),
     ("embedding", "gaussian", "stop_gradient"): Loss(
-        "-cos(z_hat, sg(z)): |z_hat - z|^2 / 2 of unit rows, less a constant", independent=True
+        formula="-cos(z_hat, sg(z)): |z_hat - z|^2 / 2 of unit rows, less a constant",
+        build=f"{_BUILDERS}:cosine",
+        flops=no_products,
+        independent=True,
     ),
     ("embedding", "gaussian", "cross_correlation"): Loss(
-        "sum_i (1 - C_ii)^2 + 0.005 sum_{i != j} C_ij^2, C the correlation of both views"
+        formula="sum_i (1 - C_ii)^2 + 0.005 sum_{i != j} C_ij^2, C the correlation of both views",
+        build=f"{_BUILDERS}:cross_correlation",
+        flops=_cross_correlation,
     ),
     ("embedding", "gaussian", "variance_covariance"): Loss(
-        "25 |z_hat - z|^2 / E + 25 mean of both views' max(0, 1 - std) + sum of both views' "
-        "off-diagonal covariance^2 / E"
+        formula="25 |z_hat - z|^2 / E + 25 mean of both views' max(0, 1 - std) + sum of both "
+        "views' off-diagonal covariance^2 / E",
+        build=f"{_BUILDERS}:variance_covariance",
+        flops=_two_covariances,
     ),
     ("embedding", "gaussian", "running_correlation"): Loss(
-        "-z_hat . sg(z) + 50 z_hat^T F z_hat, F a running mean of z z^T, rows of unit length"
+        formula="-z_hat . sg(z) + 50 z_hat^T F z_hat, F a running mean of z z^T, rows of unit "
+        "length",
+        build=f"{_BUILDERS}:running_correlation",
+        flops=_running_form,
+        flops_once=_running_update,
     ),
     ("prototypes", "boltzmann", "centring"): Loss(
-        "-sum_k p_k log softmax(z_hat / tau)_k, p = softmax((z - c) / 0.04), c a running mean"
+        formula="-sum_k p_k log softmax(z_hat / tau)_k, p = softmax((z - c) / 0.04), "
+        "c a running mean",
+        build=f"{_BUILDERS}:centring",
+        flops=no_products,
     ),
     ("prototypes", "boltzmann", "sinkhorn"): Loss(
-        "-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05)"
+        formula="-sum_k p_k log softmax(z_hat / tau)_k, p = Sinkhorn-Knopp(z / 0.05)",
+        build=f"{_BUILDERS}:sinkhorn",
+        flops=no_products,
     ),
     ("prototypes", "boltzmann", "mean_entropy"): Loss(
-        "-sum_k p_k log softmax(z_hat / tau)_k + log K - H(mean softmax(z_hat / tau)), p = "
-        "Sinkhorn-Knopp(log softmax(4 z / tau))"
+        formula="-sum_k p_k log softmax(z_hat / tau)_k + log K - H(mean softmax(z_hat / tau)), p = "
+        "Sinkhorn-Knopp(log softmax(4 z / tau))",
+        build=f"{_BUILDERS}:mean_entropy",
+        flops=no_products,
     ),
 }

@@ -14,7 +14,7 @@ Pattern = Literal["blocks", "rectangle"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixingConfig(Checked):
-    """Which images share an input, which cells each shows, and what each is asked."""
+    """Choose which images share an input, which cells each shows, and which cells are predicted."""
 
     mode: Literal["joint", "own_image", "masked", "blend", "none"] = "joint"
     """joint: images share an input, and tokens attend to everything, as a CNN sees it (M3I, figure
@@ -34,17 +34,18 @@ class MixingConfig(Checked):
     final_mask_ratio: float = 0.5
     """The same at the last step; linear in between."""
     mask_per_batch: bool = False
-    """One drawing of the cells for all inputs of a batch (as MixMIM)."""
+    """Draw the cells once for all inputs of a batch (as MixMIM)."""
     blend_alpha: float = 0.8
-    """Blend draws the first images' share from Beta(alpha, alpha), one for a batch (as mixup)."""
+    """alpha of the Beta(alpha, alpha) that blend draws the first images' share from, once a batch
+    (as mixup)."""
     num_queries: Annotated[int, NUMBERS] = 0
-    """Cells that each dense term predicts an image; 0 predicts every cell it may."""
+    """Cells that each dense term predicts per image; 0 predicts every cell that it may."""
     min_contrast: Annotated[int, LEVELS] = 0
-    """A cell is asked only if a colour of its pixels in the target view spans as many of the 255
-    levels, so that blank paper is no target; 0 asks every cell. An image that has fewer such cells
-    than are asked of it is asked some of them again, one that has none its blank ones."""
+    """Levels of 255 that a colour of a cell's pixels in the target view must span for the cell to
+    be predicted, so that blank paper is no target; 0 takes every cell. Where an image has too few
+    such cells, some are predicted again; where it has none, blank ones are."""
     dense_fraction: float = 1.0
-    """Share of the inputs that dense terms are asked of: the EMA encoder and the decoder see no
+    """Share of the inputs that dense terms predict for. The EMA encoder and the decoder see no
     more, and each costs about as much as the encoder's pass."""
     token_dropout: float = 0.0
     """Share of caption tokens left out, never the first and last."""
@@ -66,15 +67,16 @@ class MixingConfig(Checked):
 
     @property
     def images_per_input(self) -> int:  # K
+        """Return how many images share an input, 1 in modes masked and none."""
         return 1 if self.mode in ("masked", "none") else self.num_images
 
     @property
     def divides_cells(self) -> bool:
-        """Whether an image shows but some of the cells."""
+        """Return whether an image shows but some of the cells."""
         return self.mode not in ("blend", "none")
 
     def num_own(self, num_cells: int, progress: float) -> int:
-        """Cells of its own that an image has; `progress` is 0 at the first step, 1 at the last."""
+        """Return the cells that an image shows; progress: 0 at the first step, 1 at the last."""
         if not self.divides_cells:
             return num_cells
         if self.mode == "masked":
@@ -114,8 +116,8 @@ class MixingConfig(Checked):
         if self.mode in ("own_image", "masked") and not alone:
             yield (
                 "objective.mixing.mode",
-                f"{self.mode} needs an encoder that can leave tokens out; expected joint, blend or "
-                f"none for a convolutional one, got {self.mode}",
+                f"expected joint, blend or none with a convolutional encoder, which cannot leave "
+                f"tokens out, got {self.mode}",
             )
         if self.divides_cells and self.mask_block % multiple:
             yield (

@@ -1,4 +1,4 @@
-"""What an objective is made of, as data: terms, and the sizes of what belongs to them.
+"""The objective as data: its terms, and the sizes of their predictors.
 
 A term names what is predicted, by what, under which likelihood, and what keeps the target from
 collapsing: the plug-ins of the paper's equation  L = sum_k w_k * -log P_k(z_k | z_hat_k).
@@ -15,7 +15,7 @@ from m3i_fast.config.fields import SOME_ROWS, WIDTHS, Checked, Conflict, unmet
 from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.config.losses import LOSSES, LossKey
 from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.models.vision import VisionConfig
 
 MAX_SCALE = 100.0
 DENSE = ("pixels", "features")
@@ -32,41 +32,44 @@ PREDICTORS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Term(Checked):
-    """-log P(z | z_hat) of one target: a row of the paper's table 1."""
+    """Describe -log P(z | z_hat) of one target, a row of the paper's table 1."""
 
     name: str
-    """Key of the term in metrics and tables."""
+    """Name of the term in metrics and tables."""
     target: Literal["category", "caption", "pixels", "features", "embedding", "prototypes"]
-    """z: class embedding; caption's embedding; pixels of a patch, normalised; features of a patch;
-    one embedding of the view; its assignment to prototypes."""
+    """Target z: class embedding; caption's embedding; pixels of a patch, normalised; features of a
+    patch; one embedding of the view; its assignment to prototypes."""
     view: Literal["same", "other"] = "same"
     """View of the target: the input's, or another one of the same picture."""
     asked: Literal["first", "last", "all"] = "all"
-    """Which images of a mixed input a dense target is asked of."""
+    """Images of a mixed input for which a dense target is predicted."""
     encoder: Literal["none", "momentum", "shared", "frozen"] = "none"
-    """What encodes the target view: nothing (labels, pixels), the EMA of the image encoder, the
-    image encoder itself, or the frozen one of `objective.teacher`."""
+    """Encoder of the target view: none (labels, pixels), the EMA of the image encoder, the image
+    encoder itself (shared), or the frozen one of `objective.teacher`."""
     predictor: Literal["head", "linear", "decoder", "projector", "projector_predictor"]
-    """head: mean over the tokens, then an MLP; linear: of each token; decoder: Transformer with
-    mask tokens; projector: MLP with batch norm, which the target's side has too; projector_
-    predictor: another MLP on top of it, on the input's side alone."""
+    """Predictor of z_hat. head: mean over the tokens, then an MLP; linear: of each token; decoder:
+    Transformer with mask tokens; projector: MLP with batch norm, which the target's side has too;
+    projector_predictor: another MLP on top of it, on the input's side alone."""
     likelihood: str
-    """gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each pair."""
+    """Likelihood. gaussian: squared distance; boltzmann: softmax over candidates; sigmoid: of each
+    pair; or one that a loss of your own names."""
     regulariser: str
-    """What stands for the entropy H(p(z)). Known combinations: `m3i_fast.config.losses.LOSSES`."""
+    """Regulariser, for the entropy H(p(z)); `m3i_fast.config.losses.LOSSES` has the
+    combinations."""
     mean: Literal["batch", "members"] = "batch"
-    """What a category or caption term is the mean over, where not every picture has one. batch: all
-    rows of all ranks, those without a target as 0, so that the term is an expectation over samples
-    and one labelled picture weighs the same in any batch; members: the rows that have a target, so
-    that the only one of a batch pulls like a whole batch."""
+    """Rows that a category or caption term is the mean over, where not every picture has a target.
+    batch: all rows of all ranks, those without a target as 0, so that the term is an expectation
+    over samples and one labelled picture weighs the same in any batch; members: the rows that have
+    a target, so that the only one of a batch weighs as much as a whole batch."""
     standardise: Literal["none", "running", "batch"] = "none"
-    """How each channel of a Gaussian's features is standardised before their layer norm, so that
-    what all cells have in common is no target. running: by running mean and variance over steps and
-    ranks, as DINO's centre, which leaves rows independent; batch: by those of the step's rows."""
+    """Statistics by which each channel of a Gaussian's features is standardised before their layer
+    norm, so that what all cells have in common is no target. running: by running mean and variance
+    over steps and ranks, as DINO's centre, which leaves rows independent; batch: by those of the
+    step's rows."""
     symmetric: bool = False
     """Whether each of both views also predicts the other: the mean of both directions."""
     temperature: float = 0.1
-    """Of softmaxes over embeddings or prototypes; category and caption learn theirs."""
+    """Temperature of softmaxes over embeddings or prototypes; category and caption learn theirs."""
     output_norm: bool = True
     """Whether the projector ends in a batch norm without affine."""
     weight: float = 1.0
@@ -116,8 +119,8 @@ class Term(Checked):
         if self.encoder == "shared" and (self.view != "other" or self.is_dense):
             yield (
                 "encoder",
-                "shared needs an embedding or prototypes of the other view, got "
-                f"{self.target} of the {self.view} view",
+                "expected none, momentum or frozen, or shared with an embedding or prototypes of "
+                f"the other view, got shared with {self.target} of the {self.view} view",
             )
 
     def _symmetry_conflicts(self) -> Iterator[Conflict]:
@@ -136,26 +139,27 @@ class Term(Checked):
 
     @property
     def loss_key(self) -> LossKey:
-        """Target, likelihood and regulariser: the row of `m3i_fast.config.losses.LOSSES`."""
+        """Return target, likelihood and regulariser, the key of the loss in `LOSSES`."""
         return self.target, self.likelihood, self.regulariser
 
     @property
     def is_dense(self) -> bool:
+        """Return whether z is of single cells: pixels or features."""
         return self.target in DENSE
 
     @property
     def decorrelates(self) -> bool:
-        """Whether predictions are kept apart by a matrix of all rows of a step."""
+        """Return whether predictions are kept apart by a matrix of all rows of a step."""
         return self.regulariser in ("decorrelation", "covariance")
 
     @property
     def sees_both_views(self) -> bool:
-        """Whether the input's encoder sees the other view too."""
+        """Return whether the trained encoder sees the other view too."""
         return self.symmetric or self.encoder == "shared"
 
 
 def m3i() -> tuple[Term, ...]:
-    """M3I, figure 2.
+    """Return the terms of M3I, figure 2.
 
     The first image predicts its own view, the other one another view, both their category and
     caption. The paper does not tell the terms' weights. That of the dense ones is chosen on a part
@@ -181,19 +185,19 @@ def m3i() -> tuple[Term, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig(Checked):
-    """The terms of the loss, and what they are predicted with."""
+    """Choose the terms of the loss, and the sizes of their predictors."""
 
     terms: tuple[Term, ...] = field(default_factory=m3i)
-    """The terms of the sum; M3I's four by default."""
+    """Terms of the sum; M3I's four by default."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
-    """How the terms' weights are chosen."""
+    """Choice of the terms' weights."""
     mixing: MixingConfig = field(default_factory=MixingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     head_hidden_dim: Annotated[int, WIDTHS] = 2048
     """Width of the hidden layer of the category and caption heads."""
     teacher: str | None = None
-    """The frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
+    """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
     sigma: float = 0.5**0.5
     """Standard deviation of the Gaussian likelihood; sqrt(1/2) gives SiameseIM's mean squared
     error."""
@@ -224,23 +228,24 @@ class ObjectiveConfig(Checked):
         if linear and (self.mixing.mode != "none" or self.uses(predictor="linear", view="other")):
             yield (
                 "terms",
-                f"{linear}: a linear predictor says only what stands where its token does: "
-                "expected mixing.mode none and the same view, else predictor decoder",
+                "expected predictor decoder, or linear with mixing.mode none and the same view, as "
+                f"it predicts the cell of its own token, got linear of {linear}",
             )
         views = [t.name for t in self.active_terms if t.target not in LABELS]
         if self.mixing.mode == "blend" and views:
             yield (
                 "mixing.mode",
-                "blend leaves no image's pixels alone: expected category and caption terms only, "
-                f"got {views}",
+                "expected blend, which leaves no image's pixels alone, with category and caption "
+                f"terms only, got {views}",
             )
 
     @property
     def active_terms(self) -> tuple[Term, ...]:
+        """Return the terms whose weight is above 0."""
         return tuple(term for term in self.terms if term.weight > 0)
 
     def projects(self, term: Term) -> bool:
-        """Whether a term's dense targets go through a projector that follows by EMA."""
+        """Return whether a term's dense targets go through a projector that follows by EMA."""
         of_average = (term.target, term.encoder, term.predictor) == (
             "features",
             "momentum",
@@ -249,7 +254,7 @@ class ObjectiveConfig(Checked):
         return of_average and self.decoder.projector != "none"
 
     def uses(self, **facts: object) -> bool:
-        """Whether an active term has these values: `uses(target="caption")`."""
+        """Return whether an active term has these values: `uses(target="caption")`."""
         return any(
             all(getattr(term, name) == value for name, value in facts.items())
             for term in self.active_terms

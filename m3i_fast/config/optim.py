@@ -19,20 +19,21 @@ APEX_LAMB_DECAYS = "> 0 with optim.name = lamb and optim.impl = apex, which adap
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig(Checked):
-    """The optimiser, its schedules, and what is clipped."""
+    """Choose the optimiser, its schedules, and the bound of the gradient norm."""
 
     name: Literal["adamw", "lamb", "lars"] = "adamw"
     """The optimiser. lamb and lars, for large batches, scale the step of every tensor that decays
     by its norm; lars is SGD with momentum otherwise, and wants a far larger lr."""
     impl: Literal["auto", "torch", "te", "apex"] = "auto"
-    """Whose code: auto is torch's; te is Transformer Engine's FusedAdam, apex NVIDIA Apex's
+    """Implementation: auto is torch's; te is Transformer Engine's FusedAdam, apex NVIDIA Apex's
     FusedAdam or FusedLAMB, each on a GPU where it is installed."""
     lr: float = 1e-3
     """Peak learning rate, for this batch size."""
     final_lr: float = 0.0
     """Learning rate at the last step."""
     warmup_fraction: float = 0.025
-    """Share of the steps that warm up linearly (SiameseIM: 40 of 1600 epochs)."""
+    """Share of the steps in which the learning rate rises linearly (SiameseIM: 40 of 1600
+    epochs)."""
     weight_decay: float = 0.05
     """Decoupled weight decay (lamb and lars: within the scaled step); none on parameters of one
     dimension or less."""
@@ -41,7 +42,8 @@ class OptimConfig(Checked):
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's and LAMB's betas (SiameseIM: 0.9, 0.95); the first is LARS's momentum."""
     eps: float | None = None
-    """Added to AdamW's and LAMB's root of the second moment; none: 1e-8, and 1e-6 for lamb."""
+    """Number added to AdamW's and LAMB's root of the second moment; none: 1e-8, and 1e-6 for
+    lamb."""
     layer_decay: float = 1.0
     """Learning rate of an image encoder's layer over that of the next (BEiT); 1: the same."""
     dcn_lr_scale: float = 1.0
@@ -50,7 +52,7 @@ class OptimConfig(Checked):
     freeze_patch_embed: bool = False
     """Leave the patch embedding as it was drawn (MoCo v3, for stability); InternImage: its stem."""
     matrices: Literal["adamw", "muon"] = "adamw"
-    """What updates the weight matrices of Transformer blocks; AdamW updates all else. muon
+    """Optimiser of the weight matrices of Transformer blocks; AdamW updates all else. muon
     orthogonalises their momentum: more is learnt a step, for 15 to 20 small products a matrix."""
     muon_lr: float = 0.02
     """Muon's peak learning rate; it follows lr's schedule."""
@@ -87,7 +89,7 @@ class OptimConfig(Checked):
 
     @property
     def used_impl(self) -> str:
-        """impl, decided."""
+        """Return the implementation that impl chooses."""
         return "torch" if self.impl == "auto" else self.impl
 
     def warmup_steps(self, num_steps: int) -> int:
@@ -97,7 +99,7 @@ class OptimConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmaConfig(Checked):
-    """Momentum of the average encoder, which is the target network."""
+    """Choose the momentum of the average encoder, which is the target network."""
 
     momentum: float = 0.995
     """Momentum at the first step (SiameseIM: 0.995)."""

@@ -1,4 +1,4 @@
-"""What a run tells of itself while it lasts."""
+"""What a run measures of its machine, and where its rows are sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from m3i_fast.config.fields import Checked, Conflict
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TelemetryConfig(Checked):
-    """Changes nothing of what is trained: a resume may have others."""
+    """Measure the machine and send rows on.
+
+    None of it changes the result of a run: a resume may have other values.
+    """
 
     hz: float = 1.0
     """Samples a second of the GPUs and the processor of the first rank's node, 0.1 to 10, whose

@@ -23,13 +23,13 @@ from m3i_fast.config.fields import (
     Conflict,
 )
 from m3i_fast.config.guard import GuardConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.config.telemetry import TelemetryConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
 from m3i_fast.json_files import read_json
 from m3i_fast.storage import write_atomically
 
@@ -41,12 +41,12 @@ Backend = Literal["auto", "torch", "te", "torchao"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Checked):
-    """All that decides the result of a run: equal configs give equal runs."""
+    """Hold all that decides the result of a run: equal configs give equal runs."""
 
     seed: Annotated[int, NUMBERS] = 0
     """Seed of initialisation, masks, pairs and dropout; the loader has its own, data.seed."""
     num_steps: Annotated[int, STEPS] = 100_000
-    """Optimiser steps. Schedules are arrays of this length."""
+    """Number of optimiser steps, which is the length of the schedules."""
     num_classes: Annotated[int, ROWS] = 1000
     """Categories in the data; 0 if it has none."""
     data: LoaderConfig = field(default_factory=LoaderConfig)
@@ -59,24 +59,24 @@ class TrainConfig(Checked):
     guard: GuardConfig = field(default_factory=GuardConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     precision: Precision = "auto"
-    """Of matrix products; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere. FP8 has one scale a
-    tensor, of now (current) or of the past (delayed), one a block of 128, or one of 32 values (mx);
-    all that is not FP8 is then bf16."""
+    """Precision of matrix products; auto: bf16 on a GPU from sm_80 up, fp32 elsewhere. FP8 has one
+    scale per tensor, from this step (current) or earlier ones (delayed), one per block of 128
+    (block), or one per 32 values (mx); all that is not FP8 is then bf16."""
     backend: Backend = "auto"
     """Library of the blocks; auto: torch, and for FP8 Transformer Engine or else torchao."""
     fp8_min_dim: Annotated[int, WIDTHS] = 768
-    """FP8 only where a linear layer has as many features in and out; narrower ones stay in bf16."""
+    """Least features in and out of a linear layer that runs in FP8; narrower ones stay in bf16."""
     compile: bool = False
-    """torch.compile the encoders and the decoder."""
+    """Compile the encoders and the decoder by torch.compile."""
     cuda_graphs: bool = False
-    """Replay each ViT, text encoder and decoder as one launch, forward and backward, by a graph for
-    each shape: for kernels that are shorter than their launches, as those of ViT-S and B. On a GPU,
-    alone or with DDP; every graph keeps its activations."""
+    """Replay each ViT, text encoder and decoder as one CUDA graph launch, forward and backward,
+    with a graph for each shape: for kernels that are shorter than their launches, as those of ViT-S
+    and B. It needs a GPU, alone or with DDP; every graph keeps its activations."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the first GPU if there is one."""
+    """Device that trains; auto: the first GPU if there is one, else the CPU."""
     deterministic: bool = False
-    """Only operations that give the same bits at every run on the same machine, though slower ones;
-    what has none is refused."""
+    """Use only operations that give the same bits at every run on the same machine, though slower
+    ones; a config that needs an operation without such a form is refused."""
     num_threads: Annotated[int, range(THREADS.stop)] = 0
     """CPU threads of torch; 0 leaves torch's default."""
     log_every: Annotated[int, COUNTS] = 10
@@ -84,7 +84,7 @@ class TrainConfig(Checked):
     checkpoint_every: Annotated[int, COUNTS] = 1000
     """Steps between two checkpoints; the last step always writes one."""
     keep_checkpoints: Annotated[int, COUNTS] = 2
-    """Newest checkpoints kept."""
+    """Number of the newest checkpoints that are kept."""
     keep_every: Annotated[int, NUMBERS] = 0
     """Steps between checkpoints that are kept for ever; 0 keeps none of them."""
     keep_best: str = ""
@@ -104,7 +104,7 @@ class TrainConfig(Checked):
             yield from self._graph_conflicts()
 
     def _view_conflicts(self) -> Iterator[Conflict]:
-        """Views that are not of the encoder's size, or that a term misses."""
+        """Yield views that are not of the encoder's size, or that a term misses."""
         views, local = self.data.global_views, self.data.local_views
         if views.size != self.vision.image_size:
             yield (
@@ -114,7 +114,7 @@ class TrainConfig(Checked):
         if self.objective.uses(view="other") and views.count < 2:
             yield (
                 "data.global_views.count",
-                f"a term of the other view needs 2 views, got {views.count}",
+                f"expected 2 or more with a term of the other view, got {views.count}",
             )
         if local is None:
             return
@@ -132,7 +132,7 @@ class TrainConfig(Checked):
             )
 
     def _projector_conflicts(self) -> Iterator[Conflict]:
-        """Batch norm in the decoder's projector needs all rows of a step in one call."""
+        """Yield what splits the rows of a step, which a projector with batch norm needs whole."""
         if self.objective.decoder.projector != "batch_norm":
             return
         settings = {
@@ -149,7 +149,7 @@ class TrainConfig(Checked):
                 )
 
     def _shard_conflicts(self) -> Iterator[Conflict]:
-        """What needs whole weights on every rank is refused."""
+        """Yield what needs whole weights on every rank."""
         whole = "with parallel.shard = 1 alone, which"
         if self.optim.matrices == "muon":
             yield (
@@ -166,7 +166,7 @@ class TrainConfig(Checked):
             )
 
     def _graph_conflicts(self) -> Iterator[Conflict]:
-        """What a graph cannot hold, or would give wrong gradients, is refused."""
+        """Yield what a graph cannot hold, or would give wrong gradients for."""
         vision, text, balance = self.vision, self.text, self.objective.balance
         checkpointing = vision.activation_checkpointing, text.activation_checkpointing
         wanted = {
@@ -205,12 +205,16 @@ class TrainConfig(Checked):
         return json.dumps(to_tree(self), indent=2) + "\n"
 
     def save(self, path: Path) -> None:
-        """Write as JSON, beside and renamed."""
+        """Write the config as JSON to `path`, atomically."""
         write_atomically(path, self.to_json().encode())
 
     @classmethod
     def load(cls, path: Path) -> TrainConfig:
-        """Read a config.json; ValueError names the file and every unknown or wrong field."""
+        """Read a config.json.
+
+        Raises ValueError, which names the file and every unknown or wrong field, and
+        FileNotFoundError.
+        """
         try:
             return cls.from_tree(read_json(path), path)
         except FileNotFoundError:
@@ -218,5 +222,8 @@ class TrainConfig(Checked):
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any], path: Path) -> TrainConfig:
-        """Take what `to_json` wrote; ValueError names the file and every unknown or wrong field."""
+        """Return the config of an object that `to_json` wrote.
+
+        Raises ValueError, which names `path` and every unknown or wrong field.
+        """
         return from_tree(cls, tree, str(path))

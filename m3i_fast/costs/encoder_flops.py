@@ -1,129 +1,46 @@
 """Floating-point operations of the encoders, in closed form from their configs.
 
-A multiply-accumulate is two. Counted are matrix products and convolutions; what is done to single
-elements (norms, activations, softmax) is not, nor is it by `torch.utils.flop_counter`, with which
-these formulas agree. DCNv3's sampling, which that counter does not see, is a function of its own.
+What is counted, `m3i_fast.config.flops` says; `torch.utils.flop_counter` counts the same. DCNv3's
+sampling, which that counter does not see, is a function of its own.
 
 Letters: B images, T tokens of each, D width, n cells of a map, c its channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from m3i_fast.config.internimage import InternImageConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.flops import NONE, Flops, LayerFlops, linear
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.internimage.deformable import NUM_POINTS
 from m3i_fast.models.internimage.model import HEAD_RATIO
 from m3i_fast.models.transformer.blocks import num_kept
 
-Product = tuple[int, int]  # features in, features out
 SAMPLING_PER_POINT = 5  # InternImage's convention: 5 n k c for n cells, k points, c channels
 
 
-@dataclass(frozen=True, slots=True)
-class LayerFlops:
-    """Of the linear layers of blocks that have these sides: what FP8 may run."""
-
-    dim_in: int
-    dim_out: int
-    forward: int
-    backward: int
-
-    @property
-    def product(self) -> Product:
-        return self.dim_in, self.dim_out
-
-
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """Of one training step, or of a part of it."""
-
-    forward: int = 0
-    backward: int = 0
-    """By inputs and weights, each where it is needed."""
-    recompute: int = 0
-    """Forward work that is done once more in the backward pass."""
-    layers: tuple[LayerFlops, ...] = ()
-    """What of it is of linear layers of blocks, a row each pair of sides."""
-
-    @property
-    def model(self) -> int:
-        """What the mathematics asks for: the numerator of MFU."""
-        return self.forward + self.backward
-
-    @property
-    def hardware(self) -> int:
-        """What is done: the numerator of HFU."""
-        return self.model + self.recompute
-
-    @property
-    def forward_only(self) -> Flops:
-        return Flops(self.forward, layers=tuple(replace(each, backward=0) for each in self.layers))
-
-    def of_layers(self, products: Collection[Product]) -> int:
-        """What linear layers of blocks with these sides do, forward and backward."""
-        found = (each for each in self.layers if each.product in products)
-        return sum(each.forward + each.backward for each in found)
-
-    def __add__(self, other: Flops) -> Flops:
-        layers = {each.product: each for each in self.layers}
-        for each in other.layers:
-            if (mine := layers.get(each.product)) is not None:
-                forward, backward = mine.forward + each.forward, mine.backward + each.backward
-                each = replace(each, forward=forward, backward=backward)
-            layers[each.product] = each
-        return Flops(
-            self.forward + other.forward,
-            self.backward + other.backward,
-            self.recompute + other.recompute,
-            tuple(layers.values()),
-        )
-
-    def __mul__(self, count: int) -> Flops:
-        return Flops(
-            self.forward * count,
-            self.backward * count,
-            self.recompute * count,
-            tuple(
-                replace(each, forward=each.forward * count, backward=each.backward * count)
-                for each in self.layers
-            ),
-        )
-
-    def recomputed(self, *, but: int = 0) -> Flops:
-        """With the forward pass done once more, `but` what follows the last tensor to be saved."""
-        return replace(self, recompute=self.recompute + self.forward - but)
-
-
-NONE = Flops()
-
-
-def linear(rows: int, dim_in: int, dim_out: int, *, input_grad: bool = True) -> Flops:
-    """[rows, dim_in] -> [rows, dim_out]; the gradient of weights, and of inputs where asked."""
-    forward = 2 * rows * dim_in * dim_out
-    return Flops(forward, forward * (1 + input_grad))
-
-
 def layer(rows: int, dim_in: int, dim_out: int) -> Flops:
-    """`linear` of a block."""
-    found = linear(rows, dim_in, dim_out)
-    row = LayerFlops(dim_in, dim_out, found.forward, found.backward)
-    return replace(found, layers=(row,))
+    """Count a linear layer of a block, which FP8 may run."""
+    flops = linear(rows, dim_in, dim_out)
+    row = LayerFlops(dim_in, dim_out, flops.forward, flops.backward)
+    return replace(flops, layers=(row,))
 
 
 def convolution(
     cells: int, dim_in: int, dim_out: int, side: int, *, groups: int = 1, input_grad: bool = True
 ) -> Flops:
-    """cells: of the output, over all images."""
+    """Count a convolution with square kernels.
+
+    cells: those of the output, over all images. side: of the kernel.
+    """
     forward = 2 * cells * side**2 * dim_in * dim_out // groups
     return Flops(forward, forward * (1 + input_grad))
 
 
 def attention(batch: int, queries: int, keys: int, dim: int) -> Flops:
-    """Scores and their product with the values; the backward pass computes scores again."""
+    """Count scores, their product with the values, and the scores again for the gradients."""
     product = 2 * batch * queries * keys * dim
     return Flops(2 * product, 4 * product, product)
 
@@ -136,9 +53,9 @@ def block(
     mlp_ratio: float,
     num_last: int | None = None,
 ) -> Flops:
-    """A Transformer block: F = 24 T D^2 + 4 T^2 D forward for mlp_ratio 4.
+    """Count a Transformer block: 24 T D^2 + 4 T^2 D forward per image for mlp_ratio 4.
 
-    num_last: tokens that go on after attention.
+    num_last: tokens per image that go on after attention, all of them by default.
     """
     rows = batch * (tokens if num_last is None else num_last)
     hidden = int(dim * mlp_ratio)
@@ -155,36 +72,36 @@ def block(
 
 
 def vit_embed(cfg: ViTConfig, num_images: int, image_size: int | None = None) -> Flops:
-    """The patches of whole images."""
+    """Count the patch embedding of whole images."""
     num_patches = ((image_size or cfg.image_size) // cfg.patch_size) ** 2
     return linear(num_images * num_patches, 3 * cfg.patch_size**2, cfg.dim, input_grad=False)
 
 
 def vit_encode(cfg: ViTConfig, num_images: int, num_tokens: int) -> Flops:
-    """The blocks in training, over this many patch tokens an image and the prefix."""
+    """Count the blocks in training, over this many patch tokens per image and the prefix."""
     tokens = num_tokens + cfg.num_prefix
-    found = NONE
+    flops = NONE
     for number in range(cfg.depth):
         images = _num_computed(cfg, number, num_images)
-        found += block(images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio)
+        flops += block(images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio)
     if cfg.activation_checkpointing != "full":
-        return found
+        return flops
     last = linear(num_images * tokens, int(cfg.dim * cfg.mlp_ratio), cfg.dim).forward
     reads_branch = cfg.layer_scale_init is not None
-    return found.recomputed(
+    return flops.recomputed(
         but=last * _num_unread(cfg.depth, cfg.drop_path_rate, reads_branch=reads_branch)
     )
 
 
 def vit(cfg: ViTConfig, num_images: int = 1, image_size: int | None = None) -> Flops:
-    """Whole images."""
+    """Count a ViT in training on whole images."""
     size = image_size or cfg.image_size
     tokens = (size // cfg.patch_size) ** 2
     return vit_embed(cfg, num_images, size) + vit_encode(cfg, num_images, tokens)
 
 
 def text(cfg: TextConfig, num_captions: int = 1) -> Flops:
-    """Captions of the full context length, padding included."""
+    """Count the text encoder on captions of the full context length, padding included."""
     one = block(num_captions, cfg.context_length, cfg.dim, mlp_ratio=cfg.mlp_ratio)
     if cfg.activation_checkpointing == "full":
         rows = num_captions * cfg.context_length
@@ -193,17 +110,17 @@ def text(cfg: TextConfig, num_captions: int = 1) -> Flops:
 
 
 def _num_computed(cfg: ViTConfig | InternImageConfig, layer: int, num_images: int) -> int:
-    """Images that go through that layer's branches in training."""
+    """Return how many images go through that layer's branches in training."""
     if cfg.drop_path_mode == "mask":
         return num_images
     return num_kept(num_images, cfg.drop_path(layer))
 
 
 def _num_unread(depth: int, drop_path_rate: float, *, reads_branch: bool) -> int:
-    """Layers in which nothing after the MLP saves its output: there recomputation ends before it.
+    """Return in how many layers recomputation ends before the MLP's last product.
 
-    A scale or a norm on the branch saves it; stochastic depth, of which the first layer has none,
-    saves its draw after it.
+    There nothing saves the MLP's output. A scale or a norm on the branch saves it; stochastic
+    depth, of which the first layer has none, saves its draw after it.
     """
     if reads_branch:
         return 0
@@ -216,39 +133,41 @@ def _num_unread(depth: int, drop_path_rate: float, *, reads_branch: bool) -> int
 def internimage(
     cfg: InternImageConfig, num_images: int = 1, image_size: int | None = None
 ) -> Flops:
-    """Dense tokens, with use_clip_projector; else the whole classifier. Without the sampling."""
+    """Count an InternImage without its sampling: up to dense tokens with use_clip_projector, else
+    the whole classifier.
+    """
     side = image_size or cfg.image_size
     half, cells = -(-side // 2), _cells(num_images, side)
-    found = convolution(num_images * half**2, 3, cfg.channels // 2, 3, input_grad=False)
-    found += convolution(cells[0], cfg.channels // 2, cfg.channels, 3)
+    flops = convolution(num_images * half**2, 3, cfg.channels // 2, 3, input_grad=False)
+    flops += convolution(cells[0], cfg.channels // 2, cfg.channels, 3)
     for stage in range(4):
         width = cfg.channels * 2**stage
-        found += _layers(cfg, stage, num_images, cells[stage])
+        flops += _layers(cfg, stage, num_images, cells[stage])
         if stage < 3:
-            found += convolution(cells[stage + 1], width, 2 * width, 3)
+            flops += convolution(cells[stage + 1], width, 2 * width, 3)
     width = cfg.channels * 2**3
     if cfg.use_clip_projector:
-        found += linear(cells[3], width, 4 * cfg.token_dim)
-        return found + linear(cells[2], width // 2, cfg.token_dim)
+        flops += linear(cells[3], width, 4 * cfg.token_dim)
+        return flops + linear(cells[2], width // 2, cfg.token_dim)
     head_dim = int(width * HEAD_RATIO)
-    return found + linear(cells[3], width, head_dim) + linear(num_images, head_dim, cfg.num_classes)
+    return flops + linear(cells[3], width, head_dim) + linear(num_images, head_dim, cfg.num_classes)
 
 
 def internimage_sampling(
     cfg: InternImageConfig, num_images: int = 1, image_size: int | None = None
 ) -> Flops:
-    """DCNv3's bilinear samples, 5 n k c a layer; twice that backward is assumed."""
-    found = NONE
+    """Count DCNv3's bilinear samples: 5 n k c a layer forward, and twice that backward, assumed."""
+    flops = NONE
     for stage, cells in enumerate(_cells(1, image_size or cfg.image_size)):
         points = SAMPLING_PER_POINT * NUM_POINTS * cells * cfg.channels * 2**stage
         one = Flops(points, 2 * points)
         one = one.recomputed() if cfg.activation_checkpointing == "full" else one
-        found += one * sum(_computed(cfg, stage, num_images))
-    return found
+        flops += one * sum(_computed(cfg, stage, num_images))
+    return flops
 
 
 def internimage_pool(cfg: InternImageConfig, num_images: int, num_tokens: int) -> Flops:
-    """Attention pooling of this many tokens an image: one query."""
+    """Count attention pooling by one query over this many tokens per image."""
     dim, rows = cfg.token_dim, num_images * num_tokens
     return (
         linear(num_images, dim, dim)
@@ -259,40 +178,40 @@ def internimage_pool(cfg: InternImageConfig, num_images: int, num_tokens: int) -
 
 
 def _cells(num_images: int, side: int) -> list[int]:
-    """Cells of each stage's map, over all images; sides are rounded up."""
-    found = []
+    """Return the cells of each stage's map over all images; sides are rounded up."""
+    cells = []
     side = -(-side // 2)
     for _ in range(4):
         side = -(-side // 2)
-        found.append(num_images * side**2)
-    return found
+        cells.append(num_images * side**2)
+    return cells
 
 
 def _computed(cfg: InternImageConfig, stage: int, num_images: int) -> list[int]:
-    """Images that go through each layer of that stage."""
+    """Return how many images go through each layer of that stage."""
     first = sum(cfg.depths[:stage])
     layers = range(first, first + cfg.depths[stage])
     return [_num_computed(cfg, layer, num_images) for layer in layers]
 
 
 def _layers(cfg: InternImageConfig, stage: int, num_images: int, cells: int) -> Flops:
-    """All layers of one stage; cells: over all images."""
+    """Count all layers of one stage; cells: of its map over all images."""
     width, groups, depth = cfg.channels * 2**stage, cfg.groups[stage], cfg.depths[stage]
     hidden = int(width * cfg.mlp_ratio)
     outputs = groups * (3 * NUM_POINTS + cfg.center_feature_scale)  # offsets, weights, gates
-    found = NONE
+    flops = NONE
     for images in _computed(cfg, stage, num_images):
         rows = cells // num_images * images
-        found += layer(rows, width, width) * 2
-        found += convolution(rows, width, width, cfg.context_size, groups=width)
-        found += linear(rows, width, outputs)
-        found += layer(rows, width, hidden)
-        found += layer(rows, hidden, width)
+        flops += layer(rows, width, width) * 2
+        flops += convolution(rows, width, width, cfg.context_size, groups=width)
+        flops += linear(rows, width, outputs)
+        flops += layer(rows, width, hidden)
+        flops += layer(rows, hidden, width)
     if cfg.activation_checkpointing != "full":
-        return found
+        return flops
     last = linear(cells, hidden, width)  # of layers that drop nothing
     reads_branch = cfg.post_norm or cfg.res_post_norm or cfg.layer_scale is not None
     unread = _num_unread(depth, cfg.drop_path_rate, reads_branch=reads_branch)
     if stage and cfg.drop_path_rate:  # the network's first layer alone drops nothing
         unread = 0
-    return found.recomputed(but=last.forward * unread)
+    return flops.recomputed(but=last.forward * unread)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.internimage import InternImageConfig
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
-from m3i_fast.costs.encoder_flops import Product
+from m3i_fast.config.flops import Product
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.step_counts import StepCounts
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.models.transformer.blocks import num_kept
@@ -30,7 +30,7 @@ FP8 = tuple(recipe for recipe in ALIGNMENT if recipe != "bf16")
 
 @dataclass(frozen=True, slots=True)
 class ModuleCall:
-    """A call of one part of the model, of images * tokens rows."""
+    """Describe a call of one part of the model, of images * tokens rows."""
 
     images: int
     tokens: int
@@ -38,31 +38,31 @@ class ModuleCall:
 
 @dataclass(frozen=True, kw_only=True)
 class GemmShapes:
-    """Of the layers that FP8 may run in one rank's step."""
+    """Hold the shapes of the layers that FP8 may run in one rank's step."""
 
     batch_size: int
     batch_multiple: int
-    """Images of an input."""
+    """Images that share an input, of which a batch is a multiple."""
     products: Mapping[str, tuple[Product, ...]]
-    """By part of the model, the wide ones and the narrow ones."""
+    """Sides of the products by part of the model, wide and narrow ones."""
     rows: Callable[[int], Iterator[tuple[str, int]]]
-    """Of a batch: (part, rows of a call), all that occur in the run."""
+    """Yields (part, rows of a call) of a batch size, all that occur in the run."""
     max_calls: int = 1
-    """Of one module in a step."""
+    """Most calls of one module in a step."""
     min_dim: int
-    """Narrower products stay in BF16."""
+    """Least side of a product that FP8 runs; narrower ones stay in BF16."""
 
     @property
     def wide(self) -> dict[str, tuple[Product, ...]]:
-        """The products that FP8 runs, by part; parts without any are left out."""
-        found = {
+        """Return the products that FP8 runs, by part; parts without any are left out."""
+        wide = {
             part: tuple(each for each in products if is_wide(*each, self.min_dim))
             for part, products in self.products.items()
         }
-        return {part: products for part, products in found.items() if products}
+        return {part: products for part, products in wide.items() if products}
 
     def misfit(self, batch_size: int, alignment: int) -> str:
-        """Why a batch is not legal; empty where it is."""
+        """Say why a batch is not legal; return an empty text where it is."""
         if batch_size % self.batch_multiple:
             return f"{batch_size} images do not divide into inputs of {self.batch_multiple}"
         wide = self.wide if alignment > 1 else {}
@@ -74,7 +74,7 @@ class GemmShapes:
         return ""
 
     def nearest(self, alignment: int) -> tuple[int | None, int | None]:
-        """The nearest legal batches: one no larger, one no smaller; None: none near."""
+        """Return the nearest legal batches, one no larger and one no smaller, or None."""
         size, step = self.batch_size, self.batch_multiple
         most = size + 4 * step * alignment  # rows are linear in the batch, but for rounding
         down, up = range(size - size % step, 0, -step), range(-(-size // step) * step, most, step)
@@ -87,24 +87,26 @@ class GemmShapes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LegalBatch:
+    """Say whether a batch is legal for one recipe of arithmetic, and which ones near it are."""
+
     recipe: str
     alignment: int
     is_legal: bool
     reason: str
-    """What does not fit; empty where all does."""
+    """What does not fit; empty where the batch is legal."""
     below: int | None
     """Nearest legal batch that is no larger."""
     above: int | None
 
 
 def legal_batches(cfg: TrainConfig) -> list[LegalBatch]:
-    """One row a recipe of arithmetic, for the batch of a rank."""
-    shapes, found = gemm_shapes(cfg), []
+    """Return one row per recipe of arithmetic, for the batch of a rank."""
+    shapes, batches = gemm_shapes(cfg), []
     for recipe, alignment in ALIGNMENT.items():
         reason, near = shapes.misfit(shapes.batch_size, alignment), shapes.nearest(alignment)
         if alignment > 1 and not shapes.wide:
             reason, near = too_narrow(shapes), (None, None)
-        found.append(
+        batches.append(
             LegalBatch(
                 recipe=recipe,
                 alignment=alignment,
@@ -114,11 +116,11 @@ def legal_batches(cfg: TrainConfig) -> list[LegalBatch]:
                 above=near[1],
             )
         )
-    return found
+    return batches
 
 
 def too_narrow(shapes: GemmShapes) -> str:
-    """Why no product of the model runs in FP8, and what would change it."""
+    """Say why no product of the model runs in FP8, and what would change it."""
     aligned = {each for products in shapes.products.values() for each in products}
     aligned = {each for each in aligned if is_wide(*each, 1)}
     if not aligned:
@@ -131,7 +133,7 @@ def too_narrow(shapes: GemmShapes) -> str:
 
 
 def gemm_shapes(cfg: TrainConfig) -> GemmShapes:
-    """What the choice of arithmetic depends on, from the config."""
+    """Return the shapes that the choice of arithmetic depends on."""
     counts, chunk = counts_of(cfg), cfg.parallel.chunk
     stride = cfg.vision.size_multiple
     progress = list(_shown(cfg, counts))
@@ -156,26 +158,26 @@ def gemm_shapes(cfg: TrainConfig) -> GemmShapes:
 
 
 def token_rows(counts: StepCounts) -> dict[str, int]:
-    """Tokens of all images in each part."""
+    """Return the tokens of all images in each part."""
     passes = _passes(counts, counts.vision.image_size // counts.vision.grid)
     return {part: each.images * each.tokens for part, each in passes.items()}
 
 
 def _passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
-    """`stride`: pixels a side of an encoder's cell; a convolutional one has larger ones, too."""
-    found = _encoder_passes(counts, stride)
+    """Return the calls of each part; `stride`: pixels a side of an encoder's smallest cell."""
+    passes = _encoder_passes(counts, stride)
     for term in counts.objective.active_terms:
         if term.target == "caption":
-            found["text encoder"] = ModuleCall(counts.batch_size, counts.text.context_length)
+            passes["text encoder"] = ModuleCall(counts.batch_size, counts.text.context_length)
         if term.predictor == "decoder":
             asked, queries = counts.num_asked(term.asked), counts.num_queries(term)
             local = counts.num_local if term.view == "other" else 0
             calls = {"": (asked, counts.num_own)}
             calls[", local views"] = local * asked, counts.num_local_cells
             for view, (images, own) in calls.items():
-                found[f"decoder of {term.name}{view}"] = ModuleCall(images, own + queries)
-                found[f"cells asked by {term.name}{view}"] = ModuleCall(images, queries)
-    return {part: each for part, each in found.items() if each.images * each.tokens}
+                passes[f"decoder of {term.name}{view}"] = ModuleCall(images, own + queries)
+                passes[f"cells asked by {term.name}{view}"] = ModuleCall(images, queries)
+    return {part: each for part, each in passes.items() if each.images * each.tokens}
 
 
 def _encoder_passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
@@ -198,7 +200,10 @@ def _encoder_passes(counts: StepCounts, stride: int) -> dict[str, ModuleCall]:
 
 
 def _products(cfg: TrainConfig, part: str) -> tuple[Product, ...]:
-    """Of the blocks of a part; heads, embeddings and a frozen teacher never run in FP8."""
+    """Return the products of the blocks of each part.
+
+    Heads, embeddings and a frozen teacher never run in FP8.
+    """
     match part:
         case "text encoder":
             return _block(cfg.text.dim, cfg.text.mlp_ratio)
@@ -227,13 +232,13 @@ def _stage(cfg: InternImageConfig, width: int) -> tuple[Product, ...]:
 
 
 def _chunks(images: int, chunk: int) -> set[int]:
-    """Images of a call, where `parallel.chunk` splits them into parts as equal as can be."""
+    """Return the images of each call, which `parallel.chunk` splits as evenly as possible."""
     count = -(-images // chunk) if chunk else 1
     return {images // count, -(-images // count)}
 
 
 def _kept(cfg: VisionConfig, part: str, images: int) -> set[int]:
-    """Images of a call that go through a layer: fewer with stochastic depth by subset."""
+    """Return the images of a call that go through each layer, fewer with drop path by subset."""
     if part not in ("encoder", "local views") or cfg.drop_path_mode == "mask":
         return {images}
     depth = cfg.depth if isinstance(cfg, ViTConfig) else sum(cfg.depths)
@@ -242,7 +247,7 @@ def _kept(cfg: VisionConfig, part: str, images: int) -> set[int]:
 
 
 def _shown(cfg: TrainConfig, counts: StepCounts) -> Iterator[float]:
-    """Moments of the run, 0 to 1, at which an image shows different numbers of cells."""
+    """Yield the moments of the run, 0 to 1, at which an image shows different numbers of cells."""
     last, seen = max(cfg.num_steps - 1, 1), set()
     points = min(last, 10_000)
     for i in range(points + 1):
@@ -253,7 +258,7 @@ def _shown(cfg: TrainConfig, counts: StepCounts) -> Iterator[float]:
 
 
 def _max_calls(cfg: TrainConfig, passes: Mapping[str, ModuleCall]) -> int:
-    """Calls of the module that is called most in a step; terms of one target share a decoder."""
+    """Return the calls of the module that is called most; terms of one target share a decoder."""
     modules = {"local views": "encoder"}
     for term in cfg.objective.active_terms:
         for part in (f"decoder of {term.name}", f"decoder of {term.name}, local views"):

@@ -18,26 +18,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
+    """Hold the published rates of a card, in operations and bytes a second."""
+
     name: str
     bf16_flop_s: float
     fp32_flop_s: float
-    """Without tensor cores."""
+    """Rate of fp32 without tensor cores."""
     memory_bytes: float | None
-    """None: not known."""
+    """Size of the card's memory; None where it is not known."""
     memory_byte_s: float
     nvlink_byte_s: float
-    """One direction."""
+    """Rate of NVLink in one direction."""
     network_byte_s: float
-    """One direction, of the adapter of one GPU."""
+    """Rate in one direction of the network adapter of one GPU."""
     formats: tuple[str, ...] = ()
-    """FP8 recipes that it computes natively."""
+    """FP8 recipes that the card computes natively."""
 
     @property
     def is_gpu(self) -> bool:
+        """Return whether this is a GPU, and not the row `cpu`."""
         return self.name != "cpu"
 
     @property
     def fp8_flop_s(self) -> float | None:
+        """Return the rate of FP8, twice that of BF16, or None where the card has none."""
         return 2 * self.bf16_flop_s if self.formats else None
 
 
@@ -142,7 +146,7 @@ _NAMES = {
 
 
 def card_of(device_name: str) -> Card | str:
-    """The card that torch.cuda.get_device_name calls so, or the reason why it is none of CARDS."""
+    """Return the card that torch.cuda.get_device_name calls so, or why it is none of CARDS."""
     name = device_name.removeprefix("NVIDIA ").strip()
     if "MIG" in name:
         return f"{device_name}: a part of a card, of which no peak is published"

@@ -1,7 +1,9 @@
 """Floating-point operations of the terms, in closed form from the configs.
 
-As in `encoder_flops`. Legend: B samples, I images in inputs, A of them (or all) asked by a dense
-term, n cells an image shows, N cells of the grid, Q cells asked, m cells of a local view.
+The operations of a loss itself stand in its row of `m3i_fast.config.losses`.
+
+Legend: B samples, I images in inputs, A of them (or all) asked by a dense term, n cells an image
+shows, N cells of the grid, Q cells asked, m cells of a local view.
 """
 
 from __future__ import annotations
@@ -9,19 +11,18 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
+from m3i_fast.config.flops import NONE, Flops, linear
 from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.internimage import InternImageConfig
-from m3i_fast.config.objective import Term
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.losses import LOSSES, LossSizes
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.config.objective import LABELS, Term
 from m3i_fast.costs.encoder_flops import (
-    NONE,
-    Flops,
     block,
     internimage,
     internimage_pool,
     internimage_sampling,
-    linear,
     text,
     vit,
     vit_embed,
@@ -39,7 +40,7 @@ Parts = dict[str, Flops]
 
 
 def step(counts: StepCounts) -> Parts:
-    """One training step of one rank, by part; optimiser and moving average are not in it."""
+    """Count one training step of one rank by part, without optimiser and moving average."""
     parts: defaultdict[str, Flops] = defaultdict(Flops)
     _encode_targets(counts, parts)
     _encode_inputs(counts, parts)
@@ -56,7 +57,7 @@ def step(counts: StepCounts) -> Parts:
 def decoder(
     cfg: DecoderConfig, *, num_images: int, num_own: int, num_asked: int, dims: tuple[int, int]
 ) -> Flops:
-    """The dense decoder; dims: of the encoder's tokens and of what is predicted."""
+    """Count the dense decoder; dims: of the encoder's tokens and of what is predicted."""
     asked, tokens = num_images * num_asked, num_own + num_asked
 
     def layer(num_last: int | None) -> Flops:
@@ -72,28 +73,11 @@ def decoder(
 
 
 def mlp(rows: int, *dims: int) -> Flops:
-    """Linear layers one after the other."""
-    found = NONE
+    """Count linear layers one after the other."""
+    flops = NONE
     for dim_in, dim_out in zip(dims[:-1], dims[1:], strict=True):
-        found += linear(rows, dim_in, dim_out)
-    return found
-
-
-def all_pairs(
-    rows: int, columns: int, dim: int, *, column_grad: bool = True, sigmoid: bool = False
-) -> Flops:
-    """`ops.boltzmann`: logits, and the gradients by rows and columns, from logits computed again.
-
-    The sigmoid form computes its gradients in the forward pass, from the same logits.
-    """
-    product = 2 * rows * columns * dim
-    return Flops(product, product * (1 + column_grad), 0 if sigmoid else product)
-
-
-def decorrelation(rows: int, dim: int) -> Flops:
-    """`ops.gaussian`'s regulariser: two [D, D] products of all rows, and C p for the gradient."""
-    product = 2 * rows * dim**2
-    return Flops(2 * product, product)
+        flops += linear(rows, dim_in, dim_out)
+    return flops
 
 
 # ---- Encoders ------------------------------------------------------------------------------------
@@ -110,7 +94,7 @@ def _encode_targets(counts: StepCounts, parts: Parts) -> None:
 
 
 def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
-    """The pass over the mixed inputs, in which an image may show but some of its cells."""
+    """Add the pass over the mixed inputs, in which an image may show but some of its cells."""
     vision, num_inputs = counts.vision, counts.num_inputs * counts.num_views
     num_images = counts.num_images * counts.num_views
     if counts.objective.mixing.mode in ("own_image", "masked"):
@@ -141,7 +125,7 @@ def _encode_whole(
 
 
 def _chunked(counts: StepCounts, rows: int, flops: Flops) -> Flops:
-    """Of a call of so many rows, whose forward pass is run again where it takes them by chunks."""
+    """Return the operations of a call of so many rows, with its recomputation if it is chunked."""
     return flops.recomputed() if 0 < counts.chunk < rows else flops
 
 
@@ -152,24 +136,24 @@ def _whole(vision: VisionConfig, num_images: int, size: int | None = None) -> Fl
 
 
 def _summarise(vision: VisionConfig, num_images: int, num_tokens: int) -> Flops:
-    """A ViT's summary is its tokens."""
+    """Count the summary of tokens; a ViT's is the tokens themselves."""
     if isinstance(vision, ViTConfig):
         return NONE
     return internimage_pool(vision, num_images, num_tokens)
 
 
 def _summaries(counts: StepCounts) -> set[int]:
-    """Views whose summaries any term reads: the encoder's, then local ones."""
+    """Return the views whose summaries any term reads: the encoder's, then local ones."""
     local = range(counts.num_views, counts.num_views + counts.num_local)
-    found: set[int] = set()
+    views: set[int] = set()
     for term in counts.objective.active_terms:
         if term.target in ("category", "caption"):
-            found |= {0, *local}
+            views |= {0, *local}
         elif term.target == "prototypes":
-            found |= {*range(2 if term.sees_both_views else 1), *local}
+            views |= {*range(2 if term.sees_both_views else 1), *local}
         elif term.target == "embedding":
-            found |= set(range(1 + term.sees_both_views))
-    return found
+            views |= set(range(1 + term.sees_both_views))
+    return views
 
 
 # ---- Terms ---------------------------------------------------------------------------------------
@@ -193,13 +177,12 @@ def _add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
     rows, dim = counts.num_summaries, counts.text.embed_dim
     hidden = counts.objective.head_hidden_dim
     parts[HEADS] += mlp(rows, counts.vision.summary_dim, hidden, dim)
-    if term.target == "category":
-        parts[LIKELIHOODS] += all_pairs(rows, counts.num_classes, dim)
-        return
-    captions = text(counts.text, counts.batch_size)
-    parts[TEXT] += _chunked(counts, counts.batch_size, captions)
-    columns, sigmoid = counts.batch_size * counts.num_ranks, term.likelihood == "sigmoid"
-    parts[LIKELIHOODS] += all_pairs(rows, columns, dim, sigmoid=sigmoid)
+    targets = counts.num_classes
+    if term.target == "caption":
+        captions = text(counts.text, counts.batch_size)
+        parts[TEXT] += _chunked(counts, counts.batch_size, captions)
+        targets = counts.batch_size * counts.num_ranks
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, targets=targets)
 
 
 def _add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
@@ -229,8 +212,7 @@ def _add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
             if projects:
                 decoded += mlp(images * cells, vision.dim, dim, dim)
             parts[DECODER] += _chunked(counts, images, decoded)
-    if term.decorrelates and cfg.decorrelation_weight:
-        parts[LIKELIHOODS] += decorrelation(count * asked, dim) * (1 + local)
+    parts[LIKELIHOODS] += _loss(term, counts, rows=count * asked, dim=dim, calls=1 + local)
 
 
 def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
@@ -238,9 +220,7 @@ def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
     dims = vision.dim, cfg.projector.hidden_dim, cfg.projector.output_dim
     rows = count * counts.num_own
     parts[HEADS] += mlp(rows, *dims) + mlp(count * counts.num_cells, *dims).forward_only
-    matching = linear(rows, vision.dim, counts.num_cells).forward_only
-    dim, columns = cfg.projector.output_dim + 1, cfg.queue_length + 1
-    parts[LIKELIHOODS] += matching + all_pairs(rows, columns, dim, column_grad=False)
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.projector.output_dim)
 
 
 def _add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
@@ -258,28 +238,7 @@ def _add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
         parts[HEADS] += (pooled * directions).forward_only
     if term.predictor == "projector_predictor":
         parts[HEADS] += mlp(rows, dim, sized.predictor_hidden_dim, dim) * directions
-    parts[LIKELIHOODS] += _embedding_loss(term, counts, rows, dim) * directions
-    if term.regulariser == "running_correlation":  # both views' products, twice a step
-        parts[LIKELIHOODS] += Flops(4 * 2 * rows * dim**2)
-
-
-def _embedding_loss(term: Term, counts: StepCounts, rows: int, dim: int) -> Flops:
-    both, square = term.encoder == "shared", 2 * rows * dim**2
-    match term.regulariser:
-        case "queue":
-            columns = counts.objective.queue_length + 1
-            return all_pairs(rows, columns, dim + 1, column_grad=False)
-        case "negatives":
-            return all_pairs(rows, rows * counts.num_ranks, dim, column_grad=both)
-        case "all_views":
-            return linear(2 * rows, dim, 2 * rows)
-        case "cross_correlation":
-            return Flops(square, 2 * square)
-        case "variance_covariance":
-            return Flops(2 * square, 4 * square)
-        case "running_correlation":
-            return Flops(square, square)
-    return NONE
+    parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=dim, calls=directions)
 
 
 def _add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
@@ -292,3 +251,34 @@ def _add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
     if term.encoder == "momentum":
         targets = mlp(rows, *dims) + _summarise(counts.vision, rows, counts.num_cells)
         parts[HEADS] += (targets * (1 + term.symmetric)).forward_only
+    # Each target view is asked of the other global view and of every local one, in one call.
+    asked = (rows + counts.num_local * counts.batch_size) * (1 + term.symmetric)
+    parts[LIKELIHOODS] += _loss(term, counts, rows=asked, dim=cfg.num_prototypes)
+
+
+def _loss(
+    term: Term,
+    counts: StepCounts,
+    *,
+    rows: int,
+    dim: int,
+    targets: int | None = None,
+    calls: int = 1,
+) -> Flops:
+    """Count the calls of a term's loss in a step, as its row of `LOSSES` says.
+
+    rows, dim, targets: those of a call; targets are the rows of all ranks unless given.
+    """
+    loss, cfg, vision = LOSSES[term.loss_key], counts.objective, counts.vision
+    learns_target = term.target == "embedding" and term.regulariser != "stop_gradient"
+    sizes = LossSizes(
+        rows=rows,
+        dim=dim,
+        targets=rows * counts.num_ranks if targets is None else targets,
+        target_grad=term.target in LABELS or (term.encoder == "shared" and learns_target),
+        queue_length=cfg.queue_length if term.regulariser == "queue" else 0,
+        cells=counts.num_cells if term.is_dense else 0,
+        cell_dim=vision.dim if term.is_dense else 0,
+        decorrelates=cfg.decorrelation_weight != 0,
+    )
+    return loss.flops(sizes) * calls + loss.flops_once(sizes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.config.flops import Flops
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.step_flops import without_sampling
 from m3i_fast.costs.traffic import Traffic
@@ -26,21 +26,21 @@ CANDIDATES = "candidates"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepCost:
-    """What one rank does in a step."""
+    """Hold what one rank does in a step."""
 
     batch_size: int
     flops: Mapping[str, Flops]
     bf16: bool
     moved_bytes: float
-    """Between the card and its memory, at least."""
+    """Bytes moved between the card and its memory, at least."""
     sent: Mapping[str, Traffic]
     loader_images_s: float
-    """What the rank's loader can give."""
+    """Images a second that the rank's loader can give."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictedSpeed:
-    """Predictions. Seconds of one step, each part by itself, and what follows from them."""
+    """Hold predictions: seconds of each part of a step by itself, and what follows from them."""
 
     compute_s: float
     memory_s: float
@@ -48,11 +48,11 @@ class PredictedSpeed:
     candidates_s: float
     loader_s: float
     step_s: float
-    """Without the loader."""
+    """Seconds of a step that does not wait for the loader."""
     step_without_overlap_s: float
-    """The same, gradients sent after the backward pass."""
+    """The same, with gradients sent after the backward pass."""
     images_s: float
-    """Of all ranks, as the slower of step and loader allows."""
+    """Images a second of all ranks, as the slower of step and loader allows."""
     images_without_overlap_s: float
     loader_images_s: float
     mfu: float
@@ -63,7 +63,7 @@ class PredictedSpeed:
 def predict(
     cost: StepCost, card: Card, *, num_ranks: int, utilisation: float = UTILISATION
 ) -> PredictedSpeed:
-    """The time of a step on `num_ranks` of these cards."""
+    """Predict the time of a step on `num_ranks` of these cards."""
     products = without_sampling(cost.flops)
     peak = card.bf16_flop_s if cost.bf16 else card.fp32_flop_s
     compute_s = products.hardware / (peak * utilisation)
@@ -99,12 +99,12 @@ def predict(
 
 
 def loader_images_s(card: Card, *, num_threads: int) -> float:
-    """Of the loader of one rank: decoding on the GPU, or by threads."""
+    """Return the images a second of one rank's loader, decoding on the GPU or by threads."""
     return LOADER_IMG_S if card.is_gpu else CPU_LOADER_IMG_S * num_threads
 
 
 def assumptions(card: Card, *, utilisation: float) -> list[str]:
-    """What a prediction rests on, a sentence each."""
+    """Return what a prediction rests on, a sentence each."""
     loader = (
         f"loader: {LOADER_IMG_S:,.0f} images/s a GPU, whatever the views: DALI's own EfficientNet "
         "training (its pull request 6366, which names no GPU)"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.flops import Flops
+from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.costs import objective_flops
-from m3i_fast.costs.encoder_flops import Flops
 from m3i_fast.costs.step_counts import StepCounts
 from m3i_fast.costs.teacher_size import teacher_vision
 
@@ -19,7 +19,10 @@ def counts_of(
     progress: float = 0.0,
     teacher: VisionConfig | None = None,
 ) -> StepCounts:
-    """What the step of one of `num_ranks` ranks has; `progress` of the run, 0 to 1."""
+    """Return the counts of a step of one of `num_ranks` ranks.
+
+    progress: of the run, 0 to 1. teacher: config of the frozen encoder, where a term has one.
+    """
     local = cfg.data.local_views
     return StepCounts(
         vision=cfg.vision,
@@ -37,10 +40,10 @@ def counts_of(
 
 
 def step_flops(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) -> dict[str, Flops]:
-    """Of one rank, by part of the model, without optimiser, moving average and monitors.
+    """Count a step of one rank by part of the model, without optimiser, average and monitors.
 
-    Raises ValueError for a frozen teacher that is no run of ours, FileNotFoundError for a run that
-    is not there: their size is unknown.
+    Raises ValueError for a frozen teacher that is no run of ours, whose size is unknown, and
+    FileNotFoundError for a run that is not there.
     """
     teacher = _teacher(cfg) if cfg.objective.uses(encoder="frozen") else None
     counts = counts_of(cfg, num_ranks=num_ranks, progress=progress, teacher=teacher)
@@ -49,15 +52,15 @@ def step_flops(cfg: TrainConfig, *, num_ranks: int = 1, progress: float = 0.0) -
 
 def _teacher(cfg: TrainConfig) -> VisionConfig:
     spec = cfg.objective.teacher
-    found = teacher_vision(spec, cfg.vision.image_size) if spec is not None else None
-    if found is None:
+    vision = teacher_vision(spec, cfg.vision.image_size) if spec is not None else None
+    if vision is None:
         raise ValueError(
             "objective.terms: expected no term with a frozen encoder, or one of our runs as "
             f"objective.teacher, whose size is known, got teacher {spec}"
         )
-    return found
+    return vision
 
 
 def without_sampling(parts: Mapping[str, Flops]) -> Flops:
-    """The sum of all matrix products and convolutions: what a peak rate is divided into."""
+    """Return the sum of all parts but the sampling: what MFU divides by a peak rate."""
     return sum((v for k, v in parts.items() if k != objective_flops.SAMPLING), start=Flops())

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.models.vision import VisionConfig
 
 TIMM = "timm:"
 """What the name of a teacher of timm begins with."""

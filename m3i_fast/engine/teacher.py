@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from m3i_fast.config.vision import VisionConfig
+from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.costs.teacher_size import TIMM, run_vision
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.models.encoder import ImageEncoder

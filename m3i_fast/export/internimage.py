@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.storage import replaced_atomically
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS
 from m3i_fast.models.transformer.positions import resample_grid
 from m3i_fast.models.transformer.vit import ViT

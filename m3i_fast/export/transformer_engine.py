@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.transformer.vit import ViT
 
 _OURS_TO_TE = {

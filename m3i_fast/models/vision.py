@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from m3i_fast.config.fields import refuse
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers
 from m3i_fast.models.transformer.vit import ViT

@@ -1,7 +1,8 @@
-"""Known methods as lists of terms: the rows of the paper's table 1, and what came of them.
+"""The known methods as lists of terms: the rows of the paper's table 1, and later ones.
 
-A method is data: what is shown to the encoder, and the terms. The same trainer runs each of them.
-`m3i-fast methods` prints the table; a new one is an entry of METHODS (docs/extend/new_method.md).
+A method is data: what the encoder is shown, and the terms. The same trainer runs each of them.
+Nothing here imports torch. `m3i-fast methods` prints the table; a new method is an entry of METHODS
+(docs/extend/new_method.md).
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ Family = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
+    """Describe a method: its source, its terms, and what the encoder is shown."""
+
     title: str
+    """The method's name in tables."""
     paper: str
     """arXiv number, or where the method stands in M3I's table 1."""
     family: Family
+    """Group of methods that it is listed with."""
     terms: tuple[Term, ...]
+    """The terms of the sum."""
     mode: Literal["own_image", "joint", "masked", "none"] = "none"
-    """What the encoder is shown: `MixingConfig.mode`."""
+    """What the encoder is shown, as `MixingConfig.mode`."""
     mask_ratio: float = 0.5
     """Share of the cells hidden in mode masked."""
     mask_block: int = 1
@@ -33,9 +39,9 @@ class Method:
     mask_per_batch: bool = False
     """Whether all inputs of a batch have one mask."""
     local_views: bool = False
-    """Whether small views are inputs too."""
+    """Whether local views are inputs too."""
     differs: str = ""
-    """Where this differs from the paper."""
+    """In what this differs from the paper, in sentences; empty where in nothing."""
 
 
 LABEL = {"predictor": "head", "likelihood": "boltzmann", "regulariser": "negatives"}

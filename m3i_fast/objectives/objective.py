@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from m3i_fast.config.fields import refuse
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vision import VisionConfig
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, reset_children
 from m3i_fast.models.transformer.vit import ViT

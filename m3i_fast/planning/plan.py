@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.flops import Flops
 from m3i_fast.costs import traffic
-from m3i_fast.costs.encoder_flops import Flops
 from m3i_fast.costs.gemm_rows import FP8, LegalBatch, legal_batches, token_rows
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.roofline import (

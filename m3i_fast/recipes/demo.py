@@ -7,13 +7,13 @@ from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
-from m3i_fast.config.internimage import internimage_demo
 from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.models.internimage import internimage_demo
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
-from m3i_fast.config.text import TextConfig
 from m3i_fast.config.train import TrainConfig
-from m3i_fast.config.vit import vit_demo
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes.production import MIN_CONTRAST
 

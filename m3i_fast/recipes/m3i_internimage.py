@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3i_fast.config.internimage import (
+from m3i_fast.config.models.internimage import (
     internimage_b,
     internimage_g,
     internimage_h,

@@ -5,8 +5,8 @@ Batch sizes are those of one card, chosen to fit 80 GB in bf16, and not yet meas
 
 from __future__ import annotations
 
+from m3i_fast.config.models.vit import vit_b, vit_h, vit_l, vit_s
 from m3i_fast.config.train import TrainConfig
-from m3i_fast.config.vit import vit_b, vit_h, vit_l, vit_s
 from m3i_fast.recipes.production import for_400_epochs
 
 

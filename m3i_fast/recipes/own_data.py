@@ -7,7 +7,7 @@ Steps are those of a first look at a data set of some hundred thousand pictures;
 
 from __future__ import annotations
 
-from m3i_fast.config import vit
+from m3i_fast.config.models import vit
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.recipes.production import production
 

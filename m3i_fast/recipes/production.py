@@ -11,11 +11,11 @@ from pathlib import Path
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
-from m3i_fast.config.text import TextConfig
 from m3i_fast.config.train import TrainConfig
-from m3i_fast.config.vision import VisionConfig
 
 MIN_CONTRAST = 8  # of 255 levels: less is blank paper, sky, or JPEG's noise in either
 IMAGENET_PICTURES = 1_281_167

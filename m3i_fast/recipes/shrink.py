@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.train import TrainConfig
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
 
 
 def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) -> TrainConfig:

@@ -11,10 +11,8 @@ import pytest
 
 from m3i_fast.config import OptimConfig, ParallelConfig, TrainConfig, ViTConfig
 from m3i_fast.config.fields import Checked, Conflict, all_conflicts, check_fields, deferred_checks
-from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.optim import IMPLEMENTATIONS
 from m3i_fast.engine.optim.optimizers import _BUILDERS
-from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
 from m3i_fast.recipes import demo, recipes
 
 
@@ -107,11 +105,6 @@ def test_the_base_of_configs_checks_ranges_and_then_conflicts() -> None:
         pair = Pair(12, 3)
     with pytest.raises(ValueError, match=r"^pair\.low: expected 0 to 9, got 12$"):
         check_fields(pair, "pair.")
-
-
-def test_every_loss_has_a_row_and_a_builder() -> None:
-    assert LOSSES.keys() == LIKELIHOODS.keys()
-    assert all(loss.formula for loss in LOSSES.values())
 
 
 def test_every_implementation_of_an_optimiser_has_a_builder() -> None:

@@ -17,8 +17,8 @@ from m3i_fast.cli import main, train
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.config.fields import THREADS
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.parallel import ParallelConfig
-from m3i_fast.config.vit import ViTConfig
 from m3i_fast.recipes import demo, recipes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,13 @@ def loaded_by(program: str) -> str:
     return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
 
 
-MODULES = ("m3i_fast", "m3i_fast.config", "m3i_fast.objectives.methods", "m3i_fast.recipes")
+MODULES = (
+    "m3i_fast",
+    "m3i_fast.config",
+    "m3i_fast.config.losses",
+    "m3i_fast.objectives.methods",
+    "m3i_fast.recipes",
+)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -30,6 +36,10 @@ ANSWERED = [
     (["recipes"], 0),
     (["methods"], 0),
     (["methods", "--explain", "m3i"], 0),
+    (["methods", "--explain", "mi3"], 2),
+    (["methods", "--help"], 0),
+    (["methods", "--tyro-print-completion", "bash"], 0),
+    (["recipes", "--tyro-print-completion", "zsh"], 0),
     (["train", "--help"], 0),
     (["train", "demo", "--help"], 0),
     (["train", "demo", "--help-all"], 0),

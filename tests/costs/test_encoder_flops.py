@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.config.internimage import (
+from m3i_fast.config.models.internimage import (
     InternImageConfig,
     internimage_b,
     internimage_demo,
@@ -17,8 +17,8 @@ from m3i_fast.config.internimage import (
     internimage_h,
     internimage_t,
 )
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
 from m3i_fast.costs.encoder_flops import (
     Flops,
     internimage,

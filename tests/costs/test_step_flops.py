@@ -14,9 +14,9 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.config.fields import Recompute
 from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import vit
 from m3i_fast.costs.objective_flops import DECODER, ENCODER, LIKELIHOODS, TARGET, decoder
 from m3i_fast.costs.step_flops import step_flops, without_sampling

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.losses import LOSSES, Loss
+from m3i_fast.config.losses import LOSSES, Loss, no_products
 from m3i_fast.config.optim import EmaConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.encoder import ImageEncoder
-from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
 from m3i_fast.objectives.losses.similarity import negative_cosine_similarity
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.objective import MutualInformation
@@ -69,7 +68,7 @@ def _let_targets_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((MutualInformation, "encode_targets"), (Dense, "_target")):
         monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
     key = "features", "gaussian", "stop_gradient"
-    monkeypatch.setitem(LIKELIHOODS, key, lambda *_: squared_error)
+    monkeypatch.setitem(LOSSES, key, replace(LOSSES[key], build=lambda *_: squared_error))
 
 
 class WithGradient(torch.nn.Module):
@@ -116,8 +115,13 @@ def test_siamese_networks_without_stop_gradient_are_flagged(
 ) -> None:
     """SimSiam, arXiv 2011.10566, section 4.1: all images get one embedding."""
     key = "embedding", "gaussian", "none"
-    monkeypatch.setitem(LOSSES, key, Loss("", independent=True))
-    monkeypatch.setitem(LIKELIHOODS, key, lambda *_: negative_cosine_similarity)
+    row = Loss(
+        formula="-cos(z_hat, z)",
+        build=lambda *_: negative_cosine_similarity,
+        flops=no_products,
+        independent=True,
+    )
+    monkeypatch.setitem(LOSSES, key, row)
     cfg = _config(dataset, "demo_simsiam")
     terms = tuple(
         replace(t, regulariser="none", predictor="projector", output_norm=False)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import ViTConfig, vit_demo
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig, vit_demo
 from m3i_fast.engine.evaluator import load_objective
 from m3i_fast.engine.teacher import load_teacher
 from m3i_fast.engine.trainer import Trainer

@@ -17,13 +17,13 @@ import torch
 from m3i_fast.cli import main
 from m3i_fast.cli.train import TrainCommand
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.internimage import internimage_demo
-from m3i_fast.config.vision import VisionConfig
-from m3i_fast.config.vit import vit_demo
+from m3i_fast.config.models.internimage import internimage_demo
+from m3i_fast.config.models.vision import VisionConfig
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.objectives.losses import likelihoods
+from m3i_fast.objectives.losses import builders
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.stages import STAGES
 from m3i_fast.ops import reference
@@ -102,7 +102,7 @@ def test_the_fused_likelihood_trains_as_the_plain_one(
         calls.append(options.keys())
         return reference.boltzmann(*arguments, **options)
 
-    monkeypatch.setattr(likelihoods, "boltzmann", plain)
+    monkeypatch.setattr(builders, "boltzmann", plain)
     Trainer(small_run(dataset), tmp_path / "plain").train()
     assert {tuple(options) for options in calls} == {("targets",), ("bias", "row_ids", "col_ids")}
     for ours, theirs in zip(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.export.internimage import load_internimage, save_internimage, to_layout
 from m3i_fast.models.internimage.model import InternImage
 from tests.shared.official_internimage import seeded_state

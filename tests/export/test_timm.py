@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.vit import ViTConfig, vit_demo, vit_s
+from m3i_fast.config.models.vit import ViTConfig, vit_demo, vit_s
 from m3i_fast.export.timm import load_timm, to_timm
 from m3i_fast.models.transformer.vit import ViT
 

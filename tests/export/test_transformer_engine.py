@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor
 
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.timm import load_timm, to_timm
 from m3i_fast.export.transformer_engine import (
     deinterleave_qkv,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.config.fields import Recompute
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.text import TextEncoder
 from m3i_fast.models.transformer.vit import ViT

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.planning import calibration
 from m3i_fast.planning.calibration import calibrate

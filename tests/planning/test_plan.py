@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.costs.encoder_flops import vit
 from m3i_fast.costs.gemm_rows import gemm_shapes, legal_batches, token_rows
 from m3i_fast.costs.gpus import CARDS

@@ -10,7 +10,7 @@ import torch
 from m3i_fast.config import TrainConfig, differences
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.recipes import RECIPES, demo, recipes, shrink

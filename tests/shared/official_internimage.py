@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config import internimage as sizes
-from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.models import internimage as sizes
+from m3i_fast.config.models.internimage import InternImageConfig
 
 GOLDEN = Path(__file__).with_suffix(".json")
 NAMES = ("t", "s", "b", "l", "xl", "h", "g")

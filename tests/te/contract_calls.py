@@ -14,8 +14,8 @@ from transformer_engine.pytorch import distributed
 from transformer_engine.pytorch.optimizers import FusedAdam
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.optim import OptimConfig
-from m3i_fast.config.vit import ViTConfig
 from m3i_fast.engine.optim.optimizers import build_optimizer
 from m3i_fast.models import ViT
 from m3i_fast.models.transformer import te_layers

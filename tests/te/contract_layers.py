@@ -19,8 +19,8 @@ import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
 from m3i_fast.config.heads import DecoderConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import ViTConfig, vit_b, vit_s
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_s
 from m3i_fast.export.transformer_engine import to_transformer_layers
 from m3i_fast.models import TextEncoder, ViT
 from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS

@@ -7,7 +7,7 @@ import os
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.vit import ViTConfig
 
 # cuBLAS, Transformer Engine and NCCL read these when they start. A variable that is not set gets
 # its first value; any of its values is accepted.

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.costs.encoder_flops import Flops
+from m3i_fast.config.flops import Flops
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.precision.arithmetic import Arithmetic

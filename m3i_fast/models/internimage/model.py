@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from m3i_fast.config.internimage import COARSEST_STRIDE, InternImageConfig
+from m3i_fast.config.models.internimage import COARSEST_STRIDE, InternImageConfig
 from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.models.internimage.attention_pool import AttentionPool
 from m3i_fast.models.internimage.deformable import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.transformer.blocks import (
     LAYER_NORM_EPS,

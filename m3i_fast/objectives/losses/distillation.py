@@ -1,8 +1,8 @@
-"""Self-distillation over prototypes: the teacher's targets, the student's loss, what spreads both.
+"""Self-distillation over prototypes: the teacher's targets, the student's loss, and entropy terms.
 
 DINO (arXiv 2104.14294), iBOT (arXiv 2111.07832), DINOv2 (arXiv 2304.07193), SwAV (arXiv
-2006.09882), MSN (arXiv 2204.07141). Computes in fp32 (fp64 for fp64), under autocast too.
-`process_group` is explained in `statistics`; a function without it is of one rank's rows.
+2006.09882), MSN (arXiv 2204.07141). All compute in fp32 (fp64 for fp64), under autocast too.
+`row_statistics` explains `process_group`; a function without it takes the rows of one rank.
 
 Legend: N rows, K prototypes.
 """
@@ -29,7 +29,7 @@ def update_centre(
     momentum: float = 0.9,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [K] as centre
-    """c <- m c + (1 - m) mean_n logits_n, a new tensor; DINO, equation 4."""
+    """Return m c + (1 - m) mean_n logits_n as a new tensor, without gradient. DINO, equation 4."""
     return torch.lerp(centre, mean_row(wide(logits), process_group).to(centre.dtype), 1 - momentum)
 
 
@@ -41,7 +41,10 @@ def centred_softmax(
     *,
     temperature: float,
 ) -> Tensor:  # [..., K] fp32
-    """softmax((logits - centre) / temperature): DINO's centred and sharpened targets."""
+    """Return softmax((logits - centre) / temperature), DINO's centred and sharpened targets.
+
+    They carry no gradient. Raises ValueError for a temperature that is not positive.
+    """
     expect_temperature(temperature)
     rows = wide(logits)
     return F.softmax((rows - centre.to(rows.dtype)) / temperature, dim=-1)
@@ -56,12 +59,13 @@ def sinkhorn_knopp(
     num_iterations: int = 3,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [N, K] fp32
-    """exp(logits / temperature) scaled until prototypes are used evenly; each row sums to 1.
+    """Return exp(logits / temperature), scaled until prototypes are used evenly.
 
     SwAV, equation 5; DINOv2 uses it for targets. An iteration divides every prototype by its sum
-    over all rows, then every row by its sum. In the domain of logarithms: no temperature or scale
-    of the logits overflows, and none makes a prototype vanish (dinov2 #583). Only the largest logit
-    of a prototype and the sums go between ranks.
+    over all rows, then every row by its sum, so that each row of the result sums to 1. It works on
+    logarithms: no temperature or scale of the logits overflows, and none makes a prototype vanish
+    (dinov2 #583). Only the largest logit of each prototype and the sums are all-reduced. Without
+    gradient. Raises ValueError for a temperature that is not positive, or num_iterations below 1.
     """
     expect_temperature(temperature)
     if num_iterations < 1:
@@ -74,7 +78,7 @@ def sinkhorn_knopp(
 
 
 def _log_sum_rows(log_q: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [N, K] -> [K]
-    """log sum_n exp(log_q_n) over the rows of all ranks; one of them may have none."""
+    """Return log sum_n exp(log_q_n) over the rows of all ranks, some of which may have none."""
     if group is None:
         return log_q.logsumexp(0)
     most = torch.cat([log_q, log_q.new_full((1, log_q.shape[1]), -torch.inf)]).amax(0)
@@ -92,11 +96,12 @@ def self_distillation(
     temperature: float,
     row_weights: Tensor | None = None,  # [N] any float
 ) -> Tensor:  # [] fp32
-    """sum_n w_n CE_n, CE_n = -sum_k T_nk log softmax(logits_n / temperature)_k; w_n = 1 / N.
+    """Return sum_n w_n CE_n, CE_n = -sum_k T_nk log softmax(logits_n / temperature)_k.
 
-    DINO, equation 2; iBOT's weight of a masked patch is 1 / (its image's masked patches x images).
-    The gradient is w (softmax sum_k T - T) / temperature: right also where targets do not sum to
-    one. Of the rows of one rank.
+    DINO, equation 2, with w_n = 1 / N unless given; iBOT's weight of a masked patch is 1 / (its
+    image's masked patches x images). The gradient is w (softmax sum_k T - T) / temperature, which
+    also holds where targets do not sum to one. Rows are those of one rank. Raises ValueError for
+    shapes that differ, or a temperature that is not positive.
     """
     if logits.dim() != 2 or targets.shape != logits.shape:
         raise ValueError(
@@ -116,10 +121,10 @@ def mean_entropy(
     temperature: float,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """log K - H(mean_n softmax(logits_n / temperature)) >= 0: MSN's me-max, 0 when even.
+    """Return log K - H(mean_n softmax(logits_n / temperature)) >= 0, MSN's me-max; 0 when even.
 
-    It is the Kullback-Leibler divergence of
-    the mean assignment from the uniform one.
+    It is the Kullback-Leibler divergence of the mean assignment from the uniform one. Raises
+    ValueError for logits that are no matrix, or a temperature that is not positive.
     """
     if logits.dim() != 2:
         raise ValueError(f"logits: expected shape [N, K], got {list(logits.shape)}")

@@ -1,8 +1,9 @@
-"""What keeps targets from collapsing: stand-ins for the entropy H(p(z)) of M3I, section 3.
+"""Regularisers that keep targets from collapsing, for the entropy H(p(z)) of M3I, section 3.
 
-Pure functions of a batch of embeddings, lower is more entropy unless the first line says
-otherwise. Each returns a scalar in fp32 (fp64 for fp64) and computes in it, under autocast too.
-`process_group` is explained in `statistics`; a function without it is of one rank's rows.
+They are pure functions of a batch of embeddings; lower is more entropy unless the first line says
+otherwise. Each returns a scalar in fp32 (fp64 for fp64) and computes in it, under autocast too, and
+raises ValueError for tensors whose shapes are not those of its signature.
+`row_statistics` explains `process_group`; a function without it takes the rows of one rank.
 
 Legend: N rows, D features.
 """
@@ -57,10 +58,11 @@ def barlow_twins(
     eps: float = 1e-5,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """sum_i (1 - C_ii)^2 + w sum_{i != j} C_ij^2, Barlow Twins, arXiv 2103.03230, equation 1.
+    """Return sum_i (1 - C_ii)^2 + w sum_{i != j} C_ij^2.
 
-    C = mean_n a_n b_n^T, the [D, D] cross-correlation of both views, of features standardised over
-    all rows as the authors' code does it: batch norm without affine, variance over N plus `eps`.
+    Barlow Twins, arXiv 2103.03230, equation 1. C = mean_n a_n b_n^T is the [D, D]
+    cross-correlation of both views, of features standardised over all rows as the authors' code
+    does it: batch norm without affine, variance over N plus `eps`.
     """
     _expect_pair(z_a, z_b)
     a, b = (_standardised(wide(z), eps, process_group) for z in (z_a, z_b))
@@ -81,9 +83,9 @@ def invariance(
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """mean_n |a_n - b_n|^2 / D: VICReg's invariance term as its authors' code divides it.
+    """Return mean_n |a_n - b_n|^2 / D, VICReg's invariance term as its authors' code divides it.
 
-    arXiv 2105.04906, equation 5. A likelihood, `ops.gaussian` of sigma^2 = 1/2, here for the sum.
+    arXiv 2105.04906, equation 5. It equals `ops.gaussian` with sigma^2 = 1/2.
     """
     _expect_pair(z_a, z_b)
     return mean_row((wide(z_a) - wide(z_b)).square(), process_group).mean()
@@ -97,7 +99,7 @@ def variance_hinge(
     eps: float = 1e-4,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """mean_d max(0, std - sqrt(var(z_d) + eps)), variance over N - 1.
+    """Return mean_d max(0, std - sqrt(var(z_d) + eps)), with the variance over N - 1.
 
     VICReg, arXiv 2105.04906, equations 1 and 2. Raises ValueError for fewer than two rows; with a
     process group it is NaN where all ranks together have fewer.
@@ -116,9 +118,10 @@ def covariance(
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """sum_{i != j} Cov_ij^2 / D of the [D, D] covariance over N - 1.
+    """Return sum_{i != j} Cov_ij^2 / D of the [D, D] covariance over N - 1.
 
-    VICReg, arXiv 2105.04906, equations 3 and 4. Few rows: as `variance_hinge`.
+    VICReg, arXiv 2105.04906, equations 3 and 4. Fewer than two rows are an error or NaN as in
+    `variance_hinge`.
     """
     _expect_spread(z, process_group)
     rows = wide(z)
@@ -138,7 +141,7 @@ def vicreg(
     eps: float = 1e-4,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """w_i invariance + w_v mean of both variance hinges + w_c sum of both covariances.
+    """Return w_i invariance + w_v mean of both variance hinges + w_c sum of both covariances.
 
     VICReg, arXiv 2105.04906, equation 6; the mean over the two hinges is the authors' code's, the
     paper's equation has their sum.
@@ -165,9 +168,10 @@ def update_correlation(
     momentum: float = 0.99,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [D, D] as correlation
-    """F <- rho F + (1 - rho) mean of both views' z z^T, UniGrad's running correlation.
+    """Return rho F + (1 - rho) mean of both views' z z^T, UniGrad's running correlation.
 
-    arXiv 2112.05141; the views are those of the momentum encoder. A new tensor, without gradient.
+    arXiv 2112.05141; the views are those of the momentum encoder. The result is a new tensor
+    without gradient.
     """
     _expect_pair(z_a, z_b)
     a, b = (wide(z).to(correlation.dtype) for z in (z_a, z_b))
@@ -183,11 +187,11 @@ def unigrad(
     *,
     decorrelation_weight: float = 100.0,
 ) -> Tensor:  # [] fp32
-    """mean_n (-z_n . z'_n + w/2 z_n^T F z_n), whose gradient is UniGrad's (w F z_n - z'_n) / N.
+    """Return mean_n (-z_n . z'_n + w/2 z_n^T F z_n), whose gradient is (w F z_n - z'_n) / N.
 
-    arXiv 2112.05141, with F of `update_correlation`. Its authors train on z . sg(w F z - z'): the
-    same gradient, twice the quadratic term in the value. Both views: the mean of both calls. A mean
-    over rows: of one rank.
+    UniGrad, arXiv 2112.05141, with F of `update_correlation`. Its authors train on
+    z . sg(w F z - z'), which has the same gradient and twice the quadratic term in its value. For
+    both views take the mean of two calls. Rows are those of one rank.
     """
     _expect_pair(z, z_momentum)
     rows = wide(z)
@@ -206,11 +210,11 @@ def coding_rate(
     eps: float = 0.2,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """1/2 log det(I + D / (N eps) Z^T Z), to be maximised: the loss is its negative.
+    """Return 1/2 log det(I + D / (N eps) Z^T Z), to be maximised: the loss is its negative.
 
-    Total coding rate of EMP-SSL (arXiv 2304.03977; eps not squared, as in its authors' code) and
-    SimDINO (arXiv 2502.10385). By Cholesky, without a wait for the device; NaN where an input is
-    not finite.
+    It is the total coding rate of EMP-SSL (arXiv 2304.03977; eps not squared, as in its authors'
+    code) and SimDINO (arXiv 2502.10385), computed by Cholesky without a host synchronisation. NaN
+    where an input is not finite.
     """
     _expect_rows("z", z)
     rows = wide(z)
@@ -223,11 +227,11 @@ def coding_rate(
 
 @full_precision
 def koleo(z: Tensor, *, eps: float = 1e-8) -> Tensor:  # [N, D] any float -> [] fp32
-    """-mean_n log |u_n - nearest other u|, u = z / |z|: the Kozachenko-Leonenko entropy's part.
+    """Return -mean_n log |u_n - nearest other u|, u = z / |z|: Kozachenko-Leonenko's entropy term.
 
     arXiv 1806.03198, as in DINOv2. A distance below `eps` counts as eps and gives no gradient, so
-    that duplicates are finite in both; fewer than two rows have no neighbour: 0. Rows of one rank,
-    as in DINOv2: over more of them neighbours are nearer. Builds the [N, N] products.
+    that duplicates are finite in both; fewer than two rows give 0. Rows are those of one rank, as
+    in DINOv2: over more of them neighbours are nearer. Memory is that of the [N, N] products.
     """
     _expect_rows("z", z)
     rows = F.normalize(wide(z), dim=-1, eps=1e-8)

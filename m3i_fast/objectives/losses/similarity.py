@@ -1,9 +1,9 @@
-"""Losses of how alike the embeddings of two views are: cosine, NT-Xent, MoCo, DenseCL.
+"""Losses by the similarity of two views' embeddings: cosine, InfoNCE, NT-Xent, MoCo, DenseCL.
 
-Likelihoods of M3I (arXiv 2211.09807, section 3): the Gaussian one of unit rows, and calls of the
-Boltzmann one. CLIP, SupCon and classification are plain calls of `ops.boltzmann`, on unit rows;
-here stand the methods that are more than that. Each returns a scalar
-in fp32 (fp64 for fp64), of the rows of one rank.
+They are likelihoods of M3I (arXiv 2211.09807, section 3): the Gaussian one of unit rows, and calls
+of the Boltzmann one. CLIP, SupCon and classification are plain calls of `ops.boltzmann` on unit
+rows and need no function here. Each function returns a scalar in fp32 (fp64 for fp64), of the rows
+of one rank unless it takes a process group.
 
 Legend: N rows or pictures, Q cells, D features, C features of the encoder, K rows of a queue.
 """
@@ -23,10 +23,10 @@ def negative_cosine_similarity(
     z_hat: Tensor,  # [..., D] any float
     z: Tensor,  # [..., D] any float, detached
 ) -> Tensor:  # [] fp32
-    """-mean cos(z_hat, z): the Gaussian likelihood of unit rows, less a constant.
+    """Return -mean cos(z_hat, z), the Gaussian likelihood of unit rows less a constant.
 
-    SimSiam, arXiv 2011.10566, equation 1; BYOL's |u - v|^2 is 2 + 2 of it. The stop-gradient is the
-    caller's.
+    SimSiam, arXiv 2011.10566, equation 1; BYOL's |u - v|^2 is 2 + 2 times it. The caller stops the
+    gradient of z. Raises ValueError where the shapes differ.
     """
     if z_hat.shape != z.shape:
         raise ValueError(f"z: expected shape {list(z_hat.shape)} as z_hat, got {list(z.shape)}")
@@ -37,6 +37,7 @@ def negative_cosine_similarity(
 
 
 def expect_temperature(temperature: float) -> None:
+    """Raise ValueError for a temperature that is not positive."""
     if not temperature > 0:
         raise ValueError(f"temperature: expected > 0, got {temperature}")
 
@@ -48,10 +49,10 @@ def info_nce(
     temperature: float,
     process_group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [] fp32
-    """-mean_n log softmax_m(cos(z_hat_n, z_m) / temperature)_n: the batch's targets are candidates.
+    """Return -mean_n log softmax_m(cos(z_hat_n, z_m) / temperature)_n over the batch's targets m.
 
     InfoNCE, arXiv 1807.03748; MoCo v3 (arXiv 2104.02057, algorithm 1) is 2 temperature times it.
-    With a process group: the batch of all ranks, of which each has N rows.
+    With a process group the batch is that of all ranks, of which each has N rows.
     """
     expect_temperature(temperature)
     z_hat, z = (F.normalize(wide(rows), dim=-1) for rows in (z_hat, z))
@@ -68,10 +69,11 @@ def nt_xent(
     *,
     temperature: float,
 ) -> Tensor:  # [] fp32
-    """-mean log softmax(cos / temperature) of a picture's other view among all views but itself.
+    """Return -mean log softmax(cos / temperature) of a row's other view among all other rows.
 
-    SimCLR, arXiv 2002.05709, equation 1; rows are normalised here. Builds the [2N, 2N] logits: a
-    row is no candidate of its own, and `ops.boltzmann` cannot leave one out.
+    SimCLR, arXiv 2002.05709, equation 1; rows are normalised here. The [2N, 2N] logits are held in
+    memory, since a row is no candidate of its own and `ops.boltzmann` cannot leave one out. Raises
+    ValueError for shapes that differ, or a temperature that is not positive.
     """
     if z_a.dim() != 2 or z_b.shape != z_a.shape:
         raise ValueError(
@@ -92,11 +94,12 @@ def moco(
     *,
     temperature: float,
 ) -> Tensor:  # [] fp32
-    """-mean_n log softmax of q_n . k_n among that and q_n . queue_j, all / temperature.
+    """Return -mean_n log softmax of q_n . k_n among that and q_n . queue_j, all / temperature.
 
     MoCo, arXiv 1911.05722, equation 1; q and k are normalised here. Other rows' k are no
-    candidates. One call of `ops.boltzmann` in memory O(N + K): q_n . k_n is one more feature of row
-    n, which only one more candidate has.
+    candidates. It is one call of `ops.boltzmann` in memory O(N + K): q_n . k_n is one more feature
+    of row n, which only one more candidate has. Raises ValueError for other shapes, or a
+    temperature that is not positive.
     """
     if q.dim() != 2 or k.shape != q.shape or queue.dim() != 2 or queue.shape[1] != q.shape[1]:
         raise ValueError(
@@ -121,9 +124,9 @@ def dense_contrastive(
     *,
     temperature: float,
 ) -> Tensor:  # [] fp32
-    """`moco` of every cell with the other view's cell whose features are most like its own.
+    """Return `moco` of every cell with the other view's cell of the most similar features.
 
-    DenseCL, arXiv 2011.09157, section 3; most like: by the cosine of the encoder's features.
+    DenseCL, arXiv 2011.09157, section 3; similar by the cosine of the encoder's features.
     """
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         of_q, of_k = (F.normalize(wide(x), dim=-1) for x in (q_features, k_features))

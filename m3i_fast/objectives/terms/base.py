@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.objective import ObjectiveConfig, Term
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vision import VisionConfig
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, reset_children
-from m3i_fast.objectives.losses.likelihoods import LIKELIHOODS
+from m3i_fast.objectives.losses.builders import build_loss
 from m3i_fast.objectives.monitors import feature_std, mean_cosine
 from m3i_fast.objectives.step_context import Monitor, StepContext
 
@@ -43,7 +43,7 @@ class TermModule(nn.Module, ABC):
     def __init__(self, term: Term, cfg: ObjectiveConfig, dim: int, sizes: Sizes) -> None:
         super().__init__()
         self.term, self.process_group = term, sizes.process_group
-        self.loss = LIKELIHOODS[term.loss_key](term, cfg, dim, sizes.process_group)
+        self.loss = build_loss(term, cfg, dim, sizes.process_group)
 
     def reset_parameters(self) -> None:
         """Initialise everything, as after `to_empty`; EMA modules start as copies."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from m3i_fast.config.objective import ObjectiveConfig, Term
 from m3i_fast.objectives.heads import Mlp, PrototypeHead
-from m3i_fast.objectives.losses.likelihoods import Prototypes, UniGrad
+from m3i_fast.objectives.losses.stateful import Prototypes, UniGrad
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule, log_spread, momentum_copy
 

@@ -23,7 +23,7 @@ from m3i_fast.benchmarks.methods.plan import Config, Run, is_label_free, recipe_
 from m3i_fast.benchmarks.methods.run import is_trained, train_and_measure, unpack
 from m3i_fast.benchmarks.methods.variants import AS_BEFORE, VARIANTS
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.evaluator import Evaluation
 from m3i_fast.engine.train_step import TrainStep

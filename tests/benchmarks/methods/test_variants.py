@@ -10,7 +10,7 @@ import pytest
 from m3i_fast.benchmarks.methods.variants import VARIANTS
 from m3i_fast.config import differences
 from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, shrink

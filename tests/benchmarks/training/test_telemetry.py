@@ -12,7 +12,7 @@ import pytest
 from m3i_fast.benchmarks.training import telemetry
 from m3i_fast.benchmarks.training.telemetry import Config, Cpu, figures_of, main, train_config
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.observe.metrics import JsonlSink
 from m3i_fast.observe.telemetry.host import Host
 from m3i_fast.recipes import shrink

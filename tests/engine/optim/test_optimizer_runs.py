@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.optim import OptimConfig
-from m3i_fast.config.text import TextConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl

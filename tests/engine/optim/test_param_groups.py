@@ -10,8 +10,8 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.optim import OptimConfig
-from m3i_fast.config.vit import vit_demo
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer, set_schedules
 from m3i_fast.engine.optim.param_groups import freeze_patch_embed

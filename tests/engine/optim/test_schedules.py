@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.optim import EmaConfig, OptimConfig
-from m3i_fast.config.vit import vit_demo
 from m3i_fast.engine.optim.ema import update_ema
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import cosine, warmup_cosine

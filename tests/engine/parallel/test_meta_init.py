@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.parallel import ParallelConfig
-from m3i_fast.config.text import TextConfig
 from m3i_fast.engine.build import blocks_of, build_objective
 from m3i_fast.engine.parallel.meta_init import initialise, is_on_meta
 from m3i_fast.objectives.methods import METHODS
@@ -57,7 +57,7 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {
 @pytest.fixture(autouse=True)
 def teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher of random weights: it is no part of what is initialised."""
-    from m3i_fast.config.vit import vit_demo
+    from m3i_fast.config.models.vit import vit_demo
     from m3i_fast.engine import build as model
     from m3i_fast.models.transformer.vit import ViT
 

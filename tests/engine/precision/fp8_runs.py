@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from m3i_fast.config import Precision, TrainConfig
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.recipes import demo, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)

@@ -13,8 +13,8 @@ import torch
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import Backend, Precision, TrainConfig
+from m3i_fast.config.models.vit import vit_b, vit_l
 from m3i_fast.config.parallel import ParallelConfig
-from m3i_fast.config.vit import vit_b, vit_l
 from m3i_fast.costs.gemm_rows import gemm_shapes
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.precision import fp8

@@ -15,8 +15,8 @@ from timm.layers import calculate_drop_path_rates
 from torch import Tensor
 
 from m3i_fast import models
-from m3i_fast.config import internimage as sizes
-from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.models import internimage as sizes
+from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.models.internimage.deformable import DCNv3, InternImageLayer, LayerOptions
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.ops import reference

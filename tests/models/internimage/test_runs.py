@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3i_fast.config.internimage import InternImageConfig
+from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.ops import dcnv3, reference
 from tests.shared.official_internimage import (

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.config.fields import Recompute
-from m3i_fast.config.internimage import InternImageConfig, internimage_demo
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.internimage import InternImageConfig, internimage_demo
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import internimage, internimage_sampling, vit
 from m3i_fast.models.internimage.model import InternImage, _stages
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, DropPath, num_kept

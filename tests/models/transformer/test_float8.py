@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear
 
-from m3i_fast.config.internimage import internimage_demo
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import vit_demo
+from m3i_fast.config.models.internimage import internimage_demo
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer import float8
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import ViTConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.transformer import te_layers
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, LayerNormMLP
 from m3i_fast.models.transformer.te_layers import Fp8Recipe

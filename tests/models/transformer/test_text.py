@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from m3i_fast.config.text import TextConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention
 from m3i_fast.models.transformer.text import TextEncoder
 

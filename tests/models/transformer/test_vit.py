@@ -10,7 +10,7 @@ from timm.layers import RotaryEmbeddingDinoV3, calculate_drop_path_rates
 from timm.models.eva import EvaAttention
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.config.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s, vit_ti
+from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s, vit_ti
 from m3i_fast.models.transformer.vit import ViT
 
 SMALL = ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)

@@ -22,9 +22,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 from m3i_fast.config.heads import DecoderConfig, ProjectorConfig
 from m3i_fast.config.mixing import MixingConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.objective import ObjectiveConfig
-from m3i_fast.config.text import TextConfig
-from m3i_fast.config.vit import vit_demo
 from m3i_fast.export.timm import load_timm, to_timm
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.objectives.mixing import Mix, draw_mix

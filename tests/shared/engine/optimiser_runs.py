@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.optim import OptimConfig
-from m3i_fast.config.vit import vit_demo
 from m3i_fast.engine.optim.optimizers import Optimizers, build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule, weight_decay_schedule
 from m3i_fast.models.transformer.vit import ViT

@@ -24,7 +24,7 @@ Position = Literal["absolute", "rotary"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViTConfig(Checked):
-    """Size and options of a Vision Transformer."""
+    """Size a Vision Transformer, and choose its options."""
 
     encodes_cells_alone: ClassVar[bool] = True
     """Any subset of an image's patches can be encoded as if the others were absent."""
@@ -50,21 +50,21 @@ class ViTConfig(Checked):
     num_registers: Annotated[int, range(WIDTHS.stop)] = 0
     """Further learned tokens before the patches (registers)."""
     position: Position = "absolute"
-    """absolute: parameters, sine-cosine at the start, added to the patches. rotary: nothing is
-    added, queries and keys are turned by their patch's place (RoPE in two dimensions, as DINOv3).
-    """
+    """Positions of patches. absolute: parameters, sine-cosine at the start, added to the patches.
+    rotary: nothing is added, queries and keys are turned by their patch's place (RoPE in two
+    dimensions, as DINOv3)."""
     layer_scale_init: float | None = None
     """Initial LayerScale of each branch; none: no LayerScale."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 in the first."""
     drop_path_mode: DropPathMode = "mask"
-    """mask draws each sample by itself, and computes what is then dropped. subset drops a share of
-    every batch that is always the same, and does no work for it (DINOv2)."""
+    """Kind of stochastic depth. mask: drawn per sample, and branches are computed all the same;
+    subset: a fixed share of every batch is dropped, and not computed (DINOv2)."""
     final_norm: bool = True
     """LayerNorm after the last block."""
     activation_checkpointing: Recompute = "none"
-    """What each block computes again in the backward pass. selective: norms and GELU, which costs
-    little; full: all of it, the least memory for about a third more compute."""
+    """Activations that each block recomputes in the backward pass. selective: norms and GELU, which
+    costs little; full: all of it, the least memory for about a third more compute."""
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from unmet(
@@ -91,32 +91,32 @@ class ViTConfig(Checked):
         yield from recompute_conflicts(self.activation_checkpointing)
 
     def drop_path(self, layer: int) -> float:
-        """Rate of stochastic depth of that block."""
+        """Return the rate of stochastic depth of that block."""
         return self.drop_path_rate * layer / max(self.depth - 1, 1)
 
     @property
     def grid(self) -> int:
-        """Patches a side of a global view."""
+        """Return the patches along a side of a global view."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Patches of a global view."""
+        """Return the patches of a global view."""
         return self.grid**2
 
     @property
     def num_prefix(self) -> int:
-        """Tokens before the patches: class token and registers."""
+        """Return the tokens before the patches: class token and registers."""
         return int(self.class_token) + self.num_registers
 
     @property
     def summary_dim(self) -> int:
-        """Width of what the objective's global heads read: the patch tokens."""
+        """Return the width of the patch tokens, which the objective's global heads read."""
         return self.dim
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of an image in pixels are multiples of."""
+        """Return the number of pixels that the sides of an image are multiples of."""
         return self.patch_size
 
     def encoder_conflicts(self) -> Iterator[Conflict]:
@@ -125,31 +125,31 @@ class ViTConfig(Checked):
 
 
 def vit_demo(**overrides: Any) -> ViTConfig:
-    """ViT of 0.8 M parameters for drawings of 64 pixels on a CPU; keywords replace fields."""
+    """Return a ViT of 0.8 M parameters for drawings of 64 pixels; keywords replace fields."""
     cfg = ViTConfig(image_size=64, patch_size=8, dim=128, depth=4, num_heads=4)
     return replace(cfg, **overrides)
 
 
 def vit_ti(**overrides: Any) -> ViTConfig:
-    """ViT-Ti/16: 5.5 M parameters; keywords replace fields."""
+    """Return ViT-Ti/16: 5.5 M parameters; keywords replace fields."""
     return replace(ViTConfig(dim=192, num_heads=3), **overrides)
 
 
 def vit_s(**overrides: Any) -> ViTConfig:
-    """ViT-S/16: 22 M parameters; keywords replace fields."""
+    """Return ViT-S/16: 22 M parameters; keywords replace fields."""
     return replace(ViTConfig(dim=384, num_heads=6), **overrides)
 
 
 def vit_b(**overrides: Any) -> ViTConfig:
-    """ViT-B/16: 86 M parameters; keywords replace fields."""
+    """Return ViT-B/16: 86 M parameters; keywords replace fields."""
     return replace(ViTConfig(dim=768, num_heads=12), **overrides)
 
 
 def vit_l(**overrides: Any) -> ViTConfig:
-    """ViT-L/16: 303 M parameters; keywords replace fields."""
+    """Return ViT-L/16: 303 M parameters; keywords replace fields."""
     return replace(ViTConfig(dim=1024, depth=24, num_heads=16), **overrides)
 
 
 def vit_h(**overrides: Any) -> ViTConfig:
-    """ViT-H/14: 631 M parameters; keywords replace fields."""
+    """Return ViT-H/14: 631 M parameters; keywords replace fields."""
     return replace(ViTConfig(patch_size=14, dim=1280, depth=32, num_heads=16), **overrides)

@@ -28,7 +28,7 @@ Four = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InternImageConfig(Checked):
-    """Size and options of an InternImage; the defaults are InternImage-T for ImageNet-1K."""
+    """Size an InternImage and choose its options; by default InternImage-T for ImageNet-1K."""
 
     encodes_cells_alone: ClassVar[bool] = False
     """A convolution sees the whole input: no cell can be encoded as if the others were absent."""
@@ -74,11 +74,11 @@ class InternImageConfig(Checked):
     pooled_dim: Annotated[int, WIDTHS] = 768
     """Width of the attention-pooled vector."""
     drop_path_mode: DropPathMode = "mask"
-    """mask draws each sample by itself, and computes what is then dropped. subset drops a share of
-    every batch that is always the same, and does no work for it (DINOv2)."""
+    """Kind of stochastic depth. mask: drawn per sample, and branches are computed all the same;
+    subset: a fixed share of every batch is dropped, and not computed (DINOv2)."""
     activation_checkpointing: Recompute = "none"
-    """What each layer computes again in the backward pass. selective: norms and GELU, which costs
-    little; full: all of it, the least memory for about a third more compute."""
+    """Activations that each layer recomputes in the backward pass. selective: norms and GELU, which
+    costs little; full: all of it, the least memory for about a third more compute."""
 
     def conflicts(self) -> Iterator[Conflict]:
         wrong = [name for name in ("depths", "groups") if len(getattr(self, name)) != 4]
@@ -120,32 +120,32 @@ class InternImageConfig(Checked):
             yield "level2_post_norm_block_ids", f"expected {expected}, got {ids}"
 
     def drop_path(self, layer: int) -> float:
-        """Rate of stochastic depth of that layer, counted over all stages."""
+        """Return the rate of stochastic depth of that layer, counted over all stages."""
         return self.drop_path_rate * layer / max(sum(self.depths) - 1, 1)
 
     @property
     def context_size(self) -> int:
-        """dw_kernel_size, or the side of the deformable kernel in its place."""
+        """Return dw_kernel_size, or the side of the deformable kernel in its place."""
         return 3 if self.dw_kernel_size is None else self.dw_kernel_size
 
     @property
     def grid(self) -> int:
-        """Dense tokens a side of a global view."""
+        """Return the dense tokens along a side of a global view."""
         return self.image_size // TOKEN_STRIDE
 
     @property
     def dim(self) -> int:
-        """Width of a dense token."""
+        """Return the width of a dense token."""
         return self.token_dim
 
     @property
     def summary_dim(self) -> int:
-        """Width of what the objective's global heads read: the pooled vector."""
+        """Return the width of the pooled vector, which the objective's global heads read."""
         return self.pooled_dim
 
     @property
     def size_multiple(self) -> int:
-        """What the sides of an image in pixels are multiples of."""
+        """Return the number of pixels that the sides of an image are multiples of."""
         return COARSEST_STRIDE
 
     def encoder_conflicts(self) -> Iterator[Conflict]:
@@ -159,7 +159,7 @@ class InternImageConfig(Checked):
 
 
 def internimage_demo(**overrides: Any) -> InternImageConfig:
-    """InternImage of 1.8 M parameters for drawings on a CPU; keywords replace fields."""
+    """Return an InternImage of 1.8 M parameters for drawings on a CPU; keywords replace fields."""
     cfg = InternImageConfig(
         image_size=128,
         channels=32,
@@ -175,37 +175,37 @@ def internimage_demo(**overrides: Any) -> InternImageConfig:
 
 
 def internimage_t(**overrides: Any) -> InternImageConfig:
-    """InternImage-T: 30 M parameters; keywords replace fields."""
+    """Return InternImage-T: 30 M parameters; keywords replace fields."""
     return replace(InternImageConfig(), **overrides)
 
 
 def internimage_s(**overrides: Any) -> InternImageConfig:
-    """InternImage-S: 50 M parameters; keywords replace fields."""
+    """Return InternImage-S: 50 M parameters; keywords replace fields."""
     return replace(_post_norm(80, (4, 4, 21, 4), 5), **overrides)
 
 
 def internimage_b(**overrides: Any) -> InternImageConfig:
-    """InternImage-B: 97 M parameters; keywords replace fields."""
+    """Return InternImage-B: 97 M parameters; keywords replace fields."""
     return replace(_post_norm(112, (4, 4, 21, 4), 7), **overrides)
 
 
 def internimage_l(**overrides: Any) -> InternImageConfig:
-    """InternImage-L: 223 M parameters; keywords replace fields."""
+    """Return InternImage-L: 223 M parameters; keywords replace fields."""
     return replace(_post_norm(160, (5, 5, 22, 5), 10, offset_scale=2.0), **overrides)
 
 
 def internimage_xl(**overrides: Any) -> InternImageConfig:
-    """InternImage-XL: 335 M parameters; keywords replace fields."""
+    """Return InternImage-XL: 335 M parameters; keywords replace fields."""
     return replace(_post_norm(192, (5, 5, 24, 5), 12, offset_scale=2.0), **overrides)
 
 
 def internimage_h(**overrides: Any) -> InternImageConfig:
-    """InternImage-H: 1.09 B parameters; keywords replace fields."""
+    """Return InternImage-H: 1.09 B parameters; keywords replace fields."""
     return replace(_projecting(320, (6, 6, 32, 6), 10, res_post_norm=True), **overrides)
 
 
 def internimage_g(**overrides: Any) -> InternImageConfig:
-    """InternImage-G: 3.08 B parameters; keywords replace fields."""
+    """Return InternImage-G: 3.08 B parameters; keywords replace fields."""
     return replace(_projecting(512, (2, 2, 48, 4), 16, post_norm=True), **overrides)
 
 

@@ -20,7 +20,7 @@ from m3i_fast.config.fields import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextConfig(Checked):
-    """Size of the text Transformer; the defaults are CLIP's base size."""
+    """Size the text Transformer; the defaults are CLIP's base size."""
 
     vocab_size: Annotated[int, SOME_ROWS] = 49408
     """Number of token ids (CLIP's byte-pair encoding)."""
@@ -37,8 +37,8 @@ class TextConfig(Checked):
     embed_dim: Annotated[int, WIDTHS] = 512
     """Width of a caption's embedding."""
     activation_checkpointing: Recompute = "none"
-    """What each block computes again in the backward pass. selective: norms and GELU, which costs
-    little; full: all of it, the least memory for about a third more compute."""
+    """Activations that each block recomputes in the backward pass. selective: norms and GELU, which
+    costs little; full: all of it, the least memory for about a third more compute."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.dim % self.num_heads:

@@ -1,0 +1,151 @@
+"""What builds each loss of `m3i_fast.config.losses.LOSSES`, and builds the loss of a term.
+
+A builder takes the term, the objective's config, the width of z and the process group. The loss
+that it returns is called as loss(z_hat, z) for pixels, features and embeddings, and returns a
+scalar; a loss of prototypes also has `targets` (`stateful.Prototypes`), and one of categories and
+captions takes what `ops.boltzmann` takes.
+
+With a process group a loss is that of the rows of all ranks where rows of a batch meet, and of the
+rank's rows where they do not (`row_statistics` says what that means for gradients). SimCLR's
+negatives alone stay those of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pkgutil import resolve_name
+
+from torch import Tensor
+
+from m3i_fast.config.losses import LOSSES
+from m3i_fast.config.objective import ObjectiveConfig, Term
+from m3i_fast.objectives.losses.regularisers import barlow_twins, vicreg
+from m3i_fast.objectives.losses.similarity import info_nce, negative_cosine_similarity, nt_xent
+from m3i_fast.objectives.losses.stateful import (
+    Balanced,
+    Centred,
+    DenseQueued,
+    Group,
+    MeanEntropy,
+    Queued,
+    UniGrad,
+)
+from m3i_fast.objectives.row_statistics import sum_over_ranks
+from m3i_fast.ops import IGNORED, boltzmann, gaussian
+
+LossFunction = Callable[..., Tensor]
+
+
+def build_loss(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the loss of a term from its row of `LOSSES`, whose path is resolved here.
+
+    dim: the width of z. The result is an `nn.Module` where it keeps something from step to step.
+    Raises ModuleNotFoundError or AttributeError for a path that leads nowhere.
+    """
+    build = LOSSES[term.loss_key].build
+    if isinstance(build, str):
+        build = resolve_name(build)
+    return build(term, cfg, dim, group)
+
+
+# ---- Labels --------------------------------------------------------------------------------------
+
+
+def category(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the softmax over all categories, which every rank has; rows alone are sharded."""
+
+    def loss(z_hat: Tensor, z: Tensor, scale: Tensor, *, targets: Tensor) -> Tensor:
+        if group is None:
+            return boltzmann(z_hat, z, scale, targets=targets)
+        own = boltzmann(z_hat, z, scale, targets=targets, reduction="sum")
+        members = sum_over_ranks((targets != IGNORED).sum().to(own.dtype), group)
+        return sum_over_ranks(own, group) / members.clamp_min(1)
+
+    return loss
+
+
+def caption(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the softmax over the captions of all ranks, in both directions."""
+    return partial(boltzmann, process_group=group, equal_sizes=True)
+
+
+def caption_sigmoid(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the sigmoid of every pair of a picture and a caption of all ranks."""
+    return partial(boltzmann, form="sigmoid", process_group=group, equal_sizes=True)
+
+
+# ---- Cells ---------------------------------------------------------------------------------------
+
+
+def dense_gaussian(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the squared distance of pixels or features, decorrelated where the term says so."""
+    return partial(
+        gaussian,
+        sigma=cfg.sigma,
+        normalise=term.target == "features",  # pixels are normalised by their own statistics
+        process_group=group,
+        decorrelation_weight=cfg.decorrelation_weight if term.decorrelates else 0.0,
+        centred=term.regulariser == "covariance",
+    )
+
+
+def dense_queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build DenseCL's loss of cells."""
+    return DenseQueued(term.temperature, cfg.queue_length, dim, group)
+
+
+# ---- Embeddings ----------------------------------------------------------------------------------
+
+
+def queue(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build MoCo's loss."""
+    return Queued(term.temperature, cfg.queue_length, dim, group)
+
+
+def batch_negatives(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build InfoNCE over the targets of all ranks."""
+    return partial(info_nce, temperature=term.temperature, process_group=group)
+
+
+def all_views(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build SimCLR's NT-Xent, of the rows of one rank."""
+    return partial(nt_xent, temperature=term.temperature)
+
+
+def cosine(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build the negative cosine similarity, of the rows of one rank."""
+    return negative_cosine_similarity
+
+
+def cross_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build Barlow Twins' loss."""
+    return partial(barlow_twins, process_group=group)
+
+
+def variance_covariance(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build VICReg's loss."""
+    return partial(vicreg, process_group=group)
+
+
+def running_correlation(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build UniGrad's loss."""
+    return UniGrad(dim, group)
+
+
+# ---- Prototypes ----------------------------------------------------------------------------------
+
+
+def centring(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build DINO's loss."""
+    return Centred(term.temperature, group, cfg.num_prototypes)
+
+
+def sinkhorn(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build SwAV's loss."""
+    return Balanced(term.temperature, group)
+
+
+def mean_entropy(term: Term, cfg: ObjectiveConfig, dim: int, group: Group) -> LossFunction:
+    """Build MSN's loss."""
+    return MeanEntropy(term.temperature, group)
