@@ -29,8 +29,8 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo_method, shrink
 from tests.engine.parallel.test_accumulation import _assert_close, _config, _parts, _train
-from tests.engine.real_step import stepper
-from tests.flop_formulas import FORMULAS
+from tests.shared.engine.real_step import stepper
+from tests.shared.flop_formulas import FORMULAS
 
 TUTORIAL = Path(__file__).parent.parent / "docs" / "extend" / "new_method.md"
 SMALL = (

@@ -14,7 +14,7 @@ from m3i_fast.config.losses import LOSSES, Loss, LossKey, LossSizes, no_products
 from m3i_fast.config.objective import PREDICTORS, ObjectiveConfig, Term
 from m3i_fast.objectives.losses.builders import build_loss
 from m3i_fast.objectives.losses.stateful import Prototypes, UniGrad
-from tests.flop_formulas import FORMULAS
+from tests.shared.flop_formulas import FORMULAS
 
 OBJECTIVE = ObjectiveConfig(queue_length=12, num_prototypes=7)
 ROWS, DIM, PICTURES, CELLS, CELL_DIM, CLASSES = 8, 7, 2, 5, 9, 6
