@@ -254,7 +254,7 @@ def test_unions_and_overlaps_are_those_of_sets() -> None:
         assert overlap(*joined) == len(moments[0] & moments[1])
 
 
-def test_own_times_sum_to_the_time_that_any_is_open() -> None:
+def test_self_times_sum_to_the_time_that_any_is_open() -> None:
     intervals = [
         HostRange("outer", 0, 100, 1),
         HostRange("inner", 10, 40, 1),

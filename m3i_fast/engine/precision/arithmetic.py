@@ -270,7 +270,7 @@ def log_arithmetic(arithmetic: Arithmetic) -> None:
     logger.info("precision: %s", " ".join(arithmetic.reasons))
     if arithmetic.emulated:
         logger.warning(
-            "precision: %s is emulated on a CPU: its numbers are right, its speed below bf16's",
+            "precision: %s is emulated on a CPU, for its numbers: it is slower than bf16",
             arithmetic.recipe,
         )
 

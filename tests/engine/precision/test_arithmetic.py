@@ -323,7 +323,7 @@ def test_this_machine_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
         log_arithmetic(resolve(found, "bf16"))
     warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert warnings == [
-        "precision: fp8_current is emulated on a CPU, for its numbers: slower than bf16"
+        "precision: fp8_current is emulated on a CPU, for its numbers: it is slower than bf16"
     ]
     assert len(caplog.records) == 3
 
