@@ -23,7 +23,10 @@ from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_config
         ),
         (lambda: replace(m3i()[3], predictor="decoder"), "predictor: expected one of"),
         (lambda: replace(m3i()[0], encoder="none"), "encoder: expected none for"),
-        (lambda: replace(m3i()[0], encoder="shared"), "encoder: shared needs"),
+        (
+            lambda: replace(m3i()[0], encoder="shared"),
+            "encoder: expected .*, or shared with .*, got shared with features",
+        ),
         (lambda: replace(m3i()[0], symmetric=True), "symmetric: expected"),
         (
             lambda: replace(METHODS["densecl"].terms[0], symmetric=True),
@@ -32,7 +35,10 @@ from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_config
         (lambda: replace(m3i()[0], temperature=0.0), "temperature: expected > 0"),
         (lambda: ObjectiveConfig(terms=(replace(m3i()[0], name="a b"),)), "letters"),
         (lambda: ObjectiveConfig(queue_length=0), "queue_length"),
-        (lambda: ObjectiveConfig(mixing=MixingConfig(mode="blend")), "blend .* category"),
+        (
+            lambda: ObjectiveConfig(mixing=MixingConfig(mode="blend")),
+            "expected blend.* with category",
+        ),
         (
             lambda: ObjectiveConfig(terms=(replace(m3i()[0], predictor="linear"),)),
             "mixing.mode none",

@@ -295,7 +295,8 @@ def test_an_encoder_that_does_not_fit_is_refused(pattern: str) -> None:
         if mode in ("own_image", "masked"):
             [(name, told)] = cfg.cell_conflicts(alone=False, multiple=3)
             assert name == "objective.mixing.mode"
-            assert told.startswith(f"{mode} needs") and told.endswith(f"got {mode}")
+            assert told.startswith("expected joint, blend or none")
+            assert told.endswith(f"got {mode}")
         elif mode == "joint":
             [(name, told)] = cfg.cell_conflicts(alone=False, multiple=2)
             assert name == "objective.mixing.mask_block"
