@@ -149,6 +149,15 @@ def flag_of(path: str) -> str:
     return "--" + path.removeprefix("config.").replace("_", "-")
 
 
+def typed_flags(argv: Sequence[str]) -> frozenset[str]:
+    """Return the flags among the arguments by the names that `flags_of` has: `--num-steps`.
+
+    `--num_steps=7` is `--num-steps`, and `--no-compile` is `--compile` as well as itself.
+    """
+    names = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    return frozenset([*names, *(name.replace("--no-", "--", 1) for name in names)])
+
+
 def check_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> None:
     """Raise ValueError for all flags that do not exist, and for values that theirs do not take."""
     _refuse(_wrong_flags(argv, flags))

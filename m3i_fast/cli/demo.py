@@ -16,6 +16,7 @@ from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
+from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.pipelines.dataset.manifest import is_dataset
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
         console.rule("packing OpenMoji")
         pack_demo(command.data)
     expect_split_clusters(command.data)
-    cfg = demo(data=command.data, seed=command.seed)
+    cfg = take_data_fields(demo(data=command.data, seed=command.seed))
     num_steps = command.num_steps or calibrate(cfg, command.seconds)
     cfg = replace(cfg, num_steps=num_steps)
     set_aside(command.out)

@@ -19,8 +19,9 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import card_of
 from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
+from m3i_fast.engine.run.data_fields import take_data_fields
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.flags import read_flags
+from m3i_fast.flags import read_flags, typed_flags
 from m3i_fast.json_files import read_json
 from m3i_fast.observe.environment import environment
 from m3i_fast.profiling import diff as profile_diff
@@ -103,7 +104,8 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> tuple[str, ProfileCommand]:
     """The recipe's name, and what is asked for.
 
-    Raises as `find_recipe` and `read_flags`, and ValueError for steps that the run has not.
+    Raises as `find_recipe`, `read_flags` and `take_data_fields`, and ValueError for steps that the
+    run has not.
     """
     name, config, rest = find_recipe(argv)
     command = read_flags(
@@ -113,7 +115,8 @@ def parse(argv: list[str]) -> tuple[str, ProfileCommand]:
         default=ProfileCommand(config=config, out=Path("runs") / f"profile-{name}"),
     )
     command.windows.expect_in(command.config.num_steps)
-    return name, command
+    config = take_data_fields(command.config, typed_flags(rest))
+    return name, replace(command, config=config)
 
 
 def choose_profiler(asked: Literal["auto", "nsys", "torch"], device: torch.device) -> Profiler:

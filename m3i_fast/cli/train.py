@@ -24,7 +24,7 @@ from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.fields import Checked, Conflict, unmet
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, WATCHDOG_MINUTES, Watchdog
-from m3i_fast.flags import help_text, read_flags
+from m3i_fast.flags import help_text, read_flags, typed_flags
 from m3i_fast.recipes import find_recipe
 from m3i_fast.terminal import make_console
 
@@ -112,11 +112,14 @@ def main(argv: list[str]) -> int:
         tell(argv[0], TrainCommand(config=config, out=Path("runs") / name))
         return 0
     command = parse(argv)
+    from m3i_fast.engine.run.data_fields import take_data_fields
+
+    config = take_data_fields(command.config, typed_flags(rest))
     from m3i_fast.engine.parallel.ranks import leave_world
 
     try:
         outcome = run(
-            command.config,
+            config,
             command.out,
             recipe=name,
             resume="auto" if command.auto_resume else command.resume,

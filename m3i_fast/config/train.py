@@ -48,7 +48,7 @@ class TrainConfig(Checked):
     num_steps: Annotated[int, STEPS] = 100_000
     """Optimiser steps. Schedules are arrays of this length."""
     num_classes: Annotated[int, ROWS] = 1000
-    """Categories in the data; 0 if it has none."""
+    """Categories in the data, 0 for none. Training takes it from the data's manifest."""
     data: LoaderConfig = field(default_factory=LoaderConfig)
     vision: Annotated[VisionConfig, tyro.conf.AvoidSubcommands] = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)

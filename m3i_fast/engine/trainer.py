@@ -28,7 +28,8 @@ from m3i_fast.engine.precision.arithmetic import (
     resolve_precision,
 )
 from m3i_fast.engine.precision.determinism import make_deterministic
-from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful, expect_data
+from m3i_fast.engine.run.data_fields import expect_data
+from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful
 from m3i_fast.engine.run.log import RunLog
 from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch

@@ -16,7 +16,6 @@ from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.observe.environment import environment
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.storage import make_directories
 
 logger = logging.getLogger(__name__)
@@ -239,17 +238,3 @@ def _load(name: str, load: Callable[[Any], T], state: dict[str, Any]) -> T:
         raise ValueError(f"the checkpoint's state: {name}: {error}") from error
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint's state: {name}: damaged: {error!r}") from error
-
-
-def expect_data(cfg: TrainConfig, manifest: Manifest) -> None:
-    """ValueError names what of the model does not fit the data."""
-    facts = {
-        "num_classes": (cfg.num_classes, len(manifest.class_names)),
-        "text.vocab_size": (cfg.text.vocab_size, manifest.tokenizer.vocab_size),
-        "text.context_length": (cfg.text.context_length, manifest.tokenizer.context_length),
-    }
-    for name, (got, expected) in facts.items():
-        if got != expected:
-            raise ValueError(
-                f"{name}: expected {expected} as the data in {cfg.data.path}, got {got}"
-            )
