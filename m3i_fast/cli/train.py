@@ -73,7 +73,8 @@ class TrainCommand(Checked):
     out: Path
     """Run directory: config.json, env.json, metrics.jsonl, tensorboard/, checkpoints/."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint; an error if there is none."""
+    """Continue the run in --out from its newest checkpoint; an error if there is none. With another
+    --num-steps it ends there, and a line says what of its schedules that changes."""
     auto_resume: bool = False
     """Continue the run in --out if there is one, else begin it: for jobs that are started again."""
     stop_on_collapse: bool = False
@@ -114,7 +115,8 @@ def main(argv: list[str]) -> int:
     command = parse(argv)
     from m3i_fast.engine.run.data_fields import take_data_fields
 
-    config = take_data_fields(command.config, typed_flags(rest))
+    typed = typed_flags(rest)
+    config = take_data_fields(command.config, typed)
     from m3i_fast.engine.parallel.ranks import leave_world
 
     try:
@@ -123,6 +125,7 @@ def main(argv: list[str]) -> int:
             command.out,
             recipe=name,
             resume="auto" if command.auto_resume else command.resume,
+            new_num_steps="--num-steps" in typed,
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
             init_minutes=command.init_minutes,
@@ -167,6 +170,7 @@ def run(
     *,
     recipe: str = "",
     resume: Resume = False,
+    new_num_steps: bool = False,
     stop_on_collapse: bool = False,
     max_hours: float = math.inf,
     init_minutes: float = INIT_MINUTES,
@@ -181,6 +185,7 @@ def run(
             config,
             out,
             resume=resume,
+            new_num_steps=new_num_steps,
             stop_on_collapse=stop_on_collapse,
             recipe=recipe,
             join_seconds=limit,

@@ -65,12 +65,15 @@ class Trainer:
         run_dir: Path,
         *,
         resume: Resume = False,
+        new_num_steps: bool = False,
         stop_on_collapse: bool = False,
         recipe: str = "",
         data: Data | None = None,
         join_seconds: float = 60 * INIT_MINUTES,
     ) -> None:
-        """recipe: the name that the run goes by in what is logged elsewhere.
+        """new_num_steps: whether a resume takes cfg.num_steps in place of the run's own; what that
+        changes of its schedules is logged. recipe: the name that the run goes by in what is logged
+        elsewhere.
 
         join_seconds: within which all ranks have come, or `MissingRanks` is raised.
         """
@@ -88,7 +91,7 @@ class Trainer:
             compiled=cfg.compile,
         )
         log_arithmetic(self.arithmetic)
-        self.run = Run(run_dir, cfg)
+        self.run = Run(run_dir, cfg, new_num_steps=new_num_steps)
         saved = self.run.found(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
@@ -314,6 +317,7 @@ class Trainer:
         self.run.restore(state, num_ranks=self.world.size, loader=self.loader, **self._kept())
         self.train_step.steps_taken = saved.step
         self.skips.forget_after(self.guard.first_unreported(self.step))
+        self.run.write_num_steps()
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:
