@@ -110,9 +110,12 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     name, config, rest = find_recipe(argv)
     if {"-h", "--help"} & set(rest):
-        tell(argv[0], TrainCommand(config=config, out=Path("runs") / name))
+        print_short_help(argv[0], TrainCommand(config=config, out=Path("runs") / name))
         return 0
     command = parse(argv)
+    config_path = command.out / "config.json"
+    if command.resume and not config_path.exists():  # told before what the data and torch may say
+        raise FileNotFoundError(f"--resume: no run in {command.out}: expected {config_path}")
     from m3i_fast.engine.run.data_fields import take_data_fields
 
     typed = typed_flags(rest)
@@ -154,7 +157,7 @@ def parse(argv: list[str]) -> TrainCommand:
     )
 
 
-def tell(recipe: str, command: TrainCommand) -> None:
+def print_short_help(recipe: str, command: TrainCommand) -> None:
     """Print the flags that are set most often, with what the recipe sets them to."""
     make_console().print(
         f"usage: m3i-fast train {recipe} [--flag value ...]\n\n{help_text(command, FLAGS)}\n\n"
