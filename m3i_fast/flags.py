@@ -74,7 +74,7 @@ def _literals(kind: Any) -> tuple[Any, ...]:
 
 def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
     """Return the flags of a command's fields, and of the configs in it, by name."""
-    found: dict[str, Flag] = {}
+    flags: dict[str, Flag] = {}
     of: type = type(command)
     hints = get_type_hints(of, include_extras=True)
     for field in fields(command):
@@ -82,14 +82,14 @@ def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
         name = f"{prefix}{field.name.replace('_', '-')}"
         inner = _inner(value, kind)
         if isinstance(value, TrainConfig):
-            found |= flags_of(value, prefix)
+            flags |= flags_of(value, prefix)
         elif inner:
             for key, each in inner.items():
-                found |= flags_of(each, f"{name}{key}.")
+                flags |= flags_of(each, f"{name}{key}.")
         else:
             told = help_of(of).get(field.name, "")
-            found[name] = Flag(name=name, kind=kind, default=value, help=told)
-    return found
+            flags[name] = Flag(name=name, kind=kind, default=value, help=told)
+    return flags
 
 
 def _plain(hint: Any) -> Any:
@@ -97,7 +97,7 @@ def _plain(hint: Any) -> Any:
 
 
 def _inner(value: Any, kind: Any) -> dict[str, Any]:
-    """The configs in a field; of one that may be there and is not, its defaults."""
+    """Return the configs in a field; of one that may be there and is not, its defaults."""
     if isinstance(value, tuple):
         return {f".{i}": each for i, each in enumerate(value) if is_dataclass(each)}
     if value is None:
@@ -111,13 +111,13 @@ def help_of(kind: type) -> dict[str, str]:
     """Return the strings that stand under a dataclass's fields, each as one line."""
     [node] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
-    found: dict[str, str] = {}
+    help_by_field: dict[str, str] = {}
     for field, below in zip(node.body, node.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             text = below.value if isinstance(below, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                found[field.target.id] = " ".join(text.value.split())
-    return found
+                help_by_field[field.target.id] = " ".join(text.value.split())
+    return help_by_field
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def _takes_more(flag: Flag, count: int) -> bool:
 
 
 def _wrong_value(flag: Flag, values: Sequence[str]) -> str:
-    """What is wrong with the values of a flag; empty where tyro can take them."""
+    """Say what is wrong with the values of a flag; empty where tyro can take them."""
     if flag.is_switch:
         return ""
     if not values:
@@ -231,7 +231,7 @@ def _wrong_value(flag: Flag, values: Sequence[str]) -> str:
 
 
 def _number(kind: Any) -> type[int] | type[float] | None:
-    """The type of the numbers in a field."""
+    """Return the type of the numbers in a field, None where it holds none."""
     member = get_args(kind)[0] if get_origin(kind) is tuple else kind
     member = _plain(member)
     return member if member in (int, float) else None
