@@ -21,7 +21,7 @@ import tyro
 
 from m3i_fast.config.fields import all_conflicts, deferred_checks
 from m3i_fast.config.train import TrainConfig
-from m3i_fast.hints import nearest
+from m3i_fast.did_you_mean import nearest
 
 T = TypeVar("T")
 MISSPELT = 0.8  # a spelling as close as this is a slip of the finger, whatever else is near

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ANYWHERE = {"config", "flags", "hints", "json_files", "storage", "terminal"}
+ANYWHERE = {"config", "did_you_mean", "durable_files", "flags", "json_files", "terminal"}
 MODELS = {"models", "ops"}
 ENGINE = {"costs", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {

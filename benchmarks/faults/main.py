@@ -18,7 +18,7 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from m3i_fast.storage import write_atomically
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds, and --help does without

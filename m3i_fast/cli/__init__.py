@@ -11,8 +11,8 @@ import sys
 from rich.logging import RichHandler
 from rich.text import Text
 
+from m3i_fast.did_you_mean import nearest
 from m3i_fast.engine.parallel.watchdog import EXIT_CODE, MissingRanks
-from m3i_fast.hints import nearest
 from m3i_fast.terminal import make_console
 
 VERBS = {

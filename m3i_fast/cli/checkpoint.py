@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import refuse
-from m3i_fast.storage import replaced_atomically
+from m3i_fast.durable_files import replaced_atomically
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds, and help does without

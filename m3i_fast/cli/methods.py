@@ -11,7 +11,7 @@ from rich.table import Table
 from m3i_fast.cli import refuse
 from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.objective import Term
-from m3i_fast.hints import nearest
+from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.terminal import make_console
 

@@ -16,8 +16,8 @@ from m3i_fast.cli import console as messages
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import CARDS, UTILISATION, Card
 from m3i_fast.costs.traffic import Nodes
+from m3i_fast.did_you_mean import nearest
 from m3i_fast.flags import read_flags
-from m3i_fast.hints import nearest
 from m3i_fast.recipes import find_recipe
 from m3i_fast.terminal import make_console
 

@@ -30,8 +30,8 @@ from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.config.text import TextConfig
 from m3i_fast.config.vision import VisionConfig
 from m3i_fast.config.vit import ViTConfig
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
-from m3i_fast.storage import write_atomically
 
 Precision = Literal[
     "auto", "fp32", "bf16", "fp8_current", "fp8_delayed", "fp8_block", "mxfp8"

@@ -16,6 +16,7 @@ import torch
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import card_of
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.parallel.ranks import leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.trainer import Trainer
@@ -36,7 +37,6 @@ from m3i_fast.profiling.recording import Recording
 from m3i_fast.profiling.summary import HostWait, Pace, Peak, summarise
 from m3i_fast.profiling.text import markdown
 from m3i_fast.profiling.torch_trace import read_trace
-from m3i_fast.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 

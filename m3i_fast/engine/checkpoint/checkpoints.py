@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.durable_files import digest
 from m3i_fast.engine.checkpoint.files import STATE_SHAPE, expect_only, missing, read_manifest
 from m3i_fast.engine.checkpoint.shard_files import MANIFEST, PARTS, STATE, SUFFIX, Shards
 from m3i_fast.engine.optim.optimizers import Optimizers
 from m3i_fast.json_files import read_json
-from m3i_fast.storage import digest
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from m3i_fast.config import TrainConfig, differences
+from m3i_fast.durable_files import make_directories
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, checkpoints, latest, on_first_rank
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.run.extension import log_new_num_steps
@@ -17,7 +18,6 @@ from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.observe.environment import environment
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.storage import make_directories
 
 logger = logging.getLogger(__name__)
 
