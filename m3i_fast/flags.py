@@ -21,7 +21,7 @@ import tyro
 
 from m3i_fast.config.fields import all_conflicts, deferred_checks
 from m3i_fast.config.train import TrainConfig
-from m3i_fast.hints import nearest
+from m3i_fast.did_you_mean import nearest
 
 T = TypeVar("T")
 MISSPELT = 0.8  # a spelling as close as this is a slip of the finger, whatever else is near
@@ -74,7 +74,7 @@ def _literals(kind: Any) -> tuple[Any, ...]:
 
 def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
     """Return the flags of a command's fields, and of the configs in it, by name."""
-    found: dict[str, Flag] = {}
+    flags: dict[str, Flag] = {}
     of: type = type(command)
     hints = get_type_hints(of, include_extras=True)
     for field in fields(command):
@@ -82,14 +82,14 @@ def flags_of(command: Any, prefix: str = "--") -> dict[str, Flag]:
         name = f"{prefix}{field.name.replace('_', '-')}"
         inner = _inner(value, kind)
         if isinstance(value, TrainConfig):
-            found |= flags_of(value, prefix)
+            flags |= flags_of(value, prefix)
         elif inner:
             for key, each in inner.items():
-                found |= flags_of(each, f"{name}{key}.")
+                flags |= flags_of(each, f"{name}{key}.")
         else:
             told = help_of(of).get(field.name, "")
-            found[name] = Flag(name=name, kind=kind, default=value, help=told)
-    return found
+            flags[name] = Flag(name=name, kind=kind, default=value, help=told)
+    return flags
 
 
 def _plain(hint: Any) -> Any:
@@ -97,7 +97,7 @@ def _plain(hint: Any) -> Any:
 
 
 def _inner(value: Any, kind: Any) -> dict[str, Any]:
-    """The configs in a field; of one that may be there and is not, its defaults."""
+    """Return the configs in a field; of one that may be there and is not, its defaults."""
     if isinstance(value, tuple):
         return {f".{i}": each for i, each in enumerate(value) if is_dataclass(each)}
     if value is None:
@@ -111,13 +111,13 @@ def help_of(kind: type) -> dict[str, str]:
     """Return the strings that stand under a dataclass's fields, each as one line."""
     [node] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
-    found: dict[str, str] = {}
+    help_by_field: dict[str, str] = {}
     for field, below in zip(node.body, node.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             text = below.value if isinstance(below, ast.Expr) else None
             if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                found[field.target.id] = " ".join(text.value.split())
-    return found
+                help_by_field[field.target.id] = " ".join(text.value.split())
+    return help_by_field
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -147,6 +147,15 @@ def read_flags(kind: type[T], argv: Sequence[str], *, prog: str, default: T) -> 
 def flag_of(path: str) -> str:
     """Return the flag of a field's path from the command on: config.optim.lr is --optim.lr."""
     return "--" + path.removeprefix("config.").replace("_", "-")
+
+
+def typed_flags(argv: Sequence[str]) -> frozenset[str]:
+    """Return the flags among the arguments by the names that `flags_of` has: `--num-steps`.
+
+    `--num_steps=7` is `--num-steps`, and `--no-compile` is `--compile` as well as itself.
+    """
+    names = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    return frozenset([*names, *(name.replace("--no-", "--", 1) for name in names)])
 
 
 def check_flags(argv: Sequence[str], flags: Mapping[str, Flag]) -> None:
@@ -196,7 +205,7 @@ def _takes_more(flag: Flag, count: int) -> bool:
 
 
 def _wrong_value(flag: Flag, values: Sequence[str]) -> str:
-    """What is wrong with the values of a flag; empty where tyro can take them."""
+    """Say what is wrong with the values of a flag; empty where tyro can take them."""
     if flag.is_switch:
         return ""
     if not values:
@@ -222,7 +231,7 @@ def _wrong_value(flag: Flag, values: Sequence[str]) -> str:
 
 
 def _number(kind: Any) -> type[int] | type[float] | None:
-    """The type of the numbers in a field."""
+    """Return the type of the numbers in a field, None where it holds none."""
     member = get_args(kind)[0] if get_origin(kind) is tuple else kind
     member = _plain(member)
     return member if member in (int, float) else None

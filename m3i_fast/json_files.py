@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from m3i_fast.storage import read_file
+from m3i_fast.durable_files import read_file
 
 OPTIONAL = "?"
 _NAMES: dict[Any, str] = {

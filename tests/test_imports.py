@@ -10,7 +10,7 @@ import pytest
 
 from tests.shared.source_files import FILES
 
-ANYWHERE = {"config", "flags", "hints", "json_files", "storage", "terminal"}
+ANYWHERE = {"config", "did_you_mean", "durable_files", "flags", "json_files", "terminal"}
 MODELS = {"models", "ops"}
 ENGINE = {"costs", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {

@@ -1,4 +1,4 @@
-"""m3i-fast faults: spoil runs in every way and see that each ends as if nothing had happened."""
+"""m3i-fast faults: break runs in every way, and check that each recovers with equal weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
-from m3i_fast.benchmarks.faults.campaign import Campaign, Trial, Verdict
-from m3i_fast.benchmarks.faults.report import DOCS, PAGE, PICTURE, SUBJECT, newest, page, picture
-from m3i_fast.benchmarks.faults.trials import plan
-from m3i_fast.benchmarks.ledger.rows import append_row
-from m3i_fast.storage import write_atomically
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.terminal import make_console
+
+if TYPE_CHECKING:  # torch takes seconds, and --help does without
+    from m3i_fast.benchmarks.faults.campaign import Campaign, Trial, Verdict
 
 console = make_console(stderr=True)
 
@@ -47,7 +47,11 @@ class Config:
             value, least = getattr(self, name), int(name == "jobs")
             if value is not None and value < least:
                 raise ValueError(f"--{name}: expected >= {least}, got {value}")
-        if self.record and not DOCS.is_dir():
+        if not self.record:
+            return
+        from m3i_fast.benchmarks.faults.report import DOCS
+
+        if not DOCS.is_dir():
             raise ValueError(f"--record: expected a checkout with {DOCS.name}/, got none at {DOCS}")
 
 
@@ -57,7 +61,10 @@ def main(argv: list[str]) -> int:
 
 
 def run(cfg: Config) -> int:
-    """Exit code: 1 where a run did not recover with equal weights."""
+    """Carry out a campaign and show it; return 1 where a run did not recover with equal weights."""
+    from m3i_fast.benchmarks.faults.campaign import Campaign
+    from m3i_fast.benchmarks.faults.trials import plan
+
     memory = Path("/dev/shm")  # syncs cost nothing there, and kills strike no less
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         with console.status("runs without a fault"):
@@ -86,6 +93,9 @@ def carry_out(campaign: Campaign, trials: Sequence[Trial], jobs: int) -> list[Ve
 
 
 def record(found: Sequence[Verdict], *, seed: int) -> None:
+    from m3i_fast.benchmarks.faults.report import SUBJECT, newest, page, picture
+    from m3i_fast.benchmarks.ledger.rows import append_row
+
     campaign = datetime.now(timezone.utc).isoformat(timespec="seconds")
     logging.getLogger(append_row.__module__).setLevel(logging.WARNING)  # a line a row
     for number, verdict in enumerate(found):

@@ -24,9 +24,9 @@ from torch import Tensor
 
 import m3i_fast.pipelines.graph.reader  # noqa: F401
 from m3i_fast.benchmarks.faults.files import FaultyFiles
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.train_step import ForwardPass, TrainStep
-from m3i_fast.storage import write_atomically
 
 Fault = tuple[str, dict[str, Any]]  # a name of INSIDE and its options
 STEPS = "m3i_fast.engine.train_step.TrainStep.__call__"

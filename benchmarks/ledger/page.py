@@ -19,8 +19,8 @@ import tyro
 from m3i_fast.benchmarks.ledger import exports, readme_tables
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ledger.history import Point, Series, common_settings, series_of, words
+from m3i_fast.durable_files import make_directories, write_atomically
 from m3i_fast.report import template
-from m3i_fast.storage import make_directories, write_atomically
 from m3i_fast.terminal import make_console
 
 WIDTH, HEIGHT, MARGIN = 300, 90, 10  # of a chart, in its own units

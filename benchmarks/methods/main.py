@@ -66,12 +66,12 @@ from m3i_fast.benchmarks.methods.table import (
 )
 from m3i_fast.benchmarks.methods.variants import NOTE, VARIANTS
 from m3i_fast.config import TrainConfig
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.dataset.manifest import DEMO_FLAGS, is_dataset, read_manifest
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
 from m3i_fast.planning.calibration import calibrate, step_seconds
 from m3i_fast.recipes import pack_demo
-from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
 
 SUBJECT = "methods"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3i_fast.benchmarks.ledger.rows import make_row
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
-from m3i_fast.storage import write_atomically
 
 FILE = Path(__file__).with_name("step_times.json")
 COMMAND = "m3i-fast bench methods --pilot --calibrate"

@@ -28,8 +28,8 @@ import torch
 from m3i_fast.benchmarks.core.windows import Schedule
 from m3i_fast.benchmarks.node.shards import EPOCH_BATCHES, shards_of
 from m3i_fast.config import Precision, TrainConfig
+from m3i_fast.did_you_mean import nearest
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.hints import nearest
 from m3i_fast.observe.environment import num_cores
 
 POINT = "m3i_fast.benchmarks.node.sweep_point"

@@ -12,8 +12,8 @@ import torch
 from m3i_fast.benchmarks.core.windows import Schedule
 from m3i_fast.benchmarks.node.main import measure_node
 from m3i_fast.config import TrainConfig
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.parallel.ranks import leave_world
-from m3i_fast.storage import write_atomically
 
 # Of errors that are no torch.OutOfMemoryError: a CPU's allocator, cuBLAS's workspace, CUDA's own.
 _NO_MEMORY = ("can't allocate memory", "cublas_status_alloc_failed", "out of memory")

@@ -47,9 +47,9 @@ from m3i_fast.benchmarks.scaling.table import MEASURED, PREDICTED, table
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.traffic import Nodes
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.observe.environment import environment
 from m3i_fast.planning.memory import build_on_meta, count_parameters
-from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
 
 logger = logging.getLogger(__name__)

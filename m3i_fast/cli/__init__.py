@@ -11,8 +11,8 @@ import sys
 from rich.logging import RichHandler
 from rich.text import Text
 
+from m3i_fast.did_you_mean import nearest
 from m3i_fast.engine.parallel.watchdog import EXIT_CODE, MissingRanks
-from m3i_fast.hints import nearest
 from m3i_fast.terminal import make_console
 
 VERBS = {
@@ -28,7 +28,7 @@ VERBS = {
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
     "data": "write a data set: openmoji, styles, synthetic; or verify one",
     "bench": "run one benchmark and append its rows to the ledger",
-    "faults": "spoil runs in every way, and see each end as if nothing had happened",
+    "faults": "break runs in every way, and check that each recovers with equal weights",
     "doctor": "say what this machine can use and, where it cannot, why",
 }
 
@@ -36,9 +36,9 @@ console = make_console(stderr=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb.
+    """Run a verb and return the exit code.
 
-    0 done, 1 failed, 2 wrong request, 75 saved to be resumed, 76 hung, 130 interrupted.
+    0: done, 1: failed, 2: wrong request, 75: saved to be resumed, 76: hung, 130: interrupted.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -75,6 +75,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def refuse(message: str, code: int = 2) -> int:
-    """Say what is wrong; the exit code, 2 for a wrong request."""
+    """Print an error, and return the exit code: 2 for a wrong request."""
     console.print(Text.assemble(("error", "bold red"), f": {message}"), soft_wrap=True)
     return code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from m3i_fast.benchmarks.subjects import SUBJECTS, load
 from m3i_fast.cli import console, refuse
-from m3i_fast.hints import nearest
+from m3i_fast.did_you_mean import nearest
 
 
 def main(argv: list[str]) -> int:

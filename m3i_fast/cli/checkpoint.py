@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from safetensors.torch import save_file
 
 from m3i_fast.cli import refuse
-from m3i_fast.engine.checkpoint.checkpoints import POINTER, Checkpoint, checkpoints, latest
-from m3i_fast.storage import replaced_atomically
+from m3i_fast.durable_files import replaced_atomically
 from m3i_fast.terminal import make_console
+
+if TYPE_CHECKING:  # torch takes seconds, and help does without
+    from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
 
 console = make_console()
 
@@ -26,23 +28,25 @@ def ls(run: tyro.conf.Positional[Path], /) -> int:
     Args:
         run: Run directory, or the directory of its checkpoints.
     """
+    from m3i_fast.engine.checkpoint.checkpoints import POINTER
+
     directory = _directory(run)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("step", "saved", "ranks", "files", "MiB", "note"):
         table.add_column(column, justify="right" if column in ("step", "MiB") else "left")
     pointer = directory / POINTER
     newest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    for found in _found(directory):
-        files = [path for path in found.path.rglob("*") if path.is_file()]
+    for checkpoint in _listed(directory):
+        files = [path for path in checkpoint.path.rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files)
-        note = "latest" if found.path.name == newest else ""
+        note = "latest" if checkpoint.path.name == newest else ""
         try:
-            ranks = "1" if found.is_old else str(found.manifest()["num_ranks"])
-            note = "layout without a manifest" if found.is_old else note
+            ranks = "1" if checkpoint.is_old else str(checkpoint.manifest()["num_ranks"])
+            note = "layout without a manifest" if checkpoint.is_old else note
         except (ValueError, OSError) as error:
-            ranks, note = "?", _within(found, str(error))
-        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.path.stat().st_mtime))
-        cells = str(found.step), saved, ranks, str(len(files)), f"{size / 2**20:.2f}", note
+            ranks, note = "?", _within(checkpoint, str(error))
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(checkpoint.path.stat().st_mtime))
+        cells = str(checkpoint.step), saved, ranks, str(len(files)), f"{size / 2**20:.2f}", note
         table.add_row(*cells)
     console.print(table)
     return 0
@@ -54,12 +58,14 @@ def verify(path: tyro.conf.Positional[Path], /) -> int:
     Args:
         path: Run directory, the directory of its checkpoints, or one checkpoint.
     """
-    found = [Checkpoint(path)] if _is_checkpoint(path) else _found(_directory(path))
+    from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
+
+    listed = [Checkpoint(path)] if _is_checkpoint(path) else _listed(_directory(path))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("step", "state"):
         table.add_column(column, justify="right" if column == "step" else "left")
-    reasons = [checkpoint.damage() for checkpoint in found]
-    for checkpoint, reason in zip(found, reasons, strict=True):
+    reasons = [checkpoint.damage() for checkpoint in listed]
+    for checkpoint, reason in zip(listed, reasons, strict=True):
         good = "good" + ", as far as can be told without a manifest" * checkpoint.is_old
         text = Text(good, "green") if reason is None else Text(_within(checkpoint, reason), "red")
         table.add_row(str(checkpoint.step), text)
@@ -78,6 +84,10 @@ def consolidate(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positiona
         return refuse(f"OUT: expected a name ending in .safetensors, got {out}")
     if out.exists():
         return refuse(f"{out} exists already: name another file")
+    from safetensors.torch import save_file
+
+    from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, latest
+
     if _is_checkpoint(checkpoint):
         source = Checkpoint(checkpoint)
         source.verify()
@@ -93,6 +103,8 @@ def consolidate(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positiona
 
 
 def _is_checkpoint(path: Path) -> bool:
+    from m3i_fast.engine.checkpoint.checkpoints import Checkpoint
+
     try:
         return Checkpoint(path).step >= 0 and path.is_dir()
     except ValueError:
@@ -100,22 +112,24 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _directory(path: Path) -> Path:
-    """That of the checkpoints."""
+    """Return the directory of the checkpoints in a run directory, or the path if it is one."""
     inside = path / "checkpoints"
     if not path.is_dir():
         raise FileNotFoundError(f"no such directory: {path}")
     return inside if inside.is_dir() else path
 
 
-def _found(directory: Path) -> list[Checkpoint]:
-    found = checkpoints(directory)
-    if not found:
+def _listed(directory: Path) -> list[Checkpoint]:
+    from m3i_fast.engine.checkpoint.checkpoints import checkpoints
+
+    listed = checkpoints(directory)
+    if not listed:
         raise FileNotFoundError(f"no checkpoint in {directory}: expected a directory step_00000000")
-    return found
+    return listed
 
 
 def _within(checkpoint: Checkpoint, reason: str) -> str:
-    """A reason with its files named from the checkpoint on."""
+    """Return a reason with its files named from the checkpoint on."""
     return reason.replace(f"{checkpoint.path}/", "")
 
 

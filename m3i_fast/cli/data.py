@@ -1,4 +1,7 @@
-"""m3i-fast data: write a data set, or verify one."""
+"""m3i-fast data: write a data set, or verify one.
+
+Sources and readers load torch: a command imports its own where it runs, and help does without.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,7 @@ import tyro
 
 from m3i_fast.cli import console
 from m3i_fast.config.data import MAX_PIXELS
-from m3i_fast.pipelines.dataset.manifest import read_manifest
-from m3i_fast.pipelines.dataset.verify import verify
-from m3i_fast.pipelines.sources.openmoji import build as build_openmoji
-from m3i_fast.pipelines.sources.styles import HELDOUT_STYLE
-from m3i_fast.pipelines.sources.styles import build as build_styles
-from m3i_fast.pipelines.sources.synthetic import build as build_synthetic
+from m3i_fast.pipelines.sources import HELDOUT_STYLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +61,18 @@ class OpenMoji(_Drawings):
     """Drawings kept of a training concept (skin tones, genders); None: all."""
 
     def run(self) -> None:
-        build_openmoji(self.out, **self.options())
+        from m3i_fast.pipelines.sources.openmoji import build
+
+        build(self.out, **self.options())
         console.print(f"wrote {self.out}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Styles(_Drawings):
-    """Captioned drawings of the same concepts in several styles, one of them held out: OpenMoji (CC
-    BY-SA 4.0), Twemoji (CC BY 4.0), and those of the files that --iconify names."""
+    """Captioned drawings of the same concepts in several styles, one of them held out.
+
+    OpenMoji (CC BY-SA 4.0), Twemoji (CC BY 4.0), and those of the files that --iconify names.
+    """
 
     iconify: tuple[Path, ...] = ()
     """icons.json of npm's @iconify-json/noto, fluent-emoji-flat, emojione and the like, with the
@@ -85,7 +87,10 @@ class Styles(_Drawings):
     """Drawings kept of a training concept in each style (skin tones, genders); None: all."""
 
     def run(self) -> None:
-        manifest = read_manifest(build_styles(self.out, **self.options()))
+        from m3i_fast.pipelines.dataset.manifest import read_manifest
+        from m3i_fast.pipelines.sources.styles import build
+
+        manifest = read_manifest(build(self.out, **self.options()))
         for name, style in manifest.settings["styles"].items():
             console.print(
                 f"{name}: {style['drawings']} drawings, {style['drawings_of_concepts']} of a known "
@@ -108,14 +113,18 @@ class Synthetic:
     """Seed of the pictures."""
 
     def run(self) -> None:
-        build_synthetic(self.out, num_samples=self.num_samples, seed=self.seed)
+        from m3i_fast.pipelines.sources.synthetic import build
+
+        build(self.out, num_samples=self.num_samples, seed=self.seed)
         console.print(f"wrote {self.out}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every shard of a data set: find what training would stumble over, compare digests and
-    counts with the manifest, show them."""
+    """Read every shard of a data set, and compare digests and counts with its manifest.
+
+    What training would stop at is named.
+    """
 
     path: tyro.conf.Positional[Path]
     """Dataset directory."""
@@ -125,6 +134,8 @@ class Verify:
     """Most pixels of a picture, as data.max_pixels of a run."""
 
     def run(self) -> None:
+        from m3i_fast.pipelines.dataset.verify import verify
+
         manifest = verify(self.path, decode=self.decode, max_pixels=self.max_pixels)
         console.print(f"{self.path}: good", soft_wrap=True)
         for name, split in manifest.splits.items():

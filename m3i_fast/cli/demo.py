@@ -1,4 +1,7 @@
-"""m3i-fast demo: pack, pre-train for minutes, evaluate, and write the page."""
+"""m3i-fast demo: pack, pre-train for minutes, evaluate, and write the page.
+
+What loads torch, or the packages that the drawings are rendered with, is imported where it runs.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,18 @@ from typing import Any
 
 import tyro
 
-from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.cli import console
 from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
 from m3i_fast.engine.run.lock import RunLock
-from m3i_fast.pipelines.dataset.manifest import is_dataset
-from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
-from m3i_fast.planning.calibration import calibrate
 from m3i_fast.recipes import demo, pack_demo
-from m3i_fast.report.demo_inputs import gather
-from m3i_fast.report.run_page import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
+    """Pack the demo's drawings, pre-train on them, evaluate, and write the run's page."""
+
     out: Path = Path("runs/demo")
     """Run directory; an older one is moved to <out>-<time>."""
     data: Path = Path("data/openmoji")
@@ -42,12 +40,21 @@ class DemoCommand:
 
 
 def main(argv: list[str]) -> int:
-    command = tyro.cli(DemoCommand, prog="m3i-fast demo", args=argv)
+    return run(tyro.cli(DemoCommand, prog="m3i-fast demo", args=argv))
+
+
+def run(command: DemoCommand) -> int:
+    """Train the demo and write its page; return the exit code."""
+    from m3i_fast.engine.run.data_fields import take_data_fields
+    from m3i_fast.pipelines.dataset.manifest import is_dataset
+    from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
+    from m3i_fast.planning.calibration import calibrate
+
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")
         pack_demo(command.data)
     expect_split_clusters(command.data)
-    cfg = demo(data=command.data, seed=command.seed)
+    cfg = take_data_fields(demo(data=command.data, seed=command.seed))
     num_steps = command.num_steps or calibrate(cfg, command.seconds)
     cfg = replace(cfg, num_steps=num_steps)
     set_aside(command.out)
@@ -59,6 +66,8 @@ def main(argv: list[str]) -> int:
     console.rule("evaluating on held-out concepts")
     figures, page = report(command.out, cfg)
     if command.record:
+        from m3i_fast.benchmarks.ledger.rows import append_row
+
         settings = {"seed": command.seed, "num_steps": num_steps, "seconds": command.seconds}
         append_row("demo", {**settings, **figures})
     console.print(f"open {page}", soft_wrap=True)
@@ -77,7 +86,11 @@ def set_aside(out: Path) -> None:
 
 
 def report(run: Path, cfg: TrainConfig) -> tuple[dict[str, Any], Path]:
-    """Evaluate the run and write evaluation.json and report.html: figures and the page's path."""
+    """Evaluate a run, write its evaluation.json and report.html; return figures and page."""
+    from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
+    from m3i_fast.report.demo_inputs import gather
+    from m3i_fast.report.run_page import write_report
+
     figures = evaluate(run).figures
     print_figures(figures)
     cpu = replace(cfg, device="cpu")

@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
 
 def report() -> list[Finding]:
-    """Every finding, in the order to read them; nothing that a library does ends the doctor."""
+    """Return every finding, in the order to read them; no fault of a library ends the doctor."""
     machine = examine()
     python = Finding(
         subject="Python", level="ok", detail=f"{platform.python_version()}, {sys.executable}"
@@ -100,8 +100,8 @@ def examine() -> Machine:
 
 
 def compilers() -> list[Finding]:
-    """What a build from source would use; only a build needs them."""
-    found = []
+    """Return a finding for each tool that a build from source uses."""
+    findings = []
     for name, pattern in (
         ("g++", r"\d+\.\d+\.\d+"),
         ("nvcc", r"release [\d.]+"),
@@ -110,17 +110,17 @@ def compilers() -> list[Finding]:
         path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         if path is None:
             detail = "not found; only a build from source needs it"
-            found.append(Finding(subject=name, level="absent", detail=detail))
+            findings.append(Finding(subject=name, level="absent", detail=detail))
             continue
         shown = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
         version = re.search(pattern, shown)
         detail = f"{version.group() if version else 'of unknown version'}, {path}"
-        found.append(Finding(subject=name, level="ok", detail=detail))
-    return found
+        findings.append(Finding(subject=name, level="ok", detail=detail))
+    return findings
 
 
 def show(findings: list[Finding], *, can_train: bool) -> None:
-    """A table for people, then the commands, unwrapped so that they can be copied."""
+    """Print a table for people, then the commands, unwrapped so that they can be copied."""
     console = make_console()
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:

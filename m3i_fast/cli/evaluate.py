@@ -15,13 +15,14 @@ from rich.table import Table
 
 from m3i_fast.cli import console
 from m3i_fast.config.fields import BATCHES, check_fields
-from m3i_fast.engine.evaluator import evaluate
 from m3i_fast.report.verdict import SOURCES, Judgement, judge, judge_more
 from m3i_fast.terminal import make_console
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
+    """Measure a run's encoder on held-out pictures, beside an untrained one and chance."""
+
     run: tyro.conf.Positional[Path]
     """Run directory that `m3i-fast train` wrote."""
     split: str = "heldout"
@@ -37,11 +38,13 @@ class EvaluateCommand:
 
 def main(argv: list[str]) -> int:
     command = tyro.cli(EvaluateCommand, prog="m3i-fast evaluate", args=argv)
-    found = evaluate(command.run, split=command.split, batch_size=command.batch_size)
+    from m3i_fast.engine.evaluator import evaluate  # loads torch, which help does without
+
+    evaluation = evaluate(command.run, split=command.split, batch_size=command.batch_size)
     if command.json:
-        sys.stdout.write(json.dumps(found.figures, indent=2) + "\n")
+        sys.stdout.write(json.dumps(evaluation.figures, indent=2) + "\n")
     else:
-        print_figures(found.figures)
+        print_figures(evaluation.figures)
         console.print(f"wrote {command.run / 'evaluation.json'}", soft_wrap=True)
     return 0
 
@@ -66,9 +69,9 @@ def print_figures(figures: Mapping[str, Any]) -> None:
 
 
 def _cell(row: Judgement, source: str) -> str:
-    """A value, marked where the trained encoder's is neither above nor below it."""
+    """Return a value, marked where the trained encoder's is neither above nor below it."""
     alike = any(
-        found.source == source and found.verdict == "no difference found"
-        for found in row.comparisons
+        comparison.source == source and comparison.verdict == "no difference comparison"
+        for comparison in row.comparisons
     )
     return row.shown.get(source, "-") + (" *" if alike else "  ")

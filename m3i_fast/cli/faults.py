@@ -1,4 +1,4 @@
-"""m3i-fast faults: spoil runs in every way and see that each ends as if nothing had happened."""
+"""m3i-fast faults: break runs in every way, and check that each recovers with equal weights."""
 
 from __future__ import annotations
 

@@ -9,11 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from torch.distributed import DistNetworkError, DistStoreError
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
-
 from m3i_fast.cli import console
 from m3i_fast.engine.parallel.watchdog import MissingRanks
 
@@ -30,7 +25,6 @@ happened.
   --retry-code N   exit with N instead of 75, for a scheduler that takes 75 as final
 """
 _RETRY = os.EX_TEMPFAIL
-_NOT_MET = (DistStoreError, DistNetworkError, RendezvousTimeoutError, RendezvousConnectionError)
 _LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
 
 
@@ -58,26 +52,43 @@ def main(argv: list[str]) -> int:
     forward = Forwarder()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, forward)
+    code = run_torchrun(arguments, forward)
+    return retry if code == _RETRY else code
+
+
+def run_torchrun(arguments: list[str], forward: Forwarder) -> int:
+    """Start this node's ranks and wait for them; return the exit code of the job.
+
+    Raises MissingRanks where nodes do not meet.
+    """
+    from torch.distributed import DistNetworkError, DistStoreError  # seconds: help needs none
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic import rendezvous
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     args = torchrun.parse_args(arguments)
     args.signals_to_handle = _LEFT_TO_TORCHRUN
     try:
         torchrun.run(args)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        code = exit_code(first.exitcode, forward.received)
-    except _NOT_MET as error:
+        return exit_code(first.exitcode, forward.received)
+    except (
+        DistStoreError,
+        DistNetworkError,
+        rendezvous.RendezvousTimeoutError,
+        rendezvous.RendezvousConnectionError,
+    ) as error:
         if "EADDRINUSE" in str(error):
             raise
         raise MissingRanks(_missing_nodes(args, error)) from None
     except SystemExit as stopped:  # of the handler, while the nodes waited for each other
-        code = int(stopped.code or 0)
-    else:
-        return 0
-    return retry if code == _RETRY else code
+        return int(stopped.code or 0)
+    return 0
 
 
 def retry_code(argv: list[str]) -> tuple[int, list[str]]:
-    """The code that stands for 75, and torchrun's arguments."""
+    """Return the code that stands for 75, and torchrun's arguments."""
     name, _, value = argv[0].partition("=")
     if name != "--retry-code":
         return _RETRY, argv
@@ -90,7 +101,7 @@ def retry_code(argv: list[str]) -> tuple[int, list[str]]:
 
 
 def exit_code(code: int, received: set[int]) -> int:
-    """A rank's, as a shell gives it; 75 if the scheduler stopped it before it could save."""
+    """Return a rank's exit code as a shell has it; 75 if a signal ended it before it could save."""
     if code >= 0:
         return code
     return _RETRY if -code in received - {signal.SIGINT} else 128 - code
@@ -108,7 +119,7 @@ def _missing_nodes(args: Namespace, error: Exception) -> str:
 
 
 def _ranks() -> list[int]:
-    """Processes that torchrun started: children that lead a session."""
+    """Return the processes that torchrun started: children that lead a process session."""
     tasks = Path("/proc/self/task").glob("*/children")
     children = [int(pid) for task in tasks for pid in task.read_text().split()]
     return [pid for pid in children if os.getsid(pid) == pid]

@@ -11,7 +11,7 @@ from rich.table import Table
 from m3i_fast.cli import refuse
 from m3i_fast.config.losses import LOSSES
 from m3i_fast.config.objective import Term
-from m3i_fast.hints import nearest
+from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.terminal import make_console
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def table() -> Table:
-    """A line a term."""
+    """Return a table of the methods, a line a term."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "paper", "input", "predicts"):
         found.add_column(column, no_wrap=column in ("name", "paper"))
@@ -68,13 +68,13 @@ def table() -> Table:
 
 
 def predicted(term: Term) -> str:
-    """`features, other view, EMA: decoder, gaussian, decorrelation`."""
+    """Say what a term predicts: `features, other view, EMA: decoder, gaussian, decorrelation`."""
     parts = term.predictor.replace("_", " + "), term.likelihood, term.regulariser.replace("_", " ")
     return f"{target(term)}: {', '.join(parts)}"
 
 
 def shown(method: Method) -> str:
-    """What the encoder sees: `masked view, 75%`."""
+    """Say what the encoder sees: `masked view, 75%`."""
     text = INPUTS[method.mode]
     if method.mode == "masked":
         text += f", {method.mask_ratio:.0%}"
@@ -82,7 +82,7 @@ def shown(method: Method) -> str:
 
 
 def target(term: Term) -> str:
-    """`features of the other view, momentum`."""
+    """Say what a term's target is: `features, other view, EMA`."""
     if term.encoder == "none" and not term.is_dense:
         return term.target
     view = "each other view" if term.symmetric else f"{term.view} view"
@@ -92,7 +92,7 @@ def target(term: Term) -> str:
 
 
 def explain(name: str) -> list[str]:
-    """Lines: the method, then each term with its formula."""
+    """Return the lines that tell a method, then each term with its formula."""
     method = METHODS[name]
     lines = [f"{method.title} ({method.paper}), {method.family}", f"input: {shown(method)}"]
     if method.differs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich import box
@@ -14,14 +14,15 @@ from rich.text import Text
 
 from m3i_fast.cli import console as messages
 from m3i_fast.config import TrainConfig
-from m3i_fast.costs.gpus import CARDS, Card
-from m3i_fast.costs.roofline import UTILISATION
+from m3i_fast.costs.gpus import CARDS, UTILISATION, Card
 from m3i_fast.costs.traffic import Nodes
+from m3i_fast.did_you_mean import nearest
 from m3i_fast.flags import read_flags
-from m3i_fast.hints import nearest
-from m3i_fast.planning.plan import Plan, make_plan
 from m3i_fast.recipes import find_recipe
 from m3i_fast.terminal import make_console
+
+if TYPE_CHECKING:  # torch takes seconds: help and refusals come before it
+    from m3i_fast.planning.plan import Plan
 
 USAGE = """\
 usage: m3i-fast plan RECIPE --gpus N --card NAME [--gpus-per-node 8] [--global-batch N] [--json]
@@ -38,7 +39,7 @@ _PREDICTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """What a run needs and how fast it can be, from its config: nothing is run."""
+    """Say what a run needs and how fast it can be, from its config: nothing is run."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     gpus: int = 1
@@ -66,12 +67,10 @@ def main(argv: list[str]) -> int:
         prog=f"m3i-fast plan {argv[0]}",
         default=PlanCommand(config=config),
     )
-    plan = make_plan(
-        _sized(command),
-        card=_card(command.card),
-        nodes=_nodes(command),
-        utilisation=command.utilisation,
-    )
+    config, card, nodes = _sized(command), _card(command.card), _nodes(command)
+    from m3i_fast.planning.plan import make_plan
+
+    plan = make_plan(config, card=card, nodes=nodes, utilisation=command.utilisation)
     if command.json:
         sys.stdout.write(json.dumps({"recipe": name, **plan.to_dict()}, indent=2) + "\n")
     else:
@@ -102,7 +101,7 @@ def _nodes(command: PlanCommand) -> Nodes:
 
 
 def _sized(command: PlanCommand) -> TrainConfig:
-    """The config with its share of --global-batch."""
+    """Return the config with the share of --global-batch that a rank has."""
     config = command.config
     if command.global_batch is None:
         return config
@@ -119,7 +118,7 @@ def _sized(command: PlanCommand) -> TrainConfig:
 
 
 def show(name: str, plan: Plan) -> None:
-    """For people, on standard output."""
+    """Print a plan for people, on standard output."""
     console, nodes = make_console(), plan.nodes
     arithmetic = "bf16" if plan.bf16 else "fp32"
     heading = Text.assemble(
@@ -129,15 +128,15 @@ def show(name: str, plan: Plan) -> None:
         (_PREDICTED, "yellow"),
     )
     console.print(heading)
-    console.print(_work(plan))
-    console.print(_in_all(plan), highlight=False)
-    console.print(_memory(plan))
+    console.print(_flops_table(plan))
+    console.print(_totals(plan), highlight=False)
+    console.print(_memory_table(plan))
     console.print(
         f"All gradients are {plan.footprint.gradients / GIB:.2f} GiB, activations for the backward "
         f"pass {sum(plan.footprint.activations.values()) / GIB:.2f} GiB a rank.\n",
         highlight=False,
     )
-    for table in (_batches(plan), _sent(plan), _speed(plan)):
+    for table in (_batch_table(plan), _traffic_table(plan), _speed_table(plan)):
         console.print(table)
     console.print("Assumptions", style="bold")
     for sentence in plan.assumptions:
@@ -151,7 +150,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _work(plan: Plan) -> Table:
+def _flops_table(plan: Plan) -> Table:
     table = _table(
         "A rank's step, in GFLOP an image", "part", "parameters", "forward", "backward", "again"
     )
@@ -166,7 +165,7 @@ def _work(plan: Plan) -> Table:
     return table
 
 
-def _in_all(plan: Plan) -> str:
+def _totals(plan: Plan) -> str:
     work, scale = plan.work, 1e9 * plan.batch_size
     tokens = ", ".join(f"{part} {count:,}" for part, count in plan.tokens.items())
     return (
@@ -176,7 +175,7 @@ def _in_all(plan: Plan) -> str:
     )
 
 
-def _memory(plan: Plan) -> Table:
+def _memory_table(plan: Plan) -> Table:
     names = [strategy.name for strategy in plan.strategies]
     table = _table("Memory of a rank at the step's peak, GiB (prediction)", "part", *names)
     memories = [strategy.memory for strategy in plan.strategies]
@@ -196,13 +195,13 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
-def _batches(plan: Plan) -> Table:
+def _batch_table(plan: Plan) -> Table:
     table = _table(
         "Legal batches of a rank", "arithmetic", "tokens a multiple of", "this one", "nearest"
     )
     table.add_column("why", overflow="fold")
     for row in plan.legal:
-        found = dict.fromkeys(str(x) for x in (row.below, row.above) if x is not None)
+        nearest_legal = dict.fromkeys(str(x) for x in (row.below, row.above) if x is not None)
         reason = row.reason
         if row.recipe != "bf16" and row.recipe not in plan.card.formats:
             reason = f"{plan.card.name} does not compute it natively" + "; " * bool(reason) + reason
@@ -210,13 +209,13 @@ def _batches(plan: Plan) -> Table:
             row.recipe,
             str(row.alignment),
             f"{plan.batch_size} {'yes' if row.is_legal else 'no'}",
-            ", ".join(found),
+            ", ".join(nearest_legal),
             reason,
         )
     return table
 
 
-def _sent(plan: Plan) -> Table:
+def _traffic_table(plan: Plan) -> Table:
     table = _table("Sent by a rank in a step, MiB", "what", "NVLink", "network")
     for strategy in plan.strategies:
         for what, sent in strategy.sent.items():
@@ -225,7 +224,7 @@ def _sent(plan: Plan) -> Table:
     return table
 
 
-def _speed(plan: Plan) -> Table:
+def _speed_table(plan: Plan) -> Table:
     names = [strategy.name for strategy in plan.strategies]
     table = _table("Speed (prediction)", "", *names)
     speeds = [strategy.speed for strategy in plan.strategies]

@@ -25,15 +25,15 @@ def main(argv: list[str]) -> int:
 
 
 def lines() -> list[str]:
-    """Three lines a recipe, and one a method that the demo's data are trained with."""
-    found = []
+    """Return three lines a recipe, and one a method that trains on the demo's data."""
+    listed = []
     for title, makes in GROUPS.items():
-        found += [title, ""]
+        listed += [title, ""]
         for make in makes:
-            found += [f"  {make.__name__}", f"      {sentence_of(make)}"]
-            found += [f"      needs {needs_of(make)}", ""]
-    found += ["Other methods on the demo's data (`m3i-fast methods` tells their terms)", ""]
+            listed += [f"  {make.__name__}", f"      {sentence_of(make)}"]
+            listed += [f"      needs {needs_of(make)}", ""]
+    listed += ["Other methods on the demo's data (`m3i-fast methods` tells their terms)", ""]
     widest = max(len(name) for name in METHODS)
     for name, method in METHODS.items():
-        found.append(f"  {f'demo_{name}':<{widest + 7}}{method.title} ({method.paper})")
-    return found
+        listed.append(f"  {f'demo_{name}':<{widest + 7}}{method.title} ({method.paper})")
+    return listed

@@ -24,7 +24,7 @@ from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.fields import Checked, Conflict, unmet
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, WATCHDOG_MINUTES, Watchdog
-from m3i_fast.flags import help_text, read_flags
+from m3i_fast.flags import help_text, read_flags, typed_flags
 from m3i_fast.recipes import find_recipe
 from m3i_fast.terminal import make_console
 
@@ -73,7 +73,8 @@ class TrainCommand(Checked):
     out: Path
     """Run directory: config.json, env.json, metrics.jsonl, tensorboard/, checkpoints/."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint; an error if there is none."""
+    """Continue the run in --out from its newest checkpoint; an error if there is none. With another
+    --num-steps it ends there, and a line says what of its schedules that changes."""
     auto_resume: bool = False
     """Continue the run in --out if there is one, else begin it: for jobs that are started again."""
     stop_on_collapse: bool = False
@@ -109,17 +110,25 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     name, config, rest = find_recipe(argv)
     if {"-h", "--help"} & set(rest):
-        tell(argv[0], TrainCommand(config=config, out=Path("runs") / name))
+        print_short_help(argv[0], TrainCommand(config=config, out=Path("runs") / name))
         return 0
     command = parse(argv)
+    config_path = command.out / "config.json"
+    if command.resume and not config_path.exists():  # told before what the data and torch may say
+        raise FileNotFoundError(f"--resume: no run in {command.out}: expected {config_path}")
+    from m3i_fast.engine.run.data_fields import take_data_fields
+
+    typed = typed_flags(rest)
+    config = take_data_fields(command.config, typed)
     from m3i_fast.engine.parallel.ranks import leave_world
 
     try:
         outcome = run(
-            command.config,
+            config,
             command.out,
             recipe=name,
             resume="auto" if command.auto_resume else command.resume,
+            new_num_steps="--num-steps" in typed,
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
             init_minutes=command.init_minutes,
@@ -148,7 +157,7 @@ def parse(argv: list[str]) -> TrainCommand:
     )
 
 
-def tell(recipe: str, command: TrainCommand) -> None:
+def print_short_help(recipe: str, command: TrainCommand) -> None:
     """Print the flags that are set most often, with what the recipe sets them to."""
     make_console().print(
         f"usage: m3i-fast train {recipe} [--flag value ...]\n\n{help_text(command, FLAGS)}\n\n"
@@ -164,6 +173,7 @@ def run(
     *,
     recipe: str = "",
     resume: Resume = False,
+    new_num_steps: bool = False,
     stop_on_collapse: bool = False,
     max_hours: float = math.inf,
     init_minutes: float = INIT_MINUTES,
@@ -178,6 +188,7 @@ def run(
             config,
             out,
             resume=resume,
+            new_num_steps=new_num_steps,
             stop_on_collapse=stop_on_collapse,
             recipe=recipe,
             join_seconds=limit,

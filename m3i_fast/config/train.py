@@ -30,8 +30,8 @@ from m3i_fast.config.objective import ObjectiveConfig
 from m3i_fast.config.optim import EmaConfig, OptimConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.config.telemetry import TelemetryConfig
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
-from m3i_fast.storage import write_atomically
 
 Precision = Literal[
     "auto", "fp32", "bf16", "fp8_current", "fp8_delayed", "fp8_block", "mxfp8"
@@ -48,7 +48,7 @@ class TrainConfig(Checked):
     num_steps: Annotated[int, STEPS] = 100_000
     """Number of optimiser steps, which is the length of the schedules."""
     num_classes: Annotated[int, ROWS] = 1000
-    """Categories in the data; 0 if it has none."""
+    """Categories in the data, 0 for none. Training takes it from the data's manifest."""
     data: LoaderConfig = field(default_factory=LoaderConfig)
     vision: Annotated[VisionConfig, tyro.conf.AvoidSubcommands] = field(default_factory=ViTConfig)
     text: TextConfig = field(default_factory=TextConfig)

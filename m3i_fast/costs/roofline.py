@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from m3i_fast.config.flops import Flops
-from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.gpus import UTILISATION, Card
 from m3i_fast.costs.step_flops import without_sampling
 from m3i_fast.costs.traffic import Traffic
 
-UTILISATION = 0.4  # of large ViTs in bf16, without measurement of this code
 LOADER_IMG_S = 4700.0  # a GPU: DALI's EfficientNet training, its pull request 6366
 CPU_LOADER_IMG_S = 156.0  # a thread: two views of 224 pixels of a picture of 500 x 375
 OPTIMISER_BYTES = 28  # a parameter: reads of it, its gradient and two states; three are written

@@ -1,4 +1,4 @@
-"""What the facts about a machine mean: what is usable, what is not, why, and the command to type.
+"""What the facts about a machine mean: what is usable, what is not, why, and what to type.
 
 Pure functions from a Machine to a Finding; m3i_fast/cli/doctor.py gathers and shows.
 """
@@ -143,17 +143,17 @@ def find_cuda_kernels(machine: Machine) -> Finding:
 
 
 def find_dali(machine: Machine) -> Finding:
-    found = _of(machine, r"nvidia-dali-cuda\d+")
+    packages = _of(machine, r"nvidia-dali-cuda\d+")
     wanted = f"nvidia-dali-cuda{machine.cuda_major}0"
     fix = f'{machine.pip} install "{wanted}==2.4.*"'
-    if not found:
+    if not packages:
         return Finding(subject="DALI", level="error", detail="not installed", fix=fix)
-    detail = ", ".join(f"{name} {version}" for name, version in found.items())
-    replace = f"{machine.pip} uninstall -y {' '.join(found)} && {fix}"
-    if len(found) > 1:
+    detail = ", ".join(f"{name} {version}" for name, version in packages.items())
+    replace = f"{machine.pip} uninstall -y {' '.join(packages)} && {fix}"
+    if len(packages) > 1:
         detail += ": these overwrite each other's files"
         return Finding(subject="DALI", level="error", detail=detail, fix=replace)
-    major = int(next(iter(found)).removeprefix("nvidia-dali-cuda")[:2])
+    major = int(next(iter(packages)).removeprefix("nvidia-dali-cuda")[:2])
     if machine.gpus and _above(major, machine.driver_major):
         detail += f": the driver runs CUDA {machine.driver_major} only"
         return Finding(subject="DALI", level="error", detail=detail, fix=replace)
@@ -172,13 +172,13 @@ def find_transformer_engine(machine: Machine) -> Finding:
     fix = f"{machine.pip} install --no-build-isolation {wanted}"
     if "transformer_engine" not in machine.importable:
         return _not_installed(machine, subject, fix, "FP8 and fused blocks")
-    found = _of(machine, r"transformer-engine(-torch|-cu\d+)?")
-    detail = ", ".join(f"{name} {version}" for name, version in found.items())
-    replace = f"{machine.pip} uninstall -y {' '.join(found)} && {fix}"
-    if len(set(found.values())) > 1:
+    packages = _of(machine, r"transformer-engine(-torch|-cu\d+)?")
+    detail = ", ".join(f"{name} {version}" for name, version in packages.items())
+    replace = f"{machine.pip} uninstall -y {' '.join(packages)} && {fix}"
+    if len(set(packages.values())) > 1:
         detail += ": the versions must be equal"
         return Finding(subject=subject, level="warning", detail=detail, fix=replace)
-    cores = [int(name[-2:]) for name in found if re.search(r"-cu\d+$", name)]
+    cores = [int(name[-2:]) for name in packages if re.search(r"-cu\d+$", name)]
     if cores and machine.torch_major not in (None, *cores):
         detail += f": torch is a CUDA {machine.torch_major} build"
         return Finding(subject=subject, level="warning", detail=detail, fix=replace)
@@ -226,12 +226,12 @@ def find_cupy(machine: Machine) -> Finding:
     fix = f"{machine.pip} install cupy-cuda{machine.cuda_major}x"
     if "cupy" not in machine.importable:
         return _not_installed(machine, "CuPy", fix, "kNN on the GPU and the sweep of tiles")
-    found = _of(machine, r"cupy(-cuda\d+x)?")
-    detail = ", ".join(f"{name} {version}" for name, version in found.items())
-    replace = f"{machine.pip} uninstall -y {' '.join(found)} && {fix}"
-    majors = {_major(name.removeprefix("cupy-cuda").rstrip("x")) for name in found} - {None}
+    packages = _of(machine, r"cupy(-cuda\d+x)?")
+    detail = ", ".join(f"{name} {version}" for name, version in packages.items())
+    replace = f"{machine.pip} uninstall -y {' '.join(packages)} && {fix}"
+    majors = {_major(name.removeprefix("cupy-cuda").rstrip("x")) for name in packages} - {None}
     must_match = machine.gpus or machine.torch_major  # else it compiles and no more
-    if len(found) > 1 or (majors and must_match and machine.cuda_major not in majors):
+    if len(packages) > 1 or (majors and must_match and machine.cuda_major not in majors):
         detail += f": expected cupy-cuda{machine.cuda_major}x alone"
         return Finding(subject="CuPy", level="warning", detail=detail, fix=replace)
     if reason := machine.failures.get("cupy"):
@@ -273,13 +273,13 @@ def _not_installed(machine: Machine, subject: str, fix: str, brings: str) -> Fin
 
 
 def _of(machine: Machine, pattern: str) -> dict[str, str]:
-    """The installed distributions whose whole name matches."""
+    """Return version by name of the installed distributions whose whole name matches."""
     return {name: v for name, v in sorted(machine.versions.items()) if re.fullmatch(pattern, name)}
 
 
 def _major(version: str | None) -> int | None:
-    found = re.match(r"\d+", version or "")
-    return int(found.group()) if found else None
+    digits = re.match(r"\d+", version or "")
+    return int(digits.group()) if digits else None
 
 
 def _above(one: int | None, other: int | None) -> bool:

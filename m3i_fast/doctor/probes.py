@@ -31,7 +31,10 @@ class ProbeError(Exception):
 
 
 def gather(name: str, *, timeout_s: float = 120.0) -> Facts:
-    """A probe's facts from a child process; ProbeError with the child's last words otherwise."""
+    """Return a probe's facts from a child process.
+
+    Raises ProbeError with the last line that the child wrote, where it fails or gives no answer.
+    """
     code = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
     command = [sys.executable, "-c", code, name]
     try:
@@ -49,7 +52,7 @@ def gather(name: str, *, timeout_s: float = 120.0) -> Facts:
 
 
 def driver() -> Facts:
-    """The CUDA version that the NVIDIA driver runs, and its GPUs; a reason where there is none."""
+    """Return the newest CUDA version of the driver, and its GPUs; where there is none, why."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -78,7 +81,7 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Facts:
 
 
 def torch_build() -> Facts:
-    """torch's version, the libraries it was built with, and what it can reach here."""
+    """Return torch's version, the libraries it was built with, and what it reaches here."""
     import torch
 
     cuda = torch.version.cuda
@@ -104,12 +107,12 @@ def bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str] | None:
 
 
 def kernels_cpu() -> Facts:
-    """The ops of _C, each run on a small input."""
+    """Run each op of _C on a small input, and return their names."""
     return _run_ops("cpu")
 
 
 def kernels_cuda() -> Facts:
-    """The ops of _C_cuda, each run on the first GPU."""
+    """Run each op of _C_cuda on the first GPU, and return their names."""
     return _run_ops("cuda")
 
 
@@ -122,7 +125,7 @@ def _run_ops(device: str) -> Facts:
 
 
 def dali() -> Facts:
-    """The device of a small DALI pipeline that gave a batch: the first GPU, or the CPU."""
+    """Run a small DALI pipeline on the first GPU, or else the CPU, and return which."""
     from nvidia.dali import fn, pipeline_def
 
     device_id = 0 if "gpus" in driver() else None
@@ -139,7 +142,7 @@ def dali() -> Facts:
 
 
 def transformer_engine() -> Facts:
-    """Whether Transformer Engine runs FP8 here, with its own reason where not."""
+    """Return whether Transformer Engine runs FP8 here, with its own reason where not."""
     import transformer_engine.pytorch as te
 
     available, reason = te.is_fp8_available(return_reason=True)
@@ -147,7 +150,7 @@ def transformer_engine() -> Facts:
 
 
 def precision() -> Facts:
-    """The recipes of FP8 that run here, and of the others why not; one product, where one does."""
+    """Return the FP8 recipes that run here, and why the others do not; try one product."""
     import torch
 
     from m3i_fast.costs.gemm_rows import FP8
@@ -159,8 +162,8 @@ def precision() -> Facts:
         from m3i_fast.models.transformer.float8 import float8_linear
 
         x, weight = torch.randn(2, 16, 64, device=machine.device).bfloat16().chunk(2)
-        found, wanted = float8_linear(x, weight[0], None), x @ weight[0].T
-        if not (found - wanted).norm() < 0.1 * wanted.norm():
+        product, expected = float8_linear(x, weight[0], None), x @ weight[0].T
+        if not (product - expected).norm() < 0.1 * expected.norm():
             sys.exit("torchao: a product in FP8 is wrong")
     return {
         "runs": [recipe for recipe, reason in refused.items() if not reason],
@@ -169,7 +172,10 @@ def precision() -> Facts:
 
 
 def apex() -> Facts:
-    """NVIDIA's Apex by its compiled module; PyPI's apex is another program of that name."""
+    """Return the fused optimisers of NVIDIA's Apex, known by its compiled module.
+
+    PyPI's apex is another program of that name.
+    """
     importlib.import_module("amp_C")
     optimizers = importlib.import_module("apex.optimizers")
     if not hasattr(optimizers, "FusedLAMB"):
@@ -178,7 +184,7 @@ def apex() -> Facts:
 
 
 def cupy() -> Facts:
-    """The devices that CuPy reaches, none without a driver, and the NVRTC that it found."""
+    """Return how many devices CuPy reaches, none without a driver, and the NVRTC it uses."""
     import cupy
 
     runtime = cupy.cuda.runtime
@@ -193,7 +199,7 @@ def cupy() -> Facts:
 
 
 def nvml() -> Facts:
-    """Driver version and number of GPUs as NVML tells them."""
+    """Return driver version and number of GPUs as NVML has them."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -201,7 +207,7 @@ def nvml() -> Facts:
 
 
 def fatbin_architectures(module: Path) -> list[str]:
-    """The GPU code inside a compiled module: "sm_80", "sm_90a", "compute_80" (PTX), sorted."""
+    """Return the GPU code in a compiled module: "sm_80", "sm_90a", "compute_80" (PTX), sorted."""
     return sorted({name for name, _ in _fatbin_entries(module)})
 
 

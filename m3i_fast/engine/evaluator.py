@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
@@ -42,7 +43,6 @@ from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE
 from m3i_fast.pipelines.dataset.tar_shards import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from m3i_fast.storage import write_atomically
 
 
 class Evaluation(NamedTuple):

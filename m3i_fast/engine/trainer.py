@@ -28,7 +28,8 @@ from m3i_fast.engine.precision.arithmetic import (
     resolve_precision,
 )
 from m3i_fast.engine.precision.determinism import make_deterministic
-from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful, expect_data
+from m3i_fast.engine.run.data_fields import expect_data
+from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful
 from m3i_fast.engine.run.log import RunLog
 from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
@@ -68,6 +69,7 @@ class Trainer:
         run_dir: Path,
         *,
         resume: Resume = False,
+        new_num_steps: bool = False,
         stop_on_collapse: bool = False,
         recipe: str = "",
         data: Data | None = None,
@@ -75,6 +77,8 @@ class Trainer:
     ) -> None:
         """Join the world, and build or restore the run.
 
+        new_num_steps: whether a resume takes cfg.num_steps in place of the run's own; what that
+        changes of its schedules is logged.
         recipe: name of the run for Prometheus. join_seconds: limit within which all ranks join, or
         `MissingRanks` is raised.
         """
@@ -92,7 +96,7 @@ class Trainer:
             compiled=cfg.compile,
         )
         log_arithmetic(self.arithmetic)
-        self.run = Run(run_dir, cfg)
+        self.run = Run(run_dir, cfg, new_num_steps=new_num_steps)
         saved = self.run.find_checkpoint(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
@@ -321,6 +325,7 @@ class Trainer:
         )
         self.train_step.steps_taken = saved.step
         self.skips.forget_after(self.guard.first_unreported(self.step))
+        self.run.write_num_steps()
         logger.info("resumed %s at step %d", self.run_dir, self.step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:

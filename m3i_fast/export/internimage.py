@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.durable_files import replaced_atomically
 from m3i_fast.models.internimage.model import InternImage
-from m3i_fast.storage import replaced_atomically
 
 logger = logging.getLogger(__name__)
 

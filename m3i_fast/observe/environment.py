@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from m3i_fast.storage import write_atomically
+from m3i_fast.durable_files import write_atomically
 
 _LEDGER = "benchmarks/results"  # new rows of a benchmark do not make the checkout dirty
 

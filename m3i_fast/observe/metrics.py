@@ -19,8 +19,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard.summary import scalar
 
+from m3i_fast.durable_files import make_directories, read_file, write_atomically
 from m3i_fast.json_files import parse_json
-from m3i_fast.storage import make_directories, read_file, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def calibrate(cfg: TrainConfig, seconds: float) -> int:
-    """Steps that fit into `seconds` on `cfg.num_threads`: a few are timed, then thrown away.
+    """Return how many steps fit into `seconds` on `cfg.num_threads`, at least NUM_TIMED.
 
-    At least NUM_TIMED. Raises ValueError unless `seconds` is positive and finite.
+    A few steps are timed, and thrown away. Raises ValueError unless `seconds` is positive and
+    finite.
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds: expected a finite number > 0, got {seconds}")

@@ -54,7 +54,7 @@ class Footprint:
 
 
 def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 1) -> Footprint:
-    """The footprint of a step of `cfg`, in seconds and without data, GPU or memory.
+    """Return the footprint of a step of `cfg`, without data, GPU or memory; takes seconds.
 
     A step of several batches is traced with one of them. bf16: autocast, else fp32. cuda: autocast
     widens layer norms, as it does on CUDA and not on a CPU. num_shards: ranks that share a
@@ -84,7 +84,10 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
 
 
 def build_on_meta(cfg: TrainConfig) -> MutualInformation:
-    """The model without memory. Raises ValueError for a frozen teacher, no part of a recipe."""
+    """Build the model on the meta device.
+
+    Raises ValueError for a term with a frozen teacher, which is no part of a recipe.
+    """
     if cfg.objective.uses(encoder="frozen"):
         raise ValueError(
             "objective.terms: expected no term with a frozen encoder, whose size the recipe does "
@@ -94,16 +97,16 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
 
 
 def count_parameters(objective: MutualInformation) -> dict[str, int]:
-    """Trained parameters by part, and all that follow by EMA."""
-    found = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
-    found[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
-    found["heads"] = _count(objective) - sum(found.values())
-    found[AVERAGE] = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
-    return found
+    """Count the trained parameters by part, and all that follow by EMA."""
+    counts = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
+    counts[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
+    counts["heads"] = _count(objective) - sum(counts.values())
+    counts[AVERAGE] = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+    return counts
 
 
 def block_sizes(objective: nn.Module) -> list[int]:
-    """Trained parameters of each block: what FSDP gathers at once."""
+    """Return the trained parameters of each block: what FSDP gathers at once."""
     blocks = [m for m in objective.modules() if isinstance(m, Block | InternImageLayer)]
     return [size for size in map(_count, blocks) if size]
 
@@ -116,7 +119,7 @@ def draw_first_mix(cfg: TrainConfig) -> Mix:
 
 
 def empty_batch(cfg: TrainConfig) -> Batch:
-    """A batch of the config's shapes, of no values."""
+    """Return a batch of the config's shapes, whose values are not set."""
     size, data = cfg.data.batch_size, cfg.data
 
     def views(side: int, count: int) -> tuple[Tensor, ...]:

@@ -14,12 +14,11 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.flops import Flops
 from m3i_fast.costs import traffic
 from m3i_fast.costs.gemm_rows import FP8, LegalBatch, legal_batches, token_rows
-from m3i_fast.costs.gpus import Card
+from m3i_fast.costs.gpus import UTILISATION, Card
 from m3i_fast.costs.roofline import (
     AVERAGE_BYTES,
     CANDIDATES,
     OPTIMISER_BYTES,
-    UTILISATION,
     PredictedSpeed,
     StepCost,
     assumptions,
@@ -105,7 +104,7 @@ class Plan:
         return without_sampling(self.flops)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, and what properties say, for JSON."""
+        """Return all fields and properties, for JSON."""
         content = asdict(self) | {"predictions": PREDICTIONS}
         content |= {"global_batch": self.global_batch, "flops_total": asdict(self.work)}
         content["model_flops_per_image"] = self.work.model / self.batch_size
@@ -118,7 +117,7 @@ class Plan:
 def make_plan(
     cfg: TrainConfig, *, card: Card, nodes: Nodes, utilisation: float = UTILISATION
 ) -> Plan:
-    """The plan of `cfg`, whose batch is a rank's, on this many of these cards.
+    """Return the plan of `cfg`, whose batch is a rank's, on this many of these cards.
 
     Raises ValueError where the config is not enough: a term with a frozen teacher.
     """
@@ -184,17 +183,17 @@ def in_bf16(cfg: TrainConfig, card: Card) -> bool:
 
 
 def trained(parameters: Mapping[str, int]) -> int:
-    """How many learn by gradients."""
+    """Return how many parameters learn by gradients."""
     return sum(size for part, size in parameters.items() if part != AVERAGE)
 
 
 def _assumed_memory(
     cfg: TrainConfig, card: Card, nodes: Nodes, footprint: Footprint
 ) -> dict[str, float]:
-    found: dict[str, float] = {AHEAD: footprint.held[BATCH] * cfg.data.prefetch}
+    assumed: dict[str, float] = {AHEAD: footprint.held[BATCH] * cfg.data.prefetch}
     if card.is_gpu:
-        found |= CONTEXT | (NCCL if nodes.num_ranks > 1 else {})
-    return found
+        assumed |= CONTEXT | (NCCL if nodes.num_ranks > 1 else {})
+    return assumed
 
 
 def _sharded(
@@ -204,7 +203,7 @@ def _sharded(
     nodes: Nodes,
     weight_bytes: int,
 ) -> dict[str, float]:
-    """FSDP of each block and of the rest; the next block is gathered while one computes."""
+    """Return a rank's memory under FSDP by block; the next block is gathered while one computes."""
     parts: dict[str, float] = {
         part: size / nodes.num_ranks if part in SHARDED else size
         for part, size in footprint.sharded_peak.items()
@@ -217,7 +216,7 @@ def _sharded(
 def bytes_sent(
     cfg: TrainConfig, nodes: Nodes, parameters: Mapping[str, int], *, bf16: bool, sharded: bool
 ) -> dict[str, Traffic]:
-    """Of one rank's step, by what is sent; `parameters` as `count_parameters` gives them."""
+    """Return what a rank sends in a step, by kind; `parameters` are those of `count_parameters`."""
     num_trained, weight_bytes = trained(parameters), 2 if bf16 else 4
     if sharded:
         of_weights = traffic.fsdp(
@@ -241,7 +240,7 @@ def bytes_sent(
 
 
 def _moved(footprint: Footprint, parameters: Mapping[str, int], *, shards: int) -> float:
-    """Activations once out and once in, weights twice in; the optimiser's own share."""
+    """Return the bytes moved: activations out and in, weights in twice, the optimiser's share."""
     activations = sum(footprint.activations.values())
     updated = OPTIMISER_BYTES * trained(parameters) + AVERAGE_BYTES * parameters[AVERAGE]
     return 2 * activations + 2 * footprint.held[PARAMETERS] + updated / shards

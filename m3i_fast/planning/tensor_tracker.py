@@ -50,7 +50,7 @@ class TensorTracker(TorchDispatchMode):
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
-        """What is allocated inside belongs to `part`."""
+        """Count what is allocated inside as part of `part`."""
         before, self.part = self.part, part
         try:
             yield
@@ -58,7 +58,7 @@ class TensorTracker(TorchDispatchMode):
             self.part = before
 
     def book(self, part: str, tensors: Iterable[Tensor]) -> None:
-        """Say what part tensors are of, those that were there before among them."""
+        """Count tensors as of this part, also where they were counted as of another."""
         for tensor in tensors:
             self._enter(tensor, part)
             alive, before, size = self._live[_key(tensor)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.profiling import summary_text as text
 from m3i_fast.report import template
-from m3i_fast.storage import write_atomically
 
 _HERE, _SHARED = Path(__file__).parent, Path(template.__file__).parent
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from m3i_fast.config.train import TrainConfig
-from m3i_fast.hints import nearest
+from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import m3i_internimage, m3i_vit, own_data
 from m3i_fast.recipes.demo import demo, demo_internimage, demo_method

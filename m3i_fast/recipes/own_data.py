@@ -1,8 +1,8 @@
 """M3I with a plain Vision Transformer, to start from with one's own pictures.
 
 Steps are those of a first look at a data set of some hundred thousand pictures; `--num-steps` and
-`--data.path` are what is set first. Batch sizes are those that fit a card of 24 GB in bf16, as
-`m3i-fast plan` predicts; no card has confirmed them.
+`--data.path` are what is set first. Classes and vocabulary are taken from the data. Batch sizes are
+those that fit a card of 24 GB in bf16, as `m3i-fast plan` predicts; no card has confirmed them.
 """
 
 from __future__ import annotations

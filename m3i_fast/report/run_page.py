@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.report import figures, pictures, verdict
 from m3i_fast.report.inputs import (
     MixedPair,
@@ -19,7 +20,6 @@ from m3i_fast.report.inputs import (
     RetrievalRow,
 )
 from m3i_fast.report.template import render
-from m3i_fast.storage import write_atomically
 
 __all__ = [
     "MixedPair",

@@ -70,7 +70,7 @@ def test_evaluate_prints_what_it_writes(
     """Of figures that were measured once, by the demo."""
     figures = json.loads((out / "evaluation.json").read_text())
     found = SimpleNamespace(figures=figures)
-    monkeypatch.setattr("m3i_fast.cli.evaluate.evaluate", lambda *_, **__: found)
+    monkeypatch.setattr("m3i_fast.engine.evaluator.evaluate", lambda *_, **__: found)
     assert main(["evaluate", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == figures
     monkeypatch.setenv("COLUMNS", "120")

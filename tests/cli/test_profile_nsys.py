@@ -13,10 +13,18 @@ import pytest
 import torch
 
 from m3i_fast.cli import main
-from m3i_fast.cli.profile import choose_profiler, parse, peak_of, record, write_summary
+from m3i_fast.profiling.capture import Windows
 from m3i_fast.profiling.nsys import read_nsys
 from m3i_fast.profiling.nsys_capture import export, run_under_nsys
+from m3i_fast.profiling.profile_run import (
+    ProfileRun,
+    choose_profiler,
+    peak_of,
+    record,
+    write_summary,
+)
 from m3i_fast.profiling.summary import Peak, read_summary
+from m3i_fast.recipes import demo
 from tests.cli.test_profile import _config
 from tests.shared.nsys_files import write_export
 
@@ -114,11 +122,16 @@ def test_a_recording_of_nsys_becomes_a_summary(
     pace = {"before_ms": 1.0, "profiled_ms": 1.0, "after_ms": 1.0}
     wait = {"name": "aten::nonzero", "stage": "mix", "stack": ["a.py:1 f"], "calls": 2}
     (tmp_path / "windows.json").write_text(json.dumps({"pace": pace, "waits": [wait]}))
-    name, command = parse(["demo", "--out", str(tmp_path)])
+    run = ProfileRun(
+        recipe="demo",
+        config=demo(),
+        windows=Windows(warmup=10, steps=5),
+        out=tmp_path,
+        arguments=["demo", "--out", str(tmp_path)],
+    )
     device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    recording = record(command, "nsys", device, ["demo", "--out", str(tmp_path)])
-    write_summary(name, command, recording, "nsys", device)
+    write_summary(run, record(run, "nsys", device), "nsys", device)
     summary = read_summary(tmp_path)
     assert summary["profiler"] == "nsys" and summary["peak"]["name"] == "h100"
     assert summary["step_ms"] == pytest.approx(1.0) and summary["waits"] == [wait]

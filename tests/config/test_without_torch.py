@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from m3i_fast.cli import VERBS
+
 HEAVY = ("torch", "numpy", "nvidia", "m3i_fast._C", "m3i_fast.ops", "m3i_fast.models")
 
 
@@ -50,8 +52,8 @@ ANSWERED = [
 ]
 
 
-@pytest.mark.parametrize(("argv", "code"), ANSWERED, ids=lambda value: str(value))
-def test_the_command_line_answers_without_what_is_heavy(argv: list[str], code: int) -> None:
+def loaded_by_answering(argv: list[str], code: int) -> str:
+    """Run the command line in a new process, and check its exit code; returns as `loaded_by`."""
     program = (
         "import contextlib, io\n"
         "from m3i_fast.cli import main\n"
@@ -60,7 +62,57 @@ def test_the_command_line_answers_without_what_is_heavy(argv: list[str], code: i
         "    except SystemExit as ended:\n        code = ended.code or 0\n"
         f"assert code == {code}, code"
     )
-    assert loaded_by(program) == ""
+    return loaded_by(program)
+
+
+@pytest.mark.parametrize(("argv", "code"), ANSWERED, ids=lambda value: str(value))
+def test_the_command_line_answers_without_what_is_heavy(argv: list[str], code: int) -> None:
+    assert loaded_by_answering(argv, code) == ""
+
+
+# The verbs whose flags a shell completes; launch hands its arguments on to torchrun.
+COMPLETED = {
+    **{verb: [verb] for verb in VERBS if verb not in ("launch", "bench")},
+    **{verb: [verb, "demo"] for verb in ("train", "plan", "profile")},
+}
+# What no table names: the help of commands that a verb has, or takes a recipe's flags with.
+INNER = (
+    *([verb, "demo", "--help"] for verb in ("train", "plan", "profile")),
+    *(["checkpoint", name, "--help"] for name in ("ls", "verify", "consolidate")),
+    *(["data", name, "--help"] for name in ("openmoji", "styles", "synthetic", "verify")),
+    ["profile", "diff", "--help"],
+    ["--version"],
+)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "bench"])
+def test_the_help_of_every_verb_loads_nothing_heavy(verb: str) -> None:
+    assert loaded_by_answering([verb, "--help"], 0) == ""
+
+
+@pytest.mark.parametrize("argv", INNER, ids=" ".join)
+def test_the_help_of_a_command_of_a_verb_loads_nothing_heavy(argv: list[str]) -> None:
+    assert loaded_by_answering(argv, 0) == ""
+
+
+@pytest.mark.parametrize("verb", COMPLETED)
+def test_the_completion_of_a_shell_loads_nothing_heavy(verb: str) -> None:
+    argv = [*COMPLETED[verb], "--tyro-print-completion", "bash"]
+    assert loaded_by_answering(argv, 0) == ""
+
+
+REFUSED = [
+    ["plan", "demo", "--card", "h1000"],
+    ["plan", "demo", "--gpus", "0"],
+    ["profile", "demo", "--profiler", "nsight"],
+    ["launch", "--retry-code", "no"],
+    ["data", "openmojis"],
+]
+
+
+@pytest.mark.parametrize("argv", REFUSED, ids=" ".join)
+def test_what_is_mistyped_is_refused_without_what_is_heavy(argv: list[str]) -> None:
+    assert loaded_by_answering(argv, 2) == ""
 
 
 def test_what_is_heavy_is_seen() -> None:

@@ -34,7 +34,7 @@ from m3i_fast.benchmarks.ops.boltzmann.losses import (
     make_loss,
     run,
 )
-from m3i_fast.storage import write_atomically
+from m3i_fast.durable_files import write_atomically
 
 SMALLEST = 1024
 LARGEST = {"cpu": 32_768, "cuda": 131_072}

@@ -23,9 +23,10 @@ class TextConfig(Checked):
     """Size the text Transformer; the defaults are CLIP's base size."""
 
     vocab_size: Annotated[int, SOME_ROWS] = 49408
-    """Number of token ids (CLIP's byte-pair encoding)."""
+    """Number of token ids (CLIP's byte-pair encoding). Training takes it from the data's
+    manifest."""
     context_length: Annotated[int, WIDTHS] = 77
-    """Most tokens of a caption."""
+    """Most tokens of a caption. Training takes it from the data's manifest."""
     dim: Annotated[int, WIDTHS] = 512
     """Width of a token."""
     depth: Annotated[int, DEPTHS] = 12

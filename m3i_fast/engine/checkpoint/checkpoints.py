@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from m3i_fast.durable_files import digest
 from m3i_fast.engine.checkpoint.layout import (
     STATE_SHAPE,
     expect_only,
@@ -31,7 +32,6 @@ from m3i_fast.engine.checkpoint.layout import (
 from m3i_fast.engine.checkpoint.shard_files import MANIFEST, PARTS, STATE, SUFFIX, Shards
 from m3i_fast.engine.optim.optimizers import Optimizers
 from m3i_fast.json_files import read_json
-from m3i_fast.storage import digest
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.durable_files import kind_of
 from m3i_fast.engine.checkpoint.shard_files import MANIFEST, VERSION
 from m3i_fast.json_files import read_json
-from m3i_fast.storage import kind_of
 
 Shape = dict[Any, Any]
 MANIFEST_SHAPE: Shape = {

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from m3i_fast.durable_files import remove_directory, sync, write_atomically
 from m3i_fast.engine.checkpoint.checkpoints import POINTER, Checkpoint, checkpoints, tensors_of
 from m3i_fast.engine.checkpoint.shard_files import Content, write_shards
 from m3i_fast.engine.optim.optimizers import Optimizers
-from m3i_fast.storage import remove_directory, sync, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from m3i_fast.storage import Digest, make_directories, sync, write_durably
+from m3i_fast.durable_files import Digest, make_directories, sync, write_durably
 
 PARTS = ("model", "optimizer")  # folders; a tensor's key begins with the name of its folder
 STATE = "state"

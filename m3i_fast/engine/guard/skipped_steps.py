@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.guard.guard import Record
 from m3i_fast.engine.optim.optimizers import Optimizers
 from m3i_fast.engine.parallel.local_shards import local
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from m3i_fast.config import TrainConfig, differences
+from m3i_fast.durable_files import make_directories
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, checkpoints, latest, on_first_rank
 from m3i_fast.engine.checkpoint.saver import Saver
+from m3i_fast.engine.run.extension import log_new_num_steps
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.observe.environment import environment
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.manifest import Manifest
-from m3i_fast.storage import make_directories
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,10 @@ class Run:
     Of several ranks the first holds the lock and writes.
     """
 
-    def __init__(self, path: Path, cfg: TrainConfig) -> None:
+    def __init__(self, path: Path, cfg: TrainConfig, *, new_num_steps: bool = False) -> None:
+        """new_num_steps: whether num_steps may differ from that of the run that is resumed."""
         self.path, self._cfg, self._lock = path, cfg, RunLock(path)
+        self._new_num_steps = new_num_steps
         self._again = False  # the directory holds a run that ended before its first checkpoint
         self.checkpoints = path / "checkpoints"
         self.saver = Saver(
@@ -125,9 +127,14 @@ class Run:
         Raises FileNotFoundError where there is no run or checkpoint, FileExistsError where another
         process trains it, and ValueError where the config or the batch size of all ranks differs.
         """
-        on_first_rank(self.saver.group, self._go_on)
+        num_steps = on_first_rank(self.saver.group, self._go_on)
         saved = latest(self.checkpoints, self.saver.group)
         self._expect_batch(saved.state(), num_ranks)
+        if num_steps != self._cfg.num_steps:
+            on_first_rank(
+                self.saver.group,
+                lambda: log_new_num_steps(self._cfg, before=num_steps, steps_taken=saved.step),
+            )
         self.saver.saved_step = saved.step
         return saved
 
@@ -167,7 +174,8 @@ class Run:
         environment().save(self.path / "env.json")
         self._cfg.save(self.config_path)
 
-    def _go_on(self) -> None:
+    def _go_on(self) -> int:
+        """Take the directory of a run with this config, and return the num_steps it had."""
         if not self.config_path.exists():
             raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
         self._lock.acquire()
@@ -183,12 +191,35 @@ class Run:
         saved = replace(
             saved, data=data, parallel=self._cfg.parallel, telemetry=self._cfg.telemetry
         )
-        found = differences(saved, self._cfg)
-        if found:
-            raise ValueError(f"--resume: the config differs from {source}: " + "; ".join(found))
+        self._expect_same(saved, source)
         if damaged is not None:
             logger.warning("%s: written anew, as %s has it", damaged, source)
             saved.save(self.config_path)
+        return saved.num_steps
+
+    def _expect_same(self, saved: TrainConfig, source: Path) -> None:
+        """Raise ValueError for the fields in which the run was of another config."""
+        asked, hint = self._cfg, ""
+        if self._new_num_steps:
+            asked = replace(asked, num_steps=saved.num_steps)
+        elif asked.num_steps != saved.num_steps:
+            hint = (
+                f" (--num-steps {saved.num_steps} goes on to where it was to end; any other that "
+                "is typed is taken, and what it changes is told)"
+            )
+        if found := differences(saved, asked):
+            raise ValueError(
+                f"--resume: the config differs from {source}: " + "; ".join(found) + hint
+            )
+
+    def write_num_steps(self) -> None:
+        """Write the num_steps of a run that goes on to config.json, where it differs."""
+        on_first_rank(self.saver.group, self._write_num_steps)
+
+    def _write_num_steps(self) -> None:
+        saved = TrainConfig.load(self.config_path)
+        if saved.num_steps != self._cfg.num_steps:
+            replace(saved, num_steps=self._cfg.num_steps).save(self.config_path)
 
     def _config_of_checkpoint(self, damaged: ValueError) -> tuple[TrainConfig, Path]:
         """Return the config in the newest good checkpoint, and its path; else raise `damaged`."""
@@ -253,17 +284,3 @@ def _load(name: str, load: Callable[[Any], T], state: dict[str, Any]) -> T:
         raise ValueError(f"the checkpoint's state: {name}: {error}") from error
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint's state: {name}: damaged: {error!r}") from error
-
-
-def expect_data(cfg: TrainConfig, manifest: Manifest) -> None:
-    """Raise ValueError naming the config field that does not fit the data, with both values."""
-    facts = {
-        "num_classes": (cfg.num_classes, len(manifest.class_names)),
-        "text.vocab_size": (cfg.text.vocab_size, manifest.tokenizer.vocab_size),
-        "text.context_length": (cfg.text.context_length, manifest.tokenizer.context_length),
-    }
-    for name, (got, expected) in facts.items():
-        if got != expected:
-            raise ValueError(
-                f"{name}: expected {expected} as the data in {cfg.data.path}, got {got}"
-            )

@@ -12,8 +12,8 @@ import stat
 import time
 from pathlib import Path
 
+from m3i_fast.durable_files import kind_of
 from m3i_fast.json_files import parse_json
-from m3i_fast.storage import kind_of
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
-from m3i_fast.storage import write_atomically
 
 logger = logging.getLogger(__name__)
 

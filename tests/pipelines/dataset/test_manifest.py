@@ -44,7 +44,6 @@ def test_what_to_type_for_a_missing_directory_makes_the_demos_data(
 
     missing = tmp_path / "no where"
     command = shlex.split(hint(missing).partition("m3i-fast ")[2])
-    monkeypatch.setattr("m3i_fast.cli.data.build_openmoji", build)
     monkeypatch.setattr("m3i_fast.pipelines.sources.openmoji.build", build)
     assert main(command) == 0
     pack_demo(missing)

@@ -1,0 +1,168 @@
+"""Profile steps of a run that is thrown away, and write what they took."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.costs.gpus import card_of
+from m3i_fast.durable_files import write_atomically
+from m3i_fast.engine.parallel.ranks import leave_world
+from m3i_fast.engine.precision.arithmetic import resolve_device
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.json_files import read_json
+from m3i_fast.observe.environment import environment
+from m3i_fast.profiling.capture import (
+    NoProfiler,
+    NsysProfiler,
+    ProfilerControl,
+    TorchProfiler,
+    Windows,
+    profile_steps,
+)
+from m3i_fast.profiling.nsys import read_nsys
+from m3i_fast.profiling.nsys_capture import export, run_under_nsys
+from m3i_fast.profiling.page import write_page
+from m3i_fast.profiling.recording import Recording
+from m3i_fast.profiling.summary import HostWait, Pace, Peak, summarise
+from m3i_fast.profiling.summary_text import markdown
+from m3i_fast.profiling.torch_trace import read_trace
+
+logger = logging.getLogger(__name__)
+
+Profiler = Literal["nsys", "torch"]
+AskedProfiler = Literal["auto", "nsys", "torch"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProfileRun:
+    """What is profiled, and the folder that the result is written to."""
+
+    recipe: str
+    config: TrainConfig
+    windows: Windows
+    out: Path
+    arguments: Sequence[str]
+    """Arguments of `m3i-fast profile`, with which nsys starts it again."""
+
+
+def write_profile(run: ProfileRun, asked: AskedProfiler) -> dict[str, Any] | None:
+    """Profile a run and write the files of its folder.
+
+    Returns what summary.json holds, or None on all ranks but the first. Raises FileExistsError
+    where the folder holds a profile, ValueError where nsys is asked for and cannot be had, and as
+    `Trainer`.
+    """
+    if (run.out / "summary.json").exists():
+        raise FileExistsError(f"--out: {run.out} holds a profile: name another folder")
+    device = resolve_device(run.config.device)
+    profiler = choose_profiler(asked, device)
+    run.out.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") != "0":
+        measure(run, NoProfiler())
+        return None
+    return write_summary(run, record(run, profiler, device), profiler, device)
+
+
+def measure_inside_nsys(run: ProfileRun) -> None:
+    """Run the steps where nsys already records this process, and leave windows.json."""
+    measure(run, NsysProfiler())
+
+
+def choose_profiler(asked: AskedProfiler, device: torch.device) -> Profiler:
+    """Choose a profiler and log why; ValueError where nsys is asked for and cannot be had."""
+    missing = None
+    if device.type != "cuda":
+        missing = f"device {device.type} has no kernels for it to record"
+    elif shutil.which("nsys") is None:
+        missing = "it is not on PATH; it comes with CUDA's toolkit and as Nsight Systems"
+    if asked == "nsys" and missing:
+        raise ValueError(f"--profiler: expected torch or auto, got nsys: {missing}")
+    if asked == "torch" or missing:
+        reason = f" (nsys: {missing})" if asked == "auto" else ""
+        logger.info("profiling with torch.profiler%s", reason)
+        return "torch"
+    logger.info("profiling with nsys, %s", shutil.which("nsys"))
+    return "nsys"
+
+
+def record(run: ProfileRun, profiler: Profiler, device: torch.device) -> Recording:
+    """Record the profiled steps; leave what was measured beside them in windows.json."""
+    if profiler == "nsys":
+        report = run_under_nsys(["profile", *run.arguments, "--inside-nsys"], run.out)
+        return read_nsys(export(report))
+    trace = run.out / "trace.json.gz"
+    measure(run, TorchProfiler(trace, device))
+    return read_trace(trace)
+
+
+def measure(run: ProfileRun, control: ProfilerControl) -> None:
+    """Take the steps of a run that is thrown away, and leave windows.json in the folder."""
+    cfg = replace(run.config, checkpoint_every=run.config.num_steps)
+    with tempfile.TemporaryDirectory(prefix="m3i-profile-") as folder:
+        try:
+            trainer = Trainer(cfg, Path(folder) / "run")
+            try:
+                pace, waits = profile_steps(trainer, control, run.windows)
+            finally:
+                trainer.close()
+        finally:
+            leave_world()
+    if not isinstance(control, NoProfiler):
+        _write_json(
+            run.out / "windows.json",
+            {
+                "pace": {n: getattr(pace, n) for n in ("before_ms", "profiled_ms", "after_ms")},
+                "waits": [
+                    {"name": w.name, "stage": w.stage, "stack": list(w.stack), "calls": w.calls}
+                    for w in waits
+                ],
+            },
+        )
+
+
+def write_summary(
+    run: ProfileRun, recording: Recording, profiler: Profiler, device: torch.device
+) -> dict[str, Any]:
+    """Write the files of the folder, and return summary.json's content."""
+    windows = read_json(run.out / "windows.json", {"pace": dict, "waits": [dict]})
+    here = environment()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else here.cpu
+    summary = summarise(
+        recording,
+        recipe=run.recipe,
+        profiler={"nsys": "nsys", "torch": "torch.profiler"}[profiler],
+        device=name,
+        pace=Pace(**windows["pace"]),
+        waits=[HostWait(**wait | {"stack": tuple(wait["stack"])}) for wait in windows["waits"]],
+        peak=peak_of(name) if device.type == "cuda" else None,
+    )
+    run.config.save(run.out / "config.json")
+    here.save(run.out / "env.json")
+    write_atomically(run.out / "summary.md", markdown(summary).encode())
+    write_page(summary, run.out / "profile.html")
+    _write_json(run.out / "summary.json", summary)  # last: it says that all is there
+    return summary
+
+
+def peak_of(name: str) -> Peak | None:
+    """Return the dense BF16 peak of the card that the driver calls so; log why there is none."""
+    card = card_of(name)
+    if isinstance(card, str):
+        logger.warning("no shares of a peak: %s", card)
+        return None
+    return Peak(name=card.name, flop_s=card.bf16_flop_s, byte_s=card.memory_byte_s)
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(tree, indent=1) + "\n").encode())
