@@ -50,7 +50,6 @@ from m3i_fast.benchmarks.methods.plan import (
     Group,
     Pace,
     Run,
-    recipe_digest,
 )
 from m3i_fast.benchmarks.methods.plot import draw
 from m3i_fast.benchmarks.methods.power_table import compare_arms, draw_power, power_table
@@ -64,9 +63,8 @@ from m3i_fast.benchmarks.methods.table import (
     summarise,
     table,
 )
-from m3i_fast.benchmarks.methods.variants import NOTE, VARIANTS
+from m3i_fast.benchmarks.methods.variants import NOTE
 from m3i_fast.config import TrainConfig
-from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.dataset.manifest import DEMO_FLAGS, is_dataset, read_manifest
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
 from m3i_fast.planning.calibration import calibrate, step_seconds
@@ -166,7 +164,7 @@ def time_steps(cfg: Config) -> None:
         for name, job in bar.track(jobs, description="steps of each arm"):
             rounds[name].append(job.result())
     step_times.write_step_times(
-        rounds, recipe_digest, num_threads=cfg.num_threads, jobs=cfg.jobs, dataset=cfg.dataset
+        rounds, num_threads=cfg.num_threads, jobs=cfg.jobs, dataset=cfg.dataset
     )
     console.print(f"wrote {step_times.FILE}", highlight=False, soft_wrap=True)
 
@@ -296,7 +294,7 @@ def _fixed_steps(cfg: Config) -> dict[str, int]:
     """Arm -> its number of steps, where that follows from committed times and not from a budget."""
     if not cfg.pilot or cfg.calibrate or cfg.num_steps is not None:
         return {}
-    return step_times.step_counts(cfg.arms, recipe_digest, cfg.seconds)
+    return step_times.step_counts(cfg.arms, cfg.seconds)
 
 
 def _train_config(cfg: Config, run: Run) -> TrainConfig:
@@ -323,16 +321,15 @@ def _job(
 
 def _record(cfg: Config, run: Run, figures: dict[str, Any]) -> None:
     teacher = run.teacher.name if run.teacher else None
-    append_row(SUBJECT, {**asdict(run), "teacher": teacher, **figures}, folder=cfg.ledger)
+    about = {**asdict(run), "teacher": teacher, "recipes": plan.recipe_trees(run.method)}
+    append_row(SUBJECT, about | figures, folder=cfg.ledger)
     console.print(f"{run.name}: {figures['num_steps']} steps", highlight=False)
 
 
 def _finished(ledger: Path | None) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Rows of today's recipes, oldest first."""
-    digests = {name: recipe_digest(name) for name in (*METHODS, *VARIANTS, UNTRAINED)}
+    """Yield the rows of today's recipes, oldest first."""
     for row in read_rows(SUBJECT, folder=ledger):
-        run = Run.of(row["figures"])
-        if run.recipe == digests.get(run.method):
+        if (run := Run.of(row["figures"])) is not None:
             yield run, row
 
 

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,62 +15,12 @@ from m3i_fast.benchmarks.methods.growth_plot import GROWTH
 from m3i_fast.benchmarks.methods.table import OURS, TITLES, UNTRAINED
 from m3i_fast.benchmarks.methods.variants import AS_BEFORE, AS_IT_WAS, VARIANTS
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.convert import from_tree, to_tree
 from m3i_fast.config.objective import LABELS
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import demo_method
 
 TEACHER = "supervised"
-# Fields that configs did not have when the first rows were made, with what was done then.
-ADDED: dict[str, object] = {
-    "vision.drop_path_mode": "mask",
-    "vision.position": "absolute",
-    "text.activation_checkpointing": "none",
-    "parallel.shard": 1,
-    "parallel.chunk": 0,
-    "parallel.accumulate": 1,
-    "parallel.prefetch": 0,
-    "optim.name": "adamw",
-    "optim.impl": "auto",
-    "optim.eps": None,
-    "optim.layer_decay": 1.0,
-    "optim.dcn_lr_scale": 1.0,
-    "optim.freeze_patch_embed": False,
-    "data.hw_decoder_load": None,
-    "data.alternates": True,
-    "data.max_pixels": 89_478_485,
-    "guard.max_in_a_row": 10,
-    "guard.max_share": 0.1,
-    "guard.backoff_after": 3,
-    "guard.backoff_scale": 0.5,
-    "guard.backoff_steps": 200,
-    "guard.spikes": "off",
-    "guard.spike_deviations": 6.0,
-    "guard.spike_window": 100,
-    "guard.max_rollbacks": 3,
-    "telemetry.hz": 1.0,
-    "telemetry.prometheus_port": 0,
-    "telemetry.prometheus_address": "127.0.0.1",
-    "telemetry.wandb_project": "",
-    "telemetry.mlflow_uri": "",
-    "backend": "auto",
-    "fp8_min_dim": 768,
-    "cuda_graphs": False,
-    "deterministic": False,
-    "keep_every": 0,
-    "keep_best": "",
-    "async_checkpoint": True,
-    "objective.decoder.projector": "none",
-    "objective.mixing.min_contrast": 0,
-    "objective.terms.standardise": "none",
-    # What a mean over members is, where all are members: rows of less are of other data.
-    "objective.terms.mean": "batch",
-}
-
-# Values that were written otherwise then.
-FORMERLY: dict[str, dict[object, object]] = {
-    "vision.activation_checkpointing": {"none": False, "full": True},
-}
-
 # The arms of a plan that does not run every method. LABEL_FREE ones see neither class nor caption.
 GROWING = (OURS, TEACHER, "clip", "category + caption")
 LABEL_FREE = ("siameseim", "mae", "simclr")
@@ -310,10 +259,17 @@ class Run:
     """Digest of the method's config: rows of an older one are neither reused nor tabulated."""
 
     @classmethod
-    def of(cls, figures: Mapping[str, Any]) -> Run:
-        """The run of a row, of one of before data sets and shares of captions were told, too."""
+    def of(cls, figures: Mapping[str, Any]) -> Run | None:
+        """Return the run of a row; None where the row is of an older recipe.
+
+        Rows of before data sets and shares of captions were told are of FIRST_DATA, with captions
+        where there are classes.
+        """
+        method = figures["method"]
+        if not follows_recipe(method, figures.get("recipes", {})):
+            return None
         before = {"dataset": "openmoji", "data": FIRST_DATA, "captioned": figures["labelled"]}
-        known = {**before, **figures}
+        known = {**before, **figures, "recipe": recipe_digest(method)}
         return cls(**{name: known[name] for name in cls.__slots__})
 
     @property
@@ -373,29 +329,34 @@ def is_label_free(method: str) -> bool:
     )
 
 
-def recipe_digest(method: str) -> str:
-    """Of the config, whatever its data, seed and length, and of its teacher's.
+def recipes_of(method: str) -> dict[str, TrainConfig]:
+    """Return the configs behind a method's rows, by name: its own, and that of its teacher.
 
-    A recipe for which a field of ADDED has its value is the one of before there was that field.
+    They are the same whatever a run's data, seed, shares and length.
     """
     cfg = config_of(method)
-    teacher = recipe_digest(TEACHER) if cfg.objective.uses(encoder="frozen") else ""
-    settings = json.loads(cfg.to_json())
-    for path, before in ADDED.items():
-        sections, name = _sections(settings, path)
-        for section in sections:
-            if section[name] == before:
-                del section[name]
-    for path, values in FORMERLY.items():
-        sections, name = _sections(settings, path)
-        for section in sections:
-            section[name] = values.get(section[name], section[name])
-    text = json.dumps({k: v for k, v in settings.items() if v != {}}, indent=2) + "\n"
-    return hashlib.sha256((text + teacher).encode()).hexdigest()[:8]
+    teachers = {TEACHER: config_of(TEACHER)} if cfg.objective.uses(encoder="frozen") else {}
+    return {method: cfg} | teachers
 
 
-def _sections(settings: dict[str, Any], path: str) -> tuple[list[dict[str, Any]], str]:
-    """What holds the field of that path, each of a list, and the field's name there."""
-    *sections, name = path.split(".")
-    found: Any = reduce(dict.__getitem__, sections, settings)
-    return found if isinstance(found, list) else [found], name
+def recipe_trees(method: str) -> dict[str, Any]:
+    """Return `recipes_of` as JSON's objects, which rows and step times keep."""
+    return {name: to_tree(cfg) for name, cfg in recipes_of(method).items()}
+
+
+def recipe_digest(method: str) -> str:
+    """Return eight hex digits of `recipes_of`, which name the directory of a run."""
+    return hashlib.sha256(json.dumps(recipe_trees(method)).encode()).hexdigest()[:8]
+
+
+def follows_recipe(method: str, trees: Mapping[str, Any]) -> bool:
+    """Return whether `trees`, once written by `recipe_trees`, are the method's configs of today.
+
+    They are compared field by field. A field that there was not yet has the value that the reader
+    of an old config.json gives it; what can no longer be read is another recipe.
+    """
+    try:
+        then = {name: from_tree(TrainConfig, tree, name) for name, tree in trees.items()}
+    except ValueError:
+        return False
+    return then == recipes_of(method)
