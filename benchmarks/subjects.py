@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from m3i_fast.ops.registry import OPS
+from m3i_fast.op_registry import OPS
 
 # name -> the module whose `main` takes the arguments, and what it measures
 SUBJECTS = {

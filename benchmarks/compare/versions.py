@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from m3i_fast import op_registry
 from m3i_fast.benchmarks.compare import worker
-from m3i_fast.ops import registry
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Worker:
     def __init__(self, plan: Plan, version: Version) -> None:
         self._version = version
         self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads could fill
-        command = [sys.executable, worker.__file__, plan.work, "--registry", registry.__file__]
+        command = [sys.executable, worker.__file__, plan.work, "--registry", op_registry.__file__]
         command += ["--threads", str(plan.threads)]
         if version.site:
             command += ["--site", str(version.site)]

@@ -2,7 +2,7 @@
 
     python worker.py WORK --registry FILE [--site FOLDER] [--threads N]
 
-Started by its path, and the same file for both versions, as is --registry, ops/registry.py of the
+Started by its path, and the same file for both versions, as is --registry, op_registry.py of the
 version that compares: of a version's package nothing is used but its public ops, so the work is the
 same whatever its own benchmarks measure. --site: the folder of another version's package; without
 it the installed one. Speaks JSON lines: says once what it

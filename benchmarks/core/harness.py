@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from rich import box
@@ -122,19 +121,6 @@ class _CudaSampler:
         torch.cuda.synchronize(self._device)
         pending, self._pending = self._pending, []
         return [(name, begin.elapsed_time(end)) for name, begin, end in pending]
-
-
-Config = TypeVar("Config")
-
-
-def parse(config: type[Config], subject: str, argv: list[str] | None) -> Config:
-    """The benchmark's Config as its arguments ask; without any the default, which needs no tyro."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments:
-        return config()
-    import tyro
-
-    return tyro.cli(config, prog=f"m3i-fast bench {subject}", args=arguments)
 
 
 def parse_counts(ranks: str, flag: str = "ranks") -> list[int]:

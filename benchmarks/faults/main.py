@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-import tyro
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
@@ -21,6 +20,7 @@ from m3i_fast.benchmarks.faults.campaign import Campaign, Trial, Verdict
 from m3i_fast.benchmarks.faults.report import DOCS, SUBJECT, newest, page, picture
 from m3i_fast.benchmarks.faults.trials import plan
 from m3i_fast.benchmarks.ledger.rows import append_row
+from m3i_fast.flags import read_flags
 from m3i_fast.storage import write_atomically
 from m3i_fast.terminal import make_console
 
@@ -53,7 +53,7 @@ class Config:
 
 def main(argv: list[str]) -> int:
     """Run a campaign and show it; 0 where all runs recovered with equal weights, else 1."""
-    return run(tyro.cli(Config, prog="m3i-fast faults", args=argv))
+    return run(read_flags(Config, argv, prog="m3i-fast faults", default=Config()))
 
 
 def run(cfg: Config) -> int:

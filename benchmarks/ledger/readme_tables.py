@@ -19,7 +19,7 @@ from typing import Any
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ledger.demo_table import table as demo_table
 from m3i_fast.benchmarks.ledger.rows import Row
-from m3i_fast.ops.registry import OPS
+from m3i_fast.op_registry import OPS
 
 FILES = ("README.md", "docs/performance.md", "docs/comparing.md")
 MARKED = re.compile(r"(<!-- ledger:(\w+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)

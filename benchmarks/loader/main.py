@@ -29,6 +29,7 @@ import tyro
 from rich.table import Table
 from torch import Tensor
 
+from m3i_fast.benchmarks.core.command import read_recipe_command
 from m3i_fast.benchmarks.core.harness import publish, ratio_table, summarise
 from m3i_fast.benchmarks.core.rates import summarise_rates
 from m3i_fast.benchmarks.core.windows import Schedule, Series, TimedWork, measure_windows
@@ -47,7 +48,7 @@ from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import is_free, quoted
 from m3i_fast.pipelines.loader import Loader
-from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.recipes import recipes
 
 SUBJECT = "loader"
 RECIPE = "m3i_vit_b"
@@ -100,14 +101,9 @@ class Config:
 
 
 def parse(argv: list[str]) -> Config:
-    """`RECIPE --field value`; SystemExit for an unknown flag."""
-    name, config, rest = find_recipe(argv, RECIPE)
-    return tyro.cli(
-        Config,
-        prog=f"m3i-fast bench loader {name}",
-        default=Config(config=config, recipe=name),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),
+    """Return what `RECIPE --flag value ...` asks for; raises as `read_recipe_command`."""
+    return read_recipe_command(
+        "loader", argv, lambda name, config: Config(config=config, recipe=name), RECIPE
     )
 
 

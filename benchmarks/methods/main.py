@@ -39,7 +39,7 @@ from typing import Any
 from rich.progress import Progress
 
 from m3i_fast.benchmarks.core.child_processes import child_processes
-from m3i_fast.benchmarks.core.harness import parse
+from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.ledger.rows import append_row, read_rows, results_dir
 from m3i_fast.benchmarks.methods import plan, step_times
 from m3i_fast.benchmarks.methods.growth_plot import draw_growth
@@ -80,7 +80,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     if cfg.calibrate:
         time_steps(cfg)
         return

@@ -25,7 +25,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from m3i_fast.benchmarks.core.harness import Device, measure, parse, publish, ratio_table, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, measure, publish, ratio_table, resolve
 from m3i_fast.benchmarks.ops.dcnv3_others import GEOMETRY, POINTS, others
 from m3i_fast.ops import dcnv3
 
@@ -219,7 +220,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     rows = (
         figures_of(cfg, *row, backward=backward) for row in cfg.rows for backward in (False, True)
     )

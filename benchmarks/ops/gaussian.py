@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3i_fast.benchmarks.core.harness import Device, measure, parse, publish, ratio_table, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, measure, publish, ratio_table, resolve
 from m3i_fast.ops import gaussian
 
 SUBJECT = "gaussian"
@@ -189,7 +190,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     rows = (
         figures_of(cfg, size, dtype, weight, backward)
         for size in cfg.sizes

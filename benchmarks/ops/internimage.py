@@ -21,7 +21,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks.core.harness import Device, Timing, measure, parse, publish, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, Timing, measure, publish, resolve
 from m3i_fast.benchmarks.ops.dcnv3_others import by_grid_sample
 from m3i_fast.config import internimage as internimage_config
 from m3i_fast.config.internimage import InternImageConfig
@@ -176,6 +177,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     rows = (figures_of(cfg, size) for size in cfg.sizes)
     publish(SUBJECT, rows, table, record=cfg.record)

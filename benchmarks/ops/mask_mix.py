@@ -21,7 +21,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from m3i_fast.benchmarks.core.harness import Device, Timing, measure, parse, publish, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, Timing, measure, publish, resolve
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD, mask_mix, reference
 
 SUBJECT = "mask_mix"
@@ -159,6 +160,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     rows = (figures_of(cfg, size, dtype) for size in SIZES for dtype in DTYPES)
     publish(SUBJECT, rows, table, record=cfg.record)

@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from m3i_fast.benchmarks.core.command import read_recipe_command
 from m3i_fast.benchmarks.core.harness import parse_counts
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import CARDS, Card, card_of
 from m3i_fast.engine.precision.arithmetic import resolve_device
-from m3i_fast.recipes import demo, find_recipe
+from m3i_fast.recipes import demo
 
 Mode = Literal["weak", "strong"]
 
@@ -111,14 +112,9 @@ class Config:
 
 
 def parse(argv: list[str]) -> Config:
-    """`RECIPE --field value`; SystemExit for an unknown flag."""
-    name, config, rest = find_recipe(argv, "demo")
-    return tyro.cli(
-        Config,
-        prog=f"m3i-fast bench scaling {name}",
-        default=Config(config=config, recipe=name),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),
+    """Return what `RECIPE --flag value ...` asks for; raises as `read_recipe_command`."""
+    return read_recipe_command(
+        "scaling", argv, lambda name, config: Config(config=config, recipe=name), "demo"
     )
 
 

@@ -21,7 +21,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks.core.harness import Device, measure, parse, publish, ratio_table, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, measure, publish, ratio_table, resolve
 from m3i_fast.engine.optim.muon import Muon
 
 SUBJECT = "muon"
@@ -143,7 +144,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     if cfg.in_child:
         for row in rows_here(cfg, cfg.isas[0]):
             sys.stdout.write(json.dumps(row) + "\n")

@@ -26,10 +26,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.core.harness import (
     Device,
     measure,
-    parse,
     publish,
     ratio_table,
     resolve,
@@ -197,5 +197,5 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     publish(SUBJECT, [figures_of(cfg)], table, record=cfg.record)

@@ -22,7 +22,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from m3i_fast.benchmarks.core.harness import Device, parse, publish, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, publish, resolve
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.benchmarks.core.rates import summarise_rates
 from m3i_fast.config import TrainConfig
@@ -80,7 +81,7 @@ class Cpu:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, SUBJECT, argv)
+    config = read_command(Config, SUBJECT, argv)
     publish(SUBJECT, rows_of(config), table, record=config.record)
 
 

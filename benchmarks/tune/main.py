@@ -29,7 +29,8 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table as RichTable
 
-from m3i_fast.benchmarks.core.harness import Timing, parse, publish
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Timing, publish
 from m3i_fast.benchmarks.ledger.rows import read_rows, run_id
 from m3i_fast.benchmarks.tune import build, timing
 from m3i_fast.benchmarks.tune.candidates import (
@@ -286,7 +287,7 @@ def write_winners() -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     if not (CUDA / "bindings.cpp").is_file():
         raise ValueError(f"tune: expected a checkout with the kernels' sources, got none in {CUDA}")
     here = card_here()
