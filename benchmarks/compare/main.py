@@ -95,7 +95,7 @@ class Config:
 
 
 def compare_rows(cfg: Config) -> dict[str, Verdict]:
-    """By what was measured. ValueError where there is nothing that may be compared."""
+    """Return verdicts by what was measured. Raises ValueError where no rows are comparable."""
     rows = [row for row in ledger.read_rows(cfg.subject) if OURS in _timings(row)]
     if not rows:
         raise ValueError(
@@ -192,7 +192,7 @@ def compare_versions(cfg: Config, baseline: Version, candidate: Version, seed: i
 
 
 def self_test(cfg: Config, console: Console) -> dict[str, Any]:
-    """The figures of a row: alarms on this version against itself, and against a slower itself."""
+    """Return a row's figures: alarms on this version against itself, and against a slower one."""
     found: dict[str, Any] = {}
     kinds = {"unchanged": Version(), "planted": Version(planted=cfg.planted)}
     for name, candidate in kinds.items():

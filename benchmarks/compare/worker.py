@@ -28,7 +28,7 @@ def works(registry: str) -> dict[str, Callable[[], Callable[[], object]]]:
 
 
 def use_package_of(site: str) -> None:
-    """Another version's package goes before the installed one, also before an editable one."""
+    """Put another version's package before the installed one, also before an editable one."""
     sys.meta_path[:] = [
         finder
         for finder in sys.meta_path
@@ -38,7 +38,7 @@ def use_package_of(site: str) -> None:
 
 
 def sample_ms(call: Callable[[], object], calls: int, extra: int) -> float:
-    """Milliseconds a call, one unmeasured call after whatever ran in between."""
+    """Return milliseconds a call; one call before them is not timed."""
     call()
     begun = time.perf_counter()
     for _ in range(calls + extra):

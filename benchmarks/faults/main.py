@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(cfg: Config) -> int:
-    """Exit code: 1 where a run did not recover with equal weights."""
+    """Return the exit code: 1 where a run did not recover with equal weights."""
     memory = Path("/dev/shm")  # syncs cost nothing there, and kills strike no less
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         with console.status("runs without a fault"):
@@ -77,7 +77,7 @@ def run(cfg: Config) -> int:
 
 
 def carry_out(campaign: Campaign, trials: Sequence[Trial], jobs: int) -> list[Verdict]:
-    """In the order of the trials, `jobs` at a time."""
+    """Run the trials, `jobs` at a time, and return their verdicts in the order of the trials."""
     with Progress(console=console) as bar, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(campaign.judge, trial) for trial in trials]
         for _ in bar.track(as_completed(futures), len(futures), description="faults"):

@@ -34,21 +34,21 @@ had a campaign.
 
 
 def newest() -> list[Row]:
-    """The rows of the ledger's last campaign."""
+    """Return the rows of the ledger's last campaign."""
     rows = list(read_rows(SUBJECT))
     last = rows[-1]["figures"]["campaign"] if rows else None
     return [row for row in rows if row["figures"]["campaign"] == last]
 
 
 def by_fault(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    trials: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["figures"]["fault"], []).append(row["figures"])
-    return found
+        trials.setdefault(row["figures"]["fault"], []).append(row["figures"])
+    return trials
 
 
 def page(rows: Sequence[Row]) -> str:
-    """Markdown. A fault of few trials says where it struck."""
+    """Return the page as Markdown. A fault of few trials says where it struck."""
     good = sum(row["figures"]["weights_equal"] for row in rows)
     first = rows[0]
     machine = f"{first['machine']['num_cores']} cores of {first['machine']['cpu']}"

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def table(ledger: Path | None = None) -> str:
-    """Markdown, in percent: mean over the newest row of each seed, and the lowest and highest.
+    """Return Markdown, in percent: mean over each seed's newest row, and lowest and highest.
 
     Of the rows that were measured on the same held-out pictures as the newest of all; each measure
     on these and on the hard half of them, where the rows have it.

@@ -70,7 +70,7 @@ def write(path: Path, text: str) -> None:
 
 
 def render() -> str:
-    """The page as HTML text that makes no request. Raises ImportError without jinja2."""
+    """Return the page as HTML text that makes no request. Raises ImportError without jinja2."""
     rows = [row for subject in ledger.subjects() for row in ledger.read_rows(subject)]
     if not rows:
         raise ValueError(f"no row in {ledger.results_dir()}: a benchmark appends some")

@@ -114,7 +114,7 @@ def make_row(
 
 @cache
 def run_id() -> str:
-    """Sixteen hex digits that the rows of this process have in common."""
+    """Return the sixteen hex digits that the rows of this process share."""
     return uuid.uuid4().hex[:16]
 
 
@@ -146,7 +146,7 @@ def _this_command() -> str:
 
 
 def subjects(folder: Path | None = None) -> list[str]:
-    """Those with a ledger."""
+    """Return the subjects that have a ledger."""
     return sorted(path.stem for path in (folder or results_dir()).glob("*.jsonl"))
 
 
@@ -170,7 +170,7 @@ def read_rows(subject: str, *, folder: Path | None = None) -> Iterator[Row]:
 
 
 def commit_of(row: Row) -> str:
-    """`0123abcd`, with `-dirty` after it where there were changes; `a wheel`."""
+    """Return `0123abcd`, with `-dirty` after it where files were changed; or `a wheel`."""
     return (row["commit"] or "a wheel") + ("-dirty" if row.get("dirty") else "")
 
 
@@ -185,7 +185,7 @@ MEASURED = re.compile(
 
 
 def settings_of(row: Row) -> dict[str, Any]:
-    """The figures that say what was measured: sizes, dtype, device, threads."""
+    """Return the figures that say what was measured: sizes, dtype, device, threads."""
     return {
         name: value
         for name, value in row["figures"].items()
@@ -194,9 +194,9 @@ def settings_of(row: Row) -> dict[str, Any]:
 
 
 def newest(rows: Iterator[Row] | list[Row], **settings: Any) -> Row | None:
-    """The last row with these figures."""
-    found = None
+    """Return the last row with these figures; None without one."""
+    last = None
     for row in rows:
         if all(row["figures"].get(name) == value for name, value in settings.items()):
-            found = row
-    return found
+            last = row
+    return last

@@ -86,15 +86,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     failures = {} if cfg.table_only else run_missing(cfg)
     rows = {group: _rows(cfg, group) for group in cfg.groups}
-    found = {group: summarise(of_group) for group, of_group in rows.items()}
-    for group, lines in found.items():
+    lines_by_group = {group: summarise(of_group) for group, of_group in rows.items()}
+    for group, lines in lines_by_group.items():
         text = (
             brief_table(lines, group.title, shown=cfg.shown)
             if cfg.brief
             else table(lines, group.title, shown=cfg.shown, note=NOTE if cfg.ablations else "")
         )
         make_console().print(text, highlight=False, soft_wrap=True)
-    _draw(cfg, found)
+    _draw(cfg, lines_by_group)
     if cfg.pilot:
         _plan_by(cfg, rows)
     if failures:
@@ -105,24 +105,29 @@ def main(argv: list[str] | None = None) -> None:
 def _plan_by(cfg: Config, rows: dict[Group, Rows]) -> None:
     """Print and draw what a difference needs, from the pilot's rows."""
     for group, of_group in rows.items():
-        found = compare_arms(of_group, holm=cfg.holm)
-        make_console().print(power_table(found), highlight=False, soft_wrap=True)
-        if found:
-            _write_picture(cfg, f"{_picture(cfg, group)}_power", draw_power(found, group.title))
+        comparisons = compare_arms(of_group, holm=cfg.holm)
+        make_console().print(power_table(comparisons), highlight=False, soft_wrap=True)
+        if comparisons:
+            svg = draw_power(comparisons, group.title)
+            _write_picture(cfg, f"{_picture(cfg, group)}_power", svg)
 
 
-def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
+def _draw(cfg: Config, lines_by_group: dict[Group, list[Line]]) -> None:
     """Draw each group, or how all of them grow, to methods.svg or beside it."""
     if not cfg.growth:
         pictures = {
             group: draw(lines, group.title, shown=cfg.shown)
-            for group, lines in found.items()
+            for group, lines in lines_by_group.items()
             if lines
         }
     else:
         pictures = {}
         for shares in cfg.annotated:
-            growing = {g: lines for g, lines in found.items() if lines and g.shares == shares}
+            growing = {
+                group: lines
+                for group, lines in lines_by_group.items()
+                if lines and group.shares == shares
+            }
             if growing:
                 svg = draw_growth({group.budget: lines for group, lines in growing.items()})
                 pictures[next(iter(growing))] = svg
@@ -132,13 +137,13 @@ def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
 
 def _picture(cfg: Config, group: Group) -> str:
     """Its name: that of the plan, of the data and, where there are several, of the shares."""
-    parts = [
+    words = [
         SUBJECT,
         cfg.plan if cfg.plan != SUBJECT else "",
         cfg.dataset if cfg.dataset != "openmoji" else "",
         _shares(*group.shares) if len(cfg.annotated) > 1 else "",
     ]
-    return "_".join(filter(None, parts))
+    return "_".join(filter(None, words))
 
 
 def _write_picture(cfg: Config, name: str, svg: str) -> None:
@@ -280,14 +285,14 @@ def _calibrated(cfg: Config, todo: dict[Run, int | None]) -> dict[Run, int | Non
 def _planned(cfg: Config) -> Iterator[Run]:
     """Every run of the plan, once where several groups have it."""
     data, steps = _data_digest(cfg), _fixed_steps(cfg)
-    found: dict[Run, None] = {}
+    planned: dict[Run, None] = {}
     for seed in map(int, cfg.seeds.split(",")):
         for group in cfg.groups:
             names = [UNTRAINED] if not cfg.chosen or OURS in cfg.chosen else []
             names += [name for name in group.methods if not cfg.chosen or name in cfg.chosen]
             runs = (group.run(name, seed, data=data, steps=steps) for name in names)
-            found |= dict.fromkeys(runs)
-    return iter(found)
+            planned |= dict.fromkeys(runs)
+    return iter(planned)
 
 
 def _fixed_steps(cfg: Config) -> dict[str, int]:
@@ -338,11 +343,11 @@ def _rows(cfg: Config, group: Group) -> Rows:
     names = (*group.methods, UNTRAINED)
     data, steps = _data_digest(cfg), _fixed_steps(cfg)
     wanted = {group.run(name, 0, data=data, steps=steps): name for name in names}
-    found: Rows = {name: {} for name in names}
+    rows: Rows = {name: {} for name in names}
     for run, row in _finished(cfg.ledger):
         if (name := wanted.get(replace(run, seed=0))) is not None:
-            found[name][run.seed] = row
-    return {name: dict(sorted(seeds.items())) for name, seeds in found.items() if seeds}
+            rows[name][run.seed] = row
+    return {name: dict(sorted(seeds.items())) for name, seeds in rows.items() if seeds}
 
 
 # ---- Data ----------------------------------------------------------------------------------------

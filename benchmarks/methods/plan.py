@@ -116,7 +116,7 @@ class Config:
         return max((os.cpu_count() or 1) // self.jobs, 1)
 
     def budget(self, times: float = 1.0) -> str:
-        """What rows have to have in common to be compared."""
+        """Return the budget of a run in words, which rows share if they are compared."""
         if self.num_steps is not None:
             return f"{max(round(self.num_steps * times), 1)} steps"
         if self.pilot:
@@ -126,22 +126,22 @@ class Config:
 
     @property
     def split(self) -> str:
-        """The split that runs are measured on."""
+        """Return the split that runs are measured on."""
         return "tune" if self.dataset == "openmoji-tune" else "heldout"
 
     @property
     def chosen(self) -> list[str]:
-        """The methods to run; empty: all."""
+        """Return the methods to run; empty: all."""
         return _names(self.methods)
 
     @property
     def shown(self) -> list[str]:
-        """The measures to show; empty: all."""
+        """Return the measures to show; empty: all."""
         return _names(self.measures)
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The methods and variants that the plan compares."""
+        """Return the methods and variants that the plan compares."""
         ours = (OURS, *AS_BEFORE)
         return {
             "methods": tuple(METHODS),
@@ -153,9 +153,9 @@ class Config:
 
     @property
     def annotated(self) -> tuple[tuple[float, float], ...]:
-        """Shares of the training concepts with a class and with a caption, a table each."""
+        """Return shares of the training concepts with a class and with a caption, a table each."""
         text = self.shares or SHARES.get(self.plan, "1")
-        found = []
+        pairs = []
         for part in text.split(","):
             classes, _, captions = part.partition(":")
             try:
@@ -166,12 +166,12 @@ class Config:
                 raise ValueError(
                     f"shares: expected fractions as 0.01,0.03 or 0.03:0.3, got {part!r} of {text!r}"
                 )
-            found.append(pair)
-        return tuple(found)
+            pairs.append(pair)
+        return tuple(pairs)
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """A table each."""
+        """Return the groups of runs, a table each."""
         return tuple(
             Group(
                 methods=self.arms,
@@ -191,7 +191,7 @@ def _names(text: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Runs that are compared in one table."""
+    """The runs that are compared in one table."""
 
     methods: tuple[str, ...]
     budget: str
@@ -201,7 +201,7 @@ class Group:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Of the training concepts: with a class, with a caption."""
+        """Return the shares of training concepts with a class and with a caption."""
         return self.labelled, self.captioned
 
     @property
@@ -215,7 +215,7 @@ class Group:
         )
 
     def run(self, method: str, seed: int, *, data: str, steps: Mapping[str, int] = NO_STEPS) -> Run:
-        """The run of a method or variant; one that sees no annotation is the same at any share.
+        """Return a method's run; one that sees no annotation is the same at any share.
 
         UNTRAINED is what M3I's runs of a seed start from, measured with raw pixels. data: digest of
         the data set's manifest, all annotated; steps: of methods that have a number of their own in
@@ -242,7 +242,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One row: what it is found by."""
+    """What a row of the ledger is found by."""
 
     method: str
     dataset: str
@@ -274,7 +274,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Return the name of the run's directory."""
         shares = (f"{share:g}" for share in (self.labelled, self.captioned))
         parts = (self.method, self.dataset, self.data, *shares, str(self.seed))
         return "-".join(
@@ -283,42 +283,42 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Where the budget is one of steps."""
+        """Return the steps of a budget that is counted in steps, else None."""
         count, is_one, _ = self.budget.partition(" steps")
         return int(count) if is_one else None
 
     @property
     def seconds(self) -> float | None:
-        """Where the budget is one of time."""
+        """Return the seconds of a budget that is a time, else None."""
         return None if self.num_steps is not None else float(self.budget.partition(" s on ")[0])
 
     @property
     def pace(self) -> Pace:
-        """What all runs that take a step in the same time have in common."""
+        """Return what runs share whose steps take equally long."""
         return self.method, self.recipe, self.dataset, self.budget.partition(" on ")[2]
 
     @property
     def teacher(self) -> Run | None:
-        """The run whose encoder this one's frozen targets come from."""
+        """Return the run that gives this one its frozen encoder, else None."""
         if not config_of(self.method).objective.uses(encoder="frozen"):
             return None
         return replace(self, method=TEACHER, recipe=recipe_digest(TEACHER))
 
 
 def config_of(method: str, *, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
-    """The demo with a method's terms and inputs, or with a variant of one; UNTRAINED is M3I's."""
+    """Return the demo's config with a method's terms and inputs; UNTRAINED has M3I's."""
     cfg = demo_method(base_of(method), data=data, seed=seed)
     return VARIANTS[method](cfg) if method in VARIANTS else cfg
 
 
 def base_of(method: str) -> str:
-    """The method whose demo this one is, or is a variant of."""
+    """Return the method itself, or the one that it is a variant of."""
     base = method.removesuffix(AS_IT_WAS)
     return base if base in METHODS else OURS
 
 
 def is_label_free(method: str) -> bool:
-    """Whether no term of a method, nor of its teacher, sees a class or a caption.
+    """Return whether no term of a method, nor of its teacher, sees a class or a caption.
 
     Data sets of any shares hold the same pictures in the same order, so that such a run is the same
     to the bit with each of them: it is trained once, on the whole set.

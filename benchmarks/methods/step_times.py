@@ -35,7 +35,7 @@ class StepTime:
 
 
 def read_step_times() -> dict[str, StepTime]:
-    """Arm -> time of a step, as committed; none before the first. ValueError of a damaged file."""
+    """Return each arm's committed time of a step. Raises ValueError for a damaged file."""
     if not FILE.is_file():
         return {}
     arms = read_json(FILE, _SHAPE)["figures"]["arms"]

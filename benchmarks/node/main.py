@@ -142,7 +142,7 @@ def _keep(command: NodeCommand, figures: dict[str, Any], found: NodeResult | Non
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeResult:
-    """What all ranks found, on each of them."""
+    """The figures of all ranks together, the same on each rank."""
 
     figures: dict[str, Any]
     config: TrainConfig
@@ -153,7 +153,7 @@ class NodeResult:
 
 
 def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> NodeResult:
-    """The figures of this node, or of all; every rank calls this."""
+    """Measure this node, or all nodes, and return the figures; every rank calls this."""
     world = join_world(resolve_device(cfg.device))
     with shards_of(cfg, make=make_data, world=world) as cfg, shared_folder(world) as folder:
         trainer = Trainer(cfg, folder / "run")

@@ -78,7 +78,7 @@ def in_dtype(
     z: Tensor,  # [N, Q, D]
     weight: float,
 ) -> Tensor:  # []
-    """Plain torch, in the dtype of its arguments, the decorrelation in its cheap form."""
+    """Return the likelihood by plain torch in its arguments' dtype."""
     z = F.layer_norm(z, z.shape[-1:])
     value = F.mse_loss(z_hat, z) / (2 * SIGMA**2)
     if not weight:
@@ -107,7 +107,7 @@ def by_ours(
 def make_functions(
     cfg: Config, size: Size, dtype: torch.dtype, weight: float, backward: bool
 ) -> dict[str, Callable[[], object]]:
-    """Forward, or forward and backward, over the same inputs; each gives the same value."""
+    """Return the timed functions, over the same inputs; each gives the same value."""
     device = resolve(cfg.device)
     generator = torch.Generator().manual_seed(0)
     shape = size.batch_size, size.queries, size.width
@@ -149,7 +149,7 @@ def _run(function: Callable[..., Tensor], z_hat: Tensor, z: Tensor, weight: floa
 
 
 def ideal_bytes(size: Size, dtype: torch.dtype, backward: bool) -> int:
-    """Both arguments read once; by the backward once more, and the gradient written."""
+    """Return the fewest bytes: both arguments read once a pass, and the gradient written."""
     elements = size.batch_size * size.queries * size.width
     return elements * dtype.itemsize * (5 if backward else 2)
 

@@ -68,7 +68,7 @@ def bytes_first(
     shift: Tensor,  # [3, 1, 1] float32
     dtype: torch.dtype,
 ) -> Tensor:  # [P, 3, H, W] dtype
-    """The least that plain torch does: pixels chosen as bytes, one multiply-add, one rounding."""
+    """Return the views by the least that plain torch does: bytes chosen, one multiply-add."""
     height, width = views.shape[2:]
     first = choice == 0
     first = first.repeat_interleave(height // choice.shape[1], dim=1)
@@ -78,7 +78,7 @@ def bytes_first(
 
 
 def make_functions(cfg: Config, size: Size, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """Everything that is timed, over the same inputs; each that mixes gives the same pictures."""
+    """Return the timed functions, over the same inputs; all that mix give the same pictures."""
     device, batch = resolve(cfg.device), cfg.batch_size
     generator = torch.Generator().manual_seed(0)
     image, cells = (size.image_size,) * 2, (size.image_size // size.patch_size,) * 2

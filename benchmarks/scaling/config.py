@@ -73,7 +73,7 @@ class Config:
 
     @property
     def counts(self) -> list[int]:
-        """ValueError for what this machine cannot start, or without one rank to compare with."""
+        """Return the numbers of ranks. Raises ValueError for what this machine cannot start."""
         there = torch.cuda.device_count()
         if not self.gpus:
             return [2**power for power in range(there.bit_length())] if self.cuda else [1, 2]
@@ -88,7 +88,7 @@ class Config:
         return counts
 
     def of_ranks(self, mode: Mode, num_ranks: int) -> TrainConfig:
-        """The config of each of so many ranks."""
+        """Return the config of each of so many ranks."""
         cfg = replace(self.config, device="cuda" if self.cuda else "cpu")
         if not self.cuda:
             cfg = replace(cfg, num_threads=1)
@@ -98,7 +98,7 @@ class Config:
         return replace(cfg, data=replace(cfg.data, batch_size=batch))
 
     def expect_divisible(self, counts: list[int]) -> None:
-        """ValueError names the nearest batch that all numbers of ranks can share."""
+        """Raise ValueError, with the nearest batch that divides, where ranks cannot share one."""
         if "strong" not in self.modes:
             return
         whole = self.global_batch or self.config.data.batch_size
@@ -119,7 +119,7 @@ def parse(argv: list[str]) -> Config:
 
 
 def find_card(cfg: Config) -> Card:
-    """The named one, or that of this machine; ValueError where it is none whose rates are known."""
+    """Return the named card, or this machine's. Raises ValueError where its rates are not known."""
     if not cfg.card and not cfg.cuda:
         return CARDS["cpu"]
     if not cfg.card:

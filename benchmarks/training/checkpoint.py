@@ -63,7 +63,7 @@ def _rows(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def measure_saves(config: Config) -> dict[str, Any]:
-    """One row: medians in milliseconds."""
+    """Return a row's figures: medians in milliseconds."""
     device = resolve(config.device)
     model, optimizer = _state(config.mib, device)
     factor = torch.randn(512, 512, device=device)

@@ -75,7 +75,7 @@ def matrices(blocks: dict[int, int], device: str) -> list[nn.Parameter]:
 
 
 def make_functions(blocks: dict[int, int], device: str) -> dict[str, Callable[[], object]]:
-    """A step of each, which have taken the same first step."""
+    """Return a step of each optimiser, after one first step that is the same."""
     kinds: dict[str, type[torch.optim.Muon]] = {OURS: Muon, TORCH: torch.optim.Muon}
     weights = {name: matrices(blocks, device) for name in kinds}
     optimizers = {

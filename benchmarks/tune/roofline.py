@@ -63,7 +63,7 @@ GPUS = {
 
 
 def occupancy(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> int:
-    """Blocks that a multiprocessor runs at once; 0 where it cannot run one.
+    """Return the blocks that a multiprocessor runs at once; 0 where one does not fit.
 
     Registers are given out to a warp in 256; the driver takes a KiB of shared memory a block.
     """
@@ -95,7 +95,7 @@ class Policy:
 
 
 def hopper_policy(wgmma: Fields | None = None, grads_mib: int | None = None) -> Policy:
-    """What the sources fix, with what tiles.json says, or a candidate in its place."""
+    """Return the policy of the sources and of tiles.json, or of a candidate in its place."""
     table = read("boltzmann")["h100"]
     wgmma = wgmma or table["half"]
     mib = grads_mib or table["blocks"]["grads_mib"]
@@ -115,7 +115,7 @@ class Product:
 
     @property
     def clocks(self) -> float:
-        """Of the slower one; exponentials lie beside the other warpgroup's products."""
+        """Return the clocks of the slower bound; exponentials overlap with products."""
         return max(self.tensor_clocks, self.cache_clocks)
 
 
@@ -136,7 +136,7 @@ def predict_product(
 
 
 def predict(policy: Policy, gpu: Gpu, rows: int, width: int) -> dict[str, tuple[int, Product]]:
-    """By kernel, how many launches it takes for N = M = `rows`, and one of them."""
+    """Return, by kernel, the number of launches for N = M = `rows`, and one launch's product."""
     made = {}
     for name, elements in (("sums", policy.sums_elements), ("grads", policy.grads_elements)):
         side = min(rows, int(elements**0.5))
@@ -150,7 +150,7 @@ def predict(policy: Policy, gpu: Gpu, rows: int, width: int) -> dict[str, tuple[
 
 
 def shared_bytes_per_clock(policy: Policy, gpu: Gpu) -> float:
-    """While the tensor cores work: what wgmma reads, B once a warpgroup, and what copies write."""
+    """Return the bytes a clock that wgmma reads, B once a warpgroup, and that copies write."""
     block_rows = policy.rows // policy.blocks
     read_bytes = (block_rows + policy.consumers * policy.columns) * policy.depth * 2
     written = (block_rows + policy.columns) * policy.depth * 2
@@ -159,7 +159,7 @@ def shared_bytes_per_clock(policy: Policy, gpu: Gpu) -> float:
 
 
 def hopper_ms(policy: Policy, gpu: Gpu, rows: int, width: int) -> float:
-    """Forward and backward; a ring too short for the latency of its copies makes each step wait."""
+    """Predict forward and backward; a ring too short for its copies' latency makes steps wait."""
     clocks = 0.0
     for launches, product in predict(policy, gpu, rows, width).values():
         steps = product.tensor_clocks * gpu.flop_per_clock / (2 * 128 * 256 * policy.depth)
@@ -181,7 +181,7 @@ def _uncached_bytes(block_bytes: int, gpu: Gpu, rows: int) -> float:
 def mma_ms(
     policy: Fields, gpu: Gpu, rows: int, width: int, blocks: int, wide: bool, grads_mib: int
 ) -> float:
-    """Forward and backward for N = M; `blocks` run at once on a multiprocessor.
+    """Predict forward and backward for N = M; `blocks` run at once on a multiprocessor.
 
     A step of 64 bytes of terms: its flop, its bytes from the second-level cache, what copies write
     to shared memory and warps read from there; and the latency, which the other stages cover.
