@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
-from m3i_fast.ops.registry import OPS
+from m3i_fast.op_registry import OPS
 
 # name -> the module whose `main` takes the arguments, and what it measures
 SUBJECTS = {
@@ -35,10 +35,6 @@ SUBJECTS = {
         "how long a checkpoint keeps a step waiting, at once and in the background",
     ),
     "demo": ("ledger.demo_table", "the demo over several seeds, from the ledger's rows"),
-    "cpu_shares": (
-        "training.cpu_shares",
-        "how torch and the loader best share the cores of a CPU",
-    ),
     "node": (
         "node.main",
         "images a second of a node: loader, training, both, what bounds them, and a sweep",

@@ -35,7 +35,7 @@ Alarm = Literal["slower", "faster"]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of a candidate against its baseline, in time a call."""
+    """The verdict on a candidate against its baseline, in time a call."""
 
     ratio: float
     """Of the candidate over the baseline, of medians or of neighbours: above one is slower."""
@@ -165,7 +165,7 @@ def ratio_interval(
     seed: int,
     block: int | None = None,
 ) -> tuple[float, float]:
-    """Percentile interval of the ratio at 1 - alpha; `block` is block_length's."""
+    """Return the ratio's percentile interval at 1 - alpha; `block` as `block_length` gives it."""
     rng = np.random.default_rng(seed)
     before, after = np.stack(baseline), np.stack(candidate)
     ratios = []
@@ -198,7 +198,7 @@ def _medians(groups: Floats, rng: np.random.Generator, count: int, block: int | 
 
 
 def block_length(num_samples: int) -> int:
-    """Of blocks of neighbours: grows with the cube root, the order that is best for a variance.
+    """Return the length of blocks of neighbours, of the order that is best for a variance.
 
     Twice that: single cube roots leave intervals too narrow where noise has a memory of a few
     samples, and longer blocks cost little.
@@ -210,7 +210,7 @@ def block_length(num_samples: int) -> int:
 
 
 def mann_whitney(a: Floats, b: Floats) -> float:
-    """Two-sided p-value, by the normal approximation with ties and continuity corrected."""
+    """Return the two-sided p-value by the normal approximation, ties and continuity corrected."""
     count_a, count_b = len(a), len(b)
     total = count_a + count_b
     _, place, ties = np.unique(np.concatenate([a, b]), return_inverse=True, return_counts=True)

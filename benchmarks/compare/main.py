@@ -6,7 +6,7 @@
 
 Only rows of one machine class are compared, and only those that measured the same. --against builds
 the other commit and takes samples of both in turns, which leaves out what a busy machine does to
-both: it is the fair one, for the ops (`m3i_fast/ops/registry.py` has their work). --self-test
+both: it is the fair one, for the ops (`m3i_fast/op_registry.py` has their work). --self-test
 compares this version with itself, and with itself doing a tenth of the work again; its row goes to
 the ledger. gate.py says when a difference is an alarm, docs/measure/comparing.md what was measured.
 """
@@ -14,6 +14,7 @@ the ledger. gate.py says when a difference is an alarm, docs/measure/comparing.m
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -27,8 +28,9 @@ from rich.table import Table
 
 from m3i_fast.benchmarks.compare.gate import Verdict, judge, judge_in_looks
 from m3i_fast.benchmarks.compare.versions import Plan, Version, built, sample_in_turns
+from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.ledger import rows as ledger
-from m3i_fast.ops.registry import OPS
+from m3i_fast.op_registry import OPS
 from m3i_fast.terminal import make_console
 
 SUBJECT = "gate"  # of the rows of --self-test
@@ -37,7 +39,7 @@ OURS = "m3i_fast"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    subject: Annotated[str, tyro.conf.Positional]
+    subject: Annotated[str, tyro.conf.Suppress]
     """A subject of the ledger; with --against or --self-test the name of an op."""
     against: str | None = None
     """A commit, tag or branch: build it and measure both versions in turns."""
@@ -93,7 +95,7 @@ class Config:
 
 
 def compare_rows(cfg: Config) -> dict[str, Verdict]:
-    """By what was measured. ValueError where there is nothing that may be compared."""
+    """Return verdicts by what was measured. Raises ValueError where no rows are comparable."""
     rows = [row for row in ledger.read_rows(cfg.subject) if OURS in _timings(row)]
     if not rows:
         raise ValueError(
@@ -190,7 +192,7 @@ def compare_versions(cfg: Config, baseline: Version, candidate: Version, seed: i
 
 
 def self_test(cfg: Config, console: Console) -> dict[str, Any]:
-    """The figures of a row: alarms on this version against itself, and against a slower itself."""
+    """Return a row's figures: alarms on this version against itself, and against a slower one."""
     found: dict[str, Any] = {}
     kinds = {"unchanged": Version(), "planted": Version(planted=cfg.planted)}
     for name, candidate in kinds.items():
@@ -263,8 +265,20 @@ def _conclude(console: Console, title: str, verdicts: Mapping[str, Verdict]) -> 
     return 1 if alarms - {None} else 0
 
 
+def parse(argv: list[str]) -> Config:
+    """Return what `SUBJECT --flag value ...` asks for; raises as `read_command`."""
+    is_help = bool({"-h", "--help"} & set(argv[:1]))
+    if not is_help and (not argv or argv[0].startswith("-")):
+        raise ValueError(
+            f"expected a subject, one of {', '.join(ledger.subjects())}, got "
+            f"{' '.join(argv[:1]) or 'none'}; type m3i-fast bench compare SUBJECT --flag value"
+        )
+    subject, rest = (OPS[0].name, argv) if is_help else (argv[0], argv[1:])
+    return read_command(Config, "compare SUBJECT", rest, default=Config(subject=subject))
+
+
 def main(argv: list[str] | None = None) -> int:
-    cfg = tyro.cli(Config, prog="m3i-fast bench compare", args=argv)
+    cfg = parse(sys.argv[1:] if argv is None else argv)
     console = make_console()
     if cfg.self_test:
         figures = self_test(cfg, console)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from m3i_fast import op_registry
 from m3i_fast.benchmarks.compare import worker
-from m3i_fast.ops import registry
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ CALLS_STEP = 10
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How samples are taken."""
+    """How many samples are taken, and how long they last."""
 
     work: str
     pairs: int = 6
@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """What a process runs."""
+    """The version of the package that a process runs."""
 
     site: Path | None = None
     """Folder of its package; None: the one that runs this."""
@@ -54,7 +54,7 @@ Groups = list[list[float]]
 
 
 def sample_in_turns(plan: Plan, versions: Sequence[Version]) -> list[Groups]:
-    """Milliseconds a call: a list for each version, in it one for each of its processes.
+    """Return milliseconds a call: a list for each version, in it one for each of its processes.
 
     All processes start at once, and measuring begins when the last is warm. Then one works at a
     time: every round takes a sample of each, the versions side by side and taking turns at going
@@ -83,7 +83,7 @@ class Worker:
     def __init__(self, plan: Plan, version: Version) -> None:
         self._version = version
         self._errors = tempfile.TemporaryFile("w+")  # a pipe that nobody reads could fill
-        command = [sys.executable, worker.__file__, plan.work, "--registry", registry.__file__]
+        command = [sys.executable, worker.__file__, plan.work, "--registry", op_registry.__file__]
         command += ["--threads", str(plan.threads)]
         if version.site:
             command += ["--site", str(version.site)]
@@ -114,7 +114,7 @@ class Worker:
         return float(said["ms"])
 
     def sample(self, calls: int) -> float:
-        """Milliseconds a call, over so many calls and the planted ones."""
+        """Return milliseconds a call, over so many calls and the planted ones."""
         asked = {"calls": calls, "extra": round(self._version.planted * calls)}
         assert self._process.stdin
         self._process.stdin.write(json.dumps(asked) + "\n")
@@ -139,7 +139,7 @@ class Worker:
 
 @contextmanager
 def built(ref: str) -> Iterator[Path]:
-    """The folder of the package of another commit, built here; gone afterwards.
+    """Build the package of another commit, and give its folder, which is removed afterwards.
 
     A git worktree in a temporary folder, compiled by the build of its own pyproject.toml against
     the torch that is installed. ValueError for what is no commit, RuntimeError with the compiler's

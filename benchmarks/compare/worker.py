@@ -2,7 +2,7 @@
 
     python worker.py WORK --registry FILE [--site FOLDER] [--threads N]
 
-Started by its path, and the same file for both versions, as is --registry, ops/registry.py of the
+Started by its path, and the same file for both versions, as is --registry, op_registry.py of the
 version that compares: of a version's package nothing is used but its public ops, so the work is the
 same whatever its own benchmarks measure. --site: the folder of another version's package; without
 it the installed one. Speaks JSON lines: says once what it
@@ -28,7 +28,7 @@ def works(registry: str) -> dict[str, Callable[[], Callable[[], object]]]:
 
 
 def use_package_of(site: str) -> None:
-    """Another version's package goes before the installed one, also before an editable one."""
+    """Put another version's package before the installed one, also before an editable one."""
     sys.meta_path[:] = [
         finder
         for finder in sys.meta_path
@@ -38,7 +38,7 @@ def use_package_of(site: str) -> None:
 
 
 def sample_ms(call: Callable[[], object], calls: int, extra: int) -> float:
-    """Milliseconds a call, one unmeasured call after whatever ran in between."""
+    """Return milliseconds a call; one call before them is not timed."""
     call()
     begun = time.perf_counter()
     for _ in range(calls + extra):

@@ -9,7 +9,7 @@ from threading import Thread
 
 
 def child_processes(count: int) -> Executor:
-    """So many processes, started with nothing of this one's state.
+    """Return a pool of so many processes, which inherit nothing of this one's state.
 
     Where this one is killed they stop at once, so that nobody goes on writing what its next start
     goes on from. Where one of them is killed, all that was given to the executor fails.

@@ -17,7 +17,7 @@ PUBLISHED, MEASURED = "published", "a matrix product of this machine, in the sam
 
 
 def efficiency_figures(trainer: Trainer, *, images_s: float) -> dict[str, Any]:
-    """MFU and HFU of a rank, and what its peak is.
+    """Return the MFU and HFU of a rank, and the peak that they are shares of.
 
     All ranks call this at once: a product on a CPU has the cores that a rank's training had.
     """

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from rich import box
@@ -24,7 +23,7 @@ MIN_SAMPLE_S = 0.002
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Of one call, over all samples."""
+    """The milliseconds of one call, over all samples."""
 
     median_ms: float
     p20_ms: float
@@ -65,7 +64,7 @@ def measure(
 
 
 def summarise(samples_ms: list[float]) -> Timing:
-    """Median and fifths of at least one sample."""
+    """Return the median and the outer fifths of one sample or more."""
     kept = tuple(float(f"{sample:.4g}") for sample in samples_ms)
     if len(samples_ms) == 1:
         return Timing(samples_ms[0], samples_ms[0], samples_ms[0], 1, kept)
@@ -124,21 +123,8 @@ class _CudaSampler:
         return [(name, begin.elapsed_time(end)) for name, begin, end in pending]
 
 
-Config = TypeVar("Config")
-
-
-def parse(config: type[Config], subject: str, argv: list[str] | None) -> Config:
-    """The benchmark's Config as its arguments ask; without any the default, which needs no tyro."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not arguments:
-        return config()
-    import tyro
-
-    return tyro.cli(config, prog=f"m3i-fast bench {subject}", args=arguments)
-
-
 def parse_counts(ranks: str, flag: str = "ranks") -> list[int]:
-    """`1,2,4`, in rising order. ValueError for anything else, with the name of the option."""
+    """Return the numbers of `1,2,4`. Raises ValueError, which names the flag, unless they rise."""
     try:
         counts = [int(count) for count in ranks.split(",")]
     except ValueError:
@@ -149,7 +135,7 @@ def parse_counts(ranks: str, flag: str = "ranks") -> list[int]:
 
 
 def resolve(device: Device) -> str:
-    """cpu or cuda; auto is the GPU where torch sees one."""
+    """Return cpu or cuda; auto is the GPU where torch sees one."""
     if device != "auto":
         return device
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -189,7 +175,7 @@ def ratio_table(
     label: Callable[[dict[str, Any]], str],
     more: Mapping[str, Callable[[dict[str, Any], str], str]] | None = None,
 ) -> Table:
-    """Rows with `timings` and `times_slower_than_ours`: a line for each function of each row.
+    """Return a table with a line for each function of each row.
 
     label: what a row measured, under `heading`; more: further columns, of a row and a function.
     """

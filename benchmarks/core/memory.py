@@ -14,7 +14,7 @@ _RESET_PEAK = "5"  # proc(5)
 
 
 def measure_peak(function: Callable[[], object], device: str) -> tuple[float, int]:
-    """Seconds of one call, and the bytes at its peak above those that were held before it.
+    """Return the seconds of one call, and the bytes at its peak above those held before it.
 
     On CUDA those of torch's allocator; on a CPU the process's resident memory, so that threads'
     buffers and libraries count too: best in a fresh process. OSError where Linux's /proc is absent.
@@ -37,7 +37,7 @@ def measure_peak(function: Callable[[], object], device: str) -> tuple[float, in
 
 
 def free_bytes(device: str) -> int:
-    """What this machine could still hand out: of the GPU, or of its main memory."""
+    """Return the bytes that are free, of the GPU or of main memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     return _read(Path("/proc/meminfo"), "MemAvailable")

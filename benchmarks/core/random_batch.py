@@ -1,4 +1,4 @@
-"""Batches of noise of a config's shapes: what a step is measured or tested on without a loader."""
+"""Random batches of a config's shapes, to measure or test a step without a loader."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIN_TOKENS = 5
 
 
 def draw_batch(cfg: TrainConfig, *, seed: int = 0) -> Batch:
-    """A rank's batch on the CPU; every picture has a label, a caption and a group of its own.
+    """Draw a rank's batch on the CPU; every picture has a label, a caption, a group of its own.
 
     Views are crops of an upright square as large as a global one, some of them mirrored.
     """
@@ -55,7 +55,7 @@ def draw_batch(cfg: TrainConfig, *, seed: int = 0) -> Batch:
 
 
 class Repeated:
-    """A loader of one batch, without end."""
+    """A loader that returns one batch again and again."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -67,13 +67,13 @@ class Repeated:
         return self._batch
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: object) -> None:
-        """It is always at the same place."""
+        """Do nothing: every batch is the same."""
 
     def restart_epoch(self, state: dict[str, Any]) -> int:
         return 0

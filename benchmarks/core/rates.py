@@ -14,7 +14,7 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """In the unit of the samples."""
+    """The median of samples and its intervals, in their unit."""
 
     median: float
     p5: float
@@ -27,7 +27,7 @@ class Rates:
 
 
 def summarise_rates(samples: Sequence[float]) -> Rates:
-    """Percentiles with linear interpolation; the interval is a percentile bootstrap of the median.
+    """Return percentiles by linear interpolation, and the median's percentile bootstrap interval.
 
     It cannot reach beyond the samples: of three it is their range, which holds the median of what
     they were drawn from three times out of four; from about ten on it holds what it says. The same

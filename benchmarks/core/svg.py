@@ -1,4 +1,7 @@
-"""What drawn benchmarks share: a self-contained page, readable light and dark, axes and words."""
+"""What all drawn benchmarks share: a self-contained page, readable light and dark, axes and words.
+
+A mark is of class ours, others or neutral: a line, a point, a square, or words in that colour.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,11 @@ text { font: 12px system-ui, sans-serif; fill: #66635c; }
 .dashed { stroke-dasharray: 6 4; }
 .ours { stroke: #0b6f68; }
 .others { stroke: #b0501a; }
-circle.ours { fill: #0b6f68; stroke: none; }
-circle.others { fill: #b0501a; stroke: none; }
+.neutral { stroke: #8d897f; }
+circle.ours, rect.ours, text.ours { fill: #0b6f68; stroke: none; }
+circle.others, rect.others { fill: #b0501a; stroke: none; }
+circle.neutral { fill: #8d897f; stroke: none; }
+text.ours { font-weight: 600; }
 circle.hollow { fill: #fcfbf9; stroke-width: 1.5; }
 circle.ours.hollow { stroke: #0b6f68; }
 circle.others.hollow { stroke: #b0501a; }
@@ -30,8 +36,8 @@ circle.others.hollow { stroke: #b0501a; }
   .grid { stroke: #35332f; }
   .ours { stroke: #57c4b8; }
   .others { stroke: #e9985c; }
-  circle.ours { fill: #57c4b8; }
-  circle.others { fill: #e9985c; }
+  circle.ours, rect.ours, text.ours { fill: #57c4b8; }
+  circle.others, rect.others { fill: #e9985c; }
   circle.hollow { fill: #171614; }
   circle.ours.hollow { stroke: #57c4b8; }
   circle.others.hollow { stroke: #e9985c; }
@@ -41,7 +47,7 @@ circle.others.hollow { stroke: #b0501a; }
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """From pixel `at` over `length` pixels, a negative length upwards; logarithmic or linear."""
+    """An axis from pixel `at` over `length` pixels, negative upwards; logarithmic or linear."""
 
     low: float
     high: float
@@ -50,6 +56,7 @@ class Axis:
     linear: bool = False
 
     def place(self, value: float) -> float:
+        """Return the pixel of a value."""
         if self.linear:
             share = (value - self.low) / (self.high - self.low)
         else:
@@ -57,25 +64,35 @@ class Axis:
         return self.at + self.length * share
 
 
-def page(parts: Iterable[str], *, width: int, height: int, label: str) -> str:
-    """The document; `label` is for those who do not see it."""
+def page(elements: Iterable[str], *, width: int, height: int, label: str) -> str:
+    """Return the document; screen readers say its `label`."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img" aria-label="{escape(label)}">',
         f"<style>{STYLE}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>',
     )
-    return "\n".join([*head, *parts, "</svg>", ""])
+    return "\n".join([*head, *elements, "</svg>", ""])
 
 
 def text(x: float, y: float, words: str, kind: str, anchor: str) -> str:
+    """Return words of the class `kind`; `anchor` says what of them is at x: start, middle, end."""
     place = f'x="{x:.1f}" y="{y:.1f}"'
     return f'<text {place} class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
+def round_values(low: float, high: float) -> list[float]:
+    """Return about five round values, evenly spaced, of which the first and last enclose both."""
+    rough = max(high - low, 1e-9) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(step * i, 10) for i in range(first, max(last, first + 1) + 1)]
+
+
 def powers_of_ten(values: Iterable[float]) -> list[float]:
-    """Around all values, at least two."""
-    found = list(values)
-    first = math.floor(math.log10(min(found)))
-    last = max(first + 1, math.ceil(math.log10(max(found))))
+    """Return the powers of ten that enclose all values, at least two."""
+    numbers = list(values)
+    first = math.floor(math.log10(min(numbers)))
+    last = max(first + 1, math.ceil(math.log10(max(numbers))))
     return [10.0**power for power in range(first, last + 1)]

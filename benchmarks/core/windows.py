@@ -22,7 +22,7 @@ COMPARED = 4  # steps on either side
 
 
 class TimedWork(Protocol):
-    """What is repeated and timed."""
+    """A loop whose steps are repeated and timed."""
 
     num_images: int
     """Source images of a step, of this rank."""
@@ -31,18 +31,18 @@ class TimedWork(Protocol):
         """What the loader has made ahead, so that a window begins with none."""
 
     def step(self) -> None:
-        """Begin one; the device may go on with it."""
+        """Start one step; the device may still run when this returns."""
 
     def wait(self) -> None:
-        """Until the device has done all that was begun."""
+        """Wait until the device has finished every step that was started."""
 
     def read(self) -> dict[str, float]:
-        """Milliseconds a step of each stage since the last read, as `time/<stage>_ms`."""
+        """Return milliseconds a step of each stage since the last read, as `time/<stage>_ms`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """How long to warm up, and what a window is."""
+    """How long to warm up, and how long a window lasts."""
 
     num_windows: int = 5
     window_s: float = 5.0
@@ -91,7 +91,7 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """The windows of one work."""
+    """The windows of one timed loop."""
 
     windows: Sequence[Window]
     num_warmup_steps: int

@@ -40,7 +40,7 @@ Outcome = tuple[int, dict[str, str], list[tuple[float, float]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """One fault at one place."""
+    """A fault at one place of a run."""
 
     fault: str
     where: str
@@ -196,7 +196,7 @@ class Campaign:
 
 
 def config(data: Path, ranks: int) -> TrainConfig:
-    """M3I with all its terms, of a batch of 8 over all ranks."""
+    """Return M3I with all its terms, of a batch of 8 over all ranks."""
     cfg = shrink(demo(), path=data, num_classes=9, text=TEXT)
     return replace(
         cfg,
@@ -209,10 +209,14 @@ def config(data: Path, ranks: int) -> TrainConfig:
 
 
 def outcome(run: Run) -> Outcome:
-    """Step and digests of all tensors of the last checkpoint, and losses of steps that count."""
+    """Return step and digests of the last checkpoint's tensors, and the losses of kept steps."""
     saved = run.saved
-    parts = {part: saved.shards(part).read() for part in PARTS}
-    tensors = {f"{p}/{name}": x for p, found in parts.items() for name, x in found.items()}
+    tensors_by_part = {part: saved.shards(part).read() for part in PARTS}
+    tensors = {
+        f"{part}/{name}": tensor
+        for part, tensors_of_part in tensors_by_part.items()
+        for name, tensor in tensors_of_part.items()
+    }
     losses = [
         (row["step"], row["loss/total"])
         for row in read_jsonl(run.out / "metrics.jsonl")
@@ -222,7 +226,7 @@ def outcome(run: Run) -> Outcome:
 
 
 def wait(processes: Sequence[BaseProcess]) -> list[int]:
-    """Exit codes; TimeoutError, and the end of all, where one hangs."""
+    """Return the exit codes. Raises TimeoutError, and ends all processes, where one hangs."""
     ends = time.monotonic() + STUCK
     for process in processes:
         process.join(max(ends - time.monotonic(), 0))

@@ -50,7 +50,7 @@ class Operation:
 
 
 class FaultyFiles(AbstractContextManager["FaultyFiles"]):
-    """See the module's docstring."""
+    """The calls of `os` that change files, counted and spoilt as the module says."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class FaultyFiles(AbstractContextManager["FaultyFiles"]):
                 self._renamed.append((before, after))
 
     def die(self) -> None:
-        """SIGKILL, after what a power cut would have lost is lost.
+        """Kill the process by SIGKILL, after dropping what a power cut would have lost.
 
         By a child, while all of this process's threads stand still.
         """

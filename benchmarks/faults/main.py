@@ -13,12 +13,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
 from rich import box
 from rich.progress import Progress
 from rich.table import Table
 
 from m3i_fast.durable_files import write_atomically
+from m3i_fast.flags import read_flags
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds, and --help does without
@@ -57,7 +57,7 @@ class Config:
 
 def main(argv: list[str]) -> int:
     """Run a campaign and show it; 0 where all runs recovered with equal weights, else 1."""
-    return run(tyro.cli(Config, prog="m3i-fast faults", args=argv))
+    return run(read_flags(Config, argv, prog="m3i-fast faults", default=Config()))
 
 
 def run(cfg: Config) -> int:
@@ -84,7 +84,7 @@ def run(cfg: Config) -> int:
 
 
 def carry_out(campaign: Campaign, trials: Sequence[Trial], jobs: int) -> list[Verdict]:
-    """In the order of the trials, `jobs` at a time."""
+    """Run the trials, `jobs` at a time, and return their verdicts in the order of the trials."""
     with Progress(console=console) as bar, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(campaign.judge, trial) for trial in trials]
         for _ in bar.track(as_completed(futures), len(futures), description="faults"):
@@ -93,7 +93,7 @@ def carry_out(campaign: Campaign, trials: Sequence[Trial], jobs: int) -> list[Ve
 
 
 def record(found: Sequence[Verdict], *, seed: int) -> None:
-    from m3i_fast.benchmarks.faults.report import SUBJECT, newest, page, picture
+    from m3i_fast.benchmarks.faults.report import PAGE, PICTURE, SUBJECT, newest, page, picture
     from m3i_fast.benchmarks.ledger.rows import append_row
 
     campaign = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-from m3i_fast.benchmarks.core.svg import text
+from m3i_fast.benchmarks.core import svg
 from m3i_fast.benchmarks.ledger.rows import commit_of, read_rows
 
 SUBJECT = "faults"
@@ -18,20 +18,6 @@ MANY = 3  # trials of a fault from which on each is not named on the page
 
 _WIDTH, _NAMES, _TOP, _LINE = 920, 250, 64, 22  # pixels
 _SIDE, _COLUMNS = 8, 78  # of a trial's square; squares a line
-STYLE = """
-text { font: 12px system-ui, sans-serif; fill: #66635c; }
-.paper { fill: #fcfbf9; }
-.title { font-size: 15px; font-weight: 600; fill: #1f1e1b; }
-.good { fill: #0b6f68; }
-.bad { fill: #b0501a; }
-@media (prefers-color-scheme: dark) {
-  text { fill: #a5a198; }
-  .paper { fill: #171614; }
-  .title { fill: #e9e6df; }
-  .good { fill: #57c4b8; }
-  .bad { fill: #e9985c; }
-}
-"""
 HEAD = """\
 # Faults
 
@@ -51,21 +37,21 @@ over gloo; no campaign has run on a GPU.
 
 
 def newest() -> list[Row]:
-    """The rows of the ledger's last campaign."""
+    """Return the rows of the ledger's last campaign."""
     rows = list(read_rows(SUBJECT))
     last = rows[-1]["figures"]["campaign"] if rows else None
     return [row for row in rows if row["figures"]["campaign"] == last]
 
 
 def by_fault(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+    trials: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row["figures"]["fault"], []).append(row["figures"])
-    return found
+        trials.setdefault(row["figures"]["fault"], []).append(row["figures"])
+    return trials
 
 
 def page(rows: Sequence[Row]) -> str:
-    """Markdown. A fault of few trials says where it struck."""
+    """Return the page as Markdown. A fault of few trials says where it struck."""
     good = sum(row["figures"]["weights_equal"] for row in rows)
     first = rows[0]
     machine = f"{first['machine']['num_cores']} cores of {first['machine']['cpu']}"
@@ -84,29 +70,24 @@ def page(rows: Sequence[Row]) -> str:
 
 
 def picture(rows: Sequence[Row]) -> str:
-    """SVG: a square a trial, its tooltip where it struck."""
-    parts, y = list[str](), float(_TOP)
-    for fault, trials in by_fault(rows).items():
-        parts.append(text(_NAMES - 10, y + _SIDE, fault, "name", "end"))
-        for start in range(0, len(trials), _COLUMNS):
-            parts += _squares(trials[start : start + _COLUMNS], y)
-            y += _SIDE + 2
-        y += _LINE - _SIDE - 2
+    """Return the SVG of a square a trial, whose tooltip says where the fault struck."""
     good = sum(row["figures"]["weights_equal"] for row in rows)
     title = f"{good} of {len(rows)} spoilt runs ended with the weights of the run without a fault"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y:.0f}">'
-        f"<style>{STYLE}</style>"
-        f'<rect class="paper" width="{_WIDTH}" height="{y:.0f}"/>'
-        f"{text(20, 34, title, 'title', 'start')}{''.join(parts)}</svg>\n"
-    )
+    elements, y = [svg.text(20, 34, title, "title", "start")], _TOP
+    for fault, trials in by_fault(rows).items():
+        elements.append(svg.text(_NAMES - 10, y + _SIDE, fault, "", "end"))
+        for start in range(0, len(trials), _COLUMNS):
+            elements += _squares(trials[start : start + _COLUMNS], y)
+            y += _SIDE + 2
+        y += _LINE - _SIDE - 2
+    return svg.page(elements, width=_WIDTH, height=y, label=title)
 
 
-def _squares(trials: Sequence[Row], y: float) -> Iterator[str]:
+def _squares(trials: Sequence[Row], y: int) -> Iterator[str]:
     for column, trial in enumerate(trials):
-        kind = "good" if trial["weights_equal"] else "bad"
+        kind = "ours" if trial["weights_equal"] else "others"
         x = _NAMES + column * _SIDE
         yield (
-            f'<rect class="{kind}" x="{x}" y="{y:.0f}" width="{_SIDE - 1}" height="{_SIDE - 1}">'
+            f'<rect class="{kind}" x="{x}" y="{y}" width="{_SIDE - 1}" height="{_SIDE - 1}">'
             f"<title>{escape(trial['where'])}</title></rect>"
         )

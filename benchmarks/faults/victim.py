@@ -81,13 +81,13 @@ def _before(target: str, call: int, action: Callable[[], object]) -> AbstractCon
 
 
 def send(*, number: int, phase: str, call: int) -> AbstractContextManager[object]:
-    """A signal to itself: SIGTERM as a scheduler's, SIGKILL, SIGSTOP to hang."""
+    """Send this process a signal: SIGTERM as schedulers do, SIGKILL, or SIGSTOP to hang."""
     return _before(PHASES[phase], call, lambda: os.kill(os.getpid(), number))
 
 
 @contextmanager
 def not_a_number(*, step: int) -> Iterator[None]:
-    """The loss of one step of this rank, and so its gradients, are NaN."""
+    """Make the loss of one step of this rank NaN, and so its gradients."""
     real, calls = ForwardPass.forward, 0
 
     def forward(*arguments: Any, **options: Any) -> Any:
@@ -101,7 +101,7 @@ def not_a_number(*, step: int) -> Iterator[None]:
 
 
 def undone(*, step: int) -> AbstractContextManager[object]:
-    """One step is taken and all of its model and optimiser are put back, from copies."""
+    """Take one step, and restore model and optimiser from copies made before it."""
     real, calls = TrainStep.__call__, 0
 
     def take(train_step: TrainStep, *arguments: Any, **options: Any) -> Any:
@@ -121,7 +121,7 @@ def undone(*, step: int) -> AbstractContextManager[object]:
 
 
 def dump(*, path: Path) -> AbstractContextManager[object]:
-    """Before the first step: digests of all that was loaded."""
+    """Write, before the first step, digests of all that was loaded."""
     real = TrainStep.__call__
 
     def take(train_step: TrainStep, *arguments: Any, **options: Any) -> Any:
@@ -134,17 +134,17 @@ def dump(*, path: Path) -> AbstractContextManager[object]:
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Of type, shape and bytes."""
-    found = {}
+    """Return digests of each tensor's type, shape and bytes."""
+    digest_by_name = {}
     for name, tensor in tensors.items():
         content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         facts = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-        found[name] = hashlib.sha256(facts + content).hexdigest()
-    return found
+        digest_by_name[name] = hashlib.sha256(facts + content).hexdigest()
+    return digest_by_name
 
 
 def pause(*, step: int, until: Path) -> AbstractContextManager[object]:
-    """A step begins when the file `until` is there."""
+    """Wait at a step until the file `until` is there."""
 
     def wait() -> None:
         until.with_suffix(".asked").touch()
@@ -156,7 +156,7 @@ def pause(*, step: int, until: Path) -> AbstractContextManager[object]:
 
 @contextmanager
 def clock(*, step: int, seconds: float) -> Iterator[None]:
-    """The time of day jumps."""
+    """Make the time of day jump."""
     real, jump = time.time, 0.0
 
     def leap() -> None:

@@ -6,15 +6,15 @@ m3i-fast bench demo
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from m3i_fast.benchmarks.ledger.rows import commit_of, read_rows
 from m3i_fast.evaluation.held_out import ENDINGS
 from m3i_fast.evaluation.statistics import spread
+from m3i_fast.flags import read_flags
 from m3i_fast.terminal import make_console
 
 SUBJECT = "demo"
@@ -36,12 +36,13 @@ class DemoTable:
 
 
 def main(argv: list[str] | None = None) -> None:
-    command = tyro.cli(DemoTable, prog="m3i-fast bench demo", args=argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    command = read_flags(DemoTable, arguments, prog="m3i-fast bench demo", default=DemoTable())
     make_console().print(table(command.ledger), highlight=False, soft_wrap=True)
 
 
 def table(ledger: Path | None = None) -> str:
-    """Markdown, in percent: mean over the newest row of each seed, and the lowest and highest.
+    """Return Markdown, in percent: mean over each seed's newest row, and lowest and highest.
 
     Of the rows that were measured on the same held-out pictures as the newest of all; each measure
     on these and on the hard half of them, where the rows have it.

@@ -15,7 +15,7 @@ from m3i_fast.benchmarks.ledger.readme_tables import OURS
 
 
 def mllog() -> str:
-    """Each row as a line, as MLPerf's logger prints it: a point in time, figures as its value."""
+    """Return each row as a line of MLPerf's logger: a point in time, its figures as the value."""
     lines = [
         f":::MLLOG {json.dumps(_event(row))}"
         for subject in ledger.subjects()
@@ -50,7 +50,7 @@ def _event(row: ledger.Row) -> dict[str, Any]:
 
 
 def pytest_benchmark() -> str:
-    """The newest times of ours with samples, of this machine class, in seconds.
+    """Return our newest times with samples, of this machine class, in seconds.
 
     ValueError where the ledger has none: rows of before samples were kept have no statistics.
     """

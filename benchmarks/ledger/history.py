@@ -13,7 +13,7 @@ from m3i_fast.benchmarks.ledger.readme_tables import OURS, rates_of
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measurement; low and high are its spread, where the row has one."""
+    """A measurement; low and high are its spread, where the row has one."""
 
     time: str
     commit: str
@@ -35,41 +35,41 @@ class Series:
     points: list[Point] = field(default_factory=list)
 
     def name(self, common: Collection[str] = ()) -> str:
-        """What tells it from others of the subject, whose settings are equal in `common`."""
+        """Return what tells it from other series of the subject, which share `common`."""
         own = {name: value for name, value in self.settings.items() if name not in common}
         return ", ".join(filter(None, (words(own), self.measure)))
 
 
 def words(settings: Mapping[str, Any]) -> str:
-    """`batch size 64, dtype float32`"""
+    """Return settings as words: `batch size 64, dtype float32`."""
     return ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in settings.items() if value is not None
     )
 
 
-def common_settings(found: Sequence[Series]) -> dict[str, Any]:
-    """Those that all series have with one value; all settings of a single series."""
-    first = found[0].settings
+def common_settings(series_list: Sequence[Series]) -> dict[str, Any]:
+    """Return the settings that all series share; of a single series, all its settings."""
+    first = series_list[0].settings
     return {
         name: value
         for name, value in first.items()
-        if all(series.settings.get(name) == value for series in found)
+        if all(series.settings.get(name) == value for series in series_list)
     }
 
 
 def series_of(subject: str) -> list[Series]:
-    """Times of ours, rates, single figures in ms or a second; those measured last come first."""
-    found: dict[tuple[str, str, str], Series] = {}
+    """Return our times, rates and figures in ms or a second; those measured last come first."""
+    series_by_key: dict[tuple[str, str, str], Series] = {}
     for row in ledger.read_rows(subject):
         settings = ledger.settings_of(row)
         for measure, unit, point in _points(row):
             key = row["machine_class"], json.dumps(settings, sort_keys=True), measure
-            series = found.pop(key, None)
+            series = series_by_key.pop(key, None)
             if series is None:
                 series = Series(subject, row["machine_class"], settings, measure, unit)
             series.points.append(point)
-            found[key] = series  # moves to the end
-    return list(reversed(found.values()))
+            series_by_key[key] = series  # moves to the end
+    return list(reversed(series_by_key.values()))
 
 
 def _points(row: ledger.Row) -> Iterator[tuple[str, str, Point]]:

@@ -31,13 +31,13 @@ QUERY = "uuid,driver_version,power.limit,clocks.max.sm,vbios_version"
 
 
 def hashed(name: str) -> str:
-    """Sixteen hex digits that stand for a name."""
+    """Return sixteen hex digits that stand for a name."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 @cache
 def machine(cpu: str, num_cores: int) -> dict[str, Any]:
-    """host, cpu, num_cores, ram_bytes, gpu (its name), num_gpus and what is known of each card."""
+    """Return host, cpu, num_cores, ram_bytes, gpu (its name), num_gpus and facts of each card."""
     cards = list(_cards())
     return {
         "host": hashed(platform.node()),
@@ -74,7 +74,7 @@ def _nvidia_smi() -> dict[str, dict[str, Any]]:
 
 
 def parse_nvidia_smi(text: str) -> dict[str, dict[str, Any]]:
-    """UUID without its prefix -> driver, power_limit_w, max_sm_clock_mhz, vbios; no `[N/A]`."""
+    """Return UUID without prefix -> driver, power_limit_w, max_sm_clock_mhz, vbios; no `[N/A]`."""
     found = {}
     for cells in csv.reader(text.splitlines(), skipinitialspace=True):
         if len(cells) != len(QUERY.split(",")):
@@ -99,22 +99,22 @@ def _word(cell: str) -> str | None:
 
 
 def machine_class(machine: Mapping[str, Any]) -> str:
-    """What machines must have in common for their times to be compared.
+    """Return what machines must have in common for their times to be compared.
 
     CPU and its cores, name and number of cards, and their power limit where it is known.
     """
-    parts = [f"{machine['num_cores']} cores of {machine['cpu']}"]
+    words = [f"{machine['num_cores']} cores of {machine['cpu']}"]
     if machine["num_gpus"]:
-        parts.insert(0, f"{machine['num_gpus']} x {machine['gpu']}")
+        words.insert(0, f"{machine['num_gpus']} x {machine['gpu']}")
         limits = {card.get("power_limit_w") for card in machine.get("cards") or []} - {None}
         if limits:
-            parts[0] += f" at {min(limits):g} W"
-    return ", ".join(parts)
+            words[0] += f" at {min(limits):g} W"
+    return ", ".join(words)
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of python, torch, cuda, cudnn, nccl and the optional libraries; absent without them."""
+    """Return the versions of python, torch, cuda, cudnn, nccl and of optional libraries found."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda

@@ -8,18 +8,18 @@ m3i-fast bench page --pytest-benchmark FILE    JSON as pytest-benchmark writes i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from m3i_fast.benchmarks.ledger import exports, readme_tables
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ledger.history import Point, Series, common_settings, series_of, words
 from m3i_fast.durable_files import make_directories, write_atomically
+from m3i_fast.flags import read_flags
 from m3i_fast.report import template
 from m3i_fast.terminal import make_console
 
@@ -40,7 +40,8 @@ class Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = tyro.cli(Config, prog="m3i-fast bench page", args=argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    cfg = read_flags(Config, arguments, prog="m3i-fast bench page", default=Config())
     console = make_console()
     if cfg.readme:
         root = ledger.results_dir().parent.parent
@@ -69,7 +70,7 @@ def write(path: Path, text: str) -> None:
 
 
 def render() -> str:
-    """The page as HTML text that makes no request. Raises ImportError without jinja2."""
+    """Return the page as HTML text that makes no request. Raises ImportError without jinja2."""
     rows = [row for subject in ledger.subjects() for row in ledger.read_rows(subject)]
     if not rows:
         raise ValueError(f"no row in {ledger.results_dir()}: a benchmark appends some")

@@ -19,7 +19,7 @@ from typing import Any
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ledger.demo_table import table as demo_table
 from m3i_fast.benchmarks.ledger.rows import Row
-from m3i_fast.ops.registry import OPS
+from m3i_fast.op_registry import OPS
 
 FILES = ("README.md", "docs/measure/performance.md", "docs/measure/comparing.md")
 MARKED = re.compile(r"(<!-- ledger:(\w+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)
@@ -31,7 +31,7 @@ PREDICTED = ("m3i_vit_b_h100", "m3i_vit_l_h100")
 
 
 def fill(text: str) -> str:
-    """The text with every marked table as the ledger has it. ValueError for an unknown name."""
+    """Return the text with every marked table written anew. Raises ValueError for a wrong name."""
 
     def table(found: re.Match[str]) -> str:
         if found[2] not in TABLES:
@@ -56,7 +56,7 @@ def update(root: Path) -> list[Path]:
 
 
 def newest(subject: str, *, device: str = "cpu", **settings: Any) -> list[Row]:
-    """The last row of each size, of the machine class that was measured last."""
+    """Return the last row of each size, of the machine class that was measured last."""
     rows = [
         row
         for row in ledger.read_rows(subject)
@@ -71,7 +71,7 @@ def newest(subject: str, *, device: str = "cpu", **settings: Any) -> list[Row]:
 
 
 def source(rows: Sequence[Row], words: str) -> str:
-    """The sentence below a table: what it shows, and which rows."""
+    """Return the sentence below a table: what it shows, and which rows."""
     commits = ", ".join(dict.fromkeys(map(ledger.commit_of, rows)))
     commands = ", ".join(f"`{command}`" for command in dict.fromkeys(r["command"] for r in rows))
     days = ", ".join(dict.fromkeys(row["time"][:10] for row in rows))
@@ -83,19 +83,19 @@ def source(rows: Sequence[Row], words: str) -> str:
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """The first column to the left, all others to the right."""
+    """Return a Markdown table, its first column aligned left and all others right."""
     ruled = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ruled, *lines))
 
 
 def times(row: Row, name: str) -> str:
-    """How many times as long as ours a function takes; - where it was not measured."""
+    """Return how many times as long as ours a function takes; - where it was not measured."""
     ratio = row["figures"]["times_slower_than_ours"].get(name)
     return "-" if ratio is None else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def milliseconds(row: Row) -> str:
-    """Ours, and between which fifths it varied."""
+    """Return our milliseconds, and the fifths between which they varied."""
     timing = row["figures"]["timings"][OURS]
     median, low, high = (_three_digits(timing[f"{name}_ms"]) for name in ("median", "p20", "p80"))
     return f"{median} ({low} to {high})"
@@ -111,7 +111,7 @@ def peers_table(
     label: Callable[[Mapping[str, Any]], str],
     columns: Mapping[str, str],
 ) -> str:
-    """A line a row: ours in ms, and the functions of `columns`, by their title."""
+    """Return a table with a line a row: ours in ms, and the functions of `columns` by title."""
     if not rows:
         return ABSENT
     lines = [
@@ -127,13 +127,13 @@ def peers_table(
 
 
 def demo() -> str:
-    """Over its seeds, as `m3i-fast bench demo` prints it."""
+    """Return the demo's table over its seeds, as `m3i-fast bench demo` prints it."""
     found = demo_table().partition("\n\n")[2]
     return found or f"The demo: {ABSENT}."
 
 
 def ops() -> str:
-    """Every op of the registry, and when it was last measured."""
+    """Return a line for every op: its benchmark, and when that last ran."""
     days = {op.name: [row["time"][:10] for row in ledger.read_rows(op.name)] for op in OPS}
     if not any(days.values()):
         return f"The ops: {ABSENT}."
@@ -228,7 +228,7 @@ def step() -> str:
 
 
 def gpu() -> str:
-    """Kernels on cards, where a row has one, and what a roofline predicts of training."""
+    """Return the table of kernels on cards, and of what a roofline predicts of training."""
     lines = [
         line
         for subject in (*(op.name for op in OPS), "internimage")
@@ -280,7 +280,7 @@ def _predictions() -> str:
 
 
 def loader() -> str:
-    """Images a second of each way to load the same views, where they were measured."""
+    """Return the images a second of each way to load the same views, where it was measured."""
     rows = newest("loader")
     if not rows:
         return f"Loaders: {ABSENT}."
@@ -305,7 +305,7 @@ def _views(figures: Mapping[str, Any]) -> str:
 
 
 def node() -> str:
-    """What `bench node` last said of each recipe."""
+    """Return the newest row of `bench node` of each recipe."""
     rows = [row for row in ledger.read_rows("node") if "verdict" in row["figures"]]
     rows = list({row["figures"]["recipe"]: row for row in rows}.values())
     if not rows:
@@ -321,7 +321,7 @@ def node() -> str:
 
 
 def scaling() -> str:
-    """What `bench scaling` last measured of each number of ranks; its picture has predictions."""
+    """Return the newest row of `bench scaling` of each number of ranks, without predictions."""
     rows = [row for row in ledger.read_rows("scaling") if row["figures"]["kind"] == "measured"]
     newest_rows = {
         tuple(row["figures"][key] for key in ("recipe", "device", "mode", "ranks")): row
@@ -351,7 +351,7 @@ def _rate(rate: Mapping[str, float]) -> str:
 
 
 def rates_of(figures: Mapping[str, Any], name: str = "") -> list[tuple[str, Mapping[str, Any]]]:
-    """All that is a rate with its interval, as rates.py has them, by its path."""
+    """Return every rate that has an interval, by its path in the figures."""
     found: list[tuple[str, Mapping[str, Any]]] = []
     for key, value in figures.items():
         if isinstance(value, Mapping):
@@ -362,7 +362,7 @@ def rates_of(figures: Mapping[str, Any], name: str = "") -> list[tuple[str, Mapp
 
 
 def gate() -> str:
-    """How often `bench compare` errs, by the newest self-test of each work."""
+    """Return how often `bench compare` errs, by the newest self-test of each op."""
     rows = list({row["figures"]["work"]: row for row in ledger.read_rows("gate")}.values())
     if not rows:
         return f"The gate: {ABSENT} (`m3i-fast bench compare mask_mix --self-test 20`)."

@@ -1,7 +1,6 @@
 """The ledger: what benchmarks measured, one JSON object a line of results/SUBJECT.jsonl.
 
-`row.schema.json` describes a row; README "Results" points at rows. Files only ever grow. Rows
-of older layouts stay as they were written, and the reader gives them the present one.
+`row.schema.json` describes a row; README "Results" points at rows. Files only ever grow.
 
 A subject's figures are settings and measurements: rows whose settings are equal measured the same
 thing (`settings_of`), and of equal machine class they can be compared.
@@ -87,7 +86,7 @@ def make_row(
     telemetry: Mapping[str, Any] | None = None,
     command: str | None = None,
 ) -> Row:
-    """A row of the present layout, of this process, checkout and machine."""
+    """Return a row of this process, checkout and machine."""
     here = asdict(environment())
     commit, dirty = _commit(here["commit"])
     measured_on = machine(here["cpu"], here["num_cores"])
@@ -115,7 +114,7 @@ def make_row(
 
 @cache
 def run_id() -> str:
-    """Sixteen hex digits that the rows of this process have in common."""
+    """Return the sixteen hex digits that the rows of this process share."""
     return uuid.uuid4().hex[:16]
 
 
@@ -147,14 +146,14 @@ def _this_command() -> str:
 
 
 def subjects(folder: Path | None = None) -> list[str]:
-    """Those with a ledger."""
+    """Return the subjects that have a ledger."""
     return sorted(path.stem for path in (folder or results_dir()).glob("*.jsonl"))
 
 
 def read_rows(subject: str, *, folder: Path | None = None) -> Iterator[Row]:
-    """The subject's rows in the present layout, oldest first; none without a ledger.
+    """Yield the subject's rows, oldest first; none without a ledger.
 
-    A line that is no row, or of a layout from the future, is a ValueError that names it.
+    Raises ValueError for a line that is no row, or of another layout, with its number.
     """
     path = (folder or results_dir()) / f"{subject}.jsonl"
     if not path.is_file():
@@ -165,33 +164,13 @@ def read_rows(subject: str, *, folder: Path | None = None) -> Iterator[Row]:
             schema = row["schema"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number}: expected a row of the ledger, {error}") from error
-        if schema not in (1, SCHEMA):
-            raise ValueError(f"{path}:{number}: expected schema 1 or {SCHEMA}, got {schema}")
-        yield row if schema == SCHEMA else _of_first_layout(row)
-
-
-def _of_first_layout(row: Row) -> Row:
-    """Schema 1 had versions among the machine's fields, -dirty in the commit, and no run's id."""
-    found = dict(row["machine"])
-    made_with = {name: found.pop(name) for name in ("python", "torch", "cuda")}
-    commit, dirty = _commit(row["commit"])
-    return {
-        "schema": SCHEMA,
-        "run_id": None,
-        "time": row["time"],
-        "subject": row["subject"],
-        "commit": commit,
-        "dirty": dirty,
-        "command": row["command"],
-        "machine": found,
-        "machine_class": machine_class(found),
-        "versions": {name: version for name, version in made_with.items() if version},
-        **{name: row[name] for name in ("figures", "config", "telemetry") if name in row},
-    }
+        if schema != SCHEMA:
+            raise ValueError(f"{path}:{number}: expected schema {SCHEMA}, got {schema}")
+        yield row
 
 
 def commit_of(row: Row) -> str:
-    """`0123abcd`, with `-dirty` after it where there were changes; `a wheel`."""
+    """Return `0123abcd`, with `-dirty` after it where files were changed; or `a wheel`."""
     return (row["commit"] or "a wheel") + ("-dirty" if row.get("dirty") else "")
 
 
@@ -206,7 +185,7 @@ MEASURED = re.compile(
 
 
 def settings_of(row: Row) -> dict[str, Any]:
-    """The figures that say what was measured: sizes, dtype, device, threads."""
+    """Return the figures that say what was measured: sizes, dtype, device, threads."""
     return {
         name: value
         for name, value in row["figures"].items()
@@ -215,9 +194,9 @@ def settings_of(row: Row) -> dict[str, Any]:
 
 
 def newest(rows: Iterator[Row] | list[Row], **settings: Any) -> Row | None:
-    """The last row with these figures."""
-    found = None
+    """Return the last row with these figures; None without one."""
+    last = None
     for row in rows:
         if all(row["figures"].get(name) == value for name, value in settings.items()):
-            found = row
-    return found
+            last = row
+    return last

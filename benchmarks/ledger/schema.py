@@ -28,12 +28,12 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 @cache
 def schema() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
-    return found
+    rules: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return rules
 
 
 def complaints(value: Any, rules: dict[str, Any] | None = None, where: str = "") -> Iterator[str]:
-    """What is wrong with a row, a line each: the place, what was expected and what is there."""
+    """Yield what is wrong with a row, a line each: the place, what was expected, what is there."""
     rules = schema() if rules is None else rules
     place = where or "the row"
     if "type" in rules:

@@ -29,6 +29,7 @@ import tyro
 from rich.table import Table
 from torch import Tensor
 
+from m3i_fast.benchmarks.core.command import read_recipe_command
 from m3i_fast.benchmarks.core.harness import publish, ratio_table, summarise
 from m3i_fast.benchmarks.core.rates import summarise_rates
 from m3i_fast.benchmarks.core.windows import Schedule, Series, TimedWork, measure_windows
@@ -47,7 +48,7 @@ from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import is_free, quoted
 from m3i_fast.pipelines.loader import Loader
-from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.recipes import recipes
 
 SUBJECT = "loader"
 RECIPE = "m3i_vit_b"
@@ -94,25 +95,20 @@ class Config:
 
     @property
     def num_ahead(self) -> int:
-        """Batches that a loader has ready at most."""
+        """Return the most batches that a loader holds ready."""
         data = self.config.data
         return max(data.prefetch, PREFETCH_FACTOR * data.num_threads)
 
 
 def parse(argv: list[str]) -> Config:
-    """`RECIPE --field value`; SystemExit for an unknown flag."""
-    name, config, rest = find_recipe(argv, RECIPE)
-    return tyro.cli(
-        Config,
-        prog=f"m3i-fast bench loader {name}",
-        default=Config(config=config, recipe=name),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),
+    """Return what `RECIPE --flag value ...` asks for; raises as `read_recipe_command`."""
+    return read_recipe_command(
+        "loader", argv, lambda name, config: Config(config=config, recipe=name), RECIPE
     )
 
 
 def local_views(cfg: LoaderConfig) -> ViewConfig:
-    """The recipe's, or those of DINO."""
+    """Return the recipe's local views, or those of DINO."""
     whole = cfg.global_views
     if cfg.local_views is not None:
         return cfg.local_views
@@ -121,7 +117,7 @@ def local_views(cfg: LoaderConfig) -> ViewConfig:
 
 
 def shards_of(cfg: Config, folder: Path) -> Path:
-    """Where the data lie; made in `folder` where asked for. FileNotFoundError says how else."""
+    """Return the folder of the data. Raises FileNotFoundError, which says how to make them."""
     if cfg.synthetic_data:
         from m3i_fast.pipelines.sources import synthetic
 
@@ -166,7 +162,7 @@ class Endless:
 
 
 def cpu_seconds() -> float:
-    """Of this process, its threads and all processes below it, user and system."""
+    """Return the user and system seconds of this process and of all processes below it."""
     return sum(_process_s(pid) for pid in _with_children(str(os.getpid())))
 
 
@@ -188,7 +184,7 @@ def _process_s(pid: str) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Statistics:
-    """Of the first views of some images: means over them, and standard errors of those."""
+    """Means over the first views of some images, and the standard errors of these means."""
 
     shapes: list[list[int]]
     mean: float
@@ -198,7 +194,7 @@ class Statistics:
 
 
 def look(batches: Iterator[Any], num_images: int) -> Statistics:
-    """Of as many batches as have that many images."""
+    """Return the statistics of as many batches as hold that many images."""
     views: list[Tensor] = []
     shapes: list[list[int]] = []
     while sum(len(view) for view in views) < num_images:
@@ -219,7 +215,7 @@ def look(batches: Iterator[Any], num_images: int) -> Statistics:
 
 
 def expect_same(ours: Statistics, theirs: Statistics, name: str) -> None:
-    """RuntimeError where the other loader does other work."""
+    """Raise RuntimeError where the other loader's views differ in their statistics."""
     if ours.shapes != theirs.shapes:
         raise RuntimeError(f"{name}: expected tensors of {ours.shapes}, got {theirs.shapes}")
     for measure in ("mean", "std"):
@@ -238,7 +234,7 @@ def expect_same(ours: Statistics, theirs: Statistics, name: str) -> None:
 
 
 def rows_of(cfg: Config, path: Path) -> Iterator[dict[str, Any]]:
-    """With global views alone, then with local ones."""
+    """Yield the row with global views alone, then that with local views."""
     data = replace(cfg.config.data, path=path)
     for local in (None, local_views(data)):
         yield _row(cfg, replace(data, local_views=local))
@@ -251,9 +247,11 @@ def _row(cfg: Config, data: LoaderConfig) -> dict[str, Any]:
         stack.callback(ours.close)
         loaders: dict[str, Iterator[Any]] = {OURS: ours}
         loaders |= {kind: peer(data, kind) for kind in (PILLOW, TENSORS)}
-        seen = {name: look(batches, cfg.check_images) for name, batches in loaders.items()}
-        for name, statistics in seen.items():
-            expect_same(seen[OURS], statistics, name)
+        statistics_by_loader = {
+            name: look(batches, cfg.check_images) for name, batches in loaders.items()
+        }
+        for name, others in statistics_by_loader.items():
+            expect_same(statistics_by_loader[OURS], others, name)
         encoded = read_encoded(data, data.batch_size)
         for name, decode in DECODERS.items():
             alone = DecodeAlone(encoded, decode, data.num_threads)
@@ -273,7 +271,7 @@ def _row(cfg: Config, data: LoaderConfig) -> dict[str, Any]:
         "config": measured,  # shards drawn for this are gone, and their place says nothing
         **_settings(cfg, data, cuda),
         **_figures(found),
-        "statistics": _statistics(seen),
+        "statistics": _statistics(statistics_by_loader),
     }
 
 
@@ -311,8 +309,8 @@ def _figures(found: Mapping[str, Series]) -> dict[str, Any]:
     }
 
 
-def _statistics(seen: Mapping[str, Statistics]) -> dict[str, dict[str, float]]:
-    return {name: {"mean": s.mean, "std": s.std} for name, s in seen.items()}
+def _statistics(statistics_by_loader: Mapping[str, Statistics]) -> dict[str, dict[str, float]]:
+    return {name: {"mean": s.mean, "std": s.std} for name, s in statistics_by_loader.items()}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

@@ -102,7 +102,7 @@ def _photometric(cfg: ViewConfig) -> list[Any]:
 
 
 def peer(cfg: LoaderConfig, kind: str) -> Iterator[list[Tensor]]:
-    """Endless batches: the views of the global config and of the local one, then the rest.
+    """Yield batches without end: global views, local views, then the rest.
 
     ValueError where there are fewer shards than processes, which read whole ones.
     """
@@ -166,7 +166,7 @@ DECODERS: dict[str, Callable[[bytes], object]] = {
 
 
 def read_encoded(cfg: LoaderConfig, count: int) -> list[bytes]:
-    """The first pictures of the split, as they are stored; all of them if they are fewer."""
+    """Return the first pictures of the split as they are stored; all of them if fewer."""
     import webdataset
 
     manifest = read_manifest(cfg.path)
@@ -180,7 +180,7 @@ def read_encoded(cfg: LoaderConfig, count: int) -> list[bytes]:
 
 
 class DecodeAlone:
-    """Decodes pictures that lie in memory, again and again, and keeps nothing."""
+    """A loader that decodes pictures in memory again and again, and keeps nothing."""
 
     def __init__(
         self, encoded: Sequence[bytes], decode: Callable[[bytes], object], num_threads: int

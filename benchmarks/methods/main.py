@@ -39,7 +39,7 @@ from typing import Any
 from rich.progress import Progress
 
 from m3i_fast.benchmarks.core.child_processes import child_processes
-from m3i_fast.benchmarks.core.harness import parse
+from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.ledger.rows import append_row, read_rows, results_dir
 from m3i_fast.benchmarks.methods import plan, step_times
 from m3i_fast.benchmarks.methods.growth_plot import draw_growth
@@ -50,7 +50,6 @@ from m3i_fast.benchmarks.methods.plan import (
     Group,
     Pace,
     Run,
-    recipe_digest,
 )
 from m3i_fast.benchmarks.methods.plot import draw
 from m3i_fast.benchmarks.methods.power_table import compare_arms, draw_power, power_table
@@ -64,10 +63,9 @@ from m3i_fast.benchmarks.methods.table import (
     summarise,
     table,
 )
-from m3i_fast.benchmarks.methods.variants import NOTE, VARIANTS
+from m3i_fast.benchmarks.methods.variants import NOTE
 from m3i_fast.config import TrainConfig
 from m3i_fast.durable_files import write_atomically
-from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.dataset.manifest import DEMO_FLAGS, is_dataset, read_manifest
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
 from m3i_fast.planning.calibration import calibrate, step_seconds
@@ -82,21 +80,21 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     if cfg.calibrate:
         time_steps(cfg)
         return
     failures = {} if cfg.table_only else run_missing(cfg)
     rows = {group: _rows(cfg, group) for group in cfg.groups}
-    found = {group: summarise(of_group) for group, of_group in rows.items()}
-    for group, lines in found.items():
+    lines_by_group = {group: summarise(of_group) for group, of_group in rows.items()}
+    for group, lines in lines_by_group.items():
         text = (
             brief_table(lines, group.title, shown=cfg.shown)
             if cfg.brief
             else table(lines, group.title, shown=cfg.shown, note=NOTE if cfg.ablations else "")
         )
         make_console().print(text, highlight=False, soft_wrap=True)
-    _draw(cfg, found)
+    _draw(cfg, lines_by_group)
     if cfg.pilot:
         _plan_by(cfg, rows)
     if failures:
@@ -107,24 +105,29 @@ def main(argv: list[str] | None = None) -> None:
 def _plan_by(cfg: Config, rows: dict[Group, Rows]) -> None:
     """Print and draw what a difference needs, from the pilot's rows."""
     for group, of_group in rows.items():
-        found = compare_arms(of_group, holm=cfg.holm)
-        make_console().print(power_table(found), highlight=False, soft_wrap=True)
-        if found:
-            _write_picture(cfg, f"{_picture(cfg, group)}_power", draw_power(found, group.title))
+        comparisons = compare_arms(of_group, holm=cfg.holm)
+        make_console().print(power_table(comparisons), highlight=False, soft_wrap=True)
+        if comparisons:
+            svg = draw_power(comparisons, group.title)
+            _write_picture(cfg, f"{_picture(cfg, group)}_power", svg)
 
 
-def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
+def _draw(cfg: Config, lines_by_group: dict[Group, list[Line]]) -> None:
     """Draw each group, or how all of them grow, to methods.svg or beside it."""
     if not cfg.growth:
         pictures = {
             group: draw(lines, group.title, shown=cfg.shown)
-            for group, lines in found.items()
+            for group, lines in lines_by_group.items()
             if lines
         }
     else:
         pictures = {}
         for shares in cfg.annotated:
-            growing = {g: lines for g, lines in found.items() if lines and g.shares == shares}
+            growing = {
+                group: lines
+                for group, lines in lines_by_group.items()
+                if lines and group.shares == shares
+            }
             if growing:
                 svg = draw_growth({group.budget: lines for group, lines in growing.items()})
                 pictures[next(iter(growing))] = svg
@@ -134,13 +137,13 @@ def _draw(cfg: Config, found: dict[Group, list[Line]]) -> None:
 
 def _picture(cfg: Config, group: Group) -> str:
     """Its name: that of the plan, of the data and, where there are several, of the shares."""
-    parts = [
+    words = [
         SUBJECT,
         cfg.plan if cfg.plan != SUBJECT else "",
         cfg.dataset if cfg.dataset != "openmoji" else "",
         _shares(*group.shares) if len(cfg.annotated) > 1 else "",
     ]
-    return "_".join(filter(None, parts))
+    return "_".join(filter(None, words))
 
 
 def _write_picture(cfg: Config, name: str, svg: str) -> None:
@@ -166,7 +169,7 @@ def time_steps(cfg: Config) -> None:
         for name, job in bar.track(jobs, description="steps of each arm"):
             rounds[name].append(job.result())
     step_times.write_step_times(
-        rounds, recipe_digest, num_threads=cfg.num_threads, jobs=cfg.jobs, dataset=cfg.dataset
+        rounds, num_threads=cfg.num_threads, jobs=cfg.jobs, dataset=cfg.dataset
     )
     console.print(f"wrote {step_times.FILE}", highlight=False, soft_wrap=True)
 
@@ -282,21 +285,21 @@ def _calibrated(cfg: Config, todo: dict[Run, int | None]) -> dict[Run, int | Non
 def _planned(cfg: Config) -> Iterator[Run]:
     """Every run of the plan, once where several groups have it."""
     data, steps = _data_digest(cfg), _fixed_steps(cfg)
-    found: dict[Run, None] = {}
+    planned: dict[Run, None] = {}
     for seed in map(int, cfg.seeds.split(",")):
         for group in cfg.groups:
             names = [UNTRAINED] if not cfg.chosen or OURS in cfg.chosen else []
             names += [name for name in group.methods if not cfg.chosen or name in cfg.chosen]
             runs = (group.run(name, seed, data=data, steps=steps) for name in names)
-            found |= dict.fromkeys(runs)
-    return iter(found)
+            planned |= dict.fromkeys(runs)
+    return iter(planned)
 
 
 def _fixed_steps(cfg: Config) -> dict[str, int]:
     """Arm -> its number of steps, where that follows from committed times and not from a budget."""
     if not cfg.pilot or cfg.calibrate or cfg.num_steps is not None:
         return {}
-    return step_times.step_counts(cfg.arms, recipe_digest, cfg.seconds)
+    return step_times.step_counts(cfg.arms, cfg.seconds)
 
 
 def _train_config(cfg: Config, run: Run) -> TrainConfig:
@@ -323,16 +326,15 @@ def _job(
 
 def _record(cfg: Config, run: Run, figures: dict[str, Any]) -> None:
     teacher = run.teacher.name if run.teacher else None
-    append_row(SUBJECT, {**asdict(run), "teacher": teacher, **figures}, folder=cfg.ledger)
+    about = {**asdict(run), "teacher": teacher, "recipes": plan.recipe_trees(run.method)}
+    append_row(SUBJECT, about | figures, folder=cfg.ledger)
     console.print(f"{run.name}: {figures['num_steps']} steps", highlight=False)
 
 
 def _finished(ledger: Path | None) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Rows of today's recipes, oldest first."""
-    digests = {name: recipe_digest(name) for name in (*METHODS, *VARIANTS, UNTRAINED)}
+    """Yield the rows of today's recipes, oldest first."""
     for row in read_rows(SUBJECT, folder=ledger):
-        run = Run.of(row["figures"])
-        if run.recipe == digests.get(run.method):
+        if (run := Run.of(row["figures"])) is not None:
             yield run, row
 
 
@@ -341,11 +343,11 @@ def _rows(cfg: Config, group: Group) -> Rows:
     names = (*group.methods, UNTRAINED)
     data, steps = _data_digest(cfg), _fixed_steps(cfg)
     wanted = {group.run(name, 0, data=data, steps=steps): name for name in names}
-    found: Rows = {name: {} for name in names}
+    rows: Rows = {name: {} for name in names}
     for run, row in _finished(cfg.ledger):
         if (name := wanted.get(replace(run, seed=0))) is not None:
-            found[name][run.seed] = row
-    return {name: dict(sorted(seeds.items())) for name, seeds in found.items() if seeds}
+            rows[name][run.seed] = row
+    return {name: dict(sorted(seeds.items())) for name, seeds in rows.items() if seeds}
 
 
 # ---- Data ----------------------------------------------------------------------------------------

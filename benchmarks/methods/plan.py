@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,62 +15,12 @@ from m3i_fast.benchmarks.methods.growth_plot import GROWTH
 from m3i_fast.benchmarks.methods.table import OURS, TITLES, UNTRAINED
 from m3i_fast.benchmarks.methods.variants import AS_BEFORE, AS_IT_WAS, VARIANTS
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.convert import from_tree, to_tree
 from m3i_fast.config.objective import LABELS
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.recipes import demo_method
 
 TEACHER = "supervised"
-# Fields that configs did not have when the first rows were made, with what was done then.
-ADDED: dict[str, object] = {
-    "vision.drop_path_mode": "mask",
-    "vision.position": "absolute",
-    "text.activation_checkpointing": "none",
-    "parallel.shard": 1,
-    "parallel.chunk": 0,
-    "parallel.accumulate": 1,
-    "parallel.prefetch": 0,
-    "optim.name": "adamw",
-    "optim.impl": "auto",
-    "optim.eps": None,
-    "optim.layer_decay": 1.0,
-    "optim.dcn_lr_scale": 1.0,
-    "optim.freeze_patch_embed": False,
-    "data.hw_decoder_load": None,
-    "data.alternates": True,
-    "data.max_pixels": 89_478_485,
-    "guard.max_in_a_row": 10,
-    "guard.max_share": 0.1,
-    "guard.backoff_after": 3,
-    "guard.backoff_scale": 0.5,
-    "guard.backoff_steps": 200,
-    "guard.spikes": "off",
-    "guard.spike_deviations": 6.0,
-    "guard.spike_window": 100,
-    "guard.max_rollbacks": 3,
-    "telemetry.hz": 1.0,
-    "telemetry.prometheus_port": 0,
-    "telemetry.prometheus_address": "127.0.0.1",
-    "telemetry.wandb_project": "",
-    "telemetry.mlflow_uri": "",
-    "backend": "auto",
-    "fp8_min_dim": 768,
-    "cuda_graphs": False,
-    "deterministic": False,
-    "keep_every": 0,
-    "keep_best": "",
-    "async_checkpoint": True,
-    "objective.decoder.projector": "none",
-    "objective.mixing.min_contrast": 0,
-    "objective.terms.standardise": "none",
-    # What a mean over members is, where all are members: rows of less are of other data.
-    "objective.terms.mean": "batch",
-}
-
-# Values that were written otherwise then.
-FORMERLY: dict[str, dict[object, object]] = {
-    "vision.activation_checkpointing": {"none": False, "full": True},
-}
-
 # The arms of a plan that does not run every method. LABEL_FREE ones see neither class nor caption.
 GROWING = (OURS, TEACHER, "clip", "category + caption")
 LABEL_FREE = ("siameseim", "mae", "simclr")
@@ -167,7 +116,7 @@ class Config:
         return max((os.cpu_count() or 1) // self.jobs, 1)
 
     def budget(self, times: float = 1.0) -> str:
-        """What rows have to have in common to be compared."""
+        """Return the budget of a run in words, which rows share if they are compared."""
         if self.num_steps is not None:
             return f"{max(round(self.num_steps * times), 1)} steps"
         if self.pilot:
@@ -177,22 +126,22 @@ class Config:
 
     @property
     def split(self) -> str:
-        """The split that runs are measured on."""
+        """Return the split that runs are measured on."""
         return "tune" if self.dataset == "openmoji-tune" else "heldout"
 
     @property
     def chosen(self) -> list[str]:
-        """The methods to run; empty: all."""
+        """Return the methods to run; empty: all."""
         return _names(self.methods)
 
     @property
     def shown(self) -> list[str]:
-        """The measures to show; empty: all."""
+        """Return the measures to show; empty: all."""
         return _names(self.measures)
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The methods and variants that the plan compares."""
+        """Return the methods and variants that the plan compares."""
         ours = (OURS, *AS_BEFORE)
         return {
             "methods": tuple(METHODS),
@@ -204,9 +153,9 @@ class Config:
 
     @property
     def annotated(self) -> tuple[tuple[float, float], ...]:
-        """Shares of the training concepts with a class and with a caption, a table each."""
+        """Return shares of the training concepts with a class and with a caption, a table each."""
         text = self.shares or SHARES.get(self.plan, "1")
-        found = []
+        pairs = []
         for part in text.split(","):
             classes, _, captions = part.partition(":")
             try:
@@ -217,12 +166,12 @@ class Config:
                 raise ValueError(
                     f"shares: expected fractions as 0.01,0.03 or 0.03:0.3, got {part!r} of {text!r}"
                 )
-            found.append(pair)
-        return tuple(found)
+            pairs.append(pair)
+        return tuple(pairs)
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """A table each."""
+        """Return the groups of runs, a table each."""
         return tuple(
             Group(
                 methods=self.arms,
@@ -242,7 +191,7 @@ def _names(text: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Runs that are compared in one table."""
+    """The runs that are compared in one table."""
 
     methods: tuple[str, ...]
     budget: str
@@ -252,7 +201,7 @@ class Group:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Of the training concepts: with a class, with a caption."""
+        """Return the shares of training concepts with a class and with a caption."""
         return self.labelled, self.captioned
 
     @property
@@ -266,7 +215,7 @@ class Group:
         )
 
     def run(self, method: str, seed: int, *, data: str, steps: Mapping[str, int] = NO_STEPS) -> Run:
-        """The run of a method or variant; one that sees no annotation is the same at any share.
+        """Return a method's run; one that sees no annotation is the same at any share.
 
         UNTRAINED is what M3I's runs of a seed start from, measured with raw pixels. data: digest of
         the data set's manifest, all annotated; steps: of methods that have a number of their own in
@@ -293,7 +242,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One row: what it is found by."""
+    """What a row of the ledger is found by."""
 
     method: str
     dataset: str
@@ -310,15 +259,22 @@ class Run:
     """Digest of the method's config: rows of an older one are neither reused nor tabulated."""
 
     @classmethod
-    def of(cls, figures: Mapping[str, Any]) -> Run:
-        """The run of a row, of one of before data sets and shares of captions were told, too."""
+    def of(cls, figures: Mapping[str, Any]) -> Run | None:
+        """Return the run of a row; None where the row is of an older recipe.
+
+        Rows of before data sets and shares of captions were told are of FIRST_DATA, with captions
+        where there are classes.
+        """
+        method = figures["method"]
+        if not follows_recipe(method, figures.get("recipes", {})):
+            return None
         before = {"dataset": "openmoji", "data": FIRST_DATA, "captioned": figures["labelled"]}
-        known = {**before, **figures}
+        known = {**before, **figures, "recipe": recipe_digest(method)}
         return cls(**{name: known[name] for name in cls.__slots__})
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Return the name of the run's directory."""
         shares = (f"{share:g}" for share in (self.labelled, self.captioned))
         parts = (self.method, self.dataset, self.data, *shares, str(self.seed))
         return "-".join(
@@ -327,42 +283,42 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Where the budget is one of steps."""
+        """Return the steps of a budget that is counted in steps, else None."""
         count, is_one, _ = self.budget.partition(" steps")
         return int(count) if is_one else None
 
     @property
     def seconds(self) -> float | None:
-        """Where the budget is one of time."""
+        """Return the seconds of a budget that is a time, else None."""
         return None if self.num_steps is not None else float(self.budget.partition(" s on ")[0])
 
     @property
     def pace(self) -> Pace:
-        """What all runs that take a step in the same time have in common."""
+        """Return what runs share whose steps take equally long."""
         return self.method, self.recipe, self.dataset, self.budget.partition(" on ")[2]
 
     @property
     def teacher(self) -> Run | None:
-        """The run whose encoder this one's frozen targets come from."""
+        """Return the run that gives this one its frozen encoder, else None."""
         if not config_of(self.method).objective.uses(encoder="frozen"):
             return None
         return replace(self, method=TEACHER, recipe=recipe_digest(TEACHER))
 
 
 def config_of(method: str, *, data: Path = Path("data/openmoji"), seed: int = 0) -> TrainConfig:
-    """The demo with a method's terms and inputs, or with a variant of one; UNTRAINED is M3I's."""
+    """Return the demo's config with a method's terms and inputs; UNTRAINED has M3I's."""
     cfg = demo_method(base_of(method), data=data, seed=seed)
     return VARIANTS[method](cfg) if method in VARIANTS else cfg
 
 
 def base_of(method: str) -> str:
-    """The method whose demo this one is, or is a variant of."""
+    """Return the method itself, or the one that it is a variant of."""
     base = method.removesuffix(AS_IT_WAS)
     return base if base in METHODS else OURS
 
 
 def is_label_free(method: str) -> bool:
-    """Whether no term of a method, nor of its teacher, sees a class or a caption.
+    """Return whether no term of a method, nor of its teacher, sees a class or a caption.
 
     Data sets of any shares hold the same pictures in the same order, so that such a run is the same
     to the bit with each of them: it is trained once, on the whole set.
@@ -373,29 +329,34 @@ def is_label_free(method: str) -> bool:
     )
 
 
-def recipe_digest(method: str) -> str:
-    """Of the config, whatever its data, seed and length, and of its teacher's.
+def recipes_of(method: str) -> dict[str, TrainConfig]:
+    """Return the configs behind a method's rows, by name: its own, and that of its teacher.
 
-    A recipe for which a field of ADDED has its value is the one of before there was that field.
+    They are the same whatever a run's data, seed, shares and length.
     """
     cfg = config_of(method)
-    teacher = recipe_digest(TEACHER) if cfg.objective.uses(encoder="frozen") else ""
-    settings = json.loads(cfg.to_json())
-    for path, before in ADDED.items():
-        sections, name = _sections(settings, path)
-        for section in sections:
-            if section[name] == before:
-                del section[name]
-    for path, values in FORMERLY.items():
-        sections, name = _sections(settings, path)
-        for section in sections:
-            section[name] = values.get(section[name], section[name])
-    text = json.dumps({k: v for k, v in settings.items() if v != {}}, indent=2) + "\n"
-    return hashlib.sha256((text + teacher).encode()).hexdigest()[:8]
+    teachers = {TEACHER: config_of(TEACHER)} if cfg.objective.uses(encoder="frozen") else {}
+    return {method: cfg} | teachers
 
 
-def _sections(settings: dict[str, Any], path: str) -> tuple[list[dict[str, Any]], str]:
-    """What holds the field of that path, each of a list, and the field's name there."""
-    *sections, name = path.split(".")
-    found: Any = reduce(dict.__getitem__, sections, settings)
-    return found if isinstance(found, list) else [found], name
+def recipe_trees(method: str) -> dict[str, Any]:
+    """Return `recipes_of` as JSON's objects, which rows and step times keep."""
+    return {name: to_tree(cfg) for name, cfg in recipes_of(method).items()}
+
+
+def recipe_digest(method: str) -> str:
+    """Return eight hex digits of `recipes_of`, which name the directory of a run."""
+    return hashlib.sha256(json.dumps(recipe_trees(method)).encode()).hexdigest()[:8]
+
+
+def follows_recipe(method: str, trees: Mapping[str, Any]) -> bool:
+    """Return whether `trees`, once written by `recipe_trees`, are the method's configs of today.
+
+    They are compared field by field. A field that there was not yet has the value that the reader
+    of an old config.json gives it; what can no longer be read is another recipe.
+    """
+    try:
+        then = {name: from_tree(TrainConfig, tree, name) for name, tree in trees.items()}
+    except ValueError:
+        return False
+    return then == recipes_of(method)

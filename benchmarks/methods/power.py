@@ -58,7 +58,7 @@ class Components:
     def power(
         self, difference: float, num_seeds: int, num_clusters: int, *, alpha: float = ALPHA
     ) -> float:
-        """Probability that the test finds a true difference of that size, either way.
+        """Return the probability that the test finds a true difference of that size.
 
         The test has only estimates of the mean squares: those over seeds and over clusters are
         integrated over, that of the rest, which is known best, is taken for known.
@@ -72,12 +72,12 @@ class Components:
         of_cluster, weight_of_cluster = _mean_square(df_cluster)
         seeds, clusters = by_seed * of_seed[:, None], by_cluster * of_cluster
         total = np.maximum(seeds + clusters - rest, clusters)
-        noise = seeds**2 / df_seed + clusters**2 / df_cluster + rest**2 / (df_seed * df_cluster)
-        df = np.maximum(total**2 / noise, min(df_seed, df_cluster))
+        squares = seeds**2 / df_seed + clusters**2 / df_cluster + rest**2 / (df_seed * df_cluster)
+        df = np.maximum(total**2 / squares, min(df_seed, df_cluster))
         bound = critical(alpha, df) * np.sqrt(total / (num_seeds * num_clusters)) / error
         shift = difference / error
-        found = _normal(shift - bound) + _normal(-shift - bound)
-        return float(weight_of_seed @ found @ weight_of_cluster)
+        chances = _normal(shift - bound) + _normal(-shift - bound)
+        return float(weight_of_seed @ chances @ weight_of_cluster)
 
 
 def mean_components(found: Iterable[Components]) -> Components:
@@ -133,7 +133,7 @@ def cluster_means(differences: Any, cluster: Any) -> Floats:  # [S, I], [I] -> [
 def clusters_needed(
     found: Components, difference: float, num_seeds: int, *, alpha: float = ALPHA
 ) -> int | None:
-    """Fewest clusters that give POWER with so many seeds; None where MOST_CLUSTERS do not."""
+    """Return the fewest clusters that give POWER with so many seeds; None above MOST_CLUSTERS."""
     return _fewest(
         lambda clusters: found.power(difference, num_seeds, clusters, alpha=alpha), MOST_CLUSTERS
     )
@@ -142,7 +142,7 @@ def clusters_needed(
 def seeds_needed(
     found: Components, difference: float, num_clusters: int, *, alpha: float = ALPHA
 ) -> int | None:
-    """Fewest seeds that give POWER with so many clusters; None where MOST_SEEDS do not."""
+    """Return the fewest seeds that give POWER with so many clusters; None above MOST_SEEDS."""
     return _fewest(
         lambda seeds: found.power(difference, seeds, num_clusters, alpha=alpha), MOST_SEEDS
     )
@@ -194,5 +194,5 @@ def _normal(x: Floats) -> Floats:
 
 
 def holm_alpha(num_comparisons: int) -> float:
-    """Level at which each of these is surely found by Holm's procedure: that of its first step."""
+    """Return the level of the first step of Holm's procedure, which finds each of these."""
     return ALPHA / num_comparisons

@@ -58,7 +58,7 @@ class Comparison:
 
 
 def compare_arms(rows: Rows, *, holm: bool = False) -> list[Comparison]:
-    """Every comparison of every measure that has hits, where both sides share two seeds or more.
+    """Return every comparison of every measure with hits, where two seeds or more are shared.
 
     Of the hard half of the held-out items, where rows tell it, the means alone. holm: each at ALPHA
     over the number of a measure's comparisons.
@@ -142,7 +142,7 @@ def _mean_of(of_measure: Sequence[Comparison], rows: Rows) -> Comparison:
 
 
 def power_table(found: Sequence[Comparison]) -> str:
-    """Markdown: the components of each comparison, and the sizes that a difference needs."""
+    """Return Markdown: each comparison's components, and the sizes that a difference needs."""
     if not found:
         return "No power calculation: expected two seeds or more of m3i and of another arm.\n"
     levels = sorted({f"{each.alpha:.3g}" for each in found})
@@ -194,14 +194,14 @@ def _deviation(variance: float) -> str:
 
 
 def draw_power(found: Sequence[Comparison], heading: str) -> str:
-    """Clusters against seeds as one SVG, a panel a measure, by the mean of its comparisons.
+    """Return one SVG of clusters against seeds, a panel a measure, by its mean comparison.
 
     Raises ValueError where there is nothing to draw.
     """
     by_measure = {each.measure: each for each in found}  # the last is the mean
     if not by_measure:
         raise ValueError("found: expected at least one comparison, got none")
-    parts = [
+    elements = [
         text(_LEFTS[0], 30, heading, "title", "start"),
         text(
             _LEFTS[0],
@@ -213,9 +213,9 @@ def draw_power(found: Sequence[Comparison], heading: str) -> str:
         ),
     ]
     for index, each in enumerate(by_measure.values()):
-        parts += _panel(_LEFTS[index % 2], _TOP + _HEIGHT * (index // 2), each)
+        elements += _panel(_LEFTS[index % 2], _TOP + _HEIGHT * (index // 2), each)
     height = _TOP + _HEIGHT * -(-len(by_measure) // 2)
-    return page(parts, width=_WIDTH, height=height, label=heading)
+    return page(elements, width=_WIDTH, height=height, label=heading)
 
 
 def _panel(left: float, top: float, each: Comparison) -> Iterator[str]:

@@ -57,7 +57,7 @@ def train_and_measure(
 
 
 def measure_untrained(cfg: TrainConfig, split: str) -> dict[str, Any]:
-    """A row's figures of what a run of `cfg` starts from, and of raw pixels."""
+    """Return a row's figures of the weights that a run of `cfg` starts from, and of raw pixels."""
     torch.set_num_threads(cfg.num_threads)
     found = evaluate_untrained(cfg, split=split)
     return {"num_steps": 0, **found.figures, **_by_item(found)}
@@ -82,13 +82,13 @@ def _by_item(found: Evaluation) -> dict[str, Any]:
 
 
 def is_trained(out: Path) -> bool:
-    """Whether `out` holds the last checkpoint of a run."""
+    """Return whether `out` holds the last checkpoint of a run."""
     steps = [found.step for found in checkpoint.checkpoints(out / "checkpoints")]
     return bool(steps) and steps[-1] == TrainConfig.load(out / "config.json").num_steps
 
 
 def training_figures(cfg: TrainConfig, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Seconds, loss and collapses of a run, from its logged steps: all of them, resumed or not."""
+    """Return seconds, loss and collapses of a run, from all of its logged steps."""
     seconds, before = 0.0, 0.0
     watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
     collapsed = []
@@ -107,7 +107,7 @@ def training_figures(cfg: TrainConfig, rows: Sequence[Mapping[str, float]]) -> d
 
 
 def pack(hits: Sequence[float]) -> Packed:
-    """One character an item where hits are of a few tries, which keeps a row short; else numbers.
+    """Return one character an item where hits are of few tries, to keep rows short; else numbers.
 
     0 or 1 as "0110"; of three tries the number that hit, as "3:0312". NaN, an item that was not
     asked about, is "-" among characters and None among numbers.
@@ -123,7 +123,7 @@ def pack(hits: Sequence[float]) -> Packed:
 
 
 def unpack(hits: Packed) -> list[float]:
-    """The items' hits again."""
+    """Return the items' hits that `pack` made shorter."""
     if isinstance(hits, str):
         tries, of_several, counts = hits.rpartition(":")
         whole = int(tries) if of_several else 1

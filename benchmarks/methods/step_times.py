@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from m3i_fast.benchmarks.ledger.rows import make_row
+from m3i_fast.benchmarks.methods.plan import follows_recipe, recipe_trees
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.json_files import read_json
 
@@ -21,46 +23,43 @@ FILE = Path(__file__).with_name("step_times.json")
 COMMAND = "m3i-fast bench methods --pilot --calibrate"
 ROUNDS = 3  # of all arms in turn, so that a busy neighbour meets all alike; the median counts
 
-_ARM = {"recipe": str, "step_ms": float, "rounds_ms": [float]}
+_ARM = {"recipes": {str: dict}, "step_ms": float, "rounds_ms": [float]}
 _SHAPE = {"figures": {"num_threads": int, "arms": {str: _ARM}}}
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    recipe: str
-    """Digest of the arm's config."""
+    recipes: dict[str, Any]
+    """The arm's configs as JSON's objects, as of `recipe_trees`."""
     step_ms: float
 
 
 def read_step_times() -> dict[str, StepTime]:
-    """Arm -> time of a step, as committed; none before the first. ValueError of a damaged file."""
+    """Return each arm's committed time of a step. Raises ValueError for a damaged file."""
     if not FILE.is_file():
         return {}
     arms = read_json(FILE, _SHAPE)["figures"]["arms"]
-    return {name: StepTime(arm["recipe"], arm["step_ms"]) for name, arm in arms.items()}
+    return {name: StepTime(arm["recipes"], arm["step_ms"]) for name, arm in arms.items()}
 
 
-def step_counts(
-    arms: Sequence[str], digest: Callable[[str], str], seconds: float
-) -> dict[str, int]:
-    """Arm -> steps that take so many seconds by the committed times.
+def step_counts(arms: Sequence[str], seconds: float) -> dict[str, int]:
+    """Return how many steps of each arm take so many seconds by the committed times.
 
-    digest: of an arm's config. Raises ValueError where an arm's was not timed as it is today.
+    Raises ValueError where an arm was not timed, or with another recipe than today's.
     """
     times = read_step_times()
     for name in arms:
-        found = times[name].recipe if name in times else "none"
-        if found != digest(name):
+        if name not in times or not follows_recipe(name, times[name].recipes):
+            got = "that of another recipe" if name in times else "none"
             raise ValueError(
-                f"{FILE}: expected the time of a step of {name} with recipe {digest(name)}, got "
-                f"{found}; on a machine that does nothing else type {COMMAND}"
+                f"{FILE}: expected the time of a step of {name} with today's recipe, got {got}; on "
+                f"a machine that does nothing else type {COMMAND}"
             )
     return {name: max(round(1000 * seconds / times[name].step_ms), 1) for name in arms}
 
 
 def write_step_times(
     rounds: Mapping[str, Sequence[float]],  # arm -> seconds of a step, one a round
-    digest: Callable[[str], str],
     *,
     num_threads: int,
     jobs: int,
@@ -69,7 +68,7 @@ def write_step_times(
     """Replace the file; beside the times stand the machine, its load, the commit, the command."""
     arms = {
         name: {
-            "recipe": digest(name),
+            "recipes": recipe_trees(name),
             "step_ms": round(1000 * statistics.median(seconds), 2),
             "rounds_ms": [round(1000 * each, 2) for each in seconds],
         }

@@ -52,7 +52,7 @@ NO_SHARE = ("caption_information_nats", "effective_rank")  # not in percent
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A method over its seeds, or what it is compared with."""
+    """A line of the table: a method over its seeds, or what it is compared with."""
 
     name: str
     values: dict[str, float]

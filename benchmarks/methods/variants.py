@@ -15,7 +15,7 @@ AS_IT_WAS = " as before"  # a method's variant of this ending is a function of t
 
 
 def without(*names: str) -> Change:
-    """The terms of these names left out."""
+    """Return a change that leaves out the terms of these names."""
 
     def change(cfg: TrainConfig) -> TrainConfig:
         terms = tuple(replace(t, weight=0.0) if t.name in names else t for t in cfg.objective.terms)
@@ -25,18 +25,18 @@ def without(*names: str) -> Change:
 
 
 def unmixed(cfg: TrainConfig) -> TrainConfig:
-    """Every input is one whole image."""
+    """Change every input to one whole image."""
     return _with_mixing(cfg, replace(cfg.objective.mixing, mode="none"))
 
 
 def one_image(cfg: TrainConfig) -> TrainConfig:
-    """An input is one image that shows half of its cells, as many as of two that share one."""
+    """Change every input to one image that shows half of its cells."""
     mixing = replace(cfg.objective.mixing, mode="masked", mask_ratio=0.5, final_mask_ratio=0.5)
     return _with_mixing(cfg, mixing)
 
 
 def of_images(count: int) -> Change:
-    """So many images share an input; the batch is the nearest one that they divide."""
+    """Return a change to so many images an input, and to the nearest batch that they divide."""
 
     def change(cfg: TrainConfig) -> TrainConfig:
         mixing = replace(cfg.objective.mixing, num_images=count)
@@ -50,7 +50,7 @@ def of_images(count: int) -> Change:
 
 
 def balanced(mode: Literal["fixed", "gradient_norm", "uncertainty"]) -> Change:
-    """The terms' weights chosen in this way."""
+    """Return a change of how the terms are weighted."""
 
     def change(cfg: TrainConfig) -> TrainConfig:
         balance = replace(cfg.objective.balance, mode=mode)
@@ -80,12 +80,12 @@ def as_before(cfg: TrainConfig) -> TrainConfig:
 
 
 def of_dense(**changes: object) -> Change:
-    """Fields of the dense terms changed."""
+    """Return a change of the dense terms' fields."""
     return _of_terms(lambda term: term.is_dense, changes)
 
 
 def of_labels(**changes: object) -> Change:
-    """Fields of the category and caption terms changed."""
+    """Return a change of the category and caption terms' fields."""
     return _of_terms(lambda term: not term.is_dense, changes)
 
 
@@ -101,12 +101,12 @@ def _of_terms(chosen: Callable[[Term], bool], changes: dict[str, object]) -> Cha
 
 
 def of_mixing(**changes: object) -> Change:
-    """Fields of the mixing changed."""
+    """Return a change of the mixing's fields."""
     return lambda cfg: _with_mixing(cfg, replace(cfg.objective.mixing, **changes))  # type: ignore[arg-type]
 
 
 def projected(kind: Literal["mlp", "batch_norm"], **of_terms: object) -> Change:
-    """A projector before the decoder, and before the targets of the dense terms."""
+    """Return a change that puts a projector before the decoder and before dense targets."""
 
     def change(cfg: TrainConfig) -> TrainConfig:
         decoder = replace(cfg.objective.decoder, projector=kind)

@@ -18,7 +18,7 @@ MIN_KEPT = 3  # windows; and more than half of them
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """Source images a second of one work."""
+    """The source images a second of one timed loop."""
 
     per_gpu: Rates
     """Of the mean over ranks."""
@@ -39,7 +39,7 @@ class Measurement:
 
 
 def summarise_ranks(ranks: Sequence[Series], *, num_nodes: int = 1) -> Measurement:
-    """`ranks`: the same work as each rank timed it.
+    """Return the rates of all ranks together; ranks: the same loop as each rank timed it.
 
     A window in which any rank's card was throttled is left out where enough others remain.
     """
@@ -68,14 +68,14 @@ def is_throttled(of_ranks: Sequence[Window]) -> bool:
 
 
 def kept_windows(windows: Sequence[tuple[Window, ...]]) -> list[tuple[Window, ...]]:
-    """The windows, each of all ranks, that figures are of."""
+    """Return the windows, each of all ranks, that figures are taken of."""
     others = [of_ranks for of_ranks in windows if not is_throttled(of_ranks)]
     enough = len(others) >= MIN_KEPT and 2 * len(others) > len(windows)
     return others if enough else list(windows)
 
 
 def find(ranks: Sequence[Mapping[str, Series]], measured: Mapping[str, Measurement]) -> Findings:
-    """What `verdict` asks for."""
+    """Return the findings that `verdict` judges."""
     both = measured[BOTH]
     silent = measured.get(NO_EXCHANGE)
     return Findings(
@@ -90,7 +90,7 @@ def find(ranks: Sequence[Mapping[str, Series]], measured: Mapping[str, Measureme
 
 
 def throttling(computing: Sequence[Series]) -> Throttling:
-    """Of the windows in which cards were read."""
+    """Return how far cards were throttled in the windows in which they were read."""
     read = [w.telemetry for series in computing for w in series.windows if w.telemetry.get("gpus")]
     slow = [telemetry for telemetry in read if telemetry.get("throttled")]
     clocks = _clocks(slow, "mean")
@@ -108,7 +108,7 @@ def _clocks(telemetry: Sequence[Mapping[str, Any]], which: str) -> list[float]:
 
 
 def joules_per_image(ranks: Sequence[Mapping[str, Series]]) -> float | None:
-    """Of training with the loader: all nodes' energy over all ranks' images; None: not known."""
+    """Return all nodes' energy over all ranks' images while training; None: not known."""
     windows = [window for series in ranks for window in series[BOTH].windows]
     energies = [w.telemetry["energy_j"] for w in windows if "energy_j" in w.telemetry]
     if not energies or None in energies:

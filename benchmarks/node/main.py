@@ -27,6 +27,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from m3i_fast.benchmarks.core.command import read_recipe_command
 from m3i_fast.benchmarks.core.efficiency import efficiency_figures
 from m3i_fast.benchmarks.core.windows import Schedule, Series, TimedWork, measure_windows
 from m3i_fast.benchmarks.ledger.rows import append_row
@@ -43,7 +44,7 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.environment import num_cores
 from m3i_fast.observe.telemetry.sampler import TelemetrySampler
 from m3i_fast.pipelines.loader import Loader
-from m3i_fast.recipes import find_recipe, recipes
+from m3i_fast.recipes import recipes
 from m3i_fast.terminal import make_console
 
 SUBJECT = "node"
@@ -59,6 +60,7 @@ class NodeCommand:
     """Images a second of a node, what bounds them, and the settings that are fastest."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    recipe: Annotated[str, tyro.conf.Suppress] = ""
     windows: int = 5
     """Windows of each measurement; at least 3."""
     window_seconds: float = 5.0
@@ -95,30 +97,25 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         make_console().print(f"{USAGE}\nrecipes: {', '.join(recipes())}", highlight=False)
         return
-    recipe, config, rest = find_recipe(arguments)
-    command = tyro.cli(
-        NodeCommand,
-        prog=f"m3i-fast bench node {arguments[0]}",
-        default=NodeCommand(config=config),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),
+    command = read_recipe_command(
+        SUBJECT, arguments, lambda name, config: NodeCommand(config=config, recipe=name)
     )
-    (_sweep if command.sweep else _measure)(recipe, command)
+    (_sweep if command.sweep else _measure)(command)
 
 
-def _measure(recipe: str, command: NodeCommand) -> None:
+def _measure(command: NodeCommand) -> None:
     schedule = command.schedule
     try:
         found = measure_node(command.config, schedule, make_data=command.synthetic_data)
         if found.is_main:
-            figures = {"recipe": recipe, **found.figures}
+            figures = {"recipe": command.recipe, **found.figures}
             _keep(command, figures, found)
             show(make_console(), figures)
     finally:
         leave_world()
 
 
-def _sweep(recipe: str, command: NodeCommand) -> None:
+def _sweep(command: NodeCommand) -> None:
     points = sweep(
         command.config,
         parse_sweep(command.sweep, command.config),
@@ -126,7 +123,7 @@ def _sweep(recipe: str, command: NodeCommand) -> None:
         make_data=command.synthetic_data,
         num_ranks=command.ranks,
     )
-    figures = {"recipe": recipe, "num_ranks": command.ranks, "sweep": points}
+    figures = {"recipe": command.recipe, "num_ranks": command.ranks, "sweep": points}
     _keep(command, figures, None)
     show_sweep(make_console(), figures)
 
@@ -145,7 +142,7 @@ def _keep(command: NodeCommand, figures: dict[str, Any], found: NodeResult | Non
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeResult:
-    """What all ranks found, on each of them."""
+    """The figures of all ranks together, the same on each rank."""
 
     figures: dict[str, Any]
     config: TrainConfig
@@ -156,7 +153,7 @@ class NodeResult:
 
 
 def measure_node(cfg: TrainConfig, schedule: Schedule, *, make_data: bool) -> NodeResult:
-    """The figures of this node, or of all; every rank calls this."""
+    """Measure this node, or all nodes, and return the figures; every rank calls this."""
     world = join_world(resolve_device(cfg.device))
     with shards_of(cfg, make=make_data, world=world) as cfg, shared_folder(world) as folder:
         trainer = Trainer(cfg, folder / "run")

@@ -23,7 +23,7 @@ _FIRST_MERGE = 514  # ids of bytes, start and end
 def shards_of(
     cfg: TrainConfig, *, make: bool, world: World, num_pictures: int = 0
 ) -> Iterator[TrainConfig]:
-    """The config with shards that are there. `make`: in a temporary folder, gone at the end.
+    """Give the config with data that exist; make: in a temporary folder, removed at the end.
 
     num_pictures: to be made; 0: as many as EPOCH_BATCHES of all ranks have.
     Classes and vocabulary are then those of the pictures. Raises FileNotFoundError where there are
@@ -55,7 +55,7 @@ def shards_of(
 
 
 def fit(cfg: TrainConfig, path: Path) -> TrainConfig:
-    """The config with the classes, token ids and captions of the shards there."""
+    """Return the config with the classes, token ids and captions of the data set."""
     manifest = read_manifest(path)
     tokenizer = manifest.tokenizer
     return replace(
@@ -71,7 +71,7 @@ def fit(cfg: TrainConfig, path: Path) -> TrainConfig:
 
 
 def describe(manifest: Manifest, split: str) -> dict[str, Any]:
-    """What a row says of the pictures."""
+    """Return what a row says of the pictures."""
     found = manifest.split(split)
     size = sum(shard.num_bytes for shard in found.shards)
     return {
@@ -87,7 +87,7 @@ def describe(manifest: Manifest, split: str) -> dict[str, Any]:
 
 @contextmanager
 def shared_folder(world: World) -> Iterator[Path]:
-    """A temporary folder of the first rank, which all see; gone when all are done."""
+    """Give a temporary folder of the first rank, which all see; it is removed at the end."""
     if not world.is_main:
         yield Path(world.gather("")[0])
         world.wait_for_all()

@@ -89,7 +89,7 @@ Run = Callable[[TrainConfig, Mapping[str, Value]], Point]
 
 
 def parse_sweep(texts: Sequence[str], cfg: TrainConfig) -> dict[str, Sequence[Value]]:
-    """`batch=64,128` or `batch` -> values of each axis. ValueError for what is none."""
+    """Return the values of each axis of `batch=64,128` or `batch`. Raises ValueError."""
     found: dict[str, Sequence[Value]] = {}
     for text in texts:
         name, has_values, values = text.partition("=")
@@ -119,7 +119,7 @@ def sweep(
     make_data: bool,
     num_ranks: int,
 ) -> list[dict[str, Any]]:
-    """The points as a row holds them. Pictures are made once, for all."""
+    """Return the points as a row holds them; pictures are made once for all of them."""
     if (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ValueError(
             f"--sweep: expected one process, which starts {started} for each point with --ranks "
@@ -139,7 +139,7 @@ def sweep(
 def measure_points(
     cfg: TrainConfig, axes: Mapping[str, Sequence[Value]], run: Run
 ) -> Iterator[Point]:
-    """Each combination once; after one that does not fit the same with half the batch."""
+    """Measure each combination once; one that does not fit, again with half the batch."""
     combinations = [
         dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())
     ]
@@ -173,7 +173,7 @@ def _half(cfg: TrainConfig, batch: int) -> int:
 
 
 def mark_best(points: Sequence[Point]) -> list[Point]:
-    """The fastest one, where any was measured."""
+    """Mark the fastest point, where any was measured."""
     best = max(points, key=lambda point: point.images_s)
     return [replace(p, is_best=p is best and p.status == "measured") for p in points]
 
@@ -181,7 +181,7 @@ def mark_best(points: Sequence[Point]) -> list[Point]:
 def run_point(
     cfg: TrainConfig, values: Mapping[str, Value], schedule: Schedule, *, num_ranks: int
 ) -> Point:
-    """One combination, in a fresh process (of several ranks: torchrun's)."""
+    """Measure one combination in a fresh process; torchrun starts several ranks."""
     with TemporaryDirectory(prefix="m3i-node-") as name:
         config, result = Path(name) / "config.json", Path(name) / "result.json"
         cfg.save(config)

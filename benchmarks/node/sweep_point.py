@@ -20,7 +20,7 @@ _NO_MEMORY = ("can't allocate memory", "cublas_status_alloc_failed", "out of mem
 
 
 def main() -> None:
-    """Any rank that fails says why; other errors end it, as they would a run."""
+    """Measure one point and write its outcome: measured, refused, or out of memory."""
     config, schedule, result = sys.argv[1:]
     try:
         found = measure_node(

@@ -13,7 +13,7 @@ ENERGY_UNKNOWN = "energy: not known on this machine"
 
 
 def show(console: Console, figures: dict[str, Any]) -> None:
-    """The rates, and what they say."""
+    """Print the rates, and the verdict on them."""
     console.print(_rates(figures))
     if figures["num_ranks"] > 1:
         console.print(_by_rank(figures["measurements"]))
@@ -95,7 +95,7 @@ def _notes(figures: dict[str, Any]) -> list[str]:
 
 
 def show_sweep(console: Console, figures: dict[str, Any]) -> None:
-    """A line a point, the best marked."""
+    """Print a line for each point, with the best marked."""
     points = figures["sweep"]
     table = Table(
         title=f"{figures['recipe']}: source images/s of {figures['num_ranks']} ranks",

@@ -17,7 +17,7 @@ THROTTLED_SHARE = 0.5  # of the windows
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throttling:
-    """Of the windows in which the device computed."""
+    """How far the device was throttled in the windows in which it computed."""
 
     num_windows: int = 0
     num_throttled: int = 0
@@ -51,7 +51,7 @@ class Findings:
 
     @property
     def exchange_share(self) -> float | None:
-        """Of a synthetic step: what the exchange adds to it, that is, what is not hidden."""
+        """Return the share of a synthetic step that the exchange of gradients adds, unhidden."""
         if self.without_exchange is None:
             return None
         return max(0.0, 1 - self.synthetic.median / self.without_exchange.median)
@@ -66,7 +66,7 @@ class Verdict:
 
 
 def verdict(found: Findings) -> Verdict:
-    """The first of these that holds.
+    """Return the first of these verdicts that holds.
 
     balanced: loader and training alone are as fast as one another. loader: it is the slower. Of
     slower training: communication where what the exchange adds is EXCHANGE_SHARE of the step and

@@ -18,7 +18,7 @@ NUM_IN_MEMORY = 2  # batches, so that no step sees the one before it again
 
 
 class LoaderWork:
-    """Batches as they come, used for nothing."""
+    """The loader alone: its batches are not used."""
 
     def __init__(
         self, loader: Iterator[Batch], *, num_images: int, num_ahead: int, device: torch.device
@@ -41,7 +41,7 @@ class LoaderWork:
 
 
 class TrainWork:
-    """The trainer's own steps; schedules begin anew where they end.
+    """The trainer's own steps; schedules start again where they end.
 
     num_ahead: batches that `data` makes ahead. exchange: whether DDP's ranks reduce gradients;
     without it their weights part.
@@ -88,7 +88,7 @@ class TrainWork:
 
 
 def works_of(trainer: Trainer) -> dict[str, TimedWork]:
-    """The three, and a fourth where it can be told what DDP's exchange of gradients adds."""
+    """Return the three loops, and a fourth where DDP's exchange of gradients can be left out."""
     rank, cfg, loader = trainer.world.rank, trainer.cfg, trainer.loader
     num_ahead = cfg.data.prefetch + 1  # and the one that is being made
     batches = itertools.cycle(

@@ -25,7 +25,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from m3i_fast.benchmarks.core.harness import Device, measure, parse, publish, ratio_table, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, measure, publish, ratio_table, resolve
 from m3i_fast.benchmarks.ops.dcnv3_others import GEOMETRY, POINTS, others
 from m3i_fast.ops import dcnv3
 
@@ -105,7 +106,7 @@ class Config:
 
     @property
     def rows(self) -> list[tuple[Size, torch.dtype, float]]:
-        """What is measured: sizes, dtypes, and the deviation of the offsets in pixels."""
+        """Return what is measured: sizes, dtypes, and the deviation of the offsets in pixels."""
         if resolve(self.device) == "cpu":
             dtypes = torch.float32, torch.bfloat16
             return [(size, dtype, 1.5) for size in CPU_SIZES for dtype in dtypes]
@@ -123,7 +124,7 @@ class Config:
 def make_functions(
     cfg: Config, size: Size, dtype: torch.dtype, reach: float, backward: bool
 ) -> dict[str, Callable[[], object]]:
-    """Forward, or forward and backward, over the same inputs; each gives the same output."""
+    """Return the timed functions, over the same inputs; each gives the same output."""
     device = resolve(cfg.device)
     generator = torch.Generator(device).manual_seed(0)
     image = size.batch_size, size.height, size.width
@@ -178,7 +179,7 @@ def _run(function: Callable[..., Tensor], leaves: list[Tensor], gradient: Tensor
 
 
 def forward_bytes(size: Size, dtype: torch.dtype) -> int:
-    """x, offset and mask read once, the output written once."""
+    """Return the bytes of x, offset and mask read once and of the output written once."""
     pixels = size.batch_size * size.height * size.width
     return pixels * (2 * size.channels + 3 * size.groups * POINTS) * dtype.itemsize
 
@@ -219,7 +220,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     rows = (
         figures_of(cfg, *row, backward=backward) for row in cfg.rows for backward in (False, True)
     )

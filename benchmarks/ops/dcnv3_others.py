@@ -37,7 +37,7 @@ def by_grid_sample(
     offset_scale: float = 1.0,
     softmax: bool = False,
 ) -> Tensor:  # [N, H, W, C]
-    """dcnv3 in torch, where it keeps the size: all samples are written to memory, then summed."""
+    """Return dcnv3 in plain torch: all samples are written to memory, then summed."""
     if stride != 1 or 2 * padding != dilation * (kernel_size - 1):
         raise ValueError("expected a stride and padding that keep the size")
     batch, height, width, channels = x.shape
@@ -67,7 +67,7 @@ def by_grid_sample(
 
 
 def torchvision_inputs(x: Tensor, offset: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """In deform_conv2d's layout: channels first, (y, x), points row by row."""
+    """Return inputs in deform_conv2d's layout: channels first, (y, x), points row by row."""
     shape = *x.shape[:3], groups, KERNEL, KERNEL
     offset = offset.view(*shape, 2).flip(-1).permute(0, 3, 5, 4, 6, 1, 2).flatten(1, 4)
     mask = mask.view(shape).permute(0, 3, 5, 4, 1, 2).flatten(1, 3)
@@ -75,7 +75,7 @@ def torchvision_inputs(x: Tensor, offset: Tensor, mask: Tensor, groups: int) -> 
 
 
 def by_torchvision(torchvision_ops: ModuleType, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-    """[N, C, H, W] of deform_conv2d's inputs."""
+    """Return torchvision's output, [N, C, H, W], of deform_conv2d's inputs."""
     weight = x.new_ones(x.shape[1], 1, KERNEL, KERNEL)
     out: Tensor = torchvision_ops.deform_conv2d(x, offset, weight, padding=1, mask=mask)
     return out
@@ -104,14 +104,14 @@ class OfficialDcnv3(torch.autograd.Function):
 
 
 def dcnv4_inputs(x: Tensor, offset: Tensor, mask: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """Offsets and masks in one tensor, group by group, padded to a multiple of 8."""
+    """Return offsets and masks in one tensor, group by group, padded to a multiple of 8."""
     shape = *x.shape[:3], groups, -1
     both = torch.cat([offset.reshape(shape), mask.reshape(shape)], dim=-1).flatten(3)
     return x, F.pad(both, (0, -both.shape[-1] % 8))
 
 
 def by_dcnv4(functions: ModuleType, groups: int, x: Tensor, offset_mask: Tensor) -> Tensor:
-    """Without a softmax, so that it computes what dcnv3 does."""
+    """Return DCNv4's output without its softmax, which is what dcnv3 computes."""
     out: Tensor = functions.DCNv4Function.apply(
         x, offset_mask, *_geometry(x, groups), 1.0, IMAGES_A_CALL, False
     )
@@ -143,7 +143,7 @@ class Other:
 
 @cache
 def find(module: str) -> ModuleType | None:
-    """The module; None, said once, where it does not import."""
+    """Return the module; None, with one line in the log, where it does not import."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -152,7 +152,7 @@ def find(module: str) -> ModuleType | None:
 
 
 def others(groups: int) -> dict[str, Other]:
-    """Everything here that computes the same, by name."""
+    """Return every other implementation found here, by name."""
     found = {"grid_sample": Other(function=partial(by_grid_sample, **GEOMETRY, groups=groups))}
     if module := find("torchvision.ops"):
         found["torchvision"] = Other(

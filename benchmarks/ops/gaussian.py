@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3i_fast.benchmarks.core.harness import Device, measure, parse, publish, ratio_table, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, measure, publish, ratio_table, resolve
 from m3i_fast.ops import gaussian
 
 SUBJECT = "gaussian"
@@ -77,7 +78,7 @@ def in_dtype(
     z: Tensor,  # [N, Q, D]
     weight: float,
 ) -> Tensor:  # []
-    """Plain torch, in the dtype of its arguments, the decorrelation in its cheap form."""
+    """Return the likelihood by plain torch in its arguments' dtype."""
     z = F.layer_norm(z, z.shape[-1:])
     value = F.mse_loss(z_hat, z) / (2 * SIGMA**2)
     if not weight:
@@ -106,7 +107,7 @@ def by_ours(
 def make_functions(
     cfg: Config, size: Size, dtype: torch.dtype, weight: float, backward: bool
 ) -> dict[str, Callable[[], object]]:
-    """Forward, or forward and backward, over the same inputs; each gives the same value."""
+    """Return the timed functions, over the same inputs; each gives the same value."""
     device = resolve(cfg.device)
     generator = torch.Generator().manual_seed(0)
     shape = size.batch_size, size.queries, size.width
@@ -148,7 +149,7 @@ def _run(function: Callable[..., Tensor], z_hat: Tensor, z: Tensor, weight: floa
 
 
 def ideal_bytes(size: Size, dtype: torch.dtype, backward: bool) -> int:
-    """Both arguments read once; by the backward once more, and the gradient written."""
+    """Return the fewest bytes: both arguments read once a pass, and the gradient written."""
     elements = size.batch_size * size.queries * size.width
     return elements * dtype.itemsize * (5 if backward else 2)
 
@@ -189,7 +190,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     rows = (
         figures_of(cfg, size, dtype, weight, backward)
         for size in cfg.sizes

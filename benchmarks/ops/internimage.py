@@ -21,7 +21,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks.core.harness import Device, Timing, measure, parse, publish, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, Timing, measure, publish, resolve
 from m3i_fast.benchmarks.ops.dcnv3_others import by_grid_sample
 from m3i_fast.config.models import internimage as internimage_config
 from m3i_fast.config.models.internimage import InternImageConfig
@@ -66,7 +67,7 @@ def model_config(size: Size) -> InternImageConfig:
 
 
 def build(cfg: Config, size: Size, core: SamplingCore) -> InternImage:
-    """The same weights for every core."""
+    """Build the model with the same weights for every core."""
     torch.manual_seed(0)
     with torch.device(resolve(cfg.device)):
         model = InternImage(model_config(size), core=core)
@@ -78,7 +79,7 @@ def build(cfg: Config, size: Size, core: SamplingCore) -> InternImage:
 
 
 def record_calls(cfg: Config, size: Size, images: Tensor) -> list[Callable[[], Tensor]]:
-    """The op's calls of one forward pass, ready to be made again."""
+    """Return the op's calls of one forward pass, ready to be made again."""
     calls: list[Callable[[], Tensor]] = []
 
     def recording(x: Tensor, offset: Tensor, mask: Tensor, **geometry: Any) -> Tensor:
@@ -92,7 +93,7 @@ def record_calls(cfg: Config, size: Size, images: Tensor) -> list[Callable[[], T
 
 
 def make_functions(cfg: Config, size: Size) -> dict[str, Callable[[], object]]:
-    """Everything that is timed, over the same images; both real models give the same outputs."""
+    """Return the timed functions, over the same images; both models give the same outputs."""
     side = cfg.image_size
     images = torch.randn(cfg.batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
     images = images.to(resolve(cfg.device), getattr(torch, cfg.dtype))
@@ -128,7 +129,7 @@ def _run(model: InternImage, images: Tensor) -> None:
 
 
 def figures_of(cfg: Config, size: Size) -> dict[str, Any]:
-    """One row's figures."""
+    """Return a row's figures."""
     timings = measure(
         make_functions(cfg, size), device=resolve(cfg.device), num_samples=cfg.num_samples
     )
@@ -176,6 +177,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     rows = (figures_of(cfg, size) for size in cfg.sizes)
     publish(SUBJECT, rows, table, record=cfg.record)

@@ -21,7 +21,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from m3i_fast.benchmarks.core.harness import Device, Timing, measure, parse, publish, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, Timing, measure, publish, resolve
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD, mask_mix, reference
 
 SUBJECT = "mask_mix"
@@ -67,7 +68,7 @@ def bytes_first(
     shift: Tensor,  # [3, 1, 1] float32
     dtype: torch.dtype,
 ) -> Tensor:  # [P, 3, H, W] dtype
-    """The least that plain torch does: pixels chosen as bytes, one multiply-add, one rounding."""
+    """Return the views by the least that plain torch does: bytes chosen, one multiply-add."""
     height, width = views.shape[2:]
     first = choice == 0
     first = first.repeat_interleave(height // choice.shape[1], dim=1)
@@ -77,7 +78,7 @@ def bytes_first(
 
 
 def make_functions(cfg: Config, size: Size, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """Everything that is timed, over the same inputs; each that mixes gives the same pictures."""
+    """Return the timed functions, over the same inputs; all that mix give the same pictures."""
     device, batch = resolve(cfg.device), cfg.batch_size
     generator = torch.Generator().manual_seed(0)
     image, cells = (size.image_size,) * 2, (size.image_size // size.patch_size,) * 2
@@ -159,6 +160,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     rows = (figures_of(cfg, size, dtype) for size in SIZES for dtype in DTYPES)
     publish(SUBJECT, rows, table, record=cfg.record)

@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from m3i_fast.benchmarks.core.command import read_recipe_command
 from m3i_fast.benchmarks.core.harness import parse_counts
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import CARDS, Card, card_of
 from m3i_fast.engine.precision.arithmetic import resolve_device
-from m3i_fast.recipes import demo, find_recipe
+from m3i_fast.recipes import demo
 
 Mode = Literal["weak", "strong"]
 
@@ -72,7 +73,7 @@ class Config:
 
     @property
     def counts(self) -> list[int]:
-        """ValueError for what this machine cannot start, or without one rank to compare with."""
+        """Return the numbers of ranks. Raises ValueError for what this machine cannot start."""
         there = torch.cuda.device_count()
         if not self.gpus:
             return [2**power for power in range(there.bit_length())] if self.cuda else [1, 2]
@@ -87,7 +88,7 @@ class Config:
         return counts
 
     def of_ranks(self, mode: Mode, num_ranks: int) -> TrainConfig:
-        """The config of each of so many ranks."""
+        """Return the config of each of so many ranks."""
         cfg = replace(self.config, device="cuda" if self.cuda else "cpu")
         if not self.cuda:
             cfg = replace(cfg, num_threads=1)
@@ -97,7 +98,7 @@ class Config:
         return replace(cfg, data=replace(cfg.data, batch_size=batch))
 
     def expect_divisible(self, counts: list[int]) -> None:
-        """ValueError names the nearest batch that all numbers of ranks can share."""
+        """Raise ValueError, with the nearest batch that divides, where ranks cannot share one."""
         if "strong" not in self.modes:
             return
         whole = self.global_batch or self.config.data.batch_size
@@ -111,19 +112,14 @@ class Config:
 
 
 def parse(argv: list[str]) -> Config:
-    """`RECIPE --field value`; SystemExit for an unknown flag."""
-    name, config, rest = find_recipe(argv, "demo")
-    return tyro.cli(
-        Config,
-        prog=f"m3i-fast bench scaling {name}",
-        default=Config(config=config, recipe=name),
-        args=rest,
-        config=(tyro.conf.CascadeSubcommandArgs,),
+    """Return what `RECIPE --flag value ...` asks for; raises as `read_recipe_command`."""
+    return read_recipe_command(
+        "scaling", argv, lambda name, config: Config(config=config, recipe=name), "demo"
     )
 
 
 def find_card(cfg: Config) -> Card:
-    """The named one, or that of this machine; ValueError where it is none whose rates are known."""
+    """Return the named card, or this machine's. Raises ValueError where its rates are not known."""
     if not cfg.card and not cfg.cuda:
         return CARDS["cpu"]
     if not cfg.card:

@@ -13,7 +13,7 @@ from m3i_fast.benchmarks.core.rates import interval, resampled_medians
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """Of two medians, with the 95 % interval of a percentile bootstrap of both."""
+    """A ratio of two medians, with the 95 % interval of a percentile bootstrap of both."""
 
     value: float
     ci_low: float
@@ -21,7 +21,7 @@ class Ratio:
 
 
 def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> Ratio:
-    """median(above) / median(below). ValueError where either has no sample."""
+    """Return median(above) / median(below). Raises ValueError where either has no sample."""
     if not above or not below:
         raise ValueError(f"samples: expected some of each, got {len(above)} and {len(below)}")
     rng = torch.Generator().manual_seed(seed)
@@ -33,7 +33,7 @@ def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> R
 def efficiency(
     images_s: Sequence[float], one_images_s: Sequence[float], *, num_ranks: int
 ) -> Ratio:
-    """E(n) = T(n) / (n T(1)), T the rate of all ranks; of one rank it is 1."""
+    """Return E(n) = T(n) / (n T(1)), T the rate of all ranks; of one rank it is 1."""
     if num_ranks == 1:
         return Ratio(value=1.0, ci_low=1.0, ci_high=1.0)
     found = ratio(images_s, one_images_s)
@@ -57,6 +57,6 @@ def serial_fraction(of_efficiency: float, num_ranks: int) -> float | None:
 
 
 def share_lost(with_it: Sequence[float], without: Sequence[float]) -> Ratio:
-    """1 - without / with: the share of a step that something takes, of seconds of either."""
+    """Return 1 - without / with: the share of a step that a part takes, of seconds of both."""
     found = ratio(without, with_it)
     return Ratio(value=1 - found.value, ci_low=1 - found.ci_high, ci_high=1 - found.ci_low)

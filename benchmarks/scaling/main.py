@@ -63,7 +63,7 @@ console = make_console()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What all rows of one command have in common."""
+    """What the rows of one command share."""
 
     cfg: Config
     card: Card
@@ -87,7 +87,7 @@ class Setting:
 def measured_row(
     setting: Setting, mode: Mode, work: Workload, found: list[RankResult], one: list[RankResult]
 ) -> dict[str, Any]:
-    """Of the ranks that were started, beside the one rank."""
+    """Return the row of the ranks that were started, compared with one rank."""
     cfg, num_ranks, batch = setting.cfg, len(found), work.batch_size
     together, alone = slowest(found, "together"), slowest(found, "alone")
     unreduced = slowest(found, "unreduced")
@@ -132,7 +132,7 @@ def measured_row(
 
 
 def observe(work: Workload, found: list[RankResult]) -> Observation:
-    """Medians, for the model."""
+    """Return the medians that the model is fitted to."""
     return Observation(
         workload=work,
         alone_s=summarise_rates(slowest(found, "alone")).median,
@@ -193,7 +193,7 @@ def predicted_row(
     observed: list[tuple[Mode, Observation]],
     work_of: Callable[[Mode, int], Workload],
 ) -> dict[str, Any]:
-    """What the model says of more ranks, and how wrong it is about those that were measured."""
+    """Return what the model predicts of more ranks, and its errors on measured ones."""
     observations = [observation for _, observation in observed]
     model = fit(observations, setting.card)
     errors = leave_one_out(observations, setting.card)

@@ -49,7 +49,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """What was measured on one number of ranks."""
+    """The measurements on one number of ranks."""
 
     workload: Workload
     alone_s: float
@@ -61,7 +61,7 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """What is fitted."""
+    """The fitted constants of a step."""
 
     fixed_s: float
     """Of a step, whatever its batch."""
@@ -75,7 +75,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """A prediction, in seconds."""
+    """A predicted step, in seconds."""
 
     compute_s: float
     backward_s: float
@@ -85,7 +85,7 @@ class Step:
 
     @property
     def exposed_s(self) -> float:
-        """Communication that nothing hides."""
+        """Return the seconds of communication that no computation hides."""
         return self.candidates_s + max(self.gradients_s - self.backward_s, 0.0)
 
     @property
@@ -115,12 +115,12 @@ def workload(cfg: TrainConfig, card: Card, nodes: Nodes, parameters: Mapping[str
 
 
 def num_buckets(num_bytes: int) -> int:
-    """All-reduces that DDP makes of gradients of so many bytes."""
+    """Return the number of all-reduces that DDP makes of gradients of so many bytes."""
     return 1 + math.ceil(max(num_bytes - FIRST_BUCKET_BYTES, 0) / BUCKET_BYTES)
 
 
 def ring_hops(nodes: Nodes) -> int:
-    """Of one all-reduce: a reduce-scatter and an all-gather, within nodes and between them."""
+    """Return the hops of one all-reduce as a ring, within nodes and between them."""
     return 2 * (nodes.local - 1 + nodes.count - 1)
 
 
@@ -128,7 +128,7 @@ def ring_hops(nodes: Nodes) -> int:
 
 
 def predict(model: Model, work: Workload, card: Card) -> Step:
-    """A step of each of `work`'s ranks."""
+    """Predict a step of each of `work`'s ranks."""
     sending = model.slowdown * _seconds(work.gradients, card)
     hops = work.num_collectives * ring_hops(work.nodes)
     candidates = model.slowdown * _seconds(work.candidates, card)
@@ -149,7 +149,7 @@ def _seconds(sent: Traffic, card: Card) -> float:
 
 
 def fit(observations: Sequence[Observation], card: Card) -> Model:
-    """The model of observations, one of which is of one rank.
+    """Fit the model to observations, one of which is of one rank.
 
     With one size of batch the fixed part cannot be told and is 0, without an all-reduce what
     sending costs is that of the published rates. ValueError without an observation of one rank.
@@ -194,7 +194,7 @@ def _two_shares(rows: Sequence[tuple[float, float, float]]) -> tuple[float, floa
 
 
 def leave_one_out(observations: Sequence[Observation], card: Card) -> list[float | None]:
-    """(predicted - measured) / measured of each observation, from all other numbers of ranks.
+    """Return each observation's (predicted - measured) / measured, fitted to all others.
 
     None of one rank, without which there is no model. From one rank alone steps are predicted by
     the published rates.
@@ -220,7 +220,7 @@ def predicted_points(
     card: Card,
     counts: Sequence[int],
 ) -> list[dict[str, float]]:
-    """Images/s, efficiency against one predicted rank and parts of the step, for each count."""
+    """Return images/s, efficiency and parts of the step, predicted for each count."""
     first = work_of(1)
     one = first.batch_size / predict(model, first, card).step_s  # images/s
     points = []

@@ -24,14 +24,14 @@ _LEGEND = {"weak": "weak: a batch a rank", "strong": "strong: a batch of all ran
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Of one mode: measured rows by ranks, and the predicted row."""
+    """The rows of one mode: measured ones by ranks, and predictions."""
 
     measured: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     predicted: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
-    """By machine and recipe, then by mode, the rows up to each one's newest prediction."""
+    """Return rows by machine and recipe, then by mode, up to each mode's newest prediction."""
     blocks: dict[str, dict[str, Curve]] = {}
     open_curves: dict[tuple[str, str], Curve] = {}
     for row in rows:  # oldest first; a command ends with its predictions
@@ -53,15 +53,19 @@ def newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The SVG of the ledger's rows, oldest first. ValueError where there are none."""
+    """Return the SVG of the ledger's rows, oldest first. Raises ValueError where there are none."""
     blocks = newest(rows)
     if not blocks:
         raise ValueError("rows: expected rows of scaling up to a prediction, got none")
-    parts: list[str] = []
+    elements: list[str] = []
     for index, (title, curves) in enumerate(blocks.items()):
-        parts += [f'<g transform="translate(0 {index * _BLOCK})">', *_block(title, curves), "</g>"]
+        elements += [
+            f'<g transform="translate(0 {index * _BLOCK})">',
+            *_block(title, curves),
+            "</g>",
+        ]
     label = "Images a second and scaling efficiency against the number of ranks"
-    return page(parts, width=_WIDTH, height=_BLOCK * len(blocks), label=label)
+    return page(elements, width=_WIDTH, height=_BLOCK * len(blocks), label=label)
 
 
 def _block(title: str, curves: Mapping[str, Curve]) -> Iterator[str]:

@@ -49,7 +49,7 @@ _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What ranks are started for."""
+    """The measurement that ranks are started for."""
 
     config: TrainConfig
     """Its batch is a rank's."""
@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankResult:
-    """Of one rank."""
+    """The seconds that one rank measured."""
 
     step_s: dict[Kind, list[float]]
     """A step's share of each window."""
@@ -250,7 +250,7 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def slowest(found: list[RankResult], kind: Kind) -> list[float]:
-    """Seconds of a step in each window, of the slowest rank; none where that was not measured."""
+    """Return the slowest rank's seconds of a step in each window; none if not measured."""
     if kind == "together" and len(found) == 1:
         kind = "alone"
     of_each = [f.step_s.get(kind, []) for f in found]
@@ -258,7 +258,7 @@ def slowest(found: list[RankResult], kind: Kind) -> list[float]:
 
 
 def all_reduces(found: list[RankResult]) -> dict[int, list[float]]:
-    """By bytes, seconds of the slowest rank, each time."""
+    """Return the slowest rank's seconds of each all-reduce, by its bytes."""
     by_size: dict[int, list[float]] = {}
     for of_ranks in zip(*(f.all_reduces for f in found), strict=True):
         size = of_ranks[0][0]

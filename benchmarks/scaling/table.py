@@ -14,7 +14,7 @@ COLUMNS = ("batch", "images/s", "E(n), 95 %", "serial", "comm.", "reduce", "MFU"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A section a mode; batch is a rank's, spread how much slower the slowest rank alone is."""
+    """Return a table, a section a mode; spread: how much slower the slowest rank alone is."""
     first = rows[0]
     ranks = "gloo processes of one thread" if first["device"] == "cpu" else first["card"]
     title = f"Scaling of {first['recipe']} over {ranks}"
@@ -85,7 +85,7 @@ def _caption(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def prediction(row: Mapping[str, Any]) -> str:
-    """What a predicted row is, and how far to trust it."""
+    """Return a sentence on what a prediction rests on, and how far to trust it."""
     errors = row["leave_one_out_error"]
     said = ", ".join(f"{error:+.1%} at {ranks}" for ranks, error in errors.items())
     checked = f"a step at ranks left out: {said}" if said else "no step of several ranks to check"

@@ -27,7 +27,8 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from m3i_fast.benchmarks.core.harness import Device, parse, publish, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, publish, resolve
 from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.checkpoint.saver import Saver
@@ -53,7 +54,7 @@ class Config:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, SUBJECT, argv)
+    config = read_command(Config, SUBJECT, argv)
     publish(SUBJECT, _rows(config), _table, record=config.record)
 
 
@@ -62,7 +63,7 @@ def _rows(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def measure_saves(config: Config) -> dict[str, Any]:
-    """One row: medians in milliseconds."""
+    """Return a row's figures: medians in milliseconds."""
     device = resolve(config.device)
     model, optimizer = _state(config.mib, device)
     factor = torch.randn(512, 512, device=device)

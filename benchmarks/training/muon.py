@@ -21,7 +21,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from m3i_fast.benchmarks.core.harness import Device, measure, parse, publish, ratio_table, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, measure, publish, ratio_table, resolve
 from m3i_fast.engine.optim.muon import Muon
 
 SUBJECT = "muon"
@@ -74,7 +75,7 @@ def matrices(blocks: dict[int, int], device: str) -> list[nn.Parameter]:
 
 
 def make_functions(blocks: dict[int, int], device: str) -> dict[str, Callable[[], object]]:
-    """A step of each, which have taken the same first step."""
+    """Return a step of each optimiser, after one first step that is the same."""
     kinds: dict[str, type[torch.optim.Muon]] = {OURS: Muon, TORCH: torch.optim.Muon}
     weights = {name: matrices(blocks, device) for name in kinds}
     optimizers = {
@@ -143,7 +144,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     if cfg.in_child:
         for row in rows_here(cfg, cfg.isas[0]):
             sys.stdout.write(json.dumps(row) + "\n")

@@ -24,7 +24,7 @@ from m3i_fast.pipelines.batch import Batch
 def eager_loss(
     model: MutualInformation, batch: Batch, mix: Mix, *, asked_only: bool = False
 ) -> Tensor:  # []
-    """The sum over M3I's four terms with every input asked."""
+    """Return the sum over M3I's four terms, predicting every input."""
     first, second = mix.members.T  # [P] each
     shown_first, shown_second = mix.token_index.chunk(2)  # [P, n] each
     own_view, other_view = (normalise(view) for view in batch.global_views)
@@ -61,7 +61,7 @@ def normalise(views: Tensor) -> Tensor:  # [B, 3, H, W] uint8 -> fp32
 
 
 def mixed(views: Tensor, mix: Mix) -> Tensor:  # [B, 3, H, W] fp32 -> [P, 3, H, W]
-    """Of each cell the pixels of the image that shows it."""
+    """Return inputs whose cells have the pixels of the image that shows them."""
     cell = views.shape[-1] // mix.choice.shape[-1]
     is_second = mix.choice.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None] == 1
     first, second = mix.members.T
@@ -107,7 +107,7 @@ def category(
 def caption(
     model: MutualInformation, images: tuple[Tensor, ...], batch: Batch, mix: Mix
 ) -> Tensor:  # []
-    """CLIP's loss among captioned images; those of one group are positives of each other."""
+    """Return CLIP's loss among captioned images; a group's are positives of each other."""
     (term,) = model.terms_of(Caption)
     z_hat = torch.cat([F.normalize(term.head(tokens), dim=-1) for tokens in images])
     z = F.normalize(term.text_encoder(batch.token_ids, batch.num_tokens), dim=-1)

@@ -26,10 +26,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.core.harness import (
     Device,
     measure,
-    parse,
     publish,
     ratio_table,
     resolve,
@@ -79,7 +79,7 @@ class Config:
 
 
 def train_config(cfg: Config) -> TrainConfig:
-    """The demo's recipe with another encoder, without local views, by AdamW.
+    """Return the demo's recipe with another encoder, without local views, by AdamW.
 
     Every cell that may be asked is, a blank one too, and captions are whole. No warm-up, as the
     plain step has none.
@@ -152,7 +152,7 @@ def draw(train: TrainConfig, batch: Batch, step: int) -> Mix:
 
 
 def make_steps(train: TrainConfig) -> dict[str, Callable[[], Tensor]]:
-    """All that is timed, on one batch; the first losses are equal."""
+    """Return the timed steps, on one batch; their first losses are equal."""
     batch = draw_batch(train).to(train.device)
     steps = {
         OURS: our_step(train, batch),
@@ -197,5 +197,5 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     publish(SUBJECT, [figures_of(cfg)], table, record=cfg.record)

@@ -22,7 +22,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from m3i_fast.benchmarks.core.harness import Device, parse, publish, resolve
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Device, publish, resolve
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
 from m3i_fast.benchmarks.core.rates import summarise_rates
 from m3i_fast.config import TrainConfig
@@ -64,7 +65,7 @@ class Config:
 
 @dataclass(slots=True)
 class Cpu:
-    """Seconds of the processor that calls took, and how many they were."""
+    """The processor seconds that calls took, and the number of calls."""
 
     seconds: float = 0.0
     calls: int = 0
@@ -80,12 +81,12 @@ class Cpu:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, SUBJECT, argv)
+    config = read_command(Config, SUBJECT, argv)
     publish(SUBJECT, rows_of(config), table, record=config.record)
 
 
 def train_config(config: Config) -> TrainConfig:
-    """The recipe, long enough, with the telemetry that is asked for."""
+    """Return the recipe, long enough, with the telemetry of one arm."""
     cfg = recipes()[config.recipe]()
     steps = config.steps or cfg.log_every
     return replace(
@@ -112,7 +113,7 @@ def rows_of(config: Config) -> Iterator[dict[str, Any]]:
 
 
 def cpu_of_a_sample(config: Config) -> float:
-    """Seconds of the sampling thread's own clock; its start counts among them."""
+    """Return the processor seconds of the sampling thread, its start included."""
     with TelemetrySampler(config.hz) as telemetry:
         begun = time.monotonic()
         time.sleep(config.seconds)
@@ -121,7 +122,7 @@ def cpu_of_a_sample(config: Config) -> float:
 
 
 def timed_steps(trainer: Trainer, rounds: int) -> dict[str, list[float]]:
-    """Seconds a step of each window; the first of each kind warms up and is left out."""
+    """Return seconds a step of each window; the first of each kind only warms up."""
     found: dict[str, list[float]] = {WITHOUT: [], WITH: []}
     for number in range(rounds + 1):
         order = (WITHOUT, WITH) if number % 2 else (WITH, WITHOUT)
@@ -152,7 +153,7 @@ def _window(trainer: Trainer, *, logs: bool) -> float:
 
 
 def cpu_of_the_log(trainer: Trainer) -> tuple[Cpu, Cpu]:
-    """Of a window's steps and of its row, of this thread."""
+    """Return the processor seconds of a window's steps and of its logged row, in this thread."""
     add, row, log = Cpu(), Cpu(), trainer.log
     log.open(trainer.step)
     for _ in range(trainer.cfg.log_every):

@@ -27,18 +27,18 @@ CUDA_ARCHITECTURES = {"a100": "80", "h100": "90a"}
 
 
 def build_folder() -> Path:
-    """Where libraries are kept: build/tune of the checkout."""
+    """Return the folder of built libraries: build/tune of the checkout."""
     return CUDA.parent / "build" / "tune"
 
 
 def load_ops(library: Path) -> Any:
-    """torch.ops.<the library's namespace>"""
+    """Load a library and return torch.ops.<its namespace>."""
     torch.ops.load_library(str(library))
     return getattr(torch.ops, library.stem)
 
 
 def build_ops(op: str, table: Table, card: str) -> Path:
-    """The library of one op with the table's tiles, for a card or `cpu`; made if it is missing.
+    """Return an op's library with the table's tiles, for a card or `cpu`; build it if missing.
 
     Its stem is its namespace. RuntimeError has the compiler's words, ValueError says what is not
     installed.

@@ -22,7 +22,7 @@ from m3i_fast.ops.tiles import CUDA, Policy, Table, render
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """An entry of a policy file, and the call that stands for its class."""
+    """An entry of tiles.json, and the call that stands for its class."""
 
     op: str  # its folder in cuda/
     card: str
@@ -79,7 +79,7 @@ def _dcnv3_grid() -> Iterator[Policy]:
 
 
 def candidates(subject: Subject, current: Policy) -> list[Policy]:
-    """Policies of the subject's class, the current one first."""
+    """Return the policies of the subject's class, the current one first."""
     if subject.card == "cpu":
         grid = (
             _grid(block_points=(64, 128, 256, 512, 1024))
@@ -112,7 +112,7 @@ def candidates(subject: Subject, current: Policy) -> list[Policy]:
 
 
 def with_policy(table: Table, subject: Subject, policy: Policy) -> Table:
-    """The table with a candidate in its place, and in that of who shares its kernel."""
+    """Return the table with a candidate in its place, and wherever its kernel is shared."""
     changed = deepcopy(table)
     changed[subject.card][subject.kind] = dict(policy)
     if (subject.op, subject.kind) == ("boltzmann", "float"):
@@ -127,7 +127,7 @@ _ELEMENTS = {"bfloat16": "m3i::BFloat16", "float32": "float"}
 
 
 def compile_candidate(subject: Subject, table: Table) -> Compiled:
-    """The subject's kernels with the table's tiles: forward and backward of its dtype."""
+    """Compile the subject's kernels, forward and backward of its dtype, with the table's tiles."""
     op, element = subject.op, _ELEMENTS[subject.dtype]
     headers = {f"{op}/tiles.h": render(op, table)}
     (kernels_file,) = (CUDA / op).rglob("kernels.cuh")

@@ -22,7 +22,7 @@ _CONSTANTS = "template <int...> __global__ void m3i_constants_kernel() {}\n"
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What ptxas gave a kernel."""
+    """The registers and memory that ptxas gave a kernel."""
 
     registers: int
     spill_bytes: int
@@ -61,7 +61,7 @@ def parse_ptxas(printed: str) -> dict[str, Resources]:
 
 
 def code_digest(cubin: bytes) -> str:
-    """Of the instructions alone: equal for kernels that differ in their names."""
+    """Return a digest of the instructions, equal for kernels that differ in names alone."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)  # of ELF64: where its section headers begin
     size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
@@ -80,7 +80,7 @@ def compile_cubin(
     headers: Mapping[str, str] | None = None,
     constants: Sequence[str] = (),
 ) -> Compiled:
-    """Machine code of these instantiations, for sm_80 or sm_90a.
+    """Compile these instantiations to machine code, for sm_80 or sm_90a.
 
     `headers` go before those of cuda/, by the name that sources include. `constants` are
     expressions whose integers the compiler is asked for. RuntimeError has NVRTC's log, with a

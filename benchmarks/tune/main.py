@@ -29,7 +29,8 @@ from rich import box
 from rich.progress import Progress
 from rich.table import Table as RichTable
 
-from m3i_fast.benchmarks.core.harness import Timing, parse, publish
+from m3i_fast.benchmarks.core.command import read_command
+from m3i_fast.benchmarks.core.harness import Timing, publish
 from m3i_fast.benchmarks.ledger.rows import read_rows, run_id
 from m3i_fast.benchmarks.tune import build, timing
 from m3i_fast.benchmarks.tune.candidates import (
@@ -78,7 +79,7 @@ class Config:
             raise ValueError("write: expected with --record and --timing, whose row it names")
 
     def subjects(self, card: str) -> list[Subject]:
-        """What is tuned on the card. ValueError for a kind that the op does not have there."""
+        """Return what is tuned on the card. Raises ValueError for a kind that the op lacks."""
         of_op = [each for each in SUBJECTS if each.card == card and self.op in ("all", each.op)]
         found = [each for each in of_op if self.kind in ("", each.kind)]
         if not found:
@@ -88,7 +89,7 @@ class Config:
 
 
 def card_here() -> str | None:
-    """The class of the GPU that torch sees."""
+    """Return the class of the GPU that torch sees, else None."""
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability()
@@ -100,7 +101,7 @@ def card_here() -> str | None:
 
 @dataclass(slots=True)
 class Candidate:
-    """What is known of one so far."""
+    """A policy and what is known of it so far."""
 
     policy: Policy
     current: bool
@@ -117,7 +118,7 @@ class Candidate:
 
 
 def compile_half(subject: Subject, table: Table, candidate: Candidate) -> None:
-    """Resources and prediction, or why the candidate is dropped."""
+    """Compile a candidate, and note its resources and prediction, or why it is dropped."""
     if problem := tiles.problem_of(candidate.policy):
         candidate.dropped = f"cannot be built: {problem}"
         return
@@ -139,22 +140,22 @@ def compile_half(subject: Subject, table: Table, candidate: Candidate) -> None:
         candidate.dropped = "occupancy 0: no block fits a multiprocessor"
 
 
-def prune(found: list[Candidate]) -> None:
-    """Drops what spills, is another's code, or is slow by the model; the current one stays.
+def prune(candidates: list[Candidate]) -> None:
+    """Drop what spills, is another's code, or is slow by the model; the current one stays.
 
     The current one's spills are allowed: with nearly all registers in use NVRTC spills a little
     where nvcc, which has the budget, does not.
     """
-    allowed = sum(each.resources.get("spill_bytes", 0) for each in found if each.current)
-    for candidate in found:
+    allowed = sum(each.resources.get("spill_bytes", 0) for each in candidates if each.current)
+    for candidate in candidates:
         spilled = candidate.resources.get("spill_bytes", 0)
         if candidate.dropped is None and spilled > allowed:
             candidate.dropped = f"spills {spilled} bytes"
-    left = [candidate for candidate in found if candidate.dropped is None]
+    left = [candidate for candidate in candidates if candidate.dropped is None]
     best = min((candidate.predicted_ms or 0 for candidate in left), default=0)
-    seen: dict[tuple[Any, ...], Candidate] = {}
+    first_of_code: dict[tuple[Any, ...], Candidate] = {}
     for candidate in left:
-        twin = seen.setdefault(candidate.code, candidate)
+        twin = first_of_code.setdefault(candidate.code, candidate)
         ratio = (candidate.predicted_ms or 0) / best if best else 1
         if candidate.current:
             continue
@@ -167,7 +168,7 @@ def prune(found: list[Candidate]) -> None:
 def time_half(
     subject: Subject, table: Table, found: list[Candidate], num_samples: int, bar: Progress
 ) -> None:
-    """Timings of what is left, and who wins; the current policy is among them."""
+    """Time the candidates that are left, the current policy among them; return the winner."""
     device = "cpu" if subject.card == "cpu" else "cuda"
     left = [candidate for candidate in found if candidate.dropped is None]
     built = {}
@@ -194,7 +195,7 @@ def time_half(
 
 
 def sweep(cfg: Config, subject: Subject, *, timed: bool, bar: Progress) -> list[Candidate]:
-    """All candidates of a class of calls."""
+    """Try all candidates of a class of calls."""
     table = tiles.read(subject.op)
     current = table[subject.card][subject.kind]
     policies = candidates(subject, current)[: cfg.most or None]
@@ -268,7 +269,7 @@ def all_rows(cfg: Config, card: str, *, timed: bool) -> Iterator[dict[str, Any]]
 
 
 def write_winners() -> list[str]:
-    """Policies that this run's rows have as chosen, to their files; and the headers anew."""
+    """Write the policies that this run's rows chose to tiles.json, and the headers anew."""
     written = []
     for row in read_rows(SUBJECT):
         figures = row["figures"]
@@ -286,7 +287,7 @@ def write_winners() -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     if not (CUDA / "bindings.cpp").is_file():
         raise ValueError(f"tune: expected a checkout with the kernels' sources, got none in {CUDA}")
     here = card_here()

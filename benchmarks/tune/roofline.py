@@ -1,10 +1,11 @@
 """How long tiles take of a GPU, from its rates: a prediction, for candidates that no GPU has run.
 
-Assumed of an A100 SXM: 108 multiprocessors at 1.41 GHz, in a clock each 2048 flop in bfloat16 on
-the tensor cores; of an H100 SXM 132 at 1.83 GHz (where its 989 Tflop/s are reached) and 4096. Of
-both: 16 exponentials and 128 bytes of shared memory, or of the first-level cache, a clock and
-multiprocessor; the second-level cache's rate and a latency of 600 clocks. Not counted: how a launch
-begins and ends, what is reduced after it, misses of the cache, limits of power.
+The published rates are those of m3i_fast/costs/gpus.py. Beside them stands what a card consists of:
+an A100 SXM of 108 multiprocessors that do 2048 flop a clock in bfloat16 on the tensor cores, an
+H100 SXM of 132 that do 4096; the clock at which they reach the published rate follows, 1.41 and
+1.83 GHz. Of both: 16 exponentials and 128 bytes of shared memory, or of the first-level cache, a
+clock and multiprocessor; the second-level cache's rate and a latency of 600 clocks. Not counted:
+how a launch begins and ends, what is reduced after it, misses of the cache, limits of power.
 """
 
 from __future__ import annotations
@@ -12,44 +13,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from m3i_fast.costs.gpus import CARDS, Card
 from m3i_fast.ops.tiles import Policy as Fields
 from m3i_fast.ops.tiles import read
 
 SUMS_ELEMENTS = 1 << 26  # kSumsElements of cuda/boltzmann/tiling.h
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """A card by its data sheet, an H100 SXM unless said."""
+    """A card's published rates, and what they are made of; an H100 SXM unless said."""
 
+    card: Card = CARDS["h100"]
     multiprocessors: int = 132
-    clock_ghz: float = 1.83
     flop_per_clock: int = 4096  # of a multiprocessor, dense, bfloat16
     exponentials_per_clock: int = 16  # of a multiprocessor
     shared_bytes_per_clock: int = 128
     cache_tb_s: float = 5.5
     lanes_per_clock: int = 128  # fused multiplications and additions in float32
     latency: int = 600  # clocks from the second-level cache
-    memory_tb_s: float = 3.35
     cache_mib: int = 50
     block_kib: int = 227  # of shared memory, for a block
     shared_kib: int = 228  # of a multiprocessor
 
     @property
+    def clock_ghz(self) -> float:
+        """Return the clock at which the tensor cores reach the published rate."""
+        return self.card.bf16_flop_s / self.multiprocessors / self.flop_per_clock / 1e9
+
+    @property
     def cache_bytes_per_clock(self) -> float:
-        """Of a multiprocessor, from the second-level cache."""
+        """Return the bytes that a multiprocessor gets of the second-level cache in a clock."""
         return self.cache_tb_s * 1e3 / self.clock_ghz / self.multiprocessors
 
 
 GPUS = {
     "h100": Gpu(),
     "a100": Gpu(
+        card=CARDS["a100"],
         multiprocessors=108,
-        clock_ghz=1.41,
         flop_per_clock=2048,
         cache_tb_s=7.2,
         lanes_per_clock=64,
-        memory_tb_s=2.039,
         cache_mib=40,
         block_kib=163,
         shared_kib=164,
@@ -58,7 +63,7 @@ GPUS = {
 
 
 def occupancy(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> int:
-    """Blocks that a multiprocessor runs at once; 0 where it cannot run one.
+    """Return the blocks that a multiprocessor runs at once; 0 where one does not fit.
 
     Registers are given out to a warp in 256; the driver takes a KiB of shared memory a block.
     """
@@ -90,7 +95,7 @@ class Policy:
 
 
 def hopper_policy(wgmma: Fields | None = None, grads_mib: int | None = None) -> Policy:
-    """What the sources fix, with what tiles.json says, or a candidate in its place."""
+    """Return the policy of the sources and of tiles.json, or of a candidate in its place."""
     table = read("boltzmann")["h100"]
     wgmma = wgmma or table["half"]
     mib = grads_mib or table["blocks"]["grads_mib"]
@@ -110,7 +115,7 @@ class Product:
 
     @property
     def clocks(self) -> float:
-        """Of the slower one; exponentials lie beside the other warpgroup's products."""
+        """Return the clocks of the slower bound; exponentials overlap with products."""
         return max(self.tensor_clocks, self.cache_clocks)
 
 
@@ -131,7 +136,7 @@ def predict_product(
 
 
 def predict(policy: Policy, gpu: Gpu, rows: int, width: int) -> dict[str, tuple[int, Product]]:
-    """By kernel, how many launches it takes for N = M = `rows`, and one of them."""
+    """Return, by kernel, the number of launches for N = M = `rows`, and one launch's product."""
     made = {}
     for name, elements in (("sums", policy.sums_elements), ("grads", policy.grads_elements)):
         side = min(rows, int(elements**0.5))
@@ -145,7 +150,7 @@ def predict(policy: Policy, gpu: Gpu, rows: int, width: int) -> dict[str, tuple[
 
 
 def shared_bytes_per_clock(policy: Policy, gpu: Gpu) -> float:
-    """While the tensor cores work: what wgmma reads, B once a warpgroup, and what copies write."""
+    """Return the bytes a clock that wgmma reads, B once a warpgroup, and that copies write."""
     block_rows = policy.rows // policy.blocks
     read_bytes = (block_rows + policy.consumers * policy.columns) * policy.depth * 2
     written = (block_rows + policy.columns) * policy.depth * 2
@@ -154,14 +159,14 @@ def shared_bytes_per_clock(policy: Policy, gpu: Gpu) -> float:
 
 
 def hopper_ms(policy: Policy, gpu: Gpu, rows: int, width: int) -> float:
-    """Forward and backward; a ring too short for the latency of its copies makes each step wait."""
+    """Predict forward and backward; a ring too short for its copies' latency makes steps wait."""
     clocks = 0.0
     for launches, product in predict(policy, gpu, rows, width).values():
         steps = product.tensor_clocks * gpu.flop_per_clock / (2 * 128 * 256 * policy.depth)
         waiting = steps * gpu.latency / (policy.stages - 1)
         clocks += launches * max(product.clocks, waiting)
     spilled = _uncached_bytes(policy.grads_elements * 2, gpu, rows)
-    return clocks / gpu.clock_ghz / 1e6 + spilled / gpu.memory_tb_s / 1e9
+    return clocks / gpu.clock_ghz / 1e6 + 1e3 * spilled / gpu.card.memory_byte_s
 
 
 def _uncached_bytes(block_bytes: int, gpu: Gpu, rows: int) -> float:
@@ -176,7 +181,7 @@ def _uncached_bytes(block_bytes: int, gpu: Gpu, rows: int) -> float:
 def mma_ms(
     policy: Fields, gpu: Gpu, rows: int, width: int, blocks: int, wide: bool, grads_mib: int
 ) -> float:
-    """Forward and backward for N = M; `blocks` run at once on a multiprocessor.
+    """Predict forward and backward for N = M; `blocks` run at once on a multiprocessor.
 
     A step of 64 bytes of terms: its flop, its bytes from the second-level cache, what copies write
     to shared memory and warps read from there; and the latency, which the other stages cover.
@@ -204,7 +209,7 @@ def mma_ms(
             busy += own * side * side / gpu.exponentials_per_clock
         clocks += launches * busy
     spilled = _uncached_bytes(elements * size, gpu, rows) * size / 2
-    return clocks / gpu.clock_ghz / 1e6 + spilled / gpu.memory_tb_s / 1e9
+    return clocks / gpu.clock_ghz / 1e6 + 1e3 * spilled / gpu.card.memory_byte_s
 
 
 # ---- dcnv3 ---------------------------------------------------------------------------------------
@@ -245,7 +250,7 @@ def dcnv3_ms(units: Units, gpu: Gpu, threads: int, blocks: int, *, backward: boo
         gathered * gpu.latency / in_flight / cards,
         operations / gpu.lanes_per_clock / cards,
         added / gpu.cache_bytes_per_clock / cards,
-        memory / gpu.memory_tb_s / 1e9,
+        memory / gpu.card.memory_byte_s * 1e3,
     )
     own = ceil(units.thread_blocks / gpu.multiprocessors)
     idle = own * gpu.multiprocessors / units.thread_blocks

@@ -27,7 +27,7 @@ Run = Callable[..., list[Tensor]]  # of an operators' namespace and the inputs
 
 
 def build_candidate(subject: Subject, table: Table, policy: Policy) -> Path:
-    """The library of its operators. Calls of every size take the candidate's tiles."""
+    """Build a candidate's operators; calls of every size take its tiles."""
     filled = with_policy(table, subject, policy)
     if subject.op == "dcnv3" and subject.card != "cpu":
         filled = deepcopy(filled)
@@ -37,7 +37,7 @@ def build_candidate(subject: Subject, table: Table, policy: Policy) -> Path:
 
 
 def make_run(subject: Subject, shape: tuple[int, ...], device: str) -> tuple[Run, list[Tensor]]:
-    """A call, forward and backward, over inputs of a seed; and these inputs."""
+    """Return a call, forward and backward, over inputs of a seed, and these inputs."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, subject.dtype)
 
@@ -92,7 +92,7 @@ def _boltzmann(rows: int, columns: int, device: str) -> Run:
 
 
 def expected(subject: Subject, inputs: list[Tensor]) -> list[Tensor]:
-    """The same in plain torch and float64."""
+    """Return the same results in plain torch and float64."""
     wide = [tensor.double() for tensor in inputs]
     if subject.op == "dcnv3":
         *leaves, grad = (tensor.requires_grad_() for tensor in wide)
@@ -120,7 +120,7 @@ def _expected_boltzmann(
 
 
 def check(subject: Subject, ops: Any, device: str) -> str | None:
-    """How the candidate's results differ from plain torch's, if they do."""
+    """Return how the candidate's results differ from plain torch's; None if they do not."""
     kind = "small" if subject.kind in ("small", "any") else "large"
     shape = _CHECKED[kind] if subject.op == "dcnv3" else _CHECKED_ROWS
     run, inputs = make_run(subject, shape, device)
@@ -139,7 +139,7 @@ def check(subject: Subject, ops: Any, device: str) -> str | None:
 def time_candidates(
     subject: Subject, built: Mapping[str, Any], device: str, num_samples: int
 ) -> dict[str, Timing]:
-    """Forward and backward of the subject's call, by name."""
+    """Time forward and backward of the subject's call, by the name of the candidate."""
     run, inputs = make_run(subject, subject.shape, device)
 
     def call(ops: Any) -> Callable[[], object]:
@@ -150,6 +150,6 @@ def time_candidates(
 
 
 def fastest(timings: Mapping[str, Timing], current: str) -> str:
-    """The fastest, where even its slow samples beat the current policy's fast ones; else that."""
+    """Return the fastest if its slow samples beat the current policy's fast ones; else that."""
     best = min(timings, key=lambda name: timings[name].median_ms)
     return best if timings[best].p80_ms < timings[current].p20_ms else current

@@ -117,7 +117,7 @@ def kernels_cuda() -> Facts:
 
 
 def _run_ops(device: str) -> Facts:
-    from m3i_fast.ops.registry import OPS
+    from m3i_fast.op_registry import OPS
 
     if wrong := [op.name for op in OPS if not op.is_right(device)]:
         sys.exit(f"{', '.join(wrong)}: wrong results")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from m3i_fast.ops.registry import OPS, OpSpec
+from m3i_fast.op_registry import OPS, OpSpec
 
 FAMILIES = {
     "gemm": "Matrix products and convolutions",

@@ -24,6 +24,7 @@ OPTIONAL = {
     "CuPy": "cupy",
     "nvidia-ml-py": "pynvml",
     "tyro": "tyro",
+    "cattrs": "cattrs",
 }
 
 

@@ -15,7 +15,7 @@ from scripts.gpu.steps import ROOT, Step
 TESTS_S, SANITIZER_S, TABLES_S = 1200.0, 300.0, 300.0
 
 # The registry of ops, loaded without the package, which is not built yet.
-_REGISTRY = runpy.run_path(str(ROOT / "m3i_fast" / "ops" / "registry.py"))
+_REGISTRY = runpy.run_path(str(ROOT / "m3i_fast" / "op_registry.py"))
 OPS: tuple[Any, ...] = _REGISTRY["OPS"]
 _GpuBenchmark = _REGISTRY["GpuBenchmark"]
 
@@ -100,7 +100,7 @@ def benchmark_steps(machine: Machine) -> Iterator[Step]:
     for name, benchmark in BENCHMARKS.items():
         missing = machine.missing(*benchmark.needs)
         if machine.small:
-            missing = benchmark.skipped_small or missing or machine.missing("tyro")
+            missing = benchmark.skipped_small or missing or machine.missing("tyro", "cattrs")
         arguments = benchmark.small if machine.small else ()
         yield Step(
             name=name,

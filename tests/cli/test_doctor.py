@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from m3i_fast import op_registry
 from m3i_fast.cli import doctor
 from m3i_fast.costs.gemm_rows import FP8
 from m3i_fast.doctor import findings, probes
 from m3i_fast.doctor.findings import Finding, Machine
-from m3i_fast.ops import registry
 
 LIBRARIES = {
     # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.
@@ -48,7 +48,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
 }
 """
 
-OPS = [op.name for op in registry.OPS]
+OPS = [op.name for op in op_registry.OPS]
 
 
 DISTRIBUTIONS = {"cupy": "cupy-cuda13x"}  # of another name than their package

@@ -49,6 +49,9 @@ ANSWERED = [
     (["train", "dem"], 2),
     (["train", "demo", "--optim.learning-rate", "1"], 2),
     (["train", "demo", "--parallel.shard", "2"], 2),
+    (["bench"], 2),
+    (["bench", "--help"], 0),
+    (["bench", "boltzman"], 2),
 ]
 
 

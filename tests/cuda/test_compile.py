@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.benchmarks.tune.compile import Resources
-from m3i_fast.ops.registry import OPS, OpSpec
+from m3i_fast.op_registry import OPS, OpSpec
 from tests.shared.cuda.nvcc import (
     ARCHITECTURES,
     CUDA,

@@ -24,7 +24,15 @@ from m3i_fast.benchmarks.tune.candidates import (
     with_policy,
 )
 from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
-from m3i_fast.benchmarks.tune.roofline import GPUS, SUMS_ELEMENTS, hopper_policy, mma_ms, occupancy
+from m3i_fast.benchmarks.tune.roofline import (
+    GPUS,
+    SUMS_ELEMENTS,
+    Gpu,
+    hopper_policy,
+    mma_ms,
+    occupancy,
+)
+from m3i_fast.costs.gpus import CARDS
 from m3i_fast.doctor.probes import fatbin_architectures
 from m3i_fast.ops import dcnv3, tiles
 from tests.shared.cuda.emulator import emulated
@@ -124,16 +132,22 @@ def test_occupancy(card: str, threads: int, registers: int, shared: int, blocks:
 
 def test_a_call_on_a_card_of_ones_takes_what_is_counted_by_hand() -> None:
     """Two multiprocessors, a clock of 1 GHz, and rates so high that one bound is left."""
-    fast = {"cache_tb_s": 1e9, "memory_tb_s": 1e9, "exponentials_per_clock": 1 << 40}
-    fast |= {"shared_bytes_per_clock": 1 << 40, "multiprocessors": 2, "clock_ghz": 1.0}
-    gpu = replace(GPUS["a100"], **fast, flop_per_clock=2, latency=0)
+    fast = {"cache_tb_s": 1e9, "exponentials_per_clock": 1 << 40, "shared_bytes_per_clock": 1 << 40}
+
+    def at_a_ghz(flop_per_clock: int) -> Gpu:
+        card = replace(CARDS["a100"], memory_byte_s=1e21, bf16_flop_s=2e9 * flop_per_clock)
+        made = replace(GPUS["a100"], card=card, multiprocessors=2, flop_per_clock=flop_per_clock)
+        assert made.clock_ghz == 1
+        return replace(made, **fast)
+
+    gpu = replace(at_a_ghz(2), latency=0)
     tile = {"side": 64, "stages": 3, "warps_down": 2, "warps_across": 2}
     # Sums, G, and both products with it: each 4 tiles of 64 x 64, of 64, 64 and 128 terms.
     clocks = (2 + 2 + 4) * 64 * 64 * 64
     assert mma_ms(tile, gpu, 128, 64, 2, False, 24) == pytest.approx(clocks / 1e6, rel=1e-6)
     assert mma_ms(tile, gpu, 128, 64, 2, True, 24) == pytest.approx(6 * clocks / 1e6, rel=1e-6)
     # Latency alone: steps of 32 terms, two of them on their way, of both tiles at once.
-    slow = replace(gpu, flop_per_clock=1 << 40, latency=600)
+    slow = replace(at_a_ghz(1 << 40), latency=600)
     clocks = (2 + 2 + 4) * 300
     assert mma_ms(tile, slow, 128, 64, 2, False, 24) == pytest.approx(clocks / 1e6, rel=1e-6)
 

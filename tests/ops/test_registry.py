@@ -16,17 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast import ops
+from m3i_fast import op_registry, ops
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.subjects import SUBJECTS
-from m3i_fast.ops import reference, registry
-from m3i_fast.ops.registry import OPS, OpSpec
+from m3i_fast.op_registry import OPS, OpSpec
+from m3i_fast.ops import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("m3i_fast", "benchmarks", "pipelines", "scripts")
 NAMES = {op.name for op in OPS}
 # Beside the registry, what gives the names to users, and does so in Python's own way.
-LISTS = {"m3i_fast/ops/registry.py", "m3i_fast/ops/__init__.py"}
+LISTS = {"m3i_fast/op_registry.py", "m3i_fast/ops/__init__.py"}
 
 
 # ---- What there is -------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ ADDED = {
     "m3i_fast/ops/reference.py": [
         ("def mask_mix(", "def scale(x, factor):\n    return x * factor\n\n\n"),
     ],
-    "m3i_fast/ops/registry.py": [
+    "m3i_fast/op_registry.py": [
         ("# ---- The list", '''\
 def _scale_is_right(device: str) -> bool:
     from m3i_fast.ops import scale
@@ -187,13 +187,13 @@ import pytest
 from m3i_fast.benchmarks.compare import main as compare, worker
 from m3i_fast.benchmarks.ledger import readme_tables
 from m3i_fast.benchmarks.subjects import load
+from m3i_fast import op_registry
 from m3i_fast.doctor import probes
-from m3i_fast.ops import registry
 from m3i_fast.profiling import kernel_families
 from scripts.gpu import plan
 
-assert registry.__file__.startswith(site) and plan.__file__.startswith(tree)
-assert worker.works(registry.__file__)["scale"]()().tolist() == [3.0]
+assert op_registry.__file__.startswith(site) and plan.__file__.startswith(tree)
+assert worker.works(op_registry.__file__)["scale"]()().tolist() == [3.0]
 assert compare.Config(subject="scale", self_test=1).subject == "scale"
 assert callable(load("scale"))
 assert "`m3i-fast bench scale`: a product | not measured yet" in readme_tables.ops()
@@ -202,7 +202,7 @@ assert kernel_families.FAMILIES["scale"] == "Scaling"
 assert list(plan.BENCHMARKS)[-1] == "scale"
 there = plan.Machine(inventory={"compute-sanitizer": "there"}, small=False)
 assert all("tests/ops/scale/test_scale.py" in step.command for step in plan.sanitizer_steps(there))
-registry.OPS = registry.OPS[-1:]  # the only one whose kernel was built here
+op_registry.OPS = op_registry.OPS[-1:]  # the only one whose kernel was built here
 assert probes.kernels_cpu() == {"ops": ["scale"]}
 listed = "tests/cuda/test_compile.py::test_cmake_lists_every_source_once_and_sorted"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "tests/ops/scale/test_scale.py", listed]))
@@ -227,7 +227,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert text.count(before) == 1, f"{name}: {text.count(before)} times {before!r}"
             text = text.replace(before, added + before)
         (tree / name).write_text(text)
-    registry_file = tree / "m3i_fast" / "ops" / "registry.py"
+    registry_file = tree / "m3i_fast" / "op_registry.py"
     registry_file.write_text(registry_file.read_text().removesuffix(")\n") + SPEC)
     return tree
 
@@ -250,7 +250,7 @@ def test_one_more_op_touches_nine_files(tree: Path) -> None:
     assert touched(tree) == {
         *("cuda/scale", "cuda/bindings.cpp", "CMakeLists.txt"),
         *("m3i_fast/ops/scale.py", "m3i_fast/ops/__init__.py"),
-        *("m3i_fast/ops/reference.py", "m3i_fast/ops/registry.py"),
+        *("m3i_fast/ops/reference.py", "m3i_fast/op_registry.py"),
         *("tests/ops/scale/test_scale.py", "benchmarks/ops/scale.py"),
     }
     assert len(touched(tree)) <= 9
@@ -284,6 +284,6 @@ def test_everybody_knows_one_more_op(tree: Path, tmp_path: Path) -> None:
 def test_the_registry_is_read_without_the_package() -> None:
     """By a Python without site-packages: no torch, no m3i_fast."""
     code = "import runpy, sys; print([o.name for o in runpy.run_path(sys.argv[1])['OPS']])"
-    command = [sys.executable, "-I", "-S", "-c", code, registry.__file__]
+    command = [sys.executable, "-I", "-S", "-c", code, op_registry.__file__]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == str([op.name for op in OPS]), done.stderr

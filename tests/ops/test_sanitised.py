@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.ops.registry import OPS
+from m3i_fast.op_registry import OPS
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitised"

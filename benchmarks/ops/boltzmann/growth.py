@@ -56,7 +56,7 @@ class Point(NamedTuple):
 
 
 def counts(largest: int) -> Iterator[int]:
-    """SMALLEST, its double and so on; ValueError where `largest` is none of them."""
+    """Return SMALLEST, its double and so on. Raises ValueError where `largest` is none of them."""
     doublings = (largest // SMALLEST).bit_length() - 1
     if doublings < 0 or largest != SMALLEST << doublings:
         raise ValueError(f"largest: expected {SMALLEST}, or a doubling of it, got {largest}")
@@ -64,7 +64,7 @@ def counts(largest: int) -> Iterator[int]:
 
 
 def measure_growth(device: str, largest: int | None, dim: int) -> list[dict[str, Any]]:
-    """A row a curve, its points from small to large."""
+    """Yield a row for each curve, its points from small to large."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     curves: list[dict[str, Any]] = [
         {
@@ -131,7 +131,7 @@ def _extend(curve: dict[str, Any], count: int) -> Point | None:
 def measure_point(
     name: str, size: Size, dtype: torch.dtype, device: str, num_threads: int
 ) -> Point | None:
-    """In a fresh process: what one call takes. None where the GPU's memory does not suffice."""
+    """Return what one call takes in a fresh process; None where memory does not suffice."""
     torch.set_num_threads(num_threads)
     loss = make_loss(name, size.form)
     small = Size(form=size.form, rows=WARM_UP, columns=WARM_UP, dim=size.dim)
@@ -168,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def draw_newest(subject: str) -> None:
-    """The newest growth rows of each machine in the ledger, as a picture beside it."""
+    """Draw the newest growth rows of each machine beside the ledger."""
     rows = [row for row in ledger.read_rows(subject) if row["figures"]["kind"] == "growth"]
     path = ledger.results_dir() / f"{subject}_growth.svg"
     write_atomically(path, draw(rows).encode())

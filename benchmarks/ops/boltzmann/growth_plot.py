@@ -19,7 +19,7 @@ _LEFTS, _TOP = (80, 540), 110  # of the panels in a block
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """By machine and settings, each function's newest curve with the machine's newest settings."""
+    """Return each function's newest curve, by machine, with that machine's newest settings."""
     machines: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
     settings: dict[str, str] = {}
     for row in rows:  # oldest first
@@ -34,16 +34,20 @@ def newest(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The SVG of growth rows of the ledger, oldest first. ValueError where there are none."""
+    """Return the SVG of growth rows, oldest first. Raises ValueError where there are none."""
     blocks = newest(rows)
     if not blocks:
         raise ValueError("rows: expected growth rows of boltzmann, got none")
     height = _BLOCK * len(blocks)
     label = "Seconds and memory of contrastive losses against the number of pairs"
-    parts: list[str] = []
+    elements: list[str] = []
     for index, (title, curves) in enumerate(blocks.items()):
-        parts += [f'<g transform="translate(0 {index * _BLOCK})">', *_block(title, curves), "</g>"]
-    return page(parts, width=_WIDTH, height=height, label=label)
+        elements += [
+            f'<g transform="translate(0 {index * _BLOCK})">',
+            *_block(title, curves),
+            "</g>",
+        ]
+    return page(elements, width=_WIDTH, height=height, label=label)
 
 
 def _block(title: str, curves: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -78,7 +78,7 @@ class Size:
 
 
 class Inputs(NamedTuple):
-    """Unit rows, as from a normalised projection; row i of z_hat is near its positive."""
+    """Rows of length one, as of a normalised projection; row i of z_hat is near its positive."""
 
     z_hat: Tensor  # [N, D]
     z: Tensor  # [M, D]
@@ -93,7 +93,7 @@ Loss = Callable[[Inputs], Tensor]
 def make_inputs(
     size: Size, dtype: torch.dtype, device: str, *, backward: bool, seed: int = 0
 ) -> Inputs:
-    """The same for a seed on every device; with `backward`, all but targets require gradients."""
+    """Draw inputs, the same on every device; with `backward`, all but targets need gradients."""
     generator = torch.Generator().manual_seed(seed)
     z = F.normalize(torch.randn(size.columns, size.dim, generator=generator), dim=1)
     noise = F.normalize(torch.randn(size.rows, size.dim, generator=generator), dim=1)
@@ -114,7 +114,7 @@ def make_inputs(
 
 
 def run(loss: Loss, inputs: Inputs) -> Tensor:  # []
-    """The value; where inputs require gradients, these are computed too."""
+    """Return the value, and compute the gradients that inputs require."""
     value = loss(inputs)
     leaves = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     if leaves:
@@ -126,12 +126,12 @@ def run(loss: Loss, inputs: Inputs) -> Tensor:  # []
 
 
 def losses(form: Form, device: str) -> dict[str, Loss]:
-    """By name, ours first; those of libraries where they can be imported, fused ones on CUDA."""
+    """Return losses by name, ours first; libraries' where they import, fused ones on CUDA."""
     return {name: make_loss(name, form) for name in _NAMES[form] if can_run(name, device)}
 
 
 def can_run(name: str, device: str) -> bool:
-    """Where a loss cannot, the log says why, once; fused kernels are not asked for on a CPU."""
+    """Return whether a loss runs here; where it does not, the log says why, once."""
     if name in (SIGLIP_KERNEL, LIGER) and device != "cuda":
         return False
     try:
@@ -152,7 +152,7 @@ def _say_left_out(name: str, why: str) -> None:
 
 
 def make_loss(name: str, form: Form) -> Loss:
-    """Of a name in `losses`. Libraries are imported here: a process has only what it measures."""
+    """Return the loss of that name; its library is imported here and no other."""
     if name == OURS:
         return {"softmax": _our_softmax, "sigmoid": _our_sigmoid, "classes": _our_classes}[form]
     if name == CLIP:
@@ -207,7 +207,7 @@ def _linear_cross_entropy(i: Inputs) -> Tensor:
 def make_floor(
     size: Size, dtype: torch.dtype, device: str, *, backward: bool
 ) -> tuple[str, Callable[[], object]]:
-    """torch's GEMMs of ours and nothing else: whole matrices, written where memory is there.
+    """Return torch's GEMMs of our loss alone: whole matrices, written where memory allows.
 
     Forward: S = A B^T. Backward: S once more for a softmax, then G B and G^T A, with S for G.
     Ours works in tiles that stay in the cache, and so may be faster than these on a CPU.
@@ -230,7 +230,7 @@ def make_floor(
 def make_functions(
     size: Size, dtype: torch.dtype, device: str, *, backward: bool
 ) -> dict[str, Callable[[], object]]:
-    """Forward, or forward and backward, over the same inputs; each loss has the same value.
+    """Return the timed functions, over the same inputs; each loss has the same value.
 
     A loss that cannot run is left out, and the log says why: no memory on a GPU, mostly.
     """
@@ -254,7 +254,7 @@ def make_functions(
 
 
 def assert_same(name: str, value: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Nothing is timed that computes something else; AssertionError names it."""
+    """Raise AssertionError for a loss whose value differs from ours."""
     tolerance = _TOLERANCE[dtype]
     torch.testing.assert_close(
         value.float(),

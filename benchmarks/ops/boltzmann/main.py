@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.core.harness import (
     Device,
     measure,
-    parse,
     parse_counts,
     publish,
     ratio_table,
@@ -172,7 +172,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg = parse(Config, SUBJECT, argv)
+    cfg = read_command(Config, SUBJECT, argv)
     if cfg.growth:
         curves = growth.measure_growth(resolve(cfg.device), cfg.largest, cfg.dim)
         publish(SUBJECT, curves, growth.table, record=cfg.record)

@@ -44,7 +44,7 @@ from m3i_fast.ops import boltzmann
 def measure_ranks(
     ranks: list[int], rows_per_rank: int, dim: int, num_samples: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of ranks."""
+    """Yield a row for each number of ranks."""
     first: dict[str, Any] | None = None
     for count in ranks:
         row = _row(count, rows_per_rank, dim, num_samples)

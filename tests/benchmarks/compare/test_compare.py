@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from m3i_fast import op_registry
 from m3i_fast.benchmarks.compare import main as compare
 from m3i_fast.benchmarks.compare import worker as compare_worker
 from m3i_fast.benchmarks.compare.gate import judge
 from m3i_fast.benchmarks.compare.versions import Plan, Version, Worker, built, sample_in_turns
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.cli import bench
-from m3i_fast.ops import registry
 
 ROOT = Path(__file__).parents[3]
 OLD = "0123456789ab"
@@ -161,9 +161,9 @@ def test_planted_calls_take_time_but_do_not_count(monkeypatch: pytest.MonkeyPatc
     assert compare_worker.sample_ms(call_of_2_ms, calls=8, extra=4) == pytest.approx(3.0)
 
 
-@pytest.mark.parametrize("work", [op.name for op in registry.OPS])
+@pytest.mark.parametrize("work", [op.name for op in op_registry.OPS])
 def test_every_op_has_a_work(work: str) -> None:
-    compare_worker.works(registry.__file__)[work]()()
+    compare_worker.works(op_registry.__file__)[work]()()
 
 
 def test_a_process_that_ends_says_why(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_the_page_is_of_the_newest_rows() -> None:
     assert sum(map(len, by_fault(rows).values())) == len(rows)
     assert len(by_fault(rows)["kill -9 at a random moment"]) >= 100
     squares = ElementTree.fromstring(picture(rows)).iter("{http://www.w3.org/2000/svg}rect")
-    assert sum(square.get("class") in ("good", "bad") for square in squares) == len(rows)
+    assert sum(square.get("class") in ("ours", "others") for square in squares) == len(rows)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""Rows that are appended are read back, of every layout; wrong ones are never written."""
+"""Rows that are appended are read back; wrong ones are never written."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +139,7 @@ def test_no_ledger_has_no_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "expected a row"), ("[]", "expected a row"), ('{"schema": 9}', "1 or 2, got 9")],
+    [("{", "expected a row"), ("[]", "expected a row"), ('{"schema": 1}', "schema 2, got 1")],
 )
 def test_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     path = append_row("speed", {}, folder=tmp_path)
@@ -148,29 +147,6 @@ def test_bad_line_is_named(line: str, message: str, tmp_path: Path) -> None:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=f"speed.jsonl:2: .*{message}"):
         list(read_rows("speed", folder=tmp_path))
-
-
-def test_a_row_of_the_first_layout_is_read_as_one_of_this(tmp_path: Path) -> None:
-    old = {
-        "schema": 1,
-        "subject": "speed",
-        "commit": "0123456789ab-dirty",
-        "machine": {
-            "python": "3.11.7", "torch": "2.13.0+cpu", "cuda": None, "cpu": "AMD EPYC",
-            "num_cores": 2, "gpu": None, "num_gpus": 0,
-        },
-        "time": "2026-11-26T01:28:24+00:00",
-        "command": "m3i-fast bench speed",
-        "figures": {"ms": 1.5},
-    }  # fmt: skip
-    (tmp_path / "speed.jsonl").write_text(json.dumps(old) + "\n")
-    (row,) = read_rows("speed", folder=tmp_path)
-    assert list(row) == FIELDS
-    assert (row["commit"], row["dirty"]) == ("0123456789ab", True)
-    assert ledger.commit_of(row) == old["commit"]
-    assert row["versions"] == {"python": "3.11.7", "torch": "2.13.0+cpu"}
-    assert row["machine_class"] == "2 cores of AMD EPYC"
-    assert row["figures"] == {"ms": 1.5}
 
 
 def test_ledger_is_the_checkouts() -> None:
@@ -311,134 +287,3 @@ def test_a_command_says_nothing_of_where_the_machine_keeps_its_files(
     (row,) = read_rows("speed", folder=tmp_path)
     told = "--data .../data --out=.../run --op dcnv3 rel/path a/b,.../d"
     assert row["command"] == f"m3i-fast bench {told}"
-
-
-# ---- Append-only ---------------------------------------------------------------------------------
-
-# The one rename that there was: a subject took its op's name, and its old rows were written anew.
-# git's rename does not see it (every line changed, and git compares pieces of 64 bytes), so the
-# file is followed by its name.
-RENAMED = {"mi_loss": "boltzmann"}
-
-
-def _git(*arguments: str, root: Path = ROOT) -> str:
-    if not (root / ".git").exists():
-        pytest.skip("no git history here: an archive of the sources")
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"git {arguments[0]}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def renamed(line: str) -> str:
-    """Return the row under its subject's present name: in subject, command and tune's `op`."""
-    row = json.loads(line)
-    for old, new in RENAMED.items():
-        if row["subject"] == old:
-            row |= {"subject": new, "command": row["command"].replace(old, new)}
-        if row["subject"] == "tune" and row["figures"].get("op") == old:
-            row["figures"]["op"] = new
-    return json.dumps(row)
-
-
-def lost(before: list[str], after: list[str]) -> list[str]:
-    """Rows of `before` that are not in `after`, as they were or renamed, or not in that order."""
-    rest = iter(after)
-    return [row for row in before if not any(found in (row, renamed(row)) for found in rest)]
-
-
-def path_after(name: str, present: list[str]) -> str:
-    """The file that has the rows of `name`: itself where it is still there, else the renamed."""
-    stem = Path(name).stem
-    return name if name in present else f"{RESULTS}/{RENAMED.get(stem, stem)}.jsonl"
-
-
-def ledgers_of(commit: str, root: Path) -> list[str]:
-    names = _git("ls-tree", "--name-only", commit, f"{RESULTS}/", root=root).splitlines()
-    return [name for name in names if name.endswith(".jsonl")]
-
-
-def taken_away(since: str, root: Path = ROOT) -> list[str]:
-    """`COMMIT FILE` where a commit after `since` has not all rows that one of its parents has."""
-    log = ["log", "-m", "--no-renames", "--numstat", "--format=%x00%H %P", f"{since}..HEAD"]
-    blocks = _git(*log, "--", f"{RESULTS}/*.jsonl", root=root).split("\0")[1:]
-    suspects = {
-        head: None
-        for head, *counts in map(str.splitlines, blocks)
-        if any(count and count.split("\t")[1] != "0" for count in counts)
-    }
-    found = []
-    for commit, *parents in map(str.split, suspects):
-        present = ledgers_of(commit, root)
-        for parent in parents:
-            for name in ledgers_of(parent, root):
-                before = _git("show", f"{parent}:{name}", root=root).splitlines()
-                now = path_after(name, present)
-                after = _git("show", f"{commit}:{now}", root=root) if now in present else ""
-                found += [f"{commit} {name}"] * bool(lost(before, after.splitlines()))
-    return found
-
-
-def test_rows_that_were_committed_are_still_there() -> None:
-    present = [f"{RESULTS}/{path.name}" for path in (ROOT / RESULTS).glob("*.jsonl")]
-    for name in ledgers_of("HEAD", ROOT):
-        now = ROOT / path_after(name, present)
-        rows = now.read_text().splitlines() if now.exists() else []
-        assert not lost(_git("show", f"HEAD:{name}").splitlines(), rows), name
-
-
-def test_no_commit_took_a_row_away() -> None:
-    """Since there is a schema; before that rows of dropped experiments went with them."""
-    added = _git("log", "--diff-filter=A", "--format=%H", "--", "benchmarks/ledger.schema.json")
-    if not added:
-        pytest.skip("the ledger's schema is not committed in the history that is here")
-    assert taken_away(added.split()[-1]) == []
-
-
-def old_row(ms: int, subject: str = "mi_loss", **figures: Any) -> str:
-    row = {"subject": subject, "command": f"m3i-fast bench {subject}", "figures": {"ms": ms}}
-    return json.dumps(row | {"figures": {"ms": ms, **figures}})
-
-
-@pytest.mark.parametrize(
-    ("after", "loses"),
-    [
-        ({"boltzmann": [renamed(old_row(1)), renamed(old_row(2))]}, False),
-        ({"boltzmann": [renamed(old_row(1)), old_row(9, "boltzmann"), renamed(old_row(2))]}, False),
-        ({"boltzmann": [renamed(old_row(2)), renamed(old_row(1))]}, True),
-        ({"boltzmann": [renamed(old_row(1))]}, True),
-        ({"boltzmann": [renamed(old_row(1)), renamed(old_row(3))]}, True),
-        ({"boltzmann": [renamed(old_row(1)), old_row(2, "gaussian")]}, True),
-        ({"gaussian": [old_row(1, "gaussian"), old_row(2, "gaussian")]}, True),
-        ({}, True),
-    ],
-)
-def test_a_rename_keeps_every_row_but_for_its_name(
-    after: dict[str, list[str]], loses: bool, tmp_path: Path
-) -> None:
-    def commit(files: dict[str, list[str]]) -> None:
-        shutil.rmtree(tmp_path / RESULTS, ignore_errors=True)
-        (tmp_path / RESULTS).mkdir(parents=True)
-        for subject, rows in files.items():
-            (tmp_path / RESULTS / f"{subject}.jsonl").write_text("\n".join(rows) + "\n")
-        _git("add", "--all", root=tmp_path)
-        author = ("-c", "user.name=x", "-c", "user.email=x@example.com")
-        _git(*author, "commit", "--quiet", "--allow-empty", "--message=x", root=tmp_path)
-
-    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
-    commit({})
-    tuned = [old_row(3, "tune", op="mi_loss"), old_row(4, "tune", op="dcnv3")]
-    commit({"mi_loss": [old_row(1), old_row(2)], "tune": tuned})
-    commit({**after, "tune": [renamed(tuned[0]), tuned[1]]})
-    head = _git("rev-parse", "HEAD", root=tmp_path).strip()
-    lost_here = [f"{head} {RESULTS}/mi_loss.jsonl"] if loses else []
-    assert taken_away("HEAD~2", tmp_path) == lost_here
-    commit({**after, "tune": tuned})  # a name that was changed back is a row that is lost
-    assert f"{RESULTS}/tune.jsonl" in taken_away("HEAD~1", tmp_path)[-1]
-
-
-def test_lost_rows_are_seen() -> None:
-    a, b, c, x = (old_row(number, "speed") for number in range(4))
-    assert lost([a, b], [a, x, b, c]) == []
-    assert lost([a, b], [b, c, a]) == [b]
-    assert lost([a, b], [a]) == [b]

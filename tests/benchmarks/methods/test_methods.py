@@ -1,5 +1,6 @@
 """The methods' benchmark: one row a run, nothing run twice, teachers first, stopped runs go on."""
 
+import json
 import os
 import signal
 import time
@@ -19,7 +20,14 @@ from m3i_fast.benchmarks.methods import main as methods
 from m3i_fast.benchmarks.methods import plan as methods_plan
 from m3i_fast.benchmarks.methods import run as methods_run
 from m3i_fast.benchmarks.methods.main import SUBJECT, main, run_missing
-from m3i_fast.benchmarks.methods.plan import Config, Run, is_label_free, recipe_digest
+from m3i_fast.benchmarks.methods.plan import (
+    Config,
+    Run,
+    follows_recipe,
+    is_label_free,
+    recipe_digest,
+    recipe_trees,
+)
 from m3i_fast.benchmarks.methods.run import is_trained, train_and_measure, unpack
 from m3i_fast.benchmarks.methods.variants import AS_BEFORE, VARIANTS
 from m3i_fast.config import TrainConfig
@@ -67,6 +75,11 @@ def _config(tmp_path: Path, **changes: Any) -> Config:
 
 def _run(cfg: Config, method: str) -> Run:
     return cfg.groups[0].run(method, 0, data=methods._data_digest(cfg))
+
+
+def _figures(run: Run, **more: Any) -> dict[str, Any]:
+    """What a row of the run has, as far as it is found by it."""
+    return {**asdict(run), "recipes": recipe_trees(run.method), **more}
 
 
 def _rows(cfg: Config) -> list[dict[str, Any]]:
@@ -259,8 +272,7 @@ def test_a_teacher_without_weights_is_run_again_with_its_steps(tmp_path: Path) -
     cfg = _config(tmp_path, methods="milan")
     teacher = _run(cfg, "supervised")
     assert methods._missing(cfg) == {teacher: None, _run(cfg, "milan"): None}
-    figures = {**{name: getattr(teacher, name) for name in Run.__slots__}, "num_steps": 321}
-    append_row(SUBJECT, figures, command="test", folder=cfg.ledger)
+    append_row(SUBJECT, _figures(teacher, num_steps=321), command="test", folder=cfg.ledger)
     assert methods._missing(cfg) == {teacher: 321, _run(cfg, "milan"): None}
     train, *rest = methods._job(cfg, teacher, 321)
     assert train.num_steps == 321
@@ -271,7 +283,7 @@ def test_steps_follow_from_a_row_or_from_one_calibration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = _config(tmp_path, methods="m3i,clip", growth=True, seeds="0,3", seconds=30)
-    known = {**asdict(_run(replace(cfg, growth=False), "m3i")), "num_steps": 60}
+    known = _figures(_run(replace(cfg, growth=False), "m3i"), num_steps=60)
     append_row(SUBJECT, known, command="test", folder=cfg.ledger)
     todo = methods._missing(cfg)
     of = {(run.method, run.seed, run.budget.split()[0]): steps for run, steps in todo.items()}
@@ -380,14 +392,14 @@ def test_a_variant_of_before_is_of_its_own_method(monkeypatch: pytest.MonkeyPatc
 
 def test_rows_of_before_there_were_two_shares_are_read(tmp_path: Path) -> None:
     old = {"method": "clip", "labelled": 0.01, "seed": 3, "budget": "7 steps"}
-    figures = {**old, "recipe": recipe_digest("clip"), "num_steps": 7}
+    figures = {**old, "recipes": recipe_trees("clip"), "num_steps": 7}
     append_row(SUBJECT, figures, command="test", folder=tmp_path / "ledger")
     cfg = _config(tmp_path, annotations=True, num_steps=7, seeds="3", methods="clip")
     [missing] = methods._missing(cfg)
     assert (missing.method, missing.labelled, missing.captioned) == ("clip", 0.03, 0.03)
     first, second = cfg.groups
     assert list(methods._rows(cfg, first)) == ["clip"] and methods._rows(cfg, second) == {}
-    free = {**figures, "method": "mae", "labelled": 1.0, "recipe": recipe_digest("mae")}
+    free = {**figures, "method": "mae", "labelled": 1.0, "recipes": recipe_trees("mae")}
     append_row(SUBJECT, free, command="test", folder=cfg.ledger)
     assert list(methods._rows(cfg, second)) == ["mae"]  # at every share
     assert set(methods._rows(cfg, first)) == {"clip", "mae"}
@@ -405,7 +417,7 @@ def test_rows_of_other_pictures_are_not_reused(
     cfg = _config(tmp_path, num_steps=7, methods="clip", data=data)
     [run] = methods._missing(cfg)
     assert run.data == read_manifest(data / "openmoji").digest[:8]
-    figures = {**asdict(run), "num_steps": 7}
+    figures = _figures(run, num_steps=7)
     append_row(SUBJECT, figures, command="test", folder=cfg.ledger)
     assert methods._missing(cfg) == {}
     elsewhere = replace(cfg, data=tmp_path / "nothing")  # for a table the rows say which
@@ -488,15 +500,36 @@ def test_a_wrong_field_is_named(field: str, value: object, message: str) -> None
         Config(**{field: value})  # type: ignore[arg-type]
 
 
-# ---- Digests -------------------------------------------------------------------------------------
+# ---- Recipes -------------------------------------------------------------------------------------
 
 
-def test_the_rows_of_the_ledger_are_of_these_recipes() -> None:
-    """Else they are measured again, or what is new in a config belongs to ADDED."""
-    found = {row["figures"]["method"]: row["figures"]["recipe"] for row in read_rows(SUBJECT)}
-    assert {name: found[name] for name in METHODS} == {
-        name: recipe_digest(name) for name in METHODS
-    }
+def test_the_rows_of_the_ledger_are_of_todays_recipes() -> None:
+    """Else the methods are measured again, or the reader of configs says what an old one means."""
+    rows = {row["figures"]["method"]: row["figures"] for row in read_rows(SUBJECT)}
+    assert [name for name in METHODS if Run.of(rows[name]) is None] == []
+
+
+def test_a_field_that_a_row_lacks_is_what_a_config_without_it_means() -> None:
+    trees = json.loads(json.dumps(recipe_trees("milan")))
+    assert follows_recipe("milan", trees)
+    for tree in trees.values():  # fields of their default: of before there were these
+        del tree["telemetry"], tree["guard"]["spikes"], tree["keep_every"]
+    assert follows_recipe("milan", trees)
+    del trees["milan"]["data"]["batch_size"]  # the demo's is not the default
+    assert not follows_recipe("milan", trees)
+
+
+@pytest.mark.parametrize("name", ["milan", "supervised"])
+def test_a_row_of_another_recipe_is_none_of_todays(name: str) -> None:
+    changed = json.loads(json.dumps(recipe_trees("milan")))
+    changed[name]["optim"]["lr"] /= 2
+    assert not follows_recipe("milan", changed)
+    gone = json.loads(json.dumps(recipe_trees("milan")))
+    gone[name]["optim"]["of_yore"] = 1
+    assert not follows_recipe("milan", gone)
+    less = {other: tree for other, tree in recipe_trees("milan").items() if other != name}
+    assert not follows_recipe("milan", less)
+    assert not follows_recipe("milan", {})
 
 
 def test_a_digest_is_of_the_recipe_and_of_its_teacher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.benchmarks.methods.main import main
-from m3i_fast.benchmarks.methods.plan import Config
+from m3i_fast.benchmarks.methods.plan import Config, recipe_trees
 from m3i_fast.benchmarks.methods.power import cluster_means, clusters_needed, components
 from m3i_fast.benchmarks.methods.power_table import compare_arms, draw_power, power_table
 from m3i_fast.benchmarks.methods.run import pack
@@ -133,7 +133,7 @@ def test_one_command_prints_and_draws_both_tables_of_the_pilot(
     for name, seeds in _rows(_hits(), items=True).items():
         for seed, row in seeds.items():
             run = cfg.groups[0].run(name, seed, data="0" * 8)
-            figures = {**asdict(run), **row["figures"], **told}
+            figures = {**asdict(run), "recipes": recipe_trees(name), **row["figures"], **told}
             append_row("methods", figures, command="test", folder=tmp_path)
     arguments = ["--num-steps", "7", "--ledger", str(tmp_path), "--data", str(tmp_path)]
     main(["--pilot", "--table-only", "--holm", *arguments])

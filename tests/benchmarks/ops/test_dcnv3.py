@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m3i_fast.benchmarks.core import harness
+from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ops import dcnv3, dcnv3_others
 from m3i_fast.benchmarks.ops.dcnv3 import Config, Size
@@ -177,10 +177,11 @@ def test_what_is_not_installed_is_said_once(caplog: pytest.LogCaptureFixture) ->
 def test_without_arguments_tyro_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where only torch and rich are installed."""
     monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.delitem(sys.modules, "m3i_fast.flags", raising=False)
     monkeypatch.setattr(sys, "argv", ["dcnv3"])
-    assert harness.parse(Config, "dcnv3", None) == harness.parse(Config, "dcnv3", []) == Config()
+    assert read_command(Config, "dcnv3", None) == read_command(Config, "dcnv3", []) == Config()
     with pytest.raises(ImportError, match="tyro"):
-        harness.parse(Config, "dcnv3", ["--device", "cpu"])
+        read_command(Config, "dcnv3", ["--device", "cpu"])
 
 
 def test_a_gpu_runs_the_published_layers_near_and_far(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def _introduction(policy: Policy, gpu: Gpu) -> str:
 No GPU has run these kernels yet. `python -m tests.cuda.boltzmann.roofline` writes this page from
 the policy (`sm90/tiling.h`, `tiles.json`) and the budget; a test compares.
 
-Assumed: {gpu.multiprocessors} multiprocessors at {gpu.clock_ghz} GHz, in a clock each
+Assumed: {gpu.multiprocessors} multiprocessors at {gpu.clock_ghz:.2f} GHz, in a clock each
 {gpu.flop_per_clock} flop in bfloat16, {gpu.exponentials_per_clock} exponentials, and
 {gpu.shared_bytes_per_clock} bytes of shared memory; from the second-level cache
 {gpu.cache_tb_s} TB/s. Not counted: how a launch begins and ends, what is reduced after it,

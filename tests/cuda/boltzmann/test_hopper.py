@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from m3i_fast.benchmarks.tune import roofline as tune_roofline
+from m3i_fast.costs.gpus import CARDS
 from m3i_fast.ops import boltzmann
 from tests.cuda.boltzmann import roofline
 from tests.cuda.boltzmann.source import limit_blocks, shrink
@@ -67,7 +68,14 @@ def test_roofline_is_that_of_the_policy() -> None:
 
 def test_roofline_of_one_tile() -> None:
     """256 x 256 of 64 terms on a card where all rates are one: counted by hand."""
-    policy, gpu = tune_roofline.hopper_policy(), tune_roofline.Gpu(2, 1.0, 1, 1, 1, 2e-3)
+    policy = tune_roofline.hopper_policy()
+    gpu = tune_roofline.Gpu(
+        card=replace(CARDS["h100"], bf16_flop_s=2e9),  # of a clock of 1 GHz
+        multiprocessors=2,
+        flop_per_clock=1,
+        exponentials_per_clock=1,
+        cache_tb_s=2e-3,
+    )
     product = tune_roofline.predict_product(policy, gpu, 1, 64, exponentials=True)
     assert product.waves == 1 and product.tensor_clocks == 2 * 128 * 256 * 64
     assert product.cache_clocks == (128 + 128) * 64 * 2

@@ -1,9 +1,9 @@
 """The one list of ops: what the doctor, `make gpu`, benchmarks, profiles and tables know of each.
 
 An op's folder in cuda/, its Python file, its plain-torch reference, its test, its benchmark and its
-rows in the ledger share its name. At module level only the standard library: `make gpu` runs this
-file by its path before the package is built, and a process of `m3i-fast bench compare` beside
-another version of the ops.
+rows in the ledger share its name. At module level only the standard library, and beside ops/, which
+loads torch: `m3i-fast bench` lists names in a moment, `make gpu` runs this file by its path before
+the package is built, and a process of `m3i-fast bench compare` beside another version of the ops.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _gaussian_is_right(device: str) -> bool:
 
 
 def _gaussian_work() -> Callable[[], object]:
-    """The demo's dense term: 64 pictures, 64 cells, width 192; forward and backward, fp32."""
+    """Return the demo's dense term: 64 pictures, 64 cells, width 192; both passes, fp32."""
     import torch
 
     from m3i_fast.ops import gaussian
