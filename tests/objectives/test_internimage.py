@@ -123,7 +123,7 @@ def test_heads_read_the_pooled_vector() -> None:
 
 
 def test_what_a_convolution_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mixing\.mode: own_image .* got own_image"):
+    with pytest.raises(ValueError, match=r"mixing\.mode: expected joint, blend .* got own_image"):
         build(config("own_image"))
     with pytest.raises(ValueError, match=r"mask_block: expected a multiple of 2 .* got 1"):
         build(config(block=1))
