@@ -14,7 +14,7 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.captions import epoch_key
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
-from m3i_fast.pipelines.graph.outputs import Origin, run, to_batch
+from m3i_fast.pipelines.graph.batch_assembly import Origin, run, to_batch
 from m3i_fast.pipelines.loader_state import Fingerprint, Position, pack_state, unpack_state
 
 if TYPE_CHECKING:  # DALI is imported on first use: configs are read on machines without it

@@ -28,7 +28,12 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo_method, shrink
-from tests.engine.parallel.test_accumulation import _assert_close, _config, _parts, _train
+from tests.shared.engine.parts_of_batches import (
+    assert_close_states,
+    in_parts,
+    run_of_eight,
+    train_in_parts,
+)
 from tests.shared.engine.real_step import stepper
 from tests.shared.flop_formulas import FORMULAS
 
@@ -176,7 +181,7 @@ def test_its_flops_are_in_the_steps(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("added")
 def test_rows_that_are_not_independent_are_not_accumulated(dataset: Path, tmp_path: Path) -> None:
-    cfg = _parts(_config(dataset, demo_method("simdino")), 2, accumulate=2)
+    cfg = in_parts(run_of_eight(dataset, demo_method("simdino")), 2, accumulate=2)
     with pytest.raises(
         ValueError,
         match=r"expected 1 with the term 'embedding' \(embedding, gaussian, coding_rate\)",
@@ -186,7 +191,9 @@ def test_rows_that_are_not_independent_are_not_accumulated(dataset: Path, tmp_pa
 
 @pytest.mark.usefixtures("added")
 def test_independent_rows_are_accumulated_exactly(dataset: Path, tmp_path: Path) -> None:
-    whole = _config(dataset, demo_method("spectrum"))
-    expected = _train(whole, whole, tmp_path / "whole", rank=0, num_parts=1)
-    cfg = _parts(whole, 2, accumulate=2)
-    _assert_close(_train(cfg, whole, tmp_path / "parts", rank=0, num_parts=2), expected)
+    whole = run_of_eight(dataset, demo_method("spectrum"))
+    expected = train_in_parts(whole, whole, tmp_path / "whole", rank=0, num_parts=1)
+    cfg = in_parts(whole, 2, accumulate=2)
+    assert_close_states(
+        train_in_parts(cfg, whole, tmp_path / "parts", rank=0, num_parts=2), expected
+    )

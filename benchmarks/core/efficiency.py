@@ -42,7 +42,7 @@ def efficiency_figures(trainer: Trainer, *, images_s: float) -> dict[str, Any]:
 
 
 def _card(device: torch.device) -> tuple[Card | None, str]:
-    """The card and its name, or None and why."""
+    """Return the card and its name, or None and why."""
     if device.type != "cuda":
         return None, "a CPU: no rate is published"
     found = card_of(torch.cuda.get_device_name(device))

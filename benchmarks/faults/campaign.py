@@ -1,5 +1,7 @@
-"""A campaign of faults: each spoils a run of tiny M3I, which is then started again and has to end
-with the weights, moments and losses of the run that nothing happened to, bit for bit.
+"""A campaign of faults: each breaks a run of tiny M3I.
+
+The run is then started again, and has to end with the weights, moments and losses of an undisturbed
+one, bit for bit.
 
     m3i-fast faults                       a hundred kills, every write, every other fault; the page
     m3i-fast faults --kills 3 --writes 2  a few of each
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from m3i_fast.benchmarks.faults.victim import Fault, digests, live
+from m3i_fast.benchmarks.faults.faulted_process import Fault, digests, live
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
@@ -94,7 +96,7 @@ class Campaign:
         self.folder = folder
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(
-            ["m3i_fast.benchmarks.faults.victim", "m3i_fast.cli.train"]
+            ["m3i_fast.benchmarks.faults.faulted_process", "m3i_fast.cli.train"]
         )
         data = folder / "data"
         if not data.exists():

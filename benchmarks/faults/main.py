@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 def run(cfg: Config) -> int:
     """Carry out a campaign and show it; return 1 where a run did not recover with equal weights."""
     from m3i_fast.benchmarks.faults.campaign import Campaign
-    from m3i_fast.benchmarks.faults.trials import plan
+    from m3i_fast.benchmarks.faults.fault_catalogue import plan
 
     memory = Path("/dev/shm")  # syncs cost nothing there, and kills strike no less
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:

@@ -37,8 +37,10 @@ Row = dict[str, Any]
 
 
 def results_dir() -> Path:
-    """M3I_RESULTS of the environment; else the checkout's benchmarks/results, which an installed
-    package has below the current folder."""
+    """Return the ledger's folder: M3I_RESULTS of the environment, else benchmarks/results.
+
+    That is the checkout's, which an installed package looks for below the current folder.
+    """
     if named := os.environ.get("M3I_RESULTS"):
         return Path(named)
     here = Path(__file__).resolve().parent.parent

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from m3i_fast.benchmarks.core.command import read_recipe_command
 from m3i_fast.benchmarks.core.harness import publish, ratio_table, summarise
-from m3i_fast.benchmarks.core.rates import summarise_rates
-from m3i_fast.benchmarks.core.windows import Schedule, Series, TimedWork, measure_windows
-from m3i_fast.benchmarks.loader.peers import (
+from m3i_fast.benchmarks.core.rate_statistics import summarise_rates
+from m3i_fast.benchmarks.core.timed_windows import Schedule, Series, TimedWork, measure_windows
+from m3i_fast.benchmarks.loader.other_loaders import (
     DECODERS,
     PILLOW,
     PREFETCH_FACTOR,

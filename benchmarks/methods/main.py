@@ -52,8 +52,8 @@ from m3i_fast.benchmarks.methods.plan import (
     Run,
 )
 from m3i_fast.benchmarks.methods.plot import draw
-from m3i_fast.benchmarks.methods.power_table import compare_arms, draw_power, power_table
 from m3i_fast.benchmarks.methods.run import is_trained, measure_untrained, train_and_measure
+from m3i_fast.benchmarks.methods.sample_size_table import compare_arms, draw_power, power_table
 from m3i_fast.benchmarks.methods.table import (
     OURS,
     UNTRAINED,
@@ -68,7 +68,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.pipelines.dataset.manifest import DEMO_FLAGS, is_dataset, read_manifest
 from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
-from m3i_fast.planning.calibration import calibrate, step_seconds
+from m3i_fast.planning.step_budget import calibrate, step_seconds
 from m3i_fast.recipes import pack_demo
 from m3i_fast.terminal import make_console
 
@@ -231,7 +231,7 @@ def _submit(cfg: Config, pool: Executor, run: Run, num_steps: int | None) -> Fut
 
 
 def _missing(cfg: Config) -> dict[Run, int | None]:
-    """What is to be run, each with its number of steps where that is known.
+    """Return what is to be run, each with its number of steps where that is known.
 
     A teacher that has a row but no weights here is run once more, with as many steps.
     """
@@ -311,7 +311,7 @@ def _train_config(cfg: Config, run: Run) -> TrainConfig:
 def _job(
     cfg: Config, run: Run, num_steps: int | None
 ) -> tuple[TrainConfig, Path, float | None, Path, str]:
-    """The arguments of `train_and_measure`.
+    """Return the arguments of `train_and_measure`.
 
     Every run is measured by all labels and captions, whatever share it was trained with.
     """

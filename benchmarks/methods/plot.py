@@ -78,7 +78,7 @@ def _panel(left: float, top: float, measure: str, lines: Sequence[Line]) -> Iter
 
 
 def _bar(line: Line, measure: str, ours: float | None) -> tuple[float, float] | None:
-    """The ends of the interval of M3I's difference, seen from M3I's value."""
+    """Return the ends of the interval of M3I's difference, seen from M3I's value."""
     if ours is None or measure not in line.minus:
         return None
     return ours - line.minus[measure].high, ours - line.minus[measure].low

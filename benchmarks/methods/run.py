@@ -17,7 +17,7 @@ from m3i_fast.engine.evaluator import Evaluation, evaluate, evaluate_untrained
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.collapse import CollapseWatch
 from m3i_fast.observe.metrics import read_jsonl
-from m3i_fast.planning.calibration import calibrate
+from m3i_fast.planning.step_budget import calibrate
 
 Packed = str | list[float | None]
 LEFT_OUT = ("caption_to_image_recall_at_1", "few_label_knn_top1")  # in the figures alone
@@ -64,7 +64,7 @@ def measure_untrained(cfg: TrainConfig, split: str) -> dict[str, Any]:
 
 
 def _by_item(found: Evaluation) -> dict[str, Any]:
-    """The hits of every source, and once for all of them what the items are."""
+    """Return the hits of every source, and once for all of them what the items are."""
     hits = {
         who: {
             name: pack(values.tolist())

@@ -63,7 +63,7 @@ class Line:
     """One a seed; empty for what was not trained."""
 
     def each(self, field: str) -> list[Any]:
-        """A figure of every seed."""
+        """Return a figure of every seed."""
         return [row["figures"][field] for row in self.rows]
 
 
@@ -78,13 +78,13 @@ def scale(measure: str) -> float:
 
 
 def parse(measure: str) -> tuple[str, str]:
-    """The measure, and the one of ENDINGS that says on which items it was taken."""
+    """Split off the one of ENDINGS that says on which items a measure was taken."""
     base = measure.removesuffix(ENDINGS[1])
     return base, measure[len(base) :]
 
 
 def measures(lines: Sequence[Line], shown: Container[str] = ()) -> list[str]:
-    """What any line has, in the order of TITLES, others behind; then the same of the hard half.
+    """Return what any line has, in the order of TITLES, then the same of the hard half.
 
     shown: of these alone; empty: all.
     """
@@ -98,7 +98,7 @@ def measures(lines: Sequence[Line], shown: Container[str] = ()) -> list[str]:
 
 
 def summarise(rows: Rows) -> list[Line]:
-    """A line a method, in the order of `rows`; then no training at all, of M3I's seeds."""
+    """Return a line a method, in the order of `rows`; then no training, of M3I's seeds."""
     ours = rows.get(OURS, {})
     lines = [
         _line(name, list(seeds.values()), "trained", seeds, ours)
@@ -239,7 +239,7 @@ def _figures(
     shown: Container[str],
     training: Mapping[str, Sequence[str]] | None = None,
 ) -> list[str]:
-    """The table of a half's values, and that of M3I minus each line, corrected for all of it.
+    """Return the table of a half's values, and that of M3I minus each line, corrected for all.
 
     training: further columns.
     """
@@ -283,7 +283,7 @@ def _grid(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _origin(runs: Sequence[Line]) -> str:
-    """What was measured where: `336 held-out concepts, 2 cores of CPU, commit 123`."""
+    """Say what was measured where: `336 held-out concepts, 2 cores of CPU, commit 123`."""
     rows = [row for line in runs for row in line.rows]
     counts = sorted({row["figures"]["held_out_concepts"] for row in rows})
     commits = sorted({commit_of(row) for row in rows})

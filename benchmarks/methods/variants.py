@@ -60,9 +60,12 @@ def balanced(mode: Literal["fixed", "gradient_norm", "uncertainty"]) -> Change:
 
 
 def as_before(cfg: TrainConfig) -> TrainConfig:
-    """All of M3I's terms as they were when dense ones starved: label terms are means over the rows
-    that have one, dense targets as the encoder says them, decorrelated by their second moment, of
-    weight 0.3 and asked of a quarter of the inputs and 16 cells, and each image is alone."""
+    """Return the config with all terms as they were when dense ones starved.
+
+    Label terms are means over the rows that have one; dense targets are as the encoder gives them,
+    decorrelated by their second moment, of weight 0.3, asked of a quarter of the inputs and 16
+    cells; each image is alone.
+    """
     mixing = replace(
         cfg.objective.mixing,
         mode="own_image",

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from m3i_fast.benchmarks.core.rates import Rates, summarise_rates
-from m3i_fast.benchmarks.core.windows import Series, Window
-from m3i_fast.benchmarks.node.verdict import Findings, Throttling
+from m3i_fast.benchmarks.core.rate_statistics import Rates, summarise_rates
+from m3i_fast.benchmarks.core.timed_windows import Series, Window
+from m3i_fast.benchmarks.node.bottleneck import Findings, Throttling
 from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, NO_EXCHANGE, SYNTHETIC
 
 DATA_WAIT = "time/data.wait_ms"

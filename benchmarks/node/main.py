@@ -29,13 +29,13 @@ import tyro
 
 from m3i_fast.benchmarks.core.command import read_recipe_command
 from m3i_fast.benchmarks.core.efficiency import efficiency_figures
-from m3i_fast.benchmarks.core.windows import Schedule, Series, TimedWork, measure_windows
+from m3i_fast.benchmarks.core.timed_windows import Schedule, Series, TimedWork, measure_windows
 from m3i_fast.benchmarks.ledger.rows import append_row
+from m3i_fast.benchmarks.node.bottleneck import verdict
 from m3i_fast.benchmarks.node.figures import find, joules_per_image, summarise_ranks
 from m3i_fast.benchmarks.node.shards import PLACE, describe, shards_of, shared_folder
 from m3i_fast.benchmarks.node.sweep import parse_sweep, sweep
 from m3i_fast.benchmarks.node.table import show, show_sweep
-from m3i_fast.benchmarks.node.verdict import verdict
 from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, TrainWork, works_of
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.ranks import World, join_world, leave_world

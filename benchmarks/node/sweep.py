@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from m3i_fast.benchmarks.core.windows import Schedule
+from m3i_fast.benchmarks.core.timed_windows import Schedule
 from m3i_fast.benchmarks.node.shards import EPOCH_BATCHES, shards_of
 from m3i_fast.config import Precision, TrainConfig
 from m3i_fast.did_you_mean import nearest
@@ -167,7 +167,7 @@ def _measure(cfg: TrainConfig, values: Mapping[str, Value], run: Run) -> Point:
 
 
 def _half(cfg: TrainConfig, batch: int) -> int:
-    """The next batch to try; 0: there is none."""
+    """Return the next batch to try; 0: there is none."""
     step = cfg.objective.mixing.images_per_input
     return batch // 2 - batch // 2 % step
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from m3i_fast.benchmarks.core.windows import Schedule
+from m3i_fast.benchmarks.core.timed_windows import Schedule
 from m3i_fast.benchmarks.node.main import measure_node
 from m3i_fast.config import TrainConfig
 from m3i_fast.durable_files import write_atomically

@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from m3i_fast.benchmarks.core.random_batch import draw_batch
-from m3i_fast.benchmarks.core.windows import TimedWork
+from m3i_fast.benchmarks.core.timed_windows import TimedWork
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
 

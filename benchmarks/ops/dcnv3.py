@@ -166,7 +166,7 @@ def make_functions(
 def _ready(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradient: Tensor | None
 ) -> Callable[[], Tensor]:
-    """A call over inputs of its own; forward and backward with a gradient of the output."""
+    """Return a call over inputs of its own; with a gradient of the output, both passes."""
     leaves = [tensor.clone().requires_grad_(gradient is not None) for tensor in inputs]
     return partial(_run, function, leaves, gradient)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from m3i_fast.benchmarks.core.rates import interval, resampled_medians
+from m3i_fast.benchmarks.core.rate_statistics import interval, resampled_medians
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

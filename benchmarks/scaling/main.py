@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from m3i_fast.benchmarks.core.harness import parse_counts
-from m3i_fast.benchmarks.core.rates import summarise_rates
+from m3i_fast.benchmarks.core.rate_statistics import summarise_rates
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.scaling.config import Config, Mode, find_card, parse
 from m3i_fast.benchmarks.scaling.figures import efficiency, serial_fraction, share_lost
@@ -49,7 +49,7 @@ from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.traffic import Nodes
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.observe.environment import environment
-from m3i_fast.planning.memory import build_on_meta, count_parameters
+from m3i_fast.planning.step_memory import build_on_meta, count_parameters
 from m3i_fast.terminal import make_console
 
 logger = logging.getLogger(__name__)

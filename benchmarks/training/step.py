@@ -38,7 +38,7 @@ from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.benchmarks.training.plain_step import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.vit import vit_demo
-from m3i_fast.costs.gemm_rows import gemm_shapes
+from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import capabilities_of, resolve_precision

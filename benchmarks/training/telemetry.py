@@ -25,7 +25,7 @@ from rich.table import Table
 from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.core.harness import Device, publish, resolve
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
-from m3i_fast.benchmarks.core.rates import summarise_rates
+from m3i_fast.benchmarks.core.rate_statistics import summarise_rates
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.telemetry import TelemetryConfig
 from m3i_fast.engine.trainer import Trainer

@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 from m3i_fast.benchmarks.tune.compile import ARCHITECTURES, Compiled, compile_cubin
-from m3i_fast.benchmarks.tune.roofline import (
+from m3i_fast.benchmarks.tune.tile_roofline import (
     GPUS,
     Units,
     dcnv3_ms,

@@ -44,8 +44,9 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
 def parse_ptxas(printed: str) -> dict[str, Resources]:
-    """By mangled name, from what `ptxas -v` prints for one architecture. ValueError if it is
-    something else.
+    """Return resources by mangled name, from what `ptxas -v` prints for one architecture.
+
+    Raises ValueError for anything else.
     """
     resources: dict[str, Resources] = {}
     for block in re.split(r"(?=ptxas info\s*: Compiling entry function)", printed)[1:]:

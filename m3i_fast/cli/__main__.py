@@ -1,4 +1,4 @@
-"""python -m m3i_fast.cli"""
+"""Run `m3i-fast` as `python -m m3i_fast.cli`."""
 
 import sys
 

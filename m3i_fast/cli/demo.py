@@ -48,7 +48,7 @@ def run(command: DemoCommand) -> int:
     from m3i_fast.engine.run.data_fields import take_data_fields
     from m3i_fast.pipelines.dataset.manifest import is_dataset
     from m3i_fast.pipelines.sources.openmoji import expect_split_clusters
-    from m3i_fast.planning.calibration import calibrate
+    from m3i_fast.planning.step_budget import calibrate
 
     if not is_dataset(command.data):
         console.rule("packing OpenMoji")

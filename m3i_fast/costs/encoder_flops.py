@@ -133,8 +133,9 @@ def _num_unread(depth: int, drop_path_rate: float, *, reads_branch: bool) -> int
 def internimage(
     cfg: InternImageConfig, num_images: int = 1, image_size: int | None = None
 ) -> Flops:
-    """Count an InternImage without its sampling: up to dense tokens with use_clip_projector, else
-    the whole classifier.
+    """Count an InternImage without its sampling.
+
+    Up to dense tokens with use_clip_projector, else the whole classifier.
     """
     side = image_size or cfg.image_size
     half, cells = -(-side // 2), _cells(num_images, side)

@@ -28,7 +28,7 @@ from m3i_fast.costs.encoder_flops import (
     vit_embed,
     vit_encode,
 )
-from m3i_fast.costs.step_counts import StepCounts
+from m3i_fast.costs.step_sizes import StepCounts
 from m3i_fast.objectives.step_context import target_rows
 
 TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"

@@ -8,8 +8,8 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.flops import Flops
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.costs import objective_flops
-from m3i_fast.costs.step_counts import StepCounts
-from m3i_fast.costs.teacher_size import teacher_vision
+from m3i_fast.costs.step_sizes import StepCounts
+from m3i_fast.costs.teacher_config import teacher_vision
 
 
 def counts_of(

@@ -153,7 +153,7 @@ def precision() -> Facts:
     """Return the FP8 recipes that run here, and why the others do not; try one product."""
     import torch
 
-    from m3i_fast.costs.gemm_rows import FP8
+    from m3i_fast.costs.gemm_shapes import FP8
     from m3i_fast.engine.precision.arithmetic import capabilities_of, refuse_recipe, resolve_device
 
     machine = capabilities_of(resolve_device("auto"))

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from m3i_fast.config.models.vision import VisionConfig
-from m3i_fast.costs.teacher_size import TIMM, run_vision
+from m3i_fast.costs.teacher_config import TIMM, run_vision
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.models.encoder import ImageEncoder
-from m3i_fast.models.vision import build_encoder
+from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 _ENCODER = "encoder."  # prefix of the image encoder's weights in the objective

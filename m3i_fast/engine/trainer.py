@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.costs.gemm_rows import gemm_shapes
+from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.guard import not_finite
 from m3i_fast.engine.guard.skipped_steps import SkippedSteps

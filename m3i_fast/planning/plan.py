@@ -13,7 +13,7 @@ from typing import Any
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.flops import Flops
 from m3i_fast.costs import traffic
-from m3i_fast.costs.gemm_rows import FP8, LegalBatch, legal_batches, token_rows
+from m3i_fast.costs.gemm_shapes import FP8, LegalBatch, legal_batches, token_rows
 from m3i_fast.costs.gpus import UTILISATION, Card
 from m3i_fast.costs.roofline import (
     AVERAGE_BYTES,
@@ -27,7 +27,7 @@ from m3i_fast.costs.roofline import (
 )
 from m3i_fast.costs.step_flops import counts_of, step_flops, without_sampling
 from m3i_fast.costs.traffic import Nodes, Traffic
-from m3i_fast.planning.memory import (
+from m3i_fast.planning.step_memory import (
     AVERAGE,
     BATCH,
     PARAMETERS,

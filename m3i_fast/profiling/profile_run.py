@@ -32,9 +32,9 @@ from m3i_fast.profiling.capture import (
 )
 from m3i_fast.profiling.nsys import read_nsys
 from m3i_fast.profiling.nsys_capture import export, run_under_nsys
-from m3i_fast.profiling.page import write_page
 from m3i_fast.profiling.recording import Recording
 from m3i_fast.profiling.summary import HostWait, Pace, Peak, summarise
+from m3i_fast.profiling.summary_page import write_page
 from m3i_fast.profiling.summary_text import markdown
 from m3i_fast.profiling.torch_trace import read_trace
 

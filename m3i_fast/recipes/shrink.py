@@ -41,7 +41,7 @@ def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) 
 
 
 def _shrink_vision(cfg: VisionConfig) -> VisionConfig:
-    """A grid of 4 x 4 tokens, two layers or a layer a stage; the options stay."""
+    """Take a grid of 4 x 4 tokens, two layers or a layer a stage; the options stay."""
     if isinstance(cfg, ViTConfig):
         return replace(cfg, image_size=4 * cfg.patch_size, dim=32, depth=2, num_heads=2)
     return replace(

@@ -20,7 +20,7 @@ from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
-from m3i_fast.pipelines.dataset.tokens import Tokenizer
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.report.inputs import (
     MixedPair,

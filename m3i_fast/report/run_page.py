@@ -10,7 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from m3i_fast.durable_files import write_atomically
-from m3i_fast.report import figures, pictures, verdict
+from m3i_fast.report import pictures, verdict
+from m3i_fast.report import plots as figures
 from m3i_fast.report.inputs import (
     MixedPair,
     Nearest,

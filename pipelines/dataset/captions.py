@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
+from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 TOKENS, LENGTHS = "tok", "len"  # components of a sample in a shard
 PADDING = -1  # pads lengths in a batch; 0 would be an empty caption

@@ -11,7 +11,7 @@ from typing import Any
 
 import cattrs
 
-from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
+from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "m3i-fast-shards"

@@ -36,7 +36,7 @@ from m3i_fast.pipelines.dataset.manifest import (
 )
 from m3i_fast.pipelines.dataset.samples import Sample, SampleSource, Tally
 from m3i_fast.pipelines.dataset.tar_shards import INDEX_VERSION, TAR_BLOCK
-from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
+from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

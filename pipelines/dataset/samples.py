@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from m3i_fast.pipelines.dataset import captions
 from m3i_fast.pipelines.dataset.manifest import ShardInfo, SplitInfo
 from m3i_fast.pipelines.dataset.pictures import decode
-from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
+from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

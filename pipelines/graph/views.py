@@ -7,7 +7,7 @@ An image is [H, W, 3] uint8 ("HWC"), a view [3, S, S] uint8 ("CHW"), a box [5] f
 from __future__ import annotations
 
 from m3i_fast.config.data import ViewConfig
-from m3i_fast.pipelines.graph.colour import coin, photometric
+from m3i_fast.pipelines.graph.colour_jitter import coin, photometric
 from m3i_fast.pipelines.graph.dali import DataNode, dali_math, fn, types
 
 INTERPOLATION = {"cubic": types.INTERP_CUBIC, "linear": types.INTERP_LINEAR}

@@ -27,10 +27,10 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
     thumbnail,
 )
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, keyed_order, write_dataset
-from m3i_fast.pipelines.dataset.tokens import Tokenizer
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.optional_imports import require
-from m3i_fast.pipelines.sources.annotation import annotate
 from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings
+from m3i_fast.pipelines.sources.label_subsets import annotate
 from m3i_fast.pipelines.sources.rendering import Picture, RenderedSamples, Rendering, render
 
 CREDIT = (

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from m3i_fast.pipelines.dataset.near_duplicates import NEARER_THAN
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_dataset
-from m3i_fast.pipelines.dataset.tokens import Tokenizer
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
-from m3i_fast.pipelines.sources.annotation import annotate
 from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings
+from m3i_fast.pipelines.sources.label_subsets import annotate
 from m3i_fast.pipelines.sources.openmoji import check_options, limit_groups, split_groups, thin_out
 from m3i_fast.pipelines.sources.rendering import Picture, RenderedSamples, Rendering
 from m3i_fast.pipelines.sources.style_sources import Style, read_styles

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from m3i_fast.benchmarks.faults.files import flip_byte, truncate
+from m3i_fast.benchmarks.faults.failing_files import flip_byte, truncate
 from m3i_fast.cli import main
 from tests.shared.engine.checkpoint_cases import assert_equal, save, trained
 

@@ -19,7 +19,7 @@ import torch
 
 from m3i_fast import op_registry
 from m3i_fast.cli import doctor
-from m3i_fast.costs.gemm_rows import FP8
+from m3i_fast.costs.gemm_shapes import FP8
 from m3i_fast.doctor import findings, probes
 from m3i_fast.doctor.findings import Finding, Machine
 

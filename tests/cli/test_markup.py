@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.benchmarks.faults.files import truncate
+from m3i_fast.benchmarks.faults.failing_files import truncate
 from m3i_fast.cli import VERBS, main
 from m3i_fast.terminal import make_console
 from tests.shared.engine.checkpoint_cases import save

@@ -20,8 +20,8 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.stages import StageTimer
 from m3i_fast.profiling.capture import HostWaitRecorder, NoProfiler, Windows, profile_steps
 from m3i_fast.profiling.nsys import read_nsys
-from m3i_fast.profiling.page import write_page
 from m3i_fast.profiling.summary import Pace, read_summary, summarise
+from m3i_fast.profiling.summary_page import write_page
 from m3i_fast.recipes import demo, shrink
 from tests.shared.chromium import check_page, skip_reason
 from tests.shared.engine.small_run import TEXT

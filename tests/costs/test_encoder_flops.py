@@ -29,7 +29,7 @@ from m3i_fast.costs.encoder_flops import (
     vit_encode,
 )
 from m3i_fast.models import InternImage, ViT
-from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 from tests.shared.flop_formulas import FORMULAS
 
 

@@ -21,7 +21,7 @@ from m3i_fast.costs.encoder_flops import vit
 from m3i_fast.costs.objective_flops import DECODER, ENCODER, LIKELIHOODS, TARGET, decoder
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.teacher import Teacher
-from m3i_fast.models.vision import build_encoder
+from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.recipes import recipes, shrink
 from tests.shared.engine.real_step import stepper

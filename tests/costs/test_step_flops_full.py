@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.objectives.mixing import Mix
-from m3i_fast.planning.memory import build_on_meta, draw_first_mix, empty_batch
+from m3i_fast.planning.step_memory import build_on_meta, draw_first_mix, empty_batch
 from m3i_fast.recipes import recipes
 from tests.shared.flop_formulas import FORMULAS
 

@@ -24,7 +24,7 @@ from m3i_fast.benchmarks.tune.candidates import (
     with_policy,
 )
 from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
-from m3i_fast.benchmarks.tune.roofline import (
+from m3i_fast.benchmarks.tune.tile_roofline import (
     GPUS,
     SUMS_ELEMENTS,
     Gpu,

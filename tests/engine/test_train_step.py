@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from m3i_fast.benchmarks.core.random_batch import Repeated, draw_batch
-from m3i_fast.benchmarks.core.windows import Schedule
+from m3i_fast.benchmarks.core.timed_windows import Schedule
 from m3i_fast.benchmarks.node.main import measure_node
 from m3i_fast.benchmarks.scaling import ranks as scaling_ranks
 from m3i_fast.benchmarks.training import step as bench_step
@@ -23,8 +23,8 @@ from m3i_fast.engine.optim.schedules import lr_schedule
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.train_step import TrainStep, build_train_step
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.planning.calibration import step_seconds
-from m3i_fast.planning.memory import trace
+from m3i_fast.planning.step_budget import step_seconds
+from m3i_fast.planning.step_memory import trace
 from m3i_fast.profiling.capture import NoProfiler, Windows, profile_steps
 from tests.shared.engine.real_step import FP32
 from tests.shared.engine.small_run import small_run

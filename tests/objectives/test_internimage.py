@@ -13,7 +13,7 @@ from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.config.models.internimage import internimage_demo, internimage_t
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.objective import ObjectiveConfig, m3i
-from m3i_fast.models.vision import build_encoder
+from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch

@@ -12,14 +12,14 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.costs.encoder_flops import vit
-from m3i_fast.costs.gemm_rows import gemm_shapes, legal_batches, token_rows
+from m3i_fast.costs.gemm_shapes import gemm_shapes, legal_batches, token_rows
 from m3i_fast.costs.gpus import CARDS
 from m3i_fast.costs.roofline import CANDIDATES, StepCost, predict
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.objectives.methods import CATEGORY
-from m3i_fast.planning.memory import AVERAGE, PARAMETERS, STATES, trace
 from m3i_fast.planning.plan import Plan, make_plan
+from m3i_fast.planning.step_memory import AVERAGE, PARAMETERS, STATES, trace
 from m3i_fast.recipes import recipes, shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)

@@ -18,7 +18,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from m3i_fast.benchmarks.core.memory import free_bytes, measure_peak
+from m3i_fast.benchmarks.core.peak_memory import free_bytes, measure_peak
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ops.boltzmann.growth_plot import draw
 from m3i_fast.benchmarks.ops.boltzmann.losses import (
@@ -93,7 +93,7 @@ def measure_growth(device: str, largest: int | None, dim: int) -> list[dict[str,
 
 
 def _extend(curve: dict[str, Any], count: int) -> Point | None:
-    """The next point of a curve, or None where it has stopped."""
+    """Measure the next point of a curve; None where it has stopped."""
     if curve["stops_at"] is not None:
         return None
     form, name, device = curve["form"], curve["function"], curve["device"]

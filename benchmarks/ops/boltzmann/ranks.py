@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from m3i_fast.benchmarks.core.harness import Timing, summarise
-from m3i_fast.benchmarks.core.memory import measure_peak
+from m3i_fast.benchmarks.core.peak_memory import measure_peak
 from m3i_fast.benchmarks.ops.boltzmann.losses import (
     CLIP,
     OURS,

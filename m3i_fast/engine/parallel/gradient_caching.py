@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m3i_fast.models.internimage.model import InternImage
-from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.heads import DenseDecoder
 from m3i_fast.objectives.objective import MutualInformation

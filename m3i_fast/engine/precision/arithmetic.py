@@ -12,7 +12,7 @@ import torch
 
 from m3i_fast.config import Backend, Precision
 from m3i_fast.config.flops import Product
-from m3i_fast.costs.gemm_rows import ALIGNMENT, FP8, GemmShapes, too_narrow
+from m3i_fast.costs.gemm_shapes import ALIGNMENT, FP8, GemmShapes, too_narrow
 
 logger = logging.getLogger(__name__)
 

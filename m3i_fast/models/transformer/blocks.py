@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.config.fields import DropPathMode, Recompute
-from m3i_fast.models.recompute import Checkpoint, torch_checkpoint
+from m3i_fast.models.activation_checkpointing import Checkpoint, torch_checkpoint
 from m3i_fast.models.transformer.positions import rotate
 
 LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from m3i_fast.config.fields import Recompute
-from m3i_fast.models.recompute import Checkpoint
+from m3i_fast.models.activation_checkpointing import Checkpoint
 from m3i_fast.models.transformer.blocks import BlockLayers
 
 Fp8Recipe = Literal["fp8_current", "fp8_delayed", "fp8_block", "mxfp8"]

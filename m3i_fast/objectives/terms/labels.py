@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3i_fast.config.objective import MAX_SCALE, ObjectiveConfig, Term
-from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.mixing import drop_tokens
 from m3i_fast.objectives.row_statistics import sum_over_ranks, wide

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from m3i_fast.benchmarks.faults.campaign import Campaign, Trial
+from m3i_fast.benchmarks.faults.fault_catalogue import MIDDLE, plan
 from m3i_fast.benchmarks.faults.main import carry_out
 from m3i_fast.benchmarks.faults.report import PAGE, PICTURE, by_fault, newest, page, picture
-from m3i_fast.benchmarks.faults.trials import MIDDLE, plan
 from m3i_fast.cli import main
 
 

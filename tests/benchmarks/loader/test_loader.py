@@ -18,9 +18,9 @@ from PIL import Image
 
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.loader import main as loader
-from m3i_fast.benchmarks.loader import peers as loader_peers
+from m3i_fast.benchmarks.loader import other_loaders as loader_peers
 from m3i_fast.benchmarks.loader.main import Statistics, cpu_seconds, expect_same, local_views, look
-from m3i_fast.benchmarks.loader.peers import DECODERS, PILLOW, TENSORS, DecodeAlone, Views
+from m3i_fast.benchmarks.loader.other_loaders import DECODERS, PILLOW, TENSORS, DecodeAlone, Views
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.sources import synthetic

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from m3i_fast.benchmarks.core.windows import Schedule, Series, measure_windows
+from m3i_fast.benchmarks.core.timed_windows import Schedule, Series, measure_windows
+from m3i_fast.benchmarks.node.bottleneck import Findings
 from m3i_fast.benchmarks.node.figures import find, summarise_ranks
-from m3i_fast.benchmarks.node.verdict import Findings
 from m3i_fast.benchmarks.node.workloads import (
     BOTH,
     LOADER,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from m3i_fast.benchmarks.core.windows import Schedule
+from m3i_fast.benchmarks.core.timed_windows import Schedule
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.node import sweep as node_sweep
 from m3i_fast.benchmarks.node import sweep_point as node_point

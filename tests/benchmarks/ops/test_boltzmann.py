@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3i_fast.benchmarks.core import harness, memory
+from m3i_fast.benchmarks.core import harness
+from m3i_fast.benchmarks.core import peak_memory as memory
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ops.boltzmann import growth as boltzmann_growth
 from m3i_fast.benchmarks.ops.boltzmann import losses as boltzmann_functions

@@ -39,7 +39,7 @@ from m3i_fast.costs.roofline import StepCost
 from m3i_fast.costs.roofline import predict as roofline
 from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce, ddp
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.planning.memory import build_on_meta, count_parameters
+from m3i_fast.planning.step_memory import build_on_meta, count_parameters
 from m3i_fast.recipes import demo, recipes, shrink
 
 CARD = CARDS["h100"]

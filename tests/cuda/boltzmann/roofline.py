@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from m3i_fast.benchmarks.tune.roofline import (
+from m3i_fast.benchmarks.tune.tile_roofline import (
     Gpu,
     Policy,
     Product,

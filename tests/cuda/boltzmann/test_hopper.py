@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3i_fast.benchmarks.tune import roofline as tune_roofline
+from m3i_fast.benchmarks.tune import tile_roofline as tune_roofline
 from m3i_fast.costs.gpus import CARDS
 from m3i_fast.ops import boltzmann
 from tests.cuda.boltzmann import roofline

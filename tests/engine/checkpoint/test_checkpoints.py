@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as st_save
 from torch import nn
 
-from m3i_fast.benchmarks.faults.files import flip_byte, forge, truncate
+from m3i_fast.benchmarks.faults.failing_files import flip_byte, forge, truncate
 from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.benchmarks.faults.files import (
+from m3i_fast.benchmarks.faults.failing_files import (
     NAMES,
     TAKES_SPACE,
     FaultyFiles,

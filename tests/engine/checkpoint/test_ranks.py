@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from m3i_fast.benchmarks.faults.files import FaultyFiles, flip_byte
+from m3i_fast.benchmarks.faults.failing_files import FaultyFiles, flip_byte
 from m3i_fast.config.optim import OptimConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.saver import Saver

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.benchmarks.faults.files import FaultyFiles
+from m3i_fast.benchmarks.faults.failing_files import FaultyFiles
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint import saver
 from m3i_fast.engine.checkpoint.saver import Saver

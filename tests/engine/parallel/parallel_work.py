@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import GradientNorm
-from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.objectives.mixing import Mix
-from m3i_fast.objectives.terms import dense
-from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
+from tests.shared.engine.parts_of_batches import in_double_precision, in_dtype, own_mix
 from tests.shared.engine.two_ranks import full
 from tests.shared.ranks import joined, part
 
@@ -47,13 +41,13 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
         data = replace(cfg.data, batch_size=cfg.data.batch_size // num_ranks)
         parallel = ParallelConfig(shard=case.shard, chunk=case.chunk)
         cfg = replace(cfg, data=data, parallel=parallel)
-    with _double() if case.double else nullcontext():
+    with in_double_precision() if case.double else nullcontext():
         whole = Loader(all_data)
         trainer = Trainer(cfg, folder / case.name)
         found: dict[str, Tensor] = {}
         losses = []
         for step in range(case.num_steps):
-            batch = _in_dtype(next(whole), case.double)
+            batch = in_dtype(next(whole), case.double)
             mixes = [own_mix(trainer, r, part(batch, r, num_ranks)) for r in range(num_ranks)]
             mine = batch if rank is None else part(batch, rank, num_ranks)
             mix = joined(mixes) if rank is None else mixes[rank]
@@ -68,15 +62,6 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
         trainer.loader.close()
         whole.close()
     return found
-
-
-def own_mix(trainer: Trainer, rank: int, batch: Batch) -> Mix:
-    """What a rank draws in this step."""
-    step = trainer.train_step
-    before, step.seed = step.seed, 1000 + rank
-    mix = TrainStep.draw_mix(step, batch)
-    step.seed = before
-    return mix
 
 
 def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
@@ -97,30 +82,6 @@ def _keep_gradients(trainer: Trainer, found: dict[str, Tensor]) -> None:
         return norm
 
     step._clip = kept  # type: ignore[method-assign]
-
-
-def _in_dtype(batch: Batch, double: bool) -> Batch:
-    return replace(batch, boxes=batch.boxes.double()) if double else batch
-
-
-@contextmanager
-def _double() -> Iterator[None]:
-    """Weights in fp64, and what modules are given: views and positions come in fp32."""
-
-    def widen(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        single = torch.float32
-        return tuple(x.double() if getattr(x, "dtype", None) == single else x for x in given)
-
-    pixels = dense.normalised_pixels
-    hook = register_module_forward_pre_hook(widen)
-    torch.set_default_dtype(torch.float64)
-    dense.normalised_pixels = lambda *a: pixels(*a).double()
-    try:
-        yield
-    finally:
-        dense.normalised_pixels = pixels
-        torch.set_default_dtype(torch.float32)
-        hook.remove()
 
 
 def work(rank: int, cases: list[Case], num_ranks: int, folder: Path) -> None:

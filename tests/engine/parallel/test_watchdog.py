@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from m3i_fast.benchmarks.faults.files import in_child
+from m3i_fast.benchmarks.faults.failing_files import in_child
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.parallel.watchdog import EXIT_CODE, GRACE, Watchdog
 from m3i_fast.engine.trainer import Trainer

@@ -15,7 +15,7 @@ from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import Backend, Precision, TrainConfig
 from m3i_fast.config.models.vit import vit_b, vit_l
 from m3i_fast.config.parallel import ParallelConfig
-from m3i_fast.costs.gemm_rows import gemm_shapes
+from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.precision import fp8
 from m3i_fast.engine.precision.arithmetic import (
@@ -32,7 +32,7 @@ from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.models.transformer import float8
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS
-from m3i_fast.planning.memory import draw_first_mix
+from m3i_fast.planning.step_memory import draw_first_mix
 from m3i_fast.recipes import demo, recipes
 from tests.engine.precision.fp8_runs import tiny
 

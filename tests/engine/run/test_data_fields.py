@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.pipelines.data import TOKENIZER, encode_image, info, sample, smooth_picture
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig, differences
@@ -18,6 +17,7 @@ from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.recipes import demo, recipes
+from tests.shared.pipelines.data import TOKENIZER, encode_image, info, sample, smooth_picture
 
 VIEWS = ("--data.global-views.size=32", "--vision.image-size=32")
 SMALL = (

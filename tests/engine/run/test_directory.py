@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from m3i_fast.benchmarks.faults.files import FaultyFiles, in_child
+from m3i_fast.benchmarks.faults.failing_files import FaultyFiles, in_child
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.run.directory import Run

@@ -18,12 +18,13 @@ from m3i_fast.engine.run.extension import schedules_of
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, demo_method
-from tests.engine.test_trainer import _assert_same_run, _config
+from tests.engine.test_trainer import _assert_same_run
+from tests.shared.engine.small_run import small_run
 
 
 def _constant(dataset: Path, **changes: object) -> TrainConfig:
     """A run whose every schedule is a constant."""
-    cfg = _config(dataset, num_steps=5, ema=EmaConfig(momentum=0.99, final_momentum=0.99))
+    cfg = small_run(dataset, num_steps=5, ema=EmaConfig(momentum=0.99, final_momentum=0.99))
     optim = replace(cfg.optim, warmup_fraction=0.0, final_lr=cfg.optim.lr)
     return replace(cfg, optim=optim, **changes)  # type: ignore[arg-type]
 
@@ -51,7 +52,7 @@ def test_a_constant_run_that_is_extended_equals_a_longer_one(
 def test_a_cosine_run_that_is_extended_takes_the_new_schedule_and_says_what_jumps(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cfg, out = _config(dataset, num_steps=5, log_every=1), tmp_path / "run"
+    cfg, out = small_run(dataset, num_steps=5, log_every=1), tmp_path / "run"
     Trainer(cfg, out).train()
     assert _resume(cfg, out, "--num-steps=10") == 0
     longer = schedules_of(replace(cfg, num_steps=10))

@@ -14,7 +14,7 @@ from torchao.float8.float8_training_tensor import Float8TrainingTensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.costs.gemm_rows import gemm_shapes
+from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.costs.gpus import CARDS, Card, card_of
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.precision.arithmetic import Arithmetic, Capabilities, resolve_precision

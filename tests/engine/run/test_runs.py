@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m3i_fast.benchmarks.faults.files import flip_byte, forge
+from m3i_fast.benchmarks.faults.failing_files import flip_byte, forge
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint

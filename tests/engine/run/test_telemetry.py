@@ -18,7 +18,7 @@ import torch
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.telemetry import TelemetryConfig
-from m3i_fast.costs.gemm_rows import gemm_shapes
+from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic, Capabilities, resolve_precision

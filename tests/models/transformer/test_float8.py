@@ -19,14 +19,14 @@ from torchao.float8.float8_linear import Float8Linear
 from m3i_fast.config.models.internimage import internimage_demo
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import vit_demo
+from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer import float8
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Block, BlockLayers
 from m3i_fast.models.transformer.float8 import FLOAT8_LAYERS, float8_linear
-from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.models.transformer.wide_layers import is_wide, wide_only
-from m3i_fast.models.vision import build_encoder
 
 TEXT = TextConfig(vocab_size=50, context_length=8, dim=32, depth=1, num_heads=2, embed_dim=16)
 INTERNIMAGE = internimage_demo(

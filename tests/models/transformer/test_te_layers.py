@@ -22,7 +22,7 @@ from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.transformer import te_layers
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, BlockLayers, LayerNormMLP
 from m3i_fast.models.transformer.te_layers import Fp8Recipe
-from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
 
 # Widths that FP8 takes, a batch that makes any number of tokens a multiple of 128.

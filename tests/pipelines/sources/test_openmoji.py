@@ -15,7 +15,7 @@ from PIL import Image
 
 from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.tar_shards import split_digest
-from m3i_fast.pipelines.dataset.tokens import Tokenizer
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.pipelines.sources.openmoji import Drawing

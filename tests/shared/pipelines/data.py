@@ -19,7 +19,7 @@ from m3i_fast.config.data import ViewConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_dataset
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.dataset.tokens import TokenizerInfo
+from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.loader import Loader
 
 TOKENIZER = TokenizerInfo(num_merges=7, context_length=12, vocab_size=521, fingerprint="f" * 64)

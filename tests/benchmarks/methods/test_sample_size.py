@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from m3i_fast.benchmarks.methods.power import (
+from m3i_fast.benchmarks.methods.sample_size import (
     Components,
     _mean_square,
     cluster_means,

@@ -38,7 +38,7 @@ class Views:
     context_length: int
 
     def __call__(self, sample: dict[str, Any]) -> tuple[Any, ...]:
-        """(views of each config, boxes, image_size, token_ids, num_tokens, label, sid, gid)"""
+        """Return views of each config, boxes, image_size, token_ids, num_tokens, label and ids."""
         image, height, width = self._decode(sample.get("jpg") or sample["png"])
         made = [self._view(image, cfg) for cfg in self.configs for _ in range(cfg.count)]
         tokens = np.frombuffer(sample.get("tok", b""), dtype=np.int32)

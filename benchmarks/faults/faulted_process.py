@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import m3i_fast.pipelines.graph.reader  # noqa: F401
-from m3i_fast.benchmarks.faults.files import FaultyFiles
+from m3i_fast.benchmarks.faults.failing_files import FaultyFiles
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.train_step import ForwardPass, TrainStep
@@ -66,7 +66,7 @@ def live(
 
 
 def _before(target: str, call: int, action: Callable[[], object]) -> AbstractContextManager[object]:
-    """`action` just before `target`, a dotted name, is called for the `call`-th time."""
+    """Do `action` just before the `call`-th call of `target`, a dotted name."""
     real, calls = pkgutil.resolve_name(target), 0
 
     @functools.wraps(real)

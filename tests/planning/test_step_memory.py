@@ -14,7 +14,7 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.engine.guard.guard import written_buffers
-from m3i_fast.planning.memory import (
+from m3i_fast.planning.step_memory import (
     AVERAGE,
     BUFFERS,
     DECODER,

@@ -26,8 +26,8 @@ from m3i_fast.benchmarks.faults.campaign import (
     outcome,
     wait,
 )
-from m3i_fast.benchmarks.faults.files import NAMES, flip_byte, truncate
-from m3i_fast.benchmarks.faults.victim import PHASES, Fault
+from m3i_fast.benchmarks.faults.failing_files import NAMES, flip_byte, truncate
+from m3i_fast.benchmarks.faults.faulted_process import PHASES, Fault
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.parallel.watchdog import EXIT_CODE
 
@@ -40,8 +40,10 @@ AT_MIDDLE = f"step {MIDDLE}"
 def plan(
     campaign: Campaign, *, kills: int, writes: int | None = None, seed: int = 0
 ) -> list[Trial]:
-    """kills: at random moments. writes: of those while one checkpoint is there so many, evenly
-    spread, or all; each is torn by a kill, and lost with a power cut.
+    """Return the trials of a campaign.
+
+    kills: at random moments. writes: of those while one checkpoint is there so many, evenly spread,
+    or all; each is torn by a kill, and lost with a power cut.
     """
     rng = random.Random(seed)
     moments = [[rng.uniform(0, campaign.seconds) for _ in range(2)] for _ in range(kills)]
@@ -86,9 +88,9 @@ def _kill(moment: float, of_next: float) -> Trial:
 
 
 def _write_points(campaign: Campaign) -> list[int]:
-    """What changes files from the first write of one checkpoint to its deletion.
+    """Return the operations from the first write of one checkpoint to its deletion.
 
-    Of writes to a file in a row the first and the last.
+    Of consecutive writes to a file the first and the last.
     """
     found = campaign.operations
     ours = [n for n, (_, path) in enumerate(found) if f"step_{SPOILT:08d}" in path]
@@ -97,7 +99,7 @@ def _write_points(campaign: Campaign) -> list[int]:
 
 
 def _at_write(campaign: Campaign, number: int, how: str) -> Trial:
-    """The checkpoint before the one that is struck stays."""
+    """Strike a write; the checkpoint before the one that is written stays."""
 
     def spoil(campaign: Campaign, run: Run) -> bool:
         campaign.go(run, inside={0: [_files(run, kill_at=number, **{how: True})]})
@@ -157,7 +159,7 @@ def _fill_disk(campaign: Campaign, run: Run) -> bool:
 
 @contextmanager
 def _small_disk(folder: Path, size: int) -> Iterator[bool]:
-    """A tmpfs at `folder`; False where none can be mounted."""
+    """Mount a tmpfs at `folder`; yield False where none can be mounted."""
     options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mounted = subprocess.run(["mount", *options], capture_output=True).returncode == 0
     try:
@@ -231,7 +233,7 @@ def _nan(ranks: int) -> Trial:
 
 
 def _clock(hours: float) -> Trial:
-    """The run that goes on has the right time again."""
+    """Set the clock wrong; the resumed run has the right time again."""
 
     def spoil(campaign: Campaign, run: Run) -> bool:
         jump: Fault = ("clock", {"step": 3, "seconds": 3600 * hours})
@@ -242,7 +244,7 @@ def _clock(hours: float) -> Trial:
 
 
 def _two_runs(campaign: Campaign, run: Run) -> bool:
-    """The second is refused, and the first one does not notice."""
+    """Start a second run in the folder: it is refused, and the first does not notice."""
     go = run.folder / "go"
     first = campaign.start(run, 1, inside={0: [("pause", {"step": MIDDLE, "until": go})]})
     while not go.with_suffix(".asked").exists() and first[0].is_alive():
@@ -255,7 +257,7 @@ def _two_runs(campaign: Campaign, run: Run) -> bool:
 
 
 def _other_ranks(before: int, now: int) -> Trial:
-    """The data begin their epoch again, so what was saved is compared with what is loaded."""
+    """Resume on other ranks: the epoch begins again, so what is loaded is compared."""
 
     def spoil(campaign: Campaign, run: Run) -> bool:
         campaign.go(run, before, inside={0: [_signal(signal.SIGTERM, "data")]})

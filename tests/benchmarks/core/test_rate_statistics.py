@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from m3i_fast.benchmarks.core.rates import summarise_rates
+from m3i_fast.benchmarks.core.rate_statistics import summarise_rates
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 57])

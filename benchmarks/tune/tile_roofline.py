@@ -229,8 +229,10 @@ class Units:
 
 
 def dcnv3_ms(units: Units, gpu: Gpu, threads: int, blocks: int, *, backward: bool) -> float:
-    """One pass: memory, first-level cache, arithmetic or latency, whichever is slowest, of the
-    multiprocessor with the most blocks. Each chunk more costs a block two barriers, 60 clocks.
+    """Return the milliseconds of a pass of the multiprocessor with the most blocks.
+
+    Memory, first-level cache, arithmetic or latency, whichever is slowest. Each further chunk costs
+    a block two barriers, 60 clocks.
     """
     elements = units.pixels * units.channels
     of_points = 3 * units.pixels * units.groups * units.points * units.size

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from m3i_fast.benchmarks.core.rates import Rates
+from m3i_fast.benchmarks.core.rate_statistics import Rates
 
 Bottleneck = Literal["loader", "model", "communication", "throttled clock", "balanced"]
 

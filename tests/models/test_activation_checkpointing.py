@@ -14,7 +14,7 @@ from m3i_fast.config.fields import Recompute
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.internimage.model import InternImage
-from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, TensorTracker
 from tests.shared.official_internimage import TINY_H, seeded_state

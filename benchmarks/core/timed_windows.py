@@ -28,7 +28,7 @@ class TimedWork(Protocol):
     """Source images of a step, of this rank."""
 
     def use_up(self) -> None:
-        """What the loader has made ahead, so that a window begins with none."""
+        """Take what the loader has made ahead, so that a window begins with none."""
 
     def step(self) -> None:
         """Start one step; the device may still run when this returns."""

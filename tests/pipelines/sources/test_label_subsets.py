@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import hypergeom
 
 from m3i_fast.pipelines.dataset.manifest import read_manifest
-from m3i_fast.pipelines.sources.annotation import annotate, keep_share
 from m3i_fast.pipelines.sources.concepts import read_drawings
+from m3i_fast.pipelines.sources.label_subsets import annotate, keep_share
 from tests.pipelines.sources.test_openmoji import build, kinds, rows
 
 SHARES = (0.0, 0.001, 0.01, 0.1, 0.35, 0.5, 0.999, 1.0)

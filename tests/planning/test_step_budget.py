@@ -13,8 +13,8 @@ import torch
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.engine.train_step import TrainStep
-from m3i_fast.planning import calibration
-from m3i_fast.planning.calibration import calibrate
+from m3i_fast.planning import step_budget as calibration
+from m3i_fast.planning.step_budget import calibrate
 from m3i_fast.recipes import demo, shrink
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)

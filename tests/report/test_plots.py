@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from m3i_fast.report.figures import (
+from m3i_fast.report.plots import (
     MAX_POINTS,
     bars,
     curve,

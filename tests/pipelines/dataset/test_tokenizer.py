@@ -6,7 +6,7 @@ import numpy as np
 import open_clip
 import pytest
 
-from m3i_fast.pipelines.dataset.tokens import CLIP_NUM_MERGES, Tokenizer
+from m3i_fast.pipelines.dataset.tokenizer import CLIP_NUM_MERGES, Tokenizer
 
 CAPTIONS = (
     "grinning face",

@@ -18,8 +18,8 @@ from m3i_fast.config.flops import Product
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.costs.step_counts import StepCounts
 from m3i_fast.costs.step_flops import counts_of
+from m3i_fast.costs.step_sizes import StepCounts
 from m3i_fast.models.transformer.blocks import num_kept
 from m3i_fast.models.transformer.wide_layers import is_wide
 from m3i_fast.objectives.step_context import target_rows

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pynvml
 import pytest
 
-from m3i_fast.benchmarks.core.rates import summarise_rates
-from m3i_fast.benchmarks.core.windows import Schedule, Series, Window
+from m3i_fast.benchmarks.core.rate_statistics import summarise_rates
+from m3i_fast.benchmarks.core.timed_windows import Schedule, Series, Window
+from m3i_fast.benchmarks.node.bottleneck import Findings, Throttling, verdict
 from m3i_fast.benchmarks.node.figures import (
     joules_per_image,
     kept_windows,
     summarise_ranks,
     throttling,
 )
-from m3i_fast.benchmarks.node.verdict import Findings, Throttling, verdict
 from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, NO_EXCHANGE, SYNTHETIC
 from tests.benchmarks.node.planted_node import BATCH, FULL_MHZ, SCHEDULE, Node, found_of, run
 from tests.shared.observe.recorded_nvml import Recorded, hopper

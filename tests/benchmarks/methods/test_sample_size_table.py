@@ -13,9 +13,9 @@ import pytest
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.benchmarks.methods.main import main
 from m3i_fast.benchmarks.methods.plan import Config, recipe_trees
-from m3i_fast.benchmarks.methods.power import cluster_means, clusters_needed, components
-from m3i_fast.benchmarks.methods.power_table import compare_arms, draw_power, power_table
 from m3i_fast.benchmarks.methods.run import pack
+from m3i_fast.benchmarks.methods.sample_size import cluster_means, clusters_needed, components
+from m3i_fast.benchmarks.methods.sample_size_table import compare_arms, draw_power, power_table
 from m3i_fast.benchmarks.methods.table import Rows
 
 SVG = "{http://www.w3.org/2000/svg}"

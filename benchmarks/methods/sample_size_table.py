@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from m3i_fast.benchmarks.core.svg import Axis, page, powers_of_ten, text
-from m3i_fast.benchmarks.methods.power import (
+from m3i_fast.benchmarks.methods.run import unpack
+from m3i_fast.benchmarks.methods.sample_size import (
     ALPHA,
     POWER,
     Components,
@@ -26,7 +27,6 @@ from m3i_fast.benchmarks.methods.power import (
     mean_components,
     seeds_needed,
 )
-from m3i_fast.benchmarks.methods.run import unpack
 from m3i_fast.benchmarks.methods.table import NO_SHARE, OURS, TITLES, UNTRAINED, Row, Rows, title
 
 DIFFERENCES = (1.0, 2.0)  # points
@@ -84,7 +84,7 @@ def compare_arms(rows: Rows, *, holm: bool = False) -> list[Comparison]:
 
 
 def _pairs(ours: dict[int, Row], theirs: dict[int, Row], measure: str) -> list[Pair]:
-    """The figures of both, seed by seed, where both have the measure."""
+    """Return the figures of both, seed by seed, where both have the measure."""
     pairs = ((ours[seed]["figures"], theirs[seed]["figures"]) for seed in ours if seed in theirs)
     return [pair for pair in pairs if all(measure in side["hits"]["trained"] for side in pair)]
 
@@ -186,7 +186,7 @@ def _cells(each: Comparison) -> list[str]:
 
 
 def _deviation(variance: float) -> str:
-    """A component that was estimated below 0 is none."""
+    """Return a standard deviation; a component that was estimated below 0 is none."""
     return f"{math.sqrt(max(variance, 0.0)):.1f}"
 
 

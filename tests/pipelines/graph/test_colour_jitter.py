@@ -14,7 +14,7 @@ from skimage import data as photographs
 from torchvision.transforms import functional as tv
 
 from m3i_fast.config.data import ViewConfig
-from m3i_fast.pipelines.graph import colour
+from m3i_fast.pipelines.graph import colour_jitter as colour
 from m3i_fast.pipelines.graph.dali import DataNode, fn, pipeline_def, types
 
 NUM_VIEWS = 64

@@ -1,5 +1,6 @@
-"""A file layer that fails: it counts the operations of `os` that change files, ends the process at
-one of them, or refuses them.
+"""A file layer that fails.
+
+It counts the operations of `os` that change files, and ends the process at one or refuses them.
 
     with FaultyFiles(root) as files:          # counts only
         save()
@@ -179,7 +180,7 @@ def _inode(descriptor: int) -> tuple[int, int]:
 
 
 def _moved(path: str, before: str, after: str) -> str:
-    """The name that `path` has after a rename."""
+    """Return the name that `path` has after a rename."""
     return after + path[len(before) :] if f"{path}/".startswith(f"{before}/") else path
 
 

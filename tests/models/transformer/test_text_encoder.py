@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention
-from m3i_fast.models.transformer.text import TextEncoder
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 
 CFG = TextConfig(
     vocab_size=50, context_length=12, dim=32, depth=2, num_heads=2, mlp_ratio=2.0, embed_dim=24

@@ -46,7 +46,7 @@ class Components:
     """Of a seed with a cluster."""
 
     def _mean_squares(self, num_seeds: int, num_clusters: int) -> tuple[float, float, float]:
-        """Expected ones over seeds, over clusters and of the rest; a variance below 0 is none."""
+        """Expect them over seeds, over clusters and of the rest; a variance below 0 is none."""
         rest = max(self.rest, 0.0)
         by_seed = rest + num_clusters * max(self.seed, 0.0)
         return by_seed, rest + num_seeds * max(self.cluster, 0.0), rest
@@ -149,7 +149,7 @@ def seeds_needed(
 
 
 def _fewest(power: Callable[[int], float], most: int) -> int | None:
-    """The least size from 2 on, of a power that grows with it."""
+    """Return the least size from 2 on, of a power that grows with it."""
     if power(most) < POWER:
         return None
     low, high = 1, most  # power(high) is enough
@@ -163,7 +163,7 @@ def _fewest(power: Callable[[int], float], most: int) -> int | None:
 
 
 def critical(alpha: float, df: Floats) -> Floats:
-    """The bound beyond which |t| of Student lies with probability alpha; df >= 1, of any shape."""
+    """Return the bound that |t| of Student exceeds with probability alpha; df >= 1, any shape."""
     return np.interp(1 / df, *_bounds(alpha))
 
 
