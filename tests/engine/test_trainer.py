@@ -28,25 +28,7 @@ from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.observe.stages import STAGES
 from m3i_fast.ops import reference
 from m3i_fast.recipes import demo
-from tests.shared.engine.small_run import TEXT, small_run
-
-
-def _weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = checkpoint.latest(run / "checkpoints")
-    parts = ("model", "optimizer")
-    return {f"{p}/{k}": v for p in parts for k, v in newest.shards(p).read().items()}
-
-
-def _assert_same_run(a: Path, b: Path) -> None:
-    first, second = _weights(a), _weights(b)
-    assert first.keys() == second.keys()
-    different = [name for name, value in first.items() if not torch.equal(value, second[name])]
-    assert not different
-    losses = [
-        [(row["step"], row["loss/total"]) for row in read_jsonl(run / "metrics.jsonl")]
-        for run in (a, b)
-    ]
-    assert losses[0] == losses[1]
+from tests.shared.engine.small_run import TEXT, assert_same_run, saved_tensors, small_run
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +111,7 @@ def test_kill_9_in_mid_epoch_and_resume_equals_the_whole_run(
     trainer = Trainer(cfg, out, resume=True)
     assert at < 30 and trainer.step == at and at % trainer.loader.steps_per_epoch
     trainer.train()
-    _assert_same_run(whole_run, out)
+    assert_same_run(whole_run, out)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +126,7 @@ def test_a_signal_saves_and_resume_equals_the_whole_run(
     process.send_signal(number)
     assert process.wait() == code
     assert _start(cfg, out, "--resume").wait() == 0
-    first, second = _weights(whole_run), _weights(out)
+    first, second = saved_tensors(whole_run), saved_tensors(out)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -161,7 +143,7 @@ def test_a_run_out_of_time_saves_and_is_told_from_one_that_is_done(
 
 def test_another_seed_is_another_run(whole_run: Path, dataset: Path, tmp_path: Path) -> None:
     Trainer(small_run(dataset, seed=1), tmp_path / "other").train()
-    first, second = _weights(whole_run), _weights(tmp_path / "other")
+    first, second = saved_tensors(whole_run), saved_tensors(tmp_path / "other")
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
 
 

@@ -18,8 +18,7 @@ from m3i_fast.engine.run.extension import schedules_of
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, demo_method
-from tests.engine.test_trainer import _assert_same_run
-from tests.shared.engine.small_run import small_run
+from tests.shared.engine.small_run import assert_same_run, small_run
 
 
 def _constant(dataset: Path, **changes: object) -> TrainConfig:
@@ -43,7 +42,7 @@ def test_a_constant_run_that_is_extended_equals_a_longer_one(
     Trainer(cfg, extended).train()
     assert _resume(cfg, extended, "--num-steps", "10") == 0
     Trainer(replace(cfg, num_steps=10), tmp_path / "whole").train()
-    _assert_same_run(tmp_path / "whole", extended)
+    assert_same_run(tmp_path / "whole", extended)
     assert TrainConfig.load(extended / "config.json") == replace(cfg, num_steps=10)
     assert "--num-steps 10 in place of 5, from step 5 on: the same run as one of 10" in caplog.text
     assert _resume(replace(cfg, num_steps=10), extended) == 0  # its config is the longer run's
