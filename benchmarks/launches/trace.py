@@ -46,9 +46,7 @@ def read_trace(path: Path) -> Iterator[Record]:
                 record = json.loads(line)
                 always, maybe = KEYS[record["kind"]]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: expected a record of a trace: {error}"
-                ) from None
+                raise ValueError(f"{path}:{number}: expected a record, got {line!r}") from error
             keys = record.keys() - EVERY_KIND
             if not always <= keys <= always | maybe:
                 wrong = sorted(keys ^ always - maybe)
