@@ -71,7 +71,7 @@ def print_figures(figures: Mapping[str, Any]) -> None:
 def _cell(row: Judgement, source: str) -> str:
     """Return a value, marked where the trained encoder's is neither above nor below it."""
     alike = any(
-        comparison.source == source and comparison.verdict == "no difference comparison"
+        comparison.source == source and comparison.verdict == "no difference found"
         for comparison in row.comparisons
     )
     return row.shown.get(source, "-") + (" *" if alike else "  ")

@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
         console.print(f"{USAGE}\nm3i-fast recipes lists the recipes", highlight=False)
         return 0 if argv else 2
     name, command, typed = parse(argv)
+    if not command.inside_nsys and (command.out / "summary.json").exists():
+        raise FileExistsError(f"--out: {command.out} holds a profile: name another folder")
     run = resolve(name, command, typed, argv)
     from m3i_fast.profiling.profile_run import measure_inside_nsys, write_profile
 

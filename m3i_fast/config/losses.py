@@ -1,7 +1,8 @@
 """The losses that a term may have: one row a loss, by target, likelihood and regulariser.
 
 A row holds the formula, what builds the loss, its floating-point operations and whether its rows
-are independent. A loss of your own is one more row, put here by its file (docs/extend/new_method.md):
+are independent. A loss of your own is one more row, which its file puts here
+(docs/extend/new_method.md):
 
     LOSSES["embedding", "gaussian", "mine"] = Loss(formula=..., build=..., flops=...)
 

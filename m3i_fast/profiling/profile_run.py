@@ -59,12 +59,9 @@ class ProfileRun:
 def write_profile(run: ProfileRun, asked: AskedProfiler) -> dict[str, Any] | None:
     """Profile a run and write the files of its folder.
 
-    Returns what summary.json holds, or None on all ranks but the first. Raises FileExistsError
-    where the folder holds a profile, ValueError where nsys is asked for and cannot be had, and as
-    `Trainer`.
+    Returns what summary.json holds, or None on all ranks but the first. Raises ValueError where
+    nsys is asked for and cannot be had, and as `Trainer`.
     """
-    if (run.out / "summary.json").exists():
-        raise FileExistsError(f"--out: {run.out} holds a profile: name another folder")
     device = resolve_device(run.config.device)
     profiler = choose_profiler(asked, device)
     run.out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from m3i_fast.benchmarks.launches.trace import read_trace, split_at_marks
 from scripts.null_cuda import environment
@@ -183,56 +182,6 @@ def test_the_nth_call_fails_as_asked(tmp_path: Path) -> None:
     """
     seen, _ = on_null(tmp_path, program, fail="cudaLaunchKernel:2:719")
     assert seen == ["CUDA error: cudaErrorLaunchFailure"]
-
-
-LAUNCHES = r"""
-#include <cstdio>
-__global__ void nothing() {}
-int main() {
-  nothing<<<0, 32>>>();
-  std::printf("[%d, ", cudaGetLastError());
-  nothing<<<1, 2048>>>();
-  std::printf("%d, ", cudaGetLastError());
-  nothing<<<1, 32, 64 << 10>>>();
-  std::printf("%d, ", cudaGetLastError());
-  int most = 0;
-  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  auto shared = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  std::printf("%d, ", cudaFuncSetAttribute(nothing, shared, most + 1));
-  cudaFuncSetAttribute(nothing, shared, most);
-  (void)cudaGetLastError();
-  nothing<<<1, 32, 64 << 10>>>();
-  std::printf("%d]\n", cudaGetLastError());
-}
-"""
-
-
-def test_launches_out_of_limits_have_the_errors_of_cuda(tmp_path: Path) -> None:
-    """Codes of driver_types.h: 9 is an invalid configuration, 1 an invalid value."""
-    (tmp_path / "launches.cu").write_text(LAUNCHES)
-    program = build_program(tmp_path / "launches.cu")
-    assert json.loads(run_program(program, card="a100")) == [9, 9, 1, 1, 0]
-    # Machine code for 8.0 alone does not run on a 9.0: 209, no kernel image.
-    assert json.loads(run_program(program, card="h100")) == [209] * 3 + [1, 209]
-
-
-def build_program(source: Path) -> Path:
-    """Compile a program of machine code for 8.0 that takes the runtime as a shared library."""
-    program = source.with_suffix("")
-    toolkit = Path(torch.__file__).parents[1] / "nvidia" / "cu13"
-    command = [
-        *(toolkit / "bin" / "nvcc", source, "-o", program, "-cudart", "shared"),
-        *("-gencode=arch=compute_80,code=sm_80", f"-L{toolkit / 'lib'}"),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return program
-
-
-def run_program(program: Path, **settings: object) -> str:
-    variables = environment(LIBRARIES, **settings)
-    done = subprocess.run([program], env=variables, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 RANKS = """

@@ -94,6 +94,13 @@ cudaError_t injected_error(const char* call) {
 
 using namespace m3i::null;
 
+// A wrong setting ends the process when the runtime is loaded, whatever the program goes on to use.
+__attribute__((constructor)) static void check_settings() {
+  card();
+  device_count();
+  injected_error("");
+}
+
 M3I_EXPORT cudaError_t cudaGetDeviceCount(int* count) {
   *count = device_count();
   return *count > 0 ? cudaSuccess : fail(cudaErrorNoDevice, "cudaGetDeviceCount");
