@@ -139,11 +139,11 @@ def _boltzmann_is_right(device: str) -> bool:
 
     rows = torch.eye(2, device=device).requires_grad_()
     value = boltzmann(rows, rows.detach(), torch.ones((), device=device))
-    (found,) = torch.autograd.grad(value, rows)
+    (gradient,) = torch.autograd.grad(value, rows)
     other = 1 / (1 + math.e)
     grad = torch.tensor([[-other, other], [other, -other]], device=device) / 2
     expected = torch.tensor(-math.log(1 - other), device=device)
-    return torch.allclose(value, expected) and torch.allclose(found, grad)
+    return torch.allclose(value, expected) and torch.allclose(gradient, grad)
 
 
 def _boltzmann_work() -> Callable[[], object]:
@@ -173,9 +173,9 @@ def _gaussian_is_right(device: str) -> bool:
     z_hat = torch.zeros(3, 4, device=device, requires_grad=True)
     z = torch.tensor([3.0, 5.0, 3.0, 5.0], device=device).expand(3, 4).contiguous()
     value = gaussian(z_hat, z, normalise=True, eps=1e-12)
-    (found,) = torch.autograd.grad(value, z_hat)
+    (gradient,) = torch.autograd.grad(value, z_hat)
     grad = torch.tensor([1.0, -1.0, 1.0, -1.0], device=device).expand(3, 4) / 12
-    return torch.allclose(value, torch.full_like(value, 0.5)) and torch.allclose(found, grad)
+    return torch.allclose(value, torch.full_like(value, 0.5)) and torch.allclose(gradient, grad)
 
 
 def _gaussian_work() -> Callable[[], object]:

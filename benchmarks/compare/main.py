@@ -129,28 +129,28 @@ def compare_rows(cfg: Config) -> dict[str, Verdict]:
 
 
 def _timings(row: ledger.Row) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = row["figures"].get("timings", {})
-    return found
+    timings: Mapping[str, Any] = row["figures"].get("timings", {})
+    return timings
 
 
 def _nothing_to_compare(cfg: Config, classes: set[str], others: list[ledger.Row]) -> str:
     wanted = f"commit {cfg.baseline}" if cfg.baseline else "another commit"
     if not others:
         return f"no row of {cfg.subject} is of {wanted}: measure it with a checkout of it"
-    found = {row["machine_class"] for row in others}
+    machine_classes = {row["machine_class"] for row in others}
     return (
         f"rows of {cfg.subject} of {wanted} are of other machines: expected "
-        f"{' or '.join(sorted(classes))}, got {' and '.join(sorted(found))}; measure both versions "
-        f"here with --against"
+        f"{' or '.join(sorted(classes))}, got {' and '.join(sorted(machine_classes))}; measure "
+        "both versions here with --against"
     )
 
 
 def _newest_by_settings(rows: Iterator[ledger.Row] | list[ledger.Row]) -> dict[str, ledger.Row]:
-    found = {}
+    compared = {}
     for row in rows:
         settings = {"class": row["machine_class"], **ledger.settings_of(row)}
-        found[json.dumps(settings, sort_keys=True)] = row
-    return found
+        compared[json.dumps(settings, sort_keys=True)] = row
+    return compared
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> set[str]:
@@ -193,14 +193,14 @@ def compare_versions(cfg: Config, baseline: Version, candidate: Version, seed: i
 
 def self_test(cfg: Config, console: Console) -> dict[str, Any]:
     """Return a row's figures: alarms on this version against itself, and against a slower one."""
-    found: dict[str, Any] = {}
+    tables: dict[str, Any] = {}
     kinds = {"unchanged": Version(), "planted": Version(planted=cfg.planted)}
     for name, candidate in kinds.items():
         verdicts, begun = [], time.monotonic()
         for number in range(cfg.self_test):
             verdicts.append(compare_versions(cfg, Version(), candidate, seed=number))
             console.print(_line(f"{name} {number + 1}", verdicts[-1]), highlight=False)
-        found[name] = {
+        tables[name] = {
             "comparisons": len(verdicts),
             "slower": sum(verdict.alarm == "slower" for verdict in verdicts),
             "faster": sum(verdict.alarm == "faster" for verdict in verdicts),
@@ -215,7 +215,7 @@ def self_test(cfg: Config, console: Console) -> dict[str, Any]:
         "threshold": cfg.threshold,
         "slowdown": cfg.planted,
     }
-    return settings | found
+    return settings | tables
 
 
 # ---- Words ---------------------------------------------------------------------------------------

@@ -24,17 +24,17 @@ def efficiency_figures(trainer: Trainer, *, images_s: float) -> dict[str, Any]:
     cfg, card, why = trainer.cfg, *_card(trainer.device)
     peak = _gemm_flop_s(trainer) if card is None else None
     try:
-        found = efficiency(
+        figures = efficiency(
             cfg, trainer.arithmetic, images_s=images_s, card=card, num_ranks=trainer.world.size
         )
     except ValueError as error:  # a frozen teacher
         return {"unknown": str(error)}
     if peak is None:
-        return {**asdict(found), "peak_of": PUBLISHED, "card": why}
+        return {**asdict(figures), "peak_of": PUBLISHED, "card": why}
     return {
-        **asdict(found),
-        "mfu": found.model_flop_s / peak,
-        "hfu": found.hardware_flop_s / peak,
+        **asdict(figures),
+        "mfu": figures.model_flop_s / peak,
+        "hfu": figures.hardware_flop_s / peak,
         "peak_of": MEASURED,
         "peak_flop_s": peak,
         "card": why,
@@ -45,8 +45,8 @@ def _card(device: torch.device) -> tuple[Card | None, str]:
     """Return the card and its name, or None and why."""
     if device.type != "cuda":
         return None, "a CPU: no rate is published"
-    found = card_of(torch.cuda.get_device_name(device))
-    return (None, found) if isinstance(found, str) else (found, found.name)
+    card = card_of(torch.cuda.get_device_name(device))
+    return (None, card) if isinstance(card, str) else (card, card.name)
 
 
 def _gemm_flop_s(trainer: Trainer) -> float:

@@ -71,5 +71,5 @@ def _quantiles(
     values: torch.Tensor,  # [N] fp64
     *which: float,
 ) -> list[float]:
-    found: list[float] = values.quantile(torch.tensor(which, dtype=torch.float64)).tolist()
-    return found
+    quantiles: list[float] = values.quantile(torch.tensor(which, dtype=torch.float64)).tolist()
+    return quantiles

@@ -92,10 +92,12 @@ def _write_points(campaign: Campaign) -> list[int]:
 
     Of consecutive writes to a file the first and the last.
     """
-    found = campaign.operations
-    ours = [n for n, (_, path) in enumerate(found) if f"step_{SPOILT:08d}" in path]
+    operations = campaign.operations
+    ours = [n for n, (_, path) in enumerate(operations) if f"step_{SPOILT:08d}" in path]
     span = range(ours[0], ours[-1] + 1)
-    return [n for n in span if found[n] != found[n - 1] or found[n] != found[n + 1]]
+    return [
+        n for n in span if operations[n] != operations[n - 1] or operations[n] != operations[n + 1]
+    ]
 
 
 def _at_write(campaign: Campaign, number: int, how: str) -> Trial:
@@ -221,9 +223,9 @@ def _nan(ranks: int) -> Trial:
         model = campaign.new()
         undone: Fault = ("undone", {"step": MIDDLE})
         campaign.go(model, ranks, inside={rank: [undone] for rank in range(ranks)})
-        (*found, losses), (*expected, all_losses) = outcome(run), outcome(model)
+        (*reached, losses), (*expected, all_losses) = outcome(run), outcome(model)
         shutil.rmtree(model.folder)
-        return found == expected and losses == [x for x in all_losses if x[0] != MIDDLE]
+        return reached == expected and losses == [x for x in all_losses if x[0] != MIDDLE]
 
     fault = f"NaN on one rank of {ranks}"
     return Trial(fault=fault, where=AT_MIDDLE, ranks=ranks, spoil=spoil, equal=equal)
@@ -269,7 +271,7 @@ def _other_ranks(before: int, now: int) -> Trial:
     def equal(campaign: Campaign, run: Run) -> bool:
         names = ["saved", *(f"loaded-{rank}" for rank in range(now))]
         saved, *loaded = (json.loads(_note(run, name).read_text()) for name in names)
-        return outcome(run)[0] == STEPS and all(found == saved for found in loaded)
+        return outcome(run)[0] == STEPS and all(each == saved for each in loaded)
 
     where = f"{before} to {now}, {AT_MIDDLE}"
     return Trial(fault="other number of ranks", where=where, ranks=now, spoil=spoil, equal=equal)

@@ -126,8 +126,8 @@ def dump(*, path: Path) -> AbstractContextManager[object]:
 
     def take(train_step: TrainStep, *arguments: Any, **options: Any) -> Any:
         if not path.exists():
-            found = digests(tensors_of(train_step.objective, train_step.optimizer))
-            write_atomically(path, json.dumps(found).encode())
+            loaded = digests(tensors_of(train_step.objective, train_step.optimizer))
+            write_atomically(path, json.dumps(loaded).encode())
         return real(train_step, *arguments, **options)
 
     return mock.patch.object(TrainStep, "__call__", take)

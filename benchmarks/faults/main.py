@@ -73,14 +73,14 @@ def run(cfg: Config) -> int:
         wanted = [trial for trial in trials if re.search(cfg.only, trial.fault)]
         if not wanted:
             raise ValueError(f"--only: expected to match a fault, got {cfg.only!r}")
-        found = carry_out(campaign, wanted, cfg.jobs)
+        verdicts = carry_out(campaign, wanted, cfg.jobs)
     if cfg.record:
-        record(found, seed=cfg.seed)
-    make_console().print(_table(found))
-    for verdict in found:
+        record(verdicts, seed=cfg.seed)
+    make_console().print(_table(verdicts))
+    for verdict in verdicts:
         if verdict.log:
             console.print(f"{verdict.fault}, {verdict.where}:\n{verdict.log}")
-    return 0 if all(verdict.weights_equal for verdict in found) else 1
+    return 0 if all(verdict.weights_equal for verdict in verdicts) else 1
 
 
 def carry_out(campaign: Campaign, trials: Sequence[Trial], jobs: int) -> list[Verdict]:
@@ -92,13 +92,13 @@ def carry_out(campaign: Campaign, trials: Sequence[Trial], jobs: int) -> list[Ve
     return [future.result() for future in futures]
 
 
-def record(found: Sequence[Verdict], *, seed: int) -> None:
+def record(verdicts: Sequence[Verdict], *, seed: int) -> None:
     from m3i_fast.benchmarks.faults.report import PAGE, PICTURE, SUBJECT, newest, page, picture
     from m3i_fast.benchmarks.ledger.rows import append_row
 
     campaign = datetime.now(timezone.utc).isoformat(timespec="seconds")
     logging.getLogger(append_row.__module__).setLevel(logging.WARNING)  # a line a row
-    for number, verdict in enumerate(found):
+    for number, verdict in enumerate(verdicts):
         figures = {"campaign": campaign, "trial": number, "seed": seed, **asdict(verdict)}
         append_row(SUBJECT, {name: value for name, value in figures.items() if name != "log"})
     rows = newest()
@@ -106,12 +106,12 @@ def record(found: Sequence[Verdict], *, seed: int) -> None:
     write_atomically(PICTURE, picture(rows).encode())
 
 
-def _table(found: Sequence[Verdict]) -> Table:
+def _table(verdicts: Sequence[Verdict]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("fault", "trials", "recovered", "weights equal"):
         table.add_column(column, justify="left" if column == "fault" else "right")
-    for fault in dict.fromkeys(verdict.fault for verdict in found):
-        of_fault = [verdict for verdict in found if verdict.fault == fault]
+    for fault in dict.fromkeys(verdict.fault for verdict in verdicts):
+        of_fault = [verdict for verdict in verdicts if verdict.fault == fault]
         recovered = sum(verdict.recovered for verdict in of_fault)
         equal = sum(verdict.weights_equal for verdict in of_fault)
         table.add_row(fault, *map(str, (len(of_fault), recovered, equal)))

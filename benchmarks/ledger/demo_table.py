@@ -47,11 +47,11 @@ def table(ledger: Path | None = None) -> str:
     Of the rows that were measured on the same held-out pictures as the newest of all; each measure
     on these and on the hard half of them, where the rows have it.
     """
-    found = list(read_rows(SUBJECT, folder=ledger))
-    splits = [row["figures"].get("split_digest") for row in found]
+    demo_rows = list(read_rows(SUBJECT, folder=ledger))
+    splits = [row["figures"].get("split_digest") for row in demo_rows]
     newest = {
         row["figures"]["seed"]: row
-        for row, split in zip(found, splits, strict=True)
+        for row, split in zip(demo_rows, splits, strict=True)
         if split == splits[-1]
     }
     if not newest:
@@ -82,10 +82,10 @@ def _cell(rows: list[dict[str, Any]], measure: str, source: str) -> str:
     values = [100 * row[measure][source] for row in rows if source in row.get(measure, {})]
     if not values:
         return "-"
-    found = spread(values)
-    if found.lowest == found.highest:
-        return f"{found.mean:.1f}"
-    return f"{found.mean:.1f} ({found.lowest:.1f} to {found.highest:.1f})"
+    spreads = spread(values)
+    if spreads.lowest == spreads.highest:
+        return f"{spreads.mean:.1f}"
+    return f"{spreads.mean:.1f} ({spreads.lowest:.1f} to {spreads.highest:.1f})"
 
 
 def _range(values: list[int]) -> str:

@@ -55,14 +55,14 @@ def pytest_benchmark() -> str:
     ValueError where the ledger has none: rows of before samples were kept have no statistics.
     """
     here = ledger.make_row("page", {})
-    found: dict[str, dict[str, Any]] = {}
+    suites: dict[str, dict[str, Any]] = {}
     for subject in ledger.subjects():
         for row in ledger.read_rows(subject):
             timing = row["figures"].get("timings", {}).get(OURS, {})
             if timing.get("samples_ms") and row["machine_class"] == here["machine_class"]:
                 entry = _entry(row, timing["samples_ms"])
-                found[entry["fullname"]] = entry
-    if not found:
+                suites[entry["fullname"]] = entry
+    if not suites:
         raise ValueError(
             f"no row with samples of {here['machine_class']}: benchmarks append some, "
             "m3i-fast bench mask_mix for one"
@@ -78,7 +78,7 @@ def pytest_benchmark() -> str:
                 "project": "m3i-fast",
                 "branch": "unknown",
             },
-            "benchmarks": list(found.values()),
+            "benchmarks": list(suites.values()),
             "datetime": here["time"],
             "version": "5.3.1",
         },

@@ -75,7 +75,7 @@ def _nvidia_smi() -> dict[str, dict[str, Any]]:
 
 def parse_nvidia_smi(text: str) -> dict[str, dict[str, Any]]:
     """Return UUID without prefix -> driver, power_limit_w, max_sm_clock_mhz, vbios; no `[N/A]`."""
-    found = {}
+    fields = {}
     for cells in csv.reader(text.splitlines(), skipinitialspace=True):
         if len(cells) != len(QUERY.split(",")):
             continue
@@ -83,8 +83,8 @@ def parse_nvidia_smi(text: str) -> dict[str, dict[str, Any]]:
         numbers = {"power_limit_w": _number(power), "max_sm_clock_mhz": _number(clock)}
         words = {"driver": _word(driver), "vbios": _word(vbios)}
         known = {name: value for name, value in {**words, **numbers}.items() if value is not None}
-        found[uuid.removeprefix("GPU-")] = known
-    return found
+        fields[uuid.removeprefix("GPU-")] = known
+    return fields
 
 
 def _number(cell: str) -> float | None:
@@ -115,20 +115,20 @@ def machine_class(machine: Mapping[str, Any]) -> str:
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of python, torch, cuda, cudnn, nccl and of optional libraries found."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    releases = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
+        releases["cuda"] = torch.version.cuda
         if cudnn := torch.backends.cudnn.version():
-            found["cudnn"] = str(cudnn)
+            releases["cudnn"] = str(cudnn)
         if torch.distributed.is_nccl_available():
-            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+            releases["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     for name, distributions in DISTRIBUTIONS.items():
         if version := next(filter(None, map(_installed, distributions)), None):
-            found[name] = version
+            releases[name] = version
     # PyPI's apex is another project: NVIDIA's is known by its compiled module.
     if find_spec("amp_C") and (version := _installed("apex")):
-        found["apex"] = version
-    return found
+        releases["apex"] = version
+    return releases
 
 
 def _installed(distribution: str) -> str | None:

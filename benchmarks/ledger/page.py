@@ -94,12 +94,12 @@ def render() -> str:
 
 def _subjects() -> Iterator[dict[str, Any]]:
     for name in ledger.subjects():
-        found = series_of(name)
-        if not found:
+        curves = series_of(name)
+        if not curves:
             continue
-        shown = sorted(found[:MANY], key=lambda series: series.machine_class)
-        note = f"{len(found)} series"
-        if len(found) > MANY:
+        shown = sorted(curves[:MANY], key=lambda series: series.machine_class)
+        note = f"{len(curves)} series"
+        if len(curves) > MANY:
             note += f", the {MANY} measured last are drawn"
         groups = [list(group) for _, group in groupby(shown, key=lambda s: s.machine_class)]
         yield {"name": name, "note": f"{note}.", "classes": list(map(_machine_class, groups))}

@@ -33,10 +33,10 @@ PREDICTED = ("m3i_vit_b_h100", "m3i_vit_l_h100")
 def fill(text: str) -> str:
     """Return the text with every marked table written anew. Raises ValueError for a wrong name."""
 
-    def table(found: re.Match[str]) -> str:
-        if found[2] not in TABLES:
-            raise ValueError(f"ledger:{found[2]}: expected one of {', '.join(TABLES)}")
-        return f"{found[1]}{TABLES[found[2]]().strip()}\n{found[3]}"
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"ledger:{match[2]}: expected one of {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[match[2]]().strip()}\n{match[3]}"
 
     return MARKED.sub(table, text)
 
@@ -63,11 +63,11 @@ def newest(subject: str, *, device: str = "cpu", **settings: Any) -> list[Row]:
         if row["figures"].get("device") == device
         and all(row["figures"].get(name) == value for name, value in settings.items())
     ]
-    found: dict[str, Row] = {}
+    latest: dict[str, Row] = {}
     for row in rows:
         if row["machine_class"] == rows[-1]["machine_class"]:
-            found[json.dumps(ledger.settings_of(row), sort_keys=True)] = row
-    return list(found.values())
+            latest[json.dumps(ledger.settings_of(row), sort_keys=True)] = row
+    return list(latest.values())
 
 
 def source(rows: Sequence[Row], words: str) -> str:
@@ -128,8 +128,8 @@ def peers_table(
 
 def demo() -> str:
     """Return the demo's table over its seeds, as `m3i-fast bench demo` prints it."""
-    found = demo_table().partition("\n\n")[2]
-    return found or f"The demo: {ABSENT}."
+    table = demo_table().partition("\n\n")[2]
+    return table or f"The demo: {ABSENT}."
 
 
 def ops() -> str:
@@ -352,13 +352,13 @@ def _rate(rate: Mapping[str, float]) -> str:
 
 def rates_of(figures: Mapping[str, Any], name: str = "") -> list[tuple[str, Mapping[str, Any]]]:
     """Return every rate that has an interval, by its path in the figures."""
-    found: list[tuple[str, Mapping[str, Any]]] = []
+    lines: list[tuple[str, Mapping[str, Any]]] = []
     for key, value in figures.items():
         if isinstance(value, Mapping):
             path = f"{name}, {key}" if name else key
             own = {"median", "ci_low", "ci_high"} <= value.keys()
-            found += [(path, value)] if own else rates_of(value, path)
-    return found
+            lines += [(path, value)] if own else rates_of(value, path)
+    return lines
 
 
 def gate() -> str:

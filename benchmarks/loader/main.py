@@ -265,12 +265,12 @@ def _row(cfg: Config, data: LoaderConfig) -> dict[str, Any]:
             )
             for name, batches in loaders.items()
         }
-        found = measure_windows(works, cfg.schedule)
+        series = measure_windows(works, cfg.schedule)
     measured = replace(cfg.config, data=replace(data, path=cfg.config.data.path))
     return {
         "config": measured,  # shards drawn for this are gone, and their place says nothing
         **_settings(cfg, data, cuda),
-        **_figures(found),
+        **_figures(series),
         "statistics": _statistics(statistics_by_loader),
     }
 
@@ -289,22 +289,22 @@ def _settings(cfg: Config, data: LoaderConfig, cuda: bool) -> dict[str, Any]:
     }
 
 
-def _figures(found: Mapping[str, Series]) -> dict[str, Any]:
-    rates = {n: [w.images_s for w in series.windows] for n, series in found.items()}
+def _figures(measured: Mapping[str, Series]) -> dict[str, Any]:
+    rates = {n: [w.images_s for w in series.windows] for n, series in measured.items()}
     medians = {name: summarise_rates(values).median for name, values in rates.items()}
     return {
         "timings": {
             name: asdict(summarise([1e3 * w.step_s for w in series.windows]))
-            for name, series in found.items()
+            for name, series in measured.items()
         },
         "images_per_s": {n: asdict(summarise_rates(values)) for n, values in rates.items()},
         "times_slower_than_ours": {n: medians[OURS] / rate for n, rate in medians.items()},
         "cpu_s_per_image": {
             name: sum(w.stages["cpu_s"] for w in series.windows)
             / sum(w.num_images for w in series.windows)
-            for name, series in found.items()
+            for name, series in measured.items()
         },
-        "settled": {name: series.is_settled for name, series in found.items()},
+        "settled": {name: series.is_settled for name, series in measured.items()},
         "floor": {"decoder": max(DECODERS, key=medians.__getitem__)},
     }
 

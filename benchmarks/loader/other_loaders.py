@@ -86,19 +86,19 @@ def _photometric(cfg: ViewConfig) -> list[Any]:
     """Those that can act, as `pipelines.colour` has them."""
     from torchvision.transforms import v2
 
-    found: list[Any] = []
+    samples: list[Any] = []
     if cfg.jitters:
         jitter = v2.ColorJitter(cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue)
-        found.append(v2.RandomApply([jitter], cfg.jitter_probability))
+        samples.append(v2.RandomApply([jitter], cfg.jitter_probability))
     if cfg.gray_probability:
-        found.append(v2.RandomGrayscale(cfg.gray_probability))
+        samples.append(v2.RandomGrayscale(cfg.gray_probability))
     if cfg.blur_probability:
         window = 2 * math.ceil(3 * cfg.blur_sigma[1]) + 1
         blur = v2.GaussianBlur(window, cfg.blur_sigma)
-        found.append(v2.RandomApply([blur], cfg.blur_probability))
+        samples.append(v2.RandomApply([blur], cfg.blur_probability))
     if cfg.solarize_probability:
-        found.append(v2.RandomSolarize(128, cfg.solarize_probability))
-    return found
+        samples.append(v2.RandomSolarize(128, cfg.solarize_probability))
+    return samples
 
 
 def peer(cfg: LoaderConfig, kind: str) -> Iterator[list[Tensor]]:
@@ -171,12 +171,12 @@ def read_encoded(cfg: LoaderConfig, count: int) -> list[bytes]:
 
     manifest = read_manifest(cfg.path)
     shards = [str(cfg.path / shard.file) for shard in manifest.split(cfg.split).shards]
-    found: list[bytes] = []
+    pictures: list[bytes] = []
     for sample in webdataset.WebDataset(shards, shardshuffle=False):
-        found.append(sample.get("jpg") or sample["png"])
-        if len(found) == count:
+        pictures.append(sample.get("jpg") or sample["png"])
+        if len(pictures) == count:
             break
-    return found
+    return pictures
 
 
 class DecodeAlone:

@@ -17,15 +17,15 @@ _LABEL = 15  # least distance of two names
 _DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
-def draw_growth(found: Mapping[str, Sequence[Line]]) -> str:
+def draw_growth(lines_of: Mapping[str, Sequence[Line]]) -> str:
     """Return the SVG of lines by budget, the shortest first.
 
     Raises ValueError where there is no figure.
     """
-    budgets = list(found)
-    names = list(dict.fromkeys(line.name for lines in found.values() for line in lines))
+    budgets = list(lines_of)
+    names = list(dict.fromkeys(line.name for lines in lines_of.values() for line in lines))
     shown = [n for n in names if n not in OTHERS]
-    columns = measures([line for lines in found.values() for line in lines])
+    columns = measures([line for lines in lines_of.values() for line in lines])
     if not shown or not columns:
         raise ValueError("lines: expected at least one with a figure, got none")
     heading = f"{', '.join(shown)}: {budgets[0]} to {budgets[-1]}"
@@ -38,7 +38,7 @@ def draw_growth(found: Mapping[str, Sequence[Line]]) -> str:
         curves = {
             name: [
                 next((x.values.get(measure) for x in lines if x.name == name), None)
-                for lines in found.values()
+                for lines in lines_of.values()
             ]
             for name in shown
         }

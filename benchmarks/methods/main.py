@@ -371,9 +371,9 @@ def _pack(cfg: Config, labelled: float, captioned: float) -> None:
     path = _dataset(cfg, labelled, captioned)
     if is_dataset(path):
         expect_split_clusters(path)
-        found = read_manifest(path).settings
-        captions = found.get("captioned")
-        shares = found["labelled"], found["labelled"] if captions is None else captions
+        settings = read_manifest(path).settings
+        captions = settings.get("captioned")
+        shares = settings["labelled"], settings["labelled"] if captions is None else captions
         if shares != (labelled, captioned):
             raise ValueError(
                 f"{path}: expected classes of {labelled:g} and captions of {captioned:g} of the "

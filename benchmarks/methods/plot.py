@@ -65,9 +65,9 @@ def _panel(left: float, top: float, measure: str, lines: Sequence[Line]) -> Iter
         yield text(start - 10, y + 4, line.name, "ours" if line.name == OURS else "", "end")
         tip = f"{line.name}: {value:.3g}"
         if bar is not None:
-            found = line.minus[measure]
+            minus = line.minus[measure]
             tip += (
-                f"; M3I minus this: {found.difference:+.3g}, {found.low:+.3g} to {found.high:+.3g}"
+                f"; M3I minus this: {minus.difference:+.3g}, {minus.low:+.3g} to {minus.high:+.3g}"
             )
             ends_x = f"M{place(bar[0]):.1f} {y:.1f}H{place(bar[1]):.1f}"
             yield f'<path class="line {kind}" d="{ends_x}"/>'

@@ -46,24 +46,24 @@ def train_and_measure(
             f"signal {outcome.signal} at step {outcome.step} of {cfg.num_steps}; the same command "
             "goes on from there"
         )
-    found = evaluate(out, split=split, baselines=False, data=data)
-    del found.figures["trained_minus"]  # follows from the hits
+    evaluation = evaluate(out, split=split, baselines=False, data=data)
+    del evaluation.figures["trained_minus"]  # follows from the hits
     return {
         **training_figures(cfg, read_jsonl(out / "metrics.jsonl")),
         "resumed": resume,
-        **found.figures,
-        **_by_item(found),
+        **evaluation.figures,
+        **_by_item(evaluation),
     }
 
 
 def measure_untrained(cfg: TrainConfig, split: str) -> dict[str, Any]:
     """Return a row's figures of the weights that a run of `cfg` starts from, and of raw pixels."""
     torch.set_num_threads(cfg.num_threads)
-    found = evaluate_untrained(cfg, split=split)
-    return {"num_steps": 0, **found.figures, **_by_item(found)}
+    evaluation = evaluate_untrained(cfg, split=split)
+    return {"num_steps": 0, **evaluation.figures, **_by_item(evaluation)}
 
 
-def _by_item(found: Evaluation) -> dict[str, Any]:
+def _by_item(evaluation: Evaluation) -> dict[str, Any]:
     """Return the hits of every source, and once for all of them what the items are."""
     hits = {
         who: {
@@ -71,19 +71,19 @@ def _by_item(found: Evaluation) -> dict[str, Any]:
             for name, values in (result.hits | result.nats).items()
             if name not in LEFT_OUT
         }
-        for who, result in found.measured.items()
+        for who, result in evaluation.measured.items()
         if who not in ("chance", "ema")  # figures say enough of the EMA encoder: rows stay short
     }
     items = {
-        "hard": pack(found.held_out.hard.double().tolist()),
-        "cluster": found.held_out.cluster.tolist(),
+        "hard": pack(evaluation.held_out.hard.double().tolist()),
+        "cluster": evaluation.held_out.cluster.tolist(),
     }
     return {"hits": hits, "items": items}
 
 
 def is_trained(out: Path) -> bool:
     """Return whether `out` holds the last checkpoint of a run."""
-    steps = [found.step for found in checkpoint.checkpoints(out / "checkpoints")]
+    steps = [each.step for each in checkpoint.checkpoints(out / "checkpoints")]
     return bool(steps) and steps[-1] == TrainConfig.load(out / "config.json").num_steps
 
 
@@ -95,7 +95,7 @@ def training_figures(cfg: TrainConfig, rows: Sequence[Mapping[str, float]]) -> d
     for row in rows:
         num_images = (row["step"] - before) * cfg.data.batch_size
         seconds, before = seconds + num_images / row["throughput/img_s"], row["step"]
-        collapsed += [found.name for found in watch.new_collapses(int(row["step"]), row)]
+        collapsed += [collapse.name for collapse in watch.new_collapses(int(row["step"]), row)]
     return {
         "num_steps": cfg.num_steps,
         "batch_size": cfg.data.batch_size,

@@ -80,10 +80,10 @@ class Components:
         return float(weight_of_seed @ chances @ weight_of_cluster)
 
 
-def mean_components(found: Iterable[Components]) -> Components:
+def mean_components(estimates: Iterable[Components]) -> Components:
     """Components of a typical comparison: each the mean of several, which is less coarse."""
     names = ("mean", "seed", "cluster", "rest")
-    rows = [[getattr(each, name) for name in names] for each in found]
+    rows = [[getattr(each, name) for name in names] for each in estimates]
     means = map(fmean, zip(*rows, strict=True))
     return Components(**dict(zip(names, means, strict=True)))
 
@@ -131,20 +131,21 @@ def cluster_means(differences: Any, cluster: Any) -> Floats:  # [S, I], [I] -> [
 
 
 def clusters_needed(
-    found: Components, difference: float, num_seeds: int, *, alpha: float = ALPHA
+    variances: Components, difference: float, num_seeds: int, *, alpha: float = ALPHA
 ) -> int | None:
     """Return the fewest clusters that give POWER with so many seeds; None above MOST_CLUSTERS."""
     return _fewest(
-        lambda clusters: found.power(difference, num_seeds, clusters, alpha=alpha), MOST_CLUSTERS
+        lambda clusters: variances.power(difference, num_seeds, clusters, alpha=alpha),
+        MOST_CLUSTERS,
     )
 
 
 def seeds_needed(
-    found: Components, difference: float, num_clusters: int, *, alpha: float = ALPHA
+    variances: Components, difference: float, num_clusters: int, *, alpha: float = ALPHA
 ) -> int | None:
     """Return the fewest seeds that give POWER with so many clusters; None above MOST_SEEDS."""
     return _fewest(
-        lambda seeds: found.power(difference, seeds, num_clusters, alpha=alpha), MOST_SEEDS
+        lambda seeds: variances.power(difference, seeds, num_clusters, alpha=alpha), MOST_SEEDS
     )
 
 

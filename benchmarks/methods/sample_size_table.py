@@ -48,7 +48,7 @@ class Comparison:
     measure: str
     """As the tables call it."""
     name: str
-    found: Components
+    components: Components
     """In points."""
     num_seeds: int
     num_clusters: int
@@ -64,7 +64,7 @@ def compare_arms(rows: Rows, *, holm: bool = False) -> list[Comparison]:
     over the number of a measure's comparisons.
     """
     ours = rows.get(OURS, {})
-    found: list[Comparison] = []
+    comparisons: list[Comparison] = []
     for measure in (name for name in TITLES if name not in NO_SHARE):
         pairs_of = {
             name: pairs
@@ -77,10 +77,10 @@ def compare_arms(rows: Rows, *, holm: bool = False) -> list[Comparison]:
                 _compared(measure, name, pairs, hard=hard, alpha=alpha)
                 for name, pairs in pairs_of.items()
             ]
-            found += [] if hard else of_measure
+            comparisons += [] if hard else of_measure
             if len(of_measure) > 1:
-                found.append(_mean_of(of_measure, rows))
-    return found
+                comparisons.append(_mean_of(of_measure, rows))
+    return comparisons
 
 
 def _pairs(ours: dict[int, Row], theirs: dict[int, Row], measure: str) -> list[Pair]:
@@ -115,7 +115,7 @@ def _compared(
     return Comparison(
         measure=title(measure) + ", hard half" * hard,
         name=name,
-        found=components(by_cluster),
+        components=components(by_cluster),
         num_seeds=by_cluster.shape[0],
         num_clusters=by_cluster.shape[1],
         minutes=fmean(seconds) / 60,
@@ -132,7 +132,7 @@ def _mean_of(of_measure: Sequence[Comparison], rows: Rows) -> Comparison:
     return replace(
         of_measure[0],
         name=ALL,
-        found=mean_components(each.found for each in of_measure),
+        components=mean_components(each.components for each in of_measure),
         num_seeds=min(each.num_seeds for each in of_measure),
         minutes=sum(seconds) / 60,
     )
@@ -141,11 +141,11 @@ def _mean_of(of_measure: Sequence[Comparison], rows: Rows) -> Comparison:
 # ---- Table ---------------------------------------------------------------------------------------
 
 
-def power_table(found: Sequence[Comparison]) -> str:
+def power_table(comparisons: Sequence[Comparison]) -> str:
     """Return Markdown: each comparison's components, and the sizes that a difference needs."""
-    if not found:
+    if not comparisons:
         return "No power calculation: expected two seeds or more of m3i and of another arm.\n"
-    levels = sorted({f"{each.alpha:.3g}" for each in found})
+    levels = sorted({f"{each.alpha:.3g}" for each in comparisons})
     with_seeds = " / ".join(map(str, SEEDS))
     head = ["measure", "m3i minus", "difference (s.e.)", "s.d.: seed", "cluster", "rest"]
     head += ["minutes a seed"]
@@ -161,7 +161,7 @@ def power_table(found: Sequence[Comparison]) -> str:
             "",
             *(
                 f"| {' | '.join(cells)} |"
-                for cells in (head, ["---"] * len(head), *map(_cells, found))
+                for cells in (head, ["---"] * len(head), *map(_cells, comparisons))
             ),
             "",
         ]
@@ -169,15 +169,15 @@ def power_table(found: Sequence[Comparison]) -> str:
 
 
 def _cells(each: Comparison) -> list[str]:
-    found = each.found
-    error = found.standard_error(each.num_seeds, each.num_clusters)
-    cells = [each.measure, each.name, f"{found.mean:+.1f} ({error:.1f})"]
-    cells += [_deviation(part) for part in (found.seed, found.cluster, found.rest)]
+    variances = each.components
+    error = variances.standard_error(each.num_seeds, each.num_clusters)
+    cells = [each.measure, each.name, f"{variances.mean:+.1f} ({error:.1f})"]
+    cells += [_deviation(part) for part in (variances.seed, variances.cluster, variances.rest)]
     cells.append(f"{each.minutes:.1f}")
     for points in DIFFERENCES:
-        clusters = (clusters_needed(found, points, seeds, alpha=each.alpha) for seeds in SEEDS)
+        clusters = (clusters_needed(variances, points, seeds, alpha=each.alpha) for seeds in SEEDS)
         cells.append(" / ".join("-" if number is None else f"{number:,}" for number in clusters))
-        seeds = seeds_needed(found, points, each.num_clusters, alpha=each.alpha)
+        seeds = seeds_needed(variances, points, each.num_clusters, alpha=each.alpha)
         minutes = (
             f"{seeds} of {each.num_clusters} ({seeds * each.minutes:,.0f} min)" if seeds else "-"
         )
@@ -193,14 +193,14 @@ def _deviation(variance: float) -> str:
 # ---- Picture -------------------------------------------------------------------------------------
 
 
-def draw_power(found: Sequence[Comparison], heading: str) -> str:
+def draw_power(comparisons: Sequence[Comparison], heading: str) -> str:
     """Return one SVG of clusters against seeds, a panel a measure, by its mean comparison.
 
     Raises ValueError where there is nothing to draw.
     """
-    by_measure = {each.measure: each for each in found}  # the last is the mean
+    by_measure = {each.measure: each for each in comparisons}  # the last is the mean
     if not by_measure:
-        raise ValueError("found: expected at least one comparison, got none")
+        raise ValueError("comparisons: expected at least one comparison, got none")
     elements = [
         text(_LEFTS[0], 30, heading, "title", "start"),
         text(
@@ -223,7 +223,8 @@ def _panel(left: float, top: float, each: Comparison) -> Iterator[str]:
         points: {
             seeds: number
             for seeds in DRAWN_SEEDS
-            if (number := clusters_needed(each.found, points, seeds, alpha=each.alpha)) is not None
+            if (number := clusters_needed(each.components, points, seeds, alpha=each.alpha))
+            is not None
         }
         for points in DIFFERENCES
     }

@@ -88,10 +88,10 @@ def measures(lines: Sequence[Line], shown: Container[str] = ()) -> list[str]:
 
     shown: of these alone; empty: all.
     """
-    found = dict.fromkeys(name for line in lines for name in line.values)
-    bases = dict.fromkeys((*TITLES, *(parse(name)[0] for name in found)))
+    names = dict.fromkeys(name for line in lines for name in line.values)
+    bases = dict.fromkeys((*TITLES, *(parse(name)[0] for name in names)))
     chosen = [base for base in bases if not shown or base in shown]
-    return [base + ending for ending in ENDINGS for base in chosen if base + ending in found]
+    return [base + ending for ending in ENDINGS for base in chosen if base + ending in names]
 
 
 # ---- From rows to lines --------------------------------------------------------------------------
@@ -114,13 +114,13 @@ def _line(
 ) -> Line:
     values, minus = {}, {}
     for measure in dict.fromkeys(m for row in theirs.values() for m in _names(row)):
-        found = [
+        compared = [
             figures[measure][source]
             for figures in (row["figures"] for row in theirs.values())
             if source in figures.get(measure, {})
         ]
-        if found:
-            values[measure] = scale(measure) * fmean(found)
+        if compared:
+            values[measure] = scale(measure) * fmean(compared)
         if name != OURS and (interval := _minus(ours, theirs, source, measure)) is not None:
             minus[measure] = interval
     return Line(name, values, minus, trained)
@@ -312,11 +312,13 @@ def _value(line: Line, measure: str) -> str:
     return f"{line.values[measure]:.{_digits(measure)}f}" if measure in line.values else "-"
 
 
-def _difference(found: Interval | None, measure: str) -> str:
-    if found is None:
+def _difference(interval: Interval | None, measure: str) -> str:
+    if interval is None:
         return "-"
-    digits, mark = _digits(measure), "" if found.verdict == "no difference found" else "**"
-    difference, low, high = (f"{x:+.{digits}f}" for x in (found.difference, found.low, found.high))
+    digits, mark = _digits(measure), "" if interval.verdict == "no difference found" else "**"
+    difference, low, high = (
+        f"{x:+.{digits}f}" for x in (interval.difference, interval.low, interval.high)
+    )
     return f"{mark}{difference}{mark} ({low} to {high})"
 
 

@@ -65,37 +65,37 @@ class Verdict:
     """Images a second with the bottleneck gone, up to what bounds next, over those of now."""
 
 
-def verdict(found: Findings) -> Verdict:
+def verdict(findings: Findings) -> Verdict:
     """Return the first of these verdicts that holds.
 
     balanced: loader and training alone are as fast as one another. loader: it is the slower. Of
     slower training: communication where what the exchange adds is EXCHANGE_SHARE of the step and
     told from nothing, throttled clock where THROTTLED_SHARE of the windows were, else model.
     """
-    bottleneck = _bottleneck(found)
+    bottleneck = _bottleneck(findings)
     return Verdict(
         bottleneck=bottleneck,
-        evidence=tuple(_evidence(found)),
-        headroom=max(1.0, _without(bottleneck, found) / found.both.median),
+        evidence=tuple(_evidence(findings)),
+        headroom=max(1.0, _without(bottleneck, findings) / findings.both.median),
     )
 
 
-def _bottleneck(found: Findings) -> Bottleneck:
-    if _tied(found.loader, found.synthetic):
+def _bottleneck(findings: Findings) -> Bottleneck:
+    if _tied(findings.loader, findings.synthetic):
         return "balanced"
-    if found.loader.median < found.synthetic.median:
+    if findings.loader.median < findings.synthetic.median:
         return "loader"
-    silent, share = found.without_exchange, found.exchange_share or 0.0
-    if silent is not None and share >= EXCHANGE_SHARE and not _tied(found.synthetic, silent):
+    silent, share = findings.without_exchange, findings.exchange_share or 0.0
+    if silent is not None and share >= EXCHANGE_SHARE and not _tied(findings.synthetic, silent):
         return "communication"
-    if found.throttling.share >= THROTTLED_SHARE:
+    if findings.throttling.share >= THROTTLED_SHARE:
         return "throttled clock"
     return "model"
 
 
-def _without(bottleneck: Bottleneck, found: Findings) -> float:
+def _without(bottleneck: Bottleneck, findings: Findings) -> float:
     """Images/s that the rest allows."""
-    loader, synthetic = found.loader.median, found.synthetic.median
+    loader, synthetic = findings.loader.median, findings.synthetic.median
     match bottleneck:
         case "loader":
             return synthetic
@@ -104,10 +104,10 @@ def _without(bottleneck: Bottleneck, found: Findings) -> float:
         case "balanced":
             return max(loader, synthetic)
         case "communication":
-            assert found.without_exchange is not None
-            return min(loader, found.without_exchange.median)
+            assert findings.without_exchange is not None
+            return min(loader, findings.without_exchange.median)
         case "throttled clock":
-            return min(loader, synthetic * _clock_ratio(found.throttling))
+            return min(loader, synthetic * _clock_ratio(findings.throttling))
 
 
 def _clock_ratio(throttling: Throttling) -> float:
@@ -123,19 +123,19 @@ def _tied(a: Rates, b: Rates) -> bool:
     return a.ci_low <= b.ci_high and b.ci_low <= a.ci_high
 
 
-def _evidence(found: Findings) -> list[str]:
+def _evidence(findings: Findings) -> list[str]:
     said = [
-        f"images/s of one GPU or process: loader alone {_shown(found.loader)}, training on batches "
-        f"in memory {_shown(found.synthetic)}, both together {_shown(found.both)}",
-        f"{found.data_wait:.0%} of a step waits for data",
-        _of_exchange(found),
-        _of_clocks(found.throttling),
+        f"images/s of one GPU or process: loader alone {_shown(findings.loader)}, training on "
+        f"batches in memory {_shown(findings.synthetic)}, both together {_shown(findings.both)}",
+        f"{findings.data_wait:.0%} of a step waits for data",
+        _of_exchange(findings),
+        _of_clocks(findings.throttling),
     ]
-    slower = min(found.loader.median, found.synthetic.median)
-    if found.both.ci_high < slower and found.both.median < (1 - TIE) * slower:
+    slower = min(findings.loader.median, findings.synthetic.median)
+    if findings.both.ci_high < slower and findings.both.median < (1 - TIE) * slower:
         said.append(
-            f"together they are {1 - found.both.median / slower:.0%} slower than the slower of the "
-            "two alone: they take something from each other, cores or memory"
+            f"together they are {1 - findings.both.median / slower:.0%} slower than the slower of "
+            "the two alone: they take something from each other, cores or memory"
         )
     return said
 
@@ -144,9 +144,9 @@ def _shown(rates: Rates) -> str:
     return f"{rates.median:,.4g} ({rates.ci_low:,.4g} to {rates.ci_high:,.4g})"
 
 
-def _of_exchange(found: Findings) -> str:
-    share = found.exchange_share
-    if found.num_ranks == 1:
+def _of_exchange(findings: Findings) -> str:
+    share = findings.exchange_share
+    if findings.num_ranks == 1:
         return "one rank: nothing is exchanged"
     if share is None:
         return (
@@ -154,8 +154,8 @@ def _of_exchange(found: Findings) -> str:
             "without it (--parallel.shard 1 can)"
         )
     return (
-        f"exchanging gradients adds {share:.0%} of a step: {_shown(found.synthetic)} images/s with "
-        f"it, {_shown(found.without_exchange)} without"  # type: ignore[arg-type]
+        f"exchanging gradients adds {share:.0%} of a step: {_shown(findings.synthetic)} images/s "
+        f"with it, {_shown(findings.without_exchange)} without"  # type: ignore[arg-type]
     )
 
 

@@ -106,10 +106,10 @@ def main(argv: list[str] | None = None) -> None:
 def _measure(command: NodeCommand) -> None:
     schedule = command.schedule
     try:
-        found = measure_node(command.config, schedule, make_data=command.synthetic_data)
-        if found.is_main:
-            figures = {"recipe": command.recipe, **found.figures}
-            _keep(command, figures, found)
+        result = measure_node(command.config, schedule, make_data=command.synthetic_data)
+        if result.is_main:
+            figures = {"recipe": command.recipe, **result.figures}
+            _keep(command, figures, result)
             show(make_console(), figures)
     finally:
         leave_world()
@@ -128,15 +128,15 @@ def _sweep(command: NodeCommand) -> None:
     show_sweep(make_console(), figures)
 
 
-def _keep(command: NodeCommand, figures: dict[str, Any], found: NodeResult | None) -> None:
+def _keep(command: NodeCommand, figures: dict[str, Any], result: NodeResult | None) -> None:
     if command.json is not None:
         command.json.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     if command.record:
         append_row(
             SUBJECT,
             figures,
-            config=found.config if found else command.config,
-            telemetry=found.telemetry if found else None,
+            config=result.config if result else command.config,
+            telemetry=result.telemetry if result else None,
         )
 
 
@@ -196,7 +196,7 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         name: summarise_ranks([own[name] for own in ranks], num_nodes=num_nodes)
         for name in ranks[0]
     }
-    found, both = find(ranks, measured), measured[BOTH]
+    findings, both = find(ranks, measured), measured[BOTH]
     assert isinstance(trainer.loader, Loader)
     on_gpu = trainer.device.type == "cuda"
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
@@ -217,9 +217,9 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         "images_s_per_gpu": both.per_gpu.median,
         "images_s_per_node": both.per_node.median,
         "loader_images_s_per_node": measured[LOADER].per_node.median,
-        "data_wait_share": found.data_wait,
-        "exchange_share": found.exchange_share,
-        "verdict": asdict(verdict(found)),
+        "data_wait_share": findings.data_wait,
+        "exchange_share": findings.exchange_share,
+        "verdict": asdict(verdict(findings)),
         "efficiency": efficiency_figures(trainer, images_s=both.per_gpu.median),
         "joules_per_image": joules_per_image(ranks),
         "peak_memory_gib": peak_gib,

@@ -72,15 +72,15 @@ def fit(cfg: TrainConfig, path: Path) -> TrainConfig:
 
 def describe(manifest: Manifest, split: str) -> dict[str, Any]:
     """Return what a row says of the pictures."""
-    found = manifest.split(split)
-    size = sum(shard.num_bytes for shard in found.shards)
+    shards = manifest.split(split)
+    size = sum(shard.num_bytes for shard in shards.shards)
     return {
         "name": manifest.name,
-        "num_pictures": found.num_samples,
+        "num_pictures": shards.num_samples,
         "smallest_hw": list(manifest.min_image_size),
         "largest_hw": list(manifest.max_image_size),
         "format": manifest.image_format,
-        "shard_bytes_per_picture": size / found.num_samples,
+        "shard_bytes_per_picture": size / shards.num_samples,
         "settings": manifest.settings,
     }
 

@@ -90,7 +90,7 @@ Run = Callable[[TrainConfig, Mapping[str, Value]], Point]
 
 def parse_sweep(texts: Sequence[str], cfg: TrainConfig) -> dict[str, Sequence[Value]]:
     """Return the values of each axis of `batch=64,128` or `batch`. Raises ValueError."""
-    found: dict[str, Sequence[Value]] = {}
+    swept: dict[str, Sequence[Value]] = {}
     for text in texts:
         name, has_values, values = text.partition("=")
         if name not in AXES:
@@ -107,8 +107,8 @@ def parse_sweep(texts: Sequence[str], cfg: TrainConfig) -> dict[str, Sequence[Va
                 f"--sweep {name}: expected {axis.kind.__name__}s as {name}="
                 f"{','.join(map(str, axis.usual(cfg)[:2]))}, got {values!r}"
             )
-        found[name] = given if has_values else axis.usual(cfg)
-    return found
+        swept[name] = given if has_values else axis.usual(cfg)
+    return swept
 
 
 def sweep(

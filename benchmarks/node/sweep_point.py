@@ -23,7 +23,7 @@ def main() -> None:
     """Measure one point and write its outcome: measured, refused, or out of memory."""
     config, schedule, result = sys.argv[1:]
     try:
-        found = measure_node(
+        measured = measure_node(
             TrainConfig.load(Path(config)), Schedule(**json.loads(schedule)), make_data=False
         )
     except (ValueError, FileNotFoundError, ImportError) as error:
@@ -33,8 +33,8 @@ def main() -> None:
             raise
         _write(result, status="out of memory", reason=str(error).splitlines()[0])
     else:
-        if found.is_main:
-            _write(result, status="measured", figures=found.figures)
+        if measured.is_main:
+            _write(result, status="measured", figures=measured.figures)
     finally:
         leave_world()
 

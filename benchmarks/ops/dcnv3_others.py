@@ -153,18 +153,18 @@ def find(module: str) -> ModuleType | None:
 
 def others(groups: int) -> dict[str, Other]:
     """Return every other implementation found here, by name."""
-    found = {"grid_sample": Other(function=partial(by_grid_sample, **GEOMETRY, groups=groups))}
+    functions = {"grid_sample": Other(function=partial(by_grid_sample, **GEOMETRY, groups=groups))}
     if module := find("torchvision.ops"):
-        found["torchvision"] = Other(
+        functions["torchvision"] = Other(
             function=partial(by_torchvision, module),
             inputs=partial(torchvision_inputs, groups=groups),
             grad=lambda grad: grad.permute(0, 3, 1, 2).contiguous(),
             out=lambda out: out.permute(0, 2, 3, 1),
         )
     if module := find("DCNv3"):
-        found["DCNv3"] = Other(function=partial(OfficialDcnv3.apply, module, groups))
+        functions["DCNv3"] = Other(function=partial(OfficialDcnv3.apply, module, groups))
     if module := find("DCNv4.functions"):
-        found["DCNv4"] = Other(
+        functions["DCNv4"] = Other(
             function=partial(by_dcnv4, module, groups), inputs=partial(dcnv4_inputs, groups=groups)
         )
-    return found
+    return functions

@@ -123,10 +123,10 @@ def find_card(cfg: Config) -> Card:
     if not cfg.card and not cfg.cuda:
         return CARDS["cpu"]
     if not cfg.card:
-        found = card_of(torch.cuda.get_device_name(0))
-        if isinstance(found, str):
-            raise ValueError(f"--card: expected the one whose rates to predict with, got {found}")
-        return found
+        card = card_of(torch.cuda.get_device_name(0))
+        if isinstance(card, str):
+            raise ValueError(f"--card: expected the one whose rates to predict with, got {card}")
+        return card
     if cfg.card not in CARDS:
         raise ValueError(f"--card: expected one of {', '.join(CARDS)}, got {cfg.card!r}")
     return CARDS[cfg.card]

@@ -36,11 +36,11 @@ def efficiency(
     """Return E(n) = T(n) / (n T(1)), T the rate of all ranks; of one rank it is 1."""
     if num_ranks == 1:
         return Ratio(value=1.0, ci_low=1.0, ci_high=1.0)
-    found = ratio(images_s, one_images_s)
+    share = ratio(images_s, one_images_s)
     return Ratio(
-        value=found.value / num_ranks,
-        ci_low=found.ci_low / num_ranks,
-        ci_high=found.ci_high / num_ranks,
+        value=share.value / num_ranks,
+        ci_low=share.ci_low / num_ranks,
+        ci_high=share.ci_high / num_ranks,
     )
 
 
@@ -58,5 +58,5 @@ def serial_fraction(of_efficiency: float, num_ranks: int) -> float | None:
 
 def share_lost(with_it: Sequence[float], without: Sequence[float]) -> Ratio:
     """Return 1 - without / with: the share of a step that a part takes, of seconds of both."""
-    found = ratio(without, with_it)
-    return Ratio(value=1 - found.value, ci_low=1 - found.ci_high, ci_high=1 - found.ci_low)
+    factor = ratio(without, with_it)
+    return Ratio(value=1 - factor.value, ci_low=1 - factor.ci_high, ci_high=1 - factor.ci_low)

@@ -85,19 +85,19 @@ class Setting:
 
 
 def measured_row(
-    setting: Setting, mode: Mode, work: Workload, found: list[RankResult], one: list[RankResult]
+    setting: Setting, mode: Mode, work: Workload, results: list[RankResult], one: list[RankResult]
 ) -> dict[str, Any]:
     """Return the row of the ranks that were started, compared with one rank."""
-    cfg, num_ranks, batch = setting.cfg, len(found), work.batch_size
-    together, alone = slowest(found, "together"), slowest(found, "alone")
-    unreduced = slowest(found, "unreduced")
+    cfg, num_ranks, batch = setting.cfg, len(results), work.batch_size
+    together, alone = slowest(results, "together"), slowest(results, "alone")
+    unreduced = slowest(results, "unreduced")
     rates = [num_ranks * batch / seconds for seconds in together]
     # Of one rank the batch is that of weak scaling, or that of all ranks.
     one_batch = batch if mode == "weak" else num_ranks * batch
     of_one = [one_batch / seconds for seconds in slowest(one, "together")]
     scaled = efficiency(rates, of_one, num_ranks=num_ranks)
     several = num_ranks > 1
-    own_ms = [1e3 * summarise_rates(f.step_s["alone"]).median for f in found]
+    own_ms = [1e3 * summarise_rates(f.step_s["alone"]).median for f in results]
     return {
         "kind": MEASURED,
         "mode": mode,
@@ -120,25 +120,26 @@ def measured_row(
         "karp_flatt": {"serial_fraction": serial_fraction(scaled.value, num_ranks)},
         "communication_share": asdict(share_lost(together, alone)) if several else None,
         "reduction_share": asdict(share_lost(together, unreduced)) if unreduced else None,
-        "model_flops": min((f.efficiency for f in found), key=lambda of_rank: of_rank["mfu"]),
+        "model_flops": min((f.efficiency for f in results), key=lambda of_rank: of_rank["mfu"]),
         "ranks_alone": {"step_ms": own_ms, "spread": (max(own_ms) - min(own_ms)) / min(own_ms)},
-        "stages_ms_by_rank": [f.stages_ms for f in found],
+        "stages_ms_by_rank": [f.stages_ms for f in results],
         "all_reduce_s": {
             str(size): asdict(summarise_rates(seconds))
-            for size, seconds in all_reduces(found).items()
+            for size, seconds in all_reduces(results).items()
         },
-        "loss": [f.loss for f in found],
+        "loss": [f.loss for f in results],
     }
 
 
-def observe(work: Workload, found: list[RankResult]) -> Observation:
+def observe(work: Workload, results: list[RankResult]) -> Observation:
     """Return the medians that the model is fitted to."""
     return Observation(
         workload=work,
-        alone_s=summarise_rates(slowest(found, "alone")).median,
-        step_s=summarise_rates(slowest(found, "together")).median,
+        alone_s=summarise_rates(slowest(results, "alone")).median,
+        step_s=summarise_rates(slowest(results, "together")).median,
         all_reduces=tuple(
-            (size, summarise_rates(seconds).median) for size, seconds in all_reduces(found).items()
+            (size, summarise_rates(seconds).median)
+            for size, seconds in all_reduces(results).items()
         ),
     )
 
@@ -178,11 +179,11 @@ def rows_of(cfg: Config) -> Iterator[tuple[dict[str, Any], TrainConfig, Telemetr
                         warmup_steps=cfg.warmup_steps,
                     )
                 )
-            found, telemetry = started[key]
+            together, telemetry = started[key]
             one, _ = started[1, work_of(mode, 1).batch_size]
             if not setting.shares_cores(count):
-                observed.append((mode, observe(work, found)))
-            yield measured_row(setting, mode, work, found, one), train, telemetry
+                observed.append((mode, observe(work, together)))
+            yield measured_row(setting, mode, work, together, one), train, telemetry
     for mode in cfg.modes:
         yield predicted_row(setting, mode, observed, work_of), cfg.of_ranks(mode, 1), None
 

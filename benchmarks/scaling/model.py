@@ -184,13 +184,13 @@ def _two_shares(rows: Sequence[tuple[float, float, float]]) -> tuple[float, floa
     scaled = [(a / t, b / t) for a, b, t in rows]
     aa, ab, bb = (sum(r[i] * r[j] for r in scaled) for i, j in ((0, 0), (0, 1), (1, 1)))
     a, b = (sum(r[i] for r in scaled) for i in (0, 1))
-    found = [(a / aa if aa else 0.0, 0.0), (0.0, b / bb if bb else 0.0)]
+    candidates = [(a / aa if aa else 0.0, 0.0), (0.0, b / bb if bb else 0.0)]
     determinant = aa * bb - ab * ab
     if determinant > 1e-9 * aa * bb:
         x, y = (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
         if x >= 0 and y >= 0:
             return x, y
-    return min(found, key=lambda xy: sum((p * xy[0] + q * xy[1] - 1) ** 2 for p, q in scaled))
+    return min(candidates, key=lambda xy: sum((p * xy[0] + q * xy[1] - 1) ** 2 for p, q in scaled))
 
 
 def leave_one_out(observations: Sequence[Observation], card: Card) -> list[float | None]:

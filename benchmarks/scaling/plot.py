@@ -109,8 +109,8 @@ def _points(curve: Curve) -> list[Mapping[str, Any]]:
 
 
 def _highest(curve: Curve) -> float:
-    found = [row["efficiency"]["ci_high"] for row in curve.measured.values()]
-    return 1.05 * max([*found, *(point["efficiency"] for point in _points(curve))])
+    ends = [row["efficiency"]["ci_high"] for row in curve.measured.values()]
+    return 1.05 * max([*ends, *(point["efficiency"] for point in _points(curve))])
 
 
 def _frame(
@@ -135,10 +135,10 @@ def _line(mode: str, curve: Curve, x: Axis, y: Axis, measure: str) -> Iterator[s
     ]
     yield f'<polyline class="line {kind}" points="{_path(places)}"/>'
     for (px, py), (count, row) in zip(places, curve.measured.items(), strict=True):
-        found = row[measure]
-        low, high = y.place(found["ci_low"]), y.place(found["ci_high"])
+        measured = row[measure]
+        low, high = y.place(measured["ci_low"]), y.place(measured["ci_high"])
         yield f'<path class="line {kind}" d="M{px:.1f} {low:.1f}V{high:.1f}"/>'
-        yield _circle(kind, px, py, f"{mode}, {count} ranks: {found[middle]:.4g}, measured")
+        yield _circle(kind, px, py, f"{mode}, {count} ranks: {measured[middle]:.4g}, measured")
     ahead = [(x.place(p["ranks"]), y.place(p[measure])) for p in _points(curve)]
     if not ahead:
         return

@@ -143,7 +143,7 @@ def _work(rank: int, job: Job, folder: Path) -> None:
         step_s |= _windows(trainer, job, _kinds(trainer))
         stages_ms = _stages(trainer, job, "together")
     span_s = begin, time.monotonic()
-    found = RankResult(
+    result = RankResult(
         step_s=step_s,
         stages_ms=stages_ms,
         all_reduces=_all_reduces(device),
@@ -151,7 +151,7 @@ def _work(rank: int, job: Job, folder: Path) -> None:
         loss=trainer.log.means.read()["loss/total"],
         span_s=span_s,
     )
-    _result(folder, rank).write_text(json.dumps(asdict(found)))
+    _result(folder, rank).write_text(json.dumps(asdict(result)))
     dist.barrier()
     trainer.close()
     leave_world()
@@ -181,12 +181,12 @@ def _kinds(trainer: Trainer) -> tuple[Kind, ...]:
 def _windows(trainer: Trainer, job: Job, kinds: tuple[Kind, ...]) -> dict[Kind, list[float]]:
     for kind in kinds:
         _window(trainer, kind, job.warmup_steps)
-    found: dict[Kind, list[float]] = {kind: [] for kind in kinds}
+    seconds: dict[Kind, list[float]] = {kind: [] for kind in kinds}
     gc.collect()
     for index in range(job.windows):
         for kind in kinds[:: -1 if index % 2 else 1]:
-            found[kind].append(_window(trainer, kind, job.steps))
-    return found
+            seconds[kind].append(_window(trainer, kind, job.steps))
+    return seconds
 
 
 def _window(trainer: Trainer, kind: Kind, steps: int) -> float:
@@ -231,13 +231,13 @@ def _all_reduces(device: torch.device) -> list[tuple[int, float]]:
     """Bytes and this rank's seconds of each all-reduce in fp32, all ranks beginning together."""
     if dist.get_world_size() == 1:
         return []
-    found = []
+    results = []
     for size in ALL_REDUCE_BYTES:
         values = torch.zeros(size // 4, device=device)
         dist.all_reduce(values)  # the first connects
         for _ in range(_NUM_ALL_REDUCES):
-            found.append((size, _timed(partial(dist.all_reduce, values), device)))
-    return found
+            results.append((size, _timed(partial(dist.all_reduce, values), device)))
+    return results
 
 
 def _timed(function: Callable[[], object], device: torch.device) -> float:
@@ -249,18 +249,18 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begun
 
 
-def slowest(found: list[RankResult], kind: Kind) -> list[float]:
+def slowest(results: list[RankResult], kind: Kind) -> list[float]:
     """Return the slowest rank's seconds of a step in each window; none if not measured."""
-    if kind == "together" and len(found) == 1:
+    if kind == "together" and len(results) == 1:
         kind = "alone"
-    of_each = [f.step_s.get(kind, []) for f in found]
+    of_each = [f.step_s.get(kind, []) for f in results]
     return [max(of_ranks) for of_ranks in zip(*of_each, strict=True)]
 
 
-def all_reduces(found: list[RankResult]) -> dict[int, list[float]]:
+def all_reduces(results: list[RankResult]) -> dict[int, list[float]]:
     """Return the slowest rank's seconds of each all-reduce, by its bytes."""
     by_size: dict[int, list[float]] = {}
-    for of_ranks in zip(*(f.all_reduces for f in found), strict=True):
+    for of_ranks in zip(*(f.all_reduces for f in results), strict=True):
         size = of_ranks[0][0]
         by_size.setdefault(size, []).append(max(seconds for _, seconds in of_ranks))
     return by_size

@@ -64,14 +64,14 @@ class Config:
 def matrices(blocks: dict[int, int], device: str) -> list[nn.Parameter]:
     """Draw the weights of Transformer blocks, by width, and their gradients."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    optimizers = []
     for width, depth in blocks.items():
         for shape in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width)):
             for _ in range(depth):
                 weight, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-                found.append(nn.Parameter(0.02 * weight.to(device)))
-                found[-1].grad = grad.to(device)
-    return found
+                optimizers.append(nn.Parameter(0.02 * weight.to(device)))
+                optimizers[-1].grad = grad.to(device)
+    return optimizers
 
 
 def make_functions(blocks: dict[int, int], device: str) -> dict[str, Callable[[], object]]:

@@ -123,14 +123,14 @@ def cpu_of_a_sample(config: Config) -> float:
 
 def timed_steps(trainer: Trainer, rounds: int) -> dict[str, list[float]]:
     """Return seconds a step of each window; the first of each kind only warms up."""
-    found: dict[str, list[float]] = {WITHOUT: [], WITH: []}
+    taken_s: dict[str, list[float]] = {WITHOUT: [], WITH: []}
     for number in range(rounds + 1):
         order = (WITHOUT, WITH) if number % 2 else (WITH, WITHOUT)
         for kind in order:
             seconds = _window(trainer, logs=kind == WITH)
             if number:
-                found[kind].append(seconds)
-    return found
+                taken_s[kind].append(seconds)
+    return taken_s
 
 
 def _window(trainer: Trainer, *, logs: bool) -> float:

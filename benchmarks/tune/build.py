@@ -112,8 +112,8 @@ def _gpp() -> tuple[str, list[str]]:
 
 def _nvcc(card: str) -> tuple[str, list[str]]:
     own = [str(path) for path in Path(sysconfig.get_path("scripts")).glob("nvcc")]
-    found = [os.environ.get("CUDACXX"), *own, shutil.which("nvcc")]
-    compiler = next((name for name in found if name and Path(name).is_file()), None)
+    compilers = [os.environ.get("CUDACXX"), *own, shutil.which("nvcc")]
+    compiler = next((name for name in compilers if name and Path(name).is_file()), None)
     if compiler is None:
         raise ValueError("nvcc: found none; install NVIDIA's CUDA toolkit, or set CUDACXX")
     number = CUDA_ARCHITECTURES[card]

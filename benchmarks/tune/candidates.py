@@ -104,11 +104,11 @@ def candidates(subject: Subject, current: Policy) -> list[Policy]:
             for stages in (2, 3, 4, 5)
             for down, across in ((2, 2), (2, 4), (4, 2))
         )
-    found = [current]
+    distinct = [current]
     for policy in grid:  # blocks of different bounds may be rounded to the same
-        if policy not in found:
-            found.append(policy)
-    return found
+        if policy not in distinct:
+            distinct.append(policy)
+    return distinct
 
 
 def with_policy(table: Table, subject: Subject, policy: Policy) -> Table:

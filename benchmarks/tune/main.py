@@ -81,11 +81,11 @@ class Config:
     def subjects(self, card: str) -> list[Subject]:
         """Return what is tuned on the card. Raises ValueError for a kind that the op lacks."""
         of_op = [each for each in SUBJECTS if each.card == card and self.op in ("all", each.op)]
-        found = [each for each in of_op if self.kind in ("", each.kind)]
-        if not found:
+        subjects = [each for each in of_op if self.kind in ("", each.kind)]
+        if not subjects:
             kinds = ", ".join(dict.fromkeys(each.kind for each in of_op))
             raise ValueError(f"kind: expected one of {kinds} on {card}, got {self.kind!r}")
-        return found
+        return subjects
 
 
 def card_here() -> str | None:
@@ -166,11 +166,11 @@ def prune(candidates: list[Candidate]) -> None:
 
 
 def time_half(
-    subject: Subject, table: Table, found: list[Candidate], num_samples: int, bar: Progress
+    subject: Subject, table: Table, candidates: list[Candidate], num_samples: int, bar: Progress
 ) -> None:
     """Time the candidates that are left, the current policy among them; return the winner."""
     device = "cpu" if subject.card == "cpu" else "cuda"
-    left = [candidate for candidate in found if candidate.dropped is None]
+    left = [candidate for candidate in candidates if candidate.dropped is None]
     built = {}
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:  # each compiles sources
         made = pool.map(
@@ -184,7 +184,7 @@ def time_half(
             logger.warning("%s %s: %s", subject, candidate.name, candidate.dropped)
         else:
             built[candidate.name] = ops
-    (current,) = (candidate for candidate in found if candidate.current)
+    (current,) = (candidate for candidate in candidates if candidate.current)
     if current.name not in built:
         raise RuntimeError(f"{subject}: the current policy is dropped: {current.dropped}")
     timings = timing.time_candidates(subject, built, device, num_samples)
@@ -199,15 +199,15 @@ def sweep(cfg: Config, subject: Subject, *, timed: bool, bar: Progress) -> list[
     table = tiles.read(subject.op)
     current = table[subject.card][subject.kind]
     policies = candidates(subject, current)[: cfg.most or None]
-    found = [Candidate(policy, policy == current) for policy in policies]
+    tried = [Candidate(policy, policy == current) for policy in policies]
     if subject.card != "cpu":
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(partial(compile_half, subject, table), found)
-            list(bar.track(compiled, len(found), description=f"compile {subject}"))
-        prune(found)
+            compiled = pool.map(partial(compile_half, subject, table), tried)
+            list(bar.track(compiled, len(tried), description=f"compile {subject}"))
+        prune(tried)
     if timed:
-        time_half(subject, table, found, cfg.num_samples, bar)
-    return found
+        time_half(subject, table, tried, cfg.num_samples, bar)
+    return tried
 
 
 # ---- Rows ----------------------------------------------------------------------------------------
@@ -264,8 +264,8 @@ def table(rows: list[dict[str, Any]]) -> RichTable:
 def all_rows(cfg: Config, card: str, *, timed: bool) -> Iterator[dict[str, Any]]:
     for subject in cfg.subjects(card):
         with Progress(transient=True) as bar:
-            found = sweep(cfg, subject, timed=timed, bar=bar)
-        yield from (row_of(subject, candidate) for candidate in found)
+            candidates = sweep(cfg, subject, timed=timed, bar=bar)
+        yield from (row_of(subject, candidate) for candidate in candidates)
 
 
 def write_winners() -> list[str]:

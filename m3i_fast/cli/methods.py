@@ -57,14 +57,14 @@ def main(argv: list[str]) -> int:
 
 def table() -> Table:
     """Return a table of the methods, a line a term."""
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    listing = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "paper", "input", "predicts"):
-        found.add_column(column, no_wrap=column in ("name", "paper"))
+        listing.add_column(column, no_wrap=column in ("name", "paper"))
     for name, method in METHODS.items():
         facts = name, method.paper.removeprefix("arXiv "), shown(method)
         for number, term in enumerate(method.terms):
-            found.add_row(*(facts if number == 0 else ("", "", "")), predicted(term))
-    return found
+            listing.add_row(*(facts if number == 0 else ("", "", "")), predicted(term))
+    return listing
 
 
 def predicted(term: Term) -> str:

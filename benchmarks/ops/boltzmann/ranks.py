@@ -61,11 +61,11 @@ def _row(ranks: int, rows_per_rank: int, dim: int, num_samples: int) -> dict[str
     with TemporaryDirectory() as folder:
         arguments = ranks, rows_per_rank, dim, num_samples, Path(folder)
         mp.start_processes(_work, arguments, nprocs=ranks, start_method="spawn")
-        found = [json.loads(_result(Path(folder), rank).read_text()) for rank in range(ranks)]
+        results = [json.loads(_result(Path(folder), rank).read_text()) for rank in range(ranks)]
     timings = {
         name: summarise([max(of_ranks) for of_ranks in zip(*samples, strict=True)])
         for name in (OURS, CLIP)
-        for samples in [[of_rank["samples_ms"][name] for of_rank in found]]
+        for samples in [[of_rank["samples_ms"][name] for of_rank in results]]
     }
     ours = timings[OURS].median_ms
     return {
@@ -80,7 +80,7 @@ def _row(ranks: int, rows_per_rank: int, dim: int, num_samples: int) -> dict[str
         "timings": {name: asdict(timing) for name, timing in timings.items()},
         "times_slower_than_ours": {name: t.median_ms / ours for name, t in timings.items()},
         "extra_peak_bytes": {
-            name: max(of_rank["extra_peak_bytes"][name] for of_rank in found) for name in timings
+            name: max(of_rank["extra_peak_bytes"][name] for of_rank in results) for name in timings
         },
     }
 

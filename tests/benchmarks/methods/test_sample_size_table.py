@@ -64,12 +64,12 @@ def test_comparisons_are_of_the_rows_hits() -> None:
         "mean of these",
     ]
     for each, name in ((supervised, "supervised"), (clip, "clip")):
-        assert each.found == components(100 * (hits["m3i"] - hits[name]))
+        assert each.components == components(100 * (hits["m3i"] - hits[name]))
         assert (each.measure, each.num_seeds, each.num_clusters) == ("kNN", 3, ITEMS)
     assert (supervised.minutes, clip.minutes, both.minutes) == (3.0, 3.5, 4.5)
     for part in ("mean", "seed", "cluster", "rest"):
-        values = [getattr(each.found, part) for each in (supervised, clip)]
-        assert getattr(both.found, part) == pytest.approx(np.mean(values))
+        values = [getattr(each.components, part) for each in (supervised, clip)]
+        assert getattr(both.components, part) == pytest.approx(np.mean(values))
     assert {each.alpha for each in compare_arms(_rows(hits, items=False), holm=True)} == {0.025}
 
 
@@ -82,14 +82,14 @@ def test_items_of_a_cluster_count_together_and_the_hard_half_is_told() -> None:
     delta = 100 * (hits["m3i"] - hits["supervised"])
     expected = components(delta.reshape(3, 50, 4).mean(2))
     for part in ("mean", "seed", "cluster", "rest"):
-        assert getattr(supervised.found, part) == pytest.approx(getattr(expected, part))
+        assert getattr(supervised.components, part) == pytest.approx(getattr(expected, part))
     assert supervised.num_clusters == clip.num_clusters == 50
     kept = np.arange(ITEMS) != 7
     delta = 100 * (hits["m3i"] - hits["clip"])[:, kept]
-    assert clip.found == components(cluster_means(delta, CLUSTER[kept]))
+    assert clip.components == components(cluster_means(delta, CLUSTER[kept]))
     assert (hard.measure, hard.name, hard.num_clusters) == ("kNN, hard half", "mean of these", 25)
     halves = [100 * (hits["m3i"] - hits[name])[:, HARD & kept] for name in ("supervised", "clip")]
-    assert hard.found.mean == pytest.approx(np.mean([half.mean() for half in halves]))
+    assert hard.components.mean == pytest.approx(np.mean([half.mean() for half in halves]))
 
 
 def test_the_table_has_the_sizes() -> None:
@@ -104,12 +104,12 @@ def test_the_table_has_the_sizes() -> None:
     )
     cells = [dict(zip(head, line, strict=True)) for line in lines]
     for line, each in zip(cells, found, strict=True):
-        needed = [clusters_needed(each.found, 2.0, s, alpha=0.025) for s in (3, 5, 10, 20)]
+        needed = [clusters_needed(each.components, 2.0, s, alpha=0.025) for s in (3, 5, 10, 20)]
         shown = line["2 points: clusters with 3 / 5 / 10 / 20 seeds"]
         assert shown == " / ".join("-" if n is None else f"{n:,}" for n in needed)
-        error = each.found.standard_error(3, ITEMS)
-        assert line["difference (s.e.)"] == f"{each.found.mean:+.1f} ({error:.1f})"
-        assert float(line["rest"]) == pytest.approx(each.found.rest**0.5, abs=0.05)
+        error = each.components.standard_error(3, ITEMS)
+        assert line["difference (s.e.)"] == f"{each.components.mean:+.1f} ({error:.1f})"
+        assert float(line["rest"]) == pytest.approx(each.components.rest**0.5, abs=0.05)
     assert any(
         line["2 points: clusters with 3 / 5 / 10 / 20 seeds"] != "- / - / - / -" for line in cells
     )
@@ -156,7 +156,7 @@ def test_curves_stand_at_their_sizes() -> None:
     ]
     tips = [str(curve[0].text) for curve in curves]
     of = {
-        points: {s: clusters_needed(found[-1].found, points, s) for s in range(3, 31)}
+        points: {s: clusters_needed(found[-1].components, points, s) for s in range(3, 31)}
         for points in (1.0, 2.0)
     }
     for tip, curve, needed in zip(tips, points, of.values(), strict=True):
