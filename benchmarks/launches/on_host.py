@@ -20,7 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 # What leaves its bytes unset, and what the runtime does itself.
-NOT_COMPUTED = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten._pin_memory}
+NOT_COMPUTED = {
+    *(aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty),
+    *(aten._pin_memory, aten.set_),
+}
 
 
 def host_alias(tensor: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ def _on_device(values: Any, args: Any, kwargs: Any) -> Any:
 
 def _filled(out: Any, values: Any) -> Any:
     """Return `out` with the computed values in it; the values where they have another shape."""
-    if isinstance(out, Tensor):
+    if isinstance(out, Tensor) and values is not None:  # None: a gradient that nobody asked for
         if out.shape != values.shape:
             return values.to(out.device)
         (host_alias(out) if out.is_cuda else out).copy_(values)
