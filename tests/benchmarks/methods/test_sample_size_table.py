@@ -94,8 +94,8 @@ def test_items_of_a_cluster_count_together_and_the_hard_half_is_told() -> None:
 
 def test_the_table_has_the_sizes() -> None:
     rows = _rows(_hits(), items=False)
-    found = compare_arms(rows, holm=True)
-    text = power_table(found)
+    comparisons = compare_arms(rows, holm=True)
+    text = power_table(comparisons)
     assert "probability of 80 %, two-sided at alpha 0.025" in text
     head, _, *lines = (
         [cell.strip() for cell in line.strip("| ").split(" | ")]
@@ -103,7 +103,7 @@ def test_the_table_has_the_sizes() -> None:
         if line.startswith("|")
     )
     cells = [dict(zip(head, line, strict=True)) for line in lines]
-    for line, each in zip(cells, found, strict=True):
+    for line, each in zip(cells, comparisons, strict=True):
         needed = [clusters_needed(each.components, 2.0, s, alpha=0.025) for s in (3, 5, 10, 20)]
         shown = line["2 points: clusters with 3 / 5 / 10 / 20 seeds"]
         assert shown == " / ".join("-" if n is None else f"{n:,}" for n in needed)
@@ -145,8 +145,8 @@ def test_one_command_prints_and_draws_both_tables_of_the_pilot(
 
 
 def test_curves_stand_at_their_sizes() -> None:
-    found = compare_arms(_rows(_hits(), items=False))
-    root = ElementTree.fromstring(draw_power(found, "3 % & more"))
+    comparisons = compare_arms(_rows(_hits(), items=False))
+    root = ElementTree.fromstring(draw_power(comparisons, "3 % & more"))
     texts = [node.text for node in root.iter(f"{SVG}text")]
     assert texts[0] == "3 % & more" and "kNN" in texts and f"here {ITEMS}" in texts
     curves = [p for p in root.iter(f"{SVG}path") if "line ours" in p.get("class", "")]
@@ -156,7 +156,7 @@ def test_curves_stand_at_their_sizes() -> None:
     ]
     tips = [str(curve[0].text) for curve in curves]
     of = {
-        points: {s: clusters_needed(found[-1].components, points, s) for s in range(3, 31)}
+        points: {s: clusters_needed(comparisons[-1].components, points, s) for s in range(3, 31)}
         for points in (1.0, 2.0)
     }
     for tip, curve, needed in zip(tips, points, of.values(), strict=True):
@@ -167,5 +167,5 @@ def test_curves_stand_at_their_sizes() -> None:
         heights = np.array([y for _, y in curve])
         slope, start = np.polyfit(logs, heights, 1)
         assert slope < 0 and heights == pytest.approx(start + slope * logs, abs=0.15)
-    with pytest.raises(ValueError, match="found: expected at least one comparison, got none"):
+    with pytest.raises(ValueError, match="comparisons: expected at least one comparison, got none"):
         draw_power([], "nothing")
