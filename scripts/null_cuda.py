@@ -38,12 +38,13 @@ RUNTIME = Library(
     computes=False,
 )
 DRIVER = Library("libcuda.so.1", "", "cuda", ("libraries/driver.cpp",), computes=False)
+NCCL_SOURCES = ("libraries/nccl.cpp", "libraries/nccl_reduce.cpp")
 OTHERS = (
     Library("libcublas.so.13", "cu13/lib", "cublas", ("libraries/cublas.cpp",)),
     Library("libcublasLt.so.13", "cu13/lib", "cublasLt", ("libraries/cublaslt.cpp",)),
     Library("libcudnn.so.9", "cudnn/lib", "cudnn", ("libraries/cudnn.cpp",)),
     Library("libcusolver.so.12", "cu13/lib", "cusolver", ("libraries/cusolver.cpp",)),
-    Library("libnccl.so.2", "nccl/lib", "nccl", ("libraries/nccl.cpp",), computes=False),
+    Library("libnccl.so.2", "nccl/lib", "nccl", NCCL_SOURCES, computes=False),
 )
 LIBRARIES = (DRIVER, RUNTIME, *OTHERS)
 

@@ -18,11 +18,14 @@
 #include <cstring>
 #include <functional>
 
+#include "libraries/nccl_reduce.h"
 #include "runtime/null.h"
 
 namespace {
 
+using m3i::null::bytes_of;
 using m3i::null::Record;
+using m3i::null::reduce_parts;
 
 constexpr size_t kSlotBytes = 1 << 20;
 constexpr size_t kMailBytes = 1 << 16;
@@ -107,100 +110,26 @@ ncclResult_t barrier(ncclComm& comm, const std::string& doing) {
   return ncclSuccess;
 }
 
-size_t bytes_of(ncclDataType_t type) {
-  switch (type) {
-    case ncclInt32:
-    case ncclUint32:
-    case ncclFloat32:
-      return 4;
-    case ncclInt64:
-    case ncclUint64:
-    case ncclFloat64:
-      return 8;
-    case ncclFloat16:
-    case ncclBfloat16:
-      return 2;
-    default:
-      return 1;
+// Reduces a chunk of every rank's slot, in the order of ranks.
+ncclResult_t reduce(const ncclComm& comm, size_t bytes, int type, int operation, char* result) {
+  std::vector<const char*> parts;
+  for (int rank = 0; rank < comm.ranks; ++rank) parts.push_back(comm.shared->slots[rank]);
+  bool scaled = operation >= ncclNumOps;
+  double scale = scaled ? comm.scales[static_cast<size_t>(operation - ncclNumOps)] : 1;
+  if (reduce_parts(parts, bytes, ncclDataType_t(type), scaled ? ncclSum : ncclRedOp_t(operation),
+                   scale, result)) {
+    return ncclSuccess;
   }
+  return fault("numbers of type " + std::to_string(type) + " cannot be reduced");
 }
 
-struct BFloat16 {
-  uint16_t bits;
-  operator float() const {
-    uint32_t wide = uint32_t{bits} << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
+// Puts a chunk of every rank's slot into the rank's part of the result, of `each` bytes.
+ncclResult_t gather(const ncclComm& comm, char* result, size_t each, size_t offset, size_t bytes) {
+  for (int rank = 0; rank < comm.ranks; ++rank) {
+    std::memcpy(result + static_cast<size_t>(rank) * each + offset, comm.shared->slots[rank],
+                bytes);
   }
-  static BFloat16 of(float value) {
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    if (value != value) return {0x7fc0};
-    return {static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16)};
-  }
-};
-
-template <typename T, typename Sum>
-T rounded(Sum value) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return BFloat16::of(value);
-  } else {
-    return static_cast<T>(value);
-  }
-}
-
-// Reduces a chunk of every rank's slot, in the order of ranks, in the type Sum.
-template <typename T, typename Sum>
-void reduce_as(const ncclComm& comm, size_t bytes, int operation, void* result) {
-  auto* out = static_cast<T*>(result);
-  double scale =
-      operation >= ncclNumOps ? comm.scales[static_cast<size_t>(operation - ncclNumOps)] : 1;
-  for (size_t i = 0; i < bytes / sizeof(T); ++i) {
-    Sum total{};
-    for (int rank = 0; rank < comm.ranks; ++rank) {
-      Sum value = static_cast<Sum>(reinterpret_cast<const T*>(comm.shared->slots[rank])[i]);
-      if (operation >= ncclNumOps) value = static_cast<Sum>(value * scale);
-      if (rank == 0) {
-        total = value;
-      } else if (operation == ncclProd) {
-        total = static_cast<Sum>(total * value);
-      } else if (operation == ncclMax) {
-        total = std::max(total, value);
-      } else if (operation == ncclMin) {
-        total = std::min(total, value);
-      } else {
-        total = static_cast<Sum>(total + value);
-      }
-    }
-    if (operation == ncclAvg) total = static_cast<Sum>(total / comm.ranks);
-    out[i] = rounded<T, Sum>(total);
-  }
-}
-
-void reduce(const ncclComm& comm, size_t bytes, int type, int operation, void* result) {
-  switch (type) {
-    case ncclInt8:
-      return reduce_as<int8_t, int8_t>(comm, bytes, operation, result);
-    case ncclUint8:
-      return reduce_as<uint8_t, uint8_t>(comm, bytes, operation, result);
-    case ncclInt32:
-      return reduce_as<int32_t, int32_t>(comm, bytes, operation, result);
-    case ncclUint32:
-      return reduce_as<uint32_t, uint32_t>(comm, bytes, operation, result);
-    case ncclInt64:
-      return reduce_as<int64_t, int64_t>(comm, bytes, operation, result);
-    case ncclUint64:
-      return reduce_as<uint64_t, uint64_t>(comm, bytes, operation, result);
-    case ncclFloat16:
-      return reduce_as<_Float16, float>(comm, bytes, operation, result);
-    case ncclBfloat16:
-      return reduce_as<BFloat16, float>(comm, bytes, operation, result);
-    case ncclFloat32:
-      return reduce_as<float, float>(comm, bytes, operation, result);
-    case ncclFloat64:
-      return reduce_as<double, double>(comm, bytes, operation, result);
-  }
+  return ncclSuccess;
 }
 
 // A call that waits for the end of its group.
@@ -211,7 +140,7 @@ struct Collective {
   // piece (null: it has none), `take` is called when all ranks have published a chunk of it.
   size_t pieces, bytes;
   std::function<const char*(size_t piece)> source;
-  std::function<void(size_t piece, size_t offset, size_t bytes)> take;
+  std::function<ncclResult_t(size_t piece, size_t offset, size_t bytes)> take;
 };
 
 struct Message {
@@ -220,7 +149,6 @@ struct Message {
   int peer;
   char* data;
   size_t bytes, done = 0;
-  bool begun = false;
 };
 
 thread_local int group_depth = 0;
@@ -244,36 +172,37 @@ ncclResult_t run(const Collective& call) {
       size_t bytes = std::min(kSlotBytes, call.bytes - offset);
       if (own != nullptr) std::memcpy(comm.shared->slots[comm.rank], own + offset, bytes);
       if (ncclResult_t error = barrier(comm, text_of(call.intent))) return error;
-      call.take(piece, offset, bytes);
+      if (ncclResult_t error = call.take(piece, offset, bytes)) return error;
       if (ncclResult_t error = barrier(comm, text_of(call.intent))) return error;
     }
   }
   return barrier(comm, text_of(call.intent));
 }
 
-// Moves what can be moved of a message; true where something was.
-bool progress(Message& message) {
+// Moves what can be moved of a message now.
+ncclResult_t progress(Message& message) {
   ncclComm& comm = *message.comm;
   int from = message.sends ? comm.rank : message.peer,
       to = message.sends ? message.peer : comm.rank;
   Mail& mail = comm.shared->mail[from][to];
   size_t bytes = std::min(kMailBytes, message.bytes - message.done);
   if (message.sends) {
-    if (mail.sent.load() != mail.taken.load()) return false;
+    if (mail.sent.load() != mail.taken.load()) return ncclSuccess;
     std::memcpy(mail.data, message.data + message.done, bytes);
     mail.bytes = message.bytes;
     mail.sent.fetch_add(1);
   } else {
-    if (mail.sent.load() == mail.taken.load()) return false;
+    if (mail.sent.load() == mail.taken.load()) return ncclSuccess;
     if (mail.bytes != message.bytes) {
-      fault("rank " + std::to_string(from) + " sends " + std::to_string(mail.bytes) +
-            " bytes, rank " + std::to_string(to) + " expects " + std::to_string(message.bytes));
+      return fault("rank " + std::to_string(from) + " sends " + std::to_string(mail.bytes) +
+                   " bytes, rank " + std::to_string(to) + " expects " +
+                   std::to_string(message.bytes));
     }
     std::memcpy(message.data + message.done, mail.data, bytes);
     mail.taken.fetch_add(1);
   }
   message.done += bytes;
-  return true;
+  return ncclSuccess;
 }
 
 ncclResult_t run_group() {
@@ -285,6 +214,7 @@ ncclResult_t run_group() {
     if (ncclResult_t error = run(call)) return error;
   }
   auto unfinished = [](const Message& letter) { return letter.done < letter.bytes; };
+  ncclResult_t error = ncclSuccess;
   bool all_done = wait_for([&] {
     // In order for each peer and direction: a later message waits for the earlier one.
     for (size_t i = 0; i < letters.size(); ++i) {
@@ -293,11 +223,12 @@ ncclResult_t run_group() {
             return unfinished(earlier) && earlier.comm == letters[i].comm &&
                    earlier.peer == letters[i].peer && earlier.sends == letters[i].sends;
           });
-      if (!blocked && unfinished(letters[i])) progress(letters[i]);
+      if (!blocked && unfinished(letters[i])) error = progress(letters[i]);
+      if (error != ncclSuccess) return true;
     }
     return std::none_of(letters.begin(), letters.end(), unfinished);
   });
-  return all_done ? ncclSuccess : fault("a message was not taken, or has not come");
+  return all_done ? error : fault("a message was not taken, or has not come");
 }
 
 ncclResult_t submit(Collective call, cudaStream_t stream) {
@@ -458,12 +389,7 @@ M3I_EXPORT ncclResult_t ncclCommAbort(ncclComm_t) { return ncclSuccess; }
 M3I_EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* operation, void* scalar,
                                                  ncclDataType_t type, ncclScalarResidence_t,
                                                  ncclComm_t comm) {
-  double scale = 1;
-  if (type == ncclFloat32) scale = *static_cast<float*>(scalar);
-  if (type == ncclFloat64) scale = *static_cast<double*>(scalar);
-  if (type == ncclFloat16) scale = static_cast<float>(*static_cast<_Float16*>(scalar));
-  if (type == ncclBfloat16) scale = static_cast<float>(*static_cast<BFloat16*>(scalar));
-  comm->scales.push_back(scale);
+  comm->scales.push_back(m3i::null::number_at(scalar, type));
   *operation = static_cast<ncclRedOp_t>(ncclNumOps + static_cast<int>(comm->scales.size()) - 1);
   return ncclSuccess;
 }
@@ -500,7 +426,7 @@ M3I_EXPORT ncclResult_t ncclAllReduce(const void* from, void* to, size_t count, 
                                       ncclRedOp_t operation, ncclComm_t comm, cudaStream_t stream) {
   auto source = [from](size_t) { return static_cast<const char*>(from); };
   auto take = [=](size_t, size_t offset, size_t bytes) {
-    reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
+    return reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
   };
   return submit({comm, intent("ncclAllReduce", count, type, operation), 1, count * bytes_of(type),
                  source, take},
@@ -512,7 +438,8 @@ M3I_EXPORT ncclResult_t ncclReduce(const void* from, void* to, size_t count, ncc
                                    cudaStream_t stream) {
   auto source = [from](size_t) { return static_cast<const char*>(from); };
   auto take = [=](size_t, size_t offset, size_t bytes) {
-    if (comm->rank == root) reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
+    if (comm->rank != root) return ncclSuccess;
+    return reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
   };
   return submit({comm, intent("ncclReduce", count, type, operation, root), 1,
                  count * bytes_of(type), source, take},
@@ -526,6 +453,7 @@ M3I_EXPORT ncclResult_t ncclBroadcast(const void* from, void* to, size_t count, 
   };
   auto take = [=](size_t, size_t offset, size_t bytes) {
     std::memcpy(static_cast<char*>(to) + offset, comm->shared->slots[root], bytes);
+    return ncclSuccess;
   };
   return submit({comm, intent("ncclBroadcast", count, type, -1, root), 1, count * bytes_of(type),
                  source, take},
@@ -542,10 +470,7 @@ M3I_EXPORT ncclResult_t ncclAllGather(const void* from, void* to, size_t count, 
   size_t each = count * bytes_of(type);
   auto source = [from](size_t) { return static_cast<const char*>(from); };
   auto take = [=](size_t, size_t offset, size_t bytes) {
-    for (int rank = 0; rank < comm->ranks; ++rank) {
-      char* place = static_cast<char*>(to) + static_cast<size_t>(rank) * each + offset;
-      std::memcpy(place, comm->shared->slots[rank], bytes);
-    }
+    return gather(*comm, static_cast<char*>(to), each, offset, bytes);
   };
   return submit({comm, intent("ncclAllGather", count, type), 1, each, source, take}, stream);
 }
@@ -556,8 +481,8 @@ M3I_EXPORT ncclResult_t ncclReduceScatter(const void* from, void* to, size_t cou
   size_t each = count * bytes_of(type);
   auto source = [=](size_t piece) { return static_cast<const char*>(from) + piece * each; };
   auto take = [=](size_t piece, size_t offset, size_t bytes) {
-    if (static_cast<int>(piece) != comm->rank) return;
-    reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
+    if (static_cast<int>(piece) != comm->rank) return ncclSuccess;
+    return reduce(*comm, bytes, type, operation, static_cast<char*>(to) + offset);
   };
   return submit({comm, intent("ncclReduceScatter", count, type, operation),
                  static_cast<size_t>(comm->ranks), each, source, take},
@@ -569,11 +494,8 @@ M3I_EXPORT ncclResult_t ncclAlltoAll(const void* from, void* to, size_t count, n
   size_t each = count * bytes_of(type);
   auto source = [=](size_t piece) { return static_cast<const char*>(from) + piece * each; };
   auto take = [=](size_t piece, size_t offset, size_t bytes) {
-    if (static_cast<int>(piece) != comm->rank) return;
-    for (int rank = 0; rank < comm->ranks; ++rank) {
-      char* place = static_cast<char*>(to) + static_cast<size_t>(rank) * each + offset;
-      std::memcpy(place, comm->shared->slots[rank], bytes);
-    }
+    if (static_cast<int>(piece) != comm->rank) return ncclSuccess;
+    return gather(*comm, static_cast<char*>(to), each, offset, bytes);
   };
   return submit({comm, intent("ncclAlltoAll", count, type), static_cast<size_t>(comm->ranks), each,
                  source, take},

@@ -87,7 +87,6 @@ struct Kernel {
   std::string mangled, name;
   int architecture = 0;  // of the image that runs; 0: none
   size_t most_dynamic_shared = 48 * 1024;
-  size_t static_shared = 0;
 };
 
 std::unordered_map<const void*, Kernel>& kernels() {
