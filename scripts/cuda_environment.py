@@ -30,12 +30,10 @@ ARCHITECTURES = "80;90a-real"
 
 def wanted_state() -> dict[str, str]:
     """Say what build/cuda is made from: another `torch` makes it anew, `cpp` our package alone."""
-    cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
-    cpp_files = [path for path in cpp_files if (ROOT / "cuda" / "null") not in path.parents]
     constraints = CONSTRAINTS.read_text()
     return {
         "torch": install.digest([], ROOT, sys.version, *PACKAGES, constraints),
-        "cpp": install.digest(cpp_files, ARCHITECTURES),
+        "cpp": install.digest(install.package_sources(), ARCHITECTURES),
         "modules": install.digest((), *install.package_files()),
     }
 

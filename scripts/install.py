@@ -216,15 +216,22 @@ def wanted_state(plan: Plan) -> dict[str, str]:
     modules alone a rebuild, since an editable install maps the package's files by name.
     """
     files = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve()]
-    cpp_files = [ROOT / "CMakeLists.txt", *filter(Path.is_file, (ROOT / "cuda").rglob("*"))]
     return {
         "root": str(ROOT),
         "python": sys.version,
         "torch": plan.torch,
         "packages": digest(files, plan.extras, plan.build_cuda),
-        "cpp": digest(cpp_files),
+        "cpp": digest(package_sources()),
         "modules": digest((), *package_files()),
     }
+
+
+def package_sources() -> list[Path]:
+    """List what the package is compiled from: not the emulator's or the null runtime's sources."""
+    cuda = ROOT / "cuda"
+    apart = {cuda / "emulator", cuda / "null"}
+    files = filter(Path.is_file, cuda.rglob("*"))
+    return [ROOT / "CMakeLists.txt", *(path for path in files if not apart & {*path.parents})]
 
 
 def package_files() -> list[str]:

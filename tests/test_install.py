@@ -123,6 +123,10 @@ def test_only_what_changed_is_redone(checkout: list[str]) -> None:
     install.bring_up_to_date(cpu)
     (install.ROOT / "cuda" / "op" / "new.cuh").write_text("")
     install.bring_up_to_date(cpu)
+    for apart in ("emulator", "null"):  # compiled by what runs them
+        (install.ROOT / "cuda" / apart).mkdir()
+        (install.ROOT / "cuda" / apart / "runtime.cpp").write_text("")
+        install.bring_up_to_date(cpu)
     module = install.ROOT / "pipelines" / "sources" / "new.py"
     module.parent.mkdir(parents=True)
     module.write_text("")
