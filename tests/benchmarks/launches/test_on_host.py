@@ -35,6 +35,16 @@ def test_tensors_of_the_cpu_are_left_alone() -> None:
     assert torch.equal(x.grad, 2 * x.detach()) and value == (x.detach() ** 2).sum()
 
 
+def test_another_than_the_cpu_computes_an_operator() -> None:
+    def doubled(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 2 * (x + y)
+
+    x = torch.arange(3.0)
+    mode = ComputeOnHost({aten.add.Tensor: doubled})
+    assert mode._computed(aten.add.Tensor, (x, x), {}).tolist() == [0, 4, 8]
+    assert mode._computed(aten.mul.Tensor, (x, x), {}).tolist() == [0, 1, 4]
+
+
 def test_attention_of_cuda_is_that_of_the_cpu() -> None:
     """Forward and backward of both operators, against torch's own attention and autograd."""
     rng = torch.Generator().manual_seed(0)
