@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,9 +110,11 @@ def _masked_attention(
 
 def _masked_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor,
-    logsumexp: Tensor, seed: object, offset: object, dropout: float, wanted: object,
+    logsumexp: Tensor, seed: object, offset: object, dropout: float, wanted: Sequence[bool],
     causal: bool = False, *, scale: float | None = None,
 ) -> Any:  # fmt: skip
+    if wanted[3]:
+        raise NotImplementedError("attention: no operator of the CPU has the gradient by its bias")
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     sums = logsumexp[..., : q.shape[-2]]
     return backward(grad, q, k, v, out, sums, dropout, causal, attn_mask=bias, scale=scale)
