@@ -42,14 +42,26 @@ TERMS = ("intra", "inter", "category", "caption")
 # roundings of the smallest gradients differ by, which it would divide by as little.
 ADAMW = ("--optim.matrices", "adamw", "--optim.eps", "1e-6")
 FP32 = ("--precision", "fp32", *ADAMW)
-BF16 = ("--precision", "bf16", *ADAMW)
+# A first step of AdamW follows signs, and those of small gradients differ in bf16: small steps.
+BF16 = ("--precision", "bf16", *ADAMW, "--optim.lr", "1e-4")
 CLOSE = 5e-6  # relative, of losses, and absolute, of weights
-CLOSE_IN_BF16 = 2**-7
+CLOSE_IN_BF16 = 2**-8  # relative, of losses: half a unit in the last place
+# Convolutions in bf16 are other algorithms by way of CUDA: their rounding shows in the first step.
+CLOSE_WITH_CONVOLUTIONS = 2**-6
 
-HOPPER = {f"boltzmann_{name}_hopper_kernel" for name in ("sums", "logit_grads", "feature_grads")}
-MMA = {f"boltzmann_{name}_kernel" for name in ("sums", "logit_grads", "feature_grads")}
-# Of the fallback to exact shifts, which these steps launch and the device skips
-EXACT = {"boltzmann_sums_kernel"}
+# Kernels of a step of the demo; those of logits and gradients differ by card and precision.
+ALWAYS = {
+    "mask_mix_kernel",
+    *(f"gaussian_{name}kernel" for name in ("", "product_", "value_", "bwd_")),
+    *(f"boltzmann_{name}_kernel" for name in ("sums", "maxima", "reduce", "total")),
+}
+BY_MMA = {f"boltzmann_{name}_kernel" for name in ("logit_grads", "feature_grads")}
+BY_WARPGROUPS = {
+    f"boltzmann_{name}_hopper_kernel" for name in ("sums", "logit_grads", "feature_grads")
+}
+DCNV3 = {"dcnv3_kernel", "dcnv3_bwd_kernel"}
+ROUNDED = {"dcnv3_round_kernel"}  # in bf16 gradients are summed in float32
+DETERMINISTIC = {f"dcnv3_{name}_kernel" for name in ("largest", "scatter", "sums")}
 
 
 def launch_of(record: dict[str, Any]) -> Launch:
@@ -97,12 +109,12 @@ def run(
 def train(
     folder: Path, recipe: str, ops: tuple[str, ...], *flags: str, card: str = "h100"
 ) -> Trained:
-    """Train, and hold that all operators and launches are those expected."""
+    """Train, and hold that operators of each op were computed, and launches those of CUDA."""
     done = run(folder, recipe, ops, *flags, card=card)
     assert done.returncode == 0, done.stderr[-3000:]
     trained = Trained(folder, **json.loads(done.stdout.splitlines()[-1]))
     computed = {name for name, found in trained.operators.items() if found["calls"] > 0}
-    assert computed == set().union(*(OPERATORS[op] for op in ops))
+    assert {op for op in ops if OPERATORS[op] & computed} == set(ops)
     asked, emulated = trained.asked_of_cuda(), trained.emulated()
     assert len(asked) == len(emulated) > 0
     for number, pair in enumerate(zip(asked, emulated, strict=True)):
@@ -143,26 +155,44 @@ def test_five_steps_in_float32_are_those_of_the_cpu(tmp_path: Path) -> None:
     trained = train(tmp_path, "demo", DEMO, *FP32)
     assert len(trained.losses["cuda"]) == 5
     assert {f"loss/{term}" for term in TERMS} < trained.losses["cuda"][0].keys()
-    assert kernels_of(trained) >= MMA
+    assert kernels_of(trained) == ALWAYS | BY_MMA
     expect_losses(trained, CLOSE)
     expect_weights(trained, CLOSE)
 
 
 def test_steps_in_bf16_run_the_kernels_of_hopper(tmp_path: Path) -> None:
-    trained = train(tmp_path, "demo", DEMO, *BF16, "--num-steps", "3")
-    assert kernels_of(trained) >= HOPPER
-    assert kernels_of(trained) & MMA == EXACT
+    trained = train(tmp_path, "demo", DEMO, *BF16, "--num-steps", "2")
+    assert kernels_of(trained) == ALWAYS | BY_WARPGROUPS
     clustered = {launch[0] for launch in trained.emulated() if launch[-1] == 2}
-    assert len(clustered) == len(HOPPER)
+    assert len(clustered) == len(BY_WARPGROUPS)
     expect_losses(trained, CLOSE_IN_BF16)
 
 
-def test_steps_of_an_internimage_sample_as_on_the_cpu(tmp_path: Path) -> None:
-    flags = (*FP32, "--num-steps", "2", "--data.batch-size", "4")
+def test_deterministic_steps_of_an_internimage_are_those_of_the_cpu(tmp_path: Path) -> None:
+    flags = (*FP32, "--deterministic", "--num-steps", "2", "--data.batch-size", "2")
     trained = train(tmp_path, "demo_internimage", INTERNIMAGE, *flags)
-    assert kernels_of(trained) >= {"dcnv3_kernel", "dcnv3_bwd_kernel"}
+    assert kernels_of(trained) == ALWAYS | BY_MMA | DCNV3 | DETERMINISTIC
     expect_losses(trained, CLOSE)
     expect_weights(trained, CLOSE)
+
+
+def test_steps_of_an_internimage_in_bf16_sample_as_on_the_cpu(tmp_path: Path) -> None:
+    flags = (*BF16, "--num-steps", "2", "--data.batch-size", "2")
+    trained = train(tmp_path, "demo_internimage", INTERNIMAGE, *flags)
+    assert kernels_of(trained) == ALWAYS | BY_WARPGROUPS | DCNV3 | ROUNDED
+    expect_losses(trained, CLOSE_WITH_CONVOLUTIONS)
+
+
+def test_no_kernel_is_left_out() -> None:
+    sources = sorted((ROOT / "cuda").glob("*/sm*/*.cuh"))
+    found = {
+        name
+        for source in sources
+        for name in re.findall(
+            r"__global__ void __launch_bounds__.*?(\w+_kernel)\(", source.read_text(), re.S
+        )
+    }
+    assert found == ALWAYS | BY_MMA | BY_WARPGROUPS | DCNV3 | ROUNDED | DETERMINISTIC
 
 
 def test_a_wrong_number_in_a_kernel_is_found_with_its_operator(tmp_path: Path) -> None:
@@ -182,12 +212,36 @@ def test_another_grid_is_found_though_its_numbers_are_right(tmp_path: Path) -> N
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("flags", "tolerance"), [(FP32, CLOSE), (BF16, CLOSE_IN_BF16)])
-@pytest.mark.parametrize(("recipe", "ops"), [("demo", DEMO), ("demo_internimage", INTERNIMAGE)])
+@pytest.mark.parametrize(
+    ("recipe", "ops", "flags", "tolerance"),
+    [
+        ("demo", DEMO, FP32, CLOSE),
+        ("demo", DEMO, BF16, CLOSE_IN_BF16),
+        ("demo_internimage", INTERNIMAGE, FP32, CLOSE),
+        ("demo_internimage", INTERNIMAGE, BF16, CLOSE_WITH_CONVOLUTIONS),
+    ],
+)
 def test_steps_on_an_a100_are_those_of_the_cpu(
     tmp_path: Path, recipe: str, ops: tuple[str, ...], flags: tuple[str, ...], tolerance: float
 ) -> None:
     flags = (*flags, "--num-steps", "2", "--data.batch-size", "16")
     trained = train(tmp_path, recipe, ops, *flags, card="a100")
-    assert kernels_of(trained) >= MMA and not kernels_of(trained) & HOPPER
+    assert kernels_of(trained) >= ALWAYS | BY_MMA
+    assert not kernels_of(trained) & BY_WARPGROUPS
     expect_losses(trained, tolerance)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("recipe", "op"),
+    [
+        ("demo_siglip", "boltzmann"),
+        ("demo_moco_v3", "boltzmann"),
+        ("demo_densecl", "boltzmann"),
+        ("demo_mae", "gaussian"),
+        ("demo_data2vec", "gaussian"),
+    ],
+)
+def test_steps_of_other_methods_are_those_of_the_cpu(tmp_path: Path, recipe: str, op: str) -> None:
+    trained = train(tmp_path, recipe, (op, "mask_mix"), *BF16, "--num-steps", "2")
+    expect_losses(trained, CLOSE_IN_BF16)
