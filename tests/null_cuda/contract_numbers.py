@@ -212,6 +212,7 @@ def test_another_grid_is_found_though_its_numbers_are_right(tmp_path: Path) -> N
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("card", ["a100", "b200"])
 @pytest.mark.parametrize(
     ("recipe", "ops", "flags", "tolerance"),
     [
@@ -221,11 +222,16 @@ def test_another_grid_is_found_though_its_numbers_are_right(tmp_path: Path) -> N
         ("demo_internimage", INTERNIMAGE, BF16, CLOSE_WITH_CONVOLUTIONS),
     ],
 )
-def test_steps_on_an_a100_are_those_of_the_cpu(
-    tmp_path: Path, recipe: str, ops: tuple[str, ...], flags: tuple[str, ...], tolerance: float
+def test_steps_on_other_cards_are_those_of_the_cpu(
+    tmp_path: Path,
+    recipe: str,
+    ops: tuple[str, ...],
+    flags: tuple[str, ...],
+    tolerance: float,
+    card: str,
 ) -> None:
-    flags = (*flags, "--num-steps", "2", "--data.batch-size", "16")
-    trained = train(tmp_path, recipe, ops, *flags, card="a100")
+    flags = (*flags, "--num-steps", "2", "--data.batch-size", "8")
+    trained = train(tmp_path, recipe, ops, *flags, card=card)
     assert kernels_of(trained) >= ALWAYS | BY_MMA
     assert not kernels_of(trained) & BY_WARPGROUPS
     expect_losses(trained, tolerance)

@@ -110,11 +110,12 @@ def _means_nothing(operator: Any, args: tuple[Any, ...]) -> bool:
 def held_operators(ops: list[str], folder: Path, architecture: int) -> dict[Any, Held]:
     """Return the operators of these ops by overload; the ops' sources are in folder/OP.
 
-    architecture: the emulated card's compute capability, times ten.
+    architecture: the emulated card's compute capability, times ten. Kernels are those that it would
+    run of build/cuda: 9.0's own, or 8.0's, whose PTX later cards compile.
     """
-    held = {}
+    held, compiled = {}, 90 if architecture == 90 else 80
     for op in ops:
-        found = emulator.emulated_operators(op, folder=folder, architecture=architecture)
+        found = emulator.emulated_operators(op, folder=folder, architecture=compiled)
         for name, by_cuda in found.items():
             overload = getattr(torch.ops.m3i, name).default
             held[overload] = Held(name, by_cuda, overload, architecture)
