@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,15 @@ def _on_host(value: Any) -> Any:
 
 
 class ComputeOnHost(TorchDispatchMode):
-    """Computes what is dispatched to CUDA while it is entered, backward passes included."""
+    """Computes what is dispatched to CUDA while it is entered, backward passes included.
+
+    computed_by: what computes an operator, by its overload, where it is not the CPU's own kernel.
+    It takes the operator's arguments as tensors of the CPU.
+    """
+
+    def __init__(self, computed_by: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+        super().__init__()
+        self._computed_by = {**OF_CPU, **(computed_by or {})}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -59,20 +67,19 @@ class ComputeOnHost(TorchDispatchMode):
             return NotImplemented  # a subclass dispatches its parts, which come here
         # Shapes that the device would have counted, and solvers that check what they have computed
         if torch.Tag.dynamic_output_shape in func.tags or "linalg" in func.name():
-            return _on_device(_computed(func, args, kwargs), args, kwargs)
+            return _on_device(self._computed(func, args, kwargs), args, kwargs)
         out = func(*args, **kwargs)
         tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
         if func.is_view or func.overloadpacket in NOT_COMPUTED:
             return out
         if not any(t.is_cuda for t in tensors):
             return out
-        return _filled(out, _computed(func, args, kwargs))
+        return _filled(out, self._computed(func, args, kwargs))
 
-
-def _computed(func: Any, args: Any, kwargs: Any) -> Any:
-    """Return what the CPU's operator gives for the same memory."""
-    of_cpu = OF_CPU.get(func, func)
-    return of_cpu(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
+    def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return what the operator gives on the host for the same memory."""
+        on_host = self._computed_by.get(func, func)
+        return on_host(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
 
 
 def _attention(
@@ -103,9 +110,11 @@ def _masked_attention(
 
 def _masked_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor,
-    logsumexp: Tensor, seed: object, offset: object, dropout: float, wanted: object,
+    logsumexp: Tensor, seed: object, offset: object, dropout: float, wanted: Sequence[bool],
     causal: bool = False, *, scale: float | None = None,
 ) -> Any:  # fmt: skip
+    if wanted[3]:
+        raise NotImplementedError("attention: no operator of the CPU has the gradient by its bias")
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     sums = logsumexp[..., : q.shape[-2]]
     return backward(grad, q, k, v, out, sums, dropout, causal, attn_mask=bias, scale=scale)

@@ -74,7 +74,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-extern "C" {
+// With C++ linkage: CUDA's own runtime, whose names are those of C, may be in the same process.
 M3I_EMULATOR_API const char* cudaGetErrorName(cudaError_t error);
 M3I_EMULATOR_API const char* cudaGetErrorString(cudaError_t error);
 // The error of the last failed launch; the first function also clears it.
@@ -95,7 +95,6 @@ M3I_EMULATOR_API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t 
                                              cudaMemcpyKind kind, cudaStream_t stream);
 M3I_EMULATOR_API cudaError_t cudaMemsetAsync(void* memory, int value, size_t size,
                                              cudaStream_t stream);
-}
 
 namespace m3i::emulator {
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from m3i_fast.benchmarks.launches.on_host import OF_CPU, ComputeOnHost, _filled, aten, host_alias
 
@@ -35,30 +36,69 @@ def test_tensors_of_the_cpu_are_left_alone() -> None:
     assert torch.equal(x.grad, 2 * x.detach()) and value == (x.detach() ** 2).sum()
 
 
-def test_attention_of_cuda_is_that_of_the_cpu() -> None:
-    """Forward and backward of both operators, against torch's own attention and autograd."""
+def test_another_than_the_cpu_computes_an_operator() -> None:
+    def doubled(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return 2 * (x + y)
+
+    x = torch.arange(3.0)
+    mode = ComputeOnHost({aten.add.Tensor: doubled})
+    assert mode._computed(aten.add.Tensor, (x, x), {}).tolist() == [0, 4, 8]
+    assert mode._computed(aten.mul.Tensor, (x, x), {}).tolist() == [0, 1, 4]
+
+
+FLASH = aten._scaled_dot_product_flash_attention.default
+FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_backward.default
+MASKED = aten._scaled_dot_product_efficient_attention.default
+MASKED_BACKWARD = aten._scaled_dot_product_efficient_attention_backward.default
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    """Attention by its definition, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + bias.double()
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -torch.inf)
+    return logits.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("keys", [7, 40])  # CUDA pads a row's sums to multiples of 32
+@pytest.mark.parametrize(("causal", "scale"), [(False, None), (True, None), (False, 0.3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_cuda_is_that_of_the_cpu(
+    keys: int, causal: bool, scale: float | None, masked: bool
+) -> None:
+    """Forward and backward of both operators, as CUDA's autograd calls them."""
     rng = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 7, 8, generator=rng, requires_grad=True) for _ in range(3))
-    bias = torch.randn(2, 3, 7, 7, generator=rng)
-    grad = torch.randn(2, 3, 7, 8, generator=rng)
-    flash = aten._scaled_dot_product_flash_attention
-    masked = aten._scaled_dot_product_efficient_attention
-    for forward, backward, mask in (
-        (flash.default, aten._scaled_dot_product_flash_attention_backward.default, None),
-        (masked.default, aten._scaled_dot_product_efficient_attention_backward.default, bias),
-    ):
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        grads = torch.autograd.grad(expected, (q, k, v), grad)
-        inputs = [x.detach() for x in (q, k, v)]
-        if mask is None:
-            out, sums = OF_CPU[forward](*inputs)
-            got = OF_CPU[backward](
-                grad, *inputs, out, sums, None, None, 7, 7, 0.0, False, None, None
-            )
-        else:
-            out, sums = OF_CPU[forward](*inputs, mask, True)
-            assert sums.shape[-1] == 32  # as CUDA's kernel aligns it
-            got = OF_CPU[backward](grad, *inputs, mask, out, sums, None, None, 0.0, None)
-        torch.testing.assert_close(out, expected)
-        for ours, theirs in zip(got, grads, strict=False):
-            torch.testing.assert_close(ours, theirs)
+    queries = keys if causal else 33
+    q, grad = (torch.randn(2, 3, queries, 8, generator=rng) for _ in range(2))
+    k, v = (torch.randn(2, 3, keys, 8, generator=rng) for _ in range(2))
+    bias = torch.randn(2, 3, queries, keys, generator=rng) if masked else None
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = attend(*leaves, bias, causal, scale)
+    grads = torch.autograd.grad(expected, leaves, grad.double())
+    if masked:
+        out, sums = OF_CPU[MASKED](q, k, v, bias, True, 0.0, causal, scale=scale)
+        assert sums.shape[-1] % 32 == 0
+        wanted = (True, True, True, False)
+        saved = (q, k, v, bias, out, sums, None, None, 0.0, wanted, causal)
+        got = OF_CPU[MASKED_BACKWARD](grad, *saved, scale=scale)
+    else:
+        out, sums = OF_CPU[FLASH](q, k, v, 0.0, causal, scale=scale)
+        sizes = None, None, queries, keys
+        saved = (q, k, v, out, sums, *sizes, 0.0, causal, None, None)
+        got = OF_CPU[FLASH_BACKWARD](grad, *saved, scale=scale)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(got[:3], grads, strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_by_the_bias_of_attention_is_refused() -> None:
+    q = torch.ones(1, 1, 4, 8)
+    bias, sums = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 32)
+    saved = (q, q, q, bias, q, sums, None, None, 0.0, (True, True, True, True))
+    with pytest.raises(NotImplementedError, match="by its bias"):
+        OF_CPU[MASKED_BACKWARD](q, *saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from functools import cache
 from pathlib import Path
 
@@ -61,6 +62,23 @@ def test_block_sum(width: int) -> None:
     values, sums = emulator.guarded(torch.randn(3, width)), empty(3)
     run("block", "block_sum", values, sums, 3, width)
     torch.testing.assert_close(sums.double(), values.double().sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_launches_are_logged(tmp_path: Path) -> None:
+    """Those that a kernel was asked for, with what nvcc and g++ call it, also if it is refused."""
+    log = tmp_path / "launches.jsonl"
+    values = emulator.guarded(torch.zeros(33, 70))
+    with emulator.logged_launches(log):
+        run("block", "transpose", values, empty(70, 33), 33, 70)
+        assert call("block", "block_sum", values, empty(3), 0, 70) == INVALID_CONFIGURATION
+    run("block", "transpose", values, empty(70, 33), 33, 70)
+    transpose, refused = map(json.loads, log.read_text().splitlines())
+    assert (
+        transpose.pop("name")
+        == "(anonymous namespace)::transpose_kernel(float const*, float*, int, int)"
+    )
+    assert transpose == {"grid": [3, 2, 1], "block": [32, 8, 1], "shared": 0}
+    assert refused["grid"] == [0, 1, 1] and "::block_sum_kernel(" in refused["name"]
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (1, 1), (33, 70), (100, 40)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import random
 import re
 import shutil
@@ -161,6 +162,14 @@ def test_limits_of_a_cluster(blocks: int, cluster: int, architecture: int, error
     pointers = map(emulator.to_c, (integers(blocks, 64), integers(blocks, 64)))
     with emulator.emulated_gpu(architecture):
         assert ctypes.CDLL(str(library)).exchange(*pointers, blocks, cluster) == error
+
+
+def test_a_logged_launch_has_its_cluster(tmp_path: Path) -> None:
+    log = tmp_path / "launches.jsonl"
+    with emulator.logged_launches(log):
+        run("cluster", "exchange", integers(6, 64), integers(6, 64), 6, 2)
+    launch = json.loads(log.read_text())
+    assert (launch["grid"], launch["cluster"], launch["shared"]) == ([6, 1, 1], 2, 64 * 4)
 
 
 def test_cluster_barriers_are_single_instructions(tmp_path: Path) -> None:

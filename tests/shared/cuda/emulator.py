@@ -63,7 +63,7 @@ def _torch_root() -> Path:
 
 
 def _digest(files: Sequence[Path], *options: str) -> str:
-    digest = hashlib.sha256("\0".join((torch.__version__, *options)).encode())
+    digest = hashlib.sha256("\0".join(options).encode())
     digest.update(Path(__file__).read_bytes())
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
@@ -103,28 +103,31 @@ def runtime() -> ctypes.CDLL:
         _run("g++", *options, *sources, "-o", library, *link, f"-Wl,-soname,{library.name}")
 
     files = [*sources, *(EMULATOR / "runtime").rglob("*.h"), *_headers()]
-    library = _cached(f"runtime-{_digest(files)}.so", build)
+    library = _cached(f"runtime-{_digest(files, torch.__version__)}.so", build)
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     loaded.m3i_emulator_report.restype = ctypes.c_char_p
     return loaded
 
 
-def _compile_kernels(source: Path, made: Path, options: list[str]) -> Path:
-    """To an object in which an untouchable gap follows each shared variable.
+def _compile_kernels(source: Path, name: str, options: list[str]) -> Path:
+    """To an object, kept under a name, in which an untouchable gap follows each shared variable.
 
     C++ has no way to ask for one, so it is added to the assembler's text: the only thread-local
-    variables of a kernel's source are its shared ones.
+    variables of a kernel's source are its shared ones. Kernels know no torch: every one shares it.
     """
-    assembly = made.with_suffix(".s")
-    _run("g++", *_KERNEL, *options, "-S", source, "-o", assembly)
-    # A .zero is all there is of a variable in a section .tbss.
-    sections = re.split(r"(?=\n\t\.section\t)", assembly.read_text())
-    for i, section in enumerate(sections):
-        if section.startswith("\n\t.section\t.tbss"):
-            sections[i] = re.sub(r"(\n\t\.zero\t\d+)", r"\1 + 64", section)
-    assembly.write_text("".join(sections))
-    _run("g++", "-c", assembly, "-o", made)
-    return made
+
+    def build(made: Path, _: Path) -> None:
+        assembly = made.with_suffix(".s")
+        _run("g++", *_KERNEL, *options, "-S", source, "-o", assembly)
+        # A .zero is all there is of a variable in a section .tbss.
+        sections = re.split(r"(?=\n\t\.section\t)", assembly.read_text())
+        for i, section in enumerate(sections):
+            if section.startswith("\n\t.section\t.tbss"):
+                sections[i] = re.sub(r"(\n\t\.zero\t\d+)", r"\1 + 64", section)
+        assembly.write_text("".join(sections))
+        _run("g++", "-c", assembly, "-o", made)
+
+    return _cached(name, build)
 
 
 def _compile_host(source: Path, options: list[str]) -> Path:
@@ -136,7 +139,7 @@ def _compile_host(source: Path, options: list[str]) -> Path:
     options += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     files = [source, *source.parent.rglob("*.h"), *_headers()]
     return _cached(
-        f"{source.stem}-{_digest(files)}.o",
+        f"{source.stem}-{_digest(files, torch.__version__)}.o",
         lambda made, _: _run("g++", *options, "-c", source, "-o", made),
     )
 
@@ -156,23 +159,24 @@ def build_kernels(
     include: Sequence[Path] = (CUDA,),
     architecture: int = 80,
 ) -> Path:
-    """A library of `.cu` sources, instrumented, and of host sources that use torch.
+    """A library of `.cu` sources, one a folder, instrumented, and of host sources that use torch.
 
     Its `include` folders are those where the op's own folder is found.
     """
     runtime_library = Path(runtime()._name)
     rooms = {_room_of(source, include) for source in [*kernels, *host]}
     files = [path for room in rooms for path in room.rglob("*.*")]
-    digest = _digest([*files, *_headers()], str(architecture), runtime_library.name)
-    name = f"{_room_of(kernels[0], include).name if host else kernels[0].stem}-{digest}.so"
+    digest = _digest([*files, *_headers()], str(architecture))
+    room = _room_of(kernels[0], include).name if host else kernels[0].stem
+    name = f"{room}-{_digest([], digest, runtime_library.name)}.so"
     options = [f"-I{EMULATOR / 'include'}", f"-I{CUDA / 'include'}", *(f"-I{i}" for i in include)]
     options += ["-DM3I_EMULATOR"]
 
     def build(library: Path, folder: Path) -> None:
         for_kernels = [*options, f"-D__CUDA_ARCH__={architecture}0"]
         objects = [
-            _compile_kernels(source, folder / f"kernels{number}.o", for_kernels)
-            for number, source in enumerate(kernels)
+            _compile_kernels(source, f"{room}-{source.parent.name}-{digest}.o", for_kernels)
+            for source in kernels
         ]
         objects += [_compile_host(source, options) for source in host]
         link = ["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", runtime_library, "-lm"]
@@ -279,16 +283,39 @@ def delayed_copies() -> Iterator[None]:
         runtime().m3i_emulator_delay_copies(False)
 
 
+def emulated_operators(
+    op: str, *, folder: Path = CUDA, architecture: int = 80
+) -> dict[str, Callable[..., object]]:
+    """What folder/<op>/op_cuda.cpp registers, by name, as functions of CPU tensors.
+
+    They are to be called within `emulated_gpu` of the same architecture.
+    """
+    namespace, _ = _load_op(op, folder, architecture)
+    return {
+        name: _emulated_kernel(getattr(getattr(torch.ops, namespace), name).default)
+        for name in _registered_in(folder / op / "op_cuda.cpp")
+    }
+
+
+@contextmanager
+def logged_launches(file: Path) -> Iterator[None]:
+    """Within it, each launch is a line of JSON at the end of the file (runtime/launch/log.h)."""
+    runtime().m3i_emulator_log_launches(str(file).encode())
+    try:
+        yield
+    finally:
+        runtime().m3i_emulator_log_launches(None)
+
+
 @contextmanager
 def emulated(op: str, *, folder: Path = CUDA, architecture: int = 80) -> Iterator[None]:
     """Within it, m3i's ops of folder/<op>/op_cuda.cpp run their CUDA kernels on CPU tensors."""
-    namespace, _ = _load_op(op, folder, architecture)
+    operators = emulated_operators(op, folder=folder, architecture=architecture)
     override = torch.library.Library("m3i", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
-        for name in _registered_in(folder / op / "op_cuda.cpp"):
-            emulated_op = getattr(getattr(torch.ops, namespace), name).default
-            override.impl(name, _emulated_kernel(emulated_op), "CPU", allow_override=True)
+        for name, kernel in operators.items():
+            override.impl(name, kernel, "CPU", allow_override=True)
     try:
         with emulated_gpu(architecture):
             yield

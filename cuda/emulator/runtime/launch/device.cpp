@@ -27,8 +27,6 @@ void m3i_emulator_set_architecture(int compute_capability) { architecture = comp
 
 }  // namespace m3i::emulator
 
-extern "C" {
-
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -94,5 +92,4 @@ const char* cudaGetErrorName(cudaError_t error) {
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) { M3I_ERRORS(M3I_TEXT) }
   return "unrecognized error code";
-}
 }

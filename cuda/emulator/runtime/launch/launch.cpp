@@ -2,6 +2,7 @@
 #include "emulator/launch.h"
 
 #include "runtime/launch/device.h"
+#include "runtime/launch/log.h"
 #include "runtime/launch/module.h"
 #include "runtime/launch/report.h"
 #include "runtime/launch/signals.h"
@@ -127,6 +128,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    void (*invoke)(void* closure), void* closure) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   forget_report();
+  log_launch(config, kernel, cluster_of(config));
   cudaError_t error = check_launch(config, kernel);
   if (error == cudaSuccess) {
     const Module* module = module_of(kernel);
@@ -164,13 +166,10 @@ void thread_fence() { running_block->fenced = true; }
 
 }  // namespace m3i::emulator
 
-extern "C" {
-
 cudaError_t cudaPeekAtLastError() { return m3i::emulator::last_error; }
 
 cudaError_t cudaGetLastError() {
   const cudaError_t error = m3i::emulator::last_error;
   m3i::emulator::last_error = cudaSuccess;
   return error;
-}
 }

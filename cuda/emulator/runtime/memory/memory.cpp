@@ -183,8 +183,6 @@ void scramble_shared() {
 
 using m3i::emulator::allocate_guarded;
 
-extern "C" {
-
 cudaError_t cudaMalloc(void** memory, size_t size) {
   *memory = allocate_guarded(size);
   return cudaSuccess;
@@ -203,5 +201,4 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyK
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t) {
   std::memset(memory, value, size);
   return cudaSuccess;
-}
 }

@@ -1,0 +1,253 @@
+"""Steps on the null device whose kernels of ours the emulator computes, from the very sources.
+
+Every operator of ours goes the way it goes on a GPU: `_C_cuda`'s host code asks the null runtime
+for its launches. Then its result is computed by the emulator's build of the same operator for the
+same card, and held to the CPU's kernel (`emulated_run`). What is held here: the emulator was asked
+for the same launches, and training goes on as on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m3i_fast.benchmarks.launches.trace import read_trace
+from scripts.null_cuda import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = ROOT / "build" / "null"
+
+Launch = tuple[str, tuple[int, ...], tuple[int, ...], int, int]
+
+# The operators of a step, by the op that they belong to.
+OPERATORS = {
+    "boltzmann": {"boltzmann_maxima", "boltzmann_sums", "boltzmann_grads"},
+    "dcnv3": {"dcnv3", "dcnv3_bwd"},
+    "gaussian": {"gaussian", "gaussian_bwd"},
+    "mask_mix": {"mask_mix"},
+}
+DEMO = ("boltzmann", "gaussian", "mask_mix")
+INTERNIMAGE = (*DEMO, "dcnv3")
+TERMS = ("intra", "inter", "category", "caption")
+
+# AdamW, since on a GPU Muon's iterations are in bf16; with an epsilon that is larger than what
+# roundings of the smallest gradients differ by, which it would divide by as little.
+ADAMW = ("--optim.matrices", "adamw", "--optim.eps", "1e-6")
+FP32 = ("--precision", "fp32", *ADAMW)
+# A first step of AdamW follows signs, and those of small gradients differ in bf16: small steps.
+BF16 = ("--precision", "bf16", *ADAMW, "--optim.lr", "1e-4")
+CLOSE = 5e-6  # relative, of losses, and absolute, of weights
+CLOSE_IN_BF16 = 2**-8  # relative, of losses: half a unit in the last place
+# Convolutions in bf16 are other algorithms by way of CUDA: their rounding shows in the first step.
+CLOSE_WITH_CONVOLUTIONS = 2**-6
+
+# Kernels of a step of the demo; those of logits and gradients differ by card and precision.
+ALWAYS = {
+    "mask_mix_kernel",
+    *(f"gaussian_{name}kernel" for name in ("", "product_", "value_", "bwd_")),
+    *(f"boltzmann_{name}_kernel" for name in ("sums", "maxima", "reduce", "total")),
+}
+BY_MMA = {f"boltzmann_{name}_kernel" for name in ("logit_grads", "feature_grads")}
+BY_WARPGROUPS = {
+    f"boltzmann_{name}_hopper_kernel" for name in ("sums", "logit_grads", "feature_grads")
+}
+DCNV3 = {"dcnv3_kernel", "dcnv3_bwd_kernel"}
+ROUNDED = {"dcnv3_round_kernel"}  # in bf16 gradients are summed in float32
+DETERMINISTIC = {f"dcnv3_{name}_kernel" for name in ("largest", "scatter", "sums")}
+
+
+def launch_of(record: dict[str, Any]) -> Launch:
+    """Return what a launch asks for: kernel, grid, block, dynamic shared bytes, cluster."""
+    grid, block = tuple(record["grid"]), tuple(record["block"])
+    return record["name"], grid, block, record["shared"], record.get("cluster", 1)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What both runs left."""
+
+    folder: Path
+    losses: dict[str, list[dict[str, float]]]  # by device
+    operators: dict[str, dict[str, float]]
+
+    def asked_of_cuda(self) -> list[Launch]:
+        """Return the launches of our kernels that the null runtime was asked for, in order."""
+        records = read_trace(self.folder / "trace.jsonl")
+        return [launch_of(r) for r in records if r["kind"] == "launch" and "m3i::" in r["name"]]
+
+    def emulated(self) -> list[Launch]:
+        """Return the launches that the emulator was asked for, in order."""
+        lines = (self.folder / "emulated.jsonl").read_text().splitlines()
+        return [launch_of(json.loads(line)) for line in lines]
+
+    def weights(self, device: str) -> dict[str, torch.Tensor]:
+        """Return the objective's weights and buffers after the last step."""
+        loaded: dict[str, torch.Tensor] = torch.load(self.folder / f"{device}.pt")
+        return loaded
+
+
+def run(
+    folder: Path, recipe: str, ops: tuple[str, ...], *flags: str, card: str = "h100"
+) -> subprocess.CompletedProcess[str]:
+    """Train on the CPU and on the null device; return the process."""
+    variables = environment(LIBRARIES, trace=folder / "trace.jsonl", root=ROOT, card=card)
+    command = [sys.executable, "-m", "tests.null_cuda.emulated_run", str(folder), recipe]
+    return subprocess.run(
+        [*command, ",".join(ops), *flags],
+        env=variables, capture_output=True, text=True, timeout=900, cwd=ROOT,
+    )  # fmt: skip
+
+
+def train(
+    folder: Path, recipe: str, ops: tuple[str, ...], *flags: str, card: str = "h100"
+) -> Trained:
+    """Train, and hold that operators of each op were computed, and launches those of CUDA."""
+    done = run(folder, recipe, ops, *flags, card=card)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = Trained(folder, **json.loads(done.stdout.splitlines()[-1]))
+    computed = {name for name, found in trained.operators.items() if found["calls"] > 0}
+    assert {op for op in ops if OPERATORS[op] & computed} == set(ops)
+    asked, emulated = trained.asked_of_cuda(), trained.emulated()
+    assert len(asked) == len(emulated) > 0
+    for number, pair in enumerate(zip(asked, emulated, strict=True)):
+        assert pair[0] == pair[1], f"launch {number}: expected as asked of CUDA"
+    return trained
+
+
+def expect_losses(trained: Trained, tolerance: float) -> None:
+    """Hold every loss of every step to the CPU's."""
+    steps = list(zip(trained.losses["cpu"], trained.losses["cuda"], strict=True))
+    for on_cpu, on_cuda in steps:
+        names = [name for name in on_cpu if name.startswith("loss/")]
+        assert len(names) >= 2
+        assert {name: on_cuda[name] for name in names} == pytest.approx(
+            {name: on_cpu[name] for name in names}, rel=tolerance
+        ), f"step {on_cpu['step']}"
+
+
+def expect_weights(trained: Trained, tolerance: float) -> None:
+    """Hold all weights and buffers after the last step to the CPU's, each number."""
+    on_cpu, on_cuda = trained.weights("cpu"), trained.weights("cuda")
+    assert on_cpu.keys() == on_cuda.keys()
+    errors = {
+        name: (on_cuda[name].double() - value.double()).abs().max().item()
+        for name, value in on_cpu.items()
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= tolerance, f"{worst}: expected within {tolerance}, got {errors[worst]}"
+
+
+def kernels_of(trained: Trained) -> set[str]:
+    """Return the names of the kernels that were launched and emulated."""
+    names = (launch[0].split("<")[0].split("(")[0] for launch in trained.emulated())
+    return {name.rsplit("::", 1)[-1] for name in names}
+
+
+def test_five_steps_in_float32_are_those_of_the_cpu(tmp_path: Path) -> None:
+    trained = train(tmp_path, "demo", DEMO, *FP32)
+    assert len(trained.losses["cuda"]) == 5
+    assert {f"loss/{term}" for term in TERMS} < trained.losses["cuda"][0].keys()
+    assert kernels_of(trained) == ALWAYS | BY_MMA
+    expect_losses(trained, CLOSE)
+    expect_weights(trained, CLOSE)
+
+
+def test_steps_in_bf16_run_the_kernels_of_hopper(tmp_path: Path) -> None:
+    trained = train(tmp_path, "demo", DEMO, *BF16, "--num-steps", "2")
+    assert kernels_of(trained) == ALWAYS | BY_WARPGROUPS
+    clustered = {launch[0] for launch in trained.emulated() if launch[-1] == 2}
+    assert len(clustered) == len(BY_WARPGROUPS)
+    expect_losses(trained, CLOSE_IN_BF16)
+
+
+def test_deterministic_steps_of_an_internimage_are_those_of_the_cpu(tmp_path: Path) -> None:
+    flags = (*FP32, "--deterministic", "--num-steps", "2", "--data.batch-size", "2")
+    trained = train(tmp_path, "demo_internimage", INTERNIMAGE, *flags)
+    assert kernels_of(trained) == ALWAYS | BY_MMA | DCNV3 | DETERMINISTIC
+    expect_losses(trained, CLOSE)
+    expect_weights(trained, CLOSE)
+
+
+def test_steps_of_an_internimage_in_bf16_sample_as_on_the_cpu(tmp_path: Path) -> None:
+    flags = (*BF16, "--num-steps", "2", "--data.batch-size", "2")
+    trained = train(tmp_path, "demo_internimage", INTERNIMAGE, *flags)
+    assert kernels_of(trained) == ALWAYS | BY_WARPGROUPS | DCNV3 | ROUNDED
+    expect_losses(trained, CLOSE_WITH_CONVOLUTIONS)
+
+
+def test_no_kernel_is_left_out() -> None:
+    sources = sorted((ROOT / "cuda").glob("*/sm*/*.cuh"))
+    found = {
+        name
+        for source in sources
+        for name in re.findall(
+            r"__global__ void __launch_bounds__.*?(\w+_kernel)\(", source.read_text(), re.S
+        )
+    }
+    assert found == ALWAYS | BY_MMA | BY_WARPGROUPS | DCNV3 | ROUNDED | DETERMINISTIC
+
+
+def test_a_wrong_number_in_a_kernel_is_found_with_its_operator(tmp_path: Path) -> None:
+    flags = ("--fault", "number", *FP32, "--num-steps", "1")
+    done = run(tmp_path, "demo", DEMO, *flags)
+    assert done.returncode != 0
+    assert re.search(r"m3i::mask_mix, result 0 .* by CUDA's kernels: expected", done.stderr)
+
+
+def test_another_grid_is_found_though_its_numbers_are_right(tmp_path: Path) -> None:
+    flags = ("--fault", "grid", *FP32, "--num-steps", "1")
+    with pytest.raises(AssertionError, match="launch 0: expected as asked of CUDA"):
+        train(tmp_path, "demo", DEMO, *flags)
+
+
+# ---- Too long for CI -----------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("card", ["a100", "b200"])
+@pytest.mark.parametrize(
+    ("recipe", "ops", "flags", "tolerance"),
+    [
+        ("demo", DEMO, FP32, CLOSE),
+        ("demo", DEMO, BF16, CLOSE_IN_BF16),
+        ("demo_internimage", INTERNIMAGE, FP32, CLOSE),
+        ("demo_internimage", INTERNIMAGE, BF16, CLOSE_WITH_CONVOLUTIONS),
+    ],
+)
+def test_steps_on_other_cards_are_those_of_the_cpu(
+    tmp_path: Path,
+    recipe: str,
+    ops: tuple[str, ...],
+    flags: tuple[str, ...],
+    tolerance: float,
+    card: str,
+) -> None:
+    flags = (*flags, "--num-steps", "2", "--data.batch-size", "8")
+    trained = train(tmp_path, recipe, ops, *flags, card=card)
+    assert kernels_of(trained) >= ALWAYS | BY_MMA
+    assert not kernels_of(trained) & BY_WARPGROUPS
+    expect_losses(trained, tolerance)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("recipe", "op"),
+    [
+        ("demo_siglip", "boltzmann"),
+        ("demo_moco_v3", "boltzmann"),
+        ("demo_densecl", "boltzmann"),
+        ("demo_mae", "gaussian"),
+        ("demo_data2vec", "gaussian"),
+    ],
+)
+def test_steps_of_other_methods_are_those_of_the_cpu(tmp_path: Path, recipe: str, op: str) -> None:
+    trained = train(tmp_path, recipe, (op, "mask_mix"), *BF16, "--num-steps", "2")
+    expect_losses(trained, CLOSE_IN_BF16)
