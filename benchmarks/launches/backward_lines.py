@@ -33,14 +33,14 @@ def marked_backward(mark: Callable[[bytes], object], root: Path) -> Iterator[Non
             node.register_prehook(_marking(mark, f"{BACKWARD}{_line_of(node, root) or '?'}"))
         return run(outputs, *args, **kwargs)
 
-    torch.autograd._engine_run_backward = run_marked  # type: ignore[attr-defined]
+    torch.autograd._engine_run_backward = run_marked  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Anomaly Detection has been enabled")
             with torch.autograd.set_detect_anomaly(True, check_nan=False):
                 yield
     finally:
-        torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
+        torch.autograd._engine_run_backward = run
 
 
 def _marking(mark: Callable[[bytes], object], text: str) -> Callable[[Any], None]:

@@ -102,7 +102,7 @@ class MeasuredSteps(MarkedSteps):
                 planted(metrics["loss/total"].detach())
                 return metrics
 
-            self._step = step_with_plant
+            self._step = step_with_plant  # type: ignore[assignment]
 
     def __call__(self, step: TrainStep, *batches: Batch, monitor: bool) -> dict[str, Tensor]:
         """Take the step, with the allocator's peak and lines where it is the steady one."""
