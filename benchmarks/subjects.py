@@ -26,6 +26,10 @@ SUBJECTS = {
         "scaling.main",
         "images/s and efficiency over ranks of this machine, and a prediction beyond it",
     ),
+    "launches": (
+        "launches.main",
+        "launches, copies, waits and memory of each recipe's step, without a GPU",
+    ),
     "loader": (
         "loader.main",
         "our loader beside torchvision and webdataset, and beside decoding alone",

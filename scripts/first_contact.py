@@ -2,7 +2,8 @@
 
     make first-contact [ARGS="pytest's arguments"]
 
-Builds build/cuda and the null CUDA runtime (cuda/null/README.md) into build/null.
+Builds build/cuda and the null CUDA runtime (cuda/null/README.md) into build/null. Tests that are
+marked nightly run with ARGS="-m nightly" alone.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ def main() -> None:
     """Bring both up to date and run the contract tests."""
     cuda_environment.bring_up_to_date()
     null_cuda.build(cuda_environment.site_packages(), LIBRARIES)
-    tests = ["-o", "python_files=contract_*.py", "tests/null_cuda", *sys.argv[1:]]
-    install.run(cuda_environment.PYTHON, "-m", "pytest", *tests)
+    install.run(cuda_environment.PYTHON, "-m", "pytest", *pytest_arguments(sys.argv[1:]))
+
+
+def pytest_arguments(asked: list[str]) -> list[str]:
+    """Return pytest's arguments: all contract tests but the nightly ones, unless -m is asked."""
+    marked = any(argument.startswith("-m") for argument in asked)
+    chosen = [] if marked else ["-m", "not nightly"]
+    return ["-o", "python_files=contract_*.py", *chosen, "tests/null_cuda", *asked]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Build the null CUDA runtime (cuda/null) for a torch with CUDA, and say how to run on it.
+"""Build the null CUDA runtime (cuda/null) for a torch with CUDA, and run programs on it.
+
+    build/cuda/bin/python -m scripts.null_cuda [SETTING=VALUE ...] COMMAND ...
+
+A setting is what follows NULL_CUDA_ in lower case: card=a100 trace=trace.jsonl.
 
 Standard library alone: it is run by the python of the environment that it is built for. What the
 sources do not define is generated from the names that the environment's own libraries export.
@@ -9,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,3 +132,18 @@ def environment(libraries: Path, **settings: object) -> dict[str, str]:
     preload = " ".join(str(libraries / library.soname) for library in LIBRARIES)
     named = {f"NULL_CUDA_{name.upper()}": str(value) for name, value in settings.items()}
     return {**os.environ, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1", **named}
+
+
+def main() -> None:
+    """Run a command on the null runtime of build/null, in the place of this process."""
+    arguments, settings = sys.argv[1:], {}
+    while arguments and "=" in arguments[0]:
+        name, _, value = arguments.pop(0).partition("=")
+        settings[name] = value
+    if not arguments:
+        sys.exit(f"expected a command after the settings, got none\n\n{__doc__}")
+    os.execvpe(arguments[0], arguments, environment(ROOT / "build" / "null", **settings))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import cuda_environment, te_contract
+from scripts import cuda_environment, first_contact, te_contract
 
 
 @pytest.fixture
@@ -56,3 +56,10 @@ def test_the_constraints_pin_exactly() -> None:
     lines = cuda_environment.CONSTRAINTS.read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(pin.count("==") == 1 for pin in pins) and "torch==2.15.0" in pins
+
+
+def test_nightly_tests_are_left_out_unless_a_marker_is_asked_for() -> None:
+    plain = first_contact.pytest_arguments(["-k", "demo", "--maxfail=1"])
+    assert plain[2:] == ["-m", "not nightly", "tests/null_cuda", "-k", "demo", "--maxfail=1"]
+    for asked in (["-m", "nightly"], ["-mnightly"]):
+        assert first_contact.pytest_arguments(asked)[2:] == ["tests/null_cuda", *asked]

@@ -18,7 +18,7 @@ KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
         ("library", "library call stream", "capture line"),
         ("copy", "call from to bytes stream", "capture line"),
         ("collective", "call stream bytes rank ranks communicator", "capture line"),
-        ("fill", "bytes stream", "capture"),
+        ("fill", "bytes stream", "capture line"),
         ("wait", "call stream", "line"),
         ("allocate", "side bytes", "line"),
         ("free", "side bytes", ""),
@@ -31,6 +31,8 @@ KEYS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     )
 }
 EVERY_KIND = frozenset({"kind", "thread", "device"})
+
+BACKWARD = "backward of "  # a mark of backward_lines.py: what follows on its thread is so
 
 Record = dict[str, Any]
 
@@ -104,13 +106,22 @@ class StepTrace:
 
 
 def split_at_marks(records: Iterable[Record]) -> list[StepTrace]:
-    """Return what follows each mark up to the next; what precedes the first is named "start"."""
+    """Return what follows each mark up to the next; what precedes the first is named "start".
+
+    Marks of a backward pass begin no step: what its thread launches from there on has their line.
+    """
     steps = [StepTrace("start")]
+    backward: dict[int, str] = {}
     for record in records:
-        if record["kind"] == "mark":
-            steps.append(StepTrace(record["name"]))
+        if record["kind"] != "mark":
+            line = backward.get(record["thread"])
+            own = record["kind"] not in ("launch", "library", "copy", "fill") or "line" in record
+            steps[-1].records.append(record if own or not line else {**record, "line": line})
+        elif record["name"].startswith(BACKWARD):
+            backward[record["thread"]] = record["name"]
         else:
-            steps[-1].records.append(record)
+            steps.append(StepTrace(record["name"]))
+            backward.clear()
     return steps
 
 

@@ -16,12 +16,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.benchmarks.ledger import launches_table
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.ledger.demo_table import table as demo_table
 from m3i_fast.benchmarks.ledger.rows import Row
 from m3i_fast.op_registry import OPS
 
-FILES = ("README.md", "docs/measure/performance.md", "docs/measure/comparing.md")
+FILES = (
+    *("README.md", "docs/measure/performance.md", "docs/measure/comparing.md"),
+    "docs/measure/launches.md",
+)
 MARKED = re.compile(r"(<!-- ledger:(\w+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)
 OURS = "m3i_fast"
 ABSENT = "not measured yet"
@@ -387,10 +391,24 @@ def gate() -> str:
     return f"{markdown(head, lines)}\n\n{source(rows, words)}"
 
 
+def launches() -> str:
+    """Return what a step of each recipe asks of a GPU, counted on the null CUDA runtime."""
+    return launches_table.recipes_table(markdown)
+
+
+def launches_of_settings() -> str:
+    return launches_table.settings_table(markdown)
+
+
+def launches_by_module() -> str:
+    return launches_table.modules_table(markdown)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(demo, mask_mix, gaussian, dcnv3, boltzmann, internimage, step),
         *(loader, node, scaling, gpu, gate, ops),
+        *(launches, launches_of_settings, launches_by_module),
     )
 }

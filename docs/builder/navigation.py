@@ -10,7 +10,7 @@ CONTENTS = {
     "start": ("install", "tutorial", "data"),
     "train": ("training", "watching", "precision", "distributed", "clusters"),
     "measure": (
-        *("planning", "profile", "performance", "comparing"),
+        *("planning", "profile", "performance", "launches", "comparing"),
         *("results", "methods", "faults"),
     ),
     "extend": ("new_method", "new_op", "new_source", "ops", "emulator"),

@@ -118,6 +118,11 @@ class MutualInformation(nn.Module):
         self.balance = Balance(cfg.balance, weights, process_group)
         self._term_gradients: TermGradients | None = None
 
+    @property
+    def teacher(self) -> ImageEncoder | None:
+        """Return the frozen encoder, which is no part of the module tree; None without one."""
+        return self._teacher[0] if self._teacher is not None else None
+
     def reset_parameters(self) -> None:
         """Initialise everything after `to_empty`, with the values of a direct build."""
         pairs = dict(self._shared_momentum_pairs())

@@ -44,6 +44,7 @@ from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS
 CONTEXT = {"CUDA context": 0.5 * 2**30, "DALI decoder and pools": 2.0 * 2**30}
 NCCL = {"NCCL buffers": 0.5 * 2**30}
 GATHERED, REDUCED, AHEAD = "gathered weights", "gradients being reduced", "batches ahead"
+WORKSPACE, GRAPHS = "cuBLAS workspace", "CUDA graphs"
 SHARDED = (PARAMETERS, AVERAGE, STATES, GRADIENTS)
 PREDICTIONS = "strategies and footprint: computed from the config, run on no card"
 
@@ -133,10 +134,14 @@ def make_plan(
     strategies = []
     for name in ("ddp", "fsdp") if nodes.num_ranks > 1 else ("alone",):
         sharded = name == "fsdp"
-        parts: Mapping[str, float] = footprint.peak
+        parts: dict[str, float] = dict(footprint.peak)
         if sharded:
             blocks = block_sizes(objective)
             parts = _sharded(footprint, parameters, blocks, nodes, 2 if bf16 else 4)
+        parts = {**parts, WORKSPACE: _workspace(cfg, card)}
+        if cfg.cuda_graphs:  # of each in memory of its own, with a workspace
+            graphs = footprint.graphs
+            parts[GRAPHS] = sum(graphs) + len(graphs) * parts[WORKSPACE]
         sent = bytes_sent(cfg, nodes, parameters, bf16=bf16, sharded=sharded)
         cost = StepCost(
             batch_size=cfg.data.batch_size,
@@ -171,7 +176,7 @@ _FP8_RATE = "products in FP8 run at the rate of bf16: what they gain is not pred
 _MEMORY_ASSUMPTIONS = [
     "every image has a label and a caption, the captions of all ranks are candidates of each",
     "memory beside torch's allocator is made of constants; left out are fragmentation, workspaces "
-    "of kernels, and what torch.compile saves",
+    "of kernels but cuBLAS's, and what torch.compile saves",
     "ddp: gradients are views of its buckets. fsdp: a block a unit, two gathered at once, weights "
     "in the type that is computed with, gradients reduced in fp32",
 ]
@@ -194,6 +199,13 @@ def _assumed_memory(
     if card.is_gpu:
         assumed |= CONTEXT | (NCCL if nodes.num_ranks > 1 else {})
     return assumed
+
+
+def _workspace(cfg: TrainConfig, card: Card) -> int:
+    """Return the bytes that torch's allocator gives cuBLAS for the stream of the step."""
+    if not (card.is_gpu and cfg.deterministic):
+        return card.workspace_bytes
+    return 8 * 4 * 2**20  # CUBLAS_WORKSPACE_CONFIG=:4096:8, which a deterministic run sets
 
 
 def _sharded(

@@ -8,8 +8,8 @@ themselves, fragmentation, and what torch.compile changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.cuda_graphs import REPLAYED
+from m3i_fast.engine.optim.skippable_step import steps_as_on
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.train_step import TrainStep, draw_step_mix
@@ -32,6 +34,7 @@ from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
 
 PARAMETERS, AVERAGE, BUFFERS = "parameters", "EMA copies", "buffers"
 STATES, BATCH = "optimiser states", "batch"
+TEACHER = "frozen teacher"
 HELD = (PARAMETERS, AVERAGE, BUFFERS, STATES, BATCH)
 TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"
 DECODER, HEADS = "decoder", "heads and likelihoods"
@@ -51,26 +54,31 @@ class Footprint:
     """All that is alive at the step's peak."""
     sharded_peak: Mapping[str, int]
     """The same of a step whose gradients are sharded, before anything is divided."""
+    graphs: Sequence[int] = ()
+    """With CUDA graphs: what each keeps of inputs, outputs and gradients. Activations, which it
+    keeps too, are where they are without graphs."""
 
 
 def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 1) -> Footprint:
     """Return the footprint of a step of `cfg`, without data, GPU or memory; takes seconds.
 
     A step of several batches is traced with one of them. bf16: autocast, else fp32. cuda: autocast
-    widens layer norms, as it does on CUDA and not on a CPU. num_shards: ranks that share a
-    gradient, for `sharded_peak`.
+    widens layer norms, and optimisers take as many tensors together, as on CUDA and not on a CPU.
+    num_shards: ranks that share a gradient, for `sharded_peak`.
     """
-    one_batch = replace(cfg.parallel, accumulate=1)
+    one_batch, has_graphs = replace(cfg.parallel, accumulate=1), cfg.cuda_graphs
     cfg = replace(cfg, compile=False, cuda_graphs=False, parallel=one_batch)
     mix, objective = draw_first_mix(cfg), build_on_meta(cfg)
     tracker = TensorTracker(num_shards=num_shards)
     stages = _Stages(tracker)
     with FakeTensorMode() as fake, tracker:
-        objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
+        for module in filter(None, (objective, objective.teacher)):
+            module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         batch = empty_batch(cfg)
         mix = Mix(**{name: _faked(fake, getattr(mix, name)) for name in mix.__slots__})
         _book_what_is_held(tracker, objective, batch, mix)
         _name_parts(tracker, objective)
+        graphs = _count_graphs(objective) if has_graphs else []
         if cuda:
             _widen_norms(objective)
         with tracker.within(BUFFERS):
@@ -79,19 +87,21 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
             )
         train_step.mix = mix
         tracker.reset_peak()
-        train_step(batch)
-        return stages.footprint()
+        with steps_as_on("cuda") if cuda else nullcontext():
+            train_step(batch)
+        return replace(stages.footprint(keeps_activations=has_graphs), graphs=graphs)
 
 
 def build_on_meta(cfg: TrainConfig) -> MutualInformation:
     """Build the model on the meta device.
 
-    Raises ValueError for a term with a frozen teacher, which is no part of a recipe.
+    Raises ValueError for a term with a frozen teacher where the config names none, and as
+    `build_objective` for one that cannot be loaded.
     """
-    if cfg.objective.uses(encoder="frozen"):
+    if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is None:
         raise ValueError(
-            "objective.terms: expected no term with a frozen encoder, whose size the recipe does "
-            f"not say, got teacher {cfg.objective.teacher}"
+            "objective.terms: expected no term with a frozen encoder, or its run as "
+            "objective.teacher, got teacher None"
         )
     return build_objective(replace(cfg, compile=False), on_meta=True)
 
@@ -156,6 +166,8 @@ def _book_what_is_held(
     tracker.book(PARAMETERS, (p for p in parameters if p.requires_grad))
     tracker.book(AVERAGE, (p for p in parameters if not p.requires_grad))
     tracker.book(BUFFERS, objective.buffers())
+    if objective.teacher is not None:
+        tracker.book(TEACHER, (*objective.teacher.parameters(), *objective.teacher.buffers()))
     tracker.watch_casts(parameters)
     given = [getattr(part, name) for part in (batch, mix) for name in part.__slots__]
     tracker.book(BATCH, (value for value in given if isinstance(value, Tensor)))
@@ -174,6 +186,28 @@ def _name_parts(tracker: TensorTracker, objective: MutualInformation) -> None:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: tracker.book(GRADIENTS, [p.grad])
             )
+
+
+def _count_graphs(objective: nn.Module) -> list[int]:
+    """Return a list that gets, for each call of a step that is replayed, the bytes it keeps."""
+    graphs: list[int] = []
+
+    def counted(method: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
+        def call(*inputs: Tensor) -> Tensor:
+            output = method(*inputs)
+            kept = [*inputs, output]
+            if output.requires_grad:
+                trained = [p for p in module.parameters() if p.requires_grad]
+                kept += [output, *trained, *(x for x in inputs if x.requires_grad)]
+            graphs.append(sum(tensor.nbytes for tensor in kept))
+            return output
+
+        return call
+
+    for module in objective.modules():
+        if (name := REPLAYED.get(type(module))) is not None:
+            setattr(module, name, counted(getattr(module, name), module))
+    return graphs
 
 
 def _widen_norms(objective: nn.Module) -> None:
@@ -222,7 +256,7 @@ class _Stages:
             self._activations = {
                 part: size
                 for part, size in tracker.bytes.items()
-                if part not in (*HELD, OTHER) and size
+                if part not in (*HELD, TEACHER, OTHER) and size
             }
         part = HEADS if name.startswith("loss.") else self.PARTS.get(name, tracker.part)
         with tracker.within(part):
@@ -232,13 +266,19 @@ class _Stages:
             self._peaks = [tracker.peak, tracker.sharded_peak]
             tracker.reset_peak()
 
-    def footprint(self) -> Footprint:
-        """Return the bytes of the step that has been taken."""
+    def footprint(self, *, keeps_activations: bool) -> Footprint:
+        """Return the bytes of the step that has been taken.
+
+        keeps_activations: what replayed modules saved is there after the backward pass, too.
+        """
         tracker = self._tracker
         states = tracker.bytes[STATES]
         # From the second step on the states are there all the time.
         early = [peak | {STATES: states} for peak in self._peaks]
-        late = tracker.peak, tracker.sharded_peak
+        kept = {}
+        if keeps_activations:
+            kept = {name: self._activations.get(name, 0) for name in (ENCODER, TEXT, DECODER)}
+        late = tracker.peak | kept, tracker.sharded_peak | kept
         peak, sharded_peak = (max(*both, key=_sum) for both in zip(early, late, strict=True))
         return Footprint(
             held={name: tracker.bytes[name] for name in HELD},

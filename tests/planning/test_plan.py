@@ -18,7 +18,7 @@ from m3i_fast.costs.roofline import CANDIDATES, StepCost, predict
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.objectives.methods import CATEGORY
-from m3i_fast.planning.plan import Plan, make_plan
+from m3i_fast.planning.plan import WORKSPACE, Plan, make_plan
 from m3i_fast.planning.step_memory import AVERAGE, PARAMETERS, STATES, trace
 from m3i_fast.recipes import recipes, shrink
 
@@ -186,12 +186,27 @@ def plan() -> Plan:
 
 def test_memory_is_the_traced_peak_and_what_is_assumed(plan: Plan) -> None:
     ddp, fsdp = (strategy.memory for strategy in plan.strategies)
-    assert ddp.parts == trace(small(), bf16=True, num_shards=16).peak
+    peak = trace(small(), bf16=True, num_shards=16).peak
+    assert ddp.parts == {**peak, WORKSPACE: 32 * 2**20}
+    assert fsdp.parts[WORKSPACE] == 32 * 2**20
     assert ddp.total == sum(ddp.parts.values()) + sum(ddp.assumed.values())
     for part in (PARAMETERS, AVERAGE, STATES):
         assert fsdp.parts[part] == ddp.parts[part] / 16
     assert ddp.fits
     assert not replace(ddp, limit=ddp.total - 1).fits
+
+
+@pytest.mark.parametrize(
+    ("card", "deterministic", "expected"),
+    [("a100", False, 8_519_680), ("a100", True, 2**25), ("h200", True, 2**25), ("cpu", True, 0)],
+)
+def test_the_workspace_of_cublas_is_the_cards(
+    card: str, deterministic: bool, expected: int
+) -> None:
+    """As torch's allocator was seen to give it on the null CUDA runtime."""
+    cfg = replace(small(), deterministic=deterministic)
+    (alone,) = make_plan(cfg, card=CARDS[card], nodes=Nodes(1, 8)).strategies
+    assert alone.memory.parts[WORKSPACE] == expected
 
 
 def test_a_plan_survives_json(plan: Plan) -> None:

@@ -187,7 +187,28 @@ def test_balanced_terms_are_traced_with_what_measures_them(mode: BalanceMode) ->
     assert sum(peaks[0].values()) < sum(peaks[1].values())
 
 
-def test_a_frozen_teacher_is_refused() -> None:
+def test_optimisers_take_as_many_tensors_together_as_on_a_gpu() -> None:
+    """LAMB keeps copies of what it steps: of all tensors where a GPU takes them together."""
+    cfg = small_vit(2)
+    cfg = replace(cfg, optim=replace(cfg.optim, name="lamb"))
+    on_cpu, on_gpu = (trace(cfg, bf16=True, cuda=cuda) for cuda in (False, True))
+    assert sum(on_gpu.peak.values()) > sum(on_cpu.peak.values()) + on_gpu.held[PARAMETERS]
+
+
+def test_a_graph_keeps_its_buffers_and_activations() -> None:
+    cfg = small_vit(8)
+    plain, graphed = (trace(replace(cfg, cuda_graphs=g), bf16=True) for g in (False, True))
+    assert not plain.graphs
+    # The target encoder without gradients, the encoder, a decoder for each dense term, the captions
+    parameters = count_parameters(build_on_meta(cfg))
+    target, encoder, *decoders, text = graphed.graphs
+    assert len(decoders) == 2 and target < parameters[ENCODER]
+    for kept, part in ((encoder, ENCODER), (text, TEXT)):
+        assert 4 * parameters[part] < kept < 6 * parameters[part]
+    assert sum(graphed.peak.values()) >= sum(plain.peak.values())
+
+
+def test_a_frozen_teacher_that_nobody_names_is_refused() -> None:
     with pytest.raises(ValueError, match=r"objective\.terms: .*frozen"):
         trace(recipes()["demo_milan"](), bf16=False)
 

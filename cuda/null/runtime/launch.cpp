@@ -148,6 +148,7 @@ cudaError_t launch(const void* function, const Configuration& asked, void** argu
     record.number("architecture", kernel->architecture);
     if (cluster != 1) record.number("cluster", cluster);
     if (capture != nullptr) record.number("capture", static_cast<long long>(capture->id));
+    if (lines_of_launches()) record.python_line();
   }
   if (kernel->architecture == 0) return fail(cudaErrorNoKernelImageForDevice, kernel->name);
   if (!within_limits(asked, cluster)) return fail(cudaErrorInvalidConfiguration, kernel->name);

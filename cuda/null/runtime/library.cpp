@@ -26,6 +26,7 @@ void record_library_call(const char* library, const char* call, cudaStream_t on)
     Record record("library");
     record.text("library", library).text("call", call).number("stream", stream.id);
     if (capture != nullptr) record.number("capture", static_cast<long long>(capture->id));
+    if (lines_of_launches()) record.python_line();
   }
   next_operation(stream);
   add_to_capture(stream, true);

@@ -181,12 +181,28 @@ cudaError_t copy(void* to, const void* from, size_t bytes, Stream& stream, bool 
   return cudaSuccess;
 }
 
+// Writes the byte `value`. Zeros of a whole page are the page that the system has not made yet, so
+// that what a model at full size fills with zeros takes no memory of the host.
+void write(char* begin, int value, size_t bytes) {
+  constexpr uintptr_t kPage = 4096;
+  char* first = begin + (kPage - reinterpret_cast<uintptr_t>(begin) % kPage) % kPage;
+  char* end = begin + bytes;
+  char* last = end - reinterpret_cast<uintptr_t>(end) % kPage;
+  bool own = value == 0 && first < last && side_of(begin) == Side::kDevice;
+  if (!own || madvise(first, static_cast<size_t>(last - first), MADV_DONTNEED) != 0) {
+    std::memset(begin, value, bytes);
+    return;
+  }
+  std::memset(begin, 0, static_cast<size_t>(first - begin));
+  std::memset(last, 0, static_cast<size_t>(end - last));
+}
+
 cudaError_t fill(void* pointer, int value, size_t bytes, Stream& stream) {
   Record record("fill");
   record.number("bytes", static_cast<long long>(bytes)).number("stream", stream.id);
   next_operation(stream);
   add_to_capture(stream, false);
-  if (capture_of(stream) == nullptr) std::memset(pointer, value, bytes);
+  if (capture_of(stream) == nullptr) write(static_cast<char*>(pointer), value, bytes);
   return cudaSuccess;
 }
 

@@ -83,8 +83,11 @@ class Record {
 
 bool tracing();
 
+// NULL_CUDA_LINES=1: launches and calls of libraries have their Python line, too.
+bool lines_of_launches();
+
 // FILE:LINE of the innermost Python frame of the calling thread whose file lies below
-// NULL_CUDA_ROOT, else of the innermost frame; empty without Python or a trace. Takes Python's
+// NULL_CUDA_ROOT and in no site-packages, else of the innermost frame; empty without Python or a trace. Takes Python's
 // global lock: the caller must hold no lock that a thread with Python's waits for.
 std::string python_line();
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3i_fast.engine.optim.skippable_step import split_by_size
+from m3i_fast.engine.optim.skippable_step import device_of, split_by_size
 
 Coefficients = tuple[float, float, float]
 
@@ -57,7 +57,7 @@ class Muon(torch.optim.Muon):
         self._init_group({**group, "params": params}, [], grads, momenta)
         lr, momentum = group["lr"], group["momentum"]
         torch._foreach_lerp_(momenta, grads, 1 - momentum)
-        dtype = matmul_dtype(params[0].device)
+        dtype = matmul_dtype(device_of(params[0]))
         directions_NMK = orthogonalise(
             torch.stack(torch._foreach_lerp(grads, momenta, momentum)).to(dtype),
             group["ns_coefficients"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,6 +15,26 @@ from m3i_fast.engine.parallel.local_shards import is_sharded
 # Elements that are stepped together. On a CPU the temporaries then stay in its cache; on a GPU a
 # larger number means fewer launches and, of sharded parameters, fewer collectives.
 _MAX_ELEMENTS_CPU, _MAX_ELEMENTS_GPU = 2**18, 2**26
+_STAND_IN: ContextVar[str | None] = ContextVar("stand_in", default=None)
+
+
+@contextmanager
+def steps_as_on(device_type: str) -> Iterator[None]:
+    """Step inside as on a device of this type, whatever the tensors' own.
+
+    For a step that is traced on a CPU, to know what it holds on a GPU.
+    """
+    token = _STAND_IN.set(device_type)
+    try:
+        yield
+    finally:
+        _STAND_IN.reset(token)
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Return the device that an optimiser steps a tensor as on: its own, or `steps_as_on`'s."""
+    stand_in = _STAND_IN.get()
+    return tensor.device if stand_in is None else torch.device(stand_in)
 
 
 def step_with_skip(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:  # [] fp32, 1: no step
@@ -53,7 +75,7 @@ def split_by_size(params: list[Tensor]) -> Iterator[list[Tensor]]:
     together: list[Tensor] = []
     size = 0
     for p in params:
-        limit = _MAX_ELEMENTS_CPU if p.device.type == "cpu" else _MAX_ELEMENTS_GPU
+        limit = _MAX_ELEMENTS_CPU if device_of(p).type == "cpu" else _MAX_ELEMENTS_GPU
         if together and size + p.numel() > limit:
             yield together
             together, size = [], 0

@@ -89,3 +89,21 @@ def test_what_is_no_record_is_refused_with_its_line(broken: str, told: str, tmp_
     trace.write_text(trace.read_text() + broken + "\n")
     with pytest.raises(ValueError, match=rf"trace\.jsonl:3: .*{told}"):
         list(read_trace(trace))
+
+
+def test_what_follows_a_mark_of_the_backward_pass_has_its_line_on_that_thread() -> None:
+    records = [
+        record("mark", name="step 0"),
+        launch(),
+        {**record("mark", name="backward of a.py:3"), "thread": 1},
+        launch(),
+        {**launch(), "thread": 1},
+        {**launch(line="b.py:1"), "thread": 1},
+        {**record("allocate", side="device", bytes=1), "thread": 1},
+        record("mark", name="between"),
+        {**launch(), "thread": 1},
+    ]
+    _, step, between = split_at_marks(records)
+    assert lines_of(step.of("launch")) == {"?": 2, "backward of a.py:3": 1, "b.py:1": 1}
+    assert lines_of(between.of("launch")) == {"?": 1}
+    assert lines_of(step.of("allocate")) == {"?": 1}
