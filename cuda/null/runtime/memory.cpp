@@ -364,5 +364,6 @@ M3I_EXPORT cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
 
 M3I_EXPORT cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes,
                                        cudaStream_t stream) {
+  M3I_ENTER(cudaMemsetAsync)
   return fill(pointer, value, bytes, stream_of(stream));
 }

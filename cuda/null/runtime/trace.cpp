@@ -105,7 +105,8 @@ std::string file_of(void* frame) {
   return file;
 }
 
-// The line of the innermost frame of a file below `root`, else of the innermost of all.
+// The line of the innermost frame of a file below `root`, else of the innermost of all. Packages
+// that are installed there, as in a checkout's own environment, are not what is looked for.
 std::string line_below(const char* root) {
   std::string innermost;
   void* frame = python().frame_of(python().this_thread());
@@ -113,7 +114,8 @@ std::string line_below(const char* root) {
     std::string file = file_of(frame);
     std::string line = file + ":" + std::to_string(python().line(frame));
     if (innermost.empty()) innermost = line;
-    bool below = root != nullptr && file.rfind(root, 0) == 0;
+    bool below = root != nullptr && file.rfind(root, 0) == 0 &&
+                 file.find("/site-packages/") == std::string::npos;
     void* outer = python().back(frame);
     python().decref(frame);
     frame = outer;
