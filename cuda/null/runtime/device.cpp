@@ -85,8 +85,8 @@ cudaError_t fail(cudaError_t error, const std::string& what) {
 // Errors after which CUDA says of a process that any further work returns the same error.
 bool is_sticky(int code) {
   return code == cudaErrorIllegalAddress || code == cudaErrorLaunchTimeout ||
-         (code >= cudaErrorAssert && code <= cudaErrorLaunchFailure) ||
-         code == cudaErrorECCUncorrectable;
+         code == cudaErrorAssert || code == cudaErrorECCUncorrectable ||
+         (code >= cudaErrorHardwareStackError && code <= cudaErrorLaunchFailure);
 }
 
 cudaError_t injected_error(const char* call) {

@@ -60,9 +60,7 @@ def lighter(cfg: TrainConfig) -> list[str]:
             f"{half}"
         )
     elif half:
-        ways.append(
-            f"--data.batch-size {half}: another run, with half the images in each step"
-        )
+        ways.append(f"--data.batch-size {half}: another run, with half the images in each step")
     if cfg.parallel.shard == 1 and _allows(cfg, parallel=replace(cfg.parallel, shard=-1)):
         ways.append("--parallel.shard -1: weights and moments are divided over the GPUs of the run")
     if cfg.cuda_graphs:
