@@ -118,10 +118,11 @@ def test_a_step_that_is_not_finite_is_skipped_as_on_the_cpu(
 def test_a_stopped_run_is_saved_and_goes_on_as_if_it_had_not_stopped(
     config: TrainConfig, undisturbed: tuple[Path, Done], tmp_path: Path
 ) -> None:
+    """What copies bring to pinned memory is late here: the host reads none of it too early."""
     run = tmp_path / "run"
     words = ("train", "--config", saved(config, tmp_path), "--out", run)
     planted = ("--plant", f"nan:{SPOILT}", "--plant", f"sigterm:{STOPPED - 1}")
-    done = verb(tmp_path, *words, "--then", *words, "--resume", options=planted)
+    done = verb(tmp_path, *words, "--then", *words, "--resume", options=planted, delay=1)
     assert done.codes == [75, 0]
     assert f"stopped and saved at step {STOPPED}: add --resume" in done.told
     assert f"at step {STOPPED}" in done.told.split("resumed", 1)[1]
@@ -232,3 +233,86 @@ def test_fp8_that_the_card_or_the_packages_lack_is_refused(
             sm = "sm_90" if card == "h100" else "sm_80"
             assert f"precision: {precision} on {sm}: {why}" in done.told
     assert not run.exists()
+
+
+def test_a_profile_without_kernels_says_why(config: TrainConfig, tmp_path: Path) -> None:
+    """The null CUPTI records nothing, as the real one where the driver does not let it."""
+    words = ("profile", "--config", saved(config, tmp_path), "--out", tmp_path / "profile")
+    steps = ("--profiler", "torch", "--warmup", 1, "--steps", 1)
+    done = verb(tmp_path, *words, *steps, options=("--launched",))
+    assert done.codes == [1]
+    assert "--profiler: expected kernels of the cuda device" in done.told
+    assert "CUPTI" in done.told and "--profiler nsys" in done.told
+
+
+# ---- Other ways to train, and other verbs --------------------------------------------------------
+
+
+@pytest.mark.nightly
+def test_graphs_are_replayed_before_and_after_a_stop(config: TrainConfig, tmp_path: Path) -> None:
+    """Launched alone: what a graph holds is not computed on the null device."""
+    path = saved(config, tmp_path, cuda_graphs=True, precision="bf16")
+    words = ("train", "--config", path, "--out", tmp_path / "run")
+    options = ("--launched", "--plant", f"sigterm:{STOPPED - 1}")
+    done = verb(tmp_path, *words, "--then", *words, "--resume", options=options)
+    assert done.codes == [75, 0]
+    steps = {step.name: step for step in split_at_marks(done.trace)}
+    for step in (STOPPED - 2, NUM_STEPS - 2):  # the third of each process's trainers, and later
+        assert steps[f"step {step}"].of("replay")
+    assert not [record for record in done.trace if record["kind"] in ("error", "fault")]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss/total"] for row in read_jsonl(run / "metrics.jsonl")]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("way", ["deterministic", "chunk"])
+def test_another_way_to_train_has_the_same_losses(
+    config: TrainConfig, undisturbed: tuple[Path, Done], tmp_path: Path, way: str
+) -> None:
+    changes: dict[str, Any] = {"deterministic": True}
+    if way == "chunk":
+        changes = {"parallel": replace(config.parallel, chunk=4)}
+    words = ("train", "--config", saved(config, tmp_path, **changes), "--out", tmp_path / "run")
+    done = verb(tmp_path, *words, options=("--order", "--plant", f"nan:{SPOILT}"))
+    assert (done.codes, done.races) == ([0], [])
+    assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed[0]), rel=1e-5)
+
+
+@pytest.mark.nightly
+def test_batches_are_added_up_and_the_run_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    """Of the one term whose loss is a mean of rows; the second of two devices is left alone."""
+    (term,) = (term for term in config.objective.terms if term.target == "category")
+    changes = {
+        "objective": replace(config.objective, terms=(term,)),
+        "parallel": replace(config.parallel, accumulate=2),
+    }
+    words = ("train", "--config", saved(config, tmp_path, **changes), "--out", tmp_path / "run")
+    planted = ("--plant", f"sigterm:{STOPPED - 1}")
+    done = verb(tmp_path, *words, "--then", *words, "--resume", options=planted, devices=2)
+    assert done.codes == [75, 0]
+    assert len(losses(tmp_path / "run")) == NUM_STEPS // EVERY
+    assert {record["device"] for record in done.trace if record["kind"] == "launch"} == {0}
+
+
+@pytest.mark.nightly
+def test_the_node_is_measured_and_nothing_is_recorded(config: TrainConfig, tmp_path: Path) -> None:
+    ledger = ROOT / "benchmarks" / "results" / "node.jsonl"
+    before = ledger.read_bytes()
+    words = ("bench", "node", "--config", saved(config, tmp_path), "--no-record")
+    few = ("--windows", 3, "--window-seconds", 0.1, "--warmup-steps", 1, "--max-warmup-seconds", 1)
+    done = verb(tmp_path, *words, *few, "--json", tmp_path / "n.json", options=("--launched",))
+    assert done.codes == [0]
+    figures = json.loads((tmp_path / "n.json").read_text())
+    assert figures["images_s_per_gpu"] > 0 and figures["device"].startswith("cuda")
+    assert ledger.read_bytes() == before
+
+
+@pytest.mark.nightly
+def test_a_plan_is_made_where_a_device_is_seen(tmp_path: Path) -> None:
+    """It traces a step without a device, so that the one that is seen changes nothing of it."""
+    done = verb(tmp_path, "plan", "demo", "--card", "h100", options=("--plain",))
+    assert done.codes == [0]
+    assert "fits" in done.out
+    assert not [record for record in done.trace if record["kind"] in ("launch", "allocate")]

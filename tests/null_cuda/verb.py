@@ -1,13 +1,13 @@
 """Verbs of `m3i-fast` on the null CUDA runtime, one after the other, with a real run's numbers.
 
-    python -m tests.null_cuda.verb [--launched] [--order] [--plant NAME:STEP]
+    python -m tests.null_cuda.verb [--launched | --plain] [--order] [--plant NAME:STEP]
                                    VERB ... [--then VERB ...]
 
 Run in the environment of `scripts.null_cuda.environment`. Every operator is computed by the CPU
-over the device's memory; with --launched the steps that have no monitors are launched alone. DALI
-links a CUDA runtime of its own and decodes on the CPU here: what it decodes is copied to the device
-as a caller's own batches are. With --order races between streams are collected. The last line on
-standard output is JSON: the exit codes of the verbs, and the races.
+over the device's memory; with --launched the steps that have no monitors are launched alone, and
+with --plain everything is. DALI links a CUDA runtime of its own and decodes on the CPU here: what
+it decodes is copied to the device as a caller's own batches are. With --order races between streams
+are collected. The last line on standard output is JSON: the exit codes of the verbs, and the races.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.extend(map(str, (ROOT / ".venv").glob("lib/python*/site-packages")))  # DALI
 
 from m3i_fast.benchmarks.launches.on_host import ComputeOnHost, as_launched  # noqa: E402
-from m3i_fast.benchmarks.launches.stream_order import StreamOrder  # noqa: E402
 from m3i_fast.cli import main as run_verb  # noqa: E402
 from m3i_fast.engine.train_step import ForwardPass, TrainStep  # noqa: E402
 from m3i_fast.pipelines import loader  # noqa: E402
@@ -104,6 +103,7 @@ def main() -> None:
     """Run the verbs that the command line names."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--launched", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--order", action="store_true")
     parser.add_argument("--plant", action="append", default=[])
     parser.add_argument("verbs", nargs=argparse.REMAINDER)
@@ -112,13 +112,17 @@ def main() -> None:
     torch.backends.cudnn.enabled = False  # the null cuDNN has no engine of a convolution
     decode_on_cpu()
     mark_steps(planted, computed=not asked.launched)
-    order = StreamOrder(ROOT) if asked.order else None
+    races: list[str] = []
     with ExitStack() as modes:
-        if order is not None:
-            modes.enter_context(order)
-        modes.enter_context(ComputeOnHost())
+        if asked.order:
+            # Its import alone has torch call Python at every allocation and event.
+            from m3i_fast.benchmarks.launches.stream_order import StreamOrder
+
+            order = modes.enter_context(StreamOrder(ROOT))
+            modes.callback(lambda: races.extend(sorted(set(map(str, order.races)))))
+        if not asked.plain:
+            modes.enter_context(ComputeOnHost())
         codes = [run_verb(words) for words in split(asked.verbs)]
-    races = sorted({str(race) for race in order.races}) if order is not None else []
     sys.stdout.write("\n" + json.dumps({"codes": codes, "races": races}) + "\n")
 
 
