@@ -106,11 +106,11 @@ def record(run: ProfileRun, profiler: Profiler, device: torch.device) -> Recordi
     recording = read_trace(trace)
     if recording.device != device.type:
         raise RuntimeError(
-            f"--profiler: expected kernels of the {device.type} device in {trace}, got operators of "
-            "the CPU alone: CUPTI, by which torch.profiler sees a GPU, did not start (its own line "
-            "is above). Another profiler may hold it, or the driver admits administrators alone "
-            "(NVreg_RestrictProfilingToAdminUsers=0 changes that); --profiler nsys records without "
-            "it"
+            f"--profiler: expected kernels of the {device.type} device in {trace}, got operators "
+            "of the CPU alone: CUPTI, by which torch.profiler sees a GPU, did not start (its own "
+            "line is above). Another profiler may hold it, or the driver admits administrators "
+            "alone (NVreg_RestrictProfilingToAdminUsers=0 changes that); --profiler nsys records "
+            "without it"
         )
     return recording
 
