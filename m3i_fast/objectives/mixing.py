@@ -20,7 +20,6 @@ from torch import Tensor
 from m3i_fast.config.fields import refuse
 from m3i_fast.config.mixing import Asked, MixingConfig
 from m3i_fast.objectives.mask_patterns import deal_cells
-from m3i_fast.pipelines.batch import copy_to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,8 @@ class Mix:
         def moved(value: Tensor | int | None) -> Tensor | int | None:
             if not isinstance(value, Tensor):
                 return value
-            return copy_to_device(value, device)
+            value = value.pin_memory() if device.type == "cuda" else value
+            return value.to(device, non_blocking=True)
 
         return Mix(**{name: moved(getattr(self, name)) for name in self.__slots__})  # type: ignore[arg-type]
 
