@@ -29,11 +29,11 @@ test-slow: install
 	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 # An environment of their own, build/cuda: CUDA's torch without a GPU, with Transformer Engine, or on
-# the null CUDA runtime.
+# the null CUDA runtime, whose runs read with the DALI of .venv.
 te-contract:
 	@$(PYTHON) -m scripts.te_contract $(ARGS)
 
-first-contact:
+first-contact: install
 	@$(PYTHON) -m scripts.first_contact $(ARGS)
 
 # No install: the python of .venv or of the machine, or that named by PYTHON, with its own torch.

@@ -52,14 +52,30 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to `device` without waiting; tensors already there are not copied."""
+        target = torch.device(device)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return copy_to_device(tensor, target)
+
         return Batch(
-            global_views=tuple(v.to(device, non_blocking=True) for v in self.global_views),
-            local_views=tuple(v.to(device, non_blocking=True) for v in self.local_views),
-            boxes=self.boxes.to(device, non_blocking=True),
-            image_size=self.image_size.to(device, non_blocking=True),
-            token_ids=self.token_ids.to(device, non_blocking=True),
-            num_tokens=self.num_tokens.to(device, non_blocking=True),
-            label=self.label.to(device, non_blocking=True),
-            sample_id=self.sample_id.to(device, non_blocking=True),
-            group_id=self.group_id.to(device, non_blocking=True),
+            global_views=tuple(map(moved, self.global_views)),
+            local_views=tuple(map(moved, self.local_views)),
+            boxes=moved(self.boxes),
+            image_size=moved(self.image_size),
+            token_ids=moved(self.token_ids),
+            num_tokens=moved(self.num_tokens),
+            label=moved(self.label),
+            sample_id=moved(self.sample_id),
+            group_id=moved(self.group_id),
         )
+
+
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on `device`, itself where it is there, without waiting for the copy.
+
+    What goes to a GPU goes through pinned memory, which torch's allocator reuses once the copy is
+    done: of pageable memory CUDA makes a copy of its own first, and the host waits for that.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.contiguous().pin_memory()  # an expanded tensor has no memory to pin
+    return tensor.to(device, non_blocking=True)

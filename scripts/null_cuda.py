@@ -49,6 +49,7 @@ OTHERS = (
     Library("libcublasLt.so.13", "cu13/lib", "cublasLt", ("libraries/cublaslt.cpp",)),
     Library("libcudnn.so.9", "cudnn/lib", "cudnn", ("libraries/cudnn.cpp",)),
     Library("libcusolver.so.12", "cu13/lib", "cusolver", ("libraries/cusolver.cpp",)),
+    Library("libcupti.so.13", "cu13/lib", "cupti", ("libraries/cupti.cpp",), computes=False),
     Library("libnccl.so.2", "nccl/lib", "nccl", NCCL_SOURCES, computes=False),
 )
 LIBRARIES = (DRIVER, RUNTIME, *OTHERS)

@@ -180,10 +180,12 @@ def run(
     watchdog_minutes: float = WATCHDOG_MINUTES,
 ) -> Outcome:
     """Train with a progress bar: steps, images a second, time left, loss."""
+    from m3i_fast.engine.run.gpu_errors import explained_gpu_errors
     from m3i_fast.engine.trainer import Trainer
 
     limit = 60 * init_minutes
-    with Watchdog(None, seconds=limit, doing="the start", flag="--init-minutes"):
+    starting = Watchdog(None, seconds=limit, doing="the start", flag="--init-minutes")
+    with explained_gpu_errors(config, out), starting:
         trainer = Trainer(
             config,
             out,
@@ -211,8 +213,9 @@ def run(
             bar.update(task, completed=step, figures=figures)
 
         try:
-            return trainer.train(
-                show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
-            )
+            with explained_gpu_errors(config, out):
+                return trainer.train(
+                    show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
+                )
         except (FileNotFoundError, FileExistsError) as error:  # no wrong request: it has begun
             raise RuntimeError(str(error)) from error

@@ -94,13 +94,25 @@ def choose_profiler(asked: AskedProfiler, device: torch.device) -> Profiler:
 
 
 def record(run: ProfileRun, profiler: Profiler, device: torch.device) -> Recording:
-    """Record the profiled steps; leave what was measured beside them in windows.json."""
+    """Record the profiled steps; leave what was measured beside them in windows.json.
+
+    Raises RuntimeError where torch.profiler recorded nothing of the GPU that trained.
+    """
     if profiler == "nsys":
         report = run_under_nsys(["profile", *run.arguments, "--inside-nsys"], run.out)
         return read_nsys(export(report))
     trace = run.out / "trace.json.gz"
     measure(run, TorchProfiler(trace, device))
-    return read_trace(trace)
+    recording = read_trace(trace)
+    if recording.device != device.type:
+        raise RuntimeError(
+            f"--profiler: expected kernels of the {device.type} device in {trace}, got operators "
+            "of the CPU alone: CUPTI, by which torch.profiler sees a GPU, did not start (its own "
+            "line is above). Another profiler may hold it, or the driver admits administrators "
+            "alone (NVreg_RestrictProfilingToAdminUsers=0 changes that); --profiler nsys records "
+            "without it"
+        )
+    return recording
 
 
 def measure(run: ProfileRun, control: ProfilerControl) -> None:

@@ -76,21 +76,16 @@ def to_batch(
             context_length=tokenizer.context_length,
             key=key,
         )
-    return Batch(
+    batch = Batch(
         global_views=tuple(views[:num_global]),
         local_views=tuple(views[num_global:]),
         boxes=boxes,
         image_size=image_size,
-        token_ids=_on_device(token_ids, origin.device_id),
-        num_tokens=_on_device(num_tokens, origin.device_id),
-        label=_on_device(label, origin.device_id),
-        sample_id=_on_device(sample_id, origin.device_id),
-        group_id=_on_device(group_id, origin.device_id),
+        token_ids=token_ids,
+        num_tokens=num_tokens,
+        label=label,
+        sample_id=sample_id,
+        group_id=group_id,
     )
-
-
-def _on_device(tensor: Tensor, device_id: int | None) -> Tensor:
-    """Copy to a GPU through pinned memory: from pageable memory it would synchronise."""
-    if device_id is None:
-        return tensor
-    return tensor.pin_memory().to(torch.device("cuda", device_id), non_blocking=True)
+    device_id = origin.device_id
+    return batch if device_id is None else batch.to(torch.device("cuda", device_id))

@@ -170,7 +170,12 @@ def test_memory_ends_where_it_is_said_to(tmp_path: Path) -> None:
     assert {record["code"] for record in of_kind(records, "error")} == {2}
 
 
-def test_the_nth_call_fails_as_asked(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "messages"),
+    [(9, ["InvalidConfiguration"]), (719, ["LaunchFailure", "LaunchFailure"])],
+)
+def test_the_nth_call_fails_as_asked(tmp_path: Path, code: int, messages: list[str]) -> None:
+    """After an error that spoils a process's state, as 719, every later call returns it too."""
     program = """
         messages = []
         for _ in range(3):
@@ -180,8 +185,8 @@ def test_the_nth_call_fails_as_asked(tmp_path: Path) -> None:
                 messages.append(str(error).split(" (")[0])
         print(json.dumps(messages))
     """
-    seen, _ = on_null(tmp_path, program, fail="cudaLaunchKernel:2:719")
-    assert seen == ["CUDA error: cudaErrorLaunchFailure"]
+    seen, _ = on_null(tmp_path, program, fail=f"cudaLaunchKernel:2:{code}")
+    assert seen == [f"CUDA error: cudaError{message}" for message in messages]
 
 
 RANKS = """

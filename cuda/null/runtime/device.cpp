@@ -82,12 +82,21 @@ cudaError_t fail(cudaError_t error, const std::string& what) {
   return error;
 }
 
+// Errors after which CUDA says of a process that any further work returns the same error.
+bool is_sticky(int code) {
+  return code == cudaErrorIllegalAddress || code == cudaErrorLaunchTimeout ||
+         code == cudaErrorAssert || code == cudaErrorECCUncorrectable ||
+         (code >= cudaErrorHardwareStackError && code <= cudaErrorLaunchFailure);
+}
+
 cudaError_t injected_error(const char* call) {
   static const Injection wanted = read_injection();
-  if (wanted.call.empty() || wanted.call != call) return cudaSuccess;
+  if (wanted.call.empty()) return cudaSuccess;
   static long calls = 0;
   std::lock_guard<std::recursive_mutex> guard(lock());
-  return ++calls == wanted.at ? static_cast<cudaError_t>(wanted.code) : cudaSuccess;
+  bool lost = is_sticky(wanted.code) && calls >= wanted.at;
+  bool now = wanted.call == call && ++calls == wanted.at;
+  return now || lost ? static_cast<cudaError_t>(wanted.code) : cudaSuccess;
 }
 
 }  // namespace m3i::null

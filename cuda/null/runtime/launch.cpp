@@ -141,12 +141,15 @@ cudaError_t launch(const void* function, const Configuration& asked, void** argu
   if (kernel == nullptr) return fail(cudaErrorInvalidDeviceFunction, "launch of no known kernel");
   Stream& stream = stream_of(asked.stream);
   Capture* capture = capture_of(stream);
+  // A step has one stream, and its launches are many: the lines of the others alone are looked up.
+  std::string line = stream.id != 0 ? python_line() : "";
   {
     Record record("launch");
     record.text("name", kernel->name).triple("grid", asked.grid).triple("block", asked.block);
     record.number("shared", static_cast<long long>(asked.shared)).number("stream", stream.id);
     record.number("architecture", kernel->architecture);
     if (cluster != 1) record.number("cluster", cluster);
+    if (!line.empty()) record.text("line", line);
     if (capture != nullptr) record.number("capture", static_cast<long long>(capture->id));
     if (lines_of_launches()) record.python_line();
   }

@@ -206,19 +206,8 @@ cudaError_t fill(void* pointer, int value, size_t bytes, Stream& stream) {
   return cudaSuccess;
 }
 
-cudaError_t release(void* pointer, const char* call) {
-  if (pointer == nullptr) return cudaSuccess;
-  Allocation gone{};
-  {
-    std::lock_guard<std::recursive_mutex> guard(lock());
-    auto at = allocations().find(static_cast<char*>(pointer));
-    if (at != allocations().end()) {
-      gone = at->second;
-      allocations().erase(at);
-      if (gone.side == Side::kDevice) allocated()[static_cast<size_t>(gone.device)] -= gone.bytes;
-    }
-  }
-  if (gone.begin == nullptr) return fail(cudaErrorInvalidValue, call);
+// Ends the copies from and to memory that goes; pinned memory must not go before they are done.
+void finish_within(const Allocation& gone) {
   bool in_flight = false;
   finish([&](const PendingCopy& copy) {
     bool within = overlap(gone.begin, gone.bytes, copy.source, copy.bytes) ||
@@ -232,6 +221,22 @@ cudaError_t release(void* pointer, const char* call) {
         .text("what", "pinned memory freed before the copy of it was known to be done")
         .python_line();
   }
+}
+
+cudaError_t release(void* pointer, const char* call) {
+  if (pointer == nullptr) return cudaSuccess;
+  Allocation gone{};
+  {
+    std::lock_guard<std::recursive_mutex> guard(lock());
+    auto at = allocations().find(static_cast<char*>(pointer));
+    if (at != allocations().end()) {
+      gone = at->second;
+      allocations().erase(at);
+      if (gone.side == Side::kDevice) allocated()[static_cast<size_t>(gone.device)] -= gone.bytes;
+    }
+  }
+  if (gone.begin == nullptr) return fail(cudaErrorInvalidValue, call);
+  finish_within(gone);
   Record("free")
       .text("side", name_of(gone.side))
       .number("bytes", static_cast<long long>(gone.bytes));
@@ -313,8 +318,17 @@ M3I_EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
 }
 
 M3I_EXPORT cudaError_t cudaHostUnregister(void* pointer) {
-  std::lock_guard<std::recursive_mutex> guard(lock());
-  allocations().erase(static_cast<char*>(pointer));
+  Allocation gone{};
+  {
+    std::lock_guard<std::recursive_mutex> guard(lock());
+    auto at = allocations().find(static_cast<char*>(pointer));
+    if (at != allocations().end()) {
+      gone = at->second;
+      allocations().erase(at);
+    }
+  }
+  if (gone.begin == nullptr) return fail(cudaErrorHostMemoryNotRegistered, "cudaHostUnregister");
+  finish_within(gone);
   return cudaSuccess;
 }
 
@@ -380,5 +394,6 @@ M3I_EXPORT cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
 
 M3I_EXPORT cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes,
                                        cudaStream_t stream) {
+  M3I_ENTER(cudaMemsetAsync)
   return fill(pointer, value, bytes, stream_of(stream));
 }

@@ -156,6 +156,7 @@ M3I_EXPORT cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned* flags) 
 }
 
 M3I_EXPORT cudaError_t cudaStreamQuery(cudaStream_t handle) {
+  M3I_ENTER(cudaStreamQuery)
   Stream& stream = stream_of(handle);
   if (Capture* capture = capture_of(stream)) {
     return invalidate(*capture, cudaErrorStreamCaptureUnsupported, "cudaStreamQuery");
@@ -178,6 +179,7 @@ M3I_EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 }
 
 M3I_EXPORT cudaError_t cudaDeviceSynchronize() {
+  M3I_ENTER(cudaDeviceSynchronize)
   if (cudaError_t refused = refuse_in_capture("cudaDeviceSynchronize")) return refused;
   wait_record("cudaDeviceSynchronize", -1);
   complete_all_copies();
@@ -185,6 +187,7 @@ M3I_EXPORT cudaError_t cudaDeviceSynchronize() {
 }
 
 M3I_EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t awaited, unsigned) {
+  M3I_ENTER(cudaStreamWaitEvent)
   Stream& stream = stream_of(handle);
   Event& event = event_of(awaited);
   if (!event.recorded) return cudaSuccess;
@@ -248,6 +251,7 @@ M3I_EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 
 M3I_EXPORT cudaError_t cudaEventRecord(cudaEvent_t recorded, cudaStream_t handle) {
+  M3I_ENTER(cudaEventRecord)
   Event& event = event_of(recorded);
   Stream& stream = stream_of(handle);
   capture_of(stream);
@@ -263,6 +267,7 @@ M3I_EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t 
 }
 
 M3I_EXPORT cudaError_t cudaEventQuery(cudaEvent_t handle) {
+  M3I_ENTER(cudaEventQuery)
   Event& event = event_of(handle);
   if (event.capture != nullptr) return fail(cudaErrorCapturedEvent, "cudaEventQuery");
   if (cudaError_t refused = refuse_in_capture("cudaEventQuery")) return refused;
@@ -271,6 +276,7 @@ M3I_EXPORT cudaError_t cudaEventQuery(cudaEvent_t handle) {
 }
 
 M3I_EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
+  M3I_ENTER(cudaEventSynchronize)
   Event& event = event_of(handle);
   if (event.capture != nullptr) return fail(cudaErrorCapturedEvent, "cudaEventSynchronize");
   if (cudaError_t refused = refuse_in_capture("cudaEventSynchronize")) return refused;

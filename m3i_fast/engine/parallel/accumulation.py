@@ -25,29 +25,29 @@ def expect_additive(cfg: TrainConfig, model: nn.Module) -> None:
     got = f"got parallel.accumulate = {cfg.parallel.accumulate}"
     if cfg.parallel.accumulate == 1:
         return
-    for term in cfg.objective.active_terms:
-        if not LOSSES[term.loss_key].independent:
-            raise ValueError(
-                f"parallel.accumulate: expected 1 with the term {term.name!r} "
-                f"({', '.join(term.loss_key)}), whose loss compares all rows, {got}{_INSTEAD}"
-            )
-        if term.mean == "members" or term.standardise == "batch":
-            got_term = "mean = members" if term.mean == "members" else "standardise = batch"
-            raise ValueError(
-                f"parallel.accumulate: expected 1 with {got_term} of the term {term.name!r}, which "
-                f"depends on all rows of a batch, {got}{_INSTEAD}"
-            )
-    if cfg.objective.balance.mode == "gradient_norm":
-        raise ValueError(
-            "parallel.accumulate: expected 1 with objective.balance.mode = gradient_norm, which "
-            f"measures one batch, {got}{_INSTEAD}"
-        )
+    if reason := needs_whole_batch(cfg):
+        raise ValueError(f"parallel.accumulate: expected 1 with {reason}, {got}{_INSTEAD}")
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise ValueError(
                 f"parallel.accumulate: expected 1 with batch norm ({name}), whose statistics span "
                 f"a batch, {got}{_INSTEAD}"
             )
+
+
+def needs_whole_batch(cfg: TrainConfig) -> str:
+    """Return which part of the objective needs all rows of a batch, and why; empty for none."""
+    for term in cfg.objective.active_terms:
+        if not LOSSES[term.loss_key].independent:
+            return (
+                f"the term {term.name!r} ({', '.join(term.loss_key)}), whose loss compares all rows"
+            )
+        if term.mean == "members" or term.standardise == "batch":
+            got = "mean = members" if term.mean == "members" else "standardise = batch"
+            return f"{got} of the term {term.name!r}, which depends on all rows of a batch"
+    if cfg.objective.balance.mode == "gradient_norm":
+        return "objective.balance.mode = gradient_norm, which measures one batch"
+    return ""
 
 
 @contextmanager
