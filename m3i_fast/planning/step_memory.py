@@ -28,6 +28,7 @@ from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.planning.sharded_units import GatherCounter
 from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
 
 PARAMETERS, AVERAGE, BUFFERS = "parameters", "EMA copies", "buffers"
@@ -51,6 +52,8 @@ class Footprint:
     """All that is alive at the step's peak."""
     sharded_peak: Mapping[str, int]
     """The same of a step whose gradients are sharded, before anything is divided."""
+    gathers: Mapping[str, int]
+    """Times that a step gathers the weights of each block, by its name, where they are sharded."""
 
 
 def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 1) -> Footprint:
@@ -65,6 +68,7 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
     mix, objective = draw_first_mix(cfg), build_on_meta(cfg)
     tracker = TensorTracker(num_shards=num_shards)
     stages = _Stages(tracker)
+    counter = GatherCounter(objective)
     with FakeTensorMode() as fake, tracker:
         objective._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         batch = empty_batch(cfg)
@@ -80,7 +84,7 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
         train_step.mix = mix
         tracker.reset_peak()
         train_step(batch)
-        return stages.footprint()
+        return stages.footprint(counter.gathers)
 
 
 def build_on_meta(cfg: TrainConfig) -> MutualInformation:
@@ -232,7 +236,7 @@ class _Stages:
             self._peaks = [tracker.peak, tracker.sharded_peak]
             tracker.reset_peak()
 
-    def footprint(self) -> Footprint:
+    def footprint(self, gathers: Mapping[str, int]) -> Footprint:
         """Return the bytes of the step that has been taken."""
         tracker = self._tracker
         states = tracker.bytes[STATES]
@@ -246,6 +250,7 @@ class _Stages:
             gradients=self._gradients,
             peak=peak,
             sharded_peak=sharded_peak,
+            gathers=dict(gathers),
         )
 
 
