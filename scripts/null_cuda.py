@@ -43,7 +43,7 @@ RUNTIME = Library(
     computes=False,
 )
 DRIVER = Library("libcuda.so.1", "", "cuda", ("libraries/driver.cpp",), computes=False)
-NCCL_SOURCES = ("libraries/nccl.cpp", "libraries/nccl_reduce.cpp")
+NCCL_SOURCES = tuple(f"libraries/{n}.cpp" for n in ("nccl", "nccl_ranks", "nccl_reduce"))
 OTHERS = (
     Library("libcublas.so.13", "cu13/lib", "cublas", ("libraries/cublas.cpp",)),
     Library("libcublasLt.so.13", "cu13/lib", "cublasLt", ("libraries/cublaslt.cpp",)),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -24,6 +25,8 @@ NOT_COMPUTED = {
     *(aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty),
     *(aten._pin_memory, aten.set_),
 }
+# Operators of collectives, which the null NCCL computes.
+COLLECTIVES = ("c10d", "_c10d_functional")
 
 
 def host_alias(tensor: Tensor) -> Tensor:
@@ -63,6 +66,8 @@ class ComputeOnHost(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if FakeTensor in types:  # a shape that DTensor asks for
+            return func(*args, **kwargs)
         if any(t not in (Tensor, torch.nn.Parameter) for t in types):
             return NotImplemented  # a subclass dispatches its parts, which come here
         # Shapes that the device would have counted, and solvers that check what they have computed
@@ -70,7 +75,7 @@ class ComputeOnHost(TorchDispatchMode):
             return _on_device(self._computed(func, args, kwargs), args, kwargs)
         out = func(*args, **kwargs)
         tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
-        if func.is_view or func.overloadpacket in NOT_COMPUTED:
+        if func.is_view or func.overloadpacket in NOT_COMPUTED or func.namespace in COLLECTIVES:
             return out
         if not any(t.is_cuda for t in tensors):
             return out

@@ -24,8 +24,9 @@ from m3i_fast.config.flops import Flops
 from m3i_fast.costs.gpus import Card
 from m3i_fast.costs.roofline import CANDIDATES
 from m3i_fast.costs.step_flops import step_flops, without_sampling
-from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce
-from m3i_fast.planning.plan import bytes_sent, in_bf16, trained
+from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce, total
+from m3i_fast.planning.plan import collectives_of, in_bf16, trained
+from m3i_fast.planning.step_memory import build_on_meta, trace
 
 BUCKET_BYTES = 25 * 2**20  # of DDP's gradients; its first is 1 MiB
 FIRST_BUCKET_BYTES = 2**20
@@ -98,11 +99,21 @@ def workload(cfg: TrainConfig, card: Card, nodes: Nodes, parameters: Mapping[str
 
     Any split of weights counts as FSDP over all ranks.
     """
-    sharded = cfg.parallel.shard != 1
-    sent = bytes_sent(cfg, nodes, parameters, bf16=in_bf16(cfg, card), sharded=sharded)
-    several = nodes.num_ranks > 1
+    several, bf16 = nodes.num_ranks > 1, in_bf16(cfg, card)
+    sharded = several and cfg.parallel.shard != 1
+    collectives = collectives_of(
+        cfg,
+        nodes,
+        build_on_meta(cfg),
+        trace(cfg, bf16=bf16, cuda=card.is_gpu).gathers if sharded else {},
+        num_shards=nodes.num_ranks if sharded else 1,
+        bf16=bf16,
+        on_gpu=card.is_gpu,
+    )
+    sent = {what: total(calls) for what, calls in collectives.items()}
     others = [value for name, value in sent.items() if name != CANDIDATES]
-    rounds = 1 if cfg.objective.uses(target="caption", likelihood="sigmoid") else 2
+    # Gradients travel one hop behind the rows, at the same time.
+    hops = collectives[CANDIDATES][0].count + 1 if CANDIDATES in collectives else 0
     return Workload(
         nodes=nodes,
         batch_size=cfg.data.batch_size,
@@ -110,7 +121,7 @@ def workload(cfg: TrainConfig, card: Card, nodes: Nodes, parameters: Mapping[str
         gradients=sum(others, start=Traffic()),
         num_collectives=num_buckets(4 * trained(parameters)) if several else 0,
         candidates=sent.get(CANDIDATES, Traffic()),
-        candidate_hops=rounds * (nodes.num_ranks - 1) + 1 if several and CANDIDATES in sent else 0,
+        candidate_hops=hops if several else 0,
     )
 
 

@@ -7,7 +7,9 @@ NVLink SHARP do better is not in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +60,98 @@ def ring(nodes: Nodes, size: float, *, hops: int) -> Traffic:
     return Traffic(sent, sent * (nodes.count > 1))
 
 
-def ddp(nodes: Nodes, *, num_parameters: int) -> Traffic:
-    """Count the all-reduce of DDP's gradients in fp32."""
-    return all_reduce(nodes, 4 * num_parameters)
+Call = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 
 
-def fsdp(nodes: Nodes, *, num_parameters: int, num_averaged: int, weight_bytes: int) -> Traffic:
-    """Count FSDP2: weights gathered twice, averaged ones once, gradients scattered in fp32."""
-    weights = gather(nodes, weight_bytes * num_parameters)
-    averaged = gather(nodes, weight_bytes * num_averaged)
-    return weights + weights + averaged + gather(nodes, 4 * num_parameters)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collective:
+    """Describe equal calls of one collective that every rank makes in a step."""
+
+    call: Call
+    size: int
+    """Bytes that NCCL is called with: the buffer of an all-reduce, a rank's part of an all-gather
+    or a reduce-scatter, a message to the next rank."""
+    nodes: Nodes
+    """The ranks that take part."""
+    count: int = 1
+
+    @property
+    def sent(self) -> Traffic:
+        """Return the bytes that one rank sends in all of these calls."""
+        total = self.count * self.size
+        if self.call == "send":
+            return ring(self.nodes, self.size, hops=self.count)
+        if self.call == "all_reduce":
+            return all_reduce(self.nodes, total)
+        return gather(self.nodes, total * self.nodes.num_ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unit:
+    """Describe the weights that FSDP2 gathers together: a block's, or all that are in no block."""
+
+    gathered: int
+    """Elements of a rank's shards, which are padded to the size of the largest."""
+    reduced: int
+    """The same of the gradients, without weights that follow by EMA."""
+    gathers: int
+    """Times that a step gathers the weights: before every pass, and again before its backward
+    pass."""
+
+
+def total(collectives: Sequence[Collective]) -> Traffic:
+    """Return the bytes that one rank sends in all of these collectives."""
+    return sum((collective.sent for collective in collectives), start=Traffic())
+
+
+def ddp(nodes: Nodes, *, num_parameters: int) -> list[Collective]:
+    """List the all-reduces of DDP's gradients in fp32, all of its buckets as one."""
+    return [Collective(call="all_reduce", size=4 * num_parameters, nodes=nodes)]
+
+
+def fsdp(
+    nodes: Nodes, units: Sequence[Unit], *, num_shards: int, num_scalars: int, weight_bytes: int
+) -> list[Collective]:
+    """List what FSDP2 sends: weights gathered, gradients in fp32 scattered, and scalars.
+
+    num_shards: neighbouring ranks that weights are sharded over; where these are not all, it is
+    HSDP, which all-reduces the shards of gradients over the groups. num_scalars: trained numbers
+    that are not sharded. The norm of the gradients takes an all-reduce as well.
+    """
+    within = Nodes(num_shards, nodes.ranks_per_node)
+    groups = nodes.num_ranks // num_shards
+    across = Nodes(groups, max(nodes.ranks_per_node // num_shards, 1))
+    found = []
+    for unit in units:
+        size = weight_bytes * unit.gathered
+        found.append(Collective(call="all_gather", size=size, nodes=within, count=unit.gathers))
+        if unit.reduced:
+            size = 4 * unit.reduced
+            found.append(Collective(call="reduce_scatter", size=size, nodes=within))
+            if groups > 1:
+                found.append(Collective(call="all_reduce", size=size, nodes=across))
+    if num_scalars:
+        found.append(Collective(call="all_reduce", size=4 * num_scalars, nodes=nodes))
+    return [*found, Collective(call="all_reduce", size=4, nodes=within)]
 
 
 def candidates(
-    nodes: Nodes, *, num_rows: int, dim: int, weight_bytes: int, sigmoid: bool = False
-) -> Traffic:
-    """Count the ring of `ops.boltzmann` over the rows of all ranks.
+    nodes: Nodes,
+    *,
+    num_rows: int,
+    dim: int,
+    weight_bytes: int,
+    sigmoid: bool = False,
+    on_gpu: bool = True,
+) -> list[Collective]:
+    """List what the ring of `ops.boltzmann` sends over the rows of all ranks.
 
     Rows go round for the sums and once more for the gradients, whose fp32 sums follow them home.
-    The sigmoid form needs no sums first.
+    The sigmoid form needs no sums first. on_gpu: rows go round twice more, for the maxima and for
+    exact sums, since the host does not wait to learn whether these are needed.
     """
     size, around = num_rows * dim, nodes.num_ranks - 1
-    rows = ring(nodes, weight_bytes * size, hops=around * (1 if sigmoid else 2))
-    return rows + ring(nodes, 4 * size, hops=around + 1)
+    rounds = 1 if sigmoid else 4 if on_gpu else 2
+    rows = Collective(call="send", size=weight_bytes * size, nodes=nodes, count=rounds * around)
+    gradients = Collective(call="send", size=4 * size, nodes=nodes, count=around + 1)
+    return [rows, gradients]

@@ -68,9 +68,9 @@ def moments_of_ranks(
     Gathers 2 C + 1 numbers of each rank of `group`; None: the rows of this process alone.
     """
     if group is not None:
-        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, own, group=group)
-        own = join_moments(torch.stack(gathered))
+        gathered = own.new_empty(dist.get_world_size(group) * len(own))
+        dist.all_gather_into_tensor(gathered, own, group=group)
+        own = join_moments(gathered.view(-1, len(own)))
     mean, squares = own[:-1].chunk(2)
     return mean, squares / own[-1].clamp_min(1), own[-1]
 

@@ -186,9 +186,9 @@ class Ring(SingleProcess):
         self.num_rows, self.num_columns = [num_rows] * self.ranks, [num_columns] * self.ranks
         if not equal_sizes:
             sizes = torch.tensor([num_rows, num_columns], device=device)
-            of_ranks = [torch.empty_like(sizes) for _ in range(self.ranks)]
-            dist.all_gather(of_ranks, sizes, group=group)
-            pairs = torch.stack(of_ranks).tolist()
+            of_ranks = sizes.new_empty(self.ranks * 2)
+            dist.all_gather_into_tensor(of_ranks, sizes, group=group)
+            pairs = of_ranks.view(self.ranks, 2).tolist()
             self.num_rows, self.num_columns = ([pair[i] for pair in pairs] for i in (0, 1))
         ends = [0, *accumulate(self.num_columns)]
         self.slices = [slice(*bounds) for bounds in zip(ends[:-1], ends[1:], strict=True)]
@@ -217,9 +217,10 @@ class Ring(SingleProcess):
     def _gather(self, own: Tensor, counts: Sequence[int]) -> Tensor:
         padded = own.new_zeros(max(counts))
         padded[: len(own)] = own
-        gathered = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(gathered, padded, group=self.group)
-        return torch.cat([of_rank[:n] for of_rank, n in zip(gathered, counts, strict=True)])
+        gathered = padded.new_empty(len(counts) * len(padded))
+        dist.all_gather_into_tensor(gathered, padded, group=self.group)
+        of_ranks = gathered.view(len(counts), len(padded))
+        return torch.cat([of_rank[:n] for of_rank, n in zip(of_ranks, counts, strict=True)])
 
     def own(self, columns: Tensor) -> Tensor:
         return columns[self.slices[self.rank]]

@@ -26,7 +26,9 @@ from m3i_fast.costs.roofline import (
     predict,
 )
 from m3i_fast.costs.step_flops import counts_of, step_flops, without_sampling
-from m3i_fast.costs.traffic import Nodes, Traffic
+from m3i_fast.costs.traffic import Collective, Nodes, Traffic
+from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.planning.sharded_units import count_scalars, units_of
 from m3i_fast.planning.step_memory import (
     AVERAGE,
     BATCH,
@@ -74,6 +76,8 @@ class Strategy:
 
     name: str
     memory: Memory
+    collectives: Mapping[str, list[Collective]]
+    """By what is sent; all of a step but the statistics that losses and batch norms add up."""
     sent: Mapping[str, Traffic]
     speed: PredictedSpeed
 
@@ -129,31 +133,39 @@ def make_plan(
     if (count := cfg.parallel.accumulate) > 1:
         more.append(_ONE_OF_SEVERAL.format(count))
     footprint = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=nodes.num_ranks)
+    on_card = {"bf16": bf16, "on_gpu": card.is_gpu}
     flops = step_flops(cfg, num_ranks=nodes.num_ranks)
     assumed = _assumed_memory(cfg, card, nodes, footprint)
     strategies = []
-    for name in ("ddp", "fsdp") if nodes.num_ranks > 1 else ("alone",):
-        sharded = name == "fsdp"
+    for name, shards in layouts(cfg, nodes).items():
         parts: dict[str, float] = dict(footprint.peak)
-        if sharded:
+        if shards > 1:
+            traced = footprint
+            if shards < nodes.num_ranks:
+                traced = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=shards)
             blocks = block_sizes(objective)
-            parts = _sharded(footprint, parameters, blocks, nodes, 2 if bf16 else 4)
+            parts = _sharded(traced, parameters, blocks, shards, 2 if bf16 else 4)
         parts = {**parts, WORKSPACE: _workspace(cfg, card)}
         if cfg.cuda_graphs:  # of each in memory of its own, with a workspace
             graphs = footprint.graphs
             parts[GRAPHS] = sum(graphs) + len(graphs) * parts[WORKSPACE]
-        sent = bytes_sent(cfg, nodes, parameters, bf16=bf16, sharded=sharded)
+        collectives = collectives_of(
+            cfg, nodes, objective, footprint.gathers, num_shards=shards, **on_card
+        )
+        sent = {what: traffic.total(calls) for what, calls in collectives.items()}
         cost = StepCost(
             batch_size=cfg.data.batch_size,
             flops=flops,
             bf16=bf16,
-            moved_bytes=_moved(footprint, parameters, shards=nodes.num_ranks if sharded else 1),
+            moved_bytes=_moved(footprint, parameters, shards=shards),
             sent=sent,
             loader_images_s=loader_images_s(card, num_threads=cfg.data.num_threads),
         )
         memory = Memory(parts=parts, assumed=assumed, limit=card.memory_bytes)
         speed = predict(cost, card, num_ranks=nodes.num_ranks, utilisation=utilisation)
-        strategies.append(Strategy(name=name, memory=memory, sent=sent, speed=speed))
+        strategies.append(
+            Strategy(name=name, memory=memory, collectives=collectives, sent=sent, speed=speed)
+        )
     return Plan(
         card=card,
         nodes=nodes,
@@ -179,6 +191,7 @@ _MEMORY_ASSUMPTIONS = [
     "of kernels but cuBLAS's, and what torch.compile saves",
     "ddp: gradients are views of its buckets. fsdp: a block a unit, two gathered at once, weights "
     "in the type that is computed with, gradients reduced in fp32",
+    "sent: all but the statistics that losses, batch norms and the guard add up over ranks",
 ]
 
 
@@ -212,12 +225,12 @@ def _sharded(
     footprint: Footprint,
     parameters: Mapping[str, int],
     blocks: list[int],
-    nodes: Nodes,
+    shards: int,
     weight_bytes: int,
 ) -> dict[str, float]:
     """Return a rank's memory under FSDP by block; the next block is gathered while one computes."""
     parts: dict[str, float] = {
-        part: size / nodes.num_ranks if part in SHARDED else size
+        part: size / shards if part in SHARDED else size
         for part, size in footprint.sharded_peak.items()
         if part != CAST_WEIGHTS  # they are gathered in that type
     }
@@ -225,30 +238,54 @@ def _sharded(
     return parts | {GATHERED: weight_bytes * (rest + 2.0 * largest), REDUCED: 4.0 * largest}
 
 
-def bytes_sent(
-    cfg: TrainConfig, nodes: Nodes, parameters: Mapping[str, int], *, bf16: bool, sharded: bool
-) -> dict[str, Traffic]:
-    """Return what a rank sends in a step, by kind; `parameters` are those of `count_parameters`."""
-    num_trained, weight_bytes = trained(parameters), 2 if bf16 else 4
-    if sharded:
+def layouts(cfg: TrainConfig, nodes: Nodes) -> dict[str, int]:
+    """Return the ranks that weights are sharded over, by strategy.
+
+    DDP and FSDP over all ranks, and the config's own where `parallel.shard` is between: HSDP.
+    """
+    if nodes.num_ranks == 1:
+        return {"alone": 1}
+    own = {"hsdp": cfg.parallel.shard} if 1 < cfg.parallel.shard < nodes.num_ranks else {}
+    return {"ddp": 1, "fsdp": nodes.num_ranks, **own}
+
+
+def collectives_of(
+    cfg: TrainConfig,
+    nodes: Nodes,
+    objective: MutualInformation,
+    gathers: Mapping[str, int],
+    *,
+    num_shards: int,
+    bf16: bool,
+    on_gpu: bool,
+) -> dict[str, list[Collective]]:
+    """Return what a rank sends in a step, by kind, but for statistics of losses and batch norms.
+
+    objective: on the meta device. gathers: of each of its blocks, as the footprint has them.
+    """
+    weight_bytes = 2 if bf16 else 4
+    if num_shards > 1:
         of_weights = traffic.fsdp(
             nodes,
-            num_parameters=num_trained,
-            num_averaged=parameters[AVERAGE],
+            units_of(objective, gathers, num_shards=num_shards),
+            num_shards=num_shards,
+            num_scalars=count_scalars(objective),
             weight_bytes=weight_bytes,
         )
-        sent = {"weights and gradients": of_weights}
+        collectives = {"weights and gradients": of_weights}
     else:
-        sent = {"gradients": traffic.ddp(nodes, num_parameters=num_trained)}
+        num_trained = trained(count_parameters(objective))
+        collectives = {"gradients": traffic.ddp(nodes, num_parameters=num_trained)}
     if cfg.objective.uses(target="caption"):
-        sent[CANDIDATES] = traffic.candidates(
+        collectives[CANDIDATES] = traffic.candidates(
             nodes,
             num_rows=cfg.data.batch_size,
             dim=cfg.text.embed_dim,
             weight_bytes=weight_bytes,
             sigmoid=cfg.objective.uses(target="caption", likelihood="sigmoid"),
+            on_gpu=on_gpu,
         )
-    return sent
+    return collectives
 
 
 def _moved(footprint: Footprint, parameters: Mapping[str, int], *, shards: int) -> float:

@@ -30,6 +30,7 @@ from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.planning.sharded_units import GatherCounter
 from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
 
 PARAMETERS, AVERAGE, BUFFERS = "parameters", "EMA copies", "buffers"
@@ -54,6 +55,8 @@ class Footprint:
     """All that is alive at the step's peak."""
     sharded_peak: Mapping[str, int]
     """The same of a step whose gradients are sharded, before anything is divided."""
+    gathers: Mapping[str, int]
+    """Times that a step gathers the weights of each block, by its name, where they are sharded."""
     graphs: Sequence[int] = ()
     """With CUDA graphs: what each keeps of inputs, outputs and gradients. Activations, which it
     keeps too, are where they are without graphs."""
@@ -71,6 +74,7 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
     mix, objective = draw_first_mix(cfg), build_on_meta(cfg)
     tracker = TensorTracker(num_shards=num_shards)
     stages = _Stages(tracker)
+    counter = GatherCounter(objective)
     with FakeTensorMode() as fake, tracker:
         for module in filter(None, (objective, objective.teacher)):
             module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
@@ -89,7 +93,8 @@ def trace(cfg: TrainConfig, *, bf16: bool, cuda: bool = True, num_shards: int = 
         tracker.reset_peak()
         with steps_as_on("cuda") if cuda else nullcontext():
             train_step(batch)
-        return replace(stages.footprint(keeps_activations=has_graphs), graphs=graphs)
+        footprint = stages.footprint(counter.gathers, keeps_activations=has_graphs)
+        return replace(footprint, graphs=graphs)
 
 
 def build_on_meta(cfg: TrainConfig) -> MutualInformation:
@@ -266,7 +271,7 @@ class _Stages:
             self._peaks = [tracker.peak, tracker.sharded_peak]
             tracker.reset_peak()
 
-    def footprint(self, *, keeps_activations: bool) -> Footprint:
+    def footprint(self, gathers: Mapping[str, int], *, keeps_activations: bool) -> Footprint:
         """Return the bytes of the step that has been taken.
 
         keeps_activations: what replayed modules saved is there after the backward pass, too.
@@ -286,6 +291,7 @@ class _Stages:
             gradients=self._gradients,
             peak=peak,
             sharded_peak=sharded_peak,
+            gathers=dict(gathers),
         )
 
 

@@ -11,41 +11,73 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from m3i_fast.costs import traffic
-from m3i_fast.costs.traffic import Nodes, Traffic
+from m3i_fast.costs.traffic import Collective, Nodes, Traffic, Unit, total
 from m3i_fast.ops import boltzmann
 
 ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
 RANKS, ROWS, DIM = 3, 5, 8
 
 
+UNITS = [Unit(gathered=60, reduced=60, gathers=4), Unit(gathered=30, reduced=0, gathers=1)]
+SHARDED = {"num_scalars": 2, "weight_bytes": 2}
+
+
 def test_one_rank_sends_nothing() -> None:
     sent = (
         traffic.ddp(ONE, num_parameters=100),
-        traffic.fsdp(ONE, num_parameters=100, num_averaged=50, weight_bytes=2),
+        traffic.fsdp(ONE, UNITS, num_shards=1, **SHARDED),
         traffic.candidates(ONE, num_rows=8, dim=4, weight_bytes=2),
     )
-    assert all(one == Traffic(0, 0) for one in sent)
+    assert all(total(one) == Traffic(0, 0) for one in sent)
 
 
 def test_ranks_of_one_node_use_no_network() -> None:
     # a ring's 2 (n - 1) / n of 400 bytes
-    assert traffic.ddp(NODE, num_parameters=100) == Traffic(2 * 7 / 8 * 400, 0)
+    assert total(traffic.ddp(NODE, num_parameters=100)) == Traffic(2 * 7 / 8 * 400, 0)
 
 
 def test_nodes_share_what_a_rank_holds_of_their_sum() -> None:
-    assert traffic.ddp(TWO_NODES, num_parameters=100) == Traffic(700, 2 * (400 / 8) / 2)
+    assert total(traffic.ddp(TWO_NODES, num_parameters=100)) == Traffic(700, 2 * (400 / 8) / 2)
 
 
-def test_fsdp_gathers_weights_twice_and_averages_once() -> None:
-    sent = traffic.fsdp(NODE, num_parameters=100, num_averaged=50, weight_bytes=2)
-    assert sent.nvlink == pytest.approx(7 / 8 * (200 + 200 + 100 + 400))
+def test_a_ranks_part_goes_to_every_other_rank() -> None:
+    for call in ("all_gather", "reduce_scatter"):
+        found = Collective(call=call, size=10, nodes=NODE, count=3)  # type: ignore[arg-type]
+        assert found.sent.nvlink == pytest.approx(3 * 10 * 7)
 
 
-def test_candidates_go_round_twice_and_their_gradients_home() -> None:
-    sent = traffic.candidates(TWO_NODES, num_rows=3, dim=4, weight_bytes=2)
+def test_fsdp_gathers_every_pass_and_scatters_what_is_trained_once() -> None:
+    found = traffic.fsdp(NODE, UNITS, num_shards=8, **SHARDED)
+    shown = [(one.call, one.size, one.count) for one in found]
+    assert shown == [
+        ("all_gather", 120, 4),
+        ("reduce_scatter", 240, 1),
+        ("all_gather", 60, 1),
+        ("all_reduce", 8, 1),
+        ("all_reduce", 4, 1),
+    ]
+    sums = 2 * 7 / 8 * (8 + 4)
+    assert total(found).nvlink == pytest.approx(7 * (4 * 120 + 240 + 60) + sums)
+
+
+def test_hsdp_shards_within_groups_and_adds_up_over_them() -> None:
+    found = traffic.fsdp(TWO_NODES, UNITS, num_shards=8, **SHARDED)
+    assert {one.nodes for one in found[:2]} == {Nodes(8, 8)}
+    across = found[2]
+    assert (across.call, across.size, across.nodes) == ("all_reduce", 240, Nodes(2, 1))
+    assert across.sent == Traffic(0, 2 * 240 / 2)
+    # Two groups of a node: nothing goes through the network.
+    found = traffic.fsdp(NODE, UNITS, num_shards=4, **SHARDED)
+    assert found[2].nodes == Nodes(2, 2) and total(found).network == 0
+
+
+def test_candidates_go_round_and_their_gradients_home() -> None:
+    sizes = {"num_rows": 3, "dim": 4, "weight_bytes": 2}
+    sent = total(traffic.candidates(TWO_NODES, **sizes, on_gpu=False))
     assert sent.nvlink == sent.network == 12 * (2 * 15 * 2 + 16 * 4)
-    sigmoid = traffic.candidates(NODE, num_rows=3, dim=4, weight_bytes=2, sigmoid=True)
-    assert sigmoid == Traffic(12 * (7 * 2 + 8 * 4), 0)
+    assert total(traffic.candidates(TWO_NODES, **sizes)).nvlink == 12 * (4 * 15 * 2 + 16 * 4)
+    sigmoid = traffic.candidates(NODE, **sizes, sigmoid=True)
+    assert total(sigmoid) == Traffic(12 * (7 * 2 + 8 * 4), 0)
 
 
 def _count(rank: int, folder: Path) -> None:
@@ -75,6 +107,9 @@ def _count(rank: int, folder: Path) -> None:
 def test_candidates_are_what_boltzmann_sends(tmp_path: Path) -> None:
     mp.spawn(_count, args=(tmp_path,), nprocs=RANKS)
     nodes, sizes = Nodes(RANKS, 8), {"num_rows": ROWS, "dim": DIM, "weight_bytes": 4}
-    expected = [traffic.candidates(nodes, **sizes, sigmoid=s).nvlink for s in (False, True)]
+    expected = [
+        total(traffic.candidates(nodes, **sizes, sigmoid=s, on_gpu=False)).nvlink
+        for s in (False, True)
+    ]
     for rank in range(RANKS):
         assert torch.load(tmp_path / f"{rank}.pt") == expected

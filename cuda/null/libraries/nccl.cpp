@@ -4,41 +4,31 @@
 // A collective ends before its call returns, which is one of the orders that a stream allows. Every
 // rank leaves what it is about to do beside its data; where two ranks differ in call, size, type or
 // root, both record a fault and the call fails, where NCCL would hang or write past a buffer.
-#include <fcntl.h>
 #include <nccl.h>
-#include <sched.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 
+#include "libraries/nccl_ranks.h"
 #include "libraries/nccl_reduce.h"
 #include "runtime/null.h"
 
 namespace {
 
+using m3i::null::barrier;
 using m3i::null::bytes_of;
+using m3i::null::fault;
+using m3i::null::Intent;
+using m3i::null::kMailBytes;
+using m3i::null::kSlotBytes;
+using m3i::null::Mail;
 using m3i::null::Record;
 using m3i::null::reduce_parts;
+using m3i::null::wait_for;
 
-constexpr size_t kSlotBytes = 1 << 20;
-constexpr size_t kMailBytes = 1 << 16;
-constexpr int kMostRanks = 16;
-
-// What a rank is about to do.
-struct Intent {
-  char call[24];
-  uint64_t count;
-  int type, operation, root;
-};
-
-bool operator==(const Intent& a, const Intent& b) {
+bool equal(const Intent& a, const Intent& b) {
   return std::strcmp(a.call, b.call) == 0 && a.count == b.count && a.type == b.type &&
          a.operation == b.operation && a.root == b.root;
 }
@@ -47,67 +37,6 @@ std::string text_of(const Intent& intent) {
   return std::string(intent.call) + " of " + std::to_string(intent.count) + " numbers of type " +
          std::to_string(intent.type) + ", operation " + std::to_string(intent.operation) +
          ", root " + std::to_string(intent.root);
-}
-
-struct Mail {
-  std::atomic<uint64_t> sent, taken;  // chunks
-  uint64_t bytes;
-  char data[kMailBytes];
-};
-
-// The memory that the ranks of a communicator share; zero when it is made.
-struct Shared {
-  std::atomic<uint64_t> arrived[kMostRanks];
-  Intent intents[kMostRanks];
-  char slots[kMostRanks][kSlotBytes];
-  Mail mail[kMostRanks][kMostRanks];
-};
-
-}  // namespace
-
-struct ncclComm {
-  Shared* shared;
-  std::string name;
-  int rank, ranks, device;
-  uint64_t barriers = 0;
-  int splits = 0;
-  std::vector<double> scales;  // of PreMulSum, by operation - ncclNumOps
-};
-
-namespace {
-
-double patience_seconds() {
-  const char* text = std::getenv("NULL_CUDA_NCCL_SECONDS");
-  return text != nullptr && *text != '\0' ? std::atof(text) : 300;
-}
-
-// Waits for a condition that another rank fulfils; false where it takes too long.
-bool wait_for(const std::function<bool()>& fulfilled) {
-  auto ends = std::chrono::steady_clock::now() + std::chrono::duration<double>(patience_seconds());
-  while (!fulfilled()) {
-    if (std::chrono::steady_clock::now() > ends) return false;
-    sched_yield();
-  }
-  return true;
-}
-
-ncclResult_t fault(const std::string& what) {
-  Record("fault").text("what", what).python_line();
-  std::fprintf(stderr, "null NCCL: %s\n", what.c_str());
-  return ncclInvalidUsage;
-}
-
-// Returns once every rank has come; a fault names the first that has not.
-ncclResult_t barrier(ncclComm& comm, const std::string& doing) {
-  uint64_t own = ++comm.barriers;
-  comm.shared->arrived[comm.rank].store(own);
-  for (int rank = 0; rank < comm.ranks; ++rank) {
-    if (!wait_for([&] { return comm.shared->arrived[rank].load() >= own; })) {
-      return fault("rank " + std::to_string(rank) + " has not come to rank " +
-                   std::to_string(comm.rank) + "'s " + doing);
-    }
-  }
-  return ncclSuccess;
 }
 
 // Reduces a chunk of every rank's slot, in the order of ranks.
@@ -161,7 +90,7 @@ ncclResult_t run(const Collective& call) {
   if (ncclResult_t error = barrier(comm, text_of(call.intent))) return error;
   for (int rank = 0; rank < comm.ranks; ++rank) {
     const Intent& other = comm.shared->intents[rank];
-    if (!(other == call.intent)) {
+    if (!equal(other, call.intent)) {
       return fault("rank " + std::to_string(comm.rank) + " calls " + text_of(call.intent) +
                    ", rank " + std::to_string(rank) + " " + text_of(other));
     }
@@ -283,137 +212,7 @@ ncclResult_t post(ncclComm* comm, bool sends, const void* data, size_t count, nc
   return group_depth == 0 ? run_group() : ncclSuccess;
 }
 
-Shared* open_shared(const std::string& name) {
-  int file = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
-  if (file < 0 || ftruncate(file, sizeof(Shared)) != 0) return nullptr;
-  void* memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-  close(file);
-  return memory == MAP_FAILED ? nullptr : static_cast<Shared*>(memory);
-}
-
-ncclResult_t join(ncclComm_t* comm, const std::string& name, int ranks, int rank) {
-  if (ranks > kMostRanks) return fault("more ranks than " + std::to_string(kMostRanks));
-  Shared* shared = open_shared(name);
-  if (shared == nullptr) return ncclSystemError;
-  *comm = new ncclComm{shared, name, rank, ranks, m3i::null::current_device(), 0, 0, {}};
-  ncclResult_t error = barrier(**comm, "ncclCommInitRank");
-  // All have it mapped: the name may go, so that no run leaves a file behind.
-  if (error == ncclSuccess && rank == 0) shm_unlink(name.c_str());
-  return error;
-}
-
 }  // namespace
-
-// ---- Communicators
-// -------------------------------------------------------------------------------
-
-M3I_EXPORT ncclResult_t ncclGetVersion(int* version) {
-  *version = NCCL_VERSION_CODE;
-  return ncclSuccess;
-}
-
-M3I_EXPORT const char* ncclGetErrorString(ncclResult_t result) {
-  return result == ncclSuccess ? "no error" : "error of the null NCCL";
-}
-
-M3I_EXPORT const char* ncclGetLastError(ncclComm_t) { return ""; }
-
-M3I_EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
-  static std::atomic<int> made{0};
-  std::memset(id->internal, 0, sizeof id->internal);
-  std::snprintf(
-      id->internal, sizeof id->internal, "/null_nccl_%d_%d_%lld", getpid(), made++,
-      static_cast<long long>(std::chrono::steady_clock::now().time_since_epoch().count()));
-  return ncclSuccess;
-}
-
-M3I_EXPORT ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank) {
-  return join(comm, id.internal, ranks, rank);
-}
-
-M3I_EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id,
-                                               int rank, ncclConfig_t*) {
-  return join(comm, id.internal, ranks, rank);
-}
-
-M3I_EXPORT ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* result,
-                                      ncclConfig_t*) {
-  struct Choice {
-    int color, key;
-  };
-  Choice own{color, key};
-  std::memcpy(comm->shared->slots[comm->rank], &own, sizeof own);
-  if (ncclResult_t error = barrier(*comm, "ncclCommSplit")) return error;
-  std::vector<std::pair<int, int>> members;  // key, rank
-  for (int rank = 0; rank < comm->ranks; ++rank) {
-    Choice choice;
-    std::memcpy(&choice, comm->shared->slots[rank], sizeof choice);
-    if (choice.color == color) members.emplace_back(choice.key, rank);
-  }
-  if (ncclResult_t error = barrier(*comm, "ncclCommSplit")) return error;
-  int number = comm->splits++;
-  *result = nullptr;
-  if (color == NCCL_SPLIT_NOCOLOR) return ncclSuccess;
-  std::sort(members.begin(), members.end());
-  auto own_place = std::find(members.begin(), members.end(), std::pair{key, comm->rank});
-  std::string name = comm->name + "_" + std::to_string(number) + "_" + std::to_string(color);
-  return join(result, name, static_cast<int>(members.size()),
-              static_cast<int>(own_place - members.begin()));
-}
-
-M3I_EXPORT ncclResult_t ncclCommCount(const ncclComm_t comm, int* count) {
-  *count = comm->ranks;
-  return ncclSuccess;
-}
-
-M3I_EXPORT ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank) {
-  *rank = comm->rank;
-  return ncclSuccess;
-}
-
-M3I_EXPORT ncclResult_t ncclCommCuDevice(const ncclComm_t comm, int* device) {
-  *device = comm->device;
-  return ncclSuccess;
-}
-
-M3I_EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t, ncclResult_t* error) {
-  *error = ncclSuccess;
-  return ncclSuccess;
-}
-
-// The memory stays: threads of torch may still name the communicator.
-M3I_EXPORT ncclResult_t ncclCommFinalize(ncclComm_t) { return ncclSuccess; }
-M3I_EXPORT ncclResult_t ncclCommDestroy(ncclComm_t) { return ncclSuccess; }
-M3I_EXPORT ncclResult_t ncclCommAbort(ncclComm_t) { return ncclSuccess; }
-
-M3I_EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* operation, void* scalar,
-                                                 ncclDataType_t type, ncclScalarResidence_t,
-                                                 ncclComm_t comm) {
-  comm->scales.push_back(m3i::null::number_at(scalar, type));
-  *operation = static_cast<ncclRedOp_t>(ncclNumOps + static_cast<int>(comm->scales.size()) - 1);
-  return ncclSuccess;
-}
-
-M3I_EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t, ncclComm_t) { return ncclSuccess; }
-
-// Registered memory is faster on a GPU, and nothing else.
-M3I_EXPORT ncclResult_t ncclCommRegister(const ncclComm_t comm, void*, size_t, void** handle) {
-  *handle = comm;
-  return ncclSuccess;
-}
-
-M3I_EXPORT ncclResult_t ncclCommDeregister(const ncclComm_t, void*) { return ncclSuccess; }
-
-M3I_EXPORT ncclResult_t ncclMemAlloc(void** pointer, size_t bytes) {
-  return cudaMalloc(pointer, bytes) == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
-}
-
-M3I_EXPORT ncclResult_t ncclMemFree(void* pointer) {
-  return cudaFree(pointer) == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
-}
-
-// ---- Groups and collectives
-// ----------------------------------------------------------------------
 
 M3I_EXPORT ncclResult_t ncclGroupStart() {
   ++group_depth;

@@ -142,12 +142,15 @@ def distribute(
     if mesh is None:
         with warnings.catch_warnings():  # torch 2.13 renamed the argument, and 2.10 lacks the name
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            return DistributedDataParallel(
+            replicated = DistributedDataParallel(
                 model,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
                 broadcast_buffers=False,  # statistics are reduced over all ranks already
                 gradient_as_bucket_view=True,
             )
+        # Every 100th step it would wait for the device, to time it; in the first ten it does.
+        replicated._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+        return replicated
     if mesh["replicate"].size() == 1:
         mesh = mesh["shard"]
     low = compute_dtype != torch.float32

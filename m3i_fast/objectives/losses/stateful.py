@@ -57,12 +57,12 @@ class Queued(nn.Module):
     def _remember(self, z: Tensor) -> None:
         if not self.training:
             return
-        newest = [F.normalize(z.to(self.queue.dtype), dim=-1)]
+        newest = F.normalize(z.to(self.queue.dtype), dim=-1)
         if self.group is not None:
-            own = newest[0]
-            newest = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-            dist.all_gather(newest, own, group=self.group)
-        self.queue.copy_(torch.cat([*newest, self.queue])[: len(self.queue)])
+            own = newest.contiguous()
+            newest = own.new_empty(dist.get_world_size(self.group) * len(own), own.shape[1])
+            dist.all_gather_into_tensor(newest, own, group=self.group)
+        self.queue.copy_(torch.cat([newest, self.queue])[: len(self.queue)])
 
 
 class DenseQueued(Queued):

@@ -37,7 +37,7 @@ from m3i_fast.config.models.text import TextConfig
 from m3i_fast.costs.gpus import CARDS
 from m3i_fast.costs.roofline import StepCost
 from m3i_fast.costs.roofline import predict as roofline
-from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce, ddp
+from m3i_fast.costs.traffic import Nodes, Traffic, all_reduce, ddp, total
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.planning.step_memory import build_on_meta, count_parameters
 from m3i_fast.recipes import demo, recipes, shrink
@@ -88,7 +88,7 @@ def work(num_ranks: int, *, batch: int = 64, hops: int = 0, rows: float = 0.0) -
         nodes=nodes,
         batch_size=batch,
         products=Flops(forward=forward, backward=2 * forward),
-        gradients=ddp(nodes, num_parameters=NUM_PARAMETERS),
+        gradients=total(ddp(nodes, num_parameters=NUM_PARAMETERS)),
         num_collectives=num_buckets(4 * NUM_PARAMETERS) if several else 0,
         candidates=Traffic(rows, 0.0) if several else Traffic(),
         candidate_hops=hops if several else 0,
@@ -255,10 +255,10 @@ def test_the_workload_of_a_recipe() -> None:
     one, many = (workload(cfg, CARD, Nodes(n, 8), parameters) for n in (1, 64))
     assert (one.num_collectives, one.candidate_hops) == (0, 0)
     assert one.gradients == one.candidates == Traffic()
-    assert many.candidate_hops == 2 * 63 + 1 and many.candidates.network > 0
+    assert many.candidate_hops == 4 * 63 + 1 and many.candidates.network > 0
     assert many.products.hardware > one.products.hardware  # captions of all ranks
     sharded = replace(cfg, parallel=replace(cfg.parallel, shard=-1))
-    # In bf16 weights twice and once more of the average: more than fp32 gradients alone.
+    # In bf16 weights before and after every pass, of the average too: more than fp32 gradients.
     more = workload(sharded, CARD, Nodes(64, 8), parameters).gradients
     assert more.network > 0.9 * many.gradients.network and more != many.gradients
 

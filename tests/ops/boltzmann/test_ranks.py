@@ -112,8 +112,8 @@ class Gathers(TorchDispatchMode):
     num_integers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.c10d.allgather_.default:
-            self.num_integers += args[1][0].dtype == torch.int64
+        if func is torch.ops.c10d._allgather_base_.default:
+            self.num_integers += args[1].dtype == torch.int64
         return func(*args, **(kwargs or {}))
 
 
