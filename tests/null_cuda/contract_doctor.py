@@ -1,4 +1,4 @@
-"""The doctor, the telemetry and the ledger on the null device: NVML's answers, and whose they are."""
+"""Doctor, telemetry and ledger on the null device: NVML's answers, and whose they are."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def on_null(*command: str, **settings: object) -> subprocess.CompletedProcess[st
     ],
 )
 def test_the_doctor_examines_the_card(card: str, name: str, code: str) -> None:
-    """Its two errors are true: DALI cannot run there, and kernels that compute nothing are wrong."""
+    """Its errors are true: DALI is not there, and kernels that compute nothing are wrong."""
     done = on_null("-m", "m3i_fast.cli", "doctor", "--json", card=card)
     assert done.returncode == 1, done.stderr
     found = {each["subject"]: each for each in json.loads(done.stdout)["findings"]}

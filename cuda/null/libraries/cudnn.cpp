@@ -14,8 +14,10 @@ M3I_EXPORT int cudnnSetStream(void* handle, cudaStream_t stream) {
   return 0;
 }
 
-M3I_EXPORT size_t cudnnGetVersion() { return CUDNN_VERSION; }
+// By this number torch decides whether cuDNN computes attention; none of its engines is here.
+M3I_EXPORT size_t cudnnGetVersion() { return 0; }
 
+// By these it decides whether the library is the one that it was built with.
 M3I_EXPORT int cudnnGetProperty(libraryPropertyType type, int* value) {
   switch (type) {
     case MAJOR_VERSION:
