@@ -18,6 +18,8 @@ SOURCES = ROOT / "cuda" / "null"
 # Entries that neither compute nor fill what they are given: they succeed, and are not recorded.
 SETUP = re.compile(r"(Create|Destroy|Set|Init|Descriptor|Attribute|Free|Register|Logger)")
 
+CUDA_NOT_SUPPORTED = 801  # of the runtime and the driver
+
 
 @dataclass(frozen=True)
 class Library:
@@ -28,7 +30,7 @@ class Library:
     name: str  # of the library in the trace
     sources: tuple[str, ...]  # below cuda/null
     computes: bool = True  # a generated entry succeeds and is recorded; else it is refused
-    not_supported: int = 801  # what a refused entry returns: CUDA's and the driver's own number
+    not_supported: int = CUDA_NOT_SUPPORTED  # what a refused entry returns
 
 
 RUNTIME = Library(
@@ -96,8 +98,9 @@ def generated_source(library: Library, names: set[str]) -> str:
     ]
     for name in sorted(names):
         if not library.computes:
-            recorded = f'null_cuda_unsupported("{library.name}", "{name}")'
-            result = f"({recorded}, {library.not_supported}L)"
+            result = f'null_cuda_unsupported("{library.name}", "{name}")'
+            if library.not_supported != CUDA_NOT_SUPPORTED:
+                result = f"({result}, {library.not_supported}L)"
         elif SETUP.search(name):
             result = "0"
         else:

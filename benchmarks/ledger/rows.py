@@ -67,7 +67,7 @@ def append_row(
 
     Appended by one write: rows of several processes do not mix. A row that is not as
     row.schema.json says, or that JSON cannot hold (NaN and infinity among it), is a ValueError
-    and is not written; so is any row of a process on the null CUDA runtime in the checkout's ledger.
+    and is not written; so is a row of a process on the null CUDA runtime in the checkout's ledger.
     """
     if not subject.isidentifier():
         raise ValueError(f"subject: expected letters, digits and underscores, got {subject!r}")

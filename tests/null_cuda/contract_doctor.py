@@ -41,7 +41,7 @@ def test_the_doctor_examines_the_card(card: str, name: str, code: str) -> None:
     found = {each["subject"]: each for each in json.loads(done.stdout)["findings"]}
     assert found["GPU"]["level"] == "ok" and found["GPU"]["detail"].startswith(name)
     assert found["torch"]["level"] == "ok", found["torch"]
-    assert "cuDNN 9" in found["torch"]["detail"]
+    assert "cuDNN 0" in found["torch"]["detail"]  # by which torch takes its own attention
     assert found["_C"]["level"] == "ok"
     assert code in found["_C_cuda"]["detail"]
     assert found["_C_cuda"]["detail"].endswith("wrong results")
