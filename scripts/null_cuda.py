@@ -23,6 +23,8 @@ SOURCES = ROOT / "cuda" / "null"
 # Entries that neither compute nor fill what they are given: they succeed, and are not recorded.
 SETUP = re.compile(r"(Create|Destroy|Set|Init|Descriptor|Attribute|Free|Register|Logger)")
 
+CUDA_NOT_SUPPORTED = 801  # of the runtime and the driver
+
 
 @dataclass(frozen=True)
 class Library:
@@ -33,6 +35,7 @@ class Library:
     name: str  # of the library in the trace
     sources: tuple[str, ...]  # below cuda/null
     computes: bool = True  # a generated entry succeeds and is recorded; else it is refused
+    not_supported: int = CUDA_NOT_SUPPORTED  # what a refused entry returns
 
 
 RUNTIME = Library(
@@ -43,6 +46,9 @@ RUNTIME = Library(
     computes=False,
 )
 DRIVER = Library("libcuda.so.1", "", "cuda", ("libraries/driver.cpp",), computes=False)
+NVML = Library(
+    "libnvidia-ml.so.1", "", "nvml", ("libraries/nvml.cpp",), computes=False, not_supported=3
+)
 NCCL_SOURCES = tuple(f"libraries/{n}.cpp" for n in ("nccl", "nccl_ranks", "nccl_reduce"))
 OTHERS = (
     Library("libcublas.so.13", "cu13/lib", "cublas", ("libraries/cublas.cpp",)),
@@ -52,7 +58,7 @@ OTHERS = (
     Library("libcupti.so.13", "cu13/lib", "cupti", ("libraries/cupti.cpp",), computes=False),
     Library("libnccl.so.2", "nccl/lib", "nccl", NCCL_SOURCES, computes=False),
 )
-LIBRARIES = (DRIVER, RUNTIME, *OTHERS)
+LIBRARIES = (DRIVER, RUNTIME, NVML, *OTHERS)
 
 
 def exported_names(library: Path) -> set[str]:
@@ -67,6 +73,21 @@ def driver_names(site: Path) -> set[str]:
     header = (site / "nvidia" / "cu13" / "include" / "cuda.h").read_text()
     declared = re.findall(r"CUDAAPI\s*\n?\s*(cu\w+)\(", header)
     return {*declared, *re.findall(r"#define cu\w+\s+(cu\w+_v\d+)", header)}
+
+
+def nvml_names(site: Path) -> set[str]:
+    """Return NVML's functions, which no wheel carries: those that nvidia-ml-py looks up."""
+    module = (site / "pynvml.py").read_text()
+    return set(re.findall(r"_nvmlGetFunctionPointer\([\"'](nvml\w+)", module))
+
+
+def wanted_names(library: Library, site: Path) -> set[str]:
+    """Return the functions that callers of the real library may look for."""
+    if library is NVML:
+        return nvml_names(site)
+    if library is DRIVER:
+        return driver_names(site)
+    return exported_names(site / "nvidia" / library.folder / library.soname)
 
 
 def own_names(library: Library) -> set[str]:
@@ -84,6 +105,8 @@ def generated_source(library: Library, names: set[str]) -> str:
     for name in sorted(names):
         if not library.computes:
             result = f'null_cuda_unsupported("{library.name}", "{name}")'
+            if library.not_supported != CUDA_NOT_SUPPORTED:
+                result = f"({result}, {library.not_supported}L)"
         elif SETUP.search(name):
             result = "0"
         else:
@@ -98,13 +121,12 @@ def generated_source(library: Library, names: set[str]) -> str:
 
 def build_library(library: Library, site: Path, out: Path) -> None:
     """Compile one library into `out`, under the name that its callers ask for."""
-    real = site / "nvidia" / library.folder / library.soname
-    wanted = exported_names(real) if library.folder else driver_names(site)
     rest = out / f"{library.name}_rest.cpp"
-    rest.write_text(generated_source(library, wanted - own_names(library)))
+    others = wanted_names(library, site) - own_names(library)
+    rest.write_text(generated_source(library, others))
     versions = out / f"{library.name}.map"
     versions.write_text(f"{library.soname} {{ global: *; }};\n")
-    headers = [site / "nvidia" / name / "include" for name in ("cu13", "nccl")]
+    headers = [site / "nvidia" / name / "include" for name in ("cu13", "cudnn", "nccl")]
     includes = [f"-I{SOURCES}", *(f"-isystem{folder}" for folder in headers)]
     against = [] if library is RUNTIME else [str(out / RUNTIME.soname)]
     script = [f"-Wl,--version-script={versions}"] if library.folder else []
@@ -121,7 +143,7 @@ def build_library(library: Library, site: Path, out: Path) -> None:
 def build(site: Path, out: Path) -> None:
     """Build all libraries for the torch in `site` (site-packages) into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    for library in (RUNTIME, DRIVER, *OTHERS):
+    for library in (RUNTIME, DRIVER, NVML, *OTHERS):
         build_library(library, site, out)
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from m3i_fast.observe.environment import gpu_name
+
 # Names of distributions; of those with several the installed one counts.
 DISTRIBUTIONS = {
     "te": ("transformer-engine",),
@@ -57,7 +59,7 @@ def _cards() -> Iterator[dict[str, Any]]:
         properties = torch.cuda.get_device_properties(index)
         uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-")
         yield {
-            "name": properties.name,
+            "name": gpu_name(index),
             "memory_bytes": properties.total_memory,
             **({"uuid_hash": hashed(uuid)} if uuid else {}),
             **told.get(uuid, {}),

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3i_fast.benchmarks.ledger.machine import machine, machine_class, versions
 from m3i_fast.benchmarks.ledger.schema import complaints
-from m3i_fast.observe.environment import environment
+from m3i_fast.observe.environment import NULL_RUNTIME, environment, is_null_runtime
 
 if TYPE_CHECKING:  # `make gpu` has no cattrs, which configs need
     from m3i_fast.config import TrainConfig
@@ -43,6 +43,10 @@ def results_dir() -> Path:
     """
     if named := os.environ.get("M3I_RESULTS"):
         return Path(named)
+    return _ledger()
+
+
+def _ledger() -> Path:
     here = Path(__file__).resolve().parent.parent
     return (here if (here.parent / ".git").exists() else Path("benchmarks")) / "results"
 
@@ -63,10 +67,16 @@ def append_row(
 
     Appended by one write: rows of several processes do not mix. A row that is not as
     row.schema.json says, or that JSON cannot hold (NaN and infinity among it), is a ValueError
-    and is not written.
+    and is not written; so is a row of a process on the null CUDA runtime in the checkout's ledger.
     """
     if not subject.isidentifier():
         raise ValueError(f"subject: expected letters, digits and underscores, got {subject!r}")
+    path = (folder or results_dir()) / f"{subject}.jsonl"
+    if is_null_runtime() and path.parent.resolve() == _ledger().resolve():
+        raise ValueError(
+            f"{path}: expected a measurement, got figures of the {NULL_RUNTIME}, which computes "
+            "nothing; --no-record leaves the row out, M3I_RESULTS names another folder"
+        )
     row = make_row(subject, figures, config=config, telemetry=telemetry, command=command)
     try:
         line = json.dumps(row, allow_nan=False)
@@ -74,7 +84,6 @@ def append_row(
         raise ValueError(f"figures of {subject}: expected finite JSON values, {error}") from error
     if wrong := list(complaints(json.loads(line))):
         raise ValueError(f"a row of {subject} is not as the ledger's schema: {'; '.join(wrong)}")
-    path = (folder or results_dir()) / f"{subject}.jsonl"
     _append(path, (line + "\n").encode())
     logger.info("appended a row to %s", path)
     return path

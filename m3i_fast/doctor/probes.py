@@ -12,10 +12,12 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 import re
 import struct
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,5 +258,23 @@ PROBES: dict[str, Callable[[], Facts]] = {
     )  # fmt: skip
 }
 
+
+def _answer(name: str) -> int:
+    """Write a probe's facts for the parent, or why there are none; returns the exit status."""
+    try:
+        sys.stdout.write(json.dumps(PROBES[name]()) + "\n")
+    except SystemExit as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(PROBES[sys.argv[1]]()))  # noqa: T201 - the parent reads it
+    status = _answer(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An autograd thread that still frees what Python holds would abort a process that finalises.
+    os._exit(status)

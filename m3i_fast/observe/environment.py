@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import torch
 
 from m3i_fast.durable_files import write_atomically
 
+NULL_RUNTIME = "null CUDA runtime"
 _LEDGER = "benchmarks/results"  # new rows of a benchmark do not make the checkout dirty
 
 
@@ -48,9 +50,20 @@ def environment() -> Environment:
         cuda=torch.version.cuda,
         cpu=_cpu_name(),
         num_cores=num_cores(),
-        gpu=torch.cuda.get_device_name(0) if num_gpus else None,
+        gpu=gpu_name(0) if num_gpus else None,
         num_gpus=num_gpus,
     )
+
+
+def is_null_runtime() -> bool:
+    """Return whether this process runs on the null CUDA runtime, which computes nothing."""
+    return hasattr(ctypes.CDLL(None), "null_cuda_mark")
+
+
+def gpu_name(index: int) -> str:
+    """Return torch's name of a GPU; that of a null device says so, and is no card's."""
+    name: str = torch.cuda.get_device_name(index)
+    return f"{name} ({NULL_RUNTIME})" if is_null_runtime() else name
 
 
 def _commit() -> str | None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from scripts.gpu.steps import ROOT, Runner, Step
@@ -33,6 +34,15 @@ print(json.dumps({**asdict(environment()), "command": "make gpu", "modules": mod
 """
 
 
+FIND = """import json, pathlib
+from importlib.util import find_spec
+
+package, kernels = find_spec("m3i_fast"), find_spec("m3i_fast._C_cuda")
+site = pathlib.Path(package.origin).parent.parent
+print(json.dumps([str(site), kernels.origin if kernels else None]))
+"""
+
+
 def build(run: Runner, nvcc: Path | None) -> bool:
     """Configure, build and install into build/gpu; returns whether all steps passed."""
     generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
@@ -48,7 +58,7 @@ def build(run: Runner, nvcc: Path | None) -> bool:
         "install": ["cmake", "--install", BUILD, "--prefix", SITE],
     }.items():
         step = Step(name=name, command=tuple(map(str, command)), limit_s=LIMIT_S)
-        if run(step).has_failed:
+        if run(step, always=True).has_failed:
             return False
     return True
 
@@ -64,25 +74,43 @@ def lay_out() -> None:
     (SITE / "sitecustomize.py").write_text(SITECUSTOMIZE)
 
 
-def describe(out: Path, inventory: dict[str, str | None], nvcc: Path | None) -> str | None:
-    """Write env.json and nvidia-smi.txt; returns why another build is loaded, or None."""
+def find_installed(python: str) -> tuple[Path, Path | None] | None:
+    """Return the folder that an installed package is imported from, and its CUDA kernels.
+
+    None where this python has no m3i_fast.
+    """
+    with tempfile.TemporaryDirectory() as elsewhere:  # the checkout's own folder has no kernels
+        done = subprocess.run([python, "-c", FIND], cwd=elsewhere, capture_output=True, text=True)
+    if done.returncode:
+        return None
+    site, kernels = json.loads(done.stdout.splitlines()[-1])
+    return Path(site), Path(kernels) if kernels else None
+
+
+def describe(
+    out: Path, inventory: dict[str, str | None], wanted: set[str], site: Path, built: bool
+) -> str | None:
+    """Write env.json and nvidia-smi.txt; returns why another build is loaded, or None.
+
+    wanted: the modules that have to load. built: they have to be those of `site`.
+    """
     if inventory["nvidia-smi"]:
         shown = subprocess.run([inventory["nvidia-smi"], "-q"], capture_output=True, text=True)
         (out / "nvidia-smi.txt").write_text(shown.stdout + shown.stderr)
     done = subprocess.run(
         [sys.executable, "-c", DESCRIBE],
-        cwd=SITE,
-        env={**os.environ, "PYTHONPATH": str(SITE)},
+        cwd=site if built else out,
+        env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        return f"m3i_fast: expected the build in {SITE} to load, got an error\n{done.stderr}"
+        return f"m3i_fast: expected the build in {site} to load, got an error\n{done.stderr}"
     facts = json.loads(done.stdout.splitlines()[-1])
-    wanted = {"m3i_fast._C", *(["m3i_fast._C_cuda"] if nvcc else [])}
-    ours = {name for name, file in facts["modules"].items() if Path(file).is_relative_to(SITE)}
+    found = facts["modules"].items()
+    ours = {name for name, file in found if not built or Path(file).is_relative_to(site)}
     if ours != wanted:
-        return f"m3i_fast: expected {sorted(wanted)} of {SITE}, got {facts['modules']}"
+        return f"m3i_fast: expected {sorted(wanted)} of {site}, got {facts['modules']}"
     facts |= {"modules": sorted(ours), "inventory": inventory}
     (out / "env.json").write_text(json.dumps(facts, indent=2) + "\n")
     return None

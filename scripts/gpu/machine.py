@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,7 @@ OPTIONAL = {
     "nvidia-ml-py": "pynvml",
     "tyro": "tyro",
     "cattrs": "cattrs",
+    "Pillow": "PIL",
 }
 
 
@@ -88,21 +91,44 @@ def why_no_gpu(torch_cuda: str | None, card: str | None) -> str | None:
     return None if card else "GPU: torch sees none; nvidia-smi tells why"
 
 
-def torch_facts() -> tuple[str | None, str | None]:
-    """Return the CUDA version of torch's build and the name of the first GPU, or None."""
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What torch tells of the machine; None: no torch, a CPU build, or no GPU."""
+
+    cuda: str | None = None
+    """CUDA version of torch's build."""
+    card: str | None = None
+    """Name of the first GPU."""
+    capability: tuple[int, int] | None = None
+    is_null: bool = False
+    """Whether the GPU is the null CUDA runtime's, which computes nothing."""
+
+
+def torch_facts() -> Facts:
+    """Ask torch, where there is one."""
+    if find_spec("torch") is None:
+        return Facts()
     import torch
 
-    card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return torch.version.cuda, card
+    if not torch.cuda.is_available():
+        return Facts(cuda=torch.version.cuda)
+    return Facts(
+        cuda=torch.version.cuda,
+        card=torch.cuda.get_device_name(0),
+        capability=torch.cuda.get_device_capability(0),
+        is_null=hasattr(ctypes.CDLL(None), "null_cuda_mark"),
+    )
 
 
 def find_tool(name: str, nvcc: Path | None) -> Path | None:
-    """Find a tool on the PATH, or beside nvcc in a CUDA toolkit."""
+    """Find a tool on the PATH, beside nvcc in a CUDA toolkit, or in triton."""
     on_path = shutil.which(name)
     if on_path:
         return Path(on_path)
-    beside = nvcc.resolve().parent / name if nvcc else None
-    return beside if beside is not None and beside.is_file() else None
+    folders = [nvcc.resolve().parent] if nvcc else []
+    if (triton := find_spec("triton")) and triton.origin:  # torch with CUDA brings a few tools
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def inventory(nvcc: Path | None) -> dict[str, str | None]:

@@ -1,18 +1,24 @@
-"""The steps of `make gpu`, on a GPU or in small sizes on the CPU."""
+"""The steps of `make gpu`: what breaks first and costs least comes first.
+
+On a GPU, in small sizes on the CPU, or on a device whose results are not looked at.
+"""
 
 from __future__ import annotations
 
 import runpy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scripts.gpu import reading
 from scripts.gpu.build import BUILD, SITE
 from scripts.gpu.steps import ROOT, Step
 
-TESTS_S, SANITIZER_S, TABLES_S = 1200.0, 300.0, 300.0
+TESTS_S, SANITIZER_S, TABLES_S, FIRST_S = 1200.0, 300.0, 300.0, 180.0
+PROGRAMS = ROOT / "scripts" / "gpu" / "programs"
 
 # The registry of ops, loaded without the package, which is not built yet.
 _REGISTRY = runpy.run_path(str(ROOT / "m3i_fast" / "op_registry.py"))
@@ -35,6 +41,9 @@ BENCHMARKS: dict[str, Any] = dict(
         key=lambda item: item[1].worth,
     )
 )
+SUBJECT_OF = {op.name: op.title for op in OPS} | {"step": "a training step", "tune": "tiles"}
+# Benchmarks that --launch-only runs: in small sizes they take seconds, and read nothing computed.
+LAUNCHED = ("gaussian", "mask_mix", "internimage")
 # The emulator reports what a sanitizer does: accesses out of bounds, and races.
 EMULATED = ("tests/cuda/mask_mix/test_kernels.py",)
 
@@ -46,84 +55,192 @@ class Machine:
     inventory: dict[str, str | None]
     small: bool
     """Run without a GPU: the emulator, and benchmarks in small sizes on the CPU."""
+    launch_only: bool = False
+    """Launch without looking at results: tests are collected, benchmarks compare nothing."""
+    card: str | None = None
+    """Name of the first GPU; None: there is none."""
+    capability: tuple[int, int] | None = None
+    site: Path = SITE
+    """The folder that the package is imported from."""
+    kernel_module: Path | None = None
+    """The module of CUDA kernels of an installed package."""
 
     def missing(self, *names: str) -> str | None:
         """Return which of the tools are missing, as a reason to leave out a step; None: none."""
         absent = [name for name in names if self.inventory[name] is None]
         return f"no {' and no '.join(absent)} here" if absent else None
 
+    def kernels(self) -> Iterator[Path]:
+        """Yield the built module of CUDA kernels, wherever the package has it."""
+        yield from self.site.glob("m3i_fast/_C_cuda*.so")
+        yield from filter(None, [self.kernel_module])
+
 
 def steps(machine: Machine, out: Path, for_pytest: list[str]) -> Iterator[Step]:
-    """Yield all steps in order: kernels' code, tests, sanitizers, benchmarks, a profile."""
-    yield from code_steps(machine, out)
-    yield test_step("tests", ["-m", "gpu", f"--junitxml={out / 'tests.xml'}", *for_pytest])
+    """Yield all steps in order; the first ones answer within minutes whether anything works."""
+    yield from first_steps(machine, out)
+    yield dali_step(machine)
     yield from sanitizer_steps(machine)
-    yield from benchmark_steps(machine)
+    tests = ["-m", "gpu", f"--junitxml={out / 'tests.xml'}", *for_pytest]
+    yield test_step(machine, "tests", ["--collect-only", *tests] if machine.launch_only else tests)
+    yield from benchmark_steps(machine, out)
     yield from nsys_steps(machine, out)
+    yield code_step(machine, "sass", "--dump-sass")
 
 
-def code_steps(machine: Machine, out: Path) -> Iterator[Step]:
-    """Yield the steps that print registers, spills, shared memory and code of every kernel."""
-    library = next(iter(SITE.glob("m3i_fast/_C_cuda*.so")), None)
+def first_steps(machine: Machine, out: Path) -> Iterator[Step]:
+    """Yield the steps of --first: the machine, each op once, a training step, registers."""
+    launch_only = ("--launch-only",) if machine.launch_only else ()
+    device = "cpu" if machine.small else "cuda"
+    yield Step(
+        name="doctor",
+        answers="Can this machine train, and what is missing for the rest?",
+        expects="every part that is there is usable",
+        command=(sys.executable, "-m", "m3i_fast.cli", "doctor", "--json"),
+        limit_s=FIRST_S,
+        missing=machine.missing("tyro"),
+        cwd=machine.site,
+        read=reading.findings_of_doctor,
+        passing=(0, 1),  # 1: something is not usable, which the checks tell
+    )
+    yield Step(
+        name="kernels",
+        answers="Does each op load, run and compute what the CPU does?",
+        expects="all four are right",
+        command=(sys.executable, str(PROGRAMS / "first_kernels.py"), device, *launch_only),
+        limit_s=2 * FIRST_S,
+        cwd=machine.site,
+        read=reading.checks_of_program,
+    )
+    yield Step(
+        name="training",
+        answers="Has a step the CPU's losses, no wait, and the kernels of this card?",
+        expects="the CPU's losses, no host synchronisation, the launches of the null runtime",
+        command=(sys.executable, str(PROGRAMS / "first_step.py"), *launch_only),
+        limit_s=2 * FIRST_S,
+        cwd=machine.site,
+        missing="no GPU" if machine.small else machine.missing("cattrs"),
+        read=reading.checks_of_program,
+        environment={"NULL_CUDA_TRACE": str(out / "training-trace.jsonl")},
+    )
+    registers = code_step(machine, "registers", "--dump-resource-usage")
+    read = partial(reading.registers_of, machine.capability)
+    answers = "Has each kernel the registers that it was designed with?"
+    yield replace(registers, answers=answers, expects="within cuda/*/budget.json", read=read)
+
+
+def code_step(machine: Machine, name: str, option: str) -> Step:
+    """Return a step that prints something of the code of every kernel."""
+    library = next(iter(machine.kernels()), None)
     missing = machine.missing("cuobjdump")
     if library is None:
         missing = missing or "no CUDA kernels in this build"
+    if machine.launch_only and name == "sass":
+        missing = "it is no other for any device (--launch-only)"
     tool = machine.inventory["cuobjdump"] or "cuobjdump"
-    for name, option in (("registers", "--dump-resource-usage"), ("sass", "--dump-sass")):
-        command = (tool, option, str(library))
-        yield Step(name=name, command=command, limit_s=TABLES_S, missing=missing, quiet=True)
+    return Step(
+        name=name,
+        answers="What machine code does the card run?",
+        command=(tool, option, str(library)),
+        limit_s=TABLES_S,
+        missing=missing,
+        quiet=True,
+    )
 
 
-def test_step(name: str, arguments: list[str], *before: str, limit_s: float = TESTS_S) -> Step:
+def dali_step(machine: Machine) -> Step:
+    """Return the step that runs what nothing but a GPU can show of DALI."""
+    missing = machine.missing("DALI", "cattrs", "Pillow")
+    if machine.launch_only:
+        missing = (
+            missing or "DALI brings its own CUDA runtime, which no other can take the place of"
+        )
+    device = "cpu" if machine.small else "cuda"
+    return Step(
+        name="dali",
+        answers="Are batches left alone once handed out, and are the GPU's crops the CPU's?",
+        expects="no batch changes, crops within the bounds",
+        command=(sys.executable, str(PROGRAMS / "dali_check.py"), device),
+        limit_s=FIRST_S,
+        cwd=machine.site,
+        missing=missing,
+        read=reading.checks_of_program,
+    )
+
+
+def test_step(
+    machine: Machine, name: str, arguments: list[str], *before: str, limit_s: float = TESTS_S
+) -> Step:
     """Return a step that runs pytest on the build; before: a command that runs it."""
-    paths = f"pythonpath={SITE.relative_to(ROOT)} ."
+    paths = f"pythonpath={machine.site} ."
     pytest = [sys.executable, "-m", "pytest", "--skip-missing-packages", "-o", paths, "-q"]
-    return Step(name=name, command=(*before, *pytest, *arguments), limit_s=limit_s)
+    pytest += ["--continue-on-collection-errors"]  # a module that fails is no reason for the others
+    return Step(
+        name=name,
+        answers="Does every test that needs a GPU pass?",
+        expects="0 failed",
+        command=(*before, *pytest, *arguments),
+        limit_s=limit_s,
+        read=partial(reading.tests_of, f"{name}.xml"),
+    )
 
 
 def sanitizer_steps(machine: Machine) -> Iterator[Step]:
     """Yield memcheck and racecheck of each op's sanitizer test, or the emulator's tests."""
     if machine.small:
-        yield test_step("emulator", [*EMULATED])
+        yield replace(test_step(machine, "emulator", [*EMULATED]), read=None)
         return
     missing = machine.missing("compute-sanitizer")
+    if machine.launch_only:
+        missing = "a sanitizer watches what a GPU computes (--launch-only)"
     tool = machine.inventory["compute-sanitizer"] or "compute-sanitizer"
     for kind in ("memcheck", "racecheck"):
         before = (tool, "--tool", kind, "--error-exitcode", "9", "--target-processes", "all")
         tests = [op.sanitizer for op in OPS]
-        step = test_step(kind, ["-m", "gpu", *tests], *before, limit_s=SANITIZER_S)
-        yield Step(**{**vars(step), "missing": missing})
+        step = test_step(machine, kind, ["-m", "gpu", *tests], *before, limit_s=SANITIZER_S)
+        answers = f"Does {kind} find an access or a race that no result shows?"
+        yield replace(step, missing=missing, answers=answers, expects="no report", read=None)
 
 
-def benchmark_steps(machine: Machine) -> Iterator[Step]:
+def benchmark_steps(machine: Machine, out: Path) -> Iterator[Step]:
     """Yield the benchmarks, the most informative first."""
     for name, benchmark in BENCHMARKS.items():
         missing = machine.missing(*benchmark.needs)
         if machine.small:
             missing = benchmark.skipped_small or missing or machine.missing("tyro", "cattrs")
-        arguments = benchmark.small if machine.small else ()
+        program: tuple[str, ...] = ("-m", "m3i_fast.benchmarks")
+        if machine.launch_only:
+            program = (str(PROGRAMS / "launched_benchmark.py"),)
+            if name not in LAUNCHED:
+                missing = "it reads what it computes, or takes minutes (--launch-only)"
+        arguments = benchmark.small if machine.small or machine.launch_only else ()
         yield Step(
             name=name,
-            command=(sys.executable, "-m", "m3i_fast.benchmarks", name, *arguments),
+            answers=f"How long does it take, and beside what? ({SUBJECT_OF.get(name, name)})",
+            command=(sys.executable, *program, name, *arguments),
             limit_s=benchmark.limit_s,
-            cwd=SITE,
+            cwd=machine.site,
             missing=missing,
             is_benchmark=True,
+            read=None if machine.launch_only else partial(reading.figures_of, name, machine.card),
         )
 
 
 def nsys_steps(machine: Machine, out: Path) -> Iterator[Step]:
     """Yield a profile of the training step's benchmark, and its tables."""
     missing = machine.missing("nsys") or ("no GPU" if machine.small else None)
+    if machine.launch_only:
+        missing = "there is no time to see (--launch-only)"
     tool, report = machine.inventory["nsys"] or "nsys", str(out / "step")
     trace = ("-t", "cuda,nvtx", "-s", "none", "-o", report, "--force-overwrite", "true")
     step = (sys.executable, "-m", "m3i_fast.benchmarks", "step")
     place = {"M3I_RESULTS": str(BUILD / "unrecorded")}  # profiling makes the step slower
     profile = Step(
         name="nsys",
+        answers="Where does the time of a training step go?",
         command=(tool, "profile", *trace, *step),
         limit_s=TABLES_S,
-        cwd=SITE,
+        cwd=machine.site,
         missing=missing,
         environment=place,
     )

@@ -1,7 +1,11 @@
-"""Steps of `make gpu`: commands with a time limit, their runner, and their results."""
+"""Steps of `make gpu`: commands with a time limit, their runner, and their results.
+
+The results are kept in the folder, so that a second start repeats only what has not passed.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -9,11 +13,25 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that a step finds out, beside what was expected of it."""
+
+    what: str
+    expected: str
+    got: str
+    holds: bool | None
+    """None: a prediction or a figure to look at, which is neither right nor wrong."""
+    source: str = ""
+    """Where the expectation comes from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +42,14 @@ class Step:
     """Stem of the file with its output, too."""
     command: tuple[str, ...]
     limit_s: float
+    answers: str = ""
+    """The question that the step answers."""
+    expects: str = ""
+    """What it is expected to end with, in words."""
+    read: Callable[[Path, str], Sequence[Check]] | None = None
+    """Returns what the step found, from the folder of the results and the step's output."""
+    passing: tuple[int, ...] = (0,)
+    """Exit statuses of a step that has done its work."""
     cwd: Path = ROOT
     missing: str | None = None
     """Requirement that is missing, for which the step is left out without failing."""
@@ -44,31 +70,61 @@ class Result:
     seconds: float
     has_failed: bool = False
     command: str = ""
+    checks: tuple[Check, ...] = ()
+    has_passed: bool = False
+    """Whether it ran to its end: a second start does not repeat it."""
+    is_earlier: bool = False
+    """Whether an earlier start ran it."""
+
+    @property
+    def surprises(self) -> list[Check]:
+        """Return the checks that do not hold."""
+        return [check for check in self.checks if check.holds is False]
 
 
 class Runner:
-    """A runner of steps, which prints and logs their output and keeps a file of each."""
+    """A runner of steps, which prints and logs their output and keeps a file of each.
 
-    def __init__(self, out: Path, environment: dict[str, str], *, benchmark_s: float) -> None:
+    again: repeat steps that passed at an earlier start in the same folder.
+    after_each: called with the runner after each step, as to write a page.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        environment: dict[str, str],
+        *,
+        benchmark_s: float,
+        again: bool = False,
+        after_each: Callable[[Runner], None] | None = None,
+    ) -> None:
         self.out, self.results = out, list[Result]()
         self._environment = {**os.environ, **environment}
         self._left_s = benchmark_s
-        self._log = (out / "log.txt").open("w")
+        self._after_each = after_each
+        self._earlier = {} if again else read_results(out)
+        self._log = (out / "log.txt").open("a")
 
-    def __call__(self, step: Step) -> Result:
-        """Run a step, or leave it out where a requirement or time is missing."""
+    def __call__(self, step: Step, *, always: bool = False) -> Result:
+        """Run a step, or leave it out where a requirement or time is missing.
+
+        A step that passed at an earlier start is not repeated unless always.
+        """
+        earlier = self._earlier.get(step.name)
+        if earlier is not None and earlier.has_passed and not always:
+            self._keep(earlier)
+            return earlier
         result = self._run(step)
         if step.is_benchmark:
             self._left_s -= result.seconds
-        self.results.append(result)
-        self.say(f"  {step.name}: {result.outcome}, {result.seconds:.0f} s\n")
+        self._keep(result)
         return result
 
     def fail(self, name: str, reason: str) -> None:
         """Record a failure outside of a step; the outcome is the first line of the reason."""
         self.say(f"{reason}\n")
         first = reason.splitlines()[0]
-        self.results.append(Result(name=name, outcome=first, seconds=0.0, has_failed=True))
+        self._keep(Result(name=name, outcome=first, seconds=0.0, has_failed=True))
 
     def say(self, text: str) -> None:
         """Print and log a text."""
@@ -80,6 +136,17 @@ class Runner:
         """Close the log."""
         self._log.close()
 
+    def _keep(self, result: Result) -> None:
+        """Add a result to those of the folder; of steps that are yet to come the earlier remain."""
+        self.results.append(result)
+        earlier = " at an earlier start" if result.is_earlier else ""
+        self.say(f"  {result.name}: {result.outcome}{earlier}, {result.seconds:.0f} s\n")
+        done = {each.name for each in self.results}
+        waiting = [each for name, each in self._earlier.items() if name not in done]
+        write_results(self.out, [*self.results, *waiting])
+        if self._after_each is not None:
+            self._after_each(self)
+
     def _run(self, step: Step) -> Result:
         if step.missing is not None:
             return Result(name=step.name, outcome=f"left out: {step.missing}", seconds=0.0)
@@ -89,19 +156,37 @@ class Runner:
             return Result(name=step.name, outcome=reason, seconds=0.0)
         command, begun = shlex.join(step.command), time.monotonic()
         self.say(f"+ {command}\n")
-        with (self.out / f"{step.name}.txt").open("w") as kept:
-            status, in_time = self._child(step, limit, kept)
+        kept = self.out / f"{step.name}.txt"
+        with kept.open("w") as output:
+            status, in_time = self._child(step, limit, output)
         seconds = time.monotonic() - begun
-        outcome = "passed" if status == 0 else f"failed with exit status {status}"
+        has_passed = in_time and status in step.passing
+        outcome = "passed" if has_passed else f"failed with exit status {status}"
         if not in_time:
             outcome = f"stopped after {limit:.0f} s"
+        checks = self._read(step, kept.read_text())
+        surprises = sum(check.holds is False for check in checks)
+        if has_passed and surprises:
+            outcome = f"{surprises} of {len(checks)} not as expected"
         return Result(
             name=step.name,
             outcome=outcome,
             seconds=seconds,
-            has_failed=status != 0 or not in_time,
+            has_failed=not has_passed,
             command=command,
+            checks=checks,
+            has_passed=has_passed,
         )
+
+    def _read(self, step: Step, output: str) -> tuple[Check, ...]:
+        """Return what the step found; an output that cannot be read is a check that fails."""
+        if step.read is None:
+            return ()
+        try:
+            return tuple(step.read(self.out, output))
+        except Exception as error:  # a step that fails can have left anything behind
+            got = f"{type(error).__name__}: {error}"
+            return (Check(what="output", expected="readable", got=got, holds=False),)
 
     def _child(self, step: Step, limit: float, kept: TextIO) -> tuple[int, bool]:
         """Run the command; returns its exit status and whether it ended within the limit.
@@ -143,3 +228,25 @@ class Runner:
         finally:
             timer.cancel()
         return child.returncode, not late.is_set()
+
+
+# ---- Results of a folder -------------------------------------------------------------------------
+
+
+def write_results(out: Path, results: Sequence[Result]) -> None:
+    """Write the results into the folder, at once: a start that is cut off leaves the former."""
+    beside = out / "results.json.new"
+    beside.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    beside.replace(out / "results.json")
+
+
+def read_results(out: Path) -> dict[str, Result]:
+    """Return the results that an earlier start left in the folder, by step; none without one."""
+    path = out / "results.json"
+    if not path.is_file():
+        return {}
+    found = {}
+    for fields in json.loads(path.read_text()):
+        checks = tuple(Check(**check) for check in fields.pop("checks"))
+        found[fields["name"]] = Result(**{**fields, "checks": checks, "is_earlier": True})
+    return found

@@ -157,6 +157,8 @@ def test_what_is_generated_records_or_refuses(tmp_path: Path) -> None:
     assert "cublasSetMathMode(void*) { return 0; }" in text
     text = null_cuda.generated_source(runtime, {"cudaArrayGetInfo"})
     assert 'return null_cuda_unsupported("cudart", "cudaArrayGetInfo");' in text
+    text = null_cuda.generated_source(null_cuda.NVML, {"nvmlUnitGetCount"})
+    assert 'return (null_cuda_unsupported("nvml", "nvmlUnitGetCount"), 3L);' in text
     variables = null_cuda.environment(tmp_path, card="a100", devices=2)
     assert variables["NULL_CUDA_CARD"] == "a100" and variables["NULL_CUDA_DEVICES"] == "2"
     assert len(variables["LD_PRELOAD"].split()) == len(null_cuda.LIBRARIES)

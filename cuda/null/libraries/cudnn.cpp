@@ -1,4 +1,7 @@
 // libcudnn.so.9: the version that torch compares with its own, and handles.
+#include <cudnn_version.h>
+#include <library_types.h>
+
 #include "libraries/library.h"
 
 M3I_EXPORT int cudnnCreate(void** handle) {
@@ -9,6 +12,25 @@ M3I_EXPORT int cudnnCreate(void** handle) {
 M3I_EXPORT int cudnnSetStream(void* handle, cudaStream_t stream) {
   static_cast<m3i::null::Handle*>(handle)->stream = stream;
   return 0;
+}
+
+// By this number torch decides whether cuDNN computes attention; none of its engines is here.
+M3I_EXPORT size_t cudnnGetVersion() { return 0; }
+
+// By these it decides whether the library is the one that it was built with.
+M3I_EXPORT int cudnnGetProperty(libraryPropertyType type, int* value) {
+  switch (type) {
+    case MAJOR_VERSION:
+      *value = CUDNN_MAJOR;
+      return 0;
+    case MINOR_VERSION:
+      *value = CUDNN_MINOR;
+      return 0;
+    case PATCH_LEVEL:
+      *value = CUDNN_PATCHLEVEL;
+      return 0;
+  }
+  return 2000;  // CUDNN_STATUS_BAD_PARAM
 }
 
 M3I_EXPORT size_t cudnnGetCudartVersion() { return CUDART_VERSION; }

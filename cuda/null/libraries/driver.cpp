@@ -1,6 +1,8 @@
 // libcuda.so.1: what torch asks the driver itself; the rest of its names are generated.
 #include <cuda.h>
 
+#include <cstdio>
+
 #include "runtime/null.h"
 
 // cuda.h maps these names to versions; both are exported.
@@ -24,6 +26,11 @@ M3I_EXPORT CUresult cuDeviceGetCount(int* count) {
 
 M3I_EXPORT CUresult cuDeviceGet(CUdevice* device, int ordinal) {
   *device = ordinal;
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuDeviceGetName(char* name, int length, CUdevice) {
+  std::snprintf(name, static_cast<size_t>(length), "%s", m3i::null::card().name);
   return CUDA_SUCCESS;
 }
 

@@ -18,11 +18,12 @@ import torch
 
 from m3i_fast.benchmarks.ledger.rows import read_rows
 from m3i_fast.benchmarks.subjects import SUBJECTS
-from scripts.gpu import machine, plan
+from scripts.gpu import machine, plan, reading
+from scripts.gpu.page import write_page
 from scripts.gpu.plan import Machine
-from scripts.gpu.steps import Runner, Step
+from scripts.gpu.steps import Runner, Step, read_results
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_gpu(
@@ -74,8 +75,8 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
     made.close()
 
 
-def python(code: str, **options: Any) -> Step:
-    return Step(name="step", command=(sys.executable, "-c", code), **{"limit_s": 60.0, **options})
+def python(code: str, name: str = "step", **options: Any) -> Step:
+    return Step(name=name, command=(sys.executable, "-c", code), **{"limit_s": 60.0, **options})
 
 
 def test_a_step_ends_as_it_ends_and_the_next_one_runs(runner: Runner) -> None:
@@ -121,6 +122,55 @@ def test_benchmarks_share_the_time_that_there_is(tmp_path: Path) -> None:
     assert late.outcome == "left out: the time of --minutes is used up" and not late.has_failed
     assert runner(python("")).outcome == "passed"
     runner.close()
+
+
+def test_a_second_start_repeats_what_has_not_passed(tmp_path: Path) -> None:
+    """What failed, what was stopped and what was left out; with again also what passed."""
+    counter = tmp_path / "ran.txt"
+    note = f"open({str(counter)!r}, 'a').write('{{}} ')"
+    steps = [
+        python(note.format("good"), "good"),
+        python(note.format("bad") + "; raise SystemExit(1)", "bad"),
+        python(note.format("late"), "late", missing="no time"),
+    ]
+    for again in (False, False, True):
+        runner = Runner(tmp_path, {}, benchmark_s=1.0, again=again)
+        for step in steps:
+            runner(step)
+        runner.close()
+        steps[2] = python(note.format("late"), "late")
+    assert counter.read_text().split() == ["good", "bad", "bad", "late", "good", "bad", "late"]
+
+
+def test_a_start_that_is_cut_off_loses_no_earlier_result(tmp_path: Path) -> None:
+    for names in (("first", "second"), ("first",), ("first", "second")):
+        runner = Runner(tmp_path, {}, benchmark_s=1.0)
+        results = [runner(python("", name)) for name in names]
+        runner.close()
+    assert [result.is_earlier for result in results] == [True, True]
+
+
+def test_what_a_step_finds_is_held_against_what_was_expected(runner: Runner) -> None:
+    check = {"what": "a", "expected": "1", "got": "2", "holds": False}
+    code = f"import json; print('before'); print('check', json.dumps({check!r}))"
+    found = runner(python(code, read=reading.checks_of_program))
+    assert found.has_passed and found.outcome == "1 of 1 not as expected"
+    assert [c.got for c in found.surprises] == ["2"]
+    assert read_results(runner.out)["step"].checks == found.checks
+    broken = runner(python("print('check {')", "broken", read=reading.checks_of_program))
+    assert broken.has_passed and "JSONDecodeError" in broken.surprises[0].got
+    status = runner(python("raise SystemExit(1)", "status", passing=(0, 1)))
+    assert status.has_passed and not status.has_failed
+
+
+def test_the_page_shows_what_ran_and_what_is_to_come(runner: Runner) -> None:
+    first, second = python("print('<said>')", "first"), python("", "second", answers="Why?")
+    runner(first)
+    page = write_page(runner.out, header="On X.", steps=[first, second], results=runner.results)
+    text = page.read_text()
+    assert "Still to come: second." in text and "Why?" in text
+    assert "&lt;said&gt;" in text and "<said>" not in text
+    assert "1 of 1" in text
 
 
 @pytest.mark.parametrize("small", [False, True])

@@ -1,0 +1,159 @@
+"""What the steps of `make gpu` found out, read from their outputs and files."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+from scripts.gpu.steps import ROOT, Check
+
+NAMED = 5  # names of one kind that a check lists at most
+
+
+def checks_of_program(_: Path, output: str) -> list[Check]:
+    """Return the checks that a program printed, a line of JSON after `check ` each."""
+    lines = (line for line in output.splitlines() if line.startswith("check "))
+    return [Check(**json.loads(line.removeprefix("check "))) for line in lines]
+
+
+def findings_of_doctor(_: Path, output: str) -> list[Check]:
+    """Return a check for each finding of `m3i-fast doctor --json`; what is absent is no fault."""
+    findings = json.loads(output[output.index("{\n") :])["findings"]
+    return [
+        Check(
+            what=finding["subject"],
+            expected="usable",
+            got=finding["detail"],
+            holds=None if finding["level"] == "absent" else finding["level"] == "ok",
+            source=f"to type: {finding['fix']}" if finding["fix"] else "",
+        )
+        for finding in findings
+    ]
+
+
+# ---- Tests ---------------------------------------------------------------------------------------
+
+
+def tests_of(report: str, out: Path, output: str) -> list[Check]:
+    """Return what a junit report in the folder tells, or what was collected where there is none."""
+    if collected := re.search(r"(\d+)(?:/\d+)? tests? collected", output):
+        got = f"{collected[1]} collected, none run"
+        holds = int(collected[1]) > 0
+        return [Check(what="tests", expected="collected without an error", got=got, holds=holds)]
+    path = out / report
+    if not path.is_file():
+        return [Check(what="tests", expected="a report", got=f"no {report}", holds=False)]
+    (suite,) = ElementTree.parse(path).getroot()
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    wrong = [case for case in suite if {"failure", "error"} & {child.tag for child in case}]
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in wrong]
+    bad = counts["failures"] + counts["errors"]
+    got = f"{bad} failed of {counts['tests']}, {counts['skipped']} skipped"
+    if names:
+        got += f": {', '.join(names[:NAMED])}{' and others' if len(names) > NAMED else ''}"
+    return [Check(what="tests", expected="0 failed", got=got, holds=bad == 0)]
+
+
+# ---- Registers -----------------------------------------------------------------------------------
+
+
+def registers_of(capability: tuple[int, int] | None, _: Path, output: str) -> list[Check]:
+    """Compare the registers of every kernel with its budget, by architecture.
+
+    Of a card only the code that it takes is compared, and of a build without a card all of it.
+    """
+    used = _resources(output)
+    checks = []
+    for path in sorted((ROOT / "cuda").glob("*/budget.json")):
+        for architecture, budget in json.loads(path.read_text()).items():
+            found = {k: v for k, v in used.get(architecture, {}).items() if k in budget}
+            if not found or not _is_taken(architecture, capability):
+                continue
+            over = {k: v for k, v in found.items() if v > budget[k]["registers"]}
+            got = f"all {len(found)} within" if not over else f"over: {over}"
+            checks.append(
+                Check(
+                    what=f"registers of {path.parent.name} for {architecture}",
+                    expected=f"{len(budget)} kernels within the budget",
+                    got=got,
+                    holds=not over and len(found) == len(budget),
+                    source=str(path.relative_to(ROOT)),
+                )
+            )
+    return checks or [Check(what="registers", expected="kernels", got="none found", holds=False)]
+
+
+def _is_taken(architecture: str, capability: tuple[int, int] | None) -> bool:
+    return capability is None or architecture.startswith("sm_{}{}".format(*capability))
+
+
+def _resources(output: str) -> dict[str, dict[str, int]]:
+    """Return registers by kernel and architecture from `cuobjdump --dump-resource-usage`."""
+    names = sorted(set(re.findall(r"^ Function (\S+):", output, re.MULTILINE)))
+    shown = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True)
+    short = {}
+    for mangled, name in zip(names, shown.stdout.splitlines(), strict=True):
+        found = re.search(r"(\w+(?:<.*>)?)\(", name)
+        short[mangled] = found[1].replace("m3i::", "") if found else mangled
+    used: dict[str, dict[str, int]] = {}
+    architecture = kernel = ""
+    for line in output.splitlines():
+        if found := re.match(r"arch = (sm_\w+)", line):
+            architecture = found[1]
+        elif found := re.match(r" Function (\S+):", line):
+            kernel = short[found[1]]
+        elif found := re.match(r"\s+REG:(\d+)", line):
+            used.setdefault(architecture, {})[kernel] = int(found[1])
+    return used
+
+
+# ---- Benchmarks ----------------------------------------------------------------------------------
+
+
+def figures_of(subject: str, card: str | None, out: Path, _: str) -> list[Check]:
+    """Return a figure for each row of a benchmark: our time, how much slower others are.
+
+    Where a page of predictions has the same size on the same card, that stands beside it.
+    """
+    path = out / f"{subject}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [
+        Check(
+            what=f"{subject}: {_setting(row['figures'])}",
+            expected=_prediction(subject, row["figures"], card),
+            got=_times(row["figures"]),
+            holds=None,
+        )
+        for row in rows
+    ]
+
+
+def _setting(figures: dict[str, object]) -> str:
+    told = ("timings", "times_slower_than_ours", "kind", "device", "num_threads")
+    plain = {k: v for k, v in figures.items() if k not in told and isinstance(v, (int, str))}
+    return ", ".join(f"{value}" if key in ("dtype", "pass") else f"{key} {value}"
+                     for key, value in list(plain.items())[:6])  # fmt: skip
+
+
+def _times(figures: dict[str, dict[str, dict[str, float]]]) -> str:
+    times = {name: timing["median_ms"] for name, timing in figures.get("timings", {}).items()}
+    ours = times.pop("m3i_fast", None)
+    if ours is None:
+        return ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items()) or "see its output"
+    others = ", ".join(f"{name} {ms / ours:.2f} times as long" for name, ms in times.items())
+    return f"{ours:.3g} ms; {others}" if others else f"{ours:.3g} ms"
+
+
+def _prediction(subject: str, figures: dict[str, object], card: str | None) -> str:
+    """Return the time that the op's ROOFLINE.md predicts for an H100; empty where it has none."""
+    page = ROOT / "cuda" / subject / "ROOFLINE.md"
+    if card is None or "H100" not in card or not page.is_file():
+        return ""
+    if figures.get("pass") != "forward+backward" or figures.get("rows") != figures.get("columns"):
+        return ""
+    size = rf"N = M = {figures['rows']}, D = {figures['dim']}: ([\d.]+) ms"
+    found = re.search(size, page.read_text())
+    return f"{found[1]} ms at least ({page.relative_to(ROOT)})" if found else ""

@@ -1,0 +1,98 @@
+"""What the steps of `make gpu` found out, read from outputs as the tools print them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from m3i_fast.op_registry import OPS
+from scripts.gpu import reading
+
+ROOT = Path(__file__).resolve().parents[2]
+
+USAGE = """
+Fatbin elf code:
+================
+arch = {architecture}
+code version = [1,8]
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _ZN3m3i8mask_mix15mask_mix_kernelINS_8BFloat16ELi16EEEvNS_13MaskMixParamsE:
+  REG:{registers} STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:648 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def test_registers_are_held_against_the_budget_of_the_card(tmp_path: Path) -> None:
+    budget = json.loads((ROOT / "cuda" / "mask_mix" / "budget.json").read_text())
+    allowed = budget["sm_90a"]["mask_mix_kernel<BFloat16, 16>"]["registers"]
+    for registers, word in ((allowed, "all 1 within"), (allowed + 1, "over: {'mask_mix_kernel")):
+        output = USAGE.format(architecture="sm_90a", registers=registers)
+        output += USAGE.format(architecture="sm_80", registers=255)  # other code than the card's
+        (check,) = reading.registers_of((9, 0), tmp_path, output)
+        assert check.what == "registers of mask_mix for sm_90a"
+        assert check.got.startswith(word)
+        assert not check.holds  # seven kernels of the budget are not there
+    (none,) = reading.registers_of((9, 0), tmp_path, "")
+    assert not none.holds
+
+
+def test_tests_are_counted_and_the_first_failures_named(tmp_path: Path) -> None:
+    cases = "".join(
+        f'<testcase classname="tests.a" name="t{n}">{"<failure/>" if n < 7 else ""}</testcase>'
+        for n in range(10)
+    )
+    suite = f'<testsuite tests="10" failures="7" errors="0" skipped="2">{cases}</testsuite>'
+    (tmp_path / "tests.xml").write_text(f"<testsuites>{suite}</testsuites>")
+    (check,) = reading.tests_of("tests.xml", tmp_path, "")
+    assert check.holds is False and check.got.startswith("7 failed of 10, 2 skipped: tests.a::t0,")
+    assert check.got.endswith("tests.a::t4 and others")
+    (collected,) = reading.tests_of("tests.xml", tmp_path, "234/4460 tests collected (4226 des")
+    assert collected.holds and collected.got == "234 collected, none run"
+    (missing,) = reading.tests_of("other.xml", tmp_path, "")
+    assert missing.holds is False
+
+
+def test_findings_of_the_doctor_that_are_absent_are_no_fault(tmp_path: Path) -> None:
+    findings = [
+        {"subject": level, "level": level, "detail": "d", "fix": ""}
+        for level in ("ok", "absent", "warning", "error")
+    ]
+    output = "a warning\n" + json.dumps({"can_train": False, "findings": findings}, indent=2)
+    checks = reading.findings_of_doctor(tmp_path, output)
+    assert [check.holds for check in checks] == [True, None, False, False]
+
+
+def test_a_benchmark_stands_beside_the_prediction_of_its_size(tmp_path: Path) -> None:
+    """Of the H100 alone, of both passes, and of a size that the page has."""
+    timings = {"m3i_fast": {"median_ms": 8.0}, "ClipLoss": {"median_ms": 24.0}}
+    sizes = {"rows": 32768, "columns": 32768, "dim": 512, "dtype": "bfloat16"}
+    rows = [
+        {"figures": {**sizes, "pass": done, "timings": timings}}
+        for done in ("forward", "forward+backward")
+    ]
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "boltzmann.jsonl").write_text(text)
+    card = "NVIDIA H100 80GB HBM3"
+    forward, both = reading.figures_of("boltzmann", card, tmp_path, "")
+    assert forward.expected == "" and both.holds is None
+    assert both.expected == "6.4 ms at least (cuda/boltzmann/ROOFLINE.md)"
+    assert both.got == "8 ms; ClipLoss 3.00 times as long"
+    assert not reading.figures_of("boltzmann", "NVIDIA A100", tmp_path, "")[1].expected
+
+
+def test_what_is_expected_of_a_step_names_kernels_of_ours() -> None:
+    """Those of Hopper on 9.0 alone; each is in the budget of an op."""
+    known = {
+        name.partition("<")[0]
+        for op in OPS
+        for budget in json.loads((ROOT / op.budget).read_text()).values()
+        for name in budget
+    }
+    expected = json.loads((ROOT / "scripts" / "gpu" / "expected.json").read_text())
+    assert expected.keys() == {"8.0", "9.0", "10.0"}
+    for capability, counts in expected.items():
+        kernels = counts["kernels"]
+        assert kernels.keys() <= known
+        assert any("hopper" in name for name in kernels) == (capability == "9.0")
