@@ -157,8 +157,8 @@ def _arguments(dataset: Path, out: Path) -> list[str]:
     options = {
         "--data.path": dataset,
         "--num-threads": 1,
-        "--warmup": 3,
-        "--steps": 4,
+        "--warmup": 2,
+        "--steps": 3,
         "--profiler": "nsys",
         "--out": out,
     }
@@ -191,7 +191,7 @@ def test_a_run_is_recorded_and_read(profiled: Path) -> None:
     }
     summary = read_summary(profiled)
     assert summary["profiler"] == "nsys" and summary["kind"] == "cpu"
-    assert summary["num_steps"] == 4 and summary["kernels"] == [] and summary["gpu"] is None
+    assert summary["num_steps"] == 3 and summary["kernels"] == [] and summary["gpu"] is None
     assert {row["name"] for row in summary["stages"]} == TRAINING_STAGES
     assert sum(row["share"] for row in summary["stages"]) == pytest.approx(1.0)
 
