@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_KERNELS = 30
+MAX_ROWS = 30
 
 Summary = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -86,7 +86,7 @@ def kernel_table(summary: Summary) -> Table:
             _rate(row["flop_s"], row["of_peak_flop_s"]),
             _rate(row["byte_s"], row["of_peak_byte_s"]),
         ]
-        for row in summary["kernels"][:MAX_KERNELS]
+        for row in summary["kernels"][:MAX_ROWS]
     ]
     return head, rows
 
@@ -117,7 +117,7 @@ def device_wait_table(summary: Summary) -> Table:
     """Return the table of the host's waits that the profiler itself recorded."""
     return ["Call", "Stage", "Calls a step", "ms a step"], [
         [wait["name"], wait["stage"], f"{wait['calls']:.3g}", _ms(wait["ms"])]
-        for wait in summary["device_waits"]
+        for wait in summary["device_waits"][:MAX_ROWS]
     ]
 
 
@@ -139,7 +139,7 @@ def loader_table(summary: Summary) -> Table:
     """Return the table of the loader's longest operators."""
     return ["Operator", "Calls a step", "ms a step"], [
         [row["name"], f"{row['calls']:.4g}", _ms(row["ms"])]
-        for row in summary["loader"][:MAX_KERNELS]
+        for row in summary["loader"][:MAX_ROWS]
     ]
 
 
