@@ -51,4 +51,4 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "Tensor values)");
 }
 
-M3I_PYTHON_MODULE(_C)
+M3I_PYTHON_MODULE(_C, nullptr)

@@ -31,6 +31,9 @@ STAMP = VENV / "installed.json"
 # The toolkit that the kernels' budgets were measured with; used with a CPU build of torch.
 TESTED_CUDA = "13.0"
 
+# What the package is built with, beside torch.
+BUILD_WITH = ("scikit-build-core", "cmake", "ninja", "numpy", "nvidia-nvtx")
+
 # Packages that fix the version of torch, so that pip has to resolve them together with it.
 WANT_ONE_TORCH = ("torchvision", "open_clip_torch")
 
@@ -192,7 +195,7 @@ def install_everything(plan: Plan) -> None:
     print(f"{plan.reason}: {plan.torch}, extras {','.join(plan.extras)}", flush=True)
     make_environment(VENV)
     # Resolved together with the packages that fix torch's version, which decides nvcc's.
-    pip_install("scikit-build-core", "cmake", "ninja", "numpy", plan.torch, *WANT_ONE_TORCH)
+    pip_install(*BUILD_WITH, plan.torch, *WANT_ONE_TORCH)
     torch, _ = installed_torch()
     expect_torch_of(plan.cuda_major, torch)
     install_nvcc(plan)

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "recipes": {"objectives", "pipelines"},
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,
+    "observe": {"_nvtx"},
     "op_registry": {"ops"},
     "doctor": {"op_registry", *ENGINE},
     "report": {"evaluation", "objectives", "observe", "pipelines"},
@@ -58,6 +59,7 @@ ONLY_IN = {
     "wandb": ("m3i_fast/observe/sinks/trackers.py",),
     "mlflow": ("m3i_fast/observe/sinks/trackers.py",),
     "torch.ops.m3i": ("m3i_fast/ops/",),
+    "m3i_fast._nvtx": ("m3i_fast/observe/nvtx.py",),
 }
 
 

@@ -205,7 +205,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     add_wheel(wheels, "torchvision", "0.29.0", {}, "torch==2.14.0")
     add_wheel(wheels, "open_clip_torch", "3.3.0", {}, "torch>=2.0", "torchvision")
     add_wheel(wheels, "extras", "1.0", {}, "open_clip_torch")
-    for name in ("scikit-build-core", "cmake", "ninja", "numpy"):
+    for name in install.BUILD_WITH:
         add_wheel(wheels, name, "1.0", {})
     add_wheel(wheels, "nvidia-cuda-nvdisasm", "13.5", {})
     (tmp_path / "constraints.txt").write_text("")

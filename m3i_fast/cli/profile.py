@@ -35,7 +35,8 @@ class ProfileCommand:
     out: Path
     """Folder of summary.md, summary.json, profile.html, config.json, env.json and the recording."""
     profiler: Literal["auto", "nsys", "torch"] = "auto"
-    """auto: nsys where a GPU trains and nsys is on PATH, else torch.profiler."""
+    """auto: nsys where a GPU trains and nsys is on PATH, else torch.profiler. On a CPU nsys records
+    calls of the operating system, the loader's operators and threads in place of operators."""
     warmup: int = 10
     """Steps before anything is measured: compilation, allocation, the loader's queue."""
     steps: int = 5

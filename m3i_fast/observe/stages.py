@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from m3i_fast.observe.nvtx import NvtxRange
 
 STAGES = {
     "data.wait": "Data",
@@ -50,20 +52,19 @@ class _Span:
 
 
 class StageTimer:
-    """Times the stages of a step, by CUDA events and NVTX ranges on a GPU, by the clock elsewhere.
+    """Times the stages of a step, by CUDA events on a GPU, by the clock elsewhere.
 
     A stage inside another one is not counted twice: the times of all stages sum to the time in
-    which any was open. On a GPU they are read when logging.
+    which any was open. On a GPU they are read when logging. Every stage is an NVTX range.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self.mark: Callable[[str], AbstractContextManager[Any]] = (
-            torch.cuda.nvtx.range if self._cuda else nullcontext
-        )
+        self.mark: Callable[[str], AbstractContextManager[Any]] = NvtxRange
         """Context that also marks a stage; a profiler puts its own here while it records."""
         self._open: list[_Span] = []
         self._spans: list[_Span] = []
+        self._read: dict[str, float] = {}
         self._steps = 0
 
     @contextmanager
@@ -103,11 +104,24 @@ class StageTimer:
 
         A stage that is open now counts at the next read.
         """
-        sums: dict[str, float] = {}
-        for span in self._spans:
-            own = span.seconds() - sum(inner.seconds() for inner in span.inner)
-            sums[span.name] = sums.get(span.name, 0.0) + own
+        sums = _seconds(self._spans)
+        for name, seconds in sums.items():
+            self._read[name] = self._read.get(name, 0.0) + seconds
         steps = max(self._steps, 1)
         self._spans.clear()
         self._steps = 0
         return {f"time/{name}_ms": 1000 * total / steps for name, total in sums.items()}
+
+    def totals(self) -> dict[str, float]:
+        """Return the seconds of every stage that was closed so far, read or not."""
+        sums = _seconds(self._spans)
+        return {name: self._read.get(name, 0.0) + sums.get(name, 0.0) for name in self._read | sums}
+
+
+def _seconds(spans: list[_Span]) -> dict[str, float]:
+    """Return the seconds of every stage, without the stages inside it."""
+    sums: dict[str, float] = {}
+    for span in spans:
+        own = span.seconds() - sum(inner.seconds() for inner in span.inner)
+        sums[span.name] = sums.get(span.name, 0.0) + own
+    return sums

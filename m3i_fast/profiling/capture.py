@@ -7,7 +7,7 @@ import signal
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.observe.nvtx import NvtxRange
 from m3i_fast.observe.stages import StageTimer
 from m3i_fast.pipelines import batch as pipelines_batch
 from m3i_fast.profiling.recording import BETWEEN, STEP
@@ -32,6 +33,8 @@ ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive"}
 """Operators whose result is on the host, or has a size that only the device knows."""
 MAX_FRAMES = 6
+CAPTURE = "m3i_fast.profile"
+"""The NVTX range that nsys captures on a CPU: --nvtx-capture."""
 
 
 class ProfilerControl(Protocol):
@@ -77,15 +80,25 @@ class NoProfiler:
 
 
 class NsysProfiler:
-    """Opens and closes the range that nsys captures: --capture-range=cudaProfilerApi."""
+    """Opens and closes what nsys captures: cudaProfilerApi on a GPU, an NVTX range on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._range = NvtxRange(CAPTURE)
 
     def start(self, timer: StageTimer) -> None:
         """Open the range."""
-        torch.cuda.profiler.start()
+        if self._on_gpu:
+            torch.cuda.profiler.start()
+        else:
+            self._range.__enter__()
 
     def stop(self, timer: StageTimer) -> None:
         """Close the range."""
-        torch.cuda.profiler.stop()
+        if self._on_gpu:
+            torch.cuda.profiler.stop()
+        else:
+            self._range.__exit__()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +127,17 @@ class Windows:
             )
 
 
-def profile_steps(
-    trainer: Trainer, control: ProfilerControl, windows: Windows
-) -> tuple[Pace, list[HostWait]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """What the program itself measured beside the profiler."""
+
+    pace: Pace
+    stages: Mapping[str, float]
+    """Milliseconds a profiled step of every stage, by the program's own timer."""
+    waits: Sequence[HostWait]
+
+
+def profile_steps(trainer: Trainer, control: ProfilerControl, windows: Windows) -> Measured:
     """Warm up, time, profile, time again, and record host waits in one more step.
 
     The capture is closed whatever ends it: an exception, Ctrl-C or a signal. Raises SystemExit with
@@ -126,11 +147,20 @@ def profile_steps(
     with ended_by_signals():
         _steps(trainer, windows.warmup)
         before = _steps(trainer, windows.steps)
+        earlier = trainer.log.timer.totals()
         with _capture(control, trainer.log.timer):
             profiled = _steps(trainer, windows.steps)
+        later = trainer.log.timer.totals()
         after = _steps(trainer, windows.steps)
         waits = find_waits(trainer)
-    return Pace(before_ms=before, profiled_ms=profiled, after_ms=after), waits
+    return Measured(
+        pace=Pace(before_ms=before, profiled_ms=profiled, after_ms=after),
+        stages={
+            name: 1000 * (total - earlier.get(name, 0.0)) / windows.steps
+            for name, total in later.items()
+        },
+        waits=waits,
+    )
 
 
 def _steps(trainer: Trainer, count: int) -> float:

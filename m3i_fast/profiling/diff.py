@@ -53,6 +53,8 @@ class Difference:
     step: Change
     stages: tuple[Change, ...]
     kernels: tuple[Change, ...]
+    waits: tuple[Change, ...]
+    """Of the waits that the profiler recorded, each a call in a stage."""
     notes: tuple[str, ...]
 
 
@@ -77,6 +79,7 @@ def compare_profiles(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
         step=Change(name="step", a_ms=a["step_ms"], b_ms=b["step_ms"]),
         stages=_changes(a["stages"], b["stages"]),
         kernels=_changes(_by_name(a["kernels"]), _by_name(b["kernels"])),
+        waits=_changes(_by_name(_wait_rows(a)), _by_name(_wait_rows(b))),
         notes=tuple(notes),
     )
 
@@ -89,6 +92,19 @@ def _by_name(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for key in ("ms", "calls", "share"):
             sums[key] = sums.get(key, 0.0) + row[key]
     return list(by_name.values())
+
+
+def _wait_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the recorded waits with names that hold their stages, and shares of the step."""
+    return [
+        {
+            "name": f"{wait['name']}, {wait['stage']}",
+            "ms": wait["ms"],
+            "calls": wait["calls"],
+            "share": wait["ms"] / summary["step_ms"],
+        }
+        for wait in summary["device_waits"]
+    ]
 
 
 def _changes(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> tuple[Change, ...]:
@@ -117,8 +133,8 @@ def stage_table(difference: Difference) -> Table:
     return head, [[c.name, *_milliseconds(c)] for c in difference.stages[:TOP]]
 
 
-def kernel_table(difference: Difference) -> Table:
-    """Return the table of the kernels that changed most."""
+def call_table(changes: Sequence[Change]) -> Table:
+    """Return the table of the kernels or waits that changed most."""
     head = ["Name", "A, ms", "B, ms", "B - A, ms", "Calls, A", "Calls, B", "Share, A", "Share, B"]
     rows = [
         [
@@ -130,7 +146,7 @@ def kernel_table(difference: Difference) -> Table:
             f"{100 * change.b_share:.1f}%",
             change.why,
         ]
-        for change in difference.kernels[:TOP]
+        for change in changes[:TOP]
     ]
     return [*head, "Why"], rows
 
@@ -148,7 +164,11 @@ def markdown(difference: Difference) -> str:
         *difference.notes,
         "## Stages",
         table(*stage_table(difference)),
-        "## Kernels or operators",
-        table(*kernel_table(difference)),
     ]
+    for heading, changes in (
+        ("Kernels or operators", difference.kernels),
+        ("Waits that the profiler recorded", difference.waits),
+    ):
+        if changes:
+            paragraphs += [f"## {heading}", table(*call_table(changes))]
     return "\n\n".join(paragraphs) + "\n"

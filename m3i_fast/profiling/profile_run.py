@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +30,8 @@ from m3i_fast.profiling.capture import (
     Windows,
     profile_steps,
 )
-from m3i_fast.profiling.nsys import read_nsys
-from m3i_fast.profiling.nsys_capture import export, run_under_nsys
+from m3i_fast.profiling.nsys.export import read_nsys
+from m3i_fast.profiling.nsys.program import export, run_under_nsys
 from m3i_fast.profiling.recording import Recording
 from m3i_fast.profiling.summary import HostWait, Pace, Peak, summarise
 from m3i_fast.profiling.summary_page import write_page
@@ -73,18 +73,18 @@ def write_profile(run: ProfileRun, asked: AskedProfiler) -> dict[str, Any] | Non
 
 def measure_inside_nsys(run: ProfileRun) -> None:
     """Run the steps where nsys already records this process, and leave windows.json."""
-    measure(run, NsysProfiler())
+    measure(run, NsysProfiler(resolve_device(run.config.device)))
 
 
 def choose_profiler(asked: AskedProfiler, device: torch.device) -> Profiler:
     """Choose a profiler and log why; ValueError where nsys is asked for and cannot be had."""
     missing = None
-    if device.type != "cuda":
-        missing = f"device {device.type} has no kernels for it to record"
-    elif shutil.which("nsys") is None:
+    if shutil.which("nsys") is None:
         missing = "it is not on PATH; it comes with CUDA's toolkit and as Nsight Systems"
-    if asked == "nsys" and missing:
-        raise ValueError(f"--profiler: expected torch or auto, got nsys: {missing}")
+        if asked == "nsys":
+            raise ValueError(f"--profiler: expected torch or auto, got nsys: {missing}")
+    elif asked == "auto" and device.type != "cuda":
+        missing = f"on device {device.type} it records no operators"
     if asked == "torch" or missing:
         reason = f" (nsys: {missing})" if asked == "auto" else ""
         logger.info("profiling with torch.profiler%s", reason)
@@ -99,7 +99,7 @@ def record(run: ProfileRun, profiler: Profiler, device: torch.device) -> Recordi
     Raises RuntimeError where torch.profiler recorded nothing of the GPU that trained.
     """
     if profiler == "nsys":
-        report = run_under_nsys(["profile", *run.arguments, "--inside-nsys"], run.out)
+        report = run_under_nsys(["profile", *run.arguments, "--inside-nsys"], run.out, device)
         return read_nsys(export(report))
     trace = run.out / "trace.json.gz"
     measure(run, TorchProfiler(trace, device))
@@ -122,7 +122,7 @@ def measure(run: ProfileRun, control: ProfilerControl) -> None:
         try:
             trainer = Trainer(cfg, Path(folder) / "run")
             try:
-                pace, waits = profile_steps(trainer, control, run.windows)
+                measured = profile_steps(trainer, control, run.windows)
             finally:
                 trainer.close()
         finally:
@@ -131,11 +131,9 @@ def measure(run: ProfileRun, control: ProfilerControl) -> None:
         _write_json(
             run.out / "windows.json",
             {
-                "pace": {n: getattr(pace, n) for n in ("before_ms", "profiled_ms", "after_ms")},
-                "waits": [
-                    {"name": w.name, "stage": w.stage, "stack": list(w.stack), "calls": w.calls}
-                    for w in waits
-                ],
+                "pace": asdict(measured.pace),
+                "stages": dict(measured.stages),
+                "waits": [asdict(wait) | {"stack": list(wait.stack)} for wait in measured.waits],
             },
         )
 
@@ -144,7 +142,7 @@ def write_summary(
     run: ProfileRun, recording: Recording, profiler: Profiler, device: torch.device
 ) -> dict[str, Any]:
     """Write the files of the folder, and return summary.json's content."""
-    windows = read_json(run.out / "windows.json", {"pace": dict, "waits": [dict]})
+    windows = read_json(run.out / "windows.json", {"pace": dict, "stages": dict, "waits": [dict]})
     here = environment()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else here.cpu
     summary = summarise(
@@ -153,6 +151,7 @@ def write_summary(
         profiler={"nsys": "nsys", "torch": "torch.profiler"}[profiler],
         device=name,
         pace=Pace(**windows["pace"]),
+        own=windows["stages"] if device.type == "cpu" else None,
         waits=[HostWait(**wait | {"stack": tuple(wait["stack"])}) for wait in windows["waits"]],
         peak=peak_of(name) if device.type == "cuda" else None,
     )

@@ -58,6 +58,20 @@ class SyncCall:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ThreadUse:
+    """What threads of one name, other than that of the steps, spent in calls of the OS."""
+
+    name: str
+    num: int
+    """Number of threads of this name that made any call."""
+    calls: int
+    ns: int
+    """Time in these calls during the steps, of all these threads together."""
+    longest: str
+    """The call that most of this time was spent in."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recording:
     """Steady steps in order, their stages, and the activities that they launched."""
 
@@ -67,6 +81,10 @@ class Recording:
     stages: tuple[HostRange, ...]
     activities: tuple[Activity, ...]
     waits: tuple[SyncCall, ...] = ()
+    """Waits for a GPU; in a recording of nsys without one, calls of the operating system."""
+    threads: tuple[ThreadUse, ...] = ()
+    loader: tuple[HostRange, ...] = ()
+    """Operators that the loader ran beside the steps, on threads of its own."""
     notes: tuple[str, ...] = ()
 
     @property

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from m3i_fast.json_files import misfit, read_json
 from m3i_fast.observe.stages import STAGES, family_of
+from m3i_fast.profiling.host_rows import loader_rows, thread_rows, wait_rows
 from m3i_fast.profiling.kernel_families import FAMILIES, family, normalised
 from m3i_fast.profiling.recording import (
     BETWEEN,
     Activity,
     Recording,
-    SyncCall,
     length,
     overlap,
     self_times,
@@ -29,9 +29,15 @@ _READ_BY_DIFF = {  # what `diff` reads of a summary
     "step_ms": float,
     "stages": _ROWS,
     "kernels": [{**_ROWS[0], "calls": float}],
+    "device_waits": [{"name": str, "stage": str, "ms": float, "calls": float}],
 }
 SLOWED = 1.1
 """Factor above which a slowdown of profiled steps, or a change of pace, is warned of."""
+DISAGREES = 0.02
+"""Share above which a stage's time by the profiler and by the program's own timer differ."""
+LONG_MS = 10.0
+"""Length of a stage, in ms a step, from which its two times are compared; in a shorter one the
+microseconds between two readings of a clock count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,19 +82,21 @@ def summarise(
     profiler: str,
     device: str,
     pace: Pace,
+    own: Mapping[str, float] | None = None,
     waits: Sequence[HostWait] = (),
     peak: Peak | None = None,
 ) -> dict[str, Any]:
     """Return the summary of a recording; JSON-able.
 
     Times are in ms a step. Shares are of the step; those of `families` and `kernels` are of all
-    activities and sum to 1. waits: host waits that were recorded in a step of their own, with
-    stacks.
+    activities and sum to 1. own: times of the stages of the same steps by the program's own timer,
+    where that is the host's clock. waits: host waits that were recorded in a step of their own,
+    with stacks.
     """
     steps = len(recording.steps)
     window = recording.end - recording.begin
     gpu = _gpu(recording, window) if recording.device == "cuda" else None
-    stages = _stages(recording, window)
+    stages = _stages(recording, window, own or {})
     summary = {
         "schema": SCHEMA,
         "recipe": recipe,
@@ -106,10 +114,12 @@ def summarise(
         "work_share": length(union((w.begin, w.end) for w in recording.activities)) / window,
         "peak": asdict(peak) if peak else None,
         "waits": [asdict(wait) | {"stack": list(wait.stack)} for wait in waits],
-        "device_waits": _waits(recording.waits, steps),
+        "device_waits": wait_rows(recording.waits, steps),
+        "threads": thread_rows(recording.threads, steps),
+        "loader": loader_rows(recording.loader, steps),
         "notes": [*recording.notes],
     }
-    summary["notes"] += _warnings(pace)
+    summary["notes"] += [*_warnings(pace), *_disagreement(stages)]
     return summary
 
 
@@ -130,11 +140,27 @@ def _warnings(pace: Pace) -> Iterator[str]:
         )
 
 
-def _stages(recording: Recording, window: int) -> list[dict[str, Any]]:
+def _disagreement(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Warn of the stages whose times by the profiler are not those that the program measured."""
+    apart = [
+        f"{stage['name']} {stage['ms']:.2f} and {stage['own_ms']:.2f} ms"
+        for stage in stages
+        if stage["own_ms"] is not None
+        and max(stage["ms"], stage["own_ms"]) >= LONG_MS
+        and abs(stage["ms"] - stage["own_ms"]) > DISAGREES * stage["own_ms"]
+    ]
+    if apart:
+        yield (
+            f"THE PROFILER AND THE PROGRAM'S OWN TIMER DISAGREE on {', '.join(apart)}: the "
+            "recording lacks events, or the machine was so busy that time passed between the two."
+        )
+
+
+def _stages(recording: Recording, window: int, own: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return a row a stage, in the order of a step; what no stage covers comes last.
 
-    `ms` is the host's self time; on a GPU `device_ms` is the time in which something that the stage
-    launched ran.
+    `ms` is the host's self time, `own_ms` the same by the program's own timer; on a GPU `device_ms`
+    is the time in which something that the stage launched ran.
     """
     steps = len(recording.steps)
     begin, end = recording.steps[0].begin, recording.steps[-1].end
@@ -154,6 +180,7 @@ def _stages(recording: Recording, window: int) -> list[dict[str, Any]]:
             "title": _title(name),
             "ms": host[name] / steps / 1e6,
             "share": host[name] / window,
+            "own_ms": own.get(name),
             "device_ms": _busy(on_device[name]) / steps / 1e6 if on_device else None,
         }
         for name in names
@@ -249,24 +276,6 @@ def _gpu(recording: Recording, window: int) -> dict[str, Any]:
 
 def _gap(pair: tuple[tuple[int, int], tuple[int, int]]) -> int:
     return pair[1][0] - pair[0][1]
-
-
-def _waits(waits: Sequence[SyncCall], steps: int) -> list[dict[str, Any]]:
-    """Return the waits that the profiler recorded by name, stage and stack, the longest first."""
-    groups: dict[tuple[str, str, tuple[str, ...]], list[SyncCall]] = defaultdict(list)
-    for wait in waits:
-        groups[wait.name, wait.stage, wait.stack].append(wait)
-    rows = [
-        {
-            "name": name,
-            "stage": stage,
-            "stack": list(stack),
-            "calls": len(calls) / steps,
-            "ms": sum(call.end - call.begin for call in calls) / steps / 1e6,
-        }
-        for (name, stage, stack), calls in groups.items()
-    ]
-    return sorted(rows, key=lambda row: -float(row["ms"]))
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

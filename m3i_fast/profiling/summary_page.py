@@ -32,12 +32,7 @@ def render_page(summary: text.Summary) -> str:
         on_gpu=_bars(_on_gpu(summary)),
         families=_bars(summary["families"]),
         activity_title=text.activity_title(summary),
-        tables=[
-            ("All stages", text.stage_table(summary)),
-            (text.activity_title(summary), text.kernel_table(summary)),
-            (text.wait_heading(summary), text.wait_table(summary)),
-            ("The same, as the profiler recorded them", text.device_wait_table(summary)),
-        ],
+        tables=[pair for pair in text.tables(summary) if pair[0] != "Families"],
     )
 
 
@@ -53,9 +48,12 @@ def _tiles(summary: text.Summary) -> list[tuple[str, str]]:
         tiles.append((f"{100 * gpu['idle_share']:.1f}%", "of the step the GPU idles"))
         if gpu["comm_overlap"] is not None:
             tiles.append((f"{100 * gpu['comm_overlap']:.0f}%", "of communication is hidden"))
-    else:
+    elif summary["kernels"]:
         outside = 100 * (1 - summary["work_share"])
         tiles.append((f"{outside:.1f}%", "of the step is outside all operators"))
+    else:
+        inside = 100 * text.os_share(summary)
+        tiles.append((f"{inside:.1f}%", "of the step is in calls of the operating system"))
     return tiles
 
 

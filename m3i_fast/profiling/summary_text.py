@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_KERNELS = 30
+MAX_ROWS = 30
 
 Summary = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -32,10 +32,15 @@ def sentences(summary: Summary) -> list[str]:
         f"Waiting for data: {_percent(summary['data_wait_share'])} of the step.",
     ]
     gpu = summary["gpu"]
-    if gpu is None:
+    if gpu is None and summary["kernels"]:
         lines.append(
             "No GPU: operators of the CPU are shown, and what runs outside all operators is "
             f"{_percent(1 - summary['work_share'])} of the step."
+        )
+    elif gpu is None:
+        lines.append(
+            "No GPU: calls of the operating system are shown; operators are, by --profiler torch. "
+            f"The thread of the steps is in such calls {_percent(os_share(summary))} of the step."
         )
     else:
         lines.append(
@@ -52,15 +57,13 @@ def sentences(summary: Summary) -> list[str]:
 
 def stage_table(summary: Summary) -> Table:
     """Return the table of stages, with GPU times where there is a GPU."""
-    head = ["Stage", "Host, ms", "Share"]
-    on_gpu = summary["kind"] == "cuda"
-    if on_gpu:
-        head.append("GPU, ms")
-    rows = []
-    for stage in summary["stages"]:
-        row = [stage["name"], _ms(stage["ms"]), _percent(stage["share"])]
-        rows.append([*row, _ms(stage["device_ms"])] if on_gpu else row)
-    return head, rows
+    last, key = (
+        ("GPU, ms", "device_ms") if summary["kind"] == "cuda" else ("Own timer, ms", "own_ms")
+    )
+    return ["Stage", "Host, ms", "Share", last], [
+        [stage["name"], _ms(stage["ms"]), _percent(stage["share"]), _ms(stage[key])]
+        for stage in summary["stages"]
+    ]
 
 
 def family_table(summary: Summary) -> Table:
@@ -83,7 +86,7 @@ def kernel_table(summary: Summary) -> Table:
             _rate(row["flop_s"], row["of_peak_flop_s"]),
             _rate(row["byte_s"], row["of_peak_byte_s"]),
         ]
-        for row in summary["kernels"][:MAX_KERNELS]
+        for row in summary["kernels"][:MAX_ROWS]
     ]
     return head, rows
 
@@ -103,28 +106,68 @@ def wait_table(summary: Summary) -> Table:
     ]
 
 
+def recorded_heading(summary: Summary) -> str:
+    """Return the heading of the table of waits that the profiler itself recorded."""
+    if summary["kind"] == "cpu" and summary["profiler"] == "nsys":
+        return "Calls of the operating system by the thread of the steps"
+    return "The same, as the profiler recorded them"
+
+
 def device_wait_table(summary: Summary) -> Table:
     """Return the table of the host's waits that the profiler itself recorded."""
     return ["Call", "Stage", "Calls a step", "ms a step"], [
         [wait["name"], wait["stage"], f"{wait['calls']:.3g}", _ms(wait["ms"])]
-        for wait in summary["device_waits"]
+        for wait in summary["device_waits"][:MAX_ROWS]
     ]
+
+
+def os_share(summary: Summary) -> float:
+    """Return the share of the step that its thread spends in calls of the operating system."""
+    total: float = sum(call["ms"] for call in summary["device_waits"]) / summary["step_ms"]
+    return total
+
+
+def thread_table(summary: Summary) -> Table:
+    """Return the table of the process's other threads in calls of the operating system."""
+    return ["Threads", "Number", "Calls a step", "ms a step", "Most of it in"], [
+        [use["name"], str(use["num"]), f"{use['calls']:.4g}", _ms(use["ms"]), use["longest"]]
+        for use in summary["threads"]
+    ]
+
+
+def loader_table(summary: Summary) -> Table:
+    """Return the table of the loader's longest operators."""
+    return ["Operator", "Calls a step", "ms a step"], [
+        [row["name"], f"{row['calls']:.4g}", _ms(row["ms"])]
+        for row in summary["loader"][:MAX_ROWS]
+    ]
+
+
+def tables(summary: Summary) -> list[tuple[str, Table]]:
+    """Return all tables with their headings, without those that this profiler cannot fill."""
+    found = [("Stages", stage_table(summary))]
+    if summary["kernels"]:
+        found += [
+            ("Families", family_table(summary)),
+            (activity_title(summary), kernel_table(summary)),
+        ]
+    found += [
+        (wait_heading(summary), wait_table(summary)),
+        (recorded_heading(summary), device_wait_table(summary)),
+    ]
+    if summary["loader"]:
+        found.append(("Operators of the loader, on threads of its own", loader_table(summary)))
+    if summary["threads"]:
+        found.append(("Other threads in calls of the operating system", thread_table(summary)))
+    return found
 
 
 def markdown(summary: Summary) -> str:
     """Return the text of summary.md."""
     paragraphs = [f"# {title(summary)}", *sentences(summary)]
     paragraphs += [f"> {note}" for note in summary["notes"]]
-    tables = {
-        "Stages": stage_table,
-        "Families": family_table,
-        activity_title(summary): kernel_table,
-        wait_heading(summary): wait_table,
-        "The same, as the profiler recorded them": device_wait_table,
-    }
-    for heading, make in tables.items():
+    for heading, (head, rows) in tables(summary):
         paragraphs.append(f"## {heading}")
-        head, rows = make(summary)
         paragraphs.append(table(head, rows) if rows else "None.")
     return "\n\n".join(paragraphs) + "\n"
 

@@ -19,7 +19,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.observe.stages import StageTimer
 from m3i_fast.profiling.capture import HostWaitRecorder, NoProfiler, Windows, profile_steps
-from m3i_fast.profiling.nsys import read_nsys
+from m3i_fast.profiling.nsys.export import read_nsys
 from m3i_fast.profiling.summary import Pace, read_summary, summarise
 from m3i_fast.profiling.summary_page import write_page
 from m3i_fast.recipes import demo, shrink
@@ -140,10 +140,10 @@ class _Control:
 def _profile(dataset: Path, run: Path, control: _Control | NoProfiler) -> tuple[Trainer, Pace]:
     trainer = Trainer(_config(dataset), run)
     try:
-        pace, _ = profile_steps(trainer, control, WINDOWS)
+        measured = profile_steps(trainer, control, WINDOWS)
     finally:
         trainer.close()
-    return trainer, pace
+    return trainer, measured.pace
 
 
 def test_a_capture_is_of_the_steady_steps(dataset: Path, tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from m3i_fast.cli import main
-from m3i_fast.profiling.capture import Windows
-from m3i_fast.profiling.nsys import read_nsys
-from m3i_fast.profiling.nsys_capture import export, run_under_nsys
+from m3i_fast.observe import nvtx
+from m3i_fast.observe.stages import StageTimer
+from m3i_fast.profiling.capture import CAPTURE, NsysProfiler, Windows
+from m3i_fast.profiling.nsys.export import read_nsys
+from m3i_fast.profiling.nsys.program import export, run_under_nsys
 from m3i_fast.profiling.profile_run import (
     ProfileRun,
     choose_profiler,
@@ -23,11 +25,13 @@ from m3i_fast.profiling.profile_run import (
     record,
     write_summary,
 )
+from m3i_fast.profiling.recording import STEP
 from m3i_fast.profiling.summary import Peak, read_summary
 from m3i_fast.recipes import demo
 from tests.cli.test_profile import _config
 from tests.shared.nsys_files import write_export
 
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 NSYS = f"""#!{sys.executable}
 import json, os, shutil, signal, sys, time
 verb, options = sys.argv[1], [a for a in sys.argv[2:] if a.startswith("--")]
@@ -66,13 +70,20 @@ def nsys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_nsys_runs_the_verb_again_and_exports(nsys: Path, tmp_path: Path) -> None:
-    report = run_under_nsys(["profile", "demo", "--inside-nsys"], tmp_path)
+    report = run_under_nsys(["profile", "demo", "--inside-nsys"], tmp_path, GPU)
     assert len(read_nsys(export(report)).steps) == 2
     profile, exported = map(json.loads, nsys.read_text().splitlines())
     assert profile[0] == "profile" and "--capture-range=cudaProfilerApi" in profile
-    assert "--capture-range-end=stop" in profile
+    assert "--capture-range-end=stop" in profile and "--trace=cuda,nvtx,cublas,cudnn" in profile
     assert profile[-5:] == ["-m", "m3i_fast.cli", "profile", "demo", "--inside-nsys"]
     assert exported[:2] == ["export", "--type=sqlite"] and exported[-1] == str(report)
+
+
+def test_on_a_cpu_nsys_records_the_operating_system(nsys: Path, tmp_path: Path) -> None:
+    run_under_nsys(["profile", "demo", "--inside-nsys"], tmp_path, CPU)
+    profile = json.loads(nsys.read_text())
+    assert {"--trace=nvtx,osrt", "--capture-range=nvtx", f"--nvtx-capture={CAPTURE}"} < set(profile)
+    assert not [option for option in profile if "cuda" in option and option.startswith("--")]
 
 
 @pytest.mark.parametrize("verb", ["profile", "export"])
@@ -81,7 +92,7 @@ def test_a_failure_of_nsys_is_an_error(
 ) -> None:
     monkeypatch.setenv("NSYS_FAILS", verb)
     with pytest.raises(RuntimeError, match=f"nsys {verb} ended with 1"):
-        export(run_under_nsys(["profile", "demo"], tmp_path))
+        export(run_under_nsys(["profile", "demo"], tmp_path, GPU))
 
 
 @pytest.mark.parametrize(
@@ -96,23 +107,46 @@ def test_nsys_ends_with_this_program(
 ) -> None:
     monkeypatch.setenv("NSYS_HANGS", str(int(number)))
     with pytest.raises(error):
-        run_under_nsys(["profile", "demo"], tmp_path)
+        run_under_nsys(["profile", "demo"], tmp_path, GPU)
     assert [json.loads(line) for line in nsys.read_text().splitlines()][1:] == ["ended"]
 
 
-def test_inside_nsys_the_capture_is_cudas(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_the_capture_is_cudas(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     for name in ("start", "stop"):
         monkeypatch.setattr(torch.cuda.profiler, name, partial(told.append, name))
+    profiler, timer = NsysProfiler(GPU), StageTimer(CPU)
+    profiler.start(timer)
+    assert told == ["start"]
+    profiler.stop(timer)
+    assert told == ["start", "stop"]
+
+
+def test_on_a_cpu_the_capture_is_a_range_around_the_steady_steps(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every range is closed before the one around it, in and outside the capture."""
+    open_: list[str] = []
+    within: list[tuple[str, ...]] = []
+
+    def push(name: str) -> None:
+        open_.append(name)
+        within.append(tuple(open_))
+
+    monkeypatch.setattr(nvtx, "push", push)
+    monkeypatch.setattr(nvtx, "pop", lambda: open_.pop())
     config, out = tmp_path / "tiny.json", tmp_path / "out"
     _config(dataset).save(config)
     out.mkdir()
-    counts = ["--warmup", "1", "--steps", "1"]
+    counts = ["--warmup", "1", "--steps", "2"]
     arguments = ["profile", "--config", str(config), *counts, "--out", str(out), "--inside-nsys"]
     assert main(arguments) == 0
-    assert told == ["start", "stop"] and [path.name for path in out.iterdir()] == ["windows.json"]
+    assert open_ == [] and [path.name for path in out.iterdir()] == ["windows.json"]
+    assert within.count((CAPTURE,)) == 1 and within.count((CAPTURE, STEP)) == 2
+    assert within.count((STEP,)) == 1 + 2 + 2  # warm-up, before, after
+    assert within.count((CAPTURE, STEP, "bwd")) == 2 and within.count((STEP, "bwd")) == 5
+    own = json.loads((out / "windows.json").read_text())["stages"]
+    assert set(own) == {names[-1] for names in within if len(names) > 2} | {"log"}
 
 
 def test_a_recording_of_nsys_becomes_a_summary(
@@ -121,7 +155,9 @@ def test_a_recording_of_nsys_becomes_a_summary(
     """From what nsys and the program under it leave."""
     pace = {"before_ms": 1.0, "profiled_ms": 1.0, "after_ms": 1.0}
     wait = {"name": "aten::nonzero", "stage": "mix", "stack": ["a.py:1 f"], "calls": 2}
-    (tmp_path / "windows.json").write_text(json.dumps({"pace": pace, "waits": [wait]}))
+    (tmp_path / "windows.json").write_text(
+        json.dumps({"pace": pace, "stages": {"bwd": 0.4}, "waits": [wait]})
+    )
     run = ProfileRun(
         recipe="demo",
         config=demo(),
@@ -141,15 +177,14 @@ def test_a_recording_of_nsys_becomes_a_summary(
 def test_nsys_is_chosen_where_there_is_a_gpu_and_nsys(
     nsys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert choose_profiler("auto", gpu) == "nsys" and choose_profiler("nsys", gpu) == "nsys"
-    assert choose_profiler("torch", gpu) == "torch" and choose_profiler("auto", cpu) == "torch"
-    with pytest.raises(ValueError, match="--profiler: expected torch or auto, got nsys: device"):
-        choose_profiler("nsys", cpu)
+    assert choose_profiler("auto", GPU) == "nsys" and choose_profiler("nsys", GPU) == "nsys"
+    assert choose_profiler("torch", GPU) == "torch" and choose_profiler("auto", CPU) == "torch"
+    assert choose_profiler("nsys", CPU) == "nsys"
     monkeypatch.setenv("PATH", "")
-    assert choose_profiler("auto", gpu) == "torch"
-    with pytest.raises(ValueError, match="got nsys: it is not on PATH"):
-        choose_profiler("nsys", gpu)
+    assert choose_profiler("auto", GPU) == "torch"
+    for device in (GPU, CPU):
+        with pytest.raises(ValueError, match="got nsys: it is not on PATH"):
+            choose_profiler("nsys", device)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from m3i_fast.observe import stages
+from m3i_fast.observe.nvtx import NvtxRange
 from m3i_fast.observe.stages import StageTimer, family_of
 
 
@@ -42,6 +43,22 @@ def test_an_open_stage_counts_at_the_next_read(monkeypatch: pytest.MonkeyPatch) 
         assert timer.read() == {"time/ckpt_ms": 1000.0}
     timer.count_step()
     assert timer.read() == {"time/log_ms": 3000.0}
+
+
+def test_totals_are_of_what_was_read_and_of_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.0, 1.0, 2.0, 4.0, 5.0, 8.0])
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: next(seconds))
+    timer = StageTimer(torch.device("cpu"))
+    assert timer.totals() == {}
+    with timer.stage("bwd"):
+        pass
+    assert timer.totals() == {"bwd": 1.0}
+    timer.read()
+    with timer.stage("optim"):
+        pass
+    with timer.stage("bwd"):
+        assert timer.totals() == {"bwd": 1.0, "optim": 2.0}
+    assert timer.totals() == timer.totals() == {"bwd": 4.0, "optim": 2.0}
 
 
 def test_a_stage_that_fails_is_closed() -> None:
@@ -94,7 +111,7 @@ class _Event:
 def test_on_a_gpu_events_are_read_when_logging_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     timer = StageTimer(torch.device("cuda"))
-    assert timer.mark is torch.cuda.nvtx.range
+    assert timer.mark is NvtxRange
     timer.mark = lambda name: contextmanager(lambda: iter([None]))()
     with timer.stage("bwd"):
         _Event.now += 5

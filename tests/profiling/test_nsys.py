@@ -1,4 +1,8 @@
-"""Exports of nsys in two schemas, whole and damaged, and what is told of a step from them."""
+"""Exports of nsys, whole and damaged, and what is told of a step from them.
+
+Those of a GPU are played back: files written in two schemas, since none is recorded without
+NVIDIA's driver. What nsys records of a CPU is also recorded for real, in test_nsys_recording.py.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.profiling.diff import compare_profiles, markdown
-from m3i_fast.profiling.nsys import read_nsys
+from m3i_fast.profiling.nsys.export import read_nsys
 from m3i_fast.profiling.summary import Pace, Peak, summarise
+from m3i_fast.profiling.summary_text import markdown as markdown_of
+from tests.profiling.cpu_export import write_cpu_export
 from tests.shared.nsys_files import Schema, write_export
 
 PACE = Pace(before_ms=1.0, profiled_ms=1.02, after_ms=1.0)
@@ -78,6 +84,43 @@ def test_waits_and_notes(schema: Schema, tmp_path: Path) -> None:
     if schema == "new":
         told.append("nsys: some events were dropped")
     assert summary["notes"] == told
+
+
+def test_without_a_gpu_calls_of_the_operating_system_are_read(tmp_path: Path) -> None:
+    summary = _summary(write_cpu_export(tmp_path / "report.sqlite"))
+    assert summary["kind"] == "cpu" and summary["gpu"] is None and summary["kernels"] == []
+    assert {s["name"]: (s["ms"], s["device_ms"]) for s in summary["stages"]} == {
+        "fwd.input": (pytest.approx(0.3), None),
+        "bwd": (pytest.approx(0.4), None),
+        "between stages": (pytest.approx(0.3), None),
+    }
+    (call,) = summary["device_waits"]
+    assert (call["name"], call["stage"], call["calls"]) == ("sem_wait", "fwd.input", 1)
+    assert call["ms"] == pytest.approx(0.05)
+    assert [(use["name"], use["num"], use["longest"]) for use in summary["threads"]] == [
+        ("loader", 1, "pthread_cond_wait"),
+        ("(ended)", 1, "clock_nanosleep"),
+    ]
+    assert [use["ms"] for use in summary["threads"]] == pytest.approx([1.0, 0.04])
+    (operator,) = summary["loader"]
+    assert (operator["name"], operator["calls"]) == ("decoders__Image", 1)
+    assert operator["ms"] == pytest.approx(0.05) and summary["notes"] == []
+    text = markdown_of(summary)
+    assert "The thread of the steps is in such calls 5.0% of the step." in text
+    assert "## Operators\n" not in text and "| loader | 1 | 0.5 | 1.000 |" in text
+
+
+def test_a_timer_that_disagrees_is_told_of(tmp_path: Path) -> None:
+    """By stage: of 300 and 400 ms; what is shorter than ten milliseconds is not compared."""
+    path = write_cpu_export(tmp_path / "report.sqlite")
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE NVTX_EVENTS SET start = 1000 * start, end = 1000 * end")
+        database.commit()
+    assert _summary(path, own={"fwd.input": 305.0, "bwd": 393.0})["notes"] == []
+    (note,) = _summary(path, own={"fwd.input": 280.0, "bwd": 401.0})["notes"]
+    assert "DISAGREE on fwd.input 300.00 and 280.00 ms: the" in note
+    short = _summary(write_cpu_export(tmp_path / "b.sqlite"), own={"bwd": 0.1})
+    assert short["notes"] == [] and "| bwd | 0.400 | 40.0% | 0.100 |" in markdown_of(short)
 
 
 def test_a_run_that_profiling_slowed_is_warned_of(tmp_path: Path) -> None:

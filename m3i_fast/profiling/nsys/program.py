@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from m3i_fast.profiling.capture import ended_by_signals
+import torch
 
-TRACES = "cuda,nvtx,cublas,cudnn"
+from m3i_fast.profiling.capture import CAPTURE, ended_by_signals
+
+ON_GPU = (
+    "--trace=cuda,nvtx,cublas,cudnn",
+    "--cuda-graph-trace=node",
+    "--capture-range=cudaProfilerApi",
+)
+ON_CPU = ("--trace=nvtx,osrt", "--capture-range=nvtx", f"--nvtx-capture={CAPTURE}")
 
 
-def run_under_nsys(arguments: list[str], out: Path) -> Path:
+def run_under_nsys(arguments: list[str], out: Path, device: torch.device) -> Path:
     """Run `m3i-fast ARGUMENTS` under nsys and return the report in `out`.
 
-    nsys records between cudaProfilerStart and cudaProfilerStop only, and lets the program continue.
+    nsys records only while the program has `NsysProfiler` open, and lets it continue after that.
     Raises RuntimeError where the program or nsys fails, or leaves no report.
     """
     report = out / "report.nsys-rep"
     command = [
         "nsys",
         "profile",
-        f"--trace={TRACES}",
+        *(ON_GPU if device.type == "cuda" else ON_CPU),
         "--sample=none",
         "--cpuctxsw=none",
-        "--cuda-graph-trace=node",
-        "--capture-range=cudaProfilerApi",
         "--capture-range-end=stop",
         "--force-overwrite=true",
         f"--output={report.with_suffix('')}",
@@ -41,7 +47,9 @@ def run_under_nsys(arguments: list[str], out: Path) -> Path:
 
 def _run(command: list[str]) -> int:
     """Run the command and return its exit code; what ends this program also ends nsys."""
-    with ended_by_signals(), subprocess.Popen(command) as process:
+    # Ranges open a capture by their text, not only by a string that was registered with NVTX.
+    environment = {**os.environ, "NSYS_NVTX_PROFILER_REGISTER_ONLY": "0"}
+    with ended_by_signals(), subprocess.Popen(command, env=environment) as process:
         try:
             return process.wait()
         except BaseException:
