@@ -26,6 +26,7 @@ test: install lint
 	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-slow: install
+	@scripts/slurm.sh
 	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 # An environment of their own, build/cuda: CUDA's torch without a GPU, with Transformer Engine, or on
