@@ -27,6 +27,7 @@ test: install lint
 
 test-slow: install
 	@$(PYTHON) scripts/nsys.py
+	@scripts/slurm.sh
 	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 # An environment of their own, build/cuda: CUDA's torch without a GPU, with Transformer Engine, or on

@@ -15,12 +15,13 @@ from m3i_fast.engine.parallel.watchdog import MissingRanks
 USAGE = """\
 usage: m3i-fast launch [--retry-code N] [options of torchrun] -m m3i_fast.cli train RECIPE ...
 
-Takes torchrun's arguments (torchrun --help) and differs from it in two things. SIGINT, SIGTERM and
-SIGUSR1 go to the ranks, which save for as long as the scheduler lets them; torchrun kills them
-after 30 s. The exit code is that of the rank which failed first, 75 where the ranks saved to be
-started again, 76 where a rank hung or never came, or a node (torchrun waits ten minutes for nodes,
-or --rdzv-conf join_timeout=SECONDS; with --master-addr, timeout=SECONDS); torchrun's is 1 whatever
-happened.
+Takes torchrun's arguments (torchrun --help) and differs from it in three things. SIGINT, SIGTERM
+and SIGUSR1 go to the ranks, which save for as long as the scheduler lets them; torchrun kills them
+after 30 s. When the first node has ended, the ranks of the others have a minute to end by
+themselves; torchrun kills them at once. The exit code is that of the rank which failed first, 75
+where the ranks saved to be started again, 76 where a rank hung or never came, or a node (torchrun
+waits ten minutes for nodes, or --rdzv-conf join_timeout=SECONDS; with --master-addr,
+timeout=SECONDS); torchrun's is 1 whatever happened.
 
   --retry-code N   exit with N instead of 75, for a scheduler that takes 75 as final
 """
@@ -66,8 +67,13 @@ def run_torchrun(arguments: list[str], forward: Forwarder) -> int:
     from torch.distributed.elastic import rendezvous
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from m3i_fast.engine.parallel import agents
+
     args = torchrun.parse_args(arguments)
     args.signals_to_handle = _LEFT_TO_TORCHRUN
+    if args.rdzv_backend == "c10d":
+        agents.register()
+        args.rdzv_backend = agents.PATIENT
     try:
         torchrun.run(args)
     except ChildFailedError as error:
@@ -109,7 +115,7 @@ def exit_code(code: int, received: set[int]) -> int:
 
 def _missing_nodes(args: Namespace, error: Exception) -> str:
     place = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
-    limit = "join_timeout" if args.rdzv_backend == "c10d" else "timeout"
+    limit = "timeout" if args.rdzv_backend == "static" else "join_timeout"
     why = f": {error.__cause__ or error}".removesuffix(": ")
     return (
         f"nodes are missing, or have gone: expected {args.nnodes} to meet at {place}{why}; see "

@@ -1,4 +1,4 @@
-"""The files in launch/: their command lines, what Slurm's script does, whole runs by them."""
+"""The files in launch/: their command lines, and whole runs (under Slurm: test_slurm.py)."""
 
 from __future__ import annotations
 
@@ -26,33 +26,20 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.observe.metrics import read_jsonl
 from tests.shared.engine.two_ranks import run_of_adamw, spread
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 RECIPE = ("m3i_vit_b_h100", "--data.path", "/shards", "--out", "runs/x")
-SLURM = {
-    "SLURM_JOB_ID": "4711",
-    "SLURM_JOB_NODELIST": "localhost",
-    "SLURM_JOB_NUM_NODES": "1",
-    "SLURM_GPUS_ON_NODE": "2",
-}
 CONTROLLERS_SET = {
     "JOB_COMPLETION_INDEX": "1",
     "RANK": "1",
     "MASTER_ADDR": "m3i-fast-master-0",
     "MASTER_PORT": "23456",
 }
-# srun and scontrol without a cluster: the one becomes its command, and both tell what they do.
-STAND_INS = {
-    "srun": 'echo $$ > "$LOG/srun.pid"\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"',
-    "scontrol": 'echo "$*" >> "$LOG/scontrol"\nif [[ $1 == show ]]; then echo localhost; fi',
-}
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    """Where the stand-ins, in log/bin, note what they do."""
-    for name, body in STAND_INS.items():
-        _script(tmp_path / "log" / "bin" / name, body)
+    """A folder for what a script calls, and says."""
     return tmp_path / "log"
 
 
@@ -99,24 +86,6 @@ def test_torchrun_is_asked_for_one_node_or_several(log: Path) -> None:
     assert (asked.nnodes, asked.nproc_per_node, asked.rdzv_backend) == ("4", "8", "c10d")
     assert asked.rdzv_endpoint == "node1:29400" and not asked.standalone
     assert _start(log, "torchrun.sh", *RECIPE, NNODES="4").wait() == 1
-
-
-def test_slurm_asks_torchrun_for_its_nodes(log: Path) -> None:
-    asked = _expect_command(_command(log, "slurm.sh", **SLURM | {"SLURM_JOB_NUM_NODES": "4"}))
-    assert (asked.nnodes, asked.nproc_per_node, asked.rdzv_endpoint) == (
-        "4",
-        "2",
-        "localhost:24711",
-    )
-    assert asked.rdzv_id == "4711-0"
-
-
-@pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
-def test_slurm_queues_again_after_75_alone(log: Path, code: int) -> None:
-    _script(log / "bin" / "m3i-fast", f"exit {code}")
-    assert _start(log, "slurm.sh", *RECIPE, **SLURM).wait() == code
-    said = (log / "scontrol").read_text().splitlines()
-    assert said == ["show hostnames localhost", *(["requeue 4711"] if code == 75 else [])]
 
 
 def test_slurm_is_told_to_send_the_signal_that_saves() -> None:
@@ -254,6 +223,20 @@ def test_what_the_image_copies_is_enough_to_build(tmp_path: Path) -> None:
 # ---- Whole runs ----------------------------------------------------------------------------------
 
 
+C10D = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}")
+STATIC = ("--master-addr", "127.0.0.1", "--master-port", "{port}", "--node-rank")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def _wait_for(path: Path, process: subprocess.Popen[bytes], *, seconds: int = 120) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
@@ -262,19 +245,18 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes], *, seconds: int = 12
         time.sleep(0.01)
 
 
-def test_a_slurm_job_that_runs_out_of_time_goes_on_in_the_next(
+def test_a_run_that_is_stopped_goes_on_by_the_same_line(
     dataset: Path, log: Path, tmp_path: Path
 ) -> None:
-    """Two ranks, stopped by the signal of the time limit; ended by torchrun's script."""
+    """Two ranks, stopped by the signal that Slurm sends before the time limit."""
     cfg = replace(run_of_adamw(dataset), num_steps=400, checkpoint_every=2, keep_checkpoints=2)
     config, out = tmp_path / "config.json", tmp_path / "run"
     cfg.save(config)
     arguments = ("--config", str(config), "--out", str(out))
-    job = _start(log, "slurm.sh", *arguments, **SLURM)
+    job = _start(log, "torchrun.sh", *arguments, NPROC_PER_NODE="2")
     _wait_for(out / "checkpoints" / "latest", job)
-    os.kill(int((log / "srun.pid").read_text()), signal.SIGUSR1)
+    job.send_signal(signal.SIGUSR1)
     assert job.wait() == 75
-    assert (log / "scontrol").read_text().splitlines()[-1] == "requeue 4711"
     stopped = checkpoint.latest(out / "checkpoints").step
     assert 0 < stopped < cfg.num_steps
     # Nothing but the number of steps left is changed, so that the test is short.
@@ -296,10 +278,8 @@ def test_a_signal_to_one_node_saves_on_all(dataset: Path, log: Path, tmp_path: P
     config, out = tmp_path / "config.json", tmp_path / "run"
     cfg.save(config)
     arguments = ("--config", str(config), "--out", str(out))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "RENDEZVOUS": f"localhost:{port}"}
+    rendezvous = f"localhost:{_free_port()}"
+    nodes = {"NNODES": "2", "NPROC_PER_NODE": "1", "RENDEZVOUS": rendezvous}
     first, second = (_start(log, "torchrun.sh", *arguments, **nodes) for _ in range(2))
     _wait_for(out / "checkpoints" / "latest", first, seconds=400)
     second.send_signal(signal.SIGTERM)
@@ -312,12 +292,21 @@ def test_a_wrong_request_is_a_2(log: Path, tmp_path: Path) -> None:
     """Through torchrun, whose own exit code is 1, and not to be tried again."""
     out = str(tmp_path / "run")
     wrong = ("demo", "--data.path", str(tmp_path / "absent"), "--out", out)
-    assert _start(log, "slurm.sh", *wrong, **SLURM | {"SLURM_GPUS_ON_NODE": "1"}).wait() == 2
-    assert "requeue" not in (log / "scontrol").read_text()
+    assert _start(log, "torchrun.sh", *wrong, NPROC_PER_NODE="1").wait() == 2
 
 
-C10D = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:{port}")
-STATIC = ("--master-addr", "127.0.0.1", "--master-port", "{port}", "--node-rank")
+def test_nodes_need_not_end_together(tmp_path: Path) -> None:
+    """The node that hosts the rendezvous ends first, and the other's rank has its own exit code."""
+    port, rank = _free_port(), tmp_path / "rank.py"
+    body = "import os, time\ntime.sleep(2 * int(os.environ['RANK']))\nraise SystemExit(75)\n"
+    rank.write_text(body)
+    options = [*C10D[:-1], C10D[-1].format(port=port), "--nnodes=2", str(rank)]
+    command = [sys.executable, "-m", "m3i_fast.cli", "launch", *options]
+    first = subprocess.Popen(command)
+    while first.poll() is None and not _listens(port):
+        time.sleep(0.1)
+    second = subprocess.Popen(command)
+    assert [first.wait(), second.wait()] == [75, 75]
 
 
 @pytest.mark.parametrize(
@@ -331,9 +320,7 @@ STATIC = ("--master-addr", "127.0.0.1", "--master-port", "{port}", "--node-rank"
 def test_a_node_that_never_comes_is_a_76(
     options: tuple[str, ...], limit: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     place = [option.format(port=port) for option in options]
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
