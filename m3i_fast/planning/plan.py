@@ -138,17 +138,13 @@ def make_plan(
     assumed = _assumed_memory(cfg, card, nodes, footprint)
     strategies = []
     for name, shards in layouts(cfg, nodes).items():
-        parts: dict[str, float] = dict(footprint.peak)
+        traced = footprint
+        if 1 < shards < nodes.num_ranks:
+            traced = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=shards)
+        parts: Mapping[str, float] = traced.peak
         if shards > 1:
-            traced = footprint
-            if shards < nodes.num_ranks:
-                traced = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=shards)
             blocks = block_sizes(objective)
             parts = _sharded(traced, parameters, blocks, shards, 2 if bf16 else 4)
-        parts = {**parts, WORKSPACE: _workspace(cfg, card)}
-        if cfg.cuda_graphs:  # of each in memory of its own, with a workspace
-            graphs = footprint.graphs
-            parts[GRAPHS] = sum(graphs) + len(graphs) * parts[WORKSPACE]
         collectives = collectives_of(
             cfg, nodes, objective, footprint.gathers, num_shards=shards, **on_card
         )
@@ -161,6 +157,7 @@ def make_plan(
             sent=sent,
             loader_images_s=loader_images_s(card, num_threads=cfg.data.num_threads),
         )
+        parts = {**parts, **_beside_tensors(cfg, card, traced)}
         memory = Memory(parts=parts, assumed=assumed, limit=card.memory_bytes)
         speed = predict(cost, card, num_ranks=nodes.num_ranks, utilisation=utilisation)
         strategies.append(
@@ -219,6 +216,15 @@ def _workspace(cfg: TrainConfig, card: Card) -> int:
     if not (card.is_gpu and cfg.deterministic):
         return card.workspace_bytes
     return 8 * 4 * 2**20  # CUBLAS_WORKSPACE_CONFIG=:4096:8, which a deterministic run sets
+
+
+def _beside_tensors(cfg: TrainConfig, card: Card, footprint: Footprint) -> dict[str, float]:
+    """Return what torch's allocator holds beside the step's own tensors."""
+    workspace = _workspace(cfg, card)
+    if not cfg.cuda_graphs:
+        return {WORKSPACE: workspace}
+    kept = footprint.graphs  # each in memory of its own, with a workspace
+    return {WORKSPACE: workspace, GRAPHS: sum(kept) + len(kept) * workspace}
 
 
 def _sharded(
