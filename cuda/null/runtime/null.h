@@ -87,8 +87,9 @@ bool tracing();
 bool lines_of_launches();
 
 // FILE:LINE of the innermost Python frame of the calling thread whose file lies below
-// NULL_CUDA_ROOT and in no site-packages, else of the innermost frame; empty without Python or a trace. Takes Python's
-// global lock: the caller must hold no lock that a thread with Python's waits for.
+// NULL_CUDA_ROOT and in no site-packages, else of the innermost frame; empty without Python or a
+// trace. Takes Python's global lock: the caller must hold no lock that a thread with Python's waits
+// for.
 std::string python_line();
 
 // ---- Streams
