@@ -304,6 +304,7 @@ def test_two_ranks_become_four(on_ranks: dict[int, Launched]) -> None:
 # ---- Ranks that fail -----------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_a_signal_to_one_rank_stops_all_saved(tmp_path: Path) -> None:
     """75: saved, to be started again."""
     flags = ("--shards", "-1", "--num-steps", "9", "--checkpoint-every", "9")
