@@ -138,8 +138,7 @@ def thread_table(summary: Summary) -> Table:
 def loader_table(summary: Summary) -> Table:
     """Return the table of the loader's longest operators."""
     return ["Operator", "Calls a step", "ms a step"], [
-        [row["name"], f"{row['calls']:.4g}", _ms(row["ms"])]
-        for row in summary["loader"][:MAX_ROWS]
+        [row["name"], f"{row['calls']:.4g}", _ms(row["ms"])] for row in summary["loader"][:MAX_ROWS]
     ]
 
 
