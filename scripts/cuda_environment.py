@@ -21,7 +21,8 @@ STAMP = VENV / "installed.json"
 CONSTRAINTS = ROOT / "constraints-cuda.txt"
 PACKAGES = (
     *("setuptools", "wheel", "pybind11", "ninja", "packaging", "cmake", "scikit-build-core"),
-    *("numpy", "safetensors", "rich", "tyro>=1.0", "cattrs", "tensorboard", "pytest", "torchao"),
+    *("numpy", "safetensors", "rich", "tyro>=1.0", "cattrs", "tensorboard", "torchao"),
+    *("pytest", "pytest-xdist"),
     *("torch", "cuda-toolkit[nvcc,nvrtc,cudart,cccl]", "nvidia-curand", "nvidia-ml-py"),
 )
 # The cards that the null runtime is asked to be: code for 8.0 and for 9.0's own instructions.

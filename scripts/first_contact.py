@@ -26,7 +26,8 @@ def pytest_arguments(asked: list[str]) -> list[str]:
     """Return pytest's arguments: all contract tests but the nightly ones, unless -m is asked."""
     marked = any(argument.startswith("-m") for argument in asked)
     chosen = [] if marked else ["-m", "not nightly"]
-    return ["-o", "python_files=contract_*.py", *chosen, "tests/null_cuda", *asked]
+    workers = ["-n", "2", "--dist", "loadfile"]
+    return [*workers, "-o", "python_files=contract_*.py", *chosen, "tests/null_cuda", *asked]
 
 
 if __name__ == "__main__":
