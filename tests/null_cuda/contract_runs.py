@@ -276,7 +276,8 @@ def test_another_way_to_train_has_the_same_losses(
     words = ("train", "--config", saved(config, tmp_path, **changes), "--out", tmp_path / "run")
     done = verb(tmp_path, *words, options=("--order", "--plant", f"nan:{SPOILT}"))
     assert (done.codes, done.races) == ([0], [])
-    assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed[0]), rel=1e-5)
+    # Other orders of sums, which Muon's iterations in bfloat16 make larger
+    assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed[0]), rel=1e-3)
 
 
 @pytest.mark.nightly
