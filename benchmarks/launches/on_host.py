@@ -27,6 +27,8 @@ NOT_COMPUTED = {
 }
 # Operators of collectives, which the null NCCL computes.
 COLLECTIVES = ("c10d", "_c10d_functional")
+# Where an index is a mask, they take the places that it has, which the device would have counted.
+PUTS = {aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 def host_alias(tensor: Tensor) -> Tensor:
@@ -73,6 +75,9 @@ class ComputeOnHost(TorchDispatchMode):
         # Shapes that the device would have counted, and solvers that check what they have computed
         if torch.Tag.dynamic_output_shape in func.tags or "linalg" in func.name():
             return _on_device(self._computed(func, args, kwargs), args, kwargs)
+        if func.overloadpacket in PUTS and _has_mask(args[1]):
+            values = self._computed(func, args, kwargs)
+            return args[0] if func._schema.is_mutable else _on_device(values, args, kwargs)
         out = func(*args, **kwargs)
         tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, Tensor)]
         if func.is_view or func.overloadpacket in NOT_COMPUTED or func.namespace in COLLECTIVES:
@@ -85,6 +90,10 @@ class ComputeOnHost(TorchDispatchMode):
         """Return what the operator gives on the host for the same memory."""
         on_host = self._computed_by.get(func, func)
         return on_host(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
+
+
+def _has_mask(indices: Sequence[Tensor | None]) -> bool:
+    return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
 def _attention(

@@ -310,6 +310,15 @@ def test_the_node_is_measured_and_nothing_is_recorded(config: TrainConfig, tmp_p
 
 
 @pytest.mark.nightly
+def test_the_step_is_measured_beside_others_whose_loss_it_has(tmp_path: Path) -> None:
+    """The bench compares the losses of all before it takes a time."""
+    sizes = ("--batch-size", 64, "--dim", 64, "--depth", 2, "--num-samples", 2)
+    done = verb(tmp_path, "bench", "step", "--no-record", *sizes)
+    assert done.codes == [0]
+    assert "eager, asked only" in done.out
+
+
+@pytest.mark.nightly
 def test_a_plan_is_made_where_a_device_is_seen(tmp_path: Path) -> None:
     """It traces a step without a device, so that the one that is seen changes nothing of it."""
     done = verb(tmp_path, "plan", "demo", "--card", "h100", options=("--plain",))
