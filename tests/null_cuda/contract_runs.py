@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils._pytree import tree_leaves
 
 from m3i_fast.benchmarks.launches.trace import Record, lines_of, read_trace, split_at_marks
 from m3i_fast.config import TrainConfig
@@ -294,6 +295,24 @@ def test_batches_are_added_up_and_the_run_goes_on(config: TrainConfig, tmp_path:
     assert done.codes == [75, 0]
     assert len(losses(tmp_path / "run")) == NUM_STEPS // EVERY
     assert {record["device"] for record in done.trace if record["kind"] == "launch"} == {0}
+
+
+def figures_in(file: Path) -> list[float]:
+    """Return the numbers of a JSON file, in order."""
+    return [leaf for leaf in tree_leaves(json.loads(file.read_text())) if isinstance(leaf, float)]
+
+
+@pytest.mark.nightly
+def test_an_evaluation_has_the_figures_of_the_cpu(config: TrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("train", "--config", saved(config, tmp_path, num_steps=EVERY), "--out", run)
+    assert verb(tmp_path, *words, "--then", "evaluate", run).codes == [0, 0]
+    on_null = figures_in(run / "evaluation.json")
+    replace(TrainConfig.load(run / "config.json"), device="cpu").save(run / "config.json")
+    command = [ROOT / ".venv" / "bin" / "m3i-fast", "evaluate", run]
+    subprocess.run(command, check=True, capture_output=True)
+    on_cpu = figures_in(run / "evaluation.json")
+    assert on_null == pytest.approx(on_cpu, rel=1e-4) and len(on_cpu) > 300
 
 
 @pytest.mark.nightly
