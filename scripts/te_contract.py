@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 
-from scripts import cuda_environment, install
+from scripts import cuda_environment, install, null_cuda
 
 
 def release() -> str:
@@ -38,6 +38,7 @@ def main() -> None:
     if cuda_environment.done_state().get("te") != release():
         build_te()
         cuda_environment.remember(te=release())
+    null_cuda.build(cuda_environment.site_packages(), cuda_environment.ROOT / "build" / "null")
     tests = ["-o", "python_files=contract_*.py", "tests/te", *sys.argv[1:]]
     install.run(cuda_environment.PYTHON, "-m", "pytest", *tests)
 

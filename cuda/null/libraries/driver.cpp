@@ -45,6 +45,15 @@ M3I_EXPORT CUresult cuCtxGetCurrent(CUcontext* current) {
   return CUDA_SUCCESS;
 }
 
+M3I_EXPORT CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
+
+M3I_EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext* retained, CUdevice) {
+  *retained = reinterpret_cast<CUcontext>(&context);
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuDevicePrimaryCtxRelease(CUdevice) { return CUDA_SUCCESS; }
+
 M3I_EXPORT CUresult cuGetErrorString(CUresult, const char** text) {
   *text = "error of the null CUDA driver";
   return CUDA_SUCCESS;
@@ -76,4 +85,53 @@ M3I_EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType
       .text("call", "cuTensorMapEncodeTiled")
       .python_line();
   return CUDA_ERROR_INVALID_VALUE;
+}
+
+// ---- Modules: kernels that a library has NVRTC compile for the card while it runs
+// ------------------------------------------------------------------------------------------
+
+M3I_EXPORT CUresult cuModuleLoadDataEx(CUmodule* module, const void*, unsigned, CUjit_option*,
+                                       void**) {
+  *module = reinterpret_cast<CUmodule>(new char);
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
+
+M3I_EXPORT CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
+  *function = reinterpret_cast<CUfunction>(new char);
+  m3i::null::register_kernel(*function, name,
+                             10 * m3i::null::card().major + m3i::null::card().minor);
+  return CUDA_SUCCESS;
+}
+
+M3I_EXPORT CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
+
+M3I_EXPORT CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute,
+                                       int value) {
+  return static_cast<CUresult>(
+      cudaFuncSetAttribute(function, static_cast<cudaFuncAttribute>(attribute), value));
+}
+
+M3I_EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y,
+                                   unsigned grid_z, unsigned block_x, unsigned block_y,
+                                   unsigned block_z, unsigned shared, CUstream stream,
+                                   void** arguments, void**) {
+  return static_cast<CUresult>(cudaLaunchKernel(function, dim3(grid_x, grid_y, grid_z),
+                                                dim3(block_x, block_y, block_z), arguments, shared,
+                                                stream));
+}
+
+M3I_EXPORT CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y,
+                                              unsigned grid_z, unsigned block_x, unsigned block_y,
+                                              unsigned block_z, unsigned shared, CUstream stream,
+                                              void** arguments) {
+  return cuLaunchKernel(function, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, stream,
+                        arguments, nullptr);
+}
+
+M3I_EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, CUfunction function,
+                                                                int threads, size_t shared) {
+  return static_cast<CUresult>(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, threads, shared));
 }

@@ -169,6 +169,14 @@ cudaError_t launch(const void* function, const Configuration& asked, void** argu
 
 }  // namespace
 
+void register_kernel(const void* function, const std::string& mangled, int architecture) {
+  std::lock_guard<std::recursive_mutex> guard(lock());
+  Kernel kernel;
+  kernel.mangled = mangled;
+  kernel.architecture = architecture;
+  kernels().emplace(function, std::move(kernel));
+}
+
 }  // namespace m3i::null
 
 using namespace m3i::null;
@@ -195,10 +203,7 @@ M3I_EXPORT void __cudaRegisterFunction(void** handle, const char* function, char
                                        const char* device_name, int, uint3*, uint3*, dim3*, dim3*,
                                        int*) {
   std::lock_guard<std::recursive_mutex> guard(lock());
-  Kernel kernel;
-  kernel.mangled = device_name;
-  kernel.architecture = architectures()[handle];
-  kernels().emplace(function, std::move(kernel));
+  register_kernel(function, device_name, architectures()[handle]);
 }
 
 // Variables of the device have the host's bytes.

@@ -141,6 +141,12 @@ void complete_all_copies();
 long next_operation(Stream& stream);
 long operations_so_far(Stream& stream);
 
+// ---- Kernels
+// -------------------------------------------------------------------------------------
+
+// Has the function launch a kernel of this mangled name, from an image for this architecture.
+void register_kernel(const void* function, const std::string& mangled, int architecture);
+
 // ---- Memory
 // --------------------------------------------------------------------------------------
 
