@@ -127,11 +127,24 @@ def _masked_attention_backward(
     logsumexp: Tensor, seed: object, offset: object, dropout: float, wanted: Sequence[bool],
     causal: bool = False, *, scale: float | None = None,
 ) -> Any:  # fmt: skip
-    if wanted[3]:
-        raise NotImplementedError("attention: no operator of the CPU has the gradient by its bias")
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     sums = logsumexp[..., : q.shape[-2]]
-    return backward(grad, q, k, v, out, sums, dropout, causal, attn_mask=bias, scale=scale)
+    grads = backward(grad, q, k, v, out, sums, dropout, causal, attn_mask=bias, scale=scale)
+    if bias is None or not wanted[3]:
+        return grads
+    return (*grads, _bias_gradient(grad, q, k, v, bias, out, causal, scale))
+
+
+def _bias_gradient(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, out: Tensor,
+    causal: bool, scale: float | None,
+) -> Tensor:  # fmt: skip
+    """Return attention's gradient by its bias, which the CPU's operator does not compute."""
+    logits = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + bias
+    if causal:
+        logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -torch.inf)
+    centred = grad @ v.mT - (grad * out).sum(-1, keepdim=True)
+    return (logits.softmax(-1) * centred).sum_to_size(bias.shape)
 
 
 # What CUDA alone has, by the operator that the CPU has in its place.
