@@ -223,18 +223,20 @@ void finish_within(const Allocation& gone) {
   }
 }
 
+// Forgets the allocation that begins there, and returns it; one that begins at null if none does.
+Allocation taken_out(void* pointer) {
+  std::lock_guard<std::recursive_mutex> guard(lock());
+  auto at = allocations().find(static_cast<char*>(pointer));
+  if (at == allocations().end()) return {};
+  Allocation gone = at->second;
+  allocations().erase(at);
+  if (gone.side == Side::kDevice) allocated()[static_cast<size_t>(gone.device)] -= gone.bytes;
+  return gone;
+}
+
 cudaError_t release(void* pointer, const char* call) {
   if (pointer == nullptr) return cudaSuccess;
-  Allocation gone{};
-  {
-    std::lock_guard<std::recursive_mutex> guard(lock());
-    auto at = allocations().find(static_cast<char*>(pointer));
-    if (at != allocations().end()) {
-      gone = at->second;
-      allocations().erase(at);
-      if (gone.side == Side::kDevice) allocated()[static_cast<size_t>(gone.device)] -= gone.bytes;
-    }
-  }
+  Allocation gone = taken_out(pointer);
   if (gone.begin == nullptr) return fail(cudaErrorInvalidValue, call);
   finish_within(gone);
   Record("free")
@@ -318,15 +320,7 @@ M3I_EXPORT cudaError_t cudaHostRegister(void* pointer, size_t bytes, unsigned) {
 }
 
 M3I_EXPORT cudaError_t cudaHostUnregister(void* pointer) {
-  Allocation gone{};
-  {
-    std::lock_guard<std::recursive_mutex> guard(lock());
-    auto at = allocations().find(static_cast<char*>(pointer));
-    if (at != allocations().end()) {
-      gone = at->second;
-      allocations().erase(at);
-    }
-  }
+  Allocation gone = taken_out(pointer);
   if (gone.begin == nullptr) return fail(cudaErrorHostMemoryNotRegistered, "cudaHostUnregister");
   finish_within(gone);
   return cudaSuccess;
