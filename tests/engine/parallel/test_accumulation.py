@@ -108,8 +108,8 @@ def test_a_run_reads_all_batches_and_mixes_each_its_own_way(dataset: Path, tmp_p
         seen.extend(batch.sample_id.tolist() for batch in batches)
         return step(*batches, monitor=monitor)
 
-    def drawn(batch: Batch, index: int = 0) -> Mix:
-        mix = draw(batch, index)
+    def drawn(batch: Batch) -> Mix:
+        mix = draw(batch)
         mixes.append(mix.token_priority)
         return mix
 
