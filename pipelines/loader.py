@@ -149,16 +149,6 @@ class Loader:
         self._position = position
         self._pipeline = None
 
-    def restart_epoch(self, state: dict[str, Any]) -> int:
-        """Restart the epoch of a state with another number of ranks or batch size; returns it.
-
-        The order of samples is then that of a first epoch.
-        """
-        epoch = int(state["epoch"])
-        self._position = Position(epoch=epoch, step=0, checkpoint=None)
-        self._pipeline = None
-        return epoch
-
     def close(self) -> None:
         """Stop DALI's threads; another `next` starts them again at the same position."""
         if self._pipeline is not None:

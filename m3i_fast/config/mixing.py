@@ -45,8 +45,8 @@ class MixingConfig(Checked):
     be predicted, so that blank paper is no target; 0 takes every cell. Where an image has too few
     such cells, some are predicted again; where it has none, blank ones are."""
     dense_fraction: float = 1.0
-    """Share of the inputs that dense terms predict for, the first of each batch. The EMA encoder and
-    the decoder see no more, and each costs about as much as the encoder's pass."""
+    """Share of the inputs that dense terms predict for, the first of each batch. EMA encoder and
+    decoder see no more, and each costs about as much as the encoder's pass."""
     token_dropout: float = 0.0
     """Share of caption tokens left out, never the first and last."""
 
