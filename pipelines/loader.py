@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from m3i_fast.config.data import MAX_PIXELS, LoaderConfig, ViewConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.captions import epoch_key
@@ -88,6 +91,12 @@ class Loader:
         return self._position.epoch
 
     @property
+    def samples(self) -> int:
+        """Number of samples that all ranks have taken after as many batches as this one."""
+        batches = self._position.epoch * self.steps_per_epoch + self._position.step
+        return batches * self.cfg.batch_size * self.num_shards
+
+    @property
     def fingerprint(self) -> Fingerprint:
         """Everything that has to be equal in a loader that continues from this one's state."""
         if self._fingerprint is None:
@@ -110,7 +119,18 @@ class Loader:
         # DALI's checkpoint is taken in state_dict only, since taking it at every step is slow.
         self._position = Position(epoch=epoch, step=step + 1, checkpoint=None)
         key = epoch_key(self.cfg.seed, epoch)
-        return to_batch(tensors, self.cfg.global_views.count, self._origin, key)
+        return to_batch(
+            tensors, self.cfg.global_views.count, self._origin, key, self._positions(epoch, step)
+        )
+
+    def _positions(self, epoch: int, step: int) -> Tensor:  # [B] int64
+        """Return the positions of a batch's samples in the run.
+
+        The ranks take samples in turn: the n-th sample of a rank, counted over all epochs, is at
+        n * num_shards + shard_id.
+        """
+        first = (epoch * self.steps_per_epoch + step) * self.cfg.batch_size
+        return (first + torch.arange(self.cfg.batch_size)) * self.num_shards + self.shard_id
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last returned batch, for JSON, whatever is prefetched."""
@@ -128,16 +148,6 @@ class Loader:
             )
         self._position = position
         self._pipeline = None
-
-    def restart_epoch(self, state: dict[str, Any]) -> int:
-        """Restart the epoch of a state with another number of ranks or batch size; returns it.
-
-        The order of samples is then that of a first epoch.
-        """
-        epoch = int(state["epoch"])
-        self._position = Position(epoch=epoch, step=0, checkpoint=None)
-        self._pipeline = None
-        return epoch
 
     def close(self) -> None:
         """Stop DALI's threads; another `next` starts them again at the same position."""
@@ -231,12 +241,12 @@ def evaluation_batches(
     def batches() -> Iterator[Batch]:
         for start in range(0, num_samples, batch_size):
             tensors = run(pipeline, origin)
-            kept = min(batch_size, num_samples - start)
-            tensors = tuple(t[:kept] for t in tensors)
+            position = torch.arange(start, min(start + batch_size, num_samples))
+            tensors = tuple(t[: len(position)] for t in tensors)
             if representatives_only:
                 first = tensors[-1] == tensors[-2]
-                tensors = tuple(t[first] for t in tensors)
-            yield to_batch(tensors, 1, origin, None)
+                tensors, position = tuple(t[first] for t in tensors), position[first]
+            yield to_batch(tensors, 1, origin, None, position)
 
     return batches()
 
