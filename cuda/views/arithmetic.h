@@ -70,6 +70,8 @@ struct Ops<float> {
   M3I_HOST_DEVICE static float even(float a) { return even_of(a); }
   M3I_HOST_DEVICE static float least(float a, float b) { return a < b ? a : b; }
   M3I_HOST_DEVICE static float most(float a, float b) { return a > b ? a : b; }
+  M3I_HOST_DEVICE static bool equal(float a, float b) { return a == b; }
+  M3I_HOST_DEVICE static bool at_least(float a, float b) { return a >= b; }
   M3I_HOST_DEVICE static float choose(bool of, float a, float b) { return of ? a : b; }
 };
 
@@ -251,7 +253,8 @@ M3I_HOST_DEVICE inline F brightened(F value, float factor) {
 template <class F>
 M3I_HOST_DEVICE inline F solarized(F value) {
   using O = Ops<F>;
-  return O::choose(value >= O::all(kSolarizeThreshold), O::sub(O::all(255.0f), value), value);
+  return O::choose(O::at_least(value, O::all(kSolarizeThreshold)), O::sub(O::all(255.0f), value),
+                   value);
 }
 
 // Turns the hue, in HSV; a division, product or sum each where torchvision has one.
@@ -261,7 +264,7 @@ M3I_HOST_DEVICE inline PixelOf<F> hue_turned(const PixelOf<F>& pixel, float turn
   const F byte = O::all(1.0f / 255.0f), zero = O::all(0.0f), one = O::all(1.0f);
   const F r = O::mul(pixel.r, byte), g = O::mul(pixel.g, byte), b = O::mul(pixel.b, byte);
   const F v = O::most(r, O::most(g, b)), low = O::least(r, O::least(g, b));
-  const auto is_gray = v == low, is_r = v == r, is_g = v == g;
+  const auto is_gray = O::equal(v, low), is_r = O::equal(v, r), is_g = O::equal(v, g);
   const F range = O::sub(v, low);
   const F divisor = O::choose(is_gray, one, range);
   const F s = O::div(range, O::choose(is_gray, one, v));
@@ -279,11 +282,13 @@ M3I_HOST_DEVICE inline PixelOf<F> hue_turned(const PixelOf<F>& pixel, float turn
   const F i = O::floor(six);  // the sector, 0 to 5, or 6 for 0
   const F part = O::mul(s, O::sub(six, i));
   const F rest = O::sub(one, s);
-  const F p = clamped(O::mul(rest, v), 1.0f);
-  const F q = clamped(O::mul(O::sub(one, part), v), 1.0f);
-  const F t = clamped(O::mul(O::add(part, rest), v), 1.0f);
-  const auto is_1 = i == O::all(1.0f), is_2 = i == O::all(2.0f), is_3 = i == O::all(3.0f),
-             is_4 = i == O::all(4.0f), is_5 = i == O::all(5.0f);
+  // torchvision clamps these to [0, 1], where they are: v <= 1, s <= 1, and the fraction of h < 1
+  const F p = O::mul(rest, v);
+  const F q = O::mul(O::sub(one, part), v);
+  const F t = O::mul(O::add(part, rest), v);
+  const auto is_1 = O::equal(i, O::all(1.0f)), is_2 = O::equal(i, O::all(2.0f)),
+             is_3 = O::equal(i, O::all(3.0f)), is_4 = O::equal(i, O::all(4.0f)),
+             is_5 = O::equal(i, O::all(5.0f));
   const PixelOf<F> turned = {
       O::choose(is_1, q, O::choose(is_2 | is_3, p, O::choose(is_4, t, v))),
       O::choose(is_1 | is_2, v, O::choose(is_3, q, O::choose(is_4 | is_5, p, t))),

@@ -75,14 +75,13 @@ inline void change_colours(const ColourPlan& plan, const Planes& planes) {
 
 // ---- Blur ---------------------------------------------------------------------------------------
 
-// Floats of a row of the blur: the row and its reflections, in whole vectors.
-inline size_t blur_row_floats(int32_t size, int half) {
-  return static_cast<size_t>(size) + 2 * half + 2 * kFloats;
-}
+// Pixels that are blurred at once, in as many vectors as they take: a weight is loaded once for
+// all.
+inline constexpr int32_t kBlurBlock = 2 * 16;
+inline constexpr int kBlurVectors = kBlurBlock / kFloats;
 
-// Floats from a row of the blurred plane to the next.
 inline size_t blur_pitch(int32_t size) {
-  return (static_cast<size_t>(size) + kFloats - 1) / kFloats * kFloats;
+  return (static_cast<size_t>(size) + kBlurBlock - 1) / kBlurBlock * kBlurBlock;
 }
 
 struct Blur {
@@ -90,48 +89,61 @@ struct Blur {
   int radius;
   int32_t size;
   bool solarizes;
-  float* row;     // [blur_row_floats]
-  float* across;  // [size, blur_pitch], blurred along rows
+  float* row;                // [blur_pitch + 2 half] of the plane, with its reflections
+  float* across;             // [size, blur_pitch] blurred along rows
+  const float** neighbours;  // [2 half + 1] rows of `across`
 };
+
+// The sums of a block; at(k) is where the pixels k places further begin.
+template <class At>
+inline void blur_block(const Blur& of, const At& at, Floats* sums) {
+  const float* centre = at(0);
+  for (int i = 0; i < kBlurVectors; ++i) {
+    sums[i] = load<kFloats>(centre + i * kFloats) * of.weights[0];
+  }
+  for (int k = 1; k <= of.radius; ++k) {
+    const Floats weight = Ops<Floats>::all(of.weights[k]);
+    const float *before = at(-k), *after = at(k);
+    for (int i = 0; i < kBlurVectors; ++i) {
+      const Floats both = load<kFloats>(before + i * kFloats) + load<kFloats>(after + i * kFloats);
+      sums[i] = Ops<Floats>::fma(weight, both, sums[i]);
+    }
+  }
+}
 
 inline void blur_row(const Blur& of, const uint8_t* from, float* to) {
   float* row = of.row + of.radius;
-  for (int32_t x = 0; x < of.size; ++x) row[x] = static_cast<float>(from[x]);
+  int32_t at = 0;
+  for (; at + kFloats <= of.size; at += kFloats) store(row + at, load_bytes(from + at));
+  for (; at < of.size; ++at) row[at] = static_cast<float>(from[at]);
   for (int k = 1; k <= of.radius; ++k) {
     row[-k] = row[k];
     row[of.size - 1 + k] = row[of.size - 1 - k];
   }
-  for (int32_t x = 0; x < of.size; x += kFloats) {
-    Floats sum = load<kFloats>(row + x) * of.weights[0];
-    for (int k = 1; k <= of.radius; ++k) {
-      const Floats both = load<kFloats>(row + x - k) + load<kFloats>(row + x + k);
-      sum = Ops<Floats>::fma(Ops<Floats>::all(of.weights[k]), both, sum);
-    }
-    store(to + x, sum);
+  for (int32_t x = 0; x < of.size; x += kBlurBlock) {
+    Floats sums[kBlurVectors];
+    blur_block(of, [&](int k) { return row + x + k; }, sums);
+    for (int i = 0; i < kBlurVectors; ++i) store(to + x + i * kFloats, sums[i]);
   }
 }
 
 // `to`: a row of uint8, of which only `size` are written.
 inline void blur_column(const Blur& of, int32_t y, uint8_t* to) {
-  using O = Ops<Floats>;
-  const size_t pitch = blur_pitch(of.size);
-  for (int32_t x = 0; x < of.size; x += kFloats) {
-    const auto at = [&](int32_t place) {
-      return load<kFloats>(of.across + reflected(place, of.size) * pitch + x);
-    };
-    Floats sum = at(y) * of.weights[0];
-    for (int k = 1; k <= of.radius; ++k) {
-      sum = O::fma(O::all(of.weights[k]), at(y - k) + at(y + k), sum);
+  const float** rows = of.neighbours + of.radius;
+  for (int k = -of.radius; k <= of.radius; ++k) {
+    rows[k] = of.across + reflected(y + k, of.size) * blur_pitch(of.size);
+  }
+  for (int32_t x = 0; x < of.size; x += kBlurBlock) {
+    Floats sums[kBlurVectors];
+    blur_block(of, [&](int k) { return rows[k] + x; }, sums);
+    uint8_t bytes[kBlurBlock];
+    const bool is_whole = x + kBlurBlock <= of.size;
+    for (int i = 0; i < kBlurVectors; ++i) {
+      Floats value = clamped(Ops<Floats>::even(sums[i]), 255.0f);
+      if (of.solarizes) value = solarized(value);
+      store_bytes((is_whole ? to + x : bytes) + i * kFloats, value);
     }
-    Floats value = clamped(O::even(sum), 255.0f);
-    if (of.solarizes) value = solarized(value);
-    if (x + kFloats <= of.size) {
-      store_bytes(to + x, value);
-    } else {
-      uint8_t rest[kFloats];
-      store_bytes(rest, value);
-      std::memcpy(to + x, rest, static_cast<size_t>(of.size - x));
-    }
+    if (!is_whole) std::memcpy(to + x, bytes, static_cast<size_t>(of.size - x));
   }
 }
 

@@ -45,10 +45,11 @@ void blur_view(const ViewGeometry& geometry, const ViewParams& params, uint8_t* 
                ViewScratch& scratch) {
   const int half = geometry.blur_kernel_size / 2;
   const int32_t size = geometry.size;
+  const size_t row = blur_pitch(size) + 2 * static_cast<size_t>(half);
   const size_t across = static_cast<size_t>(size) * blur_pitch(size);
-  const size_t row = blur_row_floats(size, half);
   Parts parts(scratch.reserve(Parts::bytes<float>(half + 1) + Parts::bytes<float>(row) +
-                              Parts::bytes<float>(across)));
+                              Parts::bytes<float>(across) +
+                              Parts::bytes<const float*>(2 * half + 1)));
   float* weights = parts.take<float>(half + 1);
   const int radius = blur_weights(params.sigma, geometry.blur_kernel_size, weights);
   const Blur blur = {weights,
@@ -56,7 +57,8 @@ void blur_view(const ViewGeometry& geometry, const ViewParams& params, uint8_t* 
                      size,
                      params.solarize != 0,
                      parts.take<float>(row),
-                     parts.take<float>(across)};
+                     parts.take<float>(across),
+                     parts.take<const float*>(2 * half + 1)};
   std::memset(blur.row, 0, row * sizeof(float));  // what is read past a row's end, and not used
   for (int c = 0; c < kViewChannels; ++c) {
     blur_plane(blur, out + static_cast<int64_t>(c) * size * size);

@@ -24,8 +24,12 @@ struct Ops<Floats> {
   static Floats add(Floats a, Floats b) { return a + b; }
   static Floats sub(Floats a, Floats b) { return a - b; }
   static Floats div(Floats a, Floats b) { return a / b; }
-  static Floats choose(Ints of, Floats a, Floats b) { return of ? a : b; }
 #if M3I_VECTOR_BYTES == 64
+  static __mmask16 equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static __mmask16 at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static Floats choose(int of, Floats a, Floats b) {
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(of), b, a);
+  }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static Floats floor(Floats a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -36,6 +40,11 @@ struct Ops<Floats> {
   static Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }
   static Floats most(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 #elif M3I_VECTOR_BYTES == 32
+  static Ints equal(Floats a, Floats b) { return a == b; }
+  static Ints at_least(Floats a, Floats b) { return a >= b; }
+  static Floats choose(Ints of, Floats a, Floats b) {
+    return _mm256_blendv_ps(b, a, bit_cast<__m256>(of));
+  }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
   static Floats floor(Floats a) {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -46,6 +55,9 @@ struct Ops<Floats> {
   static Floats least(Floats a, Floats b) { return _mm256_min_ps(a, b); }
   static Floats most(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 #else
+  static Ints equal(Floats a, Floats b) { return a == b; }
+  static Ints at_least(Floats a, Floats b) { return a >= b; }
+  static Floats choose(Ints of, Floats a, Floats b) { return of ? a : b; }
   static Floats fma(Floats a, Floats b, Floats c) {
     for (int i = 0; i < kFloats; ++i) c[i] = std::fma(a[i], b[i], c[i]);
     return c;
@@ -60,8 +72,19 @@ struct Ops<Floats> {
 #endif
 };
 
+// By intrinsics: compilers convert vectors of bytes element by element.
 inline Floats load_bytes(const uint8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(load<kFloats>(from), Ints), Floats);
+#if M3I_VECTOR_BYTES == 64
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+#elif M3I_VECTOR_BYTES == 32
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+#else
+  Floats values;
+  for (int i = 0; i < kFloats; ++i) values[i] = static_cast<float>(from[i]);
+  return values;
+#endif
 }
 
 // Of whole numbers in [0, 255].
