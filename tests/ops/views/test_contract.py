@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.data import ViewConfig
+from m3i_fast.ops import reference
 from m3i_fast.ops.views import VIEW_PARAMS, draw_views, make_views, view_specs
 from tests.shared.ops.cpu_capability import run_held_to
 
@@ -118,6 +119,24 @@ def test_any_threads_and_any_batch_give_the_same_bits() -> None:
         }
         made = run(pixels=arguments["pixels"], **alone)
         assert all(torch.equal(view[0], of[b]) for view, of in zip(made, together, strict=True))
+
+
+def test_views_are_those_of_plain_torch() -> None:
+    """Whose resize has the same bits, and whose colours are in float64: another rounding is rare."""
+    arguments = call(batch=6, pictures=2)
+    made, expected = run(**arguments), reference.views(**arguments, views=VIEWS)
+    assert [view.shape for view in made] == [view.shape for view in expected]
+    for ours, theirs in zip(made, expected, strict=True):
+        assert ((ours.int() - theirs.int()).abs() > 1).float().mean() < 0.005
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_bits_of_the_cpu() -> None:
+    for batch, pictures in ((1, 1), (7, 2)):
+        arguments = call(batch, pictures)
+        on_device = {name: tensor.cuda() for name, tensor in arguments.items()}
+        made = [view.cpu() for view in run(**on_device)]
+        assert all(map(torch.equal, made, run(**arguments)))
 
 
 # ---- Wrong input ---------------------------------------------------------------------------------
