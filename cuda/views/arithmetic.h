@@ -8,7 +8,7 @@
 
 #include "views/params.h"
 
-#ifndef __CUDA_ARCH__
+#if !defined(__CUDA_ARCH__) && !defined(__CUDACC_RTC__)
 #include <cmath>
 #include <cstring>
 #endif
