@@ -122,7 +122,7 @@ def test_any_threads_and_any_batch_give_the_same_bits() -> None:
 
 
 def test_views_are_those_of_plain_torch() -> None:
-    """Whose resize has the same bits, and whose colours are in float64: another rounding is rare."""
+    """The resize has the same bits, colours are in float64 there: another rounding is rare."""
     arguments = call(batch=6, pictures=2)
     made, expected = run(**arguments), reference.views(**arguments, views=VIEWS)
     assert [view.shape for view in made] == [view.shape for view in expected]
