@@ -48,8 +48,9 @@ __device__ inline SumAndLargest filter_values(const ResizeAxis& axis, const Resi
 }
 
 // The precision of the weights of an axis. A quotient grows with its dividend, rounded too, so one
-// division finds an output's largest weight.
-__device__ inline int precision_of(const ResizeAxis& axis) {
+// division finds an output's largest weight. A call, as make_weights is: their float64 registers
+// come on top of those of the loops around them, and inlined they do not fit.
+__device__ inline __attribute__((noinline)) int precision_of(const ResizeAxis& axis) {
   double largest = 0;
   for (int i = static_cast<int>(threadIdx.x); i < axis.output; i += kThreads) {
     const SumAndLargest values = filter_values(axis, resize_taps(axis, i));
@@ -59,8 +60,7 @@ __device__ inline int precision_of(const ResizeAxis& axis) {
   return resize_precision(over_block(largest, [](double a, double b) { return a > b ? a : b; }));
 }
 
-// Writes the weights of outputs [begin, begin + count). A call, since its registers come on top of
-// those of the loops around it: inlined, they do not fit.
+// Writes the weights of outputs [begin, begin + count).
 __device__ inline __attribute__((noinline)) void make_weights(const ResizeAxis& axis, int precision,
                                                               int begin, int count,
                                                               const Weights& to) {
