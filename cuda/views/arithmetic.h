@@ -31,6 +31,16 @@ struct ResizeTaps {
   double center;
 };
 
+enum ColourStep : int32_t { kBrightness, kContrast, kSaturation, kHue, kGray, kSolarize };
+
+// The steps of a view that change anything, in order. Solarize follows the blur, if there is one.
+struct ColourPlan {
+  int32_t count;
+  int32_t contrast_at;  // of the steps, or count where there is no contrast
+  int32_t step[6];
+  float brightness, contrast, saturation, hue;
+};
+
 namespace {  // each source has its own copy, of its instruction set
 
 // ---- Operations, each rounded once --------------------------------------------------------------
@@ -178,16 +188,6 @@ M3I_HOST_DEVICE inline int resize_rounded(int32_t sum, int precision) {
 // ---- Colours ------------------------------------------------------------------------------------
 //
 // Between steps a pixel is three whole numbers in [0, 255], kept as float.
-
-enum ColourStep : int32_t { kBrightness, kContrast, kSaturation, kHue, kGray, kSolarize };
-
-// The steps of a view that change anything, in order. Solarize follows the blur, if there is one.
-struct ColourPlan {
-  int32_t count;
-  int32_t contrast_at;  // of the steps, or count where there is no contrast
-  int32_t step[6];
-  float brightness, contrast, saturation, hue;
-};
 
 M3I_HOST_DEVICE inline ColourPlan colour_plan(const ViewParams& params) {
   ColourPlan plan = {0, -1, {}, params.brightness, params.contrast, params.saturation, params.hue};

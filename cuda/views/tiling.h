@@ -20,7 +20,7 @@ inline constexpr int kMostSharedBytes = 64 * 1024;
 // ---- Resize -------------------------------------------------------------------------------------
 
 struct ResizeTiling {
-  int32_t columns;  // of the view, resized together; 0: nothing fits, and the kernel traps
+  int32_t columns;  // of the view, resized together; 0: not even one fits
   int32_t panel;    // rows of the view whose weights are held together
   int32_t rows;     // of the crop, loaded together, at most one a warp
   int32_t segment;  // bytes of a row of the crop in shared memory
