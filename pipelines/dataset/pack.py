@@ -15,12 +15,11 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
@@ -29,6 +28,7 @@ from m3i_fast.durable_files import write_atomically
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
+    TABLE_SUFFIX,
     Manifest,
     ShardInfo,
     SplitInfo,
@@ -36,24 +36,11 @@ from m3i_fast.pipelines.dataset.manifest import (
     is_free,
     sha256_file,
 )
+from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, write_table
 from m3i_fast.pipelines.dataset.samples import Counts, Sample, SampleSource, Tally
 from m3i_fast.pipelines.dataset.tar_shards import INDEX_VERSION, TAR_BLOCK
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.optional_imports import require
-
-ROW = np.dtype(
-    [
-        ("offset", "<i8"),
-        ("sample_id", "<i8"),
-        ("group_id", "<i8"),
-        ("size", "<u4"),
-        ("shard", "<u4"),
-        ("crc32c", "<u4"),
-        ("label", "<i4"),
-        ("flags", "<u4"),
-        ("zero", "<u4"),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +64,7 @@ class PackedShard:
     """A shard that is written: its files, and what the manifest says of its samples."""
 
     info: ShardInfo
-    rows: NDArray[np.void]  # [N] of ROW; `shard` is not set
+    rows: Rows  # of the table; `shard` is not set
     num_captions: tuple[int, ...]  # of each sample
     num_alternates: tuple[int, ...]
     extensions: tuple[str, ...]  # of its pictures, sorted
@@ -179,11 +166,11 @@ def write_manifest(
     info: DatasetInfo,
     settings: Mapping[str, Any],
 ) -> Manifest:
-    """Write the manifest of shards that lie in a directory, and the files beside it.
+    """Write tables and, last, the manifest of shards that lie in a directory.
 
     settings: beside those of `info`.
     """
-    written = {name: _split_info(shards) for name, shards in splits.items()}
+    written = {name: _write_split(directory, name, shards) for name, shards in splits.items()}
     for name, content in info.extra_files.items():
         write_atomically(directory / name, content)
     shards = [shard for split in splits.values() for shard in split]
@@ -205,10 +192,15 @@ def write_manifest(
     return manifest
 
 
-def _split_info(shards: Sequence[PackedShard]) -> SplitInfo:
+def _write_split(directory: Path, name: str, shards: Sequence[PackedShard]) -> SplitInfo:
+    """Write the table of a split, and return its entry of the manifest."""
     counts = Counts()
-    for shard in shards:
-        columns = (shard.rows["label"].tolist(), shard.rows["group_id"].tolist())
+    parts = []
+    for number, shard in enumerate(shards):
+        rows = shard.rows.copy()
+        rows["shard"] = number
+        parts.append(rows)
+        columns = (rows["label"].tolist(), rows["group_id"].tolist())
         for num_captions, num_alternates, label, group_id in zip(
             shard.num_captions, shard.num_alternates, *columns, strict=True
         ):
@@ -218,7 +210,8 @@ def _split_info(shards: Sequence[PackedShard]) -> SplitInfo:
                 label=label,
                 group_id=group_id,
             )
-    return counts.split([shard.info for shard in shards])
+    table = write_table(directory / f"{name}{TABLE_SUFFIX}", parts)
+    return replace(counts.split([shard.info for shard in shards]), table=table)
 
 
 # ---- The order -----------------------------------------------------------------------------------

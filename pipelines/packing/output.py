@@ -73,6 +73,6 @@ def locked(out: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ValueError(f"DIR: {out} is being packed by another process") from None
         for folder in (out, out / STATE):
-            for left in folder.glob(".*.tmp-*"):
+            for left in (*folder.glob(".*.tmp-*"), *folder.glob(".*.writing")):
                 left.unlink(missing_ok=True)
         yield

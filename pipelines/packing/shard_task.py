@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3i_fast.pipelines.dataset.manifest import ShardInfo
-from m3i_fast.pipelines.dataset.pack import ROW, PackedShard, write_shard
+from m3i_fast.pipelines.dataset.pack import PackedShard, write_shard
+from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing import output
