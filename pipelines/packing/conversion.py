@@ -172,8 +172,10 @@ def _change(picture: Any, name: str, content: bytes, max_pixels: int) -> str:
 def _orientation(picture: Any) -> int:
     """Return EXIF's orientation, 1 for none; 0 where the EXIF cannot be read."""
     try:
-        found = picture.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF, of which Pillow raises a dozen types
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = picture.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF, of which Pillow raises or warns in a dozen ways
         return 0
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 

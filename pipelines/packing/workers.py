@@ -31,7 +31,8 @@ def with_processes(number: int) -> Run:
 
     def run_in_processes(tasks: Sequence[ShardTask], advance: Advance) -> Done:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])  # imports once, not in each process
+        # Imported once, not in each process; the tokenizer's package takes seconds.
+        context.set_forkserver_preload([__name__, "open_clip.tokenizer"])
         counter = context.Value("q", 0)
         seen = 0
         pool = ProcessPoolExecutor(
