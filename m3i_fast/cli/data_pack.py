@@ -129,9 +129,7 @@ class Pack:
         for flag in ("for_gpu", "max_pixels", "workers"):
             value = getattr(self, flag)
             if value is not None and value < 1:
-                raise ValueError(
-                    f"--{flag.replace('_', '-')}: expected at least 1, got {value}"
-                )
+                raise ValueError(f"--{flag.replace('_', '-')}: expected at least 1, got {value}")
         return PackSettings(
             source=SourceOptions(
                 path=self.source.absolute(),
