@@ -1,4 +1,4 @@
-"""m3i-fast data: write or index a data set, describe or verify one.
+"""m3i-fast data: pack, index or write a data set, describe or verify one.
 
 Sources and readers load torch: a command imports its own where it runs, and help does without.
 """
@@ -13,6 +13,7 @@ import tyro
 
 from m3i_fast.cli import console
 from m3i_fast.cli.data_index import Index
+from m3i_fast.cli.data_pack import Pack
 from m3i_fast.cli.data_stats import Stats
 from m3i_fast.cli.data_verify import Verify
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
@@ -122,7 +123,8 @@ class Synthetic:
 
 
 Command = (
-    Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
+    Annotated[Pack, tyro.conf.subcommand("pack")]
+    | Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
     | Annotated[Styles, tyro.conf.subcommand("styles")]
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
     | Annotated[Index, tyro.conf.subcommand("index")]
