@@ -143,7 +143,7 @@ class Tables:
             )
         place = place_of[item.name]
         earlier = listing.items[place]
-        captions = clean_captions(dict.fromkeys(earlier.captions + item.captions))
+        captions = clean_captions(tuple(dict.fromkeys(earlier.captions + item.captions)))
         listing.items[place] = earlier._replace(captions=captions)
 
 

@@ -63,7 +63,7 @@ def test_nobody_is_told_to_write_into_a_folder_of_their_own(
         (mine / "manifest.json").write_text(content)
     said = hint(mine)
     assert str(mine) in said and f"data openmoji {mine}" not in said
-    assert "are kept" in said and "write_dataset" in said and "NEW_DIRECTORY" in said
+    assert "are kept" in said and "data pack SOURCE" in said and "NEW_DIRECTORY" in said
     assert not is_dataset(mine)
 
 
