@@ -1,4 +1,4 @@
-"""m3i-fast data: write a data set, or verify one.
+"""m3i-fast data: write a data set, verify one, or show what is in it.
 
 Sources and readers load torch: a command imports its own where it runs, and help does without.
 """
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from m3i_fast.cli import console
+from m3i_fast.cli.data_show import Show
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
 
@@ -153,6 +154,7 @@ Command = (
     | Annotated[Styles, tyro.conf.subcommand("styles")]
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
 )
 
 
