@@ -1,4 +1,4 @@
-"""m3i-fast data: write a data set, verify one, or show what is in it.
+"""m3i-fast data: pack or write a data set, verify one, or show what is in it.
 
 Sources and readers load torch: a command imports its own where it runs, and help does without.
 """
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from m3i_fast.cli import console
+from m3i_fast.cli.data_pack import Pack
 from m3i_fast.cli.data_show import Show
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
@@ -150,7 +151,8 @@ class Verify:
 
 
 Command = (
-    Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
+    Annotated[Pack, tyro.conf.subcommand("pack")]
+    | Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
     | Annotated[Styles, tyro.conf.subcommand("styles")]
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]

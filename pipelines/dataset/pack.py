@@ -14,19 +14,21 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from m3i_fast.config.data import MAX_PIXELS
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
+    TABLE_SUFFIX,
     Manifest,
     ShardInfo,
     SplitInfo,
@@ -34,9 +36,11 @@ from m3i_fast.pipelines.dataset.manifest import (
     is_free,
     sha256_file,
 )
-from m3i_fast.pipelines.dataset.samples import Sample, SampleSource, Tally
+from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, write_table
+from m3i_fast.pipelines.dataset.samples import Counts, Sample, SampleSource, Tally
 from m3i_fast.pipelines.dataset.tar_shards import INDEX_VERSION, TAR_BLOCK
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
+from m3i_fast.pipelines.optional_imports import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +56,22 @@ class DatasetInfo:
     extra_files: dict[str, bytes] = field(default_factory=dict)  # content by name in OUT
 
 
+# ---- A shard -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedShard:
+    """A shard that is written: its files, and what the manifest says of its samples."""
+
+    info: ShardInfo
+    rows: Rows  # of the table; `shard` is not set
+    num_captions: tuple[int, ...]  # of each sample
+    num_alternates: tuple[int, ...]
+    extensions: tuple[str, ...]  # of its pictures, sorted
+    least_size: tuple[int, int]  # height, width
+    most_size: tuple[int, int]
+
+
 def _components(sample: Sample) -> Iterator[tuple[str, bytes]]:
     yield sample.extension, sample.image
     yield from captions.components(sample.captions)
@@ -60,36 +80,141 @@ def _components(sample: Sample) -> Iterator[tuple[str, bytes]]:
         yield name, np.array([value], dtype="<i8").tobytes()
 
 
-def _write_shard(file: Path, samples: Iterator[Sample]) -> ShardInfo:
-    """Write one tar and its DALI index (format of wds2idx v1.2)."""
-    rows = []
-    with (
-        file.open("wb") as raw,
-        tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
-        for sample in samples:
-            key = f"{sample.sample_id:09d}-{re.sub('[^A-Za-z0-9_-]', '_', sample.name)[:60]}"
-            row = []
-            for extension, content in _components(sample):
-                member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0
-                member.size = len(content)
-                offset = tar.offset + TAR_BLOCK
-                tar.addfile(member, io.BytesIO(content))
-                row.append(f"{extension} {offset} {len(content)} {member.name}")
-            rows.append(" ".join(row))
-        tar.close()
+class _Hashed(io.RawIOBase):
+    """A file that is hashed while it is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+        self.crc32c = 0  # of what was written since it was set to 0
+        self._extend = require("google_crc32c").extend
+
+    def write(self, content: Any, /) -> int:
+        self.sha256.update(content)
+        self.crc32c = self._extend(self.crc32c, bytes(content))
+        self.size += len(content)
+        return self.file.write(content)
+
+    def tell(self) -> int:
+        return self.size
+
+
+def write_shard(
+    file: Path, index_file: Path, name: str, samples: Iterable[tuple[Sample, tuple[int, int]]]
+) -> PackedShard:
+    """Write one tar and its DALI index (format of wds2idx v1.2).
+
+    name: what the tar will be called, which `file` need not be yet. samples: at least one, each with
+    its upright (height, width), checked before.
+    """
+    index: list[str] = []
+    kept: list[tuple[int, ...]] = []
+    num_captions: list[int] = []
+    num_alternates: list[int] = []
+    extensions: set[str] = set()
+    sizes: set[tuple[int, int]] = set()
+    with file.open("wb") as raw:
+        hashed = _Hashed(raw)
+        with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample, size in samples:
+                start, hashed.crc32c = tar.offset, 0
+                index.append(_add(tar, sample))
+                ids = (start, sample.sample_id, sample.group_id)
+                kept.append((*ids, tar.offset - start, 0, hashed.crc32c, sample.label, 0, 0))
+                num_captions.append(len(sample.captions))
+                num_alternates.append(len(sample.alternates))
+                extensions.add(sample.extension)
+                sizes.add(size)
         raw.flush()
         os.fsync(raw.fileno())
-    index = file.with_suffix(".idx")
-    index.write_text("\n".join([f"{INDEX_VERSION} {len(rows)}", *rows]) + "\n")
-    return ShardInfo(
-        file=file.name,
-        num_samples=len(rows),
-        num_bytes=file.stat().st_size,
-        sha256=sha256_file(file),
-        index_bytes=index.stat().st_size,
-        index_sha256=sha256_file(index),
+    text = "\n".join([f"{INDEX_VERSION} {len(index)}", *index]) + "\n"
+    index_file.write_text(text)
+    heights, widths = zip(*sizes, strict=True)
+    return PackedShard(
+        info=ShardInfo(
+            file=name,
+            num_samples=len(index),
+            num_bytes=hashed.size,
+            sha256=hashed.sha256.hexdigest(),
+            index_bytes=index_file.stat().st_size,
+            index_sha256=sha256_file(index_file),
+        ),
+        rows=np.array(kept, dtype=ROW),
+        num_captions=tuple(num_captions),
+        num_alternates=tuple(num_alternates),
+        extensions=tuple(sorted(extensions)),
+        least_size=(min(heights), min(widths)),
+        most_size=(max(heights), max(widths)),
     )
+
+
+def _add(tar: tarfile.TarFile, sample: Sample) -> str:
+    """Add the members of a sample to a tar, and return its row of the index."""
+    key = f"{sample.sample_id:09d}-{re.sub('[^A-Za-z0-9_-]', '_', sample.name)[:60]}"
+    row = []
+    for extension, content in _components(sample):
+        member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0
+        member.size = len(content)
+        offset = tar.offset + TAR_BLOCK
+        tar.addfile(member, io.BytesIO(content))
+        row.append(f"{extension} {offset} {len(content)} {member.name}")
+    return " ".join(row)
+
+
+def write_manifest(
+    directory: Path,
+    splits: Mapping[str, Sequence[PackedShard]],
+    info: DatasetInfo,
+    settings: Mapping[str, Any],
+) -> Manifest:
+    """Write tables and, last, the manifest of shards that lie in a directory.
+
+    settings: beside those of `info`.
+    """
+    written = {name: _write_split(directory, name, shards) for name, shards in splits.items()}
+    for name, content in info.extra_files.items():
+        write_atomically(directory / name, content)
+    shards = [shard for split in splits.values() for shard in split]
+    least = [shard.least_size for shard in shards]
+    most = [shard.most_size for shard in shards]
+    manifest = Manifest(
+        name=info.name,
+        class_names=info.class_names,
+        tokenizer=info.tokenizer,
+        image_format="+".join(sorted({e for shard in shards for e in shard.extensions})),
+        min_image_size=(min(h for h, _ in least), min(w for _, w in least)),
+        max_image_size=(max(h for h, _ in most), max(w for _, w in most)),
+        licence=info.licence,
+        attribution=info.attribution,
+        settings={**info.settings, **settings},
+        splits=written,
+    )
+    write_atomically(directory / MANIFEST_NAME, manifest.to_json().encode())
+    return manifest
+
+
+def _write_split(directory: Path, name: str, shards: Sequence[PackedShard]) -> SplitInfo:
+    """Write the table of a split, and return its entry of the manifest."""
+    counts = Counts()
+    parts = []
+    for number, shard in enumerate(shards):
+        rows = shard.rows.copy()
+        rows["shard"] = number
+        parts.append(rows)
+        columns = (rows["label"].tolist(), rows["group_id"].tolist())
+        for num_captions, num_alternates, label, group_id in zip(
+            shard.num_captions, shard.num_alternates, *columns, strict=True
+        ):
+            counts.add(
+                num_captions=num_captions,
+                num_alternates=num_alternates,
+                label=label,
+                group_id=group_id,
+            )
+    table = write_table(directory / f"{name}{TABLE_SUFFIX}", parts)
+    return replace(counts.split([shard.info for shard in shards]), table=table)
+
+
+# ---- The order -----------------------------------------------------------------------------------
 
 
 def keyed_order(num: int, *key: object) -> list[int]:
@@ -102,6 +227,14 @@ def keyed_hash(*key: object) -> bytes:
     return hashlib.sha256("|".join(map(str, key)).encode()).digest()
 
 
+def shard_name(split: str, number: int) -> str:
+    """Return the name of a shard of a split."""
+    return f"{split}-{number:06d}.tar"
+
+
+# ---- A dataset in one process --------------------------------------------------------------------
+
+
 def _write_splits(
     directory: Path,
     splits: Mapping[str, SampleSource],
@@ -112,36 +245,24 @@ def _write_splits(
     max_pixels: int,
 ) -> None:
     tally = Tally(info.tokenizer, len(info.class_names), max_pixels)
-    written: dict[str, SplitInfo] = {}
+    written: dict[str, list[PackedShard]] = {}
     columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for split, source in splits.items():
             order = keyed_order(len(source), "order", seed, split)
             task = progress.add_task(f"packing {info.name}/{split}", total=len(order))
-            shards: list[ShardInfo] = []
+            written[split] = []
             for start in range(0, len(order), samples_per_shard):
                 chosen = order[start : start + samples_per_shard]
+                name = shard_name(split, len(written[split]))
                 samples = (tally.check(source[i], split) for i in chosen)
-                file = directory / f"{split}-{len(shards):06d}.tar"
-                shards.append(_write_shard(file, samples))
+                file = directory / name
+                packed = write_shard(file, file.with_suffix(".idx"), name, samples)
+                written[split].append(packed)
                 progress.advance(task, len(chosen))
-            written[split] = tally.split(split, shards)
-    for name, content in info.extra_files.items():
-        (directory / name).write_bytes(content)
-    heights, widths = zip(*tally.sizes, strict=True)
-    manifest = Manifest(
-        name=info.name,
-        class_names=info.class_names,
-        tokenizer=info.tokenizer,
-        image_format="+".join(sorted(tally.extensions)),
-        min_image_size=(min(heights), min(widths)),
-        max_image_size=(max(heights), max(widths)),
-        licence=info.licence,
-        attribution=info.attribution,
-        settings={**info.settings, "samples_per_shard": samples_per_shard, "seed": seed},
-        splits=written,
-    )
-    (directory / MANIFEST_NAME).write_text(manifest.to_json())
+            tally.identities.check_groups(split)
+    settings = {"samples_per_shard": samples_per_shard, "seed": seed}
+    write_manifest(directory, written, info, settings)
 
 
 @contextlib.contextmanager

@@ -117,19 +117,19 @@ class Identities:
 
 
 class Tally:
-    """The checks and counts of a dataset's samples while they are packed."""
+    """The checks of a dataset's samples while they are packed."""
 
     def __init__(self, tokenizer: TokenizerInfo, num_classes: int, max_pixels: int) -> None:
         self.tokenizer = tokenizer
         self.num_classes = num_classes
         self.max_pixels = max_pixels
         self.identities = Identities()
-        self.sizes: set[tuple[int, int]] = set()
-        self.extensions: set[str] = set()
-        self.counts: dict[str, Counts] = {}
 
-    def check(self, sample: Sample, split: str) -> Sample:
-        """Decode, check, count and return a sample; ValueError names it and what is wrong."""
+    def check(self, sample: Sample, split: str) -> tuple[Sample, tuple[int, int]]:
+        """Decode and check a sample; returns it with its upright (height, width).
+
+        Raises ValueError that names it and what is wrong.
+        """
         try:
             self.identities.add(sample.sample_id, sample.group_id, split)
             if not -1 <= sample.label < self.num_classes:
@@ -140,22 +140,8 @@ class Tally:
             if fault is not None:
                 raise ValueError(fault)
             size = decode(sample.image, sample.extension, self.max_pixels)
-            self.sizes.add(size)
             for picture in sample.alternates:
                 check_alternate(picture, sample.extension, size, self.max_pixels)
         except ValueError as error:
             raise ValueError(f"sample {sample.name}: {error}") from error
-        self.extensions.add(sample.extension)
-        counts = self.counts.setdefault(split, Counts())
-        counts.add(
-            num_captions=len(sample.captions),
-            num_alternates=len(sample.alternates),
-            label=sample.label,
-            group_id=sample.group_id,
-        )
-        return sample
-
-    def split(self, name: str, shards: list[ShardInfo]) -> SplitInfo:
-        """Return the manifest's entry of a finished split; raises as `check_groups`."""
-        self.identities.check_groups(name)
-        return self.counts[name].split(shards)
+        return sample, size

@@ -97,8 +97,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Encode a caption as [n] ids: start, tokens and end, truncated to n <= context_length."""
-        body = self._bpe.encode(text)[: self.context_length - 2]
-        return np.array([self._bpe.sot_token_id, *body, self._bpe.eot_token_id], dtype=np.int32)
+        return self.encode_and_count(text)[0]
+
+    def encode_and_count(self, text: str) -> tuple[NDArray[np.int32], int]:
+        """Encode a caption as `encode`, and count the ids that it has without truncation."""
+        body = self._bpe.encode(text)
+        start, end = self._bpe.sot_token_id, self._bpe.eot_token_id
+        ids = np.array([start, *body[: self.context_length - 2], end], dtype=np.int32)
+        return ids, len(body) + 2
 
     def decode(self, token_ids: NDArray[np.int32]) -> str:
         """Decode one row of ids to its caption in lower case, without start, end and padding."""

@@ -1,0 +1,206 @@
+"""m3i-fast data pack: pictures of a user become shards."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.table import Table
+from rich.text import Text
+
+from m3i_fast.cli import console
+from m3i_fast.config.data import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.packing.items import Refusal
+    from m3i_fast.pipelines.packing.job import Packed, PackSettings
+    from m3i_fast.pipelines.packing.workers import Run
+
+Kind = Literal["auto", "imagefolder", "folder", "table", "tars", "huggingface", "torchvision"]
+Several = tyro.conf.UseAppendAction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """Pack pictures of your own: folders, a table, tars, a Hugging Face or torchvision data set.
+
+    What SOURCE is, and which columns hold what, is guessed and printed. Every picture is decoded
+    once; what cannot be used is left out and named in refused.jsonl with what to do. Killed and
+    typed again, it goes on where it was; the bytes do not depend on --workers.
+    """
+
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
+    """Folder, .csv, .tsv, .parquet or .tar."""
+    out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+    """Directory to write."""
+    kind: Kind = "auto"
+    """What SOURCE is. imagefolder: a folder a class, also below train and val."""
+    image_column: str | None = None
+    """Column with the path or the bytes of a picture; of tars its extension."""
+    caption_column: Annotated[tuple[str, ...], Several] = ()
+    """Column of captions; may be given several times. '' for none."""
+    json_caption: Annotated[tuple[str, ...], Several] = ()
+    """Field of a tar's json files that holds a caption; may be given several times."""
+    label_column: str | None = None
+    """Column (of tars: field of json) of the class, by name or index. '' for none."""
+    label_as: Literal["auto", "name", "index"] = "auto"
+    """What labels are; auto: indices where all are whole numbers."""
+    classes: Path | None = None
+    """Text file with the name of each class on a line of its own, by index."""
+    group_column: str | None = None
+    """Column of groups of near-duplicates, which are positives of each other and in one split."""
+    split_column: str | None = None
+    """Column with the name of each picture's split."""
+    image_root: Path | None = None
+    """Folder that paths of a table are relative to; without this that of the table."""
+    delimiter: str | None = None
+    """What ends a cell of a text table; guessed by its first line."""
+    merge_rows: bool = False
+    """Take rows of a table that name the same picture for its captions, where they are refused
+    otherwise."""
+    allow_outside: bool = False
+    """Take pictures that paths or symbolic links lead to outside of SOURCE."""
+    torchvision_class: str | None = None
+    """Class of torchvision.datasets, such as CIFAR10."""
+    split: Annotated[tuple[str, ...], Several] = ()
+    """NAME keeps that split of SOURCE, or names the only one; NAME=SHARE takes a share of the
+    training pictures, group by group. May be given several times."""
+    limit: int | None = None
+    """Take that many pictures, drawn by the seed."""
+    seed: int = 0
+    """Seed of order, limit and shares."""
+    samples_per_shard: int = 4096
+    """Pictures of a shard."""
+    workers: int | None = None
+    """Processes; None: as many as this process has cores."""
+    ray: str | None = None
+    """Address of a Ray cluster that packs in place of processes; 'local' starts one here."""
+    for_gpu: int | None = None
+    """Encode every picture as baseline JPEG (4:2:0, quality 90), scaled down to this short side:
+    what a GPU's hardware decoder takes."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of a picture, as data.max_pixels of a run."""
+    long_captions: Literal["cut", "refuse"] = "cut"
+    """What is done with captions that are longer than the context: cut, as CLIP does."""
+    num_merges: int | None = None
+    """Merges of CLIP's byte-pair encoding; None: all, 49,408 token ids."""
+    context_length: int = 77
+    """Most tokens of a caption."""
+    name: str | None = None
+    """Name of the data set; None: that of DIR."""
+    licence: str = "not stated"
+    """Licence of the pictures, for the manifest."""
+    attribution: str = "not stated"
+    """Whom to credit, for the manifest."""
+
+    def run(self) -> None:
+        from m3i_fast.pipelines.packing.job import REFUSED_NAME, pack
+
+        settings = self.settings()
+        packed = pack(settings, self.out, self.runner(), console)
+        for name, split in packed.manifest.splits.items():
+            console.print(
+                f"{name}: {split.num_samples} pictures in {split.num_groups} groups, "
+                f"{split.num_captions} with a caption ({split.total_captions} captions), "
+                f"{split.num_labels} with a label, {len(split.shards)} shards",
+                highlight=False,
+                soft_wrap=True,
+            )
+        _show_changes(packed)
+        if packed.refused:
+            console.print(_table(packed.refused))
+            console.print(
+                f"each by name, with what to do: {self.out / REFUSED_NAME}", soft_wrap=True
+            )
+        said = "was packed already" if packed.was_there else "wrote"
+        console.print(f"{said} {self.out}", soft_wrap=True)
+
+    def settings(self) -> PackSettings:
+        """Return the settings of the job; ValueError names the flag that is wrong."""
+        from m3i_fast.pipelines.packing.items import SourceOptions
+        from m3i_fast.pipelines.packing.job import PackSettings
+        from m3i_fast.pipelines.packing.plan import PlanSettings
+        from m3i_fast.pipelines.packing.shard_task import ShardSettings
+
+        for flag in ("for_gpu", "max_pixels", "workers"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag.replace('_', '-')}: expected at least 1, got {value}")
+        return PackSettings(
+            source=SourceOptions(
+                path=self.source.absolute(),
+                kind=self.kind,
+                image_column=self.image_column,
+                caption_columns=self.caption_column,
+                label_column=self.label_column,
+                group_column=self.group_column,
+                split_column=self.split_column,
+                json_captions=self.json_caption,
+                image_root=self.image_root,
+                delimiter=self.delimiter,
+                class_names=() if self.classes is None else _class_names(self.classes),
+                label_as=self.label_as,
+                merge_rows=self.merge_rows,
+                allow_outside=self.allow_outside,
+                torchvision_class=self.torchvision_class,
+            ),
+            plan=PlanSettings(
+                splits=self.split,
+                limit=self.limit,
+                seed=self.seed,
+                samples_per_shard=self.samples_per_shard,
+            ),
+            shard=ShardSettings(
+                num_merges=self.num_merges,
+                context_length=self.context_length,
+                long_captions=self.long_captions,
+                max_pixels=self.max_pixels,
+                for_gpu=self.for_gpu,
+            ),
+            name=self.name or self.out.absolute().name,
+            licence=self.licence,
+            attribution=self.attribution,
+        )
+
+    def runner(self) -> Run:
+        """Return what runs the tasks: this process, several, or Ray."""
+        from m3i_fast.pipelines.packing.workers import run_here, with_processes, with_ray
+
+        if self.ray is not None:
+            return with_ray(self.ray)
+        number = self.workers or len(os.sched_getaffinity(0))
+        return run_here if number == 1 else with_processes(number)
+
+
+def _class_names(file: Path) -> tuple[str, ...]:
+    names = tuple(file.read_text(encoding="utf-8").splitlines())
+    if not names or len(set(names)) < len(names) or not all(map(str.strip, names)):
+        raise ValueError(f"--classes: expected a name on each line of {file}, no two alike")
+    return names
+
+
+def _show_changes(packed: Packed) -> None:
+    if packed.changes:
+        kinds = ", ".join(f"{number} {change}" for change, number in packed.changes.items())
+        console.print(f"encoded again: {kinds}", highlight=False, soft_wrap=True)
+    if packed.num_cut:
+        console.print(f"captions cut to the context: {packed.num_cut}", highlight=False)
+
+
+def _table(refused: tuple[Refusal, ...]) -> Table:
+    """Return a table of the refused files by reason, the most frequent first."""
+    kinds: dict[str, list[Refusal]] = {}
+    for refusal in refused:
+        kind = re.split(r"[:,(]| got ", refusal.reason.removeprefix(f"{refusal.file}: "))[0]
+        kinds.setdefault(kind, []).append(refusal)
+    table = Table(title=f"refused: {len(refused)}", title_justify="left")
+    table.add_column("number", justify="right")
+    for name in ("first", "why", "what to do"):
+        table.add_column(name, overflow="fold")
+    for found in sorted(kinds.values(), key=len, reverse=True):
+        table.add_row(*map(Text, (str(len(found)), *found[0])))
+    return table

@@ -1,0 +1,187 @@
+"""What a source holds before it is packed: pictures by name and place, and what cannot be used."""
+
+from __future__ import annotations
+
+import stat as modes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+MAX_FILE_BYTES = 1 << 30
+"""Most bytes of an encoded picture."""
+Place = tuple[str | int, ...]  # where a reader finds the bytes of a picture
+Stamp = tuple[int, int]  # bytes and time of the last change in ns
+
+
+class Refusal(NamedTuple):
+    """A file or row that is not packed, and why."""
+
+    file: str
+    reason: str
+    what_to_do: str
+
+
+class Refused(ValueError):
+    """A picture, caption or label cannot be used."""
+
+    def __init__(self, reason: str, what_to_do: str) -> None:
+        super().__init__(reason)
+        self.reason, self.what_to_do = reason, what_to_do
+
+    def of(self, name: str) -> Refusal:
+        """Return the refusal of a file of that name."""
+        return Refusal(name, self.reason, self.what_to_do)
+
+
+class Item(NamedTuple):
+    """A picture of a source with its annotations, before it is read."""
+
+    name: str  # in the source, printable, no two alike
+    place: Place
+    split: str = "train"
+    captions: tuple[str, ...] = ()
+    label: int = -1  # -1: none
+    group: str = ""  # pictures of one group are near-duplicates; empty: a group of its own
+    stamp: Stamp = (0, 0)  # of the file, where a picture is one
+
+
+@dataclass(kw_only=True)
+class Listing:
+    """All that a source holds."""
+
+    items: list[Item] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)  # what was guessed, for the user to read
+    files: dict[str, Stamp] = field(default_factory=dict)  # that hold many pictures each
+
+    def refuse(self, file: str, reason: str, what_to_do: str) -> None:
+        """Record what is not packed."""
+        self.refusals.append(Refusal(file, reason, what_to_do))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOptions:
+    """Which source is read, and how; `guess.resolve` fills in what is None."""
+
+    path: Path
+    kind: str
+    image_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+    group_column: str | None = None
+    split_column: str | None = None
+    json_captions: tuple[str, ...] = ()
+    image_root: Path | None = None
+    delimiter: str | None = None
+    class_names: tuple[str, ...] = ()
+    label_as: str = "auto"
+    merge_rows: bool = False
+    allow_outside: bool = False
+    torchvision_class: str | None = None
+    spool: Path | None = None  # a folder for pictures that cannot be read in any order
+
+
+class Reader(Protocol):
+    """Lists a source, and reads its pictures in any order, in any process."""
+
+    def list(self) -> Listing:
+        """List all pictures; ValueError where the source as a whole cannot be used."""
+        ...
+
+    def read(self, place: Place) -> bytes:
+        """Read the encoded picture at a place; raises Refused or OSError."""
+        ...
+
+
+def printable(name: str) -> str:
+    """Return a name with escapes for bytes that are not UTF-8 and for control characters."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def stamp(path: Path) -> Stamp:
+    """Return the stamp of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def read_picture(path: Path) -> bytes:
+    """Read a picture's file; raises Refused for what is none, or too large to be one."""
+    status = path.stat()
+    if not modes.S_ISREG(status.st_mode):
+        raise Refused("expected a file, got a device, pipe or folder", "remove it")
+    check_num_bytes(status.st_size)
+    return path.read_bytes()
+
+
+def check_num_bytes(size: int) -> None:
+    """Raise Refused where an encoded picture would be too large."""
+    if size > MAX_FILE_BYTES:
+        raise Refused(
+            f"expected at most {MAX_FILE_BYTES} bytes, got {size}", "scale the picture down"
+        )
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """Raise Refused where a path, after its symbolic links, is not below `root`, a real path."""
+    real = path.resolve()
+    if not real.is_relative_to(root):
+        kind = "a symbolic link" if path.absolute() != real and path.is_symlink() else "a path"
+        raise Refused(
+            f"{kind} out of the source's folder",
+            "copy the picture into the folder, or say --allow-outside",
+        )
+
+
+def text_of(content: bytes) -> str:
+    """Decode a caption; raises Refused where it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"caption: not UTF-8 ({error.reason} at byte {error.start})", RECODE) from None
+
+
+RECODE = "write the text again as UTF-8 (iconv -f LATIN1 -t UTF-8)"
+MOST_CAPTIONS = 64
+"""Most captions of a picture: a batch has room for the most that any picture has."""
+
+
+def clean_captions(captions: Sequence[object]) -> tuple[str, ...]:
+    """Return the captions that are not empty; raises Refused for what is no text."""
+    found = []
+    for caption in captions:
+        if caption is None:
+            continue
+        if not isinstance(caption, str):
+            raise Refused(
+                f"caption: expected text, got {type(caption).__name__}",
+                "name a column of text by --caption-column",
+            )
+        if not caption.isascii():
+            try:
+                caption.encode()
+            except UnicodeEncodeError:
+                raise Refused("caption: not UTF-8", RECODE) from None
+        if caption.strip():
+            found.append(caption.strip())
+    if len(found) > MOST_CAPTIONS:
+        raise Refused(
+            f"expected at most {MOST_CAPTIONS} captions, got {len(found)}", "keep some of them"
+        )
+    return tuple(found)
+
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "heldout",
+    "valid": "heldout",
+    "validation": "heldout",
+    "dev": "heldout",
+    "heldout": "heldout",
+    "test": "test",
+    "testing": "test",
+}
+"""What others call a split: our name of it, by which `m3i-fast evaluate` looks for it."""

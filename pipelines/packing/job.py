@@ -1,0 +1,234 @@
+"""The job: list a source, write its shards by tasks, go on after a kill, and finish the data set.
+
+DIR has no manifest before all shards are there, so nothing half-written is taken for a data set.
+Until then `.packing` in it holds the settings, the listing and a record of each finished shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest, is_dataset, read_manifest
+from m3i_fast.pipelines.dataset.pack import DatasetInfo, PackedShard, write_manifest
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.packing import output
+from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions, printable
+from m3i_fast.pipelines.packing.plan import (
+    PlanSettings,
+    Shards,
+    make_shards,
+    number_items,
+    with_groups,
+)
+from m3i_fast.pipelines.packing.progress import bar
+from m3i_fast.pipelines.packing.readers.guess import make_reader, resolve
+from m3i_fast.pipelines.packing.shard_task import (
+    Record,
+    ShardSettings,
+    ShardTask,
+    finished,
+    forget_sources,
+)
+from m3i_fast.pipelines.packing.state import check_unchanged
+from m3i_fast.pipelines.packing.workers import Run
+
+REFUSED_NAME = "refused.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackSettings:
+    """What is packed, and how."""
+
+    source: SourceOptions
+    plan: PlanSettings
+    shard: ShardSettings
+    name: str
+    licence: str
+    attribution: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """What became of a pack."""
+
+    manifest: Manifest
+    refused: tuple[Refusal, ...]
+    changes: dict[str, int]  # pictures by why they were encoded again
+    num_cut: int  # captions
+    was_there: bool = False  # the data set was whole before
+
+
+def pack(settings: PackSettings, out: Path, run: Run, console: Console) -> Packed:
+    """Pack a source into the directory `out`; killed and called again, it goes on.
+
+    Raises ValueError where the source or the settings differ from those of an unfinished pack in
+    `out`, where `out` holds other files, or where no picture can be used.
+    """
+    out = Path(out).absolute()
+    forget_sources()
+    source, why = resolve(replace(settings.source, spool=out / output.STATE))
+    settings = replace(settings, source=source)
+    _check_free(out)
+    with output.locked(out):
+        try:
+            return _pack_locked(settings, out, run, console, why)
+        finally:
+            output.tidy(out)
+
+
+def _check_free(out: Path) -> None:
+    """Raise ValueError where a directory holds what is neither a data set nor a pack begun."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"DIR: expected a directory, got a file: {out}")
+    if out.is_dir() and any(out.iterdir()) and not is_dataset(out):
+        if not (out / output.STATE).is_dir():
+            raise ValueError(f"DIR: expected a new or empty directory, got other files in {out}")
+
+
+def _pack_locked(
+    settings: PackSettings, out: Path, run: Run, console: Console, why: str
+) -> Packed:
+    console.print(f"source: {why}", soft_wrap=True, highlight=False)
+    listing = make_reader(settings.source).list()
+    for note in listing.notes:
+        console.print(f"  {note}", soft_wrap=True, highlight=False)
+    numbered = number_items(listing, settings.plan)
+    if not numbered:
+        _show_some(listing.refusals, console)
+        raise ValueError(
+            f"SOURCE: expected a picture that can be used, got none of "
+            f"{len(listing.refusals)} in {settings.source.path}"
+        )
+    described = _describe(settings, listing)
+    if is_dataset(out):
+        return _already_there(out, described)
+    check_unchanged(out, described, listing)
+    shards = make_shards(numbered, settings.plan)
+    total = sum(map(len, numbered.values()))
+    records: dict[str, Record] = {}
+    tasks = list(_tasks(settings, out, shards))
+    for task in tasks:
+        if (record := finished(task)) is not None:
+            records[task.name] = record
+    done = sum(len(task.items) for task in tasks if task.name in records)
+    if done:
+        console.print(f"going on: {done} of {total} pictures are packed", highlight=False)
+    with bar(console, settings.name, total, done) as advance:
+        left = [task for task in tasks if task.name not in records]
+        records.update((task.name, record) for task, record in run(left, advance))
+        # Groups are named by a picture: where that is refused, by another, in few shards.
+        refused = [i for record in records.values() for i, _ in record.refused]
+        items = {task.name: task.items for task in tasks}
+        shards = make_shards(with_groups(numbered, refused), settings.plan)
+        again = [task for task in _tasks(settings, out, shards) if task.items != items[task.name]]
+        records.update((task.name, record) for task, record in run(again, lambda number: None))
+    return _finish(settings, out, listing, shards, records, described)
+
+
+def _tasks(settings: PackSettings, out: Path, shards: Shards) -> Iterator[ShardTask]:
+    for split in shards.values():
+        for name, items in split:
+            yield ShardTask(
+                out=out, name=name, items=items, source=settings.source, settings=settings.shard
+            )
+
+
+def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
+    """Return the settings that a data set's bytes depend on, and a digest of what was listed.
+
+    Neither says where the source lies, nor when its files were written.
+    """
+    options = asdict(settings.source)
+    for name in ("path", "spool", "image_root"):
+        del options[name]
+    digest = hashlib.sha256()
+    for name, (size, _) in listing.files.items():
+        digest.update(json.dumps([name, size]).encode() + b"\n")
+    for item in listing.items:
+        content = [item.name, item.split, item.captions, item.label, item.group, item.stamp[0]]
+        digest.update(json.dumps(content).encode() + b"\n")
+    described = {"source": options, "source_sha256": digest.hexdigest()}
+    described |= {**asdict(settings.plan), **asdict(settings.shard)}
+    described |= {"name": settings.name, "licence": settings.licence}
+    described |= {"attribution": settings.attribution}
+    return dict(json.loads(json.dumps(described)))
+
+
+def _already_there(out: Path, described: dict[str, Any]) -> Packed:
+    """Return a data set that was packed of the same source; ValueError where it is another."""
+    manifest = read_manifest(out)
+    before = manifest.settings.get("pack")
+    if before != described:
+        named = [k for k in described if not isinstance(before, dict) or before.get(k) != described[k]]
+        raise ValueError(
+            f"DIR: {out} holds a data set of another source or of other settings ("
+            f"{', '.join(named)}): name another directory, or remove it"
+        )
+    lines = (output.read(out, REFUSED_NAME) or b"").splitlines()
+    refused = tuple(Refusal(**json.loads(line)) for line in lines)
+    return Packed(manifest=manifest, refused=refused, changes={}, num_cut=0, was_there=True)
+
+
+def _finish(
+    settings: PackSettings,
+    out: Path,
+    listing: Listing,
+    shards: Shards,
+    records: dict[str, Record],
+    described: dict[str, Any],
+) -> Packed:
+    """Write what reduces the records: refusals, and last the manifest."""
+    of_tasks = sorted(entry for record in records.values() for entry in record.refused)
+    refused = (*listing.refusals, *(refusal for _, refusal in of_tasks))
+    packed = {
+        split: [
+            found for name, _ in names if (found := records[name].packed) is not None
+        ]
+        for split, names in shards.items()
+    }
+    empty = [split for split, found in packed.items() if not found]
+    if empty:
+        raise ValueError(
+            f"split {', '.join(empty)}: expected a picture that can be used, got none; the first "
+            f"refused: {refused[0].file}: {refused[0].reason}"
+        )
+    changes: Counter[str] = Counter()
+    for record in records.values():
+        changes.update(record.changes)
+    num_cut = sum(record.num_cut for record in records.values())
+    lines = [json.dumps(refusal._asdict()) + "\n" for refusal in refused]
+    output.write(out, REFUSED_NAME, "".join(lines).encode())
+    info = DatasetInfo(
+        name=settings.name,
+        class_names=listing.class_names,
+        tokenizer=Tokenizer(settings.shard.num_merges, settings.shard.context_length).info,
+        licence=settings.licence,
+        attribution=settings.attribution,
+        settings={"pack": described},
+    )
+    counts = {
+        "num_refused": len(refused),
+        "encoded_again": dict(sorted(changes.items())),
+        "captions_cut": num_cut,
+    }
+    manifest = write_manifest(out, packed, info, counts)
+    return Packed(
+        manifest=manifest, refused=refused, changes=dict(changes.most_common()), num_cut=num_cut
+    )
+
+
+def _show_some(refusals: Sequence[Refusal], console: Console) -> None:
+    for refusal in refusals[:10]:
+        console.print(
+            f"  {refusal.file}: {refusal.reason}; {refusal.what_to_do}",
+            soft_wrap=True,
+            highlight=False,
+        )

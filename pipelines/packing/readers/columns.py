@@ -1,0 +1,75 @@
+"""Columns of a table, a data set or a JSON object: which holds what, guessed by their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from m3i_fast.pipelines.packing.items import SourceOptions
+
+IMAGE = r"image|images?_?(path|file|name|filename)?|img(_?path|_?file)?|file(_?name|_?path)?|path"
+IMAGE += r"|picture|photo|jpg|png|webp|image_?bytes|bytes"
+CAPTION = r"captions?([_-]?\w+)?"
+OTHER_CAPTION = r"text|title|description|alt(_?text)?|sentences?|prompt|txt"
+LABEL = r"labels?|class(_?name|_?id)?|categor(y|ies)|target|cls|fine_label|label_?(id|name)"
+GROUP = r"group(_?id)?|cluster(_?id)?"
+SPLIT = r"split|subset"
+
+
+class Columns(NamedTuple):
+    """The columns of a source by what they hold; None or empty: there is none."""
+
+    image: str
+    captions: tuple[str, ...]
+    label: str | None
+    group: str | None
+    split: str | None
+
+    def said(self) -> str:
+        """Say the choice, with the flags that change it."""
+        captions = ", ".join(self.captions) or "none"
+        return (
+            f"columns: picture {self.image} (--image-column), captions {captions} "
+            f"(--caption-column), label {self.label or 'none'} (--label-column), group "
+            f"{self.group or 'none'} (--group-column), split {self.split or 'none'} "
+            "(--split-column)"
+        )
+
+
+def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> Columns:
+    """Choose the columns that flags name, or else those that are called so.
+
+    An empty text as a flag's value stands for none. Raises ValueError where a column that a flag
+    names is not there, or none is called like a picture's.
+    """
+    there = ", ".join(names)
+
+    def one(flag: str, asked: str | None, pattern: str) -> str | None:
+        if asked is not None:
+            if asked and asked not in names:
+                raise ValueError(f"{flag}: expected one of {there} ({where}), got {asked}")
+            return asked or None
+        return next((name for name in names if _called(name, pattern)), None)
+
+    image = one("--image-column", options.image_column, IMAGE)
+    if image is None:
+        raise ValueError(
+            f"{where}: expected a column with the path or bytes of a picture, got {there}; name it "
+            "by --image-column"
+        )
+    if options.caption_columns:
+        captions = tuple(name for name in options.caption_columns if name)
+        for name in captions:
+            one("--caption-column", name, CAPTION)
+    else:
+        captions = tuple(name for name in names if _called(name, CAPTION) and name != image)
+        if not captions:
+            captions = tuple(name for name in names if _called(name, OTHER_CAPTION))[:1]
+    label = one("--label-column", options.label_column, LABEL)
+    group = one("--group-column", options.group_column, GROUP)
+    return Columns(image, captions, label, group, one("--split-column", options.split_column, SPLIT))
+
+
+def _called(name: str, pattern: str) -> bool:
+    return re.fullmatch(pattern, name.strip(), re.IGNORECASE) is not None

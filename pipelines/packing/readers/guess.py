@@ -1,0 +1,80 @@
+"""Which kind of source a path is: told by what lies there, unless a flag says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from m3i_fast.pipelines.packing.items import Listing, Reader, SourceOptions
+from m3i_fast.pipelines.packing.readers.folders import (
+    Folders,
+    are_splits,
+    find_pictures,
+)
+from m3i_fast.pipelines.packing.readers.huggingface import HuggingFace, is_saved
+from m3i_fast.pipelines.packing.readers.tables import TEXT_SUFFIXES, Tables, table_files
+from m3i_fast.pipelines.packing.readers.tars import COMPRESSED, PLAIN, Tars, tar_files
+from m3i_fast.pipelines.packing.readers.torchvision_sets import TorchvisionSets, guess_class
+
+READERS: dict[str, Callable[[SourceOptions], Reader]] = {
+    "imagefolder": Folders,
+    "folder": Folders,
+    "table": Tables,
+    "tars": Tars,
+    "huggingface": HuggingFace,
+    "torchvision": TorchvisionSets,
+}
+_LOOKED_AT = 1000  # pictures of a folder
+
+
+def resolve(options: SourceOptions) -> tuple[SourceOptions, str]:
+    """Fill in the kind of a source, and say why it is taken for that.
+
+    Raises FileNotFoundError where there is nothing, ValueError where no kind fits.
+    """
+    if not options.path.exists():
+        raise FileNotFoundError(f"SOURCE: expected a file or folder, got none at {options.path}")
+    if options.kind != "auto":
+        return options, f"{options.kind} (--kind)"
+    kind, why = _guess(options.path)
+    return replace(options, kind=kind), f"{kind}: {why}; another by --kind"
+
+
+def make_reader(options: SourceOptions) -> Reader:
+    """Return the reader of a source whose kind is known."""
+    return READERS[options.kind](options)
+
+
+def _guess(path: Path) -> tuple[str, str]:
+    if path.is_file():
+        name = path.name.lower()
+        if name.endswith((*TEXT_SUFFIXES, ".parquet")):
+            return "table", f"a {path.suffix} file"
+        if name.endswith(PLAIN + COMPRESSED):
+            return "tars", "a tar"
+        raise ValueError(
+            f"SOURCE: expected a folder, a table (.csv, .tsv, .parquet) or a tar, got {path}; say "
+            "what it is by --kind"
+        )
+    if is_saved(path):
+        return "huggingface", "a data set that was saved by save_to_disk"
+    if (name := guess_class(path)) is not None:
+        return "torchvision", f"the folder of torchvision.datasets.{name} (--torchvision-class)"
+    pictures = list(islice(find_pictures(path, Listing(), allow_outside=True), _LOOKED_AT))
+    if not pictures:
+        if tar_files(path):
+            return "tars", "a folder of tars"
+        if table_files(path):
+            return "table", "a folder of Parquet files"
+        raise ValueError(
+            f"SOURCE: expected pictures, tars or Parquet files below {path}, got none"
+        )
+    folders = {tuple(picture.path.split("/")[:-1]) for picture in pictures}
+    depths, top = {len(names) for names in folders}, {names[0] for names in folders if names}
+    if depths == {1} and len(folders) > 1 and not are_splits(top):
+        return "imagefolder", f"every picture is in one of {len(folders)} folders, a class each"
+    if depths == {2} and are_splits(top):
+        return "imagefolder", "folders of splits, with a folder a class in them"
+    return "folder", "pictures, of which the folders do not look like classes"

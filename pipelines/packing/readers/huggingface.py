@@ -1,0 +1,132 @@
+"""A data set that Hugging Face's library saved to disk (`save_to_disk`), with all its splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from m3i_fast.pipelines.optional_imports import require
+from m3i_fast.pipelines.packing.items import (
+    SPLITS,
+    Item,
+    Listing,
+    Place,
+    Refused,
+    SourceOptions,
+    check_inside,
+    check_num_bytes,
+    clean_captions,
+    read_picture,
+    stamp,
+)
+from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns
+from m3i_fast.pipelines.packing.readers.labels import assign_labels
+
+MARKS = ("dataset_dict.json", "dataset_info.json")  # that such a folder holds
+
+
+class HuggingFace:
+    """Reader of such a data set; its Arrow files are memory-mapped, so any row is read directly."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+
+    @cached_property
+    def _splits(self) -> dict[str, Any]:
+        datasets = require("datasets", extra="sources")
+        try:
+            found = datasets.load_from_disk(str(self.options.path))
+        except Exception as error:  # of a damaged folder, of a dozen types
+            raise ValueError(f"{self.options.path}: {error}") from error
+        splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+        first = next(iter(splits.values()))
+        self.columns = choose_columns(first.column_names, self.options, self.options.path.name)
+        image = self.columns.image
+        for name, split in splits.items():
+            if isinstance(split.features.get(image), datasets.Image):
+                splits[name] = split.cast_column(image, datasets.Image(decode=False))
+        return splits
+
+    def list(self) -> Listing:
+        listing = Listing()
+        splits, columns = self._splits, self.columns
+        listing.notes.append(columns.said())
+        for file in sorted(self.options.path.rglob("*.arrow")):
+            listing.files[file.relative_to(self.options.path).as_posix()] = stamp(file)
+        labels: list[object] = []
+        names: tuple[str, ...] = self.options.class_names
+        for split, rows in splits.items():
+            known = getattr(rows.features.get(columns.label), "names", None)
+            names = names or tuple(known or ())
+            for number, row in enumerate(_annotations(rows, columns)):
+                try:
+                    listing.items.append(_item(row, columns, split, number))
+                    labels.append(_name(row.get(columns.label), known))
+                except Refused as refused:
+                    listing.refusals.append(refused.of(f"{split}[{number}]"))
+        assign_labels(listing, labels, class_names=names, label_as=self.options.label_as)
+        return listing
+
+    def read(self, place: Place) -> bytes:
+        split, row = str(place[0]), int(place[1])
+        picture = self._splits[split][row][self.columns.image]
+        if isinstance(picture, dict):
+            picture = picture.get("bytes") or picture.get("path")
+        if isinstance(picture, bytes):
+            check_num_bytes(len(picture))
+            return picture
+        if not isinstance(picture, str):
+            raise Refused(
+                f"expected a picture, got {type(picture).__name__}", "name it by --image-column"
+            )
+        path = self.options.path / picture
+        if not self.options.allow_outside:
+            check_inside(path, self.options.path.resolve())
+        return read_picture(path)
+
+
+def _annotations(rows: Any, columns: Columns) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a split without their pictures."""
+    wanted = [*columns.captions, columns.label, columns.group, columns.split]
+    kept = list(dict.fromkeys(name for name in wanted if name is not None))
+    if not kept:
+        return iter([{}] * len(rows))
+    return iter(rows.select_columns(kept))
+
+
+def _item(row: dict[str, Any], columns: Columns, split: str, number: int) -> Item:
+    captions: list[object] = []
+    for name in columns.captions:
+        value = row[name]
+        captions += value if isinstance(value, list) else [value]
+    group = row[columns.group] if columns.group else None
+    own = row[columns.split] if columns.split else None
+    return Item(
+        name=f"{split}[{number}]",
+        place=(split, number),
+        split=SPLITS.get(str(own or split), str(own or split)),
+        captions=clean_captions(captions),
+        group="" if group is None else str(group),
+    )
+
+
+def _name(label: Any, known: list[str] | None) -> Any:
+    """Return the name of a class by its number, where a data set has the names."""
+    if isinstance(label, (dict, list)):
+        raise Refused("label: expected text or a number", "name another --label-column")
+    if known is None or not isinstance(label, int):
+        return label
+    if label == -1:  # what the library stores where there is none
+        return None
+    if not 0 <= label < len(known):
+        raise Refused(
+            f"label: expected 0 to {len(known) - 1}, got {label}", "mend the label, or store -1"
+        )
+    return known[label]
+
+
+def is_saved(path: Path) -> bool:
+    """Return whether a folder is such a data set."""
+    return any((path / name).is_file() for name in MARKS)

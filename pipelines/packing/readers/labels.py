@@ -1,0 +1,71 @@
+"""Labels as a source has them, names or indices, made classes of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from m3i_fast.pipelines.packing.items import Listing, printable
+
+MOST_CLASSES = 1 << 20
+"""Most classes that indices may stand for: a classifier has a row for each."""
+_MENDED = "mend the label, or leave it empty"
+
+
+def assign_labels(
+    listing: Listing,
+    raw: Sequence[object],
+    *,
+    class_names: Sequence[str] = (),
+    label_as: str = "auto",
+) -> None:
+    """Give each item of a listing the label that its source has, and refuse those out of range.
+
+    raw: of each item; None or an empty text: no label. class_names: all classes, where they are
+    known; otherwise names are sorted, and indices go up to the largest. label_as: "name", "index",
+    or "auto": indices where all are whole numbers and no known class is called so.
+    """
+    texts = [_text(label) for label in raw]
+    present = {text for text in texts if text}
+    if not present:
+        listing.class_names = tuple(class_names)
+        return
+    known = {name: i for i, name in enumerate(class_names)}
+    as_index = label_as == "index" or (
+        label_as == "auto" and all(map(_is_integer, present)) and not present <= known.keys()
+    )
+    if as_index:
+        limit = len(class_names) or MOST_CLASSES
+        number = {text: int(text) for text in present if _is_integer(text)}
+        number = {text: n for text, n in number.items() if -1 <= n < limit}
+        expected = f"an index from 0 to {limit - 1}, or -1 for none"
+        most = max(number.values(), default=-1)
+        listing.class_names = tuple(class_names) or tuple(map(str, range(most + 1)))
+    else:
+        number = known or {name: i for i, name in enumerate(sorted(present))}
+        expected = f"one of {len(number)} classes"
+        listing.class_names = tuple(printable(name) for name in number)
+    kept = []
+    for item, text in zip(listing.items, texts, strict=True):
+        if text and text not in number:
+            got = printable(text[:40])
+            listing.refuse(item.name, f"label: expected {expected}, got {got!r}", _MENDED)
+        else:
+            kept.append(item._replace(label=number[text] if text else -1))
+    listing.items = kept
+    kind = "indices" if as_index else "names"
+    listing.notes.append(f"labels are {kind} of {len(listing.class_names)} classes (--label-as)")
+
+
+def _text(label: object) -> str:
+    """Return a label as text: whole numbers without a point, as tables with gaps have them."""
+    if label is None or (isinstance(label, float) and math.isnan(label)):
+        return ""
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    return str(label).strip()
+
+
+def _is_integer(text: str) -> bool:
+    digits = text.removeprefix("-")
+    return digits.isascii() and digits.isdecimal() and len(digits) < 19

@@ -1,0 +1,265 @@
+"""Pictures named, or held, by a table: CSV, TSV or Parquet, a row a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from m3i_fast.pipelines.packing.items import (
+    SPLITS,
+    Item,
+    Listing,
+    Place,
+    Refused,
+    SourceOptions,
+    check_inside,
+    clean_captions,
+    printable,
+    read_picture,
+    stamp,
+)
+from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns
+from m3i_fast.pipelines.packing.readers.labels import assign_labels
+from m3i_fast.pipelines.packing.readers.spool import NAME, Spool, open_spool, read_spooled
+from m3i_fast.pipelines.optional_imports import require
+
+TEXT_SUFFIXES = (".csv", ".tsv")
+MAX_TABLE_BYTES = 1 << 33
+Row = Mapping[str, Any]
+
+
+def table_files(path: Path) -> list[Path]:
+    """Return the file, or the Parquet files of a folder in the order of their names."""
+    return [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+
+
+class Tables:
+    """Reader of a table's pictures."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+        self.files = table_files(options.path)
+        folder = options.path.parent if options.path.is_file() else options.path
+        self.root = (options.image_root or folder).absolute()
+
+    def list(self) -> Listing:
+        listing = Listing()
+        labels: dict[str, object] = {}
+        place_of: dict[str, int] = {}
+        with _LazySpool(self.options) as spool:
+            for file in self.files:
+                listing.files[file.name] = stamp(file)
+                split = split_in_name(file.name) if len(self.files) > 1 else None
+                columns, rows = self._open(file, listing)
+                listing.notes.append(f"{printable(file.name)}: {columns.said()}")
+                for number, row in rows:
+                    where = f"{printable(file.name)}:{number}"
+                    try:
+                        item = self._item(row, columns, where, spool)
+                        item = item._replace(split=item.split or split or "train")
+                        label = row[columns.label] if columns.label else None
+                        if labels.get(item.name, label) != label and self.options.merge_rows:
+                            raise Refused(
+                                f"{item.name}: label {label!r}, and {labels[item.name]!r} before",
+                                "give rows of one picture one label",
+                            )
+                        self._add(listing, item, place_of)
+                        labels.setdefault(item.name, label)
+                    except Refused as refused:
+                        listing.refusals.append(refused.of(where))
+        assign_labels(
+            listing,
+            [labels[item.name] for item in listing.items],
+            class_names=self.options.class_names,
+            label_as=self.options.label_as,
+        )
+        return listing
+
+    def read(self, place: Place) -> bytes:
+        if place[0] == NAME:
+            return read_spooled(self.options, place)
+        return read_picture(Path(str(place[0])))
+
+    def _open(self, file: Path, listing: Listing) -> tuple[Columns, Iterator[tuple[int, Row]]]:
+        if file.suffix.lower() in TEXT_SUFFIXES or self.options.delimiter is not None:
+            return open_text(file, self.options, listing)
+        return open_parquet(file, self.options)
+
+    def _item(self, row: Row, columns: Columns, where: str, spool: _LazySpool) -> Item:
+        captions = []
+        for column in columns.captions:
+            value = row[column]
+            captions += value if isinstance(value, list) else [value]
+        group, split = (
+            str(row[column]) if column and row[column] is not None else ""
+            for column in (columns.group, columns.split)
+        )
+        item = Item(
+            name=where,
+            place=(),
+            captions=clean_captions(captions),
+            group=group,
+            split=SPLITS.get(split, split),
+        )
+        picture = row[columns.image]
+        if isinstance(picture, dict):  # as the datasets library stores an image
+            picture = picture.get("bytes") or picture.get("path")
+        if isinstance(picture, bytes):
+            return item._replace(place=spool.get().append(picture))
+        if not isinstance(picture, str) or not picture.strip():
+            raise Refused("expected the path of a picture, got none", "fill it in, or drop the row")
+        return self._file_item(item, picture.strip())
+
+    def _file_item(self, item: Item, named: str) -> Item:
+        """Return the item of a picture that is a file."""
+        if "\0" in named:
+            raise Refused("a path with a zero byte", "write the table again")
+        named = os.path.normpath(named)
+        path = self.root / named
+        try:
+            if not self.options.allow_outside:
+                check_inside(path, self.root.resolve())
+            return item._replace(name=printable(named), place=(str(path),), stamp=stamp(path))
+        except OSError as error:
+            raise Refused(
+                f"{printable(named)}: cannot be read: {error.strerror}",
+                "name files relative to the table's folder, or that folder by --image-root",
+            ) from None
+
+    def _add(self, listing: Listing, item: Item, place_of: dict[str, int]) -> None:
+        """Add an item, or its captions to the one of an earlier row that names the same picture."""
+        if item.name not in place_of:
+            place_of[item.name] = len(listing.items)
+            listing.items.append(item)
+            return
+        if not self.options.merge_rows:
+            raise Refused(
+                f"{item.name}: named by an earlier row",
+                "drop the row, or say --merge-rows where rows have a caption each of one picture",
+            )
+        place = place_of[item.name]
+        earlier = listing.items[place]
+        captions = clean_captions(dict.fromkeys(earlier.captions + item.captions))
+        listing.items[place] = earlier._replace(captions=captions)
+
+
+class _LazySpool:
+    """A spool that is made where a table holds pictures, not names of files."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+        self.made: Spool | None = None
+
+    def get(self) -> Spool:
+        if self.made is None:
+            self.made = open_spool(self.options)
+        return self.made
+
+    def __enter__(self) -> _LazySpool:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.made is not None:
+            self.made.__exit__(*error)
+
+
+def split_in_name(name: str) -> str | None:
+    """Return the split that a file's name holds, as train-00000-of-00004 does; None: not one."""
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+    found = {SPLITS[word] for word in words if word in SPLITS}
+    return found.pop() if len(found) == 1 else None
+
+
+# ---- CSV and TSV ---------------------------------------------------------------------------------
+
+
+def open_text(
+    file: Path, options: SourceOptions, listing: Listing
+) -> tuple[Columns, Iterator[tuple[int, Row]]]:
+    """Open a table of text: its columns, and (line, row) of each; bad rows are refused.
+
+    Raises ValueError where it is no such table, naming the line.
+    """
+    if file.stat().st_size > MAX_TABLE_BYTES:
+        raise ValueError(f"{file}: expected at most {MAX_TABLE_BYTES} bytes; split it, or take Parquet")
+    # A byte that is not UTF-8 becomes a lone surrogate, which the check of its row finds.
+    text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
+    first = text.split("\n", 1)[0]
+    delimiter = options.delimiter or ("\t" if file.suffix.lower() == ".tsv" else _delimiter(first))
+    if delimiter != ",":
+        listing.notes.append(f"{printable(file.name)}: cells end with {delimiter!r} (--delimiter)")
+    if delimiter == "\t":  # whose cells may hold quotation marks, as those of web captions do
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = next(_checked(rows, file), [])
+    if len(set(header)) < len(header):
+        raise ValueError(f"{file}: expected a name once in its first line, got {', '.join(header)}")
+    columns = choose_columns(header, options, file.name)
+    return columns, _text_rows(_checked(rows, file), rows, header, file, listing)
+
+
+def _delimiter(first: str) -> str:
+    """Return what ends a cell of the first line of a .csv."""
+    return next((c for c in ",;|\t" if c in first), ",")
+
+
+def _checked(rows: Any, file: Path) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise ValueError(
+            f"{file}: line {rows.line_num}: {error}: a quotation mark that is not closed, or not "
+            'doubled ("")'
+        ) from None
+
+
+def _text_rows(
+    cells_of_rows: Iterator[list[str]], reader: Any, header: list[str], file: Path, listing: Listing
+) -> Iterator[tuple[int, Row]]:
+    for cells in cells_of_rows:
+        if not any(cells):
+            continue
+        where = f"{printable(file.name)}:{reader.line_num}"
+        if len(cells) != len(header):
+            listing.refuse(
+                where,
+                f"expected {len(header)} cells, got {len(cells)}",
+                "put cells that hold the delimiter in quotation marks",
+            )
+        else:
+            yield reader.line_num, dict(zip(header, cells, strict=True))
+
+
+# ---- Parquet -------------------------------------------------------------------------------------
+
+
+def open_parquet(file: Path, options: SourceOptions) -> tuple[Columns, Iterator[tuple[int, Row]]]:
+    """Open a Parquet file: its columns, and (number from 1, row) of each."""
+    parquet = require("pyarrow.parquet", extra="sources")
+    arrow = require("pyarrow")
+    try:
+        opened = parquet.ParquetFile(file)
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not a Parquet file: {error}") from None
+    columns = choose_columns(opened.schema_arrow.names, options, file.name)
+    needed = [columns.image, *columns.captions]
+    needed += [c for c in (columns.label, columns.group, columns.split) if c is not None]
+    return columns, _parquet_rows(opened, needed, file, arrow)
+
+
+def _parquet_rows(
+    opened: Any, needed: list[str], file: Path, arrow: Any
+) -> Iterator[tuple[int, Row]]:
+    number = 0
+    try:
+        for batch in opened.iter_batches(batch_size=64, columns=list(dict.fromkeys(needed))):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (arrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: after row {number}: {error}") from None

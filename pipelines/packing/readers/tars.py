@@ -1,0 +1,241 @@
+"""WebDataset tars, such as img2dataset's: a picture with txt, json or cls of the same name."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3i_fast.pipelines.packing.items import (
+    Item,
+    Listing,
+    Place,
+    Refused,
+    SourceOptions,
+    check_num_bytes,
+    clean_captions,
+    printable,
+    stamp,
+    text_of,
+)
+from m3i_fast.pipelines.packing.readers.folders import PICTURE_SUFFIXES
+from m3i_fast.pipelines.packing.readers.labels import assign_labels
+from m3i_fast.pipelines.packing.readers.spool import (
+    NAME,
+    Spool,
+    open_spool,
+    read_range,
+    read_spooled,
+)
+from m3i_fast.pipelines.packing.readers.tables import split_in_name
+
+KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)  # as webdataset: up to the first dot
+MAX_TEXT_BYTES = 1 << 20
+PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
+PLAIN, COMPRESSED = (".tar",), (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+
+class Part(NamedTuple):
+    """A file of a sample: its place, and its content where that is text."""
+
+    place: Place
+    content: bytes
+    fault: Refused | None = None
+
+
+def tar_files(path: Path) -> list[Path]:
+    """Return the tar, or all tars below a folder in the order of their names."""
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*") if p.name.lower().endswith(PLAIN + COMPRESSED))
+
+
+class Tars:
+    """Reader of the pictures in tars."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+        self.root = options.path.parent if options.path.is_file() else options.path
+
+    def list(self) -> Listing:
+        listing = Listing()
+        labels: list[object] = []
+        files = tar_files(self.options.path)
+        compressed = [file for file in files if file.name.lower().endswith(COMPRESSED)]
+        with open_spool(self.options) if compressed else nullcontext() as spool:
+            for file in files:
+                name = file.relative_to(self.root).as_posix()
+                listing.files[name] = stamp(file)
+                split = split_in_name(name) if len(files) > 1 else None
+                seen: set[str] = set()
+                for key, parts in self._samples(file, name, listing, spool):
+                    where = printable(f"{name}:{key}")
+                    try:
+                        if key in seen:
+                            raise Refused("a name twice in one tar", "write the tar again")
+                        seen.add(key)
+                        item, label = self._item(where, parts)
+                    except Refused as refused:
+                        listing.refusals.append(refused.of(where))
+                    else:
+                        listing.items.append(item._replace(split=split or "train"))
+                        labels.append(label)
+        caption = " and ".join(f"json:{name}" for name in self.options.json_captions)
+        listing.notes.append(
+            f"captions: {caption or 'txt, or else json:caption'} (--json-caption); label: "
+            f"{self.options.label_column or 'cls'} (--label-column); group: "
+            f"{self.options.group_column or 'none'} (--group-column)"
+        )
+        assign_labels(
+            listing,
+            labels,
+            class_names=self.options.class_names,
+            label_as=self.options.label_as,
+        )
+        return listing
+
+    def read(self, place: Place) -> bytes:
+        if place[0] == NAME:
+            return read_spooled(self.options, place)
+        name, start, size = place
+        return read_range(self.root / str(name), int(start), int(size))
+
+    def _samples(
+        self, file: Path, name: str, listing: Listing, spool: Spool | None
+    ) -> Iterator[tuple[str, dict[str, Part]]]:
+        """Yield (key, parts by extension) of neighbouring files of one key."""
+        key, parts = "", dict[str, Part]()
+        for member, content in _members(file, name, listing):
+            match = KEY.fullmatch(member.name)
+            if match is None:
+                listing.refuse(
+                    printable(f"{name}:{member.name}"),
+                    "expected a name with an extension",
+                    "name it KEY.EXTENSION",
+                )
+                continue
+            if match[1] != key:
+                if parts:
+                    yield key, parts
+                key, parts = match[1], {}
+            extension = match[2].lower()
+            try:
+                if extension in parts:
+                    raise Refused(f"{extension} twice", "write the tar again")
+                parts[extension] = self._part(member, content, extension, name, spool)
+            except Refused as refused:
+                parts[extension] = Part((), b"", refused)
+        if parts:
+            yield key, parts
+
+    def _part(
+        self, member: tarfile.TarInfo, content: Any, extension: str, name: str, spool: Spool | None
+    ) -> Part:
+        place: Place = (name, member.offset_data, member.size)
+        if extension in PICTURES:
+            check_num_bytes(member.size)
+            return Part(spool.append(content.read()) if spool else place, b"")
+        if extension not in ("txt", "json", "cls"):
+            return Part(place, b"")
+        if member.size > MAX_TEXT_BYTES:
+            raise Refused(
+                f"expected at most {MAX_TEXT_BYTES} bytes of text, got {member.size}", "shorten it"
+            )
+        return Part(place, content.read())
+
+    def _item(self, where: str, parts: dict[str, Part]) -> tuple[Item, object]:
+        """Return the item of a sample, and its label as it is stored."""
+        for part in parts.values():
+            if part.fault is not None:
+                raise part.fault
+        asked = self.options.image_column
+        pictures = [asked] if asked else [e for e in parts if e in PICTURES]
+        if len(pictures) != 1 or pictures[0] not in parts:
+            raise Refused(
+                f"expected one picture, got {', '.join(map(printable, parts))}",
+                "name its extension by --image-column where there are several",
+            )
+        facts = _json(parts)
+        captions: list[object] = []
+        if self.options.json_captions:
+            captions = [facts.get(name) for name in self.options.json_captions]
+        elif "txt" in parts:
+            captions = [text_of(parts["txt"].content)]
+        else:
+            captions = [facts.get("caption")]
+        flat = [c for value in captions for c in (value if isinstance(value, list) else [value])]
+        group = facts.get(self.options.group_column) if self.options.group_column else None
+        if isinstance(group, (dict, list)):
+            raise Refused("group: expected text or a number", "name another --group-column")
+        label: object = _label(parts)
+        if self.options.label_column not in (None, "cls"):
+            label = facts.get(self.options.label_column)
+        if isinstance(label, (dict, list)):
+            raise Refused("label: expected text or a number", "name another --label-column")
+        place = parts[pictures[0]].place
+        item = Item(where, place, captions=clean_captions(flat), group="" if group is None else str(group))
+        return item, label
+
+
+def _json(parts: dict[str, Part]) -> dict[str | None, Any]:
+    if "json" not in parts:
+        return {}
+    try:
+        facts = json.loads(text_of(parts["json"].content))
+    except (ValueError, RecursionError) as error:
+        reason = error.reason if isinstance(error, Refused) else f"json: {error}"
+        raise Refused(reason, "mend or remove the json") from None
+    if not isinstance(facts, dict):
+        raise Refused("json: expected an object", "mend or remove the json")
+    return facts
+
+
+def _label(parts: dict[str, Part]) -> str | int:
+    """Return the label of cls: text, or the int64 that shards of this package have."""
+    content = parts["cls"].content if "cls" in parts else b""
+    if len(content) == 8 and not content.isdigit():
+        return int.from_bytes(content, "little", signed=True)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise Refused(f"cls: expected text, got {content[:20]!r}", "mend the label") from None
+
+
+def _members(file: Path, name: str, listing: Listing) -> Iterator[tuple[tarfile.TarInfo, Any]]:
+    """Yield the files in a tar with what reads them; what is none, or is damaged, is refused."""
+    size = file.stat().st_size if file.name.lower().endswith(PLAIN) else None
+    last = "its start"
+    try:
+        with tarfile.open(file) as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # which tarfile would keep of the whole file
+                where = printable(f"{name}:{member.name}")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    listing.refuse(where, "a link, device or sparse file", "store the file itself")
+                    continue
+                if size is not None and member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} ends after the tar")
+                yield member, tar.extractfile(member)
+                last = member.name
+            if size is not None and not _ends(file, tar.offset):
+                raise tarfile.ReadError("no header of a file, nor the end of a tar")
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        listing.refuse(
+            printable(name),
+            f"damaged after {printable(last)}: {printable(str(error))}",
+            "copy the tar again from where it came",
+        )
+
+
+def _ends(file: Path, offset: int) -> bool:
+    """Return whether a tar has its end mark, a block of zeros, at an offset."""
+    with file.open("rb") as raw:
+        raw.seek(offset)
+        block = raw.read(tarfile.BLOCKSIZE)
+    return len(block) == tarfile.BLOCKSIZE and not any(block)

@@ -1,0 +1,202 @@
+"""A shard as a task: from a slice of the listing and settings alone to a tar and its record.
+
+A task may be run again, by any process: it writes the same bytes, and renames them into place.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from m3i_fast.pipelines.dataset.manifest import ShardInfo
+from m3i_fast.pipelines.dataset.pack import PackedShard, write_shard
+from m3i_fast.pipelines.dataset.sample_table import ROW
+from m3i_fast.pipelines.dataset.samples import Sample
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.packing import output
+from m3i_fast.pipelines.packing.caption_ids import LongCaptions, caption_ids
+from m3i_fast.pipelines.packing.conversion import convert
+from m3i_fast.pipelines.packing.items import Item, Reader, Refusal, Refused, SourceOptions
+from m3i_fast.pipelines.packing.readers.guess import make_reader
+
+
+class Numbered(NamedTuple):
+    """An item with its ids."""
+
+    item: Item
+    sample_id: int
+    group_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSettings:
+    """What the bytes of a shard depend on beside its items."""
+
+    num_merges: int | None
+    context_length: int
+    long_captions: LongCaptions
+    max_pixels: int
+    for_gpu: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardTask:
+    """A shard that is to be written."""
+
+    out: Path
+    name: str
+    items: tuple[Numbered, ...]
+    source: SourceOptions
+    settings: ShardSettings
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the shard's bytes depend on."""
+        content = [asdict(self.settings), self.name, self.items]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def record_file(self) -> str:
+        """Name of the record in DIR."""
+        return f"{output.STATE}/{self.name}.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """What became of a task."""
+
+    packed: PackedShard | None  # None: all of its pictures are refused
+    refused: tuple[tuple[int, Refusal], ...]  # (sample id, why)
+    changes: dict[str, int]  # pictures by why they were encoded again
+    num_cut: int  # captions
+
+    def to_json(self, key: str) -> bytes:
+        """Return the record as it is kept until the data set is whole."""
+        raw: dict[str, Any] = asdict(self) | {"key": key}
+        if self.packed is not None:
+            raw["packed"]["rows"] = base64.b64encode(self.packed.rows.tobytes()).decode()
+        return json.dumps(raw).encode()
+
+
+def run(task: ShardTask, advance: Callable[[int], None] = lambda number: None) -> Record:
+    """Write the shard of a task and its record; `advance` is told the pictures that are done."""
+    reader = _reader(task.source)
+    tokenizer = _tokenizer(task.settings.num_merges, task.settings.context_length)
+    refused: list[tuple[int, Refusal]] = []
+    changes: Counter[str] = Counter()
+    num_cut = 0
+
+    def samples() -> Iterator[tuple[Sample, tuple[int, int]]]:
+        nonlocal num_cut
+        for numbered in task.items:
+            try:
+                sample, size, change, cut = _sample(numbered, reader, tokenizer, task.settings)
+            except Refused as reason:
+                refused.append((numbered.sample_id, reason.of(numbered.item.name)))
+            else:
+                changes[change] += 1
+                num_cut += cut
+                yield sample, size
+            advance(1)
+
+    packed = None
+    good = samples()
+    if (first := next(good, None)) is not None:
+        with output.written(task.out, task.name, index_name(task.name)) as (tar, index):
+            packed = write_shard(tar, index, task.name, chain([first], good))
+    else:
+        output.remove(task.out, task.name)
+        output.remove(task.out, index_name(task.name))
+    changes.pop("", None)
+    record = Record(
+        packed=packed,
+        refused=tuple(refused),
+        changes=dict(sorted(changes.items())),
+        num_cut=num_cut,
+    )
+    output.write(task.out, task.record_file, record.to_json(task.key))
+    return record
+
+
+def index_name(name: str) -> str:
+    """Return the name of a tar's index."""
+    return str(Path(name).with_suffix(".idx"))
+
+
+def finished(task: ShardTask) -> Record | None:
+    """Return the record of a task that was run before, with the same items and settings."""
+    stored = output.read(task.out, task.record_file)
+    if stored is None:
+        return None
+    raw = json.loads(stored)
+    if raw["key"] != task.key:
+        return None
+    packed = None
+    if raw["packed"] is not None:
+        fields = raw["packed"]
+        info = ShardInfo(**fields["info"])
+        fields["info"] = info
+        fields["rows"] = np.frombuffer(base64.b64decode(fields["rows"]), ROW)
+        packed = PackedShard(**{k: _tuple(v) for k, v in fields.items()})
+        there = (output.size(task.out, n) for n in (info.file, info.index_file))
+        if tuple(there) != (info.num_bytes, info.index_bytes):
+            return None
+    return Record(
+        packed=packed,
+        refused=tuple((i, Refusal(*fields)) for i, fields in raw["refused"]),
+        changes=raw["changes"],
+        num_cut=raw["num_cut"],
+    )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sample(
+    numbered: Numbered, reader: Reader, tokenizer: Tokenizer, settings: ShardSettings
+) -> tuple[Sample, tuple[int, int], str, int]:
+    """Return a sample, its size, why its picture was changed, and how many captions were cut."""
+    item = numbered.item
+    captions, num_cut = caption_ids(tokenizer, item.captions, settings.long_captions)
+    try:
+        content = reader.read(item.place)
+    except OSError as error:
+        raise Refused(f"cannot be read: {error.strerror}", "mend or remove it") from None
+    stored = convert(content, max_pixels=settings.max_pixels, for_gpu=settings.for_gpu)
+    sample = Sample(
+        image=stored.content,
+        extension=stored.extension,
+        name=os.path.splitext(item.name)[0],
+        sample_id=numbered.sample_id,
+        group_id=numbered.group_id,
+        captions=captions,
+        label=item.label,
+    )
+    return sample, stored.size, stored.change, num_cut
+
+
+@lru_cache(maxsize=4)
+def _reader(options: SourceOptions) -> Reader:
+    return make_reader(options)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(num_merges: int | None, context_length: int) -> Tokenizer:
+    return Tokenizer(num_merges, context_length)
+
+
+def forget_sources() -> None:
+    """Have sources opened anew, which may have changed since."""
+    _reader.cache_clear()

@@ -1,0 +1,70 @@
+"""What an unfinished pack was begun with, so that it is not gone on with something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from m3i_fast.pipelines.packing import output
+from m3i_fast.pipelines.packing.items import Listing
+
+SETTINGS, LISTED = f"{output.STATE}/settings.json", f"{output.STATE}/listed.jsonl"
+_SHOWN = 5
+
+
+def check_unchanged(out: Path, described: dict[str, Any], listing: Listing) -> None:
+    """Record settings and listing of a new pack, or compare them with those of one that was begun.
+
+    Raises ValueError that says which settings or files changed, and what to do.
+    """
+    listed = _lines(listing)
+    before = output.read(out, SETTINGS)
+    if before is None:
+        output.write(out, LISTED, "".join(f"{line}\n" for line in listed).encode())
+        output.write(out, SETTINGS, json.dumps(described).encode())
+        return
+    earlier = json.loads(before)
+    changed = [
+        f"{key} was {earlier.get(key)!r}, is {value!r}"
+        for key, value in described.items()
+        if key != "source_sha256" and earlier.get(key) != value
+    ]
+    changed += _changes((output.read(out, LISTED) or b"").decode().splitlines(), listed)
+    if changed:
+        raise ValueError(
+            f"DIR: {out} holds a pack that was begun with another source or other settings: "
+            f"{'; '.join(changed)}. Go on with those, or remove {out} and pack anew"
+        )
+
+
+def _lines(listing: Listing) -> list[str]:
+    """Return a line a picture, and a file that holds many: name, hash of all that is listed."""
+    entries: Iterable[tuple[str, Any]] = (
+        *listing.files.items(),
+        *((item.name, item) for item in listing.items),
+    )
+    return [
+        json.dumps([name, hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:16]])
+        for name, entry in entries
+    ]
+
+
+def _changes(before: list[str], now: list[str]) -> list[str]:
+    """Say which pictures are new, gone or changed."""
+    if before == now:
+        return []
+    old, new = (dict(map(json.loads, lines)) for lines in (before, now))
+    kinds = {
+        "new": [name for name in new if name not in old],
+        "gone": [name for name in old if name not in new],
+        "changed": [name for name in new if name in old and old[name] != new[name]],
+    }
+    said = [
+        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    return [f"pictures of the source: {', '.join(said) or 'another order'}"]

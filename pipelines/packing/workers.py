@@ -1,0 +1,109 @@
+"""Tasks run here, by processes of this machine, or by Ray; their records come as they finish."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+from m3i_fast.pipelines.optional_imports import require
+from m3i_fast.pipelines.packing.progress import Advance
+from m3i_fast.pipelines.packing.shard_task import Record, ShardTask, run
+
+POLL_S = 0.2  # between two looks at what the processes have done
+Done = Iterator[tuple[ShardTask, Record]]
+Run = Callable[[Sequence[ShardTask], Advance], Done]
+
+
+def run_here(tasks: Sequence[ShardTask], advance: Advance) -> Done:
+    """Run tasks one after the other in this process."""
+    for task in tasks:
+        yield task, run(task, advance)
+
+
+def with_processes(number: int) -> Run:
+    """Return a function that runs tasks in as many processes."""
+
+    def run_in_processes(tasks: Sequence[ShardTask], advance: Advance) -> Done:
+        context = multiprocessing.get_context("forkserver")
+        # Imported once, not in each process; the tokenizer's package takes seconds.
+        context.set_forkserver_preload([__name__, "open_clip.tokenizer"])
+        counter = context.Value("q", 0)
+        seen = 0
+        pool = ProcessPoolExecutor(
+            number, mp_context=context, initializer=_start, initargs=(counter,)
+        )
+        try:
+            task_of = {pool.submit(_run_counted, task): task for task in tasks}
+            left = set(task_of)
+            while left:
+                done, left = wait(left, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                advance(counter.value - seen)
+                seen = counter.value
+                for future in done:
+                    yield task_of[future], future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "a process of the pack was ended from outside, as the system does where memory is "
+                "short; start again with fewer --workers: it goes on where it was"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    return run_in_processes
+
+
+_counter: Any = None  # of this process
+
+
+def _start(counter: Any) -> None:
+    """Prepare a process: it counts pictures, and ends when the one that started it does."""
+    global _counter
+    _counter = counter
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+
+def _run_counted(task: ShardTask) -> Record:
+    def advance(number: int) -> None:
+        with _counter.get_lock():
+            _counter.value += number
+
+    return run(task, advance)
+
+
+def with_ray(address: str) -> Run:
+    """Return a function that runs each task as a task of a Ray cluster; "local" starts one here.
+
+    SOURCE and DIR have to be folders that all nodes see by the same name.
+    """
+
+    def run_in_ray(tasks: Sequence[ShardTask], advance: Advance) -> Done:
+        ray = require("ray", extra="ray")
+        ray.init(address=address, log_to_driver=False)
+        try:
+            remote = ray.remote(num_cpus=1, max_retries=3)(run)
+            task_of = {remote.remote(task): task for task in tasks}
+            left = list(task_of)
+            while left:
+                done, left = ray.wait(left, num_returns=1)
+                for reference in done:
+                    task = task_of[reference]
+                    record = ray.get(reference)
+                    advance(len(task.items))
+                    yield task, record
+        finally:
+            ray.shutdown()
+
+    return run_in_ray

@@ -1,0 +1,303 @@
+"""The job: one result whatever the processes, kills and order; what is gone on with, and what not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from m3i_fast.benchmarks.faults.failing_files import killed_at
+from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
+from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.packing.shard_task import ShardTask
+from m3i_fast.pipelines.packing.workers import run_here, with_processes
+from tests.pipelines.packing.helpers import (
+    contents,
+    pack_with,
+    picture,
+    put,
+    refused_of,
+    rows_of,
+    sizes,
+)
+
+
+def make_folder(root: Path, number: int) -> Path:
+    """Pictures of three classes, every seventh of them none."""
+    kinds = ("JPEG", "PNG", "BMP", "GIF")
+    pictures = [picture(i, kinds[i % 4], 8, 12) for i in range(16)]
+    for i in range(number):
+        content = b"no picture" if i % 7 == 3 else pictures[i % 16]
+        put(root, f"class {i % 3}/{i:05d}.png", content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("folder") / "source", 300)
+
+
+FLAGS = {"samples_per_shard": 16, "split": ("heldout=0.2",), "name": "set"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    packed = pack_with(folder, out, **FLAGS)
+    assert len(packed.refused) == 43
+    assert sum(sizes(packed.manifest).values()) == 300 - 43
+    return contents(out)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_bytes_do_not_depend_on_the_workers(
+    folder: Path, undisturbed: dict[str, bytes], tmp_path: Path, workers: int
+) -> None:
+    pack_with(folder, tmp_path / "out", with_processes(workers), **FLAGS)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+COMMAND = [sys.executable, "-m", "m3i_fast.cli", "data", "pack"]
+FLAG_WORDS = "--samples-per-shard 16 --split heldout=0.2 --name set --num-merges 100".split()
+
+
+def pack_killed(source: Path, out: Path, times: int, **more: Any) -> None:
+    """Kill the verb and its processes' parent at random moments of the packing, then let it end."""
+    rng = random.Random(0)
+    command = [*COMMAND, str(source), str(out), *FLAG_WORDS, "--context-length", "16"]
+    command += [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    killed = 0
+    while True:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        if killed < times:
+            # From the first record that this start writes on, since it takes long to begin.
+            before = len(list(out.glob(".packing/*.tar.json")))
+            while process.poll() is None and not is_dataset(out):
+                if len(list(out.glob(".packing/*.tar.json"))) > before:
+                    break
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+            assert process.stderr is not None
+            process.stderr.close()
+            if killed and not is_dataset(out):
+                continue
+        _, said = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said
+        if process.returncode == 0:
+            assert killed == times, f"ended after {killed} kills"
+            return
+
+
+def test_a_pack_that_is_killed_five_times_goes_on_to_the_same_bytes(
+    folder: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    rng, out = random.Random(0), tmp_path / "out"
+    for kill in range(5):
+        child = os.fork()
+        if child == 0:
+            try:
+                pack_with(folder, out, **FLAGS)
+            finally:
+                os._exit(1)
+        while len(list(out.glob(".packing/*.tar.json"))) < 1 + 3 * kill:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.05)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not is_dataset(out)
+    pack_with(folder, out, **FLAGS)
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.nightly
+def test_twenty_thousand_pictures_are_killed_five_times(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "source", 20_000)
+    flags = FLAGS | {"samples_per_shard": 256}
+    pack_with(source, tmp_path / "undisturbed", with_processes(2), **flags)
+    pack_killed(source, tmp_path / "out", 5, workers=2, **{"samples-per-shard": 256})
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("power_cut", [False, True])
+def test_killed_at_any_write_it_goes_on_to_the_same_bytes(tmp_path: Path, power_cut: bool) -> None:
+    """Before each of some writes, spread over the pack; nothing half-written looks finished."""
+    source = make_folder(tmp_path / "source", 12)
+    flags: dict[str, Any] = {"samples_per_shard": 5, "name": "set"}
+    pack_with(source, tmp_path / "whole", **flags)
+    expected = contents(tmp_path / "whole")
+    number = 0
+    while True:
+        out = tmp_path / f"out{number}"
+        if not killed_at(lambda o=out: pack_with(source, o, **flags), out, number, power_cut=power_cut):
+            break
+        if is_dataset(out):
+            assert verify(out) == read_manifest(tmp_path / "whole")
+        pack_with(source, out, **flags)
+        assert contents(out) == expected, number
+        number += 17
+    assert number > 50
+
+
+def test_finished_shards_are_not_written_again(folder: Path, tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def stop_after_four(tasks: Any, advance: Any) -> Any:
+        for task, record in run_here(tasks[:4], advance):
+            ran.append(task.name)
+            yield task, record
+        raise KeyboardInterrupt
+
+    def count(tasks: list[ShardTask], advance: Any) -> Any:
+        ran.extend(task.name for task in tasks)
+        return run_here(tasks, advance)
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_with(folder, tmp_path / "out", stop_after_four, **FLAGS)
+    pack_with(folder, tmp_path / "out", count, **FLAGS)
+    assert len(ran) == len(set(ran)) == len(list((tmp_path / "out").glob("*.tar")))
+    del ran[:]
+    packed = pack_with(folder, tmp_path / "out", count, **FLAGS)
+    assert packed.was_there and len(packed.refused) == 43 and not ran
+    with pytest.raises(ValueError, match=r"holds a data set of another .* \(seed\): name another"):
+        pack_with(folder, tmp_path / "out", **FLAGS, seed=1)
+
+
+def stop(tasks: Any, advance: Any) -> Any:
+    yield from run_here(tasks[:1], advance)
+    raise KeyboardInterrupt
+
+
+def test_a_changed_source_or_setting_is_refused_with_what_changed(tmp_path: Path) -> None:
+    source, out = make_folder(tmp_path / "source", 12), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        pack_with(source, out, stop, samples_per_shard=4)
+    with pytest.raises(ValueError, match="seed was 0, is 3; max_pixels was .*, is 99999"):
+        pack_with(source, out, samples_per_shard=4, seed=3, max_pixels=99999)
+    put(source, "class 0/00000.png", picture(99))
+    put(source, "class 1/new.png")
+    (source / "class 2/00002.png").unlink()
+    message = (
+        r"1 new \(class 1/new.png\), 1 gone \(class 2/00002.png\), 1 changed \(class 0/00000.png\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        pack_with(source, out, samples_per_shard=4)
+    assert not is_dataset(out)
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    source, out = make_folder(tmp_path / "source", 6), tmp_path / "out"
+
+    def second(tasks: Any, advance: Any) -> Any:
+        with pytest.raises(ValueError, match="is being packed by another process"):
+            pack_with(source, out)
+        return run_here(tasks, advance)
+
+    pack_with(source, out, second)
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "source", 6)
+    put(tmp_path / "out", "holiday.png")
+    with pytest.raises(ValueError, match="expected a new or empty directory, got other files"):
+        pack_with(source, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["holiday.png"]
+    with pytest.raises(ValueError, match="expected a directory, got a file"):
+        pack_with(source, put(tmp_path, "file"))
+
+
+def test_a_process_that_is_ended_is_said_and_the_pack_goes_on(
+    folder: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As the system ends one where memory is short."""
+
+    def with_murder(tasks: Any, advance: Any) -> Any:
+        for i, done in enumerate(with_processes(2)(tasks, advance)):
+            if i == 1:
+                for child in workers_of(os.getpid()):
+                    os.kill(child, signal.SIGKILL)
+            yield done
+
+    with pytest.raises(RuntimeError, match="start again with fewer --workers"):
+        pack_with(folder, tmp_path / "out", with_murder, **FLAGS)
+    pack_with(folder, tmp_path / "out", **FLAGS)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+def workers_of(parent: int) -> list[int]:
+    """Return the processes of the pool: children of the fork server, which is a child."""
+    import psutil
+
+    found = psutil.Process(parent).children(recursive=True)
+    return [p.pid for p in found if "forkserver" in " ".join(p.cmdline()) and p.ppid() != parent]
+
+
+# ---- Splits, groups, limit -----------------------------------------------------------------------
+
+
+def test_shares_and_limits(folder: Path, tmp_path: Path) -> None:
+    splits = ("heldout=0.25", "tune=0.1")
+    first = pack_with(folder, tmp_path / "first", split=splits, limit=100)
+    shares = sizes(first.manifest)
+    assert sum(shares.values()) + len(first.refused) == 100
+    listed = {name: 0 for name in ("train", "heldout", "tune")}
+    ids = {split: {row.sample_id for row in rows_of(tmp_path / "first", split)} for split in listed}
+    assert not ids["train"] & ids["heldout"] and not ids["tune"] & ids["heldout"]
+    assert 18 <= shares["heldout"] <= 25 and 6 <= shares["tune"] <= 10
+    second = pack_with(folder, tmp_path / "second", split=splits, limit=100, seed=1)
+    other = {row.sample_id for row in rows_of(tmp_path / "second", "train")}
+    assert other != ids["train"] and sizes(second.manifest).keys() == shares.keys()
+    pack_with(folder, tmp_path / "named", split=("mine",), limit=9)
+    assert set(read_manifest(tmp_path / "named").splits) == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (("a/b",), "--split: expected a name of letters, digits and _, got 'a/b'"),
+        (("x=2",), r"--split x=SHARE: expected a share in \(0, 1\), got '2'"),
+        (("x=0.5", "y=0.5"), "expected shares that leave something over"),
+        (("a", "b"), r"expected some of train, which the source has, got \['a', 'b'\]"),
+        (("train=0.5",), "the source has a split train already"),
+    ],
+)
+def test_wrong_splits_are_refused(
+    folder: Path, tmp_path: Path, splits: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_with(folder, tmp_path / "out", split=splits)
+    assert not (tmp_path / "out").exists()
+
+
+def test_groups_stay_together_and_are_named_by_a_picture_that_is_there(tmp_path: Path) -> None:
+    """The first of every group is no picture, which is known only when it is decoded."""
+    lines = ["file,group"]
+    for i in range(60):
+        put(tmp_path, f"{i}.png", b"none" if i % 3 == 0 else None)
+        lines.append(f"{i}.png,g{i // 3}")
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    flags: dict[str, Any] = {"split": ("heldout=0.3",), "samples_per_shard": 7}
+    packed = pack_with(tmp_path / "t.csv", tmp_path / "out", **flags)
+    assert len(packed.refused) == 20 and sizes(packed.manifest) == {"train": 28, "heldout": 12}
+    for split in ("train", "heldout"):
+        for row in rows_of(tmp_path / "out", split):
+            assert row.group_id == row.sample_id // 3 * 3 + 1
+    packed = pack_with(tmp_path / "t.csv", tmp_path / "other", with_processes(2), **flags, name="out")
+    assert contents(tmp_path / "other") == contents(tmp_path / "out")
+
+
+def test_samples_are_shuffled_over_all_shards(folder: Path, tmp_path: Path) -> None:
+    pack_with(folder, tmp_path / "out", samples_per_shard=16)
+    rows = np.fromfile(tmp_path / "out" / "train.samples", "<i8").reshape(-1, 6)
+    ids = rows[:, 1]
+    assert len(set(ids.tolist())) == len(ids) == 257
+    assert abs(np.corrcoef(ids, np.arange(len(ids)))[0, 1]) < 0.2
