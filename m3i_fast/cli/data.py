@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from m3i_fast.cli import console
+from m3i_fast.cli.data_index import Index
 from m3i_fast.cli.data_pack import Pack
 from m3i_fast.cli.data_show import Show
 from m3i_fast.config.data import MAX_PIXELS
@@ -155,6 +156,7 @@ Command = (
     | Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
     | Annotated[Styles, tyro.conf.subcommand("styles")]
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
+    | Annotated[Index, tyro.conf.subcommand("index")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Show, tyro.conf.subcommand("show")]
 )
