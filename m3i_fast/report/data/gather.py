@@ -16,8 +16,7 @@ from PIL import Image, ImageOps
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.diagnosis import integer
-from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, read_manifest
+from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
 from m3i_fast.pipelines.dataset.near_duplicates import (
     COMPARED_SIZE,
     NEARER_THAN,
@@ -26,13 +25,15 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
     thumbnail,
 )
 from m3i_fast.pipelines.dataset.pictures import FORMATS
-from m3i_fast.pipelines.dataset.tar_shards import members
+from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.dataset.tar_members import sample_files
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.report.data.inputs import (
     Counted,
     DataPageInputs,
     NearPair,
+    Refusal,
     ShownSample,
     ShownView,
 )
@@ -123,7 +124,7 @@ def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[Sho
         if loader.epoch > 0 or len(shown) == number:
             break
         ids = batch.sample_id.tolist()
-        pictures = pictures_of(cfg.path, manifest.split(cfg.split), ids)
+        pictures = pictures_of(cfg.path, manifest, cfg.split, ids)
         for row, sample_id in enumerate(ids[: number - len(shown)]):
             shown.add(sample_id)
             height, width = batch.image_size[row].tolist()
@@ -167,17 +168,18 @@ def _picture(view: Any) -> Picture:  # [3, S, S] uint8 tensor -> [S, S, 3]
     return np.ascontiguousarray(view.permute(1, 2, 0).numpy())
 
 
-def pictures_of(path: Path, split: SplitInfo, ids: Collection[int]) -> dict[int, Picture]:
+def pictures_of(
+    path: Path, manifest: Manifest, split: str, ids: Collection[int]
+) -> dict[int, Picture]:
     """Read and decode the upright pictures of some samples, at most MOST_SIDE pixels long."""
-    wanted, found = set(ids), {}
-    for shard in split.shards:
-        for sample in members(path, shard, (*FORMATS, "sid")):
-            sample_id = integer(sample, "sid")
-            if sample_id in wanted:
-                (encoded,) = (sample[name].content for name in FORMATS if name in sample)
-                found[sample_id] = _decode(encoded)
-        if len(found) == len(wanted):
-            break
+    table = SampleTable.open(path, manifest, split)
+    found = {}
+    for row in table.rows[np.isin(table.rows["sample_id"], list(ids))]:
+        with (path / table.shard_files[row["shard"]]).open("rb") as tar:
+            content = os.pread(tar.fileno(), int(row["size"]), int(row["offset"]))
+        _, files = sample_files(content)
+        encoded = next(files[name] for name in FORMATS if name in files)
+        found[int(row["sample_id"])] = _decode(encoded)
     return found
 
 
@@ -214,7 +216,7 @@ def _near_pairs(
         name: [read[name].sample_id[i] for _, *two in chosen for n, i in two if n == name]
         for name in read
     }
-    pictures = {name: pictures_of(path, manifest.split(name), of) for name, of in ids.items() if of}
+    pictures = {name: pictures_of(path, manifest, name, of) for name, of in ids.items() if of}
     pairs = []
     for distance, (split_a, a), (split_b, b) in chosen:
         id_a, id_b = read[split_a].sample_id[a], read[split_b].sample_id[b]
@@ -266,7 +268,8 @@ def _search(
 # ---- What was refused, and settings --------------------------------------------------------------
 
 
-def _refused(path: Path) -> list[tuple[str, str]] | None:
+def _refused(path: Path) -> list[Refusal] | None:
+    """Read what packing or indexing left out; None where no file says so."""
     file = path / REFUSED
     if not file.is_file():
         return None
@@ -275,10 +278,12 @@ def _refused(path: Path) -> list[tuple[str, str]] | None:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
-            rows.append((str(row["name"]), str(row["reason"])))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            name = [str(row["file"]), *([str(row["sample"])] if row.get("sample") else [])]
+            advice = str(row.get("what_to_do", ""))
+            rows.append(Refusal(": ".join(name), str(row["reason"]), advice))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{file}: line {number}: expected an object with name and reason, got {line[:80]!r}"
+                f"{file}: line {number}: expected an object with file and reason, got {line[:80]!r}"
             ) from error
     return rows
 

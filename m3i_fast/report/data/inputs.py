@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3i_fast.report.inputs import Picture, check_picture
 
@@ -52,6 +52,14 @@ class NearPair:
     distance: float  # root mean square difference of their thumbnails, 0..1
 
 
+class Refusal(NamedTuple):
+    """A file, or a sample in one, that is not in the data set."""
+
+    name: str
+    reason: str
+    what_to_do: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counted:
     """Values of the pictures of the split that were read for the histograms, in order."""
@@ -94,6 +102,6 @@ class DataPageInputs:
     """Pairs of them that are nearly equal and in one group."""
     near: Sequence[NearPair]
     """Some of the pairs in different groups."""
-    refused: Sequence[tuple[str, str]] | None
-    """(name, reason) of what packing refused; None: nothing says so."""
+    refused: Sequence[Refusal] | None
+    """What packing or indexing left out; None: nothing says so."""
     attribution: str = ""

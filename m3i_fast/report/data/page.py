@@ -16,7 +16,13 @@ from PIL import Image
 
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.report import template
-from m3i_fast.report.data.inputs import DataPageInputs, NearPair, ShownSample, ShownView
+from m3i_fast.report.data.inputs import (
+    DataPageInputs,
+    NearPair,
+    Refusal,
+    ShownSample,
+    ShownView,
+)
 from m3i_fast.report.inputs import Picture
 from m3i_fast.report.pictures import SMALL, Inline, inline
 
@@ -125,7 +131,7 @@ def _tiles(inputs: DataPageInputs) -> list[dict[str, str]]:
         (f"{inputs.num_near:,}", "near duplicates", "pairs of different groups"),
     ]
     if inputs.refused is not None:
-        tiles.append((f"{len(inputs.refused):,}", "refused", "by packing"))
+        tiles.append((f"{len(inputs.refused):,}", "left out", "of the source"))
     return [{"value": v, "label": label, "detail": detail} for v, label, detail in tiles]
 
 
@@ -321,13 +327,13 @@ def _bars(rows: Iterable[tuple[str, int]], total: int) -> list[Bar]:
     ]
 
 
-def _refused(rows: Sequence[tuple[str, str]] | None) -> dict[str, Any] | None:
+def _refused(rows: Sequence[Refusal] | None) -> dict[str, Any] | None:
     if rows is None:
         return None
-    reasons = Counter(printable(reason) for _, reason in rows)
+    reasons = Counter(printable(row.reason.partition(", got")[0]) for row in rows)
     return {
         "number": len(rows),
         "reasons": reasons.most_common(MOST_BARS),
         "num_reasons": len(reasons),
-        "rows": [(printable(name), printable(reason)) for name, reason in rows[:MOST_REFUSED]],
+        "rows": [tuple(map(printable, row)) for row in rows[:MOST_REFUSED]],
     }

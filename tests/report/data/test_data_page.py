@@ -58,9 +58,9 @@ def hostile(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> P
     splits = {"train": samples, "heldout": heldout}
     write_dataset(out, splits, about, seed=0, samples_per_shard=4)
     refused = [
-        {"name": f"{HOSTILE}.gif", "reason": "expected JPEG or PNG data, got GIF"},
-        {"name": "\udcff.gif", "reason": "expected JPEG or PNG data, got GIF"},
-        {"name": "bomb.png", "reason": "<i>too large</i>"},
+        {"file": f"{HOSTILE}.gif", "reason": "expected JPEG or PNG data, got GIF"},
+        {"file": "\udcff.gif", "reason": "expected JPEG or PNG data, got BMP"},
+        {"file": "a.tar", "sample": "7", "reason": "<i>too large</i>", "what_to_do": "shrink <it>"},
     ]
     (out / "refused.jsonl").write_text("".join(json.dumps(row) + "\n" for row in refused))
     return out
@@ -158,10 +158,11 @@ def test_near_duplicates_of_other_groups_are_found_and_those_of_two_splits_come_
 def test_what_was_refused_is_counted_by_reason(found: DataPageInputs, hostile: Path) -> None:
     html = render_data_page(found)
     assert "3 files of the source are not in the data set" in html
-    table = re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', html)
-    assert ("expected JPEG or PNG data, got GIF", "2") in table
-    assert ("bomb.png", "&lt;i&gt;too large&lt;/i&gt;") in table
-    assert "What packing refused" not in render_data_page(replace(found, refused=None))
+    rows = re.findall(r'<tr><th scope="row">([^<]*)</th>(.*?)</tr>', html)
+    table = {name: re.findall("<td>(.*?)</td>", cells) for name, cells in rows}
+    assert table["expected JPEG or PNG data"] == ["2"]
+    assert table["a.tar: 7"] == ["&lt;i&gt;too large&lt;/i&gt;", "shrink &lt;it&gt;"]
+    assert "What was left out" not in render_data_page(replace(found, refused=None))
     assert "Nothing: every picture" in render_data_page(replace(found, refused=[]))
 
 
@@ -277,7 +278,7 @@ def test_what_cannot_be_shown_is_named(
     assert message in said(capsys) and not out.exists()
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"name": "a"}', "\udcff"])
+@pytest.mark.parametrize("line", ["{", "[1]", '{"file": "a"}', "\udcff"])
 def test_a_damaged_list_of_refusals_is_named(
     line: str, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -285,5 +286,5 @@ def test_a_damaged_list_of_refusals_is_named(
     samples = [sample(0, picture(0), captions=())]
     path = write_dataset(tmp_path / "d", {"train": samples}, about, seed=0, samples_per_shard=4)
     (path / "refused.jsonl").write_text(f"{line}\n", errors="surrogateescape")
-    with pytest.raises(ValueError, match=r"refused\.jsonl: line 1: expected an object with name"):
+    with pytest.raises(ValueError, match=r"refused\.jsonl: line 1: expected an object with file"):
         read(path)
