@@ -10,8 +10,9 @@ are). Decoding alone takes pictures from memory in as many threads, by each deco
 installed: what no loader on this processor is faster than. Images are source images, however many
 views each gives; CPU-seconds and bytes read are of this process and of those that it started.
 
-Batches that were ready before a window are used up before it begins. Shards come from the page
-cache, which the check has filled, or from a copy in memory (`--sources memory`).
+A window begins when the others have filled their queues, and after what was ready is used up.
+Shards come from the page cache, which the check has filled, or from a copy in memory (`--sources
+memory`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from m3i_fast.pipelines.batch import Batch
 
 TOLERANCE, DEVIATIONS = 0.01, 4.0  # of means in units of 255; standard errors
+POLL_S, IDLE_LIMIT_S = 0.1, 120.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -27,6 +29,8 @@ class Endless:
         self._spent = spent()
 
     def use_up(self) -> None:
+        """Wait until no loader fills its queues any more, then empty the queue of this one."""
+        wait_until_idle()
         for _ in range(self._num_ahead):
             next(self._batches)
 
@@ -54,6 +58,26 @@ def spent() -> dict[str, float]:
         "cpu_s": sum(map(_process_s, processes)),
         "read_bytes": float(sum(map(_process_bytes, processes))),
     }
+
+
+def wait_until_idle() -> None:
+    """Wait until this process and those below it take less than a tenth of a core.
+
+    A loader fills its queues after its turn, which would be timed with the next one's. Raises
+    RuntimeError where they are still at work after IDLE_LIMIT_S.
+    """
+    begun = time.monotonic()
+    num_idle = 0
+    while num_idle < 2:
+        before = spent()["cpu_s"]
+        time.sleep(POLL_S)
+        is_idle = spent()["cpu_s"] - before <= 0.1 * POLL_S + 1 / _TICKS
+        num_idle = num_idle + 1 if is_idle else 0
+        if time.monotonic() - begun > IDLE_LIMIT_S:
+            raise RuntimeError(
+                f"expected loaders to be idle {IDLE_LIMIT_S} s after their turn, when their queues "
+                "are full, got one at work; leave it out by --peers"
+            )
 
 
 def _with_children(pid: str) -> Iterator[str]:

@@ -20,9 +20,16 @@ from PIL import Image
 
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.loader import main as loader
+from m3i_fast.benchmarks.loader import measuring
 from m3i_fast.benchmarks.loader.decoders import DECODERS, DecodeAlone
 from m3i_fast.benchmarks.loader.main import local_views, with_views
-from m3i_fast.benchmarks.loader.measuring import Statistics, expect_same, look, spent
+from m3i_fast.benchmarks.loader.measuring import (
+    Statistics,
+    expect_same,
+    look,
+    spent,
+    wait_until_idle,
+)
 from m3i_fast.benchmarks.loader.peers import PEERS, Peer
 from m3i_fast.benchmarks.loader.work import (
     PILLOW,
@@ -188,6 +195,29 @@ def test_what_grandchildren_spend_counts(tmp_path: Path) -> None:
         os.killpg(child.pid, signal.SIGKILL)
     assert 0.35 <= after["cpu_s"] - before["cpu_s"] < 5.0
     assert 3e6 <= after["read_bytes"] - before["read_bytes"] < 2e7
+
+
+def test_a_window_waits_for_the_work_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    burn = BURN.partition("time.sleep")[0]
+    script = f"print(flush=True)\n{burn}\nimport sys; sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        wait_until_idle()
+        os.set_blocking(child.stdout.fileno(), False)
+        assert child.stdout.read() == b"\n"  # written after its work
+        child.stdin.close()
+    monkeypatch.setattr(measuring, "IDLE_LIMIT_S", 0.3)
+    with (
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child,
+        pytest.raises(RuntimeError, match="got one at work; leave it out by --peers"),
+    ):
+        try:
+            wait_until_idle()
+        finally:
+            child.kill()
 
 
 def test_decoders_decode_the_same_picture(shards: Path) -> None:
