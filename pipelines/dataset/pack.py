@@ -103,8 +103,8 @@ def write_shard(
 ) -> PackedShard:
     """Write one tar and its DALI index (format of wds2idx v1.2).
 
-    name: what the tar will be called, which `file` need not be yet. samples: at least one, each with
-    its upright (height, width), checked before.
+    name: what the tar will be called, which `file` need not be yet. samples: at least one, each
+    with its upright (height, width), checked before.
     """
     index: list[str] = []
     kept: list[tuple[int, ...]] = []

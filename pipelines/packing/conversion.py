@@ -1,7 +1,7 @@
 """From any picture that Pillow reads to one that shards hold: the rule, and the refusals.
 
-A JPEG (gray or RGB, upright) and a PNG (8 bits gray or RGB, no transparency, one picture) keep their
-bytes. Anything else is decoded and encoded again: a lossy source as JPEG (quality 95, 4:4:4), a
+A JPEG (gray or RGB, upright) and a PNG (8 bits gray or RGB, no transparency, one picture) keep
+their bytes. Anything else is decoded and encoded again: a lossy source as JPEG (quality 95, 4:4:4), a
 lossless one as PNG. EXIF's orientation is applied; transparency is laid on white; of 16 bits the
 upper 8 are kept; of several pictures in a file the first; CMYK, palettes and others become RGB.
 Colour profiles are not applied. With a short side S (`for_gpu`) every picture becomes a baseline

@@ -140,7 +140,9 @@ def text_of(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Refused(f"caption: not UTF-8 ({error.reason} at byte {error.start})", RECODE) from None
+        raise Refused(
+            f"caption: not UTF-8 ({error.reason} at byte {error.start})", RECODE
+        ) from None
 
 
 RECODE = "write the text again as UTF-8 (iconv -f LATIN1 -t UTF-8)"

@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest, is_dataset, read_manifest
-from m3i_fast.pipelines.dataset.pack import DatasetInfo, PackedShard, write_manifest
+from m3i_fast.pipelines.dataset.manifest import Manifest, is_dataset, read_manifest
+from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_manifest
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing import output
-from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions, printable
+from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions
 from m3i_fast.pipelines.packing.plan import (
     PlanSettings,
     Shards,
@@ -74,6 +74,7 @@ def pack(settings: PackSettings, out: Path, run: Run, console: Console) -> Packe
     """
     out = Path(out).absolute()
     forget_sources()
+    Tokenizer(settings.shard.num_merges, settings.shard.context_length)  # refuses wrong numbers
     source, why = resolve(replace(settings.source, spool=out / output.STATE))
     settings = replace(settings, source=source)
     _check_free(out)
@@ -93,9 +94,7 @@ def _check_free(out: Path) -> None:
             raise ValueError(f"DIR: expected a new or empty directory, got other files in {out}")
 
 
-def _pack_locked(
-    settings: PackSettings, out: Path, run: Run, console: Console, why: str
-) -> Packed:
+def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, why: str) -> Packed:
     console.print(f"source: {why}", soft_wrap=True, highlight=False)
     listing = make_reader(settings.source).list()
     for note in listing.notes:
@@ -167,7 +166,9 @@ def _already_there(out: Path, described: dict[str, Any]) -> Packed:
     manifest = read_manifest(out)
     before = manifest.settings.get("pack")
     if before != described:
-        named = [k for k in described if not isinstance(before, dict) or before.get(k) != described[k]]
+        named = [
+            k for k in described if not isinstance(before, dict) or before.get(k) != described[k]
+        ]
         raise ValueError(
             f"DIR: {out} holds a data set of another source or of other settings ("
             f"{', '.join(named)}): name another directory, or remove it"
@@ -189,9 +190,7 @@ def _finish(
     of_tasks = sorted(entry for record in records.values() for entry in record.refused)
     refused = (*listing.refusals, *(refusal for _, refusal in of_tasks))
     packed = {
-        split: [
-            found for name, _ in names if (found := records[name].packed) is not None
-        ]
+        split: [found for name, _ in names if (found := records[name].packed) is not None]
         for split, names in shards.items()
     }
     empty = [split for split, found in packed.items() if not found]

@@ -18,7 +18,7 @@ STATE = ".packing"  # below it, what a killed pack needs to go on; removed at th
 def written(out: Path, *names: str) -> Iterator[tuple[Path, ...]]:
     """Yield local files to write, which become files of `out` by these names, in this order.
 
-    None of them appears where the block raises. This is the one place that finished files go through.
+    None of them appears where the block raises.
     """
     with contextlib.ExitStack() as files:
         # Left in reverse, so that the first of the names appears first.

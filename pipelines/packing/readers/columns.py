@@ -68,7 +68,9 @@ def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> 
             captions = tuple(name for name in names if _called(name, OTHER_CAPTION))[:1]
     label = one("--label-column", options.label_column, LABEL)
     group = one("--group-column", options.group_column, GROUP)
-    return Columns(image, captions, label, group, one("--split-column", options.split_column, SPLIT))
+    return Columns(
+        image, captions, label, group, one("--split-column", options.split_column, SPLIT)
+    )
 
 
 def _called(name: str, pattern: str) -> bool:

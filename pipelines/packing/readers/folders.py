@@ -60,9 +60,13 @@ def find_pictures(root: Path, listing: Listing, *, allow_outside: bool) -> list[
         except Refused as refused:
             listing.refusals.append(refused.of(printable(name)))
         except OSError as error:
-            listing.refuse(printable(name), f"cannot be read: {error.strerror}", "mend or remove it")
+            listing.refuse(
+                printable(name), f"cannot be read: {error.strerror}", "mend or remove it"
+            )
     if others:
-        kinds = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in others.most_common(5))
+        kinds = ", ".join(
+            f"{n} {suffix or 'without suffix'}" for suffix, n in others.most_common(5)
+        )
         listing.notes.append(f"{others.total()} files are not called like pictures: {kinds}")
     return found
 
@@ -72,7 +76,9 @@ def _files(root: Path, listing: Listing) -> Iterator[tuple[Path, bool]]:
 
     def failed(error: OSError) -> None:
         name = os.path.relpath(error.filename or root, root)
-        listing.refuse(printable(name), f"cannot be read: {error.strerror}", "change its permissions")
+        listing.refuse(
+            printable(name), f"cannot be read: {error.strerror}", "change its permissions"
+        )
 
     for folder, folders, files in os.walk(root, onerror=failed):
         folders.sort()
@@ -100,9 +106,7 @@ class Folders:
 
     def list(self) -> Listing:
         listing = Listing()
-        found = find_pictures(
-            self.options.path, listing, allow_outside=self.options.allow_outside
-        )
+        found = find_pictures(self.options.path, listing, allow_outside=self.options.allow_outside)
         splits = {picture.path.split("/")[0] for picture in found}
         has_splits = are_splits(splits)
         if has_splits:

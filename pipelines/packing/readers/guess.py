@@ -68,9 +68,7 @@ def _guess(path: Path) -> tuple[str, str]:
             return "tars", "a folder of tars"
         if table_files(path):
             return "table", "a folder of Parquet files"
-        raise ValueError(
-            f"SOURCE: expected pictures, tars or Parquet files below {path}, got none"
-        )
+        raise ValueError(f"SOURCE: expected pictures, tars or Parquet files below {path}, got none")
     folders = {tuple(picture.path.split("/")[:-1]) for picture in pictures}
     depths, top = {len(names) for names in folders}, {names[0] for names in folders if names}
     if depths == {1} and len(folders) > 1 and not are_splits(top):

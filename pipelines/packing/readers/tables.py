@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.items import (
     SPLITS,
     Item,
@@ -25,7 +26,6 @@ from m3i_fast.pipelines.packing.items import (
 from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns
 from m3i_fast.pipelines.packing.readers.labels import assign_labels
 from m3i_fast.pipelines.packing.readers.spool import NAME, Spool, open_spool, read_spooled
-from m3i_fast.pipelines.optional_imports import require
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 MAX_TABLE_BYTES = 1 << 33
@@ -185,7 +185,9 @@ def open_text(
     Raises ValueError where it is no such table, naming the line.
     """
     if file.stat().st_size > MAX_TABLE_BYTES:
-        raise ValueError(f"{file}: expected at most {MAX_TABLE_BYTES} bytes; split it, or take Parquet")
+        raise ValueError(
+            f"{file}: expected at most {MAX_TABLE_BYTES} bytes; split it, or take Parquet"
+        )
     # A byte that is not UTF-8 becomes a lone surrogate, which the check of its row finds.
     text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
     first = text.split("\n", 1)[0]

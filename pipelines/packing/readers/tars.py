@@ -177,7 +177,9 @@ class Tars:
         if isinstance(label, (dict, list)):
             raise Refused("label: expected text or a number", "name another --label-column")
         place = parts[pictures[0]].place
-        item = Item(where, place, captions=clean_captions(flat), group="" if group is None else str(group))
+        item = Item(
+            where, place, captions=clean_captions(flat), group="" if group is None else str(group)
+        )
         return item, label
 
 

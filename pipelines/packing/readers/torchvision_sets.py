@@ -69,7 +69,10 @@ class TorchvisionSets:
         takes = inspect.signature(made).parameters
         root = str(self.options.path)
         if "train" in takes:
-            choices: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+            choices: dict[str, dict[str, Any]] = {
+                "train": {"train": True},
+                "test": {"train": False},
+            }
         elif "split" in takes:
             choices = {value: {"split": value} for value in _SPLIT_VALUES}
         else:

@@ -135,7 +135,9 @@ def test_of_16_bits_the_upper_8_are_kept() -> None:
 
 def png_of(raw: bytes, width: int, height: int, *, depth: int, colour: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     line = len(raw) // height
     lines = b"".join(b"\0" + raw[i * line : (i + 1) * line] for i in range(height))

@@ -1,4 +1,4 @@
-"""The job: one result whatever the processes, kills and order; what is gone on with, and what not."""
+"""The job: one result whatever the processes, kills and order; what it goes on with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from tests.pipelines.packing.helpers import (
     pack_with,
     picture,
     put,
-    refused_of,
     rows_of,
     sizes,
 )
@@ -138,7 +137,9 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bytes(tmp_path: Path, power_
     number = 0
     while True:
         out = tmp_path / f"out{number}"
-        if not killed_at(lambda o=out: pack_with(source, o, **flags), out, number, power_cut=power_cut):
+        if not killed_at(
+            lambda o=out: pack_with(source, o, **flags), out, number, power_cut=power_cut
+        ):
             break
         if is_dataset(out):
             assert verify(out) == read_manifest(tmp_path / "whole")
@@ -249,8 +250,8 @@ def test_shares_and_limits(folder: Path, tmp_path: Path) -> None:
     first = pack_with(folder, tmp_path / "first", split=splits, limit=100)
     shares = sizes(first.manifest)
     assert sum(shares.values()) + len(first.refused) == 100
-    listed = {name: 0 for name in ("train", "heldout", "tune")}
-    ids = {split: {row.sample_id for row in rows_of(tmp_path / "first", split)} for split in listed}
+    names = ("train", "heldout", "tune")
+    ids = {split: {row.sample_id for row in rows_of(tmp_path / "first", split)} for split in names}
     assert not ids["train"] & ids["heldout"] and not ids["tune"] & ids["heldout"]
     assert 18 <= shares["heldout"] <= 25 and 6 <= shares["tune"] <= 10
     second = pack_with(folder, tmp_path / "second", split=splits, limit=100, seed=1)
@@ -291,7 +292,9 @@ def test_groups_stay_together_and_are_named_by_a_picture_that_is_there(tmp_path:
     for split in ("train", "heldout"):
         for row in rows_of(tmp_path / "out", split):
             assert row.group_id == row.sample_id // 3 * 3 + 1
-    packed = pack_with(tmp_path / "t.csv", tmp_path / "other", with_processes(2), **flags, name="out")
+    packed = pack_with(
+        tmp_path / "t.csv", tmp_path / "other", with_processes(2), **flags, name="out"
+    )
     assert contents(tmp_path / "other") == contents(tmp_path / "out")
 
 

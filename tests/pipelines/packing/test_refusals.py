@@ -120,7 +120,10 @@ def test_rows_of_a_table_are_refused_by_line(tmp_path: Path) -> None:
         (b"", "expected a column with the path or bytes of a picture"),
         (b"a,b\n1,2\n", "expected a column with .*, got a, b; name it by --image-column"),
         (b"file,file\n", "expected a name once in its first line, got file, file"),
-        (b'file,caption\na.png,"not closed\nb.png,fine\n', "line 3: .*a quotation mark that is not"),
+        (
+            b'file,caption\na.png,"not closed\nb.png,fine\n',
+            "line 3: .*a quotation mark that is not",
+        ),
         (b'file,caption\na.png,"odd" mark\n', "line 2: .*a quotation mark that is not"),
         (b"file\n", "expected a picture that can be used, got none of 0"),
         (b"\xff\xfef\0i\0l\0e\0", "expected a column"),

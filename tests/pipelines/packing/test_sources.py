@@ -206,9 +206,7 @@ def web_members(number: int, tar: int = 0) -> list[tuple[str, bytes]]:
 def test_tars_hold_what_webdataset_reads(tmp_path: Path, suffix: str) -> None:
     source = tmp_path / "source"
     mode = "w:gz" if suffix == "tar.gz" else "w"
-    tars = [
-        write_tar(source / f"{i:05d}.{suffix}", web_members(3 + i, i), mode) for i in range(2)
-    ]
+    tars = [write_tar(source / f"{i:05d}.{suffix}", web_members(3 + i, i), mode) for i in range(2)]
     pack_with(source, tmp_path / "out")
     theirs = list(webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False))
     rows = rows_of(tmp_path / "out")
@@ -231,9 +229,7 @@ def test_own_shards_are_a_source_too(tmp_path: Path) -> None:
     first = tmp_path / "first"
     pack_with(tmp_path / "source", first)
     (first / "classes.txt").write_text("a\nb\n")
-    pack_with(
-        first / "train-000000.tar", tmp_path / "second", classes=first / "classes.txt"
-    )
+    pack_with(first / "train-000000.tar", tmp_path / "second", classes=first / "classes.txt")
     assert sorted(row.pixels.tobytes() for row in rows_of(tmp_path / "second")) == sorted(
         row.pixels.tobytes() for row in rows_of(first)
     )

@@ -1,0 +1,104 @@
+"""`m3i-fast data pack` as a person types it, on folders that no one prepared, up to training."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from m3i_fast.cli import main
+from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.verify import verify
+from tests.shared.pipelines.data import encode_image, smooth_picture
+
+SMALL = ["--num-merges", "100", "--context-length", "16", "--workers", "1"]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("package", "least"), [("skimage", 20), ("sklearn", 2), ("sphinx", 20), ("networkx", 3)]
+)
+def test_pictures_inside_installed_packages_are_packed(
+    package: str, least: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose folders were made for anything but training."""
+    found = importlib.util.find_spec(package)
+    assert found is not None and found.origin is not None
+    out = tmp_path / "out"
+    assert main(["data", "pack", str(Path(found.origin).parent), str(out), *SMALL]) == 0
+    text = said(capsys)
+    manifest = verify(out, decode=True)
+    number = manifest.splits["train"].num_samples
+    assert number >= least
+    assert f"train: {number} pictures in {number} groups" in text
+    assert f"{number + manifest.settings['num_refused']}/" in text  # of the bar
+    assert "files are not called like pictures" in text and f"wrote {out}" in text
+    lines = (out / "refused.jsonl").read_text().splitlines()
+    assert len(lines) == manifest.settings["num_refused"]
+    assert (f"refused: {len(lines)}" in text) == bool(lines)
+
+
+def test_folders_of_classes_are_packed_trained_on_and_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two commands, and the recipe takes classes and vocabulary from the data."""
+    for i in range(60):
+        file = tmp_path / "pictures" / ("cat", "dog", "ox")[i % 3] / f"{i}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode_image(smooth_picture(i, 70, 90), "JPEG"))
+    (tmp_path / "pictures" / "ox" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    data, run = tmp_path / "data", tmp_path / "run"
+    flags = ["--split", "heldout=0.2", "--samples-per-shard", "16", *SMALL]
+    assert main(["data", "pack", str(tmp_path / "pictures"), str(data), *flags]) == 0
+    text = said(capsys)
+    assert "imagefolder: every picture is in one of 3 folders, a class each" in text
+    assert "refused: 1" in text and "ox/broken.jpg" in text
+    assert read_manifest(data).class_names == ("cat", "dog", "ox")
+    train = ["train", "demo", "--out", str(run), "--data.path", str(data), "--num-steps", "2"]
+    assert main([*train, "--data.batch-size", "8", "--log-every", "1"]) == 0
+    rows = [row for row in read_jsonl(run / "metrics.jsonl") if "loss/total" in row]
+    assert len(rows) == 2 and all(row["loss/total"] > 0 for row in rows)
+    said(capsys)
+    assert main(["data", "pack", str(tmp_path / "pictures"), str(data), *flags]) == 0
+    assert f"was packed already {data}" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--for-gpu", "0"], "--for-gpu: expected at least 1, got 0"),
+        (["--workers", "0"], "--workers: expected at least 1, got 0"),
+        (["--max-pixels", "-1"], "--max-pixels: expected at least 1, got -1"),
+        (["--limit", "0"], "--limit: expected at least 1, got 0"),
+        (["--samples-per-shard", "0"], "--samples-per-shard: expected at least 1, got 0"),
+        (["--context-length", "2"], "context_length: expected at least 3"),
+        (["--kind", "torchvision", "--torchvision-class", "No"], "a class of torchvision.datasets"),
+    ],
+)
+def test_wrong_flags_are_refused(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(encode_image(smooth_picture(0, 9, 9)))
+    flags = [*SMALL, *flags]
+    assert main(["data", "pack", str(tmp_path), str(tmp_path / "out"), *flags]) == 2
+    assert message in said(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_may_be_markup_is_shown_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In names of files, classes and the data set."""
+    folder = tmp_path / "x[" / "b][bold]:bug:[green"
+    folder.mkdir(parents=True)
+    (folder / "[b].png").write_bytes(b"none")
+    (folder / "good.png").write_bytes(encode_image(smooth_picture(0, 9, 9)))
+    out = tmp_path / "out[b]"
+    assert main(["data", "pack", str(tmp_path / "x["), str(out), *SMALL]) == 0
+    text = "".join(said(capsys).replace("│", "").split())
+    assert f"wrote{out}" in text and "packingout[b]" in text and "[b].png" in text
