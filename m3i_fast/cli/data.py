@@ -1,4 +1,4 @@
-"""m3i-fast data: pack or write a data set, verify one, or show what is in it.
+"""m3i-fast data: pack, index or write a data set, describe, verify or show one.
 
 Sources and readers load torch: a command imports its own where it runs, and help does without.
 """
@@ -15,7 +15,8 @@ from m3i_fast.cli import console
 from m3i_fast.cli.data_index import Index
 from m3i_fast.cli.data_pack import Pack
 from m3i_fast.cli.data_show import Show
-from m3i_fast.config.data import MAX_PIXELS
+from m3i_fast.cli.data_stats import Stats
+from m3i_fast.cli.data_verify import Verify
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
 
 
@@ -122,41 +123,13 @@ class Synthetic:
         console.print(f"wrote {self.out}", soft_wrap=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verify:
-    """Read every shard of a data set, and compare digests and counts with its manifest.
-
-    What training would stop at is named.
-    """
-
-    path: tyro.conf.Positional[Path]
-    """Dataset directory."""
-    decode: bool = False
-    """Decode every picture; without this their headers alone are looked at."""
-    max_pixels: int = MAX_PIXELS
-    """Most pixels of a picture, as data.max_pixels of a run."""
-
-    def run(self) -> None:
-        from m3i_fast.pipelines.dataset.verify import verify
-
-        manifest = verify(self.path, decode=self.decode, max_pixels=self.max_pixels)
-        console.print(f"{self.path}: good", soft_wrap=True)
-        for name, split in manifest.splits.items():
-            console.print(
-                f"  {name}: {split.num_samples} pictures in {split.num_groups} groups, "
-                f"{split.num_captions} with a caption ({split.total_captions} captions, at most "
-                f"{split.max_captions} a picture), {split.num_labels} with a label",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-
 Command = (
     Annotated[Pack, tyro.conf.subcommand("pack")]
     | Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
     | Annotated[Styles, tyro.conf.subcommand("styles")]
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
     | Annotated[Index, tyro.conf.subcommand("index")]
+    | Annotated[Stats, tyro.conf.subcommand("stats")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Show, tyro.conf.subcommand("show")]
 )

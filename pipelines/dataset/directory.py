@@ -1,9 +1,12 @@
-"""Opening a dataset directory: manifest, indices and tars are compared before DALI reads them."""
+"""Opening a dataset directory: manifest, tables or indices, and tars are compared."""
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
@@ -15,10 +18,19 @@ from m3i_fast.pipelines.dataset.manifest import (
     check_tokenizer,
     how_to_restore,
     read_manifest,
+    sha256_file,
 )
+from m3i_fast.pipelines.dataset.pictures import FORMATS, check_header
+from m3i_fast.pipelines.dataset.sample_table import BAD, Rows, SampleTable, rows_fault
 from m3i_fast.pipelines.dataset.tar_shards import check_tar, read_index
+from m3i_fast.pipelines.tar_members import Range, sample_parts
 
 READS_IN_FLIGHT = 8  # shards read at the same time, to hide the latency of network storage
+# Opening takes as long for a billion samples as for a few: a table up to this size (1.4 million
+# samples) is hashed and all its rows are checked, of a larger one those that are compared with the
+# tars; the digest of any table is checked by verify.
+HASHED_BYTES = 1 << 26
+COMPARED = 256  # rows of each rank that are compared with the tars, spread evenly
 
 
 def open_split(
@@ -33,8 +45,8 @@ def open_split(
     """Read the manifest, and check that a split can be read as it says.
 
     fingerprint: that of the model's tokenizer. shard_id, num_shards: this rank and the number of
-    ranks, each of which checks its share of the shards, so that all have to open a split before any
-    reads from it. Raises FileNotFoundError or ValueError naming shard and sample, expected and got,
+    ranks, each of which checks its share, so that all have to open a split before any reads from
+    it. Raises FileNotFoundError or ValueError naming shard and sample, expected and got,
     and how to restore the files.
     """
     manifest = read_manifest(path)
@@ -44,7 +56,7 @@ def open_split(
         check_tokenizer(path, manifest, fingerprint)
     try:
         check_split(
-            path, name, split, max_pixels=max_pixels, shard_id=shard_id, num_shards=num_shards
+            path, name, manifest, max_pixels=max_pixels, shard_id=shard_id, num_shards=num_shards
         )
     except ValueError as error:
         raise ValueError(f"{error}; {how_to_restore(path, manifest)}") from error
@@ -54,16 +66,92 @@ def open_split(
 def check_split(
     path: Path,
     name: str,
-    split: SplitInfo,
+    manifest: Manifest,
     *,
     max_pixels: int = MAX_PIXELS,
     shard_id: int = 0,
     num_shards: int = 1,
 ) -> None:
-    """Compare manifest, indices, tar headers and picture headers, without reading other bytes.
+    """Compare manifest, table or indices, tar headers and picture headers.
 
-    Raises ValueError naming shard and sample, expected and got.
+    Other bytes are not read: a reader compares each sample's with its checksum. Of a table up to
+    `COMPARED` samples a rank are compared with the tars, of indices all. Raises ValueError naming
+    shard and sample, expected and got.
     """
+    split = manifest.split(name)
+    if split.table is not None:
+        _check_table(path, name, manifest, max_pixels, shard_id, num_shards)
+    if split.shards[0].index_bytes is not None:
+        _check_indices(path, name, split, max_pixels, shard_id, num_shards)
+
+
+def _check_table(
+    path: Path, name: str, manifest: Manifest, max_pixels: int, rank: int, num_ranks: int
+) -> None:
+    """Check the table of a split, and compare this rank's share of its rows with the tars."""
+    info = manifest.split(name).table
+    assert info is not None
+    table = SampleTable.open(path, manifest, name)
+    file = path / info.file
+    compared = np.unique(np.linspace(0, len(table) - 1, COMPARED * num_ranks).astype(np.int64))
+    checked = compared
+    if info.num_bytes <= HASHED_BYTES:
+        digest = sha256_file(file)
+        if digest != info.sha256:
+            raise ValueError(f"{file}: expected sha256 {info.sha256}, got {digest}")
+        checked = np.arange(len(table))
+    fault = rows_fault(table.rows[checked], checked, manifest, name)
+    if fault is not None:
+        raise ValueError(f"{file}: {fault}")
+    mine = table.rows[compared[rank::num_ranks]]
+
+    def compare(shard: int) -> None:
+        _compare_rows(path / table.shard_files[shard], mine[mine["shard"] == shard], max_pixels)
+
+    with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
+        list(pool.map(compare, np.unique(mine["shard"]).tolist()))
+
+
+def _compare_rows(file: Path, rows: Rows, max_pixels: int) -> None:
+    """Compare rows with the headers of the tar's files and pictures that they point to."""
+    tar = os.open(file, os.O_RDONLY)
+    try:
+        for row in rows:
+            start, size = int(row["offset"]), int(row["size"])
+            try:
+                key, parts = sample_parts(Range(tar, start, size), size)
+                pictures = [part for part in parts if part.extension in FORMATS]
+                if len(pictures) != 1:
+                    got = ", ".join(part.extension for part in parts)
+                    raise ValueError(f"{key}: expected one image ({', '.join(FORMATS)}), got {got}")
+                if not row["flags"] & BAD:
+                    _, offset, num_bytes = pictures[0]
+                    _check_picture(tar, start + offset, num_bytes, key, max_pixels)
+            except ValueError as error:
+                raise ValueError(
+                    f"{file}: sample {row['sample_id']} at byte {start}: {error}"
+                ) from error
+    finally:
+        os.close(tar)
+
+
+def _check_picture(tar: int, start: int, size: int, key: str, max_pixels: int) -> None:
+    image = Range(tar, start, size)
+
+    def read(offset: int, count: int) -> bytes:
+        image.seek(offset)
+        return image.read(count)
+
+    try:
+        check_header(read, None, max_pixels)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _check_indices(
+    path: Path, name: str, split: SplitInfo, max_pixels: int, shard_id: int, num_shards: int
+) -> None:
+    """Compare the indices of format versions 1 to 3 with the tars."""
 
     def check(shard: ShardInfo) -> int:
         index = read_index(path, shard)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +19,7 @@ FORMAT = "m3i-fast-shards"
 # Format versions: the first holds at most one caption a picture, the first two no alternates, the
 # first three have an index beside each shard, and the fourth a table a split.
 ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES, TABLE = 1, 2, 3, 4
+INDEXED = "indexed"  # entry of the settings of tars that others wrote
 TABLE_SUFFIX = ".samples"
 TOKENS_MEMBER = "tok"  # of captions that were tokenised before they were packed
 # The flags of `m3i-fast data openmoji` for the data of `m3i-fast demo`.
@@ -275,7 +277,10 @@ def how_to_restore(path: Path, manifest: Manifest) -> str:
             f"write the files again with the settings in {MANIFEST_NAME}: "
             f"m3i-fast data {manifest.name} {quoted(path)}"
         )
-    return "copy the files again from where they came, or pack the pictures again"
+    restore = "copy the files again from where they came, or "
+    if INDEXED in manifest.settings:
+        return restore + f"index them as they are now: m3i-fast data index {quoted(path)}"
+    return restore + "pack the pictures again"
 
 
 def quoted(path: Path) -> str:
@@ -288,19 +293,27 @@ def check_files(path: Path, manifest: Manifest, split: SplitInfo) -> None:
 
     Raises FileNotFoundError or ValueError naming the file, and how to restore it.
     """
+    for _, error in file_faults(path, manifest, split):
+        raise error
+
+
+def file_faults(
+    path: Path, manifest: Manifest, split: SplitInfo
+) -> Iterator[tuple[str, FileNotFoundError | ValueError]]:
+    """Yield (name of a file, what `check_files` raises for it)."""
     restore = how_to_restore(path, manifest)
-    recorded = [] if split.table is None else [(path / split.table.file, split.table.num_bytes)]
+    recorded = [] if split.table is None else [(path, split.table.file, split.table.num_bytes)]
     for shard in split.shards:
-        recorded.append((manifest.shards_of(path) / shard.file, shard.num_bytes))
+        recorded.append((manifest.shards_of(path), shard.file, shard.num_bytes))
         if shard.index_bytes is not None:
-            recorded.append((path / shard.index_file, shard.index_bytes))
-    for file, num_bytes in recorded:
+            recorded.append((path, shard.index_file, shard.index_bytes))
+    for folder, name, num_bytes in recorded:
+        file = folder / name
         if not file.is_file():
             kind = "table" if file.suffix == TABLE_SUFFIX else "shard"
-            raise FileNotFoundError(f"{file}: expected a {kind}, got none; {restore}")
-        size = file.stat().st_size
-        if size != num_bytes:
-            raise ValueError(f"{file}: expected {num_bytes} bytes, got {size}; {restore}")
+            yield name, FileNotFoundError(f"{file}: expected a {kind}, got none; {restore}")
+        elif (size := file.stat().st_size) != num_bytes:
+            yield name, ValueError(f"{file}: expected {num_bytes} bytes, got {size}; {restore}")
 
 
 def check_tokenizer(path: Path, manifest: Manifest, fingerprint: str) -> None:

@@ -76,6 +76,36 @@ class SampleTable:
         return len(self.rows)
 
 
+def rows_fault(
+    rows: Rows, numbers: NDArray[np.int64], manifest: Manifest, split: str
+) -> str | None:
+    """Return what is wrong with rows of a split's table, whatever the shards hold; None: nothing.
+
+    numbers: [n] of each row in the table, to name it by.
+    """
+    shards = manifest.split(split).shards
+    shard = np.minimum(rows["shard"], len(shards) - 1)
+    offset, size = rows["offset"], rows["size"].astype(np.int64)
+    num_bytes = np.array([s.num_bytes for s in shards])[shard]
+    classes = len(manifest.class_names)
+    checks = (
+        ("shard", rows["shard"] < len(shards), f"a number below {len(shards)}"),
+        ("offset", (offset >= 0) & (offset % TAR_BLOCK == 0), f"a multiple of {TAR_BLOCK}"),
+        ("size", (size > 0) & (size % TAR_BLOCK == 0), f"a multiple of {TAR_BLOCK} above 0"),
+        ("size", size <= num_bytes - np.minimum(offset, num_bytes), "an end within the tar"),
+        ("label", (rows["label"] >= NO_LABEL) & (rows["label"] < classes), f"-1 to {classes - 1}"),
+        ("sample_id", rows["sample_id"] >= 0, "at least 0"),
+        ("group_id", rows["group_id"] >= 0, "at least 0"),
+        ("flags", rows["flags"] <= BAD | NO_CRC, f"at most {BAD | NO_CRC}"),
+        ("zero", rows["zero"] == 0, "0"),
+    )
+    for column, good, expected in checks:
+        if not good.all():
+            first = int(np.argmin(good))
+            return f"row {numbers[first]}: {column}: expected {expected}, got {rows[column][first]}"
+    return None
+
+
 def write_table(file: Path, parts: Iterable[Rows]) -> TableInfo:
     """Write a table of the rows of all parts, beside its place and then renamed."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.writing")

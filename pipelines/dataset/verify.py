@@ -1,88 +1,242 @@
-"""Verification of a dataset directory: every byte is read and compared with the manifest."""
+"""Verification of a dataset directory: every byte is read, and every fault is named."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+import numpy as np
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.diagnosis import LARGE, SMALL, integer, picture_fault, sample_fault
 from m3i_fast.pipelines.dataset.directory import check_split
 from m3i_fast.pipelines.dataset.manifest import (
+    TABLE,
     Manifest,
-    check_files,
+    ShardInfo,
+    file_faults,
     read_manifest,
     sha256_file,
 )
+from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.dataset.samples import Counts, Identities
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, members
+from m3i_fast.pipelines.dataset.verify_shard import Fault, ShardReport, read_shard
+
+SAID = 5  # faults in the message of an error
+
+
+@dataclass(slots=True)
+class Report:
+    """What a verification found."""
+
+    manifest: Manifest
+    faults: list[Fault] = field(default_factory=list)
 
 
 def verify(path: Path, *, decode: bool = False, max_pixels: int = MAX_PIXELS) -> Manifest:
-    """Verify a dataset by reading every byte, and return its manifest.
+    """Verify a dataset as `find_faults`, and return its manifest.
 
-    Makes the checks of opening it (`directory.check_split`), then those of captions, labels, ids,
-    digests and counts. decode: decode every picture; otherwise its header alone is parsed, since
-    the packer has decoded it and the digest covers its bytes. Raises ValueError at the first
-    difference, naming the sample, the file or the count.
+    Raises ValueError with the first faults, and as `read_manifest`.
+    """
+    report = find_faults(path, decode=decode, max_pixels=max_pixels)
+    if report.faults:
+        more = len(report.faults) - SAID
+        said = "; ".join(str(fault) for fault in report.faults[:SAID])
+        raise ValueError(said + (f"; and {more} more" if more > 0 else ""))
+    return report.manifest
+
+
+def find_faults(path: Path, *, decode: bool = False, max_pixels: int = MAX_PIXELS) -> Report:
+    """Read every byte of a dataset, and list whatever differs from what it should be.
+
+    Makes the checks of opening it (`directory.check_split`), then those of every sample's checksum,
+    of captions, labels, ids, digests and counts. decode: decode every picture; otherwise its header
+    alone is parsed, since the packer has decoded it and the digest covers its bytes. A shard that
+    is missing or has another size is not read. Raises as `read_manifest`.
     """
     manifest = read_manifest(path)
+    report = Report(manifest)
     identities = Identities()
     for name, split in manifest.splits.items():
-        check_files(path, manifest, split)
-        if split.table is not None:
-            _check_digest(path / split.table.file, split.table.sha256)
-        for shard in split.shards:
-            if shard.index_sha256 is not None:
-                _check_digest(path / shard.index_file, shard.index_sha256)
-        check_split(path, name, split, max_pixels=max_pixels)
-        _read_samples(path, name, manifest, identities, max_pixels if decode else None)
-    return manifest
+        broken = dict(file_faults(path, manifest, split))
+        if broken:
+            report.faults += [Fault(file, None, str(error)) for file, error in broken.items()]
+            if split.table is not None and split.table.file not in broken:
+                report.faults += _split_with_table(path, name, report, max_pixels, decode, broken)
+            continue
+        faults = list(_check_digests(path, manifest, name))
+        try:
+            check_split(path, name, manifest, max_pixels=max_pixels)
+        except ValueError as error:
+            faults.append(Fault(name, None, str(error)))
+        pixels = max_pixels if decode else None
+        if split.table is None:
+            faults += _indexed_split(path, name, manifest, identities, pixels)
+        else:
+            faults += _split_with_table(path, name, report, max_pixels, decode)
+        report.faults += _without_repeats(faults)
+    if not report.faults and manifest.format_version == TABLE:
+        report.faults += _check_ids(path, manifest)
+    return report
 
 
-def _check_digest(file: Path, expected: str) -> None:
-    got = sha256_file(file)
-    if got != expected:
-        raise ValueError(f"{file}: expected sha256 {expected}, got {got}")
+def _without_repeats(faults: list[Fault]) -> list[Fault]:
+    """Leave out what the checks of opening said again."""
+    said = [fault for fault in faults if fault.sample is not None]
+    return [
+        fault
+        for fault in faults
+        if fault.sample is not None
+        or not any(f"sample {other.sample} " in fault.reason for other in said)
+    ]
 
 
-def _read_samples(
+def _check_digests(path: Path, manifest: Manifest, name: str) -> Iterator[Fault]:
+    """Compare the digests of a split's table and indices."""
+    split = manifest.splits[name]
+    recorded = [(shard.index_file, shard.index_sha256) for shard in split.shards]
+    if split.table is not None:
+        recorded.append((split.table.file, split.table.sha256))
+    for file, expected in recorded:
+        if expected is not None and (got := sha256_file(path / file)) != expected:
+            yield Fault(file, None, f"{path / file}: expected sha256 {expected}, got {got}")
+
+
+def _split_with_table(
     path: Path,
+    name: str,
+    found: Report,
+    max_pixels: int,
+    decode: bool,
+    broken: Collection[str] = (),
+) -> Iterator[Fault]:
+    """Read the shards of a split as its table says, but for broken ones, and compare counts."""
+    manifest = found.manifest
+    table = SampleTable.open(path, manifest, name)
+    split = manifest.splits[name]
+    counts = Counts()
+    num_bad, is_good = 0, not broken
+    for number, shard in enumerate(split.shards):
+        if shard.file in broken:
+            continue
+        rows = table.rows[table.rows["shard"] == number]
+        report = ShardReport(path / table.shard_files[number], shard, manifest, max_pixels, decode)
+        for row in read_shard(report, rows):
+            counts.add(
+                num_captions=row.num_captions,
+                num_alternates=row.num_alternates,
+                label=row.label,
+                group_id=row.group_id,
+            )
+        num_bad += report.num_bad
+        is_good = is_good and not report.faults
+        yield from report.faults
+    if is_good:
+        yield from _check_counts(path, name, manifest, counts, num_bad)
+
+
+def _check_counts(
+    path: Path, name: str, manifest: Manifest, counts: Counts, num_bad: int
+) -> Iterator[Fault]:
+    split = manifest.splits[name]
+    try:
+        counted = replace(
+            counts.split(split.shards),
+            table=split.table,
+            num_bad=num_bad,
+            num_samples=len(counts.captions) + num_bad,
+        )
+    except ValueError as error:
+        yield Fault(name, None, f"{path}: split {name}: {error}")
+        return
+    for key in (f.name for f in fields(split)):
+        if getattr(counted, key) != getattr(split, key):
+            yield Fault(
+                name,
+                None,
+                f"{path}: split {name}: expected {key} {getattr(split, key)} (manifest), got "
+                f"{getattr(counted, key)}",
+            )
+
+
+def _check_ids(path: Path, manifest: Manifest) -> Iterator[Fault]:
+    """Check that ids are those of one sample each, and groups those of a sample of one split."""
+    seen = np.zeros(0, np.int64)
+    for name in manifest.splits:
+        rows = SampleTable.open(path, manifest, name).rows
+        samples, number = np.unique(rows["sample_id"], return_counts=True)
+        twice = np.concatenate([samples[number > 1], np.intersect1d(samples, seen)])
+        if len(twice):
+            reason = f"sample_id: expected another one for each sample, got {twice[0]} twice"
+            yield Fault(name, str(twice[0]), f"{path}: split {name}: {reason}")
+        seen = np.concatenate([seen, samples])
+        strange = np.setdiff1d(rows["group_id"], samples)
+        if len(strange):
+            reason = f"expected the sample_id of a sample of split {name}, got {strange[0]}"
+            yield Fault(name, None, f"{path}: group_id: {reason}")
+
+
+def _indexed_split(
+    path: Path, name: str, manifest: Manifest, identities: Identities, max_pixels: int | None
+) -> Iterator[Fault]:
+    """Check the contents of a split of format version 1 to 3, shard by shard."""
+    split = manifest.splits[name]
+    counts = Counts()
+    is_good = True
+    for shard in split.shards:
+        try:
+            faults = _indexed_shard(path, shard, name, manifest, identities, counts, max_pixels)
+            for fault in faults:
+                is_good = False
+                yield fault
+        except ValueError:  # of its index, which the checks of opening named
+            is_good = False
+        digest = sha256_file(path / shard.file)
+        if digest != shard.sha256:
+            is_good = False
+            reason = f"{path / shard.file}: expected sha256 {shard.sha256}, got {digest}"
+            yield Fault(shard.file, None, reason)
+    if is_good:
+        try:
+            identities.check_groups(name)
+        except ValueError as error:
+            yield Fault(name, None, str(error))
+        yield from _check_counts(path, name, manifest, counts, 0)
+
+
+def _indexed_shard(
+    path: Path,
+    shard: ShardInfo,
     name: str,
     manifest: Manifest,
     identities: Identities,
+    counts: Counts,
     max_pixels: int | None,
-) -> None:
-    """Check the contents of a split, and decode its pictures where `max_pixels` is given."""
-    split = manifest.splits[name]
-    counts = Counts()
+) -> Iterator[Fault]:
+    """Check the samples of a shard, and decode their pictures where `max_pixels` is given."""
+    file = path / shard.file
     wanted = SMALL if max_pixels is None else (*SMALL, *LARGE)
-    for shard in split.shards:
-        for sample in members(path, shard, wanted):
-            fault = sample_fault(sample, manifest)
-            if fault is None and max_pixels is not None:
-                fault = picture_fault(sample, max_pixels)
-            if fault is not None:
-                raise ValueError(f"{path / shard.file}: {fault}")
-            label, sample_id, group_id = (integer(sample, key) for key in INTEGERS)
+    for sample in members(path, shard, wanted):
+        key = sample["sid"].name.removesuffix(".sid")
+        fault = sample_fault(sample, manifest)
+        if fault is None and max_pixels is not None:
+            fault = picture_fault(sample, max_pixels)
+        if fault is None:
+            label, sample_id, group_id = (integer(sample, number) for number in INTEGERS)
             try:
                 identities.add(sample_id, group_id, name)
             except ValueError as error:
-                raise ValueError(f"{path / shard.file}: {sample['sid'].name}: {error}") from error
-            num_bytes = {extension: len(member.content) for extension, member in sample.items()}
-            counts.add(
-                num_captions=captions.count(num_bytes),
-                num_alternates=alternates.count(num_bytes),
-                label=label,
-                group_id=group_id,
-            )
-        _check_digest(path / shard.file, shard.sha256)
-    identities.check_groups(name)
-    counted = replace(counts.split(split.shards), table=split.table)
-    for key in (f.name for f in fields(split)):
-        if getattr(counted, key) != getattr(split, key):
-            raise ValueError(
-                f"{path}: split {name}: expected {key} {getattr(split, key)} (manifest), "
-                f"got {getattr(counted, key)}"
-            )
+                fault = f"{sample['sid'].name}: {error}"
+        if fault is not None:
+            yield Fault(shard.file, key, f"{file}: {fault}")
+            continue
+        num_bytes = {extension: len(member.content) for extension, member in sample.items()}
+        counts.add(
+            num_captions=captions.count(num_bytes),
+            num_alternates=alternates.count(num_bytes),
+            label=label,
+            group_id=group_id,
+        )

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from m3i_fast.pipelines.dataset.manifest import (
+    INDEXED,
     MANIFEST_NAME,
     TABLE_SUFFIX,
     TOKENS_MEMBER,
@@ -32,7 +33,6 @@ from m3i_fast.pipelines.indexing.tar_task import TarIndex, TarTask, read_result,
 
 REFUSED = "refused.jsonl"
 RESULTS = ".indexing"  # folder of what is finished, while an index is not
-INDEXED = "indexed"  # entry of a manifest's settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from m3i_fast.pipelines.dataset.tar_members import NAME, Part, tar_members
 from m3i_fast.pipelines.dataset.tar_shards import TAR_BLOCK
+from m3i_fast.pipelines.tar_members import NAME, Part, tar_members
 
 MOST_BYTES = 1 << 30  # of a sample
 

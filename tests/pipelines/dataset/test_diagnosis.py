@@ -14,6 +14,7 @@ from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.shared.pipelines.data import (
     Components,
+    before_tables,
     encode_image,
     pack,
     repack,
@@ -32,7 +33,7 @@ JPEG = encode_image(smooth_picture(0, 200, 200), "JPEG", quality=98)
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight JPEGs in one shard."""
     path = tmp_path_factory.mktemp("good") / "data"
-    return pack(path, [sample(i, JPEG) for i in range(8)], samples_per_shard=8)
+    return before_tables(pack(path, [sample(i, JPEG) for i in range(8)], samples_per_shard=8))
 
 
 def spoil(good: Path, tmp_path: Path, **components: bytes) -> Path:

@@ -1,4 +1,4 @@
-"""What others wrote is looked at when it is opened: before DALI, which would crash, believes it."""
+"""Indices of earlier formats are looked at when a data set is opened, before they are believed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.shared.pipelines.data import (
     Components,
     Packer,
+    before_tables,
     edit_manifest,
     encode_image,
     pack,
@@ -51,7 +52,7 @@ def bomb(height: int, width: int) -> bytes:
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight pictures in one shard."""
     path = tmp_path_factory.mktemp("good") / "data"
-    return pack(path, [sample(i, PNG) for i in range(8)], samples_per_shard=8)
+    return before_tables(pack(path, [sample(i, PNG) for i in range(8)], samples_per_shard=8))
 
 
 @pytest.fixture
@@ -222,7 +223,7 @@ def test_long_names_of_other_packers_are_read(packer: Packer, tar_format: int) -
 
 def test_an_index_that_dalis_tool_makes_of_long_gnu_names_is_refused(packer: Packer) -> None:
     """Its offsets are those of the names, which would be decoded as pictures."""
-    path = packer([sample(i, PNG) for i in range(4)])
+    path = before_tables(packer([sample(i, PNG) for i in range(4)]))
     repack(path, lambda _, found: found, rename=longer, tar_format=tarfile.GNU_FORMAT)
     tar = path / "train-000000.tar"
     with IndexCreator(str(tar), str(tar.with_suffix(".idx")), verbose=False) as creator:
@@ -255,15 +256,14 @@ def test_a_limit_of_no_pixels_is_refused() -> None:
 
 def test_more_captions_than_there_are_is_named(packer: Packer) -> None:
     """Batches would have room for that many: gigabytes."""
-    path = packer([sample(i, PNG, captions=several_captions(3)) for i in range(4)])
-
+    path = before_tables(packer([sample(i, PNG, captions=several_captions(3)) for i in range(4)]))
     edit_manifest(path, lambda raw: raw["splits"]["train"].update(max_captions=10**9))
     expect_refusal(path, r"split train: expected max_captions 1000000000 \(manifest\), got 3")
 
 
 @pytest.mark.parametrize("lies", ["index", "tar"])
 def test_ranks_share_the_shards(lies: str, fifty: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(fifty, tmp_path / "copy"))
+    path = before_tables(Path(shutil.copytree(fifty, tmp_path / "copy")))
     index = path / "train-000004.idx"
     if lies == "index":
         index.write_text(index.read_text().replace(" 8 ", " 9 ", 1))

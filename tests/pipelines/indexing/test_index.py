@@ -13,9 +13,9 @@ import webdataset
 
 from m3i_fast.cli import main
 from m3i_fast.pipelines.dataset.manifest import read_manifest
-from m3i_fast.pipelines.dataset.tar_members import sample_files
 from m3i_fast.pipelines.indexing import build, tar_task
 from m3i_fast.pipelines.indexing.tars import find_tars, split_of
+from m3i_fast.pipelines.tar_members import sample_files
 from tests.pipelines.indexing.tars import (
     JPEG,
     PNG,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from m3i_fast.pipelines.dataset.sample_table import BAD
-from m3i_fast.pipelines.dataset.tar_members import sample_files
+from m3i_fast.pipelines.tar_members import sample_files
 from tests.pipelines.indexing.tars import (
     GIF,
     JPEG,

@@ -134,7 +134,8 @@ def record(path: Path, shard: int = 0) -> None:
             index_sha256=hashlib.sha256(tar.with_suffix(".idx").read_bytes()).hexdigest(),
         ),
     )
-    retable(path, shard)
+    if (path / "train.samples").exists():
+        retable(path, shard)
 
 
 def retable(path: Path, shard: int = 0) -> None:

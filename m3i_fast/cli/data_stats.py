@@ -1,0 +1,93 @@
+"""m3i-fast data stats: what a data set holds, by counts and distributions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.table import Table
+from rich.text import Text
+
+from m3i_fast.terminal import make_console
+
+BAR = 30  # characters of the longest bar of a histogram
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Count pictures, captions, labels, classes, groups and bytes of a data set.
+
+    All samples are counted by their table; of some the files are read, for sizes of pictures and
+    lengths of captions.
+    """
+
+    path: tyro.conf.Positional[Path]
+    """Dataset directory."""
+    split: str | None = None
+    """Split to describe; None: all."""
+    read: int = 2000
+    """Samples of each split to read the files of, spread evenly."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def run(self) -> None:
+        from m3i_fast.pipelines.dataset.manifest import check_files, read_manifest
+        from m3i_fast.pipelines.inspection.statistics import describe
+
+        if self.read < 1:
+            raise ValueError(f"--read: expected at least 1, got {self.read}")
+        manifest = read_manifest(self.path)
+        names = list(manifest.splits) if self.split is None else [self.split]
+        found = {}
+        for name in names:
+            check_files(self.path, manifest, manifest.split(name))
+            found[name] = describe(self.path, manifest, name, read=self.read)
+        console = make_console()
+        if self.json:
+            console.print_json(json.dumps({"name": manifest.name, "splits": found}))
+            return
+        for name, facts in found.items():
+            table = Table("", "", title=f"{manifest.name}: {name}", show_header=False)
+            for row in _rows(facts):
+                table.add_row(*(Text(cell) for cell in row))
+            console.print(table)
+
+
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    read, groups, classes = facts["read"], facts["groups"], facts["classes"]
+    yield "pictures", f"{facts['samples']:,}, of which {facts['bad']:,} are not taken"
+    yield "shards", f"{facts['shards']:,}, {facts['bytes'] / 1e9:,.2f} GB of samples"
+    yield "bytes a picture", _spread(facts["bytes_a_sample"])
+    yield "with a caption", f"{facts['with_caption']:,} ({facts['captions']:,} captions)"
+    yield "with a label", f"{facts['with_label']:,}"
+    yield (
+        "groups",
+        f"{groups['groups']:,}, {groups['of_several']:,} of several pictures, the largest of "
+        f"{groups['largest']:,}",
+    )
+    yield "classes", f"{classes['classes']:,}, {classes['without_samples']:,} without a picture"
+    for title, key in (("classes with most", "most"), ("classes with least", "least")):
+        if classes[key]:
+            yield title, ", ".join(f"{c['class']} {c['samples']:,}" for c in classes[key])
+    yield (
+        f"of {read['samples']:,} that were read",
+        ", ".join(f"{number:,} {name}" for name, number in read["formats"].items()),
+    )
+    yield "height", _spread(read["height"])
+    yield "width", _spread(read["width"])
+    longest = max(row["samples"] for row in read["short_side"])
+    for row in read["short_side"]:
+        bar = "#" * max(1, round(BAR * row["samples"] / longest))
+        yield f"short side from {row['from']}", f"{bar} {row['samples']:,}"
+    if read["captions"]:
+        yield "tokens a caption", _spread(read["caption_tokens"])
+        share = read["captions_cut"] / read["captions"]
+        yield f"captions cut at {read['context_length']}", f"{read['captions_cut']:,} ({share:.1%})"
+
+
+def _spread(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:,g}" for name, value in values.items())
