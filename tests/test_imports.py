@@ -51,7 +51,7 @@ MAY_IMPORT = {
 # Libraries that only these files and folders import; the doctor tries each in a child process.
 DOCTOR = "m3i_fast/doctor/probes.py"
 ONLY_IN = {
-    "nvidia": ("pipelines/graph/", DOCTOR),
+    "nvidia": ("pipelines/graph/", "benchmarks/loader/", DOCTOR),
     "transformer_engine": (
         "m3i_fast/models/transformer/te_",
         "m3i_fast/engine/precision/arithmetic.py",

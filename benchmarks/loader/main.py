@@ -2,50 +2,51 @@
 
     m3i-fast bench loader RECIPE [--synthetic-data] [--data.path SHARDS] [--data.num-threads N]
 
-Two rows: the recipe's global views, and the same with local views, the recipe's or eight of 96 for
-224 pixels. In each all loaders take turns in one run (`node_windows`), with as many processes or
-threads, after their views were found to have the same shapes and, within what chance allows, the
-same means and deviations (`loader_peers` says what the others are). Decoding alone takes pictures
-from memory in as many threads, by the faster of two decoders: what no loader on this processor is
-faster than. Images are source images, however many views each gives; CPU-seconds are of this
-process and of those that it started.
+Three rows a source: one global view, the recipe's global views, and these with local views, the
+recipe's or eight of 96 for 224 pixels. In each all loaders take turns in one run (`core/
+timed_windows`), with as many processes or threads, after their views were found to have the same
+shapes and, within what chance allows, the same means and deviations (`peers` says what the others
+are). Decoding alone takes pictures from memory in as many threads, by each decoder that is
+installed: what no loader on this processor is faster than. Images are source images, however many
+views each gives; CPU-seconds and bytes read are of this process and of those that it started.
 
-Batches that were ready before a window are used up before it begins.
+A window begins when the others have filled their queues, and after what was ready is used up.
+Shards come from the page cache, which the check has filled, or from a copy in memory (`--sources
+memory`).
 """
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.table import Table
-from torch import Tensor
 
 from m3i_fast.benchmarks.core.command import read_recipe_command
 from m3i_fast.benchmarks.core.harness import publish, ratio_table, summarise
 from m3i_fast.benchmarks.core.rate_statistics import summarise_rates
-from m3i_fast.benchmarks.core.timed_windows import Schedule, Series, TimedWork, measure_windows
-from m3i_fast.benchmarks.loader.other_loaders import (
-    DECODERS,
-    PILLOW,
-    PREFETCH_FACTOR,
-    TENSORS,
-    DecodeAlone,
-    peer,
-    read_encoded,
+from m3i_fast.benchmarks.core.timed_windows import (
+    COMPARED,
+    Schedule,
+    Series,
+    TimedWork,
+    measure_windows,
 )
+from m3i_fast.benchmarks.loader.decoders import DECODERS, DecodeAlone
+from m3i_fast.benchmarks.loader.measuring import Endless, Statistics, expect_same, look
+from m3i_fast.benchmarks.loader.peers import PEERS
+from m3i_fast.benchmarks.loader.work import StoredSamples, Work
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.engine.precision.arithmetic import resolve_device
-from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import is_free, quoted
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import recipes
@@ -54,8 +55,9 @@ SUBJECT = "loader"
 RECIPE = "m3i_vit_b"
 OURS = "m3i_fast"
 LOCAL_COUNT, LOCAL_SCALE, LOCAL_SHARE = 8, (0.05, 0.32), 3 / 7  # DINO's, 96 for 224 pixels
-TOLERANCE, DEVIATIONS = 0.01, 4.0  # of means in units of 255; standard errors
-_TICKS = os.sysconf("SC_CLK_TCK")
+MEMORY = Path("/dev/shm")
+Views = Literal["one", "global", "local"]
+Source = Literal["page_cache", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,14 @@ class Config:
     """Make shards for this run in a temporary folder: JPEGs of 500 x 375 pixels, quality 90."""
     num_pictures: int = 512
     """With --synthetic-data: how many."""
+    views: tuple[Views, ...] = ("one", "global", "local")
+    """Rows: one global view, the recipe's global views, these and local ones."""
+    sources: tuple[Source, ...] = ("page_cache",)
+    """Where shards are read from: the page cache, or a copy of them in /dev/shm."""
+    peers: tuple[str, ...] = tuple(PEERS)
+    """Loaders of others by name; those that are not installed are left out, and named."""
+    shuffle_buffer: int = 1024
+    """Samples in the shuffle buffer of peers that read shards in order."""
     windows: int = 5
     """Samples of each loader."""
     window_seconds: float = 5.0
@@ -78,26 +88,30 @@ class Config:
     """Append the rows to the ledger, benchmarks/results/loader.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("num_pictures", "check_images"):
+        for name in ("num_pictures", "check_images", "shuffle_buffer"):
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag}: expected at least 1, got {getattr(self, name)}")
+        if unknown := sorted(set(self.peers) - set(PEERS)):
+            raise ValueError(f"--peers: expected some of {list(PEERS)}, got {unknown}")
+        for name in ("views", "sources"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name}: expected at least one, got none")
 
-    @property
-    def schedule(self) -> Schedule:
+    def schedule(self, num_ahead: int) -> Schedule:
+        """Return when to time loaders that hold at most so many batches ready."""
         return Schedule(
             num_windows=self.windows,
             window_s=self.window_seconds,
-            warmup_steps=self.num_ahead,
+            warmup_steps=num_ahead + COMPARED,  # of which the last ones are made while waited for
             max_warmup_s=4 * self.window_seconds,
             lead_steps=1,
         )
 
     @property
-    def num_ahead(self) -> int:
-        """Return the most batches that a loader holds ready."""
-        data = self.config.data
-        return max(data.prefetch, PREFETCH_FACTOR * data.num_threads)
+    def absent(self) -> dict[str, str]:
+        """Return why peers are left out, by name."""
+        return {name: PEERS[name].absence for name in self.peers if PEERS[name].absence}
 
 
 def parse(argv: list[str]) -> Config:
@@ -114,6 +128,13 @@ def local_views(cfg: LoaderConfig) -> ViewConfig:
         return cfg.local_views
     side = round(LOCAL_SHARE * whole.size)
     return replace(whole, count=LOCAL_COUNT, size=side, scale=LOCAL_SCALE)
+
+
+def with_views(cfg: LoaderConfig, views: Views) -> LoaderConfig:
+    """Return the config of a row's views."""
+    if views == "one":
+        return replace(cfg, global_views=replace(cfg.global_views, count=1), local_views=None)
+    return replace(cfg, local_views=local_views(cfg) if views == "local" else None)
 
 
 def shards_of(cfg: Config, folder: Path) -> Path:
@@ -134,148 +155,108 @@ def shards_of(cfg: Config, folder: Path) -> Path:
     return path
 
 
-# ---- What is timed -------------------------------------------------------------------------------
+def placed(path: Path, source: Source, stack: ExitStack) -> Path:
+    """Return the folder to read: the shards', or a copy in memory until the stack is closed.
 
-
-class Endless:
-    """A loader as `measure_windows` repeats it, with the CPU-seconds that it takes."""
-
-    def __init__(self, batches: Iterator[Any], *, num_images: int, num_ahead: int) -> None:
-        self.num_images, self._num_ahead = num_images, num_ahead
-        self._batches = batches
-        self._cpu_s = cpu_seconds()
-
-    def use_up(self) -> None:
-        for _ in range(self._num_ahead):
-            next(self._batches)
-
-    def step(self) -> None:
-        next(self._batches)
-
-    def wait(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-    def read(self) -> dict[str, float]:
-        before, self._cpu_s = self._cpu_s, cpu_seconds()
-        return {"cpu_s": self._cpu_s - before}
-
-
-def cpu_seconds() -> float:
-    """Return the user and system seconds of this process and of all processes below it."""
-    return sum(_process_s(pid) for pid in _with_children(str(os.getpid())))
-
-
-def _with_children(pid: str) -> Iterator[str]:
-    yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # ended
-            for child in task.read_text().split():
-                yield from _with_children(child)
-
-
-def _process_s(pid: str) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):  # ended
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / _TICKS  # utime, stime: proc(5), after the name
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Statistics:
-    """Means over the first views of some images, and the standard errors of these means."""
-
-    shapes: list[list[int]]
-    mean: float
-    std: float
-    mean_error: float
-    std_error: float
-
-
-def look(batches: Iterator[Any], num_images: int) -> Statistics:
-    """Return the statistics of as many batches as hold that many images."""
-    views: list[Tensor] = []
-    shapes: list[list[int]] = []
-    while sum(len(view) for view in views) < num_images:
-        batch = next(batches)
-        tensors = batch.tensors() if isinstance(batch, Batch) else list(batch)
-        shapes = [list(tensor.shape) for tensor in tensors]
-        views.append(tensors[0].cpu())
-    of_images = torch.cat(views).flatten(1).float() / 255  # [N, 3 S S]
-    mean, std = of_images.mean(1), of_images.std(1)
-    count = len(of_images) ** 0.5
-    return Statistics(
-        shapes=shapes,
-        mean=float(mean.mean()),
-        std=float(std.mean()),
-        mean_error=float(mean.std()) / count,
-        std_error=float(std.std()) / count,
-    )
-
-
-def expect_same(ours: Statistics, theirs: Statistics, name: str) -> None:
-    """Raise RuntimeError where the other loader's views differ in their statistics."""
-    if ours.shapes != theirs.shapes:
-        raise RuntimeError(f"{name}: expected tensors of {ours.shapes}, got {theirs.shapes}")
-    for measure in ("mean", "std"):
-        a, b = getattr(ours, measure), getattr(theirs, measure)
-        chance = (
-            getattr(ours, f"{measure}_error") ** 2 + getattr(theirs, f"{measure}_error") ** 2
-        ) ** 0.5
-        if not abs(a - b) <= TOLERANCE + DEVIATIONS * chance:
-            raise RuntimeError(
-                f"{name}: expected views of {measure} {a:.3f} as ours, within "
-                f"{TOLERANCE + DEVIATIONS * chance:.3f}, got {b:.3f}"
-            )
+    Raises OSError where memory has no room for the copy.
+    """
+    if source == "page_cache":
+        return path
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="m3i-bench-", dir=MEMORY)))
+    needed = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if needed > (free := shutil.disk_usage(MEMORY).free):
+        raise OSError(
+            f"--sources memory: expected {needed:,} bytes free in {MEMORY}, got {free:,}; name "
+            "fewer shards by --data.path, or --sources page_cache"
+        )
+    return Path(shutil.copytree(path, folder / path.name))
 
 
 # ---- Rows ----------------------------------------------------------------------------------------
 
 
 def rows_of(cfg: Config, path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the row with global views alone, then that with local views."""
-    data = replace(cfg.config.data, path=path)
-    for local in (None, local_views(data)):
-        yield _row(cfg, replace(data, local_views=local))
+    """Yield a row for each source and views."""
+    for source in cfg.sources:
+        with ExitStack() as stack:
+            data = replace(cfg.config.data, path=placed(path, source, stack))
+            for views in cfg.views:
+                yield _row(cfg, with_views(data, views), source)
 
 
-def _row(cfg: Config, data: LoaderConfig) -> dict[str, Any]:
+def _row(cfg: Config, data: LoaderConfig, source: Source) -> dict[str, Any]:
     cuda = resolve_device(cfg.config.device).type == "cuda"
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of an operator: loaders have threads or processes of their own
     with ExitStack() as stack:
-        ours = Loader(data, device_id=0 if cuda else None)
-        stack.callback(ours.close)
-        loaders: dict[str, Iterator[Any]] = {OURS: ours}
-        loaders |= {kind: peer(data, kind) for kind in (PILLOW, TENSORS)}
+        stack.callback(torch.set_num_threads, num_threads)
+        loaders = _loaders(cfg, data, 0 if cuda else None, stack)
         statistics_by_loader = {
             name: look(batches, cfg.check_images) for name, batches in loaders.items()
         }
         for name, others in statistics_by_loader.items():
             expect_same(statistics_by_loader[OURS], others, name)
-        encoded = read_encoded(data, data.batch_size)
-        for name, decode in DECODERS.items():
-            alone = DecodeAlone(encoded, decode, data.num_threads)
-            stack.callback(alone.close)
-            loaders[name] = alone
+        ahead = {name: _num_ahead(name, data) for name in loaders}
         works: dict[str, TimedWork] = {
-            name: Endless(
-                batches,
-                num_images=len(encoded) if name in DECODERS else data.batch_size,
-                num_ahead=0 if name in DECODERS else cfg.num_ahead,
-            )
+            name: Endless(batches, num_images=data.batch_size, num_ahead=ahead[name])
             for name, batches in loaders.items()
         }
-        series = measure_windows(works, cfg.schedule)
-    measured = replace(cfg.config, data=replace(data, path=cfg.config.data.path))
+        works |= _decoders(data)
+        series = measure_windows(works, cfg.schedule(max(ahead.values())))
     return {
-        "config": measured,  # shards drawn for this are gone, and their place says nothing
-        **_settings(cfg, data, cuda),
+        "config": _config(cfg, data),
+        **_settings(cfg, data, source, cuda),
+        "host_bytes_per_image": statistics_by_loader[OURS].bytes_per_image,
         **_figures(series),
         "statistics": _statistics(statistics_by_loader),
+        "left_out": cfg.absent,
     }
 
 
-def _settings(cfg: Config, data: LoaderConfig, cuda: bool) -> dict[str, Any]:
+def _config(cfg: Config, data: LoaderConfig) -> TrainConfig:
+    """Return the recipe with the row's local views; its objective may not allow one global view.
+
+    Shards drawn for this are gone, and a copy's place says nothing: the path is the one asked for.
+    """
+    return replace(cfg.config, data=replace(cfg.config.data, local_views=data.local_views))
+
+
+def _loaders(
+    cfg: Config, data: LoaderConfig, device_id: int | None, stack: ExitStack
+) -> dict[str, Iterator[Any]]:
+    """Return ours and the installed peers by name."""
+    ours = Loader(data, device_id=device_id)
+    stack.callback(ours.close)
+    work = Work.of(data, shuffle_buffer=cfg.shuffle_buffer, device_id=device_id)
+    peers = {name: PEERS[name].batches(work) for name in cfg.peers if name not in cfg.absent}
+    for batches in peers.values():
+        if hasattr(batches, "close"):  # a generator holds threads until it ends
+            stack.callback(batches.close)
+    return {OURS: ours, **peers}
+
+
+def _num_ahead(name: str, data: LoaderConfig) -> int:
+    """Return the most batches that a loader holds ready."""
+    if name not in PEERS:
+        return data.prefetch
+    return PEERS[name].num_ahead(Work.of(data, shuffle_buffer=1, device_id=None))
+
+
+def _decoders(data: LoaderConfig) -> dict[str, TimedWork]:
+    shards = Work.of(data, shuffle_buffer=1, device_id=None).shards
+    encoded = StoredSamples(shards).encoded(data.batch_size)
+    return {
+        name: Endless(
+            DecodeAlone(decoder.make(encoded, data.num_threads)),
+            num_images=len(encoded),
+            num_ahead=0,
+        )
+        for name, decoder in DECODERS.items()
+        if decoder.is_installed
+    }
+
+
+def _settings(cfg: Config, data: LoaderConfig, source: Source, cuda: bool) -> dict[str, Any]:
     whole, local = data.global_views, data.local_views
     return {
         "recipe": cfg.recipe,
@@ -284,6 +265,7 @@ def _settings(cfg: Config, data: LoaderConfig, cuda: bool) -> dict[str, Any]:
         "dtype": "uint8",
         "batch_size": data.batch_size,
         "data": "synthetic, 500 x 375" if cfg.synthetic_data else data.path.name,
+        "source": source,
         "global_views": f"{whole.count} x {whole.size}",
         "local_views": f"{local.count} x {local.size}" if local is not None else "none",
     }
@@ -292,6 +274,7 @@ def _settings(cfg: Config, data: LoaderConfig, cuda: bool) -> dict[str, Any]:
 def _figures(measured: Mapping[str, Series]) -> dict[str, Any]:
     rates = {n: [w.images_s for w in series.windows] for n, series in measured.items()}
     medians = {name: summarise_rates(values).median for name, values in rates.items()}
+    decoders = [name for name in measured if name in DECODERS]
     return {
         "timings": {
             name: asdict(summarise([1e3 * w.step_s for w in series.windows]))
@@ -299,13 +282,18 @@ def _figures(measured: Mapping[str, Series]) -> dict[str, Any]:
         },
         "images_per_s": {n: asdict(summarise_rates(values)) for n, values in rates.items()},
         "times_slower_than_ours": {n: medians[OURS] / rate for n, rate in medians.items()},
-        "cpu_s_per_image": {
-            name: sum(w.stages["cpu_s"] for w in series.windows)
-            / sum(w.num_images for w in series.windows)
-            for name, series in measured.items()
-        },
+        "cpu_s_per_image": _per_image(measured, "cpu_s"),
+        "read_bytes_per_image": _per_image(measured, "read_bytes"),
         "settled": {name: series.is_settled for name, series in measured.items()},
-        "floor": {"decoder": max(DECODERS, key=medians.__getitem__)},
+        "floor": {"decoder": max(decoders, key=medians.__getitem__)},
+    }
+
+
+def _per_image(measured: Mapping[str, Series], what: str) -> dict[str, float]:
+    return {
+        name: sum(w.stages[what] for w in series.windows)
+        / sum(w.num_images for w in series.windows)
+        for name, series in measured.items()
     }
 
 
@@ -319,7 +307,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
     def label(row: dict[str, Any]) -> str:
         local = row["local_views"]
-        return f"{row['global_views']}" + ("" if local == "none" else f" + {local}")
+        views = f"{row['global_views']}" + ("" if local == "none" else f" + {local}")
+        return views + (", memory" if row["source"] == "memory" else "")
 
     def rate(row: dict[str, Any], name: str) -> str:
         return f"{row['images_per_s'][name]['median']:,.4g}"
@@ -327,8 +316,15 @@ def table(rows: list[dict[str, Any]]) -> Table:
     def cpu(row: dict[str, Any], name: str) -> str:
         return f"{1e3 * row['cpu_s_per_image'][name]:.3g}"
 
-    more = {"images/s": rate, "CPU ms": cpu}
-    return ratio_table(SUBJECT, heading, rows, label, more)
+    def read(row: dict[str, Any], name: str) -> str:
+        return f"{row['read_bytes_per_image'][name] / 1e3:.3g}"
+
+    more = {"img/s": rate, "CPU ms": cpu, "read kB": read}
+    shown = ratio_table(SUBJECT, heading, rows, label, more)
+    handed = ", ".join(f"{row['host_bytes_per_image'] / 1e3:.4g}" for row in rows)
+    absent = [f"left out: {name}: {why}" for name, why in first["left_out"].items()]
+    shown.caption = "\n".join([f"a batch holds {handed} kB an image", *absent])
+    return shown
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,13 +1,15 @@
-"""The loader's peers do the work that ours does; all are timed, and their processor time told."""
+"""The loader's peers do the work that ours does; all are timed, with what the host spends."""
 
 from __future__ import annotations
 
 import io
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +20,26 @@ from PIL import Image
 
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.loader import main as loader
-from m3i_fast.benchmarks.loader import other_loaders as loader_peers
-from m3i_fast.benchmarks.loader.main import Statistics, cpu_seconds, expect_same, local_views, look
-from m3i_fast.benchmarks.loader.other_loaders import DECODERS, PILLOW, TENSORS, DecodeAlone, Views
+from m3i_fast.benchmarks.loader import measuring
+from m3i_fast.benchmarks.loader.decoders import DECODERS, DecodeAlone
+from m3i_fast.benchmarks.loader.main import local_views, with_views
+from m3i_fast.benchmarks.loader.measuring import (
+    Statistics,
+    expect_same,
+    look,
+    spent,
+    wait_until_idle,
+)
+from m3i_fast.benchmarks.loader.peers import PEERS, Peer
+from m3i_fast.benchmarks.loader.work import (
+    PILLOW,
+    TENSORS,
+    StoredSamples,
+    Views,
+    Work,
+    blur_kernel_size,
+    picture_of,
+)
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.sources import synthetic
@@ -36,11 +55,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.build(out, num_samples=16, size_hw=(60, 80), samples_per_shard=4)
 
 
+def work_of(shards: Path, **changes: object) -> Work:
+    cfg = LoaderConfig(path=shards, batch_size=4, num_threads=2, global_views=PLAIN)
+    cfg = replace(cfg, **changes)  # type: ignore[arg-type]
+    return Work.of(cfg, shuffle_buffer=8, device_id=None)
+
+
 def _sample(shards: Path) -> dict[str, bytes]:
-    cfg = LoaderConfig(path=shards)
     numbers = {name: np.array([7], dtype=np.int64).tobytes() for name in ("cls", "sid", "gid")}
     tokens = np.array([5, 6], dtype=np.int32).tobytes()
-    return {"jpg": loader_peers.read_encoded(cfg, 1)[0], "tok": tokens, **numbers}
+    stored = StoredSamples(work_of(shards).shards)
+    return {"jpg": picture_of(stored[0]), "tok": tokens, **numbers}
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -79,6 +104,62 @@ def test_colours_change_as_often_as_the_recipe_says(shards: Path) -> None:
         assert not torch.equal(coloured[0], coloured[2])
         inverted = replace(PLAIN, count=1, solarize_probability=1.0)
         assert int(Views((inverted,), kind, 4)(sample)[0].max()) <= 128
+    sides = {size: blur_kernel_size(ViewConfig(size=size)) for size in (16, 96, 224)}
+    assert sides == {16: 3, 96: 9, 224: 23}
+
+
+def test_samples_are_read_by_number_in_any_process(shards: Path) -> None:
+    stored = StoredSamples(work_of(shards).shards)
+    import webdataset
+
+    theirs = list(webdataset.WebDataset(list(map(str, stored.shards)), shardshuffle=False))
+    assert len(stored) == len(theirs) == 16
+    for ours, other in zip([stored[i] for i in range(16)], theirs, strict=True):
+        assert ours == {name: other[name] for name in ours} and {"jpg", "sid"} <= ours.keys()
+    again = pickle.loads(pickle.dumps(stored))
+    assert again[11] == stored[11]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_each_peer_loads_every_sample_as_ours_does(name: str, shards: Path) -> None:
+    if PEERS[name].absence:
+        pytest.skip(PEERS[name].absence)
+    data = LoaderConfig(
+        path=shards,
+        batch_size=4,
+        num_threads=1 if name == "Grain" else 2,  # a process takes seconds to start
+        global_views=PLAIN,
+        local_views=replace(PLAIN, count=2, size=16, blur_probability=0.5, jitter_probability=0.5),
+    )
+    samples = dict(_ids(shards))
+    batches = PEERS[name].batches(Work.of(data, shuffle_buffer=8, device_id=None))
+    seen: dict[int, int] = {}
+    for _ in range(24):
+        *views, boxes, size, tokens, num_tokens, label, sample_id, group_id = next(batches)
+        assert [list(v.shape) for v in views] == 2 * [[4, 3, 32, 32]] + 2 * [[4, 3, 16, 16]]
+        assert {v.dtype for v in views} == {torch.uint8}
+        assert boxes.shape == (4, 4, 5) and size.tolist() == 4 * [[60.0, 80.0]]
+        assert (boxes[..., 0] + boxes[..., 2] <= 60).all() and (boxes[..., 2] > 1).all()
+        assert len(tokens) == len(num_tokens) == len(group_id) == 4
+        seen |= dict(zip(sample_id.tolist(), label.tolist(), strict=True))
+    assert seen == samples
+    if hasattr(batches, "close"):
+        batches.close()
+
+
+def _ids(shards: Path) -> Iterator[tuple[int, int]]:
+    stored = StoredSamples(work_of(shards).shards)
+    for i in range(len(stored)):
+        sample = stored[i]
+        sample_id, label = (int(np.frombuffer(sample[n], np.int64)[0]) for n in ("sid", "cls"))
+        yield sample_id, label
+
+
+def test_a_peer_that_is_not_installed_is_named() -> None:
+    absent = Peer(iter, "no_such_package.inner", lambda _: 1)  # type: ignore[arg-type]
+    assert "no_such_package.inner is not installed: pip install 'm3i-fast[bench-data]'" in (
+        absent.absence
+    )
 
 
 def _views(level: float, num_images: int = 64, size: int = 8) -> Iterator[list[torch.Tensor]]:
@@ -94,6 +175,7 @@ def _look(level: float, **kwargs: int) -> Statistics:
 
 def test_other_work_is_not_timed() -> None:
     ours = _look(120.0)
+    assert ours.bytes_per_image == 3 * 8 * 8
     expect_same(ours, _look(121.0), "as ours")
     with pytest.raises(RuntimeError, match="brighter: expected views of mean 0.4.*got 0.5"):
         expect_same(ours, _look(130.0), "brighter")
@@ -101,33 +183,65 @@ def test_other_work_is_not_timed() -> None:
         expect_same(ours, _look(120.0, size=4), "small")
 
 
-def test_processor_time_of_grandchildren_counts() -> None:
-    before = cpu_seconds()
-    command = ["sh", "-c", f'"{sys.executable}" -c "$0"; true', BURN]
+def test_what_grandchildren_spend_counts(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(3_000_000))
+    before = spent()
+    script = f"open({str(tmp_path / 'file')!r}, 'rb').read()\n{BURN}"
+    command = ["sh", "-c", f'"{sys.executable}" -c "$0"; true', script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        spent = cpu_seconds() - before
+        after = spent()
         os.killpg(child.pid, signal.SIGKILL)
-    assert 0.35 <= spent < 5.0
+    assert 0.35 <= after["cpu_s"] - before["cpu_s"] < 5.0
+    assert 3e6 <= after["read_bytes"] - before["read_bytes"] < 2e7
+
+
+def test_a_window_waits_for_the_work_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    burn = BURN.partition("time.sleep")[0]
+    script = f"print(flush=True)\n{burn}\nimport sys; sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        wait_until_idle()
+        os.set_blocking(child.stdout.fileno(), False)
+        assert child.stdout.read() == b"\n"  # written after its work
+        child.stdin.close()
+    monkeypatch.setattr(measuring, "IDLE_LIMIT_S", 0.3)
+    with (
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child,
+        pytest.raises(RuntimeError, match="got one at work; leave it out by --peers"),
+    ):
+        try:
+            wait_until_idle()
+        finally:
+            child.kill()
 
 
 def test_decoders_decode_the_same_picture(shards: Path) -> None:
-    encoded = loader_peers.read_encoded(LoaderConfig(path=shards), 3)
+    from m3i_fast.benchmarks.loader.work import decode_pillow, decode_torchvision
+
+    encoded = StoredSamples(work_of(shards).shards).encoded(3)
     assert len(encoded) == 3
-    pillow, torchvision = (decode(encoded[0]) for decode in DECODERS.values())
-    theirs = torch.from_numpy(np.array(pillow)).permute(2, 0, 1).float()  # type: ignore[arg-type]
-    assert (theirs - torchvision.float()).abs().mean() < 2.0  # type: ignore[attr-defined]
-    done: list[bytes] = []
-    alone = DecodeAlone(encoded, done.append, 2)
-    next(alone)
-    alone.close()
-    assert sorted(done) == sorted(encoded)
+    ours = torch.from_numpy(np.array(decode_pillow(encoded[0]))).permute(2, 0, 1).float()
+    assert (ours - decode_torchvision(encoded[0]).float()).abs().mean() < 2.0
+    for name, decoder in DECODERS.items():
+        assert decoder.is_installed, name
+        done = next(DecodeAlone(decoder.make(encoded, 2)))
+        assert done == []
+        broken = decoder.make([b"\xff\xd8 no picture"], 1)
+        if name != "decode, nvImageCodec":  # which returns None of what it cannot decode
+            with pytest.raises((RuntimeError, OSError)):
+                broken()
 
 
 def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="data.num_threads: expected at most 4, the shards of"):
-        loader_peers.peer(LoaderConfig(path=shards, num_threads=5), PILLOW)
+    with pytest.raises(ValueError, match="data.num-threads: expected at most 4, the shards, since"):
+        PEERS["webdataset"].batches(work_of(shards, num_threads=5))
+    with pytest.raises(ValueError, match=r"--peers: expected some of .*got \['DALY'\]"):
+        loader.Config(peers=("Grain", "DALY"))
     missing = loader.parse(["demo", "--data.path", str(tmp_path / "none")])
     with pytest.raises(FileNotFoundError, match="--data.path: no shards at .*--synthetic-data"):
         loader.shards_of(missing, tmp_path)
@@ -137,29 +251,51 @@ def test_what_is_refused(shards: Path, tmp_path: Path) -> None:
         read_manifest(loader.shards_of(file, tmp_path))
 
 
-def test_local_views_are_the_recipes_or_dinos() -> None:
+def test_shards_are_copied_to_memory_and_removed(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loader, "MEMORY", tmp_path)
+    with ExitStack() as stack:
+        copy = loader.placed(shards, "memory", stack)
+        assert copy.is_relative_to(tmp_path) and read_manifest(copy) == read_manifest(shards)
+        assert loader.placed(shards, "page_cache", stack) == shards
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9}))
+    with ExitStack() as stack, pytest.raises(OSError, match="--sources memory: .* free .* got 9;"):
+        loader.placed(shards, "memory", stack)
+
+
+def test_views_of_the_rows() -> None:
     demo, vit = recipes()["demo"]().data, recipes()["m3i_vit_b"]().data
     assert local_views(demo) is demo.local_views
     found = local_views(vit)
     assert (found.count, found.size, found.scale) == (8, 96, (0.05, 0.32))
+    one, whole, local = (with_views(vit, views) for views in ("one", "global", "local"))  # type: ignore[arg-type]
+    assert (one.global_views.count, one.local_views) == (1, None)
+    assert (whole.global_views.count, whole.local_views) == (2, None)
+    assert local.local_views == found
 
 
-def test_two_rows_are_measured_and_recorded(
+def test_rows_are_measured_and_recorded(
     shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
-    options = "--windows 3 --window-seconds 0.15 --check-images 32 --data.batch-size 8 --device cpu"
-    loader.main(["demo", "--data.path", str(shards), *options.split(), "--data.initial-fill", "8"])
+    monkeypatch.setenv("COLUMNS", "100")
+    absent = replace(PEERS["SPDL"], package="no_such_package")
+    monkeypatch.setitem(PEERS, "SPDL", absent)
+    options = "--windows 3 --window-seconds 0.1 --check-images 32 --data.batch-size 8 --device cpu"
+    peers = ["--peers", "torchvision, tensors", "SPDL", "DALI's operators"]
+    rows_asked = ["--views", "one", "local", "--shuffle-buffer", "8"]
+    loader.main(["demo", "--data.path", str(shards), *options.split(), *peers, *rows_asked])
     written = list(ledger.read_rows("loader", folder=tmp_path))
-    views = [row["config"]["data"]["local_views"] for row in written]
-    assert views[0] is None and views[1]["count"] == 2
-    assert len({row["config_hash"] for row in written}) == 2
+    assert written[1]["config"]["data"]["local_views"]["count"] == 2
     rows = [row["figures"] for row in written]
+    assert [row["global_views"] for row in rows] == ["1 x 64", "2 x 64"]
     assert [row["local_views"] for row in rows] == ["none", "2 x 32"]
-    names = {"m3i_fast", PILLOW, TENSORS, *DECODERS}
+    names = {"m3i_fast", "torchvision, tensors", "DALI's operators", *DECODERS}
     for row in rows:
         rates = {name: rate["median"] for name, rate in row["images_per_s"].items()}
         assert rates.keys() == row["timings"].keys() == names
@@ -168,9 +304,15 @@ def test_two_rows_are_measured_and_recorded(
             assert slower == pytest.approx(rates["m3i_fast"] / rate)
         floor = row["floor"]["decoder"]
         assert rates[floor] == max(rates[name] for name in DECODERS)
-        cpu_s = row["cpu_s_per_image"]
-        assert min(cpu_s.values()) >= 0.0 and cpu_s[PILLOW] > cpu_s["decode, Pillow"] / 2
+        cpu_s, read = row["cpu_s_per_image"], row["read_bytes_per_image"]
+        assert min(cpu_s.values()) >= 0.0
+        assert cpu_s["torchvision, tensors"] > cpu_s["decode, Pillow"] / 2
+        assert read["torchvision, tensors"] > 1000  # a picture's bytes
         means = [found["mean"] for found in row["statistics"].values()]
         assert len(means) == 3 and max(means) - min(means) < 0.1
+        assert row["left_out"].keys() == {"SPDL"}
+    small = 2 * 4 + 24 * 4 + 4 * 8  # image_size, token ids, numbers
+    assert rows[0]["host_bytes_per_image"] == pytest.approx(3 * 64**2 + 5 * 4 + small, abs=300)
     printed = capsys.readouterr().out
-    assert "2 x 64 + 2 x 32" in printed and "decode, torchvision" in printed
+    assert "2 x 64 + 2 x 32 " in printed and "decode, nvImageCodec" in printed
+    assert "left out: SPDL: no_such_package is not installed" in " ".join(printed.split())

@@ -1,0 +1,299 @@
+"""Inputs of a data set's page, gathered through the loader and the evaluation's reader."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
+from m3i_fast.pipelines.dataset.near_duplicates import (
+    COMPARED_SIZE,
+    NEARER_THAN,
+    Thumbnails,
+    distances,
+    thumbnail,
+)
+from m3i_fast.pipelines.dataset.pictures import FORMATS
+from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.dataset.tar_members import sample_files
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.report.data.inputs import (
+    Counted,
+    DataPageInputs,
+    NearPair,
+    Refusal,
+    ShownSample,
+    ShownView,
+)
+from m3i_fast.report.inputs import Picture
+
+REFUSED = "refused.jsonl"
+MOST_SIDE = 360  # pixels of a picture on the page
+NUM_PAIRS = 12
+_AT_ONCE = 32  # samples whose views are in memory together
+_ROWS_A_BLOCK = 512  # bounds the memory of the [block, N] distances
+
+
+def gather(cfg: LoaderConfig, *, num_shown: int, num_counted: int, views_of: str) -> DataPageInputs:
+    """Gather the page of the split `cfg.split` of the data set at `cfg.path`.
+
+    num_shown: samples with their views, as cfg says. num_counted: pictures of each split, from its
+    beginning, that histograms and the search for near duplicates read. Raises as `Loader`, and
+    ValueError where refused.jsonl is damaged.
+    """
+    manifest = read_manifest(cfg.path)
+    split = manifest.split(cfg.split)
+    read = {name: _Read(cfg.path, name, num_counted) for name in manifest.splits}
+    in_group, between, near = _near_pairs(cfg.path, manifest, read)
+    return DataPageInputs(
+        name=manifest.name,
+        split=cfg.split,
+        num_samples=split.num_samples,
+        num_captions=split.num_captions,
+        num_labels=split.num_labels,
+        num_groups=split.num_groups,
+        class_names=manifest.class_names,
+        context_length=manifest.tokenizer.context_length,
+        counted=read[cfg.split].counted(),
+        samples=list(_samples(cfg, manifest, min(num_shown, split.num_samples))),
+        views_of=views_of,
+        views_config=_views_config(cfg),
+        compared={name: len(found.sample_id) for name, found in read.items()},
+        num_near=between,
+        num_near_in_group=in_group,
+        near=near,
+        refused=_refused(cfg.path),
+        attribution=manifest.attribution,
+    )
+
+
+class _Read:
+    """The first pictures of a split: annotations, sizes and thumbnails of their centre squares."""
+
+    def __init__(self, path: Path, split: str, most: int) -> None:
+        labels: list[int] = []
+        tokens: list[int] = []
+        sizes: list[tuple[int, int]] = []
+        self.sample_id: list[int] = []
+        self.group_id: list[int] = []
+        thumbnails: list[Thumbnails] = []
+        batches = evaluation_batches(
+            path,
+            split,
+            image_size=COMPARED_SIZE,
+            batch_size=min(64, most),
+            num_threads=os.cpu_count() or 1,
+        )
+        for batch in batches:
+            kept = min(batch.batch_size, most - len(labels))
+            labels += batch.label[:kept].tolist()
+            tokens += batch.num_tokens[:kept].tolist()
+            sizes += [(int(h), int(w)) for h, w in batch.image_size[:kept].tolist()]
+            self.sample_id += batch.sample_id[:kept].tolist()
+            self.group_id += batch.group_id[:kept].tolist()
+            thumbnails += [thumbnail(_picture(view)) for view in batch.global_views[0][:kept]]
+            if len(labels) == most:
+                break
+        self.thumbnails: Thumbnails = np.stack(thumbnails)
+        self._labels, self._tokens, self._sizes = labels, tokens, sizes
+
+    def counted(self) -> Counted:
+        return Counted(labels=self._labels, num_tokens=self._tokens, sizes=self._sizes)
+
+
+def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[ShownSample]:
+    """Yield samples of the first epoch as training gets them."""
+    loader = Loader(replace(cfg, batch_size=min(number, _AT_ONCE)))
+    tokenizer = Tokenizer.from_info(manifest.tokenizer)
+    names = [*manifest.class_names, ""]  # label -1 has no name
+    has_alternates = cfg.alternates and manifest.split(cfg.split).max_alternates > 0
+    shown: set[int] = set()
+    for batch in loader:
+        if loader.epoch > 0 or len(shown) == number:
+            break
+        ids = batch.sample_id.tolist()
+        pictures = pictures_of(cfg.path, manifest, cfg.split, ids)
+        for row, sample_id in enumerate(ids[: number - len(shown)]):
+            shown.add(sample_id)
+            height, width = batch.image_size[row].tolist()
+            yield ShownSample(
+                picture=pictures[sample_id],
+                size=(int(height), int(width)),
+                sample_id=sample_id,
+                group_id=int(batch.group_id[row]),
+                caption=_caption(tokenizer, batch, row),
+                category=names[int(batch.label[row])],
+                views=_views(batch, row, has_alternates),
+            )
+    loader.close()
+
+
+def _caption(tokenizer: Tokenizer, batch: Batch, row: int) -> str:
+    number = int(batch.num_tokens[row])
+    return tokenizer.decode(batch.token_ids[row, :number].numpy()) if number else ""
+
+
+def _views(batch: Batch, row: int, has_alternates: bool) -> list[ShownView]:
+    views = [*batch.global_views, *batch.local_views]
+    return [
+        ShownView(
+            picture=_picture(view[row]),
+            y=y,
+            x=x,
+            height=height,
+            width=width,
+            is_mirrored=bool(flip),
+            is_local=i >= len(batch.global_views),
+            is_of_alternate=has_alternates and i == 1 < len(batch.global_views),
+        )
+        for i, (view, (y, x, height, width, flip)) in enumerate(
+            zip(views, batch.boxes[row].tolist(), strict=True)
+        )
+    ]
+
+
+def _picture(view: Any) -> Picture:  # [3, S, S] uint8 tensor -> [S, S, 3]
+    return np.ascontiguousarray(view.permute(1, 2, 0).numpy())
+
+
+def pictures_of(
+    path: Path, manifest: Manifest, split: str, ids: Collection[int]
+) -> dict[int, Picture]:
+    """Read and decode the upright pictures of some samples, at most MOST_SIDE pixels long."""
+    table = SampleTable.open(path, manifest, split)
+    found = {}
+    for row in table.rows[np.isin(table.rows["sample_id"], list(ids))]:
+        with (path / table.shard_files[row["shard"]]).open("rb") as tar:
+            content = os.pread(tar.fileno(), int(row["size"]), int(row["offset"]))
+        _, files = sample_files(content)
+        encoded = next(files[name] for name in FORMATS if name in files)
+        found[int(row["sample_id"])] = _decode(encoded)
+    return found
+
+
+def _decode(encoded: bytes) -> Picture:
+    with Image.open(io.BytesIO(encoded)) as opened:
+        opened.draft("RGB", (MOST_SIDE, MOST_SIDE))
+        upright = ImageOps.exif_transpose(opened).convert("RGB")
+    upright.thumbnail((MOST_SIDE, MOST_SIDE))
+    return np.asarray(upright)
+
+
+# ---- Near duplicates -----------------------------------------------------------------------------
+
+
+def _near_pairs(
+    path: Path, manifest: Manifest, read: Mapping[str, _Read]
+) -> tuple[int, int, list[NearPair]]:
+    """Count near pairs in one group and in different ones; returns both and some of the latter.
+
+    Pairs of two splits come first, then the nearest; each picture is in one pair at most.
+    """
+    rows = [(name, i) for name, found in read.items() for i in range(len(found.sample_id))]
+    thumbnails = np.concatenate([found.thumbnails for found in read.values()])
+    group = np.concatenate([np.array(found.group_id) for found in read.values()])
+    split = np.concatenate([np.full(len(f.sample_id), i) for i, f in enumerate(read.values())])
+    in_group, between, best = _search(thumbnails, group, split)
+    taken: set[int] = set()
+    chosen = []
+    for _, distance, one, other in best:
+        if len(chosen) < NUM_PAIRS and not taken & {one, other}:
+            taken |= {one, other}
+            chosen.append((distance, rows[one], rows[other]))
+    ids = {
+        name: [read[name].sample_id[i] for _, *two in chosen for n, i in two if n == name]
+        for name in read
+    }
+    pictures = {name: pictures_of(path, manifest, name, of) for name, of in ids.items() if of}
+    pairs = []
+    for distance, (split_a, a), (split_b, b) in chosen:
+        id_a, id_b = read[split_a].sample_id[a], read[split_b].sample_id[b]
+        pairs.append(
+            NearPair(
+                pictures=(pictures[split_a][id_a], pictures[split_b][id_b]),
+                sample_ids=(id_a, id_b),
+                splits=(split_a, split_b),
+                distance=distance,
+            )
+        )
+    return in_group, between, pairs
+
+
+def _search(
+    thumbnails: Thumbnails,  # [N, D]
+    group: npt.NDArray[np.int64],  # [N]
+    split: npt.NDArray[np.int64],  # [N]
+) -> tuple[int, int, list[tuple[int, float, int, int]]]:
+    """Return near pairs in one group, in different ones, and the first of the latter.
+
+    Those are (0 for two splits or 1 for one, distance, row, row), in this order.
+    """
+    in_group = between = 0
+    best: list[tuple[int, float, int, int]] = []
+    for start in range(0, len(thumbnails), _ROWS_A_BLOCK):
+        block = slice(start, start + _ROWS_A_BLOCK)
+        distance = distances(thumbnails[block], thumbnails[start:])
+        distance[np.tril_indices(*distance.shape[:1], m=distance.shape[1])] = np.inf
+        near = distance < NEARER_THAN
+        same = near & (group[block, None] == group[None, start:])
+        near &= ~same
+        in_group, between = in_group + int(same.sum()), between + int(near.sum())
+        one, other = np.nonzero(near)
+        apart = split[one + start] == split[other + start]
+        order = np.lexsort((distance[one, other], apart))[: 50 * NUM_PAIRS]
+        best += [
+            (
+                int(apart[i]),
+                float(distance[one[i], other[i]]),
+                int(one[i]) + start,
+                int(other[i]) + start,
+            )
+            for i in order
+        ]
+    return in_group, between, sorted(best)
+
+
+# ---- What was refused, and settings --------------------------------------------------------------
+
+
+def _refused(path: Path) -> list[Refusal] | None:
+    """Read what packing or indexing left out; None where no file says so."""
+    file = path / REFUSED
+    if not file.is_file():
+        return None
+    rows = []
+    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+            name = [str(row["file"]), *([str(row["sample"])] if row.get("sample") else [])]
+            advice = str(row.get("what_to_do", ""))
+            rows.append(Refusal(": ".join(name), str(row["reason"]), advice))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{file}: line {number}: expected an object with file and reason, got {line[:80]!r}"
+            ) from error
+    return rows
+
+
+def _views_config(cfg: LoaderConfig) -> dict[str, Any]:
+    """Return the fields of the views by their flags' names."""
+    views = {"global_views": cfg.global_views, "local_views": cfg.local_views}
+    return {
+        f"{group}.{field}": value
+        for group, view in views.items()
+        if view is not None
+        for field, value in asdict(view).items()
+    }
