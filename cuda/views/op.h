@@ -16,8 +16,7 @@ int64_t plan_views(const ViewGeometry* geometry, int num_views, uint8_t* const* 
 
 // Launches one kernel, and nothing else. What the host cannot see without waiting for the device
 // stops the kernel by a trap, which loses the CUDA context as a failed device assertion does: a
-// picture outside of pixels, a crop outside of its picture, an order that is none, and a crop of
-// more than 500 times the view's side.
+// picture outside of pixels, a crop outside of its picture, an order that is none.
 cudaError_t launch_views(const ViewsCudaParams& params, cudaStream_t stream);
 
 }  // namespace m3i

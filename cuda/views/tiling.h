@@ -20,7 +20,7 @@ inline constexpr int kMostSharedBytes = 64 * 1024;
 // ---- Resize -------------------------------------------------------------------------------------
 
 struct ResizeTiling {
-  int32_t columns;  // of the view, resized together; 0: nothing fits, and the kernel traps
+  int32_t columns;  // of the view, resized together; 0: not even one fits
   int32_t panel;    // rows of the view whose weights are held together
   int32_t rows;     // of the crop, loaded together, at most one a warp
   int32_t segment;  // bytes of a row of the crop in shared memory
@@ -49,12 +49,14 @@ M3I_HOST_DEVICE constexpr int64_t resize_bytes(const ResizeTiling& tiling, int t
 }
 
 // All columns where they fit with the weights of fewer rows of the view, or fewer rows of the crop
-// at once; else half of them, and so on. `taps`: the most that a column or a row has.
+// at once; else half of them, and so on. Fewer than four rows, which leave warps without work, only
+// once columns are no more than a warp's lanes. `taps`: the most that a column or a row has.
 M3I_HOST_DEVICE constexpr ResizeTiling resize_tiling(int size, int width, int taps_across,
                                                      int taps_down) {
   for (int columns = size;; columns = (columns + 1) / 2) {
     const int64_t segment = segment_bytes(columns, size, width, taps_across);
-    for (int rows = kWarps; segment <= kSharedBytes && rows >= 1; rows /= 2) {
+    const int fewest = columns > 32 ? kWarps / 2 : 1;
+    for (int rows = kWarps; segment <= kSharedBytes && rows >= fewest; rows /= 2) {
       for (int panel = size;; panel = (panel + 1) / 2) {
         const ResizeTiling tiling{columns, panel, rows, static_cast<int32_t>(segment),
                                   taps_down + rows};

@@ -21,7 +21,11 @@ struct Blur {
   uint8_t* to;          // [3, S, S]; `from` itself where blurs_in_place
   int size;             // S
   bool solarizes;
-  int half, radius;
+  float sigma;
+  int half;          // of the kernel
+  int shared_bytes;  // that the block has
+  // What plan_blur fills in:
+  int radius;
   BlurTiling tiling;
   int loaded_pitch;  // pixels of a loaded row
   int slots;         // of the ring
@@ -41,9 +45,9 @@ struct Blur {
 
 // Fills what depends on sigma: blur_weights of arithmetic.h, bit for bit, by the block, and the
 // tiling for their radius. The rest is there already. Begins and ends with a barrier.
-__device__ inline void plan_blur(Blur& of, float sigma, int shared_bytes) {
+__device__ inline void plan_blur(Blur& of) {
   __syncthreads();
-  const double width = sigma;
+  const double width = of.sigma;
   const double rate = div_rn(-0.5, mul_rn(width, width));
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 1
@@ -63,7 +67,7 @@ __device__ inline void plan_blur(Blur& of, float sigma, int shared_bytes) {
   }
   radius = over_block(radius, [](int a, int b) { return max(a, b); });
   if (thread == 0) {
-    const BlurTiling tiling = blur_tiling(of.size, of.half, radius, shared_bytes);
+    const BlurTiling tiling = blur_tiling(of.size, of.half, radius, of.shared_bytes);
     of.radius = radius;
     of.tiling.columns = tiling.columns;
     of.tiling.planes = tiling.planes;

@@ -64,7 +64,7 @@ __device__ inline Pixel with_steps(Pixel pixel, const ColourPlan& plan, int begi
   return pixel;
 }
 
-// Steps [plan.contrast_at, plan.count) of a view that stands at `view`, [3, plane].
+// Contrast and the steps after it, of a view that stands at `view`, [3, plane].
 template <int kPixels>
 __device__ inline void colour_again(uint8_t* view, int plane, const ColourPlan& plan, float mean) {
   for (int at = static_cast<int>(threadIdx.x) * kPixels; at < plane; at += kThreads * kPixels) {
@@ -90,66 +90,100 @@ __device__ inline void colour_again(uint8_t* view, int plane, const ColourPlan& 
 
 // ---- Kernel -------------------------------------------------------------------------------------
 
+// What is the same for all threads of the block, in shared memory: registers are few.
+struct View {
+  ColourPlan plan;
+  Resize resized;
+  Blur blurred;
+  uint8_t* out;  // [3, S, S]
+  uint8_t* at;   // [3, S, S] until a blur writes it to `out`
+  int size, plane;
+  bool flips, blurs;
+};
+
+// By the whole block; ends with a barrier.
+__device__ inline void plan_view(const ViewsCudaParams& params, View& to) {
+  const int view = static_cast<int>(blockIdx.x / params.num_samples);
+  const int64_t sample = blockIdx.x % params.num_samples;
+  const ViewTarget& target = params.targets[view];
+  const ViewParams& of = params.params[sample * params.num_views + view];
+  if (threadIdx.x == 0) {
+    const int source = view_source(view, params.num_pictures);
+    const ViewImage image = image_of(params, sample * params.num_pictures + source);
+    start_resize(crop_of(image, of), target.size, target.cubic, to.resized);
+    if (!(of.order >= 0 && of.order < kViewOrders)) __trap();
+    to.plan = colour_plan(of);
+    to.size = target.size;
+    to.plane = target.size * target.size;
+    to.flips = of.flip != 0;
+    to.blurs = of.sigma != 0;
+    const int64_t begin = sample * kViewChannels * to.plane;
+    to.out = to.at = target.out + begin;
+    if (to.blurs && target.scratch_page != kViewsNoScratch) {
+      to.at = params.scratch + kViewsPage * target.scratch_page + begin;
+    }
+    to.blurred.from = to.at;
+    to.blurred.to = to.out;
+    to.blurred.size = target.size;
+    to.blurred.solarizes = of.solarize != 0;
+    to.blurred.half = target.blur_kernel_size / 2;
+    to.blurred.sigma = of.sigma;
+    to.blurred.shared_bytes = params.shared_bytes;
+  }
+  __syncthreads();
+  plan_precisions(to.resized);
+}
+
+// Takes a pixel of the resize through the steps before contrast to its place, and returns its gray.
+__device__ inline uint32_t put_pixel(const View& view, int row, int column, const int* levels) {
+  const Pixel pixel = with_steps(
+      {static_cast<float>(levels[0]), static_cast<float>(levels[1]), static_cast<float>(levels[2])},
+      view.plan, 0, view.plan.contrast_at, 0);
+  uint8_t* at = view.at + row * view.size + (view.flips ? view.size - 1 - column : column);
+  at[0] = static_cast<uint8_t>(pixel.r);
+  at[view.plane] = static_cast<uint8_t>(pixel.g);
+  at[2 * view.plane] = static_cast<uint8_t>(pixel.b);
+  return static_cast<uint32_t>(gray_of(pixel));
+}
+
+// A call, since it is rare and its registers are not.
+__device__ inline __attribute__((noinline)) uint32_t put_by_pixels(const View& view) {
+  uint32_t gray = 0;
+  resize_by_pixels(view.resized, [&](int row, int column, const int* levels) {
+    gray += put_pixel(view, row, column, levels);
+  });
+  return gray;
+}
+
 // Grid: x over views and, faster, samples: views in the order of the call, of which the largest
 // come first.
 template <int kThreads_>
 __global__ void __launch_bounds__(kThreads_, kMinBlocks)
     views_kernel(const __grid_constant__ ViewsCudaParams params) {
-  __shared__ ColourPlan plan;
-  __shared__ Resize resized;
-  __shared__ Blur blurred;
-  const int view = static_cast<int>(blockIdx.x / params.num_samples);
-  const int64_t sample = blockIdx.x % params.num_samples;
-  const ViewTarget& target = params.targets[view];
-  const ViewParams& of = params.params[sample * params.num_views + view];
-  const ViewImage image =
-      image_of(params, sample * params.num_pictures + view_source(view, params.num_pictures));
-  const Crop crop = crop_of(image, of);
-  if (threadIdx.x == 0) {
-    if (!(of.order >= 0 && of.order < kViewOrders)) __trap();
-    plan = colour_plan(of);
+  __shared__ View view;
+  plan_view(params, view);
+  uint32_t gray = 0;  // of this thread's pixels, of which there are 2^20 at most
+  if (view.resized.tiling.columns > 0) {
+    resize(view.resized, [&](int row, int column, const int* levels) {
+      gray += put_pixel(view, row, column, levels);
+    });
+  } else {
+    gray = put_by_pixels(view);
   }
-
-  const int size = target.size, plane = size * size;
-  plan_resize(crop, size, target.cubic, resized);
-  const int64_t begin = sample * kViewChannels * plane;
-  uint8_t* out = target.out + begin;
-  uint8_t* view_at = out;  // until a blur writes it to its place
-  const bool blurs = of.sigma != 0, flips = of.flip != 0;
-  if (blurs && target.scratch_page != kViewsNoScratch) {
-    view_at = params.scratch + kViewsPage * target.scratch_page + begin;
-  }
-  unsigned long long gray = 0;
-  const bool has_contrast = plan.contrast_at < plan.count;
-  resize(resized, [&](int row, int column, const int* levels) {
-    const Pixel pixel = with_steps({static_cast<float>(levels[0]), static_cast<float>(levels[1]),
-                                    static_cast<float>(levels[2])},
-                                   plan, 0, plan.contrast_at, 0);
-    if (has_contrast) gray += static_cast<unsigned>(gray_of(pixel));
-    uint8_t* at = view_at + row * size + (flips ? size - 1 - column : column);
-    at[0] = static_cast<uint8_t>(pixel.r);
-    at[plane] = static_cast<uint8_t>(pixel.g);
-    at[2 * plane] = static_cast<uint8_t>(pixel.b);
-  });
-  if (has_contrast) {
-    const auto sum = over_block(gray, [](auto a, auto b) { return a + b; });
-    const float mean = gray_mean(static_cast<int64_t>(sum), plane);
-    if (plane % 4 == 0 && reinterpret_cast<uintptr_t>(view_at) % 4 == 0) {
-      colour_again<4>(view_at, plane, plan, mean);
+  if (view.plan.contrast_at < view.plan.count) {
+    const int64_t sum =
+        over_block(static_cast<int64_t>(gray), [](int64_t a, int64_t b) { return a + b; });
+    const float mean = gray_mean(sum, view.plane);
+    if (view.plane % 4 == 0 && reinterpret_cast<uint64_t>(view.at) % 4 == 0) {
+      colour_again<4>(view.at, view.plane, view.plan, mean);
     } else {
-      colour_again<1>(view_at, plane, plan, mean);
+      colour_again<1>(view.at, view.plane, view.plan, mean);
     }
   }
-  if (!blurs) return;
-  if (threadIdx.x == 0) {
-    blurred.from = view_at;
-    blurred.to = out;
-    blurred.size = size;
-    blurred.solarizes = of.solarize != 0;
-    blurred.half = target.blur_kernel_size / 2;
+  if (view.blurs) {
+    plan_blur(view.blurred);
+    blur(view.blurred);
   }
-  plan_blur(blurred, of.sigma, params.shared_bytes);
-  blur(blurred);
 }
 
 }  // namespace m3i::views

@@ -48,8 +48,9 @@ __device__ inline SumAndLargest filter_values(const ResizeAxis& axis, const Resi
 }
 
 // The precision of the weights of an axis. A quotient grows with its dividend, rounded too, so one
-// division finds an output's largest weight.
-__device__ inline int precision_of(const ResizeAxis& axis) {
+// division finds an output's largest weight. A call, as make_weights is: their float64 registers
+// come on top of those of the loops around them, and inlined they do not fit.
+__device__ inline __attribute__((noinline)) int precision_of(const ResizeAxis& axis) {
   double largest = 0;
   for (int i = static_cast<int>(threadIdx.x); i < axis.output; i += kThreads) {
     const SumAndLargest values = filter_values(axis, resize_taps(axis, i));
@@ -59,8 +60,7 @@ __device__ inline int precision_of(const ResizeAxis& axis) {
   return resize_precision(over_block(largest, [](double a, double b) { return a > b ? a : b; }));
 }
 
-// Writes the weights of outputs [begin, begin + count). A call, since its registers come on top of
-// those of the loops around it: inlined, they do not fit.
+// Writes the weights of outputs [begin, begin + count).
 __device__ inline __attribute__((noinline)) void make_weights(const ResizeAxis& axis, int precision,
                                                               int begin, int count,
                                                               const Weights& to) {
@@ -81,7 +81,7 @@ __device__ inline __attribute__((noinline)) void make_weights(const ResizeAxis& 
 // is cut by its address, whole where all of it is asked for. Byte 0 goes to
 // to[address of from % 16].
 __device__ inline void load_row(const uint8_t* from, int size, unsigned char* to) {
-  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kAccessBytes);
+  const int before = static_cast<int>(reinterpret_cast<uint64_t>(from) % kAccessBytes);
   const uint8_t* aligned = from - before;
   for (int at = lane_index() * kAccessBytes; at < before + size; at += 32 * kAccessBytes) {
     if (at >= before && at + kAccessBytes <= before + size) {
@@ -130,22 +130,21 @@ struct Resize {
   }
 };
 
-// By the whole block; ends with a barrier.
-__device__ inline void plan_resize(const Crop& crop, int size, int cubic, Resize& to) {
-  if (threadIdx.x == 0) {
-    to.crop = crop;
-    to.across = resize_axis(crop.width, size, cubic);
-    to.down = resize_axis(crop.height, size, cubic);
-    const int taps_across = to.across.max_taps, taps_down = to.down.max_taps;
-    const ResizeTiling tiling = resize_tiling(size, crop.width, taps_across, taps_down);
-    if (tiling.columns == 0) __trap();
-    to.tiling = tiling;
-    to.columns = {0, tiling.columns};
-    to.rows = {static_cast<int32_t>(weight_bytes(tiling.columns, taps_across)), tiling.panel};
-    to.loaded_place = to.rows.place + static_cast<int>(weight_bytes(tiling.panel, taps_down));
-    to.ring_place = to.loaded_place + tiling.rows * tiling.segment;
-  }
-  __syncthreads();
+// By one thread. The precisions are made by plan_precisions, by the whole block, after a barrier.
+__device__ inline void start_resize(const Crop& crop, int size, int cubic, Resize& to) {
+  to.crop = crop;
+  to.across = resize_axis(crop.width, size, cubic);
+  to.down = resize_axis(crop.height, size, cubic);
+  const int taps_across = to.across.max_taps, taps_down = to.down.max_taps;
+  const ResizeTiling tiling = resize_tiling(size, crop.width, taps_across, taps_down);
+  to.tiling = tiling;
+  to.columns = {0, tiling.columns};
+  to.rows = {static_cast<int32_t>(weight_bytes(tiling.columns, taps_across)), tiling.panel};
+  to.loaded_place = to.rows.place + static_cast<int>(weight_bytes(tiling.panel, taps_down));
+  to.ring_place = to.loaded_place + tiling.rows * tiling.segment;
+}
+
+__device__ inline void plan_precisions(Resize& to) {
   const int across = precision_of(to.across), down = precision_of(to.down);
   if (threadIdx.x == 0) {
     to.precision_across = across;
@@ -169,7 +168,7 @@ __device__ inline void resize_across(const Resize& of, int done, int num_rows, i
   }
   __syncthreads();  // also: what the ring loses now has been summed down
   if (row < num_rows) {
-    const unsigned char* pixels = to + reinterpret_cast<uintptr_t>(from) % kAccessBytes;
+    const unsigned char* pixels = to + reinterpret_cast<uint64_t>(from) % kAccessBytes;
     unsigned char* resized =
         of.ring() + (done + row) % of.tiling.ring * kViewChannels * of.tiling.columns;
     for (int i = lane_index(); i < count; i += 32) {
@@ -225,6 +224,56 @@ __device__ inline void resize(const Resize& of, const Put& put) {
         done += num_rows;
       }
     }
+  }
+}
+
+// One pixel of a row of the crop, resized across: its weights are made for it alone.
+__device__ inline __attribute__((noinline)) void resize_pixel(const Resize& of, int row, int column,
+                                                              int* levels) {
+  const ResizeTaps taps = resize_taps(of.across, column);
+  const double sum = filter_values(of.across, taps).sum;
+  const uint8_t* from =
+      of.crop.data + row * of.crop.row_stride + static_cast<int64_t>(taps.first) * kViewChannels;
+  levels[0] = levels[1] = levels[2] = (1 << of.precision_across) >> 1;
+#pragma unroll 1
+  for (int t = 0; t < taps.count; ++t, from += kViewChannels) {
+    const double weight = div_rn(resize_value(of.across, taps, t), sum);
+    const int whole = resize_weight(weight, of.precision_across);
+#pragma unroll
+    for (int c = 0; c < kViewChannels; ++c) levels[c] += whole * from[c];
+  }
+#pragma unroll
+  for (int c = 0; c < kViewChannels; ++c) {
+    levels[c] = resize_rounded(levels[c], of.precision_across);
+  }
+}
+
+// As resize(), where shared memory has not room for one column (tiling.columns is 0); thread 0
+// puts. The block makes a pixel after the other, a thread some rows of the crop, and weights anew
+// for each: slow, and right.
+template <class Put>
+__device__ inline void resize_by_pixels(const Resize& of, const Put& put) {
+  const int size = of.down.output;
+  for (int at = 0; at < size * size; ++at) {
+    const ResizeTaps taps = resize_taps(of.down, at / size);
+    const double sum = filter_values(of.down, taps).sum;
+    int sums[kViewChannels] = {0, 0, 0};
+#pragma unroll 1
+    for (int t = static_cast<int>(threadIdx.x); t < taps.count; t += kThreads) {
+      int levels[kViewChannels];
+      resize_pixel(of, taps.first + t, at % size, levels);
+      const double weight = div_rn(resize_value(of.down, taps, t), sum);
+      const int whole = resize_weight(weight, of.precision_down);
+#pragma unroll
+      for (int c = 0; c < kViewChannels; ++c) sums[c] += whole * levels[c];
+    }
+#pragma unroll
+    for (int c = 0; c < kViewChannels; ++c) {
+      const int total = over_block(sums[c], [](int a, int b) { return a + b; });
+      const int start = (1 << of.precision_down) >> 1;
+      sums[c] = resize_rounded(start + total, of.precision_down);
+    }
+    if (threadIdx.x == 0) put(at / size, at % size, sums);
   }
 }
 

@@ -2,9 +2,12 @@
 #include "views/launch_params.h"
 #include "views/tiling.h"
 
+#include <initializer_list>
+
 namespace m3i::views {
 
-// Most taps of a filter whose support is `half` input pixels, as resize_axis of arithmetic.h has it.
+// Most taps of a filter whose support is `half` input pixels, as resize_axis of arithmetic.h has
+// it.
 constexpr int taps_of(int input, int output, int half) {
   const int support = input > output ? (half * input + output - 1) / output : half;
   return 2 * support + 1;
@@ -23,7 +26,11 @@ static_assert(cubic(1, 1, 1).columns == 1);
 // Larger crops take fewer columns at once, and always some, up to 900 times the view's side.
 static_assert(cubic(224, 4000, 3000).columns == 56);
 static_assert(cubic(8, 7200, 7200).columns >= 1);
-static_assert(cubic(8, 80000, 80000).columns == 0, "refused");
+static_assert(cubic(8, 80000, 80000).columns == 0 && cubic(3, 1, 9000).columns == 0, "by pixels");
+// Pieces of all kinds, in cases of tests/shared/ops/views_cases.py.
+static_assert(cubic(8, 4, 2600).columns == 8 && cubic(8, 4, 2600).panel == 2);
+static_assert(cubic(90, 3000, 2).columns == 45 && cubic(90, 3000, 2).rows == 4);
+static_assert(!blurs_in_place(90, 89) && blur_tiling(90, 89, 89, kMostSharedBytes).columns == 49);
 static_assert(cubic(8192, 16384, 16384).columns >= 32);
 
 constexpr bool fits(int size, int width, int height) {
@@ -76,8 +83,8 @@ constexpr bool whole_width_in_place() {
   return true;
 }
 static_assert(whole_width_in_place());
-static_assert(blur_tiling(kViewMaxSide, kViewMaxBlur / 2, kViewMaxBlur / 2, kMostSharedBytes)
-                      .columns >= kRun,
-              "the longest kernel");
+static_assert(
+    blur_tiling(kViewMaxSide, kViewMaxBlur / 2, kViewMaxBlur / 2, kMostSharedBytes).columns >= kRun,
+    "the longest kernel");
 
 }  // namespace m3i::views
