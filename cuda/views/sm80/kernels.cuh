@@ -172,9 +172,9 @@ __global__ void __launch_bounds__(kThreads_, kMinBlocks)
   }
   if (view.plan.contrast_at < view.plan.count) {
     const int64_t sum =
-        over_block(static_cast<long long>(gray), [](auto a, auto b) { return a + b; });
+        over_block(static_cast<int64_t>(gray), [](int64_t a, int64_t b) { return a + b; });
     const float mean = gray_mean(sum, view.plane);
-    if (view.plane % 4 == 0 && reinterpret_cast<uintptr_t>(view.at) % 4 == 0) {
+    if (view.plane % 4 == 0 && reinterpret_cast<uint64_t>(view.at) % 4 == 0) {
       colour_again<4>(view.at, view.plane, view.plan, mean);
     } else {
       colour_again<1>(view.at, view.plane, view.plan, mean);

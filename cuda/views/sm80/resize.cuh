@@ -81,7 +81,7 @@ __device__ inline __attribute__((noinline)) void make_weights(const ResizeAxis& 
 // is cut by its address, whole where all of it is asked for. Byte 0 goes to
 // to[address of from % 16].
 __device__ inline void load_row(const uint8_t* from, int size, unsigned char* to) {
-  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kAccessBytes);
+  const int before = static_cast<int>(reinterpret_cast<uint64_t>(from) % kAccessBytes);
   const uint8_t* aligned = from - before;
   for (int at = lane_index() * kAccessBytes; at < before + size; at += 32 * kAccessBytes) {
     if (at >= before && at + kAccessBytes <= before + size) {
@@ -168,7 +168,7 @@ __device__ inline void resize_across(const Resize& of, int done, int num_rows, i
   }
   __syncthreads();  // also: what the ring loses now has been summed down
   if (row < num_rows) {
-    const unsigned char* pixels = to + reinterpret_cast<uintptr_t>(from) % kAccessBytes;
+    const unsigned char* pixels = to + reinterpret_cast<uint64_t>(from) % kAccessBytes;
     unsigned char* resized =
         of.ring() + (done + row) % of.tiling.ring * kViewChannels * of.tiling.columns;
     for (int i = lane_index(); i < count; i += 32) {
