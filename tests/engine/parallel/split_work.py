@@ -20,7 +20,7 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo, shrink
-from tests.shared.engine.drawn_data import DrawnData
+from tests.engine.parallel.drawn_data import DrawnData
 from tests.shared.engine.parts_of_batches import in_double_precision, in_dtype
 from tests.shared.engine.small_run import TEXT
 from tests.shared.engine.two_ranks import full
