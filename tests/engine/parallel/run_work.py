@@ -13,7 +13,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
-from tests.engine.parallel.drawn_data import DrawnData
+from tests.shared.engine.drawn_data import DrawnData
 from tests.shared.engine.replaced_step import replace_call
 from tests.shared.engine.two_ranks import NUM_RANKS, full, spread
 

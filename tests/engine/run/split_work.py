@@ -1,4 +1,4 @@
-"""What the processes of tests/engine/parallel/test_splits.py do: the same samples, shared out."""
+"""What the processes of tests/engine/run/test_splits.py do: the same samples, shared out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.recipes import demo, shrink
-from tests.engine.parallel.drawn_data import DrawnData
+from tests.shared.engine.drawn_data import DrawnData
 from tests.shared.engine.parts_of_batches import in_double_precision, in_dtype
 from tests.shared.engine.small_run import TEXT
 from tests.shared.engine.two_ranks import full

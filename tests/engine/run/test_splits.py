@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from m3i_fast.engine.trainer import Trainer
-from tests.engine.parallel.drawn_data import DrawnData
-from tests.engine.parallel.split_work import (
+from tests.engine.run.split_work import (
     NUM_STEPS,
     WHOLE,
     Split,
@@ -19,6 +18,7 @@ from tests.engine.parallel.split_work import (
     small_config,
     sorted_by_position,
 )
+from tests.shared.engine.drawn_data import DrawnData
 
 ALONE = Split(1, WHOLE)
 Found = list[dict[str, Any]]
