@@ -123,7 +123,7 @@ def draw(model: MutualInformation, step: int) -> Mix:
         first_position=step * BATCH,
         grid=GRID,
         context_length=CONTEXT,
-        seed=0,
+        seed=1,
         step=step,
         num_steps=NUM_STEPS,
     )

@@ -1,4 +1,4 @@
-"""What the processes of tests/engine/parallel/test_splits.py do: the same samples, shared out."""
+"""What the processes of tests/engine/run/test_splits.py do: the same samples, shared out."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from m3i_fast.engine.trainer import Trainer
-from tests.engine.parallel.split_work import (
+from tests.engine.run.split_work import (
     NUM_STEPS,
     WHOLE,
     Split,
