@@ -43,7 +43,7 @@ def test_what_to_type_for_a_missing_directory_makes_the_demos_data(
         return out
 
     missing = tmp_path / "no where"
-    command = shlex.split(hint(missing).partition("m3i-fast ")[2])
+    command = shlex.split(hint(missing).partition("by: m3i-fast ")[2])
     monkeypatch.setattr("m3i_fast.pipelines.sources.openmoji.build", build)
     assert main(command) == 0
     pack_demo(missing)
