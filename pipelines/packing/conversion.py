@@ -1,8 +1,8 @@
 """From any picture that Pillow reads to one that shards hold: the rule, and the refusals.
 
 A JPEG (gray or RGB, upright) and a PNG (8 bits gray or RGB, no transparency, one picture) keep
-their bytes. Anything else is decoded and encoded again: a lossy source as JPEG (quality 95, 4:4:4), a
-lossless one as PNG. EXIF's orientation is applied; transparency is laid on white; of 16 bits the
+their bytes. Anything else is decoded and encoded again: a lossy source as JPEG (quality 95, 4:4:4),
+a lossless one as PNG. EXIF's orientation is applied; transparency is laid on white; of 16 bits the
 upper 8 are kept; of several pictures in a file the first; CMYK, palettes and others become RGB.
 Colour profiles are not applied. With a short side S (`for_gpu`) every picture becomes a baseline
 JPEG with 4:2:0 subsampling, scaled down (never up) so that its short side is S.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from m3i_fast.pipelines.packing.items import Refused
 
 LOSSY_QUALITY = 95
 GPU_QUALITY = 90
-SHORTEST_SIDE, LONGEST_SIDE = 1, 65_500  # of a JPEG
+LONGEST_SIDE = 65_500  # of a JPEG
 # What a file begins with: Pillow's name, and the module and class that read it.
 FORMATS = {
     b"\xff\xd8\xff": ("JPEG", "JpegImagePlugin", "JpegImageFile"),
@@ -50,7 +50,7 @@ class Stored(NamedTuple):
     """A picture as a shard holds it."""
 
     content: bytes
-    extension: str  # jpg or png
+    extension: Literal["jpg", "png"]
     size: tuple[int, int]  # height, width
     change: str  # why it was encoded again; empty: its bytes are kept
 
@@ -63,7 +63,7 @@ def convert(content: bytes, *, max_pixels: int, for_gpu: int | None = None) -> S
     """
     name, module, reader = _format(content)
     if name == "WEBP":
-        _check_size(*_webp_size(content), max_pixels)
+        _check_size(_webp_size(content), max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,7 +71,7 @@ def convert(content: bytes, *, max_pixels: int, for_gpu: int | None = None) -> S
             if name == "PNG":
                 make(io.BytesIO(content)).verify()  # checksums, which decoding leaves unread
             with make(io.BytesIO(content)) as picture:
-                _check_size(*picture.size, max_pixels)
+                _check_size(picture.size, max_pixels)
                 change = _change(picture, name, content, max_pixels)
                 if for_gpu is not None:
                     change = _gpu_change(picture, change, for_gpu)
@@ -102,7 +102,9 @@ def _format(content: bytes) -> tuple[str, str, str]:
     raise Refused(f"not a picture: begins with {content[:8]!r}", "replace or remove it")
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    """Raise Refused for a (width, height) of too many pixels, or of none."""
+    width, height = size
     if width * height > max_pixels:
         raise Refused(
             f"expected at most {max_pixels} pixels, got {height} x {width} = {height * width}",

@@ -60,8 +60,8 @@ def _guess(path: Path) -> tuple[str, str]:
         )
     if is_saved(path):
         return "huggingface", "a data set that was saved by save_to_disk"
-    if (name := guess_class(path)) is not None:
-        return "torchvision", f"the folder of torchvision.datasets.{name} (--torchvision-class)"
+    if (known := guess_class(path)) is not None:
+        return "torchvision", f"the folder of torchvision.datasets.{known} (--torchvision-class)"
     pictures = list(islice(find_pictures(path, Listing(), allow_outside=True), _LOOKED_AT))
     if not pictures:
         if tar_files(path):

@@ -58,12 +58,12 @@ class HuggingFace:
         labels: list[object] = []
         names: tuple[str, ...] = self.options.class_names
         for split, rows in splits.items():
-            known = getattr(rows.features.get(columns.label), "names", None)
+            known = getattr(rows.features.get(columns.label or ""), "names", None)
             names = names or tuple(known or ())
             for number, row in enumerate(_annotations(rows, columns)):
                 try:
                     listing.items.append(_item(row, columns, split, number))
-                    labels.append(_name(row.get(columns.label), known))
+                    labels.append(_name(row.get(columns.label or ""), known))
                 except Refused as refused:
                     listing.refusals.append(refused.of(f"{split}[{number}]"))
         assign_labels(listing, labels, class_names=names, label_as=self.options.label_as)

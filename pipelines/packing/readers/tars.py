@@ -214,7 +214,7 @@ def _members(file: Path, name: str, listing: Listing) -> Iterator[tuple[tarfile.
     try:
         with tarfile.open(file) as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # which tarfile would keep of the whole file
+                tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep of the whole file
                 where = printable(f"{name}:{member.name}")
                 if member.isdir():
                     continue

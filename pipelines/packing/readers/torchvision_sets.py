@@ -61,8 +61,8 @@ class TorchvisionSets:
     @cached_property
     def _splits(self) -> dict[str, Any]:
         name = self.options.torchvision_class or guess_class(self.options.path) or ""
-        made = getattr(require("torchvision.datasets"), name, None)
-        if not inspect.isclass(made):
+        made: Any = getattr(require("torchvision.datasets"), name, None)
+        if not callable(made):
             raise ValueError(
                 f"--torchvision-class: expected a class of torchvision.datasets, got {name!r}"
             )

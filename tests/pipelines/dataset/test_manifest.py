@@ -43,7 +43,7 @@ def test_what_to_type_for_a_missing_directory_makes_the_demos_data(
         return out
 
     missing = tmp_path / "no where"
-    command = shlex.split(hint(missing).partition("m3i-fast ")[2])
+    command = shlex.split(hint(missing).partition("by: m3i-fast ")[2])
     monkeypatch.setattr("m3i_fast.pipelines.sources.openmoji.build", build)
     assert main(command) == 0
     pack_demo(missing)
@@ -63,7 +63,7 @@ def test_nobody_is_told_to_write_into_a_folder_of_their_own(
         (mine / "manifest.json").write_text(content)
     said = hint(mine)
     assert str(mine) in said and f"data openmoji {mine}" not in said
-    assert "are kept" in said and "write_dataset" in said and "NEW_DIRECTORY" in said
+    assert "are kept" in said and "data pack SOURCE" in said and "NEW_DIRECTORY" in said
     assert not is_dataset(mine)
 
 

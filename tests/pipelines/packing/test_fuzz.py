@@ -1,4 +1,4 @@
-"""Damaged pictures, tables and tars: never a crash or a hang, and nothing wrong is taken silently."""
+"""Damaged pictures, tables and tars: no crash, no hang, and nothing wrong is taken silently."""
 
 from __future__ import annotations
 
