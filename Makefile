@@ -23,12 +23,12 @@ docs: install
 
 test: install lint
 	@scripts/chromium.sh
-	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not nightly" $(ARGS)
 
 test-slow: install
 	@$(PYTHON) scripts/nsys.py
 	@scripts/slurm.sh
-	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "slow and not nightly" $(ARGS)
 
 # An environment of their own, build/cuda: CUDA's torch without a GPU, with Transformer Engine, or on
 # the null CUDA runtime, whose runs read with the DALI of .venv.

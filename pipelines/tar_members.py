@@ -21,6 +21,9 @@ class Part(NamedTuple):
     size: int
 
 
+MOST_HEADER_BYTES = 1 << 24  # of one that holds a long name or other extended fields
+
+
 class Readable(Protocol):
     def read(self, count: int = -1, /) -> bytes: ...
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
@@ -28,16 +31,21 @@ class Readable(Protocol):
 
 
 class Range:
-    """A range of an open file, which reads what is asked for and nothing else."""
+    """A range of an open file, of which headers are read and nothing else."""
 
     def __init__(self, descriptor: int, start: int, size: int) -> None:
         self._descriptor, self._start, self._size = descriptor, start, size
         self._place = 0
 
     def read(self, count: int = -1, /) -> bytes:
-        """Read up to `count` bytes, -1: all that are left."""
+        """Read up to `count` bytes, -1: all that are left.
+
+        Raises ValueError for many: the size in a corrupt header is not allocated.
+        """
         left = max(self._size - self._place, 0)
         count = left if count < 0 else min(count, left)
+        if count > MOST_HEADER_BYTES:
+            raise ValueError(f"expected a header of at most {MOST_HEADER_BYTES} bytes, got {count}")
         found = os.pread(self._descriptor, count, self._start + self._place)
         self._place += len(found)
         return found

@@ -14,7 +14,10 @@ CONTENTS = {
         *("results", "methods", "faults"),
     ),
     "extend": ("new_method", "new_op", "new_source", "ops", "emulator"),
-    "reference": ("config", "commands", "glossary", "architecture", "contributing", "changelog"),
+    "reference": (
+        *("config", "commands", "dataset_format", "glossary"),
+        *("architecture", "contributing", "changelog"),
+    ),
 }
 # Pages that the navigation names by less than their title.
 SHORT = {"results": "Results", "methods": "Methods"}

@@ -91,7 +91,7 @@ class Index:
         self._say_guesses(splits, columns)
         total = sum((self.path / name).stat().st_size for name in names)
         with Progress(
-            TextColumn("indexing {task.fields[samples]:,} samples"),
+            TextColumn("indexing {task.fields[samples]:,} samples", markup=False),
             BarColumn(),
             DownloadColumn(),
             TimeRemainingColumn(),
@@ -152,7 +152,7 @@ class Index:
                 soft_wrap=True,
             )
         if indexed.reasons:
-            table = Table("left out", "why", title=f"named in {out / 'refused.jsonl'}")
+            table = Table("left out", "why", title=Text(f"named in {out / 'refused.jsonl'}"))
             for reason, number in indexed.reasons.most_common(SHOWN):
                 table.add_row(str(number), Text(reason))
             console.print(table)

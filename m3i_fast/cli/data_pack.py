@@ -172,7 +172,7 @@ class Pack:
 
         if self.ray is not None:
             return with_ray(self.ray)
-        number = self.workers or len(os.sched_getaffinity(0))
+        number = self.workers or len(os.sched_getaffinity(0))  # a container's share of the cores
         return run_here if number == 1 else with_processes(number)
 
 

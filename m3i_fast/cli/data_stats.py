@@ -51,7 +51,7 @@ class Stats:
             console.print_json(json.dumps({"name": manifest.name, "splits": found}))
             return
         for name, facts in found.items():
-            table = Table("", "", title=f"{manifest.name}: {name}", show_header=False)
+            table = Table("", "", title=Text(f"{manifest.name}: {name}"), show_header=False)
             for row in _rows(facts):
                 table.add_row(*(Text(cell) for cell in row))
             console.print(table)

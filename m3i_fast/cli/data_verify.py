@@ -36,14 +36,15 @@ class Verify:
         report = find_faults(self.path, decode=self.decode, max_pixels=self.max_pixels)
         manifest, faults = report.manifest, report.faults
         if faults:
-            table = Table("file", "sample", "what is wrong", title=f"{self.path}")
+            table = Table("file", "sample", "what is wrong", title=Text(str(self.path)))
             for fault in faults[: self.max_faults]:
-                row = (fault.where, fault.sample or "", fault.reason)
+                reason = fault.reason.removeprefix(f"{self.path / fault.where}: ")
+                row = (fault.where, fault.sample or "", reason)
                 table.add_row(*(Text(text, overflow="fold") for text in row))
             console.print(table)
             left = len(faults) - self.max_faults
             more = f" ({left} not listed: --max-faults)" if left > 0 else ""
-            raise RuntimeError(
+            raise ValueError(
                 f"{self.path}: {len(faults)} faults{more}; {how_to_restore(self.path, manifest)}"
             )
         console.print(f"{self.path}: good", soft_wrap=True)

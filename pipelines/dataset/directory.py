@@ -81,7 +81,7 @@ def check_split(
     split = manifest.split(name)
     if split.table is not None:
         _check_table(path, name, manifest, max_pixels, shard_id, num_shards)
-    if split.shards[0].index_bytes is not None:
+    if None not in [shard.index_bytes for shard in split.shards]:
         _check_indices(path, name, split, max_pixels, shard_id, num_shards)
 
 

@@ -260,7 +260,7 @@ for _kind in (int, str):
 
 def _how_to_make(path: Path) -> str:
     """Tell how to make a dataset, without writing into a folder with files of the user."""
-    own = "pictures of your own are packed by: m3i-fast data pack SOURCE DIR"
+    own = "pictures of your own are packed with `m3i-fast data pack SOURCE DIR`"
     demo = f"the demo's by: m3i-fast data openmoji {{}} {DEMO_FLAGS}"
     if is_free(path):
         return f"name another directory, or make one there: {own}, " + demo.format(quoted(path))

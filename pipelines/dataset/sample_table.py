@@ -170,12 +170,15 @@ def _rows_of_index(path: Path, number: int, shard: ShardInfo) -> Rows:
 
 
 def _integer(stored: bytes, column: str, file: Path, name: str) -> int:
-    """Read an int64; ValueError where it is cut off, or has no room in the column."""
+    """Read an int64; ValueError where it is cut off.
+
+    One that has no room in the column becomes its least or most value, which a reader refuses as
+    out of range.
+    """
+    if len(stored) != 8:
+        raise ValueError(f"{file}: {name}: expected 8 bytes, got {len(stored)}")
     limits = np.iinfo(ROW[column])
-    value = int(np.frombuffer(stored, "<i8")[0]) if len(stored) == 8 else None
-    if value is None or not limits.min <= value <= limits.max:
-        raise ValueError(f"{file}: {name}: expected an integer of {ROW[column]}, got {value}")
-    return value
+    return int(np.clip(np.frombuffer(stored, "<i8")[0], limits.min, limits.max))
 
 
 def _ranges(index: list[IndexRow]) -> Iterator[tuple[int, int]]:

@@ -173,8 +173,9 @@ def _num_captions(files: Mapping[str, bytes], manifest: Manifest) -> int:
         return captions.count({extension: len(content) for extension, content in files.items()})
     text = files.get(kind, b"").decode()
     if text and name:
-        value = json.loads(text)
-        text = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(text, str | None):
-            raise ValueError(f"{kind}: {name}: expected text, got {text!r}")
-    return int(bool((text or "").strip()))
+        fields = json.loads(text)
+        value = fields.get(name) if isinstance(fields, dict) else None
+        if not isinstance(value, str | None):
+            raise ValueError(f"{kind}: {name}: expected text, got {value!r}")
+        text = value or ""
+    return int(bool(text.strip()))

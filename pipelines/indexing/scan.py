@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from m3i_fast.pipelines.dataset.tar_shards import TAR_BLOCK
-from m3i_fast.pipelines.tar_members import NAME, Part, tar_members
+from m3i_fast.pipelines.tar_members import NAME, Part, Range, tar_members
 
 MOST_BYTES = 1 << 30  # of a sample
 
@@ -76,7 +76,7 @@ def _add(samples: list[Found], keys: set[str], member: tarfile.TarInfo, end: int
 def _members(opened: BinaryIO, num_bytes: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield (member, end) as `tar_members`; raises ValueError also for a wrong end of the tar."""
     end = 0
-    for member, end in tar_members(opened, num_bytes):
+    for member, end in tar_members(Range(opened.fileno(), 0, num_bytes), num_bytes):
         yield member, end
     opened.seek(end)
     block = opened.read(TAR_BLOCK)

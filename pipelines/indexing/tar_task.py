@@ -95,7 +95,7 @@ def index_tar(file: Path, name: str, columns: Columns) -> TarIndex:
     samples, fault = scan(file)
     if fault is not None:
         index.refuse(None, fault)
-    rows = []
+    rows: list[tuple[int, ...]] = []
     digest = hashlib.sha256()
     with file.open("rb") as tar:
         for found in samples:

@@ -33,6 +33,8 @@ REFUSED = [
     ["checkpoint", "ls", "{}"],
     ["checkpoint", "verify", "{}"],
     ["checkpoint", "consolidate", "{}", "{}"],
+    ["data", "index", "{}"],
+    ["data", "stats", "{}"],
     ["data", "verify", "{}"],
     ["launch", "--retry-code", "{}"],
     ["bench", "{}"],

@@ -12,7 +12,7 @@ IMAGE = r"image|images?_?(path|file|name|filename)?|img(_?path|_?file)?|file(_?n
 IMAGE += r"|picture|photo|jpg|png|webp|image_?bytes|bytes"
 CAPTION = r"captions?([_-]?\w+)?"
 OTHER_CAPTION = r"text|title|description|alt(_?text)?|sentences?|prompt|txt"
-LABEL = r"labels?|class(_?name|_?id)?|categor(y|ies)|target|cls|fine_label|label_?(id|name)"
+LABEL = r"labels?|class(_?name|_?id)?|category|categories|target|cls|fine_label|label_?(id|name)"
 GROUP = r"group(_?id)?|cluster(_?id)?"
 SPLIT = r"split|subset"
 

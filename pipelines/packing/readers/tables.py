@@ -43,8 +43,8 @@ class Tables:
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
         self.files = table_files(options.path)
-        folder = options.path.parent if options.path.is_file() else options.path
-        self.root = (options.image_root or folder).absolute()
+        self.folder = options.path.parent if options.path.is_file() else options.path
+        self.root = (options.image_root or self.folder).absolute()
 
     def list(self) -> Listing:
         listing = Listing()
@@ -52,12 +52,13 @@ class Tables:
         place_of: dict[str, int] = {}
         with _LazySpool(self.options) as spool:
             for file in self.files:
-                listing.files[file.name] = stamp(file)
-                split = split_in_name(file.name) if len(self.files) > 1 else None
+                name = printable(file.relative_to(self.folder).as_posix())
+                listing.files[name] = stamp(file)
+                split = split_in_name(name) if len(self.files) > 1 else None
                 columns, rows = self._open(file, listing)
-                listing.notes.append(f"{printable(file.name)}: {columns.said()}")
+                listing.notes.append(f"{name}: {columns.said()}")
                 for number, row in rows:
-                    where = f"{printable(file.name)}:{number}"
+                    where = f"{name}:{number}"
                     try:
                         item = self._item(row, columns, where, spool)
                         item = item._replace(split=item.split or split or "train")

@@ -175,6 +175,19 @@ def test_parquet_holds_what_pyarrow_reads(tmp_path: Path, kind: str) -> None:
     assert [row.label for row in rows] == [-1 if r["label"] is None else r["label"] for r in theirs]
 
 
+def test_parquet_files_of_a_folder_are_one_source(tmp_path: Path) -> None:
+    """Two of the same name in two folders, and a split by name as in the hub's layout."""
+    pictures = {}
+    for i, name in enumerate(["a/train-0.parquet", "b/train-0.parquet", "b/test-0.parquet"]):
+        pictures[name] = [picture(10 * i + j) for j in range(3)]
+        file = put(tmp_path / "source", name, b"")
+        parquet.write_table(pyarrow.table({"image": pictures[name]}), file)
+    packed = pack_with(tmp_path / "source", tmp_path / "out")
+    assert not packed.refused and sizes(packed.manifest) == {"train": 6, "test": 3}
+    found = [row.image for row in rows_of(tmp_path / "out")]
+    assert found == pictures["a/train-0.parquet"] + pictures["b/train-0.parquet"]
+
+
 # ---- Tars ----------------------------------------------------------------------------------------
 
 

@@ -118,24 +118,25 @@ def repack(
             found = f"{extension} {member.offset_data} {member.size} {member.name}"
             rows.setdefault(key, []).append(found)
     lines = [f"v1.2 {len(rows)}", *map(" ".join, rows.values())]
-    tar.with_suffix(".idx").write_text("\n".join(lines) + "\n")
+    if tar.with_suffix(".idx").exists():
+        tar.with_suffix(".idx").write_text("\n".join(lines) + "\n")
     record(path, shard)
 
 
 def record(path: Path, shard: int = 0) -> None:
     """Bring sizes and digests of a shard in the manifest up to date."""
     tar = path / f"train-{shard:06d}.tar"
-    edit_manifest(
-        path,
-        lambda raw: raw["splits"]["train"]["shards"][shard].update(
-            num_bytes=tar.stat().st_size,
-            sha256=hashlib.sha256(tar.read_bytes()).hexdigest(),
-            index_bytes=tar.with_suffix(".idx").stat().st_size,
-            index_sha256=hashlib.sha256(tar.with_suffix(".idx").read_bytes()).hexdigest(),
-        ),
-    )
+    digests = {"num_bytes": tar.stat().st_size, "sha256": _sha256(tar)}
+    index = tar.with_suffix(".idx")
+    if index.exists():
+        digests |= {"index_bytes": index.stat().st_size, "index_sha256": _sha256(index)}
+    edit_manifest(path, lambda raw: raw["splits"]["train"]["shards"][shard].update(digests))
     if (path / "train.samples").exists():
         retable(path, shard)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def retable(path: Path, shard: int = 0) -> None:
