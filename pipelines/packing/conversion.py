@@ -158,8 +158,8 @@ def _change(picture: Any, name: str, content: bytes, max_pixels: int) -> str:
         return "palette" if content[25] == 3 else f"{content[24]} bits"
     if picture.mode not in ("L", "RGB"):
         return str(picture.mode)
-    if _orientation(picture) != 1:
-        return "orientation"
+    if (orientation := _orientation(picture)) != 1:
+        return "orientation" if orientation else "damaged EXIF"
     try:
         check_header(
             lambda offset, count: content[offset : offset + count],
@@ -176,6 +176,8 @@ def _orientation(picture: Any) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            if raw := picture.info.get("exif"):  # read anew, since Pillow warns once
+                require("PIL.Image").Exif().load(raw)
             found = picture.getexif().get(0x0112, 1)
     except Exception:  # damaged EXIF, of which Pillow raises or warns in a dozen ways
         return 0

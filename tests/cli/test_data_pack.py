@@ -93,12 +93,12 @@ def test_wrong_flags_are_refused(
 def test_what_may_be_markup_is_shown_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In names of files, classes and the data set."""
-    folder = tmp_path / "x[" / "b][bold]:bug:[green"
-    folder.mkdir(parents=True)
+    """In names of folders, files and the data set."""
+    folder = tmp_path / "x[b][bold]:bug:[green"
+    folder.mkdir()
     (folder / "[b].png").write_bytes(b"none")
     (folder / "good.png").write_bytes(encode_image(smooth_picture(0, 9, 9)))
     out = tmp_path / "out[b]"
-    assert main(["data", "pack", str(tmp_path / "x["), str(out), *SMALL]) == 0
+    assert main(["data", "pack", str(folder), str(out), *SMALL]) == 0
     text = "".join(said(capsys).replace("│", "").split())
     assert f"wrote{out}" in text and "packingout[b]" in text and "[b].png" in text
