@@ -45,6 +45,9 @@ class ViewConfig(Checked):
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the view."""
+    blur_kernel_size: Annotated[int, range(1, 1024)] | None = None
+    """Side of the blur's kernel in pixels of the view, odd, its half less than the view; None: a
+    tenth of the view's side, made odd (23 at 224)."""
     solarize_probability: float = 0.0
     """Probability that values of 128 and more are inverted."""
 
@@ -56,6 +59,10 @@ class ViewConfig(Checked):
             scale=(0 < low <= high <= 1, inside),
             ratio=(0 < self.ratio[0] <= self.ratio[1], "0 < low <= high"),
             blur_sigma=(0 < self.blur_sigma[0] <= self.blur_sigma[1], "0 < low <= high"),
+            blur_kernel_size=(
+                self.blur_kernel % 2 == 1 and self.blur_kernel // 2 < self.size,
+                "an odd number, of which half is less than the view's size",
+            ),
             hue=(0 <= self.hue <= 0.5, "turns in [0, 0.5]"),
         )
         for name in (f.name for f in fields(self) if f.name.endswith("_probability")):
@@ -65,6 +72,11 @@ class ViewConfig(Checked):
 
     def _is_share(self, name: str) -> bool:
         return 0 <= getattr(self, name) <= 1
+
+    @property
+    def blur_kernel(self) -> int:
+        """Return the side of the blur's kernel in pixels of the view, odd."""
+        return self.size // 10 | 1 if self.blur_kernel_size is None else self.blur_kernel_size
 
     @property
     def jitters(self) -> bool:
