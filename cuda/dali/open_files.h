@@ -18,10 +18,15 @@
 
 namespace m3i {
 
+// A file that cannot be read, whatever is in it.
+struct ReadError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 class OpenFile {
  public:
   explicit OpenFile(const std::string& path) : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (fd_ < 0) throw std::runtime_error(std::string("cannot be opened: ") + strerror(errno));
+    if (fd_ < 0) throw ReadError(std::string("cannot be opened: ") + strerror(errno));
   }
   OpenFile(const OpenFile&) = delete;
   OpenFile& operator=(const OpenFile&) = delete;
@@ -29,14 +34,13 @@ class OpenFile {
 
   void read(int64_t offset, uint8_t* into, size_t size) const {
     for (size_t done = 0; done < size;) {
-      const ssize_t got =
-          ::pread(fd_, into + done, size - done, static_cast<off_t>(offset) + static_cast<off_t>(done));
+      const ssize_t got = ::pread(fd_, into + done, size - done,
+                                  static_cast<off_t>(offset) + static_cast<off_t>(done));
       if (got < 0 && errno == EINTR) continue;
-      if (got < 0) throw std::runtime_error(std::string("cannot be read: ") + strerror(errno));
+      if (got < 0) throw ReadError(std::string("cannot be read: ") + strerror(errno));
       if (got == 0) {
-        throw std::runtime_error("expected " + std::to_string(size) + " bytes at " +
-                                 std::to_string(offset) + ", got " + std::to_string(done) +
-                                 ", where the file ends");
+        throw ReadError("expected " + std::to_string(size) + " bytes at " + std::to_string(offset) +
+                        ", got " + std::to_string(done) + ", where the file ends");
       }
       done += static_cast<size_t>(got);
     }

@@ -11,7 +11,7 @@
 namespace m3i {
 
 struct PictureHeader {
-  const char* format;  // "JPEG", "PNG" or "WEBP"
+  const char* format;     // "JPEG", "PNG" or "WEBP"
   int64_t height, width;  // as stored, before EXIF's orientation
 };
 

@@ -3,8 +3,8 @@
 #include <string>
 #include <vector>
 
-#include "dali/sample_record.h"
 #include "dali/pipeline/operator/operator.h"
+#include "dali/sample_record.h"
 
 namespace m3i {
 namespace {
@@ -43,14 +43,18 @@ class ReadSamples : public dali::Operator<dali::CPUBackend> {
       SampleRow row;
       DALI_ENFORCE(rows.tensor_shape_span(i)[0] == kRowColumns, "m3i_read: expected 7 columns");
       std::memcpy(&row, rows.tensor<int64_t>(i), sizeof(row));
-      const std::string where = names[i] + ": sample " + std::to_string(row.sample_id) +
-                                " at position " + std::to_string(row.position);
+      // The words that graph/dali_backend.py looks for: a corrupt sample is replaced by another
+      // one, a file that cannot be read ends the run.
+      const std::string where = "sample " + std::to_string(row.sample_id) + " at position " +
+                                std::to_string(row.position) + " in " + names[i];
       try {
         records[i] = read_sample(files_, names[i], row, options_);
-        names[i] = where;
+      } catch (const ReadError& error) {
+        errors[i] = names[i] + ": " + error.what();
       } catch (const std::exception& error) {
-        errors[i] = where + ": " + error.what();
+        errors[i] = "corrupt " + where + ": " + error.what();
       }
+      names[i] = where;
     });
     // Named once and in the batch's order, whichever thread was first.
     for (const std::string& error : errors) {
@@ -74,7 +78,9 @@ class ReadSamples : public dali::Operator<dali::CPUBackend> {
     const int alternate = !options_.alternates ? -1 : text < 0 ? 3 : 4;
     dali::TensorListShape<1> picture(batch), tokens(batch), texts(batch), others(batch);
     for (int i = 0; i < batch; ++i) {
-      const auto size = [](size_t bytes) { return dali::TensorShape<1>(static_cast<int64_t>(bytes)); };
+      const auto size = [](size_t bytes) {
+        return dali::TensorShape<1>(static_cast<int64_t>(bytes));
+      };
       picture.set_tensor_shape(i, size(records[i].picture->size));
       tokens.set_tensor_shape(i, dali::TensorShape<1>(options_.context_length));
       texts.set_tensor_shape(i, size(records[i].text.second));

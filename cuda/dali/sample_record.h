@@ -17,7 +17,8 @@
 
 namespace m3i {
 
-// Columns of a sample's row in a batch, int64 each, as m3i_fast/pipelines/batch_rows.py writes them.
+// Columns of a sample's row in a batch, int64 each, as m3i_fast/pipelines/batch_rows.py writes
+// them.
 struct SampleRow {
   int64_t position;   // of the sample in the run
   int64_t sample_id;  // for messages

@@ -105,9 +105,9 @@ inline std::vector<TarMember> tar_members(const uint8_t* bytes, size_t size) {
     } else if (is_file) {
       std::string name = long_name;
       if (name.empty()) {
-        const std::string_view prefix =
-            text_field(header, 257, 5) == "ustar" && header[262] == 0 ? text_field(header, 345, 155)
-                                                                      : std::string_view();
+        const std::string_view prefix = text_field(header, 257, 5) == "ustar" && header[262] == 0
+                                            ? text_field(header, 345, 155)
+                                            : std::string_view();
         name = (prefix.empty() ? "" : std::string(prefix) + "/") +
                std::string(text_field(header, 0, 100));
       }
