@@ -51,6 +51,7 @@ def draw_batch(cfg: TrainConfig, *, seed: int = 0) -> Batch:
         label=torch.randint(0, max(cfg.num_classes, 1), (count,), generator=rng),
         sample_id=torch.arange(count),
         group_id=torch.arange(count),
+        position=torch.arange(count),
     )
 
 

@@ -153,6 +153,7 @@ def empty_batch(cfg: TrainConfig) -> Batch:
         label=torch.empty(size, dtype=torch.int64),
         sample_id=torch.empty(size, dtype=torch.int64),
         group_id=torch.empty(size, dtype=torch.int64),
+        position=torch.arange(size, device="cpu"),
     )
 
 

@@ -49,7 +49,11 @@ def run(pipeline: Pipeline, origin: Origin) -> tuple[Tensor, ...]:
 
 
 def to_batch(
-    tensors: tuple[Tensor, ...], num_global: int, origin: Origin, key: int | None
+    tensors: tuple[Tensor, ...],
+    num_global: int,
+    origin: Origin,
+    key: int | None,
+    position: Tensor,  # [B] int64
 ) -> Batch:
     """Make a `Batch` of the outputs of a graph, which are in the graph's order.
 
@@ -86,6 +90,7 @@ def to_batch(
         label=label,
         sample_id=sample_id,
         group_id=group_id,
+        position=position,
     )
     device_id = origin.device_id
     return batch if device_id is None else batch.to(torch.device("cuda", device_id))

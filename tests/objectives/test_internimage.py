@@ -60,6 +60,7 @@ def make_batch() -> Batch:
         label=torch.arange(B) % 5,
         sample_id=torch.arange(B),
         group_id=torch.arange(B),
+        position=torch.arange(B),
     )
 
 

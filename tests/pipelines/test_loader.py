@@ -26,7 +26,7 @@ def test_shapes_types_and_devices(cfg: LoaderConfig) -> None:
     batch = next(Loader(cfg))
     expected = [((4, 3, 16, 16), torch.uint8)] * 2 + [((4, 3, 8, 8), torch.uint8)] * 3
     expected += [((4, 5, 5), torch.float32), ((4, 2), torch.float32)]
-    expected += [((4, TOKENIZER.context_length), torch.int32)] + [((4,), torch.int64)] * 4
+    expected += [((4, TOKENIZER.context_length), torch.int32)] + [((4,), torch.int64)] * 5
     assert [(tuple(t.shape), t.dtype) for t in batch.tensors()] == expected
     assert all(t.is_contiguous() and t.device.type == "cpu" for t in batch.tensors())
     assert batch.batch_size == 4
@@ -53,15 +53,20 @@ def test_ranks_share_every_epoch_without_overlap(cfg: LoaderConfig, num_shards: 
     loaders = [Loader(cfg, shard_id=i, num_shards=num_shards) for i in range(num_shards)]
     steps = {loader.steps_per_epoch for loader in loaders}
     assert steps == {50 // num_shards // 4}
-    orders, ever = [], set()
+    orders, ever, positions = [], set(), []
     for epoch in range(4):
-        ids = [i for r in loaders for b in take(r, r.steps_per_epoch) for i in b.sample_id.tolist()]
+        batches = [b for r in loaders for b in take(r, r.steps_per_epoch)]
+        ids = [i for b in batches for i in b.sample_id.tolist()]
+        assert all(b.position.diff().eq(num_shards).all() for b in batches)
+        positions += [p for b in batches for p in b.position.tolist()]
         assert len(ids) == len(set(ids)) == num_shards * 4 * loaders[0].steps_per_epoch
         assert {loader.epoch for loader in loaders} == {epoch}
         orders.append(ids)
         ever.update(ids)
     assert ever == set(range(50))  # what one epoch drops, another brings
     assert len({tuple(order) for order in orders}) == 4
+    assert sorted(positions) == list(range(len(positions)))
+    assert {loader.samples for loader in loaders} == {len(positions)}
 
 
 def test_ranks_get_other_parts_every_epoch(cfg: LoaderConfig) -> None:

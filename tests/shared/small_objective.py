@@ -57,6 +57,7 @@ def make_batch(size: int = 8) -> Batch:
         label=torch.tensor([0, 1, -1, 3, -1, 2, 4, -1, 0, 1, 2, 3])[:size],
         sample_id=torch.arange(size),
         group_id=torch.arange(size),
+        position=torch.arange(size),
     )
 
 

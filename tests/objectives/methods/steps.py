@@ -111,6 +111,7 @@ def draw_batch(seed: int, *, with_local: bool) -> Batch:
         label=torch.randint(0, CLASSES, (BATCH,), generator=rng),
         sample_id=sample_id,
         group_id=sample_id,
+        position=torch.arange(BATCH),
     )
 
 
