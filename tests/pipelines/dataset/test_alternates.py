@@ -58,7 +58,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cfg(path: Path) -> LoaderConfig:
-    return LoaderConfig(path=path, batch_size=4, global_views=PLAIN, seed=5, initial_fill=8)
+    return LoaderConfig(path=path, batch_size=4, global_views=PLAIN, seed=5)
 
 
 def shown(batch: Batch, view: int) -> list[tuple[int, int, int]]:

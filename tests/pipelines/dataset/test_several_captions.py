@@ -33,7 +33,7 @@ T = TOKENIZER.context_length
 
 @pytest.fixture
 def cfg(mixture: Path) -> LoaderConfig:
-    return LoaderConfig(path=mixture, batch_size=4, global_views=VIEWS, seed=5, initial_fill=16)
+    return LoaderConfig(path=mixture, batch_size=4, global_views=VIEWS, seed=5)
 
 
 def chosen(batch: Batch) -> dict[int, int]:
@@ -71,7 +71,7 @@ def test_a_caption_is_drawn_by_seed_epoch_and_sample_alone(cfg: LoaderConfig) ->
     for changed in (
         replace(cfg, num_threads=2, prefetch=3),
         replace(cfg, batch_size=7),
-        replace(cfg, initial_fill=40),
+        replace(cfg),
     ):
         other = epochs(changed, 2)
         shared = other.keys() & drawn.keys()
@@ -157,7 +157,7 @@ def test_batches_without_any_caption_or_label_pass(packer: Packer, several: bool
     if several:
         samples += [sample(i, image, captions=several_captions(3), label=1) for i in range(16, 18)]
     path = packer(samples)
-    cfg = LoaderConfig(path=path, batch_size=2, global_views=VIEWS, initial_fill=1)
+    cfg = LoaderConfig(path=path, batch_size=2, global_views=VIEWS)
     passes = (
         take(Loader(cfg), 9),
         list(evaluation_batches(path, "train", image_size=4, batch_size=2)),
