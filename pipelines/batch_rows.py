@@ -60,7 +60,7 @@ def rows_of(
     alternate: Integers | None = None,
 ) -> BatchRows:
     """Return the rows of a batch; without draws they ask for first captions and alternates."""
-    entries = table.rows[samples]
+    entries = np.asarray(table.rows)[samples]  # a memory map would wrap every field again
     places = shards.locate(table, samples)
     rows = np.zeros((len(samples), len(COLUMNS)), np.int64)
     rows[:, 0], rows[:, 1] = positions, entries["sample_id"]

@@ -203,13 +203,12 @@ class Loader:
 
     @cached_property
     def _work(self) -> SampleWork:
-        cfg, tokenizer = self.cfg, self.manifest.tokenizer
+        cfg = self.cfg
         return SampleWork(
             views=view_specs(cfg.global_views, cfg.local_views),
             centre=False,
             seed=cfg.seed,
-            context_length=tokenizer.context_length,
-            vocab_size=tokenizer.vocab_size,
+            tokenizer=self.manifest.tokenizer,
             max_pixels=cfg.max_pixels,
             caption_member=self._captions.member,
             alternates=cfg.alternates
@@ -281,8 +280,7 @@ def evaluation_batches(
         views=view_specs(ViewConfig(count=1, size=image_size)),
         centre=True,
         seed=0,
-        context_length=opened.manifest.tokenizer.context_length,
-        vocab_size=opened.manifest.tokenizer.vocab_size,
+        tokenizer=opened.manifest.tokenizer,
         max_pixels=max_pixels,
         caption_member=captions.member,
         alternates=False,

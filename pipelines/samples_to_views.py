@@ -9,6 +9,7 @@ from torch import Tensor
 
 from m3i_fast.ops.views import ViewSpec
 from m3i_fast.pipelines.batch_rows import BatchRows
+from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 TOKENS = "tok"  # the member with token ids; another one holds a caption's text
 
@@ -21,8 +22,7 @@ class SampleWork:
     centre: bool
     """Cut the largest centred square in place of random crops."""
     seed: int
-    context_length: int
-    vocab_size: int
+    tokenizer: TokenizerInfo
     max_pixels: int
     caption_member: str
     """Extension of the member that holds a sample's captions."""

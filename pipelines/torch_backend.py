@@ -79,7 +79,7 @@ class TorchBackend:
         views = make_views(
             pixels, offset, sizes, params, views=work.views, num_threads=work.num_threads
         )
-        token_ids = np.zeros((len(samples), work.context_length), np.int32)
+        token_ids = np.zeros((len(samples), work.tokenizer.context_length), np.int32)
         for row, sample in zip(token_ids, samples, strict=True):
             row[: len(sample.token_ids)] = sample.token_ids
         return MadeBatch(
@@ -193,28 +193,15 @@ def _members(content: bytes) -> dict[str, bytes]:
 def _caption(members: dict[str, bytes], draw: int, work: SampleWork) -> NDArray[np.int32]:
     """Return the token ids of one of a sample's captions; none where it has none."""
     stored, lengths = (members.get(name) for name in (captions.TOKENS, captions.LENGTHS))
-    for name, content in ((captions.TOKENS, stored), (captions.LENGTHS, lengths)):
-        if content is not None and len(content) % 4:
-            raise ValueError(f"{name}: expected int32 values, got {len(content)} bytes")
+    fault = captions.stored_fault(stored, lengths, work.tokenizer)
+    if fault is not None:
+        raise ValueError(fault)
     ids = np.frombuffer(stored or b"", "<i4")
-    if lengths is not None:
-        of_each = np.frombuffer(lengths, "<i4")
-        if not len(of_each) or of_each.min() < 1 or int(of_each.sum(dtype=np.int64)) != len(ids):
-            raise ValueError(
-                f"len: expected sizes of at least 1 that add up to {len(ids)}, got "
-                f"{of_each.tolist()}"
-            )
-        chosen = _chosen(draw, len(of_each))
-        start = int(of_each[:chosen].sum(dtype=np.int64))
-        ids = ids[start : start + of_each[chosen]]
-    if len(ids) > work.context_length or (stored is not None and len(ids) == 0):
-        raise ValueError(f"tok: expected 1 to {work.context_length} token ids, got {len(ids)}")
-    if len(ids) and not 0 <= ids.min() <= ids.max() < work.vocab_size:
-        raise ValueError(
-            f"tok: expected token ids from 0 to {work.vocab_size - 1}, got {ids.min()} to "
-            f"{ids.max()}"
-        )
-    return ids
+    if lengths is None:
+        return ids
+    ends = np.cumsum(np.frombuffer(lengths, "<i4"))
+    chosen = _chosen(draw, len(ends))
+    return np.split(ids, ends[:-1])[chosen]
 
 
 def _chosen(draw: int, count: int) -> int:

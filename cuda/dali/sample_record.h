@@ -84,10 +84,11 @@ inline std::vector<int32_t> integers(const TarMember& member) {
   return values;
 }
 
-// Places of the parts of a member that holds them joined; `sizes` counts in units of `unit` bytes.
+// Start and size of one of the parts that a member holds joined.
 inline std::pair<size_t, size_t> part(const std::vector<int32_t>& sizes, size_t total, size_t index,
                                       const std::string& name) {
   size_t sum = 0, start = 0;
+  if (sizes.empty()) throw std::runtime_error(name + ": expected sizes, got none");
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] < 1) {
       throw std::runtime_error(name + ": expected sizes of at least 1, got " +
@@ -96,26 +97,26 @@ inline std::pair<size_t, size_t> part(const std::vector<int32_t>& sizes, size_t 
     if (i == index) start = sum;
     sum += static_cast<size_t>(sizes[i]);
   }
-  if (sizes.empty() || sum != total) {
+  if (sum != total) {
     throw std::runtime_error(name + ": expected sizes that add up to " + std::to_string(total) +
                              ", got " + std::to_string(sum));
   }
   return {start, static_cast<size_t>(sizes[index])};
 }
 
+// Every caption is checked, so that a sample is refused whichever is chosen.
 inline std::vector<int32_t> chosen_caption(const std::vector<TarMember>& members, int64_t draw,
                                            const ReadOptions& options) {
   const TarMember *tokens = find(members, "tok"), *lengths = find(members, "len");
-  std::vector<int32_t> ids = tokens ? integers(*tokens) : std::vector<int32_t>();
-  if (lengths) {
-    const std::vector<int32_t> of_each = integers(*lengths);
-    const auto [start, count] = part(of_each, ids.size(), chosen(draw, of_each.size()), "len");
-    ids = std::vector<int32_t>(ids.begin() + static_cast<int64_t>(start),
-                               ids.begin() + static_cast<int64_t>(start + count));
-  }
-  if (static_cast<int64_t>(ids.size()) > options.context_length || (tokens && ids.empty())) {
-    throw std::runtime_error("tok: expected 1 to " + std::to_string(options.context_length) +
-                             " token ids, got " + std::to_string(ids.size()));
+  if (!tokens && !lengths) return {};
+  const std::vector<int32_t> ids = tokens ? integers(*tokens) : std::vector<int32_t>();
+  const std::vector<int32_t> of_each =
+      lengths ? integers(*lengths) : std::vector<int32_t>{static_cast<int32_t>(ids.size())};
+  for (const int32_t length : of_each) {
+    if (length < 1 || length > options.context_length) {
+      throw std::runtime_error("tok: expected 1 to " + std::to_string(options.context_length) +
+                               " token ids, got " + std::to_string(length));
+    }
   }
   for (const int32_t id : ids) {
     if (id < 0 || id >= options.vocab_size) {
@@ -124,7 +125,9 @@ inline std::vector<int32_t> chosen_caption(const std::vector<TarMember>& members
                                std::to_string(id));
     }
   }
-  return ids;
+  const auto [start, count] = part(of_each, ids.size(), chosen(draw, of_each.size()), "len");
+  const auto first = ids.begin() + static_cast<int64_t>(start);
+  return std::vector<int32_t>(first, first + static_cast<int64_t>(count));
 }
 
 }  // namespace record_detail

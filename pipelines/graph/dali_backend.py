@@ -129,8 +129,8 @@ def _graph(give: Any, work: SampleWork) -> tuple[DataNode, ...]:
     encoded, token_ids, num_tokens, *others = fn.m3i_read(
         rows,
         paths,
-        context_length=work.context_length,
-        vocab_size=work.vocab_size,
+        context_length=work.tokenizer.context_length,
+        vocab_size=work.tokenizer.vocab_size,
         max_pixels=work.max_pixels,
         caption_member=work.caption_member,
         alternates=work.alternates,

@@ -30,6 +30,6 @@ class LocalShards:
 
     def locate(self, table: SampleTable, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
         """Return the shard and the offset in it of each sample."""
-        rows = table.rows[samples]
-        shards, offsets = rows["shard"].tolist(), rows["offset"].tolist()
+        rows = np.asarray(table.rows)
+        shards, offsets = rows["shard"][samples].tolist(), rows["offset"][samples].tolist()
         return [(self._paths[s], offset) for s, offset in zip(shards, offsets, strict=True)]

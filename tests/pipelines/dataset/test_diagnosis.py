@@ -21,9 +21,7 @@ from tests.shared.pipelines.data import (
     smooth_picture,
 )
 
-CFG = LoaderConfig(
-    batch_size=8, global_views=ViewConfig(count=1, size=8, gray_probability=0)
-)
+CFG = LoaderConfig(batch_size=8, global_views=ViewConfig(count=1, size=8, gray_probability=0))
 BAD = 3
 JPEG = encode_image(smooth_picture(0, 200, 200), "JPEG", quality=98)
 

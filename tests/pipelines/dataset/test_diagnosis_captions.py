@@ -25,9 +25,7 @@ from tests.shared.pipelines.data import (
 )
 
 IMAGE = encode_image(smooth_picture(0, 9, 9))
-CFG = LoaderConfig(
-    batch_size=4, global_views=ViewConfig(count=1, size=4, gray_probability=0)
-)
+CFG = LoaderConfig(batch_size=4, global_views=ViewConfig(count=1, size=4, gray_probability=0))
 BAD = 5  # the sample
 MARK = 77  # a token id that tells it from the others
 
