@@ -142,7 +142,7 @@ def _graph(give: Any, work: SampleWork) -> tuple[DataNode, ...]:
         *sizes,
         key=work.seed,
         centre=work.centre,
-        distribution=[number.hex() for view in work.views for number in view.distribution],
+        distribution=[float(number).hex() for view in work.views for number in view.distribution],
     )
     load = {} if work.hw_decoder_load is None else {"hw_decoder_load": work.hw_decoder_load}
     images = [
