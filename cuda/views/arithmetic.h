@@ -15,6 +15,7 @@
 
 namespace m3i {
 namespace views {
+namespace {  // each source has its own copy, of its instruction set
 
 // ---- Operations, each rounded once --------------------------------------------------------------
 
@@ -52,6 +53,27 @@ M3I_HOST_DEVICE inline double power_of_two(int n) {
   return value;
 }
 #endif
+
+// The operations of a value's type: float here, vectors of them in cpu/lanes.h.
+template <class F>
+struct Ops;
+
+template <>
+struct Ops<float> {
+  M3I_HOST_DEVICE static float all(float a) { return a; }
+  M3I_HOST_DEVICE static float mul(float a, float b) { return mul_rn(a, b); }
+  M3I_HOST_DEVICE static float add(float a, float b) { return add_rn(a, b); }
+  M3I_HOST_DEVICE static float sub(float a, float b) { return sub_rn(a, b); }
+  M3I_HOST_DEVICE static float div(float a, float b) { return div_rn(a, b); }
+  M3I_HOST_DEVICE static float fma(float a, float b, float c) { return fma_rn(a, b, c); }
+  M3I_HOST_DEVICE static float floor(float a) { return floor_of(a); }
+  M3I_HOST_DEVICE static float even(float a) { return even_of(a); }
+  M3I_HOST_DEVICE static float least(float a, float b) { return a < b ? a : b; }
+  M3I_HOST_DEVICE static float most(float a, float b) { return a > b ? a : b; }
+  M3I_HOST_DEVICE static bool equal(float a, float b) { return a == b; }
+  M3I_HOST_DEVICE static bool at_least(float a, float b) { return a >= b; }
+  M3I_HOST_DEVICE static float choose(bool of, float a, float b) { return of ? a : b; }
+};
 
 // e^x for x <= 1, to an ulp or two; from products and sums alone, so that every machine has the
 // same bits.
@@ -192,99 +214,112 @@ M3I_HOST_DEVICE inline float gray_mean(int64_t sum, int64_t count) {
   return div_rn(static_cast<float>(sum), static_cast<float>(count));
 }
 
-struct Pixel {
-  float r, g, b;
+template <class F>
+struct PixelOf {
+  F r, g, b;
 };
+using Pixel = PixelOf<float>;
 
-// Down to a whole number: values are not negative.
-M3I_HOST_DEVICE inline float whole_of(float value) { return floor_of(value); }
-
-M3I_HOST_DEVICE inline float clamped(float value, float most) {
-  return value < 0 ? 0 : value > most ? most : value;
+template <class F>
+M3I_HOST_DEVICE inline F clamped(F value, float most) {
+  return Ops<F>::least(Ops<F>::most(value, Ops<F>::all(0.0f)), Ops<F>::all(most));
 }
 
-M3I_HOST_DEVICE inline float gray_of(const Pixel& p) {
-  return whole_of(fma_rn(p.b, 0.114f, fma_rn(p.g, 0.587f, mul_rn(p.r, 0.2989f))));
+// To [0, 255], then down to a whole number.
+template <class F>
+M3I_HOST_DEVICE inline F byte_of(F value) {
+  return Ops<F>::floor(clamped(value, 255.0f));
+}
+
+template <class F>
+M3I_HOST_DEVICE inline F gray_of(const PixelOf<F>& p) {
+  using O = Ops<F>;
+  const F red_green = O::fma(p.g, O::all(0.587f), O::mul(p.r, O::all(0.2989f)));
+  return O::floor(O::fma(p.b, O::all(0.114f), red_green));
 }
 
 // value * factor + other * (1 - factor)
-M3I_HOST_DEVICE inline float blend(float value, float other, float factor) {
-  return whole_of(clamped(fma_rn(other, sub_rn(1.0f, factor), mul_rn(value, factor)), 255.0f));
+template <class F>
+M3I_HOST_DEVICE inline F blend(F value, F other, float factor) {
+  using O = Ops<F>;
+  return byte_of(O::fma(other, O::all(sub_rn(1.0f, factor)), O::mul(value, O::all(factor))));
 }
 
-M3I_HOST_DEVICE inline float brightened(float value, float factor) {
-  return whole_of(clamped(mul_rn(value, factor), 255.0f));
+template <class F>
+M3I_HOST_DEVICE inline F brightened(F value, float factor) {
+  return byte_of(Ops<F>::mul(value, Ops<F>::all(factor)));
 }
 
-M3I_HOST_DEVICE inline float solarized(float value) {
-  return value >= kSolarizeThreshold ? 255.0f - value : value;
+template <class F>
+M3I_HOST_DEVICE inline F solarized(F value) {
+  using O = Ops<F>;
+  return O::choose(O::at_least(value, O::all(kSolarizeThreshold)), O::sub(O::all(255.0f), value),
+                   value);
 }
 
 // Turns the hue, in HSV; a division, product or sum each where torchvision has one.
-M3I_HOST_DEVICE inline Pixel hue_turned(const Pixel& pixel, float turns) {
-  constexpr float kByte = 1.0f / 255.0f;
-  const float r = mul_rn(pixel.r, kByte), g = mul_rn(pixel.g, kByte), b = mul_rn(pixel.b, kByte);
-  const float most = r > g ? (r > b ? r : b) : (g > b ? g : b);
-  const float least = r < g ? (r < b ? r : b) : (g < b ? g : b);
-  const bool is_gray = most == least;
-  const float range = sub_rn(most, least);
-  const float divisor = is_gray ? 1.0f : range;
-  const float s = div_rn(range, is_gray ? 1.0f : most);
-  const bool is_r = most == r, is_g = most == g;
-  const float ahead = is_r ? b : is_g ? r : g;
-  const float behind = is_r ? g : is_g ? b : r;
-  const float sector = is_r ? 0.0f : is_g ? 2.0f : 4.0f;
-  float h = sub_rn(add_rn(div_rn(sub_rn(most, ahead), divisor), sector),
-                   div_rn(sub_rn(most, behind), divisor));
-  h = add_rn(mul_rn(h, 1.0f / 6.0f), 1.0f);
-  h = sub_rn(h, floor_of(h));
-  h = add_rn(h, turns);
-  h = sub_rn(h, floor_of(h));
+template <class F>
+M3I_HOST_DEVICE inline PixelOf<F> hue_turned(const PixelOf<F>& pixel, float turns) {
+  using O = Ops<F>;
+  const F byte = O::all(1.0f / 255.0f), zero = O::all(0.0f), one = O::all(1.0f);
+  const F r = O::mul(pixel.r, byte), g = O::mul(pixel.g, byte), b = O::mul(pixel.b, byte);
+  const F v = O::most(r, O::most(g, b)), low = O::least(r, O::least(g, b));
+  const auto is_gray = O::equal(v, low), is_r = O::equal(v, r), is_g = O::equal(v, g);
+  const F range = O::sub(v, low);
+  const F divisor = O::choose(is_gray, one, range);
+  const F s = O::div(range, O::choose(is_gray, one, v));
+  const F ahead = O::choose(is_r, b, O::choose(is_g, r, g));
+  const F behind = O::choose(is_r, g, O::choose(is_g, b, r));
+  const F sector = O::choose(is_r, zero, O::choose(is_g, O::all(2.0f), O::all(4.0f)));
+  F h = O::add(O::div(O::sub(v, ahead), divisor), sector);
+  h = O::sub(h, O::div(O::sub(v, behind), divisor));
+  h = O::add(O::mul(h, O::all(1.0f / 6.0f)), one);
+  h = O::sub(h, O::floor(h));
+  h = O::add(h, O::all(turns));
+  h = O::sub(h, O::floor(h));
 
-  const float six = mul_rn(h, 6.0f);
-  const float floor = floor_of(six);
-  const float part = mul_rn(s, sub_rn(six, floor));
-  const float rest = sub_rn(1.0f, s);
-  const float p = clamped(mul_rn(rest, most), 1.0f);
-  const float q = clamped(mul_rn(sub_rn(1.0f, part), most), 1.0f);
-  const float t = clamped(mul_rn(add_rn(part, rest), most), 1.0f);
-  const int32_t i = floor >= 6 ? 0 : static_cast<int32_t>(floor);
-  const Pixel turned = {i == 0 || i == 5   ? most
-                        : i == 1           ? q
-                        : i == 2 || i == 3 ? p
-                                           : t,
-                        i == 1 || i == 2 ? most
-                        : i == 0         ? t
-                        : i == 3         ? q
-                                         : p,
-                        i == 3 || i == 4 ? most
-                        : i == 2         ? t
-                        : i == 5         ? q
-                                         : p};
-  constexpr float kBack = 255.999f;
-  return {whole_of(mul_rn(turned.r, kBack)), whole_of(mul_rn(turned.g, kBack)),
-          whole_of(mul_rn(turned.b, kBack))};
+  const F six = O::mul(h, O::all(6.0f));
+  const F i = O::floor(six);  // the sector, 0 to 5, or 6 for 0
+  const F part = O::mul(s, O::sub(six, i));
+  const F rest = O::sub(one, s);
+  // torchvision clamps these to [0, 1], where they are: v <= 1, s <= 1, and the fraction of h < 1
+  const F p = O::mul(rest, v);
+  const F q = O::mul(O::sub(one, part), v);
+  const F t = O::mul(O::add(part, rest), v);
+  const auto is_1 = O::equal(i, O::all(1.0f)), is_2 = O::equal(i, O::all(2.0f)),
+             is_3 = O::equal(i, O::all(3.0f)), is_4 = O::equal(i, O::all(4.0f)),
+             is_5 = O::equal(i, O::all(5.0f));
+  const PixelOf<F> turned = {
+      O::choose(is_1, q, O::choose(is_2 | is_3, p, O::choose(is_4, t, v))),
+      O::choose(is_1 | is_2, v, O::choose(is_3, q, O::choose(is_4 | is_5, p, t))),
+      O::choose(is_2, t, O::choose(is_3 | is_4, v, O::choose(is_5, q, p)))};
+  const F back = O::all(255.999f);
+  return {O::floor(O::mul(turned.r, back)), O::floor(O::mul(turned.g, back)),
+          O::floor(O::mul(turned.b, back))};
 }
 
 // `mean`: of the view's gray, where step is kContrast.
-M3I_HOST_DEVICE inline Pixel coloured(const Pixel& p, const ColourPlan& plan, int32_t step,
-                                      float mean) {
+template <class F>
+M3I_HOST_DEVICE inline PixelOf<F> coloured(const PixelOf<F>& p, const ColourPlan& plan,
+                                           int32_t step, float mean) {
   switch (step) {
     case kBrightness:
       return {brightened(p.r, plan.brightness), brightened(p.g, plan.brightness),
               brightened(p.b, plan.brightness)};
-    case kContrast:
-      return {blend(p.r, mean, plan.contrast), blend(p.g, mean, plan.contrast),
-              blend(p.b, mean, plan.contrast)};
+    case kContrast: {
+      const F other = Ops<F>::all(mean);
+      return {blend(p.r, other, plan.contrast), blend(p.g, other, plan.contrast),
+              blend(p.b, other, plan.contrast)};
+    }
     case kSaturation: {
-      const float gray = gray_of(p);
+      const F gray = gray_of(p);
       return {blend(p.r, gray, plan.saturation), blend(p.g, gray, plan.saturation),
               blend(p.b, gray, plan.saturation)};
     }
     case kHue:
       return hue_turned(p, plan.hue);
     case kGray: {
-      const float gray = gray_of(p);
+      const F gray = gray_of(p);
       return {gray, gray, gray};
     }
     default:
@@ -328,5 +363,6 @@ M3I_HOST_DEVICE inline int reflected(int at, int size) {
   return at < 0 ? -at : at >= size ? 2 * (size - 1) - at : at;
 }
 
+}  // namespace
 }  // namespace views
 }  // namespace m3i

@@ -89,9 +89,10 @@ def draw_views(
 ) -> Tensor:  # [B, V, 13] float32
     """Draw the parameters of all views, on the CPU.
 
-    Row [b, v] depends on (seed, position[b], v), on the picture's size and on view v's distribution,
-    and on nothing else: not on the batch, the other views, threads or the machine. Its numbers are
-    words of Philox-4x32-10 with the seed as the key and (position, view, block) as the counter.
+    Row [b, v] depends on (seed, position[b], v), on the picture's size and on the distribution of
+    view v, and on nothing else: not on the batch, the other views, threads or the machine. Its
+    numbers are words of Philox-4x32-10 with the seed as the key and (position, view, block) as the
+    counter.
 
     The distributions are torchvision's: `RandomResizedCrop.make_params` (ten attempts, then the
     largest crop about the centre), `RandomHorizontalFlip`, `RandomApply([ColorJitter])`,
@@ -127,9 +128,9 @@ def make_views(
 ) -> tuple[Tensor, ...]:  # V x [B, 3, S, S] uint8
     """Cut views out of decoded pictures by the parameters that `draw_views` drew.
 
-    The steps are crop, antialiased resize, horizontal flip, brightness, contrast, saturation and hue
-    in the row's order, grayscale, Gaussian blur and solarize at 128, each of them rounded to uint8
-    as `torchvision.transforms.v2.functional` does on uint8 tensors on a CPU with AVX2. All but the
+    The steps are crop, antialiased resize, horizontal flip, brightness, contrast, saturation and
+    hue in the row's order, grayscale, Gaussian blur and solarize at 128, each rounded to uint8 as
+    `torchvision.transforms.v2.functional` does on uint8 tensors on a CPU with AVX2. All but the
     blur give its bits (contrast up to 256 pixels a side, past which torchvision's fp32 mean of the
     gray is rounded). The blur is separable and in fp32 throughout, where torchvision sums the
     products of a square kernel in an order of its own: at most one level apart, in fewer than one

@@ -38,6 +38,10 @@ struct ViewsCpuKernels {
 };
 
 extern const ViewsCpuKernels kViewsBaseline;
+#if defined(__x86_64__)
+extern const ViewsCpuKernels kViewsAvx2;
+extern const ViewsCpuKernels kViewsAvx512;
+#endif
 
 // Those of the best instruction set of this machine.
 const ViewsCpuKernels& fastest_views_kernels();
