@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from m3i_fast.pipelines.optional_imports import require
 
-FORMATS = {"jpg": "JPEG", "png": "PNG"}  # extension in a shard: Pillow's name
+# Extension in a shard: Pillow's name.
+FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 # SOF0 to SOF15, which hold the size; C4, C8 and CC are other segments.
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -74,17 +75,18 @@ def _frame_size(read: Read) -> tuple[int, int]:
     raise ValueError("expected JPEG segments with one frame header before the pixels, got others")
 
 
-def check_header(read: Read, extension: str, max_pixels: int) -> None:
-    """Raise ValueError where the header is not that of a decodable picture of this extension.
+def check_header(read: Read, extension: str | None, max_pixels: int) -> tuple[str, int, int]:
+    """Return (Pillow's format, height, width) of a picture, of its header.
 
-    Reads a few bytes and allocates nothing, so that a small file of a huge picture, which takes a
-    decoder gigabytes and minutes, is refused before it is decoded.
+    Raises ValueError where the header is not that of a decodable picture of this extension; None:
+    of any. Reads a few bytes and allocates nothing, so that a small file of a huge picture, which
+    takes a decoder gigabytes and minutes, is refused before it is decoded.
     """
     try:
         stored, height, width = stored_size(read)
     except ValueError as error:
         raise ValueError(f"corrupt or empty image: {error}") from None
-    if stored != FORMATS[extension]:
+    if extension is not None and stored != FORMATS[extension]:
         raise ValueError(f"expected {extension}, got {stored} data")
     if height * width > max_pixels:
         raise ValueError(
@@ -93,6 +95,7 @@ def check_header(read: Read, extension: str, max_pixels: int) -> None:
         )
     if height * width == 0:
         raise ValueError(f"corrupt or empty image: {height} x {width} pixels")
+    return stored, height, width
 
 
 def decode_pixels(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
@@ -114,14 +117,14 @@ def decode_pixels(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
     return pixels
 
 
-def decode(image: bytes, extension: str, max_pixels: int) -> tuple[int, int]:
+def decode(image: bytes, extension: str | None, max_pixels: int) -> tuple[int, int]:
     """Decode a whole picture; returns its upright (height, width).
 
     Raises ValueError as `check_header`, and where the picture is corrupt.
     """
-    check_header(lambda offset, count: image[offset : offset + count], extension, max_pixels)
+    stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
     # The format's own reader, since Image.open has another limit of pixels.
-    name = FORMATS[extension].capitalize()
+    name = "WebP" if stored == "WEBP" else stored.capitalize()
     reader = getattr(require(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
     try:
         reader(io.BytesIO(image)).verify()  # checksums of a PNG, which decoding leaves unread
