@@ -8,13 +8,29 @@
 
 #include "views/params.h"
 
-#ifndef __CUDA_ARCH__
+#if !defined(__CUDA_ARCH__) && !defined(__CUDACC_RTC__)
 #include <cmath>
 #include <cstring>
 #endif
 
 namespace m3i {
 namespace views {
+
+// One axis of a resize, and the taps of one of its outputs: see Resize below.
+struct ResizeAxis {
+  int32_t input, output;  // pixels
+  double scale;           // input / output
+  double support;         // half of the filter's width, in input pixels
+  double shrink;          // input pixels to the filter's argument
+  int32_t max_taps;
+  int32_t cubic;
+};
+
+struct ResizeTaps {
+  int32_t first, count;
+  double center;
+};
+
 namespace {  // each source has its own copy, of its instruction set
 
 // ---- Operations, each rounded once --------------------------------------------------------------
@@ -96,15 +112,6 @@ M3I_HOST_DEVICE inline double exp_of(double x) {
 // largest weight of the axis fits int16, but at most 22 (torch's uint8 path, and so the same bits).
 // The horizontal pass comes first; between the passes values are rounded to uint8.
 
-struct ResizeAxis {
-  int32_t input, output;  // pixels
-  double scale;           // input / output
-  double support;         // half of the filter's width, in input pixels
-  double shrink;          // input pixels to the filter's argument
-  int32_t max_taps;
-  int32_t cubic;
-};
-
 M3I_HOST_DEVICE inline ResizeAxis resize_axis(int32_t input, int32_t output, int32_t cubic) {
   ResizeAxis axis;
   axis.input = input;
@@ -118,11 +125,6 @@ M3I_HOST_DEVICE inline ResizeAxis resize_axis(int32_t input, int32_t output, int
   axis.max_taps = 2 * (axis.support > whole ? whole + 1 : whole) + 1;
   return axis;
 }
-
-struct ResizeTaps {
-  int32_t first, count;
-  double center;
-};
 
 M3I_HOST_DEVICE inline ResizeTaps resize_taps(const ResizeAxis& axis, int32_t i) {
   ResizeTaps taps;
