@@ -21,7 +21,7 @@ def start_backend(name: BackendName, rows: Iterator[BatchRows], work: SampleWork
     with the command that installs what is missing, where `dali` cannot be had.
     """
     if name == "auto":
-        name = "torch" if _told_why_not_dali() else "dali"
+        name = "torch" if _told_why_not_dali(work.device_id is not None) else "dali"
     if name == "torch":
         return TorchBackend(rows, work)
     from m3i_fast.pipelines.graph.dali_backend import DaliBackend
@@ -30,12 +30,14 @@ def start_backend(name: BackendName, rows: Iterator[BatchRows], work: SampleWork
 
 
 @cache
-def _told_why_not_dali() -> str | None:
+def _told_why_not_dali(on_gpu: bool) -> str | None:
     """Return why DALI cannot be had, and warn of it once; None where it can."""
     try:
-        from m3i_fast.pipelines.graph.dali import load_operators
+        from m3i_fast.pipelines.graph.dali import expect_gpu_operators, load_operators
 
         load_operators()
+        if on_gpu:
+            expect_gpu_operators()
     except ImportError as error:
         logger.warning("data.backend auto takes torch, which is slower: %s", error)
         return str(error)

@@ -80,24 +80,7 @@ class MakeViews : public dali::Operator<dali::CPUBackend> {
 
  protected:
   bool SetupImpl(std::vector<dali::OutputDesc>& out, const dali::Workspace& ws) override {
-    const auto& params = ws.Input<dali::CPUBackend>(0);
-    const auto views = static_cast<int64_t>(geometry_.size());
-    DALI_ENFORCE(
-        params.type() == DALI_FLOAT &&
-            params.shape() == dali::uniform_list_shape(params.num_samples(),
-                                                       dali::TensorShape<2>(views, kViewColumns)),
-        "m3i_views: expected parameters [V, 13] float32");
-    for (int m = 1; m < ws.NumInput(); ++m) {
-      const auto& images = ws.Input<dali::CPUBackend>(m);
-      DALI_ENFORCE(images.type() == DALI_UINT8 && images.sample_dim() == 3,
-                   "m3i_views: expected images [H, W, 3] uint8");
-    }
-    out.resize(geometry_.size());
-    for (size_t v = 0; v < geometry_.size(); ++v) {
-      const int64_t size = geometry_[v].size;
-      const dali::TensorShape<3> shape(kViewChannels, size, size);
-      out[v] = {dali::uniform_list_shape(params.num_samples(), shape), DALI_UINT8};
-    }
+    describe_views<dali::CPUBackend>(out, ws, geometry_);
     return true;
   }
 
@@ -115,23 +98,10 @@ class MakeViews : public dali::Operator<dali::CPUBackend> {
   void make(dali::Workspace& ws, int i, ViewScratch& scratch) {
     const auto* params =
         reinterpret_cast<const ViewParams*>(ws.Input<dali::CPUBackend>(0).tensor<float>(i));
-    std::vector<ViewImage> images;
-    for (int m = 1; m < ws.NumInput(); ++m) {
-      const auto& list = ws.Input<dali::CPUBackend>(m);
-      const auto shape = list.tensor_shape_span(i);
-      DALI_ENFORCE(shape[2] == kViewChannels, "m3i_views: expected images of three channels");
-      images.push_back({list.tensor<uint8_t>(i), static_cast<int32_t>(shape[0]),
-                        static_cast<int32_t>(shape[1]), kViewChannels * shape[1]});
-    }
+    const std::vector<ViewImage> images = view_images<dali::CPUBackend>(ws, i, geometry_);
     std::vector<uint8_t*> out;
     for (size_t v = 0; v < geometry_.size(); ++v) {
-      const ViewImage& image =
-          images[view_source(static_cast<int>(v), static_cast<int>(images.size()))];
-      const char* wrong = wrong_view_param(params[v], image.height, image.width);
-      DALI_ENFORCE(!wrong, dali::make_string("m3i_views: view ", v, ": ", wrong ? wrong : "",
-                                             ": expected a value for a picture of ", image.height,
-                                             " x ", image.width));
-      out.push_back(ws.Output<dali::CPUBackend>(v).mutable_tensor<uint8_t>(i));
+      out.push_back(ws.Output<dali::CPUBackend>(static_cast<int>(v)).mutable_tensor<uint8_t>(i));
     }
     make_views(images.data(), static_cast<int>(images.size()), geometry_.data(), params,
                static_cast<int>(geometry_.size()), out.data(), scratch);
@@ -165,6 +135,7 @@ DALI_SCHEMA(M3iViews)
 
 Inputs: parameters of `m3i_draw_views`, a picture [H, W, 3] uint8, and a second one for view 1.)")
     .NumInput(2, 3)
+    .InputDevice(0, dali::InputDevice::CPU)
     .OutputFn([](const OpSpec& spec) {
       return static_cast<int>(spec.GetRepeatedArgument<int>("geometry").size() / 3);
     })

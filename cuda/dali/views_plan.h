@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "dali/pipeline/operator/operator.h"
-#include "views/params.h"
+#include "views/cpu/kernel_table.h"
 
 namespace m3i {
 
@@ -42,6 +42,55 @@ inline std::vector<ViewGeometry> view_geometry(const std::vector<int>& geometry)
     views.push_back({size, blur, geometry[v + 2]});
   }
   return views;
+}
+
+// Checks the inputs of fn.m3i_views, parameters and one or two pictures of a sample, and describes
+// its outputs.
+template <typename Backend>
+void describe_views(std::vector<dali::OutputDesc>& out, const dali::Workspace& ws,
+                    const std::vector<ViewGeometry>& geometry) {
+  const auto& params = ws.Input<dali::CPUBackend>(0);
+  const int batch = params.num_samples();
+  const dali::TensorShape<2> rows(static_cast<int64_t>(geometry.size()), kViewColumns);
+  DALI_ENFORCE(
+      params.type() == DALI_FLOAT && params.shape() == dali::uniform_list_shape(batch, rows),
+      "m3i_views: expected parameters [V, 13] float32");
+  for (int m = 1; m < ws.NumInput(); ++m) {
+    const auto& images = ws.Input<Backend>(m);
+    DALI_ENFORCE(images.type() == DALI_UINT8 && images.sample_dim() == 3,
+                 "m3i_views: expected images [H, W, 3] uint8");
+  }
+  out.resize(geometry.size());
+  for (size_t v = 0; v < geometry.size(); ++v) {
+    const int64_t size = geometry[v].size;
+    out[v] = {dali::uniform_list_shape(batch, dali::TensorShape<3>(kViewChannels, size, size)),
+              DALI_UINT8};
+  }
+}
+
+// Pictures of sample i, where the backend has them. Throws where its parameters are not for them.
+template <typename Backend>
+std::vector<ViewImage> view_images(const dali::Workspace& ws, int i,
+                                   const std::vector<ViewGeometry>& geometry) {
+  std::vector<ViewImage> images;
+  for (int m = 1; m < ws.NumInput(); ++m) {
+    const auto& list = ws.Input<Backend>(m);
+    const auto shape = list.tensor_shape_span(i);
+    DALI_ENFORCE(shape[2] == kViewChannels, "m3i_views: expected images of three channels");
+    images.push_back({list.template tensor<uint8_t>(i), static_cast<int32_t>(shape[0]),
+                      static_cast<int32_t>(shape[1]), kViewChannels * shape[1]});
+  }
+  const auto* params =
+      reinterpret_cast<const ViewParams*>(ws.Input<dali::CPUBackend>(0).tensor<float>(i));
+  for (size_t v = 0; v < geometry.size(); ++v) {
+    const ViewImage& image =
+        images[view_source(static_cast<int>(v), static_cast<int>(images.size()))];
+    const char* wrong = wrong_view_param(params[v], image.height, image.width);
+    DALI_ENFORCE(!wrong, dali::make_string("m3i_views: view ", v, ": ", wrong ? wrong : "",
+                                           ": expected a value for a picture of ", image.height,
+                                           " x ", image.width));
+  }
+  return images;
 }
 
 }  // namespace m3i

@@ -11,10 +11,19 @@ from m3i_fast.pipelines.optional_imports import require
 require("nvidia.dali")
 
 from nvidia.dali import Pipeline, __version__, fn, pipeline_def, types  # noqa: E402
+from nvidia.dali.backend import RegisteredGPUOps  # noqa: E402
 from nvidia.dali.data_node import DataNode  # noqa: E402
 from nvidia.dali.plugin_manager import load_library  # noqa: E402
 
-__all__ = ["DataNode", "Pipeline", "fn", "load_operators", "pipeline_def", "types"]
+__all__ = [
+    "DataNode",
+    "Pipeline",
+    "expect_gpu_operators",
+    "fn",
+    "load_operators",
+    "pipeline_def",
+    "types",
+]
 
 
 @cache
@@ -36,3 +45,12 @@ def load_operators() -> None:
             "--no-build-isolation --no-deps --force-reinstall m3i-fast`"
         )
     load_library(str(file))
+
+
+def expect_gpu_operators() -> None:
+    """Raise ImportError where fn.m3i_views was built without CUDA, which a GPU's loader needs."""
+    if "M3iViews" not in RegisteredGPUOps():
+        raise ImportError(
+            "fn.m3i_views: expected a build with CUDA, for a loader on a GPU, got one without: "
+            "`M3I_CUDA=ON make install` in a checkout builds it"
+        )

@@ -22,6 +22,7 @@ from m3i_fast.pipelines.batch_rows import BatchRows
 from m3i_fast.pipelines.graph.dali import (
     DataNode,
     Pipeline,
+    expect_gpu_operators,
     fn,
     load_operators,
     pipeline_def,
@@ -42,6 +43,8 @@ class DaliBackend:
 
     def __init__(self, source: Iterator[BatchRows], work: SampleWork) -> None:
         load_operators()
+        if work.device_id is not None:
+            expect_gpu_operators()
         self._work = work
         self._rows: deque[BatchRows] = deque()  # given to the pipeline, and not yet returned
 
