@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from m3i_fast.cli import console
+from m3i_fast.cli.data_index import Index
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
 
@@ -152,6 +153,7 @@ Command = (
     Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
     | Annotated[Styles, tyro.conf.subcommand("styles")]
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
+    | Annotated[Index, tyro.conf.subcommand("index")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 

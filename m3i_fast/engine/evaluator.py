@@ -41,7 +41,7 @@ from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE
-from m3i_fast.pipelines.dataset.tar_shards import split_digest
+from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,22 +15,25 @@ from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "m3i-fast-shards"
-# Format versions: the first holds at most one caption a picture, the first two no alternates.
-ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES = 1, 2, 3
+# Format versions: the first holds at most one caption a picture, the first two no alternates, the
+# first three have an index beside each shard, and the fourth a table a split.
+ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES, TABLE = 1, 2, 3, 4
+TABLE_SUFFIX = ".samples"
+TOKENS_MEMBER = "tok"  # of captions that were tokenised before they were packed
 # The flags of `m3i-fast data openmoji` for the data of `m3i-fast demo`.
 DEMO_FLAGS = "--num-merges 500 --max-variants 3"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardInfo:
-    """A shard's files, one tar and the index beside it."""
+    """A shard: one tar and, in format versions 1 to 3, the index beside it."""
 
     file: str
     num_samples: int
     num_bytes: int
     sha256: str
-    index_bytes: int
-    index_sha256: str
+    index_bytes: int | None = None
+    index_sha256: str | None = None
 
     def __post_init__(self) -> None:
         place = PurePosixPath(self.file)
@@ -46,6 +49,21 @@ class ShardInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TableInfo:
+    """The table of a split (`sample_table`), a file in the dataset directory."""
+
+    file: str
+    num_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if PurePosixPath(self.file).name != self.file or not self.file.endswith(TABLE_SUFFIX):
+            raise ValueError(
+                f"expected a {TABLE_SUFFIX} file of the dataset directory, got {self.file!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SplitInfo:
     """The counts of one split, and its shards in order."""
 
@@ -57,6 +75,8 @@ class SplitInfo:
     num_labels: int
     num_groups: int
     shards: tuple[ShardInfo, ...]
+    num_bad: int = 0  # samples that are not to be taken, counted in num_samples and nowhere else
+    table: TableInfo | None = None  # None: format versions 1 to 3
 
     def __post_init__(self) -> None:
         in_shards = sum(shard.num_samples for shard in self.shards)
@@ -64,6 +84,11 @@ class SplitInfo:
             raise ValueError(
                 f"num_samples: expected {in_shards}, the sum of its shards, and at least 1, got "
                 f"{self.num_samples}"
+            )
+        if not 0 <= self.num_bad < self.num_samples:
+            raise ValueError(
+                f"num_bad: expected 0 to {self.num_samples - 1}, so that a sample is left, got "
+                f"{self.num_bad}"
             )
 
 
@@ -81,15 +106,33 @@ class Manifest:
     attribution: str
     settings: dict[str, Any]
     splits: dict[str, SplitInfo]
+    # Member of a sample with its captions: "tok" (token ids), or "txt" or "json:FIELD" (text, which
+    # is tokenised while loading).
+    caption_member: str = TOKENS_MEMBER
+    shards_in: str | None = None  # absolute directory of the shards; None: that of the manifest
     format: str = FORMAT
 
     def __post_init__(self) -> None:
         if not self.splits:
             raise ValueError("splits: expected at least one, got none")
+        if len({split.table is None for split in self.splits.values()}) > 1:
+            raise ValueError("splits: expected a table of each or of none, got one of some")
+        for name, split in self.splits.items():
+            if split.table is None and None in [shard.index_bytes for shard in split.shards]:
+                raise ValueError(f"split {name}: expected a table, or an index of each shard")
+        kind, _, field = self.caption_member.partition(":")
+        if self.caption_member not in (TOKENS_MEMBER, "txt") and not (kind == "json" and field):
+            raise ValueError(
+                f"caption_member: expected tok, txt or json:FIELD, got {self.caption_member!r}"
+            )
+        if self.shards_in is not None and not Path(self.shards_in).is_absolute():
+            raise ValueError(f"shards_in: expected an absolute path, got {self.shards_in!r}")
 
     @property
     def format_version(self) -> int:
         """Lowest format version that holds the data, so that older readers read what they can."""
+        if any(split.table is not None for split in self.splits.values()):
+            return TABLE
         if any(split.max_alternates > 0 for split in self.splits.values()):
             return ALTERNATES
         several = any(split.max_captions > 1 for split in self.splits.values())
@@ -98,7 +141,16 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of manifest.json, in the layout of `format_version`."""
         raw = {**asdict(self), "format_version": self.format_version}
+        if self.shards_in is None:
+            del raw["shards_in"]
+        if self.format_version < TABLE:
+            del raw["caption_member"]
         for split in raw["splits"].values():
+            if self.format_version < TABLE:
+                del split["num_bad"], split["table"]
+            for shard in split["shards"]:
+                if shard["index_bytes"] is None:
+                    del shard["index_bytes"], shard["index_sha256"]
             if self.format_version < ALTERNATES:
                 del split["max_alternates"]
             if self.format_version < SEVERAL_CAPTIONS:
@@ -107,8 +159,15 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Digest (sha256) of the manifest and, by the shards' digests in it, of every byte."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """Digest (sha256) of the manifest and, by the files' digests in it, of every byte.
+
+        It does not depend on where the shards lie.
+        """
+        return hashlib.sha256(replace(self, shards_in=None).to_json().encode()).hexdigest()
+
+    def shards_of(self, path: Path) -> Path:
+        """Return the directory of the shards of the dataset directory `path`."""
+        return path / (self.shards_in or "")
 
     def split(self, name: str) -> SplitInfo:
         """Return a split by name; ValueError lists the names there are."""
@@ -149,7 +208,7 @@ def read_manifest(path: Path) -> Manifest:
         raise ValueError(
             f"{file} is not a manifest of this package ({error!r}); {_how_to_make(path)}"
         ) from error
-    known = [(FORMAT, version) for version in (ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES)]
+    known = [(FORMAT, version) for version in range(ONE_CAPTION, TABLE + 1)]
     if stored not in known:
         raise ValueError(
             f"{file}: expected a format of {known}, got {stored}; name another directory, or "
@@ -157,10 +216,15 @@ def read_manifest(path: Path) -> Manifest:
         )
     _fill_in(raw, stored[1])
     try:
-        return _converter.structure(raw, Manifest)
+        manifest = _converter.structure(raw, Manifest)
     except cattrs.BaseValidationError as error:
         reasons = cattrs.transform_error(error, "manifest", _reason)
         raise ValueError(f"{file}: {'; '.join(reasons)}") from error
+    if (stored[1] == TABLE) != (manifest.format_version == TABLE):
+        raise ValueError(
+            f"{file}: expected tables in format version {TABLE} alone, got {stored[1]}"
+        )
+    return manifest
 
 
 def _fill_in(raw: dict[str, Any], version: int) -> None:
@@ -220,21 +284,23 @@ def quoted(path: Path) -> str:
 
 
 def check_files(path: Path, manifest: Manifest, split: SplitInfo) -> None:
-    """Check that every shard and index of a split has its recorded size, without reading it.
+    """Check that every shard, index and table of a split has its recorded size, without reading it.
 
     Raises FileNotFoundError or ValueError naming the file, and how to restore it.
     """
+    restore = how_to_restore(path, manifest)
+    recorded = [] if split.table is None else [(path / split.table.file, split.table.num_bytes)]
     for shard in split.shards:
-        recorded = ((shard.file, shard.num_bytes), (shard.index_file, shard.index_bytes))
-        for file, num_bytes in recorded:
-            restore = how_to_restore(path, manifest)
-            if not (path / file).is_file():
-                raise FileNotFoundError(f"{path / file}: expected a shard, got none; {restore}")
-            size = (path / file).stat().st_size
-            if size != num_bytes:
-                raise ValueError(
-                    f"{path / file}: expected {num_bytes} bytes, got {size}; {restore}"
-                )
+        recorded.append((manifest.shards_of(path) / shard.file, shard.num_bytes))
+        if shard.index_bytes is not None:
+            recorded.append((path / shard.index_file, shard.index_bytes))
+    for file, num_bytes in recorded:
+        if not file.is_file():
+            kind = "table" if file.suffix == TABLE_SUFFIX else "shard"
+            raise FileNotFoundError(f"{file}: expected a {kind}, got none; {restore}")
+        size = file.stat().st_size
+        if size != num_bytes:
+            raise ValueError(f"{file}: expected {num_bytes} bytes, got {size}; {restore}")
 
 
 def check_tokenizer(path: Path, manifest: Manifest, fingerprint: str) -> None:

@@ -15,7 +15,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
+    TABLE_SUFFIX,
     Manifest,
     ShardInfo,
     SplitInfo,
@@ -34,6 +35,7 @@ from m3i_fast.pipelines.dataset.manifest import (
     is_free,
     sha256_file,
 )
+from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, add_checksums, write_table
 from m3i_fast.pipelines.dataset.samples import Sample, SampleSource, Tally
 from m3i_fast.pipelines.dataset.tar_shards import INDEX_VERSION, TAR_BLOCK
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
@@ -60,16 +62,16 @@ def _components(sample: Sample) -> Iterator[tuple[str, bytes]]:
         yield name, np.array([value], dtype="<i8").tobytes()
 
 
-def _write_shard(file: Path, samples: Iterator[Sample]) -> ShardInfo:
-    """Write one tar and its DALI index (format of wds2idx v1.2)."""
-    rows = []
+def _write_shard(file: Path, samples: Iterator[Sample], number: int) -> tuple[ShardInfo, Rows]:
+    """Write one tar and its DALI index (format of wds2idx v1.2), and make its rows of the table."""
+    rows, found = [], []
     with (
         file.open("wb") as raw,
         tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for sample in samples:
             key = f"{sample.sample_id:09d}-{re.sub('[^A-Za-z0-9_-]', '_', sample.name)[:60]}"
-            row = []
+            row, start = [], tar.offset
             for extension, content in _components(sample):
                 member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0
                 member.size = len(content)
@@ -77,12 +79,16 @@ def _write_shard(file: Path, samples: Iterator[Sample]) -> ShardInfo:
                 tar.addfile(member, io.BytesIO(content))
                 row.append(f"{extension} {offset} {len(content)} {member.name}")
             rows.append(" ".join(row))
+            ids = sample.sample_id, sample.group_id
+            found.append((start, *ids, tar.offset - start, number, 0, sample.label, 0, 0))
         tar.close()
         raw.flush()
         os.fsync(raw.fileno())
     index = file.with_suffix(".idx")
     index.write_text("\n".join([f"{INDEX_VERSION} {len(rows)}", *rows]) + "\n")
-    return ShardInfo(
+    table = np.array(found, ROW)
+    add_checksums(file, table)
+    shard = ShardInfo(
         file=file.name,
         num_samples=len(rows),
         num_bytes=file.stat().st_size,
@@ -90,6 +96,7 @@ def _write_shard(file: Path, samples: Iterator[Sample]) -> ShardInfo:
         index_bytes=index.stat().st_size,
         index_sha256=sha256_file(index),
     )
+    return shard, table
 
 
 def keyed_order(num: int, *key: object) -> list[int]:
@@ -119,13 +126,17 @@ def _write_splits(
             order = keyed_order(len(source), "order", seed, split)
             task = progress.add_task(f"packing {info.name}/{split}", total=len(order))
             shards: list[ShardInfo] = []
+            rows: list[Rows] = []
             for start in range(0, len(order), samples_per_shard):
                 chosen = order[start : start + samples_per_shard]
                 samples = (tally.check(source[i], split) for i in chosen)
                 file = directory / f"{split}-{len(shards):06d}.tar"
-                shards.append(_write_shard(file, samples))
+                shard, of_shard = _write_shard(file, samples, len(shards))
+                shards.append(shard)
+                rows.append(of_shard)
                 progress.advance(task, len(chosen))
-            written[split] = tally.split(split, shards)
+            table = write_table(directory / f"{split}{TABLE_SUFFIX}", rows)
+            written[split] = replace(tally.split(split, shards), table=table)
     for name, content in info.extra_files.items():
         (directory / name).write_bytes(content)
     heights, widths = zip(*tally.sizes, strict=True)

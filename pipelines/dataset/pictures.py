@@ -6,9 +6,13 @@ import io
 import struct
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from m3i_fast.pipelines.optional_imports import require
 
-FORMATS = {"jpg": "JPEG", "png": "PNG"}  # extension in a shard: Pillow's name
+# Extension in a shard: Pillow's name.
+FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 # SOF0 to SOF15, which hold the size; C4, C8 and CC are other segments.
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -21,7 +25,7 @@ Read = Callable[[int, int], bytes]  # (offset, count) -> the picture's bytes fro
 def stored_size(read: Read) -> tuple[str, int, int]:
     """Read (Pillow's format, height, width) from the header, before orientation is applied.
 
-    Raises ValueError where the bytes are neither PNG nor JPEG.
+    Raises ValueError where the bytes are none of PNG, JPEG and WebP.
     """
     start = read(0, 24)
     if start.startswith(PNG_START) and len(start) == 24:
@@ -29,7 +33,23 @@ def stored_size(read: Read) -> tuple[str, int, int]:
         return "PNG", height, width
     if start.startswith(b"\xff\xd8"):
         return "JPEG", *_frame_size(read)
-    raise ValueError(f"expected PNG or JPEG data, got {start[:8]!r}")
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP" and len(start) == 24:
+        return "WEBP", *_webp_size(read(12, 18))
+    raise ValueError(f"expected PNG, JPEG or WebP data, got {start[:8]!r}")
+
+
+def _webp_size(chunk: bytes) -> tuple[int, int]:
+    """Read (height, width) from the first chunk of a WebP."""
+    if len(chunk) < 18:
+        raise ValueError(f"expected the header of a WebP, got {len(chunk)} bytes of it")
+    if chunk.startswith(b"VP8X"):
+        width, height = (int.from_bytes(chunk[i : i + 3], "little") + 1 for i in (12, 15))
+    elif chunk.startswith(b"VP8L"):
+        bits = int.from_bytes(chunk[9:13], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (int.from_bytes(chunk[i : i + 2], "little") & 0x3FFF for i in (14, 16))
+    return height, width
 
 
 def _frame_size(read: Read) -> tuple[int, int]:
@@ -55,17 +75,18 @@ def _frame_size(read: Read) -> tuple[int, int]:
     raise ValueError("expected JPEG segments with one frame header before the pixels, got others")
 
 
-def check_header(read: Read, extension: str, max_pixels: int) -> None:
-    """Raise ValueError where the header is not that of a decodable picture of this extension.
+def check_header(read: Read, extension: str | None, max_pixels: int) -> tuple[str, int, int]:
+    """Return (Pillow's format, height, width) of a picture, of its header.
 
-    Reads a few bytes and allocates nothing, so that a small file of a huge picture, which takes a
-    decoder gigabytes and minutes, is refused before it is decoded.
+    Raises ValueError where the header is not that of a decodable picture of this extension; None:
+    of any. Reads a few bytes and allocates nothing, so that a small file of a huge picture, which
+    takes a decoder gigabytes and minutes, is refused before it is decoded.
     """
     try:
         stored, height, width = stored_size(read)
     except ValueError as error:
         raise ValueError(f"corrupt or empty image: {error}") from None
-    if stored != FORMATS[extension]:
+    if extension is not None and stored != FORMATS[extension]:
         raise ValueError(f"expected {extension}, got {stored} data")
     if height * width > max_pixels:
         raise ValueError(
@@ -74,16 +95,36 @@ def check_header(read: Read, extension: str, max_pixels: int) -> None:
         )
     if height * width == 0:
         raise ValueError(f"corrupt or empty image: {height} x {width} pixels")
+    return stored, height, width
 
 
-def decode(image: bytes, extension: str, max_pixels: int) -> tuple[int, int]:
+def decode_pixels(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    """Decode a picture as DALI's CPU decoder does: [height, width, 3] upright.
+
+    Raises ValueError where it is corrupt, or has no pixels or more than `max_pixels`.
+    """
+    stored, height, width = stored_size(lambda offset, count: image[offset : offset + count])
+    if not 0 < height * width <= max_pixels:
+        raise ValueError(f"expected 1 to {max_pixels} pixels, got {height} x {width}")
+    name = stored.capitalize() if stored != "WEBP" else "WebP"
+    reader = getattr(require(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
+    try:
+        with reader(io.BytesIO(image)) as opened:
+            upright = require("PIL.ImageOps").exif_transpose(opened).convert("RGB")
+    except Exception as error:  # Pillow raises a dozen types on corrupt data
+        raise ValueError(f"corrupt picture: {error}") from error
+    pixels: NDArray[np.uint8] = np.array(upright)
+    return pixels
+
+
+def decode(image: bytes, extension: str | None, max_pixels: int) -> tuple[int, int]:
     """Decode a whole picture; returns its upright (height, width).
 
     Raises ValueError as `check_header`, and where the picture is corrupt.
     """
-    check_header(lambda offset, count: image[offset : offset + count], extension, max_pixels)
+    stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
     # The format's own reader, since Image.open has another limit of pixels.
-    name = FORMATS[extension].capitalize()
+    name = "WebP" if stored == "WEBP" else stored.capitalize()
     reader = getattr(require(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
     try:
         reader(io.BytesIO(image)).verify()  # checksums of a PNG, which decoding leaves unread

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterator
 from functools import lru_cache
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m3i_fast.pipelines.dataset import alternates
-from m3i_fast.pipelines.dataset.manifest import ShardInfo, read_manifest
+from m3i_fast.pipelines.dataset.manifest import ShardInfo
 from m3i_fast.pipelines.dataset.pictures import FORMATS, Read, check_header
 
 TAR_BLOCK = 512
@@ -66,18 +65,6 @@ def read_index(path: Path, shard: ShardInfo) -> list[IndexRow]:
             raise ValueError(f"{file}: {fault}")
         index.append(parsed)
     return index
-
-
-def split_digest(path: Path, name: str) -> str:
-    """Hash a data set's name and the sample ids of a split to eight hex digits.
-
-    It tells whether two figures were measured on the same pictures, whatever their annotations and
-    the other splits. Ids are read from the indices. Raises as `read_index`.
-    """
-    manifest = read_manifest(path)
-    rows = (row for shard in manifest.split(name).shards for row in read_index(path, shard))
-    samples = sorted(row[0].name.partition("-")[0] for row in rows)
-    return hashlib.sha256("|".join([manifest.name, *samples]).encode()).hexdigest()[:8]
 
 
 def _parse(row: str) -> IndexRow | None:

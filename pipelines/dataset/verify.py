@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from m3i_fast.config.data import MAX_PIXELS
@@ -31,8 +31,11 @@ def verify(path: Path, *, decode: bool = False, max_pixels: int = MAX_PIXELS) ->
     identities = Identities()
     for name, split in manifest.splits.items():
         check_files(path, manifest, split)
+        if split.table is not None:
+            _check_digest(path / split.table.file, split.table.sha256)
         for shard in split.shards:
-            _check_digest(path / shard.index_file, shard.index_sha256)
+            if shard.index_sha256 is not None:
+                _check_digest(path / shard.index_file, shard.index_sha256)
         check_split(path, name, split, max_pixels=max_pixels)
         _read_samples(path, name, manifest, identities, max_pixels if decode else None)
     return manifest
@@ -76,7 +79,7 @@ def _read_samples(
             )
         _check_digest(path / shard.file, shard.sha256)
     identities.check_groups(name)
-    counted = counts.split(split.shards)
+    counted = replace(counts.split(split.shards), table=split.table)
     for key in (f.name for f in fields(split)):
         if getattr(counted, key) != getattr(split, key):
             raise ValueError(

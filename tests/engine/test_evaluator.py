@@ -21,7 +21,7 @@ from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.held_out import describe_held_out
 from m3i_fast.objectives.targets import normalise_views
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.tar_shards import split_digest
+from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo, demo_method, shrink

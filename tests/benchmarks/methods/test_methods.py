@@ -40,7 +40,7 @@ from m3i_fast.evaluation.held_out import HeldOut
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.dataset.manifest import read_manifest
-from m3i_fast.pipelines.dataset.tar_shards import split_digest
+from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import DEMO_MERGES, demo, demo_method, shrink
 

@@ -1,10 +1,11 @@
-"""Format version 1, written here by hand: data with one caption a picture is still packed so."""
+"""Format versions 1 and 4, written here by hand: what is packed has these bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import struct
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,17 @@ import pytest
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.sample_table import NO_CRC, ROW, SampleTable
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from tests.shared.pipelines.data import TOKENIZER, encode_image, pack, sample, smooth_picture
+from tests.shared.pipelines.data import (
+    TOKENIZER,
+    before_tables,
+    encode_image,
+    pack,
+    sample,
+    smooth_picture,
+)
 
 # sample_id: (token ids or none, label)
 ROWS: dict[int, tuple[list[int] | None, int]] = {
@@ -90,19 +99,70 @@ def by_hand(tmp_path: Path) -> Path:
     return directory
 
 
-def test_one_caption_a_picture_is_packed_as_version_1_byte_for_byte(
-    by_hand: Path, tmp_path: Path
-) -> None:
+def _packed(out: Path) -> Path:
     samples = []
     for index in range(4):
         token_ids, label = ROWS[index]
         found = () if token_ids is None else (np.array(token_ids, np.int32),)
         samples.append(sample(index, PICTURES[index], captions=found, label=label))
-    packed = pack(tmp_path / "packed", samples)
+    return pack(out, samples)
+
+
+def test_version_1_is_version_4_without_its_table(by_hand: Path, tmp_path: Path) -> None:
+    packed = before_tables(_packed(tmp_path / "packed"))
     names = ["manifest.json", "train-000000.idx", "train-000000.tar"]
     assert sorted(f.name for f in packed.iterdir()) == names
     for name in names:
         assert (packed / name).read_bytes() == (by_hand / name).read_bytes(), name
+
+
+def _crc32c(content: bytes) -> int:
+    """Castagnoli's, bit by bit."""
+    rest = 0xFFFFFFFF
+    for byte in content:
+        rest ^= byte
+        for _ in range(8):
+            rest = rest >> 1 ^ (0x82F63B78 if rest & 1 else 0)
+    return rest ^ 0xFFFFFFFF
+
+
+def test_version_4_has_a_table_byte_for_byte(by_hand: Path, tmp_path: Path) -> None:
+    packed = _packed(tmp_path / "packed")
+    content = (packed / "train-000000.tar").read_bytes()
+    assert content == (by_hand / "train-000000.tar").read_bytes()
+    ranges: dict[int, list[int]] = {}
+    with tarfile.open(packed / "train-000000.tar") as tar:
+        for member in tar:
+            start, end = ranges.setdefault(int(member.name[:9]), [member.offset, 0])
+            ranges[int(member.name[:9])][1] = member.offset_data + (member.size + 511) // 512 * 512
+    table = b"".join(
+        struct.pack(
+            "<qqqIIIiII", start, i, i, end - start, 0, _crc32c(content[start:end]), ROWS[i][1], 0, 0
+        )
+        for i, (start, end) in ranges.items()
+    )
+    assert (packed / "train.samples").read_bytes() == table
+    raw = json.loads((packed / "manifest.json").read_text())
+    assert (raw["format_version"], raw["caption_member"]) == (4, "tok")
+    assert "shards_in" not in raw
+    assert raw["splits"]["train"]["num_bad"] == 0
+    assert raw["splits"]["train"]["table"] == {
+        "file": "train.samples",
+        "num_bytes": 4 * 48,
+        "sha256": hashlib.sha256(table).hexdigest(),
+    }
+
+
+def test_the_table_of_version_1_is_made_of_its_index(by_hand: Path, tmp_path: Path) -> None:
+    packed = _packed(tmp_path / "packed")
+    old = SampleTable.open(by_hand, read_manifest(by_hand), "train")
+    new = SampleTable.open(packed, read_manifest(packed), "train")
+    assert old.shard_files == new.shard_files == ("train-000000.tar",)
+    assert len(old) == len(new) == 4
+    for column in set(ROW.names or ()) - {"crc32c", "flags"}:
+        assert old.rows[column].tolist() == new.rows[column].tolist(), column
+    assert set(old.rows["flags"]) == {NO_CRC} and set(new.rows["flags"]) == {0}
+    assert not new.rows.flags.writeable
 
 
 def test_version_1_is_read(by_hand: Path) -> None:

@@ -144,7 +144,7 @@ def test_counts_of_the_manifest(mixture: Path) -> None:
     assert split.max_captions == 3
     assert split.num_labels == 33
     raw = json.loads((mixture / "manifest.json").read_text())
-    assert raw["format_version"] == 2
+    assert raw["format_version"] == 4
     assert raw["splits"]["train"]["total_captions"] == sum(numbers)
 
 

@@ -7,17 +7,22 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from wds2idx import IndexCreator
 
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_dataset
+from m3i_fast.pipelines.dataset.sample_table import ROW, write_table
 from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.loader import Loader
@@ -129,6 +134,55 @@ def record(path: Path, shard: int = 0) -> None:
             index_sha256=hashlib.sha256(tar.with_suffix(".idx").read_bytes()).hexdigest(),
         ),
     )
+    retable(path, shard)
+
+
+def retable(path: Path, shard: int = 0) -> None:
+    """Bring a shard's rows in the table of split train up to date, as tarfile reads its members."""
+    manifest = read_manifest(path)
+    tar = path / manifest.splits["train"].shards[shard].file
+    content = tar.read_bytes()
+    ends: dict[str, int] = {}
+    numbers: dict[str, dict[str, int]] = {}
+    with tarfile.open(tar) as opened:
+        for member in opened:
+            key, _, extension = member.name.partition(".")
+            ends[key] = member.offset_data + -(-member.size // 512) * 512
+            if extension in ("cls", "sid", "gid"):
+                at = member.offset_data
+                numbers.setdefault(key, {})[extension] = int.from_bytes(
+                    content[at : at + 8], "little", signed=True
+                )
+    new = np.zeros(len(ends), ROW)
+    starts = [0, *ends.values()]
+    for i, (start, (key, end)) in enumerate(zip(starts[:-1], ends.items(), strict=True)):
+        found = {"cls": -1, "sid": 0, "gid": 0} | numbers.get(key, {})
+        label = min(max(found["cls"], -(2**31)), 2**31 - 1)
+        crc = google_crc32c.value(content[start:end])
+        new[i] = (start, found["sid"], found["gid"], end - start, shard, crc, label, 0, 0)
+    table = np.fromfile(path / "train.samples", ROW)
+    parts = [table[table["shard"] < shard], new, table[table["shard"] > shard]]
+    info = asdict(write_table(path / "train.samples", parts))
+    edit_manifest(path, lambda raw: raw["splits"]["train"].update(table=info))
+
+
+def before_tables(path: Path) -> Path:
+    """Turn a data set into one of the last format version before tables, with DALI's indices."""
+    manifest = read_manifest(path)
+    splits = {}
+    for name, split in manifest.splits.items():
+        (path / f"{name}.samples").unlink()
+        shards = []
+        for shard in split.shards:
+            index = path / shard.index_file
+            with IndexCreator(str(path / shard.file), str(index), verbose=False) as creator:
+                creator.create_index()
+            content = index.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            shards.append(replace(shard, index_bytes=len(content), index_sha256=digest))
+        splits[name] = replace(split, table=None, shards=tuple(shards))
+    (path / "manifest.json").write_text(replace(manifest, splits=splits).to_json())
+    return path
 
 
 def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:

@@ -1,0 +1,159 @@
+"""m3i-fast data index: tars that others wrote become a data set where they lie."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from m3i_fast.cli import console
+from m3i_fast.config.data import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.indexing.build import Indexed
+    from m3i_fast.pipelines.indexing.contents import Columns
+
+Guessed = Annotated[str, tyro.conf.arg(metavar="auto|none|COLUMN")]
+SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Index tars of WebDataset or img2dataset, so that they are trained on where they lie.
+
+    Nothing is copied: manifest.json, a table a split (.samples) and refused.jsonl are written, with
+    every sample that is left out and why. Killed and typed again, it goes on after the tars that
+    were finished. Captions are tokenised while loading.
+    """
+
+    path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
+    """Folder with the tars, also in folders below it."""
+    out: Path | None = None
+    """Folder for what is written, where DIR is to stay as it is; None: DIR."""
+    tars: tuple[str, ...] = ("**/*.tar",)
+    """Patterns of the tars to take, relative to DIR or absolute and inside of it."""
+    split: str | None = None
+    """Split of all tars. None: that in the name of each tar or its folder (train, val, test,
+    heldout), train where there is none."""
+    caption: Guessed = "auto"
+    """Where captions are: txt, json:FIELD, or none; auto: what the first samples have."""
+    label: Guessed = "auto"
+    """Where labels are: cls, json:FIELD, or none; numbers, or names of classes."""
+    group: str | None = None
+    """json:FIELD of what near-duplicates share, which are positives of each other; None: no
+    groups."""
+    class_names: Path | None = None
+    """Text file with the name of each class on a line of its own, by number."""
+    decode: bool = False
+    """Decode every picture, and flag those that do not: they keep their place and are not taken.
+    Without this headers alone are checked."""
+    num_merges: int | None = None
+    """Merges of CLIP's byte-pair encoding that captions are tokenised with; None: all, 49,408 token
+    ids."""
+    context_length: int = 77
+    """Most tokens of a caption; longer ones are cut."""
+    name: str | None = None
+    """Name of the data set; None: the folder's."""
+    licence: str = "not stated"
+    """Licence of the pictures, for the manifest."""
+    attribution: str = "not stated"
+    """Whom the pictures are by, for the manifest."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of a picture, as data.max_pixels of a run."""
+    workers: int = os.cpu_count() or 1
+    """Processes, a tar each at a time; the result does not depend on their number."""
+
+    def run(self) -> None:
+        from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+        from m3i_fast.pipelines.indexing.build import IndexInfo, check_out, index_tars
+        from m3i_fast.pipelines.indexing.tars import find_tars, split_of
+
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"DIR: expected a folder with tars, got {self.path}")
+        out = self.out or self.path
+        check_out(self.path, out)
+        names = find_tars(self.path, self.tars)
+        splits = {name: self.split or split_of(name) for name in names}
+        columns = self._columns(names)
+        info = IndexInfo(
+            name=self.name or self.path.resolve().name,
+            tokenizer=Tokenizer(self.num_merges, self.context_length).info,
+            licence=self.licence,
+            attribution=self.attribution,
+        )
+        self._say_guesses(splits, columns)
+        total = sum((self.path / name).stat().st_size for name in names)
+        with Progress(
+            TextColumn("indexing {task.fields[samples]:,} samples"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as progress:
+            task = progress.add_task("", total=total, samples=0)
+            seen = 0
+
+            def advance(num_samples: int, num_bytes: int) -> None:
+                nonlocal seen
+                seen += num_samples
+                progress.update(task, advance=num_bytes, samples=seen)
+
+            indexed = index_tars(
+                self.path, splits, columns, info, out=out, workers=self.workers, advance=advance
+            )
+        self._say(indexed, out)
+
+    def _columns(self, names: list[str]) -> Columns:
+        from m3i_fast.pipelines.indexing.contents import Columns
+        from m3i_fast.pipelines.indexing.tars import guess_columns
+
+        guess = guess_columns(self.path, names)
+        chosen = {"auto": guess.caption, "none": None}
+        labels = {"auto": guess.label, "none": None}
+        class_names = None
+        if self.class_names is not None:
+            class_names = tuple(self.class_names.read_text().splitlines())
+            if len(set(class_names)) < len(class_names) or "" in class_names:
+                raise ValueError(f"{self.class_names}: expected another name on each line")
+        return Columns(
+            caption=chosen.get(self.caption, self.caption),
+            label=labels.get(self.label, self.label),
+            group=self.group,
+            class_names=class_names,
+            max_pixels=self.max_pixels,
+            decode=self.decode,
+        )
+
+    def _say_guesses(self, splits: dict[str, str], columns: Columns) -> None:
+        tars = ", ".join(f"{n} of {split}" for split, n in Counter(splits.values()).items())
+        console.print(
+            f"tars: {tars} (--split); captions: {columns.caption or 'none'} (--caption); labels: "
+            f"{columns.label or 'none'} (--label); groups: {columns.group or 'none'} (--group)",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+
+    def _say(self, indexed: Indexed, out: Path) -> None:
+        for name, split in indexed.manifest.splits.items():
+            console.print(
+                f"{name}: {split.num_samples} pictures in {len(split.shards)} tars, "
+                f"{split.num_bad} that do not decode, {split.num_captions} with a caption, "
+                f"{split.num_labels} with a label, {split.num_groups} groups",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if indexed.reasons:
+            table = Table("left out", "why", title=f"named in {out / 'refused.jsonl'}")
+            for reason, number in indexed.reasons.most_common(SHOWN):
+                table.add_row(str(number), Text(reason))
+            console.print(table)
+        console.print(f"wrote {out}", soft_wrap=True)

@@ -1,0 +1,160 @@
+"""The table of a split: where every sample lies in the shards, with its ids, label and checksum.
+
+A file of rows of 48 bytes that is mapped into memory, so that opening it takes as long for a
+billion samples as for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_fast.pipelines.dataset.manifest import Manifest, ShardInfo, TableInfo, read_manifest
+from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, TAR_BLOCK, IndexRow, read_index
+from m3i_fast.pipelines.optional_imports import require
+
+ROW = np.dtype(
+    [
+        ("offset", "<i8"),  # in the tar: first header of the sample's first member
+        ("sample_id", "<i8"),
+        ("group_id", "<i8"),
+        ("size", "<u4"),  # up to the end of the padding of its last member, in bytes
+        ("shard", "<u4"),  # its number in the split
+        ("crc32c", "<u4"),  # of these bytes
+        ("label", "<i4"),  # -1: none
+        ("flags", "<u4"),
+        ("zero", "<u4"),
+    ]
+)
+BAD = 1  # flag: decided before training that the sample is not to be taken
+NO_CRC = 2  # flag: the checksum is not known, as in data of format versions 1 to 3
+NO_LABEL = -1
+COPY_BYTES = 1 << 24
+
+Rows = NDArray[np.void]  # [n] ROW
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTable:
+    """The rows of a split, and the files that they point into."""
+
+    rows: Rows
+    shard_files: tuple[str, ...]  # by number; in the dataset directory, or absolute paths
+
+    @classmethod
+    def open(cls, path: Path, manifest: Manifest, split: str) -> SampleTable:
+        """Open the table of a split of the dataset directory `path`.
+
+        It is mapped into memory. For format versions 1 to 3 it is made of the shards' indices, in
+        memory and without checksums (`NO_CRC`). Raises FileNotFoundError or ValueError where the
+        file does not have the size that the manifest records, or an index is wrong.
+        """
+        info = manifest.split(split)
+        files = tuple(str(Path(manifest.shards_in or "", shard.file)) for shard in info.shards)
+        if info.table is None:
+            found = [_rows_of_index(path, number, s) for number, s in enumerate(info.shards)]
+            return cls(np.concatenate(found), files)
+        file = path / info.table.file
+        expected = info.num_samples * ROW.itemsize
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: expected the table of split {split}, got none")
+        size = file.stat().st_size
+        if not size == info.table.num_bytes == expected:
+            raise ValueError(
+                f"{file}: expected {expected} bytes of {info.num_samples} samples (manifest: "
+                f"{info.table.num_bytes}), got {size}"
+            )
+        return cls(np.memmap(file, ROW, "r"), files)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def write_table(file: Path, parts: Iterable[Rows]) -> TableInfo:
+    """Write a table of the rows of all parts, beside its place and then renamed."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.writing")
+    digest = hashlib.sha256()
+    num_bytes = 0
+    try:
+        with temporary.open("wb") as out:
+            for part in parts:
+                content = np.ascontiguousarray(part, ROW).tobytes()
+                digest.update(content)
+                num_bytes += out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return TableInfo(file=file.name, num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def checksum(content: bytes) -> int:
+    """Compute the CRC-32C (Castagnoli) of bytes."""
+    return int(require("google_crc32c").value(content))
+
+
+def add_checksums(file: Path, rows: Rows) -> None:
+    """Compute `crc32c` of every row in place, of the bytes of `file` that it points to."""
+    with file.open("rb") as tar:
+        for row in rows:
+            row["crc32c"] = checksum(os.pread(tar.fileno(), int(row["size"]), int(row["offset"])))
+
+
+def split_digest(path: Path, name: str) -> str:
+    """Hash a data set's name and the sample ids of a split to eight hex digits.
+
+    It tells whether two figures were measured on the same pictures, whatever their annotations and
+    the other splits. Raises as `SampleTable.open`.
+    """
+    manifest = read_manifest(path)
+    table = SampleTable.open(path, manifest, name)
+    samples = sorted(f"{sample:09d}" for sample in table.rows["sample_id"].tolist())
+    return hashlib.sha256("|".join([manifest.name, *samples]).encode()).hexdigest()[:8]
+
+
+def padded(size: int) -> int:
+    """Return how many bytes of a tar a content takes: whole blocks."""
+    return -(-size // TAR_BLOCK) * TAR_BLOCK
+
+
+def _rows_of_index(path: Path, number: int, shard: ShardInfo) -> Rows:
+    """Make the rows of a shard of format version 1 to 3, of its index and its integers."""
+    index = read_index(path, shard)
+    rows = np.zeros(len(index), ROW)
+    rows["shard"], rows["flags"] = number, NO_CRC
+    with (path / shard.file).open("rb") as tar:
+        for i, (start, size) in enumerate(_ranges(index)):
+            rows[i]["offset"], rows[i]["size"] = start, size
+            found = {part.extension: part for part in index[i] if part.extension in INTEGERS}
+            for column, name in zip(("label", "sample_id", "group_id"), INTEGERS, strict=True):
+                stored = os.pread(tar.fileno(), 8, found[name].offset)
+                rows[i][column] = _integer(stored, column, path / shard.file, found[name].name)
+    return rows
+
+
+def _integer(stored: bytes, column: str, file: Path, name: str) -> int:
+    """Read an int64; ValueError where it is cut off, or has no room in the column."""
+    limits = np.iinfo(ROW[column])
+    value = int(np.frombuffer(stored, "<i8")[0]) if len(stored) == 8 else None
+    if value is None or not limits.min <= value <= limits.max:
+        raise ValueError(f"{file}: {name}: expected an integer of {ROW[column]}, got {value}")
+    return value
+
+
+def _ranges(index: list[IndexRow]) -> Iterator[tuple[int, int]]:
+    """Yield (offset, size) of each sample, which begins where the one before it ends.
+
+    The index has the offset of contents: long names put more than one header before them.
+    """
+    start = 0
+    for row in index:
+        end = max(part.offset + padded(part.size) for part in row)
+        yield start, end - start
+        start = end

@@ -1,0 +1,88 @@
+"""The samples of a tar that others wrote: which of its files belong together, and where."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from m3i_fast.pipelines.dataset.tar_members import NAME, Part, tar_members
+from m3i_fast.pipelines.dataset.tar_shards import TAR_BLOCK
+
+MOST_BYTES = 1 << 30  # of a sample
+
+
+@dataclass(slots=True)
+class Found:
+    """A sample: neighbouring files of one key."""
+
+    key: str
+    start: int  # of its first header
+    end: int = 0  # of its last padding
+    parts: list[Part] = field(default_factory=list)
+    fault: str | None = None
+
+
+def scan(file: Path) -> tuple[list[Found], str | None]:
+    """Find the samples of a tar: (samples, what is wrong with the tar; None: nothing).
+
+    A sample that cannot be used has its `fault`. Of a tar that is cut off or damaged the samples
+    before that place are returned; the last of them may lack files and has a fault.
+    """
+    samples: list[Found] = []
+    keys: set[str] = set()
+    fault = None
+    try:
+        with file.open("rb") as opened:
+            for member, end in _members(opened, file.stat().st_size):
+                _add(samples, keys, member, end)
+    except ValueError as error:
+        fault = str(error)
+        if samples and samples[-1].fault is None:
+            samples[-1].fault = f"the tar ends in or after it: {fault}"
+    return samples, fault
+
+
+def _add(samples: list[Found], keys: set[str], member: tarfile.TarInfo, end: int) -> None:
+    """Add a file to the last sample, or to a new one."""
+    match = NAME.fullmatch(member.name)
+    if match is None or not member.isreg():
+        # It belongs to no sample, unless it is a link in the place of a file of one.
+        if match is not None and samples and samples[-1].key == match[1]:
+            samples[-1].fault = f"{member.name}: expected a file, got a link or a device"
+        return
+    key, extension = match[1], match[2].lower()
+    if not samples or samples[-1].key != key:
+        samples.append(Found(key, member.offset))
+        if key in keys:
+            samples[-1].fault = (
+                "its key stands in this tar before: expected the files of a sample next to each "
+                "other, and each key once"
+            )
+        keys.add(key)
+    found = samples[-1]
+    if extension in [part.extension for part in found.parts]:
+        found.fault = f"expected each file once, got two of {extension}"
+    elif found.parts and member.offset != found.end:
+        found.fault = f"expected its files next to each other, got others before its {extension}"
+    found.parts.append(Part(extension, member.offset_data, member.size))
+    found.end = end
+    if found.end - found.start > MOST_BYTES:
+        found.fault = f"expected at most {MOST_BYTES} bytes, got {found.end - found.start}"
+
+
+def _members(opened: BinaryIO, num_bytes: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yield (member, end) as `tar_members`; raises ValueError also for a wrong end of the tar."""
+    end = 0
+    for member, end in tar_members(opened, num_bytes):
+        yield member, end
+    opened.seek(end)
+    block = opened.read(TAR_BLOCK)
+    if len(block) < TAR_BLOCK:
+        raise ValueError(f"cut off at byte {end}: expected the end mark of a tar, got none")
+    while block:
+        if block.strip(b"\0"):
+            raise ValueError(f"damaged at byte {end}: expected a header or the end of the tar")
+        block = opened.read(1 << 20)

@@ -1,0 +1,156 @@
+"""The index of one tar: a task that any process can do, and that is done once.
+
+Its result is a file, beside which nothing is kept: a start that finds it goes on after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from m3i_fast.pipelines.dataset.sample_table import BAD, ROW, Rows, checksum
+from m3i_fast.pipelines.indexing.contents import Columns, Facts, read_facts
+from m3i_fast.pipelines.indexing.scan import Found, scan
+
+PIECE_BYTES = 1 << 22
+READ = ("jpg", "jpeg", "png", "webp", "txt", "json", "cls")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TarTask:
+    """A tar to index, and where its result goes."""
+
+    root: Path
+    name: str  # of the tar, in root
+    result: Path
+    columns: Columns
+
+    @property
+    def identity(self) -> str:
+        """Digest of the settings and of size and time of the tar: a result of another is old."""
+        stat = (self.root / self.name).stat()
+        key = [self.name, stat.st_size, stat.st_mtime_ns, asdict(self.columns)]
+        return hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
+
+
+@dataclass(kw_only=True, slots=True)
+class TarIndex:
+    """What was found in a tar."""
+
+    name: str
+    num_bytes: int = 0
+    sha256: str = ""
+    # sample_id is the number of the row, and group_id the hash of the group or -1.
+    rows: Rows = field(default_factory=lambda: np.zeros(0, ROW))
+    num_captions: int = 0
+    class_names: dict[str, list[int]] = field(default_factory=dict)  # rows of each name
+    formats: Counter[str] = field(default_factory=Counter)
+    sizes: list[int] = field(default_factory=list)  # least and most height, least and most width
+    refused: list[dict[str, Any]] = field(default_factory=list)
+
+    def refuse(self, key: str | None, reason: str, **more: object) -> None:
+        """Record a sample, or with None the tar itself, that cannot be used."""
+        self.refused.append({"file": self.name, "sample": key, "reason": reason, **more})
+
+
+def run(task: TarTask) -> Path:
+    """Index a tar, write the result and return its file."""
+    index = index_tar(task.root / task.name, task.name, task.columns)
+    summary = {
+        name: getattr(index, name) for name in TarIndex.__dataclass_fields__ if name != "rows"
+    }
+    buffer = io.BytesIO()
+    buffer.write(json.dumps({"identity": task.identity, **summary}).encode() + b"\n")
+    buffer.write(index.rows.tobytes())
+    temporary = task.result.with_suffix(".writing")
+    temporary.write_bytes(buffer.getvalue())
+    temporary.replace(task.result)
+    return task.result
+
+
+def read_result(task: TarTask) -> TarIndex | None:
+    """Read the result of a task; None where there is none of this tar and these settings."""
+    try:
+        head, _, rows = task.result.read_bytes().partition(b"\n")
+        summary = json.loads(head)
+        if summary.pop("identity") != task.identity:
+            return None
+        summary["formats"] = Counter(summary["formats"])
+        return TarIndex(**summary, rows=np.frombuffer(rows, ROW).copy())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def index_tar(file: Path, name: str, columns: Columns) -> TarIndex:
+    """Read every byte of a tar once, and index the samples that can be used."""
+    index = TarIndex(name=name, num_bytes=file.stat().st_size)
+    samples, fault = scan(file)
+    if fault is not None:
+        index.refuse(None, fault)
+    rows = []
+    digest = hashlib.sha256()
+    with file.open("rb") as tar:
+        for found in samples:
+            _skip(tar, digest, found.start)
+            if found.fault is not None:
+                index.refuse(found.key, found.fault)
+                continue
+            content = tar.read(found.end - found.start)
+            digest.update(content)
+            try:
+                facts = read_facts(dict(_files(found, content)), columns)
+            except ValueError as error:
+                index.refuse(found.key, str(error))
+                continue
+            _count(index, facts, found.key, len(rows))
+            rows.append(_row(found, facts, checksum(content), len(rows)))
+        _skip(tar, digest, index.num_bytes)
+    index.sha256 = digest.hexdigest()
+    index.rows = np.array(rows, ROW)
+    return index
+
+
+def _skip(tar: BinaryIO, digest: Any, end: int) -> None:
+    """Read up to a byte for the digest alone."""
+    while (left := end - tar.tell()) > 0:
+        piece = tar.read(min(left, PIECE_BYTES))
+        if not piece:
+            break
+        digest.update(piece)
+
+
+def _files(found: Found, content: bytes) -> Iterator[tuple[str, bytes]]:
+    for extension, offset, size in found.parts:
+        at = offset - found.start
+        yield extension, content[at : at + size] if extension in READ else b""
+
+
+def _row(found: Found, facts: Facts, crc: int, number: int) -> tuple[int, ...]:
+    label = -1 if isinstance(facts.label, str) else facts.label
+    flags = BAD if facts.fault_of_pixels else 0
+    size = found.end - found.start
+    return (found.start, number, facts.group, size, 0, crc, label, flags, 0)
+
+
+def _count(index: TarIndex, facts: Facts, key: str, number: int) -> None:
+    if facts.fault_of_pixels is not None:
+        index.refuse(key, facts.fault_of_pixels, flagged=True)
+        return
+    index.num_captions += bool(facts.caption)
+    index.formats[facts.image_format] += 1
+    if isinstance(facts.label, str):
+        index.class_names.setdefault(facts.label, []).append(number)
+    low, high = facts.height, facts.height
+    left, right = facts.width, facts.width
+    if index.sizes:
+        low, high = min(low, index.sizes[0]), max(high, index.sizes[1])
+        left, right = min(left, index.sizes[2]), max(right, index.sizes[3])
+    index.sizes = [low, high, left, right]

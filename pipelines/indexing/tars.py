@@ -1,0 +1,101 @@
+"""The tars of a folder: which there are, which split each is of, and what their samples hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from m3i_fast.pipelines.indexing.scan import scan
+
+LOOKED_AT = 100  # samples, to guess columns
+# Words in the name of a tar or its folder, and the split that they mean.
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "heldout": "heldout", "tune": "tune",
+}  # fmt: skip
+CAPTIONS, LABELS = ("caption", "text"), ("label", "class", "cls")
+
+
+def find_tars(root: Path, patterns: Sequence[str]) -> list[str]:
+    """Return the names of the tars in `root` that fit a pattern, relative to it and sorted.
+
+    A pattern is relative to root, or absolute and inside of it. Raises ValueError for one that
+    leads out of root, a tar that is a link to the outside, and where nothing fits.
+    """
+    inside = root.resolve()
+    names = set()
+    for pattern in patterns:
+        relative = Path(pattern)
+        if relative.is_absolute():
+            for base in (root.absolute(), inside):
+                if relative.is_relative_to(base):
+                    relative = relative.relative_to(base)
+                    break
+        if relative.is_absolute() or ".." in relative.parts:
+            raise ValueError(f"--tars: expected tars in {root}, got {pattern!r}: name their folder")
+        for file in root.glob(str(relative)):
+            name = file.relative_to(root)
+            if file.suffix != ".tar" or any(part.startswith(".") for part in name.parts):
+                continue
+            if not file.resolve().is_relative_to(inside):
+                raise ValueError(
+                    f"{file}: expected a tar in {root}, got a link to {file.resolve()}; name the "
+                    "folder with the tars themselves"
+                )
+            if file.is_file():
+                names.add(name.as_posix())
+    if not names:
+        raise ValueError(f"{root}: expected tars ({', '.join(patterns)}), got none")
+    return sorted(names)
+
+
+def split_of(name: str) -> str:
+    """Return the split that a tar's name or folder says; train where none does."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
+
+
+class Guess(NamedTuple):
+    """Columns that samples of the first tar have."""
+
+    caption: str | None
+    label: str | None
+
+
+def guess_columns(root: Path, names: Sequence[str]) -> Guess:
+    """Look at the first samples of the first tar that has any."""
+    for name in names:
+        samples, _ = scan(root / name)
+        if samples:
+            break
+    counts: Counter[str] = Counter()
+    with (root / name).open("rb") as tar:
+        for found in samples[:LOOKED_AT]:
+            for part in found.parts:
+                counts[part.extension] += 1
+                if part.extension == "json":
+                    content = os.pread(tar.fileno(), part.size, part.offset)
+                    counts.update(f"json:{field}" for field in _useful_fields(content))
+    captions = ("txt", *(f"json:{field}" for field in CAPTIONS))
+    labels = ("cls", *(f"json:{field}" for field in LABELS))
+    return Guess(
+        next((column for column in captions if counts[column]), None),
+        next((column for column in labels if counts[column]), None),
+    )
+
+
+def _useful_fields(content: bytes) -> list[str]:
+    """Return the fields of a json file that may be captions or labels."""
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(fields, dict):
+        return []
+    texts = [name for name in CAPTIONS if isinstance(fields.get(name), str)]
+    return texts + [name for name in LABELS if isinstance(fields.get(name), (str, int))]
