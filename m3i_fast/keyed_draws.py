@@ -39,6 +39,8 @@ class Purpose(IntEnum):
     """Those of the rows of local views."""
     REPLACEMENT = 9
     """Which sample stands in for one that cannot be used."""
+    GENERATOR = 10
+    """The seed of torch's generators in a step, for modules that draw from them."""
 
 
 def uniform(

@@ -26,6 +26,7 @@ from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 
 PILLOW, TENSORS = "torchvision, Pillow", "torchvision, tensors"
+SHUFFLE_BUFFER = 4096  # samples, of all processes
 PREFETCH_FACTOR = 2  # batches ahead of each process, DataLoader's default
 
 
@@ -121,7 +122,7 @@ def peer(cfg: LoaderConfig, kind: str) -> Iterator[list[Tensor]]:
     samples = (
         webdataset.WebDataset(shards, shardshuffle=len(shards), seed=cfg.seed)
         .repeat()
-        .shuffle(max(cfg.initial_fill // cfg.num_threads, 1))
+        .shuffle(max(SHUFFLE_BUFFER // cfg.num_threads, 1))
         .map(views)
     )
     loader: DataLoader[Any] = DataLoader(

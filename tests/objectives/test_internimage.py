@@ -65,7 +65,16 @@ def make_batch() -> Batch:
 
 
 def draw(cfg: ObjectiveConfig) -> Mix:
-    return draw_mix(cfg.mixing, batch_size=B, grid=4, context_length=6, seed=0, step=0, num_steps=1)
+    return draw_mix(
+        cfg.mixing,
+        position=torch.arange(B),
+        first_position=0,
+        grid=4,
+        context_length=6,
+        seed=0,
+        step=0,
+        num_steps=1,
+    )
 
 
 @pytest.mark.parametrize("mode", ["joint", "none"])

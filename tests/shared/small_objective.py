@@ -64,7 +64,8 @@ def make_batch(size: int = 8) -> Batch:
 def draw_small_mix(cfg: ObjectiveConfig, batch: Batch) -> Mix:
     return draw_mix(
         cfg.mixing,
-        batch_size=batch.batch_size,
+        position=batch.position,
+        first_position=0,
         grid=4,
         context_length=6,
         seed=0,

@@ -119,7 +119,8 @@ def draw(model: MutualInformation, step: int) -> Mix:
     """The step's mix; inputs of one image are in an order that is not the samples'."""
     mix = draw_mix(
         model.cfg.mixing,
-        batch_size=BATCH,
+        position=torch.arange(step * BATCH, (step + 1) * BATCH),
+        first_position=step * BATCH,
         grid=GRID,
         context_length=CONTEXT,
         seed=0,
