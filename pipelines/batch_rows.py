@@ -7,8 +7,9 @@ Legend: B samples of a batch, N positions, P bytes of the longest path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from m3i_fast.pipelines.order import StepLayout, shuffled
 from m3i_fast.pipelines.storage.shards import Shards
 
 Integers = NDArray[np.int64]
+
+Order = Callable[[Integers], Integers]  # positions in a run -> rows of the table, [N] each
 
 # Columns of a row, as SampleRow in cuda/dali/sample_record.h.
 COLUMNS = ("position", "sample_id", "offset", "size", "crc32c", "caption", "alternate")
@@ -94,13 +97,16 @@ class TrainingRows:
         start: int,
         first_batch: int = 0,
         skipped: frozenset[int] = frozenset(),
+        order: Order | None = None,
     ) -> None:
         """start: samples that all ranks took before. first_batch: batches of this rank since then.
 
         skipped: rows of the table that are not to be taken, beside those that it marks as bad.
+        order: gives the row of the table at each position; None: `order.shuffled`.
         """
         self._table, self._shards, self._layout = table, shards, layout
         self._rank, self._seed, self._start = rank, seed, start
+        self._order = order or partial(shuffled, size=len(table), seed=seed)
         self._batch, self._skipped = first_batch, np.array(sorted(skipped), np.int64)
         self._planned: Iterator[tuple[Integers, ...]] = iter(())
 
@@ -121,7 +127,7 @@ class TrainingRows:
         Raises ValueError where hardly any sample of the table can be used.
         """
         table = self._table
-        samples = shuffled(positions, size=len(table), seed=self._seed)
+        samples = self._order(positions)
         left = np.flatnonzero(self._is_unusable(samples))
         for attempt in range(1, _MOST_ATTEMPTS):
             if not len(left):

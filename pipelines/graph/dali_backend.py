@@ -65,10 +65,12 @@ class DaliBackend:
 
     def __next__(self) -> MadeBatch:
         """Return the next batch, as `Backend` says; its tensors own DALI's buffers, uncopied."""
-        *views, params, size, token_ids, num_tokens = self._run()
+        outputs = self._run()
         texts = None
         if self._work.caption_member != TOKENS:
-            texts = self._texts
+            *outputs, stored = outputs
+            texts = [stored.at(i).tobytes() for i in range(len(stored))]
+        *views, params, size, token_ids, num_tokens = self._as_tensors(outputs)
         return MadeBatch(
             rows=self._rows.popleft(),
             views=tuple(views),
@@ -83,19 +85,18 @@ class DaliBackend:
         """Stop DALI's threads."""
         self._pipeline = None
 
-    def _run(self) -> tuple[Tensor, ...]:
+    def _run(self) -> list[Any]:
         assert self._pipeline is not None, "the backend is closed"
         device_id = self._work.device_id
         try:
             if device_id is None:
-                outputs = self._pipeline.run()
-            else:
-                outputs = self._pipeline.run(torch.cuda.current_stream(device_id))
+                return list(self._pipeline.run())
+            return list(self._pipeline.run(torch.cuda.current_stream(device_id)))
         except RuntimeError as error:
             raise self._named(error) from error
-        if self._work.caption_member != TOKENS:
-            *outputs, texts = outputs
-            self._texts = [texts.at(i).tobytes() for i in range(len(texts))]
+
+    def _as_tensors(self, outputs: list[Any]) -> tuple[Tensor, ...]:
+        device_id = self._work.device_id
         if device_id is None:
             return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
         with torch.cuda.device(device_id):
