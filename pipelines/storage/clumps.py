@@ -106,6 +106,13 @@ class BucketShards:
             clump = self._clump(int(shards[i]), int(firsts[i]), int(ends[i]), in_pool=True)
             clump.expected += count
 
+    def expect_no_more(self) -> None:
+        """Forget what was announced, since a run goes on elsewhere."""
+        for first, clump in list(self._clumps.items()):
+            clump.expected = 0
+            if clump.file.cancel():
+                del self._clumps[first]
+
     def locate(self, table: SampleTable, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
         """Return (path of a local file, offset in it) of each sample of a batch.
 
@@ -139,10 +146,8 @@ class BucketShards:
     def _clump(self, shard: int, first: int, end: int, *, in_pool: bool) -> _Clump:
         """Return the clump of a first sample; a new one is fetched."""
         clump = self._clumps.get(first)
-        if clump is not None and clump.file.done() and not clump.file.cancelled():
-            if clump.file.exception() is None:
-                return clump
-            clump = None  # its error was raised, or nobody needed it: it is tried again
+        if clump is not None and clump.file.done() and clump.file.exception() is not None:
+            clump = None  # nobody needed it until now: it is tried again
         if clump is None:
             if in_pool:
                 file = self._pool.submit(self._fetch, shard, first, end)
@@ -187,6 +192,7 @@ class BucketShards:
             return clump.file.result()
         except Exception:
             self._clumps.pop(first, None)
+            self.expect_no_more()  # a run that ends here is not to wait for the rest
             raise
 
     def _fetch(self, shard: int, first: int, end: int) -> tuple[str, int]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig
-from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
+from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, read_manifest
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.storage.cache import SharedCache
 from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes
 from m3i_fast.pipelines.storage.dataset_copy import copy_description
-from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy
+from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy, url_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +82,16 @@ def open_remote(
     return RemoteSplit(
         path=path, manifest=manifest, split=split, table=table, order=order, shards=shards
     )
+
+
+def manifest_at(cfg: LoaderConfig) -> Manifest:
+    """Read the manifest of a data set in a folder or under a URL.
+
+    Raises as `read_manifest`, `Bucket` and `copy_description` do.
+    """
+    if url_of(cfg.path) is None:
+        return read_manifest(cfg.path)
+    return copy_description(Bucket(cfg.path), cfg.cache_dir.expanduser(), cfg.split)[1]
 
 
 def kept_batches(cfg: LoaderConfig, order: LaneOrder, num_ranks: int) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.flags import flag_of
-from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest, read_manifest
+from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
+from m3i_fast.pipelines.storage.remote import manifest_at
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConf
     of them that contradict the manifest and for terms that need classes where there are none, and
     as `read_manifest`.
     """
-    file, manifest = cfg.data.path / MANIFEST_NAME, read_manifest(cfg.data.path)
+    file, manifest = cfg.data.path / MANIFEST_NAME, manifest_at(cfg.data)
     refused = [
         f"{flag_of(name)}: expected {expected} as {file} says, got {got}: leave the flag out, and "
         "it is taken from the data"
