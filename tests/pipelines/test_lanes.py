@@ -117,7 +117,8 @@ def test_orders_differ_by_epoch_seed_and_data_set_and_mix_clumps_and_samples() -
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert (one == other).mean() < 0.01
-    first = np.array([of(epoch)[0] for epoch in range(400)])  # which sample stands first
+    order = LaneOrder(sizes, seed=1, lanes=8)
+    first = order.samples(size * np.arange(400))  # which sample stands first, by epoch
     clumps, within = np.divmod(first, CLUMP_SAMPLES)
     for values, most in ((clumps, len(Clumps(sizes))), (within, CLUMP_SAMPLES)):
         counts = np.histogram(values, bins=8, range=(0, most))[0]  # 50 each; chi2 of 7: 29 at 1e-4
