@@ -7,6 +7,7 @@ Legend: B samples of a batch, N positions, P bytes of the longest path.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ Order = Callable[[Integers], Integers]  # positions in a run -> rows of the tabl
 COLUMNS = ("position", "sample_id", "offset", "size", "crc32c", "caption", "alternate")
 _POSITIONS_AT_ONCE = 2**14
 _MOST_ATTEMPTS = 1000
+_ORDERED_AHEAD = 4096  # samples of an ordered pass that the shards are told of beforehand
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def rows_of(
     alternate: Integers | None = None,
 ) -> BatchRows:
     """Return the rows of a batch; without draws they ask for first captions and alternates."""
-    entries = np.asarray(table.rows)[samples]  # a memory map would wrap every field again
+    entries = table.at(samples)
     places = shards.locate(table, samples)
     rows = np.zeros((len(samples), len(COLUMNS)), np.int64)
     rows[:, 0], rows[:, 1] = positions, entries["sample_id"]
@@ -98,28 +100,33 @@ class TrainingRows:
         first_batch: int = 0,
         skipped: frozenset[int] = frozenset(),
         order: Order | None = None,
+        batches_ahead: int = 0,
     ) -> None:
         """start: samples that all ranks took before. first_batch: batches of this rank since then.
 
         skipped: rows of the table that are not to be taken, beside those that it marks as bad.
-        order: gives the row of the table at each position; None: `order.shuffled`.
+        order: gives the row of the table at each position; None: `order.shuffled`. batches_ahead:
+        batches that the shards are told of before their turn.
         """
         self._table, self._shards, self._layout = table, shards, layout
         self._rank, self._seed, self._start = rank, seed, start
         self._order = order or partial(shuffled, size=len(table), seed=seed)
-        self._batch, self._skipped = first_batch, np.array(sorted(skipped), np.int64)
-        self._planned: Iterator[tuple[Integers, ...]] = iter(())
+        self._skipped = np.array(sorted(skipped), np.int64)
+        self._ahead, self._first_unplanned = batches_ahead, first_batch
+        self._planned: deque[tuple[Integers, ...]] = deque()
+        self._expected = 0  # of the planned batches, those that the shards know of
+        shards.expect_no_more()
 
     def __iter__(self) -> TrainingRows:
         return self
 
     def __next__(self) -> BatchRows:
-        planned = next(self._planned, None)
-        if planned is None:
-            self._planned = self._plan()
-            planned = next(self._planned)
-        self._batch += 1
-        return rows_of(self._table, self._shards, *planned)
+        while len(self._planned) <= self._ahead:
+            self._planned.extend(self._plan())
+        for i in range(self._expected, self._ahead + 1):
+            self._shards.expect(self._planned[i][1])
+        self._expected = self._ahead
+        return rows_of(self._table, self._shards, *self._planned.popleft())
 
     def samples_at(self, positions: Integers) -> Integers:  # [N] -> [N]
         """Return the table's row of the sample at each position, replacements in their place.
@@ -138,14 +145,15 @@ class TrainingRows:
         raise ValueError(f"expected samples that can be used, got hardly any of {len(table)}")
 
     def _is_unusable(self, samples: Integers) -> NDArray[np.bool_]:
-        bad: NDArray[np.bool_] = (self._table.rows["flags"][samples] & BAD) != 0
+        bad: NDArray[np.bool_] = (self._table.at(samples)["flags"] & BAD) != 0
         return bad | np.isin(samples, self._skipped) if len(self._skipped) else bad
 
     def _plan(self) -> Iterator[tuple[Integers, ...]]:
         """Choose and draw for many batches at once: numpy is as slow on a few numbers."""
         layout = self._layout
         count = max(_POSITIONS_AT_ONCE // layout.batch_size, 1)
-        steps = (divmod(self._batch + i, layout.accumulate) for i in range(count))
+        first, self._first_unplanned = self._first_unplanned, self._first_unplanned + count
+        steps = (divmod(first + i, layout.accumulate) for i in range(count))
         positions = np.concatenate(
             [
                 layout.positions(self._start + step * layout.samples_a_step, self._rank, batch)
@@ -174,5 +182,7 @@ def ordered_rows(
         taken &= table.rows["sample_id"] == table.rows["group_id"]
     good = np.flatnonzero(taken)
     for start in range(0, len(good), batch_size):
+        first = start + _ORDERED_AHEAD if start else 0
+        shards.expect(good[first : start + _ORDERED_AHEAD + batch_size])
         samples = good[start : start + batch_size]
         yield rows_of(table, shards, samples, samples)

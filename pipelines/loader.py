@@ -19,10 +19,13 @@ from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import TrainingRows, ordered_rows
 from m3i_fast.pipelines.dataset.directory import open_split
-from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, quoted
+from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, check_tokenizer, quoted
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.order import ORDER_VERSION, StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
+from m3i_fast.pipelines.storage.objects import url_of
+from m3i_fast.pipelines.storage.remote import open_remote
 from m3i_fast.pipelines.storage.shards import LocalShards, Shards
 from m3i_fast.pipelines.text_captions import TextCaptions
 
@@ -42,6 +45,13 @@ class OpenSplit:
     split: SplitInfo
     table: SampleTable
     shards: Shards
+    lanes: LaneOrder | None = None
+    """The order of a data set in object storage; None: all samples are shuffled."""
+
+    @property
+    def order_identity(self) -> int | str:
+        """Return what tells the order of the samples from another one."""
+        return f"{ORDER_VERSION}, {self.lanes.identity}" if self.lanes else ORDER_VERSION
 
 
 class Loader:
@@ -86,12 +96,11 @@ class Loader:
             images_per_input=images_per_input,
         )
         self._open = _open(
-            cfg.path,
-            cfg.split,
-            max_pixels=cfg.max_pixels,
+            cfg,
             fingerprint=tokenizer_fingerprint,
             rank=rank,
             num_ranks=num_ranks,
+            images_per_input=images_per_input,
         )
         self.manifest = self._open.manifest
         num_samples = len(self._open.table)
@@ -177,6 +186,7 @@ class Loader:
         if self._backend is not None:
             self._backend.close()
             self._backend = None
+            self._open.shards.expect_no_more()
 
     def _identity(self) -> dict[str, Any]:
         """Return everything that decides which sample stands at which position."""
@@ -185,7 +195,7 @@ class Loader:
             "seed": self.cfg.seed,
             "dataset": self.manifest.digest,
             "split": self.cfg.split,
-            "order": ORDER_VERSION,
+            "order": self._open.order_identity,
         }
 
     def _begin(self) -> tuple[TrainingRows, Backend]:
@@ -196,8 +206,12 @@ class Loader:
             rank=self._rank,
             seed=self.cfg.seed,
             start=self._start,
+            order=self._open.lanes.samples if self._open.lanes else None,
             first_batch=self._batches,
             skipped=frozenset(self._skipped),
+            batches_ahead=-(-self.cfg.fetch_ahead // self.cfg.batch_size)
+            if self._open.lanes
+            else 0,
         )
         return rows, start_backend(self.cfg.backend, rows, self._work)
 
@@ -274,7 +288,8 @@ def evaluation_batches(
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    opened = _open(path, split, max_pixels=max_pixels, fingerprint=tokenizer_fingerprint)
+    cfg = LoaderConfig(path=path, split=split, max_pixels=max_pixels, batch_size=batch_size)
+    opened = _open(cfg, fingerprint=tokenizer_fingerprint)
     captions = TextCaptions(opened.manifest)
     work = SampleWork(
         views=view_specs(ViewConfig(count=1, size=image_size)),
@@ -313,19 +328,31 @@ def evaluation_batches(
 
 
 def _open(
-    path: Path,
-    split: str,
+    cfg: LoaderConfig,
     *,
-    max_pixels: int,
     fingerprint: str | None,
     rank: int = 0,
     num_ranks: int = 1,
+    images_per_input: int = 1,
 ) -> OpenSplit:
     """Check a split, of which each rank reads a part, and open its table."""
+    path, split = cfg.path, cfg.split
+    if url_of(path) is not None:
+        remote = open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
+        if fingerprint is not None:
+            check_tokenizer(path, remote.manifest, fingerprint)
+        return OpenSplit(
+            path=remote.path,
+            manifest=remote.manifest,
+            split=remote.split,
+            table=remote.table,
+            shards=remote.shards,
+            lanes=remote.order,
+        )
     manifest, info = open_split(
         path,
         split,
-        max_pixels=max_pixels,
+        max_pixels=cfg.max_pixels,
         fingerprint=fingerprint,
         shard_id=rank,
         num_shards=num_ranks,

@@ -1,4 +1,4 @@
-"""m3i-fast data: write a data set, or verify one.
+"""m3i-fast data: write a data set, verify one, or upload it.
 
 Sources and readers load torch: a command imports its own where it runs, and help does without.
 """
@@ -13,6 +13,7 @@ import tyro
 
 from m3i_fast.cli import console
 from m3i_fast.cli.data_index import Index
+from m3i_fast.cli.data_push import Push
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
 
@@ -155,6 +156,7 @@ Command = (
     | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
     | Annotated[Index, tyro.conf.subcommand("index")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Push, tyro.conf.subcommand("push")]
 )
 
 
