@@ -11,12 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.keyed_draws import Purpose, words
-from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, SampleTable
+from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTable
 from m3i_fast.pipelines.order import StepLayout, shuffled
 from m3i_fast.pipelines.storage.shards import Shards
 
@@ -29,6 +30,15 @@ COLUMNS = ("position", "sample_id", "offset", "size", "crc32c", "caption", "alte
 _POSITIONS_AT_ONCE = 2**14
 _MOST_ATTEMPTS = 1000
 _ORDERED_AHEAD = 4096  # samples of an ordered pass that the shards are told of beforehand
+
+
+class Table(Protocol):
+    """The rows of a data set, or of several that are mixed."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, numbers: Integers, /) -> Rows:  # [N] -> [N]
+        """Return rows by their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class BatchRows:
 
 
 def rows_of(
-    table: SampleTable,
+    table: Table,
     shards: Shards,
     positions: Integers,  # [B]
     samples: Integers,  # [B]
@@ -90,7 +100,7 @@ class TrainingRows:
 
     def __init__(
         self,
-        table: SampleTable,
+        table: Table,
         shards: Shards,
         layout: StepLayout,
         *,

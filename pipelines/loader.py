@@ -306,6 +306,7 @@ def evaluation_batches(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     cfg = LoaderConfig(path=path, split=split, max_pixels=max_pixels, batch_size=batch_size)
     opened = _open(cfg, fingerprint=tokenizer_fingerprint)
+    assert isinstance(opened.table, SampleTable)  # one data set
     captions = TextCaptions(opened.manifest)
     work = SampleWork(
         views=view_specs(ViewConfig(count=1, size=image_size)),

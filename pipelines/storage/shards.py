@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,11 @@ class Shards(Protocol):
     def expect_no_more(self) -> None:
         """Forget what was announced, since a run goes on elsewhere."""
 
-    def locate(self, table: SampleTable, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
+    def locate(self, table: Any, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
         """Return (path of a local file, offset in it) of each sample of a batch.
 
         The bytes are there when it returns, and stay until the batch has been read. samples: [B]
-        row numbers of the table.
+        row numbers of the table, that of one data set or of all that are mixed.
         """
 
     def close(self) -> None:
