@@ -18,6 +18,7 @@ from m3i_fast.config.data import LoaderConfig, MixturePart
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest, read_manifest
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.order import Integers, Mixture
+from m3i_fast.pipelines.storage.remote import manifest_at
 
 MAX_ID = 2**48
 """Ids of a data set in a mixture are below it: those of data set d are moved up by d times as much,
@@ -130,7 +131,7 @@ def read_described(cfg: LoaderConfig) -> Manifest | MixedData:
 
     Raises as `read_manifest` and `MixedData`.
     """
-    return MixedData.read(cfg.mixture_parts) if cfg.mixture else read_manifest(cfg.path)
+    return MixedData.read(cfg.mixture_parts) if cfg.mixture else manifest_at(cfg)
 
 
 def _told(tokenizer: TokenizerInfo) -> str:

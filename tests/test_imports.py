@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "engine": ENGINE,
     "planning": {"config", "costs", "engine", "objectives", "pipelines", *MODELS},
     "config": set(),
+    "pipelines": {"ops"},
     "recipes": {"objectives", "pipelines"},
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,

@@ -9,6 +9,8 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 CONTENTS = {
     "start": ("install", "tutorial", "data", "pack", "first_hour"),
     "train": ("training", "watching", "precision", "distributed", "clusters"),
+    "start": ("install", "tutorial", "data", "first_hour"),
+    "train": ("training", "watching", "precision", "distributed", "clusters", "buckets"),
     "measure": (
         *("planning", "profile", "performance", "launches", "comparing"),
         *("results", "methods", "faults"),

@@ -1,4 +1,4 @@
-"""m3i-fast data: pack, index or write a data set, describe, verify or show one.
+"""m3i-fast data: pack, index, upload or write a data set, describe, verify or show one.
 
 Sources and readers load torch: a command imports its own where it runs, and help does without.
 """
@@ -14,6 +14,7 @@ import tyro
 from m3i_fast.cli import console
 from m3i_fast.cli.data_index import Index
 from m3i_fast.cli.data_pack import Pack
+from m3i_fast.cli.data_push import Push
 from m3i_fast.cli.data_show import Show
 from m3i_fast.cli.data_stats import Stats
 from m3i_fast.cli.data_verify import Verify
@@ -132,6 +133,7 @@ Command = (
     | Annotated[Stats, tyro.conf.subcommand("stats")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Push, tyro.conf.subcommand("push")]
 )
 
 

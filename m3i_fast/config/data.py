@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from m3i_fast.config.fields import BATCHES, NUMBERS, SIDES, THREADS, Checked, Conflict, unmet
 
+BackendName = Literal["auto", "dali", "torch"]
+DEFAULT_LANES = 1920  # divided by most numbers of ranks that nodes of 8 and of 4 GPUs make
 MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
 
 
@@ -131,27 +133,54 @@ class LoaderConfig(Checked):
     seed: Annotated[int, NUMBERS] = 0
     """Seed of the samples' order, the crops and the colours."""
     num_threads: Annotated[int, THREADS] = 1
-    """DALI worker threads; results do not depend on their number."""
+    """Threads that read, decode and cut views; results do not depend on their number."""
+    backend: BackendName = "auto"
+    """What reads and decodes: DALI, or torch with Pillow, which makes the same batches slower and
+    runs everywhere; auto takes DALI where it works, and otherwise says why not."""
     prefetch: Annotated[int, range(1, 65)] = 2
     """Batches prepared ahead, at most 64: each is held decoded."""
-    initial_fill: Annotated[int, range(1, 2**17 + 1)] = 4096
-    """Encoded samples in each rank's shuffle buffer in host memory; at most 131,072, which at 100
-    kB a picture are 13 GB."""
     max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS
     """Most pixels of a picture, height times width; larger ones are refused by name before they are
     decoded. The default is Pillow's MAX_IMAGE_PIXELS."""
+    strict: bool = False
+    """End the run, with the sample's name, at the first one that cannot be used."""
+    max_skipped: Annotated[int, range(0, 2**31)] = 100
+    """Samples of a rank that may turn out to be corrupt while training: each is named in the run's
+    skipped.jsonl, and another sample takes its place. One more ends the run."""
     alternates: bool = True
     """Cut the second global view out of another picture of the same thing, where the data set has
     such (data styles --alternates): one of them, drawn anew at every step."""
     hw_decoder_load: float | None = None
     """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
     leaves it to DALI. It applies to decoding on a GPU alone."""
+    lanes: Annotated[int | None, range(1, 2**16 + 1)] = None
+    """Sequences of clumps (up to 128 neighbours of a shard) that a run reads side by side from
+    object storage; a multiple of the number of ranks. It is part of the order of the samples. None:
+    1,920, or fewer where there are few clumps. A folder has no lanes: all its samples are
+    shuffled."""
+    clumps_a_window: Annotated[int, range(1, 65)] = 1
+    """Clumps of a lane that are shuffled together; part of the order, as the lanes are."""
+    buffer_gib: float = 32.0
+    """Most GiB of clumps that one rank holds open: of each of its lanes one window, and those that
+    are fetched ahead."""
+    cache_dir: Path = Path("~/.cache/m3i-fast")
+    """Folder of the files that are fetched from object storage, best on a local NVMe; the processes
+    of a node share it."""
+    cache_gib: float = 64.0
+    """Most GiB of clumps in cache_dir, of all processes together; those used longest ago are
+    removed. Manifest and tables of samples come on top."""
+    reads_in_flight: Annotated[int, range(1, 2**10 + 1)] = 32
+    """Reads from object storage at the same time, on each rank."""
+    fetch_ahead: Annotated[int, range(1, 2**24 + 1)] = 8192
+    """Samples of a rank whose clumps are fetched before their turn."""
 
     def conflicts(self) -> Iterator[Conflict]:
         load = self.hw_decoder_load
         yield from unmet(
             self, hw_decoder_load=(load is None or 0 <= load <= 1, "a share in [0, 1]")
         )
+        for name in ("buffer_gib", "cache_gib"):
+            yield from unmet(self, **{name: (getattr(self, name) > 0, "more than 0")})
         for text in self.mixture:
             try:
                 MixturePart.parse(text)

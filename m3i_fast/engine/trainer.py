@@ -126,9 +126,12 @@ class Trainer:
     def _open_shards(self) -> Loader:
         loader = Loader(
             self.cfg.data,
-            shard_id=self.world.rank,
-            num_shards=self.world.size,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+            accumulate=self.cfg.parallel.accumulate,
+            images_per_input=self.cfg.objective.mixing.images_per_input,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+            skipped_file=self.run_dir / "skipped.jsonl",
         )
         expect_data(self.cfg, loader.manifest)
         return loader

@@ -8,13 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from m3i_fast.config.data import LoaderConfig, MixturePart
+from m3i_fast.config.data import LoaderConfig, MixturePart, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
+from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.mixture import MAX_ID, MixedData, read_described
 from m3i_fast.pipelines.order import shuffled
-from tests.shared.pipelines.data import TOKENIZER, encode_image, info, sample, smooth_picture
+from tests.shared.pipelines.data import (
+    TOKENIZER,
+    encode_image,
+    equal,
+    info,
+    sample,
+    smooth_picture,
+)
 
 SIZES = (12, 5, 7)
 CLASSES = (("cat", "dog", "owl"), ("owl", "ant", "cat"), ())
@@ -117,3 +126,38 @@ def test_what_does_not_go_together_is_refused(paths: list[Path]) -> None:
         MixedData.read([MixturePart(path=paths[0], split="held", weight=1)])
     with pytest.raises(FileNotFoundError):
         MixedData.read([MixturePart(path=paths[0] / "absent", split="train", weight=1)])
+
+
+def test_a_loader_takes_from_each_by_weight_on_any_ranks(paths: list[Path]) -> None:
+    """Both backends, the same on any split, labels and ids as those of one data set."""
+    parts = tuple(f"{path}:train:{w}" for path, w in zip(paths, (0.5, 0.3, 0.2), strict=False))
+    view = ViewConfig(size=8)
+    cfg = LoaderConfig(mixture=parts, batch_size=8, global_views=view, seed=3, backend="torch")
+    whole = Loader(cfg, images_per_input=2)
+    assert whole.manifest.class_names == ("cat", "dog", "owl", "ant")
+    ranks = [
+        Loader(replace(cfg, batch_size=4, backend="dali"), rank=r, num_ranks=2, images_per_input=2)
+        for r in range(2)
+    ]
+    data = mixed(paths, (0.5, 0.3, 0.2))
+    counts = np.zeros(3, int)
+    for _ in range(10):
+        batch = next(whole)
+        halves = [next(loader) for loader in ranks]
+        order = torch.cat([half.position for half in halves]).argsort()
+        for ours, *others in zip(batch.tensors(), *(h.tensors() for h in halves), strict=True):
+            assert torch.equal(ours, torch.cat(others)[order])
+        datasets, own = np.divmod(batch.sample_id.numpy(), MAX_ID)
+        assert (datasets[::2] == datasets[1::2]).all()  # an input comes of one data set
+        rows = data.rows_at(batch.position.numpy(), seed=3, images_per_input=2)
+        assert np.array_equal(data.split_rows(rows)[0], datasets)
+        for label, d, index in zip(batch.label.tolist(), datasets, own, strict=True):
+            expected = CLASSES[d][index % 3] if CLASSES[d] else None
+            assert (whole.manifest.class_names[label] if label >= 0 else None) == expected
+        counts += np.bincount(datasets, minlength=3)
+    assert (np.abs(counts / 2 - 40 * np.array([0.5, 0.3, 0.2])) <= 1).all()  # of inputs
+    again = Loader(cfg, images_per_input=2)
+    again.load_state_dict(ranks[0].state_dict())
+    assert equal(next(again), next(whole))
+    with pytest.raises(ValueError, match="order: expected '1, mixed by 2', got '1, mixed by 1'"):
+        Loader(cfg).load_state_dict(ranks[0].state_dict())

@@ -1,0 +1,283 @@
+"""Shards in object storage: clumps of coming samples are fetched into local files by a pool."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps
+from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
+from m3i_fast.pipelines.storage.objects import Bucket, ObjectInfo
+
+logger = logging.getLogger(__name__)
+
+TOLD_WAIT_S = 1.0
+"""Waits for a fetch that are longer are logged."""
+_WAIT_FOR_ROOM_S = 30.0  # while batches that are being read give their clumps back
+_GIB = 2**30
+
+
+@dataclass
+class FetchCounts:
+    """What was read from object storage, and what a run waited for it."""
+
+    fetches: int = 0
+    fetched_bytes: int = 0
+    fetch_s: float = 0.0  # of all reads, which overlap
+    cache_hits: int = 0  # clumps that lay in the cache already
+    waits: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Clump:
+    """A clump in use: its file once that is there, and where it begins in its shard."""
+
+    file: Future[tuple[str, int]]
+    expected: int = 0  # samples that are announced and not yet located
+    used_at: int = 0  # number of the batch that used it last
+
+
+class BucketShards:
+    """Finds samples in local copies of their clumps; `expect` has these fetched beforehand.
+
+    bucket: where the shards lie, as the manifest names them. shard_sizes: samples of each of them,
+    in the order of the table. cache: of the node. identity: tells this data set from others in the
+    cache. reads_in_flight: reads at the same time. kept_batches: a clump is given back that so many
+    later batches did not use: those that a backend still reads, and one round of the lanes.
+
+    Sizes and ETags of all shards are remembered when it is made, and compared at each read. Raises
+    as `Bucket` does, ValueError where a shard has another size than the manifest says.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        table: SampleTable,
+        shard_sizes: list[int],
+        shard_bytes: list[int],
+        cache: SharedCache,
+        *,
+        identity: str,
+        reads_in_flight: int = 32,
+        kept_batches: int = 128,
+    ) -> None:
+        self.counts = FetchCounts()
+        self._bucket, self._table, self._cache = bucket, table, cache
+        self._around = Clumps(shard_sizes)
+        self._kept_batches = kept_batches
+        self._key = hashlib.sha256(f"{bucket.url} {identity}".encode()).hexdigest()[:12]
+        self._infos = self._checked_infos(shard_bytes)
+        self._pool = ThreadPoolExecutor(reads_in_flight, "clump-reader")
+        self._lock = threading.Lock()  # of the counts
+        self._clumps: OrderedDict[int, _Clump] = OrderedDict()  # by first sample; used last: last
+        self._batch = 0
+        self._closed = False
+
+    def _checked_infos(self, shard_bytes: list[int]) -> dict[str, ObjectInfo]:
+        files = list(self._table.shard_files)
+        infos = self._bucket.infos(files)
+        for file, num_bytes in zip(files, shard_bytes, strict=True):
+            if infos[file].size != num_bytes:
+                raise ValueError(
+                    f"{self._bucket.url}/{file}: expected {num_bytes} bytes (manifest), got "
+                    f"{infos[file].size}; upload the data again (m3i-fast data push)"
+                )
+        return infos
+
+    def expect(self, samples: NDArray[np.int64]) -> None:
+        """Announce samples that will be located, in the order of their turn: [N] rows."""
+        shards, firsts, ends = self._around.around(samples)
+        _, index, counts = np.unique(firsts, return_index=True, return_counts=True)
+        by_turn = np.argsort(index)
+        for i, count in zip(index[by_turn].tolist(), counts[by_turn].tolist(), strict=True):
+            clump = self._clump(int(shards[i]), int(firsts[i]), int(ends[i]), in_pool=True)
+            clump.expected += count
+
+    def expect_no_more(self) -> None:
+        """Forget what was announced, since a run goes on elsewhere."""
+        for first, clump in list(self._clumps.items()):
+            clump.expected = 0
+            if clump.file.cancel():
+                del self._clumps[first]
+
+    def locate(self, table: SampleTable, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
+        """Return (path of a local file, offset in it) of each sample of a batch.
+
+        Waits for what is not fetched yet; a sample that nobody expected is fetched now. The files
+        stay for `kept_batches` further calls. samples: [B] rows of the table. Raises as `Bucket`
+        does, and CacheFull where the cache has no room.
+        """
+        shards, firsts, ends = self._around.around(samples)
+        found: dict[int, tuple[str, int]] = {}
+        self._batch += 1
+        distinct, index, counts = np.unique(firsts, return_index=True, return_counts=True)
+        for first, i, count in zip(distinct.tolist(), index.tolist(), counts.tolist(), strict=True):
+            clump = self._clump(int(shards[i]), first, int(ends[i]), in_pool=False)
+            found[first] = self._wait(clump, first)
+            clump.expected = max(clump.expected - count, 0)
+            clump.used_at = self._batch
+            self._clumps.move_to_end(first)
+        self._give_back()
+        offsets = np.asarray(table.rows)["offset"][samples].tolist()
+        return [
+            (found[first][0], offset - found[first][1])
+            for first, offset in zip(firsts.tolist(), offsets, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Stop fetching, and give all clumps back to the cache."""
+        self._closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._cache.close()
+
+    def _clump(self, shard: int, first: int, end: int, *, in_pool: bool) -> _Clump:
+        """Return the clump of a first sample; a new one is fetched."""
+        clump = self._clumps.get(first)
+        if clump is not None and clump.file.done() and clump.file.exception() is not None:
+            clump = None  # nobody needed it until now: it is tried again
+        if clump is None:
+            if in_pool:
+                file = self._pool.submit(self._fetch, shard, first, end)
+            else:
+                file = Future()
+                file.set_result(self._fetch(shard, first, end))
+            clump = self._clumps[first] = _Clump(file=file, used_at=self._batch)
+        return clump
+
+    def _wait(self, clump: _Clump, first: int) -> tuple[str, int]:
+        """Return the file of a clump; a long wait for it is logged."""
+        if clump.file.done():
+            return self._result(clump, first)
+        begin = time.monotonic()
+        while True:
+            try:
+                clump.file.result(timeout=30.0)
+            except NotYet:
+                if not clump.file.done():
+                    logger.warning(
+                        "waiting for samples from %s for %.0f s", self._bucket.url,
+                        time.monotonic() - begin,
+                    )  # fmt: skip
+                    continue
+            except Exception:
+                logger.debug("a fetch failed, and its error follows")
+            break
+        waited = time.monotonic() - begin
+        self.counts.waits += 1
+        self.counts.wait_s += waited
+        if waited > TOLD_WAIT_S:
+            logger.info(
+                "waited %.1f s for samples from %s; --data.fetch-ahead and --data.reads-in-flight "
+                "fetch more beforehand",
+                waited,
+                self._bucket.url,
+            )
+        return self._result(clump, first)
+
+    def _result(self, clump: _Clump, first: int) -> tuple[str, int]:
+        try:
+            return clump.file.result()
+        except Exception:
+            self._clumps.pop(first, None)
+            self.expect_no_more()  # a run that ends here is not to wait for the rest
+            raise
+
+    def _fetch(self, shard: int, first: int, end: int) -> tuple[str, int]:
+        """Have the bytes of a clump in a local file; return its path and where it begins."""
+        rows = np.asarray(self._table.rows)[first:end]
+        begin = int(rows["offset"].min())
+        stop = int((rows["offset"] + rows["size"]).max())
+        file = self._table.shard_files[shard]
+        name = f"{self._key}-{shard:x}-{first:x}"
+        path = self._cache.take(name, stop - begin)
+        if path is not None:
+            with self._lock:
+                self.counts.cache_hits += 1
+            return str(path), begin
+
+        def read() -> memoryview:
+            started = time.monotonic()
+            content = self._bucket.read_range(file, begin, stop, expected=self._infos[file])
+            with self._lock:
+                self.counts.fetches += 1
+                self.counts.fetched_bytes += len(content)
+                self.counts.fetch_s += time.monotonic() - started
+            return content
+
+        waited_from = time.monotonic()
+        while True:
+            try:
+                return str(self._cache.write(name, stop - begin, read)), begin
+            except CacheFull as error:
+                # Room comes as batches are read; where none does, more is in use than fits.
+                if self._closed or time.monotonic() - waited_from > _WAIT_FOR_ROOM_S:
+                    raise CacheFull(
+                        f"{error}; raise data.cache_gib, or lower data.lanes"
+                    ) from error
+            time.sleep(0.05)
+
+    def _give_back(self) -> None:
+        """Release the clumps that no batch needs any more."""
+        while self._clumps:
+            first, clump = next(iter(self._clumps.items()))
+            if clump.used_at + self._kept_batches >= self._batch:
+                break
+            if clump.expected or not clump.file.done():
+                clump.used_at = self._batch
+                self._clumps.move_to_end(first)
+                continue
+            del self._clumps[first]
+            if clump.file.exception() is None:
+                self._cache.release(Path(clump.file.result()[0]).name)
+
+
+def needed_bytes(
+    shard_sizes: list[int],
+    shard_bytes: list[int],
+    *,
+    lanes: int,
+    window: int,
+    num_ranks: int,
+    fetch_ahead: int,
+) -> int:
+    """Return the most bytes of clumps that a rank holds: its lanes' windows, and those ahead."""
+    means = [size / count for count, size in zip(shard_sizes, shard_bytes, strict=True)]
+    clump = max(
+        min(count, CLUMP_SAMPLES) * mean for count, mean in zip(shard_sizes, means, strict=True)
+    )
+    ahead = -(-fetch_ahead // CLUMP_SAMPLES)
+    clumps = min(
+        -(-lanes // num_ranks) * window + ahead, sum(-(-n // CLUMP_SAMPLES) for n in shard_sizes)
+    )
+    return round(clumps * clump)
+
+
+def check_buffer(needed: int, *, buffer_gib: float, cache_gib: float, ranks_a_node: int) -> None:
+    """Raise ValueError, with what to set, where the clumps of the ranks have no room."""
+    gib = math.ceil(100 * needed / _GIB) / 100  # so that the number in an error is enough
+    if gib > buffer_gib:
+        raise ValueError(
+            f"data.buffer_gib: expected at least {gib:.2f}, the clumps that a rank holds open, got "
+            f"{buffer_gib:g}; raise it, or lower data.lanes (another order of the samples), "
+            "data.clumps_a_window or data.fetch_ahead"
+        )
+    node_gib = math.ceil(100 * ranks_a_node * needed / _GIB) / 100
+    if node_gib > cache_gib:
+        raise ValueError(
+            f"data.cache_gib: expected at least {node_gib:.2f} for {ranks_a_node} ranks "
+            f"of a node, got {cache_gib:g}; raise it, or lower data.lanes (another order of the "
+            "samples), data.clumps_a_window or data.fetch_ahead"
+        )

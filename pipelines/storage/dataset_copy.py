@@ -1,0 +1,102 @@
+"""What a reader needs of a data set in object storage before its samples: manifest and tables."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from m3i_fast.durable_files import make_directories, replaced_atomically, write_atomically
+from m3i_fast.pipelines.dataset.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    TableInfo,
+    read_manifest,
+    sha256_file,
+)
+from m3i_fast.pipelines.storage.objects import Bucket
+
+PIECE = 16 << 20  # bytes of one read of a table
+_READS_IN_FLIGHT = 8
+
+
+def copy_description(bucket: Bucket, cache_dir: Path, split: str) -> tuple[Path, Manifest]:
+    """Copy the manifest and the table of a split, and return their folder and the manifest.
+
+    The folder is named by the URL and the manifest's bytes, so that a data set is copied once, by
+    one of the processes of a node. Raises as `Bucket` does, and ValueError where the manifest or
+    the table is not what it should be.
+    """
+    content = bucket.read(MANIFEST_NAME)
+    key = hashlib.sha256(bucket.url.encode() + b"\n" + content).hexdigest()[:16]
+    folder = cache_dir / "sets" / key
+    make_directories(folder)
+    with _alone(folder):
+        if not (folder / MANIFEST_NAME).is_file():
+            write_atomically(folder / MANIFEST_NAME, content)
+        try:
+            manifest = read_manifest(folder)
+        except ValueError as error:
+            raise ValueError(f"{bucket.url}/{MANIFEST_NAME}: {error}") from error
+        if manifest.shards_in is not None:
+            raise ValueError(
+                f"{bucket.url}/{MANIFEST_NAME}: expected shards beside it, got shards_in "
+                f"{manifest.shards_in}; upload with: m3i-fast data push"
+            )
+        table = manifest.split(split).table
+        if table is None:
+            raise ValueError(
+                f"{bucket.url}: expected a table of the samples of split {split} (format version "
+                "4), got none; pack the pictures again with this version and upload them"
+            )
+        _copy_table(bucket, folder / table.file, table)
+    return folder, manifest
+
+
+def _copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
+    """Read a table piece by piece, unless it is there."""
+    if file.is_file() and file.stat().st_size == table.num_bytes:
+        return  # it was renamed to its name after its digest was compared
+    info = bucket.info(table.file)
+    if info.size != table.num_bytes:
+        raise ValueError(
+            f"{bucket.url}/{table.file}: expected {table.num_bytes} bytes (manifest), "
+            f"got {info.size}"
+        )
+    with replaced_atomically(file) as temporary:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        try:
+
+            def copy(begin: int) -> None:
+                end = min(begin + PIECE, table.num_bytes)
+                left = bucket.read_range(table.file, begin, end, expected=info)
+                while len(left):
+                    written = os.pwrite(descriptor, left, begin)
+                    begin, left = begin + written, left[written:]
+
+            with ThreadPoolExecutor(_READS_IN_FLIGHT) as pool:
+                for _ in pool.map(copy, range(0, table.num_bytes, PIECE)):
+                    pass
+        finally:
+            os.close(descriptor)
+        got = sha256_file(temporary)
+        if got != table.sha256:
+            raise ValueError(
+                f"{bucket.url}/{table.file}: expected sha256 {table.sha256} (manifest), got {got}; "
+                "upload the data again (m3i-fast data push)"
+            )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time copy into a folder; the lock goes with the process."""
+    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,104 @@
+"""A split in object storage, opened for training: its table, its order and its shards."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, read_manifest
+from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.lanes import LaneOrder
+from m3i_fast.pipelines.storage.cache import SharedCache
+from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes
+from m3i_fast.pipelines.storage.dataset_copy import copy_description
+from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy, url_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoteSplit:
+    """What a loader reads from, as of a folder, and the order that it reads in."""
+
+    path: Path
+    """Folder with the copies of manifest and table."""
+    manifest: Manifest
+    split: SplitInfo
+    table: SampleTable
+    order: LaneOrder
+    shards: BucketShards
+
+
+def open_remote(
+    cfg: LoaderConfig,
+    *,
+    num_ranks: int = 1,
+    images_per_input: int = 1,
+    policy: RetryPolicy | None = None,
+) -> RemoteSplit:
+    """Open the split of the data set under a URL, `cfg.path`, for one of the ranks.
+
+    Ranks of a node are those that torchrun counts (LOCAL_WORLD_SIZE), or one. Raises as `Bucket`
+    and `copy_description` do, and ValueError for lanes that the ranks do not divide, or clumps that
+    have no room, with what to set.
+    """
+    bucket = Bucket(cfg.path, policy)
+    cache_dir = cfg.cache_dir.expanduser()
+    path, manifest = copy_description(bucket, cache_dir, cfg.split)
+    split = manifest.split(cfg.split)
+    sizes = [shard.num_samples for shard in split.shards]
+    num_bytes = [shard.num_bytes for shard in split.shards]
+    order = LaneOrder(
+        sizes,
+        seed=cfg.seed,
+        lanes=cfg.lanes,
+        window=cfg.clumps_a_window,
+        images_per_input=images_per_input,
+    )
+    order.check_ranks(num_ranks)
+    needed = needed_bytes(
+        sizes,
+        num_bytes,
+        lanes=order.lanes,
+        window=order.window,
+        num_ranks=num_ranks,
+        fetch_ahead=cfg.fetch_ahead,
+    )
+    ranks_a_node = min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_ranks)
+    check_buffer(
+        needed, buffer_gib=cfg.buffer_gib, cache_gib=cfg.cache_gib, ranks_a_node=ranks_a_node
+    )
+    table = SampleTable.open(path, manifest, cfg.split)
+    shards = BucketShards(
+        bucket,
+        table,
+        sizes,
+        num_bytes,
+        SharedCache(cache_dir / "clumps", round(cfg.cache_gib * 2**30)),
+        identity=manifest.digest,
+        reads_in_flight=cfg.reads_in_flight,
+        kept_batches=kept_batches(cfg, order, num_ranks),
+    )
+    return RemoteSplit(
+        path=path, manifest=manifest, split=split, table=table, order=order, shards=shards
+    )
+
+
+def manifest_at(cfg: LoaderConfig) -> Manifest:
+    """Read the manifest of a data set in a folder or under a URL.
+
+    Raises as `read_manifest`, `Bucket` and `copy_description` do.
+    """
+    if url_of(cfg.path) is None:
+        return read_manifest(cfg.path)
+    return copy_description(Bucket(cfg.path), cfg.cache_dir.expanduser(), cfg.split)[1]
+
+
+def kept_batches(cfg: LoaderConfig, order: LaneOrder, num_ranks: int) -> int:
+    """Return after how many batches that do not use it a clump is given back.
+
+    A lane has its turn again after a round of the rank's lanes, and a backend still reads the
+    batches that it prepares.
+    """
+    inputs = max(cfg.batch_size // order.images_per_input, 1)
+    return 2 * -(-order.lanes // (num_ranks * inputs)) + 2 * cfg.prefetch + 4

@@ -1,0 +1,124 @@
+"""Upload of a finished dataset directory: shards and tables first, the manifest last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from m3i_fast.pipelines.dataset.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    check_files,
+    read_manifest,
+    sha256_file,
+)
+from m3i_fast.pipelines.storage.objects import Bucket, ObjectInfo, RetryPolicy
+
+logger = logging.getLogger(__name__)
+
+UPLOADS_IN_FLIGHT = 4  # each sends a large file in several parts side by side
+# A large shard is one request to us, though obstore sends it in parts.
+_UPLOAD = RetryPolicy(request_s=600.0, give_up_s=1800.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Uploaded:
+    """What an upload has sent, and what it has found there."""
+
+    num_files: int
+    num_bytes: int
+    num_kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    path: Path
+    num_bytes: int
+    sha256: str
+
+
+def put_file(url: str, path: Path, *, sha256: str | None = None) -> None:
+    """Upload one file to the URL of an object, which appears whole or not at all.
+
+    sha256: digest of the file, kept with the object; None: it is computed. Raises as `Bucket`.
+    """
+    folder, _, name = url.rpartition("/")
+    Bucket(folder, _UPLOAD).put(name, path, sha256=sha256 or sha256_file(path))
+
+
+def push(
+    directory: Path, url: str, *, tell: Callable[[str, int], object] | None = None
+) -> Uploaded:
+    """Upload a dataset directory, so that the URL can be given for its path.
+
+    An object of the same size and noted digest is kept, so that an upload that was stopped goes on
+    where it is started again. Every file is compared with its digest in the manifest before it is
+    sent. The manifest comes last: a set that is not whole has none. tell: called with name and
+    bytes of each file that is there. Raises as `Bucket` does, FileNotFoundError or ValueError for a
+    file that is missing or damaged, and ValueError where the URL holds another data set.
+    """
+    manifest = read_manifest(directory)
+    for split in manifest.splits.values():
+        check_files(directory, manifest, split)
+    bucket = Bucket(url, _UPLOAD)
+    text = replace(manifest, shards_in=None).to_json().encode()
+    _refuse_another(bucket, text)
+    there = bucket.list() if bucket.scheme != "http" else {}
+
+    def send(file: _File) -> int:
+        sent = _send(bucket, file, there.get(file.name))
+        if tell is not None:
+            tell(file.name, file.num_bytes)
+        return sent
+
+    with ThreadPoolExecutor(UPLOADS_IN_FLIGHT) as pool:
+        sent = list(pool.map(send, _files(directory, manifest)))
+    bucket.put(MANIFEST_NAME, text)
+    return Uploaded(
+        num_files=sum(1 for size in sent if size >= 0) + 1,
+        num_bytes=sum(size for size in sent if size >= 0) + len(text),
+        num_kept=sum(1 for size in sent if size < 0),
+    )
+
+
+def _files(directory: Path, manifest: Manifest) -> Iterator[_File]:
+    """Yield the files of a data set, its manifest left out."""
+    shards_in = manifest.shards_of(directory)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            yield _File(shard.file, shards_in / shard.file, shard.num_bytes, shard.sha256)
+            if shard.index_bytes is not None and shard.index_sha256 is not None:
+                index = shard.index_file
+                yield _File(index, directory / index, shard.index_bytes, shard.index_sha256)
+        if split.table is not None:
+            table = split.table
+            yield _File(table.file, directory / table.file, table.num_bytes, table.sha256)
+
+
+def _send(bucket: Bucket, file: _File, there: ObjectInfo | None) -> int:
+    """Upload a file; return its bytes, or -1 where the object is there already."""
+    if there is not None and there.size == file.num_bytes:
+        if bucket.info(file.name).sha256 == file.sha256:
+            return -1
+    got = sha256_file(file.path)
+    if got != file.sha256:
+        raise ValueError(f"{file.path}: expected sha256 {file.sha256} (manifest), got {got}")
+    bucket.put(file.name, file.path, sha256=file.sha256)
+    return file.num_bytes
+
+
+def _refuse_another(bucket: Bucket, text: bytes) -> None:
+    """Raise ValueError where another data set lies under the URL: runs may be reading it."""
+    try:
+        found = bucket.read(MANIFEST_NAME)
+    except FileNotFoundError:
+        return
+    if found != text:
+        raise ValueError(
+            f"{bucket.url}: expected no {MANIFEST_NAME}, or that of this data set, got another "
+            "one; name another URL: runs that read it would stop at changed objects"
+        )

@@ -1,0 +1,207 @@
+"""Samples of shards in a bucket: the bytes are those of the local shards, whatever goes wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3i_fast.pipelines.lanes import LaneOrder
+from m3i_fast.pipelines.storage import clumps
+from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
+from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes
+from m3i_fast.pipelines.storage.objects import Bucket
+from m3i_fast.pipelines.storage.upload import push
+from tests.pipelines.storage.packed import (
+    NUM_CLUMPS,
+    POLICY,
+    contents,
+    local_contents,
+    readers,
+    sizes,
+    table_of,
+    write,
+)
+from tests.pipelines.storage.s3_server import S3Server, cut, refuse, slow
+
+ROOM = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("packed") / "data")
+
+
+@pytest.fixture
+def pushed(path: Path, url: str, server: S3Server) -> str:
+    push(path, url)
+    server.clear()
+    return url
+
+
+def tar_reads(server: S3Server) -> int:
+    return sum(n for name, n in server.requests.items() if name.startswith("GET train"))
+
+
+def follow(shards: BucketShards, path: Path, *, batches: int = 60, ahead: int = 4) -> None:
+    """Read batches in the order of lanes, and compare every sample with the local shards."""
+    order = LaneOrder(sizes(path), seed=0, lanes=4)
+    table = table_of(path)
+    rows = order.samples(np.arange((batches + ahead) * 32)).reshape(-1, 32)
+    for batch in rows[:ahead]:
+        shards.expect(batch)
+    for i in range(batches):
+        shards.expect(rows[i + ahead])
+        places = shards.locate(table, rows[i])
+        assert contents(table, places, rows[i]) == local_contents(path, rows[i])
+
+
+def test_two_epochs_equal_local_reads_with_one_read_a_clump(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path
+) -> None:
+    shards = readers(path, pushed, SharedCache(tmp_path, ROOM), reads_in_flight=3)
+    follow(shards, path)
+    shards.close()
+    assert tar_reads(server) == shards.counts.fetches == NUM_CLUMPS
+    assert 1 <= server.most_in_flight <= 3
+    rows = table_of(path).rows
+    assert shards.counts.fetched_bytes == int(rows["size"].sum())
+    again = readers(path, pushed, SharedCache(tmp_path, ROOM))  # another run, the same cache
+    follow(again, path)
+    assert (again.counts.fetches, again.counts.cache_hits) == (0, NUM_CLUMPS)
+    again.close()
+
+
+def test_a_small_cache_is_kept_to_its_bound(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path
+) -> None:
+    table = table_of(path)
+    largest = 128 * int(table.rows["size"].max())
+    limit = 5 * largest
+    shards = readers(path, pushed, SharedCache(tmp_path, limit), kept_batches=2)
+    order = LaneOrder(sizes(path), seed=0, lanes=1).samples(np.arange(1_300)).reshape(-1, 26)
+    for batch, coming in zip(order, [*order[1:], order[0]], strict=True):
+        shards.expect(coming)
+        places = shards.locate(table, batch)
+        assert contents(table, places, batch) == local_contents(path, batch)
+        files = [f for f in tmp_path.rglob("*") if f.is_file()]
+        used = {f.stat().st_ino: f.stat().st_size for f in files if "-" in f.name}
+        assert sum(used.values()) <= limit
+    assert shards.counts.fetches > NUM_CLUMPS  # some were removed, and fetched again
+    shards.close()
+
+
+def test_what_is_expected_is_kept_until_its_turn(path: Path, pushed: str, tmp_path: Path) -> None:
+    shards = readers(path, pushed, SharedCache(tmp_path, ROOM), kept_batches=1)
+    table = table_of(path)
+    shards.expect(np.array([0]))
+    for _ in range(5):
+        shards.locate(table, np.array([600]))
+    shards.locate(table, np.array([0]))
+    assert (shards.counts.fetches, shards.counts.cache_hits) == (2, 0)
+    for _ in range(5):
+        shards.locate(table, np.array([600]))
+    shards.locate(table, np.array([0]))  # it was given back, and still lay in the cache
+    assert (shards.counts.fetches, shards.counts.cache_hits) == (2, 1)
+    shards.close()
+
+
+@pytest.mark.parametrize(
+    "fault", [refuse("503 Slow Down", "SlowDown"), cut, slow(0.3)], ids=["503", "cut", "slow"]
+)
+def test_passing_faults_change_no_byte(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path, fault: object
+) -> None:
+    shards = readers(path, pushed, SharedCache(tmp_path, ROOM))
+    server.fault(".tar", fault, 6)
+    follow(shards, path, batches=20)
+    shards.close()
+
+
+def test_a_wait_is_counted_and_told(
+    path: Path,
+    pushed: str,
+    server: S3Server,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clumps, "TOLD_WAIT_S", 0.1)
+    caplog.set_level("INFO")
+    shards = readers(path, pushed, SharedCache(tmp_path, ROOM))
+    server.fault(".tar", slow(0.5), 1)
+    shards.expect(np.arange(5))
+    shards.locate(table_of(path), np.arange(5))
+    assert shards.counts.waits == 1 and shards.counts.wait_s > 0
+    assert f"s for samples from {pushed}; --data.fetch-ahead" in caplog.text
+    shards.close()
+
+
+def test_a_lasting_fault_is_told_where_the_samples_are_needed(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path
+) -> None:
+    hasty = replace(POLICY, give_up_s=0.2)
+    shards = readers(path, pushed, SharedCache(tmp_path, ROOM), policy=hasty)
+    table, samples = table_of(path), np.arange(3)
+    for fault, kind, told in (
+        (refuse("503 Slow Down", "SlowDown"), ConnectionError, "SlowDown"),
+        (refuse("403 Forbidden", "ExpiredToken"), PermissionError, "ExpiredToken"),
+    ):
+        server.fault(".tar", fault, 100)
+        shards.expect(samples)
+        with pytest.raises(kind, match=rf"train.*\.tar bytes 0 to \d+.*{told}"):
+            shards.locate(table, samples)
+        server.clear()
+    places = shards.locate(table, samples)  # the store is well again
+    assert contents(table, places, samples) == local_contents(path, samples)
+    shards.close()
+
+
+def test_changed_and_missing_shards_are_named(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path
+) -> None:
+    shards = readers(path, pushed, SharedCache(tmp_path / "a", ROOM))
+    table, bucket = table_of(path), Bucket(pushed, POLICY)
+    file = table.shard_files[1]
+    content = bucket.read(file)
+    bucket.put(file, content[:-1] + b"x")
+    with pytest.raises(ValueError, match=f"{file}: changed while it was read"):
+        shards.locate(table, np.array([300]))
+    shards.close()
+    bucket.put(file, content[:-1])
+    with pytest.raises(ValueError, match=rf"{file}: expected {len(content)} bytes \(manifest\)"):
+        readers(path, pushed, SharedCache(tmp_path / "b", ROOM))
+    bucket._obs.delete(bucket._store, file)
+    with pytest.raises(FileNotFoundError, match=f"{file}: expected an object, got none"):
+        readers(path, pushed, SharedCache(tmp_path / "b", ROOM))
+
+
+def test_more_in_use_than_fits_is_an_error(
+    path: Path, pushed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clumps, "_WAIT_FOR_ROOM_S", 0.2)
+    table = table_of(path)
+    limit = 130 * int(table.rows["size"].max())
+    shards = readers(path, pushed, SharedCache(tmp_path, limit))
+    with pytest.raises(CacheFull, match=r"in use by 1 processes; raise data.cache_gib"):
+        shards.locate(table, np.array([0, 130, 260, 310]))
+    shards.close()
+
+
+def test_room_for_the_open_clumps_is_checked_before_training() -> None:
+    gib = 2**30
+    counts, sizes_ = [1_280] * 1_000, [1_280 * 110_000] * 1_000  # 14 MB a clump
+    for num_ranks, expected in ((1, 1_920), (8, 240)):
+        needed = needed_bytes(
+            counts, sizes_, lanes=1_920, window=1, num_ranks=num_ranks, fetch_ahead=1_280
+        )
+        assert needed == (expected + 10) * 128 * 110_000
+    check_buffer(needed, buffer_gib=4, cache_gib=30, ranks_a_node=8)
+    with pytest.raises(ValueError, match=r"data.buffer_gib: expected at least 3.28.*got 3;"):
+        check_buffer(needed, buffer_gib=3, cache_gib=64, ranks_a_node=8)
+    with pytest.raises(ValueError, match=r"data.cache_gib: expected at least 26.23 for 8 ranks"):
+        check_buffer(needed, buffer_gib=4, cache_gib=26, ranks_a_node=8)
+    few = needed_bytes([300], [300 * gib], lanes=64, window=4, num_ranks=1, fetch_ahead=128)
+    assert few == 3 * 128 * gib  # never more clumps than there are

@@ -1,0 +1,97 @@
+"""Batches that come from a bucket are those of the same shards in a folder, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.storage.upload import push
+from tests.pipelines.storage.packed import write
+from tests.pipelines.storage.s3_server import S3Server, cut, refuse
+from tests.shared.pipelines.data import equal
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("packed") / "data")
+
+
+@pytest.fixture
+def cfg(path: Path, url: str, server: S3Server, tmp_path: Path) -> LoaderConfig:
+    push(path, url)
+    server.clear()
+    return LoaderConfig(
+        path=Path(url),
+        batch_size=16,
+        global_views=ViewConfig(size=8),
+        lanes=8,
+        fetch_ahead=100,
+        cache_dir=tmp_path / "cache",
+        backend="torch",
+    )
+
+
+def in_the_order_of(remote: Loader, path: Path, cfg: LoaderConfig, **ranks: int) -> Loader:
+    """A loader of the folder that takes the samples in the bucket's order."""
+    loader = Loader(replace(cfg, path=path), images_per_input=2, **ranks)
+    loader._open = replace(loader._open, lanes=remote._open.lanes)
+    return loader
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_batches_equal_those_of_the_folder(
+    path: Path, cfg: LoaderConfig, server: S3Server, rank: int
+) -> None:
+    remote = Loader(cfg, rank=rank, num_ranks=2, images_per_input=2)
+    local = in_the_order_of(remote, path, cfg, rank=rank, num_ranks=2)
+    server.fault(".tar", refuse("503 Slow Down", "SlowDown"), 2)
+    server.fault(".tar", cut, 2)
+    for _ in range(45):  # more than two epochs
+        assert equal(next(remote), next(local))
+    state = remote.state_dict()
+    assert state["order"].endswith("lanes 8, window 1, images 2")
+    remote.close()
+    assert equal(next(remote), next(local))  # closed, it goes on
+
+
+def test_a_run_goes_on_with_other_ranks_and_batches(path: Path, cfg: LoaderConfig) -> None:
+    whole = Loader(cfg, images_per_input=2)
+    ids = [next(whole).sample_id.numpy() for _ in range(12)]
+    whole.close()
+    taken = Loader(cfg, images_per_input=2)
+    for _ in range(4):
+        next(taken)
+    state = taken.state_dict()
+    taken.close()
+    parts = [
+        Loader(replace(cfg, batch_size=4), rank=rank, num_ranks=4, images_per_input=2)
+        for rank in range(4)
+    ]
+    for loader in parts:
+        loader.load_state_dict(state)
+    for step in range(4, 12):
+        batches = [next(loader) for loader in parts]
+        positions = np.concatenate([batch.position.numpy() for batch in batches])
+        found = np.concatenate([batch.sample_id.numpy() for batch in batches])
+        assert (found[np.argsort(positions)] == ids[step]).all()
+    for loader in parts:
+        loader.close()
+    other = Loader(replace(cfg, lanes=4), images_per_input=2)
+    with pytest.raises(ValueError, match="order: expected .*lanes 8.*got .*lanes 4"):
+        other.load_state_dict(state)
+
+
+def test_an_evaluation_reads_from_a_bucket(
+    path: Path, cfg: LoaderConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache's default folder is in it
+    options = {"image_size": 8, "batch_size": 100, "backend": "torch"}
+    remote = list(evaluation_batches(cfg.path, "train", **options))
+    local = list(evaluation_batches(path, "train", **options))
+    assert len(remote) == len(local) == 7
+    assert all(equal(*pair) for pair in zip(remote, local, strict=True))
