@@ -65,7 +65,7 @@ def rows_of(
     alternate: Integers | None = None,
 ) -> BatchRows:
     """Return the rows of a batch; without draws they ask for first captions and alternates."""
-    entries = np.asarray(table.rows)[samples]  # a memory map would wrap every field again
+    entries = table.at(samples)
     places = shards.locate(table, samples)
     rows = np.zeros((len(samples), len(COLUMNS)), np.int64)
     rows[:, 0], rows[:, 1] = positions, entries["sample_id"]
@@ -145,7 +145,7 @@ class TrainingRows:
         raise ValueError(f"expected samples that can be used, got hardly any of {len(table)}")
 
     def _is_unusable(self, samples: Integers) -> NDArray[np.bool_]:
-        bad: NDArray[np.bool_] = (self._table.rows["flags"][samples] & BAD) != 0
+        bad: NDArray[np.bool_] = (self._table.at(samples)["flags"] & BAD) != 0
         return bad | np.isin(samples, self._skipped) if len(self._skipped) else bad
 
     def _plan(self) -> Iterator[tuple[Integers, ...]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConf
 from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.batch_rows import TrainingRows, ordered_rows
+from m3i_fast.pipelines.batch_rows import Order, TrainingRows, ordered_rows
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, check_tokenizer, quoted
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.lanes import LaneOrder
+from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
+from m3i_fast.pipelines.mixture import MixedData
 from m3i_fast.pipelines.order import ORDER_VERSION, StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.storage.objects import url_of
@@ -43,14 +45,28 @@ class OpenSplit:
     path: Path
     manifest: Manifest
     split: SplitInfo
-    table: SampleTable
+    table: SampleTable | MixedTable
     shards: Shards
     lanes: LaneOrder | None = None
     """The order of a data set in object storage; None: all samples are shuffled."""
 
     @property
-    def order_identity(self) -> int | str:
+    def digest(self) -> str:
+        """Return the digest of the data set, or of all that are mixed."""
+        table = self.table
+        return table.mixed.digest if isinstance(table, MixedTable) else self.manifest.digest
+
+    def order(self, seed: int, images_per_input: int) -> Order | None:
+        """Return which row of the table stands at each position; None: all rows are shuffled."""
+        if isinstance(self.table, MixedTable):
+            rows_at = self.table.mixed.rows_at
+            return partial(rows_at, seed=seed, images_per_input=images_per_input)
+        return self.lanes.samples if self.lanes else None
+
+    def order_identity(self, images_per_input: int) -> int | str:
         """Return what tells the order of the samples from another one."""
+        if isinstance(self.table, MixedTable):
+            return f"{ORDER_VERSION}, mixed by {images_per_input}"
         return f"{ORDER_VERSION}, {self.lanes.identity}" if self.lanes else ORDER_VERSION
 
 
@@ -193,9 +209,9 @@ class Loader:
         return {
             "version": STATE_VERSION,
             "seed": self.cfg.seed,
-            "dataset": self.manifest.digest,
+            "dataset": self._open.digest,
             "split": self.cfg.split,
-            "order": self._open.order_identity,
+            "order": self._open.order_identity(self._layout.images_per_input),
         }
 
     def _begin(self) -> tuple[TrainingRows, Backend]:
@@ -206,7 +222,7 @@ class Loader:
             rank=self._rank,
             seed=self.cfg.seed,
             start=self._start,
-            order=self._open.lanes.samples if self._open.lanes else None,
+            order=self._open.order(self.cfg.seed, self._layout.images_per_input),
             first_batch=self._batches,
             skipped=frozenset(self._skipped),
             batches_ahead=-(-self.cfg.fetch_ahead // self.cfg.batch_size)
@@ -337,6 +353,8 @@ def _open(
 ) -> OpenSplit:
     """Check a split, of which each rank reads a part, and open its table."""
     path, split = cfg.path, cfg.split
+    if cfg.mixture:
+        return _open_mixture(cfg, fingerprint=fingerprint, rank=rank, num_ranks=num_ranks)
     if url_of(path) is not None:
         remote = open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
         if fingerprint is not None:
@@ -364,6 +382,41 @@ def _open(
         split=info,
         table=table,
         shards=LocalShards(path, table),
+    )
+
+
+def _open_mixture(
+    cfg: LoaderConfig, *, fingerprint: str | None, rank: int, num_ranks: int
+) -> OpenSplit:
+    """Open all data sets of a mixture as one, whose manifest is the first's with all classes.
+
+    Raises ValueError for one that lies under a URL, or has other captions than the first.
+    """
+    opened = []
+    for part in cfg.mixture_parts:
+        if url_of(part.path) is not None:
+            raise ValueError(f"data.mixture: expected folders, got {part.path}")
+        one = replace(cfg, path=part.path, split=part.split, mixture=())
+        opened.append(_open(one, fingerprint=fingerprint, rank=rank, num_ranks=num_ranks))
+    first = opened[0]
+    for other in opened:
+        if other.manifest.caption_member != first.manifest.caption_member:
+            raise ValueError(
+                f"data.mixture: expected captions in {first.manifest.caption_member!r} as "
+                f"{first.path} has them, got {other.manifest.caption_member!r} of {other.path}"
+            )
+    mixed = MixedData(cfg.mixture_parts, tuple(each.manifest for each in opened))
+    tables = [each.table for each in opened]
+    table = MixedTable(mixed, tuple(t for t in tables if isinstance(t, SampleTable)))
+    return OpenSplit(
+        path=first.path,
+        manifest=replace(first.manifest, class_names=mixed.class_names),
+        # Alternates are read where all data sets have them.
+        split=replace(
+            first.split, max_alternates=min(each.split.max_alternates for each in opened)
+        ),
+        table=table,
+        shards=MixedShards(table, [each.shards for each in opened]),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -89,6 +90,29 @@ class ViewConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixturePart:
+    """A data set of a mixture, and how often an input comes of it."""
+
+    path: Path
+    split: str
+    weight: float
+    """Above 0, in any unit."""
+
+    @classmethod
+    def parse(cls, text: str) -> MixturePart:
+        """Read DIR:SPLIT:WEIGHT; the directory may have colons. Raises ValueError for another."""
+        path, _, rest = text.rpartition(":")
+        path, _, split = path.rpartition(":")
+        try:
+            weight = float(rest)
+        except ValueError:
+            weight = math.nan
+        if not (path and split and 0 < weight < math.inf):
+            raise ValueError(f"expected DIR:SPLIT:WEIGHT with a weight above 0, got {text!r}")
+        return cls(path=Path(path), split=split, weight=weight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderConfig(Checked):
     """Choose the data that are read, and how they become training batches."""
 
@@ -96,6 +120,10 @@ class LoaderConfig(Checked):
     """Dataset directory (with manifest.json and shards)."""
     split: str = "train"
     """Split of the dataset."""
+    mixture: tuple[str, ...] = ()
+    """Data sets to train on in place of path and split, each as DIR:SPLIT:WEIGHT, for instance
+    data/photos:train:0.7 data/drawings:train:0.3: every input comes of one of them, so often as its
+    weight says. They have one tokenizer; classes of the same name are one class."""
     batch_size: Annotated[int, BATCHES] = 64
     """Samples per batch on each rank."""
     global_views: ViewConfig = field(default_factory=ViewConfig)
@@ -153,3 +181,13 @@ class LoaderConfig(Checked):
         )
         for name in ("buffer_gib", "cache_gib"):
             yield from unmet(self, **{name: (getattr(self, name) > 0, "more than 0")})
+        for text in self.mixture:
+            try:
+                MixturePart.parse(text)
+            except ValueError as error:
+                yield "mixture", str(error)
+
+    @property
+    def mixture_parts(self) -> tuple[MixturePart, ...]:
+        """Return the data sets of the mixture, none where path and split are read."""
+        return tuple(map(MixturePart.parse, self.mixture))

@@ -249,8 +249,8 @@ class MutualInformation(nn.Module):
         by_view = own.unflatten(0, (-1, self._num_views, mix.num_inputs)).unbind(1)
         local: tuple[Tensor, ...] = ()
         if batch.local_views:
-            views = torch.cat(batch.local_views)
-            own = self._encode_whole(views, mix.local_branch_priority)
+            every = torch.cat(batch.local_views)
+            own = self._encode_whole(every, mix.local_branch_priority)
             local = own.split(len(batch.local_views[0]))
         return Encoded(tuple(view.flatten(0, 1) for view in by_view), local)
 

@@ -75,6 +75,10 @@ class SampleTable:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def at(self, numbers: NDArray[np.int64]) -> Rows:  # [N] -> [N]
+        """Return rows by their number, copied out of the file."""
+        return np.asarray(self.rows)[numbers]  # of a memory map every field would be one again
+
 
 def write_table(file: Path, parts: Iterable[Rows]) -> TableInfo:
     """Write a table of the rows of all parts, beside its place and then renamed."""

@@ -79,7 +79,7 @@ def test_this_environment() -> None:
     assert status == 0, [each for each in found.values() if each.level == "error"]
     assert found["torch"].detail.startswith(torch.__version__)
     assert found["_C"].level == "ok"
-    assert found["_C"].detail == "CPU kernels run (mask_mix, dcnv3, boltzmann, gaussian)"
+    assert found["_C"].detail == "CPU kernels run (mask_mix, dcnv3, boltzmann, gaussian, views)"
     assert found["DALI"].level == "ok"
     assert version("nvidia-dali-cuda130") in found["DALI"].detail
     cpu = found["CPU"].detail

@@ -9,30 +9,31 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from pathlib import Path
 
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.flags import flag_of
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
-from m3i_fast.pipelines.storage.remote import manifest_at
+from m3i_fast.pipelines.mixture import MixedData, read_described
 
 logger = logging.getLogger(__name__)
 
-_SAID_BY: dict[str, Callable[[Manifest], int]] = {
-    "num_classes": lambda manifest: len(manifest.class_names),
-    "text.vocab_size": lambda manifest: manifest.tokenizer.vocab_size,
-    "text.context_length": lambda manifest: manifest.tokenizer.context_length,
+Described = Manifest | MixedData
+
+_SAID_BY: dict[str, Callable[[Described], int]] = {
+    "num_classes": lambda data: len(data.class_names),
+    "text.vocab_size": lambda data: data.tokenizer.vocab_size,
+    "text.context_length": lambda data: data.tokenizer.context_length,
 }
 
 
 def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConfig:
-    """Return the config with what the manifest of the data it names decides, and log the values.
+    """Return the config with what the manifests of the data it names decide, and log the values.
 
     typed: the flags that a person gave, as `typed_flags` returns them. Raises ValueError for those
     of them that contradict the manifest and for terms that need classes where there are none, and
-    as `read_manifest`.
+    as `read_described`.
     """
-    file, manifest = cfg.data.path / MANIFEST_NAME, manifest_at(cfg.data)
+    file, manifest = _source(cfg), read_described(cfg.data)
     refused = [
         f"{flag_of(name)}: expected {expected} as {file} says, got {got}: leave the flag out, and "
         "it is taken from the data"
@@ -55,9 +56,17 @@ def take_data_fields(cfg: TrainConfig, typed: Collection[str] = ()) -> TrainConf
         raise ValueError(f"{file}: {error}") from None
 
 
-def expect_data(cfg: TrainConfig, manifest: Manifest) -> None:
-    """Raise ValueError, which names every field, where the model does not fit the data."""
-    file = cfg.data.path / MANIFEST_NAME
+def expect_data(cfg: TrainConfig, manifest: Described) -> None:
+    """Raise ValueError, which names every field, where the model does not fit the data.
+
+    manifest: what the loader reads; that of one data set does not stand for a mixture.
+    """
+    file = _source(cfg)
+    if cfg.data.mixture and not isinstance(manifest, MixedData):
+        raise ValueError(
+            f"data.mixture: expected a loader of {len(cfg.data.mixture)} data sets, got one of "
+            f"{manifest.name!r} alone"
+        )
     wrong = [
         f"{name}: expected {expected} as {file} says, got {got}"
         for name, (got, expected) in _differences(cfg, manifest).items()
@@ -67,13 +76,20 @@ def expect_data(cfg: TrainConfig, manifest: Manifest) -> None:
     _expect_classes(cfg, manifest, file)
 
 
-def _differences(cfg: TrainConfig, manifest: Manifest) -> dict[str, tuple[int, int]]:
+def _source(cfg: TrainConfig) -> str:
+    """Return the manifests of the data that a config names."""
+    parts = cfg.data.mixture_parts
+    paths = [part.path for part in parts] if parts else [cfg.data.path]
+    return " and ".join(str(path / MANIFEST_NAME) for path in paths)
+
+
+def _differences(cfg: TrainConfig, manifest: Described) -> dict[str, tuple[int, int]]:
     """Return (the config's value, the data's) of every field in which they differ."""
     pairs = {name: (_value(cfg, name), said(manifest)) for name, said in _SAID_BY.items()}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _expect_classes(cfg: TrainConfig, manifest: Manifest, file: Path) -> None:
+def _expect_classes(cfg: TrainConfig, manifest: Described, file: str) -> None:
     if manifest.class_names:
         return
     for index, term in enumerate(cfg.objective.terms):
@@ -84,7 +100,7 @@ def _expect_classes(cfg: TrainConfig, manifest: Manifest, file: Path) -> None:
             )
 
 
-def _told(cfg: TrainConfig, manifest: Manifest) -> str:
+def _told(cfg: TrainConfig, manifest: Described) -> str:
     """Say each value, and the one of the config whose place it takes."""
     changed = _differences(cfg, manifest)
     return ", ".join(

@@ -16,6 +16,7 @@ from m3i_fast.config import TrainConfig, differences
 from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
+from m3i_fast.pipelines.mixture import read_described
 from m3i_fast.recipes import demo, recipes
 from tests.shared.pipelines.data import TOKENIZER, encode_image, info, sample, smooth_picture
 
@@ -150,3 +151,21 @@ def test_what_a_manifest_says_that_no_model_has_names_the_file(tmp_path: Path) -
     (path / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r"manifest\.json: .*vocab_size: expected 1 to .*, got 0"):
         take_data_fields(on(path))
+
+
+def test_a_mixture_decides_with_all_its_classes(
+    pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    other = packed(tmp_path / "other", class_names=("c", "d", "e"))
+    cfg = on(tmp_path / "absent")
+    mixture = (f"{pictures}:train:0.7", f"{other}:train:0.3")
+    cfg = take_data_fields(replace(cfg, data=replace(cfg.data, mixture=mixture)))
+    assert cfg.num_classes == 5  # a, b, c and d, e
+    assert (cfg.text.vocab_size, cfg.text.context_length) == (521, 12)
+    assert f"from {pictures}/manifest.json and {other}/manifest.json: num_classes 5" in caplog.text
+    expect_data(cfg, read_described(cfg.data))
+    with pytest.raises(ValueError, match="data.mixture: expected a loader of 2 data sets, got one"):
+        expect_data(cfg, read_manifest(pictures))
+    with pytest.raises(ValueError, match="num_classes: expected 5 as .*manifest.json and .*got 4"):
+        expect_data(replace(cfg, num_classes=4), read_described(cfg.data))

@@ -1,0 +1,68 @@
+"""The table and the shards of a mixture: those of its data sets, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, SampleTable
+from m3i_fast.pipelines.mixture import MixedData
+from m3i_fast.pipelines.storage.shards import Shards
+
+NO_CLASS = -2  # of a label that its data set has no class for: refused as what it is
+
+
+@dataclass(frozen=True, slots=True)
+class MixedTable:
+    """The rows of all data sets, with labels and ids as those of one."""
+
+    mixed: MixedData
+    tables: tuple[SampleTable, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.tables))
+
+    def at(self, numbers: NDArray[np.int64]) -> Rows:  # [N] -> [N]
+        """Return rows by their number."""
+        datasets, own = self.mixed.split_rows(numbers)
+        rows = np.zeros(len(numbers), ROW)
+        for d, table in enumerate(self.tables):
+            rows[datasets == d] = table.at(own[datasets == d])
+        num_classes = np.array([len(m.class_names) for m in self.mixed.manifests])[datasets]
+        label = rows["label"].astype(np.int64)
+        wrong = (label < -1) | (label >= num_classes)
+        mapped = self.mixed.labels(datasets, np.where(wrong, -1, label))
+        rows["label"] = np.where(wrong, NO_CLASS, mapped)
+        for name in ("sample_id", "group_id"):
+            rows[name] = self.mixed.ids(datasets, rows[name].astype(np.int64))
+        return rows
+
+
+class MixedShards:
+    """The shards of all data sets, which are local."""
+
+    def __init__(self, table: MixedTable, shards: Sequence[Shards]) -> None:
+        self._table, self._shards = table, shards
+
+    def expect(self, samples: NDArray[np.int64]) -> None:
+        """Do nothing: all bytes are there."""
+
+    def expect_no_more(self) -> None:
+        """Do nothing, as `expect`."""
+
+    def close(self) -> None:
+        """Do nothing: nothing is held."""
+
+    def locate(self, _: object, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
+        """Return the shard and the offset in it of each sample."""
+        datasets, own = self._table.mixed.split_rows(samples)
+        found: list[tuple[str, int]] = [("", 0)] * len(samples)
+        for d, shards in enumerate(self._shards):
+            where = np.flatnonzero(datasets == d)
+            places = shards.locate(self._table.tables[d], own[where])
+            for index, place in zip(where.tolist(), places, strict=True):
+                found[index] = place
+        return found
