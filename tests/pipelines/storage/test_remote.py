@@ -10,6 +10,7 @@ import pytest
 
 from m3i_fast.cli.data import main
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.batch_rows import TrainingRows
 from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.storage.remote import open_remote
 from tests.pipelines.storage.packed import POLICY, contents, local_contents, table_of, write
@@ -51,6 +52,24 @@ def test_all_ranks_together_read_every_sample_once(
     assert sorted(np.concatenate(seen).tolist()) == list(range(650))
     for remote in opened:
         remote.shards.close()
+
+
+def test_batches_ahead_are_announced_once(cfg: LoaderConfig) -> None:
+    remote = open_remote(cfg, policy=POLICY)
+    rows = TrainingRows(
+        remote.table,
+        remote.shards,
+        StepLayout(batch_size=16),
+        rank=0,
+        seed=0,
+        start=0,
+        order=remote.order.samples,
+        batches_ahead=5,
+    )
+    for _ in range(30):
+        next(rows)
+        assert sum(clump.expected for clump in remote.shards._clumps.values()) == 5 * 16
+    remote.shards.close()
 
 
 def test_what_does_not_fit_is_refused_with_what_to_set(
