@@ -152,7 +152,14 @@ def test_two_rows_are_measured_and_recorded(
 ) -> None:
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     options = "--windows 3 --window-seconds 0.15 --check-images 32 --data.batch-size 8 --device cpu"
-    loader.main(["demo", "--data.path", str(shards), *options.split(), "--data.initial-fill", "8"])
+    loader.main(
+        [
+            "demo",
+            "--data.path",
+            str(shards),
+            *options.split(),
+        ]
+    )
     written = list(ledger.read_rows("loader", folder=tmp_path))
     views = [row["config"]["data"]["local_views"] for row in written]
     assert views[0] is None and views[1]["count"] == 2
