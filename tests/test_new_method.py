@@ -40,7 +40,7 @@ from tests.shared.flop_formulas import FORMULAS
 TUTORIAL = Path(__file__).parent.parent / "docs" / "extend" / "new_method.md"
 SMALL = (
     "--num-steps=3 --log-every=1 --num-classes=9 --text.vocab-size=814 --text.context-length=24 "
-    "--data.batch-size=8 --data.initial-fill=16 --device=cpu"
+    "--data.batch-size=8 --device=cpu"
 ).split()
 # Distances of patches in frequencies: one product with a fixed matrix, each row by itself.
 SPECTRUM = """

@@ -23,7 +23,7 @@ from tests.shared.pipelines.data import TOKENIZER, encode_image, info, sample, s
 VIEWS = ("--data.global-views.size=32", "--vision.image-size=32")
 SMALL = (
     *VIEWS,
-    *("--num-steps=2", "--data.batch-size=4", "--data.initial-fill=8", "--data.num-threads=1"),
+    *("--num-steps=2", "--data.batch-size=4", "--data.num-threads=1"),
     *("--vision.depth=1", "--text.depth=1", "--text.dim=64", "--text.num-heads=2"),
     *("--objective.decoder.dim=32", "--objective.decoder.depth=1"),
     *("--objective.decoder.num-heads=2", "--objective.head-hidden-dim=32", "--device=cpu"),
