@@ -26,7 +26,7 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
 )
 from m3i_fast.pipelines.dataset.pictures import FORMATS
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.dataset.tar_members import sample_files
+from m3i_fast.pipelines.tar_members import sample_files
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.report.data.inputs import (
