@@ -49,6 +49,16 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "Tensor col_weights, bool sigmoid, bool[3] needs_grad)"
       " -> (Tensor grad_z_hat, Tensor grad_z, Tensor grad_scale, Tensor grad_bias, "
       "Tensor values)");
+  // distribution: 15 numbers a view, in the order of ViewDistribution; geometry: size,
+  // blur_kernel_size and 1 for bicubic of each view (views/params.h). The bytes of view 0's
+  // [B, 3, S, S] come first, then view 1's.
+  library.def(
+      "draw_views(Tensor image_size, Tensor position, int seed, float[] distribution)"
+      " -> Tensor params");
+  library.def(
+      "make_views(Tensor pixels, Tensor offset, Tensor image_size, Tensor params, int[] geometry, "
+      "int num_threads)"
+      " -> Tensor");
 }
 
 M3I_PYTHON_MODULE(_C, nullptr)

@@ -190,6 +190,43 @@ def _gaussian_work() -> Callable[[], object]:
     return lambda: torch.autograd.grad(gaussian(z_hat, z, sigma=0.5**0.5, normalise=True), z_hat)
 
 
+# ---- views ---------------------------------------------------------------------------------------
+
+
+def _views_is_right(device: str) -> bool:
+    """Two pixels, twice, at their own size, mirrored and solarized."""
+    import torch
+
+    from m3i_fast.config.data import ViewConfig
+    from m3i_fast.ops import views
+
+    picture = torch.tensor([[[10, 200, 127], [90, 128, 250]]] * 2, dtype=torch.uint8, device=device)
+    offset = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    size = torch.full((1, 1, 2), 2, device=device)
+    row = [0.0, 0.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    params = torch.tensor([[row]], device=device)
+    specs = views.view_specs(ViewConfig(count=1, size=2))
+    (view,) = views.make_views(picture.flatten(), offset, size, params, views=specs)
+    row_of = [[90, 10], [127, 55], [5, 127]]
+    return view[0].tolist() == [[channel, channel] for channel in row_of]
+
+
+def _views_work() -> Callable[[], object]:
+    """8 pictures of 375 x 500 pixels, two views of 64 pixels each, with all that SSL changes."""
+    import torch
+
+    from m3i_fast.config.data import ViewConfig
+    from m3i_fast.ops import views
+
+    rng = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (8, 375, 500, 3), dtype=torch.uint8, generator=rng)
+    offset = torch.arange(8).view(8, 1) * pictures[0].numel()
+    sizes = torch.tensor([375, 500]).expand(8, 1, 2).contiguous()
+    specs = views.view_specs(ViewConfig(size=64, blur_probability=0.5, solarize_probability=0.1))
+    params = views.draw_views(sizes, torch.arange(8), seed=0, views=specs)
+    return lambda: views.make_views(pictures.flatten(), offset, sizes, params, views=specs)
+
+
 # ---- The list ------------------------------------------------------------------------------------
 
 OPS: tuple[OpSpec, ...] = (
@@ -234,5 +271,15 @@ OPS: tuple[OpSpec, ...] = (
         measures="the Gaussian likelihood: ours beside torch's layer_norm and mse_loss",
         gpu=GpuBenchmark(worth=4, limit_s=90, small=("--num-samples", "2", "--no-compile")),
         sanitizer="tests/ops/gaussian/test_gaussian.py::test_on_a_gpu",
+    ),
+    OpSpec(
+        name="views",
+        title="Views of pictures",
+        is_right=_views_is_right,
+        work=_views_work,
+        measures="crops, resized and changed in colour: ours beside torchvision's transforms",
+        gpu=GpuBenchmark(worth=6, limit_s=60, small=("--num-samples", "2", "--batch-size", "4")),
+        sanitizer="tests/ops/views/test_contract.py::test_cuda_gives_the_bits_of_the_cpu",
+        kernels=r"draw_views$|make_views$",
     ),
 )

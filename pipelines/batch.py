@@ -17,6 +17,9 @@ class Batch:
 
     A box is (y, x, height, width) in pixels of the upright image (EXIF applied) and flip (0 or 1):
     the view is that region, resized to S x S, THEN mirrored horizontally when flip = 1.
+
+    A position counts the samples that all ranks of the run have taken before this one. All that is
+    drawn for a sample is a function of it, and K neighbouring rows are the images of one input.
     """
 
     global_views: tuple[Tensor, ...]  # V x [B, 3, S, S] uint8, contiguous
@@ -30,6 +33,7 @@ class Batch:
     group_id: (
         Tensor  # [B] int64, shared by near duplicates: the sample_id of the group's first sample
     )
+    position: Tensor  # [B] int64, of each sample in the run, ascending; always on the CPU
 
     @property
     def batch_size(self) -> int:
@@ -48,10 +52,14 @@ class Batch:
             self.label,
             self.sample_id,
             self.group_id,
+            self.position,
         ]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy the batch to `device` without waiting; tensors already there are not copied."""
+        """Copy the batch to `device` without waiting; tensors already there are not copied.
+
+        Positions stay on the CPU, where a step's draws are made.
+        """
         target = torch.device(device)
 
         def moved(tensor: Tensor) -> Tensor:
@@ -67,6 +75,7 @@ class Batch:
             label=moved(self.label),
             sample_id=moved(self.sample_id),
             group_id=moved(self.group_id),
+            position=self.position,
         )
 
 

@@ -2,192 +2,254 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from m3i_fast.config.data import MAX_PIXELS, LoaderConfig, ViewConfig
+import numpy as np
+import torch
+
+from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConfig
+from m3i_fast.ops.views import view_specs
+from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.captions import epoch_key
+from m3i_fast.pipelines.batch_rows import TrainingRows, ordered_rows
 from m3i_fast.pipelines.dataset.directory import open_split
-from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
-from m3i_fast.pipelines.graph.batch_assembly import Origin, run, to_batch
-from m3i_fast.pipelines.loader_state import Fingerprint, Position, pack_state, unpack_state
-
-if TYPE_CHECKING:  # DALI is imported on first use: configs are read on machines without it
-    from m3i_fast.pipelines.graph.dali import Pipeline
-    from m3i_fast.pipelines.graph.reader import Shuffle, Source
+from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, quoted
+from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.order import ORDER_VERSION, StepLayout
+from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
+from m3i_fast.pipelines.storage.shards import LocalShards, Shards
+from m3i_fast.pipelines.text_captions import TextCaptions
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
 
+STATE_VERSION = 2
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenSplit:
+    """A split that was checked and can be read."""
+
+    path: Path
+    manifest: Manifest
+    split: SplitInfo
+    table: SampleTable
+    shards: Shards
 
 
 class Loader:
     """An endless iterator over training batches of one rank, which resumes exactly.
 
-    Every epoch has `steps_per_epoch` full batches on every rank; the remaining samples are dropped.
-    The model has to match the manifest: `manifest.tokenizer.vocab_size`,
-    `manifest.tokenizer.context_length` (T of `Batch.token_ids`), `manifest.class_names`. With a
-    `device_id` that GPU decodes and holds the batches. Of several captions one is drawn by (seed,
-    epoch, sample_id), whatever the rank, batch and step.
+    The samples of a run stand in one order, whatever the ranks, batches, threads and backend; a
+    step takes the next `batch_size * num_ranks * accumulate` of them, `images_per_input` neighbours
+    an input (`order.StepLayout`). The model has to match the manifest: `manifest.tokenizer`,
+    `manifest.class_names`. With a `device_id` that GPU decodes and holds the batches.
 
-    Raises ValueError or FileNotFoundError as `open_split`, and ValueError where the split is
-    smaller than one batch, or for shard_id or data.hw_decoder_load out of range.
+    Raises ValueError or FileNotFoundError as `open_split`, ValueError where the split is smaller
+    than the batches of all ranks, or for a rank or data.hw_decoder_load out of range, and
+    ImportError as `start_backend`.
     """
 
     def __init__(
         self,
         cfg: LoaderConfig,
         *,
-        shard_id: int = 0,
-        num_shards: int = 1,
+        rank: int = 0,
+        num_ranks: int = 1,
+        accumulate: int = 1,
+        images_per_input: int = 1,
         device_id: int | None = None,
         tokenizer_fingerprint: str | None = None,
+        skipped_file: Path | None = None,
     ) -> None:
-        if not 0 <= shard_id < num_shards:
-            raise ValueError(f"shard_id: expected 0 to {num_shards - 1}, got {shard_id}")
-        self.cfg = cfg
-        self.shard_id = shard_id
-        self.num_shards = num_shards
-        self.device_id = device_id
+        """skipped_file: JSON lines, to which samples that cannot be used are appended."""
+        if not 0 <= rank < num_ranks:
+            raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
         if device_id is None and cfg.hw_decoder_load is not None:
             raise ValueError(
                 "data.hw_decoder_load: expected None without a GPU, since it sets the load of a "
                 f"GPU's decoder, got {cfg.hw_decoder_load}"
             )
-        self._origin = _open(
+        self.cfg = cfg
+        self._rank, self._device_id, self._skipped_file = rank, device_id, skipped_file
+        self._layout = StepLayout(
+            batch_size=cfg.batch_size,
+            num_ranks=num_ranks,
+            accumulate=accumulate,
+            images_per_input=images_per_input,
+        )
+        self._open = _open(
             cfg.path,
             cfg.split,
             max_pixels=cfg.max_pixels,
-            device_id=device_id,
             fingerprint=tokenizer_fingerprint,
-            shard_id=shard_id,
-            num_shards=num_shards,
+            rank=rank,
+            num_ranks=num_ranks,
         )
-        self.manifest, self._split = self._origin.manifest, self._origin.split
-        smallest = self._split.num_samples // num_shards
-        largest = -(-self._split.num_samples // num_shards)
-        self.steps_per_epoch: int = smallest // cfg.batch_size
-        self._runs_per_epoch = -(-largest // cfg.batch_size)
-        if self.steps_per_epoch == 0:
+        self.manifest = self._open.manifest
+        num_samples = len(self._open.table)
+        if cfg.batch_size * num_ranks > num_samples:
             raise ValueError(
-                f"batch_size: expected at most {smallest} (split {cfg.split} of {cfg.path} has "
-                f"{self._split.num_samples} samples for {num_shards} ranks), got {cfg.batch_size}"
+                f"batch_size: expected at most {num_samples // num_ranks} (split {cfg.split} of "
+                f"{cfg.path} has {num_samples} samples for {num_ranks} ranks), got "
+                f"{cfg.batch_size}"
             )
-        self._pipeline: Pipeline | None = None
-        self._fingerprint: Fingerprint | None = None
-        self._position = Position(epoch=0, step=0, checkpoint=None)
+        self._start = 0  # position at which this object began or resumed
+        self._batches = 0  # of this rank, since then
+        self._skipped: set[int] = set()  # rows of the table
+        self._rows: TrainingRows | None = None
+        self._backend: Backend | None = None
+
+    @property
+    def samples(self) -> int:
+        """Return how many samples all ranks have taken, of whole steps."""
+        return self._start + self._batches // self._layout.accumulate * self._layout.samples_a_step
 
     @property
     def epoch(self) -> int:
-        """Index of the epoch that the last batch belongs to, from 0."""
-        return self._position.epoch
+        """Return how often all samples were passed over."""
+        return self.samples // len(self._open.table)
 
     @property
-    def fingerprint(self) -> Fingerprint:
-        """Everything that has to be equal in a loader that continues from this one's state."""
-        if self._fingerprint is None:
-            self._fingerprint = self._make_fingerprint()
-        return self._fingerprint
+    def steps_per_epoch(self) -> int:
+        """Return the whole steps in one pass over the split."""
+        return len(self._open.table) // self._layout.samples_a_step
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        """Return the next batch; RuntimeError names a corrupt sample."""
-        if self._pipeline is None:
-            self._pipeline = self._build(self._position.checkpoint)
-        epoch, step = self._position.epoch, self._position.step
-        if step == self.steps_per_epoch:
-            for _ in range(self._runs_per_epoch - step):
-                run(self._pipeline, self._origin)
-            epoch, step = epoch + 1, 0
-        tensors = run(self._pipeline, self._origin)
-        # DALI's checkpoint is taken in state_dict only, since taking it at every step is slow.
-        self._position = Position(epoch=epoch, step=step + 1, checkpoint=None)
-        key = epoch_key(self.cfg.seed, epoch)
-        return to_batch(tensors, self.cfg.global_views.count, self._origin, key)
+        """Return the next batch.
+
+        A sample that cannot be used is replaced by another one, alike on any ranks, and named in a
+        warning and in `skipped_file`. Raises RuntimeError, which names it, with `data.strict`, and
+        where there are more than `data.max_skipped`.
+        """
+        while True:
+            if self._backend is None:
+                self._rows, self._backend = self._begin()
+            try:
+                made = next(self._backend)
+                batch = _to_batch(made, self._open, self.cfg.global_views.count, self._captions)
+            except SampleError as error:
+                self.close()
+                self._skip(error)
+                continue
+            except RuntimeError:
+                self.close()
+                raise
+            self._batches += 1
+            return batch if self._device_id is None else batch.to(f"cuda:{self._device_id}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the last returned batch, for JSON, whatever is prefetched."""
-        if self._pipeline is not None:
-            checkpoint = bytes(self._pipeline.checkpoint())
-            self._position = replace(self._position, checkpoint=checkpoint)
-        return pack_state(self._position, self.fingerprint)
+        """Return the position after the last whole step, for JSON: alike on all ranks."""
+        return {**self._identity(), "samples": self.samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly from a state; ValueError with expected and got where it does not fit."""
-        position = unpack_state(state, self.fingerprint)
-        if position.step > self.steps_per_epoch:
-            raise ValueError(
-                f"loader state: expected step 0 to {self.steps_per_epoch}, got {position.step}"
-            )
-        self._position = position
-        self._pipeline = None
+        """Continue exactly from the state of any rank, whatever the ranks and batches were.
 
-    def restart_epoch(self, state: dict[str, Any]) -> int:
-        """Restart the epoch of a state with another number of ranks or batch size; returns it.
-
-        The order of samples is then that of a first epoch.
+        Raises ValueError with expected and got where it is not a state of this data and seed.
         """
-        epoch = int(state["epoch"])
-        self._position = Position(epoch=epoch, step=0, checkpoint=None)
-        self._pipeline = None
-        return epoch
+        samples, images = state.get("samples"), self._layout.images_per_input
+        if type(samples) is not int or samples < 0 or samples % images:
+            raise ValueError(
+                f"loader state: expected samples, a multiple of {images}, got {samples!r}"
+            )
+        differing = [
+            f"{key}: expected {state.get(key)!r}, got {value!r}"
+            for key, value in self._identity().items()
+            if state.get(key) != value
+        ]
+        if differing:
+            raise ValueError("loader state of another run: " + "; ".join(differing))
+        self.close()
+        self._start, self._batches = samples, 0
 
     def close(self) -> None:
-        """Stop DALI's threads; another `next` starts them again at the same position."""
-        if self._pipeline is not None:
-            self.state_dict()
-            self._pipeline = None
+        """Stop the backend's threads; another `next` starts them again at the same position."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
 
-    def _build(self, checkpoint: bytes | None, *, for_digest: bool = False) -> Pipeline:
-        """Build the pipeline; `for_digest` leaves out paths, threads and prefetching."""
-        from m3i_fast.pipelines.graph.reader import Shuffle, training_graph
+    def _identity(self) -> dict[str, Any]:
+        """Return everything that decides which sample stands at which position."""
+        return {
+            "version": STATE_VERSION,
+            "seed": self.cfg.seed,
+            "dataset": self.manifest.digest,
+            "split": self.cfg.split,
+            "order": ORDER_VERSION,
+        }
 
-        cfg = self.cfg
-        shuffle = Shuffle(seed=_derived_seed(cfg.seed, "tars"), initial_fill=cfg.initial_fill)
-        source = _source(
-            Path() if for_digest else cfg.path,
-            self._split,
-            self.manifest,
-            on_gpu=self.device_id is not None,
-            shuffle=shuffle,
-            shard_id=self.shard_id,
-            num_shards=self.num_shards,
-            hw_decoder_load=cfg.hw_decoder_load,
-            alternates=cfg.alternates and cfg.global_views.count > 1,
-        )
-        return training_graph(
-            source,
-            cfg.global_views,
-            cfg.local_views,
-            batch_size=cfg.batch_size,
-            num_threads=1 if for_digest else cfg.num_threads,
-            prefetch_queue_depth=1 if for_digest else cfg.prefetch,
-            device_id=None if for_digest else self.device_id,
-            seed=_derived_seed(cfg.seed, "rank", self.shard_id),
-            checkpoint=checkpoint,
-        )
-
-    def _make_fingerprint(self) -> Fingerprint:
-        from m3i_fast.pipelines.graph.dali import __version__, graph_digest
-
-        return Fingerprint(
-            dali_version=__version__,
-            device="cpu" if self.device_id is None else "gpu",
-            dataset=self.manifest.digest,
-            split=self.cfg.split,
-            batch_size=self.cfg.batch_size,
-            shard_id=self.shard_id,
-            num_shards=self.num_shards,
+    def _begin(self) -> tuple[TrainingRows, Backend]:
+        rows = TrainingRows(
+            self._open.table,
+            self._open.shards,
+            self._layout,
+            rank=self._rank,
             seed=self.cfg.seed,
-            graph=graph_digest(lambda: self._build(None, for_digest=True)),
+            start=self._start,
+            first_batch=self._batches,
+            skipped=frozenset(self._skipped),
         )
+        return rows, start_backend(self.cfg.backend, rows, self._work)
+
+    @cached_property
+    def _work(self) -> SampleWork:
+        cfg = self.cfg
+        return SampleWork(
+            views=view_specs(cfg.global_views, cfg.local_views),
+            centre=False,
+            seed=cfg.seed,
+            tokenizer=self.manifest.tokenizer,
+            max_pixels=cfg.max_pixels,
+            caption_member=self._captions.member,
+            alternates=cfg.alternates
+            and cfg.global_views.count > 1
+            and self._open.split.max_alternates > 0,
+            batch_size=cfg.batch_size,
+            num_threads=cfg.num_threads,
+            prefetch=cfg.prefetch,
+            device_id=self._device_id,
+            hw_decoder_load=cfg.hw_decoder_load,
+        )
+
+    @cached_property
+    def _captions(self) -> TextCaptions:
+        return TextCaptions(self.manifest)
+
+    def _skip(self, error: SampleError) -> None:
+        """Take note of a sample that cannot be used; raises where it ends the run."""
+        command = f"m3i-fast data verify --decode {quoted(self.cfg.path)}"
+        if self.cfg.strict:
+            raise RuntimeError(f"{error}; check the files with: {command}") from error
+        assert self._rows is not None
+        sample = int(self._rows.samples_at(np.array([error.position]))[0])
+        if sample in self._skipped:
+            raise RuntimeError(f"{error}, although it was replaced") from error
+        self._skipped.add(sample)
+        if self._skipped_file is not None:
+            told = {
+                "sample_id": error.sample_id,
+                "position": error.position,
+                "file": error.file,
+                "reason": error.reason,
+            }
+            with self._skipped_file.open("a") as file:
+                file.write(json.dumps(told) + "\n")
+        if len(self._skipped) > self.cfg.max_skipped:
+            raise RuntimeError(
+                f"data.max_skipped: expected at most {self.cfg.max_skipped} samples that cannot be "
+                f"used, got another: {error}; check the files with: {command}"
+            ) from error
+        logger.warning("SKIPPED, another sample takes its place: %s", error)
 
 
 def evaluation_batches(
@@ -201,42 +263,51 @@ def evaluation_batches(
     device_id: int | None = None,
     tokenizer_fingerprint: str | None = None,
     max_pixels: int = MAX_PIXELS,
+    backend: BackendName = "auto",
 ) -> Iterator[Batch]:
     """Iterate once over a split in order, without augmentation: one global view, the centre square.
 
     Batches have the first of several captions; the last batch may be smaller. With
-    representatives_only they hold one sample a group (sample_id == group_id), so that they vary in
-    size and may be empty. Raises as `open_split`, and ValueError for a size below 1.
+    representatives_only they hold one sample a group (sample_id == group_id). Raises as
+    `open_split`, ValueError for a size below 1, and RuntimeError naming a corrupt sample.
     """
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    origin = _open(
-        path,
-        split,
+    opened = _open(path, split, max_pixels=max_pixels, fingerprint=tokenizer_fingerprint)
+    captions = TextCaptions(opened.manifest)
+    work = SampleWork(
+        views=view_specs(ViewConfig(count=1, size=image_size)),
+        centre=True,
+        seed=0,
+        tokenizer=opened.manifest.tokenizer,
         max_pixels=max_pixels,
+        caption_member=captions.member,
+        alternates=False,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        prefetch=2,
         device_id=device_id,
-        fingerprint=tokenizer_fingerprint,
+        hw_decoder_load=None,
     )
-    from m3i_fast.pipelines.graph.reader import evaluation_graph
-
-    num_samples = origin.split.num_samples
-    source = _source(
-        path, origin.split, origin.manifest, on_gpu=device_id is not None, shuffle=None
-    )
-    pipeline = evaluation_graph(
-        source, image_size, batch_size=batch_size, num_threads=num_threads, device_id=device_id
+    rows = ordered_rows(
+        opened.table, opened.shards, batch_size, representatives_only=representatives_only
     )
 
     def batches() -> Iterator[Batch]:
-        for start in range(0, num_samples, batch_size):
-            tensors = run(pipeline, origin)
-            kept = min(batch_size, num_samples - start)
-            tensors = tuple(t[:kept] for t in tensors)
-            if representatives_only:
-                first = tensors[-1] == tensors[-2]
-                tensors = tuple(t[first] for t in tensors)
-            yield to_batch(tensors, 1, origin, None)
+        made = start_backend(backend, rows, work)
+        try:
+            while True:
+                try:
+                    batch = _to_batch(next(made), opened, 1, captions)
+                except StopIteration:
+                    return
+                except SampleError as error:
+                    command = f"m3i-fast data verify --decode {quoted(path)}"
+                    raise RuntimeError(f"{error}; check the files with: {command}") from error
+                yield batch if device_id is None else batch.to(f"cuda:{device_id}")
+        finally:
+            made.close()
 
     return batches()
 
@@ -246,54 +317,57 @@ def _open(
     split: str,
     *,
     max_pixels: int,
-    device_id: int | None,
     fingerprint: str | None,
-    shard_id: int = 0,
-    num_shards: int = 1,
-) -> Origin:
-    """Open a split for batches on a device."""
-    manifest, split_info = open_split(
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> OpenSplit:
+    """Check a split, of which each rank reads a part, and open its table."""
+    manifest, info = open_split(
         path,
         split,
         max_pixels=max_pixels,
         fingerprint=fingerprint,
-        shard_id=shard_id,
-        num_shards=num_shards,
+        shard_id=rank,
+        num_shards=num_ranks,
     )
-    return Origin(
-        path=path, split=split_info, manifest=manifest, max_pixels=max_pixels, device_id=device_id
-    )
-
-
-def _source(
-    path: Path,
-    split: SplitInfo,
-    manifest: Manifest,
-    *,
-    on_gpu: bool,
-    shuffle: Shuffle | None,
-    shard_id: int = 0,
-    num_shards: int = 1,
-    hw_decoder_load: float | None = None,
-    alternates: bool = False,
-) -> Source:
-    from m3i_fast.pipelines.graph.reader import Source
-
-    return Source(
-        paths=tuple(str(path / shard.file) for shard in split.shards),
-        index_paths=tuple(str(path / shard.index_file) for shard in split.shards),
-        shard_id=shard_id,
-        num_shards=num_shards,
-        context_length=manifest.tokenizer.context_length,
-        max_captions=split.max_captions,
-        max_alternates=split.max_alternates if alternates else 0,
-        on_gpu=on_gpu,
-        shuffle=shuffle,
-        hw_decoder_load=hw_decoder_load,
+    table = SampleTable.open(path, manifest, split)
+    return OpenSplit(
+        path=path,
+        manifest=manifest,
+        split=info,
+        table=table,
+        shards=LocalShards(path, table),
     )
 
 
-def _derived_seed(*key: object) -> int:
-    """Hash a key to 31 bits, so that neighbouring seeds and ranks give independent draws."""
-    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
-    return int.from_bytes(digest[:4], "little") >> 1
+def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, captions: TextCaptions) -> Batch:
+    """Make a `Batch` of what a backend made.
+
+    Raises SampleError for a sample whose label or group the manifest does not allow, or whose
+    caption's text cannot be read.
+    """
+    rows, num_classes = made.rows, len(opened.manifest.class_names)
+    wrong = (rows.label < -1) | (rows.label >= num_classes) | (rows.sample_id < 0)
+    wrong |= rows.group_id < 0
+    if wrong.any():
+        index = int(np.flatnonzero(wrong)[0])
+        raise SampleError(
+            sample_id=int(rows.sample_id[index]),
+            position=int(rows.positions[index]),
+            file=rows.path(index),
+            reason=f"expected a label from -1 to {num_classes - 1} and ids of at least 0, got "
+            f"{rows.label[index]} of group {rows.group_id[index]}",
+        )
+    token_ids, num_tokens = captions.of(made)
+    return Batch(
+        global_views=made.views[:num_global],
+        local_views=made.views[num_global:],
+        boxes=made.params[:, :, :5].contiguous(),
+        image_size=made.image_size.float(),
+        token_ids=token_ids,
+        num_tokens=num_tokens,
+        label=torch.from_numpy(rows.label),
+        sample_id=torch.from_numpy(rows.sample_id.copy()),
+        group_id=torch.from_numpy(rows.group_id),
+        position=torch.from_numpy(rows.positions.copy()),
+    )

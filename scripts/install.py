@@ -85,6 +85,15 @@ def nvcc_requirement(torch_cuda: str | None) -> str:
     return f"cuda-toolkit[nvcc,nvrtc,cudart,cccl]=={torch_cuda or TESTED_CUDA}.*"
 
 
+def dali_requirement(cuda_major: int) -> str:
+    """Return the pip requirement of DALI that the package's extras name for a CUDA major."""
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(rf'"(nvidia-dali-cuda{cuda_major}0[^"]*)"', text)
+    if found is None:
+        raise ValueError(f"pyproject.toml: expected nvidia-dali-cuda{cuda_major}0 in an extra")
+    return found[1]
+
+
 def nvcc_major(version_text: str) -> int:
     """Read the CUDA major, such as 13, from the output of `nvcc --version`; 0 without one."""
     release = re.search(r"release (\d+)\.\d+", version_text)
@@ -194,8 +203,9 @@ def install_everything(plan: Plan) -> None:
     """Install all packages into an empty or outdated .venv."""
     print(f"{plan.reason}: {plan.torch}, extras {','.join(plan.extras)}", flush=True)
     make_environment(VENV)
-    # Resolved together with the packages that fix torch's version, which decides nvcc's.
-    pip_install(*BUILD_WITH, plan.torch, *WANT_ONE_TORCH)
+    # Resolved together with the packages that fix torch's version, which decides nvcc's. DALI is
+    # there before the package is built, for which operators for it are compiled.
+    pip_install(*BUILD_WITH, plan.torch, *WANT_ONE_TORCH, dali_requirement(plan.cuda_major))
     torch, _ = installed_torch()
     expect_torch_of(plan.cuda_major, torch)
     install_nvcc(plan)

@@ -10,7 +10,15 @@ import pytest
 
 from tests.shared.source_files import FILES
 
-ANYWHERE = {"config", "did_you_mean", "durable_files", "flags", "json_files", "terminal"}
+ANYWHERE = {
+    "config",
+    "did_you_mean",
+    "durable_files",
+    "flags",
+    "json_files",
+    "keyed_draws",
+    "terminal",
+}
 MODELS = {"models", "ops"}
 ENGINE = {"costs", "engine", "evaluation", "objectives", "observe", "pipelines", *MODELS}
 MAY_IMPORT = {
@@ -20,6 +28,7 @@ MAY_IMPORT = {
     "engine": ENGINE,
     "planning": {"config", "costs", "engine", "objectives", "pipelines", *MODELS},
     "config": set(),
+    "pipelines": {"ops"},
     "recipes": {"objectives", "pipelines"},
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,

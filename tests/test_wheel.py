@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def test_wheel_has_everything_and_works(tmp_path: Path) -> None:
     expected = {file if file.startswith("m3i_fast/") else f"m3i_fast/{file}" for file in files}
     expected = {file for file in expected if not file.startswith("m3i_fast/benchmarks/results/")}
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert packed == expected | {"m3i_fast/_C.abi3.so", "m3i_fast/_nvtx.abi3.so"}
+    modules = {"_C.abi3.so", "_nvtx.abi3.so", f"_dali-{version('nvidia-dali-cuda130')}.so"}
+    assert packed == expected | {f"m3i_fast/{module}" for module in modules}
 
     # -S: without the .pth file of the editable install, which would answer first.
     site = tmp_path / "site"

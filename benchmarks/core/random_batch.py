@@ -51,11 +51,14 @@ def draw_batch(cfg: TrainConfig, *, seed: int = 0) -> Batch:
         label=torch.randint(0, max(cfg.num_classes, 1), (count,), generator=rng),
         sample_id=torch.arange(count),
         group_id=torch.arange(count),
+        position=torch.arange(count),
     )
 
 
 class Repeated:
     """A loader that returns one batch again and again."""
+
+    samples = 0  # the batch begins the run each time
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -74,6 +77,3 @@ class Repeated:
 
     def load_state_dict(self, state: object) -> None:
         """Do nothing: every batch is the same."""
-
-    def restart_epoch(self, state: dict[str, Any]) -> int:
-        return 0

@@ -259,7 +259,7 @@ def _two_runs(campaign: Campaign, run: Run) -> bool:
 
 
 def _other_ranks(before: int, now: int) -> Trial:
-    """Resume on other ranks: the epoch begins again, so what is loaded is compared."""
+    """Resume on other ranks, which add up in another order, so what is loaded is compared."""
 
     def spoil(campaign: Campaign, run: Run) -> bool:
         campaign.go(run, before, inside={0: [_signal(signal.SIGTERM, "data")]})

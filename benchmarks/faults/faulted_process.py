@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import m3i_fast.pipelines.graph.reader  # noqa: F401
+import m3i_fast.pipelines.graph.dali_backend  # noqa: F401
 from m3i_fast.benchmarks.faults.failing_files import FaultyFiles
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of

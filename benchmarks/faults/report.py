@@ -28,7 +28,7 @@ Each trial spoils a run of tiny M3I of twelve steps (all terms, a checkpoint eve
 background), starts it again with the same command line, and compares its weights, moments,
 averages and losses with those of the run to which nothing happened, bit for bit. After a NaN they
 are compared with a run whose step is undone by copies of all state; on another number of ranks,
-where the data begin their epoch again, what is loaded is compared with what was saved. On a CPU,
+which add up in another order, what is loaded is compared with what was saved. On a CPU,
 over gloo; no campaign has run on a GPU.
 
 ![a square a trial](../pictures/faults.svg)

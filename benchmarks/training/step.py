@@ -148,7 +148,9 @@ def eager_step(train: TrainConfig, batch: Batch, loss_of: Loss) -> Callable[[], 
 
 def draw(train: TrainConfig, batch: Batch, step: int) -> Mix:
     """Draw what our step of this index mixes, for the plain one."""
-    return draw_step_mix(train, batch, seed=train.seed, step=step).to(torch.device(train.device))
+    first = step * batch.batch_size
+    mix = draw_step_mix(train, batch, first_position=first, step=step)
+    return mix.to(torch.device(train.device))
 
 
 def make_steps(train: TrainConfig) -> dict[str, Callable[[], Tensor]]:

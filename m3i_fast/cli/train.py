@@ -73,8 +73,10 @@ class TrainCommand(Checked):
     out: Path
     """Run directory: config.json, env.json, metrics.jsonl, tensorboard/, checkpoints/."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint; an error if there is none. With another
-    --num-steps it ends there, and a line says what of its schedules that changes."""
+    """Continue the run in --out from its newest checkpoint, at the next sample of its data; an
+    error if there is none. It may have another number of ranks, --data.batch-size and
+    --parallel.accumulate. With another --num-steps it ends there. A line says what any of them
+    changes."""
     auto_resume: bool = False
     """Continue the run in --out if there is one, else begin it: for jobs that are started again."""
     stop_on_collapse: bool = False
@@ -129,6 +131,7 @@ def main(argv: list[str]) -> int:
             recipe=name,
             resume="auto" if command.auto_resume else command.resume,
             new_num_steps="--num-steps" in typed,
+            new_batch_size=bool({"--data.batch-size", "--parallel.accumulate"} & typed),
             stop_on_collapse=command.stop_on_collapse,
             max_hours=command.max_hours,
             init_minutes=command.init_minutes,
@@ -174,6 +177,7 @@ def run(
     recipe: str = "",
     resume: Resume = False,
     new_num_steps: bool = False,
+    new_batch_size: bool = False,
     stop_on_collapse: bool = False,
     max_hours: float = math.inf,
     init_minutes: float = INIT_MINUTES,
@@ -191,6 +195,7 @@ def run(
             out,
             resume=resume,
             new_num_steps=new_num_steps,
+            new_batch_size=new_batch_size,
             stop_on_collapse=stop_on_collapse,
             recipe=recipe,
             join_seconds=limit,

@@ -10,6 +10,7 @@ import cattrs
 from cattrs.gen import make_dict_structure_fn
 from cattrs.v import format_exception
 
+from m3i_fast.config.data import LoaderConfig
 from m3i_fast.config.fields import all_conflicts, deferred_checks
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.vision import VisionConfig
@@ -80,6 +81,13 @@ def _term(value: dict[str, Any], _: Any) -> Term:
     return _structure_term(value, Term)
 
 
+def _loader(value: dict[str, Any], _: Any) -> LoaderConfig:
+    """Read what is loaded; the size of a shuffle buffer, which older configs have, is left out."""
+    if isinstance(value, dict):
+        value = {key: value[key] for key in value if key != "initial_fill"}
+    return _structure_loader(value, LoaderConfig)
+
+
 def _reason(error: BaseException, kind: type | None) -> str:
     """Return the text of a config's error, or cattrs' for fields that are missing or unknown."""
     if isinstance(error, (KeyError, TypeError, AttributeError, cattrs.ForbiddenExtraKeysError)):
@@ -105,5 +113,7 @@ _converter.register_structure_hook(str, _only(str, "text"))
 _converter.register_structure_hook(VisionConfig, _vision_config)
 _structure_term = make_dict_structure_fn(Term, _converter)
 _converter.register_structure_hook(Term, _term)
+_structure_loader = make_dict_structure_fn(LoaderConfig, _converter)
+_converter.register_structure_hook(LoaderConfig, _loader)
 _converter.register_unstructure_hook(Path, str)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from m3i_fast.config.fields import BATCHES, NUMBERS, SIDES, THREADS, Checked, Conflict, unmet
 
+BackendName = Literal["auto", "dali", "torch"]
 MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
 
 
@@ -45,6 +46,9 @@ class ViewConfig(Checked):
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the view."""
+    blur_kernel_size: Annotated[int, range(1, 1024)] | None = None
+    """Side of the blur's kernel in pixels of the view, odd, its half less than the view; None: a
+    tenth of the view's side, made odd (23 at 224)."""
     solarize_probability: float = 0.0
     """Probability that values of 128 and more are inverted."""
 
@@ -56,6 +60,10 @@ class ViewConfig(Checked):
             scale=(0 < low <= high <= 1, inside),
             ratio=(0 < self.ratio[0] <= self.ratio[1], "0 < low <= high"),
             blur_sigma=(0 < self.blur_sigma[0] <= self.blur_sigma[1], "0 < low <= high"),
+            blur_kernel_size=(
+                self.blur_kernel % 2 == 1 and self.blur_kernel // 2 < self.size,
+                "an odd number, of which half is less than the view's size",
+            ),
             hue=(0 <= self.hue <= 0.5, "turns in [0, 0.5]"),
         )
         for name in (f.name for f in fields(self) if f.name.endswith("_probability")):
@@ -65,6 +73,11 @@ class ViewConfig(Checked):
 
     def _is_share(self, name: str) -> bool:
         return 0 <= getattr(self, name) <= 1
+
+    @property
+    def blur_kernel(self) -> int:
+        """Return the side of the blur's kernel in pixels of the view, odd."""
+        return self.size // 10 | 1 if self.blur_kernel_size is None else self.blur_kernel_size
 
     @property
     def jitters(self) -> bool:
@@ -91,15 +104,20 @@ class LoaderConfig(Checked):
     seed: Annotated[int, NUMBERS] = 0
     """Seed of the samples' order, the crops and the colours."""
     num_threads: Annotated[int, THREADS] = 1
-    """DALI worker threads; results do not depend on their number."""
+    """Threads that read, decode and cut views; results do not depend on their number."""
+    backend: BackendName = "auto"
+    """What reads and decodes: DALI, or torch with Pillow, which makes the same batches slower and
+    runs everywhere; auto takes DALI where it works, and otherwise says why not."""
     prefetch: Annotated[int, range(1, 65)] = 2
     """Batches prepared ahead, at most 64: each is held decoded."""
-    initial_fill: Annotated[int, range(1, 2**17 + 1)] = 4096
-    """Encoded samples in each rank's shuffle buffer in host memory; at most 131,072, which at 100
-    kB a picture are 13 GB."""
     max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS
     """Most pixels of a picture, height times width; larger ones are refused by name before they are
     decoded. The default is Pillow's MAX_IMAGE_PIXELS."""
+    strict: bool = False
+    """End the run, with the sample's name, at the first one that cannot be used."""
+    max_skipped: Annotated[int, range(0, 2**31)] = 100
+    """Samples of a rank that may turn out to be corrupt while training: each is named in the run's
+    skipped.jsonl, and another sample takes its place. One more ends the run."""
     alternates: bool = True
     """Cut the second global view out of another picture of the same thing, where the data set has
     such (data styles --alternates): one of them, drawn anew at every step."""

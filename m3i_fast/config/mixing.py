@@ -34,10 +34,10 @@ class MixingConfig(Checked):
     final_mask_ratio: float = 0.5
     """The same at the last step; linear in between."""
     mask_per_batch: bool = False
-    """Draw the cells once for all inputs of a batch (as MixMIM)."""
+    """Draw the cells once for all inputs of a step (as MixMIM), alike on all ranks."""
     blend_alpha: float = 0.8
-    """alpha of the Beta(alpha, alpha) that blend draws the first images' share from, once a batch
-    (as mixup)."""
+    """alpha of the Beta(alpha, alpha) that blend draws the first images' share from, once a step
+    (as mixup), alike on all ranks."""
     num_queries: Annotated[int, NUMBERS] = 0
     """Cells that each dense term predicts per image; 0 predicts every cell that it may."""
     min_contrast: Annotated[int, LEVELS] = 0
@@ -45,8 +45,8 @@ class MixingConfig(Checked):
     be predicted, so that blank paper is no target; 0 takes every cell. Where an image has too few
     such cells, some are predicted again; where it has none, blank ones are."""
     dense_fraction: float = 1.0
-    """Share of the inputs that dense terms predict for. The EMA encoder and the decoder see no
-    more, and each costs about as much as the encoder's pass."""
+    """Share of the inputs that dense terms predict for, the first of each batch. EMA encoder and
+    decoder see no more, and each costs about as much as the encoder's pass."""
     token_dropout: float = 0.0
     """Share of caption tokens left out, never the first and last."""
 

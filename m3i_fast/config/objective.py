@@ -244,6 +244,11 @@ class ObjectiveConfig(Checked):
         """Return the terms whose weight is above 0."""
         return tuple(term for term in self.terms if term.weight > 0)
 
+    @property
+    def num_encoded_views(self) -> int:
+        """Return how many global views of each input the encoder encodes, 1 or 2."""
+        return 1 + any(term.sees_both_views for term in self.active_terms)
+
     def projects(self, term: Term) -> bool:
         """Return whether a term's dense targets go through a projector that follows by EMA."""
         of_average = (term.target, term.encoder, term.predictor) == (

@@ -65,7 +65,7 @@ class StepCounts:
     @property
     def num_views(self) -> int:
         """Return how many global views the trained encoder sees, 1 or 2."""
-        return 1 + any(term.sees_both_views for term in self.objective.active_terms)
+        return self.objective.num_encoded_views
 
     @property
     def num_local_cells(self) -> int:  # m

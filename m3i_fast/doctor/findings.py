@@ -162,8 +162,12 @@ def find_dali(machine: Machine) -> Finding:
     if machine.torch_major not in (None, major):
         detail += f": torch is a CUDA {machine.torch_major} build"
         return Finding(subject="DALI", level="warning", detail=detail, fix=replace)
-    device = machine.facts["dali"]["device"]
-    return Finding(subject="DALI", level="ok", detail=f"{detail}, a pipeline ran on the {device}")
+    device, missing = (machine.facts["dali"][name] for name in ("device", "missing"))
+    detail += f", a pipeline ran on the {device}"
+    if missing:
+        detail += f"; --data.backend auto takes torch, which is slower: {missing}"
+        return Finding(subject="DALI", level="warning", detail=detail, fix=REBUILD)
+    return Finding(subject="DALI", level="ok", detail=f"{detail}, with this package's operators")
 
 
 def find_transformer_engine(machine: Machine) -> Finding:

@@ -127,7 +127,10 @@ def _run_ops(device: str) -> Facts:
 
 
 def dali() -> Facts:
-    """Run a small DALI pipeline on the first GPU, or else the CPU, and return which."""
+    """Run a small DALI pipeline on the first GPU, or else the CPU, and return which.
+
+    Also why this package's operators cannot be used there; None: they can.
+    """
     from nvidia.dali import fn, pipeline_def
 
     device_id = 0 if "gpus" in driver() else None
@@ -140,7 +143,16 @@ def dali() -> Facts:
     pipeline = small()
     pipeline.build()
     pipeline.run()
-    return {"device": "cpu" if device_id is None else "gpu"}
+    from m3i_fast.pipelines.graph.dali import expect_gpu_operators, load_operators
+
+    try:
+        load_operators()
+        if device_id is not None:
+            expect_gpu_operators()
+        missing = None
+    except ImportError as error:
+        missing = str(error)
+    return {"device": "cpu" if device_id is None else "gpu", "missing": missing}
 
 
 def transformer_engine() -> Facts:

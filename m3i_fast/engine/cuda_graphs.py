@@ -98,34 +98,40 @@ class GraphedMethod:
         """Begin a step, in which all graphs may be replayed again."""
         self._calls.clear()
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
         """Run the call: eagerly at first, captured the second time, replayed from then on."""
-        kind = self._kind(inputs)
+        inputs = tuple(x for x in arguments if x is not None)
+        given = tuple(x is not None for x in arguments)
+        kind = self._kind(inputs, given)
         place = self._calls.get(kind, 0)
         self._calls[kind] = place + 1
         key = (kind, place)
         if key not in self._graphs:
             self._graphs[key] = None
-            return self._method(*inputs)
+            return self._method(*arguments)
         graph = self._graphs[key]
         if graph is None:
             if self._is_full():
-                return self._method(*inputs)
-            graph = self._graphs[key] = self._captured(inputs)
+                return self._method(*arguments)
+            graph = self._graphs[key] = self._captured(inputs, given)
         return graph(*inputs)
 
-    def _captured(self, inputs: tuple[Tensor, ...]) -> CapturedCall:
+    def _captured(self, inputs: tuple[Tensor, ...], given: tuple[bool, ...]) -> CapturedCall:
+        def method(*own: Tensor) -> Tensor:
+            rest = iter(own)
+            return self._method(*(next(rest) if there else None for there in given))
+
         trained = tuple(p for p in self._module.parameters() if p.requires_grad)
         with aliased_parameters(self._module):
-            graph = self._capture(self._module, self._method, inputs)
+            graph = self._capture(self._module, method, inputs)
         return replace(graph, parameters=trained if graph.parameters else ())
 
-    def _kind(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-        """Return all that the kernels of a call depend on."""
+    def _kind(self, inputs: Sequence[Tensor], given: tuple[bool, ...]) -> tuple[Any, ...]:
+        """Return all that the kernels of a call depend on; given: which arguments are not None."""
         device = inputs[0].device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         shapes = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
-        return shapes, torch.is_grad_enabled(), self._module.training, autocast
+        return shapes, given, torch.is_grad_enabled(), self._module.training, autocast
 
     def _is_full(self) -> bool:
         full = sum(graph is not None for graph in self._graphs.values()) >= MAX_GRAPHS

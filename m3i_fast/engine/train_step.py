@@ -7,7 +7,9 @@ that they time, profile and predict the step that trains.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,8 @@ from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
-from m3i_fast.objectives.mixing import Mix, draw_mix, step_seed
+from m3i_fast.keyed_draws import Purpose, words
+from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.step_context import Stage, no_stage
 from m3i_fast.pipelines.batch import Batch
@@ -82,7 +85,6 @@ class TrainStep:
         expect_additive(cfg, objective)
         self.cfg, self.objective, self.world, self.arithmetic = cfg, objective, world, arithmetic
         self._stage, self._lr_scale = stage, lr_scale
-        self.seed = step_seed(cfg.seed, -world.rank) if world.rank else cfg.seed
         self.model = _distribute(cfg, objective, world, arithmetic)
         self._named = list(objective.named_parameters())
         self.optimizer = build_optimizer(cfg.optim, objective)
@@ -92,6 +94,8 @@ class TrainStep:
         self._momentum = momentum_schedule(cfg.ema, cfg.num_steps)
         self.steps_taken = 0
         """Number of steps taken, skipped ones included; the index of the next step."""
+        self.samples_taken = 0
+        """Samples that all ranks have taken in them: the position at which the next step begins."""
 
     def __call__(self, *batches: Batch, monitor: bool = False) -> dict[str, Tensor]:
         """Take one step without a host synchronisation and return its metrics, [] each.
@@ -100,8 +104,7 @@ class TrainStep:
         Afterwards `guard.skip` is 1 if the step was skipped.
         """
         step, stage = self.steps_taken, self._stage
-        # Stochastic depth draws from the global generator: seeding it by step makes a resume exact.
-        torch.manual_seed(step_seed(self.seed, step))
+        self._seed_generator()
         weight_decay = self._weight_decay[step]
         set_schedules(self.optimizer, lr=self.lr_at(step), weight_decay=weight_decay)
         self.guard.save_buffers()
@@ -121,7 +124,17 @@ class TrainStep:
             for pair in self.objective.momentum_pairs():
                 update_ema(*pair, momentum=self.momentum_at(step), skip=skip)
         self.steps_taken += 1
+        self.samples_taken += self.world.size * sum(batch.batch_size for batch in batches)
         return metrics
+
+    def _seed_generator(self) -> None:
+        """Seed torch's generators by the step, for modules of others: ours draw by position.
+
+        All ranks have the same seed; a resume then repeats such draws on as many ranks.
+        """
+        begin = np.array([self.samples_taken])
+        word = words(begin, 1, seed=self.cfg.seed, purpose=Purpose.GENERATOR)
+        torch.manual_seed(int(word[0, 0] >> np.uint64(32)))  # of 32 bits a CPU's reads
 
     def _backward(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
         """Accumulate the gradients of the mean loss over the batches; return the merged metrics."""
@@ -130,7 +143,7 @@ class TrainStep:
         for index, batch in enumerate(batches):
             is_last = index + 1 == len(batches)
             with stage("mix"):
-                mix = self.draw_mix(batch, index)
+                mix = self.draw_mix(batch)
             with gradient_sync(self.model, is_last):
                 with forward_context(self.arithmetic, self.world.device):
                     loss, metrics = self.model(
@@ -149,10 +162,11 @@ class TrainStep:
             average_replicated(parameters, self.world)
         return self.optimizer.clip_grad_norm(parameters, self.cfg.optim.clip_grad_norm)
 
-    def draw_mix(self, batch: Batch, index: int = 0) -> Mix:
-        """Draw mixing and masks of this rank's batch of this index, on its device."""
-        seed = step_seed(self.seed, -(index << 32)) if index else self.seed
-        mix = draw_step_mix(self.cfg, batch, seed=seed, step=self.steps_taken)
+    def draw_mix(self, batch: Batch) -> Mix:
+        """Draw mixing and masks of a batch of the next step, on this rank's device."""
+        mix = draw_step_mix(
+            self.cfg, batch, first_position=self.samples_taken, step=self.steps_taken
+        )
         return mix.to(self.world.device)
 
     def lr_at(self, step: int) -> float:
@@ -187,20 +201,33 @@ def build_train_step(
     return TrainStep(cfg, objective, world, arithmetic, stage=stage, lr_scale=lr_scale)
 
 
-def draw_step_mix(cfg: TrainConfig, batch: Batch, *, seed: int, step: int) -> Mix:
-    """Draw the mix of a run's step on the CPU; of the batch only the shapes are used.
+def draw_step_mix(cfg: TrainConfig, batch: Batch, *, first_position: int, step: int) -> Mix:
+    """Draw the mix of a batch of a run's step on the CPU, by the positions of its samples.
 
-    Raises ValueError as `draw_mix` does.
+    first_position: that at which the step begins, alike for all its batches and ranks. Raises
+    ValueError as `draw_mix` does.
     """
-    return draw_mix(
+    mix = draw_mix(
         cfg.objective.mixing,
-        batch_size=batch.batch_size,
+        position=batch.position,
+        first_position=first_position,
         grid=cfg.vision.grid,
         context_length=batch.token_ids.shape[1],
-        seed=seed,
+        seed=cfg.seed,
         step=step,
         num_steps=cfg.num_steps,
     )
+    if not cfg.vision.drop_path_rate:
+        return mix
+    rows, local = draw_branch_priority(
+        cfg.objective.mixing,
+        position=batch.position,
+        num_views=cfg.objective.num_encoded_views,
+        num_local=len(batch.local_views),
+        num_layers=cfg.vision.num_layers,
+        seed=cfg.seed,
+    )
+    return replace(mix, branch_priority=rows, local_branch_priority=local)
 
 
 def _distribute(

@@ -70,6 +70,7 @@ class Trainer:
         *,
         resume: Resume = False,
         new_num_steps: bool = False,
+        new_batch_size: bool = False,
         stop_on_collapse: bool = False,
         recipe: str = "",
         data: Data | None = None,
@@ -78,7 +79,8 @@ class Trainer:
         """Join the world, and build or restore the run.
 
         new_num_steps: whether a resume takes cfg.num_steps in place of the run's own; what that
-        changes of its schedules is logged.
+        changes of its schedules is logged. new_batch_size: whether a resume on as many ranks may
+        take more or fewer samples a step; on others it may, and either is logged.
         recipe: name of the run for Prometheus. join_seconds: limit within which all ranks join, or
         `MissingRanks` is raised.
         """
@@ -96,7 +98,7 @@ class Trainer:
             compiled=cfg.compile,
         )
         log_arithmetic(self.arithmetic)
-        self.run = Run(run_dir, cfg, new_num_steps=new_num_steps)
+        self.run = Run(run_dir, cfg, new_num_steps=new_num_steps, new_batch_size=new_batch_size)
         saved = self.run.find_checkpoint(resume, self.world.size)
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
@@ -124,9 +126,12 @@ class Trainer:
     def _open_shards(self) -> Loader:
         loader = Loader(
             self.cfg.data,
-            shard_id=self.world.rank,
-            num_shards=self.world.size,
+            rank=self.world.rank,
+            num_ranks=self.world.size,
+            accumulate=self.cfg.parallel.accumulate,
+            images_per_input=self.cfg.objective.mixing.images_per_input,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+            skipped_file=self.run_dir / "skipped.jsonl",
         )
         expect_data(self.cfg, loader.manifest)
         return loader
@@ -324,9 +329,15 @@ class Trainer:
             state, num_ranks=self.world.size, loader=self.loader, **self._stateful_parts()
         )
         self.train_step.steps_taken = saved.step
+        self.train_step.samples_taken = self.loader.samples
         self.skips.forget_after(self.guard.first_unreported(self.step))
         self.run.write_num_steps()
-        logger.info("resumed %s at step %d", self.run_dir, self.step)
+        logger.info(
+            "resumed %s at step %d, after %d samples",
+            self.run_dir,
+            self.step,
+            self.train_step.samples_taken,
+        )
 
     def _on_signal(self, number: int, frame: FrameType | None) -> Any:
         if self._stop.signal is None:

@@ -5,35 +5,40 @@ Legend: D draws, K images, N cells of the grid, n <= N / K cells an image shows,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from m3i_fast.config.mixing import Pattern
 
+Uniform = Callable[[int], Tensor]
+"""Returns a count of random numbers in [0, 1) for each draw: [D, count] fp32."""
+
 
 def deal_cells(
     pattern: Pattern,
     *,
-    num_draws: int,
     num_images: int,
     num_own: int,
     grid: int,
     block: int,
-    rng: torch.Generator,
+    uniform: Uniform,
 ) -> Tensor:  # [K, D, n] int64, ascending
     """Assign n = `num_own` cells to each image, block by block of `block` x `block` cells.
 
     The blocks are put in order, at random or by their distance from a random point; the first n
     cells go to the first image, the next n to the second, and the last N - K n to none. A block in
-    which one image ends and the next begins is divided row by row.
+    which one image ends and the next begins is divided row by row. uniform: returns that many
+    random numbers in [0, 1) for each draw.
     """
     line = torch.arange(grid) // block
     num_blocks = -(-grid // block)
     block_of_cell = (line[:, None] * num_blocks + line[None, :]).flatten()  # [N]
     if pattern == "blocks":
-        place = torch.rand(num_draws, num_blocks**2, generator=rng).argsort(1)
+        place = uniform(num_blocks**2).argsort(dim=1, stable=True)
     else:
-        place = _places_from_point(num_draws, num_blocks, rng)
+        place = _places_from_point(uniform(3 + num_blocks**2), num_blocks)
     order = place[:, block_of_cell].argsort(dim=1, stable=True)
     dealt = order[:, : num_images * num_own].unflatten(1, (num_images, num_own))
     return dealt.movedim(1, 0).sort(-1).values
@@ -57,12 +62,12 @@ def box_distance(
 
 
 def _places_from_point(
-    num_draws: int, side: int, rng: torch.Generator
+    uniform: Tensor,  # [D, 3 + b * b] fp32: the point, the aspect, the order of ties
+    side: int,
 ) -> Tensor:  # [D, b * b] int64
     """Return each block's place in the order of distance from a random point, ties at random."""
-    point = side * torch.rand(num_draws, 2, generator=rng)
-    aspect = 2 ** (2 * torch.rand(num_draws, generator=rng) - 1)  # 1:2 to 2:1, evenly in its log
-    distance = box_distance(point, aspect, side)
-    shuffled = torch.rand(distance.shape, generator=rng).argsort(1)
+    aspect = 2 ** (2 * uniform[:, 2] - 1)  # 1:2 to 2:1, evenly in its log
+    distance = box_distance(side * uniform[:, :2], aspect, side)
+    shuffled = uniform[:, 3:].argsort(dim=1, stable=True)
     nearest = distance.gather(1, shuffled).argsort(dim=1, stable=True)
     return shuffled.gather(1, nearest).argsort(1)  # the inverse: from places to blocks and back

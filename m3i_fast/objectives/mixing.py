@@ -4,27 +4,32 @@ Paper, figure 2. An input is made of K images: one with masked cells, two to fou
 cells, two whose pixels are blended, or one whole image. Legend: B samples, P = B / K inputs,
 I = K * P images in inputs (all first images, then all second ones), A inputs from which dense terms
 predict, N cells of the token grid, n own cells that an image shows, Q cells a dense term predicts,
-T caption tokens. All random draws depend on (seed, step) alone, so that resuming needs only the
-step.
+T caption tokens, L layers of the encoder.
+
+A batch holds the images of an input one after the other. All that is drawn for an input or a sample
+is a function of the seed and its position in the run, so that it is the same on any number of
+ranks, in any batch and after any resume; the step decides schedules alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from m3i_fast.config.fields import refuse
 from m3i_fast.config.mixing import Asked, MixingConfig
-from m3i_fast.objectives.mask_patterns import deal_cells
+from m3i_fast.keyed_draws import Purpose, uniform, words
+from m3i_fast.objectives.mask_patterns import Uniform, deal_cells
 
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The random draws of one step: pairs of images, cells, and caption tokens."""
+    """The random draws of one batch: images of an input, cells, caption tokens, branches."""
 
     members: Tensor  # [P, K] int64, samples in an input
     choice: Tensor  # [P, grid, grid] uint8, the column of members a cell shows; [P, 1, 1] undivided
@@ -36,6 +41,9 @@ class Mix:
     token_priority: Tensor  # [B, T] fp32, uniform: caption tokens below the rate are dropped
     num_asked: int  # A
     share: Tensor | None = None  # [P] fp32, weight of the first image in a blend; all equal
+    branch_priority: Tensor | None = None  # [rows that the encoder encodes, 2 L] int32
+    local_branch_priority: Tensor | None = None  # [rows of local views, 2 L] int32
+    # As `DropPath` takes them; None where no branch is dropped.
 
     @property
     def num_inputs(self) -> int:
@@ -71,30 +79,33 @@ class Mix:
 def draw_mix(
     cfg: MixingConfig,
     *,
-    batch_size: int,
+    position: Tensor,  # [B] int64 on the CPU, of each sample in the run
+    first_position: int,
     grid: int,
     context_length: int,
     seed: int,
     step: int,
     num_steps: int,
 ) -> Mix:
-    """Draw which samples share an input, which cells each shows and which it has to predict.
+    """Draw which cells each image of an input shows and which it has to predict.
 
-    Input p has sample p and one of each next P samples, counted from their end and from their
-    beginning in turn: p and B - 1 - p for K = 2. Cells left over where K does not divide N show
-    the first image and count as no image's own.
+    Input p has the samples K p to K p + K - 1. Cells left over where K does not divide N show the
+    first image and count as no image's own. What is drawn for an input is keyed by the position of
+    its first sample, what is drawn for an image by its own; with `mask_per_batch`, and the share of
+    a blend, by first_position: the position at which the step begins, alike on all ranks.
 
     Raises ValueError where K does not divide the batch, where the grid cannot be divided among the
     images, or where `step` is not in [0, num_steps).
     """
+    batch_size = len(position)
     refuse(cfg.batch_conflicts(batch_size))
     refuse(cfg.grid_conflicts(grid))
     if not 0 <= step < num_steps:
         raise ValueError(f"step: expected 0 <= step < num_steps = {num_steps}, got {step}")
-    rng = torch.Generator().manual_seed(step_seed(seed, step))
-    members = _share_out(batch_size, cfg.images_per_input)
+    draws = _Draws(seed, position.numpy(), first_position)
+    members = torch.arange(batch_size).view(-1, cfg.images_per_input)
     num_inputs, num_images = members.shape
-    cells = _own_cells(cfg, num_inputs, grid, step / max(num_steps - 1, 1), rng)
+    cells = _own_cells(cfg, num_inputs, grid, step / max(num_steps - 1, 1), draws)
     own = torch.zeros(num_images, num_inputs, grid * grid, dtype=torch.bool)
     own.scatter_(2, cells, True)
     choice = torch.zeros(num_inputs, 1, 1, dtype=torch.uint8)
@@ -102,26 +113,53 @@ def draw_mix(
         column = torch.arange(num_images, dtype=torch.uint8)[:, None, None]
         choice = (own * column).sum(0, dtype=torch.uint8).view(-1, grid, grid)
     num_asked = max(round(cfg.dense_fraction * num_inputs), 1)
-    every = torch.ones_like(own[:, :num_asked])
+    every, hidden = torch.ones_like(own[:, :num_asked]), ~own[:, :num_asked]
+    asked = members[:num_asked].T.reshape(-1).numpy()
+    own_draws = draws.of_samples(asked, Purpose.OWN_QUERIES)
+    other_draws = draws.of_samples(asked, Purpose.OTHER_QUERIES)
     return Mix(
         members=members,
         choice=choice,
         sample=members.T.reshape(-1),
         token_index=cells.flatten(0, 1).contiguous(),  # pinned memory takes no expanded tensor
-        own_query=_choose(~own[:, :num_asked] if cfg.divides_cells else every, cfg, rng),
-        other_query=_choose(every, cfg, rng),
-        token_priority=torch.rand(batch_size, context_length, generator=rng),
+        own_query=_choose(hidden if cfg.divides_cells else every, cfg, own_draws),
+        other_query=_choose(every, cfg, other_draws),
+        token_priority=draws.of_samples(slice(None), Purpose.TOKEN_DROP)(context_length),
         num_asked=num_asked,
-        share=_draw_share(cfg, num_inputs, seed, step) if cfg.mode == "blend" else None,
+        share=draws.share(cfg, num_inputs) if cfg.mode == "blend" else None,
     )
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Derive the seed of a generator for one step of a run.
+def draw_branch_priority(
+    cfg: MixingConfig,
+    *,
+    position: Tensor,  # [B] int64 on the CPU, of each sample in the run
+    num_views: int,
+    num_local: int,
+    num_layers: int,
+    seed: int,
+) -> tuple[Tensor, Tensor | None]:  # [rows, 2 L], [num_local * B, 2 L] int32
+    """Draw which residual branches of an encoder are dropped (stochastic depth).
 
-    Hashed to 32 bits: torch's CPU generator ignores any higher ones.
+    Rows are in the order in which the objective encodes them: by image of the input where each is
+    encoded alone, then by view, then by input; those of local views by view, then by sample. Each
+    is keyed by the position of its sample, or of its input's first one. None without local views.
     """
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=4).digest(), "big")
+    members = position.view(-1, cfg.images_per_input).T.numpy()
+    if cfg.mode != "own_image":  # an input is one row a view
+        members = members[:1]
+
+    def priorities(keys: NDArray[np.int64], count: int, purpose: Purpose) -> Tensor:
+        drawn = uniform(keys, count * 2 * num_layers, seed=seed, purpose=purpose)
+        return torch.from_numpy((drawn * np.float32(2**24)).astype(np.int32))
+
+    rows = priorities(members.reshape(-1), num_views, Purpose.DROP_PATH)
+    rows = rows.view(*members.shape, num_views, 2 * num_layers).transpose(1, 2)
+    if not num_local:
+        return rows.flatten(0, 2).contiguous(), None
+    local = priorities(position.numpy(), num_local, Purpose.DROP_PATH_LOCAL)
+    local = local.view(-1, num_local, 2 * num_layers).transpose(0, 1)
+    return rows.flatten(0, 2).contiguous(), local.flatten(0, 1).contiguous()
 
 
 def drop_tokens(
@@ -143,45 +181,62 @@ def drop_tokens(
     return kept_ids, keep.sum(1)
 
 
-def _share_out(batch_size: int, num_images: int) -> Tensor:  # [P, K] int64
-    """Put blocks of P samples side by side, every other one in reverse order."""
-    blocks = torch.arange(batch_size).view(num_images, -1)
-    return torch.stack([b.flip(0) if k % 2 else b for k, b in enumerate(blocks)], 1)
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """The random numbers of a batch, by what they are keyed by and for what they are."""
+
+    seed: int
+    position: NDArray[np.int64]  # [B]
+    first_position: int  # of the step
+
+    def of_samples(self, rows: NDArray[np.int64] | slice, purpose: Purpose) -> Uniform:
+        """Return the source of the samples in these rows of the batch, a draw each."""
+        return partial(self._uniform, self.position[rows], purpose)
+
+    def of_step(self, purpose: Purpose) -> Uniform:
+        """Return the source of a draw that all inputs of a step share."""
+        return partial(self._uniform, np.array([self.first_position]), purpose)
+
+    def share(self, cfg: MixingConfig, num_inputs: int) -> Tensor:  # [P] fp32
+        """Draw the share of the first images of a blend, once for a step."""
+        key = words(np.array([self.first_position]), 1, seed=self.seed, purpose=Purpose.BLEND)
+        rng = np.random.default_rng(int(key[0, 0]))  # torch's Beta takes no generator
+        return torch.full((num_inputs,), rng.beta(cfg.blend_alpha, cfg.blend_alpha))
+
+    def _uniform(self, position: NDArray[np.int64], purpose: Purpose, count: int) -> Tensor:
+        return torch.from_numpy(uniform(position, count, seed=self.seed, purpose=purpose))
 
 
 def _own_cells(
-    cfg: MixingConfig, num_inputs: int, grid: int, progress: float, rng: torch.Generator
+    cfg: MixingConfig, num_inputs: int, grid: int, progress: float, draws: _Draws
 ) -> Tensor:  # [K, P, n] int64, ascending
     num_own = cfg.num_own(grid * grid, progress)
     if not cfg.divides_cells:
         return torch.arange(num_own).expand(cfg.images_per_input, num_inputs, -1)
+    firsts = slice(None, None, cfg.images_per_input)
     cells = deal_cells(
         cfg.pattern,
-        num_draws=1 if cfg.mask_per_batch else num_inputs,
         num_images=cfg.images_per_input,
         num_own=num_own,
         grid=grid,
         block=cfg.mask_block,
-        rng=rng,
+        uniform=draws.of_step(Purpose.CELLS)
+        if cfg.mask_per_batch
+        else draws.of_samples(firsts, Purpose.CELLS),
     )
     return cells.expand(-1, num_inputs, -1)
-
-
-def _draw_share(cfg: MixingConfig, num_inputs: int, seed: int, step: int) -> Tensor:  # [P] fp32
-    rng = np.random.default_rng(step_seed(seed, step))  # torch's Beta takes no generator
-    return torch.full((num_inputs,), rng.beta(cfg.blend_alpha, cfg.blend_alpha))
 
 
 def _choose(
     among: Tensor,  # [K, A, N] bool, as many in each row
     cfg: MixingConfig,
-    rng: torch.Generator,
+    uniform: Uniform,
 ) -> Tensor:  # [K * A, Q] int64
     rows = among.flatten(0, 1)
     cells = rows.nonzero()[:, 1].view(len(rows), -1)
     if not cfg.min_contrast and not 0 < cfg.num_queries < cells.shape[1]:
         return cells
-    pick = torch.rand(cells.shape, generator=rng).argsort(1)
+    pick = uniform(cells.shape[1]).argsort(dim=1, stable=True)
     # Contrasts are known on the device only, so that the cells are selected there.
     return cells.gather(1, pick if cfg.min_contrast else pick[:, : cfg.num_queries])
 

@@ -92,7 +92,7 @@ class MutualInformation(nn.Module):
         self.cfg, self.grid = cfg, vision.grid
         self.encoder = build_encoder(vision, layers=layers)
         self._target_rows = target_rows(cfg.active_terms)
-        self._num_views = 1 + any(term.sees_both_views for term in cfg.active_terms)
+        self._num_views = cfg.num_encoded_views
         if cfg.uses(encoder="momentum"):
             self.target_encoder = MomentumEncoder(self.encoder)
         # In a tuple, to stay outside the module tree, its state dict and its training mode.
@@ -239,17 +239,18 @@ class MutualInformation(nn.Module):
         match self.cfg.mixing.mode:
             case "own_image" | "masked":
                 assert isinstance(self.encoder, ViT)  # vision_conflicts
-                own = self.encoder.encode_alone(images, index)
+                own = self.encoder.encode_alone(images, index, mix.branch_priority)
             case "joint":
-                own = take_cells(self.encoder.encode_cells(images), index)
+                own = take_cells(self.encoder.encode_cells(images, mix.branch_priority), index)
             case "blend":  # both images of an input share its tokens
-                own = self.encoder.encode_cells(images).repeat(2, 1, 1)
+                own = self.encoder.encode_cells(images, mix.branch_priority).repeat(2, 1, 1)
             case "none":
-                own = self.encoder.encode_cells(images)
+                own = self.encoder.encode_cells(images, mix.branch_priority)
         by_view = own.unflatten(0, (-1, self._num_views, mix.num_inputs)).unbind(1)
         local: tuple[Tensor, ...] = ()
         if batch.local_views:
-            own = self._encode_whole(torch.cat(batch.local_views))
+            views = torch.cat(batch.local_views)
+            own = self._encode_whole(views, mix.local_branch_priority)
             local = own.split(len(batch.local_views[0]))
         return Encoded(tuple(view.flatten(0, 1) for view in by_view), local)
 
@@ -260,10 +261,14 @@ class MutualInformation(nn.Module):
         by_image = mix.token_index.unflatten(0, (mix.members.shape[1], 1, -1))
         return by_image.expand(-1, self._num_views, -1, -1).flatten(0, 2)
 
-    def _encode_whole(self, views: Tensor) -> Tensor:  # [B, 3, s, s] uint8 -> [B, m, C]
+    def _encode_whole(
+        self,
+        views: Tensor,  # [B, 3, s, s] uint8
+        priority: Tensor | None = None,  # [B, 2 L] int32
+    ) -> Tensor:  # [B, m, C]
         every = torch.arange(views.shape[0], device=views.device)
         images = normalise_views(views, every, autocast_dtype(views.device.type))
-        return self.encoder.encode_cells(images)
+        return self.encoder.encode_cells(images, priority)
 
     def forward(
         self,

@@ -1,8 +1,18 @@
 """Fused operators with CPU and CUDA kernels; importing this package loads the compiled modules."""
 
+from m3i_fast.ops import views
 from m3i_fast.ops.boltzmann import IGNORED, boltzmann
 from m3i_fast.ops.dcnv3 import dcnv3
 from m3i_fast.ops.gaussian import gaussian
 from m3i_fast.ops.mask_mix import IMAGENET_MEAN, IMAGENET_STD, mask_mix
 
-__all__ = ["IGNORED", "IMAGENET_MEAN", "IMAGENET_STD", "boltzmann", "dcnv3", "gaussian", "mask_mix"]
+__all__ = [
+    "IGNORED",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "boltzmann",
+    "dcnv3",
+    "gaussian",
+    "mask_mix",
+    "views",
+]

@@ -6,6 +6,7 @@ Functions in float64 are the oracles of the tests. Letters of the legends are th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from m3i_fast.ops.boltzmann import IGNORED
 from m3i_fast.ops.dcnv3 import Pair
 from m3i_fast.ops.mask_mix import IMAGENET_MEAN, IMAGENET_STD
+from m3i_fast.ops.views import VIEW_PARAMS, ViewSpec
 
 
 def mask_mix(
@@ -233,3 +235,81 @@ def gaussian(
     covariance_DD = target_RD.T @ target_RD / rows
     spread = ((pred_RD @ covariance_DD) * pred_RD).sum(1).mean() / width
     return value + decorrelation_weight * spread
+
+
+# ---- views ---------------------------------------------------------------------------------------
+
+_GRAY = (0.2989, 0.587, 0.114)
+
+
+def _gray(x: Tensor) -> Tensor:  # [3, S, S] -> [1, S, S], whole levels
+    return (x * x.new_tensor(_GRAY).view(3, 1, 1)).sum(0, keepdim=True).floor()
+
+
+def _turn_hue(x: Tensor, turns: float) -> Tensor:  # [3, S, S], in [0, 255]
+    """Turn the hue in HSV: a channel is v - v s clamp(min(k, 4 - k), 0, 1) at its place k of 6."""
+    r, g, b = x
+    v, low = x.amax(0), x.amin(0)
+    span = (v - low).clamp(min=1)
+    h = torch.where(v == g, 2 + (b - r) / span, 4 + (r - g) / span)
+    h = torch.where(v == r, (g - b) / span, h) / 6 + turns
+    k = (torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype).view(3, 1, 1) + 6 * h) % 6
+    return v - (v - low) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def _blur(x: Tensor, kernel_size: int, sigma: float) -> Tensor:  # [3, S, S]
+    half = kernel_size // 2
+    places = torch.arange(-half, half + 1, dtype=x.dtype)
+    weights = torch.softmax(-0.5 * (places / sigma) ** 2, 0)
+    x = F.pad(x[None], (half,) * 4, mode="reflect")[0].unsqueeze(1)
+    return F.conv2d(F.conv2d(x, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1)).squeeze(1)
+
+
+def _view(image: Tensor, params: Tensor, spec: ViewSpec) -> Tensor:  # [H, W, 3] -> [3, S, S] uint8
+    p = dict(zip(VIEW_PARAMS, params.tolist(), strict=True))
+    y, x, height, width = (int(p[name]) for name in VIEW_PARAMS[:4])
+    crop = image[y : y + height, x : x + width].permute(2, 0, 1)
+    size, mode = (spec.size, spec.size), "bicubic" if spec.cubic else "bilinear"
+    view = F.interpolate(crop[None], size, mode=mode, antialias=True)[0]
+    view = (view.flip(-1) if p["flip"] else view).double()
+    factor = {name: p[name] for name in ("brightness", "contrast", "saturation")}
+    for step in list(permutations((*factor, "hue")))[int(p["order"])]:
+        if step == "hue":
+            # 255.999: torchvision's, for the way back to bytes
+            turned = _turn_hue(view, p["hue"]) * (255.999 / 255) if p["hue"] else view
+            view = turned.floor()
+            continue
+        gray = _gray(view)
+        other = {"brightness": 0 * gray, "contrast": gray.mean(), "saturation": gray}[step]
+        view = (factor[step] * view + (1 - factor[step]) * other).clamp(0, 255).floor()
+    if p["gray"]:
+        view = _gray(view).expand(3, -1, -1)
+    if p["sigma"]:
+        view = _blur(view, spec.blur_kernel_size, p["sigma"]).round()
+    if p["solarize"]:
+        view = torch.where(view >= 128, 255 - view, view)
+    return view.byte()
+
+
+def views(
+    pixels: Tensor,  # [bytes] uint8
+    offset: Tensor,  # [B, M] int64
+    image_size: Tensor,  # [B, M, 2] int64
+    params: Tensor,  # [B, V, 13] float32
+    *,
+    views: Sequence[ViewSpec],
+) -> tuple[Tensor, ...]:  # V x [B, 3, S, S] uint8
+    """Compute `m3i_fast.ops.views.make_views` on the CPU, colours in float64, one view at a time.
+
+    A step that comes out at a whole number may be rounded to the level below it, by either.
+    """
+    made: list[list[Tensor]] = [[] for _ in views]
+    for b, sizes in enumerate(image_size.tolist()):
+        images = [
+            pixels[at : at + height * width * 3].view(height, width, 3)
+            for at, (height, width) in zip(offset[b].tolist(), sizes, strict=True)
+        ]
+        for v, spec in enumerate(views):
+            image = images[1 if v == 1 and len(images) == 2 else 0]
+            made[v].append(_view(image, params[b, v], spec))
+    return tuple(map(torch.stack, made))

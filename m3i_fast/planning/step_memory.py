@@ -130,7 +130,7 @@ def draw_first_mix(cfg: TrainConfig) -> Mix:
     """Draw the mix of the first step, with its values."""
     with torch.device("meta"):
         batch = empty_batch(cfg)
-    return draw_step_mix(cfg, batch, seed=cfg.seed, step=0)
+    return draw_step_mix(cfg, batch, first_position=0, step=0)
 
 
 def empty_batch(cfg: TrainConfig) -> Batch:
@@ -153,6 +153,7 @@ def empty_batch(cfg: TrainConfig) -> Batch:
         label=torch.empty(size, dtype=torch.int64),
         sample_id=torch.empty(size, dtype=torch.int64),
         group_id=torch.empty(size, dtype=torch.int64),
+        position=torch.arange(size, device="cpu"),
     )
 
 
@@ -198,8 +199,9 @@ def _count_graphs(objective: nn.Module) -> list[int]:
     graphs: list[int] = []
 
     def counted(method: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
-        def call(*inputs: Tensor) -> Tensor:
-            output = method(*inputs)
+        def call(*arguments: Tensor | None) -> Tensor:
+            output = method(*arguments)
+            inputs = [x for x in arguments if x is not None]
             kept = [*inputs, output]
             if output.requires_grad:
                 trained = [p for p in module.parameters() if p.requires_grad]
@@ -233,7 +235,7 @@ class _StepOfMix(TrainStep):
 
     mix: Mix
 
-    def draw_mix(self, batch: Batch, index: int = 0) -> Mix:
+    def draw_mix(self, batch: Batch) -> Mix:
         return self.mix
 
 

@@ -21,9 +21,7 @@ def shrink(cfg: TrainConfig, *, path: Path, num_classes: int, text: TextConfig) 
         num_classes=num_classes,
         vision=vision,
         text=text,
-        data=replace(
-            cfg.data, path=path, batch_size=4, global_views=views, num_threads=1, initial_fill=16
-        ),
+        data=replace(cfg.data, path=path, batch_size=4, global_views=views, num_threads=1),
         objective=replace(
             cfg.objective,
             decoder=replace(cfg.objective.decoder, dim=32, depth=1, num_heads=2),

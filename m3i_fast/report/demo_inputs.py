@@ -162,7 +162,8 @@ def _mixed_pair(cfg: TrainConfig, manifest: Manifest, tokenizer: Tokenizer) -> M
     loader.close()
     mix = draw_mix(
         cfg.objective.mixing,
-        batch_size=batch.batch_size,
+        position=batch.position,
+        first_position=0,
         grid=cfg.vision.grid,
         context_length=batch.token_ids.shape[1],
         seed=cfg.seed,

@@ -1,40 +1,56 @@
-"""The only import of DALI, and the digest of a graph."""
+"""The only import of DALI, with the operators of this package."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 from m3i_fast.pipelines.optional_imports import require
 
 require("nvidia.dali")
 
 from nvidia.dali import Pipeline, __version__, fn, pipeline_def, types  # noqa: E402
-from nvidia.dali import math as dali_math  # noqa: E402
-from nvidia.dali._utils import dali_trace  # noqa: E402
+from nvidia.dali.backend import RegisteredGPUOps  # noqa: E402
 from nvidia.dali.data_node import DataNode  # noqa: E402
+from nvidia.dali.plugin_manager import load_library  # noqa: E402
 
 __all__ = [
     "DataNode",
     "Pipeline",
-    "__version__",
-    "dali_math",
+    "expect_gpu_operators",
     "fn",
-    "graph_digest",
+    "load_operators",
     "pipeline_def",
     "types",
 ]
 
 
-def graph_digest(make_pipeline: Callable[[], Pipeline]) -> str:
-    """Hash the serialised graph (sha256): its operators, their arguments and connections.
+@cache
+def load_operators() -> None:
+    """Load fn.m3i_read, fn.m3i_draw_views and fn.m3i_views.
 
-    The origin of every operator (file and line, kept for error messages) is left out, so that a
-    moved checkout or a new comment does not change the digest.
+    Raises ImportError, with the command that builds them, where they are not there for this DALI.
     """
-    was_enabled = dali_trace.is_tracing_enabled()
-    dali_trace.set_tracing(enabled=False)
-    try:
-        return hashlib.sha256(make_pipeline().serialize()).hexdigest()
-    finally:
-        dali_trace.set_tracing(enabled=was_enabled)
+    module = find_spec("m3i_fast._C")
+    assert module is not None and module.origin is not None
+    folder = Path(module.origin).parent
+    file = folder / f"_dali-{__version__}.so"
+    if not file.is_file():
+        found = sorted(other.name for other in folder.glob("_dali-*.so"))
+        raise ImportError(
+            f"{file}: expected this package's operators for DALI {__version__}, got "
+            f"{', '.join(found) or 'none'}; they are built where DALI and CUDA's headers are "
+            "installed before the package is: `make install` in a checkout, otherwise `pip install "
+            "--no-build-isolation --no-deps --force-reinstall m3i-fast`"
+        )
+    load_library(str(file))
+
+
+def expect_gpu_operators() -> None:
+    """Raise ImportError where fn.m3i_views was built without CUDA, which a GPU's loader needs."""
+    if "M3iViews" not in RegisteredGPUOps():
+        raise ImportError(
+            "fn.m3i_views: expected a build with CUDA, for a loader on a GPU, got one without: "
+            "`M3I_CUDA=ON make install` in a checkout builds it"
+        )

@@ -159,6 +159,22 @@ def test_calls_of_one_shape_within_a_step_keep_what_each_computed() -> None:
         assert captures.num_captured == (2 if step else 0)
 
 
+def test_an_argument_that_is_none_is_none_in_the_replay() -> None:
+    captures, layer = Captures(), nn.Linear(3, 3)
+
+    def method(x: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor | None) -> Any:
+        out = layer(x) if shift is None else layer(x) + shift
+        return out if scale is None else out * scale
+
+    graphed = GraphedMethod(layer, method, captures)
+    for step in range(3):
+        graphed.begin_step()
+        x, given = torch.randn(2, 3), torch.randn(2, 3)
+        for arguments in ((x, None, given), (x, given, None), (x, given, given), (x, None, None)):
+            assert torch.equal(graphed(*arguments), method(*arguments))
+        assert captures.num_captured == (4 if step else 0)
+
+
 class Bound(Captures):
     """Records the nodes that accumulate gradients in a capture, and the memory of parameters."""
 

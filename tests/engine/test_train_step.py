@@ -21,7 +21,7 @@ from m3i_fast.benchmarks.training import telemetry as bench_telemetry
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.optim.schedules import lr_schedule
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.engine.train_step import TrainStep, build_train_step
+from m3i_fast.engine.train_step import ForwardPass, TrainStep, build_train_step
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.planning.step_budget import step_seconds
 from m3i_fast.planning.step_memory import trace
@@ -146,14 +146,27 @@ def test_the_learning_rate_is_the_schedules_times_the_back_off(dataset: Path) ->
     assert rates == [step.lr_at(index) for index in range(3)]
 
 
-def test_batches_of_a_step_are_mixed_each_its_own_way(dataset: Path) -> None:
+def test_a_batch_is_mixed_by_its_positions_whatever_the_rank(dataset: Path) -> None:
     cfg = small_run(dataset)
+    mixing = replace(cfg.objective.mixing, num_queries=4)
+    cfg = replace(cfg, objective=replace(cfg.objective, mixing=mixing))
     step = build_train_step(cfg, World(torch.device("cpu")), FP32)
     batch = draw_batch(cfg)
-    first, again, second = (step.draw_mix(batch, index) for index in (0, 0, 1))
-    assert torch.equal(first.token_priority, again.token_priority)
-    assert not torch.equal(first.token_priority, second.token_priority)
+    later = replace(batch, position=batch.position + batch.batch_size)
+    first, again, second = (step.draw_mix(each) for each in (batch, batch, later))
+    drawn = ("token_index", "own_query", "other_query", "token_priority")
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in drawn)
+    assert not any(torch.equal(getattr(first, name), getattr(second, name)) for name in drawn)
     other = build_train_step(
         replace(cfg, num_steps=30), World(torch.device("cpu"), rank=1, size=2), FP32
-    )
-    assert not torch.equal(first.token_priority, other.draw_mix(batch).token_priority)
+    ).draw_mix(batch)
+    assert all(torch.equal(getattr(first, name), getattr(other, name)) for name in drawn)
+
+
+def test_a_step_takes_the_samples_of_all_ranks(dataset: Path) -> None:
+    cfg = small_run(dataset)
+    step = build_train_step(cfg, World(torch.device("cpu"), rank=1, size=2), FP32)
+    batch = draw_batch(cfg)
+    step.model = ForwardPass(step.objective)  # there is no other rank to reduce with
+    step(batch)
+    assert step.samples_taken == 2 * batch.batch_size

@@ -60,11 +60,21 @@ def make_batch() -> Batch:
         label=torch.arange(B) % 5,
         sample_id=torch.arange(B),
         group_id=torch.arange(B),
+        position=torch.arange(B),
     )
 
 
 def draw(cfg: ObjectiveConfig) -> Mix:
-    return draw_mix(cfg.mixing, batch_size=B, grid=4, context_length=6, seed=0, step=0, num_steps=1)
+    return draw_mix(
+        cfg.mixing,
+        position=torch.arange(B),
+        first_position=0,
+        grid=4,
+        context_length=6,
+        seed=0,
+        step=0,
+        num_steps=1,
+    )
 
 
 @pytest.mark.parametrize("mode", ["joint", "none"])

@@ -24,14 +24,14 @@ def _deal(
     num_draws: int = 16,
     seed: int = 0,
 ) -> Tensor:  # [K, D, n]
+    rng = torch.Generator().manual_seed(seed)
     return deal_cells(
         pattern,
-        num_draws=num_draws,
         num_images=num_images,
         num_own=grid * grid // num_images if num_own is None else num_own,
         grid=grid,
         block=block,
-        rng=torch.Generator().manual_seed(seed),
+        uniform=lambda count: torch.rand(num_draws, count, generator=rng),
     )
 
 

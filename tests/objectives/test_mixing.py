@@ -1,5 +1,6 @@
-"""Draws: who shares an input, queries, shares of a blend, caption tokens; all from (seed, step)."""
+"""Draws: who shares an input, queries, shares of a blend, caption tokens; all by position."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.mixing import MixingConfig
-from m3i_fast.objectives.mixing import Mix, draw_mix, drop_tokens
+from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix, drop_tokens
 from m3i_fast.ops import mask_mix
+from m3i_fast.pipelines.order import StepLayout
 
 MODES = ("own_image", "joint", "masked", "blend", "none")
 
@@ -21,10 +23,12 @@ def _draw(
     seed: int = 3,
     step: int = 5,
     num_steps: int = 11,
+    start: int = 0,
 ) -> Mix:
     return draw_mix(
         cfg,
-        batch_size=batch_size,
+        position=torch.arange(start, start + batch_size),
+        first_position=start,
         grid=grid,
         context_length=6,
         seed=seed,
@@ -66,12 +70,12 @@ def test_patterns_are_made_of_blocks() -> None:
 @pytest.mark.parametrize(
     ("num_images", "expected"),
     [
-        (2, [[0, 11], [1, 10], [2, 9], [3, 8], [4, 7], [5, 6]]),
-        (3, [[0, 7, 8], [1, 6, 9], [2, 5, 10], [3, 4, 11]]),
-        (4, [[0, 5, 6, 11], [1, 4, 7, 10], [2, 3, 8, 9]]),
+        (2, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]),
+        (3, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]),
+        (4, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]),
     ],
 )
-def test_every_sample_is_in_one_input(num_images: int, expected: list[list[int]]) -> None:
+def test_neighbours_share_an_input(num_images: int, expected: list[list[int]]) -> None:
     mix = _draw(MixingConfig(num_images=num_images))
     assert mix.members.tolist() == expected
     assert mix.sample.tolist() == [row[k] for k in range(num_images) for row in expected]
@@ -114,7 +118,7 @@ def test_asked_are_images_of_the_first_inputs() -> None:
     assert mix.asked("first").tolist() == [0, 1]
     assert mix.asked("last").tolist() == [8, 9]
     assert mix.asked("all").tolist() == [0, 1, 4, 5, 8, 9]
-    assert mix.sample[mix.asked("all")].tolist() == [0, 1, 7, 6, 8, 9]
+    assert mix.sample[mix.asked("all")].tolist() == [0, 3, 1, 4, 2, 5]
     for own, table in ((True, mix.own_query), (False, mix.other_query)):
         assert table.shape == (6, 4) and len(table.unique(dim=0)) == 6
         assert torch.equal(mix.queries("all", own=own), table)
@@ -170,7 +174,7 @@ def test_one_drawing_may_serve_the_batch(mode: str) -> None:
 
 def test_a_blend_shows_and_asks_every_cell() -> None:
     mix = _draw(_config("blend", dense_fraction=0.5))
-    assert mix.members.tolist() == [[p, 11 - p] for p in range(6)]
+    assert mix.members.tolist() == [[2 * p, 2 * p + 1] for p in range(6)]
     assert torch.equal(mix.token_index, torch.arange(64).expand(12, -1))
     assert torch.equal(mix.own_query, torch.arange(64).expand(6, -1))
     assert torch.equal(mix.choice, torch.zeros(6, 1, 1, dtype=torch.uint8))
@@ -182,9 +186,7 @@ def test_a_blend_shows_and_asks_every_cell() -> None:
 def test_shares_follow_beta(alpha: float) -> None:
     """Against the quantiles of torch's own Beta distribution."""
     cfg = _config("blend", blend_alpha=alpha)
-    shares = [
-        _draw(cfg, batch_size=4, grid=1, step=step, num_steps=8000).share for step in range(8000)
-    ]
+    shares = [_draw(cfg, batch_size=4, grid=1, start=start).share for start in range(0, 32_000, 4)]
     assert all(share is not None and share[0] == share[1] for share in shares)
     share = torch.stack([share[0] for share in shares if share is not None])
     torch.manual_seed(0)
@@ -219,20 +221,91 @@ def test_a_copy_keeps_every_field() -> None:
 
 @pytest.mark.parametrize("pattern", ["blocks", "rectangle"])
 @pytest.mark.parametrize("mode", ["own_image", "masked", "blend"])
-def test_a_draw_depends_on_seed_and_step_alone(mode: str, pattern: str) -> None:
+def test_a_draw_depends_on_seed_and_positions_alone(mode: str, pattern: str) -> None:
     cfg = _config(mode, pattern=pattern, num_queries=5)
     torch.manual_seed(0)
     first = _draw(cfg)
     torch.manual_seed(1)
-    again = _draw(cfg)
-    for name in Mix.__slots__:
-        one, two = getattr(first, name), getattr(again, name)
-        assert torch.equal(one, two) if isinstance(one, Tensor) else one == two, name
-    for other in (_draw(cfg, step=6), _draw(cfg, seed=4)):
+    _expect_equal(_draw(cfg), first)
+    _expect_equal(_draw(cfg, step=6), first)  # the mask ratio, which it decides, is constant here
+    for other in (_draw(cfg, start=12), _draw(cfg, seed=4)):
         differing = ["own_query", "other_query", "token_priority"]
         differing += ["share"] if mode == "blend" else ["token_index"]
         for name in differing:
             assert not torch.equal(getattr(first, name), getattr(other, name)), name
+
+
+def _expect_equal(first: Mix, second: Mix) -> None:
+    for name in Mix.__slots__:
+        one, two = getattr(first, name), getattr(second, name)
+        assert torch.equal(one, two) if isinstance(one, Tensor) else one == two, name
+
+
+@pytest.mark.parametrize("mask_per_batch", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_split_of_a_step_has_the_same_draws(mode: str, mask_per_batch: bool) -> None:
+    """Rows of images, cells and queries, put together from the ranks' and accumulated batches."""
+    cfg = _config(mode, mask_per_batch=mask_per_batch, num_queries=4)
+    images, start = cfg.images_per_input, 16
+    whole = _draw(cfg, batch_size=16, start=start)
+    for ranks, size, accumulate in ((2, 8, 1), (4, 4, 1), (1, 4, 4), (2, 4, 2)):
+        layout = StepLayout(
+            batch_size=size, num_ranks=ranks, accumulate=accumulate, images_per_input=images
+        )
+        for rank, batch in itertools.product(range(ranks), range(accumulate)):
+            position = torch.from_numpy(layout.positions(start, rank, batch))
+            own = draw_mix(
+                cfg,
+                position=position,
+                first_position=start,
+                grid=8,
+                context_length=6,
+                seed=3,
+                step=5,
+                num_steps=11,
+            )
+            rows = position - start
+            assert torch.equal(rows[own.members], whole.members[rows[::images] // images])
+            assert torch.equal(own.token_priority, whole.token_priority[rows])
+            assert (own.share is None) == (whole.share is None)
+            if own.share is not None and whole.share is not None:
+                assert torch.equal(own.share, whole.share[: own.num_inputs])
+            inputs = rows[::images] // images
+            assert torch.equal(own.choice, whole.choice[inputs])
+            for name in ("token_index", "own_query", "other_query"):
+                by_image = [getattr(mix, name).unflatten(0, (images, -1)) for mix in (own, whole)]
+                assert torch.equal(by_image[0], by_image[1][:, inputs]), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_split_of_a_step_drops_the_same_branches(mode: str) -> None:
+    """By image where each is a row of its own, else by input; of local views by sample."""
+    cfg = _config(mode)
+    images = cfg.images_per_input
+    columns = images if mode == "own_image" else 1
+
+    def drawn(position: Tensor) -> tuple[Tensor, Tensor]:
+        rows, local = draw_branch_priority(
+            cfg, position=position, num_views=2, num_local=3, num_layers=5, seed=1
+        )
+        assert local is not None and rows.dtype == local.dtype == torch.int32
+        assert rows.is_contiguous() and local.is_contiguous()
+        return rows.view(columns, 2, -1, 10), local.view(3, -1, 10)
+
+    whole, whole_local = drawn(torch.arange(24))
+    assert len(whole.unique()) > 0.99 * whole.numel()  # no two rows, views or layers share a draw
+    assert len(whole_local.unique()) > 0.99 * whole_local.numel()
+    assert 0 <= whole.min() and whole.max() < 2**24
+    layout = StepLayout(batch_size=12, num_ranks=2, images_per_input=images)
+    for rank in range(2):
+        position = torch.from_numpy(layout.positions(0, rank))
+        own, own_local = drawn(position)
+        assert torch.equal(own, whole[:, :, position[::images] // images])
+        assert torch.equal(own_local, whole_local[:, position])
+    none = draw_branch_priority(
+        cfg, position=torch.arange(24), num_views=2, num_local=0, num_layers=5, seed=1
+    )
+    assert none[1] is None and torch.equal(none[0].view(columns, 2, -1, 10), whole)
 
 
 def test_dropping_caption_tokens_equals_a_loop() -> None:

@@ -22,7 +22,7 @@ from m3i_fast.objectives.methods import METHODS
 from m3i_fast.objectives.mixing import Mix, draw_mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
-from tests.shared.ranks import joined, part
+from tests.shared.ranks import part
 from tests.shared.small_objective import NUM_CLASSES, TEXT, VISION, make_batch
 
 RANKS, B = 2, 4
@@ -75,9 +75,16 @@ def _batch() -> Batch:
     )
 
 
-def _mix(cfg: ObjectiveConfig, rank: int) -> Mix:
+def _mix(cfg: ObjectiveConfig, batch: Batch) -> Mix:
     return draw_mix(
-        cfg.mixing, batch_size=B, grid=4, context_length=6, seed=rank, step=0, num_steps=1
+        cfg.mixing,
+        position=batch.position,
+        first_position=0,
+        grid=4,
+        context_length=6,
+        seed=0,
+        step=0,
+        num_steps=1,
     )
 
 
@@ -99,7 +106,8 @@ def _work(rank: int, folder: Path) -> None:
     for name in CHOSEN:
         cfg = small_config(name)
         model = _model(cfg, dist.group.WORLD)
-        found = _gradients(model, part(_batch(), rank, RANKS), _mix(cfg, rank))
+        own = part(_batch(), rank, RANKS)
+        found = _gradients(model, own, _mix(cfg, own))
         torch.save(found, folder / f"{name}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -114,8 +122,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_two_ranks_equal_one_process(name: str, ranks: Path) -> None:
     cfg = small_config(name)
-    together = joined([_mix(cfg, rank) for rank in range(RANKS)])
-    expected = _gradients(_model(cfg, None), _batch(), together)
+    expected = _gradients(_model(cfg, None), _batch(), _mix(cfg, _batch()))
     of_ranks = [torch.load(ranks / f"{name}-{r}.pt", weights_only=True) for r in range(RANKS)]
     largest = max(float(value.abs().max()) for value in expected.values())
     for parameter, value in expected.items():

@@ -45,7 +45,14 @@ def _terms(
 ) -> tuple[Tensor, dict[str, Tensor], Encoded]:  # the sum, metrics, what the encoder said
     batch = _batch()
     mix = draw_mix(
-        model.cfg.mixing, batch_size=8, grid=4, context_length=6, seed=0, step=0, num_steps=1
+        model.cfg.mixing,
+        position=batch.position,
+        first_position=0,
+        grid=4,
+        context_length=6,
+        seed=0,
+        step=0,
+        num_steps=1,
     )
     with torch.no_grad():
         targets = model.encode_targets(batch, mix)

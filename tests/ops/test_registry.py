@@ -142,10 +142,10 @@ ADDED = {
     "cuda/bindings.cpp": [
         ("}\n\nM3I_PYTHON_MODULE", '  library.def("scale(Tensor x, float factor) -> Tensor");\n'),
     ],
-    "CMakeLists.txt": [(")\nset(M3I_CUDA_SOURCES", "    cuda/scale/cpu/op_cpu.cpp\n")],
+    "CMakeLists.txt": [("    cuda/views/cpu/avx2.cpp\n", "    cuda/scale/cpu/op_cpu.cpp\n")],
     "m3i_fast/ops/__init__.py": [
         ("\n__all__", "from m3i_fast.ops.scale import scale\n"),
-        ('"mask_mix"]', '"scale", '),
+        ('    "views",\n]', '    "scale",\n'),
     ],
     "m3i_fast/ops/reference.py": [
         ("def mask_mix(", "def scale(x, factor):\n    return x * factor\n\n\n"),

@@ -77,5 +77,4 @@ def cfg(fifty: Path) -> LoaderConfig:
         global_views=EVERYTHING,
         local_views=replace(EVERYTHING, size=8, count=3, scale=(0.05, 0.3)),
         seed=5,
-        initial_fill=16,
     )

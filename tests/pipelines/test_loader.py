@@ -8,12 +8,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.batch_rows import TrainingRows
+from m3i_fast.pipelines.dataset.sample_table import ROW, SampleTable
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.optional_imports import require
+from m3i_fast.pipelines.order import StepLayout, shuffled
+from m3i_fast.pipelines.storage.shards import LocalShards
 from tests.shared.pipelines.data import (
     EVERYTHING,
     TOKENIZER,
@@ -26,7 +32,7 @@ def test_shapes_types_and_devices(cfg: LoaderConfig) -> None:
     batch = next(Loader(cfg))
     expected = [((4, 3, 16, 16), torch.uint8)] * 2 + [((4, 3, 8, 8), torch.uint8)] * 3
     expected += [((4, 5, 5), torch.float32), ((4, 2), torch.float32)]
-    expected += [((4, TOKENIZER.context_length), torch.int32)] + [((4,), torch.int64)] * 4
+    expected += [((4, TOKENIZER.context_length), torch.int32)] + [((4,), torch.int64)] * 5
     assert [(tuple(t.shape), t.dtype) for t in batch.tensors()] == expected
     assert all(t.is_contiguous() and t.device.type == "cpu" for t in batch.tensors())
     assert batch.batch_size == 4
@@ -48,30 +54,57 @@ def test_missing_captions_are_zeros_and_no_tokens(cfg: LoaderConfig) -> None:
     assert 0 in seen and len(seen) > 3
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 3])
-def test_ranks_share_every_epoch_without_overlap(cfg: LoaderConfig, num_shards: int) -> None:
-    loaders = [Loader(cfg, shard_id=i, num_shards=num_shards) for i in range(num_shards)]
-    steps = {loader.steps_per_epoch for loader in loaders}
-    assert steps == {50 // num_shards // 4}
-    orders, ever = [], set()
-    for epoch in range(4):
-        ids = [i for r in loaders for b in take(r, r.steps_per_epoch) for i in b.sample_id.tolist()]
-        assert len(ids) == len(set(ids)) == num_shards * 4 * loaders[0].steps_per_epoch
-        assert {loader.epoch for loader in loaders} == {epoch}
-        orders.append(ids)
-        ever.update(ids)
-    assert ever == set(range(50))  # what one epoch drops, another brings
-    assert len({tuple(order) for order in orders}) == 4
+def test_a_pass_takes_every_sample_once_in_the_orders_turn(cfg: LoaderConfig) -> None:
+    """The table's rows stand as the samples do in the shards."""
+    loader = Loader(replace(cfg, batch_size=5))
+    assert loader.steps_per_epoch == 10
+    in_shards = SampleTable.open(cfg.path, loader.manifest, "train").rows["sample_id"]
+    for epoch in range(3):
+        assert loader.epoch == epoch
+        batches = take(loader, 10)
+        positions = torch.cat([batch.position for batch in batches])
+        assert positions.tolist() == list(range(50 * epoch, 50 * epoch + 50))
+        ids = torch.cat([batch.sample_id for batch in batches])
+        assert sorted(ids.tolist()) == list(range(50))
+        assert np.array_equal(ids, in_shards[shuffled(positions.numpy(), size=50, seed=5)])
 
 
-def test_ranks_get_other_parts_every_epoch(cfg: LoaderConfig) -> None:
-    """Rotating fixed parts among the ranks would leave the same samples together for ever."""
-    loaders = [Loader(cfg, shard_id=i, num_shards=3) for i in range(3)]
-    first, second = (
-        [{i for b in take(r, r.steps_per_epoch) for i in b.sample_id.tolist()} for r in loaders]
-        for _ in range(2)
-    )
-    assert any(sum(bool(part & old) for old in first) > 1 for part in second)
+def joined(batches: list[Batch]) -> list[torch.Tensor]:
+    """The tensors of batches as those of one, in the order of positions."""
+    whole = [torch.cat(parts) for parts in zip(*(b.tensors() for b in batches), strict=True)]
+    order = torch.cat([batch.position for batch in batches]).argsort()
+    return [tensor[order] for tensor in whole]
+
+
+SPLITS = [(1, 24, 1), (2, 12, 1), (4, 6, 1), (3, 4, 2), (1, 6, 4), (2, 6, 2)]
+
+
+@pytest.mark.parametrize("images_per_input", [1, 2])
+@pytest.mark.parametrize(("num_ranks", "batch_size", "accumulate"), SPLITS[1:])
+def test_a_step_is_the_same_on_any_ranks_and_batches(
+    cfg: LoaderConfig, num_ranks: int, batch_size: int, accumulate: int, images_per_input: int
+) -> None:
+    """Samples, views, boxes, captions; and the images of an input are in one batch."""
+    alone = Loader(replace(cfg, batch_size=24), images_per_input=images_per_input)
+    loaders = [
+        Loader(
+            replace(cfg, batch_size=batch_size, backend="torch" if rank % 2 else "dali"),
+            rank=rank,
+            num_ranks=num_ranks,
+            accumulate=accumulate,
+            images_per_input=images_per_input,
+        )
+        for rank in range(num_ranks)
+    ]
+    for step in range(3):  # past the end of an epoch, which is in the middle of a step
+        batches = [batch for loader in loaders for batch in take(loader, accumulate)]
+        for ours, expected in zip(joined(batches), next(alone).tensors(), strict=True):
+            assert torch.equal(ours, expected)
+        inputs = [batch.position.view(-1, images_per_input) for batch in batches]
+        assert all(
+            (rows % images_per_input == torch.arange(images_per_input)).all() for rows in inputs
+        )
+        assert {loader.samples for loader in loaders} == {24 * step + 24}
 
 
 def test_order_and_crops_follow_the_seed_alone(cfg: LoaderConfig) -> None:
@@ -83,30 +116,16 @@ def test_order_and_crops_follow_the_seed_alone(cfg: LoaderConfig) -> None:
     assert [b.sample_id.tolist() for b in first] != [b.sample_id.tolist() for b in other]
 
 
-def test_ranks_draw_different_crops(cfg: LoaderConfig) -> None:
-    first, second = (next(Loader(cfg, shard_id=i, num_shards=2)) for i in range(2))
-    assert not torch.equal(first.boxes, second.boxes)
-
-
-def test_the_gpu_graph_is_defined_and_told_apart_without_a_gpu(cfg: LoaderConfig) -> None:
-    on_cpu, on_gpu = Loader(cfg).fingerprint, Loader(cfg, device_id=1).fingerprint
-    assert (on_cpu.device, on_gpu.device) == ("cpu", "gpu")
-    assert on_cpu.graph != on_gpu.graph
-    assert Loader(cfg, device_id=2).fingerprint == on_gpu
-
-
-def test_the_hardware_decoders_share_is_in_the_graph_of_a_gpu_alone(cfg: LoaderConfig) -> None:
-    """A hardware decoder has pixels of its own: a run does not go on with another share."""
-    shares = (None, 0.4, 0.65)
-    found = {Loader(replace(cfg, hw_decoder_load=s), device_id=0).fingerprint.graph for s in shares}
-    assert len(found) == 3
-    with pytest.raises(ValueError, match=r"data.hw_decoder_load: expected None without a GPU.*0.4"):
-        Loader(replace(cfg, hw_decoder_load=0.4))
+def test_a_sample_is_cut_anew_in_every_epoch(cfg: LoaderConfig) -> None:
+    loader = Loader(replace(cfg, batch_size=50))
+    first, second = take(loader, 2)
+    boxes = [dict(zip(b.sample_id.tolist(), b.boxes, strict=True)) for b in (first, second)]
+    assert not any(torch.equal(boxes[0][i], boxes[1][i]) for i in range(50))
 
 
 def test_batches_keep_their_values_while_held(cfg: LoaderConfig) -> None:
     """Tensors are DALI's own buffers; none may be written again while someone holds it."""
-    loader = Loader(cfg)
+    loader = Loader(replace(cfg, backend="dali"))
     held = take(loader, 30)
     copies = [[t.clone() for t in batch.tensors()] for batch in held]
     take(loader, 30)
@@ -116,14 +135,26 @@ def test_batches_keep_their_values_while_held(cfg: LoaderConfig) -> None:
         assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), copied, strict=True))
 
 
-def test_memory_is_flat(cfg: LoaderConfig) -> None:
-    loader = Loader(replace(cfg, batch_size=16, global_views=replace(EVERYTHING, size=64)))
-    for _ in range(40):
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_memory_is_flat(cfg: LoaderConfig, backend: str) -> None:
+    views = replace(EVERYTHING, size=64)
+    loader = Loader(replace(cfg, batch_size=16, global_views=views, backend=backend))
+    expect_flat(loader, before=40, batches=80)  # 31 MB of views, were they kept
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_memory_is_flat_over_ten_thousand_batches(cfg: LoaderConfig, backend: str) -> None:
+    expect_flat(Loader(replace(cfg, backend=backend)), before=500, batches=10_000)
+
+
+def expect_flat(loader: Loader, *, before: int, batches: int) -> None:
+    for _ in range(before):
         next(loader)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(80):  # 31 MB of views, were they kept
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(batches):
         next(loader)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 15_000  # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 15_000  # KiB
 
 
 def test_close_keeps_the_position(cfg: LoaderConfig) -> None:
@@ -132,22 +163,42 @@ def test_close_keeps_the_position(cfg: LoaderConfig) -> None:
     take(loader, 2)
     loader.close()
     loader.close()
-    assert loader.state_dict()["step"] == 2
+    assert loader.state_dict()["samples"] == 8
     assert all(equal(a, b) for a, b in zip(take(loader, 2), expected[2:], strict=True))
 
 
 def test_bad_settings_name_field_and_value(cfg: LoaderConfig) -> None:
     with pytest.raises(ValueError, match=r"batch_size: expected at most 25 .*50 samples.* got 26"):
-        Loader(replace(cfg, batch_size=26), num_shards=2)
+        Loader(replace(cfg, batch_size=26), num_ranks=2)
+    with pytest.raises(ValueError, match="expected a multiple of images_per_input = 3, got 4"):
+        Loader(cfg, images_per_input=3)
     with pytest.raises(ValueError, match=r"split: expected one of \['train'\], got 'test'"):
         Loader(replace(cfg, split="test"))
-    with pytest.raises(ValueError, match="shard_id: expected 0 to 1, got 2"):
-        Loader(cfg, shard_id=2, num_shards=2)
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+        Loader(cfg, rank=2, num_ranks=2)
+    with pytest.raises(ValueError, match=r"data.hw_decoder_load: expected None without a GPU.*0.4"):
+        Loader(replace(cfg, hw_decoder_load=0.4))
     with pytest.raises(FileNotFoundError, match="m3i-fast data openmoji .*nowhere"):
         Loader(replace(cfg, path=Path("nowhere")))
     with pytest.raises(ValueError, match="another tokenizer: expected abc, got fff.*num_merges 7"):
         Loader(cfg, tokenizer_fingerprint="abc")
     Loader(cfg, tokenizer_fingerprint=TOKENIZER.fingerprint)
+
+
+def test_positions_far_into_a_large_run_are_those_of_the_order(tmp_path: Path) -> None:
+    """Nothing is shuffled or kept on the way there."""
+    rows = np.zeros(300_000, ROW)
+    rows["sample_id"] = np.arange(len(rows))
+    table = SampleTable(rows, ("a.tar",))
+    start = 256 * 8 * 10**9
+    layout = StepLayout(batch_size=256, num_ranks=8)
+    source = TrainingRows(table, LocalShards(tmp_path, table), layout, rank=3, seed=1, start=start)
+    for step in range(100):  # more than are planned at once
+        positions = start + 256 * 8 * step + 3 + 8 * np.arange(256)
+        found = next(source)
+        assert np.array_equal(found.positions, positions)
+        assert np.array_equal(found.sample_id, shuffled(positions, size=len(rows), seed=1))
+        assert found.path(255) == str(tmp_path / "a.tar")
 
 
 def test_nothing_but_the_graph_imports_dali() -> None:

@@ -57,13 +57,15 @@ def make_batch(size: int = 8) -> Batch:
         label=torch.tensor([0, 1, -1, 3, -1, 2, 4, -1, 0, 1, 2, 3])[:size],
         sample_id=torch.arange(size),
         group_id=torch.arange(size),
+        position=torch.arange(size),
     )
 
 
 def draw_small_mix(cfg: ObjectiveConfig, batch: Batch) -> Mix:
     return draw_mix(
         cfg.mixing,
-        batch_size=batch.batch_size,
+        position=batch.position,
+        first_position=0,
         grid=4,
         context_length=6,
         seed=0,

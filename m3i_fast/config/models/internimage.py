@@ -75,7 +75,8 @@ class InternImageConfig(Checked):
     """Width of the attention-pooled vector."""
     drop_path_mode: DropPathMode = "mask"
     """Kind of stochastic depth. mask: drawn per sample, and branches are computed all the same;
-    subset: a fixed share of every batch is dropped, and not computed (DINOv2)."""
+    subset: a fixed share of every batch is dropped, and not computed (DINOv2), so that which ones
+    are depends on how many ranks share the images of a step."""
     activation_checkpointing: Recompute = "none"
     """Activations that each layer recomputes in the backward pass. selective: norms and GELU, which
     costs little; full: all of it, the least memory for about a third more compute."""
@@ -118,6 +119,11 @@ class InternImageConfig(Checked):
         if not inside or bool(ids) != self.level2_post_norm:
             expected = f"distinct layers of {self.depths[2]}, with level2_post_norm only"
             yield "level2_post_norm_block_ids", f"expected {expected}, got {ids}"
+
+    @property
+    def num_layers(self) -> int:
+        """Return the number of layers with two residual branches each, of all stages."""
+        return sum(self.depths)
 
     def drop_path(self, layer: int) -> float:
         """Return the rate of stochastic depth of that layer, counted over all stages."""

@@ -59,7 +59,8 @@ class ViTConfig(Checked):
     """Stochastic depth of the last block, rising linearly from 0 in the first."""
     drop_path_mode: DropPathMode = "mask"
     """Kind of stochastic depth. mask: drawn per sample, and branches are computed all the same;
-    subset: a fixed share of every batch is dropped, and not computed (DINOv2)."""
+    subset: a fixed share of every batch is dropped, and not computed (DINOv2), so that which ones
+    are depends on how many ranks share the images of a step."""
     final_norm: bool = True
     """LayerNorm after the last block."""
     activation_checkpointing: Recompute = "none"
@@ -89,6 +90,11 @@ class ViTConfig(Checked):
             )
         yield from mlp_ratio_conflicts(self.mlp_ratio)
         yield from recompute_conflicts(self.activation_checkpointing)
+
+    @property
+    def num_layers(self) -> int:
+        """Return the number of layers with two residual branches each."""
+        return self.depth
 
     def drop_path(self, layer: int) -> float:
         """Return the rate of stochastic depth of that block."""

@@ -26,7 +26,14 @@ _MEANS: Shape = {"names": [str], "sums": [float], "count": float}
 STATE_SHAPE: Shape = {
     "num_ranks?": int,
     "config?": {"data": {"batch_size": int}, "parallel?": {"accumulate?": int}},
-    "loader?": {"epoch?": int, "step?": int, "dali_checkpoint?": (str, None), "fingerprint?": dict},
+    "loader?": {
+        "version?": int,
+        "samples?": int,
+        "seed?": int,
+        "dataset?": str,
+        "split?": str,
+        "order?": int,
+    },
     "random?": {"python": list, "numpy": list, "torch": str, "cuda?": str},
     "means?": ([_MEANS], {str: [float]}),
     "log?": {"score": (float, None)},

@@ -41,16 +41,18 @@ def encode_in_chunks(objective: MutualInformation, size: int) -> None:
 def run_in_chunks(
     function: Callable[..., Tensor],  # [B, ...] each -> [B, ...]
     size: int,
-    *rows: Tensor,  # [B, ...]
+    first: Tensor,  # [B, ...]
+    *others: Tensor | None,  # [B, ...], or None in each chunk
 ) -> Tensor:
     """Apply `function` to all rows, at most `size` at a time, in chunks as equal as possible.
 
-    The second pass draws the same stochastic depth as the first.
+    The second pass drops the same branches as the first (stochastic depth).
     """
-    count = -(-len(rows[0]) // size)
+    count = -(-len(first) // size)
     if count <= 1:
-        return function(*rows)
-    chunks = zip(*(tensor.tensor_split(count) for tensor in rows), strict=True)
+        return function(first, *others)
+    split = [[None] * count if rows is None else rows.tensor_split(count) for rows in others]
+    chunks = zip(first.tensor_split(count), *split, strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([function(*chunk) for chunk in chunks])
     return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])

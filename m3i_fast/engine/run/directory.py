@@ -14,6 +14,12 @@ from m3i_fast.durable_files import make_directories
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, checkpoints, latest, on_first_rank
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.run.extension import log_new_num_steps
+from m3i_fast.engine.run.layout import (
+    expect_samples_a_step,
+    layout_of,
+    layout_with,
+    log_new_layout,
+)
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.observe.environment import environment
@@ -22,6 +28,8 @@ from m3i_fast.pipelines.batch import Batch
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+OF_ONE_RANK = ("means", "random")
+"""Parts of a state that differ from rank to rank."""
 Resume = bool | Literal["auto"]
 """Whether to continue the run in the directory; auto: continue it if there is one, else begin."""
 
@@ -43,8 +51,9 @@ class Data(Stateful, Protocol):
 
     def __next__(self) -> Batch: ...
 
-    def restart_epoch(self, state: dict[str, Any]) -> int:
-        """Restart the epoch of a state that another number of ranks saved; return the epoch."""
+    @property
+    def samples(self) -> int:
+        """Number of samples that all ranks have taken, the position of the run's next one."""
 
     def close(self) -> None:
         """Stop the threads."""
@@ -56,10 +65,20 @@ class Run:
     Of several ranks the first holds the lock and writes.
     """
 
-    def __init__(self, path: Path, cfg: TrainConfig, *, new_num_steps: bool = False) -> None:
-        """new_num_steps: whether num_steps may differ from that of the run that is resumed."""
+    def __init__(
+        self,
+        path: Path,
+        cfg: TrainConfig,
+        *,
+        new_num_steps: bool = False,
+        new_batch_size: bool = False,
+    ) -> None:
+        """new_num_steps: whether num_steps may differ from that of the run that is resumed.
+
+        new_batch_size: whether as many ranks may take more or fewer samples a step.
+        """
         self.path, self._cfg, self._lock = path, cfg, RunLock(path)
-        self._new_num_steps = new_num_steps
+        self._new_num_steps, self._new_batch_size = new_num_steps, new_batch_size
         self._again = False  # the directory holds a run that ended before its first checkpoint
         self.checkpoints = path / "checkpoints"
         self.saver = Saver(
@@ -124,12 +143,20 @@ class Run:
     def resume(self, num_ranks: int = 1) -> Checkpoint:
         """Return the newest good checkpoint of the run, to continue on so many ranks.
 
-        Raises FileNotFoundError where there is no run or checkpoint, FileExistsError where another
-        process trains it, and ValueError where the config or the batch size of all ranks differs.
+        On another number of ranks a step may take more or fewer samples, and on as many with
+        new_batch_size; what that changes is logged. Raises FileNotFoundError where there is no run
+        or checkpoint, FileExistsError where another process trains it, and ValueError where the
+        config differs, or the samples a step without either.
         """
         num_steps = on_first_rank(self.saver.group, self._go_on)
         saved = latest(self.checkpoints, self.saver.group)
-        self._expect_batch(saved.state(), num_ranks)
+        before, now = layout_of(saved.state(), self._cfg), layout_with(self._cfg, num_ranks)
+        if before.num_ranks == num_ranks and not self._new_batch_size:
+            expect_samples_a_step(before, now)
+        on_first_rank(
+            self.saver.group,
+            lambda: log_new_layout(before, now, steps_taken=saved.step),
+        )
         if num_steps != self._cfg.num_steps:
             on_first_rank(
                 self.saver.group,
@@ -152,21 +179,6 @@ class Run:
         self.saver.forget_after(saved)
         return saved
 
-    def _expect_batch(self, state: dict[str, Any], num_ranks: int) -> None:
-        """Raise ValueError unless the batch of all ranks is as large as the checkpoint's."""
-        before = state.get("num_ranks", 1)
-        saved = state.get("config", {"data": {"batch_size": self._cfg.data.batch_size}})
-        batches = before * saved.get("parallel", {}).get("accumulate", 1)
-        whole = saved["data"]["batch_size"] * batches
-        num_batches = num_ranks * self._cfg.parallel.accumulate
-        if self._cfg.data.batch_size * num_batches != whole:
-            raise ValueError(
-                f"--data.batch-size: expected {whole / num_batches:g}, with which {num_ranks} "
-                f"ranks make the batch of {whole} that {before} made with --parallel.accumulate "
-                f"{batches // before}, got {self._cfg.data.batch_size} and --parallel.accumulate "
-                f"{self._cfg.parallel.accumulate}"
-            )
-
     def _begin(self) -> None:
         make_directories(self.path)
         self._lock.acquire()
@@ -179,8 +191,8 @@ class Run:
         if not self.config_path.exists():
             raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
         self._lock.acquire()
-        # How a run is spread over ranks and what it tells change nothing of it; the batch is seen
-        # to in `resume`.
+        # How a run is spread over ranks and what it tells change nothing of it; the samples a step
+        # are seen to in `resume`.
         damaged: ValueError | None = None
         try:
             saved, source = TrainConfig.load(self.config_path), self.config_path
@@ -243,28 +255,25 @@ class Run:
     ) -> None:
         """Restore the state that `state` returned; parts that an older checkpoint lacks start anew.
 
-        On another number of ranks than it was saved with, the data begin their epoch again, and
-        state of a single rank starts anew.
+        The data go on at the next sample of the run, on any number of ranks. On another number than
+        it was saved with, what belongs to a single rank starts anew: the means of metrics since the
+        last row of the log, and the generators of Python, NumPy and torch, from which nothing of
+        ours draws.
         """
-        before = state.get("num_ranks", 1)
-        if before != num_ranks:
-            for name in ("guard", "skips"):
-                if name in state:
-                    _load(name, stateful[name].load_state_dict, state)
-            logger.warning(
-                "THE DATA STARTS AGAIN at the beginning of epoch %d: %d ranks saved, %d resume, "
-                "and a position in the data is valid for one number of ranks. Weights, moments, "
-                "averages and schedules continue where they were.",
-                _load("loader", loader.restart_epoch, state),
-                before,
+        loads: dict[str, Callable[[Any], object]] = {"loader": loader.load_state_dict}
+        loads |= {name: part.load_state_dict for name, part in stateful.items()}
+        loads["random"] = set_random_state
+        if (before := state.get("num_ranks", 1)) != num_ranks:
+            for name in OF_ONE_RANK:
+                loads.pop(name, None)
+            logger.info(
+                "%d rank(s) go on with what %d saved: the means of metrics since the last logged "
+                "step and the random generators of libraries, which each rank has its own, start "
+                "anew",
                 num_ranks,
+                before,
             )
-            return
-        stateful = {**stateful, "loader": loader}
-        loads: dict[str, Callable[[Any], object]] = {
-            name: part.load_state_dict for name, part in stateful.items()
-        }
-        for name, load in {**loads, "random": set_random_state}.items():
+        for name, load in loads.items():
             if name in state:
                 _load(name, load, state)
 

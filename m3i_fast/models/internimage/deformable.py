@@ -21,6 +21,8 @@ from m3i_fast.models.transformer.blocks import (
     BlockLayers,
     DropPath,
     Linear,
+    branch_priorities,
+    layer_priorities,
     reset_children,
     take_rows,
 )
@@ -213,14 +215,16 @@ class InternImageLayer(nn.Module):
             if gamma is not None and self.layer_scale is not None:
                 nn.init.constant_(gamma, self.layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, priority: Tensor | None = None) -> Tensor:
+        """Run the layer; priority: [B, 2] int32 of `DropPath`, for both branches."""
         if self.checkpoint is None or not torch.is_grad_enabled():
-            return self._run(x)
-        return self.checkpoint(self._run, x)
+            return self._run(x, priority)
+        return self.checkpoint(self._run, x, priority)
 
-    def _run(self, x: Tensor) -> Tensor:
-        x = self._add(x, self.dcn, self.norm1, self.res_post_norm1, self.gamma1)
-        return self._add(x, self.mlp, self.norm2, self.res_post_norm2, self.gamma2)
+    def _run(self, x: Tensor, priority: Tensor | None) -> Tensor:
+        first, second = branch_priorities(priority)
+        x = self._add(x, self.dcn, self.norm1, self.res_post_norm1, self.gamma1, first)
+        return self._add(x, self.mlp, self.norm2, self.res_post_norm2, self.gamma2, second)
 
     def _add(
         self,
@@ -229,13 +233,14 @@ class InternImageLayer(nn.Module):
         norm: nn.Module,
         res_post_norm: nn.Module | None,
         gamma: Tensor | None,
+        priority: Tensor | None,
     ) -> Tensor:
-        rows = self.drop_path.draw(x)
+        rows = self.drop_path.draw(x, priority)
         kept = take_rows(x, rows)
         branch = norm(body(kept)) if self.post_norm else body(norm(kept))
         if res_post_norm is not None:
             branch = res_post_norm(branch)
-        return self.drop_path.add(x, branch, gamma, rows)
+        return self.drop_path.add(x, branch, gamma, rows, priority)
 
 
 class Stem(nn.Module):
@@ -294,13 +299,14 @@ class Stage(nn.Module):
         )
         self.downsample = Downsample(channels) if downsample else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, priority: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the stage's map [B, H, W, C] and the next stage's input [B, H / 2, W / 2, 2 C].
 
-        Both are the same tensor after the last stage, which does not downsample.
+        Both are the same tensor after the last stage, which does not downsample. priority: [B, 2 L]
+        int32 of the stage's L layers, as `DropPath` takes it.
         """
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, layer_priorities(priority, i))
             if self.post_norms is not None and i in self.post_norm_ids:
                 x = self.post_norms[self.post_norm_ids.index(i)](x)
         if self.norm is not None:

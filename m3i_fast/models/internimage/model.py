@@ -67,6 +67,7 @@ class InternImage(ImageEncoder):
         self.dim, self.summary_dim = cfg.dim, cfg.summary_dim
         self.patch_embed = Stem(cfg.channels)
         self.levels = nn.ModuleList(_stages(cfg, core, layers))
+        self._columns = [2 * num_layers for num_layers in cfg.depths]  # of priorities
         width = cfg.channels * 2**3
         if cfg.use_clip_projector:
             patches = nn.Conv2d(width, 4 * cfg.token_dim, 1)
@@ -90,27 +91,31 @@ class InternImage(ImageEncoder):
         """Initialise every parameter as the official code does."""
         reset_children(self)
 
-    def forward_stages(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward_stages(
+        self, images: Tensor, priority: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the maps of the four stages, [B, H/4, W/4, C] to [B, H/32, W/32, 8 C].
 
-        images: [B, 3, H, W]. Sides that are no multiples of the stride are rounded up. Raises
-        ValueError for an input of another shape.
+        images: [B, 3, H, W]. Sides that are no multiples of the stride are rounded up. priority:
+        [B, 2 L] int32 of both branches of all L layers, as `DropPath` takes it. Raises ValueError
+        for an input of another shape.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
         x = self.patch_embed(images)
         maps = []
-        for level in self.levels:
-            stage_map, x = level(x)
+        of_stages = [None] * 4 if priority is None else priority.split(self._columns, 1)
+        for level, own in zip(self.levels, of_stages, strict=True):
+            stage_map, x = level(x, own)
             maps.append(stage_map)
         first, second, third, fourth = maps
         return first, second, third, fourth
 
-    def encode_cells(self, images: Tensor) -> Tensor:
+    def encode_cells(self, images: Tensor, priority: Tensor | None = None) -> Tensor:
         """Encode images as dense tokens at stride 16: [B, 3, H, W] -> [B, N, D].
 
-        Stage 3 and the pixel-shuffled stage 4 are added. Raises ValueError where H or W is no
-        multiple of 32, or without use_clip_projector.
+        Stage 3 and the pixel-shuffled stage 4 are added. priority: as in `forward_stages`. Raises
+        ValueError where H or W is no multiple of 32, or without use_clip_projector.
         """
         self._need_projector("dense tokens")
         if any(side % COARSEST_STRIDE for side in images.shape[-2:]):
@@ -118,7 +123,7 @@ class InternImage(ImageEncoder):
                 f"images: expected [B, 3, H, W] with H and W multiples of {COARSEST_STRIDE}, "
                 f"got {list(images.shape)}"
             )
-        *_, third, fourth = self.forward_stages(images)
+        *_, third, fourth = self.forward_stages(images, priority)
         fine = self.dcnv3_head_x3(to_channels_first(third))
         coarse = self.dcnv3_head_x4(to_channels_first(fourth))
         return (fine + coarse).flatten(2).transpose(1, 2)

@@ -157,6 +157,9 @@ def num_kept(num_samples: int, rate: float) -> int:
     return max(1, round(num_samples * (1 - rate)))
 
 
+NUM_PRIORITIES = 2**24
+
+
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): a residual branch is dropped for whole samples.
 
@@ -164,6 +167,10 @@ class DropPath(nn.Module):
     the kept ones are scaled by 1 / (1 - rate). subset (DINOv2): a fixed share of each batch is
     dropped before the branch, which is computed for the kept samples only; these are scaled by B
     over their number.
+
+    priority: [B] int32, uniform in [0, 2**24), by which samples are dropped: those below the rate,
+    or with subset the lowest of the batch. A training step draws them by the samples'
+    positions in the run; None draws from torch's global generator.
     """
 
     def __init__(self, rate: float, mode: DropPathMode = "mask") -> None:
@@ -173,28 +180,62 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}, mode={self.mode}"
 
-    def forward(self, branch: Tensor) -> Tensor:  # [B, ...] -> [B, ...]
+    def forward(
+        self,
+        branch: Tensor,  # [B, ...]
+        priority: Tensor | None = None,  # [B] int32
+    ) -> Tensor:  # [B, ...]
         """Return the branch with dropped samples zeroed and kept ones scaled, in mode mask."""
         if not self.training or self.rate == 0.0 or self.mode == "subset":
             return branch
         keep = 1.0 - self.rate
         one_a_sample = (branch.shape[0], *(1,) * (branch.ndim - 1))
-        return branch * branch.new_empty(one_a_sample).bernoulli_(keep).div_(keep)
+        if priority is None:
+            kept = branch.new_empty(one_a_sample).bernoulli_(keep)
+        else:
+            kept = (priority >= round(self.rate * NUM_PRIORITIES)).to(branch.dtype)
+        return branch * kept.view(one_a_sample).div_(keep)
 
-    def draw(self, x: Tensor) -> Tensor | None:
+    def draw(self, x: Tensor, priority: Tensor | None = None) -> Tensor | None:
         """Draw the samples of x [B, ...] that go through the branch: [kept] int64, None for all."""
         if not self.training or self.rate == 0.0 or self.mode == "mask":
             return None
-        return torch.randperm(len(x), device=x.device)[: num_kept(len(x), self.rate)]
+        if priority is None:
+            order = torch.randperm(len(x), device=x.device)
+        else:
+            order = priority.argsort(stable=True, descending=True)
+        return order[: num_kept(len(x), self.rate)]
 
-    def add(self, x: Tensor, branch: Tensor, scale: Tensor | None, rows: Tensor | None) -> Tensor:
+    def add(
+        self,
+        x: Tensor,  # [B, ...]
+        branch: Tensor,  # [B or kept, ...]
+        scale: Tensor | None,
+        rows: Tensor | None,  # [kept] int64
+        priority: Tensor | None = None,  # [B] int32
+    ) -> Tensor:  # [B, ...]
         """Return x + scale * branch; rows: the samples of x that the branch has, None for all."""
         if rows is not None:
             branch = branch if scale is None else branch * scale
             return x.index_add(0, rows, branch.to(x.dtype), alpha=len(x) / len(rows))
-        branch = self(branch)
+        branch = self(branch, priority)
         # one pass instead of two over the branch
         return x + branch if scale is None else torch.addcmul(x, branch, scale)
+
+
+def branch_priorities(
+    priority: Tensor | None,  # [B, 2] int32
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the priorities of a layer's first and second branch, [B] each, or none."""
+    return (None, None) if priority is None else (priority[:, 0], priority[:, 1])
+
+
+def layer_priorities(
+    priority: Tensor | None,  # [B, 2 L] int32
+    layer: int,
+) -> Tensor | None:
+    """Return the priorities of a layer's two branches, [B, 2], or none."""
+    return None if priority is None else priority[:, 2 * layer : 2 * layer + 2]
 
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -276,16 +317,18 @@ class Block(nn.Module):
         *,
         num_last: int | None = None,
         rotation: Tensor | None = None,
+        priority: Tensor | None = None,
     ) -> Tensor:
         """Run the block: [B, T, D] -> [B, T, D], or [B, num_last, D].
 
         key_mask: [B, T] bool, True where the token is real; None attends to every token.
         num_last: return the last tokens only, without computing the others.
         rotation: [B, T, 2, D / H / 2] of rotary positions, applied to queries and keys.
+        priority: [B, 2] int32 of `DropPath`, for attention and for the MLP.
         """
         if self.checkpoint is None or not torch.is_grad_enabled():
-            return self._run(x, key_mask, num_last, rotation)
-        return self.checkpoint(self._run, x, key_mask, num_last, rotation)
+            return self._run(x, key_mask, num_last, rotation, priority)
+        return self.checkpoint(self._run, x, key_mask, num_last, rotation, priority)
 
     def _run(
         self,
@@ -293,14 +336,17 @@ class Block(nn.Module):
         key_mask: Tensor | None,
         num_last: int | None,
         rotation: Tensor | None,
+        priority: Tensor | None,
     ) -> Tensor:
-        drop, rows = self.drop_path, self.drop_path.draw(x)
+        drop, (first, second) = self.drop_path, branch_priorities(priority)
+        rows = drop.draw(x, first)
         key_mask = None if key_mask is None else take_rows(key_mask, rows)
         rotation = None if rotation is None else take_rows(rotation, rows)
         attended = self.attention(self.layernorm_qkv(take_rows(x, rows)), key_mask, rotation)
         if num_last is not None:
-            first = x.shape[1] - num_last
-            x, attended = x[:, first:], attended[:, first:]
-        x = drop.add(x, self.proj(attended), self.layer_scale_1, rows)
-        rows = drop.draw(x)
-        return drop.add(x, self.layernorm_mlp(take_rows(x, rows)), self.layer_scale_2, rows)
+            start = x.shape[1] - num_last
+            x, attended = x[:, start:], attended[:, start:]
+        x = drop.add(x, self.proj(attended), self.layer_scale_1, rows, first)
+        rows = drop.draw(x, second)
+        branch = self.layernorm_mlp(take_rows(x, rows))
+        return drop.add(x, branch, self.layer_scale_2, rows, second)

@@ -16,6 +16,7 @@ from m3i_fast.models.transformer.blocks import (
     TORCH_LAYERS,
     Block,
     BlockLayers,
+    layer_priorities,
     reset_children,
 )
 from m3i_fast.models.transformer.positions import (
@@ -103,21 +104,26 @@ class ViT(ImageEncoder):
         old, new = (self.cfg.grid, self.cfg.grid), (height // patch, width // patch)
         return tokens + resample_grid(self.pos_embed, old, new)
 
-    def places(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the position arguments of `encode` for images [B, 3, H, W].
+    def places(self, images: Tensor) -> Tensor | None:
+        """Return the centres of the patches of images [B, 3, H, W] as `encode` takes them.
 
-        With rotary positions the centres of patches, [B, N, 2] in (-1, 1); with absolute ones none.
+        With rotary positions [B, N, 2] in (-1, 1); with absolute ones None.
         """
         if self.pos_embed is not None:
-            return ()
+            return None
         rows, columns = (side // self.cfg.patch_size for side in images.shape[-2:])
-        centres = patch_centres(rows, columns, images.device)
-        return (centres.expand(len(images), -1, -1),)
+        return patch_centres(rows, columns, images.device).expand(len(images), -1, -1)
 
-    def encode(self, tokens: Tensor, centres: Tensor | None = None) -> Tensor:
-        """Run the blocks on any subset of patch tokens: [B, n, D] -> [B, R + n, D], prefix first.
+    def encode(
+        self,
+        tokens: Tensor,  # [B, n, D]
+        centres: Tensor | None = None,  # [B, n, 2]
+        priority: Tensor | None = None,  # [B, 2 depth] int32
+    ) -> Tensor:  # [B, R + n, D]
+        """Run the blocks on any subset of patch tokens; the prefix comes first in the result.
 
-        centres: [B, n, 2] of the tokens' patches, with rotary positions only; ValueError otherwise.
+        centres: those of the tokens' patches, with rotary positions only; ValueError otherwise.
+        priority: of every block's two branches, as `DropPath` takes it.
         """
         if (centres is None) != (self.cfg.position == "absolute"):
             raise ValueError(
@@ -128,8 +134,9 @@ class ViT(ImageEncoder):
         if prefix:
             tokens = torch.cat([*(p.expand(tokens.shape[0], -1, -1) for p in prefix), tokens], 1)
         rotation = None if centres is None else self._rotation(centres)
-        for block in self.blocks:
-            tokens = block(tokens, rotation=rotation)
+        for i, block in enumerate(self.blocks):
+            own = layer_priorities(priority, i)
+            tokens = block(tokens, rotation=rotation, priority=own)
         return self.norm(tokens)
 
     def _rotation(self, centres: Tensor) -> Tensor:  # [B, n, 2] -> [B, R + n, 2, D / H / 2]
@@ -138,21 +145,34 @@ class ViT(ImageEncoder):
         head_dim = self.cfg.dim // self.cfg.num_heads
         return rotary(torch.cat([prefix, centres], dim=1), head_dim)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Encode whole images: [B, 3, H, W] -> [B, R + N, D], prefix first."""
-        return self.encode(self.embed(images), *self.places(images))
+    def forward(self, images: Tensor, priority: Tensor | None = None) -> Tensor:
+        """Encode whole images: [B, 3, H, W] -> [B, R + N, D], prefix first.
 
-    def encode_cells(self, images: Tensor) -> Tensor:
-        """Encode whole images as one token a patch: [B, 3, H, W] -> [B, N, D]."""
-        return self(images)[:, self.num_prefix :]
-
-    def encode_alone(self, images: Tensor, token_index: Tensor) -> Tensor:
-        """Encode each image's own cells without the others: [B, 3, H, W], [I, n] -> [I, n, D].
-
-        token_index: [I, n] int64, the cells of input i % B that image i shows.
+        priority: [B, 2 depth] int32, as in `encode`.
         """
-        own = [take_cells(x, token_index) for x in (self.embed(images), *self.places(images))]
-        return self.encode(*own)[:, self.num_prefix :]
+        return self.encode(self.embed(images), self.places(images), priority)
+
+    def encode_cells(self, images: Tensor, priority: Tensor | None = None) -> Tensor:
+        """Encode whole images as one token a patch: [B, 3, H, W] -> [B, N, D].
+
+        priority: [B, 2 depth] int32, as in `encode`.
+        """
+        return self(images, priority)[:, self.num_prefix :]
+
+    def encode_alone(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        token_index: Tensor,  # [I, n] int64
+        priority: Tensor | None = None,  # [I, 2 depth] int32
+    ) -> Tensor:  # [I, n, D]
+        """Encode each image's own cells without the others.
+
+        token_index: the cells of input i % B that image i shows. priority: as in `encode`.
+        """
+        tokens, centres = take_cells(self.embed(images), token_index), self.places(images)
+        if centres is not None:
+            centres = take_cells(centres, token_index)
+        return self.encode(tokens, centres, priority)[:, self.num_prefix :]
 
     def summarise(self, tokens: Tensor) -> Tensor:
         """Return all tokens unchanged: [B, n, D]."""

@@ -15,9 +15,9 @@ from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.loader import Loader
-from tests.shared.engine.parts_of_batches import in_double_precision, in_dtype, own_mix
+from tests.shared.engine.parts_of_batches import in_double_precision, in_dtype
 from tests.shared.engine.two_ranks import full
-from tests.shared.ranks import joined, part
+from tests.shared.ranks import part
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ def run(case: Case, num_ranks: int, folder: Path, rank: int | None) -> dict[str,
         losses = []
         for step in range(case.num_steps):
             batch = in_dtype(next(whole), case.double)
-            mixes = [own_mix(trainer, r, part(batch, r, num_ranks)) for r in range(num_ranks)]
             mine = batch if rank is None else part(batch, rank, num_ranks)
-            mix = joined(mixes) if rank is None else mixes[rank]
-            trainer.train_step.draw_mix = lambda *_, mix=mix: mix  # type: ignore[method-assign,misc]
             if step == 0:
                 _keep_gradients(trainer, found)
             metrics = trainer.train_step(mine, monitor=step == 0)

@@ -13,6 +13,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.pipelines.batch import Batch
+from tests.shared.engine.drawn_data import DrawnData
 from tests.shared.engine.replaced_step import replace_call
 from tests.shared.engine.two_ranks import NUM_RANKS, full, spread
 
@@ -23,7 +24,11 @@ class Watched:
     """A run that notes which samples it sees."""
 
     def __init__(self, cfg: TrainConfig, out: Path, *, resume: bool = False) -> None:
-        self.trainer, self.seen = Trainer(cfg, out, resume=resume), list[Tensor]()
+        rank, num_ranks = 0, 1
+        if dist.is_initialized():
+            rank, num_ranks = dist.get_rank(), dist.get_world_size()
+        data = DrawnData(cfg, rank=rank, num_ranks=num_ranks)
+        self.trainer, self.seen = Trainer(cfg, out, resume=resume, data=data), list[Tensor]()
         step = self.trainer.train_step.__call__
 
         def noted(batch: Batch, *, monitor: bool = False) -> dict[str, Tensor]:

@@ -57,10 +57,11 @@ def _steps(cfg: TrainConfig, world: World) -> tuple[dict[str, Tensor], list[str]
     batch, found, events = draw_batch(cfg, seed=world.rank), {}, list[str]()
     mix = draw_mix(
         cfg.objective.mixing,
-        batch_size=cfg.data.batch_size,
+        position=batch.position + world.rank * cfg.data.batch_size,
+        first_position=0,
         grid=cfg.vision.grid,
         context_length=cfg.text.context_length,
-        seed=world.rank,
+        seed=0,
         step=0,
         num_steps=2,
     )

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.models.vit import vit_demo
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.parallel.gradient_caching import run_in_chunks
 from m3i_fast.engine.train_step import ForwardPass
 from m3i_fast.models.transformer.blocks import Block
+from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.mixing import draw_mix
 from m3i_fast.recipes import recipes, shrink
 from tests.shared.small_objective import NUM_CLASSES, TEXT, make_batch
@@ -41,7 +43,8 @@ def _step(cfg: TrainConfig) -> tuple[dict[str, Tensor], int]:
     batch = replace(batch, global_views=views)
     mix = draw_mix(
         cfg.objective.mixing,
-        batch_size=B,
+        position=batch.position,
+        first_position=0,
         grid=cfg.vision.grid,
         context_length=6,
         seed=0,
@@ -96,6 +99,24 @@ def test_stochastic_depth_draws_the_same_in_both_passes() -> None:
     expected = gradient(lambda x: torch.cat([block(part) for part in x.tensor_split(3)]))
     assert not torch.equal(expected[0], rows)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_chunks_of_rows_drop_the_branches_of_their_rows() -> None:
+    vit = ViT(vit_demo(dim=32, depth=3, num_heads=2, drop_path_rate=0.5))
+    rows = torch.randn(10, 4, 32)
+    priority = torch.randint(2**24, (10, 6), dtype=torch.int32)
+
+    def gradient(of: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        vit.zero_grad()
+        out = of(rows, None, priority)
+        out.square().sum().backward()
+        assert vit.blocks[1].proj.weight.grad is not None  # type: ignore[union-attr]
+        return out.detach(), vit.blocks[1].proj.weight.grad.clone()  # type: ignore[union-attr]
+
+    found, expected = gradient(partial(run_in_chunks, vit.encode, 4)), gradient(vit.encode)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    other = vit.encode(rows, None, priority.flip(0))
+    assert not torch.allclose(other, expected[0], atol=1e-3)
 
 
 def test_without_a_gradient_the_rows_are_the_same() -> None:

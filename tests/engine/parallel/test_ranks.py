@@ -85,11 +85,14 @@ def _worst(ours: Found, theirs: Found, kind: str) -> float:
 
     Of values below 0.01, which a few of AdamW's steps change as a whole, relative to that. Of the
     state without what has a gradient that is nothing but rounding, such as biases in front of a
-    batch norm, or of keys beside those of queries and values, since AdamW makes whole steps of it.
+    batch norm, or of keys beside those of queries and values, since AdamW makes whole steps of it;
+    it may be exactly 0 in one of the two.
     """
     assert ours.keys() == theirs.keys()
     learnt = {
-        f"state/{prefix}{name.removeprefix('gradient/')}": ~_is_rounding(value)
+        f"state/{prefix}{name.removeprefix('gradient/')}": ~(
+            _is_rounding(value) | _is_rounding(ours[name])
+        )
         for name, value in theirs.items()
         for prefix in ("", "target_encoder.")  # whose average follows
         if name.startswith("gradient/")

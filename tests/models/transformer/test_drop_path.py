@@ -33,13 +33,13 @@ class Drawn(DropPath):
         super().__init__(0.4, mode)  # type: ignore[arg-type]
         self.rows = iter(rows)
 
-    def forward(self, branch: Tensor) -> Tensor:
+    def forward(self, branch: Tensor, priority: Tensor | None = None) -> Tensor:
         rows = next(self.rows)
         mask = torch.zeros(len(branch), *(1,) * (branch.ndim - 1), dtype=branch.dtype)
         mask[rows] = len(branch) / len(rows)
         return branch * mask
 
-    def draw(self, x: Tensor) -> Tensor | None:
+    def draw(self, x: Tensor, priority: Tensor | None = None) -> Tensor | None:
         return next(self.rows) if self.mode == "subset" else None
 
 
@@ -95,6 +95,46 @@ def test_every_sample_is_kept_as_often_and_their_number_is_exact() -> None:
     assert [num_kept(n, 0.9) for n in (1, 4, 10, 26)] == [1, 1, 1, 3]
     assert drop.eval().draw(x) is None
     assert DropPath(0.0, "subset").draw(x) is None
+
+
+def test_priorities_decide_what_is_dropped() -> None:
+    quarter = 2**22
+    priority = torch.tensor([quarter, 0, 2**24 - 1, quarter - 1], dtype=torch.int32)
+    x = torch.ones(4, 3, dtype=torch.float64)
+    masked = DropPath(0.25)(x, priority)
+    assert masked[:, 0].tolist() == [1 / 0.75, 0, 1 / 0.75, 0]
+    subset = DropPath(0.5, "subset")
+    assert subset.draw(x, priority).tolist() == [2, 0]  # type: ignore[union-attr]
+    added = subset.add(x, x[:2], None, torch.tensor([2, 0]), priority)
+    assert added[:, 0].tolist() == [3, 1, 3, 1]
+    assert subset.eval().draw(x, priority) is None
+    assert DropPath(0.25).eval()(x, priority) is x
+
+
+@pytest.mark.parametrize("way", ["none", "full"])
+@pytest.mark.parametrize("name", ["vit", "internimage"])
+def test_a_row_drops_the_same_branches_in_any_batch(name: str, way: Recompute) -> None:
+    """And every branch has a column of its own, which decides that branch alone."""
+    if name == "vit":
+        cfg = replace(CFG, drop_path_mode="mask", activation_checkpointing=way)
+        model, images = ViT(cfg), torch.randn(6, 3, 32, 32)
+    else:
+        small = replace(internimage_demo(), drop_path_rate=0.5, activation_checkpointing=way)
+        model, images = InternImage(small), torch.randn(6, 3, 64, 64)
+        cfg = small
+    count = 2 * cfg.num_layers
+    priority = torch.randint(2**24, (6, count), dtype=torch.int32)
+    whole = model.encode_cells(images, priority)
+    parts = [model.encode_cells(images[i::2], priority[i::2]) for i in (0, 1)]
+    for i, part in enumerate(parts):
+        torch.testing.assert_close(part, whole[i::2], atol=1e-5, rtol=1e-4)
+    kept = torch.full((6, count), 2**24 - 1, dtype=torch.int32)
+    everything = model.encode_cells(images, kept)
+    for column in range(2, count):  # the first layer drops nothing
+        dropped = kept.clone()
+        dropped[3, column] = 0
+        changed = (model.encode_cells(images, dropped) != everything).flatten(1).any(1)
+        assert changed.tolist() == [False, False, False, True, False, False]
 
 
 def test_what_is_dropped_is_not_computed() -> None:

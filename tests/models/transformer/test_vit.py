@@ -178,7 +178,7 @@ def test_rotary_positions_add_nothing_and_tell_patches_apart() -> None:
     swapped[..., :8, :8], swapped[..., :8, 8:16] = images[..., :8, 8:16], images[..., :8, :8]
     out, other = vit(images), vit(swapped)
     assert (out[:, :4] - other[:, :4]).abs().max() > 1e-3  # the prefix sees where they stand
-    tokens, (centres,) = vit.embed(images), vit.places(images)
+    tokens, centres = vit.embed(images), vit.places(images)
     order = torch.randperm(16)
     permuted = vit.encode(tokens[:, order], centres[:, order])
     torch.testing.assert_close(permuted[:, 4:], out[:, 4:][:, order], atol=1e-5, rtol=1e-4)
@@ -190,7 +190,7 @@ def test_rotated_cells_alone_are_where_they_were() -> None:
     images, index = torch.randn(2, 3, 32, 32), torch.stack([torch.randperm(16)[:5] for _ in "abcd"])
     alone = vit.encode_alone(images, index)
     for image, cells in enumerate(index):
-        at = [x[image % 2 :][:1][:, cells] for x in (vit.embed(images), *vit.places(images))]
+        at = [x[image % 2 :][:1][:, cells] for x in (vit.embed(images), vit.places(images))]
         torch.testing.assert_close(alone[image], vit.encode(*at)[0, 4:], atol=1e-5, rtol=1e-4)
     assert vit(torch.randn(1, 3, 16, 48)).shape == (1, 4 + 12, 32)  # any size, without a table
 
@@ -212,7 +212,7 @@ def test_attention_with_rotary_positions_is_timms() -> None:
     norm = torch.nn.functional.layer_norm(
         x, (32,), block.layernorm_qkv.layer_norm_weight, block.layernorm_qkv.layer_norm_bias, 1e-6
     )
-    rotation = vit._rotation(vit.places(torch.zeros(2, 3, 32, 32))[0])
+    rotation = vit._rotation(vit.places(torch.zeros(2, 3, 32, 32)))
     ours = block.proj(block.attention(block.layernorm_qkv(x), rotation=rotation))
     torch.testing.assert_close(ours, theirs(norm, rope=angles), atol=1e-5, rtol=1e-4)
 

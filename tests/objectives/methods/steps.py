@@ -111,6 +111,7 @@ def draw_batch(seed: int, *, with_local: bool) -> Batch:
         label=torch.randint(0, CLASSES, (BATCH,), generator=rng),
         sample_id=sample_id,
         group_id=sample_id,
+        position=torch.arange(BATCH),
     )
 
 
@@ -118,7 +119,8 @@ def draw(model: MutualInformation, step: int) -> Mix:
     """The step's mix; inputs of one image are in an order that is not the samples'."""
     mix = draw_mix(
         model.cfg.mixing,
-        batch_size=BATCH,
+        position=torch.arange(step * BATCH, (step + 1) * BATCH),
+        first_position=step * BATCH,
         grid=GRID,
         context_length=CONTEXT,
         seed=0,

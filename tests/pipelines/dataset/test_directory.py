@@ -34,9 +34,7 @@ from tests.shared.pipelines.data import (
     smooth_picture,
 )
 
-CFG = LoaderConfig(
-    batch_size=4, global_views=ViewConfig(count=1, size=4, gray_probability=0), initial_fill=1
-)
+CFG = LoaderConfig(batch_size=4, global_views=ViewConfig(count=1, size=4, gray_probability=0))
 PICTURE = smooth_picture(0, 40, 56)
 PNG, JPEG, GIF = (encode_image(PICTURE, name) for name in ("PNG", "JPEG", "GIF"))
 BAD = "000000005-picture-5"

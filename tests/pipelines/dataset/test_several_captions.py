@@ -7,13 +7,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import binom
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.keyed_draws import Purpose, words
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset import captions
 from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.shared.pipelines.data import (
@@ -33,7 +34,7 @@ T = TOKENIZER.context_length
 
 @pytest.fixture
 def cfg(mixture: Path) -> LoaderConfig:
-    return LoaderConfig(path=mixture, batch_size=4, global_views=VIEWS, seed=5, initial_fill=16)
+    return LoaderConfig(path=mixture, batch_size=4, global_views=VIEWS, seed=5)
 
 
 def chosen(batch: Batch) -> dict[int, int]:
@@ -49,46 +50,39 @@ def chosen(batch: Batch) -> dict[int, int]:
     return found
 
 
-def epochs(cfg: LoaderConfig, number: int, shard_id: int = 0, num_shards: int = 1):  # type: ignore[no-untyped-def]
-    """{(epoch, sample_id): which} of a rank."""
-    loader = Loader(cfg, shard_id=shard_id, num_shards=num_shards)
+def epochs(cfg: LoaderConfig, number: int, **options: int) -> dict[tuple[int, int], int]:
+    """{(position, sample_id): which} of a rank."""
+    loader = Loader(cfg, **options)
     found = {}
     for _ in range(number * loader.steps_per_epoch):
-        which = chosen(next(loader))
-        found.update({(loader.epoch, index): k for index, k in which.items()})
+        batch = next(loader)
+        which = chosen(batch)
+        for position, index in zip(batch.position.tolist(), batch.sample_id.tolist(), strict=True):
+            found[position, index] = which[index]
     return found
 
 
-def test_a_caption_is_drawn_by_seed_epoch_and_sample_alone(cfg: LoaderConfig) -> None:
-    drawn = epochs(cfg, 3)
-    assert len(drawn) == 3 * 48
-    for (epoch, index), which in drawn.items():
+def test_a_caption_is_drawn_by_seed_and_position_alone(cfg: LoaderConfig) -> None:
+    drawn = epochs(replace(cfg, batch_size=5), 3)
+    assert len(drawn) == 3 * 50
+    for (position, index), which in drawn.items():
         count = len(several_captions(index))
         if count:
-            key = captions.epoch_key(5, epoch)
-            one = captions.draw(key, torch.tensor([index]), torch.tensor([count]))
-            assert which == int(one)
-    for changed in (
-        replace(cfg, num_threads=2, prefetch=3),
-        replace(cfg, batch_size=7),
-        replace(cfg, initial_fill=40),
-    ):
+            word = words(np.array([position]), 1, seed=5, purpose=Purpose.CAPTION)[0, 0]
+            assert which == (int(word) >> 32) * count >> 32
+    for changed in (replace(cfg, num_threads=2, prefetch=3), replace(cfg, batch_size=7)):
         other = epochs(changed, 2)
-        shared = other.keys() & drawn.keys()
-        assert len(shared) > 80
-        assert all(other[key] == drawn[key] for key in shared)
-    other = epochs(replace(cfg, seed=6), 3)
+        assert len(other) > 80 and other.items() <= drawn.items()
+    other = epochs(replace(cfg, batch_size=5, seed=6), 3)
     assert any(other[key] != drawn[key] for key in other.keys() & drawn.keys())
 
 
 def test_ranks_choose_independently_of_the_rank(cfg: LoaderConfig) -> None:
     """What a rank reads is drawn as one reader of everything draws it."""
-    alone = epochs(cfg, 3)
+    alone = epochs(replace(cfg, batch_size=5), 3)
     for rank in range(2):
-        read = epochs(cfg, 3, rank, 2)
-        shared = read.keys() & alone.keys()
-        assert len(shared) > 60
-        assert all(read[key] == alone[key] for key in shared)
+        read = epochs(cfg, 3, rank=rank, num_ranks=2)
+        assert len(read) > 60 and read.items() <= alone.items()
 
 
 def test_every_caption_comes_up_as_often_as_the_others(cfg: LoaderConfig) -> None:
@@ -157,7 +151,7 @@ def test_batches_without_any_caption_or_label_pass(packer: Packer, several: bool
     if several:
         samples += [sample(i, image, captions=several_captions(3), label=1) for i in range(16, 18)]
     path = packer(samples)
-    cfg = LoaderConfig(path=path, batch_size=2, global_views=VIEWS, initial_fill=1)
+    cfg = LoaderConfig(path=path, batch_size=2, global_views=VIEWS)
     passes = (
         take(Loader(cfg), 9),
         list(evaluation_batches(path, "train", image_size=4, batch_size=2)),

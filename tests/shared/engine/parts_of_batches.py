@@ -15,27 +15,16 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.engine.checkpoint.checkpoints import tensors_of
-from m3i_fast.engine.train_step import TrainStep
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.terms import dense
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.recipes import shrink
 from tests.shared.engine.small_run import TEXT
 from tests.shared.engine.two_ranks import full
-from tests.shared.ranks import joined, part
+from tests.shared.ranks import part
 
 NUM_STEPS = 3
-
-
-def own_mix(trainer: Trainer, rank: int, batch: Batch) -> Mix:
-    """What a rank draws in this step."""
-    step = trainer.train_step
-    before, step.seed = step.seed, 1000 + rank
-    mix = TrainStep.draw_mix(step, batch)
-    step.seed = before
-    return mix
 
 
 def in_dtype(batch: Batch, double: bool) -> Batch:
@@ -98,11 +87,7 @@ def train_in_parts(
         for step in range(NUM_STEPS):
             batch = in_dtype(next(loader), True)
             batch = replace(batch, label=batch.sample_id % 9)  # as many members in each part
-            mixes = [own_mix(trainer, i, part(batch, i, 4)) for i in range(4)]
-            mixes = [_join(mixes, i, num_parts) for i in range(num_parts)]
             batches = [part(batch, i, num_parts) for i in mine] if mine else [batch]
-            given = iter([mixes[i] for i in mine] if mine else mixes)
-            trainer.train_step.draw_mix = lambda *_, given=given: next(given)  # type: ignore[method-assign,misc]
             metrics = trainer.train_step(*batches)
             found[f"loss {step}"] = trainer.world.mean(metrics["loss/total"].clone())
             found[f"norm {step}"] = metrics["optim/grad_norm"].clone()
@@ -115,11 +100,6 @@ def train_in_parts(
         loader.close()
         trainer.run.close()
     return found
-
-
-def _join(quarters: list[Mix], index: int, num_parts: int) -> Mix:
-    size = len(quarters) // num_parts
-    return joined(quarters[index * size : (index + 1) * size])
 
 
 def assert_close_states(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -1,0 +1,92 @@
+// Format and size of an encoded picture, from its header, before anything decodes it: a small file
+// of a huge picture takes a decoder gigabytes and minutes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace m3i {
+
+struct PictureHeader {
+  const char* format;     // "JPEG", "PNG" or "WEBP"
+  int64_t height, width;  // as stored, before EXIF's orientation
+};
+
+namespace header_detail {
+
+inline int64_t big_endian(const uint8_t* bytes, int count) {
+  int64_t value = 0;
+  for (int i = 0; i < count; ++i) value = value << 8 | bytes[i];
+  return value;
+}
+
+inline int64_t little_endian(const uint8_t* bytes, int count) {
+  int64_t value = 0;
+  for (int i = count - 1; i >= 0; --i) value = value << 8 | bytes[i];
+  return value;
+}
+
+// The frame header stands before the first scan; every segment up to there has to be whole.
+inline PictureHeader jpeg_header(const uint8_t* bytes, size_t size) {
+  std::optional<PictureHeader> found;
+  for (size_t place = 2; place + 9 <= size;) {
+    const uint8_t* segment = bytes + place;
+    const int marker = segment[1];
+    if (segment[0] == 0xff && marker == 0xda && found) return *found;
+    if (segment[0] != 0xff || marker < 0xc0 || (marker >= 0xd0 && marker <= 0xda)) break;
+    if (marker <= 0xcf && marker != 0xc4 && marker != 0xc8 && marker != 0xcc) {
+      if (found) break;
+      found = PictureHeader{"JPEG", big_endian(segment + 5, 2), big_endian(segment + 7, 2)};
+    }
+    place += marker == 0xff ? 1 : 2 + static_cast<size_t>(big_endian(segment + 2, 2));
+  }
+  throw std::runtime_error(
+      "expected JPEG segments with one frame header before the pixels, got others");
+}
+
+inline PictureHeader webp_header(const uint8_t* bytes) {
+  if (std::memcmp(bytes + 12, "VP8X", 4) == 0) {
+    return {"WEBP", 1 + little_endian(bytes + 27, 3), 1 + little_endian(bytes + 24, 3)};
+  }
+  if (std::memcmp(bytes + 12, "VP8L", 4) == 0) {
+    const int64_t bits = little_endian(bytes + 21, 4);
+    return {"WEBP", 1 + (bits >> 14 & 0x3fff), 1 + (bits & 0x3fff)};
+  }
+  return {"WEBP", little_endian(bytes + 28, 2) & 0x3fff, little_endian(bytes + 26, 2) & 0x3fff};
+}
+
+}  // namespace header_detail
+
+// Throws std::runtime_error, what was expected and got.
+inline PictureHeader picture_header(const uint8_t* bytes, size_t size) {
+  using namespace header_detail;
+  static const uint8_t kPng[] = {0x89, 'P', 'N', 'G', '\r', '\n', 0x1a, '\n',
+                                 0,    0,   0,   13,  'I',  'H',  'D',  'R'};
+  if (size >= 24 && std::memcmp(bytes, kPng, sizeof(kPng)) == 0) {
+    return {"PNG", big_endian(bytes + 20, 4), big_endian(bytes + 16, 4)};
+  }
+  if (size >= 2 && bytes[0] == 0xff && bytes[1] == 0xd8) return jpeg_header(bytes, size);
+  if (size >= 30 && std::memcmp(bytes, "RIFF", 4) == 0 && std::memcmp(bytes + 8, "WEBP", 4) == 0) {
+    return webp_header(bytes);
+  }
+  throw std::runtime_error("expected JPEG, PNG or WebP data, got " + std::to_string(size) +
+                           " other bytes");
+}
+
+// Refuses a picture without pixels, or with more than max_pixels.
+inline void check_picture(const uint8_t* bytes, size_t size, int64_t max_pixels) {
+  const PictureHeader header = picture_header(bytes, size);
+  const std::string found = std::to_string(header.height) + " x " + std::to_string(header.width);
+  if (header.height * header.width == 0) {
+    throw std::runtime_error("expected a picture with pixels, got " + found);
+  }
+  if (header.height > max_pixels / header.width) {
+    throw std::runtime_error("expected at most " + std::to_string(max_pixels) + " pixels, got " +
+                             found + "; raise max_pixels where pictures are meant to be so large");
+  }
+}
+
+}  // namespace m3i

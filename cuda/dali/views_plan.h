@@ -1,0 +1,96 @@
+// The views of a batch, as the arguments of fn.m3i_draw_views and fn.m3i_views describe them.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dali/pipeline/operator/operator.h"
+#include "views/cpu/kernel_table.h"
+
+namespace m3i {
+
+// DALI has no argument of doubles, and the draws need all their bits: hexadecimal text, such as
+// "0x1.3333333333333p-2", has them.
+inline std::vector<ViewDistribution> view_distributions(const std::vector<std::string>& numbers) {
+  DALI_ENFORCE(!numbers.empty() && numbers.size() % kViewDistribution == 0,
+               "distribution: expected 15 numbers a view, got " + std::to_string(numbers.size()));
+  std::vector<double> values;
+  for (const std::string& number : numbers) {
+    char* end = nullptr;
+    values.push_back(std::strtod(number.c_str(), &end));
+    DALI_ENFORCE(*end == '\0' && !number.empty(), "distribution: expected a number, got " + number);
+  }
+  std::vector<ViewDistribution> views(values.size() / kViewDistribution);
+  std::memcpy(views.data(), values.data(), values.size() * sizeof(double));
+  return views;
+}
+
+// geometry: size, blur_kernel_size and cubic of each view.
+inline std::vector<ViewGeometry> view_geometry(const std::vector<int>& geometry) {
+  DALI_ENFORCE(!geometry.empty() && geometry.size() % 3 == 0,
+               "geometry: expected three numbers a view, got " + std::to_string(geometry.size()));
+  std::vector<ViewGeometry> views;
+  for (size_t v = 0; v < geometry.size(); v += 3) {
+    const int size = geometry[v], blur = geometry[v + 1];
+    DALI_ENFORCE(size >= 1 && size <= kViewMaxSide && blur >= 1 && blur <= kViewMaxBlur &&
+                     blur % 2 == 1 && blur / 2 < size,
+                 "geometry: expected a size and an odd kernel of which half is less, got " +
+                     std::to_string(size) + " and " + std::to_string(blur));
+    views.push_back({size, blur, geometry[v + 2]});
+  }
+  return views;
+}
+
+// Checks the inputs of fn.m3i_views, parameters and one or two pictures of a sample, and describes
+// its outputs.
+template <typename Backend>
+void describe_views(std::vector<dali::OutputDesc>& out, const dali::Workspace& ws,
+                    const std::vector<ViewGeometry>& geometry) {
+  const auto& params = ws.Input<dali::CPUBackend>(0);
+  const int batch = params.num_samples();
+  const dali::TensorShape<2> rows(static_cast<int64_t>(geometry.size()), kViewColumns);
+  DALI_ENFORCE(
+      params.type() == DALI_FLOAT && params.shape() == dali::uniform_list_shape(batch, rows),
+      "m3i_views: expected parameters [V, 13] float32");
+  for (int m = 1; m < ws.NumInput(); ++m) {
+    const auto& images = ws.Input<Backend>(m);
+    DALI_ENFORCE(images.type() == DALI_UINT8 && images.sample_dim() == 3,
+                 "m3i_views: expected images [H, W, 3] uint8");
+  }
+  out.resize(geometry.size());
+  for (size_t v = 0; v < geometry.size(); ++v) {
+    const int64_t size = geometry[v].size;
+    out[v] = {dali::uniform_list_shape(batch, dali::TensorShape<3>(kViewChannels, size, size)),
+              DALI_UINT8};
+  }
+}
+
+// Pictures of sample i, where the backend has them. Throws where its parameters are not for them.
+template <typename Backend>
+std::vector<ViewImage> view_images(const dali::Workspace& ws, int i,
+                                   const std::vector<ViewGeometry>& geometry) {
+  std::vector<ViewImage> images;
+  for (int m = 1; m < ws.NumInput(); ++m) {
+    const auto& list = ws.Input<Backend>(m);
+    const auto shape = list.tensor_shape_span(i);
+    DALI_ENFORCE(shape[2] == kViewChannels, "m3i_views: expected images of three channels");
+    images.push_back({list.template tensor<uint8_t>(i), static_cast<int32_t>(shape[0]),
+                      static_cast<int32_t>(shape[1]), kViewChannels * shape[1]});
+  }
+  const auto* params =
+      reinterpret_cast<const ViewParams*>(ws.Input<dali::CPUBackend>(0).tensor<float>(i));
+  for (size_t v = 0; v < geometry.size(); ++v) {
+    const ViewImage& image =
+        images[view_source(static_cast<int>(v), static_cast<int>(images.size()))];
+    const char* wrong = wrong_view_param(params[v], image.height, image.width);
+    DALI_ENFORCE(!wrong, dali::make_string("m3i_views: view ", v, ": ", wrong ? wrong : "",
+                                           ": expected a value for a picture of ", image.height,
+                                           " x ", image.width));
+  }
+  return images;
+}
+
+}  // namespace m3i

@@ -1,0 +1,23 @@
+// views: all views of a batch of decoded pictures, in one launch.
+#pragma once
+
+#include "views/launch_params.h"
+
+#include <cuda_runtime_api.h>
+
+namespace m3i {
+
+// Fills num_views, targets and shared_bytes; num_samples is there already. out[v]: [B, 3, S, S] of
+// geometry[v], for v in [0, num_views). Returns the bytes of scratch memory that the launch needs:
+// 0 but for views so large that their blur does not fit shared memory, with a kernel of a tenth of
+// the side from 330 pixels on.
+int64_t plan_views(const ViewGeometry* geometry, int num_views, uint8_t* const* out,
+                   ViewsCudaParams& params);
+
+// Launches one kernel, and nothing else. What the host cannot see without waiting for the device
+// stops the kernel by a trap, which loses the CUDA context as a failed device assertion does: a
+// picture outside of pixels, a crop outside of its picture, an order that is none, and a crop of
+// more than 500 times the view's side.
+cudaError_t launch_views(const ViewsCudaParams& params, cudaStream_t stream);
+
+}  // namespace m3i

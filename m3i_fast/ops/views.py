@@ -1,0 +1,165 @@
+"""Cut all views of decoded pictures: crops, resized and changed in their colours, by drawn numbers.
+
+Legend: B samples of M pictures and V views each, S pixels on a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3i_fast.config.data import ViewConfig
+from m3i_fast.ops.library import m3i
+
+# Columns of a view's parameters.
+VIEW_PARAMS = (
+    *("y", "x", "height", "width"),
+    *("flip", "brightness", "contrast", "saturation", "hue", "order", "gray", "sigma", "solarize"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewSpec:
+    """Describe one view, as the kernels take it; `view_specs` makes it of a config."""
+
+    size: int
+    """Side of the view in pixels."""
+    blur_kernel_size: int
+    """Side of the blur's kernel in pixels of the view, odd."""
+    cubic: bool
+    """Whether the filter of the resize is bicubic; else it is bilinear. Both are antialiased."""
+    distribution: tuple[float, ...]
+    """How its parameters are drawn: the 15 numbers of ViewDistribution in cuda/views/params.h."""
+
+
+def view_specs(*groups: ViewConfig | None) -> tuple[ViewSpec, ...]:
+    """Return the views of all groups, each group `count` times; None is a group of no views."""
+    specs: list[ViewSpec] = []
+    for cfg in groups:
+        if cfg is None:
+            continue
+        spec = ViewSpec(
+            size=cfg.size,
+            blur_kernel_size=cfg.blur_kernel,
+            cubic=cfg.interpolation == "cubic",
+            distribution=(
+                *(*cfg.scale, *cfg.ratio, cfg.flip_probability, cfg.jitter_probability),
+                *(cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue),
+                *(cfg.gray_probability, cfg.blur_probability, *cfg.blur_sigma),
+                cfg.solarize_probability,
+            ),
+        )
+        specs += [spec] * cfg.count
+    return tuple(specs)
+
+
+@torch.library.register_fake("m3i::draw_views")
+def _fake_draw(
+    image_size: Tensor,  # [B, M, 2] int64
+    position: Tensor,  # [B] int64
+    seed: int,
+    distribution: Sequence[float],  # [V * 15]
+) -> Tensor:  # [B, V, 13] float32
+    return image_size.new_empty(
+        (position.shape[0], len(distribution) // 15, len(VIEW_PARAMS)), dtype=torch.float32
+    )
+
+
+@torch.library.register_fake("m3i::make_views")
+def _fake_make(
+    pixels: Tensor,  # [bytes] uint8
+    offset: Tensor,  # [B, M] int64
+    image_size: Tensor,  # [B, M, 2] int64
+    params: Tensor,  # [B, V, 13] float32
+    geometry: Sequence[int],  # [V * 3]
+    num_threads: int,
+) -> Tensor:  # [all bytes of the views] uint8
+    return pixels.new_empty(offset.shape[0] * 3 * sum(size * size for size in geometry[::3]))
+
+
+def draw_views(
+    image_size: Tensor,  # [B, M, 2] int64
+    position: Tensor,  # [B] int64
+    *,
+    seed: int,
+    views: Sequence[ViewSpec],
+) -> Tensor:  # [B, V, 13] float32
+    """Draw the parameters of all views, on the CPU.
+
+    Row [b, v] depends on (seed, position[b], v), on the picture's size and on the distribution of
+    view v, and on nothing else: not on the batch, the other views, threads or the machine. Its
+    numbers are words of Philox-4x32-10 with the seed as the key and (position, view, block) as the
+    counter.
+
+    The distributions are torchvision's: `RandomResizedCrop.make_params` (ten attempts, then the
+    largest crop about the centre), `RandomHorizontalFlip`, `RandomApply([ColorJitter])`,
+    `RandomGrayscale`, `RandomApply([GaussianBlur])` and `RandomSolarize`. Columns are those of
+    `VIEW_PARAMS`: the crop's y, x, height and width in whole pixels; flip, gray and solarize are 0
+    or 1; brightness, contrast and saturation are factors, 1 where nothing changes; hue is in turns;
+    order is the number of the permutation of these four among all 24, sorted; sigma is in pixels of
+    the view, 0 for no blur.
+
+    Args:
+        image_size: height and width of each picture; contiguous. Where M is 2, view 1 is cut of the
+            second picture, all others of the first.
+        position: of each sample in the run, 0 or more; contiguous.
+        seed: any int64.
+        views: what `view_specs` returns.
+
+    Raises:
+        RuntimeError: an argument is not as described; the message names it, what was expected and
+            what was given.
+    """
+    numbers = [number for view in views for number in view.distribution]
+    return m3i.draw_views.default(image_size, position, seed, numbers)
+
+
+def make_views(
+    pixels: Tensor,  # [bytes] uint8
+    offset: Tensor,  # [B, M] int64
+    image_size: Tensor,  # [B, M, 2] int64
+    params: Tensor,  # [B, V, 13] float32
+    *,
+    views: Sequence[ViewSpec],
+    num_threads: int = 1,
+) -> tuple[Tensor, ...]:  # V x [B, 3, S, S] uint8
+    """Cut views out of decoded pictures by the parameters that `draw_views` drew.
+
+    The steps are crop, antialiased resize, horizontal flip, brightness, contrast, saturation and
+    hue in the row's order, grayscale, Gaussian blur and solarize at 128, each rounded to uint8 as
+    `torchvision.transforms.v2.functional` does on uint8 tensors on a CPU with AVX2. All but the
+    blur give its bits (contrast up to 256 pixels a side, past which torchvision's fp32 mean of the
+    gray is rounded). The blur is separable and in fp32 throughout, where torchvision sums the
+    products of a square kernel in an order of its own: at most one level apart, in fewer than one
+    value of 10,000 of random bytes. Steps whose factor changes nothing are skipped.
+
+    Every instruction set and any number of threads give the same bits. Not differentiable.
+
+    Args:
+        pixels: decoded pictures, each [height, width, 3], one after the other or anywhere in the
+            buffer; contiguous.
+        offset: first byte of each picture in `pixels`; contiguous. Where M is 2, view 1 is cut of
+            the second picture, all others of the first.
+        image_size: height and width of each picture; contiguous.
+        params: as `draw_views` returns, or rows of one's own; contiguous.
+        views: what `view_specs` returns; their distributions are not read.
+        num_threads: threads that share the views, at least 1.
+
+    Returns:
+        The views, one tensor each, contiguous; they are parts of one buffer.
+
+    Raises:
+        RuntimeError: an argument is not as described, a picture does not lie in `pixels` or a crop
+            not in its picture, or half of a view's blur kernel is not less than its side; the
+            message names what is wrong, what was expected and what was given.
+    """
+    geometry = [n for view in views for n in (view.size, view.blur_kernel_size, int(view.cubic))]
+    flat = m3i.make_views.default(pixels, offset, image_size, params, geometry, num_threads)
+    batch = offset.shape[0]
+    parts = flat.split([batch * 3 * view.size**2 for view in views])
+    return tuple(
+        part.view(batch, 3, view.size, view.size) for part, view in zip(parts, views, strict=True)
+    )

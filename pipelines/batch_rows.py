@@ -1,0 +1,178 @@
+"""The rows of a batch: which samples it takes, where their bytes lie, and what is drawn for them.
+
+All of it is a function of positions in the run, computed some thousand positions at a time, so that
+a batch costs the thread that schedules a backend next to nothing.
+Legend: B samples of a batch, N positions, P bytes of the longest path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m3i_fast.keyed_draws import Purpose, words
+from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, SampleTable
+from m3i_fast.pipelines.order import StepLayout, shuffled
+from m3i_fast.pipelines.storage.shards import Shards
+
+Integers = NDArray[np.int64]
+
+Order = Callable[[Integers], Integers]  # positions in a run -> rows of the table, [N] each
+
+# Columns of a row, as SampleRow in cuda/dali/sample_record.h.
+COLUMNS = ("position", "sample_id", "offset", "size", "crc32c", "caption", "alternate")
+_POSITIONS_AT_ONCE = 2**14
+_MOST_ATTEMPTS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """What a backend is told about the samples of a batch, and what is known of them already."""
+
+    rows: Integers  # [B, 7], COLUMNS
+    paths: NDArray[np.uint8]  # [B, P], padded with zeros
+    samples: Integers  # [B] rows of the table
+    label: Integers  # [B], -1: none
+    group_id: Integers  # [B]
+
+    @property
+    def positions(self) -> Integers:
+        """Return the position of each sample in the run: [B]."""
+        return self.rows[:, 0]
+
+    @property
+    def sample_id(self) -> Integers:
+        """Return the id of each sample: [B]."""
+        return self.rows[:, 1]
+
+    def path(self, index: int) -> str:
+        """Return the path of the file that a sample lies in."""
+        return self.paths[index].tobytes().rstrip(b"\0").decode()
+
+
+def rows_of(
+    table: SampleTable,
+    shards: Shards,
+    positions: Integers,  # [B]
+    samples: Integers,  # [B]
+    caption: Integers | None = None,  # [B], of 2**32
+    alternate: Integers | None = None,
+) -> BatchRows:
+    """Return the rows of a batch; without draws they ask for first captions and alternates."""
+    entries = np.asarray(table.rows)[samples]  # a memory map would wrap every field again
+    places = shards.locate(table, samples)
+    rows = np.zeros((len(samples), len(COLUMNS)), np.int64)
+    rows[:, 0], rows[:, 1] = positions, entries["sample_id"]
+    rows[:, 2], rows[:, 3] = [offset for _, offset in places], entries["size"]
+    rows[:, 4] = np.where(entries["flags"] & NO_CRC, -1, entries["crc32c"].astype(np.int64))
+    if caption is not None:
+        rows[:, 5] = caption
+    if alternate is not None:
+        rows[:, 6] = alternate
+    paths = np.array([path.encode() for path, _ in places])
+    return BatchRows(
+        rows=rows,
+        paths=paths.view(np.uint8).reshape(len(paths), -1),
+        samples=samples,
+        label=entries["label"].astype(np.int64),
+        group_id=entries["group_id"].astype(np.int64),
+    )
+
+
+class TrainingRows:
+    """An endless iterator over the rows of one rank's batches, from a position of the run on."""
+
+    def __init__(
+        self,
+        table: SampleTable,
+        shards: Shards,
+        layout: StepLayout,
+        *,
+        rank: int,
+        seed: int,
+        start: int,
+        first_batch: int = 0,
+        skipped: frozenset[int] = frozenset(),
+        order: Order | None = None,
+    ) -> None:
+        """start: samples that all ranks took before. first_batch: batches of this rank since then.
+
+        skipped: rows of the table that are not to be taken, beside those that it marks as bad.
+        order: gives the row of the table at each position; None: `order.shuffled`.
+        """
+        self._table, self._shards, self._layout = table, shards, layout
+        self._rank, self._seed, self._start = rank, seed, start
+        self._order = order or partial(shuffled, size=len(table), seed=seed)
+        self._batch, self._skipped = first_batch, np.array(sorted(skipped), np.int64)
+        self._planned: Iterator[tuple[Integers, ...]] = iter(())
+
+    def __iter__(self) -> TrainingRows:
+        return self
+
+    def __next__(self) -> BatchRows:
+        planned = next(self._planned, None)
+        if planned is None:
+            self._planned = self._plan()
+            planned = next(self._planned)
+        self._batch += 1
+        return rows_of(self._table, self._shards, *planned)
+
+    def samples_at(self, positions: Integers) -> Integers:  # [N] -> [N]
+        """Return the table's row of the sample at each position, replacements in their place.
+
+        Raises ValueError where hardly any sample of the table can be used.
+        """
+        table = self._table
+        samples = self._order(positions)
+        left = np.flatnonzero(self._is_unusable(samples))
+        for attempt in range(1, _MOST_ATTEMPTS):
+            if not len(left):
+                return samples
+            drawn = words(positions[left], attempt, seed=self._seed, purpose=Purpose.REPLACEMENT)
+            samples[left] = (drawn[:, -1] % np.uint64(len(table))).astype(np.int64)
+            left = left[self._is_unusable(samples[left])]
+        raise ValueError(f"expected samples that can be used, got hardly any of {len(table)}")
+
+    def _is_unusable(self, samples: Integers) -> NDArray[np.bool_]:
+        bad: NDArray[np.bool_] = (self._table.rows["flags"][samples] & BAD) != 0
+        return bad | np.isin(samples, self._skipped) if len(self._skipped) else bad
+
+    def _plan(self) -> Iterator[tuple[Integers, ...]]:
+        """Choose and draw for many batches at once: numpy is as slow on a few numbers."""
+        layout = self._layout
+        count = max(_POSITIONS_AT_ONCE // layout.batch_size, 1)
+        steps = (divmod(self._batch + i, layout.accumulate) for i in range(count))
+        positions = np.concatenate(
+            [
+                layout.positions(self._start + step * layout.samples_a_step, self._rank, batch)
+                for step, batch in steps
+            ]
+        )
+        draws = [
+            (words(positions, 1, seed=self._seed, purpose=purpose)[:, 0] >> np.uint64(32)).astype(
+                np.int64
+            )
+            for purpose in (Purpose.CAPTION, Purpose.ALTERNATE)
+        ]
+        columns = (positions, self.samples_at(positions), *draws)
+        yield from zip(*(c.reshape(count, layout.batch_size) for c in columns), strict=True)
+
+
+def ordered_rows(
+    table: SampleTable, shards: Shards, batch_size: int, *, representatives_only: bool
+) -> Iterator[BatchRows]:
+    """Yield the rows of one pass in the table's order, without samples that it marks as bad.
+
+    representatives_only: only samples after which their group is named.
+    """
+    taken = (table.rows["flags"] & BAD) == 0
+    if representatives_only:
+        taken &= table.rows["sample_id"] == table.rows["group_id"]
+    good = np.flatnonzero(taken)
+    for start in range(0, len(good), batch_size):
+        samples = good[start : start + batch_size]
+        yield rows_of(table, shards, samples, samples)

@@ -1,0 +1,209 @@
+"""The backend without DALI: threads that read, Pillow that decodes, and torch.ops.m3i's views.
+
+It makes the same bits as graph/dali_backend.py, for which it is the oracle, wherever torch runs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from m3i_fast.ops.views import draw_views, make_views
+from m3i_fast.pipelines.batch_rows import COLUMNS, BatchRows
+from m3i_fast.pipelines.dataset import alternates, captions
+from m3i_fast.pipelines.dataset.pictures import decode_pixels
+from m3i_fast.pipelines.optional_imports import require
+from m3i_fast.pipelines.samples_to_views import TOKENS, MadeBatch, SampleError, SampleWork
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedSample:
+    """A sample's decoded pictures, and its caption as ids or as text."""
+
+    pictures: tuple[NDArray[np.uint8], ...]  # [H, W, 3], one or two
+    token_ids: NDArray[np.int32]
+    text: bytes
+
+
+class TorchBackend:
+    """Makes batches by threads of Python and of the views operator."""
+
+    def __init__(self, source: Iterator[BatchRows], work: SampleWork) -> None:
+        self._source, self._work = source, work
+        self._readers = ThreadPoolExecutor(work.num_threads, "m3i-read")
+        self._maker = ThreadPoolExecutor(1, "m3i-views")
+        self._ahead: deque[Future[MadeBatch]] = deque()
+
+    def __next__(self) -> MadeBatch:
+        """Return the next batch, as `Backend` says."""
+        while len(self._ahead) < self._work.prefetch:
+            rows = next(self._source, None)
+            if rows is None:
+                break
+            samples = [
+                self._readers.submit(read_sample, rows, index, self._work)
+                for index in range(len(rows.samples))
+            ]
+            self._ahead.append(self._maker.submit(self._make, rows, samples))
+        if not self._ahead:
+            raise StopIteration
+        return self._ahead.popleft().result()
+
+    def close(self) -> None:
+        """Stop the threads, when they have finished the samples that they are at."""
+        for pool in (self._readers, self._maker):
+            pool.shutdown(cancel_futures=True)
+
+    def _make(self, rows: BatchRows, futures: list[Future[DecodedSample]]) -> MadeBatch:
+        samples, work = [future.result() for future in futures], self._work
+        pictures = [picture for sample in samples for picture in sample.pictures]
+        ends = np.cumsum([picture.size for picture in pictures])
+        shape = len(samples), -1
+        offset = torch.from_numpy(ends - [picture.size for picture in pictures]).view(*shape)
+        sizes = torch.tensor([picture.shape[:2] for picture in pictures]).view(*shape, 2)
+        pixels = torch.from_numpy(np.concatenate([picture.reshape(-1) for picture in pictures]))
+        params = self._params(rows, sizes)
+        views = make_views(
+            pixels, offset, sizes, params, views=work.views, num_threads=work.num_threads
+        )
+        token_ids = np.zeros((len(samples), work.tokenizer.context_length), np.int32)
+        for row, sample in zip(token_ids, samples, strict=True):
+            row[: len(sample.token_ids)] = sample.token_ids
+        return MadeBatch(
+            rows=rows,
+            views=views,
+            params=params,
+            image_size=sizes[:, 0].contiguous(),
+            token_ids=torch.from_numpy(token_ids),
+            num_tokens=torch.tensor([len(sample.token_ids) for sample in samples]),
+            texts=None if work.caption_member == TOKENS else [sample.text for sample in samples],
+        )
+
+    def _params(self, rows: BatchRows, sizes: Tensor) -> Tensor:  # [B, M, 2] -> [B, V, 13]
+        work = self._work
+        if not work.centre:
+            positions = torch.from_numpy(rows.positions.copy())
+            return draw_views(sizes, positions, seed=work.seed, views=work.views)
+        size = sizes[:, 0]
+        side = size.amin(1, keepdim=True)
+        corner = torch.div(size - side, 2, rounding_mode="floor")
+        unchanged = torch.tensor([0, 1, 1, 1, 0, 0, 0, 0, 0]).expand(len(sizes), -1)
+        params = torch.cat([corner, side, side, unchanged], 1).float()
+        return params[:, None].expand(-1, len(work.views), -1).contiguous()
+
+
+def read_sample(rows: BatchRows, index: int, work: SampleWork) -> DecodedSample:
+    """Read and decode a sample of a batch; raises SampleError, or as `_read_range`."""
+    row = dict(zip(COLUMNS, rows.rows[index].tolist(), strict=True))
+    file = rows.path(index)
+    content = _read_range(file, row["offset"], row["size"])
+    try:
+        return _sample(content, row, work)
+    except ValueError as error:
+        raise SampleError(
+            sample_id=row["sample_id"], position=row["position"], file=file, reason=str(error)
+        ) from error
+
+
+def _read_range(file: str, offset: int, size: int) -> bytes:
+    """Read a range of a file. Raises RuntimeError where it is not all there."""
+    try:
+        number = os.open(file, os.O_RDONLY)
+        try:
+            content = os.pread(number, size, offset)
+        finally:
+            os.close(number)
+    except OSError as error:
+        raise RuntimeError(f"{file}: cannot be read: {error.strerror}") from error
+    if len(content) != size:
+        raise RuntimeError(f"{file}: expected {size} bytes at {offset}, got {len(content)}")
+    return content
+
+
+def _sample(content: bytes, row: dict[str, int], work: SampleWork) -> DecodedSample:
+    """Read a sample out of its members; raises ValueError, expected and got."""
+    if row["crc32c"] >= 0:
+        found = require("google_crc32c").value(content)
+        if found != row["crc32c"]:
+            raise ValueError(f"expected bytes of CRC-32C {row['crc32c']}, got {found}")
+    members = _members(content)
+    names = [name for name in PICTURES if name in members]
+    if len(names) != 1:
+        raise ValueError(f"expected one picture ({', '.join(PICTURES)}), got {names}")
+    pictures = [members[names[0]]]
+    if work.alternates:
+        if not {alternates.PICTURES, alternates.SIZES} <= members.keys():
+            raise ValueError(f"expected alt and aln, got {sorted(members)}")
+        others = alternates.split(members[alternates.PICTURES], members[alternates.SIZES])
+        pictures.append(others[_chosen(row["alternate"], len(others))])
+    token_ids, text = np.zeros(0, np.int32), b""
+    if work.caption_member == TOKENS:
+        token_ids = _caption(members, row["caption"], work)
+    else:
+        text = members.get(work.caption_member, b"")
+    return DecodedSample(
+        pictures=tuple(decode_pixels(picture, work.max_pixels) for picture in pictures),
+        token_ids=token_ids,
+        text=text,
+    )
+
+
+def _members(content: bytes) -> dict[str, bytes]:
+    """Return {extension: content} of one sample's members."""
+    members: dict[str, bytes] = {}
+    keys = set()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                key, _, extension = name.partition(".")
+                opened = tar.extractfile(member) if member.isfile() else None
+                if opened is None:
+                    continue
+                keys.add((folder, key))
+                extension = extension.lower()
+                if extension in members:
+                    raise ValueError(f"expected each member once, got two of {extension}")
+                members[extension] = opened.read()
+                if len(members[extension]) != member.size:
+                    raise ValueError(f"expected {member.size} bytes of {member.name}, got fewer")
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ValueError(f"expected members of a tar, got others: {error}") from error
+    if content[end:].strip(b"\0"):  # tarfile stops at a header that is none
+        raise ValueError(f"expected members of a tar up to {len(content)} bytes, got {end}")
+    if len(keys) > 1:
+        raise ValueError(f"expected members of one sample, got those of {len(keys)}")
+    return members
+
+
+def _caption(members: dict[str, bytes], draw: int, work: SampleWork) -> NDArray[np.int32]:
+    """Return the token ids of one of a sample's captions; none where it has none."""
+    stored, lengths = (members.get(name) for name in (captions.TOKENS, captions.LENGTHS))
+    fault = captions.stored_fault(stored, lengths, work.tokenizer)
+    if fault is not None:
+        raise ValueError(fault)
+    ids = np.frombuffer(stored or b"", "<i4")
+    if lengths is None:
+        return ids
+    ends = np.cumsum(np.frombuffer(lengths, "<i4"))
+    chosen = _chosen(draw, len(ends))
+    return np.split(ids, ends[:-1])[chosen]
+
+
+def _chosen(draw: int, count: int) -> int:
+    """Return which of `count` things a draw of 2**32 chooses."""
+    return draw * count >> 32

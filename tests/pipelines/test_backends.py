@@ -1,0 +1,182 @@
+"""Both backends make the same bits, of whatever the shards hold; and which of them is taken."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines import backends
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.dataset.pack import write_dataset
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.torch_backend import TorchBackend
+from tests.shared.pipelines.data import (
+    EVERYTHING,
+    Components,
+    Packer,
+    edit_manifest,
+    encode_image,
+    equal,
+    info,
+    pack,
+    repack,
+    sample,
+    several_captions,
+    smooth_picture,
+    take,
+)
+
+
+def stored(index: int) -> bytes:
+    """Pictures of as many sizes as there are, in one of ten encodings, some turned by EXIF."""
+    picture = Image.fromarray(smooth_picture(index, 40 + 7 * (index % 9), 90 - 5 * (index % 11)))
+    kind = index % 10
+    buffer = io.BytesIO()
+    if kind < 6:
+        exif = picture.getexif()
+        # Turned CMYK comes out of DALI's decoder up to 2 levels from Pillow's.
+        exif[0x0112] = 1 if kind == 4 else 1 + index % 8
+        mode = {3: "L", 4: "CMYK"}.get(kind, "RGB")
+        options = {"progressive": kind == 1, "subsampling": 0 if kind == 2 else 2}
+        picture.convert(mode).save(buffer, "JPEG", quality=90, exif=exif, **options)
+    else:
+        picture.convert(("RGB", "L", "P", "RGBA")[kind - 6]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures of all kinds, with zero to three captions."""
+    samples = [sample(i, stored(i), captions=several_captions(i)) for i in range(40)]
+    return pack(tmp_path_factory.mktemp("mixed") / "data", samples)
+
+
+def both(cfg: LoaderConfig, number: int, **options: object) -> list[tuple[Batch, Batch]]:
+    found = [
+        take(Loader(replace(cfg, backend=name), **options), number)  # type: ignore[arg-type]
+        for name in ("dali", "torch")
+    ]
+    return list(zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("interpolation", ["cubic", "linear"])
+def test_backends_make_the_same_bits(mixed: Path, interpolation: str) -> None:
+    view = replace(EVERYTHING, size=24, interpolation=interpolation)
+    cfg = LoaderConfig(
+        path=mixed,
+        batch_size=8,
+        global_views=view,
+        local_views=replace(view, size=10, count=3, scale=(0.05, 0.3)),
+        seed=3,
+        num_threads=2,
+    )
+    for ours, theirs in both(cfg, 10):
+        assert equal(ours, theirs)
+        assert all(t.is_contiguous() for b in (ours, theirs) for t in b.tensors())
+
+
+def test_backends_take_the_same_alternates(packer: Packer) -> None:
+    flat = [encode_image(np.full((9, 9, 3), level, np.uint8)) for level in range(0, 250, 25)]
+    samples = [
+        sample(i, flat[i], alternates=tuple(flat[j] for j in range(i % 4 + 1))) for i in range(8)
+    ]
+    cfg = LoaderConfig(path=packer(samples), batch_size=4, global_views=EVERYTHING)
+    for ours, theirs in both(cfg, 8):
+        assert equal(ours, theirs)
+
+
+def test_backends_pass_over_a_split_alike(mixed: Path) -> None:
+    passes = [
+        list(evaluation_batches(mixed, "train", image_size=20, batch_size=7, backend=name))
+        for name in ("dali", "torch")
+    ]
+    assert [batch.batch_size for batch in passes[0]] == [7] * 5 + [5]
+    assert all(equal(a, b) for a, b in zip(*passes, strict=True))
+
+
+FORMATS = [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT]
+
+
+@pytest.mark.parametrize("tar_format", FORMATS)
+def test_members_of_other_packers_are_read(packer: Packer, tar_format: int) -> None:
+    """Long names stand in headers of their own, or are split in two."""
+    path = packer([sample(i, stored(i)) for i in range(6)])
+    cfg = LoaderConfig(path=path, batch_size=6, global_views=EVERYTHING)
+    right = next(Loader(cfg))
+    folder = "long" * 20
+    repack(
+        path,
+        lambda _, found: found | {"seg.png": b"no picture", "json": b"{}"},
+        rename=lambda key: f"{folder}/{key}-{'long' * 15}",
+        tar_format=tar_format,
+    )
+    for ours, theirs in both(cfg, 1):
+        assert equal(ours, theirs) and equal(ours, right)
+
+
+CAPTIONS = ["A red house", "", "Ein H\u00e4uschen, zwei B\u00e4ume", "  one  ", "x " * 99, "a.b"]
+
+
+@pytest.mark.parametrize("member", ["txt", "json:title"])
+def test_captions_of_text_are_tokenised_while_loading(tmp_path: Path, member: str) -> None:
+    tokenizer = Tokenizer(num_merges=300, context_length=9)
+    made = info(tokenizer=tokenizer.info)
+    samples = [sample(i, stored(i), captions=()) for i in range(6)]
+    path = write_dataset(tmp_path / "data", {"train": samples}, made, seed=0, samples_per_shard=6)
+    extension, _, field = member.partition(":")
+
+    def change(index: int, found: Components) -> Components:
+        text = CAPTIONS[index]
+        return found | {extension: (json.dumps({field: text}) if field else text).encode()}
+
+    repack(path, change)
+    edit_manifest(path, lambda raw: raw.update(caption_member=member))
+    cfg = LoaderConfig(path=path, batch_size=3, global_views=EVERYTHING)
+    for ours, theirs in both(cfg, 4):
+        assert equal(ours, theirs)
+        for row, count, index in zip(
+            ours.token_ids, ours.num_tokens, ours.sample_id.tolist(), strict=True
+        ):
+            text = CAPTIONS[index].strip()
+            expected = tokenizer.encode(text).tolist() if text else []
+            assert row[:count].tolist() == expected and not row[count:].any()
+
+
+# ---- Which one is taken --------------------------------------------------------------------------
+
+
+def test_a_backend_that_is_missing_says_what_to_do(
+    cfg: LoaderConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And auto takes the other one, and says so once."""
+    from m3i_fast.pipelines.graph import dali
+
+    expected = next(Loader(replace(cfg, backend="dali")))
+    monkeypatch.setattr(dali, "__version__", "1.2.3")
+    dali.load_operators.cache_clear()
+    backends._told_why_not_dali.cache_clear()
+    try:
+        message = r"_dali-1.2.3.so: expected this package's operators for DALI 1.2.3, got _dali-2"
+        with pytest.raises(ImportError, match=f"{message}.*make install"):
+            next(Loader(replace(cfg, backend="dali")))
+        with caplog.at_level(logging.WARNING):
+            loaders = [Loader(cfg), Loader(cfg)]
+            assert all(equal(next(loader), expected) for loader in loaders)
+        assert all(isinstance(loader._backend, TorchBackend) for loader in loaders)
+        (told,) = [
+            r.message for r in caplog.records if "data.backend auto takes torch" in r.message
+        ]
+        assert "DALI 1.2.3" in told
+    finally:
+        dali.load_operators.cache_clear()
+        backends._told_why_not_dali.cache_clear()
