@@ -121,11 +121,14 @@ def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[Sho
     has_alternates = cfg.alternates and manifest.split(cfg.split).max_alternates > 0
     shown: set[int] = set()
     for batch in loader:
-        if loader.epoch > 0 or len(shown) == number:
-            break
         ids = batch.sample_id.tolist()
-        pictures = pictures_of(cfg.path, manifest, cfg.split, ids)
-        for row, sample_id in enumerate(ids[: number - len(shown)]):
+        rows = [row for row, sample_id in enumerate(ids) if sample_id not in shown]
+        rows = rows[: number - len(shown)]
+        if not rows:  # all of an epoch, or as many as asked for
+            break
+        pictures = pictures_of(cfg.path, manifest, cfg.split, [ids[row] for row in rows])
+        for row in rows:
+            sample_id = ids[row]
             shown.add(sample_id)
             height, width = batch.image_size[row].tolist()
             yield ShownSample(
