@@ -62,7 +62,7 @@ def spent() -> dict[str, float]:
 
 
 def wait_until_idle() -> None:
-    """Wait until this process and those below it take less than a tenth of a core, and ask for none.
+    """Wait until this process and those below it neither use nor wait for a core.
 
     A loader fills its queues after its turn, which would be timed with the next one's. Raises
     RuntimeError where they are still at work after IDLE_LIMIT_S.

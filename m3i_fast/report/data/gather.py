@@ -210,7 +210,7 @@ def _near_pairs(
     split = np.concatenate([np.full(len(f.sample_id), i) for i, f in enumerate(read.values())])
     in_group, between, best = _search(thumbnails, group, split)
     taken: set[int] = set()
-    chosen = []
+    chosen: list[tuple[float, tuple[str, int], tuple[str, int]]] = []
     for _, distance, one, other in best:
         if len(chosen) < NUM_PAIRS and not taken & {one, other}:
             taken |= {one, other}
@@ -248,7 +248,7 @@ def _search(
     for start in range(0, len(thumbnails), _ROWS_A_BLOCK):
         block = slice(start, start + _ROWS_A_BLOCK)
         distance = distances(thumbnails[block], thumbnails[start:])
-        distance[np.tril_indices(*distance.shape[:1], m=distance.shape[1])] = np.inf
+        distance[np.tril_indices(len(distance), m=distance.shape[1])] = np.inf
         near = distance < NEARER_THAN
         same = near & (group[block, None] == group[None, start:])
         near &= ~same
