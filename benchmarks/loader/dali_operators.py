@@ -50,7 +50,7 @@ def graph(work: Work) -> tuple[Node, ...]:
     on_gpu = work.device_id is not None
     encoded, tokens, *numbers = fn.readers.webdataset(
         paths=list(map(str, work.shards)),
-        ext=["jpg;jpeg;png", "tok", "cls", "sid", "gid"],
+        ext=["jpg;jpeg;png;webp", "tok", "cls", "sid", "gid"],
         dtypes=[types.UINT8, types.INT32, *[types.INT64] * 3],
         missing_component_behavior="empty",
         random_shuffle=True,

@@ -45,7 +45,7 @@ from m3i_fast.benchmarks.loader.measuring import Endless, Statistics, expect_sam
 from m3i_fast.benchmarks.loader.peers import PEERS
 from m3i_fast.benchmarks.loader.work import StoredSamples, Work
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.config.data import BackendName, LoaderConfig, ViewConfig
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.pipelines.dataset.manifest import is_free, quoted
 from m3i_fast.pipelines.loader import Loader
@@ -53,7 +53,7 @@ from m3i_fast.recipes import recipes
 
 SUBJECT = "loader"
 RECIPE = "m3i_vit_b"
-OURS = "m3i_fast"
+OURS, OURS_BY_TORCH = "m3i_fast", "m3i_fast, torch"
 LOCAL_COUNT, LOCAL_SCALE, LOCAL_SHARE = 8, (0.05, 0.32), 3 / 7  # DINO's, 96 for 224 pixels
 MEMORY = Path("/dev/shm")
 Views = Literal["one", "global", "local"]
@@ -224,15 +224,21 @@ def _config(cfg: Config, data: LoaderConfig) -> TrainConfig:
 def _loaders(
     cfg: Config, data: LoaderConfig, device_id: int | None, stack: ExitStack
 ) -> dict[str, Iterator[Any]]:
-    """Return ours and the installed peers by name."""
-    ours = Loader(data, device_id=device_id)
-    stack.callback(ours.close)
+    """Return ours by both backends, on a GPU by DALI alone, and the installed peers, by name."""
+    backends: dict[str, BackendName] = {OURS: "dali"}
+    if device_id is None:
+        backends[OURS_BY_TORCH] = "torch"
+    ours: dict[str, Iterator[Any]] = {}
+    for name, backend in backends.items():
+        loader = Loader(replace(data, backend=backend), device_id=device_id)
+        stack.callback(loader.close)
+        ours[name] = loader
     work = Work.of(data, shuffle_buffer=cfg.shuffle_buffer, device_id=device_id)
     peers = {name: PEERS[name].batches(work) for name in cfg.peers if name not in cfg.absent}
     for batches in peers.values():
         if hasattr(batches, "close"):  # a generator holds threads until it ends
             stack.callback(batches.close)
-    return {OURS: ours, **peers}
+    return {**ours, **peers}
 
 
 def _num_ahead(name: str, data: LoaderConfig) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -61,7 +62,7 @@ def spent() -> dict[str, float]:
 
 
 def wait_until_idle() -> None:
-    """Wait until this process and those below it take less than a tenth of a core.
+    """Wait until this process and those below it neither use nor wait for a core.
 
     A loader fills its queues after its turn, which would be timed with the next one's. Raises
     RuntimeError where they are still at work after IDLE_LIMIT_S.
@@ -71,13 +72,24 @@ def wait_until_idle() -> None:
     while num_idle < 2:
         before = spent()["cpu_s"]
         time.sleep(POLL_S)
-        is_idle = spent()["cpu_s"] - before <= 0.1 * POLL_S + 1 / _TICKS
+        is_idle = spent()["cpu_s"] - before <= 0.1 * POLL_S + 1 / _TICKS and not _any_runnable()
         num_idle = num_idle + 1 if is_idle else 0
         if time.monotonic() - begun > IDLE_LIMIT_S:
             raise RuntimeError(
                 f"expected loaders to be idle {IDLE_LIMIT_S} s after their turn, when their queues "
                 "are full, got one at work; leave it out by --peers"
             )
+
+
+def _any_runnable() -> bool:
+    """Return whether a thread other than this one runs, or waits for a core that others have."""
+    own = f"/proc/{os.getpid()}/task/{threading.get_native_id()}/stat"
+    for pid in _with_children(str(os.getpid())):
+        for file in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # ended
+                if str(file) != own and file.read_text().rpartition(")")[2].split()[0] == "R":
+                    return True
+    return False
 
 
 def _with_children(pid: str) -> Iterator[str]:

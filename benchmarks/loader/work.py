@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.manifest import INDEXED, read_manifest
+from m3i_fast.pipelines.dataset.pictures import FORMATS
 
 PILLOW, TENSORS = "Pillow", "tensors"
-PICTURES = ("jpg", "jpeg", "png")
 NUMBERS = ("cls", "sid", "gid")  # label, sample id and group id: an int64 each
 KEPT = ("tok", *NUMBERS)
 
@@ -43,8 +43,16 @@ class Work:
 
     @classmethod
     def of(cls, cfg: LoaderConfig, *, shuffle_buffer: int, device_id: int | None) -> Work:
-        """Return the work that our loader does with this config."""
+        """Return the work that our loader does with this config.
+
+        Raises ValueError for tars that others wrote, which do not hold labels and ids.
+        """
         manifest = read_manifest(cfg.path)
+        if INDEXED in manifest.settings:
+            raise ValueError(
+                f"--data.path: expected shards of `m3i-fast data pack`, whose labels, ids and "
+                f"captions every peer can read, got an index of other tars in {cfg.path}"
+            )
         return cls(
             shards=tuple(cfg.path / shard.file for shard in manifest.split(cfg.split).shards),
             views=(cfg.global_views, *([cfg.local_views] if cfg.local_views is not None else [])),
@@ -73,7 +81,7 @@ class StoredSamples(Sequence[dict[str, bytes]]):
             with tarfile.open(shard) as tar:
                 for member in tar:
                     key, _, extension = member.name.rpartition(".")
-                    if extension in (*PICTURES, *KEPT):
+                    if extension in (*FORMATS, *KEPT):
                         found = places.setdefault((number, key), [])
                         found.append((extension, member.offset_data, member.size))
         self._places = [(shard, found) for (shard, _), found in places.items()]
@@ -103,7 +111,7 @@ class StoredSamples(Sequence[dict[str, bytes]]):
 
 def picture_of(sample: dict[str, bytes]) -> bytes:
     """Return the encoded picture of a stored sample."""
-    return next(sample[name] for name in PICTURES if name in sample)
+    return next(sample[name] for name in FORMATS if name in sample)
 
 
 @dataclass(frozen=True)
@@ -171,16 +179,11 @@ def _photometric(cfg: ViewConfig) -> list[Any]:
     if cfg.gray_probability:
         changes.append(v2.RandomGrayscale(cfg.gray_probability))
     if cfg.blur_probability:
-        blur = v2.GaussianBlur(blur_kernel_size(cfg), cfg.blur_sigma)
+        blur = v2.GaussianBlur(cfg.blur_kernel, cfg.blur_sigma)
         changes.append(v2.RandomApply([blur], cfg.blur_probability))
     if cfg.solarize_probability:
         changes.append(v2.RandomSolarize(128, cfg.solarize_probability))
     return changes
-
-
-def blur_kernel_size(cfg: ViewConfig) -> int:
-    """Return the side of the blur's kernel: a tenth of the view's, odd, at least 3, as SimCLR."""
-    return max(cfg.size // 10 | 1, 3)
 
 
 def decode_pillow(encoded: bytes) -> Any:

@@ -8,6 +8,7 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 # By folder of docs/, whose name in the navigation is its own with a capital.
 CONTENTS = {
     "start": ("install", "tutorial", "data", "pack", "first_hour"),
+    "start": ("install", "tutorial", "data", "data_at_scale", "first_hour"),
     "train": ("training", "watching", "precision", "distributed", "clusters"),
     "start": ("install", "tutorial", "data", "first_hour"),
     "train": ("training", "watching", "precision", "distributed", "clusters", "buckets"),

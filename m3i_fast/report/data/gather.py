@@ -26,7 +26,7 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
 )
 from m3i_fast.pipelines.dataset.pictures import FORMATS
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.dataset.tar_members import sample_files
+from m3i_fast.pipelines.tar_members import sample_files
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.report.data.inputs import (
@@ -121,11 +121,14 @@ def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[Sho
     has_alternates = cfg.alternates and manifest.split(cfg.split).max_alternates > 0
     shown: set[int] = set()
     for batch in loader:
-        if loader.epoch > 0 or len(shown) == number:
-            break
         ids = batch.sample_id.tolist()
-        pictures = pictures_of(cfg.path, manifest, cfg.split, ids)
-        for row, sample_id in enumerate(ids[: number - len(shown)]):
+        rows = [row for row, sample_id in enumerate(ids) if sample_id not in shown]
+        rows = rows[: number - len(shown)]
+        if not rows:  # all of an epoch, or as many as asked for
+            break
+        pictures = pictures_of(cfg.path, manifest, cfg.split, [ids[row] for row in rows])
+        for row in rows:
+            sample_id = ids[row]
             shown.add(sample_id)
             height, width = batch.image_size[row].tolist()
             yield ShownSample(
@@ -207,7 +210,7 @@ def _near_pairs(
     split = np.concatenate([np.full(len(f.sample_id), i) for i, f in enumerate(read.values())])
     in_group, between, best = _search(thumbnails, group, split)
     taken: set[int] = set()
-    chosen = []
+    chosen: list[tuple[float, tuple[str, int], tuple[str, int]]] = []
     for _, distance, one, other in best:
         if len(chosen) < NUM_PAIRS and not taken & {one, other}:
             taken |= {one, other}
@@ -245,7 +248,7 @@ def _search(
     for start in range(0, len(thumbnails), _ROWS_A_BLOCK):
         block = slice(start, start + _ROWS_A_BLOCK)
         distance = distances(thumbnails[block], thumbnails[start:])
-        distance[np.tril_indices(*distance.shape[:1], m=distance.shape[1])] = np.inf
+        distance[np.tril_indices(len(distance), m=distance.shape[1])] = np.inf
         near = distance < NEARER_THAN
         same = near & (group[block, None] == group[None, start:])
         near &= ~same

@@ -1,0 +1,162 @@
+"""The commands of the pages on data are typed as they stand there, on pictures as they tell of."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tyro
+from PIL import Image
+
+from m3i_fast.cli import data as data_verbs
+from m3i_fast.cli import main
+from m3i_fast.pipelines.dataset.manifest import SplitInfo, read_manifest
+
+START = Path(__file__).parent.parent.parent / "docs" / "start"
+OWN, AT_SCALE = START / "data.md", START / "data_at_scale.md"
+# What makes a run of a recipe short: the networks and pictures, not the data that it reads.
+SMALL = (
+    "--num-steps=1 --data.batch-size=2 --device=cpu --vision.image-size=32 --vision.depth=1 "
+    "--data.global-views.size=32 --text.depth=1"
+).split()
+
+
+def commands(page: Path) -> dict[str, list[list[str]]]:
+    """The words of each command in the page's blocks of shell, by heading."""
+    found: dict[str, list[list[str]]] = {}
+    for section in page.read_text().split("\n## ")[1:]:
+        for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found[section.partition("\n")[0]] = [shlex.split(line) for line in lines]
+    return found
+
+
+def picture(seed: int) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return small.resize((64, 48), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the folder, the table and the tars that the page speaks of."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(10):
+            picture(i + 10 * (name == "dog")).save(tmp_path / "pictures" / name / f"{i}.jpg")
+    for i, name in enumerate(("street", "unknown")):
+        picture(30 + i).save(tmp_path / "pictures" / f"{name}.jpg")
+    (table,) = re.findall(r"```text\n(file,.*?)```", OWN.read_text(), re.DOTALL)
+    (tmp_path / "pictures.csv").write_text(table)
+    (tmp_path / "laion").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "laion" / f"{shard:05d}.tar", "w") as tar:
+            for i in range(4):
+                _add(tar, f"{shard}{i:04d}", f"picture {i} of tar {shard}", picture(40 + i))
+    return tmp_path
+
+
+def _add(tar: tarfile.TarFile, key: str, caption: str, image: Image.Image) -> None:
+    """Add a sample as img2dataset writes them."""
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=90)
+    about = json.dumps({"caption": caption, "key": key, "status": "success"})
+    for extension, content in (
+        ("jpg", encoded.getvalue()),
+        ("json", about.encode()),
+        ("txt", caption.encode()),
+    ):
+        member = tarfile.TarInfo(f"{key}.{extension}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+def typed(words: list[str]) -> int:
+    program, *arguments = words
+    assert program == "m3i-fast"
+    return main([*arguments, *SMALL] if arguments[0] == "train" else arguments)
+
+
+def split_of(path: str, name: str = "train") -> SplitInfo:
+    return read_manifest(Path(path)).splits[name]
+
+
+def counts(split: SplitInfo) -> tuple[int, int, int]:
+    return split.num_samples, split.num_captions, split.num_labels
+
+
+def test_each_section_has_three_commands() -> None:
+    found = {heading: len(lines) for heading, lines in commands(OWN).items()}
+    assert found == {"From a folder": 3, "From a CSV": 3, "From tars of img2dataset": 3}
+
+
+def test_from_a_folder(place: Path) -> None:
+    # Two pictures beside the folders of classes make it a folder without labels: put them away.
+    for name in ("street", "unknown"):
+        (place / "pictures" / f"{name}.jpg").unlink()
+    for words in commands(OWN)["From a folder"]:
+        assert typed(words) == 0, words
+    assert counts(split_of("data/pictures")) == (18, 0, 18)
+    assert counts(split_of("data/pictures", "heldout")) == (2, 0, 2)
+    assert read_manifest(Path("data/pictures")).class_names == ("cat", "dog")
+    assert Path("pictures.html").read_text().count("<article") >= 18
+    assert (place / "runs/pictures/checkpoints/latest").exists()
+
+
+def test_from_a_csv(place: Path) -> None:
+    for words in commands(OWN)["From a CSV"]:
+        assert typed(words) == 0, words
+    assert counts(split_of("data/captioned")) == (4, 2, 2)
+    assert (place / "runs/captioned/checkpoints/latest").exists()
+
+
+def test_from_tars(place: Path) -> None:
+    tars = {file.name: file.read_bytes() for file in (place / "laion").iterdir()}
+    for words in commands(OWN)["From tars of img2dataset"]:
+        assert typed(words) == 0, words
+    assert counts(split_of("laion")) == (8, 8, 0)
+    assert {name: (place / "laion" / name).read_bytes() for name in tars} == tars
+    assert (place / "runs/laion/checkpoints/latest").exists()
+
+
+def test_commands_at_scale_are_read(place: Path) -> None:
+    found = commands(AT_SCALE)
+    assert len(found) == 2
+    for words in (words for lines in found.values() for words in lines):
+        if words[:2] == ["m3i-fast", "data"]:
+            tyro.cli(data_verbs.Command, args=words[2:])  # type: ignore[call-overload]
+        else:
+            assert (START.parent.parent / words[0]).is_file()
+
+
+def test_the_arithmetic_of_the_tables() -> None:
+    """Figures that follow from others on the page."""
+    text = AT_SCALE.read_text()
+    pictures, shard, many = 1_281_167, 4096, 10**9
+    for said, value in {
+        "| 313 | 313 |": -(-pictures // shard) == 313,
+        "| 141 GB | 35 GB |": (round(pictures * 110e3 / 1e9), round(pictures * 27e3 / 1e9)),
+        "| 451 MB | 111 MB |": (round(shard * 110e3 / 1e6), round(shard * 27e3 / 1e6)),
+        "| 61 MB | 61 MB |": int(pictures * 48 / 1e6) == 61,
+        "| 1.4 min | 4.2 min |": [round((pictures + 50_000) * ms / 16 / 6e4, 1) for ms in (1, 3)],
+        "| 625 | 625 |": pictures // (8 * 256) == 625,
+        "244,141 shards": -(-many // shard) == 244_141,
+        "833 core-hours": round(many * 3e-3 / 3600) == 833,
+        "3.8 hours": round(many * 137e3 / 10e9 / 3600, 1) == 3.8,
+        "$190": round(1000 * 3.8 * 0.05) == 190,
+        "$22": round(13.75 * 0.4 + 3.375 * 5) == 22,
+        "$621 a month": round(27_000 * 0.023) == 621,
+    }.items():
+        assert said in text, said
+        numbers = [float(n) for n in re.findall(r"[\d.]+", said.replace(",", ""))]
+        if isinstance(value, bool):
+            assert value, said
+        else:
+            assert list(value) == numbers, said
