@@ -59,10 +59,9 @@ inline ViewsCall prepare_make_views(const torch::stable::Tensor& pixels,      //
   call.num_samples = offset.size(0);
   call.num_pictures = offset.size(1);
   call.num_views = static_cast<int64_t>(call.geometry.size());
-  STD_TORCH_CHECK(call.num_pictures == 1 || call.num_pictures == 2,
-                  "offset: expected one picture a sample, or two, got ", call.num_pictures);
-  STD_TORCH_CHECK(call.num_pictures == 1 || call.num_views > 1,
-                  "offset: expected one picture a sample of one view, got ", call.num_pictures);
+  STD_TORCH_CHECK(call.num_pictures == 1 || (call.num_pictures == 2 && call.num_views > 1),
+                  "offset: expected one picture a sample, or two for two views and more, got ",
+                  call.num_pictures, " for ", call.num_views, " views");
   check_shape(image_size, "image_size", {call.num_samples, call.num_pictures, 2});
   check_shape(params, "params", {call.num_samples, call.num_views, kViewColumns});
   check_contiguous(pixels, "pixels");

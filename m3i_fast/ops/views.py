@@ -56,6 +56,33 @@ def view_specs(*groups: ViewConfig | None) -> tuple[ViewSpec, ...]:
     return tuple(specs)
 
 
+NUM_DISTRIBUTION = 15  # numbers of a view's distribution
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int | None) -> None:
+    """Check dtype and shape; None matches every extent."""
+    torch._check(
+        tensor.dtype == dtype, lambda: f"{name}: expected dtype {dtype}, got {tensor.dtype}"
+    )
+    extents = tuple(tensor.shape)
+    expected = ", ".join("*" if extent is None else str(extent) for extent in shape)
+    torch._check(
+        len(extents) == len(shape)
+        and all(want is None or want == got for want, got in zip(shape, extents, strict=True)),
+        lambda: f"{name}: expected shape [{expected}], got {list(extents)}",
+    )
+
+
+def _check_pictures(name: str, pictures: int, num_views: int) -> None:
+    torch._check(
+        pictures == 1 or (pictures == 2 and num_views > 1),
+        lambda: (
+            f"{name}: expected one picture a sample, or two for two views and more, "
+            f"got {pictures} for {num_views} views"
+        ),
+    )
+
+
 @torch.library.register_fake("m3i::draw_views")
 def _fake_draw(
     image_size: Tensor,  # [B, M, 2] int64
@@ -63,8 +90,12 @@ def _fake_draw(
     seed: int,
     distribution: Sequence[float],  # [V * 15]
 ) -> Tensor:  # [B, V, 13] float32
+    num_views = len(distribution) // NUM_DISTRIBUTION
+    _check("position", position, torch.int64, None)
+    _check("image_size", image_size, torch.int64, position.shape[0], None, 2)
+    _check_pictures("image_size", image_size.shape[1], num_views)
     return image_size.new_empty(
-        (position.shape[0], len(distribution) // 15, len(VIEW_PARAMS)), dtype=torch.float32
+        (position.shape[0], num_views, len(VIEW_PARAMS)), dtype=torch.float32
     )
 
 
@@ -77,6 +108,12 @@ def _fake_make(
     geometry: Sequence[int],  # [V * 3]
     num_threads: int,
 ) -> Tensor:  # [all bytes of the views] uint8
+    num_views = len(geometry) // 3
+    _check("pixels", pixels, torch.uint8, None)
+    _check("offset", offset, torch.int64, None, None)
+    _check_pictures("offset", offset.shape[1], num_views)
+    _check("image_size", image_size, torch.int64, *offset.shape, 2)
+    _check("params", params, torch.float32, offset.shape[0], num_views, len(VIEW_PARAMS))
     return pixels.new_empty(offset.shape[0] * 3 * sum(size * size for size in geometry[::3]))
 
 
