@@ -45,7 +45,7 @@ class ViewConfig(Checked):
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's standard deviation in pixels of the view."""
-    blur_kernel_size: Annotated[int, range(1, 1024)] | None = None
+    blur_kernel_size: Annotated[int | None, range(1, 1024)] = None
     """Side of the blur's kernel in pixels of the view, odd, its half less than the view; None: a
     tenth of the view's side, made odd (23 at 224)."""
     solarize_probability: float = 0.0
