@@ -106,7 +106,7 @@ def first_steps(machine: Machine, out: Path) -> Iterator[Step]:
     yield Step(
         name="kernels",
         answers="Does each op load, run and compute what the CPU does?",
-        expects="all four are right",
+        expects="all of them are right",
         command=(sys.executable, str(PROGRAMS / "first_kernels.py"), device, *launch_only),
         limit_s=2 * FIRST_S,
         cwd=machine.site,

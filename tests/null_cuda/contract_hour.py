@@ -105,7 +105,7 @@ def test_each_step_tells_what_it_expected_and_got(
     page = (out / "index.html").read_text()
     assert all(f'<h2 id="{name}">' in page for name in found)
     kernels = found["kernels"]["checks"]
-    assert len(kernels) == 4 and all(check["holds"] for check in kernels)
+    assert len(kernels) == 5 and all(check["holds"] for check in kernels)
     (tests,) = found["tests"]["checks"]
     assert tests["holds"] and tests["got"].endswith("collected, none run")
     assert int(tests["got"].split()[0]) > 200
@@ -117,7 +117,7 @@ def test_each_step_tells_what_it_expected_and_got(
     launches = checks["kernels of a step in all"]
     assert launches["expected"].split(",")[0] == launches["got"]
     budgets = {c["what"] for c in found["registers"]["checks"]}
-    ops = ("boltzmann", "dcnv3", "gaussian", "mask_mix")
+    ops = ("boltzmann", "dcnv3", "gaussian", "mask_mix", "views")
     assert budgets == {f"registers of {op} for sm_90a" for op in ops}
 
 

@@ -12,9 +12,9 @@
 // pixels, which are in the second-level cache. A view in shared memory was rejected: 147 KiB leave
 // one block on a multiprocessor, for small views of the same launch as well.
 //
-// Bytes by closed form (tests/cuda/views/roofline.py, ROOFLINE.md): a crop is read once and a view
-// written once from and to memory; each of the phases 2 and 3 reads and writes the view again, in
-// cache.
+// Bytes by closed form (tests/cuda/views/roofline.py writes ROOFLINE.md): a picture is read from
+// memory once and a view written once; each of the phases 2 and 3 reads and writes the view again,
+// in cache. What bounds the kernel by that page is loads from shared memory, a byte each.
 //
 // The launch cannot check what is on the device; see launch_views for what traps.
 #pragma once
@@ -103,8 +103,8 @@ struct View {
 
 // By the whole block; ends with a barrier.
 __device__ inline void plan_view(const ViewsCudaParams& params, View& to) {
-  const int view = static_cast<int>(blockIdx.x / params.num_samples);
-  const int64_t sample = blockIdx.x % params.num_samples;
+  const int view = static_cast<int>(blockIdx.x % params.num_views);
+  const int64_t sample = blockIdx.x / params.num_views;
   const ViewTarget& target = params.targets[view];
   const ViewParams& of = params.params[sample * params.num_views + view];
   if (threadIdx.x == 0) {
@@ -155,8 +155,8 @@ __device__ inline __attribute__((noinline)) uint32_t put_by_pixels(const View& v
   return gray;
 }
 
-// Grid: x over views and, faster, samples: views in the order of the call, of which the largest
-// come first.
+// Grid: x over samples and, faster, views: those of one picture run side by side, so that it comes
+// from memory once.
 template <int kThreads_>
 __global__ void __launch_bounds__(kThreads_, kMinBlocks)
     views_kernel(const __grid_constant__ ViewsCudaParams params) {

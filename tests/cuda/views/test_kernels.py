@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cuda.views import roofline
 from tests.shared.cuda.nvcc import CUDA, compile_options, run_nvcc
 
 
@@ -49,3 +50,14 @@ def test_shared_memory_is_known_as_such(ptx: str) -> None:
     assert len(re.findall(r"\bld\.shared\.(?:u8|s16|u16)\s", ptx)) >= 10
     assert not re.findall(r"\bld\.(?:s16|u16|f32|f64)\s", ptx)
     assert len(re.findall(r"\bld\.global\.nc\.v4\.u32\s", ptx)) == 1
+
+
+def test_the_page_is_of_this_budget_and_these_sizes() -> None:
+    assert roofline.PAGE.read_text() == roofline.render()
+
+
+def test_two_views_of_224_are_bound_by_loads_from_shared_memory() -> None:
+    """Under a megabyte from memory: a picture of 0.56 MB read, and two views of 0.15 written."""
+    work = roofline.work_of(roofline.RECIPES["2 x 224"])
+    assert work.memory == 3 * (375 * 500 + 2 * 224**2)
+    assert work.times_us().index(max(work.times_us())) == 2
