@@ -146,7 +146,7 @@ class LoaderConfig(Checked):
     """End the run, with the sample's name, at the first one that cannot be used."""
     max_skipped: Annotated[int, range(0, 2**31)] = 100
     """Samples of a rank that may turn out to be corrupt while training: each is named in the run's
-    skipped.jsonl, and another sample takes its place. One more ends the run."""
+    skipped_samples.jsonl, and another sample takes its place. One more ends the run."""
     alternates: bool = True
     """Cut the second global view out of another picture of the same thing, where the data set has
     such (data styles --alternates): one of them, drawn anew at every step."""

@@ -131,7 +131,7 @@ class Trainer:
             accumulate=self.cfg.parallel.accumulate,
             images_per_input=self.cfg.objective.mixing.images_per_input,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-            skipped_file=self.run_dir / "skipped.jsonl",
+            skipped_file=self.run_dir / "skipped_samples.jsonl",
         )
         expect_data(self.cfg, loader.manifest)
         return loader

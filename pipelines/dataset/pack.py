@@ -34,11 +34,9 @@ from m3i_fast.pipelines.dataset.manifest import (
     SplitInfo,
     is_dataset,
     is_free,
-    sha256_file,
 )
 from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, write_table
 from m3i_fast.pipelines.dataset.samples import Counts, Sample, SampleSource, Tally
-from m3i_fast.pipelines.dataset.tar_shards import INDEX_VERSION, TAR_BLOCK
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.optional_imports import require
 
@@ -99,14 +97,13 @@ class _Hashed(io.RawIOBase):
 
 
 def write_shard(
-    file: Path, index_file: Path, name: str, samples: Iterable[tuple[Sample, tuple[int, int]]]
+    file: Path, name: str, samples: Iterable[tuple[Sample, tuple[int, int]]]
 ) -> PackedShard:
-    """Write one tar and its DALI index (format of wds2idx v1.2).
+    """Write one tar, and return its counts and its rows of the split's table.
 
     name: what the tar will be called, which `file` need not be yet. samples: at least one, each
     with its upright (height, width), checked before.
     """
-    index: list[str] = []
     kept: list[tuple[int, ...]] = []
     num_captions: list[int] = []
     num_alternates: list[int] = []
@@ -117,7 +114,7 @@ def write_shard(
         with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample, size in samples:
                 start, hashed.crc32c = tar.offset, 0
-                index.append(_add(tar, sample))
+                _add(tar, sample)
                 ids = (start, sample.sample_id, sample.group_id)
                 kept.append((*ids, tar.offset - start, 0, hashed.crc32c, sample.label, 0, 0))
                 num_captions.append(len(sample.captions))
@@ -126,17 +123,13 @@ def write_shard(
                 sizes.add(size)
         raw.flush()
         os.fsync(raw.fileno())
-    text = "\n".join([f"{INDEX_VERSION} {len(index)}", *index]) + "\n"
-    index_file.write_text(text)
     heights, widths = zip(*sizes, strict=True)
     return PackedShard(
         info=ShardInfo(
             file=name,
-            num_samples=len(index),
+            num_samples=len(kept),
             num_bytes=hashed.size,
             sha256=hashed.sha256.hexdigest(),
-            index_bytes=index_file.stat().st_size,
-            index_sha256=sha256_file(index_file),
         ),
         rows=np.array(kept, dtype=ROW),
         num_captions=tuple(num_captions),
@@ -147,17 +140,13 @@ def write_shard(
     )
 
 
-def _add(tar: tarfile.TarFile, sample: Sample) -> str:
-    """Add the members of a sample to a tar, and return its row of the index."""
+def _add(tar: tarfile.TarFile, sample: Sample) -> None:
+    """Add the members of a sample to a tar."""
     key = f"{sample.sample_id:09d}-{re.sub('[^A-Za-z0-9_-]', '_', sample.name)[:60]}"
-    row = []
     for extension, content in _components(sample):
         member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0
         member.size = len(content)
-        offset = tar.offset + TAR_BLOCK
         tar.addfile(member, io.BytesIO(content))
-        row.append(f"{extension} {offset} {len(content)} {member.name}")
-    return " ".join(row)
 
 
 def write_manifest(
@@ -256,9 +245,7 @@ def _write_splits(
                 chosen = order[start : start + samples_per_shard]
                 name = shard_name(split, len(written[split]))
                 samples = (tally.check(source[i], split) for i in chosen)
-                file = directory / name
-                packed = write_shard(file, file.with_suffix(".idx"), name, samples)
-                written[split].append(packed)
+                written[split].append(write_shard(directory / name, name, samples))
                 progress.advance(task, len(chosen))
             tally.identities.check_groups(split)
     settings = {"samples_per_shard": samples_per_shard, "seed": seed}

@@ -15,15 +15,10 @@ STATE = ".packing"  # below it, what a killed pack needs to go on; removed at th
 
 
 @contextlib.contextmanager
-def written(out: Path, *names: str) -> Iterator[tuple[Path, ...]]:
-    """Yield local files to write, which become files of `out` by these names, in this order.
-
-    None of them appears where the block raises.
-    """
-    with contextlib.ExitStack() as files:
-        # Left in reverse, so that the first of the names appears first.
-        temporary = [files.enter_context(replaced_atomically(out / n)) for n in reversed(names)]
-        yield tuple(reversed(temporary))
+def written(out: Path, name: str) -> Iterator[Path]:
+    """Yield a local file to write, which becomes that file of `out`, unless the block raises."""
+    with replaced_atomically(out / name) as temporary:
+        yield temporary
 
 
 def write(out: Path, name: str, content: bytes) -> None:

@@ -113,11 +113,10 @@ def run(task: ShardTask, advance: Callable[[int], None] = lambda number: None) -
     packed = None
     good = samples()
     if (first := next(good, None)) is not None:
-        with output.written(task.out, task.name, index_name(task.name)) as (tar, index):
-            packed = write_shard(tar, index, task.name, chain([first], good))
+        with output.written(task.out, task.name) as tar:
+            packed = write_shard(tar, task.name, chain([first], good))
     else:
         output.remove(task.out, task.name)
-        output.remove(task.out, index_name(task.name))
     changes.pop("", None)
     record = Record(
         packed=packed,
@@ -127,11 +126,6 @@ def run(task: ShardTask, advance: Callable[[int], None] = lambda number: None) -
     )
     output.write(task.out, task.record_file, record.to_json(task.key))
     return record
-
-
-def index_name(name: str) -> str:
-    """Return the name of a tar's index."""
-    return str(Path(name).with_suffix(".idx"))
 
 
 def finished(task: ShardTask) -> Record | None:
@@ -149,8 +143,7 @@ def finished(task: ShardTask) -> Record | None:
         fields["info"] = info
         fields["rows"] = np.frombuffer(base64.b64decode(fields["rows"]), ROW)
         packed = PackedShard(**{k: _tuple(v) for k, v in fields.items()})
-        there = (output.size(task.out, n) for n in (info.file, info.index_file))
-        if tuple(there) != (info.num_bytes, info.index_bytes):
+        if output.size(task.out, info.file) != info.num_bytes:
             return None
     return Record(
         packed=packed,

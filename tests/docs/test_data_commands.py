@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import tarfile
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def counts(split: SplitInfo) -> tuple[int, int, int]:
 
 def test_each_section_has_three_commands() -> None:
     found = {heading: len(lines) for heading, lines in commands(OWN).items()}
-    assert found == {"From a folder": 3, "From a CSV": 3, "From tars of img2dataset": 3}
+    assert found == {"From a folder": 3, "From a CSV": 3, "From tars of img2dataset": 3, "From a bucket": 3}
 
 
 def test_from_a_folder(place: Path) -> None:
@@ -124,6 +125,24 @@ def test_from_tars(place: Path) -> None:
     assert counts(split_of("laion")) == (8, 8, 0)
     assert {name: (place / "laion" / name).read_bytes() for name in tars} == tars
     assert (place / "runs/laion/checkpoints/latest").exists()
+
+
+def test_from_a_bucket(place: Path) -> None:
+    pytest.importorskip("obstore")
+    from tests.shared.pipelines.s3_server import S3Server, s3_environment
+
+    for name in ("street", "unknown"):  # as above: the folders are the classes
+        (place / "pictures" / f"{name}.jpg").unlink()
+    server = S3Server()
+    try:
+        with s3_environment(server.address):
+            made = urllib.request.Request(f"{server.address}/bucket", method="PUT")
+            urllib.request.urlopen(made).close()
+            for words in commands(OWN)["From a bucket"]:
+                assert typed(words) == 0, words
+    finally:
+        server.close()
+    assert (place / "runs/bucket/checkpoints/latest").exists()
 
 
 def test_commands_at_scale_are_read(place: Path) -> None:

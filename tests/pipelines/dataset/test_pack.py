@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from wds2idx import IndexCreator
 
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
@@ -26,13 +25,6 @@ JPEG = encode_image(smooth_picture(0, 20, 30), "JPEG")
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(directory.iterdir())}
-
-
-def test_index_equals_dalis_own_tool(fifty: Path, tmp_path: Path) -> None:
-    for tar in sorted(fifty.glob("*.tar")):
-        with IndexCreator(str(tar), str(tmp_path / "index"), verbose=False) as creator:
-            creator.create_index()
-        assert (tmp_path / "index").read_text() == tar.with_suffix(".idx").read_text()
 
 
 def test_webdataset_reads_what_was_packed(fifty: Path) -> None:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.pipelines.storage.s3_server import S3Server
+    from tests.shared.pipelines.s3_server import S3Server
 
 
 @pytest.fixture(scope="session")
 def started_server() -> Iterator[S3Server]:
     pytest.importorskip("obstore")
     pytest.importorskip("moto")
-    from tests.pipelines.storage.s3_server import S3Server, s3_environment
+    from tests.shared.pipelines.s3_server import S3Server, s3_environment
 
     server = S3Server()
     with s3_environment(server.address):

@@ -24,7 +24,7 @@ from tests.pipelines.storage.packed import (
     table_of,
     write,
 )
-from tests.pipelines.storage.s3_server import S3Server, cut, refuse, slow
+from tests.shared.pipelines.s3_server import S3Server, cut, refuse, slow
 
 ROOM = 1 << 30
 

@@ -12,7 +12,7 @@ from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.storage.upload import push
 from tests.pipelines.storage.packed import write
-from tests.pipelines.storage.s3_server import S3Server, cut, refuse
+from tests.shared.pipelines.s3_server import S3Server, cut, refuse
 from tests.shared.pipelines.data import equal
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from m3i_fast.pipelines.storage.objects import Bucket, ObjectInfo, RetryPolicy, url_of
-from tests.pipelines.storage.s3_server import S3Server, cut, refuse, slow
+from tests.shared.pipelines.s3_server import S3Server, cut, refuse, slow
 
 PATIENT = RetryPolicy(request_s=1.5, first_wait_s=0.01, longest_wait_s=0.1)
 QUICK = RetryPolicy(request_s=1.5, give_up_s=1.0, first_wait_s=0.01, longest_wait_s=0.1)

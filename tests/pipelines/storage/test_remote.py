@@ -14,7 +14,7 @@ from m3i_fast.pipelines.batch_rows import TrainingRows
 from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.storage.remote import open_remote
 from tests.pipelines.storage.packed import POLICY, contents, local_contents, table_of, write
-from tests.pipelines.storage.s3_server import S3Server
+from tests.shared.pipelines.s3_server import S3Server
 
 
 @pytest.fixture(scope="module")

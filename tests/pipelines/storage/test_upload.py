@@ -13,7 +13,7 @@ from m3i_fast.pipelines.storage.dataset_copy import copy_description
 from m3i_fast.pipelines.storage.objects import Bucket
 from m3i_fast.pipelines.storage.upload import push, put_file
 from tests.pipelines.storage.packed import POLICY, table_of, write
-from tests.pipelines.storage.s3_server import S3Server, refuse
+from tests.shared.pipelines.s3_server import S3Server, refuse
 
 
 @pytest.fixture(scope="module")
