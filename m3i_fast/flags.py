@@ -283,7 +283,7 @@ def _shown(flag: Flag) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return " ".join(f"{each:g}" for each in value)
+        return " ".join(each if isinstance(each, str) else f"{each:g}" for each in value) or "none"
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value).lower() if value is None else str(value) or "none"

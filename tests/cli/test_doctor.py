@@ -194,7 +194,7 @@ def gpu_node(**changes: Any) -> Machine:
         },
         "kernels_cpu": {"ops": OPS},
         "kernels_cuda": {"ops": OPS},
-        "dali": {"device": "gpu"},
+        "dali": {"device": "gpu", "missing": None},
         "transformer_engine": {"fp8": True, "reason": ""},
         "precision": {"runs": ["fp8_current"], "refused": {"mxfp8": "too old"}},
         "apex": fused,
