@@ -56,6 +56,11 @@ class OpenSplit:
         table = self.table
         return table.mixed.digest if isinstance(table, MixedTable) else self.manifest.digest
 
+    @property
+    def described(self) -> Manifest | MixedData:
+        """Return what is known of the data: one manifest, or a mixture's."""
+        return self.table.mixed if isinstance(self.table, MixedTable) else self.manifest
+
     def order(self, seed: int, images_per_input: int) -> Order | None:
         """Return which row of the table stands at each position; None: all rows are shuffled."""
         if isinstance(self.table, MixedTable):
@@ -131,6 +136,11 @@ class Loader:
         self._skipped: set[int] = set()  # rows of the table
         self._rows: TrainingRows | None = None
         self._backend: Backend | None = None
+
+    @property
+    def described(self) -> Manifest | MixedData:
+        """Return what is known of the data, as `mixture.read_described` reads it."""
+        return self._open.described
 
     @property
     def samples(self) -> int:

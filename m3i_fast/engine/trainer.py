@@ -133,7 +133,7 @@ class Trainer:
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
             skipped_file=self.run_dir / "skipped_samples.jsonl",
         )
-        expect_data(self.cfg, loader.manifest)
+        expect_data(self.cfg, loader.described)
         return loader
 
     @property
