@@ -192,6 +192,8 @@ class Loader:
 
         Raises ValueError with expected and got where it is not a state of this data and seed.
         """
+        if (version := state.get("version")) != STATE_VERSION:
+            raise ValueError(f"loader state: expected version {STATE_VERSION}, got {version!r}")
         samples, images = state.get("samples"), self._layout.images_per_input
         if type(samples) is not int or samples < 0 or samples % images:
             raise ValueError(
