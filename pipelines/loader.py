@@ -17,7 +17,7 @@ from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConf
 from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.batch_rows import Order, TrainingRows, ordered_rows
+from m3i_fast.pipelines.batch_rows import BatchRows, Order, TrainingRows, ordered_rows
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, check_tokenizer, quoted
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
@@ -356,6 +356,16 @@ def evaluation_batches(
     return batches()
 
 
+def open_samples(cfg: LoaderConfig) -> tuple[SampleTable, Shards]:
+    """Return the table of a data set's split and what finds the bytes of its samples.
+
+    Raises as `open_split` does, or `open_remote` for a URL.
+    """
+    opened = _open(replace(cfg, mixture=()), fingerprint=None)
+    assert isinstance(opened.table, SampleTable)  # one data set
+    return opened.table, opened.shards
+
+
 def _open(
     cfg: LoaderConfig,
     *,
@@ -433,6 +443,24 @@ def _open_mixture(
     )
 
 
+def _wrong_row(rows: BatchRows, index: int, opened: OpenSplit) -> SampleError:
+    """Return the error for a sample of a label or an id that cannot be, as its table has it."""
+    table, number = opened.table, rows.samples[index : index + 1]
+    num_classes, ids = len(opened.manifest.class_names), "at least 0"
+    if isinstance(table, MixedTable):
+        ((dataset,), number) = table.mixed.split_rows(number)
+        num_classes = len(table.mixed.manifests[dataset].class_names)
+        table, ids = table.tables[dataset], "0 to 2**48 - 1 in a mixture"
+    (row,) = table.at(number)
+    return SampleError(
+        sample_id=int(row["sample_id"]),
+        position=int(rows.positions[index]),
+        file=rows.path(index),
+        reason=f"expected a label from -1 to {num_classes - 1} and ids of {ids}, got label "
+        f"{row['label']}, sample {row['sample_id']} of group {row['group_id']}",
+    )
+
+
 def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, captions: TextCaptions) -> Batch:
     """Make a `Batch` of what a backend made.
 
@@ -443,14 +471,7 @@ def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, captions: Tex
     wrong = (rows.label < -1) | (rows.label >= num_classes) | (rows.sample_id < 0)
     wrong |= rows.group_id < 0
     if wrong.any():
-        index = int(np.flatnonzero(wrong)[0])
-        raise SampleError(
-            sample_id=int(rows.sample_id[index]),
-            position=int(rows.positions[index]),
-            file=rows.path(index),
-            reason=f"expected a label from -1 to {num_classes - 1} and ids of at least 0, got "
-            f"{rows.label[index]} of group {rows.group_id[index]}",
-        )
+        raise _wrong_row(rows, int(np.flatnonzero(wrong)[0]), opened)
     token_ids, num_tokens = captions.of(made)
     return Batch(
         global_views=made.views[:num_global],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -82,8 +83,7 @@ def test_ids_of_two_data_sets_differ(paths: list[Path]) -> None:
     data = mixed(paths)
     datasets, own = np.array([0, 1, 2]), np.array([5, 5, MAX_ID - 1])
     assert data.ids(datasets, own).tolist() == [5, MAX_ID + 5, 3 * MAX_ID - 1]
-    with pytest.raises(ValueError, match=r"expected ids of 0 to 2\*\*48 - 1 in a mixture, got"):
-        data.ids(datasets, np.array([0, MAX_ID, 0]))
+    assert data.ids(datasets, np.array([-3, MAX_ID, 0])).tolist() == [-1, -1, 2 * MAX_ID]
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -200,3 +200,29 @@ def test_a_sample_is_replaced_by_one_of_its_own_data_set(paths: list[Path], tmp_
         assert (datasets[::2] == datasets[1::2]).all()
         counts += np.bincount(datasets, minlength=3) / 2
         assert (np.abs(counts - 4 * step * np.array(weights)) <= 1).all()
+
+
+@pytest.mark.parametrize("column", ["sample_id", "group_id"])
+def test_an_id_that_cannot_be_mixed_is_told_with_its_sample(
+    paths: list[Path], tmp_path: Path, column: str
+) -> None:
+    own = [Path(shutil.copytree(path, tmp_path / path.name)) for path in paths[:2]]
+    cfg = LoaderConfig(
+        mixture=tuple(f"{path}:train:1" for path in own),
+        batch_size=8,
+        global_views=ViewConfig(size=8),
+        backend="torch",
+    )
+    table = np.fromfile(own[1] / "train.samples", ROW)
+    table[2][column] = MAX_ID + 3
+    made = asdict(write_table(own[1] / "train.samples", [table]))
+    edit_manifest(own[1], lambda raw: raw["splits"]["train"].update(table=made))
+    skipped = tmp_path / "skipped.jsonl"
+    loader = Loader(cfg, skipped_file=skipped)
+    ids = np.concatenate([next(loader).sample_id.numpy() for _ in range(4)])
+    assert (ids >= 0).all()
+    (told,) = [json.loads(line) for line in skipped.read_text().splitlines()]
+    assert told["sample_id"] == table[2]["sample_id"]
+    assert Path(told["file"]).parent == own[1]
+    expected = f"sample {table[2]['sample_id']} of group {table[2]['group_id']}"
+    assert "ids of 0 to 2**48 - 1 in a mixture" in told["reason"] and expected in told["reason"]
