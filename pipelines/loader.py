@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
 from m3i_fast.pipelines.mixture import MixedData
 from m3i_fast.pipelines.order import ORDER_VERSION, StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
+from m3i_fast.pipelines.skipped_samples import SkippedSamples
 from m3i_fast.pipelines.storage.objects import url_of
 from m3i_fast.pipelines.storage.remote import open_remote
 from m3i_fast.pipelines.storage.shards import LocalShards, Shards
@@ -100,7 +100,7 @@ class Loader:
         tokenizer_fingerprint: str | None = None,
         skipped_file: Path | None = None,
     ) -> None:
-        """skipped_file: JSON lines, to which samples that cannot be used are appended."""
+        """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`)."""
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
         if device_id is None and cfg.hw_decoder_load is not None:
@@ -109,7 +109,7 @@ class Loader:
                 f"GPU's decoder, got {cfg.hw_decoder_load}"
             )
         self.cfg = cfg
-        self._rank, self._device_id, self._skipped_file = rank, device_id, skipped_file
+        self._rank, self._device_id = rank, device_id
         self._layout = StepLayout(
             batch_size=cfg.batch_size,
             num_ranks=num_ranks,
@@ -133,7 +133,7 @@ class Loader:
             )
         self._start = 0  # position at which this object began or resumed
         self._batches = 0  # of this rank, since then
-        self._skipped: set[int] = set()  # rows of the table
+        self._skipped = SkippedSamples(skipped_file, rank)
         self._rows: TrainingRows | None = None
         self._backend: Backend | None = None
 
@@ -207,6 +207,7 @@ class Loader:
         if differing:
             raise ValueError("loader state of another run: " + "; ".join(differing))
         self.close()
+        self._skipped.read()
         self._start, self._batches = samples, 0
 
     def close(self) -> None:
@@ -236,7 +237,7 @@ class Loader:
             start=self._start,
             order=self._open.order(self.cfg.seed, self._layout.images_per_input),
             first_batch=self._batches,
-            skipped=frozenset(self._skipped),
+            skipped=frozenset(self._skipped.known),
             batches_ahead=-(-self.cfg.fetch_ahead // self.cfg.batch_size)
             if self._open.lanes
             else 0,
@@ -274,19 +275,10 @@ class Loader:
             raise RuntimeError(f"{error}; check the files with: {command}") from error
         assert self._rows is not None
         sample = int(self._rows.samples_at(np.array([error.position]))[0])
-        if sample in self._skipped:
+        if sample in self._skipped.known:
             raise RuntimeError(f"{error}, although it was replaced") from error
-        self._skipped.add(sample)
-        if self._skipped_file is not None:
-            told = {
-                "sample_id": error.sample_id,
-                "position": error.position,
-                "file": error.file,
-                "reason": error.reason,
-            }
-            with self._skipped_file.open("a") as file:
-                file.write(json.dumps(told) + "\n")
-        if len(self._skipped) > self.cfg.max_skipped:
+        self._skipped.add(sample, error)
+        if self._skipped.count > self.cfg.max_skipped:
             raise RuntimeError(
                 f"data.max_skipped: expected at most {self.cfg.max_skipped} samples that cannot be "
                 f"used, got another: {error}; check the files with: {command}"
