@@ -40,6 +40,9 @@ class Table(Protocol):
     def at(self, numbers: Integers, /) -> Rows:  # [N] -> [N]
         """Return rows by their number."""
 
+    def same_set(self, numbers: Integers, /) -> tuple[Integers, Integers]:  # [N] -> [N], [N]
+        """Return the first row of each row's data set, and how many rows that has."""
+
 
 @dataclass(frozen=True, slots=True)
 class BatchRows:
@@ -143,16 +146,17 @@ class TrainingRows:
 
         Raises ValueError where hardly any sample of the table can be used.
         """
-        table = self._table
         samples = self._order(positions)
         left = np.flatnonzero(self._is_unusable(samples))
         for attempt in range(1, _MOST_ATTEMPTS):
             if not len(left):
                 return samples
             drawn = words(positions[left], attempt, seed=self._seed, purpose=Purpose.REPLACEMENT)
-            samples[left] = (drawn[:, -1] % np.uint64(len(table))).astype(np.int64)
+            first, size = self._table.same_set(samples[left])  # a mixture's shares stay
+            samples[left] = first + (drawn[:, -1] % size.astype(np.uint64)).astype(np.int64)
             left = left[self._is_unusable(samples[left])]
-        raise ValueError(f"expected samples that can be used, got hardly any of {len(table)}")
+        _, size = self._table.same_set(samples[left])
+        raise ValueError(f"expected samples that can be used, got hardly any of {size[0]}")
 
     def _is_unusable(self, samples: Integers) -> NDArray[np.bool_]:
         bad: NDArray[np.bool_] = (self._table.at(samples)["flags"] & BAD) != 0

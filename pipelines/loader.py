@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConf
 from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.batch_rows import Order, TrainingRows, ordered_rows
+from m3i_fast.pipelines.batch_rows import BatchRows, Order, TrainingRows, ordered_rows
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, check_tokenizer, quoted
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
@@ -26,6 +25,7 @@ from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
 from m3i_fast.pipelines.mixture import MixedData
 from m3i_fast.pipelines.order import ORDER_VERSION, StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
+from m3i_fast.pipelines.skipped_samples import SkippedSamples
 from m3i_fast.pipelines.storage.objects import url_of
 from m3i_fast.pipelines.storage.remote import open_remote
 from m3i_fast.pipelines.storage.shards import LocalShards, Shards
@@ -55,6 +55,11 @@ class OpenSplit:
         """Return the digest of the data set, or of all that are mixed."""
         table = self.table
         return table.mixed.digest if isinstance(table, MixedTable) else self.manifest.digest
+
+    @property
+    def described(self) -> Manifest | MixedData:
+        """Return what is known of the data: one manifest, or a mixture's."""
+        return self.table.mixed if isinstance(self.table, MixedTable) else self.manifest
 
     def order(self, seed: int, images_per_input: int) -> Order | None:
         """Return which row of the table stands at each position; None: all rows are shuffled."""
@@ -95,7 +100,7 @@ class Loader:
         tokenizer_fingerprint: str | None = None,
         skipped_file: Path | None = None,
     ) -> None:
-        """skipped_file: JSON lines, to which samples that cannot be used are appended."""
+        """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`)."""
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
         if device_id is None and cfg.hw_decoder_load is not None:
@@ -104,7 +109,7 @@ class Loader:
                 f"GPU's decoder, got {cfg.hw_decoder_load}"
             )
         self.cfg = cfg
-        self._rank, self._device_id, self._skipped_file = rank, device_id, skipped_file
+        self._rank, self._device_id = rank, device_id
         self._layout = StepLayout(
             batch_size=cfg.batch_size,
             num_ranks=num_ranks,
@@ -128,9 +133,14 @@ class Loader:
             )
         self._start = 0  # position at which this object began or resumed
         self._batches = 0  # of this rank, since then
-        self._skipped: set[int] = set()  # rows of the table
+        self._skipped = SkippedSamples(skipped_file, rank)
         self._rows: TrainingRows | None = None
         self._backend: Backend | None = None
+
+    @property
+    def described(self) -> Manifest | MixedData:
+        """Return what is known of the data, as `mixture.read_described` reads it."""
+        return self._open.described
 
     @property
     def samples(self) -> int:
@@ -182,6 +192,8 @@ class Loader:
 
         Raises ValueError with expected and got where it is not a state of this data and seed.
         """
+        if (version := state.get("version")) != STATE_VERSION:
+            raise ValueError(f"loader state: expected version {STATE_VERSION}, got {version!r}")
         samples, images = state.get("samples"), self._layout.images_per_input
         if type(samples) is not int or samples < 0 or samples % images:
             raise ValueError(
@@ -195,6 +207,7 @@ class Loader:
         if differing:
             raise ValueError("loader state of another run: " + "; ".join(differing))
         self.close()
+        self._skipped.read()
         self._start, self._batches = samples, 0
 
     def close(self) -> None:
@@ -224,7 +237,7 @@ class Loader:
             start=self._start,
             order=self._open.order(self.cfg.seed, self._layout.images_per_input),
             first_batch=self._batches,
-            skipped=frozenset(self._skipped),
+            skipped=frozenset(self._skipped.known),
             batches_ahead=-(-self.cfg.fetch_ahead // self.cfg.batch_size)
             if self._open.lanes
             else 0,
@@ -262,19 +275,10 @@ class Loader:
             raise RuntimeError(f"{error}; check the files with: {command}") from error
         assert self._rows is not None
         sample = int(self._rows.samples_at(np.array([error.position]))[0])
-        if sample in self._skipped:
+        if sample in self._skipped.known:
             raise RuntimeError(f"{error}, although it was replaced") from error
-        self._skipped.add(sample)
-        if self._skipped_file is not None:
-            told = {
-                "sample_id": error.sample_id,
-                "position": error.position,
-                "file": error.file,
-                "reason": error.reason,
-            }
-            with self._skipped_file.open("a") as file:
-                file.write(json.dumps(told) + "\n")
-        if len(self._skipped) > self.cfg.max_skipped:
+        self._skipped.add(sample, error)
+        if self._skipped.count > self.cfg.max_skipped:
             raise RuntimeError(
                 f"data.max_skipped: expected at most {self.cfg.max_skipped} samples that cannot be "
                 f"used, got another: {error}; check the files with: {command}"
@@ -342,6 +346,16 @@ def evaluation_batches(
             made.close()
 
     return batches()
+
+
+def open_samples(cfg: LoaderConfig) -> tuple[SampleTable, Shards]:
+    """Return the table of a data set's split and what finds the bytes of its samples.
+
+    Raises as `open_split` does, or `open_remote` for a URL.
+    """
+    opened = _open(replace(cfg, mixture=()), fingerprint=None)
+    assert isinstance(opened.table, SampleTable)  # one data set
+    return opened.table, opened.shards
 
 
 def _open(
@@ -421,6 +435,24 @@ def _open_mixture(
     )
 
 
+def _wrong_row(rows: BatchRows, index: int, opened: OpenSplit) -> SampleError:
+    """Return the error for a sample of a label or an id that cannot be, as its table has it."""
+    table, number = opened.table, rows.samples[index : index + 1]
+    num_classes, ids = len(opened.manifest.class_names), "at least 0"
+    if isinstance(table, MixedTable):
+        ((dataset,), number) = table.mixed.split_rows(number)
+        num_classes = len(table.mixed.manifests[dataset].class_names)
+        table, ids = table.tables[dataset], "0 to 2**48 - 1 in a mixture"
+    (row,) = table.at(number)
+    return SampleError(
+        sample_id=int(row["sample_id"]),
+        position=int(rows.positions[index]),
+        file=rows.path(index),
+        reason=f"expected a label from -1 to {num_classes - 1} and ids of {ids}, got label "
+        f"{row['label']}, sample {row['sample_id']} of group {row['group_id']}",
+    )
+
+
 def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, captions: TextCaptions) -> Batch:
     """Make a `Batch` of what a backend made.
 
@@ -431,14 +463,7 @@ def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, captions: Tex
     wrong = (rows.label < -1) | (rows.label >= num_classes) | (rows.sample_id < 0)
     wrong |= rows.group_id < 0
     if wrong.any():
-        index = int(np.flatnonzero(wrong)[0])
-        raise SampleError(
-            sample_id=int(rows.sample_id[index]),
-            position=int(rows.positions[index]),
-            file=rows.path(index),
-            reason=f"expected a label from -1 to {num_classes - 1} and ids of at least 0, got "
-            f"{rows.label[index]} of group {rows.group_id[index]}",
-        )
+        raise _wrong_row(rows, int(np.flatnonzero(wrong)[0]), opened)
     token_ids, num_tokens = captions.of(made)
     return Batch(
         global_views=made.views[:num_global],

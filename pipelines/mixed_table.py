@@ -40,6 +40,13 @@ class MixedTable:
             rows[name] = self.mixed.ids(datasets, rows[name].astype(np.int64))
         return rows
 
+    def same_set(
+        self, numbers: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # [N] -> [N], [N]
+        """Return the first row of each row's data set, and how many rows that has."""
+        datasets, own = self.mixed.split_rows(numbers)
+        return numbers - own, np.array(self.mixed.sizes, np.int64)[datasets]
+
 
 class MixedShards:
     """The shards of all data sets, which are local."""

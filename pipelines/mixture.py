@@ -23,6 +23,7 @@ from m3i_fast.pipelines.storage.remote import manifest_at
 MAX_ID = 2**48
 """Ids of a data set in a mixture are below it: those of data set d are moved up by d times as much,
 so that two data sets share none."""
+NO_ID = -1  # of a sample whose own cannot be moved up: refused as what it is
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,9 @@ class MixedData:
     def ids(self, datasets: Integers, own: Integers) -> Integers:
         """Return sample or group ids that no two data sets share: [N], [N] -> [N].
 
-        Those of the first stay as they are. Raises ValueError for an id of 2**48 or more.
+        Those of the first stay as they are. Ids outside of 0 to 2**48 - 1 become NO_ID.
         """
-        if own.size and not 0 <= own.min() <= own.max() < MAX_ID:
-            raise ValueError(f"expected ids of 0 to 2**48 - 1 in a mixture, got {own.max()}")
-        return datasets * MAX_ID + own
+        return np.where((own < 0) | (own >= MAX_ID), NO_ID, datasets * MAX_ID + own)
 
 
 def read_described(cfg: LoaderConfig) -> Manifest | MixedData:

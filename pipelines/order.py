@@ -118,7 +118,7 @@ class Mixture:
     """Deal groups of neighbouring positions to several data sets, in proportion to weights.
 
     The sequence is periodic: weights are taken as fractions of at most 65,536, the nearest where
-    theirs are finer (`weights_used`), and after every group the count of each data set is within
+    theirs are finer (`shares`), and after every group the count of each data set is within
     1 of its share (Tijdeman, The chairman assignment problem, 1980).
 
     Raises ValueError where sizes and weights differ in number, are none, or are not above 0.
@@ -152,11 +152,6 @@ class Mixture:
         for d in by_rest[: max(_MAX_PERIOD - sum(floors), 0)]:
             floors[d] += 1
         return tuple(floors)
-
-    @property
-    def weights_used(self) -> tuple[float, ...]:
-        """Return the share of each data set; they sum to 1."""
-        return tuple(share / sum(self.shares) for share in self.shares)
 
     @cached_property
     def _period(self) -> tuple[Integers, Integers]:

@@ -22,7 +22,7 @@ class Show:
     """
 
     path: tyro.conf.Positional[Path]
-    """Dataset directory."""
+    """Dataset directory, or its URL in object storage."""
     num: Annotated[int, tyro.conf.arg(metavar="N")] = 64
     """Pictures shown, in the order of a run's first epoch."""
     out: Path = Path("page.html")
@@ -50,6 +50,7 @@ class Show:
             cfg,
             path=self.path,
             split=self.split,
+            mixture=(),
             seed=self.seed,
             num_threads=min(os.cpu_count() or 1, 16),
             hw_decoder_load=None,

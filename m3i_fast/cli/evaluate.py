@@ -27,6 +27,9 @@ class EvaluateCommand:
     """Run directory that `m3i-fast train` wrote."""
     split: str = "heldout"
     """Split to measure on; no setting is chosen on it."""
+    data: Path | None = None
+    """Data set to measure on, with the run's tokenizer; none: the run's own. A run on a mixture of
+    data sets needs it."""
     batch_size: Annotated[int, BATCHES] = 256
     """Pictures a forward pass."""
     json: bool = False
@@ -40,7 +43,9 @@ def main(argv: list[str]) -> int:
     command = tyro.cli(EvaluateCommand, prog="m3i-fast evaluate", args=argv)
     from m3i_fast.engine.evaluator import evaluate  # loads torch, which help does without
 
-    evaluation = evaluate(command.run, split=command.split, batch_size=command.batch_size)
+    evaluation = evaluate(
+        command.run, split=command.split, batch_size=command.batch_size, data=command.data
+    )
     if command.json:
         sys.stdout.write(json.dumps(evaluation.figures, indent=2) + "\n")
     else:

@@ -75,8 +75,8 @@ class TrainCommand(Checked):
     resume: bool = False
     """Continue the run in --out from its newest checkpoint, at the next sample of its data; an
     error if there is none. It may have another number of ranks, --data.batch-size and
-    --parallel.accumulate. With another --num-steps it ends there. A line says what any of them
-    changes."""
+    --parallel.accumulate, and the same data in another place. With another --num-steps it ends
+    there. A line says what any of them changes."""
     auto_resume: bool = False
     """Continue the run in --out if there is one, else begin it: for jobs that are started again."""
     stop_on_collapse: bool = False

@@ -39,10 +39,11 @@ from m3i_fast.evaluation.protocol import SourceResults, measure_all, tabulate_fi
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE
 from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.mixture import read_described
+from m3i_fast.pipelines.storage.remote import folder_at
 
 
 class Evaluation(NamedTuple):
@@ -66,12 +67,19 @@ def evaluate(
     Where the run has an EMA of its encoder, that is evaluated too, as `ema` (`build_averaged`).
     baselines: also evaluate the untrained model, raw pixels and chance, which takes longer than the
     trained one. data: data set whose labels and captions the measures use, for a run whose own has
-    few; None for the run's own. Raises ValueError where the two have different tokenizers.
+    few or are several that are mixed; None for the run's own. Raises ValueError where the two have
+    different tokenizers, and for a run on a mixture without `data`.
     """
     cfg = TrainConfig.load(run / "config.json")
     if data is not None:
-        _expect_same_tokenizer(cfg.data.path, data)
-        cfg = replace(cfg, data=replace(cfg.data, path=data))
+        one = replace(cfg.data, path=data, mixture=())
+        _expect_same_tokenizer(cfg.data, one)
+        cfg = replace(cfg, data=one)
+    elif cfg.data.mixture:
+        raise ValueError(
+            f"--data: expected the data set to measure on, since {run} was trained on a mixture of "
+            f"{' and '.join(str(part.path) for part in cfg.data.mixture_parts)}, got none"
+        )
     models = {"trained": load_objective(run, cfg)}
     if cfg.objective.uses(encoder="momentum"):
         models["ema"] = build_averaged(models["trained"], cfg)
@@ -103,6 +111,7 @@ def _measure(
     *,
     baselines: bool,
 ) -> Evaluation:
+    digest = split_digest(folder_at(replace(cfg.data, split=split)), split)
     held_out = describe_held_out(
         _whole_pictures(cfg, split, batch_size, image_size=COMPARED_SIZE),
         _whole_pictures(cfg, cfg.data.split, batch_size, image_size=COMPARED_SIZE, variants=True),
@@ -117,17 +126,17 @@ def _measure(
         measured[who].add_scenes(result, held_out)
     figures = {
         **tabulate_figures(measured, held_out),
-        "split_digest": split_digest(cfg.data.path, split),
+        "split_digest": digest,
     }
     return Evaluation(figures, measured, held_out)
 
 
-def _expect_same_tokenizer(of_run: Path, of_measures: Path) -> None:
-    ours, theirs = (read_manifest(path).tokenizer.fingerprint for path in (of_run, of_measures))
+def _expect_same_tokenizer(of_run: LoaderConfig, of_measures: LoaderConfig) -> None:
+    ours, theirs = (read_described(cfg).tokenizer.fingerprint for cfg in (of_run, of_measures))
     if ours != theirs:
         raise ValueError(
-            f"data: expected {of_measures} to have the tokenizer of {of_run}, {ours[:8]}, got "
-            f"{theirs[:8]}; pack it with the same tokenizer"
+            f"data: expected {of_measures.path} to have the tokenizer of the run, {ours[:8]}, "
+            f"got {theirs[:8]}; pack it with the same tokenizer"
         )
 
 

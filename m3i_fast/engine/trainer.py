@@ -133,7 +133,7 @@ class Trainer:
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
             skipped_file=self.run_dir / "skipped_samples.jsonl",
         )
-        expect_data(self.cfg, loader.manifest)
+        expect_data(self.cfg, loader.described)
         return loader
 
     @property
@@ -331,7 +331,7 @@ class Trainer:
         self.train_step.steps_taken = saved.step
         self.train_step.samples_taken = self.loader.samples
         self.skips.forget_after(self.guard.first_unreported(self.step))
-        self.run.write_num_steps()
+        self.run.write_changes()
         logger.info(
             "resumed %s at step %d, after %d samples",
             self.run_dir,

@@ -79,6 +79,12 @@ class SampleTable:
         """Return rows by their number, copied out of the file."""
         return np.asarray(self.rows)[numbers]  # of a memory map every field would be one again
 
+    def same_set(
+        self, numbers: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # [N] -> [N], [N]
+        """Return the first row of each row's data set, and how many it has: all are of one."""
+        return np.zeros_like(numbers), np.full_like(numbers, len(self))
+
 
 def rows_fault(
     rows: Rows, numbers: NDArray[np.int64], manifest: Manifest, split: str

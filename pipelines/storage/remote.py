@@ -87,11 +87,19 @@ def open_remote(
 def manifest_at(cfg: LoaderConfig) -> Manifest:
     """Read the manifest of a data set in a folder or under a URL.
 
-    Raises as `read_manifest`, `Bucket` and `copy_description` do.
+    Raises as `read_manifest` and `folder_at` do.
+    """
+    return read_manifest(folder_at(cfg))
+
+
+def folder_at(cfg: LoaderConfig) -> Path:
+    """Return the folder with manifest and table of a config's split; for a URL they are copied.
+
+    Raises as `Bucket` and `copy_description` do.
     """
     if url_of(cfg.path) is None:
-        return read_manifest(cfg.path)
-    return copy_description(Bucket(cfg.path), cfg.cache_dir.expanduser(), cfg.split)[1]
+        return cfg.path
+    return copy_description(Bucket(cfg.path), cfg.cache_dir.expanduser(), cfg.split)[0]
 
 
 def kept_batches(cfg: LoaderConfig, order: LaneOrder, num_ranks: int) -> int:

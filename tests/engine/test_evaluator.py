@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import (
     build_averaged,
@@ -129,3 +130,19 @@ def test_the_data_of_the_measures_has_the_tokenizer_of_the_run(run: Path, tmp_pa
     other = openmoji.build(tmp_path / "other", limit=60, num_merges=200, context_length=24)
     with pytest.raises(ValueError, match=r"data: expected .*other to have the tokenizer of"):
         evaluate(run, data=other)
+
+
+def test_a_run_on_a_mixture_is_measured_on_the_data_that_are_named(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = TrainConfig.load(run / "config.json")
+    mixture = (f"{dataset}:train:1", f"{dataset}:train:2")
+    cfg = replace(cfg, data=replace(cfg.data, mixture=mixture, path=tmp_path / "absent"))
+    cfg.save(tmp_path / "config.json")
+    assert main(["evaluate", str(tmp_path)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"--data: expected the data set to measure on, since {tmp_path} was trained on" in said
+    other = openmoji.build(tmp_path / "other", limit=60, num_merges=200, context_length=24)
+    assert main(["evaluate", str(tmp_path), "--data", str(other)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "to have the tokenizer of the run" in said

@@ -172,6 +172,38 @@ def test_too_many_end_the_run(path: Path) -> None:
         take(impatient, 4)
 
 
+def test_a_resume_knows_what_was_skipped(path: Path, tmp_path: Path) -> None:
+    """It writes nothing twice, counts them, and reads those of other ranks; the stream is kept."""
+    file = tmp_path / "skipped.jsonl"
+    cfg = config(path, batch_size=3, backend="torch", max_skipped=2)
+    ranks = [Loader(cfg, rank=rank, num_ranks=2, skipped_file=file) for rank in range(2)]
+    later = Loader(replace(cfg, batch_size=6), skipped_file=file)
+    patient = Loader(replace(cfg, batch_size=6, max_skipped=3), skipped_file=file)
+    for sample_id in (3, 9):
+        spoil(path, sample_id, one_bit)
+    for _ in range(12):  # three epochs
+        for loader in ranks:
+            next(loader)
+    files = [file, tmp_path / "skipped-rank1.jsonl"]
+    first, second = ([json.loads(line) for line in f.read_text().splitlines()] for f in files)
+    assert {told["sample_id"] for told in (*first, *second)} == {3, 9}
+    state = {**ranks[0].state_dict(), "samples": 0}
+    files[1].write_text("".join(json.dumps(told) + "\n" for told in second) + '{"sample_id": 1')
+    file.write_text("".join(json.dumps(told) + "\n" for told in (*first, *second)))
+    before = file.read_bytes()
+    later.load_state_dict(state)
+    ids = torch.cat([batch.sample_id for batch in take(later, 4)])
+    assert file.read_bytes() == before and not np.isin(ids, (3, 9)).any()
+    spoil(path, 11, one_bit)
+    with pytest.raises(RuntimeError, match=r"data.max_skipped: expected at most 2 .* got another"):
+        take(later, 4)
+    assert [json.loads(line)["sample_id"] for line in file.read_text().splitlines()][-1] == 11
+    patient.load_state_dict(state)
+    after = file.read_bytes()
+    take(patient, 8)
+    assert file.read_bytes() == after
+
+
 def test_a_file_that_cannot_be_read_is_no_corrupt_sample(path: Path) -> None:
     """Another sample in the place of each of a shard's would hide that the disk is gone."""
     for backend in ("dali", "torch"):

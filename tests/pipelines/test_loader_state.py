@@ -153,7 +153,7 @@ def test_the_state_of_another_run_is_refused(
         ({"samples": -2}, "expected samples, a multiple of 2, got -2"),
         ({"samples": 3}, "expected samples, a multiple of 2, got 3"),
         ({"samples": True}, "expected samples, a multiple of 2, got True"),
-        ({"version": 1}, "version: expected 1, got 2"),
+        ({"version": 1}, "loader state: expected version 2, got 1"),
         ({"order": 99}, "order: expected 99, got"),
         ({"dataset": None}, "dataset: expected None, got '"),
         ({"split": "test"}, "split: expected 'test', got 'train'"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch
 from m3i_fast.config.data import LoaderConfig, MixturePart, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
+from m3i_fast.pipelines.dataset.sample_table import BAD, ROW, write_table
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.mixture import MAX_ID, MixedData, read_described
 from m3i_fast.pipelines.order import shuffled
 from tests.shared.pipelines.data import (
     TOKENIZER,
+    edit_manifest,
     encode_image,
     equal,
     info,
@@ -79,8 +83,7 @@ def test_ids_of_two_data_sets_differ(paths: list[Path]) -> None:
     data = mixed(paths)
     datasets, own = np.array([0, 1, 2]), np.array([5, 5, MAX_ID - 1])
     assert data.ids(datasets, own).tolist() == [5, MAX_ID + 5, 3 * MAX_ID - 1]
-    with pytest.raises(ValueError, match=r"expected ids of 0 to 2\*\*48 - 1 in a mixture, got"):
-        data.ids(datasets, np.array([0, MAX_ID, 0]))
+    assert data.ids(datasets, np.array([-3, MAX_ID, 0])).tolist() == [-1, -1, 2 * MAX_ID]
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -161,3 +164,65 @@ def test_a_loader_takes_from_each_by_weight_on_any_ranks(paths: list[Path]) -> N
     assert equal(next(again), next(whole))
     with pytest.raises(ValueError, match="order: expected '1, mixed by 2', got '1, mixed by 1'"):
         Loader(cfg).load_state_dict(ranks[0].state_dict())
+
+
+def marked(path: Path, bad: list[int]) -> None:
+    """Mark samples in the table, with a digest that is right."""
+    table = np.fromfile(path / "train.samples", ROW)
+    table["flags"][np.isin(table["sample_id"], bad)] |= BAD
+    made = asdict(write_table(path / "train.samples", [table]))
+    edit_manifest(path, lambda raw: raw["splits"]["train"].update(table=made, num_bad=len(bad)))
+
+
+def test_a_sample_is_replaced_by_one_of_its_own_data_set(paths: list[Path], tmp_path: Path) -> None:
+    """Marked or found to be corrupt: shares stay, and both images of an input are of one set."""
+    weights = (0.5, 0.3, 0.2)
+    own = [Path(shutil.copytree(path, tmp_path / path.name)) for path in paths[:3]]
+    marked(own[0], list(range(6)))
+    parts = tuple(f"{path}:train:{w}" for path, w in zip(own, weights, strict=True))
+    cfg = LoaderConfig(
+        mixture=parts, batch_size=8, global_views=ViewConfig(size=8), seed=3, backend="torch"
+    )
+    loader = Loader(cfg, images_per_input=2)
+    row = np.fromfile(own[1] / "train.samples", ROW)[2]
+    shard = own[1] / read_manifest(own[1]).splits["train"].shards[row["shard"]].file
+    content = bytearray(shard.read_bytes())
+    content[int(row["offset"]) + 1] ^= 1
+    shard.write_bytes(content)
+    counts, plain = np.zeros(3), mixed(own, weights)
+    for step in range(1, 16):
+        batch = next(loader)
+        datasets, ids = np.divmod(batch.sample_id.numpy(), MAX_ID)
+        rows = plain.rows_at(batch.position.numpy(), seed=3, images_per_input=2)
+        assert (datasets == plain.split_rows(rows)[0]).all()
+        assert not (ids[datasets == 0] < 6).any()
+        assert not (ids[datasets == 1] == row["sample_id"]).any()
+        assert (datasets[::2] == datasets[1::2]).all()
+        counts += np.bincount(datasets, minlength=3) / 2
+        assert (np.abs(counts - 4 * step * np.array(weights)) <= 1).all()
+
+
+@pytest.mark.parametrize("column", ["sample_id", "group_id"])
+def test_an_id_that_cannot_be_mixed_is_told_with_its_sample(
+    paths: list[Path], tmp_path: Path, column: str
+) -> None:
+    own = [Path(shutil.copytree(path, tmp_path / path.name)) for path in paths[:2]]
+    cfg = LoaderConfig(
+        mixture=tuple(f"{path}:train:1" for path in own),
+        batch_size=8,
+        global_views=ViewConfig(size=8),
+        backend="torch",
+    )
+    table = np.fromfile(own[1] / "train.samples", ROW)
+    table[2][column] = MAX_ID + 3
+    made = asdict(write_table(own[1] / "train.samples", [table]))
+    edit_manifest(own[1], lambda raw: raw["splits"]["train"].update(table=made))
+    skipped = tmp_path / "skipped.jsonl"
+    loader = Loader(cfg, skipped_file=skipped)
+    ids = np.concatenate([next(loader).sample_id.numpy() for _ in range(4)])
+    assert (ids >= 0).all()
+    (told,) = [json.loads(line) for line in skipped.read_text().splitlines()]
+    assert told["sample_id"] == table[2]["sample_id"]
+    assert Path(told["file"]).parent == own[1]
+    expected = f"sample {table[2]['sample_id']} of group {table[2]['group_id']}"
+    assert "ids of 0 to 2**48 - 1 in a mixture" in told["reason"] and expected in told["reason"]

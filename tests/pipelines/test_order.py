@@ -150,8 +150,8 @@ def test_weights_are_exact_where_they_are_fractions_of_65536() -> None:
     assert Mixture((9, 9), (0.1, 0.2)).shares == (1, 2)
     mixture = Mixture((9,) * 7, WEIGHTS[-1])
     exact = [Fraction(str(weight)) for weight in WEIGHTS[-1]]
-    for used, weight in zip(mixture.weights_used, exact, strict=True):
-        assert abs(used - weight / sum(exact)) < 2**-16
+    for share, weight in zip(mixture.shares, exact, strict=True):
+        assert abs(Fraction(share, sum(mixture.shares)) - weight / sum(exact)) < 2**-16
 
 
 def test_each_data_set_is_passed_over_in_its_own_order() -> None:

@@ -32,7 +32,7 @@ STATE_SHAPE: Shape = {
         "seed?": int,
         "dataset?": str,
         "split?": str,
-        "order?": int,
+        "order?": (int, str),
     },
     "random?": {"python": list, "numpy": list, "torch": str, "cuda?": str},
     "means?": ([_MEANS], {str: [float]}),

@@ -14,6 +14,7 @@ from m3i_fast.durable_files import make_directories
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, checkpoints, latest, on_first_rank
 from m3i_fast.engine.checkpoint.saver import Saver
 from m3i_fast.engine.run.extension import log_new_num_steps
+from m3i_fast.engine.run.free_fields import log_free_fields, with_free_fields
 from m3i_fast.engine.run.layout import (
     expect_samples_a_step,
     layout_of,
@@ -148,7 +149,7 @@ class Run:
         or checkpoint, FileExistsError where another process trains it, and ValueError where the
         config differs, or the samples a step without either.
         """
-        num_steps = on_first_rank(self.saver.group, self._go_on)
+        config = on_first_rank(self.saver.group, self._go_on)
         saved = latest(self.checkpoints, self.saver.group)
         before, now = layout_of(saved.state(), self._cfg), layout_with(self._cfg, num_ranks)
         if before.num_ranks == num_ranks and not self._new_batch_size:
@@ -157,10 +158,13 @@ class Run:
             self.saver.group,
             lambda: log_new_layout(before, now, steps_taken=saved.step),
         )
-        if num_steps != self._cfg.num_steps:
+        on_first_rank(self.saver.group, lambda: log_free_fields(config, self._cfg))
+        if config.num_steps != self._cfg.num_steps:
             on_first_rank(
                 self.saver.group,
-                lambda: log_new_num_steps(self._cfg, before=num_steps, steps_taken=saved.step),
+                lambda: log_new_num_steps(
+                    self._cfg, before=config.num_steps, steps_taken=saved.step
+                ),
             )
         self.saver.saved_step = saved.step
         return saved
@@ -186,28 +190,31 @@ class Run:
         environment().save(self.path / "env.json")
         self._cfg.save(self.config_path)
 
-    def _go_on(self) -> int:
-        """Take the directory of a run with this config, and return the num_steps it had."""
+    def _go_on(self) -> TrainConfig:
+        """Take the directory of a run with this config, and return the one that it had."""
         if not self.config_path.exists():
             raise FileNotFoundError(f"--resume: no run in {self.path}: expected {self.config_path}")
         self._lock.acquire()
-        # How a run is spread over ranks and what it tells change nothing of it; the samples a step
-        # are seen to in `resume`.
+        # How a run is spread over ranks, what it tells and where its data lie change nothing of it;
+        # the samples a step are seen to in `resume`, other data by the loader.
         damaged: ValueError | None = None
         try:
             saved, source = TrainConfig.load(self.config_path), self.config_path
         except ValueError as error:
             damaged = error
             saved, source = self._config_of_checkpoint(error)
-        data = replace(saved.data, batch_size=self._cfg.data.batch_size)
-        saved = replace(
-            saved, data=data, parallel=self._cfg.parallel, telemetry=self._cfg.telemetry
+        compared = with_free_fields(saved, self._cfg)
+        compared = replace(
+            compared,
+            data=replace(compared.data, batch_size=self._cfg.data.batch_size),
+            parallel=self._cfg.parallel,
+            telemetry=self._cfg.telemetry,
         )
-        self._expect_same(saved, source)
+        self._expect_same(compared, source)
         if damaged is not None:
             logger.warning("%s: written anew, as %s has it", damaged, source)
             saved.save(self.config_path)
-        return saved.num_steps
+        return saved
 
     def _expect_same(self, saved: TrainConfig, source: Path) -> None:
         """Raise ValueError for the fields in which the run was of another config."""
@@ -224,14 +231,15 @@ class Run:
                 f"--resume: the config differs from {source}: " + "; ".join(found) + hint
             )
 
-    def write_num_steps(self) -> None:
-        """Write the num_steps of a run that goes on to config.json, where it differs."""
-        on_first_rank(self.saver.group, self._write_num_steps)
+    def write_changes(self) -> None:
+        """Write what a resume changes of num_steps and of the data's free fields to config.json."""
+        on_first_rank(self.saver.group, self._write_changes)
 
-    def _write_num_steps(self) -> None:
+    def _write_changes(self) -> None:
         saved = TrainConfig.load(self.config_path)
-        if saved.num_steps != self._cfg.num_steps:
-            replace(saved, num_steps=self._cfg.num_steps).save(self.config_path)
+        changed = replace(with_free_fields(saved, self._cfg), num_steps=self._cfg.num_steps)
+        if changed != saved:
+            changed.save(self.config_path)
 
     def _config_of_checkpoint(self, damaged: ValueError) -> tuple[TrainConfig, Path]:
         """Return the config in the newest good checkpoint, and its path; else raise `damaged`."""

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
+from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.near_duplicates import (
     COMPARED_SIZE,
     NEARER_THAN,
@@ -25,10 +25,10 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
     thumbnail,
 )
 from m3i_fast.pipelines.dataset.pictures import FORMATS
-from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.tar_members import sample_files
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.loader import Loader, evaluation_batches, open_samples
+from m3i_fast.pipelines.storage.remote import manifest_at
+from m3i_fast.pipelines.tar_members import sample_files
 from m3i_fast.report.data.inputs import (
     Counted,
     DataPageInputs,
@@ -53,10 +53,10 @@ def gather(cfg: LoaderConfig, *, num_shown: int, num_counted: int, views_of: str
     beginning, that histograms and the search for near duplicates read. Raises as `Loader`, and
     ValueError where refused.jsonl is damaged.
     """
-    manifest = read_manifest(cfg.path)
+    manifest = manifest_at(cfg)
     split = manifest.split(cfg.split)
     read = {name: _Read(cfg.path, name, num_counted) for name in manifest.splits}
-    in_group, between, near = _near_pairs(cfg.path, manifest, read)
+    in_group, between, near = _near_pairs(cfg, read)
     return DataPageInputs(
         name=manifest.name,
         split=cfg.split,
@@ -126,7 +126,7 @@ def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[Sho
         rows = rows[: number - len(shown)]
         if not rows:  # all of an epoch, or as many as asked for
             break
-        pictures = pictures_of(cfg.path, manifest, cfg.split, [ids[row] for row in rows])
+        pictures = pictures_of(cfg, [ids[row] for row in rows])
         for row in rows:
             sample_id = ids[row]
             shown.add(sample_id)
@@ -171,18 +171,19 @@ def _picture(view: Any) -> Picture:  # [3, S, S] uint8 tensor -> [S, S, 3]
     return np.ascontiguousarray(view.permute(1, 2, 0).numpy())
 
 
-def pictures_of(
-    path: Path, manifest: Manifest, split: str, ids: Collection[int]
-) -> dict[int, Picture]:
+def pictures_of(cfg: LoaderConfig, ids: Collection[int]) -> dict[int, Picture]:
     """Read and decode the upright pictures of some samples, at most MOST_SIDE pixels long."""
-    table = SampleTable.open(path, manifest, split)
+    table, shards = open_samples(cfg)
     found = {}
-    for row in table.rows[np.isin(table.rows["sample_id"], list(ids))]:
-        with (path / table.shard_files[row["shard"]]).open("rb") as tar:
-            content = os.pread(tar.fileno(), int(row["size"]), int(row["offset"]))
+    numbers = np.flatnonzero(np.isin(table.rows["sample_id"], list(ids)))
+    for row, number in zip(table.at(numbers), numbers, strict=True):
+        ((file, offset),) = shards.locate(table, np.array([number]))
+        with Path(file).open("rb") as tar:
+            content = os.pread(tar.fileno(), int(row["size"]), offset)
         _, files = sample_files(content)
         encoded = next(files[name] for name in FORMATS if name in files)
         found[int(row["sample_id"])] = _decode(encoded)
+    shards.close()
     return found
 
 
@@ -197,9 +198,7 @@ def _decode(encoded: bytes) -> Picture:
 # ---- Near duplicates -----------------------------------------------------------------------------
 
 
-def _near_pairs(
-    path: Path, manifest: Manifest, read: Mapping[str, _Read]
-) -> tuple[int, int, list[NearPair]]:
+def _near_pairs(cfg: LoaderConfig, read: Mapping[str, _Read]) -> tuple[int, int, list[NearPair]]:
     """Count near pairs in one group and in different ones; returns both and some of the latter.
 
     Pairs of two splits come first, then the nearest; each picture is in one pair at most.
@@ -219,7 +218,7 @@ def _near_pairs(
         name: [read[name].sample_id[i] for _, *two in chosen for n, i in two if n == name]
         for name in read
     }
-    pictures = {name: pictures_of(path, manifest, name, of) for name, of in ids.items() if of}
+    pictures = {name: pictures_of(replace(cfg, split=name), of) for name, of in ids.items() if of}
     pairs = []
     for distance, (split_a, a), (split_b, b) in chosen:
         id_a, id_b = read[split_a].sample_id[a], read[split_b].sample_id[b]

@@ -245,9 +245,9 @@ def test_auto_resume_takes_the_config_of_a_checkpoint_for_a_damaged_one(
 @pytest.mark.parametrize(
     ("state", "reason"),
     [
-        ({"loader": {"version": 1}}, "loader: loader state: expected epoch of a loader, got None"),
-        ({"loader": {"version": "2"}}, "loader: loader state: expected version of .*, got '2'"),
-        ({"num_ranks": 2, "loader": {}}, "loader: loader state: expected version of .*, got None"),
+        ({"loader": {"version": 1}}, "loader: loader state: expected version 2, got 1"),
+        ({"loader": {"version": "2"}}, "loader: loader state: expected version 2, got '2'"),
+        ({"num_ranks": 2, "loader": {}}, "loader: loader state: expected version 2, got None"),
         ({"random": {"python": [3], "numpy": [], "torch": ""}}, "random: not enough values"),
     ],
 )

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.storage.remote import folder_at
 from m3i_fast.pipelines.storage.upload import push
+from m3i_fast.report.data.gather import pictures_of
 from tests.pipelines.storage.packed import write
-from tests.shared.pipelines.s3_server import S3Server, cut, refuse
 from tests.shared.pipelines.data import equal
+from tests.shared.pipelines.s3_server import S3Server, cut, refuse
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +98,12 @@ def test_an_evaluation_reads_from_a_bucket(
     local = list(evaluation_batches(path, "train", **options))
     assert len(remote) == len(local) == 7
     assert all(equal(*pair) for pair in zip(remote, local, strict=True))
+
+
+def test_pictures_and_a_digest_are_those_of_the_folder(path: Path, cfg: LoaderConfig) -> None:
+    assert split_digest(folder_at(cfg), "train") == split_digest(path, "train")
+    ids = [0, 7, 30]
+    ours, theirs = (pictures_of(replace(cfg, path=place), ids) for place in (cfg.path, path))
+    assert list(ours) == list(theirs) and set(ours) == set(ids)
+    for sample_id, picture in ours.items():
+        assert np.array_equal(picture, theirs[sample_id])
