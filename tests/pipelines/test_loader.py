@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import TrainingRows
-from m3i_fast.pipelines.dataset.sample_table import ROW, SampleTable
+from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, SampleTable
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.order import StepLayout, shuffled
@@ -189,7 +190,7 @@ def test_positions_far_into_a_large_run_are_those_of_the_order(tmp_path: Path) -
     """Nothing is shuffled or kept on the way there."""
     rows = np.zeros(300_000, ROW)
     rows["sample_id"] = np.arange(len(rows))
-    table = SampleTable(rows, ("a.tar",))
+    table = SampleTable(rows, ("a.tar",), has_bad=False)
     start = 256 * 8 * 10**9
     layout = StepLayout(batch_size=256, num_ranks=8)
     source = TrainingRows(table, LocalShards(tmp_path, table), layout, rank=3, seed=1, start=start)
@@ -199,6 +200,26 @@ def test_positions_far_into_a_large_run_are_those_of_the_order(tmp_path: Path) -
         assert np.array_equal(found.positions, positions)
         assert np.array_equal(found.sample_id, shuffled(positions, size=len(rows), seed=1))
         assert found.path(255) == str(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(("has_bad", "most"), [(False, 32), (True, 1024 + 32)])
+def test_a_start_reads_few_rows_of_the_table(tmp_path: Path, has_bad: bool, most: int) -> None:
+    """Rows of a file that is not in memory are slow, and without bad ones a batch needs its own."""
+    rows = np.zeros(300_000, ROW)
+    rows["sample_id"] = np.arange(len(rows))
+    read: list[int] = []
+
+    class Counted(SampleTable):
+        def at(self, numbers: NDArray[np.int64]) -> Rows:
+            read.extend(numbers.tolist())
+            return super().at(numbers)
+
+    table = Counted(rows, ("a.tar",), has_bad=has_bad)
+    shards = LocalShards(tmp_path, table)
+    layout = StepLayout(batch_size=32)
+    source = TrainingRows(table, shards, layout, rank=0, seed=1, start=0, skipped=frozenset([7]))
+    next(source)
+    assert 32 <= len(read) <= most
 
 
 def test_nothing_but_the_graph_imports_dali() -> None:
