@@ -75,8 +75,10 @@ class Loader:
 
     The samples of a run stand in one order, whatever the ranks, batches, threads and backend; a
     step takes the next `batch_size * num_ranks * accumulate` of them, `images_per_input` neighbours
-    an input (`order.StepLayout`). The model has to match the manifest: `manifest.tokenizer`,
-    `manifest.class_names`. With a `device_id` that GPU decodes and holds the batches.
+    an input (`order.StepLayout`). Its batches are equal for both backends on a CPU; on a GPU DALI
+    decodes with another library, to other pixels. The model has to match the manifest:
+    `manifest.tokenizer`, `manifest.class_names`. With a `device_id` that GPU decodes and holds the
+    batches.
 
     Raises ValueError or FileNotFoundError as `open_split`, ValueError where the split is smaller
     than the batches of all ranks, or for a rank or data.hw_decoder_load out of range, and
