@@ -61,10 +61,11 @@ class TextCaptions:
                 raise ValueError(f"expected less deeply nested JSON: {error}") from None
             if not isinstance(fields, dict):
                 raise ValueError(f"expected an object of JSON, got {type(fields).__name__}")
-            text = fields.get(self._field)
-            if text is None:
+            value = fields.get(self._field)
+            if value is None:
                 return ""
-            if not isinstance(text, str):
-                raise ValueError(f"{self._field}: expected text, got {type(text).__name__}")
+            if not isinstance(value, str):
+                raise ValueError(f"{self._field}: expected text, got {type(value).__name__}")
+            text = value
             text.encode()  # JSON may hold halves of characters, which no tokenizer takes
         return text.strip()
