@@ -19,7 +19,7 @@ from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import Order, TrainingRows, ordered_rows
 from m3i_fast.pipelines.dataset.directory import open_split
-from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, check_tokenizer, quoted
+from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, quoted
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
@@ -94,7 +94,6 @@ class Loader:
         accumulate: int = 1,
         images_per_input: int = 1,
         device_id: int | None = None,
-        tokenizer_fingerprint: str | None = None,
         skipped_file: Path | None = None,
     ) -> None:
         """skipped_file: JSON lines, to which samples that cannot be used are appended."""
@@ -115,7 +114,6 @@ class Loader:
         )
         self._open = _open(
             cfg,
-            fingerprint=tokenizer_fingerprint,
             rank=rank,
             num_ranks=num_ranks,
             images_per_input=images_per_input,
@@ -138,11 +136,6 @@ class Loader:
     def samples(self) -> int:
         """Return how many samples all ranks have taken, of whole steps."""
         return self._start + self._batches // self._layout.accumulate * self._layout.samples_a_step
-
-    @property
-    def epoch(self) -> int:
-        """Return how often all samples were passed over."""
-        return self.samples // len(self._open.table)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -293,7 +286,6 @@ def evaluation_batches(
     representatives_only: bool = False,
     num_threads: int = 1,
     device_id: int | None = None,
-    tokenizer_fingerprint: str | None = None,
     max_pixels: int = MAX_PIXELS,
     backend: BackendName = "auto",
 ) -> Iterator[Batch]:
@@ -307,7 +299,7 @@ def evaluation_batches(
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     cfg = LoaderConfig(path=path, split=split, max_pixels=max_pixels, batch_size=batch_size)
-    opened = _open(cfg, fingerprint=tokenizer_fingerprint)
+    opened = _open(cfg)
     assert isinstance(opened.table, SampleTable)  # one data set
     captions = TextCaptions(opened.manifest)
     work = SampleWork(
@@ -349,7 +341,6 @@ def evaluation_batches(
 def _open(
     cfg: LoaderConfig,
     *,
-    fingerprint: str | None,
     rank: int = 0,
     num_ranks: int = 1,
     images_per_input: int = 1,
@@ -357,11 +348,9 @@ def _open(
     """Check a split, of which each rank reads a part, and open its table."""
     path, split = cfg.path, cfg.split
     if cfg.mixture:
-        return _open_mixture(cfg, fingerprint=fingerprint, rank=rank, num_ranks=num_ranks)
+        return _open_mixture(cfg, rank=rank, num_ranks=num_ranks)
     if url_of(path) is not None:
         remote = open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
-        if fingerprint is not None:
-            check_tokenizer(path, remote.manifest, fingerprint)
         return OpenSplit(
             path=remote.path,
             manifest=remote.manifest,
@@ -374,7 +363,6 @@ def _open(
         path,
         split,
         max_pixels=cfg.max_pixels,
-        fingerprint=fingerprint,
         shard_id=rank,
         num_shards=num_ranks,
     )
@@ -388,9 +376,7 @@ def _open(
     )
 
 
-def _open_mixture(
-    cfg: LoaderConfig, *, fingerprint: str | None, rank: int, num_ranks: int
-) -> OpenSplit:
+def _open_mixture(cfg: LoaderConfig, *, rank: int, num_ranks: int) -> OpenSplit:
     """Open all data sets of a mixture as one, whose manifest is the first's with all classes.
 
     Raises ValueError for one that lies under a URL, or has other captions than the first.
@@ -400,7 +386,7 @@ def _open_mixture(
         if url_of(part.path) is not None:
             raise ValueError(f"data.mixture: expected folders, got {part.path}")
         one = replace(cfg, path=part.path, split=part.split, mixture=())
-        opened.append(_open(one, fingerprint=fingerprint, rank=rank, num_ranks=num_ranks))
+        opened.append(_open(one, rank=rank, num_ranks=num_ranks))
     first = opened[0]
     for other in opened:
         if other.manifest.caption_member != first.manifest.caption_member:
