@@ -1,4 +1,4 @@
-"""The choice of a backend: DALI, or torch and Pillow, which make the same bits."""
+"""The choice of a backend: DALI, or torch and Pillow, which make the same bits on a CPU."""
 
 from __future__ import annotations
 
@@ -18,15 +18,23 @@ def start_backend(name: BackendName, rows: Iterator[BatchRows], work: SampleWork
     """Start a backend on rows.
 
     auto: DALI where it works, otherwise torch, with a warning that says why. Raises ImportError,
-    with the command that installs what is missing, where `dali` cannot be had.
+    with the command that installs what is missing, where `dali` cannot be had. The log says once
+    which one it is.
     """
     if name == "auto":
         name = "torch" if _told_why_not_dali(work.device_id is not None) else "dali"
+    _tell(name, work.device_id is not None)
     if name == "torch":
         return TorchBackend(rows, work)
     from m3i_fast.pipelines.graph.dali_backend import DaliBackend
 
     return DaliBackend(rows, work)
+
+
+@cache
+def _tell(name: BackendName, on_gpu: bool) -> None:
+    how = {"torch": "torch with Pillow", "dali": f"DALI on the {'GPU' if on_gpu else 'CPU'}"}
+    logger.info("data.backend: %s", how[name])
 
 
 @cache

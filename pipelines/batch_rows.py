@@ -28,12 +28,18 @@ Order = Callable[[Integers], Integers]  # positions in a run -> rows of the tabl
 # Columns of a row, as SampleRow in cuda/dali/sample_record.h.
 COLUMNS = ("position", "sample_id", "offset", "size", "crc32c", "caption", "alternate")
 _POSITIONS_AT_ONCE = 2**14
+# Where each is looked up in the table: a row that was not read yet is a page of the file to fetch.
+_LOOKED_UP_AT_ONCE = 2**10
 _MOST_ATTEMPTS = 1000
 _ORDERED_AHEAD = 4096  # samples of an ordered pass that the shards are told of beforehand
 
 
 class Table(Protocol):
     """The rows of a data set, or of several that are mixed."""
+
+    @property
+    def has_bad(self) -> bool:
+        """Return whether any row may be marked as bad."""
 
     def __len__(self) -> int: ...
 
@@ -159,13 +165,16 @@ class TrainingRows:
         raise ValueError(f"expected samples that can be used, got hardly any of {size[0]}")
 
     def _is_unusable(self, samples: Integers) -> NDArray[np.bool_]:
-        bad: NDArray[np.bool_] = (self._table.at(samples)["flags"] & BAD) != 0
-        return bad | np.isin(samples, self._skipped) if len(self._skipped) else bad
+        unusable = np.isin(samples, self._skipped)
+        if self._table.has_bad:
+            unusable |= (self._table.at(samples)["flags"] & BAD) != 0
+        return unusable
 
     def _plan(self) -> Iterator[tuple[Integers, ...]]:
         """Choose and draw for many batches at once: numpy is as slow on a few numbers."""
         layout = self._layout
-        count = max(_POSITIONS_AT_ONCE // layout.batch_size, 1)
+        at_once = _LOOKED_UP_AT_ONCE if self._table.has_bad else _POSITIONS_AT_ONCE
+        count = max(at_once // layout.batch_size, 1)
         first, self._first_unplanned = self._first_unplanned, self._first_unplanned + count
         steps = (divmod(first + i, layout.accumulate) for i in range(count))
         positions = np.concatenate(

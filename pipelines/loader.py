@@ -18,7 +18,7 @@ from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import BatchRows, Order, TrainingRows, ordered_rows
 from m3i_fast.pipelines.dataset.directory import open_split
-from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, check_tokenizer, quoted
+from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, quoted
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
@@ -80,8 +80,10 @@ class Loader:
 
     The samples of a run stand in one order, whatever the ranks, batches, threads and backend; a
     step takes the next `batch_size * num_ranks * accumulate` of them, `images_per_input` neighbours
-    an input (`order.StepLayout`). The model has to match the manifest: `manifest.tokenizer`,
-    `manifest.class_names`. With a `device_id` that GPU decodes and holds the batches.
+    an input (`order.StepLayout`). Its batches are equal for both backends on a CPU; on a GPU DALI
+    decodes with another library, to other pixels. The model has to match the manifest:
+    `manifest.tokenizer`, `manifest.class_names`. With a `device_id` that GPU decodes and holds the
+    batches.
 
     Raises ValueError or FileNotFoundError as `open_split`, ValueError where the split is smaller
     than the batches of all ranks, or for a rank or data.hw_decoder_load out of range, and
@@ -97,7 +99,6 @@ class Loader:
         accumulate: int = 1,
         images_per_input: int = 1,
         device_id: int | None = None,
-        tokenizer_fingerprint: str | None = None,
         skipped_file: Path | None = None,
     ) -> None:
         """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`)."""
@@ -118,7 +119,6 @@ class Loader:
         )
         self._open = _open(
             cfg,
-            fingerprint=tokenizer_fingerprint,
             rank=rank,
             num_ranks=num_ranks,
             images_per_input=images_per_input,
@@ -146,11 +146,6 @@ class Loader:
     def samples(self) -> int:
         """Return how many samples all ranks have taken, of whole steps."""
         return self._start + self._batches // self._layout.accumulate * self._layout.samples_a_step
-
-    @property
-    def epoch(self) -> int:
-        """Return how often all samples were passed over."""
-        return self.samples // len(self._open.table)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -295,7 +290,6 @@ def evaluation_batches(
     representatives_only: bool = False,
     num_threads: int = 1,
     device_id: int | None = None,
-    tokenizer_fingerprint: str | None = None,
     max_pixels: int = MAX_PIXELS,
     backend: BackendName = "auto",
 ) -> Iterator[Batch]:
@@ -309,7 +303,7 @@ def evaluation_batches(
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     cfg = LoaderConfig(path=path, split=split, max_pixels=max_pixels, batch_size=batch_size)
-    opened = _open(cfg, fingerprint=tokenizer_fingerprint)
+    opened = _open(cfg)
     assert isinstance(opened.table, SampleTable)  # one data set
     captions = TextCaptions(opened.manifest)
     work = SampleWork(
@@ -361,7 +355,6 @@ def open_samples(cfg: LoaderConfig) -> tuple[SampleTable, Shards]:
 def _open(
     cfg: LoaderConfig,
     *,
-    fingerprint: str | None,
     rank: int = 0,
     num_ranks: int = 1,
     images_per_input: int = 1,
@@ -369,11 +362,9 @@ def _open(
     """Check a split, of which each rank reads a part, and open its table."""
     path, split = cfg.path, cfg.split
     if cfg.mixture:
-        return _open_mixture(cfg, fingerprint=fingerprint, rank=rank, num_ranks=num_ranks)
+        return _open_mixture(cfg, rank=rank, num_ranks=num_ranks)
     if url_of(path) is not None:
         remote = open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
-        if fingerprint is not None:
-            check_tokenizer(path, remote.manifest, fingerprint)
         return OpenSplit(
             path=remote.path,
             manifest=remote.manifest,
@@ -386,7 +377,6 @@ def _open(
         path,
         split,
         max_pixels=cfg.max_pixels,
-        fingerprint=fingerprint,
         shard_id=rank,
         num_shards=num_ranks,
     )
@@ -400,9 +390,7 @@ def _open(
     )
 
 
-def _open_mixture(
-    cfg: LoaderConfig, *, fingerprint: str | None, rank: int, num_ranks: int
-) -> OpenSplit:
+def _open_mixture(cfg: LoaderConfig, *, rank: int, num_ranks: int) -> OpenSplit:
     """Open all data sets of a mixture as one, whose manifest is the first's with all classes.
 
     Raises ValueError for one that lies under a URL, or has other captions than the first.
@@ -412,7 +400,7 @@ def _open_mixture(
         if url_of(part.path) is not None:
             raise ValueError(f"data.mixture: expected folders, got {part.path}")
         one = replace(cfg, path=part.path, split=part.split, mixture=())
-        opened.append(_open(one, fingerprint=fingerprint, rank=rank, num_ranks=num_ranks))
+        opened.append(_open(one, rank=rank, num_ranks=num_ranks))
     first = opened[0]
     for other in opened:
         if other.manifest.caption_member != first.manifest.caption_member:

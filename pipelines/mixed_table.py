@@ -22,6 +22,11 @@ class MixedTable:
     mixed: MixedData
     tables: tuple[SampleTable, ...]
 
+    @property
+    def has_bad(self) -> bool:
+        """Return whether any row may be marked as bad."""
+        return any(table.has_bad for table in self.tables)
+
     def __len__(self) -> int:
         return sum(map(len, self.tables))
 

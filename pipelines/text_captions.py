@@ -25,7 +25,9 @@ class TextCaptions:
     def of(self, made: MadeBatch) -> tuple[Tensor, Tensor]:
         """Return token ids [B, T] int32, zero padded, and their number [B] int64; 0: no caption.
 
-        Raises SampleError for a sample whose text is not UTF-8, or lacks the field.
+        A sample without the member or the field, or with null or blank text in it, has no caption.
+        Raises SampleError for one whose member is not UTF-8, or not an object of JSON with text in
+        the field.
         """
         if made.texts is None:
             return made.token_ids, made.num_tokens
@@ -53,10 +55,17 @@ class TextCaptions:
         """Return the caption in a member; empty where there is none."""
         text = stored.decode()
         if text and self._field:
-            value = json.loads(text)
-            if not isinstance(value, dict):
-                raise ValueError(f"expected an object of JSON, got {type(value).__name__}")
-            text = value.get(self._field) or ""
-            if not isinstance(text, str):
-                raise ValueError(f"{self._field}: expected text, got {text!r}")
+            try:
+                fields = json.loads(text)
+            except RecursionError as error:
+                raise ValueError(f"expected less deeply nested JSON: {error}") from None
+            if not isinstance(fields, dict):
+                raise ValueError(f"expected an object of JSON, got {type(fields).__name__}")
+            value = fields.get(self._field)
+            if value is None:
+                return ""
+            if not isinstance(value, str):
+                raise ValueError(f"{self._field}: expected text, got {type(value).__name__}")
+            text = value
+            text.encode()  # JSON may hold halves of characters, which no tokenizer takes
         return text.strip()

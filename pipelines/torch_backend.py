@@ -1,13 +1,12 @@
 """The backend without DALI: threads that read, Pillow that decodes, and torch.ops.m3i's views.
 
-It makes the same bits as graph/dali_backend.py, for which it is the oracle, wherever torch runs.
+On a CPU it makes the same bits as graph/dali_backend.py, for which it is the oracle.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import tarfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,9 +23,10 @@ from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.pictures import decode_pixels
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.samples_to_views import TOKENS, MadeBatch, SampleError, SampleWork
+from m3i_fast.pipelines.tar_members import tar_members
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
-_BLOCK = 512
+_MOST_PIXEL_BYTES = 1 << 26  # decoded pictures that views are cut of at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,10 @@ class TorchBackend:
             rows = next(self._source, None)
             if rows is None:
                 break
-            samples = [
+            samples = deque(
                 self._readers.submit(read_sample, rows, index, self._work)
                 for index in range(len(rows.samples))
-            ]
+            )
             self._ahead.append(self._maker.submit(self._make, rows, samples))
         if not self._ahead:
             raise StopIteration
@@ -67,36 +67,63 @@ class TorchBackend:
         for pool in (self._readers, self._maker):
             pool.shutdown(cancel_futures=True)
 
-    def _make(self, rows: BatchRows, futures: list[Future[DecodedSample]]) -> MadeBatch:
-        samples, work = [future.result() for future in futures], self._work
-        pictures = [picture for sample in samples for picture in sample.pictures]
+    def _make(self, rows: BatchRows, futures: deque[Future[DecodedSample]]) -> MadeBatch:
+        """Cut the views of some samples after those of others, and free what they were cut of.
+
+        futures: of each sample; they are taken out.
+        """
+        work, count = self._work, len(futures)
+        token_ids = np.zeros((count, work.tokenizer.context_length), np.int32)
+        num_tokens = np.zeros(count, np.int64)
+        texts: list[bytes] = []
+        parts = []
+        while futures:
+            pictures: list[tuple[NDArray[np.uint8], ...]] = []
+            held, start = 0, len(texts)
+            while futures and held < _MOST_PIXEL_BYTES:
+                sample = futures.popleft().result()
+                num_tokens[len(texts)] = len(sample.token_ids)
+                token_ids[len(texts), : len(sample.token_ids)] = sample.token_ids
+                texts.append(sample.text)
+                pictures.append(sample.pictures)
+                held += sum(picture.size for picture in sample.pictures)
+            parts.append(self._cut(rows.positions[start : len(texts)], pictures))
+        *views, params, size = (
+            parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        )
+        return MadeBatch(
+            rows=rows,
+            views=tuple(views),
+            params=params,
+            image_size=size,
+            token_ids=torch.from_numpy(token_ids),
+            num_tokens=torch.from_numpy(num_tokens),
+            texts=None if work.caption_member == TOKENS else texts,
+        )
+
+    def _cut(
+        self, positions: NDArray[np.int64], samples: list[tuple[NDArray[np.uint8], ...]]
+    ) -> tuple[Tensor, ...]:
+        """Return the views, their parameters and the size of the first picture of samples."""
+        work = self._work
+        pictures = [picture for sample in samples for picture in sample]
         ends = np.cumsum([picture.size for picture in pictures])
         shape = len(samples), -1
         offset = torch.from_numpy(ends - [picture.size for picture in pictures]).view(*shape)
         sizes = torch.tensor([picture.shape[:2] for picture in pictures]).view(*shape, 2)
         pixels = torch.from_numpy(np.concatenate([picture.reshape(-1) for picture in pictures]))
-        params = self._params(rows, sizes)
+        params = self._params(positions, sizes)
         views = make_views(
             pixels, offset, sizes, params, views=work.views, num_threads=work.num_threads
         )
-        token_ids = np.zeros((len(samples), work.tokenizer.context_length), np.int32)
-        for row, sample in zip(token_ids, samples, strict=True):
-            row[: len(sample.token_ids)] = sample.token_ids
-        return MadeBatch(
-            rows=rows,
-            views=views,
-            params=params,
-            image_size=sizes[:, 0].contiguous(),
-            token_ids=torch.from_numpy(token_ids),
-            num_tokens=torch.tensor([len(sample.token_ids) for sample in samples]),
-            texts=None if work.caption_member == TOKENS else [sample.text for sample in samples],
-        )
+        return *views, params, sizes[:, 0].contiguous()
 
-    def _params(self, rows: BatchRows, sizes: Tensor) -> Tensor:  # [B, M, 2] -> [B, V, 13]
+    def _params(self, positions: NDArray[np.int64], sizes: Tensor) -> Tensor:
+        """Return the parameters [B, V, 13] of the views of pictures of sizes [B, M, 2]."""
         work = self._work
         if not work.centre:
-            positions = torch.from_numpy(rows.positions.copy())
-            return draw_views(sizes, positions, seed=work.seed, views=work.views)
+            at = torch.from_numpy(positions.copy())
+            return draw_views(sizes, at, seed=work.seed, views=work.views)
         size = sizes[:, 0]
         side = size.amin(1, keepdim=True)
         corner = torch.div(size - side, 2, rounding_mode="floor")
@@ -162,27 +189,23 @@ def _sample(content: bytes, row: dict[str, int], work: SampleWork) -> DecodedSam
 
 
 def _members(content: bytes) -> dict[str, bytes]:
-    """Return {extension: content} of one sample's members."""
+    """Return {extension: content} of one sample's members.
+
+    Directories and blocks of zeros are passed over, as cuda/dali/tar_members.h does.
+    """
     members: dict[str, bytes] = {}
-    keys = set()
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                key, _, extension = name.partition(".")
-                opened = tar.extractfile(member) if member.isfile() else None
-                if opened is None:
-                    continue
-                keys.add((folder, key))
-                extension = extension.lower()
-                if extension in members:
-                    raise ValueError(f"expected each member once, got two of {extension}")
-                members[extension] = opened.read()
-                if len(members[extension]) != member.size:
-                    raise ValueError(f"expected {member.size} bytes of {member.name}, got fewer")
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ValueError(f"expected members of a tar, got others: {error}") from error
+    keys, end = set(), 0
+    for member, after in tar_members(io.BytesIO(content), len(content)):
+        end = after
+        if not member.isfile():
+            continue
+        folder, _, name = member.name.rpartition("/")
+        key, _, extension = name.partition(".")
+        keys.add((folder, key))
+        extension = extension.lower()
+        if extension in members:
+            raise ValueError(f"expected each member once, got two of {extension}")
+        members[extension] = content[member.offset_data : member.offset_data + member.size]
     if content[end:].strip(b"\0"):  # tarfile stops at a header that is none
         raise ValueError(f"expected members of a tar up to {len(content)} bytes, got {end}")
     if len(keys) > 1:

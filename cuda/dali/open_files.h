@@ -50,30 +50,45 @@ class OpenFile {
   int fd_;
 };
 
-// Keeps the files that were read last; one that is being read stays open until that is done.
+// Keeps the files that were read last; one that is being read stays open until that is done. They
+// are opened outside of the lock: on a network's file system that takes a while.
 class OpenFiles {
  public:
   explicit OpenFiles(size_t limit) : limit_(limit) {}
 
   std::shared_ptr<const OpenFile> get(const std::string& path) {
+    if (auto file = find(path)) return file;
+    return keep(path, std::make_shared<const OpenFile>(path));
+  }
+
+ private:
+  using File = std::shared_ptr<const OpenFile>;
+  using Entry = std::pair<std::string, File>;
+
+  File find(const std::string& path) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = by_path_.find(path);
-    if (found != by_path_.end()) {
-      newest_first_.splice(newest_first_.begin(), newest_first_, found->second);
-      return found->second->second;
-    }
-    auto file = std::make_shared<const OpenFile>(path);
+    if (found == by_path_.end()) return nullptr;
+    newest_first_.splice(newest_first_.begin(), newest_first_, found->second);
+    return found->second->second;
+  }
+
+  // Returns the one that another thread has opened meanwhile, if there is one.
+  File keep(const std::string& path, File file) {
+    File oldest;  // closed after the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto [place, is_new] = by_path_.try_emplace(path);
+    if (!is_new) return place->second->second;
     newest_first_.emplace_front(path, file);
-    by_path_[path] = newest_first_.begin();
+    place->second = newest_first_.begin();
     if (newest_first_.size() > limit_) {
+      oldest = std::move(newest_first_.back().second);
       by_path_.erase(newest_first_.back().first);
       newest_first_.pop_back();
     }
     return file;
   }
 
- private:
-  using Entry = std::pair<std::string, std::shared_ptr<const OpenFile>>;
   size_t limit_;
   std::mutex mutex_;
   std::list<Entry> newest_first_;

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "views/params.h"
+
 namespace m3i {
 
 struct PictureHeader {
@@ -76,12 +78,17 @@ inline PictureHeader picture_header(const uint8_t* bytes, size_t size) {
                            " other bytes");
 }
 
-// Refuses a picture without pixels, or with more than max_pixels.
+// Refuses a picture without pixels, with more than max_pixels, or with a longer side than views are
+// cut of.
 inline void check_picture(const uint8_t* bytes, size_t size, int64_t max_pixels) {
   const PictureHeader header = picture_header(bytes, size);
   const std::string found = std::to_string(header.height) + " x " + std::to_string(header.width);
-  if (header.height * header.width == 0) {
+  if (header.height == 0 || header.width == 0) {
     throw std::runtime_error("expected a picture with pixels, got " + found);
+  }
+  if (header.height > kViewMaxPicture || header.width > kViewMaxPicture) {
+    throw std::runtime_error("expected sides of at most " + std::to_string(kViewMaxPicture) +
+                             " pixels, got " + found);
   }
   if (header.height > max_pixels / header.width) {
     throw std::runtime_error("expected at most " + std::to_string(max_pixels) + " pixels, got " +

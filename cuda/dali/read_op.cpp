@@ -9,7 +9,8 @@
 namespace m3i {
 namespace {
 
-constexpr size_t kOpenFiles = 512;
+// An open file is kept when it is removed, as a bucket's cache does, and a process may have 1,024.
+constexpr size_t kOpenFiles = 64;
 
 }  // namespace
 

@@ -135,8 +135,9 @@ class LoaderConfig(Checked):
     num_threads: Annotated[int, THREADS] = 1
     """Threads that read, decode and cut views; results do not depend on their number."""
     backend: BackendName = "auto"
-    """What reads and decodes: DALI, or torch with Pillow, which makes the same batches slower and
-    runs everywhere; auto takes DALI where it works, and otherwise says why not."""
+    """What reads and decodes: DALI, or torch with Pillow, which runs everywhere, slower. On a CPU
+    their batches are equal; on a GPU DALI decodes with another library, to other pixels. auto takes
+    DALI where it works, and otherwise says why not."""
     prefetch: Annotated[int, range(1, 65)] = 2
     """Batches prepared ahead, at most 64: each is held decoded."""
     max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS

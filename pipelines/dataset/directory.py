@@ -15,7 +15,6 @@ from m3i_fast.pipelines.dataset.manifest import (
     ShardInfo,
     SplitInfo,
     check_files,
-    check_tokenizer,
     how_to_restore,
     read_manifest,
     sha256_file,
@@ -38,22 +37,18 @@ def open_split(
     name: str,
     *,
     max_pixels: int = MAX_PIXELS,
-    fingerprint: str | None = None,
     shard_id: int = 0,
     num_shards: int = 1,
 ) -> tuple[Manifest, SplitInfo]:
     """Read the manifest, and check that a split can be read as it says.
 
-    fingerprint: that of the model's tokenizer. shard_id, num_shards: this rank and the number of
-    ranks, each of which checks its share, so that all have to open a split before any reads from
-    it. Raises FileNotFoundError or ValueError naming shard and sample, expected and got,
-    and how to restore the files.
+    shard_id, num_shards: this rank and the number of ranks, each of which checks its share, so that
+    all have to open a split before any reads from it. Raises FileNotFoundError or ValueError naming
+    shard and sample, expected and got, and how to restore the files.
     """
     manifest = read_manifest(path)
     split = manifest.split(name)
     check_files(path, manifest, split)
-    if fingerprint is not None:
-        check_tokenizer(path, manifest, fingerprint)
     try:
         check_split(
             path, name, manifest, max_pixels=max_pixels, shard_id=shard_id, num_shards=num_shards

@@ -316,18 +316,6 @@ def file_faults(
             yield name, ValueError(f"{file}: expected {num_bytes} bytes, got {size}; {restore}")
 
 
-def check_tokenizer(path: Path, manifest: Manifest, fingerprint: str) -> None:
-    """Raise ValueError where the shards hold ids of another tokenizer than the model's."""
-    got = manifest.tokenizer
-    if got.fingerprint != fingerprint:
-        raise ValueError(
-            f"{path}: shards of another tokenizer: expected {fingerprint}, got {got.fingerprint} "
-            f"(num_merges {got.num_merges}, context_length {got.context_length}, "
-            f"vocab_size {got.vocab_size}); name shards packed with the model's, or pack these "
-            "pictures again with it"
-        )
-
-
 def sha256_file(path: Path) -> str:
     """Return the sha256 of a file in hex digits."""
     digest = hashlib.sha256()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN = 0xDA
 MOST_STEPS = 1 << 16  # over segments and fill bytes
+MAX_SIDE = 1 << 24  # of a picture that views are cut of, kViewMaxPicture in cuda/views/params.h
 
 Read = Callable[[int, int], bytes]  # (offset, count) -> the picture's bytes from there
 
@@ -88,33 +90,35 @@ def check_header(read: Read, extension: str | None, max_pixels: int) -> tuple[st
         raise ValueError(f"corrupt or empty image: {error}") from None
     if extension is not None and stored != FORMATS[extension]:
         raise ValueError(f"expected {extension}, got {stored} data")
+    if height * width == 0:
+        raise ValueError(f"corrupt or empty image: {height} x {width} pixels")
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(f"expected sides of at most {MAX_SIDE} pixels, got {height} x {width}")
     if height * width > max_pixels:
         raise ValueError(
             f"expected at most {max_pixels} pixels, got {height} x {width} = {height * width}; "
             "raise max_pixels where pictures are meant to be so large"
         )
-    if height * width == 0:
-        raise ValueError(f"corrupt or empty image: {height} x {width} pixels")
     return stored, height, width
 
 
-def decode_pixels(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -> NDArray[np.uint8]:
     """Decode a picture as DALI's CPU decoder does: [height, width, 3] upright.
 
-    Raises ValueError where it is corrupt, or has no pixels or more than `max_pixels`.
+    Of 16 bits a channel those of gray are rounded, as DALI rounds all; of colours Pillow takes the
+    high byte, which is up to one level less. Raises ValueError as `check_header`, and where the
+    picture is corrupt.
     """
-    stored, height, width = stored_size(lambda offset, count: image[offset : offset + count])
-    if not 0 < height * width <= max_pixels:
-        raise ValueError(f"expected 1 to {max_pixels} pixels, got {height} x {width}")
-    name = stored.capitalize() if stored != "WEBP" else "WebP"
-    reader = getattr(require(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
+    stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
     try:
-        with reader(io.BytesIO(image)) as opened:
-            upright = require("PIL.ImageOps").exif_transpose(opened).convert("RGB")
+        with _reader(stored)(io.BytesIO(image)) as opened:
+            upright = require("PIL.ImageOps").exif_transpose(opened)
+            if upright.mode.startswith("I"):  # which convert("RGB") would clip at 255
+                gray = (np.asarray(upright).astype(np.uint32) + 128) // 257
+                return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+            return np.array(upright.convert("RGB"))
     except Exception as error:  # Pillow raises a dozen types on corrupt data
-        raise ValueError(f"corrupt picture: {error}") from error
-    pixels: NDArray[np.uint8] = np.array(upright)
-    return pixels
+        raise ValueError(f"corrupt or empty image: {error}") from error
 
 
 def decode(image: bytes, extension: str | None, max_pixels: int) -> tuple[int, int]:
@@ -123,13 +127,19 @@ def decode(image: bytes, extension: str | None, max_pixels: int) -> tuple[int, i
     Raises ValueError as `check_header`, and where the picture is corrupt.
     """
     stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
-    # The format's own reader, since Image.open has another limit of pixels.
-    name = "WebP" if stored == "WEBP" else stored.capitalize()
-    reader = getattr(require(f"PIL.{name}ImagePlugin"), f"{name}ImageFile")
     try:
-        reader(io.BytesIO(image)).verify()  # checksums of a PNG, which decoding leaves unread
-        with reader(io.BytesIO(image)) as opened:
-            width, height = require("PIL.ImageOps").exif_transpose(opened).convert("RGB").size
+        # Checksums of a PNG, which decoding leaves unread.
+        _reader(stored)(io.BytesIO(image)).verify()
     except Exception as error:  # Pillow raises a dozen types on corrupt data
         raise ValueError(f"corrupt or empty image: {error}") from error
+    height, width, _ = decode_pixels(image, max_pixels, extension).shape
     return height, width
+
+
+def _reader(stored: str) -> Callable[[io.BytesIO], Any]:
+    """Return a format's own reader, since Image.open has another limit of pixels."""
+    name = "WebP" if stored == "WEBP" else stored.capitalize()
+    reader: Callable[[io.BytesIO], Any] = getattr(
+        require(f"PIL.{name}ImagePlugin"), f"{name}ImageFile"
+    )
+    return reader

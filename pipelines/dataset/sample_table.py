@@ -46,6 +46,7 @@ class SampleTable:
 
     rows: Rows
     shard_files: tuple[str, ...]  # by number; in the dataset directory, or absolute paths
+    has_bad: bool = True  # False: no row is marked as bad
 
     @classmethod
     def open(cls, path: Path, manifest: Manifest, split: str) -> SampleTable:
@@ -59,7 +60,7 @@ class SampleTable:
         files = tuple(str(Path(manifest.shards_in or "", shard.file)) for shard in info.shards)
         if info.table is None:
             found = [_rows_of_index(path, number, s) for number, s in enumerate(info.shards)]
-            return cls(np.concatenate(found), files)
+            return cls(np.concatenate(found), files, has_bad=False)
         file = path / info.table.file
         expected = info.num_samples * ROW.itemsize
         if not file.is_file():
@@ -70,7 +71,7 @@ class SampleTable:
                 f"{file}: expected {expected} bytes of {info.num_samples} samples (manifest: "
                 f"{info.table.num_bytes}), got {size}"
             )
-        return cls(np.memmap(file, ROW, "r"), files)
+        return cls(np.memmap(file, ROW, "r"), files, has_bad=info.num_bad > 0)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -25,12 +25,18 @@ __all__ = [
     "types",
 ]
 
+_BUILD = (
+    "`make install` in a checkout, otherwise `pip install --no-build-isolation --no-deps "
+    "--force-reinstall m3i-fast`"
+)
+
 
 @cache
 def load_operators() -> None:
     """Load fn.m3i_read, fn.m3i_draw_views and fn.m3i_views.
 
-    Raises ImportError, with the command that builds them, where they are not there for this DALI.
+    Raises ImportError, with the command that builds them, where they are not there for this DALI
+    or do not load.
     """
     module = find_spec("m3i_fast._C")
     assert module is not None and module.origin is not None
@@ -41,10 +47,15 @@ def load_operators() -> None:
         raise ImportError(
             f"{file}: expected this package's operators for DALI {__version__}, got "
             f"{', '.join(found) or 'none'}; they are built where DALI and CUDA's headers are "
-            "installed before the package is: `make install` in a checkout, otherwise `pip install "
-            "--no-build-isolation --no-deps --force-reinstall m3i-fast`"
+            f"installed before the package is: {_BUILD}"
         )
-    load_library(str(file))
+    try:
+        load_library(str(file))
+    except RuntimeError as error:
+        raise ImportError(
+            f"{file}: expected this package's operators for DALI {__version__}, got a library that "
+            f"does not load ({error}); build them again: {_BUILD}"
+        ) from error
 
 
 def expect_gpu_operators() -> None:

@@ -106,7 +106,7 @@ class DaliBackend:
         """Return an error that names the sample which stopped the pipeline, if one did.
 
         DALI names a sample whose pixels do not decode, not one whose header it cannot parse: then
-        the samples that it was given are tried one by one.
+        the samples that it was given are tried one by one, with Pillow and then by DALI itself.
         """
         found = _NAMED.search(str(error))
         if found:
@@ -122,7 +122,60 @@ class DaliBackend:
                     read_sample(rows, index, self._work)
                 except SampleError as named:
                     return named
+        for rows in self._rows:
+            if refused := _refused(rows, self._work):
+                return refused
         return RuntimeError(f"the data pipeline stopped: {error}")
+
+
+def _refused(rows: BatchRows, work: SampleWork) -> SampleError | None:
+    """Return the first sample of a batch that DALI does not take, tried alone; None: there is none.
+
+    Where DALI does not take another one either, it is no fault of a sample: None.
+    """
+    count = len(rows.samples)
+    found = _first_refused(rows, range(count), work)
+    if found is None:
+        return None
+    index, error = found
+    if index == 0 and count > 1 and _first_refused(rows, range(1, 2), work):
+        return None
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = next((line for line in lines if line.startswith("Error in ")), "")
+    told += next((f" {line}" for line in lines if "[/" in line), "")
+    return SampleError(
+        sample_id=int(rows.sample_id[index]),
+        position=int(rows.positions[index]),
+        file=rows.path(index),
+        reason=f"DALI refuses it, though Pillow decodes it: {told or lines[-1]}",
+    )
+
+
+def _first_refused(
+    rows: BatchRows, indices: range, work: SampleWork
+) -> tuple[int, RuntimeError] | None:
+    """Make samples of a batch one by one; returns the first that fails, and DALI's error."""
+    given = iter(indices)
+
+    def give() -> tuple[NDArray[Any], NDArray[Any]]:
+        index = next(given)
+        return rows.rows[index : index + 1], rows.paths[index : index + 1]
+
+    pipeline = _graph(
+        give,
+        work,
+        batch_size=1,
+        num_threads=1,
+        prefetch_queue_depth=1,
+        device_id=work.device_id,
+        seed=0,
+    )
+    for index in indices:
+        try:
+            pipeline.run()
+        except RuntimeError as error:
+            return index, error
+    return None
 
 
 @pipeline_def

@@ -8,13 +8,15 @@ import logging
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from m3i_fast.config.data import LoaderConfig
-from m3i_fast.pipelines import backends
+from m3i_fast.doctor import probes
+from m3i_fast.pipelines import backends, torch_backend
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
@@ -152,6 +154,44 @@ def test_captions_of_text_are_tokenised_while_loading(tmp_path: Path, member: st
             assert row[:count].tolist() == expected and not row[count:].any()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "expected less deeply nested JSON"),
+        ('{"title": 0}', "title: expected text, got int"),
+        ('{"title": []}', "title: expected text, got list"),
+        ('{"title": "\\ud800"}', "surrogates not allowed"),
+        ("[]", "expected an object of JSON, got list"),
+    ],
+)
+def test_a_caption_that_is_no_text_is_its_samples_fault(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    """And null is no caption, as of a sample without the field."""
+    tokenizer = Tokenizer(num_merges=300, context_length=9)
+    samples = [sample(i, stored(i), captions=()) for i in range(4)]
+    made = info(tokenizer=tokenizer.info)
+    path = write_dataset(tmp_path / "data", {"train": samples}, made, seed=0, samples_per_shard=4)
+    members = [text, '{"title": null}', "{}", '{"title": "one"}']
+    repack(path, lambda index, found: found | {"json": members[index].encode()})
+    edit_manifest(path, lambda raw: raw.update(caption_member="json:title"))
+    cfg = LoaderConfig(path=path, batch_size=4, global_views=EVERYTHING, backend="torch")
+    with pytest.raises(RuntimeError, match=f"corrupt sample 0 at position .*json: .*{message}"):
+        next(Loader(replace(cfg, strict=True)))
+    batch = next(Loader(cfg))
+    captioned = dict(zip(batch.sample_id.tolist(), (batch.num_tokens > 0).tolist(), strict=True))
+    assert captioned == {1: False, 2: False, 3: True}
+
+
+def test_groups_of_pictures_make_the_batch(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views are cut of some pictures at once, however many these are."""
+    cfg = LoaderConfig(path=mixed, batch_size=8, global_views=EVERYTHING, backend="torch")
+    expected = take(Loader(cfg), 3)
+    for most in (1, 40_000):
+        monkeypatch.setattr(torch_backend, "_MOST_PIXEL_BYTES", most)
+        assert all(equal(a, b) for a, b in zip(take(Loader(cfg), 3), expected, strict=True))
+
+
 # ---- Which one is taken --------------------------------------------------------------------------
 
 
@@ -180,3 +220,41 @@ def test_a_backend_that_is_missing_says_what_to_do(
     finally:
         dali.load_operators.cache_clear()
         backends._told_why_not_dali.cache_clear()
+
+
+def test_a_library_that_does_not_load_is_as_good_as_none(
+    cfg: LoaderConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from m3i_fast.pipelines.graph import dali
+
+    (tmp_path / f"_dali-{dali.__version__}.so").write_bytes(b"no library")
+    place = SimpleNamespace(origin=str(tmp_path / "_C.so"))
+    monkeypatch.setattr(dali, "find_spec", lambda _: place)
+    dali.load_operators.cache_clear()
+    backends._told_why_not_dali.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"got a library that does not load.*make install"):
+            next(Loader(replace(cfg, backend="dali")))
+        assert "does not load" in probes.dali()["missing"]
+        with caplog.at_level(logging.INFO):
+            loader = Loader(cfg)
+            next(loader)
+        assert isinstance(loader._backend, TorchBackend)
+        assert "auto takes torch, which is slower" in caplog.text
+    finally:
+        dali.load_operators.cache_clear()
+        backends._told_why_not_dali.cache_clear()
+
+
+def test_the_log_names_the_backend_once(
+    cfg: LoaderConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    backends._tell.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for name in ("dali", "torch", "auto"):
+            next(Loader(replace(cfg, backend=name)))
+    told = [r.message for r in caplog.records if r.message.startswith("data.backend: ")]
+    assert told == ["data.backend: DALI on the CPU", "data.backend: torch with Pillow"]

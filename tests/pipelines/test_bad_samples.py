@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -126,6 +127,54 @@ def test_a_picture_that_breaks_off_is_named(tmp_path: Path, backend: str) -> Non
         next(Loader(config(path, batch_size=5, strict=True, backend=backend)))
     batch = next(Loader(config(path, batch_size=5, backend=backend)))
     assert set(batch.sample_id.tolist()) <= {0, 2, 3, 4}
+
+
+def png_header(height: int, width: int) -> bytes:
+    return b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height) + bytes(99)
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+@pytest.mark.parametrize(
+    ("height", "width", "message"),
+    [
+        (1, 2**24 + 1, "expected sides of at most 16777216 pixels, got 1 x 16777217"),
+        (2**24 + 1, 1, "expected sides of at most 16777216 pixels, got 16777217 x 1"),
+        (2**32 - 1, 2**32 - 1, "expected sides of at most .*, got 4294967295 x 4294967295"),
+        (2**31, 2**32 - 2, "expected sides of at most .*, got 2147483648 x 4294967294"),
+        (0, 2**32 - 1, "pixels"),
+        (9, 0, "pixels"),
+    ],
+)
+def test_a_side_that_is_too_long_is_named(
+    path: Path, backend: str, height: int, width: int, message: str
+) -> None:
+    """However few its pixels are: views are cut of shorter ones."""
+    without_checksums(path)
+    loader = Loader(config(path, strict=True, backend=backend))
+    picture = png_header(height, width)
+
+    def change(content: bytearray, start: int) -> None:
+        content[start + 512 : start + 512 + len(picture)] = picture
+
+    spoil(path, 5, change)
+    with pytest.raises(RuntimeError, match=f"corrupt sample 5 at position .*: .*{message}"):
+        take(loader, 4)
+
+
+def test_a_picture_that_dali_alone_refuses_is_named(tmp_path: Path) -> None:
+    """Its header is one that DALI does not parse, and does not name a sample for."""
+    picture = encode_image(smooth_picture(3, 30, 40), "PNG")[:-12]  # without its last chunk
+    for bad in (0, 3):
+        path = pack(tmp_path / str(bad), [sample(i, JPEG) for i in range(5)], samples_per_shard=5)
+        repack(path, lambda i, found, bad=bad: found | ({"jpg": picture} if i == bad else {}))
+        assert bad in next(Loader(config(path, batch_size=5, backend="torch"))).sample_id
+        told = (
+            f"corrupt sample {bad} at position .*DALI refuses it, though Pillow decodes it: .*Err"
+        )
+        with pytest.raises(RuntimeError, match=told):
+            next(Loader(config(path, batch_size=5, strict=True, backend="dali")))
+        batch = next(Loader(config(path, batch_size=5, backend="dali")))
+        assert bad not in batch.sample_id
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -16,6 +16,16 @@ from tests.shared.pipelines.data import Packer, encode_image, sample, smooth_pic
 
 SIDE = 75
 PICTURE = smooth_picture(1, SIDE, SIDE)
+# Values of all sizes, with their roundings up and down.
+DEEP = (np.arange(SIDE * SIDE) * 11 % 2**16).astype(np.uint16).reshape(SIDE, SIDE)
+PNG_MODES = {
+    "png": "RGB",
+    "png gray": "L",
+    "png palette": "P",
+    "png alpha": "RGBA",
+    "png gray alpha": "LA",
+    "png 1 bit": "1",
+}
 
 
 def encoded(kind: str) -> bytes:
@@ -35,8 +45,10 @@ def encoded(kind: str) -> bytes:
         picture.convert("CMYK").save(buffer, "JPEG")
     elif kind == "baseline":
         picture.save(buffer, "JPEG", quality=90)
+    elif kind == "png 16 bits":
+        Image.fromarray(DEEP).save(buffer, "PNG")
     else:
-        mode = {"png": "RGB", "png gray": "L", "png palette": "P", "png alpha": "RGBA"}[kind]
+        mode = PNG_MODES[kind]
         picture.convert(mode).save(buffer, "PNG")
     return buffer.getvalue()
 
@@ -48,11 +60,17 @@ KINDS = (
     "gray",
     "cmyk",
     *(f"orientation {i}" for i in range(1, 9)),
-    "png",
-    "png gray",
-    "png palette",
-    "png alpha",
+    *PNG_MODES,
+    "png 16 bits",
 )
+
+
+def decoded(kind: str) -> NDArray[np.uint8]:
+    if kind == "png 16 bits":  # Pillow clips them
+        gray = np.rint(DEEP / 65535 * 255).astype(np.uint8)
+        return np.stack([gray] * 3, axis=2)
+    opened = Image.open(io.BytesIO(encoded(kind)))
+    return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
 
 
 @pytest.mark.parametrize("backend", ["dali", "torch"])
@@ -65,8 +83,7 @@ def test_decoding_equals_pillow(packer: Packer, backend: BackendName) -> None:
     for view, size, index in zip(
         batch.global_views[0], batch.image_size, batch.sample_id.tolist(), strict=True
     ):
-        opened = Image.open(io.BytesIO(encoded(KINDS[index])))
-        expected: NDArray[np.uint8] = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+        expected = decoded(KINDS[index])
         assert np.array_equal(view.permute(1, 2, 0), expected), KINDS[index]
         assert tuple(size.tolist()) == expected.shape[:2], KINDS[index]
 

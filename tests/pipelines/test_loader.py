@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import TrainingRows
-from m3i_fast.pipelines.dataset.sample_table import ROW, SampleTable
+from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, SampleTable
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.order import StepLayout, shuffled
@@ -60,7 +61,7 @@ def test_a_pass_takes_every_sample_once_in_the_orders_turn(cfg: LoaderConfig) ->
     assert loader.steps_per_epoch == 10
     in_shards = SampleTable.open(cfg.path, loader.manifest, "train").rows["sample_id"]
     for epoch in range(3):
-        assert loader.epoch == epoch
+        assert loader.samples == 50 * epoch
         batches = take(loader, 10)
         positions = torch.cat([batch.position for batch in batches])
         assert positions.tolist() == list(range(50 * epoch, 50 * epoch + 50))
@@ -180,16 +181,13 @@ def test_bad_settings_name_field_and_value(cfg: LoaderConfig) -> None:
         Loader(replace(cfg, hw_decoder_load=0.4))
     with pytest.raises(FileNotFoundError, match="m3i-fast data openmoji .*nowhere"):
         Loader(replace(cfg, path=Path("nowhere")))
-    with pytest.raises(ValueError, match="another tokenizer: expected abc, got fff.*num_merges 7"):
-        Loader(cfg, tokenizer_fingerprint="abc")
-    Loader(cfg, tokenizer_fingerprint=TOKENIZER.fingerprint)
 
 
 def test_positions_far_into_a_large_run_are_those_of_the_order(tmp_path: Path) -> None:
     """Nothing is shuffled or kept on the way there."""
     rows = np.zeros(300_000, ROW)
     rows["sample_id"] = np.arange(len(rows))
-    table = SampleTable(rows, ("a.tar",))
+    table = SampleTable(rows, ("a.tar",), has_bad=False)
     start = 256 * 8 * 10**9
     layout = StepLayout(batch_size=256, num_ranks=8)
     source = TrainingRows(table, LocalShards(tmp_path, table), layout, rank=3, seed=1, start=start)
@@ -199,6 +197,26 @@ def test_positions_far_into_a_large_run_are_those_of_the_order(tmp_path: Path) -
         assert np.array_equal(found.positions, positions)
         assert np.array_equal(found.sample_id, shuffled(positions, size=len(rows), seed=1))
         assert found.path(255) == str(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(("has_bad", "most"), [(False, 32), (True, 1024 + 32)])
+def test_a_start_reads_few_rows_of_the_table(tmp_path: Path, has_bad: bool, most: int) -> None:
+    """Rows of a file that is not in memory are slow, and without bad ones a batch needs its own."""
+    rows = np.zeros(300_000, ROW)
+    rows["sample_id"] = np.arange(len(rows))
+    read: list[int] = []
+
+    class Counted(SampleTable):
+        def at(self, numbers: NDArray[np.int64]) -> Rows:
+            read.extend(numbers.tolist())
+            return super().at(numbers)
+
+    table = Counted(rows, ("a.tar",), has_bad=has_bad)
+    shards = LocalShards(tmp_path, table)
+    layout = StepLayout(batch_size=32)
+    source = TrainingRows(table, shards, layout, rank=0, seed=1, start=0, skipped=frozenset([7]))
+    next(source)
+    assert 32 <= len(read) <= most
 
 
 def test_nothing_but_the_graph_imports_dali() -> None:
