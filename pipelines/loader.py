@@ -164,7 +164,7 @@ class Loader:
                 made = next(self._backend)
                 batch = _to_batch(made, self._open, self.cfg.global_views.count, self._captions)
             except SampleError as error:
-                self.close()
+                self._stop_backend()
                 self._skip(error)
                 continue
             except RuntimeError:
@@ -194,11 +194,19 @@ class Loader:
         ]
         if differing:
             raise ValueError("loader state of another run: " + "; ".join(differing))
-        self.close()
+        self._stop_backend()
         self._start, self._batches = samples, 0
 
     def close(self) -> None:
-        """Stop the backend's threads; another `next` starts them again at the same position."""
+        """Stop all threads and release the cached files of a bucket.
+
+        Another `next` starts them again at the same position.
+        """
+        self._stop_backend()
+        self._open.shards.close()
+
+    def _stop_backend(self) -> None:
+        """Stop the backend's threads; what was fetched from a bucket stays."""
         if self._backend is not None:
             self._backend.close()
             self._backend = None
@@ -327,8 +335,9 @@ def evaluation_batches(
     )
 
     def batches() -> Iterator[Batch]:
-        made = start_backend(backend, rows, work)
+        made: Backend | None = None
         try:
+            made = start_backend(backend, rows, work)
             while True:
                 try:
                     batch = _to_batch(next(made), opened, 1, captions)
@@ -339,7 +348,9 @@ def evaluation_batches(
                     raise RuntimeError(f"{error}; check the files with: {command}") from error
                 yield batch if device_id is None else batch.to(f"cuda:{device_id}")
         finally:
-            made.close()
+            if made is not None:
+                made.close()
+            opened.shards.close()
 
     return batches()
 
