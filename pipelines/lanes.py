@@ -130,7 +130,7 @@ class LaneOrder:
 
     shard_sizes: samples of each shard. lanes: None for the most that divide DEFAULT_LANES and
     leave every lane some clumps. window: clumps that a lane shuffles together. images_per_input:
-    neighbours that are mixed with each other, which share a lane. dataset: its number in a mixture.
+    neighbours that are mixed with each other, which share a lane.
     Raises ValueError for what is out of range.
     """
 
@@ -142,7 +142,6 @@ class LaneOrder:
         lanes: int | None = None,
         window: int = 1,
         images_per_input: int = 1,
-        dataset: int = 0,
     ) -> None:
         for name, value in (("lanes", lanes), ("window", window), ("images", images_per_input)):
             if value is not None and value < 1:
@@ -152,7 +151,6 @@ class LaneOrder:
         self.lanes = lanes or default_lanes(len(self.clumps))
         self.window = window
         self.images_per_input = images_per_input
-        self.dataset = dataset
         self._row: tuple[int, _Row] | None = None
         # The last window of each lane, as a cache: an order that sorts needs it whole.
         self._width = min(window * CLUMP_SAMPLES, self.clumps.num_samples)
@@ -239,9 +237,7 @@ class LaneOrder:
         turns = np.arange(count, dtype=np.int64)
         short = turns
         if count:
-            short = shuffled(
-                epoch * count + turns, size=count, seed=self.seed, dataset=_SHORT + 2 * self.dataset
-            )
+            short = shuffled(epoch * count + turns, size=count, seed=self.seed, dataset=_SHORT)
         sizes = self.clumps.short_sizes[short]
         slots = -(-(turns + 1) * total // max(count, 1)) - 1
         ends = (slots - turns) * CLUMP_SAMPLES + np.cumsum(sizes)
@@ -263,7 +259,7 @@ class LaneOrder:
                 epoch * self.clumps.num_full + places[full] - turn[full],
                 size=self.clumps.num_full,
                 seed=self.seed,
-                dataset=_FULL + 2 * self.dataset,
+                dataset=_FULL,
             )
             first[full] = self.clumps.first_of_full(numbers)
         return first
@@ -290,7 +286,7 @@ class LaneOrder:
         sizes = highs - lows
         with np.errstate(over="ignore"):
             key = np.full(len(lows), self.seed, np.uint64)
-            for part in (np.full_like(lows, self.dataset), epochs, lows):
+            for part in (epochs, lows):
                 key = finalise(key + _GAMMA * (part.astype(np.uint64) + np.uint64(1)))
             steps = np.arange(int(sizes.max()), dtype=np.int64)
             hashes = finalise(key[:, None] + _GAMMA * (steps.astype(np.uint64) + np.uint64(1)))

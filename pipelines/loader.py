@@ -169,7 +169,7 @@ class Loader:
                 made = next(self._backend)
                 batch = _to_batch(made, self._open, self.cfg.global_views.count, self._captions)
             except SampleError as error:
-                self.close()
+                self._stop_backend()
                 self._skip(error)
                 continue
             except RuntimeError:
@@ -201,12 +201,20 @@ class Loader:
         ]
         if differing:
             raise ValueError("loader state of another run: " + "; ".join(differing))
-        self.close()
+        self._stop_backend()
         self._skipped.read()
         self._start, self._batches = samples, 0
 
     def close(self) -> None:
-        """Stop the backend's threads; another `next` starts them again at the same position."""
+        """Stop all threads and release the cached files of a bucket.
+
+        Another `next` starts them again at the same position.
+        """
+        self._stop_backend()
+        self._open.shards.close()
+
+    def _stop_backend(self) -> None:
+        """Stop the backend's threads; what was fetched from a bucket stays."""
         if self._backend is not None:
             self._backend.close()
             self._backend = None
@@ -325,8 +333,9 @@ def evaluation_batches(
     )
 
     def batches() -> Iterator[Batch]:
-        made = start_backend(backend, rows, work)
+        made: Backend | None = None
         try:
+            made = start_backend(backend, rows, work)
             while True:
                 try:
                     batch = _to_batch(next(made), opened, 1, captions)
@@ -337,7 +346,9 @@ def evaluation_batches(
                     raise RuntimeError(f"{error}; check the files with: {command}") from error
                 yield batch if device_id is None else batch.to(f"cuda:{device_id}")
         finally:
-            made.close()
+            if made is not None:
+                made.close()
+            opened.shards.close()
 
     return batches()
 

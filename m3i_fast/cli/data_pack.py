@@ -99,7 +99,14 @@ class Pack:
 
     def run(self) -> None:
         from m3i_fast.pipelines.packing.job import REFUSED_NAME, pack
+        from m3i_fast.pipelines.storage.objects import url_of
 
+        url = url_of(self.out)
+        if url is not None:
+            raise ValueError(
+                f"DIR: expected a folder, got {url}; pack into a folder of this machine, and "
+                f"upload that with: m3i-fast data push DIR {url}"
+            )
         settings = self.settings()
         packed = pack(settings, self.out, self.runner(), console)
         for name, split in packed.manifest.splits.items():

@@ -19,7 +19,7 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,9 +43,16 @@ class SharedCache:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._files = folder / "files"
-        self._own = folder / "users" / f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._files.mkdir(parents=True, exist_ok=True)
         self._thread_lock = threading.Lock()
+        self._alive: int | None = None
+        self.open()
+
+    def open(self) -> None:
+        """Begin to use the folder, as a cache that was just made does; after `close`, again."""
+        if self._alive is not None:
+            return
+        self._files.mkdir(parents=True, exist_ok=True)
+        self._own = self.folder / "users" / f"{os.getpid()}-{secrets.token_hex(4)}"
         with self._locked():  # so that nobody takes the folder for that of a dead process
             self._own.mkdir(parents=True)
             self._alive = os.open(self._own / "lock", os.O_CREAT | os.O_RDWR, 0o666)
@@ -69,11 +76,12 @@ class SharedCache:
             os.utime(own)
         return own
 
-    def write(self, name: str, num_bytes: int, fetch: Callable[[], memoryview]) -> Path:
+    def write(self, name: str, num_bytes: int, pieces: Iterable[memoryview | bytes]) -> Path:
         """Fetch a file into the cache, and return it as `take` does.
 
-        fetch: returns its content, `num_bytes` of it. Raises CacheFull where there is no room, and
-        whatever `fetch` raises; nothing is left then.
+        pieces: its content, `num_bytes` of it, written as it comes. Raises CacheFull where there is
+        no room, before the first piece is asked for, and whatever `pieces` raises; nothing is left
+        then.
         """
         part, own = self._own / f"{name}.part", self._own / name
         with self._locked():
@@ -83,11 +91,10 @@ class SharedCache:
                 file.truncate(num_bytes)
             self._set_size(self._size() + num_bytes)
         try:
-            content = fetch()
-            if len(content) != num_bytes:
-                raise ValueError(f"{name}: expected {num_bytes} bytes, got {len(content)}")
             with part.open("r+b") as file:
-                file.write(content)
+                written = sum(file.write(piece) for piece in pieces)
+                if written != num_bytes:
+                    raise ValueError(f"{name}: expected {num_bytes} bytes, got {written}")
                 file.flush()
                 os.fsync(file.fileno())
             with self._locked():
@@ -108,12 +115,23 @@ class SharedCache:
         with self._locked():
             self._remove(self._own / name)
 
+    def drop(self, name: str) -> None:
+        """Remove a file that was taken and is damaged; others that use it keep it."""
+        with self._locked():
+            own, shared = self._own / name, self._files / name
+            if shared.exists() and shared.samefile(own):  # not one that was fetched anew meanwhile
+                self._remove(shared)
+            self._remove(own)
+
     def close(self) -> None:
         """Release all files; the cache keeps them for others."""
+        if self._alive is None:
+            return
         with self._locked():
             shutil.rmtree(self._own, ignore_errors=True)
             self._recount()
         os.close(self._alive)
+        self._alive = None
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +18,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTable, checksum
 from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
-from m3i_fast.pipelines.storage.objects import Bucket, ObjectInfo
+from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
 
 logger = logging.getLogger(__name__)
 
 TOLD_WAIT_S = 1.0
 """Waits for a fetch that are longer are logged."""
+_CLOSE_S = 1.0  # a request that takes longer ends by itself, and what it read is thrown away
 _WAIT_FOR_ROOM_S = 30.0  # while batches that are being read give their clumps back
 _GIB = 2**30
 
 
 @dataclass
 class FetchCounts:
-    """What was read from object storage, and what a run waited for it."""
+    """What was read from object storage since a start, and what was waited for it."""
 
     fetches: int = 0
     fetched_bytes: int = 0
@@ -58,8 +61,10 @@ class BucketShards:
     cache. reads_in_flight: reads at the same time. kept_batches: a clump is given back that so many
     later batches did not use: those that a backend still reads, and one round of the lanes.
 
-    Sizes and ETags of all shards are remembered when it is made, and compared at each read. Raises
-    as `Bucket` does, ValueError where a shard has another size than the manifest says.
+    Threads start with the first samples, and after `close` again. At most `PIECE` bytes of each
+    read are in memory. Sizes and ETags of all shards are remembered when it is made, and compared
+    at each read. Raises as `Bucket` does, ValueError where a shard has another size than the
+    manifest says.
     """
 
     def __init__(
@@ -80,11 +85,12 @@ class BucketShards:
         self._kept_batches = kept_batches
         self._key = hashlib.sha256(f"{bucket.url} {identity}".encode()).hexdigest()[:12]
         self._infos = self._checked_infos(shard_bytes)
-        self._pool = ThreadPoolExecutor(reads_in_flight, "clump-reader")
+        self._reads_in_flight = reads_in_flight
+        self._pool: ThreadPoolExecutor | None = None
+        self._stop = threading.Event()  # of what was begun since the last start
         self._lock = threading.Lock()  # of the counts
         self._clumps: OrderedDict[int, _Clump] = OrderedDict()  # by first sample; used last: last
         self._batch = 0
-        self._closed = False
 
     def _checked_infos(self, shard_bytes: list[int]) -> dict[str, ObjectInfo]:
         files = list(self._table.shard_files)
@@ -138,23 +144,51 @@ class BucketShards:
         ]
 
     def close(self) -> None:
-        """Stop fetching, and give all clumps back to the cache."""
-        self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Stop fetching, and give all clumps back to the cache; the next samples start it again."""
+        pool, self._pool = self._pool, None
+        self._stop.set()
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+            files = [clump.file for clump in self._clumps.values()]
+            wait([file for file in files if not file.cancelled()], timeout=_CLOSE_S)
+            counts = self.counts
+            logger.info(
+                "%s: %d reads of %.1f MB in %.1f s, %d more clumps were in the cache; %d waits for "
+                "samples took %.1f s",
+                self._bucket.url,
+                counts.fetches,
+                counts.fetched_bytes / 1e6,
+                counts.fetch_s,
+                counts.cache_hits,
+                counts.waits,
+                counts.wait_s,
+            )
+        self._clumps.clear()
         self._cache.close()
+
+    def _started(self) -> ThreadPoolExecutor:
+        """Return the threads that fetch; they are started where there are none."""
+        if self._pool is None:
+            self._cache.open()
+            self._stop, self.counts = threading.Event(), FetchCounts()
+            self._pool = ThreadPoolExecutor(self._reads_in_flight, "clump-reader")
+        return self._pool
 
     def _clump(self, shard: int, first: int, end: int, *, in_pool: bool) -> _Clump:
         """Return the clump of a first sample; a new one is fetched."""
+        pool = self._started()
         clump = self._clumps.get(first)
+        expected = clump.expected if clump is not None else 0
         if clump is not None and clump.file.done() and clump.file.exception() is not None:
             clump = None  # nobody needed it until now: it is tried again
         if clump is None:
             if in_pool:
-                file = self._pool.submit(self._fetch, shard, first, end)
+                file = pool.submit(self._fetch, shard, first, end, self._stop)
             else:
                 file = Future()
-                file.set_result(self._fetch(shard, first, end))
-            clump = self._clumps[first] = _Clump(file=file, used_at=self._batch)
+                file.set_result(self._fetch(shard, first, end, self._stop))
+            clump = _Clump(file=file, expected=expected, used_at=self._batch)
+            self._clumps[first] = clump
         return clump
 
     def _wait(self, clump: _Clump, first: int) -> tuple[str, int]:
@@ -195,39 +229,55 @@ class BucketShards:
             self.expect_no_more()  # a run that ends here is not to wait for the rest
             raise
 
-    def _fetch(self, shard: int, first: int, end: int) -> tuple[str, int]:
+    def _fetch(self, shard: int, first: int, end: int, stop: threading.Event) -> tuple[str, int]:
         """Have the bytes of a clump in a local file; return its path and where it begins."""
         rows = np.asarray(self._table.rows)[first:end]
         begin = int(rows["offset"].min())
-        stop = int((rows["offset"] + rows["size"]).max())
+        num_bytes = int((rows["offset"] + rows["size"]).max()) - begin
         file = self._table.shard_files[shard]
         name = f"{self._key}-{shard:x}-{first:x}"
-        path = self._cache.take(name, stop - begin)
+        path = self._cache.take(name, num_bytes)
+        if path is not None and not _is_whole(path, rows, begin):
+            logger.warning(
+                "%s: the copy of samples %d to %d of %s/%s is damaged and is fetched again; check "
+                "the disk",
+                *(self._cache.folder, first, end - 1, self._bucket.url, file),
+            )
+            self._cache.drop(name)
+            path = None
         if path is not None:
             with self._lock:
                 self.counts.cache_hits += 1
             return str(path), begin
 
-        def read() -> memoryview:
-            started = time.monotonic()
-            content = self._bucket.read_range(file, begin, stop, expected=self._infos[file])
+        def read() -> Iterator[memoryview]:
+            for at in range(begin, begin + num_bytes, PIECE):
+                started = time.monotonic()
+                piece = self._bucket.read_range(
+                    file,
+                    at,
+                    min(at + PIECE, begin + num_bytes),
+                    expected=self._infos[file],
+                    stop=stop,
+                )
+                with self._lock:
+                    self.counts.fetched_bytes += len(piece)
+                    self.counts.fetch_s += time.monotonic() - started
+                yield piece
             with self._lock:
                 self.counts.fetches += 1
-                self.counts.fetched_bytes += len(content)
-                self.counts.fetch_s += time.monotonic() - started
-            return content
 
         waited_from = time.monotonic()
         while True:
             try:
-                return str(self._cache.write(name, stop - begin, read)), begin
+                return str(self._cache.write(name, num_bytes, read())), begin
             except CacheFull as error:
                 # Room comes as batches are read; where none does, more is in use than fits.
-                if self._closed or time.monotonic() - waited_from > _WAIT_FOR_ROOM_S:
+                if stop.is_set() or time.monotonic() - waited_from > _WAIT_FOR_ROOM_S:
                     raise CacheFull(
                         f"{error}; raise data.cache_gib, or lower data.lanes"
                     ) from error
-            time.sleep(0.05)
+            stop.wait(0.05)
 
     def _give_back(self) -> None:
         """Release the clumps that no batch needs any more."""
@@ -242,6 +292,16 @@ class BucketShards:
             del self._clumps[first]
             if clump.file.exception() is None:
                 self._cache.release(Path(clump.file.result()[0]).name)
+
+
+def _is_whole(path: Path, rows: Rows, begin: int) -> bool:
+    """Return whether a file, which has its shard's bytes from `begin` on, has these rows' CRC."""
+    with path.open("rb") as file:
+        for row in rows[(rows["flags"] & (BAD | NO_CRC)) == 0]:
+            content = os.pread(file.fileno(), int(row["size"]), int(row["offset"]) - begin)
+            if checksum(content) != row["crc32c"]:
+                return False
+    return True
 
 
 def needed_bytes(

@@ -18,9 +18,8 @@ from m3i_fast.pipelines.dataset.manifest import (
     read_manifest,
     sha256_file,
 )
-from m3i_fast.pipelines.storage.objects import Bucket
+from m3i_fast.pipelines.storage.objects import PIECE, Bucket
 
-PIECE = 16 << 20  # bytes of one read of a table
 _READS_IN_FLIGHT = 8
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from m3i_fast.pipelines.optional_imports import require
 
 logger = logging.getLogger(__name__)
 
+PIECE = 16 << 20
+"""Bytes of one read of a large object, which has its own time limit and is in memory as a whole."""
 _Result = TypeVar("_Result")
 _URL = re.compile(r"(s3|gs|https?):/+(?=[^/])")
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -116,9 +119,18 @@ class Bucket:
         return self._repeated(name, "", lambda: bytes(self._obs.get(self._store, name).bytes()))
 
     def read_range(
-        self, name: str, start: int, end: int, *, expected: ObjectInfo | None = None
+        self,
+        name: str,
+        start: int,
+        end: int,
+        *,
+        expected: ObjectInfo | None = None,
+        stop: threading.Event | None = None,
     ) -> memoryview:
-        """Read bytes start to end - 1; with `expected`, refuse an object that is not that one."""
+        """Read bytes start to end - 1; with `expected`, refuse an object that is not that one.
+
+        stop: where it is set, nothing is tried again and ConnectionError is raised.
+        """
         what = f" bytes {start} to {end - 1}"
 
         def attempt() -> memoryview:
@@ -129,7 +141,7 @@ class Bucket:
                 raise _IncompleteBody(f"expected {end - start} bytes, got {len(content)}")
             return content
 
-        return self._repeated(name, what, attempt)
+        return self._repeated(name, what, attempt, stop)
 
     def info(self, name: str) -> ObjectInfo:
         """Ask for size, ETag and noted digest of an object."""
@@ -185,13 +197,22 @@ class Bucket:
                 "changed in place: upload the new one under another URL, and start again"
             )
 
-    def _repeated(self, name: str, what: str, attempt: Callable[[], _Result]) -> _Result:
-        """Call until it succeeds, fails for good, or the time is over."""
+    def _repeated(
+        self,
+        name: str,
+        what: str,
+        attempt: Callable[[], _Result],
+        stop: threading.Event | None = None,
+    ) -> _Result:
+        """Call until it succeeds, fails for good, the time is over, or `stop` is set."""
+        stop = stop or threading.Event()
         begin = time.monotonic()
         place = f"{self.url}/{name}{what}" if name else f"{self.url}{what}"
         number = 0
         while True:
             number += 1
+            if stop.is_set():
+                raise ConnectionError(f"{place}: stopped, since its reader was closed")
             try:
                 return attempt()
             except Exception as error:
@@ -211,7 +232,7 @@ class Bucket:
                     wait,
                     _first_line(error),
                 )
-            time.sleep(wait)
+            stop.wait(wait)
 
     def _raise_if_final(self, error: Exception, place: str) -> None:
         """Raise what no repetition can change, with what to do."""

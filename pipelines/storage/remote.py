@@ -6,9 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.dataset.directory import COMPARED, HASHED_BYTES
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, read_manifest
-from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.dataset.sample_table import SampleTable, rows_fault
 from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.storage.cache import SharedCache
 from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes
@@ -39,8 +42,8 @@ def open_remote(
     """Open the split of the data set under a URL, `cfg.path`, for one of the ranks.
 
     Ranks of a node are those that torchrun counts (LOCAL_WORLD_SIZE), or one. Raises as `Bucket`
-    and `copy_description` do, and ValueError for lanes that the ranks do not divide, or clumps that
-    have no room, with what to set.
+    and `copy_description` do, and ValueError for lanes that the ranks do not divide, clumps that
+    have no room, with what to set, or a table whose rows cannot be.
     """
     bucket = Bucket(cfg.path, policy)
     cache_dir = cfg.cache_dir.expanduser()
@@ -69,6 +72,7 @@ def open_remote(
         needed, buffer_gib=cfg.buffer_gib, cache_gib=cfg.cache_gib, ranks_a_node=ranks_a_node
     )
     table = SampleTable.open(path, manifest, cfg.split)
+    check_rows(bucket.url, table, manifest, cfg.split)
     shards = BucketShards(
         bucket,
         table,
@@ -82,6 +86,34 @@ def open_remote(
     return RemoteSplit(
         path=path, manifest=manifest, split=split, table=table, order=order, shards=shards
     )
+
+
+def check_rows(url: str, table: SampleTable, manifest: Manifest, split: str) -> None:
+    """Raise ValueError for rows of a table that cannot be, or that are not in order of shards.
+
+    All rows are checked, or of a table of more than `HASHED_BYTES` the first and the last one of
+    each shard and `COMPARED` others.
+    """
+    info = manifest.split(split)
+    starts = np.cumsum([0, *(shard.num_samples for shard in info.shards)])
+    numbers = np.arange(len(table))
+    if table.rows.nbytes > HASHED_BYTES:
+        spread = np.linspace(0, len(table) - 1, COMPARED).astype(np.int64)
+        numbers = np.unique(np.concatenate([starts[:-1], starts[1:] - 1, spread]))
+    rows = table.at(numbers)
+    fault = rows_fault(rows, numbers, manifest, split)
+    shards = np.searchsorted(starts, numbers, "right") - 1
+    wrong = np.flatnonzero(rows["shard"] != shards)
+    if fault is None and wrong.size:
+        first = wrong[0]
+        fault = (
+            f"row {numbers[first]}: expected a sample of shard {shards[first]} (the manifest's "
+            f"numbers of samples), got shard {rows['shard'][first]}"
+        )
+    if fault is not None:
+        raise ValueError(
+            f"{url}: table of split {split}: {fault}; pack the pictures again and upload them"
+        )
 
 
 def manifest_at(cfg: LoaderConfig) -> Manifest:

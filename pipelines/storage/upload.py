@@ -41,15 +41,6 @@ class _File:
     sha256: str
 
 
-def put_file(url: str, path: Path, *, sha256: str | None = None) -> None:
-    """Upload one file to the URL of an object, which appears whole or not at all.
-
-    sha256: digest of the file, kept with the object; None: it is computed. Raises as `Bucket`.
-    """
-    folder, _, name = url.rpartition("/")
-    Bucket(folder, _UPLOAD).put(name, path, sha256=sha256 or sha256_file(path))
-
-
 def push(
     directory: Path, url: str, *, tell: Callable[[str, int], object] | None = None
 ) -> Uploaded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ for _ in range(150):
     content = bytes([number]) * 10_000
     path = cache.take(str(number), 10_000)
     if path is None:
-        path = cache.write(str(number), 10_000, lambda: memoryview(content))
+        path = cache.write(str(number), 10_000, [content])
     assert path.read_bytes() == content
     with cache._locked():  # so that nothing is counted that is gone at the end of the count
         files = [f for f in Path(sys.argv[1]).rglob("*") if f.name.split(".")[0].isdigit()]
@@ -39,18 +40,19 @@ from pathlib import Path
 from m3i_fast.pipelines.storage.cache import SharedCache
 
 cache = SharedCache(Path(sys.argv[1]), 100_000)
-cache.write("whole", 10_000, lambda: memoryview(b"w" * 10_000))
+cache.write("whole", 10_000, [b"w" * 5_000] * 2)
 
 def fetch():
     print("fetching", flush=True)
     time.sleep(600)
+    yield b""
 
-cache.write("half", 10_000, fetch)
+cache.write("half", 10_000, fetch())
 """
 
 
 def put(cache: SharedCache, name: str) -> Path:
-    return cache.write(name, SIZE, lambda: memoryview(name[:1].encode() * SIZE))
+    return cache.write(name, SIZE, [name[:1].encode() * SIZE])
 
 
 def num_bytes(folder: Path) -> int:
@@ -96,13 +98,14 @@ def test_a_file_in_use_stays_whatever_others_need(tmp_path: Path) -> None:
 def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path) -> None:
     cache = SharedCache(tmp_path, 3 * SIZE)
 
-    def fail() -> memoryview:
+    def fail() -> Iterator[bytes]:
+        yield b"a"
         raise ConnectionError("from the test")
 
     with pytest.raises(ConnectionError):
-        cache.write("a", SIZE, fail)
+        cache.write("a", SIZE, fail())
     with pytest.raises(ValueError, match="a: expected 10000 bytes, got 3"):
-        cache.write("a", SIZE, lambda: memoryview(b"abc"))
+        cache.write("a", SIZE, [b"ab", b"c"])
     assert cache.take("a", SIZE) is None and num_bytes(tmp_path) == 0
     assert (tmp_path / "size").read_text() == "0"
     put(cache, "a")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +158,78 @@ def test_a_lasting_fault_is_told_where_the_samples_are_needed(
         server.clear()
     places = shards.locate(table, samples)  # the store is well again
     assert contents(table, places, samples) == local_contents(path, samples)
+    shards.close()
+
+
+def test_closing_stops_retries_and_the_next_sample_starts_again(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    patient = replace(POLICY, first_wait_s=100.0, longest_wait_s=100.0)
+    shards = readers(path, pushed, SharedCache(tmp_path, ROOM), policy=patient)
+    table, samples = table_of(path), np.arange(3)
+    server.fault(".tar", refuse("503 Slow Down", "SlowDown"), 1)
+    shards.expect(samples)
+    while not server.requests:
+        threading.Event().wait(0.01)
+    shards.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("clump-reader"):
+            thread.join(10)
+            assert not thread.is_alive()
+    assert not list((tmp_path / "users").iterdir()) and (tmp_path / "size").read_text() == "0"
+    places = shards.locate(table, samples)
+    assert contents(table, places, samples) == local_contents(path, samples)
+    shards.close()
+    shards.close()
+    assert f"{pushed}: 1 reads of" in caplog.text and "0 waits for samples" in caplog.text
+
+
+def test_a_clump_is_read_in_pieces(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clumps, "PIECE", 100_000)
+    shards = readers(path, pushed, SharedCache(tmp_path, ROOM))
+    table, samples = table_of(path), np.arange(300, 428)
+    server.fault(".tar", cut, 1)
+    places = shards.locate(table, samples)
+    assert contents(table, places, samples) == local_contents(path, samples)
+    num_bytes = int(table.rows["size"][samples].sum())
+    assert tar_reads(server) == -(-num_bytes // 100_000) + 1 > 3
+    assert (shards.counts.fetches, shards.counts.fetched_bytes) == (1, num_bytes)
+    shards.close()
+
+
+def test_a_damaged_copy_is_fetched_again(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table, samples = table_of(path), np.array([300, 427, 430])
+    for fetches, hits in ((2, 0), (1, 1), (0, 2)):
+        shards = readers(path, pushed, SharedCache(tmp_path, ROOM))
+        places = shards.locate(table, samples)
+        assert contents(table, places, samples) == local_contents(path, samples)
+        assert (shards.counts.fetches, shards.counts.cache_hits) == (fetches, hits)
+        shards.close()
+        if fetches == 2:
+            damaged = tmp_path / "files" / Path(places[0][0]).name
+            content = bytearray(damaged.read_bytes())
+            content[5_000] ^= 4
+            damaged.write_bytes(content)
+    file = table.shard_files[1]
+    assert f"samples 300 to 427 of {pushed}/{file} is damaged" in caplog.text
+
+
+def test_a_fetch_that_failed_beforehand_keeps_what_was_expected(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path
+) -> None:
+    shards = readers(path, pushed, SharedCache(tmp_path, ROOM))
+    server.fault(".tar", refuse("403 Forbidden", "AccessDenied"), 1)
+    shards.expect(np.arange(5))
+    wait([shards._clumps[0].file])
+    shards.expect(np.arange(5, 8))
+    assert shards._clumps[0].expected == 8
+    shards.locate(table_of(path), np.arange(5))
+    assert shards._clumps[0].expected == 3
     shards.close()
 
 

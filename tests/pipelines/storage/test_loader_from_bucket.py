@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def in_the_order_of(remote: Loader, path: Path, cfg: LoaderConfig, **ranks: int)
     return loader
 
 
+def in_use(cfg: LoaderConfig) -> list[Path | threading.Thread]:
+    """What a reader of the bucket holds: its folder in the cache, and its threads."""
+    threads = [t for t in threading.enumerate() if t.name.startswith("clump-reader")]
+    for thread in threads:
+        thread.join(1)
+    users = cfg.cache_dir.expanduser() / "clumps/users"
+    return [*users.iterdir(), *(t for t in threads if t.is_alive())]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_batches_equal_those_of_the_folder(
     path: Path, cfg: LoaderConfig, server: S3Server, rank: int
@@ -59,7 +69,10 @@ def test_batches_equal_those_of_the_folder(
     state = remote.state_dict()
     assert state["order"].endswith("lanes 8, window 1, images 2")
     remote.close()
+    assert not in_use(cfg)
     assert equal(next(remote), next(local))  # closed, it goes on
+    remote.close()
+    assert not in_use(cfg)
 
 
 def test_a_run_goes_on_with_other_ranks_and_batches(path: Path, cfg: LoaderConfig) -> None:
@@ -95,6 +108,11 @@ def test_an_evaluation_reads_from_a_bucket(
     monkeypatch.setenv("HOME", str(tmp_path))  # the cache's default folder is in it
     options = {"image_size": 8, "batch_size": 100, "backend": "torch"}
     remote = list(evaluation_batches(cfg.path, "train", **options))
+    assert not in_use(replace(cfg, cache_dir=LoaderConfig(path=cfg.path).cache_dir))
+    stopped = evaluation_batches(cfg.path, "train", **options)
+    next(stopped)
+    stopped.close()
+    assert not in_use(replace(cfg, cache_dir=LoaderConfig(path=cfg.path).cache_dir))
     local = list(evaluation_batches(path, "train", **options))
     assert len(remote) == len(local) == 7
     assert all(equal(*pair) for pair in zip(remote, local, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import pytest
 from m3i_fast.cli.data import main
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch_rows import TrainingRows
+from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, read_manifest
+from m3i_fast.pipelines.dataset.sample_table import write_table
 from m3i_fast.pipelines.order import StepLayout
+from m3i_fast.pipelines.storage import remote as remote_module
 from m3i_fast.pipelines.storage.remote import open_remote
 from tests.pipelines.storage.packed import POLICY, contents, local_contents, table_of, write
 from tests.shared.pipelines.s3_server import S3Server
@@ -86,6 +90,39 @@ def test_what_does_not_fit_is_refused_with_what_to_set(
         open_remote(replace(cfg, split="none"), policy=POLICY)
     with pytest.raises(FileNotFoundError, match=r"none/manifest.json: not found"):
         open_remote(replace(cfg, path=Path(f"{cfg.path}/none")), policy=POLICY)
+
+
+@pytest.mark.parametrize("hashed_bytes", [1 << 26, 0])
+def test_a_table_that_cannot_be_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, hashed_bytes: int
+) -> None:
+    monkeypatch.setattr(remote_module, "HASHED_BYTES", hashed_bytes)
+    table, manifest = table_of(path), read_manifest(path)
+    remote_module.check_rows("s3://a/b", table, manifest, "train")
+    for row, column, value, fault in (
+        (300, "shard", 0, r"row 300: expected a sample of shard 1 \(.*\), got shard 0"),
+        (299, "shard", 1, r"row 299: expected a sample of shard 0 \(.*\), got shard 1"),
+        (649, "offset", 100, "row 649: offset: expected a multiple of 512, got 100"),
+        (0, "size", 1 << 30, "row 0: size: expected an end within the tar"),
+    ):
+        rows = np.array(table.rows)
+        rows[column][row] = value
+        with pytest.raises(ValueError, match=f"s3://a/b: table of split train: {fault}"):
+            remote_module.check_rows("s3://a/b", replace(table, rows=rows), manifest, "train")
+
+
+def test_rows_in_another_order_than_the_shards_are_refused_from_a_bucket(
+    path: Path, cfg: LoaderConfig, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(path, tmp_path / "copy")
+    info = write_table(copy / "train.samples", [np.array(table_of(path).rows)[::-1]])
+    manifest = read_manifest(path)
+    split = replace(manifest.split("train"), table=info)
+    (copy / MANIFEST_NAME).write_text(replace(manifest, splits={"train": split}).to_json())
+    url = f"{cfg.path}/reversed"
+    assert main(["push", str(copy), url]) == 0
+    with pytest.raises(ValueError, match="row 0: expected a sample of shard 0 .*, got shard 2"):
+        open_remote(replace(cfg, path=Path(url)), policy=POLICY)
 
 
 def test_push_wants_a_url(path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, read_manifest
 from m3i_fast.pipelines.storage.dataset_copy import copy_description
 from m3i_fast.pipelines.storage.objects import Bucket
-from m3i_fast.pipelines.storage.upload import push, put_file
+from m3i_fast.pipelines.storage.upload import push
 from tests.pipelines.storage.packed import POLICY, table_of, write
 from tests.shared.pipelines.s3_server import S3Server, refuse
 
@@ -97,7 +97,7 @@ def test_a_table_that_does_not_fit_its_manifest_is_refused(
     with pytest.raises(ValueError, match=rf"{table.file}: expected {table.num_bytes} bytes"):
         copy_description(bucket, tmp_path, "train")
     assert not list(tmp_path.rglob("*.samples"))
-    put_file(f"{url}/{table.file}", path / table.file)
+    bucket.put(table.file, path / table.file)
     folders: list[Path] = []
     threads = [
         threading.Thread(
