@@ -130,7 +130,9 @@ def _labels(pictures: Any) -> list[int] | None:
     """Return all labels where the data set holds them, so that no picture is read for them."""
     for name in ("targets", "labels", "_labels", "y"):
         found = getattr(pictures, name, None)
-        if found is not None and len(found) == len(pictures):
+        if found is None or getattr(found, "ndim", 1) != 1:  # QMNIST's are rows of numbers
+            continue
+        if len(found) == len(pictures):
             return [int(label) for label in found]
     return None
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 import torchvision
+from PIL import Image
 from pyarrow import parquet
 
 from m3i_fast.pipelines.packing import workers
@@ -141,23 +144,12 @@ class Set:
         return 1
 
 
-class Kinds(Set):
-    """As EMNIST: a kind of split by its name, and a part of it by a keyword."""
-
-    takes = ("byclass", "letters")
-
-    def __init__(self, root: str, split: str, **more: bool) -> None:
-        super().__init__(root, split)
-        assert set(more) == {"train"}
-
-
 @pytest.mark.parametrize(
     ("name", "takes", "expected"),
     [
         ("STL10", ("train", "test", "unlabeled", "train+unlabeled"), "train test unlabeled"),
         ("OxfordIIITPet", ("trainval", "test"), "train test"),
         ("FGVCAircraft", ("train", "val", "trainval", "test"), "train heldout test"),
-        ("EMNIST", (), "train test"),
     ],
 )
 def test_each_picture_of_torchvisions_splits_is_taken_once(
@@ -168,15 +160,40 @@ def test_each_picture_of_torchvisions_splits_is_taken_once(
     expected: str,
 ) -> None:
     """The splits that the classes of torchvision take, without their gigabytes."""
-    made = Kinds if name == "EMNIST" else type(name, (Set,), {"takes": takes})
+    made = type(name, (Set,), {"takes": takes})
     if name == "STL10":
         assert set(takes) == set(torchvision.datasets.STL10.splits)
-    if name == "EMNIST":
-        assert set(made.takes) < set(torchvision.datasets.EMNIST.splits)
     monkeypatch.setattr(torchvision.datasets, name, made)
     options = SourceOptions(path=tmp_path, kind="torchvision", torchvision_class=name)
     listing = TorchvisionSets(options).list()
     assert [item.split for item in listing.items] == expected.split()
+
+
+def idx(numbers: Any, code: int, kind: str) -> bytes:
+    """Return an array in the format of MNIST's files."""
+    shape = b"".join(n.to_bytes(4, "big") for n in numbers.shape)
+    return bytes([0, 0, code, numbers.ndim]) + shape + bytes(numbers.astype(kind).tobytes())
+
+
+@pytest.mark.parametrize("name", ["EMNIST", "QMNIST"])
+def test_relatives_of_mnist_are_read_as_torchvision_reads_them(tmp_path: Path, name: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28))
+    for split in ("train", "test"):
+        stem = f"{name}/raw/{'emnist-byclass' if name == 'EMNIST' else 'qmnist'}-{split}"
+        put(tmp_path, f"{stem}-images-idx3-ubyte", idx(pixels, 8, ">u1"))
+        put(tmp_path, f"{stem}-labels-idx1-ubyte", idx(np.array([1, 2, 61]), 8, ">u1"))
+        rows = np.arange(24).reshape(3, 8) % 10
+        put(tmp_path, f"{stem}-labels-idx2-int", idx(rows, 12, ">i4"))
+    options = SourceOptions(path=tmp_path, kind="torchvision", torchvision_class=name)
+    reader = TorchvisionSets(options)
+    listing = reader.list()
+    assert not listing.refusals
+    assert [item.split for item in listing.items] == ["train"] * 3 + ["test"] * 3
+    split = {"split": "byclass"} if name == "EMNIST" else {}
+    theirs = getattr(torchvision.datasets, name)(str(tmp_path), train=False, **split)
+    for item, (image, label) in zip(listing.items[3:], theirs, strict=True):
+        found = Image.open(io.BytesIO(reader.read(item.place)))
+        assert item.label == label and np.array_equal(found, image)
 
 
 def test_ray_is_not_started_without_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
