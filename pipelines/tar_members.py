@@ -61,6 +61,20 @@ class Range:
         return self._place
 
 
+class Stream:
+    """A decompressed file, of which no more than a header is read at once."""
+
+    def __init__(self, opened: Readable) -> None:
+        self._opened = opened
+        self.seek, self.tell = opened.seek, opened.tell
+
+    def read(self, count: int = -1, /) -> bytes:
+        """Read up to `count` bytes; raises ValueError for many, as `Range.read`."""
+        if not 0 <= count <= MOST_HEADER_BYTES:
+            raise ValueError(f"expected a header of at most {MOST_HEADER_BYTES} bytes, got {count}")
+        return self._opened.read(count)
+
+
 def tar_members(opened: Readable, num_bytes: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield (member, end of its padding) of a tar of `num_bytes`, or of a range of members.
 
@@ -90,6 +104,25 @@ def tar_members(opened: Readable, num_bytes: int) -> Iterator[tuple[tarfile.TarI
             end = tar.offset
             tar.members.clear()  # it keeps all of them
             yield member, end
+
+
+def whole_tar_members(opened: Readable, num_bytes: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """Yield (member, end) as `tar_members`; raises ValueError also for a wrong end of the tar.
+
+    What follows the last member has to be zeros, at least a block of them: after other bytes, as
+    of a second tar, there may be samples that nothing would tell of.
+    """
+    end = 0
+    for member, end in tar_members(opened, num_bytes):
+        yield member, end
+    opened.seek(end)
+    block = opened.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise ValueError(f"cut off at byte {end}: expected the end mark of a tar, got none")
+    while block:
+        if block.strip(b"\0"):
+            raise ValueError(f"damaged at byte {end}: expected a header or the end of the tar")
+        block = opened.read(1 << 20)
 
 
 def sample_parts(opened: Readable, num_bytes: int) -> tuple[str, list[Part]]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
-from m3i_fast.pipelines.dataset.tar_shards import TAR_BLOCK
-from m3i_fast.pipelines.tar_members import NAME, Part, Range, tar_members
+from m3i_fast.pipelines.tar_members import NAME, Part, Range, whole_tar_members
 
 MOST_BYTES = 1 << 30  # of a sample
 
@@ -36,7 +33,8 @@ def scan(file: Path) -> tuple[list[Found], str | None]:
     fault = None
     try:
         with file.open("rb") as opened:
-            for member, end in _members(opened, file.stat().st_size):
+            size = file.stat().st_size
+            for member, end in whole_tar_members(Range(opened.fileno(), 0, size), size):
                 _add(samples, keys, member, end)
     except ValueError as error:
         fault = str(error)
@@ -71,18 +69,3 @@ def _add(samples: list[Found], keys: set[str], member: tarfile.TarInfo, end: int
     found.end = end
     if found.end - found.start > MOST_BYTES:
         found.fault = f"expected at most {MOST_BYTES} bytes, got {found.end - found.start}"
-
-
-def _members(opened: BinaryIO, num_bytes: int) -> Iterator[tuple[tarfile.TarInfo, int]]:
-    """Yield (member, end) as `tar_members`; raises ValueError also for a wrong end of the tar."""
-    end = 0
-    for member, end in tar_members(Range(opened.fileno(), 0, num_bytes), num_bytes):
-        yield member, end
-    opened.seek(end)
-    block = opened.read(TAR_BLOCK)
-    if len(block) < TAR_BLOCK:
-        raise ValueError(f"cut off at byte {end}: expected the end mark of a tar, got none")
-    while block:
-        if block.strip(b"\0"):
-            raise ValueError(f"damaged at byte {end}: expected a header or the end of the tar")
-        block = opened.read(1 << 20)

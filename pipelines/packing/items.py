@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat as modes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,30 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
+def check_files(files: Sequence[Path], options: SourceOptions, listing: Listing) -> dict[str, Path]:
+    """Return the files of a source that hold many pictures by their names, and note their stamps.
+
+    Refuses links out of the source's folder, and what cannot be read.
+    """
+    named = options.path.is_file()  # by the user, who may name a link
+    root = options.path.parent if named else options.path
+    found = {}
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        try:
+            if not (named or options.allow_outside):
+                check_inside(file, root.resolve())
+            listing.files[name] = stamp(file)
+            found[name] = file
+        except Refused as refused:
+            listing.refusals.append(refused.of(printable(name)))
+        except OSError as error:
+            listing.refuse(
+                printable(name), f"cannot be read: {error.strerror}", "mend or remove it"
+            )
+    return found
+
+
 def read_picture(path: Path) -> bytes:
     """Read a picture's file; raises Refused for what is none, or too large to be one."""
     status = path.stat()
@@ -131,7 +156,7 @@ def check_inside(path: Path, root: Path) -> None:
         kind = "a symbolic link" if path.absolute() != real and path.is_symlink() else "a path"
         raise Refused(
             f"{kind} out of the source's folder",
-            "copy the picture into the folder, or say --allow-outside",
+            "copy the file into the folder, or say --allow-outside",
         )
 
 
@@ -150,11 +175,16 @@ MOST_CAPTIONS = 64
 """Most captions of a picture: a batch has room for the most that any picture has."""
 
 
+def is_missing(value: object) -> bool:
+    """Return whether a cell is empty: None, or the NaN that tables of numbers hold there."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def clean_captions(captions: Sequence[object]) -> tuple[str, ...]:
     """Return the captions that are not empty; raises Refused for what is no text."""
     found = []
     for caption in captions:
-        if caption is None:
+        if is_missing(caption):
             continue
         if not isinstance(caption, str):
             raise Refused(

@@ -75,9 +75,11 @@ def pack(settings: PackSettings, out: Path, run: Run, console: Console) -> Packe
     out = Path(out).absolute()
     forget_sources()
     Tokenizer(settings.shard.num_merges, settings.shard.context_length)  # refuses wrong numbers
-    source, why = resolve(replace(settings.source, spool=out / output.STATE))
-    settings = replace(settings, source=source)
-    _check_free(out)
+    source, why = resolve(settings.source)
+    _check_free(out, source.path)
+    # A data set that is whole is compared with what is listed, and no picture is read.
+    spool = None if is_dataset(out) else out / output.STATE
+    settings = replace(settings, source=replace(source, spool=spool))
     with output.locked(out):
         try:
             return _pack_locked(settings, out, run, console, why)
@@ -85,8 +87,13 @@ def pack(settings: PackSettings, out: Path, run: Run, console: Console) -> Packe
             output.tidy(out)
 
 
-def _check_free(out: Path) -> None:
-    """Raise ValueError where a directory holds what is neither a data set nor a pack begun."""
+def _check_free(out: Path, source: Path) -> None:
+    """Raise ValueError where a directory holds what is neither a data set nor a pack begun.
+
+    Also where it lies in the source, of which its shards would be a part.
+    """
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"DIR: expected a directory outside of SOURCE ({source}), got {out}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"DIR: expected a directory, got a file: {out}")
     if out.is_dir() and any(out.iterdir()) and not is_dataset(out):
@@ -129,7 +136,7 @@ def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, 
         shards = make_shards(with_groups(numbered, refused), settings.plan)
         again = [task for task in _tasks(settings, out, shards) if task.items != items[task.name]]
         records.update((task.name, record) for task, record in run(again, lambda number: None))
-    return _finish(settings, out, listing, shards, records, described)
+    return _finish(settings, out, listing, shards, records, described, console)
 
 
 def _tasks(settings: PackSettings, out: Path, shards: Shards) -> Iterator[ShardTask]:
@@ -185,6 +192,7 @@ def _finish(
     shards: Shards,
     records: dict[str, Record],
     described: dict[str, Any],
+    console: Console,
 ) -> Packed:
     """Write what reduces the records: refusals, and last the manifest."""
     of_tasks = sorted(entry for record in records.values() for entry in record.refused)
@@ -194,10 +202,18 @@ def _finish(
         for split, names in shards.items()
     }
     empty = [split for split, found in packed.items() if not found]
-    if empty:
+    for split in empty:
+        del packed[split]
+    if not packed:
         raise ValueError(
             f"split {', '.join(empty)}: expected a picture that can be used, got none; the first "
             f"refused: {refused[0].file}: {refused[0].reason}"
+        )
+    for split in empty:
+        console.print(
+            f"split {split} is left out: all of its pictures are refused",
+            soft_wrap=True,
+            highlight=False,
         )
     changes: Counter[str] = Counter()
     for record in records.values():

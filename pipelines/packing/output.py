@@ -49,7 +49,9 @@ def tidy(out: Path) -> None:
     """Remove the state of a pack that is finished, and all where nothing was begun."""
     if (out / MANIFEST_NAME).is_file():
         shutil.rmtree(out / STATE)
-    elif not any(path.name not in ("lock", "spool") for path in (out / STATE).iterdir()):
+    elif not any(
+        path.name not in ("lock", "spool", "spool.key") for path in (out / STATE).iterdir()
+    ):
         shutil.rmtree(out / STATE)
         if not any(out.iterdir()):
             out.rmdir()

@@ -135,7 +135,23 @@ def _deal(items: Sequence[tuple[int, Item]], settings: PlanSettings) -> dict[int
             members = groups[order.pop()]
             taken += len(members)
             splits.update(dict.fromkeys(members, name))
+        if not taken or not order:
+            raise ValueError(_share_fault(name, share, taken_of, total, len(groups)))
     return splits
+
+
+def _share_fault(name: str, share: float, taken_of: str, total: int, num_groups: int) -> str:
+    """Say why a share cannot be taken, and what to type."""
+    said = f"--split {name}={share}: "
+    if not total:
+        return f"{said}expected a split {taken_of} to take it of, got none; leave it out"
+    there = f"of {total} pictures in {num_groups} groups of split {taken_of}"
+    if round(share * total) < 1:
+        return f"{said}takes none {there}; type --split {name}={min(1 / total, 0.5):.2g} or more"
+    return (
+        f"{said}takes all {there}, since a group stays in one split; type a smaller share, or "
+        "--group-column '' where the groups do not matter"
+    )
 
 
 def _parse(splits: Sequence[str]) -> tuple[list[str], list[tuple[str, float]]]:

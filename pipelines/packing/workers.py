@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any
 
@@ -15,6 +16,7 @@ from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.progress import Advance
 from m3i_fast.pipelines.packing.shard_task import Record, ShardTask, run
 
+IN_FLIGHT = 2  # tasks a process, so that none waits for its next; each holds its pictures' list
 POLL_S = 0.2  # between two looks at what the processes have done
 Done = Iterator[tuple[ShardTask, Record]]
 Run = Callable[[Sequence[ShardTask], Advance], Done]
@@ -30,6 +32,8 @@ def with_processes(number: int) -> Run:
     """Return a function that runs tasks in as many processes."""
 
     def run_in_processes(tasks: Sequence[ShardTask], advance: Advance) -> Done:
+        if not tasks:
+            return
         context = multiprocessing.get_context("forkserver")
         # Imported once, not in each process; the tokenizer's package takes seconds.
         context.set_forkserver_preload([__name__, "open_clip.tokenizer"])
@@ -39,14 +43,18 @@ def with_processes(number: int) -> Run:
             number, mp_context=context, initializer=_start, initargs=(counter,)
         )
         try:
-            task_of = {pool.submit(_run_counted, task): task for task in tasks}
-            left = set(task_of)
-            while left:
-                done, left = wait(left, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            waiting = iter(tasks)
+            task_of: dict[Future[Record], ShardTask] = {}
+            while True:
+                for task in islice(waiting, IN_FLIGHT * number - len(task_of)):
+                    task_of[pool.submit(_run_counted, task)] = task
+                if not task_of:
+                    return
+                done, _ = wait(task_of, timeout=POLL_S, return_when=FIRST_COMPLETED)
                 advance(counter.value - seen)
                 seen = counter.value
                 for future in done:
-                    yield task_of[future], future.result()
+                    yield task_of.pop(future), future.result()
         except BrokenProcessPool:
             raise RuntimeError(
                 "a process of the pack was ended from outside, as the system does where memory is "
@@ -90,16 +98,24 @@ def with_ray(address: str) -> Run:
     """
 
     def run_in_ray(tasks: Sequence[ShardTask], advance: Advance) -> Done:
+        if not tasks:
+            return
         ray = require("ray", extra="ray")
         ray.init(address=address, log_to_driver=False)
         try:
             remote = ray.remote(num_cpus=1, max_retries=3)(run)
-            task_of = {remote.remote(task): task for task in tasks}
-            left = list(task_of)
-            while left:
-                done, left = ray.wait(left, num_returns=1)
+            waiting = iter(tasks)
+            task_of: dict[Any, ShardTask] = {}
+            while True:
+                # More than there are processors: a cluster that grows does so by what waits.
+                number = max(int(ray.cluster_resources().get("CPU", 1)), 1)
+                for task in islice(waiting, max(IN_FLIGHT * number - len(task_of), 0)):
+                    task_of[remote.remote(task)] = task
+                if not task_of:
+                    return
+                done, _ = ray.wait(list(task_of), num_returns=1)
                 for reference in done:
-                    task = task_of[reference]
+                    task = task_of.pop(reference)
                     record = ray.get(reference)
                     advance(len(task.items))
                     yield task, record

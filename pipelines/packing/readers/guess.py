@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from m3i_fast.pipelines.packing.items import Listing, Reader, SourceOptions
@@ -26,7 +25,6 @@ READERS: dict[str, Callable[[SourceOptions], Reader]] = {
     "huggingface": HuggingFace,
     "torchvision": TorchvisionSets,
 }
-_LOOKED_AT = 1000  # pictures of a folder
 
 
 def resolve(options: SourceOptions) -> tuple[SourceOptions, str]:
@@ -62,7 +60,7 @@ def _guess(path: Path) -> tuple[str, str]:
         return "huggingface", "a data set that was saved by save_to_disk"
     if (known := guess_class(path)) is not None:
         return "torchvision", f"the folder of torchvision.datasets.{known} (--torchvision-class)"
-    pictures = list(islice(find_pictures(path, Listing(), allow_outside=True), _LOOKED_AT))
+    pictures = find_pictures(path, Listing(), allow_outside=True)
     if not pictures:
         if tar_files(path):
             return "tars", "a folder of tars"

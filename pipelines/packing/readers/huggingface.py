@@ -18,6 +18,7 @@ from m3i_fast.pipelines.packing.items import (
     check_inside,
     check_num_bytes,
     clean_captions,
+    is_missing,
     read_picture,
     stamp,
 )
@@ -103,12 +104,13 @@ def _item(row: dict[str, Any], columns: Columns, split: str, number: int) -> Ite
         captions += value if isinstance(value, list) else [value]
     group = row[columns.group] if columns.group else None
     own = row[columns.split] if columns.split else None
+    chosen = split if is_missing(own) else str(own or split)
     return Item(
         name=f"{split}[{number}]",
         place=(split, number),
-        split=SPLITS.get(str(own or split), str(own or split)),
+        split=SPLITS.get(chosen, chosen),
         captions=clean_captions(captions),
-        group="" if group is None else str(group),
+        group="" if is_missing(group) else str(group),
     )
 
 

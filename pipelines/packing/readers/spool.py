@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
-from m3i_fast.pipelines.packing.items import Place, Refused, SourceOptions, check_num_bytes
+from m3i_fast.durable_files import write_atomically
+from m3i_fast.pipelines.packing.items import (
+    Place,
+    Refused,
+    SourceOptions,
+    Stamp,
+    check_num_bytes,
+)
 
-NAME = "spool"
+NAME, KEY_NAME = "spool", "spool.key"
 
 
 class Spool:
@@ -18,17 +30,25 @@ class Spool:
     reads in a shuffled order: one copy costs less than reading the source again for each shard.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
-        self._temporary = folder / f".{NAME}.tmp-{os.getpid()}"
-        self._file = self._temporary.open("wb")
-        self._size = 0
+    def __init__(self, folder: Path | None, key: str) -> None:
+        """Begin a spool, or keep the one of that key.
+
+        folder: None: places are told and nothing is kept, where nothing will be read. key: of
+        all that the spool's content depends on.
+        """
+        self._size, self._key, self._folder = 0, key, folder
+        self._file: BinaryIO | None = None
+        if folder is not None and _key_of(folder) != key:
+            (folder / KEY_NAME).unlink(missing_ok=True)
+            self._temporary = folder / f".{NAME}.tmp-{os.getpid()}"
+            self._file = self._temporary.open("wb")
 
     def append(self, content: bytes) -> Place:
         """Append a picture and return its place; raises Refused where it is too large."""
         check_num_bytes(len(content))
         start = self._size
-        self._file.write(content)
+        if self._file is not None:
+            self._file.write(content)
         self._size += len(content)
         return (NAME, start, len(content))
 
@@ -38,18 +58,29 @@ class Spool:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
+        if self._file is None or self._folder is None:
+            return
         self._file.close()
         if kind is None:
-            os.replace(self._temporary, self.path)
+            os.replace(self._temporary, self._folder / NAME)
+            write_atomically(self._folder / KEY_NAME, self._key.encode())
         else:
             self._temporary.unlink()
 
 
-def open_spool(options: SourceOptions) -> Spool:
-    """Open the spool of a source."""
-    if options.spool is None:
-        raise ValueError("spool: expected a folder for it, got none")
-    return Spool(options.spool)
+def _key_of(folder: Path) -> str | None:
+    """Return the key of the spool in a folder; None: there is no whole one."""
+    try:
+        return (folder / KEY_NAME).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def open_spool(options: SourceOptions, stamps: Mapping[str, Stamp]) -> Spool:
+    """Open the spool of a source; stamps: of the files whose pictures go into it."""
+    content = [sorted(asdict(options).items()), sorted(stamps.items())]
+    key = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+    return Spool(options.spool, key)
 
 
 def read_spooled(options: SourceOptions, place: Place) -> bytes:

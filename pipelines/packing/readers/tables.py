@@ -17,8 +17,11 @@ from m3i_fast.pipelines.packing.items import (
     Place,
     Refused,
     SourceOptions,
+    Stamp,
+    check_files,
     check_inside,
     clean_captions,
+    is_missing,
     printable,
     read_picture,
     stamp,
@@ -34,7 +37,9 @@ Row = Mapping[str, Any]
 
 def table_files(path: Path) -> list[Path]:
     """Return the file, or the Parquet files of a folder in the order of their names."""
-    return [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if path.is_file():
+        return [path]
+    return sorted(p for p in path.rglob("*.parquet") if not p.is_dir())
 
 
 class Tables:
@@ -50,10 +55,10 @@ class Tables:
         listing = Listing()
         labels: dict[str, object] = {}
         place_of: dict[str, int] = {}
-        with _LazySpool(self.options) as spool:
-            for file in self.files:
-                name = printable(file.relative_to(self.folder).as_posix())
-                listing.files[name] = stamp(file)
+        files = check_files(self.files, self.options, listing)
+        with _LazySpool(self.options, dict(listing.files)) as spool:
+            for raw_name, file in files.items():
+                name = printable(raw_name)
                 split = split_in_name(name) if len(self.files) > 1 else None
                 columns, rows = self._open(file, listing)
                 listing.notes.append(f"{name}: {columns.said()}")
@@ -63,6 +68,7 @@ class Tables:
                         item = self._item(row, columns, where, spool)
                         item = item._replace(split=item.split or split or "train")
                         label = row[columns.label] if columns.label else None
+                        label = None if is_missing(label) else label
                         if labels.get(item.name, label) != label and self.options.merge_rows:
                             raise Refused(
                                 f"{item.name}: label {label!r}, and {labels[item.name]!r} before",
@@ -96,7 +102,7 @@ class Tables:
             value = row[column]
             captions += value if isinstance(value, list) else [value]
         group, split = (
-            str(row[column]) if column and row[column] is not None else ""
+            str(row[column]) if column and not is_missing(row[column]) else ""
             for column in (columns.group, columns.split)
         )
         item = Item(
@@ -151,13 +157,13 @@ class Tables:
 class _LazySpool:
     """A spool that is made where a table holds pictures, not names of files."""
 
-    def __init__(self, options: SourceOptions) -> None:
-        self.options = options
+    def __init__(self, options: SourceOptions, stamps: Mapping[str, Stamp]) -> None:
+        self.options, self.stamps = options, stamps
         self.made: Spool | None = None
 
     def get(self) -> Spool:
         if self.made is None:
-            self.made = open_spool(self.options)
+            self.made = open_spool(self.options, self.stamps)
         return self.made
 
     def __enter__(self) -> _LazySpool:

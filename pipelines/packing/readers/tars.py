@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
-import re
+import lzma
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +20,11 @@ from m3i_fast.pipelines.packing.items import (
     Place,
     Refused,
     SourceOptions,
+    check_files,
     check_num_bytes,
     clean_captions,
+    is_missing,
     printable,
-    stamp,
     text_of,
 )
 from m3i_fast.pipelines.packing.readers.folders import PICTURE_SUFFIXES
@@ -32,11 +37,21 @@ from m3i_fast.pipelines.packing.readers.spool import (
     read_spooled,
 )
 from m3i_fast.pipelines.packing.readers.tables import split_in_name
+from m3i_fast.pipelines.tar_members import NAME as MEMBER_NAME
+from m3i_fast.pipelines.tar_members import Range, Stream, whole_tar_members
 
-KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)  # as webdataset: up to the first dot
 MAX_TEXT_BYTES = 1 << 20
 PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
-PLAIN, COMPRESSED = (".tar",), (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+PLAIN = (".tar",)
+OPENED_BY: dict[str, Callable[[Path], Any]] = {
+    ".tar.gz": gzip.open,
+    ".tgz": gzip.open,
+    ".tar.bz2": bz2.open,
+    ".tar.xz": lzma.open,
+}
+COMPRESSED = tuple(OPENED_BY)
+MOST_TAR_BYTES = 1 << 60  # of a compressed one, whose size nothing says
+DAMAGE = (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 class Part(NamedTuple):
@@ -51,7 +66,8 @@ def tar_files(path: Path) -> list[Path]:
     """Return the tar, or all tars below a folder in the order of their names."""
     if path.is_file():
         return [path]
-    return sorted(p for p in path.rglob("*") if p.name.lower().endswith(PLAIN + COMPRESSED))
+    found = (p for p in path.rglob("*") if p.name.lower().endswith(PLAIN + COMPRESSED))
+    return sorted(p for p in found if not p.is_dir())
 
 
 class Tars:
@@ -64,15 +80,15 @@ class Tars:
     def list(self) -> Listing:
         listing = Listing()
         labels: list[object] = []
-        files = tar_files(self.options.path)
-        compressed = [file for file in files if file.name.lower().endswith(COMPRESSED)]
-        with open_spool(self.options) if compressed else nullcontext() as spool:
-            for file in files:
-                name = file.relative_to(self.root).as_posix()
-                listing.files[name] = stamp(file)
+        files = check_files(tar_files(self.options.path), self.options, listing)
+        stamps = {name: listing.files[name] for name in files if _opener(name) is not None}
+        with open_spool(self.options, stamps) if stamps else nullcontext() as spool:
+            for name, file in files.items():
                 split = split_in_name(name) if len(files) > 1 else None
                 seen: set[str] = set()
-                for key, parts in self._samples(file, name, listing, spool):
+                for key, parts in self._samples(
+                    file, name, listing, spool if name in stamps else None
+                ):
                     where = printable(f"{name}:{key}")
                     try:
                         if key in seen:
@@ -108,44 +124,57 @@ class Tars:
         self, file: Path, name: str, listing: Listing, spool: Spool | None
     ) -> Iterator[tuple[str, dict[str, Part]]]:
         """Yield (key, parts by extension) of neighbouring files of one key."""
-        key, parts = "", dict[str, Part]()
-        for member, content in _members(file, name, listing):
-            match = KEY.fullmatch(member.name)
-            if match is None:
-                listing.refuse(
-                    printable(f"{name}:{member.name}"),
-                    "expected a name with an extension",
-                    "name it KEY.EXTENSION",
-                )
-                continue
-            if match[1] != key:
-                if parts:
-                    yield key, parts
-                key, parts = match[1], {}
-            extension = match[2].lower()
-            try:
-                if extension in parts:
-                    raise Refused(f"{extension} twice", "write the tar again")
-                parts[extension] = self._part(member, content, extension, name, spool)
-            except Refused as refused:
-                parts[extension] = Part((), b"", refused)
+        key, parts, last = "", dict[str, Part](), "its start"
+        try:
+            for member, read in _members(file, name, listing):
+                match = MEMBER_NAME.fullmatch(member.name)
+                if match is None:
+                    listing.refuse(
+                        printable(f"{name}:{member.name}"),
+                        "expected a name with an extension",
+                        "name it KEY.EXTENSION",
+                    )
+                    continue
+                if match[1] != key:
+                    if parts:
+                        yield key, parts
+                    key, parts = match[1], {}
+                extension = match[2].lower()
+                try:
+                    if extension in parts:
+                        raise Refused(f"{extension} twice", "write the tar again")
+                    parts[extension] = self._part(member, read, extension, name, spool)
+                except Refused as refused:
+                    parts[extension] = Part((), b"", refused)
+                last = member.name
+        except DAMAGE as error:
+            listing.refuse(
+                printable(name),
+                f"damaged after {printable(last)}: {printable(str(error))}",
+                "copy the tar again from where it came",
+            )
         if parts:
             yield key, parts
 
     def _part(
-        self, member: tarfile.TarInfo, content: Any, extension: str, name: str, spool: Spool | None
+        self,
+        member: tarfile.TarInfo,
+        read: Callable[[], bytes],
+        extension: str,
+        name: str,
+        spool: Spool | None,
     ) -> Part:
         place: Place = (name, member.offset_data, member.size)
         if extension in PICTURES:
             check_num_bytes(member.size)
-            return Part(spool.append(content.read()) if spool else place, b"")
+            return Part(spool.append(read()) if spool else place, b"")
         if extension not in ("txt", "json", "cls"):
             return Part(place, b"")
         if member.size > MAX_TEXT_BYTES:
             raise Refused(
                 f"expected at most {MAX_TEXT_BYTES} bytes of text, got {member.size}", "shorten it"
             )
-        return Part(place, content.read())
+        return Part(place, read())
 
     def _item(self, where: str, parts: dict[str, Part]) -> tuple[Item, object]:
         """Return the item of a sample, and its label as it is stored."""
@@ -178,7 +207,10 @@ class Tars:
             raise Refused("label: expected text or a number", "name another --label-column")
         place = parts[pictures[0]].place
         item = Item(
-            where, place, captions=clean_captions(flat), group="" if group is None else str(group)
+            where,
+            place,
+            captions=clean_captions(flat),
+            group="" if is_missing(group) else str(group),
         )
         return item, label
 
@@ -197,9 +229,9 @@ def _json(parts: dict[str, Part]) -> dict[str | None, Any]:
 
 
 def _label(parts: dict[str, Part]) -> str | int:
-    """Return the label of cls: text, or the int64 that shards of this package have."""
+    """Return the label of cls: text, or the int64 of this package's shards, which have sid too."""
     content = parts["cls"].content if "cls" in parts else b""
-    if len(content) == 8 and not content.isdigit():
+    if len(content) == 8 and "sid" in parts:
         return int.from_bytes(content, "little", signed=True)
     try:
         return content.decode()
@@ -207,37 +239,38 @@ def _label(parts: dict[str, Part]) -> str | int:
         raise Refused(f"cls: expected text, got {content[:20]!r}", "mend the label") from None
 
 
-def _members(file: Path, name: str, listing: Listing) -> Iterator[tuple[tarfile.TarInfo, Any]]:
-    """Yield the files in a tar with what reads them; what is none, or is damaged, is refused."""
-    size = file.stat().st_size if file.name.lower().endswith(PLAIN) else None
-    last = "its start"
-    try:
-        with tarfile.open(file) as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # which tarfile would keep of the whole file
+def _opener(name: str) -> Callable[[Path], Any] | None:
+    """Return what opens a compressed tar; None: it is not called like one."""
+    return next((of for end, of in OPENED_BY.items() if name.lower().endswith(end)), None)
+
+
+def _members(
+    file: Path, name: str, listing: Listing
+) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """Yield the files in a tar with what reads them; links and devices are refused.
+
+    Raises one of DAMAGE where the tar is damaged or cut off.
+    """
+    opener = _opener(name)
+    with file.open("rb") if opener is None else opener(file) as opened:
+        if opener is None:
+            size = file.stat().st_size
+            source: Range | Stream = Range(opened.fileno(), 0, size)
+        else:  # the size that is told by the end alone is checked there
+            size, source = MOST_TAR_BYTES, Stream(opened)
+        for member, _ in whole_tar_members(source, size):
+            if member.isdir():
+                continue
+            if not member.isreg():
                 where = printable(f"{name}:{member.name}")
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    listing.refuse(where, "a link, device or sparse file", "store the file itself")
-                    continue
-                if size is not None and member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} ends after the tar")
-                yield member, tar.extractfile(member)
-                last = member.name
-            if size is not None and not _ends(file, tar.offset):
-                raise tarfile.ReadError("no header of a file, nor the end of a tar")
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        listing.refuse(
-            printable(name),
-            f"damaged after {printable(last)}: {printable(str(error))}",
-            "copy the tar again from where it came",
-        )
+                listing.refuse(where, "a link or a device", "store the file itself")
+                continue
+            yield member, partial(_content, opened, member)
 
 
-def _ends(file: Path, offset: int) -> bool:
-    """Return whether a tar has its end mark, a block of zeros, at an offset."""
-    with file.open("rb") as raw:
-        raw.seek(offset)
-        block = raw.read(tarfile.BLOCKSIZE)
-    return len(block) == tarfile.BLOCKSIZE and not any(block)
+def _content(opened: Any, member: tarfile.TarInfo) -> bytes:
+    opened.seek(member.offset_data)
+    content = bytes(opened.read(member.size))
+    if len(content) < member.size:
+        raise EOFError(f"cut off in {member.name}")
+    return content

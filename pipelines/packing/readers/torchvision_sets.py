@@ -40,7 +40,7 @@ FOLDER_OF = {
     "country211": "Country211",
     "stanford_cars": "StanfordCars",
 }
-_SPLIT_VALUES = ("train", "trainval", "val", "valid", "test", "extra")
+_SPLIT_VALUES = ("train", "trainval", "val", "valid", "test", "extra", "unlabeled")
 
 
 def guess_class(path: Path) -> str | None:
@@ -68,11 +68,11 @@ class TorchvisionSets:
             )
         takes = inspect.signature(made).parameters
         root = str(self.options.path)
-        if "train" in takes:
-            choices: dict[str, dict[str, Any]] = {
-                "train": {"train": True},
-                "test": {"train": False},
-            }
+        choices: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+        if name == "EMNIST":  # whose six kinds of splits share pictures; this one has all of them
+            choices = {key: {"split": "byclass", **value} for key, value in choices.items()}
+        elif "train" in takes:
+            pass
         elif "split" in takes:
             choices = {value: {"split": value} for value in _SPLIT_VALUES}
         else:
@@ -85,6 +85,9 @@ class TorchvisionSets:
                 errors.append(f"{split}: {error}")
         if not found:
             raise ValueError(f"{root}: {name} finds no data ({'; '.join(errors)})")
+        # Those for training and for validation together, which some data sets have besides both.
+        if (both := found.pop("trainval", None)) is not None and "train" not in found:
+            found = {"train": both, **found}
         return found
 
     def list(self) -> Listing:
@@ -127,7 +130,9 @@ def _labels(pictures: Any) -> list[int] | None:
     """Return all labels where the data set holds them, so that no picture is read for them."""
     for name in ("targets", "labels", "_labels", "y"):
         found = getattr(pictures, name, None)
-        if found is not None and len(found) == len(pictures):
+        if found is None or getattr(found, "ndim", 1) != 1:  # QMNIST's are rows of numbers
+            continue
+        if len(found) == len(pictures):
             return [int(label) for label in found]
     return None
 
