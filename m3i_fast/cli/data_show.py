@@ -42,14 +42,17 @@ class Show:
         for name in ("num", "counted"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
+        from m3i_fast.pipelines.storage.objects import check_folder
         from m3i_fast.report.data.gather import gather
         from m3i_fast.report.data.page import write_data_page
 
+        check_folder(self.path)
         views_of, cfg = self._views()
         cfg = replace(
             cfg,
             path=self.path,
             split=self.split,
+            mixture=(),
             seed=self.seed,
             num_threads=min(os.cpu_count() or 1, 16),
             hw_decoder_load=None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
@@ -24,11 +23,11 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
     distances,
     thumbnail,
 )
-from m3i_fast.pipelines.dataset.pictures import FORMATS
+from m3i_fast.pipelines.dataset.pictures import FORMATS, decode_pixels
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.tar_members import sample_files
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.tar_members import sample_files
 from m3i_fast.report.data.inputs import (
     Counted,
     DataPageInputs,
@@ -56,7 +55,7 @@ def gather(cfg: LoaderConfig, *, num_shown: int, num_counted: int, views_of: str
     manifest = read_manifest(cfg.path)
     split = manifest.split(cfg.split)
     read = {name: _Read(cfg.path, name, num_counted) for name in manifest.splits}
-    in_group, between, near = _near_pairs(cfg.path, manifest, read)
+    in_group, between, near = _near_pairs(cfg, manifest, read)
     return DataPageInputs(
         name=manifest.name,
         split=cfg.split,
@@ -126,7 +125,7 @@ def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[Sho
         rows = rows[: number - len(shown)]
         if not rows:  # all of an epoch, or as many as asked for
             break
-        pictures = pictures_of(cfg.path, manifest, cfg.split, [ids[row] for row in rows])
+        pictures = pictures_of(cfg, manifest, cfg.split, [ids[row] for row in rows])
         for row in rows:
             sample_id = ids[row]
             shown.add(sample_id)
@@ -172,24 +171,22 @@ def _picture(view: Any) -> Picture:  # [3, S, S] uint8 tensor -> [S, S, 3]
 
 
 def pictures_of(
-    path: Path, manifest: Manifest, split: str, ids: Collection[int]
+    cfg: LoaderConfig, manifest: Manifest, split: str, ids: Collection[int]
 ) -> dict[int, Picture]:
     """Read and decode the upright pictures of some samples, at most MOST_SIDE pixels long."""
-    table = SampleTable.open(path, manifest, split)
+    table = SampleTable.open(cfg.path, manifest, split)
     found = {}
     for row in table.rows[np.isin(table.rows["sample_id"], list(ids))]:
-        with (path / table.shard_files[row["shard"]]).open("rb") as tar:
+        with (cfg.path / table.shard_files[row["shard"]]).open("rb") as tar:
             content = os.pread(tar.fileno(), int(row["size"]), int(row["offset"]))
         _, files = sample_files(content)
         encoded = next(files[name] for name in FORMATS if name in files)
-        found[int(row["sample_id"])] = _decode(encoded)
+        found[int(row["sample_id"])] = _decode(encoded, cfg.max_pixels)
     return found
 
 
-def _decode(encoded: bytes) -> Picture:
-    with Image.open(io.BytesIO(encoded)) as opened:
-        opened.draft("RGB", (MOST_SIDE, MOST_SIDE))
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
+def _decode(encoded: bytes, max_pixels: int) -> Picture:
+    upright = Image.fromarray(decode_pixels(encoded, max_pixels))
     upright.thumbnail((MOST_SIDE, MOST_SIDE))
     return np.asarray(upright)
 
@@ -198,7 +195,7 @@ def _decode(encoded: bytes) -> Picture:
 
 
 def _near_pairs(
-    path: Path, manifest: Manifest, read: Mapping[str, _Read]
+    cfg: LoaderConfig, manifest: Manifest, read: Mapping[str, _Read]
 ) -> tuple[int, int, list[NearPair]]:
     """Count near pairs in one group and in different ones; returns both and some of the latter.
 
@@ -219,7 +216,7 @@ def _near_pairs(
         name: [read[name].sample_id[i] for _, *two in chosen for n, i in two if n == name]
         for name in read
     }
-    pictures = {name: pictures_of(path, manifest, name, of) for name, of in ids.items() if of}
+    pictures = {name: pictures_of(cfg, manifest, name, of) for name, of in ids.items() if of}
     pairs = []
     for distance, (split_a, a), (split_b, b) in chosen:
         id_a, id_b = read[split_a].sample_id[a], read[split_b].sample_id[b]
