@@ -373,8 +373,8 @@ def _open(
         split,
         max_pixels=cfg.max_pixels,
         fingerprint=fingerprint,
-        shard_id=rank,
-        num_shards=num_ranks,
+        rank=rank,
+        num_ranks=num_ranks,
     )
     table = SampleTable.open(path, manifest, split)
     return OpenSplit(
