@@ -388,8 +388,8 @@ def _open(
         path,
         split,
         max_pixels=cfg.max_pixels,
-        shard_id=rank,
-        num_shards=num_ranks,
+        rank=rank,
+        num_ranks=num_ranks,
     )
     table = SampleTable.open(path, manifest, split)
     return OpenSplit(

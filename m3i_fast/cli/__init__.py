@@ -27,7 +27,7 @@ VERBS = {
     "evaluate": "measure a run's encoder on held-out pictures",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
     "data": "pack or index pictures of your own, or write openmoji, styles or synthetic; describe, "
-    "verify or show a data set",
+    "verify, show or push a data set",
     "bench": "run one benchmark and append its rows to the ledger",
     "faults": "break runs in every way, and check that each recovers with equal weights",
     "doctor": "say what this machine can use and, where it cannot, why",

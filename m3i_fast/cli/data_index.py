@@ -40,8 +40,8 @@ class Index:
     tars: tuple[str, ...] = ("**/*.tar",)
     """Patterns of the tars to take, relative to DIR or absolute and inside of it."""
     split: str | None = None
-    """Split of all tars. None: that in the name of each tar or its folder (train, val, test,
-    heldout), train where there is none."""
+    """Split of all tars. None: that in the name of each tar or its folder (train, test,
+    heldout, which val is too), train where there is none."""
     caption: Guessed = "auto"
     """Where captions are: txt, json:FIELD, or none; auto: what the first samples have."""
     label: Guessed = "auto"
@@ -72,12 +72,22 @@ class Index:
 
     def run(self) -> None:
         from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-        from m3i_fast.pipelines.indexing.build import IndexInfo, check_out, index_tars
+        from m3i_fast.pipelines.indexing.build import (
+            IndexInfo,
+            check_out,
+            check_split_name,
+            index_tars,
+        )
         from m3i_fast.pipelines.indexing.tars import find_tars, split_of
+        from m3i_fast.pipelines.storage.objects import check_folder
 
+        out = self.out or self.path
+        for folder in (self.path, out):
+            check_folder(folder)
+        if self.split is not None:
+            check_split_name(self.split)
         if not self.path.is_dir():
             raise FileNotFoundError(f"DIR: expected a folder with tars, got {self.path}")
-        out = self.out or self.path
         check_out(self.path, out)
         names = find_tars(self.path, self.tars)
         splits = {name: self.split or split_of(name) for name in names}
@@ -150,6 +160,13 @@ class Index:
                 f"{split.num_labels} with a label, {split.num_groups} groups",
                 highlight=False,
                 soft_wrap=True,
+            )
+        for name in indexed.empty_splits:
+            console.print(
+                f"{name}: left out, since no picture of it can be used",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
             )
         if indexed.reasons:
             table = Table("left out", "why", title=Text(f"named in {out / 'refused.jsonl'}"))

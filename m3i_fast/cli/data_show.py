@@ -42,9 +42,11 @@ class Show:
         for name in ("num", "counted"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
+        from m3i_fast.pipelines.storage.objects import check_folder
         from m3i_fast.report.data.gather import gather
         from m3i_fast.report.data.page import write_data_page
 
+        check_folder(self.path)
         views_of, cfg = self._views()
         cfg = replace(
             cfg,

@@ -37,9 +37,11 @@ class Stats:
     def run(self) -> None:
         from m3i_fast.pipelines.dataset.manifest import check_files, read_manifest
         from m3i_fast.pipelines.inspection.statistics import describe
+        from m3i_fast.pipelines.storage.objects import check_folder
 
         if self.read < 1:
             raise ValueError(f"--read: expected at least 1, got {self.read}")
+        check_folder(self.path)
         manifest = read_manifest(self.path)
         names = list(manifest.splits) if self.split is None else [self.split]
         found = {}
@@ -85,8 +87,16 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"short side from {row['from']}", f"{bar} {row['samples']:,}"
     if read["captions"]:
         yield "tokens a caption", _spread(read["caption_tokens"])
-        share = read["captions_cut"] / read["captions"]
-        yield f"captions cut at {read['context_length']}", f"{read['captions_cut']:,} ({share:.1%})"
+        limit, cut = read["context_length"], read["captions_cut"]
+        if cut is not None:
+            yield f"captions cut at {limit}", f"{cut:,} ({cut / read['captions']:.1%})"
+        elif read["captions_cut_of_all_splits"] is not None:
+            number = f"{read['captions_cut_of_all_splits']:,} of all splits, as packing counted"
+            yield f"captions cut at {limit}", number
+        else:
+            full = read["captions_full"]
+            share = f"{full:,} ({full / read['captions']:.1%})"
+            yield f"captions that fill the context of {limit}", share
 
 
 def _spread(values: dict[str, float]) -> str:

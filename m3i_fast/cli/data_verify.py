@@ -32,7 +32,9 @@ class Verify:
     def run(self) -> None:
         from m3i_fast.pipelines.dataset.manifest import how_to_restore
         from m3i_fast.pipelines.dataset.verify import find_faults
+        from m3i_fast.pipelines.storage.objects import check_folder
 
+        check_folder(self.path)
         report = find_faults(self.path, decode=self.decode, max_pixels=self.max_pixels)
         manifest, faults = report.manifest, report.faults
         if faults:

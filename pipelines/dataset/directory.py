@@ -37,22 +37,20 @@ def open_split(
     name: str,
     *,
     max_pixels: int = MAX_PIXELS,
-    shard_id: int = 0,
-    num_shards: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> tuple[Manifest, SplitInfo]:
     """Read the manifest, and check that a split can be read as it says.
 
-    shard_id, num_shards: this rank and the number of ranks, each of which checks its share, so that
-    all have to open a split before any reads from it. Raises FileNotFoundError or ValueError naming
+    rank, num_ranks: this rank and the number of ranks, each of which checks its share, so that all
+    have to open a split before any reads from it. Raises FileNotFoundError or ValueError naming
     shard and sample, expected and got, and how to restore the files.
     """
     manifest = read_manifest(path)
     split = manifest.split(name)
     check_files(path, manifest, split)
     try:
-        check_split(
-            path, name, manifest, max_pixels=max_pixels, shard_id=shard_id, num_shards=num_shards
-        )
+        check_split(path, name, manifest, max_pixels=max_pixels, rank=rank, num_ranks=num_ranks)
     except ValueError as error:
         raise ValueError(f"{error}; {how_to_restore(path, manifest)}") from error
     return manifest, split
@@ -64,8 +62,8 @@ def check_split(
     manifest: Manifest,
     *,
     max_pixels: int = MAX_PIXELS,
-    shard_id: int = 0,
-    num_shards: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> None:
     """Compare manifest, table or indices, tar headers and picture headers.
 
@@ -75,9 +73,9 @@ def check_split(
     """
     split = manifest.split(name)
     if split.table is not None:
-        _check_table(path, name, manifest, max_pixels, shard_id, num_shards)
+        _check_table(path, name, manifest, max_pixels, rank, num_ranks)
     if None not in [shard.index_bytes for shard in split.shards]:
-        _check_indices(path, name, split, max_pixels, shard_id, num_shards)
+        _check_indices(path, name, split, max_pixels, rank, num_ranks)
 
 
 def _check_table(
@@ -144,7 +142,7 @@ def _check_picture(tar: int, start: int, size: int, key: str, max_pixels: int) -
 
 
 def _check_indices(
-    path: Path, name: str, split: SplitInfo, max_pixels: int, shard_id: int, num_shards: int
+    path: Path, name: str, split: SplitInfo, max_pixels: int, rank: int, num_ranks: int
 ) -> None:
     """Compare the indices of format versions 1 to 3 with the tars."""
 
@@ -158,9 +156,9 @@ def _check_indices(
         return max(map(captions.count, num_bytes))
 
     with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
-        most_captions = max(pool.map(check, split.shards[shard_id::num_shards]), default=0)
+        most_captions = max(pool.map(check, split.shards[rank::num_ranks]), default=0)
     # Batches have room for max_captions; a sample with more is named when it is read.
-    if num_shards == 1 and max(most_captions, 1) < split.max_captions:
+    if num_ranks == 1 and max(most_captions, 1) < split.max_captions:
         raise ValueError(
             f"{path}: split {name}: expected max_captions {split.max_captions} (manifest), got "
             f"{most_captions}"

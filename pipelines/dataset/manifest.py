@@ -279,8 +279,23 @@ def how_to_restore(path: Path, manifest: Manifest) -> str:
         )
     restore = "copy the files again from where they came, or "
     if INDEXED in manifest.settings:
-        return restore + f"index them as they are now: m3i-fast data index {quoted(path)}"
+        return restore + f"index them as they are now: {_index_command(path, manifest)}"
     return restore + "pack the pictures again"
+
+
+def _index_command(path: Path, manifest: Manifest) -> str:
+    """Return the command that indexes the tars of a data set with its recorded columns."""
+    command = f"m3i-fast data index {quoted(manifest.shards_of(path))}"
+    if manifest.shards_in is not None:
+        command += f" --out {quoted(path)}"
+    columns = manifest.settings[INDEXED]
+    if isinstance(columns, dict):
+        for name in ("caption", "label", "group"):
+            value = columns.get(name)
+            if name != "group" or value is not None:
+                command += f" --{name} {shlex.quote(str(value or 'none'))}"
+        command += " --decode" if columns.get("decode") else ""
+    return command
 
 
 def quoted(path: Path) -> str:

@@ -141,13 +141,6 @@ def checksum(content: bytes) -> int:
     return int(require("google_crc32c").value(content))
 
 
-def add_checksums(file: Path, rows: Rows) -> None:
-    """Compute `crc32c` of every row in place, of the bytes of `file` that it points to."""
-    with file.open("rb") as tar:
-        for row in rows:
-            row["crc32c"] = checksum(os.pread(tar.fileno(), int(row["size"]), int(row["offset"])))
-
-
 def split_digest(path: Path, name: str) -> str:
     """Hash a data set's name and the sample ids of a split to eight hex digits.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -54,33 +55,38 @@ class Counts:
     """A count of the samples of a split, for its manifest."""
 
     def __init__(self) -> None:
-        self.captions: list[int] = []
-        self.alternates: list[int] = []
-        self.num_labels = 0
-        self.groups: set[int] = set()
+        self.num_samples = 0
+        self._num_captions, self._total_captions, self._max_captions = 0, 0, 1
+        self._with_alternates, self._max_alternates = 0, 0
+        self._num_labels = 0
+        self._groups = array("q")  # of each sample: 8 bytes
 
     def add(self, *, num_captions: int, num_alternates: int, label: int, group_id: int) -> None:
         """Count a sample; label: -1 for none."""
-        self.captions.append(num_captions)
-        self.alternates.append(num_alternates)
-        self.num_labels += label >= 0
-        self.groups.add(group_id)
+        self.num_samples += 1
+        self._num_captions += num_captions > 0
+        self._total_captions += num_captions
+        self._max_captions = max(self._max_captions, num_captions)
+        self._with_alternates += num_alternates > 0
+        self._max_alternates = max(self._max_alternates, num_alternates)
+        self._num_labels += label >= 0
+        self._groups.append(group_id)
 
     def split(self, shards: Sequence[ShardInfo]) -> SplitInfo:
         """Return the entry of the manifest; ValueError where some samples alone have alternates."""
-        if min(self.alternates) == 0 < max(self.alternates):
+        if 0 < self._with_alternates < self.num_samples:
             raise ValueError(
                 "expected other pictures of every sample or of none, got none of "
-                f"{self.alternates.count(0)} of {len(self.alternates)}"
+                f"{self.num_samples - self._with_alternates} of {self.num_samples}"
             )
         return SplitInfo(
-            num_samples=len(self.captions),
-            num_captions=sum(number > 0 for number in self.captions),
-            total_captions=sum(self.captions),
-            max_captions=max([1, *self.captions]),
-            max_alternates=max(self.alternates),
-            num_labels=self.num_labels,
-            num_groups=len(self.groups),
+            num_samples=self.num_samples,
+            num_captions=self._num_captions,
+            total_captions=self._total_captions,
+            max_captions=self._max_captions,
+            max_alternates=self._max_alternates,
+            num_labels=self._num_labels,
+            num_groups=len(np.unique(np.array(self._groups))),
             shards=tuple(shards),
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
@@ -25,6 +26,7 @@ from m3i_fast.pipelines.dataset.samples import Counts, Identities
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, members
 from m3i_fast.pipelines.dataset.verify_shard import Fault, ShardReport, read_shard
 
+BLOCK = 1 << 20  # ids looked up at a time
 SAID = 5  # faults in the message of an error
 
 
@@ -117,12 +119,19 @@ def _split_with_table(
     manifest = found.manifest
     table = SampleTable.open(path, manifest, name)
     split = manifest.splits[name]
+    shard_of = np.ascontiguousarray(table.rows["shard"])
+    if (shard_of[1:] < shard_of[:-1]).any():
+        row = int(np.argmax(shard_of[1:] < shard_of[:-1])) + 1
+        reason = f"row {row}: shard: expected rows in the order of shards, got {shard_of[row]}"
+        yield Fault(name, None, f"{path}: split {name}: {reason} after {shard_of[row - 1]}")
+        return
+    first = np.searchsorted(shard_of, np.arange(len(split.shards) + 1, dtype=shard_of.dtype))
     counts = Counts()
     num_bad, is_good = 0, not broken
     for number, shard in enumerate(split.shards):
         if shard.file in broken:
             continue
-        rows = table.rows[table.rows["shard"] == number]
+        rows = table.rows[first[number] : first[number + 1]]
         report = ShardReport(path / table.shard_files[number], shard, manifest, max_pixels, decode)
         for row in read_shard(report, rows):
             counts.add(
@@ -147,7 +156,7 @@ def _check_counts(
             counts.split(split.shards),
             table=split.table,
             num_bad=num_bad,
-            num_samples=len(counts.captions) + num_bad,
+            num_samples=counts.num_samples + num_bad,
         )
     except ValueError as error:
         yield Fault(name, None, f"{path}: split {name}: {error}")
@@ -164,19 +173,35 @@ def _check_counts(
 
 def _check_ids(path: Path, manifest: Manifest) -> Iterator[Fault]:
     """Check that ids are those of one sample each, and groups those of a sample of one split."""
-    seen = np.zeros(0, np.int64)
+    seen: list[NDArray[np.int64]] = []  # sorted ids of each split
     for name in manifest.splits:
         rows = SampleTable.open(path, manifest, name).rows
-        samples, number = np.unique(rows["sample_id"], return_counts=True)
-        twice = np.concatenate([samples[number > 1], np.intersect1d(samples, seen)])
+        samples = np.sort(rows["sample_id"])
+        found = [samples[1:][samples[1:] == samples[:-1]][:1]]
+        found += [_first(samples, others, is_in=True) for others in seen]
+        twice = np.concatenate(found)
         if len(twice):
             reason = f"sample_id: expected another one for each sample, got {twice[0]} twice"
             yield Fault(name, str(twice[0]), f"{path}: split {name}: {reason}")
-        seen = np.concatenate([seen, samples])
-        strange = np.setdiff1d(rows["group_id"], samples)
+        seen.append(samples)
+        strange = _first(rows["group_id"], samples, is_in=False)
         if len(strange):
             reason = f"expected the sample_id of a sample of split {name}, got {strange[0]}"
             yield Fault(name, None, f"{path}: group_id: {reason}")
+
+
+def _first(values: NDArray[np.int64], ids: NDArray[np.int64], *, is_in: bool) -> NDArray[np.int64]:
+    """Return the first value that is among sorted ids, or is not; empty for none.
+
+    In blocks, so that it takes no memory for each value.
+    """
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK]
+        place = np.minimum(np.searchsorted(ids, block), len(ids) - 1)
+        found = block[(ids[place] == block) == is_in]
+        if len(found):
+            return found[:1]
+    return values[:0]
 
 
 def _indexed_split(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from m3i_fast.durable_files import sync, write_atomically
 from m3i_fast.pipelines.dataset.manifest import (
     INDEXED,
     MANIFEST_NAME,
@@ -23,6 +24,7 @@ from m3i_fast.pipelines.dataset.manifest import (
     Manifest,
     ShardInfo,
     SplitInfo,
+    TableInfo,
     is_dataset,
     read_manifest,
 )
@@ -30,9 +32,18 @@ from m3i_fast.pipelines.dataset.sample_table import BAD, Rows, write_table
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.indexing.contents import NO_GROUP, Columns
 from m3i_fast.pipelines.indexing.tar_task import TarIndex, TarTask, read_result, run
+from m3i_fast.pipelines.packing.output import locked
+from m3i_fast.pipelines.packing.workers import end_with_parent
 
 REFUSED = "refused.jsonl"
 RESULTS = ".indexing"  # folder of what is finished, while an index is not
+# What a killed index leaves half written; other hidden files are the user's.
+LEFT = (
+    f".{MANIFEST_NAME}.tmp-*",
+    f".{REFUSED}.tmp-*",
+    f".*{TABLE_SUFFIX}.*.writing",
+    ".*.index.tmp-*",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +66,7 @@ class Indexed:
 
     manifest: Manifest
     reasons: Counter[str] = field(default_factory=Counter)  # of refused samples and tars
+    empty_splits: tuple[str, ...] = ()  # left out, since no sample of theirs can be used
 
 
 def check_out(root: Path, out: Path) -> None:
@@ -71,6 +83,16 @@ def check_out(root: Path, out: Path) -> None:
         )
 
 
+def check_split_name(split: str) -> None:
+    """Raise ValueError for a name that no table may have, as `TableInfo`, or a hidden one."""
+    try:
+        TableInfo(file=_table_name(split), num_bytes=0, sha256="")
+    except ValueError:
+        raise ValueError(f"--split: expected a name of a file, got {split!r}") from None
+    if not split or split.startswith("."):
+        raise ValueError(f"--split: expected a name that is not hidden, got {split!r}")
+
+
 def index_tars(
     root: Path,
     names: dict[str, str],
@@ -85,24 +107,43 @@ def index_tars(
 
     names: split by name of a tar in `root`. A tar that an earlier start has finished is not read
     again. Raises ValueError where no sample can be used, naming why, and where `out` holds another
-    data set. The manifest is written last: until then `out` is no dataset directory.
+    data set or another process writes into it. An index that `out` holds stays as it is until all
+    of the new one is computed and checked; while files are written `out` is no dataset directory.
     """
     check_out(root, out)
-    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, RESULTS, "indexed", LEFT):
+        return _index_locked(root, names, columns, info, out, workers, advance)
+
+
+def _index_locked(
+    root: Path,
+    names: dict[str, str],
+    columns: Columns,
+    info: IndexInfo,
+    out: Path,
+    workers: int,
+    advance: Advance,
+) -> Indexed:
     results = out / RESULTS
-    results.mkdir(exist_ok=True)
     tasks = {
         name: TarTask(root=root, name=name, result=results / f"{number:08d}.index", columns=columns)
         for number, name in enumerate(names)
     }
     done = _run_all(list(tasks.values()), workers, advance)
-    refused, manifest = _reduce(tasks, names, done, columns, info, out)
+    refused, manifest, tables = _reduce(tasks, names, done, columns, info)
     if out.resolve() != root.resolve():
         manifest = replace(manifest, shards_in=str(root.resolve()))
-    _write(out / REFUSED, "".join(json.dumps(row) + "\n" for row in refused))
-    _write(out / MANIFEST_NAME, manifest.to_json())
+    # A reader never finds a manifest beside the files of another.
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    sync(out)
+    for split, rows in tables.items():
+        write_table(out / _table_name(split), [rows])
+    lines = "".join(json.dumps(row) + "\n" for row in refused)
+    write_atomically(out / REFUSED, lines.encode())
+    write_atomically(out / MANIFEST_NAME, manifest.to_json().encode())
     shutil.rmtree(results)
-    return Indexed(manifest, Counter(_kind(row) for row in refused))
+    empty = tuple(split for split in dict.fromkeys(names.values()) if split not in tables)
+    return Indexed(manifest, Counter(_kind(row) for row in refused), empty)
 
 
 def _run_all(tasks: Sequence[TarTask], workers: int, advance: Advance) -> dict[str, TarIndex]:
@@ -132,7 +173,8 @@ def _finished(tasks: Sequence[TarTask], workers: int) -> Iterator[TarTask]:
             run(task)
             yield task
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     try:
         task_of = {pool.submit(run, task): task for task in tasks}
         for future in as_completed(task_of):
@@ -148,22 +190,23 @@ def _reduce(
     done: dict[str, TarIndex],
     columns: Columns,
     info: IndexInfo,
-    out: Path,
-) -> tuple[list[dict[str, Any]], Manifest]:
-    """Write the tables; returns what was refused and the manifest."""
+) -> tuple[list[dict[str, Any]], Manifest, dict[str, Rows]]:
+    """Join the indices of tars; returns what was refused, the manifest and each split's rows."""
     indices = [done[name] for name in tasks]
     refused = [row for index in indices for row in index.refused]
     class_names = _number_classes(indices, columns)
     _check_groups(indices, split_of)
     splits: dict[str, SplitInfo] = {}
+    tables: dict[str, Rows] = {}
     start = 0
     for split in dict.fromkeys(split_of.values()):
         of_split = [i for i in indices if split_of[i.name] == split and len(i.rows)]
-        if not of_split:
+        if all((index.rows["flags"] & BAD).all() for index in of_split):
             continue
         rows = _rows_of_split(of_split, start)
         start += len(rows)
-        splits[split] = _split_info(split, of_split, rows, out)
+        splits[split] = _split_info(split, of_split, rows)
+        tables[split] = rows
     if not splits:
         reasons = Counter(_kind(row) for row in refused).most_common(3)
         raise ValueError(
@@ -185,7 +228,7 @@ def _reduce(
         splits=splits,
         caption_member=columns.caption or TOKENS_MEMBER,
     )
-    return refused, manifest
+    return refused, manifest, tables
 
 
 def _described(columns: Columns) -> dict[str, Any]:
@@ -244,11 +287,9 @@ def _check_groups(indices: Sequence[TarIndex], split_of: dict[str, str]) -> None
         seen = np.union1d(seen, groups)
 
 
-def _split_info(split: str, of_split: Sequence[TarIndex], rows: Rows, out: Path) -> SplitInfo:
+def _split_info(split: str, of_split: Sequence[TarIndex], rows: Rows) -> SplitInfo:
     good = rows[(rows["flags"] & BAD) == 0]
     num_captions = sum(index.num_captions for index in of_split)
-    if len(good) == 0:
-        raise ValueError(f"split {split}: expected a picture that decodes, got none")
     return SplitInfo(
         num_samples=len(rows),
         num_captions=num_captions,
@@ -267,19 +308,18 @@ def _split_info(split: str, of_split: Sequence[TarIndex], rows: Rows, out: Path)
             for index in of_split
         ),
         num_bad=len(rows) - len(good),
-        table=write_table(out / f"{split}{TABLE_SUFFIX}", [rows]),
+        table=TableInfo(
+            file=_table_name(split),
+            num_bytes=rows.nbytes,
+            sha256=hashlib.sha256(rows.tobytes()).hexdigest(),
+        ),
     )
+
+
+def _table_name(split: str) -> str:
+    return f"{split}{TABLE_SUFFIX}"
 
 
 def _kind(row: dict[str, Any]) -> str:
     """Return a reason without what differs from sample to sample."""
     return str(row["reason"]).partition(", got")[0]
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file beside its place and rename it."""
-    temporary = file.with_name(f".{file.name}.writing")
-    with contextlib.ExitStack() as stack:
-        stack.callback(temporary.unlink, missing_ok=True)
-        temporary.write_text(text)
-        temporary.replace(file)

@@ -6,7 +6,6 @@ Its result is a file, beside which nothing is kept: a start that finds it goes o
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from m3i_fast.durable_files import write_atomically
 from m3i_fast.pipelines.dataset.sample_table import BAD, ROW, Rows, checksum
 from m3i_fast.pipelines.indexing.contents import Columns, Facts, read_facts
 from m3i_fast.pipelines.indexing.scan import Found, scan
@@ -67,24 +67,21 @@ def run(task: TarTask) -> Path:
     summary = {
         name: getattr(index, name) for name in TarIndex.__dataclass_fields__ if name != "rows"
     }
-    buffer = io.BytesIO()
-    buffer.write(json.dumps({"identity": task.identity, **summary}).encode() + b"\n")
-    buffer.write(index.rows.tobytes())
-    temporary = task.result.with_suffix(".writing")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(task.result)
+    head = {"identity": task.identity, "num_rows": len(index.rows), **summary}
+    write_atomically(task.result, json.dumps(head).encode() + b"\n" + index.rows.tobytes())
     return task.result
 
 
 def read_result(task: TarTask) -> TarIndex | None:
-    """Read the result of a task; None where there is none of this tar and these settings."""
+    """Read the result of a task; None where there is no whole one of this tar and settings."""
     try:
-        head, _, rows = task.result.read_bytes().partition(b"\n")
+        head, _, content = task.result.read_bytes().partition(b"\n")
         summary = json.loads(head)
-        if summary.pop("identity") != task.identity:
+        rows = np.frombuffer(content, ROW).copy()
+        if (summary.pop("identity"), summary.pop("num_rows")) != (task.identity, len(rows)):
             return None
         summary["formats"] = Counter(summary["formats"])
-        return TarIndex(**summary, rows=np.frombuffer(rows, ROW).copy())
+        return TarIndex(**summary, rows=rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m3i_fast.pipelines.indexing.scan import scan
+from m3i_fast.pipelines.packing.items import SPLITS
 
 LOOKED_AT = 100  # samples, to guess columns
-# Words in the name of a tar or its folder, and the split that they mean.
-SPLITS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "heldout": "heldout", "tune": "tune",
-}  # fmt: skip
 CAPTIONS, LABELS = ("caption", "text"), ("label", "class", "cls")
 
 

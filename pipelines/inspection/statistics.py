@@ -104,7 +104,9 @@ def _read(
         shapes.append((shape[0], shape[1]))
     sides = np.array(shapes)
     limit = manifest.tokenizer.context_length
-    cut = [length > limit if tokenizer else length == limit for length in lengths]
+    # Packed ids are cut already: how many were, the packer has recorded for all splits together.
+    recorded = None if tokenizer else manifest.settings.get("captions_cut")
+    recorded = recorded if type(recorded) is int else None
     return {
         "samples": len(chosen),
         "formats": dict(formats),
@@ -113,7 +115,9 @@ def _read(
         "short_side": _histogram(sides.min(1)),
         "caption_tokens": _spread(np.array(lengths)),
         "captions": len(lengths),
-        "captions_cut": sum(cut),
+        "captions_cut": sum(length > limit for length in lengths) if tokenizer else None,
+        "captions_cut_of_all_splits": recorded,
+        "captions_full": sum(length >= limit for length in lengths),
         "context_length": limit,
     }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from m3i_fast.durable_files import make_directories, replaced_atomically, write_atomically
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME
 
 STATE = ".packing"  # below it, what a killed pack needs to go on; removed at the end
+LEFT = (".*.tmp-*", ".*.writing")
 
 
 @contextlib.contextmanager
@@ -58,18 +59,21 @@ def tidy(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep a second process from packing into `out`; ValueError where one does.
+def locked(
+    out: Path, state: str = STATE, doing: str = "packed", left: Sequence[str] = LEFT
+) -> Iterator[None]:
+    """Keep a second process from writing into `out`; ValueError where one does.
 
-    Also removes what writes of a killed process left half done.
+    state: folder below `out` with the lock. left: patterns of what writes of a killed process left
+    half done, which is removed.
     """
-    make_directories(out / STATE)
-    with (out / STATE / "lock").open("w") as lock:
+    make_directories(out / state)
+    with (out / state / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"DIR: {out} is being packed by another process") from None
-        for folder in (out, out / STATE):
-            for left in (*folder.glob(".*.tmp-*"), *folder.glob(".*.writing")):
-                left.unlink(missing_ok=True)
+            raise ValueError(f"DIR: {out} is being {doing} by another process") from None
+        for folder in (out, out / state):
+            for file in [file for pattern in left for file in folder.glob(pattern)]:
+                file.unlink(missing_ok=True)
         yield

@@ -81,6 +81,13 @@ def url_of(path: Path | str) -> str | None:
     return f"{found[1]}://{text[found.end() :]}".rstrip("/") if found else None
 
 
+def check_folder(path: Path) -> None:
+    """Raise ValueError for a URL, where a folder of this machine is needed."""
+    url = url_of(path)
+    if url is not None:
+        raise ValueError(f"{url}: not for URLs yet: copy it or name a folder")
+
+
 class Bucket:
     """Objects below a URL or a folder; safe to use from several threads.
 

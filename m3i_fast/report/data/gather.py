@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
@@ -24,7 +23,7 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
     distances,
     thumbnail,
 )
-from m3i_fast.pipelines.dataset.pictures import FORMATS
+from m3i_fast.pipelines.dataset.pictures import FORMATS, decode_pixels
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches, open_samples
 from m3i_fast.pipelines.storage.remote import manifest_at
@@ -182,15 +181,13 @@ def pictures_of(cfg: LoaderConfig, ids: Collection[int]) -> dict[int, Picture]:
             content = os.pread(tar.fileno(), int(row["size"]), offset)
         _, files = sample_files(content)
         encoded = next(files[name] for name in FORMATS if name in files)
-        found[int(row["sample_id"])] = _decode(encoded)
+        found[int(row["sample_id"])] = _decode(encoded, cfg.max_pixels)
     shards.close()
     return found
 
 
-def _decode(encoded: bytes) -> Picture:
-    with Image.open(io.BytesIO(encoded)) as opened:
-        opened.draft("RGB", (MOST_SIDE, MOST_SIDE))
-        upright = ImageOps.exif_transpose(opened).convert("RGB")
+def _decode(encoded: bytes, max_pixels: int) -> Picture:
+    upright = Image.fromarray(decode_pixels(encoded, max_pixels))
     upright.thumbnail((MOST_SIDE, MOST_SIDE))
     return np.asarray(upright)
 

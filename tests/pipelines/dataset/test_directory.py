@@ -271,9 +271,9 @@ def test_ranks_share_the_shards(lies: str, fifty: Path, tmp_path: Path) -> None:
         repack(path, lambda _, found: found | {"png": GIF}, shard=4)
         message = "train-000004.tar: .*got b'GIF8"
     for rank in (0, 2):
-        open_split(path, "train", shard_id=rank, num_shards=3)
+        open_split(path, "train", rank=rank, num_ranks=3)
     with pytest.raises(ValueError, match=message):
-        open_split(path, "train", shard_id=4 % 3, num_shards=3)
+        open_split(path, "train", rank=4 % 3, num_ranks=3)
 
 
 def test_opening_reads_a_small_part_of_the_tars(

@@ -10,12 +10,22 @@ import numpy as np
 import pytest
 
 from m3i_fast.cli import main
+from m3i_fast.pipelines.dataset import verify as verify_module
 from m3i_fast.pipelines.dataset.manifest import read_manifest
-from m3i_fast.pipelines.dataset.sample_table import ROW, SampleTable
+from m3i_fast.pipelines.dataset.pack import write_dataset
+from m3i_fast.pipelines.dataset.sample_table import ROW, SampleTable, write_table
 from m3i_fast.pipelines.dataset.verify import find_faults
-from tests.shared.pipelines.data import edit_manifest, encode_image, pack, sample, smooth_picture
+from tests.shared.pipelines.data import (
+    edit_manifest,
+    encode_image,
+    info,
+    pack,
+    sample,
+    smooth_picture,
+)
 
 BAD = 5
+PICTURE = encode_image(smooth_picture(0, 20, 30))
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +180,35 @@ def test_the_command_lists_and_counts_them(copy: Path, capsys: pytest.CaptureFix
     assert "6 faults (3 not listed: --max-faults)" in said
     assert "copy the files again from where they came, or pack the pictures again" in said
     assert said.count("CRC-32C") == 2
+
+
+def test_rows_out_of_the_order_of_shards_are_named(copy: Path) -> None:
+    rows = np.fromfile(copy / "train.samples", ROW)
+    last = rows["shard"].max()
+    assert last > 0
+    write_table(copy / "train.samples", [rows[::-1]])
+    faults = [fault.reason for fault in find_faults(copy).faults]
+    expected = f"shard: expected rows in the order of shards, got {last - 1} after {last}"
+    assert any(expected in fault for fault in faults)
+
+
+def test_ids_that_two_splits_share_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first block of ids or a later one."""
+    monkeypatch.setattr(verify_module, "BLOCK", 2)
+    samples = {"train": [0, 1, 2, 3, 4], "heldout": [10, 11, 12]}
+    made = {name: [sample(i, PICTURE) for i in ids] for name, ids in samples.items()}
+    path = tmp_path / "data"
+    write_dataset(path, made, info(), seed=0, samples_per_shard=9)
+    manifest = read_manifest(path)
+    assert list(verify_module._check_ids(path, manifest)) == []
+    rows = np.fromfile(path / "heldout.samples", ROW)
+    rows["sample_id"][2], rows["group_id"][1] = 3, 4
+    write_table(path / "heldout.samples", [rows])
+    strange, twice = verify_module._check_ids(path, manifest)
+    assert twice.sample == "3" and "got 3 twice" in twice.reason
+    assert "expected the sample_id of a sample of split heldout, got 4" in strange.reason
+    rows["sample_id"][:2] = 10
+    write_table(path / "heldout.samples", [rows])
+    assert "got 10 twice" in next(verify_module._check_ids(path, manifest)).reason

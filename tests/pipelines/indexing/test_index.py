@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import google_crc32c
@@ -12,9 +18,10 @@ import pytest
 import webdataset
 
 from m3i_fast.cli import main
-from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.manifest import how_to_restore, read_manifest
 from m3i_fast.pipelines.indexing import build, tar_task
 from m3i_fast.pipelines.indexing.tars import find_tars, split_of
+from m3i_fast.pipelines.packing.output import locked
 from m3i_fast.pipelines.tar_members import sample_files
 from tests.pipelines.indexing.tars import (
     JPEG,
@@ -120,7 +127,7 @@ def test_what_was_finished_is_not_done_again(
     assert not (tars / build.RESULTS).exists()
 
 
-@pytest.mark.parametrize("change", ["tar", "settings", "damage"])
+@pytest.mark.parametrize("change", ["tar", "settings", "damage", "cut between rows"])
 def test_what_was_finished_of_something_else_is_done_again(
     tars: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -137,6 +144,9 @@ def test_what_was_finished_of_something_else_is_done_again(
     if change == "damage":
         for result in (tars / build.RESULTS).iterdir():
             result.write_bytes(result.read_bytes()[:-100])
+    if change == "cut between rows":
+        for result in (tars / build.RESULTS).glob("*.index"):
+            result.write_bytes(result.read_bytes()[:-48])
     assert index(tars, **settings).splits["train"].num_samples == 11 + (change == "tar")
     (key, _), *_ = [sample_files(c) for c in contents(tars)][6:]
     assert key == ("000000020" if change == "tar" else "000000006")
@@ -155,13 +165,13 @@ def test_an_index_may_stand_elsewhere(tars: Path, tmp_path: Path) -> None:
 
 def test_splits_follow_names(tmp_path: Path) -> None:
     root = tmp_path / "tars"
-    names = ["train/0.tar", "train/1.tar", "imagenet-val-000.tar", "x_Test_0.tar", "validate.tar"]
+    names = ["train/0.tar", "train/1.tar", "imagenet-val-000.tar", "x_Test_0.tar", "validation.tar"]
     for number, name in enumerate(names):
         write_tar(root / name, as_img2dataset(number, 1))
-    assert [split_of(name) for name in names] == ["train", "train", "val", "test", "train"]
+    assert [split_of(name) for name in names] == ["train", "train", "heldout", "test", "heldout"]
     manifest = index(root)
     assert {name: split.num_samples for name, split in manifest.splits.items()} == {
-        "train": 3, "val": 1, "test": 1,
+        "train": 2, "heldout": 2, "test": 1,
     }  # fmt: skip
     ids = [rows(root, split)["sample_id"].tolist() for split in manifest.splits]
     assert sorted(sum(ids, [])) == list(range(5))
@@ -230,3 +240,144 @@ def test_what_was_packed_keeps_its_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not of this package, and is kept"):
         index(path)
     assert files(path) | {"manifest.json": b""} == before | {"manifest.json": b""}
+
+
+def with_splits(root: Path) -> dict[str, bytes]:
+    """Index a split that is good and one that is used too, and return all files."""
+    write_tar(root / "train.tar", as_img2dataset(0, 3))
+    write_tar(root / "val.tar", as_img2dataset(3, 2))
+    index(root, group="json:key")
+    return files(root)
+
+
+def test_an_index_stays_where_another_one_fails(tmp_path: Path) -> None:
+    root = tmp_path / "tars"
+    before = with_splits(root)
+    with pytest.raises(ValueError, match="expected each group in one split"):
+        write_tar(root / "val.tar", as_img2dataset(2, 3))
+        index(root, group="json:key")
+    after = files(root)
+    for name in ("manifest.json", "train.samples", "heldout.samples", "refused.jsonl"):
+        assert after[name] == before[name]
+
+
+def test_new_tables_never_stand_under_an_old_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "tars"
+    with_splits(root)
+    right = build.write_table
+
+    def stopping(file: Path, parts: object) -> object:
+        assert not (root / "manifest.json").exists()
+        if file.name == "heldout.samples":
+            raise KeyboardInterrupt
+        return right(file, parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build, "write_table", stopping)
+    write_tar(root / "train.tar", as_img2dataset(10, 4))
+    with pytest.raises(KeyboardInterrupt):
+        index(root)
+    assert not (root / "manifest.json").exists()
+    monkeypatch.undo()
+    assert index(root).splits["train"].num_samples == 4
+
+
+def test_a_split_without_a_picture_is_left_out_and_named(
+    tars: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = JPEG[:-40]
+    write_tar(tars / "val.tar", [("a.jpg", broken)])
+    write_tar(tars / "test.tar", [("a.jpg", b"no picture")])
+    command = ["data", "index", str(tars), "--num-merges", "10", "--workers", "1", "--decode"]
+    assert main(command) == 0
+    said = capsys.readouterr().err
+    for split in ("heldout", "test"):
+        assert f"{split}: left out, since no picture of it can be used" in said
+    assert list(read_manifest(tars).splits) == ["train"]
+    assert len(refused(tars)) == 2 and not (tars / "heldout.samples").exists()
+
+
+def test_two_processes_do_not_index_into_one_folder(tars: Path) -> None:
+    with (
+        locked(tars, build.RESULTS),
+        pytest.raises(ValueError, match="is being indexed by another process"),
+    ):
+        index(tars)
+    mine = tars / ".notes.tmp-1"
+    mine.write_text("of the user")
+    left = tars / ".manifest.json.tmp-1"
+    left.write_text("of a killed index")
+    index(tars)
+    assert mine.exists() and not left.exists()
+
+
+WORKER = """
+import fcntl, os, sys, time
+from pathlib import Path
+from m3i_fast.pipelines.indexing import build
+
+def wait(task):
+    held = Path(task, f"{os.getpid()}.new").open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    Path(held.name).rename(Path(task, str(os.getpid())))
+    time.sleep(120)
+
+if __name__ == "__main__":
+    build.run = wait
+    list(build._finished([sys.argv[1]] * 2, 2))
+"""
+
+
+def test_processes_end_with_a_killed_index(tmp_path: Path) -> None:
+    script, seen = tmp_path / "worker.py", tmp_path / "pids"
+    script.write_text(WORKER)
+    seen.mkdir()
+    with subprocess.Popen([sys.executable, str(script), str(seen)]) as process:
+        while len([file for file in seen.iterdir() if file.suffix != ".new"]) < 2:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    for file in seen.iterdir():
+        assert is_free(file), file.name
+
+
+def is_free(file: Path) -> bool:
+    """Whether the process that held the lock of a file has ended, or does soon."""
+    with file.open() as opened:
+        for _ in range(1000):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "", ".x"])
+def test_a_split_is_the_name_of_a_file(
+    tars: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    before = files(tars)
+    assert main(["data", "index", str(tars), "--split", name]) == 2
+    assert "--split: expected a name" in capsys.readouterr().err
+    assert files(tars) == before
+
+
+def test_the_command_that_restores_names_what_the_index_was_made_with(
+    tars: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "the index"
+    manifest = index(tars, out=out, caption=None, label="json:label", decode=True)
+    command = how_to_restore(out, manifest).partition("m3i-fast ")[2]
+    again = shlex.split(command)
+    shutil.rmtree(out)
+    assert main([*again, "--num-merges", "10", "--workers", "1"]) == 0
+    recorded = read_manifest(out)
+    assert recorded.settings == manifest.settings and recorded.splits == manifest.splits
+
+
+@pytest.mark.parametrize("verb", ["index", "stats", "verify", "show"])
+def test_a_url_is_refused(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert main(["data", verb, "s3://bucket/set"]) == 2
+    said = capsys.readouterr().err
+    assert "s3://bucket/set: not for URLs yet: copy it or name a folder" in said

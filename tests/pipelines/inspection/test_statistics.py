@@ -20,6 +20,7 @@ from m3i_fast.pipelines.indexing.build import IndexInfo, index_tars
 from m3i_fast.pipelines.indexing.contents import Columns
 from m3i_fast.pipelines.inspection.statistics import describe
 from tests.shared.pipelines.data import (
+    TOKENIZER,
     edit_manifest,
     encode_image,
     pack,
@@ -70,7 +71,7 @@ def test_counts_are_those_of_what_was_packed(packed: Path) -> None:
     sides = Counter({0: 2, 64: 6, 128: 10, 224: 2})
     assert {row["from"]: row["samples"] for row in read["short_side"]} == sides
     lengths = [len(ids) for i in range(NUMBER) for ids in several_captions(i)]
-    assert read["captions"] == len(lengths) and read["captions_cut"] == 0
+    assert read["captions"] == len(lengths) and read["captions_full"] == 0
     assert read["caption_tokens"]["median"] == np.median(lengths)
     in_tars = sum(tar.stat().st_size for tar in packed.glob("*.tar"))
     assert 0.9 * in_tars < facts["bytes"] < in_tars
@@ -129,3 +130,23 @@ def test_a_sample_that_cannot_be_read_is_named(packed: Path) -> None:
     tar.write_bytes(content)
     with pytest.raises(ValueError, match=r"train-000001.tar: sample \d+: .*m3i-fast data verify"):
         describe(packed, read_manifest(packed), "train", read=2000)
+
+
+def test_packed_captions_of_the_whole_context_are_not_said_to_be_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless packing has counted those that it cut."""
+    full = np.arange(1, TOKENIZER.context_length + 1, dtype=np.int32)
+    image = encode_image(smooth_picture(0, 20, 20))
+    path = pack(
+        tmp_path / "data", [sample(i, image, captions=(full[: 4 + 100 * i],)) for i in (0, 1)]
+    )
+    read = describe(path, read_manifest(path), "train", read=9)["read"]
+    assert (read["captions_full"], read["captions_cut"]) == (1, None)
+    assert main(["data", "stats", str(path)]) == 0
+    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert f"captions that fill the context of {len(full)} 1 (50.0%)" in said
+    edit_manifest(path, lambda raw: raw["settings"].update(captions_cut=0))
+    assert main(["data", "stats", str(path)]) == 0
+    said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert f"captions cut at {len(full)} 0 of all splits, as packing counted" in said

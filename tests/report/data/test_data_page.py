@@ -13,11 +13,12 @@ from PIL import Image
 
 from m3i_fast.cli import main
 from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.recipes import recipes
-from m3i_fast.report.data.gather import gather
+from m3i_fast.report.data.gather import gather, pictures_of
 from m3i_fast.report.data.inputs import DataPageInputs
 from m3i_fast.report.data.page import number_bars, printable, render_data_page
 from tests.shared.chromium import check_page, skip_reason
@@ -255,6 +256,19 @@ def test_the_command_writes_the_page(
     html = out.read_text()
     assert str(config) in html and html.count('class="tag g0"') == 2 * 3
     assert "tag local" not in html and "&harr;" not in html
+    mixed = replace(demo.data, mixture=(f"{tmp_path / 'other'}:train:1",))
+    replace(demo, data=mixed).save(config)
+    assert main([*command[:-2], "--config", str(config)]) == 0  # of the data set that is named
+    assert out.read_text().count("<article") == 3 + 2
+
+
+def test_a_picture_of_more_pixels_than_pillow_takes_is_shown(
+    hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 60 // 4)
+    cfg = LoaderConfig(path=hostile)
+    shown = pictures_of(cfg, read_manifest(hostile), "train", [1])
+    assert np.array_equal(shown[1], smooth_picture(1, 60, 60))
 
 
 @pytest.mark.parametrize(
