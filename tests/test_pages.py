@@ -13,7 +13,6 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 
 from m3i_fast.cli import main
-from m3i_fast.pipelines.dataset.verify import verify
 from m3i_fast.pipelines.sources import openmoji
 from tests.test_new_method import SMALL
 
