@@ -358,7 +358,7 @@ def open_samples(cfg: LoaderConfig) -> tuple[SampleTable, Shards]:
 
     Raises as `open_split` does, or `open_remote` for a URL.
     """
-    opened = _open(replace(cfg, mixture=()), fingerprint=None)
+    opened = _open(replace(cfg, mixture=()))
     assert isinstance(opened.table, SampleTable)  # one data set
     return opened.table, opened.shards
 

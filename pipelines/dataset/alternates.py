@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from m3i_fast.pipelines.dataset.pictures import check_header
+
 # Components of a sample in a shard: the encoded pictures joined; the size of each in bytes, int32.
 PICTURES, SIZES = "alt", "aln"
 
@@ -44,3 +46,26 @@ def places(stored: bytes, num_bytes: int) -> list[tuple[int, int]]:
 def split(stored: bytes, sizes: bytes) -> list[bytes]:
     """Split the joined pictures of a sample; raises as `places`."""
     return [stored[start : start + size] for start, size in places(sizes, len(stored))]
+
+
+def check_stored(key: str, files: Mapping[str, bytes], *, most: int, max_pixels: int) -> None:
+    """Check the headers of a sample's other pictures, and that it has as many as its split says.
+
+    files: content by extension, those of `PICTURES` and `SIZES` at least. most: the split's
+    `max_alternates`. Raises ValueError, which names the component, expected and got.
+    """
+    if (PICTURES in files) != (SIZES in files):
+        raise ValueError(f"{key}: expected {PICTURES} and {SIZES} or neither")
+    number = count({name: len(content) for name, content in files.items()})
+    if PICTURES in files:
+        try:
+            for picture in split(files[PICTURES], files[SIZES]):
+                check_header(lambda at, size, all=picture: all[at : at + size], None, max_pixels)
+        except ValueError as error:
+            raise ValueError(f"{key}.{PICTURES}: {error}") from error
+    least = min(most, 1)
+    if not least <= number <= most:
+        raise ValueError(
+            f"{key}: expected {least} to {most} other pictures a sample (manifest), got {number} "
+            "of one"
+        )

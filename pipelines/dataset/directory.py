@@ -99,13 +99,14 @@ def _check_table(
     mine = table.rows[compared[rank::num_ranks]]
 
     def compare(shard: int) -> None:
-        _compare_rows(path / table.shard_files[shard], mine[mine["shard"] == shard], max_pixels)
+        file, rows = path / table.shard_files[shard], mine[mine["shard"] == shard]
+        _compare_rows(file, rows, max_pixels, manifest.split(name).max_alternates)
 
     with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
         list(pool.map(compare, np.unique(mine["shard"]).tolist()))
 
 
-def _compare_rows(file: Path, rows: Rows, max_pixels: int) -> None:
+def _compare_rows(file: Path, rows: Rows, max_pixels: int, max_alternates: int) -> None:
     """Compare rows with the headers of the tar's files and pictures that they point to."""
     tar = os.open(file, os.O_RDONLY)
     try:
@@ -120,6 +121,12 @@ def _compare_rows(file: Path, rows: Rows, max_pixels: int) -> None:
                 if not row["flags"] & BAD:
                     _, offset, num_bytes = pictures[0]
                     _check_picture(tar, start + offset, num_bytes, key, max_pixels)
+                    others = {
+                        part.extension: os.pread(tar, part.size, start + part.offset)
+                        for part in parts
+                        if part.extension in (alternates.PICTURES, alternates.SIZES)
+                    }
+                    alternates.check_stored(key, others, most=max_alternates, max_pixels=max_pixels)
             except ValueError as error:
                 raise ValueError(
                     f"{file}: sample {row['sample_id']} at byte {start}: {error}"

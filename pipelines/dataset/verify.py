@@ -121,9 +121,9 @@ def _split_with_table(
     split = manifest.splits[name]
     shard_of = np.ascontiguousarray(table.rows["shard"])
     if (shard_of[1:] < shard_of[:-1]).any():
-        row = int(np.argmax(shard_of[1:] < shard_of[:-1])) + 1
-        reason = f"row {row}: shard: expected rows in the order of shards, got {shard_of[row]}"
-        yield Fault(name, None, f"{path}: split {name}: {reason} after {shard_of[row - 1]}")
+        at = int(np.argmax(shard_of[1:] < shard_of[:-1])) + 1
+        reason = f"row {at}: shard: expected rows in the order of shards, got {shard_of[at]}"
+        yield Fault(name, None, f"{path}: split {name}: {reason} after {shard_of[at - 1]}")
         return
     first = np.searchsorted(shard_of, np.arange(len(split.shards) + 1, dtype=shard_of.dtype))
     counts = Counts()
@@ -132,7 +132,8 @@ def _split_with_table(
         if shard.file in broken:
             continue
         rows = table.rows[first[number] : first[number + 1]]
-        report = ShardReport(path / table.shard_files[number], shard, manifest, max_pixels, decode)
+        file, most = path / table.shard_files[number], split.max_alternates
+        report = ShardReport(file, shard, manifest, max_pixels, decode, most)
         for row in read_shard(report, rows):
             counts.add(
                 num_captions=row.num_captions,

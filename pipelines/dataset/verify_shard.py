@@ -53,6 +53,7 @@ class ShardReport:
     manifest: Manifest
     max_pixels: int
     decode: bool
+    max_alternates: int
     faults: list[Fault] = field(default_factory=list)
     num_bad: int = 0
 
@@ -133,6 +134,7 @@ def _check_files(
         check_header(lambda at, count: image[at : at + count], None, report.max_pixels)
     except ValueError as error:
         raise ValueError(f"{key}.{pictures[0]} ({error})") from error
+    alternates.check_stored(key, files, most=report.max_alternates, max_pixels=report.max_pixels)
     members = {e: Member(f"{key}.{e}", content) for e, content in files.items()}
     fault = picture_fault(members, report.max_pixels) if report.decode else None
     if fault is not None:

@@ -215,5 +215,6 @@ SPLITS = {
     "heldout": "heldout",
     "test": "test",
     "testing": "test",
+    "tune": "tune",
 }
 """What others call a split: our name of it, by which `m3i-fast evaluate` looks for it."""
