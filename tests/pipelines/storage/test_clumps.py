@@ -170,7 +170,7 @@ def test_closing_stops_retries_and_the_next_sample_starts_again(
     table, samples = table_of(path), np.arange(3)
     server.fault(".tar", refuse("503 Slow Down", "SlowDown"), 1)
     shards.expect(samples)
-    while not server.requests:
+    while not tar_reads(server):
         threading.Event().wait(0.01)
     shards.close()
     for thread in threading.enumerate():
