@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from m3i_fast.pipelines.dataset.pictures import check_header
+from m3i_fast.pipelines.dataset.pictures import Read, check_header
 
 # Components of a sample in a shard: the encoded pictures joined; the size of each in bytes, int32.
 PICTURES, SIZES = "alt", "aln"
@@ -60,7 +60,7 @@ def check_stored(key: str, files: Mapping[str, bytes], *, most: int, max_pixels:
     if PICTURES in files:
         try:
             for picture in split(files[PICTURES], files[SIZES]):
-                check_header(lambda at, size, all=picture: all[at : at + size], None, max_pixels)
+                check_header(_reader(picture), None, max_pixels)
         except ValueError as error:
             raise ValueError(f"{key}.{PICTURES}: {error}") from error
     least = min(most, 1)
@@ -69,3 +69,7 @@ def check_stored(key: str, files: Mapping[str, bytes], *, most: int, max_pixels:
             f"{key}: expected {least} to {most} other pictures a sample (manifest), got {number} "
             "of one"
         )
+
+
+def _reader(content: bytes) -> Read:
+    return lambda offset, count: content[offset : offset + count]

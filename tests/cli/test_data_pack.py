@@ -83,9 +83,11 @@ def test_folders_of_classes_are_packed_trained_on_and_evaluated(
 def test_wrong_flags_are_refused(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "a.png").write_bytes(encode_image(smooth_picture(0, 9, 9)))
+    source = tmp_path / "pictures"
+    source.mkdir()
+    (source / "a.png").write_bytes(encode_image(smooth_picture(0, 9, 9)))
     flags = [*SMALL, *flags]
-    assert main(["data", "pack", str(tmp_path), str(tmp_path / "out"), *flags]) == 2
+    assert main(["data", "pack", str(source), str(tmp_path / "out"), *flags]) == 2
     assert message in said(capsys)
     assert not (tmp_path / "out").exists()
 

@@ -225,7 +225,7 @@ def test_a_complete_gpu_node_has_nothing_to_complain_of() -> None:
     node = gpu_node()
     assert levels(node) == {}
     assert findings.find_cuda_kernels(node).detail.endswith(
-        "its kernels run (mask_mix, dcnv3, boltzmann, gaussian)"
+        "its kernels run (mask_mix, dcnv3, boltzmann, gaussian, views)"
     )
 
 

@@ -372,7 +372,9 @@ def test_annotations_change_no_bit_of_a_label_free_run(data: Path, tmp_path: Pat
     for name in ("siameseim", "supervised"):
         for path in (data / "openmoji", few):
             cfg = methods_plan.config_of(name, data=path)
-            trainer = Trainer(replace(cfg, num_threads=1), tmp_path / name / path.name)
+            # Of seed 0 the few samples of the first steps have a label in both data sets.
+            cfg = replace(cfg, num_threads=1, data=replace(cfg.data, seed=1))
+            trainer = Trainer(cfg, tmp_path / name / path.name)
             trainer.train()
             states[name, path] = trainer.objective.state_dict()
     first, second = (states["siameseim", path] for path in (data / "openmoji", few))
