@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -23,7 +24,8 @@ from tests.shared.cuda.nvcc import (
 )
 
 KERNELS = sorted(CUDA.glob("*/sm*/*.cu"))
-HOST_CODE = sorted([*CUDA.glob("*_cuda.cpp"), *CUDA.glob("*/*_cuda.cpp")])
+HOST_CODE = sorted([*CUDA.glob("*_cuda.cpp"), *CUDA.glob("*/op_cuda.cpp")])
+VIEWS_OF_DALI = [CUDA / "views" / "cpu" / f"{isa}.cpp" for isa in ("avx2", "avx512", "baseline")]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -55,6 +57,17 @@ def test_host_code_compiles_without_warning(source: Path, tmp_path: Path) -> Non
     run_nvcc(*compile_options(), "-c", source, "-o", tmp_path / "host.o")
 
 
+def test_dalis_operator_on_a_gpu_compiles_without_warning(tmp_path: Path) -> None:
+    """A build with CUDA has it in _dali."""
+    dali = importlib.util.find_spec("nvidia.dali")
+    if dali is None or not dali.submodule_search_locations:
+        pytest.skip("DALI is not installed")
+    headers = f"{dali.submodule_search_locations[0]}/include"
+    options = [option for option in compile_options() if option != "-std=c++17"]
+    source = CUDA / "dali" / "views_op_cuda.cpp"
+    run_nvcc("-std=c++20", *options, "-isystem", headers, "-c", source, "-o", tmp_path / "host.o")
+
+
 @pytest.mark.parametrize("source", KERNELS, ids=name_of)
 def test_launchers_know_no_torch_and_no_triple_chevron(source: Path, tmp_path: Path) -> None:
     dependencies = run_nvcc(*compile_options("80"), "-M", source)
@@ -72,6 +85,7 @@ def test_cmake_lists_every_source_once_and_sorted() -> None:
     on_disk = {
         "M3I_CPU_SOURCES": [CUDA / "bindings.cpp", *CUDA.glob("*/cpu/*.cpp")],
         "M3I_CUDA_SOURCES": [*HOST_CODE, *KERNELS],
+        "M3I_DALI_SOURCES": [*CUDA.glob("dali/*_op.cpp"), *VIEWS_OF_DALI],
     }
     assert listed == {name: sorted(map(name_of, paths)) for name, paths in on_disk.items()}
 

@@ -210,8 +210,8 @@ def _train(cfg: TrainConfig, out: Path, where: str) -> None:
         if trainer.step == 3:
             match where:
                 case "data":
-                    trainer.loader._pipeline = None
-                    trainer.loader._build = hang  # type: ignore[assignment,method-assign]
+                    trainer.loader.close()
+                    trainer.loader._begin = hang  # type: ignore[method-assign,union-attr]
                 case "save":
                     trainer.run.saver._write = hang  # type: ignore[method-assign]
                     trainer.save()
