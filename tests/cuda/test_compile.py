@@ -65,7 +65,9 @@ def test_dalis_operator_on_a_gpu_compiles_without_warning(tmp_path: Path) -> Non
     headers = f"{dali.submodule_search_locations[0]}/include"
     options = [option for option in compile_options() if option != "-std=c++17"]
     source = CUDA / "dali" / "views_op_cuda.cpp"
-    run_nvcc("-std=c++20", *options, "-isystem", headers, "-c", source, "-o", tmp_path / "host.o")
+    # g++ 12 takes DALI's vectors of a few elements for freed ones.
+    options += ["-isystem", headers, "-Xcompiler=-Wno-free-nonheap-object"]
+    run_nvcc("-std=c++20", *options, "-c", source, "-o", tmp_path / "host.o")
 
 
 @pytest.mark.parametrize("source", KERNELS, ids=name_of)
