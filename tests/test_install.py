@@ -208,7 +208,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in install.BUILD_WITH:
         add_wheel(wheels, name, "1.0", {})
     add_wheel(wheels, "nvidia-cuda-nvdisasm", "13.5", {})
+    add_wheel(wheels, "nvidia-dali-cuda130", "2.4.0", {})
     (tmp_path / "constraints.txt").write_text("")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
 
     def make_venv(*command: str | Path) -> None:
         if "venv" not in command:

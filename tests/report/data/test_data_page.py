@@ -267,7 +267,7 @@ def test_a_picture_of_more_pixels_than_pillow_takes_is_shown(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 60 // 4)
     cfg = LoaderConfig(path=hostile)
-    shown = pictures_of(cfg, read_manifest(hostile), "train", [1])
+    shown = pictures_of(cfg, [1])
     assert np.array_equal(shown[1], smooth_picture(1, 60, 60))
 
 
