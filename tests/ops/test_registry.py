@@ -137,11 +137,11 @@ def test_scale():
 """,
     "benchmarks/ops/scale.py": "def main(argv=None): pass\n",
 }
-# In these files: what it stands before, and what it adds.
 # DALI's operators are built of all but the last.
 VIEWS_SOURCES = "".join(
     f"    cuda/views/cpu/{name}.cpp\n" for name in ("avx2", "avx512", "baseline", "op_cpu")
 )
+# In these files: what it stands before, and what it adds.
 ADDED = {
     "cuda/bindings.cpp": [
         ("}\n\nM3I_PYTHON_MODULE", '  library.def("scale(Tensor x, float factor) -> Tensor");\n'),
