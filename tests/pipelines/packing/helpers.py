@@ -12,7 +12,7 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from m3i_fast.cli.data_pack import Pack
+from m3i_fast.cli.data.pack import Pack
 from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.verify import verify

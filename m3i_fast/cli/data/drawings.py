@@ -1,7 +1,4 @@
-"""m3i-fast data: pack, index, upload or write a data set, describe, verify or show one.
-
-Sources and readers load torch: a command imports its own where it runs, and help does without.
-"""
+"""m3i-fast data openmoji, styles and synthetic: write the data sets that packages bring along."""
 
 from __future__ import annotations
 
@@ -12,12 +9,6 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from m3i_fast.cli import console
-from m3i_fast.cli.data_index import Index
-from m3i_fast.cli.data_pack import Pack
-from m3i_fast.cli.data_push import Push
-from m3i_fast.cli.data_show import Show
-from m3i_fast.cli.data_stats import Stats
-from m3i_fast.cli.data_verify import Verify
 from m3i_fast.pipelines.sources import HELDOUT_STYLE
 
 
@@ -122,21 +113,3 @@ class Synthetic:
 
         build(self.out, num_samples=self.num_samples, seed=self.seed)
         console.print(f"wrote {self.out}", soft_wrap=True)
-
-
-Command = (
-    Annotated[Pack, tyro.conf.subcommand("pack")]
-    | Annotated[OpenMoji, tyro.conf.subcommand("openmoji")]
-    | Annotated[Styles, tyro.conf.subcommand("styles")]
-    | Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
-    | Annotated[Index, tyro.conf.subcommand("index")]
-    | Annotated[Stats, tyro.conf.subcommand("stats")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[Push, tyro.conf.subcommand("push")]
-)
-
-
-def main(argv: list[str]) -> int:
-    tyro.cli(Command, prog="m3i-fast data", args=argv).run()
-    return 0
