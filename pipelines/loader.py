@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,15 @@ from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConf
 from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.batch_rows import BatchRows, Order, TrainingRows, ordered_rows
-from m3i_fast.pipelines.dataset.directory import open_split
-from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, quoted
+from m3i_fast.pipelines.batch_rows import BatchRows, TrainingRows, ordered_rows
+from m3i_fast.pipelines.dataset.manifest import Manifest, quoted
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.lanes import LaneOrder
-from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
+from m3i_fast.pipelines.mixed_table import MixedTable
 from m3i_fast.pipelines.mixture import MixedData
-from m3i_fast.pipelines.order import ORDER_VERSION, StepLayout
+from m3i_fast.pipelines.open_data import OpenSplit, open_data
+from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.skipped_samples import SkippedSamples
-from m3i_fast.pipelines.storage.objects import url_of
-from m3i_fast.pipelines.storage.remote import open_remote
-from m3i_fast.pipelines.storage.shards import LocalShards, Shards
 from m3i_fast.pipelines.text_captions import TextCaptions
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
@@ -36,43 +31,6 @@ __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
 STATE_VERSION = 2
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OpenSplit:
-    """A split that was checked and can be read."""
-
-    path: Path
-    manifest: Manifest
-    split: SplitInfo
-    table: SampleTable | MixedTable
-    shards: Shards
-    lanes: LaneOrder | None = None
-    """The order of a data set in object storage; None: all samples are shuffled."""
-
-    @property
-    def digest(self) -> str:
-        """Return the digest of the data set, or of all that are mixed."""
-        table = self.table
-        return table.mixed.digest if isinstance(table, MixedTable) else self.manifest.digest
-
-    @property
-    def described(self) -> Manifest | MixedData:
-        """Return what is known of the data: one manifest, or a mixture's."""
-        return self.table.mixed if isinstance(self.table, MixedTable) else self.manifest
-
-    def order(self, seed: int, images_per_input: int) -> Order | None:
-        """Return which row of the table stands at each position; None: all rows are shuffled."""
-        if isinstance(self.table, MixedTable):
-            rows_at = self.table.mixed.rows_at
-            return partial(rows_at, seed=seed, images_per_input=images_per_input)
-        return self.lanes.samples if self.lanes else None
-
-    def order_identity(self, images_per_input: int) -> int | str:
-        """Return what tells the order of the samples from another one."""
-        if isinstance(self.table, MixedTable):
-            return f"{ORDER_VERSION}, mixed by {images_per_input}"
-        return f"{ORDER_VERSION}, {self.lanes.identity}" if self.lanes else ORDER_VERSION
 
 
 class Loader:
@@ -117,7 +75,7 @@ class Loader:
             accumulate=accumulate,
             images_per_input=images_per_input,
         )
-        self._open = _open(
+        self._open = open_data(
             cfg,
             rank=rank,
             num_ranks=num_ranks,
@@ -311,7 +269,7 @@ def evaluation_batches(
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     cfg = LoaderConfig(path=path, split=split, max_pixels=max_pixels, batch_size=batch_size)
-    opened = _open(cfg)
+    opened = open_data(cfg)
     assert isinstance(opened.table, SampleTable)  # one data set
     captions = TextCaptions(opened.manifest)
     work = SampleWork(
@@ -351,87 +309,6 @@ def evaluation_batches(
             opened.shards.close()
 
     return batches()
-
-
-def open_samples(cfg: LoaderConfig) -> tuple[SampleTable, Shards]:
-    """Return the table of a data set's split and what finds the bytes of its samples.
-
-    Raises as `open_split` does, or `open_remote` for a URL.
-    """
-    opened = _open(replace(cfg, mixture=()))
-    assert isinstance(opened.table, SampleTable)  # one data set
-    return opened.table, opened.shards
-
-
-def _open(
-    cfg: LoaderConfig,
-    *,
-    rank: int = 0,
-    num_ranks: int = 1,
-    images_per_input: int = 1,
-) -> OpenSplit:
-    """Check a split, of which each rank reads a part, and open its table."""
-    path, split = cfg.path, cfg.split
-    if cfg.mixture:
-        return _open_mixture(cfg, rank=rank, num_ranks=num_ranks)
-    if url_of(path) is not None:
-        remote = open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
-        return OpenSplit(
-            path=remote.path,
-            manifest=remote.manifest,
-            split=remote.split,
-            table=remote.table,
-            shards=remote.shards,
-            lanes=remote.order,
-        )
-    manifest, info = open_split(
-        path,
-        split,
-        max_pixels=cfg.max_pixels,
-        rank=rank,
-        num_ranks=num_ranks,
-    )
-    table = SampleTable.open(path, manifest, split)
-    return OpenSplit(
-        path=path,
-        manifest=manifest,
-        split=info,
-        table=table,
-        shards=LocalShards(path, table),
-    )
-
-
-def _open_mixture(cfg: LoaderConfig, *, rank: int, num_ranks: int) -> OpenSplit:
-    """Open all data sets of a mixture as one, whose manifest is the first's with all classes.
-
-    Raises ValueError for one that lies under a URL, or has other captions than the first.
-    """
-    opened = []
-    for part in cfg.mixture_parts:
-        if url_of(part.path) is not None:
-            raise ValueError(f"data.mixture: expected folders, got {part.path}")
-        one = replace(cfg, path=part.path, split=part.split, mixture=())
-        opened.append(_open(one, rank=rank, num_ranks=num_ranks))
-    first = opened[0]
-    for other in opened:
-        if other.manifest.caption_member != first.manifest.caption_member:
-            raise ValueError(
-                f"data.mixture: expected captions in {first.manifest.caption_member!r} as "
-                f"{first.path} has them, got {other.manifest.caption_member!r} of {other.path}"
-            )
-    mixed = MixedData(cfg.mixture_parts, tuple(each.manifest for each in opened))
-    tables = [each.table for each in opened]
-    table = MixedTable(mixed, tuple(t for t in tables if isinstance(t, SampleTable)))
-    return OpenSplit(
-        path=first.path,
-        manifest=replace(first.manifest, class_names=mixed.class_names),
-        # Alternates are read where all data sets have them.
-        split=replace(
-            first.split, max_alternates=min(each.split.max_alternates for each in opened)
-        ),
-        table=table,
-        shards=MixedShards(table, [each.shards for each in opened]),
-    )
 
 
 def _wrong_row(rows: BatchRows, index: int, opened: OpenSplit) -> SampleError:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m3i_fast.benchmarks.core.torchvision_views import colour_transforms
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import INDEXED, read_manifest
 from m3i_fast.pipelines.dataset.pictures import FORMATS
@@ -161,29 +162,11 @@ class Views:
         flip = bool(torch.rand(()) < cfg.flip_probability)
         if flip:
             view = functional.horizontal_flip(view)
-        for change in _photometric(cfg):
+        for change in colour_transforms(cfg):
             view = change(view)
         if self.kind == PILLOW:
             view = functional.pil_to_tensor(view)
         return view, (top, left, height, width, float(flip))
-
-
-def _photometric(cfg: ViewConfig) -> list[Any]:
-    """Return torchvision's transforms, those that can act."""
-    from torchvision.transforms import v2
-
-    changes: list[Any] = []
-    if cfg.jitters:
-        jitter = v2.ColorJitter(cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue)
-        changes.append(v2.RandomApply([jitter], cfg.jitter_probability))
-    if cfg.gray_probability:
-        changes.append(v2.RandomGrayscale(cfg.gray_probability))
-    if cfg.blur_probability:
-        blur = v2.GaussianBlur(cfg.blur_kernel, cfg.blur_sigma)
-        changes.append(v2.RandomApply([blur], cfg.blur_probability))
-    if cfg.solarize_probability:
-        changes.append(v2.RandomSolarize(128, cfg.solarize_probability))
-    return changes
 
 
 def decode_pillow(encoded: bytes) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.core.harness import Device, Timing, measure, publish, resolve
+from m3i_fast.benchmarks.core.torchvision_views import colour_transforms
 from m3i_fast.config.data import ViewConfig
 from m3i_fast.ops.views import draw_views, make_views, view_specs
 
@@ -76,21 +77,11 @@ def by_torchvision(cfg: ViewConfig) -> list[Callable[[Any], Any]]:
     v2 = import_module("torchvision.transforms.v2")
     modes = import_module("torchvision.transforms").InterpolationMode
     mode = modes.BICUBIC if cfg.interpolation == "cubic" else modes.BILINEAR
-    made = [
+    return [
         v2.RandomResizedCrop(cfg.size, cfg.scale, cfg.ratio, interpolation=mode, antialias=True),
         v2.RandomHorizontalFlip(cfg.flip_probability),
+        *colour_transforms(cfg),
     ]
-    if cfg.jitters:
-        jitter = v2.ColorJitter(cfg.brightness, cfg.contrast, cfg.saturation, cfg.hue)
-        made.append(v2.RandomApply([jitter], cfg.jitter_probability))
-    if cfg.gray_probability:
-        made.append(v2.RandomGrayscale(cfg.gray_probability))
-    if cfg.blur_probability:
-        blur = v2.GaussianBlur(cfg.blur_kernel, cfg.blur_sigma)
-        made.append(v2.RandomApply([blur], cfg.blur_probability))
-    if cfg.solarize_probability:
-        made.append(v2.RandomSolarize(128, cfg.solarize_probability))
-    return made
 
 
 def views_by(

@@ -25,7 +25,8 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
 )
 from m3i_fast.pipelines.dataset.pictures import FORMATS, decode_pixels
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.loader import Loader, evaluation_batches, open_samples
+from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.open_data import open_samples
 from m3i_fast.pipelines.storage.remote import manifest_at
 from m3i_fast.pipelines.tar_members import sample_files
 from m3i_fast.report.data.inputs import (
