@@ -306,7 +306,8 @@ def loader() -> str:
 
 def _views(figures: Mapping[str, Any]) -> str:
     local = figures["local_views"]
-    return figures["global_views"] + ("" if local == "none" else f" + {local}")
+    views = figures["global_views"] + ("" if local == "none" else f" + {local}")
+    return views if figures["source"] == "page_cache" else f"{views}, {figures['source']}"
 
 
 def node() -> str:

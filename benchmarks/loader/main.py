@@ -11,15 +11,17 @@ installed: what no loader on this processor is faster than. Images are source im
 views each gives; CPU-seconds and bytes read are of this process and of those that it started.
 
 A window begins when the others have filled their queues, and after what was ready is used up.
-Shards come from the page cache, which the check has filled, or from a copy in memory (`--sources
-memory`).
+Shards come from the page cache, which the check has filled, from a copy in memory (`--sources
+memory`), or from a bucket of moto's S3 server on loopback (`--sources bucket`), which shares the
+cores with all loaders and is not counted: ours reads clumps of samples and keeps none for the next
+epoch, webdataset whole shards by curl, the others a sample by a request.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,6 +42,7 @@ from m3i_fast.benchmarks.core.timed_windows import (
     TimedWork,
     measure_windows,
 )
+from m3i_fast.benchmarks.loader.bucket import in_bucket
 from m3i_fast.benchmarks.loader.decoders import DECODERS, DecodeAlone
 from m3i_fast.benchmarks.loader.measuring import Endless, Statistics, expect_same, look
 from m3i_fast.benchmarks.loader.peers import PEERS
@@ -57,7 +60,7 @@ OURS, OURS_BY_TORCH = "m3i_fast", "m3i_fast, torch"
 LOCAL_COUNT, LOCAL_SCALE, LOCAL_SHARE = 8, (0.05, 0.32), 3 / 7  # DINO's, 96 for 224 pixels
 MEMORY = Path("/dev/shm")
 Views = Literal["one", "global", "local"]
-Source = Literal["page_cache", "memory"]
+Source = Literal["page_cache", "memory", "bucket"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,8 @@ class Config:
     views: tuple[Views, ...] = ("one", "global", "local")
     """Rows: one global view, the recipe's global views, these and local ones."""
     sources: tuple[Source, ...] = ("page_cache",)
-    """Where shards are read from: the page cache, or a copy of them in /dev/shm."""
+    """Where shards are read from: the page cache, a copy of them in /dev/shm, or a bucket on
+    loopback."""
     peers: tuple[str, ...] = tuple(PEERS)
     """Loaders of others by name; those that are not installed are left out, and named."""
     shuffle_buffer: int = 1024
@@ -108,10 +112,16 @@ class Config:
             lead_steps=1,
         )
 
-    @property
-    def absent(self) -> dict[str, str]:
+    def absent(self, source: Source) -> dict[str, str]:
         """Return why peers are left out, by name."""
-        return {name: PEERS[name].absence for name in self.peers if PEERS[name].absence}
+        why = {name: PEERS[name].absence for name in self.peers}
+        if source == "bucket":
+            why = {n: w or _only_files(n) for n, w in why.items()}
+        return {name: reason for name, reason in why.items() if reason}
+
+
+def _only_files(name: str) -> str:
+    return "" if PEERS[name].reads_buckets else "it reads files alone"
 
 
 def parse(argv: list[str]) -> Config:
@@ -160,7 +170,7 @@ def placed(path: Path, source: Source, stack: ExitStack) -> Path:
 
     Raises OSError where memory has no room for the copy.
     """
-    if source == "page_cache":
+    if source != "memory":
         return path
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="m3i-bench-", dir=MEMORY)))
     needed = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -180,17 +190,25 @@ def rows_of(cfg: Config, path: Path) -> Iterator[dict[str, Any]]:
     for source in cfg.sources:
         with ExitStack() as stack:
             data = replace(cfg.config.data, path=placed(path, source, stack))
+            ours, address = data, None
+            if source == "bucket":
+                ours, address = stack.enter_context(in_bucket(data))
             for views in cfg.views:
-                yield _row(cfg, with_views(data, views), source)
+                yield _row(cfg, with_views(data, views), with_views(ours, views), source, address)
 
 
-def _row(cfg: Config, data: LoaderConfig, source: Source) -> dict[str, Any]:
+def _row(
+    cfg: Config, data: LoaderConfig, ours: LoaderConfig, source: Source, address: str | None
+) -> dict[str, Any]:
+    """Time all loaders. data: the shards in a folder. ours: where our loader reads them."""
     cuda = resolve_device(cfg.config.device).type == "cuda"
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of an operator: loaders have threads or processes of their own
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, num_threads)
-        loaders = _loaders(cfg, data, 0 if cuda else None, stack)
+        work = Work.of(data, shuffle_buffer=cfg.shuffle_buffer, device_id=0 if cuda else None)
+        work = replace(work, address=address)
+        loaders = _loaders(ours, work, [n for n in cfg.peers if n not in cfg.absent(source)], stack)
         statistics_by_loader = {
             name: look(batches, cfg.check_images) for name, batches in loaders.items()
         }
@@ -209,7 +227,7 @@ def _row(cfg: Config, data: LoaderConfig, source: Source) -> dict[str, Any]:
         "host_bytes_per_image": statistics_by_loader[OURS].bytes_per_image,
         **_figures(series),
         "statistics": _statistics(statistics_by_loader),
-        "left_out": cfg.absent,
+        "left_out": cfg.absent(source),
     }
 
 
@@ -222,23 +240,23 @@ def _config(cfg: Config, data: LoaderConfig) -> TrainConfig:
 
 
 def _loaders(
-    cfg: Config, data: LoaderConfig, device_id: int | None, stack: ExitStack
+    data: LoaderConfig, work: Work, peers: Sequence[str], stack: ExitStack
 ) -> dict[str, Iterator[Any]]:
     """Return ours by both backends, on a GPU by DALI alone, and the installed peers, by name."""
     backends: dict[str, BackendName] = {OURS: "dali"}
-    if device_id is None:
+    if work.device_id is None:
         backends[OURS_BY_TORCH] = "torch"
     ours: dict[str, Iterator[Any]] = {}
     for name, backend in backends.items():
-        loader = Loader(replace(data, backend=backend), device_id=device_id)
+        one = replace(data, backend=backend, cache_dir=data.cache_dir / backend)
+        loader = Loader(one, device_id=work.device_id)
         stack.callback(loader.close)
         ours[name] = loader
-    work = Work.of(data, shuffle_buffer=cfg.shuffle_buffer, device_id=device_id)
-    peers = {name: PEERS[name].batches(work) for name in cfg.peers if name not in cfg.absent}
-    for batches in peers.values():
+    theirs = {name: PEERS[name].batches(work) for name in peers}
+    for batches in theirs.values():
         if hasattr(batches, "close"):  # a generator holds threads until it ends
             stack.callback(batches.close)
-    return {**ours, **peers}
+    return {**ours, **theirs}
 
 
 def _num_ahead(name: str, data: LoaderConfig) -> int:
@@ -314,7 +332,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     def label(row: dict[str, Any]) -> str:
         local = row["local_views"]
         views = f"{row['global_views']}" + ("" if local == "none" else f" + {local}")
-        return views + (", memory" if row["source"] == "memory" else "")
+        return views + ("" if row["source"] == "page_cache" else f", {row['source']}")
 
     def rate(row: dict[str, Any], name: str) -> str:
         return f"{row['images_per_s'][name]['median']:,.4g}"
@@ -328,7 +346,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
     more = {"img/s": rate, "CPU ms": cpu, "read kB": read}
     shown = ratio_table(SUBJECT, heading, rows, label, more)
     handed = ", ".join(f"{row['host_bytes_per_image'] / 1e3:.4g}" for row in rows)
-    absent = [f"left out: {name}: {why}" for name, why in first["left_out"].items()]
+    left_out = {name: why for row in rows for name, why in row["left_out"].items()}
+    absent = [f"left out: {name}: {why}" for name, why in left_out.items()]
     shown.caption = "\n".join([f"a batch holds {handed} kB an image", *absent])
     return shown
 

@@ -20,6 +20,9 @@ TOLERANCE, DEVIATIONS = 0.01, 4.0  # of means in units of 255; standard errors
 POLL_S, IDLE_LIMIT_S = 0.1, 120.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
+NOT_COUNTED: set[str] = set()
+"""Ids of processes below this one that stand for others: servers that loaders read from."""
+
 
 class Endless:
     """A loader as `measure_windows` repeats it, with what the host spends on it."""
@@ -97,7 +100,8 @@ def _with_children(pid: str) -> Iterator[str]:
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(FileNotFoundError, ProcessLookupError):  # ended
             for child in task.read_text().split():
-                yield from _with_children(child)
+                if child not in NOT_COUNTED:
+                    yield from _with_children(child)
 
 
 def _process_s(pid: str) -> float:

@@ -34,6 +34,7 @@ class Peer:
     package: str
     num_ahead: Callable[[Work], int]
     """Most batches that it holds ready."""
+    reads_buckets: bool = True
 
     @property
     def absence(self) -> str:
@@ -68,9 +69,7 @@ def webdataset_tensors(work: Work) -> Batches:
             f"of webdataset reads whole ones; got {work.num_threads}"
         )
     samples = (
-        webdataset.WebDataset(
-            list(map(str, work.shards)), shardshuffle=len(work.shards), seed=work.seed
-        )
+        webdataset.WebDataset(_urls(work), shardshuffle=len(work.shards), seed=work.seed)
         .repeat()
         .shuffle(max(work.shuffle_buffer // work.num_threads, 1))
         .map(_views(work, TENSORS))
@@ -91,7 +90,7 @@ def grain_tensors(work: Work) -> Batches:
     import grain
 
     dataset = (
-        grain.MapDataset.source(StoredSamples(work.shards))
+        grain.MapDataset.source(StoredSamples(work.shards, work.address))
         .seed(work.seed)
         .shuffle()
         .repeat()
@@ -111,7 +110,7 @@ def spdl_tensors(work: Work) -> Batches:
     """Load by SPDL's pipeline of threads, and torchvision on tensors, which release Python."""
     from spdl.pipeline import PipelineBuilder
 
-    stored, views = StoredSamples(work.shards), _views(work, TENSORS)
+    stored, views = StoredSamples(work.shards, work.address), _views(work, TENSORS)
     pipeline = (
         PipelineBuilder()
         .add_source(iter(_Endless(len(stored), work.seed)))
@@ -144,11 +143,20 @@ PEERS: dict[str, Peer] = {
     "Grain": Peer(grain_tensors, "grain", lambda work: 8 * work.num_threads),
     # Two in each of its three queues, and those in work.
     "SPDL": Peer(spdl_tensors, "spdl.pipeline", lambda work: 6 + work.prefetch),
-    "DALI's operators": Peer(dali_operators, "nvidia.dali", lambda work: work.prefetch),
+    "DALI's operators": Peer(
+        dali_operators, "nvidia.dali", lambda work: work.prefetch, reads_buckets=False
+    ),
 }
 
 
 # ---- What several of them share ------------------------------------------------------------------
+
+
+def _urls(work: Work) -> list[str]:
+    """Return the shards as webdataset opens them: files, or what curl prints."""
+    if work.address is None:
+        return list(map(str, work.shards))
+    return [f"pipe:curl -sSf {work.address}/{shard.name}" for shard in work.shards]
 
 
 def _views(work: Work, kind: str) -> Views:
@@ -198,7 +206,7 @@ class _Endless(Sampler[int]):
 def _data_loader(work: Work, kind: str) -> Batches:
     from torch.utils.data import DataLoader
 
-    stored = StoredSamples(work.shards)
+    stored = StoredSamples(work.shards, work.address)
     loader: DataLoader[Any] = DataLoader(
         _ByNumber(stored, _views(work, kind)),
         sampler=_Endless(len(stored), work.seed),

@@ -41,6 +41,7 @@ class Work:
     seed: int
     shuffle_buffer: int  # samples, of those that cannot shuffle a whole epoch
     device_id: int | None  # GPU that decodes, of those that can
+    address: str | None = None  # http URL of the shards where they are read from a bucket
 
     @classmethod
     def of(cls, cfg: LoaderConfig, *, shuffle_buffer: int, device_id: int | None) -> Work:
@@ -71,10 +72,12 @@ class StoredSamples(Sequence[dict[str, bytes]]):
     """The samples of tars by number, each read where it is asked for.
 
     Places are found by the standard library's tarfile, whatever index stands beside a shard.
+    address: http URL of the shards, from which a sample is read by one request; None: from files.
     """
 
-    def __init__(self, shards: Sequence[Path]) -> None:
-        self.shards = tuple(shards)
+    def __init__(self, shards: Sequence[Path], address: str | None = None) -> None:
+        self.shards, self._address = tuple(shards), address
+        self._store: Any = None  # of this process
         self._files: dict[int, int] = {}  # open files of this process, by shard
         self._pid = 0
         places: dict[tuple[int, str], list[tuple[str, int, int]]] = {}
@@ -92,8 +95,27 @@ class StoredSamples(Sequence[dict[str, bytes]]):
 
     def __getitem__(self, index: Any) -> Any:
         shard, found = self._places[index]
+        if self._address is not None:
+            return self._from_bucket(self._address, self.shards[shard].name, found)
         file = self._file(shard)
         return {extension: os.pread(file, size, offset) for extension, offset, size in found}
+
+    def _from_bucket(
+        self, address: str, name: str, found: list[tuple[str, int, int]]
+    ) -> dict[str, bytes]:
+        import obstore
+        from obstore.store import HTTPStore
+
+        if self._store is None:
+            options: Any = {"allow_http": True}
+            self._store = HTTPStore.from_url(address, client_options=options)
+        begin = min(offset for _, offset, _ in found)
+        end = max(offset + size for _, offset, size in found)
+        content = bytes(obstore.get_range(self._store, name, start=begin, end=end))
+        return {
+            extension: content[offset - begin : offset - begin + size]
+            for extension, offset, size in found
+        }
 
     def _file(self, shard: int) -> int:
         if self._pid != os.getpid():
@@ -103,7 +125,7 @@ class StoredSamples(Sequence[dict[str, bytes]]):
         return self._files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_pid": 0}
+        return {**self.__dict__, "_files": {}, "_pid": 0, "_store": None}
 
     def encoded(self, count: int) -> list[bytes]:
         """Return the first pictures as they are stored; all of them if fewer."""

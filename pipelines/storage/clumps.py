@@ -328,14 +328,14 @@ def needed_bytes(
 def check_buffer(needed: int, *, buffer_gib: float, cache_gib: float, ranks_a_node: int) -> None:
     """Raise ValueError, with what to set, where the clumps of the ranks have no room."""
     gib = math.ceil(100 * needed / _GIB) / 100  # so that the number in an error is enough
-    if gib > buffer_gib:
+    if needed > buffer_gib * _GIB:
         raise ValueError(
             f"data.buffer_gib: expected at least {gib:.2f}, the clumps that a rank holds open, got "
             f"{buffer_gib:g}; raise it, or lower data.lanes (another order of the samples), "
             "data.clumps_a_window or data.fetch_ahead"
         )
     node_gib = math.ceil(100 * ranks_a_node * needed / _GIB) / 100
-    if node_gib > cache_gib:
+    if ranks_a_node * needed > cache_gib * _GIB:
         raise ValueError(
             f"data.cache_gib: expected at least {node_gib:.2f} for {ranks_a_node} ranks "
             f"of a node, got {cache_gib:g}; raise it, or lower data.lanes (another order of the "

@@ -23,6 +23,7 @@ from PIL import Image
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.loader import main as loader
 from m3i_fast.benchmarks.loader import measuring
+from m3i_fast.benchmarks.loader.bucket import in_bucket
 from m3i_fast.benchmarks.loader.decoders import DECODERS, DecodeAlone
 from m3i_fast.benchmarks.loader.main import local_views, with_views
 from m3i_fast.benchmarks.loader.measuring import (
@@ -320,3 +321,40 @@ def test_rows_are_measured_and_recorded(
     printed = capsys.readouterr().out
     assert "2 x 64 + 2 x 32 " in printed and "decode, nvImageCodec" in printed
     assert "left out: SPDL: no_such_package is not installed" in " ".join(printed.split())
+
+
+def test_a_bucket_is_read_again_in_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = synthetic.build(
+        tmp_path / "set", num_samples=100, size_hw=(40, 40), samples_per_shard=4
+    )
+    monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    options = "--windows 3 --window-seconds 0.1 --check-images 32 --data.prefetch 1 --device cpu"
+    peers = ["--peers", "torchvision, tensors", "webdataset", "DALI's operators"]
+    asked = ["--sources", "bucket", "--views", "one", "--data.num-threads", "1"]
+    command = ["demo", "--data.path", str(small), *options.split(), *peers, *asked]
+    with pytest.raises(
+        ValueError, match="--sources bucket: expected at least 2328 samples, .*100;"
+    ):
+        loader.main([*command, "--data.batch-size", "64"])
+    loader.main([*command, "--data.batch-size", "2"])
+    (row,) = (row["figures"] for row in ledger.read_rows("loader", folder=tmp_path))
+    assert row["source"] == "bucket" and row["left_out"] == {
+        "DALI's operators": "it reads files alone"
+    }
+    assert row["images_per_s"].keys() >= {"m3i_fast", "torchvision, tensors", "webdataset"}
+    stored = StoredSamples(work_of(small).shards).encoded(100)
+    mean = sum(map(len, stored)) / len(stored)
+    assert row["read_bytes_per_image"]["m3i_fast"] > mean / 2  # also on disk, from its cache
+    assert "1 x 64, bucket" in capsys.readouterr().out
+    assert not measuring.NOT_COUNTED
+
+
+def test_samples_of_a_bucket_are_those_of_the_files(shards: Path) -> None:
+    with in_bucket(LoaderConfig(path=shards, batch_size=1, prefetch=1), turnover=0) as (ours, url):
+        assert str(ours.path).startswith("s3:") and ours.cache_gib < 1e-3
+        files = StoredSamples(work_of(shards).shards)
+        objects = StoredSamples(work_of(shards).shards, url)
+        assert [files[i] for i in range(16)] == [objects[i] for i in range(16)]
