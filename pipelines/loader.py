@@ -24,6 +24,7 @@ from m3i_fast.pipelines.open_data import OpenSplit, open_data
 from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.skipped_samples import SkippedSamples
+from m3i_fast.pipelines.storage.shards import BucketReads
 from m3i_fast.pipelines.text_captions import TextCaptions
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
@@ -109,6 +110,10 @@ class Loader:
     def steps_per_epoch(self) -> int:
         """Return the whole steps in one pass over the split."""
         return len(self._open.table) // self._layout.samples_a_step
+
+    def bucket_reads(self) -> BucketReads | None:
+        """Return what this rank has read from object storage so far; None for local data."""
+        return self._open.shards.reads()
 
     def __iter__(self) -> Iterator[Batch]:
         return self

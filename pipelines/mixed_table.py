@@ -65,6 +65,9 @@ class MixedShards:
     def expect_no_more(self) -> None:
         """Do nothing, as `expect`."""
 
+    def reads(self) -> None:
+        """Return None: nothing is read from object storage."""
+
     def close(self) -> None:
         """Do nothing: nothing is held."""
 

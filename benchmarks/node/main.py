@@ -33,11 +33,13 @@ from m3i_fast.benchmarks.core.timed_windows import Schedule, Series, TimedWork, 
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.benchmarks.node.bottleneck import verdict
 from m3i_fast.benchmarks.node.figures import find, joules_per_image, summarise_ranks
+from m3i_fast.benchmarks.node.planned import planned
 from m3i_fast.benchmarks.node.shards import PLACE, describe, shards_of, shared_folder
 from m3i_fast.benchmarks.node.sweep import parse_sweep, sweep
 from m3i_fast.benchmarks.node.table import show, show_sweep
 from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, TrainWork, works_of
 from m3i_fast.config import TrainConfig
+from m3i_fast.costs.traffic import Nodes
 from m3i_fast.engine.parallel.ranks import World, join_world, leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.trainer import Trainer
@@ -198,8 +200,10 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
     }
     findings, both = find(ranks, measured), measured[BOTH]
     assert isinstance(trainer.loader, Loader)
+    data = describe(trainer.loader.manifest, cfg.data.split)
     on_gpu = trainer.device.type == "cuda"
     peak_gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    used = efficiency_figures(trainer, images_s=both.per_gpu.median)
     return {
         "device": trainer.device.type,
         "num_ranks": len(ranks),
@@ -212,15 +216,22 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         "precision": trainer.arithmetic.recipe,
         "backend": trainer.arithmetic.backend,
         "compile": cfg.compile,
-        "data": describe(trainer.loader.manifest, cfg.data.split),
+        "data": data,
         "measurements": {name: asdict(each) for name, each in measured.items()},
         "images_s_per_gpu": both.per_gpu.median,
         "images_s_per_node": both.per_node.median,
         "loader_images_s_per_node": measured[LOADER].per_node.median,
+        "loader_share": findings.loader.median / findings.synthetic.median,
         "data_wait_share": findings.data_wait,
         "exchange_share": findings.exchange_share,
         "verdict": asdict(verdict(findings)),
-        "efficiency": efficiency_figures(trainer, images_s=both.per_gpu.median),
+        "plan": planned(
+            trainer,
+            used,
+            nodes=Nodes(len(ranks), len(ranks) // num_nodes),
+            picture_bytes=data["shard_bytes_per_picture"],
+        ),
+        "efficiency": used,
         "joules_per_image": joules_per_image(ranks),
         "peak_memory_gib": peak_gib,
     }

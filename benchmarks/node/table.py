@@ -17,6 +17,7 @@ def show(console: Console, figures: dict[str, Any]) -> None:
     console.print(_rates(figures))
     if figures["num_ranks"] > 1:
         console.print(_by_rank(figures["measurements"]))
+    console.print(_beside_plan(figures))
     for line in _notes(figures):
         console.print(line, highlight=False, soft_wrap=True)
     said = figures["verdict"]
@@ -55,6 +56,36 @@ def _rates(figures: dict[str, Any]) -> Table:
             f"{each['step_ms']:,.4g}",
             windows,
         )
+    return table
+
+
+def _beside_plan(figures: dict[str, Any]) -> Table | str:
+    """Return the plan's images/s beside what was measured, and the loader's share of training."""
+    plan, measured = figures["plan"], figures["measurements"]
+    if "unknown" in plan:
+        return f"plan: not known: {plan['unknown']}"
+    table = Table(
+        title=f"source images/s of a rank, planned ({plan['card']}) and measured",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for column in ("", "plan", "measured"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for part, rate in plan["loader_parts"].items():
+        table.add_row(f"loader: {part}", f"{rate:,.4g}", "")
+    for name, planned in (
+        ("loader", plan["loader"]),
+        ("training", plan["training"]),
+        ("both", plan["both"]),
+    ):
+        rates = measured["synthetic" if name == "training" else name]["per_gpu"]
+        table.add_row(name, f"{planned:,.4g}", f"{rates['median']:,.4g}")
+    share = figures["loader_share"]
+    table.add_row(
+        "loader over training", f"{plan['loader'] / plan['training']:.2f}", f"{share:.2f}"
+    )
+    table.add_row("bound by", plan["bound"], figures["verdict"]["bottleneck"])
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,9 @@ from rich.text import Text
 from m3i_fast.cli import console as messages
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gpus import CARDS, UTILISATION, Card
+from m3i_fast.costs.loader_cost import ENGINES, READING, THREADS, VIEWS
 from m3i_fast.costs.traffic import Nodes
+from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.flags import read_flags
 from m3i_fast.recipes import find_recipe
@@ -26,7 +29,8 @@ if TYPE_CHECKING:  # torch takes seconds: help and refusals come before it
 
 USAGE = """\
 usage: m3i-fast plan RECIPE --gpus N --card NAME [--gpus-per-node 8] [--global-batch N] [--json]
-                     [--utilisation 0.4] [--field value ...]
+                     [--utilisation 0.4] [--picture 375 500] [--picture-kb 110] [--cores 14]
+                     [--read-gb-s 25] [--field value ...]
        m3i-fast plan --config FILE [...]
 """
 GIB, MIB = 2**30, 2**20
@@ -52,6 +56,14 @@ class PlanCommand:
     """Images a step of all ranks, in the place of data.batch_size of each."""
     utilisation: float = UTILISATION
     """Assumed share of the card's published rate that matrix products reach."""
+    picture: tuple[int, int] = PICTURE
+    """Height and width of the stored pictures."""
+    picture_kb: float | None = None
+    """Kilobytes of a stored picture; none: 110 at 375 x 500 pixels, in proportion to them."""
+    read_gb_s: float | None = None
+    """Gigabytes a second that a node reads; none: 25 of a folder, 12.5 of a bucket."""
+    cores: float | None = None
+    """CPU cores for each GPU; none: those of the maker's node."""
     json: bool = False
     """One JSON object on standard output instead of the tables; bytes, FLOPs, seconds."""
 
@@ -68,9 +80,20 @@ def main(argv: list[str]) -> int:
         default=PlanCommand(config=config),
     )
     config, card, nodes = _sized(command), _card(command.card), _nodes(command)
-    from m3i_fast.planning.plan import make_plan
+    _expect_positive(command)
+    from m3i_fast.planning.plan import make_plan, source_of
 
-    plan = make_plan(config, card=card, nodes=nodes, utilisation=command.utilisation)
+    source = source_of(config, picture=command.picture, kilobytes=command.picture_kb)
+    if command.read_gb_s is not None:
+        source = replace(source, read_byte_s=1e9 * command.read_gb_s)
+    plan = make_plan(
+        config,
+        card=card,
+        nodes=nodes,
+        utilisation=command.utilisation,
+        source=source,
+        cores=command.cores,
+    )
     if command.json:
         sys.stdout.write(json.dumps({"recipe": name, **plan.to_dict()}, indent=2) + "\n")
     else:
@@ -98,6 +121,18 @@ def _nodes(command: PlanCommand) -> Nodes:
     if not 0 < command.utilisation <= 1:
         raise ValueError(f"--utilisation: expected in (0, 1], got {command.utilisation}")
     return Nodes(command.gpus, command.gpus_per_node)
+
+
+def _expect_positive(command: PlanCommand) -> None:
+    """Raise ValueError for sizes and rates of the loader that cannot be."""
+    if min(command.picture) < 1:
+        raise ValueError(
+            f"--picture: expected a height and a width of 1 and more, got {command.picture}"
+        )
+    for flag in ("picture_kb", "read_gb_s", "cores"):
+        value = getattr(command, flag)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{flag.replace('_', '-')}: expected more than 0, got {value}")
 
 
 def _sized(command: PlanCommand) -> TrainConfig:
@@ -136,8 +171,11 @@ def show(name: str, plan: Plan) -> None:
         f"pass {sum(plan.footprint.activations.values()) / GIB:.2f} GiB a rank.\n",
         highlight=False,
     )
-    for table in (_batch_table(plan), _traffic_table(plan), _speed_table(plan)):
+    for table in (_batch_table(plan), _traffic_table(plan), _loader_table(plan)):
         console.print(table)
+    console.print(_speed_table(plan))
+    for line in _verdict(plan):
+        console.print(line, highlight=False)
     console.print("Assumptions", style="bold")
     for sentence in plan.assumptions:
         console.print(f"- {sentence}", highlight=False)
@@ -222,6 +260,53 @@ def _traffic_table(plan: Plan) -> Table:
             row = f"{strategy.name}: {what}"
             table.add_row(row, f"{sent.nvlink / MIB:,.0f}", f"{sent.network / MIB:,.0f}")
     return table
+
+
+def _loader_table(plan: Plan) -> Table:
+    loader, asked, local = plan.loader, plan.asked_images_s, plan.nodes.local
+    table = _table("Loader (prediction)", "pictures/s", "a rank", "a node")
+    on_card = VIEWS in loader.rates
+    names = {
+        READING: f"reading, {loader.picture_bytes / 1e3:,.0f} kB each",
+        ENGINES: f"JPEG engines, {loader.hardware_share:.0%} of them",
+        THREADS: f"{loader.num_threads} threads, decoding {'the rest' if on_card else 'and views'}",
+        VIEWS: VIEWS,
+    }
+    for part, name in names.items():
+        if part in loader.rates:
+            table.add_row(name, *(f"{n * loader.rates[part]:,.0f}" for n in (1, local)))
+    table.add_row("the loader", *(f"{n * loader.images_s:,.0f}" for n in (1, local)))
+    table.add_row("asked by training", *(f"{n * asked:,.0f}" for n in (1, local)))
+    table.add_section()
+    busy, read = asked * loader.thread_s, asked * loader.picture_bytes / 1e9
+    table.add_row(
+        "cores that it takes", *(f"{n * busy:,.1f} of {n * loader.cores:,.0f}" for n in (1, local))
+    )
+    table.add_row("read, GB/s", *(f"{n * read:,.2f}" for n in (1, local)))
+    table.add_row("decoding a picture, ms of a core", f"{1e3 * loader.decode_s:.2f}", "")
+    place = "us of the card" if on_card else "ms of a core"
+    table.add_row(f"its views, {place}", f"{loader.views_s * (1e6 if on_card else 1e3):.2f}", "")
+    return table
+
+
+def _verdict(plan: Plan) -> list[str]:
+    """Return what bounds the run, and which changes help where that is the loader."""
+    loader, asked = plan.loader, plan.asked_images_s
+    if loader.images_s >= asked:
+        by = min(plan.strategies, key=lambda strategy: strategy.speed.step_s).speed.bottleneck
+        return [
+            f"{by} bounds the run: the loader gives {loader.images_s / asked:.1f} times what "
+            "training asks for\n"
+        ]
+    lines = [
+        f"{loader.bound} bounds the run: the loader gives {loader.images_s / asked:.0%} of what "
+        "training asks for"
+    ]
+    for one in loader.helps:
+        share = one.images_s / asked
+        enough = "enough" if share >= 1 else f"{share:.0%} of it"
+        lines.append(f"- {one.change}: {one.images_s:,.0f} pictures/s a rank, {enough}")
+    return [*lines, ""]
 
 
 def _speed_table(plan: Plan) -> Table:

@@ -7,6 +7,9 @@ FP8 / 16 for BF16 dense): BF16 312, 989, 989 and 2,250 TFLOP/s; HBM 2,039, 3,350
 H100 PCIe, H100 NVL and H200 NVL: BF16 756, 835 and 835 TFLOP/s; HBM 2,000, 3,900 and 4,800 GB/s;
 NVLink (a bridge) 600, 600 and 900 GB/s. FP8 is twice BF16 on all that have it. Networks are
 an assumption: one adapter a GPU, as in DGX A100 (200 Gbit/s), DGX H100, H200 and B200 (400 Gbit/s).
+Cores are those of these nodes, 128 and 112, for one of their eight cards; beside the PCIe and NVL
+cards 14 are assumed. Engines for JPEG: five in an A100 (NVIDIA's paper on the architecture), seven
+in an H100 and H200 (its guide to MIG); a B200 is assumed to have as many.
 The row `cpu` is an assumption throughout: two cores of a server, 10 Gbit/s.
 """
 
@@ -38,6 +41,10 @@ class Card:
     """FP8 recipes that the card computes natively."""
     workspace_bytes: int = 32 * 2**20
     """Size of the workspace that torch's allocator gives cuBLAS, 8 x 4 MiB from 9.0 up."""
+    jpeg_engines: int = 0
+    """Engines that decode baseline JPEGs."""
+    cores: int
+    """CPU cores of the maker's node for one card."""
 
     @property
     def is_gpu(self) -> bool:
@@ -65,6 +72,8 @@ CARDS = {
             nvlink_byte_s=300e9,
             network_byte_s=25e9,
             workspace_bytes=8 * 2**20 + 128 * 2**10,
+            jpeg_engines=5,
+            cores=16,
         ),
         Card(
             name="h100",
@@ -75,6 +84,8 @@ CARDS = {
             nvlink_byte_s=450e9,
             network_byte_s=50e9,
             formats=HOPPER,
+            jpeg_engines=7,
+            cores=14,
         ),
         Card(
             name="h200",
@@ -85,6 +96,8 @@ CARDS = {
             nvlink_byte_s=450e9,
             network_byte_s=50e9,
             formats=HOPPER,
+            jpeg_engines=7,
+            cores=14,
         ),
         Card(
             name="h100_pcie",
@@ -95,6 +108,8 @@ CARDS = {
             nvlink_byte_s=300e9,
             network_byte_s=50e9,
             formats=HOPPER,
+            jpeg_engines=7,
+            cores=14,
         ),
         Card(
             name="h100_nvl",
@@ -105,6 +120,8 @@ CARDS = {
             nvlink_byte_s=300e9,
             network_byte_s=50e9,
             formats=HOPPER,
+            jpeg_engines=7,
+            cores=14,
         ),
         Card(
             name="h200_nvl",
@@ -115,6 +132,8 @@ CARDS = {
             nvlink_byte_s=450e9,
             network_byte_s=50e9,
             formats=HOPPER,
+            jpeg_engines=7,
+            cores=14,
         ),
         Card(
             name="b200",
@@ -125,6 +144,8 @@ CARDS = {
             nvlink_byte_s=900e9,
             network_byte_s=50e9,
             formats=BLACKWELL,
+            jpeg_engines=7,
+            cores=14,
         ),
         Card(
             name="cpu",
@@ -135,6 +156,7 @@ CARDS = {
             nvlink_byte_s=20e9,
             network_byte_s=1.25e9,
             workspace_bytes=0,
+            cores=2,
         ),
     )
 }

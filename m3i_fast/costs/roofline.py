@@ -16,8 +16,6 @@ from m3i_fast.costs.gpus import UTILISATION, Card
 from m3i_fast.costs.step_flops import without_sampling
 from m3i_fast.costs.traffic import Traffic
 
-LOADER_IMG_S = 4700.0  # a GPU: DALI's EfficientNet training, its pull request 6366
-CPU_LOADER_IMG_S = 156.0  # a thread: two views of 224 pixels of a picture of 500 x 375
 OPTIMISER_BYTES = 28  # a parameter: reads of it, its gradient and two states; three are written
 AVERAGE_BYTES = 12  # a parameter that follows by EMA: two reads, one write
 CANDIDATES = "candidates"
@@ -35,6 +33,8 @@ class StepCost:
     sent: Mapping[str, Traffic]
     loader_images_s: float
     """Images a second that the rank's loader can give."""
+    loader_bound: str = "loader"
+    """What bounds the loader."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +78,8 @@ def predict(
         "compute": compute_s,
         "card memory": memory_s,
         "communication": gradients_s + candidates_s,
-        "loader": loader_s,
     }
+    slowest = max(alone, key=alone.__getitem__)
     images = cost.batch_size * num_ranks
     return PredictedSpeed(
         compute_s=compute_s,
@@ -93,30 +93,18 @@ def predict(
         images_without_overlap_s=images / max(plain_s, loader_s),
         loader_images_s=cost.loader_images_s * num_ranks,
         mfu=products.model / (peak * max(step_s, loader_s)),
-        bottleneck=max(alone, key=alone.__getitem__),
+        bottleneck=cost.loader_bound if loader_s > step_s else slowest,
     )
-
-
-def loader_images_s(card: Card, *, num_threads: int) -> float:
-    """Return the images a second of one rank's loader, decoding on the GPU or by threads."""
-    return LOADER_IMG_S if card.is_gpu else CPU_LOADER_IMG_S * num_threads
 
 
 def assumptions(card: Card, *, utilisation: float) -> list[str]:
-    """Return what a prediction rests on, a sentence each."""
-    loader = (
-        f"loader: {LOADER_IMG_S:,.0f} images/s a GPU, whatever the views: DALI's own EfficientNet "
-        "training (its pull request 6366, which names no GPU)"
-        if card.is_gpu
-        else f"loader: {CPU_LOADER_IMG_S:,.0f} images/s a thread, two views of 224 pixels"
-    )
+    """Return what the prediction of a step rests on, a sentence each."""
     shown = [
         f"matrix products reach {utilisation:.0%} of the published rate, recomputed ones included "
         "(--utilisation)",
         "links run at their published rates, one network adapter a GPU; latencies are left out",
         "card memory moves activations in and out once, weights, states and averages: a lower "
         "bound; DCNv3's samples are in neither rate",
-        loader,
     ]
     if not card.is_gpu:
         shown.insert(0, "card cpu: every rate is assumed, of two cores of a server")

@@ -35,6 +35,7 @@ from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.loader import Loader
+from m3i_fast.pipelines.storage.shards import BucketReads
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, dict[str, float]], None]
@@ -103,7 +104,14 @@ class Trainer:
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.loader: Data = self._open_shards() if data is None else data
-        self.log = RunLog(cfg, run_dir, self.world, self.arithmetic, recipe=recipe)
+        self.log = RunLog(
+            cfg,
+            run_dir,
+            self.world,
+            self.arithmetic,
+            recipe=recipe,
+            bucket_reads=self._bucket_reads,
+        )
         self.skips = SkippedSteps(cfg, run_dir, self.world)
         self.train_step = build_train_step(
             cfg,
@@ -135,6 +143,9 @@ class Trainer:
         )
         expect_data(self.cfg, loader.described)
         return loader
+
+    def _bucket_reads(self) -> BucketReads | None:
+        return self.loader.bucket_reads() if isinstance(self.loader, Loader) else None
 
     @property
     def step(self) -> int:

@@ -12,9 +12,11 @@ from typing import Any
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.flops import Flops
+from m3i_fast.costs import loader_cost as loading
 from m3i_fast.costs import traffic
 from m3i_fast.costs.gemm_shapes import FP8, LegalBatch, legal_batches, token_rows
 from m3i_fast.costs.gpus import UTILISATION, Card
+from m3i_fast.costs.loader_cost import BUCKET_BYTE_S, FOLDER_BYTE_S, LoaderCost, Source
 from m3i_fast.costs.roofline import (
     AVERAGE_BYTES,
     CANDIDATES,
@@ -22,12 +24,13 @@ from m3i_fast.costs.roofline import (
     PredictedSpeed,
     StepCost,
     assumptions,
-    loader_images_s,
     predict,
 )
 from m3i_fast.costs.step_flops import counts_of, step_flops, without_sampling
 from m3i_fast.costs.traffic import Collective, Nodes, Traffic
+from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.pipelines.storage.objects import url_of
 from m3i_fast.planning.sharded_units import count_scalars, units_of
 from m3i_fast.planning.step_memory import (
     AVERAGE,
@@ -97,7 +100,14 @@ class Plan:
     footprint: Footprint
     legal: list[LegalBatch]
     strategies: list[Strategy]
+    loader: LoaderCost
+    """Of a rank."""
     assumptions: list[str]
+
+    @property
+    def asked_images_s(self) -> float:
+        """Source images a second that a rank trains on where the loader keeps up."""
+        return self.batch_size / min(strategy.speed.step_s for strategy in self.strategies)
 
     @property
     def global_batch(self) -> int:
@@ -114,15 +124,26 @@ class Plan:
         content |= {"global_batch": self.global_batch, "flops_total": asdict(self.work)}
         content["model_flops_per_image"] = self.work.model / self.batch_size
         content["hardware_flops_per_image"] = self.work.hardware / self.batch_size
+        content["asked_images_s"] = self.asked_images_s
+        content["loader"]["images_s"] = self.loader.images_s
         for shown, strategy in zip(content["strategies"], self.strategies, strict=True):
             shown["memory"] |= {"total": strategy.memory.total, "fits": strategy.memory.fits}
         return content
 
 
 def make_plan(
-    cfg: TrainConfig, *, card: Card, nodes: Nodes, utilisation: float = UTILISATION
+    cfg: TrainConfig,
+    *,
+    card: Card,
+    nodes: Nodes,
+    utilisation: float = UTILISATION,
+    source: Source | None = None,
+    cores: float | None = None,
 ) -> Plan:
     """Return the plan of `cfg`, whose batch is a rank's, on this many of these cards.
+
+    source: the stored pictures; None: `source_of(cfg)`. cores: of the node, for a rank; None: the
+    card's.
 
     Raises ValueError where the config is not enough: a term with a frozen teacher.
     """
@@ -135,6 +156,8 @@ def make_plan(
     footprint = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=nodes.num_ranks)
     on_card = {"bf16": bf16, "on_gpu": card.is_gpu}
     flops = step_flops(cfg, num_ranks=nodes.num_ranks)
+    source, cores = source or source_of(cfg), cores or card.cores
+    loader = loading.loader_cost(cfg.data, card, source, cores=cores, local_ranks=nodes.local)
     assumed = _assumed_memory(cfg, card, nodes, footprint)
     strategies = []
     for name, shards in layouts(cfg, nodes).items():
@@ -155,7 +178,8 @@ def make_plan(
             bf16=bf16,
             moved_bytes=_moved(footprint, parameters, shards=shards),
             sent=sent,
-            loader_images_s=loader_images_s(card, num_threads=cfg.data.num_threads),
+            loader_images_s=loader.images_s,
+            loader_bound=loader.bound,
         )
         parts = {**parts, **_beside_tensors(cfg, card, traced)}
         memory = Memory(parts=parts, assumed=assumed, limit=card.memory_bytes)
@@ -174,7 +198,26 @@ def make_plan(
         footprint=footprint,
         legal=legal_batches(cfg),
         strategies=strategies,
-        assumptions=[*_MEMORY_ASSUMPTIONS, *assumptions(card, utilisation=utilisation), *more],
+        loader=loader,
+        assumptions=[
+            *_MEMORY_ASSUMPTIONS,
+            *assumptions(card, utilisation=utilisation),
+            *loading.assumptions(cfg.data, card, source, cores),
+            *more,
+        ],
+    )
+
+
+def source_of(
+    cfg: TrainConfig, *, picture: tuple[int, int] = PICTURE, kilobytes: float | None = None
+) -> Source:
+    """Return pictures of a height and width, read from a folder or a bucket as data.path says."""
+    remote = url_of(cfg.data.path) is not None
+    return Source(
+        height=picture[0],
+        width=picture[1],
+        kilobytes=kilobytes,
+        read_byte_s=BUCKET_BYTE_S if remote else FOLDER_BYTE_S,
     )
 
 

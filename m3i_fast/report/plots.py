@@ -49,6 +49,12 @@ NAMES = {
     "optim/lr": ("Learning rate", "as scheduled"),
     "optim/grad_norm": ("Gradient norm", "before clipping"),
     "throughput/img_s": ("Throughput", "training images a second"),
+    "bucket/read_gib": ("Read from the bucket", "GiB between two logged steps, all ranks"),
+    "bucket/requests": ("Requests", "ranged reads between two logged steps, repeated ones too"),
+    "bucket/retries": ("Repeated requests", "between two logged steps"),
+    "bucket/wait_s": ("Wait for the bucket", "seconds of a rank between two logged steps"),
+    "bucket/cache_hits": ("Found in the cache", "clumps between two logged steps"),
+    "bucket/cache_gib": ("Read from the cache", "GiB between two logged steps"),
 }
 
 

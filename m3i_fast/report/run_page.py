@@ -88,7 +88,9 @@ def _figures(inputs: ReportInputs) -> dict[str, Any]:
     losses += [shares_of_terms] if shares_of_terms else []
     monitors = figures.curves(inputs.metrics, "monitor")
     shares = figures.time_shares(inputs.metrics)
-    speeds = ([shares] if shares else []) + figures.curves(inputs.metrics, "throughput")
+    speeds = [shares] if shares else []
+    for group in ("throughput", "bucket"):
+        speeds += figures.curves(inputs.metrics, group)
     recall = figures.recall_curve(inputs.retrieval_ranks)
     panels = [panel for _, panel in measures] + losses + monitors + speeds + [recall]
     return {

@@ -22,6 +22,7 @@ from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTab
 from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
+from m3i_fast.pipelines.storage.shards import BucketReads
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,13 @@ _GIB = 2**30
 
 @dataclass
 class FetchCounts:
-    """What was read from object storage since a start, and what was waited for it."""
+    """Count what a reader has read from object storage, and what was waited for it."""
 
     fetches: int = 0
     fetched_bytes: int = 0
     fetch_s: float = 0.0  # of all reads, which overlap
     cache_hits: int = 0  # clumps that lay in the cache already
+    cached_bytes: int = 0  # of these
     waits: int = 0
     wait_s: float = 0.0
 
@@ -143,6 +145,18 @@ class BucketShards:
             for first, offset in zip(firsts.tolist(), offsets, strict=True)
         ]
 
+    def reads(self) -> BucketReads:
+        """Return what was read so far, as `Shards` does."""
+        with self._lock:
+            return BucketReads(
+                read_bytes=self.counts.fetched_bytes,
+                requests=self._bucket.counts.ranges,
+                retries=self._bucket.counts.retries,
+                cache_hits=self.counts.cache_hits,
+                cache_bytes=self.counts.cached_bytes,
+                wait_s=self.counts.wait_s,
+            )
+
     def close(self) -> None:
         """Stop fetching, and give all clumps back to the cache; the next samples start it again."""
         pool, self._pool = self._pool, None
@@ -170,7 +184,7 @@ class BucketShards:
         """Return the threads that fetch; they are started where there are none."""
         if self._pool is None:
             self._cache.open()
-            self._stop, self.counts = threading.Event(), FetchCounts()
+            self._stop = threading.Event()
             self._pool = ThreadPoolExecutor(self._reads_in_flight, "clump-reader")
         return self._pool
 
@@ -185,8 +199,9 @@ class BucketShards:
             if in_pool:
                 file = pool.submit(self._fetch, shard, first, end, self._stop)
             else:
-                file = Future()
+                begin, file = time.monotonic(), Future()
                 file.set_result(self._fetch(shard, first, end, self._stop))
+                self._count_wait(time.monotonic() - begin)
             clump = _Clump(file=file, expected=expected, used_at=self._batch)
             self._clumps[first] = clump
         return clump
@@ -209,7 +224,11 @@ class BucketShards:
             except Exception:
                 logger.debug("a fetch failed, and its error follows")
             break
-        waited = time.monotonic() - begin
+        self._count_wait(time.monotonic() - begin)
+        return self._result(clump, first)
+
+    def _count_wait(self, waited: float) -> None:
+        """Count a wait of so many seconds; a long one is logged."""
         self.counts.waits += 1
         self.counts.wait_s += waited
         if waited > TOLD_WAIT_S:
@@ -219,7 +238,6 @@ class BucketShards:
                 waited,
                 self._bucket.url,
             )
-        return self._result(clump, first)
 
     def _result(self, clump: _Clump, first: int) -> tuple[str, int]:
         try:
@@ -248,6 +266,7 @@ class BucketShards:
         if path is not None:
             with self._lock:
                 self.counts.cache_hits += 1
+                self.counts.cached_bytes += num_bytes
             return str(path), begin
 
         def read() -> Iterator[memoryview]:

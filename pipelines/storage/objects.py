@@ -67,6 +67,14 @@ class ObjectInfo:
     sha256: str | None = None  # as `put` has noted it; None: not known
 
 
+@dataclass(slots=True)
+class RequestCounts:
+    """Count what a store was asked since its bucket was opened."""
+
+    ranges: int = 0  # ranged requests, repeated ones included
+    retries: int = 0  # of all requests
+
+
 class _IncompleteBody(Exception):
     """Fewer bytes came than the range has."""
 
@@ -103,6 +111,8 @@ class Bucket:
         remote = url_of(url)
         self.url = remote or str(Path(url).expanduser().absolute())
         self.scheme = remote.partition(":")[0].replace("https", "http") if remote else "file"
+        self.counts = RequestCounts()
+        self._counting = threading.Lock()
         self._obs = require("obstore", extra="buckets")
         self._store = self._open()
 
@@ -141,6 +151,8 @@ class Bucket:
         what = f" bytes {start} to {end - 1}"
 
         def attempt() -> memoryview:
+            with self._counting:
+                self.counts.ranges += 1
             result = self._obs.get(self._store, name, options={"range": (start, end)})
             self._check(name, expected, _info(result))
             content = memoryview(result.bytes())
@@ -240,6 +252,9 @@ class Bucket:
                     _first_line(error),
                 )
             stop.wait(wait)
+            if not stop.is_set():
+                with self._counting:
+                    self.counts.retries += 1
 
     def _raise_if_final(self, error: Exception, place: str) -> None:
         """Raise what no repetition can change, with what to do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +10,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
+
+
+@dataclass(frozen=True, slots=True)
+class BucketReads:
+    """Hold what one process has read from object storage so far, and waited for."""
+
+    read_bytes: int = 0
+    requests: int = 0
+    """Ranged requests, repeated ones included."""
+    retries: int = 0
+    """Requests of any kind that were repeated."""
+    cache_hits: int = 0
+    """Clumps that lay in the local cache."""
+    cache_bytes: int = 0
+    """Bytes of these clumps."""
+    wait_s: float = 0.0
+    """Seconds in which a batch waited for its clumps."""
 
 
 class Shards(Protocol):
@@ -27,6 +45,9 @@ class Shards(Protocol):
         row numbers of the table, that of one data set or of all that are mixed.
         """
 
+    def reads(self) -> BucketReads | None:
+        """Return what was read from object storage so far; None where nothing is read from it."""
+
     def close(self) -> None:
         """Stop what fetches, and give back what is held."""
 
@@ -42,6 +63,9 @@ class LocalShards:
 
     def expect_no_more(self) -> None:
         """Do nothing, as `expect`."""
+
+    def reads(self) -> None:
+        """Return None: nothing is read from object storage."""
 
     def close(self) -> None:
         """Do nothing: nothing is held."""

@@ -31,6 +31,30 @@ def test_tables_say_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> Non
         assert words in " ".join(shown.split())
 
 
+def test_what_bounds_the_run_is_said_and_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = ["--data.num-threads", "1", "--picture", "1500", "2000", "--cores", "8"]
+    assert main([*DEMO, "--gpus", "2", "--card", "a100", *slow]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "decoding bounds the run: the loader gives" in shown
+    assert "- m3i-fast data pack SOURCE DIR --for-gpu 256:" in shown
+    assert "- --data.num-threads 7:" in shown
+    assert "pictures of 1500 x 2000 pixels and 1,760 kB" in shown
+    assert main([*DEMO, "--card", "cpu", "--cores", "64", "--data.num-threads", "64"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "compute bounds the run: the loader gives" in shown
+
+
+def test_json_has_the_loader_in_pictures_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    bucket = ["--data.path", "s3://bucket/set", "--picture-kb", "50000"]
+    assert main([*DEMO, "--gpus", "8", "--card", "h100", "--json", *bucket]) == 0
+    found = json.loads(capsys.readouterr().out)
+    loader, speed = found["loader"], found["strategies"][0]["speed"]
+    assert loader["rates"]["reading"] == pytest.approx(12.5e9 / 8 / 50e6)
+    assert loader["images_s"] == min(loader["rates"].values()) == speed["loader_images_s"] / 8
+    assert loader["bound"] == speed["bottleneck"] == "reading"
+    assert found["asked_images_s"] > loader["images_s"]
+
+
 def test_a_global_batch_is_shared_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "demo", "--gpus", "2", "--global-batch", "8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["batch_size"] == 4
@@ -53,6 +77,10 @@ def test_a_saved_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         (["demo", "--gpus", "3", "--global-batch", "8"], r"--global-batch: .*--gpus 3, got 8"),
         (["demo", "--gpus", "2", "--global-batch", "6"], r"data\.batch_size: .*got 3"),
         (["demo", "--utilisation", "1.5"], r"--utilisation: .*got 1\.5"),
+        (["demo", "--picture", "0", "5"], r"--picture: .*got \(0, 5\)"),
+        (["demo", "--picture-kb", "0"], r"--picture-kb: expected more than 0, got 0"),
+        (["demo", "--read-gb-s", "-1"], r"--read-gb-s: expected more than 0, got -1"),
+        (["demo", "--cores", "0"], r"--cores: expected more than 0, got 0"),
         (["demo_milan"], r"objective\.terms: .*frozen"),
         (["--config"], r"--config: expected a file"),
     ],

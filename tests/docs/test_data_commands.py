@@ -177,6 +177,10 @@ def test_the_arithmetic_of_the_tables() -> None:
         "3.8 hours": round(many * 137e3 / 10e9 / 3600, 1) == 3.8,
         "$190": round(1000 * 3.8 * 0.05) == 190,
         "$22": round(13.75 * 0.4 + 3.375 * 5) == 22,
+        "= 4.14 ms": round(0.986 * 768 * 1024 / 187_500, 2) == 4.14,
+        "6.4 of a card's": round(6521 * 0.986e-3, 1) == 6.4,
+        "27 at 768": round(6521 * 0.986e-3 * 768 * 1024 / 187_500) == 27,
+        "3.0 packed": round(6521 * 0.986e-3 * 256 * 341 / 187_500, 1) == 3.0,
         "$621 a month": round(27_000 * 0.023) == 621,
     }.items():
         assert said in text, said

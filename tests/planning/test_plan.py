@@ -14,15 +14,17 @@ from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_h, vit_l, vit_s
 from m3i_fast.costs.encoder_flops import vit
 from m3i_fast.costs.gemm_shapes import gemm_shapes, legal_batches, token_rows
 from m3i_fast.costs.gpus import CARDS
+from m3i_fast.costs.loader_cost import ENGINES, READING, THREADS, VIEWS
 from m3i_fast.costs.roofline import CANDIDATES, StepCost, predict
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.objectives.methods import CATEGORY
-from m3i_fast.planning.plan import WORKSPACE, Plan, make_plan
+from m3i_fast.planning.plan import WORKSPACE, Plan, make_plan, source_of
 from m3i_fast.planning.step_memory import AVERAGE, PARAMETERS, STATES, trace
 from m3i_fast.recipes import recipes, shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
+ROOT = Path(__file__).parent.parent.parent
 ONE, NODE, TWO_NODES = Nodes(1, 8), Nodes(8, 8), Nodes(16, 8)
 
 
@@ -274,3 +276,24 @@ def test_all_local_views_are_one_pass_of_the_encoder_and_of_the_decoder() -> Non
     queries = cfg.vision.num_patches
     asked = counts_of(cfg).num_asked("first")
     assert rows["decoder of inter, local views"] == 3 * asked * (36 + queries)
+
+
+@pytest.mark.slow
+def test_the_loader_of_a_vit_s_is_that_of_the_page() -> None:
+    """docs/start/data_at_scale.md, whose commands these are."""
+    text = (ROOT / "docs" / "start" / "data_at_scale.md").read_text()
+    table = text.split("| pictures/s of a card |")[1].split("\n\n")[0].splitlines()[2:]
+    said = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in table}
+    columns: dict[str, list[str]] = {name: [] for name in said}
+    cfg = recipes()["m3i_vit_s_h100"]()
+    for picture, kilobytes in (((375, 500), None), ((768, 1024), None), ((256, 341), 27.0)):
+        source = source_of(cfg, picture=picture, kilobytes=kilobytes)
+        plan = make_plan(cfg, card=CARDS["h100"], nodes=NODE, source=source)
+        loader, asked = plan.loader, plan.asked_images_s
+        rates = [loader.rates[part] for part in (READING, ENGINES, THREADS, VIEWS)]
+        cells = [f"{rate:,.0f}" for rate in (*rates, asked)]
+        cells += [plan.strategies[0].speed.bottleneck, f"{asked * loader.thread_s:.1f}"]
+        cells.append(f"{8 * asked * loader.picture_bytes / 1e9:.1f} GB/s")
+        for name, cell in zip(columns, cells, strict=True):
+            columns[name].append(cell)
+    assert columns == said

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from m3i_fast.engine.run.telemetry import LogInterval, RunTelemetry
 from m3i_fast.observe.metrics import DeviceMeans, JsonlSink, Sink, TensorBoardSink
 from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
 from m3i_fast.observe.stages import StageTimer
+from m3i_fast.pipelines.storage.shards import BucketReads
 
 
 class RunLog:
@@ -31,8 +33,13 @@ class RunLog:
         arithmetic: Arithmetic,
         *,
         recipe: str = "",
+        bucket_reads: Callable[[], BucketReads | None] = lambda: None,
     ) -> None:
-        """Check the telemetry; raise ValueError or OSError as `expect_live_sinks` does."""
+        """Check the telemetry; raise ValueError or OSError as `expect_live_sinks` does.
+
+        bucket_reads: returns what the rank has read from object storage so far, None on all ranks
+        where they read local data.
+        """
         if world.is_main:
             expect_live_sinks(cfg.telemetry)
         self._recipe = recipe
@@ -43,6 +50,7 @@ class RunLog:
         self._sinks: list[Sink] = []
         self._live: list[Sink] = []
         self._best = float("nan")
+        self._bucket_reads, self._reads_before = bucket_reads, BucketReads()
 
     def open(self, step: int) -> None:
         """Open the files at `step`, and drop rows of later steps (resume, rollback)."""
@@ -91,7 +99,7 @@ class RunLog:
         """Return the row of the interval since the last read.
 
         It holds means over steps and ranks, sums of members, images a second of all ranks, times of
-        the stages and, on the first rank, the values of `RunTelemetry`.
+        the stages, reads of a bucket and, on the first rank, the values of `RunTelemetry`.
         """
         now, num_steps = time.monotonic(), step - self._began_step
         values = self.means.read()
@@ -112,7 +120,27 @@ class RunLog:
                 progress=step / self._cfg.num_steps,
             )
             values |= self._telemetry.values(interval)
-        return values | self.timer.read()
+        return values | self._bucket_values() | self.timer.read()
+
+    def _bucket_values(self) -> dict[str, float]:
+        """Return what all ranks read from object storage since the last read; {} where none do.
+
+        Counts are sums over ranks; the wait is in seconds, the mean over ranks.
+        """
+        reads = self._bucket_reads()
+        if reads is None:
+            return {}
+        before, self._reads_before = self._reads_before, reads
+        own = [now - then for now, then in zip(astuple(reads), astuple(before), strict=True)]
+        total = BucketReads(*map(sum, zip(*self._world.gather(own), strict=True)))
+        return {
+            "bucket/read_gib": total.read_bytes / 2**30,
+            "bucket/requests": float(total.requests),
+            "bucket/retries": float(total.retries),
+            "bucket/cache_hits": float(total.cache_hits),
+            "bucket/cache_gib": total.cache_bytes / 2**30,
+            "bucket/wait_s": total.wait_s / self._world.size,
+        }
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write a row to all sinks; raise ValueError where keep_best names no logged metric."""

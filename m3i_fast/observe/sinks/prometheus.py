@@ -29,6 +29,7 @@ _UNITS = (
     ("tflop_s", "flops_per_second", 1e12),
     ("img_s", "images_per_second", 1.0),
     ("joule_per_image", "joules_per_image", 1.0),
+    ("wait_s", "wait_seconds", 1.0),
     ("_w", "_watts", 1.0),
     ("_c", "_celsius", 1.0),
 )

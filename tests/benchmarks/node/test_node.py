@@ -58,6 +58,12 @@ def test_a_run_leaves_a_whole_row(config: str, capsys: pytest.CaptureFixture[str
     assert figures["images_s_per_node"] == measured[BOTH]["per_node"]["median"]
     assert figures["verdict"]["bottleneck"] in ("loader", "model", "balanced")
     assert figures["exchange_share"] is None and 0 <= figures["data_wait_share"] <= 1
+    plan = figures["plan"]
+    assert plan["picture_hw"] == [375, 500] and plan["card"] == "cpu"
+    assert plan["loader"] == min(plan["loader_parts"].values())
+    assert plan["both"] == min(plan["loader"], plan["training"])
+    rates = {name: each["per_gpu"]["median"] for name, each in measured.items()}
+    assert figures["loader_share"] == pytest.approx(rates[LOADER] / rates[SYNTHETIC])
     used = figures["efficiency"]
     assert used["peak_of"] == "a matrix product of this machine, in the same run"
     assert used["mfu"] == pytest.approx(used["model_flop_s"] / used["peak_flop_s"])
@@ -73,6 +79,12 @@ def test_a_run_leaves_a_whole_row(config: str, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert f"bottleneck: {figures['verdict']['bottleneck']}" in shown
     assert "energy: not known" in shown and "torch 1, loader 1" in shown
+    told = next(line for line in shown.splitlines() if "loader over training" in line)
+    assert told.split()[3:] == [
+        f"{plan['loader'] / plan['training']:.2f}",
+        f"{figures['loader_share']:.2f}",
+    ]
+    assert "bound by" in shown and "loader: threads" in shown
 
 
 def test_shards_that_are_not_there_are_asked_for(

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from m3i_fast.config.data import ViewConfig
+from m3i_fast.costs.view_cost import ViewWork, view_work
 from tests.shared.cuda.nvcc import CUDA
 
 FOLDER = CUDA / "views"
@@ -29,55 +29,14 @@ RECIPES: dict[str, tuple[ViewConfig, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Of one picture: bytes from memory and in cache, and loads of a lane from shared memory."""
-
-    memory: float
-    cache: float
-    loads: float
-
-    def times_us(self) -> tuple[float, float, float]:
-        """Return how long each takes if nothing else does, with all multiprocessors at work."""
-        clocks = self.loads / LANES / MULTIPROCESSORS
-        return (
-            self.memory / MEMORY_TB_S / 1e6,
-            self.cache / CACHE_TB_S / 1e6,
-            clocks / CLOCK_GHZ / 1e3,
-        )
-
-
-def loads_of_resize(cfg: ViewConfig, height: float, width: float) -> float:
-    """Return the loads for a crop: a weight and three bytes a tap, across and then down."""
-    half = 2 if cfg.interpolation == "cubic" else 1
-
-    def taps(pixels: float) -> float:
-        return 2 * half * max(pixels / cfg.size, 1.0)
-
-    across = height * cfg.size * taps(width)
-    return 4 * (across + cfg.size**2 * taps(height))
-
-
-def loads_of_blur(cfg: ViewConfig) -> float:
-    """Return the loads of both directions: two values and a weight a step, for seven pixels."""
-    radius = min(cfg.blur_kernel // 2, round(5.5 * sum(cfg.blur_sigma) / 2))
-    return 2 * 3 * cfg.size**2 * (3 * radius + 7) / 7
-
-
-def work_of(groups: tuple[ViewConfig, ...]) -> Work:
-    """Return the work for one picture, of crops of their mean area, in the picture's shape."""
-    picture = 3 * HEIGHT * WIDTH
-    read = written = cache = loads = 0.0
-    for cfg in groups:
-        side = (sum(cfg.scale) / 2) ** 0.5
-        view = 3 * cfg.size**2
-        contrasted = cfg.jitter_probability * (cfg.contrast > 0)
-        read += cfg.count * side**2 * picture
-        written += cfg.count * view
-        cache += cfg.count * 2 * view * (contrasted + cfg.blur_probability)
-        resize = loads_of_resize(cfg, side * HEIGHT, side * WIDTH)
-        loads += cfg.count * (resize + cfg.blur_probability * loads_of_blur(cfg))
-    return Work(min(read, picture) + written, read + written + cache, loads)
+def times_us(work: ViewWork) -> tuple[float, float, float]:
+    """Return how long memory, cache and loads take, each alone, on all multiprocessors."""
+    clocks = work.loads / LANES / MULTIPROCESSORS
+    return (
+        work.memory / MEMORY_TB_S / 1e6,
+        work.cache / CACHE_TB_S / 1e6,
+        clocks / CLOCK_GHZ / 1e3,
+    )
 
 
 def render() -> str:
@@ -103,9 +62,9 @@ def render() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, groups in RECIPES.items():
-        work = work_of(groups)
+        work = view_work(groups, HEIGHT, WIDTH)
         cells = [f"{n / 1e6:.2f}" for n in (work.memory, work.cache, work.loads)]
-        cells += [f"{us:.2f}" for us in work.times_us()]
+        cells += [f"{us:.2f}" for us in times_us(work)]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     lines += [
         "",

@@ -15,6 +15,7 @@ from m3i_fast.pipelines.storage import clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
 from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes
 from m3i_fast.pipelines.storage.objects import Bucket
+from m3i_fast.pipelines.storage.shards import BucketReads
 from m3i_fast.pipelines.storage.upload import push
 from tests.pipelines.storage.packed import (
     NUM_CLUMPS,
@@ -69,10 +70,15 @@ def test_two_epochs_equal_local_reads_with_one_read_a_clump(
     assert tar_reads(server) == shards.counts.fetches == NUM_CLUMPS
     assert 1 <= server.most_in_flight <= 3
     rows = table_of(path).rows
-    assert shards.counts.fetched_bytes == int(rows["size"].sum())
+    num_bytes = int(rows["size"].sum())
+    assert shards.reads() == BucketReads(
+        read_bytes=num_bytes, requests=NUM_CLUMPS, wait_s=shards.counts.wait_s
+    )
     again = readers(path, pushed, SharedCache(tmp_path, ROOM))  # another run, the same cache
     follow(again, path)
-    assert (again.counts.fetches, again.counts.cache_hits) == (0, NUM_CLUMPS)
+    assert again.reads() == BucketReads(
+        cache_hits=NUM_CLUMPS, cache_bytes=num_bytes, wait_s=again.counts.wait_s
+    )
     again.close()
 
 
@@ -111,15 +117,19 @@ def test_what_is_expected_is_kept_until_its_turn(path: Path, pushed: str, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "fault", [refuse("503 Slow Down", "SlowDown"), cut, slow(0.3)], ids=["503", "cut", "slow"]
+    ("fault", "retries"),
+    [(refuse("503 Slow Down", "SlowDown"), 6), (cut, 6), (slow(0.3), 0)],
+    ids=["503", "cut", "slow"],
 )
-def test_passing_faults_change_no_byte(
-    path: Path, pushed: str, server: S3Server, tmp_path: Path, fault: object
+def test_passing_faults_change_no_byte_and_are_counted(
+    path: Path, pushed: str, server: S3Server, tmp_path: Path, fault: object, retries: int
 ) -> None:
     shards = readers(path, pushed, SharedCache(tmp_path, ROOM))
     server.fault(".tar", fault, 6)
     follow(shards, path, batches=20)
     shards.close()
+    assert shards.reads().retries == retries
+    assert shards.reads().requests == tar_reads(server)
 
 
 def test_a_wait_is_counted_and_told(

@@ -31,6 +31,7 @@ class S3Server:
         self._lock = threading.Lock()
         self._faults: list[tuple[str, Fault]] = []
         self.requests: Counter[str] = Counter()  # "GET name of object"
+        self._ranges: Counter[str] = Counter()  # bytes of ranges sent whole, by path
         self.in_flight = self.most_in_flight = 0
         self._server = make_server(
             "127.0.0.1", 0, self._answer, threaded=True, request_handler=MotoRequestHandler
@@ -46,10 +47,15 @@ class S3Server:
         with self._lock:
             self._faults += [(name, fault)] * times
 
+    def sent_bytes(self, name: str) -> int:
+        """The bytes of all ranges of objects whose path ends with `name`, without faults."""
+        return sum(n for path, n in self._ranges.items() if path.endswith(name))
+
     def clear(self) -> None:
         with self._lock:
             self._faults.clear()
             self.requests.clear()
+            self._ranges.clear()
             self.most_in_flight = 0
 
     def _answer(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -60,6 +66,9 @@ class S3Server:
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             index = next((i for i, (end, _) in enumerate(self._faults) if path.endswith(end)), None)
             fault = None if index is None else self._faults.pop(index)[1]
+            if fault is None and "HTTP_RANGE" in environ:
+                first, last = environ["HTTP_RANGE"].removeprefix("bytes=").split("-")
+                self._ranges[path] += int(last) + 1 - int(first)
         try:
             if fault is None:
                 yield from self._app(environ, start_response)
