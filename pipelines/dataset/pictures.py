@@ -142,7 +142,8 @@ def _deep_pixels(opened: Any, image: bytes) -> NDArray[np.uint32]:
     with _reader("PNG")(io.BytesIO(image)) as again:
         # As of little-endian numbers, whose high bytes stand where the low ones do here.
         again.tile = [tile._replace(args=f"{again.mode};16L") for tile in again.tile]
-        return high << 8 | _upright(again)[..., :3]
+        low = _upright(again)[..., :3]
+    return (high * 256 + low).astype(np.uint32)
 
 
 def _upright(opened: Any) -> NDArray[np.uint32]:
