@@ -101,8 +101,8 @@ def deep_png(pixels: NDArray[np.uint16], orientation: int = 1) -> bytes:  # [H, 
     above = np.pad(rows, ((1, 0), (0, 0)))[:-1]
     corner = np.pad(above, ((0, 0), (step, 0)))[:, :-step]
     near = [np.abs(left + above - corner - x) for x in (left, above, corner)]
-    paeth = np.choose(np.argmin(near, axis=0), [left, above, corner])
-    guesses = [np.zeros_like(rows), left, above, (left + above) // 2, paeth]
+    nearest = np.choose(np.argmin(near, axis=0), [left, above, corner])
+    guesses = [np.zeros_like(rows), left, above, (left + above) // 2, nearest]
     content = b"".join(
         bytes([y % 5]) + (rows[y] - guesses[y % 5][y]).astype(np.uint8).tobytes()
         for y in range(height)
