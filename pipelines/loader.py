@@ -25,7 +25,7 @@ from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.skipped_samples import SkippedSamples
 from m3i_fast.pipelines.storage.shards import BucketReads
-from m3i_fast.pipelines.text_captions import TextCaptions
+from m3i_fast.pipelines.text_captions import caption_member, with_captions
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
 
@@ -130,7 +130,7 @@ class Loader:
                 self._rows, self._backend = self._begin()
             try:
                 made = next(self._backend)
-                batch = _to_batch(made, self._open, self.cfg.global_views.count, self._captions)
+                batch = _to_batch(made, self._open, self.cfg.global_views.count)
             except SampleError as error:
                 self._stop_backend()
                 self._skip(error)
@@ -208,7 +208,8 @@ class Loader:
             if self._open.lanes
             else 0,
         )
-        return rows, start_backend(self.cfg.backend, rows, self._work)
+        backend = start_backend(self.cfg.backend, rows, self._work)
+        return rows, with_captions(backend, self.manifest)
 
     @cached_property
     def _work(self) -> SampleWork:
@@ -219,7 +220,7 @@ class Loader:
             seed=cfg.seed,
             tokenizer=self.manifest.tokenizer,
             max_pixels=cfg.max_pixels,
-            caption_member=self._captions.member,
+            caption_member=caption_member(self.manifest),
             alternates=cfg.alternates
             and cfg.global_views.count > 1
             and self._open.split.max_alternates > 0,
@@ -229,10 +230,6 @@ class Loader:
             device_id=self._device_id,
             hw_decoder_load=cfg.hw_decoder_load,
         )
-
-    @cached_property
-    def _captions(self) -> TextCaptions:
-        return TextCaptions(self.manifest)
 
     def _skip(self, error: SampleError) -> None:
         """Take note of a sample that cannot be used; raises where it ends the run."""
@@ -276,14 +273,13 @@ def evaluation_batches(
     cfg = LoaderConfig(path=path, split=split, max_pixels=max_pixels, batch_size=batch_size)
     opened = open_data(cfg)
     assert isinstance(opened.table, SampleTable)  # one data set
-    captions = TextCaptions(opened.manifest)
     work = SampleWork(
         views=view_specs(ViewConfig(count=1, size=image_size)),
         centre=True,
         seed=0,
         tokenizer=opened.manifest.tokenizer,
         max_pixels=max_pixels,
-        caption_member=captions.member,
+        caption_member=caption_member(opened.manifest),
         alternates=False,
         batch_size=batch_size,
         num_threads=num_threads,
@@ -298,10 +294,10 @@ def evaluation_batches(
     def batches() -> Iterator[Batch]:
         made: Backend | None = None
         try:
-            made = start_backend(backend, rows, work)
+            made = with_captions(start_backend(backend, rows, work), opened.manifest)
             while True:
                 try:
-                    batch = _to_batch(next(made), opened, 1, captions)
+                    batch = _to_batch(next(made), opened, 1)
                 except StopIteration:
                     return
                 except SampleError as error:
@@ -334,25 +330,23 @@ def _wrong_row(rows: BatchRows, index: int, opened: OpenSplit) -> SampleError:
     )
 
 
-def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, captions: TextCaptions) -> Batch:
+def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int) -> Batch:
     """Make a `Batch` of what a backend made.
 
-    Raises SampleError for a sample whose label or group the manifest does not allow, or whose
-    caption's text cannot be read.
+    Raises SampleError for a sample whose label or group the manifest does not allow.
     """
     rows, num_classes = made.rows, len(opened.manifest.class_names)
     wrong = (rows.label < -1) | (rows.label >= num_classes) | (rows.sample_id < 0)
     wrong |= rows.group_id < 0
     if wrong.any():
         raise _wrong_row(rows, int(np.flatnonzero(wrong)[0]), opened)
-    token_ids, num_tokens = captions.of(made)
     return Batch(
         global_views=made.views[:num_global],
         local_views=made.views[num_global:],
         boxes=made.params[:, :, :5].contiguous(),
         image_size=made.image_size.float(),
-        token_ids=token_ids,
-        num_tokens=num_tokens,
+        token_ids=made.token_ids,
+        num_tokens=made.num_tokens,
         label=torch.from_numpy(rows.label),
         sample_id=torch.from_numpy(rows.sample_id.copy()),
         group_id=torch.from_numpy(rows.group_id),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,7 +48,7 @@ class MadeBatch:
     image_size: Tensor  # [B, 2] int64: height, width of the upright picture
     token_ids: Tensor  # [B, T] int32, zero padded
     num_tokens: Tensor  # [B] int64
-    texts: list[bytes] | None  # B captions where they are stored as text
+    texts: Callable[[], list[bytes]] | None  # gives B captions where they are stored as text
 
 
 class Backend(Protocol):

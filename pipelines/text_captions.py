@@ -1,37 +1,73 @@
-"""Captions of a batch: token ids as a data set stores them, or text that is tokenised here."""
+"""Captions that a data set stores as text: a thread tokenises them a batch ahead."""
 
 from __future__ import annotations
 
 import json
-from functools import cached_property
-
-import torch
-from torch import Tensor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 from m3i_fast.pipelines.dataset.manifest import Manifest
-from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.samples_to_views import MadeBatch, SampleError
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer, TokenizerInfo
+from m3i_fast.pipelines.samples_to_views import TOKENS, Backend, MadeBatch, SampleError
+
+AHEAD = 1  # batches, whose captions a thread tokenises while the one before them is trained on
+
+
+def caption_member(manifest: Manifest) -> str:
+    """Return the extension of the member of a sample that holds its captions."""
+    return manifest.caption_member.partition(":")[0]
+
+
+def with_captions(backend: Backend, manifest: Manifest) -> Backend:
+    """Return a backend whose batches have token ids, however the data set stores its captions."""
+    return backend if caption_member(manifest) == TOKENS else TextCaptions(backend, manifest)
 
 
 class TextCaptions:
-    """Reads the captions of a data set's batches, as its manifest says that they are stored."""
+    """A backend whose batches have the token ids of the captions that another one reads as text.
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._info = manifest.tokenizer
-        kind, _, self._field = manifest.caption_member.partition(":")
-        self.member = kind
-        """Extension of the member of a sample that holds its captions."""
+    A sample without the member or the field, or with null or blank text in it, has no caption.
+    """
 
-    def of(self, made: MadeBatch) -> tuple[Tensor, Tensor]:
-        """Return token ids [B, T] int32, zero padded, and their number [B] int64; 0: no caption.
+    def __init__(self, backend: Backend, manifest: Manifest) -> None:
+        self._backend = backend
+        self._member, _, self._field = manifest.caption_member.partition(":")
+        self._tokenizer = _tokenizer(manifest.tokenizer)
+        self._thread = ThreadPoolExecutor(1, "m3i-captions")
+        self._ahead: deque[Future[MadeBatch]] = deque()
+        self._ended = False
 
-        A sample without the member or the field, or with null or blank text in it, has no caption.
-        Raises SampleError for one whose member is not UTF-8, or not an object of JSON with text in
-        the field.
+    def __next__(self) -> MadeBatch:
+        """Return the next batch, as `Backend` says.
+
+        SampleError is also that of a sample whose member is not UTF-8, or not an object of JSON
+        with text in the field.
         """
-        if made.texts is None:
-            return made.token_ids, made.num_tokens
-        for index, text in enumerate(made.texts):
+        while len(self._ahead) <= AHEAD and not self._ended:
+            try:
+                made = next(self._backend)
+            except Exception as error:
+                self._ended = True
+                failed: Future[MadeBatch] = Future()  # its turn is after the batches before it
+                failed.set_exception(error)
+                self._ahead.append(failed)
+            else:
+                self._ahead.append(self._thread.submit(self._tokenised, made))
+        if not self._ahead:
+            raise StopIteration
+        return self._ahead.popleft().result()
+
+    def close(self) -> None:
+        """Stop the backend's threads and that which tokenises."""
+        self._backend.close()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _tokenised(self, made: MadeBatch) -> MadeBatch:
+        """Fill in the token ids of a batch and their numbers, which are 0 where it has text."""
+        assert made.texts is not None
+        token_ids, num_tokens = made.token_ids.numpy(), made.num_tokens.numpy()
+        for index, text in enumerate(made.texts()):
             try:
                 caption = self._caption(text)
             except ValueError as error:
@@ -39,17 +75,13 @@ class TextCaptions:
                     sample_id=int(made.rows.sample_id[index]),
                     position=int(made.rows.positions[index]),
                     file=made.rows.path(index),
-                    reason=f"{self.member}: {error}",
+                    reason=f"{self._member}: {error}",
                 ) from error
             if caption:
-                ids = torch.from_numpy(self._tokenizer.encode(caption))
-                made.token_ids[index, : len(ids)] = ids
-                made.num_tokens[index] = len(ids)
-        return made.token_ids, made.num_tokens
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_info(self._info)
+                ids = self._tokenizer.encode(caption)
+                token_ids[index, : len(ids)] = ids
+                num_tokens[index] = len(ids)
+        return made
 
     def _caption(self, stored: bytes) -> str:
         """Return the caption in a member; empty where there is none."""
@@ -69,3 +101,9 @@ class TextCaptions:
             text = value
             text.encode()  # JSON may hold halves of characters, which no tokenizer takes
         return text.strip()
+
+
+@cache
+def _tokenizer(info: TokenizerInfo) -> Tokenizer:
+    """Make a tokenizer once, though a skipped sample starts the backend again."""
+    return Tokenizer.from_info(info)

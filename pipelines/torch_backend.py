@@ -98,7 +98,7 @@ class TorchBackend:
             image_size=size,
             token_ids=torch.from_numpy(token_ids),
             num_tokens=torch.from_numpy(num_tokens),
-            texts=None if work.caption_member == TOKENS else texts,
+            texts=None if work.caption_member == TOKENS else lambda: texts,
         )
 
     def _cut(

@@ -3,11 +3,15 @@
 The distance of two pictures is the root mean square, over pixels and channels, of the difference of
 their thumbnails: 12 x 12 RGB in 0..1, averaged over areas. Clusters are those of single linkage:
 groups are joined where two of their pictures are nearer than a threshold.
+
+All pairs are too many for a million pictures. There hashes of 64 bits come first: pictures whose
+hashes differ in more than some bits are not compared (`hash_pairs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,8 @@ COMPARED_SIZE = 72  # side in pixels at which drawings are rendered to be compar
 SIDE = 12  # side of a thumbnail in pixels
 NEARER_THAN = 0.05
 _ROWS_A_BLOCK = 512  # bounds the memory of the [block, N] distances
+HASHED_SIDE = 32  # side in pixels of what is hashed
+MOST_BITS = 10  # that hashes may differ in: with more of them, most pairs would be compared
 
 Thumbnails = npt.NDArray[np.float64]  # [N, SIDE * SIDE * 3] of `rounded`
 
@@ -47,6 +53,29 @@ def distances(first: Thumbnails, second: Thumbnails) -> npt.NDArray[np.float64]:
     return np.sqrt(squares / first.shape[1])
 
 
+class Clusters:
+    """Numbers in clusters, each of which is called by its least one; at first each is alone."""
+
+    def __init__(self) -> None:
+        self._lower: dict[int, int] = {}  # another one of the cluster, of all but the least
+
+    def __getitem__(self, number: int) -> int:
+        """Return the least number of a number's cluster."""
+        lower = self._lower
+        while number in lower:
+            below = lower[number]
+            if below in lower:
+                lower[number] = below = lower[below]
+            number = below
+        return number
+
+    def join(self, one: int, other: int) -> None:
+        """Make one cluster of those of two numbers."""
+        low, high = sorted((self[one], self[other]))
+        if low != high:
+            self._lower[high] = low
+
+
 def cluster_groups(
     group: npt.ArrayLike,  # [N] int64
     thumbnails: Thumbnails,  # [N, D]
@@ -58,19 +87,12 @@ def cluster_groups(
     Two groups with pictures nearer than `nearer_than` are in one cluster, and transitively.
     """
     of_row = np.asarray(group, dtype=np.int64)
-    parent = {int(name): int(name) for name in np.unique(of_row)}
-
-    def root(name: int) -> int:
-        while parent[name] != name:
-            parent[name] = name = parent[parent[name]]
-        return name
-
+    clusters = Clusters()
     for rows, columns in _near(thumbnails, nearer_than):
         pairs = np.unique(np.stack([of_row[rows], of_row[columns]], 1), axis=0)
         for one, other in pairs.tolist():
-            low, high = sorted((root(one), root(other)))
-            parent[high] = low
-    return {name: root(name) for name in parent}
+            clusters.join(one, other)
+    return {name: clusters[name] for name in np.unique(of_row).tolist()}
 
 
 def split_clusters(
@@ -95,6 +117,55 @@ def split_clusters(
     heldout_groups, rest = _fill(order, round(heldout * len(cluster_of)))
     tune_groups, rest = _fill(rest, round(tune * sum(map(len, rest))))
     return {"train": sum(rest, []), "tune": tune_groups, "heldout": heldout_groups}
+
+
+# ---- Hashes --------------------------------------------------------------------------------------
+
+
+def _cosines() -> npt.NDArray[np.int64]:  # [8, HASHED_SIDE]
+    """Return the first rows of a cosine transform, times 2 ** 20."""
+    angles = np.arange(8)[:, None] * (2 * np.arange(HASHED_SIDE) + 1) * np.pi / (2 * HASHED_SIDE)
+    return np.round(np.cos(angles) * 2**20).astype(np.int64)
+
+
+_COSINES = _cosines()
+
+
+def perceptual_hash(gray: npt.NDArray[np.uint8]) -> int:  # [HASHED_SIDE, HASHED_SIDE]
+    """Hash a picture to 64 bits: which of its 8 x 8 lowest frequencies are above their median.
+
+    It is the pHash of imagehash, in integers, so that it is the same on every machine.
+    """
+    frequencies = (_COSINES @ gray.astype(np.int64) @ _COSINES.T).ravel()
+    middle = np.sort(frequencies)[31:33].sum()
+    return int.from_bytes(np.packbits(2 * frequencies > middle).tobytes(), "big")
+
+
+def hash_pairs(
+    hashes: npt.NDArray[np.uint64],  # [N]
+    most_bits: int,
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Yield rows and others of the pairs that differ in at most `most_bits` bits, some repeatedly.
+
+    Of most_bits + 1 parts of such a pair's hashes one part is equal. Those that are equal in a part
+    stand together when they are sorted by it, and are compared with the next, the one after that,
+    and so on: O(N) memory, and time of O(N log N) and of the pairs that are equal in a part, which
+    are about (most_bits + 1) N^2 / 2^(64 / (most_bits + 1) + 1).
+    """
+    num_parts = most_bits + 1
+    bounds = [64 * i // num_parts for i in range(num_parts + 1)]
+    for low, high in pairwise(bounds):
+        part = hashes << np.uint64(64 - high) >> np.uint64(64 - high + low)
+        order = np.argsort(part, kind="stable")
+        part = part[order]
+        at, ahead = np.arange(len(order)), 1
+        while len(at):
+            at = at[at + ahead < len(order)]
+            at = at[part[at] == part[at + ahead]]
+            rows, others = order[at], order[at + ahead]
+            near = np.bitwise_count(hashes[rows] ^ hashes[others]) <= most_bits
+            yield rows[near], others[near]
+            ahead += 1
 
 
 def _near(

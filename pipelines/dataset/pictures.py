@@ -19,6 +19,8 @@ PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN = 0xDA
 MOST_STEPS = 1 << 16  # over segments and fill bytes
+_PNG_DEPTH, _PNG_KIND = 24, 25  # bytes of the header: bits a channel, and which channels
+_ORIENTATION = 0x0112  # in EXIF
 MAX_SIDE = 1 << 24  # of a picture that views are cut of, kViewMaxPicture in cuda/views/params.h
 
 Read = Callable[[int, int], bytes]  # (offset, count) -> the picture's bytes from there
@@ -103,22 +105,65 @@ def check_header(read: Read, extension: str | None, max_pixels: int) -> tuple[st
 
 
 def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -> NDArray[np.uint8]:
-    """Decode a picture as DALI's CPU decoder does: [height, width, 3] upright.
+    """Decode a picture as DALI's CPU decoder does: [height, width, 3] upright, the same bits.
 
-    Of 16 bits a channel those of gray are rounded, as DALI rounds all; of colours Pillow takes the
-    high byte, which is up to one level less. Raises ValueError as `check_header`, and where the
-    picture is corrupt.
+    Of 16 bits a channel the nearest of 8 bits are taken. Raises ValueError as `check_header`, and
+    where the picture is corrupt.
     """
     stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
+    is_deep = stored == "PNG" and image[_PNG_DEPTH] == 16
     try:
         with _reader(stored)(io.BytesIO(image)) as opened:
+            if is_deep:
+                return ((_deep_pixels(opened, image) + 128) // 257).astype(np.uint8)
             upright = require("PIL.ImageOps").exif_transpose(opened)
-            if upright.mode.startswith("I"):  # which convert("RGB") would clip at 255
-                gray = (np.asarray(upright).astype(np.uint32) + 128) // 257
-                return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+            if upright.mode == "CMYK":
+                is_turned = 2 <= opened.getexif().get(_ORIENTATION, 1) <= 8
+                return _from_cmyk(upright, is_turned=is_turned, has_adobe="adobe" in opened.info)
             return np.array(upright.convert("RGB"))
     except Exception as error:  # Pillow raises a dozen types on corrupt data
         raise ValueError(f"corrupt or empty image: {error}") from error
+
+
+def _deep_pixels(opened: Any, image: bytes) -> NDArray[np.uint32]:
+    """Decode a PNG of 16 bits a channel: [height, width, 3] in 0..65535.
+
+    Of colours and transparency Pillow keeps the high bytes; it is told to keep the low ones too.
+    """
+    kind = image[_PNG_KIND]
+    if kind == 0:
+        gray = _upright(opened)
+        return np.repeat(gray[..., None], 3, axis=2)
+    if kind == 4:  # gray and transparency, of two bytes each, are read as four channels
+        opened.tile = [tile._replace(args="RGBA") for tile in opened.tile]
+        four = _upright(opened)
+        return np.repeat(four[..., :1] << 8 | four[..., 1:2], 3, axis=2)
+    high = _upright(opened)[..., :3]
+    with _reader("PNG")(io.BytesIO(image)) as again:
+        # As of little-endian numbers, whose high bytes stand where the low ones do here.
+        again.tile = [tile._replace(args=f"{again.mode};16L") for tile in again.tile]
+        low = _upright(again)[..., :3]
+    return (high * 256 + low).astype(np.uint32)
+
+
+def _upright(opened: Any) -> NDArray[np.uint32]:
+    """Decode to an array, turned as EXIF says."""
+    return np.asarray(require("PIL.ImageOps").exif_transpose(opened)).astype(np.uint32)
+
+
+def _from_cmyk(upright: Any, *, is_turned: bool, has_adobe: bool) -> NDArray[np.uint8]:
+    """Convert CMYK to RGB as DALI does, which is up to 2 levels from Pillow: [height, width, 3].
+
+    DALI decodes by libjpeg-turbo what is upright, and by OpenCV what EXIF turns. A file with
+    Adobe's marker says how much light each ink leaves, one without it how much ink there is; OpenCV
+    and Pillow take all files for Adobe's.
+    """
+    light = 255 - np.asarray(upright).astype(np.uint32)
+    if not (has_adobe or is_turned):
+        light = 255 - light
+    colours, black = light[..., :3], light[..., 3:]
+    rgb = black - ((255 - colours) * black >> 8) if is_turned else colours * black // 255
+    return rgb.astype(np.uint8)
 
 
 def decode(image: bytes, extension: str | None, max_pixels: int) -> tuple[int, int]:

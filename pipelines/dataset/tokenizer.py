@@ -6,8 +6,9 @@ import gzip
 import hashlib
 import io
 import json
+import re
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from m3i_fast.pipelines.optional_imports import require
 
 CLIP_NUM_MERGES = 49152 - 256 - 2
+_CLEAN = re.compile("[ -%'-~]*")  # ASCII without control characters and &: cleaning changes nothing
+_WORDS_KEPT = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,7 @@ class Tokenizer:
         merges = "\n".join(lines[: kept + 1])
         self._bpe = open_clip.SimpleTokenizer(io.BytesIO(gzip.compress(merges.encode("utf-8"))))
         self._merges_sha256 = hashlib.sha256(merges.encode("utf-8")).hexdigest()
+        self._word_ids = lru_cache(_WORDS_KEPT)(self._bpe.encode)
         self.num_merges = num_merges
         self.context_length = context_length
 
@@ -101,10 +105,16 @@ class Tokenizer:
 
     def encode_and_count(self, text: str) -> tuple[NDArray[np.int32], int]:
         """Encode a caption as `encode`, and count the ids that it has without truncation."""
-        body = self._bpe.encode(text)
+        body = self._ids(text)
         start, end = self._bpe.sot_token_id, self._bpe.eot_token_id
         ids = np.array([start, *body[: self.context_length - 2], end], dtype=np.int32)
         return ids, len(body) + 2
+
+    def _ids(self, text: str) -> list[int]:
+        """Return the ids of SimpleTokenizer, word by word where it would clean nothing."""
+        if _CLEAN.fullmatch(text) is None:
+            return list(self._bpe.encode(text))
+        return [i for word in self._bpe.pat.findall(text.lower()) for i in self._word_ids(word)]
 
     def decode(self, token_ids: NDArray[np.int32]) -> str:
         """Decode one row of ids to its caption in lower case, without start, end and padding."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class DaliBackend:
         texts = None
         if self._work.caption_member != TOKENS:
             *outputs, stored = outputs
-            texts = [stored.at(i).tobytes() for i in range(len(stored))]
+            texts = partial(_texts, stored)
         *views, params, size, token_ids, num_tokens = self._as_tensors(outputs)
         return MadeBatch(
             rows=self._rows.popleft(),
@@ -126,6 +127,11 @@ class DaliBackend:
             if refused := _refused(rows, self._work):
                 return refused
         return RuntimeError(f"the data pipeline stopped: {error}")
+
+
+def _texts(stored: Any) -> list[bytes]:
+    """Return the texts of a batch, a list of DALI's, which costs a microsecond or two each."""
+    return [stored.at(i).tobytes() for i in range(len(stored))]
 
 
 def _refused(rows: BatchRows, work: SampleWork) -> SampleError | None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -61,6 +63,20 @@ def convert(content: bytes, *, max_pixels: int, for_gpu: int | None = None) -> S
     Raises Refused for what is none, is damaged, or has more than `max_pixels` pixels, which is told
     by its header before anything is decoded.
     """
+    with _opened(content, max_pixels) as (picture, name):
+        change = _change(picture, name, content, max_pixels)
+        if for_gpu is not None:
+            change = _gpu_change(picture, change, for_gpu)
+        picture.load()
+        if not change:
+            width, height = picture.size
+            return Stored(content, "jpg" if name == "JPEG" else "png", (height, width), "")
+        return _encode(_plain(picture, name), _is_lossy(name, content), change, for_gpu)
+
+
+@contextmanager
+def _opened(content: bytes, max_pixels: int) -> Iterator[tuple[Any, str]]:
+    """Open a picture, and yield it with Pillow's name of its format; raises as `convert`."""
     name, module, reader = _format(content)
     if name == "WEBP":
         _check_size(_webp_size(content), max_pixels)
@@ -72,15 +88,7 @@ def convert(content: bytes, *, max_pixels: int, for_gpu: int | None = None) -> S
                 make(io.BytesIO(content)).verify()  # checksums, which decoding leaves unread
             with make(io.BytesIO(content)) as picture:
                 _check_size(picture.size, max_pixels)
-                change = _change(picture, name, content, max_pixels)
-                if for_gpu is not None:
-                    change = _gpu_change(picture, change, for_gpu)
-                picture.load()
-                if not change:
-                    width, height = picture.size
-                    return Stored(content, "jpg" if name == "JPEG" else "png", (height, width), "")
-                upright = _plain(picture, name)
-            return _encode(upright, _is_lossy(name, content), change, for_gpu)
+                yield picture, name
     except Refused:
         raise
     except MemoryError:
@@ -88,6 +96,16 @@ def convert(content: bytes, *, max_pixels: int, for_gpu: int | None = None) -> S
     except Exception as error:  # Pillow raises a dozen types on corrupt data
         reason = str(error) or type(error).__name__
         raise Refused(f"corrupt or empty image: {reason}", "replace or remove it") from error
+
+
+def small_picture(content: bytes, *, max_pixels: int, least_side: int) -> Any:
+    """Decode a picture to Pillow's, upright RGB by the rule of this module; raises as `convert`.
+
+    A JPEG is decoded at a half, quarter or eighth of its size, if that leaves `least_side` pixels.
+    """
+    with _opened(content, max_pixels) as (picture, name):
+        picture.draft(None, (least_side, least_side))
+        return _plain(picture, name).convert("RGB")
 
 
 def _format(content: bytes) -> tuple[str, str, str]:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from m3i_fast.pipelines.dataset.manifest import Manifest, is_dataset, read_manifest
@@ -21,9 +22,11 @@ from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_manifest
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing import output
 from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions
+from m3i_fast.pipelines.packing.near_duplicates import Grouped, group, hash_tasks
 from m3i_fast.pipelines.packing.plan import (
     PlanSettings,
     Shards,
+    chosen,
     make_shards,
     number_items,
     with_groups,
@@ -106,6 +109,7 @@ def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, 
     listing = make_reader(settings.source).list()
     for note in listing.notes:
         console.print(f"  {note}", soft_wrap=True, highlight=False)
+    refused_by_source = list(listing.refusals)
     numbered = number_items(listing, settings.plan)
     if not numbered:
         _show_some(listing.refusals, console)
@@ -117,6 +121,16 @@ def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, 
     if is_dataset(out):
         return _already_there(out, described)
     check_unchanged(out, described, listing)
+    counts = {}
+    if settings.plan.near_duplicate_bits is not None:
+        grouped = _group_near_duplicates(settings, out, listing, run, console)
+        listing = replace(listing, items=grouped.items, refusals=refused_by_source)
+        numbered = number_items(listing, settings.plan)
+        counts["near_duplicates"] = {
+            "pictures": grouped.num_pictures,
+            "groups": grouped.num_groups,
+            "in_another_split": grouped.num_elsewhere,
+        }
     shards = make_shards(numbered, settings.plan)
     total = sum(map(len, numbered.values()))
     records: dict[str, Record] = {}
@@ -127,7 +141,7 @@ def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, 
     done = sum(len(task.items) for task in tasks if task.name in records)
     if done:
         console.print(f"going on: {done} of {total} pictures are packed", highlight=False)
-    with bar(console, settings.name, total, done) as advance:
+    with bar(console, f"packing {settings.name}", total, done) as advance:
         left = [task for task in tasks if task.name not in records]
         records.update((task.name, record) for task, record in run(left, advance))
         # Groups are named by a picture: where that is refused, by another, in few shards.
@@ -136,7 +150,28 @@ def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, 
         shards = make_shards(with_groups(numbered, refused), settings.plan)
         again = [task for task in _tasks(settings, out, shards) if task.items != items[task.name]]
         records.update((task.name, record) for task, record in run(again, lambda number: None))
-    return _finish(settings, out, listing, shards, records, described, console)
+    return _finish(settings, out, listing, shards, records, described, counts, console)
+
+
+def _group_near_duplicates(
+    settings: PackSettings, out: Path, listing: Listing, run: Run, console: Console
+) -> Grouped:
+    """Hash the pictures that are packed, and return all of a listing in groups."""
+    bits = settings.plan.near_duplicate_bits
+    assert bits is not None
+    places = chosen(len(listing.items), settings.plan)
+    items = [listing.items[place] for place in places]
+    tasks = hash_tasks(items, out, settings.source, settings.shard.max_pixels)
+    found = {task.number: kept for task in tasks if (kept := task.finished()) is not None}
+    done = sum(map(len, found.values()))
+    with bar(console, f"hashing {settings.name}", len(items), done) as advance:
+        left = [task for task in tasks if task.number not in found]
+        found.update((task.number, hashed) for task, hashed in run(left, advance))
+    grouped = group(items, np.concatenate([found[task.number] for task in tasks]), bits)
+    all_items = list(listing.items)
+    for place, item in zip(places, grouped.items, strict=True):
+        all_items[place] = item
+    return grouped._replace(items=all_items)
 
 
 def _tasks(settings: PackSettings, out: Path, shards: Shards) -> Iterator[ShardTask]:
@@ -155,6 +190,9 @@ def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
     options = asdict(settings.source)
     for name in ("path", "spool", "image_root"):
         del options[name]
+    plan = asdict(settings.plan)
+    if plan["near_duplicate_bits"] is None:
+        del plan["near_duplicate_bits"]  # as before there was such a setting
     digest = hashlib.sha256()
     for name, (size, _) in listing.files.items():
         digest.update(json.dumps([name, size]).encode() + b"\n")
@@ -162,7 +200,7 @@ def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
         content = [item.name, item.split, item.captions, item.label, item.group, item.stamp[0]]
         digest.update(json.dumps(content).encode() + b"\n")
     described = {"source": options, "source_sha256": digest.hexdigest()}
-    described |= {**asdict(settings.plan), **asdict(settings.shard)}
+    described |= {**plan, **asdict(settings.shard)}
     described |= {"name": settings.name, "licence": settings.licence}
     described |= {"attribution": settings.attribution}
     return dict(json.loads(json.dumps(described)))
@@ -192,6 +230,7 @@ def _finish(
     shards: Shards,
     records: dict[str, Record],
     described: dict[str, Any],
+    counts: dict[str, Any],
     console: Console,
 ) -> Packed:
     """Write what reduces the records: refusals, and last the manifest."""
@@ -229,7 +268,7 @@ def _finish(
         attribution=settings.attribution,
         settings={"pack": described},
     )
-    counts = {
+    counts |= {
         "num_refused": len(refused),
         "encoded_again": dict(sorted(changes.items())),
         "captions_cut": num_cut,

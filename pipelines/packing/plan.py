@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from m3i_fast.pipelines.dataset.near_duplicates import MOST_BITS
 from m3i_fast.pipelines.dataset.pack import keyed_hash, keyed_order, shard_name
 from m3i_fast.pipelines.packing.items import Item, Listing
 from m3i_fast.pipelines.packing.shard_task import Numbered
@@ -22,8 +23,12 @@ class PlanSettings:
     limit: int | None = None
     seed: int = 0
     samples_per_shard: int = 4096
+    near_duplicate_bits: int | None = None  # None: groups are those of the source
 
     def __post_init__(self) -> None:
+        bits = self.near_duplicate_bits
+        if bits is not None and not 0 <= bits <= MOST_BITS:
+            raise ValueError(f"--group-near-duplicates: expected 0 to {MOST_BITS} bits, got {bits}")
         if self.samples_per_shard < 1:
             raise ValueError(
                 f"--samples-per-shard: expected at least 1, got {self.samples_per_shard}"
@@ -32,16 +37,20 @@ class PlanSettings:
             raise ValueError(f"--limit: expected at least 1, got {self.limit}")
 
 
+def chosen(num: int, settings: PlanSettings) -> Sequence[int]:
+    """Return the places of the pictures that are taken, out of `num` of a listing."""
+    if settings.limit is None or settings.limit >= num:
+        return range(num)
+    return sorted(keyed_order(num, "limit", settings.seed)[: settings.limit])
+
+
 def number_items(listing: Listing, settings: PlanSettings) -> dict[str, list[Numbered]]:
     """Deal the pictures of a listing to splits, and number them.
 
     A picture's id is its place in the listing, a group's id that of its first picture. Refuses
     pictures of a group that has pictures in an earlier split, or whose split has no good name.
     """
-    items = list(enumerate(listing.items))
-    if settings.limit is not None and settings.limit < len(items):
-        chosen = keyed_order(len(items), "limit", settings.seed)[: settings.limit]
-        items = [items[i] for i in sorted(chosen)]
+    items = [(i, listing.items[i]) for i in chosen(len(listing.items), settings)]
     splits = _deal(items, settings)
     split_of_group: dict[str, str] = {}
     numbered: dict[str, list[Numbered]] = {}

@@ -32,7 +32,7 @@ class Advance(Protocol):
 
 
 @contextmanager
-def bar(console: Console, name: str, total: int, done: int) -> Iterator[Advance]:
+def bar(console: Console, doing: str, total: int, done: int) -> Iterator[Advance]:
     """Show a bar; what is yielded advances it. done: pictures of an earlier start."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -42,5 +42,5 @@ def bar(console: Console, name: str, total: int, done: int) -> Iterator[Advance]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, speed_estimate_period=60) as progress:
-        task = progress.add_task(f"packing {name}", total=total, completed=done)
+        task = progress.add_task(doing, total=total, completed=done)
         yield lambda number: progress.advance(task, number)

@@ -71,6 +71,10 @@ class ShardTask:
         """Name of the record in DIR."""
         return f"{output.STATE}/{self.name}.json"
 
+    def run(self, advance: Callable[[int], None]) -> Record:
+        """Write the shard, as `run`."""
+        return run(self, advance)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
@@ -89,9 +93,9 @@ class Record:
         return json.dumps(raw).encode()
 
 
-def run(task: ShardTask, advance: Callable[[int], None] = lambda number: None) -> Record:
+def run(task: ShardTask, advance: Callable[[int], None]) -> Record:
     """Write the shard of a task and its record; `advance` is told the pictures that are done."""
-    reader = _reader(task.source)
+    reader = opened_reader(task.source)
     tokenizer = _tokenizer(task.settings.num_merges, task.settings.context_length)
     refused: list[tuple[int, Refusal]] = []
     changes: Counter[str] = Counter()
@@ -181,7 +185,8 @@ def _sample(
 
 
 @lru_cache(maxsize=4)
-def _reader(options: SourceOptions) -> Reader:
+def opened_reader(options: SourceOptions) -> Reader:
+    """Return the reader of a source, which is opened once in a process."""
     return make_reader(options)
 
 
@@ -192,4 +197,4 @@ def _tokenizer(num_merges: int | None, context_length: int) -> Tokenizer:
 
 def forget_sources() -> None:
     """Have sources opened anew, which may have changed since."""
-    _reader.cache_clear()
+    opened_reader.cache_clear()

@@ -28,9 +28,9 @@ def check_unchanged(out: Path, described: dict[str, Any], listing: Listing) -> N
         return
     earlier = json.loads(before)
     changed = [
-        f"{key} was {earlier.get(key)!r}, is {value!r}"
-        for key, value in described.items()
-        if key != "source_sha256" and earlier.get(key) != value
+        f"{key} was {earlier.get(key)!r}, is {described.get(key)!r}"
+        for key in dict.fromkeys([*described, *earlier])
+        if key != "source_sha256" and earlier.get(key) != described.get(key)
     ]
     changed += _changes((output.read(out, LISTED) or b"").decode().splitlines(), listed)
     if changed:

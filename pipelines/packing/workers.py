@@ -5,33 +5,54 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.packing.progress import Advance
-from m3i_fast.pipelines.packing.shard_task import Record, ShardTask, run
 
 IN_FLIGHT = 2  # tasks a process, so that none waits for its next; each holds its pictures' list
 POLL_S = 0.2  # between two looks at what the processes have done
-Done = Iterator[tuple[ShardTask, Record]]
-Run = Callable[[Sequence[ShardTask], Advance], Done]
 
 
-def run_here(tasks: Sequence[ShardTask], advance: Advance) -> Done:
+class Task(Protocol):
+    """Work on some pictures of a source, alike in any process."""
+
+    @property
+    def items(self) -> tuple[Any, ...]:
+        """Return the pictures."""
+
+    def run(self, advance: Advance, /) -> Any:
+        """Do the work; `advance` is told the pictures that are done."""
+
+
+AnyTask = TypeVar("AnyTask", bound=Task)
+
+
+class Run(Protocol):
+    """Runs tasks, and yields each with what its `run` returned as they finish."""
+
+    def __call__(
+        self, tasks: Sequence[AnyTask], advance: Advance, /
+    ) -> Iterator[tuple[AnyTask, Any]]: ...
+
+
+def run_here(tasks: Sequence[AnyTask], advance: Advance) -> Iterator[tuple[AnyTask, Any]]:
     """Run tasks one after the other in this process."""
     for task in tasks:
-        yield task, run(task, advance)
+        yield task, task.run(advance)
 
 
 def with_processes(number: int) -> Run:
     """Return a function that runs tasks in as many processes."""
 
-    def run_in_processes(tasks: Sequence[ShardTask], advance: Advance) -> Done:
+    def run_in_processes(
+        tasks: Sequence[AnyTask], advance: Advance
+    ) -> Iterator[tuple[AnyTask, Any]]:
         if not tasks:
             return
         context = multiprocessing.get_context("forkserver")
@@ -44,7 +65,7 @@ def with_processes(number: int) -> Run:
         )
         try:
             waiting = iter(tasks)
-            task_of: dict[Future[Record], ShardTask] = {}
+            task_of: dict[Future[Any], AnyTask] = {}
             while True:
                 for task in islice(waiting, IN_FLIGHT * number - len(task_of)):
                     task_of[pool.submit(_run_counted, task)] = task
@@ -88,12 +109,16 @@ def _wait_for_parent() -> None:
         os._exit(1)
 
 
-def _run_counted(task: ShardTask) -> Record:
+def _run_counted(task: Task) -> Any:
     def advance(number: int) -> None:
         with _counter.get_lock():
             _counter.value += number
 
-    return run(task, advance)
+    return task.run(advance)
+
+
+def _run_alone(task: Task) -> Any:
+    return task.run(lambda number: None)
 
 
 def with_ray(address: str) -> Run:
@@ -102,15 +127,15 @@ def with_ray(address: str) -> Run:
     SOURCE and DIR have to be folders that all nodes see by the same name.
     """
 
-    def run_in_ray(tasks: Sequence[ShardTask], advance: Advance) -> Done:
+    def run_in_ray(tasks: Sequence[AnyTask], advance: Advance) -> Iterator[tuple[AnyTask, Any]]:
         if not tasks:
             return
         ray = require("ray", extra="ray")
         ray.init(address=address, log_to_driver=False)
         try:
-            remote = ray.remote(num_cpus=1, max_retries=3)(run)
+            remote = ray.remote(num_cpus=1, max_retries=3)(_run_alone)
             waiting = iter(tasks)
-            task_of: dict[Any, ShardTask] = {}
+            task_of: dict[Any, AnyTask] = {}
             while True:
                 # More than there are processors: a cluster that grows does so by what waits.
                 number = max(int(ray.cluster_resources().get("CPU", 1)), 1)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,14 @@ from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTab
 from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
+from m3i_fast.pipelines.storage.requests import DaemonPool, Stop
 from m3i_fast.pipelines.storage.shards import BucketReads
 
 logger = logging.getLogger(__name__)
 
 TOLD_WAIT_S = 1.0
 """Waits for a fetch that are longer are logged."""
-_CLOSE_S = 1.0  # a request that takes longer ends by itself, and what it read is thrown away
+_CLOSE_S = 1.0  # a write to the disk that takes longer ends by itself
 _WAIT_FOR_ROOM_S = 30.0  # while batches that are being read give their clumps back
 _GIB = 2**30
 
@@ -88,8 +89,8 @@ class BucketShards:
         self._key = hashlib.sha256(f"{bucket.url} {identity}".encode()).hexdigest()[:12]
         self._infos = self._checked_infos(shard_bytes)
         self._reads_in_flight = reads_in_flight
-        self._pool: ThreadPoolExecutor | None = None
-        self._stop = threading.Event()  # of what was begun since the last start
+        self._pool: DaemonPool | None = None
+        self._stop = Stop()  # of what was begun since the last start
         self._lock = threading.Lock()  # of the counts
         self._clumps: OrderedDict[int, _Clump] = OrderedDict()  # by first sample; used last: last
         self._batch = 0
@@ -162,7 +163,7 @@ class BucketShards:
         pool, self._pool = self._pool, None
         self._stop.set()
         if pool is not None:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.close()
             files = [clump.file for clump in self._clumps.values()]
             wait([file for file in files if not file.cancelled()], timeout=_CLOSE_S)
             counts = self.counts
@@ -180,12 +181,12 @@ class BucketShards:
         self._clumps.clear()
         self._cache.close()
 
-    def _started(self) -> ThreadPoolExecutor:
+    def _started(self) -> DaemonPool:
         """Return the threads that fetch; they are started where there are none."""
         if self._pool is None:
             self._cache.open()
-            self._stop = threading.Event()
-            self._pool = ThreadPoolExecutor(self._reads_in_flight, "clump-reader")
+            self._stop = Stop()
+            self._pool = DaemonPool(self._reads_in_flight, "clump-reader")
         return self._pool
 
     def _clump(self, shard: int, first: int, end: int, *, in_pool: bool) -> _Clump:
@@ -247,7 +248,7 @@ class BucketShards:
             self.expect_no_more()  # a run that ends here is not to wait for the rest
             raise
 
-    def _fetch(self, shard: int, first: int, end: int, stop: threading.Event) -> tuple[str, int]:
+    def _fetch(self, shard: int, first: int, end: int, stop: Stop) -> tuple[str, int]:
         """Have the bytes of a clump in a local file; return its path and where it begins."""
         rows = np.asarray(self._table.rows)[first:end]
         begin = int(rows["offset"].min())

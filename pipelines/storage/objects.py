@@ -10,14 +10,15 @@ import logging
 import os
 import random
 import re
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from m3i_fast.pipelines.optional_imports import require
+from m3i_fast.pipelines.storage.requests import Stop
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,11 @@ class Bucket:
 
     def read(self, name: str) -> bytes:
         """Read a whole object into memory."""
-        return self._repeated(name, "", lambda: bytes(self._obs.get(self._store, name).bytes()))
+
+        async def attempt() -> bytes:
+            return bytes(await (await self._obs.get_async(self._store, name)).bytes_async())
+
+        return self._repeated(name, "", attempt)
 
     def read_range(
         self,
@@ -142,20 +147,20 @@ class Bucket:
         end: int,
         *,
         expected: ObjectInfo | None = None,
-        stop: threading.Event | None = None,
+        stop: Stop | None = None,
     ) -> memoryview:
         """Read bytes start to end - 1; with `expected`, refuse an object that is not that one.
 
-        stop: where it is set, nothing is tried again and ConnectionError is raised.
+        stop: where it is set, the request is given up and ConnectionError is raised.
         """
         what = f" bytes {start} to {end - 1}"
 
-        def attempt() -> memoryview:
+        async def attempt() -> memoryview:
             with self._counting:
                 self.counts.ranges += 1
-            result = self._obs.get(self._store, name, options={"range": (start, end)})
+            result = await self._obs.get_async(self._store, name, options={"range": (start, end)})
             self._check(name, expected, _info(result))
-            content = memoryview(result.bytes())
+            content = memoryview(await result.bytes_async())
             if len(content) != end - start:
                 raise _IncompleteBody(f"expected {end - start} bytes, got {len(content)}")
             return content
@@ -164,9 +169,11 @@ class Bucket:
 
     def info(self, name: str) -> ObjectInfo:
         """Ask for size, ETag and noted digest of an object."""
-        return self._repeated(
-            name, "", lambda: _info(self._obs.get(self._store, name, options={"head": True}))
-        )
+
+        async def attempt() -> ObjectInfo:
+            return _info(await self._obs.get_async(self._store, name, options={"head": True}))
+
+        return self._repeated(name, "", attempt)
 
     def infos(self, names: list[str]) -> dict[str, ObjectInfo]:
         """Return what is known of each of many objects; FileNotFoundError names a missing one.
@@ -187,8 +194,8 @@ class Bucket:
     def list(self) -> dict[str, ObjectInfo]:
         """Return every object below the URL, by name."""
 
-        def attempt() -> dict[str, ObjectInfo]:
-            metas = [meta for part in self._obs.list(self._store) for meta in part]
+        async def attempt() -> dict[str, ObjectInfo]:
+            metas = [meta async for part in self._obs.list(self._store) for meta in part]
             return {meta["path"]: ObjectInfo(meta["size"], meta["e_tag"]) for meta in metas}
 
         return self._repeated("", " (list)", attempt)
@@ -199,11 +206,11 @@ class Bucket:
         sha256: digest of the content, kept with it where the store can (s3, gs).
         """
         noted = {"sha256": sha256} if sha256 and self.scheme in ("s3", "gs") else None
-        self._repeated(
-            name,
-            " (put)",
-            lambda: self._obs.put(self._store, name, content, attributes=noted),
-        )
+
+        async def attempt() -> None:
+            await self._obs.put_async(self._store, name, content, attributes=noted)
+
+        self._repeated(name, " (put)", attempt)
 
     def _check(self, name: str, expected: ObjectInfo | None, got: ObjectInfo) -> None:
         if expected is None:
@@ -220,20 +227,20 @@ class Bucket:
         self,
         name: str,
         what: str,
-        attempt: Callable[[], _Result],
-        stop: threading.Event | None = None,
+        attempt: Callable[[], Coroutine[Any, Any, _Result]],
+        stop: Stop | None = None,
     ) -> _Result:
-        """Call until it succeeds, fails for good, the time is over, or `stop` is set."""
-        stop = stop or threading.Event()
+        """Try until it succeeds, fails for good, the time is over, or `stop` is set."""
+        stop = stop or Stop()
         begin = time.monotonic()
         place = f"{self.url}/{name}{what}" if name else f"{self.url}{what}"
         number = 0
         while True:
             number += 1
-            if stop.is_set():
-                raise ConnectionError(f"{place}: stopped, since its reader was closed")
             try:
-                return attempt()
+                return stop.answer(attempt)
+            except CancelledError:
+                raise ConnectionError(f"{place}: stopped, since its reader was closed") from None
             except Exception as error:
                 self._raise_if_final(error, place)
                 wait = self.policy.wait_s(number)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torchvision.io import decode_image
 
 from m3i_fast.config.data import BackendName
 from m3i_fast.pipelines.loader import evaluation_batches
@@ -86,6 +90,95 @@ def test_decoding_equals_pillow(packer: Packer, backend: BackendName) -> None:
         expected = decoded(KINDS[index])
         assert np.array_equal(view.permute(1, 2, 0), expected), KINDS[index]
         assert tuple(size.tolist()) == expected.shape[:2], KINDS[index]
+
+
+def deep_png(pixels: NDArray[np.uint16], orientation: int = 1) -> bytes:  # [H, W, 1 to 4]
+    """Encode a PNG of 16 bits a channel, with the five filters of rows in turn."""
+    height, width, channels = pixels.shape
+    step = 2 * channels
+    rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8).astype(np.int64)
+    left = np.pad(rows, ((0, 0), (step, 0)))[:, :-step]
+    above = np.pad(rows, ((1, 0), (0, 0)))[:-1]
+    corner = np.pad(above, ((0, 0), (step, 0)))[:, :-step]
+    near = [np.abs(left + above - corner - x) for x in (left, above, corner)]
+    nearest = np.choose(np.argmin(near, axis=0), [left, above, corner])
+    guesses = [np.zeros_like(rows), left, above, (left + above) // 2, nearest]
+    content = b"".join(
+        bytes([y % 5]) + (rows[y] - guesses[y % 5][y]).astype(np.uint8).tobytes()
+        for y in range(height)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0),
+        b"eXIf": exif.tobytes()[6:],
+        b"IDAT": zlib.compress(content),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks.items()
+    )
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_16_bits_are_rounded_to_8(packer: Packer, backend: BackendName) -> None:
+    """All values of each channel, turned as EXIF says; transparency is left out."""
+    values = np.arange(2**16, dtype=np.uint16)
+    deep = np.stack([values, values * 3 + 7, values[::-1], values * 5 + 1], axis=1)
+    deep = deep.reshape(256, 256, 4)
+    pictures = [deep[..., channels] for channels in ([0], [1, 3], [0, 1, 2], [0, 1, 2, 3])]
+    stored = [deep_png(picture, orientation=3) for picture in pictures]
+    for png, picture in zip(stored, pictures, strict=True):
+        read = decode_image(torch.frombuffer(bytearray(png), dtype=torch.uint8))
+        assert read.dtype == torch.uint16
+        assert np.array_equal(read.permute(1, 2, 0).numpy(), picture)
+    path = packer([sample(i, png) for i, png in enumerate(stored)])
+    (batch,) = evaluation_batches(path, "train", image_size=256, batch_size=4, backend=backend)
+    for view, index in zip(batch.global_views[0], batch.sample_id.tolist(), strict=True):
+        colours = np.broadcast_to(pictures[index][..., : 3 if index > 1 else 1], (256, 256, 3))
+        expected = np.rint(colours[::-1, ::-1] / 65535 * 255).astype(np.uint8)
+        assert np.array_equal(view.permute(1, 2, 0), expected), index
+
+
+def cmyk_jpeg(orientation: int, adobe: int | None) -> bytes:
+    """Encode a JPEG of four colours. adobe: the transform in its marker; None: without marker."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    inks = np.concatenate([PICTURE, smooth_picture(2, SIDE, SIDE)[..., :1]], axis=2)
+    buffer = io.BytesIO()
+    Image.fromarray(inks, "CMYK").save(buffer, "JPEG", quality=95, exif=exif)
+    content = buffer.getvalue()
+    at = content.index(b"\xff\xee\x00\x0eAdobe")
+    marker = content[at : at + 16]
+    kept = b"" if adobe is None else marker[:-1] + bytes([adobe])
+    return content.replace(marker, kept, 1)
+
+
+def test_cmyk_is_alike_on_both_backends_however_it_is_turned(packer: Packer) -> None:
+    """And at most 2 levels from Pillow.
+
+    Numbers without Adobe's marker are inks. Pillow takes them for light, and so does OpenCV, by
+    which DALI decodes what EXIF turns.
+    """
+    kinds = [(turn, adobe) for turn in range(1, 9) for adobe in (0, 2, None)]
+    path = packer([sample(i, cmyk_jpeg(*kind)) for i, kind in enumerate(kinds)])
+    ours, theirs = (
+        next(evaluation_batches(path, "train", image_size=SIDE, batch_size=24, backend=backend))
+        for backend in ("torch", "dali")
+    )
+    for view, other, index in zip(
+        ours.global_views[0], theirs.global_views[0], ours.sample_id.tolist(), strict=True
+    ):
+        turn, adobe = kinds[index]
+        assert torch.equal(view, other), kinds[index]
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(cmyk_jpeg(turn, adobe))))
+        if turn == 1 and adobe is None:
+            upright = Image.fromarray(255 - np.asarray(upright), "CMYK")
+        apart = np.asarray(upright.convert("RGB")).astype(np.int16)
+        apart -= view.permute(1, 2, 0).numpy()
+        assert np.abs(apart).max() == (1 if turn == 1 else 2), kinds[index]
 
 
 def test_captions_labels_and_ids_arrive(fifty: Path) -> None:

@@ -53,6 +53,10 @@ class Pack:
     """Text file with the name of each class on a line of its own, by index."""
     group_column: str | None = None
     """Column of groups of near-duplicates, which are positives of each other and in one split."""
+    group_near_duplicates: int | None = None
+    """Put pictures of a split that are nearly equal into one group: those whose perceptual hashes
+    (64 bits) differ in at most so many bits, 0 to 10; 4 finds copies that were scaled or encoded
+    again. Every picture is decoded once more."""
     split_column: str | None = None
     """Column with the name of each picture's split."""
     image_root: Path | None = None
@@ -160,6 +164,7 @@ class Pack:
                 limit=self.limit,
                 seed=self.seed,
                 samples_per_shard=self.samples_per_shard,
+                near_duplicate_bits=self.group_near_duplicates,
             ),
             shard=ShardSettings(
                 num_merges=self.num_merges,
@@ -194,6 +199,11 @@ def _show_changes(packed: Packed) -> None:
     if packed.changes:
         kinds = ", ".join(f"{number} {change}" for change, number in packed.changes.items())
         console.print(f"encoded again: {kinds}", highlight=False, soft_wrap=True)
+    if near := packed.manifest.settings.get("near_duplicates"):
+        said = f"near duplicates: {near['pictures']} pictures in {near['groups']} groups"
+        if number := near["in_another_split"]:
+            said += f"; {number} have one in another split, and stay where they are"
+        console.print(said, highlight=False, soft_wrap=True)
     if packed.num_cut:
         console.print(f"captions cut to the context: {packed.num_cut}", highlight=False)
 

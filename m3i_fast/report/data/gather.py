@@ -76,6 +76,7 @@ def gather(cfg: LoaderConfig, *, num_shown: int, num_counted: int, views_of: str
         near=near,
         refused=_refused(cfg.path),
         attribution=manifest.attribution,
+        near_grouped=manifest.settings.get("near_duplicates"),
     )
 
 

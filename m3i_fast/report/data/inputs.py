@@ -105,3 +105,6 @@ class DataPageInputs:
     refused: Sequence[Refusal] | None
     """What packing or indexing left out; None: nothing says so."""
     attribution: str = ""
+    near_grouped: Mapping[str, int] | None = None
+    """Pictures, groups, and pictures with a near duplicate in another split, as packing counted
+    them; None: it did not look for near duplicates."""

@@ -141,7 +141,13 @@ def _share(part: int, whole: int) -> str:
 
 def _near_said(inputs: DataPageInputs) -> str:
     compared = ", ".join(f"{number:,} of {printable(n)}" for n, number in inputs.compared.items())
-    said = f"Centre squares of {compared} were compared with each other. "
+    said = ""
+    if packed := inputs.near_grouped:
+        said += (
+            f"Packing put {packed['pictures']:,} near duplicates into {packed['groups']:,} groups, "
+            f"and left {packed['in_another_split']:,} with one in another split. "
+        )
+    said += f"Centre squares of {compared} were compared with each other. "
     in_group = f"{inputs.num_near_in_group:,} near pairs share a group, as they should. "
     said += in_group if inputs.num_near_in_group else ""
     if not inputs.num_near:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import open_clip
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from m3i_fast.pipelines.dataset.tokenizer import CLIP_NUM_MERGES, Tokenizer
 
@@ -17,6 +19,9 @@ CAPTIONS = (
 )
 
 
+TOKENIZER, OPEN_CLIP = Tokenizer(None, 200), open_clip.SimpleTokenizer()
+
+
 @pytest.mark.parametrize("context_length", [77, 12])
 def test_full_size_gives_the_ids_of_open_clip(context_length: int) -> None:
     tokenizer = Tokenizer(None, context_length)
@@ -26,6 +31,15 @@ def test_full_size_gives_the_ids_of_open_clip(context_length: int) -> None:
         assert ids.dtype == np.int32
         assert np.array_equal(np.pad(ids, (0, context_length - len(ids))), row)
     assert tokenizer.vocab_size == 49408
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(max_codepoint=0x17F) | st.sampled_from("''&;<>_ .tsdl"), max_size=40))
+def test_words_that_are_kept_have_the_ids_of_open_clip(text: str) -> None:
+    """Also between punctuation, numbers, and what cleaning changes."""
+    found, count = TOKENIZER.encode_and_count(text)
+    expected = OPEN_CLIP.encode(text)
+    assert found[1:-1].tolist() == expected and count == len(expected) + 2
 
 
 def test_all_merges_by_number_is_the_full_size() -> None:

@@ -113,6 +113,16 @@ def slow(seconds: float) -> Fault:
     return answer
 
 
+def silent(end: threading.Event) -> Fault:
+    """Take a request, and answer nothing until `end` is set."""
+
+    def answer(environ: Environ, start_response: Any, real: Any) -> Iterable[bytes]:
+        end.wait()
+        raise ConnectionAbortedError("cut by the test")
+
+    return answer
+
+
 @contextmanager
 def s3_environment(address: str) -> Iterator[None]:
     """Set what a user sets for a store that is not Amazon's."""
