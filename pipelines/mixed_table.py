@@ -54,22 +54,32 @@ class MixedTable:
 
 
 class MixedShards:
-    """The shards of all data sets, which are local."""
+    """The shards of all data sets, in folders or in object storage."""
 
     def __init__(self, table: MixedTable, shards: Sequence[Shards]) -> None:
         self._table, self._shards = table, shards
 
     def expect(self, samples: NDArray[np.int64]) -> None:
-        """Do nothing: all bytes are there."""
+        """Announce samples that will be located, in the order of their turn: [N] rows."""
+        datasets, own = self._table.mixed.split_rows(samples)
+        for d, shards in enumerate(self._shards):
+            shards.expect(own[datasets == d])
 
     def expect_no_more(self) -> None:
-        """Do nothing, as `expect`."""
+        """Forget what was announced, since a run goes on elsewhere."""
+        for shards in self._shards:
+            shards.expect_no_more()
 
     def close(self) -> None:
-        """Do nothing: nothing is held."""
+        """Stop what fetches, and give back what is held."""
+        for shards in self._shards:
+            shards.close()
 
     def locate(self, _: object, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
-        """Return the shard and the offset in it of each sample."""
+        """Return the file and the offset in it of each sample.
+
+        Every data set is asked, since those in object storage count the batches that pass.
+        """
         datasets, own = self._table.mixed.split_rows(samples)
         found: list[tuple[str, int]] = [("", 0)] * len(samples)
         for d, shards in enumerate(self._shards):

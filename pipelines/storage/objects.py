@@ -81,6 +81,11 @@ def url_of(path: Path | str) -> str | None:
     return f"{found[1]}://{text[found.end() :]}".rstrip("/") if found else None
 
 
+def place_of(path: Path | str) -> str:
+    """Return a path as a person types it: a URL, or a path of this machine."""
+    return url_of(path) or str(path)
+
+
 def check_folder(path: Path) -> None:
     """Raise ValueError for a URL, where a folder of this machine is needed."""
     url = url_of(path)
