@@ -8,7 +8,7 @@ Legend: B samples of a batch, N positions, P bytes of the longest path.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -18,12 +18,8 @@ from numpy.typing import NDArray
 
 from m3i_fast.keyed_draws import Purpose, words
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTable
-from m3i_fast.pipelines.order import StepLayout, shuffled
+from m3i_fast.pipelines.order import Integers, Order, StepLayout, shuffled
 from m3i_fast.pipelines.storage.shards import Shards
-
-Integers = NDArray[np.int64]
-
-Order = Callable[[Integers], Integers]  # positions in a run -> rows of the table, [N] each
 
 # Columns of a row, as SampleRow in cuda/dali/sample_record.h.
 COLUMNS = ("position", "sample_id", "offset", "size", "crc32c", "caption", "alternate")
@@ -31,7 +27,6 @@ _POSITIONS_AT_ONCE = 2**14
 # Where each is looked up in the table: a row that was not read yet is a page of the file to fetch.
 _LOOKED_UP_AT_ONCE = 2**10
 _MOST_ATTEMPTS = 1000
-_ORDERED_AHEAD = 4096  # samples of an ordered pass that the shards are told of beforehand
 
 
 class Table(Protocol):
@@ -194,18 +189,24 @@ class TrainingRows:
 
 
 def ordered_rows(
-    table: SampleTable, shards: Shards, batch_size: int, *, representatives_only: bool
+    table: SampleTable,
+    shards: Shards,
+    batch_size: int,
+    *,
+    representatives_only: bool,
+    fetch_ahead: int,
 ) -> Iterator[BatchRows]:
     """Yield the rows of one pass in the table's order, without samples that it marks as bad.
 
-    representatives_only: only samples after which their group is named.
+    representatives_only: only samples after which their group is named. fetch_ahead: samples that
+    the shards are told of before their turn.
     """
     taken = (table.rows["flags"] & BAD) == 0
     if representatives_only:
         taken &= table.rows["sample_id"] == table.rows["group_id"]
     good = np.flatnonzero(taken)
     for start in range(0, len(good), batch_size):
-        first = start + _ORDERED_AHEAD if start else 0
-        shards.expect(good[first : start + _ORDERED_AHEAD + batch_size])
+        first = start + fetch_ahead if start else 0
+        shards.expect(good[first : start + fetch_ahead + batch_size])
         samples = good[start : start + batch_size]
         yield rows_of(table, shards, samples, samples)

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from m3i_fast.config.data import DEFAULT_LANES
 from m3i_fast.keyed_draws import finalise
-from m3i_fast.pipelines.order import shuffled
+from m3i_fast.pipelines.lane_turns import EveryTurn, LaneTurns, MixedTurns
+from m3i_fast.pipelines.order import Mixture, shuffled
 
 Integers = NDArray[np.int64]
 
@@ -130,7 +131,9 @@ class LaneOrder:
 
     shard_sizes: samples of each shard. lanes: None for the most that divide DEFAULT_LANES and
     leave every lane some clumps. window: clumps that a lane shuffles together. images_per_input:
-    neighbours that are mixed with each other, which share a lane.
+    neighbours that are mixed with each other, which share a lane. mixture, dataset: what deals the
+    groups of the run, and the number of this data set in it, so that two of the same sizes have
+    different orders; positions are then those of this data set alone (`Mixture.own_positions`).
     Raises ValueError for what is out of range.
     """
 
@@ -142,15 +145,22 @@ class LaneOrder:
         lanes: int | None = None,
         window: int = 1,
         images_per_input: int = 1,
+        mixture: Mixture | None = None,
+        dataset: int = 0,
     ) -> None:
         for name, value in (("lanes", lanes), ("window", window), ("images", images_per_input)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.clumps = Clumps(shard_sizes)
-        self.seed = seed
+        self.seed = seed if mixture is None else _seed_of(seed, dataset)
         self.lanes = lanes or default_lanes(len(self.clumps))
         self.window = window
         self.images_per_input = images_per_input
+        self.turns: LaneTurns = (
+            EveryTurn(self.lanes, images_per_input)
+            if mixture is None
+            else MixedTurns(mixture, dataset, self.lanes, images_per_input)
+        )
         self._row: tuple[int, _Row] | None = None
         # The last window of each lane, as a cache: an order that sorts needs it whole.
         self._width = min(window * CLUMP_SAMPLES, self.clumps.num_samples)
@@ -179,7 +189,7 @@ class LaneOrder:
 
     def lane_of(self, positions: Integers) -> Integers:
         """Return the lane of each position; rank r of R has those with lane mod R = r."""
-        return positions // self.images_per_input % self.lanes
+        return self.turns.lane_of(positions)
 
     def samples(self, positions: Integers) -> Integers:
         """Return the sample, a row of the table, at each position.
@@ -201,11 +211,10 @@ class LaneOrder:
         row = self._row_of(epoch)
         lanes = self.lane_of(positions)
         first = epoch * self.clumps.num_samples
-        every = np.arange(self.lanes + 1)
-        share = self._before_lane(first + self.clumps.num_samples, every)
-        share = share - self._before_lane(first, every)  # [L + 1], where each lane's part begins
+        turns, last = self.turns, first + self.clumps.num_samples
+        share = turns.before_lanes(last) - turns.before_lanes(first)  # [L + 1], begins of parts
         begin, end = share[lanes], share[lanes + 1]
-        offsets = begin + self._of_lane(positions, lanes) - self._of_lane(first, lanes)
+        offsets = begin + turns.of_lane(positions, lanes) - turns.of_lane(first, lanes)
         # The window: `window` places, counted from that of the lane's first clump.
         place, start = row.slot_of(begin)
         own, _ = row.slot_of(offsets)
@@ -216,18 +225,6 @@ class LaneOrder:
         offsets = low + self._shuffled_windows(epoch, lanes, low, high, offsets - low)
         place, start = row.slot_of(offsets)
         return self._first_sample(epoch, row, place) + offsets - start
-
-    def _of_lane(self, below: Integers | int, lanes: Integers) -> Integers:
-        """Count the positions below one that each of the lanes has."""
-        images = self.images_per_input
-        rounds, rest = np.divmod(below, images * self.lanes)
-        return rounds * images + np.clip(rest - lanes * images, 0, images)
-
-    def _before_lane(self, below: int, lanes: Integers) -> Integers:
-        """Count the positions below one that all lanes before each of these have."""
-        images = self.images_per_input
-        rounds, rest = divmod(below, images * self.lanes)
-        return rounds * images * lanes + np.minimum(rest, lanes * images)
 
     def _row_of(self, epoch: int) -> _Row:
         """Lay out the clumps of an epoch; the last one is kept, since steps stay in an epoch."""
@@ -292,6 +289,12 @@ class LaneOrder:
             hashes = finalise(key[:, None] + _GAMMA * (steps.astype(np.uint64) + np.uint64(1)))
         hashes[steps >= sizes[:, None]] = np.iinfo(np.uint64).max  # stable: they sort behind
         return hashes.argsort(axis=1, kind="stable")
+
+
+def _seed_of(seed: int, dataset: int) -> int:
+    """Return the seed of a data set of a mixture."""
+    key = np.array([seed], np.uint64) + _GAMMA * np.array([dataset + 1], np.uint64)
+    return int(finalise(key)[0])
 
 
 def default_lanes(num_clumps: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from m3i_fast.ops.views import view_specs
 from m3i_fast.pipelines.backends import start_backend
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.batch_rows import BatchRows, TrainingRows, ordered_rows
-from m3i_fast.pipelines.dataset.manifest import Manifest, quoted
+from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.mixed_table import MixedTable
 from m3i_fast.pipelines.mixture import MixedData
@@ -24,6 +25,7 @@ from m3i_fast.pipelines.open_data import OpenSplit, open_data
 from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.skipped_samples import SkippedSamples
+from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.shards import BucketReads
 from m3i_fast.pipelines.text_captions import caption_member, with_captions
 
@@ -85,10 +87,10 @@ class Loader:
         self.manifest = self._open.manifest
         num_samples = len(self._open.table)
         if cfg.batch_size * num_ranks > num_samples:
+            what = "the mixture" if cfg.mixture else f"split {cfg.split} of {place_of(cfg.path)}"
             raise ValueError(
-                f"batch_size: expected at most {num_samples // num_ranks} (split {cfg.split} of "
-                f"{cfg.path} has {num_samples} samples for {num_ranks} ranks), got "
-                f"{cfg.batch_size}"
+                f"batch_size: expected at most {num_samples // num_ranks} ({what} has "
+                f"{num_samples} samples for {num_ranks} ranks), got {cfg.batch_size}"
             )
         self._start = 0  # position at which this object began or resumed
         self._batches = 0  # of this rank, since then
@@ -233,11 +235,11 @@ class Loader:
 
     def _skip(self, error: SampleError) -> None:
         """Take note of a sample that cannot be used; raises where it ends the run."""
-        command = f"m3i-fast data verify --decode {quoted(self.cfg.path)}"
-        if self.cfg.strict:
-            raise RuntimeError(f"{error}; check the files with: {command}") from error
         assert self._rows is not None
         sample = int(self._rows.samples_at(np.array([error.position]))[0])
+        command = f"m3i-fast data verify --decode {self._place_of(sample)}"
+        if self.cfg.strict:
+            raise RuntimeError(f"{error}; check the files with: {command}") from error
         if sample in self._skipped.known:
             raise RuntimeError(f"{error}, although it was replaced") from error
         self._skipped.add(sample, error)
@@ -247,6 +249,14 @@ class Loader:
                 f"used, got another: {error}; check the files with: {command}"
             ) from error
         logger.warning("SKIPPED, another sample takes its place: %s", error)
+
+    def _place_of(self, sample: int) -> str:
+        """Return where the data set of a sample, a row of the table, lies, quoted for a shell."""
+        table, path = self._open.table, self.cfg.path
+        if isinstance(table, MixedTable):
+            ((dataset,), _) = table.mixed.split_rows(np.array([sample]))
+            path = table.mixed.parts[dataset].path
+        return shlex.quote(place_of(path))
 
 
 def evaluation_batches(
@@ -260,17 +270,27 @@ def evaluation_batches(
     device_id: int | None = None,
     max_pixels: int = MAX_PIXELS,
     backend: BackendName = "auto",
+    bucket_fields_of: LoaderConfig | None = None,
 ) -> Iterator[Batch]:
     """Iterate once over a split in order, without augmentation: one global view, the centre square.
 
     Batches have the first of several captions; the last batch may be smaller. With
-    representatives_only they hold one sample a group (sample_id == group_id). Raises as
-    `open_split`, ValueError for a size below 1, and RuntimeError naming a corrupt sample.
+    representatives_only they hold one sample a group (sample_id == group_id). bucket_fields_of: a
+    config of which the cache and the limits are taken where `path` is a URL; None: the defaults.
+    Raises as `open_data`, ValueError for a size below 1, and RuntimeError naming a corrupt sample.
     """
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    cfg = LoaderConfig(path=path, split=split, max_pixels=max_pixels, batch_size=batch_size)
+    cfg = LoaderConfig(
+        path=path,
+        split=split,
+        max_pixels=max_pixels,
+        batch_size=batch_size,
+        lanes=1,  # clumps come in their order, one after the other
+    )
+    if bucket_fields_of is not None:
+        cfg = cfg.with_bucket_fields_of(bucket_fields_of)
     opened = open_data(cfg)
     assert isinstance(opened.table, SampleTable)  # one data set
     work = SampleWork(
@@ -283,12 +303,16 @@ def evaluation_batches(
         alternates=False,
         batch_size=batch_size,
         num_threads=num_threads,
-        prefetch=2,
+        prefetch=cfg.prefetch,
         device_id=device_id,
         hw_decoder_load=None,
     )
     rows = ordered_rows(
-        opened.table, opened.shards, batch_size, representatives_only=representatives_only
+        opened.table,
+        opened.shards,
+        batch_size,
+        representatives_only=representatives_only,
+        fetch_ahead=cfg.fetch_ahead,
     )
 
     def batches() -> Iterator[Batch]:
@@ -301,7 +325,7 @@ def evaluation_batches(
                 except StopIteration:
                     return
                 except SampleError as error:
-                    command = f"m3i-fast data verify --decode {quoted(path)}"
+                    command = f"m3i-fast data verify --decode {shlex.quote(place_of(path))}"
                     raise RuntimeError(f"{error}; check the files with: {command}") from error
                 yield batch if device_id is None else batch.to(f"cuda:{device_id}")
         finally:

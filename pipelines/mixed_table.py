@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, SampleTable
 from m3i_fast.pipelines.mixture import MixedData
-from m3i_fast.pipelines.storage.shards import Shards
+from m3i_fast.pipelines.storage.shards import BucketReads, Shards
 
 NO_CLASS = -2  # of a label that its data set has no class for: refused as what it is
 
@@ -54,25 +54,37 @@ class MixedTable:
 
 
 class MixedShards:
-    """The shards of all data sets, which are local."""
+    """The shards of all data sets, in folders or in object storage."""
 
     def __init__(self, table: MixedTable, shards: Sequence[Shards]) -> None:
         self._table, self._shards = table, shards
 
     def expect(self, samples: NDArray[np.int64]) -> None:
-        """Do nothing: all bytes are there."""
+        """Announce samples that will be located, in the order of their turn: [N] rows."""
+        datasets, own = self._table.mixed.split_rows(samples)
+        for d, shards in enumerate(self._shards):
+            shards.expect(own[datasets == d])
 
     def expect_no_more(self) -> None:
-        """Do nothing, as `expect`."""
+        """Forget what was announced, since a run goes on elsewhere."""
+        for shards in self._shards:
+            shards.expect_no_more()
 
-    def reads(self) -> None:
-        """Return None: nothing is read from object storage."""
+    def reads(self) -> BucketReads | None:
+        """Return what was read so far from object storage, of all data sets together."""
+        each = [reads for shards in self._shards if (reads := shards.reads()) is not None]
+        return BucketReads(*map(sum, zip(*map(astuple, each), strict=True))) if each else None
 
     def close(self) -> None:
-        """Do nothing: nothing is held."""
+        """Stop what fetches, and give back what is held."""
+        for shards in self._shards:
+            shards.close()
 
     def locate(self, _: object, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
-        """Return the shard and the offset in it of each sample."""
+        """Return the file and the offset in it of each sample.
+
+        Every data set is asked, since those in object storage count the batches that pass.
+        """
         datasets, own = self._table.mixed.split_rows(samples)
         found: list[tuple[str, int]] = [("", 0)] * len(samples)
         for d, shards in enumerate(self._shards):

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from m3i_fast.config.data import LoaderConfig, MixturePart
-from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest, read_manifest
+from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
-from m3i_fast.pipelines.order import Integers, Mixture
+from m3i_fast.pipelines.order import Integers, Mixture, Order
+from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import manifest_at
 
 MAX_ID = 2**48
@@ -37,18 +38,19 @@ class MixedData:
     manifests: tuple[Manifest, ...]
 
     @classmethod
-    def read(cls, parts: Sequence[MixturePart]) -> MixedData:
-        """Read the manifests of a mixture's data sets; raises as `read_manifest` does as well."""
-        return cls(tuple(parts), tuple(read_manifest(part.path) for part in parts))
+    def read(cls, cfg: LoaderConfig) -> MixedData:
+        """Read the manifests of a mixture's data sets; raises as `manifest_at` does as well."""
+        return cls(cfg.mixture_parts, tuple(map(manifest_at, cfg.members)))
 
     def __post_init__(self) -> None:
         for part, manifest in zip(self.parts, self.manifests, strict=True):
             manifest.split(part.split)
             if manifest.tokenizer != self.tokenizer:
                 raise ValueError(
-                    f"{part.path / MANIFEST_NAME}: tokenizer: expected that of "
-                    f"{self.parts[0].path}, {_told(self.tokenizer)}, as every data set of a "
-                    f"mixture must have it, got {_told(manifest.tokenizer)}: pack one of them again"
+                    f"{place_of(part.path)}/{MANIFEST_NAME}: tokenizer: expected that of "
+                    f"{place_of(self.parts[0].path)}, {_told(self.tokenizer)}, as every data set "
+                    f"of a mixture must have it, got {_told(manifest.tokenizer)}: pack one of "
+                    "them again"
                 )
 
     @property
@@ -97,13 +99,21 @@ class MixedData:
         starts = np.cumsum([0, *(len(each) for each in labels[:-1])], dtype=np.int64)
         return np.array([label for each in labels for label in each], np.int64), starts
 
-    def rows_at(self, positions: Integers, *, seed: int, images_per_input: int) -> Integers:
+    def rows_at(
+        self,
+        positions: Integers,
+        *,
+        seed: int,
+        images_per_input: int,
+        orders: Mapping[int, Order] | None = None,
+    ) -> Integers:
         """Return the row of the sample at each position, counted over all data sets: [N] -> [N].
 
-        Raises ValueError as `order.shuffled`.
+        orders: of data sets that are not shuffled as a whole, by number. Raises ValueError as
+        `order.shuffled`.
         """
         datasets, samples = self.mixture.samples(
-            positions, seed=seed, images_per_input=images_per_input
+            positions, seed=seed, images_per_input=images_per_input, orders=orders
         )
         return self._starts[datasets] + samples
 
@@ -128,9 +138,9 @@ class MixedData:
 def read_described(cfg: LoaderConfig) -> Manifest | MixedData:
     """Return what is known of the data that a config reads: one manifest, or a mixture's.
 
-    Raises as `read_manifest` and `MixedData`.
+    Raises as `manifest_at` and `MixedData`.
     """
-    return MixedData.read(cfg.mixture_parts) if cfg.mixture else manifest_at(cfg)
+    return MixedData.read(cfg) if cfg.mixture else manifest_at(cfg)
 
 
 def _told(tokenizer: TokenizerInfo) -> str:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from m3i_fast.config.data import LoaderConfig
-from m3i_fast.pipelines.batch_rows import Order
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
 from m3i_fast.pipelines.mixture import MixedData
-from m3i_fast.pipelines.order import ORDER_VERSION
-from m3i_fast.pipelines.storage.objects import url_of
-from m3i_fast.pipelines.storage.remote import open_remote
+from m3i_fast.pipelines.order import ORDER_VERSION, Order
+from m3i_fast.pipelines.storage.objects import place_of, url_of
+from m3i_fast.pipelines.storage.read_pool import ReadPool
+from m3i_fast.pipelines.storage.remote import RemoteSplit, check_room, open_remote, plan_remote
 from m3i_fast.pipelines.storage.shards import LocalShards, Shards
 
 
@@ -29,8 +30,9 @@ class OpenSplit:
     split: SplitInfo
     table: SampleTable | MixedTable
     shards: Shards
-    lanes: LaneOrder | None = None
-    """The order of a data set in object storage; None: all samples are shuffled."""
+    lanes: Mapping[int, LaneOrder] = field(default_factory=dict)
+    """The order of each data set in object storage, by its number; all samples of others are
+    shuffled."""
 
     @property
     def digest(self) -> str:
@@ -45,16 +47,18 @@ class OpenSplit:
 
     def order(self, seed: int, images_per_input: int) -> Order | None:
         """Return which row of the table stands at each position; None: all rows are shuffled."""
+        orders = {number: lanes.samples for number, lanes in self.lanes.items()}
         if isinstance(self.table, MixedTable):
             rows_at = self.table.mixed.rows_at
-            return partial(rows_at, seed=seed, images_per_input=images_per_input)
-        return self.lanes.samples if self.lanes else None
+            return partial(rows_at, seed=seed, images_per_input=images_per_input, orders=orders)
+        return orders.get(0)
 
     def order_identity(self, images_per_input: int) -> int | str:
         """Return what tells the order of the samples from another one."""
         if isinstance(self.table, MixedTable):
-            return f"{ORDER_VERSION}, mixed by {images_per_input}"
-        return f"{ORDER_VERSION}, {self.lanes.identity}" if self.lanes else ORDER_VERSION
+            of_lanes = [f"; {number}: {lanes.identity}" for number, lanes in self.lanes.items()]
+            return f"{ORDER_VERSION}, mixed by {images_per_input}" + "".join(of_lanes)
+        return f"{ORDER_VERSION}, {self.lanes[0].identity}" if self.lanes else ORDER_VERSION
 
 
 def open_data(
@@ -69,67 +73,92 @@ def open_data(
     Raises as `open_split` does, `open_remote` for a URL, and ValueError for data sets that cannot
     be mixed.
     """
-    path, split = cfg.path, cfg.split
     if cfg.mixture:
-        return _open_mixture(cfg, rank=rank, num_ranks=num_ranks)
-    if url_of(path) is not None:
-        remote = open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
-        return OpenSplit(
-            path=remote.path,
-            manifest=remote.manifest,
-            split=remote.split,
-            table=remote.table,
-            shards=remote.shards,
-            lanes=remote.order,
+        return _open_mixture(cfg, rank=rank, num_ranks=num_ranks, images_per_input=images_per_input)
+    if url_of(cfg.path) is not None:
+        return _read_remote(
+            open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
         )
     manifest, info = open_split(
-        path,
-        split,
+        cfg.path,
+        cfg.split,
         max_pixels=cfg.max_pixels,
         rank=rank,
         num_ranks=num_ranks,
     )
-    table = SampleTable.open(path, manifest, split)
+    table = SampleTable.open(cfg.path, manifest, cfg.split)
     return OpenSplit(
-        path=path,
+        path=cfg.path,
         manifest=manifest,
         split=info,
         table=table,
-        shards=LocalShards(path, table),
+        shards=LocalShards(cfg.path, table),
     )
 
 
-def _open_mixture(cfg: LoaderConfig, *, rank: int, num_ranks: int) -> OpenSplit:
+def _read_remote(remote: RemoteSplit) -> OpenSplit:
+    return OpenSplit(
+        path=remote.path,
+        manifest=remote.manifest,
+        split=remote.split,
+        table=remote.table,
+        shards=remote.shards,
+        lanes={0: remote.order},
+    )
+
+
+def _open_mixture(
+    cfg: LoaderConfig, *, rank: int, num_ranks: int, images_per_input: int
+) -> OpenSplit:
     """Open all data sets of a mixture as one, whose manifest is the first's with all classes.
 
-    Raises ValueError for one that lies under a URL, or has other captions than the first.
+    Those in object storage have their room and their threads together. Raises ValueError for one
+    that has other captions than the first.
     """
-    opened = []
-    for part in cfg.mixture_parts:
-        if url_of(part.path) is not None:
-            raise ValueError(f"data.mixture: expected folders, got {part.path}")
-        one = replace(cfg, path=part.path, split=part.split, mixture=())
-        opened.append(open_data(one, rank=rank, num_ranks=num_ranks))
-    first = opened[0]
-    for other in opened:
-        if other.manifest.caption_member != first.manifest.caption_member:
-            raise ValueError(
-                f"data.mixture: expected captions in {first.manifest.caption_member!r} as "
-                f"{first.path} has them, got {other.manifest.caption_member!r} of {other.path}"
-            )
-    mixed = MixedData(cfg.mixture_parts, tuple(each.manifest for each in opened))
+    mixed = MixedData.read(cfg)
+    _expect_same_captions(mixed)
+    plans = {
+        number: plan_remote(
+            member,
+            num_ranks=num_ranks,
+            images_per_input=images_per_input,
+            mixture=mixed.mixture,
+            dataset=number,
+        )
+        for number, member in enumerate(cfg.members)
+        if url_of(member.path) is not None
+    }
+    check_room([*plans.values()])
+    reads = ReadPool(cfg.reads_in_flight)
+    opened = [
+        _read_remote(plans[number].open(reads))
+        if number in plans
+        else open_data(member, rank=rank, num_ranks=num_ranks)
+        for number, member in enumerate(cfg.members)
+    ]
     tables = [each.table for each in opened]
     table = MixedTable(mixed, tuple(t for t in tables if isinstance(t, SampleTable)))
     return OpenSplit(
-        path=first.path,
-        manifest=replace(first.manifest, class_names=mixed.class_names),
+        path=opened[0].path,
+        manifest=replace(opened[0].manifest, class_names=mixed.class_names),
         # Alternates are read where all data sets have them.
         split=replace(
-            first.split, max_alternates=min(each.split.max_alternates for each in opened)
+            opened[0].split, max_alternates=min(each.split.max_alternates for each in opened)
         ),
         table=table,
         shards=MixedShards(table, [each.shards for each in opened]),
+        lanes={number: plan.order for number, plan in plans.items()},
     )
+
+
+def _expect_same_captions(mixed: MixedData) -> None:
+    first = mixed.manifests[0].caption_member
+    for part, manifest in zip(mixed.parts, mixed.manifests, strict=True):
+        if manifest.caption_member != first:
+            raise ValueError(
+                f"data.mixture: expected captions in {first!r} as {place_of(mixed.parts[0].path)} "
+                f"has them, got {manifest.caption_member!r} of {place_of(part.path)}"
+            )
 
 
 def open_samples(cfg: LoaderConfig) -> tuple[SampleTable, Shards]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from m3i_fast.keyed_draws import finalise
 
 Integers = NDArray[np.int64]
+Order = Callable[[Integers], Integers]
+"""Positions -> rows of a table, [N] each."""
 _Words = NDArray[np.uint64]
 
 ORDER_VERSION = 1
@@ -187,23 +190,38 @@ class Mixture:
         datasets = dealt[within]
         return datasets, rounds * np.array(self.shares, np.int64)[datasets] + before[within]
 
-    def samples(
-        self, positions: Integers, *, seed: int, images_per_input: int = 1
+    def own_positions(
+        self, positions: Integers, *, images_per_input: int = 1
     ) -> tuple[Integers, Integers]:
-        """Return the data set and the sample in it at each position of a run.
+        """Return the data set at each position of a run, and how many positions it had before.
 
         positions: int64, of any shape, not negative. images_per_input: neighbours that are mixed
         with each other, which come of one data set. Returns two int64 arrays of the same shape.
+        """
+        groups, image = np.divmod(np.asarray(positions, np.int64), images_per_input)
+        datasets, before = self.at(groups)
+        return datasets, before * images_per_input + image
+
+    def samples(
+        self,
+        positions: Integers,
+        *,
+        seed: int,
+        images_per_input: int = 1,
+        orders: Mapping[int, Order] | None = None,
+    ) -> tuple[Integers, Integers]:
+        """Return the data set and the sample in it at each position of a run.
+
+        Each data set is passed over in an order of its own: that of `orders`, by its number, or
+        `shuffled`. Other arguments as `own_positions`. Returns two int64 arrays of the same shape.
         Raises ValueError as `shuffled`.
         """
-        positions = np.asarray(positions, np.int64)
-        groups, image = np.divmod(positions, images_per_input)
-        datasets, before = self.at(groups)
-        own = before * images_per_input + image
+        datasets, own = self.own_positions(positions, images_per_input=images_per_input)
         samples = np.empty_like(own)
         for d, size in enumerate(self.sizes):
             where = datasets == d
-            samples[where] = shuffled(own[where], size=size, seed=seed, dataset=d)
+            order = (orders or {}).get(d) or partial(shuffled, size=size, seed=seed, dataset=d)
+            samples[where] = order(own[where])
         return datasets, samples
 
 

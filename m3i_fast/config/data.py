@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +13,8 @@ from m3i_fast.config.fields import BATCHES, NUMBERS, SIDES, THREADS, Checked, Co
 BackendName = Literal["auto", "dali", "torch"]
 DEFAULT_LANES = 1920  # divided by most numbers of ranks that nodes of 8 and of 4 GPUs make
 MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
+BUCKET_FIELDS = ("buffer_gib", "cache_dir", "cache_gib", "reads_in_flight", "fetch_ahead")
+"""Fields of `LoaderConfig` that say how object storage is read, whatever is read of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +102,7 @@ class MixturePart:
 
     @classmethod
     def parse(cls, text: str) -> MixturePart:
-        """Read DIR:SPLIT:WEIGHT; the directory may have colons. Raises ValueError for another."""
+        """Read DIR:SPLIT:WEIGHT; the directory may be a URL. Raises ValueError for another."""
         path, _, rest = text.rpartition(":")
         path, _, split = path.rpartition(":")
         try:
@@ -117,13 +119,13 @@ class LoaderConfig(Checked):
     """Choose the data that are read, and how they become training batches."""
 
     path: Path = Path("data/openmoji")
-    """Dataset directory (with manifest.json and shards)."""
+    """Dataset directory (with manifest.json and shards), or its URL."""
     split: str = "train"
     """Split of the dataset."""
     mixture: tuple[str, ...] = ()
     """Data sets to train on in place of path and split, each as DIR:SPLIT:WEIGHT, for instance
-    data/photos:train:0.7 data/drawings:train:0.3: every input comes of one of them, so often as its
-    weight says. They have one tokenizer; classes of the same name are one class."""
+    s3://bucket/photos:train:0.7 data/drawings:train:0.3: every input comes of one of them, so often
+    as its weight says. They have one tokenizer; classes of the same name are one class."""
     batch_size: Annotated[int, BATCHES] = 64
     """Samples per batch on each rank."""
     global_views: ViewConfig = field(default_factory=ViewConfig)
@@ -157,13 +159,13 @@ class LoaderConfig(Checked):
     lanes: Annotated[int | None, range(1, 2**16 + 1)] = None
     """Sequences of clumps (up to 128 neighbours of a shard) that a run reads side by side from
     object storage; a multiple of the number of ranks. It is part of the order of the samples. None:
-    1,920, or fewer where there are few clumps. A folder has no lanes: all its samples are
-    shuffled."""
+    1,920, or fewer where there are few clumps; each data set of a mixture has its own. A folder has
+    no lanes: all its samples are shuffled."""
     clumps_a_window: Annotated[int, range(1, 65)] = 1
     """Clumps of a lane that are shuffled together; part of the order, as the lanes are."""
     buffer_gib: float = 32.0
-    """Most GiB of clumps that one rank holds open: of each of its lanes one window, and those that
-    are fetched ahead."""
+    """Most GiB of clumps that one rank holds open, of all data sets together: of each of its lanes
+    one window, and those that are fetched ahead."""
     cache_dir: Path = Path("~/.cache/m3i-fast")
     """Folder of the files that are fetched from object storage, best on a local NVMe; the processes
     of a node share it."""
@@ -192,3 +194,15 @@ class LoaderConfig(Checked):
     def mixture_parts(self) -> tuple[MixturePart, ...]:
         """Return the data sets of the mixture, none where path and split are read."""
         return tuple(map(MixturePart.parse, self.mixture))
+
+    @property
+    def members(self) -> tuple[LoaderConfig, ...]:
+        """Return the config of each data set of the mixture, as of one that is read alone."""
+        return tuple(
+            replace(self, path=part.path, split=part.split, mixture=())
+            for part in self.mixture_parts
+        )
+
+    def with_bucket_fields_of(self, other: LoaderConfig) -> LoaderConfig:
+        """Return this config with another's cache and limits of reading from object storage."""
+        return replace(self, **{name: getattr(other, name) for name in BUCKET_FIELDS})

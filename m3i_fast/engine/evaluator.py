@@ -43,6 +43,7 @@ from m3i_fast.pipelines.dataset.near_duplicates import COMPARED_SIZE
 from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.mixture import read_described
+from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import folder_at
 
 
@@ -78,7 +79,7 @@ def evaluate(
     elif cfg.data.mixture:
         raise ValueError(
             f"--data: expected the data set to measure on, since {run} was trained on a mixture of "
-            f"{' and '.join(str(part.path) for part in cfg.data.mixture_parts)}, got none"
+            f"{' and '.join(place_of(part.path) for part in cfg.data.mixture_parts)}, got none"
         )
     models = {"trained": load_objective(run, cfg)}
     if cfg.objective.uses(encoder="momentum"):
@@ -135,8 +136,8 @@ def _expect_same_tokenizer(of_run: LoaderConfig, of_measures: LoaderConfig) -> N
     ours, theirs = (read_described(cfg).tokenizer.fingerprint for cfg in (of_run, of_measures))
     if ours != theirs:
         raise ValueError(
-            f"data: expected {of_measures.path} to have the tokenizer of the run, {ours[:8]}, "
-            f"got {theirs[:8]}; pack it with the same tokenizer"
+            f"data: expected {place_of(of_measures.path)} to have the tokenizer of the run, "
+            f"{ours[:8]}, got {theirs[:8]}; pack it with the same tokenizer"
         )
 
 
@@ -227,7 +228,8 @@ def _two_crops(cfg: TrainConfig, split: str) -> tuple[tuple[Tensor, ...], Tensor
         global_views=ViewConfig(size=cfg.vision.image_size, scale=(0.5, 1.0)),
         alternates=False,
         max_pixels=cfg.data.max_pixels,
-    )
+        lanes=1,  # one picture after the other
+    ).with_bucket_fields_of(cfg.data)
     loader = Loader(settings, device_id=0 if device.type == "cuda" else None)
     crops: dict[int, tuple[Tensor, ...]] = {}  # 2 x [1, 3, S, S], [1, 2, 5]
     for _ in range(loader.steps_per_epoch):
@@ -309,4 +311,5 @@ def _whole_pictures(
         representatives_only=not variants,
         max_pixels=cfg.data.max_pixels,
         device_id=0 if resolve_device(cfg.device).type == "cuda" else None,
+        bucket_fields_of=cfg.data,
     )

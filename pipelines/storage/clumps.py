@@ -22,7 +22,8 @@ from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTab
 from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
-from m3i_fast.pipelines.storage.requests import DaemonPool, Stop
+from m3i_fast.pipelines.storage.read_pool import ReadPool
+from m3i_fast.pipelines.storage.requests import Stop
 from m3i_fast.pipelines.storage.shards import BucketReads
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,9 @@ class BucketShards:
 
     bucket: where the shards lie, as the manifest names them. shard_sizes: samples of each of them,
     in the order of the table. cache: of the node. identity: tells this data set from others in the
-    cache. reads_in_flight: reads at the same time. kept_batches: a clump is given back that so many
-    later batches did not use: those that a backend still reads, and one round of the lanes.
+    cache. reads: threads that may be those of other data sets as well. kept_batches: a clump is
+    given back that so many later batches did not use: those that a backend still reads, and one
+    round of the lanes.
 
     Threads start with the first samples, and after `close` again. At most `PIECE` bytes of each
     read are in memory. Sizes and ETags of all shards are remembered when it is made, and compared
@@ -79,7 +81,7 @@ class BucketShards:
         cache: SharedCache,
         *,
         identity: str,
-        reads_in_flight: int = 32,
+        reads: ReadPool,
         kept_batches: int = 128,
     ) -> None:
         self.counts = FetchCounts()
@@ -88,8 +90,8 @@ class BucketShards:
         self._kept_batches = kept_batches
         self._key = hashlib.sha256(f"{bucket.url} {identity}".encode()).hexdigest()[:12]
         self._infos = self._checked_infos(shard_bytes)
-        self._reads_in_flight = reads_in_flight
-        self._pool: DaemonPool | None = None
+        self._reads = reads
+        self._is_started = False
         self._stop = Stop()  # of what was begun since the last start
         self._lock = threading.Lock()  # of the counts
         self._clumps: OrderedDict[int, _Clump] = OrderedDict()  # by first sample; used last: last
@@ -160,10 +162,10 @@ class BucketShards:
 
     def close(self) -> None:
         """Stop fetching, and give all clumps back to the cache; the next samples start it again."""
-        pool, self._pool = self._pool, None
         self._stop.set()
-        if pool is not None:
-            pool.close()
+        if self._is_started:
+            self._is_started = False
+            self._reads.stop()
             files = [clump.file for clump in self._clumps.values()]
             wait([file for file in files if not file.cancelled()], timeout=_CLOSE_S)
             counts = self.counts
@@ -181,24 +183,23 @@ class BucketShards:
         self._clumps.clear()
         self._cache.close()
 
-    def _started(self) -> DaemonPool:
-        """Return the threads that fetch; they are started where there are none."""
-        if self._pool is None:
+    def _start(self) -> None:
+        """Begin to use the cache, after a start or `close`."""
+        if not self._is_started:
+            self._is_started = True
             self._cache.open()
             self._stop = Stop()
-            self._pool = DaemonPool(self._reads_in_flight, "clump-reader")
-        return self._pool
 
     def _clump(self, shard: int, first: int, end: int, *, in_pool: bool) -> _Clump:
         """Return the clump of a first sample; a new one is fetched."""
-        pool = self._started()
+        self._start()
         clump = self._clumps.get(first)
         expected = clump.expected if clump is not None else 0
         if clump is not None and clump.file.done() and clump.file.exception() is not None:
             clump = None  # nobody needed it until now: it is tried again
         if clump is None:
             if in_pool:
-                file = pool.submit(self._fetch, shard, first, end, self._stop)
+                file = self._reads.submit(self._fetch, shard, first, end, self._stop)
             else:
                 begin, file = time.monotonic(), Future()
                 file.set_result(self._fetch(shard, first, end, self._stop))
@@ -328,21 +329,26 @@ def needed_bytes(
     shard_sizes: list[int],
     shard_bytes: list[int],
     *,
-    lanes: int,
+    density: NDArray[np.float64],  # [L]
     window: int,
     num_ranks: int,
     fetch_ahead: int,
-) -> int:
-    """Return the most bytes of clumps that a rank holds: its lanes' windows, and those ahead."""
+) -> NDArray[np.int64]:  # [num_ranks]
+    """Return the most bytes of clumps that each rank holds: its lanes' windows, and those ahead.
+
+    density: which part of each lane's groups is of this data set; the number of ranks divides that
+    of the lanes. fetch_ahead: samples of a rank, of all data sets that are mixed.
+    """
     means = [size / count for count, size in zip(shard_sizes, shard_bytes, strict=True)]
     clump = max(
         min(count, CLUMP_SAMPLES) * mean for count, mean in zip(shard_sizes, means, strict=True)
     )
-    ahead = -(-fetch_ahead // CLUMP_SAMPLES)
-    clumps = min(
-        -(-lanes // num_ranks) * window + ahead, sum(-(-n // CLUMP_SAMPLES) for n in shard_sizes)
+    of_rank = density.reshape(-1, num_ranks)  # lane l is of rank l mod R
+    ahead = np.ceil(fetch_ahead * of_rank.mean(0) / CLUMP_SAMPLES)
+    clumps = np.minimum(
+        (of_rank > 0).sum(0) * window + ahead, sum(-(-n // CLUMP_SAMPLES) for n in shard_sizes)
     )
-    return round(clumps * clump)
+    return np.rint(clumps * clump).astype(np.int64)
 
 
 def check_buffer(needed: int, *, buffer_gib: float, cache_gib: float, ranks_a_node: int) -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
@@ -88,6 +89,11 @@ def url_of(path: Path | str) -> str | None:
     text = str(path)
     found = _URL.match(text)
     return f"{found[1]}://{text[found.end() :]}".rstrip("/") if found else None
+
+
+def place_of(path: Path | str) -> str:
+    """Return a path as a person types it: a URL, or a path of this machine."""
+    return url_of(path) or str(path)
 
 
 def check_folder(path: Path) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.dataset.directory import COMPARED, HASHED_BYTES
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, read_manifest
 from m3i_fast.pipelines.dataset.sample_table import SampleTable, rows_fault
 from m3i_fast.pipelines.lanes import LaneOrder
+from m3i_fast.pipelines.order import Mixture
 from m3i_fast.pipelines.storage.cache import SharedCache
 from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes
 from m3i_fast.pipelines.storage.dataset_copy import copy_description
 from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy, url_of
+from m3i_fast.pipelines.storage.read_pool import ReadPool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +37,124 @@ class RemoteSplit:
     shards: BucketShards
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemotePlan:
+    """A split of which the order and the room are known, and no shard was looked at yet."""
+
+    cfg: LoaderConfig
+    bucket: Bucket
+    path: Path
+    manifest: Manifest
+    order: LaneOrder
+    num_ranks: int
+
+    @property
+    def split(self) -> SplitInfo:
+        """Return what the manifest says of the split."""
+        return self.manifest.split(self.cfg.split)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Return the samples of each shard."""
+        return [shard.num_samples for shard in self.split.shards]
+
+    @property
+    def shard_bytes(self) -> list[int]:
+        """Return the bytes of each shard."""
+        return [shard.num_bytes for shard in self.split.shards]
+
+    def needed_bytes(self) -> NDArray[np.int64]:
+        """Return the most bytes of clumps that each rank holds: [num_ranks]."""
+        return needed_bytes(
+            self.shard_sizes,
+            self.shard_bytes,
+            density=self.order.turns.density,
+            window=self.order.window,
+            num_ranks=self.num_ranks,
+            fetch_ahead=self.cfg.fetch_ahead,
+        )
+
+    def open(self, reads: ReadPool) -> RemoteSplit:
+        """Open the table and the shards; raises as `open_remote`."""
+        cfg, manifest = self.cfg, self.manifest
+        table = SampleTable.open(self.path, manifest, cfg.split)
+        check_rows(self.bucket.url, table, manifest, cfg.split)
+        cache = cfg.cache_dir.expanduser() / "clumps"
+        shards = BucketShards(
+            self.bucket,
+            table,
+            self.shard_sizes,
+            self.shard_bytes,
+            SharedCache(cache, round(cfg.cache_gib * 2**30)),
+            identity=f"{manifest.digest} {cfg.split}",
+            reads=reads,
+            kept_batches=kept_batches(cfg, self.order, self.num_ranks),
+        )
+        return RemoteSplit(
+            path=self.path,
+            manifest=manifest,
+            split=self.split,
+            table=table,
+            order=self.order,
+            shards=shards,
+        )
+
+
+def plan_remote(
+    cfg: LoaderConfig,
+    *,
+    num_ranks: int = 1,
+    images_per_input: int = 1,
+    policy: RetryPolicy | None = None,
+    mixture: Mixture | None = None,
+    dataset: int = 0,
+) -> RemotePlan:
+    """Copy manifest and table of the split under a URL, `cfg.path`, and lay out its order.
+
+    mixture, dataset: where it is one of several, what deals groups to it, and its number. Raises as
+    `Bucket` and `copy_description` do, and ValueError for lanes that the ranks do not divide.
+    """
+    bucket = Bucket(cfg.path, policy)
+    path, manifest = copy_description(bucket, cfg.cache_dir.expanduser(), cfg.split)
+    order = LaneOrder(
+        [shard.num_samples for shard in manifest.split(cfg.split).shards],
+        seed=cfg.seed,
+        lanes=cfg.lanes,
+        window=cfg.clumps_a_window,
+        images_per_input=images_per_input,
+        mixture=mixture,
+        dataset=dataset,
+    )
+    try:
+        order.check_ranks(num_ranks)
+    except ValueError as error:
+        raise ValueError(f"{bucket.url}: {error}") from error
+    return RemotePlan(
+        cfg=cfg,
+        bucket=bucket,
+        path=path,
+        manifest=manifest,
+        order=order,
+        num_ranks=num_ranks,
+    )
+
+
+def check_room(plans: Sequence[RemotePlan]) -> None:
+    """Raise ValueError, with what to set, where the clumps of all data sets have no room.
+
+    Ranks of a node are those that torchrun counts (LOCAL_WORLD_SIZE), or one.
+    """
+    if not plans:
+        return
+    cfg, num_ranks = plans[0].cfg, plans[0].num_ranks
+    check_buffer(
+        int(np.sum([plan.needed_bytes() for plan in plans], axis=0).max()),
+        buffer_gib=cfg.buffer_gib,
+        cache_gib=cfg.cache_gib,
+        ranks_a_node=min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_ranks),
+    )
+
+
 def open_remote(
     cfg: LoaderConfig,
     *,
@@ -41,51 +164,12 @@ def open_remote(
 ) -> RemoteSplit:
     """Open the split of the data set under a URL, `cfg.path`, for one of the ranks.
 
-    Ranks of a node are those that torchrun counts (LOCAL_WORLD_SIZE), or one. Raises as `Bucket`
-    and `copy_description` do, and ValueError for lanes that the ranks do not divide, clumps that
-    have no room, with what to set, or a table whose rows cannot be.
+    Raises as `plan_remote` and `check_room` do, and ValueError for a table whose rows cannot be or
+    a shard of another size than the manifest says.
     """
-    bucket = Bucket(cfg.path, policy)
-    cache_dir = cfg.cache_dir.expanduser()
-    path, manifest = copy_description(bucket, cache_dir, cfg.split)
-    split = manifest.split(cfg.split)
-    sizes = [shard.num_samples for shard in split.shards]
-    num_bytes = [shard.num_bytes for shard in split.shards]
-    order = LaneOrder(
-        sizes,
-        seed=cfg.seed,
-        lanes=cfg.lanes,
-        window=cfg.clumps_a_window,
-        images_per_input=images_per_input,
-    )
-    order.check_ranks(num_ranks)
-    needed = needed_bytes(
-        sizes,
-        num_bytes,
-        lanes=order.lanes,
-        window=order.window,
-        num_ranks=num_ranks,
-        fetch_ahead=cfg.fetch_ahead,
-    )
-    ranks_a_node = min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_ranks)
-    check_buffer(
-        needed, buffer_gib=cfg.buffer_gib, cache_gib=cfg.cache_gib, ranks_a_node=ranks_a_node
-    )
-    table = SampleTable.open(path, manifest, cfg.split)
-    check_rows(bucket.url, table, manifest, cfg.split)
-    shards = BucketShards(
-        bucket,
-        table,
-        sizes,
-        num_bytes,
-        SharedCache(cache_dir / "clumps", round(cfg.cache_gib * 2**30)),
-        identity=manifest.digest,
-        reads_in_flight=cfg.reads_in_flight,
-        kept_batches=kept_batches(cfg, order, num_ranks),
-    )
-    return RemoteSplit(
-        path=path, manifest=manifest, split=split, table=table, order=order, shards=shards
-    )
+    plan = plan_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input, policy=policy)
+    check_room([plan])
+    return plan.open(ReadPool(cfg.reads_in_flight))
 
 
 def check_rows(url: str, table: SampleTable, manifest: Manifest, split: str) -> None:
@@ -137,8 +221,11 @@ def folder_at(cfg: LoaderConfig) -> Path:
 def kept_batches(cfg: LoaderConfig, order: LaneOrder, num_ranks: int) -> int:
     """Return after how many batches that do not use it a clump is given back.
 
-    A lane has its turn again after a round of the rank's lanes, and a backend still reads the
-    batches that it prepares.
+    A lane has its turn again after a round of the rank's lanes, or of a mixture after as many as
+    its data set has turns in; twice as long is waited for it. A backend still reads the batches
+    that it prepares.
     """
     inputs = max(cfg.batch_size // order.images_per_input, 1)
-    return 2 * -(-order.lanes // (num_ranks * inputs)) + 2 * cfg.prefetch + 4
+    density = order.turns.density
+    groups = order.lanes / density[density > 0].min()
+    return 2 * math.ceil(groups / (num_ranks * inputs)) + 2 * cfg.prefetch + 4

@@ -50,8 +50,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def mixed(paths: list[Path], weights: tuple[float, ...] = (0.6, 0.3, 0.1)) -> MixedData:
-    pairs = zip(paths, weights, strict=False)
-    return MixedData.read([MixturePart(path=p, split="train", weight=w) for p, w in pairs])
+    parts = tuple(f"{p}:train:{w}" for p, w in zip(paths, weights, strict=False))
+    return MixedData.read(LoaderConfig(mixture=parts))
 
 
 def test_a_config_says_where_which_and_how_much() -> None:
@@ -126,9 +126,9 @@ def test_what_does_not_go_together_is_refused(paths: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"1-1/manifest.json: tokenizer: expected that of .*0-0"):
         mixed([paths[0], paths[3]])
     with pytest.raises(ValueError, match=r"split: expected one of \['train'\], got 'held'"):
-        MixedData.read([MixturePart(path=paths[0], split="held", weight=1)])
+        MixedData.read(LoaderConfig(mixture=(f"{paths[0]}:held:1",)))
     with pytest.raises(FileNotFoundError):
-        MixedData.read([MixturePart(path=paths[0] / "absent", split="train", weight=1)])
+        MixedData.read(LoaderConfig(mixture=(f"{paths[0]}/absent:train:1",)))
 
 
 def test_a_loader_takes_from_each_by_weight_on_any_ranks(paths: list[Path]) -> None:

@@ -14,7 +14,7 @@ from m3i_fast.config.train import TrainConfig
 from m3i_fast.flags import flag_of
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
 from m3i_fast.pipelines.mixture import MixedData, read_described
-from m3i_fast.pipelines.storage.objects import url_of
+from m3i_fast.pipelines.storage.objects import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _source(cfg: TrainConfig) -> str:
     """Return the manifests of the data that a config names."""
     parts = cfg.data.mixture_parts
     paths = [part.path for part in parts] if parts else [cfg.data.path]
-    return " and ".join(f"{url_of(path) or path}/{MANIFEST_NAME}" for path in paths)
+    return " and ".join(f"{place_of(path)}/{MANIFEST_NAME}" for path in paths)
 
 
 def _differences(cfg: TrainConfig, manifest: Described) -> dict[str, tuple[int, int]]:

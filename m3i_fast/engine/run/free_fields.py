@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 
 from m3i_fast.config import TrainConfig, differences
-from m3i_fast.config.data import LoaderConfig
+from m3i_fast.config.data import BUCKET_FIELDS, LoaderConfig
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +21,7 @@ FREE_FIELDS = (
     "strict",
     "max_skipped",
     "hw_decoder_load",
-    "buffer_gib",
-    "cache_dir",
-    "cache_gib",
-    "reads_in_flight",
-    "fetch_ahead",
+    *BUCKET_FIELDS,
 )
 """Fields of `LoaderConfig` that a resume is free to change; the directories of its mixture, too."""
 

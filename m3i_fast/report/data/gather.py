@@ -55,7 +55,7 @@ def gather(cfg: LoaderConfig, *, num_shown: int, num_counted: int, views_of: str
     """
     manifest = manifest_at(cfg)
     split = manifest.split(cfg.split)
-    read = {name: _Read(cfg.path, name, num_counted) for name in manifest.splits}
+    read = {name: _Read(cfg, name, num_counted) for name in manifest.splits}
     in_group, between, near = _near_pairs(cfg, read)
     return DataPageInputs(
         name=manifest.name,
@@ -83,7 +83,7 @@ def gather(cfg: LoaderConfig, *, num_shown: int, num_counted: int, views_of: str
 class _Read:
     """The first pictures of a split: annotations, sizes and thumbnails of their centre squares."""
 
-    def __init__(self, path: Path, split: str, most: int) -> None:
+    def __init__(self, cfg: LoaderConfig, split: str, most: int) -> None:
         labels: list[int] = []
         tokens: list[int] = []
         sizes: list[tuple[int, int]] = []
@@ -91,11 +91,12 @@ class _Read:
         self.group_id: list[int] = []
         thumbnails: list[Thumbnails] = []
         batches = evaluation_batches(
-            path,
+            cfg.path,
             split,
             image_size=COMPARED_SIZE,
             batch_size=min(64, most),
             num_threads=os.cpu_count() or 1,
+            bucket_fields_of=cfg,
         )
         for batch in batches:
             kept = min(batch.batch_size, most - len(labels))

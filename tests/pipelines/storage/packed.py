@@ -13,6 +13,7 @@ from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.storage.cache import SharedCache
 from m3i_fast.pipelines.storage.clumps import BucketShards
 from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy
+from m3i_fast.pipelines.storage.read_pool import ReadPool
 from m3i_fast.pipelines.storage.shards import LocalShards
 
 NUM_CLUMPS = 3 + 3 + 1  # of shards of 300, 300 and 50 samples
@@ -45,6 +46,7 @@ def readers(path: Path, url: str, cache: SharedCache, **options: Any) -> BucketS
         [shard.num_bytes for shard in shards],
         cache,
         identity="test",
+        reads=ReadPool(options.pop("reads_in_flight", 32)),
         **options,
     )
 

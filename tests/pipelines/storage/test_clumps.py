@@ -278,14 +278,22 @@ def test_room_for_the_open_clumps_is_checked_before_training() -> None:
     gib = 2**30
     counts, sizes_ = [1_280] * 1_000, [1_280 * 110_000] * 1_000  # 14 MB a clump
     for num_ranks, expected in ((1, 1_920), (8, 240)):
-        needed = needed_bytes(
-            counts, sizes_, lanes=1_920, window=1, num_ranks=num_ranks, fetch_ahead=1_280
+        of_ranks = needed_bytes(
+            counts,
+            sizes_,
+            density=np.ones(1_920),
+            window=1,
+            num_ranks=num_ranks,
+            fetch_ahead=1_280,
         )
-        assert needed == (expected + 10) * 128 * 110_000
+        needed = (expected + 10) * 128 * 110_000
+        assert of_ranks.tolist() == [needed] * num_ranks
     check_buffer(needed, buffer_gib=4, cache_gib=30, ranks_a_node=8)
     with pytest.raises(ValueError, match=r"data.buffer_gib: expected at least 3.28.*got 3;"):
         check_buffer(needed, buffer_gib=3, cache_gib=64, ranks_a_node=8)
     with pytest.raises(ValueError, match=r"data.cache_gib: expected at least 26.23 for 8 ranks"):
         check_buffer(needed, buffer_gib=4, cache_gib=26, ranks_a_node=8)
-    few = needed_bytes([300], [300 * gib], lanes=64, window=4, num_ranks=1, fetch_ahead=128)
-    assert few == 3 * 128 * gib  # never more clumps than there are
+    few = needed_bytes(
+        [300], [300 * gib], density=np.ones(64), window=4, num_ranks=1, fetch_ahead=128
+    )
+    assert few[0] == 3 * 128 * gib  # never more clumps than there are

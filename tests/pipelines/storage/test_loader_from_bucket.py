@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.storage.remote import folder_at
 from m3i_fast.pipelines.storage.upload import push
 from m3i_fast.report.data.gather import pictures_of
 from tests.pipelines.storage.packed import write
-from tests.shared.pipelines.data import equal
-from tests.shared.pipelines.s3_server import S3Server, cut, refuse
+from tests.shared.pipelines.data import encode_image, equal, info, sample, smooth_picture
+from tests.shared.pipelines.s3_server import S3Server, cut, refuse, slow
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +103,58 @@ def test_a_run_goes_on_with_other_ranks_and_batches(path: Path, cfg: LoaderConfi
         other.load_state_dict(state)
 
 
-def test_an_evaluation_reads_from_a_bucket(
-    path: Path, cfg: LoaderConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_an_evaluation_reads_through_the_cache_of_the_run(
+    path: Path, cfg: LoaderConfig, server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))  # the cache's default folder is in it
+    """Its folder, its limits and its reads at the same time; the default folder is not made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    cfg = replace(
+        cfg, buffer_gib=0.01, cache_gib=0.01, reads_in_flight=2
+    )  # too few for 1,920 lanes
     options = {"image_size": 8, "batch_size": 100, "backend": "torch"}
-    remote = list(evaluation_batches(cfg.path, "train", **options))
-    assert not in_use(replace(cfg, cache_dir=LoaderConfig(path=cfg.path).cache_dir))
-    stopped = evaluation_batches(cfg.path, "train", **options)
+    server.fault(".tar", slow(0.05), 4)
+    remote = list(evaluation_batches(cfg.path, "train", bucket_fields_of=cfg, **options))
+    assert server.most_in_flight == 2 and not in_use(cfg)
+    stopped = evaluation_batches(cfg.path, "train", bucket_fields_of=cfg, **options)
     next(stopped)
     stopped.close()
-    assert not in_use(replace(cfg, cache_dir=LoaderConfig(path=cfg.path).cache_dir))
+    assert not in_use(cfg) and not (tmp_path / "home").exists()
     local = list(evaluation_batches(path, "train", **options))
     assert len(remote) == len(local) == 7
     assert all(equal(*pair) for pair in zip(remote, local, strict=True))
+    for name in ("buffer_gib", "cache_gib"):
+        less = replace(cfg, **{name: 1e-9})
+        with pytest.raises(ValueError, match=f"data.{name}: expected at least"):
+            evaluation_batches(cfg.path, "train", bucket_fields_of=less, **options)
+
+
+def test_without_a_run_the_default_cache_is_used(
+    cfg: LoaderConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    next(evaluation_batches(cfg.path, "train", image_size=8, batch_size=10, backend="torch"))
+    assert (tmp_path / "home/.cache/m3i-fast/clumps/files").is_dir()
+
+
+def test_splits_of_one_data_set_share_a_cache(
+    cfg: LoaderConfig, url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each has a shard 0, and neither is taken for a damaged copy of the other."""
+    pictures = [encode_image(smooth_picture(i, 8, 8)) for i in range(20)]
+    splits = {
+        "train": [sample(i, pictures[i]) for i in range(10)],
+        "heldout": [sample(i, pictures[i]) for i in range(10, 20)],
+    }
+    path = write_dataset(tmp_path / "two", splits, info(), seed=0, samples_per_shard=10)
+    push(path, f"{url}/two")
+    options = {"image_size": 8, "batch_size": 10, "backend": "torch"}
+    for _ in range(2):
+        for split in splits:
+            remote = evaluation_batches(Path(f"{url}/two"), split, bucket_fields_of=cfg, **options)
+            local = evaluation_batches(path, split, **options)
+            assert all(equal(*pair) for pair in zip(remote, local, strict=True))
+    assert "is damaged" not in caplog.text
+    assert len(list((cfg.cache_dir / "clumps/files").iterdir())) == 2
 
 
 def test_pictures_and_a_digest_are_those_of_the_folder(path: Path, cfg: LoaderConfig) -> None:
