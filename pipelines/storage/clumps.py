@@ -22,6 +22,7 @@ from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTab
 from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
+from m3i_fast.pipelines.threads import start_pool
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class BucketShards:
         if self._pool is None:
             self._cache.open()
             self._stop, self.counts = threading.Event(), FetchCounts()
-            self._pool = ThreadPoolExecutor(self._reads_in_flight, "clump-reader")
+            self._pool = start_pool(self._reads_in_flight, "m3i-fetch")
         return self._pool
 
     def _clump(self, shard: int, first: int, end: int, *, in_pool: bool) -> _Clump:

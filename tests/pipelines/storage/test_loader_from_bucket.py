@@ -49,7 +49,7 @@ def in_the_order_of(remote: Loader, path: Path, cfg: LoaderConfig, **ranks: int)
 
 def in_use(cfg: LoaderConfig) -> list[Path | threading.Thread]:
     """What a reader of the bucket holds: its folder in the cache, and its threads."""
-    threads = [t for t in threading.enumerate() if t.name.startswith("clump-reader")]
+    threads = [t for t in threading.enumerate() if t.name.startswith("m3i-fetch")]
     for thread in threads:
         thread.join(1)
     users = cfg.cache_dir.expanduser() / "clumps/users"
