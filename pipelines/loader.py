@@ -25,6 +25,7 @@ from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.skipped_samples import SkippedSamples
 from m3i_fast.pipelines.text_captions import TextCaptions
+from m3i_fast.pipelines.threads import place_loader
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
 
@@ -75,11 +76,14 @@ class Loader:
             accumulate=accumulate,
             images_per_input=images_per_input,
         )
+        self.placement = place_loader(cfg.affinity, cfg.num_threads, device_id)
+        """Where the loader's threads run, and why."""
         self._open = open_data(
             cfg,
             rank=rank,
             num_ranks=num_ranks,
             images_per_input=images_per_input,
+            cores=self.placement.cores,
         )
         self.manifest = self._open.manifest
         num_samples = len(self._open.table)
@@ -220,6 +224,7 @@ class Loader:
             and self._open.split.max_alternates > 0,
             batch_size=cfg.batch_size,
             num_threads=cfg.num_threads,
+            cores=self.placement.cores,
             prefetch=cfg.prefetch,
             device_id=self._device_id,
             hw_decoder_load=cfg.hw_decoder_load,

@@ -18,6 +18,7 @@ from m3i_fast.pipelines.order import ORDER_VERSION
 from m3i_fast.pipelines.storage.objects import url_of
 from m3i_fast.pipelines.storage.remote import open_remote
 from m3i_fast.pipelines.storage.shards import LocalShards, Shards
+from m3i_fast.pipelines.threads import Cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +64,11 @@ def open_data(
     rank: int = 0,
     num_ranks: int = 1,
     images_per_input: int = 1,
+    cores: Cores | None = None,
 ) -> OpenSplit:
     """Check a split, of which each rank reads a part, and open its table.
 
+    cores: of the threads that fetch from a bucket; None: where the system puts them.
     Raises as `open_split` does, `open_remote` for a URL, and ValueError for data sets that cannot
     be mixed.
     """
@@ -73,7 +76,9 @@ def open_data(
     if cfg.mixture:
         return _open_mixture(cfg, rank=rank, num_ranks=num_ranks)
     if url_of(path) is not None:
-        remote = open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
+        remote = open_remote(
+            cfg, num_ranks=num_ranks, images_per_input=images_per_input, cores=cores
+        )
         return OpenSplit(
             path=remote.path,
             manifest=remote.manifest,

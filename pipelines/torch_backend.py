@@ -44,8 +44,8 @@ class TorchBackend:
 
     def __init__(self, source: Iterator[BatchRows], work: SampleWork) -> None:
         self._source, self._work = source, work
-        self._readers = start_pool(work.num_threads, "m3i-read")
-        self._maker = start_pool(1, "m3i-views")
+        self._readers = start_pool(work.num_threads, "m3i-read", work.cores)
+        self._maker = start_pool(1, "m3i-views", work.cores)
         self._ahead: deque[Future[MadeBatch]] = deque()
 
     def __next__(self) -> MadeBatch:

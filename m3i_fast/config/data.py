@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from m3i_fast.config.fields import BATCHES, NUMBERS, SIDES, THREADS, Checked, Conflict, unmet
 
 BackendName = Literal["auto", "dali", "torch"]
+AffinityName = Literal["auto", "none"]
 DEFAULT_LANES = 1920  # divided by most numbers of ranks that nodes of 8 and of 4 GPUs make
 MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
 
@@ -138,6 +139,10 @@ class LoaderConfig(Checked):
     """What reads and decodes: DALI, or torch with Pillow, which runs everywhere, slower. On a CPU
     their batches are equal; on a GPU DALI decodes with another library, to other pixels. auto takes
     DALI where it works, and otherwise says why not."""
+    affinity: AffinityName = "auto"
+    """Where those threads run, and those that fetch: auto takes the cores of the NUMA node that the
+    rank's GPU is attached to, or deals ranks without a GPU to the nodes, of the cores that the
+    process may use. A machine of one node is left as it is. none leaves it to the system."""
     prefetch: Annotated[int, range(1, 65)] = 2
     """Batches prepared ahead, at most 64: each is held decoded."""
     max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS

@@ -22,7 +22,7 @@ from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTab
 from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
-from m3i_fast.pipelines.threads import start_pool
+from m3i_fast.pipelines.threads import Cores, start_pool
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ class BucketShards:
     bucket: where the shards lie, as the manifest names them. shard_sizes: samples of each of them,
     in the order of the table. cache: of the node. identity: tells this data set from others in the
     cache. reads_in_flight: reads at the same time. kept_batches: a clump is given back that so many
-    later batches did not use: those that a backend still reads, and one round of the lanes.
+    later batches did not use: those that a backend still reads, and one round of the lanes. cores:
+    of the threads that read; None: where the system puts them.
 
     Threads start with the first samples, and after `close` again. At most `PIECE` bytes of each
     read are in memory. Sizes and ETags of all shards are remembered when it is made, and compared
@@ -79,6 +80,7 @@ class BucketShards:
         identity: str,
         reads_in_flight: int = 32,
         kept_batches: int = 128,
+        cores: Cores | None = None,
     ) -> None:
         self.counts = FetchCounts()
         self._bucket, self._table, self._cache = bucket, table, cache
@@ -86,7 +88,7 @@ class BucketShards:
         self._kept_batches = kept_batches
         self._key = hashlib.sha256(f"{bucket.url} {identity}".encode()).hexdigest()[:12]
         self._infos = self._checked_infos(shard_bytes)
-        self._reads_in_flight = reads_in_flight
+        self._reads_in_flight, self._cores = reads_in_flight, cores
         self._pool: ThreadPoolExecutor | None = None
         self._stop = threading.Event()  # of what was begun since the last start
         self._lock = threading.Lock()  # of the counts
@@ -172,7 +174,7 @@ class BucketShards:
         if self._pool is None:
             self._cache.open()
             self._stop, self.counts = threading.Event(), FetchCounts()
-            self._pool = start_pool(self._reads_in_flight, "m3i-fetch")
+            self._pool = start_pool(self._reads_in_flight, "m3i-fetch", self._cores)
         return self._pool
 
     def _clump(self, shard: int, first: int, end: int, *, in_pool: bool) -> _Clump:

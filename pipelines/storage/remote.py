@@ -17,6 +17,7 @@ from m3i_fast.pipelines.storage.cache import SharedCache
 from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes
 from m3i_fast.pipelines.storage.dataset_copy import copy_description
 from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy, url_of
+from m3i_fast.pipelines.threads import Cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +38,13 @@ def open_remote(
     *,
     num_ranks: int = 1,
     images_per_input: int = 1,
+    cores: Cores | None = None,
     policy: RetryPolicy | None = None,
 ) -> RemoteSplit:
     """Open the split of the data set under a URL, `cfg.path`, for one of the ranks.
 
-    Ranks of a node are those that torchrun counts (LOCAL_WORLD_SIZE), or one. Raises as `Bucket`
+    Ranks of a node are those that torchrun counts (LOCAL_WORLD_SIZE), or one. cores: of the threads
+    that fetch; None: where the system puts them. Raises as `Bucket`
     and `copy_description` do, and ValueError for lanes that the ranks do not divide, clumps that
     have no room, with what to set, or a table whose rows cannot be.
     """
@@ -82,6 +85,7 @@ def open_remote(
         identity=manifest.digest,
         reads_in_flight=cfg.reads_in_flight,
         kept_batches=kept_batches(cfg, order, num_ranks),
+        cores=cores,
     )
     return RemoteSplit(
         path=path, manifest=manifest, split=split, table=table, order=order, shards=shards
