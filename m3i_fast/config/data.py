@@ -159,6 +159,10 @@ class LoaderConfig(Checked):
     hw_decoder_load: float | None = None
     """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
     leaves it to DALI. It applies to decoding on a GPU alone."""
+    exact_decode: bool = False
+    """Decode all JPEGs of a GPU by its CUDA cores: the hardware decoder rounds otherwise, and which
+    pictures of a batch it takes depends on the batch. So a picture has the same pixels in any
+    batch, as it has on a CPU without this. The hardware decoder is idle then."""
     lanes: Annotated[int | None, range(1, 2**16 + 1)] = None
     """Sequences of clumps (up to 128 neighbours of a shard) that a run reads side by side from
     object storage; a multiple of the number of ranks. It is part of the order of the samples. None:
@@ -185,6 +189,8 @@ class LoaderConfig(Checked):
         yield from unmet(
             self, hw_decoder_load=(load is None or 0 <= load <= 1, "a share in [0, 1]")
         )
+        if self.exact_decode and load:
+            yield "hw_decoder_load", f"expected None or 0 with exact_decode, got {load}"
         for name in ("buffer_gib", "cache_gib"):
             yield from unmet(self, **{name: (getattr(self, name) > 0, "more than 0")})
         for text in self.mixture:
