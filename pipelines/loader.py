@@ -28,6 +28,7 @@ from m3i_fast.pipelines.skipped_samples import SkippedSamples
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.shards import BucketReads
 from m3i_fast.pipelines.text_captions import caption_member, with_captions
+from m3i_fast.pipelines.threads import place_loader
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
 
@@ -78,11 +79,14 @@ class Loader:
             accumulate=accumulate,
             images_per_input=images_per_input,
         )
+        self.placement = place_loader(cfg.affinity, cfg.num_threads, device_id)
+        """Where the loader's threads run, and why."""
         self._open = open_data(
             cfg,
             rank=rank,
             num_ranks=num_ranks,
             images_per_input=images_per_input,
+            cores=self.placement.cores,
         )
         self.manifest = self._open.manifest
         num_samples = len(self._open.table)
@@ -211,7 +215,7 @@ class Loader:
             else 0,
         )
         backend = start_backend(self.cfg.backend, rows, self._work)
-        return rows, with_captions(backend, self.manifest)
+        return rows, with_captions(backend, self.manifest, self.placement.cores)
 
     @cached_property
     def _work(self) -> SampleWork:
@@ -228,9 +232,10 @@ class Loader:
             and self._open.split.max_alternates > 0,
             batch_size=cfg.batch_size,
             num_threads=cfg.num_threads,
+            cores=self.placement.cores,
             prefetch=cfg.prefetch,
             device_id=self._device_id,
-            hw_decoder_load=cfg.hw_decoder_load,
+            hw_decoder_load=0.0 if cfg.exact_decode else cfg.hw_decoder_load,
         )
 
     def _skip(self, error: SampleError) -> None:

@@ -19,6 +19,7 @@ from m3i_fast.pipelines.storage.objects import place_of, url_of
 from m3i_fast.pipelines.storage.read_pool import ReadPool
 from m3i_fast.pipelines.storage.remote import RemoteSplit, check_room, open_remote, plan_remote
 from m3i_fast.pipelines.storage.shards import LocalShards, Shards
+from m3i_fast.pipelines.threads import Cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,17 +68,21 @@ def open_data(
     rank: int = 0,
     num_ranks: int = 1,
     images_per_input: int = 1,
+    cores: Cores | None = None,
 ) -> OpenSplit:
     """Check a split, of which each rank reads a part, and open its table.
 
+    cores: of the threads that fetch from a bucket; None: where the system puts them.
     Raises as `open_split` does, `open_remote` for a URL, and ValueError for data sets that cannot
     be mixed.
     """
     if cfg.mixture:
-        return _open_mixture(cfg, rank=rank, num_ranks=num_ranks, images_per_input=images_per_input)
+        return _open_mixture(
+            cfg, rank=rank, num_ranks=num_ranks, images_per_input=images_per_input, cores=cores
+        )
     if url_of(cfg.path) is not None:
         return _read_remote(
-            open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
+            open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input, cores=cores)
         )
     manifest, info = open_split(
         cfg.path,
@@ -108,7 +113,7 @@ def _read_remote(remote: RemoteSplit) -> OpenSplit:
 
 
 def _open_mixture(
-    cfg: LoaderConfig, *, rank: int, num_ranks: int, images_per_input: int
+    cfg: LoaderConfig, *, rank: int, num_ranks: int, images_per_input: int, cores: Cores | None
 ) -> OpenSplit:
     """Open all data sets of a mixture as one, whose manifest is the first's with all classes.
 
@@ -129,7 +134,7 @@ def _open_mixture(
         if url_of(member.path) is not None
     }
     check_room([*plans.values()])
-    reads = ReadPool(cfg.reads_in_flight)
+    reads = ReadPool(cfg.reads_in_flight, cores)
     opened = [
         _read_remote(plans[number].open(reads))
         if number in plans

@@ -11,6 +11,7 @@ from torch import Tensor
 from m3i_fast.ops.views import ViewSpec
 from m3i_fast.pipelines.batch_rows import BatchRows
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
+from m3i_fast.pipelines.threads import Cores
 
 TOKENS = "tok"  # the member with token ids; another one holds a caption's text
 
@@ -31,6 +32,8 @@ class SampleWork:
     """Cut view 1 of another picture of the sample."""
     batch_size: int
     num_threads: int
+    cores: Cores | None = None
+    """Where the threads run; None: where the system puts them."""
     prefetch: int
     """Batches made ahead."""
     device_id: int | None

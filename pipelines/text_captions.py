@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 
 from m3i_fast.pipelines.dataset.manifest import Manifest
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer, TokenizerInfo
 from m3i_fast.pipelines.samples_to_views import TOKENS, Backend, MadeBatch, SampleError
+from m3i_fast.pipelines.threads import Cores, start_pool
 
 AHEAD = 1  # batches, whose captions a thread tokenises while the one before them is trained on
 
@@ -19,9 +20,14 @@ def caption_member(manifest: Manifest) -> str:
     return manifest.caption_member.partition(":")[0]
 
 
-def with_captions(backend: Backend, manifest: Manifest) -> Backend:
-    """Return a backend whose batches have token ids, however the data set stores its captions."""
-    return backend if caption_member(manifest) == TOKENS else TextCaptions(backend, manifest)
+def with_captions(backend: Backend, manifest: Manifest, cores: Cores | None = None) -> Backend:
+    """Return a backend whose batches have token ids, however the data set stores its captions.
+
+    cores: of the thread that tokenises; None: where the system puts it.
+    """
+    if caption_member(manifest) == TOKENS:
+        return backend
+    return TextCaptions(backend, manifest, cores)
 
 
 class TextCaptions:
@@ -30,11 +36,11 @@ class TextCaptions:
     A sample without the member or the field, or with null or blank text in it, has no caption.
     """
 
-    def __init__(self, backend: Backend, manifest: Manifest) -> None:
+    def __init__(self, backend: Backend, manifest: Manifest, cores: Cores | None) -> None:
         self._backend = backend
         self._member, _, self._field = manifest.caption_member.partition(":")
         self._tokenizer = _tokenizer(manifest.tokenizer)
-        self._thread = ThreadPoolExecutor(1, "m3i-captions")
+        self._thread = start_pool(1, "m3i-captions", cores)
         self._ahead: deque[Future[MadeBatch]] = deque()
         self._ended = False
 

@@ -9,7 +9,7 @@ import io
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from m3i_fast.pipelines.dataset.pictures import decode_pixels
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.samples_to_views import TOKENS, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.tar_members import tar_members
+from m3i_fast.pipelines.threads import start_pool
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 _MOST_PIXEL_BYTES = 1 << 26  # decoded pictures that views are cut of at once
@@ -43,8 +44,8 @@ class TorchBackend:
 
     def __init__(self, source: Iterator[BatchRows], work: SampleWork) -> None:
         self._source, self._work = source, work
-        self._readers = ThreadPoolExecutor(work.num_threads, "m3i-read")
-        self._maker = ThreadPoolExecutor(1, "m3i-views")
+        self._readers = start_pool(work.num_threads, "m3i-read", work.cores)
+        self._maker = start_pool(1, "m3i-views", work.cores)
         self._ahead: deque[Future[MadeBatch]] = deque()
 
     def __next__(self) -> MadeBatch:

@@ -211,6 +211,7 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         "num_cores": num_cores(),
         "num_threads": torch.get_num_threads(),
         "loader_threads": cfg.data.num_threads,
+        "loader_cores": trainer.loader.placement.reason,
         "batch_size": cfg.data.batch_size,
         "accumulate": cfg.parallel.accumulate,
         "precision": trainer.arithmetic.recipe,

@@ -109,6 +109,7 @@ def _notes(figures: dict[str, Any]) -> list[str]:
         f"{data['largest_hw']} pixels, {data['shard_bytes_per_picture'] / 1024:,.0f} KiB each; the "
         "same come again and again, from memory where they fit"
     ]
+    notes.append(f"threads of the first rank's loader: {figures['loader_cores']}")
     threads = figures["num_threads"] + figures["loader_threads"]
     of_node = figures["num_ranks"] // figures["num_nodes"] * threads
     if figures["device"] == "cpu" and of_node > figures["num_cores"]:

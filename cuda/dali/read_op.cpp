@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "dali/nvtx_range.h"
 #include "dali/pipeline/operator/operator.h"
 #include "dali/sample_record.h"
 
@@ -44,6 +45,7 @@ class ReadSamples : public dali::Operator<dali::CPUBackend> {
       SampleRow row;
       DALI_ENFORCE(rows.tensor_shape_span(i)[0] == kRowColumns, "m3i_read: expected 7 columns");
       std::memcpy(&row, rows.tensor<int64_t>(i), sizeof(row));
+      const NvtxRange range("data.read", row.sample_id);
       // The words that graph/dali_backend.py looks for: a corrupt sample is replaced by another
       // one, a file that cannot be read ends the run.
       const std::string where = "sample " + std::to_string(row.sample_id) + " at position " +

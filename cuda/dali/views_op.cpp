@@ -2,6 +2,7 @@
 // threads. pipelines/torch_backend.py gets the same bits from torch.ops.m3i.
 #include <vector>
 
+#include "dali/nvtx_range.h"
 #include "dali/views_plan.h"
 #include "views/cpu/kernel_table.h"
 #include "views/draw.h"
@@ -34,6 +35,7 @@ class DrawViews : public dali::Operator<dali::CPUBackend> {
   void RunImpl(dali::Workspace& ws) override {
     const auto& rows = ws.Input<dali::CPUBackend>(0);
     auto& out = ws.Output<dali::CPUBackend>(0);
+    const NvtxRange range("data.draw", rows.num_samples());
     for (int i = 0; i < rows.num_samples(); ++i) {  // some microseconds each
       auto* params = reinterpret_cast<ViewParams*>(out.mutable_tensor<float>(i));
       const auto position = static_cast<uint64_t>(rows.tensor<int64_t>(i)[0]);
@@ -96,6 +98,7 @@ class MakeViews : public dali::Operator<dali::CPUBackend> {
 
  private:
   void make(dali::Workspace& ws, int i, ViewScratch& scratch) {
+    const NvtxRange range("data.views", i);
     const auto* params =
         reinterpret_cast<const ViewParams*>(ws.Input<dali::CPUBackend>(0).tensor<float>(i));
     const std::vector<ViewImage> images = view_images<dali::CPUBackend>(ws, i, geometry_);

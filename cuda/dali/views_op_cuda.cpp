@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "dali/kernels/dynamic_scratchpad.h"
+#include "dali/nvtx_range.h"
 #include "dali/views_plan.h"
 #include "views/op.h"
 
@@ -28,6 +29,7 @@ class MakeViewsOnGpu : public dali::Operator<dali::GPUBackend> {
     const auto& rows = ws.Input<dali::CPUBackend>(0);
     const int batch = rows.num_samples();
     if (batch == 0) return;
+    const NvtxRange range("data.views", batch);
     std::vector<ViewImage> images;
     std::vector<ViewParams> params;
     for (int i = 0; i < batch; ++i) {

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from m3i_fast.config.fields import BATCHES, NUMBERS, SIDES, THREADS, Checked, Conflict, unmet
 
 BackendName = Literal["auto", "dali", "torch"]
+AffinityName = Literal["auto", "none"]
 DEFAULT_LANES = 1920  # divided by most numbers of ranks that nodes of 8 and of 4 GPUs make
 MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
 BUCKET_FIELDS = ("buffer_gib", "cache_dir", "cache_gib", "reads_in_flight", "fetch_ahead")
@@ -140,6 +141,10 @@ class LoaderConfig(Checked):
     """What reads and decodes: DALI, or torch with Pillow, which runs everywhere, slower. On a CPU
     their batches are equal; on a GPU DALI decodes with another library, to other pixels. auto takes
     DALI where it works, and otherwise says why not."""
+    affinity: AffinityName = "auto"
+    """Where those threads run, and those that fetch: auto takes the cores of the NUMA node that the
+    rank's GPU is attached to, or deals ranks without a GPU to the nodes, of the cores that the
+    process may use. A machine of one node is left as it is. none leaves it to the system."""
     prefetch: Annotated[int, range(1, 65)] = 2
     """Batches prepared ahead, at most 64: each is held decoded."""
     max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS
@@ -156,6 +161,10 @@ class LoaderConfig(Checked):
     hw_decoder_load: float | None = None
     """Share of a batch's JPEGs that the GPU's hardware decoder takes, its CUDA cores the rest; None
     leaves it to DALI. It applies to decoding on a GPU alone."""
+    exact_decode: bool = False
+    """Decode all JPEGs of a GPU by its CUDA cores: the hardware decoder rounds otherwise, and which
+    pictures of a batch it takes depends on the batch. So a picture has the same pixels in any
+    batch, as it has on a CPU without this. The hardware decoder is idle then."""
     lanes: Annotated[int | None, range(1, 2**16 + 1)] = None
     """Sequences of clumps (up to 128 neighbours of a shard) that a run reads side by side from
     object storage; a multiple of the number of ranks. It is part of the order of the samples. None:
@@ -182,6 +191,8 @@ class LoaderConfig(Checked):
         yield from unmet(
             self, hw_decoder_load=(load is None or 0 <= load <= 1, "a share in [0, 1]")
         )
+        if self.exact_decode and load:
+            yield "hw_decoder_load", f"expected None or 0 with exact_decode, got {load}"
         for name in ("buffer_gib", "cache_gib"):
             yield from unmet(self, **{name: (getattr(self, name) > 0, "more than 0")})
         for text in self.mixture:

@@ -262,8 +262,26 @@ def find_nvml(machine: Machine) -> Finding:
     return Finding(subject="NVML", level="ok", detail=detail)
 
 
+def find_numa(machine: Machine) -> Finding:
+    """Which cores loaders get by data.affinity auto."""
+    if reason := machine.failures.get("numa"):
+        return Finding(subject="NUMA", level="warning", detail=reason)
+    facts = machine.facts["numa"]
+    nodes = ", ".join(f"{node}: {cores}" for node, cores in facts["nodes"].items())
+    detail = f"cores by node {nodes}" if nodes else "the system names no node"
+    detail += f"; this process may use {facts['allowed']}; data.affinity auto: "
+    if len(facts["nodes"]) < 2:
+        return Finding(subject="NUMA", level="ok", detail=f"{detail}left to the system")
+    ranks: dict[str, list[str]] = {}
+    for rank, reason in enumerate(facts["reasons"]):
+        ranks.setdefault(reason, []).append(str(rank))
+    what = "GPU" if facts["on_gpu"] else "rank"
+    detail += "; ".join(f"{what} {', '.join(those)}: {why}" for why, those in ranks.items())
+    return Finding(subject="NUMA", level="warning" if facts["is_wrong"] else "ok", detail=detail)
+
+
 FINDERS = (
-    find_cpu, find_driver, find_torch, find_cpu_kernels, find_cuda_kernels, find_dali,
+    find_cpu, find_numa, find_driver, find_torch, find_cpu_kernels, find_cuda_kernels, find_dali,
     find_transformer_engine, find_precision, find_apex, find_cupy, find_nvml,
 )  # fmt: skip
 

@@ -220,6 +220,31 @@ def nvml() -> Facts:
     return {"driver": pynvml.nvmlSystemGetDriverVersion(), "devices": pynvml.nvmlDeviceGetCount()}
 
 
+def numa() -> Facts:
+    """Return the NUMA nodes, the cores that this process may use, and where auto runs loaders.
+
+    By rank: on each GPU, or else on the CPU with as many ranks as there are nodes to use.
+    """
+    import torch
+
+    from m3i_fast.pipelines import threads
+
+    nodes, allowed = threads.numa_nodes(threads.SYSFS), threads.allowed_cores()
+    usable = sum(1 for cores in nodes.values() if cores & allowed)
+    gpus = [(i, threads.node_of_gpu(i, threads.SYSFS)) for i in range(torch.cuda.device_count())]
+    placements = [
+        threads.choose(nodes, allowed, num_threads=1, gpu=gpu, local_rank=rank, ranks_a_node=usable)
+        for rank, gpu in enumerate(gpus or [None] * usable)
+    ]
+    return {
+        "nodes": {node: threads.format_cores(cores) for node, cores in nodes.items()},
+        "allowed": threads.format_cores(allowed),
+        "on_gpu": bool(gpus),
+        "reasons": [placement.reason for placement in placements],
+        "is_wrong": any(placement.is_wrong for placement in placements),
+    }
+
+
 def fatbin_architectures(module: Path) -> list[str]:
     """Return the GPU code in a compiled module: "sm_80", "sm_90a", "compute_80" (PTX), sorted."""
     return sorted({name for name, _ in _fatbin_entries(module)})
@@ -267,6 +292,7 @@ PROBES: dict[str, Callable[[], Facts]] = {
         apex,
         cupy,
         nvml,
+        numa,
     )  # fmt: skip
 }
 

@@ -30,6 +30,7 @@ from m3i_fast.pipelines.graph.dali import (
     types,
 )
 from m3i_fast.pipelines.samples_to_views import TOKENS, MadeBatch, SampleError, SampleWork
+from m3i_fast.pipelines.threads import threads_on
 from m3i_fast.pipelines.torch_backend import read_sample
 
 _NAMED = re.compile(
@@ -63,6 +64,8 @@ class DaliBackend:
             device_id=work.device_id,
             seed=0,  # nothing in the graph draws by it
         )
+        with threads_on(work.cores):
+            self._pipeline.build()
 
     def __next__(self) -> MadeBatch:
         """Return the next batch, as `Backend` says; its tensors own DALI's buffers, uncopied."""

@@ -22,6 +22,7 @@ from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed
 from m3i_fast.pipelines.storage.dataset_copy import copy_description
 from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy, url_of
 from m3i_fast.pipelines.storage.read_pool import ReadPool
+from m3i_fast.pipelines.threads import Cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,16 +161,18 @@ def open_remote(
     *,
     num_ranks: int = 1,
     images_per_input: int = 1,
+    cores: Cores | None = None,
     policy: RetryPolicy | None = None,
 ) -> RemoteSplit:
     """Open the split of the data set under a URL, `cfg.path`, for one of the ranks.
 
-    Raises as `plan_remote` and `check_room` do, and ValueError for a table whose rows cannot be or
-    a shard of another size than the manifest says.
+    cores: of the threads that fetch; None: where the system puts them. Raises as `plan_remote` and
+    `check_room` do, and ValueError for a table whose rows cannot be or a shard of another size than
+    the manifest says.
     """
     plan = plan_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input, policy=policy)
     check_room([plan])
-    return plan.open(ReadPool(cfg.reads_in_flight))
+    return plan.open(ReadPool(cfg.reads_in_flight, cores))
 
 
 def check_rows(url: str, table: SampleTable, manifest: Manifest, split: str) -> None:

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from m3i_fast.pipelines.threads import Cores, begin_thread
+
 _Result = TypeVar("_Result")
 _END_S = 1.0  # the interpreter's end waits so long for requests that were given up
 
@@ -51,11 +53,12 @@ class Stop(threading.Event):
 class DaemonPool:
     """Threads that make calls in their order, and for which the interpreter's end does not wait.
 
-    A ThreadPoolExecutor is joined before anything can tell its threads to stop.
+    A ThreadPoolExecutor is joined before anything can tell its threads to stop. name, cores: as
+    `start_pool` takes them.
     """
 
-    def __init__(self, num_threads: int, name: str) -> None:
-        self._num_threads, self._name = num_threads, name
+    def __init__(self, num_threads: int, name: str, cores: Cores | None = None) -> None:
+        self._num_threads, self._name, self._cores = num_threads, name, cores
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._futures: set[Future[Any]] = set()
         self._threads: list[threading.Thread] = []
@@ -78,7 +81,10 @@ class DaemonPool:
         if len(self._threads) < self._num_threads:
             name = f"{self._name}-{len(self._threads)}"
             thread = threading.Thread(
-                target=_make_calls, args=(self._calls,), name=name, daemon=True
+                target=_make_calls,
+                args=(self._calls, self._name, self._cores),
+                name=name,
+                daemon=True,
             )
             self._threads.append(thread)
             thread.start()
@@ -95,7 +101,10 @@ class DaemonPool:
         self.close()
 
 
-def _make_calls(calls: SimpleQueue[Callable[[], None] | None]) -> None:
+def _make_calls(
+    calls: SimpleQueue[Callable[[], None] | None], name: str, cores: Cores | None
+) -> None:
+    begin_thread(name, cores)
     while (call := calls.get()) is not None:
         call()
         del call  # with what it refers to, while the thread waits for the next one

@@ -22,6 +22,7 @@ from m3i_fast.cli import doctor
 from m3i_fast.costs.gemm_shapes import FP8
 from m3i_fast.doctor import findings, probes
 from m3i_fast.doctor.findings import Finding, Machine
+from m3i_fast.pipelines import threads
 
 LIBRARIES = {
     # PyPI's apex, a web toolkit: a package of the same name without NVIDIA's compiled module.
@@ -179,6 +180,15 @@ def test_architectures_in_a_compiled_module(tmp_path: Path) -> None:
     assert probes.fatbin_ptx_version(module) is None
 
 
+TWO_NODES = {
+    "nodes": {"0": "0-3", "1": "4-7"},
+    "allowed": "0-7",
+    "on_gpu": True,
+    "reasons": ["cores 0-3 of NUMA node 0"] * 2 + ["cores 4-7 of NUMA node 1"] * 2,
+    "is_wrong": False,
+}
+
+
 def gpu_node(**changes: Any) -> Machine:
     """An H100 with everything in place, or with one thing changed."""
     fused = {"optimizers": ["FusedAdam", "FusedLAMB"]}
@@ -200,6 +210,7 @@ def gpu_node(**changes: Any) -> Machine:
         "apex": fused,
         "cupy": {"devices": 1, "runtime": 13000, "nvrtc": "13.0"},
         "nvml": {"driver": "580.95", "devices": 1},
+        "numa": TWO_NODES,
     }
     versions = {
         "nvidia-dali-cuda130": "2.4.0", "transformer-engine": "2.20.2", "cupy-cuda13x": "14.0.0",
@@ -272,6 +283,8 @@ BLIND_TORCH |= {"bf16_units": []}
         ({"versions": {"transformer-engine-cu13": "2.19"}}, "Transformer Engine", ".* be equal"),
         ({"versions": {"cupy-cuda12x": "13.0"}}, "CuPy", "warning: .*expected cupy-cuda13x alone"),
         ({"facts": {"cupy": {"devices": 0, "nvrtc": "13.0"}}}, "CuPy", "warning: .*, 0 devices"),
+        ({"facts": {"numa": {**TWO_NODES, "is_wrong": True}}}, "NUMA", "warning: cores by node"),
+        ({"failures": {"numa": "truncated"}}, "NUMA", "warning: truncated"),
         ({"facts": {"driver": T4}}, "GPU", "error: .*need sm_80 or newer, T4 is sm_75"),
         (
             {"facts": {"torch_build": BLIND_TORCH, "driver": A100_OLD_DRIVER}},
@@ -385,6 +398,32 @@ def test_a_cpu_without_units_for_bf16_is_told(units: list[str] | None, says: str
     facts = {**gpu_node().facts["torch_build"], "bf16_units": units}
     detail = findings.find_cpu(gpu_node(facts={"torch_build": facts})).detail
     assert detail == f"vector instructions AVX2, 8 threads{says}"
+
+
+def test_what_affinity_will_do_is_told_by_gpu() -> None:
+    assert findings.find_numa(gpu_node()).detail == (
+        "cores by node 0: 0-3, 1: 4-7; this process may use 0-7; data.affinity auto: "
+        "GPU 0, 1: cores 0-3 of NUMA node 0; GPU 2, 3: cores 4-7 of NUMA node 1"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of ranks without a GPU")
+def test_what_affinity_will_do_on_this_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = findings.find_numa(gpu_node(facts={"numa": probes.numa()})).detail
+    cores = sorted(os.sched_getaffinity(0))
+    assert f"this process may use {threads.format_cores(cores)}; data.affinity auto: " in here
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    for node, core in enumerate(cores[:2]):
+        (tmp_path / f"devices/system/node/node{node}").mkdir(parents=True)
+        (tmp_path / f"devices/system/node/node{node}/cpulist").write_text(f"{core}\n")
+    monkeypatch.setattr(threads, "SYSFS", tmp_path)
+    dealt = findings.find_numa(gpu_node(facts={"numa": probes.numa()})).detail
+    assert dealt.endswith(
+        f"rank 0: cores {cores[0]} of NUMA node 0; rank 1: cores {cores[1]} of NUMA node 1"
+    )
 
 
 def test_commands_are_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ def test_it_passes_on_the_cpu() -> None:
     done = subprocess.run([sys.executable, PROGRAM, "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines()]
-    assert len(found) == 7 and all(each["holds"] for each in found)
+    assert len(found) == 9 and all(each["holds"] for each in found)
 
 
 def reusing_buffers(made: Iterator[Batch], number: int) -> Iterator[Batch]:
@@ -98,3 +98,17 @@ def test_pillows_squares_are_of_the_samples_that_are_asked(data: Path) -> None:
     assert squares.shape == (2, 3, check.IMAGE, check.IMAGE)
     again = check.squares_by_pillow(data, [0, 3])
     assert torch.equal(squares, again.flip(0)) and not torch.equal(squares[0], squares[1])
+
+
+def test_a_picture_that_depends_on_its_batch_is_seen(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = check.crops_in_batches
+
+    def by_batch(path: Path, device_id: int | None, batch_size: int, exact: bool) -> torch.Tensor:
+        crops = right(path, device_id, batch_size, exact)
+        crops[3, 0, 0, 0] ^= int(batch_size == check.BATCH)
+        return crops
+
+    monkeypatch.setattr(check, "crops_in_batches", by_batch)
+    assert list(check.check_batches(data, "cpu")) == [False, True]  # equal; within levels

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from m3i_fast.config.data import LoaderConfig
@@ -69,6 +70,17 @@ def both(cfg: LoaderConfig, number: int, **options: object) -> list[tuple[Batch,
         for name in ("dali", "torch")
     ]
     return list(zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["dali", "torch"])
+def test_one_decoder_changes_nothing_on_a_cpu(mixed: Path, backend: str) -> None:
+    """Where pixels depend on the picture alone, in batches of any size; a GPU's decoder gets 0."""
+    cfg = LoaderConfig(path=mixed, batch_size=8, global_views=EVERYTHING, backend=backend)
+    exact = Loader(replace(cfg, batch_size=4, exact_decode=True))
+    assert exact._work.hw_decoder_load == 0.0
+    (expected,) = take(Loader(cfg), 1)
+    views = torch.cat([batch.global_views[0] for batch in take(exact, 2)])
+    assert torch.equal(views, expected.global_views[0])
 
 
 @pytest.mark.parametrize("interpolation", ["cubic", "linear"])

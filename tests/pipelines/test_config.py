@@ -15,6 +15,10 @@ from m3i_fast.config.data import LoaderConfig, ViewConfig
         ({"batch_size": 0}, "batch_size: expected 1 to 65536, got 0"),
         ({"num_threads": 0}, "num_threads: expected 1 to 1024, got 0"),
         ({"seed": -1}, "seed: expected .*, got -1"),
+        (
+            {"exact_decode": True, "hw_decoder_load": 0.4},
+            "hw_decoder_load: expected None or 0 with exact_decode, got 0.4",
+        ),
         ({"hw_decoder_load": 1.5}, r"hw_decoder_load: expected a share in \[0, 1\], got 1.5"),
     ],
 )

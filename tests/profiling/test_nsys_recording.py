@@ -9,9 +9,11 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ import pytest
 
 from m3i_fast.cli import main
 from m3i_fast.profiling.diff import compare_profiles
-from m3i_fast.profiling.nsys.export import read_nsys
+from m3i_fast.profiling.nsys.export import RANGES, read_nsys
 from m3i_fast.profiling.nsys.program import ON_CPU, export
+from m3i_fast.profiling.nsys.tables import Tables
 from m3i_fast.profiling.summary import LONG_MS, Pace, read_summary, summarise
 from tests.profiling import stages_under_nsys
 from tests.profiling.stages_under_nsys import COMPUTE_MS, LOADER_MS, STEPS
@@ -31,6 +34,7 @@ BIN = Path(__file__).parents[2] / "build" / "nsys" / "bin"
 PATH = os.pathsep.join([*([str(BIN)] if (BIN / "nsys").exists() else []), os.environ["PATH"]])
 PACE = Pace(before_ms=1.0, profiled_ms=1.0, after_ms=1.0)
 CAPTURED = (*ON_CPU, "--capture-range-end=stop")
+DOMAIN = 75  # the kind of event that names a domain of ranges
 SLEEP_MS = 200
 TOLERANCE = 0.02
 TRAINING_STAGES = {
@@ -207,11 +211,51 @@ def test_the_loader_is_recorded(profiled: Path) -> None:
     """DALI runs every operator of the graph once a batch, on threads that it names itself."""
     summary = read_summary(profiled)
     operators = {row["name"]: row for row in summary["loader"]}
-    (decoder,) = [row for name, row in operators.items() if name.startswith("decoders__")]
-    assert decoder["calls"] == pytest.approx(1, abs=0.5) and decoder["ms"] > 0
+    for name in ("M3iRead", "decoders__Image", "M3iDrawViews", "M3iViews"):
+        assert operators[name]["calls"] == pytest.approx(1, abs=0.5), name
+        assert operators[name]["ms"] > 0, name
     names = {row["name"] for row in summary["threads"]}
-    assert [name for name in names if name.startswith("[DALI]")]
-    assert [name for name in names if name.startswith("PrefetchWorker")]
+    assert "[DALI] Executor" in names  # which hands out operators, and threads that work for them
+    assert [name for name in names if name.startswith("[DALI][TP0]")]
+
+
+def test_our_operators_mark_each_sample_in_a_domain_of_their_own(profiled: Path) -> None:
+    """Inside each of DALI's ranges of an operator, which are whole: a capture may begin in one."""
+    path = profiled / "report.sqlite"
+    batch_size = json.loads((profiled / "config.json").read_text())["data"]["batch_size"]
+    columns = "start", "end", "text?", "textId?", "eventType", "domainId", "int64Value"
+    with closing(sqlite3.connect(path)) as database:
+        tables = Tables(database, path)
+        rows = [
+            (begin, end, text or tables.text(text_id), *rest)
+            for begin, end, text, text_id, *rest in tables.rows(RANGES, *columns)
+        ]
+    (domain,) = [of for *_, text, kind, of, _ in rows if kind == DOMAIN and text == "m3i_fast"]
+    numbers: dict[str, list[list[int]]] = {}
+    for operator, name in (
+        ("M3iRead", "data.read"),
+        ("M3iViews", "data.views"),
+        ("M3iDrawViews", "data.draw"),
+    ):
+        ours = [row for row in rows if row[2] == name and row[4] == domain]
+        whole = [row for row in rows if row[2].endswith(f" Run {operator}") and row[1]]
+        numbers[name] = [[r[5] for r in ours if a <= r[0] <= r[1] <= b] for a, b, *_ in whole]
+        assert numbers[name], name
+    samples = [len(set(ids)) for ids in numbers["data.read"]]
+    assert set(samples) == {batch_size}, "the ids of a batch's samples"
+    assert all(sorted(each) == list(range(batch_size)) for each in numbers["data.views"])
+    assert all(each == [batch_size] for each in numbers["data.draw"])
+
+
+def test_the_threads_of_the_loader_without_dali_are_found_by_name(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """Linux has their names of us: Python tells it none before 3.14."""
+    assert main([*_arguments(dataset, tmp_path / "out"), "--data.backend", "torch"]) == 0
+    summary = read_summary(tmp_path / "out")
+    assert summary["loader"] == []
+    threads = {row["name"]: row for row in summary["threads"]}
+    assert threads["m3i-read"]["ms"] > 0 and threads["m3i-views"]["ms"] > 0
 
 
 def test_markdown_and_page_show_what_a_cpu_has(profiled: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 FREE_FIELDS = (
     "path",
     "num_threads",
+    "affinity",
     "prefetch",
     "backend",
     "strict",

@@ -9,7 +9,9 @@ So each check looks for a buffer that is used again too early:
 - poisoned: batches that are overwritten once they are ours, beside a second loader's;
 - dropped: batches that a kernel still reads, on another stream, when Python has freed them.
 
-And the centre squares and random crops of the device are compared with the CPU's and with Pillow's.
+And the centre squares and random crops of the device are compared with the CPU's and with Pillow's,
+and its crops of the same pictures in large and in small batches with each other: with
+`data.exact_decode` they are equal, without it two decoders share a batch.
 Prints `check ` and JSON for each, as scripts/gpu/reading.py reads it; exits with 1 where one fails.
 docs/start/first_hour.md says what each of them is for.
 """
@@ -21,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from m3i_fast.pipelines.loader import Loader, evaluation_batches
 BATCH, IMAGE, SIZE_HW, NUM_SAMPLES = 16, 96, (200, 260), 96
 PREFETCH = 3
 BATCHES = 4 * PREFETCH  # more than the pipeline can have ahead
+SMALLER = 4  # times, the batches in which the same pictures are decoded again
 POISON = 0xAA
 CYCLES = 50_000_000  # a kernel that waits so many clocks: tens of milliseconds
 # Levels of 0 to 255 that two decoders and resizers may differ by: in the mean, and in all but a
@@ -209,6 +213,29 @@ def check_pictures(path: Path, device: str) -> Iterator[bool]:
     yield tell_levels(f"random crops, {device} beside the CPU", views, expected)
 
 
+def crops_in_batches(
+    path: Path, device_id: int | None, batch_size: int, exact: bool
+) -> Tensor:  # [NUM_SAMPLES, 3, IMAGE, IMAGE] uint8
+    """Return the crops of an epoch in batches of a size, in the order of the samples."""
+    cfg = replace(config(path), batch_size=batch_size, exact_decode=exact)
+    loader = Loader(cfg, device_id=device_id)
+    crops = [next(loader).global_views[0].cpu() for _ in range(NUM_SAMPLES // batch_size)]
+    loader.close()
+    return torch.cat(crops)
+
+
+def check_batches(path: Path, device: str) -> Iterator[bool]:
+    """Tell whether a picture's pixels depend on the batch that it is decoded in."""
+    device_id = 0 if device == "cuda" else None
+    sizes = BATCH, BATCH // SMALLER
+    what = f"pictures decoded in batches of {sizes[0]} and of {sizes[1]}"
+    exact = [crops_in_batches(path, device_id, size, exact=True) for size in sizes]
+    differ = int((exact[0] != exact[1]).flatten(1).any(1).sum())
+    yield tell(f"{what}, data.exact_decode", "0 differ", f"{differ} differ", differ == 0)
+    shared = [crops_in_batches(path, device_id, size, exact=False) for size in sizes]
+    yield tell_levels(f"{what}, by both decoders", *shared)
+
+
 def main() -> None:
     """Print the checks of a device."""
     from m3i_fast.pipelines.sources import synthetic
@@ -218,7 +245,11 @@ def main() -> None:
         path = synthetic.build(
             Path(folder) / "data", num_samples=NUM_SAMPLES, size_hw=SIZE_HW, num_merges=100
         )
-        held = [*check_buffers(path, device), *check_pictures(path, device)]
+        held = [
+            *check_buffers(path, device),
+            *check_pictures(path, device),
+            *check_batches(path, device),
+        ]
     sys.exit(not all(held))
 
 

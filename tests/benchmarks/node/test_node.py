@@ -70,6 +70,7 @@ def test_a_run_leaves_a_whole_row(config: str, capsys: pytest.CaptureFixture[str
     assert 0 < used["mfu"] < 1
     assert 0 < figures["final_loss"] < 100
     assert (figures["num_threads"], figures["loader_threads"]) == (torch.get_num_threads(), 1)
+    assert figures["loader_cores"].startswith(("left to the system", "cores "))
     assert figures["data"]["largest_hw"] == [375, 500] and figures["data"]["num_pictures"] == 8
     # The config that ran: the pictures' classes and vocabulary, and no place that is gone.
     assert row["config"]["num_classes"] == 8 and row["config"]["data"]["path"] == "synthetic"
@@ -85,6 +86,7 @@ def test_a_run_leaves_a_whole_row(config: str, capsys: pytest.CaptureFixture[str
         f"{figures['loader_share']:.2f}",
     ]
     assert "bound by" in shown and "loader: threads" in shown
+    assert f"threads of the first rank's loader: {figures['loader_cores']}" in shown
 
 
 def test_shards_that_are_not_there_are_asked_for(

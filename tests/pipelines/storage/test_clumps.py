@@ -184,7 +184,7 @@ def test_closing_stops_retries_and_the_next_sample_starts_again(
         threading.Event().wait(0.01)
     shards.close()
     for thread in threading.enumerate():
-        if thread.name.startswith("clump-reader"):
+        if thread.name.startswith("m3i-fetch"):
             thread.join(10)
             assert not thread.is_alive()
     assert not list((tmp_path / "users").iterdir()) and (tmp_path / "size").read_text() == "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.pipelines import loader as loader_module
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.storage.remote import folder_at
 from m3i_fast.pipelines.storage.upload import push
+from m3i_fast.pipelines.threads import Placement
 from m3i_fast.report.data.gather import pictures_of
 from tests.pipelines.storage.packed import write
 from tests.shared.pipelines.data import encode_image, equal, info, sample, smooth_picture
@@ -50,7 +53,7 @@ def in_the_order_of(remote: Loader, path: Path, cfg: LoaderConfig, **ranks: int)
 
 def in_use(cfg: LoaderConfig) -> list[Path | threading.Thread]:
     """What a reader of the bucket holds: its folder in the cache, and its threads."""
-    threads = [t for t in threading.enumerate() if t.name.startswith("clump-reader")]
+    threads = [t for t in threading.enumerate() if t.name.startswith("m3i-fetch")]
     for thread in threads:
         thread.join(1)
     users = cfg.cache_dir.expanduser() / "clumps/users"
@@ -164,3 +167,19 @@ def test_pictures_and_a_digest_are_those_of_the_folder(path: Path, cfg: LoaderCo
     assert list(ours) == list(theirs) and set(ours) == set(ids)
     for sample_id, picture in ours.items():
         assert np.array_equal(picture, theirs[sample_id])
+
+
+def test_threads_that_fetch_run_on_the_cores_of_the_loader(
+    cfg: LoaderConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("needs two cores")
+    placement = Placement(frozenset(allowed[1:2]), "")
+    monkeypatch.setattr(loader_module, "place_loader", lambda *_: placement)
+    remote = Loader(cfg)
+    next(remote)
+    fetching = [t for t in threading.enumerate() if t.name.startswith("m3i-fetch")]
+    cores = [os.sched_getaffinity(t.native_id) for t in fetching if t.native_id]
+    assert cores and all(each == placement.cores for each in cores)
+    remote.close()
