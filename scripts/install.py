@@ -57,7 +57,9 @@ def plan_for(driver_cuda: tuple[int, int] | None) -> Plan:
     """
     common = ("fp8", "eval", "docs", "dev")
     if driver_cuda is None:
-        return Plan("no GPU seen", 13, "torch>=2.10", ("data", "cupy", *common), build_cuda=False)
+        # The newest that the tests passed with on a CPU; a newer one would come as its CUDA build.
+        torch = "torch>=2.10,<2.14"
+        return Plan("no GPU seen", 13, torch, ("data", "cupy", *common), build_cuda=False)
     major, minor = driver_cuda
     reason = f"GPU seen, its driver runs CUDA {major}.{minor}"
     if major >= 13:
@@ -117,8 +119,15 @@ def pip_install(*arguments: str) -> None:
 
 
 def installed_torch() -> tuple[str, str | None]:
-    """Return the version of torch in the venv and its CUDA version ("13.0"; None: CPU build)."""
-    code = "import torch; print(torch.__version__, torch.version.cuda or '')"
+    """Return the version of torch in the venv and its CUDA version ("13.0"; None: CPU build).
+
+    The version is the package's: what torch says of itself may name its CUDA, such as 2.15.0+cu132
+    of a package 2.15.0, and pip knows no such release.
+    """
+    code = (
+        "from importlib.metadata import version; import torch; "
+        "print(version('torch'), torch.version.cuda or '')"
+    )
     version, *cuda = subprocess.check_output([str(PYTHON), "-c", code], text=True).split()
     return version, cuda[0] if cuda else None
 

@@ -191,12 +191,14 @@ def add_wheel(folder: Path, name: str, version: str, files: dict[str, str], *wan
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of packages that pip installs from, into a venv of its own.
 
-    The newest torch has no torchvision yet, as in the days after a release.
+    The newest torch has no torchvision yet, as in the days after a release. torch names its CUDA in
+    the version that it says, and not in that of its package, as PyPI's builds do.
     """
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     for version, cuda in (("2.14.0", "13.0"), ("2.15.0", "13.2")):
-        text = f"from types import SimpleNamespace\n__version__ = {version!r}\n"
+        said = f"{version}+cu{cuda.replace('.', '')}"
+        text = f"from types import SimpleNamespace\n__version__ = {said!r}\n"
         text += f"version = SimpleNamespace(cuda={cuda!r})\n"
         add_wheel(wheels, "torch", version, {"torch/__init__.py": text})
         shown = f"#!/bin/sh\necho release {cuda}, V{cuda}\n"
