@@ -58,8 +58,12 @@ class Loader:
         images_per_input: int = 1,
         device_id: int | None = None,
         skipped_file: Path | None = None,
+        opened: OpenSplit | None = None,
     ) -> None:
-        """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`)."""
+        """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`).
+
+        opened: the data that `cfg` names, where they are open already.
+        """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
         if device_id is None and cfg.hw_decoder_load is not None:
@@ -75,7 +79,7 @@ class Loader:
             accumulate=accumulate,
             images_per_input=images_per_input,
         )
-        self._open = open_data(
+        self._open = opened or open_data(
             cfg,
             rank=rank,
             num_ranks=num_ranks,

@@ -15,8 +15,7 @@ from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
 from m3i_fast.pipelines.mixture import MixedData
 from m3i_fast.pipelines.order import ORDER_VERSION
-from m3i_fast.pipelines.storage.objects import url_of
-from m3i_fast.pipelines.storage.remote import open_remote
+from m3i_fast.pipelines.storage.remote import open_remote, shards_url
 from m3i_fast.pipelines.storage.shards import LocalShards, Shards
 
 
@@ -66,13 +65,13 @@ def open_data(
 ) -> OpenSplit:
     """Check a split, of which each rank reads a part, and open its table.
 
-    Raises as `open_split` does, `open_remote` for a URL, and ValueError for data sets that cannot
-    be mixed.
+    Raises as `open_split` does, `open_remote` for shards in object storage, and ValueError for data
+    sets that cannot be mixed.
     """
     path, split = cfg.path, cfg.split
     if cfg.mixture:
         return _open_mixture(cfg, rank=rank, num_ranks=num_ranks)
-    if url_of(path) is not None:
+    if shards_url(path) is not None:
         remote = open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input)
         return OpenSplit(
             path=remote.path,
@@ -106,8 +105,8 @@ def _open_mixture(cfg: LoaderConfig, *, rank: int, num_ranks: int) -> OpenSplit:
     """
     opened = []
     for part in cfg.mixture_parts:
-        if url_of(part.path) is not None:
-            raise ValueError(f"data.mixture: expected folders, got {part.path}")
+        if (url := shards_url(part.path)) is not None:
+            raise ValueError(f"data.mixture: expected shards in folders, got {url}")
         one = replace(cfg, path=part.path, split=part.split, mixture=())
         opened.append(open_data(one, rank=rank, num_ranks=num_ranks))
     first = opened[0]
@@ -130,13 +129,3 @@ def _open_mixture(cfg: LoaderConfig, *, rank: int, num_ranks: int) -> OpenSplit:
         table=table,
         shards=MixedShards(table, [each.shards for each in opened]),
     )
-
-
-def open_samples(cfg: LoaderConfig) -> tuple[SampleTable, Shards]:
-    """Return the table of a data set's split and what finds the bytes of its samples.
-
-    Raises as `open_split` does, or `open_remote` for a URL.
-    """
-    opened = open_data(replace(cfg, mixture=()))
-    assert isinstance(opened.table, SampleTable)  # one data set
-    return opened.table, opened.shards
