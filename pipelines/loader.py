@@ -62,8 +62,12 @@ class Loader:
         images_per_input: int = 1,
         device_id: int | None = None,
         skipped_file: Path | None = None,
+        opened: OpenSplit | None = None,
     ) -> None:
-        """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`)."""
+        """skipped_file: JSON lines of samples that cannot be used (`SkippedSamples`).
+
+        opened: the data that `cfg` names, where they are open already.
+        """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank: expected 0 to {num_ranks - 1}, got {rank}")
         if device_id is None and cfg.hw_decoder_load is not None:
@@ -81,7 +85,7 @@ class Loader:
         )
         self.placement = place_loader(cfg.affinity, cfg.num_threads, device_id)
         """Where the loader's threads run, and why."""
-        self._open = open_data(
+        self._open = opened or open_data(
             cfg,
             rank=rank,
             num_ranks=num_ranks,

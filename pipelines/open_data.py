@@ -15,9 +15,15 @@ from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
 from m3i_fast.pipelines.mixture import MixedData
 from m3i_fast.pipelines.order import ORDER_VERSION, Order
-from m3i_fast.pipelines.storage.objects import place_of, url_of
+from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.read_pool import ReadPool
-from m3i_fast.pipelines.storage.remote import RemoteSplit, check_room, open_remote, plan_remote
+from m3i_fast.pipelines.storage.remote import (
+    RemoteSplit,
+    check_room,
+    open_remote,
+    plan_remote,
+    shards_url,
+)
 from m3i_fast.pipelines.storage.shards import LocalShards, Shards
 from m3i_fast.pipelines.threads import Cores
 
@@ -73,14 +79,14 @@ def open_data(
     """Check a split, of which each rank reads a part, and open its table.
 
     cores: of the threads that fetch from a bucket; None: where the system puts them.
-    Raises as `open_split` does, `open_remote` for a URL, and ValueError for data sets that cannot
-    be mixed.
+    Raises as `open_split` does, `open_remote` for shards in object storage, and ValueError for data
+    sets that cannot be mixed.
     """
     if cfg.mixture:
         return _open_mixture(
             cfg, rank=rank, num_ranks=num_ranks, images_per_input=images_per_input, cores=cores
         )
-    if url_of(cfg.path) is not None:
+    if shards_url(cfg.path) is not None:
         return _read_remote(
             open_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input, cores=cores)
         )
@@ -131,7 +137,7 @@ def _open_mixture(
             dataset=number,
         )
         for number, member in enumerate(cfg.members)
-        if url_of(member.path) is not None
+        if shards_url(member.path) is not None
     }
     check_room([*plans.values()])
     reads = ReadPool(cfg.reads_in_flight, cores)
@@ -164,13 +170,3 @@ def _expect_same_captions(mixed: MixedData) -> None:
                 f"data.mixture: expected captions in {first!r} as {place_of(mixed.parts[0].path)} "
                 f"has them, got {manifest.caption_member!r} of {place_of(part.path)}"
             )
-
-
-def open_samples(cfg: LoaderConfig) -> tuple[SampleTable, Shards]:
-    """Return the table of a data set's split and what finds the bytes of its samples.
-
-    Raises as `open_split` does, or `open_remote` for a URL.
-    """
-    opened = open_data(replace(cfg, mixture=()))
-    assert isinstance(opened.table, SampleTable)  # one data set
-    return opened.table, opened.shards

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 # A key goes up to the first dot of the name's last part, as in webdataset.
@@ -31,10 +30,13 @@ class Readable(Protocol):
 
 
 class Range:
-    """A range of an open file, of which headers are read and nothing else."""
+    """A range of an open file, of which headers are read and nothing else.
 
-    def __init__(self, descriptor: int, start: int, size: int) -> None:
-        self._descriptor, self._start, self._size = descriptor, start, size
+    pread: reads (count, offset) of the file.
+    """
+
+    def __init__(self, pread: Callable[[int, int], bytes], start: int, size: int) -> None:
+        self._pread, self._start, self._size = pread, start, size
         self._place = 0
 
     def read(self, count: int = -1, /) -> bytes:
@@ -46,7 +48,7 @@ class Range:
         count = left if count < 0 else min(count, left)
         if count > MOST_HEADER_BYTES:
             raise ValueError(f"expected a header of at most {MOST_HEADER_BYTES} bytes, got {count}")
-        found = os.pread(self._descriptor, count, self._start + self._place)
+        found = self._pread(count, self._start + self._place)
         self._place += len(found)
         return found
 

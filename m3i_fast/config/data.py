@@ -13,6 +13,7 @@ from m3i_fast.config.fields import BATCHES, NUMBERS, SIDES, THREADS, Checked, Co
 BackendName = Literal["auto", "dali", "torch"]
 AffinityName = Literal["auto", "none"]
 DEFAULT_LANES = 1920  # divided by most numbers of ranks that nodes of 8 and of 4 GPUs make
+CACHE_DIR = Path("~/.cache/m3i-fast")  # of what is fetched from object storage, or on its way there
 MAX_PIXELS = 89_478_485  # Pillow's limit (PIL.Image.MAX_IMAGE_PIXELS), past which it warns of bombs
 BUCKET_FIELDS = ("buffer_gib", "cache_dir", "cache_gib", "reads_in_flight", "fetch_ahead")
 """Fields of `LoaderConfig` that say how object storage is read, whatever is read of it."""
@@ -175,7 +176,7 @@ class LoaderConfig(Checked):
     buffer_gib: float = 32.0
     """Most GiB of clumps that one rank holds open, of all data sets together: of each of its lanes
     one window, and those that are fetched ahead."""
-    cache_dir: Path = Path("~/.cache/m3i-fast")
+    cache_dir: Path = CACHE_DIR
     """Folder of the files that are fetched from object storage, best on a local NVMe; the processes
     of a node share it."""
     cache_gib: float = 64.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,15 +9,8 @@ import numpy as np
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
-from m3i_fast.pipelines.dataset.manifest import (
-    Manifest,
-    ShardInfo,
-    SplitInfo,
-    check_files,
-    how_to_restore,
-    read_manifest,
-    sha256_file,
-)
+from m3i_fast.pipelines.dataset.files import DatasetFiles, LocalFiles, OpenFile, check_sizes
+from m3i_fast.pipelines.dataset.manifest import Manifest, ShardInfo, SplitInfo, sha256_file
 from m3i_fast.pipelines.dataset.pictures import FORMATS, check_header
 from m3i_fast.pipelines.dataset.sample_table import BAD, Rows, SampleTable, rows_fault
 from m3i_fast.pipelines.dataset.tar_shards import check_tar, read_index
@@ -46,20 +38,19 @@ def open_split(
     have to open a split before any reads from it. Raises FileNotFoundError or ValueError naming
     shard and sample, expected and got, and how to restore the files.
     """
-    manifest = read_manifest(path)
-    split = manifest.split(name)
-    check_files(path, manifest, split)
+    files = LocalFiles(path)
+    split = files.manifest.split(name)
+    check_sizes(files, split)
     try:
-        check_split(path, name, manifest, max_pixels=max_pixels, rank=rank, num_ranks=num_ranks)
+        check_split(files, name, max_pixels=max_pixels, rank=rank, num_ranks=num_ranks)
     except ValueError as error:
-        raise ValueError(f"{error}; {how_to_restore(path, manifest)}") from error
-    return manifest, split
+        raise ValueError(f"{error}; {files.restore}") from error
+    return files.manifest, split
 
 
 def check_split(
-    path: Path,
+    files: DatasetFiles,
     name: str,
-    manifest: Manifest,
     *,
     max_pixels: int = MAX_PIXELS,
     rank: int = 0,
@@ -71,25 +62,27 @@ def check_split(
     `COMPARED` samples a rank are compared with the tars, of indices all. Raises ValueError naming
     shard and sample, expected and got.
     """
-    split = manifest.split(name)
+    split = files.manifest.split(name)
     if split.table is not None:
-        _check_table(path, name, manifest, max_pixels, rank, num_ranks)
+        _check_table(files, name, max_pixels, rank, num_ranks)
     if None not in [shard.index_bytes for shard in split.shards]:
-        _check_indices(path, name, split, max_pixels, rank, num_ranks)
+        _check_indices(files.folder, name, split, max_pixels, rank, num_ranks)
 
 
 def _check_table(
-    path: Path, name: str, manifest: Manifest, max_pixels: int, rank: int, num_ranks: int
+    files: DatasetFiles, name: str, max_pixels: int, rank: int, num_ranks: int
 ) -> None:
     """Check the table of a split, and compare this rank's share of its rows with the tars."""
-    info = manifest.split(name).table
+    manifest = files.manifest
+    split = manifest.split(name)
+    info = split.table
     assert info is not None
-    table = SampleTable.open(path, manifest, name)
-    file = path / info.file
+    table = SampleTable.open(files.folder, manifest, name)
+    file = f"{files.place}/{info.file}"
     compared = np.unique(np.linspace(0, len(table) - 1, COMPARED * num_ranks).astype(np.int64))
     checked = compared
     if info.num_bytes <= HASHED_BYTES:
-        digest = sha256_file(file)
+        digest = sha256_file(files.folder / info.file)
         if digest != info.sha256:
             raise ValueError(f"{file}: expected sha256 {info.sha256}, got {digest}")
         checked = np.arange(len(table))
@@ -99,44 +92,46 @@ def _check_table(
     mine = table.rows[compared[rank::num_ranks]]
 
     def compare(shard: int) -> None:
-        file, rows = path / table.shard_files[shard], mine[mine["shard"] == shard]
-        _compare_rows(file, rows, max_pixels, manifest.split(name).max_alternates)
+        file, rows = split.shards[shard].file, mine[mine["shard"] == shard]
+        tar = files.open(file, is_whole=False)
+        try:
+            _compare_rows(tar, files.name(file), rows, max_pixels, split.max_alternates)
+        finally:
+            tar.close()
 
     with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
         list(pool.map(compare, np.unique(mine["shard"]).tolist()))
 
 
-def _compare_rows(file: Path, rows: Rows, max_pixels: int, max_alternates: int) -> None:
+def _compare_rows(
+    tar: OpenFile, file: str, rows: Rows, max_pixels: int, max_alternates: int
+) -> None:
     """Compare rows with the headers of the tar's files and pictures that they point to."""
-    tar = os.open(file, os.O_RDONLY)
-    try:
-        for row in rows:
-            start, size = int(row["offset"]), int(row["size"])
-            try:
-                key, parts = sample_parts(Range(tar, start, size), size)
-                pictures = [part for part in parts if part.extension in FORMATS]
-                if len(pictures) != 1:
-                    got = ", ".join(part.extension for part in parts)
-                    raise ValueError(f"{key}: expected one image ({', '.join(FORMATS)}), got {got}")
-                if not row["flags"] & BAD:
-                    _, offset, num_bytes = pictures[0]
-                    _check_picture(tar, start + offset, num_bytes, key, max_pixels)
-                    others = {
-                        part.extension: os.pread(tar, part.size, start + part.offset)
-                        for part in parts
-                        if part.extension in (alternates.PICTURES, alternates.SIZES)
-                    }
-                    alternates.check_stored(key, others, most=max_alternates, max_pixels=max_pixels)
-            except ValueError as error:
-                raise ValueError(
-                    f"{file}: sample {row['sample_id']} at byte {start}: {error}"
-                ) from error
-    finally:
-        os.close(tar)
+    for row in rows:
+        start, size = int(row["offset"]), int(row["size"])
+        try:
+            key, parts = sample_parts(Range(tar.pread, start, size), size)
+            pictures = [part for part in parts if part.extension in FORMATS]
+            if len(pictures) != 1:
+                got = ", ".join(part.extension for part in parts)
+                raise ValueError(f"{key}: expected one image ({', '.join(FORMATS)}), got {got}")
+            if not row["flags"] & BAD:
+                _, offset, num_bytes = pictures[0]
+                _check_picture(tar, start + offset, num_bytes, key, max_pixels)
+                others = {
+                    part.extension: tar.pread(part.size, start + part.offset)
+                    for part in parts
+                    if part.extension in (alternates.PICTURES, alternates.SIZES)
+                }
+                alternates.check_stored(key, others, most=max_alternates, max_pixels=max_pixels)
+        except ValueError as error:
+            raise ValueError(
+                f"{file}: sample {row['sample_id']} at byte {start}: {error}"
+            ) from error
 
 
-def _check_picture(tar: int, start: int, size: int, key: str, max_pixels: int) -> None:
-    image = Range(tar, start, size)
+def _check_picture(tar: OpenFile, start: int, size: int, key: str, max_pixels: int) -> None:
+    image = Range(tar.pread, start, size)
 
     def read(offset: int, count: int) -> bytes:
         image.seek(offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,10 +16,12 @@ import cattrs
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 
 MANIFEST_NAME = "manifest.json"
+REFUSED_NAME = "refused.jsonl"  # what packing or indexing left out, beside the manifest
 FORMAT = "m3i-fast-shards"
 # Format versions: the first holds at most one caption a picture, the first two no alternates, the
 # first three have an index beside each shard, and the fourth a table a split.
 ONE_CAPTION, SEVERAL_CAPTIONS, ALTERNATES, TABLE = 1, 2, 3, 4
+_URL = re.compile(r"(s3|gs|https?)://[^/]")
 INDEXED = "indexed"  # entry of the settings of tars that others wrote
 TABLE_SUFFIX = ".samples"
 TOKENS_MEMBER = "tok"  # of captions that were tokenised before they were packed
@@ -111,7 +114,8 @@ class Manifest:
     # Member of a sample with its captions: "tok" (token ids), or "txt" or "json:FIELD" (text, which
     # is tokenised while loading).
     caption_member: str = TOKENS_MEMBER
-    shards_in: str | None = None  # absolute directory of the shards; None: that of the manifest
+    # Absolute directory of the shards, or their URL; None: they lie beside the manifest.
+    shards_in: str | None = None
     format: str = FORMAT
 
     def __post_init__(self) -> None:
@@ -127,8 +131,11 @@ class Manifest:
             raise ValueError(
                 f"caption_member: expected tok, txt or json:FIELD, got {self.caption_member!r}"
             )
-        if self.shards_in is not None and not Path(self.shards_in).is_absolute():
-            raise ValueError(f"shards_in: expected an absolute path, got {self.shards_in!r}")
+        if self.shards_in is not None and self.shards_url is None:
+            if not Path(self.shards_in).is_absolute():
+                raise ValueError(
+                    f"shards_in: expected an absolute path or a URL, got {self.shards_in!r}"
+                )
 
     @property
     def format_version(self) -> int:
@@ -167,8 +174,21 @@ class Manifest:
         """
         return hashlib.sha256(replace(self, shards_in=None).to_json().encode()).hexdigest()
 
+    @property
+    def shards_url(self) -> str | None:
+        """URL of the shards, where they lie in object storage; None: in a folder."""
+        found = self.shards_in is not None and _URL.match(self.shards_in)
+        return self.shards_in if found else None
+
     def shards_of(self, path: Path) -> Path:
-        """Return the directory of the shards of the dataset directory `path`."""
+        """Return the directory of the shards of the dataset directory `path`.
+
+        Raises ValueError where they lie in object storage, which the caller does not read.
+        """
+        if self.shards_url is not None:
+            raise ValueError(
+                f"{path}: expected shards in a folder, got an index of those in {self.shards_url}"
+            )
         return path / (self.shards_in or "")
 
     def split(self, name: str) -> SplitInfo:
@@ -279,13 +299,14 @@ def how_to_restore(path: Path, manifest: Manifest) -> str:
         )
     restore = "copy the files again from where they came, or "
     if INDEXED in manifest.settings:
-        return restore + f"index them as they are now: {_index_command(path, manifest)}"
+        command = index_command(path, manifest, str(manifest.shards_of(path)))
+        return restore + f"index them as they are now: {command}"
     return restore + "pack the pictures again"
 
 
-def _index_command(path: Path, manifest: Manifest) -> str:
+def index_command(path: Path, manifest: Manifest, tars: str) -> str:
     """Return the command that indexes the tars of a data set with its recorded columns."""
-    command = f"m3i-fast data index {quoted(manifest.shards_of(path))}"
+    command = f"m3i-fast data index {shlex.quote(tars)}"
     if manifest.shards_in is not None:
         command += f" --out {quoted(path)}"
     columns = manifest.settings[INDEXED]

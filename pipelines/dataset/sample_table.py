@@ -45,7 +45,8 @@ class SampleTable:
     """The rows of a split, and the files that they point into."""
 
     rows: Rows
-    shard_files: tuple[str, ...]  # by number; in the dataset directory, or absolute paths
+    # By number: in the dataset directory, absolute paths, or names of objects below a URL.
+    shard_files: tuple[str, ...]
     has_bad: bool = True  # False: no row is marked as bad
 
     @classmethod
@@ -57,7 +58,8 @@ class SampleTable:
         file does not have the size that the manifest records, or an index is wrong.
         """
         info = manifest.split(split)
-        files = tuple(str(Path(manifest.shards_in or "", shard.file)) for shard in info.shards)
+        shards_in = None if manifest.shards_url else manifest.shards_in
+        files = tuple(str(Path(shards_in or "", shard.file)) for shard in info.shards)
         if info.table is None:
             found = [_rows_of_index(path, number, s) for number, s in enumerate(info.shards)]
             return cls(np.concatenate(found), files, has_bad=False)

@@ -1,4 +1,4 @@
-"""Verification of a dataset directory: every byte is read, and every fault is named."""
+"""Verification of a data set: every byte is read, and every fault is named."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.diagnosis import LARGE, SMALL, integer, picture_fault, sample_fault
 from m3i_fast.pipelines.dataset.directory import check_split
-from m3i_fast.pipelines.dataset.manifest import (
-    TABLE,
-    Manifest,
-    ShardInfo,
-    file_faults,
-    read_manifest,
-    sha256_file,
-)
-from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.dataset.files import Advance, DatasetFiles, LocalFiles
+from m3i_fast.pipelines.dataset.manifest import TABLE, Manifest, ShardInfo, sha256_file
+from m3i_fast.pipelines.dataset.sample_table import Rows, SampleTable
 from m3i_fast.pipelines.dataset.samples import Counts, Identities
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, members
 from m3i_fast.pipelines.dataset.verify_shard import Fault, ShardReport, read_shard
@@ -51,38 +45,57 @@ def verify(path: Path, *, decode: bool = False, max_pixels: int = MAX_PIXELS) ->
     return report.manifest
 
 
-def find_faults(path: Path, *, decode: bool = False, max_pixels: int = MAX_PIXELS) -> Report:
+def find_faults(
+    where: Path | DatasetFiles,
+    *,
+    decode: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    advance: Advance = lambda num_bytes: None,
+) -> Report:
     """Read every byte of a dataset, and list whatever differs from what it should be.
 
     Makes the checks of opening it (`directory.check_split`), then those of every sample's checksum,
     of captions, labels, ids, digests and counts. decode: decode every picture; otherwise its header
     alone is parsed, since the packer has decoded it and the digest covers its bytes. A shard that
-    is missing or has another size is not read. Raises as `read_manifest`.
+    is missing or has another size is not read. advance: told the bytes of shards that are read.
+    Raises as `read_manifest`, and as `Bucket` where that cannot be read.
     """
-    manifest = read_manifest(path)
+    files = LocalFiles(where) if isinstance(where, Path) else where
+    manifest = files.manifest
     report = Report(manifest)
     identities = Identities()
     for name, split in manifest.splits.items():
-        broken = dict(file_faults(path, manifest, split))
+        look = _Look(files, name, max_pixels, decode, advance)
+        broken = dict(files.faults(split))
         if broken:
             report.faults += [Fault(file, None, str(error)) for file, error in broken.items()]
             if split.table is not None and split.table.file not in broken:
-                report.faults += _split_with_table(path, name, report, max_pixels, decode, broken)
+                report.faults += _split_with_table(look, broken)
             continue
-        faults = list(_check_digests(path, manifest, name))
+        faults = list(_check_digests(files, name))
         try:
-            check_split(path, name, manifest, max_pixels=max_pixels)
+            check_split(files, name, max_pixels=max_pixels)
         except ValueError as error:
             faults.append(Fault(name, None, str(error)))
-        pixels = max_pixels if decode else None
         if split.table is None:
-            faults += _indexed_split(path, name, manifest, identities, pixels)
+            faults += _indexed_split(look, identities)
         else:
-            faults += _split_with_table(path, name, report, max_pixels, decode)
+            faults += _split_with_table(look)
         report.faults += _without_repeats(faults)
     if not report.faults and manifest.format_version == TABLE:
-        report.faults += _check_ids(path, manifest)
+        report.faults += _check_ids(files)
     return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """A split, and how closely it is looked at."""
+
+    files: DatasetFiles
+    name: str
+    max_pixels: int
+    decode: bool
+    advance: Advance
 
 
 def _without_repeats(faults: list[Fault]) -> list[Fault]:
@@ -96,34 +109,29 @@ def _without_repeats(faults: list[Fault]) -> list[Fault]:
     ]
 
 
-def _check_digests(path: Path, manifest: Manifest, name: str) -> Iterator[Fault]:
+def _check_digests(files: DatasetFiles, name: str) -> Iterator[Fault]:
     """Compare the digests of a split's table and indices."""
-    split = manifest.splits[name]
+    split = files.manifest.splits[name]
     recorded = [(shard.index_file, shard.index_sha256) for shard in split.shards]
     if split.table is not None:
         recorded.append((split.table.file, split.table.sha256))
     for file, expected in recorded:
-        if expected is not None and (got := sha256_file(path / file)) != expected:
-            yield Fault(file, None, f"{path / file}: expected sha256 {expected}, got {got}")
+        if expected is not None and (got := sha256_file(files.folder / file)) != expected:
+            reason = f"{files.place}/{file}: expected sha256 {expected}, got {got}"
+            yield Fault(file, None, reason)
 
 
-def _split_with_table(
-    path: Path,
-    name: str,
-    found: Report,
-    max_pixels: int,
-    decode: bool,
-    broken: Collection[str] = (),
-) -> Iterator[Fault]:
+def _split_with_table(look: _Look, broken: Collection[str] = ()) -> Iterator[Fault]:
     """Read the shards of a split as its table says, but for broken ones, and compare counts."""
-    manifest = found.manifest
-    table = SampleTable.open(path, manifest, name)
+    files, name, manifest = look.files, look.name, look.files.manifest
+    table = SampleTable.open(files.folder, manifest, name)
     split = manifest.splits[name]
     shard_of = np.ascontiguousarray(table.rows["shard"])
     if (shard_of[1:] < shard_of[:-1]).any():
         at = int(np.argmax(shard_of[1:] < shard_of[:-1])) + 1
         reason = f"row {at}: shard: expected rows in the order of shards, got {shard_of[at]}"
-        yield Fault(name, None, f"{path}: split {name}: {reason} after {shard_of[at - 1]}")
+        reason += f" after {shard_of[at - 1]}"
+        yield Fault(name, None, f"{files.place}: split {name}: {reason}")
         return
     first = np.searchsorted(shard_of, np.arange(len(split.shards) + 1, dtype=shard_of.dtype))
     counts = Counts()
@@ -132,26 +140,44 @@ def _split_with_table(
         if shard.file in broken:
             continue
         rows = table.rows[first[number] : first[number + 1]]
-        file, most = path / table.shard_files[number], split.max_alternates
-        report = ShardReport(file, shard, manifest, max_pixels, decode, most)
-        for row in read_shard(report, rows):
+        report = _read_shard(look, shard, rows, counts)
+        num_bad += report.num_bad
+        is_good = is_good and not report.faults
+        yield from report.faults
+    if is_good:
+        yield from _check_counts(files, name, counts, num_bad)
+
+
+def _read_shard(look: _Look, shard: ShardInfo, rows: Rows, counts: Counts) -> ShardReport:
+    """Read a shard, and count its samples; one that changes meanwhile is a fault."""
+    files = look.files
+    report = ShardReport(
+        file=files.name(shard.file),
+        shard=shard,
+        manifest=files.manifest,
+        max_pixels=look.max_pixels,
+        decode=look.decode,
+        max_alternates=files.manifest.splits[look.name].max_alternates,
+        advance=look.advance,
+    )
+    tar = files.open(shard.file, is_whole=True)
+    try:
+        for row in read_shard(report, tar, rows):
             counts.add(
                 num_captions=row.num_captions,
                 num_alternates=row.num_alternates,
                 label=row.label,
                 group_id=row.group_id,
             )
-        num_bad += report.num_bad
-        is_good = is_good and not report.faults
-        yield from report.faults
-    if is_good:
-        yield from _check_counts(path, name, manifest, counts, num_bad)
+    except (FileNotFoundError, ValueError) as error:  # of an object
+        report.faults.append(Fault(shard.file, None, str(error)))
+    finally:
+        tar.close()
+    return report
 
 
-def _check_counts(
-    path: Path, name: str, manifest: Manifest, counts: Counts, num_bad: int
-) -> Iterator[Fault]:
-    split = manifest.splits[name]
+def _check_counts(files: DatasetFiles, name: str, counts: Counts, num_bad: int) -> Iterator[Fault]:
+    split, place = files.manifest.splits[name], files.place
     try:
         counted = replace(
             counts.split(split.shards),
@@ -160,35 +186,36 @@ def _check_counts(
             num_samples=counts.num_samples + num_bad,
         )
     except ValueError as error:
-        yield Fault(name, None, f"{path}: split {name}: {error}")
+        yield Fault(name, None, f"{place}: split {name}: {error}")
         return
     for key in (f.name for f in fields(split)):
         if getattr(counted, key) != getattr(split, key):
             yield Fault(
                 name,
                 None,
-                f"{path}: split {name}: expected {key} {getattr(split, key)} (manifest), got "
+                f"{place}: split {name}: expected {key} {getattr(split, key)} (manifest), got "
                 f"{getattr(counted, key)}",
             )
 
 
-def _check_ids(path: Path, manifest: Manifest) -> Iterator[Fault]:
+def _check_ids(files: DatasetFiles) -> Iterator[Fault]:
     """Check that ids are those of one sample each, and groups those of a sample of one split."""
+    manifest, place = files.manifest, files.place
     seen: list[NDArray[np.int64]] = []  # sorted ids of each split
     for name in manifest.splits:
-        rows = SampleTable.open(path, manifest, name).rows
+        rows = SampleTable.open(files.folder, manifest, name).rows
         samples = np.sort(rows["sample_id"])
         found = [samples[1:][samples[1:] == samples[:-1]][:1]]
         found += [_first(samples, others, is_in=True) for others in seen]
         twice = np.concatenate(found)
         if len(twice):
             reason = f"sample_id: expected another one for each sample, got {twice[0]} twice"
-            yield Fault(name, str(twice[0]), f"{path}: split {name}: {reason}")
+            yield Fault(name, str(twice[0]), f"{place}: split {name}: {reason}")
         seen.append(samples)
         strange = _first(rows["group_id"], samples, is_in=False)
         if len(strange):
             reason = f"expected the sample_id of a sample of split {name}, got {strange[0]}"
-            yield Fault(name, None, f"{path}: group_id: {reason}")
+            yield Fault(name, None, f"{place}: group_id: {reason}")
 
 
 def _first(values: NDArray[np.int64], ids: NDArray[np.int64], *, is_in: bool) -> NDArray[np.int64]:
@@ -205,10 +232,10 @@ def _first(values: NDArray[np.int64], ids: NDArray[np.int64], *, is_in: bool) ->
     return values[:0]
 
 
-def _indexed_split(
-    path: Path, name: str, manifest: Manifest, identities: Identities, max_pixels: int | None
-) -> Iterator[Fault]:
+def _indexed_split(look: _Look, identities: Identities) -> Iterator[Fault]:
     """Check the contents of a split of format version 1 to 3, shard by shard."""
+    path, name, manifest = look.files.folder, look.name, look.files.manifest
+    max_pixels = look.max_pixels if look.decode else None
     split = manifest.splits[name]
     counts = Counts()
     is_good = True
@@ -225,12 +252,13 @@ def _indexed_split(
             is_good = False
             reason = f"{path / shard.file}: expected sha256 {shard.sha256}, got {digest}"
             yield Fault(shard.file, None, reason)
+        look.advance(shard.num_bytes)
     if is_good:
         try:
             identities.check_groups(name)
         except ValueError as error:
             yield Fault(name, None, str(error))
-        yield from _check_counts(path, name, manifest, counts, 0)
+        yield from _check_counts(look.files, name, counts, 0)
 
 
 def _indexed_shard(

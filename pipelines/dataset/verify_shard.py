@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.diagnosis import picture_fault
+from m3i_fast.pipelines.dataset.files import Advance, OpenFile
 from m3i_fast.pipelines.dataset.manifest import TOKENS_MEMBER, Manifest, ShardInfo
 from m3i_fast.pipelines.dataset.pictures import FORMATS, check_header
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, checksum
@@ -48,12 +48,13 @@ class Counted(NamedTuple):
 class ShardReport:
     """A shard, how closely it is looked at, and what was found."""
 
-    file: Path
+    file: str  # path or URL
     shard: ShardInfo
     manifest: Manifest
     max_pixels: int
     decode: bool
     max_alternates: int
+    advance: Advance  # told the bytes that are read
     faults: list[Fault] = field(default_factory=list)
     num_bad: int = 0
 
@@ -62,40 +63,51 @@ class ShardReport:
         self.faults.append(Fault(self.shard.file, sample, f"{self.file}: {reason}"))
 
 
-def read_shard(report: ShardReport, rows: Rows) -> Iterator[Counted]:
+class _Hashed:
+    """A tar that is read from its beginning on, and hashed."""
+
+    def __init__(self, tar: OpenFile, advance: Advance) -> None:
+        self._tar, self._advance = tar, advance
+        self.place, self.sha256 = 0, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """Read on; fewer bytes where the tar ends."""
+        content = self._tar.pread(size, self.place)
+        self.sha256.update(content)
+        self.place += len(content)
+        self._advance(len(content))
+        return content
+
+    def skip(self, end: int) -> None:
+        """Read up to a byte for the digest alone."""
+        while (left := end - self.place) > 0:
+            if not self.read(min(left, PIECE_BYTES)):
+                break
+
+
+def read_shard(report: ShardReport, tar: OpenFile, rows: Rows) -> Iterator[Counted]:
     """Read a shard, and yield what was counted of each sample that is good.
 
     Faults are recorded in the report: of the sample whose bytes differ from its checksum, of one
     whose bytes are right but not usable, and of the bytes between and after samples.
     """
-    digest = hashlib.sha256()
-    with report.file.open("rb") as tar:
-        for row in rows[np.argsort(rows["offset"], kind="stable")]:
-            start, size = int(row["offset"]), int(row["size"])
-            name = str(int(row["sample_id"]))
-            if start < tar.tell() or start % 512 or start + size > report.shard.num_bytes:
-                expected = f"expected bytes from {tar.tell()} on (table)"
-                report.add(name, f"sample {name}: {expected}, got {size} at {start}")
-                continue
-            _skip(tar, digest, start)
-            content = tar.read(size)
-            digest.update(content)
-            counted = _check_sample(report, row, content, name)
-            if counted is not None:
-                yield counted
-        _skip(tar, digest, report.shard.num_bytes)
-    got = digest.hexdigest()
+    hashed = _Hashed(tar, report.advance)
+    for row in rows[np.argsort(rows["offset"], kind="stable")]:
+        start, size = int(row["offset"]), int(row["size"])
+        name = str(int(row["sample_id"]))
+        if start < hashed.place or start % 512 or start + size > report.shard.num_bytes:
+            expected = f"expected bytes from {hashed.place} on (table)"
+            report.add(name, f"sample {name}: {expected}, got {size} at {start}")
+            continue
+        hashed.skip(start)
+        counted = _check_sample(report, row, hashed.read(size), name)
+        if counted is not None:
+            yield counted
+    hashed.skip(report.shard.num_bytes)
+    got = hashed.sha256.hexdigest()
     if got != report.shard.sha256:
         where = "" if report.faults else " (bytes between or after samples)"
         report.add(None, f"expected sha256 {report.shard.sha256}, got {got}{where}")
-
-
-def _skip(tar: BinaryIO, digest: Any, end: int) -> None:
-    while (left := end - tar.tell()) > 0:
-        piece = tar.read(min(left, PIECE_BYTES))
-        if not piece:
-            break
-        digest.update(piece)
 
 
 def _check_sample(report: ShardReport, row: np.void, content: bytes, name: str) -> Counted | None:

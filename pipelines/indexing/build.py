@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from m3i_fast.durable_files import sync, write_atomically
 from m3i_fast.pipelines.dataset.manifest import (
     INDEXED,
     MANIFEST_NAME,
+    REFUSED_NAME,
     TABLE_SUFFIX,
     TOKENS_MEMBER,
     Manifest,
@@ -31,18 +32,19 @@ from m3i_fast.pipelines.dataset.manifest import (
 from m3i_fast.pipelines.dataset.sample_table import BAD, Rows, write_table
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
 from m3i_fast.pipelines.indexing.contents import NO_GROUP, Columns
+from m3i_fast.pipelines.indexing.tar_places import COPY, Tars
 from m3i_fast.pipelines.indexing.tar_task import TarIndex, TarTask, read_result, run
 from m3i_fast.pipelines.packing.output import locked
 from m3i_fast.pipelines.packing.workers import end_with_parent
 
-REFUSED = "refused.jsonl"
 RESULTS = ".indexing"  # folder of what is finished, while an index is not
 # What a killed index leaves half written; other hidden files are the user's.
 LEFT = (
     f".{MANIFEST_NAME}.tmp-*",
-    f".{REFUSED}.tmp-*",
+    f".{REFUSED_NAME}.tmp-*",
     f".*{TABLE_SUFFIX}.*.writing",
     ".*.index.tmp-*",
+    f".*{COPY}",
 )
 
 
@@ -69,17 +71,22 @@ class Indexed:
     empty_splits: tuple[str, ...] = ()  # left out, since no sample of theirs can be used
 
 
-def check_out(root: Path, out: Path) -> None:
-    """Raise ValueError where `out` holds a manifest that no index wrote."""
-    file = out / MANIFEST_NAME
-    if not file.exists():
+def check_out(out: Path, place: str | None = None) -> None:
+    """Raise ValueError where `out` holds a manifest that no index wrote.
+
+    place: URL of which `out` has a copy of the manifest.
+    """
+    place = place or str(out)
+    if not (out / MANIFEST_NAME).exists():
         return
     if not is_dataset(out):
-        raise ValueError(f"{file} is not of this package, and is kept: name another --out")
+        raise ValueError(
+            f"{place}/{MANIFEST_NAME} is not of this package, and is kept: name another --out"
+        )
     if INDEXED not in read_manifest(out).settings:
         raise ValueError(
-            f"{out} holds a data set that was packed, and needs no index; name a folder of tars"
-            + (" by another --out" if out != root else "")
+            f"{place} holds a data set that was packed, and needs no index; name a folder of tars, "
+            "or another --out"
         )
 
 
@@ -94,7 +101,7 @@ def check_split_name(split: str) -> None:
 
 
 def index_tars(
-    root: Path,
+    tars: Tars,
     names: dict[str, str],
     columns: Columns,
     info: IndexInfo,
@@ -102,48 +109,46 @@ def index_tars(
     out: Path,
     workers: int,
     advance: Advance,
+    publish: Callable[[Path], object] = lambda out: None,
 ) -> Indexed:
     """Index tars, and write `out`/manifest.json, a table a split and refused.jsonl.
 
-    names: split by name of a tar in `root`. A tar that an earlier start has finished is not read
+    names: split by name of a tar. publish: called with `out` when all is written, before what a
+    killed index goes on with is removed. A tar that an earlier start has finished is not read
     again. Raises ValueError where no sample can be used, naming why, and where `out` holds another
     data set or another process writes into it. An index that `out` holds stays as it is until all
     of the new one is computed and checked; while files are written `out` is no dataset directory.
     """
-    check_out(root, out)
+    check_out(out)
     with locked(out, RESULTS, "indexed", LEFT):
-        return _index_locked(root, names, columns, info, out, workers, advance)
+        results = out / RESULTS
+        tasks = {
+            name: TarTask(
+                tar=tars.tar(name), result=results / f"{number:08d}.index", columns=columns
+            )
+            for number, name in enumerate(names)
+        }
+        done = _run_all(list(tasks.values()), workers, advance)
+        refused, manifest, tables = _reduce(tasks, names, done, columns, info)
+        manifest = replace(manifest, shards_in=tars.shards_in(out))
+        _write(out, refused, manifest, tables)
+        publish(out)
+        shutil.rmtree(results)
+    empty = tuple(split for split in dict.fromkeys(names.values()) if split not in tables)
+    return Indexed(manifest, Counter(_kind(row) for row in refused), empty)
 
 
-def _index_locked(
-    root: Path,
-    names: dict[str, str],
-    columns: Columns,
-    info: IndexInfo,
-    out: Path,
-    workers: int,
-    advance: Advance,
-) -> Indexed:
-    results = out / RESULTS
-    tasks = {
-        name: TarTask(root=root, name=name, result=results / f"{number:08d}.index", columns=columns)
-        for number, name in enumerate(names)
-    }
-    done = _run_all(list(tasks.values()), workers, advance)
-    refused, manifest, tables = _reduce(tasks, names, done, columns, info)
-    if out.resolve() != root.resolve():
-        manifest = replace(manifest, shards_in=str(root.resolve()))
+def _write(
+    out: Path, refused: list[dict[str, Any]], manifest: Manifest, tables: dict[str, Rows]
+) -> None:
     # A reader never finds a manifest beside the files of another.
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     sync(out)
     for split, rows in tables.items():
         write_table(out / _table_name(split), [rows])
     lines = "".join(json.dumps(row) + "\n" for row in refused)
-    write_atomically(out / REFUSED, lines.encode())
+    write_atomically(out / REFUSED_NAME, lines.encode())
     write_atomically(out / MANIFEST_NAME, manifest.to_json().encode())
-    shutil.rmtree(results)
-    empty = tuple(split for split in dict.fromkeys(names.values()) if split not in tables)
-    return Indexed(manifest, Counter(_kind(row) for row in refused), empty)
 
 
 def _run_all(tasks: Sequence[TarTask], workers: int, advance: Advance) -> dict[str, TarIndex]:
@@ -155,13 +160,13 @@ def _run_all(tasks: Sequence[TarTask], workers: int, advance: Advance) -> dict[s
         if result is None:
             left.append(task)
         else:
-            done[task.name] = result
+            done[task.tar.name] = result
             advance(len(result.rows), result.num_bytes)
     for task in _finished(left, min(workers, len(left))):
         result = read_result(task)
         if result is None:
-            raise ValueError(f"{task.root / task.name} changed while it was indexed: start again")
-        done[task.name] = result
+            raise ValueError(f"{task.tar.place} changed while it was indexed: start again")
+        done[task.tar.name] = result
         advance(len(result.rows), result.num_bytes)
     return done
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tarfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from m3i_fast.pipelines.dataset.files import OpenFile
 from m3i_fast.pipelines.tar_members import NAME, Part, Range, whole_tar_members
 
 MOST_BYTES = 1 << 30  # of a sample
@@ -22,20 +22,21 @@ class Found:
     fault: str | None = None
 
 
-def scan(file: Path) -> tuple[list[Found], str | None]:
+def scan(tar: OpenFile, size: int, most: int | None = None) -> tuple[list[Found], str | None]:
     """Find the samples of a tar: (samples, what is wrong with the tar; None: nothing).
 
-    A sample that cannot be used has its `fault`. Of a tar that is cut off or damaged the samples
-    before that place are returned; the last of them may lack files and has a fault.
+    size: of the tar in bytes. most: samples after which the search ends; None: all. A sample that
+    cannot be used has its `fault`. Of a tar that is cut off or damaged the samples before that
+    place are returned; the last of them may lack files and has a fault.
     """
     samples: list[Found] = []
     keys: set[str] = set()
     fault = None
     try:
-        with file.open("rb") as opened:
-            size = file.stat().st_size
-            for member, end in whole_tar_members(Range(opened.fileno(), 0, size), size):
-                _add(samples, keys, member, end)
+        for member, end in whole_tar_members(Range(tar.pread, 0, size), size):
+            _add(samples, keys, member, end)
+            if most is not None and len(samples) > most:  # the one before is whole
+                return samples[:most], None
     except ValueError as error:
         fault = str(error)
         if samples and samples[-1].fault is None:

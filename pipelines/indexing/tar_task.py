@@ -16,9 +16,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from m3i_fast.durable_files import write_atomically
+from m3i_fast.pipelines.dataset.files import LocalFile
 from m3i_fast.pipelines.dataset.sample_table import BAD, ROW, Rows, checksum
 from m3i_fast.pipelines.indexing.contents import Columns, Facts, read_facts
 from m3i_fast.pipelines.indexing.scan import Found, scan
+from m3i_fast.pipelines.indexing.tar_places import Tar
 
 PIECE_BYTES = 1 << 22
 READ = ("jpg", "jpeg", "png", "webp", "txt", "json", "cls")
@@ -28,16 +30,14 @@ READ = ("jpg", "jpeg", "png", "webp", "txt", "json", "cls")
 class TarTask:
     """A tar to index, and where its result goes."""
 
-    root: Path
-    name: str  # of the tar, in root
+    tar: Tar
     result: Path
     columns: Columns
 
     @property
     def identity(self) -> str:
-        """Digest of the settings and of size and time of the tar: a result of another is old."""
-        stat = (self.root / self.name).stat()
-        key = [self.name, stat.st_size, stat.st_mtime_ns, asdict(self.columns)]
+        """Digest of the settings and of the tar's stamp: a result of another is old."""
+        key = [self.tar.name, *self.tar.stamp(), asdict(self.columns)]
         return hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
 
 
@@ -63,7 +63,8 @@ class TarIndex:
 
 def run(task: TarTask) -> Path:
     """Index a tar, write the result and return its file."""
-    index = index_tar(task.root / task.name, task.name, task.columns)
+    with task.tar.local(task.result.parent) as file:
+        index = index_tar(file, task.tar.name, task.columns)
     summary = {
         name: getattr(index, name) for name in TarIndex.__dataclass_fields__ if name != "rows"
     }
@@ -89,7 +90,11 @@ def read_result(task: TarTask) -> TarIndex | None:
 def index_tar(file: Path, name: str, columns: Columns) -> TarIndex:
     """Read every byte of a tar once, and index the samples that can be used."""
     index = TarIndex(name=name, num_bytes=file.stat().st_size)
-    samples, fault = scan(file)
+    opened = LocalFile(file)
+    try:
+        samples, fault = scan(opened, index.num_bytes)
+    finally:
+        opened.close()
     if fault is not None:
         index.refuse(None, fault)
     rows: list[tuple[int, ...]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m3i_fast.pipelines.indexing.scan import scan
+from m3i_fast.pipelines.indexing.tar_places import Tars
 from m3i_fast.pipelines.packing.items import SPLITS
 
 LOOKED_AT = 100  # samples, to guess columns
@@ -63,20 +63,22 @@ class Guess(NamedTuple):
     label: str | None
 
 
-def guess_columns(root: Path, names: Sequence[str]) -> Guess:
+def guess_columns(tars: Tars, names: Sequence[str]) -> Guess:
     """Look at the first samples of the first tar that has any."""
-    for name in names:
-        samples, _ = scan(root / name)
-        if samples:
-            break
     counts: Counter[str] = Counter()
-    with (root / name).open("rb") as tar:
-        for found in samples[:LOOKED_AT]:
-            for part in found.parts:
+    for name in names:
+        tar = tars.open(name)
+        try:
+            samples, _ = scan(tar, tars.num_bytes(name), LOOKED_AT)
+            for part in (part for found in samples for part in found.parts):
                 counts[part.extension] += 1
                 if part.extension == "json":
-                    content = os.pread(tar.fileno(), part.size, part.offset)
+                    content = tar.pread(part.size, part.offset)
                     counts.update(f"json:{field}" for field in _useful_fields(content))
+        finally:
+            tar.close()
+        if samples:
+            break
     captions = ("txt", *(f"json:{field}" for field in CAPTIONS))
     labels = ("cls", *(f"json:{field}" for field in LABELS))
     return Guess(

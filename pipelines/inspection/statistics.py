@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.pipelines.dataset import captions
+from m3i_fast.pipelines.dataset.files import Advance, DatasetFiles
 from m3i_fast.pipelines.dataset.manifest import TOKENS_MEMBER, Manifest
 from m3i_fast.pipelines.dataset.pictures import FORMATS, stored_size
 from m3i_fast.pipelines.dataset.sample_table import BAD, SampleTable
@@ -22,13 +22,17 @@ UNCUT = 1 << 20  # token ids
 QUANTILES = {"least": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "most": 1.0}
 
 
-def describe(path: Path, manifest: Manifest, name: str, *, read: int) -> dict[str, Any]:
+def describe(
+    files: DatasetFiles, name: str, *, read: int, advance: Advance = lambda samples: None
+) -> dict[str, Any]:
     """Describe a split by values for JSON.
 
     read: number of samples, spread evenly, of which the files are read, for sizes of pictures and
-    lengths of captions. Raises as `SampleTable.open`, and ValueError for one that cannot be read.
+    lengths of captions. advance: told each. Raises as `SampleTable.open`, and ValueError for one
+    that cannot be read.
     """
-    table = SampleTable.open(path, manifest, name)
+    manifest = files.manifest
+    table = SampleTable.open(files.folder, manifest, name)
     split = manifest.split(name)
     good = (table.rows["flags"] & BAD) == 0
     sizes = table.rows["size"][good]
@@ -51,7 +55,7 @@ def describe(path: Path, manifest: Manifest, name: str, *, read: int) -> dict[st
             "largest": int(of_group.max()),
         },
         "classes": _classes(table.rows["label"][good], manifest.class_names),
-        "read": _read(path, table, chosen, manifest),
+        "read": _read(files, table, chosen, advance),
     }
 
 
@@ -78,30 +82,30 @@ def _classes(labels: NDArray[np.int32], names: tuple[str, ...]) -> dict[str, Any
 
 
 def _read(
-    path: Path, table: SampleTable, chosen: NDArray[np.int64], manifest: Manifest
+    files: DatasetFiles, table: SampleTable, chosen: NDArray[np.int64], advance: Advance
 ) -> dict[str, Any]:
     """Read the files of some samples."""
+    manifest = files.manifest
     formats: Counter[str] = Counter()
     shapes: list[tuple[int, int]] = []
     lengths: list[int] = []
     tokenizer = _uncut_tokenizer(manifest)
-    for row in table.rows[chosen]:
-        file = path / table.shard_files[row["shard"]]
-        with file.open("rb") as tar:
-            tar.seek(int(row["offset"]))
-            content = tar.read(int(row["size"]))
+    rows = table.rows[chosen]
+    for row, content in zip(rows, files.samples(table, rows), strict=True):
         try:
-            _, files = sample_files(content)
-            image = next(files[extension] for extension in FORMATS if extension in files)
+            _, parts = sample_files(content)
+            image = next(parts[extension] for extension in FORMATS if extension in parts)
             found, *shape = stored_size(_reader(image))
-            lengths += _caption_lengths(files, manifest, tokenizer)
+            lengths += _caption_lengths(parts, manifest, tokenizer)
         except (ValueError, StopIteration) as error:
+            file = files.name(table.shard_files[row["shard"]])
             raise ValueError(
                 f"{file}: sample {row['sample_id']}: {error or 'no picture'}; list all that is "
                 "wrong by: m3i-fast data verify"
             ) from None
         formats[found] += 1
         shapes.append((shape[0], shape[1]))
+        advance(1)
     sides = np.array(shapes)
     limit = manifest.tokenizer.context_length
     # Packed ids are cut already: how many were, the packer has recorded for all splits together.

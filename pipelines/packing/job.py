@@ -1,7 +1,8 @@
 """The job: list a source, write its shards by tasks, go on after a kill, and finish the data set.
 
-DIR has no manifest before all shards are there, so nothing half-written is taken for a data set.
-Until then `.packing` in it holds the settings, the listing and a record of each finished shard.
+DIR, a folder or a URL, has no manifest before all shards are there, so nothing half-written is
+taken for a data set. Until then `.packing` in it holds the settings, the listing and a record of
+each finished shard.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from m3i_fast.pipelines.dataset.manifest import Manifest, is_dataset, read_manifest
+from m3i_fast.config.data import CACHE_DIR
+from m3i_fast.pipelines.dataset.manifest import REFUSED_NAME, Manifest
 from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_manifest
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.packing import output
+from m3i_fast.pipelines.packing.bucket_output import BucketOutput
 from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions
 from m3i_fast.pipelines.packing.near_duplicates import Grouped, group, hash_tasks
+from m3i_fast.pipelines.packing.output import FolderOutput, Output
 from m3i_fast.pipelines.packing.plan import (
     PlanSettings,
     Shards,
@@ -42,8 +47,9 @@ from m3i_fast.pipelines.packing.shard_task import (
 )
 from m3i_fast.pipelines.packing.state import check_unchanged
 from m3i_fast.pipelines.packing.workers import Run
+from m3i_fast.pipelines.storage.objects import url_of
 
-REFUSED_NAME = "refused.jsonl"
+RECORDS_IN_FLIGHT = 16  # read at the same time, to hide the latency of a bucket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,42 +75,43 @@ class Packed:
     was_there: bool = False  # the data set was whole before
 
 
-def pack(settings: PackSettings, out: Path, run: Run, console: Console) -> Packed:
-    """Pack a source into the directory `out`; killed and called again, it goes on.
+def pack(
+    settings: PackSettings,
+    out: Path,
+    run: Run,
+    console: Console,
+    *,
+    cache_dir: Path = CACHE_DIR,
+) -> Packed:
+    """Pack a source into the folder or under the URL `out`; killed and called again, it goes on.
 
-    Raises ValueError where the source or the settings differ from those of an unfinished pack in
-    `out`, where `out` holds other files, or where no picture can be used.
+    cache_dir: where a pack into a URL has what is on its way there. Raises ValueError where the
+    source or the settings differ from those of an unfinished pack in `out`, where `out` holds other
+    files, or where no picture can be used, and as `Bucket`.
     """
-    out = Path(out).absolute()
+    url = url_of(out)
+    where = BucketOutput.at(url, cache_dir) if url else FolderOutput(Path(out).absolute())
     forget_sources()
     Tokenizer(settings.shard.num_merges, settings.shard.context_length)  # refuses wrong numbers
     source, why = resolve(settings.source)
-    _check_free(out, source.path)
-    # A data set that is whole is compared with what is listed, and no picture is read.
-    spool = None if is_dataset(out) else out / output.STATE
-    settings = replace(settings, source=replace(source, spool=spool))
-    with output.locked(out):
+    where.check_free(source.path)
+    with where.locked():
+        is_whole = False
         try:
-            return _pack_locked(settings, out, run, console, why)
+            packed = _pack_locked(replace(settings, source=source), where, run, console, why)
+            is_whole = True
+            return packed
         finally:
-            output.tidy(out)
+            where.tidy(is_whole=is_whole)
 
 
-def _check_free(out: Path, source: Path) -> None:
-    """Raise ValueError where a directory holds what is neither a data set nor a pack begun.
-
-    Also where it lies in the source, of which its shards would be a part.
-    """
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"DIR: expected a directory outside of SOURCE ({source}), got {out}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"DIR: expected a directory, got a file: {out}")
-    if out.is_dir() and any(out.iterdir()) and not is_dataset(out):
-        if not (out / output.STATE).is_dir():
-            raise ValueError(f"DIR: expected a new or empty directory, got other files in {out}")
-
-
-def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, why: str) -> Packed:
+def _pack_locked(
+    settings: PackSettings, out: Output, run: Run, console: Console, why: str
+) -> Packed:
+    there = out.manifest()
+    # A data set that is whole is compared with what is listed, and no picture is read.
+    spool = None if there else out.spool
+    settings = replace(settings, source=replace(settings.source, spool=spool))
     console.print(f"source: {why}", soft_wrap=True, highlight=False)
     listing = make_reader(settings.source).list()
     for note in listing.notes:
@@ -118,8 +125,8 @@ def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, 
             f"{len(listing.refusals)} in {settings.source.path}"
         )
     described = _describe(settings, listing)
-    if is_dataset(out):
-        return _already_there(out, described)
+    if there is not None:
+        return _already_there(out, there, described)
     check_unchanged(out, described, listing)
     counts = {}
     if settings.plan.near_duplicate_bits is not None:
@@ -133,11 +140,8 @@ def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, 
         }
     shards = make_shards(numbered, settings.plan)
     total = sum(map(len, numbered.values()))
-    records: dict[str, Record] = {}
     tasks = list(_tasks(settings, out, shards))
-    for task in tasks:
-        if (record := finished(task)) is not None:
-            records[task.name] = record
+    records = _finished_records(tasks, out)
     done = sum(len(task.items) for task in tasks if task.name in records)
     if done:
         console.print(f"going on: {done} of {total} pictures are packed", highlight=False)
@@ -154,7 +158,7 @@ def _pack_locked(settings: PackSettings, out: Path, run: Run, console: Console, 
 
 
 def _group_near_duplicates(
-    settings: PackSettings, out: Path, listing: Listing, run: Run, console: Console
+    settings: PackSettings, out: Output, listing: Listing, run: Run, console: Console
 ) -> Grouped:
     """Hash the pictures that are packed, and return all of a listing in groups."""
     bits = settings.plan.near_duplicate_bits
@@ -174,7 +178,15 @@ def _group_near_duplicates(
     return grouped._replace(items=all_items)
 
 
-def _tasks(settings: PackSettings, out: Path, shards: Shards) -> Iterator[ShardTask]:
+def _finished_records(tasks: Sequence[ShardTask], out: Output) -> dict[str, Record]:
+    """Return the record of each task that an earlier start has finished, by name."""
+    sizes = out.sizes()
+    with ThreadPoolExecutor(RECORDS_IN_FLIGHT) as pool:
+        records = pool.map(partial(finished, sizes=sizes), tasks)
+        return {t.name: record for t, record in zip(tasks, records, strict=True) if record}
+
+
+def _tasks(settings: PackSettings, out: Output, shards: Shards) -> Iterator[ShardTask]:
     for split in shards.values():
         for name, items in split:
             yield ShardTask(
@@ -206,26 +218,25 @@ def _describe(settings: PackSettings, listing: Listing) -> dict[str, Any]:
     return dict(json.loads(json.dumps(described)))
 
 
-def _already_there(out: Path, described: dict[str, Any]) -> Packed:
+def _already_there(out: Output, manifest: Manifest, described: dict[str, Any]) -> Packed:
     """Return a data set that was packed of the same source; ValueError where it is another."""
-    manifest = read_manifest(out)
     before = manifest.settings.get("pack")
     if before != described:
         named = [
             k for k in described if not isinstance(before, dict) or before.get(k) != described[k]
         ]
         raise ValueError(
-            f"DIR: {out} holds a data set of another source or of other settings ("
+            f"DIR: {out.place} holds a data set of another source or of other settings ("
             f"{', '.join(named)}): name another directory, or remove it"
         )
-    lines = (output.read(out, REFUSED_NAME) or b"").splitlines()
+    lines = (out.read(REFUSED_NAME) or b"").splitlines()
     refused = tuple(Refusal(**json.loads(line)) for line in lines)
     return Packed(manifest=manifest, refused=refused, changes={}, num_cut=0, was_there=True)
 
 
 def _finish(
     settings: PackSettings,
-    out: Path,
+    out: Output,
     listing: Listing,
     shards: Shards,
     records: dict[str, Record],
@@ -259,7 +270,7 @@ def _finish(
         changes.update(record.changes)
     num_cut = sum(record.num_cut for record in records.values())
     lines = [json.dumps(refusal._asdict()) + "\n" for refusal in refused]
-    output.write(out, REFUSED_NAME, "".join(lines).encode())
+    out.write(REFUSED_NAME, "".join(lines).encode())
     info = DatasetInfo(
         name=settings.name,
         class_names=listing.class_names,
@@ -273,7 +284,8 @@ def _finish(
         "encoded_again": dict(sorted(changes.items())),
         "captions_cut": num_cut,
     }
-    manifest = write_manifest(out, packed, info, counts)
+    with out.described() as folder:
+        manifest = write_manifest(folder, packed, info, counts)
     return Packed(
         manifest=manifest, refused=refused, changes=dict(changes.most_common()), num_cut=num_cut
     )

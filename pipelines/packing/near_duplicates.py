@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -27,9 +26,9 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
     perceptual_hash,
 )
 from m3i_fast.pipelines.optional_imports import require
-from m3i_fast.pipelines.packing import output
 from m3i_fast.pipelines.packing.conversion import small_picture
 from m3i_fast.pipelines.packing.items import Item, Refused, SourceOptions
+from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.shard_task import opened_reader
 
 PICTURES_A_TASK = 4096
@@ -48,7 +47,7 @@ Hashed = NDArray[np.void]  # [N] of HASHED
 class HashTask:
     """Pictures that are to be hashed."""
 
-    out: Path
+    out: Output
     number: int
     items: tuple[Item, ...]
     source: SourceOptions
@@ -63,7 +62,7 @@ class HashTask:
     @property
     def file(self) -> str:
         """Name of the result in DIR."""
-        return f"{output.STATE}/{self.number:06d}.hashes"
+        return f"{STATE}/{self.number:06d}.hashes"
 
     def run(self, advance: Callable[[int], None]) -> Hashed:
         """Hash the pictures, and keep the result for a later start."""
@@ -75,19 +74,19 @@ class HashTask:
             except (Refused, OSError):
                 pass  # its shard refuses it, and says why
             advance(1)
-        output.write(self.out, self.file, self.key + hashed.tobytes())
+        self.out.write(self.file, self.key + hashed.tobytes())
         return hashed
 
     def finished(self) -> Hashed | None:
         """Return the result of an earlier start for the same pictures."""
-        stored = output.read(self.out, self.file)
+        stored = self.out.read(self.file)
         if stored is None or not stored.startswith(self.key):
             return None
         return np.frombuffer(stored[len(self.key) :], HASHED)
 
 
 def hash_tasks(
-    items: Sequence[Item], out: Path, source: SourceOptions, max_pixels: int
+    items: Sequence[Item], out: Output, source: SourceOptions, max_pixels: int
 ) -> list[HashTask]:
     """Return the tasks that hash pictures, in their order."""
     return [

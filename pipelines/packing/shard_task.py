@@ -10,11 +10,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +23,10 @@ from m3i_fast.pipelines.dataset.pack import PackedShard, write_shard
 from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.packing import output
 from m3i_fast.pipelines.packing.caption_ids import LongCaptions, caption_ids
 from m3i_fast.pipelines.packing.conversion import convert
 from m3i_fast.pipelines.packing.items import Item, Reader, Refusal, Refused, SourceOptions
+from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.readers.guess import make_reader
 
 
@@ -54,7 +53,7 @@ class ShardSettings:
 class ShardTask:
     """A shard that is to be written."""
 
-    out: Path
+    out: Output
     name: str
     items: tuple[Numbered, ...]
     source: SourceOptions
@@ -69,7 +68,7 @@ class ShardTask:
     @property
     def record_file(self) -> str:
         """Name of the record in DIR."""
-        return f"{output.STATE}/{self.name}.json"
+        return f"{STATE}/{self.name}.json"
 
     def run(self, advance: Callable[[int], None]) -> Record:
         """Write the shard, as `run`."""
@@ -117,10 +116,11 @@ def run(task: ShardTask, advance: Callable[[int], None]) -> Record:
     packed = None
     good = samples()
     if (first := next(good, None)) is not None:
-        with output.written(task.out, task.name) as tar:
-            packed = write_shard(tar, task.name, chain([first], good))
+        with task.out.written(task.name) as new:
+            packed = write_shard(new.path, task.name, chain([first], good))
+            new.sha256 = packed.info.sha256
     else:
-        output.remove(task.out, task.name)
+        task.out.remove(task.name)
     changes.pop("", None)
     record = Record(
         packed=packed,
@@ -128,13 +128,16 @@ def run(task: ShardTask, advance: Callable[[int], None]) -> Record:
         changes=dict(sorted(changes.items())),
         num_cut=num_cut,
     )
-    output.write(task.out, task.record_file, record.to_json(task.key))
+    task.out.write(task.record_file, record.to_json(task.key))
     return record
 
 
-def finished(task: ShardTask) -> Record | None:
-    """Return the record of a task that was run before, with the same items and settings."""
-    stored = output.read(task.out, task.record_file)
+def finished(task: ShardTask, sizes: Mapping[str, int]) -> Record | None:
+    """Return the record of a task that was run before, with the same items and settings.
+
+    sizes: bytes of each file that the output has.
+    """
+    stored = task.out.read(task.record_file) if task.record_file in sizes else None
     if stored is None:
         return None
     raw = json.loads(stored)
@@ -147,7 +150,7 @@ def finished(task: ShardTask) -> Record | None:
         fields["info"] = info
         fields["rows"] = np.frombuffer(base64.b64decode(fields["rows"]), ROW)
         packed = PackedShard(**{k: _tuple(v) for k, v in fields.items()})
-        if output.size(task.out, info.file) != info.num_bytes:
+        if sizes.get(info.file) != info.num_bytes:
             return None
     return Record(
         packed=packed,

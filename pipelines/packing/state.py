@@ -5,26 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from m3i_fast.pipelines.packing import output
 from m3i_fast.pipelines.packing.items import Listing
+from m3i_fast.pipelines.packing.output import STATE, Output
 
-SETTINGS, LISTED = f"{output.STATE}/settings.json", f"{output.STATE}/listed.jsonl"
+SETTINGS, LISTED = f"{STATE}/settings.json", f"{STATE}/listed.jsonl"
 _SHOWN = 5
 
 
-def check_unchanged(out: Path, described: dict[str, Any], listing: Listing) -> None:
+def check_unchanged(out: Output, described: dict[str, Any], listing: Listing) -> None:
     """Record settings and listing of a new pack, or compare them with those of one that was begun.
 
     Raises ValueError that says which settings or files changed, and what to do.
     """
     listed = _lines(listing)
-    before = output.read(out, SETTINGS)
+    before = out.read(SETTINGS)
     if before is None:
-        output.write(out, LISTED, "".join(f"{line}\n" for line in listed).encode())
-        output.write(out, SETTINGS, json.dumps(described).encode())
+        out.write(LISTED, "".join(f"{line}\n" for line in listed).encode())
+        out.create(SETTINGS, json.dumps(described).encode())
         return
     earlier = json.loads(before)
     changed = [
@@ -32,11 +31,11 @@ def check_unchanged(out: Path, described: dict[str, Any], listing: Listing) -> N
         for key in dict.fromkeys([*described, *earlier])
         if key != "source_sha256" and earlier.get(key) != described.get(key)
     ]
-    changed += _changes((output.read(out, LISTED) or b"").decode().splitlines(), listed)
+    changed += _changes((out.read(LISTED) or b"").decode().splitlines(), listed)
     if changed:
         raise ValueError(
-            f"DIR: {out} holds a pack that was begun with another source or other settings: "
-            f"{'; '.join(changed)}. Go on with those, or remove {out} and pack anew"
+            f"DIR: {out.place} holds a pack that was begun with another source or other settings: "
+            f"{'; '.join(changed)}. Go on with those, or remove {out.place} and pack anew"
         )
 
 

@@ -124,7 +124,7 @@ def _run_alone(task: Task) -> Any:
 def with_ray(address: str) -> Run:
     """Return a function that runs each task as a task of a Ray cluster; "local" starts one here.
 
-    SOURCE and DIR have to be folders that all nodes see by the same name.
+    SOURCE, and DIR where that is no URL, have to be folders that all nodes see by the same name.
     """
 
     def run_in_ray(tasks: Sequence[AnyTask], advance: Advance) -> Iterator[tuple[AnyTask, Any]]:

@@ -18,7 +18,7 @@ from m3i_fast.pipelines.dataset.manifest import (
     read_manifest,
     sha256_file,
 )
-from m3i_fast.pipelines.storage.objects import PIECE, Bucket
+from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
 
 _READS_IN_FLIGHT = 8
 
@@ -26,9 +26,22 @@ _READS_IN_FLIGHT = 8
 def copy_description(bucket: Bucket, cache_dir: Path, split: str) -> tuple[Path, Manifest]:
     """Copy the manifest and the table of a split, and return their folder and the manifest.
 
-    The folder is named by the URL and the manifest's bytes, so that a data set is copied once, by
-    one of the processes of a node. Raises as `Bucket` does, and ValueError where the manifest or
-    the table is not what it should be.
+    A data set is copied once, by one of the processes of a node. Raises as `copy_manifest` and
+    `copy_table`.
+    """
+    folder, manifest = copy_manifest(bucket, cache_dir)
+    table = manifest.split(split).table
+    assert table is not None  # of every split, or `copy_manifest` raises
+    with _alone(folder):
+        copy_table(bucket, folder / table.file, table)
+    return folder, manifest
+
+
+def copy_manifest(bucket: Bucket, cache_dir: Path) -> tuple[Path, Manifest]:
+    """Copy the manifest of a data set, and return its folder and the manifest.
+
+    The folder is named by the URL and the manifest's bytes. Raises as `Bucket` does, and ValueError
+    for a manifest that is none, or of a data set that cannot be read from a bucket.
     """
     content = bucket.read(MANIFEST_NAME)
     key = hashlib.sha256(bucket.url.encode() + b"\n" + content).hexdigest()[:16]
@@ -46,18 +59,21 @@ def copy_description(bucket: Bucket, cache_dir: Path, split: str) -> tuple[Path,
                 f"{bucket.url}/{MANIFEST_NAME}: expected shards beside it, got shards_in "
                 f"{manifest.shards_in}; upload with: m3i-fast data push"
             )
-        table = manifest.split(split).table
-        if table is None:
-            raise ValueError(
-                f"{bucket.url}: expected a table of the samples of split {split} (format version "
-                "4), got none; pack the pictures again with this version and upload them"
-            )
-        _copy_table(bucket, folder / table.file, table)
+        for split, info in manifest.splits.items():
+            if info.table is None:
+                raise ValueError(
+                    f"{bucket.url}: expected a table of the samples of split {split} (format "
+                    "version 4), got none; pack the pictures again with this version and upload "
+                    "them"
+                )
     return folder, manifest
 
 
-def _copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
-    """Read a table piece by piece, unless it is there."""
+def copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
+    """Copy the table of a split, unless it is there.
+
+    Raises as `Bucket` does, and ValueError where its size or digest is another.
+    """
     if file.is_file() and file.stat().st_size == table.num_bytes:
         return  # it was renamed to its name after its digest was compared
     info = bucket.info(table.file)
@@ -67,27 +83,31 @@ def _copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
             f"got {info.size}"
         )
     with replaced_atomically(file) as temporary:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-
-            def copy(begin: int) -> None:
-                end = min(begin + PIECE, table.num_bytes)
-                left = bucket.read_range(table.file, begin, end, expected=info)
-                while len(left):
-                    written = os.pwrite(descriptor, left, begin)
-                    begin, left = begin + written, left[written:]
-
-            with ThreadPoolExecutor(_READS_IN_FLIGHT) as pool:
-                for _ in pool.map(copy, range(0, table.num_bytes, PIECE)):
-                    pass
-        finally:
-            os.close(descriptor)
+        copy_object(bucket, table.file, info, temporary)
         got = sha256_file(temporary)
         if got != table.sha256:
             raise ValueError(
                 f"{bucket.url}/{table.file}: expected sha256 {table.sha256} (manifest), got {got}; "
                 "upload the data again (m3i-fast data push)"
             )
+
+
+def copy_object(bucket: Bucket, name: str, info: ObjectInfo, file: Path) -> None:
+    """Copy an object piece by piece into a new file; raises as `Bucket.read_range`."""
+    descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+
+        def copy(begin: int) -> None:
+            left = bucket.read_range(name, begin, min(begin + PIECE, info.size), expected=info)
+            while len(left):
+                written = os.pwrite(descriptor, left, begin)
+                begin, left = begin + written, left[written:]
+
+        with ThreadPoolExecutor(_READS_IN_FLIGHT) as pool:
+            for _ in pool.map(copy, range(0, info.size, PIECE)):
+                pass
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

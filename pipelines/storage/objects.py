@@ -6,13 +6,14 @@ says is decided here, alike for a refused request and a body that is cut off.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +95,6 @@ def url_of(path: Path | str) -> str | None:
 def place_of(path: Path | str) -> str:
     """Return a path as a person types it: a URL, or a path of this machine."""
     return url_of(path) or str(path)
-
-
-def check_folder(path: Path) -> None:
-    """Raise ValueError for a URL, where a folder of this machine is needed."""
-    url = url_of(path)
-    if url is not None:
-        raise ValueError(f"{url}: not for URLs yet: copy it or name a folder")
 
 
 class Bucket:
@@ -197,14 +191,24 @@ class Bucket:
                 )
         return {name: found[name] for name in names}
 
+    def found(self, names: list[str]) -> dict[str, ObjectInfo]:
+        """Return what is known of those of many objects that are there."""
+        if self.scheme != "http":
+            there = self.list()
+            return {name: there[name] for name in names if name in there}
+        found = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = self.info(name)
+        return found
+
     def list(self) -> dict[str, ObjectInfo]:
         """Return every object below the URL, by name."""
+        return self._repeated("", " (list)", self._listed)
 
-        async def attempt() -> dict[str, ObjectInfo]:
-            metas = [meta async for part in self._obs.list(self._store) for meta in part]
-            return {meta["path"]: ObjectInfo(meta["size"], meta["e_tag"]) for meta in metas}
-
-        return self._repeated("", " (list)", attempt)
+    async def _listed(self) -> dict[str, ObjectInfo]:
+        metas = [meta async for part in self._obs.list(self._store) for meta in part]
+        return {meta["path"]: ObjectInfo(meta["size"], meta["e_tag"]) for meta in metas}
 
     def put(self, name: str, content: bytes | Path, *, sha256: str | None = None) -> None:
         """Write an object, which appears whole or not at all; large files are sent in parts.
@@ -217,6 +221,37 @@ class Bucket:
             await self._obs.put_async(self._store, name, content, attributes=noted)
 
         self._repeated(name, " (put)", attempt)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a small object that is not there; return False where one is, which is kept.
+
+        A request whose answer was lost may have written it: then the object there is this one.
+        """
+        exceptions = require("obstore.exceptions", extra="buckets")
+
+        async def attempt() -> bool:
+            try:
+                await self._obs.put_async(
+                    self._store, name, content, mode="create", use_multipart=False
+                )
+            except exceptions.AlreadyExistsError:
+                return False
+            return True
+
+        return self._repeated(name, " (create)", attempt)
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove those of these objects that are there, a thousand a request where the store can.
+
+        They are listed before each attempt, since some stores refuse to remove what is gone.
+        """
+
+        async def attempt() -> None:
+            there = await self._listed()
+            if left := [name for name in names if name in there]:
+                await self._obs.delete_async(self._store, left)
+
+        self._repeated("", " (remove)", attempt)
 
     def _check(self, name: str, expected: ObjectInfo | None, got: ObjectInfo) -> None:
         if expected is None:

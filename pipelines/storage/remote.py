@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.dataset.directory import COMPARED, HASHED_BYTES
-from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo, read_manifest
+from m3i_fast.pipelines.dataset.manifest import (
+    Manifest,
+    SplitInfo,
+    read_manifest,
+    sha256_file,
+)
 from m3i_fast.pipelines.dataset.sample_table import SampleTable, rows_fault
 from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.order import Mixture
@@ -110,13 +115,14 @@ def plan_remote(
     mixture: Mixture | None = None,
     dataset: int = 0,
 ) -> RemotePlan:
-    """Copy manifest and table of the split under a URL, `cfg.path`, and lay out its order.
+    """Copy manifest and table of a split whose shards lie under a URL, and lay out its order.
 
-    mixture, dataset: where it is one of several, what deals groups to it, and its number. Raises as
-    `Bucket` and `copy_description` do, and ValueError for lanes that the ranks do not divide.
+    `cfg.path` is that URL, or a folder with an index of tars that lie there. mixture, dataset:
+    where it is one of several, what deals groups to it, and its number. Raises as `Bucket` and
+    `described_in` do, and ValueError for lanes that the ranks do not divide.
     """
-    bucket = Bucket(cfg.path, policy)
-    path, manifest = copy_description(bucket, cfg.cache_dir.expanduser(), cfg.split)
+    path, manifest = described_in(cfg.path, cfg.cache_dir.expanduser(), cfg.split, policy)
+    bucket = Bucket(url_of(cfg.path) or manifest.shards_url or "", policy)
     order = LaneOrder(
         [shard.num_samples for shard in manifest.split(cfg.split).shards],
         seed=cfg.seed,
@@ -201,6 +207,34 @@ def check_rows(url: str, table: SampleTable, manifest: Manifest, split: str) -> 
         raise ValueError(
             f"{url}: table of split {split}: {fault}; pack the pictures again and upload them"
         )
+
+
+def shards_url(path: Path) -> str | None:
+    """Return the URL of the shards of a data set, where they lie in object storage.
+
+    path: a URL, or a folder, whose manifest may say one. Raises as `read_manifest`.
+    """
+    return url_of(path) or read_manifest(path).shards_url
+
+
+def described_in(
+    path: Path, cache_dir: Path, split: str, policy: RetryPolicy | None = None
+) -> tuple[Path, Manifest]:
+    """Return the folder with manifest and table of a split, and the manifest.
+
+    Those of a URL are copied; those of a folder are compared as `open_split` does. Raises as
+    `copy_description`, `read_manifest` and `SampleTable.open`.
+    """
+    if url_of(path) is not None:
+        return copy_description(Bucket(path, policy), cache_dir, split)
+    manifest = read_manifest(path)
+    SampleTable.open(path, manifest, split)
+    info = manifest.split(split).table
+    if info is not None and info.num_bytes <= HASHED_BYTES:
+        got = sha256_file(path / info.file)
+        if got != info.sha256:
+            raise ValueError(f"{path / info.file}: expected sha256 {info.sha256}, got {got}")
+    return path, manifest
 
 
 def manifest_at(cfg: LoaderConfig) -> Manifest:

@@ -1,4 +1,4 @@
-"""Upload of a finished dataset directory: shards and tables first, the manifest last."""
+"""Upload of what a data set consists of: shards and tables first, the manifest last."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pathlib import Path
 
 from m3i_fast.pipelines.dataset.manifest import (
     MANIFEST_NAME,
+    REFUSED_NAME,
     Manifest,
     check_files,
     read_manifest,
     sha256_file,
 )
-from m3i_fast.pipelines.storage.objects import Bucket, ObjectInfo, RetryPolicy
+from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy
 
 logger = logging.getLogger(__name__)
 
 UPLOADS_IN_FLIGHT = 4  # each sends a large file in several parts side by side
 # A large shard is one request to us, though obstore sends it in parts.
-_UPLOAD = RetryPolicy(request_s=600.0, give_up_s=1800.0)
+UPLOAD_POLICY = RetryPolicy(request_s=600.0, give_up_s=1800.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,9 @@ class Uploaded:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class File:
+    """A file that is to become an object."""
+
     name: str
     path: Path
     num_bytes: int
@@ -55,19 +58,21 @@ def push(
     manifest = read_manifest(directory)
     for split in manifest.splits.values():
         check_files(directory, manifest, split)
-    bucket = Bucket(url, _UPLOAD)
+    bucket = Bucket(url, UPLOAD_POLICY)
     text = replace(manifest, shards_in=None).to_json().encode()
     _refuse_another(bucket, text)
     there = bucket.list() if bucket.scheme != "http" else {}
 
-    def send(file: _File) -> int:
-        sent = _send(bucket, file, there.get(file.name))
+    def send_one(file: File) -> int:
+        found = there.get(file.name)
+        may_be_there = found is not None and found.size == file.num_bytes
+        sent = send(bucket, file, may_be_there=may_be_there)
         if tell is not None:
             tell(file.name, file.num_bytes)
         return sent
 
     with ThreadPoolExecutor(UPLOADS_IN_FLIGHT) as pool:
-        sent = list(pool.map(send, _files(directory, manifest)))
+        sent = list(pool.map(send_one, _files(directory, manifest)))
     bucket.put(MANIFEST_NAME, text)
     return Uploaded(
         num_files=sum(1 for size in sent if size >= 0) + 1,
@@ -76,30 +81,51 @@ def push(
     )
 
 
-def _files(directory: Path, manifest: Manifest) -> Iterator[_File]:
+def _files(directory: Path, manifest: Manifest) -> Iterator[File]:
     """Yield the files of a data set, its manifest left out."""
     shards_in = manifest.shards_of(directory)
     for split in manifest.splits.values():
         for shard in split.shards:
-            yield _File(shard.file, shards_in / shard.file, shard.num_bytes, shard.sha256)
+            yield File(shard.file, shards_in / shard.file, shard.num_bytes, shard.sha256)
             if shard.index_bytes is not None and shard.index_sha256 is not None:
                 index = shard.index_file
-                yield _File(index, directory / index, shard.index_bytes, shard.index_sha256)
+                yield File(index, directory / index, shard.index_bytes, shard.index_sha256)
         if split.table is not None:
             table = split.table
-            yield _File(table.file, directory / table.file, table.num_bytes, table.sha256)
+            yield File(table.file, directory / table.file, table.num_bytes, table.sha256)
+    refused = directory / REFUSED_NAME
+    if refused.is_file():
+        yield File(REFUSED_NAME, refused, refused.stat().st_size, sha256_file(refused))
 
 
-def _send(bucket: Bucket, file: _File, there: ObjectInfo | None) -> int:
-    """Upload a file; return its bytes, or -1 where the object is there already."""
-    if there is not None and there.size == file.num_bytes:
-        if bucket.info(file.name).sha256 == file.sha256:
-            return -1
+def send(bucket: Bucket, file: File, *, may_be_there: bool) -> int:
+    """Upload a file; return its bytes, or -1 where an object of its size and digest is there.
+
+    The file is compared with its digest before. Raises as `Bucket` does, and ValueError for a file
+    that is damaged.
+    """
+    if may_be_there and _is_there(bucket, file):
+        return -1
     got = sha256_file(file.path)
     if got != file.sha256:
         raise ValueError(f"{file.path}: expected sha256 {file.sha256} (manifest), got {got}")
     bucket.put(file.name, file.path, sha256=file.sha256)
     return file.num_bytes
+
+
+def _is_there(bucket: Bucket, file: File) -> bool:
+    try:
+        info = bucket.info(file.name)
+    except FileNotFoundError:
+        return False
+    return info.size == file.num_bytes and info.sha256 == file.sha256
+
+
+def send_folder(bucket: Bucket, folder: Path) -> None:
+    """Upload the files of a folder that describe a data set, the manifest last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST_NAME):
+        if path.is_file() and not path.name.startswith("."):
+            bucket.put(path.name, path, sha256=sha256_file(path))
 
 
 def _refuse_another(bucket: Bucket, text: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Small data sets for the pipeline's tests, packed by the packer itself.
+"""Small data sets for the pipeline's tests, packed by the packer itself, and an S3 server.
 
 What packs is imported by the fixtures: where DALI or Pillow is not installed, a conftest that does
 not import would end the whole session.
@@ -6,6 +6,8 @@ not import would end the whole session.
 
 from __future__ import annotations
 
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from m3i_fast.config.data import LoaderConfig
     from tests.shared.pipelines.data import Packer
+    from tests.shared.pipelines.s3_server import S3Server
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +81,35 @@ def cfg(fifty: Path) -> LoaderConfig:
         local_views=replace(EVERYTHING, size=8, count=3, scale=(0.05, 0.3)),
         seed=5,
     )
+
+
+# ---- The S3 server, and a fresh bucket of each test ---------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def started_server() -> Iterator[S3Server]:
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    from tests.shared.pipelines.s3_server import S3Server, s3_environment
+
+    server = S3Server()
+    with s3_environment(server.address):
+        yield server
+    server.close()
+
+
+@pytest.fixture
+def server(started_server: S3Server) -> S3Server:
+    """The server without faults, its counts at 0."""
+    started_server.clear()
+    return started_server
+
+
+@pytest.fixture
+def url(server: S3Server, request: pytest.FixtureRequest) -> str:
+    """A folder in a bucket of the test's own."""
+    bucket = f"bucket-{abs(hash(request.node.nodeid)):x}"
+    make = urllib.request.Request(f"{server.address}/{bucket}", method="PUT")
+    urllib.request.urlopen(make).close()
+    server.clear()
+    return f"s3://{bucket}/some/set"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import console
-from m3i_fast.config.data import MAX_PIXELS
+from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.indexing.build import Indexed
     from m3i_fast.pipelines.indexing.contents import Columns
+    from m3i_fast.pipelines.indexing.tar_places import Tars
 
 Guessed = Annotated[str, tyro.conf.arg(metavar="auto|none|COLUMN")]
 SHOWN = 20
@@ -28,17 +31,17 @@ SHOWN = 20
 class Index:
     """Index tars of WebDataset or img2dataset, so that they are trained on where they lie.
 
-    Nothing is copied: manifest.json, a table a split (.samples) and refused.jsonl are written, with
-    every sample that is left out and why. Killed and typed again, it goes on after the tars that
-    were finished. Captions are tokenised while loading.
+    They lie in a folder or a bucket, and stay there: manifest.json, a table a split (.samples) and
+    refused.jsonl are written, with every sample that is left out and why. Killed and typed again,
+    it goes on after the tars that were finished. Captions are tokenised while loading.
     """
 
     path: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
-    """Folder with the tars, also in folders below it."""
+    """Folder with the tars, also in folders below it, or their URL: s3://, gs://."""
     out: Path | None = None
-    """Folder for what is written, where DIR is to stay as it is; None: DIR."""
+    """Folder for what is written, where DIR is to stay as it is; None: DIR, a bucket too."""
     tars: tuple[str, ...] = ("**/*.tar",)
-    """Patterns of the tars to take, relative to DIR or absolute and inside of it."""
+    """Patterns of the tars to take, relative to DIR or, of a folder, absolute and inside of it."""
     split: str | None = None
     """Split of all tars. None: that in the name of each tar or its folder (train, test,
     heldout, which val is too), train where there is none."""
@@ -70,36 +73,69 @@ class Index:
     workers: int = os.cpu_count() or 1
     """Processes, a tar each at a time; the result does not depend on their number."""
 
-    def run(self) -> None:
-        from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-        from m3i_fast.pipelines.indexing.build import (
-            IndexInfo,
-            check_out,
-            check_split_name,
-            index_tars,
-        )
-        from m3i_fast.pipelines.indexing.tars import find_tars, split_of
-        from m3i_fast.pipelines.storage.objects import check_folder
+    cache_dir: Path = CACHE_DIR
+    """Folder of this machine in which an index is written that goes beside tars in a bucket."""
 
-        out = self.out or self.path
-        for folder in (self.path, out):
-            check_folder(folder)
+    def run(self) -> None:
+        from m3i_fast.pipelines.indexing.build import check_out, check_split_name
+        from m3i_fast.pipelines.indexing.tars import split_of
+        from m3i_fast.pipelines.storage.objects import url_of
+
         if self.split is not None:
             check_split_name(self.split)
+        url, out_url = url_of(self.path), None if self.out is None else url_of(self.out)
+        if out_url is not None:
+            raise ValueError(
+                f"--out: expected a folder, or nothing for an index beside the tars, got {out_url}"
+            )
+        place = url if url and self.out is None else str(self.out or self.path)
+        if self.out is not None or url is None:
+            check_out(self.out or self.path)
+        tars, names = self._tars(url)
+        splits = {name: self.split or split_of(name) for name in names}
+        columns = self._columns(tars, names)
+        self._say_guesses(splits, columns)
+        total = sum(map(tars.num_bytes, names))
+        if url is not None:
+            console.print(
+                f"{total:,} bytes of {len(names)} tars are read from {url}, each once; up to "
+                f"{min(self.workers, len(names))} tars lie on this machine at a time",
+                highlight=False,
+                soft_wrap=True,
+            )
+        self._say(self._index(tars, splits, columns, total, url), place)
+
+    def _tars(self, url: str | None) -> tuple[Tars, list[str]]:
+        """Find the tars, and look whether an index can be written."""
+        from m3i_fast.pipelines.indexing.beside import check_beside
+        from m3i_fast.pipelines.indexing.tar_places import BucketTars, TarFolder
+        from m3i_fast.pipelines.indexing.tars import find_tars
+
+        if url is not None:
+            found = BucketTars(url, self.tars, is_beside=self.out is None)
+            if self.out is None:
+                check_beside(url)
+            return found, found.names
         if not self.path.is_dir():
             raise FileNotFoundError(f"DIR: expected a folder with tars, got {self.path}")
-        check_out(self.path, out)
-        names = find_tars(self.path, self.tars)
-        splits = {name: self.split or split_of(name) for name in names}
-        columns = self._columns(names)
+        return TarFolder(self.path), find_tars(self.path, self.tars)
+
+    def _index(
+        self, tars: Tars, splits: dict[str, str], columns: Columns, total: int, url: str | None
+    ) -> Indexed:
+        """Index the tars, with a bar of their bytes."""
+        from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+        from m3i_fast.pipelines.indexing.beside import publish, work_folder
+        from m3i_fast.pipelines.indexing.build import IndexInfo, index_tars
+
         info = IndexInfo(
-            name=self.name or self.path.resolve().name,
+            name=self.name or (url.rpartition("/")[2] if url else self.path.resolve().name),
             tokenizer=Tokenizer(self.num_merges, self.context_length).info,
             licence=self.licence,
             attribution=self.attribution,
         )
-        self._say_guesses(splits, columns)
-        total = sum((self.path / name).stat().st_size for name in names)
+        is_beside = url is not None and self.out is None
+        out = work_folder(url, self.cache_dir) if url and is_beside else self.out or self.path
         with Progress(
             TextColumn("indexing {task.fields[samples]:,} samples", markup=False),
             BarColumn(),
@@ -117,15 +153,24 @@ class Index:
                 progress.update(task, advance=num_bytes, samples=seen)
 
             indexed = index_tars(
-                self.path, splits, columns, info, out=out, workers=self.workers, advance=advance
+                tars,
+                splits,
+                columns,
+                info,
+                out=out,
+                workers=self.workers,
+                advance=advance,
+                publish=partial(publish, url) if url and is_beside else lambda out: None,
             )
-        self._say(indexed, out)
+        if is_beside:
+            shutil.rmtree(out)
+        return indexed
 
-    def _columns(self, names: list[str]) -> Columns:
+    def _columns(self, tars: Tars, names: list[str]) -> Columns:
         from m3i_fast.pipelines.indexing.contents import Columns
         from m3i_fast.pipelines.indexing.tars import guess_columns
 
-        guess = guess_columns(self.path, names)
+        guess = guess_columns(tars, names)
         chosen = {"auto": guess.caption, "none": None}
         labels = {"auto": guess.label, "none": None}
         class_names = None
@@ -152,7 +197,7 @@ class Index:
             markup=False,
         )
 
-    def _say(self, indexed: Indexed, out: Path) -> None:
+    def _say(self, indexed: Indexed, place: str) -> None:
         for name, split in indexed.manifest.splits.items():
             console.print(
                 f"{name}: {split.num_samples} pictures in {len(split.shards)} tars, "
@@ -169,8 +214,8 @@ class Index:
                 markup=False,
             )
         if indexed.reasons:
-            table = Table("left out", "why", title=Text(f"named in {out / 'refused.jsonl'}"))
+            table = Table("left out", "why", title=Text(f"named in {place}/refused.jsonl"))
             for reason, number in indexed.reasons.most_common(SHOWN):
                 table.add_row(str(number), Text(reason))
             console.print(table)
-        console.print(f"wrote {out}", soft_wrap=True)
+        console.print(f"wrote {place}", soft_wrap=True)

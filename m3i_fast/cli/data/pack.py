@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import console
-from m3i_fast.config.data import MAX_PIXELS
+from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.packing.items import Refusal
@@ -30,13 +30,14 @@ class Pack:
 
     What SOURCE is, and which columns hold what, is guessed and printed. Every picture is decoded
     once; what cannot be used is left out and named in refused.jsonl with what to do. Killed and
-    typed again, it goes on where it was; the bytes do not depend on --workers.
+    typed again, it goes on where it was; the bytes do not depend on --workers. Into a bucket each
+    shard is uploaded when it is done: no more than one a process lies on this machine.
     """
 
     source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]]
     """Folder, .csv, .tsv, .parquet or .tar."""
     out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DIR")]]
-    """Directory to write."""
+    """Directory to write, or its URL as s3://bucket/folder or gs://bucket/folder."""
     kind: Kind = "auto"
     """What SOURCE is. imagefolder: a folder a class, also below train and val."""
     image_column: str | None = None
@@ -83,6 +84,9 @@ class Pack:
     """Processes; None: as many as this process has cores."""
     ray: str | None = None
     """Address of a Ray cluster that packs in place of processes; 'local' starts one here."""
+    cache_dir: Path = CACHE_DIR
+    """Folder of this machine for the shards that are on their way to a bucket, and for copies of
+    Parquet and compressed tars; with --ray of these one that all nodes see."""
     for_gpu: int | None = None
     """Encode every picture as baseline JPEG (4:2:0, quality 90), scaled down to this short side:
     what a GPU's hardware decoder takes."""
@@ -105,14 +109,9 @@ class Pack:
         from m3i_fast.pipelines.packing.job import REFUSED_NAME, pack
         from m3i_fast.pipelines.storage.objects import url_of
 
-        url = url_of(self.out)
-        if url is not None:
-            raise ValueError(
-                f"DIR: expected a folder, got {url}; pack into a folder of this machine, and "
-                f"upload that with: m3i-fast data push DIR {url}"
-            )
+        out = url_of(self.out) or str(self.out)
         settings = self.settings()
-        packed = pack(settings, self.out, self.runner(), console)
+        packed = pack(settings, self.out, self.runner(), console, cache_dir=self.cache_dir)
         for name, split in packed.manifest.splits.items():
             console.print(
                 f"{name}: {split.num_samples} pictures in {split.num_groups} groups, "
@@ -124,11 +123,9 @@ class Pack:
         _show_changes(packed)
         if packed.refused:
             console.print(_table(packed.refused))
-            console.print(
-                f"each by name, with what to do: {self.out / REFUSED_NAME}", soft_wrap=True
-            )
+            console.print(f"each by name, with what to do: {out}/{REFUSED_NAME}", soft_wrap=True)
         said = "was packed already" if packed.was_there else "wrote"
-        console.print(f"{said} {self.out}", soft_wrap=True)
+        console.print(f"{said} {out}", soft_wrap=True)
 
     def settings(self) -> PackSettings:
         """Return the settings of the job; ValueError names the flag that is wrong."""
@@ -136,7 +133,14 @@ class Pack:
         from m3i_fast.pipelines.packing.job import PackSettings
         from m3i_fast.pipelines.packing.plan import PlanSettings
         from m3i_fast.pipelines.packing.shard_task import ShardSettings
+        from m3i_fast.pipelines.storage.objects import url_of
 
+        if (source := url_of(self.source)) is not None:
+            raise ValueError(
+                f"SOURCE: expected a file or folder of this machine, got {source}: packing reads "
+                "pictures in a shuffled order, a request each; copy it here first, or train on "
+                f"tars where they lie after: m3i-fast data index {source}"
+            )
         for flag in ("for_gpu", "max_pixels", "workers"):
             value = getattr(self, flag)
             if value is not None and value < 1:

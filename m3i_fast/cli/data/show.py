@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from m3i_fast.cli import console
 from m3i_fast.config.data import LoaderConfig
@@ -24,7 +25,7 @@ class Show:
     path: tyro.conf.Positional[Path]
     """Dataset directory, or its URL in object storage."""
     num: Annotated[int, tyro.conf.arg(metavar="N")] = 64
-    """Pictures shown, in the order of a run's first epoch."""
+    """Pictures shown, in the order of a run's first epoch over a folder, also of a bucket."""
     out: Path = Path("page.html")
     """Page to write; everything is in this one file."""
     split: str = "train"
@@ -42,11 +43,9 @@ class Show:
         for name in ("num", "counted"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
-        from m3i_fast.pipelines.storage.objects import check_folder
         from m3i_fast.report.data.gather import gather
         from m3i_fast.report.data.page import write_data_page
 
-        check_folder(self.path)
         views_of, cfg = self._views()
         cfg = replace(
             cfg,
@@ -57,7 +56,22 @@ class Show:
             num_threads=min(os.cpu_count() or 1, 16),
             hw_decoder_load=None,
         )
-        page = gather(cfg, num_shown=self.num, num_counted=self.counted, views_of=views_of)
+        with Progress(
+            "reading pictures",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as progress:
+            task = progress.add_task("", total=None)
+            page = gather(
+                cfg,
+                num_shown=self.num,
+                num_counted=self.counted,
+                views_of=views_of,
+                tell=lambda done, total: progress.update(task, completed=done, total=total),
+            )
         write_data_page(page, self.out)
         console.print(
             f"wrote {self.out}: {len(page.samples)} of {page.num_samples:,} pictures, "

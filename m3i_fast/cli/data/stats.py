@@ -6,13 +6,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from m3i_fast.cli import console as messages
+from m3i_fast.config.data import CACHE_DIR
 from m3i_fast.terminal import make_console
+
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.dataset.files import DatasetFiles
 
 BAR = 30  # characters of the longest bar of a histogram
 
@@ -26,37 +32,57 @@ class Stats:
     """
 
     path: tyro.conf.Positional[Path]
-    """Dataset directory."""
+    """Dataset directory, or its URL in object storage."""
     split: str | None = None
     """Split to describe; None: all."""
     read: int = 2000
     """Samples of each split to read the files of, spread evenly."""
     json: bool = False
     """Print one JSON object instead of tables."""
+    cache_dir: Path = CACHE_DIR
+    """Folder of this machine for copies of a bucket's manifest and tables."""
 
     def run(self) -> None:
-        from m3i_fast.pipelines.dataset.manifest import check_files, read_manifest
-        from m3i_fast.pipelines.inspection.statistics import describe
-        from m3i_fast.pipelines.storage.objects import check_folder
+        from m3i_fast.pipelines.storage.remote_files import opened_files
 
         if self.read < 1:
             raise ValueError(f"--read: expected at least 1, got {self.read}")
-        check_folder(self.path)
-        manifest = read_manifest(self.path)
-        names = list(manifest.splits) if self.split is None else [self.split]
-        found = {}
-        for name in names:
-            check_files(self.path, manifest, manifest.split(name))
-            found[name] = describe(self.path, manifest, name, read=self.read)
+        with opened_files(self.path, self.cache_dir) as files:
+            found, name_of_set = self._describe(files), files.manifest.name
         console = make_console()
         if self.json:
-            console.print_json(json.dumps({"name": manifest.name, "splits": found}))
+            console.print_json(json.dumps({"name": name_of_set, "splits": found}))
             return
         for name, facts in found.items():
-            table = Table("", "", title=Text(f"{manifest.name}: {name}"), show_header=False)
+            table = Table("", "", title=Text(f"{name_of_set}: {name}"), show_header=False)
             for row in _rows(facts):
                 table.add_row(*(Text(cell) for cell in row))
             console.print(table)
+
+    def _describe(self, files: DatasetFiles) -> dict[str, dict[str, Any]]:
+        """Describe the splits, with a bar of the samples that are read."""
+        from m3i_fast.pipelines.dataset.files import check_sizes
+        from m3i_fast.pipelines.inspection.statistics import describe
+
+        names = list(files.manifest.splits) if self.split is None else [self.split]
+        splits = [files.manifest.split(name) for name in names]
+        total = sum(min(self.read, split.num_samples - split.num_bad) for split in splits)
+        found = {}
+        with Progress(
+            "reading samples",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=messages,
+            transient=True,
+        ) as progress:
+            task = progress.add_task("", total=total)
+            for name, split in zip(names, splits, strict=True):
+                check_sizes(files, split)
+                found[name] = describe(
+                    files, name, read=self.read, advance=lambda n: progress.advance(task, n)
+                )
+        return found
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.manifest import Manifest
+from m3i_fast.pipelines.dataset.manifest import REFUSED_NAME, Manifest
 from m3i_fast.pipelines.dataset.near_duplicates import (
     COMPARED_SIZE,
     NEARER_THAN,
@@ -24,9 +25,11 @@ from m3i_fast.pipelines.dataset.near_duplicates import (
     thumbnail,
 )
 from m3i_fast.pipelines.dataset.pictures import FORMATS, decode_pixels
+from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
-from m3i_fast.pipelines.open_data import open_samples
+from m3i_fast.pipelines.open_few import open_few
+from m3i_fast.pipelines.storage.objects import Bucket, url_of
 from m3i_fast.pipelines.storage.remote import manifest_at
 from m3i_fast.pipelines.tar_members import sample_files
 from m3i_fast.report.data.inputs import (
@@ -39,23 +42,34 @@ from m3i_fast.report.data.inputs import (
 )
 from m3i_fast.report.inputs import Picture
 
-REFUSED = "refused.jsonl"
 MOST_SIDE = 360  # pixels of a picture on the page
 NUM_PAIRS = 12
 _AT_ONCE = 32  # samples whose views are in memory together
 _ROWS_A_BLOCK = 512  # bounds the memory of the [block, N] distances
 
 
-def gather(cfg: LoaderConfig, *, num_shown: int, num_counted: int, views_of: str) -> DataPageInputs:
+def gather(
+    cfg: LoaderConfig,
+    *,
+    num_shown: int,
+    num_counted: int,
+    views_of: str,
+    tell: Callable[[int, int], object] = lambda done, total: None,
+) -> DataPageInputs:
     """Gather the page of the split `cfg.split` of the data set at `cfg.path`.
 
     num_shown: samples with their views, as cfg says. num_counted: pictures of each split, from its
-    beginning, that histograms and the search for near duplicates read. Raises as `Loader`, and
-    ValueError where refused.jsonl is damaged.
+    beginning, that histograms and the search for near duplicates read. tell: called with the number
+    of these that are read, and of all. Raises as `Loader`, and ValueError where refused.jsonl is
+    damaged.
     """
     manifest = manifest_at(cfg)
     split = manifest.split(cfg.split)
-    read = {name: _Read(cfg, name, num_counted) for name in manifest.splits}
+    total = sum(min(num_counted, each.num_samples) for each in manifest.splits.values())
+    read: dict[str, _Read] = {}
+    for name in manifest.splits:
+        before = sum(len(found.sample_id) for found in read.values())
+        read[name] = _Read(cfg, name, num_counted, partial(_tell, tell, before, total))
     in_group, between, near = _near_pairs(cfg, read)
     return DataPageInputs(
         name=manifest.name,
@@ -80,10 +94,16 @@ def gather(cfg: LoaderConfig, *, num_shown: int, num_counted: int, views_of: str
     )
 
 
+def _tell(tell: Callable[[int, int], object], before: int, total: int, number: int) -> None:
+    tell(before + number, total)
+
+
 class _Read:
     """The first pictures of a split: annotations, sizes and thumbnails of their centre squares."""
 
-    def __init__(self, cfg: LoaderConfig, split: str, most: int) -> None:
+    def __init__(
+        self, cfg: LoaderConfig, split: str, most: int, tell: Callable[[int], object]
+    ) -> None:
         labels: list[int] = []
         tokens: list[int] = []
         sizes: list[tuple[int, int]] = []
@@ -106,6 +126,7 @@ class _Read:
             self.sample_id += batch.sample_id[:kept].tolist()
             self.group_id += batch.group_id[:kept].tolist()
             thumbnails += [thumbnail(_picture(view)) for view in batch.global_views[0][:kept]]
+            tell(len(labels))
             if len(labels) == most:
                 break
         self.thumbnails: Thumbnails = np.stack(thumbnails)
@@ -117,7 +138,7 @@ class _Read:
 
 def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[ShownSample]:
     """Yield samples of the first epoch as training gets them."""
-    loader = Loader(replace(cfg, batch_size=min(number, _AT_ONCE)))
+    loader = Loader(replace(cfg, batch_size=min(number, _AT_ONCE)), opened=open_few(cfg))
     tokenizer = Tokenizer.from_info(manifest.tokenizer)
     names = [*manifest.class_names, ""]  # label -1 has no name
     has_alternates = cfg.alternates and manifest.split(cfg.split).max_alternates > 0
@@ -175,11 +196,13 @@ def _picture(view: Any) -> Picture:  # [3, S, S] uint8 tensor -> [S, S, 3]
 
 def pictures_of(cfg: LoaderConfig, ids: Collection[int]) -> dict[int, Picture]:
     """Read and decode the upright pictures of some samples, at most MOST_SIDE pixels long."""
-    table, shards = open_samples(cfg)
+    opened = open_few(cfg)
+    table, shards = opened.table, opened.shards
+    assert isinstance(table, SampleTable)  # one data set
     found = {}
     numbers = np.flatnonzero(np.isin(table.rows["sample_id"], list(ids)))
-    for row, number in zip(table.at(numbers), numbers, strict=True):
-        ((file, offset),) = shards.locate(table, np.array([number]))
+    places = shards.locate(table, numbers)
+    for row, (file, offset) in zip(table.at(numbers), places, strict=True):
         with Path(file).open("rb") as tar:
             content = os.pread(tar.fileno(), int(row["size"]), offset)
         _, files = sample_files(content)
@@ -272,11 +295,14 @@ def _search(
 
 def _refused(path: Path) -> list[Refusal] | None:
     """Read what packing or indexing left out; None where no file says so."""
-    file = path / REFUSED
-    if not file.is_file():
+    url = url_of(path)
+    file = f"{url or path}/{REFUSED_NAME}"
+    try:
+        content = Bucket(url).read(REFUSED_NAME) if url else Path(file).read_bytes()
+    except FileNotFoundError:
         return None
     rows = []
-    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    text = content.decode("utf-8", errors="surrogateescape")
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)

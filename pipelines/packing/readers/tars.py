@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -255,7 +256,7 @@ def _members(
     with file.open("rb") if opener is None else opener(file) as opened:
         if opener is None:
             size = file.stat().st_size
-            source: Range | Stream = Range(opened.fileno(), 0, size)
+            source: Range | Stream = Range(partial(os.pread, opened.fileno()), 0, size)
         else:  # the size that is told by the end alone is checked there
             size, source = MOST_TAR_BYTES, Stream(opened)
         for member, _ in whole_tar_members(source, size):

@@ -11,6 +11,7 @@ import pytest
 
 from m3i_fast.cli import main
 from m3i_fast.pipelines.dataset import verify as verify_module
+from m3i_fast.pipelines.dataset.files import LocalFiles
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import ROW, SampleTable, write_table
@@ -201,14 +202,14 @@ def test_ids_that_two_splits_share_are_named(
     made = {name: [sample(i, PICTURE) for i in ids] for name, ids in samples.items()}
     path = tmp_path / "data"
     write_dataset(path, made, info(), seed=0, samples_per_shard=9)
-    manifest = read_manifest(path)
-    assert list(verify_module._check_ids(path, manifest)) == []
+    files = LocalFiles(path)
+    assert list(verify_module._check_ids(files)) == []
     rows = np.fromfile(path / "heldout.samples", ROW)
     rows["sample_id"][2], rows["group_id"][1] = 3, 4
     write_table(path / "heldout.samples", [rows])
-    strange, twice = verify_module._check_ids(path, manifest)
+    strange, twice = verify_module._check_ids(files)
     assert twice.sample == "3" and "got 3 twice" in twice.reason
     assert "expected the sample_id of a sample of split heldout, got 4" in strange.reason
     rows["sample_id"][:2] = 10
     write_table(path / "heldout.samples", [rows])
-    assert "got 10 twice" in next(verify_module._check_ids(path, manifest)).reason
+    assert "got 10 twice" in next(verify_module._check_ids(files)).reason

@@ -14,6 +14,7 @@ from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
 from m3i_fast.pipelines.dataset.sample_table import Rows, SampleTable
 from m3i_fast.pipelines.indexing.build import IndexInfo, index_tars
 from m3i_fast.pipelines.indexing.contents import Columns
+from m3i_fast.pipelines.indexing.tar_places import TarFolder
 from m3i_fast.pipelines.indexing.tars import find_tars, split_of
 from tests.shared.pipelines.data import TOKENIZER, encode_image, smooth_picture
 
@@ -63,7 +64,13 @@ def index(root: Path, out: Path | None = None, workers: int = 1, **changes: Any)
     names = {name: split_of(name) for name in find_tars(root, ["**/*.tar"])}
     out = out or root
     index_tars(
-        root, names, columns(**changes), INFO, out=out, workers=workers, advance=lambda *_: None
+        TarFolder(root),
+        names,
+        columns(**changes),
+        INFO,
+        out=out,
+        workers=workers,
+        advance=lambda *_: None,
     )
     return read_manifest(out)
 

@@ -374,10 +374,3 @@ def test_the_command_that_restores_names_what_the_index_was_made_with(
     assert main([*again, "--num-merges", "10", "--workers", "1"]) == 0
     recorded = read_manifest(out)
     assert recorded.settings == manifest.settings and recorded.splits == manifest.splits
-
-
-@pytest.mark.parametrize("verb", ["index", "stats", "verify", "show"])
-def test_a_url_is_refused(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    assert main(["data", verb, "s3://bucket/set"]) == 2
-    said = capsys.readouterr().err
-    assert "s3://bucket/set: not for URLs yet: copy it or name a folder" in said

@@ -13,11 +13,12 @@ import open_clip
 import pytest
 
 from m3i_fast.cli import main
-from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.files import LocalFiles
 from m3i_fast.pipelines.dataset.sample_table import BAD, ROW, write_table
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.indexing.build import IndexInfo, index_tars
 from m3i_fast.pipelines.indexing.contents import Columns
+from m3i_fast.pipelines.indexing.tar_places import TarFolder
 from m3i_fast.pipelines.inspection.statistics import describe
 from tests.shared.pipelines.data import (
     TOKENIZER,
@@ -49,7 +50,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 def test_counts_are_those_of_what_was_packed(packed: Path) -> None:
-    facts = describe(packed, read_manifest(packed), "train", read=1000)
+    facts = describe(LocalFiles(packed), "train", read=1000)
     numbers = [len(several_captions(i)) for i in range(NUMBER)]
     assert (facts["samples"], facts["bad"], facts["shards"]) == (NUMBER, 0, 5)
     assert (facts["captions"], facts["with_label"]) == (sum(numbers), 15)
@@ -82,7 +83,7 @@ def test_bad_samples_are_counted_as_such(packed: Path) -> None:
     rows["flags"][:3] = BAD
     write_table(packed / "train.samples", [rows])
     edit_manifest(packed, lambda raw: raw["splits"]["train"].update(num_bad=3))
-    facts = describe(packed, read_manifest(packed), "train", read=5)
+    facts = describe(LocalFiles(packed), "train", read=5)
     assert (facts["bad"], facts["read"]["samples"]) == (3, 5)
     assert facts["with_label"] == 15  # of the manifest
 
@@ -102,8 +103,10 @@ def test_captions_of_text_are_counted_before_they_are_cut(tmp_path: Path) -> Non
     )
     info = IndexInfo(name="x", tokenizer=Tokenizer(None, 24).info, licence="", attribution="")
     names = {"0.tar": "train"}
-    index_tars(tmp_path, names, columns, info, out=tmp_path, workers=1, advance=lambda *_: None)
-    read = describe(tmp_path, read_manifest(tmp_path), "train", read=9)["read"]
+    index_tars(
+        TarFolder(tmp_path), names, columns, info, out=tmp_path, workers=1, advance=lambda *_: None
+    )
+    read = describe(LocalFiles(tmp_path), "train", read=9)["read"]
     theirs = [len(open_clip.get_tokenizer("ViT-B-32").encode(t.strip())) + 2 for t in texts if t]
     assert read["caption_tokens"]["most"] == max(theirs)
     assert (read["captions"], read["captions_cut"]) == (3, sum(n > 24 for n in theirs))
@@ -114,7 +117,7 @@ def test_the_command_prints_tables_or_json(
 ) -> None:
     assert main(["data", "stats", str(packed), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["splits"]["train"] == describe(packed, read_manifest(packed), "train", read=2000)
+    assert facts["splits"]["train"] == describe(LocalFiles(packed), "train", read=2000)
     assert main(["data", "stats", str(packed)]) == 0
     said = capsys.readouterr().out
     assert "test: train" in said and "classes with most" in said and "a 10, c 5, b 0" in said
@@ -129,7 +132,7 @@ def test_a_sample_that_cannot_be_read_is_named(packed: Path) -> None:
     content[:100] = b"x" * 100
     tar.write_bytes(content)
     with pytest.raises(ValueError, match=r"train-000001.tar: sample \d+: .*m3i-fast data verify"):
-        describe(packed, read_manifest(packed), "train", read=2000)
+        describe(LocalFiles(packed), "train", read=2000)
 
 
 def test_packed_captions_of_the_whole_context_are_not_said_to_be_cut(
@@ -141,7 +144,7 @@ def test_packed_captions_of_the_whole_context_are_not_said_to_be_cut(
     path = pack(
         tmp_path / "data", [sample(i, image, captions=(full[: 4 + 100 * i],)) for i in (0, 1)]
     )
-    read = describe(path, read_manifest(path), "train", read=9)["read"]
+    read = describe(LocalFiles(path), "train", read=9)["read"]
     assert (read["captions_full"], read["captions_cut"]) == (1, None)
     assert main(["data", "stats", str(path)]) == 0
     said = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())

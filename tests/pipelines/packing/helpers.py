@@ -15,9 +15,10 @@ from PIL import Image
 from m3i_fast.cli.data.pack import Pack
 from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verify import find_faults
 from m3i_fast.pipelines.packing.job import Packed, pack
 from m3i_fast.pipelines.packing.workers import Run, run_here
+from m3i_fast.pipelines.storage.remote_files import opened_files
 from m3i_fast.terminal import make_console
 from tests.shared.pipelines.data import encode_image, smooth_picture
 
@@ -37,11 +38,24 @@ def put(root: Path, name: str, content: bytes | None = None) -> Path:
     return path
 
 
+def make_folder(root: Path, number: int) -> Path:
+    """Pictures of three classes, every seventh of them none."""
+    kinds = ("JPEG", "PNG", "BMP", "GIF")
+    pictures = [picture(i, kinds[i % 4], 8, 12) for i in range(16)]
+    for i in range(number):
+        content = b"no picture" if i % 7 == 3 else pictures[i % 16]
+        put(root, f"class {i % 3}/{i:05d}.png", content)
+    return root
+
+
 def pack_with(source: Path, out: Path, run: Run = run_here, **flags: Any) -> Packed:
     """Pack in this process, unless `run` says otherwise, with the flags of `m3i-fast data pack`."""
     asked = Pack(source=source, out=out, **{**SMALL, **flags})
-    packed = pack(asked.settings(), out, run, make_console(stderr=True))
-    assert verify(out, decode=True, max_pixels=asked.max_pixels) == packed.manifest
+    console = make_console(stderr=True)
+    packed = pack(asked.settings(), out, run, console, cache_dir=asked.cache_dir)
+    with opened_files(out, asked.cache_dir, anew=True) as files:
+        report = find_faults(files, decode=True, max_pixels=asked.max_pixels)
+    assert (report.faults, report.manifest) == ([], packed.manifest)
     return packed
 
 

@@ -21,22 +21,13 @@ from m3i_fast.pipelines.packing.shard_task import ShardTask
 from m3i_fast.pipelines.packing.workers import run_here, with_processes
 from tests.pipelines.packing.helpers import (
     contents,
+    make_folder,
     pack_with,
     picture,
     put,
     rows_of,
     sizes,
 )
-
-
-def make_folder(root: Path, number: int) -> Path:
-    """Pictures of three classes, every seventh of them none."""
-    kinds = ("JPEG", "PNG", "BMP", "GIF")
-    pictures = [picture(i, kinds[i % 4], 8, 12) for i in range(16)]
-    for i in range(number):
-        content = b"no picture" if i % 7 == 3 else pictures[i % 16]
-        put(root, f"class {i % 3}/{i:05d}.png", content)
-    return root
 
 
 @pytest.fixture(scope="module")
