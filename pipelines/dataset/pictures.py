@@ -105,12 +105,15 @@ def check_header(read: Read, extension: str | None, max_pixels: int) -> tuple[st
 def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -> NDArray[np.uint8]:
     """Decode a picture as DALI's CPU decoder does: [height, width, 3] upright.
 
-    Of 16 bits a channel those of gray are rounded, as DALI rounds all; of colours Pillow takes the
-    high byte, which is up to one level less. Raises ValueError as `check_header`, and where the
-    picture is corrupt.
+    The checksums of a PNG are compared, which Pillow leaves unread when it decodes. Of 16 bits a
+    channel those of gray are rounded, as DALI rounds all; of colours Pillow takes the high byte,
+    which is up to one level less. Raises ValueError as `check_header`, and where the picture is
+    corrupt.
     """
     stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
     try:
+        if stored == "PNG":
+            _reader(stored)(io.BytesIO(image)).verify()
         with _reader(stored)(io.BytesIO(image)) as opened:
             upright = require("PIL.ImageOps").exif_transpose(opened)
             if upright.mode.startswith("I"):  # which convert("RGB") would clip at 255
@@ -126,12 +129,6 @@ def decode(image: bytes, extension: str | None, max_pixels: int) -> tuple[int, i
 
     Raises ValueError as `check_header`, and where the picture is corrupt.
     """
-    stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
-    try:
-        # Checksums of a PNG, which decoding leaves unread.
-        _reader(stored)(io.BytesIO(image)).verify()
-    except Exception as error:  # Pillow raises a dozen types on corrupt data
-        raise ValueError(f"corrupt or empty image: {error}") from error
     height, width, _ = decode_pixels(image, max_pixels, extension).shape
     return height, width
 
