@@ -24,6 +24,7 @@ from m3i_fast.pipelines.open_data import OpenSplit, open_data
 from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.skipped_samples import SkippedSamples
+from m3i_fast.pipelines.storage.objects import url_of
 from m3i_fast.pipelines.text_captions import TextCaptions
 
 __all__ = ["Loader", "LoaderConfig", "ViewConfig", "evaluation_batches"]
@@ -82,13 +83,7 @@ class Loader:
             images_per_input=images_per_input,
         )
         self.manifest = self._open.manifest
-        num_samples = len(self._open.table)
-        if cfg.batch_size * num_ranks > num_samples:
-            raise ValueError(
-                f"batch_size: expected at most {num_samples // num_ranks} (split {cfg.split} of "
-                f"{cfg.path} has {num_samples} samples for {num_ranks} ranks), got "
-                f"{cfg.batch_size}"
-            )
+        self._expect_batch_size()
         self._start = 0  # position at which this object began or resumed
         self._batches = 0  # of this rank, since then
         self._skipped = SkippedSamples(skipped_file, rank)
@@ -170,6 +165,27 @@ class Loader:
         """
         self._stop_backend()
         self._open.shards.close()
+
+    def _expect_batch_size(self) -> None:
+        """Raise ValueError where the data are fewer than the batches of all ranks."""
+        layout, got = self._layout, self.cfg.batch_size
+        num_samples, num_ranks = len(self._open.table), layout.num_ranks
+        if got * num_ranks <= num_samples:
+            return
+        parts = self.cfg.mixture_parts or (self.cfg,)
+        of = " and ".join(
+            f"split {part.split} of {url_of(part.path) or part.path}" for part in parts
+        )
+        most = num_samples // num_ranks // layout.images_per_input * layout.images_per_input
+        advice = (
+            f"add --data.batch-size {most}"
+            if most
+            else f"pack at least {num_ranks * layout.images_per_input} pictures"
+        )
+        raise ValueError(
+            f"data.batch_size: expected at most {most} ({of} has {num_samples} samples for "
+            f"{num_ranks} {'ranks' if num_ranks > 1 else 'rank'}), got {got}: {advice}"
+        )
 
     def _stop_backend(self) -> None:
         """Stop the backend's threads; what was fetched from a bucket stays."""
