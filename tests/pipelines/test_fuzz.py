@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from m3i_fast.config.data import MAX_PIXELS, LoaderConfig
+from m3i_fast.cli import main
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.loader import Loader
-from tests.pipelines.indexing.tars import index, rows, write_tar
 from tests.shared.pipelines.data import EVERYTHING, encode_image, pack, sample, smooth_picture
 
 BATCH = 8
@@ -138,10 +140,15 @@ def check_pictures(folder: Path, number: int, seed: int) -> None:
     for i in range(number):
         extension, content = SEEDS[i % len(SEEDS)]
         contents.append((f"{i}.{extension}", damaged(content, rng) if i % 3 else content))
-    write_tar(folder / "data" / "a.tar", contents)
-    index(folder / "data", label=None, caption=None, max_pixels=MAX_PIXELS)
+    (folder / "data").mkdir()
+    with tarfile.open(folder / "data" / "a.tar", "w") as file:
+        for name, content in contents:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    assert main(["data", "index", str(folder / "data"), "--num-merges", "100"]) == 0
     tar = (folder / "data" / "a.tar").read_bytes()
-    starts = [int(row["offset"]) for row in rows(folder / "data")]
+    starts = [int(row["offset"]) for row in np.fromfile(folder / "data" / "train.samples", ROW)]
     taken = [int(tar[start : start + 100].split(b".")[0]) for start in starts]  # names
     skipped = {taken[i] for i in compare_backends(folder / "data", folder)}
     assert skipped == {i for i in taken if not pillow_reads(contents[i][1])}
@@ -167,7 +174,7 @@ def check_shards(folder: Path, number: int, flips: int) -> None:
         folder / "data", [sample(i, images[i % 8]) for i in range(number)], samples_per_shard=64
     )
     rng = np.random.default_rng(0)
-    table, tars = rows(path), sorted(path.glob("*.tar"))
+    table, tars = np.fromfile(path / "train.samples", ROW), sorted(path.glob("*.tar"))
     hit: set[int] = set()
 
     def flip() -> None:
