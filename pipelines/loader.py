@@ -93,13 +93,7 @@ class Loader:
             cores=self.placement.cores,
         )
         self.manifest = self._open.manifest
-        num_samples = len(self._open.table)
-        if cfg.batch_size * num_ranks > num_samples:
-            what = "the mixture" if cfg.mixture else f"split {cfg.split} of {place_of(cfg.path)}"
-            raise ValueError(
-                f"batch_size: expected at most {num_samples // num_ranks} ({what} has "
-                f"{num_samples} samples for {num_ranks} ranks), got {cfg.batch_size}"
-            )
+        self._expect_batch_size()
         self._start = 0  # position at which this object began or resumed
         self._batches = 0  # of this rank, since then
         self._skipped = SkippedSamples(skipped_file, rank)
@@ -185,6 +179,25 @@ class Loader:
         """
         self._stop_backend()
         self._open.shards.close()
+
+    def _expect_batch_size(self) -> None:
+        """Raise ValueError where the data are fewer than the batches of all ranks."""
+        layout, got = self._layout, self.cfg.batch_size
+        num_samples, num_ranks = len(self._open.table), layout.num_ranks
+        if got * num_ranks <= num_samples:
+            return
+        parts = self.cfg.mixture_parts or (self.cfg,)
+        of = " and ".join(f"split {part.split} of {place_of(part.path)}" for part in parts)
+        most = num_samples // num_ranks // layout.images_per_input * layout.images_per_input
+        advice = (
+            f"add --data.batch-size {most}"
+            if most
+            else f"pack at least {num_ranks * layout.images_per_input} pictures"
+        )
+        raise ValueError(
+            f"data.batch_size: expected at most {most} ({of} has {num_samples} samples for "
+            f"{num_ranks} {'ranks' if num_ranks > 1 else 'rank'}), got {got}: {advice}"
+        )
 
     def _stop_backend(self) -> None:
         """Stop the backend's threads; what was fetched from a bucket stays."""

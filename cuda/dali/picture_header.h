@@ -1,5 +1,6 @@
 // Format and size of an encoded picture, from its header, before anything decodes it: a small file
-// of a huge picture takes a decoder gigabytes and minutes.
+// of a huge picture takes a decoder gigabytes and minutes. Also what Pillow refuses of a damaged
+// picture and DALI's decoders pass over, so that both loaders leave out the same samples.
 #pragma once
 
 #include <cstdint>
@@ -49,6 +50,49 @@ inline PictureHeader jpeg_header(const uint8_t* bytes, size_t size) {
       "expected JPEG segments with one frame header before the pixels, got others");
 }
 
+// Walks all segments, as libjpeg does after the last row of pixels: a decoder that returns then
+// does not see a marker that is none, nor a scan too many. An end (EOI) that is missing is no
+// fault.
+inline void expect_segments_of_jpeg(const uint8_t* bytes, size_t size) {
+  size_t place = 2;
+  bool is_one_scan = false;  // of all components, after which there is no other
+  int num_components = 0;
+  bool is_progressive = false, is_in_scan = false;
+  while (place + 2 <= size) {
+    const int marker = bytes[place + 1];
+    if (marker == 0xff) {
+      ++place;
+      continue;
+    }
+    if (marker == 0xd9) return;
+    const bool is_frame =
+        marker >= 0xc0 && marker <= 0xcf && marker != 0xc4 && marker != 0xc8 && marker != 0xcc;
+    const bool is_alone = marker == 0x01 || (marker >= 0xd0 && marker <= 0xd7);
+    const bool is_known = is_alone || is_frame || marker == 0xc4 || marker == 0xcc ||
+                          (marker >= 0xda && marker <= 0xdd) ||
+                          (marker >= 0xe0 && marker <= 0xef) || marker == 0xfe;
+    const bool is_late = is_in_scan && (is_frame || (marker == 0xda && is_one_scan));
+    if (!is_known || is_late) {
+      throw std::runtime_error("expected segments of a JPEG up to its end, got " +
+                               std::string(is_late ? "one too many" : "a marker that is none"));
+    }
+    if (!is_alone && place + 10 > size) return;
+    if (is_frame) {
+      num_components = bytes[place + 9];
+      is_progressive = (marker & 3) == 2;
+    } else if (marker == 0xda) {
+      is_one_scan = !is_progressive && bytes[place + 4] == num_components;
+      is_in_scan = true;
+    }
+    place += is_alone ? 2 : 2 + static_cast<size_t>(big_endian(bytes + place + 2, 2));
+    for (;; place += 2) {  // to the next marker: 0xff 0 is a byte of pixels
+      const void* found = place < size ? std::memchr(bytes + place, 0xff, size - place) : nullptr;
+      place = found ? static_cast<size_t>(static_cast<const uint8_t*>(found) - bytes) : size;
+      if (place + 1 >= size || bytes[place + 1] != 0) break;
+    }
+  }
+}
+
 inline PictureHeader webp_header(const uint8_t* bytes) {
   if (std::memcmp(bytes + 12, "VP8X", 4) == 0) {
     return {"WEBP", 1 + little_endian(bytes + 27, 3), 1 + little_endian(bytes + 24, 3)};
@@ -79,8 +123,9 @@ inline PictureHeader picture_header(const uint8_t* bytes, size_t size) {
 }
 
 // Refuses a picture without pixels, with more than max_pixels, or with a longer side than views are
-// cut of.
-inline void check_picture(const uint8_t* bytes, size_t size, int64_t max_pixels) {
+// cut of, and a JPEG of strange segments. Returns how many of the bytes are the picture's: a WebP
+// says it, and libwebp reads on where pixels are damaged.
+inline size_t check_picture(const uint8_t* bytes, size_t size, int64_t max_pixels) {
   const PictureHeader header = picture_header(bytes, size);
   const std::string found = std::to_string(header.height) + " x " + std::to_string(header.width);
   if (header.height == 0 || header.width == 0) {
@@ -94,6 +139,10 @@ inline void check_picture(const uint8_t* bytes, size_t size, int64_t max_pixels)
     throw std::runtime_error("expected at most " + std::to_string(max_pixels) + " pixels, got " +
                              found + "; raise max_pixels where pictures are meant to be so large");
   }
+  if (std::strcmp(header.format, "JPEG") == 0) header_detail::expect_segments_of_jpeg(bytes, size);
+  if (std::strcmp(header.format, "WEBP") != 0) return size;
+  const size_t said = 8 + static_cast<size_t>(header_detail::little_endian(bytes + 4, 4));
+  return said < size ? said : size;
 }
 
 }  // namespace m3i

@@ -84,7 +84,7 @@ class ReadSamples : public dali::Operator<dali::CPUBackend> {
       const auto size = [](size_t bytes) {
         return dali::TensorShape<1>(static_cast<int64_t>(bytes));
       };
-      picture.set_tensor_shape(i, size(records[i].picture->size));
+      picture.set_tensor_shape(i, size(records[i].picture.second));
       tokens.set_tensor_shape(i, dali::TensorShape<1>(options_.context_length));
       texts.set_tensor_shape(i, size(records[i].text.second));
       others.set_tensor_shape(i, size(records[i].alternate.second));
@@ -107,7 +107,7 @@ class ReadSamples : public dali::Operator<dali::CPUBackend> {
     }
     in_threads(ws, batch, [&](int i) {
       const SampleRecord& record = records[i];
-      std::memcpy(pictures.mutable_tensor<uint8_t>(i), record.picture->data, record.picture->size);
+      std::memcpy(pictures.mutable_tensor<uint8_t>(i), record.picture.first, record.picture.second);
       auto* row = ids.mutable_tensor<int32_t>(i);
       std::fill_n(row, options_.context_length, 0);
       std::copy(record.token_ids.begin(), record.token_ids.end(), row);

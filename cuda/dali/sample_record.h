@@ -37,7 +37,7 @@ struct ReadOptions {
 
 struct SampleRecord {
   std::vector<uint8_t> bytes;  // of all members, which the rest points into
-  const TarMember* picture = nullptr;
+  std::pair<const uint8_t*, size_t> picture{nullptr, 0};
   std::pair<const uint8_t*, size_t> alternate{nullptr, 0};
   std::vector<int32_t> token_ids;
   std::pair<const uint8_t*, size_t> text{nullptr, 0};
@@ -147,8 +147,8 @@ inline SampleRecord read_sample(OpenFiles& files, const std::string& path, const
     }
   }
   record.members = tar_members(record.bytes.data(), record.bytes.size());
-  record.picture = find_picture(record.members);
-  check_picture(record.picture->data, record.picture->size, options.max_pixels);
+  const TarMember* picture = find_picture(record.members);
+  record.picture = {picture->data, check_picture(picture->data, picture->size, options.max_pixels)};
   if (options.caption_member == "tok") {
     record.token_ids = chosen_caption(record.members, row.caption, options);
   } else if (const TarMember* text = find(record.members, options.caption_member)) {
@@ -160,8 +160,8 @@ inline SampleRecord read_sample(OpenFiles& files, const std::string& path, const
     const std::vector<int32_t> of_each = integers(*sizes);
     const auto [start, size] =
         part(of_each, pictures->size, chosen(row.alternate, of_each.size()), "aln");
-    record.alternate = {pictures->data + start, size};
-    check_picture(record.alternate.first, size, options.max_pixels);
+    const uint8_t* other = pictures->data + start;
+    record.alternate = {other, check_picture(other, size, options.max_pixels)};
   }
   return record;
 }

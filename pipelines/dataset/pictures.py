@@ -107,12 +107,15 @@ def check_header(read: Read, extension: str | None, max_pixels: int) -> tuple[st
 def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -> NDArray[np.uint8]:
     """Decode a picture as DALI's CPU decoder does: [height, width, 3] upright, the same bits.
 
-    Of 16 bits a channel the nearest of 8 bits are taken. Raises ValueError as `check_header`, and
-    where the picture is corrupt.
+    Of 16 bits a channel the nearest of 8 bits are taken. The checksums of a PNG are compared, which
+    Pillow leaves unread when it decodes. Raises ValueError as `check_header`, and where the picture
+    is corrupt.
     """
     stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
     is_deep = stored == "PNG" and image[_PNG_DEPTH] == 16
     try:
+        if stored == "PNG":
+            _reader(stored)(io.BytesIO(image)).verify()
         with _reader(stored)(io.BytesIO(image)) as opened:
             if is_deep:
                 return ((_deep_pixels(opened, image) + 128) // 257).astype(np.uint8)
@@ -171,12 +174,6 @@ def decode(image: bytes, extension: str | None, max_pixels: int) -> tuple[int, i
 
     Raises ValueError as `check_header`, and where the picture is corrupt.
     """
-    stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
-    try:
-        # Checksums of a PNG, which decoding leaves unread.
-        _reader(stored)(io.BytesIO(image)).verify()
-    except Exception as error:  # Pillow raises a dozen types on corrupt data
-        raise ValueError(f"corrupt or empty image: {error}") from error
     height, width, _ = decode_pixels(image, max_pixels, extension).shape
     return height, width
 

@@ -18,6 +18,7 @@ from PIL import Image
 from m3i_fast.cli import data as data_verbs
 from m3i_fast.cli import main
 from m3i_fast.pipelines.dataset.manifest import SplitInfo, read_manifest
+from m3i_fast.recipes.m3i_vit import m3i_vit_s_h100
 
 START = Path(__file__).parent.parent.parent / "docs" / "start"
 OWN, AT_SCALE = START / "data.md", START / "data_at_scale.md"
@@ -170,7 +171,8 @@ def test_the_arithmetic_of_the_tables() -> None:
         "| 451 MB | 111 MB |": (round(shard * 110e3 / 1e6), round(shard * 27e3 / 1e6)),
         "| 61 MB | 61 MB |": int(pictures * 48 / 1e6) == 61,
         "| 1.4 min | 4.2 min |": [round((pictures + 50_000) * ms / 16 / 6e4, 1) for ms in (1, 3)],
-        "| 625 | 625 |": pictures // (8 * 256) == 625,
+        "| 156 | 156 |": pictures // (8 * m3i_vit_s_h100().data.batch_size) == 156,
+        "8 x 1,024 = 4 x 1,024 x 2": m3i_vit_s_h100().data.batch_size == 1024,
         "244,160 shards": 20 * -(-many // 20 // shard) == 244_160,
         "25 GB, where": many // 20 * 500 == 25 * 10**9,
         "833 core-hours": round(many * 3e-3 / 3600) == 833,

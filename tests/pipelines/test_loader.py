@@ -171,6 +171,12 @@ def test_close_keeps_the_position(cfg: LoaderConfig) -> None:
 def test_bad_settings_name_field_and_value(cfg: LoaderConfig) -> None:
     with pytest.raises(ValueError, match=r"batch_size: expected at most 25 .*50 samples.* got 26"):
         Loader(replace(cfg, batch_size=26), num_ranks=2)
+    with pytest.raises(
+        ValueError, match=r"expected at most 24 .*, got 32: add --data.batch-size 24"
+    ):
+        Loader(replace(cfg, batch_size=32), num_ranks=2, images_per_input=4)
+    with pytest.raises(ValueError, match=r"expected at most 0 .*: pack at least 60 pictures"):
+        Loader(replace(cfg, batch_size=4), num_ranks=30, images_per_input=2)
     with pytest.raises(ValueError, match="expected a multiple of images_per_input = 3, got 4"):
         Loader(cfg, images_per_input=3)
     with pytest.raises(ValueError, match=r"split: expected one of \['train'\], got 'test'"):

@@ -10,6 +10,7 @@ from m3i_fast.pipelines.packing.items import SourceOptions
 
 IMAGE = r"image|images?_?(path|file|name|filename)?|img(_?path|_?file)?|file(_?name|_?path)?|path"
 IMAGE += r"|picture|photo|jpg|png|webp|image_?bytes|bytes"
+URL = r"(image_?|img_?)?(url|uri|link)s?"
 CAPTION = r"captions?([_-]?\w+)?"
 OTHER_CAPTION = r"text|title|description|alt(_?text)?|sentences?|prompt|txt"
 LABEL = r"labels?|class(_?name|_?id)?|category|categories|target|cls|fine_label|label_?(id|name)"
@@ -55,8 +56,8 @@ def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> 
     image = one("--image-column", options.image_column, IMAGE)
     if image is None:
         raise ValueError(
-            f"{where}: expected a column with the path or bytes of a picture, got {there}; name it "
-            "by --image-column"
+            f"{where}: expected a column with the path or bytes of a picture, got {there}; "
+            f"{_advice(names)}"
         )
     if options.caption_columns:
         captions = tuple(name for name in options.caption_columns if name)
@@ -71,6 +72,15 @@ def choose_columns(names: Sequence[str], options: SourceOptions, where: str) -> 
     return Columns(
         image, captions, label, group, one("--split-column", options.split_column, SPLIT)
     )
+
+
+def _advice(names: Sequence[str]) -> str:
+    """Say what to do where no column is called like a picture's."""
+    if any("." in name for name in names):
+        return "where the first line has no names but a picture, write a line of names before it"
+    if any(_called(name, URL) for name in names):
+        return "pictures are not fetched: download them, by img2dataset for example"
+    return "name it by --image-column"
 
 
 def _called(name: str, pattern: str) -> bool:

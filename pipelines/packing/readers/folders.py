@@ -26,6 +26,32 @@ PICTURE_SUFFIXES = frozenset(
 )
 
 
+# Pictures that are not read, by what their files are called.
+UNREAD = {
+    ".avif": "AVIF",
+    ".bpg": "BPG",
+    ".dds": "DDS",
+    ".eps": "EPS",
+    ".exr": "OpenEXR",
+    ".hdr": "Radiance HDR",
+    ".heic": "HEIC",
+    ".heif": "HEIC",
+    ".icns": "ICNS",
+    ".j2k": "JPEG 2000",
+    ".jp2": "JPEG 2000",
+    ".jpf": "JPEG 2000",
+    ".jxl": "JPEG XL",
+    ".pcx": "PCX",
+    ".psd": "Photoshop",
+    ".svg": "SVG",
+    ".svgz": "SVG",
+    ".tga": "TGA",
+    ".xcf": "GIMP",
+    ".xpm": "XPM",
+    **dict.fromkeys(".arw .cr2 .cr3 .dng .nef .orf .raf .rw2".split(), "camera raw"),
+}
+
+
 class Found(NamedTuple):
     """A file that is called like a picture."""
 
@@ -36,7 +62,8 @@ class Found(NamedTuple):
 def find_pictures(root: Path, listing: Listing, *, allow_outside: bool) -> list[Found]:
     """Find all files below a folder that are called like pictures, folder by folder, sorted.
 
-    Refuses what leads out of it, and notes the number of other files.
+    Refuses what leads out of it and pictures of kinds that are not read, and notes the number of
+    other files.
     """
     real = root.resolve()
     found: list[Found] = []
@@ -44,6 +71,13 @@ def find_pictures(root: Path, listing: Listing, *, allow_outside: bool) -> list[
     for path, is_folder_link in _files(root, listing):
         name = path.relative_to(root).as_posix()
         suffix = path.suffix.lower()
+        if not is_folder_link and suffix in UNREAD:
+            listing.refuse(
+                printable(name),
+                f"{UNREAD[suffix]} pictures are not read",
+                "convert it to JPEG or PNG",
+            )
+            continue
         if not is_folder_link and suffix not in PICTURE_SUFFIXES:
             others[suffix if suffix.isprintable() and suffix.isascii() else "other"] += 1
             continue
@@ -81,6 +115,11 @@ def _files(root: Path, listing: Listing) -> Iterator[tuple[Path, bool]]:
         )
 
     for folder, folders, files in os.walk(root, onerror=failed):
+        hidden = sorted(name for name in folders if name.startswith(".") or name == "__MACOSX")
+        for name in hidden:  # .ipynb_checkpoints, .git and the like would be classes
+            folders.remove(name)
+            where = printable(Path(folder, name).relative_to(root).as_posix())
+            listing.notes.append(f"{where} is a hidden folder, which is not looked into")
         folders.sort()
         links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
         for name in sorted([*files, *links]):

@@ -11,6 +11,7 @@ from m3i_fast.pipelines.packing.readers.folders import (
     Folders,
     are_splits,
     find_pictures,
+    is_picture,
 )
 from m3i_fast.pipelines.packing.readers.huggingface import HuggingFace, is_saved
 from m3i_fast.pipelines.packing.readers.tables import TEXT_SUFFIXES, Tables, table_files
@@ -53,20 +54,26 @@ def _guess(path: Path) -> tuple[str, str]:
         if name.endswith(PLAIN + COMPRESSED):
             return "tars", "a tar"
         raise ValueError(
-            f"SOURCE: expected a folder, a table (.csv, .tsv, .parquet) or a tar, got {path}; say "
-            "what it is by --kind"
+            f"SOURCE: expected a folder, a table (.csv, .tsv, .parquet) or a tar, got {path}; "
+            + ("name its folder" if is_picture(path) else "say what it is by --kind")
         )
     if is_saved(path):
         return "huggingface", "a data set that was saved by save_to_disk"
     if (known := guess_class(path)) is not None:
         return "torchvision", f"the folder of torchvision.datasets.{known} (--torchvision-class)"
-    pictures = find_pictures(path, Listing(), allow_outside=True)
+    listing = Listing()
+    pictures = find_pictures(path, listing, allow_outside=True)
     if not pictures:
         if tar_files(path):
             return "tars", "a folder of tars"
         if table_files(path):
             return "table", "a folder of Parquet files"
-        raise ValueError(f"SOURCE: expected pictures, tars or Parquet files below {path}, got none")
+        if listing.refusals:
+            return "folder", "pictures, of which none is of a kind that is read"
+        said = "; ".join(listing.notes) or "it has no files"
+        raise ValueError(
+            f"SOURCE: expected pictures, tars or Parquet files below {path}, got none: {said}"
+        )
     folders = {tuple(picture.path.split("/")[:-1]) for picture in pictures}
     depths, top = {len(names) for names in folders}, {names[0] for names in folders if names}
     if depths == {1} and len(folders) > 1 and not are_splits(top):

@@ -132,10 +132,10 @@ class Tables:
                 check_inside(path, self.root.resolve())
             return item._replace(name=printable(named), place=(str(path),), stamp=stamp(path))
         except OSError as error:
-            raise Refused(
-                f"{printable(named)}: cannot be read: {error.strerror}",
-                "name files relative to the table's folder, or that folder by --image-root",
-            ) from None
+            advice = "name files relative to the table's folder, or that folder by --image-root"
+            if "\\" in named:
+                advice = "write paths with / in place of \\"
+            raise Refused(f"{printable(named)}: cannot be read: {error.strerror}", advice) from None
 
     def _add(self, listing: Listing, item: Item, place_of: dict[str, int]) -> None:
         """Add an item, or its captions to the one of an earlier row that names the same picture."""
@@ -252,7 +252,7 @@ def open_parquet(file: Path, options: SourceOptions) -> tuple[Columns, Iterator[
     parquet = require("pyarrow.parquet", extra="sources")
     arrow = require("pyarrow")
     try:
-        opened = parquet.ParquetFile(file)
+        opened = parquet.ParquetFile(file, page_checksum_verification=True)
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a Parquet file: {error}") from None
     columns = choose_columns(opened.schema_arrow.names, options, file.name)

@@ -279,20 +279,60 @@ def _edits(value: Any) -> list[Callable[[Any], None]]:
 
 
 STRANGE = st.none() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.just([])
+ENTRIES = STRANGE | st.just({}) | st.just("/etc/x.tar")
+PLACES = st.floats(0, 1, exclude_max=True)
 
 
-@FEW
-@given(place=st.floats(0, 1, exclude_max=True), value=STRANGE | st.just({}) | st.just("/etc/x.tar"))
-def test_strange_entries_of_manifests(good: Path, place: float, value: Any) -> None:
+def check_manifest(good: Path, content: bytes) -> None:
+    """A manifest that was damaged is refused, or leads to samples that were packed."""
+    right = np.fromfile(good / "train.samples", ROW)
+    with _replaced(good / "manifest.json", content):
+        try:
+            manifest, _ = open_split(good, "train")
+            table = SampleTable.open(good, manifest, "train")
+            find_faults(good)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(error)
+            return
+        assert (table.rows == right).all()
+        assert list(table.shard_files) == [f"train-{i:06d}.tar" for i in range(2)]
+
+
+def with_entry(good: Path, place: float, value: Any) -> bytes:
     raw = json.loads((good / "manifest.json").read_text())
     edits = _edits(raw)
     edits[int(place * len(edits))](value)
-    with _replaced(good / "manifest.json", json.dumps(raw).encode()):
-        try:
-            open_split(good, "train")
-            find_faults(good)
-        except (ValueError, FileNotFoundError):
-            pass
+    return json.dumps(raw).encode()
+
+
+@FEW
+@given(place=PLACES, value=ENTRIES)
+def test_strange_entries_of_manifests(good: Path, place: float, value: Any) -> None:
+    check_manifest(good, with_entry(good, place, value))
+
+
+@pytest.mark.nightly
+@MANY
+@given(place=PLACES, value=ENTRIES)
+def test_a_thousand_strange_entries_of_manifests(good: Path, place: float, value: Any) -> None:
+    check_manifest(good, with_entry(good, place, value))
+
+
+@FEW
+@given(changes=IN_PLACE | BYTES)
+def test_damaged_manifests(good: Path, changes: list[Change]) -> None:
+    check_manifest(good, changed((good / "manifest.json").read_bytes(), changes))
+
+
+@pytest.mark.nightly
+@MANY
+@given(changes=IN_PLACE | BYTES)
+def test_a_thousand_damaged_manifests(good: Path, changes: list[Change]) -> None:
+    check_manifest(good, changed((good / "manifest.json").read_bytes(), changes))
+
+
+def test_a_manifest_that_is_nested_without_end_is_refused(good: Path) -> None:
+    check_manifest(good, b"[" * 10**6)
 
 
 def test_a_tar_that_says_it_is_endless_ends(folder: Path) -> None:

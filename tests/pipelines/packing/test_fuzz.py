@@ -114,26 +114,31 @@ HEADERS = ["file", "caption", "label", "group", "split", "x"]
 
 
 @st.composite
-def tables(draw: st.DrawFn) -> bytes:
-    """A table that Python's csv writes, with damage at times."""
+def tables(draw: st.DrawFn) -> tuple[str, bytes]:
+    """Name and content of a table that Python's csv writes, with damage at times."""
+    suffix = draw(st.sampled_from([".csv", ".tsv"]))
     header = draw(st.lists(st.sampled_from(HEADERS), min_size=1, max_size=5))
     rows = draw(st.lists(st.lists(CELLS, min_size=1, max_size=6), max_size=8))
     out = io.StringIO(newline="")
-    writer = csv.writer(out, escapechar="\\" if draw(st.booleans()) else None)
+    writer = csv.writer(
+        out,
+        delimiter="\t" if suffix == ".tsv" else ",",
+        escapechar="\\" if draw(st.booleans()) else None,
+    )
     writer.writerow(header)
     for row in rows:
         writer.writerow(row)
     content = out.getvalue().encode("utf-8", "surrogatepass")
-    return draw(damaged([content]))
+    return f"t{suffix}", draw(damaged([content]))
 
 
-def check_table(table: bytes) -> None:
+def check_table(table: tuple[str, bytes]) -> None:
     """Each picture that is taken is one that the table names, in its folder."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         contents = {put(root, f"{c}.png").read_bytes() for c in "abc"}
         try:
-            packed = pack_with(put(root, "t.csv", table), root / "out")
+            packed = pack_with(put(root, *table), root / "out")
         except ValueError as error:
             assert str(error)
             return
@@ -146,15 +151,70 @@ def check_table(table: bytes) -> None:
 
 @settings(QUICK, max_examples=40)
 @given(tables())
-def test_damaged_tables(table: bytes) -> None:
+def test_damaged_tables(table: tuple[str, bytes]) -> None:
     check_table(table)
 
 
 @pytest.mark.nightly
-@LONG
+@settings(LONG, max_examples=2000)
 @given(tables())
-def test_a_thousand_damaged_tables(table: bytes) -> None:
+def test_two_thousand_damaged_tables(table: tuple[str, bytes]) -> None:
     check_table(table)
+
+
+ANIMALS = ("heron", "badger", "walrus", "cricket")
+
+
+def make_parquets() -> list[bytes]:
+    """Tables of pictures' bytes or paths, with a checksum of each page."""
+    arrow, parquet = (pytest.importorskip(f"pyarrow{name}") for name in ("", ".parquet"))
+    bytes_of = [picture(i) for i in range(len(ANIMALS))]
+    paths = [f"{animal}.png" for animal in ANIMALS]
+    made = []
+    for pictures in (bytes_of, paths):
+        for compression in ("none", "snappy", "zstd"):
+            out = io.BytesIO()
+            columns = {"image": pictures, "caption": ANIMALS, "label": list(range(len(ANIMALS)))}
+            parquet.write_table(
+                arrow.table(columns),
+                out,
+                compression=compression,
+                row_group_size=3,
+                write_page_checksum=True,
+            )
+            made.append(out.getvalue())
+    return made
+
+
+def check_parquet(table: bytes) -> None:
+    """Each picture that is taken has the caption and the label that were written with it."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        facts = {}
+        for i, animal in enumerate(ANIMALS):
+            facts[put(root, f"{animal}.png", picture(i)).read_bytes()] = ((animal,), i)
+        try:
+            packed = pack_with(put(root, "t.parquet", table), root / "out")
+        except ValueError as error:
+            assert str(error)
+            return
+        for row in rows_of(root / "out"):
+            captions, label = facts[row.image]
+            assert row.captions in (captions, ()) and row.label in (label, -1)
+        assert all(r.file and r.reason and r.what_to_do for r in packed.refused)
+
+
+@settings(QUICK, max_examples=40)
+@given(st.data())
+def test_damaged_parquets(data: st.DataObject) -> None:
+    check_parquet(data.draw(damaged(make_parquets())))
+
+
+@pytest.mark.nightly
+@LONG
+@given(st.data())
+def test_a_thousand_damaged_parquets(data: st.DataObject) -> None:
+    check_parquet(data.draw(damaged(make_parquets())))
 
 
 # ---- Tars ----------------------------------------------------------------------------------------
@@ -163,8 +223,9 @@ def test_a_thousand_damaged_tables(table: bytes) -> None:
 def make_tar() -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
-        for i in range(4):
-            members = {"png": picture(i), "txt": b"rain", "json": b'{"a": 1}', "cls": b"%d" % i}
+        for i, animal in enumerate(ANIMALS):
+            said = animal.encode()
+            members = {"png": picture(i), "txt": said, "json": b'{"a": 1}', "cls": said}
             for extension, content in members.items():
                 member = tarfile.TarInfo(f"{i}.{extension}")
                 member.size = len(content)
@@ -176,7 +237,7 @@ TAR = make_tar()
 
 
 def check_tar(content: bytes) -> None:
-    """Each picture that is taken is one that was put in, unless its own bytes were changed."""
+    """A picture that is taken has no caption or class of another one, whatever is damaged."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         try:
@@ -189,6 +250,12 @@ def check_tar(content: bytes) -> None:
             assert len(rows) == 4 and not packed.refused
         assert len(rows) + len(packed.refused) >= 1
         assert all(r.file and r.reason and r.what_to_do for r in packed.refused)
+        pictures = [picture(i) for i in range(len(ANIMALS))]
+        for row in rows:
+            assert row.image in pictures  # a PNG has checksums
+            others = {a for i, a in enumerate(ANIMALS) if pictures[i] != row.image}
+            assert not others & set(row.captions)
+            assert row.label < 0 or packed.manifest.class_names[row.label] not in others
 
 
 @settings(QUICK, max_examples=40)

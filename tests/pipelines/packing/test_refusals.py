@@ -59,6 +59,61 @@ def test_a_folder_of_bad_files_names_each(tmp_path: Path) -> None:
     assert "link.png" not in refused_of(allowed)
 
 
+def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
+    """By what they are called; a folder of nothing else is not taken for an empty one."""
+    for name in ("a.png", "IMG_1.HEIC", "b/logo.svg", "raw.cr2", "x.icns"):
+        put(tmp_path / "source", name, GOOD)
+    packed = pack_with(tmp_path / "source", tmp_path / "out")
+    assert refused_of(packed) == {
+        "IMG_1.HEIC": "HEIC pictures are not read",
+        "b/logo.svg": "SVG pictures are not read",
+        "raw.cr2": "camera raw pictures are not read",
+        "x.icns": "ICNS pictures are not read",
+    }
+    put(tmp_path / "only", "IMG_1.HEIC")
+    with pytest.raises(ValueError, match="expected a picture that can be used, got none of 1"):
+        pack_with(tmp_path / "only", tmp_path / "none")
+    put(tmp_path / "text", "a.txt")
+    with pytest.raises(ValueError, match=r"got none: 1 files are not called like .*: 1 \.txt"):
+        pack_with(tmp_path / "text", tmp_path / "none")
+    with pytest.raises(ValueError, match=r"got .*a\.png; name its folder"):
+        pack_with(tmp_path / "source" / "a.png", tmp_path / "none")
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat/0.png", "dog/0.png", ".ipynb_checkpoints/0.png", "cat/.git/0.png"):
+        put(tmp_path / "source", name)
+    pack_with(tmp_path / "source", tmp_path / "out")
+    assert labels_of(tmp_path / "out") == ["cat", "dog"]
+    said = " ".join(capsys.readouterr().err.split())
+    for name in (".ipynb_checkpoints", "cat/.git"):
+        assert f"{name} is a hidden folder, which is not looked into" in said
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (b"a.png,cat\nb.png,dog\n", "write a line of names before it"),
+        (b"url,caption\nhttps://example.org/a.png,cat\n", "pictures are not fetched: download"),
+        (b"one,two\na.png,cat\n", "name it by --image-column"),
+    ],
+)
+def test_a_table_without_a_column_of_pictures_says_what_to_do(
+    tmp_path: Path, table: bytes, said: str
+) -> None:
+    put(tmp_path, "a.png")
+    with pytest.raises(ValueError, match=f"path or bytes of a picture, got .*{said}"):
+        pack_with(put(tmp_path, "t.csv", table), tmp_path / "out")
+
+
+def test_paths_of_windows_are_refused_with_what_to_write(tmp_path: Path) -> None:
+    put(tmp_path, "cat/a.png")
+    put(tmp_path, "b.png")
+    table = put(tmp_path, "t.csv", b"file\ncat\\a.png\nb.png\n")
+    (refusal,) = pack_with(table, tmp_path / "out").refused
+    assert refusal.what_to_do == "write paths with / in place of \\"
+
+
 def test_names_that_are_not_utf8_are_packed_and_printed(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     for name, content in ((b"K\xf6ln.png", GOOD), (b"\xff\xfe.png", b"")):
