@@ -45,6 +45,9 @@ class SingleSamples:
             paths[i].write_bytes(content)
         return [(str(path), 0) for path in paths]
 
+    def reads(self) -> None:
+        """Return None: nothing is counted of samples that are looked at."""
+
     def close(self) -> None:
         """Remove the files; the next samples are fetched again."""
         if self._folder is not None:

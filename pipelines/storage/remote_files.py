@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ from m3i_fast.pipelines.dataset.manifest import (
 from m3i_fast.pipelines.dataset.sample_table import Rows, SampleTable
 from m3i_fast.pipelines.storage.dataset_copy import copy_manifest, copy_table
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo, url_of
+from m3i_fast.pipelines.storage.requests import Stop
 
 PIECES_AHEAD = 4  # of PIECE bytes, read at the same time and held in memory
 SAMPLES_AHEAD = 32
@@ -61,7 +61,7 @@ class RemoteStream:
 
     def __init__(self, bucket: Bucket, name: str, info: ObjectInfo) -> None:
         self._bucket, self._name, self._info = bucket, name, info
-        self._stop = threading.Event()
+        self._stop = Stop()
         self._pool = ThreadPoolExecutor(PIECES_AHEAD, "object-reader")
         self._pieces: dict[int, Future[memoryview]] = {}
 
