@@ -29,6 +29,7 @@ from m3i_fast.engine.precision.arithmetic import (
 )
 from m3i_fast.engine.precision.determinism import make_deterministic
 from m3i_fast.engine.run.data_fields import expect_data
+from m3i_fast.engine.run.data_record import DataRecord, record_data
 from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful
 from m3i_fast.engine.run.log import RunLog
 from m3i_fast.engine.train_step import build_train_step
@@ -117,7 +118,7 @@ class Trainer:
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         self.world.wait_for_all()  # every rank has looked at the directory before it changes
         if saved is None:  # nothing is written before all of the above has succeeded
-            self.run.begin()
+            self.run.begin(self._data_record())
         else:
             self._restore(saved)
         self._stop = StopFlag(self.world)
@@ -135,6 +136,12 @@ class Trainer:
         )
         expect_data(self.cfg, loader.described)
         return loader
+
+    def _data_record(self) -> DataRecord | None:
+        """Return what the run keeps of its shards; None of data that stand in for them."""
+        if not isinstance(self.loader, Loader):
+            return None
+        return record_data(self.cfg, self.loader.described)
 
     @property
     def step(self) -> int:
@@ -331,7 +338,7 @@ class Trainer:
         self.train_step.steps_taken = saved.step
         self.train_step.samples_taken = self.loader.samples
         self.skips.forget_after(self.guard.first_unreported(self.step))
-        self.run.write_changes()
+        self.run.write_changes(self._data_record())
         logger.info(
             "resumed %s at step %d, after %d samples",
             self.run_dir,
