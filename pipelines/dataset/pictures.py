@@ -112,13 +112,18 @@ def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -
     stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
     try:
         with _reader(stored)(io.BytesIO(image)) as opened:
-            upright = require("PIL.ImageOps").exif_transpose(opened)
-            if upright.mode.startswith("I"):  # which convert("RGB") would clip at 255
-                gray = (np.asarray(upright).astype(np.uint32) + 128) // 257
-                return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
-            return np.array(upright.convert("RGB"))
+            return rgb_pixels(opened)
     except Exception as error:  # Pillow raises a dozen types on corrupt data
         raise ValueError(f"corrupt or empty image: {error}") from error
+
+
+def rgb_pixels(picture: Any) -> NDArray[np.uint8]:
+    """Return the pixels of a Pillow picture, [height, width, 3] upright, as `decode_pixels`."""
+    upright = require("PIL.ImageOps").exif_transpose(picture)
+    if upright.mode.startswith("I"):  # which convert("RGB") would clip at 255
+        gray = (np.asarray(upright).astype(np.uint32) + 128) // 257
+        return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+    return np.array(upright.convert("RGB"))
 
 
 def decode(image: bytes, extension: str | None, max_pixels: int) -> tuple[int, int]:
