@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "benchmarks",
         "doctor",
         "export",
+        "inference",
         "planning",
         "profiling",
         "recipes",
