@@ -28,14 +28,16 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import and return a public name, which stays in the module from then on."""
-    if name == "ops":
-        return importlib.import_module("m3i_fast.ops")
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
-    return value
+if not TYPE_CHECKING:  # a type checker names what is not there
+
+    def __getattr__(name: str) -> Any:
+        """Import and return a public name, which stays in the module from then on."""
+        if name == "ops":
+            return importlib.import_module("m3i_fast.ops")
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+        return value
 
 
 def __dir__() -> list[str]:

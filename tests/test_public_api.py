@@ -43,7 +43,7 @@ step: int = outcome.step
 WRONG = {
     'm3i_fast.load("runs/demo", which="best")': "arg-type",
     'm3i_fast.load("runs/demo").encode_text(3)': "arg-type",
-    "names: tuple[int, ...] = model.class_names": "assignment",
+    "numbers: tuple[int, ...] = model.class_names": "assignment",
     "m3i_fast.lode": "attr-defined",
 }
 
