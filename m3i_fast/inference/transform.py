@@ -30,8 +30,8 @@ class Transform:
     """Turn a picture into the encoder's input, [3, S, S] fp32, on the CPU.
 
     The largest centred square is cut out, resized to S with antialiasing, rounded to uint8 and
-    normalised: the bits that `m3i-fast evaluate` measures on. It can be pickled, as workers of a
-    DataLoader need.
+    normalised: the bits that `m3i-fast evaluate` measures on where it decodes on the CPU. It can be
+    pickled, as workers of a DataLoader need.
     """
 
     preprocessing: Preprocessing
