@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from m3i_fast.ops.views import draw_views, make_views
+from m3i_fast.ops.views import centre_squares, draw_views, make_views
 from m3i_fast.pipelines.batch_rows import COLUMNS, BatchRows
 from m3i_fast.pipelines.dataset import alternates, captions
 from m3i_fast.pipelines.dataset.pictures import decode_pixels
@@ -125,12 +125,7 @@ class TorchBackend:
         if not work.centre:
             at = torch.from_numpy(positions.copy())
             return draw_views(sizes, at, seed=work.seed, views=work.views)
-        size = sizes[:, 0]
-        side = size.amin(1, keepdim=True)
-        corner = torch.div(size - side, 2, rounding_mode="floor")
-        unchanged = torch.tensor([0, 1, 1, 1, 0, 0, 0, 0, 0]).expand(len(sizes), -1)
-        params = torch.cat([corner, side, side, unchanged], 1).float()
-        return params[:, None].expand(-1, len(work.views), -1).contiguous()
+        return centre_squares(sizes[:, 0], len(work.views))
 
 
 def read_sample(rows: BatchRows, index: int, work: SampleWork) -> DecodedSample:

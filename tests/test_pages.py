@@ -67,9 +67,12 @@ def namespace(tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_python_of_the_readme_does_what_it_says(namespace: dict[str, Any]) -> None:
-    model, cells, embedding = (namespace[name] for name in ("model", "cells", "embedding"))
-    assert cells.shape == (8, 64, model.encoder.dim)
-    torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(8))
+    model, tokens = namespace["model"], namespace["tokens"]
+    assert tokens.shape == (1, 64, model.num_features)
+    for name, count in {"image": 1, "text": 2}.items():
+        torch.testing.assert_close(namespace[name].norm(dim=-1), torch.ones(count))
+    assert namespace["probabilities"].shape == (1, 2)
+    torch.testing.assert_close(namespace["probabilities"].sum(), torch.tensor(1.0))
     a, b = (namespace[name].detach() for name in "ab")
     torch.testing.assert_close(namespace["loss"].detach(), ClipLoss()(a, b, torch.tensor(10.0)))
     assert namespace["a"].grad.abs().sum() > 0
@@ -99,7 +102,13 @@ assert labels == {"train": 96, "heldout": 32}
 assert all(t.grad.abs().sum() > 0 for t in (pictures, captions, classes, predicted, x))
 assert features.tokens.shape[:2] == (1, 14 * 14) and features.pooled.shape[0] == 1
 """,
+    "start/use_model.md": """
+assert best in captions and named in model.class_names
+assert vectors.shape == (2, model.num_features) == features.mean(1).shape
+assert model.forward_head(features).equal(vectors)
+""",
     "train/training.md": """
+from pathlib import Path
 assert outcome.step == 4 and outcome.signal is None
 assert Path("runs/short/checkpoints/latest").read_text().strip() == "step_00000004"
 """,

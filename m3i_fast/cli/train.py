@@ -71,7 +71,8 @@ class TrainCommand(Checked):
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path
-    """Run directory: config.json, env.json, metrics.jsonl, tensorboard/, checkpoints/."""
+    """Run directory: config.json, env.json, data.json, metrics.jsonl, tensorboard/ and
+    checkpoints/."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint, at the next sample of its data; an
     error if there is none. It may have another number of ranks, --data.batch-size and

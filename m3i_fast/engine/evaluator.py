@@ -19,6 +19,7 @@ from m3i_fast.durable_files import write_atomically
 from m3i_fast.engine.build import build_objective
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
+from m3i_fast.engine.run.data_record import read_record
 from m3i_fast.evaluation.dense.correspondence import (
     patch_correspondence,
     patch_pixels,
@@ -74,7 +75,7 @@ def evaluate(
     cfg = TrainConfig.load(run / "config.json")
     if data is not None:
         one = replace(cfg.data, path=data, mixture=())
-        _expect_same_tokenizer(cfg.data, one)
+        _expect_same_tokenizer(run, cfg, one)
         cfg = replace(cfg, data=one)
     elif cfg.data.mixture:
         raise ValueError(
@@ -132,8 +133,9 @@ def _measure(
     return Evaluation(figures, measured, held_out)
 
 
-def _expect_same_tokenizer(of_run: LoaderConfig, of_measures: LoaderConfig) -> None:
-    ours, theirs = (read_described(cfg).tokenizer.fingerprint for cfg in (of_run, of_measures))
+def _expect_same_tokenizer(run: Path, cfg: TrainConfig, of_measures: LoaderConfig) -> None:
+    known = read_record(run) or read_described(cfg.data)
+    ours, theirs = (of.tokenizer.fingerprint for of in (known, read_described(of_measures)))
     if ours != theirs:
         raise ValueError(
             f"data: expected {place_of(of_measures.path)} to have the tokenizer of the run, "

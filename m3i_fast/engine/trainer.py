@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,14 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gemm_shapes import gemm_shapes
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.guard import not_finite
 from m3i_fast.engine.guard.skipped_steps import SkippedSteps
-from m3i_fast.engine.parallel.ranks import StopFlag, join_world
+from m3i_fast.engine.parallel.ranks import StopFlag, join_world, leave_world
 from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, Watchdog
 from m3i_fast.engine.precision.arithmetic import (
     capabilities_of,
@@ -28,7 +30,8 @@ from m3i_fast.engine.precision.arithmetic import (
     resolve_precision,
 )
 from m3i_fast.engine.precision.determinism import make_deterministic
-from m3i_fast.engine.run.data_fields import expect_data
+from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
+from m3i_fast.engine.run.data_record import DataRecord, record_data
 from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful
 from m3i_fast.engine.run.log import RunLog
 from m3i_fast.engine.train_step import build_train_step
@@ -49,6 +52,28 @@ class Outcome:
     """Number of optimiser steps that were taken, earlier parts of the run included."""
     signal: int | None
     """Signal that ended the run before num_steps; None for a run that is complete."""
+
+
+def train(
+    cfg: TrainConfig,
+    out: str | os.PathLike[str],
+    progress: Progress = lambda step, values: None,
+    *,
+    resume: Resume = False,
+) -> Outcome:
+    """Train a config in the run directory `out`, as `m3i-fast train` does.
+
+    How many classes, token ids and tokens there are is taken from the data's manifest. progress:
+    called with every logged step and its metrics. resume: continue the run in `out`; auto: continue
+    it if there is one. Under torchrun, or `m3i-fast launch`, every rank calls this. Raises as
+    `take_data_fields` and `Trainer`.
+    """
+    had_joined = dist.is_initialized()
+    try:
+        return Trainer(take_data_fields(cfg), Path(out), resume=resume).train(progress)
+    finally:
+        if not had_joined:
+            leave_world()
 
 
 class Trainer:
@@ -125,7 +150,7 @@ class Trainer:
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
         self.world.wait_for_all()  # every rank has looked at the directory before it changes
         if saved is None:  # nothing is written before all of the above has succeeded
-            self.run.begin()
+            self.run.begin(self._data_record())
         else:
             self._restore(saved)
         self._stop = StopFlag(self.world)
@@ -146,6 +171,12 @@ class Trainer:
 
     def _bucket_reads(self) -> BucketReads | None:
         return self.loader.bucket_reads() if isinstance(self.loader, Loader) else None
+
+    def _data_record(self) -> DataRecord | None:
+        """Return what the run keeps of its shards; None of data that stand in for them."""
+        if not isinstance(self.loader, Loader):
+            return None
+        return record_data(self.cfg, self.loader.described)
 
     @property
     def step(self) -> int:
@@ -342,7 +373,7 @@ class Trainer:
         self.train_step.steps_taken = saved.step
         self.train_step.samples_taken = self.loader.samples
         self.skips.forget_after(self.guard.first_unreported(self.step))
-        self.run.write_changes()
+        self.run.write_changes(self._data_record())
         logger.info(
             "resumed %s at step %d, after %d samples",
             self.run_dir,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Set
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -97,28 +97,7 @@ def to_timm(vit: ViT) -> VisionTransformer:
     from timm.models.vision_transformer import VisionTransformer
 
     cfg = vit.cfg
-    _expect_absolute(cfg)
-    model = VisionTransformer(
-        img_size=cfg.image_size,
-        patch_size=cfg.patch_size,
-        num_classes=0,
-        global_pool="token" if cfg.class_token else "avg",
-        embed_dim=cfg.dim,
-        depth=cfg.depth,
-        num_heads=cfg.num_heads,
-        mlp_ratio=cfg.mlp_ratio,
-        qkv_bias=cfg.qkv_bias,
-        # timm reads an initial 0 as "no LayerScale"; the values are overwritten below
-        init_values=None if cfg.layer_scale_init is None else 1.0,
-        class_token=cfg.class_token,
-        reg_tokens=cfg.num_registers,
-        no_embed_class=cfg.num_registers > 0,
-        final_norm=cfg.final_norm,
-        fc_norm=False,
-        drop_path_rate=cfg.drop_path_rate,
-        dynamic_img_size=True,
-        weight_init="skip",
-    )
+    model = VisionTransformer(**timm_arguments(cfg), weight_init="skip")
     state = vit.state_dict()
     exported = {theirs: state[ours] for theirs, ours in _names(cfg)}
     position = state["pos_embed"]
@@ -131,6 +110,34 @@ def to_timm(vit: ViT) -> VisionTransformer:
     exported["pos_embed"] = position
     model.load_state_dict(exported)
     return model.to(position).train(vit.training)
+
+
+def timm_arguments(cfg: ViTConfig) -> dict[str, Any]:
+    """Return the arguments of timm's VisionTransformer that `to_timm` builds, JSON-able.
+
+    Raises ValueError for a rotary position.
+    """
+    _expect_absolute(cfg)
+    return {
+        "img_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+        "num_classes": 0,
+        "global_pool": "token" if cfg.class_token else "avg",
+        "embed_dim": cfg.dim,
+        "depth": cfg.depth,
+        "num_heads": cfg.num_heads,
+        "mlp_ratio": cfg.mlp_ratio,
+        "qkv_bias": cfg.qkv_bias,
+        # timm reads an initial 0 as "no LayerScale"; the weights have their own values
+        "init_values": None if cfg.layer_scale_init is None else 1.0,
+        "class_token": cfg.class_token,
+        "reg_tokens": cfg.num_registers,
+        "no_embed_class": cfg.num_registers > 0,
+        "final_norm": cfg.final_norm,
+        "fc_norm": False,
+        "drop_path_rate": cfg.drop_path_rate,
+        "dynamic_img_size": True,
+    }
 
 
 def _names(cfg: ViTConfig) -> Iterator[tuple[str, str]]:

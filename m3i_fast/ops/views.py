@@ -154,6 +154,22 @@ def draw_views(
     return m3i.draw_views.default(image_size, position, seed, numbers)
 
 
+def centre_squares(
+    image_size: Tensor,  # [B, 2] int64
+    num_views: int = 1,
+) -> Tensor:  # [B, V, 13] float32
+    """Return the parameters of views of the largest centred square, with nothing else changed.
+
+    image_size: height and width of each picture; where a margin is odd, the smaller half is above
+    or to the left.
+    """
+    side = image_size.amin(1, keepdim=True)
+    corner = torch.div(image_size - side, 2, rounding_mode="floor")
+    unchanged = image_size.new_tensor([0, 1, 1, 1, 0, 0, 0, 0, 0]).expand(len(image_size), -1)
+    params = torch.cat([corner, side, side, unchanged], 1).float()
+    return params[:, None].expand(-1, num_views, -1).contiguous()
+
+
 def make_views(
     pixels: Tensor,  # [bytes] uint8
     offset: Tensor,  # [B, M] int64

@@ -119,13 +119,24 @@ def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -
         with _reader(stored)(io.BytesIO(image)) as opened:
             if is_deep:
                 return ((_deep_pixels(opened, image) + 128) // 257).astype(np.uint8)
-            upright = require("PIL.ImageOps").exif_transpose(opened)
-            if upright.mode == "CMYK":
-                is_turned = 2 <= opened.getexif().get(_ORIENTATION, 1) <= 8
-                return _from_cmyk(upright, is_turned=is_turned, has_adobe="adobe" in opened.info)
-            return np.array(upright.convert("RGB"))
+            return rgb_pixels(opened)
     except Exception as error:  # Pillow raises a dozen types on corrupt data
         raise ValueError(f"corrupt or empty image: {error}") from error
+
+
+def rgb_pixels(picture: Any) -> NDArray[np.uint8]:
+    """Return the pixels of a Pillow picture, [height, width, 3] upright, as `decode_pixels`.
+
+    Of colours of 16 bits Pillow has kept the high bytes alone, which is up to one level less.
+    """
+    upright = require("PIL.ImageOps").exif_transpose(picture)
+    if upright.mode.startswith("I"):  # which convert("RGB") would clip at 255
+        gray = (np.asarray(upright).astype(np.uint32) + 128) // 257
+        return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
+    if upright.mode == "CMYK":
+        is_turned = 2 <= picture.getexif().get(_ORIENTATION, 1) <= 8
+        return _from_cmyk(upright, is_turned=is_turned, has_adobe="adobe" in picture.info)
+    return np.array(upright.convert("RGB"))
 
 
 def _deep_pixels(opened: Any, image: bytes) -> NDArray[np.uint32]:

@@ -7,14 +7,18 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.pipelines.optional_imports import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLIP_NUM_MERGES = 49152 - 256 - 2
 _CLEAN = re.compile("[ -%'-~]*")  # ASCII without control characters and &: cleaning changes nothing
@@ -109,6 +113,16 @@ class Tokenizer:
         start, end = self._bpe.sot_token_id, self._bpe.eot_token_id
         ids = np.array([start, *body[: self.context_length - 2], end], dtype=np.int32)
         return ids, len(body) + 2
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Encode captions as open_clip's tokenizers: [B, context_length] int64, zero padded."""
+        import torch  # which the rest of this module does without
+
+        rows = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        token_ids = torch.zeros(len(rows), self.context_length, dtype=torch.int64)
+        for row, ids in zip(token_ids, rows, strict=True):
+            row[: len(ids)] = torch.from_numpy(ids)
+        return token_ids
 
     def _ids(self, text: str) -> list[int]:
         """Return the ids of SimpleTokenizer, word by word where it would clean nothing."""

@@ -30,6 +30,7 @@ REFUSED = [
     ["methods", "{}"],
     ["recipes", "{}"],
     ["evaluate", "{}"],
+    ["export", "{}", "{}", "--to", "timm"],
     ["checkpoint", "ls", "{}"],
     ["checkpoint", "verify", "{}"],
     ["checkpoint", "consolidate", "{}", "{}"],

@@ -1,4 +1,4 @@
-"""A run's directory: config.json, env.json, run.lock and checkpoints/, locked by one process."""
+"""A run's directory: its JSON files, run.lock and checkpoints/, locked by one process."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from m3i_fast.config import TrainConfig, differences
 from m3i_fast.durable_files import make_directories
 from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, checkpoints, latest, on_first_rank
 from m3i_fast.engine.checkpoint.saver import Saver
+from m3i_fast.engine.run.data_record import DATA_FILE, DataRecord
 from m3i_fast.engine.run.extension import log_new_num_steps
 from m3i_fast.engine.run.free_fields import log_free_fields, with_free_fields
 from m3i_fast.engine.run.layout import (
@@ -137,9 +138,12 @@ class Run:
         )
         return "begun"
 
-    def begin(self) -> None:
-        """Create the directory of a new run and lock it."""
-        on_first_rank(self.saver.group, self._begin)
+    def begin(self, data: DataRecord | None = None) -> None:
+        """Create the directory of a new run and lock it.
+
+        data: what is kept of the data; None where they come of no data set.
+        """
+        on_first_rank(self.saver.group, lambda: self._begin(data))
 
     def resume(self, num_ranks: int = 1) -> Checkpoint:
         """Return the newest good checkpoint of the run, to continue on so many ranks.
@@ -183,11 +187,13 @@ class Run:
         self.saver.forget_after(saved)
         return saved
 
-    def _begin(self) -> None:
+    def _begin(self, data: DataRecord | None) -> None:
         make_directories(self.path)
         self._lock.acquire()
         self.expect_new()
         environment().save(self.path / "env.json")
+        if data is not None:
+            data.save(self.path)
         self._cfg.save(self.config_path)
 
     def _go_on(self) -> TrainConfig:
@@ -231,11 +237,16 @@ class Run:
                 f"--resume: the config differs from {source}: " + "; ".join(found) + hint
             )
 
-    def write_changes(self) -> None:
-        """Write what a resume changes of num_steps and of the data's free fields to config.json."""
-        on_first_rank(self.saver.group, self._write_changes)
+    def write_changes(self, data: DataRecord | None = None) -> None:
+        """Write what a resume changes of num_steps and of the data's free fields to config.json.
 
-    def _write_changes(self) -> None:
+        data: written as `begin` does where an older version began the run without.
+        """
+        on_first_rank(self.saver.group, lambda: self._write_changes(data))
+
+    def _write_changes(self, data: DataRecord | None) -> None:
+        if data is not None and not (self.path / DATA_FILE).exists():
+            data.save(self.path)
         saved = TrainConfig.load(self.config_path)
         changed = replace(with_free_fields(saved, self._cfg), num_steps=self._cfg.num_steps)
         if changed != saved:

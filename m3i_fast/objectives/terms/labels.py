@@ -38,9 +38,13 @@ class Label(TermModule):
         """Clamp 1 / tau to [1, 100] in place, after the optimiser's step, as open_clip does."""
         self.log_scale.clamp_(0.0, math.log(MAX_SCALE))
 
+    def project(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, E] fp32
+        """Project images by their summaries into the space of the targets, of any length."""
+        return wide(self.head(summary))
+
     def embed(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, E] fp32, unit length
         """Embed images by their summaries, in the space of the targets."""
-        return F.normalize(wide(self.head(summary)), dim=-1)
+        return F.normalize(self.project(summary), dim=-1)
 
     def _rows(self, step: StepContext) -> Tensor:  # [I + L B, E]
         """Embed every image in an input, then every local view."""
@@ -88,11 +92,19 @@ class Category(Label):
         super().reset_own_parameters()
         nn.init.normal_(self.embedding, std=self.embedding.shape[-1] ** -0.5)
 
+    def class_embeddings(self) -> Tensor:  # [K, E], unit length
+        """Return the embeddings of all categories."""
+        return F.normalize(self.embedding, dim=-1)
+
+    def logits(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, K] fp32
+        """Return the logits of the categories of images, whose softmax the loss is taken of."""
+        return self.log_scale.exp() * wide(self.embed(summary) @ self.class_embeddings().T)
+
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         targets = step.per_row(step.batch.label)
         if self._known_empty(targets != IGNORED):
             return self._nothing()
-        z = F.normalize(self.embedding, dim=-1)
+        z = self.class_embeddings()
         z_hat, scale = self._rows(step), self.log_scale.exp()
         value = self.log_scale.new_zeros(())
         for weight, rows in step.weighted_rows():
@@ -118,9 +130,13 @@ class Caption(Label):
             self.log_scale.fill_(math.log(SIGMOID_SCALE))
             self.bias.fill_(SIGMOID_BIAS)
 
+    def project_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
+        """Project captions into the images' space: [B, T] int, [B] int64 -> [B, E] fp32."""
+        return wide(self.text_encoder(token_ids, num_tokens))
+
     def embed_captions(self, token_ids: Tensor, num_tokens: Tensor) -> Tensor:
         """Embed captions: [B, T] int, [B] int64 -> [B, E] fp32, unit length."""
-        return F.normalize(wide(self.text_encoder(token_ids, num_tokens)), dim=-1)
+        return F.normalize(self.project_captions(token_ids, num_tokens), dim=-1)
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         batch, mix = step.batch, step.mix

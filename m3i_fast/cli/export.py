@@ -1,0 +1,72 @@
+"""m3i-fast export RUN OUT --to timm: write a run's encoder for other libraries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from m3i_fast.cli import refuse
+from m3i_fast.terminal import make_console
+
+console = make_console()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write what a run has learnt as a folder: for timm, or small for `m3i_fast.load`."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory, whose newest good checkpoint is taken, or one checkpoint in it."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write; it must not exist."""
+    to: Literal["timm", "safetensors"]
+    """What reads the folder. timm: timm.create_model("local-dir:OUT", pretrained=True), of a ViT
+    with absolute positions; safetensors: m3i_fast.load(OUT), of any encoder with its heads and its
+    moving average, without decoders and optimiser."""
+    which: Literal["trained", "ema"] = "trained"
+    """Encoder for timm: the trained one, or its moving average."""
+
+
+def main(argv: list[str]) -> int:
+    command = tyro.cli(ExportCommand, prog="m3i-fast export", args=argv)
+    if command.out.exists():
+        return refuse(f"{command.out} exists already: name another folder")
+    if command.to == "timm":
+        return _to_timm(command)
+    if command.which != "trained":
+        return refuse("--which: expected with --to timm alone; load(OUT, which='ema') has both")
+    from m3i_fast.inference.folder import save_folder
+
+    save_folder(command.run, command.out)
+    console.print(
+        f"wrote {command.out}: m3i_fast.load({str(command.out)!r})", soft_wrap=True, highlight=False
+    )
+    return 0
+
+
+def _to_timm(command: ExportCommand) -> int:
+    from m3i_fast.export.timm_folder import save_timm_folder
+    from m3i_fast.inference.loading import load
+    from m3i_fast.models.transformer.vit import ViT
+
+    model = load(command.run, which=command.which, device="cpu")
+    if not isinstance(model.encoder, ViT):
+        return refuse(f"--to timm: expected a run with a ViT, got {type(model.encoder).__name__}")
+    made = model.transform.preprocessing
+    name = save_timm_folder(
+        model.encoder,
+        command.out,
+        mean=made.mean,
+        std=made.std,
+        interpolation=made.interpolation,
+    )
+    console.print(
+        f'wrote {command.out}, a {name}: timm.create_model("local-dir:{command.out}", '
+        "pretrained=True)",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return 0

@@ -1,0 +1,77 @@
+"""A Vision Transformer as a folder that timm loads by itself, with its preprocessing.
+
+config.json        architecture, its arguments and what pictures become, as timm's models on the hub
+model.safetensors  the weights by timm's names
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.durable_files import replaced_atomically, write_atomically
+from m3i_fast.export.timm import timm_arguments, to_timm
+from m3i_fast.models.transformer.vit import ViT
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+_SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+_FILTERS = {"cubic": "bicubic", "linear": "bilinear"}  # ours, timm's
+
+
+def save_timm_folder(
+    vit: ViT, out: Path, *, mean: Sequence[float], std: Sequence[float], interpolation: str
+) -> str:
+    """Write a folder for `timm.create_model("local-dir:OUT", pretrained=True)`.
+
+    Its `forward_features` is that of `vit`, and its output the mean of the patch tokens. mean, std:
+    of the pixels, as fractions of 1; interpolation: cubic or linear. The config is written last:
+    without it timm takes no folder. Returns the name of timm's architecture.
+
+    Raises ValueError for a rotary position, and FileExistsError where `out` is there.
+    """
+    arguments = timm_arguments(vit.cfg) | {"global_pool": "avg"}
+    name = architecture(vit.cfg)
+    state = to_timm(vit).state_dict()
+    out.mkdir(parents=True)
+    weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    with replaced_atomically(out / WEIGHTS) as temporary:
+        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+    config: dict[str, Any] = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": vit.cfg.dim,
+        "global_pool": "avg",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, vit.cfg.image_size, vit.cfg.image_size],
+            "fixed_input_size": False,
+            "interpolation": _FILTERS[interpolation],
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": [*mean],
+            "std": [*std],
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    write_atomically(out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    return name
+
+
+def architecture(cfg: ViTConfig) -> str:
+    """Return the name of a model of timm, of the same width and patch where it has one.
+
+    What else differs from that model is among `timm_arguments`.
+    """
+    import timm
+
+    name = f"vit_{_SIZES.get(cfg.dim, 'base')}_patch{cfg.patch_size}_224"
+    return name if timm.is_model(name) else "vit_base_patch16_224"

@@ -1,0 +1,206 @@
+"""Loads the model of a run for use: the encoder and the heads of labels, and nothing else of it.
+
+Decoders, prototypes, teachers and moments are neither built nor read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.config.objective import LABELS
+from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, latest
+from m3i_fast.engine.checkpoint.shard_files import Shards
+from m3i_fast.engine.precision.arithmetic import compute_dtype, resolve_device
+from m3i_fast.engine.run.data_record import (
+    DATA_FILE,
+    DataRecord,
+    preprocessing_of,
+    read_record,
+    record_data,
+)
+from m3i_fast.inference.model import Model
+from m3i_fast.inference.transform import Transform
+from m3i_fast.models.image_encoder import build_encoder
+from m3i_fast.models.transformer.blocks import reset
+from m3i_fast.objectives.terms import Caption, Category, Sizes, TermModule, build_term
+from m3i_fast.pipelines.mixture import read_described
+
+Which = Literal["trained", "ema"]
+WEIGHTS = "model.safetensors"  # of an export
+# What the names of an encoder's weights begin with in a checkpoint.
+PREFIXES: dict[str, str] = {"trained": "encoder.", "ema": "target_encoder.encoder."}
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    which: Which = "trained",
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    data: str | os.PathLike[str] | None = None,
+) -> Model:
+    """Load the model of a run, of its newest good checkpoint, in evaluation mode and frozen.
+
+    Every byte of the checkpoint is verified; nothing is unpickled, and the data of the run are not
+    read.
+
+    Args:
+        run: run directory, one of its checkpoints, such as runs/demo/checkpoints/step_00000100, or
+            a folder that `m3i-fast export RUN OUT --to safetensors` wrote.
+        which: trained: the encoder that was trained, with its heads; ema: its moving average, which
+            has no heads.
+        device: a device of torch; auto: the first GPU if there is one, else the CPU.
+        dtype: of matrix products, float32, or bfloat16 by autocast; weights and embeddings are fp32
+            either way. None: that of the run, as evaluation has it.
+        data: the data set of a run that an older version began, which kept no record of it
+            (`data.json`) in its directory; classes and tokenizer are read there.
+
+    Raises:
+        FileNotFoundError: there is no such run or checkpoint, or no data set in `data`.
+        ValueError: no checkpoint is good, the run has no moving average, `data` has other classes
+            or tokens than the run, or an argument is none of those above.
+    """
+    stored, directory = find_weights(Path(run))
+    cfg = TrainConfig.load(directory / "config.json")
+    _expect_choices(directory, cfg, which, dtype)
+    target = resolve_device("auto") if device == "auto" else torch.device(device)
+    record = read_record(directory)
+    if data is not None:
+        record = _described(replace(cfg, data=replace(cfg.data, path=Path(data), mixture=())))
+    preprocessing = preprocessing_of(cfg) if record is None else record.preprocessing
+
+    with torch.device("meta"):
+        encoder = build_encoder(cfg.vision)
+        terms = _label_terms(cfg) if which == "trained" else {}
+    parts = {f"terms.{name}.": term for name, term in terms.items()}
+    _read(stored, {PREFIXES[which]: encoder, **parts})
+    captions = [term for term in terms.values() if isinstance(term, Caption)]
+    categories = [term for term in terms.values() if isinstance(term, Category)]
+    model = Model(
+        encoder=encoder,
+        caption=captions[0] if captions else None,
+        category=categories[0] if categories else None,
+        transform=Transform(preprocessing),
+        compute_dtype=dtype or compute_dtype(cfg.precision, target),
+        without_heads=_without_heads(directory, which),
+        read_record=partial(_same, record) if record else partial(_from_data, directory, cfg),
+    )
+    return model.to(target).requires_grad_(False).eval()
+
+
+def find_weights(path: Path) -> tuple[Shards, Path]:
+    """Return the weights of a run, checkpoint or export, and the directory of its config.
+
+    Of a checkpoint every byte is verified. Raises FileNotFoundError and ValueError as `load`.
+    """
+    has_config = (path / "config.json").is_file()
+    if has_config and (path / WEIGHTS).is_file():
+        return Shards([path / WEIGHTS], path), path
+    if has_config:
+        return latest(path / "checkpoints").shards("model"), path
+    run = path.absolute().parent.parent
+    if not path.is_dir() or not (run / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path}: expected a run directory with config.json, or a checkpoint in one, such as "
+            "runs/demo or runs/demo/checkpoints/step_00000100"
+        )
+    checkpoint = Checkpoint(path)
+    checkpoint.verify()
+    return checkpoint.shards("model"), run
+
+
+def _expect_choices(run: Path, cfg: TrainConfig, which: str, dtype: torch.dtype | None) -> None:
+    if which not in PREFIXES:
+        raise ValueError(f"which: expected trained or ema, got {which!r}")
+    if which == "ema" and not cfg.objective.uses(encoder="momentum"):
+        raise ValueError(
+            f"which: expected trained, since {run} trained no term on a moving average, got ema"
+        )
+    if dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or None, got {dtype}")
+
+
+def _label_terms(cfg: TrainConfig) -> dict[str, TermModule]:
+    """Build the terms of captions and categories, whose heads embed pictures, by name."""
+    sizes = Sizes(
+        vision=cfg.vision,
+        text=cfg.text,
+        num_classes=cfg.num_classes,
+        target_dim={},
+        summary_dim={},
+    )
+    return {
+        term.name: build_term(term, cfg.objective, sizes)
+        for term in cfg.objective.active_terms
+        if term.target in LABELS
+    }
+
+
+@torch.no_grad()
+def _read(stored: Shards, modules: Mapping[str, nn.Module]) -> None:
+    """Give modules on the meta device memory and their weights, by the prefix of their names."""
+    for module in modules.values():
+        module.to_empty(device="cpu")
+        if {name for name, _ in module.named_buffers()} - module.state_dict().keys():
+            reset(module)  # sets what is computed and not stored
+    weights = {
+        f"{prefix}{name}": tensor
+        for prefix, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    if missing := sorted(weights.keys() - stored.sizes.keys()):
+        raise ValueError(
+            f"{stored.path}: expected the weights that config.json asks for, got none of "
+            f"{', '.join(missing[:5])}{', ...' * (len(missing) > 5)}"
+        )
+    stored.read_into(weights)
+
+
+def _without_heads(run: Path, which: str) -> str:
+    if which == "ema":
+        return "the moving average has none, and those that were trained go with which='trained'"
+    return f"{run} trained no such term"
+
+
+def _same(record: DataRecord) -> DataRecord:
+    return record
+
+
+def data_record(run: Path, cfg: TrainConfig) -> DataRecord:
+    """Return the record of a run; ValueError where it has none, and its data are not there."""
+    return read_record(run) or _from_data(run, cfg)
+
+
+def _from_data(run: Path, cfg: TrainConfig) -> DataRecord:
+    """Return the record of a run that has none, from the data that its config names."""
+    try:
+        return _described(cfg)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{run}: an older version began the run and left no {DATA_FILE} with its classes and "
+            f"tokenizer, and they cannot be read from its data: {error}; name the data set that "
+            "it was trained on: load(..., data=DIR)"
+        ) from error
+
+
+def _described(cfg: TrainConfig) -> DataRecord:
+    """Return what a run keeps of its data; ValueError where these are not of its sizes."""
+    record = record_data(cfg, read_described(cfg.data))
+    tokenizer = record.tokenizer
+    got = len(record.class_names), tokenizer.vocab_size, tokenizer.context_length
+    expected = cfg.num_classes, cfg.text.vocab_size, cfg.text.context_length
+    if got != expected:
+        raise ValueError(
+            f"data: expected the data set of the run, (classes, token ids, tokens a caption) = "
+            f"{expected}, got {got} in {cfg.data.path}"
+        )
+    return record

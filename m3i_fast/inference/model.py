@@ -1,0 +1,210 @@
+"""A trained model as others call theirs: open_clip's names for embeddings, timm's for features.
+
+Legend: B pictures or texts, S the encoder's side in pixels, R prefix tokens (class and registers),
+N cells of the grid, C width of a token, E width of an embedding, K classes, T token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m3i_fast.engine.run.data_record import DataRecord
+from m3i_fast.inference.transform import Transform, normalise
+from m3i_fast.models.internimage.model import InternImage
+from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.objectives.terms import Caption, Category
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    Pictures = Image | Tensor | Sequence[Image | Tensor]
+
+
+class Model(nn.Module):
+    """The encoder of a run with its heads, in evaluation mode and frozen.
+
+    Pictures are a PIL image or several (any mode, upright as their EXIF says), a tensor
+    [B, 3, H, W] uint8, or what `transform` returns: [3, S, S] floats, or a batch of them,
+    [B, 3, H, W]. All but floats go through `transform`; floats are taken as normalised already, and
+    sides other than S interpolate the positions.
+
+    Call `requires_grad_()` to train it further. Methods raise ValueError for tensors of another
+    shape or dtype, and TypeError for what is neither a picture nor a tensor.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: ViT | InternImage,
+        caption: Caption | None,
+        category: Category | None,
+        transform: Transform,
+        compute_dtype: torch.dtype,
+        without_heads: str,
+        read_record: Callable[[], DataRecord],
+    ) -> None:
+        """without_heads: why a head is missing, for errors.
+
+        read_record: returns the run's record of its data, when it is first asked for.
+        """
+        super().__init__()
+        self.encoder, self.caption, self.category = encoder, caption, category
+        self.transform, self.compute_dtype = transform, compute_dtype
+        self._without_heads, self._read_record = without_heads, read_record
+
+    # ---- Facts -----------------------------------------------------------------------------------
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the categories in the order of `classify`'s logits."""
+        return self._record.class_names
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Return the run's tokenizer, which needs open_clip: texts -> [B, T] int64 token ids."""
+        return Tokenizer.from_info(self._record.tokenizer)
+
+    @cached_property
+    def _record(self) -> DataRecord:
+        return self._read_record()
+
+    @property
+    def num_features(self) -> int:
+        """Return C, the width of a token."""
+        return self.encoder.dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Return R, the tokens before those of the grid in `forward_features`."""
+        return self.encoder.num_prefix if isinstance(self.encoder, ViT) else 0
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Return the logarithm of the scale of a picture's cosines with captions, []."""
+        return self._caption.log_scale
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the weights, to which inputs are copied."""
+        return next(self.parameters()).device
+
+    # ---- Embeddings, as open_clip ----------------------------------------------------------------
+
+    def encode_image(self, pictures: Pictures, normalize: bool = False) -> Tensor:  # -> [B, E] fp32
+        """Embed pictures in the space of `encode_text`; normalize: to unit length.
+
+        Raises ValueError where the model has no caption head.
+        """
+        head = self._caption
+        with self._arithmetic():
+            cells = self.encoder.encode_cells(self._images(pictures))
+            embedded = head.project(self.encoder.summarise(cells))
+        return F.normalize(embedded, dim=-1) if normalize else embedded
+
+    def encode_text(
+        self, texts: str | Sequence[str] | Tensor, normalize: bool = False
+    ) -> Tensor:  # -> [B, E] fp32
+        """Embed texts in the space of `encode_image`; normalize: to unit length.
+
+        texts: one or several, or what `tokenizer` returns, [B, T] int; a longer text is cut at the
+        run's context length. Raises ValueError where the model has no caption head, and for a row
+        of ids that has no end.
+        """
+        head = self._caption
+        token_ids = texts if isinstance(texts, Tensor) else self.tokenizer(texts)
+        token_ids = token_ids.to(self.device)
+        with self._arithmetic():
+            embedded = head.project_captions(token_ids, self._num_tokens(token_ids))
+        return F.normalize(embedded, dim=-1) if normalize else embedded
+
+    def classify(self, pictures: Pictures) -> Tensor:  # -> [B, K] fp32
+        """Return the logits of `class_names`, whose softmax the category term trained.
+
+        Raises ValueError where the model has no category head.
+        """
+        if self.category is None:
+            raise ValueError(f"classify: expected a category head, got none: {self._without_heads}")
+        with self._arithmetic():
+            cells = self.encoder.encode_cells(self._images(pictures))
+            return self.category.logits(self.encoder.summarise(cells))
+
+    # ---- Features, as timm -----------------------------------------------------------------------
+
+    def forward_features(self, pictures: Pictures) -> Tensor:  # -> [B, R + N, C]
+        """Encode pictures as tokens, the prefix first, the grid row by row."""
+        with self._arithmetic():
+            images = self._images(pictures)
+            if isinstance(self.encoder, ViT):
+                tokens: Tensor = self.encoder(images)
+                return tokens
+            return self.encoder.encode_cells(images)
+
+    def forward_head(self, features: Tensor) -> Tensor:  # [B, R + N, C] -> [B, C] fp32
+        """Average the tokens of the grid: the features of evaluation's kNN and linear probe."""
+        return features[:, self.num_prefix_tokens :].float().mean(1)
+
+    def forward(self, pictures: Pictures) -> Tensor:  # -> [B, C] fp32
+        """Encode pictures as one vector each: `forward_head(forward_features(pictures))`."""
+        return self.forward_head(self.forward_features(pictures))
+
+    # ---- Inputs ----------------------------------------------------------------------------------
+
+    @property
+    def _caption(self) -> Caption:
+        if self.caption is None:
+            raise ValueError(
+                f"expected a caption head, got none: {self._without_heads}; the model itself, "
+                "called on pictures, returns a vector of features each"
+            )
+        return self.caption
+
+    def _images(self, pictures: Pictures) -> Tensor:  # -> [B, 3, H, W] normalised
+        if not isinstance(pictures, Tensor | Sequence):
+            pictures = [pictures]
+        if isinstance(pictures, Sequence) and any(map(_is_normalised, pictures)):
+            pictures = _stacked(pictures)
+        if not _is_normalised(pictures):
+            views = self.transform.views(pictures).to(self.device)
+            return normalise(views, self.compute_dtype)
+        assert isinstance(pictures, Tensor)
+        if pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise ValueError(
+                f"pictures: expected [B, 3, H, W] floats, got {list(pictures.shape)} "
+                f"{pictures.dtype}"
+            )
+        return pictures.to(self.device, self.compute_dtype)
+
+    def _num_tokens(self, token_ids: Tensor) -> Tensor:  # [B, T] -> [B] int64
+        head = self._caption.text_encoder.cfg
+        end = token_ids == head.vocab_size - 1
+        if token_ids.is_floating_point() or token_ids.ndim != 2 or not end.any(1).all():
+            raise ValueError(
+                f"texts: expected [B, T] token ids with an end in each row, {head.vocab_size - 1}, "
+                f"as this model's tokenizer returns them, got {list(token_ids.shape)} "
+                f"{token_ids.dtype}"
+            )
+        return end.int().argmax(1) + 1
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        dtype = self.compute_dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _is_normalised(picture: object) -> bool:
+    return isinstance(picture, Tensor) and picture.is_floating_point()
+
+
+def _stacked(pictures: Sequence[Image | Tensor]) -> Tensor:  # B x [3, S, S] -> [B, 3, S, S]
+    """Stack what `transform` returned; ValueError where other pictures stand between."""
+    floats = [picture for picture in pictures if isinstance(picture, Tensor)]
+    if len(floats) < len(pictures) or not all(map(_is_normalised, floats)):
+        raise ValueError("pictures: expected all of them or none to be normalised floats, got both")
+    return torch.stack(floats)

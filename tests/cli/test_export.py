@@ -1,0 +1,130 @@
+"""What a run has learnt, read by timm and by `load`: equal features in no more bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+import m3i_fast
+from m3i_fast.cli import main
+from m3i_fast.config import TrainConfig
+from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.export.timm_folder import architecture
+from m3i_fast.recipes import demo_internimage, shrink
+from tests.shared.engine.small_run import TEXT, small_run
+
+
+def trained(cfg: TrainConfig, out: Path) -> Path:
+    cfg = replace(cfg, num_steps=1, log_every=1, checkpoint_every=1, num_threads=1)
+    Trainer(cfg, out).train()
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cfg = small_run(dataset)
+    assert isinstance(cfg.vision, ViTConfig)
+    vision = replace(cfg.vision, class_token=True, num_registers=2, layer_scale_init=0.1)
+    return trained(replace(cfg, vision=vision), tmp_path_factory.mktemp("export") / "run")
+
+
+@pytest.mark.parametrize("which", ["trained", "ema"])
+def test_timm_computes_the_features(run: Path, tmp_path: Path, which: str) -> None:
+    out = tmp_path / "folder"
+    assert main(["export", str(run), str(out), "--to", "timm", "--which", which]) == 0
+    ours = m3i_fast.load(run, which=which, device="cpu")  # type: ignore[arg-type]
+    config = json.loads((out / "config.json").read_text())
+    by_folder = timm.create_model(f"local-dir:{out}", pretrained=True)
+    by_file = timm.create_model(
+        config["architecture"], checkpoint_path=out / "model.safetensors", **config["model_args"]
+    )
+    pictures = torch.randn(3, 3, 32, 32)
+    for theirs in (by_folder.eval(), by_file.eval()):
+        with torch.no_grad():
+            tokens, vector = theirs.forward_features(pictures), theirs(pictures)
+        torch.testing.assert_close(ours.forward_features(pictures), tokens, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours(pictures), vector, rtol=0, atol=1e-4)
+        assert theirs.num_features == ours.num_features
+        assert theirs.num_prefix_tokens == ours.num_prefix_tokens == 3
+
+
+def test_timm_prepares_pictures_alike(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "folder"
+    assert main(["export", str(run), str(out), "--to", "timm"]) == 0
+    theirs = create_transform(
+        **resolve_model_data_config(timm.create_model(f"local-dir:{out}", pretrained=True))
+    )
+    ours = m3i_fast.load(run, device="cpu").transform
+    ramp = torch.arange(48 * 48, dtype=torch.float32).view(48, 48) * (255 / 48**2)
+    picture = Image.fromarray(ramp.byte().numpy()).convert("RGB")
+    level = 1 / (255 * min(ours.preprocessing.std))
+    torch.testing.assert_close(theirs(picture), ours(picture), rtol=0, atol=1.01 * level)
+    wide = theirs(Image.new("RGB", (90, 40), "red"))
+    torch.testing.assert_close(wide, ours(Image.new("RGB", (90, 40), "red")), rtol=0, atol=1e-6)
+
+
+def test_the_architecture_is_that_of_the_width() -> None:
+    named = ViTConfig(dim=384, num_heads=6), ViTConfig(dim=1024, patch_size=14, num_heads=16)
+    assert [architecture(cfg) for cfg in named] == [
+        "vit_small_patch16_224",
+        "vit_large_patch14_224",
+    ]
+    assert architecture(ViTConfig(dim=32, patch_size=8, num_heads=2)) == "vit_base_patch8_224"
+    assert architecture(ViTConfig(dim=32, patch_size=7, num_heads=2)) == "vit_base_patch16_224"
+
+
+def test_a_small_folder_is_the_run_without_what_only_training_needs(
+    run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "folder"
+    assert main(["export", str(run), str(out), "--to", "safetensors"]) == 0
+    picture = Image.new("RGB", (50, 40), "red")
+    for which in ("trained", "ema"):
+        ours, theirs = (m3i_fast.load(at, which=which, device="cpu") for at in (run, out))  # type: ignore[arg-type]
+        assert torch.equal(ours(picture), theirs(picture))
+        assert theirs.class_names == ours.class_names
+    ours, theirs = (m3i_fast.load(at, device="cpu") for at in (run, out))
+    assert torch.equal(ours.encode_text("an apple"), theirs.encode_text("an apple"))
+    assert torch.equal(ours.classify(picture), theirs.classify(picture))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "data.json",
+        "model.safetensors",
+    ]
+    parameters = sum(p.numel() for p in theirs.parameters())
+    average = sum(p.numel() for p in theirs.encoder.parameters())
+    size = (out / "model.safetensors").stat().st_size
+    assert 4 * (parameters + average) < size < 4 * (parameters + average) + 20_000
+
+
+def test_what_cannot_be_exported_is_refused(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*words: str) -> str:
+        assert main(["export", *words]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "exists already" in refused(str(run), str(tmp_path), "--to", "timm")
+    out = str(tmp_path / "out")
+    assert "expected a run directory" in refused(str(tmp_path), out, "--to", "timm")
+    said = refused(str(run), out, "--to", "safetensors", "--which", "ema")
+    assert "--which: expected with --to timm alone" in said
+    cfg = shrink(demo_internimage(), path=dataset, num_classes=9, text=TEXT)
+    other = trained(cfg, tmp_path / "internimage")
+    said = refused(str(other), out, "--to", "timm")
+    assert "expected a run with a ViT, got InternImage" in said
+    older = shutil.copytree(run, tmp_path / "older")
+    (older / "data.json").unlink()
+    moved = TrainConfig.load(older / "config.json")
+    replace(moved, data=replace(moved.data, path=tmp_path / "gone")).save(older / "config.json")
+    assert "left no data.json" in refused(str(older), out, "--to", "safetensors")
+    assert not Path(out).exists()
