@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "models": {"ops"},
     "objectives": MODELS,
     "costs": {"config", "objectives", *MODELS},
-    "engine": ENGINE,
+    "engine": {"export", *ENGINE},
     "planning": {"config", "costs", "engine", "objectives", "pipelines", *MODELS},
     "config": set(),
     "pipelines": {"ops"},

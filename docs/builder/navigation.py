@@ -8,7 +8,10 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 # By folder of docs/, whose name in the navigation is its own with a capital.
 CONTENTS = {
     "start": ("install", "tutorial", "use_model", "data", "pack", "data_at_scale", "first_hour"),
-    "train": ("training", "watching", "precision", "distributed", "clusters", "buckets"),
+    "train": (
+        *("training", "start_from_weights", "watching", "precision"),
+        *("distributed", "clusters", "buckets"),
+    ),
     "measure": (
         *("planning", "profile", "performance", "launches", "comparing"),
         *("results", "methods", "faults"),

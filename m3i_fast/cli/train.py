@@ -19,6 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
+from rich.text import Text
 
 from m3i_fast.cli import console
 from m3i_fast.config import TrainConfig
@@ -30,12 +32,13 @@ from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds: what is wrong is told, and help given, before
     from m3i_fast.engine.run.directory import Resume
+    from m3i_fast.engine.run.initial_weights import InitialWeights
     from m3i_fast.engine.trainer import Outcome
 
 USAGE = """\
 usage: m3i-fast launch --nproc-per-node N -m m3i_fast.cli train RECIPE ...
        m3i-fast train RECIPE [--out DIR] [--resume | --auto-resume] [--stop-on-collapse]
-                             [--field value ...]
+                             [--init SCHEME:PATH] [--field value ...]
        m3i-fast train --config FILE [...]
 
 m3i-fast recipes            lists the recipes
@@ -45,11 +48,11 @@ m3i-fast train RECIPE -h    tells the flags that are set most often; --help-all 
 FLAGS = {
     "run": (
         *("out", "resume", "auto_resume", "max_hours"),
-        *("config.num_steps", "config.seed", "config.device"),
+        *("config.init", "config.num_steps", "config.seed", "config.device"),
     ),
     "data": (
         *("config.data.path", "config.data.batch_size", "config.data.num_threads"),
-        *("config.num_classes", "config.text.vocab_size"),
+        "config.num_classes",
     ),
     "optimiser": (
         *("config.optim.name", "config.optim.lr", "config.optim.warmup_fraction"),
@@ -171,6 +174,15 @@ def print_short_help(recipe: str, command: TrainCommand) -> None:
     )
 
 
+def print_initial_weights(initial: InitialWeights) -> None:
+    """Print which weight of the encoder is from where, as the run's init.json has it."""
+    weight = Column("weight", no_wrap=True)
+    table = Table(weight, "from", "how", title=Text(initial.source), title_justify="left")
+    for row in initial.rows():
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
 def run(
     config: TrainConfig,
     out: Path,
@@ -202,6 +214,8 @@ def run(
             join_seconds=limit,
         )
     quiet = not trainer.world.is_main  # the ranks share a terminal
+    if trainer.initial is not None and not quiet:
+        print_initial_weights(trainer.initial)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -37,6 +37,7 @@ Precision = Literal[
     "auto", "fp32", "bf16", "fp8_current", "fp8_delayed", "fp8_block", "mxfp8"
 ]  # fmt: skip
 Backend = Literal["auto", "torch", "te", "torchao"]
+INIT_SCHEMES = {"timm": "FILE", "dinov2": "FILE", "dinov3": "FILE", "run": "DIR"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +46,10 @@ class TrainConfig(Checked):
 
     seed: Annotated[int, NUMBERS] = 0
     """Seed of initialisation, masks, pairs and dropout; the loader has its own, data.seed."""
+    init: str = ""
+    """Weights that the image encoder begins from, SCHEME:PATH. timm:FILE, a file of timm's (a
+    VisionTransformer, or Eva of DINOv3); dinov2:FILE, dinov3:FILE, one of those repositories';
+    run:DIR, the newest checkpoint of a run. Files are .safetensors or torch.save's. Empty: none."""
     num_steps: Annotated[int, STEPS] = 100_000
     """Number of optimiser steps, which is the length of the schedules."""
     num_classes: Annotated[int, ROWS] = 1000
@@ -98,6 +103,8 @@ class TrainConfig(Checked):
         yield from self.objective.mixing.batch_conflicts(self.data.batch_size)
         yield from self.objective.vision_conflicts(self.vision)
         yield from self._projector_conflicts()
+        if self.init:
+            yield from self._init_conflicts()
         if self.parallel.shard != 1:
             yield from self._shard_conflicts()
         if self.cuda_graphs:
@@ -130,6 +137,15 @@ class TrainConfig(Checked):
                 "expected none with objective.mixing.mode = blend, which weighs images by their "
                 f"share, got {local.count} of {local.size} pixels",
             )
+
+    def _init_conflicts(self) -> Iterator[Conflict]:
+        """Yield a source of weights that is not known, or that the encoder cannot have."""
+        scheme, _, place = self.init.partition(":")
+        if scheme not in INIT_SCHEMES or not place:
+            known = [f"{name}:{kind}" for name, kind in INIT_SCHEMES.items()]
+            yield "init", f"expected one of {', '.join(known)}, got {self.init!r}"
+        elif scheme != "run" and not isinstance(self.vision, ViTConfig):
+            yield "init", f"expected run:DIR with an InternImage, got {self.init!r}"
 
     def _projector_conflicts(self) -> Iterator[Conflict]:
         """Yield what splits the rows of a step, which a projector with batch norm needs whole."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from m3i_fast.config.fields import Mlp
 from m3i_fast.config.flops import NONE, Flops, LayerFlops, linear
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.internimage.deformable import NUM_POINTS
 from m3i_fast.models.internimage.model import HEAD_RATIO
-from m3i_fast.models.transformer.blocks import num_kept
+from m3i_fast.models.transformer.blocks import fc1_features, num_kept
 
 SAMPLING_PER_POINT = 5  # InternImage's convention: 5 n k c for n cells, k points, c channels
 
@@ -51,9 +52,10 @@ def block(
     dim: int,
     *,
     mlp_ratio: float,
+    mlp: Mlp = "gelu",
     num_last: int | None = None,
 ) -> Flops:
-    """Count a Transformer block: 24 T D^2 + 4 T^2 D forward per image for mlp_ratio 4.
+    """Count a Transformer block: 24 T D^2 + 4 T^2 D forward per image for mlp_ratio 4 and GELU.
 
     num_last: tokens per image that go on after attention, all of them by default.
     """
@@ -63,7 +65,7 @@ def block(
         layer(batch * tokens, dim, 3 * dim)
         + attention(batch, tokens, tokens, dim)
         + layer(rows, dim, dim)
-        + layer(rows, dim, hidden)
+        + layer(rows, dim, fc1_features(hidden, mlp))
         + layer(rows, hidden, dim)
     )
 
@@ -83,7 +85,7 @@ def vit_encode(cfg: ViTConfig, num_images: int, num_tokens: int) -> Flops:
     flops = NONE
     for number in range(cfg.depth):
         images = _num_computed(cfg, number, num_images)
-        flops += block(images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio)
+        flops += block(images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio, mlp=cfg.mlp)
     if cfg.activation_checkpointing != "full":
         return flops
     last = linear(num_images * tokens, int(cfg.dim * cfg.mlp_ratio), cfg.dim).forward

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.fields import Mlp
 from m3i_fast.config.flops import Product
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.step_sizes import StepCounts
-from m3i_fast.models.transformer.blocks import num_kept
+from m3i_fast.models.transformer.blocks import fc1_features, num_kept
 from m3i_fast.models.transformer.wide_layers import is_wide
 from m3i_fast.objectives.step_context import target_rows
 
@@ -217,13 +218,13 @@ def _products(cfg: TrainConfig, part: str) -> tuple[Product, ...]:
 
 def _vision_products(cfg: VisionConfig) -> tuple[Product, ...]:
     if isinstance(cfg, ViTConfig):
-        return _block(cfg.dim, cfg.mlp_ratio)
+        return _block(cfg.dim, cfg.mlp_ratio, cfg.mlp)
     return tuple(each for stage in range(4) for each in _stage(cfg, cfg.channels * 2**stage))
 
 
-def _block(dim: int, mlp_ratio: float) -> tuple[Product, ...]:
+def _block(dim: int, mlp_ratio: float, mlp: Mlp = "gelu") -> tuple[Product, ...]:
     hidden = int(dim * mlp_ratio)
-    return (dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)
+    return (dim, 3 * dim), (dim, dim), (dim, fc1_features(hidden, mlp)), (hidden, dim)
 
 
 def _stage(cfg: InternImageConfig, width: int) -> tuple[Product, ...]:

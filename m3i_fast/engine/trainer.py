@@ -33,6 +33,7 @@ from m3i_fast.engine.precision.determinism import make_deterministic
 from m3i_fast.engine.run.data_fields import expect_data, take_data_fields
 from m3i_fast.engine.run.data_record import DataRecord, record_data
 from m3i_fast.engine.run.directory import Data, Resume, Run, Stateful
+from m3i_fast.engine.run.initial_weights import INIT_FILE, begin_from_weights
 from m3i_fast.engine.run.log import RunLog
 from m3i_fast.engine.train_step import build_train_step
 from m3i_fast.observe.collapse import CollapseError, CollapseWatch
@@ -148,9 +149,13 @@ class Trainer:
         self.objective, self.optimizer = self.train_step.objective, self.train_step.optimizer
         self.guard = self.train_step.guard
         self.watch = CollapseWatch(first_step=cfg.optim.warmup_steps(cfg.num_steps))
+        fresh = saved is None
+        self.initial = begin_from_weights(cfg, self.objective, self.world) if fresh else None
         self.world.wait_for_all()  # every rank has looked at the directory before it changes
         if saved is None:  # nothing is written before all of the above has succeeded
             self.run.begin(self._data_record())
+            if self.initial is not None and self.world.is_main:
+                self.initial.save(run_dir / INIT_FILE)
         else:
             self._restore(saved)
         self._stop = StopFlag(self.world)

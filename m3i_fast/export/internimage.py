@@ -9,9 +9,8 @@ pre-training    .pth with mask_token, `dcnv3.` before the stages; read only
 from __future__ import annotations
 
 import logging
-import pickle
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.durable_files import replaced_atomically
+from m3i_fast.export.weight_files import read_weights, some, tensors_in
 from m3i_fast.models.internimage.model import InternImage
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ Layout = Literal["classification", "detection", "huggingface"]
 State = dict[str, Tensor]
 
 STAGES = ("patch_embed.", "levels.")  # a detector's file has no layers after these
-MAX_NAMED = 20
 
 _BACKBONE, _HUGGINGFACE = "backbone.", "model."
 _GAMMA, _LAYER_SCALE = re.compile(r"\.gamma([12])$"), re.compile(r"\.layer_scale([12])$")
@@ -63,7 +62,9 @@ def load_internimage(
     Raises ValueError naming the keys that are missing, unexpected or of another shape (expected and
     got), or when the file holds more than tensors and plain values.
     """
-    state = _official_names(_read(Path(source)) if isinstance(source, str | Path) else source)
+    state = _official_names(
+        read_weights(Path(source)) if isinstance(source, str | Path) else source
+    )
     if cfg.num_classes == 0:
         state = _leave_out(state, [name for name in state if name.startswith("head.")])
     if stages_only:
@@ -120,31 +121,9 @@ def save_internimage(model: InternImage, path: str | Path, layout: Layout) -> No
             torch.save(content, temporary)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: expected tensors and plain values only; if you trust it, pass what "
-            f"torch.load(..., weights_only=False) returns instead of the path: {error}"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
-    return content
-
-
 def _official_names(content: Mapping[str, Any]) -> State:
     """Return the weights by the names of the official classification model."""
-    for container in ("model", "module", "state_dict"):
-        if isinstance(content.get(container), Mapping):
-            content = content[container]
-            break
-    other = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if other:
-        raise ValueError(f"weights: expected tensors by name, got others: {_some(other)}")
-    state: State = dict(content)
+    state = tensors_in(content)
     if any("mask_token" in name for name in state):
         return _from_pretraining(state)
     if any(name.startswith(_BACKBONE) for name in state):
@@ -184,7 +163,7 @@ def _leave_out(state: State, names: list[str]) -> State:
 
 def _log_left_out(names: list[str]) -> None:
     if names:
-        logger.info("left out, no part of the model: %s", _some(names))
+        logger.info("left out, no part of the model: %s", some(names))
 
 
 def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -199,12 +178,6 @@ def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
         "unexpected": [name for name in state if name not in both],
         "of another shape": shapes,
     }
-    problems = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
+    problems = [f"{kind}: {some(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ValueError("weights do not fit this InternImageConfig; " + "; ".join(problems))
-
-
-def _some(names: Iterable[str]) -> str:
-    named = list(names)
-    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-    return ", ".join(named[:MAX_NAMED]) + more

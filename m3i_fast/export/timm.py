@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Set
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS
+from m3i_fast.export.vit_names import VIT_BLOCK, VIT_STEM
+from m3i_fast.models.transformer.blocks import fc1_features
 from m3i_fast.models.transformer.positions import resample_grid
 from m3i_fast.models.transformer.vit import ViT
 
@@ -29,27 +31,6 @@ logger = logging.getLogger(__name__)
 # timm applies these after forward_features; they are no part of an encoder
 HEAD_PREFIXES = ("head.", "fc_norm.", "attn_pool.")
 
-_STEM = {
-    "patch_embed.proj.weight": "patch_embed.weight",
-    "patch_embed.proj.bias": "patch_embed.bias",
-}
-_NORM = {"norm.weight": "norm.weight", "norm.bias": "norm.bias"}
-_BLOCK = {
-    "norm1.weight": "layernorm_qkv.layer_norm_weight",
-    "norm1.bias": "layernorm_qkv.layer_norm_bias",
-    "attn.qkv.weight": "layernorm_qkv.weight",
-    "attn.proj.weight": "proj.weight",
-    "attn.proj.bias": "proj.bias",
-    "norm2.weight": "layernorm_mlp.layer_norm_weight",
-    "norm2.bias": "layernorm_mlp.layer_norm_bias",
-    "mlp.fc1.weight": "layernorm_mlp.fc1_weight",
-    "mlp.fc1.bias": "layernorm_mlp.fc1_bias",
-    "mlp.fc2.weight": "layernorm_mlp.fc2_weight",
-    "mlp.fc2.bias": "layernorm_mlp.fc2_bias",
-}
-_QKV_BIAS = {"attn.qkv.bias": "layernorm_qkv.bias"}
-_LAYER_SCALE = {"ls1.gamma": "layer_scale_1", "ls2.gamma": "layer_scale_2"}
-
 
 def load_timm(source: nn.Module | Mapping[str, Tensor], cfg: ViTConfig) -> ViT:
     """Return a ViT with a timm VisionTransformer's weights; `forward` equals `forward_features`.
@@ -62,7 +43,7 @@ def load_timm(source: nn.Module | Mapping[str, Tensor], cfg: ViTConfig) -> ViT:
     Raises ValueError naming the parameters that are missing, unexpected or of another shape, or any
     other difference between the model and cfg.
     """
-    _expect_absolute(cfg)
+    _expect_timms(cfg)
     grid: Grid | None = None
     if isinstance(source, nn.Module):
         grid = _check_model(source, cfg)
@@ -92,12 +73,22 @@ def to_timm(vit: ViT) -> VisionTransformer:
     """Return a timm VisionTransformer without head whose `forward_features` equals `vit.forward`.
 
     Its weights are copies. As in timm's own models, the position covers the class token (with
-    zeros) unless there are registers. Raises ValueError for a rotary position.
+    zeros) unless there are registers. Raises ValueError for rotary positions, and for a bias of
+    queries and values alone.
     """
+    from timm.layers import LayerNorm, Mlp, SwiGLUPacked
     from timm.models.vision_transformer import VisionTransformer
 
     cfg = vit.cfg
-    model = VisionTransformer(**timm_arguments(cfg), weight_init="skip")
+    _expect_timms(cfg)
+    layer, activation = (SwiGLUPacked, nn.SiLU) if cfg.mlp == "swiglu" else (Mlp, nn.GELU)
+    model = VisionTransformer(
+        **timm_arguments(cfg),
+        mlp_layer=layer,
+        act_layer=activation,
+        norm_layer=partial(LayerNorm, eps=cfg.norm_eps),
+        weight_init="skip",
+    )
     state = vit.state_dict()
     exported = {theirs: state[ours] for theirs, ours in _names(cfg)}
     position = state["pos_embed"]
@@ -113,11 +104,11 @@ def to_timm(vit: ViT) -> VisionTransformer:
 
 
 def timm_arguments(cfg: ViTConfig) -> dict[str, Any]:
-    """Return the arguments of timm's VisionTransformer that `to_timm` builds, JSON-able.
+    """Return the arguments of timm's VisionTransformer for a config, JSON-able.
 
-    Raises ValueError for a rotary position.
+    They say neither the kind of the MLP nor the eps of the norms, which are classes there.
     """
-    _expect_absolute(cfg)
+    fc1_dim = fc1_features(int(cfg.dim * cfg.mlp_ratio), cfg.mlp)
     return {
         "img_size": cfg.image_size,
         "patch_size": cfg.patch_size,
@@ -126,7 +117,7 @@ def timm_arguments(cfg: ViTConfig) -> dict[str, Any]:
         "embed_dim": cfg.dim,
         "depth": cfg.depth,
         "num_heads": cfg.num_heads,
-        "mlp_ratio": cfg.mlp_ratio,
+        "mlp_ratio": (fc1_dim + 0.5) / cfg.dim,  # timm takes int(embed_dim * mlp_ratio)
         "qkv_bias": cfg.qkv_bias,
         # timm reads an initial 0 as "no LayerScale"; the weights have their own values
         "init_values": None if cfg.layer_scale_init is None else 1.0,
@@ -142,24 +133,30 @@ def timm_arguments(cfg: ViTConfig) -> dict[str, Any]:
 
 def _names(cfg: ViTConfig) -> Iterator[tuple[str, str]]:
     """Yield pairs (timm's name, our name) of the parameters that are equal on both sides."""
-    yield from _STEM.items()
-    if cfg.final_norm:
-        yield from _NORM.items()
-    block = dict(_BLOCK)
-    if cfg.qkv_bias:
-        block |= _QKV_BIAS
-    if cfg.layer_scale_init is not None:
-        block |= _LAYER_SCALE
+    other = {"pos_embed", "class_token"}  # `_tokens`
+    if not cfg.final_norm:
+        other |= {"norm.weight", "norm.bias"}
+    if not cfg.qkv_bias:
+        other.add("layernorm_qkv.bias")
+    if cfg.layer_scale_init is None:
+        other |= {"layer_scale_1", "layer_scale_2"}
+    yield from ((theirs, ours) for (theirs,), ours in VIT_STEM.items() if ours not in other)
     for i in range(cfg.depth):
-        for theirs, ours in block.items():
-            yield f"blocks.{i}.{theirs}", f"blocks.{i}.{ours}"
+        for (theirs,), ours in VIT_BLOCK.items():
+            if ours not in other:
+                yield f"blocks.{i}.{theirs}", f"blocks.{i}.{ours}"
 
 
-def _expect_absolute(cfg: ViTConfig) -> None:
+def _expect_timms(cfg: ViTConfig) -> None:
+    """Raise ValueError for a config that timm's VisionTransformer has no form of."""
     if cfg.position != "absolute":
         raise ValueError(
-            "position: expected absolute, as timm's VisionTransformer has it, got rotary, whose "
-            "angles differ from those of timm's Eva"
+            "position: expected absolute, as timm's VisionTransformer has it, got rotary, as its "
+            "Eva has it for DINOv3: `vit_weights` reads that"
+        )
+    if cfg.qkv_bias and not cfg.key_bias:
+        raise ValueError(
+            "key_bias: expected True, as timm's VisionTransformer has it with qkv_bias, got False"
         )
 
 
@@ -194,15 +191,25 @@ def _check_model(model: nn.Module, cfg: ViTConfig) -> Grid:
             raise ValueError(f"blocks.{i}: expected timm's Block, got {type(block).__name__}")
         if block.attn.num_heads != cfg.num_heads:
             raise ValueError(f"num_heads: expected {block.attn.num_heads}, got {cfg.num_heads}")
-        act = block.mlp.act
-        if not isinstance(act, nn.GELU) or act.approximate != "none":
-            raise ValueError(f"blocks.{i}.mlp.act: expected the exact GELU, got {act}")
+        _check_mlp(block.mlp, f"blocks.{i}.mlp", cfg)
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm) and not name.startswith(HEAD_PREFIXES):
-            if module.eps != LAYER_NORM_EPS:
-                raise ValueError(f"{name}.eps: expected {LAYER_NORM_EPS}, got {module.eps}")
+            if module.eps != cfg.norm_eps:
+                raise ValueError(f"{name}.eps: expected {cfg.norm_eps}, got {module.eps}")
     rows, columns = model.patch_embed.grid_size
     return rows, columns
+
+
+def _check_mlp(mlp: nn.Module, name: str, cfg: ViTConfig) -> None:
+    from timm.layers import GluMlp
+
+    act, is_gated = mlp.act, isinstance(mlp, GluMlp)
+    if is_gated != (cfg.mlp == "swiglu"):
+        raise ValueError(f"{name}: expected {cfg.mlp}, got {type(mlp).__name__}")
+    if is_gated and (not isinstance(act, nn.SiLU) or mlp.gate_last):
+        raise ValueError(f"{name}: expected SiLU of a gate that comes first, got {mlp}")
+    if not is_gated and (not isinstance(act, nn.GELU) or act.approximate != "none"):
+        raise ValueError(f"{name}.act: expected the exact GELU, got {act}")
 
 
 def _tokens(state: Mapping[str, Tensor], cfg: ViTConfig, grid: Grid | None) -> dict[str, Tensor]:

@@ -33,8 +33,10 @@ def save_timm_folder(
     of the pixels, as fractions of 1; interpolation: cubic or linear. The config is written last:
     without it timm takes no folder. Returns the name of timm's architecture.
 
-    Raises ValueError for a rotary position, and FileExistsError where `out` is there.
+    Raises ValueError for what `to_timm` refuses, for an MLP or a norm that timm's default is not,
+    and FileExistsError where `out` is there.
     """
+    _expect_defaults(vit.cfg)
     arguments = timm_arguments(vit.cfg) | {"global_pool": "avg"}
     name = architecture(vit.cfg)
     state = to_timm(vit).state_dict()
@@ -64,6 +66,16 @@ def save_timm_folder(
     }
     write_atomically(out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return name
+
+
+def _expect_defaults(cfg: ViTConfig) -> None:
+    """Raise ValueError for classes of layers, which a timm config in JSON cannot name."""
+    for name, expected in (("mlp", "gelu"), ("norm_eps", 1e-6)):
+        if (got := getattr(cfg, name)) != expected:
+            raise ValueError(
+                f"vision.{name}: expected {expected}, which a config of timm can say, got {got}; "
+                "use --to safetensors, or m3i_fast.export.timm.to_timm in Python"
+            )
 
 
 def architecture(cfg: ViTConfig) -> str:

@@ -38,11 +38,11 @@ def to_transformer_layers(vit: ViT, *, interleaved: bool = True) -> dict[str, Te
     """Return copies of the weights under the names of TransformerLayer.
 
     A name is `blocks.0.self_attention.proj.weight`; weights outside the blocks keep their name.
-    interleaved: TransformerLayer's `qkv_weight_interleaved`. The layers need layernorm_epsilon
-    1e-6, self_attn_mask_type no_mask, attn_input_format bshd and no dropout. Raises ValueError for
-    LayerScale, which they lack.
+    interleaved: TransformerLayer's `qkv_weight_interleaved`. The layers need layernorm_epsilon as
+    norm_eps, activation as mlp, self_attn_mask_type no_mask, attn_input_format bshd and no dropout.
+    Raises ValueError for LayerScale and for a bias of queries and values alone, which they lack.
     """
-    _expect_no_scale(vit.cfg)
+    _expect_theirs(vit.cfg)
     order = _order(interleave_qkv, vit.cfg, interleaved)
     return {
         _renamed(name, _OURS_TO_TE): order(name, value).clone()
@@ -57,7 +57,7 @@ def from_transformer_layers(
 
     Raises ValueError naming the parameters that are missing, unexpected or of another shape.
     """
-    _expect_no_scale(cfg)
+    _expect_theirs(cfg)
     order = _order(deinterleave_qkv, cfg, interleaved)
     te_to_ours = {theirs: ours for ours, theirs in _OURS_TO_TE.items()}
     weights = {
@@ -82,11 +82,16 @@ def from_transformer_layers(
     return vit
 
 
-def _expect_no_scale(cfg: ViTConfig) -> None:
+def _expect_theirs(cfg: ViTConfig) -> None:
     if cfg.layer_scale_init is not None:
         raise ValueError(
             "layer_scale_init: expected none with Transformer Engine's TransformerLayer, which has "
             f"no LayerScale, got {cfg.layer_scale_init}; set layer_scale_init = None"
+        )
+    if cfg.qkv_bias and not cfg.key_bias:
+        raise ValueError(
+            "key_bias: expected True with Transformer Engine's TransformerLayer, which has no bias "
+            "of queries and values alone, got False"
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from m3i_fast.config.train import TrainConfig
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.objectives.methods import METHODS
-from m3i_fast.recipes import m3i_internimage, m3i_vit, own_data
+from m3i_fast.recipes import from_weights, m3i_internimage, m3i_vit, own_data
 from m3i_fast.recipes.demo import demo, demo_internimage, demo_method
 
 Make = Callable[[], TrainConfig]
@@ -18,6 +18,10 @@ Make = Callable[[], TrainConfig]
 GROUPS: dict[str, tuple[Make, ...]] = {
     "to try it": (demo, demo_internimage),
     "for your own pictures": (own_data.vit_ti, own_data.vit_s, own_data.vit_b),
+    "from weights of others (--init)": (
+        *(from_weights.dinov2_s, from_weights.dinov2_b, from_weights.dinov2_l),
+        *(from_weights.dinov3_s, from_weights.dinov3_b, from_weights.dinov3_l),
+    ),
     "M3I with a ViT": (
         *(m3i_vit.m3i_vit_s, m3i_vit.m3i_vit_s_a100, m3i_vit.m3i_vit_s_h100),
         *(m3i_vit.m3i_vit_b, m3i_vit.m3i_vit_b_a100, m3i_vit.m3i_vit_b_h100),

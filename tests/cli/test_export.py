@@ -18,7 +18,8 @@ from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.export.timm_folder import architecture
+from m3i_fast.export.timm_folder import architecture, save_timm_folder
+from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.recipes import demo_internimage, shrink
 from tests.shared.engine.small_run import TEXT, small_run
 
@@ -128,3 +129,20 @@ def test_what_cannot_be_exported_is_refused(
     replace(moved, data=replace(moved.data, path=tmp_path / "gone")).save(older / "config.json")
     assert "left no data.json" in refused(str(older), out, "--to", "safetensors")
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mlp": "swiglu"}, "vision.mlp: expected gelu, .* got swiglu; use --to safetensors"),
+        ({"norm_eps": 1e-5}, "vision.norm_eps: expected 1e-06, .* got 1e-05"),
+    ],
+)
+def test_layers_that_a_timm_config_cannot_name_are_refused(
+    changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    cfg = replace(ViTConfig(dim=32, depth=1, num_heads=2, patch_size=8, image_size=16), **changes)  # type: ignore[arg-type]
+    statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "cubic"}
+    with pytest.raises(ValueError, match=said):
+        save_timm_folder(ViT(cfg), tmp_path / "folder", **statistics)  # type: ignore[arg-type]
+    assert not (tmp_path / "folder").exists()

@@ -18,7 +18,16 @@ from m3i_fast.config.models.internimage import (
     internimage_t,
 )
 from m3i_fast.config.models.text import TextConfig
-from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_demo, vit_h, vit_l, vit_s
+from m3i_fast.config.models.vit import (
+    ViTConfig,
+    dinov2_g,
+    dinov3_s_plus,
+    vit_b,
+    vit_demo,
+    vit_h,
+    vit_l,
+    vit_s,
+)
 from m3i_fast.costs.encoder_flops import (
     Flops,
     internimage,
@@ -47,6 +56,8 @@ def counted(run: Callable[[], object]) -> int:
         (vit_b(), 96),
         (vit_h(), 224),
         (vit_demo(mlp_ratio=2.5), 64),
+        (dinov2_g(depth=2), 224),
+        (dinov3_s_plus(), 96),
     ],
 )
 def test_vit_forward(cfg: ViTConfig, size: int) -> None:

@@ -30,6 +30,7 @@ from tests.shared.flop_formulas import FORMULAS
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
 # At their full size, in which the closed form is used, test_step_flops_full.py has them.
 FAMILIES = ["m3i_vit_b", "m3i_vit_h", "m3i_internimage_t", "m3i_internimage_h", "m3i_internimage_g"]
+FAMILIES += ["dinov2_s", "dinov3_s"]
 METHODS = [
     name
     for name, make in recipes().items()
@@ -88,6 +89,14 @@ def test_a_step_with_a_projector_before_the_decoder(chunk: int) -> None:
             parallel=replace(cfg.parallel, chunk=chunk),
         )
     )
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_step_with_swiglu(recompute: Recompute) -> None:
+    cfg = small("dinov3_s")
+    assert isinstance(cfg.vision, ViTConfig)
+    vision = replace(cfg.vision, mlp="swiglu", mlp_ratio=2.5, activation_checkpointing=recompute)
+    expect_counted(replace(cfg, vision=vision))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])

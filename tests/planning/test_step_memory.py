@@ -83,18 +83,23 @@ def measured_peak(cfg: TrainConfig, *, bf16: bool) -> int:
     return held + most
 
 
+DINOV3 = {
+    **{"mlp": "swiglu", "position": "rotary", "key_bias": False, "layer_scale_init": 1e-5},
+    **{"class_token": True, "num_registers": 4, "norm_eps": 1e-5},
+}
 CASES = {
     "vit, 8": small_vit(8),
     "vit, 32": small_vit(32),
     "vit, recomputed, 32": small_vit(32, activation_checkpointing="full", drop_path_rate=0.1),
     "vit, selective, 32": small_vit(32, activation_checkpointing="selective"),
+    "vit of dinov3, 32": small_vit(32, **DINOV3),
     "demo, 32": sized("demo", 32),
     "internimage, 8": sized("demo_internimage", 8),
     "internimage, 16": sized("demo_internimage", 16),
     "internimage, recomputed, 64": small_internimage(64),
     "dino, 16": sized("demo_dino", 16),
 }
-IN_BF16 = ("vit, 32", "demo, 32", "internimage, 8", "internimage, 16")
+IN_BF16 = ("vit, 32", "vit of dinov3, 32", "demo, 32", "internimage, 8", "internimage, 16")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from m3i_fast.config.heads import DecoderConfig
 from m3i_fast.config.models.text import TextConfig
-from m3i_fast.config.models.vit import ViTConfig, vit_b, vit_s
+from m3i_fast.config.models.vit import ViTConfig, dinov3_s_plus, vit_b, vit_s
 from m3i_fast.export.transformer_engine import to_transformer_layers
 from m3i_fast.models import TextEncoder, ViT
 from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS
@@ -34,6 +34,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit_s": lambda **layers: ViT(vit_s(), **layers),
     "vit_b": lambda **layers: ViT(vit_b(class_token=True, num_registers=4), **layers),
     "no bias": lambda **layers: ViT(vit_s(qkv_bias=False, layer_scale_init=0.1), **layers),
+    "swiglu": lambda **layers: ViT(dinov3_s_plus(), **layers),
     "text": lambda **layers: TextEncoder(TextConfig(), **layers),
     "decoder": lambda **layers: DenseDecoder(
         DecoderConfig(), input_dim=768, output_dim=588, input_grid=14, **layers

@@ -13,6 +13,7 @@ from m3i_fast.config.fields import (
     Checked,
     Conflict,
     DropPathMode,
+    Mlp,
     Recompute,
     mlp_ratio_conflicts,
     recompute_conflicts,
@@ -42,9 +43,16 @@ class ViTConfig(Checked):
     num_heads: Annotated[int, WIDTHS] = 12
     """Number of attention heads."""
     mlp_ratio: float = 4.0
-    """Hidden width of the MLP over dim."""
+    """Hidden width of the MLP over dim; with swiglu that of the gate and of the value, each."""
+    mlp: Mlp = "gelu"
+    """Kind of MLP. gelu: two linear layers; swiglu: gated, with a third (DINOv2 giant, DINOv3's
+    larger ones)."""
     qkv_bias: bool = True
     """Bias on queries, keys and values."""
+    key_bias: bool = True
+    """With qkv_bias, bias on keys as well; without, on queries and values alone (DINOv3)."""
+    norm_eps: float = 1e-6
+    """Number that every LayerNorm adds to the variance (DINOv3: 1e-5)."""
     class_token: bool = False
     """One learned token before the patches."""
     num_registers: Annotated[int, range(WIDTHS.stop)] = 0
@@ -79,6 +87,7 @@ class ViTConfig(Checked):
                 f"a multiple of num_heads = {self.num_heads}",
             ),
             drop_path_rate=(0 <= self.drop_path_rate < 1, "0 <= rate < 1"),
+            norm_eps=(0 < self.norm_eps < 1, "0 < eps < 1"),
         )
         if self.dim % 4:
             yield "dim", f"expected a multiple of 4 (sine-cosine), got {self.dim}"
@@ -159,3 +168,76 @@ def vit_l(**overrides: Any) -> ViTConfig:
 def vit_h(**overrides: Any) -> ViTConfig:
     """Return ViT-H/14: 631 M parameters; keywords replace fields."""
     return replace(ViTConfig(patch_size=14, dim=1280, depth=32, num_heads=16), **overrides)
+
+
+def dinov2_s(**overrides: Any) -> ViTConfig:
+    """Return DINOv2's ViT-S/14 with registers: 22 M parameters; keywords replace fields."""
+    return replace(_dinov2(vit_s()), **overrides)
+
+
+def dinov2_b(**overrides: Any) -> ViTConfig:
+    """Return DINOv2's ViT-B/14 with registers: 86 M parameters; keywords replace fields."""
+    return replace(_dinov2(vit_b()), **overrides)
+
+
+def dinov2_l(**overrides: Any) -> ViTConfig:
+    """Return DINOv2's ViT-L/14 with registers: 304 M parameters; keywords replace fields."""
+    return replace(_dinov2(vit_l()), **overrides)
+
+
+def dinov2_g(**overrides: Any) -> ViTConfig:
+    """Return DINOv2's ViT-g/14 with registers: 1.1 B parameters; keywords replace fields."""
+    giant = ViTConfig(dim=1536, depth=40, num_heads=24, mlp="swiglu", mlp_ratio=8 / 3)
+    return replace(_dinov2(giant), **overrides)
+
+
+def dinov3_s(**overrides: Any) -> ViTConfig:
+    """Return DINOv3's ViT-S/16: 22 M parameters; keywords replace fields."""
+    return replace(_dinov3(vit_s()), **overrides)
+
+
+def dinov3_s_plus(**overrides: Any) -> ViTConfig:
+    """Return DINOv3's ViT-S+/16: 29 M parameters; keywords replace fields."""
+    return replace(_dinov3(vit_s(mlp="swiglu")), **overrides)
+
+
+def dinov3_b(**overrides: Any) -> ViTConfig:
+    """Return DINOv3's ViT-B/16: 86 M parameters; keywords replace fields."""
+    return replace(_dinov3(vit_b()), **overrides)
+
+
+def dinov3_l(**overrides: Any) -> ViTConfig:
+    """Return DINOv3's ViT-L/16: 303 M parameters; keywords replace fields."""
+    return replace(_dinov3(vit_l()), **overrides)
+
+
+def dinov3_h_plus(**overrides: Any) -> ViTConfig:
+    """Return DINOv3's ViT-H+/16: 841 M parameters; keywords replace fields."""
+    huge = ViTConfig(dim=1280, depth=32, num_heads=20, mlp="swiglu")
+    return replace(_dinov3(huge), **overrides)
+
+
+def dinov3_7b(**overrides: Any) -> ViTConfig:
+    """Return DINOv3's ViT-7B/16: 6.7 B parameters; keywords replace fields."""
+    largest = ViTConfig(
+        dim=4096, depth=40, num_heads=32, mlp="swiglu", mlp_ratio=2.0, qkv_bias=False
+    )
+    return replace(_dinov3(largest), **overrides)
+
+
+def _dinov2(cfg: ViTConfig) -> ViTConfig:
+    """Return the config with what DINOv2 (arXiv 2304.07193, 2309.16588) has at every size."""
+    return replace(cfg, patch_size=14, class_token=True, num_registers=4, layer_scale_init=1e-5)
+
+
+def _dinov3(cfg: ViTConfig) -> ViTConfig:
+    """Return the config with what DINOv3 (arXiv 2508.10104) has at every size."""
+    return replace(
+        cfg,
+        class_token=True,
+        num_registers=4,
+        position="rotary",
+        layer_scale_init=1e-5,
+        norm_eps=1e-5,
+        key_bias=False,
+    )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m3i_fast.config.fields import DropPathMode, Recompute
+from m3i_fast.config.fields import DropPathMode, Mlp, Recompute
 from m3i_fast.models.activation_checkpointing import Checkpoint, torch_checkpoint
 from m3i_fast.models.transformer.positions import rotate
 
@@ -66,10 +66,16 @@ class LayerNormLinear(nn.Module):
     """A LayerNorm and a linear layer: [..., in_features] -> [..., out_features]."""
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, matmul: Matmul = F.linear
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        eps: float = LAYER_NORM_EPS,
+        *,
+        matmul: Matmul = F.linear,
     ) -> None:
         super().__init__()
-        self.matmul = matmul
+        self.eps, self.matmul = eps, matmul
         self.layer_norm_weight = nn.Parameter(torch.empty(in_features))
         self.layer_norm_bias = nn.Parameter(torch.empty(in_features))
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -85,20 +91,38 @@ class LayerNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
-        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, LAYER_NORM_EPS)
+        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, self.eps)
         return self.matmul(x, self.weight, self.bias)
 
 
-class LayerNormMLP(nn.Module):
-    """A LayerNorm and an MLP of two linear layers with an exact GELU: [..., dim] -> [..., dim]."""
+def fc1_features(hidden_dim: int, activation: Mlp) -> int:
+    """Return how many features an MLP's first layer computes: twice as many with a gate."""
+    return hidden_dim * (2 if activation == "swiglu" else 1)
 
-    def __init__(self, dim: int, hidden_dim: int, *, matmul: Matmul = F.linear) -> None:
+
+class LayerNormMLP(nn.Module):
+    """A LayerNorm and an MLP of two linear layers: [..., dim] -> [..., dim].
+
+    gelu: fc2(gelu(fc1(x))), exact. swiglu (arXiv 2002.05202): fc2(silu(gate) * value), where fc1
+    computes the gate, F features, and then the value, as many.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Mlp = "gelu",
+        eps: float = LAYER_NORM_EPS,
+        *,
+        matmul: Matmul = F.linear,
+    ) -> None:
         super().__init__()
-        self.matmul = matmul
+        self.activation, self.eps, self.matmul = activation, eps, matmul
+        fc1_dim = fc1_features(hidden_dim, activation)
         self.layer_norm_weight = nn.Parameter(torch.empty(dim))
         self.layer_norm_bias = nn.Parameter(torch.empty(dim))
-        self.fc1_weight = nn.Parameter(torch.empty(hidden_dim, dim))
-        self.fc1_bias = nn.Parameter(torch.empty(hidden_dim))
+        self.fc1_weight = nn.Parameter(torch.empty(fc1_dim, dim))
+        self.fc1_bias = nn.Parameter(torch.empty(fc1_dim))
         self.fc2_weight = nn.Parameter(torch.empty(dim, hidden_dim))
         self.fc2_bias = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
@@ -112,8 +136,13 @@ class LayerNormMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
-        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, LAYER_NORM_EPS)
-        x = F.gelu(self.matmul(x, self.fc1_weight, self.fc1_bias))
+        x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, self.eps)
+        x = self.matmul(x, self.fc1_weight, self.fc1_bias)
+        if self.activation == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            x = F.silu(gate) * value
+        else:
+            x = F.gelu(x)
         return self.matmul(x, self.fc2_weight, self.fc2_bias)
 
 
@@ -250,10 +279,10 @@ class BlockLayers:
     All give one state dict. Every module but `attention` has `reset_parameters()`.
     """
 
-    layernorm_linear: Callable[[int, int, bool], nn.Module]  # in_features, out_features, bias
+    layernorm_linear: Callable[[int, int, bool, float], nn.Module]  # in, out features, bias, eps
     attention: Callable[[int, int], nn.Module]  # num_heads, head_dim
     linear: Callable[[int, int], nn.Module]  # in_features, out_features
-    layernorm_mlp: Callable[[int, int], nn.Module]  # dim, hidden_dim
+    layernorm_mlp: Callable[[int, int, Mlp, float], nn.Module]  # dim, hidden_dim, activation, eps
     checkpoint: Callable[[Recompute], Checkpoint | None] = torch_checkpoint
 
 
@@ -270,6 +299,9 @@ class Block(nn.Module):
 
     x <- x + drop(scale_1 * proj(attention(layernorm_qkv(x))))
     x <- x + drop(scale_2 * layernorm_mlp(x))
+
+    key_bias: with qkv_bias, whether keys have one as well. Without, the bias of queries and values
+    is the block's own, since no library's fused layer has one for a part of its outputs.
     """
 
     def __init__(
@@ -279,6 +311,9 @@ class Block(nn.Module):
         *,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
+        key_bias: bool = True,
+        mlp: Mlp = "gelu",
+        norm_eps: float = LAYER_NORM_EPS,
         layer_scale_init: float | None = None,
         drop_path: float = 0.0,
         drop_path_mode: DropPathMode = "mask",
@@ -290,21 +325,25 @@ class Block(nn.Module):
             raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")
         self.layer_scale_init = layer_scale_init
         self.checkpoint = layers.checkpoint(activation_checkpointing)
-        self.layernorm_qkv = layers.layernorm_linear(dim, 3 * dim, qkv_bias)
+        self.layernorm_qkv = layers.layernorm_linear(dim, 3 * dim, qkv_bias and key_bias, norm_eps)
         self.attention = layers.attention(num_heads, dim // num_heads)
         self.proj = layers.linear(dim, dim)
-        self.layernorm_mlp = layers.layernorm_mlp(dim, int(dim * mlp_ratio))
+        self.layernorm_mlp = layers.layernorm_mlp(dim, int(dim * mlp_ratio), mlp, norm_eps)
         self.drop_path = DropPath(drop_path, drop_path_mode)
         scaled = layer_scale_init is not None
         self.layer_scale_1 = nn.Parameter(torch.empty(dim)) if scaled else None
         self.layer_scale_2 = nn.Parameter(torch.empty(dim)) if scaled else None
-        self._reset_layer_scale()
+        has_own_bias = qkv_bias and not key_bias
+        self.query_value_bias = nn.Parameter(torch.empty(2 * dim)) if has_own_bias else None
+        self._reset_own()
 
     def reset_parameters(self) -> None:
         reset_children(self)
-        self._reset_layer_scale()
+        self._reset_own()
 
-    def _reset_layer_scale(self) -> None:
+    def _reset_own(self) -> None:
+        if self.query_value_bias is not None:
+            nn.init.zeros_(self.query_value_bias)
         if self.layer_scale_init is not None:
             for scale in (self.layer_scale_1, self.layer_scale_2):
                 assert scale is not None
@@ -342,7 +381,7 @@ class Block(nn.Module):
         rows = drop.draw(x, first)
         key_mask = None if key_mask is None else take_rows(key_mask, rows)
         rotation = None if rotation is None else take_rows(rotation, rows)
-        attended = self.attention(self.layernorm_qkv(take_rows(x, rows)), key_mask, rotation)
+        attended = self.attention(self._qkv(take_rows(x, rows)), key_mask, rotation)
         if num_last is not None:
             start = x.shape[1] - num_last
             x, attended = x[:, start:], attended[:, start:]
@@ -350,3 +389,10 @@ class Block(nn.Module):
         rows = drop.draw(x, second)
         branch = self.layernorm_mlp(take_rows(x, rows))
         return drop.add(x, branch, self.layer_scale_2, rows, second)
+
+    def _qkv(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, 3 D]
+        qkv: Tensor = self.layernorm_qkv(x)
+        if self.query_value_bias is None:
+            return qkv
+        query, value = self.query_value_bias.to(qkv.dtype).chunk(2)
+        return qkv + torch.cat([query, torch.zeros_like(query), value])

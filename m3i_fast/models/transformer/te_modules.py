@@ -10,6 +10,7 @@ import torch
 import transformer_engine.pytorch as te
 from torch import Tensor, nn
 
+from m3i_fast.config.fields import Mlp
 from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS, init_weight, rotate_qk
 
 
@@ -45,11 +46,13 @@ class LayerNormLinear(WithoutExtraState, te.LayerNormLinear):
     In FP8 the norm writes its output quantised.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, eps: float = LAYER_NORM_EPS
+    ) -> None:
         super().__init__(
             in_features,
             out_features,
-            eps=LAYER_NORM_EPS,
+            eps=eps,
             init_method=init_weight,
             bias=bias,
             **_placed(),
@@ -59,17 +62,24 @@ class LayerNormLinear(WithoutExtraState, te.LayerNormLinear):
 class LayerNormMLP(WithoutExtraState, te.LayerNormMLP):
     """A fused LayerNorm and MLP: [..., dim] -> [..., dim].
 
-    The GELU is the tanh approximation, the only one that Transformer Engine has.
+    The GELU is the tanh approximation, the only one that Transformer Engine has; its SwiGLU is
+    ours, with the gate before the value.
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Mlp = "gelu",
+        eps: float = LAYER_NORM_EPS,
+    ) -> None:
         super().__init__(
             dim,
             hidden_dim,
-            eps=LAYER_NORM_EPS,
+            eps=eps,
             init_method=init_weight,
             output_layer_init_method=init_weight,
-            activation="gelu",
+            activation=activation,
             **_placed(),
         )
 

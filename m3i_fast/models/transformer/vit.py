@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.encoder import ImageEncoder, take_cells
 from m3i_fast.models.transformer.blocks import (
-    LAYER_NORM_EPS,
     TORCH_LAYERS,
     Block,
     BlockLayers,
@@ -46,6 +45,9 @@ class ViT(ImageEncoder):
                 cfg.num_heads,
                 mlp_ratio=cfg.mlp_ratio,
                 qkv_bias=cfg.qkv_bias,
+                key_bias=cfg.key_bias,
+                mlp=cfg.mlp,
+                norm_eps=cfg.norm_eps,
                 layer_scale_init=cfg.layer_scale_init,
                 drop_path=cfg.drop_path(i),
                 drop_path_mode=cfg.drop_path_mode,
@@ -54,7 +56,7 @@ class ViT(ImageEncoder):
             )
             for i in range(cfg.depth)
         )
-        self.norm = nn.LayerNorm(cfg.dim, LAYER_NORM_EPS) if cfg.final_norm else nn.Identity()
+        self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps) if cfg.final_norm else nn.Identity()
         num_places = cfg.num_patches if cfg.position == "absolute" else 0
         self.pos_embed = self._table(num_places)
         self.class_token = self._table(int(cfg.class_token))

@@ -31,7 +31,9 @@ def wide_only(
 
     return replace(
         layers,
-        layernorm_linear=lambda k, n, bias: choose(k, n).layernorm_linear(k, n, bias),
+        layernorm_linear=lambda k, n, bias, eps: choose(k, n).layernorm_linear(k, n, bias, eps),
         linear=lambda k, n: choose(k, n).linear(k, n),
-        layernorm_mlp=lambda dim, hidden: choose(dim, hidden).layernorm_mlp(dim, hidden),
+        layernorm_mlp=lambda dim, hidden, mlp, eps: choose(dim, hidden).layernorm_mlp(
+            dim, hidden, mlp, eps
+        ),
     )

@@ -1,0 +1,65 @@
+"""Files of weights that others wrote, read without running any code of theirs."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+CONTAINERS = ("model", "module", "state_dict", "teacher")
+"""Keys below which training programs put the weights of a checkpoint."""
+MAX_NAMED = 20
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """Return what a file of weights holds, on the CPU: .safetensors, else of torch.save.
+
+    The latter is read with weights_only=True. Raises FileNotFoundError where there is no such file,
+    and ValueError for one that is damaged or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of weights, found none")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: expected tensors and plain values only; if you trust it, write what "
+            f"torch.load(..., weights_only=False) returns to a .safetensors file: {error}"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path}: expected a file of weights, got a damaged one: {error}"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return content
+
+
+def tensors_in(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, from the first of `CONTAINERS` where it has one.
+
+    Raises ValueError naming what is no tensor.
+    """
+    for container in CONTAINERS:
+        if isinstance(content.get(container), Mapping):
+            content = content[container]
+            break
+    other = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(f"weights: expected tensors by name, got others: {some(other)}")
+    return dict(content)
+
+
+def some(names: Any) -> str:
+    """Return names, the first ones of many, as text."""
+    named = list(names)
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return ", ".join(named[:MAX_NAMED]) + more

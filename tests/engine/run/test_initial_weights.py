@@ -1,0 +1,183 @@
+"""Runs that begin from weights: of timm's files, of other runs, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+from torch import Tensor
+
+from m3i_fast.cli import main
+from m3i_fast.config import TrainConfig
+from m3i_fast.config.models.vit import ViTConfig, dinov3_s_plus
+from m3i_fast.durable_files import digest
+from m3i_fast.engine.checkpoint import checkpoints as checkpoint
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.recipes import demo_internimage, shrink
+from tests.engine.run.init_work import NUM_RANKS, begun, work
+from tests.shared.engine.small_run import TEXT, small_run
+
+# DINOv3's ViT-S+ at the demo's size: rotary, SwiGLU, registers, biases without keys.
+VISION = dinov3_s_plus(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(1)
+    model = timm.create_model(
+        "vit_small_plus_patch16_dinov3_qkvb",
+        **{"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        num_classes=3,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def file(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "dinov3.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def config(dataset: Path, init: str, vision: ViTConfig = VISION) -> TrainConfig:
+    return replace(small_run(dataset, num_steps=2, vision=vision), init=init)
+
+
+def encoder_of(run: Path) -> dict[str, Tensor]:
+    return checkpoint.latest(run / "checkpoints").shards("model").read("encoder.")
+
+
+def test_a_run_begins_with_timms_features(
+    dataset: Path, model: Any, file: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(config(dataset, f"timm:{file}"), tmp_path / "run")
+    images = torch.randn(2, 3, 32, 32)
+    encoder = trainer.objective.encoder
+    expected = model.forward_features(images)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-5)
+    cells = trainer.objective.target_encoder(images)  # the average begins there, too
+    torch.testing.assert_close(cells, expected[:, 5:], atol=1e-5, rtol=1e-5)
+    trainer.train()
+    said = json.loads((tmp_path / "run" / "init.json").read_text())
+    assert said["source"] == f"timm:{file}" and said["sha256"] == digest(file).sha256
+    assert said["nearest_architecture"] == "dinov3_s_plus"
+    assert sorted(said["left_out"]) == ["head.bias", "head.weight"] and said["new"] == []
+    gate = said["taken"]["blocks.1.layernorm_mlp.fc1_weight"]
+    assert gate["from"] == "blocks.1.mlp.fc1_g.weight + blocks.1.mlp.fc1_x.weight"
+
+
+def test_a_resume_does_not_read_the_file(dataset: Path, model: Any, tmp_path: Path) -> None:
+    path, out = tmp_path / "weights.pth", tmp_path / "run"
+    torch.save(model.state_dict(), path)
+    cfg = config(dataset, f"timm:{path}")
+    Trainer(replace(cfg, num_steps=2), out).train()
+    path.unlink()
+    trainer = Trainer(replace(cfg, num_steps=3), out, resume=True, new_num_steps=True)
+    assert trainer.initial is None and trainer.train().step == 3
+    assert TrainConfig.load(out / "config.json").init == f"timm:{path}"
+    with pytest.raises(FileNotFoundError, match=r"weights\.pth: expected a file of weights"):
+        Trainer(cfg, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_begins_from_another_run_of_other_sizes(dataset: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    absolute = replace(VISION, position="absolute", patch_size=4)
+    Trainer(config(dataset, "", absolute), first).train()
+    smaller = replace(absolute, patch_size=8, num_registers=0, key_bias=True)
+    trainer = Trainer(config(dataset, f"run:{first}", smaller), second)
+    assert trainer.initial is not None
+    rows = {row[0]: row[1:] for row in trainer.initial.rows()}
+    assert rows["pos_embed"][1] == "8 x 8 -> 4 x 4 patches, antialiased bicubic"
+    assert rows["patch_embed.weight"][1] == "4 x 4 -> 8 x 8 pixels, pseudo-inverse"
+    assert rows["-"] == ("encoder.register_tokens", "left out")
+    weights, saved = trainer.objective.encoder.state_dict(), encoder_of(first)
+    assert torch.equal(weights["blocks.1.proj.weight"], saved["encoder.blocks.1.proj.weight"])
+    trainer.close()
+
+
+def test_an_internimage_begins_from_a_run_of_its_config_alone(
+    dataset: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    cfg = shrink(demo_internimage(), path=dataset, num_classes=9, text=TEXT)
+    Trainer(cfg, first).train()
+    trainer = Trainer(replace(cfg, init=f"run:{first}", seed=5), tmp_path / "second")
+    saved = encoder_of(first)
+    for name, value in trainer.objective.encoder.state_dict().items():
+        assert torch.equal(value, saved[f"encoder.{name}"]), name
+    trainer.close()
+    wider = replace(cfg, vision=replace(cfg.vision, token_dim=64), init=f"run:{first}")
+    with pytest.raises(ValueError, match=r"theirs != ours.*token_dim: 32 != 64"):
+        Trainer(wider, tmp_path / "third")
+
+
+@pytest.fixture(scope="module")
+def ranks(dataset: Path, file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    cfg = replace(config(dataset, f"timm:{file}"), num_threads=1)
+    cfg = replace(cfg, optim=replace(cfg.optim, matrices="adamw"))
+    torch.save(begun(cfg, folder / "alone"), folder / "alone.pt")
+    mp.start_processes(work, (cfg, folder), nprocs=NUM_RANKS, start_method="spawn")
+    return folder
+
+
+@pytest.mark.parametrize("shard", [1, -1])
+def test_two_ranks_begin_as_one(shard: int, ranks: Path) -> None:
+    """DDP and FSDP2: every weight of encoder and average, and what a step makes of them."""
+    alone = torch.load(ranks / "alone.pt", weights_only=True)
+    for rank in range(NUM_RANKS):
+        found = torch.load(ranks / f"{shard}-{rank}.pt", weights_only=True)
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            if name.startswith("begun/"):
+                assert torch.equal(found[name], value), name
+            else:
+                torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-3)
+
+
+def test_the_verb_prints_where_each_weight_is_from(
+    dataset: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    config(dataset, f"timm:{file}").save(path)
+    assert main(["train", "--config", str(path), "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert "blocks.*.layernorm_mlp.fc1_weight" in said and "left out" in said
+    assert main(["train", "--config", str(path), "--init", "hf:model"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "init: expected one of timm:FILE, dinov2:FILE, dinov3:FILE, run:DIR, got 'hf:model'" in (
+        said
+    )
+    other = ["--vision.dim", "64", "--out", str(tmp_path / "other")]
+    assert main(["train", "--config", str(path), *other]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "got a file nearest to dinov3_s" in said and "add --vision.dim 32" in said
+
+
+def test_weights_that_are_new_are_warned_of(
+    dataset: Path, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {name: value for name, value in model.state_dict().items() if name != "cls_token"}
+    save_file(state, tmp_path / "headless.safetensors")
+    cfg = config(dataset, f"timm:{tmp_path / 'headless.safetensors'}")
+    with caplog.at_level(logging.WARNING):
+        Trainer(cfg, tmp_path / "run").close()
+    assert "has no class_token: the features are not those of its model" in caplog.text
+
+
+def test_an_internimage_takes_no_file_of_a_vit() -> None:
+    with pytest.raises(ValueError, match="init: expected run:DIR with an InternImage"):
+        replace(demo_internimage(), init="timm:file")
