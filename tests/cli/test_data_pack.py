@@ -93,14 +93,14 @@ def test_wrong_flags_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_url_to_write_to_is_refused(
+def test_a_web_server_to_write_to_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.png").write_bytes(encode_image(smooth_picture(0, 9, 9)))
-    assert main(["data", "pack", str(tmp_path), "s3://bucket/mine", *SMALL]) == 2
-    assert "DIR: expected a folder, got s3://bucket/mine" in said(capsys)
-    assert not (tmp_path / "s3:").exists()
+    assert main(["data", "pack", str(tmp_path), "https://host/mine", *SMALL]) == 2
+    assert "DIR: expected a folder, s3:// or gs://, got https://host/mine" in said(capsys)
+    assert not (tmp_path / "https:").exists()
 
 
 def test_what_may_be_markup_is_shown_as_it_is(
