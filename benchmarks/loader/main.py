@@ -222,7 +222,7 @@ def _row(
         works |= _decoders(data)
         series = measure_windows(works, cfg.schedule(max(ahead.values())))
     return {
-        "config": _config(cfg, data),
+        "config": _config(cfg, ours),
         **_settings(cfg, data, source, cuda),
         "host_bytes_per_image": statistics_by_loader[OURS].bytes_per_image,
         **_figures(series),
@@ -231,12 +231,14 @@ def _row(
     }
 
 
-def _config(cfg: Config, data: LoaderConfig) -> TrainConfig:
-    """Return the recipe with the row's local views; its objective may not allow one global view.
+def _config(cfg: Config, ours: LoaderConfig) -> TrainConfig:
+    """Return the recipe with what a row changes; its objective may not allow one global view.
 
     Shards drawn for this are gone, and a copy's place says nothing: the path is the one asked for.
     """
-    return replace(cfg.config, data=replace(cfg.config.data, local_views=data.local_views))
+    changed = ("local_views", "lanes", "fetch_ahead", "cache_gib")  # the last three in a bucket
+    data = replace(cfg.config.data, **{name: getattr(ours, name) for name in changed})
+    return replace(cfg.config, data=data)
 
 
 def _loaders(
