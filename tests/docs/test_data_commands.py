@@ -49,6 +49,7 @@ def picture(seed: int) -> Image.Image:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with the folder, the table and the tars that the page speaks of."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # of the cache, which others may be using
     for name in ("cat", "dog"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         for i in range(10):
