@@ -18,7 +18,7 @@ class BucketReads:
 
     read_bytes: int = 0
     requests: int = 0
-    """Ranged requests, repeated ones included."""
+    """Ranged requests for shards, repeated ones included."""
     retries: int = 0
     """Requests of any kind that were repeated."""
     cache_hits: int = 0

@@ -65,7 +65,7 @@ def test_all_ranks_reads_are_logged_and_faults_are_counted(
     cfg = on_bucket(dataset, tmp_path / "cache", batch_size=4)
     mp.spawn(train, (2, cfg, tmp_path / "run"), nprocs=2)
     found = totals(tmp_path / "run")
-    asked = sum(n for name, n in server.requests.items() if name.startswith("GET train"))
+    asked = sum(n for name, n in server.requests.items() if name.startswith("GET train-"))
     assert found["requests"] == asked > 5
     assert found["retries"] == 5
     assert found["read_gib"] * 2**30 == server.sent_bytes(".tar") > 0
