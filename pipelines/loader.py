@@ -252,7 +252,7 @@ class Loader:
             cores=self.placement.cores,
             prefetch=cfg.prefetch,
             device_id=self._device_id,
-            hw_decoder_load=0.0 if cfg.exact_decode else cfg.hw_decoder_load,
+            hw_decoder_load=cfg.decoder_load,
         )
 
     def _skip(self, error: SampleError) -> None:

@@ -33,7 +33,7 @@ from m3i_fast.benchmarks.core.timed_windows import Schedule, Series, TimedWork, 
 from m3i_fast.benchmarks.ledger.rows import append_row
 from m3i_fast.benchmarks.node.bottleneck import verdict
 from m3i_fast.benchmarks.node.figures import find, joules_per_image, summarise_ranks
-from m3i_fast.benchmarks.node.planned import planned
+from m3i_fast.benchmarks.node.planned import cores_of_node, planned
 from m3i_fast.benchmarks.node.shards import PLACE, describe, shards_of, shared_folder
 from m3i_fast.benchmarks.node.sweep import parse_sweep, sweep
 from m3i_fast.benchmarks.node.table import show, show_sweep
@@ -43,9 +43,9 @@ from m3i_fast.costs.traffic import Nodes
 from m3i_fast.engine.parallel.ranks import World, join_world, leave_world
 from m3i_fast.engine.precision.arithmetic import resolve_device
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.environment import num_cores
 from m3i_fast.observe.telemetry.sampler import TelemetrySampler
 from m3i_fast.pipelines.loader import Loader
+from m3i_fast.pipelines.threads import allowed_cores
 from m3i_fast.recipes import recipes
 from m3i_fast.terminal import make_console
 
@@ -194,6 +194,8 @@ def _windows_of(
 def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]:
     """Of all ranks; `ranks`: what each has timed."""
     cfg, num_nodes = trainer.cfg, _num_nodes(trainer.world)
+    nodes = Nodes(len(ranks), len(ranks) // num_nodes)
+    cores = cores_of_node(trainer.world.gather(allowed_cores()), nodes)
     measured = {
         name: summarise_ranks([own[name] for own in ranks], num_nodes=num_nodes)
         for name in ranks[0]
@@ -208,7 +210,7 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         "device": trainer.device.type,
         "num_ranks": len(ranks),
         "num_nodes": num_nodes,
-        "num_cores": num_cores(),
+        "num_cores": cores,
         "num_threads": torch.get_num_threads(),
         "loader_threads": cfg.data.num_threads,
         "loader_cores": trainer.loader.placement.reason,
@@ -229,7 +231,8 @@ def _figures(trainer: Trainer, ranks: list[dict[str, Series]]) -> dict[str, Any]
         "plan": planned(
             trainer,
             used,
-            nodes=Nodes(len(ranks), len(ranks) // num_nodes),
+            nodes=nodes,
+            cores=cores,
             picture_bytes=data["shard_bytes_per_picture"],
         ),
         "efficiency": used,

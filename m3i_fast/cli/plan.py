@@ -83,9 +83,9 @@ def main(argv: list[str]) -> int:
     _expect_positive(command)
     from m3i_fast.planning.plan import make_plan, source_of
 
-    source = source_of(config, picture=command.picture, kilobytes=command.picture_kb)
+    source = source_of(config, card, nodes, picture=command.picture, kilobytes=command.picture_kb)
     if command.read_gb_s is not None:
-        source = replace(source, read_byte_s=1e9 * command.read_gb_s)
+        source = replace(source, read_byte_s=1e9 * command.read_gb_s, read_as="as given")
     plan = make_plan(
         config,
         card=card,
@@ -265,11 +265,13 @@ def _traffic_table(plan: Plan) -> Table:
 def _loader_table(plan: Plan) -> Table:
     loader, asked, local = plan.loader, plan.asked_images_s, plan.nodes.local
     table = _table("Loader (prediction)", "pictures/s", "a rank", "a node")
-    on_card = VIEWS in loader.rates
+    on_card, threads = VIEWS in loader.rates, f"{loader.num_threads} threads"
+    if loader.filled_cores < loader.num_threads:
+        threads += f" on {loader.filled_cores:.3g} cores"
     names = {
         READING: f"reading, {loader.picture_bytes / 1e3:,.0f} kB each",
         ENGINES: f"JPEG engines, {loader.hardware_share:.0%} of them",
-        THREADS: f"{loader.num_threads} threads, decoding {'the rest' if on_card else 'and views'}",
+        THREADS: f"{threads}, decoding {'the rest' if on_card else 'and views'}",
         VIEWS: VIEWS,
     }
     for part, name in names.items():
@@ -280,7 +282,8 @@ def _loader_table(plan: Plan) -> Table:
     table.add_section()
     busy, read = asked * loader.thread_s, asked * loader.picture_bytes / 1e9
     table.add_row(
-        "cores that it takes", *(f"{n * busy:,.1f} of {n * loader.cores:,.0f}" for n in (1, local))
+        "cores that it takes",
+        *(f"{n * busy:,.1f} of {round(n * loader.cores, 1):,g}" for n in (1, local)),
     )
     table.add_row("read, GB/s", *(f"{n * read:,.2f}" for n in (1, local)))
     table.add_row("decoding a picture, ms of a core", f"{1e3 * loader.decode_s:.2f}", "")
@@ -293,10 +296,9 @@ def _verdict(plan: Plan) -> list[str]:
     """Return what bounds the run, and which changes help where that is the loader."""
     loader, asked = plan.loader, plan.asked_images_s
     if loader.images_s >= asked:
-        by = min(plan.strategies, key=lambda strategy: strategy.speed.step_s).speed.bottleneck
         return [
-            f"{by} bounds the run: the loader gives {loader.images_s / asked:.1f} times what "
-            "training asks for\n"
+            f"{plan.fastest.speed.bottleneck} bounds the run: the loader gives "
+            f"{loader.images_s / asked:.1f} times what training asks for\n"
         ]
     lines = [
         f"{loader.bound} bounds the run: the loader gives {loader.images_s / asked:.0%} of what "

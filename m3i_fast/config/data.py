@@ -203,6 +203,11 @@ class LoaderConfig(Checked):
                 yield "mixture", str(error)
 
     @property
+    def decoder_load(self) -> float | None:
+        """Return the share that the hardware decoder is given: none of it by exact_decode."""
+        return 0.0 if self.exact_decode else self.hw_decoder_load
+
+    @property
     def mixture_parts(self) -> tuple[MixturePart, ...]:
         """Return the data sets of the mixture, none where path and split are read."""
         return tuple(map(MixturePart.parse, self.mixture))

@@ -10,6 +10,8 @@ an assumption: one adapter a GPU, as in DGX A100 (200 Gbit/s), DGX H100, H200 an
 Cores are those of these nodes, 128 and 112, for one of their eight cards; beside the PCIe and NVL
 cards 14 are assumed. Engines for JPEG: five in an A100 (NVIDIA's paper on the architecture), seven
 in an H100 and H200 (its guide to MIG); a B200 is assumed to have as many.
+Multiprocessors: 108, 132, 114 (H100 PCIe) and 148; their clock is the one at which the BF16 peak
+holds, by 2,048, 4,096 and 8,192 operations of a multiprocessor in a clock.
 The row `cpu` is an assumption throughout: two cores of a server, 10 Gbit/s.
 """
 
@@ -43,6 +45,9 @@ class Card:
     """Size of the workspace that torch's allocator gives cuBLAS, 8 x 4 MiB from 9.0 up."""
     jpeg_engines: int = 0
     """Engines that decode baseline JPEGs."""
+    multiprocessors: int = 0
+    clock_hz: float = 0.0
+    """Clock of the multiprocessors."""
     cores: int
     """CPU cores of the maker's node for one card."""
 
@@ -73,6 +78,8 @@ CARDS = {
             network_byte_s=25e9,
             workspace_bytes=8 * 2**20 + 128 * 2**10,
             jpeg_engines=5,
+            multiprocessors=108,
+            clock_hz=1.41e9,
             cores=16,
         ),
         Card(
@@ -85,6 +92,8 @@ CARDS = {
             network_byte_s=50e9,
             formats=HOPPER,
             jpeg_engines=7,
+            multiprocessors=132,
+            clock_hz=1.83e9,
             cores=14,
         ),
         Card(
@@ -97,6 +106,8 @@ CARDS = {
             network_byte_s=50e9,
             formats=HOPPER,
             jpeg_engines=7,
+            multiprocessors=132,
+            clock_hz=1.83e9,
             cores=14,
         ),
         Card(
@@ -109,6 +120,8 @@ CARDS = {
             network_byte_s=50e9,
             formats=HOPPER,
             jpeg_engines=7,
+            multiprocessors=114,
+            clock_hz=1.62e9,
             cores=14,
         ),
         Card(
@@ -121,6 +134,8 @@ CARDS = {
             network_byte_s=50e9,
             formats=HOPPER,
             jpeg_engines=7,
+            multiprocessors=132,
+            clock_hz=1.544e9,
             cores=14,
         ),
         Card(
@@ -133,6 +148,8 @@ CARDS = {
             network_byte_s=50e9,
             formats=HOPPER,
             jpeg_engines=7,
+            multiprocessors=132,
+            clock_hz=1.544e9,
             cores=14,
         ),
         Card(
@@ -145,6 +162,8 @@ CARDS = {
             network_byte_s=50e9,
             formats=BLACKWELL,
             jpeg_engines=7,
+            multiprocessors=148,
+            clock_hz=1.856e9,
             cores=14,
         ),
         Card(

@@ -13,7 +13,7 @@ from typing import Literal
 
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.costs.gpus import Card
-from m3i_fast.costs.view_cost import PICTURE, cpu_view_s, view_work
+from m3i_fast.costs.view_cost import CACHE_BYTE_S, LANES, PICTURE, cpu_view_s, view_times, view_work
 
 Bound = Literal["decoding", "views", "reading"]
 ENGINES, THREADS, VIEWS, READING = "JPEG engines", "threads", "views on the card", "reading"
@@ -29,8 +29,10 @@ HARDWARE_SHARE = 0.65  # DALI's default of hw_decoder_load: its pull request 636
 LAUNCH_S = 5e-6  # of a kernel, for a batch
 BYTES = 110e3  # ImageNet's mean, at PICTURE
 PACKED_SIDE, PACKED_BYTES = 256, 27e3  # `data pack --for-gpu 256`: docs/start/data_at_scale.md
-FOLDER_BYTE_S = 25e9  # of a node: DGX A100's data sheet, four NVMe drives
-BUCKET_BYTE_S = 12.5e9  # of a node: a port of 100 Gbit/s
+FOLDER_BYTE_S = 25e9  # of a node, assumed: the peak that DGX A100's data sheet has of its drives
+BUCKET_BYTE_S = 12.5e9  # of a node, assumed: a port of 100 Gbit/s
+DRIVES = "assumed: the peak of a DGX A100's NVMe drives, by its data sheet"
+PORT = "assumed: a port of 100 Gbit/s, or the card's network adapters where those are slower"
 WORTH = 1.05  # times the pictures, or a change is not named
 
 
@@ -44,6 +46,8 @@ class Source:
     """Kilobytes of a picture; None: 110 at 375 x 500, in proportion to the pixels."""
     read_byte_s: float = FOLDER_BYTE_S
     """Bytes a second of a node."""
+    read_as: str = DRIVES
+    """What that rate is."""
 
     @property
     def pixels(self) -> int:
@@ -87,7 +91,6 @@ class LoaderCost:
     hardware_share: float
     """Share of the pictures that the engines decode."""
     num_threads: int
-    """Threads at work: those of the config, no more than there are cores."""
     cores: float
     """Cores of the node for one rank."""
     decode_s: float
@@ -104,6 +107,11 @@ class LoaderCost:
     def images_s(self) -> float:
         """Return the pictures a second of the loader."""
         return min(self.rates.values())
+
+    @property
+    def filled_cores(self) -> float:
+        """Return the cores that the threads can fill."""
+        return min(self.num_threads, self.cores)
 
 
 def loader_cost(
@@ -133,19 +141,19 @@ def _cost(
     on_card = card.is_gpu and cfg.backend != "torch"
     share = 0.0
     if on_card and card.jpeg_engines:
-        share = HARDWARE_SHARE if cfg.hw_decoder_load is None else cfg.hw_decoder_load
+        share = HARDWARE_SHARE if cfg.decoder_load is None else cfg.decoder_load
     decode_s = 1e-3 * DECODE_MS * source.pixels / (PICTURE[0] * PICTURE[1])
     work = view_work(groups, source.height, source.width)
-    of_card = work.memory / card.memory_byte_s + LAUNCH_S / cfg.batch_size
     of_core = sum(group.count * cpu_view_s(group, source.height, source.width) for group in groups)
-    views_s = of_card if on_card else of_core
+    views_s = of_core
+    if on_card:
+        views_s = max(view_times(work, card)) + LAUNCH_S / cfg.batch_size
     thread_s = (1 - share) * decode_s + (0.0 if on_card else views_s)
-    threads = min(cfg.num_threads, max(int(cores), 1))
     rates = {READING: source.read_byte_s / local_ranks / source.size}
     bounds: dict[str, Bound] = {READING: "reading", ENGINES: "decoding", VIEWS: "views"}
     bounds[THREADS] = "decoding" if on_card or decode_s >= views_s else "views"
     if thread_s:
-        rates[THREADS] = threads / thread_s
+        rates[THREADS] = min(cfg.num_threads, cores) / thread_s
     if share:
         rates[ENGINES] = card.jpeg_engines * ENGINE_PIXEL_S / source.pixels / share
     if on_card:
@@ -154,7 +162,7 @@ def _cost(
         rates=rates,
         bound=bounds[min(rates, key=rates.__getitem__)],
         hardware_share=share,
-        num_threads=threads,
+        num_threads=cfg.num_threads,
         cores=cores,
         decode_s=decode_s,
         views_s=views_s,
@@ -166,31 +174,29 @@ def _cost(
 def _changes(
     cfg: LoaderConfig, source: Source, cost: LoaderCost
 ) -> Iterator[tuple[str, LoaderConfig, Source]]:
-    """Yield changes that can help, each with the config and the pictures that it leaves."""
+    """Yield changes that can help, each with the config and the pictures that it leaves.
+
+    None of them changes what is trained: fewer views would also ask for more pictures.
+    """
     yield "m3i-fast data pack SOURCE DIR --for-gpu 256", cfg, source.packed()
     threads = int(cost.cores) - 1  # one is training's own
     if threads > cfg.num_threads:
         yield f"--data.num-threads {threads}", replace(cfg, num_threads=threads), source
     if cost.hardware_share:
         engines = cost.rates[ENGINES] * cost.hardware_share
-        balanced = engines / (engines + cost.num_threads / cost.decode_s)
+        balanced = engines / (engines + cost.filled_cores / cost.decode_s)
         load = round(balanced, 2)
         yield f"--data.hw-decoder-load {load:g}", replace(cfg, hw_decoder_load=load), source
     if cfg.hw_decoder_load == 0.0:
         yield "no --data.hw-decoder-load 0", replace(cfg, hw_decoder_load=None), source
-    local = cfg.local_views
-    if local is not None and local.count > 1:
-        half = local.count // 2
-        fewer = replace(cfg, local_views=replace(local, count=half))
-        yield f"--data.local-views.count {half}", fewer, source
 
 
 def assumptions(cfg: LoaderConfig, card: Card, source: Source, cores: float) -> list[str]:
     """Return what a loader's cost rests on, a sentence each."""
     shown = [
         f"pictures of {source.height} x {source.width} pixels and {source.size / 1e3:,.0f} kB "
-        "(--picture, --picture-kb), JPEGs that a node reads at "
-        f"{source.read_byte_s / 1e9:g} GB/s (--read-gb-s)",
+        "(--picture, --picture-kb), JPEGs",
+        f"a node reads {source.read_byte_s / 1e9:g} GB/s (--read-gb-s; {source.read_as})",
         f"decoding on a core: {DECODE_MS:g} ms at 375 x 500, in proportion to the pixels "
         f"(benchmarks/results/loader.jsonl, run {LEDGER_RUN}, an AMD EPYC)",
         f"{cores:g} cores a rank (--cores), which nothing else takes",
@@ -200,12 +206,15 @@ def assumptions(cfg: LoaderConfig, card: Card, source: Source, cores: float) -> 
             f"engines for JPEG: {card.jpeg_engines} in a {card.name}, each "
             f"{ENGINE_PIXEL_S / 1e6:,.0f} million pixels a second, as one of the five of an A100 "
             "(torchvision's pull request 8496); they take baseline JPEGs, "
-            f"{HARDWARE_SHARE:.0%} of a batch where data.hw_decoder_load is not set (DALI's pull "
-            "request 6366); the rest costs a core what decoding there does"
+            f"{HARDWARE_SHARE:.0%} of a batch where neither data.hw_decoder_load nor "
+            "data.exact_decode is set (DALI's pull request 6366); the rest costs a core what "
+            "decoding there does"
         )
         shown.append(
-            "views on the card: bytes over the memory's rate and one launch a batch, a lower "
-            "bound; cuda/views/ROOFLINE.md has what shared memory adds"
+            "views on the card: the longest of bytes over the memory's rate, bytes over a cache's "
+            f"of {CACHE_BYTE_S / 1e12:g} TB/s (assumed) and loads from shared memory, {LANES} a "
+            "clock and multiprocessor, and one launch a batch: a lower bound, as in "
+            "cuda/views/ROOFLINE.md"
         )
     else:
         shown.append(

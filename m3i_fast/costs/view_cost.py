@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from m3i_fast.config.data import ViewConfig
+from m3i_fast.costs.gpus import Card
 
 # A view of 224 pixels of a picture of 375 x 500 on one core, in milliseconds: rows `2 x 224, resize
 # alone` and `2 x 224` of benchmarks/results/views.jsonl, whose colours the second config has.
 LEDGER_RUN = "c597208c640246d5"
 RESIZE_MS, WHOLE_MS = 0.1632, 0.3086
 PICTURE = (375, 500)  # height and width
+CACHE_BYTE_S = 5.5e12  # assumed of every card
+LANES = 32  # loads of a multiprocessor from shared memory in a clock
 MEASURED = ViewConfig(blur_probability=0.5, solarize_probability=0.1)
 
 
@@ -66,6 +69,15 @@ def view_work(groups: Sequence[ViewConfig], height: int, width: int) -> ViewWork
         resize = 4 * taps_of_resize(cfg, side * height, side * width)  # a weight and three bytes
         loads += cfg.count * (resize + cfg.blur_probability * loads_of_blur(cfg))
     return ViewWork(min(read, picture) + written, read + written + cache, loads)
+
+
+def view_times(work: ViewWork, card: Card) -> tuple[float, float, float]:
+    """Return the seconds that memory, cache and loads take, each alone, on a whole GPU."""
+    return (
+        work.memory / card.memory_byte_s,
+        work.cache / CACHE_BYTE_S,
+        work.loads / (LANES * card.multiprocessors * card.clock_hz),
+    )
 
 
 def cpu_view_s(cfg: ViewConfig, height: int, width: int) -> float:

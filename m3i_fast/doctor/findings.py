@@ -269,13 +269,14 @@ def find_numa(machine: Machine) -> Finding:
     facts = machine.facts["numa"]
     nodes = ", ".join(f"{node}: {cores}" for node, cores in facts["nodes"].items())
     detail = f"cores by node {nodes}" if nodes else "the system names no node"
-    detail += f"; this process may use {facts['allowed']}; data.affinity auto: "
+    detail += f"; this process may use {facts['allowed']}; data.affinity auto"
     if len(facts["nodes"]) < 2:
-        return Finding(subject="NUMA", level="ok", detail=f"{detail}left to the system")
+        return Finding(subject="NUMA", level="ok", detail=f"{detail}: left to the system")
     ranks: dict[str, list[str]] = {}
     for rank, reason in enumerate(facts["reasons"]):
         ranks.setdefault(reason, []).append(str(rank))
-    what = "GPU" if facts["on_gpu"] else "rank"
+    what, count = "GPU" if facts["on_gpu"] else "rank", len(facts["reasons"])
+    detail += f" with {count} {'ranks' if count > 1 else 'rank'}, of one thread each: "
     detail += "; ".join(f"{what} {', '.join(those)}: {why}" for why, those in ranks.items())
     return Finding(subject="NUMA", level="warning" if facts["is_wrong"] else "ok", detail=detail)
 

@@ -223,7 +223,8 @@ def nvml() -> Facts:
 def numa() -> Facts:
     """Return the NUMA nodes, the cores that this process may use, and where auto runs loaders.
 
-    By rank: on each GPU, or else on the CPU with as many ranks as there are nodes to use.
+    By rank, of one thread each: on each GPU, or else on the CPU with as many ranks as there are
+    nodes to use.
     """
     import torch
 

@@ -16,7 +16,14 @@ from m3i_fast.costs import loader_cost as loading
 from m3i_fast.costs import traffic
 from m3i_fast.costs.gemm_shapes import FP8, LegalBatch, legal_batches, token_rows
 from m3i_fast.costs.gpus import UTILISATION, Card
-from m3i_fast.costs.loader_cost import BUCKET_BYTE_S, FOLDER_BYTE_S, LoaderCost, Source
+from m3i_fast.costs.loader_cost import (
+    BUCKET_BYTE_S,
+    DRIVES,
+    FOLDER_BYTE_S,
+    PORT,
+    LoaderCost,
+    Source,
+)
 from m3i_fast.costs.roofline import (
     AVERAGE_BYTES,
     CANDIDATES,
@@ -107,7 +114,13 @@ class Plan:
     @property
     def asked_images_s(self) -> float:
         """Source images a second that a rank trains on where the loader keeps up."""
-        return self.batch_size / min(strategy.speed.step_s for strategy in self.strategies)
+        return self.batch_size / self.fastest.speed.step_s
+
+    @property
+    def fastest(self) -> Strategy:
+        """Return the strategy of the shortest step: of those that fit in memory, if any do."""
+        fitting = [one for one in self.strategies if one.memory.fits is not False]
+        return min(fitting or self.strategies, key=lambda one: one.speed.step_s)
 
     @property
     def global_batch(self) -> int:
@@ -142,7 +155,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan of `cfg`, whose batch is a rank's, on this many of these cards.
 
-    source: the stored pictures; None: `source_of(cfg)`. cores: of the node, for a rank; None: the
+    source: the stored pictures; None: `source_of`'s. cores: of the node, for a rank; None: the
     card's.
 
     Raises ValueError where the config is not enough: a term with a frozen teacher.
@@ -156,7 +169,7 @@ def make_plan(
     footprint = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=nodes.num_ranks)
     on_card = {"bf16": bf16, "on_gpu": card.is_gpu}
     flops = step_flops(cfg, num_ranks=nodes.num_ranks)
-    source, cores = source or source_of(cfg), cores or card.cores
+    source, cores = source or source_of(cfg, card, nodes), cores or card.cores
     loader = loading.loader_cost(cfg.data, card, source, cores=cores, local_ranks=nodes.local)
     assumed = _assumed_memory(cfg, card, nodes, footprint)
     strategies = []
@@ -209,15 +222,31 @@ def make_plan(
 
 
 def source_of(
-    cfg: TrainConfig, *, picture: tuple[int, int] = PICTURE, kilobytes: float | None = None
+    cfg: TrainConfig,
+    card: Card,
+    nodes: Nodes,
+    *,
+    picture: tuple[int, int] = PICTURE,
+    kilobytes: float | None = None,
 ) -> Source:
-    """Return pictures of a height and width, read from a folder or a bucket as data.path says."""
-    remote = url_of(cfg.data.path) is not None
+    """Return pictures of a height and width, read from folders and buckets as the config says.
+
+    Those of a mixture are read side by side, by their weights.
+    """
+    parts = [(part.path, part.weight) for part in cfg.data.mixture_parts] or [(cfg.data.path, 1.0)]
+    whole = sum(weight for _, weight in parts)
+    remote = sum(weight for path, weight in parts if url_of(path) is not None) / whole
+    bucket_byte_s = min(BUCKET_BYTE_S, nodes.local * card.network_byte_s)
+    kinds = [(FOLDER_BYTE_S, 1 - remote, DRIVES), (bucket_byte_s, remote, PORT)]
+    read_byte_s, read_as = min((rate / share, what) for rate, share, what in kinds if share > 0)
+    if 0 < remote < 1:
+        read_as += f", which has {remote if read_as == PORT else 1 - remote:.0%} of the pictures"
     return Source(
         height=picture[0],
         width=picture[1],
         kilobytes=kilobytes,
-        read_byte_s=BUCKET_BYTE_S if remote else FOLDER_BYTE_S,
+        read_byte_s=read_byte_s,
+        read_as=read_as,
     )
 
 

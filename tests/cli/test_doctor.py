@@ -402,8 +402,9 @@ def test_a_cpu_without_units_for_bf16_is_told(units: list[str] | None, says: str
 
 def test_what_affinity_will_do_is_told_by_gpu() -> None:
     assert findings.find_numa(gpu_node()).detail == (
-        "cores by node 0: 0-3, 1: 4-7; this process may use 0-7; data.affinity auto: "
-        "GPU 0, 1: cores 0-3 of NUMA node 0; GPU 2, 3: cores 4-7 of NUMA node 1"
+        "cores by node 0: 0-3, 1: 4-7; this process may use 0-7; data.affinity auto with 4 "
+        "ranks, of one thread each: GPU 0, 1: cores 0-3 of NUMA node 0; "
+        "GPU 2, 3: cores 4-7 of NUMA node 1"
     )
 
 
@@ -413,7 +414,7 @@ def test_what_affinity_will_do_on_this_processor(
 ) -> None:
     here = findings.find_numa(gpu_node(facts={"numa": probes.numa()})).detail
     cores = sorted(os.sched_getaffinity(0))
-    assert f"this process may use {threads.format_cores(cores)}; data.affinity auto: " in here
+    assert f"this process may use {threads.format_cores(cores)}; data.affinity auto" in here
     if len(cores) < 2:
         pytest.skip("needs two cores")
     for node, core in enumerate(cores[:2]):
@@ -422,7 +423,8 @@ def test_what_affinity_will_do_on_this_processor(
     monkeypatch.setattr(threads, "SYSFS", tmp_path)
     dealt = findings.find_numa(gpu_node(facts={"numa": probes.numa()})).detail
     assert dealt.endswith(
-        f"rank 0: cores {cores[0]} of NUMA node 0; rank 1: cores {cores[1]} of NUMA node 1"
+        f"auto with 2 ranks, of one thread each: rank 0: cores {cores[0]} of NUMA node 0; "
+        f"rank 1: cores {cores[1]} of NUMA node 1"
     )
 
 

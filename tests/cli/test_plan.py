@@ -38,10 +38,19 @@ def test_what_bounds_the_run_is_said_and_what_helps(capsys: pytest.CaptureFixtur
     assert "decoding bounds the run: the loader gives" in shown
     assert "- m3i-fast data pack SOURCE DIR --for-gpu 256:" in shown
     assert "- --data.num-threads 7:" in shown
+    assert "local-views" not in shown
+    assert "a node reads 25 GB/s (--read-gb-s; assumed: the peak of a DGX A100's" in shown
     assert "pictures of 1500 x 2000 pixels and 1,760 kB" in shown
     assert main([*DEMO, "--card", "cpu", "--cores", "64", "--data.num-threads", "64"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "compute bounds the run: the loader gives" in shown
+
+
+def test_exact_decode_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    exact = ["--data.exact-decode", "--picture", "1500", "2000", "--cores", "1.5"]
+    assert main([*DEMO, "--card", "h100", *exact]) == 0
+    shown = capsys.readouterr().out
+    assert "JPEG engines," not in shown and "hw-decoder-load 0" not in shown
 
 
 def test_json_has_the_loader_in_pictures_a_second(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from m3i_fast.costs.loader_cost import ENGINES, READING, THREADS, VIEWS
 from m3i_fast.costs.roofline import CANDIDATES, StepCost, predict
 from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.traffic import Nodes, Traffic
+from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.objectives.methods import CATEGORY
-from m3i_fast.planning.plan import WORKSPACE, Plan, make_plan, source_of
+from m3i_fast.planning.plan import WORKSPACE, Plan, Strategy, make_plan, source_of
 from m3i_fast.planning.step_memory import AVERAGE, PARAMETERS, STATES, trace
 from m3i_fast.recipes import recipes, shrink
 
@@ -246,6 +248,10 @@ def test_published_rates() -> None:
         "h200_nvl": 835e12,
         "b200": 2250e12,
     }
+    for name, card in CARDS.items():
+        a_clock = {"a100": 2048, "b200": 8192}.get(name, 4096)
+        expected = pytest.approx(card.bf16_flop_s, rel=2e-3)
+        assert not card.is_gpu or card.multiprocessors * card.clock_hz * a_clock == expected
 
 
 def test_a_run_in_fp8_is_planned_at_the_rate_of_bf16_and_says_so(plan: Plan) -> None:
@@ -278,6 +284,42 @@ def test_all_local_views_are_one_pass_of_the_encoder_and_of_the_decoder() -> Non
     assert rows["decoder of inter, local views"] == 3 * asked * (36 + queries)
 
 
+MIXED = ("s3://bucket/photos:train:3", "data/drawings:train:1")
+
+
+@pytest.mark.parametrize(
+    ("mixture", "card", "ranks", "expected", "words"),
+    [
+        ((), "h100", 8, 25e9, "DGX A100"),
+        (("data/a:train:1", "data/b:train:2"), "h100", 8, 25e9, "DGX A100"),
+        (("s3://bucket/a:train:1",), "h100", 8, 12.5e9, "100 Gbit/s"),
+        (MIXED, "h100", 8, 12.5e9 / 0.75, "75% of the pictures"),
+        (("gs://bucket/a:train:1", "data/b:train:9"), "h100", 8, 25e9 / 0.9, "90% of the pictures"),
+        (MIXED, "cpu", 2, 2 * 1.25e9 / 0.75, "network adapters"),
+    ],
+)
+def test_what_a_node_reads_is_that_of_all_data_sets(
+    mixture: tuple[str, ...], card: str, ranks: int, expected: float, words: str
+) -> None:
+    cfg = replace(small(), data=replace(small().data, mixture=mixture))
+    source = source_of(cfg, CARDS[card], Nodes(ranks, 8))
+    assert source.read_byte_s == pytest.approx(expected)
+    assert source.read_as.startswith("assumed") and words in source.read_as
+
+
+def test_a_plan_asks_for_what_a_strategy_that_fits_trains(plan: Plan) -> None:
+    def with_limit(one: Strategy, limit: float, step_s: float) -> Strategy:
+        memory, speed = replace(one.memory, limit=limit), replace(one.speed, step_s=step_s)
+        return replace(one, memory=memory, speed=speed)
+
+    ddp, fsdp = plan.strategies[:2]
+    quick, slow = with_limit(ddp, 1.0, 0.1), with_limit(fsdp, math.inf, 0.4)
+    found = replace(plan, strategies=[quick, slow])
+    assert found.fastest == slow and found.asked_images_s == plan.batch_size / 0.4
+    none_fits = replace(plan, strategies=[quick, with_limit(fsdp, 1.0, 0.4)])
+    assert none_fits.fastest == quick and none_fits.asked_images_s == plan.batch_size / 0.1
+
+
 @pytest.mark.slow
 def test_the_loader_of_a_vit_s_is_that_of_the_page() -> None:
     """docs/start/data_at_scale.md, whose commands these are."""
@@ -287,7 +329,7 @@ def test_the_loader_of_a_vit_s_is_that_of_the_page() -> None:
     columns: dict[str, list[str]] = {name: [] for name in said}
     cfg = recipes()["m3i_vit_s_h100"]()
     for picture, kilobytes in (((375, 500), None), ((768, 1024), None), ((256, 341), 27.0)):
-        source = source_of(cfg, picture=picture, kilobytes=kilobytes)
+        source = source_of(cfg, CARDS["h100"], NODE, picture=picture, kilobytes=kilobytes)
         plan = make_plan(cfg, card=CARDS["h100"], nodes=NODE, source=source)
         loader, asked = plan.loader, plan.asked_images_s
         rates = [loader.rates[part] for part in (READING, ENGINES, THREADS, VIEWS)]
@@ -296,4 +338,13 @@ def test_the_loader_of_a_vit_s_is_that_of_the_page() -> None:
         cells.append(f"{8 * asked * loader.picture_bytes / 1e9:.1f} GB/s")
         for name, cell in zip(columns, cells, strict=True):
             columns[name].append(cell)
+        if kilobytes is None and picture == PICTURE:
+            _expect_on_the_page_of_packing(8 * asked, loader.decode_s)
     assert columns == said
+
+
+def _expect_on_the_page_of_packing(asked: float, decode_s: float) -> None:
+    text = " ".join((ROOT / "docs" / "start" / "pack.md").read_text().split())
+    assert f"predicts {asked:,.0f} images/s" in text
+    product = f"{asked:,.0f} x {1e3 * decode_s:g} ms = {asked * decode_s:.0f} threads"
+    assert product in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -16,11 +17,13 @@ from m3i_fast.benchmarks.core.timed_windows import Schedule
 from m3i_fast.benchmarks.ledger import rows as ledger
 from m3i_fast.benchmarks.node import sweep as node_sweep
 from m3i_fast.benchmarks.node import sweep_point as node_point
+from m3i_fast.benchmarks.node.planned import cores_of_node
 from m3i_fast.benchmarks.node.sweep import AXES, Point, mark_best, measure_points, parse_sweep
 from m3i_fast.benchmarks.node.sweep_point import is_out_of_memory
 from m3i_fast.benchmarks.node.workloads import BOTH, LOADER, NO_EXCHANGE, SYNTHETIC
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
+from m3i_fast.costs.traffic import Nodes
 from m3i_fast.recipes import demo, shrink
 from tests.shared.engine.small_run import TEXT
 
@@ -34,6 +37,23 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     TINY.save(tmp_path / "tiny.json")
     return str(tmp_path / "tiny.json")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "ranks_per_node", "expected"),
+    [
+        ([range(8)] * 2, 2, 8),
+        ([range(4), range(4, 8)], 2, 8),  # each rank is bound to its own
+        ([range(6), range(2, 8)], 2, 8),
+        ([range(4), range(4, 8), range(9), range(9)], 2, 8),  # the second node has others
+        ([range(0)] * 2, 2, os.cpu_count()),  # the system does not tell
+    ],
+)
+def test_cores_of_a_node_are_those_of_its_ranks_together(
+    allowed: list[range], ranks_per_node: int, expected: int
+) -> None:
+    nodes = Nodes(len(allowed), ranks_per_node)
+    assert cores_of_node(list(map(frozenset, allowed)), nodes) == expected
 
 
 def _row() -> dict[str, Any]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 
 from m3i_fast.config.data import ViewConfig
-from m3i_fast.costs.view_cost import ViewWork, view_work
+from m3i_fast.costs.gpus import CARDS
+from m3i_fast.costs.view_cost import CACHE_BYTE_S, LANES, view_times, view_work
 from tests.shared.cuda.nvcc import CUDA
 
 FOLDER = CUDA / "views"
 PAGE = FOLDER / "ROOFLINE.md"
 HEIGHT, WIDTH = 375, 500  # pixels of the picture
 
-MULTIPROCESSORS, CLOCK_GHZ, LANES = 132, 1.83, 32  # loads of shared memory in a clock
-MEMORY_TB_S, CACHE_TB_S = 3.35, 5.5
+CARD = CARDS["h100"]
 
 BLURRED = {"blur_probability": 0.5}
 RECIPES: dict[str, tuple[ViewConfig, ...]] = {
@@ -27,16 +27,6 @@ RECIPES: dict[str, tuple[ViewConfig, ...]] = {
         ViewConfig(count=8, size=96, scale=(0.05, 0.3), **BLURRED),
     ),
 }
-
-
-def times_us(work: ViewWork) -> tuple[float, float, float]:
-    """Return how long memory, cache and loads take, each alone, on all multiprocessors."""
-    clocks = work.loads / LANES / MULTIPROCESSORS
-    return (
-        work.memory / MEMORY_TB_S / 1e6,
-        work.cache / CACHE_TB_S / 1e6,
-        clocks / CLOCK_GHZ / 1e3,
-    )
 
 
 def render() -> str:
@@ -53,8 +43,10 @@ def render() -> str:
         "memory a block: four blocks on a multiprocessor. One launch a batch.",
         "",
         f"Of one decoded picture of {HEIGHT} x {WIDTH} pixels, with crops of their mean area and",
-        f"the probabilities of the recipe. Assumed: memory at {MEMORY_TB_S} TB/s, cache at",
-        f"{CACHE_TB_S} TB/s, {MULTIPROCESSORS} multiprocessors at {CLOCK_GHZ} GHz with {LANES}",
+        "the probabilities of the recipe. Assumed: memory at "
+        f"{CARD.memory_byte_s / 1e12} TB/s, cache at",
+        f"{CACHE_BYTE_S / 1e12} TB/s, {CARD.multiprocessors} multiprocessors at "
+        f"{CARD.clock_hz / 1e9} GHz with {LANES}",
         "loads of shared memory in a clock. Not counted: arithmetic (colours in fp32, above all",
         "the hue), weights in float64, barriers, bank conflicts.",
         "",
@@ -64,7 +56,7 @@ def render() -> str:
     for name, groups in RECIPES.items():
         work = view_work(groups, HEIGHT, WIDTH)
         cells = [f"{n / 1e6:.2f}" for n in (work.memory, work.cache, work.loads)]
-        cells += [f"{us:.2f}" for us in times_us(work)]
+        cells += [f"{1e6 * seconds:.2f}" for seconds in view_times(work, CARD)]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     lines += [
         "",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.costs.view_cost import view_work
+from m3i_fast.costs.view_cost import view_times, view_work
 from tests.cuda.views import roofline
 from tests.shared.cuda.nvcc import CUDA, compile_options, run_nvcc
 
@@ -61,5 +61,5 @@ def test_two_views_of_224_are_bound_by_loads_from_shared_memory() -> None:
     """Under a megabyte from memory: a picture of 0.56 MB read, and two views of 0.15 written."""
     work = view_work(roofline.RECIPES["2 x 224"], roofline.HEIGHT, roofline.WIDTH)
     assert work.memory == 3 * (375 * 500 + 2 * 224**2)
-    times = roofline.times_us(work)
+    times = view_times(work, roofline.CARD)
     assert times.index(max(times)) == 2
