@@ -47,6 +47,30 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def created_whole(path: Path) -> Iterator[Path]:
+    """Yield a new directory beside `path` to write in, then sync it and rename it to `path`.
+
+    Directories above it are made where they are missing. On any error nothing of it stays. Raises
+    FileExistsError where `path` is there.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists already: name another folder")
+    make_directories(path.absolute().parent)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    if os.path.lexists(temporary):  # of a process of the same id that was killed
+        _delete(temporary)
+    temporary.mkdir()
+    try:
+        yield temporary
+        sync(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        _delete(temporary)
+        raise
+    sync(path.absolute().parent)
+
+
 def make_directories(path: Path) -> None:
     """Make a directory and those above it that are missing, so that a power cut leaves them."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

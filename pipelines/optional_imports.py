@@ -14,6 +14,4 @@ def require(module: str, *, extra: str = "data") -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{module} is not installed; the data pipeline needs: pip install "m3i-fast[{extra}]"'
-        ) from error
+        raise ImportError(f'{module} is not installed: pip install "m3i-fast[{extra}]"') from error

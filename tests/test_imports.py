@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "recipes": {"objectives", "pipelines"},
     "evaluation": {"pipelines", *MODELS},
     "export": MODELS,
-    "inference": ENGINE,
+    "inference": {"export", *ENGINE},
     "observe": {"_nvtx"},
     "op_registry": {"ops"},
     "doctor": {"op_registry", *ENGINE},

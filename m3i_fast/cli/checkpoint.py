@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import refuse
-from m3i_fast.durable_files import replaced_atomically
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds, and help does without
@@ -84,9 +83,8 @@ def consolidate(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positiona
         return refuse(f"OUT: expected a name ending in .safetensors, got {out}")
     if out.exists():
         return refuse(f"{out} exists already: name another file")
-    from safetensors.torch import save_file
-
     from m3i_fast.engine.checkpoint.checkpoints import Checkpoint, latest
+    from m3i_fast.export.weight_files import write_weights
 
     if _is_checkpoint(checkpoint):
         source = Checkpoint(checkpoint)
@@ -96,8 +94,7 @@ def consolidate(checkpoint: tyro.conf.Positional[Path], out: tyro.conf.Positiona
     if source.path.resolve() in out.resolve().parents:
         return refuse(f"OUT: expected a file outside of {source.path}, got {out}")
     tensors = source.shards("model").read()
-    with replaced_atomically(out) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "step": str(source.step)})
+    write_weights(out, tensors, step=str(source.step))
     console.print(f"wrote {len(tensors)} tensors of {source.path} to {out}", soft_wrap=True)
     return 0
 

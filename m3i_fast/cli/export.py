@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from m3i_fast.cli import refuse
+from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.terminal import make_console
 
 console = make_console()
@@ -28,6 +29,8 @@ class ExportCommand:
     moving average, without decoders and optimiser."""
     which: Literal["trained", "ema"] = "trained"
     """Encoder for timm: the trained one, or its moving average."""
+    data: Path | None = None
+    """Data set of a run that an older version began without data.json, for --to safetensors."""
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> int:
         return refuse("--which: expected with --to timm alone; load(OUT, which='ema') has both")
     from m3i_fast.inference.folder import save_folder
 
-    save_folder(command.run, command.out)
+    save_folder(command.run, command.out, data=command.data)
     console.print(
         f"wrote {command.out}: m3i_fast.load({str(command.out)!r})", soft_wrap=True, highlight=False
     )
@@ -48,6 +51,9 @@ def main(argv: list[str]) -> int:
 
 
 def _to_timm(command: ExportCommand) -> int:
+    if command.data is not None:
+        return refuse("--data: expected with --to safetensors alone; timm's folder has no classes")
+    require("timm", extra="timm")  # told before the run is read
     from m3i_fast.export.timm_folder import save_timm_folder
     from m3i_fast.inference.loading import load
     from m3i_fast.models.transformer.vit import ViT

@@ -144,7 +144,7 @@ def _create(spec: str, name: str, file: Path | None, image_size: int) -> Any:
         import timm
     except ModuleNotFoundError as error:
         raise ImportError(
-            f'teacher {spec}: timm is not installed: pip install timm, or "m3i-fast[dev]"'
+            f'teacher {spec}: timm is not installed: pip install "m3i-fast[timm]"'
         ) from error
     # timm's own loader renames old keys and resizes positions. The head is created and dropped
     # afterwards, since without one timm loads leniently and reports no missing weight.

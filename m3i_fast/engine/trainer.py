@@ -61,17 +61,33 @@ def train(
     progress: Progress = lambda step, values: None,
     *,
     resume: Resume = False,
+    new_num_steps: bool = False,
+    new_batch_size: bool = False,
+    stop_on_collapse: bool = False,
 ) -> Outcome:
-    """Train a config in the run directory `out`, as `m3i-fast train` does.
+    """Train a config in the run directory `out`, as `m3i-fast train` does, but for its limits.
 
     How many classes, token ids and tokens there are is taken from the data's manifest. progress:
     called with every logged step and its metrics. resume: continue the run in `out`; auto: continue
-    it if there is one. Under torchrun, or `m3i-fast launch`, every rank calls this. Raises as
+    it if there is one; new_num_steps, new_batch_size: it may have other ones, as where their flags
+    are typed. stop_on_collapse: raise `CollapseError`, after a checkpoint, when a monitor stays out
+    of its healthy range. Under torchrun, or `m3i-fast launch`, every rank calls this.
+
+    There is no limit of time and no watchdog: a run that hangs hangs, and what a GPU's errors mean
+    is not told. `m3i-fast train`, or `Trainer` for the former, has them. Raises as
     `take_data_fields` and `Trainer`.
     """
     had_joined = dist.is_initialized()
     try:
-        return Trainer(take_data_fields(cfg), Path(out), resume=resume).train(progress)
+        trainer = Trainer(
+            take_data_fields(cfg),
+            Path(out),
+            resume=resume,
+            new_num_steps=new_num_steps,
+            new_batch_size=new_batch_size,
+            stop_on_collapse=stop_on_collapse,
+        )
+        return trainer.train(progress)
     finally:
         if not had_joined:
             leave_world()

@@ -14,13 +14,12 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.durable_files import replaced_atomically
-from m3i_fast.export.weight_files import read_weights, some, tensors_in
+from m3i_fast.export.weight_files import read_weights, some, tensors_in, write_weights
 from m3i_fast.models.internimage.model import InternImage
 
 logger = logging.getLogger(__name__)
@@ -114,11 +113,11 @@ def save_internimage(model: InternImage, path: str | Path, layout: Layout) -> No
             f"{layout} layout, got {path.name}"
         )
     content = to_layout(model, layout)
+    if safe:
+        write_weights(path, content)
+        return
     with replaced_atomically(path) as temporary:
-        if safe:
-            safetensors.torch.save_file(content, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(content, temporary)
+        torch.save(content, temporary)
 
 
 def _official_names(content: Mapping[str, Any]) -> State:

@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.durable_files import replaced_atomically, write_atomically
+from m3i_fast.durable_files import created_whole, write_atomically
 from m3i_fast.export.timm import timm_arguments, to_timm
+from m3i_fast.export.weight_files import WEIGHTS, write_weights
 from m3i_fast.models.transformer.vit import ViT
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
 _FILTERS = {"cubic": "bicubic", "linear": "bilinear"}  # ours, timm's
@@ -30,8 +27,8 @@ def save_timm_folder(
     """Write a folder for `timm.create_model("local-dir:OUT", pretrained=True)`.
 
     Its `forward_features` is that of `vit`, and its output the mean of the patch tokens. mean, std:
-    of the pixels, as fractions of 1; interpolation: cubic or linear. The config is written last:
-    without it timm takes no folder. Returns the name of timm's architecture.
+    of the pixels, as fractions of 1; interpolation: cubic or linear. After an error there is no
+    folder. Returns the name of timm's architecture.
 
     Raises ValueError for what `to_timm` refuses, for an MLP or a norm that timm's default is not,
     and FileExistsError where `out` is there.
@@ -40,10 +37,7 @@ def save_timm_folder(
     arguments = timm_arguments(vit.cfg) | {"global_pool": "avg"}
     name = architecture(vit.cfg)
     state = to_timm(vit).state_dict()
-    out.mkdir(parents=True)
     weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    with replaced_atomically(out / WEIGHTS) as temporary:
-        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
     config: dict[str, Any] = {
         "architecture": name,
         "num_classes": 0,
@@ -64,7 +58,9 @@ def save_timm_folder(
             "classifier": "head",
         },
     }
-    write_atomically(out / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    with created_whole(out) as folder:
+        write_weights(folder / WEIGHTS, weights)
+        write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     return name
 
 

@@ -1,4 +1,4 @@
-"""Files of weights that others wrote, read without running any code of theirs."""
+"""Files of weights: others' are read without running any code of theirs, ours are safetensors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from m3i_fast.durable_files import replaced_atomically
+
+WEIGHTS = "model.safetensors"
+"""Name of the file in a folder that is written for timm, or for `m3i_fast.load`."""
 CONTAINERS = ("model", "module", "state_dict", "teacher")
 """Keys below which training programs put the weights of a checkpoint."""
 MAX_NAMED = 20
@@ -41,6 +45,19 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return content
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], **more: str) -> None:
+    """Write tensors by name to a file of safetensors, which is whole or absent.
+
+    more: what its metadata say besides that the tensors are torch's. Raises OSError where the disk
+    is full.
+    """
+    with replaced_atomically(path) as temporary:
+        try:
+            safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt", **more})
+        except SafetensorError as error:
+            raise OSError(f"{path}: not written: {error}") from error
 
 
 def tensors_in(content: Mapping[str, Any]) -> dict[str, Tensor]:

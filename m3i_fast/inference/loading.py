@@ -5,12 +5,14 @@ Decoders, prototypes, teachers and moments are neither built nor read.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -27,17 +29,33 @@ from m3i_fast.engine.run.data_record import (
     read_record,
     record_data,
 )
+from m3i_fast.export.weight_files import WEIGHTS
 from m3i_fast.inference.model import Model
 from m3i_fast.inference.transform import Transform
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.models.transformer.blocks import reset
 from m3i_fast.objectives.terms import Caption, Category, Sizes, TermModule, build_term
-from m3i_fast.pipelines.mixture import read_described
+from m3i_fast.pipelines.mixture import MixedData, read_described
+
+if TYPE_CHECKING:
+    from m3i_fast.pipelines.dataset.manifest import Manifest
+
+logger = logging.getLogger(__name__)
 
 Which = Literal["trained", "ema"]
-WEIGHTS = "model.safetensors"  # of an export
 # What the names of an encoder's weights begin with in a checkpoint.
 PREFIXES: dict[str, str] = {"trained": "encoder.", "ema": "target_encoder.encoder."}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What is read of a run: its weights, and where the rest of it lies."""
+
+    weights: Shards
+    directory: Path
+    """Of config.json, and of data.json where the run has one."""
+    digest_of_data: str | None = None
+    """As the checkpoint's position in the data has it; None: of an export."""
 
 
 def load(
@@ -62,27 +80,29 @@ def load(
         dtype: of matrix products, float32, or bfloat16 by autocast; weights and embeddings are fp32
             either way. None: that of the run, as evaluation has it.
         data: the data set of a run that an older version began, which kept no record of it
-            (`data.json`) in its directory; classes and tokenizer are read there.
+            (`data.json`) in its directory; classes and tokenizer are read there. Where there is a
+            record the data are compared with it.
 
     Raises:
         FileNotFoundError: there is no such run or checkpoint, or no data set in `data`.
-        ValueError: no checkpoint is good, the run has no moving average, `data` has other classes
-            or tokens than the run, or an argument is none of those above.
+        ValueError: no checkpoint is good, the run has no moving average, `data` is not the data set
+            of the run, or an argument is none of those above.
     """
-    stored, directory = find_weights(Path(run))
+    stored = find_weights(Path(run))
+    directory = stored.directory
     cfg = TrainConfig.load(directory / "config.json")
     _expect_choices(directory, cfg, which, dtype)
     target = resolve_device("auto") if device == "auto" else torch.device(device)
     record = read_record(directory)
     if data is not None:
-        record = _described(replace(cfg, data=replace(cfg.data, path=Path(data), mixture=())))
+        record = data_record(stored, cfg, Path(data))
     preprocessing = preprocessing_of(cfg) if record is None else record.preprocessing
 
     with torch.device("meta"):
         encoder = build_encoder(cfg.vision)
         terms = _label_terms(cfg) if which == "trained" else {}
     parts = {f"terms.{name}.": term for name, term in terms.items()}
-    _read(stored, {PREFIXES[which]: encoder, **parts})
+    _read(stored.weights, {PREFIXES[which]: encoder, **parts})
     captions = [term for term in terms.values() if isinstance(term, Caption)]
     categories = [term for term in terms.values() if isinstance(term, Category)]
     model = Model(
@@ -92,21 +112,21 @@ def load(
         transform=Transform(preprocessing),
         compute_dtype=dtype or compute_dtype(cfg.precision, target),
         without_heads=_without_heads(directory, which),
-        read_record=partial(_same, record) if record else partial(_from_data, directory, cfg),
+        read_record=partial(_same, record) if record else partial(_from_data, stored, cfg),
     )
     return model.to(target).requires_grad_(False).eval()
 
 
-def find_weights(path: Path) -> tuple[Shards, Path]:
-    """Return the weights of a run, checkpoint or export, and the directory of its config.
+def find_weights(path: Path) -> Stored:
+    """Return the weights of a run, checkpoint or export.
 
-    Of a checkpoint every byte is verified. Raises FileNotFoundError and ValueError as `load`.
+    Of a checkpoint every byte is verified. A run's checkpoints go before a file of weights that was
+    written beside them. Raises FileNotFoundError and ValueError as `load`.
     """
-    has_config = (path / "config.json").is_file()
-    if has_config and (path / WEIGHTS).is_file():
-        return Shards([path / WEIGHTS], path), path
-    if has_config:
-        return latest(path / "checkpoints").shards("model"), path
+    if (path / "config.json").is_file():
+        if not (path / "checkpoints").is_dir() and (path / WEIGHTS).is_file():
+            return Stored(Shards([path / WEIGHTS], path), path)
+        return _of_checkpoint(latest(path / "checkpoints"), path)
     run = path.absolute().parent.parent
     if not path.is_dir() or not (run / "config.json").is_file():
         raise FileNotFoundError(
@@ -115,7 +135,12 @@ def find_weights(path: Path) -> tuple[Shards, Path]:
         )
     checkpoint = Checkpoint(path)
     checkpoint.verify()
-    return checkpoint.shards("model"), run
+    return _of_checkpoint(checkpoint, run)
+
+
+def _of_checkpoint(checkpoint: Checkpoint, run: Path) -> Stored:
+    position = checkpoint.state(rank=0).get("loader", {})
+    return Stored(checkpoint.shards("model"), run, position.get("dataset"))
 
 
 def _expect_choices(run: Path, cfg: TrainConfig, which: str, dtype: torch.dtype | None) -> None:
@@ -175,32 +200,76 @@ def _same(record: DataRecord) -> DataRecord:
     return record
 
 
-def data_record(run: Path, cfg: TrainConfig) -> DataRecord:
-    """Return the record of a run; ValueError where it has none, and its data are not there."""
-    return read_record(run) or _from_data(run, cfg)
+def data_record(stored: Stored, cfg: TrainConfig, data: Path | None = None) -> DataRecord:
+    """Return the record of a run, or where it has none, that of its data.
+
+    data: where these lie now; None: where cfg has them. Raises ValueError where there is no record
+    and the data are not there, and where those that are named are not the run's.
+    """
+    record = read_record(stored.directory)
+    if record is not None and data is None:
+        return record
+    if data is not None:
+        cfg = replace(cfg, data=replace(cfg.data, path=data, mixture=()))
+    if record is None:
+        return _from_data(stored, cfg) if data is None else _described(stored, cfg)
+    _expect_as_recorded(stored.directory / DATA_FILE, record, read_described(cfg.data), cfg)
+    return record
 
 
-def _from_data(run: Path, cfg: TrainConfig) -> DataRecord:
+def _from_data(stored: Stored, cfg: TrainConfig) -> DataRecord:
     """Return the record of a run that has none, from the data that its config names."""
     try:
-        return _described(cfg)
+        return _described(stored, cfg)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{run}: an older version began the run and left no {DATA_FILE} with its classes and "
-            f"tokenizer, and they cannot be read from its data: {error}; name the data set that "
-            "it was trained on: load(..., data=DIR)"
+            f"{stored.directory}: an older version began the run and left no {DATA_FILE} with its "
+            f"classes and tokenizer, and they cannot be read from its data: {error}; name the data "
+            "set that it was trained on: load(..., data=DIR), m3i-fast export --data DIR"
         ) from error
 
 
-def _described(cfg: TrainConfig) -> DataRecord:
-    """Return what a run keeps of its data; ValueError where these are not of its sizes."""
-    record = record_data(cfg, read_described(cfg.data))
-    tokenizer = record.tokenizer
-    got = len(record.class_names), tokenizer.vocab_size, tokenizer.context_length
+def _described(stored: Stored, cfg: TrainConfig) -> DataRecord:
+    """Return what a run keeps of its data; ValueError where these are other data than its own."""
+    described = read_described(cfg.data)
+    tokenizer = described.tokenizer
+    got = len(described.class_names), tokenizer.vocab_size, tokenizer.context_length
     expected = cfg.num_classes, cfg.text.vocab_size, cfg.text.context_length
     if got != expected:
         raise ValueError(
             f"data: expected the data set of the run, (classes, token ids, tokens a caption) = "
-            f"{expected}, got {got} in {cfg.data.path}"
+            f"{expected}, got {got} in {_places(cfg)}"
         )
-    return record
+    if stored.digest_of_data is None:
+        logger.warning(
+            "%s does not say which data it was trained on: that %s are the same is not checked "
+            "beyond the numbers of classes and tokens",
+            stored.directory,
+            _places(cfg),
+        )
+    elif described.digest != stored.digest_of_data:
+        raise ValueError(
+            f"data: expected the data set of the run, of digest {stored.digest_of_data}, as its "
+            f"checkpoint has it, got {described.digest} in {_places(cfg)}"
+        )
+    return record_data(cfg, described)
+
+
+def _expect_as_recorded(
+    file: Path, record: DataRecord, got: Manifest | MixedData, cfg: TrainConfig
+) -> None:
+    """Raise ValueError for data of other classes or another tokenizer than a run's record."""
+    wrong = []
+    if got.tokenizer != record.tokenizer:
+        wrong.append(f"tokenizer: expected {record.tokenizer}, got {got.tokenizer}")
+    pairs = enumerate(zip_longest(record.class_names, got.class_names))
+    wrong += [f"class {n}: expected {a!r}, got {b!r}" for n, (a, b) in pairs if a != b][:1]
+    if wrong:
+        raise ValueError(
+            f"data: expected those of {file}, got others in {_places(cfg)}: {'; '.join(wrong)}; "
+            "leave them out, as the run needs none"
+        )
+
+
+def _places(cfg: TrainConfig) -> str:
+    return " and ".join(str(part.path) for part in cfg.data.mixture_parts) or str(cfg.data.path)

@@ -32,9 +32,9 @@ class Model(nn.Module):
     """The encoder of a run with its heads, in evaluation mode and frozen.
 
     Pictures are a PIL image or several (any mode, upright as their EXIF says), a tensor
-    [B, 3, H, W] uint8, or what `transform` returns: [3, S, S] floats, or a batch of them,
-    [B, 3, H, W]. All but floats go through `transform`; floats are taken as normalised already, and
-    sides other than S interpolate the positions.
+    [B, 3, H, W] or [3, H, W] uint8, or what `transform` returns: [3, S, S] floats, or a batch of
+    them, [B, 3, H, W]. All but floats go through `transform`; floats are taken as normalised
+    already, and sides other than S interpolate the positions.
 
     Call `requires_grad_()` to train it further. Methods raise ValueError for tensors of another
     shape or dtype, and TypeError for what is neither a picture nor a tensor.
@@ -92,34 +92,39 @@ class Model(nn.Module):
         return self._caption.log_scale
 
     @property
+    def logit_bias(self) -> Tensor | None:
+        """Return what a sigmoid likelihood adds to the scaled cosines, []; None under softmax."""
+        return self._caption.bias
+
+    @property
     def device(self) -> torch.device:
         """Return the device of the weights, to which inputs are copied."""
         return next(self.parameters()).device
 
     # ---- Embeddings, as open_clip ----------------------------------------------------------------
 
-    def encode_image(self, pictures: Pictures, normalize: bool = False) -> Tensor:  # -> [B, E] fp32
+    def encode_image(self, image: Pictures, normalize: bool = False) -> Tensor:  # -> [B, E] fp32
         """Embed pictures in the space of `encode_text`; normalize: to unit length.
 
         Raises ValueError where the model has no caption head.
         """
         head = self._caption
         with self._arithmetic():
-            cells = self.encoder.encode_cells(self._images(pictures))
+            cells = self.encoder.encode_cells(self._images(image))
             embedded = head.project(self.encoder.summarise(cells))
         return F.normalize(embedded, dim=-1) if normalize else embedded
 
     def encode_text(
-        self, texts: str | Sequence[str] | Tensor, normalize: bool = False
+        self, text: str | Sequence[str] | Tensor, normalize: bool = False
     ) -> Tensor:  # -> [B, E] fp32
         """Embed texts in the space of `encode_image`; normalize: to unit length.
 
-        texts: one or several, or what `tokenizer` returns, [B, T] int; a longer text is cut at the
+        text: one or several, or what `tokenizer` returns, [B, T] int; a longer text is cut at the
         run's context length. Raises ValueError where the model has no caption head, and for a row
         of ids that has no end.
         """
         head = self._caption
-        token_ids = texts if isinstance(texts, Tensor) else self.tokenizer(texts)
+        token_ids = text if isinstance(text, Tensor) else self.tokenizer(text)
         token_ids = token_ids.to(self.device)
         with self._arithmetic():
             embedded = head.project_captions(token_ids, self._num_tokens(token_ids))
@@ -138,22 +143,27 @@ class Model(nn.Module):
 
     # ---- Features, as timm -----------------------------------------------------------------------
 
-    def forward_features(self, pictures: Pictures) -> Tensor:  # -> [B, R + N, C]
+    def forward_features(self, x: Pictures) -> Tensor:  # -> [B, R + N, C]
         """Encode pictures as tokens, the prefix first, the grid row by row."""
         with self._arithmetic():
-            images = self._images(pictures)
+            images = self._images(x)
             if isinstance(self.encoder, ViT):
                 tokens: Tensor = self.encoder(images)
                 return tokens
             return self.encoder.encode_cells(images)
 
-    def forward_head(self, features: Tensor) -> Tensor:  # [B, R + N, C] -> [B, C] fp32
-        """Average the tokens of the grid: the features of evaluation's kNN and linear probe."""
-        return features[:, self.num_prefix_tokens :].float().mean(1)
+    def forward_head(
+        self, x: Tensor, pre_logits: bool = False
+    ) -> Tensor:  # [B, R + N, C] -> [B, C] fp32
+        """Average the tokens of the grid: the features of evaluation's kNN and linear probe.
 
-    def forward(self, pictures: Pictures) -> Tensor:  # -> [B, C] fp32
-        """Encode pictures as one vector each: `forward_head(forward_features(pictures))`."""
-        return self.forward_head(self.forward_features(pictures))
+        pre_logits: as timm's calls have it; either gives the average, since no classifier follows.
+        """
+        return x[:, self.num_prefix_tokens :].float().mean(1)
+
+    def forward(self, x: Pictures) -> Tensor:  # -> [B, C] fp32
+        """Encode pictures as one vector each: `forward_head(forward_features(x))`."""
+        return self.forward_head(self.forward_features(x))
 
     # ---- Inputs ----------------------------------------------------------------------------------
 
@@ -171,6 +181,8 @@ class Model(nn.Module):
             pictures = [pictures]
         if isinstance(pictures, Sequence) and any(map(_is_normalised, pictures)):
             pictures = _stacked(pictures)
+        if isinstance(pictures, Tensor) and pictures.ndim == 3:
+            pictures = pictures[None]
         if not _is_normalised(pictures):
             views = self.transform.views(pictures).to(self.device)
             return normalise(views, self.compute_dtype)
@@ -187,7 +199,7 @@ class Model(nn.Module):
         end = token_ids == head.vocab_size - 1
         if token_ids.is_floating_point() or token_ids.ndim != 2 or not end.any(1).all():
             raise ValueError(
-                f"texts: expected [B, T] token ids with an end in each row, {head.vocab_size - 1}, "
+                f"text: expected [B, T] token ids with an end in each row, {head.vocab_size - 1}, "
                 f"as this model's tokenizer returns them, got {list(token_ids.shape)} "
                 f"{token_ids.dtype}"
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +119,8 @@ def test_what_cannot_be_exported_is_refused(
     assert "exists already" in refused(str(run), str(tmp_path), "--to", "timm")
     out = str(tmp_path / "out")
     assert "expected a run directory" in refused(str(tmp_path), out, "--to", "timm")
+    said = refused(str(run), out, "--to", "timm", "--data", str(dataset))
+    assert "--data: expected with --to safetensors alone" in said
     said = refused(str(run), out, "--to", "safetensors", "--which", "ema")
     assert "--which: expected with --to timm alone" in said
     cfg = shrink(demo_internimage(), path=dataset, num_classes=9, text=TEXT)
@@ -127,8 +131,35 @@ def test_what_cannot_be_exported_is_refused(
     (older / "data.json").unlink()
     moved = TrainConfig.load(older / "config.json")
     replace(moved, data=replace(moved.data, path=tmp_path / "gone")).save(older / "config.json")
-    assert "left no data.json" in refused(str(older), out, "--to", "safetensors")
+    assert "m3i-fast export --data DIR" in refused(str(older), out, "--to", "safetensors")
     assert not Path(out).exists()
+    assert main(["export", str(older), out, "--to", "safetensors", "--data", str(dataset)]) == 0
+    assert (Path(out) / "data.json").read_bytes() == (run / "data.json").read_bytes()
+
+
+def test_without_timm_its_extra_is_named(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["export", str(run), str(tmp_path / "out"), "--to", "timm"]) == 2
+    assert 'timm is not installed: pip install "m3i-fast[timm]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["timm", "safetensors"])
+def test_a_full_disk_leaves_no_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    out = tmp_path / "new" / "folder"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # below that of the weights
+    try:
+        assert main(["export", str(run), str(out), "--to", to]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "model.safetensors: not written: " in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
+    assert main(["export", str(run), str(out), "--to", to]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["folder"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import m3i_fast
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.losses import LOSSES, Loss, no_products
@@ -162,9 +163,8 @@ def test_targets_of_a_dead_encoder_are_flagged(
         "_target_encoders",
         lambda self: {"momentum": Dead(self.target_encoder.encoder)},
     )
-    trainer = Trainer(_config(dataset), tmp_path / "run", stop_on_collapse=True)
     with pytest.raises(CollapseError, match="target_"):
-        trainer.train()
+        m3i_fast.train(_config(dataset), tmp_path / "run", stop_on_collapse=True)
     row = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
     assert row["step"] <= 30
     assert row["monitor/target_std"] < 1e-3 and row["monitor/target_kmeans_entropy"] == 0

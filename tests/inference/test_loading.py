@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 import m3i_fast
+from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
+from m3i_fast.durable_files import digest
 from m3i_fast.engine.evaluator import build_averaged, load_objective
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.feature_extraction import collect_features
@@ -30,7 +32,7 @@ from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.sources import openmoji
 from m3i_fast.recipes import demo_internimage, demo_method, shrink
-from tests.shared.engine.small_run import TEXT, small_run
+from tests.shared.engine.small_run import TEXT, saved_tensors, small_run
 
 
 def trained(cfg: TrainConfig, out: Path, *, steps: int = 1) -> Path:
@@ -97,8 +99,9 @@ def test_embeddings_are_those_of_evaluation_bit_for_bit(
     raw = model.encode_image(pictures)
     torch.testing.assert_close(raw / raw.norm(dim=-1, keepdim=True), embedded)
     assert not torch.allclose(raw, embedded)
-    one = model.encode_image(pictures[0], normalize=True)
-    torch.testing.assert_close(one, embedded[:1], rtol=0, atol=1e-6)
+    for one in (pictures[0], views[0], model.transform(pictures[0])):
+        embedded_one = model.encode_image(image=one, normalize=True)
+        torch.testing.assert_close(embedded_one, embedded[:1], rtol=0, atol=1e-6)
     of_list = model.encode_image([model.transform(p) for p in pictures], normalize=True)
     assert torch.equal(of_list, embedded)
 
@@ -147,10 +150,59 @@ def test_bfloat16_is_that_of_autocast(run: Path, batch: Batch) -> None:
     assert not torch.equal(got, m3i_fast.load(run, device="cpu").encode_image(views, True))
 
 
+def test_bfloat16_rounds_no_logits(run: Path, batch: Batch) -> None:
+    views = batch.global_views[0]
+    objective = load_objective(run, config_of(run))
+    (term,) = objective.terms_of(Category)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        embedded = term.embed(objective.encoder.summarise(objective.embed_images(views)[0]))
+    classes = torch.nn.functional.normalize(term.embedding.detach().double(), dim=-1)
+    expected = term.log_scale.detach().double().exp() * embedded.double() @ classes.T
+    logits = m3i_fast.load(run, device="cpu", dtype=torch.bfloat16).classify(views)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
+    whole = m3i_fast.load(run, device="cpu", dtype=torch.float32).classify(views)
+    assert 1e-5 < (logits - whole).abs().max() < 0.05 * whole.abs().max()  # of the encoder alone
+
+
+def test_timms_and_open_clips_calls_are_taken(model: m3i_fast.Model, batch: Batch) -> None:
+    import inspect
+
+    from open_clip.model import CLIP
+    from timm.models.vision_transformer import VisionTransformer
+
+    calls = [(CLIP, "encode_image"), (CLIP, "encode_text"), (VisionTransformer, "forward_head")]
+    for theirs, name in calls:
+        arguments = inspect.signature(getattr(theirs, name)).parameters
+        assert [*inspect.signature(getattr(m3i_fast.Model, name)).parameters] == [*arguments]
+    features = model.forward_features(x=batch.global_views[0])
+    vector = model.forward_head(features, pre_logits=True)
+    assert torch.equal(vector, model(batch.global_views[0]))
+
+
+def test_the_bias_is_that_of_a_sigmoid(
+    model: m3i_fast.Model, batch: Batch, dataset: Path, tmp_path: Path
+) -> None:
+    assert model.logit_bias is None
+    cfg = small_run(dataset)
+    terms = tuple(
+        replace(term, likelihood="sigmoid") if term.target == "caption" else term
+        for term in cfg.objective.terms
+    )
+    run = trained(replace(cfg, objective=replace(cfg.objective, terms=terms)), tmp_path / "run")
+    of_sigmoid = m3i_fast.load(run, device="cpu")
+    assert of_sigmoid.logit_bias is not None
+    (stored,) = (
+        value for name, value in saved_tensors(run).items() if name.endswith("caption.bias")
+    )
+    assert torch.equal(of_sigmoid.logit_bias, stored) and stored < -9
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (torch.zeros(3, 64, 64), r"expected \[B, 3, H, W\] floats, got \[3, 64, 64\]"),
+        (torch.zeros(64, 64), r"expected \[B, 3, H, W\] floats, got \[64, 64\]"),
+        (torch.zeros(64, 64, 3), r"expected \[B, 3, H, W\] floats, got \[1, 64, 64, 3\]"),
         (torch.zeros(2, 1, 64, 64), r"expected \[B, 3, H, W\] floats"),
         (torch.zeros(2, 64, 64, 3, dtype=torch.uint8), r"expected \[B, 3, H, W\] uint8"),
         (torch.zeros(2, 3, 64, 64, dtype=torch.int64), r"uint8, got .* torch.int64"),
@@ -278,6 +330,16 @@ def test_a_checkpoint_is_loaded_by_its_own_name(run: Path, batch: Batch) -> None
     assert torch.equal(fourth, newest) and not torch.equal(second, newest)
 
 
+def test_checkpoints_go_before_a_file_of_weights_beside_them(
+    run: Path, model: m3i_fast.Model, batch: Batch, tmp_path: Path
+) -> None:
+    copied = shutil.copytree(run, tmp_path / "run")
+    second = copied / "checkpoints" / "step_00000002"
+    assert main(["checkpoint", "consolidate", str(second), str(copied / "model.safetensors")]) == 0
+    views = batch.global_views[0]
+    assert torch.equal(m3i_fast.load(copied, device="cpu")(views), model(views))
+
+
 def test_what_is_no_run_or_is_damaged_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent: expected a run directory with config"):
         m3i_fast.load(tmp_path / "absent")
@@ -329,6 +391,63 @@ def test_a_run_of_an_older_version_reads_its_data_or_is_told_where(
     other = openmoji.build(tmp_path / "other", limit=60, num_merges=200, context_length=24)
     with pytest.raises(ValueError, match=r"= \(9, 814, 24\), got \(9, 714, 24\) in .*other"):
         m3i_fast.load(away, data=other)
+
+
+def renamed(dataset: Path, out: Path) -> Path:
+    """The data set with its classes in another order, and equal sizes."""
+    shutil.copytree(dataset, out)
+    tree = json.loads((out / "manifest.json").read_text())
+    tree["class_names"] = tree["class_names"][::-1]
+    (out / "manifest.json").write_text(json.dumps(tree))
+    return out
+
+
+def test_other_data_of_the_same_sizes_are_refused(
+    run: Path, model: m3i_fast.Model, dataset: Path, tmp_path: Path
+) -> None:
+    other = renamed(dataset, tmp_path / "other")
+    first, last = model.class_names[0], model.class_names[-1]
+    said = rf"data\.json, got others in .*other: class 0: expected '{first}', got '{last}'"
+    with pytest.raises(ValueError, match=said):
+        m3i_fast.load(run, data=other)
+    assert m3i_fast.load(run, device="cpu", data=dataset).class_names == model.class_names
+
+    older = moved(run, tmp_path / "older", record=False)
+    digests = rf"digest {read_manifest(dataset).digest}, .* got {read_manifest(other).digest} in"
+    with pytest.raises(ValueError, match=digests):
+        m3i_fast.load(older, data=other)
+    shutil.copytree(other, older / "gone")  # at the config's own path
+    lost = m3i_fast.load(older, device="cpu")
+    with pytest.raises(ValueError, match=digests):
+        lost.class_names  # noqa: B018
+
+
+def test_another_tokenizer_of_the_same_sizes_is_refused(
+    run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(dataset, tmp_path / "other")
+    tree = json.loads((other / "manifest.json").read_text())
+    tree["tokenizer"]["fingerprint"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match="tokenizer: expected .* got .*0000"):
+        m3i_fast.load(run, data=other)
+
+
+def test_a_checkpoint_that_names_no_data_says_that_they_are_not_compared(
+    run: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = moved(run, tmp_path / "older", record=False)
+    for file in older.glob("checkpoints/*/state/*.json"):
+        tree = json.loads(file.read_text())
+        del tree["loader"]["dataset"]
+        content = json.dumps(tree).encode()
+        file.write_bytes(content)
+        manifest = file.parent.parent / "manifest.json"
+        named = json.loads(manifest.read_text())
+        named["files"][f"state/{file.name}"] = asdict(digest(file))
+        manifest.write_text(json.dumps(named))
+    assert len(m3i_fast.load(older, device="cpu", data=dataset).class_names) == 9
+    assert "does not say which data it was trained on" in caplog.text
 
 
 # ---- As a module ---------------------------------------------------------------------------------

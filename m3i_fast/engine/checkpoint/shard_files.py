@@ -248,8 +248,8 @@ class Shards:
             reasons = "; ".join(str(reason) for reason, _ in error.failures.values())
             raise ValueError(f"{self.path}: damaged: {reasons}") from None
 
-    def read(self, prefix: str = "") -> dict[str, Tensor]:
-        """Return the whole tensors whose names begin with `prefix`, on the CPU."""
+    def read(self, prefix: str | tuple[str, ...] = "") -> dict[str, Tensor]:
+        """Return the whole tensors whose names begin with `prefix`, or one of them, on the CPU."""
         tensors = {
             name: torch.empty(size, dtype=self.dtypes[name])
             for name, size in self.sizes.items()

@@ -12,7 +12,7 @@ from m3i_fast.config.objective import MAX_SCALE, ObjectiveConfig, Term
 from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.objectives.heads import GlobalHead
 from m3i_fast.objectives.mixing import drop_tokens
-from m3i_fast.objectives.row_statistics import sum_over_ranks, wide
+from m3i_fast.objectives.row_statistics import full_precision, sum_over_ranks, wide
 from m3i_fast.objectives.step_context import Monitor, StepContext
 from m3i_fast.objectives.terms.base import Sizes, TermModule
 from m3i_fast.ops import IGNORED
@@ -98,7 +98,7 @@ class Category(Label):
 
     def logits(self, summary: Tensor) -> Tensor:  # [I, s, P] -> [I, K] fp32
         """Return the logits of the categories of images, whose softmax the loss is taken of."""
-        return self.log_scale.exp() * wide(self.embed(summary) @ self.class_embeddings().T)
+        return _products(self.embed(summary), self.class_embeddings(), self.log_scale.exp())
 
     def forward(self, step: StepContext, monitor: Monitor | None) -> tuple[Tensor, Tensor | int]:
         targets = step.per_row(step.batch.label)
@@ -111,6 +111,12 @@ class Category(Label):
             weight = weight * self._share(targets[rows] != IGNORED)
             value = value + weight * self.loss(z_hat[rows], z, scale, targets=targets[rows])
         return value, (targets != IGNORED).sum()
+
+
+@full_precision
+def _products(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:  # [N, E], [K, E] -> [N, K]
+    """Return the scaled cosines of rows of unit length, which autocast would round."""
+    return scale * (rows @ columns.T)
 
 
 class Caption(Label):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import m3i_fast
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.optim import EmaConfig
@@ -46,6 +47,20 @@ def test_a_constant_run_that_is_extended_equals_a_longer_one(
     assert TrainConfig.load(extended / "config.json") == replace(cfg, num_steps=10)
     assert "--num-steps 10 in place of 5, from step 5 on: the same run as one of 10" in caplog.text
     assert _resume(replace(cfg, num_steps=10), extended) == 0  # its config is the longer run's
+
+
+def test_python_extends_a_run_as_the_command_does(dataset: Path, tmp_path: Path) -> None:
+    cfg, out = small_run(dataset, num_steps=2), tmp_path / "run"
+    longer = replace(cfg, num_steps=3)
+    assert m3i_fast.train(cfg, out).step == 2
+    with pytest.raises(ValueError, match="num_steps: 2 != 3"):
+        m3i_fast.train(longer, out, resume=True)
+    assert m3i_fast.train(longer, out, resume=True, new_num_steps=True).step == 3
+    wider = replace(longer, num_steps=4, data=replace(longer.data, batch_size=16))
+    with pytest.raises(ValueError, match="batch"):
+        m3i_fast.train(wider, out, resume=True, new_num_steps=True)
+    outcome = m3i_fast.train(wider, out, resume=True, new_num_steps=True, new_batch_size=True)
+    assert outcome.step == 4
 
 
 def test_a_cosine_run_that_is_extended_takes_the_new_schedule_and_says_what_jumps(
