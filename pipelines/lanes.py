@@ -15,6 +15,7 @@ Legend: N samples, C clumps, L lanes, S shards, P positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -172,15 +173,22 @@ class LaneOrder:
         """Return what makes this order another than that of the same data with other settings."""
         return f"lanes {self.lanes}, window {self.window}, images {self.images_per_input}"
 
-    def check_ranks(self, num_ranks: int) -> None:
-        """Raise ValueError, with what to set, where a lane would be of several ranks."""
+    def check_ranks(self, num_ranks: int, *, mixed: Sequence[int] = ()) -> None:
+        """Raise ValueError, with what to set, where a lane would be of several ranks.
+
+        mixed: lanes of all data sets of a mixture; data.lanes sets those of each, and is not to be
+        fewer than the largest one needs for its shuffle.
+        """
         if self.lanes % num_ranks == 0:
             return
-        fitting = [r for r in range(1, self.lanes + 1) if self.lanes % r == 0]
+        common, most = math.gcd(self.lanes, *mixed), max(mixed, default=0)
+        fitting = [r for r in range(1, common + 1) if common % r == 0]
         below = max(r for r in fitting if r < max(num_ranks, 2))
         above = min((r for r in fitting if r > num_ranks), default=below)
         near = below if num_ranks - below <= above - num_ranks else above
         least = max(round(self.lanes / num_ranks), 1) * num_ranks
+        if len(mixed) > 1:
+            least = -(-most // num_ranks) * num_ranks
         raise ValueError(
             f"data.lanes: expected a multiple of the number of ranks, {num_ranks}, got "
             f"{self.lanes}; use {near} ranks, or --data.lanes {least}, which is another order of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -130,20 +131,19 @@ class Loader:
         where there are more than `data.max_skipped`.
         """
         while True:
-            if self._backend is None:
-                self._rows, self._backend = self._begin()
             try:
+                if self._backend is None:
+                    self._rows, self._backend = self._begin()
                 made = next(self._backend)
-                batch = _to_batch(made, self._open, self.cfg.global_views.count)
+                batch = _to_batch(made, self._open, self.cfg.global_views.count, self._device_id)
+                self._batches += 1
+                return batch
             except SampleError as error:
                 self._stop_backend()
                 self._skip(error)
-                continue
-            except RuntimeError:
+            except BaseException:  # the backend is past this batch, where the next call begins
                 self.close()
                 raise
-            self._batches += 1
-            return batch if self._device_id is None else batch.to(f"cuda:{self._device_id}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last whole step, for JSON: alike on all ranks."""
@@ -177,8 +177,8 @@ class Loader:
 
         Another `next` starts them again at the same position.
         """
-        self._stop_backend()
-        self._open.shards.close()
+        with closing(self._open.shards):  # though Ctrl-C ends the wait for threads
+            self._stop_backend()
 
     def _expect_batch_size(self) -> None:
         """Raise ValueError where the data are fewer than the batches of all ranks."""
@@ -201,9 +201,9 @@ class Loader:
 
     def _stop_backend(self) -> None:
         """Stop the backend's threads; what was fetched from a bucket stays."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
             self._open.shards.expect_no_more()
 
     def _identity(self) -> dict[str, Any]:
@@ -217,6 +217,7 @@ class Loader:
         }
 
     def _begin(self) -> tuple[TrainingRows, Backend]:
+        ahead = -(-self.cfg.fetch_ahead // self.cfg.batch_size) if self._open.lanes else 0
         rows = TrainingRows(
             self._open.table,
             self._open.shards,
@@ -227,9 +228,7 @@ class Loader:
             order=self._open.order(self.cfg.seed, self._layout.images_per_input),
             first_batch=self._batches,
             skipped=frozenset(self._skipped.known),
-            batches_ahead=-(-self.cfg.fetch_ahead // self.cfg.batch_size)
-            if self._open.lanes
-            else 0,
+            batches_ahead=ahead,
         )
         backend = start_backend(self.cfg.backend, rows, self._work)
         return rows, with_captions(backend, self.manifest, self.placement.cores)
@@ -343,13 +342,13 @@ def evaluation_batches(
             made = with_captions(start_backend(backend, rows, work), opened.manifest)
             while True:
                 try:
-                    batch = _to_batch(next(made), opened, 1)
+                    batch = _to_batch(next(made), opened, 1, device_id)
                 except StopIteration:
                     return
                 except SampleError as error:
                     command = f"m3i-fast data verify --decode {shlex.quote(place_of(path))}"
                     raise RuntimeError(f"{error}; check the files with: {command}") from error
-                yield batch if device_id is None else batch.to(f"cuda:{device_id}")
+                yield batch
         finally:
             if made is not None:
                 made.close()
@@ -376,8 +375,8 @@ def _wrong_row(rows: BatchRows, index: int, opened: OpenSplit) -> SampleError:
     )
 
 
-def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int) -> Batch:
-    """Make a `Batch` of what a backend made.
+def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int, device_id: int | None) -> Batch:
+    """Make a `Batch` of what a backend made, on a GPU where one is given.
 
     Raises SampleError for a sample whose label or group the manifest does not allow.
     """
@@ -386,7 +385,7 @@ def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int) -> Batch:
     wrong |= rows.group_id < 0
     if wrong.any():
         raise _wrong_row(rows, int(np.flatnonzero(wrong)[0]), opened)
-    return Batch(
+    batch = Batch(
         global_views=made.views[:num_global],
         local_views=made.views[num_global:],
         boxes=made.params[:, :, :5].contiguous(),
@@ -398,3 +397,4 @@ def _to_batch(made: MadeBatch, opened: OpenSplit, num_global: int) -> Batch:
         group_id=torch.from_numpy(rows.group_id),
         position=torch.from_numpy(rows.positions.copy()),
     )
+    return batch if device_id is None else batch.to(f"cuda:{device_id}")

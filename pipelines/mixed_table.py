@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,12 +74,13 @@ class MixedShards:
     def reads(self) -> BucketReads | None:
         """Return what was read so far from object storage, of all data sets together."""
         each = [reads for shards in self._shards if (reads := shards.reads()) is not None]
-        return BucketReads(*map(sum, zip(*map(astuple, each), strict=True))) if each else None
+        return sum(each, BucketReads()) if each else None
 
     def close(self) -> None:
-        """Stop what fetches, and give back what is held."""
-        for shards in self._shards:
-            shards.close()
+        """Stop what fetches, and give back what is held, of all though one raises."""
+        with ExitStack() as closing:  # they share their threads, which the first one stops
+            for shards in self._shards:
+                closing.callback(shards.close)
 
     def locate(self, _: object, samples: NDArray[np.int64]) -> list[tuple[str, int]]:
         """Return the file and the offset in it of each sample.

@@ -19,7 +19,7 @@ from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.read_pool import ReadPool
 from m3i_fast.pipelines.storage.remote import (
     RemoteSplit,
-    check_room,
+    check_plans,
     open_remote,
     plan_remote,
     shards_url,
@@ -139,10 +139,10 @@ def _open_mixture(
         for number, member in enumerate(cfg.members)
         if shards_url(member.path) is not None
     }
-    check_room([*plans.values()])
-    reads = ReadPool(cfg.reads_in_flight, cores)
+    check_plans([*plans.values()])
+    pool = ReadPool(cfg.reads_in_flight, cores)
     opened = [
-        _read_remote(plans[number].open(reads))
+        _read_remote(plans[number].open(pool))
         if number in plans
         else open_data(member, rank=rank, num_ranks=num_ranks)
         for number, member in enumerate(cfg.members)

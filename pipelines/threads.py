@@ -50,7 +50,24 @@ def begin_thread(name: str, cores: Cores | None) -> None:
     with suppress(OSError):  # another system, or one whose /proc is not to be written
         Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(name)
     if cores is not None:
+        _run_on(cores)
+
+
+def _run_on(cores: Cores) -> None:
+    """Have this thread run on these cores, or where it does if the system refuses them."""
+    try:
         os.sched_setaffinity(0, cores)
+    except OSError as error:  # the process may no longer use them: its cpuset has changed
+        _tell_refused(cores, error.strerror)
+
+
+@cache
+def _tell_refused(cores: Cores, reason: str) -> None:
+    logger.warning(
+        "data.affinity: expected cores that this process may use, got %s (%s): left to the system",
+        format_cores(cores),
+        reason,
+    )
 
 
 @contextmanager
@@ -59,12 +76,12 @@ def threads_on(cores: Cores | None) -> Iterator[None]:
     if cores is None:
         yield
         return
-    own = os.sched_getaffinity(0)  # of this thread
-    os.sched_setaffinity(0, cores)
+    own = frozenset(os.sched_getaffinity(0))  # of this thread
+    _run_on(cores)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, own)
+        _run_on(own)
 
 
 # ---- Choosing their cores ------------------------------------------------------------------------

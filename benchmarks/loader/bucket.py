@@ -17,7 +17,7 @@ from unittest import mock
 from m3i_fast.benchmarks.loader import measuring
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.optional_imports import require
-from m3i_fast.pipelines.storage.remote import kept_batches, plan_remote
+from m3i_fast.pipelines.storage.remote import plan_remote
 from m3i_fast.pipelines.storage.upload import push
 
 BUCKET, HOST = "m3i-bench", "127.0.0.1"
@@ -86,9 +86,8 @@ def _with_least_cache(data: LoaderConfig, turnover: float) -> LoaderConfig:
     data = replace(data, lanes=1, fetch_ahead=2 * data.batch_size)
     plan = plan_remote(data)
     num_bytes = sum(plan.shard_bytes)
-    kept = kept_batches(data, plan.order, num_ranks=1) * data.batch_size  # samples
     clump = max(plan.shard_bytes)  # of which a part is kept at either end
-    held = int(plan.needed_bytes()[0]) + kept * num_bytes // sum(plan.shard_sizes) + 2 * clump
+    held = int(plan.needed_bytes()[0]) + 2 * clump
     if num_bytes < turnover * held:
         raise ValueError(
             f"--sources bucket: expected shards of {turnover * held / 1e6:.1f} MB, {turnover} "

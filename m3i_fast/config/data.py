@@ -145,7 +145,8 @@ class LoaderConfig(Checked):
     affinity: AffinityName = "auto"
     """Where those threads run, and those that fetch: auto takes the cores of the NUMA node that the
     rank's GPU is attached to, or deals ranks without a GPU to the nodes, of the cores that the
-    process may use. A machine of one node is left as it is. none leaves it to the system."""
+    process may use. A machine of one node is left as it is. none leaves it to the system, as the
+    thread that hands requests to obstore and obstore's own are in any case."""
     prefetch: Annotated[int, range(1, 65)] = 2
     """Batches prepared ahead, at most 64: each is held decoded."""
     max_pixels: Annotated[int, range(1, 2**31)] = MAX_PIXELS
@@ -175,13 +176,14 @@ class LoaderConfig(Checked):
     """Clumps of a lane that are shuffled together; part of the order, as the lanes are."""
     buffer_gib: float = 32.0
     """Most GiB of clumps that one rank holds open, of all data sets together: of each of its lanes
-    one window, and those that are fetched ahead."""
+    one window, those that are fetched ahead, and those whose samples are in the last batches."""
     cache_dir: Path = CACHE_DIR
     """Folder of the files that are fetched from object storage, best on a local NVMe; the processes
     of a node share it."""
     cache_gib: float = 64.0
     """Most GiB of clumps in cache_dir, of all processes together; those used longest ago are
-    removed. Manifest and tables of samples come on top."""
+    removed. At the end of an epoch each lane holds two windows for some batches. Manifest and
+    tables of samples come on top."""
     reads_in_flight: Annotated[int, range(1, 2**10 + 1)] = 32
     """Reads from object storage at the same time, on each rank."""
     fetch_ahead: Annotated[int, range(1, 2**24 + 1)] = 8192

@@ -27,6 +27,7 @@ from m3i_fast.pipelines.dataset.manifest import (
 )
 from m3i_fast.pipelines.packing.output import LOCK, SPOOLED, STATE, NewFile
 from m3i_fast.pipelines.storage.objects import Bucket
+from m3i_fast.pipelines.storage.requests import Stop
 from m3i_fast.pipelines.storage.upload import UPLOAD_POLICY, File, send, send_folder
 
 
@@ -151,10 +152,10 @@ class BucketOutput:
                 "see what differs, or name another URL"
             )
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, stop: Stop | None = None) -> bytes | None:
         """Read an object."""
         try:
-            return _bucket(self.url).read(name)
+            return _bucket(self.url).read(name, stop=stop)
         except FileNotFoundError:
             return None
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +47,7 @@ from m3i_fast.pipelines.packing.shard_task import (
 from m3i_fast.pipelines.packing.state import check_unchanged
 from m3i_fast.pipelines.packing.workers import Run
 from m3i_fast.pipelines.storage.objects import url_of
+from m3i_fast.pipelines.storage.requests import request_pool
 
 RECORDS_IN_FLIGHT = 16  # read at the same time, to hide the latency of a bucket
 
@@ -181,8 +181,8 @@ def _group_near_duplicates(
 def _finished_records(tasks: Sequence[ShardTask], out: Output) -> dict[str, Record]:
     """Return the record of each task that an earlier start has finished, by name."""
     sizes = out.sizes()
-    with ThreadPoolExecutor(RECORDS_IN_FLIGHT) as pool:
-        records = pool.map(partial(finished, sizes=sizes), tasks)
+    with request_pool(RECORDS_IN_FLIGHT, "record-reader") as (pool, stop):
+        records = pool.map(partial(finished, sizes=sizes, stop=stop), tasks)
         return {t.name: record for t, record in zip(tasks, records, strict=True) if record}
 
 

@@ -19,6 +19,7 @@ from m3i_fast.pipelines.dataset.manifest import (
     is_dataset,
     read_manifest,
 )
+from m3i_fast.pipelines.storage.requests import Stop
 
 STATE = ".packing"  # below it, what a killed pack needs to go on; removed at the end
 LEFT = (".*.tmp-*", ".*.writing")
@@ -68,8 +69,8 @@ class Output(Protocol):
     def create(self, name: str, content: bytes) -> None:
         """Write a finished file that was not there; ValueError where another process was first."""
 
-    def read(self, name: str) -> bytes | None:
-        """Read a finished file; None where there is none."""
+    def read(self, name: str, stop: Stop | None = None) -> bytes | None:
+        """Read a finished file; None where there is none. A stop that is set gives it up."""
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -146,7 +147,7 @@ class FolderOutput:
         """Write as `write`: the lock keeps others away."""
         self.write(name, content)
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, stop: Stop | None = None) -> bytes | None:
         """Read a file of the folder."""
         try:
             return (self.path / name).read_bytes()

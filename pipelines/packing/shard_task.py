@@ -28,6 +28,7 @@ from m3i_fast.pipelines.packing.conversion import convert
 from m3i_fast.pipelines.packing.items import Item, Reader, Refusal, Refused, SourceOptions
 from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.readers.guess import make_reader
+from m3i_fast.pipelines.storage.requests import Stop
 
 
 class Numbered(NamedTuple):
@@ -132,12 +133,12 @@ def run(task: ShardTask, advance: Callable[[int], None]) -> Record:
     return record
 
 
-def finished(task: ShardTask, sizes: Mapping[str, int]) -> Record | None:
+def finished(task: ShardTask, sizes: Mapping[str, int], stop: Stop) -> Record | None:
     """Return the record of a task that was run before, with the same items and settings.
 
-    sizes: bytes of each file that the output has.
+    sizes: bytes of each file that the output has. stop: as of `Output.read`.
     """
-    stored = task.out.read(task.record_file) if task.record_file in sizes else None
+    stored = task.out.read(task.record_file, stop) if task.record_file in sizes else None
     if stored is None:
         return None
     raw = json.loads(stored)

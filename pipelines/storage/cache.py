@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _SLACK = 20  # a sweep frees a 20th more than is needed, so that few reads list the folder
 
 
-class CacheFull(Exception):
+class CacheFull(OSError):
     """All files are in use, and there is no room for another one."""
 
 

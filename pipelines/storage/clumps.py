@@ -62,7 +62,7 @@ class BucketShards:
 
     bucket: where the shards lie, as the manifest names them. shard_sizes: samples of each of them,
     in the order of the table. cache: of the node. identity: tells this data set from others in the
-    cache. reads: threads that may be those of other data sets as well. kept_batches: a clump is
+    cache. pool: threads that may be those of other data sets as well. kept_batches: a clump is
     given back that so many later batches did not use: those that a backend still reads, and one
     round of the lanes.
 
@@ -81,7 +81,7 @@ class BucketShards:
         cache: SharedCache,
         *,
         identity: str,
-        reads: ReadPool,
+        pool: ReadPool,
         kept_batches: int = 128,
     ) -> None:
         self.counts = FetchCounts()
@@ -90,7 +90,7 @@ class BucketShards:
         self._kept_batches = kept_batches
         self._key = hashlib.sha256(f"{bucket.url} {identity}".encode()).hexdigest()[:12]
         self._infos = self._checked_infos(shard_bytes)
-        self._reads = reads
+        self._pool = pool
         self._is_started = False
         self._stop = Stop()  # of what was begun since the last start
         self._lock = threading.Lock()  # of the counts
@@ -163,10 +163,18 @@ class BucketShards:
     def close(self) -> None:
         """Stop fetching, and give all clumps back to the cache; the next samples start it again."""
         self._stop.set()
+        try:
+            self._await_fetches()
+        finally:  # Ctrl-C ends that wait, and no clump is to be left without a file
+            self._clumps.clear()
+            self._cache.close()
+
+    def _await_fetches(self) -> None:
+        """Wait, not for long, for the fetches that were given up, and log what was read."""
         if self._is_started:
             self._is_started = False
-            self._reads.stop()
             files = [clump.file for clump in self._clumps.values()]
+            self._pool.stop()
             wait([file for file in files if not file.cancelled()], timeout=_CLOSE_S)
             counts = self.counts
             logger.info(
@@ -180,8 +188,6 @@ class BucketShards:
                 counts.waits,
                 counts.wait_s,
             )
-        self._clumps.clear()
-        self._cache.close()
 
     def _start(self) -> None:
         """Begin to use the cache, after a start or `close`."""
@@ -199,7 +205,7 @@ class BucketShards:
             clump = None  # nobody needed it until now: it is tried again
         if clump is None:
             if in_pool:
-                file = self._reads.submit(self._fetch, shard, first, end, self._stop)
+                file = self._pool.submit(self._fetch, shard, first, end, self._stop)
             else:
                 begin, file = time.monotonic(), Future()
                 file.set_result(self._fetch(shard, first, end, self._stop))
@@ -332,27 +338,34 @@ def needed_bytes(
     density: NDArray[np.float64],  # [L]
     window: int,
     num_ranks: int,
-    fetch_ahead: int,
+    passing: int,
+    windows_a_lane: int = 1,
 ) -> NDArray[np.int64]:  # [num_ranks]
-    """Return the most bytes of clumps that each rank holds: its lanes' windows, and those ahead.
+    """Return the bytes of clumps that each rank holds: its lanes' windows, and those that pass by.
 
     density: which part of each lane's groups is of this data set; the number of ranks divides that
-    of the lanes. fetch_ahead: samples of a rank, of all data sets that are mixed.
+    of the lanes. passing: samples of a rank, of all data sets that are mixed, whose clumps are
+    fetched ahead or not given back yet. windows_a_lane: 2 for the end of an epoch, where all lanes
+    go on to another window at once.
     """
     means = [size / count for count, size in zip(shard_sizes, shard_bytes, strict=True)]
     clump = max(
         min(count, CLUMP_SAMPLES) * mean for count, mean in zip(shard_sizes, means, strict=True)
     )
     of_rank = density.reshape(-1, num_ranks)  # lane l is of rank l mod R
-    ahead = np.ceil(fetch_ahead * of_rank.mean(0) / CLUMP_SAMPLES)
-    clumps = np.minimum(
-        (of_rank > 0).sum(0) * window + ahead, sum(-(-n // CLUMP_SAMPLES) for n in shard_sizes)
-    )
+    held = (of_rank > 0).sum(0) * window * windows_a_lane
+    held = held + np.ceil(passing * of_rank.mean(0) / CLUMP_SAMPLES)
+    clumps = np.minimum(held, sum(-(-n // CLUMP_SAMPLES) for n in shard_sizes))
     return np.rint(clumps * clump).astype(np.int64)
 
 
-def check_buffer(needed: int, *, buffer_gib: float, cache_gib: float, ranks_a_node: int) -> None:
-    """Raise ValueError, with what to set, where the clumps of the ranks have no room."""
+def check_buffer(
+    needed: int, *, at_epoch_end: int, buffer_gib: float, cache_gib: float, ranks_a_node: int
+) -> None:
+    """Raise ValueError, with what to set, where the clumps of the ranks have no room.
+
+    needed, at_epoch_end: bytes of a rank, at an even pace and where all lanes change clumps.
+    """
     gib = math.ceil(100 * needed / _GIB) / 100  # so that the number in an error is enough
     if needed > buffer_gib * _GIB:
         raise ValueError(
@@ -360,10 +373,10 @@ def check_buffer(needed: int, *, buffer_gib: float, cache_gib: float, ranks_a_no
             f"{buffer_gib:g}; raise it, or lower data.lanes (another order of the samples), "
             "data.clumps_a_window or data.fetch_ahead"
         )
-    node_gib = math.ceil(100 * ranks_a_node * needed / _GIB) / 100
-    if ranks_a_node * needed > cache_gib * _GIB:
+    node_gib = math.ceil(100 * ranks_a_node * at_epoch_end / _GIB) / 100
+    if ranks_a_node * at_epoch_end > cache_gib * _GIB:
         raise ValueError(
             f"data.cache_gib: expected at least {node_gib:.2f} for {ranks_a_node} ranks "
-            f"of a node, got {cache_gib:g}; raise it, or lower data.lanes (another order of the "
-            "samples), data.clumps_a_window or data.fetch_ahead"
+            f"of a node at the end of an epoch, got {cache_gib:g}; raise it, or lower data.lanes "
+            "(another order of the samples), data.clumps_a_window or data.fetch_ahead"
         )

@@ -6,8 +6,8 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from m3i_fast.durable_files import make_directories, replaced_atomically, write_atomically
@@ -19,6 +19,7 @@ from m3i_fast.pipelines.dataset.manifest import (
     sha256_file,
 )
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
+from m3i_fast.pipelines.storage.requests import Stop, request_pool
 
 _READS_IN_FLIGHT = 8
 
@@ -32,8 +33,7 @@ def copy_description(bucket: Bucket, cache_dir: Path, split: str) -> tuple[Path,
     folder, manifest = copy_manifest(bucket, cache_dir)
     table = manifest.split(split).table
     assert table is not None  # of every split, or `copy_manifest` raises
-    with _alone(folder):
-        copy_table(bucket, folder / table.file, table)
+    copy_table(bucket, folder / table.file, table)
     return folder, manifest
 
 
@@ -70,12 +70,17 @@ def copy_manifest(bucket: Bucket, cache_dir: Path) -> tuple[Path, Manifest]:
 
 
 def copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
-    """Copy the table of a split, unless it is there.
+    """Copy the table of a split, unless it is there; one process of a node does.
 
     Raises as `Bucket` does, and ValueError where its size or digest is another.
     """
-    if file.is_file() and file.stat().st_size == table.num_bytes:
-        return  # it was renamed to its name after its digest was compared
+    with _alone(file.parent):
+        # A file was renamed to its name after its digest was compared.
+        if not file.is_file() or file.stat().st_size != table.num_bytes:
+            _copy_table(bucket, file, table)
+
+
+def _copy_table(bucket: Bucket, file: Path, table: TableInfo) -> None:
     info = bucket.info(table.file)
     if info.size != table.num_bytes:
         raise ValueError(
@@ -97,14 +102,15 @@ def copy_object(bucket: Bucket, name: str, info: ObjectInfo, file: Path) -> None
     descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
 
-        def copy(begin: int) -> None:
-            left = bucket.read_range(name, begin, min(begin + PIECE, info.size), expected=info)
+        def copy(begin: int, stop: Stop) -> None:
+            end = min(begin + PIECE, info.size)
+            left = bucket.read_range(name, begin, end, expected=info, stop=stop)
             while len(left):
                 written = os.pwrite(descriptor, left, begin)
                 begin, left = begin + written, left[written:]
 
-        with ThreadPoolExecutor(_READS_IN_FLIGHT) as pool:
-            for _ in pool.map(copy, range(0, info.size, PIECE)):
+        with request_pool(_READS_IN_FLIGHT, "table-reader") as (pool, stop):
+            for _ in pool.map(partial(copy, stop=stop), range(0, info.size, PIECE)):
                 pass
     finally:
         os.close(descriptor)

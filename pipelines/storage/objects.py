@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from m3i_fast.pipelines.optional_imports import require
-from m3i_fast.pipelines.storage.requests import Stop
+from m3i_fast.pipelines.storage.requests import ForkedError, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +132,13 @@ class Bucket:
         kind = {"s3": stores.S3Store, "gs": stores.GCSStore, "http": stores.HTTPStore}[self.scheme]
         return kind.from_url(self.url, client_options=options, retry_config={"max_retries": 0})
 
-    def read(self, name: str) -> bytes:
-        """Read a whole object into memory."""
+    def read(self, name: str, *, stop: Stop | None = None) -> bytes:
+        """Read a whole object into memory; stop: as of `read_range`."""
 
         async def attempt() -> bytes:
             return bytes(await (await self._obs.get_async(self._store, name)).bytes_async())
 
-        return self._repeated(name, "", attempt)
+        return self._repeated(name, "", attempt, stop)
 
     def read_range(
         self,
@@ -167,13 +167,13 @@ class Bucket:
 
         return self._repeated(name, what, attempt, stop)
 
-    def info(self, name: str) -> ObjectInfo:
-        """Ask for size, ETag and noted digest of an object."""
+    def info(self, name: str, *, stop: Stop | None = None) -> ObjectInfo:
+        """Ask for size, ETag and noted digest of an object; stop: as of `read_range`."""
 
         async def attempt() -> ObjectInfo:
             return _info(await self._obs.get_async(self._store, name, options={"head": True}))
 
-        return self._repeated(name, "", attempt)
+        return self._repeated(name, "", attempt, stop)
 
     def infos(self, names: list[str]) -> dict[str, ObjectInfo]:
         """Return what is known of each of many objects; FileNotFoundError names a missing one.
@@ -210,17 +210,25 @@ class Bucket:
         metas = [meta async for part in self._obs.list(self._store) for meta in part]
         return {meta["path"]: ObjectInfo(meta["size"], meta["e_tag"]) for meta in metas}
 
-    def put(self, name: str, content: bytes | Path, *, sha256: str | None = None) -> None:
+    def put(
+        self,
+        name: str,
+        content: bytes | Path,
+        *,
+        sha256: str | None = None,
+        stop: Stop | None = None,
+    ) -> None:
         """Write an object, which appears whole or not at all; large files are sent in parts.
 
-        sha256: digest of the content, kept with it where the store can (s3, gs).
+        sha256: digest of the content, kept with it where the store can (s3, gs). stop: as of
+        `read_range`.
         """
         noted = {"sha256": sha256} if sha256 and self.scheme in ("s3", "gs") else None
 
         async def attempt() -> None:
             await self._obs.put_async(self._store, name, content, attributes=noted)
 
-        self._repeated(name, " (put)", attempt)
+        self._repeated(name, " (put)", attempt, stop)
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a small object that is not there; return False where one is, which is kept.
@@ -279,7 +287,7 @@ class Bucket:
         while True:
             number += 1
             try:
-                return stop.answer(attempt)
+                return stop.run(attempt)
             except CancelledError:
                 raise ConnectionError(f"{place}: stopped, since its reader was closed") from None
             except Exception as error:
@@ -307,7 +315,9 @@ class Bucket:
     def _raise_if_final(self, error: Exception, place: str) -> None:
         """Raise what no repetition can change, with what to do."""
         exceptions = require("obstore.exceptions", extra="buckets")
-        if isinstance(error, ValueError) and not isinstance(error, exceptions.BaseError):
+        if isinstance(error, ForkedError) or (
+            isinstance(error, ValueError) and not isinstance(error, exceptions.BaseError)
+        ):
             raise error
         status = _STATUS.search(str(error))
         number = int(status[1]) if status else 0

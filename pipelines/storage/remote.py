@@ -69,18 +69,34 @@ class RemotePlan:
         """Return the bytes of each shard."""
         return [shard.num_bytes for shard in self.split.shards]
 
-    def needed_bytes(self) -> NDArray[np.int64]:
-        """Return the most bytes of clumps that each rank holds: [num_ranks]."""
+    @property
+    def kept_batches(self) -> int:
+        """Return after how many batches that do not use it a clump is given back.
+
+        A lane has its turn again after a round of the rank's lanes, or of a mixture after as many
+        as its data set has turns in; twice as long is waited for it. A backend still reads the
+        batches that it prepares.
+        """
+        inputs = max(self.cfg.batch_size // self.order.images_per_input, 1)
+        density = self.order.turns.density
+        groups = self.order.lanes / density[density > 0].min()
+        return 2 * math.ceil(groups / (self.num_ranks * inputs)) + 2 * self.cfg.prefetch + 4
+
+    def needed_bytes(self, *, windows_a_lane: int = 1) -> NDArray[np.int64]:
+        """Return the bytes of clumps that each rank holds, [num_ranks], as `needed_bytes`."""
+        batch_size = self.cfg.batch_size
+        ahead = -(-self.cfg.fetch_ahead // batch_size)
         return needed_bytes(
             self.shard_sizes,
             self.shard_bytes,
             density=self.order.turns.density,
             window=self.order.window,
             num_ranks=self.num_ranks,
-            fetch_ahead=self.cfg.fetch_ahead,
+            passing=(ahead + self.kept_batches + 1) * batch_size,
+            windows_a_lane=windows_a_lane,
         )
 
-    def open(self, reads: ReadPool) -> RemoteSplit:
+    def open(self, pool: ReadPool) -> RemoteSplit:
         """Open the table and the shards; raises as `open_remote`."""
         cfg, manifest = self.cfg, self.manifest
         table = SampleTable.open(self.path, manifest, cfg.split)
@@ -93,8 +109,8 @@ class RemotePlan:
             self.shard_bytes,
             SharedCache(cache, round(cfg.cache_gib * 2**30)),
             identity=f"{manifest.digest} {cfg.split}",
-            reads=reads,
-            kept_batches=kept_batches(cfg, self.order, self.num_ranks),
+            pool=pool,
+            kept_batches=self.kept_batches,
         )
         return RemoteSplit(
             path=self.path,
@@ -119,7 +135,7 @@ def plan_remote(
 
     `cfg.path` is that URL, or a folder with an index of tars that lie there. mixture, dataset:
     where it is one of several, what deals groups to it, and its number. Raises as `Bucket` and
-    `described_in` do, and ValueError for lanes that the ranks do not divide.
+    `described_in` do.
     """
     path, manifest = described_in(cfg.path, cfg.cache_dir.expanduser(), cfg.split, policy)
     bucket = Bucket(url_of(cfg.path) or manifest.shards_url or "", policy)
@@ -132,10 +148,6 @@ def plan_remote(
         mixture=mixture,
         dataset=dataset,
     )
-    try:
-        order.check_ranks(num_ranks)
-    except ValueError as error:
-        raise ValueError(f"{bucket.url}: {error}") from error
     return RemotePlan(
         cfg=cfg,
         bucket=bucket,
@@ -146,16 +158,27 @@ def plan_remote(
     )
 
 
-def check_room(plans: Sequence[RemotePlan]) -> None:
-    """Raise ValueError, with what to set, where the clumps of all data sets have no room.
+def check_plans(plans: Sequence[RemotePlan]) -> None:
+    """Check the data sets of a run together.
 
-    Ranks of a node are those that torchrun counts (LOCAL_WORLD_SIZE), or one.
+    Ranks of a node are those that torchrun counts (LOCAL_WORLD_SIZE), or one. Raises ValueError,
+    with what to set, for lanes that the ranks do not divide, and where the clumps of all data sets
+    have no room.
     """
     if not plans:
         return
+    for plan in plans:
+        try:
+            plan.order.check_ranks(plan.num_ranks, mixed=[p.order.lanes for p in plans])
+        except ValueError as error:
+            raise ValueError(f"{plan.bucket.url}: {error}") from error
     cfg, num_ranks = plans[0].cfg, plans[0].num_ranks
+    needed, at_epoch_end = (
+        int(np.sum([p.needed_bytes(windows_a_lane=n) for p in plans], axis=0).max()) for n in (1, 2)
+    )
     check_buffer(
-        int(np.sum([plan.needed_bytes() for plan in plans], axis=0).max()),
+        needed,
+        at_epoch_end=at_epoch_end,
         buffer_gib=cfg.buffer_gib,
         cache_gib=cfg.cache_gib,
         ranks_a_node=min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), num_ranks),
@@ -173,11 +196,11 @@ def open_remote(
     """Open the split of the data set under a URL, `cfg.path`, for one of the ranks.
 
     cores: of the threads that fetch; None: where the system puts them. Raises as `plan_remote` and
-    `check_room` do, and ValueError for a table whose rows cannot be or a shard of another size than
-    the manifest says.
+    `check_plans` do, and ValueError for a table whose rows cannot be or a shard of another size
+    than the manifest says.
     """
     plan = plan_remote(cfg, num_ranks=num_ranks, images_per_input=images_per_input, policy=policy)
-    check_room([plan])
+    check_plans([plan])
     return plan.open(ReadPool(cfg.reads_in_flight, cores))
 
 
@@ -253,16 +276,3 @@ def folder_at(cfg: LoaderConfig) -> Path:
     if url_of(cfg.path) is None:
         return cfg.path
     return copy_description(Bucket(cfg.path), cfg.cache_dir.expanduser(), cfg.split)[0]
-
-
-def kept_batches(cfg: LoaderConfig, order: LaneOrder, num_ranks: int) -> int:
-    """Return after how many batches that do not use it a clump is given back.
-
-    A lane has its turn again after a round of the rank's lanes, or of a mixture after as many as
-    its data set has turns in; twice as long is waited for it. A backend still reads the batches
-    that it prepares.
-    """
-    inputs = max(cfg.batch_size // order.images_per_input, 1)
-    density = order.turns.density
-    groups = order.lanes / density[density > 0].min()
-    return 2 * math.ceil(groups / (num_ranks * inputs)) + 2 * cfg.prefetch + 4

@@ -22,7 +22,7 @@ from m3i_fast.pipelines.dataset.manifest import (
 from m3i_fast.pipelines.dataset.sample_table import Rows, SampleTable
 from m3i_fast.pipelines.storage.dataset_copy import copy_manifest, copy_table
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo, url_of
-from m3i_fast.pipelines.storage.requests import Stop
+from m3i_fast.pipelines.storage.requests import Stop, request_pool
 
 PIECES_AHEAD = 4  # of PIECE bytes, read at the same time and held in memory
 SAMPLES_AHEAD = 32
@@ -153,15 +153,16 @@ class RemoteFiles:
     def samples(self, table: SampleTable, rows: Rows) -> Iterator[bytes]:
         """Yield the bytes of samples, each read by one request."""
 
-        def read(file: str, offset: int, size: int) -> bytes:
-            end = min(offset + size, self._infos[file].size)
-            return bytes(self._bucket.read_range(file, offset, end, expected=self._infos[file]))
+        def read(file: str, offset: int, size: int, stop: Stop) -> bytes:
+            info = self._infos[file]
+            end = min(offset + size, info.size)
+            return bytes(self._bucket.read_range(file, offset, end, expected=info, stop=stop))
 
         waiting: deque[Future[bytes]] = deque()
-        with ThreadPoolExecutor(SAMPLES_AHEAD, "sample-reader") as pool:
+        with request_pool(SAMPLES_AHEAD, "sample-reader") as (pool, stop):
             for row in rows:
                 place = (int(row["offset"]), int(row["size"]))
-                waiting.append(pool.submit(read, table.shard_files[row["shard"]], *place))
+                waiting.append(pool.submit(read, table.shard_files[row["shard"]], *place, stop))
                 if len(waiting) > SAMPLES_AHEAD:
                     yield waiting.popleft().result()
             while waiting:

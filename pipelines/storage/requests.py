@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from m3i_fast.pipelines.threads import Cores, begin_thread
 
 _Result = TypeVar("_Result")
+_LOOP_THREAD = "m3i-requests"
 _END_S = 1.0  # the interpreter's end waits so long for requests that were given up
 
 
@@ -32,11 +35,14 @@ class Stop(threading.Event):
         for request in requests:
             request.cancel()
 
-    def answer(self, request: Callable[[], Coroutine[Any, Any, _Result]]) -> _Result:
+    def run(self, request: Callable[[], Coroutine[Any, Any, _Result]]) -> _Result:
         """Make a request and wait for its answer.
 
-        Raises what the request raises, and concurrent.futures.CancelledError where it is given up.
+        Raises what the request raises, concurrent.futures.CancelledError where it is given up, and
+        ForkedError.
         """
+        if self.is_set():
+            raise CancelledError
         future = _LOOP.start(request)
         with self._in_flight_lock:
             self._in_flight.add(future)
@@ -48,6 +54,26 @@ class Stop(threading.Event):
             future.cancel()  # where Ctrl-C ends the wait; of no effect on a request that is done
             with self._in_flight_lock:
                 self._in_flight.discard(future)
+
+
+class ForkedError(RuntimeError):
+    """A process that was forked after the first request cannot make one."""
+
+
+@contextmanager
+def request_pool(num_threads: int, name: str) -> Iterator[tuple[ThreadPoolExecutor, Stop]]:
+    """Yield threads, and what their requests are to be made with.
+
+    An error in the block gives the requests up, as Ctrl-C does, rather than wait for them.
+    """
+    pool, stop = ThreadPoolExecutor(num_threads, name), Stop()
+    try:
+        yield pool, stop
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class DaemonPool:
@@ -116,18 +142,25 @@ class _Loop:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = 0  # that the loop is in
         self._has_ended = False
 
     def start(self, request: Callable[[], Coroutine[Any, Any, _Result]]) -> Future[_Result]:
+        if self._loop is not None and self._process != os.getpid():
+            # Its thread is not here, nor are those of obstore, which cannot be started again.
+            raise ForkedError(
+                f"process {os.getpid()} was forked by {self._process}, which had read from object "
+                "storage: start it by multiprocessing's spawn or forkserver instead"
+            )
         with self._lock:
             if self._has_ended:
                 given_up: Future[_Result] = Future()
                 given_up.cancel()
                 return given_up
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                self._loop, self._process = asyncio.new_event_loop(), os.getpid()
                 thread = threading.Thread(
-                    target=self._loop.run_forever, name="requests", daemon=True
+                    target=_run_loop, args=(self._loop,), name=_LOOP_THREAD, daemon=True
                 )
                 thread.start()
                 atexit.register(self._end, self._loop, thread)
@@ -143,10 +176,17 @@ class _Loop:
             await asyncio.gather(*requests, return_exceptions=True)
             loop.stop()
 
+        if self._process != os.getpid():
+            return
         with self._lock:
             self._has_ended = True
         asyncio.run_coroutine_threadsafe(give_up(), loop)
         thread.join(_END_S)
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    begin_thread(_LOOP_THREAD, None)
+    loop.run_forever()
 
 
 _LOOP = _Loop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,11 @@ class BucketReads:
     """Bytes of these clumps."""
     wait_s: float = 0.0
     """Seconds in which a batch waited for its clumps."""
+
+    def __add__(self, other: BucketReads) -> BucketReads:
+        """Return the counts of both together."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return BucketReads(*(one + another for one, another in pairs))
 
 
 class Shards(Protocol):

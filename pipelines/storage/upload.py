@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from m3i_fast.pipelines.dataset.manifest import (
@@ -17,6 +17,7 @@ from m3i_fast.pipelines.dataset.manifest import (
     sha256_file,
 )
 from m3i_fast.pipelines.storage.objects import Bucket, RetryPolicy
+from m3i_fast.pipelines.storage.requests import Stop, request_pool
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +64,16 @@ def push(
     _refuse_another(bucket, text)
     there = bucket.list() if bucket.scheme != "http" else {}
 
-    def send_one(file: File) -> int:
+    def send_one(file: File, stop: Stop) -> int:
         found = there.get(file.name)
         may_be_there = found is not None and found.size == file.num_bytes
-        sent = send(bucket, file, may_be_there=may_be_there)
+        sent = send(bucket, file, may_be_there=may_be_there, stop=stop)
         if tell is not None:
             tell(file.name, file.num_bytes)
         return sent
 
-    with ThreadPoolExecutor(UPLOADS_IN_FLIGHT) as pool:
-        sent = list(pool.map(send_one, _files(directory, manifest)))
+    with request_pool(UPLOADS_IN_FLIGHT, "uploader") as (pool, stop):
+        sent = list(pool.map(partial(send_one, stop=stop), _files(directory, manifest)))
     bucket.put(MANIFEST_NAME, text)
     return Uploaded(
         num_files=sum(1 for size in sent if size >= 0) + 1,
@@ -98,24 +99,24 @@ def _files(directory: Path, manifest: Manifest) -> Iterator[File]:
         yield File(REFUSED_NAME, refused, refused.stat().st_size, sha256_file(refused))
 
 
-def send(bucket: Bucket, file: File, *, may_be_there: bool) -> int:
+def send(bucket: Bucket, file: File, *, may_be_there: bool, stop: Stop | None = None) -> int:
     """Upload a file; return its bytes, or -1 where an object of its size and digest is there.
 
-    The file is compared with its digest before. Raises as `Bucket` does, and ValueError for a file
-    that is damaged.
+    The file is compared with its digest before. stop: as of `Bucket.read_range`. Raises
+    as `Bucket` does, and ValueError for a file that is damaged.
     """
-    if may_be_there and _is_there(bucket, file):
+    if may_be_there and _is_there(bucket, file, stop):
         return -1
     got = sha256_file(file.path)
     if got != file.sha256:
         raise ValueError(f"{file.path}: expected sha256 {file.sha256} (manifest), got {got}")
-    bucket.put(file.name, file.path, sha256=file.sha256)
+    bucket.put(file.name, file.path, sha256=file.sha256, stop=stop)
     return file.num_bytes
 
 
-def _is_there(bucket: Bucket, file: File) -> bool:
+def _is_there(bucket: Bucket, file: File, stop: Stop | None) -> bool:
     try:
-        info = bucket.info(file.name)
+        info = bucket.info(file.name, stop=stop)
     except FileNotFoundError:
         return False
     return info.size == file.num_bytes and info.sha256 == file.sha256

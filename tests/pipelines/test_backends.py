@@ -10,6 +10,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.storage.shards import LocalShards
 from m3i_fast.pipelines.torch_backend import TorchBackend
 from tests.shared.pipelines.data import (
     EVERYTHING,
@@ -164,6 +166,39 @@ def test_captions_of_text_are_tokenised_while_loading(tmp_path: Path, member: st
             text = CAPTIONS[index].strip()
             expected = tokenizer.encode(text).tolist() if text else []
             assert row[:count].tolist() == expected and not row[count:].any()
+
+
+def test_batches_of_text_go_on_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch ahead fails: those before it come, and after the error it does itself."""
+    made = info(tokenizer=Tokenizer(num_merges=300, context_length=9).info)
+    samples = [sample(i, stored(i), captions=()) for i in range(6)]
+    path = write_dataset(tmp_path / "data", {"train": samples}, made, seed=0, samples_per_shard=6)
+    repack(path, lambda index, found: found | {"txt": CAPTIONS[index].encode()})
+    edit_manifest(path, lambda raw: raw.update(caption_member="txt"))
+    cfg = LoaderConfig(path=path, batch_size=3, global_views=EVERYTHING, backend="torch")
+    whole, loader = Loader(cfg), Loader(cfg)
+    right, calls = LocalShards.locate, 0
+
+    def locate(*arguments: Any) -> list[tuple[str, int]]:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ConnectionError("gave up")
+        return right(*arguments)
+
+    expected = [next(whole) for _ in range(8)]
+    monkeypatch.setattr(LocalShards, "locate", locate)
+    found, failures = [], 0
+    while len(found) < 8:
+        try:
+            found.append(next(loader))
+        except ConnectionError:
+            failures += 1
+            assert loader.samples == 3 * len(found) > 0
+    assert failures == 1
+    assert all(equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

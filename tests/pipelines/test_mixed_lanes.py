@@ -201,7 +201,7 @@ def test_room_is_counted_for_the_lanes_that_a_data_set_has() -> None:
 
     def needed(density: np.ndarray, num_ranks: int) -> np.ndarray:
         return needed_bytes(
-            counts, num_bytes, density=density, window=1, num_ranks=num_ranks, fetch_ahead=1_280
+            counts, num_bytes, density=density, window=1, num_ranks=num_ranks, passing=1_280
         )
 
     halves = [order_of((counts, counts), (0.5, 0.5), d, lanes=240)[1].turns.density for d in (0, 1)]

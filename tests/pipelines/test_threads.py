@@ -16,6 +16,7 @@ import torch
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines import threads
 from m3i_fast.pipelines.loader import Loader
+from m3i_fast.pipelines.storage.requests import DaemonPool
 from m3i_fast.pipelines.threads import Cores, choose, format_cores, parse_cores, start_pool
 
 TASKS = Path("/proc/self/task")
@@ -32,6 +33,21 @@ def test_threads_of_a_pool_have_its_name_for_the_system_too() -> None:
 
     with start_pool(1, "m3i-read") as pool:
         assert pool.submit(names).result() == ("m3i-read_0", "m3i-read")
+
+
+@LINUX
+def test_threads_run_where_cores_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """As after a change of the process's cpuset; which is warned of once."""
+    own = os.sched_getaffinity(0)
+    gone = frozenset({4_000})
+    with start_pool(1, "m3i-read", gone) as pool:
+        assert pool.submit(os.sched_getaffinity, 0).result() == own
+    reads = DaemonPool(1, "m3i-fetch", gone)
+    assert reads.submit(os.sched_getaffinity, 0).result(10) == own
+    reads.close()
+    with threads.threads_on(gone):
+        assert os.sched_getaffinity(0) == own
+    assert caplog.text.count("expected cores that this process may use, got 4000") == 1
 
 
 def write_nodes(sysfs: Path, cores: list[str]) -> Path:

@@ -132,7 +132,7 @@ class RunLog:
             return {}
         before, self._reads_before = self._reads_before, reads
         own = [now - then for now, then in zip(astuple(reads), astuple(before), strict=True)]
-        total = BucketReads(*map(sum, zip(*self._world.gather(own), strict=True)))
+        total = sum((BucketReads(*of_rank) for of_rank in self._world.gather(own)), BucketReads())
         return {
             "bucket/read_gib": total.read_bytes / 2**30,
             "bucket/requests": float(total.requests),

@@ -46,7 +46,7 @@ def readers(path: Path, url: str, cache: SharedCache, **options: Any) -> BucketS
         [shard.num_bytes for shard in shards],
         cache,
         identity="test",
-        reads=ReadPool(options.pop("reads_in_flight", 32)),
+        pool=ReadPool(options.pop("reads_in_flight", 32)),
         **options,
     )
 

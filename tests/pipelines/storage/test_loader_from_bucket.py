@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.config.data import BackendName, LoaderConfig, ViewConfig
 from m3i_fast.pipelines import loader as loader_module
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import split_digest
@@ -77,6 +77,28 @@ def test_batches_equal_those_of_the_folder(
     assert equal(next(remote), next(local))  # closed, it goes on
     remote.close()
     assert not in_use(cfg)
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_after_an_error_the_next_batch_is_that_which_failed(
+    path: Path, cfg: LoaderConfig, server: S3Server, backend: BackendName
+) -> None:
+    """In a notebook, where the cell is run again."""
+    remote = Loader(replace(cfg, backend=backend, prefetch=3), images_per_input=2)
+    local = in_the_order_of(remote, path, cfg)
+    server.fault(".tar", refuse("403 Forbidden", "AccessDenied"), 3)
+    failures, batches = 0, 0
+    while batches < 40:
+        try:
+            batch = next(remote)
+        except PermissionError:
+            failures += 1
+            assert remote.samples == 16 * batches and not in_use(cfg)
+        else:
+            assert equal(batch, next(local))
+            batches += 1
+    assert failures
+    remote.close()
 
 
 def test_a_run_goes_on_with_other_ranks_and_batches(path: Path, cfg: LoaderConfig) -> None:

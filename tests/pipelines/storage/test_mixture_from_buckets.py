@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
+from m3i_fast.pipelines import lanes
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.mixture import MAX_ID, MixedData, read_described
 from m3i_fast.pipelines.open_data import open_data
-from m3i_fast.pipelines.storage import remote
+from m3i_fast.pipelines.storage import clumps, remote
 from m3i_fast.pipelines.storage.objects import Bucket
 from m3i_fast.pipelines.storage.remote import plan_remote
 from m3i_fast.pipelines.storage.upload import push
@@ -320,6 +321,15 @@ def test_lanes_have_to_fit_the_ranks_in_every_bucket(cfg: LoaderConfig) -> None:
         open_data(replace(cfg, lanes=None), num_ranks=2)  # few clumps: one lane by itself
 
 
+def test_lanes_that_a_mixture_is_told_fit_its_largest_data_set(
+    cfg: LoaderConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the small one that the ranks do not fit, whose lanes would be too few for the other."""
+    monkeypatch.setattr(lanes, "_CLUMPS_A_LANE", 1)  # 6 and 1 lanes
+    with pytest.raises(ValueError, match=r"ranks, 4, got .*; use 1 ranks, or --data.lanes 8,"):
+        open_data(replace(cfg, lanes=None), num_ranks=4)
+
+
 def test_a_mixture_is_described_from_its_urls(cfg: LoaderConfig, local: LoaderConfig) -> None:
     described = read_described(cfg)
     assert isinstance(described, MixedData)
@@ -340,3 +350,24 @@ def test_closed_it_holds_nothing_and_goes_on(cfg: LoaderConfig, opened: list[Loa
     loader.close()
     assert len(list(users.iterdir())) == before - 2  # of the two that lie in buckets
     assert equal(next(loader), next(whole))
+
+
+def test_ctrl_c_while_it_is_closed_leaves_no_clump_behind(
+    cfg: LoaderConfig, opened: list[Loader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads, which all data sets share, are stopped by the first of them."""
+    whole = Loader(cfg, images_per_input=2)
+    loader = Loader(replace(cfg, cache_dir=cfg.cache_dir / "own"), images_per_input=2)
+    opened += [whole, loader]
+    assert equal(next(loader), next(whole))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clumps, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loader.close()
+    assert not list((cfg.cache_dir / "own/clumps/users").iterdir())
+    for _ in range(5):
+        assert equal(next(loader), next(whole))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, read_manifest
 from m3i_fast.pipelines.dataset.sample_table import write_table
 from m3i_fast.pipelines.order import StepLayout
 from m3i_fast.pipelines.storage import remote as remote_module
+from m3i_fast.pipelines.storage.dataset_copy import copy_table
+from m3i_fast.pipelines.storage.objects import Bucket
 from m3i_fast.pipelines.storage.remote import open_remote
 from tests.pipelines.storage.packed import POLICY, contents, local_contents, table_of, write
-from tests.shared.pipelines.s3_server import S3Server
+from tests.shared.pipelines.s3_server import S3Server, slow
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,21 @@ def test_rows_in_another_order_than_the_shards_are_refused_from_a_bucket(
     assert main(["push", str(copy), url]) == 0
     with pytest.raises(ValueError, match="row 0: expected a sample of shard 0 .*, got shard 2"):
         open_remote(replace(cfg, path=Path(url)), policy=POLICY)
+
+
+def test_a_table_is_copied_once_by_all_who_want_it(
+    path: Path, cfg: LoaderConfig, server: S3Server, tmp_path: Path
+) -> None:
+    server.clear()
+    server.fault("train.samples", slow(0.3), 2)
+    info = read_manifest(path).split("train").table
+    bucket, copy = Bucket(cfg.path, POLICY), tmp_path / "copy"
+    copy.mkdir()
+    with ThreadPoolExecutor(3) as pool:
+        copies = [pool.submit(copy_table, bucket, copy / "train.samples", info) for _ in range(3)]
+    assert [done.result() for done in copies] == [None] * 3
+    assert server.requests["GET train.samples"] == 1
+    assert (copy / "train.samples").read_bytes() == (path / "train.samples").read_bytes()
 
 
 def test_push_wants_a_url(path: Path) -> None:

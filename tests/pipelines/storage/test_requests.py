@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.packing import job
+from m3i_fast.pipelines.packing.bucket_output import BucketOutput
+from m3i_fast.pipelines.storage.dataset_copy import copy_description
 from m3i_fast.pipelines.storage.objects import Bucket
+from m3i_fast.pipelines.storage.remote_files import RemoteFiles
 from m3i_fast.pipelines.storage.requests import DaemonPool, Stop
 from m3i_fast.pipelines.storage.upload import push
-from tests.pipelines.storage.packed import write
+from tests.pipelines.storage.packed import table_of, write
 from tests.shared.pipelines.s3_server import S3Server, silent
 
 PROMPT_S = 20  # a request may take 60 s
@@ -52,6 +60,105 @@ def test_a_stop_ends_the_requests_in_flight_and_all_later_ones(
         bucket.read_range("object", 0, 9, stop=stop)
     assert not server.requests
     assert bytes(bucket.read_range("object", 0, 9, stop=Stop())) == bytes(9)
+
+
+def copy(url: str, path: Path, cache: Path) -> None:
+    copy_description(Bucket(url), cache, "train")
+
+
+def read_samples(url: str, path: Path, cache: Path) -> None:
+    table = table_of(path)
+    files = RemoteFiles(Bucket(url), path, read_manifest(path), None)
+    list(files.samples(table, table.rows))
+
+
+def upload(url: str, path: Path, cache: Path) -> None:
+    push(path, f"{url}/again")
+
+
+def read_records(url: str, path: Path, cache: Path) -> None:
+    out = BucketOutput.at(url, cache)
+    tasks: list[Any] = [SimpleNamespace(out=out, record_file="train.samples") for _ in range(3)]
+    job._finished_records(tasks, out)
+
+
+@pytest.mark.parametrize(
+    ("work", "silent_file"),
+    [
+        (copy, ".samples"),
+        (read_samples, ".tar"),
+        (upload, "again/train-000000.tar"),
+        (read_records, ".samples"),
+    ],
+)
+def test_ctrl_c_does_not_wait_for_a_server_that_is_silent(
+    server: S3Server,
+    url: str,
+    silence: threading.Event,
+    tmp_path: Path,
+    work: Callable[[str, Path, Path], None],
+    silent_file: str,
+) -> None:
+    path = write(tmp_path / "data")
+    push(path, url)
+    server.fault(silent_file, silent(silence), 100)
+    main = threading.main_thread().ident
+    assert main == threading.get_ident()
+
+    def interrupt() -> None:
+        wait_for_requests(server, 1)
+        time.sleep(0.1)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    presser = threading.Thread(target=interrupt)
+    # Else the test would wait as long as the requests may take, and pass.
+    late = threading.Timer(PROMPT_S, silence.set)
+    try:
+        presser.start()
+        late.start()
+        with pytest.raises(KeyboardInterrupt):
+            work(url, path, tmp_path / "cache")
+        presser.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        late.cancel()
+    assert not silence.is_set()
+
+
+FORKED = """
+import os, sys
+from m3i_fast.pipelines.storage.objects import Bucket
+
+bucket = Bucket(sys.argv[1])
+bucket.put("object", b"abc")
+if (child := os.fork()) == 0:
+    bucket.read("object")
+    os._exit(7)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status), bucket.read("object"))
+"""
+
+
+def test_a_forked_process_is_told_that_it_cannot_read(tmp_path: Path) -> None:
+    """obstore's own threads are not in it, and a request would wait for them for ever."""
+    words = [sys.executable, "-c", FORKED, str(tmp_path)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "1 b'abc'\n", ended.stderr
+    assert "which had read from object storage: start it by multiprocessing's spawn" in ended.stderr
+
+
+def test_a_stop_that_is_set_makes_no_request() -> None:
+    stop = Stop()
+    stop.set()
+
+    async def request() -> None:
+        raise AssertionError("made")
+
+    made: list[bool] = []
+    with pytest.raises(CancelledError):
+        stop.run(lambda: made.append(True) or request())
+    assert not made
 
 
 PROGRAM = """
