@@ -10,7 +10,7 @@ from m3i_fast.durable_files import make_directories
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME
 from m3i_fast.pipelines.indexing.build import check_out
 from m3i_fast.pipelines.storage.objects import Bucket
-from m3i_fast.pipelines.storage.upload import send_folder
+from m3i_fast.pipelines.storage.upload import UPLOAD_POLICY, send_folder
 
 
 def work_folder(url: str, cache_dir: Path) -> Path:
@@ -34,6 +34,6 @@ def check_beside(url: str) -> None:
 
 def publish(url: str, folder: Path) -> None:
     """Upload an index; a reader never finds a manifest beside the table of another."""
-    bucket = Bucket(url)
+    bucket = Bucket(url, UPLOAD_POLICY)
     bucket.remove([MANIFEST_NAME])
     send_folder(bucket, folder)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import secrets
 import shutil
 import tempfile
@@ -28,6 +29,8 @@ from m3i_fast.pipelines.dataset.manifest import (
 from m3i_fast.pipelines.packing.output import LOCK, SPOOLED, STATE, NewFile
 from m3i_fast.pipelines.storage.objects import Bucket
 from m3i_fast.pipelines.storage.upload import UPLOAD_POLICY, File, send, send_folder
+
+logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=4)
@@ -63,6 +66,11 @@ class BucketOutput:
     def spool(self) -> Path:
         """Return the local folder."""
         return self.folder
+
+    @property
+    def is_shared(self) -> bool:
+        """Return True: all machines reach the bucket."""
+        return True
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -165,7 +173,12 @@ class BucketOutput:
     def tidy(self, *, is_whole: bool) -> None:
         """Remove the state of a pack that is whole; of another one what can be made again here."""
         if is_whole:
-            _bucket(self.url).remove([n for n in self.sizes() if n.startswith(f"{STATE}/")])
+            try:
+                _bucket(self.url).remove([n for n in self.sizes() if n.startswith(f"{STATE}/")])
+            except PermissionError as error:  # the data set is whole all the same
+                logger.warning(
+                    "%s/%s/ is left, which nothing reads any more: %s", self.url, STATE, error
+                )
         self._remove_unfinished()
         if is_whole or not any((self.folder / name).exists() for name in SPOOLED):
             shutil.rmtree(self.folder)

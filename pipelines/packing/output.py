@@ -44,6 +44,10 @@ class Output(Protocol):
     def spool(self) -> Path:
         """A local folder, there while it is `locked`, for pictures that are copied first."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether another machine may go on, on which files of the source have other times."""
+
     def locked(self) -> AbstractContextManager[None]:
         """Keep a second process from packing here, and remove what a killed one left half done."""
 
@@ -93,6 +97,11 @@ class FolderOutput:
     def spool(self) -> Path:
         """Return the folder of the state."""
         return self.path / STATE
+
+    @property
+    def is_shared(self) -> bool:
+        """Return False: a file of the source with another time is another file."""
+        return False
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the lock of the folder."""
