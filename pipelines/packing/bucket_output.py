@@ -8,7 +8,6 @@ and what has to be spooled of the source.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import secrets
@@ -26,8 +25,8 @@ from m3i_fast.pipelines.dataset.manifest import (
     is_dataset,
     read_manifest,
 )
-from m3i_fast.pipelines.packing.output import LOCK, SPOOLED, STATE, NewFile
-from m3i_fast.pipelines.storage.objects import Bucket
+from m3i_fast.pipelines.packing.output import LOCK, SPOOLED, STATE, NewFile, alone
+from m3i_fast.pipelines.storage.objects import Bucket, folder_of
 from m3i_fast.pipelines.storage.upload import UPLOAD_POLICY, File, send, send_folder
 
 logger = logging.getLogger(__name__)
@@ -54,8 +53,7 @@ class BucketOutput:
                 "objects, by which a killed pack goes on; pack into a folder, and upload that "
                 f"with: m3i-fast data push DIR {url}"
             )
-        key = hashlib.sha256(url.encode()).hexdigest()[:16]
-        return cls(url, cache_dir.expanduser().absolute() / "packing" / key)
+        return cls(url, folder_of(url, cache_dir, "packing"))
 
     @property
     def place(self) -> str:
@@ -79,12 +77,7 @@ class BucketOutput:
         On two machines the same pack writes the same bytes twice, and another one is refused by the
         settings that the first has created.
         """
-        make_directories(self.folder)
-        with (self.folder / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"DIR: {self.url} is being packed by another process") from None
+        with alone(self.folder, self.url, "packed"):
             self._remove_unfinished()
             yield
 
