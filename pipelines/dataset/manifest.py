@@ -344,12 +344,18 @@ def file_faults(
         if shard.index_bytes is not None:
             recorded.append((path, shard.index_file, shard.index_bytes))
     for folder, name, num_bytes in recorded:
-        file = folder / name
-        if not file.is_file():
-            kind = "table" if file.suffix == TABLE_SUFFIX else "shard"
-            yield name, FileNotFoundError(f"{file}: expected a {kind}, got none; {restore}")
-        elif (size := file.stat().st_size) != num_bytes:
-            yield name, ValueError(f"{file}: expected {num_bytes} bytes, got {size}; {restore}")
+        if (error := file_fault(folder / name, num_bytes, restore)) is not None:
+            yield name, error
+
+
+def file_fault(file: Path, num_bytes: int, restore: str) -> FileNotFoundError | ValueError | None:
+    """Return what is wrong with a table or shard that should have that size; None: nothing."""
+    if not file.is_file():
+        kind = "table" if file.suffix == TABLE_SUFFIX else "shard"
+        return FileNotFoundError(f"{file}: expected a {kind}, got none; {restore}")
+    if (size := file.stat().st_size) != num_bytes:
+        return ValueError(f"{file}: expected {num_bytes} bytes, got {size}; {restore}")
+    return None
 
 
 def sha256_file(path: Path) -> str:

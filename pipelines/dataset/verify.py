@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def find_faults(
         faults = list(_check_digests(files, name))
         try:
             check_split(files, name, max_pixels=max_pixels)
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:  # the former of what is removed meanwhile
             faults.append(Fault(name, None, str(error)))
         if split.table is None:
             faults += _indexed_split(look, identities)
@@ -160,19 +161,17 @@ def _read_shard(look: _Look, shard: ShardInfo, rows: Rows, counts: Counts) -> Sh
         max_alternates=files.manifest.splits[look.name].max_alternates,
         advance=look.advance,
     )
-    tar = files.open(shard.file, is_whole=True)
     try:
-        for row in read_shard(report, tar, rows):
-            counts.add(
-                num_captions=row.num_captions,
-                num_alternates=row.num_alternates,
-                label=row.label,
-                group_id=row.group_id,
-            )
-    except (FileNotFoundError, ValueError) as error:  # of an object
+        with closing(files.open(shard.file, is_whole=True)) as tar:
+            for row in read_shard(report, tar, rows):
+                counts.add(
+                    num_captions=row.num_captions,
+                    num_alternates=row.num_alternates,
+                    label=row.label,
+                    group_id=row.group_id,
+                )
+    except (FileNotFoundError, ValueError) as error:  # the former of what is removed meanwhile
         report.faults.append(Fault(shard.file, None, str(error)))
-    finally:
-        tar.close()
     return report
 
 

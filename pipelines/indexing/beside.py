@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from pathlib import Path
 
 from m3i_fast.durable_files import make_directories
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME
 from m3i_fast.pipelines.indexing.build import check_out
-from m3i_fast.pipelines.storage.objects import Bucket
-from m3i_fast.pipelines.storage.upload import send_folder
+from m3i_fast.pipelines.storage.objects import Bucket, folder_of
+from m3i_fast.pipelines.storage.upload import UPLOAD_POLICY, send_folder
 
 
 def work_folder(url: str, cache_dir: Path) -> Path:
     """Make the folder in which an index of this URL is written, and goes on after a kill."""
-    key = hashlib.sha256(url.encode()).hexdigest()[:16]
-    folder = cache_dir.expanduser().absolute() / "indexing" / key
+    folder = folder_of(url, cache_dir, "indexing")
     make_directories(folder)
     return folder
 
@@ -34,6 +32,6 @@ def check_beside(url: str) -> None:
 
 def publish(url: str, folder: Path) -> None:
     """Upload an index; a reader never finds a manifest beside the table of another."""
-    bucket = Bucket(url)
+    bucket = Bucket(url, UPLOAD_POLICY)
     bucket.remove([MANIFEST_NAME])
     send_folder(bucket, folder)

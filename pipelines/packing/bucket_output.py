@@ -8,8 +8,8 @@ and what has to be spooled of the source.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
+import logging
 import secrets
 import shutil
 import tempfile
@@ -25,10 +25,12 @@ from m3i_fast.pipelines.dataset.manifest import (
     is_dataset,
     read_manifest,
 )
-from m3i_fast.pipelines.packing.output import LOCK, SPOOLED, STATE, NewFile
-from m3i_fast.pipelines.storage.objects import Bucket
+from m3i_fast.pipelines.packing.output import LOCK, SPOOLED, STATE, NewFile, alone
+from m3i_fast.pipelines.storage.objects import Bucket, folder_of
 from m3i_fast.pipelines.storage.requests import Stop
 from m3i_fast.pipelines.storage.upload import UPLOAD_POLICY, File, send, send_folder
+
+logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=4)
@@ -52,8 +54,7 @@ class BucketOutput:
                 "objects, by which a killed pack goes on; pack into a folder, and upload that "
                 f"with: m3i-fast data push DIR {url}"
             )
-        key = hashlib.sha256(url.encode()).hexdigest()[:16]
-        return cls(url, cache_dir.expanduser().absolute() / "packing" / key)
+        return cls(url, folder_of(url, cache_dir, "packing"))
 
     @property
     def place(self) -> str:
@@ -65,6 +66,11 @@ class BucketOutput:
         """Return the local folder."""
         return self.folder
 
+    @property
+    def is_shared(self) -> bool:
+        """Return True: all machines reach the bucket."""
+        return True
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold a lock of this machine.
@@ -72,12 +78,7 @@ class BucketOutput:
         On two machines the same pack writes the same bytes twice, and another one is refused by the
         settings that the first has created.
         """
-        make_directories(self.folder)
-        with (self.folder / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"DIR: {self.url} is being packed by another process") from None
+        with alone(self.folder, self.url, "packed"):
             self._remove_unfinished()
             yield
 
@@ -166,7 +167,12 @@ class BucketOutput:
     def tidy(self, *, is_whole: bool) -> None:
         """Remove the state of a pack that is whole; of another one what can be made again here."""
         if is_whole:
-            _bucket(self.url).remove([n for n in self.sizes() if n.startswith(f"{STATE}/")])
+            try:
+                _bucket(self.url).remove([n for n in self.sizes() if n.startswith(f"{STATE}/")])
+            except PermissionError as error:  # the data set is whole all the same
+                logger.warning(
+                    "%s/%s/ is left, which nothing reads any more: %s", self.url, STATE, error
+                )
         self._remove_unfinished()
         if is_whole or not any((self.folder / name).exists() for name in SPOOLED):
             shutil.rmtree(self.folder)

@@ -61,6 +61,11 @@ class Listing:
         """Record what is not packed."""
         self.refusals.append(Refusal(file, reason, what_to_do))
 
+    def forget_times(self) -> None:
+        """Leave out when files were changed, which a copy of the source may not have kept."""
+        self.items = [item._replace(stamp=(item.stamp[0], 0)) for item in self.items]
+        self.files = {name: (size, 0) for name, (size, _) in self.files.items()}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -25,12 +24,11 @@ from m3i_fast.pipelines.dataset.pack import DatasetInfo, write_manifest
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.bucket_output import BucketOutput
 from m3i_fast.pipelines.packing.items import Listing, Refusal, SourceOptions
-from m3i_fast.pipelines.packing.near_duplicates import Grouped, group, hash_tasks
+from m3i_fast.pipelines.packing.near_duplicates import Grouped, HashTask, group, hash_tasks
 from m3i_fast.pipelines.packing.output import FolderOutput, Output
 from m3i_fast.pipelines.packing.plan import (
     PlanSettings,
     Shards,
-    chosen,
     make_shards,
     number_items,
     with_groups,
@@ -47,9 +45,11 @@ from m3i_fast.pipelines.packing.shard_task import (
 from m3i_fast.pipelines.packing.state import check_unchanged
 from m3i_fast.pipelines.packing.workers import Run
 from m3i_fast.pipelines.storage.objects import url_of
-from m3i_fast.pipelines.storage.requests import request_pool
+from m3i_fast.pipelines.storage.requests import Stop, request_pool
 
-RECORDS_IN_FLIGHT = 16  # read at the same time, to hide the latency of a bucket
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+RESULTS_IN_FLIGHT = 16  # read at the same time, to hide the latency of a bucket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,9 +114,10 @@ def _pack_locked(
     settings = replace(settings, source=replace(settings.source, spool=spool))
     console.print(f"source: {why}", soft_wrap=True, highlight=False)
     listing = make_reader(settings.source).list()
+    if out.is_shared:
+        listing.forget_times()
     for note in listing.notes:
         console.print(f"  {note}", soft_wrap=True, highlight=False)
-    refused_by_source = list(listing.refusals)
     numbered = number_items(listing, settings.plan)
     if not numbered:
         _show_some(listing.refusals, console)
@@ -130,9 +131,10 @@ def _pack_locked(
     check_unchanged(out, described, listing)
     counts = {}
     if settings.plan.near_duplicate_bits is not None:
-        grouped = _group_near_duplicates(settings, out, listing, run, console)
-        listing = replace(listing, items=grouped.items, refusals=refused_by_source)
-        numbered = number_items(listing, settings.plan)
+        kept = sorted(n.sample_id for pictures in numbered.values() for n in pictures)
+        grouped = _group_near_duplicates(settings, out, listing, kept, run, console)
+        listing = replace(listing, items=grouped.items)
+        numbered = number_items(listing, settings.plan, among=frozenset(kept))
         counts["near_duplicates"] = {
             "pictures": grouped.num_pictures,
             "groups": grouped.num_groups,
@@ -141,7 +143,7 @@ def _pack_locked(
     shards = make_shards(numbered, settings.plan)
     total = sum(map(len, numbered.values()))
     tasks = list(_tasks(settings, out, shards))
-    records = _finished_records(tasks, out)
+    records = {task.name: record for task, record in _of_earlier_starts(tasks, finished, out)}
     done = sum(len(task.items) for task in tasks if task.name in records)
     if done:
         console.print(f"going on: {done} of {total} pictures are packed", highlight=False)
@@ -158,32 +160,45 @@ def _pack_locked(
 
 
 def _group_near_duplicates(
-    settings: PackSettings, out: Output, listing: Listing, run: Run, console: Console
+    settings: PackSettings,
+    out: Output,
+    listing: Listing,
+    kept: Sequence[int],
+    run: Run,
+    console: Console,
 ) -> Grouped:
-    """Hash the pictures that are packed, and return all of a listing in groups."""
+    """Hash the pictures at some places of a listing, and return all of it with these in groups."""
     bits = settings.plan.near_duplicate_bits
     assert bits is not None
-    places = chosen(len(listing.items), settings.plan)
-    items = [listing.items[place] for place in places]
+    items = [listing.items[place] for place in kept]
     tasks = hash_tasks(items, out, settings.source, settings.shard.max_pixels)
-    found = {task.number: kept for task in tasks if (kept := task.finished()) is not None}
+    results = _of_earlier_starts(tasks, HashTask.finished, out)
+    found = {task.number: hashed for task, hashed in results}
     done = sum(map(len, found.values()))
     with bar(console, f"hashing {settings.name}", len(items), done) as advance:
         left = [task for task in tasks if task.number not in found]
         found.update((task.number, hashed) for task, hashed in run(left, advance))
     grouped = group(items, np.concatenate([found[task.number] for task in tasks]), bits)
     all_items = list(listing.items)
-    for place, item in zip(places, grouped.items, strict=True):
+    for place, item in zip(kept, grouped.items, strict=True):
         all_items[place] = item
     return grouped._replace(items=all_items)
 
 
-def _finished_records(tasks: Sequence[ShardTask], out: Output) -> dict[str, Record]:
-    """Return the record of each task that an earlier start has finished, by name."""
+def _of_earlier_starts(
+    tasks: Sequence[_Task],
+    look_up: Callable[[_Task, Mapping[str, int], Stop], _Result | None],
+    out: Output,
+) -> list[tuple[_Task, _Result]]:
+    """Return the tasks that earlier starts have finished, with their results.
+
+    look_up: reads a result, if it is among the files that the output has, by their sizes.
+    """
     sizes = out.sizes()
-    with request_pool(RECORDS_IN_FLIGHT, "record-reader") as (pool, stop):
-        records = pool.map(partial(finished, sizes=sizes, stop=stop), tasks)
-        return {t.name: record for t, record in zip(tasks, records, strict=True) if record}
+    with request_pool(RESULTS_IN_FLIGHT, "record-reader") as (pool, stop):
+        results = pool.map(lambda task: look_up(task, sizes, stop), tasks)
+        pairs = zip(tasks, results, strict=True)
+        return [(task, result) for task, result in pairs if result is not None]
 
 
 def _tasks(settings: PackSettings, out: Output, shards: Shards) -> Iterator[ShardTask]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from m3i_fast.pipelines.packing.conversion import small_picture
 from m3i_fast.pipelines.packing.items import Item, Refused, SourceOptions
 from m3i_fast.pipelines.packing.output import STATE, Output
 from m3i_fast.pipelines.packing.shard_task import opened_reader
+from m3i_fast.pipelines.storage.requests import Stop
 
 PICTURES_A_TASK = 4096
 _PAIRS_AT_ONCE = 1 << 14  # whose thumbnails are compared at once
@@ -77,9 +78,12 @@ class HashTask:
         self.out.write(self.file, self.key + hashed.tobytes())
         return hashed
 
-    def finished(self) -> Hashed | None:
-        """Return the result of an earlier start for the same pictures."""
-        stored = self.out.read(self.file)
+    def finished(self, sizes: Mapping[str, int], stop: Stop) -> Hashed | None:
+        """Return the result of an earlier start for the same pictures.
+
+        sizes: bytes of each file that the output has. stop: as of `Output.read`.
+        """
+        stored = self.out.read(self.file, stop) if self.file in sizes else None
         if stored is None or not stored.startswith(self.key):
             return None
         return np.frombuffer(stored[len(self.key) :], HASHED)
@@ -120,16 +124,17 @@ class Grouped(NamedTuple):
 
 
 def group(items: Sequence[Item], hashed: Hashed, most_bits: int) -> Grouped:
-    """Give near duplicates of one split one group, and with them all pictures of their groups.
+    """Give near duplicates of one split one group, and with them its pictures of their groups.
 
-    hashed: of each item. The groups depend on the pictures and their order alone.
+    hashed: of each item. The groups depend on the pictures and their order alone, and have pictures
+    of one split each: a group of the source that has pictures in two splits does not join them.
     """
     number_of: dict[str, int] = {}
     splits = np.array([number_of.setdefault(item.split, len(number_of)) for item in items])
-    clusters, first_of = Clusters(), dict[str, int]()
+    clusters, first_of = Clusters(), dict[tuple[str, str], int]()
     for number, item in enumerate(items):
         if item.group:
-            clusters.join(first_of.setdefault(item.group, number), number)
+            clusters.join(first_of.setdefault((item.split, item.group), number), number)
     first = _first_equal(hashed, splits)
     copies = np.flatnonzero(first != np.arange(len(first)))
     near, elsewhere = set(copies.tolist()), set[int]()

@@ -45,6 +45,10 @@ class Output(Protocol):
     def spool(self) -> Path:
         """A local folder, there while it is `locked`, for pictures that are copied first."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether another machine may go on, on which files of the source have other times."""
+
     def locked(self) -> AbstractContextManager[None]:
         """Keep a second process from packing here, and remove what a killed one left half done."""
 
@@ -94,6 +98,11 @@ class FolderOutput:
     def spool(self) -> Path:
         """Return the folder of the state."""
         return self.path / STATE
+
+    @property
+    def is_shared(self) -> bool:
+        """Return False: a file of the source with another time is another file."""
+        return False
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold the lock of the folder."""
@@ -170,6 +179,21 @@ class FolderOutput:
 
 
 @contextlib.contextmanager
+def alone(folder: Path, place: str, doing: str) -> Iterator[None]:
+    """Hold the lock of a folder, which is made; ValueError where another process holds it.
+
+    place, doing: what the error says is being packed, or indexed.
+    """
+    make_directories(folder)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"DIR: {place} is being {doing} by another process") from None
+        yield
+
+
+@contextlib.contextmanager
 def locked(
     out: Path, state: str = STATE, doing: str = "packed", left: Sequence[str] = LEFT
 ) -> Iterator[None]:
@@ -178,12 +202,7 @@ def locked(
     state: folder below `out` with the lock. left: patterns of what writes of a killed process left
     half done, which is removed.
     """
-    make_directories(out / state)
-    with (out / state / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"DIR: {out} is being {doing} by another process") from None
+    with alone(out / state, str(out), doing):
         for folder in (out, out / state):
             for file in [file for pattern in left for file in folder.glob(pattern)]:
                 file.unlink(missing_ok=True)

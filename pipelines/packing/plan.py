@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from m3i_fast.pipelines.dataset.near_duplicates import MOST_BITS
@@ -44,10 +44,13 @@ def chosen(num: int, settings: PlanSettings) -> Sequence[int]:
     return sorted(keyed_order(num, "limit", settings.seed)[: settings.limit])
 
 
-def number_items(listing: Listing, settings: PlanSettings) -> dict[str, list[Numbered]]:
+def number_items(
+    listing: Listing, settings: PlanSettings, *, among: Container[int] | None = None
+) -> dict[str, list[Numbered]]:
     """Deal the pictures of a listing to splits, and number them.
 
-    A picture's id is its place in the listing, a group's id that of its first picture. Refuses
+    A picture's id is its place in the listing, a group's id that of its first picture. among: ids
+    of those that are numbered, where others were refused before; None: of all. Refuses
     pictures of a group that has pictures in an earlier split, or whose split has no good name.
     """
     items = [(i, listing.items[i]) for i in chosen(len(listing.items), settings)]
@@ -56,7 +59,7 @@ def number_items(listing: Listing, settings: PlanSettings) -> dict[str, list[Num
     numbered: dict[str, list[Numbered]] = {}
     for i, item in items:
         split = splits[i]
-        if split is None:
+        if split is None or (among is not None and i not in among):
             continue
         if not SPLIT_NAME.fullmatch(split):
             listing.refuse(

@@ -10,8 +10,9 @@ from typing import Any
 from m3i_fast.pipelines.packing.items import Listing
 from m3i_fast.pipelines.packing.output import STATE, Output
 
-SETTINGS, LISTED = f"{STATE}/settings.json", f"{STATE}/listed.jsonl"
+SETTINGS = f"{STATE}/settings.json"
 _SHOWN = 5
+_DIGESTS = ("source_sha256", "listed_sha256")  # of what is compared line by line
 
 
 def check_unchanged(out: Output, described: dict[str, Any], listing: Listing) -> None:
@@ -22,21 +23,30 @@ def check_unchanged(out: Output, described: dict[str, Any], listing: Listing) ->
     listed = _lines(listing)
     before = out.read(SETTINGS)
     if before is None:
-        out.write(LISTED, "".join(f"{line}\n" for line in listed).encode())
-        out.create(SETTINGS, json.dumps(described).encode())
+        content = "".join(f"{line}\n" for line in listed).encode()
+        digest = hashlib.sha256(content).hexdigest()
+        # Named by its digest: a pack that another machine begins at the same time, and that is
+        # refused by the settings, has not replaced the list that these settings go with.
+        out.write(_list_file(digest), content)
+        out.create(SETTINGS, json.dumps(described | {"listed_sha256": digest}).encode())
         return
     earlier = json.loads(before)
     changed = [
         f"{key} was {earlier.get(key)!r}, is {described.get(key)!r}"
         for key in dict.fromkeys([*described, *earlier])
-        if key != "source_sha256" and earlier.get(key) != described.get(key)
+        if key not in _DIGESTS and earlier.get(key) != described.get(key)
     ]
-    changed += _changes((out.read(LISTED) or b"").decode().splitlines(), listed)
+    before = out.read(_list_file(earlier.get("listed_sha256"))) or b""
+    changed += _changes(before.decode().splitlines(), listed)
     if changed:
         raise ValueError(
             f"DIR: {out.place} holds a pack that was begun with another source or other settings: "
             f"{'; '.join(changed)}. Go on with those, or remove {out.place} and pack anew"
         )
+
+
+def _list_file(digest: str | None) -> str:
+    return f"{STATE}/listed-{digest}.jsonl"
 
 
 def _lines(listing: Listing) -> list[str]:

@@ -175,7 +175,7 @@ class SharedCache:
     def _sweep(self, num_bytes: int) -> None:
         """Make room for a file; raise CacheFull where too much is in use."""
         for user in (self.folder / "users").iterdir():
-            if user != self._own and _is_left_over(user):
+            if user != self._own and is_left_over(user):
                 shutil.rmtree(user, ignore_errors=True)
         size = self._recount()
         if size + num_bytes <= self.limit_bytes:
@@ -206,10 +206,10 @@ def _scan(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 continue
 
 
-def _is_left_over(user: Path) -> bool:
+def is_left_over(folder: Path) -> bool:
     """Return whether the process of a folder is gone: nobody holds its lock."""
     try:
-        descriptor = os.open(user / "lock", os.O_RDWR)
+        descriptor = os.open(folder / "lock", os.O_RDWR)
     except FileNotFoundError:
         return True
     try:

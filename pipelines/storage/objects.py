@@ -7,6 +7,7 @@ says is decided here, alike for a refused request and a body that is cut off.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import random
@@ -95,6 +96,12 @@ def url_of(path: Path | str) -> str | None:
 def place_of(path: Path | str) -> str:
     """Return a path as a person types it: a URL, or a path of this machine."""
     return url_of(path) or str(path)
+
+
+def folder_of(url: str, cache_dir: Path, use: str) -> Path:
+    """Return the local folder of what is done for a URL, by the name of its use and by the URL."""
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return cache_dir.expanduser().absolute() / use / key
 
 
 class Bucket:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -16,16 +19,20 @@ from m3i_fast.pipelines.dataset.manifest import (
     INDEXED,
     Manifest,
     SplitInfo,
+    TableInfo,
+    file_fault,
     index_command,
     read_manifest,
 )
 from m3i_fast.pipelines.dataset.sample_table import Rows, SampleTable
+from m3i_fast.pipelines.storage.cache import is_left_over
 from m3i_fast.pipelines.storage.dataset_copy import copy_manifest, copy_table
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo, url_of
 from m3i_fast.pipelines.storage.requests import Stop, request_pool
 
 PIECES_AHEAD = 4  # of PIECE bytes, read at the same time and held in memory
 SAMPLES_AHEAD = 32
+_INSPECTED = "inspected-"  # begin of the name of a folder with copies for one process
 WINDOW = 1 << 17  # bytes read at once of an object that is read here and there
 
 
@@ -130,12 +137,9 @@ class RemoteFiles:
         return self._bucket.found(files)
 
     def faults(self, split: SplitInfo) -> Iterator[tuple[str, OSError | ValueError]]:
-        """Yield what is wrong with the copy of the table, and with sizes of shards."""
-        if split.table is not None and self._described_by is not None:
-            try:
-                copy_table(self._described_by, self.folder / split.table.file, split.table)
-            except (FileNotFoundError, ValueError) as error:
-                yield split.table.file, error
+        """Yield what is wrong with the table or its copy, and with sizes of shards."""
+        if split.table is not None and (error := self._table_fault(split.table)) is not None:
+            yield split.table.file, error
         for shard in split.shards:
             info, name = self._infos.get(shard.file), self.name(shard.file)
             if info is None:
@@ -144,6 +148,17 @@ class RemoteFiles:
             elif info.size != shard.num_bytes:
                 expected = f"expected {shard.num_bytes} bytes, got {info.size}"
                 yield shard.file, ValueError(f"{name}: {expected}; {self.restore}")
+
+    def _table_fault(self, table: TableInfo) -> OSError | ValueError | None:
+        """Return what is wrong with a table, which is copied where it lies in a bucket."""
+        file = self.folder / table.file
+        if self._described_by is None:
+            return file_fault(file, table.num_bytes, self.restore)
+        try:
+            copy_table(self._described_by, file, table)
+        except (FileNotFoundError, ValueError) as error:
+            return error
+        return None
 
     def open(self, shard_file: str, *, is_whole: bool) -> RemoteFile | RemoteStream:
         """Open a shard."""
@@ -188,6 +203,25 @@ def opened_files(path: Path, cache_dir: Path, *, anew: bool = False) -> Iterator
     if not anew:
         yield RemoteFiles(bucket, *copy_manifest(bucket, cache_dir), bucket)
         return
+    with _own_folder(cache_dir) as folder:
+        yield RemoteFiles(bucket, *copy_manifest(bucket, folder), bucket)
+
+
+@contextmanager
+def _own_folder(cache_dir: Path) -> Iterator[Path]:
+    """Yield a folder that goes at the end, and remove those of processes that were killed."""
     make_directories(cache_dir)
-    with tempfile.TemporaryDirectory(prefix="inspected-", dir=cache_dir) as folder:
-        yield RemoteFiles(bucket, *copy_manifest(bucket, Path(folder)), bucket)
+    with ExitStack() as at_end:
+        alone = os.open(cache_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(alone, fcntl.LOCK_EX)  # so that none is half made while one is looked for
+            for other in cache_dir.glob(f"{_INSPECTED}*"):
+                if is_left_over(other):
+                    shutil.rmtree(other, ignore_errors=True)
+            made = tempfile.TemporaryDirectory(prefix=_INSPECTED, dir=cache_dir)
+            folder = Path(at_end.enter_context(made))
+            lock = at_end.enter_context((folder / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        finally:
+            os.close(alone)
+        yield folder

@@ -95,13 +95,13 @@ def counts(split: SplitInfo) -> tuple[int, int, int]:
     return split.num_samples, split.num_captions, split.num_labels
 
 
-def test_each_section_has_three_commands() -> None:
+def test_each_section_has_its_commands() -> None:
     found = {heading: len(lines) for heading, lines in commands(OWN).items()}
     assert found == {
         "From a folder": 3,
         "From a CSV": 3,
         "From tars of img2dataset": 3,
-        "From a bucket": 3,
+        "From a bucket": 3,  # which packs to where it trains from
     }
 
 

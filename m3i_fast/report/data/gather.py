@@ -28,6 +28,7 @@ from m3i_fast.pipelines.dataset.pictures import FORMATS, decode_pixels
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.open_data import OpenSplit
 from m3i_fast.pipelines.open_few import open_few
 from m3i_fast.pipelines.storage.objects import Bucket, url_of
 from m3i_fast.pipelines.storage.remote import manifest_at
@@ -138,7 +139,18 @@ class _Read:
 
 def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[ShownSample]:
     """Yield samples of the first epoch as training gets them."""
-    loader = Loader(replace(cfg, batch_size=min(number, _AT_ONCE)), opened=open_few(cfg))
+    opened = open_few(cfg)
+    loader = Loader(replace(cfg, batch_size=min(number, _AT_ONCE)), opened=opened)
+    try:
+        yield from _shown(cfg, manifest, number, loader, opened)
+    finally:
+        loader.close()
+
+
+def _shown(
+    cfg: LoaderConfig, manifest: Manifest, number: int, loader: Loader, opened: OpenSplit
+) -> Iterator[ShownSample]:
+    """Yield the first samples of a loader; their pictures are read from what it has opened."""
     tokenizer = Tokenizer.from_info(manifest.tokenizer)
     names = [*manifest.class_names, ""]  # label -1 has no name
     has_alternates = cfg.alternates and manifest.split(cfg.split).max_alternates > 0
@@ -149,7 +161,7 @@ def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[Sho
         rows = rows[: number - len(shown)]
         if not rows:  # all of an epoch, or as many as asked for
             break
-        pictures = pictures_of(cfg, [ids[row] for row in rows])
+        pictures = pictures_of(opened, [ids[row] for row in rows], cfg.max_pixels)
         for row in rows:
             sample_id = ids[row]
             shown.add(sample_id)
@@ -163,7 +175,6 @@ def _samples(cfg: LoaderConfig, manifest: Manifest, number: int) -> Iterator[Sho
                 category=names[int(batch.label[row])],
                 views=_views(batch, row, has_alternates),
             )
-    loader.close()
 
 
 def _caption(tokenizer: Tokenizer, batch: Batch, row: int) -> str:
@@ -194,9 +205,8 @@ def _picture(view: Any) -> Picture:  # [3, S, S] uint8 tensor -> [S, S, 3]
     return np.ascontiguousarray(view.permute(1, 2, 0).numpy())
 
 
-def pictures_of(cfg: LoaderConfig, ids: Collection[int]) -> dict[int, Picture]:
+def pictures_of(opened: OpenSplit, ids: Collection[int], max_pixels: int) -> dict[int, Picture]:
     """Read and decode the upright pictures of some samples, at most MOST_SIDE pixels long."""
-    opened = open_few(cfg)
     table, shards = opened.table, opened.shards
     assert isinstance(table, SampleTable)  # one data set
     found = {}
@@ -207,8 +217,7 @@ def pictures_of(cfg: LoaderConfig, ids: Collection[int]) -> dict[int, Picture]:
             content = os.pread(tar.fileno(), int(row["size"]), offset)
         _, files = sample_files(content)
         encoded = next(files[name] for name in FORMATS if name in files)
-        found[int(row["sample_id"])] = _decode(encoded, cfg.max_pixels)
-    shards.close()
+        found[int(row["sample_id"])] = _decode(encoded, max_pixels)
     return found
 
 
@@ -241,7 +250,9 @@ def _near_pairs(cfg: LoaderConfig, read: Mapping[str, _Read]) -> tuple[int, int,
         name: [read[name].sample_id[i] for _, *two in chosen for n, i in two if n == name]
         for name in read
     }
-    pictures = {name: pictures_of(replace(cfg, split=name), of) for name, of in ids.items() if of}
+    pictures = {
+        name: _pictures_of_split(replace(cfg, split=name), of) for name, of in ids.items() if of
+    }
     pairs = []
     for distance, (split_a, a), (split_b, b) in chosen:
         id_a, id_b = read[split_a].sample_id[a], read[split_b].sample_id[b]
@@ -254,6 +265,14 @@ def _near_pairs(cfg: LoaderConfig, read: Mapping[str, _Read]) -> tuple[int, int,
             )
         )
     return in_group, between, pairs
+
+
+def _pictures_of_split(cfg: LoaderConfig, ids: Collection[int]) -> dict[int, Picture]:
+    opened = open_few(cfg)
+    try:
+        return pictures_of(opened, ids, cfg.max_pixels)
+    finally:
+        opened.shards.close()
 
 
 def _search(

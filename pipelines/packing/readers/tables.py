@@ -28,7 +28,7 @@ from m3i_fast.pipelines.packing.items import (
 )
 from m3i_fast.pipelines.packing.readers.columns import Columns, choose_columns
 from m3i_fast.pipelines.packing.readers.labels import assign_labels
-from m3i_fast.pipelines.packing.readers.spool import NAME, Spool, open_spool, read_spooled
+from m3i_fast.pipelines.packing.readers.spool import Spool, open_spool, read_spooled
 
 TEXT_SUFFIXES = (".csv", ".tsv")
 MAX_TABLE_BYTES = 1 << 33
@@ -87,9 +87,9 @@ class Tables:
         return listing
 
     def read(self, place: Place) -> bytes:
-        if place[0] == NAME:
-            return read_spooled(self.options, place)
-        return read_picture(Path(str(place[0])))
+        if len(place) == 1:  # the path of a file, which may be called as the spool is
+            return read_picture(self.root / str(place[0]))
+        return read_spooled(self.options, place)
 
     def _open(self, file: Path, listing: Listing) -> tuple[Columns, Iterator[tuple[int, Row]]]:
         if file.suffix.lower() in TEXT_SUFFIXES or self.options.delimiter is not None:
@@ -130,7 +130,7 @@ class Tables:
         try:
             if not self.options.allow_outside:
                 check_inside(path, self.root.resolve())
-            return item._replace(name=printable(named), place=(str(path),), stamp=stamp(path))
+            return item._replace(name=printable(named), place=(named,), stamp=stamp(path))
         except OSError as error:
             advice = "name files relative to the table's folder, or that folder by --image-root"
             if "\\" in named:

@@ -123,7 +123,7 @@ def test_groups_are_those_of_all_pairs(most_bits: int) -> None:
     split, source = (np.array([getattr(i, name) for i in items]) for name in ("split", "group"))
     same_split = split[:, None] == split
     in_source = (source[:, None] == source) & (source != "")
-    _, labels = connected_components((near & same_split) | in_source, directed=False)
+    _, labels = connected_components((near | in_source) & same_split, directed=False)
     has_near = (near & same_split).any(1)
     joined = np.isin(labels, labels[has_near])
 
@@ -131,7 +131,7 @@ def test_groups_are_those_of_all_pairs(most_bits: int) -> None:
     members: dict[object, set[int]] = defaultdict(set)
     oracle: dict[object, set[int]] = defaultdict(set)
     for i, item in enumerate(found.items):
-        members[item.group or i].add(i)
+        members[(item.split, item.group) if item.group else i].add(i)
         oracle[labels[i]].add(i)
         if not joined[i]:
             assert item == items[i]
@@ -139,8 +139,50 @@ def test_groups_are_those_of_all_pairs(most_bits: int) -> None:
     assert found.num_pictures == joined.sum()
     assert found.num_groups == len(set(labels[joined]))
     assert found.num_elsewhere == (near & ~same_split).any(1).sum() > 3
+    assert (in_source & ~same_split).sum() > 50  # which joins none of its splits to another
+    names: dict[str, set[str]] = defaultdict(set)
+    for i in np.flatnonzero(joined):
+        names[found.items[i].group].add(items[i].split)
+    assert all(len(splits) == 1 for splits in names.values())
     if most_bits:
         assert 20 < found.num_groups < found.num_pictures < 400
+
+
+def test_a_group_of_the_source_in_two_splits_joins_none_of_them(tmp_path: Path) -> None:
+    """a and b are of it: b alone is refused, which p and q, near a and b, are not."""
+    rows = ["image,group,split"]
+    for name, seed, group_name, split in (
+        ("a", 1, "G", "train"),
+        ("b", 2, "G", "val"),
+        ("p", 1, "", "train"),
+        ("q", 2, "", "val"),
+        ("r", 3, "", "val"),
+        ("t", 1, "", "test"),
+    ):
+        quality = 60 if name in "pq" else 90
+        put(
+            tmp_path,
+            f"{name}.jpg",
+            encoded(smooth_picture(seed, 120, 160), "JPEG", quality=quality),
+        )
+        rows.append(f"{name}.jpg,{group_name},{split}")
+    table = put(tmp_path, "table.csv", "\n".join(rows).encode())
+    hashed: list[str] = []
+
+    def noting(tasks: Sequence[AnyTask], advance: Any) -> Iterator[tuple[AnyTask, Any]]:
+        of_pass = [task for task in tasks if isinstance(task, HashTask)]
+        hashed.extend(item.name for task in of_pass for item in task.items)
+        return run_here(tasks, advance)
+
+    flags = {"group_column": "group", "split_column": "split", "split": ("train", "heldout")}
+    packed = pack_with(table, tmp_path / "out", noting, group_near_duplicates=6, **flags)
+    assert [refusal.file for refusal in packed.refused] == ["b.jpg"]
+    assert "of group 'G' in split heldout" in packed.refused[0].reason
+    groups = [[row.group_id for row in rows_of(tmp_path / "out", s)] for s in ("train", "heldout")]
+    assert groups == [[0, 0], [3, 4]]
+    assert hashed == ["a.jpg", "p.jpg", "q.jpg", "r.jpg"]
+    counts = packed.manifest.settings["near_duplicates"]
+    assert counts == {"pictures": 2, "groups": 1, "in_another_split": 0}
 
 
 def test_many_copies_are_compared_once() -> None:

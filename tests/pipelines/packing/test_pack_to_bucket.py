@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +22,11 @@ import pytest
 from m3i_fast.cli import main
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME
 from m3i_fast.pipelines.packing import bucket_output
+from m3i_fast.pipelines.packing.items import SourceOptions
 from m3i_fast.pipelines.packing.job import Packed
+from m3i_fast.pipelines.packing.readers.folders import Folders
 from m3i_fast.pipelines.packing.shard_task import ShardTask
+from m3i_fast.pipelines.packing.state import SETTINGS, check_unchanged
 from m3i_fast.pipelines.packing.workers import Run, run_here, with_processes, with_ray
 from m3i_fast.pipelines.storage.objects import Bucket
 from tests.pipelines.packing.helpers import contents, make_folder, pack_with, picture, put
@@ -164,6 +169,112 @@ def test_it_goes_on_without_sending_a_shard_twice(
     again = pack_to(url, folder, cache, count, **FLAGS)
     assert again.was_there and len(again.refused) == 14 and len(ran) == 3
     assert not number_of(server, "PUT", "") and objects(url) == undisturbed
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_another_machine_has_the_source_elsewhere_and_with_other_times(
+    url: str, server: S3Server, cache: Path, tmp_path: Path, kind: str
+) -> None:
+    """No picture that was hashed or packed is read again."""
+    first = make_folder(tmp_path / "here", 40)
+    if kind == "table":
+        names = sorted(file.relative_to(first).as_posix() for file in first.rglob("*.png"))
+        put(first, "table.csv", "\n".join(["image", *names]).encode())
+    flags = {"samples_per_shard": 16, "name": "set", "group_near_duplicates": 4}
+    source = "table.csv" if kind == "table" else ""
+    ran: list[Any] = []
+
+    def pack_of(root: Path, run: Run, number: int) -> None:
+        pack_to(url, root / source, cache / str(number), run, **flags)
+
+    def stop_in_shards(tasks: Any, advance: Any) -> Any:
+        if isinstance(tasks[0], ShardTask):
+            yield from run_here(tasks[:1], advance)
+            raise KeyboardInterrupt
+        yield from run_here(tasks, advance)
+
+    def noting(tasks: Any, advance: Any) -> Any:
+        ran.extend(tasks)
+        return run_here(tasks, advance)
+
+    pack_with(first / source, tmp_path / "out", **flags)
+    with pytest.raises(KeyboardInterrupt):
+        pack_of(first, stop_in_shards, 0)
+    second = tmp_path / "mounted" / "there"
+    shutil.copytree(first, second)
+    for file in second.rglob("*"):
+        os.utime(file, (1, 1))
+    changed = put(second, "class 1/00001.png", (second / "class 1/00001.png").read_bytes() + b"x")
+    with pytest.raises(ValueError, match=r"1 changed \(class 1/00001.png\)"):
+        pack_of(second, run_here, 1)
+    changed.write_bytes(changed.read_bytes()[:-1])
+    shutil.rmtree(first)
+    pack_of(second, noting, 1)
+    assert objects(url) == contents(tmp_path / "out")
+    assert [task.name for task in ran] == ["train-000001.tar", "train-000002.tar"]
+
+
+def test_the_list_of_a_pack_that_was_begun_later_replaces_none(
+    folder: Path,
+    undisturbed: dict[str, bytes],
+    url: str,
+    server: S3Server,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    """Two machines begin at once; the second has seen no settings, and writes its list last."""
+    other = make_folder(tmp_path / "other", 101)
+    waiting = [True]
+
+    def second_first(environ: Environ, start_response: Any, real: Any) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] == "PUT" and waiting:
+            waiting.clear()
+            answer = real()
+            with pytest.raises(ValueError, match="another pack was begun there at the same time"):
+                check_unchanged(later, {"name": "set"}, listing)
+            return answer  # type: ignore[no-any-return]
+        return real()  # type: ignore[no-any-return]
+
+    later = bucket_output.BucketOutput.at(url, cache / "later")
+    listing = Folders(SourceOptions(path=other, kind="folders")).list()
+    read = type(later).read
+
+    def none_yet(self: Any, name: str) -> bytes | None:
+        """Let the second have looked for settings before the first wrote them."""
+        return None if self is later and name == SETTINGS and waiting == [] else read(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bucket_output.BucketOutput, "read", none_yet)
+        server.fault("settings.json", second_first, 1000)
+        with pytest.raises(KeyboardInterrupt):
+            pack_to(url, folder, cache / "first", stop_after(1), **FLAGS)
+    assert not waiting and sum("/listed-" in name for name in objects(url)) == 2
+    pack_to(url, folder, cache / "first", **FLAGS)
+    assert objects(url) == undisturbed
+
+
+def test_who_may_not_delete_packs_all_the_same(
+    folder: Path,
+    undisturbed: dict[str, bytes],
+    url: str,
+    server: S3Server,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refused = refuse("403 Forbidden", "AccessDenied")
+
+    def refuse_to_delete(environ: Environ, start_response: Any, real: Any) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] == "DELETE" or "delete" in environ["QUERY_STRING"]:
+            return refused(environ, start_response, real)
+        return real()  # type: ignore[no-any-return]
+
+    server.fault("", refuse_to_delete, 1000)
+    pack_to(url, folder, cache, **FLAGS)
+    assert f"{url}/.packing/ is left, which nothing reads any more" in caplog.text
+    found = objects(url)
+    assert {name: found[name] for name in undisturbed} == undisturbed
+    assert all(name in undisturbed or name.startswith(".packing/") for name in found)
+    assert pack_to(url, folder, cache, **FLAGS).was_there
 
 
 def test_what_differs_is_refused(folder: Path, url: str, cache: Path, tmp_path: Path) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from m3i_fast.cli import main
-from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME
+from m3i_fast.pipelines.dataset import verify
+from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.dataset.verify import find_faults
@@ -20,6 +24,7 @@ from m3i_fast.pipelines.storage import remote_files
 from m3i_fast.pipelines.storage.objects import Bucket
 from m3i_fast.pipelines.storage.remote_files import RemoteStream, opened_files
 from m3i_fast.pipelines.storage.upload import push
+from m3i_fast.report.data import gather
 from tests.pipelines.storage.packed import table_of, write
 from tests.shared.pipelines.data import encode_image, info, sample, smooth_picture
 from tests.shared.pipelines.objects_below import put_all
@@ -184,6 +189,74 @@ def test_what_verify_says(
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
 
 
+def test_the_copies_of_a_killed_process_are_removed(path: Path, url: str, tmp_path: Path) -> None:
+    """By the next one, and not those of one that lives."""
+    put_all(url, path)
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from m3i_fast.pipelines.storage.remote_files import opened_files\n"
+        "with opened_files(Path(sys.argv[1]), Path(sys.argv[2]), anew=True) as files:\n"
+        "    print(files.folder, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", code, url, str(tmp_path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        folder = Path(other.stdout.readline().strip())
+        assert faults_of(Path(url), tmp_path) == [] and (folder / MANIFEST_NAME).is_file()
+    finally:
+        other.kill()
+        other.communicate()
+    assert (folder / MANIFEST_NAME).is_file()
+    assert faults_of(Path(url), tmp_path) == []
+    assert not folder.exists() and not list(tmp_path.glob("inspected-*"))
+
+
+@pytest.mark.parametrize("shards", ["whole", "one is missing"])
+@pytest.mark.parametrize("damage", ["missing", "cut off"])
+def test_the_table_of_an_index_of_a_bucket_is_a_fault(
+    copy: Path, url: str, tmp_path: Path, damage: str, shards: str
+) -> None:
+    put_all(url, copy)
+    folder, manifest = tmp_path / "index", read_manifest(copy)
+    folder.mkdir()
+    (folder / MANIFEST_NAME).write_text(replace(manifest, shards_in=url).to_json())
+    content = (copy / "train.samples").read_bytes()
+    (folder / "train.samples").write_bytes(content)
+    assert faults_of(folder, tmp_path) == []
+    if damage == "missing":
+        (folder / "train.samples").unlink()
+    else:
+        (folder / "train.samples").write_bytes(content[:-1])
+    expected = ["train.samples"]
+    if shards != "whole":
+        Bucket(url).remove(["train-000001.tar"])
+        expected.append("train-000001.tar")
+    found = faults_of(folder, tmp_path)
+    assert [where for where, _, _ in found] == expected
+    said = {"missing": "a table, got none", "cut off": f"{len(content)} bytes, got"}[damage]
+    assert f"PLACE/train.samples: expected {said}" in found[0][2]
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_shard_that_is_removed_after_its_size_was_compared_is_a_fault(
+    copy: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool
+) -> None:
+    put_all(url, copy)
+    right = verify.check_split
+
+    def removing(*args: Any, **options: Any) -> None:
+        (copy / "train-000001.tar").unlink()
+        Bucket(url).remove(["train-000001.tar"])
+        right(*args, **options)
+
+    monkeypatch.setattr(verify, "check_split", removing)
+    found = faults_of(copy if is_local else Path(url), tmp_path)
+    assert found and {where for where, _, _ in found} <= {"train", "train-000001.tar"}
+    assert all("train-000001.tar" in reason for _, _, reason in found)
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"], ["--read", "7"]])
 def test_stats_are_equal(
     path: Path,
@@ -229,8 +302,16 @@ def test_the_page_is_equal(
         assert main([*words, "--recipe", "demo"]) == 0
         pages.append(out.read_text())
     assert pages[0] == pages[1] and "a.gif" in pages[1] and "convert it" in pages[1]
-    read = server.requests[f"GET {MANIFEST_NAME}"], server.requests["GET refused.jsonl"]
-    assert min(read) >= 1
+    assert server.requests["GET refused.jsonl"] == 1
+    of_shown = server.requests[f"GET {MANIFEST_NAME}"]
+    samples_read = sum(n for name, n in server.requests.items() if name.endswith(".tar"))
+    server.clear()
+    words = ["data", "show", url, "--out", str(out), "--num", "50", "--counted", "20"]
+    monkeypatch.setattr(gather, "_AT_ONCE", 8)  # the set is opened once, not for each batch
+    assert main([*words, "--recipe", "demo"]) == 0
+    assert server.requests[f"GET {MANIFEST_NAME}"] == of_shown
+    read = sum(n for name, n in server.requests.items() if name.endswith(".tar"))
+    assert read <= 60 + samples_read, (read, samples_read)
 
 
 def test_a_set_that_is_not_there_is_said(url: str, tmp_path: Path) -> None:

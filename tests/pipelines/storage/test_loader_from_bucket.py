@@ -15,6 +15,7 @@ from m3i_fast.pipelines import loader as loader_module
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
+from m3i_fast.pipelines.open_few import open_few
 from m3i_fast.pipelines.storage.remote import folder_at
 from m3i_fast.pipelines.storage.upload import push
 from m3i_fast.pipelines.threads import Placement
@@ -185,7 +186,9 @@ def test_splits_of_one_data_set_share_a_cache(
 def test_pictures_and_a_digest_are_those_of_the_folder(path: Path, cfg: LoaderConfig) -> None:
     assert split_digest(folder_at(cfg), "train") == split_digest(path, "train")
     ids = [0, 7, 30]
-    ours, theirs = (pictures_of(replace(cfg, path=place), ids) for place in (cfg.path, path))
+    opened = [open_few(replace(cfg, path=place)) for place in (cfg.path, path)]
+    ours, theirs = (pictures_of(data, ids, cfg.max_pixels) for data in opened)
+    opened[0].shards.close()
     assert list(ours) == list(theirs) and set(ours) == set(ids)
     for sample_id, picture in ours.items():
         assert np.array_equal(picture, theirs[sample_id])

@@ -18,6 +18,7 @@ from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.samples import Sample
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.recipes import recipes
+from m3i_fast.pipelines.open_few import open_few
 from m3i_fast.report.data.gather import gather, pictures_of
 from m3i_fast.report.data.inputs import DataPageInputs
 from m3i_fast.report.data.page import number_bars, printable, render_data_page
@@ -267,7 +268,7 @@ def test_a_picture_of_more_pixels_than_pillow_takes_is_shown(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 60 // 4)
     cfg = LoaderConfig(path=hostile)
-    shown = pictures_of(cfg, [1])
+    shown = pictures_of(open_few(cfg), [1], cfg.max_pixels)
     assert np.array_equal(shown[1], smooth_picture(1, 60, 60))
 
 
