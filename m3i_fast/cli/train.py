@@ -31,8 +31,8 @@ from m3i_fast.recipes import find_recipe
 from m3i_fast.terminal import make_console
 
 if TYPE_CHECKING:  # torch takes seconds: what is wrong is told, and help given, before
+    from m3i_fast.engine.initial_weights import InitialWeights
     from m3i_fast.engine.run.directory import Resume
-    from m3i_fast.engine.run.initial_weights import InitialWeights
     from m3i_fast.engine.trainer import Outcome
 
 USAGE = """\

@@ -22,7 +22,7 @@ from m3i_fast.durable_files import digest
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.recipes import demo_internimage, shrink
-from tests.engine.run.init_work import NUM_RANKS, begun, work
+from tests.engine.init_work import NUM_RANKS, begun, work
 from tests.shared.engine.small_run import TEXT, small_run
 
 # DINOv3's ViT-S+ at the demo's size: rotary, SwiGLU, registers, biases without keys.

@@ -1,4 +1,4 @@
-"""What the ranks of tests/engine/run/test_initial_weights.py do: begin, and take a step."""
+"""What the ranks of tests/engine/test_initial_weights.py do: begin, and take a step."""
 
 from __future__ import annotations
 
