@@ -112,21 +112,22 @@ def decode_pixels(image: bytes, max_pixels: int, extension: str | None = None) -
     is corrupt.
     """
     stored, *_ = check_header(lambda at, count: image[at : at + count], extension, max_pixels)
-    is_deep = stored == "PNG" and image[_PNG_DEPTH] == 16
+    is_deep = stored == "PNG" and image[_PNG_DEPTH:_PNG_KIND] == b"\x10"  # 16 bits, if there
     try:
         if stored == "PNG":
             _reader(stored)(io.BytesIO(image)).verify()
         with _reader(stored)(io.BytesIO(image)) as opened:
             if is_deep:
                 return ((_deep_pixels(opened, image) + 128) // 257).astype(np.uint8)
-            return rgb_pixels(opened)
+            return rgb_pixels(opened, has_end=stored != "JPEG" or _has_end(image))
     except Exception as error:  # Pillow raises a dozen types on corrupt data
         raise ValueError(f"corrupt or empty image: {error}") from error
 
 
-def rgb_pixels(picture: Any) -> NDArray[np.uint8]:
+def rgb_pixels(picture: Any, *, has_end: bool = True) -> NDArray[np.uint8]:
     """Return the pixels of a Pillow picture, [height, width, 3] upright, as `decode_pixels`.
 
+    has_end: whether the file has its end, which tells how DALI decodes a JPEG of CMYK.
     Of colours of 16 bits Pillow has kept the high bytes alone, which is up to one level less.
     """
     upright = require("PIL.ImageOps").exif_transpose(picture)
@@ -135,7 +136,8 @@ def rgb_pixels(picture: Any) -> NDArray[np.uint8]:
         return np.repeat(gray.astype(np.uint8)[..., None], 3, axis=2)
     if upright.mode == "CMYK":
         is_turned = 2 <= picture.getexif().get(_ORIENTATION, 1) <= 8
-        return _from_cmyk(upright, is_turned=is_turned, has_adobe="adobe" in picture.info)
+        has_adobe = "adobe" in picture.info
+        return _from_cmyk(upright, by_opencv=is_turned or not has_end, has_adobe=has_adobe)
     return np.array(upright.convert("RGB"))
 
 
@@ -165,18 +167,23 @@ def _upright(opened: Any) -> NDArray[np.uint32]:
     return np.asarray(require("PIL.ImageOps").exif_transpose(opened)).astype(np.uint32)
 
 
-def _from_cmyk(upright: Any, *, is_turned: bool, has_adobe: bool) -> NDArray[np.uint8]:
+def _has_end(jpeg: bytes) -> bool:
+    """Whether the marker of the end (EOI) follows the last scan; pixels cannot hold its bytes."""
+    return b"\xff\xd9" in jpeg[jpeg.rfind(bytes([0xFF, START_OF_SCAN])) :]
+
+
+def _from_cmyk(upright: Any, *, by_opencv: bool, has_adobe: bool) -> NDArray[np.uint8]:
     """Convert CMYK to RGB as DALI does, which is up to 2 levels from Pillow: [height, width, 3].
 
-    DALI decodes by libjpeg-turbo what is upright, and by OpenCV what EXIF turns. A file with
-    Adobe's marker says how much light each ink leaves, one without it how much ink there is; OpenCV
-    and Pillow take all files for Adobe's.
+    DALI decodes by libjpeg-turbo what is upright, and by OpenCV what EXIF turns or what ends
+    before the marker of its end. A file with Adobe's marker says how much light each ink leaves,
+    one without it how much ink there is; OpenCV and Pillow take all files for Adobe's.
     """
     light = 255 - np.asarray(upright).astype(np.uint32)
-    if not (has_adobe or is_turned):
+    if not (has_adobe or by_opencv):
         light = 255 - light
     colours, black = light[..., :3], light[..., 3:]
-    rgb = black - ((255 - colours) * black >> 8) if is_turned else colours * black // 255
+    rgb = black - ((255 - colours) * black >> 8) if by_opencv else colours * black // 255
     return rgb.astype(np.uint8)
 
 

@@ -21,6 +21,7 @@ from m3i_fast.cli import main
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.loader import Loader
+from tests.pipelines.test_decoding import deep_png
 from tests.shared.pipelines.data import EVERYTHING, encode_image, pack, sample, smooth_picture
 
 BATCH = 8
@@ -41,6 +42,7 @@ def make_seeds() -> list[Picture]:
         (image, "JPEG", {"quality": 90, "subsampling": 0, "exif": exif}),
         (image, "JPEG", {"quality": 90, "restart_marker_blocks": 2}),
         (image.convert("L"), "JPEG", {"quality": 90}),
+        (image.convert("CMYK"), "JPEG", {"quality": 90}),
         (image, "PNG", {}),
         (image.convert("L"), "PNG", {}),
         (image.quantize(9), "PNG", {}),
@@ -54,6 +56,9 @@ def make_seeds() -> list[Picture]:
         made.save(content, image_format, **options)
         extension = {"JPEG": "jpg"}.get(image_format, image_format.lower())
         found.append((extension, content.getvalue()))
+    deep = np.dstack([np.asarray(image), alpha.getchannel("A")]).astype(np.uint16) * 251
+    for channels in ([0], [0, 3], [0, 1, 2], [0, 1, 2, 3]):
+        found.append(("png", deep_png(deep[..., channels])))
     return found
 
 

@@ -114,6 +114,7 @@ BAD_HEADERS = {
 BAD = BAD_HEADERS | {
     "cut jpeg": BASELINE[:-30],
     "cut png": PNG[:-60],
+    "png cut behind its size": PNG[:24],
     "png without an end": PNG[:-12],
     "png of a wrong checksum": PNG[:-18] + bytes([PNG[-18] ^ 1]) + PNG[-17:],
     "png of a wrong header": PNG[:29] + bytes([PNG[29] ^ 1]) + PNG[30:],
