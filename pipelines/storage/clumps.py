@@ -352,10 +352,11 @@ def needed_bytes(
     clump = max(
         min(count, CLUMP_SAMPLES) * mean for count, mean in zip(shard_sizes, means, strict=True)
     )
+    num_clumps = sum(-(-n // CLUMP_SAMPLES) for n in shard_sizes)
     of_rank = density.reshape(-1, num_ranks)  # lane l is of rank l mod R
     held = (of_rank > 0).sum(0) * window * windows_a_lane
-    held = held + np.ceil(passing * of_rank.mean(0) / CLUMP_SAMPLES)
-    clumps = np.minimum(held, sum(-(-n // CLUMP_SAMPLES) for n in shard_sizes))
+    held = held + np.ceil(passing * of_rank.mean(0) * num_clumps / sum(shard_sizes))
+    clumps = np.minimum(held, num_clumps)
     return np.rint(clumps * clump).astype(np.int64)
 
 

@@ -327,7 +327,7 @@ def test_a_bucket_is_read_again_in_every_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = synthetic.build(
-        tmp_path / "set", num_samples=100, size_hw=(40, 40), samples_per_shard=4
+        tmp_path / "set", num_samples=160, size_hw=(40, 40), samples_per_shard=4
     )
     monkeypatch.setattr(ledger, "results_dir", lambda: tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
@@ -345,7 +345,7 @@ def test_a_bucket_is_read_again_in_every_epoch(
         "DALI's operators": "it reads files alone"
     }
     assert row["images_per_s"].keys() >= {"m3i_fast", "torchvision, tensors", "webdataset"}
-    stored = StoredSamples(work_of(small).shards).encoded(100)
+    stored = StoredSamples(work_of(small).shards).encoded(160)
     mean = sum(map(len, stored)) / len(stored)
     assert row["read_bytes_per_image"]["m3i_fast"] > mean / 2  # also on disk, from its cache
     assert "1 x 64, bucket" in capsys.readouterr().out

@@ -301,6 +301,10 @@ def test_room_for_the_open_clumps_is_checked_before_training() -> None:
         check_buffer(needed, at_epoch_end=needed, buffer_gib=4, cache_gib=26, ranks_a_node=8)
     few = needed_bytes([300], [300 * gib], density=np.ones(64), window=4, num_ranks=1, passing=128)
     assert few[0] == 3 * 128 * gib  # never more clumps than there are
+    small = needed_bytes(
+        [4] * 100, [4_000] * 100, density=np.ones(1), window=1, num_ranks=1, passing=40
+    )
+    assert small[0] == (1 + 10) * 4_000  # a shard of four samples is a clump
 
 
 def most_held(order: LaneOrder, plan: RemotePlan, num_steps: int) -> int:
