@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ from m3i_fast.pipelines.indexing.contents import NO_GROUP, Columns
 from m3i_fast.pipelines.indexing.tar_places import COPY, Tars
 from m3i_fast.pipelines.indexing.tar_task import TarIndex, TarTask, read_result, run
 from m3i_fast.pipelines.packing.output import locked
-from m3i_fast.pipelines.packing.workers import end_with_parent
+from m3i_fast.pipelines.packing.workers import follow_parent
 
 RESULTS = ".indexing"  # folder of what is finished, while an index is not
 # What a killed index leaves half written; other hidden files are the user's.
@@ -179,7 +180,9 @@ def _finished(tasks: Sequence[TarTask], workers: int) -> Iterator[TarTask]:
             yield task
         return
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=follow_parent, initargs=(dict(os.environ),)
+    )
     try:
         task_of = {pool.submit(run, task): task for task in tasks}
         for future in as_completed(task_of):

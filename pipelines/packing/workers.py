@@ -61,7 +61,7 @@ def with_processes(number: int) -> Run:
         counter = context.Value("q", 0)
         seen = 0
         pool = ProcessPoolExecutor(
-            number, mp_context=context, initializer=_start, initargs=(counter,)
+            number, mp_context=context, initializer=_start, initargs=(counter, dict(os.environ))
         )
         try:
             waiting = iter(tasks)
@@ -90,15 +90,19 @@ def with_processes(number: int) -> Run:
 _counter: Any = None  # of this process
 
 
-def _start(counter: Any) -> None:
-    """Prepare a process: it counts pictures, and ends when the one that started it does."""
+def _start(counter: Any, environment: dict[str, str]) -> None:
+    """Prepare a process, which counts pictures, as `follow_parent`."""
     global _counter
     _counter = counter
-    end_with_parent()
+    follow_parent(environment)
 
 
-def end_with_parent() -> None:
-    """Have this process end when the one that started it does."""
+def follow_parent(environment: dict[str, str]) -> None:
+    """Give this process its parent's variables, and have it end when the parent does.
+
+    The server that forks it has those of its own start, before a program set a bucket's.
+    """
+    os.environ.update(environment)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
