@@ -175,5 +175,5 @@ def test_without_a_network_a_file_is_asked_for(
 
 def test_without_timm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"m3i-fast\[dev\]"):
+    with pytest.raises(ImportError, match=r"m3i-fast\[timm\]"):
         load_teacher(f"timm:{NAME}", STUDENT)
