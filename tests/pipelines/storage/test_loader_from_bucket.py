@@ -87,7 +87,8 @@ def test_after_an_error_the_next_batch_is_that_which_failed(
     """In a notebook, where the cell is run again."""
     remote = Loader(replace(cfg, backend=backend, prefetch=3), images_per_input=2)
     local = in_the_order_of(remote, path, cfg)
-    server.fault(".tar", refuse("403 Forbidden", "AccessDenied"), 3)
+    # More than the clumps that are fetched ahead, which are tried again at their turn.
+    server.fault(".tar", refuse("403 Forbidden", "AccessDenied"), 20)
     failures, batches = 0, 0
     while batches < 40:
         try:
