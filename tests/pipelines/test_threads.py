@@ -188,7 +188,9 @@ def test_threads_of_a_loader_run_on_the_ranks_node(
     cfg: LoaderConfig, second_core: int, backend: str
 ) -> None:
     """All that it starts, and nothing else: neither threads of before nor those started after."""
-    expected = next(Loader(replace(cfg, backend=backend, affinity="none")))
+    elsewhere = Loader(replace(cfg, backend=backend, affinity="none"))
+    expected = next(elsewhere)
+    elsewhere.close()  # pools start threads when they have work
     before = tasks()
     loader = Loader(replace(cfg, backend=backend))
     batch = next(loader)

@@ -203,9 +203,11 @@ def test_threads_that_fetch_run_on_the_cores_of_the_loader(
         pytest.skip("needs two cores")
     placement = Placement(frozenset(allowed[1:2]), "")
     monkeypatch.setattr(loader_module, "place_loader", lambda *_: placement)
+    before = set(threading.enumerate())
     remote = Loader(cfg)
     next(remote)
-    fetching = [t for t in threading.enumerate() if t.name.startswith("m3i-fetch")]
+    started = set(threading.enumerate()) - before
+    fetching = [t for t in started if t.name.startswith("m3i-fetch")]
     cores = [os.sched_getaffinity(t.native_id) for t in fetching if t.native_id]
     assert cores and all(each == placement.cores for each in cores)
     remote.close()

@@ -18,6 +18,7 @@ import pytest
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.packing import job
 from m3i_fast.pipelines.packing.bucket_output import BucketOutput
+from m3i_fast.pipelines.packing.shard_task import finished
 from m3i_fast.pipelines.storage.dataset_copy import copy_description
 from m3i_fast.pipelines.storage.objects import Bucket
 from m3i_fast.pipelines.storage.remote_files import RemoteFiles
@@ -79,7 +80,7 @@ def upload(url: str, path: Path, cache: Path) -> None:
 def read_records(url: str, path: Path, cache: Path) -> None:
     out = BucketOutput.at(url, cache)
     tasks: list[Any] = [SimpleNamespace(out=out, record_file="train.samples") for _ in range(3)]
-    job._finished_records(tasks, out)
+    job._of_earlier_starts(tasks, finished, out)
 
 
 @pytest.mark.parametrize(
