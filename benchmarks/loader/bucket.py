@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from unittest import mock
 
 from m3i_fast.benchmarks.loader import measuring
 from m3i_fast.config.data import LoaderConfig
+from m3i_fast.pipelines.lanes import CLUMP_SAMPLES
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.pipelines.storage.remote import plan_remote
 from m3i_fast.pipelines.storage.upload import push
@@ -86,8 +88,11 @@ def _with_least_cache(data: LoaderConfig, turnover: float) -> LoaderConfig:
     data = replace(data, lanes=1, fetch_ahead=2 * data.batch_size)
     plan = plan_remote(data)
     num_bytes = sum(plan.shard_bytes)
-    clump = max(plan.shard_bytes)  # of which a part is kept at either end
-    held = int(plan.needed_bytes()[0]) + 2 * clump
+    clump = max(  # a part of one is kept at either end
+        num_bytes * min(CLUMP_SAMPLES / num_samples, 1)
+        for num_bytes, num_samples in zip(plan.shard_bytes, plan.shard_sizes, strict=True)
+    )
+    held = int(plan.needed_bytes()[0]) + 2 * math.ceil(clump)
     if num_bytes < turnover * held:
         raise ValueError(
             f"--sources bucket: expected shards of {turnover * held / 1e6:.1f} MB, {turnover} "
