@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from m3i_fast.keyed_draws import Purpose, words
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTable
-from m3i_fast.pipelines.order import Integers, Order, StepLayout, shuffled
+from m3i_fast.pipelines.sample_order.positions import Integers, Order, StepLayout, shuffled
 from m3i_fast.pipelines.storage.shards import Shards
 
 # Columns of a row, as SampleRow in cuda/dali/sample_record.h.
@@ -119,8 +119,8 @@ class TrainingRows:
         """start: samples that all ranks took before. first_batch: batches of this rank since then.
 
         skipped: rows of the table that are not to be taken, beside those that it marks as bad.
-        order: gives the row of the table at each position; None: `order.shuffled`. batches_ahead:
-        batches that the shards are told of before their turn.
+        order: gives the row of the table at each position; None: `positions.shuffled`.
+        batches_ahead: batches that the shards are told of before their turn.
         """
         self._table, self._shards, self._layout = table, shards, layout
         self._rank, self._seed, self._start = rank, seed, start

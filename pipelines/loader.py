@@ -23,7 +23,7 @@ from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.mixed_table import MixedTable
 from m3i_fast.pipelines.mixture import MixedData
 from m3i_fast.pipelines.open_data import OpenSplit, open_data
-from m3i_fast.pipelines.order import StepLayout
+from m3i_fast.pipelines.sample_order.positions import StepLayout
 from m3i_fast.pipelines.samples_to_views import Backend, MadeBatch, SampleError, SampleWork
 from m3i_fast.pipelines.skipped_samples import SkippedSamples
 from m3i_fast.pipelines.storage.objects import place_of
@@ -43,8 +43,8 @@ class Loader:
 
     The samples of a run stand in one order, whatever the ranks, batches, threads and backend; a
     step takes the next `batch_size * num_ranks * accumulate` of them, `images_per_input` neighbours
-    an input (`order.StepLayout`). Its batches are equal for both backends on a CPU; on a GPU DALI
-    decodes with another library, to other pixels. The model has to match the manifest:
+    an input (`StepLayout`). Its batches are equal for both backends on a CPU; on a GPU DALI decodes
+    with another library, to other pixels. The model has to match the manifest:
     `manifest.tokenizer`, `manifest.class_names`. With a `device_id` that GPU decodes and holds the
     batches.
 

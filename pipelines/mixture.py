@@ -17,7 +17,7 @@ import numpy as np
 from m3i_fast.config.data import LoaderConfig, MixturePart
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, Manifest
 from m3i_fast.pipelines.dataset.tokenizer import TokenizerInfo
-from m3i_fast.pipelines.order import Integers, Mixture, Order
+from m3i_fast.pipelines.sample_order.positions import Integers, Mixture, Order
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import manifest_at
 
@@ -110,7 +110,7 @@ class MixedData:
         """Return the row of the sample at each position, counted over all data sets: [N] -> [N].
 
         orders: of data sets that are not shuffled as a whole, by number. Raises ValueError as
-        `order.shuffled`.
+        `positions.shuffled`.
         """
         datasets, samples = self.mixture.samples(
             positions, seed=seed, images_per_input=images_per_input, orders=orders

@@ -11,10 +11,10 @@ from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import Manifest, SplitInfo
 from m3i_fast.pipelines.dataset.sample_table import SampleTable
-from m3i_fast.pipelines.lanes import LaneOrder
 from m3i_fast.pipelines.mixed_table import MixedShards, MixedTable
 from m3i_fast.pipelines.mixture import MixedData
-from m3i_fast.pipelines.order import ORDER_VERSION, Order
+from m3i_fast.pipelines.sample_order.lanes import LaneOrder
+from m3i_fast.pipelines.sample_order.positions import ORDER_VERSION, Order
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.read_pool import ReadPool
 from m3i_fast.pipelines.storage.remote import (

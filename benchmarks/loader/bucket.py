@@ -17,8 +17,8 @@ from unittest import mock
 
 from m3i_fast.benchmarks.loader import measuring
 from m3i_fast.config.data import LoaderConfig
-from m3i_fast.pipelines.lanes import CLUMP_SAMPLES
 from m3i_fast.pipelines.optional_imports import require
+from m3i_fast.pipelines.sample_order.lanes import CLUMP_SAMPLES
 from m3i_fast.pipelines.storage.remote import plan_remote
 from m3i_fast.pipelines.storage.upload import push
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, SampleTable, checksum
-from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps
+from m3i_fast.pipelines.sample_order.lanes import CLUMP_SAMPLES, Clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
 from m3i_fast.pipelines.storage.objects import PIECE, Bucket, ObjectInfo
 from m3i_fast.pipelines.storage.read_pool import ReadPool

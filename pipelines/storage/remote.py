@@ -20,8 +20,8 @@ from m3i_fast.pipelines.dataset.manifest import (
     sha256_file,
 )
 from m3i_fast.pipelines.dataset.sample_table import SampleTable, rows_fault
-from m3i_fast.pipelines.lanes import LaneOrder
-from m3i_fast.pipelines.order import Mixture
+from m3i_fast.pipelines.sample_order.lanes import LaneOrder
+from m3i_fast.pipelines.sample_order.positions import Mixture
 from m3i_fast.pipelines.storage.cache import SharedCache
 from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes
 from m3i_fast.pipelines.storage.dataset_copy import copy_description

@@ -10,7 +10,7 @@ from torch import Tensor
 from m3i_fast.config.mixing import MixingConfig
 from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix, drop_tokens
 from m3i_fast.ops import mask_mix
-from m3i_fast.pipelines.order import StepLayout
+from m3i_fast.pipelines.sample_order.positions import StepLayout
 
 MODES = ("own_image", "joint", "masked", "blend", "none")
 

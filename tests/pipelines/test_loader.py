@@ -19,7 +19,7 @@ from m3i_fast.pipelines.batch_rows import TrainingRows
 from m3i_fast.pipelines.dataset.sample_table import ROW, Rows, SampleTable
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.optional_imports import require
-from m3i_fast.pipelines.order import StepLayout, shuffled
+from m3i_fast.pipelines.sample_order.positions import StepLayout, shuffled
 from m3i_fast.pipelines.storage.shards import LocalShards
 from tests.shared.pipelines.data import (
     EVERYTHING,

@@ -18,7 +18,7 @@ from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import BAD, ROW, write_table
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.mixture import MAX_ID, MixedData, read_described
-from m3i_fast.pipelines.order import shuffled
+from m3i_fast.pipelines.sample_order.positions import shuffled
 from tests.shared.pipelines.data import (
     TOKENIZER,
     edit_manifest,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.pipelines.order import StepLayout
+from m3i_fast.pipelines.sample_order.positions import StepLayout
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from m3i_fast.config.data import LoaderConfig
-from m3i_fast.pipelines.lanes import LaneOrder
-from m3i_fast.pipelines.order import StepLayout
+from m3i_fast.pipelines.sample_order.lanes import LaneOrder
+from m3i_fast.pipelines.sample_order.positions import StepLayout
 from m3i_fast.pipelines.storage import clumps
 from m3i_fast.pipelines.storage.cache import CacheFull, SharedCache
 from m3i_fast.pipelines.storage.clumps import BucketShards, check_buffer, needed_bytes

@@ -15,7 +15,7 @@ from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.batch_rows import TrainingRows
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, read_manifest
 from m3i_fast.pipelines.dataset.sample_table import write_table
-from m3i_fast.pipelines.order import StepLayout
+from m3i_fast.pipelines.sample_order.positions import StepLayout
 from m3i_fast.pipelines.storage import remote as remote_module
 from m3i_fast.pipelines.storage.dataset_copy import copy_table
 from m3i_fast.pipelines.storage.objects import Bucket

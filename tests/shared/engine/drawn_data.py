@@ -12,7 +12,7 @@ from torch import Tensor
 from m3i_fast.config import TrainConfig
 from m3i_fast.keyed_draws import Purpose, uniform
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.order import ORDER_VERSION, Integers, StepLayout, shuffled
+from m3i_fast.pipelines.sample_order.positions import ORDER_VERSION, Integers, StepLayout, shuffled
 
 
 class DrawnData:

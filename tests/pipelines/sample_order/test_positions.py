@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from m3i_fast.pipelines.order import Mixture, StepLayout, shuffled
+from m3i_fast.pipelines.sample_order.positions import Mixture, StepLayout, shuffled
 
 BIG = 10**7
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from m3i_fast.config.data import DEFAULT_LANES
 from m3i_fast.keyed_draws import finalise
-from m3i_fast.pipelines.lane_turns import EveryTurn, LaneTurns, MixedTurns
-from m3i_fast.pipelines.order import Mixture, shuffled
+from m3i_fast.pipelines.sample_order.lane_turns import EveryTurn, LaneTurns, MixedTurns
+from m3i_fast.pipelines.sample_order.positions import Mixture, shuffled
 
 Integers = NDArray[np.int64]
 

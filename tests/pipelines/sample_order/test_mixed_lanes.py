@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3i_fast.pipelines.lane_turns import EveryTurn, LaneTurns, MixedTurns
-from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, LaneOrder
-from m3i_fast.pipelines.order import Mixture, shuffled
+from m3i_fast.pipelines.sample_order.lane_turns import EveryTurn, LaneTurns, MixedTurns
+from m3i_fast.pipelines.sample_order.lanes import CLUMP_SAMPLES, LaneOrder
+from m3i_fast.pipelines.sample_order.positions import Mixture, shuffled
 from m3i_fast.pipelines.storage.clumps import needed_bytes
 
 WEIGHTS = [

@@ -1,10 +1,10 @@
 """Which lane takes each position of a data set in object storage, alone in a run or mixed.
 
 The groups of a run are dealt to lanes in turn: lane(g) = g mod L. A data set that is alone has
-every group. One of a mixture has those that `order.Mixture` deals to it, and its j-th group goes to
-the lane of where it stands in the run. So a lane is of one rank in either case, and what it takes
-is known in closed form: the groups of a lane, L apart, pass through the mixture's period P in steps
-of L, a walk that comes round after P / gcd(L, P) of them.
+every group. One of a mixture has those that `Mixture` deals to it, and its j-th group goes to the
+lane of where it stands in the run. So a lane is of one rank in either case, and what it takes is
+known in closed form: the groups of a lane, L apart, pass through the mixture's period P in steps of
+L, a walk that comes round after P / gcd(L, P) of them.
 
 Legend: L lanes, K images of a group, P groups of a period, C = gcd(L, P) walks of W groups each.
 """
@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.pipelines.order import Integers, Mixture
+from m3i_fast.pipelines.sample_order.positions import Integers, Mixture
 
 
 class LaneTurns(Protocol):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3i_fast.pipelines.lanes import CLUMP_SAMPLES, Clumps, LaneOrder, default_lanes
-from m3i_fast.pipelines.order import StepLayout
+from m3i_fast.pipelines.sample_order.lanes import CLUMP_SAMPLES, Clumps, LaneOrder, default_lanes
+from m3i_fast.pipelines.sample_order.positions import StepLayout
 
 
 def odd_shards(num_samples: int, seed: int) -> list[int]:
