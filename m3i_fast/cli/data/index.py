@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import console
+from m3i_fast.terminal import progress_bar
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -136,21 +136,13 @@ class Index:
         )
         is_beside = url is not None and self.out is None
         out = work_folder(url, self.cache_dir) if url and is_beside else self.out or self.path
-        with Progress(
-            TextColumn("indexing {task.fields[samples]:,} samples", markup=False),
-            BarColumn(),
-            DownloadColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
-            task = progress.add_task("", total=total, samples=0)
+        with progress_bar("indexing", total, console=console, in_bytes=True) as update:
             seen = 0
 
             def advance(num_samples: int, num_bytes: int) -> None:
                 nonlocal seen
                 seen += num_samples
-                progress.update(task, advance=num_bytes, samples=seen)
+                update(num_bytes, doing=f"indexing {seen:,} samples")
 
             indexed = index_tars(
                 tars,

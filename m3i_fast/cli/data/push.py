@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from m3i_fast.cli import console
+from m3i_fast.terminal import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +34,8 @@ class Push:
             raise ValueError(f"URL: expected s3://, gs:// or https://, got {self.url}")
         splits = read_manifest(self.path).splits.values()
         total = sum(shard.num_bytes for split in splits for shard in split.shards)
-        with Progress(
-            "uploading",
-            BarColumn(),
-            DownloadColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
-            task = progress.add_task("", total=total)
-            sent = push(self.path, url, tell=lambda _, size: progress.advance(task, size))
+        with progress_bar("uploading", total, console=console, in_bytes=True) as update:
+            sent = push(self.path, url, tell=lambda _, size: update(size))
         console.print(
             f"{url}: {sent.num_files} files sent ({sent.num_bytes:,} bytes), {sent.num_kept} were "
             f"there; train on it with: --data.path {url}",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from m3i_fast.cli import console
+from m3i_fast.terminal import progress_bar
 from m3i_fast.config.data import LoaderConfig
 
 
@@ -56,21 +56,13 @@ class Show:
             num_threads=min(os.cpu_count() or 1, 16),
             hw_decoder_load=None,
         )
-        with Progress(
-            "reading pictures",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
-            task = progress.add_task("", total=None)
+        with progress_bar("reading pictures", None, console=console) as update:
             page = gather(
                 cfg,
                 num_shown=self.num,
                 num_counted=self.counted,
                 views_of=views_of,
-                tell=lambda done, total: progress.update(task, completed=done, total=total),
+                tell=lambda done, total: update(completed=done, total=total),
             )
         write_data_page(page, self.out)
         console.print(

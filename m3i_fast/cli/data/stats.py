@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import console as messages
 from m3i_fast.config.data import CACHE_DIR
-from m3i_fast.terminal import make_console
+from m3i_fast.terminal import make_console, progress_bar
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.dataset.files import DatasetFiles
@@ -68,20 +67,10 @@ class Stats:
         splits = [files.manifest.split(name) for name in names]
         total = sum(min(self.read, split.num_samples - split.num_bad) for split in splits)
         found = {}
-        with Progress(
-            "reading samples",
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=messages,
-            transient=True,
-        ) as progress:
-            task = progress.add_task("", total=total)
+        with progress_bar("reading samples", total, console=messages) as update:
             for name, split in zip(names, splits, strict=True):
                 check_sizes(files, split)
-                found[name] = describe(
-                    files, name, read=self.read, advance=lambda n: progress.advance(task, n)
-                )
+                found[name] = describe(files, name, read=self.read, advance=update)
         return found
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from m3i_fast.cli import console
+from m3i_fast.terminal import progress_bar
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -50,20 +50,9 @@ class Verify:
 
         splits = files.manifest.splits.values()
         total = sum(shard.num_bytes for split in splits for shard in split.shards)
-        with Progress(
-            "verifying",
-            BarColumn(),
-            DownloadColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as progress:
-            task = progress.add_task("", total=total)
+        with progress_bar("verifying", total, console=console, in_bytes=True) as update:
             return find_faults(
-                files,
-                decode=self.decode,
-                max_pixels=self.max_pixels,
-                advance=lambda size: progress.advance(task, size),
+                files, decode=self.decode, max_pixels=self.max_pixels, advance=update
             )
 
     def _say(self, files: DatasetFiles, report: Report) -> None:
