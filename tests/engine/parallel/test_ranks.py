@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.balance import BalanceConfig
+from m3i_fast.config.models.vit import dinov3_h_plus
 from m3i_fast.recipes import demo, demo_method, shrink
 from tests.engine.parallel.parallel_work import Case, run, work
 from tests.shared.engine.small_run import TEXT
@@ -41,9 +42,14 @@ def _cases(dataset: Path) -> dict[int, list[Case]]:
         m3i,
         objective=replace(m3i.objective, balance=BalanceConfig(mode="gradient_norm", every=2)),
     )
+    vision = m3i.vision
+    shape = {"dim": vision.dim, "depth": vision.depth, "num_heads": vision.num_heads}
+    sized = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    dinov3 = replace(m3i, vision=dinov3_h_plus(**shape, **sized))
     return {
         2: [
             *(Case(f"m3i, shard {s}", m3i, s, num_steps=20) for s in (1, -1)),
+            Case("m3i of dinov3_h_plus", dinov3, -1),
             *(Case(f"m3i in fp32, shard {s}", m3i, s, 20, double=False) for s in (1, -1)),
             *(Case(f"m3i by chunks, shard {s}", m3i, s, chunk=3) for s in (1, -1)),
             Case("m3i balanced", balanced, 1, num_steps=4),
@@ -111,7 +117,7 @@ def _worst(ours: Found, theirs: Found, kind: str) -> float:
     ("num_ranks", "name"),
     [(2, "m3i, shard 1"), (2, "m3i, shard -1"), (4, "m3i, shard 2"), (4, "m3i, shard -1")]
     + [(2, "m3i by chunks, shard 1"), (2, "m3i by chunks, shard -1")]
-    + [(2, "m3i balanced")]
+    + [(2, "m3i balanced"), (2, "m3i of dinov3_h_plus")]
     + [(2, name) for name in OTHERS],
 )
 def test_ranks_equal_one_process(
