@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -339,6 +340,26 @@ def test_the_card_says_what_the_run_is(run: Path, both: Path, dataset: Path) -> 
     assert "| `knn_top1` | 0.5124 | - | - | - | 0.01 |" in card
     assert "| method | M3I" in card and "| steps | 2 |" in card
     assert str(run) not in card and "trust_remote_code=True" in card
+
+
+def test_the_recipe_and_what_a_run_began_from_are_told_without_paths(
+    run: Path, tmp_path: Path
+) -> None:
+    import json
+
+    copy = shutil.copytree(run, tmp_path / "copy")
+    environment = json.loads((copy / "env.json").read_text())
+    environment["command"] = "m3i-fast train vit_b --data.path /secret/place --out runs/a"
+    (copy / "env.json").write_text(json.dumps(environment))
+    cfg = TrainConfig.load(copy / "config.json")
+    replace(cfg, init="timm:/secret/weights.pth").save(copy / "config.json")
+    said = {"sha256": "0" * 64, "nearest_architecture": "vit_b"}
+    (copy / "init.json").write_text(json.dumps(said))
+    out = tmp_path / "out"
+    assert main(["export", str(copy), str(out), "--to", "hf", "--image-only"]) == 0
+    card = (out / "README.md").read_text()
+    assert "| recipe | vit_b |" in card and "secret" not in card
+    assert f"| began from | weights of timm, vit_b, SHA-256 {'0' * 64} |" in card
 
 
 def test_the_lines_of_the_card_run(both: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -94,6 +94,20 @@ def test_features_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(vit(pictures), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["vit", "dinov2", "dinov3_vit"])
+def test_what_a_config_leaves_out_is_the_default_of_the_class(case: str, tmp_path: Path) -> None:
+    name, options, cfg = CASES[case]
+    made(name, options, tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    eps = tree.pop("layer_norm_eps")
+    del tree["hidden_act"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert eps == cfg.norm_eps
+    loaded(tmp_path, cfg)
+    with pytest.raises(ValueError, match=f"add --vision.norm-eps {eps}"):
+        read_folder(tmp_path, replace(cfg, norm_eps=3e-6))
+
+
 def test_a_model_with_heads_and_text_gives_its_image_encoder(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     text |= {"num_attention_heads": 2, "vocab_size": 64}
