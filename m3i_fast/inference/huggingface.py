@@ -6,6 +6,9 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.initial_weights import INIT_FILE
@@ -53,37 +56,47 @@ def save_transformers_folder(
     stored = find_weights(run)
     cfg = TrainConfig.load(stored.directory / "config.json")
     record = data_record(stored, cfg, data)
-    made, files = record.preprocessing, {}
     text = None if image_only else _text_tower(model, cfg)
-    if text is not None:
-        files = _tokenizer_files(model.tokenizer)
-    why_own = _CAPTIONS if text is not None else _why_own(model.encoder)
-    if why_own:
-        config, weights = own_model.own_model(model.encoder, text)
-        files |= own_model.code()
-        class_name = own_model.CLASS_NAME
-    else:
-        assert isinstance(model.encoder, ViT)
-        native = native_model(model.encoder)
-        config, weights, class_name = native.config, native.state, native.class_name
-    loading = Loading(
-        class_name=class_name,
-        why_own=why_own,
-        num_prefix=model.num_prefix_tokens,
-        has_text=text is not None,
-        has_logit_bias=text is not None and model.logit_bias is not None,
-    )
-    files["preprocessor_config.json"] = preprocessor_config(
+    config, weights, loading = _model(model.encoder, text)
+    made = record.preprocessing
+    preprocessing = preprocessor_config(
         made.size,
         mean=made.mean,
         std=made.std,
         interpolation=made.interpolation,
-        has_text=text is not None,
+        has_text=loading.has_text,
     )
     training = _training(stored.directory, run, cfg, record, which)
-    files["README.md"] = model_card(out.name, licence, made.size, loading, training)
+    card = model_card(out.name, licence, made.size, loading, training)
+    files = {"preprocessor_config.json": preprocessing, "README.md": card}
+    if loading.why_own:
+        files |= own_model.code()
+    if loading.has_text:
+        files |= _tokenizer_files(model.tokenizer)
     save_folder(out, config=config, weights=weights, files=files)
     return loading_lines(loading, str(out))
+
+
+def _model(
+    encoder: ViT | InternImage, text: TextTower | None
+) -> tuple[dict[str, Any], dict[str, Tensor], Loading]:
+    """Return config.json and weights of a class of transformers or of our own, and which it is."""
+    why_own = _why_own(encoder) if text is None else _CAPTIONS
+    if why_own:
+        config, weights = own_model.own_model(encoder, text)
+        class_name = own_model.CLASS_NAME
+    else:
+        assert isinstance(encoder, ViT)
+        native = native_model(encoder)
+        config, weights, class_name = native.config, native.state, native.class_name
+    loading = Loading(
+        class_name=class_name,
+        why_own=why_own,
+        num_prefix=encoder.num_prefix if isinstance(encoder, ViT) else 0,
+        has_text=text is not None,
+        has_logit_bias=text is not None and "bias" in text.weights,
+    )
+    return config, weights, loading
 
 
 def _why_own(encoder: ViT | InternImage) -> str:
