@@ -37,7 +37,10 @@ Precision = Literal[
     "auto", "fp32", "bf16", "fp8_current", "fp8_delayed", "fp8_block", "mxfp8"
 ]  # fmt: skip
 Backend = Literal["auto", "torch", "te", "torchao"]
-INIT_SCHEMES = {"timm": "FILE", "dinov2": "FILE", "dinov3": "FILE", "run": "DIR"}
+INIT_SCHEMES = {
+    **{"timm": "FILE", "dinov2": "FILE", "dinov3": "FILE"},
+    **{"hf": "FOLDER", "run": "DIR"},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,8 @@ class TrainConfig(Checked):
     init: str = ""
     """Weights that the image encoder begins from, SCHEME:PATH. timm:FILE, a file of timm's (a
     VisionTransformer, or Eva of DINOv3); dinov2:FILE, dinov3:FILE, one of those repositories';
-    run:DIR, the newest checkpoint of a run. Files are .safetensors or torch.save's. Empty: none."""
+    hf:FOLDER, a folder of Hugging Face's transformers; run:DIR, the newest checkpoint of a run.
+    Files are .safetensors or torch.save's. Empty: none."""
     num_steps: Annotated[int, STEPS] = 100_000
     """Number of optimiser steps, which is the length of the schedules."""
     num_classes: Annotated[int, ROWS] = 1000

@@ -19,6 +19,7 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.shard_files import MANIFEST
 from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.export.huggingface.read_folder import read_folder
 from m3i_fast.export.vit_names import Family, Renamed
 from m3i_fast.export.vit_weights import FittedWeights, fitted, vit_weights
 from m3i_fast.export.weight_files import read_weights, some, tensors_in
@@ -40,7 +41,7 @@ class InitialWeights:
     source: str
     """As `TrainConfig.init` names it."""
     sha256: str
-    """Of the file; of a run, of the manifest of its checkpoint."""
+    """Of the file, or of the digests and names of several; of a run, of a checkpoint's manifest."""
     weights: FittedWeights
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -103,14 +104,17 @@ def read_initial(spec: str, vision: VisionConfig) -> InitialWeights:
     try:
         if scheme == "run":
             newest = checkpoint.latest(path / "checkpoints")
-            file, weights = newest.path / MANIFEST, _of_run(path, newest, vision)
-        else:
+            sha256, weights = digest(newest.path / MANIFEST).sha256, _of_run(path, newest, vision)
+        elif scheme == "hf":
             assert isinstance(vision, ViTConfig)  # TrainConfig.conflicts
-            file, state = path, tensors_in(read_weights(path))
-            weights = vit_weights(state, cast(Family, scheme), vision)
+            weights, sha256 = read_folder(path, vision)
+        else:
+            assert isinstance(vision, ViTConfig)
+            state = tensors_in(read_weights(path))
+            sha256, weights = digest(path).sha256, vit_weights(state, cast(Family, scheme), vision)
     except ValueError as error:
         raise ValueError(f"--init {spec}: {error}") from error
-    return InitialWeights(source=spec, sha256=digest(file).sha256, weights=weights)
+    return InitialWeights(source=spec, sha256=sha256, weights=weights)
 
 
 def _of_run(run: Path, newest: checkpoint.Checkpoint, vision: VisionConfig) -> FittedWeights:

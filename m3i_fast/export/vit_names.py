@@ -104,11 +104,12 @@ def renamed(state: Mapping[str, Tensor], family: Family) -> Renamed:
     _expect_family(rest, family)
     found = Renamed()
     for theirs, ours in STEM[family].items():
-        _take(rest, theirs, ours, "", found)
+        take_weight(rest, theirs, ours, found)
     depth = 1 + max(int(name.split(".")[1]) for name in rest if name.startswith("blocks."))
     for index in range(depth):
+        prefix = f"blocks.{index}."
         for theirs, ours in BLOCK[family].items():
-            _take(rest, theirs, ours, f"blocks.{index}.", found)
+            take_weight(rest, theirs, f"{prefix}{ours}", found, prefix)
     masked = [name for name in rest if name.endswith(_MASKED_KEYS)]
     for name in masked:
         ours = name.removesuffix(_MASKED_KEYS) + ".layernorm_qkv.bias"
@@ -123,17 +124,24 @@ def renamed(state: Mapping[str, Tensor], family: Family) -> Renamed:
     return found
 
 
-def _take(
-    rest: dict[str, Tensor], theirs: tuple[str, ...], ours: str, prefix: str, found: Renamed
+def take_weight(
+    rest: dict[str, Tensor],
+    theirs: tuple[str, ...],
+    ours: str,
+    found: Renamed,
+    prefix: str = "",
 ) -> None:
-    """Move the parts of one weight from `rest` to `found`, where all of them are there."""
+    """Move the parts of one weight from `rest` to `found`, where all of them are there.
+
+    prefix: what stands before each of their names.
+    """
     names = [f"{prefix}{name}" for name in theirs if name != ZEROS]
     if any(name not in rest for name in names):
         return
     zeros = torch.zeros_like(rest[names[0]])
     parts = [zeros if name == ZEROS else rest.pop(f"{prefix}{name}") for name in theirs]
-    found.tensors[f"{prefix}{ours}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    found.sources[f"{prefix}{ours}"] = " + ".join(names)
+    found.tensors[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    found.sources[ours] = " + ".join(names)
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

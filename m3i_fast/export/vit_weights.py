@@ -79,6 +79,20 @@ def vit_weights(state: Mapping[str, Tensor], family: Family, cfg: ViTConfig) -> 
     return weights
 
 
+def described_weights(
+    named: Renamed, described: Mapping[str, Any], cfg: ViTConfig
+) -> FittedWeights:
+    """Return the weights of a file for a ViT of `cfg`, where what shapes do not say is described.
+
+    described: fields of a ViTConfig, as `num_heads` and `norm_eps`. Raises as `fitted`.
+    """
+    nearest, _ = _nearest(named.tensors, "timm")
+    of_file = replace(nearest(), **_sizes(named.tensors), **described)
+    weights = fitted(named, of_file, cfg, nearest.__name__)
+    weights.architecture = nearest.__name__
+    return weights
+
+
 def fitted(named: Renamed, of_file: ViTConfig, cfg: ViTConfig, name: str) -> FittedWeights:
     """Return the weights of a ViT of the config `of_file`, called `name`, for one of `cfg`."""
     if wrong := _differing(of_file, cfg):

@@ -82,6 +82,16 @@ class Tokenizer:
         """Number of different token ids."""
         return int(self._bpe.vocab_size)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each piece: bytes, merged ones and, last, start and end of a text."""
+        return dict(self._bpe.encoder)
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """The pairs of pieces that are merged, in the order in which they are."""
+        return list(self._bpe.bpe_ranks)
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest (sha256) of the merges and of every setting that ids depend on."""

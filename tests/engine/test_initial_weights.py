@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.models.vit import ViTConfig, dinov3_s_plus
+from m3i_fast.config.models.vit import ViTConfig, dinov2_s, dinov3_s_plus
 from m3i_fast.durable_files import digest
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
@@ -76,6 +76,39 @@ def test_a_run_begins_with_timms_features(
     assert sorted(said["left_out"]) == ["head.bias", "head.weight"] and said["new"] == []
     gate = said["taken"]["blocks.1.layernorm_mlp.fc1_weight"]
     assert gate["from"] == "blocks.1.mlp.fc1_g.weight + blocks.1.mlp.fc1_x.weight"
+
+
+def test_a_run_begins_from_a_folder_of_transformers(dataset: Path, tmp_path: Path) -> None:
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    theirs = Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**sizes, image_size=48, patch_size=8)
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs.save_pretrained(tmp_path / "folder")
+    vision = dinov2_s(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
+    cfg = config(dataset, f"hf:{tmp_path / 'folder'}", vision)
+    trainer = Trainer(cfg, tmp_path / "run")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():  # which resamples its positions as we do
+        expected = theirs(images).last_hidden_state
+    torch.testing.assert_close(trainer.objective.encoder(images), expected, atol=1e-5, rtol=1e-5)
+    assert trainer.initial is not None
+    rows = {row[0]: row[1:] for row in trainer.initial.rows()}
+    assert rows["pos_embed"] == (
+        "embeddings.position_embeddings",
+        "6 x 6 -> 4 x 4 patches, antialiased bicubic",
+    )
+    trainer.train()
+    said = json.loads((tmp_path / "run" / "init.json").read_text())
+    assert said["source"] == f"hf:{tmp_path / 'folder'}"
+    assert said["sha256"] == digest(tmp_path / "folder" / "model.safetensors").sha256
+    with pytest.raises(ValueError, match="--init hf:.*nearest to .*add --vision.depth 2"):
+        Trainer(replace(cfg, vision=replace(vision, depth=1)), tmp_path / "other")
 
 
 def test_a_resume_does_not_read_the_file(dataset: Path, model: Any, tmp_path: Path) -> None:
@@ -156,11 +189,10 @@ def test_the_verb_prints_where_each_weight_is_from(
     assert main(["train", "--config", str(path), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
     assert "blocks.*.layernorm_mlp.fc1_weight" in said and "left out" in said
-    assert main(["train", "--config", str(path), "--init", "hf:model"]) == 2
+    assert main(["train", "--config", str(path), "--init", "nowhere:model"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "init: expected one of timm:FILE, dinov2:FILE, dinov3:FILE, run:DIR, got 'hf:model'" in (
-        said
-    )
+    known = "timm:FILE, dinov2:FILE, dinov3:FILE, hf:FOLDER, run:DIR"
+    assert f"init: expected one of {known}, got 'nowhere:model'" in said
     other = ["--vision.dim", "64", "--out", str(tmp_path / "other")]
     assert main(["train", "--config", str(path), *other]) == 2
     said = " ".join(capsys.readouterr().err.split())

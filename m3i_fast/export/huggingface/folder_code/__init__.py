@@ -1,0 +1,1 @@
+"""The source that a folder for transformers brings with it: torch and transformers alone."""

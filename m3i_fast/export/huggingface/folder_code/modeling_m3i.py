@@ -1,0 +1,187 @@
+"""The model of an export of m3i-fast, in torch and transformers alone.
+
+An image encoder, a Vision Transformer or an InternImage, and where the weights have them a text
+encoder and the head that projects pictures into its space. Load it with trust_remote_code=True:
+
+    model = transformers.AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+
+Legend: B pictures or texts, S pixels of a side, R tokens before the patches (class token and
+registers), N patches, C width of a token, P that of a summary of a picture, T token ids of a text,
+E width of an embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.clip.modeling_clip import CLIPOutput
+
+from .internimage import InternImage
+from .vision_transformer import Block, VisionTransformer, parameter
+
+
+class M3IConfig(PretrainedConfig):
+    """Describe an image encoder and, where there is one, a text encoder.
+
+    vision: the arguments of `VisionTransformer` or, with "type": "internimage", of `InternImage`.
+    text: those of `TextTransformer`; None without captions. head_dim: width of the hidden layer of
+    the pictures' head. embed_dim: E. logit_bias: whether a number is added to the scaled cosines.
+    """
+
+    model_type = "m3i"
+
+    def __init__(
+        self,
+        vision: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        head_dim: int | None = None,
+        embed_dim: int | None = None,
+        logit_bias: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.vision, self.text = vision or {}, text
+        self.head_dim, self.embed_dim, self.logit_bias = head_dim, embed_dim, logit_bias
+        self.hidden_size = self.vision.get("dim")
+
+
+class TextTransformer(nn.Module):
+    """Embed texts by the mean over their tokens: [B, T] ids, [B] counts -> [B, E].
+
+    Every token attends to all others; what follows the counted ones has no effect.
+    """
+
+    def __init__(self, sizes: dict[str, Any], embed_dim: int) -> None:
+        super().__init__()
+        dim = sizes["dim"]
+        self.context_length, self.end = sizes["context_length"], sizes["vocab_size"] - 1
+        self.token_embedding = nn.Embedding(sizes["vocab_size"], dim)
+        self.pos_embed = parameter(1, self.context_length, dim)
+        self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes["depth"]))
+        self.norm = nn.LayerNorm(dim, sizes["norm_eps"])
+        self.projection = nn.Linear(dim, embed_dim, bias=False)
+
+    def forward(
+        self, input_ids: Tensor, num_tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:  # -> [B, T, C], [B, E]
+        length = input_ids.shape[1]
+        if length > self.context_length:
+            raise ValueError(
+                f"input_ids: expected at most {self.context_length} tokens, got {length}: pass "
+                "truncation=True to the tokenizer"
+            )
+        real = torch.arange(length, device=input_ids.device) < num_tokens[:, None]
+        x = self.token_embedding(input_ids) + self.pos_embed[:, :length]
+        for block in self.blocks:
+            x = block(x, mask=real[:, None, None])
+        x = self.norm(x)
+        mean = (x * real[..., None].to(x.dtype)).sum(1) / num_tokens[:, None]
+        return x, self.projection(mean)
+
+
+class ImageHead(nn.Module):
+    """Project the summary of a picture into the space of texts: [B, P] -> [B, E]."""
+
+    def __init__(self, dim: int, head_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.hidden, self.output = nn.Linear(dim, head_dim), nn.Linear(head_dim, embed_dim)
+
+    def forward(self, summary: Tensor) -> Tensor:
+        return self.output(F.gelu(self.hidden(summary)))
+
+
+class M3IModel(PreTrainedModel):
+    """An image encoder, with a text encoder in the same space where the config has one."""
+
+    config_class = M3IConfig
+    base_model_prefix = "m3i"
+    main_input_name = "pixel_values"
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+
+    def __init__(self, config: M3IConfig) -> None:
+        super().__init__(config)
+        is_internimage = config.vision.get("type") == "internimage"
+        encoder = InternImage if is_internimage else VisionTransformer
+        self.encoder = encoder(config.vision)
+        self.text_encoder: TextTransformer | None = None
+        if config.text is not None:
+            assert config.head_dim is not None and config.embed_dim is not None
+            self.text_encoder = TextTransformer(config.text, config.embed_dim)
+            summary_dim = config.vision.get("pooled_dim", config.vision["dim"])
+            self.image_head = ImageHead(summary_dim, config.head_dim, config.embed_dim)
+            self.logit_scale = parameter()
+            self.logit_bias = parameter() if config.logit_bias else None
+        self.post_init()
+
+    def encode(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """Encode pictures: all tokens [B, R + N, C], and the mean over the patches [B, C]."""
+        tokens = self.encoder(pixel_values.to(self.dtype))
+        mean = tokens[:, self.encoder.num_prefix :].mean(1)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=mean)
+
+    def get_image_features(
+        self, pixel_values: Tensor, **_: Any
+    ) -> BaseModelOutputWithPooling:  # pooler_output [B, E]
+        """Embed pictures in the space of texts, of any length, as pooler_output."""
+        self._expect_text()
+        tokens = self.encoder(pixel_values.to(self.dtype))
+        embedded = self.image_head(self.encoder.summarise(tokens))
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=embedded)
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> BaseModelOutputWithPooling:  # pooler_output [B, E]
+        """Embed texts in the space of pictures, of any length, as pooler_output.
+
+        attention_mask: [B, T], 1 where a token counts, padding on the right; None: all up to the
+        first end token count.
+        """
+        text_encoder = self._expect_text()
+        if attention_mask is None:
+            num_tokens = (input_ids == text_encoder.end).int().argmax(1) + 1
+        else:
+            num_tokens = attention_mask.sum(1)
+        states, embedded = text_encoder(input_ids, num_tokens)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=embedded)
+
+    def forward(
+        self,
+        pixel_values: Tensor,  # [B, 3, S, S]
+        input_ids: Tensor | None = None,  # [B', T] int64
+        attention_mask: Tensor | None = None,  # [B', T]
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | CLIPOutput | tuple[Any, ...]:
+        """Encode pictures alone, or compare them with texts: logits_per_image [B, B'].
+
+        Texts alone go into `get_text_features`.
+        """
+        if input_ids is None:
+            encoded = self.encode(pixel_values)
+            return encoded if return_dict is not False else encoded.to_tuple()
+        image = self.get_image_features(pixel_values)
+        text = self.get_text_features(input_ids, attention_mask)
+        image_embeds = F.normalize(image.pooler_output, dim=-1)
+        text_embeds = F.normalize(text.pooler_output, dim=-1)
+        logits = self.logit_scale.exp() * image_embeds @ text_embeds.T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
+        output = CLIPOutput(
+            logits_per_image=logits,
+            logits_per_text=logits.T,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            vision_model_output=image,
+            text_model_output=text,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _expect_text(self) -> TextTransformer:
+        if self.text_encoder is None:
+            raise ValueError("expected a model with a text encoder, got an image encoder alone")
+        return self.text_encoder

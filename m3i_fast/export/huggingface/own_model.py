@@ -1,0 +1,129 @@
+"""The model in `folder_code`, which a folder brings with it: what no class of transformers is.
+
+That is both encoders of a run with captions, whose text encoder averages over tokens and whose head
+of pictures is an MLP of the mean over patches, InternImage, and a few ViTs
+(`native.no_class_for`). Its weights have our names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.models.internimage.model import InternImage
+from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS
+from m3i_fast.models.transformer.vit import ViT
+
+CODE = ("modeling_m3i.py", "vision_transformer.py", "internimage.py")
+CLASS_NAME = "M3IModel"
+_NAMES = {"log_scale": "logit_scale", "bias": "logit_bias"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextTower:
+    """Hold the text encoder of a run and the head that projects pictures into its space."""
+
+    cfg: TextConfig
+    weights: Mapping[str, Tensor]
+    """Those of the caption term: text_encoder.*, head.*, log_scale and, of a sigmoid, bias."""
+
+
+def code() -> dict[str, bytes]:
+    """Return the files of the model's source, which a folder has beside its config.json."""
+    folder = Path(__file__).with_name("folder_code")
+    return {name: (folder / name).read_bytes() for name in CODE}
+
+
+def own_model(
+    encoder: ViT | InternImage, text: TextTower | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config.json and the weights of M3IModel; these are copies, in fp32 on the CPU."""
+    config: dict[str, Any] = {
+        "architectures": [CLASS_NAME],
+        "model_type": "m3i",
+        "dtype": "float32",
+        "auto_map": {
+            "AutoConfig": "modeling_m3i.M3IConfig",
+            "AutoModel": f"modeling_m3i.{CLASS_NAME}",
+        },
+        "vision": _vit(encoder.cfg) if isinstance(encoder, ViT) else _internimage(encoder.cfg),
+    }
+    state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    if text is not None:
+        task = "AutoModelForZeroShotImageClassification"
+        config["auto_map"][task] = f"modeling_m3i.{CLASS_NAME}"
+        config |= {
+            "text": _text(text.cfg),
+            "head_dim": text.weights["head.hidden.weight"].shape[0],
+            "embed_dim": text.cfg.embed_dim,
+            "logit_bias": "bias" in text.weights,
+        }
+        state |= {_text_name(name): value for name, value in text.weights.items()}
+    copies = {name: value.detach().to("cpu", copy=True).float() for name, value in state.items()}
+    return config, copies
+
+
+def _text_name(ours: str) -> str:
+    if ours.startswith("head."):
+        return f"image_{ours}"
+    return _NAMES.get(ours, ours)
+
+
+def _internimage(cfg: InternImageConfig) -> dict[str, Any]:
+    return {
+        "type": "internimage",
+        "image_size": cfg.image_size,
+        "channels": cfg.channels,
+        "depths": [*cfg.depths],
+        "groups": [*cfg.groups],
+        "mlp_ratio": cfg.mlp_ratio,
+        "offset_scale": cfg.offset_scale,
+        "dw_kernel_size": cfg.context_size,
+        "post_norm": cfg.post_norm,
+        "res_post_norm": cfg.res_post_norm,
+        "layer_scale": cfg.layer_scale is not None,
+        "center_feature_scale": cfg.center_feature_scale,
+        "post_norm_ids": [*(cfg.level2_post_norm_block_ids or ())],
+        "dim": cfg.dim,
+        "pool_heads": cfg.pool_heads,
+        "pooled_dim": cfg.pooled_dim,
+    }
+
+
+def _vit(cfg: ViTConfig) -> dict[str, Any]:
+    return {
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+        "dim": cfg.dim,
+        "depth": cfg.depth,
+        "num_heads": cfg.num_heads,
+        "mlp_dim": int(cfg.dim * cfg.mlp_ratio),
+        "mlp": cfg.mlp,
+        "qkv_bias": cfg.qkv_bias,
+        "key_bias": cfg.key_bias,
+        "norm_eps": cfg.norm_eps,
+        "class_token": cfg.class_token,
+        "num_registers": cfg.num_registers,
+        "position": cfg.position,
+        "layer_scale": cfg.layer_scale_init is not None,
+        "final_norm": cfg.final_norm,
+    }
+
+
+def _text(cfg: TextConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": cfg.vocab_size,
+        "context_length": cfg.context_length,
+        "dim": cfg.dim,
+        "depth": cfg.depth,
+        "num_heads": cfg.num_heads,
+        "mlp_dim": int(cfg.dim * cfg.mlp_ratio),
+        "norm_eps": LAYER_NORM_EPS,
+    }
