@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,13 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], **more: str) -> Non
     is full.
     """
     with replaced_atomically(path) as temporary:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # that of any file; safetensors' is 0600
         try:
             safetensors.torch.save_file(dict(tensors), temporary, metadata={"format": "pt", **more})
         except SafetensorError as error:
             raise OSError(f"{path}: not written: {error}") from error
+        temporary.chmod(mode)
 
 
 def tensors_in(content: Mapping[str, Any]) -> dict[str, Tensor]:

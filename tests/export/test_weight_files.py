@@ -1,0 +1,30 @@
+"""Files of weights that we write, read by safetensors and by other users of the machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from m3i_fast.export.weight_files import write_weights
+
+
+def test_a_file_has_the_rights_of_any_other(tmp_path: Path) -> None:
+    """A folder that is uploaded or shared can be read there: safetensors' own file is 0600."""
+    before = os.umask(0o027)
+    try:
+        write_weights(tmp_path / "a.safetensors", {"a": torch.arange(3)}, of="a test")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors")["a"].tolist() == [0, 1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_what_is_not_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_weights(tmp_path / "absent" / "a.safetensors", {"a": torch.zeros(1)})
+    assert not any(tmp_path.iterdir())
