@@ -82,8 +82,9 @@ def test_a_port_in_use_is_told_before_anything_is_read(
 def test_wrong_numbers_are_told(
     flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["search", "runs/none", "--data", str(tmp_path), *flags]) == 2
-    assert message in said(capsys)
+    with pytest.raises(SystemExit) as ended:
+        main(["search", "runs/none", "--data", str(tmp_path), *flags])
+    assert ended.value.code == 2 and message in said(capsys)
 
 
 def test_what_is_not_there_is_told(
