@@ -43,7 +43,8 @@ KEPT_THUMBNAILS = 2048
 Request = dict[str, Any]
 Answer = dict[str, Any]
 
-Key, Value = TypeVar("Key"), TypeVar("Value")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class Forgotten(LookupError):

@@ -128,7 +128,7 @@ def _digest(model: Model, pictures: Pictures) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        hashed.update(content.numpy())  # type: ignore[arg-type]
+        hashed.update(content.numpy())
     return hashed.hexdigest()[:32]
 
 

@@ -120,12 +120,10 @@
     const item = make("li", {}, thumb, first);
     for (const caption of result.captions) item.append(make("p", { className: "caption" }, make("q", { textContent: caption })));
     if (result.guess) {
-      const right = result.label === null || result.label === result.guess.name ? "" : " (its class is another)";
-      item.append(make("p", { className: "note", textContent: `guessed ${result.guess.name}, ${percent(result.guess.probability)}${right}` }));
+      item.append(make("p", { className: "note", textContent: `guess: ${result.guess.name}, ${percent(result.guess.probability)}` }));
     }
-    const whole = make("a", { href: `picture/${result.row}?${about.version}`, target: "_blank", rel: "noopener", textContent: "whole picture" });
-    whole.setAttribute("aria-label", `The whole picture of ${result.name}`);
-    item.append(make("p", { className: "note" }, `${result.name}, `, whole));
+    const whole = { href: `picture/${result.row}?${about.version}`, target: "_blank", rel: "noopener", title: "The whole picture" };
+    item.append(make("p", { className: "note" }, make("a", { ...whole, textContent: result.name })));
     return item;
   }
 
@@ -161,7 +159,7 @@
   function clearPatch() {
     chosen = null;
     for (const id of ["pointed", "chosen", "patch"]) at(id).hidden = true;
-    for (const drawn of document.querySelectorAll(".thumb canvas, .thumb .cell, .hits .of-patch")) drawn.remove();
+    for (const drawn of document.querySelectorAll(".thumb canvas, .thumb .cell, .of-patch")) drawn.remove();
   }
 
   function findPatch(cell) {
@@ -185,22 +183,29 @@
       + `${pictures(answer.similarity.length)} in ${time(answer.ms)}${now}.`;
   }
 
-  // Laid over a picture: dark blue where its patches are as alike as half of all are, amber where most.
+  // From patches that are as alike as half of all are to the most alike: red, green, blue, opacity.
+  const HEAT = [[14, 18, 54, 0.74], [150, 44, 110, 0.56], [255, 176, 0, 0.22]];
+
+  function heat(t) {
+    const below = Math.min(Math.floor(t * (HEAT.length - 1)), HEAT.length - 2);
+    const share = t * (HEAT.length - 1) - below;
+    const [red, green, blue, opacity] = HEAT[below].map((from, i) => from + share * (HEAT[below + 1][i] - from));
+    return [red, green, blue, 255 * opacity];
+  }
+
   function drawHeat(item, values, low, high) {
     for (const old of item.querySelectorAll(".thumb canvas, .thumb .cell, .of-patch")) old.remove();
     const canvas = make("canvas", { width: grid, height: grid });
     const context = canvas.getContext("2d"), image = context.createImageData(grid, grid);
     values.forEach((value, i) => {
-      const t = Math.min(Math.max((value - low) / (high - low || 1), 0), 1);
-      const mixed = [[16, 255], [20, 160], [52, 0]].map(([cold, hot]) => cold + t * (hot - cold));
-      image.data.set([...mixed, 255 * (0.8 * (1 - t) + 0.3 * t)], 4 * i);
+      image.data.set(heat(Math.min(Math.max((value - low) / (high - low || 1), 0), 1)), 4 * i);
     });
     context.putImageData(image, 0, 0);
     const best = values.indexOf(Math.max(...values));
     const frame = make("span", { className: "cell chosen" });
     place(frame, best);
-    item.querySelector(".thumb").append(canvas, frame);
-    item.children[1].append(make("span", { className: "of-patch", textContent: ` patch ${values[best].toFixed(2)}` }));
+    const alike = make("span", { className: "of-patch", textContent: values[best].toFixed(2), title: "cosine of the framed patch" });
+    item.querySelector(".thumb").append(canvas, frame, alike);
   }
 
   function cellAt(event) {

@@ -100,7 +100,9 @@ class PackedPictures:
         splits = [manifest.split(name) for name in names]
         self.has_captions = any(info.num_captions for info in splits)
         num_bad = sum(info.num_bad for info in splits)
-        self.notes = [f"{num_bad:,} samples are marked as bad and left out"] if num_bad else []
+        self.notes: Sequence[str] = (
+            [f"{num_bad:,} samples are marked as bad and left out"] if num_bad else []
+        )
         is_decoded = self.has_captions and manifest.caption_member == TOKENS_MEMBER
         self._tokenizer = Tokenizer.from_info(manifest.tokenizer) if is_decoded else None
 
@@ -160,7 +162,7 @@ class FolderPictures:
         stamps = [[item.name, *item.stamp, item.label] for item in self._items]
         self.digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
         refused = [f"{file}: {reason}" for file, reason, _ in listing.refusals]
-        self.notes = [*listing.notes, *_some(refused, "left out")]
+        self.notes: Sequence[str] = [*listing.notes, *_some(refused, "left out")]
 
     def read(self, row: int) -> bytes:
         """Read a file."""

@@ -259,7 +259,7 @@ def test_a_clicked_patch_is_shown_where_it_is_found(
         assert np.ptp(heat[is_cold]) <= 3 and heat[values == values.max()].min() > 250
         warm = values[~is_cold].argsort()
         assert (np.diff(heat[~is_cold][warm].astype(int)) >= -2).all()  # warmer where more alike
-        assert texts(driver, ".of-patch") == [f"patch {best:.2f}" for best in values.max(1)]
+        assert texts(driver, ".of-patch") == [f"{best:.2f}" for best in values.max(1)]
     find(driver, "#clear").click()
     assert driver.execute_script("return document.querySelectorAll('.thumb canvas').length") == 0
     assert not find(driver, "#patch").is_displayed()
