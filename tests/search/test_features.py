@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,16 @@ import pytest
 import torch
 
 import m3i_fast
+from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.dense.correspondence import position_means
+from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.loader import evaluation_batches
+from m3i_fast.recipes import demo_internimage, shrink
 from m3i_fast.search import features as features_module
 from m3i_fast.search.features import Features, cached_features, describe
 from m3i_fast.search.pictures import About, Pictures, decode, open_pictures
+from tests.shared.engine.small_run import TEXT
 from tests.shared.pipelines.data import encode_image, info, sample, smooth_picture
 
 
@@ -255,3 +260,17 @@ def test_a_model_without_heads_has_features_alone(run: Path, tmp_path: Path) -> 
         [torch.from_numpy(decode(c)).permute(2, 0, 1) for c in drawn(2) if c]
     )
     np.testing.assert_allclose(found.mean, alone(views), rtol=0, atol=1e-6)
+
+
+def test_an_internimage_is_described_alike(dataset: Path, tmp_path: Path) -> None:
+    cfg = shrink(demo_internimage(), path=dataset, num_classes=9, text=TEXT)
+    cfg = replace(cfg, num_steps=1, log_every=1, checkpoint_every=1, num_threads=1)
+    Trainer(cfg, tmp_path / "run").train()
+    model = m3i_fast.load(tmp_path / "run", device="cpu")
+    assert isinstance(model.encoder, InternImage)
+    views = torch.randint(256, (2, 3, *[model.transform.preprocessing.size] * 2)).byte()
+    found = describe(model, views)
+    assert found.image is not None and found.logits is not None
+    assert torch.equal(found.cells, model.forward_features(views))
+    assert torch.equal(found.image, model.encode_image(views))
+    assert torch.equal(found.logits, model.classify(views))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -196,3 +197,27 @@ def test_captions_stored_as_text_are_read(member: str, tmp_path: Path) -> None:
     with open_pictures(tmp_path, None, tmp_path) as found:
         assert [found.about(row).captions for row in range(3)] == [("a cat",), (), ("two dogs",)]
         assert found.label.tolist() == [-1] * 3 and found.class_names == ()
+
+
+def test_a_bucket_has_the_pictures_of_its_folder(packed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto")
+    from tests.shared.pipelines.objects_below import put_all
+    from tests.shared.pipelines.s3_server import S3Server, s3_environment
+
+    server = S3Server()
+    with s3_environment(server.address):
+        make = urllib.request.Request(f"{server.address}/search", method="PUT")
+        urllib.request.urlopen(make).close()
+        put_all("s3://search/set", packed)
+        bucket = Path("s3://search/set")  # as the command line has it
+        with open_pictures(bucket, None, tmp_path / "a") as there:
+            with open_pictures(packed, None, tmp_path / "b") as here:
+                assert there.digest == here.digest
+                for row in range(7):
+                    assert there.read(row) == here.read(row)
+                    assert there.about(row) == here.about(row)
+        with pytest.raises(FileNotFoundError, match="s3://search/none"):
+            with open_pictures(Path("s3://search/none"), None, tmp_path):
+                pass
+    server.close()
