@@ -75,7 +75,7 @@ class TextCaptions:
         token_ids, num_tokens = made.token_ids.numpy(), made.num_tokens.numpy()
         for index, text in enumerate(made.texts()):
             try:
-                caption = self._caption(text)
+                caption = caption_in(text, self._field)
             except ValueError as error:
                 raise SampleError(
                     sample_id=int(made.rows.sample_id[index]),
@@ -89,24 +89,28 @@ class TextCaptions:
                 num_tokens[index] = len(ids)
         return made
 
-    def _caption(self, stored: bytes) -> str:
-        """Return the caption in a member; empty where there is none."""
-        text = stored.decode()
-        if text and self._field:
-            try:
-                fields = json.loads(text)
-            except RecursionError as error:
-                raise ValueError(f"expected less deeply nested JSON: {error}") from None
-            if not isinstance(fields, dict):
-                raise ValueError(f"expected an object of JSON, got {type(fields).__name__}")
-            value = fields.get(self._field)
-            if value is None:
-                return ""
-            if not isinstance(value, str):
-                raise ValueError(f"{self._field}: expected text, got {type(value).__name__}")
-            text = value
-            text.encode()  # JSON may hold halves of characters, which no tokenizer takes
-        return text.strip()
+
+def caption_in(stored: bytes, field: str) -> str:
+    """Return the caption in a member, or in that field of its JSON; empty where there is none.
+
+    Raises ValueError where the member is not UTF-8, or no object of JSON with text in the field.
+    """
+    text = stored.decode()
+    if text and field:
+        try:
+            fields = json.loads(text)
+        except RecursionError as error:
+            raise ValueError(f"expected less deeply nested JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"expected an object of JSON, got {type(fields).__name__}")
+        value = fields.get(field)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise ValueError(f"{field}: expected text, got {type(value).__name__}")
+        text = value
+        text.encode()  # JSON may hold halves of characters, which no tokenizer takes
+    return text.strip()
 
 
 @cache

@@ -215,12 +215,8 @@ def _caption(members: dict[str, bytes], draw: int, work: SampleWork) -> NDArray[
     fault = captions.stored_fault(stored, lengths, work.tokenizer)
     if fault is not None:
         raise ValueError(fault)
-    ids = np.frombuffer(stored or b"", "<i4")
-    if lengths is None:
-        return ids
-    ends = np.cumsum(np.frombuffer(lengths, "<i4"))
-    chosen = _chosen(draw, len(ends))
-    return np.split(ids, ends[:-1])[chosen]
+    found = captions.separate(stored, lengths)
+    return found[_chosen(draw, len(found))] if found else np.zeros(0, "<i4")
 
 
 def _chosen(draw: int, count: int) -> int:

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "op_registry": {"ops"},
     "doctor": {"op_registry", *ENGINE},
     "report": {"evaluation", "objectives", "observe", "pipelines"},
+    "search": {"export", "inference", "report", *ENGINE},
     "profiling": {"op_registry", "report", *ENGINE},
     "benchmarks": {"export", "op_registry", "planning", "recipes", "report", *ENGINE},
     "cli": {
@@ -49,6 +50,7 @@ MAY_IMPORT = {
         "profiling",
         "recipes",
         "report",
+        "search",
         *ENGINE,
     },
 }

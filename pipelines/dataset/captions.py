@@ -25,6 +25,16 @@ def count(num_bytes: Mapping[str, int]) -> int:
     return num_bytes[LENGTHS] // 4 if LENGTHS in num_bytes else int(TOKENS in num_bytes)
 
 
+def separate(tokens: bytes | None, lengths: bytes | None) -> list[NDArray[np.int32]]:
+    """Return the token ids of each caption of a sample's stored components; None: absent."""
+    if tokens is None:
+        return []
+    ids = np.frombuffer(tokens, "<i4")
+    if lengths is None:
+        return [ids]
+    return np.split(ids, np.cumsum(np.frombuffer(lengths, "<i4"))[:-1])
+
+
 def fault(captions: Sequence[NDArray[np.int32]], tokenizer: TokenizerInfo) -> str | None:
     """Return what is wrong with the captions of one picture, expected and got; None: nothing."""
     limit, vocabulary = tokenizer.context_length, tokenizer.vocab_size
@@ -47,12 +57,11 @@ def stored_fault(
     for name, content in ((TOKENS, tokens), (LENGTHS, lengths)):
         if content is not None and len(content) % 4:
             return f"{name}: expected int32 values, got {len(content)} bytes"
-    ids = np.frombuffer(tokens or b"", "<i4")
     if lengths is None:
-        return fault([] if tokens is None else [ids], tokenizer)
-    of_each = np.frombuffer(lengths, "<i4")
+        return fault(separate(tokens, None), tokenizer)
+    ids, of_each = np.frombuffer(tokens or b"", "<i4"), np.frombuffer(lengths, "<i4")
     if len(of_each) == 0 or of_each.min() < 1:
         return f"expected at least 1 token id a caption, got lengths {of_each.tolist()}"
     if of_each.sum() != len(ids):
         return f"expected {of_each.sum()} token ids (lengths {of_each.tolist()}), got {len(ids)}"
-    return fault(np.split(ids, np.cumsum(of_each)[:-1]), tokenizer)
+    return fault(separate(tokens, lengths), tokenizer)

@@ -66,8 +66,8 @@ def check_page(page: Path, screenshots: Path, *, num_figures: int) -> list[View]
                 views.append(_view(driver, page, screenshots, width, scheme))
                 assert views[-1].num_figures == num_figures, views[-1]
         emulate(driver, 360, "light")  # without loading again: figures must follow the scheme
-        _wait(driver, "return document.documentElement.dataset.scheme === 'light'")
-        _no_complaints(driver, "after the scheme changed")
+        wait(driver, "return document.documentElement.dataset.scheme === 'light'")
+        no_complaints(driver, "after the scheme changed")
     assert len({view.background for view in views}) == 2, "dark mode changes nothing"
     return views
 
@@ -81,7 +81,7 @@ def _view(driver: Any, page: Path, screenshots: Path, width: int, scheme: str) -
     assert state == "drawn", f"{where}: figures are {state}"
     requested = [url for url in requested_by(driver) if not url.startswith(("data:", "blob:"))]
     assert requested == [page.resolve().as_uri()], f"{where}: requests {requested}"
-    _no_complaints(driver, where)
+    no_complaints(driver, where)
     screenshot = screenshots / f"{page.stem}-{width}-{scheme}.png"
     capture(driver, screenshot, width)
     return View(
@@ -97,10 +97,11 @@ def _open(driver: Any, page: Path, width: int, scheme: str) -> None:
     emulate(driver, width, scheme)
     driver.get_log("performance")  # forget the last page
     driver.get(page.resolve().as_uri())
-    _wait(driver, "return document.documentElement.dataset.figures !== undefined")
+    wait(driver, "return document.documentElement.dataset.figures !== undefined")
 
 
-def _wait(driver: Any, condition: str) -> None:
+def wait(driver: Any, condition: str) -> None:
+    """Wait until JavaScript returns what is true; fails after half a minute."""
     from selenium.common.exceptions import TimeoutException
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -120,7 +121,8 @@ def emulate(driver: Any, width: int, scheme: str) -> None:
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
-def _no_complaints(driver: Any, where: str) -> None:
+def no_complaints(driver: Any, where: str) -> None:
+    """Fail on text that is too pale or too wide, and on pictures that are broken or unnamed."""
     driver.execute_script(_INSPECT)
     complaints = driver.execute_async_script("inspectPage.complaints().then(arguments[0])")
     assert not complaints, f"{where}: " + "; ".join(complaints)
