@@ -24,7 +24,7 @@ VERBS = {
     "plan": "say what a recipe needs on which cards, and how fast it can be, without running it",
     "recipes": "list the recipes: what each trains, and what it needs",
     "methods": "list the known methods and their terms, or explain one",
-    "evaluate": "measure a run's encoder on held-out pictures",
+    "evaluate": "measure a run on held-out concepts, or any encoder on pictures of your own",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
     "export": "write what a run has learnt as a folder for timm, or a small one for m3i_fast.load",
     "data": "pack or index pictures of your own, or write openmoji, styles or synthetic; describe, "
