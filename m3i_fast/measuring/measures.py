@@ -165,15 +165,15 @@ def _few_labels(inputs: Inputs) -> Measured:
             for draw in range(NUM_DRAWS)
         ]
         title = f"{share:.0%}"
-        each = [_accuracy(title, draw.predicted, inputs) for draw in draws]
-        hits = np.mean([figure.hits for figure in each], axis=0)
-        figures.append(_mean_of(title, hits, measured.labelled))
-        found = [calibrate(d.confidence, f.hits > 0) for d, f in zip(draws, each, strict=True)]
+        each = [_hits(draw.predicted, inputs) for draw in draws]
+        figures.append(_mean_of(title, np.mean(each, axis=0), measured.labelled))
+        pairs = zip(draws, each, strict=True)
+        found = [calibrate(draw.confidence, hits > 0) for draw, hits in pairs]
         figures.append(_error(f"{title}, calibration error", np.mean([c.error for c in found])))
         details[title] = {
             "rows": [len(draw.rows) for draw in draws],
             "l2": [draw.l2 for draw in draws],
-            "accuracy": [figure.value for figure in each],
+            "accuracy": [float(hits.mean()) for hits in each],
             "calibration": _bins(found[0]),
         }
         arrays[f"predicted_{share:g}"] = np.stack([draw.predicted for draw in draws])
@@ -199,8 +199,7 @@ def _zero_shot(inputs: Inputs) -> Measured:
     if found.ranked.shape[1] == 5:
         hits = (found.ranked == label[:, None]).any(1).astype(np.float64)
         figures.append(_mean_of("top 5", hits, measured.labelled))
-    assert top1.hits is not None
-    calibration = calibrate(found.confidence, top1.hits > 0)
+    calibration = calibrate(found.confidence, _hits(found.ranked[:, 0], inputs) > 0)
     figures.append(_error("calibration error", calibration.error))
     return Measured(
         figures=tuple(figures),
@@ -286,9 +285,13 @@ def _fitted(inputs: Inputs) -> SplitFeatures:
 
 
 def _accuracy(name: str, predicted: Index, inputs: Inputs) -> Figure:
-    rows = inputs.measured.labelled
-    hits = (predicted == inputs.measured.column("label")[rows]).astype(np.float64)
-    return _mean_of(name, hits, rows)
+    return _mean_of(name, _hits(predicted, inputs), inputs.measured.labelled)
+
+
+def _hits(predicted: Index, inputs: Inputs) -> NDArray[np.float64]:
+    """Return 1 for each labelled row that is predicted right, else 0."""
+    label = inputs.measured.column("label")[inputs.measured.labelled]
+    return (predicted == label).astype(np.float64)
 
 
 def _mean_of(name: str, hits: NDArray[np.float64], rows: Index) -> Figure:

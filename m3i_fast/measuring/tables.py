@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -13,9 +14,9 @@ from m3i_fast.evaluation.statistics import Interval
 from m3i_fast.measuring.evaluate import Plan, missing_classes
 from m3i_fast.measuring.measures import MEASURES, Figure
 from m3i_fast.measuring.results import Results
-from m3i_fast.measuring.source import Source
 
 MOST_NAMED = 5
+_NUMBER = re.compile(r"n?\d+")  # of an index, or of WordNet
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -31,14 +32,20 @@ def print_plan(plan: Plan, console: Console) -> None:
         said = " (measured)" if split is source.measured else " (fitted to)"
         table.add_row(Text(split.name + said), *map(str, (*counts, len(split.classes))))
     console.print(table)
-    for line in _warnings(source):
+    for line in _warnings(plan):
         console.print(Text(line), soft_wrap=True)
     console.print(Text(f"measured: {', '.join(plan.measures)}"), soft_wrap=True)
     for name, reason in plan.left_out.items():
         console.print(Text(f"not measured: {name}: {reason}"), soft_wrap=True)
 
 
-def _warnings(source: Source) -> Iterator[str]:
+def _warnings(plan: Plan) -> Iterator[str]:
+    source = plan.source
+    if "zero-shot" in plan.measures and all(map(_NUMBER.fullmatch, source.class_names)):
+        yield (
+            f"zero-shot: classes are called {_some(source.class_names)}, which says nothing in a "
+            "prompt: name them by --class-names FILE"
+        )
     absent, rows = missing_classes(source)
     if absent:
         yield (

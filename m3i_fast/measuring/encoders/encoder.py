@@ -24,19 +24,33 @@ NUM_LAYERS = 4
 class Encoder(Protocol):
     """An encoder in evaluation mode, frozen, on one device."""
 
-    name: str
-    """As it was asked for."""
-    digest: str
-    """SHA-256 of its weights and its transform: equal digests have equal features."""
-    device: torch.device
-    dtype: torch.dtype
-    """Of matrix products; features are fp32 either way."""
-    transform: Callable[[Image], Tensor]
-    """From an upright RGB picture to [3, S, S]; pickled for the loader's workers."""
-    has_text: bool
-    """Whether it embeds texts, and pictures beside them."""
-    logit_scale: float | None
-    """Scale of its cosines under a softmax over texts; None: it embeds no texts."""
+    @property
+    def name(self) -> str:
+        """Return the text that it was asked for by."""
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of its weights and transform: equal digests have equal features."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that it computes on."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of matrix products; features are fp32 either way."""
+
+    @property
+    def transform(self) -> Callable[[Image], Tensor]:
+        """Return what makes [3, S, S] of an upright RGB picture, pickled for the loader."""
+
+    @property
+    def has_text(self) -> bool:
+        """Return whether it embeds texts, and pictures beside them."""
+
+    @property
+    def logit_scale(self) -> float | None:
+        """Return the scale of its cosines under a softmax over texts; None: it embeds none."""
 
     def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:
         """Return features of transformed pictures [B, 3, S, S], by name, [B, C] fp32 each.
@@ -68,7 +82,7 @@ def weights_digest(module: nn.Module, *more: object) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         hashed.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        hashed.update(memoryview(content.numpy()))  # type: ignore[arg-type]
+        hashed.update(memoryview(content.numpy()))
     return hashed.hexdigest()
 
 
