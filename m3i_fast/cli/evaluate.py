@@ -59,7 +59,7 @@ class OnPictures:
     seed: int = 0
     """Seed of that share and of the draws of few labels."""
     out: Path | None = None
-    """Folder of results.json and of arrays for plots; none: `evaluation` in MODEL's folder, or in
+    """Folder of results.json and of arrays for plots; none: `evaluation` in a run's folder, or in
     the current one."""
     cache_dir: Path = CACHE_DIR
     """Folder where features are kept, by digest of weights, data, transform and dtype."""

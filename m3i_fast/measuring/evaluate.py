@@ -266,6 +266,11 @@ def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def default_out(model: str) -> Path:
-    """Return where results go: `evaluation` in a run's folder, else in the current one."""
+    """Return where results go: a folder in that of a run or an export, else in the current one."""
     path = Path(model)
-    return (path if path.is_dir() else Path()) / "evaluation"
+    if (path / "config.json").is_file():
+        return path / "evaluation"
+    run = path.absolute().parent.parent
+    if path.is_dir() and (run / "config.json").is_file():  # a checkpoint, which takes no more files
+        return run / f"evaluation_{path.name}"
+    return Path("evaluation")

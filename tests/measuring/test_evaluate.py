@@ -16,7 +16,13 @@ from torch.nn.functional import normalize
 
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.evaluation.statistics import hits_interval
-from m3i_fast.measuring.evaluate import EvaluationSettings, evaluate, missing_classes, plan
+from m3i_fast.measuring.evaluate import (
+    EvaluationSettings,
+    default_out,
+    evaluate,
+    missing_classes,
+    plan,
+)
 from m3i_fast.measuring.features import ExtractionSettings
 from m3i_fast.measuring.measures import MEASURES
 from m3i_fast.measuring.results import Results
@@ -165,6 +171,15 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(tmp_path: 
     asked = settings_of(folder, tmp_path, measures=("zero-shot",))
     with pytest.raises(ValueError, match="zero-shot: pixels has no text tower"):
         evaluate(asked, plan(asked), ONE)
+
+
+def test_results_never_go_into_a_checkpoint(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_00000004"
+    step.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert default_out(str(tmp_path / "run")) == tmp_path / "run" / "evaluation"
+    assert default_out(str(step)) == tmp_path / "run" / "evaluation_step_00000004"
+    assert default_out("timm:test_vit") == Path("evaluation")
 
 
 def test_a_row_of_the_table_says_whose_protocol_it_is() -> None:
