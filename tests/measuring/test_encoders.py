@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 import m3i_fast
@@ -17,6 +18,7 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import build_untrained
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
+from m3i_fast.measuring.encoders.offline import expect_cached
 from m3i_fast.measuring.encoders.opening import open_encoder
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.recipes import demo_internimage, shrink
@@ -170,13 +172,31 @@ def test_wrong_names_say_what_to_type(tmp_path: Path) -> None:
     assert "expected weights in the folder" in refused(f"open_clip:{tmp_path / 'bare'}")
 
 
-def test_nothing_is_downloaded_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither from the hub nor from a URL: both say how to allow it, and name a file instead."""
-    from huggingface_hub import constants
+@pytest.mark.parametrize("allow", [False, True])
+def test_the_hub_is_kept_to_its_cache_unless_asked(
+    allow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline = []
+
+    def create(*_: object, **__: object) -> None:
+        offline.append(constants.HF_HUB_OFFLINE)
+        raise OSError("no weights")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(timm, "create_model", create)
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
     for spec in ("timm:test_vit", "open_clip:ViT-B-32,pretrained=openai"):
-        with pytest.raises(ValueError, match="--allow-download fetches what is not in the cache"):
-            open_encoder(spec, SETTINGS)
+        with pytest.raises(ValueError, match="no weights; name a file of weights") as error:
+            open_encoder(spec, replace(SETTINGS, allow_download=allow))
+        assert ("--allow-download" in str(error.value)) is not allow
+    assert offline == [not allow] * 2
     assert constants.HF_HUB_OFFLINE is False
+
+
+def test_weights_at_a_url_alone_have_to_lie_in_the_folder(tmp_path: Path) -> None:
+    source = {"url": "https://example.org/models/weights.pt"}
+    with pytest.raises(FileNotFoundError, match=r"its weights lie at https.*no .*weights\.pt"):
+        expect_cached(source, tmp_path, hub_key="hub")
+    expect_cached({**source, "hub": "name/of"}, tmp_path, hub_key="hub")
+    (tmp_path / "weights.pt").touch()
+    expect_cached(source, tmp_path, hub_key="hub")
