@@ -87,6 +87,10 @@ from m3i_fast.pipelines.dataset.verify import verify
 train = verify(Path("data/mine"), decode=True).splits["train"]
 assert (train.num_samples, train.num_captions, train.num_labels) == (4, 2, 2)
 """,
+    "measure/evaluate.md": """
+assert 0 <= top1 <= 1 and results.encoders[0].figures().keys() >= {("zero-shot", "top 5")}
+assert any(Path("cache/features").iterdir())
+""",
     "extend/new_method.md": """
 from m3i_fast.recipes import recipes
 (term,) = recipes()["demo_simdino"]().objective.terms

@@ -17,7 +17,7 @@ CONTENTS = {
     ),
     "measure": (
         *("planning", "profile", "performance", "launches", "comparing"),
-        *("results", "methods", "faults"),
+        *("evaluate", "results", "methods", "faults"),
     ),
     "extend": ("new_method", "new_op", "new_source", "ops", "emulator"),
     "reference": (

@@ -24,10 +24,10 @@ VERBS = {
     "plan": "say what a recipe needs on which cards, and how fast it can be, without running it",
     "recipes": "list the recipes: what each trains, and what it needs",
     "methods": "list the known methods and their terms, or explain one",
-    "evaluate": "measure a run's encoder on held-out pictures",
+    "evaluate": "measure a run on held-out concepts, or any encoder on pictures of your own",
     "search": "serve a page that searches pictures by words, by a picture, by a patch of one",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
-    "export": "write what a run has learnt as a folder for timm, or a small one for m3i_fast.load",
+    "export": "write what a run has learnt for timm, Hugging Face, open_clip, ONNX or torch.export",
     "data": "pack or index pictures of your own, or write openmoji, styles or synthetic; describe, "
     "verify, show or push a data set",
     "bench": "run one benchmark and append its rows to the ledger",

@@ -1,39 +1,109 @@
-"""m3i-fast evaluate RUN: measure a run's encoder on held-out pictures."""
+"""m3i-fast evaluate: a run on its own held-out concepts, or any encoder on pictures of a user."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich import box
 from rich.table import Table
 
 from m3i_fast.cli import console
+from m3i_fast.config.data import CACHE_DIR
 from m3i_fast.config.fields import BATCHES, check_fields
 from m3i_fast.report.verdict import SOURCES, Judgement, judge, judge_more
 from m3i_fast.terminal import make_console
 
+if TYPE_CHECKING:  # torch takes seconds: help and refusals come before it
+    from m3i_fast.measuring.evaluate import EvaluationSettings
+    from m3i_fast.measuring.results import Results
+
+Several = tyro.conf.UseAppendAction
+Kind = Literal[
+    "auto", "packed", "imagefolder", "folder", "table", "tars", "huggingface", "torchvision"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPictures:
+    """With --data alone: which pictures, beside what, and how."""
+
+    baseline: Annotated[tuple[str, ...], Several] = ()
+    """Another encoder, named as MODEL, that is measured beside it. May be given several times."""
+    measures: tuple[str, ...] = ()
+    """Some of: knn few-labels zero-shot retrieval; all that data and encoder allow without it."""
+    class_names: Path | None = None
+    """Text file with the name of each class on a line of its own, by index, for prompts."""
+    templates: Path | None = None
+    """Text file with a prompt on each line, {} for the class; without it CLIP's 80 for ImageNet."""
+    kind: Kind = "auto"
+    """What DIR is, as `m3i-fast data pack --kind` has it; packed: written by m3i-fast data."""
+    image_column: str | None = None
+    """Column of pictures, as `m3i-fast data pack` has it."""
+    caption_column: Annotated[tuple[str, ...], Several] = ()
+    """Column of captions; may be given several times. '' for none."""
+    label_column: str | None = None
+    """Column of the class. '' for none."""
+    split_column: str | None = None
+    """Column with the name of each picture's split."""
+    train_split: str = "train"
+    """Split whose labels classifiers are fitted to."""
+    share: float = 0.2
+    """Of data with labels and one split, the share that is measured on."""
+    seed: int = 0
+    """Seed of that share and of the draws of few labels."""
+    out: Path | None = None
+    """Folder of results.json and of arrays for plots; none: `evaluation` in a run's folder, or in
+    the current one."""
+    cache_dir: Path = CACHE_DIR
+    """Folder where features are kept, by digest of weights, data, transform and dtype."""
+    workers: int | None = None
+    """Processes that decode pictures; none: as many as this process has cores."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where encoders run."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto: that of a run, for others bfloat16 where a GPU has it."""
+    allow_download: bool = False
+    """Have timm or open_clip fetch weights that are not in their caches."""
+    record: bool = False
+    """Append a row to the ledger, benchmarks/results/evaluation.jsonl."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """Measure a run's encoder on held-out pictures, beside an untrained one and chance."""
+    """Measure a run on its own held-out concepts, or, with --data, any encoder on your pictures.
 
-    run: tyro.conf.Positional[Path]
-    """Run directory that `m3i-fast train` wrote."""
-    split: str = "heldout"
-    """Split to measure on; no setting is chosen on it."""
+    Without --data, MODEL is a run: kNN, probes, scenes and retrieval on the held-out concepts of
+    its data, beside the untrained encoder, pixels and chance (evaluation.json). With --data DIR the
+    field's protocols: kNN, few labels, zero-shot and retrieval on a labelled or captioned folder,
+    beside any --baseline (evaluation/results.json). torchrun -m m3i_fast.cli evaluate ... spreads
+    the latter over ranks.
+    """
+
+    model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
+    """A run; with --data also a checkpoint, a folder of export --to safetensors,
+    timm:NAME_OR_FOLDER[,checkpoint=FILE], open_clip:NAME_OR_FOLDER[,checkpoint=FILE], pixels, or
+    random:RUN, a run's encoder as it was before training."""
     data: Path | None = None
-    """Data set to measure on, with the run's tokenizer; none: the run's own. A run on a mixture of
-    data sets needs it."""
+    """Folder of pictures to measure on: packed by m3i-fast data, an ImageFolder, a Hugging Face
+    data set on disk, or whatever else m3i-fast data pack reads."""
+    split: str | None = None
+    """Split to measure on, on which no setting is chosen; none: heldout, or with --data the first
+    of heldout, test and tune that there is."""
+    held_out_data: Path | None = None
+    """Without --data: a packed data set whose held-out concepts are taken in place of the run's
+    own, with the run's tokenizer. A run on a mixture of data sets needs it."""
     batch_size: Annotated[int, BATCHES] = 256
     """Pictures a forward pass."""
     json: bool = False
-    """Print evaluation.json, with every interval, in place of the table."""
+    """Print the figures as JSON, with every interval, in place of the table."""
+    pictures: Annotated[OnPictures, tyro.conf.arg(name="")] = field(default_factory=OnPictures)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -41,16 +111,34 @@ class EvaluateCommand:
 
 def main(argv: list[str]) -> int:
     command = tyro.cli(EvaluateCommand, prog="m3i-fast evaluate", args=argv)
+    if command.data is not None:
+        return _on_pictures(command, command.data)
+    if command.pictures != OnPictures():
+        raise ValueError(
+            "--data: expected the folder of pictures that the other flags are for, got none; "
+            "without it MODEL is a run, measured on its own held-out concepts"
+        )
+    return _on_held_out(command)
+
+
+# ---- The held-out concepts of a run --------------------------------------------------------------
+
+
+def _on_held_out(command: EvaluateCommand) -> int:
     from m3i_fast.engine.evaluator import evaluate  # loads torch, which help does without
 
+    run = Path(command.model)
     evaluation = evaluate(
-        command.run, split=command.split, batch_size=command.batch_size, data=command.data
+        run,
+        split=command.split or "heldout",
+        batch_size=command.batch_size,
+        data=command.held_out_data,
     )
     if command.json:
         sys.stdout.write(json.dumps(evaluation.figures, indent=2) + "\n")
     else:
         print_figures(evaluation.figures)
-        console.print(f"wrote {command.run / 'evaluation.json'}", soft_wrap=True)
+        console.print(f"wrote {run / 'evaluation.json'}", soft_wrap=True)
     return 0
 
 
@@ -80,3 +168,116 @@ def _cell(row: Judgement, source: str) -> str:
         for comparison in row.comparisons
     )
     return row.shown.get(source, "-") + (" *" if alike else "  ")
+
+
+# ---- Pictures of a user --------------------------------------------------------------------------
+
+
+def _on_pictures(command: EvaluateCommand, data: Path) -> int:
+    if command.held_out_data is not None:
+        raise ValueError("--held-out-data: expected without --data, which names the pictures")
+    settings = _settings(command, data)
+    from m3i_fast.engine.parallel.ranks import join_world, leave_world
+    from m3i_fast.engine.precision.arithmetic import resolve_device
+    from m3i_fast.measuring.evaluate import default_out, evaluate, no_bar, plan
+    from m3i_fast.measuring.tables import print_plan, print_results
+    from m3i_fast.pipelines.packing.progress import bar
+
+    world = join_world(resolve_device(command.pictures.device))
+    try:
+        if not world.is_main:  # what a source needs to be read in any order, the first rank writes
+            world.wait_for_all()
+        planned = plan(settings)
+        if world.is_main:
+            print_plan(planned, console)
+            world.wait_for_all()
+        results = evaluate(
+            settings,
+            planned,
+            world,
+            tell=lambda text: console.print(text, soft_wrap=True, highlight=False),
+            bar=(lambda title, total: bar(console, title, total, 0)) if world.is_main else no_bar,
+        )
+    finally:
+        leave_world()
+    if results is None:
+        return 0
+    out = command.pictures.out or default_out(command.model)
+    results.save(out)
+    if command.json:
+        sys.stdout.write(json.dumps(results.as_dict(), indent=2) + "\n")
+    else:
+        print_results(results, make_console())
+    console.print(f"wrote {out}/results.json and the arrays of its plots", soft_wrap=True)
+    if command.pictures.record:
+        _record(results)
+    return 0
+
+
+def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
+    """Return what is measured; ValueError names the flag that is wrong."""
+    import torch
+
+    from m3i_fast.measuring.evaluate import EvaluationSettings
+    from m3i_fast.measuring.features import ExtractionSettings
+    from m3i_fast.measuring.source import SourceSettings
+
+    chosen = command.pictures
+    if not 0 < chosen.share < 1:
+        raise ValueError(f"--share: expected a number in (0, 1), got {chosen.share}")
+    if chosen.workers is not None and chosen.workers < 0:
+        raise ValueError(f"--workers: expected at least 0, got {chosen.workers}")
+    cores = len(os.sched_getaffinity(0))
+    return EvaluationSettings(
+        model=command.model,
+        baselines=chosen.baseline,
+        source=SourceSettings(
+            path=data,
+            kind=chosen.kind,
+            image_column=chosen.image_column,
+            caption_columns=chosen.caption_column,
+            label_column=chosen.label_column,
+            split_column=chosen.split_column,
+            classes=_lines(chosen.class_names, "--class-names"),
+            train_split=chosen.train_split,
+            split=command.split,
+            share=chosen.share,
+            seed=chosen.seed,
+            cache_dir=chosen.cache_dir,
+        ),
+        measures=chosen.measures,
+        templates=_lines(chosen.templates, "--templates"),
+        dtype=None if chosen.dtype == "auto" else getattr(torch, chosen.dtype),
+        allow_download=chosen.allow_download,
+        extraction=ExtractionSettings(
+            cache_dir=chosen.cache_dir,
+            batch_size=command.batch_size,
+            workers=cores if chosen.workers is None else chosen.workers,
+        ),
+        seed=chosen.seed,
+    )
+
+
+def _lines(file: Path | None, flag: str) -> tuple[str, ...]:
+    """Read a text file line by line; ValueError for an empty line, or the same one twice."""
+    if file is None:
+        return ()
+    lines = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    if not lines or not all(lines) or len(set(lines)) < len(lines):
+        raise ValueError(f"{flag}: expected text on each line of {file}, no two alike")
+    return lines
+
+
+def _record(results: Results) -> None:
+    from m3i_fast.benchmarks.ledger.rows import append_row
+
+    found = results.as_dict()
+    kept = ("name", "digest", "dtype")
+    encoders = [
+        {name: encoder[name] for name in kept}
+        | {measure: row["figures"] for measure, row in encoder["measures"].items()}
+        for encoder in found["encoders"]
+    ]
+    figures = {"data": found["data"], "settings": found["settings"], "encoders": encoders}
+    file = append_row("evaluation", figures)
+    console.print(f"appended a row to {file}", soft_wrap=True)

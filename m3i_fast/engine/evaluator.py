@@ -79,8 +79,9 @@ def evaluate(
         cfg = replace(cfg, data=one)
     elif cfg.data.mixture:
         raise ValueError(
-            f"--data: expected the data set to measure on, since {run} was trained on a mixture of "
-            f"{' and '.join(place_of(part.path) for part in cfg.data.mixture_parts)}, got none"
+            f"--held-out-data: expected the data set to measure on, since {run} was trained on a "
+            f"mixture of {' and '.join(place_of(part.path) for part in cfg.data.mixture_parts)}, "
+            "got none"
         )
     models = {"trained": load_objective(run, cfg)}
     if cfg.objective.uses(encoder="momentum"):

@@ -98,6 +98,12 @@ def _opened(content: bytes, max_pixels: int) -> Iterator[tuple[Any, str]]:
         raise Refused(f"corrupt or empty image: {reason}", "replace or remove it") from error
 
 
+def upright_picture(content: bytes, *, max_pixels: int) -> Any:
+    """Decode a picture to Pillow's, upright RGB by the rule of this module; raises as `convert`."""
+    with _opened(content, max_pixels) as (picture, name):
+        return _plain(picture, name).convert("RGB")
+
+
 def small_picture(content: bytes, *, max_pixels: int, least_side: int) -> Any:
     """Decode a picture to Pillow's, upright RGB by the rule of this module; raises as `convert`.
 

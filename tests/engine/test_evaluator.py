@@ -141,8 +141,8 @@ def test_a_run_on_a_mixture_is_measured_on_the_data_that_are_named(
     cfg.save(tmp_path / "config.json")
     assert main(["evaluate", str(tmp_path)]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"--data: expected the data set to measure on, since {tmp_path} was trained on" in said
+    assert f"--held-out-data: expected the data set to measure on, since {tmp_path} was" in said
     other = openmoji.build(tmp_path / "other", limit=60, num_merges=200, context_length=24)
-    assert main(["evaluate", str(tmp_path), "--data", str(other)]) == 2
+    assert main(["evaluate", str(tmp_path), "--held-out-data", str(other)]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "to have the tokenizer of the run" in said

@@ -62,6 +62,17 @@ def cross_validated_linear(
 ) -> tuple[Tensor, float]:  # [M] int64, l2
     """Return predictions of the linear probe, and the L2 with the most hits on the folds.
 
+    strengths: as `choose_linear` takes them.
+    """
+    probe, l2 = choose_linear(examples, strengths)
+    return probe.predict(queries), l2
+
+
+def choose_linear(
+    examples: Examples, strengths: Sequence[float] = L2_STRENGTHS
+) -> tuple[LinearProbe, float]:
+    """Return the linear probe of all examples with the L2 that has the most hits on the folds.
+
     strengths: of L2, the strongest first. Of equally good ones the strongest is taken.
     """
     rows, label = examples.features, examples.label
@@ -72,7 +83,7 @@ def cross_validated_linear(
 
     best = _best(predict, examples)
     path = _path(rows, label, strengths[: best + 1], TOLERANCE)
-    return path[-1].predict(queries), strengths[best]
+    return path[-1], strengths[best]
 
 
 def _path(

@@ -14,6 +14,7 @@ from m3i_fast.pipelines.packing.readers.folders import (
     is_picture,
 )
 from m3i_fast.pipelines.packing.readers.huggingface import HuggingFace, is_saved
+from m3i_fast.pipelines.packing.readers.packed import Packed
 from m3i_fast.pipelines.packing.readers.tables import TEXT_SUFFIXES, Tables, table_files
 from m3i_fast.pipelines.packing.readers.tars import COMPRESSED, PLAIN, Tars, tar_files
 from m3i_fast.pipelines.packing.readers.torchvision_sets import TorchvisionSets, guess_class
@@ -24,6 +25,7 @@ READERS: dict[str, Callable[[SourceOptions], Reader]] = {
     "table": Tables,
     "tars": Tars,
     "huggingface": HuggingFace,
+    "packed": Packed,
     "torchvision": TorchvisionSets,
 }
 

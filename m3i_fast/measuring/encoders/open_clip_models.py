@@ -1,0 +1,131 @@
+"""Encoders of open_clip, of pictures and of texts, with its own transform and tokenizer.
+
+Legend: B pictures or texts, S side in pixels, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3i_fast.did_you_mean import nearest
+from m3i_fast.engine.precision.arithmetic import compute_dtype
+from m3i_fast.measuring.encoders.encoder import (
+    NUM_LAYERS,
+    EncoderSettings,
+    layer_features,
+    weights_digest,
+)
+from m3i_fast.measuring.encoders.offline import expect_cached, weights_from
+from m3i_fast.measuring.encoders.timm_models import has_class_token, has_layers
+from m3i_fast.pipelines.optional_imports import require
+
+INSTEAD = (
+    "name a file of weights: open_clip:NAME,checkpoint=FILE, or weights by their tag: "
+    "open_clip:NAME,pretrained=TAG, or a folder: open_clip:FOLDER"
+)
+
+
+class OpenClipEncoder:
+    """A model of open_clip with both of its towers.
+
+    Of an image tower that is no plain transformer there are no layers: `image` alone.
+    """
+
+    has_text = True
+
+    def __init__(
+        self, name: str, model: Any, transform: Any, tokenizer: Any, settings: EncoderSettings
+    ) -> None:
+        self.name, self.device, self.transform = name, settings.device, transform
+        self.dtype = settings.dtype or compute_dtype("auto", settings.device)
+        self._model = model.to(self.device).requires_grad_(False).eval()
+        self._tokenizer = tokenizer
+        self.logit_scale = float(model.logit_scale.exp())
+        self.digest = weights_digest(model, name.partition(",")[0], transform)
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Return the features of pictures [B, 3, S, S], as `Encoder` names them."""
+        visual, pictures = self._model.visual, pictures.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            blocks = _blocks(visual)
+            if blocks is None:
+                return {"image": self._model.encode_image(pictures).float()}
+            found = visual.forward_intermediates(
+                pictures,
+                indices=min(NUM_LAYERS, len(blocks)),
+                normalize_intermediates=True,
+                output_fmt="NLC",
+                output_extra_tokens=True,
+            )
+            patches = found["image_intermediates"]
+            prefix = found.get("image_intermediates_prefix")
+            layers = patches
+            if prefix is not None:
+                pairs = zip(prefix, patches, strict=True)
+                layers = [torch.cat([first, rest], 1) for first, rest in pairs]
+            trunk = getattr(visual, "trunk", None)
+            features = layer_features(
+                [*reversed(layers)],
+                num_prefix=0 if prefix is None else prefix[0].shape[1],
+                has_class=prefix is not None and (trunk is None or has_class_token(trunk)),
+            )
+        return {**features, "image": found["image_features"].float()}
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embeddings of texts, [B, E] fp32."""
+        tokens = self._tokenizer(list(texts)).to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            embedded: Tensor = self._model.encode_text(tokens)
+        return embedded.float()
+
+
+def _blocks(visual: Any) -> Any:
+    """Return the blocks of an image tower that is a stack of them, else None."""
+    trunk = getattr(visual, "trunk", None)
+    if trunk is not None:
+        return trunk.blocks if has_layers(trunk) else None
+    return getattr(getattr(visual, "transformer", None), "resblocks", None)
+
+
+def open_open_clip(
+    spec: str,
+    name: str,
+    *,
+    checkpoint: Path | None,
+    pretrained: str | None,
+    settings: EncoderSettings,
+) -> OpenClipEncoder:
+    """Open a model of open_clip.
+
+    name: of an architecture, or a folder with open_clip_config.json and weights. Of a name either
+    `checkpoint`, a file, or `pretrained`, a tag, says which weights. Raises as `open_timm`.
+    """
+    open_clip = require("open_clip", extra="shards")
+    is_folder = Path(name).is_dir()
+    if is_folder and (checkpoint is not None or pretrained is not None):
+        raise ValueError(f"{spec}: expected a folder alone, which has its weights")
+    if not is_folder and (checkpoint is None) == (pretrained is None):
+        raise ValueError(f"{spec}: expected its weights to be named once; {INSTEAD}")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(f"{spec}: expected a file of weights, got none at {checkpoint}")
+    if not is_folder and name not in open_clip.list_models():
+        hint = nearest(name, open_clip.list_models())
+        raise ValueError(f"{spec}: open_clip has no model {name}, and no such folder.{hint}")
+    if is_folder and not [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]:
+        raise FileNotFoundError(f"{spec}: expected weights in the folder, got none")
+    full_name = f"local-dir:{name}" if is_folder else name
+    with weights_from(spec, allow_download=settings.allow_download, instead=INSTEAD):
+        if pretrained is not None and not settings.allow_download:
+            known = open_clip.get_pretrained_cfg(name, pretrained) or {}
+            expect_cached(known, Path("~/.cache/clip").expanduser(), hub_key="hf_hub")
+        weights = str(checkpoint) if checkpoint else pretrained
+        model, _, transform = open_clip.create_model_and_transforms(full_name, pretrained=weights)
+        tokenizer = open_clip.get_tokenizer(full_name)
+    return OpenClipEncoder(spec, model, transform, tokenizer, settings)

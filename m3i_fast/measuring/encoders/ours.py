@@ -1,0 +1,91 @@
+"""Encoders of this package: of a run, a checkpoint or an export, trained or as it was initialised.
+
+Legend: B pictures or texts, S side in pixels, C width, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.evaluator import build_untrained
+from m3i_fast.inference.loading import Which, find_weights, load
+from m3i_fast.inference.model import Model
+from m3i_fast.measuring.encoders.encoder import (
+    NUM_LAYERS,
+    EncoderSettings,
+    layer_features,
+    no_text,
+    outputs_of,
+    weights_digest,
+)
+from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.objectives.terms import Caption
+
+
+class RunEncoder:
+    """The encoder of `m3i_fast.load`, with its caption head where it has one.
+
+    Of an InternImage, whose stages differ in width, `mean_1` is all that there is.
+    """
+
+    def __init__(self, name: str, model: Model) -> None:
+        self.name, self._model = name, model
+        self.device, self.dtype = model.device, model.compute_dtype
+        self.transform = model.transform
+        self.has_text = model.caption is not None
+        self.logit_scale = float(model.logit_scale.exp()) if self.has_text else None
+        self.digest = weights_digest(model, model.encoder.cfg, model.transform)
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Return the features of pictures [B, 3, S, S], as `Encoder` names them."""
+        model, vit = self._model, self._model.encoder
+        pictures = pictures.to(self.device)
+        if not isinstance(vit, ViT):
+            features = {"mean_1": model(pictures)}
+            if self.has_text:
+                features["image"] = model.encode_image(pictures).float()
+            return features
+        with outputs_of([*vit.blocks[-NUM_LAYERS:]]) as outputs:
+            image = model.encode_image(pictures) if self.has_text else None
+            if image is None:
+                model.forward_features(pictures)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            tokens = [vit.norm(output) for output in reversed(outputs)]
+        features = layer_features(
+            tokens, num_prefix=model.num_prefix_tokens, has_class=vit.class_token is not None
+        )
+        return features if image is None else {**features, "image": image.float()}
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embeddings of texts, [B, E] fp32."""
+        if not self.has_text:
+            raise no_text(self.name)
+        return self._model.encode_text(list(texts)).float()
+
+
+def open_run(name: str, path: Path, which: str, settings: EncoderSettings) -> RunEncoder:
+    """Open a run, a checkpoint or an export; raises as `m3i_fast.load`."""
+    model = load(path, which=cast(Which, which), device=settings.device, dtype=settings.dtype)
+    return RunEncoder(name, model)
+
+
+def open_untrained(name: str, path: Path, settings: EncoderSettings) -> RunEncoder:
+    """Open the model that a run started from; raises as `m3i_fast.load`.
+
+    Of a run that started from other weights (`--init`) it is still the random one.
+    """
+    model = load(path, device=settings.device, dtype=settings.dtype)
+    objective = build_untrained(TrainConfig.load(find_weights(path).directory / "config.json"))
+    model.encoder.load_state_dict(objective.encoder.state_dict())
+    if model.caption is not None:
+        (caption,) = objective.terms_of(Caption)
+        model.caption.load_state_dict(caption.state_dict())
+    return RunEncoder(name, model)

@@ -1,0 +1,276 @@
+"""Measures encoders on pictures: tells what can be measured, encodes once, measures from files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
+from m3i_fast.measuring.encoders.opening import open_encoder
+from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extract
+from m3i_fast.measuring.measures import (
+    MEASURES,
+    Inputs,
+    Measure,
+    MeasureSettings,
+    chosen_measures,
+)
+from m3i_fast.measuring.results import EncoderResults, Results
+from m3i_fast.measuring.source import Source, SourceSettings, Split, read_source
+from m3i_fast.pipelines.optional_imports import require
+
+DEFAULT_TEMPLATES = "OPENAI_IMAGENET_TEMPLATES"  # of open_clip, CLIP's eighty for ImageNet
+Told = Callable[[str], None]
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSettings:
+    """What is measured, on what, and how it is computed."""
+
+    model: str
+    baselines: tuple[str, ...] = ()
+    source: SourceSettings
+    measures: tuple[str, ...] = ()
+    """Names of `MEASURES`; none: all that the data and the encoder allow."""
+    templates: tuple[str, ...] = ()
+    """Of prompts; none: CLIP's eighty for ImageNet, which open_clip has."""
+    dtype: torch.dtype | None = None
+    allow_download: bool = False
+    extraction: ExtractionSettings
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.measures if name not in MEASURES]:
+            raise ValueError(
+                f"--measures: expected some of {', '.join(MEASURES)}, got {unknown[0]}"
+            )
+        if wrong := [text for text in self.templates if "{}" not in text]:
+            raise ValueError(
+                f"--templates: expected {{}} in each line, in the place of a class's name, got "
+                f"{wrong[0]!r}"
+            )
+        names = (self.model, *self.baselines)
+        if len(set(names)) < len(names):
+            raise ValueError("--baseline: expected other encoders than MODEL, got one twice")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What the data allow to measure, before any picture or weight is read."""
+
+    source: Source
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def no_bar(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show no progress."""
+    return nullcontext(lambda number: None)
+
+
+def plan(settings: EvaluationSettings) -> Plan:
+    """List the data and say which measures they allow.
+
+    Raises ValueError for data that allow none, for a measure that was asked for and that they do
+    not allow, and as `read_source`.
+    """
+    source = read_source(settings.source)
+    asked = chosen_measures(settings.measures)
+    missing = {name: row.missing(source) for name, row in asked.items()}
+    left_out = {name: reason for name, reason in missing.items() if reason is not None}
+    if settings.measures and left_out:
+        name, reason = next(iter(left_out.items()))
+        raise ValueError(f"--measures {name}: {reason} ({settings.source.path})")
+    if len(left_out) == len(asked):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"--data {settings.source.path}: nothing to measure: {reasons}")
+    kept = {name: row for name, row in asked.items() if name not in left_out}
+    return Plan(source=source, measures=kept, left_out=left_out)
+
+
+def evaluate(
+    settings: EvaluationSettings,
+    planned: Plan,
+    world: World,
+    *,
+    tell: Told = lambda text: None,
+    bar: Bar = no_bar,
+) -> Results | None:
+    """Measure the encoder and its baselines on the same rows; None on ranks other than the first.
+
+    All ranks compute features; the first measures. Encoders are opened one after the other, so
+    that one is in memory at a time.
+    """
+    results: list[EncoderResults] = []
+    faults: dict[str, str] = {}
+    shared: list[tuple[str, str]] = []
+    for spec in (settings.model, *settings.baselines):
+        found = _evaluate_one(spec, settings, planned, world, tell, bar)
+        if found is not None:
+            results.append(found.results)
+            faults |= found.faults
+            shared = shared or found.shared_pictures
+    if not world.is_main:
+        return None
+    return Results(
+        source=planned.source,
+        encoders=results,
+        faults=faults,
+        shared_pictures=shared,
+        settings=_recorded(settings),
+    )
+
+
+class _Found(NamedTuple):
+    """What one encoder was measured to have, and what was found of the pictures on the way."""
+
+    results: EncoderResults
+    faults: dict[str, str]
+    shared_pictures: list[tuple[str, str]]
+
+
+def _evaluate_one(
+    spec: str,
+    settings: EvaluationSettings,
+    planned: Plan,
+    world: World,
+    tell: Told,
+    bar: Bar,
+) -> _Found | None:
+    """Open an encoder, compute the features that its measures read, and on the first rank measure.
+
+    None on other ranks, and for a baseline of which nothing can be measured.
+    """
+    source = planned.source
+    opened = EncoderSettings(
+        device=world.device, dtype=settings.dtype, allow_download=settings.allow_download
+    )
+    encoder = open_encoder(spec, opened)
+    measures, left_out = _for_encoder(spec, encoder, settings, planned)
+    if not measures:
+        tell(f"{spec}: left out: {'; '.join(left_out.values())}")
+        return None
+
+    def features(split: Split) -> SplitFeatures:
+        with bar(f"{spec}: {split.name}", len(split)) as advance:
+            return extract(encoder, source, split, world, settings.extraction, advance)
+
+    needs_train = any(row.needs_train for row in measures.values())
+    train = features(source.train) if source.train is not None and needs_train else None
+    measured = features(source.measured)
+    if not world.is_main:
+        return None
+    inputs = Inputs(
+        encoder=encoder,
+        source=source,
+        train=train,
+        measured=measured,
+        settings=_measure_settings(settings, planned, world),
+    )
+    return _Found(
+        _measure(spec, inputs, measures, left_out),
+        {**(train.faults if train is not None else {}), **measured.faults},
+        shared_pictures(train, measured),
+    )
+
+
+def shared_pictures(train: SplitFeatures | None, measured: SplitFeatures) -> list[tuple[str, str]]:
+    """Return (measured, training) names of pictures of the same bytes."""
+    if train is None:
+        return []
+    known = {
+        digest.tobytes(): row for row, digest in enumerate(train.column("picture")) if digest.any()
+    }
+    return [
+        (measured.split.items[row].name, train.split.items[known[digest.tobytes()]].name)
+        for row, digest in enumerate(measured.column("picture"))
+        if digest.tobytes() in known
+    ]
+
+
+def missing_classes(source: Source) -> tuple[list[str], int]:
+    """Return the classes with measured rows and without training rows, and how many rows."""
+    if source.train is None:
+        return [], 0
+    absent = np.setdiff1d(source.measured.classes, source.train.classes)
+    rows = int(np.isin(source.measured.label, absent).sum())
+    return [source.class_names[i] for i in absent], rows
+
+
+def _for_encoder(
+    spec: str, encoder: Encoder, settings: EvaluationSettings, planned: Plan
+) -> tuple[dict[str, Measure], dict[str, str]]:
+    """Return the measures of an encoder, and why the others are left out.
+
+    Raises ValueError where the one that is measured cannot be measured as was asked.
+    """
+    left_out = dict(planned.left_out)
+    for name, row in planned.measures.items():
+        if row.needs_text and not encoder.has_text:
+            left_out[name] = f"{spec} has no text tower"
+    measures = {name: row for name, row in planned.measures.items() if name not in left_out}
+    is_asked = spec == settings.model and settings.measures
+    if (is_asked and left_out) or (spec == settings.model and not measures):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(f"--measures: nothing else to measure, or not as asked: {reasons}")
+    return measures, left_out
+
+
+def _measure(
+    spec: str, inputs: Inputs, measures: Mapping[str, Measure], left_out: Mapping[str, str]
+) -> EncoderResults:
+    encoder = inputs.encoder
+    return EncoderResults(
+        name=spec,
+        digest=encoder.digest,
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        logit_scale=encoder.logit_scale,
+        measured={name: row.measure(inputs) for name, row in measures.items()},
+        left_out=left_out,
+    )
+
+
+def _measure_settings(settings: EvaluationSettings, planned: Plan, world: World) -> MeasureSettings:
+    templates = settings.templates
+    if "zero-shot" in planned.measures and not templates:
+        library = require("open_clip", extra="shards")
+        templates = tuple(template("{}") for template in getattr(library, DEFAULT_TEMPLATES))
+    return MeasureSettings(
+        class_names=planned.source.class_names,
+        templates=templates,
+        seed=settings.seed,
+        device=world.device,
+    )
+
+
+def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
+    """Return the settings that figures depend on, JSON-able."""
+    source = asdict(settings.source)
+    for name in ("path", "cache_dir", "classes"):
+        del source[name]
+    return {
+        "model": settings.model,
+        "baselines": list(settings.baselines),
+        "seed": settings.seed,
+        "batch_size": settings.extraction.batch_size,
+        "source": source,
+    }
+
+
+def default_out(model: str) -> Path:
+    """Return where results go: a folder in that of a run or an export, else in the current one."""
+    path = Path(model)
+    if (path / "config.json").is_file():
+        return path / "evaluation"
+    run = path.absolute().parent.parent
+    if path.is_dir() and (run / "config.json").is_file():  # a checkpoint, which takes no more files
+        return run / f"evaluation_{path.name}"
+    return Path("evaluation")

@@ -1,0 +1,172 @@
+"""What an evaluation found of encoders side by side: results.json, and arrays for plots."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m3i_fast.durable_files import make_directories, write_atomically
+from m3i_fast.evaluation.statistics import Interval, hits_interval, holm
+from m3i_fast.measuring.measures import MEASURES, Figure, Measured
+from m3i_fast.measuring.source import Source, Split
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderResults:
+    """What one encoder was measured to have."""
+
+    name: str
+    digest: str
+    dtype: str
+    logit_scale: float | None
+    measured: Mapping[str, Measured]
+    """By the name of a measure."""
+    left_out: Mapping[str, str]
+    """Why a measure was not measured, by its name."""
+
+    def figures(self) -> dict[tuple[str, str], Figure]:
+        """Return the figures by (measure, figure)."""
+        return {
+            (measure, figure.name): figure
+            for measure, measured in self.measured.items()
+            for figure in measured.figures
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """An evaluation of an encoder, and of others beside it, on the same rows."""
+
+    source: Source
+    encoders: Sequence[EncoderResults]
+    """The one that was asked for, then the baselines."""
+    faults: Mapping[str, str]
+    """Why pictures could not be decoded, by name."""
+    shared_pictures: Sequence[tuple[str, str]]
+    """(measured, training) names of pictures of the same bytes."""
+    settings: Mapping[str, Any]
+
+    def comparisons(self) -> dict[str, dict[tuple[str, str], Interval]]:
+        """Return the first encoder minus each other one, for figures that are means over items.
+
+        The intervals are paired by item, items of one group depend on each other, and p-values are
+        corrected by Holm for all comparisons together.
+        """
+        first, *others = self.encoders
+        family = {
+            (other.name, key): _paired(figure, other.figures()[key], self.source.measured)
+            for other in others
+            for key, figure in first.figures().items()
+            if figure.hits is not None and key in other.figures()
+        }
+        found: dict[str, dict[tuple[str, str], Interval]] = {other.name: {} for other in others}
+        for (name, key), interval in holm({k: v for k, v in family.items() if v}).items():
+            found[name][key] = interval
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it but the arrays, JSON-able."""
+        return {
+            "data": describe(self.source),
+            "settings": dict(self.settings),
+            "encoders": [_encoder(encoder) for encoder in self.encoders],
+            "comparisons": {
+                other: {
+                    f"{measure}: {figure}": {**asdict(interval), "verdict": interval.verdict}
+                    for (measure, figure), interval in of_other.items()
+                }
+                for other, of_other in self.comparisons().items()
+            },
+            "broken": dict(self.faults),
+            "pictures_also_in_train": [list(pair) for pair in self.shared_pictures],
+        }
+
+    def save(self, out: Path) -> None:
+        """Write results.json and a folder of .npy files for each encoder, results.json last."""
+        make_directories(out)
+        names = [item.name for item in self.source.measured.items]
+        _save_json(out / "rows.json", {"names": names, "classes": list(self.source.class_names)})
+        for number, encoder in enumerate(self.encoders):
+            folder = out / f"{number}_{slug(encoder.name)}"
+            make_directories(folder)
+            for measure, measured in encoder.measured.items():
+                for name, array in measured.arrays.items():
+                    content = io.BytesIO()
+                    np.save(content, array)
+                    write_atomically(folder / f"{measure}.{name}.npy", content.getvalue())
+        _save_json(out / RESULTS, self.as_dict())
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """Return the counts of a source."""
+    return {
+        "path": source.options.path.name,
+        "kind": source.options.kind,
+        "digest": source.digest,
+        "classes": len(source.class_names),
+        "refused": len(source.refusals),
+        "measured": _counts(source.measured, source),
+        "train": None if source.train is None else _counts(source.train, source),
+    }
+
+
+def slug(name: str) -> str:
+    """Return a name as the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).name if "/" in name else name).strip("_")
+
+
+def _counts(split: Split, source: Source) -> dict[str, Any]:
+    return {
+        "split": split.name,
+        "digest": source.split_digest(split),
+        "rows": len(split),
+        "labelled": split.num_labelled,
+        "captioned": split.num_captioned,
+        "captions": len(split.captions),
+        "classes": len(split.classes),
+    }
+
+
+def _encoder(encoder: EncoderResults) -> dict[str, Any]:
+    return {
+        "name": encoder.name,
+        "digest": encoder.digest,
+        "dtype": encoder.dtype,
+        "logit_scale": encoder.logit_scale,
+        "measures": {
+            name: {
+                "protocol": MEASURES[name].protocol,
+                "paper": MEASURES[name].paper,
+                "settings": measured.settings,
+                "figures": {figure.name: figure.value for figure in measured.figures},
+                "details": measured.details,
+            }
+            for name, measured in encoder.measured.items()
+        },
+        "not_measured": dict(encoder.left_out),
+    }
+
+
+def _paired(ours: Figure, theirs: Figure, split: Split) -> Interval | None:
+    """Return the interval of a difference, over the items that both have; None for fewer than 2."""
+    assert ours.hits is not None and ours.rows is not None
+    if theirs.hits is None or theirs.rows is None or not np.array_equal(ours.rows, theirs.rows):
+        return None
+    group = split.group[ours.rows]
+    if len(np.unique(group)) < 2:
+        return None
+    return hits_interval(ours.hits, theirs.hits, group)
+
+
+def _save_json(file: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(file, text.encode())

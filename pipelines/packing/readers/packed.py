@@ -1,0 +1,150 @@
+"""A data set that this package has packed or indexed, read as a source, caption by caption."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from m3i_fast.pipelines.dataset.captions import LENGTHS, TOKENS
+from m3i_fast.pipelines.dataset.directory import open_split
+from m3i_fast.pipelines.dataset.manifest import Manifest, read_manifest
+from m3i_fast.pipelines.dataset.pictures import FORMATS
+from m3i_fast.pipelines.dataset.sample_table import (
+    BAD,
+    NO_CRC,
+    SampleTable,
+    checksum,
+)
+from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
+from m3i_fast.pipelines.packing.items import Item, Listing, Place, Refused, SourceOptions
+from m3i_fast.pipelines.tar_members import Range, sample_files, sample_parts
+
+_MEND = "see what is wrong by: m3i-fast data verify DIR"
+
+
+class _Row(NamedTuple):
+    """Where a sample lies."""
+
+    shard: int
+    offset: int
+    size: int
+    crc32c: int | None
+
+
+class Packed:
+    """Reader of a dataset directory whose shards lie in a folder.
+
+    Captions that are stored as token ids are decoded: in lower case, and cut where they were cut.
+    """
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+        self._files: dict[Path, int] = {}  # descriptors of this process
+        self._process = os.getpid()
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest of the directory."""
+        return read_manifest(self.options.path)
+
+    @cached_property
+    def _tables(self) -> dict[str, SampleTable]:
+        path = self.options.path
+        self.manifest.shards_of(path)  # refuses those in a bucket
+        return {name: SampleTable.open(path, self.manifest, name) for name in self.manifest.splits}
+
+    def list(self) -> Listing:
+        """List the samples of all splits, without those that are marked as bad."""
+        listing = Listing(class_names=self.manifest.class_names)
+        captions = self._captions_of()
+        for split, table in self._tables.items():
+            open_split(self.options.path, split)
+            kept = np.flatnonzero((np.asarray(table.rows)["flags"] & BAD) == 0)
+            if len(kept) < len(table):
+                listing.notes.append(f"{split}: {len(table) - len(kept)} samples are marked as bad")
+            for number in kept.tolist():
+                row = table.rows[number]
+                name = f"{split}/{int(row['sample_id'])}"
+                try:
+                    key, found = captions(split, number)
+                except (OSError, ValueError) as error:
+                    listing.refuse(name, f"captions: {error}", _MEND)
+                    continue
+                listing.items.append(
+                    Item(
+                        name=f"{split}/{key}",
+                        place=(split, number),
+                        split=split,
+                        captions=found,
+                        label=int(row["label"]),
+                        group=str(int(row["group_id"])),
+                    )
+                )
+        return listing
+
+    def read(self, place: Place) -> bytes:
+        """Read the picture of a sample, whose bytes are compared with their checksum."""
+        row = self._row(str(place[0]), int(place[1]))
+        content = self._pread(str(place[0]), row)(row.size, 0)
+        if row.crc32c is not None and checksum(content) != row.crc32c:
+            raise Refused("the bytes differ from their checksum", _MEND)
+        try:
+            _, files = sample_files(content)
+        except ValueError as error:
+            raise Refused(str(error), _MEND) from None
+        pictures = [files[extension] for extension in files if extension in FORMATS]
+        if len(pictures) != 1:
+            raise Refused(f"expected one picture, got {len(pictures)}", _MEND)
+        return pictures[0]
+
+    def _captions_of(self) -> Callable[[str, int], tuple[str, tuple[str, ...]]]:
+        """Return a function (split, number) -> (key of the sample, its captions)."""
+        member, _, field = self.manifest.caption_member.partition(":")
+        has_captions = any(split.num_captions for split in self.manifest.splits.values())
+        tokenizer = None
+        if member == TOKENS and has_captions:
+            tokenizer = Tokenizer.from_info(self.manifest.tokenizer)
+
+        def captions(split: str, number: int) -> tuple[str, tuple[str, ...]]:
+            row = self._row(split, number)
+            pread = self._pread(split, row)
+            key, parts = sample_parts(Range(pread, 0, row.size), row.size)
+            wanted = {member, LENGTHS} if has_captions else set()
+            stored = {p.extension: pread(p.size, p.offset) for p in parts if p.extension in wanted}
+            if tokenizer is not None:
+                return key, tuple(_decoded(stored, tokenizer))
+            text = stored.get(member, b"").decode()
+            if text and field:
+                text = json.loads(text).get(field) or ""
+            return key, (text.strip(),) if text.strip() else ()
+
+        return captions
+
+    def _row(self, split: str, number: int) -> _Row:
+        row = self._tables[split].rows[number]
+        known = None if row["flags"] & NO_CRC else int(row["crc32c"])
+        return _Row(int(row["shard"]), int(row["offset"]), int(row["size"]), known)
+
+    def _pread(self, split: str, row: _Row) -> Callable[[int, int], bytes]:
+        """Return a function (count, offset in the sample) -> bytes."""
+        if self._process != os.getpid():  # of a worker, with descriptors of its own
+            self._files, self._process = {}, os.getpid()
+        file = self.options.path / self._tables[split].shard_files[row.shard]
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+        descriptor = self._files[file]
+        return lambda count, offset: os.pread(descriptor, count, row.offset + offset)
+
+
+def _decoded(stored: dict[str, bytes], tokenizer: Tokenizer) -> Iterator[str]:
+    ids = np.frombuffer(stored.get(TOKENS, b""), "<i4")
+    ends = np.cumsum(np.frombuffer(stored[LENGTHS], "<i4")) if LENGTHS in stored else [len(ids)]
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        if text := tokenizer.decode(ids[start:end]):
+            yield text

@@ -1,0 +1,121 @@
+"""m3i-fast evaluate: which of its two protocols a request is for, and what is printed and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from m3i_fast.cli import main
+from m3i_fast.cli.evaluate import EvaluateCommand, OnPictures
+from m3i_fast.config.fields import check_fields
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.measuring.measures import MEASURES
+from tests.shared.engine.small_run import small_run
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    cfg = replace(small_run(dataset), num_steps=1, log_every=1, num_threads=1)
+    Trainer(replace(cfg, checkpoint_every=1), out).train()
+    return out
+
+
+def arguments(run: Path, dataset: Path, tmp_path: Path) -> list[str]:
+    cache = ["--cache-dir", str(tmp_path / "cache"), "--workers", "0", "--device", "cpu"]
+    return ["evaluate", str(run), "--data", str(dataset), *cache]
+
+
+def test_a_run_is_measured_beside_what_it_started_from(
+    run: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("M3I_RESULTS", str(tmp_path / "ledger"))
+    beside = ["--baseline", "pixels", "--baseline", f"random:{run}", "--record"]
+    assert main([*arguments(run, dataset, tmp_path), *beside]) == 0
+    told = capsys.readouterr()
+    said = " ".join(told.err.split())
+    assert "pictures have no label" in said
+    assert said.index("measured: knn, few-labels, zero-shot, retrieval") < said.index("wrote ")
+    for text in ("kNN, k = 20", "picture to caption, recall at 10", "zero-shot, top 1", "1%"):
+        assert text in told.out, text
+    stored = json.loads((run / "evaluation" / "results.json").read_text())
+    assert [encoder["name"] for encoder in stored["encoders"]] == [
+        str(run),
+        "pixels",
+        f"random:{run}",
+    ]
+    assert set(stored["encoders"][0]["measures"]) == set(MEASURES)
+    assert set(stored["encoders"][1]["measures"]) == {"knn", "few-labels"}
+    assert {"knn: k = 20", "retrieval: caption to picture, recall at 5"} <= set(
+        stored["comparisons"][f"random:{run}"]
+    )
+    (row,) = (tmp_path / "ledger" / "evaluation.jsonl").read_text().splitlines()
+    figures = json.loads(row)["figures"]
+    assert figures["encoders"][0]["knn"] == stored["encoders"][0]["measures"]["knn"]["figures"]
+    assert str(tmp_path) not in json.dumps(figures["data"])
+
+
+def test_json_has_the_figures_of_the_file(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out"), "--json", "--measures", "retrieval"]
+    assert main([*arguments(run, dataset, tmp_path), *out]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(printed["encoders"][0]["measures"]) == {"retrieval"}
+
+
+def test_flags_of_pictures_need_pictures(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*words: str) -> str:
+        assert main(["evaluate", *words]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "--data: expected the folder of pictures" in refused(str(run), "--baseline", "pixels")
+    both = ["--data", str(dataset), "--held-out-data", str(dataset)]
+    assert "--held-out-data: expected without --data" in refused(str(run), *both)
+    empty = tmp_path / "names.txt"
+    empty.write_text("cat\n\n")
+    names = ["--data", str(dataset), "--class-names", str(empty)]
+    assert "--class-names: expected text on each line" in refused(str(run), *names)
+    share = ["--data", str(dataset), "--share", "1"]
+    assert "--share: expected a number in (0, 1), got 1.0" in refused(str(run), *share)
+
+
+def test_help_names_every_measure_and_both_protocols(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for text in (*MEASURES, "--held-out-data", "Without --data, MODEL is a run", "timm:"):
+        assert text in said, text
+    check_fields(EvaluateCommand(model="run", pictures=OnPictures()))
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_results_of_one(run: Path, dataset: Path, tmp_path: Path) -> None:
+    found = []
+    for num_ranks in (1, 2):
+        here = tmp_path / str(num_ranks)
+        words = arguments(run, dataset, here)[1:] + ["--out", str(here / "out")]
+        launched = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+        command = [*launched, "--standalone", "-m", "m3i_fast.cli", "evaluate", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *command], env=environment, check=True, timeout=300)
+        found.append(here)
+    one, two = found
+    files = sorted(file.relative_to(one) for file in one.rglob("*") if file.is_file())
+    assert files == sorted(file.relative_to(two) for file in two.rglob("*") if file.is_file())
+    assert len(files) > 30
+    for file in files:
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file

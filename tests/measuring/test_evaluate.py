@@ -1,0 +1,187 @@
+"""What can be measured is told first, and figures of pictures equal the libraries'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn.functional import normalize
+
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.evaluation.statistics import hits_interval
+from m3i_fast.measuring.evaluate import (
+    EvaluationSettings,
+    default_out,
+    evaluate,
+    missing_classes,
+    plan,
+)
+from m3i_fast.measuring.features import ExtractionSettings
+from m3i_fast.measuring.measures import MEASURES
+from m3i_fast.measuring.results import Results
+from m3i_fast.measuring.source import SourceSettings
+from tests.measuring.pictures import COLOURS, clip_folder, image_folder, picture
+
+ONE = World(torch.device("cpu"))
+
+
+def settings_of(
+    data: Path, tmp_path: Path, model: str = "pixels", **more: Any
+) -> EvaluationSettings:
+    split = more.pop("split", None)
+    cache = tmp_path / "cache"
+    return EvaluationSettings(
+        model=model,
+        source=SourceSettings(path=data, split=split, cache_dir=cache),
+        extraction=ExtractionSettings(cache_dir=cache, batch_size=8),
+        dtype=torch.float32,
+        **more,
+    )
+
+
+def measured(settings: EvaluationSettings) -> Results:
+    results = evaluate(settings, plan(settings), ONE)
+    assert results is not None
+    return results
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return image_folder(tmp_path / "data", each=8)
+
+
+def test_zero_shot_of_an_image_folder_is_open_clips(folder: Path, tmp_path: Path) -> None:
+    clip = clip_folder(tmp_path / "clip")
+    settings = settings_of(folder, tmp_path, f"open_clip:{clip}", measures=("zero-shot", "knn"))
+    results = measured(settings)
+    name = f"local-dir:{clip}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    weight = open_clip.build_zero_shot_classifier(
+        model.eval(),
+        open_clip.get_tokenizer(name),
+        [*COLOURS],
+        open_clip.OPENAI_IMAGENET_TEMPLATES,
+    )
+    files = sorted((folder / "val").rglob("*.png"))
+    pictures = torch.stack([transform(Image.open(file)) for file in files])
+    label = torch.tensor([[*COLOURS].index(file.parent.name) for file in files])
+    with torch.no_grad():
+        logits = 100 * normalize(model.encode_image(pictures), dim=-1) @ weight
+    figures = results.encoders[0].figures()
+    expected = float((logits.argmax(1) == label).double().mean())
+    assert figures["zero-shot", "top 1"].value == pytest.approx(expected)
+    assert ("zero-shot", "top 5") not in figures  # of three classes
+    assert results.encoders[0].measured["zero-shot"].settings["templates"] == 80
+
+
+def test_knn_of_pixels_is_scikit_learns(folder: Path, tmp_path: Path) -> None:
+    results = measured(settings_of(folder, tmp_path))
+    figures = results.encoders[0].figures()
+
+    def pixels(split: str) -> tuple[np.ndarray, list[str]]:
+        files = sorted((folder / split).rglob("*.png"))
+        squares = []
+        for file in files:
+            opened = Image.open(file).crop((4, 0, 44, 40)).resize((12, 12), Image.Resampling.BOX)
+            squares.append(np.asarray(opened).transpose(2, 0, 1).reshape(-1) / 255)
+        return np.stack(squares), [file.parent.name for file in files]
+
+    for k in (10, 20):
+        classifier = KNeighborsClassifier(
+            k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        )
+        classifier.fit(*pixels("train"))
+        expected = classifier.score(*pixels("val"))
+        assert figures["knn", f"k = {k}"].value == pytest.approx(expected)
+        assert 0.4 < expected <= 1
+    assert ("knn", "k = 100") not in figures  # the bank has 24 rows
+    assert set(results.encoders[0].left_out) == {"zero-shot", "retrieval"}
+    assert "pixels has no text tower" in results.encoders[0].left_out["zero-shot"]
+
+
+def test_baselines_stand_beside_with_paired_intervals(folder: Path, tmp_path: Path) -> None:
+    clip = f"open_clip:{clip_folder(tmp_path / 'clip')}"
+    results = measured(settings_of(folder, tmp_path, clip, baselines=("pixels",)))
+    ours, theirs = (encoder.figures() for encoder in results.encoders)
+    intervals = results.comparisons()["pixels"]
+    assert ("zero-shot", "top 1") in ours and ("zero-shot", "top 1") not in intervals
+    key = ("knn", "k = 20")
+    expected = hits_interval(
+        ours[key].hits, theirs[key].hits, results.source.measured.group[ours[key].rows]
+    )
+    assert intervals[key].difference == pytest.approx(expected.difference)
+    assert intervals[key].low == expected.low
+    assert intervals[key].p_value >= expected.p_value  # by Holm's correction
+    results.save(tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert stored["comparisons"]["pixels"]["knn: k = 20"]["low"] == expected.low
+    predicted = np.load(tmp_path / "out" / "1_pixels" / "knn.predicted.npy")
+    assert predicted.shape == (2, 24)
+    names = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert (len(names["names"]), names["classes"]) == (24, [*COLOURS])
+
+
+def test_a_measured_picture_that_is_also_fitted_to_is_told(folder: Path, tmp_path: Path) -> None:
+    copy = folder / "val" / "red" / "copy.png"
+    copy.write_bytes((folder / "train" / "red" / "3.png").read_bytes())
+    results = measured(settings_of(folder, tmp_path))
+    assert results.shared_pictures == [("val/red/copy.png", "train/red/3.png")]
+    assert results.as_dict()["pictures_also_in_train"] == [["val/red/copy.png", "train/red/3.png"]]
+
+
+def test_classes_that_are_not_in_both_splits_are_told(folder: Path, tmp_path: Path) -> None:
+    (folder / "val" / "violet").mkdir()
+    picture((120, 0, 200), 99).save(folder / "val" / "violet" / "0.png")
+    settings = settings_of(folder, tmp_path)
+    planned = plan(settings)
+    assert missing_classes(planned.source) == (["violet"], 1)
+    results = evaluate(settings, planned, ONE)
+    assert results is not None
+    by_class = results.encoders[0].measured["knn"].details["by_class, k = 20"]
+    assert by_class["violet"] == 0
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for i in range(3):
+        picture((0, 0, 0), i).save(bare / f"{i}.png")
+    with pytest.raises(ValueError, match="nothing to measure: knn: no labels in train"):
+        plan(settings_of(bare, tmp_path, "runs/absent"))
+    one = tmp_path / "one"
+    for split in ("train", "val"):
+        (one / split / "cat").mkdir(parents=True)
+        picture((0, 0, 0), 5).save(one / split / "cat" / "0.png")
+    with pytest.raises(ValueError, match="knn: one class alone"):
+        plan(settings_of(one, tmp_path))
+    folder = image_folder(tmp_path / "data")
+    with pytest.raises(ValueError, match="--measures retrieval: 0 captioned pictures in heldout"):
+        plan(settings_of(folder, tmp_path, measures=("retrieval",)))
+    with pytest.raises(ValueError, match="--measures: expected some of knn, few-labels"):
+        settings_of(folder, tmp_path, measures=("kNN",))
+    with pytest.raises(ValueError, match=r"--templates: expected \{\} in each line"):
+        settings_of(folder, tmp_path, templates=("a photo",))
+    asked = settings_of(folder, tmp_path, measures=("zero-shot",))
+    with pytest.raises(ValueError, match="zero-shot: pixels has no text tower"):
+        evaluate(asked, plan(asked), ONE)
+
+
+def test_results_never_go_into_a_checkpoint(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_00000004"
+    step.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert default_out(str(tmp_path / "run")) == tmp_path / "run" / "evaluation"
+    assert default_out(str(step)) == tmp_path / "run" / "evaluation_step_00000004"
+    assert default_out("timm:test_vit") == Path("evaluation")
+
+
+def test_a_row_of_the_table_says_whose_protocol_it_is() -> None:
+    for name, row in MEASURES.items():
+        assert "arXiv" in row.paper and row.protocol and row.title, name

@@ -1,0 +1,152 @@
+"""What a folder holds is listed, counted and dealt into splits before any picture is decoded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from m3i_fast.cli import main
+from m3i_fast.measuring.source import Source, SourceSettings, read_source
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.packing.shard_task import opened_reader
+from tests.measuring.pictures import COLOURS, image_folder, picture
+
+
+def source_of(path: Path, tmp_path: Path, **settings: object) -> Source:
+    chosen = SourceSettings(path=path, cache_dir=tmp_path / "cache")
+    return read_source(replace(chosen, **settings))  # type: ignore[arg-type]
+
+
+def test_an_image_folder_has_its_splits(tmp_path: Path) -> None:
+    source = source_of(image_folder(tmp_path / "data"), tmp_path)
+    assert source.class_names == tuple(COLOURS)
+    assert source.train is not None
+    assert (source.train.name, len(source.train)) == ("train", 18)
+    assert (source.measured.name, source.measured.num_labelled) == ("heldout", 18)
+    assert source.measured.num_captioned == 0
+
+
+def test_one_split_is_dealt_by_the_seed(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data", splits=())
+    first, again = (source_of(folder, tmp_path, share=0.3) for _ in range(2))
+    other = source_of(folder, tmp_path, share=0.3, seed=1)
+
+    def names(source: Source) -> set[str]:
+        return {item.name for item in source.measured.items}
+
+    assert first.train is not None
+    assert names(first) == names(again) != names(other)
+    assert (len(first.measured), len(first.train)) == (5, 13)
+    assert not names(first) & {item.name for item in first.train.items}
+    assert any("drawn by seed 0" in note for note in first.notes)
+    assert first.split_digest(first.measured) == again.split_digest(again.measured)
+    assert first.split_digest(first.measured) != other.split_digest(other.measured)
+
+
+def test_a_packed_data_set_has_the_counts_of_its_manifest(dataset: Path, tmp_path: Path) -> None:
+    source = source_of(dataset, tmp_path)
+    manifest = read_manifest(dataset)
+    assert source.train is not None
+    for split in (source.train, source.measured):
+        info = manifest.split(split.name)
+        counts = (len(split), split.num_labelled, split.num_captioned, len(split.captions))
+        assert counts == (
+            info.num_samples,
+            info.num_labels,
+            info.num_captions,
+            info.total_captions,
+        )
+        assert len(np.unique(split.group)) == info.num_groups
+    assert 0 < source.train.num_labelled < len(source.train)
+    assert source.class_names == manifest.class_names
+    reader = opened_reader(source.options)
+    assert all(reader.read(item.place).startswith(b"\x89PNG") for item in source.measured.items)
+    assert all(text == text.lower() for text in source.measured.captions)
+
+
+def test_a_packed_sample_whose_bytes_changed_is_refused(dataset: Path, tmp_path: Path) -> None:
+    source = source_of(dataset, tmp_path)
+    item = source.measured.items[0]
+    content = opened_reader(source.options).read(item.place)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in dataset.iterdir():
+        stored = file.read_bytes()
+        if file.suffix == ".tar" and content in stored:
+            at = stored.index(content) + len(content) // 2
+            stored = stored[:at] + bytes([stored[at] ^ 1]) + stored[at + 1 :]
+        (copy / file.name).write_bytes(stored)
+    damaged = source_of(copy, tmp_path)
+    with pytest.raises(ValueError, match="the bytes differ from their checksum"):
+        opened_reader(damaged.options).read(item.place)
+
+
+def test_a_hugging_face_data_set_has_its_features_names(tmp_path: Path) -> None:
+    for i, (_, colour) in enumerate(COLOURS.items()):
+        picture(colour, i).save(tmp_path / f"{i}.png")
+    columns = {
+        "image": [str(tmp_path / f"{i}.png") for i in range(3)] * 4,
+        "label": [0, 1, 2] * 4,
+        "caption": [["one", "two"], ["three"], []] * 4,
+    }
+    features = datasets.Features(
+        image=datasets.Image(),
+        label=datasets.ClassLabel(names=[*COLOURS]),
+        caption=datasets.Sequence(datasets.Value("string")),
+    )
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    rows = rows.map(lambda row: row)  # stores the pictures' bytes
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "saved"))
+    source = source_of(tmp_path / "saved", tmp_path, kind="huggingface")
+    assert source.class_names == tuple(COLOURS)
+    assert (source.measured.name, len(source.measured.captions)) == ("test", 12)
+    assert np.array_equal(source.measured.caption_row[:3], [0, 0, 1])
+
+
+def test_the_digest_follows_labels_and_files(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data")
+    before = source_of(folder, tmp_path)
+    file = folder / "val" / "red" / "0.png"
+    Image.open(file).rotate(90).save(file)
+    after = source_of(folder, tmp_path)
+    assert before.split_digest(before.measured) != after.split_digest(after.measured)
+    assert before.train is not None and after.train is not None
+    assert before.split_digest(before.train) == after.split_digest(after.train)
+
+
+def test_wrong_requests_say_what_to_type(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data")
+    with pytest.raises(ValueError, match="--split: expected one of heldout, train, got val"):
+        source_of(folder, tmp_path, split="val")
+    with pytest.raises(ValueError, match="--class-names: expected a name for each of the 3"):
+        source_of(folder, tmp_path, classes=("a", "b"))
+    with pytest.raises(FileNotFoundError, match="got none at"):
+        source_of(tmp_path / "absent", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected pictures, tars or Parquet files"):
+        source_of(tmp_path / "empty", tmp_path)
+    one = image_folder(tmp_path / "one", splits=())
+    with pytest.raises(ValueError, match="--split: expected train, the only split"):
+        source_of(one, tmp_path, split="heldout")
+
+
+def test_captions_of_text_and_of_tokens_are_alike(tmp_path: Path) -> None:
+    """Of the same pictures and captions, as a table and packed from it."""
+    rows = ["file,caption,label"]
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        picture(colour, i).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,a {name} picture,{name}")
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(rows) + "\n")
+    assert main(["data", "pack", str(table), str(tmp_path / "packed"), "--workers", "1"]) == 0
+    plain = source_of(table, tmp_path, split="train")
+    packed = source_of(tmp_path / "packed", tmp_path, split="train")
+    assert sorted(plain.measured.captions) == sorted(packed.measured.captions)
+    assert plain.class_names == packed.class_names
+    assert json.dumps(packed.notes).count("packed") == 1
