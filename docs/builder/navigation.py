@@ -7,7 +7,10 @@ from pathlib import Path
 README = Path(__file__).resolve().parents[2] / "README.md"
 # By folder of docs/, whose name in the navigation is its own with a capital.
 CONTENTS = {
-    "start": ("install", "tutorial", "use_model", "data", "pack", "data_at_scale", "first_hour"),
+    "start": (
+        *("install", "tutorial", "use_model", "deploy"),
+        *("data", "pack", "data_at_scale", "first_hour"),
+    ),
     "train": (
         *("training", "start_from_weights", "watching", "precision"),
         *("distributed", "clusters", "buckets"),
