@@ -91,7 +91,7 @@ def _to_graphs(command: ExportCommand, target: Literal["onnx", "torch-export", "
 
 def _to_timm(command: ExportCommand) -> int:
     if command.data is not None:
-        return refuse("--data: expected with --to safetensors alone; timm's folder has no classes")
+        return refuse("--data: expected with other folders than timm's, which has no classes")
     require("timm", extra="timm")  # told before the run is read
     from m3i_fast.export.timm_folder import save_timm_folder
     from m3i_fast.inference.loading import load

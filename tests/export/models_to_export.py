@@ -1,4 +1,4 @@
-"""Small models of every architecture for the tests of exported graphs, each parameter of account."""
+"""Small models of every architecture, off their initial weights, for tests of exported graphs."""
 
 from __future__ import annotations
 

@@ -26,7 +26,6 @@ from m3i_fast.inference.graphs.folder import save_graphs
 from m3i_fast.inference.graphs.formats import OPSET, write_onnx
 from m3i_fast.inference.graphs.modules import ImageGraph, capture
 from m3i_fast.ops import dcnv3
-from m3i_fast.recipes import demo_internimage, shrink
 from tests.export.models_to_export import (
     ARCHITECTURES,
     FAST_AND_SLOW,
@@ -235,10 +234,10 @@ def test_the_average_and_runs_without_captions_have_no_texts(
     assert_same(run_graph(out / "image.onnx", pixels), expected_of(average, pixels))
     assert sorted(path.name for path in out.iterdir()) == ["image.onnx", "preprocess.json"]
 
-    cfg = shrink(demo_internimage(), path=dataset, num_classes=9, text=TEXT)
+    cfg = small_run(dataset)
     terms = tuple(term for term in cfg.objective.terms if term.target != "caption")
     cfg = replace(cfg, objective=replace(cfg.objective, terms=terms))
-    other = trained(cfg, tmp_path / "internimage")
+    other = trained(cfg, tmp_path / "no captions")
     assert main(["export", str(other), str(tmp_path / "out"), "--to", "onnx"]) == 0
     assert "trained no captions" in " ".join(capsys.readouterr().out.split())
     loaded = m3i_fast.load(other, device="cpu", dtype=torch.float32)

@@ -15,7 +15,6 @@ import torch
 
 import m3i_fast
 from m3i_fast.cli import main
-from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.inference.graphs.folder import save_graphs
 from m3i_fast.recipes import demo_internimage, shrink
