@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import sys
@@ -15,7 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import m3i_fast
@@ -216,6 +217,14 @@ def test_the_example_of_the_docs_computes_the_features(
     torch.testing.assert_close(
         torch.from_numpy(found["vectors"]), model(normalised), rtol=0, atol=1e-4
     )
+    for picture, pixels in zip(opened, found["pixels"], strict=True):
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+        side = min(upright.size)
+        left, top = (upright.width - side) // 2, (upright.height - side) // 2
+        square = upright.crop((left, top, left + side, top + side))
+        by_pillow = square.resize(pixels.shape[1:], Image.Resampling.BICUBIC)
+        apart = np.asarray(by_pillow).transpose(2, 0, 1).astype(int) - pixels
+        assert abs(apart).max() <= 2
     best = model.classify(opened).argmax(1)
     assert found["classes"] == [model.class_names[i] for i in best]
 
@@ -224,11 +233,17 @@ def test_the_example_of_the_docs_computes_the_features(
 
 
 def test_the_average_and_runs_without_captions_have_no_texts(
-    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "ema"
+    caplog.set_level(logging.INFO)
     assert main(["export", str(run), str(out), "--to", "onnx", "--which", "ema"]) == 0
     assert "no texts: the moving average has no heads" in " ".join(capsys.readouterr().out.split())
+    assert not [r for r in caplog.records if r.name.startswith("onnx")]  # hundreds of details
     average = m3i_fast.load(run, which="ema", device="cpu", dtype=torch.float32)
     pixels = pixels_for(average, 2)
     assert_same(run_graph(out / "image.onnx", pixels), expected_of(average, pixels))

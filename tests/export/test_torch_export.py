@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,21 @@ def test_what_cannot_be_compiled_here_is_refused(
     said = " ".join(capsys.readouterr().err.split())
     assert "expected a C++ compiler" in said and "--to torch-export needs none" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+def test_a_full_disk_leaves_no_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    out = tmp_path / "new" / "folder"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # below that of the weights
+    try:
+        assert main(["export", str(run), str(out), "--to", to]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
 
 
 # ---- AOTInductor ---------------------------------------------------------------------------------

@@ -6,12 +6,18 @@ before a run is read.
 
 from __future__ import annotations
 
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.export import ExportedProgram
 
+from m3i_fast.durable_files import write_durably
 from m3i_fast.inference.graphs.modules import Graph
 from m3i_fast.ops.grid_sample import DECOMPOSITIONS
 from m3i_fast.pipelines.optional_imports import require
@@ -49,7 +55,9 @@ def write_graph(program: ExportedProgram, graph: Graph, path: Path, target: Targ
         case "onnx":
             write_onnx(program, graph, path)
         case "torch-export":
-            torch.export.save(program, path)
+            buffer = io.BytesIO()  # torch's own writer ends the process on a full disk
+            torch.export.save(program, buffer)
+            write_durably(path, [buffer.getbuffer()])
         case "aoti":
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
@@ -63,15 +71,32 @@ def write_onnx(
     """
     onnx = require("onnx", extra="onnx")
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
-    exported = torch.onnx.export(
-        program.run_decompositions(DECOMPOSITIONS),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=graph.input_names,
-        output_names=graph.output_names,
-        dynamic_shapes=({0: "batch"},),
-        verbose=False,
-    )
-    assert exported is not None
-    exported.save(path, external_data=size > one_file)
+    with _without_details():
+        exported = torch.onnx.export(
+            program.run_decompositions(DECOMPOSITIONS),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=graph.input_names,
+            output_names=graph.output_names,
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
+        assert exported is not None
+        exported.save(path, external_data=size > one_file)
     onnx.checker.check_model(str(path), full_check=True)
+
+
+@contextmanager
+def _without_details() -> Iterator[None]:
+    """Keep what the translation logs of every node, and torch's own deprecations, to itself."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)`", FutureWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
