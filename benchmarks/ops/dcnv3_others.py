@@ -17,50 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from m3i_fast.ops.grid_sample import dcnv3_by_grid_sample
+
 KERNEL, POINTS = 3, 9
 GEOMETRY: dict[str, Any] = {"kernel_size": KERNEL, "stride": 1, "padding": 1, "dilation": 1}
 IMAGES_A_CALL = 256  # of the extensions' kernels; smaller batches are one call
 
 logger = logging.getLogger(__name__)
-
-
-def by_grid_sample(
-    x: Tensor,  # [N, H, W, C]
-    offset: Tensor,  # [N, H, W, G*K*2] (x, y)
-    mask: Tensor,  # [N, H, W, G*K]
-    *,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    offset_scale: float = 1.0,
-    softmax: bool = False,
-) -> Tensor:  # [N, H, W, C]
-    """Return dcnv3 in plain torch: all samples are written to memory, then summed."""
-    if stride != 1 or 2 * padding != dilation * (kernel_size - 1):
-        raise ValueError("expected a stride and padding that keep the size")
-    batch, height, width, channels = x.shape
-    reach = torch.arange(kernel_size, device=x.device, dtype=x.dtype) * dilation - padding
-    if offset_scale != 1:
-        reach, offset = reach * offset_scale, offset * offset_scale
-    column, row = (
-        torch.arange(size, device=x.device, dtype=x.dtype)[:, None] + reach
-        for size in (width, height)
-    )  # [W, kernel], [H, kernel]
-    window = torch.stack(
-        torch.broadcast_tensors(column[None, :, :, None], row[:, None, None, :]), dim=-1
-    )  # points column by column
-    place = window.reshape(height, width, 1, -1, 2) + offset.unflatten(-1, (groups, -1, 2))
-    place = (2 * place + 1) / place.new_tensor([width, height]) - 1  # of align_corners=False
-    place = place.permute(0, 3, 1, 2, 4, 5).reshape(batch * groups, height * width, -1, 2)
-    image = x.permute(0, 3, 1, 2).reshape(batch * groups, -1, height, width)
-    sample = F.grid_sample(image, place, align_corners=False)
-    mask = mask.unflatten(-1, (groups, -1))
-    weight = mask.softmax(-1) if softmax else mask
-    weight = weight.permute(0, 3, 1, 2, 4).reshape(batch * groups, 1, height * width, -1)
-    out = (sample * weight).sum(-1).view(batch, channels, height, width)
-    return out.permute(0, 2, 3, 1)
 
 
 # ---- torchvision ---------------------------------------------------------------------------------
@@ -153,7 +116,9 @@ def find(module: str) -> ModuleType | None:
 
 def others(groups: int) -> dict[str, Other]:
     """Return every other implementation found here, by name."""
-    functions = {"grid_sample": Other(function=partial(by_grid_sample, **GEOMETRY, groups=groups))}
+    functions = {
+        "grid_sample": Other(function=partial(dcnv3_by_grid_sample, **GEOMETRY, groups=groups))
+    }
     if module := find("torchvision.ops"):
         functions["torchvision"] = Other(
             function=partial(by_torchvision, module),

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from m3i_fast.benchmarks.core.command import read_command
 from m3i_fast.benchmarks.core.harness import Device, Timing, measure, publish, resolve
-from m3i_fast.benchmarks.ops.dcnv3_others import by_grid_sample
 from m3i_fast.config.models import internimage as internimage_config
 from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.models.internimage.deformable import DCNv3, SamplingCore
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.ops import dcnv3
+from m3i_fast.ops.grid_sample import dcnv3_by_grid_sample
 
 SUBJECT = "internimage"
 OURS, GRID, FREE, ALONE = "m3i_fast", "grid_sample", "no sampling", "op alone"
@@ -99,7 +99,7 @@ def make_functions(cfg: Config, size: Size) -> dict[str, Callable[[], object]]:
     images = images.to(resolve(cfg.device), getattr(torch, cfg.dtype))
     cores: dict[str, SamplingCore] = {
         OURS: dcnv3,
-        GRID: by_grid_sample,
+        GRID: dcnv3_by_grid_sample,
         FREE: lambda x, offset, mask, **_: x + 0 * (offset.sum() + mask.sum()) if cfg.train else x,
     }
     models = {name: build(cfg, size, core) for name, core in cores.items()}

@@ -1,10 +1,10 @@
-"""m3i-fast export RUN OUT --to timm: write what a run has learnt for other libraries."""
+"""m3i-fast export RUN OUT --to NAME: write what a run has learnt for other libraries."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -12,51 +12,124 @@ from m3i_fast.cli import refuse
 from m3i_fast.pipelines.optional_imports import require
 from m3i_fast.terminal import make_console
 
+if TYPE_CHECKING:
+    from m3i_fast.inference.model import Model
+
 console = make_console()
+
+Target = Literal[
+    "timm", "hf", "open_clip", "internimage", "onnx", "torch-export", "aoti", "safetensors"
+]
+Layout = Literal["classification", "detection", "huggingface"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """Write what a run has learnt as a folder: for timm, or small for `m3i_fast.load`."""
+    """Write what a run has learnt for other libraries, or small for `m3i_fast.load`."""
 
     run: tyro.conf.Positional[Path]
     """Run directory, whose newest good checkpoint is taken, or one checkpoint in it."""
     out: tyro.conf.Positional[Path]
-    """Folder to write; it must not exist."""
-    to: Literal["timm", "hf", "safetensors"]
-    """What reads the folder. timm: timm.create_model("local-dir:OUT", pretrained=True), of a ViT
-    with absolute positions; hf: transformers.AutoModel.from_pretrained(OUT), of any encoder, and of
-    its text encoder; safetensors: m3i_fast.load(OUT), of any encoder with its heads and its moving
-    average, without decoders and optimiser."""
+    """Folder to write, or file for internimage; it must not exist."""
+    to: Target
+    """What reads it. timm: timm.create_model("local-dir:OUT", pretrained=True), of a ViT with
+    absolute positions. hf: transformers.AutoModel.from_pretrained(OUT), of any encoder, and of its
+    text encoder. open_clip: open_clip.create_model_and_transforms("local-dir:OUT"), of a ViT and a
+    causal text encoder. internimage: the published InternImage programs, of an InternImage.
+    safetensors: m3i_fast.load(OUT), of any encoder with its heads and its moving average, without
+    decoders and optimiser. Graphs of any encoder and its heads, pixels normalised inside: onnx:
+    onnxruntime and others; torch-export: torch.export.load; aoti: machine code,
+    torch._inductor.aoti_load_package."""
     which: Literal["trained", "ema"] = "trained"
-    """Encoder for timm and hf: the trained one, or its moving average, which comes without text."""
+    """Encoder: the trained one, or its moving average, which has no heads; safetensors has both."""
+    data: Path | None = None
+    """Data set of a run that an older version began without data.json."""
     image_only: bool = False
     """Leave the text encoder out, for hf: the class is then one of transformers where one fits."""
     license: str = ""
     """Licence of the weights as the hub names them, such as cc-by-4.0, for hf's model card."""
-    data: Path | None = None
-    """Data set of a run that an older version began without data.json, for hf and safetensors."""
+    layout: Layout = "classification"
+    """Layout of the file for internimage. classification: .pth with the keys of the official
+    models; detection: .pth with stem and stages alone, for mmdet and mmseg; huggingface:
+    .safetensors."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Device of this machine that --to aoti compiles for."""
+
+
+TAKEN_BY: dict[str, tuple[Target, ...]] = {
+    "which": ("timm", "hf", "internimage", "onnx", "torch-export", "aoti"),
+    "data": ("hf", "open_clip", "onnx", "torch-export", "aoti", "safetensors"),
+    "image_only": ("hf",),
+    "license": ("hf",),
+    "layout": ("internimage",),
+    "device": ("aoti",),
+}
+"""Flags that not every target takes, and which do."""
 
 
 def main(argv: list[str]) -> int:
     command = tyro.cli(ExportCommand, prog="m3i-fast export", args=argv)
     if command.out.exists():
-        return refuse(f"{command.out} exists already: name another folder")
-    if command.to != "hf" and (command.image_only or command.license):
-        return refuse("--image-only, --license: expected with --to hf alone")
-    if command.to == "hf":
-        return _to_transformers(command)
-    if command.to == "timm":
-        return _to_timm(command)
-    if command.which != "trained":
-        return refuse("--which: expected with --to timm or hf; load(OUT, which='ema') has both")
+        return refuse(f"{command.out} exists already: name another")
+    if refused := _misplaced(command):
+        return refuse(refused)
+    match command.to:
+        case "timm":
+            return _to_timm(command)
+        case "hf":
+            return _to_transformers(command)
+        case "open_clip":
+            return _to_open_clip(command)
+        case "internimage":
+            return _to_internimage(command)
+        case "onnx" | "torch-export" | "aoti":
+            return _to_graphs(command, command.to)
     from m3i_fast.inference.folder import save_folder
 
     save_folder(command.run, command.out, data=command.data)
-    console.print(
-        f"wrote {command.out}: m3i_fast.load({str(command.out)!r})", soft_wrap=True, highlight=False
-    )
+    return _wrote(f"{command.out}: m3i_fast.load({str(command.out)!r})")
+
+
+def _misplaced(command: ExportCommand) -> str:
+    """Return what is wrong with a flag that the target does not take; an empty text for none."""
+    defaults = {each.name: each.default for each in fields(command) if each.default is not MISSING}
+    for name, targets in TAKEN_BY.items():
+        if getattr(command, name) != defaults[name] and command.to not in targets:
+            flag = f"--{name.replace('_', '-')}"
+            return f"{flag}: expected with --to {' or '.join(targets)}, got --to {command.to}"
+    return ""
+
+
+def _load(command: ExportCommand) -> Model:
+    from m3i_fast.inference.loading import load
+
+    return load(command.run, which=command.which, device="cpu", data=command.data)
+
+
+def _wrote(what: str) -> int:
+    console.print(f"wrote {what}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _to_timm(command: ExportCommand) -> int:
+    require("timm", extra="timm")  # told before the run is read
+    from m3i_fast.export.timm_folder import save_timm_folder
+    from m3i_fast.models.transformer.vit import ViT
+
+    model = _load(command)
+    if not isinstance(model.encoder, ViT):
+        return refuse(f"--to timm: expected a run with a ViT, got {type(model.encoder).__name__}")
+    made = model.transform.preprocessing
+    name = save_timm_folder(
+        model.encoder,
+        command.out,
+        mean=made.mean,
+        std=made.std,
+        interpolation=made.interpolation,
+    )
+    return _wrote(
+        f'{command.out}, a {name}: timm.create_model("local-dir:{command.out}", pretrained=True)'
+    )
 
 
 def _to_transformers(command: ExportCommand) -> int:
@@ -70,34 +143,59 @@ def _to_transformers(command: ExportCommand) -> int:
         licence=command.license,
         data=command.data,
     )
-    console.print(f"wrote {command.out}; its README.md says how it is used:", soft_wrap=True)
-    console.print(lines, soft_wrap=True, highlight=False, markup=False)
-    return 0
+    return _wrote(f"{command.out}; its README.md says how it is used:\n{lines}")
 
 
-def _to_timm(command: ExportCommand) -> int:
-    if command.data is not None:
-        return refuse("--data: expected with --to hf or safetensors; timm's folder has no classes")
-    require("timm", extra="timm")  # told before the run is read
-    from m3i_fast.export.timm_folder import save_timm_folder
+def _to_open_clip(command: ExportCommand) -> int:
+    require("open_clip", extra="shards")  # told before the run is read
+    from m3i_fast.inference.open_clip_folder import save_open_clip_folder
+
+    model = _load(command)
+    tower = save_open_clip_folder(model, command.out)
+    needs = "" if model.tokenizer.num_merges is None else " (its tokenizer needs transformers)"
+    return _wrote(
+        f"{command.out}, whose image tower is {tower}: "
+        f'open_clip.create_model_and_transforms("local-dir:{command.out}"), '
+        f'open_clip.get_tokenizer("local-dir:{command.out}"){needs}'
+    )
+
+
+def _to_internimage(command: ExportCommand) -> int:
+    from m3i_fast.export.internimage import save_internimage
+    from m3i_fast.models.internimage.model import InternImage
+
+    encoder = _load(command).encoder
+    if not isinstance(encoder, InternImage):
+        return refuse(
+            f"--to internimage: expected a run with an InternImage, got {type(encoder).__name__}; "
+            "use --to timm"
+        )
+    save_internimage(encoder, command.out, command.layout)
+    return _wrote(f"{command.out}, in the layout {command.layout}")
+
+
+def _to_graphs(command: ExportCommand, target: Literal["onnx", "torch-export", "aoti"]) -> int:
+    import torch
+
+    from m3i_fast.inference.graphs.folder import save_graphs
+    from m3i_fast.inference.graphs.formats import expect_tools
     from m3i_fast.inference.loading import load
-    from m3i_fast.models.transformer.vit import ViT
 
-    model = load(command.run, which=command.which, device="cpu")
-    if not isinstance(model.encoder, ViT):
-        return refuse(f"--to timm: expected a run with a ViT, got {type(model.encoder).__name__}")
-    made = model.transform.preprocessing
-    name = save_timm_folder(
-        model.encoder,
-        command.out,
-        mean=made.mean,
-        std=made.std,
-        interpolation=made.interpolation,
+    if command.device == "cuda" and not torch.cuda.is_available():
+        return refuse("--device cuda: expected a GPU to compile for, which torch sees, got none")
+    expect_tools(target)  # told before the run is read
+    model = load(
+        command.run,
+        which=command.which,
+        device=command.device,
+        dtype=torch.float32,
+        data=command.data,
     )
-    console.print(
-        f'wrote {command.out}, a {name}: timm.create_model("local-dir:{command.out}", '
-        "pretrained=True)",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return 0
+    told = f"{command.out}: {', '.join(save_graphs(model, command.out, target))}"
+    if model.caption is None:
+        told += "; no texts: " + (
+            "the moving average has no heads"
+            if command.which == "ema"
+            else f"{command.run} trained no captions"
+        )
+    return _wrote(told)

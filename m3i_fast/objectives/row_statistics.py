@@ -33,7 +33,10 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        with torch.autocast(next(tensors).device.type, enabled=False):
+        device = next(tensors).device.type
+        if not torch.is_autocast_enabled(device):  # no region in an exported graph
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return run

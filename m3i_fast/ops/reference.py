@@ -118,7 +118,11 @@ def dcnv3(
     mask_NYXGK = mask.unflatten(-1, (groups, len(points)))
     if softmax:
         mask_NYXGK = mask_NYXGK.softmax(dim=-1)
-    index_Y, index_X = (torch.arange(size, device=x.device) for size in offset.shape[1:3])
+    # not of int64, which a product with offset_scale would make float32
+    wide = torch.promote_types(x.dtype, torch.float32)
+    index_Y, index_X = (
+        torch.arange(size, device=x.device, dtype=wide) for size in offset.shape[1:3]
+    )
     y_NYXGK, x_NYXGK = (
         _places(
             offset_NYXGK2[..., d],

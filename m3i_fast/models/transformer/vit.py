@@ -114,7 +114,7 @@ class ViT(ImageEncoder):
         if self.pos_embed is not None:
             return None
         rows, columns = (side // self.cfg.patch_size for side in images.shape[-2:])
-        return patch_centres(rows, columns, images.device).expand(len(images), -1, -1)
+        return patch_centres(rows, columns, images.device).expand(images.shape[0], -1, -1)
 
     def encode(
         self,
@@ -143,7 +143,7 @@ class ViT(ImageEncoder):
 
     def _rotation(self, centres: Tensor) -> Tensor:  # [B, n, 2] -> [B, R + n, 2, D / H / 2]
         """Compute the rotations of all tokens; those of prefix tokens have the angle 0."""
-        prefix = centres.new_zeros(len(centres), self.num_prefix, 2)
+        prefix = centres.new_zeros(centres.shape[0], self.num_prefix, 2)
         head_dim = self.cfg.dim // self.cfg.num_heads
         return rotary(torch.cat([prefix, centres], dim=1), head_dim)
 

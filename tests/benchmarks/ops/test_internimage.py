@@ -34,7 +34,7 @@ def test_rows_are_shown_and_recorded(
 
 
 def test_other_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(internimage, "by_grid_sample", lambda x, *_, **__: 2 * x)
+    monkeypatch.setattr(internimage, "dcnv3_by_grid_sample", lambda x, *_, **__: 2 * x)
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
         internimage.make_functions(Config(device="cpu", image_size=32), "demo")
 
