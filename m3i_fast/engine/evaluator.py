@@ -21,10 +21,9 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.precision.arithmetic import autocast, resolve_device
 from m3i_fast.engine.run.data_record import read_record
 from m3i_fast.evaluation.dense.correspondence import (
-    patch_correspondence,
+    measure_correspondence,
     patch_pixels,
     pixel_tokens,
-    position_means,
 )
 from m3i_fast.evaluation.dense.patch_probe import (
     NUM_SCENES,
@@ -191,11 +190,7 @@ def _correspondence(
     split: str,
     batch_size: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:  # who -> [m] fp64, share of patches located; [m] the concept
-    """Measure patch correspondence of two crops of each held-out picture, the same for every run.
-
-    Features are computed twice, once for the means of the positions and once for the queries, so
-    that memory is that of the crops.
-    """
+    """Measure patch correspondence of two crops of each held-out picture, the same every time."""
     device = resolve_device(cfg.device)
     views, boxes, group = _two_crops(cfg, split)
     embeds: dict[str, Callable[[Tensor], Tensor]] = {
@@ -203,21 +198,14 @@ def _correspondence(
     }
     if "pixels" in sources:
         embeds["pixels"] = partial(pixel_tokens, grid=cfg.vision.grid)
-    pairs = [*zip(*(view.split(batch_size) for view in views), strict=True)]
+    pairs = [*zip(*(column.split(batch_size) for column in (*views, boxes)), strict=True)]
     results = {}
     for who, embed in embeds.items():
-        means = position_means(embed(view.to(device)) for pair in pairs for view in pair)
-        columns: list[tuple[Tensor, ...]] = []
-        for pair, box in zip(pairs, boxes.split(batch_size), strict=True):
-            first, second = (view.to(device) for view in pair)
-            tokens = (embed(first), embed(second))
-            measured = patch_correspondence(tokens, means, (first, second), box.to(device))
-            columns.append(tuple(column.cpu() for column in measured))
-        share, chance, num_queries = (torch.cat(column) for column in zip(*columns, strict=True))
-        has_queries = num_queries > 0
-        results[who] = (share[has_queries].double(), group[has_queries])
+        measured = measure_correspondence(embed, lambda: pairs, device)
+        has_queries = measured.num_queries > 0
+        results[who] = (measured.share[has_queries].double(), group[has_queries])
         if "chance" in sources:
-            results["chance"] = (chance[has_queries].double(), group[has_queries])
+            results["chance"] = (measured.chance[has_queries].double(), group[has_queries])
     return results
 
 

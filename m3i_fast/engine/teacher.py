@@ -122,6 +122,26 @@ class TimmEncoder(ImageEncoder):
         """Return all tokens [B, n, C] unchanged."""
         return tokens
 
+    def layers_above(self, parameter: str) -> int:
+        """Count the layers above a parameter as timm's param_groups_layer_decay does.
+
+        A head counts as a layer above the last block, whether the model has one or not. Raises
+        ValueError where the model does not say how its layers are grouped.
+        """
+        from timm.models import group_parameters
+
+        if not hasattr(self.model, "group_matcher"):
+            return super().layers_above(parameter)
+        with_head = nn.Module()
+        for name, child in self.model.named_children():
+            with_head.add_module(name, child)
+        for name, own in self.model.named_parameters(recurse=False):
+            with_head.register_parameter(name, own)
+        with_head.added_head = nn.Linear(1, 1, device="meta")
+        matcher = self.model.group_matcher(coarse=False)  # type: ignore[operator]
+        layer = group_parameters(with_head, matcher, reverse=True)
+        return int(layer["added_head.weight"] - layer[parameter.removeprefix("model.")])
+
 
 def _load_timm(spec: str, vision: VisionConfig) -> Teacher:
     name, file = spec.removeprefix(TIMM), None

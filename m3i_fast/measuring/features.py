@@ -29,7 +29,7 @@ from m3i_fast.durable_files import (
     write_atomically,
 )
 from m3i_fast.engine.parallel.ranks import World
-from m3i_fast.evaluation.rows.rows import FileRows, Index
+from m3i_fast.evaluation.feature_rows import FileRows, Index
 from m3i_fast.json_files import read_json
 from m3i_fast.measuring.decoding import DIGEST_BYTES, PictureBatch, decoded_batches
 from m3i_fast.measuring.encoders.encoder import Encoder

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
-from m3i_fast.evaluation.rows.rows import Index
+from m3i_fast.evaluation.feature_rows import Index
 from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
 from m3i_fast.pipelines.packing.items import Item, Listing, Refusal, SourceOptions
 from m3i_fast.pipelines.packing.plan import PlanSettings, number_items

@@ -17,6 +17,7 @@ from m3i_fast.cli import main, train
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.config.fields import THREADS
+from m3i_fast.config.fine_tuning import FineTuningConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.config.parallel import ParallelConfig
 from m3i_fast.recipes import demo, recipes
@@ -53,6 +54,7 @@ def fields_of(node: Any, kind: type) -> Iterator[tuple[str, bool]]:
 
 TREES = {name: list(nodes(build())) for name, build in recipes().items()}
 KINDS = {type(node): node for tree in TREES.values() for node in tree}
+KINDS[FineTuningConfig] = FineTuningConfig()  # of a measure, and of no run
 
 
 def test_the_trees_hold_all_configs() -> None:

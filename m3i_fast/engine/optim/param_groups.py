@@ -13,7 +13,10 @@ from m3i_fast.models.internimage.deformable import DCNv3
 Named = tuple[str, nn.Parameter]
 Group = dict[str, Any]
 
-_TABLES = ("pos_embed", "mask_token", "class_token", "register_tokens", "token_embedding")
+_TABLES = (
+    *("pos_embed", "mask_token", "class_token", "register_tokens", "token_embedding"),
+    *("cls_token", "reg_token", "dist_token"),  # timm's names
+)
 
 
 def group_parameters(named: Iterable[Named], lr_scales: dict[int, float]) -> list[Group]:

@@ -1,4 +1,7 @@
-"""Accuracy from hits by item, and folds of the training concepts on which settings are chosen."""
+"""Accuracy from hits by item, and folds of the training concepts on which settings are chosen.
+
+Legend: N items, K classes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,23 @@ def balanced_accuracy(
     """Return the share predicted right by class, averaged over the classes present in `labels`."""
     hits = (predictions == labels).double()
     return float(mean_by_group(hits, labels).mean())
+
+
+def top_k_hits(
+    logits: Tensor,  # [..., N, K]
+    labels: Tensor,  # [N] int64
+    *,
+    k: int,
+) -> Tensor:  # [..., N] bool
+    """Return whether the label is among the k largest logits, as it is where K <= k.
+
+    Of equal logits the lower class comes first. A row with NaN or infinity is a miss, so that a
+    classifier that diverged scores 0.
+    """
+    own = logits.gather(-1, labels.expand(logits.shape[:-1])[..., None])
+    is_lower = torch.arange(logits.shape[-1], device=logits.device) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & is_lower)).sum(-1)
+    return (rank < k) & logits.isfinite().all(-1)
 
 
 def mean_by_group(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from m3i_fast.evaluation.rows.rows import Index
+from m3i_fast.evaluation.feature_rows import Index
 
 NUM_BINS = 15
 Floats = NDArray[np.float64]

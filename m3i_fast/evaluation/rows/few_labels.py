@@ -16,7 +16,7 @@ import torch
 
 from m3i_fast.evaluation.probes.cross_validation import NUM_FOLDS, Examples, choose_linear
 from m3i_fast.evaluation.probes.linear import LinearProbe, fit_linear
-from m3i_fast.evaluation.rows.rows import Index, Rows, row_blocks, take_rows
+from m3i_fast.evaluation.feature_rows import Index, Rows, row_blocks, take_rows
 
 SHARES = (0.01, 0.1)
 NUM_DRAWS = 3

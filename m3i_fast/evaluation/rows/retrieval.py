@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from m3i_fast.evaluation.rows.rows import Index, Rows, row_blocks, unit
+from m3i_fast.evaluation.feature_rows import Index, Rows, row_blocks, unit
 
 RECALL_AT = (1, 5, 10)
 QUERY_BLOCK, GALLERY_BLOCK = 1024, 4096  # rows; a block of cosines in fp64 takes 32 MiB

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m3i_fast.evaluation.retrieval.zero_shot import class_embeddings
-from m3i_fast.evaluation.rows.rows import Index, Rows, row_blocks, unit
+from m3i_fast.evaluation.feature_rows import Index, Rows, row_blocks, unit
 
 MOST_RANKED = 5
 BLOCK = 8192

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from m3i_fast.evaluation.dense.correspondence import (
+    measure_correspondence,
     patch_correspondence,
     pixel_tokens,
     position_means,
+    two_crops,
 )
 
 NO_MEANS = torch.zeros((), dtype=torch.float64)
@@ -119,3 +121,63 @@ def test_a_code_of_the_position_is_chance_and_hides_nothing() -> None:
 def test_position_means_are_over_pictures_of_both_views() -> None:
     views = [torch.randn(7, 16, 6), torch.randn(9, 16, 6)]
     assert torch.allclose(position_means(views), torch.cat(views).double().mean(0), atol=1e-12)
+
+
+def _pictures(num: int) -> list[torch.Tensor]:
+    """Smooth random pictures [H, W, 3] uint8, of different sizes."""
+    rng = torch.Generator().manual_seed(2)
+    coarse = (torch.rand(1, 3, 9, 9, generator=rng) for _ in range(num))
+    sizes = [(90 + i, 120 - i) for i in range(num)]
+    smooth = (
+        torch.nn.functional.interpolate(of, size=size, mode="bicubic").clamp(0, 1)
+        for of, size in zip(coarse, sizes, strict=True)
+    )
+    return [(255 * of[0]).to(torch.uint8).permute(1, 2, 0).contiguous() for of in smooth]
+
+
+def test_crops_of_ones_own_pictures_are_found_again() -> None:
+    pictures = _pictures(24)
+    first, second, boxes = two_crops(pictures, torch.arange(24), size=64, seed=0)
+    for box, picture in zip(boxes, pictures, strict=True):
+        y, x, height, width, flip = box.unbind(1)
+        assert bool((y >= 0).all() and (y + height <= picture.shape[0]).all())
+        assert bool((x >= 0).all() and (x + width <= picture.shape[1]).all())
+        share = height * width / (picture.shape[0] * picture.shape[1])
+        assert bool((share > 0.45).all()) and set(flip.tolist()) <= {0.0, 1.0}
+    assert set(boxes[..., 4].flatten().tolist()) == {0.0, 1.0}
+
+    def embed(views: torch.Tensor) -> torch.Tensor:
+        return pixel_tokens(views, 8)
+
+    def pairs() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        split = (each.split(7) for each in (first, second, boxes))
+        return list(zip(*split, strict=True))  # type: ignore[arg-type]
+
+    found = measure_correspondence(embed, pairs, torch.device("cpu"))
+    means = position_means(embed(view) for view in (first, second))
+    tokens = (embed(first), embed(second))
+    share, chance, asked = patch_correspondence(tokens, means, (first, second), boxes)
+    assert torch.equal(found.num_queries, asked)
+    torch.testing.assert_close(found.share, share, equal_nan=True)
+    torch.testing.assert_close(found.chance, chance, equal_nan=True)
+    has = asked > 0
+    assert found.mean_share == pytest.approx(float(share[has].mean()))
+    assert found.mean_share > 2 * found.mean_chance > 0
+    mirrored = boxes.clone()
+    mirrored[:, 0, 4] = 1 - boxes[:, 0, 4]
+    wrong = patch_correspondence(tokens, means, (first, second), mirrored)[0]
+    assert float(wrong.nanmean()) < found.mean_share - 0.1  # the flip in a box matters
+
+
+def test_a_crop_depends_on_the_seed_and_the_position_alone() -> None:
+    pictures = _pictures(5)
+    whole = two_crops(pictures, torch.arange(5), size=32, seed=0)
+    part = two_crops(pictures[3:], torch.arange(3, 5), size=32, seed=0)
+    assert all(torch.equal(a[3:], b) for a, b in zip(whole, part, strict=True))
+    other = two_crops(pictures, torch.arange(5), size=32, seed=1)
+    assert not torch.equal(whole[2], other[2])
+
+
+def test_no_pairs_are_an_error() -> None:
+    with pytest.raises(ValueError, match="pairs: expected batches of two views"):
+        measure_correspondence(lambda views: views, list, torch.device("cpu"))

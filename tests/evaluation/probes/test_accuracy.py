@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from sklearn.model_selection import GroupKFold
 
 from m3i_fast.evaluation.probes.accuracy import (
@@ -8,6 +8,7 @@ from m3i_fast.evaluation.probes.accuracy import (
     grouped_folds,
     largest_class,
     mean_by_group,
+    top_k_hits,
 )
 
 
@@ -17,6 +18,25 @@ def test_balanced_accuracy_equals_sklearn() -> None:
     predictions = torch.where(torch.rand(200, generator=rng) < 0.6, labels, 4)
     oracle = balanced_accuracy_score(labels.numpy(), predictions.numpy())
     assert balanced_accuracy(predictions, labels) == pytest.approx(oracle, abs=1e-12)
+
+
+def test_top_k_hits_are_scikit_learns() -> None:
+    rng = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(3, 50, 7, generator=rng), torch.randint(0, 7, (50,), generator=rng)
+    for k in (1, 3, 6):
+        got = top_k_hits(logits, labels, k=k).double().mean(-1)
+        for r in range(3):
+            oracle = top_k_accuracy_score(labels.numpy(), logits[r].numpy(), k=k, labels=range(7))
+            assert float(got[r]) == pytest.approx(oracle)
+    assert bool(top_k_hits(logits, labels, k=9).all())
+
+
+def test_equal_logits_are_one_hit_and_no_number_is_none() -> None:
+    labels = torch.arange(4)
+    assert top_k_hits(torch.zeros(4, 4), labels, k=2).tolist() == [True, True, False, False]
+    broken = torch.eye(4)
+    broken[0, 3], broken[1, 1] = torch.nan, torch.inf
+    assert top_k_hits(broken, labels, k=1).tolist() == [False, False, True, True]
 
 
 def test_mean_by_group_counts_each_group_once() -> None:

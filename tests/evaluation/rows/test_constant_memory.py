@@ -16,7 +16,7 @@ import json, resource, sys
 import numpy as np, torch
 from m3i_fast.evaluation.rows.neighbours import classify_by_neighbours
 from m3i_fast.evaluation.rows.retrieval import recall_hits
-from m3i_fast.evaluation.rows.rows import FileRows
+from m3i_fast.evaluation.feature_rows import FileRows
 from m3i_fast.evaluation.rows.zero_shot import classify_by_prompts
 
 def peak():

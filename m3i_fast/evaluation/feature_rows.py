@@ -1,6 +1,6 @@
 """Rows of features in a file: read by blocks, so that memory does not grow with their number.
 
-Legend: N rows, C width of a row.
+Legend: N rows, C width of a row, n rows that are taken.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Index = NDArray[np.int64]
+ROWS_A_SLICE = 1024
 
 
 class Rows(Protocol):
@@ -49,6 +50,43 @@ class FileRows:
 
     def __getitem__(self, key: slice | Index) -> NDArray[Any]:
         return np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[key])
+
+
+class Joined:
+    """Rows of several arrays side by side, [N, C_1 + C_2 + ...], which are joined when taken.
+
+    Raises ValueError for no array, or for arrays of different numbers of rows.
+    """
+
+    def __init__(self, *parts: Rows) -> None:
+        if len(num_rows := {part.shape[0] for part in parts}) != 1:
+            raise ValueError(f"parts: expected arrays of one number of rows, got {num_rows or 0}")
+        self.parts = parts
+        self.shape = (num_rows.pop(), sum(part.shape[1] for part in parts))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice | Index, /) -> NDArray[np.float32]:
+        """Return the rows of a slice or of an int64 array: [n, C_1 + C_2 + ...]."""
+        return np.concatenate([part[index] for part in self.parts], axis=1)
+
+
+def take(name: str, rows: Rows, index: slice | Index) -> Tensor:  # [n, C] fp32
+    """Copy some rows to a tensor on the CPU.
+
+    Raises ValueError, with the name of the rows, where a value is NaN or infinite.
+    """
+    taken = np.array(rows[index], dtype=np.float32)
+    if not np.isfinite(taken).all():
+        raise ValueError(f"{name}: expected finite features, got NaN or infinity")
+    return torch.from_numpy(taken)
+
+
+def slices(num_rows: int) -> Iterator[slice]:
+    """Yield slices of at most ROWS_A_SLICE rows that cover all of them in order."""
+    for start in range(0, num_rows, ROWS_A_SLICE):
+        yield slice(start, min(start + ROWS_A_SLICE, num_rows))
 
 
 def row_blocks(
