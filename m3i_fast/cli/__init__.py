@@ -26,7 +26,8 @@ VERBS = {
     "methods": "list the known methods and their terms, or explain one",
     "evaluate": "measure a run's encoder on held-out pictures",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
-    "export": "write what a run has learnt as a folder for timm, or a small one for m3i_fast.load",
+    "export": "write what a run has learnt for timm, open_clip or InternImage's programs, or small "
+    "for m3i_fast.load",
     "data": "pack or index pictures of your own, or write openmoji, styles or synthetic; describe, "
     "verify, show or push a data set",
     "bench": "run one benchmark and append its rows to the ledger",

@@ -82,6 +82,16 @@ class Tokenizer:
         """Number of different token ids."""
         return int(self._bpe.vocab_size)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Ids of all pieces, whose characters stand for bytes; `</w>` ends a word."""
+        return dict(self._bpe.encoder)
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs of pieces in the order in which they are merged."""
+        return list(self._bpe.bpe_ranks)
+
     @cached_property
     def fingerprint(self) -> str:
         """Digest (sha256) of the merges and of every setting that ids depend on."""

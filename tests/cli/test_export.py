@@ -120,9 +120,9 @@ def test_what_cannot_be_exported_is_refused(
     out = str(tmp_path / "out")
     assert "expected a run directory" in refused(str(tmp_path), out, "--to", "timm")
     said = refused(str(run), out, "--to", "timm", "--data", str(dataset))
-    assert "--data: expected with --to safetensors alone" in said
+    assert "--data: expected with --to safetensors and open_clip alone" in said
     said = refused(str(run), out, "--to", "safetensors", "--which", "ema")
-    assert "--which: expected with --to timm alone" in said
+    assert "--which: expected with --to timm and internimage alone" in said
     cfg = shrink(demo_internimage(), path=dataset, num_classes=9, text=TEXT)
     other = trained(cfg, tmp_path / "internimage")
     said = refused(str(other), out, "--to", "timm")
