@@ -55,8 +55,8 @@ def internimage_weights(state: Mapping[str, Tensor], cfg: InternImageConfig) -> 
 
     `state` is what the file holds, by its names; halves are widened. It does not say the scale of
     offsets, the heads of the pooling or, with gates, where norms stand: these are expected as of
-    the published size, and for other sizes those of cfg are believed. Raises ValueError where `cfg` is another network, with the flags of the file's,
-    and for a file of another model.
+    the published size, and for other sizes those of cfg are believed. Raises ValueError where `cfg`
+    is another network, with the flags of the file's, and for a file of another model.
     """
     names = official_names({name: name for name in state})
     tensors = {new: state[old] for new, old in names.items()}
