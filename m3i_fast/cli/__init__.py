@@ -27,7 +27,8 @@ VERBS = {
     "evaluate": "measure a run on held-out concepts, or any encoder on pictures of your own",
     "search": "serve a page that searches pictures by words, by a picture, by a patch of one",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
-    "export": "write what a run has learnt for timm, Hugging Face, open_clip, ONNX or torch.export",
+    "export": "write what a run has learnt for timm, transformers, open_clip, InternImage, ONNX or "
+    "torch.export",
     "data": "pack or index pictures of your own, or write openmoji, styles or synthetic; describe, "
     "verify, show or push a data set",
     "bench": "run one benchmark and append its rows to the ledger",

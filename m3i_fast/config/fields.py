@@ -33,7 +33,8 @@ Conflict = tuple[str, str]
 """A field's name, or its path from the config on, and a text: what was expected, what was got."""
 
 DropPathMode = Literal["mask", "subset"]
-Mlp = Literal["gelu", "swiglu"]
+Gelu = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Mlp = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 Recompute = Literal["none", "selective", "full"]
 
 _is_deferred: ContextVar[bool] = ContextVar("_is_deferred", default=False)

@@ -194,8 +194,9 @@ class ObjectiveConfig(Checked):
     mixing: MixingConfig = field(default_factory=MixingConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    head_hidden_dim: Annotated[int, WIDTHS] = 2048
-    """Width of the hidden layer of the category and caption heads."""
+    head_hidden_dim: Annotated[int, range(WIDTHS.stop)] = 2048
+    """Width of the hidden layer of the category and caption heads; 0: one linear layer without bias
+    in the place of two, as CLIP."""
     teacher: str | None = None
     """Frozen encoder: a run directory, timm:NAME or timm:NAME:FILE."""
     sigma: float = 0.5**0.5

@@ -38,8 +38,8 @@ Precision = Literal[
 ]  # fmt: skip
 Backend = Literal["auto", "torch", "te", "torchao"]
 INIT_SCHEMES = {
-    **{"timm": "FILE", "dinov2": "FILE", "dinov3": "FILE"},
-    **{"hf": "FOLDER", "run": "DIR"},
+    **{"timm": "FILE", "dinov2": "FILE", "dinov3": "FILE", "open_clip": "FILE_OR_FOLDER"},
+    **{"hf": "FOLDER", "internimage": "FILE", "run": "DIR"},
 }
 
 
@@ -52,7 +52,9 @@ class TrainConfig(Checked):
     init: str = ""
     """Weights that the image encoder begins from, SCHEME:PATH. timm:FILE, a file of timm's (a
     VisionTransformer, or Eva of DINOv3); dinov2:FILE, dinov3:FILE, one of those repositories';
-    hf:FOLDER, a folder of Hugging Face's transformers; run:DIR, the newest checkpoint of a run.
+    open_clip:FILE_OR_FOLDER, a model of open_clip, also for the text encoder where text.attention
+    is causal; hf:FOLDER, a folder of Hugging Face's transformers; internimage:FILE, a published
+    InternImage; run:DIR, the newest checkpoint of a run.
     Files are .safetensors or torch.save's. Empty: none."""
     num_steps: Annotated[int, STEPS] = 100_000
     """Number of optimiser steps, which is the length of the schedules."""
@@ -148,8 +150,12 @@ class TrainConfig(Checked):
         if scheme not in INIT_SCHEMES or not place:
             known = [f"{name}:{kind}" for name, kind in INIT_SCHEMES.items()]
             yield "init", f"expected one of {', '.join(known)}, got {self.init!r}"
-        elif scheme != "run" and not isinstance(self.vision, ViTConfig):
-            yield "init", f"expected run:DIR with an InternImage, got {self.init!r}"
+        elif scheme != "run" and (scheme == "internimage") == isinstance(self.vision, ViTConfig):
+            is_vit = isinstance(self.vision, ViTConfig)
+            takes = (
+                "a file of a ViT with a ViT" if is_vit else "internimage:FILE with an InternImage"
+            )
+            yield "init", f"expected run:DIR or {takes}, got {self.init!r}"
 
     def _projector_conflicts(self) -> Iterator[Conflict]:
         """Yield what splits the rows of a step, which a projector with batch norm needs whole."""

@@ -176,7 +176,8 @@ def _add_term(term: Term, counts: StepCounts, parts: Parts) -> None:
 def _add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
     rows, dim = counts.num_summaries, counts.text.embed_dim
     hidden = counts.objective.head_hidden_dim
-    parts[HEADS] += mlp(rows, counts.vision.summary_dim, hidden, dim)
+    widths = (hidden, dim) if hidden else (dim,)
+    parts[HEADS] += mlp(rows, counts.vision.summary_dim, *widths)
     targets = counts.num_classes
     if term.target == "caption":
         captions = text(counts.text, counts.batch_size)

@@ -1,36 +1,42 @@
-"""Weights that a run begins from: read, fitted to its image encoder, copied in and written down."""
+"""Weights that a run begins from: read, fitted to its encoders, copied in and written down."""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from m3i_fast.config import TrainConfig, ViTConfig, differences
+from m3i_fast.config.models.internimage import InternImageConfig
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.durable_files import digest, write_atomically
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.checkpoint.shard_files import MANIFEST
 from m3i_fast.engine.parallel.local_shards import is_sharded
 from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.export import open_clip_weights
 from m3i_fast.export.huggingface.read_folder import read_folder
+from m3i_fast.export.internimage_weights import internimage_weights
 from m3i_fast.export.vit_names import Family, Renamed
 from m3i_fast.export.vit_weights import FittedWeights, fitted, vit_weights
 from m3i_fast.export.weight_files import read_weights, some, tensors_in
 from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.terms import Caption
 from m3i_fast.objectives.terms.base import copy_state
 
 logger = logging.getLogger(__name__)
 
 INIT_FILE = "init.json"  # in a run's directory
 _ENCODER = "encoder."  # prefix of the image encoder's weights in the objective
+_TEXT = "text_encoder."  # what the text encoder's are told by
 _BLOCK = re.compile(r"\bblocks\.\d+\.")
 
 
@@ -43,49 +49,74 @@ class InitialWeights:
     sha256: str
     """Of the file, or of the digests and names of several; of a run, of a checkpoint's manifest."""
     weights: FittedWeights
+    text: FittedWeights | None = None
+    """Those of the text encoder, of a source that has a text tower as ours."""
+    without_text: str = ""
+    """Why a text tower of the source was left out."""
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Return (weight, where it is from, what was done to it), a row for those of all blocks."""
-        found = self.weights
-        taken = [(n, found.sources[n], found.changes.get(n, "as it is")) for n in found.tensors]
-        taken += [(name, "-", "new, with its initial values") for name in found.new]
-        taken += [("-", name, "left out") for name in found.left_out]
+        taken = _rows(self.weights, "")
+        if self.text is not None:
+            taken += _rows(self.text, _TEXT)
+        if self.without_text:
+            taken.append(("-", "text tower", f"left out: {self.without_text}"))
         general = [tuple(_BLOCK.sub("blocks.*.", cell) for cell in row) for row in taken]
         return cast(list[tuple[str, str, str]], list(dict.fromkeys(general)))
 
     def save(self, path: Path) -> None:
         """Write all of it but the values of the weights as JSON."""
-        found = self.weights
         content = {
             "source": self.source,
             "sha256": self.sha256,
-            "nearest_architecture": found.architecture,
-            "taken": {
-                name: {"from": found.sources[name], "change": found.changes.get(name)}
-                for name in found.tensors
-            },
-            "new": found.new,
-            "left_out": found.left_out,
+            "nearest_architecture": self.weights.architecture,
+            **_tree(self.weights),
         }
+        if self.text is not None:
+            content["text"] = _tree(self.text)
+        if self.without_text:
+            content["without_text"] = self.without_text
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _rows(found: FittedWeights, prefix: str) -> list[tuple[str, str, str]]:
+    rows = [(f"{prefix}{n}", found.sources[n], _change(found, n)) for n in found.tensors]
+    rows += [(f"{prefix}{name}", "-", "new, with its initial values") for name in found.new]
+    rows += [("-", name, "left out") for name in found.left_out]
+    return rows
+
+
+def _change(found: FittedWeights, name: str) -> str:
+    return found.changes.get(name, "as it is")
+
+
+def _tree(found: FittedWeights) -> dict[str, Any]:
+    taken = {
+        name: {"from": found.sources[name], "change": found.changes.get(name)}
+        for name in found.tensors
+    }
+    return {"taken": taken, "new": found.new, "left_out": found.left_out}
 
 
 def begin_from_weights(
     cfg: TrainConfig, objective: MutualInformation, world: World
 ) -> InitialWeights | None:
-    """Copy the weights that cfg.init names into the image encoder and its EMA; None without.
+    """Copy the weights that cfg.init names into the encoders and the image encoder's EMA.
 
-    Sharded or not. Every rank reads the file; nothing is drawn. Raises FileNotFoundError where
-    there is none, and ValueError where it does not fit cfg.vision or ranks have different ones.
+    Sharded or not. Every rank reads the file; nothing is drawn. None without cfg.init. Raises
+    FileNotFoundError where there is none, and ValueError where it does not fit cfg.vision or ranks
+    have different ones.
     """
     if not cfg.init:
         return None
-    initial = read_initial(cfg.init, cfg.vision)
+    captions = objective.terms_of(Caption)
+    initial = read_initial(cfg.init, cfg.vision, cfg.text if captions else None)
     if len(found := set(world.gather(initial.sha256))) > 1:
         raise ValueError(f"--init {cfg.init}: expected one file on all ranks, got {len(found)}")
-    targets = objective.encoder.state_dict()
-    for name, value in initial.weights.tensors.items():
-        _copy(targets[name], value)
+    _copy_all(objective.encoder, initial.weights)
+    if initial.text is not None:
+        for term in captions:
+            _copy_all(term.text_encoder, initial.text)
     with torch.no_grad():
         for average, online in objective.momentum_pairs():
             copy_state(average, online)
@@ -97,24 +128,50 @@ def begin_from_weights(
     return initial
 
 
-def read_initial(spec: str, vision: VisionConfig) -> InitialWeights:
-    """Read the weights that `spec` names, SCHEME:PATH, for an image encoder of `vision`."""
+def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None) -> InitialWeights:
+    """Read the weights that `spec` names, SCHEME:PATH, for an image encoder of `vision`.
+
+    text: of the text encoder; None where there is none.
+    """
     scheme, _, place = spec.partition(":")
     path = Path(place)
     try:
         if scheme == "run":
             newest = checkpoint.latest(path / "checkpoints")
-            sha256, weights = digest(newest.path / MANIFEST).sha256, _of_run(path, newest, vision)
-        elif scheme == "hf":
+            return _initial(spec, newest.path / MANIFEST, _of_run(path, newest, vision))
+        if scheme == "open_clip":
+            return _of_open_clip(spec, path, vision, text)
+        if scheme == "hf":
             assert isinstance(vision, ViTConfig)  # TrainConfig.conflicts
             weights, sha256 = read_folder(path, vision)
-        else:
-            assert isinstance(vision, ViTConfig)
-            state = tensors_in(read_weights(path))
-            sha256, weights = digest(path).sha256, vit_weights(state, cast(Family, scheme), vision)
+            return InitialWeights(source=spec, sha256=sha256, weights=weights)
+        state = tensors_in(read_weights(path))
+        if scheme == "internimage":
+            assert isinstance(vision, InternImageConfig)  # TrainConfig.conflicts
+            return _initial(spec, path, internimage_weights(state, vision))
+        assert isinstance(vision, ViTConfig)
+        return _initial(spec, path, vit_weights(state, cast(Family, scheme), vision))
     except ValueError as error:
         raise ValueError(f"--init {spec}: {error}") from error
-    return InitialWeights(source=spec, sha256=sha256, weights=weights)
+
+
+def _initial(spec: str, file: Path, weights: FittedWeights) -> InitialWeights:
+    return InitialWeights(source=spec, sha256=digest(file).sha256, weights=weights)
+
+
+def _of_open_clip(
+    spec: str, path: Path, vision: VisionConfig, text: TextConfig | None
+) -> InitialWeights:
+    """Return the weights of a model of open_clip, with its text tower where ours is the same."""
+    assert isinstance(vision, ViTConfig)
+    file = open_clip_weights.read_open_clip(path)
+    initial = _initial(spec, file.path, open_clip_weights.image_weights(file, vision))
+    if text is None:
+        return replace(initial, without_text="the run has no captions")
+    try:
+        return replace(initial, text=open_clip_weights.text_weights(file, text))
+    except ValueError as error:
+        return replace(initial, without_text=str(error))
 
 
 def _of_run(run: Path, newest: checkpoint.Checkpoint, vision: VisionConfig) -> FittedWeights:
@@ -137,6 +194,12 @@ def _of_run(run: Path, newest: checkpoint.Checkpoint, vision: VisionConfig) -> F
 
 def _shapes(encoder: nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in encoder.state_dict().items()}
+
+
+def _copy_all(module: nn.Module, weights: FittedWeights) -> None:
+    targets = module.state_dict()
+    for name, value in weights.tensors.items():
+        _copy(targets[name], value)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Layout = Literal["classification", "detection", "huggingface"]
 State = dict[str, Tensor]
+T = TypeVar("T")
 
 STAGES = ("patch_embed.", "levels.")  # a detector's file has no layers after these
 
@@ -61,9 +62,8 @@ def load_internimage(
     Raises ValueError naming the keys that are missing, unexpected or of another shape (expected and
     got), or when the file holds more than tensors and plain values.
     """
-    state = _official_names(
-        read_weights(Path(source)) if isinstance(source, str | Path) else source
-    )
+    content = read_weights(Path(source)) if isinstance(source, str | Path) else source
+    state = official_names(tensors_in(content))
     if cfg.num_classes == 0:
         state = _leave_out(state, [name for name in state if name.startswith("head.")])
     if stages_only:
@@ -120,25 +120,27 @@ def save_internimage(model: InternImage, path: str | Path, layout: Layout) -> No
         torch.save(content, temporary)
 
 
-def _official_names(content: Mapping[str, Any]) -> State:
-    """Return the weights by the names of the official classification model."""
-    state = tensors_in(content)
+def official_names(state: Mapping[str, T]) -> dict[str, T]:
+    """Return what a file has by its names by those of the official classification model.
+
+    Names that are no part of the model are left out, and named in the log.
+    """
     if any("mask_token" in name for name in state):
         return _from_pretraining(state)
     if any(name.startswith(_BACKBONE) for name in state):
         return _below(state, _BACKBONE)
     if any(name.startswith(_HUGGINGFACE) for name in state):
         return {_LAYER_SCALE.sub(r".gamma\1", k): v for k, v in _below(state, _HUGGINGFACE).items()}
-    return state
+    return dict(state)
 
 
-def _below(state: State, prefix: str) -> State:
+def _below(state: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Return the weights below a prefix, without a detector's neck and heads."""
     kept = _leave_out(state, [name for name in state if not name.startswith(prefix)])
     return {name.removeprefix(prefix): value for name, value in kept.items()}
 
 
-def _from_pretraining(state: State) -> State:
+def _from_pretraining(state: Mapping[str, T]) -> dict[str, T]:
     """Return stages, projections and classifier of a joint pre-training file, by present names."""
     kept = {_CLASSIFIER[name]: value for name, value in state.items() if name in _CLASSIFIER}
     left_out = []
@@ -155,7 +157,7 @@ def _from_pretraining(state: State) -> State:
     return kept
 
 
-def _leave_out(state: State, names: list[str]) -> State:
+def _leave_out(state: Mapping[str, T], names: list[str]) -> dict[str, T]:
     _log_left_out(names)
     return {name: value for name, value in state.items() if name not in set(names)}
 

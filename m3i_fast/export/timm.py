@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from m3i_fast.config.fields import Mlp
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.vit_names import VIT_BLOCK, VIT_STEM
 from m3i_fast.models.transformer.blocks import fc1_features
@@ -46,7 +47,7 @@ def load_timm(source: nn.Module | Mapping[str, Tensor], cfg: ViTConfig) -> ViT:
     _expect_timms(cfg)
     grid: Grid | None = None
     if isinstance(source, nn.Module):
-        grid = _check_model(source, cfg)
+        grid = check_model(source, cfg)
         source = source.state_dict()
     head = [name for name in source if name.startswith(HEAD_PREFIXES)]
     if head:
@@ -58,6 +59,8 @@ def load_timm(source: nn.Module | Mapping[str, Tensor], cfg: ViTConfig) -> ViT:
     vit = ViT(cfg)
     loaded = {ours: state[theirs] for theirs, ours in names.items()}
     loaded.update(_tokens(state, cfg, grid))
+    if cfg.pre_norm:
+        loaded["patch_embed.bias"] = torch.zeros(cfg.dim)
     wrong = [
         f"{name}: expected {list(value.shape)}, got {list(loaded[name].shape)}"
         for name, value in vit.state_dict().items()
@@ -73,25 +76,27 @@ def to_timm(vit: ViT) -> VisionTransformer:
     """Return a timm VisionTransformer without head whose `forward_features` equals `vit.forward`.
 
     Its weights are copies. As in timm's own models, the position covers the class token (with
-    zeros) unless there are registers. Raises ValueError for rotary positions, and for a bias of
-    queries and values alone.
+    zeros) unless there are registers; with pre_norm, where timm's patches have no bias, it contains
+    ours. Raises ValueError for rotary positions, and for a bias of queries and values alone.
     """
-    from timm.layers import LayerNorm, Mlp, SwiGLUPacked
+    from timm.layers import LayerNorm, SwiGLUPacked
+    from timm.layers import Mlp as TimmMlp
     from timm.models.vision_transformer import VisionTransformer
 
     cfg = vit.cfg
     _expect_timms(cfg)
-    layer, activation = (SwiGLUPacked, nn.SiLU) if cfg.mlp == "swiglu" else (Mlp, nn.GELU)
     model = VisionTransformer(
         **timm_arguments(cfg),
-        mlp_layer=layer,
-        act_layer=activation,
+        mlp_layer=SwiGLUPacked if cfg.mlp == "swiglu" else TimmMlp,
+        act_layer=timm_activation(cfg.mlp),
         norm_layer=partial(LayerNorm, eps=cfg.norm_eps),
         weight_init="skip",
     )
     state = vit.state_dict()
     exported = {theirs: state[ours] for theirs, ours in _names(cfg)}
     position = state["pos_embed"]
+    if cfg.pre_norm:
+        position = position + state["patch_embed.bias"]
     if cfg.class_token:
         exported["cls_token"] = state["class_token"]
         if not cfg.num_registers:
@@ -101,6 +106,25 @@ def to_timm(vit: ViT) -> VisionTransformer:
     exported["pos_embed"] = position
     model.load_state_dict(exported)
     return model.to(position).train(vit.training)
+
+
+def timm_activation(mlp: Mlp) -> type[nn.Module]:
+    """Return the class of timm's activation in an MLP of this kind."""
+    from timm.layers import GELUTanh, QuickGELU
+
+    other = {"swiglu": nn.SiLU, "gelu_tanh": GELUTanh, "quick_gelu": QuickGELU}
+    return other.get(mlp, nn.GELU)
+
+
+def activation_of(act: Any) -> str:
+    """Return the kind of an MLP of timm by its activation, as `ViTConfig.mlp`; or its class."""
+    from timm.layers import GELU, GELUTanh, QuickGELU
+
+    if isinstance(act, QuickGELU):
+        return "quick_gelu"
+    if isinstance(act, GELUTanh) or getattr(act, "approximate", "") == "tanh":
+        return "gelu_tanh"
+    return "gelu" if isinstance(act, GELU | nn.GELU) else type(act).__name__
 
 
 def timm_arguments(cfg: ViTConfig) -> dict[str, Any]:
@@ -124,6 +148,7 @@ def timm_arguments(cfg: ViTConfig) -> dict[str, Any]:
         "class_token": cfg.class_token,
         "reg_tokens": cfg.num_registers,
         "no_embed_class": cfg.num_registers > 0,
+        "pre_norm": cfg.pre_norm,
         "final_norm": cfg.final_norm,
         "fc_norm": False,
         "drop_path_rate": cfg.drop_path_rate,
@@ -134,6 +159,7 @@ def timm_arguments(cfg: ViTConfig) -> dict[str, Any]:
 def _names(cfg: ViTConfig) -> Iterator[tuple[str, str]]:
     """Yield pairs (timm's name, our name) of the parameters that are equal on both sides."""
     other = {"pos_embed", "class_token"}  # `_tokens`
+    other |= {"patch_embed.bias"} if cfg.pre_norm else {"norm_pre.weight", "norm_pre.bias"}
     if not cfg.final_norm:
         other |= {"norm.weight", "norm.bias"}
     if not cfg.qkv_bias:
@@ -180,7 +206,7 @@ def _check_names(got: Set[str], expected: Set[str]) -> None:
         raise ValueError("timm weights do not fit this ViTConfig; " + "; ".join(problems))
 
 
-def _check_model(model: nn.Module, cfg: ViTConfig) -> Grid:
+def check_model(model: nn.Module, cfg: ViTConfig) -> Grid:
     """Refuse what the weights alone do not show, and return the grid of the positions."""
     from timm.models.vision_transformer import Block, VisionTransformer
 
@@ -208,8 +234,9 @@ def _check_mlp(mlp: nn.Module, name: str, cfg: ViTConfig) -> None:
         raise ValueError(f"{name}: expected {cfg.mlp}, got {type(mlp).__name__}")
     if is_gated and (not isinstance(act, nn.SiLU) or mlp.gate_last):
         raise ValueError(f"{name}: expected SiLU of a gate that comes first, got {mlp}")
-    if not is_gated and (not isinstance(act, nn.GELU) or act.approximate != "none"):
-        raise ValueError(f"{name}.act: expected the exact GELU, got {act}")
+    if not is_gated and activation_of(act) != cfg.mlp:
+        expected = "the exact GELU" if cfg.mlp == "gelu" else cfg.mlp
+        raise ValueError(f"{name}.act: expected {expected}, got {act}")
 
 
 def _tokens(state: Mapping[str, Tensor], cfg: ViTConfig, grid: Grid | None) -> dict[str, Tensor]:

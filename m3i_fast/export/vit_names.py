@@ -1,4 +1,4 @@
-"""Names of a Vision Transformer's weights in timm, DINOv2 and DINOv3, and ours for them.
+"""Names of a Vision Transformer's weights in timm, DINOv2, DINOv3 and open_clip, and ours for them.
 
 A table a family: (their names, joined in this order) -> our name. Rows of queries come before those
 of keys and values, and a gate before its value, in all of them.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from m3i_fast.export.weight_files import some
 
-Family = Literal["timm", "dinov2", "dinov3"]
+Family = Literal["timm", "dinov2", "dinov3", "open_clip"]
 Names = Mapping[tuple[str, ...], str]
 
 ZEROS = ""  # in the place of a name: zeros, as many as the first part has
@@ -27,6 +27,8 @@ VIT_STEM: Names = {
     ("patch_embed.proj.bias",): "patch_embed.bias",
     ("pos_embed",): "pos_embed",
     ("cls_token",): "class_token",
+    ("norm_pre.weight",): "norm_pre.weight",
+    ("norm_pre.bias",): "norm_pre.bias",
     ("norm.weight",): "norm.weight",
     ("norm.bias",): "norm.bias",
 }
@@ -53,10 +55,36 @@ _EVA: Names = {  # timm's Eva, which has DINOv3
     ("mlp.fc1_g.weight", "mlp.fc1_x.weight"): "layernorm_mlp.fc1_weight",
     ("mlp.fc1_g.bias", "mlp.fc1_x.bias"): "layernorm_mlp.fc1_bias",
 }
+OPEN_CLIP_BLOCK: Names = {  # of its image tower, below visual., and of its text tower
+    ("ln_1.weight",): "layernorm_qkv.layer_norm_weight",
+    ("ln_1.bias",): "layernorm_qkv.layer_norm_bias",
+    ("attn.in_proj_weight",): "layernorm_qkv.weight",
+    ("attn.in_proj_bias",): "layernorm_qkv.bias",
+    ("attn.out_proj.weight",): "proj.weight",
+    ("attn.out_proj.bias",): "proj.bias",
+    ("ln_2.weight",): "layernorm_mlp.layer_norm_weight",
+    ("ln_2.bias",): "layernorm_mlp.layer_norm_bias",
+    ("mlp.c_fc.weight",): "layernorm_mlp.fc1_weight",
+    ("mlp.c_fc.bias",): "layernorm_mlp.fc1_bias",
+    ("mlp.c_proj.weight",): "layernorm_mlp.fc2_weight",
+    ("mlp.c_proj.bias",): "layernorm_mlp.fc2_bias",
+    ("ls_1.gamma",): "layer_scale_1",
+    ("ls_2.gamma",): "layer_scale_2",
+}
+OPEN_CLIP_RESBLOCKS = "transformer.resblocks."  # where they have blocks.
 STEM: Mapping[Family, Names] = {
     "timm": {**VIT_STEM, ("reg_token",): "register_tokens"},
     "dinov2": {**VIT_STEM, ("register_tokens",): "register_tokens"},
     "dinov3": {**VIT_STEM, ("storage_tokens",): "register_tokens"},
+    "open_clip": {
+        ("visual.conv1.weight",): "patch_embed.weight",
+        ("visual.positional_embedding",): "pos_embed",
+        ("visual.class_embedding",): "class_token",
+        ("visual.ln_pre.weight",): "norm_pre.weight",
+        ("visual.ln_pre.bias",): "norm_pre.bias",
+        ("visual.ln_post.weight",): "norm.weight",
+        ("visual.ln_post.bias",): "norm.bias",
+    },
 }
 BLOCK: Mapping[Family, Names] = {
     "timm": {**VIT_BLOCK, **_EVA},
@@ -74,10 +102,15 @@ BLOCK: Mapping[Family, Names] = {
         ("mlp.w3.weight",): "layernorm_mlp.fc2_weight",
         ("mlp.w3.bias",): "layernorm_mlp.fc2_bias",
     },
+    "open_clip": OPEN_CLIP_BLOCK,
 }
 # A file's other weights are heads, mask tokens and buffers. One with these in its name is part of
 # what an encoder computes, and one that no table has makes it another network.
-_ENCODER = ("blocks.", "patch_embed.", "norm_pre.", "pos_embed", "rope.")
+_ENCODER = ("blocks.", "patch_embed.", "norm_pre.", "pos_embed", "rope.", "visual.")
+_PROJECTION = "visual.proj"  # of open_clip's image tower, which follows the encoder
+# By these names a file is told apart from those of other programs.
+_SIGNS = {"open_clip": ("visual.conv1.weight", "blocks.0.ln_1.weight")}
+_OTHER_SIGNS = ("patch_embed.proj.weight", "blocks.0.norm1.weight")
 _MASKED_KEYS = ".attn.qkv.bias_mask"  # a buffer of DINOv3: the bias of its keys does not count
 _CHUNK = re.compile(r"^blocks\.\d+\.(\d+\.)")  # a training run's: blocks.CHUNK.INDEX
 
@@ -115,7 +148,8 @@ def renamed(state: Mapping[str, Tensor], family: Family) -> Renamed:
         ours = name.removesuffix(_MASKED_KEYS) + ".layernorm_qkv.bias"
         query, key, value = found.tensors[ours].chunk(3)
         found.tensors[ours] = torch.cat([query, torch.zeros_like(key), value])
-    unknown = [name for name in rest if name.startswith(_ENCODER) and name not in masked]
+    exempt = {*masked, _PROJECTION}
+    unknown = [name for name in rest if name.startswith(_ENCODER) and name not in exempt]
     if unknown:
         raise ValueError(
             f"expected an encoder that our ViT can be, got more in it: {some(unknown)}"
@@ -161,16 +195,17 @@ def _expect_family(state: Mapping[str, Tensor], family: Family) -> None:
     own = _all_names(family)
     for other in STEM:
         theirs = _all_names(other) - own
-        signs = [name for name in state if _below_block(name) in theirs]
-        if signs:
+        found = [name for name in state if _below_block(name) in theirs]
+        if found:
             raise ValueError(
-                f"expected the names of {family}, got {signs[0]}, which is a name of {other}: type "
+                f"expected the names of {family}, got {found[0]}, which is a name of {other}: type "
                 f"{other}: in place of {family}:"
             )
-    if "patch_embed.proj.weight" not in state or "blocks.0.norm1.weight" not in state:
+    signs = _SIGNS.get(family, _OTHER_SIGNS)
+    if any(name not in state for name in signs):
         raise ValueError(
-            f"expected the names of {family}, such as patch_embed.proj.weight and "
-            f"blocks.0.norm1.weight, got {some(list(state)[:5]) or 'no tensor'}"
+            f"expected the names of {family}, such as {' and '.join(signs)}, got "
+            f"{some(list(state)[:5]) or 'no tensor'}"
         )
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3i_fast.config.fields import Gelu
 from m3i_fast.config.models import vit as sizes
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.vit_names import Family, Renamed, renamed
@@ -33,10 +34,12 @@ _DINOV3: Sequence[Make] = (
     *(sizes.dinov3_s, sizes.dinov3_s_plus, sizes.dinov3_b),
     *(sizes.dinov3_l, sizes.dinov3_h_plus, sizes.dinov3_7b),
 )
+_CLIP: Sequence[Make] = (sizes.clip_b32, sizes.clip_b16, sizes.clip_l14, sizes.clip_h14)
 ARCHITECTURES: Mapping[Family, Sequence[Make]] = {
-    "timm": (*_PLAIN, *_DINOV2, *_DINOV3),
+    "timm": (*_PLAIN, *_DINOV2, *_DINOV3, *_CLIP),
     "dinov2": _DINOV2,
     "dinov3": _DINOV3,
+    "open_clip": _CLIP,
 }
 # Without these the features are others, but those of a network that can be trained on.
 _MAY_BE_NEW = ("class_token", "register_tokens", "norm.weight", "norm.bias")
@@ -60,13 +63,19 @@ class FittedWeights:
     """The published size that is nearest to the file's, by the name of its function."""
 
 
-def vit_weights(state: Mapping[str, Tensor], family: Family, cfg: ViTConfig) -> FittedWeights:
+def vit_weights(
+    state: Mapping[str, Tensor],
+    family: Family,
+    cfg: ViTConfig,
+    told: Mapping[str, Any] | None = None,
+) -> FittedWeights:
     """Return the weights of a file of `family` for a ViT of `cfg`.
 
-    `state` is what the file holds, by its names. It says neither how many heads there are nor what
-    norms add to the variance. Heads are expected as of the published size, for a file of such a
-    size; norm_eps as of DINOv2 or DINOv3. Otherwise cfg is believed. Raises ValueError as
-    `vit_names.renamed`, and where cfg is another network, with the flags to type.
+    `state` is what the file holds, by its names. It says neither how many heads there are, nor what
+    norms add to the variance, nor the kind of GELU. Heads are expected as of the published size,
+    for a file of such a size; norm_eps as of DINOv2, DINOv3 or CLIP. Otherwise cfg is believed.
+    told: fields of a ViTConfig that stand beside the file, which go before all that. Raises
+    ValueError as `vit_names.renamed`, and where cfg is another network, with the flags to type.
     """
     named = renamed(state, family)
     merge_prefix_positions(named.tensors, family)
@@ -74,6 +83,9 @@ def vit_weights(state: Mapping[str, Tensor], family: Family, cfg: ViTConfig) -> 
     of_file = _config_of(named.tensors, nearest(), cfg.norm_eps if family == "timm" else None)
     if not is_published and of_file.dim == cfg.dim:
         of_file = replace(of_file, num_heads=cfg.num_heads)
+    if family in ("timm", "open_clip") and {of_file.mlp, cfg.mlp} <= {*get_args(Gelu)}:
+        of_file = replace(of_file, mlp=cfg.mlp)
+    of_file = replace(of_file, **(told or {}))
     weights = fitted(named, of_file, cfg, nearest.__name__)
     weights.architecture = nearest.__name__
     return weights
@@ -144,6 +156,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "mlp_ratio": hidden / dim,
         "class_token": "class_token" in tensors,
         "num_registers": 0 if registers is None else registers.shape[1],
+        "pre_norm": "norm_pre.weight" in tensors,
         "position": "rotary" if position is None else "absolute",
     }
 
@@ -155,7 +168,7 @@ def _nearest(tensors: Mapping[str, Tensor], family: Family) -> tuple[Make, bool]
     def distance(make: Make) -> tuple[float, int]:
         cfg = make()
         ratios = (found[name] / getattr(cfg, name) for name in ("dim", "depth", "mlp_ratio"))
-        options = ("mlp", "position")
+        options = ("mlp", "position", "pre_norm")
         size = sum(abs(math.log(ratio)) for ratio in ratios)
         size += 10 * sum(found[name] != getattr(cfg, name) for name in options)
         more = ("patch_size", "class_token", "num_registers")
@@ -186,7 +199,7 @@ def _config_of(
 
 def _differing(a: ViTConfig, b: ViTConfig) -> list[str]:
     """Return the fields by which two configs are different networks that no conversion joins."""
-    names = ["dim", "depth", "num_heads", "mlp", "mlp_ratio", "position", "norm_eps"]
+    names = ["dim", "depth", "num_heads", "mlp", "mlp_ratio", "position", "pre_norm", "norm_eps"]
     if a.num_registers and b.num_registers:
         names.append("num_registers")
     if int(a.dim * a.mlp_ratio) == int(b.dim * b.mlp_ratio) and a.dim == b.dim:
@@ -200,7 +213,15 @@ def _told(cfg: ViTConfig, names: Sequence[str]) -> str:
 
 def _flags(cfg: ViTConfig, names: Sequence[str]) -> Iterator[str]:
     for name in names:
-        yield f"--vision.{name.replace('_', '-')} {getattr(cfg, name)}"
+        yield flag("vision", name, getattr(cfg, name))
+
+
+def flag(part: str, name: str, value: object) -> str:
+    """Return the flag of a field of a config: --vision.dim 768, or --vision.no-pre-norm."""
+    field_name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{part}.{'' if value else 'no-'}{field_name}"
+    return f"--{part}.{field_name} {value}"
 
 
 # ---- Conversions ---------------------------------------------------------------------------------
@@ -235,6 +256,10 @@ def merge_prefix_positions(tensors: dict[str, Tensor], family: Family) -> None:
 
 def _fit_patches(weights: FittedWeights, cfg: ViTConfig) -> None:
     weight = weights.tensors["patch_embed.weight"]
+    if "patch_embed.bias" not in weights.tensors:  # as in CLIP
+        weights.tensors["patch_embed.bias"] = weight.new_zeros(cfg.dim)
+        weights.sources["patch_embed.bias"] = "none in the file"
+        weights.changes["patch_embed.bias"] = "zeros"
     old = weight.shape[-1]
     if old != cfg.patch_size:
         weights.tensors["patch_embed.weight"] = resample_patches(weight, cfg.patch_size)

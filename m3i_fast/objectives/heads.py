@@ -101,19 +101,23 @@ class DenseDecoder(nn.Module):
 
 
 class GlobalHead(nn.Module):
-    """A head that embeds an image: the mean over its own tokens, then a two-layer MLP."""
+    """A head that embeds an image: the mean over its own tokens, then a two-layer MLP.
+
+    hidden_dim 0: one linear layer without bias in the place of the MLP.
+    """
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
         super().__init__()
-        self.hidden = Linear(input_dim, hidden_dim)
-        self.output = Linear(hidden_dim, output_dim)
+        self.hidden = Linear(input_dim, hidden_dim) if hidden_dim else None
+        self.output = Linear(hidden_dim or input_dim, output_dim, bias=hidden_dim > 0)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter, as after `to_empty`."""
         reset_children(self)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [I, n, C] -> [I, output_dim]
-        return self.output(F.gelu(self.hidden(tokens.mean(dim=1))))
+        mean = tokens.mean(dim=1)
+        return self.output(mean if self.hidden is None else F.gelu(self.hidden(mean)))
 
 
 class Mlp(nn.Sequential):

@@ -84,12 +84,12 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """The id of each piece: bytes, merged ones and, last, start and end of a text."""
+        """Ids of all pieces, whose characters stand for bytes; `</w>` ends a word."""
         return dict(self._bpe.encoder)
 
     @property
     def merges(self) -> list[tuple[str, str]]:
-        """The pairs of pieces that are merged, in the order in which they are."""
+        """Pairs of pieces in the order in which they are merged."""
         return list(self._bpe.bpe_ranks)
 
     @cached_property

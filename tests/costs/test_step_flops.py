@@ -99,6 +99,12 @@ def test_a_step_with_swiglu(recompute: Recompute) -> None:
     expect_counted(replace(cfg, vision=vision))
 
 
+def test_a_step_with_linear_heads_and_causal_captions() -> None:
+    cfg = small("m3i_vit_b")
+    objective = replace(cfg.objective, head_hidden_dim=0)
+    expect_counted(replace(cfg, objective=objective, text=replace(cfg.text, attention="causal")))
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize("scale", [None, 1e-5])
 @pytest.mark.parametrize("recompute", ["selective", "full"])

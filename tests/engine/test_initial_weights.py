@@ -12,12 +12,13 @@ import pytest
 import timm
 import torch
 import torch.multiprocessing as mp
+from open_clip.model import CLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
-from m3i_fast.config.models.vit import ViTConfig, dinov2_s, dinov3_s_plus
+from m3i_fast.config.models.vit import ViTConfig, clip_b16, dinov2_s, dinov3_s_plus
 from m3i_fast.durable_files import digest
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
@@ -191,8 +192,8 @@ def test_the_verb_prints_where_each_weight_is_from(
     assert "blocks.*.layernorm_mlp.fc1_weight" in said and "left out" in said
     assert main(["train", "--config", str(path), "--init", "nowhere:model"]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    known = "timm:FILE, dinov2:FILE, dinov3:FILE, hf:FOLDER, run:DIR"
-    assert f"init: expected one of {known}, got 'nowhere:model'" in said
+    known = "timm:FILE, dinov2:FILE, dinov3:FILE, open_clip:FILE_OR_FOLDER, hf:FOLDER"
+    assert f"init: expected one of {known}, internimage:FILE, run:DIR, got 'nowhere:model'" in said
     other = ["--vision.dim", "64", "--out", str(tmp_path / "other")]
     assert main(["train", "--config", str(path), *other]) == 2
     said = " ".join(capsys.readouterr().err.split())
@@ -210,6 +211,36 @@ def test_weights_that_are_new_are_warned_of(
     assert "has no class_token: the features are not those of its model" in caplog.text
 
 
-def test_an_internimage_takes_no_file_of_a_vit() -> None:
-    with pytest.raises(ValueError, match="init: expected run:DIR with an InternImage"):
+def test_an_internimage_takes_no_file_of_a_vit(dataset: Path) -> None:
+    with pytest.raises(ValueError, match="run:DIR or internimage:FILE with an InternImage, got"):
         replace(demo_internimage(), init="timm:file")
+    with pytest.raises(ValueError, match="run:DIR or a file of a ViT with a ViT, got"):
+        config(dataset, "internimage:file")
+
+
+def test_a_text_tower_that_is_another_network_is_left_out_and_told(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """A file of open_clip's: its image tower is taken, its texts by another network are not."""
+    vision = clip_b16(image_size=32, patch_size=8, dim=64, depth=2, num_heads=1)
+    torch.manual_seed(0)
+    model = CLIP(
+        embed_dim=32,
+        vision_cfg={"image_size": 32, "patch_size": 8, "width": 64, "layers": 2},  # type: ignore[arg-type]
+        text_cfg={"context_length": 24, "vocab_size": 814, "width": 64, "heads": 1, "layers": 1},  # type: ignore[arg-type]
+    ).eval()
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    cfg = config(dataset, f"open_clip:{tmp_path / 'clip.pt'}", vision)
+    trainer = Trainer(cfg, tmp_path / "run")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        pooled = trainer.objective.encoder.eval()(images)[:, 0] @ model.visual.proj
+        torch.testing.assert_close(pooled, model.encode_image(images), atol=1e-5, rtol=1e-5)
+    assert trainer.initial is not None and trainer.initial.text is None
+    *_, last = trainer.initial.rows()
+    assert (
+        last[:2] == ("-", "text tower") and "add --text.dim 64 --text.attention causal" in last[2]
+    )
+    trainer.close()
+    said = json.loads((tmp_path / "run" / "init.json").read_text())
+    assert "text" not in said and said["without_text"] in last[2]

@@ -58,6 +58,20 @@ CASES: dict[str, tuple[str, dict[str, Any], ViTConfig]] = {
         {"class_token": False, "global_pool": "avg"},
         vit_s(depth=2, final_norm=False),
     ),
+    "clip": (
+        "vit_xsmall_patch16_clip_224",
+        {"act_layer": "quick_gelu"},
+        ViTConfig(
+            **{"dim": 256, "depth": 2, "num_heads": 4, "class_token": True, "pre_norm": True},
+            norm_eps=1e-5,
+            mlp="quick_gelu",
+        ),
+    ),
+    "tanh": (
+        "vit_small_patch16_224",
+        {"act_layer": "gelu_tanh"},
+        vit_s(depth=2, class_token=True, mlp="gelu_tanh"),
+    ),
     "no qkv bias": (
         "vit_small_patch16_224",
         {"qkv_bias": False},

@@ -209,3 +209,10 @@ def test_global_head_is_a_mean_and_an_mlp() -> None:
     expected = hidden @ head.output.weight.T + head.output.bias
     torch.testing.assert_close(head(tokens), expected)
     torch.testing.assert_close(head(tokens[:, torch.randperm(9)]), expected)
+
+
+def test_global_head_without_hidden_layer_is_a_mean_and_a_product() -> None:
+    head = GlobalHead(24, 0, 16)
+    assert list(head.state_dict()) == ["output.weight"]
+    tokens = torch.randn(5, 9, 24)
+    torch.testing.assert_close(head(tokens), tokens.mean(1) @ head.output.weight.T)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from m3i_fast.config.fields import (
     DEPTHS,
@@ -12,10 +12,14 @@ from m3i_fast.config.fields import (
     WIDTHS,
     Checked,
     Conflict,
+    Gelu,
     Recompute,
     mlp_ratio_conflicts,
     recompute_conflicts,
+    unmet,
 )
+
+Attention = Literal["bidirectional", "causal"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +41,15 @@ class TextConfig(Checked):
     """Hidden width of the MLP over dim."""
     embed_dim: Annotated[int, WIDTHS] = 512
     """Width of a caption's embedding."""
+    attention: Attention = "bidirectional"
+    """Tokens that a token attends to. bidirectional: all of the caption, whose mean is projected
+    (M3I, figure 1); causal: itself and those before it, and the last one is projected, as CLIP, of
+    which open_clip reads and writes the weights."""
+    mlp: Gelu = "gelu"
+    """Activation of the MLPs. gelu: exact; gelu_tanh: its tanh approximation; quick_gelu:
+    x sigmoid(1.702 x), as OpenAI's CLIP."""
+    norm_eps: float = 1e-6
+    """Number that every LayerNorm adds to the variance (CLIP: 1e-5)."""
     activation_checkpointing: Recompute = "none"
     """Activations that each block recomputes in the backward pass. selective: norms and GELU, which
     costs little; full: all of it, the least memory for about a third more compute."""
@@ -44,5 +57,6 @@ class TextConfig(Checked):
     def conflicts(self) -> Iterator[Conflict]:
         if self.dim % self.num_heads:
             yield "dim", f"expected a multiple of num_heads = {self.num_heads}, got {self.dim}"
+        yield from unmet(self, norm_eps=(0 < self.norm_eps < 1, "0 < eps < 1"))
         yield from mlp_ratio_conflicts(self.mlp_ratio)
         yield from recompute_conflicts(self.activation_checkpointing)

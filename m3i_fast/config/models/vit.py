@@ -45,8 +45,9 @@ class ViTConfig(Checked):
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over dim; with swiglu that of the gate and of the value, each."""
     mlp: Mlp = "gelu"
-    """Kind of MLP. gelu: two linear layers; swiglu: gated, with a third (DINOv2 giant, DINOv3's
-    larger ones)."""
+    """Kind of MLP. gelu: two linear layers; gelu_tanh: the same with the tanh approximation of GELU
+    (SigLIP 2); quick_gelu: with x sigmoid(1.702 x) (OpenAI's CLIP); swiglu: gated, with a third
+    linear layer (DINOv2 giant, DINOv3's larger ones)."""
     qkv_bias: bool = True
     """Bias on queries, keys and values."""
     key_bias: bool = True
@@ -69,6 +70,8 @@ class ViTConfig(Checked):
     """Kind of stochastic depth. mask: drawn per sample, and branches are computed all the same;
     subset: a fixed share of every batch is dropped, and not computed (DINOv2), so that which ones
     are depends on how many ranks share the images of a step."""
+    pre_norm: bool = False
+    """LayerNorm before the first block, of patches and the tokens before them (CLIP)."""
     final_norm: bool = True
     """LayerNorm after the last block."""
     activation_checkpointing: Recompute = "none"
@@ -170,6 +173,26 @@ def vit_h(**overrides: Any) -> ViTConfig:
     return replace(ViTConfig(patch_size=14, dim=1280, depth=32, num_heads=16), **overrides)
 
 
+def clip_b32(**overrides: Any) -> ViTConfig:
+    """Return CLIP's ViT-B/32: 88 M parameters; keywords replace fields."""
+    return replace(_clip(vit_b(patch_size=32)), **overrides)
+
+
+def clip_b16(**overrides: Any) -> ViTConfig:
+    """Return CLIP's ViT-B/16: 86 M parameters; keywords replace fields."""
+    return replace(_clip(vit_b()), **overrides)
+
+
+def clip_l14(**overrides: Any) -> ViTConfig:
+    """Return CLIP's ViT-L/14: 303 M parameters; keywords replace fields."""
+    return replace(_clip(vit_l(patch_size=14)), **overrides)
+
+
+def clip_h14(**overrides: Any) -> ViTConfig:
+    """Return OpenCLIP's ViT-H/14: 631 M parameters; keywords replace fields."""
+    return replace(_clip(vit_h()), **overrides)
+
+
 def dinov2_s(**overrides: Any) -> ViTConfig:
     """Return DINOv2's ViT-S/14 with registers: 22 M parameters; keywords replace fields."""
     return replace(_dinov2(vit_s()), **overrides)
@@ -223,6 +246,14 @@ def dinov3_7b(**overrides: Any) -> ViTConfig:
         dim=4096, depth=40, num_heads=32, mlp="swiglu", mlp_ratio=2.0, qkv_bias=False
     )
     return replace(_dinov3(largest), **overrides)
+
+
+def _clip(cfg: ViTConfig) -> ViTConfig:
+    """Return the config with what CLIP (arXiv 2103.00020) has at every size, with the exact GELU.
+
+    OpenAI's own weights were trained with quick_gelu.
+    """
+    return replace(cfg, class_token=True, pre_norm=True, norm_eps=1e-5)
 
 
 def _dinov2(cfg: ViTConfig) -> ViTConfig:

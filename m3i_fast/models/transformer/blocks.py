@@ -18,6 +18,7 @@ from m3i_fast.models.transformer.positions import rotate
 
 LAYER_NORM_EPS = 1e-6  # timm, MAE and DINO; Transformer Engine's own default is 1e-5
 INIT_STD = 0.02
+QUICK_GELU = 1.702  # OpenAI's CLIP
 
 # (x [..., K], weight [N, K], bias [N] or None) -> [..., N], as F.linear
 Matmul = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -100,11 +101,26 @@ def fc1_features(hidden_dim: int, activation: Mlp) -> int:
     return hidden_dim * (2 if activation == "swiglu" else 1)
 
 
+def activate(x: Tensor, activation: Mlp) -> Tensor:  # [..., F or 2 F] -> [..., F]
+    """Apply an MLP's activation to what its first layer computes.
+
+    quick_gelu: x sigmoid(1.702 x), as CLIP. swiglu: silu(gate) * value, the gate first.
+    """
+    match activation:
+        case "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            return F.silu(gate) * value
+        case "quick_gelu":
+            return x * torch.sigmoid(QUICK_GELU * x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 class LayerNormMLP(nn.Module):
     """A LayerNorm and an MLP of two linear layers: [..., dim] -> [..., dim].
 
-    gelu: fc2(gelu(fc1(x))), exact. swiglu (arXiv 2002.05202): fc2(silu(gate) * value), where fc1
-    computes the gate, F features, and then the value, as many.
+    gelu: fc2(gelu(fc1(x))), exact, and likewise with the other GELUs of `activate`. swiglu (arXiv
+    2002.05202): fc2(silu(gate) * value), where fc1 computes the gate, F features, and then the
+    value, as many.
     """
 
     def __init__(
@@ -137,12 +153,7 @@ class LayerNormMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         norm_weight, norm_bias = self.layer_norm_weight, self.layer_norm_bias
         x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, self.eps)
-        x = self.matmul(x, self.fc1_weight, self.fc1_bias)
-        if self.activation == "swiglu":
-            gate, value = x.chunk(2, dim=-1)
-            x = F.silu(gate) * value
-        else:
-            x = F.gelu(x)
+        x = activate(self.matmul(x, self.fc1_weight, self.fc1_bias), self.activation)
         return self.matmul(x, self.fc2_weight, self.fc2_bias)
 
 
@@ -158,11 +169,14 @@ def rotate_qk(qkv: Sequence[Tensor], rotation: Tensor | None) -> Sequence[Tensor
 
 
 class Attention(nn.Module):
-    """Scaled dot-product self-attention of all tokens with all tokens, without parameters."""
+    """Scaled dot-product self-attention without parameters, of all tokens with all tokens.
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    causal: of each token with itself and those before it.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, causal: bool = False) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_heads, self.head_dim, self.causal = num_heads, head_dim, causal
 
     def forward(
         self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None
@@ -170,14 +184,16 @@ class Attention(nn.Module):
         """Attend from every token to every token: [B, T, 3 D] -> [B, T, D].
 
         qkv: q, k and v side by side, each head after head. key_mask: [B, T] bool, True where the
-        token is real and may be attended to. rotation: [B, T, 2, D / H / 2] of the tokens'
-        positions (`positions.rotary`).
+        token is real and may be attended to; none if causal, where padding at the end is after all
+        real tokens. rotation: [B, T, 2, D / H / 2] of the tokens' positions (`positions.rotary`).
         """
         B, T, _ = qkv.shape
         heads = qkv.view(B, T, 3, self.num_heads, self.head_dim).unbind(2)
         q, k, v = (x.transpose(1, 2) for x in rotate_qk(heads, rotation))
         mask = None if key_mask is None else key_mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [B, H, T, D / H]
+        out = F.scaled_dot_product_attention(  # [B, H, T, D / H]
+            q, k, v, attn_mask=mask, is_causal=self.causal
+        )
         return out.transpose(1, 2).flatten(2)
 
 
@@ -280,7 +296,7 @@ class BlockLayers:
     """
 
     layernorm_linear: Callable[[int, int, bool, float], nn.Module]  # in, out features, bias, eps
-    attention: Callable[[int, int], nn.Module]  # num_heads, head_dim
+    attention: Callable[[int, int, bool], nn.Module]  # num_heads, head_dim, causal
     linear: Callable[[int, int], nn.Module]  # in_features, out_features
     layernorm_mlp: Callable[[int, int, Mlp, float], nn.Module]  # dim, hidden_dim, activation, eps
     checkpoint: Callable[[Recompute], Checkpoint | None] = torch_checkpoint
@@ -301,7 +317,8 @@ class Block(nn.Module):
     x <- x + drop(scale_2 * layernorm_mlp(x))
 
     key_bias: with qkv_bias, whether keys have one as well. Without, the bias of queries and values
-    is the block's own, since no library's fused layer has one for a part of its outputs.
+    is the block's own, since no library's fused layer has one for a part of its outputs. causal:
+    each token attends to itself and those before it.
     """
 
     def __init__(
@@ -314,6 +331,7 @@ class Block(nn.Module):
         key_bias: bool = True,
         mlp: Mlp = "gelu",
         norm_eps: float = LAYER_NORM_EPS,
+        causal: bool = False,
         layer_scale_init: float | None = None,
         drop_path: float = 0.0,
         drop_path_mode: DropPathMode = "mask",
@@ -326,7 +344,7 @@ class Block(nn.Module):
         self.layer_scale_init = layer_scale_init
         self.checkpoint = layers.checkpoint(activation_checkpointing)
         self.layernorm_qkv = layers.layernorm_linear(dim, 3 * dim, qkv_bias and key_bias, norm_eps)
-        self.attention = layers.attention(num_heads, dim // num_heads)
+        self.attention = layers.attention(num_heads, dim // num_heads, causal)
         self.proj = layers.linear(dim, dim)
         self.layernorm_mlp = layers.layernorm_mlp(dim, int(dim * mlp_ratio), mlp, norm_eps)
         self.drop_path = DropPath(drop_path, drop_path_mode)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from m3i_fast.config.fields import Mlp
 from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS, init_weight, rotate_qk
 
+_ACTIVATIONS: dict[Mlp, str] = {"gelu_tanh": "gelu", "quick_gelu": "qgelu"}  # ours, theirs
+
 
 def _placed() -> dict[str, object]:
     """Return the arguments that put fp32 parameters on torch's default device.
@@ -62,8 +64,8 @@ class LayerNormLinear(WithoutExtraState, te.LayerNormLinear):
 class LayerNormMLP(WithoutExtraState, te.LayerNormMLP):
     """A fused LayerNorm and MLP: [..., dim] -> [..., dim].
 
-    The GELU is the tanh approximation, the only one that Transformer Engine has; its SwiGLU is
-    ours, with the gate before the value.
+    The GELU is the tanh approximation, the only one that Transformer Engine has beside CLIP's; its
+    SwiGLU is ours, with the gate before the value.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class LayerNormMLP(WithoutExtraState, te.LayerNormMLP):
             eps=eps,
             init_method=init_weight,
             output_layer_init_method=init_weight,
-            activation=activation,
+            activation=_ACTIVATIONS.get(activation, activation),
             **_placed(),
         )
 
@@ -87,23 +89,23 @@ class LayerNormMLP(WithoutExtraState, te.LayerNormMLP):
 class DotProductAttention(WithoutExtraState, te.DotProductAttention):
     """Attention without dropout: q, k and v [B, T, H, D / H] -> [B, T, D]."""
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    def __init__(self, num_heads: int, head_dim: int, causal: bool = False) -> None:
         super().__init__(
             num_heads,
             head_dim,
             attention_dropout=0.0,
             qkv_format="bshd",
-            attn_mask_type="no_mask",
+            attn_mask_type="causal" if causal else "no_mask",
         )
 
 
 class Attention(nn.Module):
     """`blocks.Attention` by cuDNN or FlashAttention, whichever Transformer Engine chooses."""
 
-    def __init__(self, num_heads: int, head_dim: int) -> None:
+    def __init__(self, num_heads: int, head_dim: int, causal: bool = False) -> None:
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.core = DotProductAttention(num_heads, head_dim)
+        self.core = DotProductAttention(num_heads, head_dim, causal)
 
     def forward(
         self, qkv: Tensor, key_mask: Tensor | None = None, rotation: Tensor | None = None

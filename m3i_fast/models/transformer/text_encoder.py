@@ -1,4 +1,4 @@
-"""The bidirectional text Transformer that encodes captions as targets.
+"""The text Transformer that encodes captions as targets.
 
 Legend: B batch, T tokens, D width, E width of the embedding.
 """
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.models.transformer.blocks import (
     INIT_STD,
-    LAYER_NORM_EPS,
     TORCH_LAYERS,
     Block,
     BlockLayers,
@@ -23,7 +22,10 @@ POSITION_STD = 0.01  # CLIP
 
 
 class TextEncoder(nn.Module):
-    """Text encoder: mean over the real tokens (M3I, figure 1), then a linear projection."""
+    """Text encoder: mean over the real tokens (M3I, figure 1), then a linear projection.
+
+    With causal attention the last real token takes the place of the mean, as in CLIP.
+    """
 
     def __init__(self, cfg: TextConfig, *, layers: BlockLayers = TORCH_LAYERS) -> None:
         super().__init__()
@@ -34,12 +36,15 @@ class TextEncoder(nn.Module):
                 cfg.dim,
                 cfg.num_heads,
                 mlp_ratio=cfg.mlp_ratio,
+                mlp=cfg.mlp,
+                norm_eps=cfg.norm_eps,
+                causal=cfg.attention == "causal",
                 activation_checkpointing=cfg.activation_checkpointing,
                 layers=layers,
             )
             for _ in range(cfg.depth)
         )
-        self.norm = nn.LayerNorm(cfg.dim, LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps)
         # no bias: an absent caption is the zero vector
         self.projection = Linear(cfg.dim, cfg.embed_dim, bias=False)
         self.pos_embed = nn.Parameter(torch.empty(1, cfg.context_length, cfg.dim))
@@ -69,12 +74,16 @@ class TextEncoder(nn.Module):
             )
         length = token_ids.shape[1]
         place = torch.arange(length, device=token_ids.device)
+        is_causal = self.cfg.attention == "causal"
         # an empty caption attends to its first padding: a softmax over nothing is NaN
-        key_mask = place < num_tokens.clamp(min=1)[:, None]  # [B, T]
+        key_mask = None if is_causal else place < num_tokens.clamp(min=1)[:, None]  # [B, T]
         x = self.token_embedding(token_ids) + self.pos_embed[:, :length]
         for block in self.blocks:
             x = block(x, key_mask)
         x = self.norm(x)
+        if is_causal:
+            weight = (place == num_tokens[:, None] - 1).to(x.dtype)
+            return self.projection((x * weight[..., None]).sum(1))
         real = (place < num_tokens[:, None]).to(x.dtype)
         mean = (x * real[..., None]).sum(1) / num_tokens.clamp(min=1)[:, None]
         return self.projection(mean)

@@ -56,6 +56,7 @@ class ViT(ImageEncoder):
             )
             for i in range(cfg.depth)
         )
+        self.norm_pre = nn.LayerNorm(cfg.dim, cfg.norm_eps) if cfg.pre_norm else nn.Identity()
         self.norm = nn.LayerNorm(cfg.dim, cfg.norm_eps) if cfg.final_norm else nn.Identity()
         num_places = cfg.num_patches if cfg.position == "absolute" else 0
         self.pos_embed = self._table(num_places)
@@ -135,6 +136,7 @@ class ViT(ImageEncoder):
         prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
         if prefix:
             tokens = torch.cat([*(p.expand(tokens.shape[0], -1, -1) for p in prefix), tokens], 1)
+        tokens = self.norm_pre(tokens)
         rotation = None if centres is None else self._rotation(centres)
         for i, block in enumerate(self.blocks):
             own = layer_priorities(priority, i)
@@ -183,8 +185,8 @@ class ViT(ImageEncoder):
     def layers_above(self, parameter: str) -> int:
         """Count the layers above a parameter, as timm does.
 
-        The layers are patch embedding, positions and prefix together, each block (the last one with
-        the final norm), and the heads of the objective.
+        The layers are patch embedding, positions, prefix and the norm before the blocks together,
+        each block (the last one with the final norm), and the heads of the objective.
         """
         match parameter.split("."):
             case ["blocks", index, *_]:

@@ -7,17 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from m3i_fast.config.models.text import TextConfig
-from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention
+from m3i_fast.models.transformer.blocks import TORCH_LAYERS, Attention, activate
 from m3i_fast.models.transformer.text_encoder import TextEncoder
 
 CFG = TextConfig(
     vocab_size=50, context_length=12, dim=32, depth=2, num_heads=2, mlp_ratio=2.0, embed_dim=24
 )
 
+CAUSAL = replace(CFG, attention="causal")
 
-def make_encoder() -> TextEncoder:
+
+def make_encoder(cfg: TextConfig = CFG) -> TextEncoder:
     torch.manual_seed(0)
-    encoder = TextEncoder(CFG)
+    encoder = TextEncoder(cfg)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -69,8 +71,31 @@ def test_equals_torchs_transformer_and_a_mean_over_the_real_tokens() -> None:
         torch.testing.assert_close(out[row : row + 1], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_changes_nothing() -> None:
-    encoder = make_encoder()
+def test_causal_attention_equals_torchs_and_its_last_real_token() -> None:
+    encoder = make_encoder(CAUSAL)
+    twin = torch_twin(encoder)
+    ids, num_tokens = make_batch()
+    out = encoder(ids, num_tokens)
+    x = encoder.token_embedding(ids) + encoder.pos_embed
+    mask = nn.Transformer.generate_square_subsequent_mask(12)
+    tokens = twin(x, mask=mask, is_causal=True)
+    last = tokens[torch.arange(4), num_tokens[:4] - 1]
+    torch.testing.assert_close(out[:4], last @ encoder.projection.weight.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu"])
+def test_other_activations_are_those_of_timm(activation: str) -> None:
+    from timm.layers import create_act_layer
+
+    x = torch.randn(5, 7)
+    expected = create_act_layer(activation)(x)
+    torch.testing.assert_close(activate(x, activation), expected)  # type: ignore[arg-type]
+    assert not torch.allclose(activate(x, "gelu"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [CFG, CAUSAL], ids=["bidirectional", "causal"])
+def test_padding_changes_nothing(cfg: TextConfig) -> None:
+    encoder = make_encoder(cfg)
     ids, num_tokens = make_batch()
     padding = torch.arange(12) >= num_tokens[:, None]
     other = torch.where(padding, torch.randint(1, 50, ids.shape, dtype=torch.int32), ids)
@@ -110,8 +135,9 @@ def test_no_backend_of_the_attention_sees_a_softmax_over_nothing() -> None:
     assert all(parameter.grad.isfinite().all() for parameter in naive.parameters())
 
 
-def test_an_empty_caption_is_zero_and_gives_no_gradient() -> None:
-    encoder = make_encoder()
+@pytest.mark.parametrize("cfg", [CFG, CAUSAL], ids=["bidirectional", "causal"])
+def test_an_empty_caption_is_zero_and_gives_no_gradient(cfg: TextConfig) -> None:
+    encoder = make_encoder(cfg)
     ids = torch.zeros(3, 12, dtype=torch.int32)
     out = encoder(ids, torch.zeros(3, dtype=torch.int64))
     assert torch.equal(out, torch.zeros(3, 24))
@@ -120,8 +146,11 @@ def test_an_empty_caption_is_zero_and_gives_no_gradient() -> None:
         assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_gradients_reach_every_parameter_and_stay_finite_beside_an_empty_caption() -> None:
-    encoder = make_encoder()
+@pytest.mark.parametrize("cfg", [CFG, CAUSAL], ids=["bidirectional", "causal"])
+def test_gradients_reach_every_parameter_and_stay_finite_beside_an_empty_caption(
+    cfg: TextConfig,
+) -> None:
+    encoder = make_encoder(cfg)
     encoder(*make_batch()).square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
