@@ -1,7 +1,7 @@
 """Build the wheel once and try it alone in fresh environments of several Pythons and torches.
 
     make wheels                     two Pythons, two torches: part of .ci/run
-    make wheels ARGS=--all          with CUDA kernels, from Python 3.10 to 3.13 and torch 2.10 to 2.15
+    make wheels ARGS=--all          with CUDA kernels, Python 3.10 to 3.13, torch 2.10 to 2.15
 
 The wheel stays in build/wheels/dist, tagged with the oldest Linux that it runs on, which auditwheel
 reads from its symbols. Each environment is removed again: those of CUDA builds of torch have 5 GB.
@@ -90,7 +90,7 @@ def symbols_asked(wheel: Path) -> dict[str, Any]:
     """Return what auditwheel reads from a wheel: `sym_tag`, and `versioned_symbols` a library."""
     command = [install.PYTHON, "-m", "auditwheel", "show", "--json", wheel]
     shown = subprocess.run(command, check=True, capture_output=True, text=True)
-    facts: dict[str, Any] = json.loads(shown.stdout.splitlines()[-1])
+    facts: dict[str, Any] = json.loads(shown.stdout)
     return facts
 
 

@@ -3,13 +3,14 @@
     python -I wheel_smoke.py core VERSION      what the package alone does
     python -I wheel_smoke.py data VERSION      ... and with the extras shards and eval: the demo
 
-The working directory is an empty folder. Prints one JSON object: torch, Python, the data files of the
+The working directory is an empty folder. Prints one JSON object: torch, Python, data files of the
 package that were opened, seconds of imports. Ends with an error at the first thing that is wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import platform
@@ -56,19 +57,18 @@ def data_files(package: Path) -> list[str]:
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    """Run `m3i-fast ARGUMENTS` in this process; returns what it printed, and checks its exit code."""
-    import io
-
+    """Run `m3i-fast ARGUMENTS` in this process; return what it printed. Checks its exit code."""
     from m3i_fast.cli import main
 
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    told, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors):
         try:
             got = main(list(arguments))
         except SystemExit as ended:  # of tyro's and argparse's --help
             got = int(ended.code or 0)
     if got != code:
-        raise RuntimeError(f"m3i-fast {' '.join(arguments)}: expected {code}, got {got}")
+        said = told.getvalue() + errors.getvalue()
+        raise RuntimeError(f"m3i-fast {' '.join(arguments)}: expected {code}, got {got}\n{said}")
     return told.getvalue()
 
 

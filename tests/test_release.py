@@ -1,4 +1,4 @@
-"""What a release says of itself: one version everywhere, extras that exist, files that have a schema."""
+"""What a release says of itself: one version, extras that exist, files that have a schema."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from check_jsonschema import main as check_jsonschema
+from click.testing import CliRunner
 
 import m3i_fast
 from scripts import wheel_matrix
@@ -79,7 +81,9 @@ def test_an_extra_that_an_error_names_is_there() -> None:
     asked = {
         name: file
         for file, path in FILES.items()
-        for name in re.findall(r'extra="([\w-]+)"|m3i-fast\[([\w,-]+)\]', path.read_text())
+        for name in re.findall(
+            r'extra(?:: str )?=\s?"([\w-]+)"|m3i-fast\[([\w,-]+)\]', path.read_text()
+        )
         for name in "".join(name).split(",")
     }
     assert {"data", "timm", "cloud"} <= asked.keys()
@@ -101,9 +105,8 @@ SCHEMAS = {
 
 def schema_errors(file: Path, schema: str) -> str:
     """What a file lacks by a schema that its readers publish; empty where it is as it should be."""
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
-    done = subprocess.run([*command, file], capture_output=True, text=True)
-    return done.stdout if done.returncode else ""
+    done = CliRunner().invoke(check_jsonschema, ["--builtin-schema", f"vendor.{schema}", str(file)])
+    return done.output if done.exit_code else ""
 
 
 @pytest.mark.parametrize("file", SCHEMAS)
@@ -138,7 +141,10 @@ def test_each_change_meets_two_pythons_and_two_torches() -> None:
     daily = [case for case in CASES if not case.nightly]
     for cases in (daily, CASES):
         assert len({case.python for case in cases}) > 1 and len({case.torch for case in cases}) > 1
-    oldest = re.search(r'requires-python = ">=(\S+)"', PROJECT), re.search(r'"torch>=(\S+?)"', PROJECT)
+    oldest = (
+        re.search(r'requires-python = ">=(\S+)"', PROJECT),
+        re.search(r'"torch>=(\S+?)"', PROJECT),
+    )
     assert all(oldest)
     assert {(case.python, case.torch) for case in CASES} >= {tuple(m[1] for m in oldest if m)}
 
@@ -150,7 +156,9 @@ def test_the_page_about_releases_has_the_matrix() -> None:
     assert ["CPU" in row[1] for row in rows] == [not case.cuda for case in CASES]
 
 
-def test_a_python_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_python_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"python3\.99: expected on the PATH .*got none"):
@@ -210,4 +218,3 @@ def test_no_environment_is_left_of_a_case_that_fails(
     with pytest.raises(RuntimeError, match="no torch"):
         wheel_matrix.try_case(CASES[0], tmp_path / "m3i_fast-0-py3-none-any.whl", cuda=False)
     assert list(tmp_path.iterdir()) == []
-

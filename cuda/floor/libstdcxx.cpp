@@ -1,6 +1,6 @@
 // Defines what newer releases of g++ take from newer libraries, so that a module loads beside the
-// libstdc++ of GCC 8 and glibc 2.28 (manylinux_2_28, the floor of torch's own wheels). The library is
-// still the shared one: exceptions and streams cross the border to torch.
+// libstdc++ of GCC 8 and glibc 2.28 (manylinux_2_28, the floor of torch's own wheels). The library
+// is still the shared one: exceptions and streams cross the border to torch.
 
 #include <new>
 #include <sstream>
@@ -17,8 +17,8 @@ template std::string std::basic_stringbuf<char>::str() const&;
 
 extern "C" {
 
-// Whether the process has one thread, by which libstdc++ counts references without atomics: false is
-// always right. In glibc from 2.32 on.
+// Whether the process has one thread, by which libstdc++ counts references without atomics: false
+// is always right. In glibc from 2.32 on.
 __attribute__((visibility("hidden"))) extern char m3i_single_threaded __asm__(
     "__libc_single_threaded");
 char m3i_single_threaded = 0;

@@ -123,7 +123,9 @@ def find_torch(machine: Machine) -> Finding:
         why = f"the driver runs CUDA {machine.driver_major} only, so torch sees no GPU"
     else:
         why = "torch sees no GPU although the driver does"
-    return Finding(subject="torch", level="error", detail=f"{detail}: {why}", fix=machine.start_over)
+    return Finding(
+        subject="torch", level="error", detail=f"{detail}: {why}", fix=machine.start_over
+    )
 
 
 def find_cpu(machine: Machine) -> Finding:
@@ -163,7 +165,9 @@ def find_cuda_kernels(machine: Machine) -> Finding:
         if fix:
             return Finding(subject="_C_cuda", level="error", detail=detail, fix=fix)
     if reason := machine.failures.get("kernels_cuda"):
-        return Finding(subject="_C_cuda", level="error", detail=f"{detail}: {reason}", fix=machine.rebuild)
+        return Finding(
+            subject="_C_cuda", level="error", detail=f"{detail}: {reason}", fix=machine.rebuild
+        )
     ops = ", ".join(machine.facts["kernels_cuda"]["ops"])
     return Finding(subject="_C_cuda", level="ok", detail=f"{detail}; its kernels run ({ops})")
 
