@@ -4,12 +4,12 @@
 // moved them into libc, 2.29 exp when it stopped calling a user's matherr; what they return is the
 // same.
 //
-// CMakeLists.txt gives M3I_OLD_FUNCTIONS, such as M3I_BIND(exp) M3I_BIND(dlopen), and links with
-// --wrap=exp: every call of exp then goes to __wrap_exp, which jumps on.
+// CMakeLists.txt gives M3I_OLD_FUNCTIONS, such as M3I_BIND(exp, 2.2.5) M3I_BIND(dlmopen, 2.3.4),
+// and links with --wrap=exp: every call of exp then goes to __wrap_exp, which jumps on.
 
-#define M3I_BIND(name)                                                             \
-  __asm__(".symver m3i_old_" #name "," #name                                       \
-          "@GLIBC_2.2.5\n"                                                         \
+#define M3I_BIND(name, version)                                                    \
+  __asm__(".symver m3i_old_" #name "," #name "@GLIBC_" #version                    \
+          "\n"                                                                     \
           ".pushsection .text\n"                                                   \
           ".hidden __wrap_" #name "\n.globl __wrap_" #name "\n.type __wrap_" #name \
           ",@function\n"                                                           \
