@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 WORKERS ?= 2
 test test-slow lint: export OMP_NUM_THREADS = 1
 
-.PHONY: install demo docs test test-slow te-contract first-contact gpu lint bench clean
+.PHONY: install demo docs test test-slow te-contract first-contact wheels gpu lint bench clean
 
 install:
 	@$(PYTHON) scripts/install.py
@@ -37,6 +37,10 @@ te-contract:
 
 first-contact: install
 	@$(PYTHON) -m scripts.first_contact $(ARGS)
+
+# The wheel by itself, in fresh environments of several Pythons and torches; stays in build/wheels/dist.
+wheels: install
+	@$(PYTHON) -m scripts.wheel_matrix $(ARGS)
 
 # No install: the python of .venv or of the machine, or that named by PYTHON, with its own torch.
 gpu:

@@ -1,14 +1,15 @@
 """How Sphinx builds the site. `make docs` runs `scripts/docs.py`, which makes warnings errors."""
 
 import sys
-from importlib.metadata import version as version_of
 from pathlib import Path
+
+from m3i_fast import __version__
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 project = "m3i-fast"
 author = "the authors of m3i-fast"
-release = version = version_of("m3i-fast")
+release = version = __version__
 
 extensions = ["myst_parser", "sphinx_copybutton", "builder"]
 # Warnings of Sphinx itself are all errors; none is suppressed.

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from m3i_fast.inference.model import Model
     from m3i_fast.inference.transform import Transform
 
+    __version__: str
+
 __all__ = ["Model", "Outcome", "TrainConfig", "Transform", "load", "ops", "train"]
 
 _MODULES = {
@@ -34,6 +36,8 @@ if not TYPE_CHECKING:  # a type checker names what is not there
         """Import and return a public name, which stays in the module from then on."""
         if name == "ops":
             return importlib.import_module("m3i_fast.ops")
+        if name == "__version__":  # pyproject.toml's, as it was installed
+            return importlib.import_module("importlib.metadata").version("m3i-fast")
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)

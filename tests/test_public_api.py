@@ -23,10 +23,15 @@ assert m3i_fast.ops.boltzmann.__name__ == "boltzmann"
 USER = """
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from PIL import Image
 
 import m3i_fast
+from m3i_fast import ops
+from m3i_fast.recipes import demo, demo_method, recipes
 
 model: m3i_fast.Model = m3i_fast.load("runs/demo", which="ema", device="cpu", dtype=torch.bfloat16)
 image: torch.Tensor = model.encode_image([Image.open("apple.png")], normalize=True)
@@ -37,7 +42,12 @@ pixels: torch.Tensor = model.transform(Image.open("apple.png"))
 ids: torch.Tensor = model.tokenizer(["a red apple"])
 names: tuple[str, ...] = model.class_names
 loss: torch.Tensor = m3i_fast.ops.boltzmann(image, text, torch.tensor(10.0))
-outcome: m3i_fast.Outcome = m3i_fast.train(m3i_fast.TrainConfig(), "runs/mine")
+dense: torch.Tensor = ops.gaussian(image, text, normalise=True)
+config: m3i_fast.TrainConfig = recipes()["vit_s"]()
+config = demo(data=Path("data/mine"), seed=1)
+config = replace(demo_method("clip"), num_steps=config.num_steps + 1)
+outcome: m3i_fast.Outcome = m3i_fast.train(config, "runs/mine")
+version: str = m3i_fast.__version__
 step: int = outcome.step
 """
 WRONG = {
@@ -45,6 +55,9 @@ WRONG = {
     'm3i_fast.load("runs/demo").encode_text(3)': "arg-type",
     "numbers: tuple[int, ...] = model.class_names": "assignment",
     "m3i_fast.lode": "attr-defined",
+    "demo(seed=None)": "arg-type",
+    "ops.boltzmann(image, text)": "call-arg",
+    "recipes()[3]": "index",
 }
 
 

@@ -22,7 +22,7 @@ CONTENTS = {
     "extend": ("new_method", "new_op", "new_source", "ops", "emulator"),
     "reference": (
         *("config", "commands", "dataset_format", "glossary"),
-        *("architecture", "contributing", "changelog"),
+        *("architecture", "contributing", "releasing", "changelog"),
     ),
 }
 # Pages that the navigation names by less than their title.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
@@ -11,6 +10,7 @@ import sys
 from rich.logging import RichHandler
 from rich.text import Text
 
+import m3i_fast
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.engine.parallel.watchdog import EXIT_CODE, MissingRanks
 from m3i_fast.terminal import make_console
@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             console.print(f"  {verb:<12}{description}", highlight=False)
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        version = importlib.metadata.version("m3i-fast")
-        make_console().print(f"m3i-fast {version}", highlight=False)
+        make_console().print(f"m3i-fast {m3i_fast.__version__}", highlight=False)
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:

@@ -96,6 +96,7 @@ def examine() -> Machine:
         cuda_module=architectures,
         ptx=ptx,
         pip=f"{_short(sys.executable)} -m pip",
+        in_checkout=(Path(__file__).resolve().parents[2] / "CMakeLists.txt").is_file(),
     )
 
 

@@ -13,9 +13,6 @@ from m3i_fast.doctor.probes import Facts
 
 Level = Literal["ok", "absent", "warning", "error"]
 
-REBUILD = "make install"
-# Another CUDA major needs a new .venv: pip keeps a torch that satisfies the requirement.
-START_OVER = "make clean install"
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -46,6 +43,8 @@ class Machine:
     ptx: tuple[int, int] | None = None
     """The version of the PTX inside _C_cuda; None where there is none."""
     pip: str = "python -m pip"
+    in_checkout: bool = True
+    """Whether the package runs from a checkout, which has a Makefile; False: from a wheel."""
 
     @property
     def gpus(self) -> list[Facts]:
@@ -63,7 +62,34 @@ class Machine:
     @property
     def cuda_major(self) -> int:
         """The one CUDA major that everything here should be of."""
-        return self.torch_major or min(self.driver_major or 13, 13)
+        return self.torch_major or self.cuda_of_driver
+
+    @property
+    def rebuild(self) -> str:
+        """Return the command that compiles the package again, against the torch that is there."""
+        if self.in_checkout:
+            return "make install"
+        cuda = " --config-settings=cmake.define.M3I_CUDA=ON" if self.gpus else ""
+        return (
+            f"{self.pip} install --force-reinstall --no-deps --no-build-isolation "
+            f"--no-binary m3i-fast{cuda} m3i-fast"
+        )
+
+    @property
+    def start_over(self) -> str:
+        """Return the command that installs another torch, of the CUDA that the driver runs.
+
+        pip keeps a torch that satisfies the requirement, so that .venv is made anew.
+        """
+        if self.in_checkout:
+            return "make clean install"
+        torch = "torch>=2.10,<2.11" if self.cuda_of_driver == 12 else "torch>=2.11"
+        return f'{self.pip} install --force-reinstall "{torch}"'
+
+    @property
+    def cuda_of_driver(self) -> int:
+        """Return the newest CUDA major, 13 at most, that the driver runs; 13 without a driver."""
+        return min(self.driver_major or 13, 13)
 
 
 def find_driver(machine: Machine) -> Finding:
@@ -83,7 +109,7 @@ def find_driver(machine: Machine) -> Finding:
 
 def find_torch(machine: Machine) -> Finding:
     if reason := machine.failures.get("torch_build"):
-        return Finding(subject="torch", level="error", detail=reason, fix=REBUILD)
+        return Finding(subject="torch", level="error", detail=reason, fix=machine.rebuild)
     facts = machine.facts["torch_build"]
     detail = f"{facts['version']}, CPU build"
     if facts["cuda"]:
@@ -97,7 +123,9 @@ def find_torch(machine: Machine) -> Finding:
         why = f"the driver runs CUDA {machine.driver_major} only, so torch sees no GPU"
     else:
         why = "torch sees no GPU although the driver does"
-    return Finding(subject="torch", level="error", detail=f"{detail}: {why}", fix=START_OVER)
+    return Finding(
+        subject="torch", level="error", detail=f"{detail}: {why}", fix=machine.start_over
+    )
 
 
 def find_cpu(machine: Machine) -> Finding:
@@ -114,7 +142,7 @@ def find_cpu(machine: Machine) -> Finding:
 
 def find_cpu_kernels(machine: Machine) -> Finding:
     if reason := machine.failures.get("kernels_cpu"):
-        return Finding(subject="_C", level="error", detail=reason, fix=REBUILD)
+        return Finding(subject="_C", level="error", detail=reason, fix=machine.rebuild)
     ops = ", ".join(machine.facts["kernels_cpu"]["ops"])
     return Finding(subject="_C", level="ok", detail=f"CPU kernels run ({ops})")
 
@@ -129,7 +157,7 @@ def find_cuda_kernels(machine: Machine) -> Finding:
         return Finding(subject="_C_cuda", level="absent", detail=detail)
     if built_for is None:
         detail = "not built, and a GPU is there"
-        return Finding(subject="_C_cuda", level="error", detail=detail, fix=REBUILD)
+        return Finding(subject="_C_cuda", level="error", detail=detail, fix=machine.rebuild)
     detail = f"built for {_built(machine)}"
     for gpu in _one_of_each(machine.gpus):
         words, fix = _code_of(machine, gpu)
@@ -137,7 +165,9 @@ def find_cuda_kernels(machine: Machine) -> Finding:
         if fix:
             return Finding(subject="_C_cuda", level="error", detail=detail, fix=fix)
     if reason := machine.failures.get("kernels_cuda"):
-        return Finding(subject="_C_cuda", level="error", detail=f"{detail}: {reason}", fix=REBUILD)
+        return Finding(
+            subject="_C_cuda", level="error", detail=f"{detail}: {reason}", fix=machine.rebuild
+        )
     ops = ", ".join(machine.facts["kernels_cuda"]["ops"])
     return Finding(subject="_C_cuda", level="ok", detail=f"{detail}; its kernels run ({ops})")
 
@@ -147,7 +177,8 @@ def find_dali(machine: Machine) -> Finding:
     wanted = f"nvidia-dali-cuda{machine.cuda_major}0"
     fix = f'{machine.pip} install "{wanted}==2.4.*"'
     if not packages:
-        return Finding(subject="DALI", level="error", detail="not installed", fix=fix)
+        detail = "not installed; --data.backend auto takes torch, which is slower"
+        return Finding(subject="DALI", level="warning", detail=detail, fix=fix)
     detail = ", ".join(f"{name} {version}" for name, version in packages.items())
     replace = f"{machine.pip} uninstall -y {' '.join(packages)} && {fix}"
     if len(packages) > 1:
@@ -166,7 +197,7 @@ def find_dali(machine: Machine) -> Finding:
     detail += f", a pipeline ran on the {device}"
     if missing:
         detail += f"; --data.backend auto takes torch, which is slower: {missing}"
-        return Finding(subject="DALI", level="warning", detail=detail, fix=REBUILD)
+        return Finding(subject="DALI", level="warning", detail=detail, fix=machine.rebuild)
     return Finding(subject="DALI", level="ok", detail=f"{detail}, with this package's operators")
 
 
@@ -323,7 +354,7 @@ def _code_of(machine: Machine, gpu: Facts) -> tuple[str, str]:
     """Say which code of _C_cuda a GPU takes, and what to type where it can take none."""
     usable = [c for c in machine.cuda_module or () if _covers(c, tuple(gpu["capability"]))]
     if not usable:
-        return f"is {_sm(gpu)}", START_OVER
+        return f"is {_sm(gpu)}", _build_anew(machine)
     if own := [code for code in usable if code.startswith("sm_")]:
         return f"takes {own[-1]}", ""
     cuda = tuple(machine.facts["driver"]["cuda"])
@@ -331,7 +362,7 @@ def _code_of(machine: Machine, gpu: Facts) -> tuple[str, str]:
     if machine.ptx is None or machine.ptx <= _ptx_of_driver(cuda):
         return compiles, ""
     known = f"one of CUDA {_dotted(cuda)} knows PTX {_dotted(_ptx_of_driver(cuda))} at most"
-    return f"{compiles}, and {known}: update it, or build for the card", _build_for(machine.gpus)
+    return f"{compiles}, and {known}: update it, or build for the card", _build_for(machine)
 
 
 def _ptx_of_driver(cuda: tuple[int, ...]) -> tuple[int, int]:
@@ -343,10 +374,15 @@ def _ptx_of_driver(cuda: tuple[int, ...]) -> tuple[int, int]:
     return major - 4, minor - 1 if major == 12 and minor > 5 else minor
 
 
-def _build_for(gpus: list[Facts]) -> str:
-    numbers = sorted({tuple(gpu["capability"]) for gpu in gpus})
+def _build_for(machine: Machine) -> str:
+    numbers = sorted({tuple(gpu["capability"]) for gpu in machine.gpus})
     codes = [f"{major}{minor}{'a' if major == 9 else ''}-real" for major, minor in numbers]
-    return f"CUDAARCHS='{';'.join(codes)}' {START_OVER}"
+    return f"CUDAARCHS='{';'.join(codes)}' {_build_anew(machine)}"
+
+
+def _build_anew(machine: Machine) -> str:
+    """Return the command that builds for other cards; make keeps what is built until a clean."""
+    return machine.start_over if machine.in_checkout else machine.rebuild
 
 
 def _one_of_each(gpus: list[Facts]) -> list[Facts]:

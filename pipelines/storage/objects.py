@@ -121,11 +121,11 @@ class Bucket:
         self.scheme = remote.partition(":")[0].replace("https", "http") if remote else "file"
         self.counts = RequestCounts()
         self._counting = threading.Lock()
-        self._obs = require("obstore", extra="buckets")
+        self._obs = require("obstore", extra="cloud")
         self._store = self._open()
 
     def _open(self) -> Any:
-        stores = require("obstore.store", extra="buckets")
+        stores = require("obstore.store", extra="cloud")
         if self.scheme == "file":
             return stores.LocalStore(prefix=self.url, mkdir=True)
         names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
@@ -242,7 +242,7 @@ class Bucket:
 
         A request whose answer was lost may have written it: then the object there is this one.
         """
-        exceptions = require("obstore.exceptions", extra="buckets")
+        exceptions = require("obstore.exceptions", extra="cloud")
 
         async def attempt() -> bool:
             try:
@@ -321,7 +321,7 @@ class Bucket:
 
     def _raise_if_final(self, error: Exception, place: str) -> None:
         """Raise what no repetition can change, with what to do."""
-        exceptions = require("obstore.exceptions", extra="buckets")
+        exceptions = require("obstore.exceptions", extra="cloud")
         if isinstance(error, ForkedError) or (
             isinstance(error, ValueError) and not isinstance(error, exceptions.BaseError)
         ):

@@ -351,7 +351,29 @@ def test_a_build_for_the_cards_here_names_each() -> None:
     gpus = [
         {"name": n, "capability": c} for n, c in (("a", [11, 0]), ("b", [9, 0]), ("c", [11, 0]))
     ]
-    assert findings._build_for(gpus) == "CUDAARCHS='90a-real;110-real' make clean install"
+    machine = gpu_node(facts={"driver": {"cuda": [13, 0], "gpus": gpus}})
+    assert findings._build_for(machine) == "CUDAARCHS='90a-real;110-real' make clean install"
+    built = findings._build_for(replace(machine, in_checkout=False))
+    assert built.startswith("CUDAARCHS='90a-real;110-real' python -m pip install ")
+
+
+@pytest.mark.parametrize(("cuda", "torch"), [(12, "torch>=2.10,<2.11"), (13, "torch>=2.11")])
+def test_what_to_type_outside_a_checkout_has_no_makefile(cuda: int, torch: str) -> None:
+    gpus = [{"name": "H100", "capability": [9, 0]}]
+    facts = {"driver": {"cuda": [cuda, 4], "gpus": gpus}}
+    machine = gpu_node(facts=facts, in_checkout=False, cuda_module=None)
+    failed = replace(machine, failures={"torch_build": "torch: libcudart.so.12 not found"})
+    fixes = [finder(failed).fix for finder in findings.FINDERS]
+    assert not [fix for fix in fixes if "make " in fix]
+    assert "cmake.define.M3I_CUDA=ON m3i-fast" in findings.find_cuda_kernels(machine).fix
+    assert f'install --force-reinstall "{torch}"' in machine.start_over
+
+
+def test_a_machine_without_dali_trains() -> None:
+    machine = gpu_node(versions={"nvidia-dali-cuda130": None})
+    machine = replace(machine, versions={n: v for n, v in machine.versions.items() if v})
+    found = findings.find_dali(machine)
+    assert (found.level, "auto takes torch" in found.detail) == ("warning", True)
 
 
 @pytest.mark.parametrize(
