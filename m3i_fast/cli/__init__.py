@@ -25,7 +25,7 @@ VERBS = {
     "recipes": "list the recipes: what each trains, and what it needs",
     "methods": "list the known methods and their terms, or explain one",
     "evaluate": "measure a run's encoder on held-out pictures",
-    "report": "write the page of a run, finished or going on: curves, samples, what it finds, speed",
+    "report": "write the page of a run, finished or going on: curves, samples, finds, speed",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
     "export": "write what a run has learnt as a folder for timm, or a small one for m3i_fast.load",
     "data": "pack or index pictures of your own, or write openmoji, styles or synthetic; describe, "

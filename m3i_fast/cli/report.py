@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ReportCommand(Checked):
-    """Write one page of a run: curves, samples as the model sees them, what the newest checkpoint
-    finds, what bounds the speed, configuration. A run that is going on is not disturbed."""
+    """Write one page of a run: curves, samples, what it finds, what bounds its speed.
+
+    A run that is going on is not disturbed.
+    """
 
     run: tyro.conf.Positional[Path]
     """Run directory that `m3i-fast train` wrote."""
@@ -69,7 +71,6 @@ def write(command: ReportCommand, out: Path, *, beside_untrained: bool = False) 
     from m3i_fast.config import TrainConfig
     from m3i_fast.engine.checkpoint.checkpoints import checkpoints
     from m3i_fast.engine.run.status import status_of
-    from m3i_fast.json_files import read_json
     from m3i_fast.observe.metrics import last_step
     from m3i_fast.report.run_inputs import gather
     from m3i_fast.report.run_page import write_report
@@ -88,7 +89,6 @@ def write(command: ReportCommand, out: Path, *, beside_untrained: bool = False) 
     encoders, class_names = _encoders(run, command.device)
     if beside_untrained and isinstance(encoders, dict):
         encoders["untrained"] = _untrained(cfg)
-    evaluation = run / "evaluation.json"
     recipe, changed = nearest_recipe(cfg)
     inputs = gather(
         run,
@@ -99,7 +99,7 @@ def write(command: ReportCommand, out: Path, *, beside_untrained: bool = False) 
         class_names=class_names,
         most=command.pictures,
         notes=status.sentences,
-        evaluation=read_json(evaluation) if evaluation.exists() else None,
+        evaluation=_evaluation(run),
         recipe=recipe,
         changed=changed,
         data=_data(run, cfg),
@@ -180,6 +180,19 @@ def _fields(path: str, tree: Any) -> dict[str, Any]:
     return fields
 
 
+def _evaluation(run: Path) -> dict[str, Any] | None:
+    """Return evaluation.json of a run; None without one, and with a warning for a damaged one."""
+    from m3i_fast.json_files import read_json
+
+    try:
+        return dict(read_json(run / "evaluation.json", {"held_out_concepts": int}))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("%s; it is left out", error)
+        return None
+
+
 def _data(run: Path, cfg: TrainConfig) -> dict[str, Any]:
     """Return what the run keeps of its data, and the counts of the data if they are there."""
     from m3i_fast.engine.run.data_record import read_record
@@ -245,4 +258,9 @@ def _profile(command: ReportCommand) -> list[str]:
     folder = command.profile or command.run / "profile"
     if command.profile is None and not folder.is_dir():
         return []
-    return [f"As profiled in {folder.name}:", *sentences(read_summary(folder))]
+    try:
+        return [f"As profiled in {folder.name}:", *sentences(read_summary(folder))]
+    except (FileNotFoundError, ValueError) as error:
+        if command.profile is not None:
+            raise
+        return [f"What {folder.name} holds cannot be read: {error}."]

@@ -93,9 +93,7 @@ def how_drawn(num_values: int) -> str:
     if size > 1:
         points = f"The lowest and the highest value of every {size:,} logged steps"
     return (
-        f"{points} (thin) and a moving mean (bold)."
-        if num_values >= MIN_SMOOTHED
-        else f"{points}."
+        f"{points} (thin) and a moving mean (bold)." if num_values >= MIN_SMOOTHED else f"{points}."
     )
 
 
@@ -131,7 +129,9 @@ def curve(key: str, steps: Values, values: Values) -> Panel:
     finite = values[np.isfinite(values)]
     label = f"{title}: no finite value was logged"
     if len(finite):
-        label = f"{title} from {finite[0]:.4g} to {finite[-1]:.4g} over {len(values):,} logged steps"
+        label = (
+            f"{title} from {finite[0]:.4g} to {finite[-1]:.4g} over {len(values):,} logged steps"
+        )
     layout = {
         "xaxis": axis(nticks=4, title="step") | {"showgrid": False},
         "yaxis": axis(nticks=4) | {"tickformat": "~s" if _is_large(finite) else "~g"},
@@ -270,8 +270,7 @@ def time_shares(logged: Curves) -> Panel | None:
 
 
 def stage_medians(logged: Curves) -> dict[str, float]:
-    """Return the median milliseconds of each stage of STAGES that was logged, those of terms summed.
-    """
+    """Return the median milliseconds of each stage that was logged, those of terms summed."""
     sums: dict[str, float] = {}
     for key, (_, values) in logged.items():
         if key.startswith("time/") and len(values):
@@ -293,7 +292,10 @@ def what_bounds(medians: Mapping[str, float]) -> str:
             f"Waiting for the loader takes {percent(waited)} of a step: it bounds the speed, and "
             f"--data.num-threads or a faster store helps; of the rest {longest}."
         )
-    return f"The model bounds the speed: {longest} of a step, waiting for the loader {percent(waited)}."
+    return (
+        f"The model bounds the speed: {longest} of a step, waiting for the loader "
+        f"{percent(waited)}."
+    )
 
 
 def _binned(values: Values) -> Values:

@@ -127,15 +127,19 @@ def _worst(counts: npt.NDArray[np.int64], names: Sequence[str]) -> str:
     if not wrong.any():
         return ""
     row, column = np.unravel_index(wrong.argmax(), wrong.shape)
-    return f"{names[row]} taken for {names[column]} ({wrong[row, column]:,} of {counts[row].sum():,})"
+    return (
+        f"{names[row]} taken for {names[column]} ({wrong[row, column]:,} of {counts[row].sum():,})"
+    )
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return (
+        name if len(name) <= NAME_LETTERS else f"{name[: NAME_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
+    )
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """Number names that are alike: an axis has one place a name."""
+    """Give names that are alike a number: an axis has one place a name."""
     seen: dict[str, int] = {}
     found = []
     for name in names:
@@ -193,7 +197,9 @@ def reliability_diagram(
         "y": plain(accuracy[there]),
         "width": 0.9 / NUM_BINS,
         "marker": {"color": "var(--accent)", "line": {"width": 0}},
-        "customdata": [[n, c] for n, c in zip(count[there].tolist(), plain(mean[there]), strict=True)],
+        "customdata": [
+            [n, c] for n, c in zip(count[there].tolist(), plain(mean[there]), strict=True)
+        ],
         "hovertemplate": "confidence %{customdata[1]:.1%}: right %{y:.1%} of %{customdata[0]:,d}"
         "<extra></extra>",
     }
@@ -208,7 +214,8 @@ def reliability_diagram(
     }
     overall = float(np.nansum(count * accuracy) / count.sum())
     sure = float(np.nansum(count * mean) / count.sum())
-    told = f"expected calibration error {percent(error)}: {percent(sure)} sure and {percent(overall)} right"
+    shares_of = f"{percent(sure)} sure and {percent(overall)} right"
+    told = f"expected calibration error {percent(error)}: {shares_of}"
     shares = {"range": [0, 1], "tickformat": ".0%", "fixedrange": True}
     layout = {
         "xaxis": axis(nticks=4, title="confidence") | shares | {"showgrid": False},
@@ -246,7 +253,9 @@ def retrieval_sheet(
         )
     side = pictures.shape[-1]
     pitch = side + 2 * _FRAME + _GAP
-    sheet = np.full((len(queries) * pitch, (found.shape[1] + 1) * pitch + side // 4, 3), 255, np.uint8)
+    sheet = np.full(
+        (len(queries) * pitch, (found.shape[1] + 1) * pitch + side // 4, 3), 255, np.uint8
+    )
     for row, query in enumerate(queries):
         _place(sheet, pictures[query], row * pitch, 0, None)
         for column, item in enumerate(found[row], start=1):
@@ -272,4 +281,6 @@ def _place(
 
 def evenly(number: int, most: int) -> list[int]:
     """Return at most `most` of `number` rows at even steps, the first and the last among them."""
-    return [round(i) for i in np.linspace(0, number - 1, min(number, most)).tolist()] if number else []
+    return (
+        [round(i) for i in np.linspace(0, number - 1, min(number, most)).tolist()] if number else []
+    )

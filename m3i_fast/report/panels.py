@@ -1,5 +1,4 @@
-"""Plotly figures of the pages, and what they share. Colours are CSS variables, which report.js
-resolves.
+"""Plotly figures of the pages. Colours are CSS variables, which report.js resolves.
 
 One figure then serves both colour schemes and follows a change of the scheme.
 """

@@ -352,9 +352,7 @@ def _neighbours(held: Held) -> Neighbours | None:
     )
 
 
-def _guesses(
-    held: Held, of_data: tuple[str, ...], of_head: tuple[str, ...]
-) -> Guesses | None:
+def _guesses(held: Held, of_data: tuple[str, ...], of_head: tuple[str, ...]) -> Guesses | None:
     """Return the guesses of the category head, with the labels by its own classes."""
     if held.logits is None or held.logits.shape[1] != len(of_head):
         return None

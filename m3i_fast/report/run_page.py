@@ -227,8 +227,8 @@ def _speed(inputs: ReportInputs) -> list[str]:
         told.append(bound)
     if seconds is not None:
         told.append(
-            f"{len(seconds[1]):,} evaluations took {seconds[1].sum():,.0f} s in all, which is in no "
-            "other figure."
+            f"{len(seconds[1]):,} evaluations took {seconds[1].sum():,.0f} s in all, which is in "
+            "no other figure."
         )
     return told + list(inputs.speed_notes)
 

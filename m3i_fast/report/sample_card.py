@@ -1,4 +1,4 @@
-"""A sample as pages show it: its picture with the regions of its views, its annotations, its views."""
+"""A sample as pages show it: its picture with the regions of its views, and its annotations."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _input(
     share = 1.0 if mix.share is None else float(mix.share[p])
     if mixing.divides_cells:
         shows = np.full(grid * grid, -1)
-        for image, row in enumerate(members):
+        for image in range(len(members)):
             shows[mix.token_index[image * mix.num_inputs + p].numpy()] = image
         shows = shows.reshape(grid, grid)
         if len(members) > 1:

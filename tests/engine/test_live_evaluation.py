@@ -53,7 +53,10 @@ def assert_same_training(a: Path, b: Path) -> None:
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
     free = ("time/", "throughput/", "efficiency/", "host/", "gpu/", "memory/")
     logged = [
-        [{k: v for k, v in row.items() if not k.startswith(free)} for row in rows_of(run, evaluated=False)]
+        [
+            {k: v for k, v in row.items() if not k.startswith(free)}
+            for row in rows_of(run, evaluated=False)
+        ]
         for run in (a, b)
     ]
     assert logged[0] == logged[1] and len(logged[0]) > 0
@@ -199,7 +202,9 @@ def test_the_best_checkpoint_may_be_that_of_an_evaluation(dataset: Path, tmp_pat
     trainer.train()
     last = rows_of(tmp_path / "run", evaluated=True)[-1]["evaluate/knn_top1"]
     assert trainer.log.score == -last
-    with pytest.raises(ValueError, match="keep_best: expected one of .*evaluate/knn_top1.*knn_top2"):
+    with pytest.raises(
+        ValueError, match="keep_best: expected one of .*evaluate/knn_top1.*knn_top2"
+    ):
         Trainer(replace(cfg, keep_best="+evaluate/knn_top2"), tmp_path / "typo").train()
 
 
@@ -213,9 +218,7 @@ def test_two_ranks_measure_what_one_does_and_none_waits_for_ever(
     expected = rows_of(tmp_path / "one", evaluated=True)
     for shard in SHARDS:
         assert_same_training(tmp_path / f"without-{shard}", tmp_path / f"with-{shard}")
-        of_ranks = [
-            torch.load(tmp_path / f"values-{shard}-{rank}.pt") for rank in range(NUM_RANKS)
-        ]
+        of_ranks = [torch.load(tmp_path / f"values-{shard}-{rank}.pt") for rank in range(NUM_RANKS)]
         for each in sum(of_ranks, []):
             del each["evaluate/seconds"]
         assert of_ranks[0] == of_ranks[1] and len(of_ranks[0]) == 2
@@ -297,7 +300,11 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 @pytest.mark.usefixtures("quiet")
 def test_what_cannot_be_evaluated_is_refused_before_the_run(
-    flags: list[str], message: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    message: str,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
     arguments = ["train", "demo", "--out", str(out), f"--data.path={dataset}", "--device=cpu"]

@@ -251,9 +251,7 @@ def guesses() -> Guesses:
 def neighbours() -> Neighbours:
     pictures = np.stack([resized(photograph(name)).transpose(2, 0, 1) for name in PHOTOGRAPHS])
     found = np.arange(1, 13).reshape(3, 4)
-    return Neighbours(
-        pictures=pictures, queries=[0, 13, 14], found=found, is_right=found % 3 > 0
-    )
+    return Neighbours(pictures=pictures, queries=[0, 13, 14], found=found, is_right=found % 3 > 0)
 
 
 def evaluation() -> dict[str, Any]:

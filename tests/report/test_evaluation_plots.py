@@ -37,9 +37,7 @@ def drawn(num: int, num_classes: int, *, sure: float) -> tuple[np.ndarray, np.nd
 def test_confusion_equals_scikit_learn(num_classes: int) -> None:
     logits, label = drawn(500, num_classes, sure=1.0)
     known, predicted = label >= 0, logits.argmax(1)
-    expected = metrics.confusion_matrix(
-        label[known], predicted[known], labels=range(num_classes)
-    )
+    expected = metrics.confusion_matrix(label[known], predicted[known], labels=range(num_classes))
     counts = confusion_counts(predicted, label, num_classes)
     np.testing.assert_array_equal(counts, expected)
 
@@ -74,7 +72,11 @@ def test_of_many_classes_those_with_most_mistakes_are_shown_and_the_rest_is_one(
 
 
 def test_names_that_are_alike_have_a_row_each() -> None:
-    names = ("a name of more than eighteen letters", "a name of more than nineteen letters", "a name")
+    names = (
+        "a name of more than eighteen letters",
+        "a name of more than nineteen letters",
+        "a name",
+    )
     (trace,) = confusion_matrix(np.array([0, 1, 2]), np.array([0, 1, 2]), names).figure["data"]
     assert len(set(trace["y"])) == 3 and all(len(name) <= 20 for name in trace["y"])
 

@@ -73,7 +73,9 @@ def test_thinning_keeps_the_extremes_of_every_bin(values: list[float], bins: int
     steps, given_values = np.arange(len(values), dtype=float), np.array(values)
     x, y = thinned(steps, given_values, max_bins=bins)
     np.testing.assert_array_equal(y, given_values[x.astype(int)])
-    assert (np.diff(x) > 0).all() and len(x) <= max(3 * bins + 2, len(values) * (len(values) <= bins))
+    assert (np.diff(x) > 0).all() and len(x) <= max(
+        3 * bins + 2, len(values) * (len(values) <= bins)
+    )
     size = math.ceil(len(values) / bins)
     for start in range(0, len(values), size):
         inside = given_values[start : start + size]
@@ -171,7 +173,9 @@ def test_time_shares_are_medians_and_sum_to_the_step() -> None:
     assert panel.note == "40 ms, medians over the logged steps"
     assert time_shares({}) is None
     assert stage_medians(columns(rows)) == {"data.wait": 10.0, "loss": 30.0}
-    assert what_bounds(stage_medians(columns(rows))).startswith("Waiting for the loader takes 25.0%")
+    assert what_bounds(stage_medians(columns(rows))).startswith(
+        "Waiting for the loader takes 25.0%"
+    )
     assert what_bounds({}) == ""
 
 

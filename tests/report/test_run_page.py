@@ -198,7 +198,9 @@ def test_a_run_without_anything_has_a_page_that_says_why(tmp_path: Path) -> None
     page = write_report(inputs, tmp_path / "empty.html")
     html = page.read_text()
     for reason in (*REASONS.values(), "No step was logged."):
-        assert html.count(reason.replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#39;")) == 1
+        assert (
+            html.count(reason.replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#39;")) == 1
+        )
     assert _figures(page) == {}
     if skip_reason() is None:
         check_page(page, tmp_path, num_figures=0)

@@ -1,5 +1,4 @@
-"""Fields of a config that change nothing of a run: where its data lie, how they are read, and what
-is evaluated on the way.
+"""Fields of a config that change nothing of a run: where its data lie, what is evaluated.
 
 Whether other places hold the same data the loader's state tells, by their digest.
 """

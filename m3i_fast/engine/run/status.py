@@ -54,9 +54,7 @@ class RunStatus:
         return told
 
 
-def status_of(
-    run: Path, *, num_steps: int, logged_step: int, saved_step: int | None
-) -> RunStatus:
+def status_of(run: Path, *, num_steps: int, logged_step: int, saved_step: int | None) -> RunStatus:
     """Return how far a run of `num_steps` is, whose log and checkpoints end at these steps."""
     step = max(logged_step, saved_step or 0)
     log = run / "metrics.jsonl"

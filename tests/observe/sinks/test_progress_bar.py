@@ -7,7 +7,12 @@ from rich.console import Console
 
 from m3i_fast.observe.sinks.progress_bar import Pace, TrainingBar, figures_of
 
-ROW = {"throughput/img_s": 1234.4, "loss/total": 2.5, "time/data.wait_ms": 30.0, "time/bwd_ms": 70.0}
+ROW = {
+    "throughput/img_s": 1234.4,
+    "loss/total": 2.5,
+    "time/data.wait_ms": 30.0,
+    "time/bwd_ms": 70.0,
+}
 
 
 class Run:
