@@ -178,7 +178,7 @@ def choose_rows(cfg: LoaderConfig, most: int, *, labelled: bool) -> ChosenRows:
     of a bucket the first ones, since a picture is fetched with its neighbours. Raises as
     `open_data`.
     """
-    opened = open_data(cfg)
+    opened = open_data(replace(cfg, lanes=1))  # as `evaluation_batches` reads a bucket
     try:
         table = opened.table
         assert isinstance(table, SampleTable)  # one data set

@@ -52,7 +52,7 @@ def seen_inputs(cfg: TrainConfig, data: LoaderConfig, manifest: Manifest) -> lis
     most = len(opened.table) // images * images
     number = max(min(_CANDIDATES // images * images, most), images)
     loader = Loader(
-        replace(data, batch_size=number, num_threads=1),
+        replace(data, batch_size=number, num_threads=1, hw_decoder_load=None, exact_decode=False),
         images_per_input=images,
         opened=opened,
     )
