@@ -224,7 +224,7 @@ def run(
         try:
             with explained_gpu_errors(config, out):
                 return trainer.train(
-                    bar.log, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
+                    bar.show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
                 )
         except (FileNotFoundError, FileExistsError) as error:  # no wrong request: it has begun
             raise RuntimeError(str(error)) from error

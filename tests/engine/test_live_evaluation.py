@@ -288,13 +288,13 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--evaluate-split", "train"], "evaluate_split: expected another split than data.split"),
+        (["--evaluate-split", "train"], "--evaluate-split: expected another split than data.split"),
         (["--evaluate-split", "absent"], "split: expected one of"),
         (["--evaluate-data", "nowhere"], "nowhere"),
-        (["--data.mixture", "x:train:1"], "evaluate_data: expected a data set to evaluate on"),
+        (["--data.mixture", "x:train:1"], "--evaluate-data: expected a data set to evaluate on"),
         (
             ["--evaluate-every", "0", "--keep-best", "evaluate/knn_top1"],
-            "evaluate_every: expected at least 1 with keep_best",
+            "--evaluate-every: expected at least 1 with keep_best",
         ),
     ],
 )

@@ -193,7 +193,7 @@ def metrics(num: int = 120) -> list[dict[str, float]]:
 
 def columns(rows: list[dict[str, float]]) -> Curves:
     """Logged rows by name, as they are read of a file."""
-    names = {name for row in rows for name in row if name != "step"}
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
     return {
         name: (
             np.array([row["step"] for row in rows if name in row], float),

@@ -18,6 +18,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -38,7 +39,7 @@ TOLD = {
 
 
 class TrainingBar(Progress):
-    """A bar that `log` hands the logged rows, as a sink; a context, which draws it.
+    """A bar that `show` hands the logged rows; a context, which draws it.
 
     step: returns the steps taken, earlier parts of the run included; after a rollback fewer than
     before. doing: returns what the run does now, as a key of TOLD or anything else.
@@ -54,6 +55,11 @@ class TrainingBar(Progress):
         clock: Callable[[], float] = time.monotonic,
         is_shown: bool = True,
     ) -> None:
+        self._bar: TaskID | None = None  # rich draws while it is built
+        self._step, self._doing, self._clock = step, doing, clock
+        self._pace = Pace(step(), clock())
+        self._row: dict[str, float] = {}
+        self._since = ("", clock())
         super().__init__(
             TextColumn("training", markup=False),
             BarColumn(bar_width=24),
@@ -65,13 +71,9 @@ class TrainingBar(Progress):
             refresh_per_second=DRAWN_A_SECOND,
             disable=not is_shown,
         )
-        self._step, self._doing, self._clock = step, doing, clock
-        self._pace = Pace(step(), clock())
-        self._row: dict[str, float] = {}
-        self._since = ("", clock())
-        self._task = self.add_task("", total=num_steps, completed=step(), figures="", left=None)
+        self._bar = self.add_task("", total=num_steps, completed=step(), figures="", left=None)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def show(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of a logged row; those that it lacks stay as they were."""
         self._row |= values
         if "throughput/img_s" in values:
@@ -79,14 +81,11 @@ class TrainingBar(Progress):
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """Draw the bar as the run is now."""
-        now, step = self._clock(), self._step()
-        total = self.tasks[0].total or 0
-        self.update(
-            self._task,
-            completed=step,
-            left=self._pace.seconds_left(step, now, total),
-            figures=self._figures(now),
-        )
+        if self._bar is not None:
+            now, step = self._clock(), self._step()
+            left = self._pace.seconds_left(step, now, int(self.tasks[0].total or 0))
+            figures = self._figures(now)
+            self.update(self._bar, completed=step, left=left, figures=figures)
         return super().get_renderables()
 
     def _figures(self, now: float) -> str:

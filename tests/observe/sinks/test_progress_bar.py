@@ -53,9 +53,9 @@ def test_time_left_counts_from_the_first_row_with_all_that_lies_between_steps() 
     run = Run()
     bar = run.bar(io.StringIO())
     run.step, run.now = 10, 200.0  # the first steps are slow
-    bar.log(10, ROW)
+    bar.show(10, ROW)
     run.step, run.now = 30, 240.0
-    bar.log(20, {"evaluate/knn_top1": 0.5})  # an evaluation is no new beginning
+    bar.show(20, {"evaluate/knn_top1": 0.5})  # an evaluation is no new beginning
     text = drawn(bar)
     assert "30/100" in text and "0:02:20 left" in text  # 2 s a step
     assert "1,234 img/s" in text and "loss 2.500" in text
@@ -76,12 +76,12 @@ def test_a_rollback_takes_the_bar_back() -> None:
     run = Run()
     bar = run.bar(io.StringIO())
     run.step, run.now = 40, 140.0
-    bar.log(40, ROW)
+    bar.show(40, ROW)
     run.step, run.now = 50, 150.0
     assert "0:00:50 left" in drawn(bar)
     run.step, run.now = 20, 160.0
     assert "20/100" in drawn(bar) and "-:--:-- left" in drawn(bar)
-    bar.log(30, ROW)
+    bar.show(30, ROW)
     run.step, run.now = 40, 180.0
     assert "40/100" in drawn(bar) and "0:02:00 left" in drawn(bar)
 
@@ -107,7 +107,7 @@ def test_off_a_terminal_one_line_is_written_at_the_end() -> None:
     with run.bar(out, terminal=False) as bar:
         for step in range(1, 101):
             run.step, run.now = step, run.now + 1
-            bar.log(step, ROW)
+            bar.show(step, ROW)
             bar.refresh()
         assert out.getvalue() == ""
     assert out.getvalue().count("\n") == 1 and "100/100" in out.getvalue()
@@ -116,7 +116,7 @@ def test_off_a_terminal_one_line_is_written_at_the_end() -> None:
 def test_other_ranks_draw_nothing() -> None:
     run, out = Run(), io.StringIO()
     with run.bar(out, shown=False) as bar:
-        bar.log(1, ROW)
+        bar.show(1, ROW)
     assert out.getvalue() == ""
 
 
