@@ -80,13 +80,13 @@ def confusion_matrix(
         "zmax": 1,
         "xgap": 1,
         "ygap": 1,
-        "colorscale": [[0, "var(--raised)"], [1, "var(--accent)"]],
+        "colorscale": [[0, "var(--raised)"], [1, "var(--heat)"]],
         "showscale": False,
         "customdata": counts.tolist(),
         "hovertemplate": "%{y} taken for %{x}: %{z:.1%}, %{customdata}<extra></extra>",
     }
     if few:
-        trace |= {"text": text, "texttemplate": "%{text}", "textfont": {"size": 10}}
+        trace |= {"text": text, "texttemplate": "%{text}", "textfont": {"size": 10, "color": "var(--ink)"}}
     layout = {
         "xaxis": axis(title="taken for") | {"tickangle": -90, "automargin": True},
         "yaxis": axis() | {"autorange": "reversed", "automargin": True, "fixedrange": True},

@@ -29,7 +29,7 @@ SLOW_S = 1.0  # from which on a stage of a step is told: shorter ones would flic
 LOADER_SHARE = 0.1  # of a step, from which on the wait for data is told
 # What the run does (`Trainer.doing`), in words; stages of a step that are not here are not told.
 TOLD = {
-    "the first step": "first step: compiling, filling the loader's queue",
+    "the first step": "the first step, which takes longer",
     "data.wait": "waiting for the loader",
     "a save": "saving a checkpoint",
     "an evaluation": "evaluating",
