@@ -36,7 +36,7 @@ from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.mixture import read_described
 from m3i_fast.pipelines.open_data import open_data
 from m3i_fast.pipelines.storage.objects import place_of
-from m3i_fast.pipelines.storage.remote import shards_url
+from m3i_fast.pipelines.storage.remote import manifest_at, shards_url
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class LiveEvaluation:
         data = replace(cfg.data, path=cfg.evaluate_data or cfg.data.path, mixture=())
         most = cfg.evaluate_pictures
         wants_captions = any(term.target == "caption" for term in cfg.objective.active_terms)
-        info = read_described(data).split(cfg.evaluate_split)
+        info = manifest_at(data).split(cfg.evaluate_split)
         self._retrieves = wants_captions and info.num_captions > 0
         queries = replace(data, split=cfg.evaluate_split)
         self._queries = choose_rows(queries, most, labelled=not self._retrieves)
@@ -95,9 +95,9 @@ class LiveEvaluation:
         if self._retrieves:
             _expect_tokenizer(cfg, data)
         if world.is_main:
-            logger.info("evaluation every %d steps: %s", cfg.evaluate_every, self._told(info))
+            logger.info("evaluation every %d steps: %s", cfg.evaluate_every, self._told())
 
-    def _told(self, info: object) -> str:
+    def _told(self) -> str:
         name, number = self._cfg.evaluate_split, len(self._queries.rows)
         parts = [f"{number:,} pictures of split {name}"]
         if self._bank is None:
@@ -271,7 +271,7 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _expect_tokenizer(cfg: TrainConfig, data: LoaderConfig) -> None:
     """Raise ValueError where the captions to evaluate have another tokenizer than the run's."""
-    ours, theirs = read_described(cfg.data).tokenizer, read_described(data).tokenizer
+    ours, theirs = read_described(cfg.data).tokenizer, manifest_at(data).tokenizer
     if ours != theirs:
         raise ValueError(
             f"evaluate_data: expected {place_of(data.path)} to have the tokenizer of the run's "

@@ -107,8 +107,8 @@ def curve(key: str, steps: Values, values: Values) -> Panel:
     if bounds:
         note += f"; healthy: {bounds.text}" if note else f"healthy: {bounds.text}"
     x, y = thinned(steps, values)
-    line = {"type": "scatter", "mode": "lines" if len(x) > 2 else "lines+markers"}
-    line |= {"showlegend": False}
+    line: dict[str, Any] = {"type": "scatter", "showlegend": False}
+    line["mode"] = "lines" if len(x) > 2 else "lines+markers"
     many = len(values) >= MIN_SMOOTHED
     traces = [
         line

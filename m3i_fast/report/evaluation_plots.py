@@ -86,7 +86,11 @@ def confusion_matrix(
         "hovertemplate": "%{y} taken for %{x}: %{z:.1%}, %{customdata}<extra></extra>",
     }
     if few:
-        trace |= {"text": text, "texttemplate": "%{text}", "textfont": {"size": 10, "color": "var(--ink)"}}
+        trace |= {
+            "text": text,
+            "texttemplate": "%{text}",
+            "textfont": {"size": 10, "color": "var(--ink)"},
+        }
     layout = {
         "xaxis": axis(title="taken for") | {"tickangle": -90, "automargin": True},
         "yaxis": axis() | {"autorange": "reversed", "automargin": True, "fixedrange": True},
@@ -126,7 +130,7 @@ def _worst(counts: npt.NDArray[np.int64], names: Sequence[str]) -> str:
         wrong[-1], wrong[:, -1] = 0, 0
     if not wrong.any():
         return ""
-    row, column = np.unravel_index(wrong.argmax(), wrong.shape)
+    row, column = divmod(int(wrong.argmax()), len(wrong))
     return (
         f"{names[row]} taken for {names[column]} ({wrong[row, column]:,} of {counts[row].sum():,})"
     )

@@ -128,6 +128,7 @@ def test_a_run_that_goes_on_is_told_and_left_alone(run: Path, tmp_path: Path) ->
     (live / "metrics.jsonl").write_text(text + '{"step": 5, "loss/to')  # a row half written
     lock = RunLock(live)
     lock.acquire()
+    (live / "report.html").unlink(missing_ok=True)
     before = {path: path.read_bytes() for path in live.rglob("*") if path.is_file()}
     html = report(live)
     lock.release()
