@@ -92,6 +92,8 @@ def test_calibration_equals_scikit_learn(sure: float) -> None:
     there = count > 0
     np.testing.assert_allclose(accuracy[there], share)
     np.testing.assert_allclose(mean[there], sure_of)
+    place = np.flatnonzero(there)
+    assert (mean[there] > place / NUM_BINS).all() and (mean[there] <= (place + 1) / NUM_BINS).all()
     weights = count[there] / known.sum()
     assert error == pytest.approx((weights * np.abs(share - sure_of)).sum())
     assert count.sum() == known.sum()
