@@ -18,7 +18,14 @@ from m3i_fast.recipes import recipes, shrink
 from tests.shared.chromium import check_page, skip_reason
 
 TEXT = TextConfig(vocab_size=814, context_length=24, dim=32, depth=1, num_heads=2, embed_dim=32)
-OUTSIDE = ("demo_mae", "demo_clip", "demo_supervised", "demo_internimage")
+OTHERS = [
+    "demo_mae",
+    "demo_clip",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("demo_supervised", "demo_internimage")
+    ),
+]
 
 
 def config(name: str, data: Path, **changes: object) -> TrainConfig:
@@ -70,7 +77,7 @@ def test_a_complete_run_has_every_part(run: Path, tmp_path: Path) -> None:
         check_page(run / "report.html", tmp_path, num_figures=len(drawn))
 
 
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_methods_and_encoders_leave_out_what_they_lack(
     name: str, dataset: Path, tmp_path: Path
 ) -> None:

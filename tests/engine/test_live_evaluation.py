@@ -208,6 +208,7 @@ def test_the_best_checkpoint_may_be_that_of_an_evaluation(dataset: Path, tmp_pat
         Trainer(replace(cfg, keep_best="+evaluate/knn_top2"), tmp_path / "typo").train()
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does_and_none_waits_for_ever(
     dataset: Path, tmp_path: Path
 ) -> None:
