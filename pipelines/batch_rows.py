@@ -188,6 +188,17 @@ class TrainingRows:
         yield from zip(*(c.reshape(count, layout.batch_size) for c in columns), strict=True)
 
 
+def good_rows(table: SampleTable, *, representatives_only: bool) -> Integers:  # [N]
+    """Return the rows of samples that the table does not mark as bad, in its order.
+
+    representatives_only: only samples after which their group is named.
+    """
+    taken = (table.rows["flags"] & BAD) == 0
+    if representatives_only:
+        taken &= table.rows["sample_id"] == table.rows["group_id"]
+    return np.flatnonzero(taken)
+
+
 def ordered_rows(
     table: SampleTable,
     shards: Shards,
@@ -195,16 +206,13 @@ def ordered_rows(
     *,
     representatives_only: bool,
     fetch_ahead: int,
+    rows: Integers | None = None,
 ) -> Iterator[BatchRows]:
-    """Yield the rows of one pass in the table's order, without samples that it marks as bad.
+    """Yield the rows of one pass over `good_rows`, or over `rows` in their order.
 
-    representatives_only: only samples after which their group is named. fetch_ahead: samples that
-    the shards are told of before their turn.
+    fetch_ahead: samples that the shards are told of before their turn.
     """
-    taken = (table.rows["flags"] & BAD) == 0
-    if representatives_only:
-        taken &= table.rows["sample_id"] == table.rows["group_id"]
-    good = np.flatnonzero(taken)
+    good = good_rows(table, representatives_only=representatives_only) if rows is None else rows
     for start in range(0, len(good), batch_size):
         first = start + fetch_ahead if start else 0
         shards.expect(good[first : start + fetch_ahead + batch_size])

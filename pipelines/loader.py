@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS, BackendName, LoaderConfig, ViewConfig
 from m3i_fast.ops.views import view_specs
@@ -292,12 +293,15 @@ def evaluation_batches(
     max_pixels: int = MAX_PIXELS,
     backend: BackendName = "auto",
     bucket_fields_of: LoaderConfig | None = None,
+    rows: NDArray[np.int64] | None = None,
 ) -> Iterator[Batch]:
     """Iterate once over a split in order, without augmentation: one global view, the centre square.
 
     Batches have the first of several captions; the last batch may be smaller. With
     representatives_only they hold one sample a group (sample_id == group_id). bucket_fields_of: a
     config of which the cache and the limits are taken where `path` is a URL; None: the defaults.
+    rows: rows of the split's table to read in their place, in this order; a batch's `position` is
+    the row of each sample.
     Raises as `open_data`, ValueError for a size below 1, and RuntimeError naming a corrupt sample.
     """
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
@@ -328,18 +332,19 @@ def evaluation_batches(
         device_id=device_id,
         hw_decoder_load=None,
     )
-    rows = ordered_rows(
+    ordered = ordered_rows(
         opened.table,
         opened.shards,
         batch_size,
         representatives_only=representatives_only,
         fetch_ahead=cfg.fetch_ahead,
+        rows=rows,
     )
 
     def batches() -> Iterator[Batch]:
         made: Backend | None = None
         try:
-            made = with_captions(start_backend(backend, rows, work), opened.manifest)
+            made = with_captions(start_backend(backend, ordered, work), opened.manifest)
             while True:
                 try:
                     batch = _to_batch(next(made), opened, 1, device_id)

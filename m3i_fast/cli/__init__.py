@@ -25,6 +25,7 @@ VERBS = {
     "recipes": "list the recipes: what each trains, and what it needs",
     "methods": "list the known methods and their terms, or explain one",
     "evaluate": "measure a run on held-out concepts, or any encoder on pictures of your own",
+    "report": "write the page of a run, finished or going on: curves, samples, finds, speed",
     "search": "serve a page that searches pictures by words, by a picture, by a patch of one",
     "checkpoint": "list, verify or consolidate the checkpoints of a run",
     "export": "write what a run has learnt for timm, transformers, open_clip, InternImage, ONNX or "

@@ -16,7 +16,6 @@ import tyro
 from m3i_fast.cli import console
 from m3i_fast.cli.evaluate import print_figures
 from m3i_fast.cli.train import run as train
-from m3i_fast.config import TrainConfig
 from m3i_fast.engine.run.lock import RunLock
 from m3i_fast.recipes import demo, pack_demo
 
@@ -64,7 +63,7 @@ def run(command: DemoCommand) -> int:
         console.print(f"stopped at step {outcome.step}: no page is written")
         return 128 + outcome.signal
     console.rule("evaluating on held-out concepts")
-    figures, page = report(command.out, cfg)
+    figures, page = report(command.out)
     if command.record:
         from m3i_fast.benchmarks.ledger.rows import append_row
 
@@ -85,14 +84,13 @@ def set_aside(out: Path) -> None:
         console.print(f"moved the older {out} to {moved}", soft_wrap=True)
 
 
-def report(run: Path, cfg: TrainConfig) -> tuple[dict[str, Any], Path]:
+def report(run: Path) -> tuple[dict[str, Any], Path]:
     """Evaluate a run, write its evaluation.json and report.html; return figures and page."""
-    from m3i_fast.engine.evaluator import build_untrained, evaluate, load_objective
-    from m3i_fast.report.demo_inputs import gather
-    from m3i_fast.report.run_page import write_report
+    from m3i_fast.cli.report import ReportCommand, write
+    from m3i_fast.engine.evaluator import evaluate
 
     figures = evaluate(run).figures
     print_figures(figures)
-    cpu = replace(cfg, device="cpu")
-    encoders = {"trained": load_objective(run, cpu), "untrained": build_untrained(cpu)}
-    return figures, write_report(gather(run, cpu, encoders, figures), run / "report.html")
+    page = run / "report.html"
+    write(ReportCommand(run=run), page, beside_untrained=True)
+    return figures, page

@@ -11,14 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -61,6 +53,10 @@ FLAGS = {
     "precision and speed": ("config.precision", "config.compile", "config.cuda_graphs"),
     "several GPUs, and memory": (
         *("config.parallel.shard", "config.parallel.accumulate", "config.parallel.chunk"),
+    ),
+    "evaluation on the way": (
+        *("config.evaluate_every", "config.evaluate_split", "config.evaluate_data"),
+        "config.evaluate_pictures",
     ),
     "log and checkpoints": (
         *("config.log_every", "config.checkpoint_every", "config.telemetry.wandb_project"),
@@ -196,9 +192,10 @@ def run(
     init_minutes: float = INIT_MINUTES,
     watchdog_minutes: float = WATCHDOG_MINUTES,
 ) -> Outcome:
-    """Train with a progress bar: steps, images a second, time left, loss."""
+    """Train with a progress bar: steps, images a second, loss, time left, what is waited for."""
     from m3i_fast.engine.run.gpu_errors import explained_gpu_errors
     from m3i_fast.engine.trainer import Trainer
+    from m3i_fast.observe.sinks.progress_bar import TrainingBar
 
     limit = 60 * init_minutes
     starting = Watchdog(None, seconds=limit, doing="the start", flag="--init-minutes")
@@ -216,26 +213,18 @@ def run(
     quiet = not trainer.world.is_main  # the ranks share a terminal
     if trainer.initial is not None and not quiet:
         print_initial_weights(trainer.initial)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
+    bar = TrainingBar(
+        console,
+        num_steps=config.num_steps,
+        step=lambda: trainer.step,
+        doing=lambda: trainer.doing,
+        is_shown=not quiet,
     )
-    with Progress(*columns, console=console, disable=quiet) as bar:
-        task = bar.add_task("training", total=config.num_steps, completed=trainer.step, figures="")
-
-        def show(step: int, values: dict[str, float]) -> None:
-            loss = values.get("loss/total", math.nan)  # none where all steps were skipped
-            figures = f"{values['throughput/img_s']:.0f} img/s  loss {loss:.3f}"
-            bar.update(task, completed=step, figures=figures)
-
+    with bar:
         try:
             with explained_gpu_errors(config, out):
                 return trainer.train(
-                    show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
+                    bar.show, max_seconds=3600 * max_hours, watchdog_seconds=60 * watchdog_minutes
                 )
         except (FileNotFoundError, FileExistsError) as error:  # no wrong request: it has begun
             raise RuntimeError(str(error)) from error

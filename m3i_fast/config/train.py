@@ -100,7 +100,19 @@ class TrainConfig(Checked):
     """Steps between checkpoints that are kept for ever; 0 keeps none of them."""
     keep_best: str = ""
     """Logged metric whose best checkpoint is kept as well: loss/total its lowest,
-    +monitor/target_rank its highest; as it was when last logged before the save."""
+    +monitor/target_rank or +evaluate/knn_top1 its highest; as it was when last logged before the
+    save."""
+    evaluate_every: Annotated[int, NUMBERS] = 0
+    """Steps between two evaluations of the live model, kNN and retrieval of captions, whose values
+    are logged as evaluate/knn_top1 and so on; the last step is one, too. 0: none. Training is the
+    same to the bit with them and without, and a resume may have other evaluate_ fields."""
+    evaluate_split: str = "heldout"
+    """Split that is evaluated; its neighbours are looked for in data.split."""
+    evaluate_data: Path | None = None
+    """Data set of these splits; none: data.path. A mixture needs it."""
+    evaluate_pictures: Annotated[int, range(1, 10**6 + 1)] = 5000
+    """Most pictures of each of the two splits: at even steps over them, or the first ones of a
+    bucket. They are dealt to the ranks."""
     async_checkpoint: bool = True
     """Write checkpoints in a thread, from a copy in host memory; the step waits for the copy."""
 
@@ -111,6 +123,7 @@ class TrainConfig(Checked):
         yield from self._projector_conflicts()
         if self.init:
             yield from self._init_conflicts()
+        yield from self._evaluate_conflicts()
         if self.parallel.shard != 1:
             yield from self._shard_conflicts()
         if self.cuda_graphs:
@@ -156,6 +169,25 @@ class TrainConfig(Checked):
                 "a file of a ViT with a ViT" if is_vit else "internimage:FILE with an InternImage"
             )
             yield "init", f"expected run:DIR or {takes}, got {self.init!r}"
+
+    def _evaluate_conflicts(self) -> Iterator[Conflict]:
+        """Yield an evaluation without one data set, and a best checkpoint by one that is off."""
+        if not self.evaluate_every and self.keep_best.removeprefix("+").startswith("evaluate/"):
+            yield (
+                "evaluate_every",
+                f"expected at least 1 with keep_best = {self.keep_best}, got 0",
+            )
+        if self.evaluate_every and self.evaluate_split == self.data.split:
+            yield (
+                "evaluate_split",
+                f"expected another split than data.split, where neighbours are looked for, got "
+                f"{self.evaluate_split}",
+            )
+        if self.evaluate_every and self.data.mixture and self.evaluate_data is None:
+            yield (
+                "evaluate_data",
+                "expected a data set to evaluate on, since the run trains on a mixture, got none",
+            )
 
     def _projector_conflicts(self) -> Iterator[Conflict]:
         """Yield what splits the rows of a step, which a projector with batch norm needs whole."""

@@ -94,6 +94,11 @@ class GraphedMethod:
         self._graphs: dict[Any, CapturedCall | None] = {}
         self._has_warned = False
 
+    @property
+    def ungraphed(self) -> Callable[..., Tensor]:
+        """Return the method itself."""
+        return self._method
+
     def begin_step(self) -> None:
         """Begin a step, in which all graphs may be replayed again."""
         self._calls.clear()
@@ -193,6 +198,24 @@ def replay_with_graphs(
             graphed.begin_step()
 
     forward.register_forward_pre_hook(begin_step)
+
+
+@contextmanager
+def without_graphs(forward: nn.Module) -> Iterator[None]:
+    """Run the modules' own methods while the context lasts, which captures and counts no call."""
+    graphed = [
+        (module, name, method)
+        for module in forward.modules()
+        for name, method in vars(module).items()
+        if isinstance(method, GraphedMethod)
+    ]
+    for module, name, method in graphed:
+        setattr(module, name, method.ungraphed)
+    try:
+        yield
+    finally:
+        for module, name, method in graphed:
+            setattr(module, name, method)
 
 
 def capture_on_gpu(

@@ -22,8 +22,9 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.guard import not_finite
 from m3i_fast.engine.guard.skipped_steps import SkippedSteps
 from m3i_fast.engine.initial_weights import INIT_FILE, begin_from_weights
+from m3i_fast.engine.live_evaluation import LiveEvaluation
 from m3i_fast.engine.parallel.ranks import StopFlag, join_world, leave_world
-from m3i_fast.engine.parallel.watchdog import INIT_MINUTES, Watchdog
+from m3i_fast.engine.parallel.watchdog import A_STEP, INIT_MINUTES, Watchdog
 from m3i_fast.engine.precision.arithmetic import (
     capabilities_of,
     log_arithmetic,
@@ -68,7 +69,8 @@ def train(
     """Train a config in the run directory `out`, as `m3i-fast train` does, but for its limits.
 
     How many classes, token ids and tokens there are is taken from the data's manifest. progress:
-    called with every logged step and its metrics. resume: continue the run in `out`; auto: continue
+    called with every logged row, its step and metrics; those of an evaluation, with
+    `cfg.evaluate_every`, are a row of their own. resume: continue the run in `out`; auto: continue
     it if there is one; new_num_steps, new_batch_size: it may have other ones, as where their flags
     are typed. stop_on_collapse: raise `CollapseError`, after a checkpoint, when a monitor stays out
     of its healthy range. Under torchrun, or `m3i-fast launch`, every rank calls this.
@@ -146,6 +148,7 @@ class Trainer:
         if cfg.num_threads:
             torch.set_num_threads(cfg.num_threads)
         self.loader: Data = self._open_shards() if data is None else data
+        self.evaluation = LiveEvaluation(cfg, self.world) if cfg.evaluate_every else None
         self.log = RunLog(
             cfg,
             run_dir,
@@ -203,6 +206,16 @@ class Trainer:
     def step(self) -> int:
         """Return the number of optimiser steps taken, earlier parts of the run included."""
         return self.train_step.steps_taken
+
+    @property
+    def doing(self) -> str:
+        """Return what the run does now, for a reader on another thread.
+
+        That is the innermost open stage of a step, such as data.wait, or what takes longer than
+        one, such as "a save" or "an evaluation".
+        """
+        longer = self._watchdog.doing
+        return longer if longer != A_STEP else self.log.timer.innermost or A_STEP
 
     def next_step(self, data: Iterator[Batch] | None = None, *, monitor: bool = False) -> None:
         """Take a step on the next batches, as `train` repeats it; the host waits for data alone.
@@ -272,9 +285,25 @@ class Trainer:
         log = (self.step + 1) % self.cfg.log_every == 0 or self.step + 1 == self.cfg.num_steps
         self.next_step(monitor=log)
         self._watchdog.beat()
+        step = self.step
         if log:
             with self.log.timer.stage("log"):
                 self._log(progress)
+        if self.evaluation is not None and self.evaluation.is_due(step) and self.step == step:
+            self._evaluate(self.evaluation, progress)  # not after a rollback
+
+    def _evaluate(self, evaluation: LiveEvaluation, progress: Progress) -> None:
+        """Log the values of the live model as a row of their own, outside of all other times."""
+        with self._watchdog.allow_longer("an evaluation"):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # what is queued is time of the steps
+            began = time.monotonic()
+            with self.log.timer.mark("evaluate"):
+                values = evaluation.measure(self.objective, self.train_step.model)
+            values["evaluate/seconds"] = time.monotonic() - began
+        self.log.write(self.step, values)
+        progress(self.step, values)
+        self.log.leave_out(time.monotonic() - began)
 
     def _log(self, progress: Progress) -> None:
         """Read the metrics, log them and act on skipped steps, spikes and collapses."""

@@ -85,8 +85,9 @@ class StageTimer:
 
     @property
     def innermost(self) -> str | None:
-        """Return the innermost open stage; None outside all stages."""
-        return self._open[-1].name if self._open else None
+        """Return the innermost open stage, to any thread; None outside all stages."""
+        innermost = self._open[-1:]  # at once, as the thread of the steps goes on
+        return innermost[0].name if innermost else None
 
     def _now(self) -> Any:
         if not self._cuda:

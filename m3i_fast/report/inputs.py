@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from m3i_fast.observe.metrics import Curves
+
 Picture = npt.NDArray[np.uint8]  # [H, W, 3]
 
 
@@ -81,7 +83,7 @@ class RetrievalRow:
     caption: str
     picture: Picture
     trained: Nearest
-    untrained: Nearest
+    untrained: Nearest | None = None
 
     def __post_init__(self) -> None:
         check_picture("RetrievalRow.picture", self.picture)
@@ -94,12 +96,14 @@ class PatchPca:
     name: str
     picture: Picture
     trained: npt.NDArray[np.floating[Any]]  # [h, w, 3] in 0..1
-    untrained: npt.NDArray[np.floating[Any]]  # [h, w, 3] in 0..1
+    untrained: npt.NDArray[np.floating[Any]] | None = None  # [h, w, 3] in 0..1
 
     def __post_init__(self) -> None:
         check_picture("PatchPca.picture", self.picture)
         for name in ("trained", "untrained"):
             value = getattr(self, name)
+            if value is None:
+                continue
             inside = (
                 value.ndim == 3
                 and value.shape[-1] == 3
@@ -110,47 +114,132 @@ class PatchPca:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReportInputs:
-    """Everything that the page shows."""
+class ShownView:
+    """A view as training sees it, and the region of the upright picture that it was cut of."""
 
-    title: str
-    evaluation: Mapping[str, Any]
-    """Content of evaluation.json. With `trained_minus` in it ({measure: {source: {difference, low,
-    high}}}) the page judges by these intervals; without, it says that none was computed."""
-    metrics: Sequence[Mapping[str, float]]
-    """The rows of metrics.jsonl."""
-    mixed_pair: MixedPair
-    retrieval: Sequence[RetrievalRow]
-    retrieval_choice: str
-    """How the shown captions were chosen, as a sentence."""
-    retrieval_ranks: Mapping[str, Sequence[int]]
-    """Rank of the right picture of every held-out caption, 0 = first, by each encoder."""
-    patch_pca: Sequence[PatchPca]
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    attribution: str = ""
-    """Author and licence of the pictures."""
-    notes: Sequence[str] = field(default_factory=tuple)
-    """Sentences that are added to the summary."""
+    picture: Picture  # [S, S, 3]
+    y: float
+    x: float
+    height: float
+    width: float
+    is_mirrored: bool
+    is_local: bool
+    is_of_alternate: bool = False  # cut out of another picture of the same thing
 
     def __post_init__(self) -> None:
-        if "held_out_concepts" not in self.evaluation:
+        check_picture("ShownView.picture", self.picture)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownSample:
+    """A sample with its annotations and views."""
+
+    picture: Picture  # [h, w, 3], the upright picture, perhaps smaller than it is stored
+    size: tuple[int, int]  # stored height and width in pixels
+    sample_id: int
+    group_id: int
+    caption: str  # "": none
+    category: str  # "": none
+    views: Sequence[ShownView] = ()
+
+    def __post_init__(self) -> None:
+        check_picture("ShownSample.picture", self.picture)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeenInput:
+    """One input of a training step: the samples in it with their views, and what is encoded."""
+
+    samples: Sequence[ShownSample]
+    encoded: npt.NDArray[np.uint8]  # [S, S, 3], or [S, S, 4] where cells are hidden
+    told: str
+    """What was done to the samples, as a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guesses:
+    """The classes that a run's category head guesses of held-out pictures."""
+
+    logits: npt.NDArray[np.float32]  # [N, K]
+    label: npt.NDArray[np.int64]  # [N], -1: none
+    class_names: Sequence[str]  # K
+
+    def __post_init__(self) -> None:
+        if self.logits.shape != (len(self.label), len(self.class_names)):
+            raise ValueError(
+                f"Guesses.logits: expected [{len(self.label)}, {len(self.class_names)}], got "
+                f"{list(self.logits.shape)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbours:
+    """Pictures, and for some of them the others that are most similar by the encoder."""
+
+    pictures: npt.NDArray[np.uint8]  # [N, 3, S, S]
+    queries: Sequence[int]  # Q
+    found: npt.NDArray[np.int64]  # [Q, k]
+    is_right: npt.NDArray[np.bool_]  # [Q, k], whether it has the query's class
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportInputs:
+    """Everything that the page shows; what a run has not is empty or None, with its reason."""
+
+    title: str
+    curves: Curves
+    """What the run logged (`observe.metrics.read_curves`); empty: no step was logged."""
+    num_steps: int
+    """Steps that the run has taken."""
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    """Sentences at the top, such as whether the run is complete."""
+    evaluation: Mapping[str, Any] | None = None
+    """Content of evaluation.json. With `trained_minus` in it ({measure: {source: {difference, low,
+    high}}}) the page judges by these intervals; without, it says that none was computed."""
+    mixed_pair: MixedPair | None = None
+    """Explains the method, where two pictures share an input by blocks of cells."""
+    seen: Sequence[SeenInput] = ()
+    retrieval: Sequence[RetrievalRow] = ()
+    retrieval_choice: str = ""
+    """How the shown captions were chosen, as a sentence."""
+    retrieval_ranks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Rank of the right picture of every held-out caption, 0 = first, by each encoder."""
+    neighbours: Neighbours | None = None
+    guesses: Guesses | None = None
+    patch_pca: Sequence[PatchPca] = ()
+    speed_notes: Sequence[str] = ()
+    """Sentences of a profile of the run."""
+    changed: Sequence[tuple[str, str, str]] = ()
+    """Fields of the config that differ from its recipe: name, recipe's value, run's value."""
+    recipe: str = ""
+    """Recipe that it is compared with."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What the run keeps of its data, and what the data say of themselves."""
+    initial_weights: Mapping[str, Any] = field(default_factory=dict)
+    """What the run began from, in short; empty: its own initialisation."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Why a part is left out, as a sentence, by its name: seen, retrieval, classes, features."""
+    attribution: str = ""
+    """Author and licence of the pictures."""
+
+    def __post_init__(self) -> None:
+        if self.evaluation is not None and "held_out_concepts" not in self.evaluation:
             raise ValueError(
                 "ReportInputs.evaluation: expected held_out_concepts among its keys, "
                 f"got {sorted(self.evaluation)}"
             )
-        if not self.metrics:
-            raise ValueError("ReportInputs.metrics: expected at least one logged step, got none")
-        if not self.patch_pca:
-            raise ValueError("ReportInputs.patch_pca: expected at least one picture, got none")
-        if not self.retrieval:
-            raise ValueError("ReportInputs.retrieval: expected at least one caption, got none")
         for who, ranks in self.retrieval_ranks.items():
             if not ranks or not all(0 <= rank < len(ranks) for rank in ranks):
                 raise ValueError(
                     f"ReportInputs.retrieval_ranks[{who}]: expected a rank of each caption among "
                     f"as many pictures, got {list(ranks)}"
                 )
+        if self.retrieval and not self.retrieval_ranks:
+            raise ValueError(
+                "ReportInputs.retrieval_ranks: expected the ranks of all captions, got none"
+            )
 
 
 def check_picture(name: str, picture: Picture) -> None:

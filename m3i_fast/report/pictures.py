@@ -14,6 +14,8 @@ from PIL import Image
 from m3i_fast.report.inputs import MixedPair, Nearest, PatchPca, Picture, RetrievalRow
 
 SMALL = 96  # pixels; a smaller picture is enlarged without smoothing
+THUMBNAIL = 128  # pixels, of a picture that is found
+JPEG_QUALITY = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class RetrievalCard:
     caption: str
     picture: Inline
     trained: RetrievedPictures
-    untrained: RetrievedPictures
+    untrained: RetrievedPictures | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class PcaCard:
     name: str
     picture: Inline
     trained: Inline
-    untrained: Inline
+    untrained: Inline | None
 
 
 def inline(
@@ -93,6 +95,26 @@ def inline(
     return Inline(uri, alt, width, height, pixelated=max(height, width) < SMALL)
 
 
+def photo(picture: Picture, alt: str) -> Inline:
+    """Encode a picture inline: a small one without loss, to be enlarged, others as JPEG."""
+    height, width = picture.shape[:2]
+    if max(height, width) < SMALL:
+        return inline(picture, alt)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=JPEG_QUALITY)
+    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Inline(uri, alt, width, height, pixelated=False)
+
+
+def thumbnail(picture: Picture, alt: str) -> Inline:
+    """Encode a picture inline, at most THUMBNAIL pixels long."""
+    if max(picture.shape[:2]) > THUMBNAIL:
+        image = Image.fromarray(picture)
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        picture = np.asarray(image)
+    return photo(picture, alt)
+
+
 def pair_pictures(pair: MixedPair) -> PairPictures:
     """Draw the pictures that explain one mixed input."""
     names = [caption or f"picture {i + 1}" for i, caption in enumerate(pair.captions)]
@@ -100,7 +122,7 @@ def pair_pictures(pair: MixedPair) -> PairPictures:
     shown = round(100 * float(pair.mask.mean()))
 
     def both(pictures: tuple[Picture, Picture], what: str) -> tuple[Inline, Inline]:
-        one, two = (inline(p, f"{what} {n}") for p, n in zip(pictures, names, strict=True))
+        one, two = (photo(p, f"{what} {n}") for p, n in zip(pictures, names, strict=True))
         return one, two
 
     return PairPictures(
@@ -114,7 +136,7 @@ def pair_pictures(pair: MixedPair) -> PairPictures:
             f"Mask of {pair.mask.shape[0]} by {pair.mask.shape[1]} cells; {shown}% dark cells show "
             "picture 1, the light ones picture 2",
         ),
-        mixed=inline(pair.mixed, f"Mixed input: cells of {names[0]} and of {names[1]}"),
+        mixed=photo(pair.mixed, f"Mixed input: cells of {names[0]} and of {names[1]}"),
         own_cells=(
             inline(_only(pair.mixed, first), f"The cells of the input that show {names[0]}"),
             inline(_only(pair.mixed, ~first), f"The cells of the input that show {names[1]}"),
@@ -126,9 +148,9 @@ def retrieval_card(row: RetrievalRow) -> RetrievalCard:
     """Draw the pictures of a caption and of what both encoders retrieve for it."""
     return RetrievalCard(
         row.caption,
-        inline(row.picture, f'The picture of "{row.caption}"'),
+        thumbnail(row.picture, f'The picture of "{row.caption}"'),
         _retrieved(row.trained),
-        _retrieved(row.untrained),
+        None if row.untrained is None else _retrieved(row.untrained),
     )
 
 
@@ -141,15 +163,15 @@ def pca_card(item: PatchPca) -> PcaCard:
 
     return PcaCard(
         item.name,
-        inline(item.picture, item.name),
+        photo(item.picture, item.name),
         colours(item.trained, "trained encoder"),
-        colours(item.untrained, "untrained encoder"),
+        None if item.untrained is None else colours(item.untrained, "untrained encoder"),
     )
 
 
 def _retrieved(nearest: Nearest) -> RetrievedPictures:
     pictures = tuple(
-        inline(picture, f"{i + 1}: {name}" + (" (the right one)" if i == nearest.right else ""))
+        thumbnail(picture, f"{i + 1}: {name}" + (" (the right one)" if i == nearest.right else ""))
         for i, (picture, name) in enumerate(zip(nearest.pictures, nearest.names, strict=True))
     )
     return RetrievedPictures(pictures, nearest.right, nearest.rank)

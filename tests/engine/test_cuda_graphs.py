@@ -141,6 +141,18 @@ def test_a_run_is_that_of_a_run_without_graphs_bit_for_bit(
     assert captures.num_replayed == (cfg.num_steps - 1) * captures.num_captured > 0
 
 
+def test_an_evaluation_is_no_call_of_a_step_and_captures_nothing(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """Its batches have the shapes of a step's, and would else take graphs and their places."""
+    cfg, plain, evaluated = _config("demo", dataset), Captures(), Captures()
+    losses, weights = _train(cfg, tmp_path / "without", plain)
+    cfg = replace(cfg, evaluate_every=1)
+    assert _train(cfg, tmp_path / "with", evaluated)[0] == losses
+    counts = [(each.num_captured, each.num_replayed) for each in (plain, evaluated)]
+    assert counts[0] == counts[1]
+
+
 def test_calls_of_one_shape_within_a_step_keep_what_each_computed() -> None:
     captures, layer = Captures(), nn.Linear(3, 3)
     graphed = GraphedMethod(layer, layer.forward, captures)

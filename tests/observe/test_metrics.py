@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from m3i_fast.observe.metrics import TensorBoardSink
+from m3i_fast.observe.metrics import TensorBoardSink, last_step, read_curves
 
 
 def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -52,3 +54,22 @@ def test_a_full_disk_is_an_error_of_the_row(tmp_path: Path) -> None:
         sink.log(1, _row(1))
     assert error.value.errno == errno.ENOSPC
     sink.close()
+
+
+def test_curves_are_the_rows_by_name_without_damaged_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [_row(step) | ({"evaluate/knn_top1": 0.5} if step == 10 else {}) for step in (5, 10)]
+    lines = [json.dumps({"step": 5 * (i + 1), **row}) for i, row in enumerate(rows)]
+    path.write_text("\n".join([lines[0], '{"step": 7, "loss', lines[1], '{"step": 15, "lo']))
+    found = read_curves(path)
+    assert {name: steps.tolist() for name, (steps, _) in found.items()} == {
+        "loss/total": [5, 10],
+        "monitor/a b": [5, 10],
+        "throughput/img_s": [5, 10],
+        "evaluate/knn_top1": [10],
+    }
+    assert found["loss/total"][1].tolist() == [0.2, 0.1] and np.isnan(found["monitor/a b"][1]).all()
+    assert last_step(path) == 10
+    assert last_step(tmp_path / "none") == 0
+    path.write_text("nonsense\n")
+    assert read_curves(path) == {} and last_step(path) == 0

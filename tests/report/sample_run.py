@@ -12,7 +12,19 @@ from skimage import data
 
 from m3i_fast.evaluation.dense.patch_pca import patch_pca
 from m3i_fast.evaluation.retrieval.zero_shot import nearest, retrieval_ranks
-from m3i_fast.report.run_page import MixedPair, Nearest, PatchPca, ReportInputs, RetrievalRow
+from m3i_fast.observe.metrics import Curves
+from m3i_fast.report.inputs import (
+    Guesses,
+    MixedPair,
+    Nearest,
+    Neighbours,
+    PatchPca,
+    ReportInputs,
+    RetrievalRow,
+    SeenInput,
+    ShownSample,
+    ShownView,
+)
 
 SIZE = 64
 PHOTOGRAPHS = {
@@ -145,6 +157,8 @@ def metrics(num: int = 120) -> list[dict[str, float]]:
             "monitor/target_uniformity": -2.5 + 1.5 * decay,
             "monitor/target_kmeans_entropy": 0.9 - 0.1 * decay,
             "monitor/caption_log_scale": 14.3 + 10 * (1 - decay),
+            "optim/lr": 1e-3 * (1 - i / num),
+            "optim/grad_norm": 1.0 + decay + 0.2 * abs(wave),
             "throughput/img_s": 317 + 9 * wave - 120 * (i == 0),
             "time/data.wait_ms": 4.1 + 2 * abs(wave),
             "time/h2d_ms": 0.1,
@@ -163,7 +177,81 @@ def metrics(num: int = 120) -> list[dict[str, float]]:
             "time/ckpt_ms": 3.0,
         }
 
-    return [row(i) for i in range(num)]
+    rows = [row(i) for i in range(num)]
+    for one in rows[3::4]:  # an evaluation on the way
+        rows.append(
+            {
+                "step": one["step"],
+                "evaluate/knn_top1": 0.6 - 0.3 / one["step"],
+                "evaluate/knn_top1_ema": 0.62 - 0.3 / one["step"],
+                "evaluate/caption_to_image_recall_at_5": 0.3 - 0.3 / one["step"],
+                "evaluate/seconds": 2.5,
+            }
+        )
+    return rows
+
+
+def columns(rows: list[dict[str, float]]) -> Curves:
+    """Logged rows by name, as they are read of a file."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    return {
+        name: (
+            np.array([row["step"] for row in rows if name in row], float),
+            np.array([row[name] for row in rows if name in row], float),
+        )
+        for name in names
+    }
+
+
+def seen() -> list[SeenInput]:
+    """Two inputs: a pair by cells, with views and boxes; and one picture whose cells are hidden."""
+    pair = mixed_pair()
+    samples = [
+        ShownSample(
+            picture=picture,
+            size=(2 * picture.shape[0], 2 * picture.shape[1]),
+            sample_id=i,
+            group_id=i,
+            caption=caption,
+            category=category,
+            views=[
+                ShownView(
+                    picture=views[i],
+                    **dict(zip(("y", "x", "height", "width"), 2.0 * boxes[i, :4], strict=True)),
+                    is_mirrored=bool(boxes[i, 4]),
+                    is_local=is_local,
+                )
+                for views, boxes, is_local in (
+                    (pair.view_a, pair.boxes_a, False),
+                    (pair.view_b, pair.boxes_b, True),
+                )
+            ],
+        )
+        for i, (picture, caption, category) in enumerate(
+            zip(pair.originals, pair.captions, pair.categories, strict=True)
+        )
+    ]
+    alpha = np.where(pair.mask.repeat(16, 0).repeat(16, 1), 255, 0).astype(np.uint8)
+    hidden = np.concatenate([pair.view_a[0], alpha[..., None]], axis=-1)
+    return [
+        SeenInput(samples=samples, encoded=pair.mixed, told="Two pictures share an input."),
+        SeenInput(samples=samples[:1], encoded=hidden, told="Half of the cells are hidden."),
+    ]
+
+
+def guesses() -> Guesses:
+    """Logits of 300 pictures, of which the last hundred have no class."""
+    rng = np.random.default_rng(0)
+    label = np.concatenate([rng.integers(0, 5, 200), np.full(100, -1)])
+    logits = rng.normal(size=(300, 5)) + 1.5 * (label[:, None] == np.arange(5))
+    names = ("Animals & Nature", "Food & Drink", "a class of a rather long name", "<b>", "five")
+    return Guesses(logits=logits.astype(np.float32), label=label, class_names=names)
+
+
+def neighbours() -> Neighbours:
+    pictures = np.stack([resized(photograph(name)).transpose(2, 0, 1) for name in PHOTOGRAPHS])
+    found = np.arange(1, 13).reshape(3, 4)
+    return Neighbours(pictures=pictures, queries=[0, 13, 14], found=found, is_right=found % 3 > 0)
 
 
 def evaluation() -> dict[str, Any]:
@@ -225,8 +313,18 @@ def report_inputs() -> ReportInputs:
     return ReportInputs(
         title="M3I on captioned photographs",
         evaluation=evaluation(),
-        metrics=metrics(),
+        curves=columns(metrics()),
+        num_steps=1200,
+        notes=["The run is complete, 1,200 steps."],
         mixed_pair=mixed_pair(),
+        seen=seen(),
+        guesses=guesses(),
+        neighbours=neighbours(),
+        recipe="demo",
+        changed=[("optim.lr", 0.001, 0.0015), ("data.path", "data/openmoji", "a/" + "long/" * 30)],
+        data={"photographs, train": "sha256 " + 64 * "0", "classes": 5},
+        initial_weights={"source": "timm:vit.safetensors", "weights taken": 150},
+        speed_notes=["As profiled in profile:", "Waiting for data: 1.0% of the step."],
         retrieval=rows[:12],
         retrieval_choice="The first twelve held-out captions.",
         retrieval_ranks={

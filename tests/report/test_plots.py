@@ -5,29 +5,34 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
-from m3i_fast.report.plots import (
-    MAX_POINTS,
-    bars,
+from m3i_fast.report.curves import (
+    MAX_BINS,
     curve,
     curves,
     gradient_shares,
     how_drawn,
-    plotly_source,
-    recall_curve,
+    stage_medians,
+    thinned,
     time_shares,
+    what_bounds,
 )
+from m3i_fast.report.panels import Panel, plotly_source
+from m3i_fast.report.plots import bars, recall_curve
 from m3i_fast.report.verdict import judge
+from tests.report.sample_run import columns
 
 
-def _rows(values: list[float]) -> list[dict[str, float]]:
-    return [{"step": 10.0 * (i + 1), "loss/total": value} for i, value in enumerate(values)]
+def _curve(values: list[float]) -> Panel:
+    return curve("loss/total", 10.0 * np.arange(1, len(values) + 1), np.array(values))
 
 
 def test_a_curve_shows_the_logged_values_and_their_mean() -> None:
     values = np.sin(np.arange(60) / 3) + np.arange(60) / 10
-    raw, smooth = curve(_rows(values.tolist()), "loss/total").figure["data"]
+    raw, smooth = _curve(values.tolist()).figure["data"]
     assert raw["x"] == [10.0 * (i + 1) for i in range(60)]
     np.testing.assert_allclose(raw["y"], values, rtol=1e-5)
     inner = np.convolve(values, np.full(5, 1 / 5), mode="valid")  # window 60 // 12, both sides
@@ -39,19 +44,45 @@ def test_a_curve_shows_the_logged_values_and_their_mean() -> None:
 
 def test_a_value_that_is_not_finite_is_a_gap() -> None:
     values = [1.0] * 30 + [math.nan] + [1.0] * 30
-    panel = curve(_rows(values), "loss/total")
+    panel = _curve(values)
     raw, smooth = panel.figure["data"]
     assert raw["y"][30] is None
     assert smooth["y"].count(None) == 0 and set(smooth["y"]) == {1.0}
     json.dumps(panel.figure, allow_nan=False)
 
 
-def test_a_long_run_is_averaged_not_thinned() -> None:
-    num = 10 * MAX_POINTS + 3
-    raw = curve(_rows([float(i % 2) for i in range(num)]), "loss/total").figure["data"][0]
-    assert len(raw["x"]) <= MAX_POINTS
-    np.testing.assert_allclose(raw["y"][:-1], 0.5, atol=0.05)
-    assert raw["x"][0] == pytest.approx(np.mean(10.0 * np.arange(1, 12)))  # bins of 11 steps
+def test_a_long_run_keeps_its_spikes_and_its_mean() -> None:
+    num = 10 * MAX_BINS + 3  # bins of 11 steps
+    values = np.array([float(i % 2) for i in range(num)])
+    values[777], values[1234] = 50.0, math.inf
+    raw, smooth = _curve(values.tolist()).figure["data"]
+    assert len(raw["x"]) <= 3 * MAX_BINS and len(smooth["x"]) <= MAX_BINS
+    assert raw["y"][raw["x"].index(7780.0)] == 50.0
+    assert raw["y"][raw["x"].index(12350.0)] is None
+    assert (raw["x"][0], raw["x"][-1]) == (10.0, 10.0 * num)
+    assert smooth["x"][0] == pytest.approx(np.mean(10.0 * np.arange(1, 12)))
+    np.testing.assert_allclose(smooth["y"][-100:-1], 0.5, atol=0.05)
+
+
+@given(
+    values=st.lists(st.floats(-1e6, 1e6) | st.just(math.nan), min_size=1, max_size=300),
+    bins=st.integers(1, 20),
+)
+@settings(deadline=None)
+def test_thinning_keeps_the_extremes_of_every_bin(values: list[float], bins: int) -> None:
+    steps, given_values = np.arange(len(values), dtype=float), np.array(values)
+    x, y = thinned(steps, given_values, max_bins=bins)
+    np.testing.assert_array_equal(y, given_values[x.astype(int)])
+    assert (np.diff(x) > 0).all() and len(x) <= max(
+        3 * bins + 2, len(values) * (len(values) <= bins)
+    )
+    size = math.ceil(len(values) / bins)
+    for start in range(0, len(values), size):
+        inside = given_values[start : start + size]
+        kept = y[(x >= start) & (x < start + size)]
+        assert np.isnan(kept).any() == np.isnan(inside).any()
+        if not np.isnan(inside).all():
+            assert (np.nanmin(kept), np.nanmax(kept)) == (np.nanmin(inside), np.nanmax(inside))
 
 
 def test_captions_are_counted_when_their_picture_is_among_the_nearest() -> None:
@@ -65,9 +96,9 @@ def test_captions_are_counted_when_their_picture_is_among_the_nearest() -> None:
     assert panel.note.endswith("among the nearest: trained 2, untrained 5, chance 5")
 
 
-@pytest.mark.parametrize("num", [1, 23, 24, MAX_POINTS, MAX_POINTS + 1])
+@pytest.mark.parametrize("num", [1, 23, 24, MAX_BINS, MAX_BINS + 1])
 def test_the_sentence_says_what_is_drawn(num: int) -> None:
-    traces = curve(_rows([1.0] * num), "loss/total").figure["data"]
+    traces = _curve([1.0] * num).figure["data"]
     sentence = how_drawn(num)
     assert ("moving mean" in sentence) == (len(traces) == 2)
     assert sentence.startswith("Every logged step") == (len(traces[0]["x"]) == num)
@@ -75,8 +106,9 @@ def test_the_sentence_says_what_is_drawn(num: int) -> None:
 
 def test_known_curves_come_first_and_unknown_ones_are_not_lost() -> None:
     row = {"step": 1.0, "loss/zeta": 1.0, "loss/caption": 1.0, "loss/total": 1.0, "optim/lr": 1.0}
-    assert [panel.title for panel in curves([row], "loss")] == ["Total", "Caption", "zeta"]
-    assert curves([row], "monitor") == []
+    logged = columns([row])
+    assert [panel.title for panel in curves(logged, "loss")] == ["Total", "Caption", "zeta"]
+    assert curves(logged, "monitor") == []
 
 
 def test_shares_of_the_gradient_are_means_of_the_steps_before() -> None:
@@ -88,7 +120,7 @@ def test_shares_of_the_gradient_are_means_of_the_steps_before() -> None:
         {"step": 20.0 * (i + 1)} | {f"gradient/{name}": pull[i] for name, pull in pulls.items()}
         for i in range(60)
     ]
-    panel = gradient_shares([{"step": 0.0, "loss/total": 1.0}, *rows])
+    panel = gradient_shares(columns([{"step": 0.0, "loss/total": 1.0}, *rows]))
     assert panel is not None
     shares = {trace["name"].split()[0]: trace["y"] for trace in panel.figure["data"]}
     assert list(shares) == ["a", "b", "rare"]
@@ -105,10 +137,10 @@ def test_shares_of_the_gradient_are_means_of_the_steps_before() -> None:
 
 
 def test_a_term_alone_has_no_share() -> None:
-    assert gradient_shares([{"step": 1.0, "gradient/a": 1.0}]) is None
-    assert gradient_shares(_rows([1.0])) is None
+    assert gradient_shares(columns([{"step": 1.0, "gradient/a": 1.0}])) is None
+    assert gradient_shares({}) is None
     none = [{"step": 1.0, "gradient/a": 0.0, "gradient/b": 0.0}]
-    panel = gradient_shares(none)
+    panel = gradient_shares(columns(none))
     assert panel is not None and [t["y"] for t in panel.figure["data"]] == [[0.0], [0.0]]
 
 
@@ -134,12 +166,17 @@ def test_time_shares_are_medians_and_sum_to_the_step() -> None:
         }
         for i in range(5)
     ]
-    panel = time_shares(rows)
+    panel = time_shares(columns(rows))
     assert panel is not None
     (trace,) = panel.figure["data"]
     assert list(trace["text"]) == ["25%, 10 ms", "75%, 30 ms"]
     assert panel.note == "40 ms, medians over the logged steps"
-    assert time_shares([{"step": 1.0}]) is None
+    assert time_shares({}) is None
+    assert stage_medians(columns(rows)) == {"data.wait": 10.0, "loss": 30.0}
+    assert what_bounds(stage_medians(columns(rows))).startswith(
+        "Waiting for the loader takes 25.0%"
+    )
+    assert what_bounds({}) == ""
 
 
 def test_plotly_comes_out_as_it_went_in() -> None:

@@ -76,12 +76,16 @@ def test_figures_are_one_a_measure_a_curve_and_the_time_shares(page: Path) -> No
     counts = {group: groups.count(group) for group in set(groups)}
     assert counts == {
         "measure": 5,
+        "evaluate": 4,
         "loss": 5,
         "gradient": 1,
+        "optim": 2,
         "monitor": 12,
         "time": 1,
         "throughput": 1,
         "found": 1,
+        "confusion": 1,
+        "calibration": 1,
     }
 
 
@@ -165,11 +169,72 @@ def test_figures_are_shown_in_their_unit(page: Path) -> None:
 
 
 def test_a_run_of_one_logged_step_has_a_page(page: Path, tmp_path: Path) -> None:
-    inputs = replace(sample_run.report_inputs(), metrics=sample_run.metrics(1))
+    curves = sample_run.columns(sample_run.metrics(1))
+    inputs = replace(sample_run.report_inputs(), curves=curves)
     short = write_report(inputs, tmp_path / "short.html")
-    assert len(_figures(short)) == len(_figures(page))
+    of_evaluations = {name for name in _figures(page) if name.startswith("evaluate")}
+    assert _figures(short).keys() == _figures(page).keys() - of_evaluations
     if skip_reason() is None:
         check_page(short, tmp_path, num_figures=len(_figures(short)))
+
+
+REASONS = {
+    "seen": "The run's data are not there: <gone>.",
+    "retrieval": "The run learns no captions.",
+    "classes": "Split heldout has no classes.",
+    "features": "No checkpoint can be shown: none.",
+}
+
+
+def test_a_run_without_anything_has_a_page_that_says_why(tmp_path: Path) -> None:
+    inputs = ReportInputs(
+        title="Run empty",
+        curves={},
+        num_steps=0,
+        config={"seed": 0},
+        environment={},
+        absent=REASONS,
+    )
+    page = write_report(inputs, tmp_path / "empty.html")
+    html = page.read_text()
+    for reason in (*REASONS.values(), "No step was logged."):
+        assert (
+            html.count(reason.replace("<", "&lt;").replace(">", "&gt;").replace("'", "&#39;")) == 1
+        )
+    assert _figures(page) == {}
+    if skip_reason() is None:
+        check_page(page, tmp_path, num_figures=0)
+
+
+def test_what_differs_from_the_recipe_stands_in_a_table(page: Path) -> None:
+    html = page.read_text()
+    assert "2 fields differ from recipe demo, the nearest one." in html
+    assert '<th scope="row">optim.lr</th><td>0.001</td><td>0.0015</td>' in html
+    inputs = replace(sample_run.report_inputs(), changed=[])
+    assert "As recipe demo has it." in write_report(inputs, page.with_name("as.html")).read_text()
+
+
+def test_what_bounds_the_speed_is_told(page: Path) -> None:
+    assert "The model bounds the speed: Backward takes" in page.read_text()
+    rows = [row | {"time/data.wait_ms": 150.0} for row in sample_run.metrics()]
+    inputs = replace(sample_run.report_inputs(), curves=sample_run.columns(rows))
+    html = write_report(inputs, page.with_name("slow.html")).read_text()
+    assert re.search(r"Waiting for the loader takes \d\d\.\d% of a step: it bounds the speed", html)
+    assert "evaluations took 75 s in all" in html
+
+
+def test_a_long_run_has_a_page_under_ten_megabytes(tmp_path: Path) -> None:
+    """A run of a million steps, whose one spike can be seen."""
+    steps = np.arange(1, 100_001) * 10.0
+    names = ("loss/total", *(f"loss/term{i}" for i in range(8)), "throughput/img_s")
+    names += tuple(f"monitor/m{i}" for i in range(40))
+    curves = {name: (steps, np.random.default_rng(0).normal(size=len(steps))) for name in names}
+    curves["loss/total"][1][56_789] = 1e6
+    inputs = replace(sample_run.report_inputs(), curves=curves, num_steps=1_000_000)
+    page = write_report(inputs, tmp_path / "long.html")
+    assert page.stat().st_size < 10e6
+    drawn = _figures(page)["loss-total"]["data"][0]
+    assert (567900.0, 1e6) in zip(drawn["x"], drawn["y"], strict=True)
 
 
 def test_an_older_page_survives_a_failure(
@@ -216,13 +281,15 @@ def _pca(**changes: object) -> object:
         (lambda: _nearest(rank=7), "right: expected None, as the rank is 7"),
         (lambda: _nearest(names=("one",)), "names: expected one for each of 5 pictures, got 1"),
         (lambda: _pca(trained=np.full((8, 8, 3), 255.0)), r"trained: expected \[h, w, 3\] in 0..1"),
-        (lambda: _inputs(metrics=[]), "metrics: expected at least one logged step"),
-        (lambda: _inputs(retrieval=[]), "retrieval: expected at least one caption"),
+        (lambda: _inputs(retrieval_ranks={}), "retrieval_ranks: expected the ranks of all"),
+        (
+            lambda: replace(sample_run.guesses(), class_names=("one",)),
+            r"logits: expected \[300, 1\], got \[300, 5\]",
+        ),
         (
             lambda: _inputs(retrieval_ranks={"trained": [0, 2]}),
             r"retrieval_ranks\[trained\]: expected a rank of each caption among as many pictures",
         ),
-        (lambda: _inputs(patch_pca=[]), "patch_pca: expected at least one picture"),
         (lambda: _inputs(evaluation={"knn_top1": {}}), "expected held_out_concepts"),
     ],
 )

@@ -84,7 +84,7 @@ window.inspectPage = (() => {
   return {
     numFigures: () =>
       [...document.querySelectorAll(".js-plotly-plot")].filter((plot) =>
-        plot.querySelector(".scatterlayer path.js-line, .scatterlayer path.point, .barlayer .point path")
+        plot.querySelector(".scatterlayer path.js-line, .scatterlayer path.point, .barlayer .point path, .heatmaplayer image")
       ).length,
     complaints: async () => {
       for (const details of document.querySelectorAll("details")) details.open = true;

@@ -22,6 +22,7 @@ from types import FrameType, TracebackType
 EXIT_CODE = 76
 INIT_MINUTES = 5.0  # nodes that read Python's packages from a cold file system differ by one or two
 WATCHDOG_MINUTES = 10.0  # as long as NCCL waits for a collective by default
+A_STEP = "a step"
 GRACE = 5  # number of limits that a start, a first step, a save or an evaluation may take
 
 
@@ -106,13 +107,18 @@ class Watchdog:
         if self._path is not None and is_empty:
             self._path.unlink(missing_ok=True)  # the whole directory may have gone
 
+    @property
+    def doing(self) -> str:
+        """Return what the process does now: A_STEP, or what may take longer."""
+        return self._doing
+
     def beat(self) -> None:
         """Record that a step is complete, and start the clock of the next one."""
         self._fastest = min(self._fastest, time.monotonic() - self._began)
         self._begin_step()
 
     def _begin_step(self) -> None:
-        self._doing = "a step"
+        self._doing = A_STEP
         fastest = self._fastest if math.isfinite(self._fastest) else 0.0
         self._give(max(self._seconds, GRACE * fastest))
 

@@ -21,6 +21,8 @@ from m3i_fast.observe.sinks.live import expect_live_sinks, open_live_sinks
 from m3i_fast.observe.stages import StageTimer
 from m3i_fast.pipelines.storage.shards import BucketReads
 
+_ALWAYS_IN = {False: "loss/total", True: "evaluate/seconds"}  # a row of steps, of an evaluation
+
 
 class RunLog:
     """Means and times of the steps since the last read; the first rank writes them."""
@@ -90,6 +92,10 @@ class RunLog:
         """Start the interval that throughput is measured over at this step."""
         self._began, self._began_step = time.monotonic(), step
 
+    def leave_out(self, seconds: float) -> None:
+        """Leave so many seconds out of the interval that throughput is measured over."""
+        self._began += seconds
+
     def add(self, metrics: Mapping[str, Tensor], skip: Tensor) -> None:
         """Add the metrics of a step to the means, unless the flag `skip` [] is 1."""
         self.means.add(metrics, skip)
@@ -149,7 +155,7 @@ class RunLog:
         name = self._cfg.keep_best.removeprefix("+")
         if name in values:
             self._best = values[name]
-        elif name and "loss/total" in values:  # else all steps were skipped
+        elif name and _ALWAYS_IN[name.startswith("evaluate/")] in values:  # not all steps skipped
             raise ValueError(
                 f"keep_best: expected one of the logged metrics, {', '.join(sorted(values))}, got "
                 f"{name!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -38,10 +38,8 @@ from m3i_fast.report.data.inputs import (
     DataPageInputs,
     NearPair,
     Refusal,
-    ShownSample,
-    ShownView,
 )
-from m3i_fast.report.inputs import Picture
+from m3i_fast.report.inputs import Picture, ShownSample, ShownView
 
 MOST_SIDE = 360  # pixels of a picture on the page
 NUM_PAIRS = 12
@@ -151,9 +149,6 @@ def _shown(
     cfg: LoaderConfig, manifest: Manifest, number: int, loader: Loader, opened: OpenSplit
 ) -> Iterator[ShownSample]:
     """Yield the first samples of a loader; their pictures are read from what it has opened."""
-    tokenizer = Tokenizer.from_info(manifest.tokenizer)
-    names = [*manifest.class_names, ""]  # label -1 has no name
-    has_alternates = cfg.alternates and manifest.split(cfg.split).max_alternates > 0
     shown: set[int] = set()
     for batch in loader:
         ids = batch.sample_id.tolist()
@@ -161,20 +156,31 @@ def _shown(
         rows = rows[: number - len(shown)]
         if not rows:  # all of an epoch, or as many as asked for
             break
-        pictures = pictures_of(opened, [ids[row] for row in rows], cfg.max_pixels)
-        for row in rows:
-            sample_id = ids[row]
-            shown.add(sample_id)
-            height, width = batch.image_size[row].tolist()
-            yield ShownSample(
-                picture=pictures[sample_id],
-                size=(int(height), int(width)),
-                sample_id=sample_id,
-                group_id=int(batch.group_id[row]),
-                caption=_caption(tokenizer, batch, row),
-                category=names[int(batch.label[row])],
-                views=_views(batch, row, has_alternates),
-            )
+        shown |= {ids[row] for row in rows}
+        yield from samples_of(cfg, manifest, batch, rows, opened)
+
+
+def samples_of(
+    cfg: LoaderConfig, manifest: Manifest, batch: Batch, rows: Sequence[int], opened: OpenSplit
+) -> list[ShownSample]:
+    """Return some rows of a training batch of a data set, with their pictures."""
+    tokenizer = Tokenizer.from_info(manifest.tokenizer)
+    names = [*manifest.class_names, ""]  # label -1 has no name
+    has_alternates = cfg.alternates and manifest.split(cfg.split).max_alternates > 0
+    ids, sizes = batch.sample_id.tolist(), batch.image_size.tolist()
+    pictures = pictures_of(opened, [ids[row] for row in rows], cfg.max_pixels)
+    return [
+        ShownSample(
+            picture=pictures[ids[row]],
+            size=(int(sizes[row][0]), int(sizes[row][1])),
+            sample_id=ids[row],
+            group_id=int(batch.group_id[row]),
+            caption=_caption(tokenizer, batch, row),
+            category=names[int(batch.label[row])],
+            views=_views(batch, row, has_alternates),
+        )
+        for row in rows
+    ]
 
 
 def _caption(tokenizer: Tokenizer, batch: Batch, row: int) -> str:

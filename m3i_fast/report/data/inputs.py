@@ -6,40 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from m3i_fast.report.inputs import Picture, check_picture
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShownView:
-    """A view as training sees it, and the region of the upright picture that it was cut of."""
-
-    picture: Picture  # [S, S, 3]
-    y: float
-    x: float
-    height: float
-    width: float
-    is_mirrored: bool
-    is_local: bool
-    is_of_alternate: bool = False  # cut out of another picture of the same thing
-
-    def __post_init__(self) -> None:
-        check_picture("ShownView.picture", self.picture)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShownSample:
-    """A sample with its annotations and views."""
-
-    picture: Picture  # [h, w, 3], the upright picture, perhaps smaller than it is stored
-    size: tuple[int, int]  # stored height and width in pixels
-    sample_id: int
-    group_id: int
-    caption: str  # "": none
-    category: str  # "": none
-    views: Sequence[ShownView] = ()
-
-    def __post_init__(self) -> None:
-        check_picture("ShownSample.picture", self.picture)
+from m3i_fast.report.inputs import Picture, ShownSample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.report import template
@@ -20,17 +17,12 @@ from m3i_fast.report.data.inputs import (
     DataPageInputs,
     NearPair,
     Refusal,
-    ShownSample,
-    ShownView,
 )
-from m3i_fast.report.inputs import Picture
-from m3i_fast.report.pictures import SMALL, Inline, inline
+from m3i_fast.report.sample_card import photo, printable, sample_card
 
 MOST_BARS = 12  # of a histogram of numbers
 MOST_CLASSES = 24  # shown, the most frequent ones
 MOST_REFUSED = 100  # listed by name
-NUM_COLOURS = 3  # of boxes of global views
-JPEG_QUALITY = 90
 
 _HERE, _SHARED = Path(__file__).parent, Path(template.__file__).parent
 
@@ -61,7 +53,7 @@ def render_data_page(inputs: DataPageInputs) -> str:
     """Return the page as HTML that makes no request: styles and pictures are inline."""
     return template.render(
         _HERE / "page.html",
-        styles=[_HERE / "page.css"],
+        styles=[_SHARED / "sample_card.css", _HERE / "page.css"],
         scripts=[_SHARED / "scheme.js"],
         title=f"What is in {printable(inputs.name)}",
         summary=_summary(inputs),
@@ -70,7 +62,7 @@ def render_data_page(inputs: DataPageInputs) -> str:
         num_shown=len(inputs.samples),
         num_samples=inputs.num_samples,
         views_of=printable(inputs.views_of),
-        samples=[_card(sample) for sample in inputs.samples],
+        samples=[sample_card(sample) for sample in inputs.samples],
         histograms=_histograms(inputs),
         num_counted=len(inputs.counted.labels),
         near=[_pair(pair) for pair in inputs.near],
@@ -78,21 +70,6 @@ def render_data_page(inputs: DataPageInputs) -> str:
         refused=_refused(inputs.refused),
         settings=[(key, _setting(value)) for key, value in inputs.views_config.items()],
         attribution=printable(inputs.attribution),
-    )
-
-
-def printable(text: str) -> str:
-    """Return text that a page can hold: what is no character, or steers others, is U+FFFD.
-
-    Lone surrogates cannot be encoded; controls and marks of direction would move or hide what
-    stands beside them.
-    """
-    marks = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if 0xD800 <= ord(c) < 0xE000 or ord(c) in marks or (c < " " and c not in "\t\n")
-        else c
-        for c in text
     )
 
 
@@ -166,61 +143,6 @@ def _setting(value: Any) -> str:
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
-
-
-def _card(sample: ShownSample) -> dict[str, Any]:
-    height, width = sample.size
-    caption, category = printable(sample.caption), printable(sample.category)
-    name = caption or category or f"picture {sample.sample_id}"
-    views = [_view(view, i, sample) for i, view in enumerate(sample.views)]
-    return {
-        "picture": photo(sample.picture, name),
-        "caption": caption,
-        "category": category,
-        "ids": f"sample {sample.sample_id}"
-        + (f", group {sample.group_id}" if sample.group_id != sample.sample_id else ""),
-        "size": f"{width} x {height}",
-        "width": width,
-        "height": height,
-        "global_views": [view for view in views if not view["is_local"]],
-        "local_views": [view for view in views if view["is_local"]],
-    }
-
-
-def _view(view: ShownView, index: int, sample: ShownSample) -> dict[str, Any]:
-    height, width = sample.size
-    words = [f"view {index + 1}"]
-    words += ["local"] * view.is_local + ["mirrored"] * view.is_mirrored
-    words += ["of another picture of it"] * view.is_of_alternate
-    return {
-        "number": index + 1,
-        "kind": "local" if view.is_local else f"g{index % NUM_COLOURS}",
-        "is_local": view.is_local,
-        "is_mirrored": view.is_mirrored,
-        "is_of_alternate": view.is_of_alternate,
-        "picture": photo(view.picture, ", ".join(words)),
-        "box": {"x": view.x, "y": view.y, "width": view.width, "height": view.height},
-        "corner": _corner(view, width, height, at_end=index == 1 and not view.is_local),
-    }
-
-
-def _corner(view: ShownView, width: int, height: int, *, at_end: bool) -> str:
-    """Return the style that puts a view's number at its box's first corner, or at its last one."""
-    if at_end:
-        right, bottom = width - view.x - view.width, height - view.y - view.height
-        return f"right: {100 * right / width:.2f}%; bottom: {100 * bottom / height:.2f}%"
-    return f"left: {100 * view.x / width:.2f}%; top: {100 * view.y / height:.2f}%"
-
-
-def photo(picture: Picture, alt: str) -> Inline:
-    """Encode a picture inline: a small one without loss, to be enlarged, others as JPEG."""
-    height, width = picture.shape[:2]
-    if max(height, width) < SMALL:
-        return inline(picture, alt)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Inline(uri, alt, width, height, pixelated=False)
 
 
 def _pair(pair: NearPair) -> dict[str, Any]:

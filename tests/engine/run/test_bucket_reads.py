@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.observe.metrics import read_curves, read_jsonl
 from m3i_fast.observe.sinks.prometheus import exported
-from m3i_fast.report.plots import NAMES, curves
+from m3i_fast.report.curves import NAMES, curves
 from tests.engine.run.bucket_work import train
 from tests.shared.engine.small_run import small_run
 
@@ -75,8 +75,8 @@ def test_all_ranks_reads_are_logged_and_faults_are_counted(
     again = totals(tmp_path / "again")
     assert (again["read_gib"], again["requests"], again["retries"]) == (0, 0, 0)
     assert again["cache_hits"] > 0 and again["cache_gib"] > 0
-    rows = read_jsonl(tmp_path / "again" / "metrics.jsonl")
-    assert len(curves(rows, "bucket")) == len(COUNTS)
+    logged = read_curves(tmp_path / "again" / "metrics.jsonl")
+    assert len(curves(logged, "bucket")) == len(COUNTS)
     assert {f"bucket/{name}" for name in COUNTS} <= NAMES.keys()
 
 

@@ -1,0 +1,279 @@
+"""Evaluation of a run while it trains: the live model on a split of the run's own data.
+
+Training is the same to the bit with it and without: the model is in evaluation mode, its buffers
+stay, random generators and CUDA graphs are as they were afterwards, and no clock of the step runs.
+
+Legend: n pictures of this rank, N of all ranks, S side, C encoder width, E embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from m3i_fast.config import TrainConfig
+from m3i_fast.config.data import LoaderConfig
+from m3i_fast.engine.cuda_graphs import without_graphs
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.precision.arithmetic import autocast
+from m3i_fast.engine.run.random_state import random_state, set_random_state
+from m3i_fast.evaluation.probes.knn import knn_predict
+from m3i_fast.evaluation.retrieval.zero_shot import retrieval_ranks
+from m3i_fast.objectives.objective import MutualInformation
+from m3i_fast.objectives.targets import autocast_dtype, normalise_views
+from m3i_fast.pipelines.batch import Batch
+from m3i_fast.pipelines.batch_rows import good_rows
+from m3i_fast.pipelines.dataset.sample_table import SampleTable
+from m3i_fast.pipelines.loader import evaluation_batches
+from m3i_fast.pipelines.mixture import read_described
+from m3i_fast.pipelines.open_data import open_data
+from m3i_fast.pipelines.storage.objects import place_of
+from m3i_fast.pipelines.storage.remote import manifest_at, shards_url
+
+logger = logging.getLogger(__name__)
+
+NUM_NEIGHBOURS = 20  # as DINO, arXiv 2104.14294, section 4.1
+RECALL_AT = (1, 5)
+_MOST_A_BATCH = 256  # pictures of a forward pass on one rank
+_QUERIES_AT_ONCE = 256  # bounds the votes of kNN, [queries, neighbours, classes]
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenRows:
+    """The pictures of a split that are evaluated: rows of its table, alike on all ranks."""
+
+    cfg: LoaderConfig
+    rows: NDArray[np.int64]  # [N]
+    num_labels: int
+    """Number of those pictures with a class."""
+
+    def of_rank(self, world: World) -> NDArray[np.int64]:  # [ceil(N / ranks)]
+        """Return a rank's share, as many rows on each: the first ones are repeated at the end.
+
+        With sharded weights every rank has to make as many forward passes.
+        """
+        share = -(-len(self.rows) // world.size)
+        return self.rows[np.arange(world.rank, share * world.size, world.size) % len(self.rows)]
+
+
+class LiveEvaluation:
+    """kNN on labels and retrieval of captions, of at most `cfg.evaluate_pictures` a split.
+
+    The bank of kNN is `cfg.data.split`, where labelled; queries are `cfg.evaluate_split`. What the
+    data lack is left out, with a line that says so.
+
+    Raises ValueError where there is nothing to measure, or where captions have another tokenizer
+    than the run's, and as `open_data`.
+    """
+
+    def __init__(self, cfg: TrainConfig, world: World) -> None:
+        self._cfg, self._world = cfg, world
+        data = replace(cfg.data, path=cfg.evaluate_data or cfg.data.path, mixture=())
+        most = cfg.evaluate_pictures
+        wants_captions = any(term.target == "caption" for term in cfg.objective.active_terms)
+        info = manifest_at(data).split(cfg.evaluate_split)
+        self._retrieves = wants_captions and info.num_captions > 0
+        queries = replace(data, split=cfg.evaluate_split)
+        self._queries = choose_rows(queries, most, labelled=not self._retrieves)
+        self._bank = choose_rows(data, most, labelled=True) if self._queries.num_labels else None
+        if self._bank is not None and not self._bank.num_labels:
+            self._bank = None
+        if self._bank is None and not self._retrieves:
+            raise ValueError(
+                f"evaluate_every: expected split {cfg.evaluate_split} of {place_of(data.path)} to "
+                f"have classes, as {data.split} has, or captions that the run learns, got neither: "
+                "set --evaluate-data or --evaluate-split, or --evaluate-every 0"
+            )
+        if self._retrieves:
+            _expect_tokenizer(cfg, data)
+        if world.is_main:
+            logger.info("evaluation every %d steps: %s", cfg.evaluate_every, self._told())
+
+    def _told(self) -> str:
+        name, number = self._cfg.evaluate_split, len(self._queries.rows)
+        parts = [f"{number:,} pictures of split {name}"]
+        if self._bank is None:
+            parts.append("no kNN, since one of the splits has no classes")
+        else:
+            parts.append(f"kNN of those with a class among {len(self._bank.rows):,} others")
+        if not self._retrieves:
+            parts.append("no retrieval, without captions that the run learns")
+        return ", ".join(parts)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the model is evaluated after so many steps: the last one is, too."""
+        return step % self._cfg.evaluate_every == 0 or step == self._cfg.num_steps
+
+    @torch.no_grad()
+    def measure(self, objective: MutualInformation, model: nn.Module) -> dict[str, float]:
+        """Return the values of the live model by their logged names, the same on all ranks.
+
+        model: the module that the ranks train, `objective` inside of it. Every rank calls this.
+        """
+        with left_as_it_is(model):
+            bank = None if self._bank is None else self._embed(objective, self._bank)
+            queries = self._embed(objective, self._queries)
+        values: dict[str, float] = {}
+        if self._world.is_main:
+            if bank is not None:
+                values |= knn_accuracies(bank, queries, self._world.device)
+            if self._retrieves:
+                values |= recalls(queries, self._world.device)
+        return self._world.gather(values)[0]
+
+    def _embed(self, objective: MutualInformation, chosen: ChosenRows) -> dict[str, Tensor]:
+        """Embed the pictures of all ranks; columns of N rows on the CPU, in the table's order."""
+        device, cfg = self._world.device, chosen.cfg
+        batches = evaluation_batches(
+            cfg.path,
+            cfg.split,
+            image_size=self._cfg.vision.image_size,
+            batch_size=min(cfg.batch_size, _MOST_A_BATCH),
+            num_threads=cfg.num_threads,
+            device_id=(device.index or 0) if device.type == "cuda" else None,
+            max_pixels=cfg.max_pixels,
+            backend=cfg.backend,
+            bucket_fields_of=cfg,
+            rows=chosen.of_rank(self._world),
+        )
+        with autocast(self._cfg.precision, device):
+            parts = [self._embed_batch(objective, batch.to(device)) for batch in batches]
+        of_ranks = self._world.gather(_joined(parts))
+        every = _joined(of_ranks)
+        _, first = np.unique(every["position"].numpy(), return_index=True)
+        return {name: column[torch.from_numpy(first)] for name, column in every.items()}
+
+    def _embed_batch(self, objective: MutualInformation, batch: Batch) -> dict[str, Tensor]:
+        views = batch.global_views[0]
+        tokens, image = objective.embed_images(views)
+        columns = {
+            "position": batch.position,
+            "label": batch.label,
+            "group": batch.group_id,
+            "captioned": batch.num_tokens > 0,
+            "": tokens.float().mean(1),
+        }
+        if objective.cfg.uses(encoder="momentum"):
+            every = torch.arange(len(views), device=views.device)
+            images = normalise_views(views, every, autocast_dtype(views.device.type))
+            columns["_ema"] = objective.target_encoder(images).float().mean(1)
+        if self._retrieves and image is not None:
+            text = objective.embed_captions(batch.token_ids, batch.num_tokens)
+            columns |= {"image": image.float(), "text": text.float()}
+        return {name: column.cpu() for name, column in columns.items()}
+
+
+def choose_rows(cfg: LoaderConfig, most: int, *, labelled: bool) -> ChosenRows:
+    """Choose at most so many pictures of a split, one a group; labelled: only those with a class.
+
+    They are at even steps of the table, since tars of others may be in the order of their classes;
+    of a bucket the first ones, since a picture is fetched with its neighbours. Raises as
+    `open_data`.
+    """
+    opened = open_data(replace(cfg, lanes=1))  # as `evaluation_batches` reads a bucket
+    try:
+        table = opened.table
+        assert isinstance(table, SampleTable)  # one data set
+        good = good_rows(table, representatives_only=True)
+        label = table.at(good)["label"]
+        if labelled:
+            good, label = good[label >= 0], label[label >= 0]
+        if len(good) > most:
+            is_remote = shards_url(cfg.path) is not None
+            even = np.linspace(0, len(good) - 1, most).round().astype(np.int64)
+            taken = np.arange(most) if is_remote else even
+            good, label = good[taken], label[taken]
+        return ChosenRows(cfg, good, int((label >= 0).sum()))
+    finally:
+        opened.shards.close()
+
+
+def knn_accuracies(
+    bank: Mapping[str, Tensor], queries: Mapping[str, Tensor], device: torch.device
+) -> dict[str, float]:
+    """Return the share of labelled queries that DINO's weighted kNN gets right, by encoder.
+
+    bank, queries: columns "label" [N], and features [N, C] of the trained encoder as "" and of its
+    moving average as "_ema".
+    """
+    asked = queries["label"] >= 0
+    label = queries["label"][asked]
+    k = min(NUM_NEIGHBOURS, len(bank["label"]))
+    values = {}
+    for suffix in ("", "_ema"):
+        if suffix not in bank:
+            continue
+        rows = queries[suffix][asked].to(device).split(_QUERIES_AT_ONCE)
+        own, labels = bank[suffix].to(device), bank["label"].to(device)
+        predicted = torch.cat([knn_predict(own, labels, each, k=k).cpu() for each in rows])
+        values[f"evaluate/knn_top1{suffix}"] = float((predicted == label).double().mean())
+    return values
+
+
+def recalls(columns: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Return recall at 1 and 5 of captions by pictures and of pictures by captions; NaN of NaN.
+
+    columns: "image", "text" [N, E], "group" [N], "captioned" [N] of a split. The gallery is all
+    pictures with a caption.
+    """
+    asked = columns["captioned"]
+    image, text = (columns[name][asked].to(device) for name in ("image", "text"))
+    group = columns["group"][asked].to(device)
+    is_finite = bool(image.isfinite().all() and text.isfinite().all())
+    values = {}
+    for name, query, gallery in (
+        ("caption_to_image", text, image),
+        ("image_to_caption", image, text),
+    ):
+        for k in RECALL_AT:
+            values[f"evaluate/{name}_recall_at_{k}"] = float("nan")
+        if is_finite and len(group):
+            ranks = retrieval_ranks(query, gallery, group, group)
+            for k in RECALL_AT:
+                hits = (ranks < k).double().mean()
+                values[f"evaluate/{name}_recall_at_{k}"] = float(hits)
+    return values
+
+
+@contextmanager
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Let the model be used in evaluation mode; afterwards it and the generators are as before.
+
+    Weights that FSDP2 shards outside of the blocks are gathered meanwhile; blocks gather their own.
+    """
+    modes = {module: module.training for module in model.modules()}
+    random = random_state()
+    model.eval()
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        with without_graphs(model):
+            yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
+        for module, mode in modes.items():
+            module.training = mode
+        set_random_state(random)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _expect_tokenizer(cfg: TrainConfig, data: LoaderConfig) -> None:
+    """Raise ValueError where the captions to evaluate have another tokenizer than the run's."""
+    ours, theirs = read_described(cfg.data).tokenizer, manifest_at(data).tokenizer
+    if ours != theirs:
+        raise ValueError(
+            f"evaluate_data: expected {place_of(data.path)} to have the tokenizer of the run's "
+            f"data, {ours.fingerprint[:8]}, got {theirs.fingerprint[:8]}: pack it with the same one"
+        )

@@ -1,0 +1,70 @@
+"""A sample as pages show it: its picture with the regions of its views, and its annotations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from m3i_fast.report.inputs import ShownSample, ShownView
+from m3i_fast.report.pictures import photo
+
+NUM_COLOURS = 3  # of boxes of global views
+
+
+def printable(text: str) -> str:
+    """Return text that a page can hold: what is no character, or steers others, is U+FFFD.
+
+    Lone surrogates cannot be encoded; controls and marks of direction would move or hide what
+    stands beside them.
+    """
+    marks = {*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C}
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if 0xD800 <= ord(c) < 0xE000 or ord(c) in marks or (c < " " and c not in "\t\n")
+        else c
+        for c in text
+    )
+
+
+def sample_card(sample: ShownSample) -> dict[str, Any]:
+    """Return what sample_card.html shows of a sample."""
+    height, width = sample.size
+    caption, category = printable(sample.caption), printable(sample.category)
+    name = caption or category or f"picture {sample.sample_id}"
+    views = [_view(view, i, sample) for i, view in enumerate(sample.views)]
+    return {
+        "picture": photo(sample.picture, name),
+        "caption": caption,
+        "category": category,
+        "ids": f"sample {sample.sample_id}"
+        + (f", group {sample.group_id}" if sample.group_id != sample.sample_id else ""),
+        "size": f"{width} x {height}",
+        "width": width,
+        "height": height,
+        "global_views": [view for view in views if not view["is_local"]],
+        "local_views": [view for view in views if view["is_local"]],
+    }
+
+
+def _view(view: ShownView, index: int, sample: ShownSample) -> dict[str, Any]:
+    height, width = sample.size
+    words = [f"view {index + 1}"]
+    words += ["local"] * view.is_local + ["mirrored"] * view.is_mirrored
+    words += ["of another picture of it"] * view.is_of_alternate
+    return {
+        "number": index + 1,
+        "kind": "local" if view.is_local else f"g{index % NUM_COLOURS}",
+        "is_local": view.is_local,
+        "is_mirrored": view.is_mirrored,
+        "is_of_alternate": view.is_of_alternate,
+        "picture": photo(view.picture, ", ".join(words)),
+        "box": {"x": view.x, "y": view.y, "width": view.width, "height": view.height},
+        "corner": _corner(view, width, height, at_end=index == 1 and not view.is_local),
+    }
+
+
+def _corner(view: ShownView, width: int, height: int, *, at_end: bool) -> str:
+    """Return the style that puts a view's number at its box's first corner, or at its last one."""
+    if at_end:
+        right, bottom = width - view.x - view.width, height - view.y - view.height
+        return f"right: {100 * right / width:.2f}%; bottom: {100 * bottom / height:.2f}%"
+    return f"left: {100 * view.x / width:.2f}%; top: {100 * view.y / height:.2f}%"

@@ -1,0 +1,314 @@
+"""Evaluation while training: its values are an evaluator's, and training is the same to the bit."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from m3i_fast.cli import main
+from m3i_fast.config import TrainConfig
+from m3i_fast.engine.evaluator import build_averaged, load_objective
+from m3i_fast.engine.live_evaluation import (
+    NUM_NEIGHBOURS,
+    LiveEvaluation,
+    choose_rows,
+    knn_accuracies,
+    left_as_it_is,
+    recalls,
+)
+from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.engine.run.random_state import random_state
+from m3i_fast.engine.trainer import Trainer
+from m3i_fast.evaluation.probes.knn import TEMPERATURE
+from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.pipelines.loader import evaluation_batches
+from tests.engine.live_work import SHARDS, work
+from tests.shared.engine.small_run import saved_tensors, small_run
+from tests.shared.engine.two_ranks import NUM_RANKS, run_of_adamw
+
+EVALUATED = ("knn_top1", "knn_top1_ema")
+RECALLS = tuple(
+    f"{way}_recall_at_{k}" for way in ("caption_to_image", "image_to_caption") for k in (1, 5)
+)
+
+
+def rows_of(run: Path, *, evaluated: bool) -> list[dict[str, Any]]:
+    rows = read_jsonl(run / "metrics.jsonl")
+    return [row for row in rows if ("evaluate/seconds" in row) == evaluated]
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    """Weights, moments, buffers, generators, losses and norms, bit for bit."""
+    first, second = saved_tensors(a), saved_tensors(b)
+    assert first.keys() == second.keys()
+    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+    free = ("time/", "throughput/", "efficiency/", "host/", "gpu/", "memory/")
+    logged = [
+        [
+            {k: v for k, v in row.items() if not k.startswith(free)}
+            for row in rows_of(run, evaluated=False)
+        ]
+        for run in (a, b)
+    ]
+    assert logged[0] == logged[1] and len(logged[0]) > 0
+
+
+@pytest.fixture(scope="module")
+def runs(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without evaluations and one with them, at steps that are logged, and that are not."""
+    folder = tmp_path_factory.mktemp("runs")
+    cfg = small_run(dataset, num_steps=12, checkpoint_every=4, num_threads=1)
+    Trainer(cfg, folder / "without").train()
+    Trainer(replace(cfg, evaluate_every=4), folder / "with").train()
+    return folder
+
+
+def test_training_is_the_same_to_the_bit(runs: Path) -> None:
+    assert_same_training(runs / "without", runs / "with")
+    states = [
+        json.loads((run / "checkpoints" / "step_00000012" / "state" / name).read_text())
+        for run in (runs / "without", runs / "with")
+        for name in [next((run / "checkpoints" / "step_00000012" / "state").iterdir()).name]
+    ]
+    assert states[0]["random"] == states[1]["random"]
+
+
+def test_values_are_rows_of_their_own_in_every_sink(runs: Path) -> None:
+    found = rows_of(runs / "with", evaluated=True)
+    assert [row["step"] for row in found] == [4, 8, 12]
+    names = {f"evaluate/{name}" for name in (*EVALUATED, *RECALLS, "seconds")}
+    for row in found:
+        assert row.keys() == names | {"step"}
+        assert all(0 <= row[f"evaluate/{name}"] <= 1 for name in (*EVALUATED, *RECALLS))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs / "with" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("evaluate/knn_top1")] == [4, 8, 12]
+
+
+def test_the_last_values_are_those_of_the_saved_model(runs: Path) -> None:
+    """kNN by scikit-learn with DINO's weights, recall by a sort, of the checkpoint's own model."""
+    cfg = TrainConfig.load(runs / "with" / "config.json")
+    trained = load_objective(runs / "with", cfg)
+    logged = rows_of(runs / "with", evaluated=True)[-1]
+    for suffix, model in (("", trained), ("_ema", build_averaged(trained, cfg))):
+        (bank, of_bank, *_), (rows, label, *_) = (
+            embedded(cfg, split, model) for split in ("train", "heldout")
+        )
+        bank, of_bank = bank[of_bank >= 0], of_bank[of_bank >= 0]
+        known = label >= 0
+        voter = KNeighborsClassifier(
+            n_neighbors=min(NUM_NEIGHBOURS, len(bank)),
+            metric="cosine",
+            algorithm="brute",
+            weights=lambda distance: np.exp((1 - distance) / TEMPERATURE),
+        ).fit(bank, of_bank)
+        expected = voter.score(rows[known], label[known])
+        assert logged[f"evaluate/knn_top1{suffix}"] == pytest.approx(expected, abs=1e-9)
+    _, _, image, text, captioned = embedded(cfg, "heldout", trained)
+    image, text = image[captioned], text[captioned]
+    similar = text @ image.T
+    for way, table in (("caption_to_image", similar), ("image_to_caption", similar.T)):
+        order = (-table).argsort(1, kind="stable")
+        for k in (1, 5):
+            share = np.mean([row in order[row, :k] for row in range(len(order))])
+            assert logged[f"evaluate/{way}_recall_at_{k}"] == pytest.approx(share, abs=1e-9)
+
+
+def embedded(cfg: TrainConfig, split: str, model: Any) -> tuple[np.ndarray, ...]:
+    """Features, labels, and with captions embeddings of pictures and captions."""
+    columns: list[list[Tensor]] = []
+    for batch in evaluation_batches(
+        cfg.data.path,
+        split,
+        image_size=cfg.vision.image_size,
+        batch_size=64,
+        representatives_only=True,
+    ):
+        tokens, image = model.embed_images(batch.global_views[0])
+        row = [tokens.mean(1), batch.label]
+        if image is not None:
+            row += [image, model.embed_captions(batch.token_ids, batch.num_tokens)]
+            row.append(batch.num_tokens > 0)
+        columns.append(row)
+    return tuple(torch.cat(each).numpy() for each in zip(*columns, strict=True))
+
+
+def test_a_resumed_run_goes_on_with_the_schedule(runs: Path, dataset: Path, tmp_path: Path) -> None:
+    cfg = TrainConfig.load(runs / "with" / "config.json")
+
+    def stop(step: int, values: dict[str, float]) -> None:
+        if step == 5:
+            trainer._stop.signal = 10
+
+    trainer = Trainer(cfg, tmp_path / "run")
+    assert trainer.train(stop).step < 8
+    Trainer(cfg, tmp_path / "run", resume=True).train()
+    assert_same_training(runs / "with", tmp_path / "run")
+    first, second = (rows_of(run, evaluated=True) for run in (runs / "with", tmp_path / "run"))
+    for row in (*first, *second):
+        del row["evaluate/seconds"]
+    assert first == second
+
+
+def test_a_resume_may_evaluate_otherwise(runs: Path, tmp_path: Path) -> None:
+    cfg = TrainConfig.load(runs / "with" / "config.json")
+    Trainer(replace(cfg, num_steps=12, evaluate_every=0), tmp_path / "run").train()
+    again = replace(cfg, num_steps=14, evaluate_every=7, evaluate_pictures=9)
+    Trainer(again, tmp_path / "run", resume=True, new_num_steps=True).train()
+    assert [row["step"] for row in rows_of(tmp_path / "run", evaluated=True)] == [14]
+    assert TrainConfig.load(tmp_path / "run" / "config.json").evaluate_every == 7
+
+
+def test_the_time_of_an_evaluation_is_in_no_other_figure(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation that takes a minute by the clock leaves the throughput as it is."""
+    moved = 0.0
+    clock = __import__("time").monotonic
+    monkeypatch.setattr("time.monotonic", lambda: clock() + moved)
+
+    def measure(*_: object) -> dict[str, float]:
+        nonlocal moved
+        moved += 60.0
+        return {"evaluate/knn_top1": 0.5}
+
+    monkeypatch.setattr(LiveEvaluation, "measure", measure)
+    cfg = small_run(dataset, num_steps=6, log_every=3, evaluate_every=2)
+    Trainer(cfg, tmp_path / "run").train()
+    rates = [row["throughput/img_s"] for row in rows_of(tmp_path / "run", evaluated=False)]
+    assert all(3 * 8 / rate < 30 for rate in rates)
+    found = rows_of(tmp_path / "run", evaluated=True)
+    assert [row["step"] for row in found] == [2, 4, 6]
+    assert all(60 <= row["evaluate/seconds"] < 90 for row in found)
+
+
+def test_the_best_checkpoint_may_be_that_of_an_evaluation(dataset: Path, tmp_path: Path) -> None:
+    cfg = small_run(
+        dataset, num_steps=6, log_every=3, checkpoint_every=2, evaluate_every=2,
+        keep_best="+evaluate/knn_top1", keep_checkpoints=1,
+    )  # fmt: skip
+    trainer = Trainer(cfg, tmp_path / "run")
+    trainer.train()
+    last = rows_of(tmp_path / "run", evaluated=True)[-1]["evaluate/knn_top1"]
+    assert trainer.log.score == -last
+    with pytest.raises(
+        ValueError, match="keep_best: expected one of .*evaluate/knn_top1.*knn_top2"
+    ):
+        Trainer(replace(cfg, keep_best="+evaluate/knn_top2"), tmp_path / "typo").train()
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_one_does_and_none_waits_for_ever(
+    dataset: Path, tmp_path: Path
+) -> None:
+    """By DDP and FSDP2, at an odd number of pictures, and training stays the same to the bit."""
+    cfg = replace(run_of_adamw(dataset), num_steps=6, evaluate_every=3, evaluate_pictures=11)
+    Trainer(cfg, tmp_path / "one").train()
+    mp.start_processes(work, (cfg, tmp_path), nprocs=NUM_RANKS, start_method="spawn")
+    expected = rows_of(tmp_path / "one", evaluated=True)
+    for shard in SHARDS:
+        assert_same_training(tmp_path / f"without-{shard}", tmp_path / f"with-{shard}")
+        of_ranks = [torch.load(tmp_path / f"values-{shard}-{rank}.pt") for rank in range(NUM_RANKS)]
+        for each in sum(of_ranks, []):
+            del each["evaluate/seconds"]
+        assert of_ranks[0] == of_ranks[1] and len(of_ranks[0]) == 2
+        for ours, theirs in zip(of_ranks[0], expected, strict=True):
+            assert ours == {name: theirs[name] for name in ours}
+
+
+# ---- Parts ---------------------------------------------------------------------------------------
+
+
+def test_shares_of_ranks_are_as_long_and_cover_all_rows(dataset: Path) -> None:
+    chosen = choose_rows(small_run(dataset).data, 13, labelled=False)
+    worlds = [World(torch.device("cpu"), rank=rank, size=4) for rank in range(4)]
+    shares = [chosen.of_rank(world) for world in worlds]
+    assert {len(share) for share in shares} == {4}
+    assert set(np.concatenate(shares)) == set(chosen.rows) and len(chosen.rows) == 13
+
+
+def test_chosen_rows_are_labelled_and_spread_over_the_split(dataset: Path) -> None:
+    from m3i_fast.pipelines.open_data import open_data
+
+    cfg = small_run(dataset).data
+    table = open_data(cfg).table
+    chosen = choose_rows(cfg, 10, labelled=True)
+    rows = table.at(chosen.rows)
+    assert (rows["label"] >= 0).all() and (rows["sample_id"] == rows["group_id"]).all()
+    assert chosen.num_labels == len(chosen.rows) == 10
+    every = np.asarray(table.rows)
+    good = np.flatnonzero((every["label"] >= 0) & (every["sample_id"] == every["group_id"]))
+    assert (chosen.rows[0], chosen.rows[-1]) == (good[0], good[-1])
+
+
+def test_embeddings_that_are_not_finite_are_logged_as_such() -> None:
+    nan = torch.full((4, 3), math.nan)
+    found = recalls(
+        {"image": nan, "text": nan, "group": torch.arange(4), "captioned": torch.ones(4).bool()},
+        torch.device("cpu"),
+    )
+    assert len(found) == 4 and all(map(math.isnan, found.values()))
+
+
+def test_a_bank_of_few_pictures_asks_all_of_them() -> None:
+    bank = {"": torch.eye(3), "label": torch.tensor([0, 1, 2])}
+    queries = {"": torch.eye(3)[[2, 0]], "label": torch.tensor([2, 1])}
+    found = knn_accuracies(bank, queries, torch.device("cpu"))
+    assert found == {"evaluate/knn_top1": 0.5}
+
+
+def test_modes_and_generators_are_put_back_after_an_error() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm1d(3))
+    model[1].eval()
+    before = random_state()
+    with pytest.raises(KeyError), left_as_it_is(model):
+        assert not model.training
+        torch.rand(3), np.random.rand(3)
+        raise KeyError
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert random_state() == before
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("COLUMNS", "200")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--evaluate-split", "train"], "--evaluate-split: expected another split than data.split"),
+        (["--evaluate-split", "absent"], "split: expected one of"),
+        (["--evaluate-data", "nowhere"], "nowhere"),
+        (["--data.mixture", "x:train:1"], "--evaluate-data: expected a data set to evaluate on"),
+        (
+            ["--evaluate-every", "0", "--keep-best", "evaluate/knn_top1"],
+            "--evaluate-every: expected at least 1 with keep_best",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("quiet")
+def test_what_cannot_be_evaluated_is_refused_before_the_run(
+    flags: list[str],
+    message: str,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", "demo", "--out", str(out), f"--data.path={dataset}", "--device=cpu"]
+    assert main([*arguments, "--evaluate-every", "2", *flags]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not out.exists()
