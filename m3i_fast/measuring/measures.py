@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from m3i_fast.evaluation.feature_rows import Index
 from m3i_fast.evaluation.rows.calibration import accuracy_by_class, calibrate
 from m3i_fast.evaluation.rows.few_labels import NUM_DRAWS, SHARES, classify_with_few_labels
 from m3i_fast.evaluation.rows.neighbours import NEIGHBOURS, TEMPERATURE, classify_by_neighbours
 from m3i_fast.evaluation.rows.retrieval import RECALL_AT, recall_hits
-from m3i_fast.evaluation.feature_rows import Index
 from m3i_fast.evaluation.rows.zero_shot import classify_by_prompts, embed_classes
 from m3i_fast.measuring.encoders.encoder import Encoder
 from m3i_fast.measuring.features import SplitFeatures

@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from m3i_fast.evaluation.feature_rows import Rows, slices, take
 from m3i_fast.evaluation.probes.accuracy import top_k_hits
 from m3i_fast.evaluation.probes.rate_sweep import expect_rates, set_gradients, slices_of
-from m3i_fast.evaluation.feature_rows import Rows, slices, take
 
 Labels = NDArray[np.int64]
 Scores = NDArray[np.float64]
