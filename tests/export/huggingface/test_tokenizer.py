@@ -20,7 +20,7 @@ TEXTS = [
     "it's the dog's, they've said: don't",
     "it\u2019s \u201cquoted\u201d text",
     "salt &amp; pepper &lt;3 &quot;x&quot; &#39;y&#39; &amp;amp;",
-    "caf\u00e9 cafe\u0301 na\u00efve stra\u00dfe \u0130stanbul",
+    "café cafe\u0301 na\u00efve stra\u00dfe \u0130stanbul",
     "\u4f60\u597d \u2603 snowman \U0001f600",
     "",
     "word " * 40,
