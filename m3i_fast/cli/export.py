@@ -96,7 +96,8 @@ def _misplaced(command: ExportCommand) -> str:
     for name, targets in TAKEN_BY.items():
         if getattr(command, name) != defaults[name] and command.to not in targets:
             flag = f"--{name.replace('_', '-')}"
-            return f"{flag}: expected with --to {' or '.join(targets)}, got --to {command.to}"
+            known = " or ".join(filter(None, (", ".join(targets[:-1]), targets[-1])))
+            return f"{flag}: expected with --to {known} alone, got --to {command.to}"
     return ""
 
 

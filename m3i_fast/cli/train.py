@@ -54,12 +54,8 @@ FLAGS = {
     "several GPUs, and memory": (
         *("config.parallel.shard", "config.parallel.accumulate", "config.parallel.chunk"),
     ),
-    "evaluation on the way": (
-        *("config.evaluate_every", "config.evaluate_split", "config.evaluate_data"),
-        "config.evaluate_pictures",
-    ),
-    "log and checkpoints": (
-        *("config.log_every", "config.checkpoint_every", "config.telemetry.wandb_project"),
+    "log, checkpoints and evaluation on the way": (
+        *("config.log_every", "config.checkpoint_every", "config.evaluate_every"),
     ),
 }
 

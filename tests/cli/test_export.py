@@ -120,10 +120,10 @@ def test_what_cannot_be_exported_is_refused(
     out = str(tmp_path / "out")
     assert "expected a run directory" in refused(str(tmp_path), out, "--to", "timm")
     said = refused(str(run), out, "--to", "timm", "--data", str(dataset))
-    expected = "hf or open_clip or onnx or torch-export or aoti or safetensors, got --to timm"
+    expected = "hf, open_clip, onnx, torch-export, aoti or safetensors alone, got --to timm"
     assert f"--data: expected with --to {expected}" in said
     said = refused(str(run), out, "--to", "safetensors", "--which", "ema")
-    assert "--which: expected with --to timm or hf or internimage" in said
+    assert "--which: expected with --to timm, hf, internimage" in said
     assert "--image-only: expected with --to hf" in refused(
         str(run), out, "--to", "timm", "--image-only"
     )

@@ -30,6 +30,8 @@ REFUSED = [
     ["methods", "{}"],
     ["recipes", "{}"],
     ["evaluate", "{}"],
+    ["report", "{}"],
+    ["search", "{}", "--data", "{}"],
     ["export", "{}", "{}", "--to", "timm"],
     ["checkpoint", "ls", "{}"],
     ["checkpoint", "verify", "{}"],
