@@ -30,6 +30,8 @@ SMOKE = ROOT / "scripts" / "wheel_smoke.py"
 # The floor of torch's own wheels: glibc 2.28, and the libstdc++ of GCC 8.
 PLATFORM = "manylinux_2_28_x86_64"
 EXTRAS = "shards,eval"
+PAGE = ROOT / "docs" / "start" / "adapt.md"
+PAGE_EXTRAS = "timm,hf,onnx"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Case:
     cuda: bool = True
     """The CUDA build, which is the only one that PyPI serves for Linux on x86-64."""
     nightly: bool = True
+    adapts: bool = False
+    """Whether the newcomer's page is gone through too, with the libraries that it exports to."""
 
     @property
     def name(self) -> str:
@@ -50,7 +54,7 @@ class Case:
 
 CASES = (
     # What `make install` takes without a GPU.
-    Case("3.11", "2.13", cuda=False, nightly=False),
+    Case("3.11", "2.13", cuda=False, nightly=False, adapts=True),
     # The torch of build/cuda, whose CUDA libraries it shares.
     Case("3.13", "2.15", nightly=False),
     Case("3.10", "2.10"),
@@ -175,14 +179,14 @@ def share_cuda_libraries(where: Path) -> None:
 # ---- Trying it -----------------------------------------------------------------------------------
 
 
-def smoke(python: Path, part: str, folder: Path, version: str) -> dict[str, Any]:
+def smoke(python: Path, part: str, folder: Path, version: str, *more: str) -> dict[str, Any]:
     """Run one part of wheel_smoke.py in an empty folder; returns what it found."""
     home = folder.with_name("home")
     home.mkdir(exist_ok=True)
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     environment = {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     folder.mkdir()
-    command = [str(python), "-I", str(SMOKE), part, version]
+    command = [str(python), "-I", str(SMOKE), part, version, *more]
     done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}")
@@ -205,6 +209,9 @@ def try_case(case: Case, wheel: Path, *, cuda: bool) -> dict[str, Any]:
         pip(python, *held, f"{wheel}[{EXTRAS}]", cuda=case.cuda)
         data = smoke(python, "data", Path(scratch) / "data", version)
         size = installed_mb(python)
+        if case.adapts:
+            pip(python, *held, f"{wheel}[{PAGE_EXTRAS}]", "onnxruntime", cuda=case.cuda)
+            smoke(python, "adapt", Path(scratch) / "adapt", version, str(PAGE))
     expected = ["cpu", "cuda"] if cuda and case.cuda else ["cpu"]
     if core["kernels"] != expected:
         raise RuntimeError(f"{case.name}: expected kernels of {expected}, got {core['kernels']}")

@@ -2,6 +2,7 @@
 
     python -I wheel_smoke.py core VERSION      what the package alone does
     python -I wheel_smoke.py data VERSION      ... and with the extras shards and eval: the demo
+    python -I wheel_smoke.py adapt VERSION PAGE    ... and timm, hf, onnx: what docs/start/adapt.md says
 
 The working directory is an empty folder. Prints one JSON object: torch, Python, data files of the
 package that were opened, seconds of imports. Ends with an error at the first thing that is wrong.
@@ -14,6 +15,8 @@ import io
 import json
 import os
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -145,6 +148,42 @@ def check_demo() -> None:
     assert (image @ text.T).shape == (1, 2) and torch.isfinite(image @ text.T).all()
 
 
+def check_page(page: Path) -> None:
+    """Type the commands of docs/start/adapt.md and run its Python, on drawings and weights.
+
+    All as it stands there, but for the number of steps.
+    """
+    import csv
+
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from m3i_fast.pipelines.sources.concepts import read_drawings
+    from m3i_fast.pipelines.sources.openmoji import read_svg
+    from m3i_fast.pipelines.sources.rendering import render
+
+    of_concept = {drawing.group_id: drawing for drawing in reversed(read_drawings())}
+    drawings = [d for d in of_concept.values() if d.code == "1F34E" or d.group_id % 10 == 0]
+    Path("drawings").mkdir()
+    with open("drawings.csv", "w", newline="") as table:
+        rows = csv.writer(table)
+        rows.writerow(["file", "caption", "label"])
+        for drawing in drawings:
+            file = f"drawings/{drawing.code}.png"
+            render(read_svg(drawing.code), 72).save(file)
+            rows.writerow([file, drawing.caption, drawing.category])
+    torch.manual_seed(0)
+    save_file(timm.create_model("vit_tiny_patch16_224").state_dict(), "vit_tiny.safetensors")
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", page.read_text(), re.DOTALL):
+        if language == "python":
+            exec(compile(block, str(page), "exec"), {})
+            continue
+        for line in block.splitlines():
+            _, *words = shlex.split(line)
+            run(*words, *(["--num-steps", "3"] if words[0] == "train" else []))
+
+
 def import_seconds() -> dict[str, float]:
     """Time the imports that people wait for, each in a process of its own, the second of two.
 
@@ -161,7 +200,7 @@ def import_seconds() -> dict[str, float]:
     return found
 
 
-def main(part: str, version: str) -> None:
+def main(part: str, version: str, page: str = "") -> None:
     """Run one part and print what was found."""
     start = time.perf_counter()
     watch_files()
@@ -175,8 +214,10 @@ def main(part: str, version: str) -> None:
         found["kernels"] = check_ops()
         check_commands()
         found["import_s"] = import_seconds()
-    else:
+    elif part == "data":
         check_demo()
+    else:
+        check_page(Path(page))
     found["data_files"] = data_files(package)
     print(json.dumps({**found, "seconds": round(time.perf_counter() - start, 1)}))
 
