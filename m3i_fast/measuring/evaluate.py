@@ -15,13 +15,8 @@ from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
 from m3i_fast.measuring.encoders.opening import open_encoder
 from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extract
-from m3i_fast.measuring.measures import (
-    MEASURES,
-    Inputs,
-    Measure,
-    MeasureSettings,
-    chosen_measures,
-)
+from m3i_fast.measuring.measure import Inputs, Measure, Measured, MeasureSettings, TrainingSettings
+from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from m3i_fast.measuring.results import EncoderResults, Results
 from m3i_fast.measuring.source import Source, SourceSettings, Split, read_source
 from m3i_fast.pipelines.optional_imports import require
@@ -39,12 +34,13 @@ class EvaluationSettings:
     baselines: tuple[str, ...] = ()
     source: SourceSettings
     measures: tuple[str, ...] = ()
-    """Names of `MEASURES`; none: all that the data and the encoder allow."""
+    """Names of `MEASURES`; none: all short ones that the data and the encoder allow."""
     templates: tuple[str, ...] = ()
     """Of prompts; none: CLIP's eighty for ImageNet, which open_clip has."""
     dtype: torch.dtype | None = None
     allow_download: bool = False
     extraction: ExtractionSettings
+    training: TrainingSettings = TrainingSettings()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -176,7 +172,7 @@ def _evaluate_one(
         settings=_measure_settings(settings, planned, world),
     )
     return _Found(
-        _measure(spec, inputs, measures, left_out),
+        _measure(spec, inputs, measures, left_out, tell),
         {**(train.faults if train is not None else {}), **measured.faults},
         shared_pictures(train, measured),
     )
@@ -214,8 +210,8 @@ def _for_encoder(
     """
     left_out = dict(planned.left_out)
     for name, row in planned.measures.items():
-        if row.needs_text and not encoder.has_text:
-            left_out[name] = f"{spec} has no text tower"
+        if (reason := row.lacking(encoder)) is not None:
+            left_out[name] = reason
     measures = {name: row for name, row in planned.measures.items() if name not in left_out}
     is_asked = spec == settings.model and settings.measures
     if (is_asked and left_out) or (spec == settings.model and not measures):
@@ -225,15 +221,23 @@ def _for_encoder(
 
 
 def _measure(
-    spec: str, inputs: Inputs, measures: Mapping[str, Measure], left_out: Mapping[str, str]
+    spec: str,
+    inputs: Inputs,
+    measures: Mapping[str, Measure],
+    left_out: Mapping[str, str],
+    tell: Told,
 ) -> EncoderResults:
-    encoder = inputs.encoder
+    encoder, measured = inputs.encoder, dict[str, Measured]()
+    for name, row in measures.items():
+        if row.takes is not None:
+            tell(f"{spec}: {row.title}: {row.takes(inputs.settings)}")
+        measured[name] = row.measure(inputs)
     return EncoderResults(
         name=spec,
         digest=encoder.digest,
         dtype=str(encoder.dtype).removeprefix("torch."),
         logit_scale=encoder.logit_scale,
-        measured={name: row.measure(inputs) for name, row in measures.items()},
+        measured=measured,
         left_out=left_out,
     )
 
@@ -248,6 +252,9 @@ def _measure_settings(settings: EvaluationSettings, planned: Plan, world: World)
         templates=templates,
         seed=settings.seed,
         device=world.device,
+        batch_size=settings.extraction.batch_size,
+        workers=settings.extraction.workers,
+        training=settings.training,
     )
 
 
@@ -261,6 +268,7 @@ def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
         "baselines": list(settings.baselines),
         "seed": settings.seed,
         "batch_size": settings.extraction.batch_size,
+        "training": asdict(settings.training),
         "source": source,
     }
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from m3i_fast.evaluation.feature_rows import Index, Rows, row_blocks, take_rows
 from m3i_fast.evaluation.probes.cross_validation import NUM_FOLDS, Examples, choose_linear
 from m3i_fast.evaluation.probes.linear import LinearProbe, fit_linear
-from m3i_fast.evaluation.feature_rows import Index, Rows, row_blocks, take_rows
 
 SHARES = (0.01, 0.1)
 NUM_DRAWS = 3

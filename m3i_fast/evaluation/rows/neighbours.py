@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3i_fast.evaluation.probes.knn import TEMPERATURE
 from m3i_fast.evaluation.feature_rows import Index, Rows, row_blocks, unit
+from m3i_fast.evaluation.probes.knn import TEMPERATURE
 
 NEIGHBOURS = (10, 20, 100, 200)
 QUERY_BLOCK, BANK_BLOCK = 2048, 8192  # rows; a block of cosines takes 64 MiB

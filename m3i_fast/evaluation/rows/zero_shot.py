@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3i_fast.evaluation.retrieval.zero_shot import class_embeddings
 from m3i_fast.evaluation.feature_rows import Index, Rows, row_blocks, unit
+from m3i_fast.evaluation.retrieval.zero_shot import class_embeddings
 
 MOST_RANKED = 5
 BLOCK = 8192

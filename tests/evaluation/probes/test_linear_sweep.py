@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
+from m3i_fast.evaluation.feature_rows import ROWS_A_SLICE, Joined
 from m3i_fast.evaluation.probes.linear_sweep import (
     INIT_STD,
     LEARNING_RATES,
@@ -21,7 +22,6 @@ from m3i_fast.evaluation.probes.linear_sweep import (
     epoch_batches,
     linear_sweep,
 )
-from m3i_fast.evaluation.feature_rows import ROWS_A_SLICE, Joined
 
 CPU = torch.device("cpu")
 Floats = NDArray[np.float32]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
+from m3i_fast.evaluation.feature_rows import FileRows
 from m3i_fast.evaluation.rows import neighbours
 from m3i_fast.evaluation.rows.neighbours import classify_by_neighbours
-from m3i_fast.evaluation.feature_rows import FileRows
 
 RANDOM = np.random.default_rng(3)
 LABEL = RANDOM.integers(0, 7, 500)
