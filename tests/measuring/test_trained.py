@@ -34,6 +34,7 @@ from tests.measuring.pictures import COLOURS, TIMM, clip_folder, image_folder, t
 
 CPU = torch.device("cpu")
 BATCH = 8
+GROUP = np.arange(15) // 3
 
 
 class Library:
@@ -60,10 +61,6 @@ class Library:
     ) -> Callable[[int], list[LabelledBatch]]:
         pictures, label = self.pictures[split], torch.from_numpy(self.label[split])
         return lambda epoch: [(pictures[index], label[index]) for index in rows(epoch)]
-
-    def groups(self, results: Results) -> np.ndarray:
-        assert results.source.train is not None
-        return results.source.train.group
 
 
 @pytest.fixture
@@ -92,8 +89,14 @@ def settings_of(folder: Path, tmp_path: Path, *measures: str, **more: Any) -> Ev
 
 
 def measured(settings: EvaluationSettings, told: list[str] | None = None) -> Results:
+    """Measure with training pictures in groups of three."""
+    planned = plan(settings)
+    source = planned.source
+    if source.train is not None:
+        grouped = replace(source.train, group=np.arange(len(source.train)) // 3)
+        planned = replace(planned, source=replace(source, train=grouped))
     tell = (told if told is not None else []).append
-    results = evaluate(settings, plan(settings), World(CPU), tell=tell)
+    results = evaluate(settings, planned, World(CPU), tell=tell)
     assert results is not None
     return results
 
@@ -143,13 +146,13 @@ def test_linear_is_the_sweep_over_timms_layers(
         num_steps=20,
         seed=3,
         device=CPU,
-        train_group=library.groups(results),
+        train_group=GROUP,
     )
     ours = results.encoders[0].measured["linear"]
     expect_predictions(ours, expected.logits, library.label["val"])
     chosen = (ours.settings["input"], ours.settings["learning_rate"])
     assert chosen == (expected.chosen_input, expected.chosen_rate)
-    assert ours.settings["fit_rows"] + ours.settings["choice_rows"] == 15
+    assert (ours.settings["fit_rows"], ours.settings["choice_rows"]) == (12, 3)
     sweep = ours.details["sweep"]
     np.testing.assert_array_equal([*sweep["on measured rows"].values()], expected.top1)
     np.testing.assert_array_equal(
@@ -177,7 +180,7 @@ def test_attentive_is_the_probe_of_timms_tokens(
     folder: Path, library: Library, tmp_path: Path
 ) -> None:
     results = measured(settings_of(folder, tmp_path, "attentive"))
-    fit, choice = kept_out(library.label["train"], library.groups(results), 0.1, 3)
+    fit, choice = kept_out(library.label["train"], GROUP, 0.1, 3)
     in_order = [range(start, min(start + BATCH, 15)) for start in range(0, 15, BATCH)]
     expected = attentive_probe(
         library.tokens,
@@ -195,6 +198,8 @@ def test_attentive_is_the_probe_of_timms_tokens(
     expect_predictions(found, expected.logits, library.label["val"])
     np.testing.assert_allclose(found.arrays["loss"], expected.loss, rtol=1e-5)
     assert found.details["on measured rows"] == expected.top1.tolist()
+    assert found.details["on the rows of the choice"] == expected.choice_top1.tolist()
+    assert (found.settings["fit_rows"], found.settings["choice_rows"]) == (12, 3)
 
 
 def test_fine_tuning_trains_timms_model(folder: Path, library: Library, tmp_path: Path) -> None:
