@@ -38,14 +38,18 @@ class OnPictures:
     """Another encoder, named as MODEL, that is measured beside it. May be given several times."""
     measures: tuple[str, ...] = ()
     """Some of: knn few-labels zero-shot retrieval, which are all that is measured without it, as
-    far as data and encoder allow; and linear attentive fine-tuning correspondence, which take
-    longer."""
+    far as data and encoder allow; and linear attentive fine-tuning correspondence segmentation,
+    which take longer."""
     linear_steps: int | None = None
     """Steps of linear, about; none: DINOv2's 12,500 on a GPU, and a tenth of them on a CPU."""
     attentive_epochs: int = 20
     """Epochs of attentive, over training pictures; V-JEPA's."""
     fine_tuning_epochs: int = 50
     """Epochs of fine-tuning, over training pictures; MAE's of ViT-L, which has 100 for ViT-B."""
+    segmentation: Path | None = None
+    """Folder of pictures and masks, as ADE20k or Pascal VOC, on which patches are segmented too."""
+    segmentation_steps: int | None = None
+    """Steps of segmentation; none: DINOv2's 40,000 on a GPU, and a tenth of them on a CPU."""
     class_names: Path | None = None
     """Text file with the name of each class on a line of its own, by index, for prompts."""
     templates: Path | None = None
@@ -268,7 +272,9 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
             linear_steps=chosen.linear_steps,
             attentive_epochs=chosen.attentive_epochs,
             fine_tuning_epochs=chosen.fine_tuning_epochs,
+            segmentation_steps=chosen.segmentation_steps,
         ),
+        segmentation=chosen.segmentation,
         seed=chosen.seed,
     )
 

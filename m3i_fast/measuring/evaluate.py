@@ -17,6 +17,7 @@ from m3i_fast.measuring.encoders.opening import open_encoder
 from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extract
 from m3i_fast.measuring.measure import Inputs, Measure, Measured, MeasureSettings, TrainingSettings
 from m3i_fast.measuring.measures import MEASURES, chosen_measures
+from m3i_fast.measuring.patches import expect_segmentation
 from m3i_fast.measuring.results import EncoderResults, Results
 from m3i_fast.measuring.source import Source, SourceSettings, Split, read_source
 from m3i_fast.pipelines.optional_imports import require
@@ -41,6 +42,8 @@ class EvaluationSettings:
     allow_download: bool = False
     extraction: ExtractionSettings
     training: TrainingSettings = TrainingSettings()
+    segmentation: Path | None = None
+    """Folder of pictures and masks, as ADE20k or VOC, that is segmented beside the rest."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -48,6 +51,8 @@ class EvaluationSettings:
             raise ValueError(
                 f"--measures: expected some of {', '.join(MEASURES)}, got {unknown[0]}"
             )
+        if "segmentation" in self.measures and self.segmentation is None:
+            raise ValueError("--segmentation: expected a folder of pictures and masks, got none")
         if wrong := [text for text in self.templates if "{}" not in text]:
             raise ValueError(
                 f"--templates: expected {{}} in each line, in the place of a class's name, got "
@@ -80,6 +85,9 @@ def plan(settings: EvaluationSettings) -> Plan:
     """
     source = read_source(settings.source)
     asked = chosen_measures(settings.measures)
+    if settings.segmentation is not None:
+        expect_segmentation(settings.segmentation)
+        asked["segmentation"] = MEASURES["segmentation"]
     missing = {name: row.missing(source) for name, row in asked.items()}
     left_out = {name: reason for name, reason in missing.items() if reason is not None}
     if settings.measures and left_out:
@@ -255,6 +263,7 @@ def _measure_settings(settings: EvaluationSettings, planned: Plan, world: World)
         batch_size=settings.extraction.batch_size,
         workers=settings.extraction.workers,
         training=settings.training,
+        segmentation=settings.segmentation,
     )
 
 

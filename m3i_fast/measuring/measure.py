@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from m3i_fast.measuring.encoders.encoder import Encoder
 from m3i_fast.measuring.features import SplitFeatures
 from m3i_fast.measuring.source import Source
 
+CPU_SHARE = 10  # a CPU takes the tenth part of published steps
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSettings:
@@ -27,6 +30,8 @@ class TrainingSettings:
     """V-JEPA's for ImageNet."""
     fine_tuning_epochs: int = 50
     """MAE's of ViT-L."""
+    segmentation_steps: int | None = None
+    """None: DINOv2's 40,000 on a GPU, and a tenth of them on a CPU."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -49,6 +54,13 @@ class MeasureSettings:
     workers: int = 0
     """Processes that decode pictures; 0: this one."""
     training: TrainingSettings = TrainingSettings()
+    segmentation: Path | None = None
+    """Folder of pictures and masks, of the measure of that name."""
+
+
+def steps_on(device: torch.device, asked: int | None, published: int) -> int:
+    """Return the steps that are asked for, or the published ones, of which a CPU takes a tenth."""
+    return asked or (published // CPU_SHARE if device.type == "cpu" else published)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

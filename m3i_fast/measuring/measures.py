@@ -241,6 +241,15 @@ MEASURES: dict[str, Measure] = {
         takes=patches.correspondence_takes,
         measure=patches.correspondence,
     ),
+    "segmentation": Measure(
+        title="segmentation",
+        protocol="batch norm and a linear layer on frozen patches, upsampled logits",
+        paper="DINOv2, arXiv 2304.07193, section 7.4",
+        missing=lambda source: None,
+        lacking=no_patches,
+        takes=patches.segmentation_takes,
+        measure=patches.segmentation,
+    ),
 }
 
 

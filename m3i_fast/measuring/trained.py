@@ -40,10 +40,8 @@ from m3i_fast.measuring.measure import (
     accuracy_of_classes,
     fitted,
     mean_figure,
+    steps_on,
 )
-
-CPU_SHARE = 10  # a CPU takes the tenth part of DINOv2's steps
-
 
 # ---- Linear sweep --------------------------------------------------------------------------------
 
@@ -105,8 +103,7 @@ def linear_inputs(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _linear_steps(settings: MeasureSettings) -> int:
-    on_device = NUM_STEPS // CPU_SHARE if settings.device.type == "cpu" else NUM_STEPS
-    return settings.training.linear_steps or on_device
+    return steps_on(settings.device, settings.training.linear_steps, NUM_STEPS)
 
 
 def _joined(features: SplitFeatures, parts: tuple[str, ...]) -> Rows:

@@ -17,6 +17,7 @@ from m3i_fast.config.fields import check_fields
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from tests.shared.engine.small_run import small_run
+from tests.shared.masked_folder import masked_folder
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ALL = ["--measures", *MEASURES, "--linear-steps", "20", "--attentive-epochs", "1"]
-ALL += ["--fine-tuning-epochs", "1"]
+ALL += ["--fine-tuning-epochs", "1", "--segmentation-steps", "2"]
 
 
 def arguments(run: Path, dataset: Path, tmp_path: Path) -> list[str]:
@@ -73,6 +74,7 @@ def test_measures_that_take_long_are_told_and_stand_in_the_table(
     run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*ALL, "--baseline", "pixels", "--out", str(tmp_path / "out")]
+    words += ["--segmentation", str(masked_folder(tmp_path / "masks"))]
     assert main([*arguments(run, dataset, tmp_path), *words]) == 0
     told = capsys.readouterr()
     said = " ".join(told.err.split())
@@ -81,10 +83,12 @@ def test_measures_that_take_long_are_told_and_stand_in_the_table(
         f"{run}: attentive: epochs: 1 (--attentive-epochs)",
         f"{run}: fine-tuning: epochs: 1 (--fine-tuning-epochs)",
         f"{run}: correspondence: two crops",
+        f"{tmp_path / 'masks'}: 2 steps of 16 crops (--segmentation-steps)",
     ):
         assert text in said, text
     for text in ("linear, top 1", "attentive, top 1", "fine-tuning, top 1", "patches found"):
         assert text in told.out, text
+    assert "segmentation, mean IoU" in told.out
     assert "pixels: not measured: fine-tuning: pixels cannot be fine-tuned" in told.out
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     ours, pixels = (encoder["measures"] for encoder in stored["encoders"])
@@ -132,10 +136,10 @@ def test_help_names_every_measure_and_both_protocols(capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_two_ranks_have_the_results_of_one(run: Path, dataset: Path, tmp_path: Path) -> None:
-    found = []
+    found, masks = [], ["--segmentation", str(masked_folder(tmp_path / "masks"))]
     for num_ranks in (1, 2):
         here = tmp_path / str(num_ranks)
-        words = [*arguments(run, dataset, here)[1:], "--out", str(here / "out"), *ALL]
+        words = [*arguments(run, dataset, here)[1:], "--out", str(here / "out"), *ALL, *masks]
         launched = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
         command = [*launched, "--standalone", "-m", "m3i_fast.cli", "evaluate", *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -36,6 +36,10 @@ class PatchTokens:
     side: int
     """S, that of the encoder's transform."""
 
+    def encode_views(self, views: Tensor) -> Tensor:  # [B, 3, S, S] uint8 -> [B, R + N, C] fp32
+        """Normalise and encode pictures of the encoder's side."""
+        return self.encode(self.normalise(views))
+
 
 class Encoder(Protocol):
     """An encoder in evaluation mode, frozen, on one device."""
