@@ -107,11 +107,11 @@ def test_correspondence_is_that_of_timms_patches(bare: Path, tmp_path: Path) -> 
 def test_segmentation_is_the_head_on_timms_patches(bare: Path, tmp_path: Path) -> None:
     file, root = timm_file(tmp_path), masked_folder(tmp_path / "masks")
     spec = f"timm:{TIMM},checkpoint={file}"
-    training = TrainingSettings(segmentation_steps=4)
+    training = TrainingSettings(segmentation_steps=30)
     settings = settings_of(bare, tmp_path, spec, segmentation=root, training=training)
     told: list[str] = []
     results = evaluate(settings, plan(settings), World(CPU), tell=told.append)
-    assert results is not None and f"{root}: 4 steps of 16 crops" in told[-1]
+    assert results is not None and f"{root}: 30 steps of 16 crops" in told[-1]
     assert [*results.encoders[0].measured] == ["correspondence", "segmentation"]
     found = results.encoders[0].measured["segmentation"]
     model, normalise = library(file)
@@ -123,7 +123,7 @@ def test_segmentation_is_the_head_on_timms_patches(bare: Path, tmp_path: Path) -
     validation = open_folder(root, "validation", num_classes=3)
     common: dict[str, Any] = {"num_classes": 3, "num_prefix": 1, "device": CPU}
     crops = training_batches(train, size=160, batch_size=5, seed=5)
-    head, _ = train_segmentation(encode, crops, num_steps=4, seed=5, **common)
+    head, _ = train_segmentation(encode, crops, num_steps=30, seed=5, **common)
     whole = whole_pictures(validation, size=160)(0)
     confusion = evaluate_segmentation(encode, head, whole, window=160, **common)
     np.testing.assert_array_equal(found.arrays["confusion"], confusion)
@@ -134,9 +134,10 @@ def test_segmentation_is_the_head_on_timms_patches(bare: Path, tmp_path: Path) -
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     of_model = stored["encoders"][0]["measures"]["segmentation"]
     assert of_model["figures"]["mean IoU"] == scores.mean_iou
-    assert (of_model["settings"]["steps"], of_model["settings"]["classes"]) == (4, 3)
+    assert (of_model["settings"]["steps"], of_model["settings"]["classes"]) == (30, 3)
     iou = [math.nan if one is None else one for one in of_model["details"]["iou"]]
     np.testing.assert_array_equal(iou, scores.iou)
+    assert math.isnan(iou[2])
 
 
 def test_a_folder_without_masks_is_refused_before_anything_is_loaded(
