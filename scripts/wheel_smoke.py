@@ -2,7 +2,7 @@
 
     python -I wheel_smoke.py core VERSION      what the package alone does
     python -I wheel_smoke.py data VERSION      ... and with the extras shards and eval: the demo
-    python -I wheel_smoke.py adapt VERSION PAGE    ... and timm, hf, onnx: what docs/start/adapt.md says
+    python -I wheel_smoke.py adapt VERSION PAGE    ... and timm, hf, onnx: docs/start/adapt.md
 
 The working directory is an empty folder. Prints one JSON object: torch, Python, data files of the
 package that were opened, seconds of imports. Ends with an error at the first thing that is wrong.

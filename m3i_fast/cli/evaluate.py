@@ -37,7 +37,19 @@ class OnPictures:
     baseline: Annotated[tuple[str, ...], Several] = ()
     """Another encoder, named as MODEL, that is measured beside it. May be given several times."""
     measures: tuple[str, ...] = ()
-    """Some of: knn few-labels zero-shot retrieval; all that data and encoder allow without it."""
+    """Some of: knn few-labels zero-shot retrieval, which are all that is measured without it, as
+    far as data and encoder allow; and linear attentive fine-tuning correspondence segmentation,
+    which take longer."""
+    linear_steps: int | None = None
+    """Steps of linear, about; none: DINOv2's 12,500 on a GPU, and a tenth of them on a CPU."""
+    attentive_epochs: int = 20
+    """Epochs of attentive, over training pictures; V-JEPA's."""
+    fine_tuning_epochs: int = 50
+    """Epochs of fine-tuning, over training pictures; MAE's of ViT-L, which has 100 for ViT-B."""
+    segmentation: Path | None = None
+    """Folder of pictures and masks, as ADE20k or Pascal VOC, on which patches are segmented too."""
+    segmentation_steps: int | None = None
+    """Steps of segmentation; none: DINOv2's 40,000 on a GPU, and a tenth of them on a CPU."""
     class_names: Path | None = None
     """Text file with the name of each class on a line of its own, by index, for prompts."""
     templates: Path | None = None
@@ -57,7 +69,7 @@ class OnPictures:
     share: float = 0.2
     """Of data with labels and one split, the share that is measured on."""
     seed: int = 0
-    """Seed of that share and of the draws of few labels."""
+    """Seed of that share, of the draws of few labels, and of what is trained and cut."""
     out: Path | None = None
     """Folder of results.json and of arrays for plots; none: `evaluation` in a run's folder, or in
     the current one."""
@@ -82,8 +94,9 @@ class EvaluateCommand:
     Without --data, MODEL is a run: kNN, probes, scenes and retrieval on the held-out concepts of
     its data, beside the untrained encoder, pixels and chance (evaluation.json). With --data DIR the
     field's protocols: kNN, few labels, zero-shot and retrieval on a labelled or captioned folder,
-    beside any --baseline (evaluation/results.json). torchrun -m m3i_fast.cli evaluate ... spreads
-    the latter over ranks.
+    and by --measures linear, attentive, fine-tuning and correspondence, beside any --baseline
+    (evaluation/results.json). torchrun -m m3i_fast.cli evaluate ... computes the latter's features
+    on all ranks.
     """
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
@@ -220,6 +233,7 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
 
     from m3i_fast.measuring.evaluate import EvaluationSettings
     from m3i_fast.measuring.features import ExtractionSettings
+    from m3i_fast.measuring.measure import TrainingSettings
     from m3i_fast.measuring.source import SourceSettings
 
     chosen = command.pictures
@@ -254,6 +268,13 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
             batch_size=command.batch_size,
             workers=cores if chosen.workers is None else chosen.workers,
         ),
+        training=TrainingSettings(
+            linear_steps=chosen.linear_steps,
+            attentive_epochs=chosen.attentive_epochs,
+            fine_tuning_epochs=chosen.fine_tuning_epochs,
+            segmentation_steps=chosen.segmentation_steps,
+        ),
+        segmentation=chosen.segmentation,
         seed=chosen.seed,
     )
 

@@ -36,7 +36,7 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PictureBatch:
-    """Consecutive rows of a split, those that could be decoded first as one tensor."""
+    """Rows of a split, those that could be decoded first as one tensor."""
 
     rows: NDArray[np.int64]  # [b] that are in `pictures`
     pictures: Tensor  # [b, 3, S, S]
@@ -72,11 +72,11 @@ def decoded_batches(
     source: Source,
     split: Split,
     transform: Callable[[Any], Tensor],
-    batches: Sequence[range],
+    batches: Sequence[Sequence[int]],
     *,
     workers: int,
 ) -> Iterator[PictureBatch]:
-    """Yield the pictures of ranges of rows, in their order, decoded ahead by `workers` processes.
+    """Yield the pictures of batches of rows, in their order, decoded ahead by `workers` processes.
 
     A picture that is broken is left out of its batch and named in `faults`. workers: 0: by this
     process.
@@ -88,6 +88,7 @@ def decoded_batches(
         batch_sampler=[list(rows) for rows in batches],
         num_workers=workers,
         collate_fn=_collate,
+        generator=torch.Generator(),  # else torch's global one would be drawn from
         worker_init_fn=_one_thread if workers else None,
     )
     yield from loader

@@ -15,13 +15,9 @@ from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
 from m3i_fast.measuring.encoders.opening import open_encoder
 from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extract
-from m3i_fast.measuring.measures import (
-    MEASURES,
-    Inputs,
-    Measure,
-    MeasureSettings,
-    chosen_measures,
-)
+from m3i_fast.measuring.measure import Inputs, Measure, Measured, MeasureSettings, TrainingSettings
+from m3i_fast.measuring.measures import MEASURES, chosen_measures
+from m3i_fast.measuring.patches import expect_segmentation
 from m3i_fast.measuring.results import EncoderResults, Results
 from m3i_fast.measuring.source import Source, SourceSettings, Split, read_source
 from m3i_fast.pipelines.optional_imports import require
@@ -39,12 +35,15 @@ class EvaluationSettings:
     baselines: tuple[str, ...] = ()
     source: SourceSettings
     measures: tuple[str, ...] = ()
-    """Names of `MEASURES`; none: all that the data and the encoder allow."""
+    """Names of `MEASURES`; none: all short ones that the data and the encoder allow."""
     templates: tuple[str, ...] = ()
     """Of prompts; none: CLIP's eighty for ImageNet, which open_clip has."""
     dtype: torch.dtype | None = None
     allow_download: bool = False
     extraction: ExtractionSettings
+    training: TrainingSettings = TrainingSettings()
+    segmentation: Path | None = None
+    """Folder of pictures and masks, as ADE20k or VOC, that is segmented beside the rest."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,6 +51,8 @@ class EvaluationSettings:
             raise ValueError(
                 f"--measures: expected some of {', '.join(MEASURES)}, got {unknown[0]}"
             )
+        if "segmentation" in self.measures and self.segmentation is None:
+            raise ValueError("--segmentation: expected a folder of pictures and masks, got none")
         if wrong := [text for text in self.templates if "{}" not in text]:
             raise ValueError(
                 f"--templates: expected {{}} in each line, in the place of a class's name, got "
@@ -84,6 +85,9 @@ def plan(settings: EvaluationSettings) -> Plan:
     """
     source = read_source(settings.source)
     asked = chosen_measures(settings.measures)
+    if settings.segmentation is not None:
+        expect_segmentation(settings.segmentation)
+        asked["segmentation"] = MEASURES["segmentation"]
     missing = {name: row.missing(source) for name, row in asked.items()}
     left_out = {name: reason for name, reason in missing.items() if reason is not None}
     if settings.measures and left_out:
@@ -176,7 +180,7 @@ def _evaluate_one(
         settings=_measure_settings(settings, planned, world),
     )
     return _Found(
-        _measure(spec, inputs, measures, left_out),
+        _measure(spec, inputs, measures, left_out, tell),
         {**(train.faults if train is not None else {}), **measured.faults},
         shared_pictures(train, measured),
     )
@@ -214,8 +218,8 @@ def _for_encoder(
     """
     left_out = dict(planned.left_out)
     for name, row in planned.measures.items():
-        if row.needs_text and not encoder.has_text:
-            left_out[name] = f"{spec} has no text tower"
+        if (reason := row.lacking(encoder)) is not None:
+            left_out[name] = reason
     measures = {name: row for name, row in planned.measures.items() if name not in left_out}
     is_asked = spec == settings.model and settings.measures
     if (is_asked and left_out) or (spec == settings.model and not measures):
@@ -225,15 +229,23 @@ def _for_encoder(
 
 
 def _measure(
-    spec: str, inputs: Inputs, measures: Mapping[str, Measure], left_out: Mapping[str, str]
+    spec: str,
+    inputs: Inputs,
+    measures: Mapping[str, Measure],
+    left_out: Mapping[str, str],
+    tell: Told,
 ) -> EncoderResults:
-    encoder = inputs.encoder
+    encoder, measured = inputs.encoder, dict[str, Measured]()
+    for name, row in measures.items():
+        if row.takes is not None:
+            tell(f"{spec}: {row.title}: {row.takes(inputs.settings)}")
+        measured[name] = row.measure(inputs)
     return EncoderResults(
         name=spec,
         digest=encoder.digest,
         dtype=str(encoder.dtype).removeprefix("torch."),
         logit_scale=encoder.logit_scale,
-        measured={name: row.measure(inputs) for name, row in measures.items()},
+        measured=measured,
         left_out=left_out,
     )
 
@@ -248,6 +260,10 @@ def _measure_settings(settings: EvaluationSettings, planned: Plan, world: World)
         templates=templates,
         seed=settings.seed,
         device=world.device,
+        batch_size=settings.extraction.batch_size,
+        workers=settings.extraction.workers,
+        training=settings.training,
+        segmentation=settings.segmentation,
     )
 
 
@@ -261,6 +277,7 @@ def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
         "baselines": list(settings.baselines),
         "seed": settings.seed,
         "batch_size": settings.extraction.batch_size,
+        "training": asdict(settings.training),
         "source": source,
     }
 

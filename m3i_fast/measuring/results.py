@@ -14,7 +14,8 @@ import numpy as np
 
 from m3i_fast.durable_files import make_directories, write_atomically
 from m3i_fast.evaluation.statistics import Interval, hits_interval, holm
-from m3i_fast.measuring.measures import MEASURES, Figure, Measured
+from m3i_fast.measuring.measure import Figure, Measured
+from m3i_fast.measuring.measures import MEASURES
 from m3i_fast.measuring.source import Source, Split
 
 RESULTS = "results.json"

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from m3i_fast.evaluation.statistics import Interval
 from m3i_fast.measuring.evaluate import Plan, missing_classes
-from m3i_fast.measuring.measures import MEASURES, Figure
+from m3i_fast.measuring.measure import Figure
+from m3i_fast.measuring.measures import MEASURES
 from m3i_fast.measuring.results import Results
 
 MOST_NAMED = 5

@@ -15,8 +15,9 @@ from m3i_fast.cli import main
 from m3i_fast.cli.evaluate import EvaluateCommand, OnPictures
 from m3i_fast.config.fields import check_fields
 from m3i_fast.engine.trainer import Trainer
-from m3i_fast.measuring.measures import MEASURES
+from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from tests.shared.engine.small_run import small_run
+from tests.shared.masked_folder import masked_folder
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,10 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = replace(small_run(dataset), num_steps=1, log_every=1, num_threads=1)
     Trainer(replace(cfg, checkpoint_every=1), out).train()
     return out
+
+
+ALL = ["--measures", *MEASURES, "--linear-steps", "20", "--attentive-epochs", "1"]
+ALL += ["--fine-tuning-epochs", "1", "--segmentation-steps", "2"]
 
 
 def arguments(run: Path, dataset: Path, tmp_path: Path) -> list[str]:
@@ -54,7 +59,7 @@ def test_a_run_is_measured_beside_what_it_started_from(
         "pixels",
         f"random:{run}",
     ]
-    assert set(stored["encoders"][0]["measures"]) == set(MEASURES)
+    assert set(stored["encoders"][0]["measures"]) == set(chosen_measures(()))
     assert set(stored["encoders"][1]["measures"]) == {"knn", "few-labels"}
     assert {"knn: k = 20", "retrieval: caption to picture, recall at 5"} <= set(
         stored["comparisons"][f"random:{run}"]
@@ -63,6 +68,33 @@ def test_a_run_is_measured_beside_what_it_started_from(
     figures = json.loads(row)["figures"]
     assert figures["encoders"][0]["knn"] == stored["encoders"][0]["measures"]["knn"]["figures"]
     assert str(tmp_path) not in json.dumps(figures["data"])
+
+
+def test_measures_that_take_long_are_told_and_stand_in_the_table(
+    run: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*ALL, "--baseline", "pixels", "--out", str(tmp_path / "out")]
+    words += ["--segmentation", str(masked_folder(tmp_path / "masks"))]
+    assert main([*arguments(run, dataset, tmp_path), *words]) == 0
+    told = capsys.readouterr()
+    said = " ".join(told.err.split())
+    for text in (
+        f"{run}: linear: about 20 steps of 1,024 rows (--linear-steps)",
+        f"{run}: attentive: epochs: 1 (--attentive-epochs)",
+        f"{run}: fine-tuning: epochs: 1 (--fine-tuning-epochs)",
+        f"{run}: correspondence: two crops",
+        f"{tmp_path / 'masks'}: 2 steps of 16 crops (--segmentation-steps)",
+    ):
+        assert text in said, text
+    for text in ("linear, top 1", "attentive, top 1", "fine-tuning, top 1", "patches found"):
+        assert text in told.out, text
+    assert "segmentation, mean IoU" in told.out
+    assert "pixels: not measured: fine-tuning: pixels cannot be fine-tuned" in told.out
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    ours, pixels = (encoder["measures"] for encoder in stored["encoders"])
+    assert set(ours) == set(MEASURES) and set(pixels) == {"knn", "few-labels", "linear"}
+    assert stored["settings"]["training"]["linear_steps"] == 20
+    assert "linear: top 1" in stored["comparisons"]["pixels"]
 
 
 def test_json_has_the_figures_of_the_file(
@@ -104,10 +136,10 @@ def test_help_names_every_measure_and_both_protocols(capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_two_ranks_have_the_results_of_one(run: Path, dataset: Path, tmp_path: Path) -> None:
-    found = []
+    found, masks = [], ["--segmentation", str(masked_folder(tmp_path / "masks"))]
     for num_ranks in (1, 2):
         here = tmp_path / str(num_ranks)
-        words = arguments(run, dataset, here)[1:] + ["--out", str(here / "out")]
+        words = [*arguments(run, dataset, here)[1:], "--out", str(here / "out"), *ALL, *masks]
         launched = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
         command = [*launched, "--standalone", "-m", "m3i_fast.cli", "evaluate", *words]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -116,6 +148,6 @@ def test_two_ranks_have_the_results_of_one(run: Path, dataset: Path, tmp_path: P
     one, two = found
     files = sorted(file.relative_to(one) for file in one.rglob("*") if file.is_file())
     assert files == sorted(file.relative_to(two) for file in two.rglob("*") if file.is_file())
-    assert len(files) > 30
+    assert len(files) > 40
     for file in files:
         assert (one / file).read_bytes() == (two / file).read_bytes(), file

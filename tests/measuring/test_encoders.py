@@ -61,6 +61,17 @@ def test_a_run_has_the_features_of_load(run: Path) -> None:
         close(features["mean_2"], model(PICTURES))
 
 
+def test_patch_tokens_of_a_run_are_loads(run: Path) -> None:
+    encoder = open_encoder(str(run), SETTINGS)
+    model = m3i_fast.load(run, device="cpu", dtype=torch.float32)
+    found = encoder.patch_tokens
+    assert found is not None and encoder.trainable is not None
+    side = found.side
+    views = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    assert torch.equal(found.encode(found.normalise(views)), model.forward_features(views))
+    assert found.num_prefix == model.num_prefix_tokens
+
+
 def test_an_untrained_run_is_what_the_run_started_from(run: Path) -> None:
     trained = open_encoder(str(run), SETTINGS)
     encoder = open_encoder(f"random:{run}", SETTINGS)

@@ -88,6 +88,7 @@ def linear_sweep(
     *,
     learning_rates: Sequence[float] = LEARNING_RATES,
     epochs: int | None = None,
+    num_steps: int = NUM_STEPS,
     batch_size: int = BATCH_SIZE,
     seed: int,
     device: torch.device,
@@ -98,7 +99,7 @@ def linear_sweep(
 
     The choice is made on `choice_share` of the labelled training rows, which are left out of the
     fit: the highest accuracy there wins, of equal ones the first input's and of these the first
-    rate. epochs: None for as many as come nearest to DINOv2's NUM_STEPS. train_group: rows of one
+    rate. epochs: None for as many as come nearest to num_steps, DINOv2's. train_group: rows of one
     group, such as pictures of one thing, are left out together. Rows are read by batches and never
     whole: memory is that of the classifiers, of one batch, and of the logits [M, K]. One process
     computes all: of several ranks let the first one call this. The result depends on the arguments
@@ -109,9 +110,9 @@ def linear_sweep(
     """
     expect_rates(learning_rates)
     _expect_shapes(inputs, train_label, val_label)
-    fit, choice = _split(train_label, train_group, choice_share, seed)
+    fit, choice = kept_out(train_label, train_group, choice_share, seed)
     if epochs is None:
-        epochs = max(1, round(NUM_STEPS / steps_per_epoch(len(fit), batch_size)))
+        epochs = max(1, round(num_steps / steps_per_epoch(len(fit), batch_size)))
     num_classes = int(max(train_label.max(), val_label.max())) + 1
     sweeps = _fit(
         {name: train for name, (train, _) in inputs.items()},
@@ -249,9 +250,10 @@ def _logits(
     return logits
 
 
-def _split(
+def kept_out(
     label: Labels, group: Labels | None, share: float, seed: int
 ) -> tuple[Labels, Labels]:  # rows to fit, rows to choose on
+    """Draw a share of the groups of labelled rows to choose on; ValueError for fewer than two."""
     if not 0 < share < 1:
         raise ValueError(f"choice_share: expected a share between 0 and 1, got {share}")
     labelled = np.flatnonzero(label >= 0)

@@ -17,8 +17,28 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from m3i_fast.models.encoder import ImageEncoder
+
 NUM_LAYERS = 4
 """Last blocks whose tokens are kept, as DINOv2's linear evaluation does (arXiv 2304.07193)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchTokens:
+    """The tokens that an encoder makes of square pictures, a square grid of them row by row."""
+
+    encode: Callable[[Tensor], Tensor]
+    """Normalised pictures [B, 3, S, S] -> tokens [B, R + N, C] fp32, after the final norm."""
+    normalise: Callable[[Tensor], Tensor]
+    """[B, 3, S, S] uint8 -> the same pictures as the encoder takes them, nothing cut or resized."""
+    num_prefix: int
+    """R, class and register tokens, which come first."""
+    side: int
+    """S, that of the encoder's transform."""
+
+    def encode_views(self, views: Tensor) -> Tensor:  # [B, 3, S, S] uint8 -> [B, R + N, C] fp32
+        """Normalise and encode pictures of the encoder's side."""
+        return self.encode(self.normalise(views))
 
 
 class Encoder(Protocol):
@@ -52,6 +72,14 @@ class Encoder(Protocol):
     def logit_scale(self) -> float | None:
         """Return the scale of its cosines under a softmax over texts; None: it embeds none."""
 
+    @property
+    def patch_tokens(self) -> PatchTokens | None:
+        """Return the tokens of the last block; None: it has no square grid of them."""
+
+    @property
+    def trainable(self) -> ImageEncoder | None:
+        """Return what fine-tuning trains a copy of; None: it takes no encoder of this kind."""
+
     def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:
         """Return features of transformed pictures [B, 3, S, S], by name, [B, C] fp32 each.
 
@@ -84,6 +112,20 @@ def weights_digest(module: nn.Module, *more: object) -> str:
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         hashed.update(memoryview(content.numpy()))
     return hashed.hexdigest()
+
+
+def by_mean_and_std(
+    mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Tensor], Tensor]:  # [B, 3, S, S] uint8 -> fp32
+    """Return what normalises pictures as torchvision's ToTensor and Normalize do."""
+
+    def normalise(pictures: Tensor) -> Tensor:
+        means, stds = (
+            torch.tensor(of, device=pictures.device)[:, None, None] for of in (mean, std)
+        )
+        return (pictures.float() / 255 - means) / stds
+
+    return normalise
 
 
 @contextmanager

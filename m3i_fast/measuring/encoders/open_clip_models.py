@@ -6,6 +6,7 @@ Legend: B pictures or texts, S side in pixels, E embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from m3i_fast.engine.precision.arithmetic import compute_dtype
 from m3i_fast.measuring.encoders.encoder import (
     NUM_LAYERS,
     EncoderSettings,
+    PatchTokens,
+    by_mean_and_std,
     layer_features,
     weights_digest,
 )
@@ -37,6 +40,7 @@ class OpenClipEncoder:
     """
 
     has_text = True
+    trainable = None  # fine-tuning takes the encoders of this package and timm's
 
     def __init__(
         self, name: str, model: Any, transform: Any, tokenizer: Any, settings: EncoderSettings
@@ -48,34 +52,54 @@ class OpenClipEncoder:
         self.logit_scale = float(model.logit_scale.exp())
         self.digest = weights_digest(model, name.partition(",")[0], transform)
 
+    @property
+    def patch_tokens(self) -> PatchTokens | None:
+        """Return the tokens of the last block, None for no plain transformer."""
+        pixels = require("open_clip", extra="shards").get_model_preprocess_cfg(self._model)
+        side, *others = pixels["size"] if isinstance(pixels["size"], tuple) else (pixels["size"],)
+        if _blocks(self._model.visual) is None or any(other != side for other in others):
+            return None
+        trunk = getattr(self._model.visual, "trunk", None)
+        return PatchTokens(
+            encode=lambda pictures: self._layers(pictures, 1)[0][0].float(),
+            normalise=by_mean_and_std(pixels["mean"], pixels["std"]),
+            num_prefix=1 if trunk is None else trunk.num_prefix_tokens,
+            side=side,
+        )
+
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:
         """Return the features of pictures [B, 3, S, S], as `Encoder` names them."""
-        visual, pictures = self._model.visual, pictures.to(self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            blocks = _blocks(visual)
-            if blocks is None:
-                return {"image": self._model.encode_image(pictures).float()}
-            found = visual.forward_intermediates(
-                pictures,
-                indices=min(NUM_LAYERS, len(blocks)),
+        visual, trunk = self._model.visual, getattr(self._model.visual, "trunk", None)
+        blocks = _blocks(visual)
+        if blocks is None:
+            with self._arithmetic():
+                return {"image": self._model.encode_image(pictures.to(self.device)).float()}
+        layers, image, num_prefix = self._layers(pictures, min(NUM_LAYERS, len(blocks)))
+        has_class = num_prefix > 0 and (trunk is None or has_class_token(trunk))
+        features = layer_features(layers, num_prefix=num_prefix, has_class=has_class)
+        return {**features, "image": image.float()}
+
+    @torch.no_grad()
+    def _layers(self, pictures: Tensor, number: int) -> tuple[list[Tensor], Tensor, int]:
+        """Return tokens [B, R + N, C] of the last blocks, the last first, embeddings [B, E], R."""
+        with self._arithmetic():
+            found = self._model.visual.forward_intermediates(
+                pictures.to(self.device),
+                indices=number,
                 normalize_intermediates=True,
                 output_fmt="NLC",
                 output_extra_tokens=True,
             )
-            patches = found["image_intermediates"]
-            prefix = found.get("image_intermediates_prefix")
-            layers = patches
-            if prefix is not None:
-                pairs = zip(prefix, patches, strict=True)
-                layers = [torch.cat([first, rest], 1) for first, rest in pairs]
-            trunk = getattr(visual, "trunk", None)
-            features = layer_features(
-                [*reversed(layers)],
-                num_prefix=0 if prefix is None else prefix[0].shape[1],
-                has_class=prefix is not None and (trunk is None or has_class_token(trunk)),
-            )
-        return {**features, "image": found["image_features"].float()}
+        layers, prefix = found["image_intermediates"], found.get("image_intermediates_prefix")
+        if prefix is not None:
+            pairs = zip(prefix, layers, strict=True)
+            layers = [torch.cat([first, rest], 1) for first, rest in pairs]
+        num_prefix = 0 if prefix is None else prefix[0].shape[1]
+        return [*reversed(layers)], found["image_features"], num_prefix
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:

@@ -16,14 +16,17 @@ from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import build_untrained
 from m3i_fast.inference.loading import Which, find_weights, load
 from m3i_fast.inference.model import Model
+from m3i_fast.inference.transform import normalise
 from m3i_fast.measuring.encoders.encoder import (
     NUM_LAYERS,
     EncoderSettings,
+    PatchTokens,
     layer_features,
     no_text,
     outputs_of,
     weights_digest,
 )
+from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.terms import Caption
 
@@ -41,6 +44,25 @@ class RunEncoder:
         self.has_text = model.caption is not None
         self.logit_scale = float(model.logit_scale.exp()) if self.has_text else None
         self.digest = weights_digest(model, model.encoder.cfg, model.transform)
+
+    @property
+    def trainable(self) -> ImageEncoder | None:
+        """Return the encoder, None for an InternImage without dense tokens."""
+        encoder = self._model.encoder
+        return encoder if isinstance(encoder, ViT) or encoder.cfg.use_clip_projector else None
+
+    @property
+    def patch_tokens(self) -> PatchTokens | None:
+        """Return the tokens of `forward_features`, None where `trainable` is."""
+        model = self._model
+        if self.trainable is None:
+            return None
+        return PatchTokens(
+            encode=lambda pictures: model.forward_features(pictures).float(),
+            normalise=lambda views: normalise(views, model.compute_dtype),
+            num_prefix=model.num_prefix_tokens,
+            side=model.transform.preprocessing.size,
+        )
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:

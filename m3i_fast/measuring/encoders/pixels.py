@@ -29,6 +29,8 @@ class PixelEncoder:
     dtype = torch.float32
     has_text = False
     logit_scale = None
+    patch_tokens = None
+    trainable = None
 
     def __init__(self, settings: EncoderSettings) -> None:
         self.device = settings.device

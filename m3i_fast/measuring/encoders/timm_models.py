@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from m3i_fast.did_you_mean import nearest
+from m3i_fast.engine import teacher
 from m3i_fast.engine.precision.arithmetic import compute_dtype
 from m3i_fast.measuring.encoders.encoder import (
     NUM_LAYERS,
     EncoderSettings,
+    PatchTokens,
+    by_mean_and_std,
     layer_features,
     no_text,
     weights_digest,
 )
 from m3i_fast.measuring.encoders.offline import expect_cached, weights_from
+from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.pipelines.optional_imports import require
 
 INSTEAD = "name a file of weights: timm:NAME,checkpoint=FILE, or a folder: timm:FOLDER"
@@ -43,10 +47,38 @@ class TimmEncoder:
         self.name, self.device = name, settings.device
         self.dtype = settings.dtype or compute_dtype("auto", settings.device)
         pixels = data.resolve_model_data_config(model)
+        self._pixels = pixels
         self.transform = data.create_transform(**pixels, is_training=False)
         self._model = model.to(self.device).requires_grad_(False).eval()
         architecture = (model.pretrained_cfg or {}).get("architecture")
         self.digest = weights_digest(model, architecture, self.transform)
+
+    @property
+    def trainable(self) -> ImageEncoder | None:
+        """Return the model as an encoder of this package, None for no plain transformer."""
+        model = self._model
+        if not has_layers(model):
+            return None
+        num_prefix, dim = model.num_prefix_tokens, model.num_features
+        return teacher.TimmEncoder(model, num_prefix=num_prefix, dim=dim)
+
+    @property
+    def patch_tokens(self) -> PatchTokens | None:
+        """Return the tokens of `forward_features`, None for no plain transformer."""
+        _, height, width = self._pixels["input_size"]
+        if not has_layers(self._model) or height != width:
+            return None
+        return PatchTokens(
+            encode=self._tokens,
+            normalise=by_mean_and_std(self._pixels["mean"], self._pixels["std"]),
+            num_prefix=self._model.num_prefix_tokens,
+            side=height,
+        )
+
+    def _tokens(self, pictures: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            tokens: Tensor = self._model.forward_features(pictures.to(self.device))
+        return tokens.float()
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:
