@@ -8,7 +8,7 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 # By folder of docs/, whose name in the navigation is its own with a capital.
 CONTENTS = {
     "start": (
-        *("install", "tutorial", "use_model", "deploy", "search"),
+        *("install", "tutorial", "adapt", "use_model", "deploy", "search"),
         *("data", "pack", "data_at_scale", "first_hour"),
     ),
     "train": (
