@@ -10,8 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from m3i_fast.config.fields import Mlp
 from m3i_fast.export.vit_names import ZEROS, Names
 
+ACTIVATIONS: Mapping[Mlp, str] = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+}
+"""Their `hidden_act` of each MLP without a gate."""
 _KINDS = ("weight", "bias")
 
 
