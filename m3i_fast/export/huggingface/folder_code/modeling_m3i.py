@@ -30,7 +30,8 @@ class M3IConfig(PretrainedConfig):
 
     vision: the arguments of `VisionTransformer` or, with "type": "internimage", of `InternImage`.
     text: those of `TextTransformer`; None without captions. head_dim: width of the hidden layer of
-    the pictures' head, 0 for none. embed_dim: E. logit_bias: whether a number is added to the scaled cosines.
+    the pictures' head, 0 for none. embed_dim: E. logit_bias: whether a number is added to the
+    scaled cosines.
     """
 
     model_type = "m3i"
