@@ -88,7 +88,7 @@ def test_a_folder_begins_a_run_of_the_same_features(case: str, tmp_path: Path) -
     width = native.state.get("encoder.layer.0.mlp.weights_out.weight")
     ratio = cfg.mlp_ratio if width is None else width.shape[1] / cfg.dim
     again = ViT(replace(cfg, mlp_ratio=ratio)).eval()
-    weights, _ = read_folder(tmp_path / "folder", again.cfg)
+    weights = read_folder(tmp_path / "folder", again.cfg).image
     assert not weights.new
     again.load_state_dict(weights.tensors)
     pictures = torch.randn(2, 3, 32, 32)
