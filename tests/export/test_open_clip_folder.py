@@ -226,7 +226,7 @@ def test_what_cannot_be_exported_is_refused(
         return " ".join(capsys.readouterr().err.split())
 
     out = str(tmp_path / "out")
-    assert "--which: expected with --to timm and internimage" in refused(
+    assert "--which: expected with --to timm or hf or internimage" in refused(
         str(run), out, "--which", "ema"
     )
     plain = trained(small_run(dataset), tmp_path / "plain")
