@@ -117,9 +117,10 @@ def cached_features(
 
 
 def _digest(model: Model, pictures: Pictures) -> str:
-    """Hash all that the features depend on: weights, preprocessing, arithmetic and pictures."""
+    """Hash what the features depend on: config, weights, preprocessing, arithmetic, pictures."""
     made = {
         "version": VERSION,
+        "encoder": str(model.encoder.cfg),
         "preprocessing": asdict(model.transform.preprocessing),
         "compute_dtype": str(model.compute_dtype),
         "pictures": pictures.digest,
