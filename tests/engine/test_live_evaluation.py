@@ -37,7 +37,7 @@ from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.loader import evaluation_batches
-from tests.engine.live_work import SHARDS, work
+from tests.engine.live_work import SHARDS, fail, work
 from tests.shared.engine.small_run import saved_tensors, small_run
 from tests.shared.engine.two_ranks import NUM_RANKS, run_of_adamw
 
@@ -289,6 +289,21 @@ def test_a_run_whose_evaluation_fails_is_saved_and_can_go_on(
     assert checkpoints.latest(tmp_path / "run" / "checkpoints").step == every
     again = replace(cfg, evaluate_every=0, keep_best="")
     assert Trainer(again, tmp_path / "run", resume=True).train().step == 4
+
+
+@pytest.mark.slow
+def test_ranks_fail_and_save_together(copied: Path, tmp_path: Path) -> None:
+    """With sharded weights, where one rank cannot decode a picture of its share."""
+    cfg = replace(run_of_adamw(copied), num_steps=4, checkpoint_every=4, evaluate_every=2)
+    cfg = replace(cfg, data=replace(cfg.data, max_skipped=0))
+    chosen = choose_rows(replace(cfg.data, split="heldout"), cfg.evaluate_pictures, labelled=False)
+    own = chosen.of_rank(World(torch.device("cpu"), rank=1, size=NUM_RANKS), 1)
+    others = chosen.of_rank(World(torch.device("cpu"), rank=0, size=NUM_RANKS), cfg.data.batch_size)
+    corrupt(copied, "heldout", next(row for row in own.tolist() if row not in others))
+    mp.start_processes(fail, (cfg, tmp_path), nprocs=NUM_RANKS, start_method="spawn")
+    errors = [(tmp_path / f"error-{rank}").read_text() for rank in range(NUM_RANKS)]
+    assert errors[0] == errors[1] and errors[0].startswith("evaluation, rank 1: data.max_skipped")
+    assert checkpoints.latest(tmp_path / "run" / "checkpoints").step == 2
 
 
 def test_every_batch_of_an_evaluation_has_one_shape(
