@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -294,7 +294,7 @@ def evaluation_batches(
     backend: BackendName = "auto",
     bucket_fields_of: LoaderConfig | None = None,
     rows: NDArray[np.int64] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Iterate once over a split in order, without augmentation: one global view, the centre square.
 
     Batches have the first of several captions; the last batch may be smaller. With
@@ -302,7 +302,8 @@ def evaluation_batches(
     config of which the cache and the limits are taken where `path` is a URL; None: the defaults.
     rows: rows of the split's table to read in their place, in this order; a batch's `position` is
     the row of each sample.
-    Raises as `open_data`, ValueError for a size below 1, and RuntimeError naming a corrupt sample.
+    Raises as `open_data`, ValueError for a size below 1, and RuntimeError naming a corrupt sample,
+    whose cause is a SampleError.
     """
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
@@ -341,7 +342,7 @@ def evaluation_batches(
         rows=rows,
     )
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Generator[Batch, None, None]:
         made: Backend | None = None
         try:
             made = with_captions(start_backend(backend, ordered, work), opened.manifest)

@@ -44,7 +44,7 @@ from m3i_fast.pipelines.dataset.sample_table import split_digest
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from m3i_fast.pipelines.mixture import read_described
 from m3i_fast.pipelines.storage.objects import place_of
-from m3i_fast.pipelines.storage.remote import folder_at
+from m3i_fast.pipelines.storage.remote import folder_at, manifest_at
 
 
 class Evaluation(NamedTuple):
@@ -65,6 +65,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the newest checkpoint of `run` and write run/evaluation.json.
 
+    The file says of which step and on which data the figures are: "step", "split", and "data", the
+    name of the data set and the SHA-256 of its manifest.
+
     Where the run has an EMA of its encoder, that is evaluated too, as `ema` (`build_averaged`).
     baselines: also evaluate the untrained model, raw pixels and chance, which takes longer than the
     trained one. data: data set whose labels and captions the measures use, for a run whose own has
@@ -82,7 +85,8 @@ def evaluate(
             f"mixture of {' and '.join(place_of(part.path) for part in cfg.data.mixture_parts)}, "
             "got none"
         )
-    models = {"trained": load_objective(run, cfg)}
+    evaluated = checkpoint.latest(run / "checkpoints")
+    models = {"trained": _load(evaluated, cfg)}
     if cfg.objective.uses(encoder="momentum"):
         models["ema"] = build_averaged(models["trained"], cfg)
     if baselines:
@@ -93,6 +97,12 @@ def evaluate(
         for measure, intervals in trained_minus(measured, held_out).items()
     }
     figures["train_images_per_s"] = throughput(run)
+    manifest = manifest_at(cfg.data)
+    figures |= {
+        "step": evaluated.step,
+        "split": split,
+        "data": {"name": manifest.name, "sha256": manifest.digest},
+    }
     write_atomically(run / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
     return Evaluation(figures, measured, held_out)
 
@@ -145,8 +155,12 @@ def _expect_same_tokenizer(run: Path, cfg: TrainConfig, of_measures: LoaderConfi
 
 def load_objective(run: Path, cfg: TrainConfig) -> MutualInformation:
     """Return the model of the newest checkpoint of a run, in evaluation mode."""
+    return _load(checkpoint.latest(run / "checkpoints"), cfg)
+
+
+def _load(saved: checkpoint.Checkpoint, cfg: TrainConfig) -> MutualInformation:
     objective = build_untrained(cfg)
-    checkpoint.latest(run / "checkpoints").load_model(objective)
+    saved.load_model(objective)
     return objective
 
 

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from m3i_fast.config.fine_tuning import FineTuningConfig
 from m3i_fast.engine.optim.optimizers import build_optimizer, set_schedules
 from m3i_fast.engine.optim.schedules import lr_schedule
-from m3i_fast.evaluation.batches import Batches, expect_labels, repeated
+from m3i_fast.evaluation.batches import (
+    Batches,
+    expect_evaluable,
+    expect_labels,
+    labelled,
+    repeated,
+)
 from m3i_fast.evaluation.probes.accuracy import top_k_hits
 from m3i_fast.models.encoder import ImageEncoder
 from m3i_fast.pipelines.optional_imports import require
@@ -62,7 +68,7 @@ class FineTuned:
     classifier: Classifier  # in evaluation mode
     top1: float  # on the validation pictures
     top5: float
-    logits: NDArray[np.float32]  # [M, K], validation pictures in their order
+    logits: NDArray[np.float32]  # [M, K], labelled validation pictures in their order
     label: NDArray[np.int64]  # [M]
     loss: NDArray[np.float32]  # [steps]
     learning_rate: NDArray[np.float64]  # [steps], that of the head
@@ -88,17 +94,19 @@ def fine_tune(
     pictures; cfg.epochs * steps_per_epoch of them are trained on, epoch after epoch. batch_size:
     that of the learning rate. dtype: of the products, by autocast; weights and losses are fp32.
     The last epoch's weights are measured, none is chosen by its accuracy. One process trains. On a
-    CPU the result depends on the arguments alone; torch's and NumPy's global generators are left
-    as they were.
+    CPU the result depends on the arguments alone; torch's and NumPy's global generators, those of
+    other GPUs too, are left as they were. Of the validation pictures the first batch is checked
+    before the training, and those of label -1, which is none, are left out.
 
     Raises ValueError for uint8 pictures, an odd batch where pictures are mixed, a label outside
     0..num_classes - 1, and an encoder whose layers have no order; ImportError where pictures are
     mixed and timm is not installed.
     """
     mix = _mixing(cfg, num_classes, seed)
+    expect_evaluable("validation", validation, num_classes)
     device_ids = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(device_ids):
-        torch.manual_seed(seed)  # of stochastic depth
+        _seed(device, seed)  # of stochastic depth
         trained = copy.deepcopy(encoder).requires_grad_(True).to(device)
         classifier = Classifier(trained, num_classes, seed=seed).to(device).train()
         optim = cfg.optim(batch_size)
@@ -174,6 +182,14 @@ def _numpy_seed(*key: int) -> Iterator[None]:
         np.random.set_state(before)
 
 
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of one device; torch.manual_seed seeds all GPUs."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 @torch.no_grad()
 def _predict(
     classifier: Classifier,
@@ -183,14 +199,16 @@ def _predict(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # [M, K] fp32, [M] int64, on the CPU
     logits, labels = [], []
-    for images, label in validation(0):
+    for batch in validation(0):
+        images, label = labelled(batch, num_classes)
         _expect_normalised(images)
-        expect_labels(label, num_classes)
+        if not len(label):
+            continue
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits.append(classifier(images.to(device)).float().cpu())
         labels.append(label.cpu())
     if not labels:
-        raise ValueError("validation: expected batches of pictures, got none")
+        raise ValueError("validation: expected labelled pictures, got none")
     return torch.cat(logits), torch.cat(labels)
 
 

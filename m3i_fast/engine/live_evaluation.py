@@ -9,8 +9,8 @@ Legend: n pictures of this rank, N of all ranks, S side, C encoder width, E embe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,7 @@ from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import autocast
 from m3i_fast.engine.run.random_state import random_state, set_random_state
 from m3i_fast.evaluation.probes.knn import knn_predict
-from m3i_fast.evaluation.retrieval.zero_shot import retrieval_ranks
+from m3i_fast.evaluation.rows.retrieval import recall_hits
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.targets import autocast_dtype, normalise_views
 from m3i_fast.pipelines.batch import Batch
@@ -35,6 +35,7 @@ from m3i_fast.pipelines.dataset.sample_table import SampleTable
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.pipelines.mixture import read_described
 from m3i_fast.pipelines.open_data import open_data
+from m3i_fast.pipelines.samples_to_views import SampleError
 from m3i_fast.pipelines.storage.objects import place_of
 from m3i_fast.pipelines.storage.remote import manifest_at, shards_url
 
@@ -46,21 +47,32 @@ _MOST_A_BATCH = 256  # pictures of a forward pass on one rank
 _QUERIES_AT_ONCE = 256  # bounds the votes of kNN, [queries, neighbours, classes]
 
 
+class UnreadableRowsError(RuntimeError):
+    """A rank cannot read the pictures to evaluate; raised on all ranks, at the same batch."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChosenRows:
     """The pictures of a split that are evaluated: rows of its table, alike on all ranks."""
 
     cfg: LoaderConfig
     rows: NDArray[np.int64]  # [N]
-    num_labels: int
-    """Number of those pictures with a class."""
+    label: NDArray[np.int64]  # [N], -1: none
+    classes_of_split: int
+    """Number of classes among all pictures that they were chosen from."""
 
-    def of_rank(self, world: World) -> NDArray[np.int64]:  # [ceil(N / ranks)]
-        """Return a rank's share, as many rows on each: the first ones are repeated at the end.
+    @property
+    def classes(self) -> NDArray[np.int64]:  # [classes]
+        """Return the classes of the chosen pictures, each once."""
+        return np.unique(self.label[self.label >= 0])
 
-        With sharded weights every rank has to make as many forward passes.
+    def of_rank(self, world: World, batch_size: int) -> NDArray[np.int64]:  # [share]
+        """Return a rank's share in whole batches: rows are repeated at the end to fill the last.
+
+        With sharded weights every rank has to make as many forward passes, and a compiled model is
+        compiled anew for a batch of another size.
         """
-        share = -(-len(self.rows) // world.size)
+        share = -(-len(self.rows) // (world.size * batch_size)) * batch_size
         return self.rows[np.arange(world.rank, share * world.size, world.size) % len(self.rows)]
 
 
@@ -68,10 +80,12 @@ class LiveEvaluation:
     """kNN on labels and retrieval of captions, of at most `cfg.evaluate_pictures` a split.
 
     The bank of kNN is `cfg.data.split`, where labelled; queries are `cfg.evaluate_split`. What the
-    data lack is left out, with a line that says so.
+    data lack is left out, with a line that says so. A picture that cannot be decoded is left out,
+    named in a warning and counted, unless `cfg.data` is strict.
 
-    Raises ValueError where there is nothing to measure, or where captions have another tokenizer
-    than the run's, and as `open_data`.
+    Raises ValueError where there is nothing to measure, where the chosen pictures of the bank are
+    all of one class though its split has others, or where captions have another tokenizer than the
+    run's, and as `open_data`.
     """
 
     def __init__(self, cfg: TrainConfig, world: World) -> None:
@@ -83,9 +97,8 @@ class LiveEvaluation:
         self._retrieves = wants_captions and info.num_captions > 0
         queries = replace(data, split=cfg.evaluate_split)
         self._queries = choose_rows(queries, most, labelled=not self._retrieves)
-        self._bank = choose_rows(data, most, labelled=True) if self._queries.num_labels else None
-        if self._bank is not None and not self._bank.num_labels:
-            self._bank = None
+        has_classes = len(self._queries.classes) > 0
+        self._bank = _choose_bank(data, most) if has_classes else None
         if self._bank is None and not self._retrieves:
             raise ValueError(
                 f"evaluate_every: expected split {cfg.evaluate_split} of {place_of(data.path)} to "
@@ -94,19 +107,45 @@ class LiveEvaluation:
             )
         if self._retrieves:
             _expect_tokenizer(cfg, data)
+        largest = max(len(each.rows) for each in (self._queries, self._bank) if each is not None)
+        batch_size = min(data.batch_size, _MOST_A_BATCH)
+        self._batch_size = min(batch_size, -(-largest // world.size))
+        self._skipped: set[tuple[str, int]] = set()  # split and row, of this rank
         if world.is_main:
             logger.info("evaluation every %d steps: %s", cfg.evaluate_every, self._told())
+            self._warn_of_missing_classes()
 
     def _told(self) -> str:
         name, number = self._cfg.evaluate_split, len(self._queries.rows)
         parts = [f"{number:,} pictures of split {name}"]
         if self._bank is None:
-            parts.append("no kNN, since one of the splits has no classes")
+            parts.append("no kNN, since one of the splits has no classes, or one alone")
         else:
-            parts.append(f"kNN of those with a class among {len(self._bank.rows):,} others")
+            parts.append(
+                f"kNN of those with a class among {len(self._bank.rows):,} others of "
+                f"{len(self._bank.classes):,} classes"
+            )
         if not self._retrieves:
             parts.append("no retrieval, without captions that the run learns")
         return ", ".join(parts)
+
+    def _warn_of_missing_classes(self) -> None:
+        if self._bank is None:
+            return
+        missing = np.setdiff1d(self._queries.classes, self._bank.classes)
+        if len(missing):
+            share = np.isin(self._queries.label, missing).sum() / (self._queries.label >= 0).sum()
+            logger.warning(
+                "evaluation: %d of %d classes of split %s, %.0f %% of its labelled pictures, are "
+                "not among the %d pictures of split %s, so kNN cannot get them right: raise "
+                "--evaluate-pictures",
+                len(missing),
+                len(self._queries.classes),
+                self._cfg.evaluate_split,
+                100 * share,
+                len(self._bank.rows),
+                self._bank.cfg.split,
+            )
 
     def is_due(self, step: int) -> bool:
         """Return whether the model is evaluated after so many steps: the last one is, too."""
@@ -117,41 +156,113 @@ class LiveEvaluation:
         """Return the values of the live model by their logged names, the same on all ranks.
 
         model: the module that the ranks train, `objective` inside of it. Every rank calls this.
+        Raises `UnreadableRowsError`.
         """
+        bank: dict[str, Tensor] = {}
         with left_as_it_is(model):
-            bank = None if self._bank is None else self._embed(objective, self._bank)
-            queries = self._embed(objective, self._queries)
+            if self._bank is not None:
+                bank = self._embed(objective, self._bank, captions=False)
+            queries = self._embed(objective, self._queries, captions=self._retrieves)
         values: dict[str, float] = {}
+        skipped = set().union(*self._world.gather(self._skipped))
         if self._world.is_main:
-            if bank is not None:
+            if bank:
                 values |= knn_accuracies(bank, queries, self._world.device)
             if self._retrieves:
                 values |= recalls(queries, self._world.device)
+            values["evaluate/skipped"] = float(len(skipped))
         return self._world.gather(values)[0]
 
-    def _embed(self, objective: MutualInformation, chosen: ChosenRows) -> dict[str, Tensor]:
-        """Embed the pictures of all ranks; columns of N rows on the CPU, in the table's order."""
-        device, cfg = self._world.device, chosen.cfg
-        batches = evaluation_batches(
-            cfg.path,
-            cfg.split,
-            image_size=self._cfg.vision.image_size,
-            batch_size=min(cfg.batch_size, _MOST_A_BATCH),
-            num_threads=cfg.num_threads,
-            device_id=(device.index or 0) if device.type == "cuda" else None,
-            max_pixels=cfg.max_pixels,
-            backend=cfg.backend,
-            bucket_fields_of=cfg,
-            rows=chosen.of_rank(self._world),
-        )
-        with autocast(self._cfg.precision, device):
-            parts = [self._embed_batch(objective, batch.to(device)) for batch in batches]
-        of_ranks = self._world.gather(_joined(parts))
+    def _embed(
+        self, objective: MutualInformation, chosen: ChosenRows, *, captions: bool
+    ) -> dict[str, Tensor]:
+        """Embed the pictures of all ranks.
+
+        Returns columns of N rows on the CPU of rank 0, in the table's order; {} on other ranks.
+        """
+        device, parts = self._world.device, []
+        rows = chosen.of_rank(self._world, self._batch_size)
+        with (
+            closing(self._read(chosen, rows)) as batches,
+            autocast(self._cfg.precision, device),
+        ):
+            for _ in range(len(rows) // self._batch_size):
+                batch = self._next_of_all(batches).to(device)
+                parts.append(self._embed_batch(objective, batch, captions=captions))
+        of_ranks = self._world.gather_to_main(_joined(parts))
+        if not of_ranks:
+            return {}
         every = _joined(of_ranks)
         _, first = np.unique(every["position"].numpy(), return_index=True)
         return {name: column[torch.from_numpy(first)] for name, column in every.items()}
 
-    def _embed_batch(self, objective: MutualInformation, batch: Batch) -> dict[str, Tensor]:
+    def _next_of_all(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch of this rank, once every rank has one; else raise on all ranks."""
+        batch, failed = None, None
+        try:
+            batch = next(batches)
+        except Exception as error:  # noqa: BLE001 the other ranks wait for this one
+            failed = error
+        reasons = self._world.gather(None if failed is None else str(failed))
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise UnreadableRowsError(f"evaluation, rank {rank}: {reason}") from failed
+        assert batch is not None
+        return batch
+
+    def _read(
+        self,
+        chosen: ChosenRows,
+        rows: NDArray[np.int64],  # [share], whole batches
+    ) -> Generator[Batch, None, None]:
+        """Yield the batches of some rows; another row, a repeated one, stands for a corrupt one."""
+        device, cfg, done = self._world.device, chosen.cfg, 0
+        while done < len(rows):
+            with closing(
+                evaluation_batches(
+                    cfg.path,
+                    cfg.split,
+                    image_size=self._cfg.vision.image_size,
+                    batch_size=self._batch_size,
+                    num_threads=cfg.num_threads,
+                    device_id=(device.index or 0) if device.type == "cuda" else None,
+                    max_pixels=cfg.max_pixels,
+                    backend=cfg.backend,
+                    bucket_fields_of=cfg,
+                    rows=self._usable(chosen, rows[done:]),
+                )
+            ) as batches:
+                try:
+                    for batch in batches:
+                        done += len(batch.position)
+                        yield batch
+                except RuntimeError as error:
+                    self._skip(chosen, error)
+
+    def _usable(self, chosen: ChosenRows, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return rows with one that can be used in place of each that cannot."""
+        corrupt = [row for split, row in self._skipped if split == chosen.cfg.split]
+        usable = np.setdiff1d(chosen.rows, corrupt)
+        if not len(usable):
+            raise RuntimeError(f"split {chosen.cfg.split}: no picture of it can be decoded")
+        return np.where(np.isin(rows, corrupt), usable[0], rows)
+
+    def _skip(self, chosen: ChosenRows, error: RuntimeError) -> None:
+        """Take note of a picture that cannot be decoded; raises as the run's loader would."""
+        corrupt, data = error.__cause__, self._cfg.data
+        if not isinstance(corrupt, SampleError) or data.strict:
+            raise error
+        self._skipped.add((chosen.cfg.split, corrupt.position))
+        if len(self._skipped) > data.max_skipped:
+            raise RuntimeError(
+                f"data.max_skipped: expected at most {data.max_skipped} samples that cannot be "
+                f"used, got another to evaluate: {error}"
+            ) from error
+        logger.warning("SKIPPED in evaluations: %s", error)
+
+    def _embed_batch(
+        self, objective: MutualInformation, batch: Batch, *, captions: bool
+    ) -> dict[str, Tensor]:
         views = batch.global_views[0]
         tokens, image = objective.embed_images(views)
         columns = {
@@ -165,7 +276,7 @@ class LiveEvaluation:
             every = torch.arange(len(views), device=views.device)
             images = normalise_views(views, every, autocast_dtype(views.device.type))
             columns["_ema"] = objective.target_encoder(images).float().mean(1)
-        if self._retrieves and image is not None:
+        if captions and image is not None:
             text = objective.embed_captions(batch.token_ids, batch.num_tokens)
             columns |= {"image": image.float(), "text": text.float()}
         return {name: column.cpu() for name, column in columns.items()}
@@ -186,14 +297,34 @@ def choose_rows(cfg: LoaderConfig, most: int, *, labelled: bool) -> ChosenRows:
         label = table.at(good)["label"]
         if labelled:
             good, label = good[label >= 0], label[label >= 0]
+        classes_of_split = len(np.unique(label[label >= 0]))
         if len(good) > most:
             is_remote = shards_url(cfg.path) is not None
             even = np.linspace(0, len(good) - 1, most).round().astype(np.int64)
             taken = np.arange(most) if is_remote else even
             good, label = good[taken], label[taken]
-        return ChosenRows(cfg, good, int((label >= 0).sum()))
+        return ChosenRows(cfg, good, label.astype(np.int64), classes_of_split)
     finally:
         opened.shards.close()
+
+
+def _choose_bank(cfg: LoaderConfig, most: int) -> ChosenRows | None:
+    """Choose the labelled pictures of the bank; None where its split has no two classes.
+
+    Raises ValueError where it has, and all that were chosen are of one: the first shards of a
+    bucket may be.
+    """
+    bank = choose_rows(cfg, most, labelled=True)
+    if bank.classes_of_split < 2:
+        return None
+    if len(bank.classes) < 2:
+        raise ValueError(
+            f"--evaluate-pictures: expected pictures of two classes or more among the {most} of "
+            f"split {cfg.split} of {place_of(cfg.path)}, which has {bank.classes_of_split} "
+            "classes, got one: its shards are in the order of the classes, and of a bucket the "
+            "first pictures are taken; raise it, or set --evaluate-data to a mixed data set"
+        )
+    return bank
 
 
 def knn_accuracies(
@@ -202,7 +333,7 @@ def knn_accuracies(
     """Return the share of labelled queries that DINO's weighted kNN gets right, by encoder.
 
     bank, queries: columns "label" [N], and features [N, C] of the trained encoder as "" and of its
-    moving average as "_ema".
+    moving average as "_ema". The share is NaN where a feature is not finite, or none is labelled.
     """
     asked = queries["label"] >= 0
     label = queries["label"][asked]
@@ -210,6 +341,9 @@ def knn_accuracies(
     values = {}
     for suffix in ("", "_ema"):
         if suffix not in bank:
+            continue
+        values[f"evaluate/knn_top1{suffix}"] = float("nan")
+        if not bool(bank[suffix].isfinite().all() and queries[suffix][asked].isfinite().all()):
             continue
         rows = queries[suffix][asked].to(device).split(_QUERIES_AT_ONCE)
         own, labels = bank[suffix].to(device), bank["label"].to(device)
@@ -222,12 +356,12 @@ def recalls(columns: Mapping[str, Tensor], device: torch.device) -> dict[str, fl
     """Return recall at 1 and 5 of captions by pictures and of pictures by captions; NaN of NaN.
 
     columns: "image", "text" [N, E], "group" [N], "captioned" [N] of a split. The gallery is all
-    pictures with a caption.
+    pictures with a caption. Ties and the memory it takes are as `rows.retrieval` has them.
     """
     asked = columns["captioned"]
-    image, text = (columns[name][asked].to(device) for name in ("image", "text"))
-    group = columns["group"][asked].to(device)
-    is_finite = bool(image.isfinite().all() and text.isfinite().all())
+    image, text, group = (columns[name][asked].numpy() for name in ("image", "text", "group"))
+    is_finite = bool(np.isfinite(image).all() and np.isfinite(text).all())
+    every = np.arange(len(group))
     values = {}
     for name, query, gallery in (
         ("caption_to_image", text, image),
@@ -236,10 +370,11 @@ def recalls(columns: Mapping[str, Tensor], device: torch.device) -> dict[str, fl
         for k in RECALL_AT:
             values[f"evaluate/{name}_recall_at_{k}"] = float("nan")
         if is_finite and len(group):
-            ranks = retrieval_ranks(query, gallery, group, group)
-            for k in RECALL_AT:
-                hits = (ranks < k).double().mean()
-                values[f"evaluate/{name}_recall_at_{k}"] = float(hits)
+            hits = recall_hits(
+                query, every, group, gallery, every, group, ks=RECALL_AT, device=device
+            )
+            for k, of_k in zip(RECALL_AT, hits, strict=True):
+                values[f"evaluate/{name}_recall_at_{k}"] = float(of_k.mean())
     return values
 
 

@@ -22,7 +22,7 @@ from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.guard.guard import not_finite
 from m3i_fast.engine.guard.skipped_steps import SkippedSteps
 from m3i_fast.engine.initial_weights import INIT_FILE, begin_from_weights
-from m3i_fast.engine.live_evaluation import LiveEvaluation
+from m3i_fast.engine.live_evaluation import LiveEvaluation, UnreadableRowsError
 from m3i_fast.engine.parallel.ranks import StopFlag, join_world, leave_world
 from m3i_fast.engine.parallel.watchdog import A_STEP, INIT_MINUTES, Watchdog
 from m3i_fast.engine.precision.arithmetic import (
@@ -293,17 +293,25 @@ class Trainer:
             self._evaluate(self.evaluation, progress)  # not after a rollback
 
     def _evaluate(self, evaluation: LiveEvaluation, progress: Progress) -> None:
-        """Log the values of the live model as a row of their own, outside of all other times."""
-        with self._watchdog.allow_longer("an evaluation"):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # what is queued is time of the steps
-            began = time.monotonic()
-            with self.log.timer.mark("evaluate"):
-                values = evaluation.measure(self.objective, self.train_step.model)
-            values["evaluate/seconds"] = time.monotonic() - began
-        self.log.write(self.step, values)
-        progress(self.step, values)
-        self.log.leave_out(time.monotonic() - began)
+        """Log the values of the live model as a row of their own, outside of all other times.
+
+        Where that raises, a checkpoint of this step is written first, so that a resume goes on
+        behind it.
+        """
+        try:
+            with self._watchdog.allow_longer("an evaluation"), self.log.outside_of_steps():
+                began = time.monotonic()
+                with self.log.timer.mark("evaluate"):
+                    values = evaluation.measure(self.objective, self.train_step.model)
+                values["evaluate/seconds"] = time.monotonic() - began
+                self.log.write(self.step, values)
+                progress(self.step, values)
+        except Exception as error:
+            # Every rank has to save, and only of the former all are known to be here.
+            if isinstance(error, UnreadableRowsError) or self.world.size == 1:
+                logger.error("the evaluation at step %d failed; the run is saved first", self.step)
+                self.save()
+            raise
 
     def _log(self, progress: Progress) -> None:
         """Read the metrics, log them and act on skipped steps, spikes and collapses."""

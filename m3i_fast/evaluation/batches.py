@@ -53,3 +53,26 @@ def expect_labels(label: Tensor, num_classes: int) -> None:  # [B] int64
             f"labels: expected 0 to {num_classes - 1} (num_classes = {num_classes}; leave out "
             f"pictures without a label), got {got}"
         )
+
+
+def labelled(batch: LabelledBatch, num_classes: int) -> LabelledBatch:
+    """Return the pictures of a batch that have a label; -1 is none.
+
+    Raises ValueError where a label is outside -1..num_classes - 1.
+    """
+    pictures, label = batch
+    has_label = label >= 0
+    if bool((label < -1).any() | (label >= num_classes).any()):
+        raise ValueError(
+            f"labels: expected 0 to {num_classes - 1} (num_classes = {num_classes}), or -1 for "
+            f"none, got {int(label.min())} to {int(label.max())}"
+        )
+    return (pictures, label) if bool(has_label.all()) else (pictures[has_label], label[has_label])
+
+
+def expect_evaluable(name: str, batches: Batches, num_classes: int) -> None:
+    """Check the first batch of epoch 0 before hours of training; ValueError as `labelled`."""
+    for batch in batches(0):
+        labelled(batch, num_classes)
+        return
+    raise ValueError(f"{name}: expected batches of pictures, got none")

@@ -20,12 +20,12 @@ from m3i_fast.export.huggingface.own_model import TextTower
 from m3i_fast.export.huggingface.preprocessing import preprocessor_config
 from m3i_fast.export.huggingface.save import save_folder
 from m3i_fast.export.huggingface.tokenizer import tokenizer_files
-from m3i_fast.inference.loading import Which, data_record, find_weights, load
+from m3i_fast.inference.loading import Stored, Which, data_record, find_weights, load
 from m3i_fast.inference.model import Model
 from m3i_fast.json_files import read_json
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.vit import ViT
-from m3i_fast.objectives.methods import METHODS
+from m3i_fast.objectives.methods import METHODS, Method
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 
 _CAPTIONS = "no class of transformers compares texts with the mean over a picture's patches"
@@ -63,7 +63,7 @@ def save_transformers_folder(
         interpolation=made.interpolation,
         has_text=loading.has_text,
     )
-    training = _training(stored.directory, run, cfg, record, which)
+    training = _training(stored, cfg, record, which)
     card = model_card(out.name, licence, made.size, loading, training)
     files = {"preprocessor_config.json": preprocessing, "README.md": card}
     if loading.why_own:
@@ -117,20 +117,27 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return tokenizer_files(tokenizer.vocabulary, tokenizer.merges, tokenizer.context_length)
 
 
-def _training(
-    directory: Path, run: Path, cfg: TrainConfig, record: DataRecord, which: Which
-) -> Training:
-    evaluation = directory / "evaluation.json"
+def _training(stored: Stored, cfg: TrainConfig, record: DataRecord, which: Which) -> Training:
+    evaluation = stored.directory / "evaluation.json"
+    method = _method(cfg)
     return Training(
-        facts=[*_facts(directory, run, cfg)],
+        method=method.title if method else "",
+        is_m3i=method is not None and method.family == "M3I",
+        facts=[*_facts(stored, cfg)],
         data=[(each.name, each.split, each.digest) for each in record.datasets],
         evaluation=read_json(evaluation) if evaluation.is_file() else None,
         which=which,
+        step=stored.step,
     )
 
 
-def _facts(directory: Path, run: Path, cfg: TrainConfig) -> Iterator[tuple[str, str]]:
+def _method(cfg: TrainConfig) -> Method | None:
+    return next((m for m in METHODS.values() if m.terms == cfg.objective.terms), None)
+
+
+def _facts(stored: Stored, cfg: TrainConfig) -> Iterator[tuple[str, str]]:
     """Yield what the run's own files say of how it was trained."""
+    directory = stored.directory
     environment = directory / "env.json"
     if environment.is_file():
         tree = read_json(environment)
@@ -138,23 +145,21 @@ def _facts(directory: Path, run: Path, cfg: TrainConfig) -> Iterator[tuple[str, 
             yield "recipe", recipe
         yield "commit of m3i-fast", str(tree.get("commit") or "a wheel")
         yield "torch", str(tree.get("torch"))
-    terms = cfg.objective.active_terms
-    method = next((m.title for m in METHODS.values() if m.terms == cfg.objective.terms), None)
-    yield "method", method or "a list of terms of its own"
+    terms, method = cfg.objective.active_terms, _method(cfg)
+    yield "method", method.title if method else "a list of terms of its own"
     yield (
         "terms",
         "; ".join(f"{t.name} ({t.target}, {t.likelihood}, x {t.weight:g})" for t in terms),
     )
     if cfg.init:
         yield "began from", _initial(cfg.init.partition(":")[0], directory / INIT_FILE)
-    yield "steps", str(cfg.num_steps)
+    taken = f"of {cfg.num_steps}" if stored.step is None else f"{stored.step} of {cfg.num_steps}"
+    yield "steps", taken
     yield "pictures a step and rank", str(cfg.data.batch_size)
     yield "optimiser", f"{cfg.optim.name}, matrices by {cfg.optim.matrices}, lr {cfg.optim.lr:g}"
     yield "precision", cfg.precision
     vision = json.loads(cfg.to_json())["vision"]
     yield "encoder", ", ".join(f"{name} {value}" for name, value in vision.items())
-    if run != directory and (run.name).startswith("step_"):
-        yield "checkpoint", run.name
 
 
 def _initial(scheme: str, path: Path) -> str:
@@ -168,7 +173,10 @@ def _initial(scheme: str, path: Path) -> str:
 
 def _recipe(command: str) -> str:
     """Return the recipe in a command line, without the paths and settings after it."""
-    words = shlex.split(command) if command.count('"') % 2 == 0 else command.split()
+    try:
+        words = shlex.split(command)
+    except ValueError:  # older versions did not quote
+        words = command.split()
     place = words.index("train") + 1 if "train" in words else len(words)
     word = words[place] if place < len(words) else ""
     return word if word.isidentifier() else ""

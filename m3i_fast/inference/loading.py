@@ -56,6 +56,8 @@ class Stored:
     """Of config.json, and of data.json where the run has one."""
     digest_of_data: str | None = None
     """As the checkpoint's position in the data has it; None: of an export."""
+    step: int | None = None
+    """Number of optimiser steps of the checkpoint; None: of an export."""
 
 
 def load(
@@ -140,7 +142,7 @@ def find_weights(path: Path) -> Stored:
 
 def _of_checkpoint(checkpoint: Checkpoint, run: Path) -> Stored:
     position = checkpoint.state(rank=0).get("loader", {})
-    return Stored(checkpoint.shards("model"), run, position.get("dataset"))
+    return Stored(checkpoint.shards("model"), run, position.get("dataset"), checkpoint.step)
 
 
 def _expect_choices(run: Path, cfg: TrainConfig, which: str, dtype: torch.dtype | None) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ class Environment:
     """What a run or a measurement was made with."""
 
     command: str
+    """Command line, quoted for a shell."""
     commit: str | None
     """Commit of the project's checkout, with -dirty for uncommitted changes; None for a wheel."""
     python: str
@@ -43,7 +45,7 @@ def environment() -> Environment:
     """Return the environment of this process."""
     num_gpus = torch.cuda.device_count()
     return Environment(
-        command=" ".join(["m3i-fast", *sys.argv[1:]]),
+        command=shlex.join(["m3i-fast", *sys.argv[1:]]),
         commit=_commit(),
         python=platform.python_version(),
         torch=torch.__version__,

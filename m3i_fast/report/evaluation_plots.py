@@ -5,6 +5,7 @@ Legend: N pictures, K classes, Q queries, k results of a query, S side of a pict
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from m3i_fast.report.inputs import Picture
 from m3i_fast.report.panels import CURVE_HEIGHT, LEGEND_HEIGHT, Panel, axis, legend, panel, plain
+from m3i_fast.report.sample_card import printable
 from m3i_fast.report.verdict import percent
 
 Labels = npt.NDArray[np.int64]
@@ -71,11 +73,12 @@ def confusion_matrix(
     shares = counts / np.maximum(size, 1)
     text = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares]
     few = len(names) <= 12
+    written = [html.escape(name, quote=False) for name in names]  # plotly reads some tags of HTML
     trace = {
         "type": "heatmap",
         "z": [plain(row) for row in shares],
-        "x": names,
-        "y": names,
+        "x": written,
+        "y": written,
         "zmin": 0,
         "zmax": 1,
         "xgap": 1,
@@ -96,9 +99,9 @@ def confusion_matrix(
         "yaxis": axis() | {"autorange": "reversed", "automargin": True, "fixedrange": True},
         "margin": {"l": 8, "r": 4, "t": 2, "b": 8},
     }
-    layout["xaxis"] |= {"showgrid": False, "fixedrange": True}
-    layout["yaxis"] |= {"showgrid": False}
-    worst = _worst(counts, names)
+    layout["xaxis"] |= {"showgrid": False, "fixedrange": True, "type": "category"}
+    layout["yaxis"] |= {"showgrid": False, "type": "category"}  # names may be numbers
+    worst = _worst(counts, names, is_part)
     told = f"{percent(right / total)} of {total:,} pictures right"
     note = told + (f"; most often {worst}" if worst else "")
     note += f"; the {len(names) - 1} classes with most mistakes" if is_part else ""
@@ -110,9 +113,10 @@ def _most_mistaken(
     counts: npt.NDArray[np.int64], class_names: Sequence[str]
 ) -> tuple[list[str], npt.NDArray[np.int64], bool]:
     """Return names and counts of the classes to show, and whether the last one is all others."""
-    names = _unique([_short(name) for name in class_names])
+    names = [_short(printable(name)) for name in class_names]
     if len(names) <= MOST_CLASSES:
-        return names, counts, False
+        return _unique(names), counts, False
+    names = _unique([REST, *names])[1:]  # a class of that name is another one
     wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
     shown = np.sort(np.argsort(-wrong, kind="stable")[: MOST_CLASSES - 1])
     place = np.full(len(names), len(shown))
@@ -122,11 +126,14 @@ def _most_mistaken(
     return [*(names[i] for i in shown), REST], merged, True
 
 
-def _worst(counts: npt.NDArray[np.int64], names: Sequence[str]) -> str:
-    """Name the pair of classes with most mistakes; empty without any."""
+def _worst(counts: npt.NDArray[np.int64], names: Sequence[str], is_part: bool) -> str:
+    """Name the pair of classes with most mistakes; empty without any.
+
+    is_part: the last one is all other classes, which is left out.
+    """
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
-    if REST in names:
+    if is_part:
         wrong[-1], wrong[:, -1] = 0, 0
     if not wrong.any():
         return ""
@@ -144,12 +151,16 @@ def _short(name: str) -> str:
 
 def _unique(names: Sequence[str]) -> list[str]:
     """Give names that are alike a number: an axis has one place a name."""
-    seen: dict[str, int] = {}
-    found = []
+    last: dict[str, int] = {}
+    found: dict[str, None] = {}
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name} {seen[name]}")
-    return found
+        own, number = name, last.get(name, 1)
+        while own in found:
+            number += 1
+            own = f"{name} {number}"
+        last[name] = number
+        found[own] = None
+    return [*found]
 
 
 # ---- Calibration ---------------------------------------------------------------------------------

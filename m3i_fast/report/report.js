@@ -1,7 +1,7 @@
 // Draws the figures of the page in the reader's colour scheme, and again when that changes.
 (async () => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
-  const plots = Object.keys(figures).map((id) => document.getElementById(id));
+  const plots = Object.keys(figures).map((id) => document.getElementById(id)).filter(Boolean);
   const config = { responsive: true, displayModeBar: false };
   const coarse = matchMedia("(pointer: coarse)");
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -46,7 +46,7 @@
     root.dataset.figures = "drawn";
   } catch (error) {
     root.dataset.figures = "failed";
-    for (const plot of plots.filter(Boolean)) {
+    for (const plot of plots) {
       plot.classList.add("failed");
       plot.textContent = `This figure could not be drawn: ${error.message}`;
     }

@@ -227,11 +227,13 @@ def _embed(
     columns: dict[str, list[Tensor]] = {}
     captions: list[str] = []
     for batch in islice(batches, -(-most // size)):
-        of = {"views": batch.global_views[0], "label": batch.label}
-        for ids, number in zip(batch.token_ids.numpy(), batch.num_tokens.tolist(), strict=True):
+        left = most - len(captions)
+        token_ids, num_tokens = batch.token_ids[:left], batch.num_tokens[:left]
+        of = {"views": batch.global_views[0][:left], "label": batch.label[:left]}
+        for ids, number in zip(token_ids.numpy(), num_tokens.tolist(), strict=True):
             captions.append(tokenizer.decode(ids[:number]) if number else "")
         for who, shown in encoders.items():
-            of |= _embed_batch(who, shown, batch.token_ids, batch.num_tokens, of["views"])
+            of |= _embed_batch(who, shown, token_ids, num_tokens, of["views"])
         for name, column in of.items():
             columns.setdefault(name, []).append(column)
     # All tokens of all pictures may be gigabytes: those of the last pictures are shown.

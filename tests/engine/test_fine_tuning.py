@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
-from torch import nn
+from torch import Tensor, nn
 
 from m3i_fast.config.fine_tuning import FineTuningConfig
 from m3i_fast.config.models.vit import vit_demo
@@ -221,6 +222,45 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in ({"epochs": 0}, {"warmup_epochs": 51}, {"label_smoothing": 1.0}, {"mixup": -0.1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FineTuningConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_validation_labels_are_checked_before_the_training_and_pictures_without_one_left_out() -> (
+    None
+):
+    cfg, vit = FineTuningConfig(epochs=1, warmup_epochs=0, mixup=0, cutmix=0), _vit()
+    images, label = _colours(8)
+    taken: list[int] = []
+
+    def training(epoch: int) -> Iterator[LabelledBatch]:
+        taken.append(epoch)
+        yield images, label
+
+    def tune(labels: Tensor) -> FineTuned:
+        return fine_tune(
+            vit, training, lambda epoch: [(images, labels)], cfg=cfg, num_classes=CLASSES,
+            steps_per_epoch=1, batch_size=8, seed=0, device=CPU,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="labels: expected 0 to 2 .* or -1 for none, got 0 to 9"):
+        tune(torch.tensor([0, 1, 2, 9, 0, 1, 2, 0]))
+    assert taken == []
+    some = label.clone()
+    some[::2] = -1
+    found = tune(some)
+    assert found.label.tolist() == label[1::2].tolist() and found.logits.shape == (4, CLASSES)
+    with pytest.raises(ValueError, match="validation: expected labelled pictures, got none"):
+        tune(torch.full_like(label, -1))
+
+
+def test_generators_of_other_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seed_all(seed: int) -> None:
+        raise AssertionError("the generators of all GPUs are seeded")
+
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seed_all)
+    vit = _vit()
+    before = torch.get_rng_state()
+    _fine_tune(vit, FineTuningConfig(epochs=1, warmup_epochs=0, mixup=0, cutmix=0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_defaults_are_maes_table() -> None:

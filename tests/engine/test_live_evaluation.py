@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,13 @@ from torch import Tensor
 
 from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.evaluator import build_averaged, load_objective
+from m3i_fast.engine import live_evaluation
+from m3i_fast.engine.checkpoint import checkpoints
+from m3i_fast.engine.evaluator import build_averaged, build_untrained, load_objective
 from m3i_fast.engine.live_evaluation import (
     NUM_NEIGHBOURS,
     LiveEvaluation,
+    UnreadableRowsError,
     choose_rows,
     knn_accuracies,
     left_as_it_is,
@@ -30,8 +34,10 @@ from m3i_fast.engine.run.random_state import random_state
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.probes.knn import TEMPERATURE
 from m3i_fast.observe.metrics import read_jsonl
+from m3i_fast.pipelines.dataset.manifest import read_manifest
+from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.loader import evaluation_batches
-from tests.engine.live_work import SHARDS, work
+from tests.engine.live_work import SHARDS, fail, work
 from tests.shared.engine.small_run import saved_tensors, small_run
 from tests.shared.engine.two_ranks import NUM_RANKS, run_of_adamw
 
@@ -85,7 +91,7 @@ def test_training_is_the_same_to_the_bit(runs: Path) -> None:
 def test_values_are_rows_of_their_own_in_every_sink(runs: Path) -> None:
     found = rows_of(runs / "with", evaluated=True)
     assert [row["step"] for row in found] == [4, 8, 12]
-    names = {f"evaluate/{name}" for name in (*EVALUATED, *RECALLS, "seconds")}
+    names = {f"evaluate/{name}" for name in (*EVALUATED, *RECALLS, "seconds", "skipped")}
     for row in found:
         assert row.keys() == names | {"step"}
         assert all(0 <= row[f"evaluate/{name}"] <= 1 for name in (*EVALUATED, *RECALLS))
@@ -227,15 +233,133 @@ def test_two_ranks_measure_what_one_does_and_none_waits_for_ever(
             assert ours == {name: theirs[name] for name in ours}
 
 
+# ---- What cannot be read, and what cannot be told ------------------------------------------------
+
+
+def corrupt(data: Path, split: str, row: int) -> int:
+    """Damage the picture of a row of a split's table; return the row."""
+    entry = np.fromfile(data / f"{split}.samples", ROW)[row]
+    shard = data / read_manifest(data).splits[split].shards[entry["shard"]].file
+    content = bytearray(shard.read_bytes())
+    begin = int(entry["offset"]) + 812  # past what is looked at when the split is opened
+    content[begin : begin + 64] = bytes(64)
+    shard.write_bytes(content)
+    return row
+
+
+@pytest.fixture
+def copied(dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset, tmp_path / "data"))
+
+
+def test_a_picture_that_cannot_be_decoded_is_left_out_and_counted(
+    copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = small_run(copied, num_steps=2, evaluate_every=1)
+    evaluation = LiveEvaluation(cfg, World(torch.device("cpu")))
+    assert evaluation._bank is not None
+    chosen = (
+        ("train", int(evaluation._bank.rows[3])),
+        ("heldout", int(evaluation._queries.rows[0])),
+    )
+    for split, row in chosen:
+        corrupt(copied, split, row)
+    objective = build_untrained(cfg)
+    values = evaluation.measure(objective, objective)
+    assert values["evaluate/skipped"] == 2 == caplog.text.count("SKIPPED in evaluations")
+    assert 0 <= values["evaluate/knn_top1"] <= 1
+    assert evaluation.measure(objective, objective) == values
+    embedded = evaluation._embed(objective, evaluation._bank, captions=False)
+    assert set(embedded["position"].tolist()) == set(evaluation._bank.rows) - {chosen[0][1]}
+    assert "text" not in embedded
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_a_run_whose_evaluation_fails_is_saved_and_can_go_on(
+    every: int, copied: Path, tmp_path: Path
+) -> None:
+    """At the last step, and at one at which no checkpoint is due."""
+    cfg = small_run(copied, num_steps=4, checkpoint_every=4, evaluate_every=every)
+    cfg = replace(cfg, data=replace(cfg.data, max_skipped=0, batch_size=2), log_every=1)
+    trainer = Trainer(cfg, tmp_path / "run")
+    assert trainer.evaluation is not None
+    corrupt(copied, "heldout", int(trainer.evaluation._queries.rows[0]))
+    with pytest.raises(UnreadableRowsError, match="rank 0: data.max_skipped: .* corrupt sample"):
+        trainer.train()
+    assert checkpoints.latest(tmp_path / "run" / "checkpoints").step == every
+    again = replace(cfg, evaluate_every=0, keep_best="")
+    assert Trainer(again, tmp_path / "run", resume=True).train().step == 4
+
+
+@pytest.mark.slow
+def test_ranks_fail_and_save_together(copied: Path, tmp_path: Path) -> None:
+    """With sharded weights, where one rank cannot decode a picture of its share."""
+    cfg = replace(run_of_adamw(copied), num_steps=4, checkpoint_every=4, evaluate_every=2)
+    cfg = replace(cfg, data=replace(cfg.data, max_skipped=0))
+    chosen = choose_rows(replace(cfg.data, split="heldout"), cfg.evaluate_pictures, labelled=False)
+    own = chosen.of_rank(World(torch.device("cpu"), rank=1, size=NUM_RANKS), 1)
+    others = chosen.of_rank(World(torch.device("cpu"), rank=0, size=NUM_RANKS), cfg.data.batch_size)
+    corrupt(copied, "heldout", next(row for row in own.tolist() if row not in others))
+    mp.start_processes(fail, (cfg, tmp_path), nprocs=NUM_RANKS, start_method="spawn")
+    errors = [(tmp_path / f"error-{rank}").read_text() for rank in range(NUM_RANKS)]
+    assert errors[0] == errors[1] and errors[0].startswith("evaluation, rank 1: data.max_skipped")
+    assert checkpoints.latest(tmp_path / "run" / "checkpoints").step == 2
+
+
+def test_every_batch_of_an_evaluation_has_one_shape(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled model is compiled anew for another one."""
+    cfg = small_run(dataset, num_steps=2, evaluate_every=1, evaluate_pictures=13)
+    objective = build_untrained(cfg)
+    shapes: list[torch.Size] = []
+    embed = objective.embed_images
+    monkeypatch.setattr(
+        objective, "embed_images", lambda views: shapes.append(views.shape) or embed(views)
+    )
+    LiveEvaluation(cfg, World(torch.device("cpu"))).measure(objective, objective)
+    assert len(shapes) > 2 and set(shapes) == {shapes[0]}
+
+
+def test_a_bank_of_one_class_is_refused_and_missing_classes_are_told(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the first shards of a bucket whose tars are in the order of their classes."""
+    table = np.fromfile(copied / "train.samples", ROW)
+    good = np.flatnonzero((table["label"] >= 0) & (table["sample_id"] == table["group_id"]))
+    by_class = good[table["label"][good].argsort(kind="stable")]
+    monkeypatch.setattr(live_evaluation, "good_rows", ordered(live_evaluation.good_rows, by_class))
+    monkeypatch.setattr(live_evaluation, "shards_url", lambda path: "s3://bucket")
+    cfg = small_run(copied, num_steps=2, evaluate_every=1, evaluate_pictures=2)
+    with pytest.raises(ValueError, match="--evaluate-pictures: expected pictures of two classes"):
+        LiveEvaluation(cfg, World(torch.device("cpu")))
+    enough = int((table["label"][by_class] == table["label"][by_class[0]]).sum()) + 1
+    caplog.set_level("INFO")
+    LiveEvaluation(replace(cfg, evaluate_pictures=enough), World(torch.device("cpu")))
+    assert "others of 2 classes" in caplog.text
+    assert "so kNN cannot get them right: raise --evaluate-pictures" in caplog.text
+
+
+def ordered(good_rows: Any, by_class: np.ndarray) -> Any:
+    """good_rows with those of the training split in the order of their classes."""
+
+    def rows(table: Any, **options: Any) -> np.ndarray:
+        own = good_rows(table, **options)
+        return by_class if set(by_class) <= set(own) and len(table) > len(by_class) else own
+
+    return rows
+
+
 # ---- Parts ---------------------------------------------------------------------------------------
 
 
 def test_shares_of_ranks_are_as_long_and_cover_all_rows(dataset: Path) -> None:
     chosen = choose_rows(small_run(dataset).data, 13, labelled=False)
     worlds = [World(torch.device("cpu"), rank=rank, size=4) for rank in range(4)]
-    shares = [chosen.of_rank(world) for world in worlds]
-    assert {len(share) for share in shares} == {4}
-    assert set(np.concatenate(shares)) == set(chosen.rows) and len(chosen.rows) == 13
+    for batch_size, length in ((1, 4), (2, 4), (3, 6)):
+        shares = [chosen.of_rank(world, batch_size) for world in worlds]
+        assert {len(share) for share in shares} == {length}
+        assert set(np.concatenate(shares)) == set(chosen.rows) and len(chosen.rows) == 13
 
 
 def test_chosen_rows_are_labelled_and_spread_over_the_split(dataset: Path) -> None:
@@ -246,7 +370,8 @@ def test_chosen_rows_are_labelled_and_spread_over_the_split(dataset: Path) -> No
     chosen = choose_rows(cfg, 10, labelled=True)
     rows = table.at(chosen.rows)
     assert (rows["label"] >= 0).all() and (rows["sample_id"] == rows["group_id"]).all()
-    assert chosen.num_labels == len(chosen.rows) == 10
+    assert len(chosen.label) == len(chosen.rows) == 10
+    assert chosen.label.tolist() == rows["label"].tolist()
     every = np.asarray(table.rows)
     good = np.flatnonzero((every["label"] >= 0) & (every["sample_id"] == every["group_id"]))
     assert (chosen.rows[0], chosen.rows[-1]) == (good[0], good[-1])
@@ -259,6 +384,25 @@ def test_embeddings_that_are_not_finite_are_logged_as_such() -> None:
         torch.device("cpu"),
     )
     assert len(found) == 4 and all(map(math.isnan, found.values()))
+
+
+@pytest.mark.parametrize("spoiled", ["bank", "queries"])
+def test_knn_of_features_that_are_not_finite_is_no_figure(spoiled: str) -> None:
+    label = torch.tensor([0, 1, 2])
+    columns = {
+        name: {"": torch.eye(3), "_ema": torch.eye(3), "label": label}
+        for name in ("bank", "queries")
+    }
+    columns[spoiled][""] = torch.full((3, 3), math.nan)
+    found = knn_accuracies(columns["bank"], columns["queries"], torch.device("cpu"))
+    assert math.isnan(found["evaluate/knn_top1"]) and found["evaluate/knn_top1_ema"] >= 0
+
+
+def test_an_encoder_that_has_collapsed_has_the_recall_of_chance() -> None:
+    same = torch.ones(10, 3)
+    columns = {"image": same, "text": same, "group": torch.arange(10)}
+    found = recalls(columns | {"captioned": torch.ones(10).bool()}, torch.device("cpu"))
+    assert found["evaluate/caption_to_image_recall_at_5"] == pytest.approx(0.5)
 
 
 def test_a_bank_of_few_pictures_asks_all_of_them() -> None:

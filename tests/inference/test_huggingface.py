@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import sys
@@ -24,11 +25,13 @@ from m3i_fast.cli import main
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.internimage import internimage_demo
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.engine.evaluator import evaluate
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.export.huggingface.own_model import code, own_model
 from m3i_fast.export.huggingface.save import save_folder
 from m3i_fast.models.internimage.model import InternImage
 from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.recipes import demo_internimage, demo_method, shrink
 from tests.shared.engine.small_run import TEXT, as_clip, small_run
 
@@ -69,14 +72,23 @@ def model(run: Path) -> m3i_fast.Model:
 
 
 @pytest.fixture(scope="module")
-def both(run: Path) -> Path:
+def both(run: Path, dataset: Path) -> Path:
     """The export of both encoders."""
     out = run.parent / "both"
-    (run / "evaluation.json").write_text(
-        '{"knn_top1": {"trained": 0.51237, "chance": 0.01}, "held_out_concepts": 9}'
-    )
+    write_evaluation(run, step=2, sha256=read_manifest(dataset).digest)
     assert main(["export", str(run), str(out), "--to", "hf", "--license", "cc-by-4.0"]) == 0
     return out
+
+
+def write_evaluation(run: Path, *, step: int, sha256: str) -> None:
+    said = {
+        "knn_top1": {"trained": 0.51237, "chance": 0.01},
+        "held_out_concepts": 9,
+        "step": step,
+        "split": "heldout",
+        "data": {"name": "openmoji", "sha256": sha256},
+    }
+    (run / "evaluation.json").write_text(json.dumps(said))
 
 
 def pictures() -> list[Image.Image]:
@@ -343,8 +355,6 @@ def test_the_code_of_a_folder_needs_torch_and_transformers_alone() -> None:
 
 
 def test_the_card_says_what_the_run_is(run: Path, both: Path, dataset: Path) -> None:
-    from m3i_fast.pipelines.dataset.manifest import read_manifest
-
     card = (both / "README.md").read_text()
     front = card.split("---")[1]
     import yaml
@@ -354,18 +364,28 @@ def test_the_card_says_what_the_run_is(run: Path, both: Path, dataset: Path) -> 
     assert said["pipeline_tag"] == "zero-shot-image-classification"
     assert said["training_data"][0]["sha256"] == read_manifest(dataset).digest
     assert "| `knn_top1` | 0.5124 | - | - | - | 0.01 |" in card
-    assert "| method | M3I" in card and "| steps | 2 |" in card
+    assert "Of these weights, after step 2, on split heldout of openmoji (SHA-256 " in card
+    assert "| method | M3I" in card and "| steps | 2 of 2 |" in card
+    assert "a sum of bounds of the mutual information" in card
+    assert "The code in the folder is m3i-fast's, under Apache-2.0." in card
+    assert "The tokenizer's merges are the first ones of CLIP's, under MIT." in card
     assert str(run) not in card and "trust_remote_code=True" in card
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "m3i-fast train vit_b --data.path /secret/place --out runs/a",
+        "m3i-fast train vit_b --data.path '/secret/my place' --out runs/a",
+        "m3i-fast train vit_b --data.path /secret/o'neill --out runs/a",  # as older versions wrote
+    ],
+)
 def test_the_recipe_and_what_a_run_began_from_are_told_without_paths(
-    run: Path, tmp_path: Path
+    command: str, run: Path, tmp_path: Path
 ) -> None:
-    import json
-
     copy = shutil.copytree(run, tmp_path / "copy")
     environment = json.loads((copy / "env.json").read_text())
-    environment["command"] = "m3i-fast train vit_b --data.path /secret/place --out runs/a"
+    environment["command"] = command
     (copy / "env.json").write_text(json.dumps(environment))
     cfg = TrainConfig.load(copy / "config.json")
     replace(cfg, init="timm:/secret/weights.pth").save(copy / "config.json")
@@ -376,6 +396,50 @@ def test_the_recipe_and_what_a_run_began_from_are_told_without_paths(
     card = (out / "README.md").read_text()
     assert "| recipe | vit_b |" in card and "secret" not in card
     assert f"| began from | weights of timm, vit_b, SHA-256 {'0' * 64} |" in card
+
+
+@pytest.mark.parametrize(
+    ("step", "own_data", "told"),
+    [
+        (1, True, "has figures of step 1 on split heldout of openmoji (SHA-256 "),
+        (2, False, "has figures of step 2 on split heldout of openmoji (SHA-256 000"),
+        (None, True, "does not say of which step and data its figures are"),
+    ],
+)
+def test_figures_of_another_step_or_data_set_are_not_this_models(
+    step: int | None, own_data: bool, told: str, run: Path, dataset: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "copy")
+    digest = read_manifest(dataset).digest if own_data else "0" * 64
+    write_evaluation(copy, step=step, sha256=digest)  # type: ignore[arg-type]
+    assert main(["export", str(copy), str(tmp_path / "out"), "--to", "hf", "--image-only"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert told in card and "0.5124" not in card
+
+
+def test_an_older_checkpoint_has_its_own_step_and_an_evaluation_says_its(
+    dataset: Path, tmp_path: Path
+) -> None:
+    cfg = replace(small_run(dataset), num_steps=3, log_every=1, checkpoint_every=1, num_threads=1)
+    Trainer(replace(cfg, keep_checkpoints=3), tmp_path / "run").train()
+    evaluate(tmp_path / "run", baselines=False)
+    said = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (said["step"], said["split"]) == (3, "heldout")
+    assert said["data"] == {"name": "openmoji", "sha256": read_manifest(dataset).digest}
+
+    def card_of(weights: Path, out: Path) -> str:
+        assert main(["export", str(weights), str(out), "--to", "hf", "--image-only"]) == 0
+        return (out / "README.md").read_text()
+
+    newest = card_of(tmp_path / "run", tmp_path / "newest")
+    assert "| steps | 3 of 3 |" in newest and "Of these weights, after step 3" in newest
+    older = card_of(tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "older")
+    assert "| steps | 2 of 3 |" in older and "These weights are of step 2" in older
+
+
+def test_the_code_of_a_folder_names_its_licence() -> None:
+    for name, source in code().items():
+        assert source.startswith(b"# SPDX-License-Identifier: Apache-2.0\n"), name
 
 
 def test_the_lines_of_the_card_run(both: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -410,3 +474,5 @@ def test_a_run_without_captions_is_an_image_encoder(dataset: Path, tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert "licence of the weights is not stated" in card and "license:" not in card
     assert "The run has no evaluation." in card
+    assert "M3I pre-training" not in card and "trained by m3i-fast: " in card
+    assert "supervised" in card.split("\n## Use")[0].lower()

@@ -81,6 +81,29 @@ def test_names_that_are_alike_have_a_row_each() -> None:
     assert len(set(trace["y"])) == 3 and all(len(name) <= 20 for name in trace["y"])
 
 
+def test_names_are_text_and_each_has_a_place_of_its_own() -> None:
+    """Numbers, tags, marks of direction, and names that look like numbered ones."""
+    names = ("10", "2", "<b>&", "\u202eleft", "a", "a", "a 2", "a")
+    rows = np.arange(len(names))
+    drawn = confusion_matrix(rows, rows, names).figure
+    (trace,) = drawn["data"]
+    assert trace["y"][:4] == ["10", "2", "&lt;b&gt;&amp;", "\N{REPLACEMENT CHARACTER}left"]
+    assert trace["x"] == trace["y"] and len(set(trace["y"])) == len(names)
+    assert {drawn["layout"][each]["type"] for each in ("xaxis", "yaxis")} == {"category"}
+
+
+@pytest.mark.parametrize("num_classes", [3, MOST_CLASSES + 5])
+def test_a_class_that_is_called_all_others_is_a_class(num_classes: int) -> None:
+    names = [f"class {i}" for i in range(num_classes - 1)] + [REST]
+    label = np.arange(num_classes).repeat(3)
+    predicted = label.copy()
+    predicted[-2:] = 0  # of the class called so
+    panel = confusion_matrix(predicted, label, names)
+    (trace,) = panel.figure["data"]
+    assert len(set(trace["y"])) == min(num_classes, MOST_CLASSES)
+    assert f"most often {REST}" in panel.note and "taken for class 0 (2 of 3)" in panel.note
+
+
 @pytest.mark.parametrize("sure", [0.3, 1.0, 4.0])
 def test_calibration_equals_scikit_learn(sure: float) -> None:
     logits, label = drawn(3000, 7, sure=sure)

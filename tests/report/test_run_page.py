@@ -50,7 +50,6 @@ SEEN = r'contrast .* of "pale".*the page is 5.. px wide.*without alternative tex
         ("</header>", f"{FLAWS}</header>", SEEN),
         ("</header>", '<img alt="x" src="http://127.0.0.1:9/x.png"></header>', "127.0.0.1:9"),
         ("Plotly.react(", "Plotly.nothing(", "nothing is not a function"),
-        ('id="figures">{', 'id="figures">{"absent": {}, ', "console says .*null"),
     ],
 )
 def test_the_browser_check_notices(
@@ -176,6 +175,25 @@ def test_a_run_of_one_logged_step_has_a_page(page: Path, tmp_path: Path) -> None
     assert _figures(short).keys() == _figures(page).keys() - of_evaluations
     if skip_reason() is None:
         check_page(short, tmp_path, num_figures=len(_figures(short)))
+
+
+def test_a_part_that_is_missing_takes_no_other_figure_with_it(tmp_path: Path) -> None:
+    """All steps were skipped, so that no loss was logged, and no caption is shown."""
+    inputs = sample_run.report_inputs()
+    lost = ("loss/", "gradient/")
+    curves = {name: of for name, of in inputs.curves.items() if not name.startswith(lost)}
+    absent = {"retrieval": "None is shown."}
+    page = write_report(
+        replace(inputs, curves=curves, retrieval=[], absent=absent), tmp_path / "page.html"
+    )
+    html = page.read_text()
+    without_place = {name for name in _figures(page) if f'id="{name}"' not in html}
+    assert without_place == {"found-within"}
+    drawn = {name for name in _figures(page) if name.startswith(("optim", "monitor"))}
+    assert len(drawn) > 3
+    assert "No loss was logged." in html and "No step was logged." not in html
+    if skip_reason() is None:
+        check_page(page, tmp_path, num_figures=len(_figures(page)) - 1)
 
 
 REASONS = {

@@ -62,6 +62,14 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """Return the picklable host value of every rank on rank 0, and [] on all others."""
+        if self.control is None:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
     def wait_for_all(self) -> None:
         """Wait until every rank has reached this call."""
         if self.control is not None:

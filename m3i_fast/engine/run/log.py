@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class RunLog:
         self._sinks: list[Sink] = []
         self._live: list[Sink] = []
         self._best = float("nan")
+        self._peak_bytes = 0  # before the last time outside of steps
         self._bucket_reads, self._reads_before = bucket_reads, BucketReads()
 
     def open(self, step: int) -> None:
@@ -91,10 +93,28 @@ class RunLog:
     def count_from(self, step: int) -> None:
         """Start the interval that throughput is measured over at this step."""
         self._began, self._began_step = time.monotonic(), step
+        self._left_out: list[tuple[float, float]] = []
 
-    def leave_out(self, seconds: float) -> None:
-        """Leave so many seconds out of the interval that throughput is measured over."""
-        self._began += seconds
+    @contextmanager
+    def outside_of_steps(self) -> Iterator[None]:
+        """Leave what is done meanwhile out of throughput, energy and peak memory.
+
+        On a GPU the host waits first for what is queued, which belongs to the steps.
+        """
+        on_gpu = self._world.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self._world.device)
+            self._peak_bytes = self._highest_bytes()
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._left_out.append((began, time.monotonic()))
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats(self._world.device)
+
+    def _highest_bytes(self) -> int:
+        return max(self._peak_bytes, torch.cuda.max_memory_allocated(self._world.device))
 
     def add(self, metrics: Mapping[str, Tensor], skip: Tensor) -> None:
         """Add the metrics of a step to the means, unless the flag `skip` [] is 1."""
@@ -115,18 +135,22 @@ class RunLog:
                 values[name] *= self._world.size
         num_batches = num_steps * self._cfg.parallel.accumulate * self._world.size
         num_images = num_batches * self._cfg.data.batch_size
-        values["throughput/img_s"] = num_images / (now - self._began)
+        values["throughput/img_s"] = num_images / self._seconds_of_steps(now)
         if self._world.device.type == "cuda":
-            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values["memory/peak_gib"] = self._highest_bytes() / 2**30
         if self._world.is_main:
             interval = LogInterval(
                 begin_s=self._began,
                 end_s=now,
+                left_out=tuple(self._left_out),
                 num_images=num_images,
                 progress=step / self._cfg.num_steps,
             )
             values |= self._telemetry.values(interval)
         return values | self._bucket_values() | self.timer.read()
+
+    def _seconds_of_steps(self, now: float) -> float:
+        return now - self._began - sum(end - began for began, end in self._left_out)
 
     def _bucket_values(self) -> dict[str, float]:
         """Return what all ranks read from object storage since the last read; {} where none do.

@@ -27,10 +27,17 @@ class LogInterval:
     begin_s: float
     """Start and end are seconds of time.monotonic()."""
     end_s: float
+    left_out: tuple[tuple[float, float], ...] = ()
+    """Start and end of each evaluation within it."""
     num_images: float
     """Number of images of all ranks."""
     progress: float
     """Progress of the run, 0 to 1."""
+
+    @property
+    def seconds_of_steps(self) -> float:
+        """Return its length without what is left out."""
+        return self.end_s - self.begin_s - sum(end - begin for begin, end in self.left_out)
 
 
 class RunTelemetry:
@@ -58,17 +65,26 @@ class RunTelemetry:
 
     def values(self, interval: LogInterval) -> dict[str, float]:
         """Return the values of an interval by `group/name_unit`; unknown ones are left out."""
-        seconds = interval.end_s - interval.begin_s
-        values = self._efficiency(interval, seconds)
+        values = self._efficiency(interval, interval.seconds_of_steps)
         if self._sampler is None:
             return values
         summary = self._sampler.summary(interval.begin_s, interval.end_s)
         # Each rank has one GPU and an equal number of images.
         num_images = interval.num_images / self._world.size * len(summary["gpus"])
-        joules = joule_per_image(summary["energy_j"], num_images)
+        joules = joule_per_image(self._energy_of_steps(interval, summary["energy_j"]), num_images)
         if joules is not None:
             values["efficiency/joule_per_image"] = joules
-        return values | flatten(summary, seconds)
+        return values | flatten(summary, interval.end_s - interval.begin_s)
+
+    def _energy_of_steps(self, interval: LogInterval, energy_j: float | None) -> float | None:
+        """Return the energy without that of what is left out; None where a part is not known."""
+        assert self._sampler is not None
+        for begin, end in interval.left_out:
+            meanwhile = self._sampler.summary(begin, end)["energy_j"]
+            if energy_j is None or meanwhile is None:
+                return None
+            energy_j -= meanwhile
+        return energy_j
 
     def _efficiency(self, interval: LogInterval, seconds: float) -> dict[str, float]:
         if not self._knows_flops:

@@ -172,7 +172,8 @@ class _Crops(Dataset[LabelledBatch]):
         picture, labels = _tensors(self.folder, index)
         drawn = np.random.SeedSequence((*self.key, index)).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(drawn[0] >> np.uint64(1)))
+            # torch.manual_seed would seed the generators of all GPUs, too.
+            torch.default_generator.manual_seed(int(drawn[0] >> np.uint64(1)))
             picture, labels = self.transform(
                 self.tv_tensors.Image(picture), self.tv_tensors.Mask(labels)
             )

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from m3i_fast.evaluation.batches import Batches, Encode, LabelledBatch, expect_labels, repeated
+from m3i_fast.evaluation.batches import (
+    Batches,
+    Encode,
+    LabelledBatch,
+    expect_evaluable,
+    expect_labels,
+    labelled,
+    repeated,
+)
 from m3i_fast.evaluation.probes.accuracy import top_k_hits
 from m3i_fast.evaluation.probes.rate_sweep import expect_rates, set_gradients, slices_of
 
@@ -117,7 +126,7 @@ class AttentiveResult:
     top1: NDArray[np.float64]  # [R], on the validation pictures
     top5: NDArray[np.float64]  # [R]
     chosen: int  # index into learning_rates
-    logits: NDArray[np.float32]  # [M, K] of the chosen one, validation pictures in their order
+    logits: NDArray[np.float32]  # [M, K] of the chosen one, labelled validation pictures in order
     label: NDArray[np.int64]  # [M]
     loss: NDArray[np.float32]  # [R, steps], mean cross-entropy of each training batch
 
@@ -144,29 +153,31 @@ def attentive_probe(
 
     encode: frozen; called without gradients, prefix tokens are attended to like all others. choice:
     training pictures that `batches` does not have; the highest accuracy on them wins, of equal ones
-    the first rate. Of `choice` and `validation` epoch 0 is read, once. num_heads: None for heads
+    the first rate. Of `choice` and `validation` epoch 0 is read: its first batch is checked before
+    the training, and pictures of label -1, which is none, are left out. num_heads: None for heads
     of 64 features, or one head where 64 does not divide the width. One process computes all; of
     several ranks let the first one call this.
 
     Raises ValueError where a label is outside 0..num_classes - 1 (unlabelled pictures are to be
-    left out of the batches), or there are no batches.
+    left out of the batches to train on), or there are no batches.
     """
     expect_rates(learning_rates)
+    for name, each in (("choice", choice), ("validation", validation)):
+        expect_evaluable(name, each, num_classes)
     probes, loss = _train(
         encode, batches, num_classes, num_steps, learning_rates, num_heads, seed, device
     )
-    of_choice, choice_label = _logits(encode, probes, choice(0), num_classes, device)
-    of_validation, label = _logits(encode, probes, validation(0), num_classes, device)
-    choice_top1 = _accuracy(of_choice, choice_label, 1)
-    chosen = int(choice_top1.argmax())
+    of_choice = _measured("choice", encode, probes, choice(0), num_classes, device)
+    chosen = int(of_choice.top1.argmax())
+    found = _measured("validation", encode, probes, validation(0), num_classes, device, chosen)
     return AttentiveResult(
         learning_rates=tuple(learning_rates),
-        choice_top1=choice_top1,
-        top1=_accuracy(of_validation, label, 1),
-        top5=_accuracy(of_validation, label, 5),
+        choice_top1=of_choice.top1,
+        top1=found.top1,
+        top5=found.top5,
         chosen=chosen,
-        logits=of_validation[chosen].numpy(),
-        label=label.numpy(),
+        logits=found.logits,
+        label=found.label,
         loss=loss.cpu().numpy(),
     )
 
@@ -236,23 +247,38 @@ def _encoded(
     return encode(pictures.to(device)).detach(), label.to(device)
 
 
+class _Measured(NamedTuple):
+    """The accuracy of all probes, and the logits of one of them."""
+
+    top1: NDArray[np.float64]  # [R]
+    top5: NDArray[np.float64]  # [R]
+    logits: NDArray[np.float32]  # [M, K]
+    label: NDArray[np.int64]  # [M]
+
+
 @torch.no_grad()
-def _logits(
+def _measured(
+    name: str,
     encode: Encode,
     probes: AttentiveProbes,
     batches: Iterable[LabelledBatch],
     num_classes: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:  # [R, M, K] fp32, [M] int64, on the CPU
-    logits, labels = [], []
-    for pictures, label in batches:
+    kept: int = 0,
+) -> _Measured:
+    """Sum the hits of all probes batch by batch; only the logits of probe `kept` stay in memory."""
+    hits, logits, labels = [], [], []
+    for batch in batches:
+        pictures, label = labelled(batch, num_classes)
+        if not len(label):
+            continue
         tokens, target = _encoded(encode, pictures, label, num_classes, device)
-        logits.append(probes(tokens).cpu())
-        labels.append(target.cpu())
+        of_probes = probes(tokens)  # [R, B, K]
+        hits.append(torch.stack([top_k_hits(of_probes, target, k=k).sum(-1) for k in (1, 5)]))
+        logits.append(of_probes[kept].cpu())
+        labels.append(label.cpu())
     if not labels:
-        raise ValueError("choice, validation: expected batches in both, got none")
-    return torch.cat(logits, 1), torch.cat(labels)
-
-
-def _accuracy(logits: Tensor, label: Tensor, k: int) -> NDArray[np.float64]:  # [R]
-    return top_k_hits(logits, label, k=k).double().mean(-1).numpy()
+        raise ValueError(f"{name}: expected labelled pictures, got none")
+    label = torch.cat(labels)
+    top1, top5 = torch.stack(hits).sum(0).cpu().numpy() / len(label)
+    return _Measured(top1, top5, torch.cat(logits).numpy(), label.numpy())

@@ -28,6 +28,10 @@ class Loading:
 class Training:
     """Say how the weights were made: rows of a table, and the data with their digests."""
 
+    method: str
+    """Title of the method whose terms were trained; empty for a list of terms of its own."""
+    is_m3i: bool
+    """Whether that is M3I, of any form."""
     facts: Sequence[tuple[str, str]]
     data: Sequence[tuple[str, str, str]]
     """Name, split and SHA-256 of the manifest of each data set."""
@@ -35,6 +39,8 @@ class Training:
     """Content of evaluation.json, where the run has one."""
     which: str
     """Weights that were written: trained or ema."""
+    step: int | None
+    """Number of optimiser steps after which these weights were saved; None where not known."""
 
 
 def model_card(title: str, licence: str, size: int, loading: Loading, training: Training) -> bytes:
@@ -42,7 +48,7 @@ def model_card(title: str, licence: str, size: int, loading: Loading, training: 
     parts = [
         _front_matter(licence, loading, training),
         f"# {title}\n",
-        _what(size, loading),
+        _what(size, loading, training),
         "## Use\n",
         f"```python\n{loading_lines(loading)}\n```\n",
         _outputs(loading),
@@ -109,14 +115,13 @@ def _front_matter(licence: str, loading: Loading, training: Training) -> str:
     return "\n".join([*lines, "---\n"])
 
 
-def _what(size: int, loading: Loading) -> str:
+def _what(size: int, loading: Loading, training: Training) -> str:
     what = "An image encoder and a text encoder in one space" if loading.has_text else (
         "An image encoder"
     )  # fmt: skip
     text = (
-        f"{what}, for pictures of {size} x {size} pixels, trained by m3i-fast: M3I pre-training\n"
-        "([arXiv 2211.09807](https://arxiv.org/abs/2211.09807)), a sum of bounds of the mutual "
-        "information between a picture\nand what is to be predicted of it.\n"
+        f"{what}, for pictures of {size} x {size} pixels, trained by m3i-fast: "
+        f"{_trained_by(training)}.\n"
     )
     if not loading.why_own:
         return text + (
@@ -126,6 +131,17 @@ def _what(size: int, loading: Loading) -> str:
         "\nThe folder brings the code of its model, `modeling_m3i.py` and two files beside it, in "
         f"torch and transformers alone:\n{loading.why_own}.\nRead it before you pass "
         "`trust_remote_code=True`, which runs it.\n"
+    )
+
+
+def _trained_by(training: Training) -> str:
+    if not training.method:
+        return "a list of terms of its own, which is below"
+    if not training.is_m3i:
+        return f"{training.method}, whose terms are below"
+    return (
+        "M3I pre-training\n([arXiv 2211.09807](https://arxiv.org/abs/2211.09807)), a sum of bounds "
+        "of the mutual information between a picture\nand what is to be predicted of it"
     )
 
 
@@ -183,26 +199,61 @@ def _data(training: Training) -> str:
 
 
 def _measured(training: Training) -> str:
-    """Return the table of the measures of evaluation.json that these weights have."""
+    """Return the table of the measures of evaluation.json, where it is of these weights."""
+    if training.evaluation is None:
+        return "## Measured\n\nThe run has no evaluation.\n"
+    if other := _of_others(training):
+        return f"## Measured\n\n{other}\n"
     rows = []
-    for name, values in (training.evaluation or {}).items():
+    for name, values in training.evaluation.items():
         if isinstance(values, Mapping) and _is_number(values.get(training.which)):
             rows.append((f"`{name}`", *(_shown(values.get(source)) for source in _SOURCES)))
     if not rows:
-        return "## Measured\n\nThe run has no evaluation.\n"
+        return "## Measured\n\nThe run's evaluation has no figures of these weights.\n"
     here = ["this model" if s == training.which else s for s in _SOURCES]
     table = _table(("measure", *here), rows)
-    return f"## Measured\n\nFrom the run's `evaluation.json`, on held-out data:\n\n{table}"
+    step, of_data = training.evaluation["step"], _evaluated_data(training.evaluation)
+    return f"## Measured\n\nOf these weights, after step {step}, on {of_data}:\n\n{table}"
+
+
+def _of_others(training: Training) -> str:
+    """Say of which model or data evaluation.json is, where not of these; empty where it is."""
+    said = training.evaluation or {}
+    step, data = said.get("step"), said.get("data")
+    if not isinstance(step, int) or not isinstance(data, Mapping):
+        return (
+            "The run's `evaluation.json` does not say of which step and data its figures are, so "
+            "they are not shown."
+        )
+    digests = {digest for _, _, digest in training.data}
+    if step == training.step and data.get("sha256") in digests:
+        return ""
+    own = "a step not known" if training.step is None else f"step {training.step}"
+    return (
+        f"The run's `evaluation.json` has figures of step {step} on {_evaluated_data(said)}. These "
+        f"weights are of {own}, and the data they were trained on stand above: no figure is shown."
+    )
+
+
+def _evaluated_data(said: Mapping[str, Any]) -> str:
+    data = said["data"]
+    return f"split {said.get('split')} of {data.get('name')} (SHA-256 {data.get('sha256')})"
 
 
 def _limits(licence: str, loading: Loading) -> str:
     lines = ["- What the model has seen is what the data above show; nothing else was measured."]
     if not licence:
         lines.append("- The licence of the weights is not stated: ask who trained them.")
+    else:
+        lines.append("- The licence named at the top is that of the weights.")
     if not loading.has_text and not loading.why_own:
         lines.append("- Heads of the training (categories, captions) are not in the folder.")
     if loading.has_text:
         lines.append("- The head of categories is not in the folder.")
+    if loading.why_own:
+        lines.append("- The code in the folder is m3i-fast's, under Apache-2.0.")
+    if loading.has_text:
+        lines.append("- The tokenizer's merges are the first ones of CLIP's, under MIT.")
     return "\n".join(lines) + "\n"
 
 

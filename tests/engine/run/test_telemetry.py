@@ -93,6 +93,24 @@ def test_a_row_of_two_gpus(node: Recorded) -> None:
     assert node.num_open == 0 and "telemetry" not in [t.name for t in threading.enumerate()]
 
 
+def test_energy_and_rates_are_those_of_the_steps_alone(node: Recorded) -> None:
+    """Half of the interval was an evaluation."""
+    cfg = replace(recipes()["m3i_vit_b"](), telemetry=TelemetryConfig(hz=10))
+    told = RunTelemetry(cfg, World(GPU, size=2), choice(cfg))
+    told.start()
+    try:
+        time.sleep(0.65)
+        whole = interval(0.6, num_images=1000)
+        begin = whole.begin_s + 0.15
+        part = replace(whole, left_out=((begin, begin + 0.3),))
+        row, without = told.values(part), told.values(whole)
+    finally:
+        told.stop()
+    assert row["efficiency/joule_per_image"] == pytest.approx(800 * 0.3 / 1000, rel=0.1)
+    assert row["efficiency/tflop_s"] == pytest.approx(2 * without["efficiency/tflop_s"], rel=1e-6)
+    assert row["gpu/nvlink_sent_gib_s"] == without["gpu/nvlink_sent_gib_s"]
+
+
 @pytest.mark.usefixtures("node")
 def test_a_run_in_fp8_names_its_peaks() -> None:
     cfg = replace(recipes()["m3i_vit_h"](), precision="fp8_current")

@@ -247,3 +247,15 @@ def test_a_folder_is_segmented_from_end_to_end(ade: Path) -> None:
     labels = np.concatenate([val.read(i)[1].flatten() for i in range(3)])
     assert confusion.sum(1).tolist() == [int((labels == c).sum()) for c in range(2)]
     assert segmentation_scores(confusion).mean_iou > 0.85
+
+
+def test_crops_leave_the_generators_of_gpus_alone(
+    ade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seed_all(seed: int) -> None:
+        raise AssertionError("the generators of all GPUs are seeded")
+
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seed_all)
+    before = torch.get_rng_state()
+    next(iter(training_batches(open_folder(ade, "training"), size=16, batch_size=2, seed=0)(0)))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -187,6 +187,48 @@ def test_what_does_not_fit_is_refused() -> None:
         _probe(learning_rates=())
 
 
+def test_evaluation_labels_are_checked_before_the_training() -> None:
+    encoded: list[int] = []
+
+    def encode(tokens: Tensor) -> Tensor:
+        encoded.append(len(tokens))
+        return tokens
+
+    tokens, label = _tokens(40, 3)
+    for choice, validation in ((label + 9, label), (label, label + 9)):
+        with pytest.raises(ValueError, match=r"labels: expected 0 to 4 .* or -1 for none"):
+            attentive_probe(
+                encode,
+                _batches(64, 0),
+                lambda epoch, choice=choice: [(tokens, choice)],
+                lambda epoch, validation=validation: [(tokens, validation)],
+                num_classes=CLASSES,
+                num_steps=2,
+                seed=0,
+                device=CPU,
+            )
+    assert encoded == []
+
+
+def test_pictures_without_a_label_are_left_out_of_the_figures() -> None:
+    tokens, label = _tokens(100, 2)
+    some = label.clone()
+    some[::3] = -1
+
+    def probe(*batches: LabelledBatch) -> Any:
+        return attentive_probe(
+            lambda tokens: tokens, _batches(512, 0), _batches(128, 1), lambda epoch: [*batches],
+            num_classes=CLASSES, num_steps=20, seed=0, device=CPU,
+        )  # fmt: skip
+
+    has = some >= 0
+    left_out = probe((tokens[:40], some[:40]), (tokens[40:], some[40:]))
+    alone = probe((tokens[has], label[has]))
+    assert left_out.label.tolist() == alone.label.tolist() == label[has].tolist()
+    assert left_out.top1.tolist() == alone.top1.tolist()
+    np.testing.assert_allclose(left_out.logits, alone.logits, atol=1e-5)
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_what_the_cpu_does() -> None:
     options = {"num_steps": 20, "learning_rates": (1e-3,)}

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InternImage (arXiv 2211.05778) of a model of m3i-fast, in torch alone.
 
 The deformable convolution is computed by grid_sample, which every device has; it is slower than

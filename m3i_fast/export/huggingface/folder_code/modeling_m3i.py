@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model of an export of m3i-fast, in torch and transformers alone.
 
 An image encoder, a Vision Transformer or an InternImage, and where the weights have them a text

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Transformer's blocks and the Vision Transformer of a model of m3i-fast, in torch alone.
 
 Legend: B pictures, S pixels of a side, R tokens before the patches (class token and registers), N
