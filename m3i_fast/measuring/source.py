@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -102,8 +102,8 @@ class Source:
     refusals: tuple[Refusal, ...]
     notes: tuple[str, ...]
     digest: str
-    """Of names, places, labels, captions and the files' sizes and times; of a packed data set its
-    own, and with that of every byte."""
+    """Of names, places, labels, captions, the files' sizes and times and the columns and flags that
+    they are read by; of a packed data set its own, and with that of every byte."""
     max_pixels: int
 
     @property
@@ -148,7 +148,7 @@ def read_source(settings: SourceSettings) -> Source:
         measured=splits[measured],
         refusals=tuple(listing.refusals),
         notes=(*notes, *more),
-        digest=_digest([options.kind, listing.class_names, files]),
+        digest=_digest([_read_as(options), listing.class_names, files]),
         max_pixels=settings.max_pixels,
     )
 
@@ -166,9 +166,15 @@ def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
     if kind == "packed":
         return options, "packed: a data set of m3i-fast data"
     options, why = resolve(options)
-    spool = settings.cache_dir.expanduser() / "sources" / _digest([str(options.path)])[:16]
+    key = _digest([str(options.path), _read_as(options)])[:16]
+    spool = settings.cache_dir.expanduser() / "sources" / key
     spool.mkdir(parents=True, exist_ok=True)
     return replace(options, spool=spool), why
+
+
+def _read_as(options: SourceOptions) -> dict[str, object]:
+    """Return all that a source's pictures depend on beside its files, wherever it lies."""
+    return {name: value for name, value in asdict(options).items() if name not in ("path", "spool")}
 
 
 def _packed_digest(options: SourceOptions) -> object:

@@ -173,6 +173,17 @@ def test_a_rank_that_sees_no_other_says_so(
         run(encoder, source, settings_of(tmp_path), world)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_stops_and_is_not_kept(
+    workers: int, encoder: Counting, source: Source, tmp_path: Path
+) -> None:
+    (tmp_path / "12.png").rename(tmp_path / "away")
+    with pytest.raises(OSError, match="12.png: cannot be read: No such file.*start again"):
+        run(encoder, source, settings_of(tmp_path, workers=workers))
+    (tmp_path / "away").rename(tmp_path / "12.png")
+    assert list(run(encoder, source, settings_of(tmp_path)).faults) == ["7.png"]
+
+
 def test_broken_pictures_alone_are_refused(encoder: Counting, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", each=2)
     for file in folder.rglob("*.png"):
