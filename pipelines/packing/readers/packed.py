@@ -80,6 +80,8 @@ class Packed:
                 try:
                     key, found = captions(split, number)
                 except ValueError as error:
+                    if isinstance(error.__cause__, OSError):  # says nothing of the sample
+                        raise error.__cause__ from None
                     listing.refuse(name, f"captions: {error}", _MEND)
                     continue
                 listing.items.append(
