@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from m3i_fast.durable_files import (
     created_whole,
@@ -35,7 +35,7 @@ from m3i_fast.measuring.decoding import DIGEST_BYTES, PictureBatch, decoded_batc
 from m3i_fast.measuring.encoders.encoder import Encoder
 from m3i_fast.measuring.source import Source, Split
 
-FORMAT = 1
+FORMAT = 2
 PIECE_ROWS = 1024
 META = "meta.json"
 _IMAGE, _TEXT = "picture", "text"  # kinds of pieces
@@ -194,12 +194,15 @@ def _encode(encoder: Encoder, batch: PictureBatch) -> Arrays:
     }
     if len(batch.rows):
         for name, tensor in encoder.encode_pictures(batch.pictures).items():
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(
-                    f"{encoder.name}: {name}: expected finite features, got NaN or infinity"
-                )
-            found[name] = tensor.float().cpu().numpy()
+            found[name] = _finite(encoder, name, tensor)
     return found
+
+
+def _finite(encoder: Encoder, name: str, tensor: Tensor) -> NDArray[np.float32]:
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{encoder.name}: {name}: expected finite features, got NaN or infinity")
+    values: NDArray[np.float32] = tensor.float().cpu().numpy()
+    return values
 
 
 def _compute_texts(
@@ -213,9 +216,10 @@ def _compute_texts(
     for number in _missing(parts, _TEXT, len(texts), world):
         batches = _batches(pieces[number], settings)
         embedded = [
-            encoder.encode_texts([texts[i] for i in rows]).float().cpu() for rows in batches
+            _finite(encoder, "text", encoder.encode_texts([texts[i] for i in rows]))
+            for rows in batches
         ]
-        _write(_piece_file(parts, _TEXT, number), {"text": torch.cat(embedded).numpy()})
+        _write(_piece_file(parts, _TEXT, number), {"text": np.concatenate(embedded)})
 
 
 def _different(captions: Sequence[str]) -> list[str]:

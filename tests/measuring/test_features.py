@@ -204,6 +204,16 @@ def test_features_that_are_not_finite_are_refused(
         run(encoder, source, settings_of(tmp_path))
 
 
+def test_texts_that_are_not_finite_are_refused(
+    encoder: Counting, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        encoder, "encode_texts", lambda texts: torch.full((len(texts), 3), torch.inf)
+    )
+    with pytest.raises(ValueError, match="text: expected finite features, got NaN"):
+        run(encoder, source, settings_of(tmp_path))
+
+
 def assert_same(first: SplitFeatures, second: SplitFeatures) -> None:
     files = sorted(file.name for file in first.folder.iterdir())
     assert files == sorted(file.name for file in second.folder.iterdir())
