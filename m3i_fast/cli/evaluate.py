@@ -52,6 +52,18 @@ class OnPictures:
     """Column of the class. '' for none."""
     split_column: str | None = None
     """Column with the name of each picture's split."""
+    group_column: str | None = None
+    """Column of groups of near-duplicates, which are in one split and counted as one."""
+    json_caption: Annotated[tuple[str, ...], Several] = ()
+    """Field of captions in JSON, as `m3i-fast data pack` has it; may be given several times."""
+    image_root: Path | None = None
+    """Folder that paths of a table are relative to; without this that of the table."""
+    delimiter: str | None = None
+    """What ends a cell of a text table; guessed by its first line."""
+    allow_outside: bool = False
+    """Read files that lie outside of DIR, or are reached by links out of it."""
+    torchvision_class: str | None = None
+    """Class of torchvision.datasets that reads DIR."""
     train_split: str = "train"
     """Split whose labels classifiers are fitted to."""
     share: float = 0.2
@@ -238,6 +250,12 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
             caption_columns=chosen.caption_column,
             label_column=chosen.label_column,
             split_column=chosen.split_column,
+            group_column=chosen.group_column,
+            json_captions=chosen.json_caption,
+            image_root=chosen.image_root,
+            delimiter=chosen.delimiter,
+            allow_outside=chosen.allow_outside,
+            torchvision_class=chosen.torchvision_class,
             classes=_lines(chosen.class_names, "--class-names"),
             train_split=chosen.train_split,
             split=command.split,

@@ -254,7 +254,7 @@ def _measure_settings(settings: EvaluationSettings, planned: Plan, world: World)
 def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
     """Return the settings that figures depend on, JSON-able."""
     source = asdict(settings.source)
-    for name in ("path", "cache_dir", "classes"):
+    for name in ("path", "cache_dir", "classes", "image_root"):
         del source[name]
     return {
         "model": settings.model,

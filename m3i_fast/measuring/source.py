@@ -25,6 +25,8 @@ from m3i_fast.pipelines.packing.shard_task import Numbered
 TRAIN = "train"
 MEASURED = ("heldout", "test", "tune")  # the first of them that a source has is measured on
 
+MOST_NAMED = 5
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSettings:
@@ -37,6 +39,12 @@ class SourceSettings:
     caption_columns: tuple[str, ...] = ()
     label_column: str | None = None
     split_column: str | None = None
+    group_column: str | None = None
+    json_captions: tuple[str, ...] = ()
+    image_root: Path | None = None
+    delimiter: str | None = None
+    allow_outside: bool = False
+    torchvision_class: str | None = None
     classes: tuple[str, ...] = ()
     """Name of each class by its index; empty: those of the source."""
     train_split: str = TRAIN
@@ -140,7 +148,9 @@ def read_source(settings: SourceSettings) -> Source:
     if train is not None and train.num_labelled == 0:
         train = None  # nothing is fitted to rows without labels
     names = settings.classes or listing.class_names
-    _expect_names(names, [split for split in (train, splits[measured]) if split], settings)
+    _expect_names(listing.class_names, settings)
+    if settings.classes:
+        notes.append(_renamed(listing.class_names, names))
     return Source(
         options=options,
         class_names=names,
@@ -162,6 +172,13 @@ def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
         caption_columns=settings.caption_columns,
         label_column=settings.label_column,
         split_column=settings.split_column,
+        group_column=settings.group_column,
+        json_captions=settings.json_captions,
+        image_root=settings.image_root,
+        delimiter=settings.delimiter,
+        allow_outside=settings.allow_outside,
+        torchvision_class=settings.torchvision_class,
+        merge_rows=True,
     )
     if kind == "packed":
         return options, "packed: a data set of m3i-fast data"
@@ -225,13 +242,21 @@ def _split(name: str, numbered: Sequence[Numbered]) -> Split:
     )
 
 
-def _expect_names(names: Sequence[str], splits: Sequence[Split], settings: SourceSettings) -> None:
-    most = max((int(split.label.max(initial=-1)) for split in splits), default=-1)
-    if most >= len(names):
+def _expect_names(names: Sequence[str], settings: SourceSettings) -> None:
+    if settings.classes and len(settings.classes) != len(names):
         raise ValueError(
-            f"--class-names: expected a name for each of the {most + 1} classes of "
-            f"{settings.path}, a line each, got {len(names)}"
+            f"--class-names: expected a name for each of the {len(names)} classes of "
+            f"{settings.path}, a line each in the order {_some(names)}; got {len(settings.classes)}"
         )
+
+
+def _renamed(names: Sequence[str], given: Sequence[str]) -> str:
+    pairs = [f"{name} -> {new}" for name, new in zip(names, given, strict=True)]
+    return f"classes (--class-names): {_some(pairs)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
 
 
 def _first(refusals: Sequence[Refusal]) -> str:

@@ -131,8 +131,12 @@ def test_wrong_requests_say_what_to_type(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data")
     with pytest.raises(ValueError, match="--split: expected one of heldout, train, got val"):
         source_of(folder, tmp_path, split="val")
-    with pytest.raises(ValueError, match="--class-names: expected a name for each of the 3"):
-        source_of(folder, tmp_path, classes=("a", "b"))
+    for names in (("a", "b"), ("a", "b", "c", "d")):
+        wrong = f"for each of the 3 classes of .*order blue, green, red; got {len(names)}"
+        with pytest.raises(ValueError, match=f"--class-names: expected a name {wrong}"):
+            source_of(folder, tmp_path, classes=names)
+    named = source_of(folder, tmp_path, classes=("sky", "grass", "rose"))
+    assert "classes (--class-names): blue -> sky, green -> grass, red -> rose" in named.notes
     with pytest.raises(FileNotFoundError, match="got none at"):
         source_of(tmp_path / "absent", tmp_path)
     (tmp_path / "empty").mkdir()
@@ -273,3 +277,24 @@ def test_json_that_holds_no_caption_is_refused(text: str) -> None:
         of_json(text, "text")
     assert of_json('{"text": "a cat"}', "text") == "a cat"
     assert of_json("{}", "text") == ""
+
+
+def test_a_row_a_caption_is_one_picture_with_all_of_them(tmp_path: Path) -> None:
+    """As Flickr30k and COCO have it, with a delimiter and a folder of pictures of their own."""
+    (tmp_path / "images").mkdir()
+    rows = ["image|caption|family"]
+    for i in range(4):
+        picture((10 * i, 0, 0), i).save(tmp_path / "images" / f"{i}.png")
+        rows += [f"{i}.png|caption {k} of {i}|{i // 2}" for k in range(5)]
+    (tmp_path / "results.csv").write_text("\n".join(rows) + "\n")
+    source = source_of(
+        tmp_path / "results.csv",
+        tmp_path,
+        image_root=tmp_path / "images",
+        delimiter="|",
+        group_column="family",
+    )
+    assert (len(source.measured), len(source.measured.captions)) == (4, 20)
+    assert source.refusals == ()
+    assert len(np.unique(source.measured.group)) == 2
+    assert any(note.startswith("16 rows name a picture of an earlier row") for note in source.notes)
