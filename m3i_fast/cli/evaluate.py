@@ -28,6 +28,7 @@ Several = tyro.conf.UseAppendAction
 Kind = Literal[
     "auto", "packed", "imagefolder", "folder", "table", "tars", "huggingface", "torchvision"
 ]
+MeasureName = Literal["knn", "few-labels", "zero-shot", "retrieval"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class OnPictures:
 
     baseline: Annotated[tuple[str, ...], Several] = ()
     """Another encoder, named as MODEL, that is measured beside it. May be given several times."""
-    measures: tuple[str, ...] = ()
+    measures: tuple[MeasureName, ...] = ()
     """Some of: knn few-labels zero-shot retrieval; all that data and encoder allow without it."""
     class_names: Path | None = None
     """Text file with the name of each class on a line of its own, by index, for prompts."""
@@ -76,7 +77,7 @@ class OnPictures:
     cache_dir: Path = CACHE_DIR
     """Folder where features are kept, by digest of weights, data, transform and dtype."""
     workers: int | None = None
-    """Processes that decode pictures; none: as many as this process has cores."""
+    """Processes that decode pictures; none: as many as cores, which ranks of a node share."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where encoders run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -189,7 +190,7 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     if command.held_out_data is not None:
         raise ValueError("--held-out-data: expected without --data, which names the pictures")
     settings = _settings(command, data)
-    from m3i_fast.engine.parallel.ranks import join_world, leave_world
+    from m3i_fast.engine.parallel.ranks import join_world, leave_world, patient
     from m3i_fast.engine.precision.arithmetic import resolve_device
     from m3i_fast.measuring.evaluate import default_out, evaluate, no_bar, plan
     from m3i_fast.measuring.tables import print_plan, print_results
@@ -197,6 +198,7 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
 
     world = join_world(resolve_device(command.pictures.device))
     try:
+        world = patient(world)
         if not world.is_main:  # what a source needs to be read in any order, the first rank writes
             world.wait_for_all()
         planned = plan(settings)
@@ -239,7 +241,8 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
         raise ValueError(f"--share: expected a number in (0, 1), got {chosen.share}")
     if chosen.workers is not None and chosen.workers < 0:
         raise ValueError(f"--workers: expected at least 0, got {chosen.workers}")
-    cores = len(os.sched_getaffinity(0))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(len(os.sched_getaffinity(0)) // ranks_here, 1)
     return EvaluationSettings(
         model=command.model,
         baselines=chosen.baseline,
