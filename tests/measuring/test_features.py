@@ -253,9 +253,10 @@ def test_progress_ends_at_the_rows_of_the_rank(
     encoder: Counting, source: Source, tmp_path: Path
 ) -> None:
     """Eighteen rows in pieces of five: 5 + 5 of the first of two ranks, 5 + 3 of the second."""
-    for name, ranks in (("new", (1, 0)), ("new", (1, 0)), ("of one", (0,))):
+    starts = (("new", 2, (1, 1, 0)), ("new", 2, (1, 0)), ("of one", 1, (0,)))
+    for name, size, ranks in starts:  # in pieces that are not there, are, and of a whole
         for rank in ranks:
-            world = World(torch.device("cpu"), rank=rank, size=len(ranks))
+            world = World(torch.device("cpu"), rank=rank, size=size)
             done: list[int] = []
             settings = settings_of(tmp_path, name)
             extract(encoder, source, source.measured, world, settings, done.append)  # type: ignore[arg-type]
