@@ -28,6 +28,17 @@ Several = tyro.conf.UseAppendAction
 Kind = Literal[
     "auto", "packed", "imagefolder", "folder", "table", "tars", "huggingface", "torchvision"
 ]
+MeasureName = Literal[
+    "knn",
+    "few-labels",
+    "zero-shot",
+    "retrieval",
+    "linear",
+    "attentive",
+    "fine-tuning",
+    "correspondence",
+    "segmentation",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +47,7 @@ class OnPictures:
 
     baseline: Annotated[tuple[str, ...], Several] = ()
     """Another encoder, named as MODEL, that is measured beside it. May be given several times."""
-    measures: tuple[str, ...] = ()
+    measures: tuple[MeasureName, ...] = ()
     """Some of: knn few-labels zero-shot retrieval, which are all that is measured without it, as
     far as data and encoder allow; and linear attentive fine-tuning correspondence segmentation,
     which take longer."""
@@ -64,6 +75,18 @@ class OnPictures:
     """Column of the class. '' for none."""
     split_column: str | None = None
     """Column with the name of each picture's split."""
+    group_column: str | None = None
+    """Column of groups of near-duplicates, which are in one split and counted as one."""
+    json_caption: Annotated[tuple[str, ...], Several] = ()
+    """Field of captions in JSON, as `m3i-fast data pack` has it; may be given several times."""
+    image_root: Path | None = None
+    """Folder that paths of a table are relative to; without this that of the table."""
+    delimiter: str | None = None
+    """What ends a cell of a text table; guessed by its first line."""
+    allow_outside: bool = False
+    """Read files that lie outside of DIR, or are reached by links out of it."""
+    torchvision_class: str | None = None
+    """Class of torchvision.datasets that reads DIR."""
     train_split: str = "train"
     """Split whose labels classifiers are fitted to."""
     share: float = 0.2
@@ -76,7 +99,7 @@ class OnPictures:
     cache_dir: Path = CACHE_DIR
     """Folder where features are kept, by digest of weights, data, transform and dtype."""
     workers: int | None = None
-    """Processes that decode pictures; none: as many as this process has cores."""
+    """Processes that decode pictures; none: as many as cores, which ranks of a node share."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where encoders run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -190,7 +213,7 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     if command.held_out_data is not None:
         raise ValueError("--held-out-data: expected without --data, which names the pictures")
     settings = _settings(command, data)
-    from m3i_fast.engine.parallel.ranks import join_world, leave_world
+    from m3i_fast.engine.parallel.ranks import join_world, leave_world, patient
     from m3i_fast.engine.precision.arithmetic import resolve_device
     from m3i_fast.measuring.evaluate import default_out, evaluate, no_bar, plan
     from m3i_fast.measuring.tables import print_plan, print_results
@@ -198,6 +221,7 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
 
     world = join_world(resolve_device(command.pictures.device))
     try:
+        world = patient(world)
         if not world.is_main:  # what a source needs to be read in any order, the first rank writes
             world.wait_for_all()
         planned = plan(settings)
@@ -241,7 +265,8 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
         raise ValueError(f"--share: expected a number in (0, 1), got {chosen.share}")
     if chosen.workers is not None and chosen.workers < 0:
         raise ValueError(f"--workers: expected at least 0, got {chosen.workers}")
-    cores = len(os.sched_getaffinity(0))
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = max(len(os.sched_getaffinity(0)) // ranks_here, 1)
     return EvaluationSettings(
         model=command.model,
         baselines=chosen.baseline,
@@ -252,6 +277,12 @@ def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:
             caption_columns=chosen.caption_column,
             label_column=chosen.label_column,
             split_column=chosen.split_column,
+            group_column=chosen.group_column,
+            json_captions=chosen.json_caption,
+            image_root=chosen.image_root,
+            delimiter=chosen.delimiter,
+            allow_outside=chosen.allow_outside,
+            torchvision_class=chosen.torchvision_class,
             classes=_lines(chosen.class_names, "--class-names"),
             train_split=chosen.train_split,
             split=command.split,

@@ -96,11 +96,17 @@ def row_blocks(
     size: int,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[slice, Tensor]]:  # place among the n, [size, C] fp32 on the device
-    """Yield rows block by block; their places are those in `index`."""
+    """Yield rows block by block; their places are those in `index`.
+
+    Raises ValueError where a value is NaN or infinite: no comparison with it holds, so that ranks
+    and votes that count comparisons would be those of the best encoder.
+    """
     num = len(rows) if index is None else len(index)
     for start in range(0, num, size):
         place = slice(start, min(start + size, num))
         block = np.asarray(rows[place if index is None else index[place]], dtype=np.float32)
+        if not np.isfinite(block).all():
+            raise ValueError("rows: expected finite features, got NaN or infinity")
         yield place, torch.from_numpy(np.ascontiguousarray(block)).to(device)
 
 

@@ -32,6 +32,7 @@ class Decoded(NamedTuple):
     picture: Tensor | None
     digest: bytes  # of the encoded picture; empty where it cannot be read
     fault: str
+    error: OSError | None = None  # of the file system, which may be gone the next time
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class PictureBatch:
     pictures: Tensor  # [b, 3, S, S]
     digests: dict[int, bytes]  # by row, of every row that could be read
     faults: dict[int, str]  # by row
+    errors: dict[int, OSError]  # by row
 
 
 class _Pictures(Dataset[Decoded]):
@@ -65,7 +67,7 @@ class _Pictures(Dataset[Decoded]):
         except Refused as refused:
             return Decoded(row, None, digest, refused.reason)
         except OSError as error:
-            return Decoded(row, None, digest, f"cannot be read: {error.strerror or error}")
+            return Decoded(row, None, digest, "", error)
 
 
 def decoded_batches(
@@ -79,7 +81,7 @@ def decoded_batches(
     """Yield the pictures of batches of rows, in their order, decoded ahead by `workers` processes.
 
     A picture that is broken is left out of its batch and named in `faults`. workers: 0: by this
-    process.
+    process. Raises OSError where a picture cannot be read, which says nothing of the picture.
     """
     if not batches:
         return
@@ -91,7 +93,13 @@ def decoded_batches(
         generator=torch.Generator(),  # else torch's global one would be drawn from
         worker_init_fn=_one_thread if workers else None,
     )
-    yield from loader
+    for batch in loader:
+        for row, error in batch.errors.items():
+            raise OSError(
+                f"{split.items[row].name}: cannot be read: {error.strerror or error}; features "
+                "that are done are kept: see to it that it can be, and start again"
+            ) from error
+        yield batch
 
 
 def _one_thread(_: int) -> None:
@@ -106,4 +114,5 @@ def _collate(decoded: Sequence[Decoded]) -> PictureBatch:
         pictures=torch.stack(pictures) if pictures else torch.empty(0),
         digests={one.row: one.digest for one in decoded if one.digest},
         faults={one.row: one.fault for one in decoded if one.fault},
+        errors={one.row: one.error for one in decoded if one.error is not None},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ import torch
 
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
-from m3i_fast.measuring.encoders.opening import open_encoder
-from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extract
+from m3i_fast.measuring.encoders.opening import open_encoder, split_spec
+from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extract, num_rows
 from m3i_fast.measuring.measure import Inputs, Measure, Measured, MeasureSettings, TrainingSettings
 from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from m3i_fast.measuring.patches import expect_segmentation
@@ -164,13 +164,20 @@ def _evaluate_one(
         return None
 
     def features(split: Split) -> SplitFeatures:
-        with bar(f"{spec}: {split.name}", len(split)) as advance:
+        with bar(f"{spec}: {split.name}", num_rows(split, world)) as advance:
             return extract(encoder, source, split, world, settings.extraction, advance)
 
     needs_train = any(row.needs_train for row in measures.values())
     train = features(source.train) if source.train is not None and needs_train else None
     measured = features(source.measured)
     if not world.is_main:
+        return None
+    broken = _left_by_broken(source, train, measured, measures)
+    measures = {name: row for name, row in measures.items() if name not in broken}
+    left_out |= broken
+    _expect_any(spec, settings, measures, left_out)
+    if not measures:
+        tell(f"{spec}: left out: {'; '.join(left_out.values())}")
         return None
     inputs = Inputs(
         encoder=encoder,
@@ -221,11 +228,46 @@ def _for_encoder(
         if (reason := row.lacking(encoder)) is not None:
             left_out[name] = reason
     measures = {name: row for name, row in planned.measures.items() if name not in left_out}
-    is_asked = spec == settings.model and settings.measures
-    if (is_asked and left_out) or (spec == settings.model and not measures):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise ValueError(f"--measures: nothing else to measure, or not as asked: {reasons}")
+    _expect_any(spec, settings, measures, left_out)
     return measures, left_out
+
+
+def _expect_any(
+    spec: str,
+    settings: EvaluationSettings,
+    measures: Mapping[str, Measure],
+    left_out: Mapping[str, str],
+) -> None:
+    """Raise ValueError where of MODEL nothing can be measured, or not all that was asked for."""
+    if spec != settings.model or (measures and not (settings.measures and left_out)):
+        return
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+    if settings.measures:
+        raise ValueError(f"--measures: {spec} cannot be measured as asked: {reasons}")
+    raise ValueError(f"{spec}: nothing can be measured on these pictures: {reasons}")
+
+
+def _left_by_broken(
+    source: Source,
+    train: SplitFeatures | None,
+    measured: SplitFeatures,
+    measures: Mapping[str, Measure],
+) -> dict[str, str]:
+    """Return why measures are left out for want of pictures that can be decoded."""
+
+    def decoded(found: SplitFeatures) -> Split:
+        rows = np.flatnonzero(found.column("valid"))
+        items = tuple(found.split.items[row] for row in rows)
+        return replace(found.split, items=items, group=found.split.group[rows])
+
+    train_there = source.train if train is None else decoded(train)
+    there = replace(source, train=train_there, measured=decoded(measured))
+    reasons = {name: row.missing(there) for name, row in measures.items()}
+    return {
+        name: f"{reason}, of pictures that can be decoded"
+        for name, reason in reasons.items()
+        if reason is not None
+    }
 
 
 def _measure(
@@ -270,7 +312,7 @@ def _measure_settings(settings: EvaluationSettings, planned: Plan, world: World)
 def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
     """Return the settings that figures depend on, JSON-able."""
     source = asdict(settings.source)
-    for name in ("path", "cache_dir", "classes"):
+    for name in ("path", "cache_dir", "classes", "image_root"):
         del source[name]
     return {
         "model": settings.model,
@@ -284,7 +326,7 @@ def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
 
 def default_out(model: str) -> Path:
     """Return where results go: a folder in that of a run or an export, else in the current one."""
-    path = Path(model)
+    path = Path(split_spec(model)[0])
     if (path / "config.json").is_file():
         return path / "evaluation"
     run = path.absolute().parent.parent

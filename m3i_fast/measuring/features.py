@@ -8,9 +8,12 @@ whole, pieces of `PIECE_ROWS` rows lie in a folder beside it, which a later star
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -18,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from m3i_fast.durable_files import (
     created_whole,
@@ -35,7 +38,7 @@ from m3i_fast.measuring.decoding import DIGEST_BYTES, PictureBatch, decoded_batc
 from m3i_fast.measuring.encoders.encoder import Encoder
 from m3i_fast.measuring.source import Source, Split
 
-FORMAT = 1
+FORMAT = 2
 PIECE_ROWS = 1024
 META = "meta.json"
 _IMAGE, _TEXT = "picture", "text"  # kinds of pieces
@@ -74,7 +77,7 @@ class SplitFeatures:
         return np.flatnonzero(self.column("label") >= 0)
 
     @cached_property
-    def tokens(self) -> str:
+    def classifying_feature(self) -> str:
         """Return the feature that classifies: class token where there is one, else the mean."""
         return next(name for name in ("class_1", "mean_1", "image") if name in self.names)
 
@@ -100,11 +103,42 @@ def extract(
 
     Each rank computes every world.size-th piece; they meet in the files of the cache, which all
     ranks have to see. Pieces are batched alike whatever the number of ranks, so their bits do not
-    depend on it. advance: is told the rows that are done. Raises ValueError where no picture can be
-    decoded, where a feature is not finite, and where a rank does not see the pieces of another.
+    depend on it. advance: is told the rows of this rank that are done. Raises ValueError where no
+    picture can be decoded, where a feature is not finite, and where a rank does not see the pieces
+    of another.
     """
     folder = feature_folder(encoder, source, split, settings)
-    if not (folder / META).is_file():
+    with _locked(folder) if world.is_main else nullcontext():
+        return _extract(encoder, source, split, folder, world, settings, advance)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second start that asks for the same features waiting until they are there.
+
+    A file system without locks keeps no two starts apart.
+    """
+    make_directories(folder.parent)
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        yield
+
+
+def _extract(
+    encoder: Encoder,
+    source: Source,
+    split: Split,
+    folder: Path,
+    world: World,
+    settings: ExtractionSettings,
+    advance: Callable[[int], None],
+) -> SplitFeatures:
+    is_there = world.gather((folder / META).is_file())[0]  # as the first rank sees it
+    if not is_there:
         parts = folder.with_name(f"{folder.name}.pieces")
         make_directories(parts)
         _compute_pictures(encoder, source, split, parts, world, settings, advance)
@@ -114,7 +148,7 @@ def extract(
             _join(encoder, source, split, parts, folder)
             remove_directory(parts)
     else:
-        advance(len(split))
+        advance(num_rows(split, world))
     world.wait_for_all()
     return SplitFeatures(folder, split)
 
@@ -145,6 +179,11 @@ def _missing(parts: Path, kind: str, num: int, world: World) -> list[int]:
     return [number for number in mine if not _piece_file(parts, kind, number).is_file()]
 
 
+def num_rows(split: Split, world: World) -> int:
+    """Return how many rows of a split this rank computes."""
+    return sum(map(len, _pieces(len(split))[world.rank :: world.size]))
+
+
 def _compute_pictures(
     encoder: Encoder,
     source: Source,
@@ -156,6 +195,7 @@ def _compute_pictures(
 ) -> None:
     pieces = _pieces(len(split))
     missing = _missing(parts, _IMAGE, len(split), world)
+    advance(num_rows(split, world) - sum(len(pieces[number]) for number in missing))
     batches = [(number, rows) for number in missing for rows in _batches(pieces[number], settings)]
     decoded = decoded_batches(
         source,
@@ -194,12 +234,15 @@ def _encode(encoder: Encoder, batch: PictureBatch) -> Arrays:
     }
     if len(batch.rows):
         for name, tensor in encoder.encode_pictures(batch.pictures).items():
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(
-                    f"{encoder.name}: {name}: expected finite features, got NaN or infinity"
-                )
-            found[name] = tensor.float().cpu().numpy()
+            found[name] = _finite(encoder, name, tensor)
     return found
+
+
+def _finite(encoder: Encoder, name: str, tensor: Tensor) -> NDArray[np.float32]:
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{encoder.name}: {name}: expected finite features, got NaN or infinity")
+    values: NDArray[np.float32] = tensor.float().cpu().numpy()
+    return values
 
 
 def _compute_texts(
@@ -213,9 +256,10 @@ def _compute_texts(
     for number in _missing(parts, _TEXT, len(texts), world):
         batches = _batches(pieces[number], settings)
         embedded = [
-            encoder.encode_texts([texts[i] for i in rows]).float().cpu() for rows in batches
+            _finite(encoder, "text", encoder.encode_texts([texts[i] for i in rows]))
+            for rows in batches
         ]
-        _write(_piece_file(parts, _TEXT, number), {"text": torch.cat(embedded).numpy()})
+        _write(_piece_file(parts, _TEXT, number), {"text": np.concatenate(embedded)})
 
 
 def _different(captions: Sequence[str]) -> list[str]:
@@ -227,7 +271,9 @@ def _write(file: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         np.savez(opened, **arrays)  # type: ignore[arg-type]
 
 
-def _read_pieces(parts: Path, kind: str, num: int) -> Iterator[tuple[range, Arrays]]:
+def _read_pieces(
+    parts: Path, kind: str, num: int
+) -> Iterator[tuple[range, Mapping[str, NDArray[Any]]]]:
     """Yield the pieces of a kind in order; ValueError for one that this rank does not see."""
     for number, rows in enumerate(_pieces(num)):
         file = _piece_file(parts, kind, number)
@@ -236,7 +282,7 @@ def _read_pieces(parts: Path, kind: str, num: int) -> Iterator[tuple[range, Arra
                 f"--cache-dir: expected a folder that all ranks see, got one without {file}"
             )
         with np.load(file, allow_pickle=False) as stored:
-            yield rows, dict(stored)
+            yield rows, stored  # an array of it is read when it is asked for
 
 
 # ---- The whole -----------------------------------------------------------------------------------
@@ -254,7 +300,8 @@ def _join(encoder: Encoder, source: Source, split: Split, parts: Path, folder: P
         digests[piece["digest_row"]] = piece["digest"]
         for row, fault in zip(piece["fault_row"].tolist(), piece["fault"].tolist(), strict=True):
             faults[split.items[row].name] = fault
-        widths |= {name: value.shape[1] for name, value in piece.items() if name not in known}
+        new_names = [name for name in piece if name not in known and name not in widths]
+        widths |= {name: piece[name].shape[1] for name in new_names}
     if not valid.any():
         name, fault = next(iter(faults.items()))
         raise ValueError(

@@ -15,7 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from m3i_fast.evaluation.rows.calibration import calibrate
-from m3i_fast.evaluation.rows.few_labels import NUM_DRAWS, SHARES, classify_with_few_labels
+from m3i_fast.evaluation.rows.few_labels import (
+    NUM_DRAWS,
+    classify_with_few_labels,
+    distinct_shares,
+)
 from m3i_fast.evaluation.rows.neighbours import NEIGHBOURS, TEMPERATURE, classify_by_neighbours
 from m3i_fast.evaluation.rows.retrieval import RECALL_AT, recall_hits
 from m3i_fast.evaluation.rows.zero_shot import classify_by_prompts, embed_classes
@@ -51,7 +55,7 @@ def _no_captions(source: Source) -> str | None:
 
 def _knn(inputs: Inputs) -> Measured:
     train, measured = fitted(inputs), inputs.measured
-    name = measured.tokens
+    name = measured.classifying_feature
     ks = [k for k in NEIGHBOURS if k <= len(train.labelled)] or [len(train.labelled)]
     predicted = classify_by_neighbours(
         train.rows(name),
@@ -76,9 +80,9 @@ def _knn(inputs: Inputs) -> Measured:
 
 def _few_labels(inputs: Inputs) -> Measured:
     train, measured = fitted(inputs), inputs.measured
-    name = measured.tokens
+    name = measured.classifying_feature
     figures, details, arrays = [], dict[str, Any](), {"rows": measured.labelled}
-    for share in SHARES:
+    for share in distinct_shares(train.column("label")[train.labelled]):
         draws = [
             classify_with_few_labels(
                 train.rows(name),

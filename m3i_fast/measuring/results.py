@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from m3i_fast.durable_files import make_directories, write_atomically
+from m3i_fast.durable_files import make_directories, remove_directory, write_atomically
 from m3i_fast.evaluation.statistics import Interval, hits_interval, holm
 from m3i_fast.measuring.measure import Figure, Measured
 from m3i_fast.measuring.measures import MEASURES
@@ -95,6 +95,7 @@ class Results:
         """Write results.json and a folder of .npy files for each encoder, results.json last."""
         make_directories(out)
         names = [item.name for item in self.source.measured.items]
+        _remove_earlier(out)
         _save_json(out / "rows.json", {"names": names, "classes": list(self.source.class_names)})
         for number, encoder in enumerate(self.encoders):
             folder = out / f"{number}_{slug(encoder.name)}"
@@ -122,7 +123,15 @@ def describe(source: Source) -> dict[str, Any]:
 
 def slug(name: str) -> str:
     """Return a name as the name of a folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", Path(name).name if "/" in name else name).strip("_")
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_")[-120:]
+
+
+def _remove_earlier(out: Path) -> None:
+    """Remove what an earlier evaluation wrote there: its figures, then folders of arrays alone."""
+    (out / RESULTS).unlink(missing_ok=True)
+    for folder in out.glob("[0-9]*_*"):
+        if folder.is_dir() and all(file.suffix == ".npy" for file in folder.iterdir()):
+            remove_directory(folder)
 
 
 def _counts(split: Split, source: Source) -> dict[str, Any]:
@@ -158,14 +167,22 @@ def _encoder(encoder: EncoderResults) -> dict[str, Any]:
 
 
 def _paired(ours: Figure, theirs: Figure, split: Split) -> Interval | None:
-    """Return the interval of a difference, over the items that both have; None for fewer than 2."""
-    assert ours.hits is not None and ours.rows is not None
-    if theirs.hits is None or theirs.rows is None or not np.array_equal(ours.rows, theirs.rows):
+    """Return the interval of a difference, over the items that both have.
+
+    None for fewer than two groups, and where items that differ have no names to pair them by, as
+    several captions of one picture.
+    """
+    if ours.hits is None or ours.rows is None or theirs.hits is None or theirs.rows is None:
         return None
-    group = split.group[ours.rows]
+    first, second = np.arange(len(ours.rows)), np.arange(len(theirs.rows))
+    if not np.array_equal(ours.rows, theirs.rows):
+        if any(len(np.unique(rows)) < len(rows) for rows in (ours.rows, theirs.rows)):
+            return None
+        _, first, second = np.intersect1d(ours.rows, theirs.rows, return_indices=True)
+    group = split.group[ours.rows[first]]
     if len(np.unique(group)) < 2:
         return None
-    return hits_interval(ours.hits, theirs.hits, group)
+    return hits_interval(ours.hits[first], theirs.hits[second], group)
 
 
 def _save_json(file: Path, content: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from m3i_fast.pipelines.packing.shard_task import Numbered
 TRAIN = "train"
 MEASURED = ("heldout", "test", "tune")  # the first of them that a source has is measured on
 
+MOST_NAMED = 5
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSettings:
@@ -37,6 +39,12 @@ class SourceSettings:
     caption_columns: tuple[str, ...] = ()
     label_column: str | None = None
     split_column: str | None = None
+    group_column: str | None = None
+    json_captions: tuple[str, ...] = ()
+    image_root: Path | None = None
+    delimiter: str | None = None
+    allow_outside: bool = False
+    torchvision_class: str | None = None
     classes: tuple[str, ...] = ()
     """Name of each class by its index; empty: those of the source."""
     train_split: str = TRAIN
@@ -102,8 +110,8 @@ class Source:
     refusals: tuple[Refusal, ...]
     notes: tuple[str, ...]
     digest: str
-    """Of names, places, labels, captions and the files' sizes and times; of a packed data set its
-    own, and with that of every byte."""
+    """Of names, places, labels, captions, the files' sizes and times and the columns and flags that
+    they are read by; of a packed data set its own, and with that of every byte."""
     max_pixels: int
 
     @property
@@ -140,7 +148,9 @@ def read_source(settings: SourceSettings) -> Source:
     if train is not None and train.num_labelled == 0:
         train = None  # nothing is fitted to rows without labels
     names = settings.classes or listing.class_names
-    _expect_names(names, [split for split in (train, splits[measured]) if split], settings)
+    _expect_names(listing.class_names, settings)
+    if settings.classes:
+        notes.append(_renamed(listing.class_names, names))
     return Source(
         options=options,
         class_names=names,
@@ -148,7 +158,7 @@ def read_source(settings: SourceSettings) -> Source:
         measured=splits[measured],
         refusals=tuple(listing.refusals),
         notes=(*notes, *more),
-        digest=_digest([options.kind, listing.class_names, files]),
+        digest=_digest([_read_as(options), listing.class_names, files]),
         max_pixels=settings.max_pixels,
     )
 
@@ -162,13 +172,26 @@ def _resolve(settings: SourceSettings) -> tuple[SourceOptions, str]:
         caption_columns=settings.caption_columns,
         label_column=settings.label_column,
         split_column=settings.split_column,
+        group_column=settings.group_column,
+        json_captions=settings.json_captions,
+        image_root=settings.image_root,
+        delimiter=settings.delimiter,
+        allow_outside=settings.allow_outside,
+        torchvision_class=settings.torchvision_class,
+        merge_rows=True,
     )
     if kind == "packed":
         return options, "packed: a data set of m3i-fast data"
     options, why = resolve(options)
-    spool = settings.cache_dir.expanduser() / "sources" / _digest([str(options.path)])[:16]
+    key = _digest([str(options.path), _read_as(options)])[:16]
+    spool = settings.cache_dir.expanduser() / "sources" / key
     spool.mkdir(parents=True, exist_ok=True)
     return replace(options, spool=spool), why
+
+
+def _read_as(options: SourceOptions) -> dict[str, object]:
+    """Return all that a source's pictures depend on beside its files, wherever it lies."""
+    return {name: value for name, value in asdict(options).items() if name not in ("path", "spool")}
 
 
 def _packed_digest(options: SourceOptions) -> object:
@@ -219,13 +242,21 @@ def _split(name: str, numbered: Sequence[Numbered]) -> Split:
     )
 
 
-def _expect_names(names: Sequence[str], splits: Sequence[Split], settings: SourceSettings) -> None:
-    most = max((int(split.label.max(initial=-1)) for split in splits), default=-1)
-    if most >= len(names):
+def _expect_names(names: Sequence[str], settings: SourceSettings) -> None:
+    if settings.classes and len(settings.classes) != len(names):
         raise ValueError(
-            f"--class-names: expected a name for each of the {most + 1} classes of "
-            f"{settings.path}, a line each, got {len(names)}"
+            f"--class-names: expected a name for each of the {len(names)} classes of "
+            f"{settings.path}, a line each in the order {_some(names)}; got {len(settings.classes)}"
         )
+
+
+def _renamed(names: Sequence[str], given: Sequence[str]) -> str:
+    pairs = [f"{name} -> {new}" for name, new in zip(names, given, strict=True)]
+    return f"classes (--class-names): {_some(pairs)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
 
 
 def _first(refusals: Sequence[Refusal]) -> str:

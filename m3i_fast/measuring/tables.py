@@ -88,14 +88,14 @@ def print_results(results: Results, console: Console) -> None:
     for key in _all_keys(results):
         cells = [_cell(first.figures().get(key))]
         for other in others:
-            interval = comparisons[other.name].get(key)
-            cells.append(_cell(other.figures().get(key)) + _mark(interval))
+            interval, figure = comparisons[other.name].get(key), other.figures().get(key)
+            cells.append(_cell(figure) + _mark(figure, interval))
         table.add_row(Text(f"{MEASURES[key[0]].title}, {key[1]}"), *map(Text, cells))
     console.print(table)
     if others:
         console.print(
-            f"* not told from {first.name}: by the 95 % interval of the paired difference, with "
-            "Holm's correction for all comparisons",
+            f"* not told from {first.name}: by the p-value of the paired difference, with Holm's "
+            "correction for all comparisons; ? not compared",
             soft_wrap=True,
             highlight=False,
         )
@@ -113,10 +113,13 @@ def _cell(figure: Figure | None) -> str:
     return "-" if figure is None else f"{100 * figure.value:.1f}"
 
 
-def _mark(interval: Interval | None) -> str:
-    """Mark a figure that is neither above nor below the first encoder's."""
-    alike = interval is not None and interval.verdict == "no difference found"
-    return " *" if alike else "  "
+def _mark(figure: Figure | None, interval: Interval | None) -> str:
+    """Mark a figure that is neither above nor below the first encoder's, or is not compared."""
+    if figure is None:
+        return "  "
+    if interval is None:
+        return " ?"
+    return " *" if interval.verdict == "no difference found" else "  "
 
 
 def _some(names: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,7 +247,7 @@ def test_the_hub_is_kept_to_its_cache_unless_asked(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(timm, "create_model", create)
     monkeypatch.setattr(open_clip, "create_model_and_transforms", create)
-    for spec in ("timm:test_vit", "open_clip:ViT-B-32,pretrained=openai"):
+    for spec in ("timm:test_vit", "open_clip:ViT-B-32,pretrained=laion2b_s34b_b79k"):
         with pytest.raises(ValueError, match="no weights; name a file of weights") as error:
             open_encoder(spec, replace(SETTINGS, allow_download=allow))
         assert ("--allow-download" in str(error.value)) is not allow
@@ -260,3 +262,61 @@ def test_weights_at_a_url_alone_have_to_lie_in_the_folder(tmp_path: Path) -> Non
     expect_cached({**source, "hub": "name/of"}, tmp_path, hub_key="hub")
     (tmp_path / "weights.pt").touch()
     expect_cached(source, tmp_path, hub_key="hub")
+
+
+def test_the_digest_of_a_folder_follows_its_config_and_tokenizer(tmp_path: Path) -> None:
+    """Of the same weights and transform."""
+    folder = clip_folder(tmp_path / "clip")
+    file = folder / "open_clip_config.json"
+    content = json.loads(file.read_text())
+    digests = [open_encoder(f"open_clip:{folder}", SETTINGS).digest]
+    moved = folder.rename(tmp_path / "moved")
+    assert open_encoder(f"open_clip:{moved}", SETTINGS).digest == digests[0]
+    file = moved / file.name
+    content["model_cfg"]["quick_gelu"] = True
+    file.write_text(json.dumps(content))
+    digests.append(open_encoder(f"open_clip:{moved}", SETTINGS).digest)
+    content["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": "whitespace"}
+    file.write_text(json.dumps(content))
+    digests.append(open_encoder(f"open_clip:{moved}", SETTINGS).digest)
+    assert len(set(digests)) == 3
+
+
+def test_the_digest_of_a_folder_of_timm_follows_its_arguments(tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    timm_file(tmp_path).rename(folder / "model.safetensors")
+    digests = set()
+    for heads in (2, 4):
+        known = {"num_classes": 1000, "input_size": [3, 160, 160]}
+        config = {"architecture": TIMM, "model_args": {"num_heads": heads}, "pretrained_cfg": known}
+        (folder / "config.json").write_text(json.dumps(config))
+        digests.add(open_encoder(f"timm:{folder}", SETTINGS).digest)
+    assert len(digests) == 2
+
+
+def test_the_digest_of_a_run_follows_its_heads_and_tokenizer(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for spec in ("{}", "random:{}"):
+        digests = {open_encoder(spec.format(run), SETTINGS).digest}
+        config, record = copy / "config.json", copy / "data.json"
+        before = config.read_text(), record.read_text()
+        stored = json.loads(before[0])
+        stored["text"]["norm_eps"] = 0.01
+        config.write_text(json.dumps(stored))
+        digests.add(open_encoder(spec.format(copy), SETTINGS).digest)
+        config.write_text(before[0])
+        fingerprint = json.loads(before[1])["tokenizer"]["fingerprint"]
+        record.write_text(before[1].replace(fingerprint, "0" * 64))
+        digests.add(open_encoder(spec.format(copy), SETTINGS).digest)
+        record.write_text(before[1])
+        assert len(digests) == 3, spec
+
+
+def test_weights_of_another_gelu_are_refused() -> None:
+    expected = "expected open_clip:ViT-B-32-quickgelu,pretrained=openai"
+    with pytest.raises(ValueError, match=f"QuickGELU, which ViT-B-32 has not: {expected}"):
+        open_encoder("open_clip:ViT-B-32,pretrained=openai", SETTINGS)
+    with pytest.raises(ValueError, match=r"cache|not opened"):  # no weights here
+        open_encoder("open_clip:ViT-B-32-quickgelu,pretrained=openai", SETTINGS)

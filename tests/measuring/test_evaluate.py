@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
+from m3i_fast.cli.evaluate import MeasureName
 from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.evaluation.rows.few_labels import distinct_shares
 from m3i_fast.evaluation.statistics import hits_interval
 from m3i_fast.measuring.evaluate import (
     EvaluationSettings,
@@ -24,9 +30,10 @@ from m3i_fast.measuring.evaluate import (
     plan,
 )
 from m3i_fast.measuring.features import ExtractionSettings
-from m3i_fast.measuring.measures import MEASURES
-from m3i_fast.measuring.results import Results
+from m3i_fast.measuring.measures import MEASURES, Figure, Measured
+from m3i_fast.measuring.results import Results, slug
 from m3i_fast.measuring.source import SourceSettings
+from m3i_fast.measuring.tables import print_results
 from tests.measuring.pictures import COLOURS, clip_folder, image_folder, picture
 
 ONE = World(torch.device("cpu"))
@@ -180,8 +187,97 @@ def test_results_never_go_into_a_checkpoint(tmp_path: Path) -> None:
     assert default_out(str(tmp_path / "run")) == tmp_path / "run" / "evaluation"
     assert default_out(str(step)) == tmp_path / "run" / "evaluation_step_00000004"
     assert default_out("timm:test_vit") == Path("evaluation")
+    assert default_out(f"{tmp_path / 'run'},which=ema") == tmp_path / "run" / "evaluation"
 
 
 def test_a_row_of_the_table_says_whose_protocol_it_is() -> None:
     for name, row in MEASURES.items():
         assert "arXiv" in row.paper and row.protocol and row.title, name
+
+
+def test_results_take_the_place_of_earlier_ones(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    clip = f"open_clip:{clip_folder(tmp_path / 'clip')}"
+    measured(settings_of(folder, tmp_path, baselines=(clip,), measures=("knn",))).save(out)
+    (out / "2_notes").mkdir()
+    (out / "2_notes" / "mine.txt").touch()
+    measured(settings_of(folder, tmp_path, measures=("knn",))).save(out)
+    folders = sorted(path.name for path in out.iterdir() if path.is_dir())
+    assert folders == ["0_pixels", "2_notes"]
+    assert slug("random:runs/demo") != slug("runs/demo") == "runs_demo"
+
+
+def test_rows_that_differ_are_paired_by_row_or_told(folder: Path, tmp_path: Path) -> None:
+    clip = f"open_clip:{clip_folder(tmp_path / 'clip')}"
+    results = measured(settings_of(folder, tmp_path, clip, baselines=("pixels",)))
+    key, theirs = ("knn", "k = 20"), results.encoders[1].measured["knn"]
+    (figure,) = (one for one in theirs.figures if one.name == key[1])
+    assert figure.hits is not None and figure.rows is not None
+    kept = np.arange(3, len(figure.rows))
+    fewer = replace(figure, hits=figure.hits[kept], rows=figure.rows[kept])
+    found = _with(results, theirs, fewer).comparisons()["pixels"][key]
+    ours = results.encoders[0].figures()[key]
+    assert ours.hits is not None and fewer.hits is not None
+    group = results.source.measured.group[fewer.rows]
+    expected = hits_interval(ours.hits[kept], fewer.hits, group)
+    assert (found.difference, found.low) == (expected.difference, expected.low)
+    twice = replace(figure, rows=np.zeros_like(figure.rows))  # as captions of one picture
+    other = _with(results, theirs, twice)
+    assert key not in other.comparisons()["pixels"]
+    console = Console(record=True, width=200)
+    print_results(other, console)
+    said = console.export_text()
+    (line,) = (line for line in said.splitlines() if "kNN, k = 20" in line)
+    assert line.rstrip().endswith("?") and "? not compared" in said
+
+
+def _with(results: Results, theirs: Measured, figure: Figure) -> Results:
+    """Results with another figure of the baseline's kNN in place of those that it has."""
+    ours, other = results.encoders
+    measured = {"knn": replace(theirs, figures=(figure,))}
+    return replace(results, encoders=[ours, replace(other, measured=measured)])
+
+
+def test_captioned_pictures_that_are_all_broken_leave_retrieval_out(
+    tmp_path: Path,
+) -> None:
+    rows = ["file,caption,label,split"]
+    for i in range(12):
+        file = tmp_path / f"{i}.png"
+        picture((20 * i, 0, 100), i).save(file)
+        has_caption = i >= 8
+        if has_caption:
+            file.write_bytes(file.read_bytes()[:90])
+        caption = f"picture {i}" if has_caption else ""
+        rows.append(f"{i}.png,{caption},{'ab'[i % 2]},{'train' if i < 4 else 'test'}")
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    clip = f"open_clip:{clip_folder(tmp_path / 'clip')}"
+    results = measured(settings_of(tmp_path / "table.csv", tmp_path, clip, baselines=("pixels",)))
+    for encoder in results.encoders:
+        assert "knn" in encoder.measured
+    assert results.encoders[0].left_out == {
+        "retrieval": "0 captioned pictures in test, of pictures that can be decoded"
+    }
+    asked = settings_of(tmp_path / "table.csv", tmp_path, clip, measures=("retrieval",))
+    with pytest.raises(ValueError, match="cannot be measured as asked: retrieval: 0 captioned"):
+        measured(asked)
+
+
+def test_a_share_that_draws_what_a_larger_one_draws_is_left_out(
+    folder: Path, tmp_path: Path
+) -> None:
+    results = measured(settings_of(folder, tmp_path, measures=("few-labels",)))
+    figures = results.encoders[0].figures()
+    assert {name for _, name in figures} == {"10%", "10%, calibration error"}
+    assert distinct_shares(np.repeat([0, 1], [8, 30])) == (0.01, 0.1)
+
+
+def test_a_measure_that_is_not_there_is_told_without_torch() -> None:
+    assert set(get_args(MeasureName)) == set(MEASURES)
+    code = (
+        "import sys; from m3i_fast.cli.evaluate import main\n"
+        "try: main(['pixels', '--data', 'x', '--measures', 'kNN'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "few-labels" in done.stdout + done.stderr

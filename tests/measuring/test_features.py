@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from m3i_fast.measuring.features import (
     SplitFeatures,
     extract,
     feature_folder,
+    num_rows,
 )
 from m3i_fast.measuring.source import Source, SourceSettings, read_source
 from tests.measuring.pictures import clip_folder, image_folder, picture
@@ -173,6 +175,17 @@ def test_a_rank_that_sees_no_other_says_so(
         run(encoder, source, settings_of(tmp_path), world)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_stops_and_is_not_kept(
+    workers: int, encoder: Counting, source: Source, tmp_path: Path
+) -> None:
+    (tmp_path / "12.png").rename(tmp_path / "away")
+    with pytest.raises(OSError, match="12.png: cannot be read: No such file.*start again"):
+        run(encoder, source, settings_of(tmp_path, workers=workers))
+    (tmp_path / "away").rename(tmp_path / "12.png")
+    assert list(run(encoder, source, settings_of(tmp_path)).faults) == ["7.png"]
+
+
 def test_broken_pictures_alone_are_refused(encoder: Counting, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", each=2)
     for file in folder.rglob("*.png"):
@@ -193,6 +206,16 @@ def test_features_that_are_not_finite_are_refused(
         run(encoder, source, settings_of(tmp_path))
 
 
+def test_texts_that_are_not_finite_are_refused(
+    encoder: Counting, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        encoder, "encode_texts", lambda texts: torch.full((len(texts), 3), torch.inf)
+    )
+    with pytest.raises(ValueError, match="text: expected finite features, got NaN"):
+        run(encoder, source, settings_of(tmp_path))
+
+
 def assert_same(first: SplitFeatures, second: SplitFeatures) -> None:
     files = sorted(file.name for file in first.folder.iterdir())
     assert files == sorted(file.name for file in second.folder.iterdir())
@@ -200,3 +223,58 @@ def assert_same(first: SplitFeatures, second: SplitFeatures) -> None:
     for name in files:
         assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes(), name
     shutil.rmtree(second.folder)
+
+
+def test_a_second_start_waits_for_the_first(
+    encoder: Counting, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once: the second begins within the first, waits, and computes nothing."""
+    others: list[Thread] = []
+    found: list[SplitFeatures] = []
+
+    def second() -> None:
+        found.append(run(encoder, source, settings_of(tmp_path)))
+
+    def encode(pictures: Tensor) -> dict[str, Tensor]:
+        if not others:
+            others.append(Thread(target=second))
+            others[0].start()
+            others[0].join(0.5)  # long enough to have begun, were nothing to wait for
+        encoder.pictures += len(pictures)
+        return encoder.encoder.encode_pictures(pictures)
+
+    monkeypatch.setattr(encoder, "encode_pictures", encode)
+    run(encoder, source, settings_of(tmp_path))
+    others[0].join()
+    assert encoder.pictures == 17 and len(found) == 1
+
+
+def test_progress_ends_at_the_rows_of_the_rank(
+    encoder: Counting, source: Source, tmp_path: Path
+) -> None:
+    """Eighteen rows in pieces of five: 5 + 5 of the first of two ranks, 5 + 3 of the second."""
+    starts = (("new", 2, (1, 1, 0)), ("new", 2, (1, 0)), ("of one", 1, (0,)))
+    for name, size, ranks in starts:  # in pieces that are not there, are, and of a whole
+        for rank in ranks:
+            world = World(torch.device("cpu"), rank=rank, size=size)
+            done: list[int] = []
+            settings = settings_of(tmp_path, name)
+            extract(encoder, source, source.measured, world, settings, done.append)  # type: ignore[arg-type]
+            assert sum(done) == num_rows(source.measured, world)
+    assert [num_rows(source.measured, World(ONE.device, rank=r, size=2)) for r in (0, 1)] == [10, 8]
+
+
+def test_an_array_of_a_piece_is_read_once(
+    encoder: Counting, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for that which the widths are told by, of the first piece."""
+    read: list[str] = []
+    original = np.lib.npyio.NpzFile.__getitem__
+
+    def counted(self: np.lib.npyio.NpzFile, key: str) -> object:
+        read.append(key)
+        return original(self, key)
+
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", counted)
+    run(encoder, source, settings_of(tmp_path))
+    assert read.count("mean_1") == 4 + 1 and read.count("mean_4") == 4 + 1

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -120,6 +121,16 @@ def join_world(device: torch.device, *, seconds: float = 60 * INIT_MINUTES) -> W
     assert group is not None
     control = dist.new_group(backend="gloo") if device.type == "cuda" else group
     return World(device, dist.get_rank(), dist.get_world_size(), group, control)
+
+
+def patient(world: World) -> World:
+    """Return the world with a day for what host values are waited for, in place of half an hour.
+
+    For work that one rank does while the others wait. All ranks have to call it.
+    """
+    if world.group is None:
+        return world
+    return replace(world, control=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
 
 def leave_world() -> None:

@@ -79,8 +79,19 @@ def draw_share(
     drawn = []
     for one in np.unique(label):
         places = np.flatnonzero(label == one)
-        drawn.append(random.permutation(places)[: max(round(share * len(places)), 1)])
+        drawn.append(random.permutation(places)[: _num_drawn(len(places), share)])
     return np.sort(np.concatenate(drawn))
+
+
+def distinct_shares(label: Index) -> tuple[float, ...]:  # label [N]
+    """Return SHARES without those that draw as many rows of each class as a larger one."""
+    counts = np.unique(label, return_counts=True)[1]
+    drawn = {tuple(_num_drawn(int(count), share) for count in counts): share for share in SHARES}
+    return tuple(drawn.values())
+
+
+def _num_drawn(count: int, share: float) -> int:
+    return max(round(share * count), 1)
 
 
 def _fit(features: torch.Tensor, label: torch.Tensor) -> tuple[LinearProbe, float]:

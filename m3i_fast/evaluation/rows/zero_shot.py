@@ -36,7 +36,8 @@ def embed_classes(
 ) -> Tensor:  # [K, E] fp32 of unit length
     """Embed each class as the unit mean of the unit embeddings of its prompts.
 
-    templates: with {} in the place of the class's name.
+    templates: with {} in the place of the class's name. Raises ValueError for an embedding that is
+    not finite.
     """
     classes_a_batch = max(PROMPTS_A_BATCH // len(templates), 1)
     embedded = []
@@ -44,6 +45,8 @@ def embed_classes(
         names = class_names[start : start + classes_a_batch]
         prompts = [template.replace("{}", name) for name in names for template in templates]
         rows = encode_texts(prompts)
+        if not bool(rows.isfinite().all()):
+            raise ValueError("prompts: expected finite embeddings, got NaN or infinity")
         embedded.append(class_embeddings(rows.reshape(len(names), len(templates), -1)))
     return torch.cat(embedded)
 

@@ -5,6 +5,7 @@ Legend: B pictures or texts, S side in pixels, E embedding.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -43,14 +44,20 @@ class OpenClipEncoder:
     trainable = None  # fine-tuning takes the encoders of this package and timm's
 
     def __init__(
-        self, name: str, model: Any, transform: Any, tokenizer: Any, settings: EncoderSettings
+        self,
+        name: str,
+        model: Any,
+        config: str,
+        transform: Any,
+        tokenizer: Any,
+        settings: EncoderSettings,
     ) -> None:
         self.name, self.device, self.transform = name, settings.device, transform
         self.dtype = settings.dtype or compute_dtype("auto", settings.device)
         self._model = model.to(self.device).requires_grad_(False).eval()
         self._tokenizer = tokenizer
         self.logit_scale = float(model.logit_scale.exp())
-        self.digest = weights_digest(model, name.partition(",")[0], transform)
+        self.digest = weights_digest(model, config, _token_ids(tokenizer), transform)
 
     @property
     def patch_tokens(self) -> PatchTokens | None:
@@ -118,6 +125,25 @@ def _blocks(visual: Any) -> Any:
     return getattr(getattr(visual, "transformer", None), "resblocks", None)
 
 
+def _token_ids(tokenizer: Any) -> list[list[int]]:
+    """Return the ids of texts that tokenizers tell apart: case, marks, other scripts, length."""
+    texts = ["a photo of a Cat.", "it's 2 naïve cafés, & <b>more</b>  ", "猫 Кот 🐈", "a b c " * 99]
+    ids: list[list[int]] = tokenizer(texts).tolist()
+    return ids
+
+
+def _expect_its_activation(spec: str, name: str, pretrained: str | None) -> None:
+    """Raise ValueError for weights of QuickGELU in a model without, of which open_clip warns."""
+    open_clip = require("open_clip", extra="shards")
+    known = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else None
+    is_quick = (open_clip.get_model_config(name) or {}).get("quick_gelu", False)
+    if (known or {}).get("quick_gelu", False) and not is_quick:
+        raise ValueError(
+            f"{spec}: {pretrained} was trained with QuickGELU, which {name} has not: expected "
+            f"open_clip:{name}-quickgelu,pretrained={pretrained}"
+        )
+
+
 def open_open_clip(
     spec: str,
     name: str,
@@ -144,6 +170,7 @@ def open_open_clip(
         raise ValueError(f"{spec}: open_clip has no model {name}, and no such folder.{hint}")
     if is_folder and not [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]:
         raise FileNotFoundError(f"{spec}: expected weights in the folder, got none")
+    _expect_its_activation(spec, name, pretrained)
     full_name = f"local-dir:{name}" if is_folder else name
     with weights_from(spec, allow_download=settings.allow_download, instead=INSTEAD):
         if pretrained is not None and not settings.allow_download:
@@ -152,4 +179,5 @@ def open_open_clip(
         weights = str(checkpoint) if checkpoint else pretrained
         model, _, transform = open_clip.create_model_and_transforms(full_name, pretrained=weights)
         tokenizer = open_clip.get_tokenizer(full_name)
-    return OpenClipEncoder(spec, model, transform, tokenizer, settings)
+        config = json.dumps(open_clip.get_model_config(full_name), sort_keys=True)
+    return OpenClipEncoder(spec, model, config, transform, tokenizer, settings)

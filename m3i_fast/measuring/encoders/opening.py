@@ -17,6 +17,12 @@ _OPTION = re.compile(r",(checkpoint|pretrained|which)=")
 _TAKES = {"timm": {"checkpoint"}, "open_clip": {"checkpoint", "pretrained"}, "random": set()}
 
 
+def split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Return the name of an encoder, and the options behind it."""
+    name, *rest = _OPTION.split(spec)
+    return name, dict(zip(rest[::2], rest[1::2], strict=True))
+
+
 def open_encoder(spec: str, settings: EncoderSettings) -> Encoder:
     """Open the encoder that a text names, on the device of the settings.
 
@@ -24,8 +30,7 @@ def open_encoder(spec: str, settings: EncoderSettings) -> Encoder:
     ValueError for an option that an encoder of this kind does not take, and as the functions that
     open it.
     """
-    name, *rest = _OPTION.split(spec)
-    options = dict(zip(rest[::2], rest[1::2], strict=True))
+    name, options = split_spec(spec)
     kind, _, of_kind = name.partition(":")
     if name == "pixels" and not options:
         return PixelEncoder(settings)

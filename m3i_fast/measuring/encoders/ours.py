@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import build_untrained
+from m3i_fast.engine.run.data_record import read_record
 from m3i_fast.inference.loading import Which, find_weights, load
 from m3i_fast.inference.model import Model
 from m3i_fast.inference.transform import normalise
@@ -37,14 +38,16 @@ class RunEncoder:
     Of an InternImage, whose stages differ in width, `mean_1` is all that there is.
     """
 
-    def __init__(self, name: str, model: Model) -> None:
+    def __init__(self, name: str, model: Model, tokenizer: str) -> None:
+        """tokenizer: its fingerprint, empty where the run keeps none."""
         self.name, self._model = name, model
         self.device, self.dtype = model.device, model.compute_dtype
         self.transform = model.transform
         self.has_text = model.caption is not None
         self.logit_scale = float(model.logit_scale.exp()) if self.has_text else None
         text = None if model.caption is None else model.caption.text_encoder.cfg
-        self.digest = weights_digest(model, model.encoder.cfg, text, model.transform)
+        built = (model.encoder.cfg, text, tokenizer)
+        self.digest = weights_digest(model, *built, model.transform)
 
     @property
     def trainable(self) -> ImageEncoder | None:
@@ -97,7 +100,7 @@ class RunEncoder:
 def open_run(name: str, path: Path, which: str, settings: EncoderSettings) -> RunEncoder:
     """Open a run, a checkpoint or an export; raises as `m3i_fast.load`."""
     model = load(path, which=cast(Which, which), device=settings.device, dtype=settings.dtype)
-    return RunEncoder(name, model)
+    return RunEncoder(name, model, _tokenizer(path))
 
 
 def open_untrained(name: str, path: Path, settings: EncoderSettings) -> RunEncoder:
@@ -111,4 +114,9 @@ def open_untrained(name: str, path: Path, settings: EncoderSettings) -> RunEncod
     if model.caption is not None:
         (caption,) = objective.terms_of(Caption)
         model.caption.load_state_dict(caption.state_dict())
-    return RunEncoder(name, model)
+    return RunEncoder(name, model, _tokenizer(path))
+
+
+def _tokenizer(path: Path) -> str:
+    record = read_record(find_weights(path).directory)
+    return "" if record is None else record.tokenizer.fingerprint

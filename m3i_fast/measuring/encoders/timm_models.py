@@ -6,6 +6,7 @@ Legend: B pictures, S side in pixels, R prefix tokens, N patches, C width.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ class TimmEncoder:
         self._pixels = pixels
         self.transform = data.create_transform(**pixels, is_training=False)
         self._model = model.to(self.device).requires_grad_(False).eval()
-        architecture = (model.pretrained_cfg or {}).get("architecture")
-        self.digest = weights_digest(model, architecture, self.transform)
+        self.digest = weights_digest(model, *_built_as(model, name), self.transform)
 
     @property
     def trainable(self) -> ImageEncoder | None:
@@ -89,6 +89,18 @@ class TimmEncoder:
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Raise ValueError: models of timm embed no text."""
         raise no_text(self.name)
+
+
+def _built_as(model: Any, name: str) -> list[str]:
+    """Return what a model's features depend on beside weights: its name, layers and arguments.
+
+    The layers as torch prints them say most, but not the number of heads, say, which a folder's
+    config.json may have in `model_args`.
+    """
+    config = Path(name.partition(":")[2]) / "config.json"
+    built = json.loads(config.read_text()) if config.is_file() else {}
+    named = (model.pretrained_cfg or {}).get("architecture")
+    return [str(named), str(model), json.dumps(built, sort_keys=True)]
 
 
 def trunk_features(model: Any, pictures: Tensor) -> dict[str, Tensor]:  # by name [B, C] fp32

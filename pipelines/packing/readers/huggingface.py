@@ -15,10 +15,12 @@ from m3i_fast.pipelines.packing.items import (
     Place,
     Refused,
     SourceOptions,
+    Stamp,
     check_inside,
     check_num_bytes,
     clean_captions,
     is_missing,
+    printable,
     read_picture,
     stamp,
 )
@@ -61,9 +63,15 @@ class HuggingFace:
         for split, rows in splits.items():
             known = getattr(rows.features.get(columns.label or ""), "names", None)
             names = names or tuple(known or ())
-            for number, row in enumerate(_annotations(rows, columns)):
+            paths = _paths(rows, columns.image)
+            for number, (row, path) in enumerate(
+                zip(_annotations(rows, columns), paths, strict=True)
+            ):
                 try:
-                    listing.items.append(_item(row, columns, split, number))
+                    item = _item(row, columns, split, number)
+                    if path is not None:
+                        item = item._replace(stamp=self._stamp(path))
+                    listing.items.append(item)
                     labels.append(_name(row.get(columns.label or ""), known))
                 except Refused as refused:
                     listing.refusals.append(refused.of(f"{split}[{number}]"))
@@ -82,10 +90,41 @@ class HuggingFace:
             raise Refused(
                 f"expected a picture, got {type(picture).__name__}", "name it by --image-column"
             )
+        return read_picture(self._inside(picture))
+
+    def _inside(self, picture: str) -> Path:
+        """Return where a picture's file lies; Refused outside of the folder."""
         path = self.options.path / picture
         if not self.options.allow_outside:
             check_inside(path, self.options.path.resolve())
-        return read_picture(path)
+        return path
+
+    def _stamp(self, picture: str) -> Stamp:
+        try:
+            return stamp(self._inside(picture))
+        except OSError as error:
+            raise Refused(
+                f"{printable(picture)}: cannot be read: {error.strerror}",
+                "put the file there, or save the data set with its pictures in it",
+            ) from None
+
+
+def _paths(rows: Any, image: str) -> Iterator[str | None]:
+    """Yield the file of each row's picture, None where the data set holds its bytes.
+
+    Of a picture's bytes Arrow reads whether they are there, and nothing else.
+    """
+    rows = rows.select_columns([image]).flatten()
+    names = {name.removeprefix(image) for name in rows.column_names}
+    for table in rows.with_format("arrow").iter(batch_size=1024):
+        if names == {".bytes", ".path"}:
+            held = table[f"{image}.bytes"].is_valid().to_pylist()
+            paths = table[f"{image}.path"].to_pylist()
+            yield from (None if has else path for has, path in zip(held, paths, strict=True))
+        elif names == {""} and str(table.schema.field(image).type) in ("string", "large_string"):
+            yield from table[image].to_pylist()
+        else:
+            yield from [None] * len(table)
 
 
 def _annotations(rows: Any, columns: Columns) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 from m3i_fast.pipelines.packing.items import Item, Listing, Place, Refused, SourceOptions
 from m3i_fast.pipelines.tar_members import Range, sample_files, sample_parts
 
+MAX_OPEN = 64
+"""Shards that a process holds open."""
 _MEND = "see what is wrong by: m3i-fast data verify DIR"
 
 
@@ -45,8 +48,11 @@ class Packed:
 
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
-        self._files: dict[Path, int] = {}  # descriptors of this process
-        self._process = os.getpid()
+        self._files: OrderedDict[Path, int] = OrderedDict()  # descriptors, the last used last
+
+    def __del__(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -73,7 +79,9 @@ class Packed:
                 name = f"{split}/{int(row['sample_id'])}"
                 try:
                     key, found = captions(split, number)
-                except (OSError, ValueError) as error:
+                except ValueError as error:
+                    if isinstance(error.__cause__, OSError):  # says nothing of the sample
+                        raise error.__cause__ from None
                     listing.refuse(name, f"captions: {error}", _MEND)
                     continue
                 listing.items.append(
@@ -121,7 +129,7 @@ class Packed:
                 return key, tuple(_decoded(stored, tokenizer))
             text = stored.get(member, b"").decode()
             if text and field:
-                text = json.loads(text).get(field) or ""
+                text = of_json(text, field)
             return key, (text.strip(),) if text.strip() else ()
 
         return captions
@@ -133,13 +141,25 @@ class Packed:
 
     def _pread(self, split: str, row: _Row) -> Callable[[int, int], bytes]:
         """Return a function (count, offset in the sample) -> bytes."""
-        if self._process != os.getpid():  # of a worker, with descriptors of its own
-            self._files, self._process = {}, os.getpid()
         file = self.options.path / self._tables[split].shard_files[row.shard]
         if file not in self._files:
+            if len(self._files) == MAX_OPEN:
+                os.close(self._files.popitem(last=False)[1])
             self._files[file] = os.open(file, os.O_RDONLY)
-        descriptor = self._files[file]
+        self._files.move_to_end(file)
+        descriptor = self._files[file]  # a forked worker's as well: pread moves no place in a file
         return lambda count, offset: os.pread(descriptor, count, row.offset + offset)
+
+
+def of_json(text: str, field: str) -> str:
+    """Return the caption in a field of a JSON object; empty where there is none."""
+    content = json.loads(text)
+    caption = content.get(field) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not isinstance(caption, (str, type(None))):
+        raise Refused(
+            f"expected a JSON object with text as {field}, got {type(caption).__name__}", _MEND
+        )
+    return caption or ""
 
 
 def _decoded(stored: dict[str, bytes], tokenizer: Tokenizer) -> Iterator[str]:

@@ -55,6 +55,7 @@ class Tables:
         listing = Listing()
         labels: dict[str, object] = {}
         place_of: dict[str, int] = {}
+        num_merged = 0
         files = check_files(self.files, self.options, listing)
         with _LazySpool(self.options, dict(listing.files)) as spool:
             for raw_name, file in files.items():
@@ -74,10 +75,14 @@ class Tables:
                                 f"{item.name}: label {label!r}, and {labels[item.name]!r} before",
                                 "give rows of one picture one label",
                             )
-                        self._add(listing, item, place_of)
+                        num_merged += self._add(listing, item, place_of)
                         labels.setdefault(item.name, label)
                     except Refused as refused:
                         listing.refusals.append(refused.of(where))
+        if num_merged:
+            listing.notes.append(
+                f"{num_merged} rows name a picture of an earlier row, and add their captions to it"
+            )
         assign_labels(
             listing,
             [labels[item.name] for item in listing.items],
@@ -137,12 +142,12 @@ class Tables:
                 advice = "write paths with / in place of \\"
             raise Refused(f"{printable(named)}: cannot be read: {error.strerror}", advice) from None
 
-    def _add(self, listing: Listing, item: Item, place_of: dict[str, int]) -> None:
-        """Add an item, or its captions to the one of an earlier row that names the same picture."""
+    def _add(self, listing: Listing, item: Item, place_of: dict[str, int]) -> bool:
+        """Add an item, or its captions to that of an earlier row of the same picture, if any."""
         if item.name not in place_of:
             place_of[item.name] = len(listing.items)
             listing.items.append(item)
-            return
+            return False
         if not self.options.merge_rows:
             raise Refused(
                 f"{item.name}: named by an earlier row",
@@ -152,6 +157,7 @@ class Tables:
         earlier = listing.items[place]
         captions = clean_captions(tuple(dict.fromkeys(earlier.captions + item.captions)))
         listing.items[place] = earlier._replace(captions=captions)
+        return True
 
 
 class _LazySpool:

@@ -82,3 +82,13 @@ def test_a_query_without_an_item_of_its_own_is_refused() -> None:
     rows = np.arange(40)
     with pytest.raises(ValueError, match="gallery: expected an item of every query, got none of 7"):
         recall_hits(IMAGES, rows, rows, IMAGES, rows, np.where(rows == 7, 8, rows))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_rows_that_are_not_finite_have_no_recall(side: int) -> None:
+    """No text is nearer than NaN, which made every picture a hit."""
+    sides = [IMAGES.copy(), TEXTS.copy()]
+    sides[side][7] = np.nan
+    rows, captions = np.arange(40), np.arange(90)
+    with pytest.raises(ValueError, match="expected finite features, got NaN or infinity"):
+        recall_hits(sides[0], rows, rows, sides[1], captions, CAPTION_ROW)

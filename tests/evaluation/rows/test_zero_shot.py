@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 from torch import Tensor
@@ -53,3 +54,8 @@ def test_fewer_classes_than_five_are_all_ranked() -> None:
     found = classify_by_prompts(np.eye(3, dtype="f4"), np.arange(3), torch.eye(3), scale=1.0)
     assert found.ranked.shape == (3, 3)
     assert np.array_equal(found.ranked[:, 0], [0, 1, 2])
+
+
+def test_prompts_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="prompts: expected finite embeddings"):
+        embed_classes(lambda texts: torch.full((len(texts), 4), torch.nan), ["cat"], ["a {}"])
