@@ -143,8 +143,14 @@ def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None
             return _of_open_clip(spec, path, vision, text)
         if scheme == "hf":
             assert isinstance(vision, ViTConfig)  # TrainConfig.conflicts
-            weights, sha256 = read_folder(path, vision)
-            return InitialWeights(source=spec, sha256=sha256, weights=weights)
+            found = read_folder(path, vision, text)
+            return InitialWeights(
+                source=spec,
+                sha256=found.sha256,
+                weights=found.image,
+                text=found.text,
+                without_text=found.without_text,
+            )
         state = tensors_in(read_weights(path))
         if scheme == "internimage":
             assert isinstance(vision, InternImageConfig)  # TrainConfig.conflicts

@@ -6,7 +6,7 @@ tells the heads, the kind of GELU and the norms' eps as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from torch import Tensor
 
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.export.text_weights import fitted_text
 from m3i_fast.export.timm import activation_of
-from m3i_fast.export.vit_names import OPEN_CLIP_BLOCK, OPEN_CLIP_RESBLOCKS
-from m3i_fast.export.vit_weights import FittedWeights, flag, vit_weights
+from m3i_fast.export.vit_names import OPEN_CLIP_BLOCK, OPEN_CLIP_RESBLOCKS, Renamed
+from m3i_fast.export.vit_weights import FittedWeights, expect_our_pixels, vit_weights
 from m3i_fast.export.weight_files import read_weights, tensors_in
 from m3i_fast.json_files import read_json
-from m3i_fast.models.transformer.text_encoder import TextEncoder
-from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 State = dict[str, Tensor]
 
@@ -30,7 +29,6 @@ CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 """Names of the file of weights in a folder, the first that is there."""
 _CONFIG_SHAPE = {"model_cfg": {"vision_cfg": dict, "text_cfg": dict}, "preprocess_cfg?": dict}
-NUM_SPECIAL = 2  # tokens at the end of the vocabulary: start and end
 _EPS = 1e-5  # of its norms, where its config has no other
 _HEAD_DIM = 64  # of its heads, likewise
 _VISUAL, _TRUNK, _TEXT, _LOGITS = "visual.", "visual.trunk.", "text.", "logit_"
@@ -83,7 +81,7 @@ def image_weights(file: OpenClipFile, cfg: ViTConfig) -> FittedWeights:
     """
     weights = _image_weights(file, cfg)
     if {"mean", "std"} <= file.pixels.keys():
-        _expect_our_pixels(weights, file.pixels["mean"], file.pixels["std"])
+        expect_our_pixels(weights, file.pixels["mean"], file.pixels["std"])
     weights.left_out += [name for name in file.state if name.startswith(_LOGITS)]
     return weights
 
@@ -102,26 +100,6 @@ def _image_weights(file: OpenClipFile, cfg: ViTConfig) -> FittedWeights:
         told = _told(file.config, vision, vision.get("width", 768), vision.get("head_width"))
     weights = vit_weights(_as_blocks(state), "open_clip", cfg, told)
     return _with_sources(weights, "blocks.", f"{_VISUAL}{OPEN_CLIP_RESBLOCKS}")
-
-
-def _expect_our_pixels(weights: FittedWeights, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Embed pixels normalised by ImageNet's mean and deviation as those by `mean` and `std`.
-
-    A value y of ours is (y s + m - mean) / std by theirs, which is linear as the embedding is.
-    """
-    name = "patch_embed.weight"
-    own_mean, own_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    theirs, deviation = torch.tensor(mean), torch.tensor(std)
-    if torch.equal(own_mean, theirs) and torch.equal(own_std, deviation):
-        return
-    kernels = weights.tensors[name]  # [C, 3, P, P]
-    offset = kernels.sum((2, 3)) @ ((own_mean - theirs) / deviation)
-    weights.tensors[name] = kernels * (own_std / deviation)[:, None, None]
-    weights.tensors["patch_embed.bias"] = weights.tensors["patch_embed.bias"] + offset
-    for changed in (name, "patch_embed.bias"):
-        before = weights.changes.get(changed)
-        told = "for pixels by ImageNet's mean and deviation"
-        weights.changes[changed] = f"{before}, {told}" if before else told
 
 
 def _as_blocks(state: Mapping[str, Tensor]) -> State:
@@ -181,41 +159,13 @@ def _told_by_timm(name: str) -> dict[str, Any]:
 
 
 def text_weights(file: OpenClipFile, cfg: TextConfig) -> FittedWeights:
-    """Return the weights of the text tower for a text encoder of `cfg`.
-
-    Of a smaller vocabulary, which has the first of CLIP's merges, the tokens that it has are taken,
-    of fewer positions the first. Raises ValueError where `cfg` is another network, with the flags.
-    """
-    state = _text_state(file)
-    tensors, sources, left_out = _renamed(state)
-    _expect_same(file.config, tensors, cfg)
-    changes = {}
-    vocab_size, length = len(tensors["token_embedding.weight"]), tensors["pos_embed"].shape[1]
-    if cfg.vocab_size < vocab_size:
-        table, kept = tensors["token_embedding.weight"], cfg.vocab_size - NUM_SPECIAL
-        tensors["token_embedding.weight"] = torch.cat([table[:kept], table[-NUM_SPECIAL:]])
-        changes["token_embedding.weight"] = (
-            f"the first {kept} of {vocab_size} tokens, start and end"
-        )
-    if cfg.context_length < length:
-        tensors["pos_embed"] = tensors["pos_embed"][:, : cfg.context_length].clone()
-        changes["pos_embed"] = f"the first {cfg.context_length} of {length} positions"
-    with torch.device("meta"):
-        expected = TextEncoder(cfg).state_dict()
-    wrong = [
-        f"{name}: expected {list(value.shape)}, got "
-        f"{list(tensors[name].shape) if name in tensors else 'none'}"
-        for name, value in expected.items()
-        if name not in tensors or tensors[name].shape != value.shape
-    ]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    return FittedWeights(
-        tensors={name: tensors[name] for name in expected},
-        sources=sources,
-        changes=changes,
-        left_out=left_out,
-    )
+    """Return the weights of the text tower for a text encoder of `cfg`; raises as `fitted_text`."""
+    named = _renamed(_text_state(file))
+    width = named.tensors["projection.weight"].shape[1]
+    told: dict[str, Any] = {"num_heads": width // _HEAD_DIM, "norm_eps": _EPS}
+    if tower := file.config.get("text_cfg", {}):
+        told |= _told(file.config, tower, width, None)
+    return fitted_text(named, told, cfg)
 
 
 def _text_state(file: OpenClipFile) -> State:
@@ -241,8 +191,8 @@ def _text_state(file: OpenClipFile) -> State:
     return found
 
 
-def _renamed(state: State) -> tuple[State, dict[str, str], list[str]]:
-    """Return the weights by our names, their names by ours, and those that are not used."""
+def _renamed(state: State) -> Renamed:
+    """Give the weights of the text tower our names."""
     names = {
         "token_embedding.weight": "token_embedding.weight",
         "positional_embedding": "pos_embed",
@@ -258,42 +208,5 @@ def _renamed(state: State) -> tuple[State, dict[str, str], list[str]]:
     tensors["pos_embed"] = tensors["pos_embed"][None]
     tensors["projection.weight"] = tensors["projection.weight"].T.contiguous()
     sources = {ours: theirs for theirs, ours in names.items() if theirs in state}
-    return tensors, sources, [name for name in state if name not in names]
-
-
-def _expect_same(config: Mapping[str, Any], tensors: State, cfg: TextConfig) -> None:
-    """Raise ValueError where `cfg` is another network than the file's, with the flags of that."""
-    wrong = list(_differing(config, tensors, cfg))
-    if wrong:
-        expected = ", ".join(f"{name} {getattr(cfg, name)}" for name, _ in wrong)
-        got = ", ".join(f"{name} {value}" for name, value in wrong)
-        flags = " ".join(flag("text", name, value) for name, value in wrong)
-        raise ValueError(f"expected a text tower of {expected}, got one of {got}: add {flags}")
-    own = len(tensors["token_embedding.weight"]), tensors["pos_embed"].shape[1]
-    if cfg.vocab_size > own[0] or cfg.context_length > own[1]:
-        raise ValueError(
-            f"expected {cfg.vocab_size} tokens and {cfg.context_length} positions, those of the "
-            f"data, got {own[0]} and {own[1]}: pack the data with at most as many"
-        )
-
-
-def _differing(
-    config: Mapping[str, Any], tensors: State, cfg: TextConfig
-) -> Iterator[tuple[str, object]]:
-    """Yield the fields that a file has otherwise than `cfg`, with the file's value."""
-    tower = config.get("text_cfg", {})
-    hidden, width = tensors["blocks.0.layernorm_mlp.fc1_weight"].shape
-    found: dict[str, Any] = {
-        "dim": width,
-        "depth": 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks.")),
-        "embed_dim": len(tensors["projection.weight"]),
-        "attention": "causal",
-        "num_heads": width // _HEAD_DIM,
-        "norm_eps": _EPS,
-    }
-    if tower:
-        found |= _told(config, tower, width, None)
-    if hidden != int(cfg.dim * cfg.mlp_ratio) or width != cfg.dim:
-        if hidden / width != cfg.mlp_ratio:
-            found["mlp_ratio"] = hidden / width
-    yield from ((name, value) for name, value in found.items() if getattr(cfg, name) != value)
+    unused = [name for name in state if name not in names]
+    return Renamed(tensors=tensors, sources=sources, left_out=unused)

@@ -18,6 +18,8 @@ from m3i_fast.export.weight_files import WEIGHTS, write_weights
 from m3i_fast.models.transformer.vit import ViT
 
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+_ACTIVATIONS = {"gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}  # ours, timm's names
+_SERIES = {1e-6: "", 1e-5: "_clip"}  # of timm's names, by the eps of their norms
 _FILTERS = {"cubic": "bicubic", "linear": "bilinear"}  # ours, timm's
 
 
@@ -30,11 +32,13 @@ def save_timm_folder(
     of the pixels, as fractions of 1; interpolation: cubic or linear. After an error there is no
     folder. Returns the name of timm's architecture.
 
-    Raises ValueError for what `to_timm` refuses, for an MLP or a norm that timm's default is not,
+    Raises ValueError for what `to_timm` refuses, for a SwiGLU or an eps that no JSON of timm names,
     and FileExistsError where `out` is there.
     """
-    _expect_defaults(vit.cfg)
+    _expect_named(vit.cfg)
     arguments = timm_arguments(vit.cfg) | {"global_pool": "avg"}
+    if vit.cfg.mlp in _ACTIVATIONS:
+        arguments["act_layer"] = _ACTIVATIONS[vit.cfg.mlp]
     name = architecture(vit.cfg)
     state = to_timm(vit).state_dict()
     weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -64,22 +68,24 @@ def save_timm_folder(
     return name
 
 
-def _expect_defaults(cfg: ViTConfig) -> None:
+def _expect_named(cfg: ViTConfig) -> None:
     """Raise ValueError for classes of layers, which a timm config in JSON cannot name."""
-    for name, expected in (("mlp", "gelu"), ("norm_eps", 1e-6)):
-        if (got := getattr(cfg, name)) != expected:
+    for name, expected in (("mlp", ["gelu", *_ACTIVATIONS]), ("norm_eps", [*_SERIES])):
+        if (got := getattr(cfg, name)) not in expected:
             raise ValueError(
-                f"vision.{name}: expected {expected}, which a config of timm can say, got {got}; "
-                "use --to safetensors, or m3i_fast.export.timm.to_timm in Python"
+                f"vision.{name}: expected {' or '.join(map(str, expected))}, which a config of "
+                f"timm can say, got {got}; use --to safetensors, or m3i_fast.export.timm.to_timm "
+                "in Python"
             )
 
 
 def architecture(cfg: ViTConfig) -> str:
     """Return the name of a model of timm, of the same width and patch where it has one.
 
-    What else differs from that model is among `timm_arguments`.
+    The eps of its norms is that of cfg; what else differs is among `timm_arguments`.
     """
     import timm
 
-    name = f"vit_{_SIZES.get(cfg.dim, 'base')}_patch{cfg.patch_size}_224"
-    return name if timm.is_model(name) else "vit_base_patch16_224"
+    series = _SERIES[cfg.norm_eps]
+    name = f"vit_{_SIZES.get(cfg.dim, 'base')}_patch{cfg.patch_size}{series}_224"
+    return name if timm.is_model(name) else f"vit_base_patch16{series}_224"

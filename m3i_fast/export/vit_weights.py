@@ -25,6 +25,7 @@ from m3i_fast.export.weight_files import some
 from m3i_fast.models.transformer.blocks import fc1_features
 from m3i_fast.models.transformer.positions import resample_grid
 from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 Grid = tuple[int, int]  # rows, columns
 Make = Callable[[], ViTConfig]
@@ -99,10 +100,10 @@ def described_weights(
 ) -> FittedWeights:
     """Return the weights of a file for a ViT of `cfg`, where what shapes do not say is described.
 
-    described: fields of a ViTConfig, as `num_heads` and `norm_eps`. Raises as `fitted`.
+    described: fields of a ViTConfig, as `num_heads`, `norm_eps` and `mlp`. Raises as `fitted`.
     """
     nearest, _ = _nearest(named.tensors, "timm")
-    of_file = replace(nearest(), **_sizes(named.tensors), **described)
+    of_file = replace(nearest(), **{**_sizes(named.tensors), **described})
     weights = fitted(named, of_file, cfg, nearest.__name__)
     weights.architecture = nearest.__name__
     return weights
@@ -366,3 +367,23 @@ def _fit_layer_scale(weights: FittedWeights, block: str, branch: int, cfg: ViTCo
         ours = f"{last[branch - 1]}{part}"
         tensors[ours] = tensors[ours] * factor
         weights.changes[ours] = f"multiplied by {source}"
+
+
+def expect_our_pixels(weights: FittedWeights, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Embed pixels normalised by ImageNet's mean and deviation as those by `mean` and `std`.
+
+    A value y of ours is (y s + m - mean) / std by theirs, which is linear as the embedding is.
+    """
+    name = "patch_embed.weight"
+    own_mean, own_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    theirs, deviation = torch.tensor(mean), torch.tensor(std)
+    if torch.equal(own_mean, theirs) and torch.equal(own_std, deviation):
+        return
+    kernels = weights.tensors[name]  # [C, 3, P, P]
+    offset = kernels.sum((2, 3)) @ ((own_mean - theirs) / deviation)
+    weights.tensors[name] = kernels * (own_std / deviation)[:, None, None]
+    weights.tensors["patch_embed.bias"] = weights.tensors["patch_embed.bias"] + offset
+    for changed in (name, "patch_embed.bias"):
+        before = weights.changes.get(changed)
+        told = "for pixels by ImageNet's mean and deviation"
+        weights.changes[changed] = f"{before}, {told}" if before else told

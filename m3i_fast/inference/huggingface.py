@@ -28,10 +28,7 @@ from m3i_fast.models.transformer.vit import ViT
 from m3i_fast.objectives.methods import METHODS
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
 
-_CAPTIONS = (
-    "no class of transformers has a text encoder that averages over all tokens and a head of two "
-    "layers on the mean over the patches"
-)
+_CAPTIONS = "no class of transformers compares texts with the mean over a picture's patches"
 
 
 def save_transformers_folder(

@@ -22,12 +22,14 @@ from m3i_fast.config.models.vit import ViTConfig, clip_b16, dinov2_s, dinov3_s_p
 from m3i_fast.durable_files import digest
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.engine.trainer import Trainer
+from m3i_fast.objectives.terms import Caption
 from m3i_fast.recipes import demo_internimage, shrink
 from tests.engine.init_work import NUM_RANKS, begun, work
-from tests.shared.engine.small_run import TEXT, small_run
+from tests.shared.engine.small_run import TEXT, as_clip, small_run
 
 # DINOv3's ViT-S+ at the demo's size: rotary, SwiGLU, registers, biases without keys.
 VISION = dinov3_s_plus(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
+VISION_CLIP = clip_b16(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,50 @@ def test_a_run_begins_from_a_folder_of_transformers(dataset: Path, tmp_path: Pat
     assert said["sha256"] == digest(tmp_path / "folder" / "model.safetensors").sha256
     with pytest.raises(ValueError, match="--init hf:.*nearest to .*add --vision.depth 2"):
         Trainer(replace(cfg, vision=replace(vision, depth=1)), tmp_path / "other")
+
+
+def test_a_run_begins_with_both_towers_of_transformers_clip(dataset: Path, tmp_path: Path) -> None:
+    from transformers import CLIPConfig
+    from transformers import CLIPModel as TheirClip
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2}
+    text = {"num_hidden_layers": 1, "vocab_size": 814, "max_position_embeddings": 24}
+    theirs = TheirClip(
+        CLIPConfig(
+            text_config=sizes | text | {"eos_token_id": 813},
+            vision_config=sizes | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8},
+            projection_dim=32,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs.save_pretrained(tmp_path / "folder")
+    cfg = as_clip(config(dataset, f"hf:{tmp_path / 'folder'}", VISION_CLIP))
+    trainer = Trainer(cfg, tmp_path / "run")
+    assert trainer.initial is not None and trainer.initial.text is not None
+    (caption,) = trainer.objective.terms_of(Caption)
+    ids = torch.randint(1, 812, (3, 24))
+    counts = torch.tensor([3, 24, 9])
+    place = torch.arange(24)
+    ids = ids.masked_fill(place == counts[:, None] - 1, 813).masked_fill(
+        place >= counts[:, None], 0
+    )
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs.get_text_features(ids).pooler_output
+        got = caption.text_encoder(ids, counts)
+        tokens = theirs.vision_model(images).last_hidden_state
+        normed = theirs.vision_model.post_layernorm(tokens)
+        features = trainer.objective.encoder(images)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(features, normed, atol=1e-5, rtol=1e-5)
+    trainer.close()
+    said = json.loads((tmp_path / "run" / "init.json").read_text())
+    source = said["text"]["taken"]["projection.weight"]["from"]
+    assert source == "text_projection.weight" and "without_text" not in said
+    assert sorted(said["left_out"]) == ["logit_scale", "visual_projection.weight"]
 
 
 def test_a_resume_does_not_read_the_file(dataset: Path, model: Any, tmp_path: Path) -> None:

@@ -35,6 +35,10 @@ ARCHITECTURES: dict[str, VisionConfig] = {
         **{"class_token": True, "num_registers": 4, "layer_scale_init": 1.0},
         **{"position": "rotary", "mlp": "swiglu", "key_bias": False, "norm_eps": 1e-5},
     ),
+    "clip": ViTConfig(
+        **VIT, class_token=True, pre_norm=True, mlp="quick_gelu", norm_eps=1e-5, final_norm=False
+    ),
+    "siglip": ViTConfig(**VIT, mlp="gelu_tanh"),
     "internimage": internimage_demo(**INTERNIMAGE),
     "internimage_l": internimage_demo(
         **INTERNIMAGE, post_norm=True, layer_scale=1.0, offset_scale=2.0

@@ -35,7 +35,7 @@ from tests.export.models_to_export import (
     make_model,
     pixels_for,
 )
-from tests.shared.engine.small_run import TEXT, small_run
+from tests.shared.engine.small_run import TEXT, as_clip, small_run
 from tests.shared.ops.dcnv3_cases import Config, make
 
 PAGE = Path(__file__).parents[2] / "docs/start/deploy.md"
@@ -171,6 +171,22 @@ def test_texts_are_embedded_alike_however_long(model: m3i_fast.Model, folder: Pa
     np.testing.assert_allclose(same, run_graph(folder / "text.onnx", ids)["text_embedding"])
 
 
+@pytest.mark.parametrize("mlp", ["quick_gelu", pytest.param("gelu_tanh", marks=pytest.mark.slow)])
+def test_towers_as_clips_compute_the_same(mlp: Any, dataset: Path, tmp_path: Path) -> None:
+    """A norm before the blocks, causal texts that are read at their end, a head of one layer."""
+    run = trained(as_clip(small_run(dataset), mlp), tmp_path / "run")
+    model = m3i_fast.load(run, device="cpu", dtype=torch.float32)
+    assert main(["export", str(run), str(tmp_path / "out"), "--to", "onnx"]) == 0
+    pixels = pixels_for(model, 3)
+    assert_same(run_graph(tmp_path / "out" / "image.onnx", pixels), expected_of(model, pixels))
+    ids = model.tokenizer(["a red apple", "", "one " * 40, "The Ship &amp; the sea", "snowman"])
+    expected = {"text_embedding": model.encode_text(ids)}
+    assert_same(run_graph(tmp_path / "out" / "text.onnx", ids), expected)
+    garbage = ids.clone()
+    garbage[ids == 0] = 7  # after the end
+    assert_same(run_graph(tmp_path / "out" / "text.onnx", garbage), expected)
+
+
 def test_what_goes_in_and_comes_out_is_told(model: m3i_fast.Model, folder: Path) -> None:
     told = json.loads((folder / "preprocess.json").read_text())
     made = model.transform.preprocessing
@@ -278,4 +294,4 @@ def test_a_device_is_for_what_is_compiled(
 ) -> None:
     out = [str(run), str(tmp_path / "out")]
     assert main(["export", *out, "--to", "onnx", "--device", "cuda"]) == 2
-    assert "--device: expected with --to aoti alone" in capsys.readouterr().err
+    assert "--device: expected with --to aoti, got --to onnx" in capsys.readouterr().err

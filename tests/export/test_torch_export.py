@@ -26,7 +26,7 @@ from tests.export.models_to_export import (
     make_model,
     pixels_for,
 )
-from tests.shared.engine.small_run import TEXT, small_run
+from tests.shared.engine.small_run import TEXT, as_clip, small_run
 
 PAGE = Path(__file__).parents[2] / "docs/start/deploy.md"
 
@@ -89,6 +89,21 @@ assert not [name for name in sys.modules if name.startswith("m3i_fast")]
     assert done.returncode == 0, done.stderr
 
 
+def test_towers_as_clips_compute_the_same(dataset: Path, tmp_path: Path) -> None:
+    cfg = as_clip(small_run(dataset, num_steps=1, log_every=1, checkpoint_every=1, num_threads=1))
+    Trainer(cfg, tmp_path / "run").train()
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path / "run"), str(out), "--to", "torch-export"]) == 0
+    model = m3i_fast.load(tmp_path / "run", device="cpu", dtype=torch.float32)
+    pixels = pixels_for(model, 3)
+    image = torch.export.load(out / "image.pt2").module()
+    assert_same(image(pixels), expected_of(model, pixels))
+    text = torch.export.load(out / "text.pt2").module()
+    for texts in (["a red apple", "", "one " * 40, "snowman"], ["a red apple", "a ship"]):
+        ids = model.tokenizer(texts)
+        assert_same(text(ids), {"text_embedding": model.encode_text(ids)})
+
+
 def test_what_cannot_be_compiled_here_is_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,8 +113,8 @@ def test_what_cannot_be_compiled_here_is_refused(
     assert "--device cuda: expected a GPU to compile for" in capsys.readouterr().err
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
-    assert main(words) == 2
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):  # monkeypatch would leave none behind
+        assert main(words) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "expected a C++ compiler" in said and "--to torch-export needs none" in said
     assert not (tmp_path / "out").exists()

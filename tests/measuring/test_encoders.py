@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
@@ -16,14 +17,18 @@ from PIL import Image
 import m3i_fast
 from m3i_fast.config import TrainConfig
 from m3i_fast.engine.evaluator import build_untrained
+from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.trainer import Trainer
 from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
 from m3i_fast.measuring.encoders.offline import expect_cached
 from m3i_fast.measuring.encoders.opening import open_encoder
+from m3i_fast.measuring.encoders.ours import RunEncoder
+from m3i_fast.measuring.features import ExtractionSettings, extract
+from m3i_fast.measuring.source import SourceSettings, read_source
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.recipes import demo_internimage, shrink
 from tests.measuring.pictures import COLOURS, TIMM, clip_folder, picture, timm_file
-from tests.shared.engine.small_run import TEXT, small_run
+from tests.shared.engine.small_run import TEXT, as_clip, small_run
 
 PICTURES = [picture(colour, seed, (90, 60)) for seed, colour in enumerate(COLOURS.values())]
 SETTINGS = EncoderSettings(device=torch.device("cpu"), dtype=torch.float32)
@@ -59,6 +64,50 @@ def test_a_run_has_the_features_of_load(run: Path) -> None:
     if depth > 1:  # the layer below, by a model without the last block
         model.encoder.blocks = model.encoder.blocks[:-1]
         close(features["mean_2"], model(PICTURES))
+
+
+def test_a_causal_run_embeds_texts_as_load_does(dataset: Path, tmp_path: Path) -> None:
+    """By evaluate's extraction and alone, whatever stands beside a text in its batch."""
+    cfg = as_clip(replace(small_run(dataset), num_steps=1, log_every=1, num_threads=1))
+    Trainer(replace(cfg, checkpoint_every=1), tmp_path / "run").train()
+    encoder = open_encoder(str(tmp_path / "run"), SETTINGS)
+    model = m3i_fast.load(tmp_path / "run", device="cpu", dtype=torch.float32)
+    texts = ["a cat", "one " * 40, "the ship and the sea", "sun"]
+    expected = torch.cat([model.encode_text(text) for text in texts])
+    close(encoder.encode_texts(texts), expected)
+    caption = model.caption
+    assert caption is not None
+    ids = model.tokenizer("a cat")  # by the text encoder alone: start, two words and end
+    (counted,) = (ids != 0).sum(1).tolist()
+    close(caption.text_encoder(ids[:, :counted], torch.tensor([counted])), expected[:1])
+
+    lines = ["file,caption"]
+    for number, (one, text) in enumerate(zip(PICTURES * 2, texts, strict=False)):
+        one.save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png,{text}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    given = SourceSettings(
+        path=tmp_path / "table.csv",
+        caption_columns=("caption",),
+        split="train",
+        cache_dir=tmp_path / "cache",
+    )
+    source = read_source(given)
+    settings = ExtractionSettings(cache_dir=tmp_path / "cache", batch_size=3, workers=0)
+    found = extract(encoder, source, source.measured, World(torch.device("cpu")), settings)
+    kept = [model.encode_text(text) for text in source.measured.captions]
+    assert len(kept) == len(lines) - 1 > 2
+    close(torch.from_numpy(found.rows("text")[np.arange(len(kept))]), torch.cat(kept))
+
+
+def test_the_digest_follows_the_config_of_texts(run: Path) -> None:
+    """The weights of two kinds of attention are alike when they are drawn."""
+    model = m3i_fast.load(run, device="cpu", dtype=torch.float32)
+    assert model.caption is not None
+    before = RunEncoder("run", model).digest
+    encoder = model.caption.text_encoder
+    encoder.cfg = replace(encoder.cfg, attention="causal")
+    assert RunEncoder("run", model).digest != before
 
 
 def test_an_untrained_run_is_what_the_run_started_from(run: Path) -> None:

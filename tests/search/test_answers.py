@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import m3i_fast
+from m3i_fast.engine.trainer import Trainer
 from m3i_fast.evaluation.dense.correspondence import position_means
 from m3i_fast.search import answers as answers_module
 from m3i_fast.search.answers import Answers, Forgotten
 from m3i_fast.search.features import cached_features
 from m3i_fast.search.pictures import Pictures, decode, open_pictures
+from tests.shared.engine.small_run import as_clip, small_run
 
 
 def views_of(model: m3i_fast.Model, pictures: Pictures) -> torch.Tensor:
@@ -60,6 +62,20 @@ def test_words_find_the_pictures_of_the_nearest_embedding(
         assert result["label"] == (pictures.class_names[label] if label >= 0 else None)
     long = answers.search({"words": "red " * 60, "num": 1})
     assert long["note"] == "The model reads the first 24 tokens of 62."
+
+
+def test_words_are_embedded_by_a_causal_run(
+    dataset: Path, pictures: Pictures, tmp_path: Path
+) -> None:
+    cfg = as_clip(small_run(dataset, num_steps=1, log_every=1, checkpoint_every=1, num_threads=1))
+    Trainer(cfg, tmp_path / "run").train()
+    model = m3i_fast.load(tmp_path / "run", device="cpu")
+    found = Answers(model, pictures, cached_features(model, pictures, tmp_path), model_name="run")
+    images = unit(model.encode_image(views_of(model, pictures)))
+    for words in ("a red heart", "red " * 60):
+        cosines = images @ unit(model.encode_text([words, "sun"]))[0]
+        assert_nearest(found.search({"words": words}), cosines)
+    found.close()
 
 
 def test_a_picture_finds_itself_and_the_nearest_by_its_features(

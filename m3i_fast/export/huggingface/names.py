@@ -10,8 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from m3i_fast.config.fields import Mlp
 from m3i_fast.export.vit_names import ZEROS, Names
 
+ACTIVATIONS: Mapping[Mlp, str] = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "quick_gelu": "quick_gelu",
+}
+"""Their `hidden_act` of each MLP without a gate."""
 _KINDS = ("weight", "bias")
 
 
@@ -123,6 +130,28 @@ _SIGLIP = ModelNames(
     block_prefix="encoder.layers.{}.",
     prefixes=("vision_model.",),
 )
+_CLIP = ModelNames(
+    stem={
+        ("embeddings.class_embedding",): "class_token",
+        **_pairs("pre_layrnorm", "norm_pre."),
+        **_SIGLIP.stem,
+    },
+    block=_SIGLIP.block,
+    block_prefix=_SIGLIP.block_prefix,
+    prefixes=_SIGLIP.prefixes,
+)
+CLIP_TEXT = ModelNames(
+    stem={
+        ("text_model.embeddings.token_embedding.weight",): "token_embedding.weight",
+        ("text_model.embeddings.position_embedding.weight",): "pos_embed",
+        **_pairs("text_model.final_layer_norm", "norm."),
+        ("text_projection.weight",): "projection.weight",
+    },
+    block=_SIGLIP.block,
+    block_prefix="text_model.encoder.layers.{}.",
+    prefixes=(),
+)
+"""The names of CLIP's text tower, with its prefix."""
 MODELS: Mapping[str, ModelNames] = {
     "vit": _VIT,
     "vit_mae": _VIT,
@@ -132,5 +161,7 @@ MODELS: Mapping[str, ModelNames] = {
     "dinov3_vit": _DINOV3,
     "siglip": _SIGLIP,
     "siglip_vision_model": _SIGLIP,
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
 }
 """The names of each `model_type` of a config.json."""

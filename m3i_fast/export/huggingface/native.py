@@ -1,6 +1,6 @@
 """A Vision Transformer as a class of transformers with equal features, where one fits exactly.
 
-No prefix, absolute positions, GELU          IJepaModel
+No prefix, absolute positions, any GELU      IJepaModel
 a prefix, absolute positions                 Dinov2WithRegistersModel
 a prefix, rotary positions                   DINOv3ViTModel
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3i_fast.config.models.vit import ViTConfig
-from m3i_fast.export.huggingface.names import MODELS
+from m3i_fast.export.huggingface.names import ACTIVATIONS, MODELS
 from m3i_fast.export.vit_names import ZEROS, Renamed
 from m3i_fast.export.vit_weights import fitted
 from m3i_fast.models.transformer.blocks import fc1_features
@@ -45,6 +45,11 @@ def no_class_for(cfg: ViTConfig) -> str:
     """Say why no class of transformers computes what a ViT of `cfg` does; empty where one does."""
     if not cfg.final_norm:
         return "none has no norm after the last block (vision.final_norm False)"
+    if cfg.pre_norm:
+        return (
+            "CLIP's, which has a norm before the first block (vision.pre_norm), returns its tokens "
+            "without the norm after the last"
+        )
     if cfg.num_prefix == 0 and cfg.position == "rotary":
         return "those with rotary positions have a class token, and this one has no prefix"
     if cfg.num_prefix == 0 and cfg.mlp == "swiglu":
@@ -68,7 +73,7 @@ def native_model(vit: ViT) -> NativeModel:
 def _ijepa(vit: ViT) -> NativeModel:
     cfg = replace(vit.cfg, layer_scale_init=None, key_bias=True)
     config = _common(cfg, "ijepa", "IJepaModel") | {
-        "hidden_act": "gelu",
+        "hidden_act": ACTIVATIONS[cfg.mlp],
         "intermediate_size": int(cfg.dim * cfg.mlp_ratio),
         "qkv_bias": cfg.qkv_bias,
     }
@@ -87,7 +92,7 @@ def _dinov2(vit: ViT) -> NativeModel:
     state["pos_embed"] = torch.cat([torch.zeros_like(class_token), position], dim=1)
     name = "Dinov2WithRegistersModel"
     config = _common(cfg, "dinov2_with_registers", name) | {
-        "hidden_act": "gelu",
+        "hidden_act": ACTIVATIONS.get(cfg.mlp, "gelu"),  # a SwiGLU has its own
         "mlp_ratio": ratio,
         "use_swiglu_ffn": cfg.mlp == "swiglu",
         "qkv_bias": cfg.qkv_bias,
@@ -105,7 +110,7 @@ def _dinov3(vit: ViT) -> NativeModel:
     _split_prefix(state)
     gated, name = cfg.mlp == "swiglu", "DINOv3ViTModel"
     config = _common(cfg, "dinov3_vit", name) | {
-        "hidden_act": "silu" if gated else "gelu",
+        "hidden_act": "silu" if gated else ACTIVATIONS[cfg.mlp],
         "intermediate_size": int(cfg.dim * cfg.mlp_ratio),
         "use_gated_mlp": gated,
         "query_bias": cfg.qkv_bias,

@@ -1,8 +1,7 @@
 """The model in `folder_code`, which a folder brings with it: what no class of transformers is.
 
-That is both encoders of a run with captions, whose text encoder averages over tokens and whose head
-of pictures is an MLP of the mean over patches, InternImage, and a few ViTs
-(`native.no_class_for`). Its weights have our names.
+That is both encoders of a run with captions, whose head of pictures reads the mean over patches,
+InternImage, and a few ViTs (`native.no_class_for`). Its weights have our names.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from m3i_fast.config.models.internimage import InternImageConfig
 from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.models.internimage.model import InternImage
-from m3i_fast.models.transformer.blocks import LAYER_NORM_EPS
 from m3i_fast.models.transformer.vit import ViT
 
 CODE = ("modeling_m3i.py", "vision_transformer.py", "internimage.py")
@@ -44,7 +42,10 @@ def code() -> dict[str, bytes]:
 def own_model(
     encoder: ViT | InternImage, text: TextTower | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config.json and the weights of M3IModel; these are copies, in fp32 on the CPU."""
+    """Return the config.json and the weights of M3IModel; these are copies, in fp32 on the CPU.
+
+    Raises ValueError for an InternImage that is a classifier.
+    """
     config: dict[str, Any] = {
         "architectures": [CLASS_NAME],
         "model_type": "m3i",
@@ -57,11 +58,12 @@ def own_model(
     }
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     if text is not None:
+        hidden = text.weights.get("head.hidden.weight")
         task = "AutoModelForZeroShotImageClassification"
         config["auto_map"][task] = f"modeling_m3i.{CLASS_NAME}"
         config |= {
             "text": _text(text.cfg),
-            "head_dim": text.weights["head.hidden.weight"].shape[0],
+            "head_dim": 0 if hidden is None else hidden.shape[0],
             "embed_dim": text.cfg.embed_dim,
             "logit_bias": "bias" in text.weights,
         }
@@ -77,6 +79,8 @@ def _text_name(ours: str) -> str:
 
 
 def _internimage(cfg: InternImageConfig) -> dict[str, Any]:
+    if wrong := [f"{name}: {told}" for name, told in cfg.encoder_conflicts()]:
+        raise ValueError("; ".join(wrong))
     return {
         "type": "internimage",
         "image_size": cfg.image_size,
@@ -112,6 +116,7 @@ def _vit(cfg: ViTConfig) -> dict[str, Any]:
         "class_token": cfg.class_token,
         "num_registers": cfg.num_registers,
         "position": cfg.position,
+        "pre_norm": cfg.pre_norm,
         "layer_scale": cfg.layer_scale_init is not None,
         "final_norm": cfg.final_norm,
     }
@@ -125,5 +130,7 @@ def _text(cfg: TextConfig) -> dict[str, Any]:
         "depth": cfg.depth,
         "num_heads": cfg.num_heads,
         "mlp_dim": int(cfg.dim * cfg.mlp_ratio),
-        "norm_eps": LAYER_NORM_EPS,
+        "attention": cfg.attention,
+        "mlp": cfg.mlp,
+        "norm_eps": cfg.norm_eps,
     }

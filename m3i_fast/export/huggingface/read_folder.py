@@ -1,45 +1,80 @@
-"""The image encoder in a folder of transformers, as weights for a ViT of ours.
+"""The encoders in a folder of transformers, as weights for a ViT and a text encoder of ours.
 
-config.json says what shapes do not: heads, norms' eps, activation and angles. One that is another
-network is refused, with what it has that our ViT has not.
+config.json says what shapes do not: heads, norms' eps, activation and angles. An image encoder that
+is another network is refused, with what it has that our ViT has not; of texts CLIP's are taken.
+preprocessor_config.json, where it is there, says how pixels were normalised.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from m3i_fast.config.fields import Mlp
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.did_you_mean import nearest
 from m3i_fast.durable_files import digest
-from m3i_fast.export.huggingface.names import MODELS, ModelNames
+from m3i_fast.export.huggingface.names import ACTIVATIONS, CLIP_TEXT, MODELS, ModelNames
+from m3i_fast.export.text_weights import fitted_text
 from m3i_fast.export.vit_names import Renamed, take_weight
-from m3i_fast.export.vit_weights import FittedWeights, described_weights, merge_prefix_positions
+from m3i_fast.export.vit_weights import (
+    FittedWeights,
+    described_weights,
+    expect_our_pixels,
+    merge_prefix_positions,
+)
 from m3i_fast.export.weight_files import WEIGHTS, read_weights, some, tensors_in
 from m3i_fast.json_files import read_json
 from m3i_fast.models.transformer.positions import ROTARY_BASE
 
 _PICKLED = "pytorch_model.bin"
+_PREPROCESSING = "preprocessor_config.json"
 # What a config.json leaves out where it is the class's own default.
-_DEFAULT_EPS = {"vit": 1e-12, "vit_mae": 1e-12, "ijepa": 1e-12, "dinov3_vit": 1e-5}
-_EPS = 1e-6
-_DEFAULT_ACT = {"siglip": "gelu_pytorch_tanh", "siglip_vision_model": "gelu_pytorch_tanh"}
 _CLIP = ("clip", "clip_vision_model")
+_DEFAULT_EPS = {
+    **dict.fromkeys(("vit", "vit_mae", "ijepa"), 1e-12),
+    **dict.fromkeys(("dinov3_vit", *_CLIP), 1e-5),
+}
+_EPS = 1e-6
+_DEFAULT_ACT = {
+    **dict.fromkeys(("siglip", "siglip_vision_model"), "gelu_pytorch_tanh"),
+    **dict.fromkeys(_CLIP, "quick_gelu"),
+}
+_WITH_TEXT = ("clip", "siglip")
+_TEXT = "text_"  # before the names of their text towers
+_OLD_END = 2  # the end of CLIP's texts in older configs, which stands for the largest id
 # Names in an encoder that are no part of what it computes for a whole picture.
 _UNUSED = ("embeddings.mask_token", "embeddings.position_ids")
-_ENCODER = ("embeddings.", "encoder.", "layer.", "layernorm.", "norm.", "post_layernorm.")
+_ENCODER = (
+    *("embeddings.", "encoder.", "layer.", "layernorm.", "norm."),
+    *("pre_layrnorm.", "post_layernorm."),
+)
 
 
-def read_folder(folder: Path, cfg: ViTConfig) -> tuple[FittedWeights, str]:
-    """Return the weights of the image encoder in `folder` for a ViT of `cfg`, and their SHA-256.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderWeights:
+    """Hold the weights that a folder gives."""
 
-    Of several files the digest is that of their names and digests. Nothing of the folder's code
-    runs: weights are safetensors, or read with weights_only=True. Raises FileNotFoundError where
-    config.json or the weights are missing, and ValueError for a model that our ViT cannot be.
+    image: FittedWeights
+    sha256: str
+    """Of the file of weights; of several that of their names and digests."""
+    text: FittedWeights | None
+    without_text: str
+    """Why the folder's text tower was left out; empty where it has none."""
+
+
+def read_folder(folder: Path, cfg: ViTConfig, text: TextConfig | None = None) -> FolderWeights:
+    """Return the weights of the encoders in `folder` for a ViT of `cfg` and a text encoder.
+
+    text: None where the run has no captions. Nothing of the folder's code runs: weights are
+    safetensors, or read with weights_only=True. Raises FileNotFoundError where config.json or the
+    weights are missing, and ValueError for a model that our ViT cannot be.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -47,8 +82,10 @@ def read_folder(folder: Path, cfg: ViTConfig) -> tuple[FittedWeights, str]:
             f"{path}: expected a folder that save_pretrained of transformers wrote, found no "
             "config.json"
         )
-    model_type, config = _vision_config(read_json(path), path)
-    _expect_our_network(model_type, config)
+    whole = read_json(path)
+    model_type, config = _vision_config(whole, path)
+    mlp = _mlp(config, _DEFAULT_ACT.get(model_type, "gelu"), model_type)
+    _expect_our_network(config)
     files = _weight_files(folder)
     state = {name: t for file in files for name, t in tensors_in(read_weights(file)).items()}
     named = _renamed(state, MODELS[model_type], model_type)
@@ -56,29 +93,45 @@ def read_folder(folder: Path, cfg: ViTConfig) -> tuple[FittedWeights, str]:
         named.tensors["pos_embed"] = named.tensors["pos_embed"].reshape(
             1, -1, config["hidden_size"]
         )
+    if "class_token" in named.tensors:
+        named.tensors["class_token"] = named.tensors["class_token"].reshape(1, 1, -1)
     merge_prefix_positions(named.tensors, "dinov2")  # the table has the class token alone
     described = {
         "num_heads": config["num_attention_heads"],
         "norm_eps": float(config.get("layer_norm_eps", _DEFAULT_EPS.get(model_type, _EPS))),
+        "mlp": mlp,
     }
-    return described_weights(named, described, cfg), _digest_of(files)
+    weights = described_weights(named, described, cfg)
+    _normalise_as_ours(folder / _PREPROCESSING, weights)
+    found, why = None, ""
+    if model_type in _WITH_TEXT:
+        weights.left_out = [name for name in weights.left_out if not name.startswith(_TEXT)]
+        try:
+            found = _text_weights(model_type, whole, state, text)
+        except ValueError as error:
+            why = str(error)
+    return FolderWeights(image=weights, sha256=_digest_of(files), text=found, without_text=why)
+
+
+def _normalise_as_ours(path: Path, weights: FittedWeights) -> None:
+    """Embed pixels that are normalised as ours as the model did those normalised as it had them."""
+    if not path.is_file():
+        return
+    said = read_json(path)
+    if said.get("do_normalize", True) and said.get("image_mean") and said.get("image_std"):
+        expect_our_pixels(weights, said["image_mean"], said["image_std"])
 
 
 def _vision_config(config: Mapping[str, Any], path: Path) -> tuple[str, Mapping[str, Any]]:
     """Return the type of the image encoder and its config, of a model with text its part."""
     model_type = str(config.get("model_type", ""))
-    if model_type in _CLIP:
-        raise ValueError(
-            f"{path}: expected an encoder that our ViT can be, got {model_type}: CLIP's has a norm "
-            "before its first block (pre_layrnorm), and mostly QuickGELU, which our ViT has not"
-        )
     if model_type not in MODELS:
         known = [*MODELS]
         raise ValueError(
             f"{path}: expected a model_type of {', '.join(known)}, got {model_type!r}"
             f".{nearest(model_type, known)}"
         )
-    if model_type == "siglip":
+    if model_type in _WITH_TEXT:
         config = config.get("vision_config") or {}
     defaults = {"hidden_size": 768, "num_attention_heads": 12}
     if model_type == "dinov3_vit":
@@ -86,15 +139,21 @@ def _vision_config(config: Mapping[str, Any], path: Path) -> tuple[str, Mapping[
     return model_type, {**defaults, **config}
 
 
-def _expect_our_network(model_type: str, config: Mapping[str, Any]) -> None:
+def _mlp(config: Mapping[str, Any], default: str, model_type: str) -> Mlp:
+    """Return the kind of MLP that config.json says; ValueError for one that we have not."""
+    act = config.get("hidden_act", default)
+    if config.get("use_swiglu_ffn") or config.get("use_gated_mlp"):
+        if model_type == "dinov3_vit" and act != "silu":  # DINOv2's has its own
+            raise ValueError(f"hidden_act: expected silu with use_gated_mlp, got {act}")
+        return "swiglu"
+    for ours, theirs in ACTIVATIONS.items():
+        if theirs == act:
+            return ours
+    raise ValueError(f"hidden_act: expected {' or '.join(ACTIVATIONS.values())}, got {act}")
+
+
+def _expect_our_network(config: Mapping[str, Any]) -> None:
     """Raise ValueError for what config.json says that our ViT has not."""
-    gated = bool(config.get("use_swiglu_ffn") or config.get("use_gated_mlp"))
-    act = config.get("hidden_act", _DEFAULT_ACT.get(model_type, "gelu"))
-    wanted = "silu" if model_type == "dinov3_vit" and gated else "gelu"
-    if act != wanted and not (gated and model_type != "dinov3_vit"):
-        raise ValueError(
-            f"hidden_act: expected {wanted}, the exact one, as our ViT has it, got {act}"
-        )
     for name, expected in (("num_channels", 3), ("rope_theta", ROTARY_BASE)):
         if config.get(name, expected) != expected:
             raise ValueError(f"{name}: expected {expected:g}, got {config[name]}")
@@ -130,14 +189,7 @@ def _renamed(state: Mapping[str, Tensor], names: ModelNames, model_type: str) ->
     """Give the encoder's weights our names, in fp32; ValueError for those that have no place."""
     rest, others = _encoder_alone(state, names)
     found = Renamed(left_out=others)
-    for theirs, ours in names.stem.items():
-        take_weight(rest, theirs, ours, found)
-    depth = 0
-    while any(name.startswith(names.block_prefix.format(depth)) for name in rest):
-        for theirs, ours in names.block.items():
-            prefix = names.block_prefix.format(depth)
-            take_weight(rest, theirs, f"blocks.{depth}.{ours}", found, prefix)
-        depth += 1
+    depth = _take_all(rest, names, found)
     if depth == 0 or "patch_embed.weight" not in found.tensors:
         example = names.block_prefix.format(0)
         raise ValueError(
@@ -153,6 +205,19 @@ def _renamed(state: Mapping[str, Tensor], names: ModelNames, model_type: str) ->
     return found
 
 
+def _take_all(rest: dict[str, Tensor], names: ModelNames, found: Renamed) -> int:
+    """Move the weights that have names to `found`, and return the number of blocks."""
+    for theirs, ours in names.stem.items():
+        take_weight(rest, theirs, ours, found)
+    depth = 0
+    while any(name.startswith(names.block_prefix.format(depth)) for name in rest):
+        for theirs, ours in names.block.items():
+            prefix = names.block_prefix.format(depth)
+            take_weight(rest, theirs, f"blocks.{depth}.{ours}", found, prefix)
+        depth += 1
+    return depth
+
+
 def _encoder_alone(
     state: Mapping[str, Tensor], names: ModelNames
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -164,3 +229,29 @@ def _encoder_alone(
         if name.startswith(prefix)
     }
     return rest, [name for name in state if not name.startswith(prefix)]
+
+
+def _text_weights(
+    model_type: str, config: Mapping[str, Any], state: Mapping[str, Tensor], cfg: TextConfig | None
+) -> FittedWeights:
+    """Return the weights of CLIP's text tower; ValueError says why they are not taken."""
+    if cfg is None:
+        raise ValueError("the run has no captions")
+    if model_type != "clip":
+        raise ValueError(f"expected CLIP's, causal and read at its end, got that of {model_type}")
+    tower = config.get("text_config") or {}
+    found = Renamed()
+    rest = {name: value.float() for name, value in state.items() if name.startswith(_TEXT)}
+    if _take_all(rest, CLIP_TEXT, found) == 0 or "projection.weight" not in found.tensors:
+        raise ValueError("expected text_model.* and text_projection, found them not")
+    found.left_out = [*rest]
+    found.tensors["pos_embed"] = found.tensors["pos_embed"][None]
+    last = len(found.tensors["token_embedding.weight"]) - 1
+    if (end := tower.get("eos_token_id", last)) not in (_OLD_END, last):
+        raise ValueError(f"eos_token_id: expected the last id, {last}, got {end}")
+    told = {
+        "num_heads": tower.get("num_attention_heads", 8),
+        "norm_eps": float(tower.get("layer_norm_eps", _DEFAULT_EPS["clip"])),
+        "mlp": _mlp(tower, "quick_gelu", model_type),
+    }
+    return fitted_text(found, told, cfg)

@@ -40,7 +40,8 @@ class RunEncoder:
         self.transform = model.transform
         self.has_text = model.caption is not None
         self.logit_scale = float(model.logit_scale.exp()) if self.has_text else None
-        self.digest = weights_digest(model, model.encoder.cfg, model.transform)
+        text = None if model.caption is None else model.caption.text_encoder.cfg
+        self.digest = weights_digest(model, model.encoder.cfg, text, model.transform)
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:

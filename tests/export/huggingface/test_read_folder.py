@@ -12,9 +12,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vit import ViTConfig, dinov2_s, dinov3_s, dinov3_s_plus
 from m3i_fast.export.huggingface.read_folder import read_folder
+from m3i_fast.models.transformer.text_encoder import TextEncoder
 from m3i_fast.models.transformer.vit import ViT
+from m3i_fast.ops import IMAGENET_MEAN, IMAGENET_STD
 
 SIZES: dict[str, Any] = {
     **{"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -26,6 +29,11 @@ OURS: dict[str, Any] = {
 }
 PLAIN = ViTConfig(**OURS)
 WITH_CLASS = replace(PLAIN, class_token=True)
+CLIP = replace(WITH_CLASS, pre_norm=True, norm_eps=1e-5)
+TEXT = TextConfig(
+    **{"vocab_size": 64, "context_length": 16, "dim": 32, "depth": 2, "num_heads": 2},
+    **{"embed_dim": 24, "attention": "causal", "mlp": "quick_gelu", "norm_eps": 1e-5},
+)
 # name of the class, arguments of its config, ours for it
 CASES: dict[str, tuple[str, dict[str, Any], ViTConfig]] = {
     "vit": ("ViT", MLP, replace(WITH_CLASS, norm_eps=1e-12)),
@@ -50,7 +58,19 @@ CASES: dict[str, tuple[str, dict[str, Any], ViTConfig]] = {
         | {"num_register_tokens": 4, "use_gated_mlp": True, "hidden_act": "silu", "key_bias": True},
         dinov3_s_plus(**OURS, key_bias=True),
     ),
-    "siglip": ("SiglipVision", MLP | {"hidden_act": "gelu"}, PLAIN),
+    "siglip": ("SiglipVision", MLP, replace(PLAIN, mlp="gelu_tanh")),
+    "siglip of the exact GELU": ("SiglipVision", MLP | {"hidden_act": "gelu"}, PLAIN),
+    "clip": ("CLIPVision", MLP, replace(CLIP, mlp="quick_gelu")),
+    "clip of the exact GELU": (
+        "CLIPVision",
+        MLP | {"hidden_act": "gelu", "layer_norm_eps": 1e-6},
+        replace(CLIP, norm_eps=1e-6),
+    ),
+    "vit of tanh's GELU": (
+        "ViT",
+        MLP | {"hidden_act": "gelu_pytorch_tanh"},
+        replace(WITH_CLASS, norm_eps=1e-12, mlp="gelu_tanh"),
+    ),
 }
 
 
@@ -68,7 +88,7 @@ def made(name: str, options: dict[str, Any], folder: Path, **how: Any) -> Any:
 
 def loaded(folder: Path, cfg: ViTConfig) -> ViT:
     vit = ViT(cfg).eval()
-    weights, _ = read_folder(folder, cfg)
+    weights = read_folder(folder, cfg).image
     assert not weights.new
     vit.load_state_dict(weights.tensors)
     return vit
@@ -81,6 +101,8 @@ def features(model: Any, pictures: Tensor) -> Tensor:
         patches = (pictures.shape[-1] // 8) ** 2
         more["noise"] = torch.arange(patches, dtype=torch.float32).expand(len(pictures), -1)
     tokens: Tensor = model(pixel_values=pictures, **more).last_hidden_state
+    if type(model).__name__ == "CLIPVisionModel":  # which norms the class token alone
+        tokens = model.post_layernorm(tokens)
     return tokens
 
 
@@ -94,7 +116,7 @@ def test_features_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(vit(pictures), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["vit", "dinov2", "dinov3_vit"])
+@pytest.mark.parametrize("case", ["vit", "dinov2", "dinov3_vit", "siglip", "clip"])
 def test_what_a_config_leaves_out_is_the_default_of_the_class(case: str, tmp_path: Path) -> None:
     name, options, cfg = CASES[case]
     made(name, options, tmp_path)
@@ -125,11 +147,94 @@ def test_a_model_with_heads_and_text_gives_its_image_encoder(tmp_path: Path) -> 
     classifier = transformers.Dinov2ForImageClassification(config)
     classifier.save_pretrained(tmp_path / "classifier")
     cfg = dinov2_s(**OURS, num_registers=0)
-    weights, _ = read_folder(tmp_path / "classifier", cfg)
+    weights = read_folder(tmp_path / "classifier", cfg).image
     assert {"classifier.weight", "classifier.bias"} <= {*weights.left_out}
     got = loaded(tmp_path / "classifier", cfg)(pictures)
     expected = features(classifier.eval().dinov2, pictures)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def clip(folder: Path, **text: Any) -> Any:
+    """Save a CLIP of random weights with both towers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 16}
+    config = transformers.CLIPConfig(
+        text_config={**sizes, "eos_token_id": 63, **text},
+        vision_config=SIZES | MLP,
+        projection_dim=24,
+    )
+    model = transformers.CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("text", "ours"),
+    [
+        ({}, {}),
+        ({"eos_token_id": 2, "hidden_act": "gelu"}, {"mlp": "gelu"}),
+        ({"layer_norm_eps": 1e-4}, {"norm_eps": 1e-4, "vocab_size": 40, "context_length": 9}),
+    ],
+)
+@torch.no_grad()
+def test_both_towers_of_clip_are_taken(
+    text: dict[str, Any], ours: dict[str, Any], tmp_path: Path
+) -> None:
+    model, cfg = clip(tmp_path, **text), replace(TEXT, **ours)
+    found = read_folder(tmp_path, replace(CLIP, mlp="quick_gelu"), cfg)
+    assert found.text is not None and not found.text.new and not found.without_text
+    assert {*found.image.left_out} == {"logit_scale", "visual_projection.weight"}
+    encoder = TextEncoder(cfg).eval()
+    encoder.load_state_dict(found.text.tensors)
+    counts = torch.tensor([5, cfg.context_length, 2])
+    place = torch.arange(cfg.context_length)
+    ids = torch.randint(3, cfg.vocab_size - 2, (3, cfg.context_length))
+    ids = ids.masked_fill(place >= counts[:, None], 0)
+    end = place == counts[:, None] - 1
+    theirs = model.get_text_features(ids.masked_fill(end, 63)).pooler_output
+    got = encoder(ids.masked_fill(end, cfg.vocab_size - 1), counts)
+    torch.testing.assert_close(got, theirs, rtol=0, atol=1e-5)
+    vit, pictures = loaded(tmp_path, replace(CLIP, mlp="quick_gelu")), torch.randn(1, 3, 32, 32)
+    expected = features(model.vision_model, pictures)
+    torch.testing.assert_close(vit(pictures), expected, rtol=0, atol=1e-5)
+
+
+def test_texts_that_are_left_out_say_why(tmp_path: Path) -> None:
+    vision = replace(CLIP, mlp="quick_gelu")
+    clip(tmp_path)
+    for text, said in (
+        (None, "the run has no captions"),
+        (replace(TEXT, attention="bidirectional"), "add --text.attention causal"),
+        (replace(TEXT, mlp="gelu", num_heads=4), "add --text.num-heads 2 --text.mlp quick_gelu"),
+        (replace(TEXT, vocab_size=65), "pack the data with at most as many"),
+    ):
+        found = read_folder(tmp_path, vision, text)
+        assert found.text is None and said in found.without_text
+    clip(tmp_path / "other", eos_token_id=7)
+    found = read_folder(tmp_path / "other", vision, TEXT)
+    assert "eos_token_id: expected the last id, 63, got 7" in found.without_text
+
+
+def test_pixels_that_a_folder_normalises_otherwise_are_embedded_alike(tmp_path: Path) -> None:
+    """Features are those of the same picture, normalised by each as it has it."""
+    name, options, cfg = CASES["clip"]
+    model = made(name, options, tmp_path)
+    processor = transformers.CLIPImageProcessor(
+        do_resize=False, do_center_crop=False, do_convert_rgb=False
+    )
+    processor.save_pretrained(tmp_path)
+    vit = loaded(tmp_path, cfg)
+    picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    ours = (picture / 255 - mean) / std
+    assert (ours - pixels[0]).abs().max() > 0.02
+    got = vit(ours[None])
+    torch.testing.assert_close(got, features(model, pixels), rtol=0, atol=2e-5)
 
 
 def test_shards_and_pickles_are_read(tmp_path: Path) -> None:
@@ -137,16 +242,15 @@ def test_shards_and_pickles_are_read(tmp_path: Path) -> None:
     made(name, options, tmp_path / "whole")
     made(name, options, tmp_path / "shards", max_shard_size="100KB")
     assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 1
-    whole, digest = read_folder(tmp_path / "whole", cfg)
-    shards, other = read_folder(tmp_path / "shards", cfg)
-    assert digest != other and len(digest) == len(other) == 64
+    first, second = (read_folder(tmp_path / name, cfg) for name in ("whole", "shards"))
+    assert first.sha256 != second.sha256 and len(first.sha256) == len(second.sha256) == 64
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text((tmp_path / "whole/config.json").read_text())
     from safetensors.torch import load_file
 
     torch.save(load_file(tmp_path / "whole/model.safetensors"), tmp_path / "old/pytorch_model.bin")
-    old, _ = read_folder(tmp_path / "old", cfg)
-    for found in (shards, old):
+    old, whole = read_folder(tmp_path / "old", cfg).image, first.image
+    for found in (second.image, old):
         assert found.tensors.keys() == whole.tensors.keys()
         assert all(torch.equal(found.tensors[n], value) for n, value in whole.tensors.items())
 
@@ -154,9 +258,17 @@ def test_shards_and_pickles_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("CLIPVision", MLP, r"got clip_vision_model: .*pre_layrnorm.*QuickGELU"),
-        ("ViT", MLP | {"hidden_act": "gelu_new"}, "hidden_act: expected gelu, .* got gelu_new"),
-        ("SiglipVision", MLP, "hidden_act: expected gelu, .* got gelu_pytorch_tanh"),
+        (
+            "ViT",
+            MLP | {"hidden_act": "gelu_new"},
+            "hidden_act: expected gelu or gelu_pytorch_tanh or .* got gelu_new",
+        ),
+        (
+            "CLIPVision",
+            MLP,
+            "add --vision.mlp quick_gelu --vision.pre-norm --vision.norm-eps 1e-05",
+        ),
+        ("SiglipVision", MLP, "add --vision.mlp gelu_tanh"),
         ("DINOv3ViT", MLP | {"rope_theta": 50.0}, "rope_theta: expected 100, got 50"),
         ("DeiT", MLP, r"model_type of vit, .*got 'deit'"),
     ],

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from m3i_fast.config import TrainConfig
+from m3i_fast.config.fields import Gelu
 from m3i_fast.config.models.text import TextConfig
+from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.engine.checkpoint import checkpoints as checkpoint
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.recipes import demo, shrink
@@ -22,6 +24,16 @@ def small_run(dataset: Path, **overrides: object) -> TrainConfig:
         cfg, data=replace(cfg.data, batch_size=8), num_steps=30, log_every=5, checkpoint_every=5
     )
     return replace(cfg, **overrides)  # type: ignore[arg-type]
+
+
+def as_clip(cfg: TrainConfig, mlp: Gelu = "quick_gelu") -> TrainConfig:
+    """Return the run with towers as CLIP's: a norm first, causal texts, a head of one layer."""
+    assert isinstance(cfg.vision, ViTConfig)
+    vision = replace(cfg.vision, class_token=True, pre_norm=True, mlp=mlp, norm_eps=1e-5)
+    text = replace(cfg.text, attention="causal", mlp=mlp, norm_eps=1e-5)
+    return replace(
+        cfg, vision=vision, text=text, objective=replace(cfg.objective, head_hidden_dim=0)
+    )
 
 
 def saved_tensors(run: Path) -> dict[str, torch.Tensor]:

@@ -30,7 +30,8 @@ class M3IConfig(PretrainedConfig):
 
     vision: the arguments of `VisionTransformer` or, with "type": "internimage", of `InternImage`.
     text: those of `TextTransformer`; None without captions. head_dim: width of the hidden layer of
-    the pictures' head. embed_dim: E. logit_bias: whether a number is added to the scaled cosines.
+    the pictures' head, 0 for none. embed_dim: E. logit_bias: whether a number is added to the
+    scaled cosines.
     """
 
     model_type = "m3i"
@@ -51,14 +52,16 @@ class M3IConfig(PretrainedConfig):
 
 
 class TextTransformer(nn.Module):
-    """Embed texts by the mean over their tokens: [B, T] ids, [B] counts -> [B, E].
+    """Embed texts: [B, T] ids, [B] counts -> [B, E]; what follows the counted has no effect.
 
-    Every token attends to all others; what follows the counted ones has no effect.
+    sizes: vocab_size, context_length, dim, depth, num_heads, mlp_dim, mlp, norm_eps and attention.
+    bidirectional: every token attends to all others, and their mean is projected; causal: to itself
+    and those before it, and the last one is projected.
     """
 
     def __init__(self, sizes: dict[str, Any], embed_dim: int) -> None:
         super().__init__()
-        dim = sizes["dim"]
+        dim, self.is_causal = sizes["dim"], sizes["attention"] == "causal"
         self.context_length, self.end = sizes["context_length"], sizes["vocab_size"] - 1
         self.token_embedding = nn.Embedding(sizes["vocab_size"], dim)
         self.pos_embed = parameter(1, self.context_length, dim)
@@ -75,24 +78,34 @@ class TextTransformer(nn.Module):
                 f"input_ids: expected at most {self.context_length} tokens, got {length}: pass "
                 "truncation=True to the tokenizer"
             )
-        real = torch.arange(length, device=input_ids.device) < num_tokens[:, None]
+        place = torch.arange(length, device=input_ids.device)
+        real = place < num_tokens[:, None]
+        mask = place <= place[:, None] if self.is_causal else real[:, None, None]
         x = self.token_embedding(input_ids) + self.pos_embed[:, :length]
         for block in self.blocks:
-            x = block(x, mask=real[:, None, None])
+            x = block(x, mask=mask)
         x = self.norm(x)
+        if self.is_causal:
+            last = x[torch.arange(len(x), device=x.device), num_tokens - 1]
+            return x, self.projection(last)
         mean = (x * real[..., None].to(x.dtype)).sum(1) / num_tokens[:, None]
         return x, self.projection(mean)
 
 
 class ImageHead(nn.Module):
-    """Project the summary of a picture into the space of texts: [B, P] -> [B, E]."""
+    """Project the summary of a picture into the space of texts: [B, P] -> [B, E].
+
+    Two layers with a GELU between them, or one without bias where head_dim is 0.
+    """
 
     def __init__(self, dim: int, head_dim: int, embed_dim: int) -> None:
         super().__init__()
-        self.hidden, self.output = nn.Linear(dim, head_dim), nn.Linear(head_dim, embed_dim)
+        self.hidden = nn.Linear(dim, head_dim) if head_dim else None
+        self.output = nn.Linear(head_dim or dim, embed_dim, bias=head_dim > 0)
 
     def forward(self, summary: Tensor) -> Tensor:
-        return self.output(F.gelu(self.hidden(summary)))
+        hidden = summary if self.hidden is None else F.gelu(self.hidden(summary))
+        return self.output(hidden)
 
 
 class M3IModel(PreTrainedModel):

@@ -7,6 +7,8 @@ patches, T tokens, C width of a token, H heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,25 +36,39 @@ class NormLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """Compute x sigmoid(1.702 x), as OpenAI's CLIP."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def swiglu(x: Tensor) -> Tensor:  # [..., 2 F] -> [..., F]
+    """Compute silu(gate) * value, the gate first."""
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "swiglu": swiglu,
+}
+
+
 class NormMlp(nn.Module):
-    """A LayerNorm and two linear layers with GELU, or SwiGLU with its gate first, between them."""
+    """A LayerNorm and two linear layers with one of `ACTIVATIONS` between them."""
 
     def __init__(self, dim: int, mlp_dim: int, mlp: str, eps: float) -> None:
         super().__init__()
-        self.eps, self.is_gated = eps, mlp == "swiglu"
+        self.eps, self.activation = eps, ACTIVATIONS[mlp]
         self.layer_norm_weight, self.layer_norm_bias = parameter(dim), parameter(dim)
-        fc1_dim = 2 * mlp_dim if self.is_gated else mlp_dim
+        fc1_dim = 2 * mlp_dim if mlp == "swiglu" else mlp_dim
         self.fc1_weight, self.fc1_bias = parameter(fc1_dim, dim), parameter(fc1_dim)
         self.fc2_weight, self.fc2_bias = parameter(dim, mlp_dim), parameter(dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C]
         x = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias, self.eps)
-        x = F.linear(x, self.fc1_weight, self.fc1_bias)
-        if self.is_gated:
-            gate, value = x.chunk(2, dim=-1)
-            x = F.silu(gate) * value
-        else:
-            x = F.gelu(x)
+        x = self.activation(F.linear(x, self.fc1_weight, self.fc1_bias))
         return F.linear(x, self.fc2_weight, self.fc2_bias)
 
 
@@ -66,7 +82,7 @@ class Block(nn.Module):
         self.num_heads = sizes["num_heads"]
         self.layernorm_qkv = NormLinear(dim, 3 * dim, qkv_bias and key_bias, eps)
         self.proj = nn.Linear(dim, dim)
-        self.layernorm_mlp = NormMlp(dim, sizes["mlp_dim"], sizes.get("mlp", "gelu"), eps)
+        self.layernorm_mlp = NormMlp(dim, sizes["mlp_dim"], sizes["mlp"], eps)
         scaled = sizes.get("layer_scale", False)
         self.layer_scale_1 = parameter(dim) if scaled else None
         self.layer_scale_2 = parameter(dim) if scaled else None
@@ -75,7 +91,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,  # [B, 1, 1, T] bool, True where a token may be attended to
+        mask: Tensor | None = None,  # [B, H, T, T] bool, broadcast: True where attention may go
         rotation: Tensor | None = None,  # [2, R + N, C / H / 2]
     ) -> Tensor:
         attended = self.proj(self._attend(x, mask, rotation))
@@ -107,9 +123,9 @@ class VisionTransformer(nn.Module):
     """Encode pictures as tokens, prefix first, patches row by row: [B, 3, S, S] -> [B, R + N, C].
 
     At other sides than the trained one, multiples of the patch, positions are resampled bicubically
-    with antialiasing. sizes: image_size, patch_size, dim, depth, num_heads, mlp_dim, mlp (gelu or
-    swiglu), qkv_bias, key_bias, norm_eps, class_token, num_registers, position (absolute or
-    rotary), layer_scale and final_norm.
+    with antialiasing. sizes: image_size, patch_size, dim, depth, num_heads, mlp_dim, mlp (of
+    `ACTIVATIONS`), qkv_bias, key_bias, norm_eps, class_token, num_registers, position (absolute or
+    rotary), layer_scale, pre_norm (before the first block) and final_norm.
     """
 
     def __init__(self, sizes: dict[str, Any]) -> None:
@@ -120,8 +136,10 @@ class VisionTransformer(nn.Module):
         self.num_prefix = int(sizes["class_token"]) + sizes["num_registers"]
         self.patch_embed = nn.Conv2d(3, dim, patch, stride=patch)
         self.blocks = nn.ModuleList(Block(sizes) for _ in range(sizes["depth"]))
-        final_norm = nn.LayerNorm(dim, sizes["norm_eps"]) if sizes["final_norm"] else nn.Identity()
-        self.norm = final_norm
+        self.norm_pre, self.norm = (
+            nn.LayerNorm(dim, sizes["norm_eps"]) if sizes[name] else nn.Identity()
+            for name in ("pre_norm", "final_norm")
+        )
         absolute, registers = sizes["position"] == "absolute", sizes["num_registers"]
         self.pos_embed = parameter(1, self.grid**2, dim) if absolute else None
         self.class_token = parameter(1, 1, dim) if sizes["class_token"] else None
@@ -137,6 +155,7 @@ class VisionTransformer(nn.Module):
             tokens = tokens + self._positions(grid)
         prefix = [p for p in (self.class_token, self.register_tokens) if p is not None]
         x = torch.cat([*(p.expand(len(tokens), -1, -1) for p in prefix), tokens], dim=1)
+        x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x, rotation=rotation)
         return self.norm(x)
