@@ -369,14 +369,21 @@ def _fit_layer_scale(weights: FittedWeights, block: str, branch: int, cfg: ViTCo
         weights.changes[ours] = f"multiplied by {source}"
 
 
-def expect_our_pixels(weights: FittedWeights, mean: Sequence[float], std: Sequence[float]) -> None:
+def fold_pixel_statistics(
+    weights: FittedWeights, mean: float | Sequence[float], std: float | Sequence[float]
+) -> None:
     """Embed pixels normalised by ImageNet's mean and deviation as those by `mean` and `std`.
 
-    A value y of ours is (y s + m - mean) / std by theirs, which is linear as the embedding is.
+    Each is of all channels, or of the three. A value y of ours is (y s + m - mean) / std by theirs,
+    which is linear as the embedding is. Raises ValueError for another number of channels, and for a
+    deviation that is not above 0.
     """
     name = "patch_embed.weight"
     own_mean, own_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    theirs, deviation = torch.tensor(mean), torch.tensor(std)
+    theirs, deviation = (torch.as_tensor(x, dtype=torch.float32).flatten() for x in (mean, std))
+    if {len(theirs), len(deviation)} - {1, 3} or not (deviation > 0).all():
+        raise ValueError(f"pixels: expected one or three means and deviations, got {mean}, {std}")
+    theirs, deviation = theirs.expand(3), deviation.expand(3)
     if torch.equal(own_mean, theirs) and torch.equal(own_std, deviation):
         return
     kernels = weights.tensors[name]  # [C, 3, P, P]
