@@ -31,6 +31,7 @@ from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.objectives.terms.base import copy_state
+from m3i_fast.pipelines.optional_imports import require
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +179,8 @@ def _of_open_clip(
     """Return the weights of a model of open_clip, with its text tower where ours is the same."""
     assert isinstance(vision, ViTConfig)
     file = open_clip_weights.read_open_clip(path)
+    if "timm_model_name" in file.config.get("vision_cfg", {}):
+        require("timm", extra="timm")
     initial = _initial(spec, file.path, open_clip_weights.image_weights(file, vision))
     if text is None:
         return replace(initial, without_text="the run has no captions")

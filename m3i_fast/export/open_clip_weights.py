@@ -22,7 +22,6 @@ from m3i_fast.export.vit_names import OPEN_CLIP_BLOCK, OPEN_CLIP_RESBLOCKS, Rena
 from m3i_fast.export.vit_weights import FittedWeights, fold_pixel_statistics, vit_weights
 from m3i_fast.export.weight_files import read_weights, some, tensors_in
 from m3i_fast.json_files import read_json
-from m3i_fast.pipelines.optional_imports import require
 
 State = dict[str, Tensor]
 
@@ -149,7 +148,8 @@ def _told_by_timm(name: str) -> dict[str, Any]:
     ValueError for what is no name of timm's own, as hf-hub: and local-dir:, by which it would read
     elsewhere, and for a model that is neither a plain ViT nor DINOv3's.
     """
-    timm = require("timm", extra="timm")
+    import timm
+
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f"timm_model_name: expected a model that timm has, got {name!r}")
     with torch.device("meta"):
