@@ -154,6 +154,16 @@ def test_features_are_computed_once(model: m3i_fast.Model, tmp_path: Path) -> No
     assert not folder.name.startswith(".")
 
 
+def test_another_version_has_other_features(
+    model: m3i_fast.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Listed(drawn(2))
+    cached_features(model, listed, tmp_path)
+    monkeypatch.setattr(m3i_fast, "__version__", "0.0.1", raising=False)
+    cached_features(model, listed, tmp_path)
+    assert listed.reads == [2, 2] and len([*(tmp_path / "search").iterdir()]) == 2
+
+
 def test_other_weights_pictures_or_arithmetic_have_other_features(
     run: Path, model: m3i_fast.Model, tmp_path: Path
 ) -> None:

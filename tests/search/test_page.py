@@ -286,7 +286,7 @@ def test_a_patch_is_chosen_by_keys(
     wait(driver, "return document.querySelectorAll('.thumb canvas').length === 0")
 
 
-# What the server answers is held back, or is an error, as ANSWERS says of each address.
+# What the server answers at the address `holds` is held back, and at `broken` it is an error.
 HOLD = """
 const real = window.fetch;
 window.held = {};
@@ -333,7 +333,7 @@ def test_a_patch_that_is_cleared_is_not_drawn_later(
     wait(driver, "return 'patches' in window.held")
     find(driver, "#clear").click()
     driver.execute_script("window.held.patches()")
-    search_words(driver, "a red heart")
+    wait(driver, IDLE)
     assert not driver.execute_script("return document.querySelectorAll('.thumb canvas').length")
 
 
