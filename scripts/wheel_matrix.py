@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,8 @@ ROOT = install.ROOT
 FOLDER = ROOT / "build" / "wheels"
 SMOKE = ROOT / "scripts" / "wheel_smoke.py"
 # The floor of torch's own wheels: glibc 2.28, and the libstdc++ of GCC 8.
-PLATFORM = "manylinux_2_28_x86_64"
+FLOOR = (2, 28)
+PLATFORM = f"manylinux_{FLOOR[0]}_{FLOOR[1]}_{platform.machine()}"
 EXTRAS = "shards,eval"
 PAGE = ROOT / "docs" / "start" / "adapt.md"
 PAGE_EXTRAS = "timm,hf,onnx"
@@ -101,14 +104,20 @@ def symbols_asked(wheel: Path) -> dict[str, Any]:
 def expect_floor(wheel: Path) -> None:
     """Raise RuntimeError where the modules of a wheel ask for a Linux newer than PLATFORM."""
     facts = symbols_asked(wheel)
-    # manylinux_2_17_x86_64 and the like are older ones
-    found = facts["sym_tag"].removeprefix("manylinux_").removesuffix("_x86_64").split("_")
-    limit = PLATFORM.removeprefix("manylinux_").removesuffix("_x86_64").split("_")
-    if list(map(int, found)) > list(map(int, limit)):
+    if not is_old_enough(facts["sym_tag"]):
         raise RuntimeError(
             f"{wheel.name}: expected symbols of {PLATFORM}, got {facts['sym_tag']}: "
             f"{facts['versioned_symbols']}; m3i_lower_floor in CMakeLists.txt binds older ones"
         )
+
+
+def is_old_enough(tag: str) -> bool:
+    """Return whether a platform tag, as manylinux_2_17_x86_64, is PLATFORM or an older one.
+
+    linux_x86_64, auditwheel's tag for symbols that no manylinux has, is newer than all.
+    """
+    found = re.fullmatch(r"manylinux_(\d+)_(\d+)_\w+", tag)
+    return found is not None and (int(found[1]), int(found[2])) <= FLOOR
 
 
 # ---- Environments --------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from m3i_fast.models.image_encoder import build_encoder
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
 from m3i_fast.objectives.terms.base import copy_state
+from m3i_fast.pipelines.optional_imports import require
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def begin_from_weights(
 
     Sharded or not. Every rank reads the file; nothing is drawn. None without cfg.init. Raises
     FileNotFoundError where there is none, and ValueError where it does not fit cfg.vision or ranks
-    have different ones.
+    have different ones, or where a text tower that was asked for (`read_initial`) does not fit.
     """
     if not cfg.init:
         return None
@@ -120,6 +121,11 @@ def begin_from_weights(
     with torch.no_grad():
         for average, online in objective.momentum_pairs():
             copy_state(average, online)
+    if captions and initial.without_text:
+        logger.warning(
+            "--init %s: the text encoder begins from its initial values: %s",
+            *(cfg.init, initial.without_text),
+        )
     if initial.weights.new:
         logger.warning(
             "--init %s has no %s: the features are not those of its model",
@@ -131,7 +137,8 @@ def begin_from_weights(
 def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None) -> InitialWeights:
     """Read the weights that `spec` names, SCHEME:PATH, for an image encoder of `vision`.
 
-    text: of the text encoder; None where there is none.
+    text: of the text encoder; None where there is none. One that is causal asks for the text tower
+    of the source: ValueError where that does not fit it. A source may have none.
     """
     scheme, _, place = spec.partition(":")
     path = Path(place)
@@ -144,6 +151,7 @@ def read_initial(spec: str, vision: VisionConfig, text: TextConfig | None = None
         if scheme == "hf":
             assert isinstance(vision, ViTConfig)  # TrainConfig.conflicts
             found = read_folder(path, vision, text)
+            _expect_asked(found.without_text, text)
             return InitialWeights(
                 source=spec,
                 sha256=found.sha256,
@@ -171,13 +179,27 @@ def _of_open_clip(
     """Return the weights of a model of open_clip, with its text tower where ours is the same."""
     assert isinstance(vision, ViTConfig)
     file = open_clip_weights.read_open_clip(path)
+    if "timm_model_name" in file.config.get("vision_cfg", {}):
+        require("timm", extra="timm")
     initial = _initial(spec, file.path, open_clip_weights.image_weights(file, vision))
     if text is None:
         return replace(initial, without_text="the run has no captions")
+    if not open_clip_weights.has_text(file):
+        return replace(initial, without_text="the file has no text tower")
     try:
         return replace(initial, text=open_clip_weights.text_weights(file, text))
     except ValueError as error:
+        _expect_asked(str(error), text)
         return replace(initial, without_text=str(error))
+
+
+def _expect_asked(without_text: str, text: TextConfig | None) -> None:
+    """Raise ValueError where a text tower was asked for and there is a reason against it."""
+    if without_text and text is not None and text.attention == "causal":
+        raise ValueError(
+            f"the text tower does not fit: {without_text}; to begin with a text encoder of initial "
+            "values give --text.attention bidirectional"
+        )
 
 
 def _of_run(run: Path, newest: checkpoint.Checkpoint, vision: VisionConfig) -> FittedWeights:

@@ -92,7 +92,7 @@ def to_open_clip(
         raise ValueError(
             "--to open_clip: open_clip can build no such model: "
             + "; ".join(problems)
-            + ". The flags are those of a new run; this one goes --to timm or --to safetensors"
+            + ". The flags are those of a new run; this one goes --to safetensors or --to hf"
         )
     assert isinstance(image, _Tower)
     weights = {f"visual.{name}": value for name, value in image.weights.items()}

@@ -19,8 +19,8 @@ from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.text_weights import fitted_text
 from m3i_fast.export.timm import activation_of
 from m3i_fast.export.vit_names import OPEN_CLIP_BLOCK, OPEN_CLIP_RESBLOCKS, Renamed
-from m3i_fast.export.vit_weights import FittedWeights, expect_our_pixels, vit_weights
-from m3i_fast.export.weight_files import read_weights, tensors_in
+from m3i_fast.export.vit_weights import FittedWeights, fold_pixel_statistics, vit_weights
+from m3i_fast.export.weight_files import read_weights, some, tensors_in
 from m3i_fast.json_files import read_json
 
 State = dict[str, Tensor]
@@ -31,6 +31,8 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _CONFIG_SHAPE = {"model_cfg": {"vision_cfg": dict, "text_cfg": dict}, "preprocess_cfg?": dict}
 _EPS = 1e-5  # of its norms, where its config has no other
 _HEAD_DIM = 64  # of its heads, likewise
+_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels, likewise: OpenAI's
+_STD = (0.26862954, 0.26130258, 0.27577711)
 _VISUAL, _TRUNK, _TEXT, _LOGITS = "visual.", "visual.trunk.", "text.", "logit_"
 
 
@@ -75,13 +77,13 @@ def read_open_clip(place: Path) -> OpenClipFile:
 def image_weights(file: OpenClipFile, cfg: ViTConfig) -> FittedWeights:
     """Return the weights of the image tower, its own ViT or one of timm, for a ViT of `cfg`.
 
-    Its projection belongs to another pooling and is left out. Where a folder says by which mean and
-    deviation pixels were normalised, the patches are embedded as if they still were. Raises
-    ValueError as `vit_weights`.
+    Its projection belongs to another pooling and is left out. Patches are embedded as if pixels
+    were normalised by the mean and deviation of the folder, which are OpenAI's where it has none,
+    as in open_clip; a file alone has no folder. Raises ValueError as `vit_weights`.
     """
     weights = _image_weights(file, cfg)
-    if {"mean", "std"} <= file.pixels.keys():
-        expect_our_pixels(weights, file.pixels["mean"], file.pixels["std"])
+    if file.config:
+        fold_pixel_statistics(weights, file.pixels.get("mean", _MEAN), file.pixels.get("std", _STD))
     weights.left_out += [name for name in file.state if name.startswith(_LOGITS)]
     return weights
 
@@ -141,14 +143,26 @@ def _told(
 
 
 def _told_by_timm(name: str) -> dict[str, Any]:
-    """Return the same of a model of timm, which timm builds by its name."""
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
+    """Return the same of a model of timm, which timm builds by its name and nothing else.
 
+    ValueError for what is no name of timm's own, as hf-hub: and local-dir:, by which it would read
+    elsewhere, and for a model that is neither a plain ViT nor DINOv3's.
+    """
+    import timm
+
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"timm_model_name: expected a model that timm has, got {name!r}")
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
-    if not isinstance(model, VisionTransformer):
-        return {}
+    if isinstance(model, timm.models.Eva):  # whose rotary positions are DINOv3's or others
+        is_ours = isinstance(model.rope, timm.layers.RotaryEmbeddingDinoV3)
+    else:
+        is_ours = isinstance(model, timm.models.VisionTransformer)
+    if not is_ours:
+        raise ValueError(
+            f"timm_model_name: expected a ViT that ours can be, plain or DINOv3's, got {name}, a "
+            f"{type(model).__name__}"
+        )
     block = model.blocks[0]
     kind = activation_of(block.mlp.act)
     told = {"norm_eps": block.norm1.eps, "num_heads": block.attn.num_heads}
@@ -166,6 +180,11 @@ def text_weights(file: OpenClipFile, cfg: TextConfig) -> FittedWeights:
     if tower := file.config.get("text_cfg", {}):
         told |= _told(file.config, tower, width, None)
     return fitted_text(named, told, cfg)
+
+
+def has_text(file: OpenClipFile) -> bool:
+    """Return whether the file has weights besides those of the image tower."""
+    return any(not name.startswith((_VISUAL, _LOGITS)) for name in file.state)
 
 
 def _text_state(file: OpenClipFile) -> State:
@@ -209,4 +228,6 @@ def _renamed(state: State) -> Renamed:
     tensors["projection.weight"] = tensors["projection.weight"].T.contiguous()
     sources = {ours: theirs for theirs, ours in names.items() if theirs in state}
     unused = [name for name in state if name not in names]
+    if parts := [name for name in unused if name.startswith(OPEN_CLIP_RESBLOCKS)]:
+        raise ValueError(f"expected a text tower as CLIP's, got more in it: {some(parts)}")
     return Renamed(tensors=tensors, sources=sources, left_out=unused)

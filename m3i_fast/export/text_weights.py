@@ -44,6 +44,11 @@ def fitted_text(named: Renamed, told: Mapping[str, Any], cfg: TextConfig) -> Fit
         for name, value in expected.items()
         if name not in tensors or tensors[name].shape != value.shape
     ]
+    wrong += [
+        f"{named.sources.get(name, name)}: expected none, got {list(value.shape)}"
+        for name, value in tensors.items()
+        if name not in expected
+    ]
     if wrong:
         raise ValueError("; ".join(wrong))
     return FittedWeights(

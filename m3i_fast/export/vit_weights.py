@@ -21,6 +21,7 @@ from m3i_fast.config.fields import Gelu
 from m3i_fast.config.models import vit as sizes
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.export.vit_names import Family, Renamed, renamed
+from m3i_fast.export.weight_files import some
 from m3i_fast.models.transformer.blocks import fc1_features
 from m3i_fast.models.transformer.positions import resample_grid
 from m3i_fast.models.transformer.vit import ViT
@@ -78,6 +79,8 @@ def vit_weights(
     told: fields of a ViTConfig that stand beside the file, which go before all that. Raises
     ValueError as `vit_names.renamed`, and where cfg is another network, with the flags to type.
     """
+    if family == "timm":
+        expect_plain(state)
     named = renamed(state, family)
     merge_prefix_positions(named.tensors, family)
     nearest, is_published = _nearest(named.tensors, family)
@@ -141,6 +144,30 @@ def fitted(named: Renamed, of_file: ViTConfig, cfg: ViTConfig, name: str) -> Fit
 # ---- What network a file is of -------------------------------------------------------------------
 
 
+def expect_plain(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a file of timm whose model turns queries and keys otherwise than DINOv3.
+
+    The angles are computed and not stored; what is stored beside them tells the models apart.
+    """
+
+    def has(ending: str) -> str | None:
+        return next((n for n in state if n == ending or n.endswith(f".{ending}")), None)
+
+    signs = {
+        "an Eva with rotary positions beside its table (rope_ape)": ("pos_embed", "gamma_1"),
+        "PE-Core, which adds rotary positions": ("norm_pre.weight", "attn_pool.latent"),
+    }
+    if has("pos_embed") is None:
+        signs["rotary positions that are not DINOv3's"] = ("fc_norm.weight", "fc_norm.bias")
+    for model, names in signs.items():
+        found = [has(name) for name in names]
+        if all(found):
+            raise ValueError(
+                f"expected an encoder that our ViT can be, got {some(found)}: {model}; by which "
+                "angles that model turns, a file does not say"
+            )
+
+
 def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return what the shapes say of the fields of a ViTConfig."""
     dim, _, patch, _ = tensors["patch_embed.weight"].shape
@@ -185,10 +212,10 @@ def _config_of(
     """Return the config of the file's network; `published` says what its shapes do not."""
     found = _sizes(tensors)
     if found["position"] == "rotary":
-        if "register_tokens" not in tensors:
+        if missing := [n for n in ("class_token", "register_tokens") if n not in tensors]:
             raise ValueError(
-                "expected positions, or rotary ones of DINOv3, got neither a pos_embed nor "
-                "registers: by which angles that model turns, a file does not say"
+                "expected positions, or rotary ones of DINOv3, got neither a pos_embed nor a "
+                f"{some(missing)}: by which angles that model turns, a file does not say"
             )
         norm_eps = None  # all that are rotary are DINOv3's
     dim, heads = found["dim"], published.num_heads
@@ -342,14 +369,21 @@ def _fit_layer_scale(weights: FittedWeights, block: str, branch: int, cfg: ViTCo
         weights.changes[ours] = f"multiplied by {source}"
 
 
-def expect_our_pixels(weights: FittedWeights, mean: Sequence[float], std: Sequence[float]) -> None:
+def fold_pixel_statistics(
+    weights: FittedWeights, mean: float | Sequence[float], std: float | Sequence[float]
+) -> None:
     """Embed pixels normalised by ImageNet's mean and deviation as those by `mean` and `std`.
 
-    A value y of ours is (y s + m - mean) / std by theirs, which is linear as the embedding is.
+    Each is of all channels, or of the three. A value y of ours is (y s + m - mean) / std by theirs,
+    which is linear as the embedding is. Raises ValueError for another number of channels, and for a
+    deviation that is not above 0.
     """
     name = "patch_embed.weight"
     own_mean, own_std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    theirs, deviation = torch.tensor(mean), torch.tensor(std)
+    theirs, deviation = (torch.as_tensor(x, dtype=torch.float32).flatten() for x in (mean, std))
+    if {len(theirs), len(deviation)} - {1, 3} or not (deviation > 0).all():
+        raise ValueError(f"pixels: expected one or three means and deviations, got {mean}, {std}")
+    theirs, deviation = theirs.expand(3), deviation.expand(3)
     if torch.equal(own_mean, theirs) and torch.equal(own_std, deviation):
         return
     kernels = weights.tensors[name]  # [C, 3, P, P]

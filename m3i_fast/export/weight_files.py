@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import stat
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,21 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """Return what a file of weights holds, on the CPU: .safetensors, else of torch.save.
 
     The latter is read with weights_only=True. Raises FileNotFoundError where there is no such file,
-    and ValueError for one that is damaged or holds more than tensors and plain values.
+    and ValueError for one that is damaged or holds more than tensors and plain values, such as a
+    TorchScript archive.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file of weights, found none")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if _is_torchscript(path):
+            raise ValueError(
+                f"{path}: expected tensors by name, got a TorchScript archive, which holds a "
+                "program too (OpenAI's own files of CLIP are such); if you trust it, write its "
+                f"weights to a file: torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), "
+                "'weights.pt')"
+            )
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -46,6 +55,17 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return content
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Return whether a file is a zip archive with TorchScript's constants."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False  # torch.load names what is wrong
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], **more: str) -> None:

@@ -30,16 +30,19 @@ def dcnv3_by_grid_sample(
     remove_center: bool = False,
     softmax: bool = False,
 ) -> Tensor:  # [N, Yo, Xo, C]
-    """Compute `m3i_fast.ops.dcnv3` by F.grid_sample, in the dtype of x; differentiable.
+    """Compute `m3i_fast.ops.dcnv3` by F.grid_sample; differentiable, and in the dtype of x.
 
-    Places are normalised to -1..1, which costs a few units in the last place of an image's side.
-    Only finite offsets and masks are meant: what else becomes, grid_sample decides.
+    Places, samples and sums are at least fp32, since a half has too few numbers for a place. Places
+    are normalised to -1..1, which costs a few units in the last place of an image's side. Only
+    finite offsets and masks are meant: what else becomes, grid_sample decides.
     """
     kernel, strides, pads, dilations = (
         (pair, pair) if isinstance(pair, int) else pair
         for pair in (kernel_size, stride, padding, dilation)
     )
-    batch, height, width, channels = x.shape
+    dtype, (batch, height, width, channels) = x.dtype, x.shape
+    wide = torch.promote_types(dtype, torch.float32)
+    x, offset, mask = x.to(wide), offset.to(wide), mask.to(wide)
     rows, columns = offset.shape[1:3]
     point = torch.arange(kernel[0] * kernel[1] - remove_center, device=x.device)
     if remove_center:
@@ -67,7 +70,7 @@ def dcnv3_by_grid_sample(
     weight = weight.softmax(dim=-1) if softmax else weight
     weight = weight.permute(0, 3, 1, 2, 4).reshape(batch * groups, 1, rows * columns, -1)
     out = (sample * weight).sum(dim=-1).view(batch, channels, rows, columns)
-    return out.permute(0, 2, 3, 1).contiguous()
+    return out.permute(0, 2, 3, 1).to(dtype).contiguous()
 
 
 def _normalised(

@@ -6,6 +6,7 @@ Legend: N pictures, M cells of the encoder's grid, C width of a token, S pixels 
 from __future__ import annotations
 
 import io
+import logging
 import math
 import secrets
 import time
@@ -31,7 +32,9 @@ from m3i_fast.report.data.page import printable
 from m3i_fast.report.pictures import SMALL, inline
 from m3i_fast.search.features import Described, Features, describe, view_of
 from m3i_fast.search.index import Index
-from m3i_fast.search.pictures import Pictures, decode
+from m3i_fast.search.pictures import About, Pictures, decode
+
+logger = logging.getLogger(__name__)
 
 NUM_RESULTS, MOST_RESULTS = 24, 96
 NUM_GUESSES = 5
@@ -235,7 +238,7 @@ class Answers:
         return self._features.readable & (self._class_of == number)
 
     def _result(self, row: int, similarity: float) -> Answer:
-        name, captions = self._pictures.about(row)
+        name, captions = self._named(row)
         label = int(self._pictures.label[row])
         guess = None
         if self._features.guess is not None and self._features.probability is not None:
@@ -249,6 +252,14 @@ class Answers:
             "label": printable(self._pictures.class_names[label]) if label >= 0 else None,
             "guess": guess,
         }
+
+    def _named(self, row: int) -> About:
+        """Return a picture's name and captions, or why they cannot be read: others can."""
+        try:
+            return self._pictures.about(row)
+        except (ValueError, OSError) as error:
+            logger.warning("picture %d: %s", row, error)
+            return About(f"picture {row} cannot be read: {error}", ())
 
     def _told(self, query: Query) -> Answer:
         """Return what the page shows of a query: the picture as the model sees it, and guesses."""
@@ -277,7 +288,8 @@ class Answers:
 
         The cosine is that of the tokens about the mean of all pictures at their cells, as in
         `m3i-fast evaluate`'s correspondence: a code of the place alone would find the same place
-        everywhere. request: query (its id), cell (0 to M - 1, row by row) and rows.
+        everywhere. request: query (its id), cell (0 to M - 1, row by row) and rows. Of a picture
+        that can no longer be read the answer has None.
         """
         _expect(request, {"query": str, "cell": int, "rows": [int]})
         query = self._asked({"query": request["query"]})
@@ -288,27 +300,45 @@ class Answers:
             )
         if not 1 <= len(rows) <= MOST_RESULTS:
             raise ValueError(f"rows: expected 1 to {MOST_RESULTS} of them, got {len(rows)}")
+        for row in rows:
+            self._expect_picture(row)
         started = time.perf_counter()
         missing = [row for row in dict.fromkeys(rows) if row not in self._tokens]
         for row in set(rows) - set(missing):
             self._tokens.move_to_end(row)  # which keeps them while others are added
+        encoded = 0
         for first in range(0, len(missing), PATCH_BATCH):
-            self._encode(missing[first : first + PATCH_BATCH])
+            encoded += self._encode(missing[first : first + PATCH_BATCH])
         wanted = self._about_mean(query.described.cells[0])[cell]
-        similarity = torch.stack([self._tokens[row] @ wanted for row in rows])  # [R, M]
+        found = [self._tokens.get(row) for row in rows]
         return {
-            "similarity": [[round(v, 3) for v in of] for of in similarity.tolist()],
-            "encoded": len(missing),
+            "similarity": [
+                None if tokens is None else [round(v, 3) for v in (tokens @ wanted).tolist()]
+                for tokens in found
+            ],
+            "encoded": encoded,
             "ms": _ms(started),
         }
 
-    def _encode(self, rows: Sequence[int]) -> None:
-        """Keep the tokens of some pictures, about their means and of unit length."""
-        contents = [self._content(row) for row in rows]
-        views = list(self._readers.map(lambda content: view_of(self._model, content), contents))
-        cells = self._about_mean(describe(self._model, torch.cat(views)).cells)
-        for row, of_row in zip(rows, cells, strict=True):
-            self._tokens.keep(row, of_row.clone())
+    def _encode(self, rows: Sequence[int]) -> int:
+        """Keep the tokens of some pictures, about their means and of unit length.
+
+        Returns how many they are: those that can no longer be read are left out.
+        """
+        read = zip(rows, self._readers.map(self._view, rows), strict=True)
+        views = {row: view for row, view in read if view is not None}
+        if views:
+            cells = self._about_mean(describe(self._model, torch.cat([*views.values()])).cells)
+            for row, of_row in zip(views, cells, strict=True):
+                self._tokens.keep(row, of_row.clone())
+        return len(views)
+
+    def _view(self, row: int) -> Tensor | None:  # [1, 3, S, S] uint8
+        try:
+            return view_of(self._model, self._content(row))
+        except (Forgotten, ValueError) as error:
+            logger.warning("picture %d: %s", row, error)
+            return None
 
     def _about_mean(self, cells: Tensor) -> Tensor:  # [..., M, C] -> the same, unit length
         return F.normalize(cells - self._features.position_mean, dim=-1)
@@ -332,12 +362,15 @@ class Answers:
 
     def _content(self, row: int) -> bytes:
         """Return the encoded picture of a row; raises `Forgotten` where there is none."""
-        if not 0 <= row < len(self._features.readable) or not self._features.readable[row]:
-            raise Forgotten(f"there is no picture {row}")
+        self._expect_picture(row)
         try:
             return self._pictures.read(row)
         except OSError as error:
             raise Forgotten(f"picture {row} is gone: {error.strerror or error}") from error
+
+    def _expect_picture(self, row: int) -> None:
+        if not 0 <= row < len(self._features.readable) or not self._features.readable[row]:
+            raise Forgotten(f"there is no picture {row}")
 
 
 def _classes(

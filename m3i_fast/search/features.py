@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+import m3i_fast
 from m3i_fast.durable_files import make_directories, remove_directory, sync
 from m3i_fast.export.weight_files import write_weights
 from m3i_fast.inference.model import Model
@@ -36,7 +37,7 @@ from m3i_fast.search.pictures import Pictures, decode
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # of the files below
+VERSION = 2  # of the files below
 STATE = "state.safetensors"
 SAVED_EVERY_S = 15.0
 MOST_NAMED = 5  # unreadable pictures in the log
@@ -60,7 +61,7 @@ class Features:
     image: NDArray[np.float32] | None  # [N, E], embeddings in the space of captions
     guess: NDArray[np.int32] | None  # [N], the class that the model guesses
     probability: NDArray[np.float32] | None  # [N], of that guess
-    readable: NDArray[np.bool_]  # [N]; all else of an unreadable picture is 0
+    readable: NDArray[np.bool_]  # [N], with finite features; all else of another picture is 0
     position_mean: Tensor  # [M, C] fp32, the mean token of all pictures at each cell
 
 
@@ -120,6 +121,7 @@ def _digest(model: Model, pictures: Pictures) -> str:
     """Hash what the features depend on: config, weights, preprocessing, arithmetic, pictures."""
     made = {
         "version": VERSION,
+        "m3i_fast": m3i_fast.__version__,
         "encoder": str(model.encoder.cfg),
         "preprocessing": asdict(model.transform.preprocessing),
         "compute_dtype": str(model.compute_dtype),
@@ -171,13 +173,20 @@ def _compute(
         tell(files.num_rows, total)
         for found in _batches(model, pictures, files.num_rows, batch_size, num_threads):
             refused += [each for each in found if isinstance(each, str)]
-            files.append(*_columns(model, black, found))
+            columns, token_sum = _columns(model, black, found)
+            finite = columns["readable"].tolist()
+            refused += [
+                f"picture {files.num_rows + i}: its features are not finite"
+                for i, each in enumerate(found)
+                if isinstance(each, Tensor) and not finite[i]
+            ]
+            files.append(columns, token_sum)
             tell(files.num_rows, total)
     for line in refused[:MOST_NAMED]:
-        logger.warning("left out, since it cannot be read: %s", line)
+        logger.warning("left out: %s", line)
     if files.num_readable == 0:
         remove_directory(folder)
-        raise ValueError(f"none of {total:,} pictures can be read; {'; '.join(refused[:1])}")
+        raise ValueError(f"none of {total:,} pictures can be used; {'; '.join(refused[:1])}")
 
 
 def _batches(
@@ -216,6 +225,9 @@ def _columns(
     readable = torch.tensor([isinstance(each, Tensor) for each in found])
     views = [each if isinstance(each, Tensor) else black for each in found]
     made = describe(model, torch.cat(views))
+    for values in (made.cells, made.mean, made.image, made.logits):
+        if values is not None:
+            readable &= values.flatten(1).isfinite().all(1)
     columns = {"mean": made.mean}
     if made.image is not None:
         columns["image"] = made.image

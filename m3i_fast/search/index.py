@@ -23,14 +23,17 @@ class Index:
     among the k nearest where its fp32 cosine is no further below the k-th than both may be wrong
     by, which is less than (2 C + 8) 2^-24 each: C products are summed up, and C squares of the norm
     (Higham, Accuracy and Stability, section 3.1). So the answer is that of fp64, whatever the
-    number of threads and the order of the sums; of equal cosines the lower row comes first.
+    number of threads and the order of the sums; of equal cosines the lower row comes first. Rows
+    whose norm is not finite in fp32 are never among them.
     """
 
     def __init__(self, features: NDArray[np.float32]) -> None:  # [N, C], may be a memory map
         self._rows = torch.from_numpy(features)
         self._chunk = max(1, CHUNK_BYTES // (4 * features.shape[1]))
         norms = [chunk.norm(dim=1) for chunk in self._rows.split(self._chunk)]
-        self._scale = torch.cat(norms).clamp_min(TINY).reciprocal()
+        norm = torch.cat(norms)
+        self._is_finite = norm.isfinite()
+        self._scale = norm.clamp_min(TINY).reciprocal()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,19 +47,22 @@ class Index:
         """Return the rows of the `num` largest cosines with `query`, and these, in order.
 
         among: rows that may be returned; None: all. Fewer are returned where there are fewer.
+        Raises ValueError for a query whose norm is not finite.
         """
         query = query.detach().cpu().float()
+        if not query.norm().isfinite():
+            raise ValueError("expected a query of finite numbers, got others: the model has none")
         unit = query / query.norm().clamp_min(TINY)
         scores = torch.empty(len(self._rows))
         parts = zip(self._rows.split(self._chunk), scores.split(self._chunk), strict=True)
         for chunk, out in parts:
             torch.mv(chunk, unit, out=out)
         scores *= self._scale
-        num_allowed = len(scores)
+        allowed = self._is_finite
         if among is not None:
-            scores.masked_fill_(~torch.from_numpy(among), -torch.inf)
-            num_allowed = int(among.sum())
-        num = min(num, num_allowed)
+            allowed = allowed & torch.from_numpy(among)
+        scores.masked_fill_(~allowed, -torch.inf)
+        num = min(num, int(allowed.sum()))
         if num < 1:
             return np.zeros(0, np.int64), np.zeros(0)
         least = scores.topk(num, sorted=False).values.min()

@@ -5,7 +5,8 @@
   const grid = about.grid, MOST_RESULTS = 96;
   let asked = null;  // {words}, {query} or {row}: what the pictures on the page are the answer to
   let shown = [];  // the results on the page
-  let turn = 0;  // of the newest request: an answer that comes later than the next question's is dropped
+  const turns = { search: 0, patch: 0 };  // of the newest requests: what older ones answer is dropped
+  const busy = new Set();  // of these kinds
   let pointed = Math.floor((grid * grid) / 2);  // the cell under the mouse, or that keys move
   let chosen = null;  // the cell that is found in the results
 
@@ -25,19 +26,31 @@
 
   const ask = (path, question) => post(path, JSON.stringify(question), "application/json");
 
-  // Runs one question; its error is shown in the page, and what an older one answers is dropped.
-  async function answered(question, show) {
-    const mine = ++turn;
+  // Runs one question; its error is shown in the page, and what an older one of its kind answers is dropped.
+  async function answered(kind, question, show, failed = fail) {
+    const mine = begin(kind);
     at("error").hidden = true;
-    at("hits").setAttribute("aria-busy", "true");
     try {
       const answer = await question();
-      if (mine === turn) show(answer);
+      if (mine === turns[kind]) show(answer);
     } catch (error) {
-      if (mine === turn) fail(error.message);
+      if (mine === turns[kind]) failed(error.message);
     } finally {
-      if (mine === turn) at("hits").removeAttribute("aria-busy");
+      if (mine === turns[kind]) end(kind);
     }
+  }
+
+  function begin(kind) {
+    busy.add(kind);
+    at("hits").setAttribute("aria-busy", "true");
+    return ++turns[kind];
+  }
+
+  // Ends the newest request of a kind; what it may still answer is dropped.
+  function end(kind) {
+    turns[kind]++;
+    busy.delete(kind);
+    if (!busy.size) at("hits").removeAttribute("aria-busy");
   }
 
   function fail(message) {
@@ -52,6 +65,7 @@
 
   function search(question, num = about.results) {
     return answered(
+      "search",
       () => ask("search", { ...question, class: chosenClass(), num }),
       (answer) => showFound(question, answer, num),
     );
@@ -60,12 +74,13 @@
   async function searchPicture(file) {
     if (!file) return;
     if (file.size > about.bytes) {
-      turn++;
+      end("search");
       fail(`${file.name}: expected at most ${about.bytes / 2 ** 20} MiB, got ${(file.size / 2 ** 20).toFixed(1)} MiB.`);
       return;
     }
     let encode_ms = 0, added;
     await answered(
+      "search",
       async () => {
         const answer = await post("add", file, "application/octet-stream").catch((error) => {
           throw new Error(`${file.name || "The picture"}: ${error.message}`);
@@ -157,6 +172,7 @@
   }
 
   function clearPatch() {
+    end("patch");
     chosen = null;
     for (const id of ["pointed", "chosen", "patch"]) at(id).hidden = true;
     for (const drawn of document.querySelectorAll(".thumb canvas, .thumb .cell, .of-patch")) drawn.remove();
@@ -169,18 +185,32 @@
     at("patch").hidden = false;
     at("patch-told").textContent = "Looking at each patch of these pictures ...";
     const rows = shown.map((result) => result.row);
-    answered(() => ask("patches", { query: asked.query, cell, rows }), (answer) => showPatch(cell, answer));
+    answered(
+      "patch",
+      () => ask("patches", { query: asked.query, cell, rows }),
+      (answer) => showPatch(cell, answer),
+      (message) => {
+        at("patch-told").textContent = "This patch was not looked for.";
+        fail(message);
+      },
+    );
   }
 
   function showPatch(cell, answer) {
-    const all = answer.similarity.flat().sort((a, b) => a - b);
+    const read = answer.similarity.filter((values) => values !== null);
+    const all = read.flat().sort((a, b) => a - b);
+    if (!all.length) {
+      at("patch-told").textContent = "None of these pictures can be read any more.";
+      return;
+    }
     const low = all[Math.floor(all.length / 2)], high = all[all.length - 1];
     const items = [...at("hits").children];
     answer.similarity.forEach((values, i) => drawHeat(items[i], values, low, high));
     const now = answer.encoded ? `, ${answer.encoded} of them encoded for it` : "";
     at("patch-told").textContent = `Patch in row ${Math.floor(cell / grid) + 1}, column ${(cell % grid) + 1} of ${grid}: `
       + `bright where patches are alike, cosine ${high.toFixed(2)} at best; framed is the best of each picture. `
-      + `${pictures(answer.similarity.length)} in ${time(answer.ms)}${now}.`;
+      + `${pictures(read.length)} in ${time(answer.ms)}${now}.`
+      + (read.length < items.length ? ` ${pictures(items.length - read.length)} can no longer be read.` : "");
   }
 
   // From patches that are as alike as half of all are to the most alike: red, green, blue, opacity.
@@ -195,6 +225,7 @@
 
   function drawHeat(item, values, low, high) {
     for (const old of item.querySelectorAll(".thumb canvas, .thumb .cell, .of-patch")) old.remove();
+    if (values === null) return;
     const canvas = make("canvas", { width: grid, height: grid });
     const context = canvas.getContext("2d"), image = context.createImageData(grid, grid);
     values.forEach((value, i) => {

@@ -13,8 +13,10 @@ import json
 import logging
 import re
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 MOST_PICTURE_BYTES = 32 << 20
 MOST_JSON_BYTES = 64 << 10
-LINGER_BYTES = 256 << 20  # of a body that is too large, read so that the browser sees the answer
+LINGER_BYTES = 256 << 20  # of a refused body, read so that the browser sees the answer
+LINGER_S = 3.0  # in all
 JSON_TYPE, PICTURE_TYPE = "application/json", "application/octet-stream"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -179,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Wrong as wrong:
             self.close_connection |= wrong.closes
             self._send_error(wrong.status, str(wrong))
-            if wrong.closes:
+            if wrong.closes and self.command == "POST":
                 self._linger()
         except Forgotten as error:
             self._send_error(HTTPStatus.NOT_FOUND, str(error))
@@ -278,10 +281,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _linger(self) -> None:
         """Read what is left of a refused body: closing at once would lose the answer on its way."""
         self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(2)
-        left = LINGER_BYTES
-        while left > 0 and (piece := self.rfile.read1(1 << 16)):
-            left -= len(piece)
+        left, end = LINGER_BYTES, time.monotonic() + LINGER_S
+        with suppress(TimeoutError):
+            while left > 0 and (seconds := end - time.monotonic()) > 0:
+                self.connection.settimeout(seconds)
+                piece = self.rfile.read1(1 << 16)
+                if not piece:
+                    break
+                left -= len(piece)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log a request where debugging is on."""

@@ -247,11 +247,15 @@ def test_the_verb_prints_where_each_weight_is_from(
 
 
 def test_weights_that_are_new_are_warned_of(
-    dataset: Path, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = {name: value for name, value in model.state_dict().items() if name != "cls_token"}
-    save_file(state, tmp_path / "headless.safetensors")
-    cfg = config(dataset, f"timm:{tmp_path / 'headless.safetensors'}")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    headless = timm.create_model(
+        "vit_small_patch16_224", class_token=False, global_pool="", **sizes
+    )
+    save_file(headless.state_dict(), tmp_path / "headless.safetensors")
+    vision = ViTConfig(image_size=32, patch_size=8, dim=32, depth=2, num_heads=2, class_token=True)
+    cfg = config(dataset, f"timm:{tmp_path / 'headless.safetensors'}", vision)
     with caplog.at_level(logging.WARNING):
         Trainer(cfg, tmp_path / "run").close()
     assert "has no class_token: the features are not those of its model" in caplog.text
@@ -265,7 +269,7 @@ def test_an_internimage_takes_no_file_of_a_vit(dataset: Path) -> None:
 
 
 def test_a_text_tower_that_is_another_network_is_left_out_and_told(
-    dataset: Path, tmp_path: Path
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A file of open_clip's: its image tower is taken, its texts by another network are not."""
     vision = clip_b16(image_size=32, patch_size=8, dim=64, depth=2, num_heads=1)
@@ -277,7 +281,9 @@ def test_a_text_tower_that_is_another_network_is_left_out_and_told(
     ).eval()
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     cfg = config(dataset, f"open_clip:{tmp_path / 'clip.pt'}", vision)
-    trainer = Trainer(cfg, tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        trainer = Trainer(cfg, tmp_path / "run")
+    assert "the text encoder begins from its initial values: expected a text tower" in caplog.text
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         pooled = trainer.objective.encoder.eval()(images)[:, 0] @ model.visual.proj
@@ -290,3 +296,7 @@ def test_a_text_tower_that_is_another_network_is_left_out_and_told(
     trainer.close()
     said = json.loads((tmp_path / "run" / "init.json").read_text())
     assert "text" not in said and said["without_text"] in last[2]
+
+    asked = replace(cfg, text=replace(cfg.text, attention="causal"))
+    with pytest.raises(ValueError, match="the text tower does not fit: .* add --text.dim 64"):
+        Trainer(asked, tmp_path / "asked")

@@ -17,7 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from m3i_fast.config.models.text import TextConfig
-from m3i_fast.config.models.vit import ViTConfig, clip_b16, clip_b32, clip_h14, clip_l14, vit_b
+from m3i_fast.config.models.vit import (
+    ViTConfig,
+    clip_b16,
+    clip_b32,
+    clip_h14,
+    clip_l14,
+    dinov3_s,
+    vit_b,
+)
 from m3i_fast.export.open_clip_weights import (
     CONFIG,
     WEIGHTS,
@@ -38,6 +46,7 @@ TEXT = TextConfig(
     **{"embed_dim": 24, "norm_eps": 1e-5},
     attention="causal",
 )
+OUR_PIXELS = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 VISION_CFG = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 2}
 TEXT_CFG = {"context_length": 12, "vocab_size": 90, "width": 64, "heads": 1, "layers": 2}
 MODEL = {"embed_dim": 24, "vision_cfg": VISION_CFG, "text_cfg": TEXT_CFG}
@@ -57,7 +66,8 @@ def written(folder: Path, model: nn.Module, config: dict[str, Any] | None = None
     save_file(model.state_dict(), folder / WEIGHTS[0])
     if config is None:
         return folder / WEIGHTS[0]
-    (folder / CONFIG).write_text(json.dumps({"model_cfg": config}))
+    content = {"model_cfg": config, "preprocess_cfg": OUR_PIXELS}
+    (folder / CONFIG).write_text(json.dumps(content))
     return folder
 
 
@@ -172,7 +182,8 @@ def test_a_siglip_like_tower_of_timm(tmp_path: Path) -> None:
     folder.mkdir()
     save_file(state, folder / WEIGHTS[0])
     vision = {"image_size": 256, "timm_model_name": name, "timm_pool": "map", "timm_proj": "none"}
-    config = {"model_cfg": {"embed_dim": 768, "vision_cfg": vision, "text_cfg": {}}}
+    model_cfg = {"embed_dim": 768, "vision_cfg": vision, "text_cfg": {}}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": OUR_PIXELS}
     (folder / CONFIG).write_text(json.dumps(config))
     cfg = vit_b(image_size=256, patch_size=32, depth=2, mlp="gelu_tanh")
     weights = image_weights(read_open_clip(folder), cfg)
@@ -191,12 +202,25 @@ def test_a_siglip_like_tower_of_timm(tmp_path: Path) -> None:
         text_weights(read_open_clip(folder), TEXT)
 
 
-def test_pixels_may_be_normalised_by_other_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "mean", "std"),
+    [
+        (
+            {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD},
+            *(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
+        ),
+        (None, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),  # open_clip's own default
+        ({"size": 32, "std": 0.25}, OPENAI_DATASET_MEAN, (0.25,) * 3),
+        ({"mean": 0.5, "std": [0.5]}, (0.5,) * 3, (0.5,) * 3),
+    ],
+)
+def test_pixels_may_be_normalised_by_other_numbers(
+    said: dict[str, Any] | None, mean: tuple[float, ...], std: tuple[float, ...], tmp_path: Path
+) -> None:
     """The features are those of the picture, though open_clip subtracts another mean from it."""
     model = drawn(CLIP(**MODEL))
     place = written(tmp_path / "folder", model)
-    pixels = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
-    config = {"model_cfg": MODEL, "preprocess_cfg": pixels}
+    config = {"model_cfg": MODEL} | ({} if said is None else {"preprocess_cfg": said})
     (place.parent / CONFIG).write_text(json.dumps(config))
     vit = loaded(place.parent, VISION)
     picture = torch.rand(2, 3, 32, 32)
@@ -206,7 +230,7 @@ def test_pixels_may_be_normalised_by_other_numbers(tmp_path: Path) -> None:
 
     with torch.no_grad():
         got = vit(by(IMAGENET_MEAN, IMAGENET_STD))
-        expected = tokens_of(model, by(OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+        expected = tokens_of(model, by(mean, std))
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     changes = image_weights(read_open_clip(place.parent), VISION).changes
     assert changes["patch_embed.bias"] == "zeros, for pixels by ImageNet's mean and deviation"
@@ -273,6 +297,76 @@ def test_files_of_other_models_are_told_apart(tmp_path: Path) -> None:
         vit_weights(state, "timm", VISION)
 
 
+def trunk_folder(folder: Path, name: Any, state: dict[str, Tensor]) -> Path:
+    """A folder of a model whose image tower is timm's, without texts."""
+    folder.mkdir()
+    save_file({f"visual.trunk.{key}": v for key, v in state.items()}, folder / WEIGHTS[0])
+    model_cfg = {"embed_dim": 8, "vision_cfg": {"timm_model_name": name}, "text_cfg": {}}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": OUR_PIXELS}
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_pe_core_tiny_patch16_384", "got vit_pe_core_tiny_patch16_384, a Eva"),
+        ("vit_small_patch16_rope_224", "a Eva"),
+        ("convnext_tiny", "plain or DINOv3's, got convnext_tiny, a ConvNeXt"),
+        ("hf-hub:user/x", "expected a model that timm has, got 'hf-hub:user/x'"),
+        ("local-dir:FOLDER", "expected a model that timm has, got 'local-dir:"),
+        (3, "expected a model that timm has, got 3"),
+    ],
+)
+def test_an_image_tower_that_timm_names_otherwise_is_refused(
+    name: Any, message: str, tmp_path: Path
+) -> None:
+    """Nor is anything read or downloaded that an untrusted name leads to."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"num_classes": 0}}
+    (elsewhere / "config.json").write_text(json.dumps(config))
+    state = timm.create_model("vit_tiny_patch16_224", depth=1).state_dict()
+    if name == "local-dir:FOLDER":
+        name = f"local-dir:{elsewhere}"
+    place = trunk_folder(tmp_path / "folder", name, state)
+    with pytest.raises(ValueError, match=message):
+        image_weights(read_open_clip(place), vit_b(dim=192, depth=1, num_heads=3, class_token=True))
+
+
+def test_a_trunk_of_dinov3_is_taken(tmp_path: Path) -> None:
+    name = "vit_small_patch16_dinov3_qkvb"
+    trunk = drawn(timm.create_model(name, depth=2, num_classes=0))
+    vit = loaded(
+        trunk_folder(tmp_path / "folder", name, trunk.state_dict()),
+        dinov3_s(depth=2, image_size=64),
+    )
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = trunk.forward_features(images)
+        torch.testing.assert_close(vit(images), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"ls_init_value": 0.1}, r"resblocks\.0\.ls_1\.gamma: expected none"),
+        ({"qk_norm": True}, r"more in it: .*resblocks\.0\.attn\.ln_q"),
+        ({"scaled_cosine_attn": True}, r"more in it: .*resblocks\.0\.attn\.logit_scale"),
+        ({"scale_heads": True}, r"more in it: .*resblocks\.0\.attn\.head_scale"),
+        ({"scale_attn_inner": True}, r"more in it: .*resblocks\.0\.attn\.ln_inner"),
+        ({"scale_attn": True}, r"more in it: .*resblocks\.0\.ln_attn"),
+    ],
+)
+def test_a_text_tower_with_more_in_its_blocks_is_refused(
+    options: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    config = MODEL | {"text_cfg": TEXT_CFG | options}
+    place = written(tmp_path / "folder", CLIP(**config), config)
+    with pytest.raises(ValueError, match=part):
+        text_weights(read_open_clip(place), TEXT)
+
+
 @pytest.mark.parametrize(
     ("name", "make"),
     [
@@ -289,7 +383,7 @@ def test_the_published_sizes_are_those_of_open_clip(name: str, make: Any) -> Non
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
         state = CLIP(**config).state_dict()
-    file = OpenClipFile(path=Path(name), state=state, config=config, pixels={})
+    file = OpenClipFile(path=Path(name), state=state, config=config, pixels=OUR_PIXELS)
     weights = image_weights(file, make())
     assert weights.architecture == make.__name__ and not weights.new
     text = config["text_cfg"]

@@ -306,3 +306,27 @@ def test_files_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
             read_weights(tmp_path / name)
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     assert torch.equal(tensors_in(read_weights(tmp_path / "a.safetensors"))["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_base_patch16_rope_reg1_gap_256", "rotary positions that are not DINOv3's"),
+        ("vit_small_patch16_rope_ape_224", "rope_ape"),
+        ("vit_small_patch16_rope_224", "neither a pos_embed nor a register_tokens"),
+        ("vit_pe_core_tiny_patch16_384", "PE-Core"),
+    ],
+)
+def test_models_that_turn_otherwise_than_dinov3_are_refused(name: str, message: str) -> None:
+    with torch.device("meta"):
+        state = timm.create_model(name).state_dict()
+    cfg = sizes.dinov3_b() if "base" in name else vit_s()
+    with pytest.raises(ValueError, match=message):
+        vit_weights(state, "timm", cfg)
+
+
+def test_rotary_positions_without_a_class_token_are_refused() -> None:
+    state = make_timm("vit_small_patch16_dinov3", 80).state_dict()
+    del state["cls_token"]
+    with pytest.raises(ValueError, match="neither a pos_embed nor a class_token"):
+        vit_weights(state, "timm", sizes.dinov3_s(image_size=80, **SMALL))

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from m3i_fast.export.weight_files import write_weights
+from m3i_fast.export.weight_files import read_weights, write_weights
 
 
 def test_a_file_has_the_rights_of_any_other(tmp_path: Path) -> None:
@@ -28,3 +28,16 @@ def test_what_is_not_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_weights(tmp_path / "absent" / "a.safetensors", {"a": torch.zeros(1)})
     assert not any(tmp_path.iterdir())
+
+
+def test_a_torchscript_archive_is_named_and_its_remedy_works(tmp_path: Path) -> None:
+    """OpenAI's own files of CLIP are such."""
+    file = tmp_path / "ViT-B-32.pt"
+    torch.jit.trace(torch.nn.Linear(2, 3), torch.zeros(1, 2)).save(file)
+    with pytest.raises(
+        ValueError, match="got a TorchScript archive, which holds a program"
+    ) as told:
+        read_weights(file)
+    remedy = str(told.value).rpartition(": ")[2].replace("weights.pt", str(tmp_path / "weights.pt"))
+    exec(remedy, {"torch": torch})
+    assert set(read_weights(tmp_path / "weights.pt")) == {"weight", "bias"}

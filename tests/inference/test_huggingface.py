@@ -325,6 +325,28 @@ def test_internimages_of_all_kinds_are_computed_in_plain_torch(
         torch.testing.assert_close(summary, ours.pool(tokens), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_internimage_in_halves_errs_as_ours_does(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Of a wide picture, in which a half has too few numbers for the places of samples."""
+    torch.manual_seed(0)
+    cfg = internimage_demo(image_size=64, channels=16, token_dim=32, pooled_dim=24)
+    ours = InternImage(cfg).eval()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    config, weights = own_model(ours, None)
+    save_folder(tmp_path / "out", config=config, weights=weights, files=code())
+    theirs = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=dtype)
+    images = torch.randn(2, 3, 64, 2048)
+    with torch.no_grad():
+        expected = ours.encode_cells(images)
+        got = theirs(images.to(dtype)).last_hidden_state
+        own = ours.to(dtype).encode_cells(images.to(dtype))
+    assert got.dtype == dtype
+    error, own_error = (float((x.float() - expected).norm() / expected.norm()) for x in (got, own))
+    assert error <= 1.25 * own_error, (error, own_error)
+
+
 def test_an_internimage_with_captions_is_exported(dataset: Path, tmp_path: Path) -> None:
     cfg = shrink(demo_internimage(), path=dataset, num_classes=9, text=TEXT)
     run = trained(cfg, tmp_path / "run")

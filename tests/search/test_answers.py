@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,40 @@ def test_damaged_pictures_are_neither_found_nor_shown(
         finally:
             (folder / "moved").rename(folder / "cat" / "0.jpg")
             found.close()
+
+
+def test_a_picture_that_is_gone_hides_no_other(
+    model: m3i_fast.Model, folder: Path, tmp_path: Path
+) -> None:
+    """Its patches are None; where its name cannot be read, as in a damaged tar, this is told."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "cat", copy)
+    with open_pictures(copy, None, tmp_path) as opened:
+        found = Answers(model, opened, cached_features(model, opened, tmp_path), model_name="m")
+        query = found.search({"row": 0})["query"]["id"]
+        next(copy.glob("2*")).unlink()
+        answer = found.patches({"query": query, "cell": 0, "rows": [1, 2, 3]})
+        assert [of is None for of in answer["similarity"]] == [False, True, False]
+        assert answer["encoded"] == 2
+        with pytest.raises(Forgotten, match="picture 2 is gone"):
+            found.search({"row": 2})
+        found.close()
+
+
+def test_captions_that_cannot_be_read_hide_no_picture(
+    model: m3i_fast.Model, dataset: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    with open_pictures(copy, None, tmp_path) as opened:
+        found = Answers(model, opened, cached_features(model, opened, tmp_path), model_name="m")
+        tar = max(copy.rglob("*.tar"), key=lambda file: file.stat().st_size)
+        with tar.open("r+b") as file:
+            file.truncate(tar.stat().st_size // 2)
+        names = [each["name"] for each in found.search({"words": "a dog", "num": 96})["results"]]
+        told = [name for name in names if "cannot be read: " in name]
+        assert 0 < len(told) < len(names)
+        found.close()
 
 
 # ---- Patches -------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.recipes import demo_internimage, shrink
 from m3i_fast.search import features as features_module
 from m3i_fast.search.features import Features, cached_features, describe
+from m3i_fast.search.index import Index
 from m3i_fast.search.pictures import About, Pictures, decode, open_pictures
 from tests.shared.engine.small_run import TEXT
 from tests.shared.pipelines.data import encode_image, info, sample, smooth_picture
@@ -116,6 +117,28 @@ def test_a_folder_has_the_features_of_the_same_pictures_packed(
     assert np.ptp(rows["folder"], axis=0).max() > 1e-3  # of different pictures
 
 
+def test_a_picture_without_finite_features_is_left_out(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the mean tokens of the others are theirs alone."""
+    model = m3i_fast.load(run, device="cpu")
+    listed = Listed(drawn(4))
+    seen: list[int] = []
+
+    def spoil(_: object, __: object, tokens: torch.Tensor) -> torch.Tensor:
+        of_batch = torch.arange(len(seen), len(seen) + len(tokens))
+        seen.extend(of_batch.tolist())
+        return torch.where((of_batch == 3)[:, None, None], torch.nan, tokens)
+
+    hook = model.encoder.register_forward_hook(spoil)
+    found = cached_features(model, listed, tmp_path, batch_size=4)
+    hook.remove()
+    assert found.readable.tolist() == [True, True, False, True] and not found.mean[2].any()
+    assert "left out: picture 2: its features are not finite" in caplog.text
+    assert found.position_mean.isfinite().all()
+    assert Index(found.mean).nearest(torch.from_numpy(found.mean[0]), 4)[0][0] == 0
+
+
 # ---- The cache -----------------------------------------------------------------------------------
 
 
@@ -129,6 +152,16 @@ def test_features_are_computed_once(model: m3i_fast.Model, tmp_path: Path) -> No
     assert equal(first, second) and listed.reads == [1] * 7
     (folder,) = (tmp_path / "search").iterdir()
     assert not folder.name.startswith(".")
+
+
+def test_another_version_has_other_features(
+    model: m3i_fast.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Listed(drawn(2))
+    cached_features(model, listed, tmp_path)
+    monkeypatch.setattr(m3i_fast, "__version__", "0.0.1", raising=False)
+    cached_features(model, listed, tmp_path)
+    assert listed.reads == [2, 2] and len([*(tmp_path / "search").iterdir()]) == 2
 
 
 def test_other_weights_pictures_or_arithmetic_have_other_features(
@@ -250,7 +283,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(
     assert "picture 3: not a picture" in caplog.text
     alone = cached_features(model, Listed(contents[::2]), tmp_path / "b", batch_size=2)
     torch.testing.assert_close(found.position_mean, alone.position_mean)
-    with pytest.raises(ValueError, match="none of 2 pictures can be read; picture 0: not a pict"):
+    with pytest.raises(ValueError, match="none of 2 pictures can be used; picture 0: not a pict"):
         cached_features(model, Listed([b"no picture", None]), tmp_path / "c")
     assert list((tmp_path / "c" / "search").iterdir()) == []
 

@@ -77,6 +77,16 @@ def test_a_row_of_zeros_is_unlike_all_and_no_number_is_lost() -> None:
     assert [len(part) for part in nothing] == [0, 0]
 
 
+def test_a_row_that_is_not_finite_hides_no_other() -> None:
+    rows = np.array([[0, 1], [np.nan, 0], [1, 0], [np.inf, 0], [3e38, 3e38]], np.float32)
+    found, cosines = Index(rows).nearest(torch.tensor([1.0, 0.0]), 5)
+    assert found.tolist() == [2, 0] and cosines.tolist() == [1, 0]
+    only = np.array([False, True, False, False, False])
+    assert len(Index(rows).nearest(torch.ones(2), 5, only)[0]) == 0
+    with pytest.raises(ValueError, match="expected a query of finite numbers"):
+        Index(rows).nearest(torch.tensor([torch.nan, 0.0]), 5)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_small_integers_have_many_ties(data: st.DataObject) -> None:

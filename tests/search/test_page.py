@@ -286,6 +286,57 @@ def test_a_patch_is_chosen_by_keys(
     wait(driver, "return document.querySelectorAll('.thumb canvas').length === 0")
 
 
+# What the server answers at the address `holds` is held back, and at `broken` it is an error.
+HOLD = """
+const real = window.fetch;
+window.held = {};
+window.fetch = async (path, options) => {
+  const answer = await real(path, options);
+  if (window.broken === path) throw new Error("broken");
+  if (window.holds === path) await new Promise((resolve) => { window.held[path] = resolve; });
+  return answer;
+};
+"""
+
+
+def test_a_patch_that_is_not_answered_is_told_and_drops_no_search(
+    driver: Any, server: SearchServer, answers: Answers, picture: Path
+) -> None:
+    grid = answers.about()["grid"]
+    open_page(driver, server)
+    search_file(driver, picture)
+    driver.execute_script(HOLD + "window.broken = 'patches'")
+    click_cell(driver, 1, grid)
+    wait(driver, f"{IDLE} && !document.getElementById('error').hidden")
+    assert find(driver, "#patch-told").text == "This patch was not looked for."
+    driver.execute_script("window.broken = null; window.holds = 'search'")
+    before = rows(driver)
+    find(driver, "#words").send_keys("a red heart")
+    find(driver, "button[type=submit]").click()
+    wait(driver, "return 'search' in window.held")
+    click_cell(driver, 2, grid)
+    wait(driver, "return document.querySelectorAll('.thumb canvas').length === 24")
+    assert rows(driver) == before
+    driver.execute_script("window.held.search()")
+    wait(driver, IDLE)
+    expected = answers.search({"words": "a red heart"})["results"]
+    assert rows(driver) == [result["row"] for result in expected]
+
+
+def test_a_patch_that_is_cleared_is_not_drawn_later(
+    driver: Any, server: SearchServer, answers: Answers, picture: Path
+) -> None:
+    open_page(driver, server)
+    search_file(driver, picture)
+    driver.execute_script(HOLD + "window.holds = 'patches'")
+    click_cell(driver, 1, answers.about()["grid"])
+    wait(driver, "return 'patches' in window.held")
+    find(driver, "#clear").click()
+    driver.execute_script("window.held.patches()")
+    wait(driver, IDLE)
+    assert not driver.execute_script("return document.querySelectorAll('.thumb canvas').length")
+
+
 # ---- Errors --------------------------------------------------------------------------------------
 
 

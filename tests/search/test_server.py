@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -217,6 +218,25 @@ def test_a_large_body_is_refused_by_its_length(
             head = f"POST /add HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
             c.sendall(head.encode())
             assert c.recv(100).split()[1] in (b"411", b"413")
+
+
+def test_a_refused_body_that_does_not_end_is_read_for_a_bounded_time(
+    server: SearchServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though each piece of it comes in time, and not at all where a refused request has none."""
+    monkeypatch.setattr(server_module, "LINGER_S", 0.3)
+    address = ("127.0.0.1", server.server_address[1])
+    head = "POST /add HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n"
+    with socket.create_connection(address, timeout=30) as client:
+        client.sendall(head.encode())
+        assert client.recv(1 << 16).split()[1] == b"413"
+        with pytest.raises(ConnectionError):
+            for _ in range(600):  # a minute
+                client.sendall(b"x")
+                time.sleep(0.1)
+    lingered: list[object] = []
+    monkeypatch.setattr(server_module._Handler, "_linger", lingered.append)
+    assert ask(server, "GET", "/", None, {"Host": "evil.example"})[0] == 421 and not lingered
 
 
 def test_a_body_without_its_length_is_refused(server: SearchServer) -> None:

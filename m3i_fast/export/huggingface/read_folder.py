@@ -8,6 +8,7 @@ preprocessor_config.json, where it is there, says how pixels were normalised.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,14 @@ from m3i_fast.export.vit_names import Renamed, take_weight
 from m3i_fast.export.vit_weights import (
     FittedWeights,
     described_weights,
-    expect_our_pixels,
+    fold_pixel_statistics,
     merge_prefix_positions,
 )
 from m3i_fast.export.weight_files import WEIGHTS, read_weights, some, tensors_in
 from m3i_fast.json_files import read_json
 from m3i_fast.models.transformer.positions import ROTARY_BASE
+
+logger = logging.getLogger(__name__)
 
 _PICKLED = "pytorch_model.bin"
 _PREPROCESSING = "preprocessor_config.json"
@@ -115,11 +118,17 @@ def read_folder(folder: Path, cfg: ViTConfig, text: TextConfig | None = None) ->
 
 def _normalise_as_ours(path: Path, weights: FittedWeights) -> None:
     """Embed pixels that are normalised as ours as the model did those normalised as it had them."""
-    if not path.is_file():
-        return
-    said = read_json(path)
-    if said.get("do_normalize", True) and said.get("image_mean") and said.get("image_std"):
-        expect_our_pixels(weights, said["image_mean"], said["image_std"])
+    said = read_json(path) if path.is_file() else {}
+    if not said.get("do_normalize", True):  # values of 0 to 1 as they are
+        fold_pixel_statistics(weights, 0.0, 1.0)
+    elif said.get("image_mean") is None or said.get("image_std") is None:
+        logger.warning(
+            "%s: expected image_mean and image_std, found none: pixels are taken as normalised by "
+            "ImageNet's mean and deviation; copy the model's own file there if they were not",
+            path,
+        )
+    else:
+        fold_pixel_statistics(weights, said["image_mean"], said["image_std"])
 
 
 def _vision_config(config: Mapping[str, Any], path: Path) -> tuple[str, Mapping[str, Any]]:

@@ -237,6 +237,32 @@ def test_pixels_that_a_folder_normalises_otherwise_are_embedded_alike(tmp_path: 
     torch.testing.assert_close(got, features(model, pixels), rtol=0, atol=2e-5)
 
 
+def test_pixels_without_statistics_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that were not normalised are taken as they are; one number is of all channels."""
+    name, options, cfg = CASES["vit"]
+    model = made(name, options, tmp_path)
+    loaded(tmp_path, cfg)
+    assert "expected image_mean and image_std, found none: pixels are taken as" in caplog.text
+    picture = torch.rand(1, 3, 32, 32)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    for said, theirs in (
+        ({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, picture),
+        ({"image_mean": 0.5, "image_std": 0.25}, (picture - 0.5) / 0.25),
+        ({"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}, picture),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+        caplog.clear()
+        got = loaded(tmp_path, cfg)((picture - mean) / std)
+        torch.testing.assert_close(got, features(model, theirs), rtol=0, atol=2e-5)
+        assert not caplog.text
+    for wrong in ({"image_mean": [0.5] * 2, "image_std": 1.0}, {"image_mean": 0.5, "image_std": 0}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="pixels: expected one or three means"):
+            read_folder(tmp_path, cfg)
+
+
 def test_shards_and_pickles_are_read(tmp_path: Path) -> None:
     name, options, cfg = CASES["dinov2_with_registers"]
     made(name, options, tmp_path / "whole")

@@ -39,3 +39,18 @@ def test_it_is_the_operator_in_float32() -> None:
     inputs, _ = make(config)
     got = dcnv3_by_grid_sample(*inputs, **config.options)
     torch.testing.assert_close(got, dcnv3(*inputs, **config.options), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_err_as_the_operator_does(dtype: torch.dtype) -> None:
+    """Though a half has too few numbers for the places of a picture."""
+    config = Config(image=(9, 700), groups=4, softmax=True, offset_scale=2.0, reach=3.0)
+    halves = [each.to(dtype) for each in make(config)[0]]
+    expected = reference.dcnv3(*(each.double() for each in halves), **config.options)
+
+    def error(out: torch.Tensor) -> float:
+        assert out.dtype == dtype
+        return float((out.double() - expected).norm() / expected.norm())
+
+    own = error(dcnv3(*halves, **config.options))
+    assert error(dcnv3_by_grid_sample(*halves, **config.options)) <= 1.1 * own

@@ -48,9 +48,12 @@ def sample(value: Tensor, offset: Tensor, weight: Tensor, scale: float) -> Tenso
     """Sum bilinear samples of a 3x3 grid that offsets move and weights weigh, zeros outside.
 
     value: [B, H, W, C]; offset: [B, H, W, G, K, 2] in cells, (x, y), columns before rows; weight:
-    [B, H, W, G, K]; scale: factor of grid and offsets. -> [B, H, W, C].
+    [B, H, W, G, K]; scale: factor of grid and offsets. -> [B, H, W, C]. Places and sums are fp32,
+    also in a model of bf16, which has no numbers between 128 and 129 for a place.
     """
-    batch, height, width = value.shape[:3]
+    dtype, (batch, height, width) = value.dtype, value.shape[:3]
+    wide = torch.promote_types(dtype, torch.float32)
+    value, offset, weight = value.to(wide), offset.to(wide), weight.to(wide)
     groups = offset.shape[3]
     steps = torch.arange(-1, 2, device=value.device, dtype=value.dtype)
     grid = torch.cartesian_prod(steps, steps)  # [K, 2]: x, y
@@ -64,7 +67,7 @@ def sample(value: Tensor, offset: Tensor, weight: Tensor, scale: float) -> Tenso
     taken = F.grid_sample(maps, places, align_corners=False)  # [B G, C / G, H W, K]
     weights = weight.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)[:, None]
     summed = (taken * weights).sum(-1)  # [B G, C / G, H W]
-    return summed.view(batch, -1, height, width).permute(0, 2, 3, 1)
+    return summed.view(batch, -1, height, width).permute(0, 2, 3, 1).to(dtype)
 
 
 class DCNv3(nn.Module):
