@@ -117,10 +117,10 @@ def test_the_digest_follows_the_config_of_texts(run: Path) -> None:
     """The weights of two kinds of attention are alike when they are drawn."""
     model = m3i_fast.load(run, device="cpu", dtype=torch.float32)
     assert model.caption is not None
-    before = RunEncoder("run", model).digest
+    before = RunEncoder("run", model, "").digest
     encoder = model.caption.text_encoder
     encoder.cfg = replace(encoder.cfg, attention="causal")
-    assert RunEncoder("run", model).digest != before
+    assert RunEncoder("run", model, "").digest != before
 
 
 def test_an_untrained_run_is_what_the_run_started_from(run: Path) -> None:

@@ -30,7 +30,8 @@ from m3i_fast.measuring.evaluate import (
     plan,
 )
 from m3i_fast.measuring.features import ExtractionSettings
-from m3i_fast.measuring.measures import MEASURES, Figure, Measured
+from m3i_fast.measuring.measure import Figure, Measured
+from m3i_fast.measuring.measures import MEASURES
 from m3i_fast.measuring.results import Results, slug
 from m3i_fast.measuring.source import SourceSettings
 from m3i_fast.measuring.tables import print_results
