@@ -35,7 +35,7 @@ def on_null(*command: str, **settings: object) -> subprocess.CompletedProcess[st
     ],
 )
 def test_the_doctor_examines_the_card(card: str, name: str, code: str) -> None:
-    """Its errors are true: DALI is not there, and kernels that compute nothing are wrong."""
+    """Its error is true: kernels that compute nothing are wrong. DALI is not there: a warning."""
     done = on_null("-m", "m3i_fast.cli", "doctor", "--json", card=card)
     assert done.returncode == 1, done.stderr
     found = {each["subject"]: each for each in json.loads(done.stdout)["findings"]}
@@ -49,7 +49,8 @@ def test_the_doctor_examines_the_card(card: str, name: str, code: str) -> None:
         "subject": "NVML", "level": "ok", "detail": "driver null, 1 GPUs", "fix": "",
     }  # fmt: skip
     errors = {subject for subject, each in found.items() if each["level"] == "error"}
-    assert errors == {"_C_cuda", "DALI"}
+    assert errors == {"_C_cuda"}
+    assert found["DALI"]["level"] == "warning"
 
 
 SAMPLE = """

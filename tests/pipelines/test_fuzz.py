@@ -21,7 +21,7 @@ from m3i_fast.cli import main
 from m3i_fast.config.data import LoaderConfig
 from m3i_fast.pipelines.dataset.sample_table import ROW
 from m3i_fast.pipelines.loader import Loader
-from tests.pipelines.test_decoding import deep_png
+from tests.pipelines.deep_png import deep_png
 from tests.shared.pipelines.data import EVERYTHING, encode_image, pack, sample, smooth_picture
 
 BATCH = 8
