@@ -65,8 +65,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the newest checkpoint of `run` and write run/evaluation.json.
 
-    The file says of which step and on which data the figures are: "step", "split", and "data", the
-    name of the data set and the SHA-256 of its manifest.
+    Beside the figures the file says, as "evaluated", of which step and on which data they are:
+    "step", "split", and "data", the name of the data set and the SHA-256 of its manifest.
 
     Where the run has an EMA of its encoder, that is evaluated too, as `ema` (`build_averaged`).
     baselines: also evaluate the untrained model, raw pixels and chance, which takes longer than the
@@ -98,12 +98,10 @@ def evaluate(
     }
     figures["train_images_per_s"] = throughput(run)
     manifest = manifest_at(cfg.data)
-    figures |= {
-        "step": evaluated.step,
-        "split": split,
-        "data": {"name": manifest.name, "sha256": manifest.digest},
-    }
-    write_atomically(run / "evaluation.json", (json.dumps(figures, indent=2) + "\n").encode())
+    of_data = {"name": manifest.name, "sha256": manifest.digest}
+    facts = {"evaluated": {"step": evaluated.step, "split": split, "data": of_data}}
+    content = json.dumps(figures | facts, indent=2) + "\n"
+    write_atomically(run / "evaluation.json", content.encode())
     return Evaluation(figures, measured, held_out)
 
 

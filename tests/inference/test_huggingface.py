@@ -84,9 +84,11 @@ def write_evaluation(run: Path, *, step: int, sha256: str) -> None:
     said = {
         "knn_top1": {"trained": 0.51237, "chance": 0.01},
         "held_out_concepts": 9,
-        "step": step,
-        "split": "heldout",
-        "data": {"name": "openmoji", "sha256": sha256},
+        "evaluated": {
+            "step": step,
+            "split": "heldout",
+            "data": {"name": "openmoji", "sha256": sha256},
+        },
     }
     (run / "evaluation.json").write_text(json.dumps(said))
 
@@ -445,7 +447,7 @@ def test_an_older_checkpoint_has_its_own_step_and_an_evaluation_says_its(
     cfg = replace(small_run(dataset), num_steps=3, log_every=1, checkpoint_every=1, num_threads=1)
     Trainer(replace(cfg, keep_checkpoints=3), tmp_path / "run").train()
     evaluate(tmp_path / "run", baselines=False)
-    said = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    said = json.loads((tmp_path / "run" / "evaluation.json").read_text())["evaluated"]
     assert (said["step"], said["split"]) == (3, "heldout")
     assert said["data"] == {"name": "openmoji", "sha256": read_manifest(dataset).digest}
 

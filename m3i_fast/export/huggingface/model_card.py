@@ -212,13 +212,14 @@ def _measured(training: Training) -> str:
         return "## Measured\n\nThe run's evaluation has no figures of these weights.\n"
     here = ["this model" if s == training.which else s for s in _SOURCES]
     table = _table(("measure", *here), rows)
-    step, of_data = training.evaluation["step"], _evaluated_data(training.evaluation)
-    return f"## Measured\n\nOf these weights, after step {step}, on {of_data}:\n\n{table}"
+    said = training.evaluation["evaluated"]
+    of_data = _evaluated_data(said)
+    return f"## Measured\n\nOf these weights, after step {said['step']}, on {of_data}:\n\n{table}"
 
 
 def _of_others(training: Training) -> str:
     """Say of which model or data evaluation.json is, where not of these; empty where it is."""
-    said = training.evaluation or {}
+    said = (training.evaluation or {}).get("evaluated", {})
     step, data = said.get("step"), said.get("data")
     if not isinstance(step, int) or not isinstance(data, Mapping):
         return (
