@@ -108,7 +108,7 @@ def check_ops() -> list[str]:
     )
     if torch.version.cuda and "m3i_fast._C_cuda" in sys.modules:
         has = torch._C._dispatch_has_kernel_for_dispatch_key
-        assert all(has(f"m3i::{name}", "CUDA") for name in ("boltzmann", "dcnv3", "mask_mix"))
+        assert all(has(f"m3i::{name}", "CUDA") for name in ("boltzmann", "dcnv3"))
         return ["cpu", "cuda"]
     return ["cpu"]
 

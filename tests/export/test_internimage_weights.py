@@ -218,7 +218,7 @@ def test_wrong_requests_are_refused(
         return " ".join(capsys.readouterr().err.split())
 
     out = str(tmp_path / "model.pth")
-    assert "--layout: expected with --to internimage, got --to safetensors" in refused(
+    assert "--layout: expected with --to internimage alone, got --to safetensors" in refused(
         str(run), out, "--to", "safetensors", "--layout", "detection"
     )
     said = refused(str(run), out, "--to", "internimage", "--layout", "huggingface")

@@ -294,4 +294,4 @@ def test_a_device_is_for_what_is_compiled(
 ) -> None:
     out = [str(run), str(tmp_path / "out")]
     assert main(["export", *out, "--to", "onnx", "--device", "cuda"]) == 2
-    assert "--device: expected with --to aoti, got --to onnx" in capsys.readouterr().err
+    assert "--device: expected with --to aoti alone, got --to onnx" in capsys.readouterr().err

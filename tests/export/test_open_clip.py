@@ -161,7 +161,7 @@ def test_what_open_clip_has_no_form_of_is_refused_with_the_flags_of_a_run_that_i
     assert "--objective.head-hidden-dim 0 --vision.class-token --vision.num-registers 0;" in said
     assert "objective.head_hidden_dim at most 48 (got 64): --objective.head-hidden-dim 48" in said
     assert "text.attention causal (got bidirectional): --text.attention causal" in said
-    assert "--to timm or --to safetensors" in said
+    assert "--to safetensors or --to hf" in said
     # what the flags say is taken
     parts = towers(replace(vision, class_token=True, num_registers=0), text, hidden=0)
     assert_equal(built(*parts), *parts)
