@@ -83,7 +83,7 @@ def test_the_python_of_the_readme_does_what_it_says(namespace: dict[str, Any]) -
 # What has to hold after all Python of a page has run, in the same process.
 AFTER = {
     "start/data.md": """
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 train = verify(Path("data/mine"), decode=True).splits["train"]
 assert (train.num_samples, train.num_captions, train.num_labels) == (4, 2, 2)
 """,
@@ -97,7 +97,7 @@ from m3i_fast.recipes import recipes
 assert term.regulariser == "coding_rate"
 """,
     "extend/new_source.md": """
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 found = verify(Path("data/discs"), decode=True)
 labels = {name: split.num_labels for name, split in found.splits.items()}
 assert labels == {"train": 96, "heldout": 32}

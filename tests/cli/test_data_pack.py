@@ -10,7 +10,7 @@ import pytest
 from m3i_fast.cli import main
 from m3i_fast.observe.metrics import read_jsonl
 from m3i_fast.pipelines.dataset.manifest import read_manifest
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from tests.shared.pipelines.data import encode_image, smooth_picture
 
 SMALL = ["--num-merges", "100", "--context-length", "16", "--workers", "1"]

@@ -16,7 +16,7 @@ from m3i_fast.config.data import CACHE_DIR, MAX_PIXELS
 
 if TYPE_CHECKING:
     from m3i_fast.pipelines.dataset.files import DatasetFiles
-    from m3i_fast.pipelines.dataset.verify import Report
+    from m3i_fast.pipelines.dataset.verification.verify import Report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Verify:
             self._say(files, report)
 
     def _read(self, files: DatasetFiles) -> Report:
-        from m3i_fast.pipelines.dataset.verify import find_faults
+        from m3i_fast.pipelines.dataset.verification.verify import find_faults
 
         splits = files.manifest.splits.values()
         total = sum(shard.num_bytes for split in splits for shard in split.shards)

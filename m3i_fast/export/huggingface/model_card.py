@@ -178,10 +178,11 @@ def _inputs(size: int, loading: Loading) -> str:
     text = (
         f"The largest centred square is resized to {size} x {size} with antialiasing and "
         "normalised. `load_image` turns a picture\nas its EXIF says and makes it RGB without its "
-        "transparency, as training did; the processor alone does neither, and lays\nwhat is "
-        "transparent on white. With the torchvision backend (the default) the pixels are those of "
-        "training's evaluation,\nup to rounding in fp32; Pillow's (`backend=\"pil\"`) are at most "
-        "one level of 255 apart. Make a picture of 16 bits a channel\none of 8 bits first.\n"
+        "transparency, as training did. The processor alone neither turns it nor\ndrops the "
+        "transparency, which it lays on white. With the torchvision backend (the "
+        "default) the pixels are those of training's evaluation,\nup to rounding in fp32; "
+        'Pillow\'s (`backend="pil"`) are at most one level of 255 apart. Make a picture of 16 bits '
+        "a channel\none of 8 bits first.\n"
     )
     if loading.has_text:
         text += (

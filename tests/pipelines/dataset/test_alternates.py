@@ -16,7 +16,7 @@ from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.batch import Batch
 from m3i_fast.pipelines.dataset import alternates
 from m3i_fast.pipelines.dataset.samples import Sample
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.shared.pipelines.data import (
     EVERYTHING,

@@ -13,7 +13,7 @@ import pytest
 from m3i_fast.cli import main
 from m3i_fast.pipelines.dataset.manifest import check_files, is_dataset, read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.loader import evaluation_batches
 from m3i_fast.recipes import pack_demo
 from tests.shared.pipelines.data import (

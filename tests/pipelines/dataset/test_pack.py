@@ -16,7 +16,7 @@ import webdataset
 
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from tests.shared.pipelines.data import TOKENIZER, encode_image, info, pack, sample, smooth_picture
 
 PNG = encode_image(smooth_picture(0, 20, 30))

@@ -15,7 +15,7 @@ from scipy.stats import binom
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.keyed_draws import Purpose, words
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.shared.pipelines.data import (
     TOKENIZER,

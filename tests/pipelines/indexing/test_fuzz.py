@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from m3i_fast.pipelines.dataset.directory import open_split
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.sample_table import ROW, SampleTable
-from m3i_fast.pipelines.dataset.verify import find_faults
+from m3i_fast.pipelines.dataset.verification.verify import find_faults
 from m3i_fast.pipelines.indexing.tar_task import index_tar
 from m3i_fast.pipelines.tar_members import sample_files
 from tests.pipelines.indexing.tars import PNG, as_img2dataset, columns, write_tar

@@ -12,7 +12,7 @@ import pytest
 from m3i_fast.cli.data import main
 from m3i_fast.config.data import LoaderConfig, ViewConfig
 from m3i_fast.pipelines.dataset.manifest import MANIFEST_NAME, read_manifest
-from m3i_fast.pipelines.dataset.verify import find_faults
+from m3i_fast.pipelines.dataset.verification.verify import find_faults
 from m3i_fast.pipelines.indexing.tar_places import BucketTars, _expression
 from m3i_fast.pipelines.loader import Loader
 from m3i_fast.pipelines.storage.objects import Bucket

@@ -16,7 +16,7 @@ import pytest
 
 from m3i_fast.benchmarks.faults.failing_files import killed_at
 from m3i_fast.pipelines.dataset.manifest import is_dataset, read_manifest
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.packing.shard_task import ShardTask
 from m3i_fast.pipelines.packing.workers import run_here, with_processes
 from tests.pipelines.packing.helpers import (

@@ -15,7 +15,7 @@ from PIL import Image
 
 from m3i_fast.pipelines.dataset import alternates
 from m3i_fast.pipelines.dataset.tokenizer import Tokenizer
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.sources import openmoji, styles
 from m3i_fast.pipelines.sources.concepts import Drawing, read_drawings
 from m3i_fast.pipelines.sources.rendering import RenderedSamples, Rendering, render

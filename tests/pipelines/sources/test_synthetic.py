@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 from skimage import data as photographs
 
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.sources import synthetic
 
 

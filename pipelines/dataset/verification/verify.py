@@ -12,14 +12,20 @@ from numpy.typing import NDArray
 
 from m3i_fast.config.data import MAX_PIXELS
 from m3i_fast.pipelines.dataset import alternates, captions
-from m3i_fast.pipelines.dataset.diagnosis import LARGE, SMALL, integer, picture_fault, sample_fault
 from m3i_fast.pipelines.dataset.directory import check_split
 from m3i_fast.pipelines.dataset.files import Advance, DatasetFiles, LocalFiles
 from m3i_fast.pipelines.dataset.manifest import TABLE, Manifest, ShardInfo, sha256_file
 from m3i_fast.pipelines.dataset.sample_table import Rows, SampleTable
 from m3i_fast.pipelines.dataset.samples import Counts, Identities
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, members
-from m3i_fast.pipelines.dataset.verify_shard import Fault, ShardReport, read_shard
+from m3i_fast.pipelines.dataset.verification.diagnosis import (
+    LARGE,
+    SMALL,
+    integer,
+    picture_fault,
+    sample_fault,
+)
+from m3i_fast.pipelines.dataset.verification.verify_shard import Fault, ShardReport, read_shard
 
 BLOCK = 1 << 20  # ids looked up at a time
 SAID = 5  # faults in the message of an error

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from m3i_fast.pipelines.dataset import alternates, captions
-from m3i_fast.pipelines.dataset.diagnosis import picture_fault
 from m3i_fast.pipelines.dataset.files import Advance, OpenFile
 from m3i_fast.pipelines.dataset.manifest import TOKENS_MEMBER, Manifest, ShardInfo
 from m3i_fast.pipelines.dataset.pictures import FORMATS, check_header
 from m3i_fast.pipelines.dataset.sample_table import BAD, NO_CRC, Rows, checksum
 from m3i_fast.pipelines.dataset.tar_shards import INTEGERS, Member
+from m3i_fast.pipelines.dataset.verification.diagnosis import picture_fault
 from m3i_fast.pipelines.tar_members import sample_files
 
 PIECE_BYTES = 1 << 22

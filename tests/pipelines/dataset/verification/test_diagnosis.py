@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m3i_fast.config.data import LoaderConfig, ViewConfig
-from m3i_fast.pipelines.dataset.verify import verify
+from m3i_fast.pipelines.dataset.verification.verify import verify
 from m3i_fast.pipelines.loader import Loader, evaluation_batches
 from tests.shared.pipelines.data import (
     Components,

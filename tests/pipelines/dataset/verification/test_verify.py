@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from m3i_fast.cli import main
-from m3i_fast.pipelines.dataset import verify as verify_module
 from m3i_fast.pipelines.dataset.files import LocalFiles
 from m3i_fast.pipelines.dataset.manifest import read_manifest
 from m3i_fast.pipelines.dataset.pack import write_dataset
 from m3i_fast.pipelines.dataset.sample_table import ROW, SampleTable, write_table
-from m3i_fast.pipelines.dataset.verify import find_faults
+from m3i_fast.pipelines.dataset.verification import verify as verify_module
+from m3i_fast.pipelines.dataset.verification.verify import find_faults
 from tests.shared.pipelines.data import (
     edit_manifest,
     encode_image,
