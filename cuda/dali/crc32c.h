@@ -32,16 +32,54 @@ inline uint32_t by_table(uint32_t crc, const uint8_t* bytes, size_t size) {
 }
 
 #if defined(__x86_64__)
-// One chain of dependent instructions: 8 bytes every 3 cycles, 8 GB/s at 3 GHz, so that a picture
-// of 100 kB costs 13 us beside a millisecond of decoding.
+// Bytes of each of the three chains of by_instruction.
+constexpr size_t kChunk = 1024;
+
+// What kChunk bytes of zero make of a checksum, by each of its bytes.
+class AfterZeros {
+ public:
+  AfterZeros() {
+    static constexpr uint8_t kZeros[kChunk] = {};
+    for (uint32_t bit = 1; bit != 0; bit <<= 1) {  // a linear map: of the bits one by one
+      const uint32_t after = by_table(bit, kZeros, kChunk);
+      for (uint32_t value = 0; value < 256; ++value) {
+        for (int byte = 0; byte < 4; ++byte) {
+          if (value << 8 * byte & bit) of_[byte][value] ^= after;
+        }
+      }
+    }
+  }
+  uint32_t operator()(uint32_t crc) const {
+    return of_[0][crc & 0xff] ^ of_[1][crc >> 8 & 0xff] ^ of_[2][crc >> 16 & 0xff] ^
+           of_[3][crc >> 24];
+  }
+
+ private:
+  uint32_t of_[4][256] = {};
+};
+
+__attribute__((target("sse4.2"))) inline uint64_t next_crc(uint64_t crc, const uint8_t* bytes) {
+  uint64_t word;
+  std::memcpy(&word, bytes, 8);
+  return _mm_crc32_u64(crc, word);
+}
+
+// An instruction takes 8 bytes and waits 3 cycles for the one before: three chains side by side.
 __attribute__((target("sse4.2"))) inline uint32_t by_instruction(uint32_t crc, const uint8_t* bytes,
                                                                  size_t size) {
-  uint64_t wide = crc;
-  for (; size >= 8; size -= 8, bytes += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes, 8);
-    wide = _mm_crc32_u64(wide, word);
+  static const AfterZeros after_zeros;
+  for (; size >= 3 * kChunk; size -= 3 * kChunk, bytes += 3 * kChunk) {
+    uint64_t a = crc, b = 0, c = 0;
+    for (size_t i = 0; i < kChunk; i += 8) {
+      a = next_crc(a, bytes + i);
+      b = next_crc(b, bytes + kChunk + i);
+      c = next_crc(c, bytes + 2 * kChunk + i);
+    }
+    const uint32_t ab = after_zeros(static_cast<uint32_t>(a)) ^ static_cast<uint32_t>(b);
+    crc = after_zeros(ab) ^ static_cast<uint32_t>(c);
   }
+  uint64_t wide = crc;
+  for (; size >= 8; size -= 8, bytes += 8) wide = next_crc(wide, bytes);
   crc = static_cast<uint32_t>(wide);
   for (; size > 0; --size, ++bytes) crc = _mm_crc32_u8(crc, *bytes);
   return crc;

@@ -24,19 +24,20 @@ void resize_view(const Crop& crop, const ViewGeometry& geometry, bool is_flipped
   const int32_t size = geometry.size;
   const ResizeAxis horizontal = resize_axis(crop.width, size, geometry.cubic);
   const ResizeAxis vertical = resize_axis(crop.height, size, geometry.cubic);
-  const size_t taps = static_cast<size_t>(horizontal.max_taps) + 1;
-  const size_t copied = row_bytes(crop) + taps * kViewChannels + 2 * kOverread;
+  const size_t copied = row_bytes(crop), pairs = pairs_bytes(crop.width);
   const size_t pitch = group_pitch(size), groups = group_rows(crop.height) * pitch + kOverread;
   Parts parts(scratch.reserve(axis_bytes(horizontal) + axis_bytes(vertical) +
                               Parts::bytes<uint8_t>(groups) + Parts::bytes<uint8_t>(pitch) +
+                              Parts::bytes<uint8_t>(pairs) +
                               Parts::bytes<uint8_t>(kRows * copied)));
-  const AxisWeights across = axis_weights(horizontal, is_flipped, parts);
-  const AxisWeights down = axis_weights(vertical, false, parts);
+  const AxisWeights across = axis_weights(horizontal, is_flipped, true, parts);
+  const AxisWeights down = axis_weights(vertical, false, false, parts);
   ResizeMemory memory;
   memory.groups = parts.take<uint8_t>(groups);
   memory.column = parts.take<uint8_t>(pitch);
+  memory.pairs = parts.take<uint8_t>(pairs);
   memory.rows = parts.take<uint8_t>(kRows * copied);
-  memory.row_bytes = copied;
+  memory.row_bytes = row_bytes(crop);
   resize_rows(crop, across, size, memory);
   resize_columns(down, size, memory, out);
 }
