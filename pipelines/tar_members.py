@@ -20,6 +20,7 @@ class Part(NamedTuple):
     size: int
 
 
+OF_ONE_FILE = {"path", "linkpath", "size", "hdrcharset"}  # what an extended header says of it
 MOST_HEADER_BYTES = 1 << 24  # of one that holds a long name or other extended fields
 
 
@@ -102,6 +103,11 @@ def tar_members(opened: Readable, num_bytes: int) -> Iterator[tuple[tarfile.TarI
                 raise ValueError(
                     f"damaged or cut off at byte {end}: expected a file that ends within "
                     f"{num_bytes} bytes, got {member.size} bytes at {member.offset_data}"
+                )
+            if told := OF_ONE_FILE & tar.pax_headers.keys():
+                raise ValueError(
+                    f"damaged at byte {member.offset}: expected a {min(told)!r} of one file, got "
+                    "one of all that follow (a global header), which their own bytes do not tell"
                 )
             end = tar.offset
             tar.members.clear()  # it keeps all of them

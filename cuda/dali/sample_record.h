@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -36,7 +37,7 @@ struct ReadOptions {
 };
 
 struct SampleRecord {
-  std::vector<uint8_t> bytes;  // of all members, which the rest points into
+  std::unique_ptr<uint8_t[]> bytes;  // of all members, which the rest points into
   std::pair<const uint8_t*, size_t> picture{nullptr, 0};
   std::pair<const uint8_t*, size_t> alternate{nullptr, 0};
   std::vector<int32_t> token_ids;
@@ -137,16 +138,17 @@ inline SampleRecord read_sample(OpenFiles& files, const std::string& path, const
                                 const ReadOptions& options) {
   using namespace record_detail;
   SampleRecord record;
-  record.bytes.resize(static_cast<size_t>(row.size));
-  files.get(path)->read(row.offset, record.bytes.data(), record.bytes.size());
+  const auto size = static_cast<size_t>(row.size);
+  record.bytes.reset(new uint8_t[size]);  // no zeros, which make_unique writes
+  files.get(path)->read(row.offset, record.bytes.get(), size);
   if (row.crc32c >= 0) {
-    const uint32_t found = crc32c(record.bytes.data(), record.bytes.size());
+    const uint32_t found = crc32c(record.bytes.get(), size);
     if (found != static_cast<uint32_t>(row.crc32c)) {
       throw std::runtime_error("expected bytes of CRC-32C " + std::to_string(row.crc32c) +
                                ", got " + std::to_string(found));
     }
   }
-  record.members = tar_members(record.bytes.data(), record.bytes.size());
+  record.members = tar_members(record.bytes.get(), size);
   const TarMember* picture = find_picture(record.members);
   record.picture = {picture->data, check_picture(picture->data, picture->size, options.max_pixels)};
   if (options.caption_member == "tok") {
@@ -158,10 +160,10 @@ inline SampleRecord read_sample(OpenFiles& files, const std::string& path, const
     const TarMember *pictures = find(record.members, "alt"), *sizes = find(record.members, "aln");
     if (!pictures || !sizes) throw std::runtime_error("expected alt and aln, got one or none");
     const std::vector<int32_t> of_each = integers(*sizes);
-    const auto [start, size] =
+    const auto [start, length] =
         part(of_each, pictures->size, chosen(row.alternate, of_each.size()), "aln");
     const uint8_t* other = pictures->data + start;
-    record.alternate = {other, check_picture(other, size, options.max_pixels)};
+    record.alternate = {other, check_picture(other, length, options.max_pixels)};
   }
   return record;
 }

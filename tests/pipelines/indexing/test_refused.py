@@ -175,3 +175,26 @@ def test_a_header_that_is_damaged_does_not_end_a_tar_silently(tmp_path: Path) ->
     assert len(rows(tmp_path)) == 1
     of_tar, of_sample = refused(tmp_path)
     assert f"damaged at byte {offset}" in of_tar["reason"] and of_sample["sample"] == "000000001"
+
+
+@pytest.mark.parametrize(
+    ("of_all", "name", "reason"),
+    [
+        # The bytes of one sample would not tell its name.
+        ({"path": "x.jpg"}, "short", "expected a 'path' of one file, got one of all that follow"),
+        ({"comment": "as of git archive"}, "x.jpg", None),
+    ],
+)
+def test_a_header_of_all_files_may_not_name_them(
+    tmp_path: Path, of_all: dict[str, str], name: str, reason: str | None
+) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(JPEG)
+    file = tmp_path / "b.tar"
+    with tarfile.open(file, "w", format=tarfile.PAX_FORMAT, pax_headers=of_all) as tar:
+        tar.addfile(member, io.BytesIO(JPEG))
+    write_tar(tmp_path / "a.tar", as_img2dataset(0, 1))
+    index(tmp_path)
+    assert len(rows(tmp_path)) == (1 if reason else 2)
+    said = [row["reason"] for row in refused(tmp_path)]
+    assert len(said) == bool(reason) and all(reason and reason in text for text in said)
