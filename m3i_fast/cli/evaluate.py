@@ -246,9 +246,24 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     else:
         print_results(results, make_console())
     console.print(f"wrote {out}/results.json and the arrays of its plots", soft_wrap=True)
+    _write_page(out)
     if command.pictures.record:
         _record(results)
     return 0
+
+
+def _write_page(out: Path) -> None:
+    """Write page.html beside results.json; without plotly say that there is none."""
+    from m3i_fast.measuring.results import PAGE
+    from m3i_fast.report.evaluations.files import read_evaluation
+    from m3i_fast.report.evaluations.page import write_evaluation_page
+
+    try:
+        page = write_evaluation_page(read_evaluation(out), out / PAGE)
+    except ImportError as error:
+        console.print(f"no page: {error}; then start again, features are kept", soft_wrap=True)
+    else:
+        console.print(f"open {page}", soft_wrap=True)
 
 
 def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:

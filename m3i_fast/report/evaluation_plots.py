@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from m3i_fast.evaluation.rows.calibration import NUM_BINS, calibrate
 from m3i_fast.report.inputs import Picture
 from m3i_fast.report.panels import CURVE_HEIGHT, LEGEND_HEIGHT, Panel, axis, legend, panel, plain
 from m3i_fast.report.sample_card import printable
@@ -21,7 +22,6 @@ Labels = npt.NDArray[np.int64]
 MOST_CLASSES = 24  # of a confusion matrix: of more, those with most mistakes, and the rest as one
 NAME_LETTERS = 18
 CELL_HEIGHT = 22
-NUM_BINS = 15  # of confidence, as Guo et al. have it (arXiv 1706.04599, section 5)
 REST = "all others"
 RIGHT, WRONG = (11, 111, 104), (180, 98, 45)  # the page's teal and orange
 _FRAME, _GAP = 3, 4  # pixels, of a sheet
@@ -166,43 +166,33 @@ def _unique(names: Sequence[str]) -> list[str]:
 # ---- Calibration ---------------------------------------------------------------------------------
 
 
-def calibration(
+def confidences(
     logits: npt.NDArray[np.floating],  # [N, K]
     label: Labels,  # [N], -1: none
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], Labels, float]:
-    """Return mean confidence [NUM_BINS], accuracy [NUM_BINS], pictures [NUM_BINS] and the ECE.
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:  # [n] each
+    """Return the confidence of the guesses of pictures with a class, and whether each is right.
 
-    A picture's confidence is the softmax of its largest logit, in fp64; bin b holds those in
-    (b / NUM_BINS, (b + 1) / NUM_BINS]. Empty bins have NaN. The expected calibration error is
-    sum_b n_b / N |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599, equation 3).
+    A picture's confidence is the softmax of its largest logit, in fp64.
     """
     known = label >= 0
     of = logits[known].astype(np.float64)
     of = np.exp(of - of.max(1, keepdims=True))
-    confidence = 1 / of.sum(1)  # the largest is exp(0)
-    hit = (of.argmax(1) == label[known]).astype(np.float64)
-    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
-    count = np.bincount(bins, minlength=NUM_BINS)
-    size = np.where(count > 0, count, np.nan)
-    mean = np.bincount(bins, confidence, NUM_BINS) / size
-    accuracy = np.bincount(bins, hit, NUM_BINS) / size
-    error = float(np.nansum(count * np.abs(accuracy - mean)) / max(count.sum(), 1))
-    return mean, accuracy, count, error
+    return 1 / of.sum(1), of.argmax(1) == label[known]  # the largest is exp(0)
 
 
 def reliability_diagram(
-    logits: npt.NDArray[np.floating],  # [N, K]
-    label: Labels,  # [N], -1: none
+    confidence: npt.NDArray[np.float64],  # [n] of the predicted class
+    hit: npt.NDArray[np.bool_],  # [n] whether it is right
     *,
     name: str = "calibration",
 ) -> Panel:
     """Return accuracy by confidence, beside the diagonal on which the two are equal.
 
-    Raises ValueError where no picture has a class.
+    Bins and the expected calibration error are those of `calibrate`, which raises ValueError where
+    there is no picture.
     """
-    if not (label >= 0).any():
-        raise ValueError("label: expected at least one picture with a class, got none")
-    mean, accuracy, count, error = calibration(logits, label)
+    found = calibrate(confidence, hit)
+    mean, accuracy, count = found.confidence, found.accuracy, found.count
     middle = (np.arange(NUM_BINS) + 0.5) / NUM_BINS
     there = count > 0
     bars = {
@@ -227,10 +217,10 @@ def reliability_diagram(
         "line": {"color": "var(--muted)", "width": 1, "dash": "dash"},
         "hoverinfo": "skip",
     }
-    overall = float(np.nansum(count * accuracy) / count.sum())
-    sure = float(np.nansum(count * mean) / count.sum())
-    shares_of = f"{percent(sure)} sure and {percent(overall)} right"
-    told = f"expected calibration error {percent(error)}: {shares_of}"
+    shares_of = (
+        f"{percent(float(np.mean(confidence)))} sure and {percent(float(np.mean(hit)))} right"
+    )
+    told = f"expected calibration error {percent(found.error)}: {shares_of}"
     shares = {"range": [0, 1], "tickformat": ".0%", "fixedrange": True}
     layout = {
         "xaxis": axis(nticks=4, title="confidence") | shares | {"showgrid": False},
