@@ -94,8 +94,8 @@ class OnPictures:
     seed: int = 0
     """Seed of that share, of the draws of few labels, and of what is trained and cut."""
     out: Path | None = None
-    """Folder of results.json and of arrays for plots; none: `evaluation` in a run's folder, or in
-    the current one."""
+    """Folder of page.html, of results.json and of arrays for plots; none: `evaluation` in a run's
+    folder, or in the current one."""
     cache_dir: Path = CACHE_DIR
     """Folder where features are kept, by digest of weights, data, transform and dtype."""
     workers: int | None = None
@@ -118,8 +118,8 @@ class EvaluateCommand:
     its data, beside the untrained encoder, pixels and chance (evaluation.json). With --data DIR the
     field's protocols: kNN, few labels, zero-shot and retrieval on a labelled or captioned folder,
     and by --measures linear, attentive, fine-tuning and correspondence, beside any --baseline
-    (evaluation/results.json). torchrun -m m3i_fast.cli evaluate ... computes the latter's features
-    on all ranks.
+    (evaluation/page.html and results.json). torchrun -m m3i_fast.cli evaluate ... computes the
+    latter's features on all ranks.
     """
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]

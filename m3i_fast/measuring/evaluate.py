@@ -21,7 +21,7 @@ from m3i_fast.measuring.measure import Inputs, Measure, Measured, MeasureSetting
 from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from m3i_fast.measuring.patches import expect_segmentation
 from m3i_fast.measuring.results import EncoderResults, Results
-from m3i_fast.measuring.shown import SIDE, patch_colours, shown_rows, squares
+from m3i_fast.measuring.shown import SIDE, patch_colours, rows_of, squares
 from m3i_fast.measuring.source import Source, SourceSettings, Split, read_source
 from m3i_fast.pipelines.optional_imports import require
 
@@ -144,8 +144,8 @@ def _shown(
 ) -> tuple[Index, NDArray[np.uint8]]:  # [n], [n, 3, S, S]
     """Return the pictures of the patches of all encoders, and of the first one's retrieval."""
     retrieval = results[0].measured.get("retrieval")
-    examples = retrieval.details["examples"] if retrieval else {}
-    rows = {*shown_rows(examples, {})}.union(*(shown_rows({}, one.patches) for one in results))
+    rows = rows_of(retrieval.details["examples"]) if retrieval else set[int]()
+    rows |= {row for one in results if one.patches for row in one.patches["rows"].tolist()}
     return squares(source, sorted(rows), side=SIDE)
 
 

@@ -163,11 +163,9 @@ def _retrieval(inputs: Inputs) -> Measured:
         "picture to caption": Sides(image, pictures, pictures, text, captions, caption_row),
         "caption to picture": Sides(text, captions, caption_row, image, pictures, pictures),
     }
-    items = inputs.source.measured.items
+    items, decoded = inputs.source.measured.items, np.flatnonzero(measured.column("valid"))
     names = [items[row].name for row in pictures]
-    texts = [
-        text for row in np.flatnonzero(measured.column("valid")) for text in items[row].captions
-    ]
+    texts = [caption for row in decoded for caption in items[row].captions]
     examples = {
         "picture to caption": shown_queries(sides["picture to caption"], names, texts, device),
         "caption to picture": shown_queries(sides["caption to picture"], texts, names, device),

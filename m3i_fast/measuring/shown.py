@@ -92,14 +92,10 @@ def shown_queries(
     ]
 
 
-def shown_rows(
-    examples: Mapping[str, Sequence[Mapping[str, Any]]], patches: Mapping[str, NDArray[Any]]
-) -> list[int]:
-    """Return the rows whose pictures a page shows: those of retrieval's examples and of patches."""
-    rows = {*patches["rows"].tolist()} if patches else set()
-    for example in chain.from_iterable(examples.values()):
-        rows |= {example["row"], *example["found_rows"]}
-    return sorted(rows)
+def rows_of(examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> set[int]:
+    """Return the rows of the pictures of `shown_queries`, by the side of retrieval."""
+    every = chain.from_iterable(examples.values())
+    return {row for example in every for row in (example["row"], *example["found_rows"])}
 
 
 def squares(

@@ -39,16 +39,23 @@ def confusion_counts(
 
     Raises ValueError for a class that is out of range.
     """
+    predicted, label = _known(predicted, label, num_classes)
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (label, predicted), 1)
+    return counts
+
+
+def _known(predicted: Labels, label: Labels, num_classes: int) -> tuple[Labels, Labels]:
+    """Return those of pictures with a class; ValueError for a class that is out of range."""
     known = label >= 0
-    for name, values in (("predicted", predicted[known]), ("label", label[known])):
+    predicted, label = predicted[known], label[known]
+    for name, values in (("predicted", predicted), ("label", label)):
         if len(values) and not 0 <= values.min() <= values.max() < num_classes:
             raise ValueError(
                 f"{name}: expected classes from 0 to {num_classes - 1}, got {values.min()} to "
                 f"{values.max()}"
             )
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (label[known], predicted[known]), 1)
-    return counts
+    return predicted, label
 
 
 def confusion_matrix(
@@ -63,12 +70,12 @@ def confusion_matrix(
     Of more than MOST_CLASSES the classes with most mistakes are shown, and the rest as one. Raises
     ValueError as `confusion_counts`, and where no picture has a class.
     """
-    counts = confusion_counts(predicted, label, len(class_names))
-    total = int(counts.sum())
-    if not total:
+    predicted, label = _known(predicted, label, len(class_names))
+    if not (total := len(label)):
         raise ValueError("label: expected at least one picture with a class, got none")
-    right = int(counts.diagonal().sum())
-    names, counts, is_part = _most_mistaken(counts, class_names)
+    right = int((predicted == label).sum())
+    names, place, is_part = _most_mistaken(predicted, label, class_names)
+    counts = confusion_counts(place[predicted], place[label], len(names))
     size = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(size, 1)
     text = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares]
@@ -110,20 +117,25 @@ def confusion_matrix(
 
 
 def _most_mistaken(
-    counts: npt.NDArray[np.int64], class_names: Sequence[str]
-) -> tuple[list[str], npt.NDArray[np.int64], bool]:
-    """Return names and counts of the classes to show, and whether the last one is all others."""
+    predicted: Labels,  # [N]
+    label: Labels,  # [N]
+    class_names: Sequence[str],  # K
+) -> tuple[list[str], Labels, bool]:
+    """Return the names to show, the place of each class there [K], and whether the last is a rest.
+
+    Memory grows with N and K, and not with K * K.
+    """
     names = [_short(printable(name)) for name in class_names]
     if len(names) <= MOST_CLASSES:
-        return _unique(names), counts, False
+        return _unique(names), np.arange(len(names)), False
     names = _unique([REST, *names])[1:]  # a class of that name is another one
-    wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    miss = predicted != label
+    both = np.concatenate([predicted[miss], label[miss]])
+    wrong = np.bincount(both, minlength=len(names))
     shown = np.sort(np.argsort(-wrong, kind="stable")[: MOST_CLASSES - 1])
     place = np.full(len(names), len(shown))
     place[shown] = np.arange(len(shown))
-    merged = np.zeros((len(shown) + 1, len(shown) + 1), np.int64)
-    np.add.at(merged, (place[:, None], place[None, :]), counts)
-    return [*(names[i] for i in shown), REST], merged, True
+    return [*(names[i] for i in shown), REST], place, True
 
 
 def _worst(counts: npt.NDArray[np.int64], names: Sequence[str], is_part: bool) -> str:

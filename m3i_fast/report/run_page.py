@@ -73,7 +73,7 @@ def write_report(inputs: ReportInputs, path: Path) -> Path:
 def render_report(inputs: ReportInputs) -> str:
     """Return the page as HTML that makes no request: scripts, styles and pictures are inline."""
     on_data = [
-        evaluation_page.parts(evaluation, name=f"data-{evaluation.name}")
+        evaluation_page.parts(evaluation, prefix=f"data-{evaluation.name}")
         for evaluation in inputs.data_evaluations
     ]
     return render(

@@ -44,7 +44,7 @@ def calibrate(
         )
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise ValueError("confidence: expected values in 0..1, got others")
-    place = np.clip(np.ceil(confidence * num_bins).astype(np.int64) - 1, 0, num_bins - 1)
+    place = np.searchsorted(np.linspace(0, 1, num_bins + 1)[1:-1], confidence)
     count = np.bincount(place, minlength=num_bins)
     filled = np.maximum(count, 1)
     mean = np.bincount(place, confidence, minlength=num_bins) / filled

@@ -29,14 +29,14 @@ class Predictions:
     confidence: npt.NDArray[np.float64] | None  # [n], None: the measure has no probabilities
 
 
-def class_figures(evaluation: DataEvaluation, *, name: str) -> list[dict[str, Any]]:
+def class_figures(evaluation: DataEvaluation, *, prefix: str) -> list[dict[str, Any]]:
     """Return the figures of every measure of the first encoder that predicts classes.
 
-    name: what their ids begin with.
+    prefix: of their ids.
     """
     found = []
     for of in predictions(evaluation):
-        own = f"{name}-{of.measure}"
+        own = f"{prefix}-{of.measure}"
         panels = [
             confusion_matrix(
                 of.predicted, of.label, evaluation.class_names, name=f"{own}-confusion"
@@ -84,8 +84,8 @@ def _chosen(
         begins = "few-labels.predicted_"
         shares = [name.removeprefix(begins) for name in arrays if name.startswith(begins)]
         share = max(shares, key=float)
-        predicted = arrays[begins + share]  # [draws, n]
-        told = f"{float(share):.0%}, {len(predicted)} draws together"
-        return told, predicted, arrays[f"few-labels.confidence_{share}"]
+        draws = arrays[begins + share]  # [draws, n]
+        told = f"{float(share):.0%}, {len(draws)} draws together"
+        return told, draws, arrays[f"few-labels.confidence_{share}"]
     predicted = arrays.get(f"{measure}.predicted")
     return None if predicted is None else ("", predicted, arrays.get(f"{measure}.confidence"))

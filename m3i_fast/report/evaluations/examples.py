@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,13 +17,25 @@ TITLES = {
 }
 
 
+def short_names(encoders: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of encoders with absolute paths cut to their last part, where these differ.
+
+    The full names stand among the settings.
+    """
+    full = [encoder["name"] for encoder in encoders]
+    short = [re.sub(r"(^|[:=,])/[^,]*/(?=[^/,])", r"\1", name) for name in full]
+    return [printable(name) for name in (short if len(set(short)) == len(short) else full)]
+
+
 # ---- Retrieval -----------------------------------------------------------------------------------
 
 
 def retrieval_sides(evaluation: DataEvaluation) -> list[dict[str, Any]]:
     """Return the first encoder's examples of both ways, the best answered and the worst."""
-    measured = evaluation.results["encoders"][0]["measures"].get("retrieval", {})
-    examples = measured.get("details", {}).get("examples", {})
+    measured = evaluation.results["encoders"][0]["measures"].get("retrieval")
+    if measured is None:
+        return []
+    examples = measured["details"].get("examples", {})
     sides = []
     for side, title in TITLES.items():
         total = measured["settings"]["pictures" if side.endswith("picture") else "captions"]
@@ -76,10 +89,8 @@ def _found(
 
 def patch_cards(evaluation: DataEvaluation) -> list[dict[str, Any]]:
     """Return pictures with their patches as colour, by each encoder that has patches."""
-    encoders = [
-        (printable(encoder["name"]), _by_row(arrays))
-        for encoder, arrays in zip(evaluation.results["encoders"], evaluation.arrays, strict=True)
-    ]
+    names = short_names(evaluation.results["encoders"])
+    encoders = [*zip(names, map(_by_row, evaluation.arrays), strict=True)]
     rows: Sequence[int] = sorted({row for _, colours in encoders for row in colours})
     cards = []
     for row in (row for row in rows if row in evaluation.pictures):

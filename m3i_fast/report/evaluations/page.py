@@ -13,7 +13,7 @@ from markupsafe import Markup
 from m3i_fast.durable_files import write_atomically
 from m3i_fast.report import template
 from m3i_fast.report.evaluations.class_figures import class_figures
-from m3i_fast.report.evaluations.examples import patch_cards, retrieval_sides
+from m3i_fast.report.evaluations.examples import patch_cards, retrieval_sides, short_names
 from m3i_fast.report.inputs import DataEvaluation
 from m3i_fast.report.panels import Panel, plotly_source
 from m3i_fast.report.sample_card import printable
@@ -42,6 +42,7 @@ class EvaluationParts:
     """What parts.html shows of an evaluation."""
 
     id: str
+    folder: str
     title: str
     summary: Sequence[str]
     tiles: Sequence[Tile]
@@ -72,7 +73,7 @@ def write_evaluation_page(evaluation: DataEvaluation, path: Path) -> Path:
 
 def render_evaluation_page(evaluation: DataEvaluation) -> str:
     """Return the page as HTML that makes no request: scripts, styles and pictures are inline."""
-    found = parts(evaluation, name="evaluation")
+    found = parts(evaluation, prefix="evaluation")
     return template.render(
         Path(__file__).parent / "page.html",
         styles=STYLES,
@@ -86,25 +87,26 @@ def render_evaluation_page(evaluation: DataEvaluation) -> str:
     )
 
 
-def parts(evaluation: DataEvaluation, *, name: str) -> EvaluationParts:
-    """Return what the page of an evaluation shows. name: what its figures' ids begin with."""
+def parts(evaluation: DataEvaluation, *, prefix: str) -> EvaluationParts:
+    """Return what the page of an evaluation shows. prefix: of the ids of its figures."""
     results = evaluation.results
-    model, *others = results["encoders"]
     data = results["data"]
+    model, *baselines = names = short_names(results["encoders"])
     return EvaluationParts(
-        id=name,
-        title=printable(f"{model['name']} on {data['path']}"),
-        summary=[*_counted(results), *_compared(results)],
-        tiles=_tiles(results),
-        model=printable(model["name"]),
-        baselines=[printable(other["name"]) for other in others],
+        id=prefix,
+        folder=printable(evaluation.name),
+        title=printable(f"Evaluation of {model} on {data['path']}"),
+        summary=[*_counted(results), *_compared(results, baselines)],
+        tiles=_tiles(results, baselines),
+        model=model,
+        baselines=baselines,
         table=_table(results),
         not_measured=[
-            printable(f"{encoder['name']}: not measured: {measure}: {reason}")
-            for encoder in results["encoders"]
+            printable(f"{name}: not measured: {measure}: {reason}")
+            for name, encoder in zip(names, results["encoders"], strict=True)
             for measure, reason in encoder.get("not_measured", {}).items()
         ],
-        classes=class_figures(evaluation, name=name),
+        classes=class_figures(evaluation, prefix=prefix),
         retrieval=retrieval_sides(evaluation),
         patches=patch_cards(evaluation),
         protocols=list(_protocols(results)),
@@ -143,13 +145,13 @@ def _counted(results: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _compared(results: Mapping[str, Any]) -> Iterator[str]:
+def _compared(results: Mapping[str, Any], baselines: Sequence[str]) -> Iterator[str]:
     """Yield a sentence a baseline: in how many figures the model is better, worse or neither."""
-    for other, of_other in results["comparisons"].items():
+    for other, of_other in zip(baselines, results["comparisons"].values(), strict=True):
         if of_other:
             verdicts = Counter(interval["verdict"] for interval in of_other.values())
             said = "; ".join(f"{verdict} in {number}" for verdict, number in verdicts.most_common())
-            yield printable(f"Against {other}, of {len(of_other)} figures: {said}.")
+            yield (f"Against {other}, of {len(of_other)} figures: {said}.")
 
 
 def _some(names: Sequence[str] | Mapping[str, Any]) -> str:
@@ -157,7 +159,7 @@ def _some(names: Sequence[str] | Mapping[str, Any]) -> str:
     return printable(shown + (", ..." if len(names) > MOST_NAMED else ""))
 
 
-def _tiles(results: Mapping[str, Any]) -> list[Tile]:
+def _tiles(results: Mapping[str, Any], baselines: Sequence[str]) -> list[Tile]:
     model, *others = results["encoders"]
     tiles = []
     for measure, (wanted, label) in HEADLINES.items():
@@ -166,8 +168,8 @@ def _tiles(results: Mapping[str, Any]) -> list[Tile]:
         if figure is None:
             continue
         beside = [
-            printable(f"{other['name']} {percent(_figures(other, measure)[figure])}")
-            for other in others
+            f"{name} {percent(_figures(other, measure)[figure])}"
+            for name, other in zip(baselines, others, strict=True)
             if figure in _figures(other, measure)
         ]
         detail = ", ".join(beside) or figure
@@ -181,7 +183,7 @@ def _figures(encoder: Mapping[str, Any], measure: str) -> Mapping[str, float]:
 
 
 def _protocols(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, measured in results["encoders"][0]["measures"].items():
+    for name, (measured, _) in _measures(results).items():
         yield measured.get("title", name), f"{measured['protocol']} ({measured['paper']})"
 
 
@@ -197,20 +199,36 @@ def _settings(results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _table(results: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
-    """Return the rows of every figure, measure by measure."""
+    """Return a row for every figure that any encoder has, measure by measure."""
     model, *others = results["encoders"]
-    return [
-        [
-            {
-                "title": f"{measured.get('title', measure)}, {figure}",
-                "value": percent(value),
-                "interval": _interval(measured.get("intervals", {}).get(figure)),
-                "cells": [_cell(results, other, measure, figure) for other in others],
-            }
-            for figure, value in measured["figures"].items()
-        ]
-        for measure, measured in model["measures"].items()
-    ]
+    table = []
+    for measure, (measured, figures) in _measures(results).items():
+        own = model["measures"].get(measure, {})
+        table.append(
+            [
+                {
+                    "title": f"{measured.get('title', measure)}, {figure}",
+                    "value": _percent(own.get("figures", {}).get(figure)),
+                    "interval": _interval(own.get("intervals", {}).get(figure)),
+                    "cells": [_cell(results, other, measure, figure) for other in others],
+                }
+                for figure in figures
+            ]
+        )
+    return table
+
+
+def _measures(results: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], dict[str, None]]]:
+    """Return what the first encoder that has it says of each measure, and all of its figures."""
+    found: dict[str, tuple[Mapping[str, Any], dict[str, None]]] = {}
+    for encoder in results["encoders"]:
+        for name, measured in encoder["measures"].items():
+            found.setdefault(name, (measured, {}))[1].update(dict.fromkeys(measured["figures"]))
+    return found
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else percent(value)
 
 
 def _interval(ends: Sequence[float] | None) -> str:
@@ -223,15 +241,12 @@ def _cell(
     value = _figures(other, measure).get(figure)
     found = results["comparisons"].get(other["name"], {}).get(f"{measure}: {figure}")
     if found is None:
-        shown = "" if value is None else percent(value)
-        return {
-            "value": shown,
-            "difference": "",
-            "verdict": "" if value is None else "not compared",
-        }
+        is_lone = value is None or figure not in _figures(results["encoders"][0], measure)
+        verdict = "" if is_lone else "not compared"
+        return {"value": _percent(value), "difference": "", "verdict": verdict}
     ends = f"({points(found['low'])} to {points(found['high'])})"
     return {
-        "value": "" if value is None else percent(value),
+        "value": _percent(value),
         "difference": f"{points(found['difference'], sign=True)} {ends}",
         "verdict": found["verdict"].removesuffix(" found"),
     }
