@@ -81,7 +81,7 @@ def render_report(inputs: ReportInputs) -> str:
         styles=[_HERE / "sample_card.css", *evaluation_page.STYLES],
         scripts=[_HERE / "report.js"],
         **_words(inputs),
-        **_figures(inputs, sum((each.panels for each in on_data), [])),
+        **_figures(inputs, [panel for each in on_data for panel in each.classes]),
         data_evaluations=on_data,
         **_pictures(inputs),
         config=list(flat(inputs.config)),

@@ -230,10 +230,11 @@ def test_the_page_says_what_was_measured_and_holds_no_markup_of_others(
     measured: tuple[Results, Path, Path], evaluation: DataEvaluation
 ) -> None:
     html = render_evaluation_page(evaluation)
-    digest = evaluation.results["data"]["measured"]["digest"]
+    counts = evaluation.results["data"]["measured"]
+    split, digest = counts["split"], counts["digest"]
     for text in (
-        "Measured on 36 pictures of split val of table.csv: 36 with one of 3 classes, 36 with a "
-        "caption (72 captions).",
+        f"Measured on 36 pictures of split {split} of table.csv: 36 with one of 3 classes, 36 with "
+        "a caption (72 captions).",
         "Classifiers are fitted to 36 pictures of split train.",
         f"Digest of what was measured: {digest[:16]}.",
         "Against pixels, of ",

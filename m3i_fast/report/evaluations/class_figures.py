@@ -6,7 +6,7 @@ Legend: n labelled rows that were measured, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from m3i_fast.report.evaluation_plots import confusion_matrix, reliability_diagram
 from m3i_fast.report.inputs import DataEvaluation
+from m3i_fast.report.panels import Panel
 
 USUAL_K = 20  # of kNN, as DINO reports it
 
@@ -29,24 +30,24 @@ class Predictions:
     confidence: npt.NDArray[np.float64] | None  # [n], None: the measure has no probabilities
 
 
-def class_figures(evaluation: DataEvaluation, *, prefix: str) -> list[dict[str, Any]]:
+def class_figures(evaluation: DataEvaluation, *, prefix: str) -> list[Panel]:
     """Return the figures of every measure of the first encoder that predicts classes.
 
     prefix: of their ids.
     """
-    found = []
+    panels = []
     for of in predictions(evaluation):
         own = f"{prefix}-{of.measure}"
-        panels = [
+        drawn = [
             confusion_matrix(
                 of.predicted, of.label, evaluation.class_names, name=f"{own}-confusion"
             )
         ]
         if of.confidence is not None:
             hit = of.predicted == of.label
-            panels.append(reliability_diagram(of.confidence, hit, name=f"{own}-calibration"))
-        found.append({"title": of.title, "panels": panels})
-    return found
+            drawn.append(reliability_diagram(of.confidence, hit, name=f"{own}-calibration"))
+        panels += [replace(each, title=f"{of.title}: {each.title.lower()}") for each in drawn]
+    return panels
 
 
 def predictions(evaluation: DataEvaluation) -> Iterator[Predictions]:

@@ -50,16 +50,11 @@ class EvaluationParts:
     baselines: Sequence[str]
     table: Sequence[Sequence[Mapping[str, Any]]]
     not_measured: Sequence[str]
-    classes: Sequence[Mapping[str, Any]]
+    classes: Sequence[Panel]
     retrieval: Sequence[Mapping[str, Any]]
     patches: Sequence[Mapping[str, Any]]
     protocols: Sequence[tuple[str, str]]
     settings: Sequence[tuple[str, str]]
-
-    @property
-    def panels(self) -> list[Panel]:
-        """Return all of its figures."""
-        return [panel for group in self.classes for panel in group["panels"]]
 
 
 def write_evaluation_page(evaluation: DataEvaluation, path: Path) -> Path:
@@ -82,7 +77,7 @@ def render_evaluation_page(evaluation: DataEvaluation) -> str:
         summary=found.summary,
         tiles=found.tiles,
         e=found,
-        figures={panel.id: panel.figure for panel in found.panels},
+        figures={panel.id: panel.figure for panel in found.classes},
         plotly=Markup(plotly_source()),
     )
 
