@@ -95,6 +95,11 @@ def test_measures_that_take_long_are_told_and_stand_in_the_table(
         assert text in said, text
     for text in ("linear, top 1", "attentive, top 1", "fine-tuning, top 1", "patches found"):
         assert text in told.out, text
+    html = (tmp_path / "out" / "page.html").read_text()
+    for measure in ("linear", "attentive", "fine-tuning"):
+        assert f'id="evaluation-{measure}-confusion"' in html
+        assert f'id="evaluation-{measure}-calibration"' in html
+    assert "segmentation, mean IoU" in html and "correspondence, patches found" in html
     assert "segmentation, mean IoU" in told.out
     assert "pixels: not measured: fine-tuning: pixels cannot be fine-tuned" in told.out
     stored = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -46,9 +46,9 @@ def captioned(root: Path) -> Path:
             for i in range(EACH):
                 file = f"pictures/{split}_{name}_{i}.png"
                 picture(colour, seed := seed + 1).save(root / file)
-                said = HOSTILE if (split, i) == ("val", 0) else f"number {i}"
+                said = f"{HOSTILE} {i}"
                 rows += [f"{file},a {name} picture {said},{name},{split}"]
-                rows += [f"{file},{i} in {name},{name},{split}"]
+                rows += [f"{file},{i} in {name} {HOSTILE},{name},{split}"]
     (root / "table.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return root / "table.csv"
 
@@ -128,6 +128,8 @@ def test_every_measure_that_predicts_classes_has_figures(evaluation: DataEvaluat
     names = ("linear", "attentive", "fine-tuning")
     measures = first["measures"] | dict.fromkeys(names, first["measures"]["zero-shot"])
     arrays = dict(evaluation.arrays[0])
+    assert measures["knn"]["settings"]["k"] == [10, 20]
+    arrays["knn.predicted"] = np.stack([0 * evaluation.label, 0 * evaluation.label + 2])
     for name in names:
         for array in ("predicted", "confidence", "rows"):
             arrays[f"{name}.{array}"] = arrays[f"zero-shot.{array}"]
@@ -136,6 +138,8 @@ def test_every_measure_that_predicts_classes_has_figures(evaluation: DataEvaluat
         results={**evaluation.results, "encoders": [first | {"measures": measures}, *others]},
         arrays=[arrays, *evaluation.arrays[1:]],
     )
+    knn = next(iter(predictions(more)))
+    assert knn.title == "kNN, k = 20" and set(knn.predicted) == {2}
     found = {each.measure: each.confidence is not None for each in predictions(more)}
     assert found == {"knn": False, "few-labels": True, "zero-shot": True} | dict.fromkeys(
         names, True
@@ -243,6 +247,7 @@ def test_the_page_says_what_was_measured_and_holds_no_markup_of_others(
         f"float32, sha256 {evaluation.results['encoders'][0]['digest']}",
     ):
         assert text in html, text
+    assert "&lt;img src=x" in html  # as text, without what steers it
     assert "<img src=x" not in html and "\u202e" not in html
     assert "default-src 'none'" in html
     sources = re.findall(r'(?:src|href)="([^"]*)"', html.split('id="plotly"')[0])
