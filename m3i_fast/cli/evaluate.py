@@ -94,8 +94,8 @@ class OnPictures:
     seed: int = 0
     """Seed of that share, of the draws of few labels, and of what is trained and cut."""
     out: Path | None = None
-    """Folder of results.json and of arrays for plots; none: `evaluation` in a run's folder, or in
-    the current one."""
+    """Folder of page.html, of results.json and of arrays for plots; none: `evaluation` in a run's
+    folder, or in the current one."""
     cache_dir: Path = CACHE_DIR
     """Folder where features are kept, by digest of weights, data, transform and dtype."""
     workers: int | None = None
@@ -118,8 +118,8 @@ class EvaluateCommand:
     its data, beside the untrained encoder, pixels and chance (evaluation.json). With --data DIR the
     field's protocols: kNN, few labels, zero-shot and retrieval on a labelled or captioned folder,
     and by --measures linear, attentive, fine-tuning and correspondence, beside any --baseline
-    (evaluation/results.json). torchrun -m m3i_fast.cli evaluate ... computes the latter's features
-    on all ranks.
+    (evaluation/page.html and results.json). torchrun -m m3i_fast.cli evaluate ... computes the
+    latter's features on all ranks.
     """
 
     model: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="MODEL")]]
@@ -246,9 +246,24 @@ def _on_pictures(command: EvaluateCommand, data: Path) -> int:
     else:
         print_results(results, make_console())
     console.print(f"wrote {out}/results.json and the arrays of its plots", soft_wrap=True)
+    _write_page(out)
     if command.pictures.record:
         _record(results)
     return 0
+
+
+def _write_page(out: Path) -> None:
+    """Write page.html beside results.json; without plotly say that there is none."""
+    from m3i_fast.measuring.results import PAGE
+    from m3i_fast.report.evaluations.files import read_evaluation
+    from m3i_fast.report.evaluations.page import write_evaluation_page
+
+    try:
+        page = write_evaluation_page(read_evaluation(out), out / PAGE)
+    except ImportError as error:
+        console.print(f"no page: {error}; then start again, features are kept", soft_wrap=True)
+    else:
+        console.print(f"open {page}", soft_wrap=True)
 
 
 def _settings(command: EvaluateCommand, data: Path) -> EvaluationSettings:

@@ -72,6 +72,7 @@ def write(command: ReportCommand, out: Path, *, beside_untrained: bool = False) 
     from m3i_fast.engine.checkpoint.checkpoints import checkpoints
     from m3i_fast.engine.run.status import status_of
     from m3i_fast.observe.metrics import last_step
+    from m3i_fast.report.evaluations.files import evaluations_of
     from m3i_fast.report.run_inputs import gather
     from m3i_fast.report.run_page import write_report
 
@@ -100,6 +101,7 @@ def write(command: ReportCommand, out: Path, *, beside_untrained: bool = False) 
         most=command.pictures,
         notes=status.sentences,
         evaluation=_evaluation(run),
+        data_evaluations=evaluations_of(run),
         recipe=recipe,
         changed=changed,
         data=_data(run, cfg),

@@ -90,14 +90,30 @@ def hits_interval(
     empty, of different shapes or outside 0..1.
     """
     first, second = _sides(ours, theirs)
-    for name, side in (("ours", first), ("theirs", second)):
-        if not bool(((side >= 0) & (side <= 1)).all()):
-            raise ValueError(f"{name}: expected hits in 0..1, got {side.min():g} to {side.max():g}")
+    _expect_hits(ours=first, theirs=second)
     delta = first - second
     added = np.broadcast_to([1.0, -1.0], (len(delta), 2))
     labels = _labels(cluster, delta.shape[1])
     labels = np.append(labels, [labels.max() + 1, labels.max() + 2])
     return _interval(float(delta.mean()), np.concatenate([delta, added], 1), labels)
+
+
+def mean_interval(
+    hits: Any,  # [N] hits in 0..1 (array, tensor or sequence)
+    cluster: Any = None,  # [N] int64; None: every item is one
+) -> tuple[float, float]:
+    """Return the 95 % interval of mean(hits), cut to 0..1, by `variance_components`.
+
+    Two hits and two misses are added to the items (Agresti and Coull 1998), without which hits that
+    are all equal would have no variance. Raises ValueError as `hits_interval`.
+    """
+    first, _ = _sides(hits, hits)
+    _expect_hits(hits=first)
+    labels = _labels(cluster, first.shape[1])
+    labels = np.append(labels, labels.max() + 1 + np.arange(4))
+    added = np.broadcast_to([1.0, 1.0, 0.0, 0.0], (len(first), 4))
+    found = _interval(float(first.mean()), np.concatenate([first, added], 1), labels)
+    return max(found.low, 0.0), min(found.high, 1.0)
 
 
 def values_interval(
@@ -224,6 +240,12 @@ def _sides(ours: Any, theirs: Any) -> tuple[Floats, Floats]:  # [S, N] each
         raise ValueError(f"ours: expected [N] or [seeds, N], got {sides[0].shape}")
     first, second = (np.atleast_2d(side) for side in sides)
     return first, second
+
+
+def _expect_hits(**sides: Floats) -> None:
+    for name, side in sides.items():
+        if not bool(((side >= 0) & (side <= 1)).all()):
+            raise ValueError(f"{name}: expected hits in 0..1, got {side.min():g} to {side.max():g}")
 
 
 def _expect_alike(sides: Sequence[Floats]) -> None:

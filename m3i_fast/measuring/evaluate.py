@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from m3i_fast.engine.parallel.ranks import World
+from m3i_fast.evaluation.feature_rows import Index
 from m3i_fast.measuring.encoders.encoder import Encoder, EncoderSettings
 from m3i_fast.measuring.encoders.opening import open_encoder, split_spec
 from m3i_fast.measuring.features import ExtractionSettings, SplitFeatures, extract, num_rows
@@ -19,6 +21,7 @@ from m3i_fast.measuring.measure import Inputs, Measure, Measured, MeasureSetting
 from m3i_fast.measuring.measures import MEASURES, chosen_measures
 from m3i_fast.measuring.patches import expect_segmentation
 from m3i_fast.measuring.results import EncoderResults, Results
+from m3i_fast.measuring.shown import SIDE, patch_colours, rows_of, squares
 from m3i_fast.measuring.source import Source, SourceSettings, Split, read_source
 from m3i_fast.pipelines.optional_imports import require
 
@@ -124,13 +127,26 @@ def evaluate(
             shared = shared or found.shared_pictures
     if not world.is_main:
         return None
+    rows, pictures = _shown(planned.source, results)
     return Results(
         source=planned.source,
         encoders=results,
         faults=faults,
         shared_pictures=shared,
         settings=_recorded(settings),
+        picture_rows=rows,
+        pictures=pictures,
     )
+
+
+def _shown(
+    source: Source, results: Sequence[EncoderResults]
+) -> tuple[Index, NDArray[np.uint8]]:  # [n], [n, 3, S, S]
+    """Return the pictures of the patches of all encoders, and of the first one's retrieval."""
+    retrieval = results[0].measured.get("retrieval")
+    rows = rows_of(retrieval.details["examples"]) if retrieval else set[int]()
+    rows |= {row for one in results if one.patches for row in one.patches["rows"].tolist()}
+    return squares(source, sorted(rows), side=SIDE)
 
 
 class _Found(NamedTuple):
@@ -289,6 +305,7 @@ def _measure(
         logit_scale=encoder.logit_scale,
         measured=measured,
         left_out=left_out,
+        patches=patch_colours(inputs),
     )
 
 

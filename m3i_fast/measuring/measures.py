@@ -22,6 +22,7 @@ from m3i_fast.evaluation.rows.few_labels import (
 )
 from m3i_fast.evaluation.rows.neighbours import NEIGHBOURS, TEMPERATURE, classify_by_neighbours
 from m3i_fast.evaluation.rows.retrieval import RECALL_AT, recall_hits
+from m3i_fast.evaluation.rows.retrieval_examples import Sides
 from m3i_fast.evaluation.rows.zero_shot import classify_by_prompts, embed_classes
 from m3i_fast.measuring import patches, trained
 from m3i_fast.measuring.measure import (
@@ -41,6 +42,7 @@ from m3i_fast.measuring.measure import (
     no_texts,
     not_trainable,
 )
+from m3i_fast.measuring.shown import shown_queries
 from m3i_fast.measuring.source import Source
 
 # ---- The measures --------------------------------------------------------------------------------
@@ -158,18 +160,26 @@ def _retrieval(inputs: Inputs) -> Measured:
     pictures, captions = np.unique(caption_row), np.arange(len(caption_row))
     image, text = measured.rows("image"), measured.rows("text")
     sides = {
-        "picture to caption": (image, pictures, pictures, text, captions, caption_row),
-        "caption to picture": (text, captions, caption_row, image, pictures, pictures),
+        "picture to caption": Sides(image, pictures, pictures, text, captions, caption_row),
+        "caption to picture": Sides(text, captions, caption_row, image, pictures, pictures),
+    }
+    items, decoded = inputs.source.measured.items, np.flatnonzero(measured.column("valid"))
+    names = [items[row].name for row in pictures]
+    texts = [caption for row in decoded for caption in items[row].captions]
+    examples = {
+        "picture to caption": shown_queries(sides["picture to caption"], names, texts, device),
+        "caption to picture": shown_queries(sides["caption to picture"], texts, names, device),
     }
     figures, arrays = [], dict[str, NDArray[Any]]()
     for title, side in sides.items():
         hits = recall_hits(*side, device=device)
         for k, row in zip(RECALL_AT, hits, strict=True):
-            figures.append(mean_figure(f"{title}, recall at {k}", row, side[2]))
+            figures.append(mean_figure(f"{title}, recall at {k}", row, side.query_item))
         arrays[title.replace(" ", "_")] = hits
     return Measured(
         figures=tuple(figures),
         settings={"pictures": len(pictures), "captions": len(captions), "k": list(RECALL_AT)},
+        details={"examples": examples},
         arrays={**arrays, "rows": pictures, "caption_row": caption_row},
     )
 

@@ -6,19 +6,22 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from m3i_fast.durable_files import make_directories, remove_directory, write_atomically
-from m3i_fast.evaluation.statistics import Interval, hits_interval, holm
+from m3i_fast.evaluation.feature_rows import Index
+from m3i_fast.evaluation.statistics import Interval, hits_interval, holm, mean_interval
 from m3i_fast.measuring.measure import Figure, Measured
 from m3i_fast.measuring.measures import MEASURES
 from m3i_fast.measuring.source import Source, Split
 
 RESULTS = "results.json"
+PAGE = "page.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class EncoderResults:
     """By the name of a measure."""
     left_out: Mapping[str, str]
     """Why a measure was not measured, by its name."""
+    patches: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Of `patch_colours`: the patches of some pictures as colour."""
 
     def figures(self) -> dict[tuple[str, str], Figure]:
         """Return the figures by (measure, figure)."""
@@ -55,6 +60,9 @@ class Results:
     shared_pictures: Sequence[tuple[str, str]]
     """(measured, training) names of pictures of the same bytes."""
     settings: Mapping[str, Any]
+    picture_rows: Index = field(default_factory=lambda: np.empty(0, np.int64))
+    pictures: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 3, 1, 1), np.uint8))
+    """[n, 3, S, S], those of `picture_rows` [n], which a page shows."""
 
     def comparisons(self) -> dict[str, dict[tuple[str, str], Interval]]:
         """Return the first encoder minus each other one, for figures that are means over items.
@@ -79,7 +87,7 @@ class Results:
         return {
             "data": describe(self.source),
             "settings": dict(self.settings),
-            "encoders": [_encoder(encoder) for encoder in self.encoders],
+            "encoders": [_encoder(encoder, self.source.measured) for encoder in self.encoders],
             "comparisons": {
                 other: {
                     f"{measure}: {figure}": {**asdict(interval), "verdict": interval.verdict}
@@ -94,17 +102,24 @@ class Results:
     def save(self, out: Path) -> None:
         """Write results.json and a folder of .npy files for each encoder, results.json last."""
         make_directories(out)
-        names = [item.name for item in self.source.measured.items]
+        measured = self.source.measured
         _remove_earlier(out)
-        _save_json(out / "rows.json", {"names": names, "classes": list(self.source.class_names)})
+        rows = {
+            "names": [item.name for item in measured.items],
+            "classes": list(self.source.class_names),
+            "labels": measured.label.tolist(),
+            "pictures": self.picture_rows.tolist(),
+            "captions": [next(iter(measured.items[row].captions), "") for row in self.picture_rows],
+        }
+        _save_json(out / "rows.json", rows)
+        _save_array(out / "pictures.npy", self.pictures)
         for number, encoder in enumerate(self.encoders):
             folder = out / f"{number}_{slug(encoder.name)}"
             make_directories(folder)
-            for measure, measured in encoder.measured.items():
-                for name, array in measured.arrays.items():
-                    content = io.BytesIO()
-                    np.save(content, array)
-                    write_atomically(folder / f"{measure}.{name}.npy", content.getvalue())
+            arrays = {name: of.arrays for name, of in encoder.measured.items()}
+            for measure, named in {**arrays, "patches": encoder.patches}.items():
+                for name, array in named.items():
+                    _save_array(folder / f"{measure}.{name}.npy", array)
         _save_json(out / RESULTS, self.as_dict())
 
 
@@ -128,7 +143,8 @@ def slug(name: str) -> str:
 
 def _remove_earlier(out: Path) -> None:
     """Remove what an earlier evaluation wrote there: its figures, then folders of arrays alone."""
-    (out / RESULTS).unlink(missing_ok=True)
+    for name in (RESULTS, PAGE, "pictures.npy"):
+        (out / name).unlink(missing_ok=True)
     for folder in out.glob("[0-9]*_*"):
         if folder.is_dir() and all(file.suffix == ".npy" for file in folder.iterdir()):
             remove_directory(folder)
@@ -146,7 +162,7 @@ def _counts(split: Split, source: Source) -> dict[str, Any]:
     }
 
 
-def _encoder(encoder: EncoderResults) -> dict[str, Any]:
+def _encoder(encoder: EncoderResults, split: Split) -> dict[str, Any]:
     return {
         "name": encoder.name,
         "digest": encoder.digest,
@@ -154,10 +170,16 @@ def _encoder(encoder: EncoderResults) -> dict[str, Any]:
         "logit_scale": encoder.logit_scale,
         "measures": {
             name: {
+                "title": MEASURES[name].title,
                 "protocol": MEASURES[name].protocol,
                 "paper": MEASURES[name].paper,
                 "settings": measured.settings,
                 "figures": {figure.name: figure.value for figure in measured.figures},
+                "intervals": {
+                    figure.name: list(mean_interval(figure.hits, split.group[figure.rows]))
+                    for figure in measured.figures
+                    if figure.hits is not None
+                },
                 "details": measured.details,
             }
             for name, measured in encoder.measured.items()
@@ -183,6 +205,12 @@ def _paired(ours: Figure, theirs: Figure, split: Split) -> Interval | None:
     if len(np.unique(group)) < 2:
         return None
     return hits_interval(ours.hits[first], theirs.hits[second], group)
+
+
+def _save_array(file: Path, array: NDArray[Any]) -> None:
+    content = io.BytesIO()
+    np.save(content, array)
+    write_atomically(file, content.getvalue())
 
 
 def _save_json(file: Path, content: Any) -> None:

@@ -273,7 +273,7 @@ def _classified(
     details: dict[str, Any] | None = None,
     arrays: dict[str, NDArray[Any]] | None = None,
 ) -> Measured:
-    """Return accuracy of top 1, of top 5 among more classes, and the predictions."""
+    """Return accuracy of top 1, of top 5 among more classes, predictions and their confidence."""
     rows = inputs.measured.labelled
     label = torch.from_numpy(inputs.measured.column("label")[rows])
     tensor = torch.from_numpy(logits)
@@ -286,5 +286,10 @@ def _classified(
         figures=tuple(figures),
         settings=settings,
         details={**(details or {}), "by_class": accuracy_of_classes(figures[0], inputs)},
-        arrays={**(arrays or {}), "predicted": logits.argmax(1), "rows": rows},
+        arrays={
+            **(arrays or {}),
+            "predicted": logits.argmax(1),
+            "confidence": tensor.double().softmax(1).amax(1).numpy(),
+            "rows": rows,
+        },
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from m3i_fast.evaluation.rows.calibration import NUM_BINS, calibrate
 from m3i_fast.report.inputs import Picture
 from m3i_fast.report.panels import CURVE_HEIGHT, LEGEND_HEIGHT, Panel, axis, legend, panel, plain
 from m3i_fast.report.sample_card import printable
@@ -21,7 +22,6 @@ Labels = npt.NDArray[np.int64]
 MOST_CLASSES = 24  # of a confusion matrix: of more, those with most mistakes, and the rest as one
 NAME_LETTERS = 18
 CELL_HEIGHT = 22
-NUM_BINS = 15  # of confidence, as Guo et al. have it (arXiv 1706.04599, section 5)
 REST = "all others"
 RIGHT, WRONG = (11, 111, 104), (180, 98, 45)  # the page's teal and orange
 _FRAME, _GAP = 3, 4  # pixels, of a sheet
@@ -39,16 +39,23 @@ def confusion_counts(
 
     Raises ValueError for a class that is out of range.
     """
+    predicted, label = _known(predicted, label, num_classes)
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(counts, (label, predicted), 1)
+    return counts
+
+
+def _known(predicted: Labels, label: Labels, num_classes: int) -> tuple[Labels, Labels]:
+    """Return those of pictures with a class; ValueError for a class that is out of range."""
     known = label >= 0
-    for name, values in (("predicted", predicted[known]), ("label", label[known])):
+    predicted, label = predicted[known], label[known]
+    for name, values in (("predicted", predicted), ("label", label)):
         if len(values) and not 0 <= values.min() <= values.max() < num_classes:
             raise ValueError(
                 f"{name}: expected classes from 0 to {num_classes - 1}, got {values.min()} to "
                 f"{values.max()}"
             )
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (label[known], predicted[known]), 1)
-    return counts
+    return predicted, label
 
 
 def confusion_matrix(
@@ -63,12 +70,12 @@ def confusion_matrix(
     Of more than MOST_CLASSES the classes with most mistakes are shown, and the rest as one. Raises
     ValueError as `confusion_counts`, and where no picture has a class.
     """
-    counts = confusion_counts(predicted, label, len(class_names))
-    total = int(counts.sum())
-    if not total:
+    predicted, label = _known(predicted, label, len(class_names))
+    if not (total := len(label)):
         raise ValueError("label: expected at least one picture with a class, got none")
-    right = int(counts.diagonal().sum())
-    names, counts, is_part = _most_mistaken(counts, class_names)
+    right = int((predicted == label).sum())
+    names, place, is_part = _most_mistaken(predicted, label, class_names)
+    counts = confusion_counts(place[predicted], place[label], len(names))
     size = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(size, 1)
     text = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares]
@@ -110,20 +117,25 @@ def confusion_matrix(
 
 
 def _most_mistaken(
-    counts: npt.NDArray[np.int64], class_names: Sequence[str]
-) -> tuple[list[str], npt.NDArray[np.int64], bool]:
-    """Return names and counts of the classes to show, and whether the last one is all others."""
+    predicted: Labels,  # [N]
+    label: Labels,  # [N]
+    class_names: Sequence[str],  # K
+) -> tuple[list[str], Labels, bool]:
+    """Return the names to show, the place of each class there [K], and whether the last is a rest.
+
+    Memory grows with N and K, and not with K * K.
+    """
     names = [_short(printable(name)) for name in class_names]
     if len(names) <= MOST_CLASSES:
-        return _unique(names), counts, False
+        return _unique(names), np.arange(len(names)), False
     names = _unique([REST, *names])[1:]  # a class of that name is another one
-    wrong = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    miss = predicted != label
+    both = np.concatenate([predicted[miss], label[miss]])
+    wrong = np.bincount(both, minlength=len(names))
     shown = np.sort(np.argsort(-wrong, kind="stable")[: MOST_CLASSES - 1])
     place = np.full(len(names), len(shown))
     place[shown] = np.arange(len(shown))
-    merged = np.zeros((len(shown) + 1, len(shown) + 1), np.int64)
-    np.add.at(merged, (place[:, None], place[None, :]), counts)
-    return [*(names[i] for i in shown), REST], merged, True
+    return [*(names[i] for i in shown), REST], place, True
 
 
 def _worst(counts: npt.NDArray[np.int64], names: Sequence[str], is_part: bool) -> str:
@@ -166,43 +178,33 @@ def _unique(names: Sequence[str]) -> list[str]:
 # ---- Calibration ---------------------------------------------------------------------------------
 
 
-def calibration(
+def confidences(
     logits: npt.NDArray[np.floating],  # [N, K]
     label: Labels,  # [N], -1: none
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], Labels, float]:
-    """Return mean confidence [NUM_BINS], accuracy [NUM_BINS], pictures [NUM_BINS] and the ECE.
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:  # [n] each
+    """Return the confidence of the guesses of pictures with a class, and whether each is right.
 
-    A picture's confidence is the softmax of its largest logit, in fp64; bin b holds those in
-    (b / NUM_BINS, (b + 1) / NUM_BINS]. Empty bins have NaN. The expected calibration error is
-    sum_b n_b / N |accuracy_b - confidence_b| (Guo et al., arXiv 1706.04599, equation 3).
+    A picture's confidence is the softmax of its largest logit, in fp64.
     """
     known = label >= 0
     of = logits[known].astype(np.float64)
     of = np.exp(of - of.max(1, keepdims=True))
-    confidence = 1 / of.sum(1)  # the largest is exp(0)
-    hit = (of.argmax(1) == label[known]).astype(np.float64)
-    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
-    count = np.bincount(bins, minlength=NUM_BINS)
-    size = np.where(count > 0, count, np.nan)
-    mean = np.bincount(bins, confidence, NUM_BINS) / size
-    accuracy = np.bincount(bins, hit, NUM_BINS) / size
-    error = float(np.nansum(count * np.abs(accuracy - mean)) / max(count.sum(), 1))
-    return mean, accuracy, count, error
+    return 1 / of.sum(1), of.argmax(1) == label[known]  # the largest is exp(0)
 
 
 def reliability_diagram(
-    logits: npt.NDArray[np.floating],  # [N, K]
-    label: Labels,  # [N], -1: none
+    confidence: npt.NDArray[np.float64],  # [n] of the predicted class
+    hit: npt.NDArray[np.bool_],  # [n] whether it is right
     *,
     name: str = "calibration",
 ) -> Panel:
     """Return accuracy by confidence, beside the diagonal on which the two are equal.
 
-    Raises ValueError where no picture has a class.
+    Bins and the expected calibration error are those of `calibrate`, which raises ValueError where
+    there is no picture.
     """
-    if not (label >= 0).any():
-        raise ValueError("label: expected at least one picture with a class, got none")
-    mean, accuracy, count, error = calibration(logits, label)
+    found = calibrate(confidence, hit)
+    mean, accuracy, count = found.confidence, found.accuracy, found.count
     middle = (np.arange(NUM_BINS) + 0.5) / NUM_BINS
     there = count > 0
     bars = {
@@ -227,10 +229,10 @@ def reliability_diagram(
         "line": {"color": "var(--muted)", "width": 1, "dash": "dash"},
         "hoverinfo": "skip",
     }
-    overall = float(np.nansum(count * accuracy) / count.sum())
-    sure = float(np.nansum(count * mean) / count.sum())
-    shares_of = f"{percent(sure)} sure and {percent(overall)} right"
-    told = f"expected calibration error {percent(error)}: {shares_of}"
+    shares_of = (
+        f"{percent(float(np.mean(confidence)))} sure and {percent(float(np.mean(hit)))} right"
+    )
+    told = f"expected calibration error {percent(found.error)}: {shares_of}"
     shares = {"range": [0, 1], "tickformat": ".0%", "fixedrange": True}
     layout = {
         "xaxis": axis(nticks=4, title="confidence") | shares | {"showgrid": False},

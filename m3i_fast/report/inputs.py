@@ -183,6 +183,25 @@ class Neighbours:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DataEvaluation:
+    """What `m3i-fast evaluate MODEL --data DIR` left in its folder."""
+
+    name: str
+    """Of the folder."""
+    results: Mapping[str, Any]
+    """Content of results.json."""
+    class_names: Sequence[str] = ()
+    label: npt.NDArray[np.int64] | None = None  # [N], -1: none
+    """Of the measured rows; None in an evaluation of a version that kept none."""
+    pictures: Mapping[int, Picture] = field(default_factory=dict)
+    """Some of the measured pictures, by row."""
+    picture_names: Mapping[int, str] = field(default_factory=dict)
+    """A caption of each, or the name of its file."""
+    arrays: Sequence[Mapping[str, npt.NDArray[Any]]] = ()
+    """By encoder, and by `<measure>.<array>`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ReportInputs:
     """Everything that the page shows; what a run has not is empty or None, with its reason."""
 
@@ -198,6 +217,8 @@ class ReportInputs:
     evaluation: Mapping[str, Any] | None = None
     """Content of evaluation.json. With `trained_minus` in it ({measure: {source: {difference, low,
     high}}}) the page judges by these intervals; without, it says that none was computed."""
+    data_evaluations: Sequence[DataEvaluation] = ()
+    """Evaluations of the run on labelled or captioned pictures."""
     mixed_pair: MixedPair | None = None
     """Explains the method, where two pictures share an input by blocks of cells."""
     seen: Sequence[SeenInput] = ()

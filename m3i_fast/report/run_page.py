@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,17 @@ import numpy as np
 from markupsafe import Markup
 
 from m3i_fast.durable_files import write_atomically
+from m3i_fast.observe.metrics import Curves
 from m3i_fast.report import curves as curve_plots
 from m3i_fast.report import pictures, verdict
 from m3i_fast.report import plots as figures
 from m3i_fast.report.evaluation_plots import (
+    confidences,
     confusion_matrix,
     reliability_diagram,
     retrieval_sheet,
 )
+from m3i_fast.report.evaluations import page as evaluation_page
 from m3i_fast.report.inputs import (
     MixedPair,
     Nearest,
@@ -29,8 +32,9 @@ from m3i_fast.report.inputs import (
     RetrievalRow,
     SeenInput,
 )
-from m3i_fast.report.panels import plotly_source
+from m3i_fast.report.panels import Panel, plotly_source
 from m3i_fast.report.sample_card import printable, sample_card
+from m3i_fast.report.settings_list import flat, setting_text
 from m3i_fast.report.template import render
 
 __all__ = [
@@ -68,19 +72,26 @@ def write_report(inputs: ReportInputs, path: Path) -> Path:
 
 def render_report(inputs: ReportInputs) -> str:
     """Return the page as HTML that makes no request: scripts, styles and pictures are inline."""
+    on_data = [
+        evaluation_page.parts(evaluation, prefix=f"data-{evaluation.name}")
+        for evaluation in inputs.data_evaluations
+    ]
     return render(
         _HERE / "report.html",
-        styles=[_HERE / "sample_card.css"],
+        styles=[_HERE / "sample_card.css", *evaluation_page.STYLES],
         scripts=[_HERE / "report.js"],
         **_words(inputs),
-        **_figures(inputs),
+        **_figures(inputs, [panel for each in on_data for panel in each.classes]),
+        data_evaluations=on_data,
         **_pictures(inputs),
-        config=list(_flat(inputs.config)),
-        changed=[(name, _text(usual), _text(own)) for name, usual, own in inputs.changed],
+        config=list(flat(inputs.config)),
+        changed=[
+            (name, setting_text(usual), setting_text(own)) for name, usual, own in inputs.changed
+        ],
         recipe=inputs.recipe,
-        environment=list(_flat(inputs.environment)),
-        data=list(_flat(inputs.data)),
-        initial_weights=list(_flat(inputs.initial_weights)),
+        environment=list(flat(inputs.environment)),
+        data=list(flat(inputs.data)),
+        initial_weights=list(flat(inputs.initial_weights)),
         absent={key: printable(reason) for key, reason in inputs.absent.items()},
         plotly=Markup(plotly_source()),
     )
@@ -98,6 +109,7 @@ def _words(inputs: ReportInputs) -> dict[str, Any]:
         "chosen": _chosen(evaluation.get("chosen", {})),
         "num_held_out": evaluation.get("held_out_concepts"),
         "gallery": captions,
+        "scheduled": _scheduled(inputs.curves),
         "has_intervals": "trained_minus" in evaluation,
         "speed": _speed(inputs),
         "retrieval_choice": inputs.retrieval_choice,
@@ -124,6 +136,19 @@ def _tiles(inputs: ReportInputs, judgements: list[verdict.Judgement]) -> list[ve
     return shown + tiles
 
 
+def _scheduled(curves: Curves) -> str:
+    """Return what was evaluated while the run trained, and at which steps; empty without any."""
+    steps = [steps for key, (steps, _) in curves.items() if key.startswith("evaluate/")]
+    if not steps:
+        return ""
+    at = np.unique(np.concatenate(steps)).astype(int).tolist()
+    when = f"step {at[0]:,}" if len(at) == 1 else f"{len(at):,} steps from {at[0]:,} to {at[-1]:,}"
+    return (
+        f"The live model at {when}, by weighted kNN on classes and by retrieval of captions, on "
+        "the split that --evaluate-split names."
+    )
+
+
 def _images_per_s(inputs: ReportInputs) -> float | None:
     """Return the images a second of an evaluation's file, or over the logged rows but the first."""
     told = (inputs.evaluation or {}).get("train_images_per_s")
@@ -135,7 +160,8 @@ def _images_per_s(inputs: ReportInputs) -> float | None:
     return float(len(rates) / (1 / rates).sum()) if len(rates) else None
 
 
-def _figures(inputs: ReportInputs) -> dict[str, Any]:
+def _figures(inputs: ReportInputs, others: list[Panel]) -> dict[str, Any]:
+    """Return the figures of the page. others: those that are drawn elsewhere."""
     judgements = verdict.judge(inputs.evaluation) if inputs.evaluation else []
     curves = inputs.curves
     groups = {
@@ -153,9 +179,9 @@ def _figures(inputs: ReportInputs) -> dict[str, Any]:
         predicted = guesses.logits.argmax(1)
         classes = [
             confusion_matrix(predicted, guesses.label, guesses.class_names),
-            reliability_diagram(guesses.logits, guesses.label),
+            reliability_diagram(*confidences(guesses.logits, guesses.label)),
         ]
-    panels = [panel for _, panel in measures] + classes + sum(groups.values(), [])
+    panels = [panel for _, panel in measures] + classes + sum(groups.values(), others)
     panels += [recall] if recall else []
     longest = max((len(steps) for steps, _ in curves.values()), default=0)
     return {
@@ -240,25 +266,3 @@ def _chosen(chosen: Mapping[str, Mapping[str, float]]) -> str:
         + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
         for source, settings in chosen.items()
     )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested settings as `a.b.c` and a value; items of a list go by their name."""
-    for key, value in tree.items():
-        if isinstance(value, Sequence) and value and all(isinstance(v, Mapping) for v in value):
-            value = {item.get("name", str(i)): item for i, item in enumerate(value)}
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _text(value)
-
-
-def _text(value: Any) -> str:
-    """Format a value: `0.707107` for a float, `none`, `true`, `0.9, 0.98` for a list."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(_text, value))
-    return str(value)

@@ -51,6 +51,13 @@ def test_a_run_is_measured_beside_what_it_started_from(
     said = " ".join(told.err.split())
     assert "pictures have no label" in said
     assert said.index("measured: knn, few-labels, zero-shot, retrieval") < said.index("wrote ")
+    page = run / "evaluation" / "page.html"
+    assert said.index("wrote ") < said.index(f"open {page}")
+    html = page.read_text()
+    for text in (f"Evaluation of {run.name} on {dataset.name}", f"Against random:{run.name}, of "):
+        assert text in html, text
+    for part in ("zero-shot-calibration", "knn-confusion", "Answered worst", "Patch features of "):
+        assert part in html, part
     for text in ("kNN, k = 20", "picture to caption, recall at 10", "zero-shot, top 1", "1%"):
         assert text in told.out, text
     stored = json.loads((run / "evaluation" / "results.json").read_text())
@@ -88,6 +95,11 @@ def test_measures_that_take_long_are_told_and_stand_in_the_table(
         assert text in said, text
     for text in ("linear, top 1", "attentive, top 1", "fine-tuning, top 1", "patches found"):
         assert text in told.out, text
+    html = (tmp_path / "out" / "page.html").read_text()
+    for measure in ("linear", "attentive", "fine-tuning"):
+        assert f'id="evaluation-{measure}-confusion"' in html
+        assert f'id="evaluation-{measure}-calibration"' in html
+    assert "segmentation, mean IoU" in html and "correspondence, patches found" in html
     assert "segmentation, mean IoU" in told.out
     assert "pixels: not measured: fine-tuning: pixels cannot be fine-tuned" in told.out
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -105,6 +117,26 @@ def test_json_has_the_figures_of_the_file(
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(printed["encoders"][0]["measures"]) == {"retrieval"}
+
+
+def test_without_plotly_figures_are_kept_and_the_page_is_told_to_lack(
+    run: Path,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "page.html").write_text("of an earlier evaluation")
+    words = ["--out", str(out), "--measures", "knn"]
+    assert main([*arguments(run, dataset, tmp_path), *words]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no page: the report needs plotly: pip install 'm3i-fast[eval]'" in said
+    assert (out / "results.json").is_file() and not (out / "page.html").exists()
 
 
 def test_flags_of_pictures_need_pictures(

@@ -63,19 +63,29 @@ def copied(run: Path, place: Path) -> Path:
 
 
 def test_a_complete_run_has_every_part(run: Path, tmp_path: Path) -> None:
+    run = copied(run, tmp_path)
+    data = TrainConfig.load(run / "config.json").data.path
+    on_pictures = ["--data", str(data), "--measures", "knn", "zero-shot", "retrieval"]
+    cached = ["--cache-dir", str(tmp_path / "cache"), "--workers", "0"]
+    assert main(["evaluate", str(run), *on_pictures, *cached]) == 0
+    shutil.copytree(run / "evaluation", run / "evaluation_00000004")  # as of a checkpoint
     html = report(run)
     drawn = figures(html)
     assert "The run is complete, 4 steps." in html
     parts = "loss-total optim-grad_norm monitor-target_rank evaluate-knn_top1 throughput-img_s"
     parts += " time-shares found-within confusion calibration"
+    parts += " data-evaluation-knn-confusion data-evaluation-zero-shot-calibration"
+    parts += " data-evaluation_00000004-knn-confusion"
     assert set(parts.split()) <= drawn.keys()
     for text in (
         *("What M3I does", "What the model sees", "Blocks of cells of 2 pictures share"),
         *("Most similar pictures", "differ from recipe demo", "bounds the speed"),
         *("Patch features as colour", "2 evaluations took", "sha256 "),
+        *("The live model at 2 steps from 2 to 4", "Evaluation of run on data"),
+        *("Its own page is evaluation_00000004/page.html", "Captions and the pictures they find"),
     ):
         assert text in html
-    assert html.count('class="answer') == 12 and len(html) < 10e6
+    assert html.count('class="answer') == 12 + 2 * 2 * 8 and len(html) < 10e6
     if skip_reason() is None:
         check_page(run / "report.html", tmp_path, num_figures=len(drawn))
 

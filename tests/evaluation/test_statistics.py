@@ -12,6 +12,7 @@ from m3i_fast.evaluation.statistics import (
     figure_interval,
     hits_interval,
     holm,
+    mean_interval,
     spread,
     values_interval,
     variance_components,
@@ -277,3 +278,39 @@ def test_unusable_input_is_refused() -> None:
         values_interval([1.0, 2.0], [0.0, 0.0], [5, 5])
     with pytest.raises(ValueError, match="cluster: expected 2, one an item, got 3"):
         values_interval([1.0, 2.0], [0.0, 0.0], [1, 2, 3])
+
+
+# ---- The interval of one mean --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("right", "number"), [(0, 5), (9, 10), (40, 200), (336, 336)])
+def test_the_interval_of_a_share_is_agresti_and_coulls(right: int, number: int) -> None:
+    """Two hits and two misses more, with Student's quantile in place of 1.96."""
+    hits = np.arange(number) < right
+    low, high = mean_interval(hits)
+    padded = np.concatenate([hits, [1, 1, 0, 0]])
+    oracle = stats.ttest_1samp(padded, 0).confidence_interval(0.95)
+    assert (low, high) == pytest.approx((max(oracle.low, 0), min(oracle.high, 1)))
+    assert high - low > 0
+
+
+def test_items_of_one_group_count_as_one() -> None:
+    rng = np.random.default_rng(5)
+    hits, group = rng.random(60) < 0.7, np.arange(60)
+    alone = mean_interval(hits)
+    together = mean_interval(np.repeat(hits, 4), np.repeat(group, 4))
+    as_many_items = mean_interval(np.repeat(hits, 4))
+    width = [high - low for low, high in (alone, together, as_many_items)]
+    assert width[1] == pytest.approx(width[0], rel=0.1) and width[2] < 0.6 * width[1]
+
+
+def test_the_interval_of_a_share_covers_it_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(6)
+    for share in (0.05, 0.5, 0.9):
+        ends = [mean_interval(rng.random(60) < share) for _ in range(400)]
+        assert 0.93 < np.mean([low <= share <= high for low, high in ends]) <= 1
+
+
+def test_hits_outside_of_0_to_1_have_no_interval() -> None:
+    with pytest.raises(ValueError, match=r"hits: expected hits in 0\.\.1"):
+        mean_interval([0.5, 2.0])

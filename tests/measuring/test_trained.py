@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.special import softmax
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
@@ -106,6 +107,9 @@ def expect_predictions(found: Measured, logits: np.ndarray, label: np.ndarray) -
     assert found.figures[0].value == hits.mean() and len(found.figures) == 1  # three classes
     np.testing.assert_array_equal(found.figures[0].hits, hits)
     np.testing.assert_array_equal(found.arrays["predicted"], logits.argmax(1))
+    np.testing.assert_allclose(
+        found.arrays["confidence"], softmax(logits, axis=1).max(1), rtol=1e-5
+    )
     assert found.details["by_class"] == {
         name: hits[label == number].mean() for number, name in enumerate(COLOURS)
     }

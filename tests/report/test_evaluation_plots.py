@@ -8,13 +8,13 @@ import torch
 from sklearn import metrics
 from sklearn.calibration import calibration_curve
 
+from m3i_fast.evaluation.rows.calibration import NUM_BINS
 from m3i_fast.report.evaluation_plots import (
     MOST_CLASSES,
-    NUM_BINS,
     REST,
     RIGHT,
     WRONG,
-    calibration,
+    confidences,
     confusion_counts,
     confusion_matrix,
     evenly,
@@ -71,6 +71,19 @@ def test_of_many_classes_those_with_most_mistakes_are_shown_and_the_rest_is_one(
     assert counts[-1, -1] == full[np.ix_(others, others)].sum()
 
 
+def test_a_matrix_of_very_many_classes_is_that_of_scikit_learn() -> None:
+    """Of 200,000 classes, whose matrix would take 300 GB."""
+    number = 200_000
+    label = RNG.integers(0, number, 5000)
+    predicted = np.where(RNG.random(5000) < 0.5, label, label[0])
+    (trace,) = confusion_matrix(predicted, label, [str(i) for i in range(number)]).figure["data"]
+    rows = np.array([int(name) for name in trace["y"][:-1]])
+    place = {int(row): i for i, row in enumerate(rows)}
+    merged = [[place.get(int(i), len(rows)) for i in of] for of in (label, predicted)]
+    np.testing.assert_array_equal(trace["customdata"], metrics.confusion_matrix(*merged))
+    assert label[0] in rows
+
+
 def test_names_that_are_alike_have_a_row_each() -> None:
     names = (
         "a name of more than eighteen letters",
@@ -105,26 +118,26 @@ def test_a_class_that_is_called_all_others_is_a_class(num_classes: int) -> None:
 
 
 @pytest.mark.parametrize("sure", [0.3, 1.0, 4.0])
-def test_calibration_equals_scikit_learn(sure: float) -> None:
+def test_what_a_reliability_diagram_draws_is_scikit_learns_curve(sure: float) -> None:
     logits, label = drawn(3000, 7, sure=sure)
     known = label >= 0
-    mean, accuracy, count, error = calibration(logits, label)
-    confidence, predicted = torch.tensor(logits[known]).double().softmax(1).max(1)
-    hit = predicted.numpy() == label[known]
-    share, sure_of = calibration_curve(hit, confidence.numpy(), n_bins=NUM_BINS)
-    there = count > 0
-    np.testing.assert_allclose(accuracy[there], share)
-    np.testing.assert_allclose(mean[there], sure_of)
-    place = np.flatnonzero(there)
-    assert (mean[there] > place / NUM_BINS).all() and (mean[there] <= (place + 1) / NUM_BINS).all()
-    weights = count[there] / known.sum()
-    assert error == pytest.approx((weights * np.abs(share - sure_of)).sum())
-    assert count.sum() == known.sum()
+    confidence, hit = confidences(logits, label)
+    most, predicted = torch.tensor(logits[known]).double().softmax(1).max(1)
+    np.testing.assert_allclose(confidence, most)
+    np.testing.assert_array_equal(hit, predicted.numpy() == label[known])
+    bars, even = reliability_diagram(confidence, hit).figure["data"]
+    share, sure_of = calibration_curve(hit, confidence, n_bins=NUM_BINS)
+    np.testing.assert_allclose(bars["y"], share, rtol=1e-5)
+    counts, means = zip(*bars["customdata"], strict=True)
+    np.testing.assert_allclose(means, sure_of, rtol=1e-5)
+    assert sum(counts) == known.sum()
+    assert np.abs(np.array(bars["x"]) - sure_of).max() <= 0.5 / NUM_BINS + 1e-6
+    assert even["x"] == even["y"] == [0, 1]
 
 
 def test_a_head_that_is_always_sure_and_half_right_is_told_so() -> None:
     logits, label = np.array([[99.0, 0.0], [99.0, 0.0]], np.float32), np.array([0, 1])
-    panel = reliability_diagram(logits, label)
+    panel = reliability_diagram(*confidences(logits, label))
     assert panel.note == "expected calibration error 50.0%: 100.0% sure and 50.0% right"
     bars = panel.figure["data"][0]
     assert bars["y"] == [0.5] and bars["x"] == [pytest.approx(1 - 0.5 / NUM_BINS)]
@@ -161,7 +174,7 @@ def test_rows_are_taken_at_even_steps() -> None:
     [
         (lambda: confusion_counts(np.array([2]), np.array([0]), 2), "predicted: .* 0 to 1, got 2"),
         (lambda: confusion_matrix(np.array([0]), np.array([-1]), ("a",)), "at least one picture"),
-        (lambda: reliability_diagram(np.zeros((1, 2)), np.array([-1])), "at least one picture"),
+        (lambda: reliability_diagram(np.zeros(0), np.zeros(0, bool)), "one a prediction, got 0"),
         (
             lambda: retrieval_sheet(
                 np.zeros((1, 3, 8, 8), np.uint8), [0], np.zeros((2, 1), int), np.ones((2, 1), bool)

@@ -35,8 +35,8 @@ def calibrate(
 ) -> Calibration:
     """Compute the calibration error of Guo et al. (arXiv 1706.04599, equation 3).
 
-    Bins are of equal width. Raises ValueError without predictions, or with a confidence outside
-    0..1.
+    Bins are of equal width, and bin b holds the confidences in (b / B, (b + 1) / B]. Raises
+    ValueError without predictions, or with a confidence outside 0..1.
     """
     if len(confidence) == 0 or len(confidence) != len(hit):
         raise ValueError(
@@ -44,7 +44,7 @@ def calibrate(
         )
     if not bool(((confidence >= 0) & (confidence <= 1)).all()):
         raise ValueError("confidence: expected values in 0..1, got others")
-    place = np.minimum((confidence * num_bins).astype(np.int64), num_bins - 1)
+    place = np.searchsorted(np.linspace(0, 1, num_bins + 1)[1:-1], confidence)
     count = np.bincount(place, minlength=num_bins)
     filled = np.maximum(count, 1)
     mean = np.bincount(place, confidence, minlength=num_bins) / filled

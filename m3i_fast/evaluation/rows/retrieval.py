@@ -55,6 +55,20 @@ def recall_hits(
     return hits
 
 
+def cosine_blocks(
+    queries: Tensor,  # [q, E] fp64 of unit length
+    own: Tensor,  # [q] int64, the picture that each belongs to
+    gallery: Rows,
+    gallery_rows: Index,  # [G]
+    items: Tensor,  # [G] int64
+) -> Iterator[tuple[Tensor, Tensor]]:  # [q, g] cosines; [q, g] whether the item is the query's own
+    """Yield the cosines of queries with the gallery, block by block."""
+    for place, block in row_blocks(
+        gallery, gallery_rows, size=GALLERY_BLOCK, device=queries.device
+    ):
+        yield queries @ unit(block.double()).T, own[:, None] == items[place][None]
+
+
 def _count(
     queries: Tensor,  # [q, E] fp64 of unit length
     own: Tensor,  # [q]
@@ -63,18 +77,12 @@ def _count(
     items: Tensor,  # [G]
 ) -> tuple[Tensor, Tensor, Tensor]:  # [q] int64 each: better, tied, right ones among the tied
     """Count the gallery items above and level with the best of each query's own, in two passes."""
-
-    def cosines() -> Iterator[tuple[Tensor, Tensor]]:
-        for place, block in row_blocks(
-            gallery, gallery_rows, size=GALLERY_BLOCK, device=queries.device
-        ):
-            yield queries @ unit(block.double()).T, own[:, None] == items[place][None]
-
+    sides = (queries, own, gallery, gallery_rows, items)
     best = queries.new_full((len(queries),), -torch.inf)
-    for cosine, is_own in cosines():
+    for cosine, is_own in cosine_blocks(*sides):
         best = torch.maximum(best, cosine.masked_fill(~is_own, -torch.inf).amax(1))
     better, tied, right = (torch.zeros_like(own) for _ in range(3))
-    for cosine, is_own in cosines():
+    for cosine, is_own in cosine_blocks(*sides):
         above = cosine - best[:, None]
         is_tied = above.abs() <= TIE
         better += (above > TIE).sum(1)

@@ -27,6 +27,16 @@ def test_the_error_is_that_of_the_calibration_curve(num_bins: int) -> None:
     assert found.error > 0.1
 
 
+def test_a_confidence_between_two_bins_is_in_the_lower_one() -> None:
+    edges = np.linspace(0, 1, 16)
+    hit = np.arange(16) % 3 == 0
+    found = calibrate(edges, hit)
+    accuracy, confidence = calibration_curve(hit, edges, n_bins=15)
+    assert found.count.tolist() == [2, *[1] * 14]  # 0 and 1 / 15, then each alone
+    np.testing.assert_allclose(found.accuracy, accuracy)
+    np.testing.assert_allclose(found.confidence, confidence)
+
+
 def test_sure_and_right_is_calibrated_and_wrong_confidences_are_refused() -> None:
     assert calibrate(np.ones(5), np.ones(5, dtype=bool)).error == 0
     assert calibrate(np.ones(5), np.zeros(5, dtype=bool)).error == 1
