@@ -72,6 +72,22 @@ def test_wavefronts_of_a_transpose(tmp_path: Path, pitch: int, of_a_column: int)
     }
 
 
+@pytest.mark.parametrize(("words", "turns"), [(32, 1), (8, 4), (1, 32)])
+def test_wavefronts_of_vectors_and_of_atomic_operations(
+    tmp_path: Path, words: int, turns: int
+) -> None:
+    values, to = ramp(128), empty(128)
+    rows = counted(tmp_path / "a", "through_shared", values, to, words)
+    assert torch.equal(to.view(32, 4), values.view(32, 4).flip(0))
+    found = {(row.source, row.access): row.units for row in rows if row.memory == "shared"}
+    assert found == {
+        ("counts[lane] = 0;", "write"): 1,
+        ("tile[lane] = from[lane];", "write"): 4,
+        ("atomicAdd(counts + lane % words, 1);", "atomic"): turns,
+        ("to[lane] = tile[31 - lane];", "read"): 4,
+    }
+
+
 @pytest.mark.parametrize("atomics", [1, 2])
 def test_lanes_that_part_and_meet_again(tmp_path: Path, atomics: int) -> None:
     """24, 16 and 8 lanes read, of every sector some; then all of them update one float."""

@@ -61,8 +61,8 @@ def read_requests(file: Path) -> list[LineRequests]:
     for launch in launches:
         for place in launch["places"]:
             file_line = lines.get((place.get("module"), place.get("offset")))
-            key = file_line or (place["file"], place["line"])
-            total = sums[launch["kernel"], *key, place["memory"], place["access"]]
+            source, line = file_line or (place["file"], place["line"])
+            total = sums[launch["kernel"], source, line, place["memory"], place["access"]]
             for i, name in enumerate(("requests", "lanes", "units")):
                 total[i] += place[name]
     rows = [

@@ -21,7 +21,14 @@ constexpr uintptr_t kSector = 32, kWord = 4, kBanks = 32;
 constexpr size_t kWidest = 16;  // bytes of a lane in one request
 constexpr uint32_t kLanes = 32;
 
-enum class Kind { kGlobalRead, kGlobalWrite, kGlobalAtomic, kSharedRead, kSharedWrite, kSharedAtomic };
+enum class Kind {
+  kGlobalRead,
+  kGlobalWrite,
+  kGlobalAtomic,
+  kSharedRead,
+  kSharedWrite,
+  kSharedAtomic
+};
 
 struct Place {
   uintptr_t instruction;
@@ -69,7 +76,8 @@ uint64_t sectors(const Request& request, size_t bytes) {
   for (uint32_t lane = 0; lane < kLanes; ++lane) {
     if (!(request.lanes >> lane & 1)) continue;
     const uintptr_t begin = request.address[lane];
-    for (uintptr_t s = begin / kSector; s <= (begin + bytes - 1) / kSector; ++s) touched.push_back(s);
+    for (uintptr_t s = begin / kSector; s <= (begin + bytes - 1) / kSector; ++s)
+      touched.push_back(s);
   }
   std::sort(touched.begin(), touched.end());
   return static_cast<uint64_t>(std::unique(touched.begin(), touched.end()) - touched.begin());
@@ -125,9 +133,8 @@ std::string place_of(Site site) {
 }
 
 std::string numbers(size_t bytes, uint64_t requests, uint64_t lanes, uint64_t units) {
-  return R"(, "bytes": )" + std::to_string(bytes) + R"(, "requests": )" +
-         std::to_string(requests) + R"(, "lanes": )" + std::to_string(lanes) + R"(, "units": )" +
-         std::to_string(units) + "}";
+  return R"(, "bytes": )" + std::to_string(bytes) + R"(, "requests": )" + std::to_string(requests) +
+         R"(, "lanes": )" + std::to_string(lanes) + R"(, "units": )" + std::to_string(units) + "}";
 }
 
 }  // namespace
@@ -184,8 +191,8 @@ void log_requests(const void* kernel) {
   const char* comma = "";
   for (const auto& [place, counts] : counts_of_launch) {
     const auto kind = static_cast<size_t>(place.kind);
-    log << comma << "{" << place_of(at(place.instruction))
-        << R"(, "memory": ")" << kMemory[kind] << R"(", "access": ")" << kAccess[kind] << '"'
+    log << comma << "{" << place_of(at(place.instruction)) << R"(, "memory": ")" << kMemory[kind]
+        << R"(", "access": ")" << kAccess[kind] << '"'
         << numbers(place.bytes, counts.requests, counts.lanes, counts.units);
     comma = ", ";
   }

@@ -26,7 +26,8 @@ void log_requests(const void* kernel);
 // From now on the counts of each launch are a line of JSON at the end of this file: `kernel`, and
 // of each instruction and size a row of `places` with `module` and `offset`, or `file` and `line`;
 // `memory` (global, shared, barrier), `access` (read, write, atomic), `bytes` (of a lane),
-// `requests`, `lanes` and `units` (sectors or wavefronts; of a barrier its arrivals). Null: none is.
+// `requests`, `lanes` and `units` (sectors or wavefronts; of a barrier its arrivals). Null: none
+// is.
 extern "C" M3I_EMULATOR_API void m3i_emulator_count_requests(const char* file);
 
 }  // namespace m3i::emulator

@@ -25,6 +25,18 @@ __global__ void transpose_kernel(const float* from, float* to) {
   for (int row = 0; row < 32; ++row) to[row * 32 + lane] = tile[lane * kPitch + row];
 }
 
+// Vectors of 16 bytes, a quarter of the warp at once, then atomic operations on `words` words.
+__global__ void shared_kernel(const float4* from, float4* to, int words) {
+  __shared__ float4 tile[32];
+  __shared__ int counts[32];
+  const int lane = threadIdx.x;
+  counts[lane] = 0;
+  tile[lane] = from[lane];
+  __syncthreads();
+  atomicAdd(counts + lane % words, 1);
+  to[lane] = tile[31 - lane];
+}
+
 // Each lane as many steps as its number modulo 4 says, and then some
 // atomic operations.
 __global__ void diverging_kernel(const float* from, float* sum, int atomics) {
@@ -49,6 +61,11 @@ M3I_TEST_API cudaError_t copy_vectors(const float* from, float* to) {
 M3I_TEST_API cudaError_t transpose(const float* from, float* to, int pitch) {
   const auto kernel = pitch == 32 ? transpose_kernel<32> : transpose_kernel<33>;
   return m3i::launch(kernel, 1, 32, nullptr, from, to);
+}
+
+M3I_TEST_API cudaError_t through_shared(const float* from, float* to, int words) {
+  return m3i::launch(shared_kernel, 1, 32, nullptr, reinterpret_cast<const float4*>(from),
+                     reinterpret_cast<float4*>(to), words);
 }
 
 M3I_TEST_API cudaError_t diverging(const float* from, float* sum, int atomics) {
