@@ -1,6 +1,7 @@
 // Barriers of a block: __syncthreads and its voting forms, and the sixteen named ones.
 #include "runtime/launch/report.h"
 #include "runtime/memory/race.h"
+#include "runtime/memory/requests.h"
 #include "runtime/threads/scheduler.h"
 
 #include <string>
@@ -49,6 +50,7 @@ void pass_named_barrier(Block& block, NamedBarrier& barrier) {
 int block_barrier(Vote vote, bool predicate, Site site) {
   Block& block = *running_block;
   const bool first = block.at_barrier == 0;
+  count_barrier(site);
   if (block.alive < block.threads.size()) check_same_barrier(site);
   if (!first && !same(block.barrier_site, site)) check_same_barrier(site);
   block.barrier_site = site;
@@ -87,6 +89,7 @@ void named_barrier(int id, int num_threads, bool waits) {
              .c_str(),
          site);
   }
+  count_barrier(site);
   barrier.expected = num_threads;
   release(*running, barrier.clock);
   if (waits) barrier.waiting.push_back(running->rank);

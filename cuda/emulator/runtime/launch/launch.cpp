@@ -8,6 +8,7 @@
 #include "runtime/launch/signals.h"
 #include "runtime/memory/memory.h"
 #include "runtime/memory/race.h"
+#include "runtime/memory/requests.h"
 #include "runtime/threads/registers.h"
 #include "runtime/threads/scheduler.h"
 
@@ -116,6 +117,7 @@ void run_grid(const cudaLaunchConfig_t& config, const Call& call, uint32_t regis
         Cluster cluster = make_cluster({x, y, z}, extents, registers);
         scramble_shared();
         run_cluster(cluster, config.blockDim, call);
+        finish_requests();
         if (launch_error() != cudaSuccess) return;
       }
     }
@@ -144,6 +146,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     } else {
       forget_running();
     }
+    log_requests(kernel);
     error = launch_error();
   }
   if (error != cudaSuccess) last_error = error;

@@ -6,6 +6,7 @@
 #include "runtime/launch/report.h"
 #include "runtime/memory/memory.h"
 #include "runtime/memory/race.h"
+#include "runtime/memory/requests.h"
 #include "runtime/threads/cluster.h"
 #include "runtime/threads/scheduler.h"
 
@@ -89,6 +90,7 @@ void check_at(uintptr_t address, size_t size, Access access, uintptr_t instructi
     visit(*region, address, at(instruction));
   }
   check_race(*region, address, size, access, instruction);
+  count_access(*region, address, size, access, instruction);
 }
 
 void check_aligned(uintptr_t address, size_t size, Access access, uintptr_t instruction) {
