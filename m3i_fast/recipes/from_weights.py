@@ -1,9 +1,10 @@
 """M3I that goes on from weights of DINOv2 or DINOv3, which `--init` names.
 
 Steps are those of a first look at a data set of some hundred thousand pictures. The learning rate
-is a tenth of that from random weights, so that the features are kept at first. It and the batch
-sizes, which fit a card of 80 GB in bf16 as `m3i-fast plan` predicts, are chosen here, and not yet
-measured.
+is a tenth of that from random weights, and a layer's 0.9 of that of the next (`layerwise_decay` in
+the config that DINOv2 and DINOv3 train with, ssl_default_config.yaml), so that the features are
+kept at first. These and the batch sizes, which fit a card of 80 GB in bf16 as `m3i-fast plan`
+predicts, are chosen here, and not yet measured.
 """
 
 from __future__ import annotations
@@ -66,4 +67,4 @@ def dinov3_l() -> TrainConfig:
 
 def _from_weights(vision: ViTConfig, batch_size: int) -> TrainConfig:
     cfg = production(vision, batch_size=batch_size, num_steps=50_000)
-    return replace(cfg, optim=replace(cfg.optim, lr=cfg.optim.lr / 10))
+    return replace(cfg, optim=replace(cfg.optim, lr=cfg.optim.lr / 10, layer_decay=0.9))

@@ -19,6 +19,7 @@ from m3i_fast.planning.step_memory import (
     BUFFERS,
     DECODER,
     ENCODER,
+    FROZEN,
     HELD,
     PARAMETERS,
     STATES,
@@ -87,6 +88,12 @@ DINOV3 = {
     **{"mlp": "swiglu", "position": "rotary", "key_bias": False, "layer_scale_init": 1e-5},
     **{"class_token": True, "num_registers": 4, "norm_eps": 1e-5},
 }
+
+
+def frozen(cfg: TrainConfig) -> TrainConfig:
+    return replace(cfg, optim=replace(cfg.optim, freeze_encoder=True))
+
+
 CASES = {
     "vit, 8": small_vit(8),
     "vit, 32": small_vit(32),
@@ -98,6 +105,8 @@ CASES = {
     "internimage, 16": sized("demo_internimage", 16),
     "internimage, recomputed, 64": small_internimage(64),
     "dino, 16": sized("demo_dino", 16),
+    "vit, frozen, 32": frozen(small_vit(32)),
+    "internimage, frozen, 16": frozen(sized("demo_internimage", 16)),
 }
 IN_BF16 = ("vit, 32", "vit of dinov3, 32", "demo, 32", "internimage, 8", "internimage, 16")
 
@@ -124,6 +133,19 @@ def test_a_production_step_is_traced_without_its_memory() -> None:
     assert sum(found.peak.values()) > 20 * 2**30
     assert found.activations[ENCODER] > found.activations[DECODER] > 0
     assert found.activations[CAST_WEIGHTS] == pytest.approx(2 * trained, rel=0.3)
+
+
+def test_a_frozen_encoder_is_no_average_and_has_no_states() -> None:
+    cfg = small_vit(8)
+    before, now = (count_parameters(build_on_meta(c)) for c in (cfg, frozen(cfg)))
+    assert before[FROZEN] == 0 and now[FROZEN] == before[ENCODER] == now[AVERAGE] > 0
+    assert now == before | {ENCODER: 0, FROZEN: before[ENCODER]}
+    found = trace(frozen(cfg), bf16=False)
+    trained = now[TEXT] + now[DECODER] + now["heads"]
+    assert found.held[FROZEN] == found.held[AVERAGE] == 4 * now[FROZEN]
+    assert found.held[PARAMETERS] == found.gradients == 4 * trained
+    assert found.held[STATES] == pytest.approx(8 * trained, rel=1e-3)
+    assert ENCODER not in found.activations
 
 
 def test_wide_norms_of_cuda_cost_an_encoder_of_bf16_maps() -> None:
