@@ -19,7 +19,14 @@ from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import vit
-from m3i_fast.costs.objective_flops import DECODER, ENCODER, LIKELIHOODS, TARGET, decoder
+from m3i_fast.costs.objective_flops import (
+    DECODER,
+    ENCODER,
+    LIKELIHOODS,
+    SAMPLING,
+    TARGET,
+    decoder,
+)
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.teacher import Teacher
 from m3i_fast.models.image_encoder import build_encoder
@@ -149,8 +156,9 @@ def expect_saved(cfg: TrainConfig) -> None:
     still = frozen(cfg)
     found, expected = (without_sampling(step_flops(c)).hardware for c in (cfg, still))
     assert found - expected == counted(cfg) - counted(still) > 0
-    encoder = step_flops(still)[ENCODER]
-    assert encoder.hardware == encoder.forward == step_flops(cfg)[ENCODER].forward
+    before, parts = step_flops(cfg), step_flops(still)
+    for part in {ENCODER, SAMPLING} & parts.keys():
+        assert parts[part].hardware == parts[part].forward == before[part].forward
 
 
 @pytest.mark.parametrize("name", ["m3i_vit_h", "m3i_internimage_h", *METHODS])

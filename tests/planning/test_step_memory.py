@@ -27,6 +27,7 @@ from m3i_fast.planning.step_memory import (
     block_sizes,
     build_on_meta,
     count_parameters,
+    largest_block,
     trace,
 )
 from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, TensorTracker
@@ -195,6 +196,13 @@ def test_blocks_are_those_that_are_trained() -> None:
     assert len(sizes) == 12 + 12 + 4  # image, text, decoder; not the EMA copy
     assert max(sizes) == 12 * 768**2 + 13 * 768
     assert set(count_parameters(objective)) >= {ENCODER, DECODER, TEXT}
+
+
+def test_a_frozen_block_is_gathered_and_trains_nothing() -> None:
+    cfg = recipes()["m3i_vit_b"]()
+    whole, still = build_on_meta(cfg), build_on_meta(frozen(cfg))
+    assert len(block_sizes(still)) == 12 + 4  # text, decoder
+    assert largest_block(still) == largest_block(whole) == max(block_sizes(whole))
 
 
 def test_the_guards_copies_are_held_with_the_buffers() -> None:
