@@ -195,6 +195,8 @@ def _flops_table(plan: Plan) -> Table:
     scale = 1e9 * plan.batch_size
     for part in dict.fromkeys([*plan.flops, *plan.parameters]):
         size = plan.parameters.get(part)
+        if part not in plan.flops and not size:
+            continue
         shown = [f"{size / 1e6:.1f} M" if size else ""]
         if part in plan.flops:
             one = plan.flops[part]

@@ -51,6 +51,10 @@ class OptimConfig(Checked):
     InternImage code's DCN_LR_MUL is of offsets and gates, and none by default)."""
     freeze_patch_embed: bool = False
     """Leave the patch embedding as it was drawn (MoCo v3, for stability); InternImage: its stem."""
+    freeze_encoder: bool = False
+    """Leave the image encoder as it begins, which --init gives weights: heads, decoders and the
+    text encoder train on its features (LiT, locked-image tuning), and no backward pass runs through
+    it."""
     matrices: Literal["adamw", "muon"] = "adamw"
     """Optimiser of the weight matrices of Transformer blocks; AdamW updates all else. muon
     orthogonalises their momentum: more is learnt a step, for 15 to 20 small products a matrix."""
@@ -83,6 +87,14 @@ class OptimConfig(Checked):
                 f"{self.name}",
             ),
         )
+        if self.freeze_encoder:
+            still = "with optim.freeze_encoder, of which nothing learns"
+            yield from unmet(
+                self,
+                layer_decay=(self.layer_decay == 1, f"1 {still}"),
+                dcn_lr_scale=(self.dcn_lr_scale == 1, f"1 {still}"),
+                freeze_patch_embed=(not self.freeze_patch_embed, f"False {still}"),
+            )
         if (self.name, self.impl) == ("lamb", "apex"):
             for name in ("weight_decay", "final_weight_decay"):
                 yield from unmet(self, **{name: (getattr(self, name) != 0, APEX_LAMB_DECAYS)})

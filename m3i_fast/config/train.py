@@ -124,6 +124,8 @@ class TrainConfig(Checked):
         if self.init:
             yield from self._init_conflicts()
         yield from self._evaluate_conflicts()
+        if self.optim.freeze_encoder:
+            yield from self._frozen_conflicts()
         if self.parallel.shard != 1:
             yield from self._shard_conflicts()
         if self.cuda_graphs:
@@ -187,6 +189,21 @@ class TrainConfig(Checked):
             yield (
                 "evaluate_data",
                 "expected a data set to evaluate on, since the run trains on a mixture, got none",
+            )
+
+    def _frozen_conflicts(self) -> Iterator[Conflict]:
+        """Yield what needs a gradient of the encoder's outputs, or changes what it computes."""
+        if self.objective.balance.mode == "gradient_norm":
+            yield (
+                "objective.balance.mode",
+                "expected fixed or uncertainty with optim.freeze_encoder, whose outputs have no "
+                "gradient to measure, got gradient_norm",
+            )
+        if self.vision.drop_path_rate:
+            yield (
+                "vision.drop_path_rate",
+                "expected 0 with optim.freeze_encoder, whose features are those of all its layers, "
+                f"got {self.vision.drop_path_rate}",
             )
 
     def _projector_conflicts(self) -> Iterator[Conflict]:

@@ -50,12 +50,19 @@ def step(counts: StepCounts) -> Parts:
         rows, cells = counts.num_images, counts.num_own
         if number >= counts.num_views:
             rows, cells = counts.batch_size, counts.num_local_cells
-        parts[HEADS] += _summarise(counts.vision, rows, cells)
+        pooled = _summarise(counts.vision, rows, cells)
+        parts[HEADS] += pooled if counts.encoder_grad else pooled.forward_only
     return {part: parts[part] for part in PARTS if parts[part] != NONE}
 
 
 def decoder(
-    cfg: DecoderConfig, *, num_images: int, num_own: int, num_asked: int, dims: tuple[int, int]
+    cfg: DecoderConfig,
+    *,
+    num_images: int,
+    num_own: int,
+    num_asked: int,
+    dims: tuple[int, int],
+    input_grad: bool = True,
 ) -> Flops:
     """Count the dense decoder; dims: of the encoder's tokens and of what is predicted."""
     asked, tokens = num_images * num_asked, num_own + num_asked
@@ -64,7 +71,7 @@ def decoder(
         return block(num_images, tokens, cfg.dim, mlp_ratio=cfg.mlp_ratio, num_last=num_last)
 
     return (
-        linear(num_images * num_own, dims[0], cfg.dim)
+        linear(num_images * num_own, dims[0], cfg.dim, input_grad=input_grad)
         + linear(asked, 2 * cfg.dim, cfg.dim, input_grad=False)
         + layer(None) * (cfg.depth - 1)
         + layer(num_asked)
@@ -72,11 +79,12 @@ def decoder(
     )
 
 
-def mlp(rows: int, *dims: int) -> Flops:
-    """Count linear layers one after the other."""
+def mlp(rows: int, *dims: int, input_grad: bool = True) -> Flops:
+    """Count linear layers one after the other; input_grad: of the first, the others always."""
     flops = NONE
     for dim_in, dim_out in zip(dims[:-1], dims[1:], strict=True):
-        flops += linear(rows, dim_in, dim_out)
+        flops += linear(rows, dim_in, dim_out, input_grad=input_grad)
+        input_grad = True
     return flops
 
 
@@ -106,6 +114,9 @@ def _encode_inputs(counts: StepCounts, parts: Parts) -> None:
         _encode_whole(counts, parts, num_inputs)
     if counts.num_local:
         _encode_whole(counts, parts, counts.num_local * counts.batch_size, counts.local_size)
+    if not counts.encoder_grad:  # nothing is computed again, either
+        for part in (ENCODER, SAMPLING):
+            parts[part] = parts[part].forward_only
 
 
 def _encode_whole(
@@ -177,7 +188,8 @@ def _add_label(term: Term, counts: StepCounts, parts: Parts) -> None:
     rows, dim = counts.num_summaries, counts.text.embed_dim
     hidden = counts.objective.head_hidden_dim
     widths = (hidden, dim) if hidden else (dim,)
-    parts[HEADS] += mlp(rows, counts.vision.summary_dim, *widths)
+    summary_dim = counts.vision.summary_dim
+    parts[HEADS] += mlp(rows, summary_dim, *widths, input_grad=counts.encoder_grad)
     targets = counts.num_classes
     if term.target == "caption":
         captions = text(counts.text, counts.batch_size)
@@ -199,7 +211,7 @@ def _add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
         encoded = dim = cfg.decoder.dim
         parts[HEADS] += mlp(count * asked, vision.dim, dim, dim).forward_only
     if term.predictor == "linear":
-        parts[HEADS] += linear(count * asked, vision.dim, dim)
+        parts[HEADS] += linear(count * asked, vision.dim, dim, input_grad=counts.encoder_grad)
     else:
         calls = (count, counts.num_own), (local * count, counts.num_local_cells)
         for images, cells in calls if local else calls[:1]:
@@ -209,9 +221,11 @@ def _add_dense(term: Term, counts: StepCounts, parts: Parts) -> None:
                 num_own=cells,
                 num_asked=asked,
                 dims=(encoded, dim),
+                input_grad=counts.encoder_grad or projects,
             )
             if projects:
-                decoded += mlp(images * cells, vision.dim, dim, dim)
+                rows, grad = images * cells, counts.encoder_grad
+                decoded += mlp(rows, vision.dim, dim, dim, input_grad=grad)
             parts[DECODER] += _chunked(counts, images, decoded)
     parts[LIKELIHOODS] += _loss(term, counts, rows=count * asked, dim=dim, calls=1 + local)
 
@@ -220,7 +234,8 @@ def _add_dense_contrast(term: Term, counts: StepCounts, parts: Parts) -> None:
     vision, cfg, count = counts.vision, counts.objective, counts.num_asked(term.asked)
     dims = vision.dim, cfg.projector.hidden_dim, cfg.projector.output_dim
     rows = count * counts.num_own
-    parts[HEADS] += mlp(rows, *dims) + mlp(count * counts.num_cells, *dims).forward_only
+    parts[HEADS] += mlp(rows, *dims, input_grad=counts.encoder_grad)
+    parts[HEADS] += mlp(count * counts.num_cells, *dims).forward_only
     parts[LIKELIHOODS] += _loss(term, counts, rows=rows, dim=cfg.projector.output_dim)
 
 
@@ -230,7 +245,8 @@ def _add_embedding(term: Term, counts: StepCounts, parts: Parts) -> None:
     dim = target.summary_dim if term.encoder == "frozen" else sized.output_dim
     directions, shared = 1 + term.symmetric, term.encoder == "shared"
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)
-    projector = mlp(rows, counts.vision.summary_dim, *hidden, dim)
+    dims = counts.vision.summary_dim, *hidden, dim
+    projector = mlp(rows, *dims, input_grad=counts.encoder_grad)
     parts[HEADS] += projector * (2 if shared else directions)
     if term.encoder == "momentum":
         parts[HEADS] += (projector * directions).forward_only
@@ -248,7 +264,7 @@ def _add_prototypes(term: Term, counts: StepCounts, parts: Parts) -> None:
     hidden = [sized.hidden_dim] * (sized.num_layers - 1)
     dims = counts.vision.summary_dim, *hidden, sized.output_dim, cfg.num_prototypes
     seen = rows * (2 if term.sees_both_views else 1) + counts.num_local * counts.batch_size
-    parts[HEADS] += mlp(seen, *dims)
+    parts[HEADS] += mlp(seen, *dims, input_grad=counts.encoder_grad)
     if term.encoder == "momentum":
         targets = mlp(rows, *dims) + _summarise(counts.vision, rows, counts.num_cells)
         parts[HEADS] += (targets * (1 + term.symmetric)).forward_only

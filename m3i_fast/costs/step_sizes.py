@@ -28,6 +28,8 @@ class StepCounts:
     """Ranks whose rows are gathered by the losses over all pairs."""
     num_local: int = 0
     local_size: int = 0
+    encoder_grad: bool = True
+    """Whether the image encoder trains; a frozen one has no backward pass."""
     chunk: int = 0
     """Rows that an encoder or decoder takes at a time, in two forward passes; 0: all, in one."""
     teacher: VisionConfig | None = None

@@ -29,7 +29,7 @@ def build_objective(
     layers: how blocks compute (`layers_of`); they do not change the state dict. on_meta: build
     without memory, which `meta_init.initialise` allocates; a frozen teacher always has memory.
     Raises ValueError, FileNotFoundError or ImportError for a teacher that cannot be loaded
-    (`load_teacher`).
+    (`load_teacher`), and ValueError where nothing is left to train beside a frozen encoder.
     """
     teacher = None
     if cfg.objective.uses(encoder="frozen") and cfg.objective.teacher is not None:
@@ -47,6 +47,8 @@ def build_objective(
         )
     if cfg.optim.freeze_patch_embed:
         freeze_patch_embed(objective)
+    if cfg.optim.freeze_encoder:
+        _freeze_encoder(objective)
     if cfg.compile:
         blocks = blocks_of(objective)
         # Blocks share one cache of graphs; it needs one for each rate of stochastic depth, size of
@@ -58,6 +60,15 @@ def build_objective(
     if cfg.parallel.chunk:
         encode_in_chunks(objective, cfg.parallel.chunk)
     return objective
+
+
+def _freeze_encoder(objective: MutualInformation) -> None:
+    objective.encoder.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in objective.parameters()):
+        raise ValueError(
+            "optim.freeze_encoder: expected a term with weights of its own to train, got none; set "
+            "--optim.no-freeze-encoder"
+        )
 
 
 def stacks_of(model: nn.Module) -> list[list[nn.Module]]:

@@ -42,12 +42,14 @@ from m3i_fast.planning.sharded_units import count_scalars, units_of
 from m3i_fast.planning.step_memory import (
     AVERAGE,
     BATCH,
+    FROZEN,
     PARAMETERS,
     STATES,
     Footprint,
     block_sizes,
     build_on_meta,
     count_parameters,
+    largest_block,
     trace,
 )
 from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS
@@ -57,7 +59,7 @@ CONTEXT = {"CUDA context": 0.5 * 2**30, "DALI decoder and pools": 2.0 * 2**30}
 NCCL = {"NCCL buffers": 0.5 * 2**30}
 GATHERED, REDUCED, AHEAD = "gathered weights", "gradients being reduced", "batches ahead"
 WORKSPACE, GRAPHS = "cuBLAS workspace", "CUDA graphs"
-SHARDED = (PARAMETERS, AVERAGE, STATES, GRADIENTS)
+SHARDED = (PARAMETERS, FROZEN, AVERAGE, STATES, GRADIENTS)
 PREDICTIONS = "strategies and footprint: computed from the config, run on no card"
 
 
@@ -179,8 +181,7 @@ def make_plan(
             traced = trace(cfg, bf16=bf16, cuda=card.is_gpu, num_shards=shards)
         parts: Mapping[str, float] = traced.peak
         if shards > 1:
-            blocks = block_sizes(objective)
-            parts = _sharded(traced, parameters, blocks, shards, 2 if bf16 else 4)
+            parts = _sharded(traced, objective, shards, 2 if bf16 else 4)
         collectives = collectives_of(
             cfg, nodes, objective, footprint.gathers, num_shards=shards, **on_card
         )
@@ -271,7 +272,7 @@ def in_bf16(cfg: TrainConfig, card: Card) -> bool:
 
 def trained(parameters: Mapping[str, int]) -> int:
     """Return how many parameters learn by gradients."""
-    return sum(size for part, size in parameters.items() if part != AVERAGE)
+    return sum(size for part, size in parameters.items() if part not in (FROZEN, AVERAGE))
 
 
 def _assumed_memory(
@@ -300,11 +301,7 @@ def _beside_tensors(cfg: TrainConfig, card: Card, footprint: Footprint) -> dict[
 
 
 def _sharded(
-    footprint: Footprint,
-    parameters: Mapping[str, int],
-    blocks: list[int],
-    shards: int,
-    weight_bytes: int,
+    footprint: Footprint, objective: MutualInformation, shards: int, weight_bytes: int
 ) -> dict[str, float]:
     """Return a rank's memory under FSDP by block; the next block is gathered while one computes."""
     parts: dict[str, float] = {
@@ -312,8 +309,12 @@ def _sharded(
         for part, size in footprint.sharded_peak.items()
         if part != CAST_WEIGHTS  # they are gathered in that type
     }
-    rest, largest = trained(parameters) - sum(blocks), max(blocks, default=0)
-    return parts | {GATHERED: weight_bytes * (rest + 2.0 * largest), REDUCED: 4.0 * largest}
+    blocks = block_sizes(objective)
+    rest, gathered = trained(count_parameters(objective)) - sum(blocks), largest_block(objective)
+    return parts | {
+        GATHERED: weight_bytes * (rest + 2.0 * gathered),
+        REDUCED: 4.0 * max(blocks, default=0),
+    }
 
 
 def layouts(cfg: TrainConfig, nodes: Nodes) -> dict[str, int]:
@@ -367,7 +368,11 @@ def collectives_of(
 
 
 def _moved(footprint: Footprint, parameters: Mapping[str, int], *, shards: int) -> float:
-    """Return the bytes moved: activations out and in, weights in twice, the optimiser's share."""
+    """Return the bytes moved: of activations, weights and the optimiser's share.
+
+    Activations go out and in, weights in twice, frozen ones once.
+    """
     activations = sum(footprint.activations.values())
+    weights = 2 * footprint.held[PARAMETERS] + footprint.held[FROZEN]
     updated = OPTIMISER_BYTES * trained(parameters) + AVERAGE_BYTES * parameters[AVERAGE]
-    return 2 * activations + 2 * footprint.held[PARAMETERS] + updated / shards
+    return 2 * activations + weights + updated / shards

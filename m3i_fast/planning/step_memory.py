@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m3i_fast.config import TrainConfig
-from m3i_fast.engine.build import build_objective
+from m3i_fast.engine.build import blocks_of, build_objective
 from m3i_fast.engine.cuda_graphs import REPLAYED
 from m3i_fast.engine.optim.skippable_step import steps_as_on
 from m3i_fast.engine.parallel.ranks import World
 from m3i_fast.engine.precision.arithmetic import Arithmetic
 from m3i_fast.engine.train_step import TrainStep, draw_step_mix
-from m3i_fast.models.internimage.deformable import InternImageLayer
-from m3i_fast.models.transformer.blocks import Block, LayerNormLinear, LayerNormMLP
+from m3i_fast.models.transformer.blocks import LayerNormLinear, LayerNormMLP
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.objectives.terms import Caption
@@ -34,9 +33,10 @@ from m3i_fast.planning.sharded_units import GatherCounter
 from m3i_fast.planning.tensor_tracker import GRADIENTS, OTHER, TensorTracker
 
 PARAMETERS, AVERAGE, BUFFERS = "parameters", "EMA copies", "buffers"
+FROZEN = "frozen parameters"
 STATES, BATCH = "optimiser states", "batch"
 TEACHER = "frozen teacher"
-HELD = (PARAMETERS, AVERAGE, BUFFERS, STATES, BATCH)
+HELD = (PARAMETERS, FROZEN, AVERAGE, BUFFERS, STATES, BATCH)
 TARGET, ENCODER, TEXT = "target encoder", "encoder", "text encoder"
 DECODER, HEADS = "decoder", "heads and likelihoods"
 
@@ -112,18 +112,24 @@ def build_on_meta(cfg: TrainConfig) -> MutualInformation:
 
 
 def count_parameters(objective: MutualInformation) -> dict[str, int]:
-    """Count the trained parameters by part, and all that follow by EMA."""
+    """Count the trained parameters by part, all frozen ones, and all that follow by EMA."""
     counts = {ENCODER: _count(objective.encoder), DECODER: _count(objective.decoders)}
     counts[TEXT] = sum(_count(term.text_encoder) for term in objective.terms_of(Caption))
     counts["heads"] = _count(objective) - sum(counts.values())
-    counts[AVERAGE] = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+    frozen, averages = _untrained(objective)
+    counts[FROZEN] = sum(p.numel() for p in frozen)
+    counts[AVERAGE] = sum(p.numel() for p in averages)
     return counts
 
 
 def block_sizes(objective: nn.Module) -> list[int]:
-    """Return the trained parameters of each block: what FSDP gathers at once."""
-    blocks = [m for m in objective.modules() if isinstance(m, Block | InternImageLayer)]
-    return [size for size in map(_count, blocks) if size]
+    """Return the trained parameters of each block that has any."""
+    return [size for size in map(_count, blocks_of(objective)) if size]
+
+
+def largest_block(objective: nn.Module) -> int:
+    """Return the parameters of the largest block, trained or not: what FSDP gathers at once."""
+    return max((sum(p.numel() for p in b.parameters()) for b in blocks_of(objective)), default=0)
 
 
 def draw_first_mix(cfg: TrainConfig) -> Mix:
@@ -165,12 +171,24 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+def _untrained(
+    objective: MutualInformation,
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the frozen parameters, and those that follow by EMA."""
+    averages = [p for average, _ in objective.momentum_pairs() for p in average.parameters()]
+    follow = {id(p) for p in averages}
+    frozen = [p for p in objective.parameters() if not p.requires_grad and id(p) not in follow]
+    return frozen, averages
+
+
 def _book_what_is_held(
     tracker: TensorTracker, objective: MutualInformation, batch: Batch, mix: Mix
 ) -> None:
     parameters = list(objective.parameters())
     tracker.book(PARAMETERS, (p for p in parameters if p.requires_grad))
-    tracker.book(AVERAGE, (p for p in parameters if not p.requires_grad))
+    frozen, averages = _untrained(objective)
+    tracker.book(FROZEN, frozen)
+    tracker.book(AVERAGE, averages)
     tracker.book(BUFFERS, objective.buffers())
     if objective.teacher is not None:
         tracker.book(TEACHER, (*objective.teacher.parameters(), *objective.teacher.buffers()))

@@ -1,7 +1,9 @@
 """M3I that goes on from weights of DINOv2 or DINOv3, which `--init` names.
 
 Steps are those of a first look at a data set of some hundred thousand pictures. The learning rate
-is a tenth of that from random weights, so that the features are kept at first. It and the batch
+is a tenth of that from random weights, and a layer's 0.9 of that of the next, so that the features
+are kept at first; 0.9 is the default of DINOv2's and DINOv3's own code (`layerwise_decay` in
+ssl_default_config.yaml), though DINOv2's ViT-L from random weights has 1. These and the batch
 sizes, which fit a card of 80 GB in bf16 as `m3i-fast plan` predicts, are chosen here, and not yet
 measured.
 """
@@ -66,4 +68,4 @@ def dinov3_l() -> TrainConfig:
 
 def _from_weights(vision: ViTConfig, batch_size: int) -> TrainConfig:
     cfg = production(vision, batch_size=batch_size, num_steps=50_000)
-    return replace(cfg, optim=replace(cfg.optim, lr=cfg.optim.lr / 10))
+    return replace(cfg, optim=replace(cfg.optim, lr=cfg.optim.lr / 10, layer_decay=0.9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ from m3i_fast.config.models.text import TextConfig
 from m3i_fast.config.models.vision import VisionConfig
 from m3i_fast.config.models.vit import ViTConfig
 from m3i_fast.costs.encoder_flops import vit
-from m3i_fast.costs.objective_flops import DECODER, ENCODER, LIKELIHOODS, TARGET, decoder
+from m3i_fast.costs.objective_flops import (
+    DECODER,
+    ENCODER,
+    LIKELIHOODS,
+    SAMPLING,
+    TARGET,
+    decoder,
+)
 from m3i_fast.costs.step_flops import step_flops, without_sampling
 from m3i_fast.engine.teacher import Teacher
 from m3i_fast.models.image_encoder import build_encoder
@@ -47,12 +55,21 @@ def small(name: str, batch_size: int = 8) -> TrainConfig:
     )
 
 
-def expect_counted(cfg: TrainConfig, rel: float = 0.001) -> None:
+def frozen(cfg: TrainConfig) -> TrainConfig:
+    optim = replace(cfg.optim, freeze_encoder=True)
+    return replace(cfg, optim=optim, vision=replace(cfg.vision, drop_path_rate=0.0))
+
+
+def counted(cfg: TrainConfig) -> int:
     step = stepper(cfg)
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         step()
+    return counter.get_total_flops()
+
+
+def expect_counted(cfg: TrainConfig, rel: float = 0.001) -> None:
     found = without_sampling(step_flops(cfg))  # which the counter does not see
-    assert found.hardware == pytest.approx(counter.get_total_flops(), rel=rel)
+    assert found.hardware == pytest.approx(counted(cfg), rel=rel)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *METHODS])
@@ -131,6 +148,43 @@ def test_a_step_by_chunks(name: str, chunk: int) -> None:
     """A second pass ends before its last product, whose result nobody saved: less than 1 %."""
     cfg = small(name)
     expect_counted(replace(cfg, parallel=replace(cfg.parallel, chunk=chunk)), rel=0.01)
+
+
+def expect_saved(cfg: TrainConfig) -> None:
+    """Hold exactly: what the closed forms leave out for a frozen encoder, torch leaves out, too."""
+    cfg = replace(cfg, vision=replace(cfg.vision, drop_path_rate=0.0))
+    still = frozen(cfg)
+    found, expected = (without_sampling(step_flops(c)).hardware for c in (cfg, still))
+    assert found - expected == counted(cfg) - counted(still) > 0
+    before, parts = step_flops(cfg), step_flops(still)
+    for part in {ENCODER, SAMPLING} & parts.keys():
+        assert parts[part].hardware == parts[part].forward == before[part].forward
+
+
+@pytest.mark.parametrize("name", ["m3i_vit_h", "m3i_internimage_h", *METHODS])
+def test_a_step_with_a_frozen_encoder(name: str) -> None:
+    cfg = small(name)
+    expect_counted(frozen(cfg))
+    expect_saved(cfg)
+
+
+@pytest.mark.parametrize("projector", ["none", "mlp"])
+def test_a_step_with_local_views_of_a_frozen_encoder(projector: Literal["none", "mlp"]) -> None:
+    cfg = small("m3i_vit_s")
+    decoder = DecoderConfig(dim=64, depth=1, num_heads=2, projector=projector)
+    expect_saved(
+        replace(
+            cfg,
+            data=replace(cfg.data, local_views=ViewConfig(count=2, size=32)),
+            objective=replace(cfg.objective, decoder=decoder, head_hidden_dim=0),
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["m3i_vit_h", "m3i_internimage_t", "demo"])
+def test_a_step_by_chunks_with_a_frozen_encoder(name: str) -> None:
+    cfg = frozen(small(name))
+    expect_counted(replace(cfg, parallel=replace(cfg.parallel, chunk=3)), rel=0.01)
 
 
 def test_the_decoder_forward() -> None:

@@ -1,4 +1,4 @@
-"""The commands of the pages on data are typed as they stand there, on pictures as they tell of."""
+"""Commands of the pages on data and weights, typed as they stand there, on what they tell of."""
 
 from __future__ import annotations
 
@@ -8,20 +8,31 @@ import re
 import shlex
 import tarfile
 import urllib.request
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from PIL import Image
+from safetensors.torch import load_file
 
 from m3i_fast.cli import data as data_verbs
 from m3i_fast.cli import main
+from m3i_fast.config.models.vit import ViTConfig
+from m3i_fast.engine.checkpoint.checkpoints import latest
+from m3i_fast.export.vit_weights import vit_weights
 from m3i_fast.pipelines.dataset.manifest import SplitInfo, read_manifest
+from m3i_fast.recipes.from_weights import dinov3_s
 from m3i_fast.recipes.m3i_vit import m3i_vit_s_h100
+from m3i_fast.recipes.production import production
+from tests.shared.dino_files import dinov3_file
 
 START = Path(__file__).parent.parent.parent / "docs" / "start"
 OWN, AT_SCALE = START / "data.md", START / "data_at_scale.md"
+FROM_WEIGHTS = START.parent / "train" / "start_from_weights.md"
 # What makes a run of a recipe short: the networks and pictures, not the data that it reads.
 SMALL = (
     "--num-steps=1 --data.batch-size=2 --device=cpu --vision.image-size=32 --vision.depth=1 "
@@ -31,11 +42,11 @@ SMALL = (
 
 def commands(page: Path) -> dict[str, list[list[str]]]:
     """The words of each command in the page's blocks of shell, by heading."""
-    found: dict[str, list[list[str]]] = {}
+    found: defaultdict[str, list[list[str]]] = defaultdict(list)
     for section in page.read_text().split("\n## ")[1:]:
         for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
-            found[section.partition("\n")[0]] = [shlex.split(line) for line in lines]
+            found[section.partition("\n")[0]] += [shlex.split(line) for line in lines]
     return found
 
 
@@ -150,6 +161,49 @@ def test_from_a_bucket(place: Path) -> None:
     finally:
         server.close()
     assert (place / "runs/bucket/checkpoints/latest").exists()
+
+
+def test_dinov3_with_labels_and_captions(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command of the section, on twenty pictures and weights of random values."""
+    rows = [f"{n}/{i}.jpg,{n} number {i},{n}" for n in ("cat", "dog") for i in range(10)]
+    (place / "pictures.csv").write_text("\n".join(["file,caption,class", *rows]))
+    cfg = dinov3_s()
+    assert isinstance(cfg.vision, ViTConfig)
+    vision = replace(cfg.vision, depth=1, image_size=32)
+    torch.manual_seed(1)
+    state = dinov3_file(vision)
+    torch.save(state, "dinov3_vits16_pretrain.pth")
+    lines = commands(FROM_WEIGHTS)["DINOv3 on your pictures, with labels and captions"]
+    assert [words[1] for words in lines] == ["data", "train", "train", "evaluate", "export"]
+    for words in lines:
+        assert typed(words) == 0, words
+    assert counts(split_of("data/captioned")) == (18, 18, 18)
+    results = json.loads(Path("runs/tuned/evaluation/results.json").read_text())
+    measured = {encoder["name"]: set(encoder["measures"]) for encoder in results["encoders"]}
+    every = {"knn", "few-labels", "zero-shot", "retrieval"}
+    assert measured == {"runs/tuned": every, "runs/heads": every}
+    begun = vit_weights(state, "dinov3", vision).tensors
+    heads, tuned = (
+        latest(place / "runs" / run / "checkpoints").shards("model").read("encoder.")
+        for run in ("heads", "tuned")
+    )
+    assert heads.keys() == tuned.keys() == {f"encoder.{name}" for name in begun}
+    assert all(torch.equal(heads[f"encoder.{name}"], value) for name, value in begun.items())
+    assert not torch.equal(tuned["encoder.norm.weight"], begun["norm.weight"])
+    exported = load_file("out/tuned/model.safetensors")  # which tests/export has AutoModel load
+    assert all(torch.equal(exported[name], value) for name, value in tuned.items())
+    thawed = [word for word in lines[1] if word != "--optim.freeze-encoder"]
+    assert typed([*thawed, "--resume"]) == 2
+    assert "optim.freeze_encoder: True != False" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_the_recipes_from_weights_have() -> None:
+    text, cfg = " ".join(FROM_WEIGHTS.read_text().split()), dinov3_s()
+    assert cfg.optim.lr == 1.25e-5 and cfg.optim.layer_decay == 0.9
+    warm_up = f"the first {cfg.optim.warmup_steps(cfg.num_steps):,} of {cfg.num_steps:,} steps"
+    assert f"rises to 1.25e-5 over {warm_up}, and each layer has 0.9" in text
+    at_full_rate = production(cfg.vision, batch_size=cfg.data.batch_size, num_steps=cfg.num_steps)
+    assert at_full_rate.optim.lr == 1.25e-4 and "--optim.lr 1.25e-4" in text
 
 
 def test_commands_at_scale_are_read(place: Path) -> None:

@@ -40,13 +40,21 @@ def _losses(run: Path) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["demo", "demo_internimage"])
+@pytest.mark.parametrize(
+    ("name", "freeze"), [("demo", False), ("demo_internimage", False), ("demo", True)]
+)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_blocks_train_as_eager_ones(
-    name: str, backend: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    freeze: bool,
+    backend: str,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """aot_eager traces the same graphs forward and backward, and leaves out the C++."""
     cfg = _config(name, dataset)
+    cfg = replace(cfg, optim=replace(cfg.optim, freeze_encoder=freeze))
     Trainer(cfg, tmp_path / "eager").train()
     torch._dynamo.reset()
     counters.clear()

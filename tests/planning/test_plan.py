@@ -21,8 +21,8 @@ from m3i_fast.costs.step_flops import counts_of
 from m3i_fast.costs.traffic import Nodes, Traffic
 from m3i_fast.costs.view_cost import PICTURE
 from m3i_fast.objectives.methods import CATEGORY
-from m3i_fast.planning.plan import WORKSPACE, Plan, Strategy, make_plan, source_of
-from m3i_fast.planning.step_memory import AVERAGE, PARAMETERS, STATES, trace
+from m3i_fast.planning.plan import WORKSPACE, Plan, Strategy, make_plan, source_of, trained
+from m3i_fast.planning.step_memory import AVERAGE, FROZEN, PARAMETERS, STATES, trace
 from m3i_fast.recipes import recipes, shrink
 
 TEXT = TextConfig(vocab_size=90, context_length=24, dim=32, depth=2, num_heads=2, embed_dim=32)
@@ -198,6 +198,20 @@ def test_memory_is_the_traced_peak_and_what_is_assumed(plan: Plan) -> None:
         assert fsdp.parts[part] == ddp.parts[part] / 16
     assert ddp.fits
     assert not replace(ddp, limit=ddp.total - 1).fits
+
+
+def test_a_frozen_encoder_is_sharded_and_has_no_gradient_to_send(plan: Plan) -> None:
+    cfg = small()
+    cfg = replace(cfg, optim=replace(cfg.optim, freeze_encoder=True))
+    found = make_plan(cfg, card=CARDS["h100"], nodes=TWO_NODES)
+    ddp, fsdp = found.strategies
+    assert found.parameters[FROZEN] == plan.parameters["encoder"] > 0
+    assert ddp.memory.parts[FROZEN] == 4 * found.parameters[FROZEN]
+    assert fsdp.memory.parts[FROZEN] == ddp.memory.parts[FROZEN] / 16
+    sent, before = ddp.sent["gradients"], plan.strategies[0].sent["gradients"]
+    share = trained(found.parameters) / trained(plan.parameters)
+    assert 0 < share < 1
+    assert sent.network / before.network == pytest.approx(share, rel=0.01)
 
 
 @pytest.mark.parametrize(

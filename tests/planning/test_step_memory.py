@@ -19,6 +19,7 @@ from m3i_fast.planning.step_memory import (
     BUFFERS,
     DECODER,
     ENCODER,
+    FROZEN,
     HELD,
     PARAMETERS,
     STATES,
@@ -26,6 +27,7 @@ from m3i_fast.planning.step_memory import (
     block_sizes,
     build_on_meta,
     count_parameters,
+    largest_block,
     trace,
 )
 from m3i_fast.planning.tensor_tracker import CAST_WEIGHTS, GRADIENTS, TensorTracker
@@ -87,6 +89,12 @@ DINOV3 = {
     **{"mlp": "swiglu", "position": "rotary", "key_bias": False, "layer_scale_init": 1e-5},
     **{"class_token": True, "num_registers": 4, "norm_eps": 1e-5},
 }
+
+
+def frozen(cfg: TrainConfig) -> TrainConfig:
+    return replace(cfg, optim=replace(cfg.optim, freeze_encoder=True))
+
+
 CASES = {
     "vit, 8": small_vit(8),
     "vit, 32": small_vit(32),
@@ -98,6 +106,8 @@ CASES = {
     "internimage, 16": sized("demo_internimage", 16),
     "internimage, recomputed, 64": small_internimage(64),
     "dino, 16": sized("demo_dino", 16),
+    "vit, frozen, 32": frozen(small_vit(32)),
+    "internimage, frozen, 16": frozen(sized("demo_internimage", 16)),
 }
 IN_BF16 = ("vit, 32", "vit of dinov3, 32", "demo, 32", "internimage, 8", "internimage, 16")
 
@@ -124,6 +134,19 @@ def test_a_production_step_is_traced_without_its_memory() -> None:
     assert sum(found.peak.values()) > 20 * 2**30
     assert found.activations[ENCODER] > found.activations[DECODER] > 0
     assert found.activations[CAST_WEIGHTS] == pytest.approx(2 * trained, rel=0.3)
+
+
+def test_a_frozen_encoder_is_no_average_and_has_no_states() -> None:
+    cfg = small_vit(8)
+    before, now = (count_parameters(build_on_meta(c)) for c in (cfg, frozen(cfg)))
+    assert before[FROZEN] == 0 and now[FROZEN] == before[ENCODER] == now[AVERAGE] > 0
+    assert now == before | {ENCODER: 0, FROZEN: before[ENCODER]}
+    found = trace(frozen(cfg), bf16=False)
+    trained = now[TEXT] + now[DECODER] + now["heads"]
+    assert found.held[FROZEN] == found.held[AVERAGE] == 4 * now[FROZEN]
+    assert found.held[PARAMETERS] == found.gradients == 4 * trained
+    assert found.held[STATES] == pytest.approx(8 * trained, rel=1e-3)
+    assert ENCODER not in found.activations
 
 
 def test_wide_norms_of_cuda_cost_an_encoder_of_bf16_maps() -> None:
@@ -173,6 +196,13 @@ def test_blocks_are_those_that_are_trained() -> None:
     assert len(sizes) == 12 + 12 + 4  # image, text, decoder; not the EMA copy
     assert max(sizes) == 12 * 768**2 + 13 * 768
     assert set(count_parameters(objective)) >= {ENCODER, DECODER, TEXT}
+
+
+def test_a_frozen_block_is_gathered_and_trains_nothing() -> None:
+    cfg = recipes()["m3i_vit_b"]()
+    whole, still = build_on_meta(cfg), build_on_meta(frozen(cfg))
+    assert len(block_sizes(still)) == 12 + 4  # text, decoder
+    assert largest_block(still) == largest_block(whole) == max(block_sizes(whole))
 
 
 def test_the_guards_copies_are_held_with_the_buffers() -> None:

@@ -49,13 +49,15 @@ def _without_the_batch(dataset: Path) -> TrainConfig:
 
 
 def _cases(dataset: Path) -> dict[str, TrainConfig]:
+    m3i = _without_the_batch(dataset)
     return {
-        "m3i": _without_the_batch(dataset),
+        "m3i": m3i,
+        "m3i of a frozen encoder": replace(m3i, optim=replace(m3i.optim, freeze_encoder=True)),
         "mae": run_of_eight(dataset, demo_method("mae")),
     }
 
 
-@pytest.mark.parametrize("name", ["m3i", "mae"])
+@pytest.mark.parametrize("name", ["m3i", "m3i of a frozen encoder", "mae"])
 def test_a_step_of_two_batches_is_that_of_one_with_both(
     name: str, dataset: Path, tmp_path: Path
 ) -> None:

@@ -40,17 +40,18 @@ def _balanced(mode: Any) -> TrainConfig:
     return replace(cfg, objective=replace(cfg.objective, balance=BalanceConfig(mode=mode)))
 
 
-def _frozen(name: str) -> TrainConfig:
+def _frozen(name: str, **what: bool) -> TrainConfig:
     cfg = _config(name)
-    return replace(cfg, optim=replace(cfg.optim, freeze_patch_embed=True))
+    return replace(cfg, optim=replace(cfg.optim, **what))
 
 
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     **{name: lambda name=name: _config(name) for name in NAMES},  # type: ignore[misc]
     "gradient_norm": lambda: _balanced("gradient_norm"),
     "uncertainty": lambda: _balanced("uncertainty"),
-    "frozen patches": lambda: _frozen("demo"),
-    "frozen stem": lambda: _frozen("demo_internimage"),
+    "frozen patches": lambda: _frozen("demo", freeze_patch_embed=True),
+    "frozen stem": lambda: _frozen("demo_internimage", freeze_patch_embed=True),
+    "frozen encoder": lambda: _frozen("demo", freeze_encoder=True),
 }
 
 

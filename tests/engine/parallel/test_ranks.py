@@ -45,6 +45,7 @@ def _cases(dataset: Path) -> dict[int, list[Case]]:
     vision = m3i.vision
     shape = {"dim": vision.dim, "depth": vision.depth, "num_heads": vision.num_heads}
     sized = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    frozen = replace(m3i, optim=replace(m3i.optim, freeze_encoder=True))
     dinov3 = replace(m3i, vision=dinov3_h_plus(**shape, **sized))
     return {
         2: [
@@ -52,6 +53,8 @@ def _cases(dataset: Path) -> dict[int, list[Case]]:
             Case("m3i of dinov3_h_plus", dinov3, -1),
             *(Case(f"m3i in fp32, shard {s}", m3i, s, 20, double=False) for s in (1, -1)),
             *(Case(f"m3i by chunks, shard {s}", m3i, s, chunk=3) for s in (1, -1)),
+            Case("m3i of a frozen encoder, shard 1", frozen, 1),
+            Case("m3i of a frozen encoder, shard -1", frozen, -1, chunk=3),
             Case("m3i balanced", balanced, 1, num_steps=4),
             *(Case(name, _config(dataset, demo_method(name)), -1) for name in OTHERS),
         ],
@@ -117,6 +120,7 @@ def _worst(ours: Found, theirs: Found, kind: str) -> float:
     ("num_ranks", "name"),
     [(2, "m3i, shard 1"), (2, "m3i, shard -1"), (4, "m3i, shard 2"), (4, "m3i, shard -1")]
     + [(2, "m3i by chunks, shard 1"), (2, "m3i by chunks, shard -1")]
+    + [(2, f"m3i of a frozen encoder, shard {shard}") for shard in (1, -1)]
     + [(2, "m3i balanced"), (2, "m3i of dinov3_h_plus")]
     + [(2, name) for name in OTHERS],
 )
