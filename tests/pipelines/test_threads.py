@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,7 +167,9 @@ def tasks() -> dict[int, tuple[str, Cores]]:
     found = {}
     for task in TASKS.iterdir():
         number = int(task.name)
-        found[number] = (task / "comm").read_text().strip(), frozenset(os.sched_getaffinity(number))
+        with suppress(FileNotFoundError, ProcessLookupError):  # ended since it was listed
+            name = (task / "comm").read_text().strip()
+            found[number] = name, frozenset(os.sched_getaffinity(number))
     return found
 
 
