@@ -14,4 +14,6 @@ def require(module: str, *, extra: str = "data") -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f'{module} is not installed: pip install "m3i-fast[{extra}]"') from error
+        is_there = (error.name or module).partition(".")[0] != module.partition(".")[0]
+        what = f"does not import here ({error})" if is_there else "is not installed"
+        raise ImportError(f'{module} {what}: pip install "m3i-fast[{extra}]"') from error
