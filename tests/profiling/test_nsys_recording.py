@@ -91,9 +91,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def expect_agreement(summary: Mapping[str, Any], *, at_least: int) -> None:
     """Hold that nsys and the program's own timer tell the same of the stages long enough.
 
-    Of their sum, and of every one but those that are apart by little of it: where another process
-    takes the core between the two readings of a clock, that stage has its time slice, tens of
-    milliseconds, in one of them only.
+    Of their sum, and of every one but one: where another process takes the core between the two
+    readings of a clock, that stage has its time slice, tens of milliseconds, in one of them only.
     """
     rows = [row for row in summary["stages"] if row["own_ms"] is not None]
     own = sum(row["own_ms"] for row in rows)
@@ -101,9 +100,7 @@ def expect_agreement(summary: Mapping[str, Any], *, at_least: int) -> None:
     long = [row for row in rows if row["own_ms"] >= LONG_MS]
     assert len(long) >= at_least, rows
     apart = [r for r in long if r["ms"] != pytest.approx(r["own_ms"], rel=TOLERANCE)]
-    assert len(apart) <= 1 or sum(abs(r["ms"] - r["own_ms"]) for r in apart) <= TOLERANCE * own, (
-        apart
-    )
+    assert len(apart) <= 1, apart
 
 
 def test_stages_of_a_known_program(known: dict[str, Any]) -> None:
