@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "report": {"evaluation", "objectives", "observe", "pipelines"},
     "search": {"export", "inference", "report", *ENGINE},
     "profiling": {"op_registry", "report", *ENGINE},
-    "benchmarks": {"export", "op_registry", "planning", "recipes", "report", *ENGINE},
+    "benchmarks": {"export", "op_registry", "planning", "profiling", "recipes", "report", *ENGINE},
     "cli": {
         "benchmarks",
         "doctor",

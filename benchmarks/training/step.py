@@ -1,6 +1,7 @@
 """One training step of M3I beside one that is written plainly, from the paper.
 
     m3i-fast bench step [--batch-size 128] [--no-record]
+    m3i-fast bench step --explain demo      # or m3i_vit_s: where the time of its step goes
 
 `m3i_fast` is the step that trains, `TrainStep`: with the guard's copies and judgement, and an
 optimiser and an average that a flag on the device can skip. `eager` is M3I as one writes it first,
@@ -35,6 +36,7 @@ from m3i_fast.benchmarks.core.harness import (
     resolve,
 )
 from m3i_fast.benchmarks.core.random_batch import draw_batch
+from m3i_fast.benchmarks.training.explain_step import explain, explained, with_batch
 from m3i_fast.benchmarks.training.plain_step import eager_ema, eager_loss
 from m3i_fast.config import TrainConfig
 from m3i_fast.config.models.vit import vit_demo
@@ -46,7 +48,8 @@ from m3i_fast.engine.train_step import build_train_step, draw_step_mix
 from m3i_fast.objectives.mixing import Mix
 from m3i_fast.objectives.objective import MutualInformation
 from m3i_fast.pipelines.batch import Batch
-from m3i_fast.recipes import demo
+from m3i_fast.recipes import demo, recipes
+from m3i_fast.terminal import make_console
 
 SUBJECT = "step"
 OURS, EAGER, ASKED_ONLY = "m3i_fast", "eager", "eager, asked only"
@@ -65,6 +68,9 @@ class Config:
     """Its blocks."""
     num_samples: int = 20
     """Steps of each, interleaved."""
+    explain: str = ""
+    """Instead: divide the step of this recipe, as demo or m3i_vit_s, by stage and by kind of
+    operator, and show how near its products come to this machine's rate. Nothing is recorded."""
     record: bool = True
     """Append the rows to the ledger, benchmarks/results/step.jsonl."""
 
@@ -76,6 +82,10 @@ class Config:
             raise ValueError(f"batch_size: expected an even number, got {self.batch_size}")
         if self.dim < 64 or self.dim % 64:
             raise ValueError(f"dim: expected a multiple of 64, got {self.dim}")
+        if self.explain and self.explain not in recipes():
+            raise ValueError(
+                f"explain: expected one of {', '.join(recipes())}, got {self.explain!r}"
+            )
 
 
 def train_config(cfg: Config) -> TrainConfig:
@@ -200,4 +210,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = read_command(Config, SUBJECT, argv)
+    if cfg.explain:
+        train = with_batch(
+            recipes()[cfg.explain](), batch_size=cfg.batch_size, device=resolve(cfg.device)
+        )
+        figures = explain(train, num_samples=cfg.num_samples)
+        make_console().print(*explained(cfg.explain, figures), sep="\n")
+        return
     publish(SUBJECT, [figures_of(cfg)], table, record=cfg.record)
