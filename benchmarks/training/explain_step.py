@@ -19,7 +19,7 @@ from rich import box
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from m3i_fast.benchmarks.core.harness import Device, measure
+from m3i_fast.benchmarks.core.harness import Device, measure, resolve
 from m3i_fast.benchmarks.core.random_batch import draw_batch
 from m3i_fast.config import TrainConfig
 from m3i_fast.costs.gemm_shapes import gemm_shapes
@@ -192,4 +192,5 @@ def _reached(row: dict[str, Any], figures: dict[str, Any]) -> tuple[str, str, st
 def with_batch(train: TrainConfig, *, batch_size: int, device: Device) -> TrainConfig:
     """Return a recipe as it is measured: on this device, eager, with this many pictures a step."""
     data = replace(train.data, batch_size=batch_size)
-    return replace(train, data=data, device=device, compile=False)
+    resolved: Device = "cuda" if resolve(device) == "cuda" else "cpu"
+    return replace(train, data=data, device=resolved, compile=False)

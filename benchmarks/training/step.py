@@ -211,9 +211,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     cfg = read_command(Config, SUBJECT, argv)
     if cfg.explain:
-        train = with_batch(
-            recipes()[cfg.explain](), batch_size=cfg.batch_size, device=resolve(cfg.device)
-        )
+        train = with_batch(recipes()[cfg.explain](), batch_size=cfg.batch_size, device=cfg.device)
         figures = explain(train, num_samples=cfg.num_samples)
         make_console().print(*explained(cfg.explain, figures), sep="\n")
         return
