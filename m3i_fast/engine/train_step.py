@@ -28,6 +28,7 @@ from m3i_fast.engine.parallel.accumulation import (
 from m3i_fast.engine.parallel.local_shards import GradientNorm
 from m3i_fast.engine.parallel.ranks import World, average_replicated, distribute
 from m3i_fast.engine.precision.arithmetic import Arithmetic
+from m3i_fast.engine.precision.cpu_products import fast_cpu_products
 from m3i_fast.engine.precision.fp8 import expect_fp8, forward_context, layers_of
 from m3i_fast.keyed_draws import Purpose, words
 from m3i_fast.objectives.mixing import Mix, draw_branch_priority, draw_mix
@@ -103,6 +104,10 @@ class TrainStep:
         batches: `parallel.accumulate` of them. monitor: also compute the collapse monitors.
         Afterwards `guard.skip` is 1 if the step was skipped.
         """
+        with fast_cpu_products(self.world.device, self.arithmetic.compute_dtype):
+            return self._take(batches, monitor)
+
+    def _take(self, batches: Sequence[Batch], monitor: bool) -> dict[str, Tensor]:
         step, stage = self.steps_taken, self._stage
         self._seed_generator()
         weight_decay = self._weight_decay[step]
