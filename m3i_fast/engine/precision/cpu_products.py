@@ -58,7 +58,7 @@ def keeps_fp32() -> bool:
 
 @contextmanager
 def _onednn_for_fp32() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
