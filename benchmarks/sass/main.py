@@ -171,10 +171,10 @@ def details(row: Figures) -> Iterator[str]:
     yield f"\n{row.kernel}, sm_{row.architecture}: {row.instructions:,} instructions"
     yield "  pipes      " + _listed(row.by_pipe)
     yield "  classes    " + _listed(row.by_class)
-    yield "  accesses   " + (_listed(row.accesses) or "none")
-    yield "  atomics    " + (_listed(row.atomics) or "none")
-    waits = [f"{count} x {number}" for number, count in row.loads_in_flight.items()]
-    yield "  in flight  " + (", ".join(waits) or "no load from global memory")
+    yield "  accesses   " + (_times(row.accesses) or "none")
+    yield "  atomics    " + (_times(row.atomics) or "none")
+    waits = [f"{number} at {count}" for number, count in row.loads_in_flight.items()]
+    yield "  in flight  " + (", ".join(waits) + " waits" if waits else "no load from global memory")
     if row.tensor_between_waits:
         products = " ".join(map(str, row.tensor_between_waits))
         yield f"  products   between waits {products}"
@@ -190,6 +190,10 @@ def details(row: Figures) -> Iterator[str]:
 
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _times(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} x {name}" for name, count in counts.items())
 
 
 def told_issued(cfg: Config, kernel: Kernel) -> Iterator[str]:

@@ -54,7 +54,7 @@ class Figures:
     by_class: dict[str, int]
     by_pipe: dict[str, int]
     accesses: dict[str, int]
-    """Loads, stores and copies by memory and bits a lane."""
+    """Loads, stores and copies by memory and bits a lane, as "global load 128-bit"."""
     atomics: dict[str, int]
     """By opcode, operation and type."""
     loads_in_flight: dict[str, int]

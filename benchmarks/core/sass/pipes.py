@@ -125,7 +125,7 @@ class Access:
     bits: int
 
     def __str__(self) -> str:
-        return f"{self.memory} {self.access} {self.bits}"
+        return f"{self.memory} {self.access} {self.bits}-bit"
 
 
 def access_of(instruction: Instruction) -> Access | None:

@@ -52,11 +52,11 @@ def test_vectors() -> None:
     found = figures("vectors_kernel")
     assert (found.instructions, found.longest_block) == (20, 20)
     assert found.accesses == {
-        "global load 8": 1,
-        "global load 32": 1,
-        "global load 64": 2,
-        "global load 128": 1,
-        "global store 128": 1,
+        "global load 8-bit": 1,
+        "global load 32-bit": 1,
+        "global load 64-bit": 2,
+        "global load 128-bit": 1,
+        "global store 128-bit": 1,
     }
     assert found.loads_in_flight == {"5": 1, "4": 1, "2": 1, "1": 1}
     assert found.by_class == {
@@ -150,11 +150,11 @@ def test_classes(opcode: str, kind: str, pipe: str) -> None:
 
 def test_widths_and_types() -> None:
     accesses = {
-        "LDG.E.U16.CONSTANT": "global load 16",
-        "LDGSTS.E.BYPASS.128": "global copy 128",
-        "LDSM.16.MT88.4": "shared load 128",
-        "STS.U8": "shared store 8",
-        "STL.64": "local store 64",
+        "LDG.E.U16.CONSTANT": "global load 16-bit",
+        "LDGSTS.E.BYPASS.128": "global copy 128-bit",
+        "LDSM.16.MT88.4": "shared load 128-bit",
+        "STS.U8": "shared store 8-bit",
+        "STL.64": "local store 64-bit",
     }
     for opcode, told in accesses.items():
         assert str(access_of(Instruction(0, "", opcode, ""))) == told

@@ -170,7 +170,9 @@ def test_a_change_is_told_kernel_by_kernel(
     assert sass.main([*arguments, "--baseline", str(report), "--json", str(report)]) == 0
     told = capsys.readouterr().out
     assert "gone: atomics_kernel, sm_80" in told and "new: divisions_kernel, sm_80" in told
-    assert re.search(r"vectors_kernel, sm_80 .*\n(.*\n)*.* global load 8 +1 +2 +\+100\.0%", told)
+    assert re.search(
+        r"vectors_kernel, sm_80 .*\n(.*\n)*.* global load 8-bit +1 +2 +\+100\.0%", told
+    )
     assert "shuffles_kernel<32>, sm_80" not in told
     assert sass.main([*arguments, "--baseline", str(report)]) == 0
     assert "nothing else changed" in capsys.readouterr().out
@@ -200,7 +202,7 @@ def test_changes_are_of_every_figure() -> None:
         **{"registers": 16, "instructions": 40, "longest_block": 9, "spills": 0},
         **{
             "by_class": {"fp32": 2},
-            "accesses": {"global load 32": 1},
+            "accesses": {"global load 32-bit": 1},
             "atomics": {"RED ADD F32": 4},
         },
         **{"loads_in_flight": {"2": 1}, "loops": [loop]},
@@ -209,7 +211,7 @@ def test_changes_are_of_every_figure() -> None:
         **{"registers": 17, "instructions": 41, "longest_block": 10, "spills": 1},
         **{
             "by_class": {"fp32": 3},
-            "accesses": {"global load 32": 2},
+            "accesses": {"global load 32-bit": 2},
             "atomics": {"RED ADD F32": 5},
         },
         **{"loads_in_flight": {"3": 1}, "loops": [loop | {"instructions": 9}, loop]},
