@@ -133,3 +133,17 @@ def test_a_loop_with_two_entries_is_none() -> None:
         4 EXIT
     """)
     assert odd.irreducible == 1 and not odd.loops
+
+
+def test_what_follows_an_if_is_not_avoided() -> None:
+    """Its block has lines of the side that is left out, and is what the branch goes to."""
+    listing = flow_of("""
+        10 @P0 BRA `(.L_x_1)
+        20 FADD R0, R0, R0
+        20 FADD R0, R0, R0
+        .L_x_1:
+        20 MOV R1, R0
+        20 MOV R2, R0
+        30 EXIT
+    """)
+    assert issued(listing, {}, shares={"a.cu:20": 0}).total == 1 + 3
