@@ -30,6 +30,10 @@ SUBJECTS = {
         "launches.main",
         "launches, copies, waits and memory of each recipe's step, without a GPU",
     ),
+    "sass": (
+        "sass.main",
+        "the machine code of the CUDA kernels: pipes, widths, loops, and what changed; no GPU",
+    ),
     "loader": (
         "loader.main",
         "our loader beside torchvision and webdataset, and beside decoding alone",

@@ -170,9 +170,10 @@ def complete_toolkit(toolkit: Path) -> None:
 def install_nvcc(plan: Plan) -> None:
     """Put an nvcc of the plan's CUDA major into .venv/bin, where CMake and the tests find it."""
     if plan.cuda_major == 13:
-        # A test disassembles the kernels; a newer nvdisasm reads the code of an older nvcc.
+        # `bench sass` and tests read machine code; newer tools read the code of an older nvcc.
         _, torch_cuda = installed_torch()
-        pip_install(nvcc_requirement(torch_cuda), "nvidia-cuda-nvdisasm>=13")
+        readers = ("nvidia-cuda-nvdisasm>=13", "nvidia-cuda-cuobjdump>=13")
+        pip_install(nvcc_requirement(torch_cuda), *readers)
         for toolkit in VENV.glob("lib/python*/site-packages/nvidia/cu13"):
             complete_toolkit(toolkit)
     nvcc = find_nvcc(plan.cuda_major)

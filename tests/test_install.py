@@ -209,7 +209,8 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     add_wheel(wheels, "extras", "1.0", {}, "open_clip_torch")
     for name in install.BUILD_WITH:
         add_wheel(wheels, name, "1.0", {})
-    add_wheel(wheels, "nvidia-cuda-nvdisasm", "13.5", {})
+    for name in ("nvidia-cuda-nvdisasm", "nvidia-cuda-cuobjdump"):
+        add_wheel(wheels, name, "13.5", {})
     add_wheel(wheels, "nvidia-dali-cuda130", "2.4.0", {})
     (tmp_path / "constraints.txt").write_text("")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -8,11 +8,8 @@ checks, allocations and launchers are what is timed, on a GPU and on the CPU ali
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
-import subprocess
-import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +17,13 @@ from typing import Any
 
 import torch
 
+from m3i_fast.benchmarks.core.cuda_toolkit import (
+    architecture_options,
+    find_tool,
+    run_tool,
+    torch_includes,
+    torch_root,
+)
 from m3i_fast.ops.tiles import CUDA, Table, render
 
 CPU_OPTIONS = ("-O3", "-DNDEBUG", "-Wall", "-Wextra")
@@ -75,32 +79,17 @@ def _build(folder: Path, sources: list[Path], header: str, op: str, command: lis
     objects = [str(folder / f"{number}.o") for number in range(len(sources))]
 
     def compile_one(source: Path, made: str) -> None:
-        _run([*command, "-c", str(source), "-o", made])
+        run_tool([*command, "-c", str(source), "-o", made])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))
     # libtorch.so only names its parts, so the linker would drop it
-    link = ["-Xlinker", "--no-as-needed", f"-L{_torch_root() / 'lib'}", "-ltorch"]
-    _run([*command, "-shared", *objects, *link, "-o", str(folder / "ops.so")])
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-
-
-def _torch_root() -> Path:
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0])
+    link = ["-Xlinker", "--no-as-needed", f"-L{torch_root() / 'lib'}", "-ltorch"]
+    run_tool([*command, "-shared", *objects, *link, "-o", str(folder / "ops.so")])
 
 
 def _common() -> list[str]:
-    includes = ["-isystem", str(_torch_root() / "include")]
-    includes += ["-isystem", sysconfig.get_path("include")]
-    versions = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
-    return ["-std=c++17", *includes, *versions]
+    return ["-std=c++17", *torch_includes()]
 
 
 def _gpp() -> tuple[str, list[str]]:
@@ -111,12 +100,8 @@ def _gpp() -> tuple[str, list[str]]:
 
 
 def _nvcc(card: str) -> tuple[str, list[str]]:
-    own = [str(path) for path in Path(sysconfig.get_path("scripts")).glob("nvcc")]
-    compilers = [os.environ.get("CUDACXX"), *own, shutil.which("nvcc")]
-    compiler = next((name for name in compilers if name and Path(name).is_file()), None)
-    if compiler is None:
-        raise ValueError("nvcc: found none; install NVIDIA's CUDA toolkit, or set CUDACXX")
     number = CUDA_ARCHITECTURES[card]
-    options = ["-O3", "-DUSE_CUDA", "-gencode", f"arch=compute_{number},code=sm_{number}"]
+    options = ["-O3", "-DUSE_CUDA", *architecture_options(number)]
     options += ["-DM3I_SM90A"] if number == "90a" else []
+    compiler = str(find_tool("nvcc"))
     return compiler, [*options, "-Xcompiler=-fPIC,-fvisibility=hidden", *_common()]

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from m3i_fast.benchmarks.core.cuda_toolkit import Resources, parse_ptxas
+from m3i_fast.benchmarks.core.sass.elf import sections
 from m3i_fast.ops.tiles import CUDA
 
 ARCHITECTURES = {"a100": "sm_80", "h100": "sm_90a"}
@@ -18,15 +19,6 @@ ARCHITECTURES = {"a100": "sm_80", "h100": "sm_90a"}
 # Constants that the compiler works out are read from the name of a kernel that has them as
 # arguments.
 _CONSTANTS = "template <int...> __global__ void m3i_constants_kernel() {}\n"
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """The registers and memory that ptxas gave a kernel."""
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,38 +30,12 @@ class Compiled:
     log: str
 
 
-_KERNEL = re.compile(r"Compiling entry function '(\S+)' for")
-_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-
-
-def parse_ptxas(printed: str) -> dict[str, Resources]:
-    """Return resources by mangled name, from what `ptxas -v` prints for one architecture.
-
-    Raises ValueError for anything else.
-    """
-    resources: dict[str, Resources] = {}
-    for block in re.split(r"(?=ptxas info\s*: Compiling entry function)", printed)[1:]:
-        kernel, spills, used = (p.search(block) for p in (_KERNEL, _SPILLS, _USED))
-        if not (kernel and spills and used):
-            raise ValueError(f"ptxas -v printed something else:\n{block}")
-        resources[kernel[1]] = Resources(
-            registers=int(used[1]),
-            spill_bytes=int(spills[1]) + int(spills[2]),
-            shared_bytes=int(used[2] or 0),
-        )
-    return resources
-
-
 def code_digest(cubin: bytes) -> str:
     """Return a digest of the instructions, equal for kernels that differ in names alone."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)  # of ELF64: where its section headers begin
-    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
     digest = hashlib.sha256()
-    for name, _, _, _, offset, length in headers:
-        if cubin.startswith(b".text.", headers[names][4] + name):
-            digest.update(b"kernel" + cubin[offset : offset + length])
+    for name, _, content in sections(cubin):
+        if name.startswith(".text."):
+            digest.update(b"kernel" + content)
     return digest.hexdigest()
 
 

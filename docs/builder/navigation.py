@@ -19,7 +19,7 @@ CONTENTS = {
         *("planning", "profile", "performance", "launches", "comparing"),
         *("evaluate", "results", "methods", "faults"),
     ),
-    "extend": ("new_method", "new_op", "new_source", "ops", "emulator"),
+    "extend": ("new_method", "new_op", "machine_code", "new_source", "ops", "emulator"),
     "reference": (
         *("config", "commands", "dataset_format", "glossary"),
         *("architecture", "contributing", "releasing", "changelog"),

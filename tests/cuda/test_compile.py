@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from m3i_fast.benchmarks.tune.compile import Resources
+from m3i_fast.benchmarks.core.cuda_toolkit import ARCHITECTURES, Resources
 from m3i_fast.op_registry import OPS, OpSpec
 from tests.shared.cuda.nvcc import (
-    ARCHITECTURES,
     CUDA,
     ROOT,
     compile_options,

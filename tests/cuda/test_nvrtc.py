@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.shared.cuda.nvcc import ARCHITECTURES, CUDA, name_of, site_packages
+from m3i_fast.benchmarks.core.cuda_toolkit import ARCHITECTURES, site_packages
+from tests.shared.cuda.nvcc import CUDA, name_of
 
 DEVICE_CODE = sorted([*CUDA.glob("*/*.cuh"), *CUDA.glob("*/sm*/*.cuh")])
 # Of each op the file that has all of its kernels.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from m3i_fast.benchmarks.core.cuda_toolkit import ARCHITECTURES
 from tests.shared.cuda import emulator
 from tests.shared.cuda.emulator import (
     INVALID_CONFIGURATION,
@@ -19,7 +20,7 @@ from tests.shared.cuda.emulator import (
     OUT_OF_RESOURCES,
     SUCCESS,
 )
-from tests.shared.cuda.nvcc import ARCHITECTURES, compile_options, run_nvcc
+from tests.shared.cuda.nvcc import compile_options, run_nvcc
 
 SOURCES = sorted(KERNELS.glob("*.cu"))
 
