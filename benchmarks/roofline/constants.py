@@ -105,6 +105,13 @@ CONSTANTS: dict[str, Constant] = {
         source=f"{ERNST}, README: all three generations move close to 128 bytes a clock",
         values=_same(1),
     ),
+    "lines": Constant(
+        unit="wavefronts for each line of 128 bytes that a request touches beyond its first",
+        source=f"{ERNST}, gpu-strides: loads of 32, 16, 8, 4, 2 and 1 lines take 9.2, 5.1, 3.1, "
+        "2.1, 1.3 and 1 clocks on an A100, 9.3, 4.8, 3.0, 2.1, 1.5 and 1 on an H200",
+        others="reductions and stores are taken to be as loads",
+        values=_same(0.265),
+    ),
     "issue": Constant(
         unit="warp instructions a clock and multiprocessor",
         source=f"{WHITE_PAPERS}: four schedulers, one instruction a clock each",

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from m3i_fast.benchmarks.roofline.constants import Rates
+from m3i_fast.benchmarks.roofline.constants import CONSTANTS, Rates
 
-SECTOR = 32  # bytes
+SECTOR, LINE = 32, 128  # bytes
 COLUMNS = ("bytes", "sectors", "wavefronts", "issue", "tensor", "exponentials")
 
 
@@ -35,7 +35,7 @@ class Phase:
     atomic_sectors: float = 0
     """Of reductions and atomics, as often as a request touches them."""
     wavefronts: float = 0
-    """Of shared memory, and of global memory 128 bytes each at most."""
+    """Of shared memory, and `request_wavefronts` of global memory."""
     instructions: float = 0
     """Issued, of warps."""
     tensor_flop: float = 0
@@ -132,6 +132,15 @@ def predict(phases: Sequence[Phase], rates: Rates) -> CallPrediction:
     if not phases:
         raise ValueError("phases: expected one or more, got none")
     return CallPrediction(phases=tuple(predict_phase(phase, rates) for phase in phases))
+
+
+def request_wavefronts(lines: float, moved: float) -> float:
+    """Return the wavefronts of a warp's request of global memory.
+
+    Its lines of 128 bytes are looked up, and `moved` bytes moved 128 at a time; the slower counts.
+    """
+    further = CONSTANTS["lines"].values["a100"]  # of every card
+    return max(1 + further * (lines - 1), moved / LINE)
 
 
 def gemm(

@@ -17,7 +17,15 @@ from dataclasses import dataclass
 
 from m3i_fast.benchmarks.roofline.constants import CONSTANTS, rates_of
 from m3i_fast.benchmarks.roofline.gather import Sampling
-from m3i_fast.benchmarks.roofline.model import SECTOR, CallPrediction, Phase, gemm, predict
+from m3i_fast.benchmarks.roofline.model import (
+    LINE,
+    SECTOR,
+    CallPrediction,
+    Phase,
+    gemm,
+    predict,
+    request_wavefronts,
+)
 
 DCNV4 = "Y. Xiong et al., Efficient Deformable ConvNets, arXiv 2401.06197 (2024), A100 80 GB"
 DCNV4_NOTE = "OpenGVLab/DCNv4, scripts/test_dcnv4_bwd.py (2024), unit not stated: 3.2 to 3.7 ms"
@@ -90,15 +98,16 @@ def dcnv3_forward(size: int) -> tuple[Phase, ...]:
 def dcnv4_forward(size: int) -> tuple[Phase, ...]:
     """Eight channels a thread: a warp has 8 pairs of a pixel and a group, all at other places.
 
-    So a point's code runs for all of them where it runs for one. A corner is a request of 8 lines;
-    offsets and mask are scalars, 8 x 54 (or 108) bytes a request of which each touches all lines.
+    So a point's code runs for all of them where it runs for one. A corner is a request of 8 lines,
+    of two accesses in fp32; offsets and mask are scalars, in 8 x 54 (or 108) bytes.
     """
     call = _sampling(size, 10.0)
     warps = call.units / 8
     inputs = call.pixels * (call.channels + 112) * size  # 3 K G = 108, rounded up to 112
     outputs = call.pixels * call.channels * size
     gathered = call.corners() * 32 * size / SECTOR
-    lines = 8 * 27 * size / 128
+    corner = request_wavefronts(8, 512) * size / 2
+    scalar = request_wavefronts(8 * 27 * size / LINE, 32 * size)
     l1 = rates_of("a100").l1_bytes
     point = {2: 172, 4: 150}[size]
     return (
@@ -107,7 +116,7 @@ def dcnv4_forward(size: int) -> tuple[Phase, ...]:
             memory_bytes=inputs + outputs,
             read_sectors=gathered * call.missing_share(112, l1) + call.pixels * 112 * size / SECTOR,
             write_sectors=outputs / SECTOR,
-            wavefronts=call.corners() * size / 2 + warps * (27 * lines + 4 * size / 2),
+            wavefronts=call.corners() / 8 * corner + warps * (27 * scalar + 4 * size / 2),
             instructions=warps * (155 + 3 * 11 + 9 * point),
         ),
     )
@@ -161,7 +170,7 @@ def siglip_kernel(rows: int, width: int, chunk: int = 4096) -> tuple[Phase, ...]
             memory_bytes=2 * logits,
             read_sectors=logits / SECTOR,
             write_sectors=logits / SECTOR,
-            wavefronts=2 * logits / 128,
+            wavefronts=2 * logits / LINE,
             instructions=20 * chunk * rows / 32,
             exponentials=2.0 * chunk * rows,
             times=times,
@@ -181,7 +190,7 @@ def linear_cross_entropy(tokens: int, width: int, classes: int) -> tuple[Phase, 
         Phase(
             name="loss",
             memory_bytes=2 * logits,
-            wavefronts=2 * logits / 128,
+            wavefronts=2 * logits / LINE,
             instructions=20 * tokens * classes / 32,
             exponentials=1.0 * tokens * classes,
         ),

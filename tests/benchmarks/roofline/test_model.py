@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from m3i_fast.benchmarks.roofline.constants import CONSTANTS, NAMES, Rates, rates_of
-from m3i_fast.benchmarks.roofline.model import COLUMNS, Phase, gemm, predict, predict_phase
+from m3i_fast.benchmarks.roofline.model import (
+    COLUMNS,
+    Phase,
+    gemm,
+    predict,
+    predict_phase,
+    request_wavefronts,
+)
 
 # A card on which every unit of work takes a whole second.
 ONES = Rates(
@@ -72,6 +79,18 @@ def test_multiprocessors_wait_for_the_last_round_and_memory_does_not() -> None:
 def test_a_library_product_has_tiles_of_128_by_256() -> None:
     made = gemm("x", 4096, 768, 65536, bytes_moved=1)
     assert made.blocks == 32 * 3 and made.tensor_flop == 2 * 4096 * 768 * 65536
+
+
+@pytest.mark.parametrize(
+    ("lines", "clocks"), [(32, 9.2), (16, 5.1), (8, 3.1), (4, 2.1), (2, 1.3), (1, 1.0)]
+)
+def test_requests_of_many_lines_take_what_was_measured(lines: int, clocks: float) -> None:
+    """On an A100, by the microbenchmark that the constant comes from."""
+    assert request_wavefronts(lines, 128) == pytest.approx(clocks, abs=0.35)
+
+
+def test_requests_of_many_bytes_take_a_wavefront_for_each_128() -> None:
+    assert request_wavefronts(4, 512) == 4 and request_wavefronts(16, 512) > 4
 
 
 def test_every_constant_names_its_source_and_has_every_card() -> None:
