@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from m3i_fast.benchmarks.roofline.constants import CONSTANTS, rates_of
-from m3i_fast.benchmarks.roofline.gather import Sampling
-from m3i_fast.benchmarks.roofline.model import (
+from m3i_fast.costs.kernels.constants import CONSTANTS, rates_of
+from m3i_fast.costs.kernels.gather import Sampling
+from m3i_fast.costs.kernels.model import (
     LINE,
     SECTOR,
     CallPrediction,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m3i_fast.benchmarks.roofline.gather import Sampling
+from m3i_fast.costs.kernels.gather import Sampling
 
 SHAPE = {"batch": 1, "channels": 8, "groups": 2, "size": 2}
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from m3i_fast import ops
-from m3i_fast.benchmarks.roofline.constants import rates_of
-from m3i_fast.benchmarks.roofline.gather import Sampling
-from m3i_fast.benchmarks.roofline.kernels import boltzmann, dcnv3, elementwise, instructions
-from m3i_fast.benchmarks.roofline.model import SECTOR, predict
+from m3i_fast.costs.kernels import boltzmann, dcnv3, elementwise, instructions
+from m3i_fast.costs.kernels.constants import rates_of
+from m3i_fast.costs.kernels.gather import Sampling
+from m3i_fast.costs.kernels.model import SECTOR, predict
 from m3i_fast.ops import tiles
 from tests.shared.cuda.emulator import emulated
 from tests.shared.cuda.requests import LineRequests, counted_requests, read_requests

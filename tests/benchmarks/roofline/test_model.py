@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from m3i_fast.benchmarks.roofline.constants import CONSTANTS, NAMES, Rates, rates_of
-from m3i_fast.benchmarks.roofline.model import (
+from m3i_fast.costs.kernels.constants import CONSTANTS, NAMES, Rates, rates_of
+from m3i_fast.costs.kernels.model import (
     COLUMNS,
     Phase,
     gemm,

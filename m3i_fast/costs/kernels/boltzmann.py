@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
-from m3i_fast.benchmarks.roofline.constants import Rates
-from m3i_fast.benchmarks.roofline.kernels.instructions import instructions_of
-from m3i_fast.benchmarks.roofline.model import LINE, SECTOR, Phase
+from m3i_fast.costs.kernels.constants import Rates
+from m3i_fast.costs.kernels.instructions import instructions_of
+from m3i_fast.costs.kernels.model import LINE, SECTOR, Phase
 from m3i_fast.ops.tiles import Table, read
 
 SUMS_ELEMENTS = 1 << 26  # kSumsElements of cuda/boltzmann/tiling.h

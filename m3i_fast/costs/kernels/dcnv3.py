@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from m3i_fast.benchmarks.roofline.constants import Rates
-from m3i_fast.benchmarks.roofline.gather import Sampling
-from m3i_fast.benchmarks.roofline.kernels.instructions import instructions_of
-from m3i_fast.benchmarks.roofline.model import LINE, SECTOR, Phase, request_wavefronts
+from m3i_fast.costs.kernels.constants import Rates
+from m3i_fast.costs.kernels.gather import Sampling
+from m3i_fast.costs.kernels.instructions import instructions_of
+from m3i_fast.costs.kernels.model import LINE, SECTOR, Phase, request_wavefronts
 from m3i_fast.ops.tiles import read
 
 # Wavefronts of shared memory that a warp reads and writes with 9 points a unit, by the lanes of a

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from m3i_fast.benchmarks.roofline.constants import CONSTANTS, Rates
+from m3i_fast.costs.kernels.constants import CONSTANTS, Rates
 
 SECTOR, LINE = 32, 128  # bytes
 COLUMNS = ("bytes", "sectors", "wavefronts", "issue", "tensor", "exponentials")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from m3i_fast.benchmarks.roofline.constants import Rates
-from m3i_fast.benchmarks.roofline.kernels.instructions import instructions_of
-from m3i_fast.benchmarks.roofline.model import LINE, SECTOR, Phase
 from m3i_fast.config.data import ViewConfig
+from m3i_fast.costs.kernels.instructions import instructions_of
+from m3i_fast.costs.kernels.model import LINE, SECTOR, Phase
 from m3i_fast.costs.view_cost import view_work
 
 GAUSSIAN_BLOCKS = 1056  # at most, of 8 rows at once
@@ -67,7 +66,7 @@ def mask_mix(pictures: int, size: int, cell: int) -> tuple[Phase, ...]:
 
 
 def views(
-    groups: Sequence[ViewConfig], height: int, width: int, pictures: int, rates: Rates
+    groups: Sequence[ViewConfig], height: int, width: int, pictures: int
 ) -> tuple[Phase, ...]:
     """Return the phase that cuts the views of decoded pictures.
 
