@@ -77,8 +77,8 @@ def _dcnv3(figures: Figures) -> Call:
         forward = dcnv3.forward(sampling, rates)
         return forward + dcnv3.backward(sampling, rates) if _is_backward(figures) else forward
 
-    size = f"{sampling.batch} x {sampling.height} x {sampling.width} x {channels} / {groups}"
-    name = f"{size}, offsets {figures['offset_px']:g} px, {figures['pass']}"
+    size = f"{sampling.batch}x{sampling.height}x{sampling.width}x{channels} / {groups}"
+    name = f"{size}, {figures['offset_px']:g} px, {figures['pass']}"
     return Call(op="dcnv3", name=name, phases=phases)
 
 
@@ -100,7 +100,7 @@ def _boltzmann(figures: Figures) -> Call:
             made += boltzmann.logit_grads(call, rates) + boltzmann.feature_grads(call, rates)
         return made
 
-    size = f"{figures['form']}, {call.rows:,} x {call.columns:,} x {call.dim:,}"
+    size = f"{figures['form']}, {call.rows}x{call.columns}x{call.dim}"
     return Call(op="boltzmann", name=f"{size}, {figures['pass']}", phases=phases)
 
 
@@ -114,7 +114,7 @@ def _gaussian(figures: Figures) -> Call:
         backward = elementwise.gaussian(rows, width, backward=True)
         return forward + backward if _is_backward(figures) else forward
 
-    return Call(op="gaussian", name=f"{rows:,} x {width:,}, {figures['pass']}", phases=phases)
+    return Call(op="gaussian", name=f"{rows}x{width}, {figures['pass']}", phases=phases)
 
 
 def _mask_mix(figures: Figures) -> Call:
@@ -122,7 +122,7 @@ def _mask_mix(figures: Figures) -> Call:
     pictures, size, cell = (figures[name] for name in ("batch_size", "image_size", "patch_size"))
     if cell % elementwise.MASK_MIX_PIXELS:
         raise NotDescribed(f"patch_size {cell}, described are multiples of 16")
-    name = f"{pictures:,} x {size} x {size}, cells of {cell}"
+    name = f"{pictures}x{size}x{size}, cells of {cell}"
     return Call(
         op="mask_mix", name=name, phases=lambda _: elementwise.mask_mix(pictures, size, cell)
     )

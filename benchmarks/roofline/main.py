@@ -44,13 +44,17 @@ class Config:
 
 
 def _table(title: str, *columns: str) -> Table:
-    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
         is_text = column in ("call", "bound by", "constant", "source")
         least = 20 if column in ("call", "constant", "source") else None
         justify: Literal["left", "right"] = "left" if is_text else "right"
         shown.add_column(column, justify=justify, no_wrap=not is_text, min_width=least)
     return shown
+
+
+def _cells(columns: dict[str, float]) -> list[str]:
+    return [f"{ms:.2g}" if ms else "" for ms in columns.values()]
 
 
 def kernels_table(cfg: Config) -> Table:
@@ -71,11 +75,11 @@ def kernels_table(cfg: Config) -> Table:
             shown.add_row(call.op)
             op = call.op
         made = call.predict(rates)
-        cells = [f"{made.columns[column]:.3g}" for column in COLUMNS]
-        shown.add_row(f"  {call.name}", *cells, f"{made.ms:.3g}", made.binds)
+        shown.add_row(f"  {call.name}", *_cells(made.columns), f"{made.ms:.3g}", made.binds)
         for phase in made.phases if cfg.phases else ():
-            cells = [f"{phase.columns[column]:.3g}" for column in COLUMNS]
-            shown.add_row(f"    {phase.name}", *cells, f"{phase.ms:.3g}", phase.binds)
+            shown.add_row(
+                f"    {phase.name}", *_cells(phase.columns), f"{phase.ms:.3g}", phase.binds
+            )
     return shown
 
 

@@ -241,7 +241,7 @@ def all_published() -> list[Published]:
             phases=dcnv4_backward(),
         ),
         Published(
-            name="QuACK linear cross entropy, 4,096 x 4,096 x 128,256, bf16, forward + backward",
+            name="QuACK linear cross entropy, 4,096 x 4,096 x 128,256, bf16",
             card="h200",
             ms=17.33,
             source=QUACK,

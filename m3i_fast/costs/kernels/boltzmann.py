@@ -1,4 +1,4 @@
-"""What our boltzmann kernels ask of a card, in closed form of a call's sizes, in bf16.
+"""What our boltzmann kernels ask of a card, in closed form of a call's sizes.
 
 On Hopper tensor copies and products of one block a multiprocessor overlap, and the pass over a
 tile's logits follows them: a phase of its own. Before Hopper two blocks a multiprocessor overlap
@@ -44,32 +44,48 @@ class Tiles:
     rows: int
     columns: int
     depth: int
-    warps: int
-    """That multiply and pass over the logits."""
+    warps: tuple[int, int]
+    """That multiply and pass over the logits, down and across."""
     half_rows: int
-    """Rows that one pass over the logits has, of `warps_of_half` warps."""
+    """Rows that one pass over the logits has."""
     multicast: int
     """Blocks that a copied operand serves."""
+    at_once: int
+    """Blocks that a multiprocessor runs at once."""
     grads_bytes: int
+    size: int = 2
+    """Bytes of an element: 2, or 4 of float32, which is multiplied three times in tf32."""
 
     @property
     def is_hopper(self) -> bool:
         """Return whether warpgroups multiply."""
         return self.multicast > 1
 
+    @property
+    def num_warps(self) -> int:
+        """Return the warps of a block that multiply."""
+        return self.warps[0] * self.warps[1]
 
-def tiles_of(card: str, table: Table | None = None) -> Tiles:
-    """Return the tiles of the sources and of a table, that of tiles.json unless given."""
-    table = table or read("boltzmann")
-    if card != "a100":
-        mib = table["h100"]["blocks"]["grads_mib"]
-        return Tiles(rows=128, columns=256, depth=64, warps=8, half_rows=64, multicast=2,
-                     grads_bytes=mib << 20)  # fmt: skip
-    policy = table["a100"]["half"]
-    side, mib = policy["side"], table["a100"]["blocks"]["grads_mib"]
-    warps = policy["warps_down"] * policy["warps_across"]
-    return Tiles(rows=side, columns=side, depth=32, warps=warps, half_rows=side, multicast=1,
-                 grads_bytes=mib << 20)  # fmt: skip
+
+def tiles_of(card: str, table: Table | None = None, *, wide: bool = False) -> Tiles:
+    """Return the tiles of the sources and of a table, that of tiles.json unless given.
+
+    wide: those of float32, which no warpgroups multiply.
+    """
+    own = (table or read("boltzmann"))["a100" if card == "a100" else "h100"]
+    grads_bytes = own["blocks"]["grads_mib"] << 20
+    if card != "a100" and not wide:
+        return Tiles(
+            rows=128, columns=256, depth=64, warps=(8, 1), half_rows=64, multicast=2, at_once=1,
+            grads_bytes=grads_bytes,
+        )  # fmt: skip
+    policy = own["float" if wide else "half"]
+    side, size = policy["side"], 4 if wide else 2
+    warps = policy["warps_down"], policy["warps_across"]
+    return Tiles(
+        rows=side, columns=side, depth=64 // size, warps=warps, half_rows=side, multicast=1,
+        at_once=2, grads_bytes=grads_bytes, size=size,
+    )  # fmt: skip
 
 
 def launches_of(call: Call, elements: int) -> tuple[int, int, int]:
@@ -94,16 +110,30 @@ def copy_sectors(tiles: Tiles, rows: int, columns: int, depth: int) -> float:
     """
     blocks = ceil(rows / tiles.rows) * ceil(columns / tiles.columns)
     own = tiles.rows + tiles.columns / tiles.multicast
-    return blocks * own * depth * 2 / SECTOR
+    return blocks * own * depth * tiles.size / SECTOR
 
 
 def step_wavefronts(tiles: Tiles) -> float:
-    """Return the wavefronts of a block's step of 32 terms, before Hopper.
+    """Return the wavefronts of a block's step of 64 bytes of terms, before Hopper.
 
-    Each warp reads its fragments by 16 ldmatrix of four wavefronts; copied rows of 64 bytes, with
-    padding between them, take two each for two rows.
+    Each warp reads the fragments of its rows and columns by ldmatrix, as many bytes as they have;
+    copied rows, with padding between them, take two wavefronts for two rows.
     """
-    return 64 * tiles.warps + 2 * (tiles.rows + tiles.columns) * 64 / LINE
+    down, across = tiles.warps
+    fragments = (across * tiles.rows + down * tiles.columns) * 64 / LINE
+    return fragments + 2 * (tiles.rows + tiles.columns) * 64 / LINE
+
+
+def _step_instructions(tiles: Tiles, count: float) -> float:
+    """Return a block's instructions of a step; count: of a warp with 64 x 64 of the tile.
+
+    64 of them multiply that much in bf16, and go with the warp's part; in float32 three times.
+    """
+    if tiles.is_hopper:
+        return tiles.num_warps * count
+    part = tiles.rows * tiles.columns / tiles.num_warps / 64**2
+    products = 64 * part * (3 if tiles.size == 4 else 1)
+    return tiles.num_warps * (count - 64 + products)
 
 
 def _product(
@@ -112,14 +142,15 @@ def _product(
     """Return the products of a launch; count: instructions of a warp and step."""
     blocks = ceil(rows / tiles.rows) * ceil(columns / tiles.columns)
     steps = blocks * ceil(depth / tiles.depth)
+    flop = 2.0 * blocks * tiles.rows * tiles.columns * depth
     return Phase(
         name=name,
         read_sectors=copy_sectors(tiles, rows, columns, depth),
         wavefronts=0 if tiles.is_hopper else steps * step_wavefronts(tiles),
-        instructions=steps * tiles.warps * count,
-        tensor_flop=2.0 * blocks * tiles.rows * tiles.columns * depth,
+        instructions=steps * _step_instructions(tiles, count),
+        tensor_flop=flop * (6 if tiles.size == 4 else 1),  # tf32 has half of the rate
         blocks=blocks,
-        at_once=1 if tiles.is_hopper else 2,
+        at_once=tiles.at_once,
         times=times,
     )
 
@@ -140,6 +171,12 @@ def _kernel(name: str, tiles: Tiles) -> str:
     return f"boltzmann_{name}_hopper_kernel" if tiles.is_hopper else f"boltzmann_{name}_kernel"
 
 
+def _pass_warps(tiles: Tiles) -> float:
+    """Return a block's warps, each counted as the elements that it has of a warp's as built."""
+    built = 64 * 64 if not tiles.is_hopper else 16 * 256
+    return tiles.rows * tiles.columns / built
+
+
 def _mean(count: dict[str, float], share: float) -> float:
     return (1 - share) * count["tile"] + share * count.get("mixed_tile", count["tile"])
 
@@ -158,13 +195,13 @@ def sums(call: Call, rates: Rates, tiles: Tiles | None = None) -> tuple[Phase, .
     name = _kernel("sums", tiles)
     count = instructions_of("boltzmann", name)
     product = _product(name, tiles, rows, columns, call.dim, times, count["step"])
-    product = replace(product, memory_bytes=2.0 * (rows + columns) * call.dim)
+    product = replace(product, memory_bytes=float(tiles.size * (rows + columns) * call.dim))
     partials = partial_sectors(call, tiles, rows, columns)
     own = Phase(
         name=f"{name}, pass",
         write_sectors=partials,
         wavefronts=product.blocks * tiles.rows * tiles.columns * 4 / LINE,
-        instructions=product.blocks * tiles.warps * _mean(count, mixed_share(call, tiles)),
+        instructions=product.blocks * _pass_warps(tiles) * _mean(count, mixed_share(call, tiles)),
         exponentials=rows * columns,
     )
     small = Phase(
@@ -178,18 +215,18 @@ def sums(call: Call, rates: Rates, tiles: Tiles | None = None) -> tuple[Phase, .
 def logit_grads(call: Call, rates: Rates, tiles: Tiles | None = None) -> tuple[Phase, ...]:
     """Return the backward's first kernel: logits again, and G in their place."""
     tiles = tiles or tiles_of(rates.card)
-    times, rows, columns = launches_of(call, tiles.grads_bytes // 2)
+    times, rows, columns = launches_of(call, tiles.grads_bytes // tiles.size)
     name = _kernel("logit_grads", tiles)
     count = instructions_of("boltzmann", name)
     product = _product(name, tiles, rows, columns, call.dim, times, count["step"])
-    product = replace(product, memory_bytes=2.0 * (rows + columns) * call.dim)
+    product = replace(product, memory_bytes=float(tiles.size * (rows + columns) * call.dim))
     own = Phase(
         name=f"{name}, pass",
-        memory_bytes=_uncached(rates, tiles) * 2 * rows * columns,
+        memory_bytes=_uncached(rates, tiles) * tiles.size * rows * columns,
         # mma's fragments write half a sector a row and store.
-        write_sectors=(2 if tiles.is_hopper else 4) * rows * columns / SECTOR,
+        write_sectors=(1 if tiles.is_hopper else 2) * tiles.size * rows * columns / SECTOR,
         wavefronts=product.blocks * tiles.rows * tiles.columns * 4 * 2 / LINE,
-        instructions=product.blocks * tiles.warps * _mean(count, mixed_share(call, tiles)),
+        instructions=product.blocks * _pass_warps(tiles) * _mean(count, mixed_share(call, tiles)),
         exponentials=rows * columns,
     )
     small = Phase(name="small kernels of the gradients", times=times * SMALL_OF_GRADS)
@@ -199,7 +236,7 @@ def logit_grads(call: Call, rates: Rates, tiles: Tiles | None = None) -> tuple[P
 def feature_grads(call: Call, rates: Rates, tiles: Tiles | None = None) -> tuple[Phase, ...]:
     """Return the backward's second kernel: G z and its transpose's product with z_hat, added up."""
     tiles = tiles or tiles_of(rates.card)
-    times, rows, columns = launches_of(call, tiles.grads_bytes // 2)
+    times, rows, columns = launches_of(call, tiles.grads_bytes // tiles.size)
     name = _kernel("feature_grads", tiles)
     count = instructions_of("boltzmann", name)
     of_rows = _product(name, tiles, rows, call.dim, columns, times, count["step"])
@@ -210,14 +247,16 @@ def feature_grads(call: Call, rates: Rates, tiles: Tiles | None = None) -> tuple
     }
     grads = 4.0 * (rows + columns) * call.dim
     product = replace(
-        of_rows, **both, memory_bytes=_uncached(rates, tiles) * 4 * rows * columns + 2 * grads
+        of_rows,
+        **both,
+        memory_bytes=_uncached(rates, tiles) * 2 * tiles.size * rows * columns + 2 * grads,
     )
     own = Phase(
         name=f"{name}, pass",
         read_sectors=grads / SECTOR,
         write_sectors=grads / SECTOR,
         wavefronts=2 * grads / LINE,
-        instructions=product.blocks * tiles.warps * count["tile"],
+        instructions=product.blocks * _pass_warps(tiles) * count["tile"],
     )
     return _with_pass(product, tiles, own)
 

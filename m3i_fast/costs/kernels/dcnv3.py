@@ -136,17 +136,29 @@ def _l1_left(rates: Rates, layout: Layout, blocks: int, backward: bool) -> float
     return max(0.0, rates.l1_bytes - used)
 
 
-def forward(sampling: Sampling, rates: Rates) -> tuple[Phase, ...]:
-    """Return the forward's phase."""
-    return (_pass(sampling, rates, backward=False),)
+def forward(
+    sampling: Sampling, rates: Rates, layout: Layout | None = None, at_once: int = 6
+) -> tuple[Phase, ...]:
+    """Return the forward's phase.
+
+    layout: the card's unless given; at_once: blocks that a multiprocessor runs at once.
+    """
+    layout = layout or layout_of(sampling, rates.card)
+    return (_pass(layout, rates, at_once, backward=False),)
 
 
-def backward(sampling: Sampling, rates: Rates) -> tuple[Phase, ...]:
-    """Return the phases of the backward: zeros, the kernel, and in 16 bits the rounding."""
+def backward(
+    sampling: Sampling, rates: Rates, layout: Layout | None = None, at_once: int = 5
+) -> tuple[Phase, ...]:
+    """Return the phases of the backward: zeros, the kernel, and in 16 bits the rounding.
+
+    As forward.
+    """
+    layout = layout or layout_of(sampling, rates.card)
     elements = sampling.pixels * sampling.channels
     wide = elements * 4
     zeros = Phase(name="zeros", memory_bytes=wide, write_sectors=wide / SECTOR)
-    kernel = _pass(sampling, rates, backward=True)
+    kernel = _pass(layout, rates, at_once, backward=True)
     if sampling.size == 4:
         return zeros, kernel
     rounding = Phase(
@@ -160,10 +172,9 @@ def backward(sampling: Sampling, rates: Rates) -> tuple[Phase, ...]:
     return zeros, kernel, rounding
 
 
-def _pass(s: Sampling, rates: Rates, *, backward: bool) -> Phase:
-    layout = layout_of(s, rates.card)
+def _pass(layout: Layout, rates: Rates, at_once: int, *, backward: bool) -> Phase:
+    s = layout.sampling
     asked = layout.requests(backward=backward, corners=s.corners())
-    at_once = 5 if backward else 6
     missing = s.missing_share(
         _resident_pixels(layout, at_once), _l1_left(rates, layout, at_once, backward)
     )

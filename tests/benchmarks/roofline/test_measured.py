@@ -53,7 +53,7 @@ def test_the_worst_comes_first_in_either_direction() -> None:
     assert by_op["boltzmann"].ratio == pytest.approx(2)
     assert by_op["dcnv3"].ratio == pytest.approx(1 / 3)
     assert by_op["dcnv3"].off == pytest.approx(3)
-    assert by_op["dcnv3"].name == "64 x 56 x 56 x 128 / 8, offsets 1.5 px, forward, float16"
+    assert by_op["dcnv3"].name == "64x56x56x128 / 8, 1.5 px, forward, float16"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_the_page_begins_with_the_worst(tmp_path: Path) -> None:
     (tmp_path / "boltzmann.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     write_compared(tmp_path)
     lines = (tmp_path / "predicted.md").read_text().splitlines()
-    assert lines[2].startswith("The worst of 2 predictions: boltzmann, softmax, 32,768 x 32,768")
+    assert lines[2].startswith("The worst of 2 predictions: boltzmann, softmax, 32768x32768x512")
     assert "80 ms measured (0.1" in lines[2]
     assert [line.split(" | ")[0] for line in lines[6:8]] == ["| boltzmann", "| dcnv3"]
     assert lines[-1] == "- boltzmann: form sigmoid, described is softmax, classes (1 rows)"

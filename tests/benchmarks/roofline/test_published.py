@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from m3i_fast.benchmarks.roofline.published import (
@@ -47,3 +49,12 @@ def test_the_other_published_constants_stay_within_a_factor_of_one_and_a_half(
 ) -> None:
     ratios = sensitivity(case)
     assert ratios and all(1 / 1.5 <= ratio <= 1.5 for ratio in ratios.values()), ratios
+
+
+def test_the_page_has_what_the_command_prints() -> None:
+    """Of each published time its ratio, in docs/measure/roofline.md."""
+    root = Path(__file__).resolve().parents[3]
+    lines = (root / "docs" / "measure" / "roofline.md").read_text().splitlines()
+    for case in all_published():
+        (line,) = [line for line in lines if case.name in line]
+        assert f" {case.ratio:.2f} " in line, "m3i-fast bench roofline --show published"
