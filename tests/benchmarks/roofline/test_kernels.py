@@ -217,17 +217,19 @@ def test_pixels_of_mask_mix_are_those_counted(tmp_path: Path) -> None:
 def test_instructions_scale_the_issue_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file with other counts, as of a disassembler, takes the place of those counted by hand."""
+    """A file with other counts, as of a changed kernel, takes the place of the present one."""
     s = Sampling(batch=64, height=56, width=56, channels=128, groups=8, size=2, reach=2.6)
     rates = rates_of("h100")
-    by_hand = predict(dcnv3.forward(s, rates), rates)
-    assert by_hand.binds == "issue"
+    present = predict(dcnv3.forward(s, rates), rates)
+    assert present.binds == "issue"
+    counts = instructions.instructions_of("dcnv3", "dcnv3_kernel")
+    halves = {unit: count / 2 for unit, count in counts.items()}
     (tmp_path / "dcnv3").mkdir()
-    counts = {"origin": "a test", "kernels": {"dcnv3_kernel": {"warp": 450, "point": 60}}}
-    (tmp_path / "dcnv3" / instructions.FILE).write_text(json.dumps(counts))
+    content = {"origin": "a test", "kernels": {"dcnv3_kernel": halves}}
+    (tmp_path / "dcnv3" / instructions.FILE).write_text(json.dumps(content))
     monkeypatch.setattr(instructions, "CUDA", tmp_path)
     halved = predict(dcnv3.forward(s, rates), rates)
-    assert halved.columns["issue"] == pytest.approx(by_hand.columns["issue"] / 2)
+    assert halved.columns["issue"] == pytest.approx(present.columns["issue"] / 2)
     assert instructions.read_instructions("dcnv3")[0] == "a test"
     with pytest.raises(ValueError, match="expected dcnv3_bwd_kernel in kernels"):
         dcnv3.backward(s, rates)

@@ -161,7 +161,8 @@ def test_without_a_card_it_says_what_it_would_write(
     page = (tmp_path / "predicted.md").read_text()
     assert "nothing is compared" in page
     assert page.count("\n| ") == 2 * len(shown_calls()) + 2  # both cards, below the heading
-    assert "| h100 | 0.299 |  |  | issue |" in page
+    first = shown_calls()[0].predict(rates_of("h100"))
+    assert f"| h100 | {first.ms:.3g} |  |  | {first.binds} |" in page
 
 
 # ---- The command ---------------------------------------------------------------------------------
