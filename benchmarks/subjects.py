@@ -59,6 +59,10 @@ SUBJECTS = {
         "tune.main",
         "tiles of dcnv3 and boltzmann: compiled, pruned by a model, timed where a card is",
     ),
+    "roofline": (
+        "roofline.main",
+        "kernels predicted from bytes, sectors, wavefronts, issue slots; beside published times",
+    ),
     "methods": (
         "methods.main",
         "methods with one budget, M3I's ablations, few annotations, a pilot and its power",

@@ -5,18 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from m3i_fast.benchmarks.tune.compile import ARCHITECTURES, Compiled, compile_cubin
-from m3i_fast.benchmarks.tune.tile_roofline import (
-    GPUS,
-    Units,
-    dcnv3_ms,
-    hopper_ms,
-    hopper_policy,
-    mma_ms,
-    occupancy,
-)
+from m3i_fast.benchmarks.tune.tile_roofline import GPUS, boltzmann_ms, dcnv3_ms, occupancy
+from m3i_fast.costs.kernels.boltzmann import tiles_of
+from m3i_fast.costs.kernels.dcnv3 import Layout
+from m3i_fast.costs.kernels.gather import Sampling
 from m3i_fast.ops.tiles import CUDA, Policy, Table, render
 
 
@@ -54,6 +49,7 @@ SUBJECTS = (
     Subject("boltzmann", "cpu", "any", "float32", (4096, 4096, 512)),
 )
 POINTS = 9  # of a 3 x 3 kernel
+REACH = 3**0.5  # pixels; offsets are of a normal distribution of deviation 1
 
 
 # ---- Tiles ---------------------------------------------------------------------------------------
@@ -143,7 +139,7 @@ def compile_candidate(subject: Subject, table: Table) -> Compiled:
         ]
         of_block = "m3i::dcnv3::block_bytes<float>(kTiling, kWarps, {})"
         constants = [of_block.format("false"), of_block.format("true")]
-        constants += ["kTiling.blocks", "kTiling.chunk"]
+        constants.append("kTiling.chunk")
     else:
         hopper = "_hopper" if _is_hopper(subject) else ""
         mode = "" if hopper else ", m3i::boltzmann::SumsMode::kShared"
@@ -202,7 +198,7 @@ def predict(subject: Subject, table: Table, compiled: Compiled) -> Prediction:
     registers = [used.registers for used in compiled.kernels.values()]
     policy = table[subject.card][subject.kind]
     if subject.op == "dcnv3":
-        forward_bytes, backward_bytes, blocks, chunk = compiled.constants
+        forward_bytes, backward_bytes, chunk = compiled.constants
         threads = 32 * policy["warps"]
         fits = [
             occupancy(gpu, threads, count, shared)
@@ -211,9 +207,13 @@ def predict(subject: Subject, table: Table, compiled: Compiled) -> Prediction:
         if not min(fits):
             return Prediction(0, None, backward_bytes)
         batch, height, width, channels, groups = subject.shape
-        units = Units(batch * height * width, channels, groups, POINTS, 2, batch * blocks, chunk)
+        sampling = Sampling(
+            batch=batch, height=height, width=width, channels=channels, groups=groups, size=2,
+            reach=REACH,
+        )  # fmt: skip
+        layout = Layout(sampling=sampling, warps_of_block=policy["warps"])
         ms = sum(
-            dcnv3_ms(units, gpu, threads, fit, backward=backward)
+            dcnv3_ms(layout, gpu.rates, fit, chunk, backward=backward)
             for fit, backward in zip(fits, (False, True), strict=True)
         )
         return Prediction(min(fits), ms, backward_bytes)
@@ -221,12 +221,10 @@ def predict(subject: Subject, table: Table, compiled: Compiled) -> Prediction:
     blocks = min(occupancy(gpu, threads, count, shared) for count in registers)
     if not blocks:
         return Prediction(0, None, shared)
-    rows, _, width = subject.shape
-    mib = table[subject.card]["blocks"]["grads_mib"]
-    if _is_hopper(subject):
-        ms = hopper_ms(hopper_policy(table["h100"]["half"], mib), gpu, rows, width)
-    else:
-        kind = "half" if subject.dtype == "bfloat16" else "float"
-        tile = table[subject.card][kind]
-        ms = mma_ms(tile, gpu, rows, width, blocks, subject.dtype == "float32", mib)
+    kind = "half" if subject.dtype == "bfloat16" else "float"
+    tiles = tiles_of(subject.card, table, wide=kind == "float")
+    if not _is_hopper(subject):
+        tiles = replace(tiles, at_once=blocks)
+    stages = table[subject.card][kind]["stages"]
+    ms = boltzmann_ms(gpu.rates, tiles, stages, *subject.shape)
     return Prediction(blocks, ms, shared)

@@ -4,7 +4,7 @@
     m3i-fast bench tune --write     and the winners become what is built
 
 For a GPU NVRTC compiles every candidate to machine code, which needs no GPU: registers, spills,
-shared memory, and from them how many blocks a multiprocessor runs. tune_roofline.py predicts a
+shared memory, and from them how many blocks a multiprocessor runs. tile_roofline.py predicts a
 time. Dropped, with the reason in the row: what cannot be built, spills or does not fit, what is
 another candidate's code, and what the model holds to be 1.25 times as slow as its best. What is
 left is built as operators and timed on a card of the class; without one its time is null. On the

@@ -1,11 +1,9 @@
-"""How long tiles take of a GPU, from its rates: a prediction, for candidates that no GPU has run.
+"""How long tiles take of a GPU: a prediction, for candidates that no GPU has run.
 
-The published rates are those of m3i_fast/costs/gpus.py. Beside them stands what a card consists of:
-an A100 SXM of 108 multiprocessors that do 2048 flop a clock in bfloat16 on the tensor cores, an
-H100 SXM of 132 that do 4096; the clock at which they reach the published rate follows, 1.41 and
-1.83 GHz. Of both: 16 exponentials and 128 bytes of shared memory, or of the first-level cache, a
-clock and multiprocessor; the second-level cache's rate and a latency of 600 clocks. Not counted:
-how a launch begins and ends, what is reduced after it, misses of the cache, limits of power.
+The cost model of `m3i-fast bench roofline` (m3i_fast/costs/kernels) with a candidate's tiles in the
+place of those of tiles.json, and beside it what tiles change and the model leaves out: blocks that
+a multiprocessor holds, and latency from the second-level cache, taken as 600 clocks, where too few
+copies or loads are under way.
 """
 
 from __future__ import annotations
@@ -13,52 +11,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from m3i_fast.costs.gpus import CARDS, Card
-from m3i_fast.ops.tiles import Policy as Fields
-from m3i_fast.ops.tiles import read
+from m3i_fast.costs.kernels import boltzmann, dcnv3
+from m3i_fast.costs.kernels.constants import Rates, rates_of
+from m3i_fast.costs.kernels.model import Phase, last_round, predict_phase
 
-SUMS_ELEMENTS = 1 << 26  # kSumsElements of cuda/boltzmann/tiling.h
+LATENCY = 600  # clocks, from the second-level cache
+BARRIERS = 60  # clocks of the two that a further chunk of dcnv3's points costs a block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """A card's published rates, and what they are made of; an H100 SXM unless said."""
+    """Hold what a multiprocessor has for blocks, and the card's rates."""
 
-    card: Card = CARDS["h100"]
-    multiprocessors: int = 132
-    flop_per_clock: int = 4096  # of a multiprocessor, dense, bfloat16
-    exponentials_per_clock: int = 16  # of a multiprocessor
-    shared_bytes_per_clock: int = 128
-    cache_tb_s: float = 5.5
-    lanes_per_clock: int = 128  # fused multiplications and additions in float32
-    latency: int = 600  # clocks from the second-level cache
-    cache_mib: int = 50
-    block_kib: int = 227  # of shared memory, for a block
-    shared_kib: int = 228  # of a multiprocessor
-
-    @property
-    def clock_ghz(self) -> float:
-        """Return the clock at which the tensor cores reach the published rate."""
-        return self.card.bf16_flop_s / self.multiprocessors / self.flop_per_clock / 1e9
-
-    @property
-    def cache_bytes_per_clock(self) -> float:
-        """Return the bytes that a multiprocessor gets of the second-level cache in a clock."""
-        return self.cache_tb_s * 1e3 / self.clock_ghz / self.multiprocessors
+    rates: Rates
+    block_kib: int
+    """Shared memory of a block at most."""
+    shared_kib: int
+    """Shared memory of a multiprocessor."""
 
 
 GPUS = {
-    "h100": Gpu(),
-    "a100": Gpu(
-        card=CARDS["a100"],
-        multiprocessors=108,
-        flop_per_clock=2048,
-        cache_tb_s=7.2,
-        lanes_per_clock=64,
-        cache_mib=40,
-        block_kib=163,
-        shared_kib=164,
-    ),
+    "h100": Gpu(rates=rates_of("h100"), block_kib=227, shared_kib=228),
+    "a100": Gpu(rates=rates_of("a100"), block_kib=163, shared_kib=164),
 }
 
 
@@ -76,185 +50,48 @@ def occupancy(gpu: Gpu, threads: int, registers: int, shared_bytes: int) -> int:
     return min(32, 64 // warps, by_registers, by_shared)
 
 
-# ---- boltzmann, by warpgroups --------------------------------------------------------------------
+# ---- boltzmann -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Tiles of a cluster, as cuda/boltzmann/sm90/tiling.h has them."""
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-    blocks: int  # of a cluster
-    consumers: int  # warpgroups that multiply
-    registers: tuple[int, int]  # of a thread that copies, and that multiplies
-    sums_elements: int
-    grads_elements: int
+def waiting_ms(phase: Phase, tiles: boltzmann.Tiles, stages: int, rates: Rates) -> float:
+    """Return the milliseconds of a product whose steps wait for copies, `stages` less one ahead."""
+    flop = 2 * tiles.rows * tiles.columns * tiles.depth * (6 if tiles.size == 4 else 1)
+    steps = phase.tensor_flop / phase.blocks / flop
+    rounds = phase.blocks * last_round(phase, rates) / rates.multiprocessors / phase.at_once
+    return 1e3 * phase.times * rounds * steps * LATENCY / (stages - 1) / rates.clock_hz
 
 
-def hopper_policy(wgmma: Fields | None = None, grads_mib: int | None = None) -> Policy:
-    """Return the policy of the sources and of tiles.json, or of a candidate in its place."""
-    table = read("boltzmann")["h100"]
-    wgmma = wgmma or table["half"]
-    mib = grads_mib or table["blocks"]["grads_mib"]
-    registers = wgmma["producer_registers"], wgmma["consumer_registers"]
-    return Policy(256, 256, 64, wgmma["stages"], 2, 2, registers, SUMS_ELEMENTS, (mib << 20) // 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """Tiles that the clusters of one launch share out, and its bounds in clocks."""
-
-    tiles: int
-    waves: int
-    tensor_clocks: float
-    cache_clocks: float
-    exponential_clocks: float
-
-    @property
-    def clocks(self) -> float:
-        """Return the clocks of the slower bound; exponentials overlap with products."""
-        return max(self.tensor_clocks, self.cache_clocks)
-
-
-def predict_product(
-    policy: Policy, gpu: Gpu, tiles: int, terms: int, exponentials: bool
-) -> Product:
-    waves = ceil(tiles / (gpu.multiprocessors // policy.blocks))
-    steps = waves * ceil(terms / policy.depth)
-    block = policy.rows // policy.blocks * policy.columns  # elements of a thread block's tile
-    own_boxes = (policy.rows + policy.columns) // policy.blocks * policy.depth * 2
-    return Product(
-        tiles,
-        waves,
-        steps * 2 * block * policy.depth / gpu.flop_per_clock,
-        steps * own_boxes / gpu.cache_bytes_per_clock,
-        waves * block / gpu.exponentials_per_clock if exponentials else 0,
-    )
-
-
-def predict(policy: Policy, gpu: Gpu, rows: int, width: int) -> dict[str, tuple[int, Product]]:
-    """Return, by kernel, the number of launches for N = M = `rows`, and one launch's product."""
-    made = {}
-    for name, elements in (("sums", policy.sums_elements), ("grads", policy.grads_elements)):
-        side = min(rows, int(elements**0.5))
-        launches = ceil(rows / side) ** 2
-        tiles = ceil(side / policy.rows) * ceil(side / policy.columns)
-        made[name] = launches, predict_product(policy, gpu, tiles, width, True)
-        if name == "grads":
-            tiles = 2 * ceil(side / policy.rows) * ceil(width / policy.columns)
-            made["features"] = launches, predict_product(policy, gpu, tiles, side, False)
-    return made
-
-
-def shared_bytes_per_clock(policy: Policy, gpu: Gpu) -> float:
-    """Return the bytes a clock that wgmma reads, B once a warpgroup, and that copies write."""
-    block_rows = policy.rows // policy.blocks
-    read_bytes = (block_rows + policy.consumers * policy.columns) * policy.depth * 2
-    written = (block_rows + policy.columns) * policy.depth * 2
-    clocks = 2 * block_rows * policy.columns * policy.depth / gpu.flop_per_clock
-    return (read_bytes + written) / clocks
-
-
-def hopper_ms(policy: Policy, gpu: Gpu, rows: int, width: int) -> float:
-    """Predict forward and backward; a ring too short for its copies' latency makes steps wait."""
-    clocks = 0.0
-    for launches, product in predict(policy, gpu, rows, width).values():
-        steps = product.tensor_clocks * gpu.flop_per_clock / (2 * 128 * 256 * policy.depth)
-        waiting = steps * gpu.latency / (policy.stages - 1)
-        clocks += launches * max(product.clocks, waiting)
-    spilled = _uncached_bytes(policy.grads_elements * 2, gpu, rows)
-    return clocks / gpu.clock_ghz / 1e6 + 1e3 * spilled / gpu.card.memory_byte_s
-
-
-def _uncached_bytes(block_bytes: int, gpu: Gpu, rows: int) -> float:
-    """Of G, written once and read twice, what does not fit three quarters of the cache."""
-    kept = min(1.0, 0.75 * (gpu.cache_mib << 20) / block_bytes)
-    return (1 - kept) * 3 * 2 * rows * rows
-
-
-# ---- boltzmann, by mma.sync ----------------------------------------------------------------------
-
-
-def mma_ms(
-    policy: Fields, gpu: Gpu, rows: int, width: int, blocks: int, wide: bool, grads_mib: int
+def boltzmann_ms(
+    rates: Rates, tiles: boltzmann.Tiles, stages: int, rows: int, columns: int, width: int
 ) -> float:
-    """Predict forward and backward for N = M; `blocks` run at once on a multiprocessor.
-
-    A step of 64 bytes of terms: its flop, its bytes from the second-level cache, what copies write
-    to shared memory and warps read from there; and the latency, which the other stages cover.
-    float32 (`wide`) multiplies three times in tf32, of a half of the rate.
-    """
-    size = 4 if wide else 2
-    side, depth = policy["side"], 64 // size
-    across = policy["warps_down"] + policy["warps_across"]
-    a_step = max(
-        2 * side * side * depth / gpu.flop_per_clock * (6 if wide else 1),
-        2 * side * 64 / gpu.cache_bytes_per_clock,
-        (2 + across) * side * 64 / gpu.shared_bytes_per_clock,
-    )
-    clocks = 0.0
-    elements = (grads_mib << 20) // size
-    for most, exponentials in ((SUMS_ELEMENTS, True), (elements, True), (elements, False)):
-        edge = min(rows, int(most**0.5))
-        launches = ceil(rows / edge) ** 2
-        tiles = ceil(edge / side) * (ceil(edge / side) if exponentials else 2 * ceil(width / side))
-        steps = ceil((width if exponentials else edge) / depth)
-        own = ceil(tiles / gpu.multiprocessors)  # tiles of the busiest multiprocessor
-        waiting = ceil(own / blocks) * gpu.latency / (policy["stages"] - 1)
-        busy = steps * max(own * a_step, waiting)
-        if exponentials and blocks == 1:  # no other block multiplies meanwhile
-            busy += own * side * side / gpu.exponentials_per_clock
-        clocks += launches * busy
-    spilled = _uncached_bytes(elements * size, gpu, rows) * size / 2
-    return clocks / gpu.clock_ghz / 1e6 + 1e3 * spilled / gpu.card.memory_byte_s
+    """Predict forward and backward of a symmetric call, in milliseconds."""
+    call = boltzmann.Call(rows=rows, columns=columns, dim=width)
+    ms = 0.0
+    for of in (boltzmann.sums, boltzmann.logit_grads, boltzmann.feature_grads):
+        for phase in of(call, rates, tiles):
+            waiting = waiting_ms(phase, tiles, stages, rates) if phase.tensor_flop else 0.0
+            ms += max(predict_phase(phase, rates).ms, waiting)
+    return ms
 
 
 # ---- dcnv3 ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Units:
-    """A call of dcnv3, as its launcher cuts it up."""
+def dcnv3_ms(
+    layout: dcnv3.Layout, rates: Rates, blocks: int, chunk: int, *, backward: bool
+) -> float:
+    """Predict a pass in milliseconds; `blocks` run at once, and a warp holds `chunk` points.
 
-    pixels: int  # of the batch
-    channels: int
-    groups: int
-    points: int
-    size: int  # bytes of an element
-    thread_blocks: int  # of the batch
-    chunk: int  # points of a unit that a warp holds at once
-
-
-def dcnv3_ms(units: Units, gpu: Gpu, threads: int, blocks: int, *, backward: bool) -> float:
-    """Return the milliseconds of a pass of the multiprocessor with the most blocks.
-
-    Memory, first-level cache, arithmetic or latency, whichever is slowest. Each further chunk costs
-    a block two barriers, 60 clocks.
+    A lane has three points under way, of four corners of 16 bytes.
     """
-    elements = units.pixels * units.channels
-    of_points = 3 * units.pixels * units.groups * units.points * units.size
-    gathered = 4 * units.points * units.size * elements
-    memory = 2 * elements * units.size + of_points
-    operations = 4 * units.points * elements
-    added = 0.0  # red.f32 to the second-level cache
-    if backward:
-        memory += elements * (units.size + 4) + of_points
-        operations *= 2
-        added = 4 * units.points * 4 * elements
-    cards = gpu.multiprocessors * gpu.clock_ghz * 1e6  # clocks of all multiprocessors in a ms
-    # Three points are under way, of four corners of 16 bytes each.
-    in_flight = blocks * threads * 12 * 16
-    rates = (
-        gathered / gpu.shared_bytes_per_clock / cards,
-        gathered * gpu.latency / in_flight / cards,
-        operations / gpu.lanes_per_clock / cards,
-        added / gpu.cache_bytes_per_clock / cards,
-        memory / gpu.card.memory_byte_s * 1e3,
-    )
-    own = ceil(units.thread_blocks / gpu.multiprocessors)
-    idle = own * gpu.multiprocessors / units.thread_blocks
-    chunks = ceil(units.points / units.chunk)
-    return max(rates) * idle + ceil(own / blocks) * (chunks - 1) * 60 / gpu.clock_ghz / 1e6
+    s = layout.sampling
+    of = dcnv3.backward if backward else dcnv3.forward
+    phases = of(s, rates, layout, blocks)
+    kernel = phases[backward]
+    ms = sum(predict_phase(phase, rates).ms for phase in phases if phase is not kernel)
+    in_flight = blocks * layout.warps_of_block * 32 * 12 * 16 * rates.multiprocessors
+    gathered = s.corners() * s.group_size * s.size
+    waiting = 1e3 * gathered / in_flight * LATENCY / rates.clock_hz * last_round(kernel, rates)
+    rounds = ceil(layout.blocks / rates.multiprocessors / blocks)
+    barriers = 1e3 * rounds * (ceil(s.kernel**2 / chunk) - 1) * BARRIERS / rates.clock_hz
+    return ms + max(predict_phase(kernel, rates).ms, waiting) + barriers

@@ -16,7 +16,7 @@ CONTENTS = {
         *("distributed", "clusters", "buckets"),
     ),
     "measure": (
-        *("planning", "profile", "performance", "launches", "comparing"),
+        *("planning", "profile", "performance", "roofline", "launches", "comparing"),
         *("evaluate", "results", "methods", "faults"),
     ),
     "extend": ("new_method", "new_op", "machine_code", "new_source", "ops", "emulator"),

@@ -214,7 +214,7 @@ def assumptions(cfg: LoaderConfig, card: Card, source: Source, cores: float) -> 
             "views on the card: the longest of bytes over the memory's rate, bytes over a cache's "
             f"of {CACHE_BYTE_S / 1e12:g} TB/s (assumed) and loads from shared memory, {LANES} a "
             "clock and multiprocessor, and one launch a batch: a lower bound, as in "
-            "cuda/views/ROOFLINE.md"
+            "m3i-fast bench roofline"
         )
     else:
         shown.append(

@@ -84,6 +84,7 @@ def steps(machine: Machine, out: Path, for_pytest: list[str]) -> Iterator[Step]:
     tests = ["-m", "gpu", f"--junitxml={out / 'tests.xml'}", *for_pytest]
     yield test_step(machine, "tests", ["--collect-only", *tests] if machine.launch_only else tests)
     yield from benchmark_steps(machine, out)
+    yield predicted_step(machine, out)
     yield from nsys_steps(machine, out)
     yield code_step(machine, "sass", "--dump-sass")
 
@@ -222,8 +223,27 @@ def benchmark_steps(machine: Machine, out: Path) -> Iterator[Step]:
             cwd=machine.site,
             missing=missing,
             is_benchmark=True,
-            read=None if machine.launch_only else partial(reading.figures_of, name, machine.card),
+            read=None if machine.launch_only else partial(reading.figures_of, name),
         )
+
+
+def predicted_step(machine: Machine, out: Path) -> Step:
+    """Return the step that writes predicted beside measured, from the benchmarks' rows."""
+    measures = not (machine.small or machine.launch_only)
+    return Step(
+        name="predicted",
+        answers="How far off are the predictions of the cost model, and which one most?",
+        expects="within 30 %, as for the published times; the worst ratio comes first",
+        command=(
+            sys.executable,
+            str(PROGRAMS / "predicted.py"),
+            str(out),
+            *(() if measures else ("--unmeasured",)),
+        ),
+        limit_s=FIRST_S,
+        cwd=machine.site,
+        read=reading.checks_of_program,
+    )
 
 
 def nsys_steps(machine: Machine, out: Path) -> Iterator[Step]:

@@ -113,17 +113,17 @@ def _resources(output: str) -> dict[str, dict[str, int]]:
 # ---- Benchmarks ----------------------------------------------------------------------------------
 
 
-def figures_of(subject: str, card: str | None, out: Path, _: str) -> list[Check]:
+def figures_of(subject: str, out: Path, _: str) -> list[Check]:
     """Return a figure for each row of a benchmark: our time, how much slower others are.
 
-    Where a page of predictions has the same size on the same card, that stands beside it.
+    Predictions stand beside them in the step `predicted`.
     """
     path = out / f"{subject}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [
         Check(
             what=f"{subject}: {_setting(row['figures'])}",
-            expected=_prediction(subject, row["figures"], card),
+            expected="",
             got=_times(row["figures"]),
             holds=None,
         )
@@ -145,15 +145,3 @@ def _times(figures: dict[str, dict[str, dict[str, float]]]) -> str:
         return ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items()) or "see its output"
     others = ", ".join(f"{name} {ms / ours:.2f} times as long" for name, ms in times.items())
     return f"{ours:.3g} ms; {others}" if others else f"{ours:.3g} ms"
-
-
-def _prediction(subject: str, figures: dict[str, object], card: str | None) -> str:
-    """Return the time that the op's ROOFLINE.md predicts for an H100; empty where it has none."""
-    page = ROOT / "cuda" / subject / "ROOFLINE.md"
-    if card is None or "H100" not in card or not page.is_file():
-        return ""
-    if figures.get("pass") != "forward+backward" or figures.get("rows") != figures.get("columns"):
-        return ""
-    size = rf"N = M = {figures['rows']}, D = {figures['dim']}: ([\d.]+) ms"
-    found = re.search(size, page.read_text())
-    return f"{found[1]} ms at least ({page.relative_to(ROOT)})" if found else ""

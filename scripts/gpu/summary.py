@@ -26,6 +26,7 @@ def write_summary(
         *_machine(out),
         "## Steps",
         "\n".join(["| step | outcome | seconds |", "| --- | --- | ---: |", *map(_row, results)]),
+        *_predicted(out),
         *_benchmarks(out, steps, results),
     ]
     (out / "summary.md").write_text("\n\n".join(text) + "\n")
@@ -44,6 +45,12 @@ def _machine(out: Path) -> list[str]:
 def _row(result: Result) -> str:
     outcome = f"**{result.outcome}**" if result.has_failed else result.outcome
     return f"| {result.name} | {outcome} | {result.seconds:.0f} |"
+
+
+def _predicted(out: Path) -> list[str]:
+    """Return the page of predicted beside measured, as a section; nothing where it is missing."""
+    path = out / "predicted.md"
+    return [f"#{path.read_text().rstrip()}"] if path.is_file() else []
 
 
 def _benchmarks(out: Path, steps: Sequence[Step], results: Sequence[Result]) -> list[str]:

@@ -24,15 +24,9 @@ from m3i_fast.benchmarks.tune.candidates import (
     with_policy,
 )
 from m3i_fast.benchmarks.tune.compile import code_digest, compile_cubin
-from m3i_fast.benchmarks.tune.tile_roofline import (
-    GPUS,
-    SUMS_ELEMENTS,
-    Gpu,
-    hopper_policy,
-    mma_ms,
-    occupancy,
-)
-from m3i_fast.costs.gpus import CARDS
+from m3i_fast.benchmarks.tune.tile_roofline import GPUS, boltzmann_ms, occupancy
+from m3i_fast.costs.kernels.boltzmann import SUMS_ELEMENTS, Tiles, tiles_of
+from m3i_fast.costs.kernels.constants import Rates
 from m3i_fast.doctor.probes import fatbin_architectures
 from m3i_fast.ops import dcnv3, tiles
 from tests.shared.cuda.emulator import emulated
@@ -75,16 +69,16 @@ def test_a_candidates_tiles_take_the_place_of_those_of_the_sources() -> None:
 
 
 def test_what_the_model_fixes_is_what_the_sources_fix() -> None:
-    policy = hopper_policy()
-    names = ("kHopperTile.rows", "kHopperTile.columns", "kHopperTile.depth", "kHopperTile.stages")
-    names += ("kClusterBlocks", "kConsumers", "kProducerRegisters", "kConsumerRegisters")
+    tiles, warpgroups = tiles_of("h100"), 2
+    names = ("kHopperTile.rows", "kHopperTile.columns", "kHopperTile.depth", "kClusterBlocks")
+    names += ("kConsumers", "kHalfRows", "kWarpgroupThreads")
     source = '#include "boltzmann/sm90/tiling.h"\nusing namespace m3i::boltzmann;'
     more = ("kSumsElements", "grads_elements(m3i::DType::kBFloat16, 90)")
     compiled = compile_cubin(source, [], "sm_90a", constants=[*names, *more])
     assert compiled.constants == (
-        *(policy.rows, policy.columns, policy.depth, policy.stages),
-        *(policy.blocks, policy.consumers, *policy.registers),
-        *(SUMS_ELEMENTS, policy.grads_elements),
+        *(tiles.rows * tiles.multicast, tiles.columns, tiles.depth, tiles.multicast),
+        *(warpgroups, tiles.half_rows, 32 * tiles.num_warps // warpgroups),
+        *(SUMS_ELEMENTS, tiles.grads_bytes // tiles.size),
     )
 
 
@@ -132,24 +126,35 @@ def test_occupancy(card: str, threads: int, registers: int, shared: int, blocks:
 
 def test_a_call_on_a_card_of_ones_takes_what_is_counted_by_hand() -> None:
     """Two multiprocessors, a clock of 1 GHz, and rates so high that one bound is left."""
-    fast = {"cache_tb_s": 1e9, "exponentials_per_clock": 1 << 40, "shared_bytes_per_clock": 1 << 40}
-
-    def at_a_ghz(flop_per_clock: int) -> Gpu:
-        card = replace(CARDS["a100"], memory_byte_s=1e21, bf16_flop_s=2e9 * flop_per_clock)
-        made = replace(GPUS["a100"], card=card, multiprocessors=2, flop_per_clock=flop_per_clock)
-        assert made.clock_ghz == 1
-        return replace(made, **fast)
-
-    gpu = replace(at_a_ghz(2), latency=0)
-    tile = {"side": 64, "stages": 3, "warps_down": 2, "warps_across": 2}
-    # Sums, G, and both products with it: each 4 tiles of 64 x 64, of 64, 64 and 128 terms.
+    fast = 1e30
+    rates = Rates(
+        card="a100",
+        multiprocessors=2,
+        clock_hz=1e9,
+        memory_byte_s=fast,
+        l2_byte_s=fast,
+        atomic_sector_s=fast,
+        wavefront_s=fast,
+        issue_s=fast,
+        exponential_s=fast,
+        tensor_flop_s=4e9,  # 2 flop a clock and multiprocessor
+        l1_bytes=fast,
+        launch_s=0,
+    )
+    tile = Tiles(
+        rows=64, columns=64, depth=32, warps=(2, 2), half_rows=64, multicast=1, at_once=2,
+        grads_bytes=24 << 20,
+    )  # fmt: skip
+    # Sums, G, and both products with it: 4, 4 and 4 tiles of 64 x 64, of 64, 64 and 128 terms.
     clocks = (2 + 2 + 4) * 64 * 64 * 64
-    assert mma_ms(tile, gpu, 128, 64, 2, False, 24) == pytest.approx(clocks / 1e6, rel=1e-6)
-    assert mma_ms(tile, gpu, 128, 64, 2, True, 24) == pytest.approx(6 * clocks / 1e6, rel=1e-6)
+    stages = 1 << 30  # no step waits
+    assert boltzmann_ms(rates, tile, stages, 128, 128, 64) == pytest.approx(clocks / 1e6)
+    wide = replace(tile, depth=16, size=4)
+    assert boltzmann_ms(rates, wide, stages, 128, 128, 64) == pytest.approx(6 * clocks / 1e6)
     # Latency alone: steps of 32 terms, two of them on their way, of both tiles at once.
-    slow = replace(at_a_ghz(1 << 40), latency=600)
+    slow = replace(rates, tensor_flop_s=fast)
     clocks = (2 + 2 + 4) * 300
-    assert mma_ms(tile, slow, 128, 64, 2, False, 24) == pytest.approx(clocks / 1e6, rel=1e-6)
+    assert boltzmann_ms(slow, tile, 3, 128, 128, 64) == pytest.approx(clocks / 1e6)
 
 
 # ---- What is dropped -----------------------------------------------------------------------------

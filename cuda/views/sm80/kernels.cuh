@@ -12,9 +12,9 @@
 // pixels, which are in the second-level cache. A view in shared memory was rejected: 147 KiB leave
 // one block on a multiprocessor, for small views of the same launch as well.
 //
-// Bytes by closed form (tests/cuda/views/roofline.py writes ROOFLINE.md): a picture is read from
-// memory once and a view written once; each of the phases 2 and 3 reads and writes the view again,
-// in cache. What bounds the kernel by that page is loads from shared memory, a byte each.
+// Bytes by closed form (m3i_fast/costs/view_cost.py): a picture is read from memory once and a view
+// written once; each of the phases 2 and 3 reads and writes the view again, in cache. What bounds
+// the kernel by that is loads from shared memory, a byte each.
 //
 // The launch cannot check what is on the device; see launch_views for what traps.
 #pragma once

@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from m3i_fast.benchmarks.tune import tile_roofline as tune_roofline
-from m3i_fast.costs.gpus import CARDS
 from m3i_fast.ops import boltzmann
-from tests.cuda.boltzmann import roofline
 from tests.cuda.boltzmann.source import limit_blocks, shrink
 from tests.shared.cuda import emulator
 from tests.shared.cuda.nvcc import ROOT, compile_options, instructions, run_nvcc
@@ -57,29 +54,6 @@ def test_the_build_takes_warpgroups_where_it_has_code_for_90a() -> None:
         assert re.search(pattern, architectures), architectures
     for architectures in ("80", "90", "80;90-real", "100a"):
         assert not re.search(pattern, architectures), architectures
-
-
-def test_roofline_is_that_of_the_policy() -> None:
-    page = roofline.PAGE.read_text()
-    assert page == roofline.render(tune_roofline.hopper_policy(), tune_roofline.Gpu()), (
-        "python -m tests.cuda.boltzmann.roofline"
-    )
-
-
-def test_roofline_of_one_tile() -> None:
-    """256 x 256 of 64 terms on a card where all rates are one: counted by hand."""
-    policy = tune_roofline.hopper_policy()
-    gpu = tune_roofline.Gpu(
-        card=replace(CARDS["h100"], bf16_flop_s=2e9),  # of a clock of 1 GHz
-        multiprocessors=2,
-        flop_per_clock=1,
-        exponentials_per_clock=1,
-        cache_tb_s=2e-3,
-    )
-    product = tune_roofline.predict_product(policy, gpu, 1, 64, exponentials=True)
-    assert product.waves == 1 and product.tensor_clocks == 2 * 128 * 256 * 64
-    assert product.cache_clocks == (128 + 128) * 64 * 2
-    assert product.exponential_clocks == 128 * 256
 
 
 # ---- Instructions --------------------------------------------------------------------------------
