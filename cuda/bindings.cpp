@@ -49,6 +49,37 @@ STABLE_TORCH_LIBRARY(m3i, library) {
       "Tensor col_weights, bool sigmoid, bool[3] needs_grad)"
       " -> (Tensor grad_z_hat, Tensor grad_z, Tensor grad_scale, Tensor grad_bias, "
       "Tensor values)");
+  // Vectors of N and M before, between and after these: boltzmann/vectors/params.h has what each
+  // takes and returns. The features' gradients of boltzmann_scale have the dtype that is given.
+  library.def(
+      "boltzmann_prepare(Tensor z_hat, Tensor z, Tensor? bias, Tensor? row_ids, Tensor? col_ids, "
+      "int first_column, int? num_columns)"
+      " -> (Tensor row_ids, Tensor col_ids, Tensor bias, Tensor extremes)");
+  library.def(
+      "boltzmann_shift(Tensor extremes, Tensor scale, Tensor row_ids, Tensor bias)"
+      " -> (Tensor row_shift, Tensor col_shift, Tensor bound, Tensor run)");
+  library.def("boltzmann_exact(Tensor rows, Tensor cols, Tensor run) -> Tensor exact");
+  library.def(
+      "boltzmann_exact_shift(Tensor row_max, Tensor col_max, Tensor row_shift, Tensor col_shift, "
+      "Tensor exact)"
+      " -> (Tensor row_shift, Tensor col_shift)");
+  library.def(
+      "boltzmann_totals(Tensor rows, Tensor cols, Tensor? rows_again, Tensor? cols_again, "
+      "Tensor row_shift, Tensor col_shift, Tensor exact)"
+      " -> Tensor totals");
+  library.def(
+      "boltzmann_loss(Tensor rows, Tensor cols, Tensor? rows_again, Tensor? cols_again, "
+      "Tensor row_shift, Tensor col_shift, Tensor exact, Tensor totals, Tensor bound, "
+      "bool symmetric, bool mean, int ranks)"
+      " -> (Tensor value, Tensor share, Tensor num_rows, Tensor row_weights, Tensor col_weights)");
+  library.def(
+      "boltzmann_sigmoid_loss(Tensor values, Tensor extremes, Tensor bound, bool mean, int ranks)"
+      " -> (Tensor value, Tensor share)");
+  library.def(
+      "boltzmann_scale(Tensor grad_out, Tensor? share, Tensor? scale, Tensor grad_z_hat, "
+      "Tensor grad_z, Tensor grad_scale, Tensor grad_bias, ScalarType dtype)"
+      " -> (Tensor factor, Tensor grad_z_hat, Tensor grad_z, Tensor grad_scale, "
+      "Tensor grad_bias)");
   // distribution: 15 numbers a view, in the order of ViewDistribution; geometry: size,
   // blur_kernel_size and 1 for bicubic of each view (views/params.h). The bytes of view 0's
   // [B, 3, S, S] come first, then view 1's.

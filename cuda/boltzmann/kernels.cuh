@@ -36,5 +36,6 @@
 
 #include "boltzmann/sm80/grads.cuh"
 #include "boltzmann/sm80/sums.cuh"
+#include "boltzmann/sm80/vectors.cuh"
 #include "boltzmann/sm90/grads.cuh"
 #include "boltzmann/sm90/sums.cuh"

@@ -3,9 +3,9 @@
 Legend: N predictions, M targets, D features. C = z_hat z^T are the dot products [N, M], which are
 computed tile by tile.
 
-The compiled ops work on blocks and return sums over rows and columns (`cuda/boltzmann`);
-`boltzmann_exchange` runs them over the columns of all ranks; `boltzmann_autograd` computes the loss
-and its gradient from the sums. This module checks arguments and gives pairs their ids.
+The compiled ops (`cuda/boltzmann`) work on blocks of pairs and return sums over rows and columns,
+and make a loss, weights and gradients of them; `boltzmann_exchange` runs them over the columns of
+all ranks, `boltzmann_autograd` calls them in their order. This module checks arguments.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from m3i_fast.ops.boltzmann_autograd import IGNORED, Sigmoid, Softmax
+from m3i_fast.ops.boltzmann_autograd import Sigmoid, Softmax
 from m3i_fast.ops.boltzmann_exchange import Ring, SingleProcess
+from m3i_fast.ops.boltzmann_vectors import wide
 from m3i_fast.ops.library import contiguous
 
-_NOT_A_COLUMN = -2  # the id of an ignored column, which equals no row's id
+IGNORED = -1
+"""The id of a row or column that is ignored."""
+
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _expect(holds: bool, message: str) -> None:
@@ -63,35 +62,6 @@ def _check_features(z_hat: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None
         _expect_like("bias", bias, [] if bias.dim() == 0 else [z.shape[0]], z_hat)
 
 
-def _dense_ids(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:  # [N], [M] int32
-    """Replace ids by consecutive numbers, which int32 holds, without a host synchronisation."""
-    ids = torch.cat([row_ids.long(), col_ids.long()])
-    ordered, order = ids.sort()
-    number = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)
-    dense = torch.empty_like(ids).scatter_(0, order, number)
-    rows, cols = dense.int().split([len(row_ids), len(col_ids)])
-    rows = rows.masked_fill(row_ids == IGNORED, IGNORED)
-    return rows, cols.masked_fill(col_ids == IGNORED, _NOT_A_COLUMN)
-
-
-def _narrow(targets: Tensor, num_columns: int) -> Tensor:  # [N] int64 -> [N] int32
-    """Cast targets to int32; on a CPU, raise RuntimeError for one out of range.
-
-    On CUDA the ops refuse such targets without a host synchronisation: a value that int32 cannot
-    hold is clamped to its limit, which is out of range as well.
-    """
-    if targets.device.type == "cpu" and num_columns and not torch.compiler.is_compiling():
-        in_range = (targets >= IGNORED) & (targets < num_columns)
-        if not in_range.all():
-            place = int((~in_range).nonzero()[0])
-            raise RuntimeError(
-                f"targets: expected rows of z from 0 to {num_columns - 1}, or -1 to ignore, got "
-                f"{int(targets[place])} in place {place}"
-            )
-    limits = torch.iinfo(torch.int32)
-    return targets.clamp(limits.min, limits.max).int().contiguous()
-
-
 def _pair_up(
     z_hat: Tensor,
     z: Tensor,
@@ -99,10 +69,11 @@ def _pair_up(
     row_ids: Tensor | None,
     col_ids: Tensor | None,
     exchange: SingleProcess,
-) -> tuple[Tensor, Tensor | None]:
-    """Return int32 ids of this rank's rows and of all ranks' columns, for the compiled ops.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return int64 ids of this rank's rows and of all ranks' columns, as boltzmann_prepare takes.
 
-    Without column ids the compiled ops take a column's place as its id.
+    Without ids of columns those of rows are places of columns; without any, row i and column i
+    are a pair.
     """
     if targets is not None:
         _expect(
@@ -110,15 +81,11 @@ def _pair_up(
             "targets: expected either targets or row_ids and col_ids, got both",
         )
         _expect_ids("targets", targets, z_hat.shape[0], z_hat)
-        num_columns = sum(exchange.num_columns) if isinstance(exchange, Ring) else z.shape[0]
-        return _count_columns(_narrow(targets, num_columns), exchange)
+        return targets.long().contiguous(), None
     if row_ids is not None and col_ids is not None:
         _expect_ids("row_ids", row_ids, z_hat.shape[0], z_hat)
         _expect_ids("col_ids", col_ids, z.shape[0], z_hat)
-        if not isinstance(exchange, Ring):
-            return _dense_ids(row_ids, col_ids)
-        rows, cols = _dense_ids(exchange.gather_rows(row_ids), exchange.gather(col_ids))
-        return exchange.own_rows(rows), cols
+        return row_ids.long().contiguous(), exchange.gather(col_ids.long().contiguous())
     _expect(
         row_ids is None and col_ids is None,
         "row_ids, col_ids: expected both or neither, got "
@@ -132,33 +99,7 @@ def _pair_up(
         f"z: expected {counts[0]} rows as z_hat (by rank), or targets, or ids; "
         f"got {counts[1]} rows",
     )
-    rows = torch.arange(sum(counts[0]), dtype=torch.int32, device=z.device)
-    return _count_columns(exchange.own(rows), exchange)
-
-
-def _count_columns(row_ids: Tensor, exchange: SingleProcess) -> tuple[Tensor, Tensor | None]:
-    """Return row ids that are places of columns, and with several ranks the columns' places."""
-    if not isinstance(exchange, Ring):
-        return row_ids, None
-    count = sum(exchange.num_columns)
-    torch._assert_async(
-        ((row_ids >= IGNORED) & (row_ids < count)).all(),
-        f"targets: expected rows of z from 0 to {count - 1} of all ranks, or -1 to ignore",
-    )
-    return row_ids, torch.arange(count, dtype=torch.int32, device=row_ids.device)
-
-
-def _col_bias(
-    bias: Tensor | None,  # [] or [M]
-    col_ids: Tensor | None,  # [M]
-    z: Tensor,  # [M, D]
-) -> Tensor:  # [M] wide
-    wide = z.new_zeros(z.shape[0], dtype=_wide(z.dtype))
-    if bias is not None:
-        wide = wide + bias.to(wide.dtype)
-    if col_ids is not None:
-        wide = wide.masked_fill(col_ids == _NOT_A_COLUMN, -torch.inf)
-    return wide
+    return None, None
 
 
 def boltzmann(
@@ -240,13 +181,14 @@ def boltzmann(
         sizes = z_hat.shape[0], z.shape[0]
         exchange = Ring(process_group, *sizes, z.device, equal_sizes=equal_sizes)
     row_ids, all_col_ids = _pair_up(z_hat, z, targets, row_ids, col_ids, exchange)
-    scale = scale.to(_wide(z.dtype))
-    own_col_ids = None if all_col_ids is None else exchange.own(all_col_ids)
-    col_bias = _col_bias(bias, own_col_ids, z)
     features = contiguous("boltzmann", "z_hat", z_hat), contiguous("boltzmann", "z", z)
-    inputs = *features, scale, col_bias, row_ids, all_col_ids
+    wide_bias = None if bias is None else bias.to(wide(z.dtype)).contiguous()
+    inputs = *features, scale.to(wide(z.dtype)), wide_bias, row_ids, all_col_ids
     mean = reduction == "mean"
     if form == "sigmoid":
-        wanted = tuple(torch.is_grad_enabled() and value.requires_grad for value in inputs[:4])
+        wanted = tuple(
+            torch.is_grad_enabled() and value is not None and value.requires_grad
+            for value in inputs[:4]
+        )
         return Sigmoid.apply(*inputs, wanted, mean, exchange)
     return Softmax.apply(*inputs, symmetric and targets is None, mean, exchange)

@@ -1,8 +1,8 @@
-"""`boltzmann` as autograd functions, which compute on vectors of N and M around the compiled ops.
+"""`boltzmann` as autograd functions, which call the compiled ops in their order.
 
-Legend: N rows of z_hat and M rows ("columns") of z, D features; K is N or M. With several ranks
-the inputs are this rank's own rows and columns, and the value is that of all ranks'. "Wide" is
-fp32, fp64 for fp64.
+Legend: N rows of z_hat and M rows ("columns") of z, D features; K parts of a sum. With several
+ranks the inputs are this rank's own rows and columns, and the value is that of all ranks'. "Wide"
+is fp32, fp64 for fp64.
 """
 
 from __future__ import annotations
@@ -14,17 +14,9 @@ import torch
 from torch import Tensor
 
 from m3i_fast.ops.boltzmann_exchange import Block, SingleProcess, Weights
+from m3i_fast.ops.library import m3i
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -1
-"""The id of a row or column that is ignored."""
-
-# The largest logit whose exponential needs no shift.
-_HEADROOM = {torch.float32: 60.0, torch.float64: 600.0}
-_VANISHED = {torch.float32: 1e-30, torch.float64: 1e-290}
-# Bounds of the logits up to which a common shift is tried before exact ones.
-_COMMON = {torch.float32: 200.0, torch.float64: 2000.0}
 
 # Messages that were logged; each is logged once.
 _warned: set[str] = set()
@@ -44,101 +36,89 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _largest_logit(block: Block, own_bias: Tensor, exchange: SingleProcess) -> Tensor:  # []
-    """Bound all logits of all ranks by |scale| max |z_hat| max |z| + max |bias|."""
-    ignored = own_bias == -torch.inf
-    lengths = [
-        torch.linalg.vector_norm(rows, dim=1, dtype=own_bias.dtype)
-        for rows in (block.z_hat, block.z)
-    ]
-    largest = [
-        torch.cat([sizes.masked_fill(unused, 0), own_bias.new_zeros(1)]).amax()
-        for sizes, unused in (
-            (lengths[0], block.row_ids < 0),
-            (lengths[1], ignored),
-            (own_bias.abs(), ignored),
+class _Shift(NamedTuple):
+    """What `boltzmann_shift` returns: one shift for all logits, where that may serve them."""
+
+    rows: Tensor  # [N] wide
+    cols: Tensor  # [M] wide
+    bound: Tensor  # [] wide, of all logits
+    run: Tensor  # [] bool
+
+
+def _prepare(
+    z_hat: Tensor,  # [N, D]
+    z: Tensor,  # [M, D]
+    scale: Tensor,  # [] wide
+    bias: Tensor | None,  # [] or [M] wide
+    row_ids: Tensor | None,  # [N] int64
+    col_ids: Tensor | None,  # int64, of all columns
+    exchange: SingleProcess,
+) -> tuple[Block, Tensor, _Shift]:
+    """Return the arguments of the ops on blocks, this rank's extremes, and the common shift."""
+    row_ids, col_ids, own_bias, extremes = m3i.boltzmann_prepare.default(
+        z_hat, z, bias, row_ids, col_ids, *exchange.place()
+    )
+    col_bias = exchange.gather(own_bias)
+    block = Block(z_hat, z, scale, col_bias, row_ids, exchange.column_ids(col_ids))
+    shift = m3i.boltzmann_shift.default(exchange.largest(extremes), scale, row_ids, col_bias)
+    return block, extremes, _Shift(*shift)
+
+
+class _Grads(NamedTuple):
+    """Gradients by the arguments of a function; those that are not needed are empty."""
+
+    z_hat: Tensor  # [N, D]
+    z: Tensor  # [M, D]
+    scale: Tensor  # [] wide
+    bias: Tensor  # [] or [M] wide
+
+    def scaled(
+        self, grad_out: Tensor, share: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+    ) -> _Grads:
+        """Multiply all by grad_out and share, and those by features by the scale, as `dtype`.
+
+        Wide features' gradients are this call's own, and multiplied in place: a copy would be as
+        large as they are.
+        """
+        wide = dtype == grad_out.dtype and scale is not None
+        features = (self.z_hat.new_empty(0), self.z.new_empty(0)) if wide else self[:2]
+        factor, z_hat, z, *others = m3i.boltzmann_scale.default(
+            grad_out, share, scale, *features, *self[2:], dtype
         )
-    ]
-    max_row, max_column, max_bias = exchange.max(torch.stack(largest))
-    return block.scale.abs() * max_row * max_column + max_bias
-
-
-def _nan_unless_finite(bound: Tensor) -> Tensor:  # [] -> [] 0 or NaN
-    return bound - bound
+        if wide:
+            z_hat, z = (grad.mul_(factor) if grad.numel() else grad for grad in self[:2])
+        return _Grads(z_hat, z, *others)
 
 
 # ---- Softmax -------------------------------------------------------------------------------------
 
 
 class _Sums(NamedTuple):
-    """Sums of exponentials of shifted logits; cuda/boltzmann/params.h lists the four of a row."""
+    """Sums of exponentials of shifted logits, as boltzmann_totals and boltzmann_loss take them."""
 
-    rows: Tensor  # [4, N]
+    rows: Tensor  # [4, N], by the common shift
     cols: Tensor  # [4, M], or [4, 0]
+    rows_again: Tensor | None  # [4, N], by exact shifts, which hold where `exact` does
+    cols_again: Tensor | None
     row_shift: Tensor  # [N]
     col_shift: Tensor  # [M]
     exact: Tensor  # [] bool: shifts differ
 
 
-def _vanished(sums: Tensor) -> Tensor:  # [4, K] -> [] bool
-    """Return whether a sum that the loss divides by has left the range of its dtype."""
-    total = sums[0] + sums[1]
-    lost = (total < _VANISHED[total.dtype]) | ~total.isfinite()
-    return (lost & (sums[3] > 0)).any()
-
-
-def _softmax_sums(block: Block, bound: Tensor, symmetric: bool, exchange: SingleProcess) -> _Sums:
+def _sum(block: Block, common: _Shift, symmetric: bool, exchange: SingleProcess) -> _Sums:
     """Sum with a common shift, and again with exact ones where that left sums out of range.
 
-    The device decides which sums are used: in one process without a host synchronisation.
+    The device decides which sums are used, without a host synchronisation.
     """
-    common = (bound - _HEADROOM[bound.dtype]).clamp_min(0)
-    shifts = common.repeat(block.row_ids.shape), common.repeat(block.bias.shape)
-    run = bound <= _COMMON[bound.dtype]
-    first = exchange.sums(block, *shifts, symmetric=symmetric, run=run)
-    exact = exchange.max(~run | _vanished(first[0]) | _vanished(first[1]))
+    row_shift, col_shift = common.rows, common.cols
+    first = exchange.sums(block, row_shift, col_shift, symmetric=symmetric, run=common.run)
+    exact = exchange.max(m3i.boltzmann_exact.default(*first, common.run))
     if exchange.is_settled(exact):
-        return _Sums(*first, *shifts, exact)
-
-    def finite(largest: Tensor) -> Tensor:  # -inf for a row whose columns are all ignored
-        return largest.masked_fill(largest == -torch.inf, 0)
-
+        return _Sums(*first, None, None, row_shift, col_shift, exact)
     maxima = exchange.maxima(block, exact)
-    row_shift, col_shift = (
-        torch.where(exact, finite(largest), shift)
-        for largest, shift in zip(maxima, shifts, strict=True)
-    )
+    row_shift, col_shift = m3i.boltzmann_exact_shift.default(*maxima, row_shift, col_shift, exact)
     again = exchange.sums(block, row_shift, col_shift, exact=True, symmetric=symmetric, run=exact)
-    rows, cols = (torch.where(exact, *both) for both in zip(again, first, strict=True))
-    return _Sums(rows, cols, row_shift, col_shift, exact)
-
-
-def _nll(sums: Tensor, shift: Tensor) -> Tensor:  # [4, K], [K] -> [K]
-    """Compute each row's mean negative log-likelihood over its positives; 0 without one.
-
-    With the exponentials p of the positive and n of the negatives, -log(p / (p + n)) is computed as
-    log1p(n / p): a difference of two logarithms would lose the small loss of a converged pair.
-    """
-    negatives, positives, logits, count = sums
-    mean_logit = logits / count
-    spread = torch.where(count == 1, 0, positives.log() + shift - mean_logit)
-    close = (negatives / positives).log1p() + spread
-    far = (negatives + positives).log() + shift - mean_logit
-    return torch.where(negatives <= positives, close, far).masked_fill(count == 0, 0)
-
-
-def _weights(sums: Tensor) -> Tensor:  # [4, K] -> [3, K]
-    """Compute the weights by which exponentials give the gradient of `_nll` by the logits.
-
-    They are those of cuda/boltzmann/params.h. The gradient by a single positive is -n / (n + p),
-    computed without a difference.
-    """
-    negatives, positives, _, count = sums
-    total = negatives + positives
-    single = count == 1
-    target = torch.where(single, negatives / total, 1 / count)
-    weights = torch.stack([1 / total, torch.where(single, 0, 1 / total), target])
-    return weights.masked_fill(count == 0, 0)
+    return _Sums(*first, *again, row_shift, col_shift, exact)
 
 
 class Softmax(torch.autograd.Function):
@@ -150,52 +130,60 @@ class Softmax(torch.autograd.Function):
         z_hat: Tensor,  # [N, D]
         z: Tensor,  # [M, D]
         scale: Tensor,  # [] wide
-        bias: Tensor,  # [M] wide
-        row_ids: Tensor,  # [N] int32
-        col_ids: Tensor | None,  # of all columns
+        bias: Tensor | None,  # [] or [M] wide
+        row_ids: Tensor | None,  # [N] int64
+        col_ids: Tensor | None,  # int64, of all columns
         symmetric: bool,
         mean: bool,
         exchange: SingleProcess,
     ) -> Tensor:  # [] wide
-        block = Block(z_hat, z, scale, exchange.gather(bias), row_ids, col_ids)
-        bound = _largest_logit(block, bias, exchange)
-        sums = _softmax_sums(block, bound, symmetric, exchange)
-        nll = torch.stack([_nll(sums.rows, sums.row_shift).sum(), (sums.rows[3] > 0).sum()])
-        value, num_rows = exchange.sum(nll)
+        block, _, common = _prepare(z_hat, z, scale, bias, row_ids, col_ids, exchange)
+        sums = _sum(block, common, symmetric, exchange)
+        totals = exchange.sum_rows(m3i.boltzmann_totals.default(*sums))
+        value, share, num_rows, *weights = m3i.boltzmann_loss.default(
+            *sums, totals, common.bound, symmetric, mean, exchange.ranks
+        )
         # On CUDA the check would synchronise with the host.
         if z.device.type == "cpu" and not torch.compiler.is_compiling() and num_rows == 0:
             _warn_once("no row of the batch has a positive: the loss is 0")
-        row_share = scale.new_full((), 0.5 if symmetric else 1.0)
-        col_share = row_share
-        if mean:
-            row_share = row_share / num_rows.clamp_min(1)
-            col_share = col_share / (sums.cols[3] > 0).sum().clamp_min(1)
-        value = row_share * value
-        col_weights = scale.new_zeros(3, block.bias.shape[0])
-        if symmetric:
-            value = value + col_share * _nll(sums.cols, sums.col_shift).sum()
-            col_weights = _weights(sums.cols) * (col_share / row_share)
-        ctx.exchange = exchange
-        ctx.save_for_backward(*block, *sums[2:], _weights(sums.rows), col_weights, row_share)
-        return value + _nan_unless_finite(bound)
+        ctx.exchange, ctx.has_bias_each = exchange, bias is not None and bias.dim() > 0
+        ctx.save_for_backward(*block, *sums[4:], *weights, share)
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         saved, exchange = ctx.saved_tensors, ctx.exchange
-        block, weights, row_share = Block(*saved[:6]), Weights(*saved[6:11]), saved[11]
-        needs_z_hat, needs_z, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-        needs_grad = (needs_z_hat, needs_z, needs_bias)
-        grads = exchange.grads(block, weights, sigmoid=False, needs_grad=needs_grad)
-        grad_z_hat, grad_z, grad_scale, grad_bias, _ = grads
-        factor = grad * row_share * exchange.ranks
-        return (
-            grad_z_hat.mul_(factor * block.scale).to(block.z.dtype) if needs_z_hat else None,
-            grad_z.mul_(factor * block.scale).to(block.z.dtype) if needs_z else None,
-            factor * grad_scale if needs_scale else None,
-            factor * exchange.own(exchange.sum(grad_bias)) if needs_bias else None,
-            *(None,) * 5,
-        )
+        block, weights, share = Block(*saved[:6]), Weights(*saved[6:11]), saved[11]
+        needed = ctx.needs_input_grad[:4]
+        grads, _ = _grads(block, weights, needed, ctx.has_bias_each, exchange, sigmoid=False)
+        return _where(needed, grads.scaled(grad, share, block.scale, block.z.dtype))
+
+
+def _grads(
+    block: Block,
+    weights: Weights,
+    needed: tuple[bool, ...],  # [4]
+    has_bias_each: bool,
+    exchange: SingleProcess,
+    *,
+    sigmoid: bool,
+) -> tuple[_Grads, Tensor]:
+    """Return gradients without their common factors, and the values of the sigmoid form's rows."""
+    needs_z_hat, needs_z, _, needs_bias = needed
+    grad_z_hat, grad_z, grad_scale, grad_bias, values = exchange.grads(
+        block, weights, sigmoid=sigmoid, needs_grad=(needs_z_hat, needs_z, needs_bias)
+    )
+    if needs_bias:
+        grad_bias = exchange.own(exchange.sum(grad_bias))
+        grad_bias = grad_bias.contiguous() if has_bias_each else grad_bias.sum()
+    return _Grads(grad_z_hat, grad_z, grad_scale, grad_bias), values
+
+
+def _where(needed: tuple[bool, ...], grads: _Grads) -> tuple[Tensor | None, ...]:
+    """Return what a backward returns: the gradients by tensors, None by the other arguments."""
+    pairs = zip(grads, needed, strict=True)
+    return *(grad if wanted else None for grad, wanted in pairs), *(None,) * 5
 
 
 # ---- Sigmoid -------------------------------------------------------------------------------------
@@ -213,40 +201,35 @@ class Sigmoid(torch.autograd.Function):
         z_hat: Tensor,  # [N, D]
         z: Tensor,  # [M, D]
         scale: Tensor,  # [] wide
-        bias: Tensor,  # [M] wide
-        row_ids: Tensor,  # [N] int32
-        col_ids: Tensor | None,  # of all columns
+        bias: Tensor | None,  # [] or [M] wide
+        row_ids: Tensor | None,  # [N] int64
+        col_ids: Tensor | None,  # int64, of all columns
         needs_grad: tuple[bool, ...],  # [4]
         mean: bool,
         exchange: SingleProcess,
     ) -> Tensor:  # [] wide
-        block = Block(z_hat, z, scale, exchange.gather(bias), row_ids, col_ids)
-        lost = _nan_unless_finite(_largest_logit(block, bias, exchange))
-        num_rows = exchange.sum((row_ids != IGNORED).sum().to(scale.dtype)).clamp_min(1)
-        share = 1 / num_rows if mean else torch.ones_like(num_rows)
-        shifts = scale.new_zeros(z_hat.shape[0]), torch.zeros_like(block.bias)
+        block, extremes, common = _prepare(z_hat, z, scale, bias, row_ids, col_ids, exchange)
+        num_rows = exchange.sum_parts(extremes)
+
+        def loss(values: Tensor) -> tuple[Tensor, Tensor]:  # [N] -> [], []
+            return m3i.boltzmann_sigmoid_loss.default(
+                exchange.sum_parts(values), num_rows, common.bound, mean, exchange.ranks
+            )
+
         if not any(needs_grad):
-            rows, _ = exchange.sums(block, *shifts, sigmoid=True)
-            return share * exchange.sum(rows[0].sum()) + lost
-        unused = (scale.new_zeros(3, len(shift)) for shift in shifts)
-        weights = Weights(*shifts, torch.zeros_like(scale, dtype=torch.bool), *unused)
-        needs_z_hat, needs_z, _, needs_bias = needs_grad
-        grad_z_hat, grad_z, grad_scale, grad_bias, values = exchange.grads(
-            block, weights, sigmoid=True, needs_grad=(needs_z_hat, needs_z, needs_bias)
-        )
-        factor = share * exchange.ranks
-        ctx.save_for_backward(
-            *(grad.mul_(factor * scale).to(z.dtype) for grad in (grad_z_hat, grad_z)),
-            factor * grad_scale,
-            factor * exchange.own(exchange.sum(grad_bias)) if needs_bias else grad_bias,
-        )
-        return share * exchange.sum(values.sum()) + lost
+            rows, _ = exchange.sums(block, *common[:2], sigmoid=True)
+            return loss(rows[0])[0]
+        # The kernels read no weights of the sigmoid.
+        unused = (scale.new_empty(3, shift.shape[0]) for shift in common[:2])
+        weights = Weights(*common[:2], common.run, *unused)
+        each = bias is not None and bias.dim() > 0
+        grads, values = _grads(block, weights, needs_grad, each, exchange, sigmoid=True)
+        value, share = loss(values)
+        ctx.save_for_backward(*grads.scaled(share, None, scale, z.dtype))
+        return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        grads = (
-            (grad * saved).to(saved.dtype) if needed else None
-            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
-        )
-        return *grads, *(None,) * 5
+        grads = _Grads(*ctx.saved_tensors)
+        return _where(ctx.needs_input_grad[:4], grads.scaled(grad, None, None, grads.z.dtype))

@@ -154,9 +154,35 @@ class SingleProcess:
         """Slice this rank's columns out of all."""
         return columns
 
+    def place(self) -> tuple[int, int | None]:
+        """Return the place of this rank's first column, and the number of all ranks' columns.
+
+        None stands for those of this rank alone: for a number torch.compile would make a graph for
+        each size.
+        """
+        return 0, None
+
+    def column_ids(self, ids: Tensor) -> Tensor | None:  # [M], or [0] if columns have none
+        """Return the ids of all columns as `Block` has them."""
+        return ids if ids.numel() else None
+
+    def largest(self, extremes: Tensor) -> Tensor:  # [K, 4] -> [K, 4]
+        """All-reduce the parts of `boltzmann_prepare` by the maximum."""
+        return extremes
+
+    def sum_parts(self, parts: Tensor) -> Tensor:  # [K, ...] -> [K, ...]
+        """All-reduce the parts of a sum; several ranks leave one part."""
+        return parts
+
+    def sum_rows(self, totals: Tensor) -> Tensor:  # [K, 4] -> [K, 4]
+        """All-reduce what `boltzmann_totals` left of rows; every rank has that of all columns."""
+        return totals
+
     def is_settled(self, exact: Tensor) -> bool:
-        """Return whether the host reads `exact`, and it is False; here the device decides."""
-        return False
+        """Return whether the host knows that `exact` is False; a GPU decides it by itself."""
+        # Reading it from a GPU would synchronise: kernels that return at once are launched instead.
+        on_cpu = exact.device.type == "cpu" and not torch.compiler.is_compiling()
+        return on_cpu and not bool(exact)
 
 
 # ---- Several -------------------------------------------------------------------------------------
@@ -208,13 +234,7 @@ class Ring(SingleProcess):
         return most.to(partial.dtype)
 
     def gather(self, columns: Tensor) -> Tensor:
-        return self._gather(columns, self.num_columns)
-
-    def gather_rows(self, rows: Tensor) -> Tensor:  # [N] -> [all rows]
-        """All-gather a value of each row."""
-        return self._gather(rows, self.num_rows)
-
-    def _gather(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        own, counts = columns, self.num_columns
         padded = own.new_zeros(max(counts))
         padded[: len(own)] = own
         gathered = padded.new_empty(len(counts) * len(padded))
@@ -225,14 +245,23 @@ class Ring(SingleProcess):
     def own(self, columns: Tensor) -> Tensor:
         return columns[self.slices[self.rank]]
 
-    def own_rows(self, rows: Tensor) -> Tensor:  # [all rows] -> [N]
-        """Slice this rank's rows out of all."""
-        first = sum(self.num_rows[: self.rank])
-        return rows[first : first + self.num_rows[self.rank]]
+    def place(self) -> tuple[int, int | None]:
+        return self.slices[self.rank].start, sum(self.num_columns)
 
-    def is_settled(self, exact: Tensor) -> bool:
-        # On a GPU reading it would synchronise: two more rounds of the ring are run instead.
-        return exact.device.type == "cpu" and not bool(exact)
+    def column_ids(self, ids: Tensor) -> Tensor | None:
+        if ids.numel():
+            return ids
+        return torch.arange(sum(self.num_columns), dtype=torch.int32, device=ids.device)
+
+    def largest(self, extremes: Tensor) -> Tensor:
+        return self.max(extremes.amax(0, keepdim=True))
+
+    def sum_parts(self, parts: Tensor) -> Tensor:
+        return self.sum(parts.sum(0, keepdim=True))
+
+    def sum_rows(self, totals: Tensor) -> Tensor:
+        one = totals.sum(0, keepdim=True)
+        return torch.cat([self.sum(one[:, :2]), one[:, 2:]], 1)
 
     # ---- Ops
 

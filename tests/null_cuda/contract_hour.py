@@ -113,7 +113,7 @@ def test_each_step_tells_what_it_expected_and_got(
     checks = {check["what"]: check for check in found["training"]["checks"]}
     assert checks["host synchronisations of a step"]["holds"]
     ours = {w: c for w, c in checks.items() if w.endswith("_kernel in a step")}
-    assert len(ours) == 12 and all(check["holds"] for check in ours.values())
+    assert len(ours) == 20 and all(check["holds"] for check in ours.values())
     assert "boltzmann_sums_hopper_kernel in a step" in ours
     launches = checks["kernels of a step in all"]
     assert launches["expected"].split(",")[0] == launches["got"]

@@ -47,6 +47,11 @@ struct BoltzmannCpuKernels {
                 A* values);    // [rows], with sigmoid
   // Widens `count` elements of dtype.
   void (*widen)(DType dtype, const void* from, int64_t count, A* to);
+  // The square of the length of `count` elements of dtype.
+  A (*square_length)(DType dtype, const void* from, int64_t count);
+  // Rounds `count` elements times a factor.
+  void (*scale)(DType from_dtype, const void* from, A factor, int64_t count, DType to_dtype,
+                void* to);
 };
 
 extern const BoltzmannCpuKernels<float> kBoltzmannBaselineFloat;

@@ -277,8 +277,72 @@ void widen(DType dtype, const void* from, int64_t count, A* to) {
   return widen_from<A>(from, count, to);
 }
 
+template <class T, class A>
+A square_length_of(const void* from, int64_t count) {
+  const T* elements = static_cast<const T*>(from);
+  Values<A> even{}, odd{};  // two additions under way
+  int64_t i = 0;
+  for (; i + 2 * kLanes<A> <= count; i += 2 * kLanes<A>) {
+    const Values<A> first = load_wide<kLanes<A>>(elements + i);
+    const Values<A> second = load_wide<kLanes<A>>(elements + i + kLanes<A>);
+    even += first * first;
+    odd += second * second;
+  }
+  A sum = sum_of<A>(even + odd);
+  for (; i < count; ++i) {
+    const A value = load_wide<1>(elements + i)[0];
+    sum += value * value;
+  }
+  return sum;
+}
+
 template <class A>
-constexpr BoltzmannCpuKernels<A> kBoltzmannKernels{maxima<A>, sums<A>, grads<A>, widen<A>};
+A square_length(DType dtype, const void* from, int64_t count) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (dtype == DType::kBFloat16) return square_length_of<BFloat16, A>(from, count);
+    if (dtype == DType::kFloat16) return square_length_of<Float16, A>(from, count);
+  }
+  return square_length_of<A, A>(from, count);
+}
+
+template <class From, class To, class A>
+void scale_elements(const void* from, A factor, int64_t count, void* to) {
+  const From* in = static_cast<const From*>(from);
+  To* out = static_cast<To*>(to);
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) {
+    const Values<A> values = load_wide<kLanes<A>>(in + i);
+    store_rounded<kLanes<A>>(out + i, values * factor);
+  }
+  for (; i < count; ++i) store_rounded<1>(out + i, load_wide<1>(in + i) * factor);
+}
+
+template <class From, class A>
+void scale_from(const void* from, A factor, int64_t count, DType to_dtype, void* to) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (to_dtype == DType::kBFloat16)
+      return scale_elements<From, BFloat16>(from, factor, count, to);
+    if (to_dtype == DType::kFloat16) return scale_elements<From, Float16>(from, factor, count, to);
+  }
+  scale_elements<From, A>(from, factor, count, to);
+}
+
+template <class A>
+void scale(DType from_dtype, const void* from, A factor, int64_t count, DType to_dtype, void* to) {
+  if constexpr (std::is_same_v<A, float>) {
+    if (from_dtype == DType::kBFloat16) {
+      return scale_from<BFloat16>(from, factor, count, to_dtype, to);
+    }
+    if (from_dtype == DType::kFloat16) {
+      return scale_from<Float16>(from, factor, count, to_dtype, to);
+    }
+  }
+  scale_from<A>(from, factor, count, to_dtype, to);
+}
+
+template <class A>
+constexpr BoltzmannCpuKernels<A> kBoltzmannKernels{maxima<A>, sums<A>,          grads<A>,
+                                                   widen<A>,  square_length<A>, scale<A>};
 
 }  // namespace
 }  // namespace m3i

@@ -1,5 +1,4 @@
-// boltzmann on the CPU: computes C tile by tile with torch's GEMM. Included by cpu/op_cpu.cpp only,
-// which gives the reason.
+// boltzmann on the CPU: computes C tile by tile with torch's GEMM; cpu/op_cpu.cpp gives the reason.
 #pragma once
 
 #include "boltzmann/cpu/kernel_table.h"

@@ -14,7 +14,10 @@ def _replace(path: Path, before: str, after: str) -> None:
 def shrink(folder: Path, *, blocks: bool = False) -> None:
     """To bfloat16 alone and, if asked, to blocks of two tiles."""
     every = "dispatch_dtype<BFloat16, Float16, float, double>"
-    _replace(folder / "sm80/launch.cu", every, "dispatch_dtype<BFloat16>")
+    for source in ("launch.cu", "vectors.cu"):
+        _replace(folder / "sm80" / source, every, "dispatch_dtype<BFloat16>")
+    for both, one in (("float, double", "float"), ("BFloat16, Float16", "BFloat16")):
+        _replace(folder / "sm80/vectors.cu", f"dispatch_dtype<{both}>", f"dispatch_dtype<{one}>")
     wgmma = "dispatch_dtype<BFloat16, Float16>"
     _replace(folder / "sm90/launch.cu", wgmma, "dispatch_dtype<BFloat16>")
     if blocks:

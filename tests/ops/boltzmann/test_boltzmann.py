@@ -236,6 +236,21 @@ def test_compiles_whole(kind: str) -> None:
         torch.testing.assert_close(one[name], other[name], msg=name)
 
 
+@pytest.mark.parametrize("kind", ["diagonal", "ids"])
+def test_one_compiled_graph_serves_all_sizes(kind: str) -> None:
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(boltzmann, fullgraph=True, dynamic=True, backend=backend)
+    for n in (33, 70, 129):
+        call = make(Case(kind, n, n, 8))
+        assert torch.equal(call.run(compiled, FP32)["z"], call.run(boltzmann, FP32)["z"])
+    assert len(graphs) == 1
+
+
 def test_opcheck(kernel: str) -> None:
     for kind, sigmoid in (("ids", False), ("sigmoid", True)):
         tensors = make(Case(kind, 9, 9, 5), FP32).tensors

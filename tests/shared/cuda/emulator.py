@@ -159,7 +159,7 @@ def build_kernels(
     include: Sequence[Path] = (CUDA,),
     architecture: int = 80,
 ) -> Path:
-    """A library of `.cu` sources, one a folder, instrumented, and of host sources that use torch.
+    """A library of `.cu` sources, instrumented, and of host sources that use torch.
 
     Its `include` folders are those where the op's own folder is found.
     """
@@ -175,7 +175,9 @@ def build_kernels(
     def build(library: Path, folder: Path) -> None:
         for_kernels = [*options, f"-D__CUDA_ARCH__={architecture}0"]
         objects = [
-            _compile_kernels(source, f"{room}-{source.parent.name}-{digest}.o", for_kernels)
+            _compile_kernels(
+                source, f"{room}-{source.parent.name}-{source.stem}-{digest}.o", for_kernels
+            )
             for source in kernels
         ]
         objects += [_compile_host(source, options) for source in host]
